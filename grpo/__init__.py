@@ -1,0 +1,8 @@
+"""GRPO fine-tuning on one machine with MLX."""
+
+from grpo.backend import blas
+
+# Whatever part of the package is imported first, this runs before it, and so before `mlx.core`.
+blas.preload()
+
+__version__ = "0.1.0"

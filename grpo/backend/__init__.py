@@ -1,0 +1,1 @@
+"""The machine: which BLAS serves, which device there is, how much memory."""

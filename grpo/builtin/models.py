@@ -1,0 +1,47 @@
+"""Built-in models by name: made on this machine the first time, then found in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from grpo.builtin.student import Student, make
+from grpo.errors import UserError
+
+MODELS = {"builtin:arithmetic-student": Student()}
+NAMES = tuple(MODELS)
+
+
+def cache_folder() -> Path:
+    """Where made models are kept: `$GRPO_CACHE`, or `grpo` in the user's cache folder."""
+    if chosen := os.environ.get("GRPO_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo"
+
+
+def folder(name: str) -> Path:
+    """The folder of a built-in model in Hub layout. It appears whole, by one rename, or not at all."""
+    settings = MODELS[name]
+    digest = hashlib.sha256(repr(asdict(settings)).encode()).hexdigest()[:12]
+    final = cache_folder() / f"{name.partition(':')[2]}-{digest}"
+    if final.is_dir():
+        return final
+    print(f"making {name}, once: {settings.steps} supervised steps, about half a minute", file=sys.stderr)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=".making-") as aside:
+            made = Path(aside) / "model"
+            made.mkdir()
+            make(settings, made)
+            if not final.is_dir():  # another process may have been as fast
+                shutil.move(made, final)
+    except OSError as error:
+        raise UserError(
+            f"{final.parent}: cannot keep the model here: {error.strerror} (GRPO_CACHE moves it)"
+        ) from error
+    return final

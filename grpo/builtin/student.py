@@ -1,0 +1,180 @@
+"""A small Qwen3 that has learnt arithmetic badly.
+
+It has seen sums worked out and sums estimated, first mostly the one and later mostly the other. So it estimates,
+and is right about one time in five; yet it can work a sum out, which is right nearly always, and sometimes does.
+GRPO has something to find. Made with supervised steps alone; the same settings make the same model.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo.builtin.tasks import Digits, estimated, problems, question, worked
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+    from tokenizers import Tokenizer
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+Rows = list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """How the student is made. `worked_first` and `worked_last`: the share of worked answers in its lessons."""
+
+    seed: int = 0
+    hidden: int = 64
+    layers: int = 2
+    steps: int = 1200
+    batch: int = 16
+    learning_rate: float = 5e-3
+    warmup: int = 30
+    worked_first: float = 0.95
+    worked_last: float = 0.3
+
+    def worked_share(self, step: int) -> float:
+        progress = min(1.0, step / (0.7 * self.steps))
+        return self.worked_first + (self.worked_last - self.worked_first) * progress
+
+
+def make(settings: Student, folder: Path) -> None:
+    """Train a student and write it to `folder` as the Hub lays models out."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import qwen3
+
+    tokenizer = _tokenizer()
+    config = _config(settings, tokenizer)
+    mx.random.seed(settings.seed)
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    _train(model, settings, tokenizer)
+    _write_tokenizer(tokenizer, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"}
+    )
+
+
+def _config(settings: Student, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": settings.hidden,
+        "num_hidden_layers": settings.layers,
+        "intermediate_size": 3 * settings.hidden,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": settings.hidden // 4,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "max_position_embeddings": 4096,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+        "eos_token_id": tokenizer.token_to_id(END),
+    }
+
+
+def _tokenizer() -> Tokenizer:
+    """Byte-level BPE, trained on the task's own text; digits are tokens of their own."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [f"user\n{question(d)}\nassistant\n{worked(d)}" for d in problems("train")[:500]]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[AddedToken(text, special=True) for text in (PAD, START, END)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": PAD,
+        "model_max_length": 4096,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _train(model: nn.Module, settings: Student, tokenizer: Tokenizer) -> None:
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+
+    peak, warmup = settings.learning_rate, settings.warmup
+    falling = optim.cosine_decay(peak, settings.steps - warmup, 0.02 * peak)
+    rate = optim.join_schedules([optim.linear_schedule(1e-6, peak, warmup), falling], [warmup])
+    optimizer = optim.AdamW(learning_rate=rate, betas=[0.9, 0.95])
+    loss_and_grad = nn.value_and_grad(model, _loss)
+    for lessons in _lessons(settings, tokenizer):
+        _, gradient = loss_and_grad(model, [_arrays(rows) for rows in lessons])
+        gradient, _ = optim.clip_grad_norm(gradient, 1.0)
+        optimizer.update(model, gradient)
+        mx.eval(model.parameters(), optimizer.state)
+
+
+def _lessons(settings: Student, tokenizer: Tokenizer) -> Iterator[list[Rows]]:
+    """For each step, prompt and answer ids of its rows: worked ones and estimated ones apart, as their lengths are."""
+    draw = random.Random(settings.seed)
+    everything = problems("train")
+    for step in range(1, settings.steps + 1):
+        digits = draw.sample(everything, settings.batch)
+        cut = sum(draw.random() < settings.worked_share(step) for _ in digits)
+        parts = ([(d, worked(d)) for d in digits[:cut]], [(d, estimated(d)) for d in digits[cut:]])
+        yield [[_encode(tokenizer, *lesson) for lesson in part] for part in parts if part]
+
+
+def _encode(tokenizer: Tokenizer, digits: Digits, answer: str) -> tuple[list[int], list[int]]:
+    prompt = f"{START}user\n{question(digits)}{END}\n{START}assistant\n"
+    return tokenizer.encode(prompt).ids, tokenizer.encode(answer + END).ids
+
+
+def _arrays(rows: Rows) -> tuple[mx.array, mx.array]:
+    """Token ids `[B, L]` padded on the right, and a mask `[B, L - 1]` over the answers' tokens as targets."""
+    import mlx.core as mx
+
+    length = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = [prompt + answer + [0] * (length - len(prompt) - len(answer)) for prompt, answer in rows]
+    mask = [
+        [0.0] * (len(prompt) - 1) + [1.0] * len(answer) + [0.0] * (length - len(prompt) - len(answer))
+        for prompt, answer in rows
+    ]
+    return mx.array(ids), mx.array(mask)
+
+
+def _loss(model: nn.Module, parts: list[tuple[mx.array, mx.array]]) -> mx.array:
+    """Cross-entropy, averaged over all answer tokens."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    total, count = mx.array(0.0), mx.array(0.0)
+    for ids, mask in parts:
+        losses = nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+        total, count = total + (losses * mask).sum(), count + mask.sum()
+    return total / count

@@ -1,0 +1,44 @@
+"""The `grpo` command. One file per command, none with logic of its own."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from grpo import __version__
+from grpo.cli import evaluate, generate, recipes, train
+from grpo.errors import RunError, UserError
+
+app = typer.Typer(
+    help="GRPO fine-tuning on one machine with MLX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.add_typer(recipes.app, name="recipes")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command; a person's mistake is one message and exit code 2, a run that failed is exit code 1."""
+    try:
+        app()
+    except UserError as error:
+        print(f"grpo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(f"grpo: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,40 @@
+"""`grpo recipes`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grpo.errors import UserError
+from grpo.plugins import bundled, bundled_names, find_recipe
+
+app = typer.Typer(help="Recipes that come with the package.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_() -> None:
+    """Name each bundled recipe and say what it does."""
+    for name in bundled_names("recipes", ".yaml"):
+        first_line = (bundled("recipes") / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        print(f"{name:<16} {first_line.lstrip('# ')}")
+
+
+@app.command("copy")
+def copy(
+    name: Annotated[str, typer.Argument(help="A bundled recipe's name.")],
+    to: Annotated[Path | None, typer.Argument(help="Where to put it. Default: here, under its own name.")] = None,
+) -> None:
+    """Copy a bundled recipe, to make it your own."""
+    source = find_recipe(name)
+    target = to or Path(source.name)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise UserError(f"{target} exists already")
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from None
+    print(target)

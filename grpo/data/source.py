@@ -1,0 +1,73 @@
+"""Rows of a dataset: from the Hub, from a file, or from a built-in task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from grpo.builtin import tasks as builtin_tasks
+from grpo.config import DataConfig
+from grpo.errors import UserError
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class Rows(Protocol):
+    """Rows by index, each a mapping from column to value."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+def load_rows(cfg: DataConfig) -> Rows:
+    """The rows that `cfg` names.
+
+    Raises UserError for a source that cannot be found, fetched or read, and for one without rows.
+    """
+    if cfg.source.startswith("builtin:"):
+        rows: Rows = builtin_tasks.rows(cfg.source, cfg.split)
+    elif Path(cfg.source).suffix in BUILDERS:
+        rows = _load_file(Path(cfg.source).expanduser(), cfg.split)
+    else:
+        rows = _load_hub(cfg)
+    if len(rows) == 0:
+        raise UserError(f"data {cfg.source}: split {cfg.split!r} has no rows")
+    return rows
+
+
+def _load_file(path: Path, split: str) -> Rows:
+    from datasets import disable_progress_bars, load_dataset
+
+    if not path.is_file():
+        raise UserError(f"data {path}: there is no such file")
+    if split != "train":
+        raise UserError(f"data {path}: a file is one split, 'train'; there is no {split!r}")
+    if not path.read_bytes().strip():
+        raise UserError(f"data {path}: the file is empty")
+    disable_progress_bars()
+    try:
+        rows: Rows = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # the readers raise their own kinds, and all of them mean the file
+        raise UserError(f"data {path}: cannot be read as {path.suffix[1:]}: {_first_line(error)}") from error
+    return rows
+
+
+def _load_hub(cfg: DataConfig) -> Rows:
+    from datasets import load_dataset
+    from huggingface_hub import constants
+
+    try:
+        rows: Rows = load_dataset(cfg.source, cfg.config, split=cfg.split)
+    except ValueError as error:  # an unknown configuration or split: the message lists the known ones
+        raise UserError(f"data {cfg.source}: {_first_line(error)}") from error
+    except (OSError, RuntimeError) as error:  # no network, missing, gated
+        why = _first_line(error)
+        raise UserError(f"data {cfg.source}: could not be fetched from {constants.ENDPOINT}: {why}") from error
+    return rows
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ if error.__cause__ is not None and not str(error).strip() else error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:300]

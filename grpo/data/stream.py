@@ -1,0 +1,77 @@
+"""A stream of tasks, shuffled anew each epoch, that resumes from one number."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from grpo.backend.random import derive_seed
+from grpo.data.prompts import PromptRenderer
+from grpo.data.source import Rows
+from grpo.errors import UserError
+from grpo.types import Task
+
+
+class TaskStream:
+    """Endless tasks from rows: each epoch visits every row once, in an order drawn from the seed and the epoch.
+
+    `cursor` counts the rows visited, over all epochs: a stream made with the same rows, seed and cursor goes on
+    where this one is. `dropped` counts those of them whose prompts were too long.
+    """
+
+    def __init__(self, rows: Rows, renderer: PromptRenderer, seed: int, cursor: int = 0) -> None:
+        self._rows = rows
+        self._renderer = renderer
+        self._seed = seed
+        self.cursor = cursor
+        self.dropped = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def take(self, n: int) -> list[Task]:
+        """The next `n` tasks. Raises UserError when every prompt of the dataset is too long."""
+        tasks: list[Task] = []
+        misses = 0
+        while len(tasks) < n:
+            task = self._next()
+            if len(task.prompt_ids) <= self._renderer.cfg.max_prompt_length:
+                tasks.append(task)
+                misses = 0
+                continue
+            self.dropped += 1
+            misses += 1
+            if misses > 2 * len(self._rows):  # more than an epoch, wherever in one it began
+                raise UserError(_all_too_long(self._renderer))
+        return tasks
+
+    def _next(self) -> Task:
+        epoch, position = divmod(self.cursor, len(self._rows))
+        if self._order[0] != epoch:
+            order = list(range(len(self._rows)))
+            random.Random(derive_seed(self._seed, "shuffle", epoch)).shuffle(order)
+            self._order = (epoch, order)
+        self.cursor += 1
+        index = self._order[1][position]
+        return self._renderer.task(index, self._rows[index])
+
+
+def first_tasks(rows: Rows, renderer: PromptRenderer, n: int) -> list[Task]:
+    """The first `n` tasks of the rows in their own order, without those too long: for evaluation."""
+    tasks = _islice_fitting(rows, renderer, n)
+    if not tasks:
+        raise UserError(_all_too_long(renderer))
+    return tasks
+
+
+def _islice_fitting(rows: Rows, renderer: PromptRenderer, n: int) -> list[Task]:
+    def fitting() -> Iterator[Task]:
+        for index in range(len(rows)):
+            task = renderer.task(index, rows[index])
+            if len(task.prompt_ids) <= renderer.cfg.max_prompt_length:
+                yield task
+
+    return [task for task, _ in zip(fitting(), range(n), strict=False)]
+
+
+def _all_too_long(renderer: PromptRenderer) -> str:
+    limit = renderer.cfg.max_prompt_length
+    return f"data {renderer.cfg.source}: every prompt is longer than max_prompt_length ({limit} tokens)"

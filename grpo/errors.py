@@ -1,0 +1,9 @@
+"""The two ways in which a command ends early. Both reach the person as one message, without a traceback."""
+
+
+class UserError(Exception):
+    """What was asked for cannot be done as written: a recipe, a path, a dataset. Exit code 2."""
+
+
+class RunError(Exception):
+    """A run that had started cannot go on, and why. Exit code 1."""

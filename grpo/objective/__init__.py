@@ -1,0 +1,7 @@
+"""The maths of GRPO: arrays in, arrays out. Nothing here sees a model."""
+
+from grpo.objective.advantages import advantages, total_rewards
+from grpo.objective.loss import policy_loss
+from grpo.objective.weights import token_weights
+
+__all__ = ["advantages", "policy_loss", "token_weights", "total_rewards"]

@@ -1,0 +1,1 @@
+"""Runs reward functions, and records what they answer and where they fail."""

@@ -1,0 +1,35 @@
+"""What a run says before its first step and after its last."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+
+from grpo.config import Recipe
+from grpo.telemetry.console import before_and_after
+from grpo.training.plan import Plan
+from grpo.training.trainer import Outcome
+
+
+def print_plan(console: Console, cfg: Recipe, device: str, plan: Plan, notes: list[str]) -> None:
+    """Machine, model, data, and what the run will do and need."""
+    rewards = ", ".join(f"{reward.use} × {reward.weight:g}" for reward in cfg.rewards)
+    lines = [device, f"{cfg.model.name} on {cfg.data.source}, rewards: {rewards}", *plan.lines(), *notes]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_outcome(console: Console, outcome: Outcome, folder: Path, example: str) -> None:
+    """The table of accuracies, where the adapter is, and how to try it on a prompt like `example`."""
+    if outcome.before and outcome.after and outcome.after.step > outcome.before.step:
+        console.print(before_and_after(outcome.before, outcome.after))
+    what = "stopped" if outcome.stopped_by is not None else "finished"
+    lines = [
+        f"{what} after step {outcome.step}",
+        f"adapter  {outcome.checkpoint}",
+        f"try it   grpo generate {folder} {shlex.quote(example)}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The trainer: one step, the update, evaluation, checkpoints, and the run around them."""

@@ -1,0 +1,44 @@
+"""One prompt answered by a run or a model, for `grpo generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from grpo.backend.device import setup
+from grpo.backend.random import derive_key
+from grpo.config import DataConfig, ModelConfig
+from grpo.data.prompts import PromptRenderer
+from grpo.generation.generator import Generator
+from grpo.generation.sampling import Sampling
+from grpo.model.adapters import load_adapter
+from grpo.model.load import load
+from grpo.training.folder import is_run, open_run
+
+
+def answer(
+    target: str,
+    prompt: str,
+    adapter: Path | None,
+    use_adapter: bool,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Iterator[str]:
+    """The answer's text in pieces.
+
+    `target` is a run's folder, whose newest checkpoint is used where no `adapter` is named, or a model. The prompt
+    is put through the chat template as the run's prompts were.
+    """
+    setup()
+    model_cfg, data = ModelConfig(name=target), DataConfig(source=target)
+    if is_run(Path(target)):
+        recipe, newest = open_run(Path(target))
+        model_cfg, data = recipe.model, recipe.data.model_copy(update={"prompt": "prompt"})
+        adapter = adapter or newest
+    model, tokenizer = load(model_cfg)
+    if adapter is not None and use_adapter:
+        load_adapter(model, adapter)
+    task = PromptRenderer(data, tokenizer).task(0, {"prompt": prompt})
+    generator = Generator(model, tokenizer, slots=1)
+    yield from generator.stream(task.prompt_ids, Sampling(temperature, max_tokens), derive_key(seed, "generate"))

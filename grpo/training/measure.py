@@ -1,0 +1,33 @@
+"""A run or a recipe measured on its held-out prompts, for `grpo eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo.errors import UserError
+from grpo.plugins import find_recipe
+from grpo.recipe import load_recipe
+from grpo.training.checkpoint import step_of
+from grpo.training.folder import RECIPE, is_run, open_run
+from grpo.training.setup import prepare
+from grpo.types import EvalMetrics
+
+
+def measure(target: str, overrides: Sequence[str]) -> tuple[EvalMetrics, EvalMetrics | None]:
+    """The base model's evaluation and, for a run's folder, that of its newest checkpoint on the same prompts.
+
+    Raises UserError for a recipe without an `eval` section.
+    """
+    folder = Path(target)
+    checkpoint = open_run(folder)[1] if is_run(folder) else None
+    cfg = load_recipe(folder / RECIPE if checkpoint else find_recipe(target), overrides)
+    if cfg.eval is None:
+        raise UserError(f"{target}: the recipe has no eval section; add one, such as eval.split=test")
+    trainer = prepare(cfg).trainer
+    assert trainer.evaluate is not None
+    before = trainer.evaluate(0)
+    if checkpoint is None:
+        return before, None
+    trainer.policy.adapters.load(checkpoint)
+    return before, trainer.evaluate(step_of(checkpoint))

@@ -1,0 +1,62 @@
+"""A step's metrics, by TRL's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pstdev, stdev
+
+from grpo.training.update import Update
+from grpo.types import Group, StepMetrics
+
+
+def step_metrics(step: int, groups: Sequence[Group], update: Update, seconds: Mapping[str, float]) -> StepMetrics:
+    """Everything a step measured. `seconds` has its phases; `rollout` among them gives tokens per second.
+
+    Statistics of tokens (`kl`, `entropy`, `clip_ratio/…`) are over the tokens that were trained on.
+    """
+    lengths = [len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts]
+    values = {
+        **_reward_metrics(groups),
+        **_length_metrics(groups, lengths),
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "learning_rate": update.learning_rate,
+        **_token_means(update.sums),
+        "num_tokens": float(sum(lengths)),
+        "rollout_tokens_per_second": sum(lengths) / seconds["rollout"],
+        **{f"time/{phase}": spent for phase, spent in seconds.items()},
+        "step_time": sum(seconds.values()),
+    }
+    return StepMetrics(step, values)
+
+
+def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    rewards_G = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
+    everything = [reward for rewards in rewards_G for reward in rewards]
+    metrics = {
+        "reward": fmean(everything) if everything else 0.0,
+        "reward_std": fmean(stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in rewards_G),
+        "frac_reward_zero_std": fmean(len(set(rewards)) <= 1 for rewards in rewards_G),
+    }
+    for name in groups[0].rollouts[0].scores:
+        scores = [rollout.scores[name] for group in groups for rollout in group.rollouts]
+        known = [score for score in scores if score is not None]
+        metrics[f"rewards/{name}/mean"] = fmean(known) if known else 0.0
+        metrics[f"rewards/{name}/std"] = pstdev(known) if known else 0.0
+        metrics[f"rewards/{name}/none_rate"] = 1 - len(known) / len(scores)
+    return metrics
+
+
+def _length_metrics(groups: Sequence[Group], lengths: Sequence[int]) -> dict[str, float]:
+    reasons = [rollout.completion.finish_reason for group in groups for rollout in group.rollouts]
+    return {
+        "completions/mean_length": fmean(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": fmean(reason == "length" for reason in reasons),
+    }
+
+
+def _token_means(sums: Mapping[str, float]) -> dict[str, float]:
+    tokens = max(1.0, sums.get("tokens", 0.0))
+    return {name: value / tokens for name, value in sums.items() if name != "tokens"}

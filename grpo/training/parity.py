@@ -1,0 +1,56 @@
+"""Do decoding and teacher forcing agree? Asked of every model before a run, because GRPO rests on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import mlx.core as mx
+
+from grpo.backend.random import derive_key
+from grpo.errors import RunError
+from grpo.generation.generator import Request
+from grpo.generation.sampling import Sampling
+from grpo.model.policy import Policy
+from grpo.rollout import RolloutEngine
+from grpo.types import Task
+
+TOKENS, GENERATIONS = 16, 2
+
+BOUNDS = {mx.float32: 1e-3, mx.bfloat16: 3e-2, mx.float16: 1e-2}
+"""Mean gap in nats that rounding explains, by dtype. (float32 on CUDA uses TF32.)"""
+
+
+def check_parity(policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed: int) -> str:
+    """Sample a few tokens, compare their logprobs with the trainer's, and say in one line how far they are apart.
+
+    Raises RunError when the mean gap is beyond what rounding in the model's dtype explains: then ratios would
+    differ from 1 with no change of policy, and training would follow the difference.
+    """
+    sampling = Sampling(policy.temperature, TOKENS)
+    requests = [Request(task.prompt_ids, GENERATIONS) for task in tasks]
+    groups = engine.generator.generate(requests, sampling, derive_key(seed, "parity"))
+    pairs = [(task, c) for task, completions in zip(tasks, groups, strict=True) for c in completions]
+    gaps: list[float] = []
+    for task, completion in pairs:
+        ids = mx.array([completion.token_ids])
+        tokens = mx.array([[*task.prompt_ids, *completion.token_ids]])
+        forced, _ = policy.logprobs(tokens, mx.array([len(task.prompt_ids)]), ids)
+        assert completion.logprobs is not None
+        here: Any = mx.abs(forced[0] - mx.array(completion.logprobs)).tolist()
+        gaps += here
+    return _verdict(fmean(gaps), max(gaps), policy.dtype)
+
+
+def _verdict(mean: float, worst: float, dtype: mx.Dtype) -> str:
+    bound = BOUNDS.get(dtype, min(BOUNDS.values()))
+    line = (
+        f"decoded against teacher-forced logprobs: mean gap {mean:.1e}, max {worst:.1e} (bound on the mean {bound:.0e})"
+    )
+    if not mean <= bound:
+        raise RunError(
+            f"{line}. This model decodes something else than it trains on: its cache or its positions are handled "
+            "wrongly for batched decoding. Please report the model; training on it would not be sound."
+        )
+    return line

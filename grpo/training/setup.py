@@ -1,0 +1,66 @@
+"""From a recipe to everything that a run needs, checked in the order in which mistakes are cheapest to find."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grpo.backend.device import setup
+from grpo.backend.random import derive_key
+from grpo.config import DataConfig, Recipe
+from grpo.data.prompts import PromptRenderer
+from grpo.data.source import load_rows
+from grpo.data.stream import TaskStream, first_tasks
+from grpo.generation.generator import Generator
+from grpo.model.adapters import Adapters
+from grpo.model.load import load
+from grpo.model.policy import Policy
+from grpo.rollout import RolloutEngine
+from grpo.scoring.scorer import Scorer
+from grpo.training.evaluate import Evaluator
+from grpo.training.plan import Plan, make_plan
+from grpo.training.trainer import Trainer
+from grpo.types import Task
+
+PEEK = 64
+"""Prompts that are rendered at start-up, to find mistakes and to know how long prompts are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that may start: its trainer, its plan, some of its tasks, and notes for the person."""
+
+    trainer: Trainer
+    plan: Plan
+    tasks: list[Task]
+    notes: list[str]
+
+
+def prepare(cfg: Recipe) -> Prepared:
+    """Resolve rewards, data and model, and make them into a trainer. Writes nothing.
+
+    Raises UserError for whatever the recipe names that is not there or does not fit.
+    """
+    setup()
+    scorer = Scorer.of(cfg.rewards)
+    rows = load_rows(cfg.data)
+    eval_data = _eval_data(cfg)
+    eval_rows = load_rows(eval_data) if eval_data else None
+    model, tokenizer = load(cfg.model)
+    policy = Policy(model, Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter")), cfg.rollout.temperature)
+    generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
+    engine = RolloutEngine(generator, cfg.rollout.max_completion_length)
+    tasks = first_tasks(rows, PromptRenderer(cfg.data, tokenizer), PEEK)
+    evaluator = None
+    if cfg.eval and eval_data and eval_rows:
+        eval_tasks = first_tasks(eval_rows, PromptRenderer(eval_data, tokenizer), cfg.eval.prompts)
+        evaluator = Evaluator(cfg, eval_tasks, engine, scorer)
+    stream = TaskStream(rows, PromptRenderer(cfg.data, tokenizer), cfg.seed)
+    plan = make_plan(cfg, policy, max(len(task.prompt_ids) for task in tasks))
+    notes = [] if policy.split else ["this model's head cannot be split off: logprobs go through full logits, slowly"]
+    return Prepared(Trainer(cfg, policy, stream, engine, scorer, evaluator), plan, tasks, notes)
+
+
+def _eval_data(cfg: Recipe) -> DataConfig | None:
+    if cfg.eval is None:
+        return None
+    return cfg.data.model_copy(update={"source": cfg.eval.source or cfg.data.source, "split": cfg.eval.split})

@@ -1,0 +1,113 @@
+"""What flows between rooms. Everything here is frozen: a room that changes something returns a new object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One row of a dataset, ready to be sampled from.
+
+    `prompt` is what rewards see (text, or chat messages as the dataset has them), `prompt_ids` what the model
+    sees. `columns` is the whole row: rewards receive its values by name.
+    """
+
+    index: int
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the model answered: token ids, the stop token included, and never re-encoded.
+
+    `logprobs` are fp32, of the sampled tokens, at the sampling temperature; None where none were asked for.
+    `text` is the decoded completion without special tokens.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    text: str
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A completion and what became of it.
+
+    `scores` are the raw values by reward name, None where a reward gave none; `reward` is their weighted sum,
+    None where no reward scored it; `advantage` is 0 until the objective has set it.
+    """
+
+    completion: Completion
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    reward: float | None = None
+    advantage: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The completions of one prompt, which share a baseline."""
+
+    task: Task
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows that go through the model together. B rows, L prompt + completion tokens, T completion tokens.
+
+    tokens [B, L] int32: prompt and completion, padded on the right.
+    prompt_lengths [B] int32.
+    completion_ids [B, T] int32 and mask [B, T] float32 (1 on the completion's tokens, its stop token included).
+    advantages [B] float32.
+    weights [B, T] float32: the normaliser, fixed over the whole step before it was split; 0 where the mask is.
+    old_logprobs, ref_logprobs, sampling_logprobs [B, T] float32, or None where the settings need none.
+    """
+
+    tokens: mx.array
+    prompt_lengths: mx.array
+    completion_ids: mx.array
+    mask: mx.array
+    advantages: mx.array
+    weights: mx.array
+    sampling_logprobs: mx.array
+    old_logprobs: mx.array | None = None
+    ref_logprobs: mx.array | None = None
+
+    def arrays(self) -> dict[str, mx.array]:
+        """The fields that are set, as a tree that `mx.compile` takes."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one training step measured, by TRL's names."""
+
+    step: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalMetrics:
+    """One evaluation on `n` held-out prompts; every value is a fraction.
+
+    `values` holds `greedy`, `avg@k` and `pass@k`; `intervals` their 95 % intervals (low, high).
+    """
+
+    step: int
+    n: int
+    values: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]

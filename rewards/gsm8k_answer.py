@@ -1,0 +1,45 @@
+"""The number after `####`, GSM8K's convention (arXiv 2110.14168): 1 if it equals the answer's, else 0."""
+
+import re
+from typing import Any
+
+NUMBER = re.compile(r"####\s*(-?)\$?(-?\d[\d,]*(?:\.\d+)?|\.\d+)")
+
+
+def reward(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
+    """1.0 where the completion's last `#### N` equals the answer, a number or a text that ends in `#### N`."""
+    return [float(_matches(_text(c), str(a))) for c, a in zip(completions, answer, strict=True)]
+
+
+def _matches(completion: str, answer: str) -> bool:
+    gold = _number(answer if "####" in answer else f"#### {answer}")
+    if gold is None:
+        raise ValueError(f"the answer {answer!r} is not a number, nor does it end in '#### N'")
+    return _number(completion) == gold
+
+
+def _number(text: str) -> float | None:
+    found = NUMBER.findall(text)
+    return float("".join(found[-1]).replace(",", "")) if found else None
+
+
+def _text(completion: Any) -> str:
+    return str(completion if isinstance(completion, str) else completion[-1]["content"])
+
+
+CASES = [
+    {"completion": "3+4=7 #### 7", "answer": "7", "score": 1.0},
+    {"completion": "#### 7", "answer": "First 3, then 4.\n#### 7", "score": 1.0},
+    {"completion": "#### 7.", "answer": 7, "score": 1.0},
+    {"completion": "#### 1,200", "answer": "1200", "score": 1.0},
+    {"completion": "#### $12.50", "answer": "12.5", "score": 1.0},
+    {"completion": "#### 6 no, #### 7", "answer": "7", "score": 1.0},
+    {"completion": "#### -3", "answer": "-3", "score": 1.0},
+    {"completion": "#### -$3", "answer": "-3", "score": 1.0},
+    {"completion": "#### 8", "answer": "7", "score": 0.0},
+    {"completion": "7", "answer": "7", "score": 0.0},
+    {"completion": "", "answer": "7", "score": 0.0},
+    {"completion": "####", "answer": "7", "score": 0.0},
+    {"completion": "#### ,", "answer": "7", "score": 0.0},
+    {"completion": [{"role": "assistant", "content": "#### 7"}], "answer": "7", "score": 1.0},
+]

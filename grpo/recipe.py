@@ -67,8 +67,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         # Through JSON, because there strict means "no coercion" and yet lists may fill tuples.
         recipe = Recipe.model_validate_json(json.dumps(source.data, default=str))
     except ValidationError as error:
-        lines = [_explain(detail, source) for detail in _one_per_place(error.errors())]
-        raise UserError("\n".join(lines)) from None
+        raise UserError("\n".join(_explanations(error, source))) from None
     return _resolved(recipe, path)
 
 
@@ -168,6 +167,17 @@ def _section(target: Any, key: str | int) -> Any:
     return target[key]
 
 
+def _explanations(error: ValidationError, source: _Source) -> list[str]:
+    """A line for each mistake. That a key is missing is not said where it was misspelt."""
+    details = _one_per_place(error.errors())
+    misspelt = {_meant(_keys(detail)) for detail in details if detail["type"] == "extra_forbidden"}
+    return [
+        _explain(detail, source)
+        for detail in details
+        if detail["type"] != "missing" or _dotted(_named(_keys(detail))) not in misspelt
+    ]
+
+
 def _one_per_place(errors: Iterable[ErrorDetails]) -> list[ErrorDetails]:
     """The innermost errors, one for each place: a union reports once for each of its members, a list again."""
     by_place: dict[Keys, ErrorDetails] = {}
@@ -187,7 +197,7 @@ def _explain(detail: ErrorDetails, source: _Source) -> str:
     place, key = source.locate(path), _dotted(path)
     match detail["type"]:
         case "extra_forbidden":
-            return f"{place}: unknown key {key}.{_nearest(path)}"
+            return f"{place}: unknown key {key}.{_hint(path)}"
         case "missing":
             return f"{place}: {key} is missing. {_help(path)}".rstrip()
         case "value_error":
@@ -198,25 +208,39 @@ def _explain(detail: ErrorDetails, source: _Source) -> str:
     return f"{place}: {key}: {expected}, got {given}.{hint}"
 
 
-def _nearest(path: Keys) -> str:
-    """The valid key that was probably meant: beside it first, then anywhere in the schema."""
-    valid = list(_all_keys(Recipe))
-    parent, name = _dotted(path[:-1]), str(path[-1])
-    beside = [key for key in valid if key.rpartition(".")[0] == re.sub(r"\.\d+", "", parent)]
-    for keys in (beside, valid):
-        by_name = {key.rpartition(".")[2]: key for key in keys}
-        if close := difflib.get_close_matches(name, by_name, n=1, cutoff=0.6):
-            return f" Did you mean {by_name[close[0]]}?"
+def _hint(path: Keys) -> str:
+    if meant := _meant(path):
+        return f" Did you mean {meant}?"
+    beside = _keys_beside(path)
     return f" Valid here: {', '.join(key.rpartition('.')[2] for key in beside)}." if beside else ""
+
+
+def _meant(path: Keys) -> str | None:
+    """The valid key that an unknown one was probably meant to be: one beside it, or else one anywhere."""
+    for keys in (_keys_beside(path), list(_all_keys(Recipe))):
+        by_name = {key.rpartition(".")[2]: key for key in keys}
+        if close := difflib.get_close_matches(str(path[-1]), by_name, n=1, cutoff=0.6):
+            return by_name[close[0]]
+    return None
+
+
+def _keys_beside(path: Keys) -> list[str]:
+    section = _dotted(_named(path[:-1]))
+    return [key for key in _all_keys(Recipe) if key.rpartition(".")[0] == section]
+
+
+def _named(path: Keys) -> Keys:
+    """The path without positions in lists, as the schema knows it."""
+    return tuple(part for part in path if isinstance(part, str))
 
 
 def _help(path: Keys) -> str:
     """What the schema says about a key."""
+    *above, name = _named(path)
     section: Any = Recipe
-    for part in path[:-1]:
-        if isinstance(part, str):
-            section = _section_of(section.model_fields[part].annotation)
-    return (section.model_fields[str(path[-1])].description or "").replace("\n", " ")
+    for part in above:
+        section = _section_of(section.model_fields[part].annotation)
+    return (section.model_fields[name].description or "").replace("\n", " ")
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:

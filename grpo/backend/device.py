@@ -32,14 +32,14 @@ def setup() -> None:
 
 
 def compiled(function: Callable[..., Any], state: Any) -> Callable[..., Any]:
-    """`function` compiled where that pays, with `state` (a tree of arrays) as inputs and not as constants.
+    """`function` compiled where that pays, with `state` (a tree of arrays) going in and out of it.
 
     What is not in `state` or an argument is baked into the trace: adapters are switched by swapping the arrays
     in `state`, which a trace reads anew at each call.
     """
     import mlx.core as mx
 
-    return mx.compile(function, inputs=state) if on_gpu() else function
+    return mx.compile(function, inputs=state, outputs=state) if on_gpu() else function
 
 
 def describe() -> str:

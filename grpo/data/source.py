@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from grpo.backend.hub import fetch, one_line
 from grpo.builtin import tasks as builtin_tasks
 from grpo.config import DataConfig
 from grpo.errors import UserError
@@ -37,6 +38,11 @@ def load_rows(cfg: DataConfig) -> Rows:
     return rows
 
 
+def is_local(cfg: DataConfig) -> bool:
+    """Whether the rows are to be had without the Hub."""
+    return cfg.source.startswith("builtin:") or Path(cfg.source).suffix in BUILDERS
+
+
 def _load_file(path: Path, split: str) -> Rows:
     from datasets import disable_progress_bars, load_dataset
 
@@ -50,24 +56,18 @@ def _load_file(path: Path, split: str) -> Rows:
     try:
         rows: Rows = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # the readers raise their own kinds, and all of them mean the file
-        raise UserError(f"data {path}: cannot be read as {path.suffix[1:]}: {_first_line(error)}") from error
+        raise UserError(f"data {path}: cannot be read as {path.suffix[1:]}: {one_line(error)}") from error
     return rows
 
 
 def _load_hub(cfg: DataConfig) -> Rows:
     from datasets import load_dataset
-    from huggingface_hub import constants
+
+    def download() -> Rows:
+        rows: Rows = load_dataset(cfg.source, cfg.config, split=cfg.split)
+        return rows
 
     try:
-        rows: Rows = load_dataset(cfg.source, cfg.config, split=cfg.split)
+        return fetch(f"data {cfg.source}", download)
     except ValueError as error:  # an unknown configuration or split: the message lists the known ones
-        raise UserError(f"data {cfg.source}: {_first_line(error)}") from error
-    except (OSError, RuntimeError) as error:  # no network, missing, gated
-        why = _first_line(error)
-        raise UserError(f"data {cfg.source}: could not be fetched from {constants.ENDPOINT}: {why}") from error
-    return rows
-
-
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ if error.__cause__ is not None and not str(error).strip() else error
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:300]
+        raise UserError(f"data {cfg.source}: {one_line(error)}") from error

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend.device import on_gpu
+from grpo.backend.hub import fetch, one_line
 from grpo.builtin import models as builtin_models
 from grpo.config import ModelConfig
 from grpo.errors import UserError
@@ -34,13 +35,14 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
         model, config = load_model(folder, lazy=True)
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"model {cfg.name}: {_shorten(error)} (in {folder})") from error
-    model.set_dtype(_dtype(cfg)) if _dtype(cfg) is not None else None
+        raise UserError(f"model {cfg.name}: {one_line(error)} (in {folder})") from error
+    if (dtype := _dtype(cfg)) is not None:
+        model.set_dtype(dtype)
     model.freeze()
     try:
         mx.eval(model.parameters())
     except RuntimeError as error:  # weights are read when evaluated: a truncated file shows here
-        raise UserError(f"model {cfg.name}: weights cannot be read: {_shorten(error)}") from error
+        raise UserError(f"model {cfg.name}: weights cannot be read: {one_line(error)}") from error
     return model, tokenizer
 
 
@@ -59,16 +61,12 @@ def model_folder(cfg: ModelConfig) -> Path:
 
 
 def _fetch(cfg: ModelConfig) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(cfg.name, revision=cfg.revision, allow_patterns=WEIGHTS_AND_TOKENIZER))
-    except HFValidationError as error:
-        raise UserError(f"model {cfg.name}: neither a folder nor a Hub repository's name: {error}") from None
-    except (HfHubHTTPError, OSError) as error:  # no network, missing, gated, not in the cache
-        why = _shorten(error)
-        raise UserError(f"model {cfg.name}: could not be fetched from {constants.ENDPOINT}: {why}") from error
+    def download() -> str:
+        return snapshot_download(cfg.name, revision=cfg.revision, allow_patterns=WEIGHTS_AND_TOKENIZER)
+
+    return Path(fetch(f"model {cfg.name}", download))
 
 
 def _dtype(cfg: ModelConfig) -> mx.Dtype | None:
@@ -76,10 +74,3 @@ def _dtype(cfg: ModelConfig) -> mx.Dtype | None:
         dtype: mx.Dtype = getattr(mx, cfg.dtype)
         return dtype
     return None if on_gpu() else mx.float32
-
-
-def _shorten(error: BaseException) -> str:
-    """The first line of an error, or of the first one that says something."""
-    text: Any = str(error).strip() or type(error).__name__
-    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    return f"{' '.join(lines)[:300]}"

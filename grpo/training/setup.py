@@ -8,7 +8,7 @@ from grpo.backend.device import setup
 from grpo.backend.random import derive_key
 from grpo.config import DataConfig, Recipe
 from grpo.data.prompts import PromptRenderer
-from grpo.data.source import load_rows
+from grpo.data.source import is_local, load_rows
 from grpo.data.stream import TaskStream, first_tasks
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
@@ -42,25 +42,26 @@ def prepare(cfg: Recipe) -> Prepared:
     """
     setup()
     scorer = Scorer.of(cfg.rewards)
-    rows = load_rows(cfg.data)
-    eval_data = _eval_data(cfg)
-    eval_rows = load_rows(eval_data) if eval_data else None
+    sources = [cfg.data, *_eval_data(cfg)]
+    local = [load_rows(source) if is_local(source) else None for source in sources]
     model, tokenizer = load(cfg.model)
+    tables = [load_rows(source) if rows is None else rows for source, rows in zip(sources, local, strict=True)]
     policy = Policy(model, Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter")), cfg.rollout.temperature)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
     engine = RolloutEngine(generator, cfg.rollout.max_completion_length)
-    tasks = first_tasks(rows, PromptRenderer(cfg.data, tokenizer), PEEK)
+    renderer, *eval_renderers = [PromptRenderer(source, tokenizer) for source in sources]
+    tasks = first_tasks(tables[0], renderer, PEEK)
     evaluator = None
-    if cfg.eval and eval_data and eval_rows:
-        eval_tasks = first_tasks(eval_rows, PromptRenderer(eval_data, tokenizer), cfg.eval.prompts)
-        evaluator = Evaluator(cfg, eval_tasks, engine, scorer)
-    stream = TaskStream(rows, PromptRenderer(cfg.data, tokenizer), cfg.seed)
+    if cfg.eval is not None:
+        evaluator = Evaluator(cfg, first_tasks(tables[1], eval_renderers[0], cfg.eval.prompts), engine, scorer)
+    stream = TaskStream(tables[0], renderer, cfg.seed)
     plan = make_plan(cfg, policy, max(len(task.prompt_ids) for task in tasks))
     notes = [] if policy.split else ["this model's head cannot be split off: logprobs go through full logits, slowly"]
     return Prepared(Trainer(cfg, policy, stream, engine, scorer, evaluator), plan, tasks, notes)
 
 
-def _eval_data(cfg: Recipe) -> DataConfig | None:
+def _eval_data(cfg: Recipe) -> list[DataConfig]:
+    """Where held-out prompts come from: one source, or none."""
     if cfg.eval is None:
-        return None
-    return cfg.data.model_copy(update={"source": cfg.eval.source or cfg.data.source, "split": cfg.eval.split})
+        return []
+    return [cfg.data.model_copy(update={"source": cfg.eval.source or cfg.data.source, "split": cfg.eval.split})]

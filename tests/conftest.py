@@ -1,0 +1,115 @@
+"""Toy models and a way to run commands. Nothing here needs a network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import grpo  # noqa: F401  before mlx, so that the BLAS is in place
+from grpo.backend.device import setup
+from grpo.builtin.student import Student, make
+from grpo.cli import main
+from grpo.config import AdapterConfig, ModelConfig
+from grpo.generation.generator import Generator
+from grpo.model.adapters import Adapters
+from grpo.model.load import load
+from grpo.model.policy import Policy
+
+setup()
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Qwen3 with random weights, its tokenizer and chat template, as the Hub lays models out."""
+    folder = tmp_path_factory.mktemp("toy")
+    make(Student(steps=0), folder)
+    return folder
+
+
+@pytest.fixture
+def toy(toy_folder: Path):
+    """A fresh toy model and its tokenizer."""
+    return load(ModelConfig(name=str(toy_folder)))
+
+
+@dataclass
+class Toy:
+    policy: Policy
+    generator: Generator
+    tokenizer: object
+
+
+@pytest.fixture
+def make_policy(toy_folder: Path) -> Callable[..., Toy]:
+    """Makes a policy over a fresh toy model. `trained`: with an adapter that changes what the model does."""
+
+    def build(temperature: float = 1.0, trained: bool = True, slots: int = 64) -> Toy:
+        model, tokenizer = load(ModelConfig(name=str(toy_folder)))
+        adapters = Adapters(model, AdapterConfig(rank=4), mx.random.key(0))
+        if trained:
+            adapters.load_state(shaken(adapters.state()))
+        return Toy(Policy(model, adapters, temperature), Generator(model, tokenizer, slots), tokenizer)
+
+    return build
+
+
+def shaken(state: dict[str, mx.array]) -> dict[str, mx.array]:
+    """A state with every array drawn anew, so that B is not zero."""
+    keys = mx.random.split(mx.random.key(1), len(state))
+    return {
+        path: 0.2 * mx.random.normal(array.shape, key=key)
+        for (path, array), key in zip(state.items(), keys, strict=True)
+    }
+
+
+@dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs `grpo ARGS` in this process: exit code, standard output and standard error."""
+
+    def run(*args: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["grpo", *map(str, args)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        captured = capfd.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe of two quick steps over a file of four questions, with the working directory in a fresh folder."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"What is {i}+{i}?", "answer": str(2 * i)} for i in range(1, 5)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "digits.py").write_text(
+        "def reward(completions, **columns):\n    return [sum(c.isdigit() for c in text) / 8 for text in completions]\n"
+    )
+    path = tmp_path / "toy.yaml"
+    path.write_text(
+        f"""
+model: {{name: {toy_folder}}}
+data: {{source: train.jsonl, prompt: "{{question}}"}}
+rollout: {{prompts_per_step: 2, num_generations: 4, max_completion_length: 8}}
+rewards: [{{use: "digits.py:reward"}}]
+optim: {{steps: 2, learning_rate: 1e-3}}
+""".lstrip()
+    )
+    return path

@@ -1,0 +1,45 @@
+"""What `import grpo` costs, and that a wheel brings its recipes and rewards."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ["mlx.core", "mlx_lm", "datasets", "wandb", "transformers", "pydantic", "rich", "math_verify"]
+
+
+def python(code: str, *paths: Path, cwd: Path | None = None) -> str:
+    """What a fresh interpreter prints, with `paths` before everything else."""
+    env = {"PYTHONPATH": ":".join(map(str, paths)), "PATH": "/usr/bin:/bin", "HOME": str(cwd or ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=cwd, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_import_loads_nothing_heavy() -> None:
+    loaded = python(f"import sys, grpo; print([name for name in {HEAVY} if name in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_help_loads_no_model_code() -> None:
+    code = f"import sys, grpo.cli; print([name for name in {HEAVY[:5]} if name in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+def test_wheel_outside_the_checkout_finds_recipes_and_rewards(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    code = (
+        "import grpo; from grpo.plugins import *; from grpo.recipe import load_recipe;"
+        "print(grpo.__file__); print(bundled_names('recipes', '.yaml')); print(bundled_names('rewards', '.py'));"
+        "print(load_recipe(find_recipe('quickstart')).model.name); print(find_reward('gsm8k_answer')[0])"
+    )
+    lines = python(code, site, cwd=tmp_path).splitlines()
+    assert lines[0].startswith(str(site))
+    assert lines[1] == str(sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
+    assert lines[2] == str(sorted(path.stem for path in (ROOT / "rewards").glob("*.py")))
+    assert lines[3:] == ["builtin:arithmetic-student", "gsm8k_answer"]

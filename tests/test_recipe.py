@@ -1,0 +1,121 @@
+"""Recipes: what is read, and what is said about a mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from grpo.errors import UserError
+from grpo.plugins import bundled
+from grpo.recipe import dump_recipe, load_recipe
+
+GOOD = """\
+model: {name: some/model}
+data:
+  source: some/data
+rewards:
+  - use: gsm8k_answer
+optim: {steps: 10, learning_rate: 1e-5}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(bundled("recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_bundled_recipes_parse_and_say_what_they_are(path: Path) -> None:
+    load_recipe(path)
+    assert path.read_text().startswith("# ")
+
+
+def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, GOOD)).optim.learning_rate == 1e-5
+
+
+def test_the_folder_is_named_after_the_recipe(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, GOOD)).output_dir == "runs/mine"
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD), ["eval.split=dev", "log.wandb.mode=offline"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again) == recipe
+
+
+def test_files_beside_the_recipe_are_found_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("{}")
+    (tmp_path / "mine.py").write_text("")
+    text = GOOD.replace("some/data", "data.jsonl").replace("gsm8k_answer", "mine.py:score")
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.data.source == str(tmp_path / "data.jsonl")
+    assert recipe.rewards[0].use == f"{tmp_path / 'mine.py'}:score"
+
+
+def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
+    overrides = ["loss.beta=0.1", "rewards.0.weight=2", "rollout={num_generations: 4}", "log.wandb.project=mine"]
+    recipe = load_recipe(write(tmp_path, GOOD), overrides)
+    assert (recipe.loss.beta, recipe.rewards[0].weight) == (0.1, 2)
+    assert (recipe.rollout.num_generations, recipe.log.wandb and recipe.log.wandb.project) == (4, "mine")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said"),
+    [
+        ("source:", "sorce:", 3, "unknown key data.sorce. Did you mean data.source?"),
+        ("source: some/data", "source: some/data\n  beta: 1", 4, "unknown key data.beta. Did you mean loss.beta?"),
+        ("steps: 10", "steps: ten", 6, 'optim.steps: expected a valid integer, got "ten"'),
+        ("steps: 10", "steps: 1.5", 6, "optim.steps: expected a valid integer, got 1.5"),
+        ("1e-5", '"1e-5"', 6, 'optim.learning_rate: expected a valid number, got "1e-5". Write it without quotes.'),
+        ("1e-5", "-1", 6, "optim.learning_rate: expected greater than 0, got -1"),
+        ("steps: 10, ", "", 6, "optim.steps is missing"),
+        (
+            "optim:",
+            "rollout: {num_generations: 1}\noptim:",
+            6,
+            "rollout.num_generations: expected greater than or equal",
+        ),
+        ("optim:", "loss: {type: grop}\noptim:", 6, "loss.type: expected 'grpo', 'dapo' or 'dr_grpo', got \"grop\""),
+        ("optim:", "loss: {beta: 0, beta: 1}\noptim:", 6, "loss.beta is given twice"),
+        ("optim:", "optim: [", 6, "not YAML"),
+        ("gsm8k_answer", "gsm8k_answer\n    weight: 0", 4, "every reward has weight 0"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, line: int, said: str) -> None:
+    path = write(tmp_path, GOOD.replace(old, new, 1))
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    message = str(error.value)
+    assert said in message
+    assert "\n" not in message
+    if "weight 0" not in said and "not YAML" not in said:  # said of the whole recipe, and of where YAML broke off
+        assert f"{path}:{line}: " in message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("loss.bata=1", "command line: loss.bata=1: unknown key loss.bata. Did you mean loss.beta?"),
+        ("loss.beta", "command line: loss.beta: an override is key.sub=value"),
+        ("rewards.3.weight=1", "there is no rewards.3.weight"),
+        ("loss.beta=x", 'command line: loss.beta=x: loss.beta: expected a valid number, got "x"'),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(write(tmp_path, GOOD), [override])
+    assert said in str(error.value)
+
+
+def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(write(tmp_path, GOOD.replace("steps: 10", "steps: x").replace("source", "sauce")))
+    assert len(str(error.value).splitlines()) == 2  # the unknown key and the wrong type
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text"])
+def test_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="a recipe is a mapping"):
+        load_recipe(write(tmp_path, text))

@@ -1,0 +1,70 @@
+"""The map of the project: a file imports only from rooms above its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "grpo"
+
+ROOMS = [
+    "errors types config recipe plugins backend",
+    "builtin",
+    "model",
+    "generation",
+    "data",
+    "rollout",
+    "scoring",
+    "objective",
+    "training",
+    "telemetry",
+    "cli",
+]
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
+
+# Narrower than "above": the walls that matter most.
+FORBIDDEN = {"objective": {"model", "generation", "data", "rollout", "scoring", "builtin"}}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(source: str) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("grpo.")}
+    return rooms - {"__version__"}
+
+
+def wrong_imports(room: str, source: str) -> set[str]:
+    return {
+        other
+        for other in imported_rooms(source)
+        if other != room and (LEVEL[other] > LEVEL[room] or other in FORBIDDEN.get(room, ()))
+    }
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_upwards(path: Path) -> None:
+    assert wrong_imports(room_of(path), path.read_text()) == set()
+
+
+def test_a_wrong_import_is_noticed() -> None:
+    assert wrong_imports("model", "from grpo.training.trainer import Trainer") == {"training"}
+    assert wrong_imports("objective", "import grpo.model.policy") == {"model"}
+    assert wrong_imports("data", "def f():\n    from grpo import cli") == {"cli"}
+
+
+def test_every_room_is_on_the_map() -> None:
+    there = {room_of(path) for path in FILES} - {"__pycache__"}
+    assert there == set(LEVEL)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import grpo  # noqa: F401  before mlx, so that the BLAS is in place
+
+# isort: split
+
 import json
 import sys
 from collections.abc import Callable
@@ -11,7 +15,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-import grpo  # noqa: F401  before mlx, so that the BLAS is in place
 from grpo.backend.device import setup
 from grpo.builtin.student import Student, make
 from grpo.cli import main
@@ -26,9 +29,9 @@ setup()
 
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer Qwen3 with random weights, its tokenizer and chat template, as the Hub lays models out."""
+    """A two-layer Qwen3 that has learnt next to nothing, in the layout of the Hub, with a chat template."""
     folder = tmp_path_factory.mktemp("toy")
-    make(Student(steps=0), folder)
+    make(Student(steps=2, warmup=1), folder)
     return folder
 
 

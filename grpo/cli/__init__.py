@@ -33,7 +33,7 @@ def _version(version: bool = typer.Option(False, "--version", help="Show the ver
 def main() -> None:
     """Run the command; a person's mistake is one message and exit code 2, a run that failed is exit code 1."""
     try:
-        app()
+        app(prog_name="grpo")
     except UserError as error:
         print(f"grpo: {error}", file=sys.stderr)
         sys.exit(2)

@@ -56,6 +56,8 @@ def _load_file(path: Path, split: str) -> Rows:
     try:
         rows: Rows = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # the readers raise their own kinds, and all of them mean the file
+        if "corresponds to no data" in str(error):
+            raise UserError(f"data {path}: the file has no rows") from error
         raise UserError(f"data {path}: cannot be read as {path.suffix[1:]}: {one_line(error)}") from error
     return rows
 

@@ -34,15 +34,12 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
     try:
         model, config = load_model(folder, lazy=True)
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         raise UserError(f"model {cfg.name}: {one_line(error)} (in {folder})") from error
     if (dtype := _dtype(cfg)) is not None:
         model.set_dtype(dtype)
     model.freeze()
-    try:
-        mx.eval(model.parameters())
-    except RuntimeError as error:  # weights are read when evaluated: a truncated file shows here
-        raise UserError(f"model {cfg.name}: weights cannot be read: {one_line(error)}") from error
+    mx.eval(model.parameters())
     return model, tokenizer
 
 

@@ -1,0 +1,75 @@
+"""The machine: which BLAS serves, and random keys."""
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+
+from grpo.backend import blas, device
+from grpo.backend.random import derive_key
+
+LINUX_CPU = sys.platform == "linux" and not device.on_gpu()
+
+
+def python(code: str, **env: str) -> str:
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+SHOW = "import {first}, {second}; from grpo.backend import blas; print(blas.describe())"
+
+
+@pytest.mark.skipif(not LINUX_CPU, reason="BLAS is preloaded on a Linux CPU alone")
+@pytest.mark.parametrize("first", ["grpo", "grpo.config", "grpo.model.policy"])
+def test_a_fast_blas_is_loaded_before_mlx(first: str) -> None:
+    said = python(SHOW.format(first=first, second="mlx.core"))
+    assert said.startswith(("MKL (libmkl_rt", "OpenBLAS ("))
+
+
+@pytest.mark.skipif(not LINUX_CPU, reason="BLAS is preloaded on a Linux CPU alone")
+def test_it_serves_mlx() -> None:
+    """MKL loads its kernels at the first product: then they are among the process's libraries."""
+    code = (
+        "import grpo, mlx.core as mx; a = mx.random.normal((64, 64)); mx.eval(a @ a);"
+        "print('libmkl_core' in open('/proc/self/maps').read())"
+    )
+    if "MKL" in python(SHOW.format(first="grpo", second="mlx.core")):
+        assert python(code) == "True"
+        assert python(code, GRPO_BLAS="off") == "False"
+
+
+@pytest.mark.skipif(not LINUX_CPU, reason="BLAS is preloaded on a Linux CPU alone")
+def test_it_can_be_switched_off() -> None:
+    assert "GRPO_BLAS=off" in python(SHOW.format(first="grpo", second="mlx.core"), GRPO_BLAS="off")
+
+
+@pytest.mark.skipif(not LINUX_CPU, reason="BLAS is preloaded on a Linux CPU alone")
+def test_coming_too_late_is_said() -> None:
+    assert "import grpo first" in python(SHOW.format(first="mlx.core", second="grpo"))
+
+
+def test_none_to_be_had_is_said(monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "mlx.core")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(blas, "_candidates", lambda: [("MKL", "/nowhere/libmkl_rt.so")])
+    monkeypatch.setattr(blas, "_installed", lambda _: False)
+    monkeypatch.delenv("GRPO_BLAS", raising=False)
+    assert "install grpo-mlx[cpu]" in blas._preload()
+
+
+def test_the_device_in_one_line() -> None:
+    line = device.describe()
+    assert "\n" not in line
+    assert "MLX" in line
+    assert device.on_gpu() or blas.describe() in line
+
+
+def test_keys_depend_on_seed_purpose_and_position() -> None:
+    keys = [derive_key(*args).tolist() for args in [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a", 1, 2)]]
+    assert len({tuple(key) for key in keys}) == 5
+    assert mx.array_equal(derive_key(0, "a", 1), derive_key(0, "a", 1))

@@ -1,0 +1,190 @@
+"""The commands as a person meets them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_train_from_end_to_end(run_cli, recipe) -> None:
+    with recipe.open("a") as file:
+        file.write("eval: {split: train, every: 1, prompts: 3, samples: 2}\ncheckpoint: {every: 1, keep: 1}\n")
+    ran = run_cli("train", recipe)
+    assert ran.code == 0, ran.err
+    folder = Path("runs/toy")
+    steps, evals = lines(folder / "metrics.jsonl"), lines(folder / "eval.jsonl")
+    assert [step["step"] for step in steps] == [1, 2]
+    assert [(line["step"], line["n"]) for line in evals] == [(0, 3), (1, 3), (2, 3)]
+    assert {"greedy", "avg@2", "pass@2"} < set(evals[0])
+    trl = {"reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio"}
+    assert trl | {"entropy", "clip_ratio/low_mean", "grad_norm", "learning_rate", "loss"} <= set(steps[0])
+    assert files(folder / "checkpoints") == {
+        "step-000002",
+        "step-000002/adapters.safetensors",
+        "step-000002/adapter_config.json",
+        "step-000002/state.json",
+    }
+    for said in (
+        "2 steps of 2 prompts",
+        "mean gap",
+        "step 2/2  reward",
+        "greedy",
+        "adapter  runs/toy/checkpoints/step-000002",
+    ):
+        assert said in ran.out
+    command = re.search(r"try it   grpo (.*)", ran.out)
+    assert command
+    assert run_cli(*["generate", "runs/toy", "What is 3+3?", "--max-tokens", "5"]).code == 0
+    measured = run_cli("eval", "runs/toy", "eval.prompts=2")
+    assert measured.code == 0
+    assert "after step 2" in measured.out
+
+
+def test_a_dry_run_trains_and_writes_nothing(run_cli, recipe, tmp_path) -> None:
+    before = files(tmp_path)
+    ran = run_cli("train", recipe, "--dry-run")
+    assert ran.code == 0
+    for said in ("2 steps of 2 prompts, 8 completions, at most", "memory about", "digits.py:reward × 1"):
+        assert said in ran.out
+    assert files(tmp_path) - {name for name in files(tmp_path) if "__pycache__" in name} == before
+
+
+def test_a_folder_with_another_run_is_not_touched(run_cli, recipe) -> None:
+    assert run_cli("train", recipe).code == 0
+    before = Path("runs/toy/metrics.jsonl").read_text()
+    again = run_cli("train", recipe)
+    assert again.code == 2
+    assert "runs/toy holds another run: name another folder (output_dir=...) or replace it (--overwrite)" in again.err
+    assert Path("runs/toy/metrics.jsonl").read_text() == before
+    assert run_cli("train", recipe, "optim.steps=1", "--overwrite").code == 0
+    assert len(lines(Path("runs/toy/metrics.jsonl"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("loss.bta=1", "Did you mean loss.beta?"),
+        ("optim.steps=many", "optim.steps: expected a valid integer"),
+        ("rollout.num_generations=1", "rollout.num_generations: expected greater than or equal to 2, got 1"),
+        ("data.source=absent.jsonl", "there is no such file"),
+        ("data.source=empty.jsonl", "the file is empty"),
+        ("data.prompt=text", "no column 'text'"),
+        ("data.prompt={text}?", "no column 'text'"),
+        ("data.max_prompt_length=1", "every prompt is longer"),
+        ("model.name=./absent", "there is no such folder"),
+        ("model.name=empty_model", "no config.json"),
+        ("rewards.0.use=absent.py:reward", "there is no file absent.py"),
+        ("rewards.0.use=digits.py:rewrd", "Did you mean 'reward'?"),
+        ("adapter.targets=[nothing]", "no linear layer 'nothing'"),
+        ("output_dir=train.jsonl/run", "cannot write to train.jsonl/run"),
+        ("eval.split=dev", "there is no 'dev'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(run_cli, recipe, tmp_path, override: str, said: str) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "empty_model").mkdir()
+    if override.startswith("data.prompt={"):
+        override = "data.prompt='{text}?'"
+    before = files(tmp_path)
+    ran = run_cli("train", recipe, override)
+    assert ran.code == 2
+    assert said in ran.err
+    assert len(ran.err.strip().splitlines()) == 1
+    assert ran.err.startswith("grpo: ")
+    assert {name for name in files(tmp_path) if "__pycache__" not in name} == before
+
+
+def test_messages_without_a_chat_template(run_cli, recipe, tmp_path, toy_folder) -> None:
+    import shutil
+
+    shutil.copytree(toy_folder, tmp_path / "plain")
+    config = json.loads((tmp_path / "plain/tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (tmp_path / "plain/tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "?"}]}) + "\n")
+    ran = run_cli("train", recipe, "model.name=plain", "data.source=chat.jsonl", "data.prompt=prompt")
+    assert ran.code == 2
+    assert "need a chat template and the model has none" in ran.err
+
+
+def test_a_broken_reward_stops_the_run_with_its_traceback(run_cli, recipe, tmp_path) -> None:
+    (tmp_path / "digits.py").write_text("def reward(**columns):\n    return [row['nothing'] for row in columns]\n")
+    ran = run_cli("train", recipe)
+    assert ran.code == 1
+    assert "reward 'reward' failed on every completion" in ran.err
+    assert "digits.py" in ran.err
+
+
+@pytest.mark.parametrize(
+    "args", [["train", "absent"], ["generate", "./absent", "hi"], ["eval", "absent"], ["recipes", "copy", "absent"]]
+)
+def test_what_is_not_there(run_cli, args: list[str]) -> None:
+    ran = run_cli(*args)
+    assert ran.code == 2
+    assert len(ran.err.strip().splitlines()) == 1
+
+
+def test_no_network_is_said_in_one_line(run_cli, tmp_path, monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    ran = run_cli("train", "recipes/qwen3-math.yaml")
+    assert ran.code == 2
+    assert len(ran.err.strip().splitlines()) == 1
+    assert f"model Qwen/Qwen3-0.6B: could not be fetched from {constants.ENDPOINT}" in ran.err
+    assert files(tmp_path) == set()
+
+
+def test_recipes_list_and_copy(run_cli, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = run_cli("recipes", "list")
+    assert re.search(r"^quickstart +Learns to work sums out", listed.out, re.MULTILINE)
+    assert run_cli("recipes", "copy", "quickstart").out == "quickstart.yaml\n"
+    assert run_cli("recipes", "copy", "quickstart").code == 2
+    assert run_cli("recipes", "copy", "quickstart", "mine.yaml").code == 0
+    assert files(tmp_path) == {"quickstart.yaml", "mine.yaml"}
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["recipes"], ["recipes", "list"]])
+def test_every_command_explains_itself(run_cli, command: list[str]) -> None:
+    ran = run_cli(*command, "--help")
+    assert ran.code == 0
+    assert "Usage: grpo" in ran.out
+
+
+def test_ctrl_c_finishes_the_step_and_leaves_a_complete_checkpoint(recipe, tmp_path) -> None:
+    command = [sys.executable, "-c", "from grpo.cli import main; main()", "train", str(recipe), "optim.steps=100000"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env
+    ) as run:
+        metrics = tmp_path / "runs/toy/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+            assert run.poll() is None, run.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert err == ""
+    last = lines(metrics)[-1]["step"]
+    assert f"stopped after step {last}" in out
+    newest = tmp_path / f"runs/toy/checkpoints/step-{last:06d}"
+    assert json.loads((newest / "state.json").read_text()) == {"step": last}
+    assert f"adapter  runs/toy/checkpoints/step-{last:06d}" in out

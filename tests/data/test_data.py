@@ -1,0 +1,182 @@
+"""Where tasks come from: sources, prompts, and a stream that resumes."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from grpo.builtin import tasks as builtin_tasks
+from grpo.config import DataConfig
+from grpo.data.prompts import PromptRenderer
+from grpo.data.source import load_rows
+from grpo.data.stream import TaskStream, first_tasks
+from grpo.errors import UserError
+
+ROWS = [{"question": f"{'x' * n}?", "answer": str(n)} for n in range(1, 8)]
+
+
+def config(**settings) -> DataConfig:
+    return DataConfig(**({"source": "rows", "prompt": "question"} | settings))
+
+
+def renderer(toy, **settings) -> PromptRenderer:
+    return PromptRenderer(config(**settings), toy[1])
+
+
+def text(toy, task) -> str:
+    return toy[1].decode(list(task.prompt_ids))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_files(tmp_path: Path, kind: str) -> None:
+    from datasets import Dataset
+
+    path = tmp_path / f"rows.{kind}"
+    dataset = Dataset.from_list(ROWS)
+    if kind == "json":
+        path.write_text(json.dumps(ROWS))
+    else:
+        {"jsonl": dataset.to_json, "csv": dataset.to_csv, "parquet": dataset.to_parquet}[kind](str(path))
+    rows = load_rows(config(source=str(path)))
+    assert [str(rows[i]["answer"]) for i in range(len(rows))] == [row["answer"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "said"),
+    [
+        ("none.jsonl", None, {}, "there is no such file"),
+        ("empty.jsonl", "", {}, "the file is empty"),
+        ("none.csv", "question,answer\n", {}, "has no rows"),
+        ("none.json", "[]", {}, "has no rows"),
+        ("bad.jsonl", "{not json", {}, "cannot be read as jsonl"),
+        ("good.jsonl", '{"question": "?"}', {"split": "test"}, "a file is one split, 'train'; there is no 'test'"),
+    ],
+)
+def test_files_that_will_not_do(tmp_path: Path, name: str, content: str | None, settings: dict, said: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as error:
+        load_rows(config(source=str(path), **settings))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_builtin_task_splits_without_overlap_in_any_order() -> None:
+    train, test = builtin_tasks.problems("train"), builtin_tasks.problems("test")
+    assert len(train) + len(test) == 9**4
+    assert len(test) > 500
+    assert not {tuple(sorted(digits)) for digits in train} & {tuple(sorted(digits)) for digits in test}
+
+
+def test_the_builtin_task_by_hand() -> None:
+    digits = (5, 6, 9, 1)
+    assert builtin_tasks.question(digits) == "What is 5+6+9+1?"
+    assert builtin_tasks.worked(digits) == "5+6=11+9=20+1=21\n#### 21"
+    assert builtin_tasks.estimated(digits) == "#### 20"
+    rows = load_rows(config(source="builtin:arithmetic", split="test"))
+    assert all(eval(row["question"][8:-1]) == int(row["answer"]) for row in rows)
+
+
+@pytest.mark.parametrize(("source", "split"), [("builtin:other", "train"), ("builtin:arithmetic", "dev")])
+def test_unknown_builtins(source: str, split: str) -> None:
+    with pytest.raises(UserError, match="builtin:arithmetic"):
+        load_rows(config(source=source, split=split))
+
+
+def test_text_goes_through_the_chat_template(toy) -> None:
+    task = renderer(toy).task(0, {"question": "3+4?"})
+    assert text(toy, task) == "<|im_start|>user\n3+4?<|im_end|>\n<|im_start|>assistant\n"
+    assert task.prompt == "3+4?"
+
+
+def test_text_as_it_is(toy) -> None:
+    assert text(toy, renderer(toy, chat_template="never").task(0, {"question": "3+4?"})) == "3+4?"
+
+
+def test_a_system_message(toy) -> None:
+    task = renderer(toy, system="Be brief.").task(0, {"question": "3+4?"})
+    assert text(toy, task).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n3+4?")
+
+
+def test_a_template_over_columns(toy) -> None:
+    task = renderer(toy, prompt="{question} Put it in \\boxed{{}}.").task(0, {"question": "3+4?", "other": 1})
+    assert task.prompt == "3+4? Put it in \\boxed{}."
+
+
+def test_messages(toy) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3+4?"}]
+    task = renderer(toy).task(0, {"question": messages})
+    assert task.prompt == messages
+    assert text(toy, task).count("<|im_start|>") == 3
+
+
+def test_template_arguments_reach_the_chat_template(toy) -> None:
+    toy[1].chat_template = "{{ messages[0]['content'] }} in {{ mood }}"
+    task = renderer(toy, chat_template_kwargs={"mood": "style"}).task(0, {"question": "3+4?"})
+    assert text(toy, task) == "3+4? in style"
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "said"),
+    [
+        ({"prompt": "qestion"}, {"question": "?"}, "no column 'qestion' in rows; there is question"),
+        ({"prompt": "{qestion}!"}, {"question": "?"}, "no column 'qestion' in rows; there is question"),
+        ({"prompt": "{question"}, {"question": "?"}, "is not a template"),
+        ({"prompt": "{0}"}, {"question": "?"}, "is not a column's name"),
+        ({}, {"question": 7}, "neither text nor a list of messages"),
+        ({}, {"question": [{"text": "?"}]}, "neither text nor a list of messages"),
+    ],
+)
+def test_prompts_that_will_not_do(toy, settings: dict, row: dict, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        renderer(toy, **settings).task(0, row)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("prompt", "setting"), [([{"role": "user", "content": "?"}], "auto"), ("?", "always")])
+def test_no_chat_template(toy, prompt, setting: str) -> None:
+    toy[1].has_chat_template = False
+    with pytest.raises(UserError, match="need a chat template"):
+        renderer(toy, chat_template=setting).task(0, {"question": prompt})
+    plain = renderer(toy, chat_template="auto").task(0, {"question": "3+4?"})
+    assert text(toy, plain) == "3+4?"
+
+
+def indices(stream: TaskStream, n: int) -> list[int]:
+    return [task.index for task in stream.take(n)]
+
+
+def test_each_epoch_visits_every_row_once_in_an_order_of_its_own(toy) -> None:
+    seen = indices(TaskStream(ROWS, renderer(toy), seed=0), 21)
+    epochs = [seen[:7], seen[7:14], seen[14:]]
+    assert all(Counter(epoch) == Counter(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert indices(TaskStream(ROWS, renderer(toy), seed=1), 21) != seen
+
+
+def test_a_stream_goes_on_from_its_cursor(toy) -> None:
+    whole = indices(TaskStream(ROWS, renderer(toy), seed=0), 20)
+    first = TaskStream(ROWS, renderer(toy), seed=0)
+    begun = indices(first, 9)
+    assert begun + indices(TaskStream(ROWS, renderer(toy), seed=0, cursor=first.cursor), 11) == whole
+
+
+def test_long_prompts_are_dropped_and_counted_never_cut(toy) -> None:
+    lengths = {index: len(renderer(toy).task(index, row).prompt_ids) for index, row in enumerate(ROWS)}
+    limit = sorted(lengths.values())[2]
+    short = {index for index, length in lengths.items() if length <= limit}
+    stream = TaskStream(ROWS, renderer(toy, max_prompt_length=limit), seed=0)
+    tasks = stream.take(2 * len(short))
+    assert Counter(task.index for task in tasks) == Counter({index: 2 for index in short})
+    assert all(len(task.prompt_ids) == lengths[task.index] for task in tasks)
+    assert stream.cursor == stream.dropped + len(tasks)
+    assert {task.index for task in first_tasks(ROWS, renderer(toy, max_prompt_length=limit), 99)} == short
+
+
+def test_all_prompts_too_long(toy) -> None:
+    with pytest.raises(UserError, match=r"longer than max_prompt_length \(2 tokens\)"):
+        TaskStream(ROWS, renderer(toy, max_prompt_length=2), seed=0).take(1)
+    with pytest.raises(UserError, match="longer than max_prompt_length"):
+        first_tasks(ROWS, renderer(toy, max_prompt_length=2), 3)

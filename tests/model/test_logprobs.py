@@ -1,0 +1,69 @@
+"""Logprobs and entropies: exact, chunked, and without full logits."""
+
+import math
+
+import mlx.core as mx
+import pytest
+
+from grpo.model import logprobs
+from grpo.model.logprobs import chunked_logprobs, entropies, scaled, split_head, token_logprobs
+
+
+def test_by_hand() -> None:
+    logits = mx.log(mx.array([[0.5, 0.25, 0.25]]))
+    assert token_logprobs(logits, mx.array([1])).item() == pytest.approx(math.log(0.25), abs=1e-6)
+    assert entropies(logits).item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
+
+
+def test_temperature_comes_before_the_softmax_and_in_fp32() -> None:
+    logits = mx.array([[1.0, 3.0]], mx.float16)
+    rows = scaled(logits, 2.0)
+    assert rows.dtype == mx.float32
+    assert token_logprobs(rows, mx.array([0])).item() == pytest.approx(-math.log(1 + math.e), abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_chunks_change_neither_values_nor_gradients(monkeypatch, chunk: int) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    hidden, weight = mx.random.normal((2, 5, 8)), mx.random.normal((8, 11))
+    tokens = mx.random.randint(0, 11, (2, 5))
+
+    def whole(hidden):
+        return token_logprobs(scaled(hidden @ weight, 0.7), tokens)
+
+    def in_chunks(hidden):
+        return chunked_logprobs(hidden, tokens, lambda h: h @ weight, 0.7)
+
+    got, entropy = in_chunks(hidden)
+    assert mx.allclose(got, whole(hidden), atol=1e-6)
+    assert mx.allclose(entropy, entropies(scaled(hidden @ weight, 0.7)), atol=1e-6)
+    expected = mx.grad(lambda h: (whole(h) ** 2).sum())(hidden)
+    assert mx.allclose(mx.grad(lambda h: (in_chunks(h)[0] ** 2).sum())(hidden), expected, atol=1e-5)
+
+
+def test_a_head_that_scales_its_logits_is_not_split(toy) -> None:
+    model, _ = toy
+    assert split_head(model) is not None
+    plain = type(model).__call__
+    scaling = type("Scaling", (type(model),), {"__call__": lambda self, *a, **k: 2 * plain(self, *a, **k)})
+    model.__class__ = scaling
+    assert split_head(model) is None
+
+
+def test_a_model_that_cannot_be_split_gives_the_same_logprobs(make_policy) -> None:
+    policy = make_policy(temperature=0.8).policy
+    tokens, lengths = mx.array([[5, 6, 7, 8, 9, 0], [5, 6, 7, 8, 9, 10]]), mx.array([2, 3])
+    ids = mx.array([[7, 8, 9], [8, 9, 10]])
+    split, whole = policy.logprobs(tokens, lengths, ids), None
+    policy.split = None
+    whole = policy.logprobs(tokens, lengths, ids)
+    assert mx.allclose(split[0], whole[0], atol=1e-5)
+    assert mx.allclose(split[1], whole[1], atol=1e-5)
+
+
+def test_padding_on_the_right_changes_nothing(make_policy) -> None:
+    policy = make_policy().policy
+    alone, _ = policy.logprobs(mx.array([[5, 6, 7, 8]]), mx.array([2]), mx.array([[7, 8]]))
+    padded, _ = policy.logprobs(mx.array([[5, 6, 7, 8, 3, 3, 3]]), mx.array([2]), mx.array([[7, 8, 0, 0]]))
+    assert mx.allclose(alone, padded[:, :2], atol=1e-5)
+    assert mx.isfinite(padded).all().item()

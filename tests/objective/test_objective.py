@@ -1,0 +1,182 @@
+"""The objective by hand-computed numbers."""
+
+import math
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo.config import AdvantageConfig, LossConfig
+from grpo.objective import advantages, policy_loss, token_weights, total_rewards
+from grpo.objective.kl import k3
+
+NAN = math.nan
+LENGTHS = [1, 3, 2, 4]
+ADVANTAGES = [0.5, -1.5, 0.25, 0.75]
+
+
+def column(rewards: list[float], size: int, scale: str) -> list[float]:
+    matrix = mx.array([[reward] for reward in rewards])
+    return advantages(matrix, mx.array([1.0]), size, AdvantageConfig(scale_rewards=scale)).tolist()
+
+
+def mask_of(lengths: list[int], width: int | None = None) -> mx.array:
+    return (mx.arange(width or max(lengths))[None] < mx.array(lengths)[:, None]).astype(mx.float32)
+
+
+def batch_of(cfg: LossConfig, mask: mx.array, advantage: list[float], longest: int = 8, **fields) -> SimpleNamespace:
+    weights = token_weights(mask, cfg, longest)
+    return SimpleNamespace(mask=mask, advantages=mx.array(advantage), weights=weights, **fields)
+
+
+def test_group_advantages() -> None:
+    assert column([1, 0, 1, 1], 4, "group") == pytest.approx([0.4999, -1.4997, 0.4999, 0.4999], abs=1e-4)
+    assert column([1, 0, 1, 1], 4, "none") == pytest.approx([0.25, -0.75, 0.25, 0.25], abs=1e-6)
+
+
+def test_batch_scaling_divides_by_the_deviation_over_all_groups() -> None:
+    # Rewards 1, 0, 0, 0: deviation 0.5 over the batch, with Bessel's correction.
+    assert column([1, 0, 0, 0], 2, "batch") == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001, 0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6, -7.7])
+def test_a_uniform_group_gives_exactly_zero(scale: str, value: float) -> None:
+    assert column([value] * 7 + [1, 0, 1, 0, 1, 0, 1], 7, scale)[:7] == [0.0] * 7
+
+
+def test_a_completion_that_nothing_scored_leaves_the_baseline() -> None:
+    got = column([1, NAN, 0, NAN], 4, "none")
+    assert got == pytest.approx([0.5, 0, -0.5, 0])
+    assert column([1, NAN, 0, NAN], 4, "group") == pytest.approx(
+        [0.5 / (math.sqrt(0.5) + 1e-4), 0, -0.5 / (math.sqrt(0.5) + 1e-4), 0], abs=1e-6
+    )
+    assert column([NAN, NAN, 3, NAN], 4, "group") == [0.0] * 4
+
+
+def test_rewards_are_weighted_and_none_is_not_zero() -> None:
+    rewards = mx.array([[1.0, 2.0, 9.0], [NAN, 2.0, 9.0], [NAN, NAN, 9.0]])
+    total = total_rewards(rewards, mx.array([1.0, 0.5, 0.0])).tolist()
+    assert total[:2] == [2.0, 1.0]
+    assert math.isnan(total[2])  # a reward of weight 0 is a metric, and scores nothing
+
+
+def test_weights_by_hand() -> None:
+    mask = mask_of([1, 3])
+    assert token_weights(mask, LossConfig(type="grpo"), 8).tolist() == [
+        [0.5, 0, 0],
+        pytest.approx([1 / 6, 1 / 6, 1 / 6]),
+    ]
+    assert token_weights(mask, LossConfig(type="dapo"), 8).tolist() == [[0.25, 0, 0], [0.25, 0.25, 0.25]]
+    assert token_weights(mask, LossConfig(type="dr_grpo"), 8).tolist() == [[1 / 16, 0, 0], [1 / 16, 1 / 16, 1 / 16]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("grpo", -sum(ADVANTAGES) / 4),
+        ("dapo", -sum(a * n for a, n in zip(ADVANTAGES, LENGTHS, strict=True)) / 10),
+        ("dr_grpo", -sum(a * n for a, n in zip(ADVANTAGES, LENGTHS, strict=True)) / (4 * 8)),
+    ],
+)
+def test_at_ratio_one_the_loss_is_the_mean_advantage(kind: str, expected: float) -> None:
+    cfg = LossConfig(type=kind)
+    logprobs = mx.random.normal((4, 4)) - 3
+    loss, metrics = policy_loss(logprobs, batch_of(cfg, mask_of(LENGTHS), ADVANTAGES), cfg)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert metrics["clip_ratio/region_mean"].item() == 0
+
+
+def one_token(ratio: float, advantage: float, cfg: LossConfig) -> tuple[float, float, dict]:
+    """Loss, its gradient with respect to the logprob, and metrics, of a single token of weight 1."""
+    batch = batch_of(LossConfig(type="dapo"), mx.array([[1.0]]), [advantage], old_logprobs=mx.array([[-2.0]]))
+    current = mx.array([[-2.0 + math.log(ratio)]])
+    loss, metrics = policy_loss(current, batch, cfg)
+    gradient = mx.grad(lambda logprobs: policy_loss(logprobs, batch, cfg)[0])(current)
+    return loss.item(), gradient.item(), {name: value.item() for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "low", "high"),
+    [
+        (1.5, 1.0, -1.28, 0.0, 0, 1),  # clipped above
+        (1.25, 1.0, -1.25, -1.25, 0, 0),  # inside the higher bound
+        (1.5, -1.0, 1.5, 1.5, 0, 0),  # the bound does not bind: the ratio may be brought back
+        (0.5, -1.0, 0.8, 0.0, 1, 0),  # clipped below
+        (0.5, 1.0, -0.5, -0.5, 0, 0),
+        (1.0, 2.0, -2.0, -2.0, 0, 0),
+    ],
+)
+def test_clipping(ratio: float, advantage: float, loss: float, gradient: float, low: int, high: int) -> None:
+    got_loss, got_gradient, metrics = one_token(ratio, advantage, LossConfig(epsilon=0.2, epsilon_high=0.28))
+    assert got_loss == pytest.approx(loss, abs=1e-5)
+    assert got_gradient == pytest.approx(gradient, abs=1e-5)
+    assert (metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]) == (low, high)
+    assert metrics["clip_ratio/region_mean"] == low + high
+
+
+def test_epsilon_high_is_epsilon_unless_given() -> None:
+    assert one_token(1.5, 1.0, LossConfig(epsilon=0.1))[0] == pytest.approx(-1.1, abs=1e-5)
+
+
+def test_k3_and_its_gradient() -> None:
+    current, reference = mx.array([-1.0, -2.0]), mx.array([-1.5, -2.0])
+    expected = [math.exp(-0.5) + 0.5 - 1, 0.0]
+    assert k3(current, reference).tolist() == pytest.approx(expected, abs=1e-6)
+    gradient = mx.grad(lambda x: k3(x, reference).sum())(current)
+    assert gradient.tolist() == pytest.approx([1 - math.exp(-0.5), 0.0], abs=1e-6)
+
+
+def test_the_penalty_is_beta_times_k3_under_the_same_weights() -> None:
+    cfg = LossConfig(type="dapo", beta=0.3)
+    mask, current, reference = (
+        mask_of([2, 1]),
+        mx.array([[-1.0, -2.0], [-0.5, 0.0]]),
+        mx.array([[-1.5, -1.0], [-0.5, 9.0]]),
+    )
+    loss, metrics = policy_loss(current, batch_of(cfg, mask, [0, 0], ref_logprobs=reference), cfg)
+    kl = (math.exp(-0.5) + 0.5 - 1) + (math.exp(1.0) - 1.0 - 1)
+    assert metrics["kl"].item() == pytest.approx(kl, abs=1e-5)
+    assert loss.item() == pytest.approx(0.3 * kl / 3, abs=1e-6)
+
+
+def test_a_penalty_without_a_reference_is_an_error() -> None:
+    cfg = LossConfig(beta=0.1)
+    with pytest.raises(ValueError, match="ref_logprobs"):
+        policy_loss(mx.zeros((1, 1)), batch_of(cfg, mx.ones((1, 1)), [1.0]), cfg)
+
+
+@pytest.mark.parametrize("filler", [-1e4, 1e4, 0.0])
+def test_padding_holds_whatever_it_likes(filler: float) -> None:
+    cfg = LossConfig(beta=0.1)
+    mask = mask_of(LENGTHS)
+    clean = mx.where(mask > 0, mx.random.normal((4, 4), key=mx.random.key(0)) - 2, 0.0)
+    dirty = mx.where(mask > 0, clean, filler)
+
+    def loss(x, other):
+        fields = {"old_logprobs": other - 0.1, "ref_logprobs": -other, "sampling_logprobs": other}
+        return policy_loss(x, batch_of(cfg, mask, ADVANTAGES, **fields), cfg)[0]
+
+    assert loss(dirty, dirty).item() == loss(clean, clean).item()
+    gradient = mx.grad(loss)(dirty, dirty)
+    assert mx.array_equal(gradient, mx.grad(loss)(clean, clean))
+    assert (mx.where(mask > 0, 0.0, gradient) == 0).all().item()
+
+
+def test_a_row_without_tokens_gives_nothing_and_stays_finite() -> None:
+    for kind in ("grpo", "dapo", "dr_grpo"):
+        cfg = LossConfig(type=kind)
+        loss, _ = policy_loss(mx.zeros((1, 3)), batch_of(cfg, mx.zeros((1, 3)), [1.0]), cfg)
+        assert loss.item() == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-10, 10, width=32), min_size=8, max_size=8), st.permutations(range(4)))
+def test_advantages_sum_to_zero_and_follow_their_completions(rewards: list[float], order: list[int]) -> None:
+    got = column(rewards, 4, "group")
+    assert sum(got[:4]) == pytest.approx(0, abs=1e-3)
+    shuffled = column([rewards[i] for i in order] + rewards[4:], 4, "group")
+    assert shuffled[:4] == pytest.approx([got[i] for i in order], abs=1e-3)
+    assert max(map(abs, got)) <= 1.5 + 1e-3  # (n - 1) / sqrt(n) for n = 4

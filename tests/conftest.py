@@ -66,7 +66,7 @@ def shaken(state: dict[str, mx.array]) -> dict[str, mx.array]:
     """A state with every array drawn anew, so that B is not zero."""
     keys = mx.random.split(mx.random.key(1), len(state))
     return {
-        path: 0.2 * mx.random.normal(array.shape, key=key)
+        path: 0.05 * mx.random.normal(array.shape, key=key)
         for (path, array), key in zip(state.items(), keys, strict=True)
     }
 

@@ -22,6 +22,6 @@ def generate(
     """Answer a prompt, and show the text as it comes."""
     from grpo.training.answer import answer
 
-    for text in answer(target, prompt, None if base else adapter, not base, max_tokens, temperature, seed):
+    for text in answer(target, prompt, adapter, base, max_tokens, temperature, seed):
         print(text, end="", flush=True)
     print()

@@ -20,15 +20,15 @@ def answer(
     target: str,
     prompt: str,
     adapter: Path | None,
-    use_adapter: bool,
+    base: bool,
     max_tokens: int,
     temperature: float,
     seed: int,
 ) -> Iterator[str]:
     """The answer's text in pieces.
 
-    `target` is a run's folder, whose newest checkpoint is used where no `adapter` is named, or a model. The prompt
-    is put through the chat template as the run's prompts were.
+    `target` is a run's folder, whose newest checkpoint is used where no `adapter` is named, or a model; with `base`
+    no adapter is used. The prompt is put through the chat template as the run's prompts were.
     """
     setup()
     model_cfg, data = ModelConfig(name=target), DataConfig(source=target)
@@ -37,7 +37,7 @@ def answer(
         model_cfg, data = recipe.model, recipe.data.model_copy(update={"prompt": "prompt"})
         adapter = adapter or newest
     model, tokenizer = load(model_cfg)
-    if adapter is not None and use_adapter:
+    if adapter is not None and not base:
         load_adapter(model, adapter)
     task = PromptRenderer(data, tokenizer).task(0, {"prompt": prompt})
     generator = Generator(model, tokenizer, slots=1)

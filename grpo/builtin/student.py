@@ -1,8 +1,8 @@
 """A small Qwen3 that has learnt arithmetic badly.
 
 It has seen sums worked out and sums estimated, first mostly the one and later mostly the other. So it estimates,
-and is right when the sum is a multiple of five; yet it can work a sum out, which is right nearly always, and sometimes does.
-GRPO has something to find. Made with supervised steps alone; the same settings make the same model.
+which is right for multiples of five alone; yet it can work a sum out, which is right nearly always, and sometimes
+does. GRPO has something to find. Made with supervised steps alone; the same settings make the same model.
 """
 
 from __future__ import annotations

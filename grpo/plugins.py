@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo.errors import UserError
 
-Reward = Callable[..., Any]
+Function = Callable[..., Any]
 
 
 def bundled(kind: str) -> Path:
@@ -44,56 +44,63 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"{name}: there is no such recipe.{_suggest(path.stem, known)} Bundled: {', '.join(known)}")
 
 
-def find_reward(use: str) -> tuple[str, Reward]:
-    """A reward's name and callable.
-
-    `use` is a bundled name (its `reward` function), `file.py:function`, or
-    `package.module:function`. Raises UserError for one that cannot be imported, and says why.
-    """
-    module_name, colon, function = use.partition(":")
-    if not colon:
-        path = bundled("rewards") / f"{use}.py"
-        if not path.is_file():
-            known = bundled_names("rewards", ".py")
-            raise UserError(
-                f"reward {use!r}: not a bundled name.{_suggest(use, known)} Bundled: {', '.join(known)}; "
-                "your own: file.py:function or package.module:function"
-            )
-        return use, _attribute(use, _load_file(use, path), "reward")
-    if module_name.endswith(".py"):
-        return function, _attribute(use, _load_file(use, Path(module_name)), function)
-    return function, _attribute(use, _import(use, lambda: importlib.import_module(module_name)), function)
-
-
-def _load_file(use: str, path: Path) -> Any:
+def find_reward(use: str) -> tuple[str, Function]:
+    """A reward's name and callable: `use` is a bundled name (its `reward` function), or as for `find_function`."""
+    if ":" in use:
+        return use.rpartition(":")[2], find_function(use, "reward")
+    path = bundled("rewards") / f"{use}.py"
     if not path.is_file():
-        raise UserError(f"reward {use!r}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"grpo_reward_{path.stem}", path)
+        known = bundled_names("rewards", ".py")
+        raise UserError(
+            f"reward {use!r}: not a bundled name.{_suggest(use, known)} Bundled: {', '.join(known)}; "
+            "your own: file.py:function or package.module:function"
+        )
+    return use, _attribute(f"reward {use!r}", _load_file(f"reward {use!r}", path), "reward")
+
+
+def find_function(use: str, kind: str) -> Function:
+    """The callable that `file.py:function` or `package.module:function` names; `kind` says in errors what it is for.
+
+    Raises UserError for one that cannot be imported, and says why.
+    """
+    what = f"{kind} {use!r}"
+    place, colon, function = use.rpartition(":")
+    if not colon:
+        raise UserError(f"{what}: write file.py:function or package.module:function")
+    if place.endswith(".py"):
+        return _attribute(what, _load_file(what, Path(place)), function)
+    return _attribute(what, _import(what, lambda: importlib.import_module(place)), function)
+
+
+def _load_file(what: str, path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{what}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"grpo_plugin_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a module up by its name
     loader = spec.loader
-    _import(use, lambda: loader.exec_module(module))
+    _import(what, lambda: loader.exec_module(module))
     return module
 
 
-def _import(use: str, load: Callable[[], Any]) -> Any:
+def _import(what: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # other people's code: whatever it raises is theirs to see
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{frame.filename}:{frame.lineno}"
-        raise UserError(f"reward {use!r}: cannot be imported: {type(error).__name__}: {error} ({where})") from error
+        raise UserError(f"{what}: cannot be imported: {type(error).__name__}: {error} ({where})") from error
 
 
-def _attribute(use: str, module: Any, function: str) -> Reward:
+def _attribute(what: str, module: Any, function: str) -> Function:
     found = getattr(module, function, None)
     if not callable(found):
         functions = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
-        raise UserError(f"reward {use!r}: no function {function!r} there.{_suggest(function, functions)}")
-    reward: Reward = found
-    return reward
+        raise UserError(f"{what}: no function {function!r} there.{_suggest(function, functions)}")
+    callable_: Function = found
+    return callable_
 
 
 def _suggest(name: str, known: list[str]) -> str:

@@ -83,17 +83,19 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         found = path.parent / name
         return str(found.resolve()) if found.exists() else name
 
-    def reward_path(use: str) -> str:
+    def function_path(use: str) -> str:
         file, colon, function = use.partition(":")
         return beside(file) + colon + function if file.endswith(".py") else use
 
-    rewards = tuple(reward.model_copy(update={"use": reward_path(reward.use)}) for reward in recipe.rewards)
+    rewards = tuple(reward.model_copy(update={"use": function_path(reward.use)}) for reward in recipe.rewards)
     update: dict[str, Any] = {
         "output_dir": recipe.output_dir or f"runs/{path.stem}",
         "model": recipe.model.model_copy(update={"name": beside(recipe.model.name)}),
         "data": recipe.data.model_copy(update={"source": beside(recipe.data.source)}),
         "rewards": rewards,
     }
+    if recipe.loss.use is not None:
+        update["loss"] = recipe.loss.model_copy(update={"use": function_path(recipe.loss.use)})
     if recipe.eval is not None and recipe.eval.source is not None:
         update["eval"] = recipe.eval.model_copy(update={"source": beside(recipe.eval.source)})
     return recipe.model_copy(update=update)

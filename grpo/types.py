@@ -47,12 +47,14 @@ class Rollout:
     """A completion and what became of it.
 
     `scores` are the raw values by reward name, None where a reward gave none; `reward` is their weighted sum,
-    None where no reward scored it; `advantage` is 0 until the objective has set it.
+    None where no reward scored it; `penalty` is taken off it before advantages are; `advantage` is 0 until the
+    objective has set it.
     """
 
     completion: Completion
     scores: Mapping[str, float | None] = field(default_factory=dict)
     reward: float | None = None
+    penalty: float = 0.0
     advantage: float = 0.0
 
 
@@ -74,6 +76,7 @@ class Batch:
     advantages [B] float32.
     weights [B, T] float32: the normaliser, fixed over the whole step before it was split; 0 where the mask is.
     old_logprobs, ref_logprobs, sampling_logprobs [B, T] float32, or None where the settings need none.
+    beta [] float32: the weight of the KL penalty at this step, where there is one.
     """
 
     tokens: mx.array
@@ -85,6 +88,7 @@ class Batch:
     sampling_logprobs: mx.array
     old_logprobs: mx.array | None = None
     ref_logprobs: mx.array | None = None
+    beta: mx.array | None = None
 
     def arrays(self) -> dict[str, mx.array]:
         """The fields that are set, as a tree that `mx.compile` takes."""

@@ -77,7 +77,7 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
             6,
             "rollout.num_generations: expected greater than or equal",
         ),
-        ("optim:", "loss: {type: grop}\noptim:", 6, "loss.type: expected 'grpo', 'dapo' or 'dr_grpo', got \"grop\""),
+        ("optim:", "loss: {type: grop}\noptim:", 6, "loss.type: expected 'grpo', 'bnpo', 'dr_grpo'"),
         ("optim:", "loss: {beta: 0, beta: 1}\noptim:", 6, "loss.beta is given twice"),
         ("optim:", "optim: [", 6, "not YAML"),
         ("gsm8k_answer", "gsm8k_answer\n    weight: 0", 4, "every reward has weight 0"),

@@ -66,6 +66,19 @@ class Adapters:
         self.load_state(state)
         self.active = name
 
+    def delta(self) -> float:
+        """The norm of what the adapter adds to the model's weights, `scale · B A` over all layers: 0 at first."""
+        state, scale = self.state(), self.config["lora_parameters"]["scale"]
+        total = mx.array(0.0)
+        for path, a in state.items():
+            if path.endswith("lora_a"):
+                a, b = a.astype(mx.float32), state[f"{path[:-1]}b"].astype(mx.float32)
+                if a.ndim == 3:  # experts keep both the other way round
+                    a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
+                # |AB|² = Σ (AᵀA) ∘ (BBᵀ), without ever making AB
+                total = total + ((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2))).sum()
+        return float(scale * mx.sqrt(mx.maximum(total, 0)).item())
+
     def save(self, folder: Path) -> None:
         """Write the policy's state as mlx-lm reads it (`mlx_lm.generate --adapter-path`)."""
         assert self.active == "policy"

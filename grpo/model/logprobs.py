@@ -52,19 +52,22 @@ def split_head(model: nn.Module) -> tuple[Body, Head] | None:
     return (body, head) if same else None
 
 
-def chunked_logprobs(hidden: mx.array, tokens: mx.array, head: Head, temperature: float) -> tuple[mx.array, mx.array]:
+def chunked_logprobs(
+    hidden: mx.array, tokens: mx.array, head: Head, temperature: float, entropy_gradient: bool = False
+) -> tuple[mx.array, mx.array]:
     """Logprobs and entropies of tokens from hidden states, without ever holding all the logits.
 
     hidden `[B, T, D]` of the model's dtype, tokens `[B, T]` integers; returns two `[B, T]` fp32 arrays. Logits
-    live for `CHUNK` tokens at a time, in the backward pass too, which computes them again. The entropies carry no
-    gradient.
+    live for `CHUNK` tokens at a time, in the backward pass too, which computes them again. The entropies carry a
+    gradient only if `entropy_gradient`.
     """
     rows, length, _ = hidden.shape
     flat_hidden, flat_tokens = hidden.reshape(rows * length, -1), tokens.reshape(-1)
 
     def project(chunk: mx.array, chosen: mx.array) -> tuple[mx.array, mx.array]:
         logits, chosen = scaled(head(chunk), temperature), mx.stop_gradient(chosen)
-        return token_logprobs(logits, chosen), mx.stop_gradient(entropies(logits))
+        entropy = entropies(logits)
+        return token_logprobs(logits, chosen), entropy if entropy_gradient else mx.stop_gradient(entropy)
 
     checkpointed = mx.checkpoint(project)
     parts = [

@@ -31,13 +31,13 @@ class Policy:
         return next(norms, mx.float32)
 
     def logprobs(
-        self, tokens: mx.array, prompt_lengths: mx.array, completion_ids: mx.array
+        self, tokens: mx.array, prompt_lengths: mx.array, completion_ids: mx.array, entropy_gradient: bool = False
     ) -> tuple[mx.array, mx.array]:
         """Logprobs and entropies of completions, teacher-forced, at the sampling temperature.
 
         tokens `[B, L]` prompt and completion, padded on the right (a causal model does not see what comes later,
         so no mask is needed); prompt_lengths `[B]`; completion_ids `[B, T]`. Returns two fp32 `[B, T]` arrays;
-        what they hold on padding is finite and means nothing.
+        what they hold on padding is finite and means nothing. Entropies carry a gradient if `entropy_gradient`.
         """
         length = completion_ids.shape[1]
         last = tokens.shape[1] - 1
@@ -46,7 +46,8 @@ class Policy:
         if self.split is None:
             logits = mx.take_along_axis(self.model(tokens[:, :-1]), positions[..., None], axis=1)
             logits = scaled(logits, self.temperature)
-            return token_logprobs(logits, completion_ids), mx.stop_gradient(entropies(logits))
+            entropy = entropies(logits)
+            return token_logprobs(logits, completion_ids), entropy if entropy_gradient else mx.stop_gradient(entropy)
         body, head = self.split
         hidden = mx.take_along_axis(body(tokens[:, :-1]), positions[..., None], axis=1)
-        return chunked_logprobs(hidden, completion_ids, head, self.temperature)
+        return chunked_logprobs(hidden, completion_ids, head, self.temperature, entropy_gradient)

@@ -1,13 +1,14 @@
-"""Advantages relative to the group (GRPO, arXiv 2402.03300)."""
+"""Advantages: how much better a completion did than what it is compared with."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
 from grpo.config import AdvantageConfig
+from grpo.presets import Baseline
 
 EPSILON = 1e-4
-"""Added to the deviation that centred rewards are divided by, as in TRL."""
+"""Added to the deviation that rewards are divided by, as in TRL."""
 
 
 def total_rewards(rewards: mx.array, weights: mx.array) -> mx.array:
@@ -21,43 +22,89 @@ def total_rewards(rewards: mx.array, weights: mx.array) -> mx.array:
     return mx.where(scored.any(axis=1), total, mx.nan)
 
 
-def advantages(rewards: mx.array, weights: mx.array, num_generations: int, cfg: AdvantageConfig) -> mx.array:
-    """How much better each completion did than its group.
+def advantages(
+    rewards: mx.array, weights: mx.array, num_generations: int, cfg: AdvantageConfig, default: Baseline = "group"
+) -> mx.array:
+    """The advantage of each completion.
 
-    rewards `[N, F]` float32 with NaN for "no score", rows of a group of `num_generations` together; weights `[F]`.
-    Returns `[N]` float32. With R the total reward, μ and σ its mean and its deviation with Bessel's correction:
+    rewards `[N, F]` float32 with NaN for "no score", rows of a group of `num_generations` together; weights `[F]`;
+    `default` is the baseline where `cfg` names none. Returns `[N]` float32. With R the total reward, μ and σ its mean
+    and its deviation with Bessel's correction, over the group unless said, and n its size:
 
-        scale_rewards group:  (R - μ_group) / (σ_group + 1e-4)     arXiv 2402.03300
-        scale_rewards batch:  (R - μ_group) / (σ_batch + 1e-4)     arXiv 2508.08221
-        scale_rewards none:    R - μ_group                         arXiv 2503.20783
+        group          R - μ, divided by  σ + 1e-4              scale_rewards group   arXiv 2402.03300
+                                          σ of the batch + 1e-4 scale_rewards batch   arXiv 2508.08221
+                                          nothing               scale_rewards none    arXiv 2503.20783
+        leave_one_out  R - mean of the others = n/(n - 1) (R - μ), scaled as above    arXiv 2402.14740
+        batch          (R - μ of the batch) / (σ of the batch + 1e-4)                 arXiv 2501.03262
+        gdpo           Σ weight · (R_f - μ_f) / (σ_f + 1e-4) for each reward f, whitened as in batch   arXiv 2601.05242
+        maxrl          (R - μ) / μ, 0 where μ is 0
 
-    A completion that nothing scored takes no part in μ and σ and gets 0; so does every completion of a group
-    whose rewards are all equal, and exactly.
+    A completion that nothing scored takes no part in any mean and gets 0; so does every completion of a group whose
+    rewards are all equal (but for `batch`, which compares across groups), and exactly.
     """
     total = total_rewards(rewards, weights)
     grouped = total.reshape(-1, num_generations)
     scored = ~mx.isnan(grouped)
-    values = mx.where(scored, grouped, 0.0)
-    centred = mx.where(scored & ~_uniform(values, scored), values - _mean(values, scored), 0.0)
-    if cfg.scale_rewards == "group":
-        centred = centred / (_deviation(values, scored) + EPSILON)
-    elif cfg.scale_rewards == "batch":
-        centred = centred / (_deviation(values.reshape(1, -1), scored.reshape(1, -1)) + EPSILON)
-    return centred.reshape(-1)
+    match cfg.baseline or default:
+        case "group":
+            found = _scaled(_centred(grouped), grouped, cfg)
+        case "leave_one_out":
+            count = scored.sum(axis=1, keepdims=True)
+            found = _scaled(_centred(grouped) * count / mx.maximum(count - 1, 1), grouped, cfg)
+        case "batch":
+            found = _whitened(grouped)
+        case "gdpo":
+            found = _gdpo(rewards, weights, num_generations)
+        case "maxrl":
+            mean = _mean(grouped)
+            found = mx.where(mean != 0, _centred(grouped) / mx.where(mean != 0, mean, 1.0), 0.0)
+    return found.reshape(-1)
 
 
-def _uniform(values: mx.array, scored: mx.array) -> mx.array:
-    """Rows whose scored values are all equal: there, centring would leave rounding, and scaling blow it up."""
+def _gdpo(rewards: mx.array, weights: mx.array, size: int) -> mx.array:
+    """Each reward normalised in its group, so that none drowns another, then summed and whitened."""
+    columns = [rewards[:, f].reshape(-1, size) for f in range(rewards.shape[1]) if weights[f].item() != 0]
+    used = [weights[f] for f in range(rewards.shape[1]) if weights[f].item() != 0]
+    normalised = [_centred(column) / (_deviation(column) + EPSILON) for column in columns]
+    scored = mx.stack([~mx.isnan(column) for column in columns]).any(axis=0)
+    total = mx.stack([w * n for w, n in zip(used, normalised, strict=True)]).sum(axis=0)
+    return _whitened(mx.where(scored, total, mx.nan))
+
+
+def _scaled(centred: mx.array, grouped: mx.array, cfg: AdvantageConfig) -> mx.array:
+    match cfg.scale_rewards:
+        case "group":
+            return centred / (_deviation(grouped) + EPSILON)
+        case "batch":
+            return centred / (_deviation(grouped.reshape(1, -1)) + EPSILON)
+        case "none":
+            return centred
+
+
+def _whitened(values: mx.array) -> mx.array:
+    """Centred and scaled over the batch."""
+    flat = values.reshape(1, -1)
+    return (_centred(flat) / (_deviation(flat) + EPSILON)).reshape(values.shape)
+
+
+# The following take `[rows, n]` with NaN for "no score", and look at each row's scored values alone.
+
+
+def _centred(values: mx.array) -> mx.array:
+    """Values less their row's mean; exactly 0 in a row of equal values, where rounding would leave something."""
+    scored = ~mx.isnan(values)
     highest = mx.where(scored, values, -mx.inf).max(axis=1, keepdims=True)
     lowest = mx.where(scored, values, mx.inf).min(axis=1, keepdims=True)
-    return highest <= lowest
+    return mx.where(scored & (highest > lowest), mx.where(scored, values, 0.0) - _mean(values), 0.0)
 
 
-def _mean(values: mx.array, scored: mx.array) -> mx.array:
-    return values.sum(axis=1, keepdims=True) / mx.maximum(scored.sum(axis=1, keepdims=True), 1)
+def _mean(values: mx.array) -> mx.array:
+    scored = ~mx.isnan(values)
+    return mx.where(scored, values, 0.0).sum(axis=1, keepdims=True) / mx.maximum(scored.sum(axis=1, keepdims=True), 1)
 
 
-def _deviation(values: mx.array, scored: mx.array) -> mx.array:
-    """With Bessel's correction over the scored values of each row; 0 for fewer than two."""
-    squares = mx.where(scored, (values - _mean(values, scored)) ** 2, 0.0).sum(axis=1, keepdims=True)
-    return mx.sqrt(squares / mx.maximum(scored.sum(axis=1, keepdims=True) - 1, 1))
+def _deviation(values: mx.array) -> mx.array:
+    """With Bessel's correction; 0 for fewer than two values."""
+    scored = ~mx.isnan(values)
+    squares = mx.where(scored, mx.where(scored, values, 0.0) - _mean(values), 0.0) ** 2
+    return mx.sqrt(squares.sum(axis=1, keepdims=True) / mx.maximum(scored.sum(axis=1, keepdims=True) - 1, 1))

@@ -1,14 +1,28 @@
-"""Estimators of the KL divergence to the reference, from the sampled tokens (Schulman 2020)."""
+"""Estimators of the KL divergence from the policy to the reference, from the sampled tokens (Schulman 2020)."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import mlx.core as mx
 
+Estimator = Literal["k1", "k2", "k3"]
 
-def k3(logprobs: mx.array, ref_logprobs: mx.array) -> mx.array:
-    """`e^d - d - 1` with `d = ref - current`, per token: never negative, 0 where the two agree.
 
-    The form of GRPO (arXiv 2402.03300, eq. 4). Its gradient with respect to `logprobs` is `1 - e^d`.
+def kl_estimate(logprobs: mx.array, ref_logprobs: mx.array, estimator: Estimator) -> mx.array:
+    """Per token, with `d = ref - current`; 0 where the two agree.
+
+        k1  -d           gradient with respect to logprobs 1: unbiased in value, and on average no gradient at all
+        k2  d² / 2       gradient -d: on policy that of the reverse KL
+        k3  e^d - d - 1  gradient 1 - e^d; never negative; GRPO's form (arXiv 2402.03300, eq. 4)
+
+    Times the ratio, k3 has on policy the gradient -d, that of the reverse KL.
     """
     d = ref_logprobs - logprobs
-    return mx.exp(d) - d - 1
+    match estimator:
+        case "k1":
+            return -d
+        case "k2":
+            return d * d / 2
+        case "k3":
+            return mx.exp(d) - d - 1

@@ -1,74 +1,158 @@
-"""The clipped policy loss."""
+"""The policy loss: ratio × surrogate × normaliser, with what may be added to it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
 from grpo.config import LossConfig
-from grpo.objective.kl import k3
+from grpo.objective.corrections import (
+    effective_sample_size,
+    importance_weights,
+    off_policy_keep,
+    sampling_log_ratios,
+)
+from grpo.objective.kl import kl_estimate
+from grpo.objective.ratios import log_ratios, mean_over_tokens
+from grpo.objective.surrogates import SURROGATES, Terms
 
 Metrics = dict[str, mx.array]
+CustomLoss = Callable[[mx.array, Any, LossConfig], mx.array]
 
 
 def policy_loss(
-    logprobs: mx.array, batch: Any, cfg: LossConfig, entropies: mx.array | None = None
+    logprobs: mx.array,
+    batch: Any,
+    cfg: LossConfig,
+    entropies: mx.array | None = None,
+    custom: CustomLoss | None = None,
 ) -> tuple[mx.array, Metrics]:
     """The loss of a batch, to be minimised, and what it measured.
 
-    logprobs `[B, T]` float32 of the current policy, differentiable; entropies `[B, T]` or None. `batch` has
-    `mask`, `weights` `[B, T]` and `advantages` `[B]`, and may have `old_logprobs`, `ref_logprobs` and
-    `sampling_logprobs` `[B, T]`: without `old_logprobs` they are the current ones, and the ratio is exactly 1.
+    logprobs `[B, T]` float32 of the current policy, differentiable; entropies `[B, T]` or None. `batch` has `mask` and
+    `weights` `[B, T]` and `advantages` `[B]` or `[B, T]`, and may have, each `[B, T]`:
 
-        r = exp(logprobs - old_logprobs)
-        loss = Σ weights · ( -min(r A, clip(r, 1 - ε, 1 + ε_high) A) + β · k3 )
+        old_logprobs       of the policy before its first update on this batch. Without them they are the current
+                           ones, and the ratio is exactly 1.
+        ref_logprobs       of the reference; needed when the penalty's weight is above 0
+        sampling_logprobs  that the sampler gave; for the correction, and measured wherever they are
+        beta               a scalar array, the penalty's weight now, in the place of `cfg.beta`
 
-    Clipping as in PPO (arXiv 1707.06347), per token as in GRPO (arXiv 2402.03300, eq. 3), with an upper bound of
-    its own as in DAPO (arXiv 2503.14476). Raises ValueError when `cfg.beta` asks for `ref_logprobs` and there are
-    none.
+    `custom`, a function `(logprobs, batch, cfg) -> per_token_loss`, takes the surrogate's place.
 
-    The metrics are sums over the batch's tokens, so that batches of a step add up: divide by their
-    `tokens`. Logprobs on padding may be anything finite: the mask enters before the exponential.
+    loss = Σ weights · (keep · w · surrogate(ratio, A) + β · KL - c · entropy), where keep and w are the off-policy mask
+    and the sampler's correction. The formulas are in grpo/presets.py. Raises ValueError for a field that the settings
+    need and the batch has not.
+
+    Metrics are over the batch's masked tokens; `combine_metrics` puts those of a step's batches together. Values on
+    padding may be anything: the mask enters before any exponential.
     """
     mask = batch.mask
     logprobs = mx.where(mask > 0, logprobs, 0.0)
-    old = _optional(batch, "old_logprobs", mask)
-    log_ratio = logprobs - (mx.stop_gradient(logprobs) if old is None else old)
-    ratio = mx.exp(log_ratio)
-    advantages = batch.advantages[:, None]
-    low, high = 1 - cfg.epsilon, 1 + (cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high)
-    per_token = -mx.minimum(ratio * advantages, mx.clip(ratio, low, high) * advantages)
-    metrics = _clip_metrics(ratio, advantages, mask, low, high)
-    if cfg.beta > 0:
-        reference = _optional(batch, "ref_logprobs", mask)
-        if reference is None:
-            raise ValueError("beta > 0 needs ref_logprobs in the batch")
-        kl = k3(logprobs, reference)
-        per_token = per_token + cfg.beta * kl
-        metrics["kl"] = (kl * mask).sum()
+    old = _field(batch, "old_logprobs", mask)
+    old = mx.stop_gradient(logprobs) if old is None else old
+    advantages = (
+        batch.advantages if batch.advantages.ndim == 2 else mx.broadcast_to(batch.advantages[:, None], mask.shape)
+    )
+    terms = Terms(logprobs, old, log_ratios(logprobs, old, mask, cfg.preset.ratio), advantages, mask)
+    per_token = custom(logprobs, batch, cfg) if custom else SURROGATES[cfg.preset.surrogate](terms, cfg)
+    metrics = {"tokens": mask.sum(), **_clip_metrics(terms, cfg)}
+    per_token = per_token * _sampler_factor(batch, terms, cfg, metrics)
+    if cfg.kl_in == "loss" and (cfg.beta > 0 or cfg.beta_end):
+        kl = _penalty(batch, terms, cfg)
+        beta = getattr(batch, "beta", None)
+        per_token = per_token + (cfg.beta if beta is None else beta) * kl
+        metrics["kl"] = _mean(kl, mask)
     if entropies is not None:
-        metrics["entropy"] = (entropies * mask).sum()
-    sampled = _optional(batch, "sampling_logprobs", mask)
-    if sampled is not None:
-        metrics["sampling/sampling_logp_difference/mean"] = mx.abs(logprobs - sampled).sum()
+        entropies = mx.where(mask > 0, entropies, 0.0)
+        metrics["entropy"] = _mean(entropies, mask)
+    if cfg.entropy_coef > 0:
+        if entropies is None:
+            raise ValueError("entropy_coef > 0 needs entropies")
+        per_token = per_token - cfg.entropy_coef * entropies
     loss = (batch.weights * per_token).sum()
     return loss, {name: mx.stop_gradient(value) for name, value in metrics.items()}
 
 
-def _optional(batch: Any, name: str, mask: mx.array) -> mx.array | None:
+def _penalty(batch: Any, terms: Terms, cfg: LossConfig) -> mx.array:
+    reference = _field(batch, "ref_logprobs", terms.mask)
+    if reference is None:
+        raise ValueError("beta > 0 needs ref_logprobs in the batch")
+    kl = kl_estimate(terms.logprobs, reference, cfg.kl_estimator)
+    return mx.exp(terms.logprobs - terms.old_logprobs) * kl if cfg.kl_importance else kl
+
+
+def _sampler_factor(batch: Any, terms: Terms, cfg: LossConfig, metrics: Metrics) -> mx.array:
+    """The off-policy mask times the correction for the sampler; measures the raw ratios on the way."""
+    factor = mx.ones_like(terms.mask)
+    sampler = getattr(batch, "sampling_logprobs", None)
+    if cfg.off_policy_mask_threshold is not None:
+        behaviour = terms.old_logprobs if sampler is None else mx.where(terms.mask > 0, sampler, 0.0)
+        drift = behaviour - terms.logprobs
+        factor = factor * off_policy_keep(drift, terms.advantages, terms.mask, cfg.off_policy_mask_threshold)
+        metrics["off_policy_kept"] = _mean(factor, terms.mask)
+    if sampler is None:
+        if cfg.importance_sampling_correction != "none":
+            raise ValueError("importance_sampling_correction needs sampling_logprobs in the batch")
+        return factor
+    token, sequence = sampling_log_ratios(mx.stop_gradient(terms.old_logprobs), sampler, terms.mask)
+    metrics.update(_sampling_metrics(token, sequence, terms.mask))
+    if cfg.importance_sampling_correction == "none":
+        return factor
+    return factor * importance_weights(token, sequence, cfg)
+
+
+def _field(batch: Any, name: str, mask: mx.array) -> mx.array | None:
     """A field of the batch, if it has one, with 0 on padding."""
     value = getattr(batch, name, None)
     return None if value is None else mx.where(mask > 0, value, 0.0)
 
 
-def _clip_metrics(ratio: mx.array, advantages: mx.array, mask: mx.array, low: float, high: float) -> Metrics:
-    """Tokens whose ratio is beyond the bound that their advantage makes binding, by TRL's names."""
-    clipped_low = (ratio < low) & (advantages < 0)
-    clipped_high = (ratio > high) & (advantages > 0)
-    return {
-        "tokens": mask.sum(),
-        "clip_ratio/low_mean": (clipped_low * mask).sum(),
-        "clip_ratio/high_mean": (clipped_high * mask).sum(),
-        "clip_ratio/region_mean": ((clipped_low | clipped_high) * mask).sum(),
+def _mean(values: mx.array, mask: mx.array) -> mx.array:
+    return (values * mask).sum() / mx.maximum(mask.sum(), 1)
+
+
+def _clip_metrics(terms: Terms, cfg: LossConfig) -> Metrics:
+    """Fractions of tokens whose ratio is beyond the bound that their advantage makes binding, by TRL's names."""
+    preset, ratio, mask = cfg.preset, terms.ratio, terms.mask
+    if preset.surrogate == "cispo":
+        low = mx.zeros_like(mask)
+        high = ((ratio > cfg.epsilon_max) & (terms.advantages > 0)).astype(mx.float32)
+    elif preset.surrogate == "gmpo":
+        low = ((terms.log_ratio < -preset.epsilon) & (terms.advantages < 0)).astype(mx.float32)
+        high = ((terms.log_ratio > preset.epsilon_high) & (terms.advantages > 0)).astype(mx.float32)
+    else:
+        low = ((ratio < 1 - preset.epsilon) & (terms.advantages < 0)).astype(mx.float32)
+        high = ((ratio > 1 + preset.epsilon_high) & (terms.advantages > 0)).astype(mx.float32)
+    metrics = {
+        "clip_ratio/low_mean": _mean(low, mask),
+        "clip_ratio/low_min": _over_rows(mean_over_tokens(low, mask), mask, mx.inf).min(),
+        "clip_ratio/high_mean": _mean(high, mask),
+        "clip_ratio/high_max": _over_rows(mean_over_tokens(high, mask), mask, -mx.inf).max(),
+        "clip_ratio/region_mean": _mean(low + high, mask),
     }
+    if cfg.delta is not None:
+        metrics["clip_ratio/delta_mean"] = _mean((ratio > cfg.delta) & (terms.advantages < 0), mask)
+    return metrics
+
+
+def _sampling_metrics(token: mx.array, sequence: mx.array, mask: mx.array) -> Metrics:
+    """How far the sampler's logprobs are from the trainer's; ratios are raw, before any truncation."""
+    ratio, whole = mx.exp(token), mx.exp(sequence)
+    return {
+        "sampling/sampling_logp_difference/mean": _mean(mx.abs(token), mask),
+        "sampling/sampling_logp_difference/max": (mx.abs(token) * mask).max(),
+        "sampling/importance_sampling_ratio/min": mx.where(mask > 0, ratio, mx.inf).min(),
+        "sampling/importance_sampling_ratio/mean": _mean(ratio, mask),
+        "sampling/importance_sampling_ratio/max": mx.where(mask > 0, ratio, -mx.inf).max(),
+        "sampling/sequence_importance_sampling_ratio/min": _over_rows(whole, mask, mx.inf).min(),
+        "sampling/sequence_importance_sampling_ratio/max": _over_rows(whole, mask, -mx.inf).max(),
+        "sampling/effective_sample_size": effective_sample_size(ratio, mask),
+    }
+
+
+def _over_rows(values: mx.array, mask: mx.array, empty: float) -> mx.array:
+    """Values of rows, `[B, 1]`, with `empty` for rows without tokens."""
+    return mx.where(mask.sum(axis=1, keepdims=True) > 0, values, empty)

@@ -14,18 +14,22 @@ from grpo.config import LossConfig
 def token_weights(mask: mx.array, cfg: LossConfig, max_completion_length: int) -> mx.array:
     """The weight of each token's loss: `[N, T]` float32 from the step's whole mask, `[N, T]`.
 
-        grpo     1 / (N · tokens of the sequence)     arXiv 2402.03300
-        dapo     1 / tokens of the step               arXiv 2503.14476
-        dr_grpo  1 / (N · max_completion_length)      arXiv 2503.20783
+        sequence      1 / (N · tokens of the completion)
+        sequence_sum  1 / N
+        token         1 / tokens of the step
+        constant      1 / (N · max_completion_length)
+        micro_batch   as token, of a mask that is one micro-batch; the caller divides by their number
 
-    A row without tokens has weight 0 throughout.
+    A row without tokens has weight 0 throughout, and counts among the N: it was sampled.
     """
     mask = mask.astype(mx.float32)
     rows = mask.shape[0]
-    match cfg.type:
-        case "grpo":
+    match cfg.preset.normalize:
+        case "sequence":
             return mask / (rows * mx.maximum(mask.sum(axis=1, keepdims=True), 1))
-        case "dapo":
+        case "sequence_sum":
+            return mask / rows
+        case "token" | "micro_batch":
             return mask / mx.maximum(mask.sum(), 1)
-        case "dr_grpo":
+        case "constant":
             return mask / (rows * max_completion_length)

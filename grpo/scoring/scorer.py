@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo.config import RewardConfig
 from grpo.errors import RunError, UserError
-from grpo.plugins import Reward, find_reward
+from grpo.plugins import Function, find_reward
 from grpo.types import Completion, Group, Rollout
 
 
@@ -33,14 +33,14 @@ class Scores:
 class Scorer:
     """The reward functions of a recipe."""
 
-    def __init__(self, rewards: Mapping[str, Reward]) -> None:
+    def __init__(self, rewards: Mapping[str, Function]) -> None:
         self.rewards = rewards
         self.failures = dict.fromkeys(rewards, 0)
 
     @classmethod
     def of(cls, configs: Sequence[RewardConfig]) -> Scorer:
         """The functions that a recipe names. Raises UserError, as find_reward does."""
-        rewards: dict[str, Reward] = {}
+        rewards: dict[str, Function] = {}
         for config in configs:
             name, function = find_reward(config.use)
             if name in rewards:

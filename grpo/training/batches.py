@@ -11,61 +11,121 @@ import mlx.core as mx
 from grpo.config import Recipe
 from grpo.model.policy import Policy
 from grpo.objective import token_weights
+from grpo.objective.masks import top_entropy_mask
 from grpo.types import Batch, Group, Rollout, Task
 
 Row = tuple[Task, Rollout]
+MiniBatch = list[Batch]
 Value = TypeVar("Value", int, float)
 
 
-def make_batches(groups: Sequence[Group], cfg: Recipe, pad_to: int = 1) -> list[Batch]:
-    """The step's rows as micro-batches of up to `optim.micro_batch_size`, of similar lengths.
+def make_minibatches(groups: Sequence[Group], cfg: Recipe, pad_to: int = 1) -> list[MiniBatch]:
+    """The step's groups as `optim.num_minibatches` minibatches, one for each update of a pass."""
+    size = -(-len(groups) // cfg.optim.num_minibatches)
+    return [make_batches(groups[start : start + size], cfg, pad_to) for start in range(0, len(groups), size)]
 
-    Rows whose loss has no gradient (advantage 0, and no KL penalty) are left out. Denominators count them, so
-    that leaving them out changes nothing. Lengths are padded to multiples of `pad_to`.
+
+def make_batches(groups: Sequence[Group], cfg: Recipe, pad_to: int = 1) -> MiniBatch:
+    """The groups' rows as micro-batches of up to `optim.micro_batch_size`, of similar lengths.
+
+    Rows that can have no gradient (advantage 0, and nothing else in the loss) are left out. Denominators count them,
+    so that leaving them out changes nothing. Lengths are padded to multiples of `pad_to`.
     """
     rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
-    weights = token_weights(_mask(rows), cfg.loss, cfg.rollout.max_completion_length)
-    learning = [i for i, (_, rollout) in enumerate(rows) if rollout.advantage != 0 or cfg.loss.beta > 0]
+    mask = _mask(rows, cfg)
+    weights = token_weights(mask, cfg.loss, cfg.rollout.max_completion_length)
+    learning = [i for i, (_, rollout) in enumerate(rows) if rollout.advantage != 0 or _all_rows_count(cfg)]
     learning.sort(key=lambda i: len(rows[i][0].prompt_ids) + len(rows[i][1].completion.token_ids))
     size = cfg.optim.micro_batch_size
-    parts = [learning[start : start + size] for start in range(0, len(learning), size)]
-    return [_batch([rows[i] for i in part], weights[mx.array(part)], pad_to) for part in parts]
+    parts = [mx.array(learning[start : start + size]) for start in range(0, len(learning), size)]
+    batches = [collate([rows[i] for i in _ints(part)], mask[part], weights[part], pad_to) for part in parts]
+    return _local_weights(batches, cfg) if cfg.loss.preset.normalize == "micro_batch" else batches
 
 
-def with_reference(batches: Sequence[Batch], policy: Policy, beta: float) -> list[Batch]:
-    """The same batches with the reference's logprobs; as they are when no KL penalty asks for them."""
-    if beta == 0:
+def with_reference(batches: Sequence[Batch], policy: Policy, beta: float, cfg: Recipe) -> MiniBatch:
+    """The same batches with the reference's logprobs and the penalty's weight; as they are where the loss has none."""
+    if not _penalised(cfg):
         return list(batches)
     with policy.use("reference"):
-        return [replace(batch, ref_logprobs=_logprobs(policy, batch)) for batch in batches]
+        return [replace(batch, ref_logprobs=_forced(policy, batch)[0], beta=mx.array(beta)) for batch in batches]
 
 
-def _logprobs(policy: Policy, batch: Batch) -> mx.array:
-    logprobs, _ = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
-    mx.eval(logprobs)  # inside the block that has the reference active
-    return logprobs
+def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy) -> list[MiniBatch]:
+    """The same minibatches with the policy's logprobs as it is now, before the step's first update.
+
+    The first minibatch needs none: its logprobs when it is reached are these.
+    """
+    first, *others = minibatches
+    return [first] + [[replace(b, old_logprobs=_forced(policy, b)[0]) for b in batches] for batches in others]
 
 
-def _mask(rows: Sequence[Row]) -> mx.array:
-    lengths = [len(rollout.completion.token_ids) for _, rollout in rows]
-    return (mx.arange(max(lengths))[None] < mx.array(lengths)[:, None]).astype(mx.float32)
+def with_top_entropy(batches: Sequence[Batch], policy: Policy, cfg: Recipe) -> MiniBatch:
+    """The same batches with masks cut down to the tokens of highest entropy, and weights to match."""
+    if cfg.loss.top_entropy_quantile == 1 or not batches:
+        return list(batches)
+    longest = max(batch.mask.shape[1] for batch in batches)
+    entropies = mx.concatenate([_fitted(_forced(policy, batch)[1], longest) for batch in batches])
+    mask = mx.concatenate([_fitted(batch.mask, longest) for batch in batches])
+    mask = top_entropy_mask(entropies, mask, cfg.loss.top_entropy_quantile)
+    weights = token_weights(mask, cfg.loss, cfg.rollout.max_completion_length)
+    cut, start = [], 0
+    for batch in batches:
+        rows, width = batch.mask.shape
+        part = slice(start, start + rows)
+        cut.append(replace(batch, mask=mask[part, :width], weights=weights[part, :width]))
+        start += rows
+    return _local_weights(cut, cfg) if cfg.loss.preset.normalize == "micro_batch" else cut
 
 
-def _batch(rows: Sequence[Row], weights: mx.array, pad_to: int) -> Batch:
+def collate(rows: Sequence[Row], mask: mx.array, weights: mx.array, pad_to: int = 1) -> Batch:
+    """Rows as one batch; mask and weights `[B, ≥ T]` are fitted to it."""
     prompts = [list(task.prompt_ids) for task, _ in rows]
     completions = [list(rollout.completion.token_ids) for _, rollout in rows]
     together = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     length = _rounded(max(map(len, completions)), pad_to)
-    mask = _padded([[1.0] * len(ids) for ids in completions], length, 0.0)
     return Batch(
         tokens=mx.array(_padded(together, _rounded(max(map(len, together)), pad_to), 0)),
         prompt_lengths=mx.array([len(prompt) for prompt in prompts]),
         completion_ids=mx.array(_padded(completions, length, 0)),
-        mask=mx.array(mask),
+        mask=_fitted(mask, length),
         advantages=mx.array([rollout.advantage for _, rollout in rows]),
         weights=_fitted(weights, length),
         sampling_logprobs=mx.array(_padded([_sampled(rollout) for _, rollout in rows], length, 0.0)),
     )
+
+
+def _all_rows_count(cfg: Recipe) -> bool:
+    """Whether a row without advantage may have a gradient, or a say in which tokens or how many are trained on."""
+    loss = cfg.loss
+    chosen = loss.top_entropy_quantile < 1 or loss.preset.normalize == "micro_batch"
+    squared = loss.preset.surrogate == "dppo"  # its penalty does not know advantages
+    return _penalised(cfg) or chosen or squared or loss.entropy_coef > 0 or loss.use is not None
+
+
+def _penalised(cfg: Recipe) -> bool:
+    return cfg.loss.kl_in == "loss" and (cfg.loss.beta > 0 or bool(cfg.loss.beta_end))
+
+
+def _local_weights(batches: Sequence[Batch], cfg: Recipe) -> MiniBatch:
+    """Each micro-batch averaged over its own tokens, and the micro-batches over their number."""
+    longest, count = cfg.rollout.max_completion_length, len(batches)
+    return [replace(batch, weights=token_weights(batch.mask, cfg.loss, longest) / count) for batch in batches]
+
+
+def _forced(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Logprobs and entropies under the active state, evaluated while it is active."""
+    found = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
+    mx.eval(found)
+    return found
+
+
+def _mask(rows: Sequence[Row], cfg: Recipe) -> mx.array:
+    """1 on each completion's tokens: `[N, T]`, with nothing in the rows that overlong filtering leaves out."""
+    completions = [rollout.completion for _, rollout in rows]
+    filtered = cfg.loss.mask_truncated_completions
+    lengths = [0 if filtered and c.finish_reason == "length" else len(c.token_ids) for c in completions]
+    longest = max(len(c.token_ids) for c in completions)
+    return (mx.arange(longest)[None] < mx.array(lengths)[:, None]).astype(mx.float32)
 
 
 def _sampled(rollout: Rollout) -> list[float]:
@@ -73,13 +133,17 @@ def _sampled(rollout: Rollout) -> list[float]:
     return list(rollout.completion.logprobs)
 
 
+def _ints(array: mx.array) -> list[int]:
+    return [int(value) for value in array]
+
+
 def _padded(rows: list[list[Value]], length: int, filler: Value) -> list[list[Value]]:
     return [row + [filler] * (length - len(row)) for row in rows]
 
 
-def _fitted(weights: mx.array, length: int) -> mx.array:
-    """Weights `[B, T]` cut or padded with 0 to `length`; what is cut lies behind the rows' ends."""
-    return mx.pad(weights[:, :length], [(0, 0), (0, max(0, length - weights.shape[1]))])
+def _fitted(values: mx.array, length: int) -> mx.array:
+    """`[B, T]` cut or padded with 0 to `length`; what is cut lies behind the rows' ends."""
+    return mx.pad(values[:, :length], [(0, 0), (0, max(0, length - values.shape[1]))])
 
 
 def _rounded(length: int, multiple: int) -> int:

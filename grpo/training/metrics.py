@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev, stdev
 
+from grpo.objective.metrics import TOKENS
 from grpo.training.update import Update
 from grpo.types import Group, StepMetrics
 
+SOLVED = 1.0
+"""A reward from which a completion counts as solved."""
 
-def step_metrics(step: int, groups: Sequence[Group], update: Update, seconds: Mapping[str, float]) -> StepMetrics:
-    """Everything a step measured. `seconds` has its phases; `rollout` among them gives tokens per second.
 
-    Statistics of tokens (`kl`, `entropy`, `clip_ratio/…`) are over the tokens that were trained on.
+def step_metrics(
+    step: int, groups: Sequence[Group], update: Update, status: Mapping[str, float], seconds: Mapping[str, float]
+) -> StepMetrics:
+    """Everything a step measured, by the definitions in the README.
+
+    `groups` are all that were sampled, `status` what the trainer has to add, `seconds` the step's phases.
     """
     lengths = [len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts]
     values = {
@@ -20,8 +26,9 @@ def step_metrics(step: int, groups: Sequence[Group], update: Update, seconds: Ma
         **_length_metrics(groups, lengths),
         "loss": update.loss,
         "grad_norm": update.grad_norm,
-        "learning_rate": update.learning_rate,
-        **_token_means(update.sums),
+        **{name: value for name, value in update.metrics.items() if name != TOKENS},
+        **status,
+        "num_prompts": float(len(groups)),
         "num_tokens": float(sum(lengths)),
         "rollout_tokens_per_second": sum(lengths) / seconds["rollout"],
         **{f"time/{phase}": spent for phase, spent in seconds.items()},
@@ -37,6 +44,9 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "reward": fmean(everything) if everything else 0.0,
         "reward_std": fmean(stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in rewards_G),
         "frac_reward_zero_std": fmean(len(set(rewards)) <= 1 for rewards in rewards_G),
+        "solved_all": fmean(bool(rewards) and min(rewards) >= SOLVED for rewards in rewards_G),
+        "solved_none": fmean(all(reward < SOLVED for reward in rewards) for rewards in rewards_G),
+        "mixed": fmean(any(r >= SOLVED for r in rewards) and min(rewards) < SOLVED for rewards in rewards_G),
     }
     for name in groups[0].rollouts[0].scores:
         scores = [rollout.scores[name] for group in groups for rollout in group.rollouts]
@@ -49,14 +59,13 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def _length_metrics(groups: Sequence[Group], lengths: Sequence[int]) -> dict[str, float]:
     reasons = [rollout.completion.finish_reason for group in groups for rollout in group.rollouts]
+    terminated = [length for length, reason in zip(lengths, reasons, strict=True) if reason == "stop"] or [0]
     return {
         "completions/mean_length": fmean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
+        "completions/mean_terminated_length": fmean(terminated),
+        "completions/min_terminated_length": float(min(terminated)),
+        "completions/max_terminated_length": float(max(terminated)),
         "completions/clipped_ratio": fmean(reason == "length" for reason in reasons),
     }
-
-
-def _token_means(sums: Mapping[str, float]) -> dict[str, float]:
-    tokens = max(1.0, sums.get("tokens", 0.0))
-    return {name: value / tokens for name, value in sums.items() if name != "tokens"}

@@ -1,10 +1,10 @@
-"""The learning rate of a step: a pure function, so that a run resumed at a step has that step's."""
+"""What changes over a run, as pure functions of the step, so that a run resumed at a step has that step's."""
 
 from __future__ import annotations
 
 import math
 
-from grpo.config import OptimConfig
+from grpo.config import OptimConfig, Recipe
 
 
 def learning_rate(cfg: OptimConfig, step: int) -> float:
@@ -23,3 +23,11 @@ def learning_rate(cfg: OptimConfig, step: int) -> float:
             return cfg.learning_rate * (1 - progress)
         case "cosine":
             return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def penalty_weight(cfg: Recipe, step: int) -> float:
+    """beta at `step` (from 1): `loss.beta`, moving on a line to `loss.beta_end` at the last step."""
+    if cfg.loss.beta_end is None:
+        return cfg.loss.beta
+    progress = (step - 1) / max(1, cfg.optim.steps - 1)
+    return cfg.loss.beta + (cfg.loss.beta_end - cfg.loss.beta) * progress

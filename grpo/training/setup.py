@@ -14,6 +14,7 @@ from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
 from grpo.model.load import load
 from grpo.model.policy import Policy
+from grpo.plugins import find_function
 from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
 from grpo.training.evaluate import Evaluator
@@ -42,6 +43,7 @@ def prepare(cfg: Recipe) -> Prepared:
     """
     setup()
     scorer = Scorer.of(cfg.rewards)
+    custom_loss = find_function(cfg.loss.use, "loss") if cfg.loss.use else None
     sources = [cfg.data, *_eval_data(cfg)]
     local = [load_rows(source) if is_local(source) else None for source in sources]
     model, tokenizer = load(cfg.model)
@@ -57,7 +59,8 @@ def prepare(cfg: Recipe) -> Prepared:
     stream = TaskStream(tables[0], renderer, cfg.seed)
     plan = make_plan(cfg, policy, max(len(task.prompt_ids) for task in tasks))
     notes = [] if policy.split else ["this model's head cannot be split off: logprobs go through full logits, slowly"]
-    return Prepared(Trainer(cfg, policy, stream, engine, scorer, evaluator), plan, tasks, notes)
+    trainer = Trainer(cfg, policy, stream, engine, scorer, evaluator, custom_loss)
+    return Prepared(trainer, plan, tasks, notes)
 
 
 def _eval_data(cfg: Recipe) -> list[DataConfig]:

@@ -12,16 +12,19 @@ from grpo.backend.random import derive_key
 from grpo.config import Recipe
 from grpo.data.stream import TaskStream
 from grpo.model.policy import Policy
-from grpo.objective.groups import with_advantages
+from grpo.objective.groups import has_variance, with_advantages, with_rewards
+from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
-from grpo.training.batches import make_batches, with_reference
+from grpo.training.batches import make_minibatches, with_old_logprobs, with_reference, with_top_entropy
 from grpo.training.checkpoint import save_checkpoint
 from grpo.training.evaluate import Evaluator
 from grpo.training.metrics import step_metrics
+from grpo.training.penalties import with_penalties
+from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.signals import StopRequest
 from grpo.training.update import Updater
-from grpo.types import EvalMetrics, StepMetrics
+from grpo.types import EvalMetrics, Group, StepMetrics
 
 Log = Callable[[StepMetrics | EvalMetrics], None]
 
@@ -51,6 +54,7 @@ class Trainer:
         engine: RolloutEngine,
         scorer: Scorer,
         evaluate: Evaluator | None = None,
+        custom_loss: CustomLoss | None = None,
     ) -> None:
         self.cfg = cfg
         self.policy = policy
@@ -58,25 +62,55 @@ class Trainer:
         self.engine = engine
         self.scorer = scorer
         self.evaluate = evaluate
-        self.update = Updater(policy, cfg)
+        self.update = Updater(policy, cfg, custom_loss)
         self.pad_to = GPU_PADDING if on_gpu() else 1
 
     def step(self, n: int) -> StepMetrics:
-        """Sample, score, and update once. `n` counts from 1."""
-        cfg, clock = self.cfg, _Clock()
-        tasks = self.tasks.take(cfg.rollout.prompts_per_step)
-        key = derive_key(cfg.seed, "rollout", n)
-        groups = self.engine.rollout(tasks, cfg.rollout.num_generations, cfg.rollout.temperature, key)
-        clock.lap("rollout")
-        groups = self.scorer.score(groups)
-        clock.lap("reward")
-        groups = with_advantages(groups, cfg.rewards, cfg.advantage)
-        batches = make_batches(groups, cfg, self.pad_to)  # token weights are fixed here, before any split
-        batches = with_reference(batches, self.policy, cfg.loss.beta)  # nothing to do when beta == 0
+        """Sample, score, and update. `n` counts from 1."""
+        cfg, policy, clock = self.cfg, self.policy, _Clock()
+        beta = penalty_weight(cfg, n)
+        sampled, groups = self.sample(n, clock)
+        groups = with_penalties(groups, policy, cfg, beta)  # as they are unless the recipe asks for some
+        groups = with_advantages(groups, cfg)
+        minibatches = make_minibatches(groups, cfg, self.pad_to)  # token weights are fixed here, before any split
+        minibatches = [with_top_entropy(batches, policy, cfg) for batches in minibatches]
+        minibatches = [with_reference(batches, policy, beta, cfg) for batches in minibatches]  # not for beta 0
+        minibatches = with_old_logprobs(minibatches, policy)  # nothing to do for a single one
         clock.lap("logprobs")
-        update = self.update(batches, n)
+        update = self.update(minibatches, n)
         clock.lap("update")
-        return step_metrics(n, groups, update, clock.laps)
+        return step_metrics(n, sampled, update, self.status(n, beta), clock.laps)
+
+    def sample(self, n: int, clock: _Clock) -> tuple[list[Group], list[Group]]:
+        """All groups that were sampled and scored, and the step's worth of them to learn from.
+
+        With `rollout.dynamic_sampling` groups without variance are replaced by fresh prompts, so many times at most;
+        what is still missing then is filled up with them.
+        """
+        cfg = self.cfg
+        sampled: list[Group] = []
+        for attempt in range(1 + cfg.rollout.dynamic_sampling):
+            varied = [group for group in sampled if has_variance(group)]
+            missing = cfg.rollout.prompts_per_step - len(varied)
+            if missing == 0:
+                break
+            key = derive_key(cfg.seed, "rollout", n, attempt)
+            tasks = self.tasks.take(missing)
+            groups = self.engine.rollout(tasks, cfg.rollout.num_generations, cfg.rollout.temperature, key)
+            clock.lap("rollout")
+            sampled += with_rewards(self.scorer.score(groups), cfg.rewards)
+            clock.lap("reward")
+        varied_first = sorted(sampled, key=has_variance, reverse=True) if cfg.rollout.dynamic_sampling else sampled
+        return sampled, varied_first[: cfg.rollout.prompts_per_step]
+
+    def status(self, n: int, beta: float) -> dict[str, float]:
+        """What the trainer itself has to tell about a step."""
+        status = {
+            "learning_rate": learning_rate(self.cfg.optim, n),
+            "adapter_delta": self.policy.adapters.delta(),
+            "dropped_prompts": float(self.tasks.dropped),
+        }
+        return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 
     def run(self, folder: Path, log: Log, stop: StopRequest) -> Outcome:
         """All steps, with evaluations and checkpoints between them, until the last or until asked to stop."""
@@ -111,5 +145,5 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name] = now - self._last
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now

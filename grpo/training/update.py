@@ -1,4 +1,4 @@
-"""The update: gradients summed over micro-batches, clipped, and one AdamW step (or several) on the adapter."""
+"""The update: gradients summed over micro-batches, clipped, and AdamW steps on the adapter."""
 
 from __future__ import annotations
 
@@ -16,85 +16,92 @@ from grpo.backend.device import compiled
 from grpo.config import Recipe
 from grpo.errors import RunError
 from grpo.model.policy import Policy
-from grpo.objective import policy_loss
+from grpo.objective import combine_metrics, policy_loss
+from grpo.objective.loss import CustomLoss
+from grpo.training.batches import MiniBatch
 from grpo.training.schedule import learning_rate
 from grpo.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an update measured: the loss, the gradient's norm before clipping, and sums over tokens by name."""
+    """What an update measured: the loss, the gradient's norm before clipping, and the objective's metrics."""
 
     loss: float
     grad_norm: float
-    learning_rate: float
-    sums: dict[str, float]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """The gradient of a minibatch's loss as a tree, the loss, its metrics, and the batches with old logprobs."""
+
+    tree: Any
+    loss: float
+    metrics: dict[str, float]
+    batches: list[Batch]
 
 
 class Updater:
-    """Holds the optimiser. One call is one update of the policy from a step's batches."""
+    """Holds the optimiser. One call is one step's updates of the policy."""
 
-    def __init__(self, policy: Policy, cfg: Recipe) -> None:
+    def __init__(self, policy: Policy, cfg: Recipe, custom: CustomLoss | None = None) -> None:
         self.policy = policy
         self.cfg = cfg
+        self.custom = custom
         self.optimizer = optim.AdamW(
             learning_rate=cfg.optim.learning_rate, weight_decay=cfg.optim.weight_decay, bias_correction=True
         )
         self.optimizer.init(policy.model.trainable_parameters())
         self._loss_and_grad = compiled(nn.value_and_grad(policy.model, self._loss), policy.model.state)
 
-    def __call__(self, batches: Sequence[Batch], step: int) -> Update:
-        """Apply `optim.num_iterations` updates; what is returned is averaged over them.
+    def __call__(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
+        """`optim.num_iterations` passes of one update for each minibatch; what is returned is over all of them.
 
-        Logprobs before the first are its own, so keeping them costs nothing. Raises RunError, with the policy as
-        it was, when the loss or the gradient is not finite.
+        A batch without old logprobs gets those of its first pass: there the policy is still what it was, and the ratio
+        exactly 1. Raises RunError, with the policy as it was, when a loss or a gradient is not finite.
         """
-        rate = learning_rate(self.cfg.optim, step)
-        self.optimizer.learning_rate = rate
-        updates = []
+        self.optimizer.learning_rate = learning_rate(self.cfg.optim, step)
+        waiting, updates = list(minibatches), []
         for _ in range(self.cfg.optim.num_iterations):
-            update, batches = self._once(batches, rate, step)
-            updates.append(update)
-        return _average(updates)
+            for number, batches in enumerate(waiting):
+                gradient = self.gradient(batches)
+                updates.append(self._apply(gradient, step))
+                waiting[number] = gradient.batches
+        return Update(
+            loss=sum(update.loss for update in updates) / len(updates),
+            grad_norm=sum(update.grad_norm for update in updates) / len(updates),
+            metrics=combine_metrics([update.metrics for update in updates if update.metrics]),
+        )
 
-    def _once(self, batches: Sequence[Batch], rate: float, step: int) -> tuple[Update, list[Batch]]:
-        gradients, loss, sums, seen = self.gradients(batches)
-        clipped, norm = optim.clip_grad_norm(gradients, self.cfg.optim.max_grad_norm)
-        update = Update(loss, norm.item(), rate, sums)
-        if not (mx.isfinite(norm).item() and mx.isfinite(mx.array(loss)).item()):
-            raise RunError(f"step {step}: loss {loss}, gradient norm {update.grad_norm}: not finite, so not applied")
+    def _apply(self, gradient: Gradient, step: int) -> Update:
+        clipped, norm = optim.clip_grad_norm(gradient.tree, self.cfg.optim.max_grad_norm)
+        update = Update(gradient.loss, norm.item(), gradient.metrics)
+        if not (mx.isfinite(norm).item() and mx.isfinite(mx.array(gradient.loss)).item()):
+            raise RunError(
+                f"step {step}: loss {update.loss}, gradient norm {update.grad_norm}: not finite, not applied"
+            )
         self.optimizer.update(self.policy.model, clipped)
         mx.eval(self.policy.model.trainable_parameters(), self.optimizer.state)
-        return update, seen
+        return update
 
-    def gradients(self, batches: Sequence[Batch]) -> tuple[Any, float, dict[str, float], list[Batch]]:
-        """The gradient tree of the summed loss, the loss, sums of its metrics, and the batches with old logprobs.
-
-        No batches (a step without anything to learn from) give a gradient of zeros.
-        """
-        total = tree_map(mx.zeros_like, self.policy.model.trainable_parameters())
-        loss, sums, seen = 0.0, dict[str, float](), []
+    def gradient(self, batches: Sequence[Batch]) -> Gradient:
+        """The gradient of the batches' summed loss; of no batches (nothing to learn from), zeros."""
+        tree = tree_map(mx.zeros_like, self.policy.model.trainable_parameters())
+        loss, parts, seen = 0.0, [], []
         for batch in batches:
             (value, (metrics, logprobs)), gradient = self._loss_and_grad(batch.arrays())
-            total = tree_map(mx.add, total, gradient)
-            mx.eval(total, value, metrics, logprobs)  # one micro-batch's activations at a time
+            tree = tree_map(mx.add, tree, gradient)
+            mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time
             loss += value.item()
-            sums = {name: sums.get(name, 0.0) + metric.item() for name, metric in metrics.items()}
+            parts.append({name: float(metric.item()) for name, metric in metrics.items()})
             seen.append(batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs))
-        return total, loss, sums, seen
+        return Gradient(tree, loss, combine_metrics(parts), seen)
 
     def _loss(self, arrays: dict[str, mx.array]) -> tuple[mx.array, tuple[dict[str, mx.array], mx.array]]:
-        logprobs, entropies = self.policy.logprobs(arrays["tokens"], arrays["prompt_lengths"], arrays["completion_ids"])
-        loss, metrics = policy_loss(logprobs, SimpleNamespace(**arrays), self.cfg.loss, entropies)
+        loss_cfg = self.cfg.loss
+        logprobs, entropies = self.policy.logprobs(
+            arrays["tokens"], arrays["prompt_lengths"], arrays["completion_ids"], loss_cfg.entropy_coef > 0
+        )
+        loss, metrics = policy_loss(logprobs, SimpleNamespace(**arrays), loss_cfg, entropies, self.custom)
         return loss, (metrics, mx.stop_gradient(logprobs))
-
-
-def _average(updates: Sequence[Update]) -> Update:
-    count = len(updates)
-    names = updates[0].sums
-    return Update(
-        loss=sum(update.loss for update in updates) / count,
-        grad_norm=sum(update.grad_norm for update in updates) / count,
-        learning_rate=updates[0].learning_rate,
-        sums={name: sum(update.sums[name] for update in updates) / count for name in names},
-    )

@@ -103,15 +103,19 @@ def test_step_metrics_by_hand() -> None:
         Group(Task(0, "?", (1,), {}), (rollout(2, 1.0), rollout(4, 0.0))),
         Group(Task(1, "?", (1,), {}), (rollout(6, 0.5, "length"), rollout(8, None))),
     ]
-    sums = {"tokens": 10.0, "entropy": 5.0, "clip_ratio/low_mean": 1.0}
-    values = step_metrics(3, groups, Update(-0.1, 2.0, 1e-3, sums), {"rollout": 2.0, "update": 1.0}).values
+    update = Update(-0.1, 2.0, {"tokens": 10.0, "entropy": 0.5, "clip_ratio/low_mean": 0.1})
+    seconds = {"rollout": 2.0, "update": 1.0}
+    values = step_metrics(3, groups, update, {"learning_rate": 1e-3}, seconds).values
     assert values["reward"] == 0.5
     assert values["reward_std"] == pytest.approx(0.5**0.5 / 2)
     assert values["frac_reward_zero_std"] == 0.5
     assert values["rewards/r/mean"] == 0.5
     assert values["rewards/r/none_rate"] == 0.25
     assert [values[f"completions/{name}_length"] for name in ("mean", "min", "max")] == [5, 2, 8]
+    assert [values[f"completions/{name}_terminated_length"] for name in ("mean", "min", "max")] == [14 / 3, 2, 8]
     assert values["completions/clipped_ratio"] == 0.25
+    assert [values[name] for name in ("solved_all", "solved_none", "mixed")] == [0, 0.5, 0.5]
+    assert "tokens" not in values
     assert (values["entropy"], values["clip_ratio/low_mean"]) == (0.5, 0.1)
     assert (values["loss"], values["grad_norm"], values["learning_rate"]) == (-0.1, 2.0, 1e-3)
     assert (values["num_tokens"], values["rollout_tokens_per_second"], values["step_time"]) == (20, 10, 3)

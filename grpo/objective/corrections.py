@@ -1,0 +1,50 @@
+"""Corrections for the sampler not being the trainer: weights for tokens, and completions left out."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from grpo.config import LossConfig
+from grpo.objective.ratios import mean_over_tokens
+
+
+def sampling_log_ratios(trainer: mx.array, sampler: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    """Log of trainer / sampler probability, raw: of each token `[B, T]`, and of each completion as a sum `[B, 1]`.
+
+    A logprob that is NaN counts as equal (weight 1). The sum grows with length; that is why both are logged.
+    """
+    difference = trainer - sampler
+    token = mx.where((mask > 0) & ~mx.isnan(difference), difference, 0.0)
+    return token, token.sum(axis=1, keepdims=True)
+
+
+def importance_weights(token: mx.array, sequence: mx.array, cfg: LossConfig) -> mx.array:
+    """What each token's loss is multiplied by, `[B, T]` without gradient, from `sampling_log_ratios`.
+
+    Truncated at `importance_sampling_cap`, or 0 outside [floor, cap] for the `_mask` forms (arXiv 2510.18855).
+    """
+    level, _, form = cfg.importance_sampling_correction.partition("_")
+    weight = mx.exp(token if level == "token" else mx.broadcast_to(sequence, token.shape))
+    if form == "truncate":
+        weight = mx.minimum(weight, cfg.importance_sampling_cap)
+    else:
+        inside = (weight >= cfg.importance_sampling_floor) & (weight <= cfg.importance_sampling_cap)
+        weight = mx.where(inside, weight, 0.0)
+    return mx.stop_gradient(weight)
+
+
+def effective_sample_size(weights: mx.array, mask: mx.array) -> mx.array:
+    """`(Σ w)² / (N Σ w²)` over masked tokens: 1 when all weights are equal, 1/N when one has everything."""
+    kept = weights * mask
+    squares = (kept * kept).sum() * mx.maximum(mask.sum(), 1)
+    return mx.where(squares > 0, kept.sum() ** 2 / mx.maximum(squares, 1e-30), 1.0)
+
+
+def off_policy_keep(drift: mx.array, advantages: mx.array, mask: mx.array, threshold: float) -> mx.array:
+    """1 for the completions to keep, 0 for those with advantage below 0 that the policy has left behind: `[B, T]`.
+
+    `drift` is behaviour - current logprobs; a completion's mean of it estimates how far the policy has moved from it
+    (DeepSeek-V3.2, arXiv 2512.02556).
+    """
+    left = (mean_over_tokens(drift, mask) > threshold) & (advantages < 0)
+    return mx.stop_gradient(mx.where(left, 0.0, 1.0))

@@ -1,0 +1,91 @@
+"""Surrogates: what is made of a ratio and an advantage, per token, to be minimised. Formulas: grpo/presets.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from grpo.config import LossConfig
+from grpo.objective.ratios import mean_over_tokens
+from grpo.presets import Surrogate
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a surrogate may look at, all `[B, T]` float32 with 0 on padding; `log_ratio` is at the loss's level."""
+
+    logprobs: mx.array
+    old_logprobs: mx.array
+    log_ratio: mx.array
+    advantages: mx.array
+    mask: mx.array
+
+    @property
+    def ratio(self) -> mx.array:
+        return mx.exp(self.log_ratio)
+
+
+def clip(terms: Terms, cfg: LossConfig) -> mx.array:
+    """PPO's pessimistic bound (arXiv 1707.06347), with an upper bound of its own and TRL's cap `delta`."""
+    ratio, preset = terms.ratio, cfg.preset
+    clipped = mx.clip(ratio, 1 - preset.epsilon, 1 + preset.epsilon_high)
+    first = ratio if cfg.delta is None else mx.minimum(ratio, cfg.delta)
+    return -mx.minimum(first * terms.advantages, clipped * terms.advantages)
+
+
+def cispo(terms: Terms, cfg: LossConfig) -> mx.array:
+    """The gradient of -A lp weighed by the ratio, whose ceiling removes no token (arXiv 2506.13585)."""
+    return -mx.stop_gradient(mx.minimum(terms.ratio, cfg.epsilon_max)) * terms.advantages * terms.logprobs
+
+
+def sapo(terms: Terms, cfg: LossConfig) -> mx.array:
+    """A sigmoid gate instead of a bound (arXiv 2511.20347)."""
+    tau = mx.where(terms.advantages > 0, cfg.sapo_temperature_pos, cfg.sapo_temperature_neg)
+    return -(4 / tau) * mx.sigmoid(tau * (terms.ratio - 1)) * terms.advantages
+
+
+def vespo(terms: Terms, cfg: LossConfig) -> mx.array:
+    """-A lp weighed by a gamma-shaped function of the whole completion's ratio, 1 at ratio 1."""
+    log_w = (terms.log_ratio * terms.mask).sum(axis=1, keepdims=True)
+    positive = terms.advantages >= 0
+    k = mx.where(positive, cfg.vespo_k_pos, cfg.vespo_k_neg)
+    scale = mx.where(positive, cfg.vespo_lambda_pos, cfg.vespo_lambda_neg)
+    phi = mx.exp(scale + k * log_w - scale * mx.exp(log_w))
+    return -mx.stop_gradient(phi) * terms.advantages * terms.logprobs
+
+
+def gmpo(terms: Terms, cfg: LossConfig) -> mx.array:
+    """The geometric mean of a completion's ratios, each bounded where its advantage binds (arXiv 2507.20673)."""
+    preset = cfg.preset
+    above = mx.minimum(terms.log_ratio, preset.epsilon_high)
+    below = mx.maximum(terms.log_ratio, -preset.epsilon)
+    bounded = mx.where(terms.advantages > 0, above, below)
+    return -terms.advantages * mx.exp(mean_over_tokens(bounded, terms.mask))
+
+
+def dppo(terms: Terms, cfg: LossConfig) -> mx.array:
+    """The plain ratio with a penalty, while the token's probability has not moved too far the way it is pushed."""
+    preset = cfg.preset
+    moved = mx.exp(terms.logprobs) - mx.exp(terms.old_logprobs)
+    gone = mx.where(terms.advantages > 0, moved > preset.epsilon_high, moved < -preset.epsilon)
+    loss = -terms.ratio * terms.advantages + cfg.dppo_penalty * terms.log_ratio**2
+    return mx.where(mx.stop_gradient(gone), 0.0, loss)
+
+
+def reinforce(terms: Terms, cfg: LossConfig) -> mx.array:
+    """The score-function estimator (Williams 1992)."""
+    del cfg
+    return -terms.advantages * terms.logprobs
+
+
+SURROGATES: dict[Surrogate, Callable[[Terms, LossConfig], mx.array]] = {
+    "clip": clip,
+    "cispo": cispo,
+    "sapo": sapo,
+    "vespo": vespo,
+    "gmpo": gmpo,
+    "dppo": dppo,
+    "reinforce": reinforce,
+}

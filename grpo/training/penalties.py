@@ -1,0 +1,52 @@
+"""What is taken off a reward before advantages: length near the limit, and distance from the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from grpo.config import Recipe
+from grpo.model.policy import Policy
+from grpo.objective.kl import kl_estimate
+from grpo.objective.masks import soft_overlong_punishment
+from grpo.training.batches import Row, collate
+from grpo.types import Group
+
+
+def with_penalties(groups: Sequence[Group], policy: Policy, cfg: Recipe, beta: float) -> list[Group]:
+    """The same groups with `penalty` in their rollouts; as they are where the recipe asks for none."""
+    overlong, kl = cfg.advantage.soft_overlong_cache is not None, cfg.loss.kl_in == "reward" and beta > 0
+    if not (overlong or kl):
+        return list(groups)
+    rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
+    divergences = _divergences(rows, policy, cfg) if kl else [0.0] * len(rows)
+    penalised = iter(
+        replace(rollout, penalty=beta * divergence - _overlong(len(rollout.completion.token_ids), cfg))
+        for (_, rollout), divergence in zip(rows, divergences, strict=True)
+    )
+    return [replace(group, rollouts=tuple(next(penalised) for _ in group.rollouts)) for group in groups]
+
+
+def _overlong(length: int, cfg: Recipe) -> float:
+    cache = cfg.advantage.soft_overlong_cache
+    return 0.0 if cache is None else soft_overlong_punishment(length, cfg.rollout.max_completion_length, cache)
+
+
+def _divergences(rows: Sequence[Row], policy: Policy, cfg: Recipe) -> list[float]:
+    """The KL estimate of each row, summed over its tokens, between the sampler's logprobs and the reference's."""
+    found: list[float] = []
+    size = cfg.optim.micro_batch_size
+    with policy.use("reference"):
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            lengths = mx.array([len(rollout.completion.token_ids) for _, rollout in part])
+            mask = (mx.arange(int(max(lengths)))[None] < lengths[:, None]).astype(mx.float32)
+            batch = collate(part, mask, mask)
+            reference, _ = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
+            estimate = kl_estimate(batch.sampling_logprobs, reference, cfg.loss.kl_estimator)
+            sums: Any = mx.where(batch.mask > 0, estimate, 0.0).sum(axis=1).tolist()
+            found += sums
+    return found

@@ -1,0 +1,153 @@
+"""The implementation against the oracle, over the product of the settings: loss and gradient to 1e-6."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from grpo.config import AdvantageConfig, LossConfig
+from grpo.objective import advantages, policy_loss, token_weights
+from grpo.presets import PRESETS
+
+from oracle import PAPER, advantages as expected_advantages, loss_and_gradient, weights  # isort: skip
+
+LONGEST = 8
+LENGTHS = [3, 6, 1, 0, 5]
+FIELDS = ("mask", "weights", "old_logprobs", "ref_logprobs", "sampling_logprobs")
+
+
+def batch_of(spread: float, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Current logprobs and a batch whose log-ratios spread by `spread`; padding holds rubbish."""
+    draw = np.random.default_rng(seed)
+    shape = (len(LENGTHS), max(LENGTHS))
+    mask = (np.arange(shape[1])[None] < np.array(LENGTHS)[:, None]).astype(float)
+    lp = -draw.uniform(0.2, 3.0, shape)
+    near = lambda sd: lp + draw.normal(0, sd, shape)  # noqa: E731
+    batch = {
+        "mask": mask,
+        "advantages": np.array([0.7, -1.3, 0.4, 1.0, -0.2]),
+        "old_logprobs": near(spread),
+        "ref_logprobs": near(0.3),
+        "sampling_logprobs": near(0.5),
+    }
+    batch["sampling_logprobs"][1, 2] = np.nan
+    for name in ("old_logprobs", "ref_logprobs", "sampling_logprobs"):
+        batch[name] = np.where(mask > 0, batch[name], -1e4)
+    return np.where(mask > 0, lp, -1e4), batch
+
+
+def measured(lp: np.ndarray, batch: dict, cfg: LossConfig) -> tuple[float, np.ndarray]:
+    arrays = SimpleNamespace(**{name: mx.array(value.astype(np.float32)) for name, value in batch.items()})
+    current = mx.array(lp.astype(np.float32))
+    value, gradient = mx.value_and_grad(lambda x: policy_loss(x, arrays, cfg)[0])(current)
+    return value.item(), np.array(gradient)
+
+
+CORRECTIONS = [
+    {},
+    {"importance_sampling_correction": "token_truncate", "importance_sampling_cap": 1.3},
+    {"importance_sampling_correction": "token_mask", "importance_sampling_cap": 1.3, "importance_sampling_floor": 0.6},
+    {"importance_sampling_correction": "sequence_truncate", "importance_sampling_cap": 1.5},
+    {"importance_sampling_correction": "sequence_mask", "importance_sampling_floor": 0.5},
+    {"off_policy_mask_threshold": 0.05},
+]
+PENALTIES = [
+    {},
+    {"beta": 0.1},
+    {"beta": 0.1, "kl_estimator": "k1"},
+    {"beta": 0.1, "kl_estimator": "k2"},
+    {"beta": 0.1, "kl_importance": True},
+]
+BOUNDS = {
+    "clip": [{}, {"epsilon": 0.1}, {"epsilon": 0.1, "epsilon_high": 0.31}, {"delta": 1.4}],
+    "gmpo": [{}, {"epsilon": 0.1, "epsilon_high": 0.21}],
+    "dppo": [{}, {"epsilon": 0.05, "epsilon_high": 0.07}],
+    "cispo": [{}, {"epsilon_max": 1.1}],
+}
+SPREADS = [0.0, 0.05, 0.4, 1.0]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_loss_and_gradient(name: str) -> None:
+    """Four spreads of the ratio × bounds × penalties × corrections × with and without fixed old logprobs."""
+    bounds = BOUNDS.get(PRESETS[name].surrogate, [{}])
+    checked = 0
+    for seed, (spread, bound, penalty, correction) in enumerate(product(SPREADS, bounds, PENALTIES, CORRECTIONS)):
+        settings = {**bound, **penalty, **correction}
+        cfg = LossConfig(type=name, **settings)
+        lp, batch = batch_of(spread, seed)
+        batch["weights"] = weights(batch["mask"], PAPER[name][2], LONGEST)
+        if spread == 0:
+            del batch["old_logprobs"]
+        if not correction:
+            del batch["sampling_logprobs"]
+        expected, gradient = loss_and_gradient(name, lp, batch, settings)
+        got, got_gradient = measured(lp, batch, cfg)
+        assert got == pytest.approx(expected, abs=1e-6, rel=1e-5), (name, spread, settings)
+        np.testing.assert_allclose(got_gradient, gradient, atol=1e-6, rtol=1e-5, err_msg=str((name, spread, settings)))
+        checked += 1
+    assert checked >= 120
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_weights(name: str) -> None:
+    _, batch = batch_of(0.1, 0)
+    got = token_weights(mx.array(batch["mask"].astype(np.float32)), LossConfig(type=name), LONGEST)
+    np.testing.assert_allclose(np.array(got), weights(batch["mask"], PAPER[name][2], LONGEST), atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_micro_batches_add_up(name: str, split: int) -> None:
+    """The parts' losses and gradients are the whole's, with weights that were fixed before."""
+    cfg = LossConfig(type=name, beta=0.1)
+    lp, batch = batch_of(0.4, 7)
+    mask = mx.array(batch["mask"].astype(np.float32))
+    batch["weights"] = np.array(token_weights(mask, cfg, LONGEST))
+    whole, gradient = measured(lp, batch, cfg)
+    total, rows = 0.0, []
+    for start in range(0, len(lp), split):
+        part = {key: value[start : start + split] for key, value in batch.items()}
+        loss, g = measured(lp[start : start + split], part, cfg)
+        total += loss
+        rows.append(g)
+    assert total == pytest.approx(whole, abs=1e-6)
+    np.testing.assert_allclose(np.concatenate(rows), gradient, atol=1e-7)
+
+
+@pytest.mark.parametrize("baseline", ["group", "leave_one_out", "batch", "gdpo", "maxrl"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages(baseline: str, scale: str) -> None:
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        rewards = draw.choice([0.0, 1.0, 0.5, np.nan, -2.0], (12, 3))
+        rewards[:4] = [1.0, np.nan, 0.5]  # a uniform group
+        rewards[5] = np.nan  # a completion that nothing scored
+        reward_weights = np.array([1.0, 0.5, 0.0 if seed % 2 else -0.3])
+        cfg = AdvantageConfig(baseline=baseline, scale_rewards=scale)
+        found = advantages(mx.array(rewards.astype(np.float32)), mx.array(reward_weights.astype(np.float32)), 4, cfg)
+        expected = expected_advantages(rewards, reward_weights, 4, baseline, scale)
+        np.testing.assert_allclose(np.array(found), expected, atol=2e-4 if baseline == "maxrl" else 2e-5, rtol=1e-4)
+        assert found[5].item() == 0
+        if baseline not in ("batch", "gdpo"):
+            assert found[:4].tolist() == [0.0] * 4
+
+
+def test_the_oracle_knows_every_preset_and_no_other() -> None:
+    assert set(PAPER) == set(PRESETS)
+
+
+def test_nan_logprobs_of_the_sampler_count_as_equal() -> None:
+    cfg = LossConfig(importance_sampling_correction="token_truncate")
+    mask = mx.ones((1, 2))
+    batch = SimpleNamespace(
+        mask=mask, weights=mask / 2, advantages=mx.array([1.0]), sampling_logprobs=mx.array([[math.nan, -1.0]])
+    )
+    loss, metrics = policy_loss(mx.array([[-1.0, -1.0]]), batch, cfg)
+    assert loss.item() == -1.0
+    assert metrics["sampling/sampling_logp_difference/max"].item() == 0

@@ -7,12 +7,16 @@ is an error. The texts under the fields are what people read about them.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from grpo import presets
 from grpo.presets import Baseline
+
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""Endings of data files, and the reader of `datasets` for each."""
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -46,7 +50,7 @@ class AdapterConfig(Section):
     """Rank of each update B A."""
     scale: Annotated[float, Field(gt=0)] = 2.0
     """The update is scale × B A (mlx-lm's convention; PEFT's alpha is scale × rank)."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """`all-linear` (each linear layer of each block, the head excluded) or names such as `self_attn.q_proj`."""
 
 
@@ -68,6 +72,16 @@ class DataConfig(Section):
     max_prompt_length: Positive = 1024
     """In tokens. Longer prompts are dropped and counted, never cut."""
 
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> DataConfig:
+        if self.system is not None and self.chat_template == "never":
+            raise ValueError("data.system needs the chat template, and data.chat_template is never")
+        if self.config is not None and (self.source.startswith("builtin:") or Path(self.source).suffix in FILE_TYPES):
+            raise ValueError("data.config is for Hub datasets; this source has none")
+        if ours := {"tokenize", "add_generation_prompt", "return_dict"} & set(self.chat_template_kwargs):
+            raise ValueError(f"data.chat_template_kwargs: {', '.join(sorted(ours))} is not yours to set")
+        return self
+
 
 class RolloutConfig(Section):
     prompts_per_step: Positive = 8
@@ -76,7 +90,7 @@ class RolloutConfig(Section):
     """Completions of each prompt: the group that shares a baseline."""
     max_completion_length: Positive = 256
     """In tokens, the stop token included."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Of sampling; logprobs are taken at the same temperature."""
     max_concurrency: Positive = 64
     """Slots of the generator: rows decoded at once."""
@@ -183,6 +197,10 @@ class LossConfig(Section):
             for name in ("kl_in", "kl_estimator", "kl_importance"):
                 if name in self.changed:
                     raise ValueError(f"loss.{name} does nothing while loss.beta is 0")
+        form = self.importance_sampling_correction
+        for name, reads in (("importance_sampling_cap", form != "none"), ("importance_sampling_floor", "mask" in form)):
+            if name in self.changed and not reads:
+                raise ValueError(f"loss.{name} does nothing with importance_sampling_correction: {form}")
         if self.kl_in == "reward" and self.kl_importance:
             raise ValueError("loss.kl_importance does nothing with kl_in: reward")
         for name in self.changed & set(presets.READ_BY):
@@ -225,7 +243,8 @@ class EvalConfig(Section):
     every: Positive = 25
     """Steps between evaluations. There is one before the first step and one after the last, too."""
     prompts: Positive = 128
-    """How many held-out prompts, from the start of the split."""
+    """How many held-out prompts, from the start of the split. An answer is right if the first of `rewards` gives it 1
+    or more, and left out if that gives no score."""
     samples: Positive = 4
     """Completions of each prompt for avg@k and pass@k, at `rollout.temperature`. Greedy is always measured."""
 

@@ -35,19 +35,26 @@ def bundled_names(kind: str, suffix: str) -> list[str]:
 def find_recipe(name: str) -> Path:
     """A recipe's file: a path, or the name of a bundled one with or without `recipes/` and `.yaml`."""
     path = Path(name)
-    if path.is_file():
+    if _is_file(path):
         return path
-    inside = bundled("recipes") / path.with_suffix(".yaml").name
-    if path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml") and inside.is_file():
+    inside = bundled("recipes") / f"{path.stem}.yaml"
+    if _is_file(inside) and path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml"):
         return inside
     known = bundled_names("recipes", ".yaml")
-    raise UserError(f"{name}: there is no such recipe.{_suggest(path.stem, known)} Bundled: {', '.join(known)}")
+    raise UserError(
+        f"{name or '(empty)'}: there is no such recipe.{_suggest(path.stem, known)} Bundled: {', '.join(known)}"
+    )
 
 
 def find_reward(use: str) -> tuple[str, Function]:
-    """A reward's name and callable: `use` is a bundled name (its `reward` function), or as for `find_function`."""
-    if ":" in use:
-        return use.rpartition(":")[2], find_function(use, "reward")
+    """A reward's name and callable: `use` is a bundled name (its `reward` function), or as for `find_function`.
+
+    A function called `reward` goes by its file's or module's name.
+    """
+    place, colon, function = use.rpartition(":")
+    if colon:
+        stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
+        return stem if function == "reward" else function, find_function(use, "reward")
     path = bundled("rewards") / f"{use}.py"
     if not path.is_file():
         known = bundled_names("rewards", ".py")
@@ -69,6 +76,8 @@ def find_function(use: str, kind: str) -> Function:
         raise UserError(f"{what}: write file.py:function or package.module:function")
     if place.endswith(".py"):
         return _attribute(what, _load_file(what, Path(place)), function)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module in the working directory, as `python -m` would find it
     return _attribute(what, _import(what, lambda: importlib.import_module(place)), function)
 
 
@@ -88,10 +97,10 @@ def _load_file(what: str, path: Path) -> Any:
 def _import(what: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except Exception as error:  # other people's code: whatever it raises is theirs to see
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{frame.filename}:{frame.lineno}"
-        raise UserError(f"{what}: cannot be imported: {type(error).__name__}: {error} ({where})") from error
+    except (Exception, SystemExit) as error:  # other people's code: whatever it raises is theirs to see
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+        where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames[-1].filename != __file__ else ""
+        raise UserError(f"{what}: cannot be imported: {type(error).__name__}: {error}{where}") from error
 
 
 def _attribute(what: str, module: Any, function: str) -> Function:
@@ -101,6 +110,13 @@ def _attribute(what: str, module: Any, function: str) -> Function:
         raise UserError(f"{what}: no function {function!r} there.{_suggest(function, functions)}")
     callable_: Function = found
     return callable_
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _suggest(name: str, known: list[str]) -> str:

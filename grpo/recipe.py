@@ -1,27 +1,24 @@
 """Reads a recipe: YAML and `key.sub=value` overrides in, a checked `Recipe` out, or an error that points at the line.
 
-PyYAML builds a tree of nodes that know their lines; the errors of pydantic name a path of keys. This module
-joins the two.
+PyYAML builds a tree of nodes that know their lines; `grpo.mistakes` asks them where a path of keys was written.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
+from grpo.backend.hub import one_line
 from grpo.config import Recipe
 from grpo.errors import UserError
-
-Keys = tuple[str | int, ...]
+from grpo.mistakes import Keys, dotted, explanations, named, section_of
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,7 +64,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         # Through JSON, because there strict means "no coercion" and yet lists may fill tuples.
         recipe = Recipe.model_validate_json(json.dumps(source.data, default=str))
     except ValidationError as error:
-        raise UserError("\n".join(_explanations(error, source))) from None
+        raise UserError("\n".join(explanations(error, source.data, source.locate))) from None
     return _resolved(recipe, path)
 
 
@@ -77,11 +74,16 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _resolved(recipe: Recipe, path: Path) -> Recipe:
-    """The recipe with a folder for its run, and with files found beside it named absolutely."""
+    """The recipe with a folder for its run, and with files that are found named absolutely."""
 
     def beside(name: str) -> str:
-        found = path.parent / name
-        return str(found.resolve()) if found.exists() else name
+        for found in (path.parent / name, Path(name)):
+            try:
+                if name and found.exists():
+                    return str(found.resolve())
+            except OSError:  # a name that no file can have
+                continue
+        return name
 
     def function_path(use: str) -> str:
         file, colon, function = use.partition(":")
@@ -108,8 +110,8 @@ def _read(path: Path) -> _Source:
         raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         where: dict[Keys, str] = {(): str(path)}
         if not isinstance(root, yaml.MappingNode):
@@ -119,9 +121,9 @@ def _read(path: Path) -> _Source:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    finally:
-        loader.dispose()
+        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or one_line(error)}") from None
+    except (ValueError, RecursionError) as error:  # a date that is none, a list that holds itself
+        raise UserError(f"{path}: not YAML that can be read: {one_line(error)}") from None
     return _Source(data, where)
 
 
@@ -130,8 +132,10 @@ def _note_lines(node: yaml.Node, at: Keys, path: Path, where: dict[Keys, str]) -
         for key, value in node.value:
             child = (*at, str(key.value))
             place = f"{path}:{key.start_mark.line + 1}"
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise UserError(f"{place}: the key {key.value!r} is not text")
             if child in where:
-                raise UserError(f"{place}: {_dotted(child)} is given twice (first at {where[child]})")
+                raise UserError(f"{place}: {dotted(child)} is given twice (first at {where[child]})")
             where[child] = place
             _note_lines(value, child, path, where)
     elif isinstance(node, yaml.SequenceNode):
@@ -145,21 +149,38 @@ def _override(source: _Source, override: str) -> None:
     place = f"command line: {override}"
     if not equals or not name:
         raise UserError(f"{place}: an override is key.sub=value")
-    try:
-        value = yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError:
-        raise UserError(f"{place}: the value is not YAML; quote it") from None
-    keys: Keys = tuple(int(key) if key.isdigit() else key for key in name.split("."))
+    keys: Keys = tuple(int(key) if key.isdecimal() else key for key in name.split("."))
+    value = _override_value(keys, text)
     target: Any = source.data
     try:
         for key in keys[:-1]:
             target = _section(target, key)
         target[keys[-1]] = value
-    except (IndexError, TypeError):
+    except (KeyError, IndexError, TypeError):
         raise UserError(f"{place}: there is no {name} in the recipe") from None
     for path in [path for path in source.where if path[: len(keys)] == keys]:
         del source.where[path]
-    source.where[keys] = place
+    for depth in range(1, len(keys) + 1):
+        source.where.setdefault(keys[:depth], place)
+
+
+def _override_value(keys: Keys, text: str) -> Any:
+    """The value as YAML; where the schema wants a text, as written: `data.prompt={question}` needs no quotes."""
+    try:
+        value = yaml.load(text, _Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError):
+        value = text
+    return value if value is None or isinstance(value, str) or not _wants_text(keys) else text
+
+
+def _wants_text(keys: Keys) -> bool:
+    section: Any = Recipe
+    try:
+        for part in named(keys)[:-1]:
+            section = section_of(section.model_fields[part].annotation)
+        return section.model_fields[keys[-1]].annotation in (str, str | None)
+    except (KeyError, AttributeError):  # no such key: the schema will say so
+        return False
 
 
 def _section(target: Any, key: str | int) -> Any:
@@ -167,97 +188,3 @@ def _section(target: Any, key: str | int) -> Any:
     if isinstance(target, dict) and target.get(key) is None:
         target[key] = {}
     return target[key]
-
-
-def _explanations(error: ValidationError, source: _Source) -> list[str]:
-    """A line for each mistake. That a key is missing is not said where it was misspelt."""
-    details = _one_per_place(error.errors())
-    misspelt = {_meant(_keys(detail)) for detail in details if detail["type"] == "extra_forbidden"}
-    return [
-        _explain(detail, source)
-        for detail in details
-        if detail["type"] != "missing" or _dotted(_named(_keys(detail))) not in misspelt
-    ]
-
-
-def _one_per_place(errors: Iterable[ErrorDetails]) -> list[ErrorDetails]:
-    """The innermost errors, one for each place: a union reports once for each of its members, a list again."""
-    by_place: dict[Keys, ErrorDetails] = {}
-    for detail in errors:
-        by_place.setdefault(_keys(detail), detail)
-    inner = {keys[:depth] for keys in by_place for depth in range(len(keys))}
-    return [detail for keys, detail in by_place.items() if keys not in inner or keys == ()]
-
-
-def _keys(detail: ErrorDetails) -> Keys:
-    """The path of keys, without the names that pydantic adds for the members of a union."""
-    return tuple(part for part in detail["loc"] if isinstance(part, int) or part.isidentifier())
-
-
-def _explain(detail: ErrorDetails, source: _Source) -> str:
-    path = _keys(detail)
-    place, key = source.locate(path), _dotted(path)
-    match detail["type"]:
-        case "extra_forbidden":
-            return f"{place}: unknown key {key}.{_hint(path)}"
-        case "missing":
-            return f"{place}: {key} is missing. {_help(path)}".rstrip()
-        case "value_error":
-            return f"{place}: {detail['msg'].removeprefix('Value error, ')}"
-    expected = detail["msg"].replace("Input should be", "expected", 1)
-    given = json.dumps(detail["input"], default=str)
-    hint = " Write it without quotes." if isinstance(detail["input"], str) and "number" in expected else ""
-    return f"{place}: {key}: {expected}, got {given}.{hint}"
-
-
-def _hint(path: Keys) -> str:
-    if meant := _meant(path):
-        return f" Did you mean {meant}?"
-    beside = _keys_beside(path)
-    return f" Valid here: {', '.join(key.rpartition('.')[2] for key in beside)}." if beside else ""
-
-
-def _meant(path: Keys) -> str | None:
-    """The valid key that an unknown one was probably meant to be: one beside it, or else one anywhere."""
-    for keys in (_keys_beside(path), list(_all_keys(Recipe))):
-        by_name = {key.rpartition(".")[2]: key for key in keys}
-        if close := difflib.get_close_matches(str(path[-1]), by_name, n=1, cutoff=0.6):
-            return by_name[close[0]]
-    return None
-
-
-def _keys_beside(path: Keys) -> list[str]:
-    section = _dotted(_named(path[:-1]))
-    return [key for key in _all_keys(Recipe) if key.rpartition(".")[0] == section]
-
-
-def _named(path: Keys) -> Keys:
-    """The path without positions in lists, as the schema knows it."""
-    return tuple(part for part in path if isinstance(part, str))
-
-
-def _help(path: Keys) -> str:
-    """What the schema says about a key."""
-    *above, name = _named(path)
-    section: Any = Recipe
-    for part in above:
-        section = _section_of(section.model_fields[part].annotation)
-    return (section.model_fields[name].description or "").replace("\n", " ")
-
-
-def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if inner := _section_of(field.annotation):
-            yield from _all_keys(inner, f"{prefix}{name}.")
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section in `Section`, `Section | None` or `tuple[Section, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section_of, getattr(annotation, "__args__", ()))), None)
-
-
-def _dotted(path: Keys) -> str:
-    return ".".join(map(str, path))

@@ -47,12 +47,13 @@ class Rollout:
     """A completion and what became of it.
 
     `scores` are the raw values by reward name, None where a reward gave none; `reward` is their weighted sum,
-    None where no reward scored it; `penalty` is taken off it before advantages are; `advantage` is 0 until the
-    objective has set it.
+    None where none scored it or one `failed` on it; `penalty` is taken off it before advantages are; `advantage` is
+    0 until the objective has set it.
     """
 
     completion: Completion
     scores: Mapping[str, float | None] = field(default_factory=dict)
+    failed: bool = False
     reward: float | None = None
     penalty: float = 0.0
     advantage: float = 0.0
@@ -75,7 +76,7 @@ class Batch:
     completion_ids [B, T] int32 and mask [B, T] float32 (1 on the completion's tokens, its stop token included).
     advantages [B] float32.
     weights [B, T] float32: the normaliser, fixed over the whole step before it was split; 0 where the mask is.
-    old_logprobs, ref_logprobs, sampling_logprobs [B, T] float32, or None where the settings need none.
+    sampling_logprobs [B, T] float32; old_logprobs, ref_logprobs the same, or None where the settings need none.
     beta [] float32: the weight of the KL penalty at this step, where there is one.
     """
 
@@ -106,12 +107,13 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class EvalMetrics:
-    """One evaluation on `n` held-out prompts; every value is a fraction.
+    """One evaluation on `n` held-out prompts, by the reward `grader`; every value is a fraction.
 
     `values` holds `greedy`, `avg@k` and `pass@k`; `intervals` their 95 % intervals (low, high).
     """
 
     step: int
     n: int
+    grader: str
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]

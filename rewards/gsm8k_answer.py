@@ -6,16 +6,17 @@ from typing import Any
 NUMBER = re.compile(r"####\s*(-?)\$?(-?\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
-def reward(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
-    """1.0 where the completion's last `#### N` equals the answer, a number or a text that ends in `#### N`."""
-    return [float(_matches(_text(c), str(a))) for c, a in zip(completions, answer, strict=True)]
+def reward(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
+    """1.0 where the completion's last `#### N` equals the answer, a number or a text that ends in `#### N`, else 0.0.
+
+    None where the answer is neither.
+    """
+    return [_grade(_text(c), str(a)) for c, a in zip(completions, answer, strict=True)]
 
 
-def _matches(completion: str, answer: str) -> bool:
+def _grade(completion: str, answer: str) -> float | None:
     gold = _number(answer if "####" in answer else f"#### {answer}")
-    if gold is None:
-        raise ValueError(f"the answer {answer!r} is not a number, nor does it end in '#### N'")
-    return _number(completion) == gold
+    return None if gold is None else float(_number(completion) == gold)
 
 
 def _number(text: str) -> float | None:
@@ -39,6 +40,7 @@ CASES = [
     {"completion": "#### 8", "answer": "7", "score": 0.0},
     {"completion": "7", "answer": "7", "score": 0.0},
     {"completion": "", "answer": "7", "score": 0.0},
+    {"completion": "#### 7", "answer": "n/a", "score": None},
     {"completion": "####", "answer": "7", "score": 0.0},
     {"completion": "#### ,", "answer": "7", "score": 0.0},
     {"completion": [{"role": "assistant", "content": "#### 7"}], "answer": "7", "score": 1.0},

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import shutil
 import sys
 import tempfile
 from dataclasses import asdict
@@ -15,6 +15,8 @@ from grpo.errors import UserError
 
 MODELS = {"builtin:arithmetic-student": Student()}
 NAMES = tuple(MODELS)
+VERSION = 1
+"""To be raised when the same settings make another model: after a change to the maker, its tokenizer or its task."""
 
 
 def cache_folder() -> Path:
@@ -27,7 +29,7 @@ def cache_folder() -> Path:
 def folder(name: str) -> Path:
     """The folder of a built-in model in Hub layout. It appears whole, by one rename, or not at all."""
     settings = MODELS[name]
-    digest = hashlib.sha256(repr(asdict(settings)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr((VERSION, asdict(settings))).encode()).hexdigest()[:12]
     final = cache_folder() / f"{name.partition(':')[2]}-{digest}"
     if final.is_dir():
         return final
@@ -38,8 +40,8 @@ def folder(name: str) -> Path:
             made = Path(aside) / "model"
             made.mkdir()
             make(settings, made)
-            if not final.is_dir():  # another process may have been as fast
-                shutil.move(made, final)
+            with contextlib.suppress(FileExistsError):  # another process was as fast, and made the same
+                made.rename(final)
     except OSError as error:
         raise UserError(
             f"{final.parent}: cannot keep the model here: {error.strerror} (GRPO_CACHE moves it)"

@@ -41,4 +41,5 @@ def main() -> None:
         print(f"grpo: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
+        print("grpo: stopped at once", file=sys.stderr)
         sys.exit(130)

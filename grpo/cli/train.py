@@ -32,13 +32,13 @@ def train(
     from grpo.data.prompts import last_text
     from grpo.telemetry.loggers import open_loggers
     from grpo.telemetry.summary import print_outcome, print_plan
-    from grpo.training.folder import check_run_folder, create_run_folder
+    from grpo.training.folder import check_run_folder, run_folder
     from grpo.training.parity import check_parity
     from grpo.training.setup import prepare
     from grpo.training.signals import StopRequest
 
     console = Console()
-    check_run_folder(cfg, overwrite or dry_run)
+    check_run_folder(cfg, overwrite)
     with console.status("loading"):
         run = prepare(cfg)
     print_plan(console, cfg, device.describe(), run.plan, run.notes)
@@ -47,8 +47,7 @@ def train(
     trainer = run.trainer
     parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
     console.print(parity, highlight=False, soft_wrap=True)
-    folder = create_run_folder(cfg, overwrite)
-    with ExitStack() as stack:
+    with run_folder(cfg, overwrite) as folder, ExitStack() as stack:
         log = open_loggers(stack, cfg, folder, console)
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping at the end of this step")))
         outcome = trainer.run(folder, log, stop)

@@ -6,6 +6,7 @@ import string
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from grpo.backend.hub import one_line
 from grpo.config import DataConfig
 from grpo.errors import UserError
 from grpo.types import Message, Prompt, Task
@@ -21,21 +22,31 @@ class PromptRenderer:
         self.cfg = cfg
         self.tokenizer = tokenizer
 
-    def task(self, index: int, row: Mapping[str, Any]) -> Task:
-        """The task of a row.
+    def task(self, index: int, row: Mapping[str, Any]) -> Task | None:
+        """The task of a row, or None for a row whose prompt is null.
 
-        Raises UserError for a column that is not there, a prompt that is neither text nor messages, and messages
-        without a chat template.
+        Raises UserError for a column that is not there, a prompt that is neither text nor messages, messages
+        without a chat template, and a prompt that comes to no tokens.
         """
         prompt = self._prompt(index, row)
-        return Task(index, prompt, tuple(self._encode(prompt)), row)
+        if prompt is None:
+            return None
+        ids = tuple(self._encode(prompt))
+        if not ids:
+            raise UserError(
+                f"data.prompt: row {index} of {self.cfg.source} comes to no tokens; has the model a tokenizer?"
+            )
+        return Task(index, prompt, ids, row)
 
-    def _prompt(self, index: int, row: Mapping[str, Any]) -> Prompt:
+    def _prompt(self, index: int, row: Mapping[str, Any]) -> Prompt | None:
         setting = self.cfg.prompt
         if "{" in setting:
-            return setting.format_map({name: self._column(row, name) for name in _columns_of(setting)})
+            values = {name: self._column(row, name) for name in _columns_of(setting)}
+            if odd := [name for name, value in values.items() if isinstance(value, list | dict)]:
+                raise UserError(f"data.prompt: column {odd[0]!r} is no text for a template, but {values[odd[0]]!r:.80}")
+            return None if None in values.values() else setting.format_map(values)
         value = self._column(row, setting)
-        if isinstance(value, str) or _is_messages(value):
+        if value is None or isinstance(value, str) or _is_messages(value):
             return value  # type: ignore[no-any-return]
         raise UserError(
             f"data.prompt: column {setting!r} of row {index} in {self.cfg.source} is neither text nor a list of "
@@ -59,7 +70,10 @@ class PromptRenderer:
         if self.cfg.system is not None and isinstance(prompt, str):
             messages = [{"role": "system", "content": self.cfg.system}, *messages]
         kwargs = self.cfg.chat_template_kwargs
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **kwargs))
+        try:
+            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **kwargs))
+        except Exception as error:  # the template is the model's own code
+            raise UserError(f"data.prompt: the model's chat template refuses: {one_line(error)}") from error
 
     def _wraps_text(self) -> bool:
         if self.cfg.chat_template == "auto" and self.cfg.system is None:
@@ -69,12 +83,15 @@ class PromptRenderer:
 
 def _columns_of(template: str) -> list[str]:
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        fields = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise UserError(f"data.prompt: {template!r} is not a template: {error}; write {{{{ for a brace") from None
-    if odd := [field for field in fields if not field.isidentifier()]:
-        raise UserError(f"data.prompt: {{{odd[0]}}} is not a column's name; write {{{{ for a brace")
-    return fields
+    for name, spec, conversion in fields:
+        if not name.isidentifier() or spec or conversion:
+            raise UserError(
+                f"data.prompt: a template holds names of columns, {{like_this}}; {{{{ is a brace: {template!r}"
+            )
+    return [name for name, _, _ in fields]
 
 
 def _is_messages(value: Any) -> bool:

@@ -8,10 +8,8 @@ from typing import Any, Protocol
 
 from grpo.backend.hub import fetch, one_line
 from grpo.builtin import tasks as builtin_tasks
-from grpo.config import DataConfig
+from grpo.config import FILE_TYPES, DataConfig
 from grpo.errors import UserError
-
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 class Rows(Protocol):
@@ -29,8 +27,10 @@ def load_rows(cfg: DataConfig) -> Rows:
     """
     if cfg.source.startswith("builtin:"):
         rows: Rows = builtin_tasks.rows(cfg.source, cfg.split)
-    elif Path(cfg.source).suffix in BUILDERS:
+    elif Path(cfg.source).suffix in FILE_TYPES:
         rows = _load_file(Path(cfg.source).expanduser(), cfg.split)
+    elif Path(cfg.source).is_file():
+        raise UserError(f"data {cfg.source}: files are read by their ending: {', '.join(FILE_TYPES)}")
     else:
         rows = _load_hub(cfg)
     if len(rows) == 0:
@@ -40,25 +40,28 @@ def load_rows(cfg: DataConfig) -> Rows:
 
 def is_local(cfg: DataConfig) -> bool:
     """Whether the rows are to be had without the Hub."""
-    return cfg.source.startswith("builtin:") or Path(cfg.source).suffix in BUILDERS
+    return cfg.source.startswith("builtin:") or Path(cfg.source).suffix in FILE_TYPES
 
 
 def _load_file(path: Path, split: str) -> Rows:
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import disable_progress_bars, load_dataset, logging
 
     if not path.is_file():
         raise UserError(f"data {path}: there is no such file")
     if split != "train":
         raise UserError(f"data {path}: a file is one split, 'train'; there is no {split!r}")
-    if not path.read_bytes().strip():
+    if path.stat().st_size == 0:
         raise UserError(f"data {path}: the file is empty")
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)  # what its readers have to say is said below
     try:
-        rows: Rows = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
+        rows: Rows = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # the readers raise their own kinds, and all of them mean the file
         if "corresponds to no data" in str(error):
             raise UserError(f"data {path}: the file has no rows") from error
-        raise UserError(f"data {path}: cannot be read as {path.suffix[1:]}: {one_line(error)}") from error
+        raise UserError(
+            f"data {path}: cannot be read as {path.suffix[1:]}: {one_line(error.__cause__ or error)}"
+        ) from error
     return rows
 
 

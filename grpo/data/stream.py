@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from itertools import islice
 
 from grpo.backend.random import derive_seed
 from grpo.data.prompts import PromptRenderer
@@ -16,7 +16,7 @@ class TaskStream:
     """Endless tasks from rows: each epoch visits every row once, in an order drawn from the seed and the epoch.
 
     `cursor` counts the rows visited, over all epochs: a stream made with the same rows, seed and cursor goes on
-    where this one is. `dropped` counts those of them whose prompts were too long.
+    where this one is. `dropped` counts those of them whose prompts were too long or null.
     """
 
     def __init__(self, rows: Rows, renderer: PromptRenderer, seed: int, cursor: int = 0) -> None:
@@ -33,7 +33,7 @@ class TaskStream:
         misses = 0
         while len(tasks) < n:
             task = self._next()
-            if len(task.prompt_ids) <= self._renderer.cfg.max_prompt_length:
+            if task is not None and _fits(task, self._renderer):
                 tasks.append(task)
                 misses = 0
                 continue
@@ -43,7 +43,7 @@ class TaskStream:
                 raise UserError(_all_too_long(self._renderer))
         return tasks
 
-    def _next(self) -> Task:
+    def _next(self) -> Task | None:
         epoch, position = divmod(self.cursor, len(self._rows))
         if self._order[0] != epoch:
             order = list(range(len(self._rows)))
@@ -55,23 +55,18 @@ class TaskStream:
 
 
 def first_tasks(rows: Rows, renderer: PromptRenderer, n: int) -> list[Task]:
-    """The first `n` tasks of the rows in their own order, without those too long: for evaluation."""
-    tasks = _islice_fitting(rows, renderer, n)
+    """The first `n` tasks of the rows in their own order, without those too long or null: for evaluation."""
+    rendered = (renderer.task(index, rows[index]) for index in range(len(rows)))
+    tasks = list(islice((task for task in rendered if task is not None and _fits(task, renderer)), n))
     if not tasks:
         raise UserError(_all_too_long(renderer))
     return tasks
 
 
-def _islice_fitting(rows: Rows, renderer: PromptRenderer, n: int) -> list[Task]:
-    def fitting() -> Iterator[Task]:
-        for index in range(len(rows)):
-            task = renderer.task(index, rows[index])
-            if len(task.prompt_ids) <= renderer.cfg.max_prompt_length:
-                yield task
-
-    return [task for task, _ in zip(fitting(), range(n), strict=False)]
+def _fits(task: Task, renderer: PromptRenderer) -> bool:
+    return len(task.prompt_ids) <= renderer.cfg.max_prompt_length
 
 
 def _all_too_long(renderer: PromptRenderer) -> str:
     limit = renderer.cfg.max_prompt_length
-    return f"data {renderer.cfg.source}: every prompt is longer than max_prompt_length ({limit} tokens)"
+    return f"data {renderer.cfg.source}: every prompt is null or longer than max_prompt_length ({limit} tokens)"

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from grpo.backend.hub import one_line
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
 
@@ -105,8 +106,9 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
     try:
         load_adapters(model, str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"adapter {folder}: cannot be loaded: {error}") from error
+    except Exception as error:  # whatever a file that is not what it should be makes the loader raise
+        why = f"it wants an adapter as mlx-lm writes them: {one_line(error)}"
+        raise UserError(f"adapter {folder}: cannot be loaded; {why}") from error
 
 
 def linear_layers(model: nn.Module) -> list[str]:

@@ -34,7 +34,7 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
     try:
         model, config = load_model(folder, lazy=True)
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever a file that is not what it should be makes the loaders raise
         raise UserError(f"model {cfg.name}: {one_line(error)} (in {folder})") from error
     if (dtype := _dtype(cfg)) is not None:
         model.set_dtype(dtype)
@@ -51,10 +51,17 @@ def model_folder(cfg: ModelConfig) -> Path:
         raise UserError(f"model {cfg.name}: no such built-in; there is {', '.join(builtin_models.NAMES)}")
     folder = Path(cfg.name).expanduser()
     if folder.is_dir():
+        if cfg.revision is not None:
+            raise UserError(f"model.revision is for Hub repositories; {cfg.name} is a folder")
         return folder
-    if cfg.name.startswith((".", "/", "~")) or cfg.name.count("/") > 1:
+    if cfg.name.startswith((".", "/", "~")) or cfg.name.count("/") > 1 or _below_a_folder(folder):
         raise UserError(f"model {cfg.name}: there is no such folder")
     return _fetch(cfg)
+
+
+def _below_a_folder(path: Path) -> bool:
+    """Whether `a/b` is rather meant here than on the Hub, because there is a folder `a`."""
+    return path.parent != Path() and path.parent.is_dir()
 
 
 def _fetch(cfg: ModelConfig) -> Path:

@@ -44,8 +44,9 @@ def has_variance(group: Group) -> bool:
 
 
 def _scores(groups: Sequence[Group]) -> mx.array:
+    """`[N, F]`, NaN for no score. Where a function failed, no score counts: the sum would not be the others'."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    return mx.array([[math.nan if s is None else s for s in rollout.scores.values()] for rollout in rollouts])
+    return mx.array([[math.nan if s is None or r.failed else s for s in r.scores.values()] for r in rollouts])
 
 
 def _weights(rewards: Sequence[RewardConfig]) -> mx.array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -25,6 +25,7 @@ class ConsoleLogger:
             BarColumn(bar_width=20),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -61,29 +62,33 @@ class ConsoleLogger:
 def _numbers(record: StepMetrics) -> str:
     values = record.values
     kl = f"  kl {values['kl']:.4f}" if "kl" in values else ""
+    reward = f"{values['reward']:.3f}" if "reward" in values else "none"
     return (
-        f"reward {values['reward']:.3f}{kl}  length {values['completions/mean_length']:.0f}"
+        f"reward {reward}{kl}  length {values['completions/mean_length']:.0f}"
         f"  {values['rollout_tokens_per_second']:,.0f} tok/s"
     )
 
 
-def before_and_after(before: EvalMetrics, after: EvalMetrics) -> Table:
+def before_and_after(before: EvalMetrics, after: EvalMetrics) -> Group:
     """Both evaluations side by side, with 95 % intervals."""
-    table = Table(title=f"Held-out accuracy, n={after.n}, 95 % intervals", title_justify="left")
-    table.add_column("")
-    table.add_column("before")
-    table.add_column(f"after step {after.step}")
+    table = Table()
+    for heading in ("", "before", f"after step {after.step}"):
+        table.add_column(heading)
     for name in after.values:
         table.add_row(name, _with_interval(before, name), _with_interval(after, name))
-    return table
+    return Group(_heading(after), table)
 
 
-def single(metrics: EvalMetrics) -> Table:
+def single(metrics: EvalMetrics) -> Group:
     """One evaluation, with 95 % intervals."""
-    table = Table(title=f"Held-out accuracy, n={metrics.n}, 95 % intervals", title_justify="left", show_header=False)
+    table = Table(show_header=False)
     for name in metrics.values:
         table.add_row(name, _with_interval(metrics, name))
-    return table
+    return Group(_heading(metrics), table)
+
+
+def _heading(metrics: EvalMetrics) -> str:
+    return f"held-out accuracy by {metrics.grader}, n={metrics.n}, 95 % intervals"
 
 
 def _with_interval(metrics: EvalMetrics, name: str) -> str:

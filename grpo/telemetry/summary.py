@@ -29,7 +29,7 @@ def print_outcome(console: Console, outcome: Outcome, folder: Path, example: str
     lines = [
         f"{what} after step {outcome.step}",
         f"adapter  {outcome.checkpoint}",
-        f"try it   grpo generate {folder} {shlex.quote(example)}",
+        f"try it   grpo generate {shlex.quote(str(folder))} {shlex.quote(example)}",
     ]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -26,6 +26,7 @@ class WandbLogger:
             name=folder.name,
             dir=folder,
             config=recipe.model_dump(mode="json"),
+            settings={"silent": True},
         )
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:

@@ -13,7 +13,8 @@ from grpo.generation.generator import Generator
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load
-from grpo.training.folder import is_run, open_run
+from grpo.recipe import load_recipe
+from grpo.training.folder import RECIPE, is_run, newest_checkpoint
 
 
 def answer(
@@ -27,18 +28,21 @@ def answer(
 ) -> Iterator[str]:
     """The answer's text in pieces.
 
-    `target` is a run's folder, whose newest checkpoint is used where no `adapter` is named, or a model; with `base`
-    no adapter is used. The prompt is put through the chat template as the run's prompts were.
+    `target` is a run's folder, whose newest checkpoint is used where no `adapter` is named, one of its checkpoints, or
+    a model; with `base` no adapter is used. The prompt is put through the chat template as the run's prompts were.
     """
     setup()
-    model_cfg, data = ModelConfig(name=target), DataConfig(source=target)
-    if is_run(Path(target)):
-        recipe, newest = open_run(Path(target))
+    model_cfg, data, folder = ModelConfig(name=target), DataConfig(source=target), Path(target)
+    if not is_run(folder) and is_run(folder.parent.parent):  # a checkpoint of a run
+        folder, adapter = folder.parent.parent, adapter or folder
+    if is_run(folder):
+        recipe = load_recipe(folder / RECIPE)
         model_cfg, data = recipe.model, recipe.data.model_copy(update={"prompt": "prompt"})
-        adapter = adapter or newest
+        adapter = adapter or (None if base else newest_checkpoint(folder))
     model, tokenizer = load(model_cfg)
     if adapter is not None and not base:
         load_adapter(model, adapter)
     task = PromptRenderer(data, tokenizer).task(0, {"prompt": prompt})
+    assert task is not None
     generator = Generator(model, tokenizer, slots=1)
     yield from generator.stream(task.prompt_ids, Sampling(temperature, max_tokens), derive_key(seed, "generate"))

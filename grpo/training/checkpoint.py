@@ -18,20 +18,28 @@ def save_checkpoint(folder: Path, step: int, adapters: Adapters, keep: int) -> P
     The files are written aside and synced, and appear under their name by one rename. The adapter in it is in
     mlx-lm's format: `mlx_lm.generate --adapter-path` takes the checkpoint's folder.
     """
-    final = folder / f"step-{step:06d}"
+    final = checkpoint_path(folder, step)
     aside = folder / f".{final.name}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    adapters.save(aside)
-    (aside / STATE).write_text(json.dumps({"step": step}) + "\n")
-    for path in [*aside.iterdir(), aside]:
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
+    try:
+        adapters.save(aside)
+        (aside / STATE).write_text(json.dumps({"step": step}) + "\n")
+        for path in [*aside.iterdir(), aside]:
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     _sync(folder)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where a step's checkpoint lies."""
+    return folder / f"step-{step:06d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:

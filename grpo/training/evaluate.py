@@ -8,20 +8,26 @@ from statistics import fmean
 
 from grpo.backend.random import derive_key, derive_seed
 from grpo.config import Recipe
+from grpo.errors import RunError
 from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
+from grpo.training.metrics import SOLVED
 from grpo.types import EvalMetrics, Group, Task
 
 RESAMPLES = 1000
 
 
 class Evaluator:
-    """Measures a policy on fixed prompts. A completion is right when the recipe's first reward gives it 1 or more."""
+    """Measures a policy on fixed prompts.
+
+    A completion is right when the recipe's first reward gives it 1 or more, and left out when that gives no score.
+    """
 
     def __init__(self, cfg: Recipe, tasks: Sequence[Task], engine: RolloutEngine, scorer: Scorer) -> None:
         assert cfg.eval is not None
         self.cfg, self.samples = cfg, cfg.eval.samples
         self.tasks, self.engine, self.scorer = tasks, engine, scorer
+        self.grader = next(iter(scorer.rewards))
 
     def __call__(self, step: int) -> EvalMetrics:
         """Measure the policy as it is, before (0) or after `step`. The draws are the same at every step."""
@@ -32,9 +38,12 @@ class Evaluator:
             f"avg@{self.samples}": [fmean(solved) for solved in sampled],
             f"pass@{self.samples}": [float(any(solved)) for solved in sampled],
         }
+        if not all(fractions.values()):
+            raise RunError(f"evaluation: the first reward, {self.grader!r}, scored no completion")
         return EvalMetrics(
             step=step,
-            n=len(self.tasks),
+            n=len(fractions["greedy"]),
+            grader=self.grader,
             values={name: fmean(values) for name, values in fractions.items()},
             intervals={name: bootstrap_interval(values, self.cfg.seed) for name, values in fractions.items()},
         )
@@ -42,12 +51,13 @@ class Evaluator:
     def _solved(self, n: int, temperature: float) -> list[list[bool]]:
         key = derive_key(self.cfg.seed, "eval", n)
         groups = self.engine.rollout(self.tasks, n, temperature, key, logprobs=False)
-        return [_right(group) for group in self.scorer.score(groups)]
+        right = [_right(group, self.grader) for group in self.scorer.score(groups)]
+        return [solved for solved in right if solved]
 
 
-def _right(group: Group) -> list[bool]:
-    first = next(iter(group.rollouts[0].scores))
-    return [(rollout.scores[first] or 0.0) >= 1.0 for rollout in group.rollouts]
+def _right(group: Group, grader: str) -> list[bool]:
+    scores = [rollout.scores[grader] for rollout in group.rollouts]
+    return [score >= SOLVED for score in scores if score is not None]
 
 
 def bootstrap_interval(

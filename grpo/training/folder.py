@@ -3,46 +3,89 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from grpo.config import Recipe
 from grpo.errors import UserError
-from grpo.recipe import dump_recipe, load_recipe
+from grpo.recipe import dump_recipe
 from grpo.training.checkpoint import checkpoints
 
-RECIPE = "recipe.yaml"
+RECIPE, METRICS, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "checkpoints"
+WRITTEN = (RECIPE, METRICS, "eval.jsonl", CHECKPOINTS, "wandb")
+"""What a run writes into its folder, and all that `--overwrite` deletes there."""
+FORMER = ".former"
+HEADER = "# This run's recipe as it was resolved, written by grpo train.\n"
 
 
-def create_run_folder(cfg: Recipe, overwrite: bool) -> Path:
-    """The run's folder with the resolved recipe in it. With `overwrite` a former run there is deleted."""
+@contextmanager
+def run_folder(cfg: Recipe, overwrite: bool) -> Iterator[Path]:
+    """The folder of a new run, for a `with` block, with the resolved recipe in it.
+
+    With `overwrite` a former run there is put aside, and deleted once the new one has its first step on record. A block
+    that fails before that leaves everything as it was.
+    """
     folder = check_run_folder(cfg, overwrite)
-    if (folder / RECIPE).exists():
-        shutil.rmtree(folder)
+    former = folder / FORMER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE).write_text(dump_recipe(cfg))
+        _move_run(folder, former)
+        (folder / RECIPE).write_text(HEADER + dump_recipe(cfg), encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
-    return folder
+    try:
+        yield folder
+    finally:
+        if not (folder / METRICS).exists():
+            _delete_run(folder)
+            _move_run(former, folder)
+        shutil.rmtree(former, ignore_errors=True)
+        if not any(folder.iterdir()) and folder.resolve() != Path.cwd():
+            folder.rmdir()
+
+
+def _move_run(source: Path, target: Path) -> None:
+    """Move what a run wrote, and nothing else, from one folder to another."""
+    names = [name for name in WRITTEN if (source / name).exists()]
+    if names:
+        target.mkdir(exist_ok=True)
+    for name in names:
+        (source / name).rename(target / name)
+
+
+def _delete_run(folder: Path) -> None:
+    for name in WRITTEN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_run_folder(cfg: Recipe, overwrite: bool) -> Path:
-    """Where the run will be. Raises UserError if another is there and not to be replaced."""
+    """Where the run will be. Raises UserError if there is another, not to be replaced, or files that are no run's."""
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
-    if (folder / RECIPE).exists() and not overwrite:
+    theirs = [name for name in WRITTEN if (folder / name).exists()]
+    if is_run(folder) and not overwrite:
         raise UserError(f"{folder} holds another run: name another folder (output_dir=...) or replace it (--overwrite)")
+    if theirs and not is_run(folder):
+        raise UserError(f"output_dir: {folder} has a {theirs[0]} that no run of ours wrote: name another folder")
     return folder
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / RECIPE).is_file()
+    """Whether a run wrote there: a recipe with the header of the run's own copy."""
+    try:
+        return (folder / RECIPE).read_text(encoding="utf-8").startswith(HEADER)
+    except (OSError, ValueError):
+        return False
 
 
-def open_run(folder: Path) -> tuple[Recipe, Path]:
-    """A run's recipe and its newest checkpoint. Raises UserError for a run that has none yet."""
-    cfg = load_recipe(folder / RECIPE)
-    found = checkpoints(folder / "checkpoints")
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a run. Raises UserError for a run that has none yet."""
+    found = checkpoints(folder / CHECKPOINTS)
     if not found:
         raise UserError(f"{folder}: this run has no checkpoint yet")
-    return cfg, found[-1]
+    return found[-1]

@@ -9,7 +9,7 @@ from grpo.errors import UserError
 from grpo.plugins import find_recipe
 from grpo.recipe import load_recipe
 from grpo.training.checkpoint import step_of
-from grpo.training.folder import RECIPE, is_run, open_run
+from grpo.training.folder import RECIPE, is_run, newest_checkpoint
 from grpo.training.setup import prepare
 from grpo.types import EvalMetrics
 
@@ -20,7 +20,9 @@ def measure(target: str, overrides: Sequence[str]) -> tuple[EvalMetrics, EvalMet
     Raises UserError for a recipe without an `eval` section.
     """
     folder = Path(target)
-    checkpoint = open_run(folder)[1] if is_run(folder) else None
+    checkpoint = newest_checkpoint(folder) if is_run(folder) else None
+    if checkpoint is None and folder.is_dir():
+        raise UserError(f"{target}: neither a run's folder nor a recipe")
     cfg = load_recipe(folder / RECIPE if checkpoint else find_recipe(target), overrides)
     if cfg.eval is None:
         raise UserError(f"{target}: the recipe has no eval section; add one, such as eval.split=test")

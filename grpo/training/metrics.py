@@ -40,8 +40,8 @@ def step_metrics(
 def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     rewards_G = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
     everything = [reward for rewards in rewards_G for reward in rewards]
-    metrics = {
-        "reward": fmean(everything) if everything else 0.0,
+    metrics = {"reward": fmean(everything)} if everything else {}
+    metrics |= {
         "reward_std": fmean(stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in rewards_G),
         "frac_reward_zero_std": fmean(len(set(rewards)) <= 1 for rewards in rewards_G),
         "solved_all": fmean(bool(rewards) and min(rewards) >= SOLVED for rewards in rewards_G),
@@ -51,8 +51,8 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     for name in groups[0].rollouts[0].scores:
         scores = [rollout.scores[name] for group in groups for rollout in group.rollouts]
         known = [score for score in scores if score is not None]
-        metrics[f"rewards/{name}/mean"] = fmean(known) if known else 0.0
-        metrics[f"rewards/{name}/std"] = pstdev(known) if known else 0.0
+        if known:
+            metrics |= {f"rewards/{name}/mean": fmean(known), f"rewards/{name}/std": pstdev(known)}
         metrics[f"rewards/{name}/none_rate"] = 1 - len(known) / len(scores)
     return metrics
 

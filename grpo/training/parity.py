@@ -8,8 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from grpo.backend.hub import one_line
 from grpo.backend.random import derive_key
-from grpo.errors import RunError
+from grpo.errors import RunError, UserError
 from grpo.generation.generator import Request
 from grpo.generation.sampling import Sampling
 from grpo.model.policy import Policy
@@ -30,7 +31,10 @@ def check_parity(policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], s
     """
     sampling = Sampling(policy.temperature, TOKENS)
     requests = [Request(task.prompt_ids, GENERATIONS) for task in tasks]
-    groups = engine.generator.generate(requests, sampling, derive_key(seed, "parity"))
+    try:
+        groups = engine.generator.generate(requests, sampling, derive_key(seed, "parity"))
+    except (ValueError, TypeError, AttributeError, IndexError) as error:  # raised by the model's own code
+        raise UserError(f"this model cannot be decoded in batches: {one_line(error)}") from error
     pairs = [(task, c) for task, completions in zip(tasks, groups, strict=True) for c in completions]
     gaps: list[float] = []
     for task, completion in pairs:

@@ -22,21 +22,25 @@ class Plan:
     tokens: int
     parameters: int
     trained: int
-    bytes: dict[str, int]
+    stays: dict[str, int]
+    phases: dict[str, int]
     memory: int
 
     @property
     def total(self) -> int:
         """Estimated peak: what stays, and the larger of the two phases."""
-        stays = self.bytes["weights"] + self.bytes["adapter and optimiser"]
-        return stays + max(self.bytes["rollout cache"], self.bytes["update"])
+        return sum(self.stays.values()) + max(self.phases.values())
 
     def lines(self) -> list[str]:
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in self.bytes.items())
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in {**self.stays, **self.phases}.items() if size)
+        memory = f"memory about {_size(self.total)} of {_size(self.memory)}: {parts}"
+        if not all(self.phases.values()):
+            memory = f"memory cannot be estimated for this architecture; of {_size(self.memory)}: {parts}"
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         return [
-            f"{self.steps} steps of {self.prompts} prompts, {self.rows} completions, at most {self.tokens:,} tokens",
+            f"{steps} of {self.prompts} prompts, {self.rows} completions, at most {self.tokens:,} tokens",
             f"trains {self.trained:,} of {self.parameters:,} parameters",
-            f"memory about {_size(self.total)} of {_size(self.memory)}: {parts}",
+            memory,
         ]
 
 
@@ -66,9 +70,11 @@ def make_plan(cfg: Recipe, policy: Policy, prompt_length: int) -> Plan:
         tokens=rows * context,
         parameters=sum(array.size for _, array in parameters) - sum(array.size for _, array in trained),
         trained=sum(array.size for _, array in trained),
-        bytes={
+        stays={
             "weights": sum(array.nbytes for _, array in parameters),
             "adapter and optimiser": 3 * sum(array.nbytes for _, array in trained),
+        },
+        phases={
             "rollout cache": 2 * slots * context * shape.layers * shape.kv_width * width,
             "update": activations + 3 * 4 * min(CHUNK, micro * length) * shape.vocabulary,
         },
@@ -77,15 +83,15 @@ def make_plan(cfg: Recipe, policy: Policy, prompt_length: int) -> Plan:
 
 
 class _Shape:
-    """A model's dimensions, from the arguments that mlx-lm's models keep."""
+    """A model's dimensions, from the arguments that mlx-lm's models keep; 0 where they go by another name."""
 
     def __init__(self, policy: Policy) -> None:
         args = policy.model.args
         self.layers = len(policy.model.layers)
-        self.hidden = int(args.hidden_size)
-        self.heads = int(args.num_attention_heads)
-        self.vocabulary = int(args.vocab_size)
-        head = getattr(args, "head_dim", None) or self.hidden // self.heads
+        self.hidden = int(getattr(args, "hidden_size", 0))
+        self.heads = int(getattr(args, "num_attention_heads", 0))
+        self.vocabulary = int(getattr(args, "vocab_size", 0))
+        head = getattr(args, "head_dim", None) or self.hidden // max(1, self.heads)
         self.kv_width = int(getattr(args, "num_key_value_heads", None) or self.heads) * int(head)
 
 

@@ -53,6 +53,7 @@ def prepare(cfg: Recipe) -> Prepared:
     engine = RolloutEngine(generator, cfg.rollout.max_completion_length)
     renderer, *eval_renderers = [PromptRenderer(source, tokenizer) for source in sources]
     tasks = first_tasks(tables[0], renderer, PEEK)
+    scorer.check(tasks[0].columns)
     evaluator = None
     if cfg.eval is not None:
         evaluator = Evaluator(cfg, first_tasks(tables[1], eval_renderers[0], cfg.eval.prompts), engine, scorer)

@@ -17,8 +17,9 @@ from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
 from grpo.training.batches import make_minibatches, with_old_logprobs, with_reference, with_top_entropy
-from grpo.training.checkpoint import save_checkpoint
+from grpo.training.checkpoint import checkpoint_path, save_checkpoint
 from grpo.training.evaluate import Evaluator
+from grpo.training.folder import CHECKPOINTS
 from grpo.training.metrics import step_metrics
 from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
@@ -109,24 +110,36 @@ class Trainer:
             "learning_rate": learning_rate(self.cfg.optim, n),
             "adapter_delta": self.policy.adapters.delta(),
             "dropped_prompts": float(self.tasks.dropped),
+            **{f"rewards/{name}/failures": float(count) for name, count in self.scorer.failures.items()},
         }
         return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 
     def run(self, folder: Path, log: Log, stop: StopRequest) -> Outcome:
-        """All steps, with evaluations and checkpoints between them, until the last or until asked to stop."""
+        """All steps, with evaluations and checkpoints between them, until the last or until asked to stop.
+
+        However it ends, an error included, there is a checkpoint of the last step that was finished (if one was).
+        """
+        cfg, n, saved = self.cfg, 0, -1
         before = after = self._evaluated(0, log)
-        cfg, n = self.cfg, 0
-        while n < cfg.optim.steps and not stop.requested:
-            n += 1
-            log(self.step(n))
-            last = n == cfg.optim.steps or stop.requested
-            if last or n % cfg.checkpoint.every == 0:
-                save_checkpoint(folder / "checkpoints", n, self.policy.adapters, cfg.checkpoint.keep)
-            if not stop.requested and (last or (cfg.eval and n % cfg.eval.every == 0)):
-                after = self._evaluated(n, log)
-        if n == 0:  # stopped before the first step: what there is to keep is the adapter as it began
-            save_checkpoint(folder / "checkpoints", n, self.policy.adapters, cfg.checkpoint.keep)
-        return Outcome(n, folder / "checkpoints" / f"step-{n:06d}", stop.signal, before, after)
+        try:
+            while n < cfg.optim.steps and not stop.requested:
+                log(self.step(n + 1))
+                n += 1
+                if n % cfg.checkpoint.every == 0:
+                    saved = self._save(folder, n)
+                if not stop.requested and (n == cfg.optim.steps or (cfg.eval and n % cfg.eval.every == 0)):
+                    after = self._evaluated(n, log)
+        except Exception:
+            if 0 < n != saved:
+                self._save(folder, n)
+            raise
+        if saved != n:
+            self._save(folder, n)
+        return Outcome(n, checkpoint_path(folder / CHECKPOINTS, n), stop.signal, before, after)
+
+    def _save(self, folder: Path, n: int) -> int:
+        save_checkpoint(folder / CHECKPOINTS, n, self.policy.adapters, self.cfg.checkpoint.keep)
+        return n
 
     def _evaluated(self, n: int, log: Log) -> EvalMetrics | None:
         if self.evaluate is None:

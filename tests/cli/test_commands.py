@@ -66,12 +66,50 @@ def test_a_dry_run_trains_and_writes_nothing(run_cli, recipe, tmp_path) -> None:
 def test_a_folder_with_another_run_is_not_touched(run_cli, recipe) -> None:
     assert run_cli("train", recipe).code == 0
     before = Path("runs/toy/metrics.jsonl").read_text()
+    assert "replace it (--overwrite)" in run_cli("train", recipe, "--dry-run").err
     again = run_cli("train", recipe)
     assert again.code == 2
     assert "runs/toy holds another run: name another folder (output_dir=...) or replace it (--overwrite)" in again.err
     assert Path("runs/toy/metrics.jsonl").read_text() == before
     assert run_cli("train", recipe, "optim.steps=1", "--overwrite").code == 0
     assert len(lines(Path("runs/toy/metrics.jsonl"))) == 1
+
+
+def test_overwrite_deletes_what_a_run_wrote_and_only_once_the_new_one_has_begun(run_cli, recipe) -> None:
+    assert run_cli("train", recipe).code == 0
+    Path("runs/toy/notes.txt").write_text("mine")
+    before = {name: (Path("runs/toy") / name).read_bytes() for name in ("metrics.jsonl", "recipe.yaml")}
+    Path("digits.py").write_text("def reward(**_):\n    raise ValueError('broken')\n")
+    assert run_cli("train", recipe, "--overwrite").code == 1
+    assert {name: (Path("runs/toy") / name).read_bytes() for name in before} == before
+    assert run_cli("generate", "runs/toy", "hi", "--max-tokens", "2").code == 0
+    Path("digits.py").write_text("def reward(completions, **_):\n    return [len(c) % 3 for c in completions]\n")
+    assert run_cli("train", recipe, "--overwrite", "optim.steps=1").code == 0
+    assert len(lines(Path("runs/toy/metrics.jsonl"))) == 1
+    assert sorted(path.name for path in Path("runs/toy").iterdir()) == sorted(
+        ["checkpoints", "metrics.jsonl", "notes.txt", "recipe.yaml"]
+    )
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "checkpoints"])
+def test_files_that_no_run_wrote_are_never_touched(run_cli, recipe, name: str) -> None:
+    mine = Path("precious") / name
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    for flags in ([], ["--overwrite"]):
+        ran = run_cli("train", recipe, "output_dir=precious", *flags)
+        assert ran.code == 2
+        assert f"has a {name} that no run of ours wrote" in ran.err
+    assert mine.read_text() == "mine"
+
+
+def test_a_checkpoint_is_a_target_too(run_cli, recipe) -> None:
+    assert run_cli("train", recipe).code == 0
+    said = [
+        run_cli("generate", target, "What is 3+3?", "--max-tokens", "4").out
+        for target in ("runs/toy", "runs/toy/checkpoints/step-000002")
+    ]
+    assert said[0] == said[1] != ""
 
 
 @pytest.mark.parametrize(
@@ -84,7 +122,7 @@ def test_a_folder_with_another_run_is_not_touched(run_cli, recipe) -> None:
         ("data.source=empty.jsonl", "the file is empty"),
         ("data.prompt=text", "no column 'text'"),
         ("data.prompt={text}?", "no column 'text'"),
-        ("data.max_prompt_length=1", "every prompt is longer"),
+        ("data.max_prompt_length=1", "every prompt is null or longer"),
         ("model.name=./absent", "there is no such folder"),
         ("model.name=empty_model", "no config.json"),
         ("rewards.0.use=absent.py:reward", "there is no file absent.py"),
@@ -92,10 +130,23 @@ def test_a_folder_with_another_run_is_not_touched(run_cli, recipe) -> None:
         ("adapter.targets=[nothing]", "no linear layer 'nothing'"),
         ("output_dir=train.jsonl/run", "cannot write to train.jsonl/run"),
         ("eval.split=dev", "there is no 'dev'"),
+        ("data.source=notes.txt", "files are read by their ending"),
+        ("data.config=main", "data.config is for Hub datasets"),
+        ("data.chat_template_kwargs={tokenize: false}", "is not yours to set"),
+        ("adapter.targets=[]", "adapter.targets"),
+        ("rewards.0.use=needs.py:reward", "missing a required argument: 'solution'; it is called with answer, comp"),
+        ("rewards.0.use=exits.py:reward", "cannot be imported: SystemExit: 3"),
+        ("loss.use=digits.py:rewrd", "no function 'rewrd' there. Did you mean 'reward'?"),
+        ("loss.epsilon_max=2", "loss.epsilon_max does nothing with the clip surrogate of dapo"),
+        ("loss.kl_estimator=k1", "loss.kl_estimator does nothing while loss.beta is 0"),
+        ("optim.num_minibatches=4", "not divisible by optim.num_minibatches"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(run_cli, recipe, tmp_path, override: str, said: str) -> None:
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "notes.txt").write_text("not data")
+    (tmp_path / "needs.py").write_text("def reward(completions, solution, **_):\n    return [1.0]\n")
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(3)\n")
     (tmp_path / "empty_model").mkdir()
     if override.startswith("data.prompt={"):
         override = "data.prompt='{text}?'"
@@ -125,12 +176,22 @@ def test_a_broken_reward_stops_the_run_with_its_traceback(run_cli, recipe, tmp_p
     (tmp_path / "digits.py").write_text("def reward(**columns):\n    return [row['nothing'] for row in columns]\n")
     ran = run_cli("train", recipe)
     assert ran.code == 1
-    assert "reward 'reward' failed on every completion" in ran.err
+    assert "reward 'digits' failed on every completion" in ran.err
     assert "digits.py" in ran.err
+    assert not Path("runs").exists() or not files(Path("runs/toy"))  # so that the mended command is not refused
 
 
 @pytest.mark.parametrize(
-    "args", [["train", "absent"], ["generate", "./absent", "hi"], ["eval", "absent"], ["recipes", "copy", "absent"]]
+    "args",
+    [
+        ["train", "absent"],
+        ["train", "."],
+        ["train", ""],
+        ["eval", "."],
+        ["generate", "./absent", "hi"],
+        ["eval", "absent"],
+        ["recipes", "copy", "absent"],
+    ],
 )
 def test_what_is_not_there(run_cli, args: list[str]) -> None:
     ran = run_cli(*args)

@@ -131,6 +131,27 @@ def test_without_logprobs_none_are_computed(make_policy, tmp_path) -> None:
     assert completion.logprobs is None
 
 
+def test_every_position_has_a_draw_of_its_own(make_policy) -> None:
+    """With the model's opinion taken away, rows and positions do not repeat each other."""
+    toy = make_policy()
+    toy.generator.model = Flat(toy.policy.model)
+    toy.generator.stop_ids = frozenset()
+    (group,) = toy.generator.generate([Request([5, 6], 8)], Sampling(1.0, 30), KEY)
+    for completion in group:
+        assert len(set(completion.token_ids)) > 20
+    assert len({completion.token_ids for completion in group}) == 8
+
+
+class Flat:
+    """A model whose logits are all equal."""
+
+    def __init__(self, model) -> None:
+        self.model, self.layers = model, model.layers
+
+    def __call__(self, tokens, cache):
+        return 0 * self.model(tokens, cache=cache)
+
+
 def test_sampling_follows_the_distribution() -> None:
     logits = mx.array([1.0, 0.0, -1.0, 2.0, 0.5])
     rows, temperature = 20_000, 0.8

@@ -57,6 +57,7 @@ def clip_term(r: float, a: float, low: float, high: float, delta: float | None) 
 def loss_and_gradient(name: str, lp, batch: dict, settings: dict) -> tuple[float, np.ndarray]:
     """The loss of one batch whose `weights` are given, and its gradient with respect to each current logprob."""
     ratio_kind, surrogate, _, eps, eps_high = PAPER[name]
+    ratio_kind = settings.get("ratio", ratio_kind)
     eps = settings.get("epsilon", eps)
     eps_high = settings.get("epsilon_high", settings.get("epsilon", eps_high))
     mask, w, adv = batch["mask"], batch["weights"], batch["advantages"]
@@ -134,6 +135,7 @@ def token_term(surrogate, ratio_kind, lp, old, logr, mean_logr, sum_logr, every,
             return value, 0.0, {u: d * seen / n for u in every}
         return value, d * seen, {}
     if surrogate == "cispo":
+        r = r if ratio_kind == "token" else math.exp(mean_logr)
         capped = min(r, settings.get("epsilon_max", 5.0))
         return -capped * a * lp, -capped * a, {}
     if surrogate == "sapo":

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo.config import AdvantageConfig, LossConfig
-from grpo.objective import advantages, policy_loss, token_weights, total_rewards
+from grpo.objective import advantages, combine_metrics, policy_loss, token_weights, total_rewards
 from grpo.objective.kl import kl_estimate
+from grpo.objective.masks import soft_overlong_punishment, top_entropy_mask
 
 NAN = math.nan
 LENGTHS = [1, 3, 2, 4]
@@ -127,6 +128,106 @@ def test_k3_and_its_gradient() -> None:
     assert kl_estimate(current, reference, "k3").tolist() == pytest.approx(expected, abs=1e-6)
     gradient = mx.grad(lambda x: kl_estimate(x, reference, "k3").sum())(current)
     assert gradient.tolist() == pytest.approx([1 - math.exp(-0.5), 0.0], abs=1e-6)
+
+
+def test_on_policy_gradients_of_dapo_and_cispo_agree() -> None:
+    mask, logprobs = mask_of(LENGTHS), mx.random.normal((4, 4), key=mx.random.key(3)) - 2
+    found = []
+    for kind in ("dapo", "cispo", "rloo", "reinforce++"):
+        cfg = LossConfig(type=kind)
+        batch = batch_of(cfg, mask, ADVANTAGES)
+        found.append(mx.grad(lambda x, batch=batch, cfg=cfg: policy_loss(x, batch, cfg)[0])(logprobs))
+    assert all(mx.allclose(found[0], other, atol=1e-7) for other in found[1:])
+    expected = -mx.array(ADVANTAGES)[:, None] * mask / 10
+    assert mx.allclose(found[0], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_at_initialisation_the_penalty_and_its_gradient_are_zero(estimator: str) -> None:
+    logprobs = mx.random.normal((2, 3)) - 2
+    assert (kl_estimate(logprobs, logprobs, estimator) == 0).all().item()
+    assert (mx.grad(lambda x: kl_estimate(x, mx.stop_gradient(logprobs), estimator).sum())(logprobs) == 0).all().item()
+
+
+def test_at_ratio_one_sapo_is_twice_the_advantage_over_tau() -> None:
+    cfg = LossConfig(type="sapo")
+    loss, _ = policy_loss(mx.zeros((4, 4)) - 1, batch_of(cfg, mask_of(LENGTHS), ADVANTAGES), cfg)
+    expected = -sum(2 * a / (1.0 if a > 0 else 1.05) for a in ADVANTAGES) / 4
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("length", [(80, 0.0), (81, -0.05), (90, -0.5), (100, -1.0), (140, -1.0), (1, 0.0)])
+def test_soft_overlong_punishment(length: tuple[int, float]) -> None:
+    assert soft_overlong_punishment(length[0], 100, 20) == pytest.approx(length[1])
+
+
+def test_top_entropy_mask() -> None:
+    mask = mask_of([6, 4, 0], 6)
+    entropies = mx.arange(18).reshape(3, 6).astype(mx.float32) * mx.where(mask > 0, 1, 100)
+    kept = top_entropy_mask(entropies, mask, 0.2)
+    assert kept.sum().item() == 2  # of ten
+    assert kept[1].tolist() == [0, 0, 1, 1, 0, 0]
+    assert mx.array_equal(top_entropy_mask(entropies, mask, 1.0), mask)
+    assert top_entropy_mask(entropies, mask, 0.001).sum().item() == 1
+    assert top_entropy_mask(entropies, 0 * mask, 0.2).sum().item() == 0
+
+
+def test_metrics_of_parts_are_those_of_the_whole() -> None:
+    cfg = LossConfig(type="dapo", beta=0.1, delta=1.2)
+    mask = mask_of(LENGTHS)
+    key = mx.random.split(mx.random.key(5), 4)
+    near = [mx.random.normal((4, 4), key=k) * 0.4 - 2 for k in key]
+    fields = {"old_logprobs": near[1], "ref_logprobs": near[2], "sampling_logprobs": near[3]}
+    whole = batch_of(cfg, mask, ADVANTAGES, **fields)
+    _, expected = policy_loss(near[0], whole, cfg, mx.abs(near[3]))
+    parts = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        part = SimpleNamespace(**{name: value[rows] for name, value in vars(whole).items()})
+        _, metrics = policy_loss(near[0][rows], part, cfg, mx.abs(near[3])[rows])
+        parts.append({name: value.item() for name, value in metrics.items()})
+    combined = combine_metrics(parts)
+    assert set(combined) == set(expected)
+    for name, value in expected.items():
+        assert combined[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+
+
+def test_sampling_metrics_by_hand() -> None:
+    cfg = LossConfig()
+    batch = batch_of(cfg, mask_of([2, 1]), [1.0, 1.0], sampling_logprobs=mx.array([[-1.0, -3.0], [-1.0, 7.0]]))
+    _, metrics = policy_loss(mx.array([[-1.0, -2.0], [-3.0, 7.0]]), batch, cfg)
+    got = {name.removeprefix("sampling/"): value.item() for name, value in metrics.items() if "sampling/" in name}
+    ratios = [1.0, math.e, math.exp(-2)]
+    assert got["sampling_logp_difference/mean"] == pytest.approx(1.0)
+    assert got["sampling_logp_difference/max"] == pytest.approx(2.0)
+    assert got["importance_sampling_ratio/min"] == pytest.approx(min(ratios))
+    assert got["importance_sampling_ratio/mean"] == pytest.approx(sum(ratios) / 3)
+    assert got["importance_sampling_ratio/max"] == pytest.approx(math.e)
+    assert got["sequence_importance_sampling_ratio/max"] == pytest.approx(math.e)
+    assert got["effective_sample_size"] == pytest.approx(sum(ratios) ** 2 / (3 * sum(r * r for r in ratios)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"type": "sapo", "epsilon": 0.1}, "loss.epsilon does nothing with the sapo surrogate"),
+        ({"epsilon_max": 2.0}, "loss.epsilon_max does nothing with the clip surrogate of dapo, only with cispo"),
+        ({"type": "rloo", "delta": 2.0}, "loss.delta does nothing"),
+        ({"kl_importance": True}, "loss.kl_importance does nothing while loss.beta is 0"),
+        ({"type": "vespo", "ratio": "sequence"}, "has a ratio of its own"),
+        ({"importance_sampling_cap": 2.0}, "loss.importance_sampling_cap does nothing"),
+        ({"importance_sampling_correction": "token_truncate", "importance_sampling_floor": 0.5}, "floor does nothing"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(settings: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        LossConfig(**settings)
+
+
+def test_presets_bring_their_papers_bounds_and_give_way_to_the_recipe() -> None:
+    assert (LossConfig(type="dapo").preset.epsilon, LossConfig(type="dapo").preset.epsilon_high) == (0.2, 0.28)
+    assert LossConfig(type="dapo", epsilon=0.1).preset.epsilon_high == 0.1
+    assert LossConfig(type="gspo").preset.ratio == "sequence"
+    assert LossConfig(type="gspo", ratio="token", normalize="token").preset.normalize == "token"
 
 
 def test_the_penalty_is_beta_times_k3_under_the_same_weights() -> None:

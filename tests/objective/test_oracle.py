@@ -64,17 +64,24 @@ PENALTIES = [
     {"beta": 0.1, "kl_importance": True},
 ]
 BOUNDS = {
-    "clip": [{}, {"epsilon": 0.1}, {"epsilon": 0.1, "epsilon_high": 0.31}, {"delta": 1.4}],
+    "clip": [
+        {},
+        {"epsilon": 0.1},
+        {"epsilon": 0.1, "epsilon_high": 0.31},
+        {"delta": 1.4},
+        {"ratio": "sequence"},
+        {"ratio": "token"},
+    ],
     "gmpo": [{}, {"epsilon": 0.1, "epsilon_high": 0.21}],
     "dppo": [{}, {"epsilon": 0.05, "epsilon_high": 0.07}],
-    "cispo": [{}, {"epsilon_max": 1.1}],
+    "cispo": [{}, {"epsilon_max": 1.1}, {"epsilon_max": 1.1, "ratio": "sequence"}],
 }
 SPREADS = [0.0, 0.05, 0.4, 1.0]
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_loss_and_gradient(name: str) -> None:
-    """Four spreads of the ratio × bounds × penalties × corrections × with and without fixed old logprobs."""
+    """Four spreads of the ratio × bounds and levels × penalties × corrections × with and without old logprobs."""
     bounds = BOUNDS.get(PRESETS[name].surrogate, [{}])
     checked = 0
     for seed, (spread, bound, penalty, correction) in enumerate(product(SPREADS, bounds, PENALTIES, CORRECTIONS)):

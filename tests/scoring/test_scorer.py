@@ -78,20 +78,67 @@ def test_none_is_not_a_failure() -> None:
     ("answer", "said"),
     [
         (lambda **_: [1.0] * 3, "3 scores for 4 completions"),
-        (lambda **_: 1.0, "not float"),
-        (lambda **_: "1234", "not str"),
+        (lambda **_: 1.0, "was expected, not 1.0"),
+        (lambda **_: "1234", "was expected, not '1234'"),
         (lambda completions: completions, "unexpected keyword argument"),
         (lambda **_: 1 / 0, "ZeroDivisionError"),
-        (lambda **_: [math.nan] * 4, "not a finite number: nan"),
+        (lambda **_: [math.nan] * 4, "not a usable number: nan"),
     ],
 )
 def test_a_function_that_always_fails_stops_the_run_with_its_traceback(answer, said: str) -> None:
     scorer = Scorer({"mine": answer})
     with pytest.raises(RunError) as error:
         scorer.score(GROUPS)
-    assert "reward 'mine' failed on every completion of a step" in str(error.value)
+    assert "reward 'mine' failed on every completion: " in str(error.value)
     assert said in str(error.value)
     assert scorer.failures == {"mine": 4}
+
+
+def test_a_failure_now_and_then_is_counted_and_does_not_stop_a_run(caplog) -> None:
+    answers = iter([[1.0] * 4, None, None, [1.0] * 4, None, None, None])
+    scorer = Scorer({"mine": lambda **_: next(answers) or 1 / 0})
+    for failed in (0, 4, 8, 8, 12, 16):
+        scored = scorer.score(GROUPS)
+        assert scorer.failures == {"mine": failed}
+        assert all(rollout.failed == (rollout.scores["mine"] is None) for group in scored for rollout in group.rollouts)
+    assert caplog.text.count("ZeroDivisionError") == 1  # said once
+    with pytest.raises(RunError, match="ZeroDivisionError"):
+        scorer.score(GROUPS)
+
+
+def test_a_metric_may_fail_as_it_likes() -> None:
+    scorer = Scorer({"mine": lambda **_: 1 / 0}, metrics_only={"mine"})
+    for _ in range(5):
+        groups = scorer.score(GROUPS)
+    assert scorer.failures == {"mine": 20}
+    assert not any(rollout.failed for group in groups for rollout in group.rollouts)
+
+
+def test_numbers_of_all_kinds() -> None:
+    import numpy as np
+
+    assert scores(lambda **_: np.array([1, 2, 3, 4], np.float32)) == [1.0, 2.0, 3.0, 4.0]
+    assert scores(lambda **_: (x for x in (1, 2, 3, 4))) == [1.0, 2.0, 3.0, 4.0]
+    assert scores(lambda **_: [1.0, 1e30, 10**400, b"1"]) == [1.0, None, None, None]
+
+
+def test_a_function_that_exits_has_failed() -> None:
+    with pytest.raises(RunError, match="SystemExit"):
+        scores(lambda **_: exit(0))
+
+
+@pytest.mark.parametrize("function", [lambda completions, solution, **_: 1, lambda completions: 1])
+def test_a_function_that_cannot_be_called_is_found_before_the_run(function) -> None:
+    with pytest.raises(UserError, match="it is called with answer, completion_ids, completions, prompts"):
+        Scorer({"mine": function}).check(["answer", "prompt"])
+    Scorer({"mine": lambda completions, answer, **_: 1}).check(["answer", "prompt"])
+
+
+def test_two_files_with_a_reward_each(tmp_path) -> None:
+    for name in ("brief", "right"):
+        (tmp_path / f"{name}.py").write_text("def reward(completions, **_):\n    return [1.0] * len(completions)\n")
+    configs = [RewardConfig(use=f"{tmp_path / name}.py:reward") for name in ("brief", "right")]
+    assert list(Scorer.of(configs).rewards) == ["brief", "right"]
 
 
 def test_two_rewards_of_one_name() -> None:

@@ -28,6 +28,7 @@ STEP = StepMetrics(1, VALUES)
 EVAL = EvalMetrics(
     0,
     8,
+    "right",
     {"greedy": 0.25, "avg@4": 0.5, "pass@4": 1.0},
     {"greedy": (0.0, 0.5), "avg@4": (0.3, 0.7), "pass@4": (1.0, 1.0)},
 )
@@ -72,7 +73,7 @@ def test_a_progress_line_in_a_terminal() -> None:
 
 def test_before_and_after() -> None:
     console, text = printed()
-    console.print(before_and_after(EVAL, EvalMetrics(9, 8, dict.fromkeys(EVAL.values, 1.0), EVAL.intervals)))
+    console.print(before_and_after(EVAL, EvalMetrics(9, 8, "right", dict.fromkeys(EVAL.values, 1.0), EVAL.intervals)))
     assert "after step 9" in text.getvalue()
     assert "25.0%  (0.0% to 50.0%)" in text.getvalue()
 

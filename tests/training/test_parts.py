@@ -13,10 +13,10 @@ from grpo.recipe import load_recipe
 from grpo.training import parity
 from grpo.training.checkpoint import checkpoints, save_checkpoint, step_of
 from grpo.training.evaluate import bootstrap_interval
-from grpo.training.folder import open_run
+from grpo.training.folder import newest_checkpoint
 from grpo.training.metrics import step_metrics
 from grpo.training.parity import check_parity
-from grpo.training.schedule import learning_rate
+from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.setup import prepare
 from grpo.training.signals import StopRequest
 from grpo.training.update import Update
@@ -59,9 +59,8 @@ def test_a_checkpoint_that_was_not_finished_is_not_one(make_policy, tmp_path, mo
 
 
 def test_a_run_without_a_checkpoint_says_so(recipe) -> None:
-    (recipe.parent / "recipe.yaml").write_text(recipe.read_text())
     with pytest.raises(UserError, match="no checkpoint yet"):
-        open_run(recipe.parent)
+        newest_checkpoint(recipe.parent)
 
 
 def test_bootstrap_intervals() -> None:
@@ -97,7 +96,7 @@ def test_evaluation_by_hand(recipe) -> None:
 
 def test_step_metrics_by_hand() -> None:
     def rollout(length: int, reward: float | None, reason: str = "stop") -> Rollout:
-        return Rollout(Completion((1,) * length, None, "", reason), {"r": reward}, reward)
+        return Rollout(Completion((1,) * length, None, "", reason), {"r": reward}, reward=reward)
 
     groups = [
         Group(Task(0, "?", (1,), {}), (rollout(2, 1.0), rollout(4, 0.0))),
@@ -119,6 +118,44 @@ def test_step_metrics_by_hand() -> None:
     assert (values["entropy"], values["clip_ratio/low_mean"]) == (0.5, 0.1)
     assert (values["loss"], values["grad_norm"], values["learning_rate"]) == (-0.1, 2.0, 1e-3)
     assert (values["num_tokens"], values["rollout_tokens_per_second"], values["step_time"]) == (20, 10, 3)
+
+
+def test_a_signal_during_an_evaluation_loses_nothing(recipe, tmp_path) -> None:
+    recipe.write_text(recipe.read_text() + "eval: {split: train, every: 1, prompts: 1}\ncheckpoint: {every: 99}\n")
+    trainer = prepare(load_recipe(recipe)).trainer
+    measure, stop = trainer.evaluate, StopRequest()
+
+    def interrupted(step: int):
+        if step == 1:
+            stop.signal = signal.SIGINT
+        return measure(step)
+
+    trainer.evaluate = interrupted
+    outcome = trainer.run(tmp_path / "run", lambda record: None, stop)
+    assert (outcome.step, outcome.stopped_by) == (1, signal.SIGINT)
+    assert step_of(outcome.checkpoint) == 1
+
+
+def test_an_error_in_a_later_step_leaves_the_last_one_saved(recipe, tmp_path) -> None:
+    trainer = prepare(load_recipe(recipe, ["optim.steps=3", "checkpoint.every=99"])).trainer
+    trainer.scorer.rewards = {"digits": lambda completions, **_: [float("nan")] * len(completions)}
+    trainer.scorer._in_a_row = {"digits": 0}  # as if it had worked before
+    with pytest.raises(RunError, match="failed on every completion"):
+        trainer.run(tmp_path / "run", lambda record: None, StopRequest())
+    assert [step_of(found) for found in checkpoints(tmp_path / "run/checkpoints")] == [2]
+
+
+def test_what_nothing_scored_is_not_wrong_in_an_evaluation(recipe) -> None:
+    recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 4, samples: 2}\n")
+    trainer = prepare(load_recipe(recipe)).trainer
+    trainer.scorer.rewards = {"digits": lambda completions, **_: [1.0, None, None, None] * (len(completions) // 4)}
+    trainer.evaluate.grader = "digits"
+    metrics = trainer.evaluate(0)
+    assert metrics.n == 1
+    assert metrics.values["greedy"] == 1.0
+    trainer.scorer.rewards = {"digits": lambda completions, **_: [None] * len(completions)}
+    with pytest.raises(RunError, match="'digits', scored no completion"):
+        trainer.evaluate(0)
 
 
 def test_a_signal_asks_and_a_second_one_ends() -> None:
@@ -156,8 +193,80 @@ def test_the_plan_counts_what_there_is(recipe) -> None:
     state = run.trainer.policy.adapters.state()
     assert plan.trained == sum(array.size for array in state.values())
     keys_and_values = 2 * 2 * 16  # of two heads of 16, in each of two layers, four bytes each
-    assert plan.bytes["rollout cache"] == 8 * (longest + 8) * 2 * keys_and_values * 4
-    assert plan.total > plan.bytes["weights"]
+    assert plan.phases["rollout cache"] == 8 * (longest + 8) * 2 * keys_and_values * 4
+    assert plan.total > plan.stays["weights"]
+
+
+def test_each_step_samples_anew(recipe) -> None:
+    trainer = prepare(load_recipe(recipe)).trainer
+    seen = []
+    trainer.tasks.take = lambda n: run_tasks[:n]
+    run_tasks = prepare(load_recipe(recipe)).tasks
+    generate = trainer.engine.generator.generate
+    trainer.engine.generator.generate = lambda *args: seen.append(generate(*args)) or seen[-1]
+    trainer.step(1)
+    trainer.policy.adapters.load_state({path: 0 * a for path, a in trainer.policy.adapters.state().items()})
+    trainer.step(2)
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_evaluation_samples_at_the_recipes_temperature(recipe, temperature: float) -> None:
+    recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 1, samples: 2}\n")
+    trainer = prepare(load_recipe(recipe, [f"rollout.temperature={temperature}"])).trainer
+    used = []
+    generate = trainer.engine.generator.generate
+    trainer.engine.generator.generate = lambda r, s, *rest: used.append(s.temperature) or generate(r, s, *rest)
+    trainer.evaluate(0)
+    assert used == [0.0, temperature]
+
+
+def test_the_parity_bound_is_that_of_the_models_dtype(recipe) -> None:
+    said = []
+    for dtype in ("float32", "bfloat16"):
+        run = prepare(load_recipe(recipe, [f"model.dtype={dtype}"]))
+        said.append(check_parity(run.trainer.policy, run.trainer.engine, run.tasks[:1], 0))
+    assert "bound on the mean 1e-03" in said[0]
+    assert "bound on the mean 3e-02" in said[1]
+
+
+def test_dynamic_sampling_replaces_groups_without_variance(recipe) -> None:
+    """The first two prompts' groups are uniform; of the next two one is not."""
+    trainer = prepare(load_recipe(recipe, ["rollout.dynamic_sampling=2"])).trainer
+    calls = iter([[1, 1, 1, 1] * 2, [1, 1, 1, 1, 0, 1, 1, 1], [1, 0, 1, 1]])
+    trainer.scorer.rewards = {"digits": lambda **_: next(calls)}
+    metrics = trainer.step(1).values
+    assert metrics["num_prompts"] == 5  # two, two more, and one more
+    assert metrics["frac_reward_zero_std"] == 3 / 5
+    assert trainer.tasks.cursor == 5
+    assert metrics["grad_norm"] > 0
+
+
+def test_dynamic_sampling_gives_up_in_the_end(recipe) -> None:
+    trainer = prepare(load_recipe(recipe, ["rollout.dynamic_sampling=1"])).trainer
+    trainer.scorer.rewards = {"digits": lambda completions, **_: [1.0] * len(completions)}
+    metrics = trainer.step(1).values
+    assert metrics["num_prompts"] == 4
+    assert metrics["grad_norm"] == 0
+
+
+def test_beta_moves_to_its_end(recipe) -> None:
+    cfg = load_recipe(recipe, ["loss.beta=0.4", "loss.beta_end=0", "optim.steps=5"])
+    assert [penalty_weight(cfg, step) for step in range(1, 6)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
+    metrics = prepare(cfg).trainer.step(2).values
+    assert metrics["beta"] == pytest.approx(0.3)
+    assert "kl" in metrics
+
+
+def test_what_the_adapter_has_learnt(make_policy) -> None:
+    fresh, trained = make_policy(trained=False).policy.adapters, make_policy().policy.adapters
+    assert fresh.delta() == 0
+    state = trained.state()
+    added = [
+        2.0 * (a @ state[f"{path[:-1]}b"]) for path, a in state.items() if path.endswith("lora_a")
+    ]  # scale is 2 by default
+    expected = sum((delta**2).sum().item() for delta in added) ** 0.5
+    assert trained.delta() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_run_is_reproducible(recipe) -> None:

@@ -4,14 +4,16 @@ import math
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
 from grpo.backend import device
 from grpo.config import Recipe
 from grpo.errors import RunError
-from grpo.objective.groups import with_advantages
-from grpo.training.batches import make_batches, make_minibatches, with_reference
+from grpo.objective.groups import with_advantages, with_rewards
+from grpo.training.batches import make_batches, make_minibatches, with_old_logprobs, with_reference, with_top_entropy
+from grpo.training.penalties import with_penalties
 from grpo.training.update import Updater
 from grpo.types import Completion, Group, Rollout, Task
 
@@ -181,6 +183,162 @@ def test_compiled_as_on_a_gpu_the_gradient_is_the_same(make_policy, monkeypatch)
         mx.eval(policy.model.parameters())
     finally:
         mx.disable_compile()
+
+
+def test_the_reference_is_the_base_model(make_policy) -> None:
+    policy, cfg = make_policy().policy, recipe(loss={"beta": 0.5})
+    base = make_policy(trained=False).policy
+    scored = with_advantages(groups(policy), cfg)
+    for batch in with_reference(make_batches(scored, cfg), policy, 0.5, cfg):
+        expected, _ = base.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
+        now, _ = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
+        assert mx.allclose(batch.ref_logprobs, expected, atol=1e-5)
+        assert not mx.allclose(batch.ref_logprobs, now, atol=1e-3)
+        assert batch.beta.item() == 0.5
+
+
+class Recorder:
+    """In the optimiser's place: notes what it is given."""
+
+    def __init__(self) -> None:
+        self.state: dict = {}
+        self.seen: list[tuple[float, float]] = []
+
+    def update(self, model, gradients) -> None:
+        norm = math.sqrt(sum((array**2).sum().item() for _, array in tree_flatten(gradients)))
+        self.seen.append((self.learning_rate, norm))
+
+
+def test_the_optimiser_gets_the_clipped_gradient_at_the_scheduled_rate(make_policy) -> None:
+    policy = make_policy().policy
+    cfg = recipe(optim={"steps": 4, "warmup_steps": 2, "learning_rate": 0.5, "max_grad_norm": 0.01})
+    update = Updater(policy, cfg)
+    update.optimizer = Recorder()
+    minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
+    for step in (1, 2):
+        update(minibatches, step)
+    assert update.optimizer.seen == [(0.25, pytest.approx(0.01, rel=1e-3)), (0.5, pytest.approx(0.01, rel=1e-3))]
+
+
+def test_weight_decay_shrinks_what_has_no_gradient(make_policy) -> None:
+    policy = make_policy().policy
+    before = policy.adapters.state()
+    Updater(policy, recipe(optim={"steps": 1, "learning_rate": 0.1, "weight_decay": 0.5}))([[]], 1)
+    assert all(mx.allclose(array, 0.95 * before[path]) for path, array in policy.adapters.state().items())
+
+
+def test_several_minibatches_are_updates_of_their_own_with_ratios_to_before_the_first(make_policy) -> None:
+    policy = make_policy().policy
+    cfg = recipe(optim={"steps": 1, "num_minibatches": 3, "learning_rate": 0.05}, rollout={"prompts_per_step": 3})
+    minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
+    assert [sum(batch.tokens.shape[0] for batch in part) for part in minibatches] == [4, 4, 4]
+    ready = with_old_logprobs(minibatches, policy)
+    assert all(batch.old_logprobs is None for batch in ready[0])
+    for batch in ready[1] + ready[2]:
+        now, _ = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
+        assert mx.allclose(batch.old_logprobs, now, atol=1e-6)
+    assert Updater(policy, cfg)(ready, 1).metrics["clip_ratio/region_mean"] > 0  # the later ones are off policy
+
+
+def test_overlong_filtering_leaves_rows_out_of_numerator_and_denominator(make_policy) -> None:
+    policy = make_policy().policy
+    cfg = recipe(loss={"type": "dapo", "mask_truncated_completions": True})
+    whole = with_advantages(groups(policy), cfg)
+    first = whole[0].rollouts[0]
+    cut = replace(first, completion=replace(first.completion, finish_reason="length"))
+    marked = [replace(whole[0], rollouts=(cut, *whole[0].rollouts[1:])), *whole[1:]]
+    masks = [batch.mask.sum().item() for batch in make_batches(marked, cfg)]
+    tokens = sum(len(r.completion.token_ids) for g in whole for r in g.rollouts)
+    assert sum(masks) == tokens - len(first.completion.token_ids)
+    assert sum(batch.weights.sum().item() for batch in make_batches(marked, cfg)) == pytest.approx(1, abs=1e-6)
+
+
+def test_top_entropy_keeps_the_fraction_of_the_step_whatever_the_split(make_policy) -> None:
+    policy, found = make_policy().policy, []
+    for size in (12, 4, 1):
+        cfg = recipe(loss={"top_entropy_quantile": 0.3}, optim={"steps": 1, "micro_batch_size": size})
+        batches = make_batches(with_advantages(groups(policy), cfg), cfg)
+        cut = with_top_entropy(batches, policy, cfg)
+        kept, there = (sum(batch.mask.sum().item() for batch in part) for part in (cut, batches))
+        assert kept == math.ceil(0.3 * there)
+        assert sum(batch.weights.sum().item() for batch in cut) == pytest.approx(1, abs=1e-6)
+        found.append(dict(tree_flatten(Updater(policy, cfg).gradient(cut).tree)))
+    assert max(mx.abs(found[0][path] - found[2][path]).max().item() for path in found[0]) < 1e-6
+
+
+def test_bnpo_averages_each_micro_batch_over_its_own_tokens(make_policy) -> None:
+    policy = make_policy().policy
+    cfg = recipe(loss={"type": "bnpo"}, optim={"steps": 1, "micro_batch_size": 5})
+    batches = make_batches(with_advantages(groups(policy), cfg), cfg)
+    assert [batch.weights.sum().item() for batch in batches] == pytest.approx([1 / 3] * 3)
+
+
+def test_an_entropy_bonus_has_the_entropys_gradient(make_policy) -> None:
+    policy = make_policy().policy
+    trees = []
+    for settings in ({}, {"entropy_coef": 1.0}):
+        cfg = recipe(loss=settings, optim={"steps": 1, "micro_batch_size": 12})
+        trees.append(gradient(policy, cfg))
+        (batch,) = make_batches(with_advantages(groups(policy), cfg), cfg)
+
+    def entropy(model) -> mx.array:
+        del model
+        _, values = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids, entropy_gradient=True)
+        return (values * batch.weights).sum()
+
+    _, bonus = nn.value_and_grad(policy.model, entropy)(policy.model)
+    for path, array in tree_flatten(bonus):
+        assert mx.allclose(trees[1][path], trees[0][path] - array, atol=1e-5)
+
+
+def test_a_loss_of_ones_own(make_policy) -> None:
+    policy, cfg = make_policy().policy, recipe(optim={"steps": 1, "micro_batch_size": 12})
+    (batch,) = make_batches(with_advantages(groups(policy), cfg), cfg)
+
+    def mine(logprobs, batch, cfg):
+        del cfg
+        return -batch.advantages[:, None] * logprobs
+
+    same = Updater(policy, recipe(loss={"type": "rloo"}, optim={"steps": 1, "micro_batch_size": 12})).gradient([batch])
+    own = Updater(policy, cfg, mine).gradient([batch])
+    assert own.loss == pytest.approx(same.loss)
+    assert own.loss != pytest.approx(Updater(policy, cfg).gradient([batch]).loss)
+
+
+def test_the_penalty_in_the_reward(make_policy) -> None:
+    policy = make_policy().policy
+    cfg = recipe(loss={"beta": 0.5, "kl_in": "reward"}, advantage={"soft_overlong_cache": 4, "scale_rewards": "none"})
+    plain = with_rewards(groups(policy), cfg.rewards)
+    penalised = with_penalties(plain, policy, cfg, 0.5)
+    base = make_policy(trained=False).policy
+    for group in penalised:
+        for rollout in group.rollouts:
+            ids = rollout.completion.token_ids
+            prompt = group.task.prompt_ids
+            reference, _ = base.logprobs(mx.array([[*prompt, *ids]]), mx.array([len(prompt)]), mx.array([ids]))
+            d = reference[0] - mx.array(rollout.completion.logprobs)
+            overlong = max(0, len(ids) - 4) / 4
+            assert rollout.penalty == pytest.approx(0.5 * (mx.exp(d) - d - 1).sum().item() + overlong, abs=1e-4)
+    scored = with_advantages(penalised, cfg)
+    net = [r.reward - r.penalty for r in penalised[0].rollouts]
+    assert [r.advantage for r in scored[0].rollouts] == pytest.approx([x - sum(net) / 4 for x in net], abs=1e-5)
+    (batch,) = make_batches(scored[:1], cfg)
+    assert with_reference([batch], policy, 0.5, cfg)[0].ref_logprobs is None  # it is not in the loss as well
+
+
+def test_without_penalties_groups_stay_as_they_are(make_policy) -> None:
+    policy, cfg = make_policy().policy, recipe(loss={"beta": 0.5})
+    plain = groups(policy)
+    assert with_penalties(plain, policy, cfg, 0.5) == plain
+
+
+def test_a_completion_that_a_function_failed_on_leaves_the_baseline(make_policy) -> None:
+    policy, cfg = make_policy().policy, recipe(advantage={"scale_rewards": "none"})
+    (group, *_) = groups(policy)
+    failed = replace(group, rollouts=(replace(group.rollouts[0], failed=True), *group.rollouts[1:]))
+    (got,) = with_advantages(with_rewards([failed], cfg.rewards), cfg)
+    assert got.rollouts[0].reward is None
+    assert [r.advantage for r in got.rollouts] == pytest.approx([0, -0.5, 0, 0.5])  # rewards -, 0, 0.5, 1
 
 
 def test_the_reference_has_no_kl_at_first(make_policy) -> None:

@@ -1,0 +1,122 @@
+"""What is said about a recipe that the schema refuses: file, line, key, what was given, what was expected.
+
+The errors of pydantic name a path of keys; here they become lines for people.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from grpo.config import Recipe
+
+Keys = tuple[str | int, ...]
+
+
+def explanations(error: ValidationError, data: Any, locate: Callable[[Keys], str]) -> list[str]:
+    """A line for each mistake in `data`; `locate` says where a path of keys was written.
+
+    That a key is missing is not said where it was misspelt.
+    """
+    details = _one_per_place(error.errors(), data)
+    misspelt = {_meant(keys) for keys, detail in details.items() if detail["type"] == "extra_forbidden"}
+    return [
+        _explain(keys, detail, locate(keys))
+        for keys, detail in details.items()
+        if detail["type"] != "missing" or dotted(named(keys)) not in misspelt
+    ]
+
+
+def _one_per_place(errors: Iterable[ErrorDetails], data: Any) -> dict[Keys, ErrorDetails]:
+    """The innermost errors, one for each place: a union reports once for each of its members, a list again."""
+    by_place: dict[Keys, ErrorDetails] = {}
+    for detail in errors:
+        by_place.setdefault(_keys(detail, data), detail)
+    inner = {keys[:depth] for keys in by_place for depth in range(len(keys))}
+    return {keys: detail for keys, detail in by_place.items() if keys not in inner or keys == ()}
+
+
+def _keys(detail: ErrorDetails, data: Any) -> Keys:
+    """The path of keys as the data has them, without the names that pydantic adds for the members of a union."""
+    path: Keys = ()
+    for part in detail["loc"]:
+        there = part in data if isinstance(data, dict) else isinstance(data, list) and part in range(len(data))
+        if there:
+            data = data[part]
+        elif detail["type"] != "missing" or part != detail["loc"][-1]:
+            continue
+        path = (*path, part)
+    return path
+
+
+def _explain(path: Keys, detail: ErrorDetails, place: str) -> str:
+    key = dotted(path)
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{place}: unknown key {key}.{_hint(path)}"
+        case "missing":
+            return f"{place}: {key} is missing. {_help(path)}".rstrip()
+        case "value_error":
+            return f"{place}: {detail['msg'].removeprefix('Value error, ')}"
+    expected = detail["msg"].replace("Input should be", "expected", 1)
+    given = json.dumps(detail["input"], default=str)
+    hint = " Write it without quotes." if isinstance(detail["input"], str) and "number" in expected else ""
+    return f"{place}: {key}: {expected}, got {given}.{hint}"
+
+
+def _hint(path: Keys) -> str:
+    if meant := _meant(path):
+        return f" Did you mean {meant}?"
+    beside = _keys_beside(path)
+    return f" Valid here: {', '.join(key.rpartition('.')[2] for key in beside)}." if beside else ""
+
+
+def _meant(path: Keys) -> str | None:
+    """The valid key that an unknown one was probably meant to be: one beside it, or else one anywhere."""
+    for keys in (_keys_beside(path), list(_all_keys(Recipe))):
+        by_name = {key.rpartition(".")[2]: key for key in keys}
+        if close := difflib.get_close_matches(str(path[-1]), by_name, n=1, cutoff=0.6):
+            return by_name[close[0]]
+    return None
+
+
+def _keys_beside(path: Keys) -> list[str]:
+    section = dotted(named(path[:-1]))
+    return [key for key in _all_keys(Recipe) if key.rpartition(".")[0] == section]
+
+
+def named(path: Keys) -> Keys:
+    """The path without positions in lists, as the schema knows it."""
+    return tuple(part for part in path if isinstance(part, str))
+
+
+def _help(path: Keys) -> str:
+    """What the schema says about a key."""
+    *above, name = named(path)
+    section: Any = Recipe
+    for part in above:
+        section = section_of(section.model_fields[part].annotation)
+    return (section.model_fields[name].description or "").replace("\n", " ")
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if inner := section_of(field.annotation):
+            yield from _all_keys(inner, f"{prefix}{name}.")
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section in `Section`, `Section | None` or `tuple[Section, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(section_of, getattr(annotation, "__args__", ()))), None)
+
+
+def dotted(path: Keys) -> str:
+    return ".".join(map(str, path))

@@ -250,6 +250,40 @@ def test_dynamic_sampling_gives_up_in_the_end(recipe) -> None:
     assert metrics["grad_norm"] == 0
 
 
+def handed_to_the_update(recipe, *overrides: str) -> list:
+    """The minibatches that a step makes."""
+    trainer, seen = prepare(load_recipe(recipe, overrides)).trainer, []
+    trainer.update = lambda minibatches, n: seen.extend(minibatches) or Update(0.0, 0.0, {})
+    trainer.step(1)
+    return seen
+
+
+def test_a_step_fixes_old_logprobs_where_there_are_several_minibatches(recipe) -> None:
+    first, second = handed_to_the_update(recipe, "optim.num_minibatches=2", "loss.beta=0.1")
+    assert all(batch.old_logprobs is None and batch.ref_logprobs is not None for batch in first)
+    assert all(batch.old_logprobs is not None and batch.ref_logprobs is not None for batch in second)
+
+
+def test_a_step_cuts_masks_down_to_the_tokens_of_highest_entropy(recipe) -> None:
+    whole, cut = (
+        sum(
+            batch.mask.sum().item()
+            for batch in handed_to_the_update(recipe, f"loss.top_entropy_quantile={quantile}")[0]
+        )
+        for quantile in (1.0, 0.25)
+    )
+    assert 0 < cut < whole / 2  # a group's first tokens tie
+
+
+def test_a_step_takes_penalties_off_rewards(recipe) -> None:
+    (recipe.parent / "digits.py").write_text("def reward(completions, **_):\n    return [1.0] * len(completions)\n")
+    assert handed_to_the_update(recipe) == [[]]  # rewards are uniform: nothing to learn
+    text = recipe.read_text().replace("max_completion_length: 8", "max_completion_length: 200")
+    recipe.write_text(text)  # so long that completions end by themselves, and differ in length
+    (batches,) = handed_to_the_update(recipe, "advantage.soft_overlong_cache=200")
+    assert any(mx.abs(batch.advantages).max().item() > 0 for batch in batches)
+
+
 def test_beta_moves_to_its_end(recipe) -> None:
     cfg = load_recipe(recipe, ["loss.beta=0.4", "loss.beta_end=0", "optim.steps=5"])
     assert [penalty_weight(cfg, step) for step in range(1, 6)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])

@@ -26,6 +26,8 @@ def batch_of(spread: float, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray
     draw = np.random.default_rng(seed)
     shape = (len(LENGTHS), max(LENGTHS))
     mask = (np.arange(shape[1])[None] < np.array(LENGTHS)[:, None]).astype(float)
+    if seed % 2:  # tokens of an environment, in the middle of a completion
+        mask[1, 2:4] = mask[4, 0] = 0
     lp = -draw.uniform(0.2, 3.0, shape)
     near = lambda sd: lp + draw.normal(0, sd, shape)  # noqa: E731
     batch = {
@@ -46,6 +48,15 @@ def measured(lp: np.ndarray, batch: dict, cfg: LossConfig) -> tuple[float, np.nd
     current = mx.array(lp.astype(np.float32))
     value, gradient = mx.value_and_grad(lambda x: policy_loss(x, arrays, cfg)[0])(current)
     return value.item(), np.array(gradient)
+
+
+def measured_in_parts(lp: np.ndarray, batch: dict, cfg: LossConfig, size: int) -> tuple[float, np.ndarray]:
+    """The loss as a sum over micro-batches of `size` rows, and its gradient."""
+    parts = [
+        measured(lp[start : start + size], {key: value[start : start + size] for key, value in batch.items()}, cfg)
+        for start in range(0, len(lp), size)
+    ]
+    return sum(loss for loss, _ in parts), np.concatenate([gradient for _, gradient in parts])
 
 
 CORRECTIONS = [
@@ -81,7 +92,7 @@ SPREADS = [0.0, 0.05, 0.4, 1.0]
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_loss_and_gradient(name: str) -> None:
-    """Four spreads of the ratio × bounds and levels × penalties × corrections × with and without old logprobs."""
+    """Four spreads of the ratio × bounds and levels × penalties × corrections × masks × splits."""
     bounds = BOUNDS.get(PRESETS[name].surrogate, [{}])
     checked = 0
     for seed, (spread, bound, penalty, correction) in enumerate(product(SPREADS, bounds, PENALTIES, CORRECTIONS)):
@@ -94,7 +105,7 @@ def test_loss_and_gradient(name: str) -> None:
         if not correction:
             del batch["sampling_logprobs"]
         expected, gradient = loss_and_gradient(name, lp, batch, settings)
-        got, got_gradient = measured(lp, batch, cfg)
+        got, got_gradient = measured_in_parts(lp, batch, cfg, size=(5, 1, 2)[seed % 3])
         assert got == pytest.approx(expected, abs=1e-6, rel=1e-5), (name, spread, settings)
         np.testing.assert_allclose(got_gradient, gradient, atol=1e-6, rtol=1e-5, err_msg=str((name, spread, settings)))
         checked += 1
@@ -117,14 +128,9 @@ def test_micro_batches_add_up(name: str, split: int) -> None:
     mask = mx.array(batch["mask"].astype(np.float32))
     batch["weights"] = np.array(token_weights(mask, cfg, LONGEST))
     whole, gradient = measured(lp, batch, cfg)
-    total, rows = 0.0, []
-    for start in range(0, len(lp), split):
-        part = {key: value[start : start + split] for key, value in batch.items()}
-        loss, g = measured(lp[start : start + split], part, cfg)
-        total += loss
-        rows.append(g)
+    total, rows = measured_in_parts(lp, batch, cfg, split)
     assert total == pytest.approx(whole, abs=1e-6)
-    np.testing.assert_allclose(np.concatenate(rows), gradient, atol=1e-7)
+    np.testing.assert_allclose(rows, gradient, atol=1e-7)
 
 
 @pytest.mark.parametrize("baseline", ["group", "leave_one_out", "batch", "gdpo", "maxrl"])

@@ -111,8 +111,9 @@ class AdvantageConfig(Section):
     """What rewards are compared with. group: the group's mean; leave_one_out: the mean of the others in the group
     (RLOO, arXiv 2402.14740); batch: the batch's mean, whitened (REINFORCE++, arXiv 2501.03262); gdpo: each reward
     normalised in its group, summed, whitened; maxrl: the group's mean, divided by it. Default: that of `loss.type`."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What rewards less the group's mean are divided by: their deviation in the group, in the batch, or nothing."""
+    scale_rewards: presets.Scale | None = None
+    """What rewards less their baseline are divided by: their deviation in the group, in the batch, or nothing (none).
+    Default: that of `loss.type`."""
     soft_overlong_cache: Positive | None = None
     """Punish length over the last so many tokens before max_completion_length, from 0 down to -1 (DAPO's soft overlong
     punishment). Default: not at all."""
@@ -130,9 +131,9 @@ class LossConfig(Section):
     epsilon: Annotated[float, Field(gt=0)] | None = None
     """Lower bound: the ratio is clipped at 1 - epsilon. Default: the variant's."""
     epsilon_high: Annotated[float, Field(gt=0)] | None = None
-    """Upper bound: the ratio is clipped at 1 + epsilon_high. Default: epsilon if that is given, or the variant's."""
+    """Upper bound: the ratio is clipped at 1 + epsilon_high. Default: the variant's, which is epsilon for most."""
     delta: Annotated[float, Field(gt=1)] | None = None
-    """Dual clip: the unclipped ratio is capped here, for advantages below 0 (arXiv 2505.07291). Default: not at all."""
+    """Dual clip: the unclipped ratio is capped here, which binds for advantages below 0 (arXiv 2505.07291)."""
     epsilon_max: Annotated[float, Field(gt=0)] = 5.0
     """cispo's ceiling on the ratio itself."""
     sapo_temperature_pos: Annotated[float, Field(gt=0)] = 1.0
@@ -141,11 +142,11 @@ class LossConfig(Section):
     """sapo's τ for the others."""
     vespo_k_pos: Annotated[float, Field(ge=0)] = 2.0
     """vespo's k for advantages of 0 and above."""
-    vespo_lambda_pos: Annotated[float, Field(ge=0)] = 3.0
+    vespo_lambda_pos: Annotated[float, Field(gt=0)] = 3.0
     """vespo's λ for advantages of 0 and above."""
     vespo_k_neg: Annotated[float, Field(ge=0)] = 3.0
     """vespo's k for advantages below 0."""
-    vespo_lambda_neg: Annotated[float, Field(ge=0)] = 2.0
+    vespo_lambda_neg: Annotated[float, Field(gt=0)] = 2.0
     """vespo's λ for advantages below 0."""
     dppo_penalty: Annotated[float, Field(ge=0)] = 1e-3
     """dppo's weight of the squared log-ratio."""
@@ -176,7 +177,7 @@ class LossConfig(Section):
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Train on this fraction of the step's tokens, those of highest entropy (arXiv 2506.01939)."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of an entropy bonus."""
+    """Weight of an entropy bonus, per token and averaged as the loss is."""
     use: str | None = None
     """A loss of your own, `file.py:function` or `package.module:function`, in the place of the surrogate:
     (logprobs, batch, cfg) -> per_token_loss, each [B, T]."""
@@ -185,7 +186,8 @@ class LossConfig(Section):
     def preset(self) -> presets.Preset:
         """The variant with what this recipe replaces of it."""
         preset = presets.PRESETS[self.type]
-        bounds = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high or self.epsilon}
+        symmetric = preset.epsilon == preset.epsilon_high
+        bounds = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high or (self.epsilon if symmetric else None)}
         axes = {"ratio": self.ratio, "surrogate": self.surrogate, "normalize": self.normalize}
         given: dict[str, Any] = {name: value for name, value in {**axes, **bounds}.items() if value is not None}
         return replace(preset, **given)
@@ -201,6 +203,18 @@ class LossConfig(Section):
         for name, reads in (("importance_sampling_cap", form != "none"), ("importance_sampling_floor", "mask" in form)):
             if name in self.changed and not reads:
                 raise ValueError(f"loss.{name} does nothing with importance_sampling_correction: {form}")
+        if self.beta_end == self.beta:
+            raise ValueError("loss.beta_end does nothing: it is beta")
+        if self.importance_sampling_floor >= self.importance_sampling_cap:
+            raise ValueError(
+                "loss.importance_sampling_floor is not below importance_sampling_cap: nothing would be left"
+            )
+        if self.delta is not None and self.delta <= 1 + self.preset.epsilon_high:
+            raise ValueError("loss.delta is not above 1 + epsilon_high: it would clip what the upper bound allows")
+        if self.use is not None and (
+            unread := self.changed & {"surrogate", *presets.READ_BY} - {"epsilon", "epsilon_high"}
+        ):
+            raise ValueError(f"loss.{min(unread)} does nothing beside loss.use")
         if self.kl_in == "reward" and self.kl_importance:
             raise ValueError("loss.kl_importance does nothing with kl_in: reward")
         for name in self.changed & set(presets.READ_BY):
@@ -297,6 +311,17 @@ class Recipe(Section):
             raise ValueError("every reward has weight 0, so nothing would be learnt: give one a weight")
         if self.rollout.prompts_per_step % self.optim.num_minibatches:
             raise ValueError("rollout.prompts_per_step is not divisible by optim.num_minibatches")
+        penalised = self.loss.kl_in == "reward" or self.advantage.soft_overlong_cache is not None
+        if penalised and self.baseline in ("gdpo", "maxrl"):
+            raise ValueError(f"advantage.baseline {self.baseline} has no meaning for penalties in the reward")
+        if self.rollout.dynamic_sampling and self.baseline in ("batch", "gdpo"):
+            raise ValueError(f"rollout.dynamic_sampling: with the {self.baseline} baseline uniform groups teach too")
+        if (self.advantage.soft_overlong_cache or 0) >= self.rollout.max_completion_length:
+            raise ValueError("advantage.soft_overlong_cache is not below rollout.max_completion_length")
+        if self.optim.warmup_steps >= self.optim.steps:
+            raise ValueError("optim.warmup_steps is not below optim.steps")
+        if self.loss.preset.surrogate == "reinforce" and max(self.optim.num_iterations, self.optim.num_minibatches) > 1:
+            raise ValueError(f"loss.type {self.loss.type} has no ratio: num_iterations and num_minibatches stay 1")
         if "scale_rewards" in self.advantage.changed and self.baseline not in ("group", "leave_one_out"):
             raise ValueError(f"advantage.scale_rewards does nothing with the {self.baseline} baseline")
         return self

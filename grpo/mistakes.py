@@ -26,7 +26,7 @@ def explanations(error: ValidationError, data: Any, locate: Callable[[Keys], str
     details = _one_per_place(error.errors(), data)
     misspelt = {_meant(keys) for keys, detail in details.items() if detail["type"] == "extra_forbidden"}
     return [
-        _explain(keys, detail, locate(keys))
+        _explain(keys, detail, locate(_subject(keys, detail)))
         for keys, detail in details.items()
         if detail["type"] != "missing" or dotted(named(keys)) not in misspelt
     ]
@@ -52,6 +52,14 @@ def _keys(detail: ErrorDetails, data: Any) -> Keys:
             continue
         path = (*path, part)
     return path
+
+
+def _subject(keys: Keys, detail: ErrorDetails) -> Keys:
+    """What a mistake is about: the key that a message of the schema's own begins with, or where it was found."""
+    if detail["type"] != "value_error":
+        return keys
+    first = detail["msg"].removeprefix("Value error, ").split()[0].rstrip(":")
+    return tuple(first.split(".")) if "." in first else keys
 
 
 def _explain(path: Keys, detail: ErrorDetails, place: str) -> str:

@@ -11,7 +11,7 @@ advantage and m the mask over its tokens:
                 sapo             -(4/τ) σ(τ (r - 1)) A, τ by the sign of A
                 vespo            -sg(φ) A lp, φ = exp(λ + k ln W - λ W), ln W = Σ m (lp - old), k and λ by the sign of A
                 gmpo             -A exp(Σ m c / Σ m), c = min(lp - old, ε_high) for A > 0, max(lp - old, -ε) else
-                dppo             -r A + p ln² r, and nothing for a token that has gone too far already:
+                dppo             -r A + c ln² r, and nothing for a token that has gone too far already:
                                  A > 0 and exp(lp) - exp(old) > ε_high, or A <= 0 and exp(lp) - exp(old) < -ε
                 reinforce        -A lp
     normalize   sequence         mean over completions of the mean over their tokens
@@ -31,6 +31,7 @@ from typing import Literal
 Ratio = Literal["token", "sequence", "sequence_token"]
 Surrogate = Literal["clip", "cispo", "sapo", "vespo", "gmpo", "dppo", "reinforce"]
 Normalize = Literal["sequence", "sequence_sum", "token", "constant", "micro_batch"]
+Scale = Literal["group", "batch", "none"]
 Baseline = Literal["group", "leave_one_out", "batch", "gdpo", "maxrl"]
 Name = Literal[
     "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "luspo", "vespo", "gmpo", "dppo",
@@ -40,13 +41,14 @@ Name = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A variant: its three axes, the baseline of its advantages, its bounds, and where it is from."""
+    """A variant: where it is from, its three axes, the baseline and scaling of its advantages, and its bounds."""
 
     source: str
     ratio: Ratio = "token"
     surrogate: Surrogate = "clip"
     normalize: Normalize = "sequence"
     baseline: Baseline = "group"
+    scale_rewards: Scale = "group"
     epsilon: float = 0.2
     epsilon_high: float = 0.2
 
@@ -55,11 +57,11 @@ PRESETS: dict[Name, Preset] = {
     "grpo": Preset("DeepSeekMath, arXiv 2402.03300; DeepSeek-R1: beta 0.001, 16 completions a prompt"),
     "bnpo": Preset("arXiv 2506.02864, in the form of TRL: averages over the tokens that go through together",
                    normalize="micro_batch"),
-    "dr_grpo": Preset("Dr. GRPO, arXiv 2503.20783; its advantages are not scaled: scale_rewards: none",
-                      normalize="constant"),
+    "dr_grpo": Preset("Dr. GRPO, arXiv 2503.20783: 8 completions a prompt, beta 0",
+                      normalize="constant", scale_rewards="none"),
     "dapo": Preset("DAPO, arXiv 2503.14476: clip-higher, token-level loss; 16 completions a prompt",
                    normalize="token", epsilon_high=0.28),
-    "gspo": Preset("GSPO, arXiv 2507.18071", ratio="sequence", epsilon=3e-4, epsilon_high=4e-4),
+    "gspo": Preset("GSPO, arXiv 2507.18071: 4 minibatches", ratio="sequence", epsilon=3e-4, epsilon_high=4e-4),
     "gspo_token": Preset("GSPO-token, arXiv 2507.18071, eq. 14", ratio="sequence_token",
                          epsilon=3e-4, epsilon_high=4e-4),
     "cispo": Preset("CISPO of MiniMax-M1, arXiv 2506.13585; ceiling of ScaleRL, arXiv 2510.13786",
@@ -70,9 +72,11 @@ PRESETS: dict[Name, Preset] = {
     "vespo": Preset("VESPO, arXiv 2602.10693", surrogate="vespo", normalize="token"),
     "gmpo": Preset("GMPO, arXiv 2507.20673: bounds on the log-ratio, geometric mean over tokens",
                    surrogate="gmpo", epsilon=0.4, epsilon_high=0.4),
-    "dppo": Preset("DPPO: bounds on the difference of probabilities", surrogate="dppo", normalize="token"),
+    "dppo": Preset("DPPO, arXiv 2602.04879: bounds on the difference of probabilities to the sampler's",
+                   surrogate="dppo", normalize="token"),
     "reinforce++": Preset("REINFORCE++, arXiv 2501.03262", surrogate="reinforce", normalize="token", baseline="batch"),
-    "rloo": Preset("RLOO, arXiv 2402.14740", surrogate="reinforce", normalize="token", baseline="leave_one_out"),
+    "rloo": Preset("RLOO, arXiv 2402.14740", surrogate="reinforce", normalize="token",
+                   baseline="leave_one_out", scale_rewards="none"),
 }  # fmt: skip
 
 READ_BY: dict[str, tuple[Surrogate, ...]] = {

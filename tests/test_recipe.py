@@ -6,6 +6,7 @@ import pytest
 
 from grpo.errors import UserError
 from grpo.plugins import bundled
+from grpo.presets import PRESETS
 from grpo.recipe import dump_recipe, load_recipe
 
 GOOD = """\
@@ -39,7 +40,7 @@ def test_the_folder_is_named_after_the_recipe(tmp_path: Path) -> None:
 
 
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, GOOD), ["eval.split=dev", "log.wandb.mode=offline"])
+    recipe = load_recipe(write(tmp_path, GOOD), ["eval.split=dev", "log.wandb.mode=offline", "model.revision=12e4567"])
     again = tmp_path / "again.yaml"
     again.write_text(dump_recipe(recipe))
     assert load_recipe(again) == recipe
@@ -81,6 +82,9 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
         ("optim:", "loss: {beta: 0, beta: 1}\noptim:", 6, "loss.beta is given twice"),
         ("optim:", "optim: [", 6, "not YAML"),
         ("gsm8k_answer", "gsm8k_answer\n    weight: 0", 4, "every reward has weight 0"),
+        ("steps: 10", "steps: 10, num_minibatches: 3", 1, "rollout.prompts_per_step is not divisible"),
+        ("steps: 10", "steps: 10, warmup_steps: 10", 6, "optim.warmup_steps is not below optim.steps"),
+        ("optim:", "loss:\n  type: dapo\n  delta: 1.1\noptim:", 8, "loss.delta is not above 1 + epsilon_high"),
     ],
 )
 def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, line: int, said: str) -> None:
@@ -90,7 +94,9 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, li
     message = str(error.value)
     assert said in message
     assert "\n" not in message
-    if "weight 0" not in said and "not YAML" not in said:  # said of the whole recipe, and of where YAML broke off
+    if (
+        "weight 0" not in said and "divisible" not in said and "not YAML" not in said
+    ):  # said of the whole recipe, and of where YAML broke off
         assert f"{path}:{line}: " in message
 
 
@@ -113,6 +119,17 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         load_recipe(write(tmp_path, GOOD.replace("steps: 10", "steps: x").replace("source", "sauce")))
     assert len(str(error.value).splitlines()) == 2  # the unknown key and the wrong type
+
+
+@pytest.mark.parametrize("kind", PRESETS)
+@pytest.mark.parametrize(
+    "more", [[], ["loss.beta=0.1", "loss.beta_end=0"], ["loss.importance_sampling_correction=token_mask"]]
+)
+def test_every_variants_recipe_reads_back(tmp_path: Path, kind: str, more: list[str]) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD), [f"loss.type={kind}", *more])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again) == recipe
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from grpo.config import AdvantageConfig
-from grpo.presets import Baseline
+from grpo.presets import PRESETS, Preset, Scale
 
 EPSILON = 1e-4
 """Added to the deviation that rewards are divided by, as in TRL."""
@@ -23,13 +23,17 @@ def total_rewards(rewards: mx.array, weights: mx.array) -> mx.array:
 
 
 def advantages(
-    rewards: mx.array, weights: mx.array, num_generations: int, cfg: AdvantageConfig, default: Baseline = "group"
+    rewards: mx.array,
+    weights: mx.array,
+    num_generations: int,
+    cfg: AdvantageConfig,
+    preset: Preset = PRESETS["grpo"],
 ) -> mx.array:
     """The advantage of each completion.
 
     rewards `[N, F]` float32 with NaN for "no score", rows of a group of `num_generations` together; weights `[F]`;
-    `default` is the baseline where `cfg` names none. Returns `[N]` float32. With R the total reward, μ and σ its mean
-    and its deviation with Bessel's correction, over the group unless said, and n its size:
+    `preset` gives baseline and scaling where `cfg` names none. Returns `[N]` float32. With R the total reward, μ and σ
+    its mean and its deviation with Bessel's correction, over the group unless said, and n its size:
 
         group          R - μ, divided by  σ + 1e-4              scale_rewards group   arXiv 2402.03300
                                           σ of the batch + 1e-4 scale_rewards batch   arXiv 2508.08221
@@ -37,32 +41,38 @@ def advantages(
         leave_one_out  R - mean of the others = n/(n - 1) (R - μ), scaled as above    arXiv 2402.14740
         batch          (R - μ of the batch) / (σ of the batch + 1e-4)                 arXiv 2501.03262
         gdpo           Σ weight · (R_f - μ_f) / (σ_f + 1e-4) for each reward f, whitened as in batch   arXiv 2601.05242
-        maxrl          (R - μ) / μ, 0 where μ is 0
+        maxrl          (R - μ) / μ, for rewards of 0 and above; 0 where μ is not positive
 
     A completion that nothing scored takes no part in any mean and gets 0; so does every completion of a group whose
     rewards are all equal (but for `batch`, which compares across groups), and exactly.
     """
+    weights = mx.array(weights)
+    if rewards.shape[0] % num_generations:
+        raise ValueError(f"{rewards.shape[0]} completions are not groups of {num_generations}")
+    scale = cfg.scale_rewards or preset.scale_rewards
     total = total_rewards(rewards, weights)
     grouped = total.reshape(-1, num_generations)
     scored = ~mx.isnan(grouped)
-    match cfg.baseline or default:
+    match cfg.baseline or preset.baseline:
         case "group":
-            found = _scaled(_centred(grouped), grouped, cfg)
+            found = _scaled(_centred(grouped), grouped, scale)
         case "leave_one_out":
             count = scored.sum(axis=1, keepdims=True)
-            found = _scaled(_centred(grouped) * count / mx.maximum(count - 1, 1), grouped, cfg)
+            found = _scaled(_centred(grouped) * count / mx.maximum(count - 1, 1), grouped, scale)
         case "batch":
             found = _whitened(grouped)
         case "gdpo":
             found = _gdpo(rewards, weights, num_generations)
         case "maxrl":
             mean = _mean(grouped)
-            found = mx.where(mean != 0, _centred(grouped) / mx.where(mean != 0, mean, 1.0), 0.0)
+            found = mx.where(mean > 0, _centred(grouped) / mx.where(mean > 0, mean, 1.0), 0.0)
     return found.reshape(-1)
 
 
 def _gdpo(rewards: mx.array, weights: mx.array, size: int) -> mx.array:
     """Each reward normalised in its group, so that none drowns another, then summed and whitened."""
+    if not (weights != 0).any().item():
+        return mx.zeros(rewards.shape[0])
     columns = [rewards[:, f].reshape(-1, size) for f in range(rewards.shape[1]) if weights[f].item() != 0]
     used = [weights[f] for f in range(rewards.shape[1]) if weights[f].item() != 0]
     normalised = [_centred(column) / (_deviation(column) + EPSILON) for column in columns]
@@ -71,8 +81,8 @@ def _gdpo(rewards: mx.array, weights: mx.array, size: int) -> mx.array:
     return _whitened(mx.where(scored, total, mx.nan))
 
 
-def _scaled(centred: mx.array, grouped: mx.array, cfg: AdvantageConfig) -> mx.array:
-    match cfg.scale_rewards:
+def _scaled(centred: mx.array, grouped: mx.array, scale: Scale) -> mx.array:
+    match scale:
         case "group":
             return centred / (_deviation(grouped) + EPSILON)
         case "batch":

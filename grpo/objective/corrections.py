@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from grpo.config import LossConfig
-from grpo.objective.ratios import mean_over_tokens
+from grpo.objective.ratios import bounded_exp, mean_over_tokens
 
 
 def sampling_log_ratios(trainer: mx.array, sampler: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
@@ -24,7 +24,7 @@ def importance_weights(token: mx.array, sequence: mx.array, cfg: LossConfig) -> 
     Truncated at `importance_sampling_cap`, or 0 outside [floor, cap] for the `_mask` forms (arXiv 2510.18855).
     """
     level, _, form = cfg.importance_sampling_correction.partition("_")
-    weight = mx.exp(token if level == "token" else mx.broadcast_to(sequence, token.shape))
+    weight = bounded_exp(token if level == "token" else mx.broadcast_to(sequence, token.shape))
     if form == "truncate":
         weight = mx.minimum(weight, cfg.importance_sampling_cap)
     else:

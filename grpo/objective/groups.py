@@ -32,9 +32,7 @@ def with_advantages(groups: Sequence[Group], cfg: Recipe) -> list[Group]:
         scored = ~mx.isnan(total_rewards(scores_NF, weights_F))
         scores_NF = mx.concatenate([scores_NF, mx.where(scored, mx.array(penalties), mx.nan)[:, None]], axis=1)
         weights_F = mx.concatenate([weights_F, mx.array([-1.0])])
-    values: Any = advantages(
-        scores_NF, weights_F, len(groups[0].rollouts), cfg.advantage, cfg.loss.preset.baseline
-    ).tolist()
+    values: Any = advantages(scores_NF, weights_F, len(groups[0].rollouts), cfg.advantage, cfg.loss.preset).tolist()
     return _changed(groups, (replace(r, advantage=value) for r, value in _zipped(groups, values)))
 
 

@@ -6,6 +6,8 @@ from typing import Literal
 
 import mlx.core as mx
 
+from grpo.objective.ratios import bounded_exp
+
 Estimator = Literal["k1", "k2", "k3"]
 
 
@@ -25,4 +27,4 @@ def kl_estimate(logprobs: mx.array, ref_logprobs: mx.array, estimator: Estimator
         case "k2":
             return d * d / 2
         case "k3":
-            return mx.exp(d) - d - 1
+            return bounded_exp(d) - d - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -15,8 +16,8 @@ from grpo.objective.corrections import (
     sampling_log_ratios,
 )
 from grpo.objective.kl import kl_estimate
-from grpo.objective.ratios import log_ratios, mean_over_tokens
-from grpo.objective.surrogates import SURROGATES, Terms
+from grpo.objective.ratios import bounded_exp, log_ratios, mean_over_tokens
+from grpo.objective.surrogates import BOUNDED, SURROGATES, Terms
 
 Metrics = dict[str, mx.array]
 CustomLoss = Callable[[mx.array, Any, LossConfig], mx.array]
@@ -40,7 +41,8 @@ def policy_loss(
         sampling_logprobs  that the sampler gave; for the correction, and measured wherever they are
         beta               a scalar array, the penalty's weight now, in the place of `cfg.beta`
 
-    `custom`, a function `(logprobs, batch, cfg) -> per_token_loss`, takes the surrogate's place.
+    `custom`, a function `(logprobs, batch, cfg) -> per_token_loss`, takes the surrogate's place. Its batch has every
+    field above as `[B, T]`: old_logprobs always, the other optional ones or None.
 
     loss = Σ weights · (keep · w · surrogate(ratio, A) + β · KL - c · entropy), where keep and w are the off-policy mask
     and the sampler's correction. The formulas are in grpo/presets.py. Raises ValueError for a field that the settings
@@ -49,20 +51,23 @@ def policy_loss(
     Metrics are over the batch's masked tokens; `combine_metrics` puts those of a step's batches together. Values on
     padding may be anything: the mask enters before any exponential.
     """
-    mask = batch.mask
+    mask = batch.mask.astype(mx.float32)
     logprobs = mx.where(mask > 0, logprobs, 0.0)
     old = _field(batch, "old_logprobs", mask)
     old = mx.stop_gradient(logprobs) if old is None else old
-    advantages = (
-        batch.advantages if batch.advantages.ndim == 2 else mx.broadcast_to(batch.advantages[:, None], mask.shape)
-    )
+    advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None]
+    advantages = mx.where(mask > 0, advantages, 0.0)
     terms = Terms(logprobs, old, log_ratios(logprobs, old, mask, cfg.preset.ratio), advantages, mask)
-    per_token = custom(logprobs, batch, cfg) if custom else SURROGATES[cfg.preset.surrogate](terms, cfg)
-    metrics = {"tokens": mask.sum(), **_clip_metrics(terms, cfg)}
+    metrics = {"tokens": mask.sum(), **_clip_metrics(terms, cfg, custom)}
+    per_token = custom(logprobs, _filled(batch, terms), cfg) if custom else SURROGATES[cfg.preset.surrogate](terms, cfg)
     per_token = per_token * _sampler_factor(batch, terms, cfg, metrics)
-    if cfg.kl_in == "loss" and (cfg.beta > 0 or cfg.beta_end):
-        kl = _penalty(batch, terms, cfg)
-        beta = getattr(batch, "beta", None)
+    beta = getattr(batch, "beta", None)
+    reference = _field(batch, "ref_logprobs", mask)
+    if cfg.kl_in == "loss" and (cfg.beta > 0 or cfg.beta_end) and not (reference is None and cfg.beta_end is not None):
+        if reference is None:
+            raise ValueError("beta > 0 needs ref_logprobs in the batch")
+        kl = kl_estimate(logprobs, reference, cfg.kl_estimator)
+        kl = bounded_exp(logprobs - old) * kl if cfg.kl_importance else kl
         per_token = per_token + (cfg.beta if beta is None else beta) * kl
         metrics["kl"] = _mean(kl, mask)
     if entropies is not None:
@@ -72,16 +77,20 @@ def policy_loss(
         if entropies is None:
             raise ValueError("entropy_coef > 0 needs entropies")
         per_token = per_token - cfg.entropy_coef * entropies
-    loss = (batch.weights * per_token).sum()
+    loss = mx.where(mask > 0, batch.weights * per_token, 0.0).sum()
     return loss, {name: mx.stop_gradient(value) for name, value in metrics.items()}
 
 
-def _penalty(batch: Any, terms: Terms, cfg: LossConfig) -> mx.array:
-    reference = _field(batch, "ref_logprobs", terms.mask)
-    if reference is None:
-        raise ValueError("beta > 0 needs ref_logprobs in the batch")
-    kl = kl_estimate(terms.logprobs, reference, cfg.kl_estimator)
-    return mx.exp(terms.logprobs - terms.old_logprobs) * kl if cfg.kl_importance else kl
+def _filled(batch: Any, terms: Terms) -> SimpleNamespace:
+    """The batch as a custom loss sees it: every field `[B, T]` with 0 on padding, the ones that were absent filled."""
+    optional = {name: _field(batch, name, terms.mask) for name in ("ref_logprobs", "sampling_logprobs")}
+    return SimpleNamespace(
+        mask=terms.mask,
+        weights=mx.where(terms.mask > 0, batch.weights, 0.0),
+        advantages=terms.advantages,
+        old_logprobs=terms.old_logprobs,
+        **optional,
+    )
 
 
 def _sampler_factor(batch: Any, terms: Terms, cfg: LossConfig, metrics: Metrics) -> mx.array:
@@ -91,6 +100,7 @@ def _sampler_factor(batch: Any, terms: Terms, cfg: LossConfig, metrics: Metrics)
     if cfg.off_policy_mask_threshold is not None:
         behaviour = terms.old_logprobs if sampler is None else mx.where(terms.mask > 0, sampler, 0.0)
         drift = behaviour - terms.logprobs
+        drift = mx.where(mx.isnan(drift), 0.0, drift)
         factor = factor * off_policy_keep(drift, terms.advantages, terms.mask, cfg.off_policy_mask_threshold)
         metrics["off_policy_kept"] = _mean(factor, terms.mask)
     if sampler is None:
@@ -114,33 +124,27 @@ def _mean(values: mx.array, mask: mx.array) -> mx.array:
     return (values * mask).sum() / mx.maximum(mask.sum(), 1)
 
 
-def _clip_metrics(terms: Terms, cfg: LossConfig) -> Metrics:
-    """Fractions of tokens whose ratio is beyond the bound that their advantage makes binding, by TRL's names."""
-    preset, ratio, mask = cfg.preset, terms.ratio, terms.mask
-    if preset.surrogate == "cispo":
-        low = mx.zeros_like(mask)
-        high = ((ratio > cfg.epsilon_max) & (terms.advantages > 0)).astype(mx.float32)
-    elif preset.surrogate == "gmpo":
-        low = ((terms.log_ratio < -preset.epsilon) & (terms.advantages < 0)).astype(mx.float32)
-        high = ((terms.log_ratio > preset.epsilon_high) & (terms.advantages > 0)).astype(mx.float32)
-    else:
-        low = ((ratio < 1 - preset.epsilon) & (terms.advantages < 0)).astype(mx.float32)
-        high = ((ratio > 1 + preset.epsilon_high) & (terms.advantages > 0)).astype(mx.float32)
+def _clip_metrics(terms: Terms, cfg: LossConfig, custom: CustomLoss | None) -> Metrics:
+    """Fractions of tokens beyond the bound that their advantage makes binding, by TRL's names; none without bounds."""
+    if custom or cfg.preset.surrogate not in BOUNDED:
+        return {}
+    mask = terms.mask
+    low, high = (beyond.astype(mx.float32) for beyond in BOUNDED[cfg.preset.surrogate](terms, cfg))
     metrics = {
         "clip_ratio/low_mean": _mean(low, mask),
-        "clip_ratio/low_min": _over_rows(mean_over_tokens(low, mask), mask, mx.inf).min(),
+        "clip_ratio/low_min": _over_rows(mean_over_tokens(low, mask), mask, 1.0).min(),
         "clip_ratio/high_mean": _mean(high, mask),
-        "clip_ratio/high_max": _over_rows(mean_over_tokens(high, mask), mask, -mx.inf).max(),
+        "clip_ratio/high_max": _over_rows(mean_over_tokens(high, mask), mask, 0.0).max(),
         "clip_ratio/region_mean": _mean(low + high, mask),
     }
     if cfg.delta is not None:
-        metrics["clip_ratio/delta_mean"] = _mean((ratio > cfg.delta) & (terms.advantages < 0), mask)
+        metrics["clip_ratio/delta_mean"] = _mean((terms.ratio > cfg.delta) & (terms.advantages < 0), mask)
     return metrics
 
 
 def _sampling_metrics(token: mx.array, sequence: mx.array, mask: mx.array) -> Metrics:
     """How far the sampler's logprobs are from the trainer's; ratios are raw, before any truncation."""
-    ratio, whole = mx.exp(token), mx.exp(sequence)
+    ratio, whole = bounded_exp(token), bounded_exp(sequence)
     return {
         "sampling/sampling_logp_difference/mean": _mean(mx.abs(token), mask),
         "sampling/sampling_logp_difference/max": (mx.abs(token) * mask).max(),

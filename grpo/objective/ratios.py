@@ -6,6 +6,14 @@ import mlx.core as mx
 
 from grpo.presets import Ratio
 
+LARGEST = 20.0
+"""Log-ratios are cut off here before they are exponentiated: beyond it float32 would overflow to NaN gradients."""
+
+
+def bounded_exp(values: mx.array) -> mx.array:
+    """`exp`, constant (and so without gradient) from e^20 on."""
+    return mx.exp(mx.minimum(values, LARGEST))
+
 
 def mean_over_tokens(values: mx.array, mask: mx.array) -> mx.array:
     """The mean over each row's masked tokens: `[B, T]` in, `[B, 1]` out, 0 for a row without tokens."""

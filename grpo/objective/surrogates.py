@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from grpo.config import LossConfig
-from grpo.objective.ratios import mean_over_tokens
+from grpo.objective.ratios import bounded_exp, mean_over_tokens
 from grpo.presets import Surrogate
 
 
@@ -24,7 +24,7 @@ class Terms:
 
     @property
     def ratio(self) -> mx.array:
-        return mx.exp(self.log_ratio)
+        return bounded_exp(self.log_ratio)
 
 
 def clip(terms: Terms, cfg: LossConfig) -> mx.array:
@@ -52,7 +52,7 @@ def vespo(terms: Terms, cfg: LossConfig) -> mx.array:
     positive = terms.advantages >= 0
     k = mx.where(positive, cfg.vespo_k_pos, cfg.vespo_k_neg)
     scale = mx.where(positive, cfg.vespo_lambda_pos, cfg.vespo_lambda_neg)
-    phi = mx.exp(scale + k * log_w - scale * mx.exp(log_w))
+    phi = mx.exp(scale + k * log_w - scale * bounded_exp(log_w))
     return -mx.stop_gradient(phi) * terms.advantages * terms.logprobs
 
 
@@ -62,7 +62,7 @@ def gmpo(terms: Terms, cfg: LossConfig) -> mx.array:
     above = mx.minimum(terms.log_ratio, preset.epsilon_high)
     below = mx.maximum(terms.log_ratio, -preset.epsilon)
     bounded = mx.where(terms.advantages > 0, above, below)
-    return -terms.advantages * mx.exp(mean_over_tokens(bounded, terms.mask))
+    return -terms.advantages * bounded_exp(mean_over_tokens(bounded, terms.mask))
 
 
 def dppo(terms: Terms, cfg: LossConfig) -> mx.array:
@@ -89,3 +89,32 @@ SURROGATES: dict[Surrogate, Callable[[Terms, LossConfig], mx.array]] = {
     "dppo": dppo,
     "reinforce": reinforce,
 }
+
+
+def _beyond_ratio(terms: Terms, cfg: LossConfig) -> tuple[mx.array, mx.array]:
+    low, high = terms.ratio < 1 - cfg.preset.epsilon, terms.ratio > 1 + cfg.preset.epsilon_high
+    return low & (terms.advantages < 0), high & (terms.advantages > 0)
+
+
+def _beyond_log_ratio(terms: Terms, cfg: LossConfig) -> tuple[mx.array, mx.array]:
+    low, high = terms.log_ratio < -cfg.preset.epsilon, terms.log_ratio > cfg.preset.epsilon_high
+    return low & (terms.advantages < 0), high & (terms.advantages > 0)
+
+
+def _beyond_ceiling(terms: Terms, cfg: LossConfig) -> tuple[mx.array, mx.array]:
+    return mx.zeros(terms.mask.shape, mx.bool_), (terms.ratio > cfg.epsilon_max) & (terms.advantages > 0)
+
+
+def _beyond_probability(terms: Terms, cfg: LossConfig) -> tuple[mx.array, mx.array]:
+    moved = mx.exp(terms.logprobs) - mx.exp(terms.old_logprobs)
+    low, high = moved < -cfg.preset.epsilon, moved > cfg.preset.epsilon_high
+    return low & (terms.advantages <= 0), high & (terms.advantages > 0)
+
+
+BOUNDED: dict[Surrogate, Callable[[Terms, LossConfig], tuple[mx.array, mx.array]]] = {
+    "clip": _beyond_ratio,
+    "cispo": _beyond_ceiling,
+    "gmpo": _beyond_log_ratio,
+    "dppo": _beyond_probability,
+}
+"""Which tokens are beyond a bound, below and above, for the surrogates that have bounds."""

@@ -26,10 +26,9 @@ def print_outcome(console: Console, outcome: Outcome, folder: Path, example: str
     if outcome.before and outcome.after and outcome.after.step > outcome.before.step:
         console.print(before_and_after(outcome.before, outcome.after))
     what = "stopped" if outcome.stopped_by is not None else "finished"
-    lines = [
-        f"{what} after step {outcome.step}",
-        f"adapter  {outcome.checkpoint}",
-        f"try it   grpo generate {shlex.quote(str(folder))} {shlex.quote(example)}",
-    ]
+    lines = [f"{what} after step {outcome.step}" if outcome.checkpoint else f"{what} before the first step"]
+    if outcome.checkpoint:
+        lines.append(f"adapter  {outcome.checkpoint}")
+        lines.append(f"try it   grpo generate {shlex.quote(str(folder))} {shlex.quote(example)}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

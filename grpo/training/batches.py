@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -28,53 +28,74 @@ def make_minibatches(groups: Sequence[Group], cfg: Recipe, pad_to: int = 1) -> l
 def make_batches(groups: Sequence[Group], cfg: Recipe, pad_to: int = 1) -> MiniBatch:
     """The groups' rows as micro-batches of up to `optim.micro_batch_size`, of similar lengths.
 
-    Rows that can have no gradient (advantage 0, and nothing else in the loss) are left out. Denominators count them,
-    so that leaving them out changes nothing. Lengths are padded to multiples of `pad_to`.
+    Rows that can have no gradient (advantage 0 and nothing else in the loss, or no tokens) are left out. Denominators
+    count them, so that leaving them out changes nothing. Lengths are padded to multiples of `pad_to`.
     """
     rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
     mask = _mask(rows, cfg)
     weights = token_weights(mask, cfg.loss, cfg.rollout.max_completion_length)
-    learning = [i for i, (_, rollout) in enumerate(rows) if rollout.advantage != 0 or _all_rows_count(cfg)]
+    seen: Any = (mask.sum(axis=1) > 0).tolist()
+    learning = [i for i, (_, r) in enumerate(rows) if seen[i] and (r.advantage != 0 or _all_rows_count(cfg))]
     learning.sort(key=lambda i: len(rows[i][0].prompt_ids) + len(rows[i][1].completion.token_ids))
     size = cfg.optim.micro_batch_size
     parts = [mx.array(learning[start : start + size]) for start in range(0, len(learning), size)]
     batches = [collate([rows[i] for i in _ints(part)], mask[part], weights[part], pad_to) for part in parts]
-    return _local_weights(batches, cfg) if cfg.loss.preset.normalize == "micro_batch" else batches
+    return _with_weights(batches, mask[mx.array(learning)], cfg) if _local(cfg) and batches else batches
 
 
 def with_reference(batches: Sequence[Batch], policy: Policy, beta: float, cfg: Recipe) -> MiniBatch:
     """The same batches with the reference's logprobs and the penalty's weight; as they are where the loss has none."""
-    if not _penalised(cfg):
+    if beta == 0 or cfg.loss.kl_in != "loss":
         return list(batches)
     with policy.use("reference"):
         return [replace(batch, ref_logprobs=_forced(policy, batch)[0], beta=mx.array(beta)) for batch in batches]
 
 
-def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy) -> list[MiniBatch]:
+def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
     """The same minibatches with the policy's logprobs as it is now, before the step's first update.
 
-    The first minibatch needs none: its logprobs when it is reached are these.
+    The first minibatch needs none: its logprobs when it is reached are these. dppo measures from the sampler.
     """
+    if cfg.loss.preset.surrogate == "dppo":
+        return [[replace(b, old_logprobs=b.sampling_logprobs) for b in batches] for batches in minibatches]
     first, *others = minibatches
     return [first] + [[replace(b, old_logprobs=_forced(policy, b)[0]) for b in batches] for batches in others]
 
 
-def with_top_entropy(batches: Sequence[Batch], policy: Policy, cfg: Recipe) -> MiniBatch:
-    """The same batches with masks cut down to the tokens of highest entropy, and weights to match."""
-    if cfg.loss.top_entropy_quantile == 1 or not batches:
-        return list(batches)
-    longest = max(batch.mask.shape[1] for batch in batches)
-    entropies = mx.concatenate([_fitted(_forced(policy, batch)[1], longest) for batch in batches])
-    mask = mx.concatenate([_fitted(batch.mask, longest) for batch in batches])
-    mask = top_entropy_mask(entropies, mask, cfg.loss.top_entropy_quantile)
-    weights = token_weights(mask, cfg.loss, cfg.rollout.max_completion_length)
-    cut, start = [], 0
+def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
+    """The same minibatches with weight only on the step's tokens of highest entropy.
+
+    The masks stay: what is measured of a whole completion (its ratio, say) is measured of all its tokens.
+    """
+    everything = [batch for batches in minibatches for batch in batches]
+    if cfg.loss.top_entropy_quantile == 1 or not everything:
+        return list(minibatches)
+    longest = max(batch.mask.shape[1] for batch in everything)
+    entropies = mx.concatenate([_fitted(_forced(policy, batch)[1], longest) for batch in everything])
+    mask = mx.concatenate([_fitted(batch.mask, longest) for batch in everything])
+    chosen, start, weighted = top_entropy_mask(entropies, mask, cfg.loss.top_entropy_quantile), 0, []
+    for batches in minibatches:
+        sizes = [batch.mask.shape[0] for batch in batches]
+        part = chosen[start : start + sum(sizes)]
+        weighted.append(_with_weights(batches, part, cfg))
+        start += sum(sizes)
+    return weighted
+
+
+def _with_weights(batches: MiniBatch, chosen: mx.array, cfg: Recipe) -> MiniBatch:
+    """A minibatch with weights from the tokens that were chosen of its rows, `[N, T]`."""
+    weights = token_weights(chosen, cfg.loss, cfg.rollout.max_completion_length)
+    changed, start = [], 0
     for batch in batches:
         rows, width = batch.mask.shape
-        part = slice(start, start + rows)
-        cut.append(replace(batch, mask=mask[part, :width], weights=weights[part, :width]))
+        own = slice(start, start + rows)
+        if _local(cfg):
+            local = token_weights(chosen[own], cfg.loss, cfg.rollout.max_completion_length) / len(batches)
+            changed.append(replace(batch, weights=local[:, :width]))
+        else:
+            changed.append(replace(batch, weights=weights[own, :width]))
         start += rows
-    return _local_weights(cut, cfg) if cfg.loss.preset.normalize == "micro_batch" else cut
+    return changed
 
 
 def collate(rows: Sequence[Row], mask: mx.array, weights: mx.array, pad_to: int = 1) -> Batch:
@@ -97,19 +118,14 @@ def collate(rows: Sequence[Row], mask: mx.array, weights: mx.array, pad_to: int 
 def _all_rows_count(cfg: Recipe) -> bool:
     """Whether a row without advantage may have a gradient, or a say in which tokens or how many are trained on."""
     loss = cfg.loss
-    chosen = loss.top_entropy_quantile < 1 or loss.preset.normalize == "micro_batch"
+    chosen = loss.top_entropy_quantile < 1 or _local(cfg)
     squared = loss.preset.surrogate == "dppo"  # its penalty does not know advantages
-    return _penalised(cfg) or chosen or squared or loss.entropy_coef > 0 or loss.use is not None
+    penalised = loss.kl_in == "loss" and (loss.beta > 0 or bool(loss.beta_end))
+    return penalised or chosen or squared or loss.entropy_coef > 0 or loss.use is not None
 
 
-def _penalised(cfg: Recipe) -> bool:
-    return cfg.loss.kl_in == "loss" and (cfg.loss.beta > 0 or bool(cfg.loss.beta_end))
-
-
-def _local_weights(batches: Sequence[Batch], cfg: Recipe) -> MiniBatch:
-    """Each micro-batch averaged over its own tokens, and the micro-batches over their number."""
-    longest, count = cfg.rollout.max_completion_length, len(batches)
-    return [replace(batch, weights=token_weights(batch.mask, cfg.loss, longest) / count) for batch in batches]
+def _local(cfg: Recipe) -> bool:
+    return cfg.loss.preset.normalize == "micro_batch"
 
 
 def _forced(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:

@@ -23,8 +23,8 @@ HEADER = "# This run's recipe as it was resolved, written by grpo train.\n"
 def run_folder(cfg: Recipe, overwrite: bool) -> Iterator[Path]:
     """The folder of a new run, for a `with` block, with the resolved recipe in it.
 
-    With `overwrite` a former run there is put aside, and deleted once the new one has its first step on record. A block
-    that fails before that leaves everything as it was.
+    With `overwrite` a former run there is put aside while the block runs. It is gone for good only if the new one has
+    its first step on record; a block that fails before that leaves everything as it was.
     """
     folder = check_run_folder(cfg, overwrite)
     former = folder / FORMER
@@ -32,17 +32,29 @@ def run_folder(cfg: Recipe, overwrite: bool) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         _move_run(folder, former)
         (folder / RECIPE).write_text(HEADER + dump_recipe(cfg), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+    except BaseException as error:
+        if former.is_dir():
+            (folder / RECIPE).unlink(missing_ok=True)
+            _move_run(former, folder)
+        if isinstance(error, OSError):
+            raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+        raise
     try:
         yield folder
     finally:
-        if not (folder / METRICS).exists():
-            _delete_run(folder)
-            _move_run(former, folder)
-        shutil.rmtree(former, ignore_errors=True)
+        _settle(folder)
         if not any(folder.iterdir()) and folder.resolve() != Path.cwd():
             folder.rmdir()
+
+
+def _settle(folder: Path) -> None:
+    """Of two runs in a folder, keep the newer if it has a step on record, or else bring back the former."""
+    former = folder / FORMER
+    if (folder / METRICS).exists():
+        shutil.rmtree(former, ignore_errors=True)
+    else:
+        _delete_run(folder)
+        _move_run(former, folder)
 
 
 def _move_run(source: Path, target: Path) -> None:
@@ -52,6 +64,8 @@ def _move_run(source: Path, target: Path) -> None:
         target.mkdir(exist_ok=True)
     for name in names:
         (source / name).rename(target / name)
+    if source.name == FORMER and source.is_dir():
+        source.rmdir()
 
 
 def _delete_run(folder: Path) -> None:
@@ -67,6 +81,8 @@ def check_run_folder(cfg: Recipe, overwrite: bool) -> Path:
     """Where the run will be. Raises UserError if there is another, not to be replaced, or files that are no run's."""
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
+    if (folder / FORMER).is_dir():  # a run that was to replace another was killed
+        _settle(folder)
     theirs = [name for name in WRITTEN if (folder / name).exists()]
     if is_run(folder) and not overwrite:
         raise UserError(f"{folder} holds another run: name another folder (output_dir=...) or replace it (--overwrite)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, pstdev, stdev
+from statistics import fmean, stdev
 
 from grpo.objective.metrics import TOKENS
 from grpo.training.update import Update
@@ -52,7 +52,10 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
         scores = [rollout.scores[name] for group in groups for rollout in group.rollouts]
         known = [score for score in scores if score is not None]
         if known:
-            metrics |= {f"rewards/{name}/mean": fmean(known), f"rewards/{name}/std": pstdev(known)}
+            metrics |= {
+                f"rewards/{name}/mean": fmean(known),
+                f"rewards/{name}/std": stdev(known) if len(known) > 1 else 0.0,
+            }
         metrics[f"rewards/{name}/none_rate"] = 1 - len(known) / len(scores)
     return metrics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import mlx.core as mx
@@ -28,6 +29,13 @@ def with_penalties(groups: Sequence[Group], policy: Policy, cfg: Recipe, beta: f
         for (_, rollout), divergence in zip(rows, divergences, strict=True)
     )
     return [replace(group, rollouts=tuple(next(penalised) for _ in group.rollouts)) for group in groups]
+
+
+def penalty_metrics(groups: Sequence[Group], cfg: Recipe) -> dict[str, float]:
+    """The mean of what was taken off, where the recipe asks for penalties."""
+    if cfg.advantage.soft_overlong_cache is None and cfg.loss.kl_in != "reward":
+        return {}
+    return {"reward_penalty": fmean(rollout.penalty for group in groups for rollout in group.rollouts)}
 
 
 def _overlong(length: int, cfg: Recipe) -> float:

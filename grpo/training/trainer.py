@@ -21,7 +21,7 @@ from grpo.training.checkpoint import checkpoint_path, save_checkpoint
 from grpo.training.evaluate import Evaluator
 from grpo.training.folder import CHECKPOINTS
 from grpo.training.metrics import step_metrics
-from grpo.training.penalties import with_penalties
+from grpo.training.penalties import penalty_metrics, with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.signals import StopRequest
 from grpo.training.update import Updater
@@ -35,10 +35,10 @@ GPU_PADDING = 64
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended: its last step, the checkpoint there, and the evaluations before and after (if any)."""
+    """How a run ended: its last step, the checkpoint there (none before the first), and the evaluations, if any."""
 
     step: int
-    checkpoint: Path
+    checkpoint: Path | None
     stopped_by: int | None
     before: EvalMetrics | None
     after: EvalMetrics | None
@@ -74,13 +74,14 @@ class Trainer:
         groups = with_penalties(groups, policy, cfg, beta)  # as they are unless the recipe asks for some
         groups = with_advantages(groups, cfg)
         minibatches = make_minibatches(groups, cfg, self.pad_to)  # token weights are fixed here, before any split
-        minibatches = [with_top_entropy(batches, policy, cfg) for batches in minibatches]
+        minibatches = with_top_entropy(minibatches, policy, cfg)
         minibatches = [with_reference(batches, policy, beta, cfg) for batches in minibatches]  # not for beta 0
-        minibatches = with_old_logprobs(minibatches, policy)  # nothing to do for a single one
+        minibatches = with_old_logprobs(minibatches, policy, cfg)  # nothing to do for a single one
         clock.lap("logprobs")
         update = self.update(minibatches, n)
         clock.lap("update")
-        return step_metrics(n, sampled, update, self.status(n, beta), clock.laps)
+        status = self.status(n, beta) | penalty_metrics(groups, cfg)
+        return step_metrics(n, sampled, update, status, clock.laps)
 
     def sample(self, n: int, clock: _Clock) -> tuple[list[Group], list[Group]]:
         """All groups that were sampled and scored, and the step's worth of them to learn from.
@@ -133,9 +134,9 @@ class Trainer:
             if 0 < n != saved:
                 self._save(folder, n)
             raise
-        if saved != n:
+        if 0 < n != saved:
             self._save(folder, n)
-        return Outcome(n, checkpoint_path(folder / CHECKPOINTS, n), stop.signal, before, after)
+        return Outcome(n, checkpoint_path(folder / CHECKPOINTS, n) if n else None, stop.signal, before, after)
 
     def _save(self, folder: Path, n: int) -> int:
         save_checkpoint(folder / CHECKPOINTS, n, self.policy.adapters, self.cfg.checkpoint.keep)

@@ -13,7 +13,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from grpo.backend.device import compiled
-from grpo.config import Recipe
+from grpo.config import LossConfig, Recipe
 from grpo.errors import RunError
 from grpo.model.policy import Policy
 from grpo.objective import combine_metrics, policy_loss
@@ -59,8 +59,16 @@ class Updater:
         """`optim.num_iterations` passes of one update for each minibatch; what is returned is over all of them.
 
         A batch without old logprobs gets those of its first pass: there the policy is still what it was, and the ratio
-        exactly 1. Raises RunError, with the policy as it was, when a loss or a gradient is not finite.
+        exactly 1. Raises RunError, with the policy as it was before the step, when a loss or a gradient is not finite.
         """
+        before = self.policy.adapters.state()
+        try:
+            return self._updated(minibatches, step)
+        except RunError:
+            self.policy.adapters.load_state(before)
+            raise
+
+    def _updated(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
         self.optimizer.learning_rate = learning_rate(self.cfg.optim, step)
         waiting, updates = list(minibatches), []
         for _ in range(self.cfg.optim.num_iterations):
@@ -103,5 +111,24 @@ class Updater:
         logprobs, entropies = self.policy.logprobs(
             arrays["tokens"], arrays["prompt_lengths"], arrays["completion_ids"], loss_cfg.entropy_coef > 0
         )
-        loss, metrics = policy_loss(logprobs, SimpleNamespace(**arrays), loss_cfg, entropies, self.custom)
+        custom = _guarded(self.custom) if self.custom else None
+        loss, metrics = policy_loss(logprobs, SimpleNamespace(**arrays), loss_cfg, entropies, custom)
         return loss, (metrics, mx.stop_gradient(logprobs))
+
+
+def _guarded(custom: CustomLoss) -> CustomLoss:
+    """A researcher's loss, whose mistakes are said as such."""
+
+    def call(logprobs: mx.array, batch: Any, cfg: LossConfig) -> mx.array:
+        try:
+            per_token = custom(logprobs, batch, cfg)
+        except Exception as error:
+            raise RunError(f"loss.use: {cfg.use} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(per_token, mx.array) or per_token.shape != logprobs.shape:
+            shape = getattr(per_token, "shape", type(per_token).__name__)
+            raise RunError(
+                f"loss.use: {cfg.use} returned {shape}, not an array of the logprobs' shape {logprobs.shape}"
+            )
+        return per_token
+
+    return call

@@ -58,8 +58,9 @@ def loss_and_gradient(name: str, lp, batch: dict, settings: dict) -> tuple[float
     """The loss of one batch whose `weights` are given, and its gradient with respect to each current logprob."""
     ratio_kind, surrogate, _, eps, eps_high = PAPER[name]
     ratio_kind = settings.get("ratio", ratio_kind)
+    symmetric = eps == eps_high
     eps = settings.get("epsilon", eps)
-    eps_high = settings.get("epsilon_high", settings.get("epsilon", eps_high))
+    eps_high = settings.get("epsilon_high", eps if symmetric else eps_high)
     mask, w, adv = batch["mask"], batch["weights"], batch["advantages"]
     old = batch.get("old_logprobs", lp)
     total, grad = 0.0, np.zeros_like(lp)
@@ -139,11 +140,11 @@ def token_term(surrogate, ratio_kind, lp, old, logr, mean_logr, sum_logr, every,
         capped = min(r, settings.get("epsilon_max", 5.0))
         return -capped * a * lp, -capped * a, {}
     if surrogate == "sapo":
-        tau = 1.0 if a > 0 else 1.05
+        tau = settings.get("sapo_temperature_pos", 1.0) if a > 0 else 1.05
         gate = 1 / (1 + math.exp(-tau * (r - 1)))
         return -4 / tau * gate * a, -4 * gate * (1 - gate) * r * a, {}
     if surrogate == "vespo":
-        k, lam = (2.0, 3.0) if a >= 0 else (3.0, 2.0)
+        k, lam = (settings.get("vespo_k_pos", 2.0), 3.0) if a >= 0 else (3.0, settings.get("vespo_lambda_neg", 2.0))
         phi = math.exp(lam) * math.exp(sum_logr) ** k * math.exp(-lam * math.exp(sum_logr))
         return -phi * a * lp, -phi * a, {}
     if surrogate == "gmpo":
@@ -155,7 +156,8 @@ def token_term(surrogate, ratio_kind, lp, old, logr, mean_logr, sum_logr, every,
         moved = math.exp(lp) - math.exp(old)
         if (a > 0 and moved > eps_high) or (a <= 0 and moved < -eps):
             return 0.0, 0.0, {}
-        return -r * a + 1e-3 * logr**2, -r * a + 2e-3 * logr, {}
+        c = settings.get("dppo_penalty", 1e-3)
+        return -r * a + c * logr**2, -r * a + 2 * c * logr, {}
     return -a * lp, -a, {}
 
 
@@ -202,7 +204,7 @@ def advantages(rewards: np.ndarray, w: np.ndarray, size: int, baseline: str, sca
                 continue
             a = value - known.mean()
             if baseline == "maxrl":
-                out[g + j] = a / known.mean() if known.mean() != 0 else 0.0
+                out[g + j] = a / known.mean() if known.mean() > 0 else 0.0
                 continue
             if baseline == "leave_one_out":
                 a = value - (known.sum() - value) / (len(known) - 1)

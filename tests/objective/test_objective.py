@@ -12,6 +12,7 @@ from grpo.config import AdvantageConfig, LossConfig
 from grpo.objective import advantages, combine_metrics, policy_loss, token_weights, total_rewards
 from grpo.objective.kl import kl_estimate
 from grpo.objective.masks import soft_overlong_punishment, top_entropy_mask
+from grpo.presets import PRESETS
 
 NAN = math.nan
 LENGTHS = [1, 3, 2, 4]
@@ -119,7 +120,7 @@ def test_clipping(ratio: float, advantage: float, loss: float, gradient: float, 
 
 
 def test_epsilon_high_is_epsilon_unless_given() -> None:
-    assert one_token(1.5, 1.0, LossConfig(epsilon=0.1))[0] == pytest.approx(-1.1, abs=1e-5)
+    assert one_token(1.5, 1.0, LossConfig(type="grpo", epsilon=0.1))[0] == pytest.approx(-1.1, abs=1e-5)
 
 
 def test_k3_and_its_gradient() -> None:
@@ -173,7 +174,7 @@ def test_top_entropy_mask() -> None:
 
 
 def test_metrics_of_parts_are_those_of_the_whole() -> None:
-    cfg = LossConfig(type="dapo", beta=0.1, delta=1.2)
+    cfg = LossConfig(type="dapo", beta=0.1, delta=1.4)
     mask = mask_of(LENGTHS)
     key = mx.random.split(mx.random.key(5), 4)
     near = [mx.random.normal((4, 4), key=k) * 0.4 - 2 for k in key]
@@ -225,7 +226,8 @@ def test_a_setting_that_would_do_nothing_is_refused(settings: dict, said: str) -
 
 def test_presets_bring_their_papers_bounds_and_give_way_to_the_recipe() -> None:
     assert (LossConfig(type="dapo").preset.epsilon, LossConfig(type="dapo").preset.epsilon_high) == (0.2, 0.28)
-    assert LossConfig(type="dapo", epsilon=0.1).preset.epsilon_high == 0.1
+    assert LossConfig(type="dapo", epsilon=0.1).preset.epsilon_high == 0.28  # what is not named stays
+    assert LossConfig(type="grpo", epsilon=0.1).preset.epsilon_high == 0.1
     assert LossConfig(type="gspo").preset.ratio == "sequence"
     assert LossConfig(type="gspo", ratio="token", normalize="token").preset.normalize == "token"
 
@@ -271,6 +273,75 @@ def test_a_row_without_tokens_gives_nothing_and_stays_finite() -> None:
         cfg = LossConfig(type=kind)
         loss, _ = policy_loss(mx.zeros((1, 3)), batch_of(cfg, mx.zeros((1, 3)), [1.0]), cfg)
         assert loss.item() == 0
+
+
+@pytest.mark.parametrize("kind", PRESETS)
+@pytest.mark.parametrize("gap", [100.0, -100.0])
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+def test_ratios_beyond_reason_stay_finite(kind: str, gap: float, advantage: float) -> None:
+    cfg = LossConfig(type=kind, beta=0.1)
+    current = mx.array([[-1.0 + min(gap, 0), -2.0]])
+    batch = batch_of(cfg, mx.ones((1, 2)), [advantage], old_logprobs=current - gap, ref_logprobs=current + gap)
+    loss, gradient = mx.value_and_grad(lambda x: policy_loss(x, batch, cfg)[0])(current)
+    assert mx.isfinite(loss).item()
+    assert mx.isfinite(gradient).all().item()
+
+
+def test_whatever_the_caller_leaves_on_padding_or_types_its_mask() -> None:
+    cfg = LossConfig()
+    mask = mask_of([2, 1])
+    clean = batch_of(cfg, mask, [1.0, -1.0])
+    expected = policy_loss(mx.zeros((2, 2)) - 1, clean, cfg)[0].item()
+    rubbish = mx.where(mask > 0, mx.array([1.0, -1.0])[:, None], mx.nan)
+    odd = SimpleNamespace(mask=mask > 0, weights=mx.where(mask > 0, clean.weights, 7.0), advantages=rubbish)
+    odd.old_logprobs = odd.ref_logprobs = odd.sampling_logprobs = None
+    assert policy_loss(mx.zeros((2, 2)) - 1, odd, cfg)[0].item() == pytest.approx(expected)
+
+
+def test_presets_without_a_deviation() -> None:
+    rewards, weights = mx.array([[1.0], [0.0], [1.0], [1.0]]), [1.0]
+    rloo = advantages(rewards, weights, 4, AdvantageConfig(), PRESETS["rloo"])
+    assert rloo.tolist() == pytest.approx([1 / 3, -1, 1 / 3, 1 / 3])
+    dr_grpo = advantages(rewards, weights, 4, AdvantageConfig(), PRESETS["dr_grpo"])
+    assert dr_grpo.tolist() == pytest.approx([0.25, -0.75, 0.25, 0.25])
+
+
+def test_maxrl_never_turns_a_sign_around() -> None:
+    cfg = AdvantageConfig(baseline="maxrl")
+    assert advantages(mx.array([[-1.0], [0.0], [0.0], [0.0]]), [1.0], 4, cfg).tolist() == [0.0] * 4
+    assert advantages(mx.array([[1.0], [0.0], [0.0], [0.0]]), [1.0], 4, cfg).tolist() == [3.0, -1.0, -1.0, -1.0]
+
+
+def test_completions_that_are_no_whole_groups() -> None:
+    with pytest.raises(ValueError, match="6 completions are not groups of 4"):
+        advantages(mx.zeros((6, 1)), mx.array([1.0]), 4, AdvantageConfig())
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.sampled_from(sorted(PRESETS)),
+    st.lists(st.floats(-2, 2, width=32), min_size=4, max_size=4),
+    st.permutations(range(4)),
+    st.integers(0, 10**6),
+)
+def test_the_loss_does_not_know_the_order_of_rows(kind: str, advantage: list, order: list[int], seed: int) -> None:
+    cfg, index = LossConfig(type=kind), mx.array(order)
+    logprobs, old = (mx.random.normal((4, 4), key=k) * 0.3 - 2 for k in mx.random.split(mx.random.key(seed)))
+    batch = batch_of(cfg, mask_of(LENGTHS), advantage, old_logprobs=old)
+    shuffled = SimpleNamespace(**{name: value[index] for name, value in vars(batch).items()})
+    assert policy_loss(logprobs[index], shuffled, cfg)[0].item() == pytest.approx(
+        policy_loss(logprobs, batch, cfg)[0].item(), abs=1e-5, rel=1e-5
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-2, 2, width=32), min_size=4, max_size=4), st.integers(0, 10**6))
+def test_the_clipped_loss_is_never_below_the_best_that_the_bounds_allow(advantage: list, seed: int) -> None:
+    cfg = LossConfig(type="dapo")
+    logprobs, old = (mx.random.normal((4, 4), key=k) - 2 for k in mx.random.split(mx.random.key(seed)))
+    batch = batch_of(cfg, mask_of(LENGTHS), advantage, old_logprobs=old)
+    best = sum(-n * (1.28 * a if a > 0 else 0.8 * a) for a, n in zip(advantage, LENGTHS, strict=True)) / sum(LENGTHS)
+    assert policy_loss(logprobs, batch, cfg)[0].item() >= best - 1e-4
 
 
 @settings(max_examples=50, deadline=None)

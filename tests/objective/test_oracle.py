@@ -17,7 +17,7 @@ from grpo.presets import PRESETS
 from oracle import PAPER, advantages as expected_advantages, loss_and_gradient, weights  # isort: skip
 
 LONGEST = 8
-LENGTHS = [3, 6, 1, 0, 5]
+LENGTHS = [3, 6, 1, 0, 5, 4]
 FIELDS = ("mask", "weights", "old_logprobs", "ref_logprobs", "sampling_logprobs")
 
 
@@ -32,7 +32,7 @@ def batch_of(spread: float, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray
     near = lambda sd: lp + draw.normal(0, sd, shape)  # noqa: E731
     batch = {
         "mask": mask,
-        "advantages": np.array([0.7, -1.3, 0.4, 1.0, -0.2]),
+        "advantages": np.array([0.7, -1.3, 0.4, 1.0, -0.2, 0.0]),
         "old_logprobs": near(spread),
         "ref_logprobs": near(0.3),
         "sampling_logprobs": near(0.5),
@@ -73,19 +73,20 @@ PENALTIES = [
     {"beta": 0.1, "kl_estimator": "k1"},
     {"beta": 0.1, "kl_estimator": "k2"},
     {"beta": 0.1, "kl_importance": True},
+    {"beta": 0.1, "kl_estimator": "k2", "kl_importance": True},
 ]
 BOUNDS = {
     "clip": [
-        {},
-        {"epsilon": 0.1},
-        {"epsilon": 0.1, "epsilon_high": 0.31},
-        {"delta": 1.4},
-        {"ratio": "sequence"},
-        {"ratio": "token"},
+        bounds | cap | level
+        for bounds in ({}, {"epsilon": 0.1}, {"epsilon": 0.1, "epsilon_high": 0.31})
+        for cap in ({}, {"delta": 1.4})
+        for level in ({}, {"ratio": "sequence"}, {"ratio": "token"})
     ],
     "gmpo": [{}, {"epsilon": 0.1, "epsilon_high": 0.21}],
-    "dppo": [{}, {"epsilon": 0.05, "epsilon_high": 0.07}],
+    "dppo": [{}, {"epsilon": 0.05, "epsilon_high": 0.07}, {"dppo_penalty": 0.2}],
     "cispo": [{}, {"epsilon_max": 1.1}, {"epsilon_max": 1.1, "ratio": "sequence"}],
+    "sapo": [{}, {"sapo_temperature_pos": 2.0}],
+    "vespo": [{}, {"vespo_k_pos": 1.0, "vespo_lambda_neg": 1.5}],
 }
 SPREADS = [0.0, 0.05, 0.4, 1.0]
 
@@ -105,9 +106,9 @@ def test_loss_and_gradient(name: str) -> None:
         if not correction:
             del batch["sampling_logprobs"]
         expected, gradient = loss_and_gradient(name, lp, batch, settings)
-        got, got_gradient = measured_in_parts(lp, batch, cfg, size=(5, 1, 2)[seed % 3])
-        assert got == pytest.approx(expected, abs=1e-6, rel=1e-5), (name, spread, settings)
-        np.testing.assert_allclose(got_gradient, gradient, atol=1e-6, rtol=1e-5, err_msg=str((name, spread, settings)))
+        got, got_gradient = measured_in_parts(lp, batch, cfg, size=(6, 1, 2)[seed % 3])
+        assert got == pytest.approx(expected, abs=1e-6, rel=2e-6), (name, spread, settings)
+        np.testing.assert_allclose(got_gradient, gradient, atol=1e-6, rtol=2e-6, err_msg=str((name, spread, settings)))
         checked += 1
     assert checked >= 120
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -13,7 +14,7 @@ from grpo.recipe import load_recipe
 from grpo.training import parity
 from grpo.training.checkpoint import checkpoints, save_checkpoint, step_of
 from grpo.training.evaluate import bootstrap_interval
-from grpo.training.folder import newest_checkpoint
+from grpo.training.folder import HEADER, newest_checkpoint, run_folder
 from grpo.training.metrics import step_metrics
 from grpo.training.parity import check_parity
 from grpo.training.schedule import learning_rate, penalty_weight
@@ -61,6 +62,58 @@ def test_a_checkpoint_that_was_not_finished_is_not_one(make_policy, tmp_path, mo
 def test_a_run_without_a_checkpoint_says_so(recipe) -> None:
     with pytest.raises(UserError, match="no checkpoint yet"):
         newest_checkpoint(recipe.parent)
+
+
+def killed(folder, name: str) -> None:
+    """What a run leaves that was to replace another and was killed: its recipe, and the former one aside."""
+    (folder / ".former").mkdir()
+    for path in list(folder.iterdir()):
+        if path.name != ".former":
+            path.rename(folder / ".former" / path.name)
+    (folder / "recipe.yaml").write_text(HEADER + f"# {name}")
+
+
+def test_a_run_killed_while_replacing_another(recipe) -> None:
+    cfg = load_recipe(recipe)
+    folder = Path(cfg.output_dir)
+    with run_folder(cfg, overwrite=False):
+        (folder / "metrics.jsonl").write_text("a")
+    killed(folder, "b")  # before its first step: the former run comes back
+    with pytest.raises(UserError, match="holds another run"), run_folder(cfg, overwrite=False):
+        pass
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "recipe.yaml"]
+    assert "# b" not in (folder / "recipe.yaml").read_text()
+    killed(folder, "c")
+    (folder / "metrics.jsonl").write_text("c")  # after it: the former run is gone
+    with run_folder(cfg, overwrite=True):
+        assert not (folder / "metrics.jsonl").exists()
+        assert (folder / ".former/metrics.jsonl").read_text() == "c"
+    assert (folder / "metrics.jsonl").read_text() == "c"  # nothing was on record, so it came back
+
+
+def test_a_folder_that_cannot_be_written_keeps_its_run(recipe, monkeypatch) -> None:
+    cfg = load_recipe(recipe)
+    folder = Path(cfg.output_dir)
+    with run_folder(cfg, overwrite=False):
+        (folder / "metrics.jsonl").write_text("a")
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(UserError, match="No space left on device"), run_folder(cfg, overwrite=True):
+            pass
+    assert (folder / "metrics.jsonl").read_text() == "a"
+    assert (folder / "recipe.yaml").exists()
+    assert not (folder / ".former").exists()
+
+
+def test_a_signal_before_the_first_step_leaves_no_checkpoint(recipe, tmp_path) -> None:
+    stop = StopRequest()
+    stop.signal = signal.SIGINT
+    outcome = prepare(load_recipe(recipe)).trainer.run(tmp_path / "run", lambda record: None, stop)
+    assert (outcome.step, outcome.checkpoint) == (0, None)
 
 
 def test_bootstrap_intervals() -> None:
@@ -264,10 +317,10 @@ def test_a_step_fixes_old_logprobs_where_there_are_several_minibatches(recipe) -
     assert all(batch.old_logprobs is not None and batch.ref_logprobs is not None for batch in second)
 
 
-def test_a_step_cuts_masks_down_to_the_tokens_of_highest_entropy(recipe) -> None:
+def test_a_step_puts_weight_only_on_the_tokens_of_highest_entropy(recipe) -> None:
     whole, cut = (
         sum(
-            batch.mask.sum().item()
+            (batch.weights > 0).sum().item()
             for batch in handed_to_the_update(recipe, f"loss.top_entropy_quantile={quantile}")[0]
         )
         for quantile in (1.0, 0.25)
@@ -280,7 +333,7 @@ def test_a_step_takes_penalties_off_rewards(recipe) -> None:
     assert handed_to_the_update(recipe) == [[]]  # rewards are uniform: nothing to learn
     text = recipe.read_text().replace("max_completion_length: 8", "max_completion_length: 200")
     recipe.write_text(text)  # so long that completions end by themselves, and differ in length
-    (batches,) = handed_to_the_update(recipe, "advantage.soft_overlong_cache=200")
+    (batches,) = handed_to_the_update(recipe, "advantage.soft_overlong_cache=199")
     assert any(mx.abs(batch.advantages).max().item() > 0 for batch in batches)
 
 

@@ -298,6 +298,16 @@ def test_whatever_the_caller_leaves_on_padding_or_types_its_mask() -> None:
     assert policy_loss(mx.zeros((2, 2)) - 1, odd, cfg)[0].item() == pytest.approx(expected)
 
 
+def test_a_nan_of_the_sampler_does_not_keep_what_the_policy_has_left_behind() -> None:
+    cfg = LossConfig(off_policy_mask_threshold=0.5)
+    sampled = mx.array([[-1.0, -1.0, math.nan]])
+    batch = batch_of(cfg, mx.ones((1, 3)), [-1.0], sampling_logprobs=sampled)
+    _, metrics = policy_loss(mx.array([[-9.0, -9.0, -1.0]]), batch, cfg)
+    assert metrics["off_policy_kept"].item() == 0
+    _, metrics = policy_loss(mx.array([[-1.1, -1.1, -1.0]]), batch, cfg)
+    assert metrics["off_policy_kept"].item() == 1
+
+
 def test_presets_without_a_deviation() -> None:
     rewards, weights = mx.array([[1.0], [0.0], [1.0], [1.0]]), [1.0]
     rloo = advantages(rewards, weights, 4, AdvantageConfig(), PRESETS["rloo"])

@@ -373,6 +373,19 @@ def test_the_penalty_in_the_reward(make_policy) -> None:
     assert with_reference([batch], policy, 0.5, cfg)[0].ref_logprobs is None  # it is not in the loss as well
 
 
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_the_loss_brings_baseline_and_scaling_of_its_advantages(make_policy, kind: str) -> None:
+    cfg = recipe(loss={"type": kind})
+    (group, *_) = with_advantages(groups(make_policy().policy), cfg)  # rewards 1, 0, 0.5, 1
+    got = [rollout.advantage for rollout in group.rollouts]
+    centred = [r - 0.625 for r in (1, 0, 0.5, 1)]
+    if kind == "rloo":
+        assert got == pytest.approx([4 / 3 * c for c in centred], abs=1e-6)
+    else:
+        deviation = math.sqrt(sum(c * c for c in centred) / 3)
+        assert got == pytest.approx([c / (deviation + 1e-4) for c in centred], abs=1e-5)
+
+
 def test_without_penalties_groups_stay_as_they_are(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(loss={"beta": 0.5})
     plain = groups(policy)

@@ -98,6 +98,18 @@ def _with_weights(batches: MiniBatch, chosen: mx.array, cfg: Recipe) -> MiniBatc
     return changed
 
 
+def mean_entropy(groups: Sequence[Group], policy: Policy, cfg: Recipe) -> float:
+    """The mean entropy of the groups' tokens, for a step whose update saw none of them."""
+    rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
+    total, size = 0.0, cfg.optim.micro_batch_size
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        mask = mask_of([len(rollout.completion.token_ids) for _, rollout in part])
+        batch = collate(part, mask, mask)
+        total += float((_forced(policy, batch)[1] * batch.mask).sum())
+    return total / sum(len(rollout.completion.token_ids) for _, rollout in rows)
+
+
 def collate(rows: Sequence[Row], mask: mx.array, weights: mx.array, pad_to: int = 1) -> Batch:
     """Rows as one batch; mask and weights `[B, ≥ T]` are fitted to it."""
     prompts = [list(task.prompt_ids) for task, _ in rows]
@@ -140,8 +152,12 @@ def _mask(rows: Sequence[Row], cfg: Recipe) -> mx.array:
     completions = [rollout.completion for _, rollout in rows]
     filtered = cfg.loss.mask_truncated_completions
     lengths = [0 if filtered and c.finish_reason == "length" else len(c.token_ids) for c in completions]
-    longest = max(len(c.token_ids) for c in completions)
-    return (mx.arange(longest)[None] < mx.array(lengths)[:, None]).astype(mx.float32)
+    return mask_of(lengths, max(len(c.token_ids) for c in completions))
+
+
+def mask_of(lengths: Sequence[int], width: int | None = None) -> mx.array:
+    """1 on the first so many columns of each row: `[N, width]` float32, as wide as the longest unless said."""
+    return (mx.arange(width or max(lengths))[None] < mx.array(list(lengths))[:, None]).astype(mx.float32)
 
 
 def _sampled(rollout: Rollout) -> list[float]:

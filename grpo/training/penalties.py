@@ -13,7 +13,7 @@ from grpo.config import Recipe
 from grpo.model.policy import Policy
 from grpo.objective.kl import kl_estimate
 from grpo.objective.masks import soft_overlong_punishment
-from grpo.training.batches import Row, collate
+from grpo.training.batches import Row, collate, mask_of
 from grpo.types import Group
 
 
@@ -50,8 +50,7 @@ def _divergences(rows: Sequence[Row], policy: Policy, cfg: Recipe) -> list[float
     with policy.use("reference"):
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            lengths = mx.array([len(rollout.completion.token_ids) for _, rollout in part])
-            mask = (mx.arange(int(max(lengths)))[None] < lengths[:, None]).astype(mx.float32)
+            mask = mask_of([len(rollout.completion.token_ids) for _, rollout in part])
             batch = collate(part, mask, mask)
             reference, _ = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
             estimate = kl_estimate(batch.sampling_logprobs, reference, cfg.loss.kl_estimator)

@@ -16,7 +16,7 @@ from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
-from grpo.training.batches import make_minibatches, with_old_logprobs, with_reference, with_top_entropy
+from grpo.training.batches import make_minibatches, mean_entropy, with_old_logprobs, with_reference, with_top_entropy
 from grpo.training.checkpoint import checkpoint_path, save_checkpoint
 from grpo.training.evaluate import Evaluator
 from grpo.training.folder import CHECKPOINTS
@@ -81,6 +81,8 @@ class Trainer:
         update = self.update(minibatches, n)
         clock.lap("update")
         status = self.status(n, beta) | penalty_metrics(groups, cfg)
+        if "entropy" not in update.metrics:  # nothing was trained on; entropy is told all the same
+            status["entropy"] = mean_entropy(groups, policy, cfg)
         return step_metrics(n, sampled, update, status, clock.laps)
 
     def sample(self, n: int, clock: _Clock) -> tuple[list[Group], list[Group]]:

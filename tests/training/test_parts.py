@@ -295,6 +295,16 @@ def test_dynamic_sampling_replaces_groups_without_variance(recipe) -> None:
     assert metrics["grad_norm"] > 0
 
 
+def test_entropy_is_told_even_of_a_step_that_trains_on_nothing(recipe) -> None:
+    trainer = prepare(load_recipe(recipe)).trainer
+    trainer.scorer.rewards = {"digits": lambda completions, **_: [1.0] * len(completions)}
+    uniform = trainer.step(1).values
+    assert uniform["grad_norm"] == 0
+    again = prepare(load_recipe(recipe, ["loss.beta=1e-9"])).trainer  # the penalty keeps every row in the update
+    again.scorer.rewards = trainer.scorer.rewards
+    assert uniform["entropy"] == pytest.approx(again.step(1).values["entropy"], rel=1e-4)
+
+
 def test_dynamic_sampling_gives_up_in_the_end(recipe) -> None:
     trainer = prepare(load_recipe(recipe, ["rollout.dynamic_sampling=1"])).trainer
     trainer.scorer.rewards = {"digits": lambda completions, **_: [1.0] * len(completions)}

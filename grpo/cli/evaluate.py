@@ -14,7 +14,10 @@ def evaluate(
         typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that replace the recipe's: eval.samples=16"),
     ] = None,
 ) -> None:
-    """Measure held-out accuracy: of a run's newest checkpoint beside its base model, or of a recipe's model."""
+    """Measure the held-out accuracy of a run or a recipe.
+
+    Of a run: its newest checkpoint beside its base model. Of a recipe: its model.
+    """
     from rich.console import Console
 
     from grpo.telemetry.console import before_and_after, single

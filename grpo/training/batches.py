@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -38,8 +38,8 @@ def make_batches(groups: Sequence[Group], cfg: Recipe, pad_to: int = 1) -> MiniB
     learning = [i for i, (_, r) in enumerate(rows) if seen[i] and (r.advantage != 0 or _all_rows_count(cfg))]
     learning.sort(key=lambda i: len(rows[i][0].prompt_ids) + len(rows[i][1].completion.token_ids))
     size = cfg.optim.micro_batch_size
-    parts = [mx.array(learning[start : start + size]) for start in range(0, len(learning), size)]
-    batches = [collate([rows[i] for i in _ints(part)], mask[part], weights[part], pad_to) for part in parts]
+    parts = [learning[start : start + size] for start in range(0, len(learning), size)]
+    batches = [collate([rows[i] for i in p], mask[mx.array(p)], weights[mx.array(p)], pad_to) for p in parts]
     return _with_weights(batches, mask[mx.array(learning)], cfg) if _local(cfg) and batches else batches
 
 
@@ -100,14 +100,20 @@ def _with_weights(batches: MiniBatch, chosen: mx.array, cfg: Recipe) -> MiniBatc
 
 def mean_entropy(groups: Sequence[Group], policy: Policy, cfg: Recipe) -> float:
     """The mean entropy of the groups' tokens, for a step whose update saw none of them."""
-    rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
-    total, size = 0.0, cfg.optim.micro_batch_size
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        mask = mask_of([len(rollout.completion.token_ids) for _, rollout in part])
-        batch = collate(part, mask, mask)
+    total = tokens = 0.0
+    for batch in whole_batches(groups, cfg):
         total += float((_forced(policy, batch)[1] * batch.mask).sum())
-    return total / sum(len(rollout.completion.token_ids) for _, rollout in rows)
+        tokens += float(batch.mask.sum())
+    return total / tokens
+
+
+def whole_batches(groups: Sequence[Group], cfg: Recipe) -> Iterator[Batch]:
+    """All rows of the groups in their order, by `optim.micro_batch_size`, to be looked at rather than learnt from."""
+    rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
+    for start in range(0, len(rows), cfg.optim.micro_batch_size):
+        part = rows[start : start + cfg.optim.micro_batch_size]
+        mask = _mask_of([len(rollout.completion.token_ids) for _, rollout in part])
+        yield collate(part, mask, mask)
 
 
 def collate(rows: Sequence[Row], mask: mx.array, weights: mx.array, pad_to: int = 1) -> Batch:
@@ -152,10 +158,10 @@ def _mask(rows: Sequence[Row], cfg: Recipe) -> mx.array:
     completions = [rollout.completion for _, rollout in rows]
     filtered = cfg.loss.mask_truncated_completions
     lengths = [0 if filtered and c.finish_reason == "length" else len(c.token_ids) for c in completions]
-    return mask_of(lengths, max(len(c.token_ids) for c in completions))
+    return _mask_of(lengths, max(len(c.token_ids) for c in completions))
 
 
-def mask_of(lengths: Sequence[int], width: int | None = None) -> mx.array:
+def _mask_of(lengths: Sequence[int], width: int | None = None) -> mx.array:
     """1 on the first so many columns of each row: `[N, width]` float32, as wide as the longest unless said."""
     return (mx.arange(width or max(lengths))[None] < mx.array(list(lengths))[:, None]).astype(mx.float32)
 
@@ -163,10 +169,6 @@ def mask_of(lengths: Sequence[int], width: int | None = None) -> mx.array:
 def _sampled(rollout: Rollout) -> list[float]:
     assert rollout.completion.logprobs is not None, "training needs rollouts with logprobs"
     return list(rollout.completion.logprobs)
-
-
-def _ints(array: mx.array) -> list[int]:
-    return [int(value) for value in array]
 
 
 def _padded(rows: list[list[Value]], length: int, filler: Value) -> list[list[Value]]:

@@ -13,8 +13,12 @@ from grpo.recipe import dump_recipe
 from grpo.training.checkpoint import checkpoints
 
 RECIPE, METRICS, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "checkpoints"
-WRITTEN = (RECIPE, METRICS, "eval.jsonl", CHECKPOINTS, "wandb")
-"""What a run writes into its folder, and all that `--overwrite` deletes there."""
+WRITTEN = (METRICS, "eval.jsonl", CHECKPOINTS, "wandb", RECIPE)
+"""What a run writes into its folder, and all that `--overwrite` deletes there.
+
+The order in which it is put aside, and in reverse brought back: with the recipe there, all of it is; with the metrics
+back, all of it is. So a process that is killed in between leaves no doubt about whose files are whose.
+"""
 FORMER = ".former"
 HEADER = "# This run's recipe as it was resolved, written by grpo train.\n"
 
@@ -52,9 +56,10 @@ def _settle(folder: Path) -> None:
     former = folder / FORMER
     if (folder / METRICS).exists():
         shutil.rmtree(former, ignore_errors=True)
-    else:
+        return
+    if not former.is_dir() or (former / RECIPE).exists():  # or else the former run was not aside in full yet
         _delete_run(folder)
-        _move_run(former, folder)
+    _move_run(former, folder)
 
 
 def _move_run(source: Path, target: Path) -> None:
@@ -62,7 +67,7 @@ def _move_run(source: Path, target: Path) -> None:
     names = [name for name in WRITTEN if (source / name).exists()]
     if names:
         target.mkdir(exist_ok=True)
-    for name in names:
+    for name in reversed(names) if source.name == FORMER else names:
         (source / name).rename(target / name)
     if source.name == FORMER and source.is_dir():
         source.rmdir()

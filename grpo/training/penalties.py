@@ -13,7 +13,7 @@ from grpo.config import Recipe
 from grpo.model.policy import Policy
 from grpo.objective.kl import kl_estimate
 from grpo.objective.masks import soft_overlong_punishment
-from grpo.training.batches import Row, collate, mask_of
+from grpo.training.batches import whole_batches
 from grpo.types import Group
 
 
@@ -22,11 +22,11 @@ def with_penalties(groups: Sequence[Group], policy: Policy, cfg: Recipe, beta: f
     overlong, kl = cfg.advantage.soft_overlong_cache is not None, cfg.loss.kl_in == "reward" and beta > 0
     if not (overlong or kl):
         return list(groups)
-    rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
-    divergences = _divergences(rows, policy, cfg) if kl else [0.0] * len(rows)
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    divergences = _divergences(groups, policy, cfg) if kl else [0.0] * len(rollouts)
     penalised = iter(
         replace(rollout, penalty=beta * divergence - _overlong(len(rollout.completion.token_ids), cfg))
-        for (_, rollout), divergence in zip(rows, divergences, strict=True)
+        for rollout, divergence in zip(rollouts, divergences, strict=True)
     )
     return [replace(group, rollouts=tuple(next(penalised) for _ in group.rollouts)) for group in groups]
 
@@ -43,15 +43,11 @@ def _overlong(length: int, cfg: Recipe) -> float:
     return 0.0 if cache is None else soft_overlong_punishment(length, cfg.rollout.max_completion_length, cache)
 
 
-def _divergences(rows: Sequence[Row], policy: Policy, cfg: Recipe) -> list[float]:
+def _divergences(groups: Sequence[Group], policy: Policy, cfg: Recipe) -> list[float]:
     """The KL estimate of each row, summed over its tokens, between the sampler's logprobs and the reference's."""
     found: list[float] = []
-    size = cfg.optim.micro_batch_size
     with policy.use("reference"):
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            mask = mask_of([len(rollout.completion.token_ids) for _, rollout in part])
-            batch = collate(part, mask, mask)
+        for batch in whole_batches(groups, cfg):
             reference, _ = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
             estimate = kl_estimate(batch.sampling_logprobs, reference, cfg.loss.kl_estimator)
             sums: Any = mx.where(batch.mask > 0, estimate, 0.0).sum(axis=1).tolist()

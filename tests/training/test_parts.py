@@ -14,7 +14,7 @@ from grpo.recipe import load_recipe
 from grpo.training import parity
 from grpo.training.checkpoint import checkpoints, save_checkpoint, step_of
 from grpo.training.evaluate import bootstrap_interval
-from grpo.training.folder import HEADER, newest_checkpoint, run_folder
+from grpo.training.folder import HEADER, WRITTEN, newest_checkpoint, run_folder
 from grpo.training.metrics import step_metrics
 from grpo.training.parity import check_parity
 from grpo.training.schedule import learning_rate, penalty_weight
@@ -89,6 +89,22 @@ def test_a_run_killed_while_replacing_another(recipe) -> None:
         assert not (folder / "metrics.jsonl").exists()
         assert (folder / ".former/metrics.jsonl").read_text() == "c"
     assert (folder / "metrics.jsonl").read_text() == "c"  # nothing was on record, so it came back
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_a_run_killed_while_putting_another_aside(recipe, moved: int) -> None:
+    cfg = load_recipe(recipe)
+    folder = Path(cfg.output_dir)
+    with run_folder(cfg, overwrite=False):
+        for name in ("metrics.jsonl", "eval.jsonl", "checkpoints", "wandb"):
+            (folder / name).write_text(name)
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    (folder / ".former").mkdir()
+    for name in WRITTEN[:moved]:
+        (folder / name).rename(folder / ".former" / name)
+    with pytest.raises(UserError, match="holds another run"), run_folder(cfg, overwrite=False):
+        pass
+    assert {path.name: path.read_text() for path in folder.iterdir()} == before
 
 
 def test_a_folder_that_cannot_be_written_keeps_its_run(recipe, monkeypatch) -> None:

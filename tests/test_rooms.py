@@ -18,6 +18,7 @@ ROOMS = [
     "objective",
     "training",
     "telemetry",
+    "benchmark",
     "cli",
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}

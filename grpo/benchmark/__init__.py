@@ -1,0 +1,1 @@
+"""The measuring protocols behind `grpo bench`."""

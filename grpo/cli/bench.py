@@ -1,0 +1,32 @@
+"""`grpo bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure this machine: sides take turns in one process, and ratios count.", no_args_is_help=True)
+
+Shape = Annotated[str, typer.Option(help="The model's shape, with random weights: qwen3-1m, qwen3-25m, qwen3-0.6b.")]
+Runs = Annotated[int, typer.Option(min=1, help="Runs of each side, after one warm-up.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write machine, versions and rows to this file.")]
+
+
+@app.command()
+def rollout(
+    shape: Shape = "qwen3-1m",
+    prompts: Annotated[int, typer.Option(min=1)] = 8,
+    completions: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 8,
+    prompt_length: Annotated[int, typer.Option(min=1, help="In tokens.")] = 128,
+    completion_length: Annotated[int, typer.Option(min=1, help="In tokens.")] = 128,
+    lora: Annotated[bool, typer.Option(help="LoRA of rank 16 on every linear layer.")] = True,
+    runs: Runs = 5,
+    json: Json = None,
+) -> None:
+    """The generator against mlx-lm's `BatchGenerator`, or its `stream_generate` for one row: tok/s and peak memory."""
+    from grpo.benchmark.protocol import finish
+    from grpo.benchmark.rollout import Load, against_mlx_lm
+
+    finish(against_mlx_lm(shape, Load(prompts, completions, prompt_length, completion_length), lora, runs), json)

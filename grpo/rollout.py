@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
+from grpo.config import RolloutConfig
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 from grpo.types import Group, Rollout, Task
@@ -14,18 +16,39 @@ from grpo.types import Group, Rollout, Task
 class RolloutEngine:
     """Samples the policy: with logprobs for training, without for evaluation."""
 
-    def __init__(self, generator: Generator, max_completion_length: int) -> None:
+    def __init__(self, generator: Generator, sampling: Sampling) -> None:
         self.generator = generator
-        self.max_completion_length = max_completion_length
+        self.sampling = sampling
 
     def rollout(
         self, tasks: Sequence[Task], n: int, temperature: float, key: mx.array, logprobs: bool = True
     ) -> list[Group]:
-        """`n` completions of each task at `temperature` (0: greedy), as groups that are not scored yet."""
-        sampling = Sampling(temperature, self.max_completion_length)
+        """`n` completions of each task at `temperature` (0: greedy), as groups that are not scored yet.
+
+        Greedy completions are the policy's own: no penalty reshapes them.
+        """
+        sampling = replace(self.sampling, temperature=temperature)
+        if temperature == 0:
+            sampling = replace(sampling, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
         requests = [Request(task.prompt_ids, n) for task in tasks]
         answers = self.generator.generate(requests, sampling, key, logprobs)
         return [
             Group(task, tuple(Rollout(completion) for completion in completions))
             for task, completions in zip(tasks, answers, strict=True)
         ]
+
+
+def sampling_of(cfg: RolloutConfig) -> Sampling:
+    """A recipe's sampling."""
+    return Sampling(
+        temperature=cfg.temperature,
+        max_tokens=cfg.max_completion_length,
+        min_tokens=cfg.min_completion_length,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        min_p=cfg.min_p,
+        repetition_penalty=cfg.repetition_penalty,
+        stop=cfg.stop,
+        stop_ids=cfg.stop_token_ids,
+        max_repeats=cfg.max_repeats,
+    )

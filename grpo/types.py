@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 Prompt = str | list[Message]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "repetition"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +33,15 @@ class Completion:
     """What the model answered: token ids, the stop token included, and never re-encoded.
 
     `logprobs` are fp32, of the sampled tokens, at the sampling temperature; None where none were asked for.
-    `text` is the decoded completion without special tokens.
+    `text` is the decoded completion without special tokens. `sampler_logprobs` are those of the distribution that was
+    really sampled, where a filter or a penalty made it another one; else None.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None
     text: str
     finish_reason: FinishReason
+    sampler_logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Batch:
     weights [B, T] float32: the normaliser, fixed over the whole step before it was split; 0 where the mask is.
     sampling_logprobs [B, T] float32; old_logprobs, ref_logprobs the same, or None where the settings need none.
     beta [] float32: the weight of the KL penalty at this step, where there is one.
+    sampler_logprobs [B, T] float32: under the distribution really sampled, where filters made it another one.
     """
 
     tokens: mx.array
@@ -90,6 +93,7 @@ class Batch:
     old_logprobs: mx.array | None = None
     ref_logprobs: mx.array | None = None
     beta: mx.array | None = None
+    sampler_logprobs: mx.array | None = None
 
     def arrays(self) -> dict[str, mx.array]:
         """The fields that are set, as a tree that `mx.compile` takes."""

@@ -1,32 +1,138 @@
-"""How the next token is chosen."""
+"""How the next token is chosen, and with what probability."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from grpo.backend import cuda
+from grpo.generation import cuda_sampling
+from grpo.generation.filters import cut, repetition_penalised, threshold
 from grpo.model.logprobs import scaled, token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """temperature 0 is greedy; max_tokens counts the stop token."""
+    """How completions are sampled, and when they end.
+
+    temperature 0 is greedy. `repetition_penalty` (CTRL, arXiv 1909.05858) is over prompt and completion; then come
+    the temperature, `top_k` (0: all), `top_p` (arXiv 1904.09751) and `min_p` (arXiv 2407.01082), in this order, as in
+    transformers. max_tokens counts the stop token; before `min_tokens` none of the stop tokens can be chosen.
+    `stop` are strings that end a completion, `stop_ids` tokens that do so besides the tokenizer's. A row that repeats
+    some of its last tokens `max_repeats` times in a row is ended (0: never).
+    """
 
     temperature: float = 1.0
     max_tokens: int = 256
+    min_tokens: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    max_repeats: int = 0
+
+    @property
+    def filtered(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def reshaped(self) -> bool:
+        """Whether tokens come from another distribution than the model's at this temperature."""
+        return self.filtered or self.repetition_penalty != 1 or self.min_tokens > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One token a row, `[S]` uint32, and if asked for its logprobs, `[S]` fp32.
+
+    `logprobs` are the model's at the sampling temperature; `sampler_logprobs` those of the distribution really sampled,
+    None where it is the same.
+    """
+
+    tokens: mx.array
+    logprobs: mx.array | None
+    sampler_logprobs: mx.array | None
+
+    def arrays(self) -> list[mx.array]:
+        return [a for a in (self.tokens, self.logprobs, self.sampler_logprobs) if a is not None]
 
 
 _categorical = mx.vmap(lambda logits, key: mx.random.categorical(logits, key=key))
 
 
-def sample(logits: mx.array, keys: mx.array, temperature: float, logprobs: bool) -> tuple[mx.array, mx.array | None]:
-    """Choose a token for each row.
+class Sampler:
+    """Draws for all slots at once. Where a penalty needs it, the device keeps which tokens each slot has seen."""
 
-    logits `[S, V]` of the model's dtype, keys `[S, 2]` uint32 (a row's draw depends on its own key alone).
-    Returns tokens `[S]` uint32 and, if `logprobs`, theirs: `[S]` fp32 at the sampling temperature. Greedy
-    choices have theirs at temperature 1.
-    """
-    rows = scaled(logits, temperature or 1.0)
-    tokens = mx.argmax(rows, axis=-1) if temperature == 0 else _categorical(rows, keys)
-    return tokens, token_logprobs(rows, tokens) if logprobs else None
+    def __init__(self, sampling: Sampling, stop_ids: Iterable[int], slots: int, vocabulary: int) -> None:
+        self.sampling = sampling
+        self.keys = mx.zeros((slots, 2), mx.uint32)
+        stops = mx.zeros(vocabulary, mx.bool_)
+        stops[mx.array(sorted(i for i in stop_ids if i < vocabulary), mx.int32)] = True
+        self._stops = stops
+        self._seen = mx.zeros((slots, vocabulary), mx.bool_) if sampling.repetition_penalty != 1 else None
+
+    def admit(self, slots: Sequence[int], keys: Sequence[mx.array], prompts: Sequence[Sequence[int]]) -> None:
+        """Rows with these keys and prompts begin in these slots."""
+        self.keys[mx.array(list(slots))] = mx.stack(list(keys))
+        if self._seen is not None:
+            self._seen[mx.array(list(slots))] = False
+            where = [slot for slot, prompt in zip(slots, prompts, strict=True) for _ in prompt]
+            self._seen[mx.array(where), mx.array([token for prompt in prompts for token in prompt])] = True
+
+    def keep(self, slots: mx.array) -> None:
+        """Drop all slots but these."""
+        self.keys = self.keys[slots]
+        if self._seen is not None:
+            self._seen = self._seen[slots]
+
+    def draw(self, logits: mx.array, decoded: mx.array, logprobs: bool) -> Drawn:
+        """Choose a token for each slot.
+
+        logits `[S, V]` of the model's dtype; decoded `[S]`, how many tokens each row has already: with the row's own
+        key it says what is drawn, whatever other rows there are. Greedy choices have their logprobs at temperature 1.
+        """
+        by_kernel = cuda.available() and self.sampling.temperature > 0
+        drawn = (self._draw_on_cuda if by_kernel else self._draw)(logits, decoded, logprobs)
+        if self._seen is not None:
+            self._seen = mx.put_along_axis(self._seen, drawn.tokens[:, None], mx.array(True), axis=-1)
+        return drawn
+
+    def _draw(self, logits: mx.array, decoded: mx.array, logprobs: bool) -> Drawn:
+        plain = scaled(logits, self.sampling.temperature or 1.0)
+        shaped = self._reshaped(logits, decoded) if self.sampling.reshaped else plain
+        tokens = mx.argmax(shaped, axis=-1) if self.sampling.temperature == 0 else self._random(shaped, decoded)
+        if not logprobs:
+            return Drawn(tokens, None, None)
+        theirs = token_logprobs(shaped, tokens) if self.sampling.reshaped else None
+        return Drawn(tokens, token_logprobs(plain, tokens), theirs)
+
+    def _draw_on_cuda(self, values: mx.array, decoded: mx.array, logprobs: bool) -> Drawn:
+        s = self.sampling
+        logits = cuda_sampling.Logits(
+            values, s.temperature, decoded, self._stops, s.min_tokens, self._seen, s.repetition_penalty
+        )
+        lowest = cuda_sampling.threshold(logits, s.top_k, s.top_p, s.min_p) if s.filtered else None
+        tokens, theirs, sampled = cuda_sampling.draw(logits, lowest, self.keys, logprobs)
+        return Drawn(tokens, theirs if logprobs else None, sampled if logprobs and s.reshaped else None)
+
+    def _random(self, logits: mx.array, decoded: mx.array) -> mx.array:
+        counters = mx.stack([mx.zeros_like(decoded), decoded], axis=1).astype(mx.uint32)
+        return _categorical(logits, self.keys + counters)
+
+    def _reshaped(self, logits: mx.array, decoded: mx.array) -> mx.array:
+        """Logits of the distribution to sample from, fp32, -inf where nothing may be drawn."""
+        sampling, logits = self.sampling, logits.astype(mx.float32)
+        if self._seen is not None:
+            logits = repetition_penalised(logits, self._seen, sampling.repetition_penalty)
+        logits = scaled(logits, sampling.temperature or 1.0)
+        if sampling.min_tokens:
+            early = (decoded < sampling.min_tokens)[:, None]
+            logits = mx.where(early & self._stops, -math.inf, logits)
+        if not sampling.filtered:
+            return logits
+        return cut(logits, threshold(logits, sampling.top_k, sampling.top_p, sampling.min_p))

@@ -39,6 +39,7 @@ def policy_loss(
                            ones, and the ratio is exactly 1.
         ref_logprobs       of the reference; needed when the penalty's weight is above 0
         sampling_logprobs  that the sampler gave; for the correction, and measured wherever they are
+        sampler_logprobs   of the distribution sampled from, where filters made it another one: the correction's then
         beta               a scalar array, the penalty's weight now, in the place of `cfg.beta`
 
     `custom`, a function `(logprobs, batch, cfg) -> per_token_loss`, takes the surrogate's place. Its batch has every
@@ -107,6 +108,8 @@ def _sampler_factor(batch: Any, terms: Terms, cfg: LossConfig, metrics: Metrics)
         if cfg.importance_sampling_correction != "none":
             raise ValueError("importance_sampling_correction needs sampling_logprobs in the batch")
         return factor
+    drawn_from = getattr(batch, "sampler_logprobs", None)  # another distribution than the policy's, with filters
+    sampler = sampler if drawn_from is None else drawn_from
     token, sequence = sampling_log_ratios(mx.stop_gradient(terms.old_logprobs), sampler, terms.mask)
     metrics.update(_sampling_metrics(token, sequence, terms.mask))
     if cfg.importance_sampling_correction == "none":

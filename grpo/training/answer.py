@@ -9,7 +9,7 @@ from grpo.backend.device import setup
 from grpo.backend.random import derive_key
 from grpo.config import DataConfig, ModelConfig
 from grpo.data.prompts import PromptRenderer
-from grpo.generation.generator import Generator
+from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load
@@ -22,8 +22,7 @@ def answer(
     prompt: str,
     adapter: Path | None,
     base: bool,
-    max_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     seed: int,
 ) -> Iterator[str]:
     """The answer's text in pieces.
@@ -45,4 +44,5 @@ def answer(
     task = PromptRenderer(data, tokenizer).task(0, {"prompt": prompt})
     assert task is not None
     generator = Generator(model, tokenizer, slots=1)
-    yield from generator.stream(task.prompt_ids, Sampling(temperature, max_tokens), derive_key(seed, "generate"))
+    events = generator.stream(Request(task.prompt_ids), sampling, derive_key(seed, "generate"))
+    yield from (event.text for event in events)

@@ -130,6 +130,7 @@ def collate(rows: Sequence[Row], mask: mx.array, weights: mx.array, pad_to: int 
         advantages=mx.array([rollout.advantage for _, rollout in rows]),
         weights=_fitted(weights, length),
         sampling_logprobs=mx.array(_padded([_sampled(rollout) for _, rollout in rows], length, 0.0)),
+        sampler_logprobs=_drawn(rows, length),
     )
 
 
@@ -157,7 +158,7 @@ def _mask(rows: Sequence[Row], cfg: Recipe) -> mx.array:
     """1 on each completion's tokens: `[N, T]`, with nothing in the rows that overlong filtering leaves out."""
     completions = [rollout.completion for _, rollout in rows]
     filtered = cfg.loss.mask_truncated_completions
-    lengths = [0 if filtered and c.finish_reason == "length" else len(c.token_ids) for c in completions]
+    lengths = [0 if filtered and c.finish_reason != "stop" else len(c.token_ids) for c in completions]
     return _mask_of(lengths, max(len(c.token_ids) for c in completions))
 
 
@@ -169,6 +170,12 @@ def _mask_of(lengths: Sequence[int], width: int | None = None) -> mx.array:
 def _sampled(rollout: Rollout) -> list[float]:
     assert rollout.completion.logprobs is not None, "training needs rollouts with logprobs"
     return list(rollout.completion.logprobs)
+
+
+def _drawn(rows: Sequence[Row], length: int) -> mx.array | None:
+    """The logprobs of the filtered distribution, if there was one: `[B, T]`."""
+    drawn = [rollout.completion.sampler_logprobs for _, rollout in rows]
+    return mx.array(_padded([list(values or ()) for values in drawn], length, 0.0)) if all(drawn) else None
 
 
 def _padded(rows: list[list[Value]], length: int, filler: Value) -> list[list[Value]]:

@@ -13,14 +13,12 @@ from grpo.backend.random import derive_key
 from grpo.errors import RunError, UserError
 from grpo.generation.generator import Request
 from grpo.generation.sampling import Sampling
+from grpo.model.logprobs import ROUNDING
 from grpo.model.policy import Policy
 from grpo.rollout import RolloutEngine
 from grpo.types import Task
 
 TOKENS, GENERATIONS = 16, 2
-
-BOUNDS = {mx.float32: 1e-3, mx.bfloat16: 3e-2, mx.float16: 1e-2}
-"""Mean gap in nats that rounding explains, by dtype. (float32 on CUDA uses TF32.)"""
 
 
 def check_parity(policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed: int) -> str:
@@ -48,7 +46,7 @@ def check_parity(policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], s
 
 
 def _verdict(mean: float, worst: float, dtype: mx.Dtype) -> str:
-    bound = BOUNDS.get(dtype, min(BOUNDS.values()))
+    bound = ROUNDING.get(dtype, min(ROUNDING.values()))
     line = (
         f"decoded against teacher-forced logprobs: mean gap {mean:.1e}, max {worst:.1e} (bound on the mean {bound:.0e})"
     )

@@ -25,6 +25,7 @@ class Plan:
     stays: dict[str, int]
     phases: dict[str, int]
     memory: int
+    prompt_length: int
 
     @property
     def total(self) -> int:
@@ -79,6 +80,7 @@ def make_plan(cfg: Recipe, policy: Policy, prompt_length: int) -> Plan:
             "update": activations + 3 * 4 * min(CHUNK, micro * length) * shape.vocabulary,
         },
         memory=memory_bytes(),
+        prompt_length=prompt_length,
     )
 
 

@@ -10,18 +10,24 @@ from grpo.config import DataConfig, Recipe
 from grpo.data.prompts import PromptRenderer
 from grpo.data.source import is_local, load_rows
 from grpo.data.stream import TaskStream, first_tasks
+from grpo.errors import UserError
 from grpo.generation.generator import Generator
+from grpo.generation.memory import Need, slots_that_fit
 from grpo.model.adapters import Adapters
 from grpo.model.load import load
 from grpo.model.policy import Policy
 from grpo.plugins import find_function
-from grpo.rollout import RolloutEngine
+from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.evaluate import Evaluator
 from grpo.training.plan import Plan, make_plan
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 
+REFILTERED = (
+    "completions are sampled from a filtered distribution; ratios compare the policy's own probabilities, and "
+    "loss.importance_sampling_correction can weigh tokens by how much the filters favoured them"
+)
 PEEK = 64
 """Prompts that are rendered at start-up, to find mistakes and to know how long prompts are."""
 
@@ -50,18 +56,36 @@ def prepare(cfg: Recipe) -> Prepared:
     tables = [load_rows(source) if rows is None else rows for source, rows in zip(sources, local, strict=True)]
     policy = Policy(model, Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter")), cfg.rollout.temperature)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
-    engine = RolloutEngine(generator, cfg.rollout.max_completion_length)
+    engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     renderer, *eval_renderers = [PromptRenderer(source, tokenizer) for source in sources]
     tasks = first_tasks(tables[0], renderer, PEEK)
     scorer.check(tasks[0].columns)
     evaluator = None
     if cfg.eval is not None:
         evaluator = Evaluator(cfg, first_tasks(tables[1], eval_renderers[0], cfg.eval.prompts), engine, scorer)
+    if odd := [token for token in cfg.rollout.stop_token_ids if token >= generator.decoding.vocabulary]:
+        raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the vocabulary of {generator.decoding.vocabulary}")
     stream = TaskStream(tables[0], renderer, cfg.seed)
     plan = make_plan(cfg, policy, max(len(task.prompt_ids) for task in tasks))
-    notes = [] if policy.split else ["this model's head cannot be split off: logprobs go through full logits, slowly"]
+    notes = [f"decoding: {generator.decoding.description}", *_fit(generator, cfg, plan)]
+    if not policy.split:
+        notes.append("this model's head cannot be split off: logprobs go through full logits, slowly")
+    if engine.sampling.reshaped:
+        notes.append(REFILTERED)
     trainer = Trainer(cfg, policy, stream, engine, scorer, evaluator, custom_loss)
     return Prepared(trainer, plan, tasks, notes)
+
+
+def _fit(generator: Generator, cfg: Recipe, plan: Plan) -> list[str]:
+    """Give the generator as many slots as memory holds beside the model, and say so where that is fewer than asked."""
+    rows = cfg.rollout.prompts_per_step * cfg.rollout.num_generations
+    rows = max(rows, cfg.eval.prompts * cfg.eval.samples if cfg.eval else 0)
+    need = Need(rows, rows, plan.prompt_length, cfg.rollout.max_completion_length)
+    available = int(0.9 * plan.memory) - sum(plan.stays.values())
+    generator.slots = slots_that_fit(generator.decoding, need, cfg.rollout.max_concurrency, available)
+    if generator.slots == min(rows, cfg.rollout.max_concurrency):
+        return []
+    return [f"memory holds {generator.slots} slots of the {cfg.rollout.max_concurrency} in rollout.max_concurrency"]
 
 
 def _eval_data(cfg: Recipe) -> list[DataConfig]:

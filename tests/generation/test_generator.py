@@ -4,10 +4,10 @@ import mlx.core as mx
 import pytest
 
 from grpo.backend.random import derive_key
-from grpo.errors import UserError
-from grpo.generation import cache, generator
+from grpo.generation import buffers, decoding
+from grpo.generation import slots as slots_module
 from grpo.generation.generator import Generator, Request
-from grpo.generation.sampling import Sampling, sample
+from grpo.generation.sampling import Sampling
 
 MIXED = [[5, 6, 7, 8, 9], [11], [20, 21], list(range(30, 72)), [9, 8, 7, 6]]
 KEY = derive_key(0, "test")
@@ -40,15 +40,15 @@ def test_logprobs_agree_with_teacher_forcing(make_policy, temperature: float, sl
 
 
 def test_prompts_longer_than_a_prefill_chunk(make_policy, monkeypatch) -> None:
-    monkeypatch.setattr(cache, "PREFILL_CHUNK", 5)
-    monkeypatch.setattr(generator, "PREFILL_TOKENS", 50)
+    monkeypatch.setattr(buffers, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 50)
     toy = make_policy()
     groups = toy.generator.generate([Request(ids, 2) for ids in MIXED], Sampling(1.0, 6), KEY)
     assert max(gaps(toy.policy, MIXED, groups)) < 1e-4
 
 
 def test_completions_longer_than_a_width_step_and_rows_that_reuse_the_ring(make_policy, monkeypatch) -> None:
-    monkeypatch.setattr(cache, "WIDTH_STEP", 4)
+    monkeypatch.setattr(slots_module, "WIDTH_STEP", 4)
     toy = make_policy(slots=2)
     groups = toy.generator.generate([Request(ids, 3) for ids in MIXED], Sampling(1.0, 9), KEY)
     assert max(gaps(toy.policy, MIXED, groups)) < 1e-4
@@ -107,73 +107,133 @@ def test_all_rows_stop_at_once(make_policy) -> None:
 def test_each_prompt_is_prefilled_once(make_policy, monkeypatch) -> None:
     seen: list[list[int]] = []
 
-    def counting(model, prompts, width):
+    def counting(model, prompts):
         seen.extend(map(list, prompts))
-        return cache.prefill(model, prompts, width)
+        return buffers.prefill(model, prompts)
 
-    monkeypatch.setattr(generator, "prefill", counting)
-    make_policy(slots=3).generator.generate([Request(ids, 5) for ids in MIXED], Sampling(1.0, 4), KEY)
+    toy = make_policy(slots=3)
+    monkeypatch.setattr(decoding, "prefill", counting)
+    toy.generator.generate([Request(ids, 5) for ids in MIXED], Sampling(1.0, 4), KEY)
     assert sorted(seen) == sorted(MIXED)
 
 
-def test_without_logprobs_none_are_computed(make_policy, tmp_path) -> None:
-    logits = mx.random.normal((4, 50))
-    keys = mx.random.split(KEY, 4)
-    graphs = {}
-    for wanted in (True, False):
-        path = tmp_path / f"{wanted}.dot"
-        tokens, logprobs = sample(logits, keys, 1.0, wanted)
-        mx.export_to_dot(str(path), *[array for array in (tokens, logprobs) if array is not None])
-        graphs[wanted] = path.read_text()
-    assert "LogSumExp" in graphs[True]
-    assert "LogSumExp" not in graphs[False]
+def test_without_logprobs_a_completion_has_none(make_policy) -> None:
     (completion,) = make_policy().generator.generate([Request([5, 6])], Sampling(1.0, 4), KEY, logprobs=False)[0]
     assert completion.logprobs is None
 
 
-def test_every_position_has_a_draw_of_its_own(make_policy) -> None:
-    """With the model's opinion taken away, rows and positions do not repeat each other."""
+def test_every_row_and_position_has_a_draw_of_its_own(make_policy) -> None:
     toy = make_policy()
-    toy.generator.model = Flat(toy.policy.model)
     toy.generator.stop_ids = frozenset()
-    (group,) = toy.generator.generate([Request([5, 6], 8)], Sampling(1.0, 30), KEY)
+    hot = Sampling(temperature=50.0, max_tokens=30)  # as good as uniform
+    (group,) = toy.generator.generate([Request([5, 6], 8)], hot, KEY)
     for completion in group:
         assert len(set(completion.token_ids)) > 20
     assert len({completion.token_ids for completion in group}) == 8
 
 
-class Flat:
-    """A model whose logits are all equal."""
-
-    def __init__(self, model) -> None:
-        self.model, self.layers = model, model.layers
-
-    def __call__(self, tokens, cache):
-        return 0 * self.model(tokens, cache=cache)
-
-
-def test_sampling_follows_the_distribution() -> None:
-    logits = mx.array([1.0, 0.0, -1.0, 2.0, 0.5])
-    rows, temperature = 20_000, 0.8
-    tokens, _ = sample(mx.broadcast_to(logits, (rows, 5)), mx.random.split(KEY, rows), temperature, False)
-    expected = mx.softmax(logits / temperature) * rows
-    counts = (tokens[:, None] == mx.arange(5)[None]).sum(axis=0)
-    chi_squared = ((counts - expected) ** 2 / expected).sum().item()
-    assert chi_squared < 18.5  # 4 degrees of freedom: exceeded by chance once in a thousand keys
+def test_a_seeded_request_is_the_same_alone_and_in_a_crowd(make_policy) -> None:
+    toy = make_policy(slots=3)
+    seeded = Request(MIXED[0], 3, seed=17)
+    ((alone),) = toy.generator.generate([seeded], Sampling(1.0, 12), KEY)
+    crowd = [Request(ids, 2) for ids in MIXED]
+    *_, among, _ = toy.generator.generate([*crowd, seeded, Request([3, 4])], Sampling(1.0, 12), derive_key(9, "other"))
+    assert [c.token_ids for c in alone] == [c.token_ids for c in among]
+    assert [c.logprobs for c in alone] == [pytest.approx(c.logprobs, abs=1e-5) for c in among]
 
 
-def test_stream_yields_the_text_of_the_same_completion(make_policy) -> None:
+def test_one_token_prompts_alone(make_policy) -> None:
     toy = make_policy()
-    pieces = list(toy.generator.stream(MIXED[0], Sampling(1.0, 10), KEY))
-    (completion,) = toy.generator.generate([Request(MIXED[0])], Sampling(1.0, 10), KEY)[0]
-    assert "".join(pieces) == completion.text
-    assert len(pieces) > 2
+    groups = toy.generator.generate([Request([5], 3), Request([9], 2)], Sampling(1.0, 6), KEY)
+    assert max(gaps(toy.policy, [[5], [9]], groups)) < 1e-4
 
 
-def test_a_model_with_another_cache_is_refused(toy) -> None:
-    from mlx_lm.models.cache import RotatingKVCache
+@pytest.mark.parametrize("switched", [False, True])
+def test_the_state_in_use_is_what_is_decoded(make_policy, switched: bool) -> None:
+    """Joined weights follow the adapter when it is switched or trained between two calls."""
+    toy = make_policy()
+    toy.generator.generate([Request(MIXED[0])], Sampling(1.0, 4), KEY)
+    if switched:
+        with toy.policy.use("reference"):
+            groups = toy.generator.generate([Request(ids, 2) for ids in MIXED], Sampling(1.0, 8), KEY)
+            assert max(gaps(toy.policy, MIXED, groups)) < 1e-4
+    state = {path: array * 0.5 for path, array in toy.policy.adapters.state().items()}
+    toy.policy.adapters.load_state(state)
+    groups = toy.generator.generate([Request(ids, 2) for ids in MIXED], Sampling(1.0, 8), KEY)
+    assert max(gaps(toy.policy, MIXED, groups)) < 1e-4
 
+
+def test_base_weights_that_change_are_followed(make_policy) -> None:
+    toy = make_policy()
+    toy.generator.generate([Request(MIXED[0])], Sampling(1.0, 4), KEY)
+    model = toy.policy.model
+    for layer in model.layers:
+        layer.self_attn.q_proj.linear.weight = layer.self_attn.q_proj.linear.weight * 1.5
+        layer.input_layernorm.weight = layer.input_layernorm.weight * 0.7
+    groups = toy.generator.generate([Request(ids, 2) for ids in MIXED], Sampling(1.0, 8), KEY)
+    assert max(gaps(toy.policy, MIXED, groups)) < 1e-4
+
+
+def test_the_policy_forward_is_the_same_after_its_weights_were_joined(toy) -> None:
     model, tokenizer = toy
-    model.make_cache = lambda: [RotatingKVCache(8) for _ in model.layers]
-    with pytest.raises(UserError, match="RotatingKVCache"):
-        Generator(model, tokenizer, 4)
+    tokens = mx.array([[5, 6, 7, 8]])
+    before = model(tokens)
+    weights = sum(array.nbytes for array in buffers_of(model))
+    mx.eval(before)
+    held = mx.get_active_memory()
+    Generator(model, tokenizer, 2)
+    mx.clear_cache()
+    assert mx.array_equal(model(tokens), before)
+    assert mx.get_active_memory() - held < weights / 4  # nothing is held twice
+
+
+def buffers_of(model) -> list[mx.array]:
+    from mlx.utils import tree_flatten
+
+    return [array for _, array in tree_flatten(model.parameters())]
+
+
+@pytest.mark.parametrize("many", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_many_requests_through_few_slots_leak_no_memory(make_policy, many: int) -> None:
+    toy = make_policy(slots=16)
+    requests = [Request([1 + i % 200, 2, 3 + i % 7][: 1 + i % 3], 1) for i in range(many)]
+    toy.generator.generate(requests[:50], Sampling(1.0, 6), KEY)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    groups = toy.generator.generate(requests, Sampling(1.0, 6), KEY)
+    assert len(groups) == many
+    assert all(1 <= len(c.token_ids) <= 6 for group in groups for c in group)
+    mx.clear_cache()
+    assert mx.get_active_memory() - before < 50_000
+
+
+def test_a_stream_yields_the_tokens_and_text_of_the_same_completion(make_policy) -> None:
+    toy = make_policy()
+    events = list(toy.generator.stream(Request(MIXED[0]), Sampling(1.0, 10), KEY))
+    (completion,) = toy.generator.generate([Request(MIXED[0])], Sampling(1.0, 10), KEY)[0]
+    assert "".join(event.text for event in events) == completion.text
+    assert tuple(event.token_id for event in events) == completion.token_ids
+    assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + [completion.finish_reason]
+
+
+def test_a_stream_can_be_left_early_and_does_not_change_the_caller_s_stream(make_policy) -> None:
+    toy = make_policy()
+    before = mx.default_stream(mx.default_device())
+    events = toy.generator.stream(Request(MIXED[0]), Sampling(1.0, 10), KEY)
+    next(events)
+    assert mx.default_stream(mx.default_device()) == before
+    events.close()
+    assert toy.generator.generate([Request(MIXED[0])], Sampling(1.0, 3), KEY)
+
+
+def test_bf16_decoding_is_as_near_to_teacher_forcing_as_rounding_allows(make_policy) -> None:
+    from statistics import fmean
+
+    from mlx.utils import tree_map
+
+    toy = make_policy()
+    model = toy.policy.model
+    model.update(tree_map(lambda a: a.astype(mx.bfloat16), model.parameters()))
+    generator = Generator(model, toy.tokenizer, 4)
+    groups = generator.generate([Request(ids, 2) for ids in MIXED], Sampling(1.0, 6), KEY)
+    assert fmean(gaps(toy.policy, MIXED, groups)) < 1e-2

@@ -1,0 +1,132 @@
+"""Attention of one token a row over its prompt and over what it has decoded.
+
+`StockAttention` is made of stock MLX operations and is right everywhere; `grpo.generation.cuda` does the same in two
+kernels. Both go by the same interface, and a parity test holds them together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import mlx.core as mx
+
+from grpo.backend.maths import exp
+from grpo.generation.blocks import Block, Blocks
+from grpo.generation.buffers import Layer
+from grpo.generation.slots import View, Where
+
+MASKED = -1e30
+"""Score of what a row may not see. Finite, so that a row without any prompt gives no NaN."""
+
+
+class Attention(Protocol):
+    """How decoding reads and writes the buffers. S slots, HQ query heads, H heads of keys and values."""
+
+    overlaps: bool
+    """Whether a step may be launched while the one before it still runs, without MLX copying the buffers."""
+
+    def attend(
+        self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View
+    ) -> mx.array:
+        """Write this step's keys and values into the ring, and attend over prompt and ring.
+
+        queries `[S, HQ, 1, D]`, keys `[S, H, 1, D]`, values `[S, H, 1, E]`; returns `[S, HQ, 1, E]` of the queries'
+        dtype.
+        """
+        ...
+
+    def attend_joined(self, layer: Layer, qkv: mx.array, block: Block, blocks: Blocks, view: View | Where) -> mx.array:
+        """The same from a block's product `[S, (HQ + 2H) · D]`, which is normed and rotated first: `[S, HQ · D]`.
+
+        Kernels that overlap steps are content with a `Where`.
+        """
+        ...
+
+
+class StockAttention:
+    """By stock operations: the prompt's part as one product for each group, the ring's part for each slot.
+
+    The parts are put together by their maxima and sums (flash decoding, arXiv 2205.14135), so that no prompt is ever
+    repeated for its rows.
+    """
+
+    overlaps = False  # MLX writes into a buffer only when no step in flight holds it
+
+    def attend_joined(self, layer: Layer, qkv: mx.array, block: Block, blocks: Blocks, view: View | Where) -> mx.array:
+        assert isinstance(view, View)
+        turned = blocks.query_heads + blocks.heads
+        rows = qkv.reshape(qkv.shape[0], turned + blocks.heads, 1, blocks.width)
+        queries_keys = rows[:, :turned]
+        if block.qk_norm is not None:
+            queries_keys = block.qk_norm(queries_keys)
+        queries_keys = _rotated(queries_keys, blocks, view)
+        queries, keys = queries_keys[:, : blocks.query_heads], queries_keys[:, blocks.query_heads :]
+        return self.attend(layer, queries, keys, rows[:, turned:], blocks.scale, view).flatten(1)
+
+    def attend(
+        self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View
+    ) -> mx.array:
+        slots, query_heads, _, width = queries.shape
+        heads = keys.shape[1]
+        layer.keys[:, :, view.column : view.column + 1] = keys
+        layer.values[:, :, view.column : view.column + 1] = values
+        queries = (queries * scale).reshape(slots, heads, query_heads // heads, width)
+        part = _partial(queries, layer.keys[:, :, : view.width], layer.values[:, :, : view.width], view.own)
+        if view.prefix:
+            part = _together(part, _over_prompts(layer, queries, view))
+        return (part.total / part.weight).astype(queries.dtype).reshape(slots, query_heads, 1, -1)
+
+
+def _rotated(x: mx.array, blocks: Blocks, view: View) -> mx.array:
+    """Rotary embedding (RoFormer, arXiv 2104.09864) of `[S, heads, 1, D]`, in fp32."""
+    cos, sin = view.rotation(blocks.frequencies)
+    turned = 2 * blocks.frequencies.shape[0]
+    first, second = (
+        (x[..., :turned:2], x[..., 1:turned:2]) if blocks.traditional else mx.split(x[..., :turned], 2, axis=-1)
+    )
+    parts = [first * cos - second * sin, first * sin + second * cos]
+    joined = mx.stack(parts, axis=-1).flatten(-2) if blocks.traditional else mx.concatenate(parts, axis=-1)
+    return (
+        mx.concatenate([joined.astype(x.dtype), x[..., turned:]], axis=-1)
+        if turned < x.shape[-1]
+        else joined.astype(x.dtype)
+    )
+
+
+class _Part(NamedTuple):
+    """Attention over some of the columns: `total` is not divided by `weight` yet, both are relative to e^`highest`."""
+
+    highest: mx.array
+    weight: mx.array
+    total: mx.array
+
+
+def _partial(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> _Part:
+    """queries `[N, H, r, D]`, keys and values `[N, H, W, D]`, visible `[N, 1, 1, W]`."""
+    scores = mx.where(visible, (queries @ keys.swapaxes(-1, -2)).astype(mx.float32), MASKED)
+    highest = scores.max(axis=-1, keepdims=True)
+    weights = exp(scores - highest)
+    return _Part(highest, weights.sum(axis=-1, keepdims=True), weights.astype(values.dtype) @ values)
+
+
+def _over_prompts(layer: Layer, queries: mx.array, view: View) -> _Part:
+    """The part of the prefix places, for all slots: queries `[S, H, r, D]` go to their group's place and back."""
+    _, heads, repeats, width = queries.shape
+    layout = view.layout
+    gridded = queries if layout.grid is None else queries[layout.grid]
+    gridded = gridded.reshape(layout.places, layout.rows, heads, repeats, width).swapaxes(1, 2)
+    gridded = gridded.reshape(layout.places, heads, layout.rows * repeats, width)
+    part = _partial(gridded, layer.prefix_keys, layer.prefix_values, view.prompt)
+
+    def back(array: mx.array) -> mx.array:
+        array = array.reshape(layout.places, heads, layout.rows, repeats, -1).swapaxes(1, 2)
+        array = array.reshape(layout.places * layout.rows, heads, repeats, -1)
+        return array if layout.cells is None else array[layout.cells]
+
+    return _Part(*map(back, part))
+
+
+def _together(one: _Part, other: _Part) -> _Part:
+    highest = mx.maximum(one.highest, other.highest)
+    left, right = exp(one.highest - highest), exp(other.highest - highest)
+    return _Part(highest, one.weight * left + other.weight * right, one.total * left + other.total * right)

@@ -1,0 +1,99 @@
+"""Keys and values: prompts' in prefix places, which a group's rows share, and each slot's own in its ring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+KeysValues = tuple[mx.array, mx.array]
+
+PREFILL_CHUNK = 2048
+"""Tokens of a prompt that go through the model at once."""
+PREFILL_TOKENS = 16_384
+"""Tokens of all prompts, padding included, that are prefilled together."""
+
+
+@dataclass(slots=True)
+class Layer:
+    """One layer's buffers: prefix `[M, heads, P, D]` and ring `[S, heads, R, D]`, of keys and of values."""
+
+    prefix_keys: mx.array
+    prefix_values: mx.array
+    keys: mx.array
+    values: mx.array
+
+    def arrays(self) -> list[mx.array]:
+        return [self.prefix_keys, self.prefix_values, self.keys, self.values]
+
+    def insert(self, places: mx.array, prompts: KeysValues) -> None:
+        """Put prompts' keys and values, `[m, heads, ≤ P, D]`, into prefix places `[m]`."""
+        length = prompts[0].shape[2]
+        self.prefix_keys[places, :, :length] = prompts[0]
+        self.prefix_values[places, :, :length] = prompts[1]
+
+    def keep(self, slots: mx.array, places: mx.array) -> None:
+        """Drop all slots and prefix places but these."""
+        self.prefix_keys, self.prefix_values = self.prefix_keys[places], self.prefix_values[places]
+        self.keys, self.values = self.keys[slots], self.values[slots]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What one layer keeps of one token: heads, their width for keys and for values, and the dtype."""
+
+    heads: int
+    key_width: int
+    value_width: int
+    dtype: mx.Dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return int(self.heads * (self.key_width + self.value_width) * self.dtype.size)
+
+    def layer(self, places: int, prefix: int, slots: int, ring: int) -> Layer:
+        """Empty buffers for one layer."""
+
+        def empty(rows: int, columns: int, width: int) -> mx.array:
+            return mx.zeros((rows, self.heads, columns, width), self.dtype)
+
+        return Layer(
+            empty(places, prefix, self.key_width),
+            empty(places, prefix, self.value_width),
+            empty(slots, ring, self.key_width),
+            empty(slots, ring, self.value_width),
+        )
+
+
+def cache_shapes(model: nn.Module) -> list[CacheShape] | None:
+    """What each layer of a model caches, found by running one token; None unless all of it is plain keys and values."""
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+    cache: list[Any] = make_prompt_cache(model)
+    if any(type(layer) is not KVCache for layer in cache):
+        return None
+    model(mx.array([[0]]), cache=cache)
+    if any(layer.keys is None for layer in cache):
+        return None
+    return [CacheShape(k.keys.shape[1], k.keys.shape[3], k.values.shape[3], k.keys.dtype) for k in cache]
+
+
+def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[KeysValues]:
+    """Keys and values `[m, heads, P, D]` of prompts without their last tokens, a pair for each layer.
+
+    Prompts are padded on the right, which causal attention does not see, and go through the model in chunks.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    width = max(map(len, prompts)) - 1
+    if width == 0:
+        return []
+    cache: list[Any] = make_prompt_cache(model)
+    rows = mx.array([[*ids[:-1], *[0] * (width + 1 - len(ids))] for ids in prompts])
+    for start in range(0, width, PREFILL_CHUNK):
+        model(rows[:, start : start + PREFILL_CHUNK], cache=cache)
+        mx.eval([layer.state for layer in cache])  # the logits stay unevaluated
+    return [(layer.keys[:, :, :width], layer.values[:, :, :width]) for layer in cache]

@@ -1,0 +1,248 @@
+"""Sampling in two CUDA kernels, which read the logits where they are: no fp32 copy of `[S, V]` is ever made.
+
+The first finds the threshold of the filters, the second draws by the Gumbel trick and says with what probability.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from grpo.backend.cuda import kernel, scalar
+
+THREADS = 512
+
+COMMON = """
+    constexpr int AT_ONCE = 4, WARPS = THREADS / 32;
+    __shared__ float shared[WARPS];
+    int row = blockIdx.x, size = logits_shape[1], warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const T* from = logits + (size_t)row * size;
+    auto plain = [&](int at) { return UNIT ? (float)from[at] : (float)from[at] / temperature[0]; };
+    auto shaped = [&](int at) {
+        float x = (float)from[at];
+        if (PENALISED && seen[(size_t)row * size + at]) x = x > 0.f ? x / penalty[0] : x * penalty[0];
+        if (!UNIT) x /= temperature[0];
+        if (EARLY && stops[at] && decoded[row] < MIN_TOKENS) x = -INFINITY;
+        return x;
+    };
+    auto reduced = [&](float value, auto combine, float nothing) {
+        for (int offset = 16; offset; offset >>= 1) value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+        __syncthreads();
+        if (lane == 0) shared[warp] = value;
+        __syncthreads();
+        value = lane < WARPS ? shared[lane] : nothing;
+        for (int offset = 16; offset; offset >>= 1) value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+        return value;
+    };
+    auto larger = [](float a, float b) { return fmaxf(a, b); };
+    auto smaller = [](float a, float b) { return fminf(a, b); };
+    auto sum = [](float a, float b) { return a + b; };
+    auto each = [&](auto value, auto visit) {
+        for (int begin = threadIdx.x; begin < size; begin += THREADS * AT_ONCE) {
+            float now[AT_ONCE];
+            for (int u = 0; u < AT_ONCE; ++u) {
+                int at = begin + u * THREADS;
+                now[u] = at < size ? value(at) : -INFINITY;
+            }
+            for (int u = 0; u < AT_ONCE; ++u) visit(now[u], begin + u * THREADS);
+        }
+    };
+    float top = -INFINITY;
+    each(shaped, [&](float x, int) { top = fmaxf(top, x); });
+    top = reduced(top, larger, -INFINITY);
+"""
+
+THRESHOLD = (
+    COMMON
+    + """
+    // A bracket around the threshold is narrowed eight times a pass, by how many tokens or how much probability lie
+    // above each of eight candidates; when few tokens are left in it, each one's rank is counted.
+    constexpr int CANDIDATES = 8, MOST = 1024, PASSES = 3, TRIES = 8;
+    constexpr float RANGE = 32.f;
+    __shared__ float members[MOST], member_weights[MOST];
+    __shared__ int listed;
+    auto lowest_of = [&](bool mass, float target) {
+        float begin = 0.f, end = RANGE, before = 0.f;
+        auto narrow = [&]() {
+            float above[CANDIDATES], step = (end - begin) / CANDIDATES;
+            for (int c = 0; c < CANDIDATES; ++c) above[c] = 0.f;
+            each(shaped, [&](float x, int) {
+                float distance = top - x, weight = mass ? __expf(-distance) : 1.f;
+                if (distance >= end || distance < begin) return;
+                for (int c = 0; c < CANDIDATES; ++c) above[c] += distance < begin + (c + 1) * step ? weight : 0.f;
+            });
+            float reached = before, from = begin;
+            for (int c = 0; c < CANDIDATES; ++c) {
+                float to = c == CANDIDATES - 1 ? end : begin + (c + 1) * step;
+                float through = before + reduced(above[c], sum, 0.f);
+                if (through >= target) { begin = from; end = to; before = reached; return true; }
+                reached = through;
+                from = to;
+            }
+            return false;
+        };
+        for (int pass = 0; pass < PASSES; ++pass)
+            if (!narrow()) return -INFINITY;
+        for (int attempt = 0; attempt < TRIES; ++attempt) {
+            __syncthreads();
+            if (threadIdx.x == 0) listed = 0;
+            __syncthreads();
+            each(shaped, [&](float x, int) {
+                float distance = top - x;
+                if (distance < begin || distance >= end) return;
+                int place = atomicAdd(&listed, 1);
+                if (place < MOST) { members[place] = x; member_weights[place] = mass ? __expf(-distance) : 1.f; }
+            });
+            __syncthreads();
+            if (listed <= MOST || !narrow()) break;  // beyond all tries they are as good as equal
+        }
+        int many = min(listed, MOST);
+        float mine = INFINITY;
+        for (int i = threadIdx.x; i < many; i += THREADS) {
+            float above = before;
+            for (int j = 0; j < many; ++j) above += members[j] > members[i] ? member_weights[j] : 0.f;
+            if (above < target) mine = fminf(mine, members[i]);
+        }
+        return reduced(mine, smaller, INFINITY);
+    };
+    float lowest = -INFINITY;
+    if (K > 0 && K < size) lowest = lowest_of(false, (float)K);
+    if (P) {
+        float all = 0.f;
+        each(shaped, [&](float x, int) { all += x >= lowest ? __expf(x - top) : 0.f; });
+        lowest = fmaxf(lowest, lowest_of(true, top_p[0] * reduced(all, sum, 0.f)));
+    }
+    if (threadIdx.x == 0) out[row] = fmaxf(lowest, top + log_min_p[0]);
+"""
+)
+
+DRAW = (
+    COMMON
+    + """
+    // Philox 4x32-10 (Salmon 2011, doi 10.1145/2063384.2063405): four numbers from the row's key, the step and a place.
+    auto philox = [&](unsigned place, unsigned* r) {
+        unsigned k0 = keys[2 * row], k1 = keys[2 * row + 1], c0 = place, c1 = decoded[row], c2 = 0, c3 = 0;
+        for (int round = 0; round < 10; ++round) {
+            unsigned h0 = __umulhi(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;
+            unsigned h1 = __umulhi(0xCD9E8D57u, c2), l1 = 0xCD9E8D57u * c2;
+            c0 = h1 ^ c1 ^ k0; c1 = l1; c2 = h0 ^ c3 ^ k1; c3 = l0;
+            k0 += 0x9E3779B9u; k1 += 0xBB67AE85u;
+        }
+        r[0] = c0; r[1] = c1; r[2] = c2; r[3] = c3;
+    };
+    float cut = FILTERED ? lowest[row] : -INFINITY, best = -INFINITY, all = 0.f, kept = 0.f;
+    int winner = 0;
+    float plain_top = top;
+    if (PENALISED || EARLY) {
+        plain_top = -INFINITY;
+        each(plain, [&](float x, int) { plain_top = fmaxf(plain_top, x); });
+        plain_top = reduced(plain_top, larger, -INFINITY);
+    }
+    for (int place = threadIdx.x; place * 4 < size; place += THREADS) {
+        unsigned random[4];
+        philox(place, random);
+        for (int u = 0; u < 4; ++u) {
+            int at = place * 4 + u;
+            if (at >= size) break;
+            float x = shaped(at);
+            if (LOGPROBS) {
+                all += __expf((PENALISED || EARLY ? plain(at) : x) - plain_top);
+                if ((FILTERED || PENALISED || EARLY) && x >= cut) kept += __expf(x - top);
+            }
+            // -log(1 - u) keeps its precision where it counts: small exponentials, which are large Gumbels.
+            float exponential = -log1pf(-((float)random[u] + 0.5f) * 0x1p-32f);
+            float gumbel = x - logf(exponential);
+            if (x >= cut && x > -INFINITY && gumbel > best) { best = gumbel; winner = at; }
+        }
+    }
+    __shared__ float bests[WARPS];
+    __shared__ int winners[WARPS];
+    for (int offset = 16; offset; offset >>= 1) {
+        float other = __shfl_xor_sync(0xffffffffu, best, offset);
+        int theirs = __shfl_xor_sync(0xffffffffu, winner, offset);
+        if (other > best || (other == best && theirs < winner)) { best = other; winner = theirs; }
+    }
+    if (lane == 0) { bests[warp] = best; winners[warp] = winner; }
+    if (LOGPROBS) { all = reduced(all, sum, 0.f); kept = reduced(kept, sum, 0.f); }
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int w = 1; w < WARPS; ++w)
+        if (bests[w] > best || (bests[w] == best && winners[w] < winner)) { best = bests[w]; winner = winners[w]; }
+    tokens[row] = winner;
+    if (LOGPROBS) {
+        logprobs[row] = plain(winner) - plain_top - logf(all);
+        sampler_logprobs[row] = shaped(winner) - top - logf(kept);
+    }
+"""
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Logits `[S, V]` of the model's dtype, and what is to be done to them before a token is drawn.
+
+    seen `[S, V]` bool or None, with the penalty on what it marks; stops `[V]` bool, which rows that have decoded fewer
+    than min_tokens may not draw; decoded `[S]` int32.
+    """
+
+    values: mx.array
+    temperature: float
+    decoded: mx.array
+    stops: mx.array
+    min_tokens: int = 0
+    seen: mx.array | None = None
+    penalty: float = 1.0
+
+    def inputs(self) -> dict[str, mx.array]:
+        seen = self.stops if self.seen is None else self.seen
+        return {
+            "logits": self.values, "temperature": scalar(self.temperature), "decoded": self.decoded,
+            "stops": self.stops, "seen": seen, "penalty": scalar(self.penalty),
+        }  # fmt: skip
+
+    def template(self) -> list[tuple[str, object]]:
+        return [
+            ("T", self.values.dtype), ("THREADS", THREADS), ("UNIT", self.temperature == 1.0),
+            ("PENALISED", self.seen is not None), ("EARLY", self.min_tokens > 0), ("MIN_TOKENS", self.min_tokens),
+        ]  # fmt: skip
+
+
+def threshold(logits: Logits, top_k: int, top_p: float, min_p: float) -> mx.array:
+    """`grpo.generation.filters.threshold` of the reshaped logits, without sorting them: `[S, 1]` fp32."""
+    rows = logits.values.shape[0]
+    inputs = {
+        **logits.inputs(), "top_p": scalar(top_p), "log_min_p": scalar(math.log(min_p) if min_p else -math.inf),
+    }  # fmt: skip
+    lowest: mx.array
+    (lowest,) = kernel("grpo_threshold", tuple(inputs), ("out",), THRESHOLD)(
+        inputs=list(inputs.values()),
+        template=[*logits.template(), ("K", top_k), ("P", top_p < 1)],
+        grid=(rows * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[(rows, 1)],
+        output_dtypes=[mx.float32],
+    )
+    return lowest
+
+
+def draw(
+    logits: Logits, lowest: mx.array | None, keys: mx.array, logprobs: bool
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Tokens `[S]` uint32 of the reshaped logits that are not below `lowest` `[S, 1]`, by keys `[S, 2]` uint32.
+
+    With `logprobs` also theirs at the temperature and under the distribution drawn from, `[S]` fp32 both; without,
+    those two are not computed and mean nothing.
+    """
+    rows = logits.values.shape[0]
+    inputs = {**logits.inputs(), "keys": keys, "lowest": scalar(0.0) if lowest is None else lowest}
+    tokens, theirs, sampled = kernel("grpo_draw", tuple(inputs), ("tokens", "logprobs", "sampler_logprobs"), DRAW)(
+        inputs=list(inputs.values()),
+        template=[*logits.template(), ("FILTERED", lowest is not None), ("LOGPROBS", logprobs)],
+        grid=(rows * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[(rows,), (rows,), (rows,)],
+        output_dtypes=[mx.uint32, mx.float32, mx.float32],
+    )
+    return tokens, theirs, sampled

@@ -1,0 +1,141 @@
+"""One decoding step of a model: tokens in, logits out, keys and values through an `Attention`.
+
+`BlockDecoder` computes a Llama-like model from its joined weights; `ModelDecoder` runs any model whose attention goes
+through mlx-lm's `scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from grpo.backend.maths import silu
+from grpo.generation.attention import Attention
+from grpo.generation.blocks import Block, Blocks
+from grpo.generation.buffers import Layer
+from grpo.generation.slots import View, Where
+
+
+class Decoder(Protocol):
+    """S slots, V tokens in the vocabulary."""
+
+    def refresh(self) -> None:
+        """Take over what the model's arrays are now."""
+        ...
+
+    def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
+        """Feed one token to each slot, `[S]`, and return `[S, V]` of the model's dtype."""
+        ...
+
+
+class BlockDecoder:
+    """A Llama-like model by its blocks."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        self._compiled: Callable[..., mx.array] | None = None
+
+    def refresh(self) -> None:
+        if self.blocks.refresh():
+            self._compiled = None  # a trace keeps the weights that it was made with, but for the adapters
+
+    def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
+        if not attention.overlaps:
+            return self._logits(tokens, layers, attention, view)
+        # Kernels that are told by arrays alone where things are make a trace that serves every step.
+        if self._compiled is None:
+            self._compiled = self._trace(attention)
+        return self._compiled(tokens, [layer.arrays() for layer in layers], view.where)
+
+    def _trace(self, attention: Attention) -> Callable[..., mx.array]:
+        def logits(tokens: mx.array, buffers: list[list[mx.array]], where: Where) -> mx.array:
+            return self._logits(tokens, [Layer(*arrays) for arrays in buffers], attention, where)
+
+        traced: Callable[..., mx.array] = mx.compile(logits, inputs=[p.lora for p in self.blocks.products])
+        return traced
+
+    def _logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View | Where) -> mx.array:
+        blocks = self.blocks
+        hidden = blocks.embed(tokens)
+        for block, layer in zip(blocks.layers, layers, strict=True):
+            hidden = self._layer(block, hidden, layer, attention, view)
+        return blocks.head(blocks.norm(hidden))
+
+    def _layer(
+        self, block: Block, hidden: mx.array, layer: Layer, attention: Attention, view: View | Where
+    ) -> mx.array:
+        qkv = block.qkv(block.before_attention(hidden))
+        hidden = block.out(attention.attend_joined(layer, qkv, block, self.blocks, view), onto=hidden)
+        gate, up = mx.split(block.gate_up(block.before_mlp(hidden)), 2, axis=-1)
+        return block.down(silu(gate) * up, onto=hidden)
+
+
+class ModelDecoder:
+    """Any model with plain keys and values, by its own forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def refresh(self) -> None:
+        """Nothing to do: the model is what it is."""
+
+    def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
+        cache = [_LayerCache(layer, attention, view) for layer in layers]
+        with _attention_through_caches(self.model):
+            logits: mx.array = self.model(tokens[:, None], cache=cache)[:, -1]
+        return logits
+
+
+class _LayerCache:
+    """One layer's buffers behind the protocol of mlx-lm's caches, for the length of one step."""
+
+    def __init__(self, layer: Layer, attention: Attention, view: View) -> None:
+        self._layer, self._attention, self._view = layer, attention, view
+
+    @property
+    def offset(self) -> mx.array:
+        return self._view.positions
+
+    def make_mask(self, _n: int, **_kwargs: Any) -> None:
+        """None is needed: attention goes through `attend`."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        return self._attention.attend(self._layer, queries, keys, values, scale, self._view)
+
+
+@contextmanager
+def _attention_through_caches(model: nn.Module) -> Iterator[None]:
+    """Let the model's attention ask our caches, inside the block.
+
+    mlx-lm's models all call one function, by the name under which their file has imported it: that name is what is
+    replaced, in the files that this model's modules come from.
+    """
+    from mlx_lm.models import base
+
+    name, original = "scaled_dot_product_attention", base.scaled_dot_product_attention
+    files = {sys.modules[type(module).__module__] for module in model.modules()}
+    patched = [file for file in files if getattr(file, name, None) is original]
+
+    def attend(
+        queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, **others: Any
+    ) -> mx.array:
+        if isinstance(cache, _LayerCache) and not any(value is not None for value in others.values()):
+            return cache.attend(queries, keys, values, scale)
+        out: mx.array = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
+        return out
+
+    for file in patched:
+        setattr(file, name, attend)
+    try:
+        yield
+    finally:
+        for file in patched:
+            setattr(file, name, original)

@@ -1,0 +1,46 @@
+"""How many slots a machine has room for, known before the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grpo.errors import UserError
+from grpo.generation.decoding import Decoding
+
+LOGITS_HELD = 3
+"""Copies of a step's logits, in fp32, that sampling holds at once at the most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """The most that is decoded at once: so many rows, of so many prompts, of at most these lengths in tokens."""
+
+    rows: int
+    prompts: int
+    prompt_length: int
+    completion_length: int
+
+    def bytes(self, decoding: Decoding, slots: int) -> int:
+        """What the generator holds for it, with so many slots."""
+        slots = min(slots, self.rows)
+        cached = decoding.memory(slots, min(slots, self.prompts), self.prompt_length, self.completion_length)
+        return cached + LOGITS_HELD * 4 * slots * decoding.vocabulary
+
+
+def slots_that_fit(decoding: Decoding, need: Need, slots: int, available: int) -> int:
+    """The largest number of slots, up to `slots`, that `available` bytes hold.
+
+    Raises UserError, with the numbers, where not even one fits.
+    """
+    low, high = 0, min(slots, need.rows)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if need.bytes(decoding, middle) <= available else (low, middle - 1)
+    if low == 0:
+        one, left = need.bytes(decoding, 1) / 2**30, max(0, available) / 2**30
+        raise UserError(
+            f"one completion of {need.completion_length} tokens after a prompt of {need.prompt_length} needs "
+            f"{one:.1f} GB for its keys and values, and {left:.1f} GB are left beside the model: shorten "
+            "rollout.max_completion_length or data.max_prompt_length, or take a smaller or quantised model"
+        )
+    return low

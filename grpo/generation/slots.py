@@ -1,0 +1,155 @@
+"""Which row sits where: the bookkeeping that all layers share, and what follows from it for one step.
+
+A slot is a place for a row that is being decoded, a prefix place one for a prompt's keys and values, which all rows
+of its group read. A slot writes what it decodes into a ring of columns. All slots write the same column at a step,
+whatever their rows' lengths, so that a write is one slice of a buffer; which columns are a row's own follows from the
+step at which it started. Rotary positions are applied before keys come here, so where a key lies does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import mlx.core as mx
+
+WIDTH_STEP = 64
+"""Stock operations read the ring in multiples of this many columns."""
+
+
+class Slots:
+    """The rows being decoded: `count` slots with rings of `ring` columns, `places` prefix places of `prefix` columns.
+
+    `starts` and `place_of` have one entry a slot: the step at which its row began, and the row's prefix place.
+    `lengths` has one entry a place: the tokens of the prompt there, without its last, which decoding feeds first.
+    """
+
+    def __init__(self, count: int, places: int, prefix: int, ring: int) -> None:
+        self.prefix, self.ring, self.step = prefix, ring, 0
+        self.lengths = [0] * places
+        self.starts = [0] * count
+        self.place_of = [0] * count
+        self._device: dict[str, mx.array] = {}
+        self._changed()
+
+    @property
+    def count(self) -> int:
+        return len(self.starts)
+
+    def admit(self, slots: Sequence[int], places: Sequence[int], lengths: Sequence[int]) -> None:
+        """Let rows begin in slots at this step, each from a prefix place with a prompt of this length."""
+        for slot, place, length in zip(slots, places, lengths, strict=True):
+            self.starts[slot], self.place_of[slot], self.lengths[place] = self.step, place, length
+        self._changed()
+
+    def keep(self, kept: Sequence[int], places: Sequence[int]) -> None:
+        """Drop all slots and prefix places but these, which are numbered anew from 0."""
+        renumbered = {place: number for number, place in enumerate(places)}
+        self.lengths = [self.lengths[place] for place in places]
+        self.starts = [self.starts[slot] for slot in kept]
+        self.place_of = [renumbered.get(self.place_of[slot], 0) for slot in kept]
+        self._changed()
+
+    def advance(self) -> None:
+        """Go on to the next step."""
+        self.step += 1
+
+    def _changed(self) -> None:
+        self._layout = Layout(self.place_of, len(self.lengths))
+        names = ("lengths", "starts", "place_of")
+        self._device = {name: mx.array(getattr(self, name), mx.int32) for name in names}
+
+    def view(self) -> View:
+        """This step's arrays."""
+        return View(self.step, self.prefix, self.ring, self._layout, **self._device)
+
+
+class Where(NamedTuple):
+    """What a kernel needs to know at one step, int32: place_of `[S]`, lengths `[M]`, starts `[S]`, step `[1]`."""
+
+    place_of: mx.array
+    lengths: mx.array
+    starts: mx.array
+    step: mx.array
+
+    @property
+    def where(self) -> Where:
+        """Itself, so that kernels take it as they take a `View`."""
+        return self
+
+
+class View:
+    """What the layers need to know at one step: `starts` and `place_of` `[S]`, `lengths` `[M]`, int32."""
+
+    def __init__(
+        self,
+        step: int,
+        prefix: int,
+        ring: int,
+        layout: Layout,
+        lengths: mx.array,
+        starts: mx.array,
+        place_of: mx.array,
+    ) -> None:
+        self.step, self.prefix, self.ring, self.layout = step, prefix, ring, layout
+        self.lengths, self.starts, self.place_of = lengths, starts, place_of
+        self.column = step % ring
+        """Of the ring, where this step's keys and values go."""
+        self.width = min(ring, -(-(step + 1) // WIDTH_STEP) * WIDTH_STEP)
+        """Columns of the ring that hold anything yet, rounded up."""
+        self._rotation: tuple[mx.array, mx.array] | None = None
+
+    @cached_property
+    def where(self) -> Where:
+        return Where(self.place_of, self.lengths, self.starts, mx.array([self.step], mx.int32))
+
+    @cached_property
+    def decoded(self) -> mx.array:
+        """How many tokens each row has decoded before this step."""
+        return self.step - self.starts
+
+    @cached_property
+    def positions(self) -> mx.array:
+        """The rotary position of each row's token."""
+        return self.lengths[self.place_of] + self.decoded
+
+    def rotation(self, frequencies: mx.array) -> tuple[mx.array, mx.array]:
+        """Cosine and sine of each row's rotary angles, `[S, 1, 1, rotary / 2]` fp32."""
+        if self._rotation is None:
+            angles = self.positions[:, None, None, None] * frequencies
+            self._rotation = mx.cos(angles), mx.sin(angles)
+        return self._rotation
+
+    @cached_property
+    def own(self) -> mx.array:
+        """Which columns of the ring are a row's own, this step's included: `[S, 1, 1, width]`."""
+        age = (self.step - mx.arange(self.width)) % self.ring
+        return (age[None] <= self.decoded[:, None])[:, None, None]
+
+    @cached_property
+    def prompt(self) -> mx.array:
+        """Which columns of a prefix place its prompt fills: `[M, 1, 1, prefix]`."""
+        return (mx.arange(self.prefix)[None] < self.lengths[:, None])[:, None, None]
+
+
+class Layout:
+    """Slots sorted by prefix place into a grid `[M, G]`, so that a group's rows meet their prompt in one product.
+
+    `grid` `[M · G]` is a slot for each cell (0 in cells that stay empty), `cells` `[S]` the cell of each slot. Both are
+    None where the slots lie in that order already, as they do when all groups began together.
+    """
+
+    def __init__(self, place_of: Sequence[int], places: int) -> None:
+        members: list[list[int]] = [[] for _ in range(places)]
+        for slot, place in enumerate(place_of):
+            members[place].append(slot)
+        self.places = places
+        self.rows = max(map(len, members))
+        cells = {slot: place * self.rows + i for place, group in enumerate(members) for i, slot in enumerate(group)}
+        order = [cells[slot] for slot in range(len(place_of))]
+        self.grid: mx.array | None = None
+        self.cells: mx.array | None = None
+        if order != list(range(self.places * self.rows)):
+            padded = [slot for group in members for slot in group + [0] * (self.rows - len(group))]
+            self.grid, self.cells = mx.array(padded, mx.int32), mx.array(order, mx.int32)

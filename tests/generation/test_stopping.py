@@ -1,0 +1,83 @@
+"""When completions end: stop tokens, stop strings, lengths, repetitions."""
+
+import pytest
+
+from grpo.backend.random import derive_key
+from grpo.generation.generator import Request
+from grpo.generation.sampling import Sampling
+from grpo.generation.stopping import Stopping, repeats
+
+KEY = derive_key(0, "test")
+
+
+def letters(ids) -> str:
+    return "".join(chr(i) for i in ids)
+
+
+def ids(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+def stopping(**settings) -> Stopping:
+    return Stopping(Sampling(max_tokens=50, **settings), frozenset({0}), letters)
+
+
+def test_a_stop_string_ends_a_completion_and_is_cut_from_its_text() -> None:
+    rule = stopping(stop=("</answer>", "END"))
+    assert rule.reason(ids("so 4</answer")) is None
+    assert rule.reason(ids("so 4</answer>")) == "stop"
+    assert rule.text(ids("so 4</answer>")) == "so 4"
+    assert rule.text(ids("an END before </answer>")) == "an "
+
+
+def test_a_stop_string_waits_for_the_least_length() -> None:
+    assert stopping(stop=("x",), min_tokens=3).reason(ids("ax")) is None
+    assert stopping(stop=("x",), min_tokens=3).reason(ids("aax")) == "stop"
+
+
+def test_stop_tokens_of_the_recipe_join_the_tokenizer_s() -> None:
+    rule = stopping(stop_ids=(7,))
+    assert rule.reason([65, 7]) == "stop"
+    assert rule.text([65, 7]) == "A"
+    assert rule.reason([65, 0]) == "stop"
+
+
+def test_length_comes_last() -> None:
+    rule = Stopping(Sampling(max_tokens=2), frozenset({0}), letters)
+    assert rule.reason([65]) is None
+    assert rule.reason([65, 66]) == "length"
+    assert rule.reason([65, 0]) == "stop"
+
+
+@pytest.mark.parametrize(
+    ("text", "times", "found"),
+    [
+        ("xaaa", 3, True), ("xaa", 3, False), ("aaab", 3, False), ("abab", 2, True), ("abcabcabc", 3, True),
+        ("abcabcab", 3, False), ("a", 2, False), ("", 2, False), ("0123456789abcdef" * 2, 2, True),
+        ("0123456789abcdefg" * 2, 2, False),
+    ],
+)  # fmt: skip
+def test_repetitions_of_one_token_or_an_n_gram(text: str, times: int, found: bool) -> None:
+    assert repeats(ids(text), times) is found
+
+
+def test_a_row_that_repeats_itself_is_ended(make_policy) -> None:
+    toy = make_policy()
+    toy.generator.stop_ids = frozenset()
+    free = toy.generator.generate([Request([5, 6])], Sampling(0.0, 60), KEY)[0][0]
+    guarded = toy.generator.generate([Request([5, 6])], Sampling(0.0, 60, max_repeats=3), KEY)[0][0]
+    assert repeats(free.token_ids, 3)  # a model that has learnt nothing goes round in circles
+    assert guarded.finish_reason == "repetition"
+    assert guarded.token_ids == free.token_ids[: len(guarded.token_ids)]
+
+
+def test_a_stop_string_of_the_model_s_own_text(make_policy) -> None:
+    toy = make_policy()
+    toy.generator.stop_ids = frozenset()
+    (free,) = toy.generator.generate([Request([5, 6])], Sampling(1.0, 20), KEY)[0]
+    wanted = free.text[4:6]
+    (stopped,) = toy.generator.generate([Request([5, 6])], Sampling(1.0, 20, stop=(wanted,)), KEY)[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == free.text[: free.text.index(wanted)]
+    assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+    assert len(stopped.token_ids) < 20

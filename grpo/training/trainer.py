@@ -18,8 +18,9 @@ from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
 from grpo.training.batches import make_minibatches, mean_entropy, with_old_logprobs, with_reference, with_top_entropy
 from grpo.training.checkpoint import checkpoint_path, save_checkpoint
+from grpo.training.completions import store_completions
 from grpo.training.evaluate import Evaluator
-from grpo.training.folder import CHECKPOINTS
+from grpo.training.folder import CHECKPOINTS, COMPLETIONS
 from grpo.training.metrics import step_metrics
 from grpo.training.penalties import penalty_metrics, with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
@@ -65,6 +66,8 @@ class Trainer:
         self.evaluate = evaluate
         self.update = Updater(policy, cfg, custom_loss)
         self.pad_to = GPU_PADDING if on_gpu() else 1
+        self.sampled: list[Group] = []
+        """All groups of the last step; those that were learnt from come first, with their advantages."""
 
     def step(self, n: int) -> StepMetrics:
         """Sample, score, and update. `n` counts from 1."""
@@ -80,13 +83,14 @@ class Trainer:
         clock.lap("logprobs")
         update = self.update(minibatches, n)
         clock.lap("update")
+        self.sampled = groups + sampled[len(groups) :]
         status = self.status(n, beta) | penalty_metrics(groups, cfg)
         if "entropy" not in update.metrics:  # nothing was trained on; entropy is told all the same
             status["entropy"] = mean_entropy(groups, policy, cfg)
         return step_metrics(n, sampled, update, status, clock.laps)
 
     def sample(self, n: int, clock: _Clock) -> tuple[list[Group], list[Group]]:
-        """All groups that were sampled and scored, and the step's worth of them to learn from.
+        """All groups that were sampled and scored, and the step's worth of them to learn from, which come first.
 
         With `rollout.dynamic_sampling` groups without variance are replaced by fresh prompts, so many times at most;
         what is still missing then is filled up with them.
@@ -105,7 +109,7 @@ class Trainer:
             sampled += with_rewards(self.scorer.score(groups), cfg.rewards)
             clock.lap("reward")
         varied_first = sorted(sampled, key=has_variance, reverse=True) if cfg.rollout.dynamic_sampling else sampled
-        return sampled, varied_first[: cfg.rollout.prompts_per_step]
+        return varied_first, varied_first[: cfg.rollout.prompts_per_step]
 
     def status(self, n: int, beta: float) -> dict[str, float]:
         """What the trainer itself has to tell about a step."""
@@ -128,6 +132,7 @@ class Trainer:
             while n < cfg.optim.steps and not stop.requested:
                 log(self.step(n + 1))
                 n += 1
+                store_completions(folder / COMPLETIONS, n, self.sampled, cfg)
                 if n % cfg.checkpoint.every == 0:
                     saved = self._save(folder, n)
                 if not stop.requested and (n == cfg.optim.steps or (cfg.eval and n % cfg.eval.every == 0)):

@@ -73,6 +73,7 @@ class Trainer:
         """Sample, score, and update. `n` counts from 1."""
         cfg, policy, clock = self.cfg, self.policy, _Clock()
         beta = penalty_weight(cfg, n)
+        self.scorer.begin(n)
         sampled, groups = self.sample(n, clock)
         groups = with_penalties(groups, policy, cfg, beta)  # as they are unless the recipe asks for some
         groups = with_advantages(groups, cfg)
@@ -117,7 +118,7 @@ class Trainer:
             "learning_rate": learning_rate(self.cfg.optim, n),
             "adapter_delta": self.policy.adapters.delta(),
             "dropped_prompts": float(self.tasks.dropped),
-            **{f"rewards/{name}/failures": float(count) for name, count in self.scorer.failures.items()},
+            **self.scorer.metrics(),
         }
         return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 

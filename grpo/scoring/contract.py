@@ -126,7 +126,10 @@ def calls_of(function: Callable[..., Any]) -> str:
 
 
 def checked(values: Any, count: int) -> tuple[list[float | None], dict[int, str]]:
-    """What a function returned, against the contract: scores, and what is wrong by place."""
+    """What a function returned, against the contract: scores, and what is wrong by place.
+
+    An exception in the place of a score says what went wrong with that completion alone.
+    """
     if not isinstance(values, list):
         wrong = f"a list with a number or None for each completion was expected, not {values!r:.80}"
         return [None] * count, dict.fromkeys(range(count), wrong)
@@ -134,7 +137,9 @@ def checked(values: Any, count: int) -> tuple[list[float | None], dict[int, str]
         return [None] * count, dict.fromkeys(range(count), f"{len(values)} scores for {count} completions")
     scores = [_number(value) for value in values]
     return scores, {
-        place: f"not a usable number: {value!r:.80}"
+        place: f"{type(value).__name__}: {value}"
+        if isinstance(value, Exception)
+        else f"not a usable number: {value!r:.80}"
         for place, value in enumerate(values)
         if value is not None and scores[place] is None
     }

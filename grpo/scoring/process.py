@@ -39,13 +39,15 @@ Span = tuple[int, int]
 class Worker:
     """One reward function behind a process. Not for several threads at once."""
 
-    def __init__(self, located: Located, kwargs: Mapping[str, Any], timeout: float) -> None:
-        """Starts the process, and does not wait for it."""
+    def __init__(self, located: Located, kwargs: Mapping[str, Any] | None, timeout: float) -> None:
+        """Starts the process, and does not wait for it. Without `kwargs` it only reads what the file has for tests."""
         self.name, self.timeout = located.name, timeout
         self.calls = "step"
+        self.cases: list[dict[str, Any]] = []
+        self.case_kwargs: dict[str, Any] = {}
         self._output = Output(located.name)
         fields = tuple(getattr(located, name) for name in located.__slots__)
-        self._setup = pickle.dumps({"path": sys.path, "located": fields, "kwargs": dict(kwargs)})
+        self._setup = pickle.dumps({"path": sys.path, "located": fields, "kwargs": kwargs})
         self._ready = False
         self._process = _Process(self._output)
         self._greet()
@@ -71,6 +73,7 @@ class Worker:
             said = hello["error"]
             raise UserError(said if said.startswith("reward ") else f"reward {self.name!r}: {said}")
         self.calls, self._ready = hello["calls"], True
+        self.cases, self.case_kwargs = hello.get("cases", []), hello.get("case_kwargs", {})
 
     def problem(self, columns: Collection[str]) -> str | None:
         """Why the function could not be called with these columns of the dataset; None if it can be."""

@@ -27,12 +27,19 @@ def main(descriptor: int) -> None:
     def reply(message: dict[str, Any]) -> None:
         send(channel, json.dumps(message, default=str).encode())
 
-    try:
-        reward, calls = _load(setup)
-    except BaseException as error:  # whatever the function's file does when imported
-        reply({"error": _in_short(error)})
-        return
-    reply({"calls": calls})
+    with contextlib.ExitStack() as stack:
+        try:
+            reward, hello = _load(setup, stack)
+        except BaseException as error:  # whatever the function's file does when imported
+            hello = {"error": _in_short(error)}
+        reply(hello)
+        if "error" not in hello:
+            _serve(channel, reward, reply)
+
+
+def _serve(channel: socket.socket, reward: Any, reply: Any) -> None:
+    from grpo.scoring.channel import receive
+
     while True:
         try:
             request = pickle.loads(receive(channel))
@@ -46,12 +53,18 @@ def main(descriptor: int) -> None:
                 sys.stdout.flush()
 
 
-def _load(setup: dict[str, Any]) -> tuple[Any, str]:
+def _load(setup: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Any, dict[str, Any]]:
+    """The reward, and what to say of it; where no `kwargs` are given, only what its file has for tests."""
     from grpo.plugins import Located
     from grpo.scoring.contract import Reward, calls_of
 
     function = Located(*setup["located"]).load()
-    return Reward(function, setup["kwargs"]), calls_of(function)
+    if setup["kwargs"] is not None:
+        return Reward(function, setup["kwargs"]), {"calls": calls_of(function)}
+    module = sys.modules.get(function.__module__)
+    case_kwargs = getattr(module, "case_kwargs", contextlib.nullcontext)
+    cases = list(getattr(module, "CASES", []))
+    return None, {"calls": calls_of(function), "cases": cases, "case_kwargs": stack.enter_context(case_kwargs()) or {}}
 
 
 def _score(reward: Any, request: dict[str, Any], reply: Any) -> None:

@@ -28,7 +28,7 @@ def list_() -> None:
 
 
 @app.command("test")
-def test_(
+def try_(
     reward: Annotated[
         str, typer.Argument(metavar="FILE_OR_NAME", help="A name, file.py, file.py:function, pkg.mod:fn.")
     ],

@@ -17,6 +17,20 @@ from grpo.scoring.scorer import Scorer
 
 needs_sandbox = pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only")
 LIMITS = Limits(seconds=10.0)
+INHERITED = """import os
+for n in range(3, 64):
+    try: assert not os.fstat(n).st_size, 'a file of ours'
+    except OSError: pass"""
+FORGED = """import os
+for n in range(3, 20):
+    try: os.write(n, b'{"passed": 1, "seal": "", "error": null}')
+    except OSError: pass
+os._exit(0)"""
+FLOOD = """import os
+while True:
+    for n in range(3, 20):
+        try: os.write(n, b'x' * 65536)
+        except OSError: pass"""
 
 
 def tried(code: str, limits: Limits = LIMITS) -> Verdict:
@@ -80,7 +94,8 @@ def test_it_reaches_no_network() -> None:
 @needs_sandbox
 def test_it_cannot_fork_without_end_and_nothing_outlives_it() -> None:
     marker = f"outlive-{os.getpid()}"
-    daemon = f"import os, sys\nos.fork() or (os.setsid(), os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(60) # {marker}']))"
+    sleeper = f"[sys.executable, '-c', 'import time; time.sleep(60) # {marker}']"
+    daemon = f"import os, sys\nos.fork() or (os.setsid(), os.execv(sys.executable, {sleeper}))"
     assert tried(daemon).passed == 1
     began = time.monotonic()
     bomb = f"import os\nmarker = {marker!r}\nwhile True:\n    try: os.fork()\n    except OSError: pass"
@@ -136,8 +151,7 @@ def test_it_sees_nothing_of_our_environment_and_files(monkeypatch: pytest.Monkey
     readable = os.open(__file__, os.O_RDONLY)
     os.set_inheritable(readable, True)
     try:
-        inherited = "import os\nfor n in range(3, 64):\n    try: assert not os.fstat(n).st_size, 'a file of ours'\n    except OSError: pass"
-        assert run_tests(inherited, ["pass"], LIMITS).error is None
+        assert run_tests(INHERITED, ["pass"], LIMITS).error is None
     finally:
         os.close(readable)
 
@@ -155,7 +169,8 @@ def test_it_sees_nothing_of_our_environment_and_files(monkeypatch: pytest.Monkey
 )
 def test_it_cannot_gain_anything(call: str) -> None:
     call = call.replace("PTRACE", {"x86_64": "101", "aarch64": "117"}[os.uname().machine])
-    code = f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nassert libc.{call} == -1\nassert ctypes.get_errno() == 1"
+    code = f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nassert libc.{call} == -1"
+    code += "\nassert ctypes.get_errno() == 1"
     assert tried(code) == Verdict(1, None)
 
 
@@ -165,8 +180,8 @@ def test_it_cannot_gain_anything(call: str) -> None:
     [
         "import os; os._exit(0)",
         "raise SystemExit",
-        'import os\nfor n in range(3, 20):\n    try: os.write(n, b\'{"passed": 1, "seal": "", "error": null}\')\n    except OSError: pass\nos._exit(0)',
-        "import os\nwhile True:\n    for n in range(3, 20):\n        try: os.write(n, b'x' * 65536)\n        except OSError: pass",
+        FORGED,
+        FLOOD,
         "import os\nos.closerange(0, 100)",
         "import ctypes; ctypes.string_at(0)",
     ],

@@ -120,6 +120,7 @@ def test_changed_globals_stay_where_they_are(scorer) -> None:
     for _ in range(2):
         scored = both.score(FOUR)
         assert column(scored, "good") == [1.0, 2.0, 3.0, 4.0]
+        assert column(scored, "globals_changed") == [None] * 4  # it breaks its own worker
     assert (os.getcwd(), os.environ["PATH"], len([1])) == (cwd, path, 1)
 
 

@@ -35,7 +35,9 @@ def reward(
         if not expected:
             scores.append(None)
             continue
-        found = {"lenient": _equal(expected, _lenient(text)), "strict": _equal(expected, _strict(text))}
+        loose = _lenient(text)
+        strict = _strict(text) if loose else None  # where nothing is found at all, nothing is found in a box
+        found = {"lenient": _equal(expected, loose), "strict": _equal(expected, strict)}
         for name, value in found.items():
             if log_metric is not None:
                 log_metric(f"math_answer/{name}", value)

@@ -46,6 +46,8 @@ class Worker:
         self.cases: list[dict[str, Any]] = []
         self.case_kwargs: dict[str, Any] = {}
         self._output = Output(located.name)
+        self._closed = False
+        weakref.finalize(self, self._output.close)
         fields = tuple(getattr(located, name) for name in located.__slots__)
         self._setup = pickle.dumps({"path": sys.path, "located": fields, "kwargs": kwargs})
         self._ready = False
@@ -53,7 +55,8 @@ class Worker:
         self._greet()
 
     def close(self) -> None:
-        """Kill the process, and what it started."""
+        """Kill the process, and what it started. A `score` that is under way in another thread ends."""
+        self._closed = True
         self._process.kill()
         self._output.close()
 
@@ -78,8 +81,11 @@ class Worker:
     def problem(self, columns: Collection[str]) -> str | None:
         """Why the function could not be called with these columns of the dataset; None if it can be."""
         self.wait_ready()
-        send(self._process.channel, pickle.dumps({"check": list(columns)}))
-        problem: str | None = self._receive(START_SECONDS)["problem"]
+        try:
+            send(self._process.channel, pickle.dumps({"check": list(columns)}), START_SECONDS)
+            problem: str | None = self._receive(START_SECONDS)["problem"]
+        except OSError as error:
+            return self._died(error, START_SECONDS, "before it was called")
         return problem
 
     def score(self, columns: bytes, spans: Sequence[Span], state: Mapping[str, Any]) -> Iterator[Answer]:
@@ -102,7 +108,9 @@ class Worker:
             except UserError as error:  # it was imported before, and cannot be now
                 yield from (Answer.failed(end - begin, str(error)) for begin, end in spans[done:])
                 return
-            except (TimeoutError, OSError, ValueError, TypeError, KeyError) as error:
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                if self._closed:
+                    return
                 begin, end = spans[done]
                 kind: Literal["error", "timeout"] = "timeout" if isinstance(error, TimeoutError) else "error"
                 said = self._died(error, self.timeout, "in this call")
@@ -207,4 +215,8 @@ def _answer(reply: Any, span: Span) -> Answer:
     if len(values) != end - begin:
         raise ValueError(f"{len(values)} scores for {end - begin} completions")
     failures = {int(place): str(error) for place, error in reply["failures"].items()}
-    return Answer(values, failures, reply["extras"], reply["metrics"], float(reply["seconds"]))
+    extras = {str(column): list(values) for column, values in reply["extras"].items()}
+    metrics = {str(name): [float(value) for value in values] for name, values in reply["metrics"].items()}
+    if not set(failures) <= set(range(end - begin)) or any(len(column) != end - begin for column in extras.values()):
+        raise ValueError("places that are not there")
+    return Answer(values, failures, extras, metrics, float(reply["seconds"]))

@@ -101,7 +101,11 @@ class Scorer:
         running = {
             n: self._threads.submit(r.score, request) for n, r in self.rewards.items() if isinstance(r, Isolated)
         }
-        answers = {n: running[n].result() if n in running else r.score(request) for n, r in self.rewards.items()}
+        try:
+            answers = {n: running[n].result() if n in running else r.score(request) for n, r in self.rewards.items()}
+        except BaseException:  # a second Ctrl-C: nobody waits for what is still under way
+            self.close()
+            raise
         for name, spans in answers.items():
             self._note(name, spans, request.columns["completions"])
         placed = _by_place(answers, request.count, self.metrics_only)

@@ -37,7 +37,9 @@ def reward(
             continue
         loose = _lenient(text)
         strict = _strict(text) if loose else None  # where nothing is found at all, nothing is found in a box
-        found = {"lenient": _equal(expected, loose), "strict": _equal(expected, strict)}
+        same = bool(strict) and str(strict[-1]) == str(loose[-1])  # comparing can take long: once is enough
+        lenient = _equal(expected, loose)
+        found = {"lenient": lenient, "strict": lenient if same else _equal(expected, strict)}
         for name, value in found.items():
             if log_metric is not None:
                 log_metric(f"math_answer/{name}", value)

@@ -37,7 +37,7 @@ def reward(
             continue
         loose = _lenient(text)
         strict = _strict(text) if loose else None  # where nothing is found at all, nothing is found in a box
-        same = bool(strict) and str(strict[-1]) == str(loose[-1])  # comparing can take long: once is enough
+        same = strict is not None and str(strict[-1:]) == str(loose[-1:])  # comparing can take long: once is enough
         lenient = _equal(expected, loose)
         found = {"lenient": lenient, "strict": lenient if same else _equal(expected, strict)}
         for name, value in found.items():

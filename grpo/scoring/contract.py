@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import inspect
+import signal
 import sys
 import time
 import traceback
@@ -24,6 +25,8 @@ Columns = Mapping[str, Sequence[Any]]
 GIVEN = ("prompts", "completions", "completion_ids")
 HOOKS = ("trainer_state", "log_extra", "log_metric")
 """Arguments that a function receives only if it takes them."""
+LONGEST_MESSAGE, FRAMES = 2000, 10
+"""Of an error: characters of what was raised, and calls that led there."""
 LARGEST = 1e15
 """The largest score: beyond it a group's deviation would overflow float32."""
 
@@ -97,7 +100,7 @@ class Reward:
             values = asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
             values = list(values) if _is_listlike(values) else values
         except (Exception, SystemExit) as error:  # other people's code: recorded, shown, kept out of the gradient
-            return Answer.failed(count, own_traceback(error), seconds=time.perf_counter() - began)
+            return Answer.failed(count, _raised(error), seconds=time.perf_counter() - began)
         scores, failures = checked(values, count)
         return Answer(scores, failures, extras, metrics, time.perf_counter() - began)
 
@@ -145,10 +148,21 @@ def checked(values: Any, count: int) -> tuple[list[float | None], dict[int, str]
     }
 
 
-def own_traceback(error: BaseException) -> str:
-    """What was raised, then the lines that led there, from the reward function inwards."""
+def ending(code: int) -> str:
+    """How a process ended, of its exit code (minus the signal that killed it), in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _raised(error: BaseException) -> str:
+    """What was raised, then the last lines that led there, from the reward function inwards."""
     inner = error.__traceback__.tb_next if error.__traceback__ else None
-    return f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(inner))}".rstrip()
+    what = "".join(traceback.format_exception_only(error)).strip()[:LONGEST_MESSAGE]
+    return f"{what}\n{''.join(traceback.format_tb(inner, limit=-FRAMES))}".rstrip()
 
 
 def _check_kwargs(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:

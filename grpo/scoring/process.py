@@ -24,7 +24,7 @@ from typing import Any, Literal
 from grpo.errors import UserError
 from grpo.plugins import Located
 from grpo.scoring.channel import receive, send
-from grpo.scoring.contract import Answer
+from grpo.scoring.contract import Answer, checked, ending
 from grpo.scoring.output import Output
 
 START_SECONDS = 120.0
@@ -70,7 +70,7 @@ class Worker:
             return
         try:
             hello = self._receive(START_SECONDS)
-        except (TimeoutError, ConnectionError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"reward {self.name!r}: {self._died(error, START_SECONDS, 'when imported')}") from None
         if "error" in hello:
             said = hello["error"]
@@ -130,9 +130,8 @@ class Worker:
             return f"no answer in {seconds:g} s {when}, so its process was killed"
         code = self._process.end()
         time.sleep(0.02)  # for its last words to arrive
-        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         if isinstance(error, ConnectionError) and code != -signal.SIGKILL:
-            return f"its process ended {when} ({how}){self._output.tail()}"
+            return f"its process ended {when} ({ending(code)}){self._output.tail()}"
         return f"its process made no sense {when} ({type(error).__name__}: {error})"
 
     def _replace(self) -> None:
@@ -211,10 +210,8 @@ class _Guardian:
 def _answer(reply: Any, span: Span) -> Answer:
     """A reply, read as one that anything may have been written into."""
     begin, end = span
-    values = [None if value is None else float(value) for value in reply["values"]]
-    if len(values) != end - begin:
-        raise ValueError(f"{len(values)} scores for {end - begin} completions")
-    failures = {int(place): str(error) for place, error in reply["failures"].items()}
+    values, wrong = checked(reply["values"], end - begin)
+    failures = wrong | {int(place): str(error) for place, error in reply["failures"].items()}
     extras = {str(column): list(values) for column, values in reply["extras"].items()}
     metrics = {str(name): [float(value) for value in values] for name, values in reply["metrics"].items()}
     if not set(failures) <= set(range(end - begin)) or any(len(column) != end - begin for column in extras.values()):

@@ -17,6 +17,7 @@ from typing import Any
 def main(descriptor: int) -> None:
     """Serve requests until the trainer is gone."""
     channel = socket.socket(fileno=descriptor)
+    channel.set_inheritable(False)
     sys.path[:0] = [sys.argv[2]]  # where this package is
     from grpo.scoring.channel import receive, send
 

@@ -23,6 +23,19 @@ def exits(**_):
     os._exit(3)
 
 
+def killed(**_):
+    os.kill(os.getpid(), 40)
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+def complains(**_):
+    raise Unprintable
+
+
 def wrong_length(completions, **_):
     return [1.0] * (len(completions) + 1)
 

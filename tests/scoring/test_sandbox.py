@@ -179,6 +179,10 @@ def test_it_cannot_gain_anything(call: str) -> None:
     "code",
     [
         "import os; os._exit(0)",
+        "import os; os._exit(113)",  # what the sandbox itself says when it cannot be built
+        "import os; os._exit(200)",
+        "import os; os.kill(os.getpid(), 40)",
+        "import os, json; json.dumps = json.JSONEncoder.encode = os.write = lambda *_: b'1'",
         "raise SystemExit",
         FORGED,
         FLOOD,

@@ -75,6 +75,8 @@ def test_a_good_one(scorer) -> None:
         ("raises", "error: ZeroDivisionError: "),
         ("segfaults", "error: its process ended in this call (SIGSEGV); it said: "),
         ("exits", "error: its process ended in this call (exit code 3)"),
+        ("killed", "error: its process ended in this call (signal 40)"),
+        ("complains", "error: grpo_plugin_misbehaving.Unprintable: <exception str() failed>"),
         ("wrong_length", "error: 5 scores for 4 completions"),
         ("nan", "error: not a usable number: nan"),
         ("infinite", "error: not a usable number: inf"),

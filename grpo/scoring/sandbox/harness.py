@@ -11,14 +11,15 @@ import sys
 
 def main() -> None:
     job = json.load(sys.stdin)
+    write, leave, encode = os.write, os._exit, json.JSONEncoder().encode  # as they are before the code can change them
     verdict = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
     run = _program if job["tests"] and isinstance(job["tests"][0], dict) else _assertions
     passed, error = run(job["code"], job["tests"])
-    os.write(verdict, json.dumps({"seal": job["seal"], "passed": passed, "error": error}).encode())
-    os._exit(0)
+    write(verdict, encode({"seal": job["seal"], "passed": passed, "error": error}).encode())
+    leave(0)
 
 
 def _assertions(code: str, tests: list) -> tuple:  # type: ignore[type-arg]

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo.scoring.contract import ending
+
 FOLDER = Path(__file__).parent
 HOME = "/sandbox"
 """The one place in the sandbox where the code may write."""
@@ -86,7 +88,7 @@ def run_tests(code: str, tests: Sequence[Any], limits: Limits, unsafe: bool = Fa
             said, in_time = _read(process, limits.seconds)
             complaints.seek(0)
             why = complaints.read(1000).decode(errors="replace").strip()
-    if process.returncode == UNBUILT:
+    if process.returncode == UNBUILT and why:  # the code has no way to those complaints
         raise RuntimeError(f"the sandbox cannot be built: {why}")
     return _verdict(said, seal, in_time, process.returncode, limits)
 
@@ -163,5 +165,4 @@ def _verdict(said: bytes, seal: str, in_time: bool, code: int, limits: Limits) -
         pass
     if not in_time and len(said) < LARGEST_VERDICT:
         return Verdict(0, f"not done in {limits.seconds:g} s")
-    how = f"exit code {code}" if code <= 128 else signal.Signals(code - 128).name
-    return Verdict(0, f"it ended before its tests did ({how})")
+    return Verdict(0, f"it ended before its tests did ({ending(128 - code if code > 128 else code)})")

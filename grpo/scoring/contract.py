@@ -64,7 +64,7 @@ class Reward:
         if is_factory(function):
             function, self.kwargs = _made(function, kwargs), {}
         self.function = function
-        self._takes = _parameters(function)
+        self._takes = _taker(function)
 
     def problem(self, columns: Collection[str]) -> str | None:
         """Why the function could not be called with these columns of the dataset; None if it can be."""
@@ -72,7 +72,9 @@ class Reward:
         if twice := given & set(self.kwargs):
             return f"kwargs.{min(twice)}: the dataset has a column of that name"
         try:
-            inspect.signature(self.function).bind(**dict.fromkeys(given), **self.kwargs, **self._hooks(dict))
+            inspect.signature(self.function).bind(
+                **dict.fromkeys(given), **self.kwargs, **self._taken(dict.fromkeys(HOOKS))
+            )
         except ValueError:  # a builtin without a signature
             return None
         except TypeError as error:
@@ -96,7 +98,7 @@ class Reward:
         hooks = {"trainer_state": SimpleNamespace(**state), "log_extra": log_extra, "log_metric": log_metric}
         began = time.perf_counter()
         try:
-            values = self.function(**columns, **self.kwargs, **self._hooks(hooks.__getitem__))
+            values = self.function(**columns, **self.kwargs, **self._taken(hooks))
             values = asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
             values = list(values) if _is_listlike(values) else values
         except (Exception, SystemExit) as error:  # other people's code: recorded, shown, kept out of the gradient
@@ -104,8 +106,8 @@ class Reward:
         scores, failures = checked(values, count)
         return Answer(scores, failures, extras, metrics, time.perf_counter() - began)
 
-    def _hooks(self, hook: Callable[..., Any]) -> dict[str, Any]:
-        return {name: hook(name) if hook is not dict else None for name in HOOKS if self._takes(name)}
+    def _taken(self, hooks: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: hook for name, hook in hooks.items() if self._takes(name)}
 
 
 def is_factory(function: Callable[..., Any]) -> bool:
@@ -226,7 +228,7 @@ def _made(factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..
     return made  # type: ignore[no-any-return]
 
 
-def _parameters(function: Callable[..., Any]) -> Callable[[str], bool]:
+def _taker(function: Callable[..., Any]) -> Callable[[str], bool]:
     """Whether the function takes an argument of a name."""
     try:
         parameters = inspect.signature(function).parameters

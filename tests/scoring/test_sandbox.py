@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -192,6 +194,31 @@ def test_it_cannot_gain_anything(call: str) -> None:
 )
 def test_ending_early_is_no_pass(code: str) -> None:
     assert run_tests(code, ["assert reached"], Limits(seconds=3.0)).passed == 0
+
+
+def in_user_namespace(script: str) -> str:
+    """What `missing()` says to one who is root of a user namespace only, as in a container without privileges."""
+    python = f"{sys.executable} -c 'from grpo.scoring.sandbox.run import missing; print(missing())'"
+    ran = subprocess.run(
+        ["unshare", "-Ur", "sh", "-c", f"{script} {python}"], capture_output=True, text=True, check=False
+    )
+    return ran.stdout.strip() or ran.stderr
+
+
+needs_unshare = pytest.mark.skipif(shutil.which("unshare") is None, reason="there is no unshare")
+
+
+@needs_sandbox
+@needs_unshare
+def test_there_is_one_in_a_container_without_privileges() -> None:
+    assert in_user_namespace("") == "None"
+
+
+@needs_sandbox
+@needs_unshare
+def test_where_namespaces_are_forbidden_there_is_none_and_it_says_so() -> None:
+    said = in_user_namespace("echo 0 > /proc/sys/user/max_net_namespaces;")
+    assert said == "the sandbox cannot be built: unshare: No space left on device"
 
 
 def test_where_there_is_no_sandbox_it_refuses_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

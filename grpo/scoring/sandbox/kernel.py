@@ -58,10 +58,19 @@ CLONE3 = 435
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def isolate(user: int, group: int) -> None:
+def is_root() -> bool:
+    """Whether this is the machine's root, who may become any user; root of a container without privileges is not."""
+    if os.getuid() != 0:
+        return False
+    inside, outside, count = Path("/proc/self/uid_map").read_text().split()[:3]
+    return inside == outside == "0" and int(count) >= 1 << 31
+
+
+def isolate(root: bool) -> None:
     """Enter new namespaces, that of users among them unless this is root. The next child is process 1 there."""
     flags = NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET
-    if user == 0:
+    user, group = os.getuid(), os.getgid()
+    if root:
         _checked("unshare", _libc.unshare(flags))
         return
     _checked("unshare", _libc.unshare(flags | NEWUSER))
@@ -114,9 +123,9 @@ def limit(cpu_seconds: int, memory: int, file_size: int, processes: int | None) 
         resource.setrlimit(what, (bound, bound))
 
 
-def drop_privileges(user: int) -> None:
-    """Be nobody, for good: another user if this is root, no new privileges, and no system calls that reach outside."""
-    if os.getuid() == 0:
+def drop_privileges(user: int | None) -> None:
+    """Be nobody, for good: another user, no new privileges, and no system calls that reach outside."""
+    if user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)

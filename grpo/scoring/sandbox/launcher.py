@@ -19,17 +19,18 @@ def main() -> None:
         _limit(settings, processes=None)  # in no namespace it would count the user's other processes too
         _become_harness(settings)
     try:
-        kernel.isolate(os.getuid(), os.getgid())
+        root = kernel.is_root()
+        kernel.isolate(root)
         kernel.die_with_parent()
     except OSError as error:
         _give_up(settings, error)
     child = os.fork()
     if child == 0:
-        _process_one(settings)
+        _process_one(settings, settings["user"] if root else None)
     os._exit(_code(os.waitpid(child, 0)[1]))
 
 
-def _process_one(settings: dict) -> None:  # type: ignore[type-arg]
+def _process_one(settings: dict, user: int | None) -> None:  # type: ignore[type-arg]
     try:
         kernel.die_with_parent()
         kernel.enter_root(Path(settings["root"]), settings["readable"], settings["home"], settings["disk"])
@@ -39,7 +40,7 @@ def _process_one(settings: dict) -> None:  # type: ignore[type-arg]
     if child == 0:
         try:
             _limit(settings, settings["processes"])
-            kernel.drop_privileges(settings["user"])
+            kernel.drop_privileges(user)
         except OSError as error:
             _give_up(settings, error)
         _become_harness(settings)

@@ -127,9 +127,33 @@ class RolloutConfig(Section):
 
 class RewardConfig(Section):
     use: str
-    """A bundled name, `file.py:function`, or `package.module:function`."""
+    """A bundled name, that of an installed package's entry point (group `grpo.rewards`), `file.py:function`, or
+    `package.module:function`."""
     weight: float = 1.0
     """Weight in the sum of rewards. 0 makes it a metric only."""
+    name: str | None = None
+    """What its metrics go by. Default: the function's name, or its file's if that is `reward`."""
+    kwargs: dict[str, Any] = {}
+    """Arguments for the function, or for what makes it: a class, or a function that takes no completions."""
+    isolation: Literal["process", "inline"] = "process"
+    """`process`: a worker process of its own. `inline`: in the trainer's, for cheap ones that you trust; nothing
+    protects the run from it, and no time limit holds."""
+    timeout: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds that one call may take. Then its process is killed and replaced, and its completions have no score."""
+    calls: Literal["step", "group", "completion"] | None = None
+    """What one call gets: all of a step's completions, those of a prompt, or one. A failure costs all that the call
+    got. Default: what the function's file says by `CALLS`, or else `step`."""
+    max_failure_rate: Fraction = 0.5
+    """Stop the run when it failed on more than this fraction of the completions of its last three scorings. 1: never.
+    A reward of weight 0 never stops a run."""
+
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> RewardConfig:
+        if self.isolation == "inline" and "timeout" in self.changed:
+            raise ValueError("timeout does nothing with isolation: inline, where a call cannot be stopped")
+        if self.weight == 0 and "max_failure_rate" in self.changed:
+            raise ValueError("max_failure_rate does nothing with weight 0: nothing is learnt from this reward")
+        return self
 
 
 class AdvantageConfig(Section):
@@ -303,9 +327,18 @@ class WandbConfig(Section):
     """`offline` writes the run to its folder, for `wandb sync` later."""
 
 
+class CompletionsConfig(Section):
+    every: Positive = 1
+    """Steps between those whose completions are stored; the first one's always are."""
+    groups: Positive | None = None
+    """Of a stored step, keep so many prompts with all their completions, drawn from the seed. Default: all."""
+
+
 class LogConfig(Section):
     wandb: WandbConfig | None = None
     """Log to Weights & Biases as well."""
+    completions: CompletionsConfig | None = CompletionsConfig()
+    """Which completions are stored in the run's folder, with scores, failures and advantages. null: none."""
 
 
 class Recipe(Section):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +48,65 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def find_reward(use: str) -> tuple[str, Function]:
-    """A reward's name and callable: `use` is a bundled name (its `reward` function), or as for `find_function`.
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A reward's name, and the `file.py:function` or `package.module:function` where it is. Nothing is imported yet."""
 
-    A function called `reward` goes by its file's or module's name.
+    name: str
+    where: str
+    what: str
+    """How it is spoken of."""
+
+    def load(self) -> Function:
+        """Import it. Raises UserError, as `find_function` does."""
+        file = self.where.rpartition(":")[0]
+        beside = str(Path(file).parent)
+        if file.endswith(".py") and Path(file).parent != bundled("rewards") and beside not in sys.path:
+            sys.path.append(beside)  # a researcher's file may import the one next to it
+        return find_function(self.where, self.what)
+
+
+def find_reward(use: str) -> tuple[str, Function]:
+    """A reward's name and callable. Raises UserError, as `locate_reward` and `find_function` do."""
+    located = locate_reward(use)
+    return located.name, located.load()
+
+
+def locate_reward(use: str) -> Located:
+    """What `use` names: a bundled reward, an entry point in the group `grpo.rewards`, `file.py:function`, `file.py`
+    (its `reward`) or `package.module:function`.
+
+    A function called `reward` goes by its file's or module's name. Raises UserError for a name that means nothing, or
+    two things.
     """
+    what = f"reward {use!r}"
+    if use.endswith(".py"):
+        return Located(Path(use).stem, f"{use}:reward", what)
     place, colon, function = use.rpartition(":")
     if colon:
         stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
-        return stem if function == "reward" else function, find_function(use, "reward")
-    path = bundled("rewards") / f"{use}.py"
-    if not path.is_file():
-        known = bundled_names("rewards", ".py")
+        return Located(stem if function == "reward" else function, use, what)
+    found = [reward for reward in named_rewards() if reward.name == use]
+    if len(found) > 1:
+        both = " and ".join(f"{reward.what} ({reward.where})" for reward in found)
+        raise UserError(f"{what} means two things: {both}. Write the one that you mean as it stands in brackets")
+    if not found:
+        known = sorted({reward.name for reward in named_rewards()})
         raise UserError(
-            f"reward {use!r}: not a bundled name.{_suggest(use, known)} Bundled: {', '.join(known)}; "
+            f"{what}: there is no reward of that name.{_suggest(use, known)} There are {', '.join(known)}; "
             "your own: file.py:function or package.module:function"
         )
-    return use, _attribute(f"reward {use!r}", _load_file(f"reward {use!r}", path), "reward")
+    return Located(use, found[0].where, what)
+
+
+def named_rewards() -> list[Located]:
+    """Every reward that has a name: those bundled, and those of installed packages, by their entry points."""
+    folder = bundled("rewards")
+    ours = [Located(name, f"{folder / name}.py:reward", "bundled") for name in bundled_names("rewards", ".py")]
+    return ours + [
+        Located(point.name, point.value, f"of package {point.dist.name}" if point.dist else "of a package")
+        for point in importlib.metadata.entry_points(group="grpo.rewards")
+    ]
 
 
 def find_function(use: str, kind: str) -> Function:

@@ -3,6 +3,9 @@
 import re
 from typing import Any
 
+from grpo.scoring.text import texts
+
+CALLS = "completion"
 NUMBER = re.compile(r"####\s*(-?)\$?(-?\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
@@ -11,7 +14,7 @@ def reward(completions: list[Any], answer: list[Any], **_: Any) -> list[float | 
 
     None where the answer is neither.
     """
-    return [_grade(_text(c), str(a)) for c, a in zip(completions, answer, strict=True)]
+    return [_grade(text, str(gold)) for text, gold in zip(texts(completions), answer, strict=True)]
 
 
 def _grade(completion: str, answer: str) -> float | None:
@@ -22,10 +25,6 @@ def _grade(completion: str, answer: str) -> float | None:
 def _number(text: str) -> float | None:
     found = NUMBER.findall(text)
     return float("".join(found[-1]).replace(",", "")) if found else None
-
-
-def _text(completion: Any) -> str:
-    return str(completion if isinstance(completion, str) else completion[-1]["content"])
 
 
 CASES = [

@@ -1,42 +1,87 @@
-r"""A mathematical answer, compared by value: LaTeX, fractions, sets, intervals, plain numbers (math-verify)."""
+r"""A mathematical answer, compared by value: LaTeX, fractions, units, sets, intervals, plain numbers (math-verify)."""
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal
 
-from math_verify import parse, verify
+from math_verify import LatexExtractionConfig, parse, verify
+
+from grpo.scoring.text import texts
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an answer that cannot be parsed is wrong, not news
 
+CALLS = "completion"
+SECONDS = 3
+"""For reading an expression, and for comparing two: an expression can be written that takes for ever."""
 
-def reward(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
+
+def reward(
+    completions: list[Any],
+    answer: list[Any],
+    mode: Literal["lenient", "strict"] = "lenient",
+    log_metric: Callable[[str, float], None] | None = None,
+    **_: Any,
+) -> list[float | None]:
     r"""1.0 where the completion's final answer equals the gold one, else 0.0; None where the gold cannot be parsed.
 
-    The gold answer is LaTeX or a number, or a text that ends in GSM8K's `#### N`. The completion's is the last
-    `\boxed{...}`, LaTeX expression or number in it.
+    The gold answer is LaTeX or a number, or a text that ends in GSM8K's `#### N`. The completion's is, `lenient`, the
+    last `\boxed{...}`, LaTeX expression or number in it; `strict`, only what stands in `\boxed{...}` or as a LaTeX
+    formula. Both are logged, as `math_answer/lenient` and `math_answer/strict`.
     """
-    return [_grade(_text(c), str(a)) for c, a in zip(completions, answer, strict=True)]
+    scores: list[float | None] = []
+    for text, gold in zip(texts(completions), answer, strict=True):
+        expected = _gold(str(gold))
+        if not expected:
+            scores.append(None)
+            continue
+        loose = _lenient(text)
+        strict = _strict(text) if loose else None  # where nothing is found at all, nothing is found in a box
+        same = strict is not None and str(strict[-1:]) == str(loose[-1:])  # comparing can take long: once is enough
+        lenient = _equal(expected, loose)
+        found = {"lenient": lenient, "strict": lenient if same else _equal(expected, strict)}
+        for name, value in found.items():
+            if log_metric is not None:
+                log_metric(f"math_answer/{name}", value)
+        scores.append(found[mode])
+    return scores
 
 
-def _grade(completion: str, answer: str) -> float | None:
+@lru_cache(maxsize=4096)
+def _gold(answer: str) -> Any:
     gold = answer.rpartition("####")[2].strip().replace(",", "") if "####" in answer else answer.strip()
-    expected = parse(gold) or parse(f"${gold}$")
-    if not expected:
-        return None
-    return float(verify(expected, parse(completion)))
+    return _lenient(gold) or _lenient(f"${gold}$")
 
 
-def _text(completion: Any) -> str:
-    return str(completion if isinstance(completion, str) else completion[-1]["content"])
+def _lenient(text: str) -> Any:
+    return parse(text, parsing_timeout=SECONDS)
+
+
+def _strict(text: str) -> Any:
+    latex = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+    return parse(text, extraction_config=[latex], extraction_mode="first_match", parsing_timeout=SECONDS)
+
+
+def _equal(expected: Any, found: Any) -> float:
+    return float(bool(found) and verify(expected, found, timeout_seconds=SECONDS))
 
 
 CASES = [
     {"completion": r"So the answer is \boxed{\frac{1}{2}}", "answer": r"\frac{1}{2}", "score": 1.0},
     {"completion": r"\boxed{0.5}", "answer": r"$\frac{1}{2}$", "score": 1.0},
     {"completion": "The answer is 72.", "answer": "48/2 = 24, so 48+24 = 72\n#### 72", "score": 1.0},
+    {"completion": "The answer is 72.", "answer": "72", "kwargs": {"mode": "strict"}, "score": 0.0},
+    {"completion": r"It is \boxed{72}.", "answer": "72", "kwargs": {"mode": "strict"}, "score": 1.0},
     {"completion": r"\boxed{1200}", "answer": "#### 1,200", "score": 1.0},
     {"completion": r"\boxed{(1, 2]}", "answer": r"$(1, 2]$", "score": 1.0},
+    {"completion": r"\boxed{[1, 2]}", "answer": r"$(1, 2]$", "score": 0.0},
+    {"completion": r"\boxed{12\text{ cm}}", "answer": "12", "score": 1.0},
+    {"completion": r"\boxed{\{3, 1\}}", "answer": r"$\{1, 3\}$", "score": 1.0},
+    {"completion": r"\boxed{50\%}", "answer": "0.5", "score": 1.0},
+    {"completion": r"\boxed{2\sqrt{2}}", "answer": r"$\sqrt{8}$", "score": 1.0},
     {"completion": r"\boxed{3}", "answer": "4", "score": 0.0},
     {"completion": "", "answer": "4", "score": 0.0},
     {"completion": "no idea", "answer": "4", "score": 0.0},
     {"completion": r"\boxed{", "answer": "4", "score": 0.0},
+    {"completion": r"\boxed{4}", "answer": "", "score": None},
 ]

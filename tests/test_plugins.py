@@ -6,22 +6,7 @@ from pathlib import Path
 import pytest
 
 from grpo.errors import UserError
-from grpo.plugins import bundled, find_recipe, find_reward
-
-
-def cases() -> list[tuple[str, dict]]:
-    found = []
-    for path in sorted(bundled("rewards").glob("*.py")):
-        _, function = find_reward(path.stem)
-        found += [(path.stem, case) for case in function.__globals__["CASES"]]
-    return found
-
-
-@pytest.mark.parametrize(("name", "case"), cases(), ids=lambda value: str(value)[:60])
-def test_bundled_rewards_grade_their_own_cases(name: str, case: dict) -> None:
-    columns = {key: [value] for key, value in case.items() if key not in ("completion", "score")}
-    scores = find_reward(name)[1](prompts=["?"], completions=[case["completion"]], completion_ids=[[1]], **columns)
-    assert scores == [case["score"]]
+from grpo.plugins import bundled, find_recipe, find_reward, named_rewards
 
 
 def test_a_function_in_a_file(tmp_path: Path) -> None:
@@ -29,6 +14,8 @@ def test_a_function_in_a_file(tmp_path: Path) -> None:
     path.write_text("def twice(completions, **_):\n    return [2.0] * len(completions)\n")
     name, function = find_reward(f"{path}:twice")
     assert (name, function(completions=["a", "b"])) == ("twice", [2.0, 2.0])
+    path.write_text(path.read_text().replace("twice", "reward"))
+    assert find_reward(str(path))[0] == "mine"
 
 
 def test_a_function_in_a_module() -> None:
@@ -64,3 +51,35 @@ def test_bundled_recipes_by_name(name: str, tmp_path: Path, monkeypatch: pytest.
 def test_an_unknown_recipe() -> None:
     with pytest.raises(UserError, match=r"Did you mean 'quickstart'\?"):
         find_recipe("quikstart")
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Makes an installed package `their_package` whose entry points are rewards of the names given."""
+
+    def install(*names: str) -> None:
+        (tmp_path / "their_package.py").write_text("def fair(completions, **_):\n    return [0.5] * len(completions)\n")
+        folder = tmp_path / "their_package-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+        lines = [f"{name} = their_package:fair\n" for name in names]
+        (folder / "entry_points.txt").write_text("[grpo.rewards]\n" + "".join(lines))
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    return install
+
+
+def test_a_reward_of_an_installed_package(package) -> None:
+    package("fair")
+    name, function = find_reward("fair")
+    assert (name, function(completions=["a"])) == ("fair", [0.5])
+    assert "fair" in [located.name for located in named_rewards()]
+
+
+def test_a_name_that_means_two_things_is_an_error_that_lists_both(package) -> None:
+    package("length")
+    with pytest.raises(UserError) as error:
+        find_reward("length")
+    assert "reward 'length' means two things: bundled (" in str(error.value)
+    assert "length.py:reward) and of package their-package (their_package:fair)" in str(error.value)
+    assert find_reward("their_package:fair")[0] == "fair"

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from grpo import __version__
-from grpo.cli import bench, evaluate, generate, recipes, train
+from grpo.cli import bench, evaluate, generate, recipes, rewards, train
 from grpo.errors import RunError, UserError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(rewards.app, name="rewards")
 app.add_typer(bench.app, name="bench")
 
 

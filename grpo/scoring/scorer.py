@@ -1,114 +1,150 @@
-"""Reward functions applied to groups.
+"""The reward functions of a recipe applied to groups, all at the same time.
 
-TRL's contract: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, plain or `async`.
-A function that raises, or answers with something that is not a usable number, has failed for those completions:
-they score None, which keeps them out of their group's baseline, and a counter says so. It never becomes a zero.
+A function that raises, hangs, dies, or answers with something that is no usable number has failed for those
+completions: they score None, which keeps them out of their group's baseline, and counters say so. It never becomes a
+zero.
 """
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
-import traceback
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from grpo.config import RewardConfig
 from grpo.errors import RunError, UserError
-from grpo.plugins import Function, find_reward
-from grpo.types import Completion, Group, Rollout
+from grpo.plugins import Function
+from grpo.scoring.contract import Answer
+from grpo.scoring.grader import Inline, Isolated, Record, Request, make_grader
+from grpo.scoring.process import Span
+from grpo.types import Completion, Failure, Group
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 3
-"""Calls in a row on which a function may fail altogether, once it has worked."""
-LARGEST = 1e15
-"""The largest score: beyond it a group's deviation would overflow float32."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """One function's answers for a step: a score or None for each completion, and the places of those it failed on."""
-
-    values: list[float | None]
-    failed: frozenset[int] = frozenset()
-    error: str | None = None
-
 
 class Scorer:
-    """The reward functions of a recipe. `failures` counts, by name, the completions that a function failed on."""
+    """A recipe's rewards. `failures` counts, by name, the completions that a function failed on."""
 
-    def __init__(self, rewards: Mapping[str, Function], metrics_only: Collection[str] = ()) -> None:
-        """`metrics_only` names the functions that may fail as they like, because nothing is learnt from them."""
-        self.rewards = rewards
+    def __init__(
+        self,
+        rewards: Mapping[str, Inline | Isolated | Function],
+        metrics_only: Collection[str] = (),
+        max_failure_rates: Mapping[str, float] | None = None,
+        max_steps: int = 0,
+    ) -> None:
+        """`rewards` that are plain functions run inline. `metrics_only` names those that may fail as they like, because
+        nothing is learnt from them."""
+        self.rewards: dict[str, Inline | Isolated] = {
+            name: reward if isinstance(reward, Inline | Isolated) else Inline(name, reward, {})
+            for name, reward in rewards.items()
+        }
         self.metrics_only = metrics_only
-        self.failures = dict.fromkeys(rewards, 0)
-        self._in_a_row = dict.fromkeys(rewards, PATIENCE - 1)  # failing at its first call, a function is broken
+        default = RewardConfig.model_fields["max_failure_rate"].default
+        self.records = {name: Record((max_failure_rates or {}).get(name, default)) for name in rewards}
+        self._state = {"global_step": 0, "max_steps": max_steps}
+        self._logged: dict[str, list[float]] = {}
+        self._threads = ThreadPoolExecutor(max_workers=max(1, len(rewards)), thread_name_prefix="reward")
 
     @classmethod
-    def of(cls, configs: Sequence[RewardConfig]) -> Scorer:
-        """The functions that a recipe names. Raises UserError, as find_reward does."""
-        rewards: dict[str, Function] = {}
+    def of(cls, configs: Sequence[RewardConfig], max_steps: int = 0) -> Scorer:
+        """The rewards that a recipe names, ready.
+
+        Raises UserError for one that cannot be had, for arguments that do not fit, and for two of one name.
+        """
+        rewards: dict[str, Inline | Isolated] = {}
         for config in configs:
-            name, function = find_reward(config.use)
-            if name in rewards:
-                raise UserError(f"rewards: two of them are called {name!r}; metrics need one name each")
-            rewards[name] = function
-        weightless = {name for name, config in zip(rewards, configs, strict=True) if config.weight == 0}
-        return cls(rewards, weightless)
+            grader = make_grader(config)
+            if grader.name in rewards:
+                raise UserError(
+                    f"rewards: two of them are called {grader.name!r}; metrics need one name each: give one a name of "
+                    "its own (name: ...)"
+                )
+            rewards[grader.name] = grader
+        for reward in rewards.values():  # their processes are starting side by side
+            reward.wait_ready()
+        named = dict(zip(rewards, configs, strict=True))
+        return cls(
+            rewards,
+            metrics_only={name for name, config in named.items() if config.weight == 0},
+            max_failure_rates={name: config.max_failure_rate for name, config in named.items()},
+            max_steps=max_steps,
+        )
+
+    @property
+    def failures(self) -> dict[str, int]:
+        return {name: record.failures for name, record in self.records.items()}
+
+    def begin(self, step: int) -> None:
+        """Training step `step` (from 1) begins: rewards are told so, and what they log is counted anew."""
+        self._state["global_step"] = step - 1  # as in TRL: the steps that are done
+        self._logged = {}
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to tell about the rewards themselves, since `begin` and since the start."""
+        told = {name: fmean(values) for name, values in self._logged.items()}
+        for name, record in self.records.items():
+            told[f"rewards/{name}/failures"] = float(record.failures)
+            if record.seconds:
+                told |= {f"time/rewards/{name}/p{p}": record.latency(p / 100) for p in (50, 95)}
+        return told
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
-        """The same groups with `scores` in their rollouts.
+        """The same groups with `scores`, `failures` and `extras` in their rollouts.
 
-        Raises RunError, with the function's own traceback, when a function fails on all of them at its first call or
-        `PATIENCE` times in a row: a broken grader is not training.
+        Raises RunError, with its first traceback, when a function failed on more than its `max_failure_rate` of
+        completions lately: a broken grader is not training.
         """
-        columns = _columns(groups)
-        scores = {name: self._call(name, columns) for name in self.rewards}
-        failed = set().union(*(answer.failed for name, answer in scores.items() if name not in self.metrics_only))
-        places = iter(range(len(columns["completions"])))
+        request = Request(_columns(groups), [len(group.rollouts) for group in groups], self._state)
+        running = {
+            n: self._threads.submit(r.score, request) for n, r in self.rewards.items() if isinstance(r, Isolated)
+        }
+        try:
+            answers = {n: running[n].result() if n in running else r.score(request) for n, r in self.rewards.items()}
+        except BaseException:  # a second Ctrl-C: nobody waits for what is still under way
+            self.close()
+            raise
+        for name, spans in answers.items():
+            self._note(name, spans, request.columns["completions"])
+        placed = _by_place(answers, request.count, self.metrics_only)
         return [
-            replace(group, rollouts=tuple(_scored(r, scores, failed, next(places)) for r in group.rollouts))
+            replace(group, rollouts=tuple(replace(rollout, **next(placed)) for rollout in group.rollouts))
             for group in groups
         ]
 
     def check(self, columns: Collection[str]) -> None:
-        """Raise UserError for a function that could not be called with these columns of the dataset."""
-        given = {*columns, "prompts", "completions", "completion_ids"} - {"prompt"}
-        for name, function in self.rewards.items():
-            try:
-                inspect.signature(function).bind(**dict.fromkeys(given))
-            except ValueError:  # a builtin without a signature
-                continue
-            except TypeError as error:
-                there = ", ".join(sorted(given))
-                raise UserError(
-                    f"reward {name!r}: {error}; it is called with {there} (take **_ for the rest)"
-                ) from None
+        """Raise UserError for a function that cannot be had, or not be called with these columns of the dataset."""
+        for name, reward in self.rewards.items():
+            if problem := reward.problem(columns):
+                raise UserError(f"reward {name!r}: {problem}")
 
-    def _call(self, name: str, columns: dict[str, Any]) -> Scores:
-        count = len(columns["completions"])
-        try:
-            answer = self.rewards[name](**columns)
-            values = asyncio.run(_awaited(answer)) if inspect.isawaitable(answer) else answer
-            values = list(values) if _is_listlike(values) else values
-        except (Exception, SystemExit) as error:  # other people's code: recorded, shown, kept out of the gradient
-            scores = _all_failed(count, _own_traceback(error))
-        else:
-            scores = _checked(values, count)
-        self._judge(name, scores, broken=len(scores.failed) == count)
-        return scores
+    def close(self) -> None:
+        """Leave no worker behind."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for reward in self.rewards.values():
+            reward.close()
 
-    def _judge(self, name: str, scores: Scores, broken: bool) -> None:
-        first = bool(scores.failed) and not self.failures[name]
-        self.failures[name] += len(scores.failed)
-        self._in_a_row[name] = self._in_a_row[name] + 1 if broken else 0
-        if self._in_a_row[name] >= PATIENCE and name not in self.metrics_only:
-            raise RunError(f"reward {name!r} failed on every completion: {scores.error}")
-        if first:
-            log.warning("reward %r failed on %d completions: %s", name, len(scores.failed), scores.error)
+    def _note(self, name: str, answers: Sequence[tuple[Span, Answer]], completions: Sequence[Any]) -> None:
+        """Count, warn of a first failure, and stop a run whose grader is broken."""
+        record = self.records[name]
+        was_fine = not record.failures
+        record.add(answers)
+        for _, answer in answers:
+            for metric, values in answer.metrics.items():
+                self._logged.setdefault(metric, []).extend(values)
+        if record.broken is not None and name not in self.metrics_only:
+            raise RunError(f"reward {name!r} {record.broken}. The first time: {record.first_error}")
+        if was_fine and record.failures:
+            place = next(begin + min(answer.failures) for (begin, _), answer in answers if answer.failures)
+            log.warning(
+                "reward %r failed on %d completions, the first of them %.200r: %s",
+                name,
+                record.failures,
+                completions[place],
+                record.first_error,
+            )
 
 
 def _columns(groups: Sequence[Group]) -> dict[str, Any]:
@@ -128,47 +164,21 @@ def _as_prompted(prompt: Any, completion: Completion) -> Any:
     return completion.text if isinstance(prompt, str) else [{"role": "assistant", "content": completion.text}]
 
 
-async def _awaited(answer: Any) -> Any:
-    return await answer
-
-
-def _checked(values: Any, count: int) -> Scores:
-    """What a function returned, against the contract."""
-    if not isinstance(values, list):
-        return _all_failed(count, f"a list with a number or None for each completion was expected, not {values!r:.80}")
-    if len(values) != count:
-        return _all_failed(count, f"{len(values)} scores for {count} completions")
-    scores = [_number(value) for value in values]
-    failed = frozenset(i for i, value in enumerate(values) if value is not None and scores[i] is None)
-    return Scores(scores, failed, f"not a usable number: {values[min(failed)]!r:.80}" if failed else None)
-
-
-def _is_listlike(values: Any) -> bool:
-    """Lists, tuples, arrays, generators; not what only happens to be iterable."""
-    return isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Set)
-
-
-def _all_failed(count: int, error: str) -> Scores:
-    return Scores([None] * count, frozenset(range(count)), error)
-
-
-def _number(value: Any) -> float | None:
-    """The value as a float, or None for what is not a number between ± LARGEST (numpy's scalars are numbers)."""
-    if value is None or isinstance(value, str | bytes):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if abs(number) <= LARGEST else None  # false for NaN
-
-
-def _own_traceback(error: BaseException) -> str:
-    """The traceback from the reward function inwards."""
-    inner = error.__traceback__.tb_next if error.__traceback__ else None
-    return "\n" + "".join(traceback.format_exception(type(error), error, inner)).rstrip()
-
-
-def _scored(rollout: Rollout, scores: Mapping[str, Scores], failed: set[int], place: int) -> Rollout:
-    own = {name: answer.values[place] for name, answer in scores.items()}
-    return replace(rollout, scores=own, failed=place in failed)
+def _by_place(
+    answers: Mapping[str, Sequence[tuple[Span, Answer]]], count: int, metrics_only: Collection[str]
+) -> Iterator[dict[str, Any]]:
+    """What each rollout gets of the answers, in order."""
+    scores: list[dict[str, float | None]] = [{} for _ in range(count)]
+    failures: list[dict[str, Failure]] = [{} for _ in range(count)]
+    extras: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, spans in answers.items():
+        for (begin, _), answer in spans:
+            for place, value in enumerate(answer.values, begin):
+                scores[place][name] = value
+            for place, error in answer.failures.items():
+                failures[begin + place][name] = Failure(answer.kind, error)
+            for column, values in answer.extras.items():
+                for place, value in enumerate(values, begin):
+                    extras[place][column] = value
+    for own, failed, extra in zip(scores, failures, extras, strict=True):
+        yield {"scores": own, "failures": failed, "extras": extra, "failed": bool(set(failed) - set(metrics_only))}

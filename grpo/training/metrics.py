@@ -22,12 +22,12 @@ def step_metrics(
     """
     lengths = [len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts]
     values = {
+        **status,  # first: what rewards log under a name of ours does not count
         **_reward_metrics(groups),
         **_length_metrics(groups, lengths),
         "loss": update.loss,
         "grad_norm": update.grad_norm,
         **{name: value for name, value in update.metrics.items() if name != TOKENS},
-        **status,
         "num_prompts": float(len(groups)),
         "num_tokens": float(sum(lengths)),
         "rollout_tokens_per_second": sum(lengths) / seconds["rollout"],
@@ -56,7 +56,10 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
                 f"rewards/{name}/mean": fmean(known),
                 f"rewards/{name}/std": stdev(known) if len(known) > 1 else 0.0,
             }
-        metrics[f"rewards/{name}/none_rate"] = 1 - len(known) / len(scores)
+        failures = [r.failures[name].kind for group in groups for r in group.rollouts if name in r.failures]
+        rates = {kind: failures.count(kind) / len(scores) for kind in ("error", "timeout")}
+        rates["none"] = 1 - (len(known) + len(failures)) / len(scores)
+        metrics |= {f"rewards/{name}/{kind}_rate": rate for kind, rate in rates.items()}
     return metrics
 
 

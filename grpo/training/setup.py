@@ -48,7 +48,7 @@ def prepare(cfg: Recipe) -> Prepared:
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
     setup()
-    scorer = Scorer.of(cfg.rewards)
+    scorer = Scorer.of(cfg.rewards, cfg.optim.steps)
     custom_loss = find_function(cfg.loss.use, "loss") if cfg.loss.use else None
     sources = [cfg.data, *_eval_data(cfg)]
     local = [load_rows(source) if is_local(source) else None for source in sources]

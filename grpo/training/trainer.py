@@ -18,8 +18,9 @@ from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
 from grpo.training.batches import make_minibatches, mean_entropy, with_old_logprobs, with_reference, with_top_entropy
 from grpo.training.checkpoint import checkpoint_path, save_checkpoint
+from grpo.training.completions import store_completions
 from grpo.training.evaluate import Evaluator
-from grpo.training.folder import CHECKPOINTS
+from grpo.training.folder import CHECKPOINTS, COMPLETIONS
 from grpo.training.metrics import step_metrics
 from grpo.training.penalties import penalty_metrics, with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
@@ -65,11 +66,14 @@ class Trainer:
         self.evaluate = evaluate
         self.update = Updater(policy, cfg, custom_loss)
         self.pad_to = GPU_PADDING if on_gpu() else 1
+        self.sampled: list[Group] = []
+        """All groups of the last step; those that were learnt from come first, with their advantages."""
 
     def step(self, n: int) -> StepMetrics:
         """Sample, score, and update. `n` counts from 1."""
         cfg, policy, clock = self.cfg, self.policy, _Clock()
         beta = penalty_weight(cfg, n)
+        self.scorer.begin(n)
         sampled, groups = self.sample(n, clock)
         groups = with_penalties(groups, policy, cfg, beta)  # as they are unless the recipe asks for some
         groups = with_advantages(groups, cfg)
@@ -80,13 +84,14 @@ class Trainer:
         clock.lap("logprobs")
         update = self.update(minibatches, n)
         clock.lap("update")
+        self.sampled = groups + sampled[len(groups) :]
         status = self.status(n, beta) | penalty_metrics(groups, cfg)
         if "entropy" not in update.metrics:  # nothing was trained on; entropy is told all the same
             status["entropy"] = mean_entropy(groups, policy, cfg)
         return step_metrics(n, sampled, update, status, clock.laps)
 
     def sample(self, n: int, clock: _Clock) -> tuple[list[Group], list[Group]]:
-        """All groups that were sampled and scored, and the step's worth of them to learn from.
+        """All groups that were sampled and scored, and the step's worth of them to learn from, which come first.
 
         With `rollout.dynamic_sampling` groups without variance are replaced by fresh prompts, so many times at most;
         what is still missing then is filled up with them.
@@ -105,7 +110,7 @@ class Trainer:
             sampled += with_rewards(self.scorer.score(groups), cfg.rewards)
             clock.lap("reward")
         varied_first = sorted(sampled, key=has_variance, reverse=True) if cfg.rollout.dynamic_sampling else sampled
-        return sampled, varied_first[: cfg.rollout.prompts_per_step]
+        return varied_first, varied_first[: cfg.rollout.prompts_per_step]
 
     def status(self, n: int, beta: float) -> dict[str, float]:
         """What the trainer itself has to tell about a step."""
@@ -113,7 +118,7 @@ class Trainer:
             "learning_rate": learning_rate(self.cfg.optim, n),
             "adapter_delta": self.policy.adapters.delta(),
             "dropped_prompts": float(self.tasks.dropped),
-            **{f"rewards/{name}/failures": float(count) for name, count in self.scorer.failures.items()},
+            **self.scorer.metrics(),
         }
         return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 
@@ -128,6 +133,7 @@ class Trainer:
             while n < cfg.optim.steps and not stop.requested:
                 log(self.step(n + 1))
                 n += 1
+                store_completions(folder / COMPLETIONS, n, self.sampled, cfg)
                 if n % cfg.checkpoint.every == 0:
                     saved = self._save(folder, n)
                 if not stop.requested and (n == cfg.optim.steps or (cfg.eval and n % cfg.eval.every == 0)):

@@ -87,7 +87,7 @@ def test_overwrite_deletes_what_a_run_wrote_and_only_once_the_new_one_has_begun(
     assert run_cli("train", recipe, "--overwrite", "optim.steps=1").code == 0
     assert len(lines(Path("runs/toy/metrics.jsonl"))) == 1
     assert sorted(path.name for path in Path("runs/toy").iterdir()) == sorted(
-        ["checkpoints", "metrics.jsonl", "notes.txt", "recipe.yaml"]
+        ["checkpoints", "completions", "metrics.jsonl", "notes.txt", "recipe.yaml"]
     )
 
 
@@ -176,7 +176,7 @@ def test_a_broken_reward_stops_the_run_with_its_traceback(run_cli, recipe, tmp_p
     (tmp_path / "digits.py").write_text("def reward(**columns):\n    return [row['nothing'] for row in columns]\n")
     ran = run_cli("train", recipe)
     assert ran.code == 1
-    assert "reward 'digits' failed on every completion" in ran.err
+    assert "reward 'digits' failed on 8 of the last 8 completions" in ran.err
     assert "digits.py" in ran.err
     assert not Path("runs").exists() or not files(Path("runs/toy"))  # so that the mended command is not refused
 

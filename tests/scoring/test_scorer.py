@@ -29,7 +29,7 @@ def scores(function, groups=GROUPS) -> list[float | None]:
 def test_what_a_function_receives() -> None:
     seen = {}
 
-    def mine(**everything):
+    def mine(trainer_state, log_extra, log_metric, **everything):
         seen.update(everything)
         return [0] * 4
 
@@ -62,7 +62,7 @@ def test_an_async_function() -> None:
 
 
 def test_what_is_not_a_finite_number_is_none_and_counted() -> None:
-    scorer = Scorer({"mine": lambda **_: [math.nan, math.inf, "7", 1.0]})
+    scorer = Scorer({"mine": lambda **_: [math.nan, math.inf, "7", 1.0]}, max_failure_rates={"mine": 0.75})
     got = [rollout.scores["mine"] for group in scorer.score(GROUPS) for rollout in group.rollouts]
     assert got == [None, None, None, 1.0]
     assert scorer.failures == {"mine": 3}
@@ -89,15 +89,15 @@ def test_a_function_that_always_fails_stops_the_run_with_its_traceback(answer, s
     scorer = Scorer({"mine": answer})
     with pytest.raises(RunError) as error:
         scorer.score(GROUPS)
-    assert "reward 'mine' failed on every completion: " in str(error.value)
+    assert "reward 'mine' failed on 4 of the last 4 completions (max_failure_rate: 0.5). The" in str(error.value)
     assert said in str(error.value)
     assert scorer.failures == {"mine": 4}
 
 
 def test_a_failure_now_and_then_is_counted_and_does_not_stop_a_run(caplog) -> None:
-    answers = iter([[1.0] * 4, None, None, [1.0] * 4, None, None, None])
+    answers = iter([[1.0] * 4, None, [1.0] * 4, [1.0] * 4, None, None])
     scorer = Scorer({"mine": lambda **_: next(answers) or 1 / 0})
-    for failed in (0, 4, 8, 8, 12, 16):
+    for failed in (0, 4, 4, 4, 8):
         scored = scorer.score(GROUPS)
         assert scorer.failures == {"mine": failed}
         assert all(rollout.failed == (rollout.scores["mine"] is None) for group in scored for rollout in group.rollouts)
@@ -119,7 +119,8 @@ def test_numbers_of_all_kinds() -> None:
 
     assert scores(lambda **_: np.array([1, 2, 3, 4], np.float32)) == [1.0, 2.0, 3.0, 4.0]
     assert scores(lambda **_: (x for x in (1, 2, 3, 4))) == [1.0, 2.0, 3.0, 4.0]
-    assert scores(lambda **_: [1.0, 1e30, 10**400, b"1"]) == [1.0, None, None, None]
+    odd = Scorer({"mine": lambda **_: [1.0, 1e30, 10**400, b"1"]}, max_failure_rates={"mine": 1.0})
+    assert [r.scores["mine"] for group in odd.score(GROUPS) for r in group.rollouts] == [1.0, None, None, None]
 
 
 def test_a_function_that_exits_has_failed() -> None:

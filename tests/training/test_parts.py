@@ -12,6 +12,7 @@ from grpo.config import OptimConfig
 from grpo.errors import RunError, UserError
 from grpo.generation.slots import View
 from grpo.recipe import load_recipe
+from grpo.scoring.scorer import Scorer
 from grpo.training.checkpoint import checkpoints, save_checkpoint, step_of
 from grpo.training.evaluate import bootstrap_interval
 from grpo.training.folder import HEADER, WRITTEN, newest_checkpoint, run_folder
@@ -91,12 +92,12 @@ def test_a_run_killed_while_replacing_another(recipe) -> None:
     assert (folder / "metrics.jsonl").read_text() == "c"  # nothing was on record, so it came back
 
 
-@pytest.mark.parametrize("moved", range(5))
+@pytest.mark.parametrize("moved", range(len(WRITTEN)))
 def test_a_run_killed_while_putting_another_aside(recipe, moved: int) -> None:
     cfg = load_recipe(recipe)
     folder = Path(cfg.output_dir)
     with run_folder(cfg, overwrite=False):
-        for name in ("metrics.jsonl", "eval.jsonl", "checkpoints", "wandb"):
+        for name in WRITTEN[:-1]:
             (folder / name).write_text(name)
     before = {path.name: path.read_text() for path in folder.iterdir()}
     (folder / ".former").mkdir()
@@ -207,9 +208,11 @@ def test_a_signal_during_an_evaluation_loses_nothing(recipe, tmp_path) -> None:
 
 def test_an_error_in_a_later_step_leaves_the_last_one_saved(recipe, tmp_path) -> None:
     trainer = prepare(load_recipe(recipe, ["optim.steps=3", "checkpoint.every=99"])).trainer
-    trainer.scorer.rewards = {"digits": lambda completions, **_: [float("nan")] * len(completions)}
-    trainer.scorer._in_a_row = {"digits": 0}  # as if it had worked before
-    with pytest.raises(RunError, match="failed on every completion"):
+    answers = iter([0.5, 0.5, float("nan")])
+    trainer.scorer = Scorer(
+        {"digits": lambda completions, **_: [next(answers)] * len(completions)}, (), {"digits": 0.3}
+    )
+    with pytest.raises(RunError, match="failed on 8 of the last 24 completions"):
         trainer.run(tmp_path / "run", lambda record: None, StopRequest())
     assert [step_of(found) for found in checkpoints(tmp_path / "run/checkpoints")] == [2]
 
@@ -217,12 +220,14 @@ def test_an_error_in_a_later_step_leaves_the_last_one_saved(recipe, tmp_path) ->
 def test_what_nothing_scored_is_not_wrong_in_an_evaluation(recipe) -> None:
     recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 4, samples: 2}\n")
     trainer = prepare(load_recipe(recipe)).trainer
-    trainer.scorer.rewards = {"digits": lambda completions, **_: [1.0, None, None, None] * (len(completions) // 4)}
+    trainer.evaluate.scorer = Scorer(
+        {"digits": lambda completions, **_: [1.0, None, None, None] * (len(completions) // 4)}
+    )
     trainer.evaluate.grader = "digits"
     metrics = trainer.evaluate(0)
     assert metrics.n == 1
     assert metrics.values["greedy"] == 1.0
-    trainer.scorer.rewards = {"digits": lambda completions, **_: [None] * len(completions)}
+    trainer.evaluate.scorer = Scorer({"digits": lambda completions, **_: [None] * len(completions)})
     with pytest.raises(RunError, match="'digits', scored no completion"):
         trainer.evaluate(0)
 
@@ -300,7 +305,7 @@ def test_dynamic_sampling_replaces_groups_without_variance(recipe) -> None:
     """The first two prompts' groups are uniform; of the next two one is not."""
     trainer = prepare(load_recipe(recipe, ["rollout.dynamic_sampling=2"])).trainer
     calls = iter([[1, 1, 1, 1] * 2, [1, 1, 1, 1, 0, 1, 1, 1], [1, 0, 1, 1]])
-    trainer.scorer.rewards = {"digits": lambda **_: next(calls)}
+    trainer.scorer = Scorer({"digits": lambda **_: next(calls)})
     metrics = trainer.step(1).values
     assert metrics["num_prompts"] == 5  # two, two more, and one more
     assert metrics["frac_reward_zero_std"] == 3 / 5
@@ -310,17 +315,17 @@ def test_dynamic_sampling_replaces_groups_without_variance(recipe) -> None:
 
 def test_entropy_is_told_even_of_a_step_that_trains_on_nothing(recipe) -> None:
     trainer = prepare(load_recipe(recipe)).trainer
-    trainer.scorer.rewards = {"digits": lambda completions, **_: [1.0] * len(completions)}
+    trainer.scorer = Scorer({"digits": lambda completions, **_: [1.0] * len(completions)})
     uniform = trainer.step(1).values
     assert uniform["grad_norm"] == 0
     again = prepare(load_recipe(recipe, ["loss.beta=1e-9"])).trainer  # the penalty keeps every row in the update
-    again.scorer.rewards = trainer.scorer.rewards
+    again.scorer = trainer.scorer
     assert uniform["entropy"] == pytest.approx(again.step(1).values["entropy"], rel=1e-4)
 
 
 def test_dynamic_sampling_gives_up_in_the_end(recipe) -> None:
     trainer = prepare(load_recipe(recipe, ["rollout.dynamic_sampling=1"])).trainer
-    trainer.scorer.rewards = {"digits": lambda completions, **_: [1.0] * len(completions)}
+    trainer.scorer = Scorer({"digits": lambda completions, **_: [1.0] * len(completions)})
     metrics = trainer.step(1).values
     assert metrics["num_prompts"] == 4
     assert metrics["grad_norm"] == 0

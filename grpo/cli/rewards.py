@@ -1,0 +1,104 @@
+"""`grpo rewards`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from grpo.errors import RunError, UserError
+from grpo.plugins import locate_reward, named_rewards
+
+app = typer.Typer(help="Reward functions: those at hand, and your own.", no_args_is_help=True)
+
+Kwargs = Annotated[
+    list[str] | None, typer.Option("--kwarg", metavar="NAME=VALUE", help="An argument; may be repeated.")
+]
+Timeout = Annotated[float, typer.Option(min=0.01, help="Seconds that one call may take.")]
+
+
+@app.command("list")
+def list_() -> None:
+    """Name each reward, what it grades, the columns it reads and its arguments."""
+    from grpo.scoring.describe import describe
+
+    for located in named_rewards():
+        print("\n".join(describe(located)))
+
+
+@app.command("test")
+def try_(
+    reward: Annotated[
+        str, typer.Argument(metavar="FILE_OR_NAME", help="A name, file.py, file.py:function, pkg.mod:fn.")
+    ],
+    kwarg: Kwargs = None,
+    timeout: Timeout = 10.0,
+) -> None:
+    """Grade its own CASES, then completions that are empty, huge, foreign or hostile, and say how long it takes."""
+    from grpo.scoring.cases import try_out
+    from grpo.scoring.describe import report_lines
+
+    report = try_out(locate_reward(reward), _kwargs(kwarg), timeout)
+    print("\n".join(report_lines(report)))
+    if report.wrong:
+        raise RunError(f"reward {reward!r}: {len(report.wrong)} completions went wrong")
+
+
+@app.command("score")
+def score(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    reward: Annotated[str, typer.Option("--reward", help="A name, file.py, file.py:function, pkg.mod:fn.")],
+    kwarg: Kwargs = None,
+    against: Annotated[str | None, typer.Option(help="The stored reward to compare with. Default: see below.")] = None,
+    timeout: Timeout = 30.0,
+    examples: Annotated[int, typer.Option(min=0, help="Completions to show, those that change most.")] = 3,
+) -> None:
+    """Apply a new or changed reward to a run's stored completions, and show what would have changed.
+
+    It is compared with the run's reward of the same name, or else with the sum of all its rewards.
+    """
+    from rich.console import Console
+
+    from grpo.training.rescore import rescore, rescore_table
+
+    result = rescore(run, reward, _kwargs(kwarg), timeout, against)
+    console = Console()
+    console.print(rescore_table(result))
+    for line in result.lines(examples):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("new")
+def new(name: Annotated[str, typer.Argument(help="Its name; it is written to NAME.py here.")]) -> None:
+    """Write a reward function to start from, with cases that it passes."""
+    from grpo.scoring.template import TEMPLATE
+
+    path = Path(name if name.endswith(".py") else f"{name}.py")
+    if not path.stem.isidentifier():
+        raise UserError(f"{path.stem!r} is no name for a Python file: letters, digits and _")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE)
+    except FileExistsError:
+        raise UserError(f"{path} exists already") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    print(
+        f"{path}\ntest it:  grpo rewards test {path}\nuse it:   rewards: [{{use: {path.name}}}]  in a recipe beside it"
+    )
+
+
+def _kwargs(given: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    kwargs = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UserError(f"--kwarg {text}: an argument is NAME=VALUE")
+        try:
+            kwargs[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            kwargs[name] = value
+    return kwargs

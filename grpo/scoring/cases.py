@@ -1,0 +1,144 @@
+"""A reward function tried out: the cases that its file says it grades right, then completions that nobody would write.
+
+`CASES` is a list of dictionaries: `completion` and the `score` it must get; `kwargs` for the function; whatever else is
+there is a column of the dataset. Where cases need something to run against, `case_kwargs()` is a context manager that
+gives further arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.errors import UserError
+from grpo.plugins import Located
+from grpo.scoring.contract import GIVEN
+from grpo.scoring.grader import Isolated, Request
+from grpo.scoring.process import Worker
+
+OUR_KEYS = ("completion", "score", "kwargs")
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One completion, and what the function made of it. `wrong` says what should not be so, if anything."""
+
+    completion: Any
+    score: float | None
+    seconds: float
+    wrong: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that was tried on a reward."""
+
+    cases: list[Tried]
+    fuzz: list[Tried]
+
+    @property
+    def wrong(self) -> list[Tried]:
+        return [tried for tried in [*self.cases, *self.fuzz] if tried.wrong is not None]
+
+
+def try_out(located: Located, kwargs: Mapping[str, Any], timeout: float) -> Report:
+    """Run the cases, then the fuzz with the columns of the first case, each completion in a call of its own.
+
+    `kwargs` replace those of the cases. Raises UserError for a function that cannot be had or called so.
+    """
+    with closing(Worker(located, None, timeout)) as host:  # keeps what the cases run against
+        host.wait_ready()
+        cases = [{**case, "kwargs": {**host.case_kwargs, **case.get("kwargs", {}), **kwargs}} for case in host.cases]
+        first = cases[0] if cases else {"completion": "", "kwargs": {**host.case_kwargs, **kwargs}}
+        tried = [
+            found
+            for alike in _by_kwargs(cases)
+            for found in _called(located, alike, timeout, [case["score"] for case in alike])
+        ]
+        fuzz = [{**first, "completion": _in_form(text, first), "completion_ids": _ids(text)} for text in fuzz_texts()]
+        return Report(tried, _called(located, fuzz, timeout, None))
+
+
+def fuzz_texts() -> Iterator[str]:
+    """Empty, huge, foreign and hostile completions."""
+    yield from (
+        "",
+        " ",
+        "\n\n\n",
+        "\x00",
+        "\ufeff",
+        "NaN",
+        "None",
+        "-",
+        "%s %n {} {0} \\",
+        "'\"`;--<!--",
+        "a\u0301\u202e\u200b",
+    )
+    yield from ("🤖🏳️‍🌈" * 50, "مرحبا 七 שלום", "\ud800 lone", "\\", "\\boxed{", "\\boxed{}}", "\\boxed{\\boxed{1}}")
+    yield from ("#### ", "#### 1e999", "####" * 1000, "1/0", "\\frac{1}{0}", "\\boxed{\\frac{0}{0}}", "0" * 5000 + ".1")
+    yield from ("\\boxed{10^{10^{10^{10}}}}", "9" * 20_000, "\\boxed{" + "9" * 5000 + "!}", "(" * 5000, "{" * 5000)
+    yield from ("[" * 50_000, "\\sqrt{" * 300 + "2" + "}" * 300, "1+" * 3000 + "1", "a" * 1_000_000, "word " * 50_000)
+    yield from ("<think>" * 1000, "</think>", "<answer></answer>", "```" * 999, "```python\nwhile True: pass\n```")
+    yield from ("```python\nraise SystemExit\n```", '{"a": ' * 2000, "(a+)+$" * 20, "a" * 40 + "!", "x = " * 1000)
+
+
+def _called(
+    located: Located, cases: Sequence[Mapping[str, Any]], timeout: float, expected: Sequence[float | None] | None
+) -> list[Tried]:
+    """Each of `cases`, which share their kwargs, in a call of its own."""
+    with closing(Isolated(located, cases[0]["kwargs"], timeout, calls="completion")) as grader:
+        names = {name for case in cases for name in case} - set(OUR_KEYS)
+        if problem := grader.problem(names):
+            raise UserError(
+                f"reward {located.name!r}: {problem}. Its cases give it {', '.join(sorted(names)) or 'none'}"
+            )
+        columns: dict[str, list[Any]] = {
+            "prompts": ["?" if isinstance(case.get("completion", ""), str) else _MESSAGES for case in cases],
+            "completions": [case.get("completion", "") for case in cases],
+            "completion_ids": [_ids(str(case.get("completion", ""))) for case in cases],
+        }
+        columns |= {name: [case.get(name) for case in cases] for name in names}
+        answers = grader.score(Request(columns, [1] * len(cases), {"global_step": 0, "max_steps": 1}))
+    tried = []
+    for place, (_, answer) in enumerate(answers):
+        score, wrong = answer.values[0], answer.failures.get(0)
+        if wrong is not None:
+            wrong = f"{answer.kind}: {wrong}"
+        elif expected is not None and not _same(score, expected[place]):
+            wrong = f"scored {score}, and should {expected[place]}"
+        tried.append(Tried(columns["completions"][place], score, answer.seconds, wrong))
+    return tried
+
+
+_MESSAGES = [{"role": "user", "content": "?"}]
+
+
+def _by_kwargs(cases: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Cases that one function, made ready once, can answer."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for case in cases:
+        if missing := {"score"} - set(case):
+            raise UserError(f"CASES: {case!r:.80} has no {missing.pop()}")
+        columns = sorted(set(case) - set(OUR_KEYS) - set(GIVEN))
+        alike.setdefault(json.dumps([case["kwargs"], columns], sort_keys=True, default=str), []).append(case)
+    return list(alike.values())
+
+
+def _ids(text: str) -> list[int]:
+    """Stands in for a tokenizer: a token a word, at least one."""
+    return [zlib.crc32(word.encode(errors="replace")) % 1000 for word in text.split()[:10_000]] or [0]
+
+
+def _in_form(text: str, like: Mapping[str, Any]) -> Any:
+    return text if isinstance(like.get("completion", ""), str) else [{"role": "assistant", "content": text}]
+
+
+def _same(score: float | None, expected: float | None) -> bool:
+    if score is None or expected is None:
+        return score is expected
+    return math.isclose(score, expected, rel_tol=1e-6, abs_tol=1e-9)

@@ -1,0 +1,82 @@
+"""Rewards in words: what one grades and takes, and what became of it when it was tried out."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from grpo.errors import UserError
+from grpo.plugins import Function, Located
+from grpo.scoring.cases import Report, Tried
+from grpo.scoring.contract import GIVEN, HOOKS, is_factory
+
+WIDTH = 100
+
+
+def describe(located: Located) -> list[str]:
+    """What a reward grades, the columns it reads, and the arguments it takes."""
+    try:
+        function = located.load()
+    except UserError as error:
+        return [f"{located.name:<14} {error}"]
+    doc = inspect.getdoc(sys.modules[function.__module__]) or inspect.getdoc(function) or "(no description)"
+    lines = [f"{located.name:<14} {doc.splitlines()[0]}"]
+    columns, arguments = _columns(function), _arguments(function)
+    if columns:
+        lines.append(f"{'':<14} columns: {', '.join(columns)}")
+    if arguments:
+        lines += textwrap.wrap(
+            f"kwargs: {', '.join(arguments)}", WIDTH, initial_indent=" " * 15, subsequent_indent=" " * 23
+        )
+    return lines
+
+
+def report_lines(report: Report) -> list[str]:
+    """What went wrong, completion by completion, and then the sums."""
+    lines = [f"{_short(tried.completion)}: {tried.wrong}" for tried in report.wrong]
+    right = sum(tried.wrong is None for tried in report.cases)
+    lines.append(f"cases  {right} of {len(report.cases)} right" if report.cases else "cases  its file has no CASES")
+    failed = sum(tried.wrong is not None for tried in report.fuzz)
+    lines.append(f"fuzz   {len(report.fuzz)} completions, {failed} failures; {_latency(report.fuzz)}")
+    return lines
+
+
+def _latency(tried: Sequence[Tried]) -> str:
+    slowest = max(tried, key=lambda one: one.seconds)
+    ordered = sorted(one.seconds for one in tried)
+    p50, p95 = (ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.95))
+    return f"latency p50 {1000 * p50:.2f} ms, p95 {1000 * p95:.2f} ms, longest {1000 * slowest.seconds:.0f} ms on " + (
+        _short(slowest.completion)
+    )
+
+
+def _short(completion: object) -> str:
+    text = repr(completion)
+    return text if len(text) <= 60 else f"{text[:44]}… ({len(text):,} characters)"
+
+
+def _columns(function: Function) -> list[str]:
+    """The columns of the dataset that it cannot do without."""
+    if is_factory(function):
+        return []
+    return [
+        name
+        for name, p in inspect.signature(function).parameters.items()
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and name not in (*GIVEN, *HOOKS)
+    ]
+
+
+def _arguments(function: Function) -> list[str]:
+    factory = is_factory(function)
+    return [
+        name if p.default is p.empty else f"{name}={_value(p.default)}"
+        for name, p in inspect.signature(function).parameters.items()
+        if p.kind is not p.VAR_KEYWORD and name not in (*GIVEN, *HOOKS) and (factory or p.default is not p.empty)
+    ]
+
+
+def _value(default: object) -> str:
+    text = repr(default)
+    return text if len(text) <= 48 else "..."

@@ -1,0 +1,143 @@
+"""A reward of a recipe, wherever it runs: what it is called with, and what it has answered so far."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from grpo.config import RewardConfig
+from grpo.errors import UserError
+from grpo.plugins import Function, Located, locate_reward
+from grpo.scoring.contract import Answer, Columns, Reward, calls_of
+from grpo.scoring.process import Span, Worker
+
+
+class Request:
+    """The completions to score: their columns, the sizes of their groups, and the trainer's state.
+
+    The columns are pickled once for all workers.
+    """
+
+    def __init__(self, columns: Columns, sizes: Sequence[int], state: Mapping[str, Any]) -> None:
+        self.columns, self.sizes, self.state = columns, sizes, state
+        self.count = len(columns["completions"])
+        self._pickled: bytes | None = None
+        self._lock = threading.Lock()
+
+    def spans(self, calls: str) -> list[Span]:
+        """Which completions each call gets."""
+        sizes: Iterable[int] = {"step": [self.count], "group": self.sizes, "completion": [1] * self.count}[calls]
+        ends: list[int] = []
+        for size in sizes:
+            ends.append(size + (ends[-1] if ends else 0))
+        return list(zip([0, *ends], ends, strict=False))
+
+    def pickled(self) -> bytes:
+        with self._lock:
+            if self._pickled is None:
+                self._pickled = pickle.dumps(self.columns)
+            return self._pickled
+
+
+class Inline:
+    """A function in the trainer's own process: fast, and trusted."""
+
+    def __init__(self, name: str, function: Function, kwargs: Mapping[str, Any], calls: str | None = None) -> None:
+        self.name = name
+        try:
+            self._reward = Reward(function, kwargs)
+            self.calls = calls or calls_of(function)
+        except ValueError as error:
+            raise UserError(f"reward {name!r}: {error}") from None
+
+    def problem(self, columns: Collection[str]) -> str | None:
+        """Why it could not be called with these columns of the dataset; None if it can be."""
+        return self._reward.problem(columns)
+
+    def score(self, request: Request) -> list[tuple[Span, Answer]]:
+        """An answer for each call."""
+        return [
+            ((begin, end), self._reward({n: v[begin:end] for n, v in request.columns.items()}, request.state))
+            for begin, end in request.spans(self.calls)
+        ]
+
+    def wait_ready(self) -> None:
+        """It is."""
+
+    def close(self) -> None:
+        """Nothing is left behind."""
+
+
+class Isolated:
+    """A function in a worker process."""
+
+    def __init__(self, located: Located, kwargs: Mapping[str, Any], timeout: float, calls: str | None = None) -> None:
+        """Starts the worker, and does not wait for it."""
+        self.name, self._calls = located.name, calls
+        self.worker = Worker(located, kwargs, timeout)
+
+    def wait_ready(self) -> None:
+        """Wait until it is imported. Raises UserError where that cannot be done, or its arguments do not fit."""
+        self.worker.wait_ready()
+
+    def problem(self, columns: Collection[str]) -> str | None:
+        return self.worker.problem(columns)
+
+    def score(self, request: Request) -> list[tuple[Span, Answer]]:
+        spans = request.spans(self._calls or self.worker.calls)
+        try:
+            columns = request.pickled()
+        except Exception as error:  # a value of the dataset's that refuses
+            said = f"the dataset's columns cannot be sent to its process: {type(error).__name__}: {error}"
+            return [((begin, end), Answer.failed(end - begin, said)) for begin, end in spans]
+        return list(zip(spans, self.worker.score(columns, spans, request.state), strict=True))
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+def make_grader(config: RewardConfig) -> Inline | Isolated:
+    """The reward that a recipe's line means. Raises UserError for one that cannot be had."""
+    located = locate_reward(config.use)
+    located = Located(config.name or located.name, located.where, located.what)
+    if config.isolation == "inline":
+        return Inline(located.name, located.load(), config.kwargs, config.calls)
+    return Isolated(located, config.kwargs, config.timeout, config.calls)
+
+
+class Record:
+    """What a reward has done so far: failures since the start and lately, latencies, the first error."""
+
+    WINDOW = 3
+    """Scorings that count as lately."""
+
+    def __init__(self, max_failure_rate: float) -> None:
+        self.max_failure_rate = max_failure_rate
+        self.failures = 0
+        self.first_error: str | None = None
+        self.seconds: deque[float] = deque(maxlen=1000)
+        self._lately: deque[tuple[int, int]] = deque(maxlen=self.WINDOW)
+
+    def add(self, answers: Sequence[tuple[Span, Answer]]) -> None:
+        failed = sum(len(answer.failures) for _, answer in answers)
+        self.failures += failed
+        self._lately.append((failed, sum(len(answer.values) for _, answer in answers)))
+        self.seconds.extend(answer.seconds for _, answer in answers)
+        if self.first_error is None:
+            self.first_error = next((e for _, answer in answers for e in answer.failures.values()), None)
+
+    @property
+    def broken(self) -> str | None:
+        """In words, that it failed on too many; None if it did not."""
+        failed, count = map(sum, zip(*self._lately, strict=True))
+        if failed <= self.max_failure_rate * count:
+            return None
+        return f"failed on {failed} of the last {count} completions (max_failure_rate: {self.max_failure_rate:g})"
+
+    def latency(self, quantile: float) -> float:
+        """In seconds, of its last 1,000 calls."""
+        ordered = sorted(self.seconds)
+        return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]

@@ -1,0 +1,58 @@
+"""What worker processes print: the beginning of it is shown, and no amount of it can hurt."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections import deque
+
+SHOWN = 8192
+"""Bytes of a reward's prints that are passed on in each scoring."""
+TAIL = 600
+"""Characters of a dead worker's last words that go into its error."""
+
+
+class Output:
+    """A pipe for a worker's standard output and error, and a thread that empties it.
+
+    `descriptor` is the end to write to, and outlives the worker: its replacement gets the same.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._ours, self.descriptor = os.pipe()
+        self._shown, self._left_out = 0, 0
+        self._last: deque[bytes] = deque(maxlen=4)
+        threading.Thread(target=self._empty, name=f"output of {name}", daemon=True).start()
+
+    def begin(self) -> None:
+        """A new scoring: what was left out of the former is said, and there is room again."""
+        if self._left_out:
+            print(f"[{self.name}] printed {self._left_out:,} bytes more, not shown", file=sys.stderr)
+        self._shown, self._left_out = 0, 0
+
+    def tail(self) -> str:
+        """The last that was printed, to go after a message."""
+        text = b"".join(self._last).decode(errors="replace").strip()[-TAIL:]
+        return f"; it said: {text}" if text else ""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+    def _empty(self) -> None:
+        partial = b""
+        with os.fdopen(self._ours, "rb", buffering=0) as pipe:
+            while part := pipe.read(1 << 16):
+                self._last.append(part[-TAIL:])
+                show = part[: max(0, SHOWN - self._shown)]
+                self._shown += len(show)
+                self._left_out += len(part) - len(show)
+                *lines, partial = (partial + show).split(b"\n")
+                if len(partial) >= SHOWN:
+                    lines, partial = [*lines, partial], b""
+                for line in lines:
+                    print(f"[{self.name}] {line.decode(errors='replace')}", file=sys.stderr)

@@ -1,0 +1,85 @@
+"""The process that runs one reward function. Started as a script; it imports nothing of MLX.
+
+Its first message says where things are: `{path, located, kwargs}`, pickled; the reply, whether the function is ready.
+Then come requests, pickled, and replies in JSON, one for each call, so that the trainer always knows which call is
+under way. The function's prints go to standard output and error; the messages have a socket of their own.
+"""
+
+import contextlib
+import faulthandler
+import json
+import pickle
+import socket
+import sys
+from typing import Any
+
+
+def main(descriptor: int) -> None:
+    """Serve requests until the trainer is gone."""
+    channel = socket.socket(fileno=descriptor)
+    channel.set_inheritable(False)
+    sys.path[:0] = [sys.argv[2]]  # where this package is
+    from grpo.scoring.channel import receive, send
+
+    faulthandler.enable()
+    setup = pickle.loads(receive(channel))
+    sys.path[:] = setup["path"]
+
+    def reply(message: dict[str, Any]) -> None:
+        send(channel, json.dumps(message, default=str).encode())
+
+    with contextlib.ExitStack() as stack:
+        try:
+            reward, hello = _load(setup, stack)
+        except BaseException as error:  # whatever the function's file does when imported
+            hello = {"error": _in_short(error)}
+        reply(hello)
+        if "error" not in hello:
+            _serve(channel, reward, reply)
+
+
+def _serve(channel: socket.socket, reward: Any, reply: Any) -> None:
+    from grpo.scoring.channel import receive
+
+    while True:
+        try:
+            request = pickle.loads(receive(channel))
+        except ConnectionError:
+            return
+        if "check" in request:
+            reply({"problem": reward.problem(request["check"])})
+        else:
+            _score(reward, request, reply)
+            with contextlib.suppress(Exception):  # the function may have closed or replaced it
+                sys.stdout.flush()
+
+
+def _load(setup: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Any, dict[str, Any]]:
+    """The reward, and what to say of it; where no `kwargs` are given, only what its file has for tests."""
+    from grpo.plugins import Located
+    from grpo.scoring.contract import Reward, calls_of
+
+    function = Located(*setup["located"]).load()
+    if setup["kwargs"] is not None:
+        return Reward(function, setup["kwargs"]), {"calls": calls_of(function)}
+    module = sys.modules.get(function.__module__)
+    case_kwargs = getattr(module, "case_kwargs", contextlib.nullcontext)
+    cases = list(getattr(module, "CASES", []))
+    return None, {"calls": calls_of(function), "cases": cases, "case_kwargs": stack.enter_context(case_kwargs()) or {}}
+
+
+def _score(reward: Any, request: dict[str, Any], reply: Any) -> None:
+    columns = pickle.loads(request["columns"])
+    for begin, end in request["spans"]:
+        answer = reward({name: values[begin:end] for name, values in columns.items()}, request["state"])
+        reply({name: getattr(answer, name) for name in answer.__slots__})
+
+
+def _in_short(error: BaseException) -> str:
+    from grpo.errors import UserError
+
+    return str(error) if isinstance(error, UserError | ValueError) else f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

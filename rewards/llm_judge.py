@@ -1,0 +1,199 @@
+"""A score by another model, behind an OpenAI-compatible endpoint, that reads a prompt and a completion."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from grpo.scoring.text import texts
+
+PROMPT = """Grade the answer to the question from 0 (useless) to 10 (perfect).
+
+Question:
+{prompt}
+
+Answer:
+{completion}
+
+Think briefly, then end with a line `Score: N`."""
+SCORE = r"(?i)score\s*[:=]\s*\**\s*(-?\d+(?:\.\d+)?)"
+
+
+def reward(
+    model: str,
+    base_url: str = "https://api.openai.com/v1",
+    prompt: str = PROMPT,
+    pattern: str = SCORE,
+    low: float = 0.0,
+    high: float = 10.0,
+    temperature: float = 0.0,
+    max_tokens: int = 512,
+    api_key_env: str = "OPENAI_API_KEY",
+    concurrency: int = 8,
+    retries: int = 4,
+    request_timeout: float = 60.0,
+    cache: str | None = "~/.cache/grpo/llm_judge",
+) -> Callable[..., Any]:
+    """The last number that `pattern` finds in the judge's answer, from `low`..`high` onto 0..1; None where it has none.
+
+    `prompt` is a template over `{prompt}`, `{completion}` and the dataset's columns. The key is read from the
+    environment variable `api_key_env`, and sent nowhere but to `base_url`. Requests run side by side, as many as
+    `concurrency` says; what is refused for load or cannot be reached is asked again, up to `retries` times, with
+    growing pauses. Answers are kept in the folder `cache` (null: nowhere) by model and prompt. Give the reward a
+    `timeout` that a step's requests fit in.
+    """
+    if low >= high:
+        raise ValueError("kwargs.low is not below kwargs.high")
+    judge = _Judge(model, base_url, temperature, max_tokens, api_key_env, retries, request_timeout, cache)
+
+    async def score(
+        prompts: list[Any], completions: list[Any], log_extra: Callable[[str, list[Any]], None], **columns: Any
+    ) -> list[Any]:
+        columns = {name: values for name, values in columns.items() if isinstance(values, list)}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        asked = [
+            prompt.format_map({**row, "prompt": _as_text(question), "completion": text})
+            for question, text, row in zip(prompts, texts(completions), rows or [{}] * len(prompts), strict=True)
+        ]
+        with ThreadPoolExecutor(concurrency) as threads:
+            loop = asyncio.get_running_loop()
+            asking = [loop.run_in_executor(threads, judge.ask, question) for question in asked]
+            answers = await asyncio.gather(*asking, return_exceptions=True)
+        log_extra("llm_judge", [str(answer) for answer in answers])
+        return [a if isinstance(a, BaseException) else _number(a, pattern, low, high) for a in answers]
+
+    return score
+
+
+class _Judge:
+    """One question, one answer: from the cache, or from the endpoint."""
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        temperature: float,
+        max_tokens: int,
+        api_key_env: str,
+        retries: int,
+        request_timeout: float,
+        cache: str | None,
+    ) -> None:
+        self._url = base_url.rstrip("/") + "/chat/completions"
+        self._settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+        self._key_env, self._retries, self._timeout = api_key_env, retries, request_timeout
+        self._cache = Path(cache).expanduser() if cache else None
+
+    def ask(self, question: str) -> str:
+        """The judge's text. Raises RuntimeError where it cannot be had."""
+        body = json.dumps({**self._settings, "messages": [{"role": "user", "content": question}]}, sort_keys=True)
+        kept = self._kept(body)
+        if kept is not None and kept.is_file():
+            return kept.read_text(encoding="utf-8")
+        for attempt in range(self._retries + 1):
+            try:
+                answer = self._post(body)
+            except (OSError, ValueError, KeyError) as error:
+                if attempt == self._retries or not _passing(error):
+                    raise RuntimeError(f"{self._url}: {_said(error)}") from None
+                time.sleep(min(30.0, 2.0**attempt / 2) * (1 + random.random()))
+            else:
+                self._keep(kept, answer)
+                return answer
+        raise AssertionError
+
+    def _post(self, body: str) -> str:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self._key_env):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self._url, body.encode(), headers)
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=self._timeout) as response:
+            return str(json.load(response)["choices"][0]["message"]["content"] or "")
+
+    def _kept(self, body: str) -> Path | None:
+        name = hashlib.sha256(f"{self._url}\n{body}".encode()).hexdigest()
+        return self._cache / name[:2] / name if self._cache else None
+
+    def _keep(self, path: Path | None, answer: str) -> None:
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}-{random.randrange(1 << 32)}")
+        aside.write_text(answer, encoding="utf-8")
+        aside.replace(path)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key goes to one place: a redirection is an error."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _passing(error: Exception) -> bool:
+    """Whether it may go better the next time: load, a gateway, a connection; not a refusal."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code in (408, 409, 429) or error.code >= 500
+    return True
+
+
+def _said(error: Exception) -> str:
+    """What went wrong, without anything of the request in it."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _number(answer: str, pattern: str, low: float, high: float) -> float | None:
+    found = re.findall(pattern, answer)
+    if not found:
+        return None
+    return min(1.0, max(0.0, (float(found[-1]) - low) / (high - low)))
+
+
+def _as_text(prompt: Any) -> str:
+    return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+
+
+@contextlib.contextmanager
+def case_kwargs() -> Iterator[dict[str, Any]]:
+    """For the cases: a judge on this machine that answers with what the completion tells it to."""
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            said = asked["messages"][-1]["content"].partition("JUDGE SAYS ")[2].partition("\n")[0]
+            body = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {"model": "case", "base_url": f"http://127.0.0.1:{server.server_port}/v1", "cache": None}
+        server.shutdown()
+
+
+CASES = [
+    {"completion": "JUDGE SAYS Good. Score: 8", "score": 0.8},
+    {"completion": "JUDGE SAYS Score: 3, no: **Score:** 4, no: Score: 5", "score": 0.5},
+    {"completion": "JUDGE SAYS Score: 99", "score": 1.0},
+    {"completion": "JUDGE SAYS I would rather not", "score": None},
+    {"completion": "", "score": None},
+]

@@ -1,0 +1,137 @@
+"""`grpo rewards`, and a run beside rewards that misbehave."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from grpo.plugins import bundled_names
+
+MISBEHAVING = Path(__file__).parents[1] / "scoring/misbehaving.py"
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_list_names_them_all_with_what_they_grade(run_cli) -> None:
+    ran = run_cli("rewards", "list")
+    assert ran.code == 0
+    listed = [line.split()[0] for line in ran.out.splitlines() if not line.startswith(" ")]
+    assert listed == bundled_names("rewards", ".py")
+    assert "kwargs: tokens, kind='target', cache=0" in ran.out
+    assert "columns: answer" in ran.out
+
+
+def test_new_writes_one_that_passes_its_own_test(run_cli, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_cli("rewards", "new", "mine").code == 0
+    ran = run_cli("rewards", "test", "mine.py")
+    assert ran.code == 0, ran.err
+    assert "cases  5 of 5 right" in ran.out
+    assert ", 0 failures; latency p50 " in ran.out
+    again = run_cli("rewards", "new", "mine")
+    assert (again.code, "mine.py exists already" in again.err) == (2, True)
+    assert run_cli("rewards", "new", "no name").code == 2
+
+
+def test_test_shows_what_is_wrong_and_fails(run_cli, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "def reward(completions, bonus=0, **_):\n    return [bonus + 1 / len(text) for text in completions]\n"
+        "CASES = [{'completion': 'ab', 'score': 0.5}, {'completion': 'ab', 'score': 0.6}]\n"
+    )
+    ran = run_cli("rewards", "test", "mine.py")
+    assert ran.code == 1
+    assert "'ab': scored 0.5, and should 0.6" in ran.out
+    assert "'': error: ZeroDivisionError" in ran.out
+    assert "cases  1 of 2 right" in ran.out
+    assert "reward 'mine.py': 2 completions went wrong" in ran.err
+    with_bonus = run_cli("rewards", "test", "mine.py", "--kwarg", "bonus=0.1")
+    assert "'ab': scored 0.6, and should 0.5" in with_bonus.out
+    assert run_cli("rewards", "test", "mine.py", "--kwarg", "bnus=1").code == 2
+    assert run_cli("rewards", "test", "nowhere").code == 2
+
+
+def test_score_shows_what_would_have_changed(run_cli, recipe) -> None:
+    assert run_cli("train", recipe).code == 0
+    same = run_cli("rewards", "score", "runs/toy", "--reward", "digits.py")
+    assert same.code == 0, same.err
+    assert "0 of 16 completions get another score; 0 failures; correlation 1.000" in same.out
+    assert "0 of 4 groups would have preferred another completion" in same.out
+    Path("digits.py").write_text("def reward(completions, **_):\n    return [-len(text) / 8 for text in completions]\n")
+    changed = run_cli("rewards", "score", "runs/toy", "--reward", "digits.py", "--examples", "1")
+    assert "digits, as stored" in changed.out
+    assert "16 of 16 completions get another score" in changed.out
+    assert changed.out.count("\nstep ") == 1
+    other = run_cli("rewards", "score", "runs/toy", "--reward", "language")
+    assert "reward, as stored" in other.out
+    assert run_cli("rewards", "score", "runs", "--reward", "language").code == 2
+    wrong = run_cli("rewards", "score", "runs/toy", "--reward", "language", "--against", "nothing")
+    assert (wrong.code, "this run stored digits, reward" in wrong.err) == (2, True)
+
+
+MODES = {
+    # what misbehaves: kind of failure
+    "raises": "error",
+    "segfaults": "error",
+    "exits": "error",
+    "wrong_length": "error",
+    "nan": "error",
+    "infinite": "error",
+    "strings": "error",
+    "threads": "timeout",
+    "hangs": "timeout",
+    "prints": None,
+    "globals_changed": "error",  # it breaks its own worker, and nobody else
+}
+
+
+def test_a_run_with_rewards_that_misbehave_in_every_way_goes_to_its_end(run_cli, recipe) -> None:
+    text = recipe.read_text()
+    began = time.monotonic()
+    assert run_cli("train", recipe, "output_dir=runs/alone").code == 0
+    alone = time.monotonic() - began
+    limits = {name: 1.0 if kind == "timeout" else 20.0 for name, kind in MODES.items()}
+    mine = [f"{{use: {MISBEHAVING}:{name}, weight: 0, timeout: {limit}}}" for name, limit in limits.items()]
+    recipe.write_text(text.replace('{use: "digits.py:reward"}', ", ".join(['{use: "digits.py:reward"}', *mine])))
+    began = time.monotonic()
+    ran = run_cli("train", recipe)
+    took = time.monotonic() - began
+    assert ran.code == 0, ran.err
+    assert took < alone + 2 * 1.0 + 10  # two steps of one limit each (they wait side by side), and twelve processes
+    assert os.getcwd() == str(recipe.parent)
+    for n, step in enumerate(lines(Path("runs/toy/metrics.jsonl")), 1):
+        assert step["rewards/digits/error_rate"] == step["rewards/digits/timeout_rate"] == 0
+        for name, kind in MODES.items():
+            rates = {k: step[f"rewards/{name}/{k}_rate"] for k in ("none", "error", "timeout")}
+            assert rates == {"none": 0, "error": 0, "timeout": 0} | ({kind: 1.0} if kind else {}), name
+            assert step[f"rewards/{name}/failures"] == (8 * n if kind else 0)
+        assert step["time/rewards/hangs/p50"] >= 1
+    alone_steps = lines(Path("runs/alone/metrics.jsonl"))
+    for a, b in zip(alone_steps, lines(Path("runs/toy/metrics.jsonl")), strict=True):
+        assert (a["reward"], a["loss"], a["grad_norm"]) == (b["reward"], b["loss"], b["grad_norm"])
+    stored = pq.read_table("runs/toy/completions/step-000002.parquet").to_pylist()
+    assert all(row["failure/hangs"].startswith("timeout: no answer in 1 s") for row in stored)
+    assert all("ZeroDivisionError" in row["failure/raises"] for row in stored)
+    assert all(row["failure/prints"] is None and row["reward/prints"] == 1 for row in stored)
+    assert "[prints] printed " in ran.err
+
+
+def test_a_weighted_reward_that_sometimes_fails_keeps_its_completions_out(run_cli, recipe, tmp_path) -> None:
+    (tmp_path / "flaky.py").write_text(
+        "CALLS = 'completion'\nseen = []\n\ndef reward(completions, **_):\n    seen.append(1)\n"
+        "    if len(seen) % 4 == 0:\n        raise OSError('away')\n    return [0.5 * (len(seen) % 2)]\n"
+    )
+    recipe.write_text(recipe.read_text().replace('[{use: "digits.py:reward"}]', '[{use: "flaky.py"}]'))
+    ran = run_cli("train", recipe)
+    assert ran.code == 0, ran.err
+    for step in lines(Path("runs/toy/metrics.jsonl")):
+        assert step["rewards/flaky/error_rate"] == 0.25
+        assert step["reward"] == pytest.approx(1 / 3)
+    for row in pq.read_table("runs/toy/completions/step-000001.parquet").to_pylist():
+        assert (row["reward"] is None) == (row["failure/flaky"] is not None) == (row["index"] == 3)
+        assert row["advantage"] == 0 or row["index"] != 3

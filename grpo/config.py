@@ -267,7 +267,9 @@ class CheckpointConfig(Section):
     every: Positive = 25
     """Steps between checkpoints. The last step always has one."""
     keep: Positive = 3
-    """How many to keep: the newest."""
+    """How many to keep: the newest. The best is kept besides."""
+    metric_for_best_model: str | None = None
+    """The evaluation's metric by which one is the best, highest first, such as `pass@4`. Default: avg@k."""
 
 
 class WandbConfig(Section):
@@ -318,6 +320,8 @@ class Recipe(Section):
             raise ValueError(f"rollout.dynamic_sampling: with the {self.baseline} baseline uniform groups teach too")
         if (self.advantage.soft_overlong_cache or 0) >= self.rollout.max_completion_length:
             raise ValueError("advantage.soft_overlong_cache is not below rollout.max_completion_length")
+        if self.checkpoint.metric_for_best_model is not None and self.eval is None:
+            raise ValueError("checkpoint.metric_for_best_model does nothing without an eval section")
         if self.optim.warmup_steps >= self.optim.steps:
             raise ValueError("optim.warmup_steps is not below optim.steps")
         if self.loss.preset.surrogate == "reinforce" and max(self.optim.num_iterations, self.optim.num_minibatches) > 1:
@@ -325,6 +329,12 @@ class Recipe(Section):
         if "scale_rewards" in self.advantage.changed and self.baseline not in ("group", "leave_one_out"):
             raise ValueError(f"advantage.scale_rewards does nothing with the {self.baseline} baseline")
         return self
+
+    @property
+    def best_metric(self) -> str:
+        """The evaluation's metric by which the best checkpoint is kept."""
+        assert self.eval is not None
+        return self.checkpoint.metric_for_best_model or f"avg@{self.eval.samples}"
 
     @property
     def baseline(self) -> Baseline:

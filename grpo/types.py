@@ -99,10 +99,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one training step measured, by TRL's names."""
+    """What one training step measured, by TRL's names, and the groups that it learnt from."""
 
     step: int
     values: Mapping[str, float]
+    groups: tuple[Group, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,15 @@ class Scorer:
             for group in groups
         ]
 
+    def state(self) -> dict[str, dict[str, int]]:
+        """What it has counted: what `load_state` takes."""
+        return {"failures": dict(self.failures), "in_a_row": dict(self._in_a_row)}
+
+    def load_state(self, state: Mapping[str, Mapping[str, int]]) -> None:
+        """Go on counting; a function that is new starts from nothing."""
+        for counts, saved in ((self.failures, state["failures"]), (self._in_a_row, state["in_a_row"])):
+            counts.update({name: count for name, count in saved.items() if name in counts})
+
     def check(self, columns: Collection[str]) -> None:
         """Raise UserError for a function that could not be called with these columns of the dataset."""
         given = {*columns, "prompts", "completions", "completion_ids"} - {"prompt"}

@@ -1,18 +1,27 @@
-"""`metrics.jsonl` and `eval.jsonl`: one JSON object a line, flushed as it is written."""
+"""`metrics.jsonl` and `eval.jsonl`: one JSON object a line, on the disk as it is written."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 from pathlib import Path
 
+from grpo.training.folder import EVALUATIONS, METRICS
 from grpo.types import EvalMetrics, StepMetrics
+
+warn = logging.getLogger(__name__).warning
 
 
 class JsonlLogger:
-    """Appends each record to its file in the run's folder."""
+    """Appends each record to its file in the run's folder.
+
+    Lines that cannot be written (the disk is full, the folder gone) are kept and written with the next that can.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._waiting: dict[str, list[str]] = {METRICS: [], EVALUATIONS: []}
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         line: dict[str, object] = {"step": record.step}
@@ -21,6 +30,35 @@ class JsonlLogger:
             line |= {"n": record.n, **record.values, **intervals}
         else:
             line |= record.values
-        name = "eval.jsonl" if isinstance(record, EvalMetrics) else "metrics.jsonl"
-        with (self._folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        name = EVALUATIONS if isinstance(record, EvalMetrics) else METRICS
+        self._waiting[name].append(json.dumps(line) + "\n")
+        for name in self._waiting:
+            self._flush(name)
+
+    def _flush(self, name: str) -> None:
+        lines = self._waiting[name]
+        if not lines:
+            return
+        try:
+            _append(self._folder / name, "".join(lines).encode())
+        except OSError as error:
+            if len(lines) == 1:  # said once, until it works again
+                warn("%s cannot be written: %s. Its lines are kept until it can", self._folder / name, error.strerror)
+        else:
+            lines.clear()
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append all of `data` or nothing, and see it to the disk."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(file).st_size
+        try:
+            while data:
+                data = data[os.write(file, data) :]
+            os.fsync(file)
+        except OSError:
+            os.ftruncate(file, size)
+            raise
+    finally:
+        os.close(file)

@@ -8,8 +8,8 @@ from pathlib import Path
 from grpo.errors import UserError
 from grpo.plugins import find_recipe
 from grpo.recipe import load_recipe
-from grpo.training.checkpoint import step_of
-from grpo.training.folder import RECIPE, is_run, newest_checkpoint
+from grpo.training.checkpoint import RECIPE, step_of
+from grpo.training.folder import is_run, newest_checkpoint
 from grpo.training.setup import prepare
 from grpo.types import EvalMetrics
 

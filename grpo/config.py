@@ -279,9 +279,18 @@ class WandbConfig(Section):
     """`offline` writes the run to its folder, for `wandb sync` later."""
 
 
+class CompletionsConfig(Section):
+    every: Positive = 1
+    """Steps between those whose completions are stored; the first one's always are."""
+    groups: Positive | None = None
+    """Of a stored step, keep so many prompts with all their completions, drawn from the seed. Default: all."""
+
+
 class LogConfig(Section):
     wandb: WandbConfig | None = None
     """Log to Weights & Biases as well."""
+    completions: CompletionsConfig | None = CompletionsConfig()
+    """Which completions are stored in the run's folder, with scores, failures and advantages. null: none."""
 
 
 class Recipe(Section):

@@ -43,16 +43,30 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a reward function has no score for a completion that it should have one for."""
+
+    kind: Literal["error", "timeout"]
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.error}"
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """A completion and what became of it.
 
-    `scores` are the raw values by reward name, None where a reward gave none; `reward` is their weighted sum,
-    None where none scored it or one `failed` on it; `penalty` is taken off it before advantages are; `advantage` is
-    0 until the objective has set it.
+    `scores` are the raw values by reward name, None where a reward gave none, and `failures` says by name which of them
+    failed; `extras` is what rewards had to add by `log_extra`. `reward` is the weighted sum of scores, None where none
+    scored it or one that counts `failed` on it; `penalty` is taken off it before advantages are; `advantage` is 0 until
+    the objective has set it.
     """
 
     completion: Completion
     scores: Mapping[str, float | None] = field(default_factory=dict)
+    failures: Mapping[str, Failure] = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)
     failed: bool = False
     reward: float | None = None
     penalty: float = 0.0
@@ -99,7 +113,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one training step measured, by TRL's names, and the groups that it learnt from."""
+    """What one training step measured, by TRL's names.
+
+    `groups` are all that were sampled; those that were learnt from come first, with their advantages.
+    """
 
     step: int
     values: Mapping[str, float]

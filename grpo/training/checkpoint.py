@@ -15,11 +15,11 @@ from typing import Any
 import mlx.core as mx
 
 from grpo.errors import UserError
-from grpo.model.adapters import CONFIG, WEIGHTS
+from grpo.model.adapters import CONFIG
 from grpo.training.state import Arrays, RunState
 
-STATE, OPTIMIZER, RECIPE, SUMS = "state.json", "optimizer.safetensors", "recipe.yaml", "SHA256SUMS"
-FILES = (CONFIG, WEIGHTS, OPTIMIZER, RECIPE, STATE)
+STATE, RECIPE, SUMS = "state.json", "recipe.yaml", "SHA256SUMS"
+ARRAYS = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +62,15 @@ def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) 
 
 
 def _write(folder: Path, state: RunState, context: Context) -> None:
-    _save_arrays(folder / WEIGHTS, state.trainer.adapter)
-    _save_arrays(folder / OPTIMIZER, state.trainer.optimizer)
+    for name, arrays in state.trainer.arrays.items():
+        _save_arrays(folder / f"{name}{ARRAYS}", arrays)
     versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "grpo-mlx")}
     plain = {**state.plain(), "sources": dict(context.sources), "versions": versions}
     (folder / CONFIG).write_text(json.dumps(context.adapter, indent=2) + "\n", encoding="utf-8")
     (folder / STATE).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(context.recipe, encoding="utf-8")
-    (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
+    names = [CONFIG, *(f"{name}{ARRAYS}" for name in state.trainer.arrays), RECIPE, STATE]
+    (folder / SUMS).write_text("".join(_sum(folder, name) for name in names), encoding="utf-8")
 
 
 def _save_arrays(path: Path, arrays: Arrays) -> None:
@@ -79,9 +80,9 @@ def _save_arrays(path: Path, arrays: Arrays) -> None:
         raise OSError(f"{path.name}: {error}") from error
 
 
-def _sums(folder: Path) -> str:
-    """The checksums of a checkpoint's files, as `sha256sum` prints them."""
-    return "".join(f"{hash_of(folder / name)}  {name}\n" for name in FILES)
+def _sum(folder: Path, name: str) -> str:
+    """A file's line in the checksums, as `sha256sum` prints it."""
+    return f"{hash_of(folder / name)}  {name}\n"
 
 
 def hash_of(path: Path) -> str:
@@ -107,18 +108,17 @@ def _number(checkpoint: Path) -> int:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None when every one is what was written."""
-    for name in (*FILES, SUMS):
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
     try:
-        written = (checkpoint / SUMS).read_bytes()
-        found = _sums(checkpoint).encode()
+        lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines(keepends=True)
+        if not lines or lines[-1].split()[-1:] != [STATE]:  # it is written last, so a shorter list is a damaged one
+            return f"{SUMS}: not what was written"
+        names = [line.rstrip("\n").partition("  ")[2] for line in lines]
+        wrong = [name for name, line in zip(names, lines, strict=True) if _sum(checkpoint, name) != line]
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if written == found:
-        return None
-    wrong = [name for name, line in zip(FILES, found.splitlines(), strict=True) if line not in written.splitlines()]
-    return f"{', '.join(wrong) or SUMS}: not what was written"
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except ValueError:  # no text, or a name that no file can have
+        return f"{SUMS}: not what was written"
+    return f"{', '.join(wrong)}: not what was written" if wrong else None
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
@@ -137,15 +137,14 @@ def load_checkpoint(checkpoint: Path) -> tuple[RunState, Context]:
     if (wrong := damage(checkpoint)) is not None:
         raise UserError(f"checkpoint {checkpoint}: {wrong}")
     plain = read_state(checkpoint)
-    adapter: Any = mx.load(str(checkpoint / WEIGHTS))
-    optimizer: Any = mx.load(str(checkpoint / OPTIMIZER))
-    mx.eval(adapter, optimizer)  # read now: the files may be replaced later
+    arrays: dict[str, Any] = {path.stem: mx.load(str(path)) for path in checkpoint.glob(f"*{ARRAYS}")}
+    mx.eval(arrays)  # read now: the files may be replaced later
     context = Context(
         recipe=(checkpoint / RECIPE).read_text(encoding="utf-8"),
         sources=plain["sources"],
         adapter=json.loads((checkpoint / CONFIG).read_text(encoding="utf-8")),
     )
-    return RunState.of(plain, adapter, optimizer), context
+    return RunState.of(plain, arrays), context
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

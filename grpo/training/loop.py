@@ -9,7 +9,8 @@ from pathlib import Path
 
 from grpo.errors import RunError
 from grpo.training.checkpoint import Context, newest_whole, save_checkpoint
-from grpo.training.folder import CHECKPOINTS, restore_folder
+from grpo.training.completions import store_completions
+from grpo.training.folder import CHECKPOINTS, COMPLETIONS, restore_folder
 from grpo.training.signals import Stopped, StopRequest
 from grpo.training.state import Best, RunState
 from grpo.training.trainer import Trainer
@@ -78,6 +79,7 @@ class Loop:
             metrics = self.trainer.step(self.state.step + 1)
         self.state = replace(self.state, step=metrics.step, trainer=self.trainer.state())
         self.tell(metrics)
+        self._store(metrics)
 
     def _evaluate(self) -> None:
         step, evaluate = self.state.step, self.trainer.evaluate
@@ -105,6 +107,14 @@ class Loop:
             self._write()
         except OSError as error:
             log.warning("%s. Training goes on; the next checkpoint may succeed.", self._unsaved(error))
+
+    def _store(self, metrics: StepMetrics) -> None:
+        """Keep the step's completions, if there is room for them."""
+        try:
+            store_completions(self.folder / COMPLETIONS, metrics.step, metrics.groups, self.cfg)
+        except OSError as error:
+            why = error.strerror or error
+            log.warning("the completions of step %d could not be stored: %s", metrics.step, why)
 
     def _save_last(self) -> None:
         try:

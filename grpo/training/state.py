@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from grpo.errors import UserError
 from grpo.types import EvalMetrics
 
 Arrays = Mapping[str, mx.array]
@@ -20,14 +21,19 @@ Arrays = Mapping[str, mx.array]
 class TrainerState:
     """What training changes.
 
-    `adapter` and `optimizer` are arrays by path (the optimiser's step and moments), in the dtypes they train in;
-    `tasks` is the stream's cursor and count of dropped prompts, `scorer` its counts of failures.
+    `arrays` by file and path, in the dtypes they train in: `adapters`, and the `optimizer`'s step and moments. `counts`
+    is what rooms count, as JSON holds it: the `tasks`' cursor, and what the `scorer` has seen of failures.
     """
 
-    adapter: Arrays
-    optimizer: Arrays
-    tasks: Mapping[str, int]
-    scorer: Mapping[str, Mapping[str, int]]
+    arrays: Mapping[str, Arrays]
+    counts: Mapping[str, Any]
+
+    def check_fits(self, other: TrainerState) -> None:
+        """Raise UserError if this is not a state of the trainer that `other` is a state of."""
+        for name, arrays in other.arrays.items():
+            mine = {path: array.shape for path, array in self.arrays.get(name, {}).items()}
+            if mine != {path: array.shape for path, array in arrays.items()}:
+                raise UserError(f"resume: the checkpoint's {name}: other arrays or shapes than this recipe's")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +60,19 @@ class RunState:
         return {
             "step": self.step,
             "run_id": self.run_id,
-            "tasks": dict(self.trainer.tasks),
-            "scorer": {name: dict(counts) for name, counts in self.trainer.scorer.items()},
+            "counts": dict(self.trainer.counts),
             "before": self.before and asdict(self.before),
             "after": self.after and asdict(self.after),
             "best": self.best and asdict(self.best),
         }
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any], adapter: Arrays, optimizer: Arrays) -> RunState:
+    def of(cls, plain: Mapping[str, Any], arrays: Mapping[str, Arrays]) -> RunState:
         """What `plain` was taken of, with its arrays."""
         return cls(
             step=plain["step"],
             run_id=plain["run_id"],
-            trainer=TrainerState(adapter, optimizer, plain["tasks"], plain["scorer"]),
+            trainer=TrainerState(arrays, plain["counts"]),
             before=_evaluation(plain["before"]),
             after=_evaluation(plain["after"]),
             best=plain["best"] and Best(**plain["best"]),

@@ -11,7 +11,6 @@ from grpo.backend.device import on_gpu
 from grpo.backend.random import derive_key
 from grpo.config import Recipe
 from grpo.data.stream import TaskStream
-from grpo.errors import UserError
 from grpo.model.policy import Policy
 from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
@@ -69,10 +68,10 @@ class Trainer:
         status = self.status(n, beta) | penalty_metrics(groups, cfg)
         if "entropy" not in update.metrics:  # nothing was trained on; entropy is told all the same
             status["entropy"] = mean_entropy(groups, policy, cfg)
-        return replace(step_metrics(n, sampled, update, status, clock.laps), groups=tuple(groups))
+        return replace(step_metrics(n, sampled, update, status, clock.laps), groups=(*groups, *sampled[len(groups) :]))
 
     def sample(self, n: int, clock: _Clock) -> tuple[list[Group], list[Group]]:
-        """All groups that were sampled and scored, and the step's worth of them to learn from.
+        """All groups that were sampled and scored, and the step's worth of them to learn from, which come first.
 
         With `rollout.dynamic_sampling` groups without variance are replaced by fresh prompts, so many times at most;
         what is still missing then is filled up with them.
@@ -91,7 +90,7 @@ class Trainer:
             sampled += with_rewards(self.scorer.score(groups), cfg.rewards)
             clock.lap("reward")
         varied_first = sorted(sampled, key=has_variance, reverse=True) if cfg.rollout.dynamic_sampling else sampled
-        return sampled, varied_first[: cfg.rollout.prompts_per_step]
+        return varied_first, varied_first[: cfg.rollout.prompts_per_step]
 
     def status(self, n: int, beta: float) -> dict[str, float]:
         """What the trainer itself has to tell about a step."""
@@ -105,21 +104,21 @@ class Trainer:
 
     def state(self) -> TrainerState:
         """What the steps so far have changed: what `load_state` takes."""
-        optimizer = dict(tree_flatten(self.update.optimizer.state))
-        return TrainerState(self.policy.adapters.state(), optimizer, self.tasks.state(), self.scorer.state())
+        return TrainerState(
+            arrays={
+                "adapters": self.policy.adapters.state(),
+                "optimizer": tree_flatten(self.update.optimizer.state, destination={}),
+            },
+            counts={"tasks": self.tasks.state(), "scorer": self.scorer.state()},
+        )
 
     def load_state(self, state: TrainerState) -> None:
         """Go on where a trainer with this recipe was. Raises UserError for the state of another model or adapter."""
-        for what, old, new in (
-            ("adapter", self.policy.adapters.state(), state.adapter),
-            ("optimiser", dict(tree_flatten(self.update.optimizer.state)), state.optimizer),
-        ):
-            if {path: array.shape for path, array in old.items()} != {path: a.shape for path, a in new.items()}:
-                raise UserError(f"resume: the checkpoint's {what} has other arrays or shapes than this recipe's")
-        self.policy.adapters.load_state(state.adapter)
-        self.update.optimizer.state = tree_unflatten(list(state.optimizer.items()))
-        self.tasks.load_state(state.tasks)
-        self.scorer.load_state(state.scorer)
+        state.check_fits(self.state())
+        self.policy.adapters.load_state(state.arrays["adapters"])
+        self.update.optimizer.state = tree_unflatten(dict(state.arrays["optimizer"]))
+        self.tasks.load_state(state.counts["tasks"])
+        self.scorer.load_state(state.counts["scorer"])
 
 
 class _Clock:

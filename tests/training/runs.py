@@ -5,6 +5,7 @@ from pathlib import Path
 
 from grpo.recipe import load_recipe
 from grpo.telemetry.jsonl import JsonlLogger
+from grpo.training.completions import read_completions, stored_steps
 from grpo.training.loop import Loop, Outcome
 from grpo.training.resume import context, find_start
 from grpo.training.setup import prepare
@@ -37,6 +38,9 @@ def same_end(one: Path, other: Path) -> None:
     for name in ("metrics.jsonl", "eval.jsonl"):
         if (one / name).exists() or (other / name).exists():
             assert timeless(one / name) == timeless(other / name)
+    stored, also = (stored_steps(folder / "completions") for folder in (one, other))
+    assert [path.name for path in stored] == [path.name for path in also]
+    assert all(read_completions(a) == read_completions(b) for a, b in zip(stored, also, strict=True))
     last, same = (sorted((folder / "checkpoints").iterdir())[-1] for folder in (one, other))
     assert last.name == same.name
     for name in ("adapters.safetensors", "optimizer.safetensors"):

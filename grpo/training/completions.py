@@ -1,0 +1,180 @@
+"""What a run sampled, kept to be looked at: `completions/step-000012.parquet`, a row for each completion.
+
+`fields` is the schema. The writer and the reader are here, side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo.backend.random import derive_seed
+from grpo.config import Recipe
+from grpo.errors import UserError
+from grpo.types import Completion, Failure, Group, Prompt, Rollout, Task
+
+PROMPT = "prompt"
+"""In the `columns` of a row: the prompt as rewards saw it, a text or messages."""
+
+
+def store_completions(folder: Path, step: int, groups: Sequence[Group], cfg: Recipe) -> Path | None:
+    """Write a step's completions, or some of them, or none, as `log.completions` says. Returns the file.
+
+    `groups` are all that were sampled, those that were learnt from first; the others' advantages are null. The file is
+    written aside and synced, and appears under its name by one rename.
+    """
+    setting = cfg.log.completions
+    if setting is None or (step - 1) % setting.every:
+        return None
+    kept = range(len(groups))
+    if setting.groups is not None and setting.groups < len(groups):
+        draws = random.Random(derive_seed(cfg.seed, "completions", step))
+        kept = sorted(draws.sample(kept, setting.groups))  # type: ignore[assignment]
+    learnt = cfg.rollout.prompts_per_step
+    rows = [
+        _row(step, g, i, groups[g].task, rollout, learnt=g < learnt)
+        for g in kept
+        for i, rollout in enumerate(groups[g].rollouts)
+    ]
+    return _write(folder, step, rows)
+
+
+def stored_steps(folder: Path) -> list[Path]:
+    """The stored steps of a run's `completions` folder, oldest first."""
+    return sorted(folder.glob("step-*.parquet"))
+
+
+def read_completions(path: Path) -> tuple[int, list[Group]]:
+    """The step of a stored file, and its groups as they were, advantages included (0 for null).
+
+    Token ids and logprobs of the prompt are not stored: the tasks have none. Raises UserError for what is not such a
+    file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        by_group: dict[int, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_group.setdefault(row["group"], []).append(row)
+        return rows[0]["step"] if rows else 0, [_group(place, members) for place, members in by_group.items()]
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{path}: not completions that a run of ours stored: {error}") from error
+
+
+def fields(rows: Sequence[dict[str, Any]]) -> Any:
+    """The schema of a step's file, as pyarrow has it: the fixed columns, then those of each reward by its name.
+
+    `group` is the place in the step, `index` that in the group; `token_ids` and `logprobs` are those of the completion,
+    the stop token included; `advantage` is null for groups that were sampled but not learnt from; `reward` is before
+    `penalty`. `reward/<name>` is null where a reward gave no score, and `failure/<name>` says why if it failed
+    ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and the prompt as rewards saw it.
+    `extra/<name>` is JSON, by `log_extra`.
+    """
+    import pyarrow as pa
+
+    fixed = [
+        ("step", pa.int64()),
+        ("group", pa.int32()),
+        ("index", pa.int32()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("finish_reason", pa.string()),
+        ("reward", pa.float64()),
+        ("penalty", pa.float64()),
+        ("advantage", pa.float64()),
+        ("columns", pa.string()),
+    ]
+    known = {name for name, _ in fixed}
+    own = dict.fromkeys(name for row in rows for name in row if name not in known)
+    return pa.schema([*fixed, *((name, pa.float64() if name.startswith("reward/") else pa.string()) for name in own)])
+
+
+def _write(folder: Path, step: int, rows: list[dict[str, Any]]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:06d}.parquet"
+    aside = folder / f".{final.name}.partial"
+    try:
+        with aside.open("wb") as file:
+            pq.write_table(pa.Table.from_pylist(rows, schema=fields(rows)), file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(final)
+    finally:
+        aside.unlink(missing_ok=True)
+    return final
+
+
+def _row(step: int, group: int, index: int, task: Task, rollout: Rollout, learnt: bool) -> dict[str, Any]:
+    completion = rollout.completion
+    return {
+        "step": step,
+        "group": group,
+        "index": index,
+        "prompt": _as_text(task.prompt),
+        "completion": _valid(completion.text),
+        "token_ids": completion.token_ids,
+        "logprobs": completion.logprobs,
+        "finish_reason": completion.finish_reason,
+        "reward": rollout.reward,
+        "penalty": rollout.penalty,
+        "advantage": rollout.advantage if learnt else None,
+        "columns": json.dumps({**task.columns, PROMPT: task.prompt}, default=str),
+        **{f"reward/{name}": score for name, score in rollout.scores.items()},
+        **{f"failure/{name}": _valid(str(rollout.failures.get(name, ""))) or None for name in rollout.scores},
+        **{f"extra/{name}": json.dumps(value, default=str) for name, value in rollout.extras.items()},
+    }
+
+
+def _group(place: int, rows: Sequence[dict[str, Any]]) -> Group:
+    columns = json.loads(rows[0]["columns"])
+    return Group(Task(place, columns[PROMPT], (), columns), tuple(_rollout(row) for row in rows))
+
+
+def _rollout(row: dict[str, Any]) -> Rollout:
+    logprobs = row["logprobs"]
+    return Rollout(
+        Completion(
+            tuple(row["token_ids"]),
+            None if logprobs is None else tuple(logprobs),
+            row["completion"],
+            row["finish_reason"],
+        ),
+        scores=_named(row, "reward/"),
+        failures={name: _failure(text) for name, text in _named(row, "failure/").items() if text is not None},
+        extras={name: json.loads(text) for name, text in _named(row, "extra/").items() if text is not None},
+        reward=row["reward"],
+        penalty=row["penalty"],
+        advantage=row["advantage"] or 0.0,
+    )
+
+
+def _failure(text: str) -> Failure:
+    kind, _, error = text.partition(": ")
+    return Failure("timeout" if kind == "timeout" else "error", error)
+
+
+def _named(row: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+
+def _as_text(prompt: Prompt) -> str:
+    """A prompt for people: messages as `role: content`, with an empty line between them."""
+    if isinstance(prompt, str):
+        return _valid(prompt)
+    return _valid("\n\n".join(f"{message['role']}: {message['content']}" for message in prompt))
+
+
+def _valid(text: str) -> str:
+    """The text without lone surrogates, which no UTF-8 can hold."""
+    return text.encode(errors="replace").decode()

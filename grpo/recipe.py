@@ -64,15 +64,22 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     a wrong type or out of bounds; the message names file, line, key, what was given and what was expected.
     Files and folders that the recipe names are looked for beside it, then in the working directory.
     """
-    source = _read(path)
+    return _resolved(_checked(_read(path), overrides), path)
+
+
+def recipe_of(data: dict[str, Any], what: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe that is in no file, as `load_recipe` would give it. Errors are said to be of `what`."""
+    return _resolved(_checked(_Source(data, {(): what}), overrides), Path(what))
+
+
+def _checked(source: _Source, overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         _override(source, override)
     try:
         # Through JSON, because there strict means "no coercion" and yet lists may fill tuples.
-        recipe = Recipe.model_validate_json(json.dumps(source.data, default=str))
+        return Recipe.model_validate_json(json.dumps(source.data, default=str))
     except ValidationError as error:
         raise UserError("\n".join(explanations(error, source.data, source.locate))) from None
-    return _resolved(recipe, path)
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -125,9 +125,10 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class EvalMetrics:
-    """One evaluation on `n` held-out prompts, by the reward `grader`; every value is a fraction.
+    """One evaluation on `n` held-out prompts, by the reward `grader`.
 
-    `values` holds `greedy`, `avg@k` and `pass@k`; `intervals` their 95 % intervals (low, high).
+    `values` holds `greedy`, `avg@k`, `pass@k` and `maj@k`, which are fractions, and `rewards/<name>`, mean scores;
+    `intervals` their 95 % intervals (low, high).
     """
 
     step: int

@@ -42,7 +42,7 @@ class ConsoleLogger:
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         if isinstance(record, EvalMetrics):
-            fractions = "  ".join(f"{name} {value:.1%}" for name, value in record.values.items())
+            fractions = "  ".join(f"{name} {value:.1%}" for name, value in record.values.items() if _is_fraction(name))
             self._console.print(f"eval at step {record.step}: {fractions}  (n={record.n})", highlight=False)
             return
         numbers = _numbers(record)
@@ -72,10 +72,11 @@ def _numbers(record: StepMetrics) -> str:
 def before_and_after(before: EvalMetrics, after: EvalMetrics) -> Group:
     """Both evaluations side by side, with 95 % intervals."""
     table = Table()
-    for heading in ("", "before", f"after step {after.step}"):
+    for heading in ("", "before", f"after step {after.step}" if after.step else "with the adapter"):
         table.add_column(heading)
     for name in after.values:
-        table.add_row(name, _with_interval(before, name), _with_interval(after, name))
+        if name in before.values:
+            table.add_row(name, _with_interval(before, name), _with_interval(after, name))
     return Group(_heading(after), table)
 
 
@@ -92,5 +93,11 @@ def _heading(metrics: EvalMetrics) -> str:
 
 
 def _with_interval(metrics: EvalMetrics, name: str) -> str:
+    form = ".1%" if _is_fraction(name) else ".3f"
     low, high = metrics.intervals[name]
-    return f"{metrics.values[name]:.1%}  ({low:.1%} to {high:.1%})"
+    return f"{metrics.values[name]:{form}}  ({low:{form}} to {high:{form}})"
+
+
+def _is_fraction(name: str) -> bool:
+    """Whether an evaluation's value is a fraction, rather than a mean score."""
+    return not name.startswith("rewards/")

@@ -10,6 +10,7 @@ from grpo.config import DataConfig, Recipe
 from grpo.data.prompts import PromptRenderer
 from grpo.data.source import is_local, load_rows
 from grpo.data.stream import TaskStream, first_tasks
+from grpo.errors import UserError
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
 from grpo.model.load import load
@@ -57,6 +58,9 @@ def prepare(cfg: Recipe) -> Prepared:
     evaluator = None
     if cfg.eval is not None:
         evaluator = Evaluator(cfg, first_tasks(tables[1], eval_renderers[0], cfg.eval.prompts), engine, scorer)
+        if cfg.best_metric not in evaluator.names:
+            known = ", ".join(evaluator.names)
+            raise UserError(f"checkpoint.metric_for_best_model: {cfg.best_metric!r} is not measured; there is {known}")
     stream = TaskStream(tables[0], renderer, cfg.seed)
     plan = make_plan(cfg, policy, max(len(task.prompt_ids) for task in tasks))
     notes = [] if policy.split else ["this model's head cannot be split off: logprobs go through full logits, slowly"]

@@ -1,10 +1,13 @@
 """Evaluation: what is measured, on what, and how surely."""
 
+from itertools import combinations
+
 import pytest
 
-from grpo.errors import RunError
+from grpo.errors import RunError, UserError
 from grpo.recipe import load_recipe
-from grpo.training.evaluate import bootstrap_interval
+from grpo.training.answers import final_answer, majority
+from grpo.training.evaluate import bootstrap_interval, pass_at
 from grpo.training.setup import prepare
 from grpo.types import Completion
 
@@ -37,7 +40,15 @@ def test_evaluation_by_hand(recipe) -> None:
     metrics = evaluate(7)
     assert asked == [(2, 1, 0.0, False), (2, 4, 1.0, False)]
     assert (metrics.step, metrics.n) == (7, 2)
-    assert metrics.values == {"greedy": 0.5, "avg@4": 0.375, "pass@4": 0.5}
+    assert metrics.values == {
+        "greedy": 0.5,
+        "avg@4": 0.375,
+        "pass@2": 0.5,  # of four with three right, any two hold a right one
+        "pass@4": 0.5,
+        "maj@4": 0.5,
+        "rewards/right": (0.875 + 0.5) / 2,
+    }
+    assert list(metrics.values) == evaluate.names
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -62,3 +73,63 @@ def test_what_nothing_scored_is_not_wrong_in_an_evaluation(recipe) -> None:
     trainer.scorer.rewards = {"digits": lambda completions, **_: [None] * len(completions)}
     with pytest.raises(RunError, match="'digits', scored no completion"):
         trainer.evaluate(0)
+
+
+def test_pass_at_k_is_the_mean_over_all_choices_of_k() -> None:
+    right = [True, False, False, True, False]
+    for k in range(1, 6):
+        chosen = [any(choice) for choice in combinations(right, k)]
+        assert pass_at(k, 5, 2) == pytest.approx(sum(chosen) / len(chosen))
+    assert (pass_at(4, 2, 1), pass_at(1, 4, 0), pass_at(2, 4, 4)) == (1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{\frac{1}{2}} and", r"\frac{1}{2}"),
+        (r"\boxed{1} no, \boxed{ 1,200.0 }", "1200"),
+        (r"\boxed{7", "7"),
+        ("3+4=7 #### $7.", "7"),
+        ("It is 3, then -4.50", "-4.5"),
+        ("Paris.", "paris"),
+        ("", ""),
+    ],
+)
+def test_the_same_answer_is_the_same_vote(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+def test_the_majority_is_the_most_common_and_of_equals_the_first() -> None:
+    assert majority(["1", "2", "2", "1", "2"]) == 1
+    assert majority(["3", "1", "1", "3"]) == 0
+
+
+def test_an_unknown_metric_for_the_best_is_a_mistake(recipe) -> None:
+    recipe.write_text(recipe.read_text() + "eval: {split: train}\n")
+    with pytest.raises(UserError, match=r"'pass@3' is not measured; there is greedy, avg@4, pass@2, pass@4, maj@4"):
+        prepare(load_recipe(recipe, ["checkpoint.metric_for_best_model=pass@3"]))
+
+
+def test_a_model_and_an_adapter_without_a_recipe(recipe, run_cli, toy_folder) -> None:
+    assert run_cli("train", recipe, "adapter.rank=3").code == 0
+    options = ["--data", "train.jsonl", "--prompt", "{question}", "--reward", "digits.py:reward", "--samples", "2"]
+    lone = run_cli("eval", toy_folder, *options, "--prompts", 3, "rollout.max_completion_length=8")
+    assert lone.code == 0, lone.err
+    assert "by digits, n=3" in lone.out
+    beside = run_cli("eval", toy_folder, *options, "--adapter", "runs/toy/checkpoints/step-000002")
+    assert beside.code == 0, beside.err
+    for said in ("before", "with the adapter", "pass@2", "maj@2", "rewards/digits", "n=4"):
+        assert said in beside.out
+    of_run = run_cli("eval", "runs/toy", *options, "rollout.max_completion_length=256")
+    assert "after step 2" in of_run.out
+    assert of_run.out.splitlines()[4:] == beside.out.splitlines()[4:]  # the same adapter, prompts and draws
+    for args, said in (
+        (["eval", toy_folder], "needs --data"),
+        (["eval", "runs/toy"], "nothing says what to evaluate on"),
+        (["eval", toy_folder, *options, "--adapter", "."], "not a LoRA adapter as mlx-lm writes them"),
+        (["eval", toy_folder, *options, "--checkpoint", "best"], "--checkpoint is for runs"),
+        (["eval", "runs/toy", *options, "--checkpoint", "7"], "there is 2"),
+    ):
+        refused = run_cli(*args)
+        assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+        assert said in refused.err

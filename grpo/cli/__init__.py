@@ -7,7 +7,7 @@ import sys
 import typer
 
 from grpo import __version__
-from grpo.cli import bench, evaluate, generate, recipes, train
+from grpo.cli import bench, evaluate, export, generate, recipes, train
 from grpo.errors import RunError, UserError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(bench.app, name="bench")

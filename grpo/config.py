@@ -276,7 +276,17 @@ class WandbConfig(Section):
     project: str = "grpo"
     """Project to log to."""
     mode: Literal["online", "offline"] = "online"
-    """`offline` writes the run to its folder, for `wandb sync` later."""
+    """`offline` writes the run to its folder, for `wandb sync` later. So does `online` where W&B cannot be reached."""
+    entity: str | None = None
+    """User or team. Default: that of the login."""
+    group: str | None = None
+    """Runs of one group are shown together."""
+    tags: tuple[str, ...] = ()
+    """To find the run by."""
+    notes: str | None = None
+    """What the run is for."""
+    completions: NonNegative = 8
+    """Rows a step in the table of completions. 0: no table."""
 
 
 class CompletionsConfig(Section):
@@ -289,6 +299,11 @@ class CompletionsConfig(Section):
 class LogConfig(Section):
     wandb: WandbConfig | None = None
     """Log to Weights & Biases as well."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files into `<run>/tensorboard` as well."""
+    use: tuple[str, ...] = ()
+    """Loggers of your own, `file.py:function` or `package.module:function`: each is called with every StepMetrics and
+    EvalMetrics. One that raises is left out from there on."""
     completions: CompletionsConfig | None = CompletionsConfig()
     """Which completions are stored in the run's folder, with scores, failures and advantages. null: none."""
 

@@ -60,7 +60,7 @@ def train(
     parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
     console.print(parity, highlight=False, soft_wrap=True)
     with start.folder() as folder, ExitStack() as stack:
-        log = open_loggers(stack, cfg, folder, console)
+        log = open_loggers(stack, cfg, folder, console, state.run_id)
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
         written = context(cfg, trainer.policy.adapters.config)
         outcome = Loop(trainer, folder, written, log, stop, state, start.checkpoint).run()

@@ -6,9 +6,12 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from grpo.training.folder import EVALUATIONS, METRICS
 from grpo.types import EvalMetrics, StepMetrics
+
+INTERVAL = "_interval"
 
 warn = logging.getLogger(__name__).warning
 
@@ -26,8 +29,8 @@ class JsonlLogger:
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         line: dict[str, object] = {"step": record.step}
         if isinstance(record, EvalMetrics):
-            intervals = {f"{name}_interval": list(pair) for name, pair in record.intervals.items()}
-            line |= {"n": record.n, **record.values, **intervals}
+            intervals = {f"{name}{INTERVAL}": list(pair) for name, pair in record.intervals.items()}
+            line |= {"n": record.n, "grader": record.grader, **record.values, **intervals}
         else:
             line |= record.values
         name = EVALUATIONS if isinstance(record, EvalMetrics) else METRICS
@@ -62,3 +65,28 @@ def _append(path: Path, data: bytes) -> None:
             raise
     finally:
         os.close(file)
+
+
+def read_steps(folder: Path) -> list[StepMetrics]:
+    """What a run's `metrics.jsonl` says, without a last line that is still being written. No file: nothing."""
+    return [StepMetrics(int(line.pop("step")), line) for line in _lines(folder / METRICS)]
+
+
+def read_evaluations(folder: Path) -> list[EvalMetrics]:
+    """What a run's `eval.jsonl` says."""
+    return [_evaluation(line) for line in _lines(folder / EVALUATIONS)]
+
+
+def _evaluation(line: dict[str, Any]) -> EvalMetrics:
+    step, n, grader = line.pop("step"), line.pop("n"), line.pop("grader")
+    intervals = {
+        name.removesuffix(INTERVAL): (line[name][0], line[name][1]) for name in line if name.endswith(INTERVAL)
+    }
+    return EvalMetrics(step, n, grader, {name: line[name] for name in line if name in intervals}, intervals)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    except FileNotFoundError:
+        return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -36,7 +37,7 @@ class Start:
     def load(self, trainer: Trainer) -> RunState:
         """The state to start from, which is the trainer's from now on. Raises UserError where it does not fit."""
         if self.state is None:
-            return RunState(run_id=secrets.token_hex(4), trainer=trainer.state())
+            return RunState(run_id=_new_id(), trainer=trainer.state())
         trainer.load_state(self.state.trainer)
         return self.state
 
@@ -78,9 +79,14 @@ def find_start(
         listed = "\n".join(f"  {line}" for line in differences)
         raise UserError(f"{checkpoint} was written by another recipe; --resume-changed goes on all the same:\n{listed}")
     if not goes_on:  # a branch off another run
-        state = replace(state, run_id=secrets.token_hex(4))
+        state = replace(state, run_id=_new_id())
     notes += [f"goes on after step {state.step} from {checkpoint}", *(f"changed: {line}" for line in differences)]
     return Start(cfg, state, checkpoint, goes_on, overwrite, (*notes, *_newer(checkpoint)))
+
+
+def _new_id() -> str:
+    """An id for a run, also W&B's: the one that its environment names (as an agent of a sweep does), or a drawn one."""
+    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
 
 
 def context(cfg: Recipe, adapter: Mapping[str, Any]) -> Context:

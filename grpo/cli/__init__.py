@@ -7,7 +7,7 @@ import sys
 import typer
 
 from grpo import __version__
-from grpo.cli import bench, evaluate, export, generate, recipes, train
+from grpo.cli import bench, evaluate, export, generate, recipes, replay, report, runs, train
 from grpo.errors import RunError, UserError
 
 app = typer.Typer(
@@ -20,6 +20,9 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("report")(report.report)
+app.command("runs")(runs.runs)
+app.command("replay")(replay.replay)
 app.command("generate")(generate.generate)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(bench.app, name="bench")

@@ -26,17 +26,17 @@ USE = {
 def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str]) -> str:
     """The text of the `README.md` beside an export, for people and for the Hub."""
     state = read_state(checkpoint)
-    rewards = ", ".join(f"`{Path(reward.use).name}` × {reward.weight:g}" for reward in cfg.rewards)
+    rewards = ", ".join(f"`{short_name(reward.use)}` × {reward.weight:g}" for reward in cfg.rewards)
     lines = [
         f"---\n{yaml.safe_dump(_front_matter(cfg, form), sort_keys=False)}---",
         f"# {Path(cfg.output_dir or 'run').name}",
-        f"{_kind(form)} of `{cfg.model.name}`, trained with GRPO (arXiv 2402.03300; loss `{cfg.loss.type}`) for "
-        f"{state['step']} steps on `{_name(cfg.data.source)}`. Rewards: {rewards}.",
+        f"{_kind(form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300; loss `{cfg.loss.type}`) "
+        f"for {state['step']} steps on `{short_name(cfg.data.source)}`. Rewards: {rewards}.",
         *(f"Note: {note}." for note in notes),
-        USE[form].format(base=cfg.model.name),
+        USE[form].format(base=short_name(cfg.model.name)),
         *_evaluation(state),
         "## Recipe",
-        f"```yaml\n{dump_recipe(cfg.model_copy(update={'output_dir': None}))}```",
+        f"```yaml\n{_recipe(cfg)}```",
         "## Versions",
         ", ".join(f"{name} {version}" for name, version in state["versions"].items()) + ".",
     ]
@@ -58,9 +58,19 @@ def _front_matter(cfg: Recipe, form: str) -> dict[str, Any]:
     return matter
 
 
-def _name(source: str) -> str:
-    """A dataset's name; of a file on this machine only the last part."""
-    return Path(source).name if Path(source).exists() else source
+def short_name(name: str) -> str:
+    """The name of a dataset, a model or code; of what is a file or a folder on this machine only the last part."""
+    file, colon, function = name.partition(":")
+    return Path(file).name + colon + function if Path(file).exists() else name
+
+
+def _recipe(cfg: Recipe) -> str:
+    """The recipe without where things lie on this machine."""
+    text = dump_recipe(cfg.model_copy(update={"output_dir": None}))
+    uses = [reward.use for reward in cfg.rewards] + ([cfg.loss.use] if cfg.loss.use else []) + list(cfg.log.use)
+    for name in [cfg.model.name, cfg.data.source, *uses, *([cfg.eval.source] if cfg.eval and cfg.eval.source else [])]:
+        text = text.replace(name, short_name(name))
+    return text
 
 
 def _evaluation(state: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from grpo.backend.device import on_gpu
@@ -97,6 +98,7 @@ class Trainer:
         status = {
             "learning_rate": learning_rate(self.cfg.optim, n),
             "adapter_delta": self.policy.adapters.delta(),
+            "peak_memory_gb": mx.get_peak_memory() / 2**30,
             "dropped_prompts": float(self.tasks.dropped),
             **{f"rewards/{name}/failures": float(count) for name, count in self.scorer.failures.items()},
         }

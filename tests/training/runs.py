@@ -27,8 +27,8 @@ def run(recipe: Path, *overrides: str, change=None, **how) -> Outcome:
 
 
 def timeless(path: Path) -> list[dict]:
-    """A log's records without what the clock says."""
-    clocked = ("time/", "step_time", "rollout_tokens_per_second")
+    """A log's records without what the clock says, and what the process does."""
+    clocked = ("time/", "step_time", "rollout_tokens_per_second", "peak_memory_gb")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith(clocked)} for line in lines]
 

@@ -122,6 +122,7 @@ def test_the_card_says_what_it_is(trained) -> None:
     assert "lora" in matter["tags"]
     for said in ("GRPO", "`digits.py:reward` × 1", "pass@2", "on `train.jsonl`", "mlx-lm 0.", "rank: 4", "## Recipe"):
         assert said in card
+    assert str(Path.cwd()) not in card  # where things lie on a machine is nobody else's business
 
 
 def test_what_cannot_be_exported(trained, run_cli, tmp_path) -> None:

@@ -54,7 +54,8 @@ class ConsoleLogger:
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         if isinstance(record, EvalMetrics):
             fractions = "  ".join(f"{name} {value:.1%}" for name, value in record.values.items() if _is_fraction(name))
-            self._console.print(f"eval at step {record.step}: {fractions}  (n={record.n})", highlight=False)
+            line = f"eval at step {record.step}: {fractions}  (n={record.n})"
+            self._console.print(line, highlight=False, soft_wrap=True)
             return
         numbers = _numbers(record)
         if "reward" in record.values:

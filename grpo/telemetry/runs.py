@@ -64,8 +64,9 @@ def find_runs(folder: Path) -> list[Run]:
 
 def runs_table(runs: list[Run]) -> Table:
     """A line for each run: how far it is, its reward, its best evaluation, and whether it goes on."""
-    table = Table()
-    for heading in ("run", "state", "step", "reward", "best", "written"):
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    for heading in ("state", "step", "reward", "best", "written"):
         table.add_column(heading, no_wrap=True)
     for run in runs:
         reward = run.steps[-1].values.get("reward") if run.steps else None
@@ -75,7 +76,7 @@ def runs_table(runs: list[Run]) -> Table:
             f"{run.step}/{run.recipe.optim.steps}",
             "" if reward is None else f"{reward:.3f}",
             _best(run),
-            f"{datetime.fromtimestamp(_written(run.folder)):%Y-%m-%d %H:%M}",
+            f"{datetime.fromtimestamp(_written(run.folder)):%m-%d %H:%M}",
         )
     return table
 

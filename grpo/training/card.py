@@ -30,8 +30,8 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str]) -
     lines = [
         f"---\n{yaml.safe_dump(_front_matter(cfg, form), sort_keys=False)}---",
         f"# {Path(cfg.output_dir or 'run').name}",
-        f"{_kind(form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300; loss `{cfg.loss.type}`) "
-        f"for {state['step']} steps on `{short_name(cfg.data.source)}`. Rewards: {rewards}.",
+        f"{_kind(form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300), loss "
+        f"`{cfg.loss.type}`, for {state['step']} steps on `{short_name(cfg.data.source)}`. Rewards: {rewards}.",
         *(f"Note: {note}." for note in notes),
         USE[form].format(base=short_name(cfg.model.name)),
         *_evaluation(state),

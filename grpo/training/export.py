@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -150,10 +151,11 @@ def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) 
         ["the base was quantised; these weights are not, so that nothing of the adapter is lost"] if quantized else []
     )
     if bits is not None:
-        model, config = quantize_model(model, config, group_size=_group_size(model), bits=bits)
+        with contextlib.redirect_stdout(None):  # it prints
+            model, config = quantize_model(model, config, group_size=_group_size(model), bits=bits)
         notes = [f"quantised to {bits} bits after the adapter was added: the adapter is rounded with the weights"]
-    gap = mx.abs(_logprobs(model, probe) - before).mean().item()
-    notes.append(f"against the base with its adapter: logprobs differ by {gap:.1e} nats on average")
+    gap = (mx.exp(before) * (before - _logprobs(model, probe))).sum(axis=-1).mean().item()
+    notes.append(f"against the base with its adapter: KL divergence {gap:.1e} nats a token, on a line of arithmetic")
     save(folder, source, model, tokenizer, config, donate_model=False)
     return notes
 

@@ -89,7 +89,7 @@ def test_quantised_fused_weights_say_what_it_cost(trained, toy_folder) -> None:
         assert config["quantization"]["bits"] == bits
         load(ModelConfig(name=str(made.folder)))
         assert f"quantised to {bits} bits" in made.notes[0]
-        gaps[bits] = float(made.notes[1].split("differ by ")[1].split()[0])
+        gaps[bits] = float(made.notes[1].split("divergence ")[1].split()[0])
     assert gaps[4] > gaps[8] > 0
 
 

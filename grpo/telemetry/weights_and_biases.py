@@ -39,7 +39,7 @@ class WandbLogger:
             "notes": cfg.notes,
             "id": run_id,
             "resume": "allow",
-            "name": folder.name,
+            "name": folder.resolve().name,
             "dir": folder,
             "config": recipe.model_dump(mode="json"),
         }

@@ -48,9 +48,27 @@ def run_folder(cfg: Recipe, overwrite: bool) -> Iterator[Path]:
     its first step on record; a block that fails before that leaves everything as it was.
     """
     folder = check_run_folder(cfg, overwrite)
-    former = folder / FORMER
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+    try:
+        with _locked(folder):
+            _begin(cfg, folder)
+            try:
+                yield folder
+            finally:
+                if folder.is_dir():
+                    _settle(folder)
+    finally:
+        if folder.is_dir() and not any(folder.iterdir()) and folder.resolve() != Path.cwd():
+            folder.rmdir()
+
+
+def _begin(cfg: Recipe, folder: Path) -> None:
+    """Put a former run aside and write the new one's recipe, or leave everything as it was."""
+    former = folder / FORMER
+    try:
         _move_run(folder, former)
         (folder / RECIPE).write_text(recipe_text(cfg), encoding="utf-8")
     except BaseException as error:
@@ -60,14 +78,6 @@ def run_folder(cfg: Recipe, overwrite: bool) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
         raise
-    try:
-        with _locked(folder):
-            yield folder
-    finally:
-        if folder.is_dir():
-            _settle(folder)
-            if not any(folder.iterdir()) and folder.resolve() != Path.cwd():
-                folder.rmdir()
 
 
 @contextmanager
@@ -101,7 +111,11 @@ def _rewind(path: Path, step: int) -> None:
     if not path.exists():
         return
     whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    replace_text(path, b"".join(line for line in whole if json.loads(line)["step"] <= step).decode())
+    try:
+        kept = b"".join(line for line in whole if json.loads(line)["step"] <= step).decode()
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: a line of it is no record of ours; mend or delete it before going on") from None
+    replace_text(path, kept)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -149,13 +163,15 @@ def _locked(folder: Path) -> Iterator[None]:
 def is_running(folder: Path) -> bool:
     """Whether a process is training there now. (Its own run is not seen by a process.)"""
     try:
-        with (folder / LOCK).open("r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
-        return False
+        file = (folder / LOCK).open("r+")
     except OSError:
-        return True
+        return False
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
 
 
 def _settle(folder: Path) -> None:
@@ -193,6 +209,8 @@ def check_run_folder(cfg: Recipe, overwrite: bool) -> Path:
     """Where the run will be. Raises UserError if there is another, not to be replaced, or files that are no run's."""
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
+    if is_running(folder):
+        raise UserError(f"{folder}: a run in this folder is going on; stop it first")
     if (folder / FORMER).is_dir():  # a run that was to replace another was killed
         _settle(folder)
     theirs = [name for name in WRITTEN if (folder / name).exists()]

@@ -67,8 +67,8 @@ def measure(target: str, asked: Asked, overrides: Sequence[str]) -> tuple[EvalMe
         cfg = load_recipe(find_recipe(target), settings)
     if cfg.eval is None:
         raise UserError(f"{target}: nothing says what to evaluate on; name it, such as --data held_out.jsonl")
-    if adapter is not None:
-        cfg = cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update=_shape(adapter))})
+    if asked.adapter is not None:  # a run's own has the shape that its recipe says
+        cfg = cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update=_shape(asked.adapter))})
     trainer = prepare(cfg).trainer
     assert trainer.evaluate is not None
     before = trainer.evaluate(0)

@@ -63,6 +63,8 @@ def find_start(
     folder = Path(cfg.output_dir)
     own = checkpoint is None or checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
     goes_on = (resume or changed or checkpoint is not None) and own
+    if goes_on and overwrite:
+        raise UserError("--overwrite replaces the run and --resume goes on with it: choose one")
     check_run_folder(cfg, overwrite or goes_on)
     goes_on = goes_on and is_run(folder)
     notes: list[str] = []

@@ -87,8 +87,8 @@ def test_a_resumed_run_is_the_same_run(recipe, run_cli) -> None:
     settings = ["log.wandb={mode: offline}"]
     assert run_cli("train", recipe, *settings, "optim.steps=1").code == 0
     assert run_cli("train", recipe, *settings, "--resume-changed").code == 0
-    ids = {path.name.rpartition("-")[2] for path in Path("runs/toy/wandb").glob("offline-run-*")}
-    assert len(ids) == 1
+    parts = list(Path("runs/toy/wandb").glob("offline-run-*/*.wandb"))
+    assert (len(parts), len({path.name for path in parts})) == (2, 1)
 
 
 def test_a_dead_address_does_not_stop_a_run(recipe, run_cli, monkeypatch, caplog) -> None:

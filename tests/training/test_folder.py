@@ -94,8 +94,10 @@ def test_a_folder_in_which_a_run_goes_on_is_not_for_another(recipe) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         assert is_running(folder)
+        (folder / ".former").mkdir()  # as of a run that is replacing another just now
         with pytest.raises(UserError, match="a run in this folder is going on"), run_folder(cfg, overwrite=False):
             pass
+        (folder / ".former").rmdir()
         other.communicate("")
     assert not is_running(folder)
     with run_folder(cfg, overwrite=False):

@@ -231,3 +231,14 @@ def test_every_part_of_the_state_is_restored(six) -> None:
     assert again.counts == ended.state.trainer.counts
     for name, old in ended.state.trainer.arrays.items():
         assert all(mx.array_equal(old[path], again.arrays[name][path]) for path in old)
+
+
+def test_what_contradicts_itself_or_is_no_record_is_refused(six) -> None:
+    run(six, "optim.steps=2", "optim.warmup_steps=0")
+    with pytest.raises(UserError, match="choose one"):
+        run(six, resume=True, overwrite=True)
+    log = Path("runs/toy/metrics.jsonl")
+    log.write_text("my own notes\n" + log.read_text())
+    with pytest.raises(UserError, match="a line of it is no record of ours"):
+        run(six, changed=True)
+    assert log.read_text().startswith("my own notes")

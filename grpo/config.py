@@ -317,14 +317,26 @@ class CheckpointConfig(Section):
     every: Positive = 25
     """Steps between checkpoints. The last step always has one."""
     keep: Positive = 3
-    """How many to keep: the newest."""
+    """How many to keep: the newest. The best is kept besides."""
+    metric_for_best_model: str | None = None
+    """The evaluation's metric by which one is the best, highest first, such as `pass@4`. Default: avg@k."""
 
 
 class WandbConfig(Section):
     project: str = "grpo"
     """Project to log to."""
     mode: Literal["online", "offline"] = "online"
-    """`offline` writes the run to its folder, for `wandb sync` later."""
+    """`offline` writes the run to its folder, for `wandb sync` later. So does `online` where W&B cannot be reached."""
+    entity: str | None = None
+    """User or team. Default: that of the login."""
+    group: str | None = None
+    """Runs of one group are shown together."""
+    tags: tuple[str, ...] = ()
+    """To find the run by."""
+    notes: str | None = None
+    """What the run is for."""
+    completions: NonNegative = 8
+    """Rows a step in the table of completions. 0: no table."""
 
 
 class CompletionsConfig(Section):
@@ -337,6 +349,11 @@ class CompletionsConfig(Section):
 class LogConfig(Section):
     wandb: WandbConfig | None = None
     """Log to Weights & Biases as well."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files into `<run>/tensorboard` as well."""
+    use: tuple[str, ...] = ()
+    """Loggers of your own, `file.py:function` or `package.module:function`: each is called with every StepMetrics and
+    EvalMetrics. One that raises is left out from there on."""
     completions: CompletionsConfig | None = CompletionsConfig()
     """Which completions are stored in the run's folder, with scores, failures and advantages. null: none."""
 
@@ -377,6 +394,8 @@ class Recipe(Section):
             raise ValueError(f"rollout.dynamic_sampling: with the {self.baseline} baseline uniform groups teach too")
         if (self.advantage.soft_overlong_cache or 0) >= self.rollout.max_completion_length:
             raise ValueError("advantage.soft_overlong_cache is not below rollout.max_completion_length")
+        if self.checkpoint.metric_for_best_model is not None and self.eval is None:
+            raise ValueError("checkpoint.metric_for_best_model does nothing without an eval section")
         if self.optim.warmup_steps >= self.optim.steps:
             raise ValueError("optim.warmup_steps is not below optim.steps")
         if self.loss.preset.surrogate == "reinforce" and max(self.optim.num_iterations, self.optim.num_minibatches) > 1:
@@ -384,6 +403,12 @@ class Recipe(Section):
         if "scale_rewards" in self.advantage.changed and self.baseline not in ("group", "leave_one_out"):
             raise ValueError(f"advantage.scale_rewards does nothing with the {self.baseline} baseline")
         return self
+
+    @property
+    def best_metric(self) -> str:
+        """The evaluation's metric by which the best checkpoint is kept."""
+        assert self.eval is not None
+        return self.checkpoint.metric_for_best_model or f"avg@{self.eval.samples}"
 
     @property
     def baseline(self) -> Baseline:

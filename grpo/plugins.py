@@ -125,6 +125,20 @@ def find_function(use: str, kind: str) -> Function:
     return _attribute(what, _import(what, lambda: importlib.import_module(place)), function)
 
 
+def source_file(use: str) -> Path | None:
+    """The file of code that a reward's or a loss's `use` names, or None for code that is in no file."""
+    place, colon, _ = use.rpartition(":")
+    if not colon:
+        return bundled("rewards") / f"{use}.py"
+    if place.endswith(".py"):
+        return Path(place)
+    try:
+        spec = importlib.util.find_spec(place)
+    except (ImportError, ValueError):  # it will be said where the function is asked for
+        return None
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
+
+
 def _load_file(what: str, path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{what}: there is no file {path}")

@@ -6,6 +6,7 @@ PyYAML builds a tree of nodes that know their lines; `grpo.mistakes` asks them w
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,15 +65,22 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     a wrong type or out of bounds; the message names file, line, key, what was given and what was expected.
     Files and folders that the recipe names are looked for beside it, then in the working directory.
     """
-    source = _read(path)
+    return _resolved(_checked(_read(path), overrides), path)
+
+
+def recipe_of(data: dict[str, Any], what: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe that is in no file, as `load_recipe` would give it. Errors are said to be of `what`."""
+    return _resolved(_checked(_Source(data, {(): what}), overrides), Path(what))
+
+
+def _checked(source: _Source, overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         _override(source, override)
     try:
         # Through JSON, because there strict means "no coercion" and yet lists may fill tuples.
-        recipe = Recipe.model_validate_json(json.dumps(source.data, default=str))
+        return Recipe.model_validate_json(json.dumps(source.data, default=str))
     except ValidationError as error:
         raise UserError("\n".join(explanations(error, source.data, source.locate))) from None
-    return _resolved(recipe, path)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -98,16 +106,22 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
 
     rewards = tuple(reward.model_copy(update={"use": function_path(reward.use)}) for reward in recipe.rewards)
     update: dict[str, Any] = {
-        "output_dir": recipe.output_dir or f"runs/{path.stem}",
+        "output_dir": recipe.output_dir or f"runs/{path.stem}{_trial()}",
         "model": recipe.model.model_copy(update={"name": beside(recipe.model.name)}),
         "data": recipe.data.model_copy(update={"source": beside(recipe.data.source)}),
         "rewards": rewards,
+        "log": recipe.log.model_copy(update={"use": tuple(function_path(use) for use in recipe.log.use)}),
     }
     if recipe.loss.use is not None:
         update["loss"] = recipe.loss.model_copy(update={"use": function_path(recipe.loss.use)})
     if recipe.eval is not None and recipe.eval.source is not None:
         update["eval"] = recipe.eval.model_copy(update={"source": beside(recipe.eval.source)})
     return recipe.model_copy(update=update)
+
+
+def _trial() -> str:
+    """What tells the trials of a W&B sweep apart: its agent gives each an id. Nothing outside of sweeps."""
+    return f"-{os.environ['WANDB_RUN_ID']}" if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ else ""
 
 
 def _read(path: Path) -> _Source:

@@ -117,17 +117,22 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one training step measured, by TRL's names."""
+    """What one training step measured, by TRL's names.
+
+    `groups` are all that were sampled; those that were learnt from come first, with their advantages.
+    """
 
     step: int
     values: Mapping[str, float]
+    groups: tuple[Group, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class EvalMetrics:
-    """One evaluation on `n` held-out prompts, by the reward `grader`; every value is a fraction.
+    """One evaluation on `n` held-out prompts, by the reward `grader`.
 
-    `values` holds `greedy`, `avg@k` and `pass@k`; `intervals` their 95 % intervals (low, high).
+    `values` holds `greedy`, `avg@k`, `pass@k` and `maj@k`, which are fractions, and `rewards/<name>`, mean scores;
+    `intervals` their 95 % intervals (low, high).
     """
 
     step: int

@@ -42,6 +42,8 @@ def _preload() -> str:
     # MKL's threads wait for work by spinning, for 200 ms unless told otherwise. On a machine with anything else to
     # do that makes small products three times slower; 1 ms costs large ones nothing.
     os.environ.setdefault("KMP_BLOCKTIME", "1")
+    # The same sums whatever the alignment and the number of threads, so that a resumed run is the same to the bit.
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     for name, path in _candidates():
         try:
             library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)

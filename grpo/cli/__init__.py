@@ -7,7 +7,7 @@ import sys
 import typer
 
 from grpo import __version__
-from grpo.cli import bench, evaluate, generate, recipes, rewards, train
+from grpo.cli import bench, evaluate, export, generate, recipes, replay, report, rewards, runs, train
 from grpo.errors import RunError, UserError
 
 app = typer.Typer(
@@ -19,6 +19,10 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
+app.command("report")(report.report)
+app.command("runs")(runs.runs)
+app.command("replay")(replay.replay)
 app.command("generate")(generate.generate)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(rewards.app, name="rewards")

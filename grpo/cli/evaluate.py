@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RUN|RECIPE", help="A run's folder, or a recipe (its base model).")],
+    target: Annotated[str, typer.Argument(metavar="RUN|RECIPE|MODEL", help="A run's folder, a recipe, or a model.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that replace the recipe's: eval.samples=16"),
+        typer.Argument(
+            metavar="[KEY.SUB=VALUE]...", help="Settings that replace the recipe's: rollout.temperature=0.6"
+        ),
     ] = None,
+    data: Annotated[str | None, typer.Option(help="Prompts to evaluate on. Default: those of the recipe.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of it. Default: test, and all of a file.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="As data.prompt: a column, or a template.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="What grades. Default: the recipe's first, or math_answer.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Completions of each prompt, beside a greedy one.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts, from the start.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter's folder, to be compared with its base.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Of a run: newest (the default), best, or a step.")] = None,
 ) -> None:
-    """Measure the held-out accuracy of a run or a recipe.
+    """Measure greedy, avg@k, pass@k and maj@k on held-out prompts, with 95 % intervals.
 
-    Of a run: its newest checkpoint beside its base model. Of a recipe: its model.
+    Of a run: its newest checkpoint beside its base model, on the same prompts. Of a recipe or a model: the model, and
+    beside it an adapter if one is named.
     """
     from rich.console import Console
 
     from grpo.telemetry.console import before_and_after, single
-    from grpo.training.measure import measure
+    from grpo.training.measure import Asked, measure
 
-    console = Console()
-    before, after = measure(target, overrides or [])
-    console.print(before_and_after(before, after) if after else single(before))
+    asked = Asked(data, split, prompt, reward, samples, prompts, adapter, checkpoint)
+    before, after = measure(target, asked, overrides or [])
+    Console().print(before_and_after(before, after) if after else single(before))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,8 +23,17 @@ def train(
         bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the newest whole checkpoint of the run in output_dir.")
+    ] = False,
+    resume_from: Annotated[
+        Path | None, typer.Option(help="Go on after this checkpoint: of the run in output_dir, or into a new folder.")
+    ] = None,
+    resume_changed: Annotated[
+        bool, typer.Option("--resume-changed", help="Go on though the recipe or its code has changed.")
+    ] = False,
 ) -> None:
-    """Train a LoRA adapter with GRPO, as a recipe says."""
+    """Train an adapter with GRPO, as a recipe says."""
     cfg = load_recipe(find_recipe(recipe), overrides or [])
 
     from rich.console import Console
@@ -32,25 +42,29 @@ def train(
     from grpo.data.prompts import last_text
     from grpo.telemetry.loggers import open_loggers
     from grpo.telemetry.summary import print_outcome, print_plan
-    from grpo.training.folder import check_run_folder, run_folder
+    from grpo.training.loop import Loop
     from grpo.training.parity import check_parity
+    from grpo.training.resume import context, find_start
     from grpo.training.setup import prepare
     from grpo.training.signals import StopRequest
 
     console = Console()
-    check_run_folder(cfg, overwrite)
+    start = find_start(cfg, resume, resume_from, resume_changed, overwrite)
     with console.status("loading"):
         run = prepare(cfg)
-    print_plan(console, cfg, device.describe(), run.plan, run.notes)
+    print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes])
+    state = start.load(run.trainer)
     if dry_run:
         return
     trainer = run.trainer
     parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
     console.print(parity, highlight=False, soft_wrap=True)
-    with run_folder(cfg, overwrite) as folder, ExitStack() as stack:
-        log = open_loggers(stack, cfg, folder, console)
-        stop = stack.enter_context(StopRequest(lambda: console.print("stopping at the end of this step")))
-        outcome = trainer.run(folder, log, stop)
+    with start.folder() as folder, ExitStack() as stack:
+        stack.callback(trainer.scorer.close)
+        log = open_loggers(stack, cfg, folder, console, state.run_id)
+        stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
+        written = context(cfg, trainer.policy.adapters.config)
+        outcome = Loop(trainer, folder, written, log, stop, state, start.checkpoint).run()
     print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt))
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + signal.Signals(outcome.stopped_by))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from itertools import islice
 
 from grpo.backend.random import derive_seed
@@ -15,15 +16,15 @@ from grpo.types import Task
 class TaskStream:
     """Endless tasks from rows: each epoch visits every row once, in an order drawn from the seed and the epoch.
 
-    `cursor` counts the rows visited, over all epochs: a stream made with the same rows, seed and cursor goes on
-    where this one is. `dropped` counts those of them whose prompts were too long or null.
+    `cursor` counts the rows visited, over all epochs: a stream of the same rows and seed that loads
+    this one's state goes on where it is. `dropped` counts those of them whose prompts were too long or null.
     """
 
-    def __init__(self, rows: Rows, renderer: PromptRenderer, seed: int, cursor: int = 0) -> None:
+    def __init__(self, rows: Rows, renderer: PromptRenderer, seed: int) -> None:
         self._rows = rows
         self._renderer = renderer
         self._seed = seed
-        self.cursor = cursor
+        self.cursor = 0
         self.dropped = 0
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -42,6 +43,14 @@ class TaskStream:
             if misses > 2 * len(self._rows):  # more than an epoch, wherever in one it began
                 raise UserError(_all_too_long(self._renderer))
         return tasks
+
+    def state(self) -> dict[str, int]:
+        """Where the stream is: what `load_state` takes."""
+        return {"cursor": self.cursor, "dropped": self.dropped}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Go on where a stream of the same rows and seed was."""
+        self.cursor, self.dropped = state["cursor"], state["dropped"]
 
     def _next(self) -> Task | None:
         epoch, position = divmod(self.cursor, len(self._rows))

@@ -129,6 +129,14 @@ class Record:
         if self.first_error is None:
             self.first_error = next((e for _, answer in answers for e in answer.failures.values()), None)
 
+    def state(self) -> dict[str, Any]:
+        """What it has counted, as JSON holds it; latencies are of one machine and one sitting."""
+        return {"failures": self.failures, "lately": list(self._lately), "first_error": self.first_error}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.failures, self.first_error = state["failures"], state["first_error"]
+        self._lately = deque(((failed, count) for failed, count in state["lately"]), maxlen=self.WINDOW)
+
     @property
     def broken(self) -> str | None:
         """In words, that it failed on too many; None if it did not."""

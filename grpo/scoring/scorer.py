@@ -114,6 +114,18 @@ class Scorer:
             for group in groups
         ]
 
+    def state(self) -> dict[str, Any]:
+        """What it has counted, as JSON holds it: what `load_state` takes."""
+        records = {name: record.state() for name, record in self.records.items()}
+        return {"global_step": self._state["global_step"], "records": records}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on counting; a function that is new starts from nothing."""
+        self._state["global_step"] = state["global_step"]
+        for name, record in self.records.items():
+            if name in state["records"]:
+                record.load_state(state["records"][name])
+
     def check(self, columns: Collection[str]) -> None:
         """Raise UserError for a function that cannot be had, or not be called with these columns of the dataset."""
         for name, reward in self.rewards.items():

@@ -1,25 +1,36 @@
-"""The terminal: a live progress line, or plain lines where there is no terminal."""
+"""The terminal: a live view of the run, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from grpo.data.prompts import last_text
 from grpo.types import EvalMetrics, StepMetrics
+
+WIDTH, SAMPLE = 60, 200
+"""Of the reward's curve, in steps; and of a sample completion, in characters."""
 
 
 class ConsoleLogger:
-    """Shows each step, with reward, KL, length, speed and time left. Use it in a `with` block."""
+    """Shows each step, with reward, KL, length, speed and time left. Use it in a `with` block.
+
+    A terminal shows the reward's curve and the best completion of the last step besides.
+    """
 
     def __init__(self, console: Console, steps: int) -> None:
         self._console = console
         self._steps = steps
-        self._began: float | None = None
-        self._progress = Progress(
+        self._seen = 0
+        self._began = 0.0
+        self._rewards: list[float] = []
+        self._progress = _View(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
@@ -42,10 +53,14 @@ class ConsoleLogger:
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         if isinstance(record, EvalMetrics):
-            fractions = "  ".join(f"{name} {value:.1%}" for name, value in record.values.items())
-            self._console.print(f"eval at step {record.step}: {fractions}  (n={record.n})", highlight=False)
+            fractions = "  ".join(f"{name} {value:.1%}" for name, value in record.values.items() if _is_fraction(name))
+            line = f"eval at step {record.step}: {fractions}  (n={record.n})"
+            self._console.print(line, highlight=False, soft_wrap=True)
             return
         numbers = _numbers(record)
+        if "reward" in record.values:
+            self._rewards.append(record.values["reward"])
+        self._progress.below = [Text(f"reward {sparkline(self._rewards[-WIDTH:])}"), *_sample(record)]
         self._progress.update(self._task, completed=record.step, numbers=numbers)
         if not self._console.is_terminal:
             left = self._left(record)
@@ -53,10 +68,43 @@ class ConsoleLogger:
 
     def _left(self, record: StepMetrics) -> str:
         now = time.monotonic()
-        if self._began is None:
-            self._began = now - record.values["step_time"]
-        seconds = (now - self._began) / record.step * (self._steps - record.step)
+        self._began = self._began or now - record.values["step_time"]
+        self._seen += 1
+        seconds = (now - self._began) / self._seen * (self._steps - record.step)
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
+
+
+class _View(Progress):
+    """A progress bar with lines below it."""
+
+    below: Sequence[RenderableType] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield from self.below
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Values as a row of bars, the lowest and the highest as far apart as bars go."""
+    bars = "▁▂▃▄▅▆▇█"
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    span = high - low or 1.0
+    return "".join(bars[round((value - low) / span * (len(bars) - 1))] for value in values)
+
+
+def _sample(record: StepMetrics) -> list[Text]:
+    """The prompt and the text of the completion with the highest reward, each cut to a few lines."""
+    rated = [
+        (rollout.reward, group.task, rollout)
+        for group in record.groups
+        for rollout in group.rollouts
+        if rollout.reward is not None
+    ]
+    if not rated:
+        return []
+    reward, task, rollout = max(rated, key=lambda one: one[0])
+    prompt, text = (" ".join(part.split())[:SAMPLE] for part in (last_text(task.prompt), rollout.completion.text))
+    return [Text(f"prompt {prompt}", style="dim"), Text(f"{reward:6.3f} {text}", style="dim")]
 
 
 def _numbers(record: StepMetrics) -> str:
@@ -72,10 +120,11 @@ def _numbers(record: StepMetrics) -> str:
 def before_and_after(before: EvalMetrics, after: EvalMetrics) -> Group:
     """Both evaluations side by side, with 95 % intervals."""
     table = Table()
-    for heading in ("", "before", f"after step {after.step}"):
+    for heading in ("", "before", f"after step {after.step}" if after.step else "with the adapter"):
         table.add_column(heading)
     for name in after.values:
-        table.add_row(name, _with_interval(before, name), _with_interval(after, name))
+        if name in before.values:
+            table.add_row(name, _with_interval(before, name), _with_interval(after, name))
     return Group(_heading(after), table)
 
 
@@ -92,5 +141,11 @@ def _heading(metrics: EvalMetrics) -> str:
 
 
 def _with_interval(metrics: EvalMetrics, name: str) -> str:
+    form = ".1%" if _is_fraction(name) else ".3f"
     low, high = metrics.intervals[name]
-    return f"{metrics.values[name]:.1%}  ({low:.1%} to {high:.1%})"
+    return f"{metrics.values[name]:{form}}  ({low:{form}} to {high:{form}})"
+
+
+def _is_fraction(name: str) -> bool:
+    """Whether an evaluation's value is a fraction, rather than a mean score."""
+    return not name.startswith("rewards/")

@@ -1,26 +1,92 @@
-"""`metrics.jsonl` and `eval.jsonl`: one JSON object a line, flushed as it is written."""
+"""`metrics.jsonl` and `eval.jsonl`: one JSON object a line, on the disk as it is written."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 from pathlib import Path
+from typing import Any
 
+from grpo.training.folder import EVALUATIONS, METRICS
 from grpo.types import EvalMetrics, StepMetrics
+
+INTERVAL = "_interval"
+
+warn = logging.getLogger(__name__).warning
 
 
 class JsonlLogger:
-    """Appends each record to its file in the run's folder."""
+    """Appends each record to its file in the run's folder.
+
+    Lines that cannot be written (the disk is full, the folder gone) are kept and written with the next that can.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._waiting: dict[str, list[str]] = {METRICS: [], EVALUATIONS: []}
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         line: dict[str, object] = {"step": record.step}
         if isinstance(record, EvalMetrics):
-            intervals = {f"{name}_interval": list(pair) for name, pair in record.intervals.items()}
-            line |= {"n": record.n, **record.values, **intervals}
+            intervals = {f"{name}{INTERVAL}": list(pair) for name, pair in record.intervals.items()}
+            line |= {"n": record.n, "grader": record.grader, **record.values, **intervals}
         else:
             line |= record.values
-        name = "eval.jsonl" if isinstance(record, EvalMetrics) else "metrics.jsonl"
-        with (self._folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        name = EVALUATIONS if isinstance(record, EvalMetrics) else METRICS
+        self._waiting[name].append(json.dumps(line) + "\n")
+        for name in self._waiting:
+            self._flush(name)
+
+    def _flush(self, name: str) -> None:
+        lines = self._waiting[name]
+        if not lines:
+            return
+        try:
+            _append(self._folder / name, "".join(lines).encode())
+        except OSError as error:
+            if len(lines) == 1:  # said once, until it works again
+                warn("%s cannot be written: %s. Its lines are kept until it can", self._folder / name, error.strerror)
+        else:
+            lines.clear()
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append all of `data` or nothing, and see it to the disk."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(file).st_size
+        try:
+            while data:
+                data = data[os.write(file, data) :]
+            os.fsync(file)
+        except OSError:
+            os.ftruncate(file, size)
+            raise
+    finally:
+        os.close(file)
+
+
+def read_steps(folder: Path) -> list[StepMetrics]:
+    """What a run's `metrics.jsonl` says, without a last line that is still being written. No file: nothing."""
+    return [StepMetrics(int(line.pop("step")), line) for line in _lines(folder / METRICS)]
+
+
+def read_evaluations(folder: Path) -> list[EvalMetrics]:
+    """What a run's `eval.jsonl` says."""
+    return [_evaluation(line) for line in _lines(folder / EVALUATIONS)]
+
+
+def _evaluation(line: dict[str, Any]) -> EvalMetrics:
+    step, n, grader = line.pop("step"), line.pop("n"), line.pop("grader")
+    intervals = {
+        name.removesuffix(INTERVAL): (line[name][0], line[name][1]) for name in line if name.endswith(INTERVAL)
+    }
+    return EvalMetrics(step, n, grader, {name: line[name] for name in line if name in intervals}, intervals)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    except FileNotFoundError:
+        return []

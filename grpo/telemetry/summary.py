@@ -9,8 +9,8 @@ from rich.console import Console
 
 from grpo.config import Recipe
 from grpo.telemetry.console import before_and_after
+from grpo.training.loop import Outcome
 from grpo.training.plan import Plan
-from grpo.training.trainer import Outcome
 
 
 def print_plan(console: Console, cfg: Recipe, device: str, plan: Plan, notes: list[str]) -> None:
@@ -23,10 +23,11 @@ def print_plan(console: Console, cfg: Recipe, device: str, plan: Plan, notes: li
 
 def print_outcome(console: Console, outcome: Outcome, folder: Path, example: str) -> None:
     """The table of accuracies, where the adapter is, and how to try it on a prompt like `example`."""
-    if outcome.before and outcome.after and outcome.after.step > outcome.before.step:
-        console.print(before_and_after(outcome.before, outcome.after))
+    state = outcome.state
+    if state.before and state.after and state.after.step > state.before.step:
+        console.print(before_and_after(state.before, state.after))
     what = "stopped" if outcome.stopped_by is not None else "finished"
-    lines = [f"{what} after step {outcome.step}" if outcome.checkpoint else f"{what} before the first step"]
+    lines = [f"{what} after step {state.step}" if state.step else f"{what} before the first step"]
     if outcome.checkpoint:
         lines.append(f"adapter  {outcome.checkpoint}")
         lines.append(f"try it   grpo generate {shlex.quote(str(folder))} {shlex.quote(example)}")

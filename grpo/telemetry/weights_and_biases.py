@@ -1,46 +1,102 @@
-"""Weights & Biases, through its own package. Whatever happens to it, the run goes on."""
+"""Weights & Biases, through its own package: TRL's names, grouped by prefix as TRL's are."""
 
 from __future__ import annotations
 
-import sys
+import logging
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from grpo.config import Recipe, WandbConfig
+from grpo.data.prompts import last_text
+from grpo.plugins import source_file
+from grpo.training.checkpoint import RECIPE, newest_whole
+from grpo.training.folder import CHECKPOINTS
 from grpo.types import EvalMetrics, StepMetrics
+
+warn = logging.getLogger(__name__).warning
+
+INIT_TIMEOUT, FINISH_TIMEOUT = 30.0, 300.0
+"""Seconds to wait for a service that does not answer: at the start, and for the last uploads."""
+STEP = "train/global_step"
+TABLE = "completions"
+COLUMNS = ["step", "prompt", "completion", "reward", "advantage"]
 
 
 class WandbLogger:
-    """Logs under TRL's names with its prefixes, `train/` and `eval/`."""
+    """Logs steps under `train/`, evaluations under `eval/`, completions, histograms, and the run's files."""
 
-    def __init__(self, cfg: WandbConfig, recipe: Recipe, folder: Path) -> None:
-        self._run: Any = None
-        self._guarded(lambda: self._start(cfg, recipe, folder))
-
-    def _start(self, cfg: WandbConfig, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, cfg: WandbConfig, recipe: Recipe, folder: Path, run_id: str) -> None:
+        """Open the run `run_id`, the same one on resuming. Where W&B cannot be reached it is kept for `wandb sync`."""
         import wandb
 
-        self._run = wandb.init(
-            project=cfg.project,
-            mode=cfg.mode,
-            name=folder.name,
-            dir=folder,
-            config=recipe.model_dump(mode="json"),
-            settings={"silent": True},
-        )
+        self._cfg, self._folder = cfg, folder
+        common: dict[str, Any] = {
+            "project": cfg.project,
+            "entity": cfg.entity,
+            "group": cfg.group,
+            "tags": list(cfg.tags),
+            "notes": cfg.notes,
+            "id": run_id,
+            "resume": "allow",
+            "name": folder.resolve().name,
+            "dir": folder,
+            "config": recipe.model_dump(mode="json"),
+        }
+        waits = {"silent": True, "init_timeout": INIT_TIMEOUT, "finish_timeout": FINISH_TIMEOUT}
+        try:
+            self._run: Any = wandb.init(**common, mode=cfg.mode, settings=waits)
+        except wandb.Error as error:
+            first = str(error).splitlines()[0]
+            warn("W&B: %s. The run is kept in %s; `wandb sync` sends it", first, folder / "wandb")
+            wandb.teardown()  # its service still holds the run's id
+            self._run = wandb.init(**common, mode="offline", settings={"silent": True})
+        self._run.define_metric(STEP)
+        self._run.define_metric("train/*", step_metric=STEP)
+        self._run.define_metric("train/reward", step_metric=STEP, summary="max")
+        self._run.define_metric("eval/*", step_metric=STEP, summary="max")
+        sources = [source_file(reward.use) for reward in recipe.rewards]
+        self._keep("recipe", [folder / RECIPE, *(path for path in sources if path is not None)])
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         prefix = "eval" if isinstance(record, EvalMetrics) else "train"
-        values = {f"{prefix}/{name}": value for name, value in record.values.items()}
+        values: dict[str, Any] = {f"{prefix}/{name}": value for name, value in record.values.items()}
+        if isinstance(record, StepMetrics) and record.groups:
+            values |= self._of_completions(record)
         # The step is a value too: evaluations come at steps that have been logged already.
-        self._guarded(lambda: self._run and self._run.log({**values, "train/global_step": record.step}))
+        self._run.log({**values, STEP: record.step})
+
+    def _of_completions(self, record: StepMetrics) -> dict[str, Any]:
+        """Histograms of rewards and lengths, and some rows of the table of completions."""
+        import wandb
+
+        rollouts = [rollout for group in record.groups for rollout in group.rollouts]
+        rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+        made: dict[str, Any] = {
+            "histograms/completion_length": wandb.Histogram([len(rollout.completion.token_ids) for rollout in rollouts])
+        }
+        if rewards:
+            made["histograms/reward"] = wandb.Histogram(rewards)
+        rows = (
+            [record.step, last_text(group.task.prompt), r.completion.text, r.reward, r.advantage]
+            for group in record.groups
+            for r in group.rollouts
+        )
+        if self._cfg.completions:
+            made[TABLE] = wandb.Table(columns=COLUMNS, data=list(islice(rows, self._cfg.completions)))
+        return made
 
     def close(self) -> None:
-        self._guarded(lambda: self._run and self._run.finish())
+        """Send the newest adapter and end."""
+        newest, _ = newest_whole(self._folder / CHECKPOINTS)
+        if newest is not None:
+            self._keep("adapter", sorted(newest.glob("adapter*")))
+        self._run.finish()
 
-    def _guarded(self, action: Any) -> None:
-        try:
-            action()
-        except Exception as error:  # a service that is away must not end a run; it is said once
-            self._run = None
-            print(f"W&B is left out from here on: {type(error).__name__}: {error}", file=sys.stderr)
+    def _keep(self, kind: str, files: list[Path]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"{self._folder.resolve().name}-{kind}", "model" if kind == "adapter" else kind)
+        for path in files:
+            artifact.add_file(str(path))
+        self._run.log_artifact(artifact)

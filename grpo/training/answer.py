@@ -14,7 +14,8 @@ from grpo.generation.sampling import Sampling
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load
 from grpo.recipe import load_recipe
-from grpo.training.folder import RECIPE, is_run, newest_checkpoint
+from grpo.training.checkpoint import RECIPE
+from grpo.training.folder import is_run, newest_checkpoint
 
 
 def answer(

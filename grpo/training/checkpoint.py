@@ -1,30 +1,53 @@
-"""Checkpoints: whole or not there at all."""
+"""Checkpoints: whole or not there at all, and never believed without their checksums."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from grpo.model.adapters import Adapters
+import mlx.core as mx
 
-STATE = "state.json"
+from grpo.errors import UserError
+from grpo.model.adapters import CONFIG
+from grpo.training.state import Arrays, RunState
+
+STATE, RECIPE, SUMS = "state.json", "recipe.yaml", "SHA256SUMS"
+ARRAYS = ".safetensors"
 
 
-def save_checkpoint(folder: Path, step: int, adapters: Adapters, keep: int) -> Path:
-    """Write `folder/step-NNNNNN` and drop all but the newest `keep`. Returns its path.
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a checkpoint says about the run that wrote it, the same in all of them.
 
-    The files are written aside and synced, and appear under their name by one rename. The adapter in it is in
-    mlx-lm's format: `mlx_lm.generate --adapter-path` takes the checkpoint's folder.
+    `recipe` is the resolved recipe's text, `sources` a hash for each file of code that the recipe names, `adapter` what
+    mlx-lm's `adapter_config.json` says.
     """
-    final = checkpoint_path(folder, step)
+
+    recipe: str
+    sources: Mapping[str, str]
+    adapter: Mapping[str, Any]
+
+
+def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) -> Path:
+    """Write `folder/step-NNNNNN` and drop all but the newest `keep` and the best. Returns its path.
+
+    The files are written aside and synced, and appear under their name by one rename. The adapter in it is in mlx-lm's
+    format: `mlx_lm.generate --adapter-path` takes the checkpoint's folder, and `sha256sum -c SHA256SUMS` checks it.
+    Raises OSError where it cannot be written; what was there before is whole then.
+    """
+    final = checkpoint_path(folder, state.step)
     aside = folder / f".{final.name}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        adapters.save(aside)
-        (aside / STATE).write_text(json.dumps({"step": step}) + "\n")
+        _write(aside, state, context)
         for path in [*aside.iterdir(), aside]:
             _sync(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -32,9 +55,40 @@ def save_checkpoint(folder: Path, step: int, adapters: Adapters, keep: int) -> P
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _sync(folder)
-    for old in checkpoints(folder)[:-keep]:
+    best = {checkpoint_path(folder, state.best.step)} if state.best else set()
+    for old in set(checkpoints(folder)[:-keep]) - best:
         shutil.rmtree(old)
     return final
+
+
+def _write(folder: Path, state: RunState, context: Context) -> None:
+    for name, arrays in state.trainer.arrays.items():
+        _save_arrays(folder / f"{name}{ARRAYS}", arrays)
+    versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "grpo-mlx")}
+    plain = {**state.plain(), "sources": dict(context.sources), "versions": versions}
+    (folder / CONFIG).write_text(json.dumps(context.adapter, indent=2) + "\n", encoding="utf-8")
+    (folder / STATE).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    (folder / RECIPE).write_text(context.recipe, encoding="utf-8")
+    names = [CONFIG, *(f"{name}{ARRAYS}" for name in state.trainer.arrays), RECIPE, STATE]
+    (folder / SUMS).write_text("".join(_sum(folder, name) for name in names), encoding="utf-8")
+
+
+def _save_arrays(path: Path, arrays: Arrays) -> None:
+    try:
+        mx.save_safetensors(str(path), dict(sorted(arrays.items())))  # sorted: equal states make equal files
+    except RuntimeError as error:  # MLX's word for a disk that is full or gone
+        raise OSError(f"{path.name}: {error}") from error
+
+
+def _sum(folder: Path, name: str) -> str:
+    """A file's line in the checksums, as `sha256sum` prints it."""
+    return f"{hash_of(folder / name)}  {name}\n"
+
+
+def hash_of(path: Path) -> str:
+    """A file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -43,13 +97,73 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+    """The checkpoints of a folder, oldest first, sound or not."""
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    digits = checkpoint.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None when every one is what was written."""
+    try:
+        lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines(keepends=True)
+        if not lines or lines[-1].split()[-1:] != [STATE]:  # it is written last, so a shorter list is a damaged one
+            return f"{SUMS}: not what was written"
+        names = [line.rstrip("\n").partition("  ")[2] for line in lines]
+        wrong = [name for name, line in zip(names, lines, strict=True) if _sum(checkpoint, name) != line]
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except ValueError:  # no text, or a name that no file can have
+        return f"{SUMS}: not what was written"
+    return f"{', '.join(wrong)}: not what was written" if wrong else None
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are what was written, and a line for each newer one that was passed over."""
+    passed_over: list[str] = []
+    for checkpoint in reversed(checkpoints(folder)):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint, passed_over
+        passed_over.append(f"passed over {checkpoint}: {wrong}")
+    return None, passed_over
+
+
+def load_checkpoint(checkpoint: Path) -> tuple[RunState, Context]:
+    """The run's state in a checkpoint, and its context. Raises UserError for one that is not what was written."""
+    if (wrong := damage(checkpoint)) is not None:
+        raise UserError(f"checkpoint {checkpoint}: {wrong}")
+    plain = read_state(checkpoint)
+    arrays: dict[str, Any] = {path.stem: mx.load(str(path)) for path in checkpoint.glob(f"*{ARRAYS}")}
+    mx.eval(arrays)  # read now: the files may be replaced later
+    context = Context(
+        recipe=(checkpoint / RECIPE).read_text(encoding="utf-8"),
+        sources=plain["sources"],
+        adapter=json.loads((checkpoint / CONFIG).read_text(encoding="utf-8")),
+    )
+    return RunState.of(plain, arrays), context
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `state.json` says: the run's state without its arrays, the hashes of its sources, the versions used."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def step_of(checkpoint: Path) -> int:
     """The training step that a checkpoint was written after."""
-    return int(json.loads((checkpoint / STATE).read_text())["step"])
+    return int(read_state(checkpoint)["step"])
+
+
+def drop_after(folder: Path, step: int) -> list[Path]:
+    """Delete the checkpoints of later steps: a run that goes on from here will write its own. Returns them."""
+    later = [path for path in checkpoints(folder) if _number(path) > step]
+    for path in later:
+        shutil.rmtree(path)
+    return later
 
 
 def _sync(path: Path) -> None:

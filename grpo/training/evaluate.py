@@ -1,9 +1,10 @@
-"""Evaluation on held-out prompts: greedy accuracy, avg@k and pass@k, with intervals, and no logprobs."""
+"""Evaluation on held-out prompts: greedy, avg@k, pass@k and maj@k, with intervals, and no logprobs."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from math import comb
 from statistics import fmean
 
 from grpo.backend.random import derive_key, derive_seed
@@ -11,8 +12,9 @@ from grpo.config import Recipe
 from grpo.errors import RunError
 from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
+from grpo.training.answers import final_answer, majority
 from grpo.training.metrics import SOLVED
-from grpo.types import EvalMetrics, Group, Task
+from grpo.types import EvalMetrics, Group, Rollout, Task
 
 RESAMPLES = 1000
 
@@ -29,35 +31,69 @@ class Evaluator:
         self.tasks, self.engine, self.scorer = tasks, engine, scorer
         self.grader = next(iter(scorer.rewards))
 
+    @property
+    def names(self) -> list[str]:
+        """What is measured, all of it the better the higher."""
+        sampled = [f"avg@{self.samples}", *(f"pass@{k}" for k in self._ks()), f"maj@{self.samples}"]
+        return ["greedy", *sampled, *(f"rewards/{name}" for name in self.scorer.rewards)]
+
     def __call__(self, step: int) -> EvalMetrics:
         """Measure the policy as it is, before (0) or after `step`. The draws are the same at every step."""
-        greedy = self._solved(1, 0.0)
-        sampled = self._solved(self.samples, self.cfg.rollout.temperature)
-        fractions = {
-            "greedy": [fmean(solved) for solved in greedy],
-            f"avg@{self.samples}": [fmean(solved) for solved in sampled],
-            f"pass@{self.samples}": [float(any(solved)) for solved in sampled],
+        greedy = self._sampled(1, 0.0)
+        sampled = self._sampled(self.samples, self.cfg.rollout.temperature)
+        right = [graded for group in sampled if (graded := self._graded(group))]
+        solved = [[right for _, right in graded] for graded in right]
+        measured = {
+            "greedy": [float(graded[0][1]) for group in greedy if (graded := self._graded(group))],
+            f"avg@{self.samples}": [fmean(one) for one in solved],
+            **{f"pass@{k}": [pass_at(k, len(one), sum(one)) for one in solved] for k in self._ks()},
+            f"maj@{self.samples}": [_voted(graded) for graded in right],
+            **{f"rewards/{name}": _scores(sampled, name) for name in self.scorer.rewards},
         }
-        if not all(fractions.values()):
+        if not measured["greedy"] or not solved:
             raise RunError(f"evaluation: the first reward, {self.grader!r}, scored no completion")
+        measured = {name: values for name, values in measured.items() if values}
         return EvalMetrics(
             step=step,
-            n=len(fractions["greedy"]),
+            n=len(measured["greedy"]),
             grader=self.grader,
-            values={name: fmean(values) for name, values in fractions.items()},
-            intervals={name: bootstrap_interval(values, self.cfg.seed) for name, values in fractions.items()},
+            values={name: fmean(values) for name, values in measured.items()},
+            intervals={name: bootstrap_interval(values, self.cfg.seed) for name, values in measured.items()},
         )
 
-    def _solved(self, n: int, temperature: float) -> list[list[bool]]:
+    def _ks(self) -> list[int]:
+        """1 < k < samples by powers of two, and the number of samples."""
+        return [k for k in (2**i for i in range(1, self.samples.bit_length())) if k < self.samples] + [self.samples]
+
+    def _sampled(self, n: int, temperature: float) -> list[Group]:
         key = derive_key(self.cfg.seed, "eval", n)
-        groups = self.engine.rollout(self.tasks, n, temperature, key, logprobs=False)
-        right = [_right(group, self.grader) for group in self.scorer.score(groups)]
-        return [solved for solved in right if solved]
+        return self.scorer.score(self.engine.rollout(self.tasks, n, temperature, key, logprobs=False))
+
+    def _graded(self, group: Group) -> list[tuple[Rollout, bool]]:
+        """The completions that have a score, and whether they are right."""
+        scores = [(rollout, rollout.scores[self.grader]) for rollout in group.rollouts]
+        return [(rollout, score >= SOLVED) for rollout, score in scores if score is not None]
 
 
-def _right(group: Group, grader: str) -> list[bool]:
-    scores = [rollout.scores[grader] for rollout in group.rollouts]
-    return [score >= SOLVED for score in scores if score is not None]
+def pass_at(k: int, n: int, correct: int) -> float:
+    """The chance that one of `k` samples is right, estimated without bias from `n` of which so many were.
+
+    Chen et al. 2021 (arXiv 2107.03374), equation 1. With fewer than `k` samples it is that of `n`.
+    """
+    k = min(k, n)
+    return 1 - comb(n - correct, k) / comb(n, k)
+
+
+def _voted(graded: Sequence[tuple[Rollout, bool]]) -> float:
+    """Whether the answer that most completions give is right (self-consistency, arXiv 2203.11171)."""
+    chosen = majority([final_answer(rollout.completion.text) for rollout, _ in graded])
+    return float(graded[chosen][1])
+
+
+def _scores(groups: Sequence[Group], name: str) -> list[float]:
+    """Each prompt's mean score by one reward, without the prompts that have none."""
+    known = [[r.scores[name] for r in group.rollouts] for group in groups]
+    return [fmean(scores) for row in known if (scores := [score for score in row if score is not None])]
 
 
 def bootstrap_interval(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,17 +14,30 @@ from pathlib import Path
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.recipe import dump_recipe
-from grpo.training.checkpoint import checkpoints
+from grpo.training.checkpoint import (
+    RECIPE,
+    STATE,
+    checkpoint_path,
+    checkpoints,
+    damage,
+    drop_after,
+    newest_whole,
+    read_state,
+)
 
-RECIPE, METRICS, CHECKPOINTS, COMPLETIONS = "recipe.yaml", "metrics.jsonl", "checkpoints", "completions"
-WRITTEN = (METRICS, "eval.jsonl", CHECKPOINTS, COMPLETIONS, "wandb", RECIPE)
+METRICS, EVALUATIONS, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "checkpoints"
+COMPLETIONS = "completions"
+WRITTEN = (METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, "tensorboard", "wandb", "report.html", RECIPE)
 """What a run writes into its folder, and all that `--overwrite` deletes there.
 
 The order in which it is put aside, and in reverse brought back: with the recipe there, all of it is; with the metrics
 back, all of it is. So a process that is killed in between leaves no doubt about whose files are whose.
 """
 FORMER = ".former"
+LOCK = ".lock"
 HEADER = "# This run's recipe as it was resolved, written by grpo train.\n"
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -31,11 +48,29 @@ def run_folder(cfg: Recipe, overwrite: bool) -> Iterator[Path]:
     its first step on record; a block that fails before that leaves everything as it was.
     """
     folder = check_run_folder(cfg, overwrite)
-    former = folder / FORMER
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+    try:
+        with _locked(folder):
+            _begin(cfg, folder)
+            try:
+                yield folder
+            finally:
+                if folder.is_dir():
+                    _settle(folder)
+    finally:
+        if folder.is_dir() and not any(folder.iterdir()) and folder.resolve() != Path.cwd():
+            folder.rmdir()
+
+
+def _begin(cfg: Recipe, folder: Path) -> None:
+    """Put a former run aside and write the new one's recipe, or leave everything as it was."""
+    former = folder / FORMER
+    try:
         _move_run(folder, former)
-        (folder / RECIPE).write_text(HEADER + dump_recipe(cfg), encoding="utf-8")
+        (folder / RECIPE).write_text(recipe_text(cfg), encoding="utf-8")
     except BaseException as error:
         if former.is_dir():
             (folder / RECIPE).unlink(missing_ok=True)
@@ -43,12 +78,100 @@ def run_folder(cfg: Recipe, overwrite: bool) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
         raise
-    try:
+
+
+@contextmanager
+def resumed_folder(cfg: Recipe, step: int, evaluated: int) -> Iterator[Path]:
+    """The folder of a run that goes on after `step`, the last evaluation in it after step `evaluated` (-1: none).
+
+    What the folder holds of later steps is dropped: they come again, and no line is lost or doubled.
+    """
+    assert cfg.output_dir is not None
+    folder = Path(cfg.output_dir)
+    with _locked(folder):
+        try:
+            _forget_after(folder, step, evaluated)
+            replace_text(folder / RECIPE, recipe_text(cfg))
+        except OSError as error:
+            raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
         yield folder
-    finally:
-        _settle(folder)
-        if not any(folder.iterdir()) and folder.resolve() != Path.cwd():
-            folder.rmdir()
+
+
+def _forget_after(folder: Path, step: int, evaluated: int) -> None:
+    _rewind(folder / METRICS, step)
+    _rewind(folder / EVALUATIONS, evaluated)
+    drop_after(folder / CHECKPOINTS, step)
+    for path in (folder / COMPLETIONS).glob("step-*.parquet"):
+        if path.stem > checkpoint_path(folder, step).name:
+            path.unlink()
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Keep the lines of a log up to a step, without one that was cut off."""
+    if not path.exists():
+        return
+    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        kept = b"".join(line for line in whole if json.loads(line)["step"] <= step).decode()
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: a line of it is no record of ours; mend or delete it before going on") from None
+    replace_text(path, kept)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that at every moment it is the old one or the new one."""
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def restore_folder(folder: Path, recipe: str) -> None:
+    """Make a run's folder anew where it has vanished, so that what is written from now on is found."""
+    if not (folder / RECIPE).is_file():
+        log.warning("%s has vanished; it is made anew, without what was in it", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / RECIPE, recipe)
+
+
+def recipe_text(cfg: Recipe) -> str:
+    """What a run's `recipe.yaml` says."""
+    return HEADER + dump_recipe(cfg)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process, whatever ends it. Raises UserError if another holds it."""
+    path = folder / LOCK
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: a run in this folder is going on; stop it first") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process is training there now. (Its own run is not seen by a process.)"""
+    try:
+        file = (folder / LOCK).open("r+")
+    except OSError:
+        return False
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
 
 
 def _settle(folder: Path) -> None:
@@ -86,27 +209,61 @@ def check_run_folder(cfg: Recipe, overwrite: bool) -> Path:
     """Where the run will be. Raises UserError if there is another, not to be replaced, or files that are no run's."""
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
+    if is_running(folder):
+        raise UserError(f"{folder}: a run in this folder is going on; stop it first")
     if (folder / FORMER).is_dir():  # a run that was to replace another was killed
         _settle(folder)
     theirs = [name for name in WRITTEN if (folder / name).exists()]
     if is_run(folder) and not overwrite:
-        raise UserError(f"{folder} holds another run: name another folder (output_dir=...) or replace it (--overwrite)")
+        raise UserError(
+            f"{folder} holds another run: go on with it (--resume), name another folder (output_dir=...) or replace it "
+            "(--overwrite)"
+        )
     if theirs and not is_run(folder):
         raise UserError(f"output_dir: {folder} has a {theirs[0]} that no run of ours wrote: name another folder")
     return folder
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run wrote there: a recipe with the header of the run's own copy."""
+    """Whether a run's folder: a recipe with the header of the run's own copy, and not in one of its checkpoints."""
     try:
-        return (folder / RECIPE).read_text(encoding="utf-8").startswith(HEADER)
+        ours = (folder / RECIPE).read_text(encoding="utf-8").startswith(HEADER)
+        return ours and not (folder / STATE).exists()
     except (OSError, ValueError):
         return False
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint of a run. Raises UserError for a run that has none yet."""
-    found = checkpoints(folder / CHECKPOINTS)
-    if not found:
-        raise UserError(f"{folder}: this run has no checkpoint yet")
-    return found[-1]
+    """The newest whole checkpoint of a run; says which newer ones are damaged. Raises UserError where there is none."""
+    found, passed_over = newest_whole(folder / CHECKPOINTS)
+    for line in passed_over:
+        log.warning("%s", line)
+    if found is None:
+        why = "no checkpoint of this run is whole" if passed_over else "this run has no checkpoint yet"
+        raise UserError(f"{folder}: {why}")
+    return found
+
+
+def find_checkpoint(folder: Path, which: str) -> Path:
+    """The checkpoint of a run that `which` names: `newest`, `best` or a step.
+
+    Raises UserError for one that is not there or not whole.
+    """
+    if which == "newest":
+        return newest_checkpoint(folder)
+    there = folder / CHECKPOINTS
+    if which == "best":
+        best = read_state(newest_checkpoint(folder))["best"]
+        if best is None:
+            raise UserError(f"{folder}: no evaluation has said yet which checkpoint is the best")
+        found = checkpoint_path(there, best["step"])
+    elif which.isdecimal():
+        found = checkpoint_path(there, int(which))
+    else:
+        raise UserError(f"checkpoint {which!r}: expected newest, best or a step")
+    if found not in checkpoints(there):
+        known = ", ".join(str(int(path.name[5:])) for path in checkpoints(there))
+        raise UserError(f"{folder}: no checkpoint of step {which}; there is {known or 'none'}")
+    if (wrong := damage(found)) is not None:
+        raise UserError(f"{found}: {wrong}")
+    return found

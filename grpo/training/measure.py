@@ -1,35 +1,113 @@
-"""A run or a recipe measured on its held-out prompts, for `grpo eval`."""
+"""Accuracy on held-out prompts, of a run, a recipe or a model, for `grpo eval`: the base beside the adapter."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from grpo.config import FILE_TYPES, Recipe
 from grpo.errors import UserError
+from grpo.model.adapters import CONFIG
 from grpo.plugins import find_recipe
-from grpo.recipe import load_recipe
-from grpo.training.checkpoint import step_of
-from grpo.training.folder import RECIPE, is_run, newest_checkpoint
+from grpo.recipe import load_recipe, recipe_of
+from grpo.training.checkpoint import RECIPE, STATE, step_of
+from grpo.training.folder import find_checkpoint, is_run
 from grpo.training.setup import prepare
 from grpo.types import EvalMetrics
 
 
-def measure(target: str, overrides: Sequence[str]) -> tuple[EvalMetrics, EvalMetrics | None]:
-    """The base model's evaluation and, for a run's folder, that of its newest checkpoint on the same prompts.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is to be measured where it is not the recipe's own: None is."""
 
-    Raises UserError for a recipe without an `eval` section.
+    data: str | None = None
+    split: str | None = None
+    prompt: str | None = None
+    reward: str | None = None
+    samples: int | None = None
+    prompts: int | None = None
+    adapter: Path | None = None
+    checkpoint: str | None = None
+
+    def settings(self) -> list[str]:
+        """The same as overrides of a recipe."""
+        split = self.split
+        if split is None and self.data is not None and Path(self.data).suffix in FILE_TYPES:
+            split = "train"  # all that a file has
+        named = {
+            "eval.source": self.data,
+            "eval.split": split,
+            "data.prompt": self.prompt,
+            "rewards.0.use": self.reward,
+            "eval.samples": self.samples,
+            "eval.prompts": self.prompts,
+        }
+        return [f"{name}={value}" for name, value in named.items() if value is not None]
+
+
+def measure(target: str, asked: Asked, overrides: Sequence[str]) -> tuple[EvalMetrics, EvalMetrics | None]:
+    """The base model's evaluation and, where there is an adapter, its own on the same prompts with the same draws.
+
+    `target` is a run's folder (the adapter is its newest checkpoint, unless another is named), a recipe, or a model.
+    Raises UserError where there is nothing to evaluate on.
     """
-    folder = Path(target)
-    checkpoint = newest_checkpoint(folder) if is_run(folder) else None
-    if checkpoint is None and folder.is_dir():
-        raise UserError(f"{target}: neither a run's folder nor a recipe")
-    cfg = load_recipe(folder / RECIPE if checkpoint else find_recipe(target), overrides)
+    folder, settings = Path(target), [*asked.settings(), *overrides]
+    adapter = asked.adapter
+    if is_run(folder):
+        cfg = load_recipe(folder / RECIPE, settings)
+        adapter = adapter or find_checkpoint(folder, asked.checkpoint or "newest")
+    elif asked.checkpoint is not None:
+        raise UserError(f"--checkpoint is for runs, and {target} is none")
+    elif folder.is_dir() or not _is_recipe(target):
+        cfg = _for_model(target, asked, settings)
+    else:
+        cfg = load_recipe(find_recipe(target), settings)
     if cfg.eval is None:
-        raise UserError(f"{target}: the recipe has no eval section; add one, such as eval.split=test")
+        raise UserError(f"{target}: nothing says what to evaluate on; name it, such as --data held_out.jsonl")
+    if asked.adapter is not None:  # a run's own has the shape that its recipe says
+        cfg = cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update=_shape(asked.adapter))})
     trainer = prepare(cfg).trainer
     assert trainer.evaluate is not None
     before = trainer.evaluate(0)
-    if checkpoint is None:
+    if adapter is None:
         return before, None
-    trainer.policy.adapters.load(checkpoint)
-    return before, trainer.evaluate(step_of(checkpoint))
+    trainer.policy.adapters.load(adapter)
+    return before, trainer.evaluate(step_of(adapter) if (adapter / STATE).is_file() else 0)
+
+
+def _is_recipe(target: str) -> bool:
+    if target.startswith("builtin:"):
+        return False
+    try:
+        find_recipe(target)
+    except UserError:
+        if "/" in target and not target.endswith((".yaml", ".yml")):
+            return False  # a model on the Hub
+        raise
+    return True
+
+
+def _for_model(name: str, asked: Asked, settings: Sequence[str]) -> Recipe:
+    """A recipe that only says what to measure."""
+    if asked.data is None:
+        raise UserError(f"{name} is no run and no recipe: as a model it needs --data (and mostly --prompt, --reward)")
+    fixed: dict[str, Any] = {
+        "model": {"name": name},
+        "data": {"source": asked.data, "split": asked.split or "train"},
+        "rewards": [{"use": "math_answer"}],
+        "optim": {"steps": 1},
+    }
+    return recipe_of(fixed, f"eval {name}", settings)
+
+
+def _shape(adapter: Path) -> dict[str, Any]:
+    """The settings of an adapter as mlx-lm saved it. Raises UserError for what is none."""
+    try:
+        saved = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+        parameters = saved["lora_parameters"]
+        return {"rank": parameters["rank"], "scale": parameters["scale"], "targets": tuple(parameters["keys"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"adapter {adapter}: not a LoRA adapter as mlx-lm writes them: {error}") from None

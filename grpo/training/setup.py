@@ -63,6 +63,9 @@ def prepare(cfg: Recipe) -> Prepared:
     evaluator = None
     if cfg.eval is not None:
         evaluator = Evaluator(cfg, first_tasks(tables[1], eval_renderers[0], cfg.eval.prompts), engine, scorer)
+        if cfg.best_metric not in evaluator.names:
+            known = ", ".join(evaluator.names)
+            raise UserError(f"checkpoint.metric_for_best_model: {cfg.best_metric!r} is not measured; there is {known}")
     if odd := [token for token in cfg.rollout.stop_token_ids if token >= generator.decoding.vocabulary]:
         raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the vocabulary of {generator.decoding.vocabulary}")
     stream = TaskStream(tables[0], renderer, cfg.seed)

@@ -1,25 +1,45 @@
-"""SIGINT and SIGTERM ask a run to stop at the end of its step; a second one ends it at once."""
+"""SIGINT and SIGTERM ask a run to stop where nothing is lost; a second one ends it at once."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 
+class Stopped(BaseException):
+    """A signal came where work may be left unfinished. (No `Exception`: other people's code must not swallow it.)"""
+
+
 class StopRequest:
-    """Inside its `with` block signals are noted here instead of ending the process."""
+    """Inside its `with` block the first signal is noted here instead of ending the process; the second ends it."""
 
     def __init__(self, notice: Callable[[], None] = lambda: None) -> None:
         """`notice` is called when the first signal comes, to tell the person."""
         self.signal: int | None = None
         self._notice = notice
         self._former: dict[int, Any] = {}
+        self._interrupts = False
 
     @property
     def requested(self) -> bool:
         return self.signal is not None
+
+    @contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """A block that the first signal leaves, by raising Stopped, as soon as Python has its turn.
+
+        That is between two of MLX's computations: a micro-batch that was begun is finished first.
+        """
+        if self.requested:
+            raise Stopped
+        self._interrupts = True
+        try:
+            yield
+        finally:
+            self._interrupts = False
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -27,14 +47,13 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
-        self._restore()
+        for second in self._former:
+            signal.signal(second, signal.SIG_DFL)  # at once, whatever is being computed or written
         self._notice()
-
-    def _restore(self) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-        self._former = {}
+        if self._interrupts:
+            raise Stopped

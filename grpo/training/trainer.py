@@ -1,11 +1,12 @@
-"""The trainer: GRPO itself, one step on one screen, and the loop around it."""
+"""The trainer: GRPO itself, one step on one screen."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
 
 from grpo.backend.device import on_gpu
 from grpo.backend.random import derive_key
@@ -17,32 +18,16 @@ from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
 from grpo.training.batches import make_minibatches, mean_entropy, with_old_logprobs, with_reference, with_top_entropy
-from grpo.training.checkpoint import checkpoint_path, save_checkpoint
-from grpo.training.completions import store_completions
 from grpo.training.evaluate import Evaluator
-from grpo.training.folder import CHECKPOINTS, COMPLETIONS
 from grpo.training.metrics import step_metrics
 from grpo.training.penalties import penalty_metrics, with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
-from grpo.training.signals import StopRequest
+from grpo.training.state import TrainerState
 from grpo.training.update import Updater
-from grpo.types import EvalMetrics, Group, StepMetrics
-
-Log = Callable[[StepMetrics | EvalMetrics], None]
+from grpo.types import Group, StepMetrics
 
 GPU_PADDING = 64
 """Batches are padded to multiples of this on a GPU, where the update is compiled once for each shape."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended: its last step, the checkpoint there (none before the first), and the evaluations, if any."""
-
-    step: int
-    checkpoint: Path | None
-    stopped_by: int | None
-    before: EvalMetrics | None
-    after: EvalMetrics | None
 
 
 class Trainer:
@@ -66,8 +51,6 @@ class Trainer:
         self.evaluate = evaluate
         self.update = Updater(policy, cfg, custom_loss)
         self.pad_to = GPU_PADDING if on_gpu() else 1
-        self.sampled: list[Group] = []
-        """All groups of the last step; those that were learnt from come first, with their advantages."""
 
     def step(self, n: int) -> StepMetrics:
         """Sample, score, and update. `n` counts from 1."""
@@ -84,11 +67,10 @@ class Trainer:
         clock.lap("logprobs")
         update = self.update(minibatches, n)
         clock.lap("update")
-        self.sampled = groups + sampled[len(groups) :]
         status = self.status(n, beta) | penalty_metrics(groups, cfg)
         if "entropy" not in update.metrics:  # nothing was trained on; entropy is told all the same
             status["entropy"] = mean_entropy(groups, policy, cfg)
-        return step_metrics(n, sampled, update, status, clock.laps)
+        return replace(step_metrics(n, sampled, update, status, clock.laps), groups=(*groups, *sampled[len(groups) :]))
 
     def sample(self, n: int, clock: _Clock) -> tuple[list[Group], list[Group]]:
         """All groups that were sampled and scored, and the step's worth of them to learn from, which come first.
@@ -117,45 +99,29 @@ class Trainer:
         status = {
             "learning_rate": learning_rate(self.cfg.optim, n),
             "adapter_delta": self.policy.adapters.delta(),
+            "peak_memory_gb": mx.get_peak_memory() / 2**30,
             "dropped_prompts": float(self.tasks.dropped),
             **self.scorer.metrics(),
         }
         return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 
-    def run(self, folder: Path, log: Log, stop: StopRequest) -> Outcome:
-        """All steps, with evaluations and checkpoints between them, until the last or until asked to stop.
+    def state(self) -> TrainerState:
+        """What the steps so far have changed: what `load_state` takes."""
+        return TrainerState(
+            arrays={
+                "adapters": self.policy.adapters.state(),
+                "optimizer": tree_flatten(self.update.optimizer.state, destination={}),
+            },
+            counts={"tasks": self.tasks.state(), "scorer": self.scorer.state()},
+        )
 
-        However it ends, an error included, there is a checkpoint of the last step that was finished (if one was).
-        """
-        cfg, n, saved = self.cfg, 0, -1
-        before = after = self._evaluated(0, log)
-        try:
-            while n < cfg.optim.steps and not stop.requested:
-                log(self.step(n + 1))
-                n += 1
-                store_completions(folder / COMPLETIONS, n, self.sampled, cfg)
-                if n % cfg.checkpoint.every == 0:
-                    saved = self._save(folder, n)
-                if not stop.requested and (n == cfg.optim.steps or (cfg.eval and n % cfg.eval.every == 0)):
-                    after = self._evaluated(n, log)
-        except Exception:
-            if 0 < n != saved:
-                self._save(folder, n)
-            raise
-        if 0 < n != saved:
-            self._save(folder, n)
-        return Outcome(n, checkpoint_path(folder / CHECKPOINTS, n) if n else None, stop.signal, before, after)
-
-    def _save(self, folder: Path, n: int) -> int:
-        save_checkpoint(folder / CHECKPOINTS, n, self.policy.adapters, self.cfg.checkpoint.keep)
-        return n
-
-    def _evaluated(self, n: int, log: Log) -> EvalMetrics | None:
-        if self.evaluate is None:
-            return None
-        metrics = self.evaluate(n)
-        log(metrics)
-        return metrics
+    def load_state(self, state: TrainerState) -> None:
+        """Go on where a trainer with this recipe was. Raises UserError for the state of another model or adapter."""
+        state.check_fits(self.state())
+        self.policy.adapters.load_state(state.arrays["adapters"])
+        self.update.optimizer.state = tree_unflatten(dict(state.arrays["optimizer"]))
+        self.tasks.load_state(state.counts["tasks"])
+        self.scorer.load_state(state.counts["scorer"])
 
 
 class _Clock:

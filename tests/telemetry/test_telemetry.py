@@ -2,20 +2,20 @@
 
 import io
 import json
+import struct
 import sys
 from contextlib import ExitStack
-from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
-from grpo.config import WandbConfig
+from grpo.errors import UserError
 from grpo.plugins import find_recipe
 from grpo.recipe import load_recipe
-from grpo.telemetry.console import ConsoleLogger, before_and_after
-from grpo.telemetry.jsonl import JsonlLogger
+from grpo.telemetry.console import ConsoleLogger, before_and_after, sparkline
+from grpo.telemetry.jsonl import JsonlLogger, read_evaluations, read_steps
 from grpo.telemetry.loggers import open_loggers
-from grpo.telemetry.weights_and_biases import WandbLogger
-from grpo.types import EvalMetrics, StepMetrics
+from grpo.types import Completion, EvalMetrics, Group, Rollout, StepMetrics, Task
 
 VALUES = {
     "reward": 0.5,
@@ -34,6 +34,17 @@ EVAL = EvalMetrics(
 )
 
 
+GROUPS = (
+    Group(
+        Task(0, "What is 3+4?", (1,), {}),
+        (
+            Rollout(Completion((4, 2), None, "8", "stop"), reward=0.0, advantage=-1.0),
+            Rollout(Completion((4, 5, 2), None, "it is\n7", "stop"), reward=1.0, advantage=1.0),
+        ),
+    ),
+)
+
+
 def printed(**settings) -> tuple[Console, io.StringIO]:
     text = io.StringIO()
     return Console(file=text, width=200, **settings), text
@@ -47,7 +58,7 @@ def test_files_hold_one_object_a_line(tmp_path) -> None:
     assert steps == [{"step": 1, **VALUES}, {"step": 2, **VALUES}]
     (line,) = (tmp_path / "eval.jsonl").read_text().splitlines()
     assert json.loads(line) == {
-        "step": 0, "n": 8, "greedy": 0.25, "avg@4": 0.5, "pass@4": 1.0,
+        "step": 0, "n": 8, "grader": "right", "greedy": 0.25, "avg@4": 0.5, "pass@4": 1.0,
         "greedy_interval": [0.0, 0.5], "avg@4_interval": [0.3, 0.7], "pass@4_interval": [1.0, 1.0],
     }  # fmt: skip
 
@@ -78,30 +89,77 @@ def test_before_and_after() -> None:
     assert "25.0%  (0.0% to 50.0%)" in text.getvalue()
 
 
-def test_wandb_gets_trl_names(monkeypatch, tmp_path) -> None:
-    logged, started = [], {}
-    run = SimpleNamespace(log=logged.append, finish=lambda: logged.append("finished"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: started.update(kwargs) or run))
-    recipe = load_recipe(find_recipe("quickstart"), ["log.wandb.project=mine"])
+def test_a_terminal_shows_the_curve_and_a_sample() -> None:
+    console, text = printed(force_terminal=True)
+    with ConsoleLogger(console, steps=4) as logger:
+        for step, reward in enumerate((0.0, 0.5, 1.0), start=1):
+            logger.log(StepMetrics(step, VALUES | {"reward": reward}, GROUPS))
+    assert "reward ▁▅█" in text.getvalue()
+    assert "What is 3+4?" in text.getvalue()
+    assert " 1.000 it is 7" in text.getvalue()
+
+
+def test_sparklines() -> None:
+    assert [sparkline(values) for values in ([], [3.0], [0, 7, 3.5], [-1, -1])] == ["", "▁", "▁█▅", "▁▁"]
+
+
+def test_what_is_written_is_read_back(tmp_path) -> None:
+    logger = JsonlLogger(tmp_path)
+    for record in (EVAL, STEP):
+        logger.log(record)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "rew')  # being written
+    assert read_steps(tmp_path) == [STEP]
+    assert read_evaluations(tmp_path) == [EVAL]
+    assert read_steps(tmp_path / "absent") == []
+
+
+def test_lines_that_cannot_be_written_come_later(tmp_path, caplog) -> None:
+    folder = tmp_path / "run"
+    logger = JsonlLogger(folder)
+    logger.log(STEP)
+    logger.log(StepMetrics(2, VALUES))
+    assert caplog.text.count("cannot be written: No such file or directory") == 1
+    folder.mkdir()
+    logger.log(StepMetrics(3, VALUES))
+    assert [record.step for record in read_steps(folder)] == [1, 2, 3]
+
+
+def recipe(tmp_path, *overrides: str):
+    (tmp_path / "recipe.yaml").write_text("seed: 0\n")
+    return load_recipe(find_recipe("quickstart"), overrides)
+
+
+def test_tensorboard_has_every_number(tmp_path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
     console, _ = printed()
     with ExitStack() as stack:
-        log = open_loggers(stack, recipe, tmp_path, console)
-        log(STEP)
+        log = open_loggers(stack, recipe(tmp_path, "log.tensorboard=true"), tmp_path, console, "id")
+        log(StepMetrics(1, VALUES, GROUPS))
         log(EVAL)
-    assert started["project"] == "mine"
-    assert started["config"]["loss"]["beta"] == recipe.loss.beta
-    assert logged[0]["train/reward"] == 0.5
-    assert logged[0]["train/global_step"] == 1
-    assert logged[1] == {"eval/greedy": 0.25, "eval/avg@4": 0.5, "eval/pass@4": 1.0, "train/global_step": 0}
-    assert logged[2] == "finished"
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, found = path.read_bytes(), {}
+    while data:  # length u64, its checksum u32, the event, its checksum u32
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+    assert found["train/reward"] == (1, 0.5)
+    assert found["eval/pass_4"] == (0, 1.0)  # no @ in TensorBoard's names
+    assert {f"train/{name}" for name in VALUES} | {"histograms/reward", "histograms/completion_length"} <= set(found)
 
 
-def test_wandb_that_fails_is_said_once_and_left_out(monkeypatch, tmp_path, capsys) -> None:
-    def refuse(**_):
-        raise ConnectionError("no route")
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
-    logger = WandbLogger(WandbConfig(), load_recipe(find_recipe("quickstart")), tmp_path)
-    logger.log(STEP)
-    logger.close()
-    assert capsys.readouterr().err.splitlines() == ["W&B is left out from here on: ConnectionError: no route"]
+def test_a_logger_of_ones_own_is_one_function_and_cannot_end_a_run(tmp_path, caplog) -> None:
+    (tmp_path / "mine.py").write_text(
+        "seen = []\ndef log(record):\n    seen.append(record.step)\n    assert record.step < 2, 'enough'\n"
+    )
+    console, _ = printed()
+    with ExitStack() as stack:
+        log = open_loggers(stack, recipe(tmp_path, f"log.use=['{tmp_path}/mine.py:log']"), tmp_path, console, "id")
+        for step in (1, 2, 3):
+            log(StepMetrics(step, VALUES))
+    assert sys.modules["grpo_plugin_mine"].seen == [1, 2]
+    assert caplog.text.count("mine.py:log is left out from here on: AssertionError: enough") == 1
+    with pytest.raises(UserError, match="logger 'mine"), ExitStack() as stack:
+        open_loggers(stack, recipe(tmp_path, "log.use=['mine.py:log']"), tmp_path, console, "id")

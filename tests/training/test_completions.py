@@ -7,13 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from training.runs import run, timeless
 
 from grpo.config import Recipe
 from grpo.errors import UserError
-from grpo.recipe import load_recipe
 from grpo.training.completions import read_completions, store_completions, stored_steps
-from grpo.training.setup import prepare
-from grpo.training.signals import StopRequest
 from grpo.types import Completion, Failure, Group, Rollout, Task
 
 GOOD = Rollout(
@@ -121,14 +119,13 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
         read_completions(path)
 
 
-def test_a_run_stores_its_steps(recipe, tmp_path) -> None:
-    trainer = prepare(load_recipe(recipe, ["rollout.dynamic_sampling=1"])).trainer
-    metrics = []
-    trainer.run(tmp_path / "run", metrics.append, StopRequest())
-    for record, path in zip(metrics, stored_steps(tmp_path / "run/completions"), strict=True):
+def test_a_run_stores_its_steps(recipe) -> None:
+    run(recipe, "rollout.dynamic_sampling=1")
+    metrics = timeless(Path("runs/toy/metrics.jsonl"))
+    for record, path in zip(metrics, stored_steps(Path("runs/toy/completions")), strict=True):
         step, groups = read_completions(path)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        assert (step, len(groups)) == (record.step, record.values["num_prompts"])
-        assert sum(len(rollout.completion.token_ids) for rollout in rollouts) == record.values["num_tokens"]
-        assert sum(rollout.reward for rollout in rollouts) / len(rollouts) == pytest.approx(record.values["reward"])
+        assert (step, len(groups)) == (record["step"], record["num_prompts"])
+        assert sum(len(rollout.completion.token_ids) for rollout in rollouts) == record["num_tokens"]
+        assert sum(rollout.reward for rollout in rollouts) / len(rollouts) == pytest.approx(record["reward"])
         assert sum(abs(rollout.advantage) for rollout in rollouts) > 0

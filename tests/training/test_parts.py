@@ -1,26 +1,19 @@
 """The smaller parts of training: schedule, checkpoints, evaluation, metrics, signals, parity, the plan."""
 
 import json
-import os
-import signal
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from grpo.config import OptimConfig
-from grpo.errors import RunError, UserError
+from grpo.errors import RunError
 from grpo.generation.slots import View
 from grpo.recipe import load_recipe
 from grpo.scoring.scorer import Scorer
-from grpo.training.checkpoint import checkpoints, save_checkpoint, step_of
-from grpo.training.evaluate import bootstrap_interval
-from grpo.training.folder import HEADER, WRITTEN, newest_checkpoint, run_folder
 from grpo.training.metrics import step_metrics
 from grpo.training.parity import check_parity
 from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.setup import prepare
-from grpo.training.signals import StopRequest
 from grpo.training.update import Update
 from grpo.types import Completion, Group, Rollout, Task
 
@@ -34,134 +27,6 @@ def test_schedules_by_hand() -> None:
     assert rates("constant", 2) == [0.5, 1, 1, 1, 1, 1]
     assert rates("linear", 2) == [0.5, 1, 1, 0.75, 0.5, 0.25]
     assert rates("cosine") == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
-
-
-def test_checkpoints_keep_the_newest(make_policy, tmp_path) -> None:
-    adapters = make_policy().policy.adapters
-    for step in (5, 10, 100):
-        path = save_checkpoint(tmp_path, step, adapters, keep=2)
-    assert [step_of(found) for found in checkpoints(tmp_path)] == [10, 100]
-    assert path == tmp_path / "step-000100"
-    assert {file.name for file in path.iterdir()} == {"adapters.safetensors", "adapter_config.json", "state.json"}
-    assert sorted(os.listdir(tmp_path)) == ["step-000010", "step-000100"]
-
-
-def test_a_checkpoint_that_was_not_finished_is_not_one(make_policy, tmp_path, monkeypatch) -> None:
-    adapters = make_policy().policy.adapters
-    save_checkpoint(tmp_path, 5, adapters, keep=3)
-
-    def fail(folder) -> None:
-        (folder / "adapters.safetensors").write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(adapters, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path, 10, adapters, keep=3)
-    assert [step_of(found) for found in checkpoints(tmp_path)] == [5]
-
-
-def test_a_run_without_a_checkpoint_says_so(recipe) -> None:
-    with pytest.raises(UserError, match="no checkpoint yet"):
-        newest_checkpoint(recipe.parent)
-
-
-def killed(folder, name: str) -> None:
-    """What a run leaves that was to replace another and was killed: its recipe, and the former one aside."""
-    (folder / ".former").mkdir()
-    for path in list(folder.iterdir()):
-        if path.name != ".former":
-            path.rename(folder / ".former" / path.name)
-    (folder / "recipe.yaml").write_text(HEADER + f"# {name}")
-
-
-def test_a_run_killed_while_replacing_another(recipe) -> None:
-    cfg = load_recipe(recipe)
-    folder = Path(cfg.output_dir)
-    with run_folder(cfg, overwrite=False):
-        (folder / "metrics.jsonl").write_text("a")
-    killed(folder, "b")  # before its first step: the former run comes back
-    with pytest.raises(UserError, match="holds another run"), run_folder(cfg, overwrite=False):
-        pass
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "recipe.yaml"]
-    assert "# b" not in (folder / "recipe.yaml").read_text()
-    killed(folder, "c")
-    (folder / "metrics.jsonl").write_text("c")  # after it: the former run is gone
-    with run_folder(cfg, overwrite=True):
-        assert not (folder / "metrics.jsonl").exists()
-        assert (folder / ".former/metrics.jsonl").read_text() == "c"
-    assert (folder / "metrics.jsonl").read_text() == "c"  # nothing was on record, so it came back
-
-
-@pytest.mark.parametrize("moved", range(len(WRITTEN)))
-def test_a_run_killed_while_putting_another_aside(recipe, moved: int) -> None:
-    cfg = load_recipe(recipe)
-    folder = Path(cfg.output_dir)
-    with run_folder(cfg, overwrite=False):
-        for name in WRITTEN[:-1]:
-            (folder / name).write_text(name)
-    before = {path.name: path.read_text() for path in folder.iterdir()}
-    (folder / ".former").mkdir()
-    for name in WRITTEN[:moved]:
-        (folder / name).rename(folder / ".former" / name)
-    with pytest.raises(UserError, match="holds another run"), run_folder(cfg, overwrite=False):
-        pass
-    assert {path.name: path.read_text() for path in folder.iterdir()} == before
-
-
-def test_a_folder_that_cannot_be_written_keeps_its_run(recipe, monkeypatch) -> None:
-    cfg = load_recipe(recipe)
-    folder = Path(cfg.output_dir)
-    with run_folder(cfg, overwrite=False):
-        (folder / "metrics.jsonl").write_text("a")
-
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
-        with pytest.raises(UserError, match="No space left on device"), run_folder(cfg, overwrite=True):
-            pass
-    assert (folder / "metrics.jsonl").read_text() == "a"
-    assert (folder / "recipe.yaml").exists()
-    assert not (folder / ".former").exists()
-
-
-def test_a_signal_before_the_first_step_leaves_no_checkpoint(recipe, tmp_path) -> None:
-    stop = StopRequest()
-    stop.signal = signal.SIGINT
-    outcome = prepare(load_recipe(recipe)).trainer.run(tmp_path / "run", lambda record: None, stop)
-    assert (outcome.step, outcome.checkpoint) == (0, None)
-
-
-def test_bootstrap_intervals() -> None:
-    assert bootstrap_interval([1.0] * 50, seed=0) == (1.0, 1.0)
-    low, high = bootstrap_interval([0.0, 1.0] * 200, seed=0)
-    # the normal approximation: 0.5 ± 1.96 · 0.5 / √400
-    assert low == pytest.approx(0.451, abs=0.01)
-    assert high == pytest.approx(0.549, abs=0.01)
-    assert bootstrap_interval([0.0, 1.0] * 200, seed=0) == (low, high)
-
-
-def test_evaluation_by_hand(recipe) -> None:
-    """Two questions, of which a scripted model gets the first right in 3 of 4 samples and greedily."""
-    text = recipe.read_text().replace("digits.py:reward", "right.py:reward")
-    recipe.write_text(text + "eval: {split: train, prompts: 2, samples: 4}\n")
-    (recipe.parent / "right.py").write_text(
-        "def reward(completions, **columns):\n    return [1.0 if c == 'yes' else 0.5 for c in completions]\n"
-    )
-    evaluate = prepare(load_recipe(recipe)).trainer.evaluate
-    asked = []
-
-    def generate(requests, sampling, _key, logprobs):
-        asked.append((len(requests), requests[0].n, sampling.temperature, logprobs))
-        first = ["yes", "no", "yes", "yes"][: requests[0].n]
-        return [[Completion((1,), None, text, "stop") for text in texts] for texts in (first, ["no"] * requests[0].n)]
-
-    evaluate.engine.generator.generate = generate
-    metrics = evaluate(7)
-    assert asked == [(2, 1, 0.0, False), (2, 4, 1.0, False)]
-    assert (metrics.step, metrics.n) == (7, 2)
-    assert metrics.values == {"greedy": 0.5, "avg@4": 0.375, "pass@4": 0.5}
 
 
 def test_step_metrics_by_hand() -> None:
@@ -188,61 +53,6 @@ def test_step_metrics_by_hand() -> None:
     assert (values["entropy"], values["clip_ratio/low_mean"]) == (0.5, 0.1)
     assert (values["loss"], values["grad_norm"], values["learning_rate"]) == (-0.1, 2.0, 1e-3)
     assert (values["num_tokens"], values["rollout_tokens_per_second"], values["step_time"]) == (20, 10, 3)
-
-
-def test_a_signal_during_an_evaluation_loses_nothing(recipe, tmp_path) -> None:
-    recipe.write_text(recipe.read_text() + "eval: {split: train, every: 1, prompts: 1}\ncheckpoint: {every: 99}\n")
-    trainer = prepare(load_recipe(recipe)).trainer
-    measure, stop = trainer.evaluate, StopRequest()
-
-    def interrupted(step: int):
-        if step == 1:
-            stop.signal = signal.SIGINT
-        return measure(step)
-
-    trainer.evaluate = interrupted
-    outcome = trainer.run(tmp_path / "run", lambda record: None, stop)
-    assert (outcome.step, outcome.stopped_by) == (1, signal.SIGINT)
-    assert step_of(outcome.checkpoint) == 1
-
-
-def test_an_error_in_a_later_step_leaves_the_last_one_saved(recipe, tmp_path) -> None:
-    trainer = prepare(load_recipe(recipe, ["optim.steps=3", "checkpoint.every=99"])).trainer
-    answers = iter([0.5, 0.5, float("nan")])
-    trainer.scorer = Scorer(
-        {"digits": lambda completions, **_: [next(answers)] * len(completions)}, (), {"digits": 0.3}
-    )
-    with pytest.raises(RunError, match="failed on 8 of the last 24 completions"):
-        trainer.run(tmp_path / "run", lambda record: None, StopRequest())
-    assert [step_of(found) for found in checkpoints(tmp_path / "run/checkpoints")] == [2]
-
-
-def test_what_nothing_scored_is_not_wrong_in_an_evaluation(recipe) -> None:
-    recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 4, samples: 2}\n")
-    trainer = prepare(load_recipe(recipe)).trainer
-    trainer.evaluate.scorer = Scorer(
-        {"digits": lambda completions, **_: [1.0, None, None, None] * (len(completions) // 4)}
-    )
-    trainer.evaluate.grader = "digits"
-    metrics = trainer.evaluate(0)
-    assert metrics.n == 1
-    assert metrics.values["greedy"] == 1.0
-    trainer.evaluate.scorer = Scorer({"digits": lambda completions, **_: [None] * len(completions)})
-    with pytest.raises(RunError, match="'digits', scored no completion"):
-        trainer.evaluate(0)
-
-
-def test_a_signal_asks_and_a_second_one_ends() -> None:
-    told = []
-    with StopRequest(lambda: told.append(1)) as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested
-        assert stop.signal == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert told == [1]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_parity_is_measured_and_a_gap_stops_the_run(recipe, monkeypatch) -> None:
@@ -279,17 +89,6 @@ def test_each_step_samples_anew(recipe) -> None:
     trainer.policy.adapters.load_state({path: 0 * a for path, a in trainer.policy.adapters.state().items()})
     trainer.step(2)
     assert seen[0] != seen[1]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_evaluation_samples_at_the_recipes_temperature(recipe, temperature: float) -> None:
-    recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 1, samples: 2}\n")
-    trainer = prepare(load_recipe(recipe, [f"rollout.temperature={temperature}"])).trainer
-    used = []
-    generate = trainer.engine.generator.generate
-    trainer.engine.generator.generate = lambda r, s, *rest: used.append(s.temperature) or generate(r, s, *rest)
-    trainer.evaluate(0)
-    assert used == [0.0, temperature]
 
 
 def test_the_parity_bound_is_that_of_the_models_dtype(recipe) -> None:

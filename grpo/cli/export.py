@@ -1,0 +1,39 @@
+"""`grpo export`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Format(StrEnum):
+    mlx = "mlx"
+    peft = "peft"
+    fused = "fused"
+
+
+class Bits(StrEnum):
+    four = "4"
+    eight = "8"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    format: Annotated[Format, typer.Option(help="An adapter for mlx-lm or PEFT, or the model with it fused in.")],
+    to: Annotated[Path | None, typer.Option(help="Folder to write. Default: RUN/export-FORMAT.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="newest, best, or a step.")] = "newest",
+    quantize: Annotated[Bits | None, typer.Option(help="Bits of the fused model's weights.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload it to the Hub as well.")] = None,
+) -> None:
+    """Write a run's adapter for others to use, with a model card."""
+    from grpo.training.export import export as write
+    from grpo.training.export import push
+
+    made = write(run, format.value, to, checkpoint, int(quantize.value) if quantize else None)
+    for line in [*made.notes, str(made.folder)]:
+        print(line)
+    if push_to_hub:
+        print(push(made.folder, push_to_hub))

@@ -1,0 +1,30 @@
+"""`grpo replay`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    step: Annotated[int, typer.Option(min=1, help="The step to make again.")],
+    groups: Annotated[int, typer.Option(min=1, help="How many of its prompts to show.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of each completion to show with ratios.")] = 12,
+) -> None:
+    """Make a step again from the nearest checkpoint, and show what happened in it.
+
+    Its prompts, completions, rewards and advantages, and for each token the ratio of its probability after the step's
+    update to that before.
+    """
+    from rich.console import Console
+
+    from grpo.telemetry.replayed import print_replay
+    from grpo.training.replay import replay as again
+
+    console = Console()
+    with console.status("replaying"):
+        made = again(run, step)
+    print_replay(console, made, groups, tokens)

@@ -1,0 +1,27 @@
+"""`grpo report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grpo.errors import UserError
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Runs' folders; several are laid over each other.")],
+    to: Annotated[Path | None, typer.Option(help="File to write. Default: report.html in the first run.")] = None,
+) -> None:
+    """Write one HTML file about runs: curves, evaluations, time, failures, and completions to read."""
+    from grpo.telemetry.report import report as page
+    from grpo.telemetry.runs import read_run
+
+    text = page([read_run(run) for run in runs])
+    target = to or runs[0] / "report.html"
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from None
+    print(target)

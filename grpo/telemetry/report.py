@@ -1,0 +1,208 @@
+"""`grpo report`: runs as one HTML file that needs nothing beside it, several laid over each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from statistics import fmean
+
+from grpo.data.prompts import last_text
+from grpo.telemetry.plots import curves, evaluations, stacked
+from grpo.telemetry.runs import Run
+from grpo.training.card import short_name
+from grpo.training.completions import read_completions, stored_steps
+from grpo.training.folder import COMPLETIONS
+from grpo.types import EvalMetrics, Group, Rollout, Task
+
+SHOWN = 3
+"""Completions of each kind, and prompts that changed most."""
+STEPS = 6
+"""Steps whose completions are shown, evenly from the first to the last."""
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; margin: 1rem 0; }
+td, th { padding: .25rem .8rem; text-align: left; vertical-align: top; overflow-wrap: break-word; }
+th { border-bottom: 1px solid #999; } tr:nth-child(even) td { background: #f7f7f7; }
+svg { max-width: 100%; height: auto; } .none { color: #777; }
+pre { white-space: pre-wrap; background: #f7f7f7; padding: .6rem; margin: .3rem 0; } nav a { margin-right: 1rem; }
+details { margin: .5rem 0; } summary { cursor: pointer; } .best { color: #228833; } .worst { color: #cc3344; }
+@media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd; } svg { background: #fff; }
+  pre, tr:nth-child(even) td { background: #242424; } }
+"""
+SCRIPT = """
+const box = document.getElementById("filter");
+box?.addEventListener("input", () => {
+  for (const entry of document.querySelectorAll("#completions .entry"))
+    entry.hidden = !entry.textContent.toLowerCase().includes(box.value.toLowerCase());
+});
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page: its anchor, its heading, and its HTML (none: there is nothing to show, and it is said)."""
+
+    anchor: str
+    heading: str
+    body: str | None
+
+
+def report(runs: Sequence[Run]) -> str:
+    """The page, from what the runs' folders hold."""
+    sections = [
+        Section("setup", "What was trained on what", _setup(runs)),
+        Section("reward", "Reward", curves(runs, ["reward"])),
+        Section("kl", "KL to the reference", curves(runs, ["kl"])),
+        Section("length", "Completion length", curves(runs, ["completions/mean_length", "completions/max_length"])),
+        Section("entropy", "Entropy", curves(runs, ["entropy"])),
+        Section("clip", "Clipped fractions", curves(runs, ["clip_ratio/low_mean", "clip_ratio/high_mean"])),
+        Section("evaluation", "Evaluation, with 95 % intervals", _evaluation(runs)),
+        Section("time", "Where the time goes", _time(runs)),
+        Section("memory", "Peak memory, GB", curves(runs, ["peak_memory_gb"])),
+        Section("failures", "Reward failures", _failures(runs)),
+        Section("completions", "Completions to read", _completions(runs)),
+    ]
+    title = escape("GRPO: " + ", ".join(run.folder.name for run in runs))
+    links = "".join(f'<a href="#{one.anchor}">{escape(one.heading)}</a> ' for one in sections)
+    parts = "".join(_html(section) for section in sections)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1><nav>{links}</nav>{parts}<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _html(section: Section) -> str:
+    body = section.body or '<p class="none">Nothing of this is on record.</p>'
+    return f'<section id="{section.anchor}"><h2>{escape(section.heading)}</h2>{body}</section>'
+
+
+def _setup(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        cfg = run.recipe
+        rewards = ", ".join(f"{short_name(reward.use)} × {reward.weight:g}" for reward in cfg.rewards)
+        size = f"{cfg.rollout.prompts_per_step} × {cfg.rollout.num_generations}"
+        steps = f"{run.step} of {cfg.optim.steps}, {run.state}"
+        loss = f"{cfg.loss.type}, beta {cfg.loss.beta:g}, lr {cfg.optim.learning_rate:g}"
+        rows.append(
+            [run.folder.name, short_name(cfg.model.name), short_name(cfg.data.source), rewards, size, loss, steps]
+        )
+    return _table(["run", "model", "data", "rewards", "prompts × completions", "loss", "steps"], rows)
+
+
+def _evaluation(runs: Sequence[Run]) -> str | None:
+    named = [run for run in runs if run.evaluations]
+    if not named:
+        return None
+    plot = evaluations(named, ["greedy", *dict.fromkeys(run.recipe.best_metric for run in named)])
+    rows = []
+    for run in named:
+        first, last = run.evaluations[0], run.evaluations[-1]
+        for name in last.values:
+            rows.append([run.folder.name, name, _with_interval(first, name), _with_interval(last, name), str(last.n)])
+    return (plot or "") + _table(["run", "metric", "first", "last", "prompts"], rows)
+
+
+def _with_interval(metrics: EvalMetrics, name: str) -> str:
+    low, high = metrics.intervals.get(name, (0.0, 0.0))
+    return f"{metrics.values[name]:.3f} ({low:.3f} to {high:.3f})" if name in metrics.values else ""
+
+
+def _time(runs: Sequence[Run]) -> str | None:
+    parts = []
+    for run in runs:
+        phases = sorted({name for record in run.steps for name in record.values if name.startswith("time/")})
+        seconds = {name[5:]: [record.values.get(name, 0.0) for record in run.steps] for name in phases}
+        if plot := stacked(seconds, [record.step for record in run.steps]):
+            total = sum(map(sum, seconds.values())) or 1.0
+            shares = ", ".join(f"{name} {sum(values) / total:.0%}" for name, values in seconds.items())
+            parts.append(f"<h3>{escape(run.folder.name)}</h3><p>{escape(shares)}</p>{plot}")
+    return "".join(parts) or None
+
+
+def _failures(runs: Sequence[Run]) -> str | None:
+    """For each reward, the completions that it failed on and had no score for."""
+    rows = []
+    for run in runs:
+        names = sorted({name.split("/")[1] for record in run.steps for name in record.values if name[:8] == "rewards/"})
+        for name in names:
+            total = max(_values(run, f"rewards/{name}/failures"), default=0.0)
+            rates = [_values(run, f"rewards/{name}/{kind}_rate") for kind in ("none", "error", "timeout")]
+            cells = [f"{fmean(values):.1%}" if values else "" for values in rates]
+            rows.append([run.folder.name, name, f"{total:.0f}", *cells])
+    return _table(["run", "reward", "failures", "no score", "errors", "timeouts"], rows) if rows else None
+
+
+def _values(run: Run, name: str) -> list[float]:
+    return [record.values[name] for record in run.steps if name in record.values]
+
+
+def _completions(runs: Sequence[Run]) -> str | None:
+    parts = []
+    for run in runs:
+        paths = stored_steps(run.folder / COMPLETIONS)
+        if not paths:
+            continue
+        chosen = sorted({round(i * (len(paths) - 1) / max(1, STEPS - 1)) for i in range(STEPS)})
+        steps = [read_completions(paths[place]) for place in chosen]
+        parts.append(f"<h3>{escape(run.folder.name)}</h3>" + _changed(steps))
+        parts += [_of_step(step, groups) for step, groups in steps]
+    return '<p><input id="filter" placeholder="only those with…"></p>' + "".join(parts) if parts else None
+
+
+def _of_step(step: int, groups: Sequence[Group]) -> str:
+    """The best and the worst completions of a step."""
+    rated = sorted(
+        (
+            (rollout.reward, place, group.task, rollout)
+            for place, (group, rollout) in enumerate((g, r) for g in groups for r in g.rollouts)
+            if rollout.reward is not None
+        ),
+        key=lambda one: (-one[0], one[1]),
+    )
+    best, worst = rated[:SHOWN], rated[max(SHOWN, len(rated) - SHOWN) :]
+    shown = [_entry("best", task, rollout) for _, _, task, rollout in best]
+    shown += [_entry("worst", task, rollout) for _, _, task, rollout in worst]
+    return f"<details><summary>step {step}: best and worst</summary>{''.join(shown)}</details>"
+
+
+def _changed(steps: Sequence[tuple[int, list[Group]]]) -> str:
+    """The prompts whose mean reward changed most between two of the steps."""
+    seen: dict[str, list[tuple[float, int, Group]]] = {}
+    for step, groups in steps:
+        for group in groups:
+            rewards = [rollout.reward for rollout in group.rollouts if rollout.reward is not None]
+            if rewards:
+                seen.setdefault(last_text(group.task.prompt), []).append((fmean(rewards), step, group))
+    changes = sorted(
+        ((times[-1][0] - times[0][0], times) for times in seen.values() if len(times) > 1), key=lambda one: -abs(one[0])
+    )
+    parts = []
+    for change, times in changes[:SHOWN]:
+        told = "".join(
+            f"<p>step {step}, mean reward {mean:.3f}</p>" + _entry("then", group.task, group.rollouts[0])
+            for mean, step, group in (times[0], times[-1])
+        )
+        prompt = escape(last_text(times[0][2].task.prompt))
+        parts.append(f"<details><summary>most changed, {change:+.3f}: {prompt}</summary>{told}</details>")
+    return "".join(parts) or '<p class="none">No prompt was seen at two of the steps shown.</p>'
+
+
+def _entry(kind: str, task: Task, rollout: Rollout) -> str:
+    scores = ", ".join(f"{name} {'none' if score is None else f'{score:g}'}" for name, score in rollout.scores.items())
+    reward = "none" if rollout.reward is None else f"{rollout.reward:g}"
+    length = f"{len(rollout.completion.token_ids)} tokens, {rollout.completion.finish_reason}"
+    return (
+        f'<div class="entry"><b class="{kind}">reward {reward}</b> ({escape(scores)}), advantage '
+        f"{rollout.advantage:+.3f}, {length}<pre>{escape(last_text(task.prompt))}</pre>"
+        f"<pre>{escape(rollout.completion.text)}</pre></div>"
+    )
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"

@@ -1,0 +1,115 @@
+"""The runs of a folder: what became of each, and one of them followed from another terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from grpo.config import Recipe
+from grpo.errors import UserError
+from grpo.recipe import load_recipe
+from grpo.telemetry.console import ConsoleLogger
+from grpo.telemetry.jsonl import read_evaluations, read_steps
+from grpo.training.checkpoint import RECIPE
+from grpo.training.folder import METRICS, is_run, is_running
+from grpo.types import EvalMetrics, StepMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as its folder tells of it."""
+
+    folder: Path
+    recipe: Recipe
+    steps: list[StepMetrics]
+    evaluations: list[EvalMetrics]
+
+    @property
+    def step(self) -> int:
+        """The last step on record."""
+        return self.steps[-1].step if self.steps else 0
+
+    @property
+    def state(self) -> str:
+        """running, finished, or stopped."""
+        if is_running(self.folder):
+            return "running"
+        return "finished" if self.step >= self.recipe.optim.steps else "stopped"
+
+    @property
+    def best(self) -> EvalMetrics | None:
+        """The best evaluation of an adapter, by the recipe's metric."""
+        adapters = [evaluation for evaluation in self.evaluations if evaluation.step > 0]
+        return max(adapters, key=lambda one: one.values[self.recipe.best_metric], default=None)
+
+
+def read_run(folder: Path) -> Run:
+    """A run's folder as it is now. Raises UserError for what is none."""
+    if not is_run(folder):
+        raise UserError(f"{folder}: not a run's folder")
+    return Run(folder, load_recipe(folder / RECIPE), read_steps(folder), read_evaluations(folder))
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """The runs in a folder and below, those that were written to last first."""
+    found = {path.parent for path in folder.rglob(RECIPE) if is_run(path.parent)}
+    return [read_run(path) for path in sorted(found, key=_written, reverse=True)]
+
+
+def runs_table(runs: list[Run]) -> Table:
+    """A line for each run: how far it is, its reward, its best evaluation, and whether it goes on."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    for heading in ("state", "step", "reward", "best", "written"):
+        table.add_column(heading, no_wrap=True)
+    for run in runs:
+        reward = run.steps[-1].values.get("reward") if run.steps else None
+        table.add_row(
+            str(run.folder),
+            run.state,
+            f"{run.step}/{run.recipe.optim.steps}",
+            "" if reward is None else f"{reward:.3f}",
+            _best(run),
+            f"{datetime.fromtimestamp(_written(run.folder)):%m-%d %H:%M}",
+        )
+    return table
+
+
+def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: time.sleep(1)) -> None:
+    """Show a run as its own terminal does, until it ends. Raises UserError for what is no run."""
+    first, shown = read_run(folder), 0
+    told: list[EvalMetrics] = []
+    with ConsoleLogger(console, first.recipe.optim.steps) as logger:
+        while True:
+            going_on = is_running(folder)  # asked before reading, so that its last lines are read
+            run = read_run(folder)
+            for evaluation in run.evaluations:
+                if evaluation not in told:
+                    logger.log(evaluation)
+            told = run.evaluations
+            for record in run.steps:
+                if record.step > shown:
+                    logger.log(record)
+            shown = run.step
+            if not going_on:
+                break
+            wait()
+    console.print(f"{run.state} after step {run.step}", highlight=False)
+
+
+def _written(folder: Path) -> float:
+    paths = [path for path in (folder / METRICS, folder / RECIPE) if path.exists()]
+    return max(path.stat().st_mtime for path in paths)
+
+
+def _best(run: Run) -> str:
+    if run.best is None:
+        return ""
+    name = run.recipe.best_metric
+    return f"{name} {run.best.values[name]:.1%} at step {run.best.step}"

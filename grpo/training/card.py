@@ -1,0 +1,90 @@
+"""A model card: what was trained on what, how it was measured, and with which versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo.builtin import models as builtin_models
+from grpo.config import Recipe
+from grpo.recipe import dump_recipe
+from grpo.training.checkpoint import read_state
+
+USE = {
+    "mlx": "```sh\nmlx_lm.generate --model {base} --adapter-path FOLDER --prompt '...'\n```",
+    "peft": (
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), 'FOLDER')\n```"
+    ),
+    "fused": "```sh\nmlx_lm.generate --model FOLDER --prompt '...'\n```",
+}
+
+
+def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str]) -> str:
+    """The text of the `README.md` beside an export, for people and for the Hub."""
+    state = read_state(checkpoint)
+    rewards = ", ".join(f"`{short_name(reward.use)}` × {reward.weight:g}" for reward in cfg.rewards)
+    lines = [
+        f"---\n{yaml.safe_dump(_front_matter(cfg, form), sort_keys=False)}---",
+        f"# {Path(cfg.output_dir or 'run').name}",
+        f"{_kind(form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300), loss "
+        f"`{cfg.loss.type}`, for {state['step']} steps on `{short_name(cfg.data.source)}`. Rewards: {rewards}.",
+        *(f"Note: {note}." for note in notes),
+        USE[form].format(base=short_name(cfg.model.name)),
+        *_evaluation(state),
+        "## Recipe",
+        f"```yaml\n{_recipe(cfg)}```",
+        "## Versions",
+        ", ".join(f"{name} {version}" for name, version in state["versions"].items()) + ".",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _kind(form: str) -> str:
+    return "Fused weights" if form == "fused" else f"LoRA adapter ({'mlx-lm' if form == 'mlx' else 'PEFT'} format)"
+
+
+def _front_matter(cfg: Recipe, form: str) -> dict[str, Any]:
+    matter: dict[str, Any] = {
+        "library_name": "peft" if form == "peft" else "mlx",
+        "pipeline_tag": "text-generation",
+        "tags": ["grpo", "reinforcement-learning", *([] if form == "fused" else ["lora"])],
+    }
+    if "/" in cfg.model.name and not Path(cfg.model.name).exists() and cfg.model.name not in builtin_models.NAMES:
+        matter["base_model"] = cfg.model.name
+    return matter
+
+
+def short_name(name: str) -> str:
+    """The name of a dataset, a model or code; of what is a file or a folder on this machine only the last part."""
+    file, colon, function = name.partition(":")
+    return Path(file).name + colon + function if Path(file).exists() else name
+
+
+def _recipe(cfg: Recipe) -> str:
+    """The recipe without where things lie on this machine."""
+    text = dump_recipe(cfg.model_copy(update={"output_dir": None}))
+    uses = [reward.use for reward in cfg.rewards] + ([cfg.loss.use] if cfg.loss.use else []) + list(cfg.log.use)
+    for name in [cfg.model.name, cfg.data.source, *uses, *([cfg.eval.source] if cfg.eval and cfg.eval.source else [])]:
+        text = text.replace(name, short_name(name))
+    return text
+
+
+def _evaluation(state: Mapping[str, Any]) -> list[str]:
+    before, after = state["before"], state["after"]
+    if after is None:
+        return ["Not evaluated on held-out prompts."]
+    heads = f"| | before | after step {after['step']} |\n|---|---|---|"
+    rows = [f"| {name} | {_cell(before, name)} | {_cell(after, name)} |" for name in after["values"]]
+    by = f"On {after['n']} held-out prompts by `{after['grader']}`, with 95 % bootstrap intervals over prompts:"
+    return ["## Evaluation", by, "\n".join([heads, *rows])]
+
+
+def _cell(metrics: Mapping[str, Any], name: str) -> str:
+    if name not in metrics["values"]:
+        return ""
+    low, high = metrics["intervals"][name]
+    return f"{metrics['values'][name]:.3f} ({low:.3f} to {high:.3f})"

@@ -1,0 +1,202 @@
+"""A run's adapter in the format that others read: mlx-lm's, PEFT's, or fused into the model's weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from grpo.backend.device import setup
+from grpo.backend.hub import one_line
+from grpo.config import ModelConfig, Recipe
+from grpo.errors import UserError
+from grpo.model.adapters import CONFIG, WEIGHTS, load_adapter
+from grpo.model.load import load, model_folder
+from grpo.recipe import load_recipe
+from grpo.training.card import model_card
+from grpo.training.checkpoint import RECIPE
+from grpo.training.folder import find_checkpoint, is_run
+
+Format = Literal["mlx", "peft", "fused"]
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PROBE = "What is 17 + 25? Let us work it out step by step: 17 + 25 = 42. #### 42\n"
+"""The text on which an exported model is compared with what it was made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """Where it is, and what there is to say about it."""
+
+    folder: Path
+    notes: list[str] = field(default_factory=list)
+
+
+def export(run: Path, form: Format, to: Path | None = None, which: str = "newest", bits: int | None = None) -> Exported:
+    """Write a run's adapter as `form` into the folder `to` (`<run>/export-<form>` unless named), with a model card.
+
+    `bits` quantises fused weights. Raises UserError for what is no run, a folder that is there, and what cannot be had
+    in that form.
+    """
+    if not is_run(run):
+        raise UserError(f"{run}: not a run's folder")
+    if bits is not None and form != "fused":
+        raise UserError(f"--quantize is for --format fused; a {form} adapter goes with the base as it is")
+    checkpoint, cfg = find_checkpoint(run, which), load_recipe(run / RECIPE)
+    folder = to or run / f"export-{form}"
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name another folder (--to) or delete it")
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        notes = _write(aside, form, cfg, checkpoint, bits)
+        (aside / "README.md").write_text(model_card(cfg, checkpoint, form, notes), encoding="utf-8")
+        aside.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Exported(folder, notes)
+
+
+def _write(folder: Path, form: Format, cfg: Recipe, checkpoint: Path, bits: int | None) -> list[str]:
+    if form == "fused":
+        return _write_fused(folder, cfg, checkpoint, bits)
+    if form == "peft":
+        return _write_peft(folder, cfg, checkpoint)
+    for name in (WEIGHTS, CONFIG):
+        shutil.copyfile(checkpoint / name, folder / name)
+    return []
+
+
+def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path) -> list[str]:
+    """The adapter as PEFT saves it: A and B transposed, alpha = scale × rank, modules by the Hub's names."""
+    config, weights = _read(checkpoint)
+    parameters = config["lora_parameters"]
+    arrays = {peft_name(path): array.T for path, array in weights.items()}
+    mx.save_safetensors(str(folder / PEFT_WEIGHTS), arrays, metadata={"format": "pt"})
+    peft = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": cfg.model.name,
+        "revision": cfg.model.revision,
+        "r": parameters["rank"],
+        "lora_alpha": parameters["scale"] * parameters["rank"],
+        "lora_dropout": 0.0,
+        "target_modules": sorted({path.rpartition(".")[0] for path in weights}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(peft, indent=2) + "\n", encoding="utf-8")
+    if _quantization(cfg.model):
+        return [
+            "the base in training was quantised: on a base of other weights this adapter computes something else; "
+            "measure it there"
+        ]
+    return []
+
+
+def peft_name(path: str) -> str:
+    """`model.layers.0.self_attn.q_proj.lora_a` as PEFT has it."""
+    module, _, part = path.rpartition(".")
+    return f"base_model.model.{module}.{part[:-1]}{part[-1].upper()}.weight"
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """A checkpoint's LoRA matrices. Raises UserError for what PEFT has no such form of."""
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    weights: Any = mx.load(str(checkpoint / WEIGHTS))
+    if config["fine_tune_type"] != "lora" or any(array.ndim != 2 for array in weights.values()):
+        raise UserError(
+            "--format peft writes LoRA on linear layers, and this adapter has something else (DoRA, experts, whole "
+            "weights); --format fused takes them all"
+        )
+    return config, weights
+
+
+def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) -> list[str]:
+    """The model with the adapter in its weights, as mlx-lm saves models, and what that has changed.
+
+    A quantised base is written without quantisation: to quantise the sum again would round most of an adapter away.
+    """
+    from mlx_lm.utils import dequantize_model, load_config, quantize_model, save
+
+    setup()
+    source, quantized = model_folder(cfg.model), _quantization(cfg.model)
+    config = load_config(source)
+    model, tokenizer = load(cfg.model)
+    if json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))["fine_tune_type"] == "full":
+        model.load_weights(str(checkpoint / WEIGHTS), strict=False)
+    else:
+        load_adapter(model, checkpoint)
+    probe = mx.array([tokenizer.encode(PROBE)])
+    before = _logprobs(model, probe)
+    fused = [(path, m.fuse(dequantize=True)) for path, m in model.named_modules() if hasattr(m, "fuse")]
+    model.update_modules(tree_unflatten(fused))
+    model = dequantize_model(model)
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+    model.set_dtype(_stored_dtype(config))
+    notes = (
+        ["the base was quantised; these weights are not, so that nothing of the adapter is lost"] if quantized else []
+    )
+    if bits is not None:
+        with contextlib.redirect_stdout(None):  # it prints
+            model, config = quantize_model(model, config, group_size=_group_size(model), bits=bits)
+        notes = [f"quantised to {bits} bits after the adapter was added: the adapter is rounded with the weights"]
+    gap = (mx.exp(before) * (before - _logprobs(model, probe))).sum(axis=-1).mean().item()
+    notes.append(f"against the base with its adapter: KL divergence {gap:.1e} nats a token, on a line of arithmetic")
+    save(folder, source, model, tokenizer, config, donate_model=False)
+    return notes
+
+
+def _logprobs(model: nn.Module, tokens: mx.array) -> mx.array:
+    logits: mx.array = model(tokens).astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(logprobs)
+    return logprobs
+
+
+def _quantization(cfg: ModelConfig) -> Any:
+    config = json.loads((model_folder(cfg) / "config.json").read_text(encoding="utf-8"))
+    return config.get("quantization") or config.get("quantization_config")
+
+
+def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    """What the model's own config says its weights are."""
+    named = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
+    dtype: mx.Dtype = getattr(mx, str(named), mx.bfloat16)
+    return dtype
+
+
+def _group_size(model: nn.Module) -> int:
+    """The largest group of weights that divides every linear layer's inputs: 64, or 32 for small models."""
+    widths = [m.weight.shape[-1] for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    fitting = [size for size in (64, 32) if all(width % size == 0 for width in widths)]
+    if not fitting:
+        raise UserError("--quantize: this model's layers are not divisible into groups of 32 weights")
+    return fitting[0]
+
+
+def push(folder: Path, repo: str) -> str:
+    """Upload an export to the Hub as `repo`. Returns its address. Raises UserError when the Hub refuses."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi()
+        url = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Adapter trained with GRPO")
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(f"--push-to-hub {repo}: {one_line(error)} (the export is in {folder})") from error
+    return str(url)

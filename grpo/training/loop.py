@@ -1,0 +1,143 @@
+"""The loop around the steps: evaluations, logs and checkpoints between them, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from grpo.errors import RunError
+from grpo.training.checkpoint import Context, newest_whole, save_checkpoint
+from grpo.training.completions import store_completions
+from grpo.training.folder import CHECKPOINTS, COMPLETIONS, restore_folder
+from grpo.training.signals import Stopped, StopRequest
+from grpo.training.state import Best, RunState
+from grpo.training.trainer import Trainer
+from grpo.types import EvalMetrics, StepMetrics
+
+Log = Callable[[StepMetrics | EvalMetrics], None]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: its state, the checkpoint of it (none before the first step), and the signal that stopped it."""
+
+    state: RunState
+    checkpoint: Path | None
+    stopped_by: int | None
+
+
+class Loop:
+    """Takes a trainer from a state to the recipe's last step.
+
+    `state` is always that of the last step that was finished, and what is saved when a later one fails or is stopped.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: Path,
+        context: Context,
+        tell: Log,
+        stop: StopRequest,
+        start: RunState,
+        checkpoint: Path | None = None,
+    ) -> None:
+        """`checkpoint` is where `start` was loaded from, if it was."""
+        self.trainer, self.folder, self.context = trainer, folder, context
+        self.tell, self.stop = tell, stop
+        self.cfg = trainer.cfg
+        self.state = start
+        self._saved, self._saved_step = checkpoint, start.step
+
+    def run(self) -> Outcome:
+        """All steps that are left, until the last or until asked to stop.
+
+        However it ends, an error included, there is a checkpoint of the last step that was finished (if one was).
+        Raises RunError where that cannot be written.
+        """
+        try:
+            self._evaluate()
+            while self.state.step < self.cfg.optim.steps:
+                self._step()
+                self._evaluate()
+                if self.state.step % self.cfg.checkpoint.every == 0:
+                    self._save()
+        except Stopped:
+            pass
+        except Exception:
+            self._save_last()
+            raise
+        self._save_last()
+        return Outcome(self.state, self._saved, self.stop.signal)
+
+    def _step(self) -> None:
+        with self.stop.interrupts():
+            metrics = self.trainer.step(self.state.step + 1)
+        self.state = replace(self.state, step=metrics.step, trainer=self.trainer.state())
+        self.tell(metrics)
+        self._store(metrics)
+
+    def _evaluate(self) -> None:
+        step, evaluate = self.state.step, self.trainer.evaluate
+        if evaluate is None or not self._due(step):
+            return
+        with self.stop.interrupts():
+            metrics = evaluate(step)
+        best = better(self.state.best, metrics, self.cfg.best_metric) if step > 0 else None
+        before = self.state.before or metrics
+        improved = best is not self.state.best
+        self.state = replace(self.state, trainer=self.trainer.state(), before=before, after=metrics, best=best)
+        self.tell(metrics)
+        if improved:
+            self._save()
+
+    def _due(self, step: int) -> bool:
+        """Whether an evaluation belongs after this step and was not made before a stop."""
+        assert self.cfg.eval is not None
+        made = self.state.after is not None and self.state.after.step == step
+        return not made and (step % self.cfg.eval.every == 0 or step == self.cfg.optim.steps)
+
+    def _save(self) -> None:
+        """Write a checkpoint; where that fails, say so and go on: the one before is whole."""
+        try:
+            self._write()
+        except OSError as error:
+            log.warning("%s. Training goes on; the next checkpoint may succeed.", self._unsaved(error))
+
+    def _store(self, metrics: StepMetrics) -> None:
+        """Keep the step's completions, if there is room for them."""
+        try:
+            store_completions(self.folder / COMPLETIONS, metrics.step, metrics.groups, self.cfg)
+        except OSError as error:
+            why = error.strerror or error
+            log.warning("the completions of step %d could not be stored: %s", metrics.step, why)
+
+    def _save_last(self) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            raise RunError(f"{self._unsaved(error)}. Make room there and go on with --resume.") from error
+
+    def _write(self) -> None:
+        if self._saved_step == self.state.step:
+            return
+        restore_folder(self.folder, self.context.recipe)
+        keep = self.cfg.checkpoint.keep
+        self._saved = save_checkpoint(self.folder / CHECKPOINTS, self.state, self.context, keep)
+        self._saved_step = self.state.step
+
+    def _unsaved(self, error: OSError) -> str:
+        newest, _ = newest_whole(self.folder / CHECKPOINTS)
+        there = f"the newest whole checkpoint is {newest}" if newest else "there is no whole checkpoint yet"
+        why = error.strerror or error
+        return f"step {self.state.step} could not be saved in {self.folder / CHECKPOINTS}: {why}; {there}"
+
+
+def better(best: Best | None, metrics: EvalMetrics, name: str) -> Best:
+    """The better of the best so far and a new evaluation by the metric `name`; of equals the earlier."""
+    value = metrics.values[name]
+    return best if best is not None and best.value >= value else Best(metrics.step, value)

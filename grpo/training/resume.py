@@ -1,0 +1,136 @@
+"""Where a run goes on: which checkpoint, whether the recipe is still the one that wrote it, and what is new."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo.config import Recipe
+from grpo.errors import UserError
+from grpo.plugins import source_file
+from grpo.training.checkpoint import Context, hash_of, load_checkpoint, newest_whole, read_state
+from grpo.training.folder import CHECKPOINTS, check_run_folder, is_run, recipe_text, resumed_folder, run_folder
+from grpo.training.state import RunState
+from grpo.training.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run begins: at step 0, or at the state of a checkpoint; in a new folder, or in that of the run it goes on
+    with."""
+
+    cfg: Recipe
+    state: RunState | None = None
+    checkpoint: Path | None = None
+    goes_on: bool = False
+    overwrite: bool = False
+    notes: tuple[str, ...] = ()
+
+    def load(self, trainer: Trainer) -> RunState:
+        """The state to start from, which is the trainer's from now on. Raises UserError where it does not fit."""
+        if self.state is None:
+            return RunState(run_id=_new_id(), trainer=trainer.state())
+        trainer.load_state(self.state.trainer)
+        return self.state
+
+    def folder(self) -> AbstractContextManager[Path]:
+        """The run's folder, for a `with` block."""
+        if not self.goes_on:
+            return run_folder(self.cfg, self.overwrite)
+        after = self.state.after if self.state else None
+        return resumed_folder(self.cfg, self.state.step if self.state else 0, after.step if after else -1)
+
+
+def find_start(
+    cfg: Recipe, resume: bool = False, checkpoint: Path | None = None, changed: bool = False, overwrite: bool = False
+) -> Start:
+    """Where a run with this recipe begins.
+
+    To `resume` is to go on after the newest whole checkpoint in its folder, from the beginning where there is none yet.
+    A `checkpoint` is gone on from in any case: in its own run's folder, which forgets what came after it, or in a new
+    one. Raises UserError for a folder that holds another run, where every checkpoint is damaged, and for a recipe or
+    code that did not write the checkpoint, unless it may have `changed`.
+    """
+    assert cfg.output_dir is not None
+    folder = Path(cfg.output_dir)
+    own = checkpoint is None or checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
+    goes_on = (resume or changed or checkpoint is not None) and own
+    if goes_on and overwrite:
+        raise UserError("--overwrite replaces the run and --resume goes on with it: choose one")
+    check_run_folder(cfg, overwrite or goes_on)
+    goes_on = goes_on and is_run(folder)
+    notes: list[str] = []
+    if checkpoint is None and goes_on:
+        checkpoint, notes = newest_whole(folder / CHECKPOINTS)
+        if notes and checkpoint is None:
+            raise UserError(f"{folder}: no checkpoint is whole, so there is nothing to go on from: " + "; ".join(notes))
+    if checkpoint is None:
+        notes = ["no checkpoint to go on from: begins at step 0"] if resume or changed else []
+        return Start(cfg, goes_on=goes_on, overwrite=overwrite, notes=tuple(notes))
+    state, written = load_checkpoint(checkpoint)
+    differences = changes(written, context(cfg, written.adapter))
+    if differences and not changed:
+        listed = "\n".join(f"  {line}" for line in differences)
+        raise UserError(f"{checkpoint} was written by another recipe; --resume-changed goes on all the same:\n{listed}")
+    if not goes_on:  # a branch off another run
+        state = replace(state, run_id=_new_id())
+    notes += [f"goes on after step {state.step} from {checkpoint}", *(f"changed: {line}" for line in differences)]
+    return Start(cfg, state, checkpoint, goes_on, overwrite, (*notes, *_newer(checkpoint)))
+
+
+def _new_id() -> str:
+    """An id for a run, also W&B's: the one that its environment names (as an agent of a sweep does), or a drawn one."""
+    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+
+
+def context(cfg: Recipe, adapter: Mapping[str, Any]) -> Context:
+    """What this recipe's checkpoints say about their run."""
+    uses = [reward.use for reward in cfg.rewards] + ([cfg.loss.use] if cfg.loss.use else [])
+    files = {use: source_file(use) for use in uses}
+    sources = {use: hash_of(file) for use, file in files.items() if file is not None and file.is_file()}
+    return Context(recipe_text(cfg), sources, adapter)
+
+
+def changes(old: Context, new: Context) -> list[str]:
+    """What a run would go on with that its checkpoint was not written with, a line for each."""
+    was, now = dict(_settings(old)), dict(_settings(new))
+    return [
+        f"{name}: {was.get(name, 'not set')} → {now.get(name, 'not set')}"
+        for name in dict.fromkeys([*was, *now])
+        if was.get(name, "not set") != now.get(name, "not set")
+    ]
+
+
+def _settings(written: Context) -> Iterator[tuple[str, Any]]:
+    recipe = yaml.safe_load(written.recipe)
+    recipe.pop("output_dir")  # a run may be moved
+    yield from _flat(recipe, "")
+    for use, digest in written.sources.items():
+        yield f"code of {use}", digest[:12]
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """A tree's leaves by their dotted names."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield name, value
+        return
+    for key, inner in items:
+        yield from _flat(inner, f"{name}.{key}" if name else str(key))
+
+
+def _newer(checkpoint: Path) -> list[str]:
+    """Packages that are not what they were: then the last bits of the numbers may differ."""
+    return [
+        f"{name} is {now} and was {was} when the checkpoint was written: numbers may differ in their last bits"
+        for name, was in read_state(checkpoint)["versions"].items()
+        if (now := importlib.metadata.version(name)) != was
+    ]

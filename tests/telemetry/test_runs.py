@@ -1,0 +1,98 @@
+"""Runs listed, followed, and a step of one made again."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from grpo.telemetry import runs as module
+from grpo.telemetry.jsonl import JsonlLogger
+from grpo.telemetry.runs import find_runs, follow
+from grpo.training.replay import replay
+from grpo.types import StepMetrics
+
+
+@pytest.fixture
+def toy(recipe, run_cli) -> Path:
+    recipe.write_text(recipe.read_text() + "eval: {split: train, every: 2, prompts: 2, samples: 2}\n")
+    ran = run_cli("train", recipe, "optim.steps=5", "checkpoint.every=3", "optim.num_minibatches=2")
+    assert ran.code == 0, ran.err
+    return Path("runs/toy")
+
+
+def test_runs_are_listed_with_what_became_of_them(toy, recipe, run_cli, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    assert run_cli("train", recipe, "output_dir=runs/short", "optim.steps=1").code == 0
+    (toy / "metrics.jsonl").write_text("".join((toy / "metrics.jsonl").read_text().splitlines(keepends=True)[:4]))
+    listed = run_cli("runs").out
+    assert listed.index("runs/toy") < listed.index("runs/short")  # written to last
+    reward = json.loads((toy / "metrics.jsonl").read_text().splitlines()[-1])["reward"]
+    for said in ("stopped 4/5", f"{reward:.3f}", "finished 1/1", "avg@2"):
+        assert said in " ".join(listed.split())
+    monkeypatch.setattr(module, "is_running", lambda folder: folder.name == "toy")
+    assert [run.state for run in find_runs(Path("runs"))] == ["running", "finished"]
+    assert run_cli("runs", "absent").out == "no runs in absent\n"
+    assert "not a run's folder" in run_cli("runs", "--follow", "absent").err
+
+
+def test_a_run_is_followed_until_it_ends(toy, monkeypatch) -> None:
+    everything = (toy / "metrics.jsonl").read_text()
+    (toy / "metrics.jsonl").write_text("".join(everything.splitlines(keepends=True)[:2]))
+    going_on = iter([True, True, False])
+    monkeypatch.setattr(module, "is_running", lambda folder: next(going_on, False))
+    text, logger = io.StringIO(), JsonlLogger(toy)
+
+    def wait() -> None:
+        line = json.loads(everything.splitlines()[2])
+        if "step 3/5" not in text.getvalue():
+            logger.log(StepMetrics(line.pop("step"), line))
+
+    follow(toy, Console(file=text, width=200), wait)
+    shown = [line.split("  ")[0] for line in text.getvalue().splitlines()]
+    assert [line for line in shown if line.startswith("step")] == ["step 1/5", "step 2/5", "step 3/5"]
+    assert [line[:14] for line in shown if line.startswith("eval")] == [f"eval at step {n}:"[:14] for n in (0, 2, 4, 5)]
+    assert shown[-1] == "stopped after step 3"
+
+
+@pytest.mark.parametrize(("step", "source"), [(1, "from the start"), (5, "step-000003")])
+def test_a_step_is_made_again_as_it_was(toy, step: int, source: str) -> None:
+    made = replay(toy, step)
+    assert source in made.notes[0]
+    assert made.notes[-1] == "its completions are those that the run stored"
+    line = json.loads((toy / "metrics.jsonl").read_text().splitlines()[step - 1])
+    for name in ("reward", "loss", "grad_norm", "entropy", "adapter_delta"):
+        assert made.metrics.values[name] == line[name]
+    rollouts = [rollout for group in made.metrics.groups for rollout in group.rollouts]
+    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    assert [len(ratios) for ratios in made.ratios] == [len(texts) for texts in made.tokens] == lengths
+    # What the update did: tokens of better completions became likelier.
+    up = [ratio for r, ratios in zip(rollouts, made.ratios, strict=True) if r.advantage > 0 for ratio in ratios]
+    down = [ratio for r, ratios in zip(rollouts, made.ratios, strict=True) if r.advantage < 0 for ratio in ratios]
+    assert sum(up) / len(up) > 1 > sum(down) / len(down)
+
+
+def test_a_replay_is_shown_and_says_where_it_is_not_the_run(toy, run_cli, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    before = {path: path.stat().st_mtime_ns for path in toy.rglob("*")}
+    ran = run_cli("replay", toy, "--step", 4, "--groups", 1, "--tokens", 3)
+    assert ran.code == 0, ran.err
+    for said in (
+        "made again from",
+        "step 4  reward",
+        "What is",
+        "advantage",
+        "ratios of the 3 tokens",
+        "1 more prompts",
+    ):
+        assert said in ran.out
+    assert {path: path.stat().st_mtime_ns for path in toy.rglob("*")} == before
+    Path("digits.py").write_text("def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n")
+    changed = run_cli("replay", toy, "--step", 5)
+    assert "since then changed: code of" in changed.out
+    assert "NOT those of the run" in changed.out
+    for args, said in ((["--step", 6], "this run has 5 steps"), (["--step", 0], "")):
+        refused = run_cli("replay", toy, *args)
+        assert refused.code == 2
+        assert said in refused.err

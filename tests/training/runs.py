@@ -1,0 +1,50 @@
+"""A toy run in this process, and what of its records does not depend on the clock."""
+
+import json
+from pathlib import Path
+
+from grpo.recipe import load_recipe
+from grpo.telemetry.jsonl import JsonlLogger
+from grpo.training.completions import read_completions, stored_steps
+from grpo.training.loop import Loop, Outcome
+from grpo.training.resume import context, find_start
+from grpo.training.setup import prepare
+from grpo.training.signals import StopRequest
+from grpo.training.trainer import Trainer
+
+
+def run(recipe: Path, *overrides: str, change=None, **how) -> Outcome:
+    """Train as `grpo train` does, without its terminal. `change(trainer, stop)` may put something in its way."""
+    cfg = load_recipe(recipe, overrides)
+    start = find_start(cfg, **how)
+    trainer: Trainer = prepare(cfg).trainer
+    state, stop = start.load(trainer), StopRequest()
+    if change:
+        change(trainer, stop)
+    with start.folder() as folder:
+        written = context(cfg, trainer.policy.adapters.config)
+        return Loop(trainer, folder, written, JsonlLogger(folder).log, stop, state, start.checkpoint).run()
+
+
+def timeless(path: Path) -> list[dict]:
+    """A log's records without what the clock says, and what the process does."""
+    clocked = ("time/", "step_time", "rollout_tokens_per_second", "peak_memory_gb")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(clocked)} for line in lines]
+
+
+def same_end(one: Path, other: Path, completions: bool = True) -> None:
+    """Assert that two runs' folders hold the same records, and the same last state to the bit."""
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        if (one / name).exists() or (other / name).exists():
+            assert timeless(one / name) == timeless(other / name)
+    stored, also = (stored_steps(folder / "completions") for folder in (one, other))
+    if completions:
+        assert [path.name for path in stored] == [path.name for path in also]
+        assert all(read_completions(a) == read_completions(b) for a, b in zip(stored, also, strict=True))
+    last, same = (sorted((folder / "checkpoints").iterdir())[-1] for folder in (one, other))
+    assert last.name == same.name
+    for name in ("adapters.safetensors", "optimizer.safetensors"):
+        assert (last / name).read_bytes() == (same / name).read_bytes()
+    states = [json.loads((folder / "state.json").read_text()) for folder in (last, same)]
+    assert len({json.dumps({**state, "run_id": None}) for state in states}) == 1

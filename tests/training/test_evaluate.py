@@ -1,0 +1,137 @@
+"""Evaluation: what is measured, on what, and how surely."""
+
+from itertools import combinations
+
+import pytest
+
+from grpo.errors import RunError, UserError
+from grpo.recipe import load_recipe
+from grpo.scoring.scorer import Scorer
+from grpo.training.answers import final_answer, majority
+from grpo.training.evaluate import bootstrap_interval, pass_at
+from grpo.training.setup import prepare
+from grpo.types import Completion
+
+
+def test_bootstrap_intervals() -> None:
+    assert bootstrap_interval([1.0] * 50, seed=0) == (1.0, 1.0)
+    low, high = bootstrap_interval([0.0, 1.0] * 200, seed=0)
+    # the normal approximation: 0.5 ± 1.96 · 0.5 / √400
+    assert low == pytest.approx(0.451, abs=0.01)
+    assert high == pytest.approx(0.549, abs=0.01)
+    assert bootstrap_interval([0.0, 1.0] * 200, seed=0) == (low, high)
+
+
+def test_evaluation_by_hand(recipe) -> None:
+    """Two questions, of which a scripted model gets the first right in 3 of 4 samples and greedily."""
+    text = recipe.read_text().replace("digits.py:reward", "right.py:reward")
+    recipe.write_text(text + "eval: {split: train, prompts: 2, samples: 4}\n")
+    (recipe.parent / "right.py").write_text(
+        "def reward(completions, **columns):\n    return [1.0 if c == 'yes' else 0.5 for c in completions]\n"
+    )
+    evaluate = prepare(load_recipe(recipe)).trainer.evaluate
+    asked = []
+
+    def generate(requests, sampling, _key, logprobs):
+        asked.append((len(requests), requests[0].n, sampling.temperature, logprobs))
+        first = ["yes", "no", "yes", "yes"][: requests[0].n]
+        return [[Completion((1,), None, text, "stop") for text in texts] for texts in (first, ["no"] * requests[0].n)]
+
+    evaluate.engine.generator.generate = generate
+    metrics = evaluate(7)
+    assert asked == [(2, 1, 0.0, False), (2, 4, 1.0, False)]
+    assert (metrics.step, metrics.n) == (7, 2)
+    assert metrics.values == {
+        "greedy": 0.5,
+        "avg@4": 0.375,
+        "pass@2": 0.5,  # of four with three right, any two hold a right one
+        "pass@4": 0.5,
+        "maj@4": 0.5,
+        "rewards/right": (0.875 + 0.5) / 2,
+    }
+    assert list(metrics.values) == evaluate.names
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_evaluation_samples_at_the_recipes_temperature(recipe, temperature: float) -> None:
+    recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 1, samples: 2}\n")
+    trainer = prepare(load_recipe(recipe, [f"rollout.temperature={temperature}"])).trainer
+    used = []
+    generate = trainer.engine.generator.generate
+    trainer.engine.generator.generate = lambda r, s, *rest: used.append(s.temperature) or generate(r, s, *rest)
+    trainer.evaluate(0)
+    assert used == [0.0, temperature]
+
+
+def test_what_nothing_scored_is_not_wrong_in_an_evaluation(recipe) -> None:
+    recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 4, samples: 2}\n")
+    trainer = prepare(load_recipe(recipe)).trainer
+    trainer.evaluate.scorer = Scorer(
+        {"digits": lambda completions, **_: [1.0, None, None, None] * (len(completions) // 4)}
+    )
+    trainer.evaluate.grader = "digits"
+    metrics = trainer.evaluate(0)
+    assert metrics.n == 1
+    assert metrics.values["greedy"] == 1.0
+    trainer.evaluate.scorer = Scorer({"digits": lambda completions, **_: [None] * len(completions)})
+    with pytest.raises(RunError, match="'digits', scored no completion"):
+        trainer.evaluate(0)
+
+
+def test_pass_at_k_is_the_mean_over_all_choices_of_k() -> None:
+    right = [True, False, False, True, False]
+    for k in range(1, 6):
+        chosen = [any(choice) for choice in combinations(right, k)]
+        assert pass_at(k, 5, 2) == pytest.approx(sum(chosen) / len(chosen))
+    assert (pass_at(4, 2, 1), pass_at(1, 4, 0), pass_at(2, 4, 4)) == (1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{\frac{1}{2}} and", r"\frac{1}{2}"),
+        (r"\boxed{1} no, \boxed{ 1,200.0 }", "1200"),
+        (r"\boxed{7", "7"),
+        ("3+4=7 #### $7.", "7"),
+        ("It is 3, then -4.50", "-4.5"),
+        ("Paris.", "paris"),
+        ("", ""),
+    ],
+)
+def test_the_same_answer_is_the_same_vote(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+def test_the_majority_is_the_most_common_and_of_equals_the_first() -> None:
+    assert majority(["1", "2", "2", "1", "2"]) == 1
+    assert majority(["3", "1", "1", "3"]) == 0
+
+
+def test_an_unknown_metric_for_the_best_is_a_mistake(recipe) -> None:
+    recipe.write_text(recipe.read_text() + "eval: {split: train}\n")
+    with pytest.raises(UserError, match=r"'pass@3' is not measured; there is greedy, avg@4, pass@2, pass@4, maj@4"):
+        prepare(load_recipe(recipe, ["checkpoint.metric_for_best_model=pass@3"]))
+
+
+def test_a_model_and_an_adapter_without_a_recipe(recipe, run_cli, toy_folder) -> None:
+    assert run_cli("train", recipe, "adapter.rank=3").code == 0
+    options = ["--data", "train.jsonl", "--prompt", "{question}", "--reward", "digits.py:reward", "--samples", "2"]
+    lone = run_cli("eval", toy_folder, *options, "--prompts", 3, "rollout.max_completion_length=8")
+    assert lone.code == 0, lone.err
+    assert "by digits, n=3" in lone.out
+    beside = run_cli("eval", toy_folder, *options, "--adapter", "runs/toy/checkpoints/step-000002")
+    assert beside.code == 0, beside.err
+    for said in ("before", "after step 2", "pass@2", "maj@2", "rewards/digits", "n=4"):
+        assert said in beside.out
+    of_run = run_cli("eval", "runs/toy", *options, "rollout.max_completion_length=256")
+    assert of_run.out == beside.out  # the same adapter, prompts and draws
+    for args, said in (
+        (["eval", toy_folder], "needs --data"),
+        (["eval", "runs/toy"], "nothing says what to evaluate on"),
+        (["eval", toy_folder, *options, "--adapter", "."], "not a LoRA adapter as mlx-lm writes them"),
+        (["eval", toy_folder, *options, "--checkpoint", "best"], "--checkpoint is for runs"),
+        (["eval", "runs/toy", *options, "--checkpoint", "7"], "there is 2"),
+    ):
+        refused = run_cli(*args)
+        assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+        assert said in refused.err

@@ -1,0 +1,45 @@
+"""Signals: the first asks, and leaves what can be left; the second ends."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from grpo.training.signals import Stopped, StopRequest
+
+SCRIPT = """
+import os, signal, sys
+from grpo.training.signals import StopRequest
+with StopRequest():
+    os.kill(os.getpid(), signal.{first})
+    print("asked", flush=True)
+    os.kill(os.getpid(), signal.{second})
+    print("still here", flush=True)
+"""
+
+
+def test_a_signal_is_noted_outside_and_leaves_an_interruptible_block() -> None:
+    told = []
+    with StopRequest(lambda: told.append(1)) as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.requested, stop.signal) == (True, signal.SIGTERM)
+        with pytest.raises(Stopped), stop.interrupts():
+            pytest.fail("entered")
+    swallowing = contextlib.suppress(Exception)  # as other people's code does
+    with StopRequest(lambda: told.append(2)) as stop, pytest.raises(Stopped), stop.interrupts(), swallowing:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert told == [1, 2]
+    assert stop.signal == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(("first", "second"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM")])
+def test_a_second_one_ends_the_process_at_once(first: str, second: str) -> None:
+    script = SCRIPT.format(first=first, second=second)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == -getattr(signal, second)  # 130 and 143 in a shell
+    assert ran.stdout == "asked\n"

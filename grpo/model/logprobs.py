@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
-Head = Callable[[mx.array], mx.array]
-Body = Callable[[mx.array], mx.array]
+from grpo.model.checkpointing import checkpointed
+from grpo.model.head import Head, head_parameters
 
-CHUNK = 2048
-"""Tokens projected to the vocabulary at once in `chunked_logprobs`."""
+LOGITS = 2**26
+"""Logits that live at once, 256 MB in float32, of however many tokens that is: the loss's memory does not depend on the
+vocabulary."""
 
 
 def scaled(logits: mx.array, temperature: float) -> mx.array:
@@ -32,47 +33,40 @@ def entropies(scaled_logits: mx.array) -> mx.array:
     return mx.logsumexp(scaled_logits, axis=-1) - (probabilities * scaled_logits).sum(axis=-1)
 
 
-def split_head(model: nn.Module) -> tuple[Body, Head] | None:
-    """A model as hidden states and a head that projects them, or None if it cannot be taken apart.
-
-    mlx-lm's models are a `.model` under an `lm_head` or tied embeddings; some scale or cap their logits besides.
-    Whether the two halves make the whole is not assumed but tried, on four tokens.
-    """
-    body = getattr(model, "model", None)
-    head = getattr(model, "lm_head", None)
-    if head is None:
-        head = getattr(getattr(body, "embed_tokens", None), "as_linear", None)
-    if body is None or head is None:
-        return None
-    probe = mx.array([[0, 1, 2, 3]])
-    try:
-        same = mx.array_equal(head(body(probe)), model(probe)).item()
-    except (TypeError, ValueError, AttributeError):  # a body with another signature
-        return None
-    return (body, head) if same else None
+def chunk_tokens(vocabulary: int) -> int:
+    """How many tokens to project at once, so that their logits fill no more than `LOGITS`."""
+    return max(16, LOGITS // vocabulary // 16 * 16)
 
 
 def chunked_logprobs(
-    hidden: mx.array, tokens: mx.array, head: Head, temperature: float, entropy_gradient: bool = False
+    hidden: mx.array,
+    tokens: mx.array,
+    head: Head,
+    temperature: float,
+    chunk: int,
+    entropy_gradient: bool = False,
+    module: nn.Module | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Logprobs and entropies of tokens from hidden states, without ever holding all the logits.
 
     hidden `[B, T, D]` of the model's dtype, tokens `[B, T]` integers; returns two `[B, T]` fp32 arrays. Logits
-    live for `CHUNK` tokens at a time, in the backward pass too, which computes them again. The entropies carry a
-    gradient only if `entropy_gradient`.
+    live for `chunk` tokens at a time, in the backward pass too, which computes them again. The entropies carry a
+    gradient only if `entropy_gradient`. Trainable parameters that the head reads must be `module`'s.
     """
     rows, length, _ = hidden.shape
     flat_hidden, flat_tokens = hidden.reshape(rows * length, -1), tokens.reshape(-1)
 
-    def project(chunk: mx.array, chosen: mx.array) -> tuple[mx.array, mx.array]:
-        logits, chosen = scaled(head(chunk), temperature), mx.stop_gradient(chosen)
+    def project(states: mx.array, start: int) -> tuple[mx.array, mx.array]:
+        logits = scaled(head(states), temperature)
+        chosen = token_logprobs(logits, flat_tokens[start : start + chunk])
         entropy = entropies(logits)
-        return token_logprobs(logits, chosen), entropy if entropy_gradient else mx.stop_gradient(entropy)
+        return chosen, entropy if entropy_gradient else mx.stop_gradient(entropy)
 
-    checkpointed = mx.checkpoint(project)
+    module = module or nn.Module()
+    parameters = head_parameters(module)
     parts = [
-        checkpointed(flat_hidden[start : start + CHUNK], flat_tokens[start : start + CHUNK])
-        for start in range(0, rows * length, CHUNK)
+        checkpointed(module, parameters, partial(project, start=start))(flat_hidden[start : start + chunk])
+        for start in range(0, rows * length, chunk)
     ]
     logprobs, entropy = (mx.concatenate(list(part)).reshape(rows, length) for part in zip(*parts, strict=True))
     return logprobs, entropy

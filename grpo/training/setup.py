@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from grpo.backend.device import setup
 from grpo.backend.random import derive_key
+from grpo.backend.ranks import Ranks
 from grpo.config import DataConfig, Recipe
 from grpo.data.prompts import PromptRenderer
 from grpo.data.source import is_local, load_rows
 from grpo.data.stream import TaskStream, first_tasks
+from grpo.errors import UserError
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
 from grpo.model.load import load
@@ -18,6 +20,7 @@ from grpo.plugins import find_function
 from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
 from grpo.training.evaluate import Evaluator
+from grpo.training.optimizer import make_optimizer
 from grpo.training.plan import Plan, make_plan
 from grpo.training.trainer import Trainer
 from grpo.types import Task
@@ -42,13 +45,18 @@ def prepare(cfg: Recipe) -> Prepared:
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
     setup()
+    ranks = Ranks.launched()
+    if cfg.rollout.prompts_per_step < ranks.size:
+        raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
+    make_optimizer(cfg.optim)  # refuses arguments that it does not have
     scorer = Scorer.of(cfg.rewards)
     custom_loss = find_function(cfg.loss.use, "loss") if cfg.loss.use else None
     sources = [cfg.data, *_eval_data(cfg)]
     local = [load_rows(source) if is_local(source) else None for source in sources]
     model, tokenizer = load(cfg.model)
     tables = [load_rows(source) if rows is None else rows for source, rows in zip(sources, local, strict=True)]
-    policy = Policy(model, Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter")), cfg.rollout.temperature)
+    adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
+    policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
     engine = RolloutEngine(generator, cfg.rollout.max_completion_length)
     renderer, *eval_renderers = [PromptRenderer(source, tokenizer) for source in sources]
@@ -58,10 +66,9 @@ def prepare(cfg: Recipe) -> Prepared:
     if cfg.eval is not None:
         evaluator = Evaluator(cfg, first_tasks(tables[1], eval_renderers[0], cfg.eval.prompts), engine, scorer)
     stream = TaskStream(tables[0], renderer, cfg.seed)
-    plan = make_plan(cfg, policy, max(len(task.prompt_ids) for task in tasks))
-    notes = [] if policy.split else ["this model's head cannot be split off: logprobs go through full logits, slowly"]
-    trainer = Trainer(cfg, policy, stream, engine, scorer, evaluator, custom_loss)
-    return Prepared(trainer, plan, tasks, notes)
+    plan, cfg = make_plan(cfg, policy, max(len(task.prompt_ids) for task in tasks))
+    trainer = Trainer(cfg, policy, stream, engine, scorer, evaluator, custom_loss, ranks)
+    return Prepared(trainer, plan, tasks, policy.slow)
 
 
 def _eval_data(cfg: Recipe) -> list[DataConfig]:

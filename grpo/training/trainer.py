@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.backend.device import on_gpu
 from grpo.backend.random import derive_key
+from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
 from grpo.data.stream import TaskStream
 from grpo.model.policy import Policy
@@ -29,8 +29,8 @@ from grpo.types import EvalMetrics, Group, StepMetrics
 
 Log = Callable[[StepMetrics | EvalMetrics], None]
 
-GPU_PADDING = 64
-"""Batches are padded to multiples of this on a GPU, where the update is compiled once for each shape."""
+NOT_FINITE = "not_finite"
+"""Where in a run's folder the batches of skipped updates are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,7 @@ class Trainer:
         scorer: Scorer,
         evaluate: Evaluator | None = None,
         custom_loss: CustomLoss | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.cfg = cfg
         self.policy = policy
@@ -63,8 +64,8 @@ class Trainer:
         self.engine = engine
         self.scorer = scorer
         self.evaluate = evaluate
-        self.update = Updater(policy, cfg, custom_loss)
-        self.pad_to = GPU_PADDING if on_gpu() else 1
+        self.ranks = ranks or Ranks()
+        self.update = Updater(policy, cfg, custom_loss, self.ranks)
 
     def step(self, n: int) -> StepMetrics:
         """Sample, score, and update. `n` counts from 1."""
@@ -73,13 +74,15 @@ class Trainer:
         sampled, groups = self.sample(n, clock)
         groups = with_penalties(groups, policy, cfg, beta)  # as they are unless the recipe asks for some
         groups = with_advantages(groups, cfg)
-        minibatches = make_minibatches(groups, cfg, self.pad_to)  # token weights are fixed here, before any split
+        minibatches = make_minibatches(groups, cfg)  # token weights are fixed here, before any split
         minibatches = with_top_entropy(minibatches, policy, cfg)
+        minibatches = [self.ranks.share(batches) for batches in minibatches]
         minibatches = [with_reference(batches, policy, beta, cfg) for batches in minibatches]  # not for beta 0
         minibatches = with_old_logprobs(minibatches, policy, cfg)  # nothing to do for a single one
         clock.lap("logprobs")
         update = self.update(minibatches, n)
         clock.lap("update")
+        policy.adapters.sync_reference(cfg.adapter, n)  # if it is due
         status = self.status(n, beta) | penalty_metrics(groups, cfg)
         if "entropy" not in update.metrics:  # nothing was trained on; entropy is told all the same
             status["entropy"] = mean_entropy(groups, policy, cfg)
@@ -98,11 +101,13 @@ class Trainer:
             missing = cfg.rollout.prompts_per_step - len(varied)
             if missing == 0:
                 break
-            key = derive_key(cfg.seed, "rollout", n, attempt)
+            key = derive_key(cfg.seed, "rollout", n, attempt, *self.ranks.own)
             tasks = self.tasks.take(missing)
-            groups = self.engine.rollout(tasks, cfg.rollout.num_generations, cfg.rollout.temperature, key)
+            mine, n_each, temperature = self.ranks.share(tasks), cfg.rollout.num_generations, cfg.rollout.temperature
+            groups = self.engine.rollout(mine, n_each, temperature, key) if mine else []
             clock.lap("rollout")
-            sampled += with_rewards(self.scorer.score(groups), cfg.rewards)
+            scored = self.ranks.merge(self.scorer.score(groups) if groups else [])
+            sampled += with_rewards(scored, cfg.rewards)
             clock.lap("reward")
         varied_first = sorted(sampled, key=has_variance, reverse=True) if cfg.rollout.dynamic_sampling else sampled
         return sampled, varied_first[: cfg.rollout.prompts_per_step]
@@ -111,9 +116,11 @@ class Trainer:
         """What the trainer itself has to tell about a step."""
         status = {
             "learning_rate": learning_rate(self.cfg.optim, n),
-            "adapter_delta": self.policy.adapters.delta(),
+            **({} if (delta := self.policy.adapters.delta()) is None else {"adapter_delta": delta}),
             "dropped_prompts": float(self.tasks.dropped),
-            **{f"rewards/{name}/failures": float(count) for name, count in self.scorer.failures.items()},
+            **self.ranks.sum_counts(
+                {f"rewards/{name}/failures": count for name, count in self.scorer.failures.items()}
+            ),
         }
         return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 
@@ -123,14 +130,17 @@ class Trainer:
         However it ends, an error included, there is a checkpoint of the last step that was finished (if one was).
         """
         cfg, n, saved = self.cfg, 0, -1
+        self.update.inspect = folder / NOT_FINITE
         before = after = self._evaluated(0, log)
         try:
-            while n < cfg.optim.steps and not stop.requested:
+            while n < cfg.optim.steps and not self.ranks.any(stop.requested):
                 log(self.step(n + 1))
                 n += 1
                 if n % cfg.checkpoint.every == 0:
                     saved = self._save(folder, n)
-                if not stop.requested and (n == cfg.optim.steps or (cfg.eval and n % cfg.eval.every == 0)):
+                if not self.ranks.any(stop.requested) and (
+                    n == cfg.optim.steps or (cfg.eval and n % cfg.eval.every == 0)
+                ):
                     after = self._evaluated(n, log)
         except Exception:
             if 0 < n != saved:
@@ -141,11 +151,12 @@ class Trainer:
         return Outcome(n, checkpoint_path(folder / CHECKPOINTS, n) if n else None, stop.signal, before, after)
 
     def _save(self, folder: Path, n: int) -> int:
-        save_checkpoint(folder / CHECKPOINTS, n, self.policy.adapters, self.cfg.checkpoint.keep)
+        if self.ranks.first:
+            save_checkpoint(folder / CHECKPOINTS, n, self.policy.adapters, self.cfg.checkpoint.keep)
         return n
 
     def _evaluated(self, n: int, log: Log) -> EvalMetrics | None:
-        if self.evaluate is None:
+        if self.evaluate is None or not self.ranks.first:
             return None
         metrics = self.evaluate(n)
         log(metrics)

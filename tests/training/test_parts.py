@@ -96,7 +96,7 @@ def test_a_run_killed_while_putting_another_aside(recipe, moved: int) -> None:
     cfg = load_recipe(recipe)
     folder = Path(cfg.output_dir)
     with run_folder(cfg, overwrite=False):
-        for name in ("metrics.jsonl", "eval.jsonl", "checkpoints", "wandb"):
+        for name in ("metrics.jsonl", "eval.jsonl", "checkpoints", "not_finite", "wandb"):
             (folder / name).write_text(name)
     before = {path.name: path.read_text() for path in folder.iterdir()}
     (folder / ".former").mkdir()

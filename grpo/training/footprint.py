@@ -1,0 +1,91 @@
+"""How much memory an update takes, found by trying: two small gradients tell what a token costs.
+
+Formulas for activations are of one architecture, one backend and one way of attending; a measurement is of whatever
+will run. What is measured is a line: bytes for each token, and bytes for each pair of tokens that attention scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from grpo.backend.device import on_gpu
+from grpo.model.logprobs import chunk_tokens
+from grpo.model.policy import Policy
+from grpo.training.packing import Shape
+
+LOGIT_COPIES = 4
+"""Arrays of a chunk's logits that live at once in the loss's backward pass, in float32, as measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes that a gradient needs beside the weights: fixed, a token, a pair of tokens, and a row of logits."""
+
+    fixed: int
+    token: float
+    pair: float
+    logits: int
+    chunk: int
+    shares: bool
+
+    def bytes(self, shape: Shape) -> int:
+        """Of one micro-batch of this shape."""
+        tokens, pairs = _extent(shape, self.shares)
+        head = self.logits * min(self.chunk, shape.rows * shape.length)
+        return int(self.fixed + self.token * tokens + self.pair * pairs + head)
+
+
+def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
+    """The footprint of this policy's gradient, with or without gradient checkpointing."""
+    unit = 128 if on_gpu() else 32
+    shapes = Shape(1, unit, 2, unit), Shape(1, 4 * unit, 1, 4 * unit)
+    former, policy.gradient_checkpointing = policy.gradient_checkpointing, checkpointing
+    try:
+        _peak(policy, shapes[0])  # kernels and constants that are made once
+        (first, second) = (_peak(policy, shape) for shape in shapes)
+    finally:
+        policy.gradient_checkpointing = former
+    (tokens, pairs), (more_tokens, more_pairs) = (_extent(shape, policy.share_prompts) for shape in shapes)
+    # Two lines in two unknowns; a fused attention has none of the second kind.
+    pair = max(0.0, (second - first * more_tokens / tokens) / (more_pairs - pairs * more_tokens / tokens))
+    token = max(0.0, (second - pair * more_pairs) / more_tokens)
+    vocabulary = _vocabulary(policy)
+    trained = [array for _, array in tree_flatten(policy.model.trainable_parameters())]
+    # The sum of gradients so far, and a micro-batch's own.
+    fixed = sum(4 * array.size + array.nbytes for array in trained)
+    return Footprint(fixed, token, pair, 4 * LOGIT_COPIES * vocabulary, chunk_tokens(vocabulary), policy.share_prompts)
+
+
+def _extent(shape: Shape, shares: bool) -> tuple[int, int]:
+    """Tokens that go through the model, and pairs that its attention scores."""
+    prompts, prompt_length, rows, length = shape
+    if shares:
+        return shape.tokens, prompts * prompt_length**2 + rows * length * (prompt_length + length)
+    return rows * (prompt_length + length), rows * (prompt_length + length) ** 2
+
+
+def _peak(policy: Policy, shape: Shape) -> int:
+    """Bytes above what was there, of the gradient of a function of the hidden states."""
+    prompts = mx.zeros((shape.prompts, shape.prompt_length), mx.int32)
+    lengths = mx.full((shape.prompts,), shape.prompt_length)
+    index, completions = mx.zeros((shape.rows,), mx.int32), mx.zeros((shape.rows, shape.length), mx.int32)
+
+    def loss(_: nn.Module) -> mx.array:
+        return policy.group_hidden(prompts, lengths, index, completions).astype(mx.float32).sum()
+
+    mx.eval(prompts, lengths, index, completions)
+    trained: int = sum(array.nbytes for _, array in tree_flatten(policy.model.trainable_parameters()))
+    resting = mx.get_active_memory()
+    mx.reset_peak_memory()
+    value, gradient = nn.value_and_grad(policy.model, loss)(policy.model)
+    mx.eval(value, gradient)
+    return max(0, mx.get_peak_memory() - resting - trained)
+
+
+def _vocabulary(policy: Policy) -> int:
+    size: int = policy.model(mx.array([[0]])).shape[-1]  # the shape alone: nothing is computed
+    return size

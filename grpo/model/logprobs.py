@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
-from grpo.model.checkpointing import checkpointed
 from grpo.model.head import Head, head_parameters
 
-LOGITS = 2**26
-"""Logits that live at once, 256 MB in float32, of however many tokens that is: the loss's memory does not depend on the
-vocabulary."""
+Pair = tuple[mx.array, mx.array]
+
+LOGITS = 2**25
+"""Logits in a chunk, 128 MB in float32, of however many tokens that is: the loss's memory does not depend on the
+vocabulary. MLX has some ten operations in flight, each of which may hold as much."""
 
 
 def scaled(logits: mx.array, temperature: float) -> mx.array:
@@ -54,19 +57,45 @@ def chunked_logprobs(
     gradient only if `entropy_gradient`. Trainable parameters that the head reads must be `module`'s.
     """
     rows, length, _ = hidden.shape
-    flat_hidden, flat_tokens = hidden.reshape(rows * length, -1), tokens.reshape(-1)
+    flat_tokens = tokens.reshape(-1)
+    starts = range(0, rows * length, chunk)
+    module = module or nn.Module()
+    parameters = tree_flatten(head_parameters(module))
+    paths, weights = [path for path, _ in parameters], [array for _, array in parameters]
 
-    def project(states: mx.array, start: int) -> tuple[mx.array, mx.array]:
-        logits = scaled(head(states), temperature)
-        chosen = token_logprobs(logits, flat_tokens[start : start + chunk])
+    def project(start: int, states: mx.array, *given: mx.array) -> Pair:
+        module.update(tree_unflatten(list(zip(paths, given, strict=True))))
+        try:
+            logits = scaled(head(states), temperature)
+        finally:
+            module.update(tree_unflatten(parameters))
         entropy = entropies(logits)
+        chosen = token_logprobs(logits, flat_tokens[start : start + chunk])
         return chosen, entropy if entropy_gradient else mx.stop_gradient(entropy)
 
-    module = module or nn.Module()
-    parameters = head_parameters(module)
-    parts = [
-        checkpointed(module, parameters, partial(project, start=start))(flat_hidden[start : start + chunk])
-        for start in range(0, rows * length, chunk)
-    ]
-    logprobs, entropy = (mx.concatenate(list(part)).reshape(rows, length) for part in zip(*parts, strict=True))
-    return logprobs, entropy
+    # A function with a backward pass of its own, because MLX would compute independent chunks side by side: here each
+    # waits for the one before it.
+    @mx.custom_function
+    def everywhere(states: mx.array, given: list[mx.array]) -> Pair:
+        parts: list[Pair] = []
+        for start in starts:
+            after = mx.depends(states[start : start + chunk], list(parts[-1])) if parts else states[:chunk]
+            parts.append(project(start, after, *given))
+        return mx.concatenate([part[0] for part in parts]), mx.concatenate([part[1] for part in parts])
+
+    @everywhere.vjp
+    def backward(primals: Any, cotangents: Pair, _outputs: Pair) -> tuple[mx.array, list[mx.array]]:
+        states, given = primals
+        found: list[mx.array] = []
+        sums: list[mx.array] = [mx.zeros_like(array) for array in given]
+        for start in starts:
+            own = slice(start, start + chunk)
+            after = mx.depends(states[own], [found[-1], *sums]) if found else states[own]
+            slopes = [cotangent[own] for cotangent in cotangents]
+            _, (gradient, *rest) = mx.vjp(partial(project, start), [after, *given], slopes)
+            found.append(gradient)
+            sums = [total + part for total, part in zip(sums, rest, strict=True)]
+        return mx.concatenate(found), sums
+
+    logprobs, entropy = cast(Pair, everywhere(hidden.reshape(rows * length, -1), weights))
+    return logprobs.reshape(rows, length), entropy.reshape(rows, length)

@@ -17,8 +17,8 @@ from grpo.model.logprobs import chunk_tokens
 from grpo.model.policy import Policy
 from grpo.training.packing import Shape
 
-LOGIT_COPIES = 4
-"""Arrays of a chunk's logits that live at once in the loss's backward pass, in float32, as measured."""
+LOGIT_COPIES, MOST_COPIES = 4, 12
+"""Arrays of the size of a chunk's logits, float32, that the loss holds for a chunk, and at most, as measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,9 @@ class Footprint:
     def bytes(self, shape: Shape) -> int:
         """Of one micro-batch of this shape."""
         tokens, pairs = _extent(shape, self.shares)
-        head = self.logits * min(self.chunk, shape.rows * shape.length)
+        projected = shape.rows * shape.length
+        copies = min(MOST_COPIES, LOGIT_COPIES * -(-projected // self.chunk))
+        head = copies * self.logits * min(self.chunk, projected)
         return int(self.fixed + self.token * tokens + self.pair * pairs + head)
 
 
@@ -57,7 +59,7 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     trained = [array for _, array in tree_flatten(policy.model.trainable_parameters())]
     # The sum of gradients so far, and a micro-batch's own.
     fixed = sum(4 * array.size + array.nbytes for array in trained)
-    return Footprint(fixed, token, pair, 4 * LOGIT_COPIES * vocabulary, chunk_tokens(vocabulary), policy.share_prompts)
+    return Footprint(fixed, token, pair, 4 * vocabulary, chunk_tokens(vocabulary), policy.share_prompts)
 
 
 def _extent(shape: Shape, shares: bool) -> tuple[int, int]:

@@ -5,8 +5,9 @@ import math
 import mlx.core as mx
 import pytest
 
+from grpo.model import logprobs
 from grpo.model.head import split_head
-from grpo.model.logprobs import chunked_logprobs, entropies, scaled, token_logprobs
+from grpo.model.logprobs import chunk_tokens, chunked_logprobs, entropies, scaled, token_logprobs
 
 
 def test_by_hand() -> None:
@@ -74,3 +75,25 @@ def test_padding_on_the_right_changes_nothing(make_policy) -> None:
     padded, _ = policy.logprobs(mx.array([[5, 6, 7, 8, 3, 3, 3]]), mx.array([2]), mx.array([[7, 8, 0, 0]]))
     assert mx.allclose(alone, padded[:, :2], atol=1e-5)
     assert mx.isfinite(padded).all().item()
+
+
+def peak_of_the_loss(vocabulary: int) -> int:
+    """Bytes that the loss of 2,048 tokens takes in both passes, beside the head's weights and its inputs."""
+    hidden, weight = mx.random.normal((2, 1024, 16)), mx.random.normal((16, vocabulary))
+    tokens = mx.zeros((2, 1024), mx.int32)
+
+    def loss(states: mx.array) -> mx.array:
+        return chunked_logprobs(states, tokens, lambda h: h @ weight, 1.0, chunk_tokens(vocabulary))[0].sum()
+
+    mx.eval(hidden, weight, tokens)
+    resting = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.value_and_grad(loss)(hidden))
+    return mx.get_peak_memory() - resting
+
+
+def test_memory_of_the_loss_is_flat_in_the_vocabulary(monkeypatch) -> None:
+    monkeypatch.setattr(logprobs, "LOGITS", 2**22)  # smaller than it is, so that there are chunks to speak of
+    peaks = [peak_of_the_loss(vocabulary) for vocabulary in (1_000, 20_000, 150_000)]
+    assert all(peak < 13 * 4 * logprobs.LOGITS for peak in peaks)  # 150,000 × 2,048 logits alone would be 1.2 GB
+    assert peaks[2] < 1.1 * peaks[1]

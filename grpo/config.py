@@ -280,6 +280,8 @@ class OptimConfig(Section):
     share_prompts: bool = True
     """Run a prompt once for all its completions in training, where the model allows it. Changes memory and speed, not
     the gradient."""
+    compile: bool = True
+    """Compile the update on a GPU (a CPU never does): a third faster, after minutes spent at the first step."""
     max_skipped_updates: Positive = 3
     """An update whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
 

@@ -66,7 +66,8 @@ class Updater:
         self.optimizer = Float32Optimizer(cfg.optim, policy.model.trainable_parameters())
         self.inspect: Path | None = None
         self._skipped_in_a_row = 0
-        self._loss_and_grad = compiled(nn.value_and_grad(policy.model, self._loss), policy.model.state)
+        loss_and_grad = nn.value_and_grad(policy.model, self._loss)
+        self._loss_and_grad = compiled(loss_and_grad, policy.model.state) if cfg.optim.compile else loss_and_grad
 
     def __call__(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
         """`optim.num_iterations` passes of one update for each minibatch; what is returned is over all of them.

@@ -29,6 +29,8 @@ from grpo.objective.groups import with_advantages
 from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
 from grpo.training.batches import make_batches, make_minibatches
+from grpo.training.footprint import measure_footprint
+from grpo.training.packing import Packing, Shape, pack
 from grpo.training.trainer import Trainer
 from grpo.training.update import Updater
 from grpo.types import Completion, Group, Rollout, Task
@@ -106,15 +108,23 @@ def update_side(name: str, policy: Policy, cfg: Recipe, load: Load) -> Side:
     """One update of synthetic completions, batches made anew each time."""
     groups = with_advantages(synthetic(load, policy.model.args.vocab_size), cfg)
     update = Updater(policy, cfg)
+    footprint = measure_footprint(policy, policy.gradient_checkpointing)
+    planned = mx.get_active_memory() + max(footprint.bytes(shape) for shape in shapes(groups, cfg))
 
     def run() -> Values:
         mx.clear_cache()
         mx.reset_peak_memory()
         start = time.perf_counter()
         update(make_minibatches(groups, cfg), 1)
-        return {"s": time.perf_counter() - start, "GB": mx.get_peak_memory() / 1e9}
+        return {"s": time.perf_counter() - start, "GB": mx.get_peak_memory() / 1e9, "GB planned": planned / 1e9}
 
     return Side(name, run)
+
+
+def shapes(groups: Sequence[Group], cfg: Recipe) -> list[Shape]:
+    """The shapes of an update's micro-batches."""
+    rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
+    return [shape for _, shape in pack(rows, Packing.of(cfg))]
 
 
 def synthetic(load: Load, vocabulary: int) -> list[Group]:

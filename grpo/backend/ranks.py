@@ -12,7 +12,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from grpo.errors import RunError, UserError
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -35,10 +38,15 @@ class Ranks:
 
     @classmethod
     def launched(cls) -> Ranks:
-        """What a launcher made of this process."""
+        """What a launcher made of this process. Raises UserError if it is to be one of several that cannot connect."""
         import mlx.core as mx
 
-        return cls(mx.distributed.init(strict=True)) if any(name in os.environ for name in LAUNCHED) else cls()
+        if not any(name in os.environ for name in LAUNCHED) or _launched_alone():
+            return cls()
+        try:
+            return cls(mx.distributed.init(strict=True))
+        except RuntimeError as error:
+            raise UserError(f"launched as one of several processes, but they cannot be connected: {error}") from error
 
     @property
     def first(self) -> bool:
@@ -105,8 +113,14 @@ class Ranks:
         import mlx.core as mx
 
         with self._watched():
-            result = start()
-            mx.eval(result)
+            try:
+                result = start()
+                mx.eval(result)
+            except RuntimeError as error:  # MLX noticed before the clock did
+                raise RunError(
+                    f"process {self.rank} of {self.size}: another process was lost ({error}). "
+                    "The last checkpoint is intact."
+                ) from None
         return result
 
     @contextmanager
@@ -128,3 +142,9 @@ class Ranks:
             flush=True,
         )
         os._exit(1)
+
+
+def _launched_alone() -> bool:
+    """Whether `mlx.launch` was asked for a single process: its list of hosts is then an empty file."""
+    hosts = os.environ.get("MLX_HOSTFILE")
+    return hosts is not None and os.path.isfile(hosts) and not Path(hosts).read_text().strip()

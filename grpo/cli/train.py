@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,6 +30,7 @@ def train(
     from rich.console import Console
 
     from grpo.backend import device
+    from grpo.backend.ranks import Ranks
     from grpo.data.prompts import last_text
     from grpo.telemetry.loggers import open_loggers
     from grpo.telemetry.summary import print_outcome, print_plan
@@ -37,8 +39,10 @@ def train(
     from grpo.training.setup import prepare
     from grpo.training.signals import StopRequest
 
-    console = Console()
-    check_run_folder(cfg, overwrite)
+    first = Ranks.launched().first  # of several processes one talks and writes
+    console = Console(quiet=not first)
+    if first:
+        check_run_folder(cfg, overwrite)
     with console.status("loading"):
         run = prepare(cfg)
     print_plan(console, cfg, device.describe(), run.plan, run.notes)
@@ -47,8 +51,9 @@ def train(
     trainer = run.trainer
     parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
     console.print(parity, highlight=False, soft_wrap=True)
-    with run_folder(cfg, overwrite) as folder, ExitStack() as stack:
-        log = open_loggers(stack, cfg, folder, console)
+    with ExitStack() as stack:
+        folder = stack.enter_context(run_folder(cfg, overwrite)) if first else Path(str(cfg.output_dir))
+        log = open_loggers(stack, cfg, folder, console) if first else lambda _: None
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping at the end of this step")))
         outcome = trainer.run(folder, log, stop)
     print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt))

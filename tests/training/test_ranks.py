@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not i
 
 def launch(n: int, *command: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    passed = {"PYTHONPATH": paths, **environment}
+    passed = {"PYTHONPATH": paths, "MKL_NUM_THREADS": "1", **environment}
     settings = [argument for name, value in passed.items() for argument in ("--env", f"{name}={value}")]
     return subprocess.run(
         [LAUNCH, "-n", str(n), "--backend", "ring", *settings, "--", sys.executable, *map(str, command)],
@@ -54,6 +54,17 @@ def test_two_processes_give_the_loss_gradient_and_step_of_one(tmp_path) -> None:
         for rank in range(2):
             got = mx.load(str(tmp_path / f"2/{kind}-{rank}.safetensors"))
             assert max(mx.abs(got[path] - array).max().item() for path, array in expected.items()) < 1e-6
+
+
+def test_a_run_of_two_processes_is_one_run(recipe) -> None:
+    ran = launch(2, "-c", "from grpo.cli import main; main()", "train", recipe, "optim.steps=3")
+    said = ran.stdout + ran.stderr
+    assert "finished after step 3" in said, said
+    assert said.count("2 steps of") + said.count("3 steps of") == 1  # one of them talks
+    steps = [json.loads(line) for line in Path("runs/toy/metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert [step["num_prompts"] for step in steps] == [2, 2, 2]
+    assert Path("runs/toy/checkpoints/step-000003/adapters.safetensors").exists()
 
 
 def test_a_process_that_is_killed_ends_the_others_in_bounded_time(tmp_path) -> None:

@@ -215,13 +215,15 @@ def test_several_skipped_updates_in_a_row_stop_the_run(make_policy) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="mx.compile on a CPU calls a C++ compiler")
-def test_compiled_as_on_a_gpu_the_gradient_is_the_same(make_policy, monkeypatch) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_as_on_a_gpu_the_gradient_is_the_same(make_policy, monkeypatch, checkpointing: bool) -> None:
     cfg = recipe(loss={"beta": 0.1})
     plain = gradient(make_policy().policy, cfg)
     monkeypatch.setattr(device, "on_gpu", lambda: True)
     mx.enable_compile()
     try:
         policy = make_policy().policy
+        policy.gradient_checkpointing = checkpointing
         assert difference(plain, gradient(policy, cfg)) < 1e-5
         stepped(policy, recipe())  # the model holds arrays again, not the trace's
         mx.eval(policy.model.parameters())

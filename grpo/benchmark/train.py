@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import subprocess
@@ -31,6 +32,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.training.batches import make_batches, make_minibatches
 from grpo.training.footprint import measure_footprint
 from grpo.training.packing import Packing, Shape, pack
+from grpo.training.plan import make_plan
 from grpo.training.trainer import Trainer
 from grpo.training.update import Updater
 from grpo.types import Completion, Group, Rollout, Task
@@ -101,6 +103,8 @@ def compare_updates(shape: str, load: Load, runs: int, names: Sequence[str], sec
         for row in alternate(f"{shape} {load}", [side], runs):
             base = first.setdefault(row.unit, row.mean)
             yield replace(row, ratio=base / row.mean if name != names[0] else None)
+        del side
+        gc.collect()  # a compiled function is part of a cycle, and holds its model
         mx.clear_cache()
 
 
@@ -188,10 +192,11 @@ class _Prompts:
         return self._tasks[:n]
 
 
-def step_side(shape: str, load: Load, optim: dict[str, Any] | None = None) -> Side:
-    """A whole step of this trainer: rollout, reward, logprobs, update. What is measured of each is in seconds."""
-    cfg = recipe(load, optim or (auto(shape, load)))
+def step_side(shape: str, load: Load) -> Side:
+    """A whole step of this trainer as its plan decides: rollout, reward, logprobs, update, each in seconds."""
+    cfg = recipe(load, {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"})
     policy = make_policy(shape, cfg)
+    _, cfg = make_plan(cfg, policy, load.prompt_length)
     engine = RolloutEngine(Generator(policy.model, cast("Any", NoTokenizer()), load.rows), load.completion_length)
     tasks = [group.task for group in synthetic(load, policy.model.args.vocab_size)]
     scorer = Scorer({"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]})
@@ -209,16 +214,6 @@ def step_side(shape: str, load: Load, optim: dict[str, Any] | None = None) -> Si
         return {"s": total, **phases, **other, "GB": mx.get_peak_memory() / 1e9}
 
     return Side("grpo", run)
-
-
-def auto(shape: str, load: Load) -> dict[str, Any]:
-    """What the plan decides for this load."""
-    from grpo.training.plan import make_plan
-
-    cfg = recipe(load, {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"})
-    _, decided = make_plan(cfg, make_policy(shape, cfg), load.prompt_length)
-    optim = decided.optim
-    return {"micro_batch_tokens": optim.micro_batch_tokens, "gradient_checkpointing": optim.gradient_checkpointing}
 
 
 def compare_steps(shape: str, load: Load, runs: int, peer_python: Path | None, blas: bool) -> list[Row]:

@@ -35,9 +35,10 @@ def checkpointed(module: nn.Module, parameters: Any, function: Callable[..., Any
 def checkpointed_layers(layers: Sequence[nn.Module], on: bool = True) -> Iterator[None]:
     """Inside the block each of these layers is checkpointed; outside, in generation, they are what they were."""
     former = [type(layer) for layer in layers]
+    kinds = {kind: type(kind.__name__, (_Checkpointed, kind), {}) for kind in set(former)}
     try:
         for layer, kind in zip(layers, former, strict=True) if on else ():
-            layer.__class__ = type(kind.__name__, (_Checkpointed, kind), {})
+            layer.__class__ = kinds[kind]
         yield
     finally:
         for layer, kind in zip(layers, former, strict=True):

@@ -20,13 +20,16 @@ MiniBatch = list[Batch]
 Value = TypeVar("Value", int, float)
 
 
-def make_minibatches(groups: Sequence[Group], cfg: Recipe) -> list[MiniBatch]:
-    """The step's groups as `optim.num_minibatches` minibatches, one for each update of a pass."""
+def make_minibatches(groups: Sequence[Group], cfg: Recipe, parts: int = 1) -> list[MiniBatch]:
+    """The step's groups as `optim.num_minibatches` minibatches, one for each update of a pass.
+
+    Each is of at least `parts` micro-batches, for as many processes to share.
+    """
     size = -(-len(groups) // cfg.optim.num_minibatches)
-    return [make_batches(groups[start : start + size], cfg) for start in range(0, len(groups), size)]
+    return [make_batches(groups[start : start + size], cfg, parts) for start in range(0, len(groups), size)]
 
 
-def make_batches(groups: Sequence[Group], cfg: Recipe) -> MiniBatch:
+def make_batches(groups: Sequence[Group], cfg: Recipe, parts: int = 1) -> MiniBatch:
     """The groups' rows as micro-batches of up to `optim.micro_batch_tokens`.
 
     Rows that can have no gradient (advantage 0 and nothing else in the loss, or no tokens) are left out. Denominators
@@ -39,9 +42,9 @@ def make_batches(groups: Sequence[Group], cfg: Recipe) -> MiniBatch:
     learning = [i for i, (_, r) in enumerate(rows) if seen[i] and (r.advantage != 0 or _all_rows_count(cfg))]
     if not learning:
         return []
-    packed = pack([rows[i] for i in learning], Packing.of(cfg))
-    parts = [([learning[position] for position in part], shape) for part, shape in packed]
-    batches = [collate([rows[i] for i in p], mask[mx.array(p)], weights[mx.array(p)], shape) for p, shape in parts]
+    packed = pack([rows[i] for i in learning], Packing.of(cfg, parts))
+    taken = [([learning[position] for position in part], shape) for part, shape in packed]
+    batches = [collate([rows[i] for i in p], mask[mx.array(p)], weights[mx.array(p)], shape) for p, shape in taken]
     return _with_weights(batches, [batch.mask for batch in batches], cfg) if _local(cfg) else batches
 
 

@@ -13,7 +13,9 @@ from grpo.recipe import dump_recipe
 from grpo.training.checkpoint import checkpoints
 
 RECIPE, METRICS, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "checkpoints"
-WRITTEN = (METRICS, "eval.jsonl", CHECKPOINTS, "not_finite", "wandb", RECIPE)
+NOT_FINITE = "not_finite"
+"""Where the batches of updates are that were skipped."""
+WRITTEN = (METRICS, "eval.jsonl", CHECKPOINTS, NOT_FINITE, "wandb", RECIPE)
 """What a run writes into its folder, and all that `--overwrite` deletes there.
 
 The order in which it is put aside, and in reverse brought back: with the recipe there, all of it is; with the metrics

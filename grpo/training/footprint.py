@@ -20,6 +20,8 @@ from grpo.training.packing import Shape
 LOGIT_COPIES, MOST_COPIES = 4, 12
 """Arrays of the size of a chunk's logits, float32, that the loss holds for a chunk, and at most, as measured."""
 
+PEEKS = 3
+"""Times that each of the gradients is measured."""
 KEPT = {False: 2 / 3, True: 1 / 3}
 """Of the peak without a head, how much is there when the backward pass begins, by whether layers are checkpointed, as
 measured."""
@@ -57,7 +59,8 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     former, policy.gradient_checkpointing = policy.gradient_checkpointing, checkpointing
     try:
         _peak(policy, shapes[0])  # kernels and constants that are made once
-        (first, second) = (_peak(policy, shape) for shape in shapes)
+        # The least of a few: what is in flight at once varies with what else the machine does.
+        (first, second) = (min(_peak(policy, shape) for _ in range(PEEKS)) for shape in shapes)
     finally:
         policy.gradient_checkpointing = former
     (tokens, pairs), (more_tokens, more_pairs) = (_extent(shape, policy.share_prompts) for shape in shapes)

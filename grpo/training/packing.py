@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The rule for shapes: at most `tokens` (a single row apart), of `rows` in a minibatch, groups of `group`.
+    """The rule for shapes: at most `tokens` (a single row apart) and `rows`, of groups of `group`.
 
     With a `multiple` above 1 there is one shape for each pair of padded lengths, so that their number is bounded:
     lengths are padded to 1, 2, 3, 4, 6, 8, 12, … times it, and rows and prompts to what fills the tokens.
@@ -44,17 +44,22 @@ class Packing:
     multiple: int = 1
 
     @classmethod
-    def of(cls, cfg: Recipe) -> Packing:
-        """The packing of a recipe whose `micro_batch_tokens` has been decided."""
+    def of(cls, cfg: Recipe, parts: int = 1) -> Packing:
+        """The packing of a recipe whose `micro_batch_tokens` has been decided, into at least `parts` micro-batches."""
         assert cfg.optim.micro_batch_tokens != "auto", "the plan decides this before a batch is made"
         rows = cfg.rollout.prompts_per_step * cfg.rollout.num_generations // cfg.optim.num_minibatches
-        return cls(cfg.optim.micro_batch_tokens, rows, cfg.rollout.num_generations, GPU_MULTIPLE if on_gpu() else 1)
+        return cls(
+            cfg.optim.micro_batch_tokens,
+            -(-rows // parts),
+            cfg.rollout.num_generations,
+            GPU_MULTIPLE if on_gpu() else 1,
+        )
 
     def shape(self, prompts: int, rows: int, prompt_length: int, length: int) -> Shape | None:
         """The shape of a micro-batch with so many prompts and rows of up to these lengths; None if it is too large."""
         if self.multiple == 1:
             shape = Shape(prompts, prompt_length, rows, length)
-            return shape if rows == 1 or shape.tokens <= self.tokens else None
+            return shape if rows == 1 or (shape.tokens <= self.tokens and rows <= self.rows) else None
         prompt_length, length = self._padded(prompt_length), self._padded(length)
         fitting = int(self.tokens / (length + prompt_length / self.group))
         capacity = min(_power_of_two(fitting), 2 * _power_of_two(self.rows - 1) if self.rows > 1 else 1)

@@ -19,7 +19,7 @@ MOMENTS = {"sgd": 1, "lion": 1, "rmsprop": 1, "adagrad": 1, "muon": 1}
 
 AUTO_TOKENS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)
 FEW_TOKENS = 2_048
-"""Below so many tokens at once a GPU is not kept busy; a CPU is with a quarter of them."""
+"""Below so many tokens at once a GPU is not kept busy; a CPU is with a quarter of them, and with 4,096 at most."""
 MOST_ACTIVATIONS = 8 * 2**30
 
 
@@ -76,7 +76,7 @@ def make_plan(cfg: Recipe, policy: Policy, prompt_length: int) -> tuple[Plan, Re
         "optimiser": precise + MOMENTS.get(cfg.optim.optimizer, 2) * 4 * numbers,
         "other states": states * sum(array.nbytes for _, array in trained),
     }
-    chosen = _chosen(cfg, policy, prompt_length, memory - sum(stays.values()))
+    chosen = _chosen(cfg, policy, prompt_length)
     cfg = cfg.model_copy(update={"optim": chosen.optim})
     policy.gradient_checkpointing = chosen.checkpointing
     plan = Plan(
@@ -95,6 +95,11 @@ def make_plan(cfg: Recipe, policy: Policy, prompt_length: int) -> tuple[Plan, Re
         micro_batch=chosen.tokens,
         checkpointing=chosen.checkpointing,
     )
+    if plan.total > memory:
+        raise UserError(
+            f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantised model (model.quantize), shorter "
+            "completions, fewer slots (rollout.max_concurrency) or optim.gradient_checkpointing=true would help"
+        )
     return plan, cfg
 
 
@@ -108,7 +113,7 @@ class _Chosen:
     bytes: int
 
 
-def _chosen(cfg: Recipe, policy: Policy, prompt_length: int, free: int) -> _Chosen:
+def _chosen(cfg: Recipe, policy: Policy, prompt_length: int) -> _Chosen:
     """What the recipe says, or for `auto` what fits and pays.
 
     A micro-batch takes an eighth of the memory, up to 8 GB: larger ones are no faster. Layers are checkpointed where
@@ -120,23 +125,21 @@ def _chosen(cfg: Recipe, policy: Policy, prompt_length: int, free: int) -> _Chos
     for checkpointing in (False, True) if asked == "auto" else (bool(asked),):
         footprint = measure_footprint(policy, checkpointing)
         tokens = cfg.optim.micro_batch_tokens
-        sizes = AUTO_TOKENS if tokens == "auto" else (tokens,)
+        sizes = AUTO_TOKENS[0 if on_gpu() else 2 :] if tokens == "auto" else (tokens,)
         for size in sizes:
             largest = _largest(cfg, prompt_length, size)
             needed = footprint.bytes(largest)
             optim = cfg.optim.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
             best = _Chosen(optim, size, checkpointing, needed)
-            enough = size >= few or tokens != "auto" or largest.tokens == _largest(cfg, prompt_length, 2 * size).tokens
+            enough = (
+                asked != "auto"
+                or checkpointing
+                or size >= few
+                or largest.tokens == _largest(cfg, prompt_length, 2 * size).tokens
+            )
             if needed <= comfortable and enough:
                 return best
     assert best is not None
-    if best.bytes > free:
-        raise UserError(
-            f"this cannot fit: an update of {best.tokens:,} tokens at once needs about {_size(best.bytes)}"
-            f"{', layers checkpointed' if best.checkpointing else ''}, and beside weights and optimiser there are "
-            f"{_size(max(0, free))} of {_size(memory_bytes())}; a smaller model, model.quantize, fewer adapter.layers, "
-            "shorter completions or optim.gradient_checkpointing=true would help"
-        )
     return best
 
 
@@ -161,11 +164,9 @@ class _Shape:
     def __init__(self, policy: Policy) -> None:
         args = policy.model.args
         self.layers = len(policy.model.layers)
-        self.hidden = int(getattr(args, "hidden_size", 0))
-        self.heads = int(getattr(args, "num_attention_heads", 0))
-        self.vocabulary = int(getattr(args, "vocab_size", 0))
-        head = getattr(args, "head_dim", None) or self.hidden // max(1, self.heads)
-        self.kv_width = int(getattr(args, "num_key_value_heads", None) or self.heads) * int(head)
+        heads = int(getattr(args, "num_attention_heads", 0))
+        head = getattr(args, "head_dim", None) or int(getattr(args, "hidden_size", 0)) // max(1, heads)
+        self.kv_width = int(getattr(args, "num_key_value_heads", None) or heads) * int(head)
 
 
 def _size(count: int) -> str:

@@ -19,7 +19,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.training.batches import make_minibatches, mean_entropy, with_old_logprobs, with_reference, with_top_entropy
 from grpo.training.checkpoint import checkpoint_path, save_checkpoint
 from grpo.training.evaluate import Evaluator
-from grpo.training.folder import CHECKPOINTS
+from grpo.training.folder import CHECKPOINTS, NOT_FINITE
 from grpo.training.metrics import step_metrics
 from grpo.training.penalties import penalty_metrics, with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
@@ -28,9 +28,6 @@ from grpo.training.update import Updater
 from grpo.types import EvalMetrics, Group, StepMetrics
 
 Log = Callable[[StepMetrics | EvalMetrics], None]
-
-NOT_FINITE = "not_finite"
-"""Where in a run's folder the batches of skipped updates are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +71,7 @@ class Trainer:
         sampled, groups = self.sample(n, clock)
         groups = with_penalties(groups, policy, cfg, beta)  # as they are unless the recipe asks for some
         groups = with_advantages(groups, cfg)
-        minibatches = make_minibatches(groups, cfg)  # token weights are fixed here, before any split
+        minibatches = make_minibatches(groups, cfg, self.ranks.size)  # token weights are fixed here, before any split
         minibatches = with_top_entropy(minibatches, policy, cfg)
         minibatches = [self.ranks.share(batches) for batches in minibatches]
         minibatches = [with_reference(batches, policy, beta, cfg) for batches in minibatches]  # not for beta 0

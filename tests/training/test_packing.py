@@ -33,11 +33,11 @@ def ragged(draw: random.Random, groups: int = 4, n: int = 4, longest: int = 60) 
 def test_exact_shapes_by_hand() -> None:
     rows = [row(10, 4, 1), row(10, 2, 1), row(3, 2, 2), row(3, 30, 2)]
     packed = pack(rows, Packing(tokens=40, rows=4, group=2))
-    # The longest row alone with its prompt (33 tokens); a prompt of 10 with 4 + 4, then a prompt of 3 with 2.
-    assert sorted(sorted(part) for part, _ in packed) == [[0, 1, 2], [3]] or sorted(
-        sorted(part) for part, _ in packed
-    ) == [[0, 1], [2, 3]]
-    assert all(shape.tokens <= 40 for _, shape in packed)
+    # 3 + 30 tokens, and 2 × 10 + 3 × 4.
+    assert [(sorted(part), shape) for part, shape in packed] == [
+        ([3], Shape(1, 3, 1, 30)),
+        ([0, 1, 2], Shape(2, 10, 3, 4)),
+    ]
 
 
 def test_a_row_that_is_too_long_goes_alone() -> None:
@@ -136,3 +136,11 @@ def test_memory_does_not_grow_over_ragged_steps(make_policy) -> None:
         resting.append(mx.get_active_memory())
     assert max(resting[6:]) <= max(resting[:6]) + 2**16
     assert tree_flatten(policy.model.trainable_parameters())
+
+
+def test_there_are_micro_batches_for_every_process(make_policy) -> None:
+    groups, cfg = ragged(random.Random(0)), step_recipe()
+    cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"micro_batch_tokens": 10**6})})
+    (whole,), parted = make_batches(groups, cfg), make_batches(groups, cfg, parts=4)
+    assert len(parted) == 4
+    assert sum(batch.real_rows for batch in parted) == whole.real_rows == 16

@@ -87,6 +87,6 @@ def test_layers_are_checkpointed_where_memory_is_short(monkeypatch) -> None:
 def test_what_cannot_fit_is_refused_with_numbers(monkeypatch) -> None:
     monkeypatch.setattr(planning, "memory_bytes", lambda: 12 * 2**20)
     with pytest.raises(
-        UserError, match=r"cannot fit: an update of 256 tokens at once needs about \d+ MB, layers .* of 12 MB"
+        UserError, match=r"cannot fit: memory about \d+ MB of 12 MB: weights .* update \d+ MB; updates of 256"
     ):
         planned()

@@ -24,7 +24,7 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")] = False,
 ) -> None:
-    """Train a LoRA adapter with GRPO, as a recipe says."""
+    """Train an adapter, or the weights themselves, with GRPO, as a recipe says."""
     cfg = load_recipe(find_recipe(recipe), overrides or [])
 
     from rich.console import Console

@@ -78,6 +78,8 @@ class Updater:
         An update whose loss or gradient is not finite is skipped. Raises RunError after `optim.max_skipped_updates` in
         a row, with policy and optimiser as they were before the step.
         """
+        if self.cfg.optim.num_iterations * len(minibatches) == 1:  # nothing to take back: no copies in memory
+            return self._updated(minibatches, step)
         before, state = self.policy.adapters.state(), self.optimizer.state
         try:
             return self._updated(minibatches, step)

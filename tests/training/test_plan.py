@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import mlx.core as mx
 import pytest
 from conftest import make_model
@@ -43,6 +45,7 @@ def peak_of_an_update(policy: Policy, cfg) -> int:
     update = Updater(policy, cfg)
     minibatches = make_minibatches(groups, cfg)
     update(minibatches, 1)
+    gc.collect()
     mx.clear_cache()
     resting = mx.get_active_memory()
     mx.reset_peak_memory()

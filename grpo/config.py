@@ -18,6 +18,8 @@ from grpo.presets import Baseline
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Endings of data files, and the reader of `datasets` for each."""
 
+Optimizer = Literal["adamw", "adam", "adamax", "sgd", "lion", "adafactor", "muon", "rmsprop", "adagrad", "adadelta"]
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -41,17 +43,42 @@ class ModelConfig(Section):
     """Branch, tag or commit of a Hub repository."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights. `auto`: float32 on a CPU (where nothing else is fast), as stored on a GPU."""
+    quantize: Literal[4, 8] | None = None
+    """Quantise the weights to so many bits when they are loaded, in groups of 64. Default: they stay as stored."""
 
 
 class AdapterConfig(Section):
-    type: Literal["lora"] = "lora"
-    """The kind of adapter: LoRA (arXiv 2106.09685)."""
+    type: Literal["lora", "dora", "full"] = "lora"
+    """What trains: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353), or the weights themselves."""
     rank: Positive = 16
     """Rank of each update B A."""
     scale: Annotated[float, Field(gt=0)] = 2.0
     """The update is scale × B A (mlx-lm's convention; PEFT's alpha is scale × rank)."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """`all-linear` (each linear layer of each block, the head excluded) or names such as `self_attn.q_proj`."""
+    layers: Literal["all"] | tuple[NonNegative, Positive] = "all"
+    """Blocks that train: `[14, 28]` is from block 14 up to, not including, block 28."""
+    path: str | None = None
+    """A saved adapter's folder to go on from; a frozen copy of it is the reference then. Default: a fresh one."""
+    sync_reference_every: Positive | None = None
+    """Steps after which the reference moves to the policy. Default: it stays what it was at the start."""
+    ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """How far it moves then: alpha × policy + (1 - alpha) × reference, array by array (arXiv 2404.09656)."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the reference is a state of the adapter, and not the model as it is loaded."""
+        return self.path is not None or self.sync_reference_every is not None
+
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> AdapterConfig:
+        if self.type == "full" and (unread := self.changed & {"rank", "scale", "targets"}):
+            raise ValueError(f"adapter.{min(unread)} does nothing with adapter.type: full")
+        if self.layers != "all" and self.layers[0] >= self.layers[1]:
+            raise ValueError("adapter.layers: the first block is not before the last")
+        if "ref_model_mixup_alpha" in self.changed and self.sync_reference_every is None:
+            raise ValueError("adapter.ref_model_mixup_alpha does nothing without adapter.sync_reference_every")
+        return self
 
 
 class DataConfig(Section):
@@ -282,21 +309,36 @@ class OptimConfig(Section):
     steps: Positive
     """Training steps: each samples, scores and updates."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    optimizer: Optimizer = "adamw"
+    """One of mlx.optimizers. Its state, and the weights it moves, are float32 whatever the model's dtype."""
+    optimizer_args: dict[str, bool | int | float | list[float]] = {}
+    """The optimizer's own arguments, such as `betas: [0.9, 0.99]` or `momentum: 0.9`."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: constant, or down to 0 by the last step."""
     warmup_steps: NonNegative = 0
     """Steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay."""
+    """The optimizer's weight decay, decoupled in adamw."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient is scaled down to this norm."""
     num_iterations: Positive = 1
     """Passes over each rollout. The ratio is to the logprobs before the first update."""
     num_minibatches: Positive = 1
     """Updates in each pass: the step's prompts are divided among them (GSPO: 4)."""
-    micro_batch_size: Positive = 8
-    """Rows that go through the model together in the update. Changes memory and speed, not the gradient."""
+    micro_batch_tokens: Positive | Literal["auto"] = "auto"
+    """Tokens, padding included, that go through the model together in the update. Changes memory and speed, not the
+    gradient. `auto`: as many as fit and pay, from the plan."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Compute each layer's inside again in the backward pass: much less memory, a third more time. `auto`: where the
+    plan finds that memory is short without."""
+    share_prompts: bool = True
+    """Run a prompt once for all its completions in training, where the model allows it. Changes memory and speed, not
+    the gradient."""
+    compile: bool = True
+    """Compile the update on a GPU (a CPU never does): a third faster, after minutes spent at the first step."""
+    max_skipped_updates: Positive = 3
+    """An update whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
 
 
 class EvalConfig(Section):
@@ -383,6 +425,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
+        if self.adapter.sync_reference_every is not None and self.loss.beta == 0 and self.loss.beta_end is None:
+            raise ValueError("adapter.sync_reference_every does nothing while loss.beta is 0: there is no reference")
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("every reward has weight 0, so nothing would be learnt: give one a weight")
         if self.rollout.prompts_per_step % self.optim.num_minibatches:
@@ -409,6 +453,11 @@ class Recipe(Section):
         """The evaluation's metric by which the best checkpoint is kept."""
         assert self.eval is not None
         return self.checkpoint.metric_for_best_model or f"avg@{self.eval.samples}"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss or the reward has a penalty for distance from the reference."""
+        return self.loss.beta > 0 or bool(self.loss.beta_end)
 
     @property
     def baseline(self) -> Baseline:

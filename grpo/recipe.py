@@ -112,6 +112,8 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         "rewards": rewards,
         "log": recipe.log.model_copy(update={"use": tuple(function_path(use) for use in recipe.log.use)}),
     }
+    if recipe.adapter.path is not None:
+        update["adapter"] = recipe.adapter.model_copy(update={"path": beside(recipe.adapter.path)})
     if recipe.loss.use is not None:
         update["loss"] = recipe.loss.model_copy(update={"use": function_path(recipe.loss.use)})
     if recipe.eval is not None and recipe.eval.source is not None:

@@ -85,10 +85,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows that go through the model together. B rows, L prompt + completion tokens, T completion tokens.
+    """Rows that go through the model together: B completions of T tokens, of P prompts of L tokens.
 
-    tokens [B, L] int32: prompt and completion, padded on the right.
-    prompt_lengths [B] int32.
+    prompt_ids [P, L] int32, padded on the right, and prompt_lengths [P] int32.
+    prompt_index [B] int32: which prompt each row is of.
     completion_ids [B, T] int32 and mask [B, T] float32 (1 on the completion's tokens, its stop token included).
     advantages [B] float32.
     weights [B, T] float32: the normaliser, fixed over the whole step before it was split; 0 where the mask is.
@@ -97,8 +97,9 @@ class Batch:
     sampler_logprobs [B, T] float32: under the distribution really sampled, where filters made it another one.
     """
 
-    tokens: mx.array
+    prompt_ids: mx.array
     prompt_lengths: mx.array
+    prompt_index: mx.array
     completion_ids: mx.array
     mask: mx.array
     advantages: mx.array
@@ -108,6 +109,12 @@ class Batch:
     ref_logprobs: mx.array | None = None
     beta: mx.array | None = None
     sampler_logprobs: mx.array | None = None
+
+    @property
+    def real_rows(self) -> int:
+        """How many rows are completions: padding follows them, and has an empty mask."""
+        rows: Any = (self.mask.sum(axis=1) > 0).sum().item()
+        return int(rows)
 
     def arrays(self) -> dict[str, mx.array]:
         """The fields that are set, as a tree that `mx.compile` takes."""

@@ -6,6 +6,7 @@ import grpo  # noqa: F401  before mlx, so that the BLAS is in place
 
 # isort: split
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from grpo.backend.device import setup
@@ -39,6 +41,73 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy(toy_folder: Path):
     """A fresh toy model and its tokenizer."""
     return load(ModelConfig(name=str(toy_folder)))
+
+
+COMMON = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+}
+ZOO: dict[str, tuple[str, dict]] = {
+    "tied": ("qwen3", {}),
+    "untied": ("qwen3", {"tie_word_embeddings": False}),
+    "dense": ("llama", {"num_key_value_heads": 4}),
+    "llama": ("llama", {}),
+    "quantised": ("qwen3", {}),
+    "moe": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+    ),
+    "gemma2": ("gemma2", {"final_logit_softcapping": 3.0}),
+    "gemma3_text": ("gemma3_text", {"sliding_window": 5, "sliding_window_pattern": 2}),
+    "cohere": ("cohere", {"logit_scale": 0.5, "layer_norm_eps": 1e-5}),
+    "granite": (
+        "granite",
+        {
+            "logits_scaling": 4.0,
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+    ),
+}
+"""Small models with random weights: the architecture in mlx-lm, and what differs from COMMON."""
+
+
+def make_model(kind: str, **changes):
+    architecture, args = ZOO[kind]
+    module = importlib.import_module(f"mlx_lm.models.{architecture}")
+    mx.random.seed(0)
+    config = {**COMMON, "model_type": architecture, **args, **changes}
+    model = module.Model(module.ModelArgs.from_dict(config))
+    if kind == "quantised":
+        nn.quantize(model, 64, 4)
+    model.freeze()
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.fixture
+def zoo():
+    """Makes a small model of an architecture, by its name in ZOO."""
+    return make_model
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from grpo.backend.device import on_gpu
 from grpo.config import AdapterConfig
@@ -28,6 +31,14 @@ def shape_names() -> str:
     return ", ".join(SHAPES)
 
 
+def _config(shape: str) -> dict[str, Any]:
+    if shape not in SHAPES:
+        raise UserError(f"no shape {shape!r}; there are {shape_names()}")
+    fixed = {"model_type": "qwen3", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960,
+             "tie_word_embeddings": True}  # fmt: skip
+    return {**fixed, **SHAPES[shape]}
+
+
 def make_model(shape: str, rank: int | None = 16) -> nn.Module:
     """A Qwen3 of a named shape: bf16 on a GPU, float32 on a CPU, with LoRA on every linear layer unless `rank` is None.
 
@@ -35,19 +46,36 @@ def make_model(shape: str, rank: int | None = 16) -> nn.Module:
     """
     from mlx_lm.models import qwen3
 
-    if shape not in SHAPES:
-        raise UserError(f"no shape {shape!r}; there are {shape_names()}")
+    config = _config(shape)
     mx.random.seed(0)
-    fixed = {"model_type": "qwen3", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960,
-             "tie_word_embeddings": True}  # fmt: skip
-    model = qwen3.Model(qwen3.ModelArgs(**fixed, **SHAPES[shape]))
+    model = qwen3.Model(qwen3.ModelArgs(**config))
     dtype = mx.bfloat16 if on_gpu() else mx.float32
     model.update(tree_map(lambda a: a.astype(dtype), model.parameters()))
     if rank is not None:
         adapters = Adapters(model, AdapterConfig(rank=rank), mx.random.key(0))
-        adapters.load_state({path: mx.random.normal(a.shape) * 0.01 for path, a in adapters.state().items()})
+        adapters.load_state(
+            {path: (mx.random.normal(a.shape) * 0.01).astype(a.dtype) for path, a in adapters.state().items()}
+        )
     mx.eval(model.parameters())
     return model
+
+
+def write_model(shape: str, folder: Path) -> None:
+    """The model of a shape without an adapter, with a tokenizer, as the Hub lays models out, for a peer to load.
+
+    The token that stops is the last of the vocabulary, which a model with random weights next to never samples.
+    """
+    from grpo.builtin.student import write_tokenizer
+
+    folder.mkdir(parents=True)
+    model = make_model(shape, rank=None)
+    config = {**_config(shape), "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "hidden_act": "silu"}
+    write_tokenizer(folder)
+    stop = config["vocab_size"] - 1
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": stop}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 
 @dataclass(frozen=True, slots=True)

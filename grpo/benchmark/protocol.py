@@ -14,6 +14,7 @@ from typing import Any
 from grpo.backend.device import describe
 
 LOWER_IS_BETTER = frozenset({"s", "ms", "GB"})
+"""Units, or their first words: `s rollout` is a part of `s`."""
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mkl", "numpy", "mlx-lm-lora", "trl")
 
@@ -73,7 +74,7 @@ def alternate(case: str, sides: Sequence[Side], runs: int) -> list[Row]:
 def _ratio(unit: str, mean: float, peer: float | None) -> float | None:
     if peer is None:
         return None
-    return peer / mean if unit in LOWER_IS_BETTER else mean / peer
+    return peer / mean if unit.split()[0] in LOWER_IS_BETTER else mean / peer
 
 
 def _sd(series: Sequence[float]) -> float:

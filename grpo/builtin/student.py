@@ -109,6 +109,11 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def write_tokenizer(folder: Path) -> None:
+    """The student's tokenizer by itself, in Hub layout."""
+    _write_tokenizer(_tokenizer(), folder)
+
+
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

@@ -30,3 +30,37 @@ def rollout(
     from grpo.benchmark.rollout import Load, against_mlx_lm
 
     finish(against_mlx_lm(shape, Load(prompts, completions, prompt_length, completion_length), lora, runs), json)
+
+
+@app.command()
+def train(
+    shape: Shape = "qwen3-1m",
+    prompts: Annotated[int, typer.Option(min=1)] = 2,
+    completions: Annotated[int, typer.Option(min=2, help="Of each prompt.")] = 8,
+    prompt_length: Annotated[int, typer.Option(min=1, help="In tokens.")] = 64,
+    completion_length: Annotated[int, typer.Option(min=1, help="In tokens.")] = 64,
+    update: Annotated[bool, typer.Option("--update", help="The update alone, in its variants.")] = False,
+    variants: Annotated[str, typer.Option(help="Of --update, by name, separated by semicolons.")] = "",
+    minutes: Annotated[float, typer.Option(help="Begin no further variant of --update after so long.")] = 7.0,
+    peer_python: Annotated[
+        Path | None, typer.Option(help="The Python of an environment with mlx-lm-lora: measure it too.")
+    ] = None,
+    blas: Annotated[bool, typer.Option("--blas", help="Give the peer the BLAS that grpo loads (MKL).")] = False,
+    runs: Runs = 5,
+    json: Json = None,
+) -> None:
+    """A whole GRPO step (rollout, reward, logprobs, update) beside mlx-lm-lora's, or the update in its variants.
+
+    With --update the shared way's gradient is first held against the plain way's.
+    """
+    from grpo.benchmark.protocol import finish
+    from grpo.benchmark.rollout import Load
+    from grpo.benchmark.train import compare_steps, compare_updates, parity, variant_names
+
+    load = Load(prompts, completions, prompt_length, completion_length)
+    if not update:
+        finish(compare_steps(shape, load, runs, peer_python, blas), json)
+        return
+    names = variant_names(variants)
+    print(parity(shape, Load(2, 4, min(prompt_length, 128), min(completion_length, 128))), flush=True)
+    finish(compare_updates(shape, load, runs, names, 60 * minutes), json)

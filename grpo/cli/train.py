@@ -33,12 +33,13 @@ def train(
         bool, typer.Option("--resume-changed", help="Go on though the recipe or its code has changed.")
     ] = False,
 ) -> None:
-    """Train an adapter with GRPO, as a recipe says."""
+    """Train an adapter, or the weights themselves, with GRPO, as a recipe says."""
     cfg = load_recipe(find_recipe(recipe), overrides or [])
 
     from rich.console import Console
 
     from grpo.backend import device
+    from grpo.backend.ranks import Ranks
     from grpo.data.prompts import last_text
     from grpo.telemetry.loggers import open_loggers
     from grpo.telemetry.summary import print_outcome, print_plan
@@ -48,8 +49,10 @@ def train(
     from grpo.training.setup import prepare
     from grpo.training.signals import StopRequest
 
-    console = Console()
+    ranks = Ranks.launched()
+    console = Console(quiet=not ranks.first)  # of several processes one talks and writes
     start = find_start(cfg, resume, resume_from, resume_changed, overwrite)
+    ranks.any(False)  # all have looked before the first one makes the folder
     with console.status("loading"):
         run = prepare(cfg)
     print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes])
@@ -59,9 +62,10 @@ def train(
     trainer = run.trainer
     parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
     console.print(parity, highlight=False, soft_wrap=True)
-    with start.folder() as folder, ExitStack() as stack:
+    with ExitStack() as stack:
         stack.callback(trainer.scorer.close)
-        log = open_loggers(stack, cfg, folder, console, state.run_id)
+        folder = stack.enter_context(start.folder()) if ranks.first else Path(str(cfg.output_dir))
+        log = open_loggers(stack, cfg, folder, console, state.run_id) if ranks.first else lambda _: None
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
         written = context(cfg, trainer.policy.adapters.config)
         outcome = Loop(trainer, folder, written, log, stop, state, start.checkpoint).run()

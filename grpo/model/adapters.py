@@ -1,8 +1,9 @@
-"""LoRA layers, and their states by name.
+"""What trains, and its states by name.
 
-A state is the arrays of every LoRA layer. Switching swaps arrays in the modules, which costs microseconds and
-holds under `mx.compile` too, as long as the model's state is an input of the compiled function. (The `scale` of
-a layer is a constant of the trace: setting it to 0 would be silently ignored.)
+A state is the arrays of everything that trains: the LoRA or DoRA layers', or the weights themselves. Switching swaps
+arrays in the modules, which costs microseconds and holds under `mx.compile` too, as long as the model's state is an
+input of the compiled function. (The `scale` of a layer is a constant of the trace: setting it to 0 would be silently
+ignored.)
 """
 
 from __future__ import annotations
@@ -24,29 +25,72 @@ from grpo.errors import UserError
 State = Mapping[str, mx.array]
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+POLICY, REFERENCE = "policy", "reference"
 
 
 class Adapters:
-    """The LoRA layers of a model and their named states: `policy`, which trains, and `reference`, the base model."""
+    """What trains in a model, and its named states: `policy`, which trains, `reference`, and any that are added.
 
-    def __init__(self, model: nn.Module, cfg: AdapterConfig, key: mx.array) -> None:
-        """Put LoRA layers into `model` (in place), A drawn with `key` and B zero, so that nothing changes yet.
+    One state is active: its arrays are the ones in the model.
+    """
 
-        Raises UserError if a target is not a linear layer of the model.
+    def __init__(self, model: nn.Module, cfg: AdapterConfig, key: mx.array, reference: bool = True) -> None:
+        """Make `model` (in place) one that trains as `cfg` says and computes what it did: A drawn with `key`, B zero.
+
+        The reference is the model as it is. With `cfg.path` that adapter is the policy, and a frozen copy of it the
+        reference. Where whole weights train, a reference is a second copy of them: it is kept only if `reference`.
+        Raises UserError if a target is not a linear layer of the model, or where the saved adapter does not fit.
         """
         self.model = model
         self.config = _mlx_lm_config(model, cfg)
-        _add_layers(model, self.config, key)
-        self.active = "policy"
-        self._parked: dict[str, State] = {"reference": _base_state(self.state())}
+        _make_trainable(model, cfg, self.config, key)
+        self.active = POLICY
+        self._parked: dict[str, State] = {}
+        if cfg.path is not None:
+            self.load(Path(cfg.path))
+        if reference or cfg.type != "full":
+            self.copy(POLICY, REFERENCE)
 
-    def state(self) -> dict[str, mx.array]:
-        """The arrays of the active state, by their path in the model."""
-        return dict(tree_flatten(self.model.trainable_parameters()))
+    @property
+    def names(self) -> list[str]:
+        """The states there are."""
+        return [self.active, *self._parked]
+
+    def state(self, name: str | None = None) -> dict[str, mx.array]:
+        """The arrays of a state, by their path in the model; of the active one unless named."""
+        if name is None or name == self.active:
+            return dict(tree_flatten(self.model.trainable_parameters()))
+        return dict(self._parked[name])
 
     def load_state(self, state: State) -> None:
         """Replace the arrays of the active state."""
         self.model.update(tree_unflatten(list(state.items())))
+
+    def add(self, name: str, state: State) -> None:
+        """Keep a state under a name; one of that name that is not active is replaced."""
+        if name == self.active:
+            raise ValueError(f"{name} is active")
+        self._parked[name] = dict(state)
+
+    def copy(self, name: str, new: str) -> None:
+        """Keep a frozen copy of a state. It shares memory with it until one of them changes."""
+        self.add(new, self.state(name))
+
+    def drop(self, name: str) -> None:
+        """Forget a state that is not active."""
+        del self._parked[name]
+
+    def mix(self, name: str, other: str, alpha: float) -> None:
+        """Make the parked state `name` alpha × `other` + (1 - alpha) × itself, array by array."""
+        target = self.state(other)
+        mixed = {path: alpha * target[path] + (1 - alpha) * array for path, array in self._parked[name].items()}
+        mx.eval(mixed)
+        self._parked[name] = mixed
+
+    def sync_reference(self, cfg: AdapterConfig, step: int) -> None:
+        """Move the reference towards the policy if `step` is one at which it is due (TR-DPO, arXiv 2404.09656)."""
+        if cfg.sync_reference_every is not None and step % cfg.sync_reference_every == 0:
+            self.mix(REFERENCE, POLICY, cfg.ref_model_mixup_alpha)
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
@@ -67,37 +111,74 @@ class Adapters:
         self.load_state(state)
         self.active = name
 
-    def delta(self) -> float:
-        """The norm of what the adapter adds to the model's weights, `scale · B A` over all layers: 0 at first."""
-        state, scale = self.state(), self.config["lora_parameters"]["scale"]
-        total = mx.array(0.0)
-        for path, a in state.items():
+    def merge(self) -> nn.Module:
+        """Put the active state into the weights for good and take the adapter's layers out. Returns the model.
+
+        Quantised layers are quantised again, as mlx-lm's `fuse` does.
+        """
+        fused = [(path, module.fuse()) for path, module in self.model.named_modules() if hasattr(module, "fuse")]
+        self.model.update_modules(tree_unflatten(fused))
+        mx.eval(self.model.parameters())
+        self._parked = {}
+        return self.model
+
+    def delta(self) -> float | None:
+        """The norm of what the adapter adds to the model's weights, `scale · B A` over all layers: 0 at first.
+
+        Where weights train themselves, and for DoRA's magnitudes, the norm of their difference from the reference; None
+        where there is none.
+        """
+        if REFERENCE not in self.names:
+            return None
+        state, started, total = self.state(), self.state(REFERENCE), mx.array(0.0)
+        for path, array in state.items():
             if path.endswith("lora_a"):
-                a, b = a.astype(mx.float32), state[f"{path[:-1]}b"].astype(mx.float32)
-                if a.ndim == 3:  # experts keep both the other way round
-                    a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
-                # |AB|² = Σ (AᵀA) ∘ (BBᵀ), without ever making AB
-                total = total + ((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2))).sum()
-        return float(scale * mx.sqrt(mx.maximum(total, 0)).item())
+                total = total + self.config["lora_parameters"]["scale"] ** 2 * _product_norm(
+                    array, state[f"{path[:-1]}b"]
+                )
+            elif not path.endswith("lora_b"):
+                total = total + ((array - started[path]).astype(mx.float32) ** 2).sum()
+        norm: Any = mx.sqrt(mx.maximum(total, 0)).item()
+        return float(norm)
 
     def save(self, folder: Path) -> None:
         """Write the policy's state as mlx-lm reads it (`mlx_lm.generate --adapter-path`)."""
-        assert self.active == "policy"
+        assert self.active == POLICY
         mx.save_safetensors(str(folder / WEIGHTS), self.state())
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
 
-    def load(self, folder: Path) -> None:
-        """Make a saved adapter of the same shape the policy's state. Raises UserError where it does not fit."""
-        assert self.active == "policy"
+    def load(self, folder: Path, name: str = POLICY) -> None:
+        """Make a saved adapter a state, the policy's unless named. Raises UserError if it does not fit the model."""
+        assert self.active == POLICY
         try:
             saved = mx.load(str(folder / WEIGHTS))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"adapter {folder}: cannot be read: {error}") from error
-        shapes = {path: array.shape for path, array in self.state().items()}
+            raise UserError(f"adapter {folder}: cannot be read: {one_line(error)}") from error
+        mine = self.state()
         assert isinstance(saved, dict)
-        if {path: array.shape for path, array in saved.items()} != shapes:
-            raise UserError(f"adapter {folder}: has other layers or another rank than this model's adapter")
-        self.load_state(saved)
+        if {path: array.shape for path, array in saved.items()} != {path: array.shape for path, array in mine.items()}:
+            raise UserError(
+                f"adapter {folder}: has other layers or another rank than this model's adapter{_ranks(saved)}"
+            )
+        state = {path: array.astype(mine[path].dtype) for path, array in saved.items()}
+        if name == POLICY:
+            self.load_state(state)
+        else:
+            self.add(name, state)
+
+
+def _ranks(saved: State) -> str:
+    """What a saved adapter has, for an error."""
+    found = {min(array.shape[-2:]) for path, array in saved.items() if path.endswith("lora_a")}
+    return f": its rank is {', '.join(map(str, sorted(found)))}, of {len(saved)} arrays" if found else ""
+
+
+def _product_norm(a: mx.array, b: mx.array) -> mx.array:
+    """|AB|² = Σ (AᵀA) ∘ (BBᵀ), without ever making AB."""
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    if a.ndim == 3:  # experts keep both the other way round
+        a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
+    return ((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2))).sum()
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
@@ -122,27 +203,58 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 def _mlx_lm_config(model: nn.Module, cfg: AdapterConfig) -> dict[str, Any]:
     """What mlx-lm's `adapter_config.json` says."""
+    depth = len(model.layers)
+    first, last = (0, depth) if cfg.layers == "all" else cfg.layers
+    if last > depth:
+        raise UserError(f"adapter.layers: up to block {last}, and this model has {depth}")
+    config: dict[str, Any] = {"fine_tune_type": cfg.type, "num_layers": depth}
+    if cfg.type == "full":
+        return config
     there = linear_layers(model)
     keys = there if cfg.targets == "all-linear" else list(cfg.targets)
     if missing := [key for key in keys if key not in there]:
         raise UserError(f"adapter.targets: no linear layer {missing[0]!r} in this model; it has {', '.join(there)}")
-    return {
-        "fine_tune_type": cfg.type,
-        "num_layers": len(model.layers),
-        "lora_parameters": {"rank": cfg.rank, "scale": cfg.scale, "dropout": 0.0, "keys": keys},
-    }
+    if cfg.layers != "all":  # mlx-lm can only count blocks from the last, but takes whole paths
+        blocks = {id(block) for block in model.layers[first:last]}
+        prefixes = [path for path, module in model.named_modules() if id(module) in blocks]
+        keys = [f"{prefix}.{key}" for prefix in prefixes for key in keys]
+    parameters = {"rank": cfg.rank, "scale": cfg.scale, "dropout": 0.0, "keys": keys}
+    return {**config, "lora_parameters": parameters}
+
+
+def _make_trainable(model: nn.Module, cfg: AdapterConfig, config: dict[str, Any], key: mx.array) -> None:
+    model.freeze()
+    if cfg.type == "full":
+        _unfreeze(model, cfg)
+    else:
+        _add_layers(model, config, key)
+    mx.eval(model.trainable_parameters())
+
+
+def _unfreeze(model: nn.Module, cfg: AdapterConfig) -> None:
+    """Every weight trains, or those of the chosen blocks. Raises UserError for a quantised model."""
+    if any(hasattr(module, "bits") for module in model.modules()):
+        raise UserError("adapter.type: full: quantised weights cannot be trained; use lora or dora")
+    for part in [model] if cfg.layers == "all" else model.layers[slice(*cfg.layers)]:
+        part.unfreeze()
 
 
 def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    model.freeze()
-    linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"])
+    dora = config["fine_tune_type"] == "dora"
+    dtype = next(
+        (m["weight"].dtype for path, m in model.named_modules() if "norm" in path and "weight" in m), mx.float32
+    )
+    try:
+        linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=dora)
+    except ValueError as error:  # experts have no DoRA
+        raise UserError(f"adapter.type: {config['fine_tune_type']}: {error}") from None
     fresh = tree_flatten(model.trainable_parameters())
     keys = mx.random.split(key, len(fresh))
     drawn = [(path, _redraw(path, array, k)) for (path, array), k in zip(fresh, keys, strict=True)]
-    model.update(tree_unflatten(drawn))
-    mx.eval(model.trainable_parameters())
+    # In the model's dtype, or every layer's inputs would be made float32 to meet them; the optimiser keeps float32.
+    model.update(tree_unflatten([(path, a.astype(dtype) if "lora_" in path else a) for path, a in drawn]))
 
 
 def _redraw(path: str, array: mx.array, key: mx.array) -> mx.array:
@@ -151,8 +263,3 @@ def _redraw(path: str, array: mx.array, key: mx.array) -> mx.array:
         return array
     inputs = array.shape[0] if array.ndim == 2 else array.shape[-1]
     return mx.random.uniform(-(inputs**-0.5), inputs**-0.5, array.shape, array.dtype, key=key)
-
-
-def _base_state(state: State) -> State:
-    """The state in which the adapter adds nothing: B zero."""
-    return {path: mx.zeros_like(a) if path.endswith("lora_b") else a for path, a in state.items()}

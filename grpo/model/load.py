@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +18,9 @@ from grpo.errors import UserError
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+QUANTIZED_GROUP = 64
+"""Weights that share a scale and an offset."""
 
 WEIGHTS_AND_TOKENIZER = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
@@ -38,9 +43,22 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
         raise UserError(f"model {cfg.name}: {one_line(error)} (in {folder})") from error
     if (dtype := _dtype(cfg)) is not None:
         model.set_dtype(dtype)
+    if cfg.quantize is not None:
+        model = _quantized(model, config, cfg)
     model.freeze()
     mx.eval(model.parameters())
     return model, tokenizer
+
+
+def _quantized(model: nn.Module, config: dict[str, Any], cfg: ModelConfig) -> nn.Module:
+    from mlx_lm.utils import quantize_model
+
+    assert cfg.quantize is not None
+    if "quantization" in config:
+        raise UserError(f"model.quantize: {cfg.name} is quantised already, to {config['quantization']['bits']} bits")
+    with redirect_stdout(StringIO()):  # it reports bits per weight
+        quantized: nn.Module = quantize_model(model, config, QUANTIZED_GROUP, cfg.quantize)[0]
+    return quantized
 
 
 def model_folder(cfg: ModelConfig) -> Path:

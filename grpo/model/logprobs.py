@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from grpo.backend.maths import logsumexp
+from grpo.model.head import Head, head_parameters
 
-Head = Callable[[mx.array], mx.array]
-Body = Callable[[mx.array], mx.array]
+Pair = tuple[mx.array, mx.array]
 
 ROUNDING = {mx.float32: 1e-3, mx.bfloat16: 3e-2, mx.float16: 1e-2}
 """Mean gap in nats that rounding explains between two ways to the same logprobs, by dtype (on CUDA float32 is TF32)."""
-CHUNK = 2048
-"""Tokens projected to the vocabulary at once in `chunked_logprobs`."""
+LOGITS = 2**25
+"""Logits in a chunk, 128 MB in float32, of however many tokens that is: the loss's memory does not depend on the
+vocabulary. MLX has some ten operations in flight, each of which may hold as much."""
 
 
 def scaled(logits: mx.array, temperature: float) -> mx.array:
@@ -36,47 +39,66 @@ def entropies(scaled_logits: mx.array) -> mx.array:
     return logsumexp(scaled_logits) - (probabilities * scaled_logits).sum(axis=-1)
 
 
-def split_head(model: nn.Module) -> tuple[Body, Head] | None:
-    """A model as hidden states and a head that projects them, or None if it cannot be taken apart.
-
-    mlx-lm's models are a `.model` under an `lm_head` or tied embeddings; some scale or cap their logits besides.
-    Whether the two halves make the whole is not assumed but tried, on four tokens.
-    """
-    body = getattr(model, "model", None)
-    head = getattr(model, "lm_head", None)
-    if head is None:
-        head = getattr(getattr(body, "embed_tokens", None), "as_linear", None)
-    if body is None or head is None:
-        return None
-    probe = mx.array([[0, 1, 2, 3]])
-    try:
-        same = mx.array_equal(head(body(probe)), model(probe)).item()
-    except (TypeError, ValueError, AttributeError):  # a body with another signature
-        return None
-    return (body, head) if same else None
+def chunk_tokens(vocabulary: int) -> int:
+    """How many tokens to project at once, so that their logits fill no more than `LOGITS`."""
+    return max(16, LOGITS // vocabulary // 16 * 16)
 
 
 def chunked_logprobs(
-    hidden: mx.array, tokens: mx.array, head: Head, temperature: float, entropy_gradient: bool = False
+    hidden: mx.array,
+    tokens: mx.array,
+    head: Head,
+    temperature: float,
+    chunk: int,
+    entropy_gradient: bool = False,
+    module: nn.Module | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Logprobs and entropies of tokens from hidden states, without ever holding all the logits.
 
     hidden `[B, T, D]` of the model's dtype, tokens `[B, T]` integers; returns two `[B, T]` fp32 arrays. Logits
-    live for `CHUNK` tokens at a time, in the backward pass too, which computes them again. The entropies carry a
-    gradient only if `entropy_gradient`.
+    live for `chunk` tokens at a time, in the backward pass too, which computes them again. The entropies carry a
+    gradient only if `entropy_gradient`. Trainable parameters that the head reads must be `module`'s.
     """
     rows, length, _ = hidden.shape
-    flat_hidden, flat_tokens = hidden.reshape(rows * length, -1), tokens.reshape(-1)
+    flat_tokens = tokens.reshape(-1)
+    starts = range(0, rows * length, chunk)
+    module = module or nn.Module()
+    parameters = tree_flatten(head_parameters(module))
+    paths, weights = [path for path, _ in parameters], [array for _, array in parameters]
 
-    def project(chunk: mx.array, chosen: mx.array) -> tuple[mx.array, mx.array]:
-        logits, chosen = scaled(head(chunk), temperature), mx.stop_gradient(chosen)
+    def project(start: int, states: mx.array, *given: mx.array) -> Pair:
+        module.update(tree_unflatten(list(zip(paths, given, strict=True))))
+        try:
+            logits = scaled(head(states), temperature)
+        finally:
+            module.update(tree_unflatten(parameters))
         entropy = entropies(logits)
-        return token_logprobs(logits, chosen), entropy if entropy_gradient else mx.stop_gradient(entropy)
+        chosen = token_logprobs(logits, flat_tokens[start : start + chunk])
+        return chosen, entropy if entropy_gradient else mx.stop_gradient(entropy)
 
-    checkpointed = mx.checkpoint(project)
-    parts = [
-        checkpointed(flat_hidden[start : start + CHUNK], flat_tokens[start : start + CHUNK])
-        for start in range(0, rows * length, CHUNK)
-    ]
-    logprobs, entropy = (mx.concatenate(list(part)).reshape(rows, length) for part in zip(*parts, strict=True))
-    return logprobs, entropy
+    # A function with a backward pass of its own, because MLX would compute independent chunks side by side: here each
+    # waits for the one before it.
+    @mx.custom_function
+    def everywhere(states: mx.array, given: list[mx.array]) -> Pair:
+        parts: list[Pair] = []
+        for start in starts:
+            after = mx.depends(states[start : start + chunk], list(parts[-1])) if parts else states[:chunk]
+            parts.append(project(start, after, *given))
+        return mx.concatenate([part[0] for part in parts]), mx.concatenate([part[1] for part in parts])
+
+    @everywhere.vjp
+    def backward(primals: Any, cotangents: Pair, _outputs: Pair) -> tuple[mx.array, list[mx.array]]:
+        states, given = primals
+        found: list[mx.array] = []
+        sums: list[mx.array] = [mx.zeros_like(array) for array in given]
+        for start in starts:
+            own = slice(start, start + chunk)
+            after = mx.depends(states[own], [found[-1], *sums]) if found else states[own]
+            slopes = [cotangent[own] for cotangent in cotangents]
+            _, (gradient, *rest) = mx.vjp(partial(project, start), [after, *given], slopes)
+            found.append(gradient)
+            sums = [total + part for total, part in zip(sums, rest, strict=True)]
+        return mx.concatenate(found), sums
+
+    logprobs, entropy = cast(Pair, everywhere(hidden.reshape(rows * length, -1), weights))
+    return logprobs.reshape(rows, length), entropy.reshape(rows, length)

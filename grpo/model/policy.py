@@ -8,17 +8,43 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.model.adapters import Adapters
-from grpo.model.logprobs import chunked_logprobs, entropies, scaled, split_head, token_logprobs
+from grpo.model.checkpointing import checkpointed_layers
+from grpo.model.head import split_head
+from grpo.model.logprobs import chunk_tokens, chunked_logprobs, entropies, scaled, token_logprobs
+from grpo.model.sharing import hidden_at, shared_hidden, whole_sequences, why_not_shared
 
 
 class Policy:
-    """A model with its adapters, and the logprobs it gives to completions."""
+    """A model with its adapters, and the logprobs it gives to completions.
 
-    def __init__(self, model: nn.Module, adapters: Adapters, temperature: float) -> None:
+    `slow` says for what reasons, if any, training goes a slower way with this model. `share_prompts` and
+    `gradient_checkpointing` change memory and speed, not what comes out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Adapters,
+        temperature: float,
+        share_prompts: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
         self.model = model
         self.adapters = adapters
         self.temperature = temperature
+        self.gradient_checkpointing = gradient_checkpointing
         self.split = split_head(model)
+        self.slow: list[str] = []
+        if self.split is None:
+            self.slow.append("this model's head cannot be split off: logprobs go through full logits")
+        self.share_prompts = share_prompts and self._can_share()
+
+    def _can_share(self) -> bool:
+        if self.split is None:
+            return False
+        if reason := why_not_shared(self.model, self.split[0]):
+            self.slow.append(f"each completion trains with a prompt of its own, not its group's: {reason}")
+        return reason is None
 
     def use(self, state: str) -> AbstractContextManager[None]:
         """Be another state of the adapter (`"reference"`: the base model) inside a `with` block."""
@@ -39,15 +65,50 @@ class Policy:
         so no mask is needed); prompt_lengths `[B]`; completion_ids `[B, T]`. Returns two fp32 `[B, T]` arrays;
         what they hold on padding is finite and means nothing. Entropies carry a gradient if `entropy_gradient`.
         """
-        length = completion_ids.shape[1]
-        last = tokens.shape[1] - 1
-        # The hidden state that predicts completion token t is the one of the token before it.
-        positions = mx.minimum(prompt_lengths[:, None] - 1 + mx.arange(length)[None], last - 1)
+        hidden = self._hidden(tokens, prompt_lengths, completion_ids)
+        if self.split is not None:
+            return self._projected(hidden, completion_ids, entropy_gradient)
+        logits = scaled(hidden, self.temperature)
+        entropy = entropies(logits)
+        return token_logprobs(logits, completion_ids), entropy if entropy_gradient else mx.stop_gradient(entropy)
+
+    def group_logprobs(
+        self,
+        prompt_ids: mx.array,
+        prompt_lengths: mx.array,
+        prompt_index: mx.array,
+        completion_ids: mx.array,
+        entropy_gradient: bool = False,
+    ) -> tuple[mx.array, mx.array]:
+        """The same for completions `[B, T]` of prompts `[P, L]`, row b's being `prompt_index[b]`.
+
+        With `share_prompts` each prompt goes through the model once, or else once for each of its completions.
+        """
         if self.split is None:
-            logits = mx.take_along_axis(self.model(tokens[:, :-1]), positions[..., None], axis=1)
-            logits = scaled(logits, self.temperature)
-            entropy = entropies(logits)
-            return token_logprobs(logits, completion_ids), entropy if entropy_gradient else mx.stop_gradient(entropy)
-        body, head = self.split
-        hidden = mx.take_along_axis(body(tokens[:, :-1]), positions[..., None], axis=1)
-        return chunked_logprobs(hidden, completion_ids, head, self.temperature, entropy_gradient)
+            tokens, lengths = whole_sequences(prompt_ids, prompt_lengths, prompt_index, completion_ids)
+            return self.logprobs(tokens, lengths, completion_ids, entropy_gradient)
+        hidden = self.group_hidden(prompt_ids, prompt_lengths, prompt_index, completion_ids)
+        return self._projected(hidden, completion_ids, entropy_gradient)
+
+    def group_hidden(
+        self, prompt_ids: mx.array, prompt_lengths: mx.array, prompt_index: mx.array, completion_ids: mx.array
+    ) -> mx.array:
+        """The hidden states (without a head that can be split off: the logits) that predict the completions' tokens."""
+        if not self.share_prompts:
+            tokens, lengths = whole_sequences(prompt_ids, prompt_lengths, prompt_index, completion_ids)
+            return self._hidden(tokens, lengths, completion_ids)
+        assert self.split is not None
+        body, layers = self.split[0], self.model.layers
+        with checkpointed_layers(layers, self.gradient_checkpointing):
+            return shared_hidden(body, len(layers), prompt_ids, prompt_lengths, prompt_index, completion_ids)
+
+    def _hidden(self, tokens: mx.array, prompt_lengths: mx.array, completion_ids: mx.array) -> mx.array:
+        body = self.model if self.split is None else self.split[0]
+        with checkpointed_layers(self.model.layers, self.gradient_checkpointing):
+            return hidden_at(body(tokens), prompt_lengths, completion_ids.shape[1])
+
+    def _projected(self, hidden: mx.array, tokens: mx.array, entropy_gradient: bool) -> tuple[mx.array, mx.array]:
+        assert self.split is not None
+        head = self.split[1]
+        chunk = chunk_tokens(head(hidden[:1, :1]).shape[-1])  # the shape alone: nothing of it is computed
+        return chunked_logprobs(hidden, tokens, head, self.temperature, chunk, entropy_gradient, self.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -12,35 +13,39 @@ from grpo.config import Recipe
 from grpo.model.policy import Policy
 from grpo.objective import token_weights
 from grpo.objective.masks import top_entropy_mask
-from grpo.types import Batch, Group, Rollout, Task
+from grpo.training.packing import Packing, Row, Shape, pack, pack_in_order
+from grpo.types import Batch, Group, Rollout
 
-Row = tuple[Task, Rollout]
 MiniBatch = list[Batch]
 Value = TypeVar("Value", int, float)
 
 
-def make_minibatches(groups: Sequence[Group], cfg: Recipe, pad_to: int = 1) -> list[MiniBatch]:
-    """The step's groups as `optim.num_minibatches` minibatches, one for each update of a pass."""
+def make_minibatches(groups: Sequence[Group], cfg: Recipe, parts: int = 1) -> list[MiniBatch]:
+    """The step's groups as `optim.num_minibatches` minibatches, one for each update of a pass.
+
+    Each is of at least `parts` micro-batches, for as many processes to share.
+    """
     size = -(-len(groups) // cfg.optim.num_minibatches)
-    return [make_batches(groups[start : start + size], cfg, pad_to) for start in range(0, len(groups), size)]
+    return [make_batches(groups[start : start + size], cfg, parts) for start in range(0, len(groups), size)]
 
 
-def make_batches(groups: Sequence[Group], cfg: Recipe, pad_to: int = 1) -> MiniBatch:
-    """The groups' rows as micro-batches of up to `optim.micro_batch_size`, of similar lengths.
+def make_batches(groups: Sequence[Group], cfg: Recipe, parts: int = 1) -> MiniBatch:
+    """The groups' rows as micro-batches of up to `optim.micro_batch_tokens`.
 
     Rows that can have no gradient (advantage 0 and nothing else in the loss, or no tokens) are left out. Denominators
-    count them, so that leaving them out changes nothing. Lengths are padded to multiples of `pad_to`.
+    count them, so that leaving them out changes nothing.
     """
     rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
     mask = _mask(rows, cfg)
     weights = token_weights(mask, cfg.loss, cfg.rollout.max_completion_length)
     seen: Any = (mask.sum(axis=1) > 0).tolist()
     learning = [i for i, (_, r) in enumerate(rows) if seen[i] and (r.advantage != 0 or _all_rows_count(cfg))]
-    learning.sort(key=lambda i: len(rows[i][0].prompt_ids) + len(rows[i][1].completion.token_ids))
-    size = cfg.optim.micro_batch_size
-    parts = [learning[start : start + size] for start in range(0, len(learning), size)]
-    batches = [collate([rows[i] for i in p], mask[mx.array(p)], weights[mx.array(p)], pad_to) for p in parts]
-    return _with_weights(batches, mask[mx.array(learning)], cfg) if _local(cfg) and batches else batches
+    if not learning:
+        return []
+    packed = pack([rows[i] for i in learning], Packing.of(cfg, parts))
+    taken = [([learning[position] for position in part], shape) for part, shape in packed]
+    batches = [collate([rows[i] for i in p], mask[mx.array(p)], weights[mx.array(p)], shape) for p, shape in taken]
+    return _with_weights(batches, [batch.mask for batch in batches], cfg) if _local(cfg) else batches
 
 
 def with_reference(batches: Sequence[Batch], policy: Policy, beta: float, cfg: Recipe) -> MiniBatch:
@@ -70,30 +75,29 @@ def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Reci
     everything = [batch for batches in minibatches for batch in batches]
     if cfg.loss.top_entropy_quantile == 1 or not everything:
         return list(minibatches)
-    longest = max(batch.mask.shape[1] for batch in everything)
-    entropies = mx.concatenate([_fitted(_forced(policy, batch)[1], longest) for batch in everything])
-    mask = mx.concatenate([_fitted(batch.mask, longest) for batch in everything])
-    chosen, start, weighted = top_entropy_mask(entropies, mask, cfg.loss.top_entropy_quantile), 0, []
-    for batches in minibatches:
-        sizes = [batch.mask.shape[0] for batch in batches]
-        part = chosen[start : start + sum(sizes)]
-        weighted.append(_with_weights(batches, part, cfg))
-        start += sum(sizes)
-    return weighted
+    entropies = mx.concatenate([_forced(policy, batch)[1].reshape(-1) for batch in everything])
+    mask = mx.concatenate([batch.mask.reshape(-1) for batch in everything])
+    ends = list(accumulate(batch.mask.size for batch in everything))
+    parts = mx.split(top_entropy_mask(entropies, mask, cfg.loss.top_entropy_quantile), ends[:-1])
+    chosen = iter(part.reshape(batch.mask.shape) for part, batch in zip(parts, everything, strict=True))
+    return [_with_weights(batches, [next(chosen) for _ in batches], cfg) for batches in minibatches]
 
 
-def _with_weights(batches: MiniBatch, chosen: mx.array, cfg: Recipe) -> MiniBatch:
-    """A minibatch with weights from the tokens that were chosen of its rows, `[N, T]`."""
-    weights = token_weights(chosen, cfg.loss, cfg.rollout.max_completion_length)
+def _with_weights(batches: MiniBatch, chosen: Sequence[mx.array], cfg: Recipe) -> MiniBatch:
+    """A minibatch with weights from the tokens that were chosen of each batch, `[B, T]`."""
+    if _local(cfg):
+        local = [token_weights(part, cfg.loss, cfg.rollout.max_completion_length) / len(batches) for part in chosen]
+        return [replace(batch, weights=weights) for batch, weights in zip(batches, local, strict=True)]
+    if not batches:
+        return []
+    width = max(part.shape[1] for part in chosen)
+    real = [batch.real_rows for batch in batches]
+    together = [_fitted(part[:rows], width) for part, rows in zip(chosen, real, strict=True)]
+    weights = token_weights(mx.concatenate(together), cfg.loss, cfg.rollout.max_completion_length)
     changed, start = [], 0
-    for batch in batches:
-        rows, width = batch.mask.shape
-        own = slice(start, start + rows)
-        if _local(cfg):
-            local = token_weights(chosen[own], cfg.loss, cfg.rollout.max_completion_length) / len(batches)
-            changed.append(replace(batch, weights=local[:, :width]))
-        else:
-            changed.append(replace(batch, weights=weights[own, :width]))
+    for batch, rows in zip(batches, real, strict=True):
+        own = _fitted(weights[start : start + rows], batch.mask.shape[1], batch.mask.shape[0] - rows)
+        changed.append(replace(batch, weights=own))
         start += rows
     return changed
 
@@ -108,29 +112,36 @@ def mean_entropy(groups: Sequence[Group], policy: Policy, cfg: Recipe) -> float:
 
 
 def whole_batches(groups: Sequence[Group], cfg: Recipe) -> Iterator[Batch]:
-    """All rows of the groups in their order, by `optim.micro_batch_size`, to be looked at rather than learnt from."""
+    """All rows of the groups in their order, as micro-batches to be looked at rather than learnt from.
+
+    Rows of padding may follow those of a micro-batch; their mask is 0.
+    """
     rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
-    for start in range(0, len(rows), cfg.optim.micro_batch_size):
-        part = rows[start : start + cfg.optim.micro_batch_size]
+    for positions, shape in pack_in_order(rows, Packing.of(cfg)):
+        part = [rows[i] for i in positions]
         mask = _mask_of([len(rollout.completion.token_ids) for _, rollout in part])
-        yield collate(part, mask, mask)
+        yield collate(part, mask, mask, shape)
 
 
-def collate(rows: Sequence[Row], mask: mx.array, weights: mx.array, pad_to: int = 1) -> Batch:
-    """Rows as one batch; mask and weights `[B, ≥ T]` are fitted to it."""
-    prompts = [list(task.prompt_ids) for task, _ in rows]
-    completions = [list(rollout.completion.token_ids) for _, rollout in rows]
-    together = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    length = _rounded(max(map(len, completions)), pad_to)
+def collate(rows: Sequence[Row], mask: mx.array, weights: mx.array, shape: Shape) -> Batch:
+    """Rows as one batch of a shape; mask and weights `[≤ B, T]` are fitted to it."""
+    prompts = list(dict.fromkeys(task.prompt_ids for task, _ in rows))
+    place = {prompt: position for position, prompt in enumerate(prompts)}
+    fill = shape.rows - len(rows)
+    completions = [list(rollout.completion.token_ids) for _, rollout in rows] + [[]] * fill
+    sampled = [_sampled(rollout) for _, rollout in rows] + [[]] * fill
+    lengths = [len(prompt) for prompt in prompts] + [1] * (shape.prompts - len(prompts))
+    ids = [list(prompt) for prompt in prompts] + [[]] * (shape.prompts - len(prompts))
     return Batch(
-        tokens=mx.array(_padded(together, _rounded(max(map(len, together)), pad_to), 0)),
-        prompt_lengths=mx.array([len(prompt) for prompt in prompts]),
-        completion_ids=mx.array(_padded(completions, length, 0)),
-        mask=_fitted(mask, length),
-        advantages=mx.array([rollout.advantage for _, rollout in rows]),
-        weights=_fitted(weights, length),
-        sampling_logprobs=mx.array(_padded([_sampled(rollout) for _, rollout in rows], length, 0.0)),
-        sampler_logprobs=_drawn(rows, length),
+        prompt_ids=mx.array(_padded(ids, shape.prompt_length, 0)),
+        prompt_lengths=mx.array(lengths),
+        prompt_index=mx.array([place[task.prompt_ids] for task, _ in rows] + [0] * fill),
+        completion_ids=mx.array(_padded(completions, shape.length, 0)),
+        mask=_fitted(mask, shape.length, fill),
+        advantages=mx.array([rollout.advantage for _, rollout in rows] + [0.0] * fill),
+        weights=_fitted(weights, shape.length, fill),
+        sampling_logprobs=mx.array(_padded(sampled, shape.length, 0.0)),
+        sampler_logprobs=_drawn(rows, fill, shape.length),
     )
 
 
@@ -149,9 +160,16 @@ def _local(cfg: Recipe) -> bool:
 
 def _forced(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
     """Logprobs and entropies under the active state, evaluated while it is active."""
-    found = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
+    found = batch_logprobs(policy, batch)
     mx.eval(found)
     return found
+
+
+def batch_logprobs(policy: Policy, batch: Any, entropy_gradient: bool = False) -> tuple[mx.array, mx.array]:
+    """Logprobs and entropies of a batch's completions under the active state, `[B, T]` each."""
+    return policy.group_logprobs(
+        batch.prompt_ids, batch.prompt_lengths, batch.prompt_index, batch.completion_ids, entropy_gradient
+    )
 
 
 def _mask(rows: Sequence[Row], cfg: Recipe) -> mx.array:
@@ -172,20 +190,16 @@ def _sampled(rollout: Rollout) -> list[float]:
     return list(rollout.completion.logprobs)
 
 
-def _drawn(rows: Sequence[Row], length: int) -> mx.array | None:
-    """The logprobs of the filtered distribution, if there was one: `[B, T]`."""
-    drawn = [rollout.completion.sampler_logprobs for _, rollout in rows]
-    return mx.array(_padded([list(values or ()) for values in drawn], length, 0.0)) if all(drawn) else None
+def _drawn(rows: Sequence[Row], fill: int, length: int) -> mx.array | None:
+    """The logprobs of the filtered distribution, if there was one, and `fill` rows of padding: `[B, T]`."""
+    drawn = [list(rollout.completion.sampler_logprobs or ()) for _, rollout in rows]
+    return mx.array(_padded(drawn + [[]] * fill, length, 0.0)) if all(drawn) else None
 
 
 def _padded(rows: list[list[Value]], length: int, filler: Value) -> list[list[Value]]:
     return [row + [filler] * (length - len(row)) for row in rows]
 
 
-def _fitted(values: mx.array, length: int) -> mx.array:
-    """`[B, T]` cut or padded with 0 to `length`; what is cut lies behind the rows' ends."""
-    return mx.pad(values[:, :length], [(0, 0), (0, max(0, length - values.shape[1]))])
-
-
-def _rounded(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
+def _fitted(values: mx.array, length: int, rows: int = 0) -> mx.array:
+    """`[B, T]` cut or padded with 0 to `length`, and `rows` more of them; what is cut lies behind the rows' ends."""
+    return mx.pad(values[:, :length], [(0, rows), (0, max(0, length - values.shape[1]))])

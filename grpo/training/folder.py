@@ -27,7 +27,9 @@ from grpo.training.checkpoint import (
 
 METRICS, EVALUATIONS, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "checkpoints"
 COMPLETIONS = "completions"
-WRITTEN = (METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, "tensorboard", "wandb", "report.html", RECIPE)
+NOT_FINITE = "not_finite"
+"""Where the batches of updates are that were skipped."""
+WRITTEN = (METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorboard", "wandb", "report.html", RECIPE)
 """What a run writes into its folder, and all that `--overwrite` deletes there.
 
 The order in which it is put aside, and in reverse brought back: with the recipe there, all of it is; with the metrics

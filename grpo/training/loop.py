@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo.errors import RunError
 from grpo.training.checkpoint import Context, newest_whole, save_checkpoint
 from grpo.training.completions import store_completions
-from grpo.training.folder import CHECKPOINTS, COMPLETIONS, restore_folder
+from grpo.training.folder import CHECKPOINTS, COMPLETIONS, NOT_FINITE, restore_folder
 from grpo.training.signals import Stopped, StopRequest
 from grpo.training.state import Best, RunState
 from grpo.training.trainer import Trainer
@@ -52,6 +53,8 @@ class Loop:
         self.cfg = trainer.cfg
         self.state = start
         self._saved, self._saved_step = checkpoint, start.step
+        self.ranks = trainer.ranks
+        trainer.update.inspect = folder / NOT_FINITE
 
     def run(self) -> Outcome:
         """All steps that are left, until the last or until asked to stop.
@@ -75,17 +78,26 @@ class Loop:
         return Outcome(self.state, self._saved, self.stop.signal)
 
     def _step(self) -> None:
-        with self.stop.interrupts():
+        with self._interrupts():
             metrics = self.trainer.step(self.state.step + 1)
         self.state = replace(self.state, step=metrics.step, trainer=self.trainer.state())
         self.tell(metrics)
-        self._store(metrics)
+        if self.ranks.first:
+            self._store(metrics)
+
+    def _interrupts(self) -> AbstractContextManager[None]:
+        """A block that a stop may leave; of several processes none does so alone, or the others would wait for it."""
+        if self.ranks.size == 1:
+            return self.stop.interrupts()
+        if self.ranks.any(self.stop.requested):
+            raise Stopped
+        return nullcontext()
 
     def _evaluate(self) -> None:
-        step, evaluate = self.state.step, self.trainer.evaluate
+        step, evaluate = self.state.step, self.trainer.evaluate if self.ranks.first else None
         if evaluate is None or not self._due(step):
             return
-        with self.stop.interrupts():
+        with self.stop.interrupts() if self.ranks.size == 1 else nullcontext():
             metrics = evaluate(step)
         best = better(self.state.best, metrics, self.cfg.best_metric) if step > 0 else None
         before = self.state.before or metrics
@@ -123,7 +135,7 @@ class Loop:
             raise RunError(f"{self._unsaved(error)}. Make room there and go on with --resume.") from error
 
     def _write(self) -> None:
-        if self._saved_step == self.state.step:
+        if self._saved_step == self.state.step or not self.ranks.first:
             return
         restore_folder(self.folder, self.context.recipe)
         keep = self.cfg.checkpoint.keep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
@@ -25,8 +26,8 @@ def step_metrics(
         **status,  # first: what rewards log under a name of ours does not count
         **_reward_metrics(groups),
         **_length_metrics(groups, lengths),
-        "loss": update.loss,
-        "grad_norm": update.grad_norm,
+        "skipped_updates": float(update.skipped),
+        **({"loss": update.loss, "grad_norm": update.grad_norm} if math.isfinite(update.loss) else {}),
         **{name: value for name, value in update.metrics.items() if name != TOKENS},
         "num_prompts": float(len(groups)),
         "num_tokens": float(sum(lengths)),

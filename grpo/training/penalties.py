@@ -13,7 +13,7 @@ from grpo.config import Recipe
 from grpo.model.policy import Policy
 from grpo.objective.kl import kl_estimate
 from grpo.objective.masks import soft_overlong_punishment
-from grpo.training.batches import whole_batches
+from grpo.training.batches import batch_logprobs, whole_batches
 from grpo.types import Group
 
 
@@ -48,8 +48,8 @@ def _divergences(groups: Sequence[Group], policy: Policy, cfg: Recipe) -> list[f
     found: list[float] = []
     with policy.use("reference"):
         for batch in whole_batches(groups, cfg):
-            reference, _ = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
+            reference, _ = batch_logprobs(policy, batch)
             estimate = kl_estimate(batch.sampling_logprobs, reference, cfg.loss.kl_estimator)
             sums: Any = mx.where(batch.mask > 0, estimate, 0.0).sum(axis=1).tolist()
-            found += sums
+            found += sums[: batch.real_rows]
     return found

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from grpo.backend.device import memory_bytes
-from grpo.config import Recipe
-from grpo.model.logprobs import CHUNK
+from grpo.backend.device import memory_bytes, on_gpu
+from grpo.config import OptimConfig, Recipe
+from grpo.errors import UserError
+from grpo.generation.decoding import Decoding
+from grpo.generation.memory import Need, slots_that_fit
 from grpo.model.policy import Policy
+from grpo.training.footprint import measure_footprint
+from grpo.training.packing import Packing, Shape
+
+MOMENTS = {"sgd": 1, "lion": 1, "rmsprop": 1, "adagrad": 1, "muon": 1}
+"""Arrays of a parameter's size that an optimiser keeps; two where nothing is said."""
+
+AUTO_TOKENS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)
+FEW_TOKENS = 2_048
+"""Below so many tokens at once a GPU is not kept busy; a CPU is with a quarter of them, and with 4,096 at most."""
+FREE = 0.9
+"""Of the memory, what may be planned with."""
+MOST_ACTIVATIONS = 8 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +40,9 @@ class Plan:
     stays: dict[str, int]
     phases: dict[str, int]
     memory: int
-    prompt_length: int
+    slots: int
+    micro_batch: int
+    checkpointing: bool
 
     @property
     def total(self) -> int:
@@ -35,66 +52,117 @@ class Plan:
     def lines(self) -> list[str]:
         parts = ", ".join(f"{name} {_size(size)}" for name, size in {**self.stays, **self.phases}.items() if size)
         memory = f"memory about {_size(self.total)} of {_size(self.memory)}: {parts}"
-        if not all(self.phases.values()):
-            memory = f"memory cannot be estimated for this architecture; of {_size(self.memory)}: {parts}"
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         return [
             f"{steps} of {self.prompts} prompts, {self.rows} completions, at most {self.tokens:,} tokens",
             f"trains {self.trained:,} of {self.parameters:,} parameters",
             memory,
+            f"updates of {self.micro_batch:,} tokens at once{', layers checkpointed' if self.checkpointing else ''}",
         ]
 
 
-def make_plan(cfg: Recipe, policy: Policy, prompt_length: int) -> Plan:
-    """The plan of a recipe for prompts of up to `prompt_length` tokens.
+def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_length: int) -> tuple[Plan, Recipe]:
+    """The plan of a recipe for prompts of up to `prompt_length` tokens, and the recipe with what was `auto` decided.
 
-    The estimate counts weights, adapter (with gradient and AdamW's two moments), the generator's buffers, and the
-    update's activations: about 34 hidden-sized arrays a layer (Korthikanti 2022, arXiv 2205.05198, without
-    attention scores, which are counted apart) and a chunk of logits with its gradient.
+    What the update needs is measured (`footprint`); the rest is counted. The policy is set to checkpoint as decided.
+    Raises UserError for what cannot fit.
     """
-    model = policy.model
+    model, memory = policy.model, memory_bytes()
     parameters = tree_flatten(model.parameters())
     trained = tree_flatten(model.trainable_parameters())
-    rows, length = (
-        cfg.rollout.prompts_per_step * cfg.rollout.num_generations,
-        cfg.rollout.max_completion_length,
-    )
-    slots, context = min(rows, cfg.rollout.max_concurrency), prompt_length + length
-    micro = min(rows, cfg.optim.micro_batch_size)
-    shape = _Shape(policy)
-    width = policy.dtype.size
-    activations = micro * context * shape.layers * (17 * shape.hidden + shape.heads * context) * width
-    return Plan(
+    rows, length = cfg.rollout.prompts_per_step * cfg.rollout.num_generations, cfg.rollout.max_completion_length
+    numbers = sum(array.size for _, array in trained)
+    precise = sum(4 * array.size for _, array in trained if array.dtype != mx.float32)
+    states = len(policy.adapters.names) - 1
+    stays = {
+        "weights": sum(array.nbytes for _, array in parameters),
+        "optimiser": precise + MOMENTS.get(cfg.optim.optimizer, 2) * 4 * numbers,
+        "other states": states * sum(array.nbytes for _, array in trained),
+    }
+    sampled = max(rows, cfg.eval.prompts * cfg.eval.samples if cfg.eval else 0)
+    need = Need(sampled, sampled, prompt_length, length)
+    slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, int(FREE * memory) - sum(stays.values()))
+    chosen = _chosen(cfg, policy, prompt_length)
+    cfg = cfg.model_copy(update={"optim": chosen.optim})
+    policy.gradient_checkpointing = chosen.checkpointing
+    plan = Plan(
         steps=cfg.optim.steps,
         prompts=cfg.rollout.prompts_per_step,
         rows=rows,
-        tokens=rows * context,
-        parameters=sum(array.size for _, array in parameters) - sum(array.size for _, array in trained),
-        trained=sum(array.size for _, array in trained),
-        stays={
-            "weights": sum(array.nbytes for _, array in parameters),
-            "adapter and optimiser": 3 * sum(array.nbytes for _, array in trained),
-        },
+        tokens=rows * (prompt_length + length),
+        parameters=sum(array.size for _, array in parameters) - (numbers if cfg.adapter.type != "full" else 0),
+        trained=numbers,
+        stays=stays,
         phases={
-            "rollout cache": 2 * slots * context * shape.layers * shape.kv_width * width,
-            "update": activations + 3 * 4 * min(CHUNK, micro * length) * shape.vocabulary,
+            "rollout": need.bytes(decoding, slots),
+            "update": chosen.bytes,
         },
-        memory=memory_bytes(),
-        prompt_length=prompt_length,
+        memory=memory,
+        slots=slots,
+        micro_batch=chosen.tokens,
+        checkpointing=chosen.checkpointing,
     )
+    if plan.total > memory:
+        raise UserError(
+            f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantised model (model.quantize), shorter "
+            "completions, fewer slots (rollout.max_concurrency) or optim.gradient_checkpointing=true would help"
+        )
+    return plan, cfg
 
 
-class _Shape:
-    """A model's dimensions, from the arguments that mlx-lm's models keep; 0 where they go by another name."""
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Micro-batches that fit, and what they need."""
 
-    def __init__(self, policy: Policy) -> None:
-        args = policy.model.args
-        self.layers = len(policy.model.layers)
-        self.hidden = int(getattr(args, "hidden_size", 0))
-        self.heads = int(getattr(args, "num_attention_heads", 0))
-        self.vocabulary = int(getattr(args, "vocab_size", 0))
-        head = getattr(args, "head_dim", None) or self.hidden // max(1, self.heads)
-        self.kv_width = int(getattr(args, "num_key_value_heads", None) or self.heads) * int(head)
+    optim: OptimConfig
+    tokens: int
+    checkpointing: bool
+    bytes: int
+
+
+def _chosen(cfg: Recipe, policy: Policy, prompt_length: int) -> _Chosen:
+    """What the recipe says, or for `auto` what fits and pays.
+
+    A micro-batch takes an eighth of the memory, up to 8 GB: larger ones are no faster. Layers are checkpointed where
+    that leaves too few tokens to keep the machine busy, or not even the longest row.
+    """
+    comfortable, few = min(memory_bytes() // 8, MOST_ACTIVATIONS), FEW_TOKENS if on_gpu() else FEW_TOKENS // 4
+    asked = cfg.optim.gradient_checkpointing
+    best: _Chosen | None = None
+    for checkpointing in (False, True) if asked == "auto" else (bool(asked),):
+        footprint = measure_footprint(policy, checkpointing)
+        tokens = cfg.optim.micro_batch_tokens
+        sizes = AUTO_TOKENS[0 if on_gpu() else 2 :] if tokens == "auto" else (tokens,)
+        for size in sizes:
+            largest = _largest(cfg, prompt_length, size)
+            needed = footprint.bytes(largest)
+            optim = cfg.optim.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
+            best = _Chosen(optim, size, checkpointing, needed)
+            enough = (
+                asked != "auto"
+                or checkpointing
+                or size >= few
+                or largest.tokens == _largest(cfg, prompt_length, 2 * size).tokens
+            )
+            if needed <= comfortable and enough:
+                return best
+    assert best is not None
+    return best
+
+
+def _largest(cfg: Recipe, prompt_length: int, tokens: int) -> Shape:
+    """The largest micro-batch there can be: the longest prompts, each with all its completions at their longest."""
+    optim = cfg.optim.model_copy(update={"micro_batch_tokens": tokens})
+    packing = Packing.of(cfg.model_copy(update={"optim": optim}))
+    length = cfg.rollout.max_completion_length
+    fitting = packing.shape(1, 1, prompt_length, length)
+    for rows in range(2, packing.rows + 1):
+        shape = packing.shape(-(-rows // packing.group), rows, prompt_length, length)
+        if shape is None:
+            break
+        fitting = shape
+    assert fitting is not None, "a single row always fits"
+    return fitting
 
 
 def _size(count: int) -> str:

@@ -12,7 +12,7 @@ import mlx.core as mx
 from grpo.errors import UserError
 from grpo.model.policy import Policy
 from grpo.recipe import load_recipe
-from grpo.training.batches import whole_batches
+from grpo.training.batches import batch_logprobs, whole_batches
 from grpo.training.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, step_of
 from grpo.training.completions import read_completions
 from grpo.training.folder import CHECKPOINTS, COMPLETIONS, is_run
@@ -79,10 +79,10 @@ def _logprobs(policy: Policy, groups: Sequence[Group], trainer: Trainer) -> list
     """The logprob of every completion's tokens under the policy as it is."""
     found: list[list[float]] = []
     for batch in whole_batches(groups, trainer.cfg):
-        logprobs, _ = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
+        logprobs, _ = batch_logprobs(policy, batch)
         rows: Any = logprobs.tolist()
         lengths: Any = batch.mask.sum(axis=1).tolist()
-        found += [row[: int(length)] for row, length in zip(rows, lengths, strict=True)]
+        found += [row[: int(length)] for row, length in zip(rows, lengths, strict=True) if length]  # not the padding
     return found
 
 

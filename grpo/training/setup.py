@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from grpo.backend.device import setup
 from grpo.backend.random import derive_key
+from grpo.backend.ranks import Ranks
 from grpo.config import DataConfig, Recipe
 from grpo.data.prompts import PromptRenderer
 from grpo.data.source import is_local, load_rows
 from grpo.data.stream import TaskStream, first_tasks
 from grpo.errors import UserError
 from grpo.generation.generator import Generator
-from grpo.generation.memory import Need, slots_that_fit
 from grpo.model.adapters import Adapters
 from grpo.model.load import load
 from grpo.model.policy import Policy
@@ -20,6 +20,7 @@ from grpo.plugins import find_function
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.evaluate import Evaluator
+from grpo.training.optimizer import make_optimizer
 from grpo.training.plan import Plan, make_plan
 from grpo.training.trainer import Trainer
 from grpo.types import Task
@@ -48,13 +49,18 @@ def prepare(cfg: Recipe) -> Prepared:
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
     setup()
+    ranks = Ranks.launched()
+    if cfg.rollout.prompts_per_step < ranks.size:
+        raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
+    make_optimizer(cfg.optim)  # refuses arguments that it does not have
     scorer = Scorer.of(cfg.rewards, cfg.optim.steps)
     custom_loss = find_function(cfg.loss.use, "loss") if cfg.loss.use else None
     sources = [cfg.data, *_eval_data(cfg)]
     local = [load_rows(source) if is_local(source) else None for source in sources]
     model, tokenizer = load(cfg.model)
     tables = [load_rows(source) if rows is None else rows for source, rows in zip(sources, local, strict=True)]
-    policy = Policy(model, Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter")), cfg.rollout.temperature)
+    adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
+    policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     renderer, *eval_renderers = [PromptRenderer(source, tokenizer) for source in sources]
@@ -69,26 +75,11 @@ def prepare(cfg: Recipe) -> Prepared:
     if odd := [token for token in cfg.rollout.stop_token_ids if token >= generator.decoding.vocabulary]:
         raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the vocabulary of {generator.decoding.vocabulary}")
     stream = TaskStream(tables[0], renderer, cfg.seed)
-    plan = make_plan(cfg, policy, max(len(task.prompt_ids) for task in tasks))
-    notes = [f"decoding: {generator.decoding.description}", *_fit(generator, cfg, plan)]
-    if not policy.split:
-        notes.append("this model's head cannot be split off: logprobs go through full logits, slowly")
-    if engine.sampling.reshaped:
-        notes.append(REFILTERED)
-    trainer = Trainer(cfg, policy, stream, engine, scorer, evaluator, custom_loss)
-    return Prepared(trainer, plan, tasks, notes)
-
-
-def _fit(generator: Generator, cfg: Recipe, plan: Plan) -> list[str]:
-    """Give the generator as many slots as memory holds beside the model, and say so where that is fewer than asked."""
-    rows = cfg.rollout.prompts_per_step * cfg.rollout.num_generations
-    rows = max(rows, cfg.eval.prompts * cfg.eval.samples if cfg.eval else 0)
-    need = Need(rows, rows, plan.prompt_length, cfg.rollout.max_completion_length)
-    available = int(0.9 * plan.memory) - sum(plan.stays.values())
-    generator.slots = slots_that_fit(generator.decoding, need, cfg.rollout.max_concurrency, available)
-    if generator.slots == min(rows, cfg.rollout.max_concurrency):
-        return []
-    return [f"memory holds {generator.slots} slots of the {cfg.rollout.max_concurrency} in rollout.max_concurrency"]
+    plan, cfg = make_plan(cfg, policy, generator.decoding, max(len(task.prompt_ids) for task in tasks))
+    generator.slots = plan.slots
+    trainer = Trainer(cfg, policy, stream, engine, scorer, evaluator, custom_loss, ranks)
+    refiltered = [REFILTERED] if engine.sampling.reshaped else []
+    return Prepared(trainer, plan, tasks, [f"decoding: {generator.decoding.description}", *policy.slow, *refiltered])
 
 
 def _eval_data(cfg: Recipe) -> list[DataConfig]:

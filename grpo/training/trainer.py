@@ -8,8 +8,8 @@ from dataclasses import replace
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from grpo.backend.device import on_gpu
 from grpo.backend.random import derive_key
+from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
 from grpo.data.stream import TaskStream
 from grpo.model.policy import Policy
@@ -26,9 +26,6 @@ from grpo.training.state import TrainerState
 from grpo.training.update import Updater
 from grpo.types import Group, StepMetrics
 
-GPU_PADDING = 64
-"""Batches are padded to multiples of this on a GPU, where the update is compiled once for each shape."""
-
 
 class Trainer:
     """Trains a policy on a stream of tasks, as a recipe says."""
@@ -42,6 +39,7 @@ class Trainer:
         scorer: Scorer,
         evaluate: Evaluator | None = None,
         custom_loss: CustomLoss | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.cfg = cfg
         self.policy = policy
@@ -49,8 +47,8 @@ class Trainer:
         self.engine = engine
         self.scorer = scorer
         self.evaluate = evaluate
-        self.update = Updater(policy, cfg, custom_loss)
-        self.pad_to = GPU_PADDING if on_gpu() else 1
+        self.ranks = ranks or Ranks()
+        self.update = Updater(policy, cfg, custom_loss, self.ranks)
 
     def step(self, n: int) -> StepMetrics:
         """Sample, score, and update. `n` counts from 1."""
@@ -60,13 +58,15 @@ class Trainer:
         sampled, groups = self.sample(n, clock)
         groups = with_penalties(groups, policy, cfg, beta)  # as they are unless the recipe asks for some
         groups = with_advantages(groups, cfg)
-        minibatches = make_minibatches(groups, cfg, self.pad_to)  # token weights are fixed here, before any split
+        minibatches = make_minibatches(groups, cfg, self.ranks.size)  # token weights are fixed here, before any split
         minibatches = with_top_entropy(minibatches, policy, cfg)
+        minibatches = [self.ranks.share(batches) for batches in minibatches]
         minibatches = [with_reference(batches, policy, beta, cfg) for batches in minibatches]  # not for beta 0
         minibatches = with_old_logprobs(minibatches, policy, cfg)  # nothing to do for a single one
         clock.lap("logprobs")
         update = self.update(minibatches, n)
         clock.lap("update")
+        policy.adapters.sync_reference(cfg.adapter, n)  # if it is due
         status = self.status(n, beta) | penalty_metrics(groups, cfg)
         if "entropy" not in update.metrics:  # nothing was trained on; entropy is told all the same
             status["entropy"] = mean_entropy(groups, policy, cfg)
@@ -85,11 +85,13 @@ class Trainer:
             missing = cfg.rollout.prompts_per_step - len(varied)
             if missing == 0:
                 break
-            key = derive_key(cfg.seed, "rollout", n, attempt)
+            key = derive_key(cfg.seed, "rollout", n, attempt, *self.ranks.own)
             tasks = self.tasks.take(missing)
-            groups = self.engine.rollout(tasks, cfg.rollout.num_generations, cfg.rollout.temperature, key)
+            mine, n_each, temperature = self.ranks.share(tasks), cfg.rollout.num_generations, cfg.rollout.temperature
+            groups = self.engine.rollout(mine, n_each, temperature, key) if mine else []
             clock.lap("rollout")
-            sampled += with_rewards(self.scorer.score(groups), cfg.rewards)
+            scored = self.ranks.merge(self.scorer.score(groups) if groups else [])
+            sampled += with_rewards(scored, cfg.rewards)
             clock.lap("reward")
         varied_first = sorted(sampled, key=has_variance, reverse=True) if cfg.rollout.dynamic_sampling else sampled
         return varied_first, varied_first[: cfg.rollout.prompts_per_step]
@@ -98,28 +100,40 @@ class Trainer:
         """What the trainer itself has to tell about a step."""
         status = {
             "learning_rate": learning_rate(self.cfg.optim, n),
-            "adapter_delta": self.policy.adapters.delta(),
+            **({} if (delta := self.policy.adapters.delta()) is None else {"adapter_delta": delta}),
             "peak_memory_gb": mx.get_peak_memory() / 2**30,
             "dropped_prompts": float(self.tasks.dropped),
             **self.scorer.metrics(),
+            **self.ranks.sum_counts(
+                {f"rewards/{name}/failures": count for name, count in self.scorer.failures.items()}
+            ),
         }
         return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 
     def state(self) -> TrainerState:
         """What the steps so far have changed: what `load_state` takes."""
+        adapters, kept = self.policy.adapters, self.cfg.adapter.has_reference and self.cfg.needs_reference
         return TrainerState(
             arrays={
-                "adapters": self.policy.adapters.state(),
+                "adapters": adapters.state(),
+                **({"reference": adapters.state("reference")} if kept else {}),
                 "optimizer": tree_flatten(self.update.optimizer.state, destination={}),
             },
-            counts={"tasks": self.tasks.state(), "scorer": self.scorer.state()},
+            counts={
+                "tasks": self.tasks.state(),
+                "scorer": self.scorer.state(),
+                "skipped_in_a_row": self.update.skipped_in_a_row,
+            },
         )
 
     def load_state(self, state: TrainerState) -> None:
         """Go on where a trainer with this recipe was. Raises UserError for the state of another model or adapter."""
         state.check_fits(self.state())
         self.policy.adapters.load_state(state.arrays["adapters"])
+        if "reference" in state.arrays:
+            self.policy.adapters.add("reference", state.arrays["reference"])
         self.update.optimizer.state = tree_unflatten(dict(state.arrays["optimizer"]))
+        self.update.skipped_in_a_row = state.counts["skipped_in_a_row"]
         self.tasks.load_state(state.counts["tasks"])
         self.scorer.load_state(state.counts["scorer"])
 

@@ -1,40 +1,48 @@
-"""The update: gradients summed over micro-batches, clipped, and AdamW steps on the adapter."""
+"""The update: gradients summed over micro-batches and processes, clipped, and the optimiser's steps on what trains."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from grpo.backend.device import compiled
+from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig, Recipe
 from grpo.errors import RunError
 from grpo.model.policy import Policy
 from grpo.objective import combine_metrics, policy_loss
 from grpo.objective.loss import CustomLoss
-from grpo.training.batches import MiniBatch
+from grpo.training.batches import MiniBatch, batch_logprobs
+from grpo.training.optimizer import Float32Optimizer
 from grpo.training.schedule import learning_rate
 from grpo.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an update measured: the loss, the gradient's norm before clipping, and the objective's metrics."""
+    """What a step's updates measured: the loss, the gradient's norm before clipping, and the objective's metrics.
+
+    Means over the updates that were applied; NaN, and no metrics, if all were skipped. `skipped` counts those.
+    """
 
     loss: float
     grad_norm: float
     metrics: dict[str, float]
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """The gradient of a minibatch's loss as a tree, the loss, its metrics, and the batches with old logprobs."""
+    """The gradient of a minibatch's loss as a float32 tree, the loss, its metrics, and batches with old logprobs."""
 
     tree: Any
     loss: float
@@ -43,77 +51,121 @@ class Gradient:
 
 
 class Updater:
-    """Holds the optimiser. One call is one step's updates of the policy."""
+    """Holds the optimiser. One call is one step's updates of the policy.
 
-    def __init__(self, policy: Policy, cfg: Recipe, custom: CustomLoss | None = None) -> None:
+    What led to an update that was skipped is written to the folder `inspect`, if one is set.
+    """
+
+    def __init__(
+        self, policy: Policy, cfg: Recipe, custom: CustomLoss | None = None, ranks: Ranks | None = None
+    ) -> None:
         self.policy = policy
         self.cfg = cfg
         self.custom = custom
-        self.optimizer = optim.AdamW(
-            learning_rate=cfg.optim.learning_rate, weight_decay=cfg.optim.weight_decay, bias_correction=True
-        )
-        self.optimizer.init(policy.model.trainable_parameters())
-        self._loss_and_grad = compiled(nn.value_and_grad(policy.model, self._loss), policy.model.state)
+        self.ranks = ranks or Ranks()
+        self.optimizer = Float32Optimizer(cfg.optim, policy.model.trainable_parameters())
+        self.inspect: Path | None = None
+        self.skipped_in_a_row = 0
+        loss_and_grad = nn.value_and_grad(policy.model, self._loss)
+        self._loss_and_grad = compiled(loss_and_grad, policy.model.state) if cfg.optim.compile else loss_and_grad
 
     def __call__(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
         """`optim.num_iterations` passes of one update for each minibatch; what is returned is over all of them.
 
-        A batch without old logprobs gets those of its first pass: there the policy is still what it was, and the ratio
-        exactly 1. Raises RunError, with the policy as it was before the step, when a loss or a gradient is not finite.
+        Of several processes each has its share of every minibatch. A batch without old logprobs gets those of its first
+        pass: there the policy is still what it was, and the ratio exactly 1.
+
+        An update whose loss or gradient is not finite is skipped. Raises RunError after `optim.max_skipped_updates` in
+        a row, with policy and optimiser as they were before the step.
         """
-        before = self.policy.adapters.state()
+        if self.cfg.optim.num_iterations * len(minibatches) == 1:  # nothing to take back: no copies in memory
+            return self._updated(minibatches, step)
+        before, state = self.policy.adapters.state(), self.optimizer.state
         try:
             return self._updated(minibatches, step)
         except RunError:
             self.policy.adapters.load_state(before)
+            self.optimizer.state = state
             raise
 
     def _updated(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
         self.optimizer.learning_rate = learning_rate(self.cfg.optim, step)
-        waiting, updates = list(minibatches), []
+        waiting, updates, skipped = list(minibatches), [], 0
         for _ in range(self.cfg.optim.num_iterations):
             for number, batches in enumerate(waiting):
                 gradient = self.gradient(batches)
-                updates.append(self._apply(gradient, step))
+                if (update := self._apply(gradient, step)) is None:
+                    skipped += 1
+                    continue
+                updates.append(update)
                 waiting[number] = gradient.batches
         return Update(
-            loss=sum(update.loss for update in updates) / len(updates),
-            grad_norm=sum(update.grad_norm for update in updates) / len(updates),
+            loss=sum(update.loss for update in updates) / len(updates) if updates else math.nan,
+            grad_norm=sum(update.grad_norm for update in updates) / len(updates) if updates else math.nan,
             metrics=combine_metrics([update.metrics for update in updates if update.metrics]),
+            skipped=skipped,
         )
 
-    def _apply(self, gradient: Gradient, step: int) -> Update:
+    def _apply(self, gradient: Gradient, step: int) -> Update | None:
+        """One optimiser step, or None if it was skipped."""
         clipped, norm = optim.clip_grad_norm(gradient.tree, self.cfg.optim.max_grad_norm)
         update = Update(gradient.loss, norm.item(), gradient.metrics)
-        if not (mx.isfinite(norm).item() and mx.isfinite(mx.array(gradient.loss)).item()):
-            raise RunError(
-                f"step {step}: loss {update.loss}, gradient norm {update.grad_norm}: not finite, not applied"
-            )
+        if not (math.isfinite(update.loss) and math.isfinite(update.grad_norm)):
+            self._skip(gradient, update, step)
+            return None
+        self.skipped_in_a_row = 0
         self.optimizer.update(self.policy.model, clipped)
         mx.eval(self.policy.model.trainable_parameters(), self.optimizer.state)
         return update
 
+    def _skip(self, gradient: Gradient, update: Update, step: int) -> None:
+        self.skipped_in_a_row += 1
+        where = ""
+        if self.inspect is not None:
+            folder = self.inspect / f"step-{step:06d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            arrays = {
+                f"{i}.{name}": a for i, batch in enumerate(gradient.batches) for name, a in batch.arrays().items()
+            }
+            notes = {"loss": str(update.loss), "grad_norm": str(update.grad_norm), "not_finite": _not_finite(gradient)}
+            mx.save_safetensors(str(folder / f"batches-{self.ranks.rank}.safetensors"), arrays, notes)
+            if self.ranks.first:
+                self.policy.adapters.save(folder)
+            where = f" The batches and the adapter that led to it are in {folder}."
+        if self.skipped_in_a_row >= self.cfg.optim.max_skipped_updates:
+            raise RunError(
+                f"step {step}: loss {update.loss}, gradient norm {update.grad_norm}: not finite, "
+                f"{self.skipped_in_a_row} updates in a row; none of them was applied.{where} "
+                "A lower learning_rate or max_grad_norm, or dtype float32, may help."
+            )
+
     def gradient(self, batches: Sequence[Batch]) -> Gradient:
         """The gradient of the batches' summed loss; of no batches (nothing to learn from), zeros."""
-        tree = tree_map(mx.zeros_like, self.policy.model.trainable_parameters())
+        tree = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
         loss, parts, seen = 0.0, [], []
         for batch in batches:
             (value, (metrics, logprobs)), gradient = self._loss_and_grad(batch.arrays())
-            tree = tree_map(mx.add, tree, gradient)
+            tree = tree_map(mx.add, tree, gradient)  # in float32
+            del gradient  # or it would be held while the next one is computed
             mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time
             loss += value.item()
             parts.append({name: float(metric.item()) for name, metric in metrics.items()})
             seen.append(batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs))
-        return Gradient(tree, loss, combine_metrics(parts), seen)
+        everyone = self.ranks.gather((loss, parts))
+        every_part = [part for _, theirs in everyone for part in theirs]
+        return Gradient(self.ranks.sum(tree), sum(one for one, _ in everyone), combine_metrics(every_part), seen)
 
     def _loss(self, arrays: dict[str, mx.array]) -> tuple[mx.array, tuple[dict[str, mx.array], mx.array]]:
-        loss_cfg = self.cfg.loss
-        logprobs, entropies = self.policy.logprobs(
-            arrays["tokens"], arrays["prompt_lengths"], arrays["completion_ids"], loss_cfg.entropy_coef > 0
-        )
+        loss_cfg, batch = self.cfg.loss, SimpleNamespace(**arrays)
+        logprobs, entropies = batch_logprobs(self.policy, batch, loss_cfg.entropy_coef > 0)
         custom = _guarded(self.custom) if self.custom else None
-        loss, metrics = policy_loss(logprobs, SimpleNamespace(**arrays), loss_cfg, entropies, custom)
+        loss, metrics = policy_loss(logprobs, batch, loss_cfg, entropies, custom)
         return loss, (metrics, mx.stop_gradient(logprobs))
+
+
+def _not_finite(gradient: Gradient) -> str:
+    """The parameters whose gradient is not finite."""
+    return ", ".join(path for path, array in tree_flatten(gradient.tree) if not mx.isfinite(array).all().item())
 
 
 def _guarded(custom: CustomLoss) -> CustomLoss:

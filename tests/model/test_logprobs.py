@@ -6,7 +6,8 @@ import mlx.core as mx
 import pytest
 
 from grpo.model import logprobs
-from grpo.model.logprobs import chunked_logprobs, entropies, scaled, split_head, token_logprobs
+from grpo.model.head import split_head
+from grpo.model.logprobs import chunk_tokens, chunked_logprobs, entropies, scaled, token_logprobs
 
 
 def test_by_hand() -> None:
@@ -23,8 +24,7 @@ def test_temperature_comes_before_the_softmax_and_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_chunks_change_neither_values_nor_gradients(monkeypatch, chunk: int) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+def test_chunks_change_neither_values_nor_gradients(chunk: int) -> None:
     hidden, weight = mx.random.normal((2, 5, 8)), mx.random.normal((8, 11))
     tokens = mx.random.randint(0, 11, (2, 5))
 
@@ -32,7 +32,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, chunk: int) -> 
         return token_logprobs(scaled(hidden @ weight, 0.7), tokens)
 
     def in_chunks(hidden):
-        return chunked_logprobs(hidden, tokens, lambda h: h @ weight, 0.7)
+        return chunked_logprobs(hidden, tokens, lambda h: h @ weight, 0.7, chunk)
 
     got, entropy = in_chunks(hidden)
     assert mx.allclose(got, whole(hidden), atol=1e-6)
@@ -41,12 +41,20 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, chunk: int) -> 
     assert mx.allclose(mx.grad(lambda h: (in_chunks(h)[0] ** 2).sum())(hidden), expected, atol=1e-5)
 
 
-def test_a_head_that_scales_its_logits_is_not_split(toy) -> None:
+@pytest.mark.parametrize("kind", ["tied", "untied", "quantised", "gemma2", "gemma3_text", "cohere", "granite", "llama"])
+def test_body_and_head_make_the_model(zoo, kind: str) -> None:
+    model = zoo(kind)
+    tokens = mx.array([[5, 6, 7], [8, 9, 10]])
+    body, head = split_head(model)
+    assert mx.allclose(head(body(tokens)), model(tokens), atol=1e-6)
+    assert mx.allclose(head(body(tokens)[0]), model(tokens)[0], atol=1e-5)  # of any number of axes
+
+
+def test_a_head_that_reads_the_tokens_is_not_split(toy) -> None:
     model, _ = toy
-    assert split_head(model) is not None
     plain = type(model).__call__
-    scaling = type("Scaling", (type(model),), {"__call__": lambda self, *a, **k: 2 * plain(self, *a, **k)})
-    model.__class__ = scaling
+    kind = type("Odd", (type(model),), {"__call__": lambda self, x, *a, **k: plain(self, x) * x.sum()})
+    model.__class__ = kind
     assert split_head(model) is None
 
 
@@ -67,3 +75,25 @@ def test_padding_on_the_right_changes_nothing(make_policy) -> None:
     padded, _ = policy.logprobs(mx.array([[5, 6, 7, 8, 3, 3, 3]]), mx.array([2]), mx.array([[7, 8, 0, 0]]))
     assert mx.allclose(alone, padded[:, :2], atol=1e-5)
     assert mx.isfinite(padded).all().item()
+
+
+def peak_of_the_loss(vocabulary: int) -> int:
+    """Bytes that the loss of 2,048 tokens takes in both passes, beside the head's weights and its inputs."""
+    hidden, weight = mx.random.normal((2, 1024, 16)), mx.random.normal((16, vocabulary))
+    tokens = mx.zeros((2, 1024), mx.int32)
+
+    def loss(states: mx.array) -> mx.array:
+        return chunked_logprobs(states, tokens, lambda h: h @ weight, 1.0, chunk_tokens(vocabulary))[0].sum()
+
+    mx.eval(hidden, weight, tokens)
+    resting = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.value_and_grad(loss)(hidden))
+    return mx.get_peak_memory() - resting
+
+
+def test_memory_of_the_loss_is_flat_in_the_vocabulary(monkeypatch) -> None:
+    monkeypatch.setattr(logprobs, "LOGITS", 2**22)  # smaller than it is, so that there are chunks to speak of
+    peaks = [peak_of_the_loss(vocabulary) for vocabulary in (1_000, 20_000, 150_000)]
+    assert all(peak < 15 * 4 * logprobs.LOGITS for peak in peaks)  # 150,000 × 2,048 logits alone would be 1.2 GB
+    assert peaks[2] < 1.1 * peaks[1]

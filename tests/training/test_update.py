@@ -13,7 +13,15 @@ from grpo.backend import device
 from grpo.config import Recipe
 from grpo.errors import RunError
 from grpo.objective.groups import with_advantages, with_rewards
-from grpo.training.batches import make_batches, make_minibatches, with_old_logprobs, with_reference, with_top_entropy
+from grpo.training import packing
+from grpo.training.batches import (
+    batch_logprobs,
+    make_batches,
+    make_minibatches,
+    with_old_logprobs,
+    with_reference,
+    with_top_entropy,
+)
 from grpo.training.penalties import with_penalties
 from grpo.training.update import Updater
 from grpo.types import Completion, Group, Rollout, Task
@@ -27,6 +35,7 @@ def recipe(**sections) -> Recipe:
         "optim": {"steps": 10, "learning_rate": 1e-3},
         "rollout": {"max_completion_length": 8},
     }
+    sections["optim"] = {**base["optim"], "micro_batch_tokens": 40, **sections.get("optim", {})}
     return Recipe.model_validate({**base, **sections}, strict=False)
 
 
@@ -46,16 +55,14 @@ def groups(policy, uniform: bool = False) -> list[Group]:
     return made
 
 
-def gradient(
-    policy, cfg: Recipe, uniform: bool = False, pad_to: int = 1, keep_all: bool = False
-) -> dict[str, mx.array]:
+def gradient(policy, cfg: Recipe, uniform: bool = False, keep_all: bool = False) -> dict[str, mx.array]:
     scored = with_advantages(groups(policy, uniform), cfg)
     if keep_all:  # an advantage that is not exactly zero keeps a row in
         rolls = [
             replace(g, rollouts=tuple(replace(r, advantage=r.advantage or 1e-30) for r in g.rollouts)) for g in scored
         ]
         scored = rolls
-    batches = with_reference(make_batches(scored, cfg, pad_to), policy, cfg.loss.beta, cfg)
+    batches = with_reference(make_batches(scored, cfg), policy, cfg.loss.beta, cfg)
     return dict(tree_flatten(Updater(policy, cfg).gradient(batches).tree))
 
 
@@ -70,30 +77,34 @@ def difference(one: dict[str, mx.array], other: dict[str, mx.array]) -> float:
 def test_the_gradient_does_not_depend_on_the_split(make_policy, kind: str, beta: float) -> None:
     policy = make_policy().policy
     found = [
-        gradient(policy, recipe(loss={"type": kind, "beta": beta}, optim={"steps": 1, "micro_batch_size": size}))
-        for size in (12, 4, 1)
+        gradient(policy, recipe(loss={"type": kind, "beta": beta}, optim={"steps": 1, "micro_batch_tokens": size}))
+        for size in (999, 40, 1)
     ]
     assert difference(found[0], found[1]) < 1e-6
     assert difference(found[0], found[2]) < 1e-6
 
 
-def test_padding_wider_changes_nothing(make_policy) -> None:
-    policy, cfg = make_policy().policy, recipe()
-    assert difference(gradient(policy, cfg), gradient(policy, cfg, pad_to=32)) < 1e-6
+@pytest.mark.parametrize("tokens", [100, 999])
+def test_padding_to_few_shapes_changes_nothing(make_policy, monkeypatch, tokens: int) -> None:
+    policy, cfg = make_policy().policy, recipe(optim={"micro_batch_tokens": tokens})
+    exact = gradient(policy, cfg)
+    monkeypatch.setattr(packing, "on_gpu", lambda: True)
+    monkeypatch.setattr(packing, "GPU_MULTIPLE", 8)
+    assert difference(exact, gradient(policy, cfg)) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
 def test_groups_without_variance_are_skipped_without_changing_the_gradient(make_policy, kind: str) -> None:
     policy, cfg = make_policy().policy, recipe(loss={"type": kind})
     scored = with_advantages(groups(policy, uniform=True), cfg)
-    assert sum(batch.tokens.shape[0] for batch in make_batches(scored, cfg)) == 8
+    assert sum(batch.real_rows for batch in make_batches(scored, cfg)) == 8
     assert difference(gradient(policy, cfg, uniform=True), gradient(policy, cfg, uniform=True, keep_all=True)) < 1e-6
 
 
 def test_with_a_penalty_no_row_is_skipped(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(loss={"beta": 0.1})
     scored = with_advantages(groups(policy, uniform=True), cfg)
-    assert sum(batch.tokens.shape[0] for batch in make_batches(scored, cfg)) == 12
+    assert sum(batch.real_rows for batch in make_batches(scored, cfg)) == 12
 
 
 def test_the_gradient_is_that_of_the_definition(make_policy) -> None:
@@ -163,24 +174,57 @@ def test_only_the_adapter_moves_and_all_of_its_layers_do(make_policy) -> None:
     assert moved == set(policy.adapters.state())
 
 
-def test_what_is_not_finite_is_not_applied(make_policy) -> None:
-    policy, cfg = make_policy().policy, recipe()
-    (batch,) = make_batches(with_advantages(groups(policy), cfg), recipe(optim={"steps": 1, "micro_batch_size": 12}))
-    before = policy.adapters.state()
-    with pytest.raises(RunError, match=r"step 3: .* not finite"):
-        Updater(policy, cfg)([[replace(batch, weights=batch.weights * math.inf)]], 3)
+def broken(batches):
+    """The same batches with weights that make loss and gradient infinite."""
+    return [replace(batch, weights=batch.weights * math.inf) for batch in batches]
+
+
+def test_what_is_not_finite_is_skipped_counted_and_kept_for_inspection(make_policy, tmp_path) -> None:
+    policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 9})
+    batches = make_batches(with_advantages(groups(policy), cfg), cfg)
+    before, update = policy.adapters.state(), Updater(policy, cfg)
+    update.inspect = tmp_path
+    measured = update([broken(batches)], 3)
+    assert (measured.skipped, measured.metrics) == (1, {})
+    assert math.isnan(measured.loss)
     assert all(mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
+    arrays, notes = mx.load(str(tmp_path / "step-000003/batches-0.safetensors"), return_metadata=True)
+    assert mx.isinf(arrays["0.weights"]).any().item()
+    assert mx.array_equal(arrays["0.completion_ids"], batches[0].completion_ids)
+    assert "lora_b" in notes["not_finite"]
+    kept = mx.load(str(tmp_path / "step-000003/adapters.safetensors"))
+    assert all(mx.array_equal(array, before[path]) for path, array in kept.items())
+    assert update([broken(batches), batches], 4).skipped == 1  # the other one was applied
+    assert any(not mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
+
+
+def test_several_skipped_updates_in_a_row_stop_the_run(make_policy) -> None:
+    policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 3})
+    batches = make_batches(with_advantages(groups(policy), cfg), cfg)
+    update = Updater(policy, cfg)
+    for good in range(2):
+        update([broken(batches)], 2 * good + 1)
+        update([broken(batches)], 2 * good + 1)
+        update([batches], 2 * good + 2)  # one that is applied starts the count again
+    before, state = policy.adapters.state(), dict(tree_flatten(update.optimizer.state))
+    update([broken(batches), broken(batches)], 5)
+    with pytest.raises(RunError, match=r"step 6: .* not finite, 3 updates in a row"):
+        update([broken(batches)], 6)
+    assert all(mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
+    assert all(mx.array_equal(array, state[path]) for path, array in tree_flatten(update.optimizer.state))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="mx.compile on a CPU calls a C++ compiler")
-def test_compiled_as_on_a_gpu_the_gradient_is_the_same(make_policy, monkeypatch) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_as_on_a_gpu_the_gradient_is_the_same(make_policy, monkeypatch, checkpointing: bool) -> None:
     cfg = recipe(loss={"beta": 0.1})
     plain = gradient(make_policy().policy, cfg)
     monkeypatch.setattr(device, "on_gpu", lambda: True)
     mx.enable_compile()
     try:
         policy = make_policy().policy
-        assert difference(plain, gradient(policy, cfg, pad_to=8)) < 1e-5
+        policy.gradient_checkpointing = checkpointing
+        assert difference(plain, gradient(policy, cfg)) < 1e-5
         stepped(policy, recipe())  # the model holds arrays again, not the trace's
         mx.eval(policy.model.parameters())
     finally:
@@ -192,8 +236,8 @@ def test_the_reference_is_the_base_model(make_policy) -> None:
     base = make_policy(trained=False).policy
     scored = with_advantages(groups(policy), cfg)
     for batch in with_reference(make_batches(scored, cfg), policy, 0.5, cfg):
-        expected, _ = base.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
-        now, _ = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
+        expected, _ = batch_logprobs(base, batch)
+        now, _ = batch_logprobs(policy, batch)
         assert mx.allclose(batch.ref_logprobs, expected, atol=1e-5)
         assert not mx.allclose(batch.ref_logprobs, now, atol=1e-3)
         assert batch.beta.item() == 0.5
@@ -233,11 +277,11 @@ def test_several_minibatches_are_updates_of_their_own_with_ratios_to_before_the_
     policy = make_policy().policy
     cfg = recipe(optim={"steps": 1, "num_minibatches": 3, "learning_rate": 0.05}, rollout={"prompts_per_step": 3})
     minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
-    assert [sum(batch.tokens.shape[0] for batch in part) for part in minibatches] == [4, 4, 4]
+    assert [sum(batch.real_rows for batch in part) for part in minibatches] == [4, 4, 4]
     ready = with_old_logprobs(minibatches, policy, cfg)
     assert all(batch.old_logprobs is None for batch in ready[0])
     for batch in ready[1] + ready[2]:
-        now, _ = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids)
+        now, _ = batch_logprobs(policy, batch)
         assert mx.allclose(batch.old_logprobs, now, atol=1e-6)
     assert Updater(policy, cfg)(ready, 1).metrics["clip_ratio/region_mean"] > 0  # the later ones are off policy
 
@@ -257,8 +301,8 @@ def test_overlong_filtering_leaves_rows_out_of_numerator_and_denominator(make_po
 
 def test_top_entropy_keeps_the_fraction_of_the_step_whatever_the_split(make_policy) -> None:
     policy, found = make_policy().policy, []
-    for size in (12, 4, 1):
-        cfg = recipe(loss={"top_entropy_quantile": 0.3}, optim={"steps": 1, "micro_batch_size": size})
+    for size in (999, 40, 1):
+        cfg = recipe(loss={"top_entropy_quantile": 0.3}, optim={"steps": 1, "micro_batch_tokens": size})
         batches = make_batches(with_advantages(groups(policy), cfg), cfg)
         (cut,) = with_top_entropy([batches], policy, cfg)
         assert all(mx.array_equal(one.mask, other.mask) for one, other in zip(cut, batches, strict=True))
@@ -271,7 +315,7 @@ def test_top_entropy_keeps_the_fraction_of_the_step_whatever_the_split(make_poli
 
 def test_bnpo_averages_each_micro_batch_over_its_own_tokens(make_policy) -> None:
     policy = make_policy().policy
-    cfg = recipe(loss={"type": "bnpo"}, optim={"steps": 1, "micro_batch_size": 5})
+    cfg = recipe(loss={"type": "bnpo"}, optim={"steps": 1, "micro_batch_tokens": 40})
     batches = make_batches(with_advantages(groups(policy), cfg), cfg)
     assert [batch.weights.sum().item() for batch in batches] == pytest.approx([1 / 3] * 3)
 
@@ -280,13 +324,13 @@ def test_an_entropy_bonus_has_the_entropys_gradient(make_policy) -> None:
     policy = make_policy().policy
     trees = []
     for settings in ({}, {"entropy_coef": 1.0}):
-        cfg = recipe(loss=settings, optim={"steps": 1, "micro_batch_size": 12})
+        cfg = recipe(loss=settings, optim={"steps": 1, "micro_batch_tokens": 999})
         trees.append(gradient(policy, cfg))
         (batch,) = make_batches(with_advantages(groups(policy), cfg), cfg)
 
     def entropy(model) -> mx.array:
         del model
-        _, values = policy.logprobs(batch.tokens, batch.prompt_lengths, batch.completion_ids, entropy_gradient=True)
+        _, values = batch_logprobs(policy, batch, entropy_gradient=True)
         return (values * batch.weights).sum()
 
     _, bonus = nn.value_and_grad(policy.model, entropy)(policy.model)
@@ -295,14 +339,16 @@ def test_an_entropy_bonus_has_the_entropys_gradient(make_policy) -> None:
 
 
 def test_a_loss_of_ones_own(make_policy) -> None:
-    policy, cfg = make_policy().policy, recipe(optim={"steps": 1, "micro_batch_size": 12})
+    policy, cfg = make_policy().policy, recipe(optim={"steps": 1, "micro_batch_tokens": 999})
     (batch,) = make_batches(with_advantages(groups(policy), cfg), cfg)
 
     def mine(logprobs, batch, cfg):
         assert batch.old_logprobs.shape == batch.advantages.shape == logprobs.shape
         return -mx.exp(mx.stop_gradient(logprobs) - batch.old_logprobs) * batch.advantages * logprobs
 
-    same = Updater(policy, recipe(loss={"type": "rloo"}, optim={"steps": 1, "micro_batch_size": 12})).gradient([batch])
+    same = Updater(policy, recipe(loss={"type": "rloo"}, optim={"steps": 1, "micro_batch_tokens": 999})).gradient(
+        [batch]
+    )
     own = Updater(policy, cfg, mine).gradient([batch])
     assert own.loss == pytest.approx(same.loss)
     assert own.loss != pytest.approx(Updater(policy, cfg).gradient([batch]).loss)
@@ -323,14 +369,17 @@ def test_a_loss_of_ones_own_that_will_not_do(make_policy, mine, said: str) -> No
         Updater(policy, cfg, mine)(minibatches, 1)
 
 
-def test_a_later_minibatch_that_is_not_finite_takes_the_whole_step_back(make_policy) -> None:
-    policy, cfg = make_policy().policy, recipe()
+def test_a_run_that_stops_over_what_is_not_finite_takes_the_whole_step_back(make_policy) -> None:
+    policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 1})
     minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
-    broken = [replace(batch, weights=batch.weights * math.inf) for batch in minibatches[0]]
     before = policy.adapters.state()
+    update = Updater(policy, cfg)
+    state = dict(tree_flatten(update.optimizer.state))
     with pytest.raises(RunError, match="not finite"):
-        Updater(policy, cfg)([*minibatches, broken], 1)
+        update([*minibatches, broken(minibatches[0])], 1)
     assert all(mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
+    after = dict(tree_flatten(update.optimizer.state))
+    assert all(mx.array_equal(array, state[path]) for path, array in after.items() if path != "learning_rate")
 
 
 def test_dppo_measures_from_the_sampler(make_policy) -> None:

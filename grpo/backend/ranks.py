@@ -1,0 +1,150 @@
+"""Several processes that share one run: who does what, and how they exchange it.
+
+`mlx.launch -n 2 ... grpo train` starts them and MLX connects them (ring, NCCL, MPI). Every process holds the same
+policy and takes the same decisions from the same numbers; only sampling, scoring and gradients are divided.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from grpo.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+Item = TypeVar("Item")
+
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+PATIENCE = 1800.0
+"""Seconds a process waits for the others before it ends the run; `GRPO_RANK_TIMEOUT` changes it."""
+
+
+class Ranks:
+    """This process among `size`. Alone (rank 0 of 1), which is the default, every exchange is a no-op."""
+
+    def __init__(self, group: mx.distributed.Group | None = None) -> None:
+        self._group = group
+        self.rank = group.rank() if group else 0
+        self.size = group.size() if group else 1
+        self.patience = float(os.environ.get("GRPO_RANK_TIMEOUT", PATIENCE))
+
+    @classmethod
+    def launched(cls) -> Ranks:
+        """What a launcher made of this process. Raises UserError if it is to be one of several that cannot connect."""
+        import mlx.core as mx
+
+        if not any(name in os.environ for name in LAUNCHED) or _launched_alone():
+            return cls()
+        try:
+            return cls(mx.distributed.init(strict=True))
+        except RuntimeError as error:
+            raise UserError(f"launched as one of several processes, but they cannot be connected: {error}") from error
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and talks."""
+        return self.rank == 0
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """What sets this process's random draws apart from the others'; nothing if there are none."""
+        return () if self.size == 1 else (self.rank,)
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """This process's part of what all of them hold."""
+        return list(items[self.rank :: self.size])
+
+    def merge(self, mine: Sequence[Item]) -> list[Item]:
+        """The parts that `share` made, after each process did its own, as one list in the former order."""
+        if self.size == 1:
+            return list(mine)
+        parts: list[Sequence[Item]] = self.gather(mine)
+        total = sum(map(len, parts))
+        return [parts[i % self.size][i // self.size] for i in range(total)]
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Something of every process's, in the order of ranks. It is pickled: only processes of one run exchange it."""
+        if self.size == 1:
+            return [mine]
+        import mlx.core as mx
+        import numpy as np
+
+        data = pickle.dumps(mine)
+        lengths: Any = self._exchange(lambda: mx.distributed.all_gather(mx.array([len(data)]), group=self._group))
+        sizes = lengths.tolist()
+        padded = mx.array(np.frombuffer(data.ljust(max(sizes), b"\0"), np.uint8))
+        rows = self._exchange(lambda: mx.distributed.all_gather(padded[None], group=self._group))
+        return [pickle.loads(np.array(rows[rank])[:size].tobytes()) for rank, size in enumerate(sizes)]
+
+    def sum(self, tree: Any) -> Any:
+        """The sum over processes of each array in a tree, all in one exchange."""
+        if self.size == 1:
+            return tree
+        import mlx.core as mx
+        from mlx.utils import tree_flatten, tree_unflatten
+
+        paths, arrays = zip(*tree_flatten(tree), strict=True)
+        flat = mx.concatenate([array.reshape(-1) for array in arrays])
+        total = self._exchange(lambda: mx.distributed.all_sum(flat, group=self._group))
+        parts, start = [], 0
+        for path, array in zip(paths, arrays, strict=True):
+            parts.append((path, total[start : start + array.size].reshape(array.shape)))
+            start += array.size
+        return tree_unflatten(parts)
+
+    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """The sums over processes of counts by name."""
+        everyone = self.gather(dict(counts))
+        return {name: float(sum(theirs[name] for theirs in everyone)) for name in counts}
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so for any process."""
+        return any(self.gather(flag))
+
+    def _exchange(self, start: Callable[[], mx.array]) -> mx.array:
+        import mlx.core as mx
+
+        with self._watched():
+            try:
+                result = start()
+                mx.eval(result)
+            except RuntimeError as error:  # MLX noticed before the clock did
+                raise RunError(
+                    f"process {self.rank} of {self.size}: another process was lost ({error}). "
+                    "The last checkpoint is intact."
+                ) from None
+        return result
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """End this process if the others are not heard of in time: MLX itself would wait for ever."""
+        clock = threading.Timer(self.patience, self._give_up)
+        clock.daemon = True
+        clock.start()
+        try:
+            yield
+        finally:
+            clock.cancel()
+
+    def _give_up(self) -> None:
+        print(
+            f"grpo: process {self.rank} of {self.size}: nothing from the others for {self.patience:.0f} s: one died "
+            "or cannot be reached. The last checkpoint is intact. (GRPO_RANK_TIMEOUT sets how long to wait.)",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
+def _launched_alone() -> bool:
+    """Whether `mlx.launch` was asked for a single process: its list of hosts is then an empty file."""
+    hosts = os.environ.get("MLX_HOSTFILE")
+    return hosts is not None and os.path.isfile(hosts) and not Path(hosts).read_text().strip()

@@ -1,0 +1,66 @@
+"""Gradient checkpointing: what is inside is computed again in the backward pass instead of being kept.
+
+`mx.checkpoint` gives gradients to its arguments alone; whatever else the function reads (trainable parameters, the
+keys and values of a cache) would lose its gradient without a word, and so is handed over explicitly here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def checkpointed(module: nn.Module, parameters: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under `mx.checkpoint`, with `parameters` (a tree of `module`'s) as inputs too.
+
+    Arguments must be arrays, or trees of them, that can have a gradient.
+    """
+
+    def inner(given: Any, *arrays: Any) -> Any:
+        module.update(given)
+        try:
+            return function(*arrays)
+        finally:
+            module.update(parameters)
+
+    call = mx.checkpoint(inner)
+    return lambda *arrays: call(parameters, *arrays)
+
+
+@contextmanager
+def checkpointed_layers(layers: Sequence[nn.Module], on: bool = True) -> Iterator[None]:
+    """Inside the block each of these layers is checkpointed; outside, in generation, they are what they were."""
+    former = [type(layer) for layer in layers]
+    kinds = {kind: type(kind.__name__, (_Checkpointed, kind), {}) for kind in set(former)}
+    try:
+        for layer, kind in zip(layers, former, strict=True) if on else ():
+            layer.__class__ = kinds[kind]
+        yield
+    finally:
+        for layer, kind in zip(layers, former, strict=True):
+            layer.__class__ = kind
+
+
+class _Checkpointed:
+    """Put before a layer's own class: the same layer, its inside computed again in the backward pass."""
+
+    def __call__(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        plain = super().__call__  # type: ignore[misc]  # the layer's own
+        cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "bind")), None)
+
+        def call(x: mx.array, inputs: list[mx.array]) -> Any:
+            if cache is None:
+                return plain(x, *args, **kwargs), []
+            cache.bind(inputs)
+            return plain(x, *args, **kwargs), cache.outputs()
+
+        inputs = cache.inputs() if cache is not None else []
+        out, left = checkpointed(self, self.trainable_parameters(), call)(x, inputs)
+        if cache is not None:
+            cache.bind(inputs)
+            cache.keep(left)
+        return out

@@ -1,0 +1,110 @@
+"""How much memory an update takes, found by trying: two small gradients tell what a token costs.
+
+Formulas for activations are of one architecture, one backend and one way of attending; a measurement is of whatever
+will run. What is measured is a line: bytes for each token, and bytes for each pair of tokens that attention scores.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from grpo.backend.device import on_gpu
+from grpo.model.logprobs import chunk_tokens
+from grpo.model.policy import Policy
+from grpo.training.packing import Shape
+
+LOGIT_COPIES, MOST_COPIES = 4, 12
+"""Arrays of the size of a chunk's logits, float32, that the loss holds for a chunk, and at most, as measured."""
+
+PEEKS = 3
+"""Times that each of the gradients is measured."""
+KEPT = {False: 2 / 3, True: 1 / 3}
+"""Of the peak without a head, how much is there when the backward pass begins, by whether layers are checkpointed, as
+measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes that a gradient needs beside the weights: fixed, a token, a pair of tokens, and a row of logits.
+
+    Of the tokens' bytes `kept` is the fraction that waits while the loss is computed; the rest comes after it.
+    """
+
+    fixed: int
+    token: float
+    pair: float
+    logits: int
+    chunk: int
+    kept: float
+    shares: bool
+
+    def bytes(self, shape: Shape) -> int:
+        """Of one micro-batch of this shape."""
+        tokens, pairs = _extent(shape, self.shares)
+        body = self.token * tokens + self.pair * pairs
+        projected = shape.rows * shape.length
+        copies = min(MOST_COPIES, LOGIT_COPIES * -(-projected // self.chunk))
+        head = copies * self.logits * min(self.chunk, projected)
+        return int(self.fixed + max(body, self.kept * body + head))
+
+
+def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
+    """The footprint of this policy's gradient, with or without gradient checkpointing."""
+    unit = 128 if on_gpu() else 32
+    shapes = Shape(1, unit, 2, unit), Shape(2, 2 * unit, 4, 2 * unit)
+    gc.collect()  # or what others have left behind would go while this is measured
+    former, policy.gradient_checkpointing = policy.gradient_checkpointing, checkpointing
+    try:
+        _peak(policy, shapes[0])  # kernels and constants that are made once
+        # In the middle of a few: what is in flight at once varies with what else the machine does.
+        (first, second) = (statistics.median(_peak(policy, shape) for _ in range(PEEKS)) for shape in shapes)
+    finally:
+        policy.gradient_checkpointing = former
+    (tokens, pairs), (more_tokens, more_pairs) = (_extent(shape, policy.share_prompts) for shape in shapes)
+    # Two lines in two unknowns; a fused attention has none of the second kind.
+    pair = max(0.0, (second - first * more_tokens / tokens) / (more_pairs - pairs * more_tokens / tokens))
+    token = max(0.0, (second - pair * more_pairs) / more_tokens)
+    vocabulary = _vocabulary(policy)
+    trained = [array for _, array in tree_flatten(policy.model.trainable_parameters())]
+    # The sum of gradients so far, and a micro-batch's own.
+    fixed = sum(4 * array.size + array.nbytes for array in trained)
+    return Footprint(
+        fixed, token, pair, 4 * vocabulary, chunk_tokens(vocabulary), KEPT[checkpointing], policy.share_prompts
+    )
+
+
+def _extent(shape: Shape, shares: bool) -> tuple[int, int]:
+    """Tokens that go through the model, and pairs that its attention scores."""
+    prompts, prompt_length, rows, length = shape
+    if shares:
+        return shape.tokens, prompts * prompt_length**2 + rows * length * (prompt_length + length)
+    return rows * (prompt_length + length), rows * (prompt_length + length) ** 2
+
+
+def _peak(policy: Policy, shape: Shape) -> int:
+    """Bytes above what was there, of the gradient of a function of the hidden states."""
+    prompts = mx.zeros((shape.prompts, shape.prompt_length), mx.int32)
+    lengths = mx.full((shape.prompts,), shape.prompt_length)
+    index, completions = mx.zeros((shape.rows,), mx.int32), mx.zeros((shape.rows, shape.length), mx.int32)
+
+    def loss(_: nn.Module) -> mx.array:
+        return policy.group_hidden(prompts, lengths, index, completions).astype(mx.float32).sum()
+
+    mx.eval(prompts, lengths, index, completions)
+    trained: int = sum(array.nbytes for _, array in tree_flatten(policy.model.trainable_parameters()))
+    resting = mx.get_active_memory()
+    mx.reset_peak_memory()
+    value, gradient = nn.value_and_grad(policy.model, loss)(policy.model)
+    mx.eval(value, gradient)
+    return max(0, mx.get_peak_memory() - resting - trained)
+
+
+def _vocabulary(policy: Policy) -> int:
+    size: int = policy.model(mx.array([[0]])).shape[-1]  # the shape alone: nothing is computed
+    return size

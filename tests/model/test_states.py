@@ -1,0 +1,160 @@
+"""What trains (LoRA, DoRA, whole weights, on quantised bases too), and its named states."""
+
+from __future__ import annotations
+
+import time
+
+import mlx.core as mx
+import pytest
+from conftest import shaken
+from mlx.utils import tree_flatten
+
+from grpo.config import AdapterConfig, ModelConfig
+from grpo.errors import UserError
+from grpo.model.adapters import Adapters, load_adapter
+from grpo.model.load import load
+
+TOKENS = mx.array([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+def adapters_of(model, shake: bool = True, **settings) -> Adapters:
+    defaults = {} if settings.get("type") == "full" else {"rank": 4}
+    adapters = Adapters(model, AdapterConfig(**{**defaults, **settings}), mx.random.key(0))
+    if shake:
+        adapters.load_state(shaken(adapters.state()))
+    return adapters
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(mx.array_equal(array, other[path]) for path, array in one.items())
+
+
+def test_states_are_added_copied_used_and_dropped(zoo) -> None:
+    adapters = adapters_of(zoo("tied"))
+    first = adapters.state()
+    adapters.copy("policy", "best")
+    adapters.load_state({path: 2 * array for path, array in first.items()})
+    adapters.add("other", {path: 3 * array for path, array in first.items()})
+    assert sorted(adapters.names) == ["best", "other", "policy", "reference"]
+    assert same(adapters.state("best"), first)
+    with adapters.use("other"):
+        assert same(adapters.state(), {path: 3 * array for path, array in first.items()})
+        with adapters.use("best"):
+            assert same(adapters.state(), first)
+        assert same(adapters.state("policy"), {path: 2 * array for path, array in first.items()})
+    assert same(adapters.state(), {path: 2 * array for path, array in first.items()})
+    adapters.drop("other")
+    assert "other" not in adapters.names
+    with pytest.raises(ValueError, match="active"):
+        adapters.add("policy", first)
+
+
+def test_switching_takes_less_than_a_millisecond_for_196_modules(zoo) -> None:
+    adapters = adapters_of(zoo("tied", num_hidden_layers=28))
+    assert len(adapters.state()) == 2 * 196
+    spent = []
+    for _ in range(20):
+        start = time.perf_counter()
+        with adapters.use("reference"):
+            pass
+        spent.append((time.perf_counter() - start) / 2)
+    assert min(spent) < 5e-3  # generous: it is about 1 ms on a busy core
+
+
+def test_the_reference_moves_by_the_mixing_factor_when_it_is_due(zoo) -> None:
+    cfg = AdapterConfig(rank=4, sync_reference_every=3, ref_model_mixup_alpha=0.25)
+    adapters = Adapters(zoo("tied"), cfg, mx.random.key(0))
+    before, policy = adapters.state("reference"), shaken(adapters.state())
+    adapters.load_state(policy)
+    for step in (1, 2):
+        adapters.sync_reference(cfg, step)
+    assert same(adapters.state("reference"), before)
+    adapters.sync_reference(cfg, 3)
+    for path, array in adapters.state("reference").items():
+        assert mx.allclose(array, 0.25 * policy[path] + 0.75 * before[path], atol=1e-7)
+
+
+def test_going_on_from_an_adapter_makes_a_frozen_copy_of_it_the_reference(zoo, tmp_path) -> None:
+    first = adapters_of(zoo("tied"))
+    first.save(tmp_path)
+    adapters = adapters_of(zoo("tied"), shake=False, path=str(tmp_path))
+    assert same(adapters.state(), first.state())
+    adapters.load_state({path: 2 * array for path, array in first.state().items()})
+    assert same(adapters.state("reference"), first.state())
+
+
+def test_an_adapter_that_does_not_fit_says_its_rank(zoo, tmp_path) -> None:
+    adapters_of(zoo("tied")).save(tmp_path)
+    with pytest.raises(UserError, match="its rank is 4"):
+        adapters_of(zoo("tied"), rank=8, path=str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_every_kind_changes_nothing_at_first_and_is_saved_for_mlx_lm(zoo, tmp_path, kind: str) -> None:
+    base = zoo("tied")
+    fresh = zoo("tied")
+    adapters_of(fresh, shake=False, type=kind)
+    assert mx.allclose(fresh(TOKENS), base(TOKENS), atol=1e-5)
+    model = zoo("tied")
+    adapters = adapters_of(model, type=kind)
+    with adapters.use("reference"):
+        assert mx.allclose(model(TOKENS), base(TOKENS), atol=1e-5)
+    adapters.save(tmp_path)
+    theirs = zoo("tied")
+    load_adapter(theirs, tmp_path)
+    assert mx.allclose(theirs(TOKENS), model(TOKENS), atol=1e-5)
+    assert not mx.allclose(theirs(TOKENS), base(TOKENS), atol=1e-2)
+
+
+@pytest.mark.parametrize(("base", "kind"), [("tied", "lora"), ("tied", "dora"), ("moe", "lora")])
+def test_merged_weights_compute_the_same(zoo, base: str, kind: str) -> None:
+    model = zoo(base)
+    adapters = adapters_of(model, type=kind)
+    before = model(TOKENS)
+    merged = adapters.merge()
+    assert mx.allclose(merged(TOKENS), before, atol=1e-4)
+    assert {path for path, _ in tree_flatten(merged.parameters())} == {
+        path for path, _ in tree_flatten(zoo(base).parameters())
+    }
+
+
+def test_a_range_of_layers(zoo, tmp_path) -> None:
+    model = zoo("tied")
+    adapters = adapters_of(model, layers=(1, 2), targets=("self_attn.q_proj", "mlp.up_proj"))
+    assert set(adapters.state()) == {
+        f"model.layers.1.{name}.lora_{x}" for name in ("self_attn.q_proj", "mlp.up_proj") for x in "ab"
+    }
+    adapters.save(tmp_path)
+    theirs = zoo("tied")
+    load_adapter(theirs, tmp_path)
+    assert mx.allclose(theirs(TOKENS), model(TOKENS), atol=1e-5)
+    whole = adapters_of(zoo("tied"), type="full", layers=(0, 1))
+    assert {path.split(".")[2] for path in whole.state()} == {"0"}
+    with pytest.raises(UserError, match="up to block 9, and this model has 3"):
+        adapters_of(zoo("tied"), layers=(0, 9))
+
+
+def test_a_quantised_model_has_no_weights_to_train(zoo) -> None:
+    with pytest.raises(UserError, match="quantised weights cannot be trained"):
+        adapters_of(zoo("quantised"), type="full")
+
+
+def test_experts_have_no_dora(zoo) -> None:
+    with pytest.raises(UserError, match="doesn't support DoRA"):
+        adapters_of(zoo("moe"), type="dora")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_when_it_is_loaded(toy_folder, bits: int) -> None:
+    model, _ = load(ModelConfig(name=str(toy_folder), quantize=bits))
+    layer = model.layers[0].mlp.up_proj
+    assert (layer.bits, layer.weight.dtype) == (bits, mx.uint32)
+    whole, _ = load(ModelConfig(name=str(toy_folder)))
+    gap = mx.abs(model(TOKENS) - whole(TOKENS)).mean().item()
+    assert 0 < gap < 1.5
+
+
+def test_an_adapter_has_the_models_dtype(toy_folder) -> None:
+    model, _ = load(ModelConfig(name=str(toy_folder), dtype="bfloat16"))
+    adapters = adapters_of(model, shake=False)
+    assert {array.dtype for array in adapters.state().values()} == {mx.bfloat16}

@@ -1,0 +1,52 @@
+"""One process of several, for test_ranks.py: `gradient OUT` or `die OUT`."""
+
+import grpo  # noqa: F401  before mlx, so that the BLAS is in place
+
+# isort: split
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+from conftest import make_model, shaken
+from mlx.utils import tree_flatten
+from test_update import groups, recipe
+
+from grpo.backend.ranks import Ranks
+from grpo.config import AdapterConfig
+from grpo.model.adapters import Adapters
+from grpo.model.policy import Policy
+from grpo.objective.groups import with_advantages
+from grpo.training.batches import make_batches
+from grpo.training.update import Updater
+
+task, out = sys.argv[1], Path(sys.argv[2])
+ranks = Ranks.launched()
+if task == "die":
+    ranks.gather("here")
+    if ranks.rank == 1:
+        os.kill(os.getpid(), 9)
+    started = time.monotonic()
+    try:
+        ranks.gather("still here")
+    finally:
+        (out / f"waited-{ranks.rank}").write_text(str(time.monotonic() - started))
+    sys.exit(0)
+model = make_model("tied")
+adapters = Adapters(model, AdapterConfig(rank=4), mx.random.key(0))
+adapters.load_state(shaken(adapters.state()))
+policy, cfg = Policy(model, adapters, 1.0), recipe(loss={"type": "grpo"})
+batches = make_batches(with_advantages(groups(policy), cfg), cfg)
+mine = ranks.share(batches)
+update = Updater(policy, cfg, ranks=ranks)
+found = update.gradient(mine)
+told = ranks.merge(ranks.share(["a", "b", "c"]))
+mx.save_safetensors(str(out / f"gradient-{ranks.rank}.safetensors"), dict(tree_flatten(found.tree)))
+update([mine], 1)
+mx.save_safetensors(str(out / f"policy-{ranks.rank}.safetensors"), adapters.state())
+(out / f"facts-{ranks.rank}.json").write_text(
+    json.dumps({"loss": found.loss, "batches": len(mine), "told": told, "size": ranks.size, **found.metrics})
+)

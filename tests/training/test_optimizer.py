@@ -1,0 +1,117 @@
+"""Optimisers by name, precise whatever the model's dtype; quantised weights stay as they are."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from test_update import groups, recipe
+
+from grpo.config import AdapterConfig, ModelConfig, OptimConfig
+from grpo.errors import UserError
+from grpo.model.adapters import Adapters
+from grpo.model.load import load
+from grpo.model.policy import Policy
+from grpo.objective.groups import with_advantages
+from grpo.training.batches import make_batches
+from grpo.training.optimizer import CLASSES, Float32Optimizer, make_optimizer
+from grpo.training.update import Updater
+
+
+def one_weight(value: float, dtype: mx.Dtype) -> nn.Module:
+    model = nn.Module()
+    model.weight = mx.array([[value]], dtype)
+    return model
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_every_optimiser_descends_at_the_rate_it_is_told(name: str) -> None:
+    model = one_weight(1.0, mx.float32)
+    optimizer = Float32Optimizer(OptimConfig(steps=1, learning_rate=0.01, optimizer=name), model.parameters())
+    optimizer.update(model, {"weight": mx.array([[1.0]])})
+    first = 1 - model.weight.item()
+    assert first > 0
+    optimizer.learning_rate = 0.0
+    optimizer.update(model, {"weight": mx.array([[1.0]])})
+    assert 1 - model.weight.item() == pytest.approx(first, rel=1e-5)
+
+
+def test_adamw_by_hand() -> None:
+    model = one_weight(2.0, mx.float32)
+    cfg = OptimConfig(steps=1, learning_rate=0.1, weight_decay=0.5)
+    Float32Optimizer(cfg, model.parameters()).update(model, {"weight": mx.array([[3.0]])})
+    assert model.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, abs=1e-6)
+
+
+def test_small_updates_of_bfloat16_weights_add_up() -> None:
+    model = one_weight(1.0, mx.bfloat16)
+    optimizer = Float32Optimizer(OptimConfig(steps=1, learning_rate=1e-4, optimizer="sgd"), model.parameters())
+    for _ in range(100):  # each a fortieth of what bfloat16 can tell from 1
+        optimizer.update(model, {"weight": mx.array([[-1.0]])})
+    assert model.weight.dtype == mx.bfloat16
+    assert model.weight.item() == pytest.approx(1.01, abs=0.004)
+    assert optimizer.state["precise"]["weight"].item() == pytest.approx(1.01, abs=1e-5)
+
+
+def test_the_state_is_float32_and_comes_back() -> None:
+    model = one_weight(1.0, mx.bfloat16)
+    cfg = OptimConfig(steps=1, learning_rate=0.01)
+    optimizer, gradient = Float32Optimizer(cfg, model.parameters()), {"weight": mx.array([[1.0]])}
+    optimizer.update(model, gradient)
+    state = optimizer.state
+    assert {array.dtype for path, array in tree_flatten(state) if path != "step"} == {mx.float32}
+    expected = []
+    for _ in range(2):
+        optimizer.update(model, gradient)
+        expected.append(model.weight.item())
+    again, other = one_weight(1.0, mx.bfloat16), Float32Optimizer(cfg, model.parameters())
+    other.state = state
+    for value in expected:
+        other.update(again, gradient)
+        assert again.weight.item() == value
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optimizer": "sgd", "optimizer_args": {"momentun": 0.9}}, "sgd takes no 'momentun' here; it has momentum"),
+        ({"optimizer": "adam", "optimizer_args": {"weight_decay": 0.1}}, "that is optim.weight_decay"),
+        ({"optimizer": "adam", "weight_decay": 0.1}, "weight_decay does nothing with adam"),
+        ({"optimizer": "adamw", "optimizer_args": {"betas": [2.0, 0.9]}}, "beta1"),
+    ],
+)
+def test_arguments_that_will_not_do(settings: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make_optimizer(OptimConfig(steps=1, **settings))
+
+
+def test_arguments_reach_the_optimiser() -> None:
+    optimizer = make_optimizer(OptimConfig(steps=1, optimizer="lion", optimizer_args={"betas": [0.5, 0.6]}))
+    assert optimizer.betas == [0.5, 0.6]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_are_bit_identical_after_fifty_steps(toy_folder, kind: str, bits: int) -> None:
+    model, _ = load(ModelConfig(name=str(toy_folder), quantize=bits))
+    policy = Policy(model, Adapters(model, AdapterConfig(type=kind, rank=2), mx.random.key(0)), 1.0)
+    cfg = recipe(optim={"learning_rate": 1e-2, "micro_batch_tokens": 999})
+    before = {path: array + 0 for path, array in tree_flatten(model.parameters())}
+    mx.eval(before)
+    update, batches = Updater(policy, cfg), make_batches(with_advantages(groups(policy), cfg), cfg)
+    for step in range(50):
+        update([batches], step + 1)
+    trained = set(policy.adapters.state())
+    for path, array in tree_flatten(model.parameters()):
+        assert mx.array_equal(array, before[path]) == (path not in trained), path
+
+
+def test_every_weight_moves_where_whole_weights_train(toy_folder) -> None:
+    model, _ = load(ModelConfig(name=str(toy_folder)))
+    policy = Policy(model, Adapters(model, AdapterConfig(type="full"), mx.random.key(0)), 1.0)
+    cfg = recipe(optim={"learning_rate": 1e-2})
+    before = {path: array + 0 for path, array in tree_flatten(model.parameters())}
+    mx.eval(before)
+    Updater(policy, cfg)([make_batches(with_advantages(groups(policy), cfg), cfg)], 1)
+    assert all(not mx.array_equal(array, before[path]) for path, array in tree_flatten(model.parameters()))

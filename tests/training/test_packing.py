@@ -1,0 +1,146 @@
+"""Micro-batches by tokens: few shapes, all rows, little padding."""
+
+import random
+import shutil
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from grpo.backend import device
+from grpo.config import Recipe
+from grpo.training import packing
+from grpo.training.batches import make_batches
+from grpo.training.packing import Packing, Shape, pack, pack_in_order
+from grpo.training.update import Updater
+from grpo.types import Completion, Group, Rollout, Task
+
+
+def row(prompt: int, length: int, name: int = 0):
+    task = Task(name, "?", (name, *range(prompt - 1)), {})
+    return task, Rollout(Completion((5,) * length, (0.0,) * length, "", "stop"), advantage=1.0)
+
+
+def ragged(draw: random.Random, groups: int = 4, n: int = 4, longest: int = 60) -> list[Group]:
+    made = []
+    for number in range(groups):
+        prompt = draw.randrange(1, 50)
+        rows = [row(prompt, draw.randrange(1, longest + 1), number) for _ in range(n)]
+        made.append(Group(rows[0][0], tuple(rollout for _, rollout in rows)))
+    return made
+
+
+def test_exact_shapes_by_hand() -> None:
+    rows = [row(10, 4, 1), row(10, 2, 1), row(3, 2, 2), row(3, 30, 2)]
+    packed = pack(rows, Packing(tokens=40, rows=4, group=2))
+    # 3 + 30 tokens, and 2 × 10 + 3 × 4.
+    assert [(sorted(part), shape) for part, shape in packed] == [
+        ([3], Shape(1, 3, 1, 30)),
+        ([0, 1, 2], Shape(2, 10, 3, 4)),
+    ]
+
+
+def test_a_row_that_is_too_long_goes_alone() -> None:
+    ((part, shape),) = pack([row(50, 60)], Packing(tokens=10, rows=1, group=1))
+    assert (part, shape) == ([0], Shape(1, 50, 1, 60))
+
+
+def test_rows_keep_their_order_where_it_matters() -> None:
+    rows = [row(5, length, name) for name, length in enumerate([3, 9, 1, 7])]
+    packed = pack_in_order(rows, Packing(tokens=30, rows=4, group=2))
+    assert [i for part, _ in packed for i in part] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_every_row_is_in_one_micro_batch_that_holds_it(multiple: int) -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        rows = [(group.task, rollout) for group in ragged(draw) for rollout in group.rollouts]
+        packed = pack(rows, Packing(tokens=256, rows=16, group=4, multiple=multiple))
+        assert sorted(i for part, _ in packed for i in part) == list(range(len(rows)))
+        for part, shape in packed:
+            prompts = {rows[i][0].prompt_ids for i in part}
+            assert len(part) <= shape.rows
+            assert len(prompts) <= shape.prompts
+            assert max(map(len, prompts)) <= shape.prompt_length
+            assert max(len(rows[i][1].completion.token_ids) for i in part) <= shape.length
+            assert shape.tokens <= 256 or shape.rows == 1
+
+
+def test_groups_stay_together_where_that_saves_tokens() -> None:
+    rows = [row(100, length, name) for name in range(2) for length in (10, 12)]
+    packed = pack(rows, Packing(tokens=130, rows=4, group=2))
+    assert sorted(sorted(part) for part, _ in packed) == [[0, 1], [2, 3]]
+
+
+def step_recipe() -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"name": "m"},
+            "data": {"source": "d"},
+            "rewards": [{"use": "r"}],
+            "optim": {"steps": 10, "micro_batch_tokens": 256},
+            "rollout": {"max_completion_length": 64, "prompts_per_step": 4, "num_generations": 4},
+        },
+        strict=False,
+    )
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(packing, "on_gpu", lambda: True)
+    monkeypatch.setattr(packing, "GPU_MULTIPLE", 16)
+
+
+def shapes_of(batches) -> set[tuple]:
+    return {tuple(array.shape for array in batch.arrays().values()) for batch in batches}
+
+
+def test_two_hundred_ragged_steps_have_few_shapes(as_on_a_gpu) -> None:
+    """A compiled function keeps one trace for each. Lengths up to 50 and 60 are padded to 16, 32, 48 or 64."""
+    draw, seen = random.Random(0), set()
+    for _ in range(200):
+        seen |= shapes_of(make_batches(ragged(draw), step_recipe()))
+    assert 1 < len(seen) <= 4 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="mx.compile on a CPU calls a C++ compiler")
+def test_two_hundred_compiled_steps_keep_few_traces_and_no_memory(as_on_a_gpu, make_policy, monkeypatch) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    mx.enable_compile()
+    traces, seen, draw, resting = [], set(), random.Random(0), []
+    try:
+        policy, cfg = make_policy().policy, step_recipe()
+        loss = Updater._loss
+        monkeypatch.setattr(Updater, "_loss", lambda self, arrays: traces.append(1) or loss(self, arrays))
+        update = Updater(policy, cfg)
+        for step in range(200):
+            batches = make_batches(ragged(draw, longest=30), cfg)
+            seen |= shapes_of(batches)
+            update([batches], step + 1)
+            mx.clear_cache()
+            resting.append(mx.get_active_memory())
+        mx.eval(policy.model.parameters())
+    finally:
+        mx.disable_compile()
+    assert len(traces) == len(seen)
+    assert max(resting[150:]) <= max(resting[:50]) + 2**20
+
+
+def test_memory_does_not_grow_over_ragged_steps(make_policy) -> None:
+    policy, cfg, draw, resting = make_policy().policy, step_recipe(), random.Random(0), []
+    update = Updater(policy, cfg)
+    for step in range(12):
+        update([make_batches(ragged(draw), cfg)], step + 1)
+        resting.append(mx.get_active_memory())
+    assert max(resting[6:]) <= max(resting[:6]) + 2**16
+    assert tree_flatten(policy.model.trainable_parameters())
+
+
+def test_there_are_micro_batches_for_every_process(make_policy) -> None:
+    groups, cfg = ragged(random.Random(0)), step_recipe()
+    cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"micro_batch_tokens": 10**6})})
+    (whole,), parted = make_batches(groups, cfg), make_batches(groups, cfg, parts=4)
+    assert len(parted) == 4
+    assert sum(batch.real_rows for batch in parted) == whole.real_rows == 16

@@ -1,0 +1,96 @@
+"""The plan: what an update needs is near what it then takes, and what cannot fit is refused with numbers."""
+
+from __future__ import annotations
+
+import gc
+
+import mlx.core as mx
+import pytest
+from conftest import make_model
+from test_packing import row
+from test_update import recipe
+
+from grpo.config import AdapterConfig
+from grpo.errors import UserError
+from grpo.generation.choice import find_decoding
+from grpo.model.adapters import Adapters
+from grpo.model.policy import Policy
+from grpo.training import plan as planning
+from grpo.training.batches import make_minibatches
+from grpo.training.plan import make_plan
+from grpo.training.update import Updater
+from grpo.types import Group
+
+PROMPT, LENGTH = 96, 160
+
+
+def planned(kind: str = "tied", adapter: str = "lora", **optim):
+    changes = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 2048, "head_dim": 32}
+    model = make_model(kind, **changes)
+    rank = {} if adapter == "full" else {"rank": 8}
+    adapters = Adapters(model, AdapterConfig(type=adapter, **rank), mx.random.key(0))
+    policy = Policy(model, adapters, 1.0, optim.get("share_prompts", True))
+    cfg = recipe(
+        rollout={"prompts_per_step": 4, "num_generations": 4, "max_completion_length": LENGTH},
+        optim={"micro_batch_tokens": "auto", **optim},
+    )
+    plan, cfg = make_plan(cfg, policy, find_decoding(model), PROMPT)
+    return policy, cfg, plan
+
+
+def peak_of_an_update(policy: Policy, cfg) -> int:
+    groups = []
+    for number in range(4):
+        rows = [row(PROMPT, LENGTH, number) for _ in range(4)]
+        groups.append(Group(rows[0][0], tuple(rollout for _, rollout in rows)))
+    update = Updater(policy, cfg)
+    minibatches = make_minibatches(groups, cfg)
+    update(minibatches, 1)
+    gc.collect()
+    mx.clear_cache()
+    resting = mx.get_active_memory()
+    mx.reset_peak_memory()
+    update(minibatches, 2)
+    return mx.get_peak_memory() - resting
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter", "optim"),
+    [
+        ("tied", "lora", {"gradient_checkpointing": False}),
+        ("tied", "lora", {"gradient_checkpointing": False, "micro_batch_tokens": 800}),
+        ("tied", "lora", {"gradient_checkpointing": True}),
+        ("tied", "lora", {"gradient_checkpointing": False, "share_prompts": False}),
+        ("untied", "full", {"gradient_checkpointing": False}),
+        ("moe", "lora", {"gradient_checkpointing": False}),
+        ("quantised", "dora", {"gradient_checkpointing": False}),
+    ],
+)
+def test_the_plan_is_near_the_measured_peak(kind: str, adapter: str, optim: dict) -> None:
+    policy, cfg, plan = planned(kind, adapter, **optim)
+    peak = peak_of_an_update(policy, cfg)
+    assert plan.phases["update"] == pytest.approx(peak, rel=0.25)
+
+
+def test_auto_decides_and_the_decision_is_in_the_recipe() -> None:
+    policy, cfg, plan = planned()
+    assert cfg.optim.micro_batch_tokens == plan.micro_batch
+    assert cfg.optim.gradient_checkpointing is policy.gradient_checkpointing is plan.checkpointing is False
+    assert any(f"updates of {plan.micro_batch:,} tokens at once" in line for line in plan.lines())
+
+
+def test_layers_are_checkpointed_where_memory_is_short(monkeypatch) -> None:
+    generous = planned()[2].phases["update"]
+    monkeypatch.setattr(planning, "MOST_ACTIVATIONS", generous // 16)
+    _, cfg, plan = planned()
+    assert plan.checkpointing
+    assert cfg.optim.gradient_checkpointing is True
+    assert plan.phases["update"] < generous
+
+
+def test_what_cannot_fit_is_refused_with_numbers(monkeypatch) -> None:
+    monkeypatch.setattr(planning, "memory_bytes", lambda: 12 * 2**20)
+    with pytest.raises(
+        UserError, match=r"cannot fit: memory about \d+ MB of 12 MB: weights .* update \d+ MB; updates of 256"
+    ):
+        planned()

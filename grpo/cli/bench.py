@@ -14,22 +14,81 @@ Runs = Annotated[int, typer.Option(min=1, help="Runs of each side, after one war
 Json = Annotated[Path | None, typer.Option("--json", help="Write machine, versions and rows to this file.")]
 
 
+Prompts = Annotated[int, typer.Option(min=1)]
+Completions = Annotated[int, typer.Option(min=1, help="Of each prompt.")]
+Length = Annotated[int, typer.Option(min=1, help="In tokens.")]
+Lora = Annotated[bool, typer.Option(help="LoRA of rank 16 on every linear layer.")]
+
+
 @app.command()
 def rollout(
     shape: Shape = "qwen3-1m",
-    prompts: Annotated[int, typer.Option(min=1)] = 8,
-    completions: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 8,
-    prompt_length: Annotated[int, typer.Option(min=1, help="In tokens.")] = 128,
-    completion_length: Annotated[int, typer.Option(min=1, help="In tokens.")] = 128,
-    lora: Annotated[bool, typer.Option(help="LoRA of rank 16 on every linear layer.")] = True,
+    prompts: Prompts = 8,
+    completions: Completions = 8,
+    prompt_length: Length = 128,
+    completion_length: Length = 128,
+    lora: Lora = True,
+    wheel_blas: Annotated[
+        bool, typer.Option("--wheel-blas", help="Leave mlx-lm the BLAS of MLX's wheel: it runs in its own process.")
+    ] = False,
     runs: Runs = 5,
     json: Json = None,
 ) -> None:
     """The generator against mlx-lm's `BatchGenerator`, or its `stream_generate` for one row: tok/s and peak memory."""
+    from grpo.benchmark.peer import against_wheel
     from grpo.benchmark.protocol import finish
     from grpo.benchmark.rollout import Load, against_mlx_lm
 
-    finish(against_mlx_lm(shape, Load(prompts, completions, prompt_length, completion_length), lora, runs), json)
+    load = Load(prompts, completions, prompt_length, completion_length)
+    finish((against_wheel if wheel_blas else against_mlx_lm)(shape, load, lora, runs), json)
+
+
+@app.command()
+def sampling(
+    shape: Shape = "qwen3-1m",
+    prompts: Prompts = 8,
+    completions: Completions = 8,
+    prompt_length: Length = 128,
+    completion_length: Length = 128,
+    lora: Lora = True,
+    runs: Runs = 5,
+    json: Json = None,
+) -> None:
+    """What logprobs and each sampling filter cost: tok/s of the generator, held against plain sampling."""
+    from grpo.benchmark.decoding import sampling_costs
+    from grpo.benchmark.protocol import finish
+    from grpo.benchmark.rollout import Load
+
+    finish(sampling_costs(shape, Load(prompts, completions, prompt_length, completion_length), lora, runs), json)
+
+
+@app.command()
+def length(
+    shape: Shape = "qwen3-1m",
+    prompts: Prompts = 8,
+    completions: Completions = 8,
+    prompt_length: Length = 128,
+    lora: Lora = True,
+    runs: Runs = 5,
+    json: Json = None,
+) -> None:
+    """Whether a decoding step takes as long in a long completion as in a short one: ms by length."""
+    from grpo.benchmark.decoding import length_costs
+    from grpo.benchmark.protocol import finish
+    from grpo.benchmark.rollout import Load
+
+    finish(length_costs(shape, Load(prompts, completions, prompt_length, 1), lora, runs), json)
+
+
+@app.command()
+def context(shape: Shape = "qwen3-1m", lora: Lora = True, runs: Runs = 20, json: Json = None) -> None:
+    """Whether a forward pass has a length at which it suddenly costs more: ms by length, and the steps over 15 %."""
+    from grpo.benchmark.decoding import cliffs, context_costs
+    from grpo.benchmark.protocol import finish
+
+    rows = list(context_costs(shape, lora, runs))
+    finish(rows, json)
+    print("\n".join(cliffs(rows)) or "no step")
 
 
 @app.command()

@@ -1,0 +1,66 @@
+"""mlx-lm's side in a process of its own, which has the BLAS of MLX's wheel. Run by `WheelPeer`, not by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.rollout import Load, mlx_lm_batched, model_for, ours
+from grpo.errors import RunError
+
+
+class WheelPeer:
+    """A process that generates with mlx-lm whenever it is asked, without the BLAS that grpo loads."""
+
+    def __init__(self, shape: str, load: Load, lora: bool) -> None:
+        numbers = [load.prompts, load.completions, load.prompt_length, load.completion_length, int(lora)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "grpo.benchmark.peer", shape, *map(str, numbers)],
+            env={**os.environ, "GRPO_BLAS": "off"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def side(self) -> Side:
+        return Side("mlx-lm, its wheel's BLAS", self._run)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+    def _run(self) -> Values:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("run\n")
+        self._process.stdin.flush()
+        if not (line := self._process.stdout.readline()):
+            raise RunError("the process that runs mlx-lm has ended")
+        values: Any = json.loads(line)
+        return {unit: float(value) for unit, value in values.items()}
+
+
+def against_wheel(shape: str, load: Load, lora: bool, runs: int) -> list[Row]:
+    """This generator with the BLAS that grpo loads against mlx-lm with that of MLX's wheel, in turns."""
+    peer = WheelPeer(shape, load, lora)
+    try:
+        return alternate(f"{shape} {load}", [peer.side(), ours(model_for(shape, lora), load)], runs)
+    finally:
+        peer.close()
+
+
+def main() -> None:
+    """One line of measurements for each line of input."""
+    shape, *numbers = sys.argv[1:]
+    *sizes, lora = map(int, numbers)
+    load = Load(*sizes)
+    side = mlx_lm_batched(model_for(shape, bool(lora)), load)
+    for _ in sys.stdin:
+        print(json.dumps(side.run()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
+from grpo.backend import blas
 from grpo.generation.choice import find_decoding
 from grpo.generation.decoding import Work
 from grpo.generation.run import Row, Run
@@ -18,6 +20,9 @@ from grpo.types import Completion, FinishReason
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+SMALL_PRODUCT = 64 * 2**20
+"""Multiplications in a step's largest product, below which a second BLAS thread on a CPU costs more than it gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,8 @@ class Generator:
         self.tokenizer = tokenizer
         self.slots = slots
         self.stop_ids = frozenset(tokenizer.eos_token_ids)
+        layers = [array.size for layer in model.layers for _, array in tree_flatten(layer.parameters())]
+        self._largest = max(layers, default=0)
         self._stream = mx.new_stream(mx.default_device())
         with mx.stream(self._stream):
             self.decoding = find_decoding(model)
@@ -97,8 +104,10 @@ class Generator:
             work = Work([r.prompt_ids for r in requests], [r.n for r in requests], slots, sampling.max_tokens)
             sampler = Sampler(sampling, stopping.stop_ids, slots, self.decoding.vocabulary)
             steps = Run(rows, slots, self.decoding.open(work), sampler, stopping, logprobs).steps()
+        small = slots * self._largest < SMALL_PRODUCT
         while True:
-            with mx.stream(self._stream):  # not around the yield: what the caller does there is not ours
+            # Not around the yield: what the caller does there is not ours.
+            with mx.stream(self._stream), blas.one_thread(small):
                 if next(steps, False) is False:
                     return
             yield

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo import __version__
 from grpo.backend.device import describe
 
 LOWER_IS_BETTER = frozenset({"s", "ms", "GB"})
@@ -88,7 +89,7 @@ def machine() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what the measurements depend on, of the packages that are installed."""
-    found = {"python": platform.python_version(), "grpo": importlib.metadata.version("grpo-mlx")}
+    found = {"python": platform.python_version(), "grpo": __version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

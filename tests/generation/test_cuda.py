@@ -1,0 +1,77 @@
+"""The CUDA kernels against stock operations, and decoding by them against teacher forcing. Needs a CUDA device."""
+
+import math
+from statistics import fmean
+
+import mlx.core as mx
+import pytest
+
+from grpo.backend import cuda
+from grpo.backend.random import derive_key
+from grpo.generation.filters import cut, repetition_penalised, threshold
+from grpo.generation.generator import Generator, Request
+from grpo.generation.sampling import Sampling
+from grpo.model.logprobs import scaled, token_logprobs
+
+pytestmark = pytest.mark.skipif(not cuda.available(), reason="no CUDA device")
+
+if cuda.available():
+    from grpo.benchmark.models import NoTokenizer, make_model
+    from grpo.generation import cuda_sampling
+
+KEY = derive_key(0, "test")
+ROWS, VOCABULARY = 16, 5000
+
+
+def shaped(values: mx.array, seen: mx.array, stops: mx.array, temperature: float, penalty: float) -> mx.array:
+    logits = repetition_penalised(values.astype(mx.float32), seen, penalty) / temperature
+    return mx.where(stops[None], -math.inf, logits)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("filters", [(50, 1.0, 0.0), (0, 0.9, 0.0), (40, 0.8, 0.05), (0, 1.0, 0.1), (1, 1.0, 0.0)])
+def test_thresholds_and_logprobs_are_those_of_stock_operations(dtype: mx.Dtype, filters) -> None:
+    values = (2 * mx.random.normal((ROWS, VOCABULARY), key=KEY)).astype(dtype)
+    seen = mx.random.uniform(shape=(ROWS, VOCABULARY), key=KEY) < 0.1
+    stops = mx.zeros(VOCABULARY, mx.bool_)
+    stops[7] = True
+    decoded = mx.zeros(ROWS, mx.int32)
+    logits = cuda_sampling.Logits(values, 0.7, decoded, stops, 1, seen, 1.3)
+    reference = shaped(values, seen, stops, 0.7, 1.3)
+    lowest = cuda_sampling.threshold(logits, *filters)
+    # A share that reaches p within rounding may keep one token more or less.
+    kept, wanted = (reference >= lowest).sum(axis=-1), (reference >= threshold(reference, *filters)).sum(axis=-1)
+    assert mx.abs(kept - wanted).max().item() <= max(1, 0.02 * wanted.max().item())
+    keys = mx.random.split(KEY, ROWS)
+    tokens, logprobs, sampler_logprobs = cuda_sampling.draw(logits, lowest, keys, True)
+    assert mx.allclose(logprobs, token_logprobs(scaled(values, 0.7), tokens), atol=1e-5)
+    assert mx.allclose(sampler_logprobs, token_logprobs(cut(reference, lowest), tokens), atol=1e-5)
+    assert (tokens != 7).all().item()
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits, rows = mx.array([1.0, 0.0, -1.0, 2.0, 0.5]), 100_000
+    values = mx.broadcast_to(logits, (rows, 5)) + 0
+    settings = cuda_sampling.Logits(values, 0.8, mx.arange(rows).astype(mx.int32), mx.zeros(5, mx.bool_))
+    keys = mx.broadcast_to(mx.array([[1, 2]], mx.uint32), (rows, 2)) + 0  # the step alone tells rows apart
+    tokens, _, _ = cuda_sampling.draw(settings, None, keys, False)
+    expected = mx.softmax(logits / 0.8) * rows
+    counts = (tokens[:, None] == mx.arange(5)[None]).sum(axis=0)
+    assert ((counts - expected) ** 2 / expected).sum().item() < 18.5
+
+
+@pytest.mark.parametrize("slots", [64, 5])
+def test_decoding_by_kernels_is_teacher_forcing_to_rounding(slots: int) -> None:
+    model = make_model("qwen3-25m")
+    generator = Generator(model, NoTokenizer(), slots)
+    assert generator.decoding.description == "joined layers, shared prompts, CUDA kernels"
+    prompts = [list(range(5, 105)), [7], list(range(200, 233))]
+    groups = generator.generate([Request(ids, 4) for ids in prompts], Sampling(max_tokens=40), KEY)
+    gaps: list[float] = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            tokens = mx.array([[*prompt, *completion.token_ids]])
+            logits = scaled(model(tokens[:, :-1])[0, len(prompt) - 1 :], 1.0)
+            forced = token_logprobs(logits, tokens[0, len(prompt) :])
+            gaps += mx.abs(forced - mx.array(completion.logprobs)).tolist()
+    assert fmean(gaps) < 1e-2  # bfloat16

@@ -76,18 +76,28 @@ class Generator:
         return groups
 
     def stream(self, request: Request, sampling: Sampling, key: mx.array) -> Iterator[Event]:
-        """The first completion of a request, token by token as they come. A stop token has no text."""
+        """The first completion of a request, token by token as they come.
+
+        All texts together are the completion's. What may turn out to begin a stop string waits until it is known not to.
+        """
         request = Request(request.prompt_ids, 1, request.seed)
         (row,) = rows = _rows([request], key)
         detokenizer, stopping = self.tokenizer.detokenizer, self._stopping(sampling)
+        silent = stopping.stop_ids | {i for i, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         detokenizer.reset()
+        text, shown = "", 0
         for _ in self._steps([request], rows, stopping, logprobs=False):
             token = row.token_ids[-1]
-            if token not in stopping.stop_ids:
+            if token not in silent:
                 detokenizer.add_token(token)
             if row.finish_reason is not None:
                 detokenizer.finalize()
-            yield Event(token, detokenizer.last_segment, row.finish_reason)
+            text += detokenizer.last_segment
+            until = stopping.sure(text)
+            if row.finish_reason is not None:
+                until = len(stopping.text(row.token_ids)) if sampling.stop else len(text)
+            yield Event(token, text[shown:until], row.finish_reason)
+            shown = max(shown, until)
             if row.finish_reason is not None:
                 return
 

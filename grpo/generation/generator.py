@@ -78,7 +78,7 @@ class Generator:
     def stream(self, request: Request, sampling: Sampling, key: mx.array) -> Iterator[Event]:
         """The first completion of a request, token by token as they come.
 
-        All texts together are the completion's. What may turn out to begin a stop string waits until it is known not to.
+        All texts together are the completion's. What may turn out to begin a stop string waits until it does not.
         """
         request = Request(request.prompt_ids, 1, request.seed)
         (row,) = rows = _rows([request], key)

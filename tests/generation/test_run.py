@@ -89,21 +89,25 @@ def test_overlapping_steps_are_launched_before_the_last_is_read(generator, monke
     assert order == ["launch", *["launch", "read"] * (steps - 1), "read"]
 
 
-def test_prompts_are_not_prefilled_under_a_step_that_reads_them(generator, monkeypatch) -> None:
-    """Whenever a new prompt's keys and values go in, every step that was launched has been read."""
-    flying = 0
-    read, launch, insert = Run._read, mx.async_eval, buffers.Layer.insert
+@pytest.mark.parametrize("change", ["insert", "keep"])
+def test_buffers_do_not_change_under_a_step_that_reads_them(generator, monkeypatch, change: str) -> None:
+    """Whenever prompts' keys and values go in, or slots are dropped, every step that was launched has been read."""
+    flying, changes = 0, 0
+    read, launch, original = Run._read, mx.async_eval, getattr(buffers.Layer, change)
 
     def count(by: int) -> None:
         nonlocal flying
         flying += by
 
     def checked(self, *arguments) -> None:
+        nonlocal changes
         assert flying == 0
-        insert(self, *arguments)
+        changes += 1
+        original(self, *arguments)
 
     monkeypatch.setattr(Run, "_read", lambda self, step: (count(-1), read(self, step))[1])
     monkeypatch.setattr(mx, "async_eval", lambda arrays: (count(1), launch(arrays))[1])
-    monkeypatch.setattr(buffers.Layer, "insert", checked)
+    monkeypatch.setattr(buffers.Layer, change, checked)
     generator(3, True).generate([Request([9 + i] * (2 + i), 2) for i in range(8)], Sampling(5.0, 6), KEY)
     assert flying == 0
+    assert changes

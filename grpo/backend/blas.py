@@ -33,6 +33,11 @@ def describe() -> str:
     return _state
 
 
+def loaded() -> bool:
+    """Whether a BLAS was opened in the place of the one in MLX's wheel."""
+    return bool(_loaded)
+
+
 @contextmanager
 def one_thread(wanted: bool = True) -> Iterator[None]:
     """Let MKL, if it is there, compute with one thread inside the block: faster where products are many and small."""

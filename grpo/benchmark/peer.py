@@ -8,9 +8,10 @@ import subprocess
 import sys
 from typing import Any
 
+from grpo.backend import blas
 from grpo.benchmark.protocol import Row, Side, Values, alternate
 from grpo.benchmark.rollout import Load, mlx_lm_batched, model_for, ours
-from grpo.errors import RunError
+from grpo.errors import RunError, UserError
 
 
 class WheelPeer:
@@ -44,10 +45,16 @@ class WheelPeer:
 
 
 def against_wheel(shape: str, load: Load, lora: bool, runs: int) -> list[Row]:
-    """This generator with the BLAS that grpo loads against mlx-lm with that of MLX's wheel, in turns."""
+    """This generator with the BLAS that grpo loads against mlx-lm with that of MLX's wheel, in turns.
+
+    Raises UserError where grpo has loaded none: there would be nothing to tell apart.
+    """
+    if not blas.loaded():
+        raise UserError(f"--wheel-blas would change nothing here: the BLAS is {blas.describe()}")
+    here = ours(model_for(shape, lora), load)
     peer = WheelPeer(shape, load, lora)
     try:
-        return alternate(f"{shape} {load}", [peer.side(), ours(model_for(shape, lora), load)], runs)
+        return alternate(f"{shape} {load}", [peer.side(), here], runs)
     finally:
         peer.close()
 

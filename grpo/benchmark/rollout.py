@@ -14,6 +14,7 @@ from grpo.backend.device import setup
 from grpo.backend.random import derive_key
 from grpo.benchmark.models import NoTokenizer, make_model
 from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.errors import RunError
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 
@@ -105,6 +106,8 @@ def _batch_generate(model: nn.Module, prompts: Sequence[list[int]], load: Load) 
         for response in responses:
             logprobs[response.uid].append(response.logprobs[response.token].item())
     generator.close()
+    if any(len(found) != load.completion_length for found in logprobs.values()):
+        raise RunError("mlx-lm has not sampled what it was asked for: its speed would mean nothing")
     return [logprobs[uid] for uid in uids]
 
 

@@ -11,8 +11,19 @@ app = typer.Typer(help="Measure this machine: sides take turns in one process, a
 
 Shape = Annotated[str, typer.Option(help="The model's shape, with random weights: qwen3-1m, qwen3-25m, qwen3-0.6b.")]
 Runs = Annotated[int, typer.Option(min=1, help="Runs of each side, after one warm-up.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write machine, versions and rows to this file.")]
 
+
+def _writable(path: Path | None) -> Path | None:
+    """Before minutes of measuring, not after them."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"{path} cannot be written: there is no such folder, or it is one itself")
+    return path
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_writable, help="Write machine, versions and rows to this file."),
+]
 
 Prompts = Annotated[int, typer.Option(min=1)]
 Completions = Annotated[int, typer.Option(min=1, help="Of each prompt.")]

@@ -25,9 +25,14 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws, above temperature 0.")] = 0,
 ) -> None:
     """Answer a prompt, and show the text as it comes."""
+    from grpo.errors import UserError
     from grpo.generation.sampling import Sampling
     from grpo.training.answer import answer
 
+    if temperature == 0 and (top_k or top_p < 1 or min_p):
+        raise UserError("--top-k, --top-p and --min-p do nothing at temperature 0, which is greedy: --temperature 1")
+    if "" in (stop or ()):
+        raise UserError("--stop: an empty text would end the answer at its first token")
     sampling = Sampling(
         temperature, max_tokens, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         stop=tuple(stop or ()),

@@ -1,7 +1,7 @@
 """Attention of one token a row over its prompt and over what it has decoded.
 
-`StockAttention` is made of stock MLX operations and is right everywhere; `grpo.generation.cuda` does the same in two
-kernels. Both go by the same interface, and a parity test holds them together.
+`StockAttention` is made of stock MLX operations and is right everywhere; `grpo.generation.cuda_attention` does the same
+in two kernels. Both go by the same interface, and each is tried against the model before it is used.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ prompts are copied for each row, and joining a row copies what is there. Slower 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -20,31 +23,52 @@ Caches = list[Any]
 
 
 class BatchCaches:
-    """A model by its own forward pass and mlx-lm's batch caches."""
+    """A model by its own forward pass and mlx-lm's batch caches.
 
-    def __init__(self, model: nn.Module, vocabulary: int) -> None:
+    Unless `joined`, rows go through the model one by one: some models (Gemma 2) take no masks of several rows.
+    """
+
+    def __init__(self, model: nn.Module, vocabulary: int, joined: bool = True) -> None:
         self.model = model
         self.vocabulary = vocabulary
-        self.description = "mlx-lm's batch caches (this architecture keeps more than plain keys and values): slower"
+        self.joined = joined
+        one_by_one = "" if joined else ", row by row"
+        self.description = (
+            f"mlx-lm's batch caches{one_by_one} (this architecture keeps more than plain keys and values): slower"
+        )
 
     def open(self, work: Work) -> Session:
-        return _BatchCachesSession(self.model, work)
+        return _BatchCachesSession(self.model, work, self.joined)
 
     def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
-        """Found by caching one row of these lengths, less what 256 columns of rounding add; every row has its own."""
-        del places
-        caches = _prefilled(self.model, [[0] * 2])
-        per_token = sum(cache.nbytes for cache in caches) / 256
-        return int(slots * (prompt + completion) * per_token)
+        """From what one row holds at two lengths: each row has its own, and each prompt that waits for its rows."""
+        fixed, per_token = self._sizes
+        return int((slots + places) * fixed + (slots * (prompt + completion) + places * prompt) * per_token)
+
+    @cached_property
+    def _sizes(self) -> tuple[float, float]:
+        """Bytes of a row, and more for each of its tokens. Caches grow by 256 columns."""
+        short, long = (
+            sum(cache.nbytes for cache in _prefilled(self.model, [[0] * (columns + 1)])) for columns in (256, 512)
+        )
+        return max(0.0, 2 * short - long), max(0.0, (long - short) / 256)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Rows that go through the model together: their caches, and the slot of each."""
+
+    caches: Caches
+    slots: list[int]
 
 
 class _BatchCachesSession:
     overlaps = False
 
-    def __init__(self, model: nn.Module, work: Work) -> None:
-        self._model, self._work = model, work
-        self._caches: Caches = []
-        self._rows: list[int] = []  # the slot of each row of the caches
+    def __init__(self, model: nn.Module, work: Work, joined: bool) -> None:
+        self._model, self._work, self._joined = model, work, joined
+        self._padded = not any(map(_recurrent, _empty(model)))
+        self._batches: list[_Batch] = []  # one of all rows, or one for each
         self._ready: dict[int, Caches] = {}
         self._waiting = list(work.counts)
         self._starts = [0] * work.slots
@@ -67,52 +91,71 @@ class _BatchCachesSession:
         self._ready = {request: caches for request, caches in self._ready.items() if self._waiting[request]}
 
     def _join(self, entering: Sequence[tuple[int, int]]) -> None:
-        """Append a row for each (slot, request) to the caches."""
-        if not entering:
-            return
-        rows = [self._ready[request] for _, request in entering]
-        joined = _merged(rows)
-        for mine, theirs in zip(self._caches, joined, strict=False):
-            mine.extend(theirs)
-        self._caches = self._caches or joined
-        self._rows += [slot for slot, _ in entering]
+        """Append a row for each (slot, request)."""
+        for together in [entering] if self._joined else [[pair] for pair in entering]:
+            if not together:
+                continue
+            new = _Batch(_merged([self._ready[request] for _, request in together]), [slot for slot, _ in together])
+            if not (self._joined and self._batches):
+                self._batches.append(new)
+                continue
+            (batch,) = self._batches
+            for mine, theirs in zip(batch.caches, new.caches, strict=True):
+                mine.extend(theirs)
+            batch.slots += new.slots
 
     def release(self, slot: int) -> None:
         self._released.add(slot)
 
     def keep(self, slots: Sequence[int]) -> None:
         self._drop_released()
-        self._rows = [list(slots).index(slot) for slot in self._rows]
+        for batch in self._batches:
+            batch.slots = [list(slots).index(slot) for slot in batch.slots]
         self._starts = [self._starts[slot] for slot in slots]
 
     def decoded(self) -> mx.array:
         return self._step - mx.array(self._starts, mx.int32)
 
     def logits(self, tokens: mx.array) -> mx.array:
-        found: mx.array = self._model(tokens[mx.array(self._rows)][:, None], cache=self._caches)[:, -1]
+        found = mx.concatenate(
+            [self._model(tokens[mx.array(b.slots)][:, None], cache=b.caches)[:, -1] for b in self._batches]
+        )
         self._step += 1
-        row_of = {slot: row for row, slot in enumerate(self._rows)}
+        row_of = {slot: row for row, slot in enumerate(slot for batch in self._batches for slot in batch.slots)}
         return found[mx.array([row_of.get(slot, 0) for slot in range(len(self._starts))])]
 
     def _drop_released(self) -> None:
-        kept = [row for row, slot in enumerate(self._rows) if slot not in self._released]
-        if len(kept) < len(self._rows):
-            for cache in self._caches if kept else ():
-                cache.filter(kept)
-            self._caches = self._caches if kept else []
-            self._rows = [self._rows[row] for row in kept]
+        for batch in self._batches:
+            kept = [row for row, slot in enumerate(batch.slots) if slot not in self._released]
+            if 0 < len(kept) < len(batch.slots):
+                for cache in batch.caches:
+                    cache.filter(kept)
+            batch.slots = [batch.slots[row] for row in kept]
+        self._batches = [batch for batch in self._batches if batch.slots]
         self._released.clear()
 
     def _prefill(self, requests: Sequence[int]) -> None:
         prompts = self._work.prompts
         self._ready.update({r: _empty(self._model) for r in requests if len(prompts[r]) == 1})
-        longer = [request for request in requests if len(prompts[request]) > 1]
-        at_once = max(1, PREFILL_TOKENS // max((len(prompts[request]) for request in longer), default=1))
-        for start in range(0, len(longer), at_once):
-            part = longer[start : start + at_once]
-            caches = _prefilled(self._model, [prompts[request] for request in part])
-            for row, request in enumerate(part):
-                self._ready[request] = [cache.extract(row) for cache in caches]
+        longer = sorted((r for r in requests if len(prompts[r]) > 1), key=lambda r: len(prompts[r]))
+        alike = [longer] if self._padded else [list(group) for _, group in groupby(longer, lambda r: len(prompts[r]))]
+        for group in alike:
+            at_once = max(1, PREFILL_TOKENS // max((len(prompts[request]) for request in group), default=1))
+            at_once = at_once if self._joined else 1
+            for start in range(0, len(group), at_once):
+                part = group[start : start + at_once]
+                caches = _prefilled(self._model, [prompts[request] for request in part])
+                for row, request in enumerate(part):
+                    self._ready[request] = [cache.extract(row) for cache in caches]
+
+
+def _recurrent(cache: Any) -> bool:
+    """Whether a cache holds a state that padding would run into: not every model masks it."""
+    from mlx_lm.models.cache import ArraysCache, CacheList
+
+    if isinstance(cache, CacheList):
+        return any(map(_recurrent, cache.caches))
+    return isinstance(cache, ArraysCache)
 
 
 def _empty(model: nn.Module) -> Caches:

@@ -52,8 +52,8 @@ class Products:
         kinds = {(type(base), getattr(base, "bits", 0), getattr(base, "group_size", 0)) for base in self._bases}
         if len(kinds) > 1 or not isinstance(self._bases[0], (nn.Linear, nn.QuantizedLinear)):
             raise ValueError("not linear layers of one kind")
-        if len({"lora_a" in layer for layer in layers}) > 1 or any("m" in layer for layer in layers):
-            raise ValueError("adapters on some of the layers only, or with magnitudes (DoRA)")
+        if any("m" in layer for layer in layers):
+            raise ValueError("adapters with magnitudes (DoRA)")
         if len({"bias" in base for base in self._bases}) > 1:
             raise ValueError("biases on some of the layers only")
         self._joined: dict[str, mx.array] = {}
@@ -107,12 +107,13 @@ class Products:
 
 
 def _joined_lora(layers: Sequence[nn.Module], dtype: mx.Dtype) -> dict[str, mx.array]:
-    """A `[in, ranks]` of all layers side by side, and their B, scaled, on the diagonal of `[ranks, outs]`."""
-    a = mx.concatenate([layer.lora_a for layer in layers], axis=1)
-    outs = [layer.lora_b.shape[1] for layer in layers]
+    """A `[in, ranks]` of the layers that have one, and their B, scaled, on the diagonal of `[ranks, outs]`."""
+    a = mx.concatenate([layer.lora_a for layer in layers if "lora_a" in layer], axis=1)
+    outs = [_outputs(layer) for layer in layers]
     rows = [
         mx.pad(layer.lora_b * layer.scale, [(0, 0), (sum(outs[:i]), sum(outs[i + 1 :]))])
         for i, layer in enumerate(layers)
+        if "lora_a" in layer
     ]
     return {"a": a.astype(dtype), "b": mx.concatenate(rows).astype(dtype)}
 
@@ -213,8 +214,9 @@ def _read(model: nn.Module, head: Head) -> Blocks:
     layers = [_block(layer) for layer in body.layers]
     attention = body.layers[0].self_attn
     frequencies, traditional = _rotation(attention.rope)
-    if {_rotation(layer.self_attn.rope)[1] for layer in body.layers} != {traditional}:
-        raise ValueError("layers that rotate differently")
+    for other, flag in (_rotation(layer.self_attn.rope) for layer in body.layers):
+        if flag != traditional or not mx.array_equal(other, frequencies):
+            raise ValueError("layers that rotate differently")
     heads, query_heads = int(attention.n_kv_heads), int(attention.n_heads)
     width = _outputs(attention.q_proj) // query_heads
     scale = float(attention.scale)

@@ -6,7 +6,7 @@ none does, mlx-lm's own batch caches serve.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -31,17 +31,18 @@ def find_decoding(model: nn.Module) -> Decoding:
     """The fastest way of decoding this model that agrees with its forward pass."""
     vocabulary = int(model(mx.array([[0]])).shape[-1])
     shapes = cache_shapes(model)
-    if shapes is None:
-        return BatchCaches(model, vocabulary)
-    forced = _teacher_forced(model, vocabulary)
-    for decoder, attention, description in _candidates(model, shapes):
-        decoding = SharedPrefix(model, decoder, attention, shapes, vocabulary, description)
-        if _agrees(decoding, forced):
+    forced, dtype = _teacher_forced(model, vocabulary)
+    for decoder, attention, description in _candidates(model, shapes or []):
+        decoding = SharedPrefix(model, decoder, attention, shapes or [], vocabulary, description)
+        if _agrees(decoding, forced, dtype):
             return decoding
-    return BatchCaches(model, vocabulary)
+    together = BatchCaches(model, vocabulary)
+    return together if _agrees(together, forced, dtype) else BatchCaches(model, vocabulary, joined=False)
 
 
-def _candidates(model: nn.Module, shapes: list[CacheShape]) -> Iterator[tuple[Decoder, Attention, str]]:
+def _candidates(model: nn.Module, shapes: Sequence[CacheShape]) -> Iterator[tuple[Decoder, Attention, str]]:
+    if not shapes:
+        return
     blocks = read(model)
     attentions: list[tuple[Attention, str]] = [(StockAttention(), "stock operations")]
     if serves(shapes, int(getattr(model.args, "num_attention_heads", 0))):
@@ -52,16 +53,16 @@ def _candidates(model: nn.Module, shapes: list[CacheShape]) -> Iterator[tuple[De
         yield ModelDecoder(model), attention, f"the model's layers, shared prompts, {name}"
 
 
-def _teacher_forced(model: nn.Module, vocabulary: int) -> mx.array:
-    """Log-probabilities after each forced token: `[2, 3, V]` fp32."""
+def _teacher_forced(model: nn.Module, vocabulary: int) -> tuple[mx.array, mx.Dtype]:
+    """Log-probabilities after each forced token, `[2, 3, V]` fp32, and the dtype that the model computes in."""
     rows = []
     for prompt, forced in zip(PROMPTS, FORCED, strict=True):
         logits = model(mx.array([[*prompt, *forced]]) % vocabulary)[0, len(prompt) - 1 : -1]
-        rows.append(logits.astype(mx.float32))
-    return _normalised(mx.stack(rows))
+        rows.append(logits)
+    return _normalised(mx.stack(rows).astype(mx.float32)), rows[0].dtype
 
 
-def _agrees(decoding: SharedPrefix, expected: mx.array) -> bool:
+def _agrees(decoding: Decoding, expected: mx.array, dtype: mx.Dtype) -> bool:
     prompts = [[token % decoding.vocabulary for token in prompt] for prompt in PROMPTS]
     fed = mx.array([[prompt[-1], *forced[:-1]] for prompt, forced in zip(PROMPTS, FORCED, strict=True)])
     try:
@@ -74,7 +75,6 @@ def _agrees(decoding: SharedPrefix, expected: mx.array) -> bool:
         gap: Any = mx.abs(_normalised(mx.stack(steps, axis=1)) - expected).mean().item()
     except MODEL_ERRORS:
         return False
-    dtype = decoding.shapes[0].dtype
     return bool(gap <= ROUNDING.get(dtype, min(ROUNDING.values())))
 
 

@@ -22,6 +22,8 @@ WIDTHS = (32, 64, 128, 256)
 """Widths of a head that a warp reads in vectors."""
 MOST_REPEATS = 8
 """Query heads for each head of keys that fit a block's registers."""
+SHARED_BYTES = 48 * 1024
+"""Shared memory that a block may declare."""
 
 PREPARED = """
     // Queries, keys and values come ready.
@@ -215,5 +217,11 @@ def serves(shapes: Sequence[CacheShape], query_heads: int) -> bool:
         shape.key_width == shape.value_width
         and shape.key_width in WIDTHS
         and query_heads // shape.heads <= MOST_REPEATS
+        and _shared_bytes(query_heads // shape.heads, shape.key_width) <= SHARED_BYTES
         for shape in shapes
     )
+
+
+def _shared_bytes(repeats: int, width: int) -> int:
+    """What `query`, `key`, `totals`, `highests` and `weights` take."""
+    return 4 * (repeats * width + width + WARPS * repeats * width + 2 * WARPS * repeats)

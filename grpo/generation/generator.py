@@ -57,8 +57,7 @@ class Generator:
         layers = [array.size for layer in model.layers for _, array in tree_flatten(layer.parameters())]
         self._largest = max(layers, default=0)
         self._stream = mx.new_stream(mx.default_device())
-        with mx.stream(self._stream):
-            self.decoding = find_decoding(model)
+        self._find_decoding()
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, key: mx.array, logprobs: bool = True
@@ -77,20 +76,41 @@ class Generator:
         return groups
 
     def stream(self, request: Request, sampling: Sampling, key: mx.array) -> Iterator[Event]:
-        """The first completion of a request, token by token as they come. A stop token has no text."""
+        """The first completion of a request, token by token as they come.
+
+        All texts together are the completion's. What may turn out to begin a stop string waits until it does not.
+        """
         request = Request(request.prompt_ids, 1, request.seed)
         (row,) = rows = _rows([request], key)
         detokenizer, stopping = self.tokenizer.detokenizer, self._stopping(sampling)
+        silent = stopping.stop_ids | {i for i, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         detokenizer.reset()
+        text, shown = "", 0
         for _ in self._steps([request], rows, stopping, logprobs=False):
             token = row.token_ids[-1]
-            if token not in stopping.stop_ids:
+            if token not in silent:
                 detokenizer.add_token(token)
             if row.finish_reason is not None:
                 detokenizer.finalize()
-            yield Event(token, detokenizer.last_segment, row.finish_reason)
+            text += detokenizer.last_segment
+            until = stopping.sure(text)
+            if row.finish_reason is not None:
+                until = len(stopping.text(row.token_ids)) if sampling.stop else len(text)
+            yield Event(token, text[shown:until], row.finish_reason)
+            shown = max(shown, until)
             if row.finish_reason is not None:
                 return
+
+    def _find_decoding(self) -> None:
+        self._modules = [module for _, module in self.model.named_modules()]
+        with mx.stream(self._stream):
+            self.decoding = find_decoding(self.model)
+
+    def _follow_the_model(self) -> None:
+        """Find the way of decoding again if modules were replaced, as merging or loading an adapter does."""
+        modules = [module for _, module in self.model.named_modules()]
+        if len(modules) != len(self._modules) or any(a is not b for a, b in zip(modules, self._modules, strict=True)):
+            self._find_decoding()
 
     def _stopping(self, sampling: Sampling) -> Stopping:
         return Stopping(sampling, self.stop_ids, lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -99,6 +119,9 @@ class Generator:
         self, requests: Sequence[Request], rows: Sequence[Row], stopping: Stopping, logprobs: bool
     ) -> Iterator[None]:
         """Run rows to their end on the generator's own stream; yields whenever tokens have come."""
+        if not rows:
+            return
+        self._follow_the_model()
         slots, sampling = min(self.slots, len(rows)), stopping.sampling
         with mx.stream(self._stream):
             work = Work([r.prompt_ids for r in requests], [r.n for r in requests], slots, sampling.max_tokens)
@@ -114,7 +137,7 @@ class Generator:
 
 
 def _rows(requests: Sequence[Request], key: mx.array) -> list[Row]:
-    keys = iter(mx.random.split(key, sum(request.n for request in requests)))
+    keys = iter(mx.random.split(key, max(1, sum(request.n for request in requests))))
     rows = []
     for number, request in enumerate(requests):
         own = [next(keys) for _ in range(request.n)]

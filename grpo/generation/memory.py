@@ -7,24 +7,29 @@ from dataclasses import dataclass
 from grpo.errors import UserError
 from grpo.generation.decoding import Decoding
 
-LOGITS_HELD = 3
-"""Copies of a step's logits, in fp32, that sampling holds at once at the most."""
+LOGITS_HELD, FILTERED_HELD = 4, 12
+"""Copies of a step's logits, in fp32, that sampling holds at once at the most: without filters and with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """The most that is decoded at once: so many rows, of so many prompts, of at most these lengths in tokens."""
+    """The most that is decoded at once: so many rows, of so many prompts, of at most these lengths in tokens.
+
+    `reshaped`: whether filters or a penalty take part in sampling.
+    """
 
     rows: int
     prompts: int
     prompt_length: int
     completion_length: int
+    reshaped: bool = False
 
     def bytes(self, decoding: Decoding, slots: int) -> int:
         """What the generator holds for it, with so many slots."""
         slots = min(slots, self.rows)
         cached = decoding.memory(slots, min(slots, self.prompts), self.prompt_length, self.completion_length)
-        return cached + LOGITS_HELD * 4 * slots * decoding.vocabulary
+        held = FILTERED_HELD if self.reshaped else LOGITS_HELD
+        return cached + held * 4 * slots * decoding.vocabulary
 
 
 def slots_that_fit(decoding: Decoding, need: Need, slots: int, available: int) -> int:

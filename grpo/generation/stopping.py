@@ -35,14 +35,26 @@ class Stopping:
         """The completion's text: without its stop token, and up to the first stop string."""
         shown = token_ids[:-1] if token_ids[-1] in self.stop_ids else token_ids
         text = self._decode(shown)
-        ends = [end for end in map(text.find, self.sampling.stop) if end >= 0]
-        return text[: min(ends)] if ends else text
+        end = self._stop_in(text, shown)
+        return text if end is None else text[:end]
+
+    def sure(self, text: str) -> int:
+        """How many characters of an unfinished completion's text do not begin a stop string."""
+        begun = (n for stop in self.sampling.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return len(text) - max(begun, default=0)
 
     def _stopped_by_text(self, token_ids: Sequence[int]) -> bool:
         if not self.sampling.stop or len(token_ids) < self.sampling.min_tokens:
             return False
-        tail = self._decode(token_ids[-self._window :])
-        return any(text in tail for text in self.sampling.stop)
+        start = max(0, len(token_ids) - self._window)
+        return self._stop_in(self._decode(token_ids[start:]), token_ids, start) is not None
+
+    def _stop_in(self, text: str, token_ids: Sequence[int], start: int = 0) -> int | None:
+        """Where the first stop string begins in the text of `token_ids[start:]`; before `min_tokens` none can end."""
+        early = token_ids[start : max(start, self.sampling.min_tokens - 1)] if self.sampling.stop else ()
+        least = len(self._decode(early)) if early else 0
+        found = (text.find(stop, max(0, least - len(stop) + 1)) for stop in self.sampling.stop)
+        return min((at for at in found if at >= 0), default=None)
 
 
 def repeats(token_ids: Sequence[int], times: int) -> bool:

@@ -13,6 +13,7 @@ from grpo.errors import UserError
 from grpo.generation.decoding import Decoding
 from grpo.generation.memory import Need, slots_that_fit
 from grpo.model.policy import Policy
+from grpo.rollout import sampling_of
 from grpo.training.footprint import measure_footprint
 from grpo.training.packing import Packing, Shape
 
@@ -80,7 +81,7 @@ def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_length: in
         "other states": states * sum(array.nbytes for _, array in trained),
     }
     sampled = max(rows, cfg.eval.prompts * cfg.eval.samples if cfg.eval else 0)
-    need = Need(sampled, sampled, prompt_length, length)
+    need = Need(sampled, sampled, prompt_length, length, sampling_of(cfg.rollout).reshaped)
     slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, int(FREE * memory) - sum(stays.values()))
     chosen = _chosen(cfg, policy, prompt_length)
     cfg = cfg.model_copy(update={"optim": chosen.optim})

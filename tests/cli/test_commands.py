@@ -224,3 +224,12 @@ def test_every_command_explains_itself(run_cli, command: list[str]) -> None:
     ran = run_cli(*command, "--help")
     assert ran.code == 0
     assert "Usage: grpo" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["--top-p", "0.9"], "do nothing at temperature 0"), (["--stop", ""], "an empty text")]
+)
+def test_generate_refuses_what_would_do_nothing_or_everything(run_cli, arguments: list[str], said: str) -> None:
+    ran = run_cli("generate", "builtin:arithmetic-student", "hi", *arguments)
+    assert ran.code == 2
+    assert said in ran.err

@@ -13,7 +13,7 @@ from grpo.generation.blocks import read
 from grpo.generation.buffers import cache_shapes
 from grpo.generation.choice import find_decoding
 from grpo.generation.decoders import BlockDecoder, ModelDecoder
-from grpo.generation.decoding import SharedPrefix
+from grpo.generation.decoding import SharedPrefix, Work
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 
@@ -80,6 +80,20 @@ FOREIGN = {
         decoder_sparse_step=1, shared_expert_intermediate_size=16, mlp_only_layers=[], moe_intermediate_size=16,
         partial_rotary_factor=0.5, full_attention_interval=3,
     ),
+    "mamba, a state that padding would change": made(
+        "mamba", state_size=8, conv_kernel=4, use_bias=False, use_conv_bias=True, time_step_rank=4
+    ),
+    "falcon-h1, both kinds of cache in a layer": made(
+        "falcon_h1", head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
+        mamba_d_conv=4, mamba_expand=1, mamba_chunk_size=16, mamba_conv_bias=True, mamba_proj_bias=False,
+        mamba_norm_before_gate=False, mamba_rms_norm=False, mamba_use_mlp=True, attention_bias=False, mlp_bias=False,
+        attention_in_multiplier=1.0, attention_out_multiplier=1.0, embedding_multiplier=1.0, key_multiplier=1.0,
+        lm_head_multiplier=1.0, mlp_multipliers=[1.0, 1.0], ssm_in_multiplier=1.0, ssm_multipliers=[1.0] * 5,
+        ssm_out_multiplier=1.0, projectors_bias=False,
+    ),
+    "gemma2, no masks of several rows": made(
+        "gemma2", head_dim=16, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, query_pre_attn_scalar=16
+    ),
 }  # fmt: skip
 
 
@@ -128,6 +142,23 @@ def test_models_with_other_caches_go_through_mlx_lm_s(name: str, slots: int) -> 
     assert isinstance(generator.decoding, BatchCaches)
     assert "mlx-lm's batch caches" in generator.decoding.description
     assert worst_gap(FOREIGN[name], generator, slots) < 1e-4
+
+
+def test_rows_go_one_by_one_only_where_they_must() -> None:
+    ways = {name.split(",")[0]: find_decoding(model) for name, model in FOREIGN.items()}
+    assert [name for name, decoding in ways.items() if "row by row" in decoding.description] == ["gemma2"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_mlx_lm_s_caches_will_hold_is_known(name: str) -> None:
+    """The caches' own size, of rows that are all of full length."""
+    decoding = find_decoding(FOREIGN[name])
+    prompts = [[5 + i] * 300 for i in range(2)]
+    session = decoding.open(Work(prompts, [2, 2], slots=4, max_tokens=300))
+    session.admit([0, 1, 2, 3], [0, 0, 1, 1])
+    held = sum(cache.nbytes for batch in session._batches for cache in batch.caches)
+    planned = decoding.memory(4, 2, 300, 1)
+    assert held <= planned < 5 * held  # a sliding window is wider while a prompt goes in
 
 
 @pytest.mark.parametrize("bits", [4, 8])

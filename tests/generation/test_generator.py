@@ -237,3 +237,9 @@ def test_bf16_decoding_is_as_near_to_teacher_forcing_as_rounding_allows(make_pol
     generator = Generator(model, toy.tokenizer, 4)
     groups = generator.generate([Request(ids, 2) for ids in MIXED], Sampling(1.0, 6), KEY)
     assert fmean(gaps(toy.policy, MIXED, groups)) < 1e-2
+
+
+def test_nothing_asked_for_is_nothing_given(make_policy) -> None:
+    generator = make_policy().generator
+    assert generator.generate([], Sampling(), KEY) == []
+    assert generator.generate([Request([5], 0)], Sampling(), KEY) == [[]]

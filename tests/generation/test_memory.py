@@ -6,8 +6,8 @@ import pytest
 from grpo.backend.random import derive_key
 from grpo.errors import UserError
 from grpo.generation.generator import Request
-from grpo.generation.memory import Need, slots_that_fit
-from grpo.generation.sampling import Sampling
+from grpo.generation.memory import FILTERED_HELD, LOGITS_HELD, Need, slots_that_fit
+from grpo.generation.sampling import Sampler, Sampling
 
 
 def test_the_estimate_is_what_a_rollout_takes(make_policy) -> None:
@@ -22,6 +22,27 @@ def test_the_estimate_is_what_a_rollout_takes(make_policy) -> None:
     measured = mx.get_peak_memory() - before
     planned = Need(16, 4, 200, 200).bytes(toy.generator.decoding, 16)
     assert 0.5 * planned < measured < 1.25 * planned
+
+
+FILTERS = Sampling(0.7, top_k=50, top_p=0.9, min_p=0.05, repetition_penalty=1.1, min_tokens=2)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("sampling", [Sampling(), FILTERS], ids=["plain", "filtered"])
+def test_the_estimate_covers_what_sampling_takes(dtype: mx.Dtype, sampling: Sampling) -> None:
+    """Of a large vocabulary, where it is most of a step: the logits and all that filters make of them."""
+    rows, vocabulary = 16, 20_000
+    logits = mx.random.normal((rows, vocabulary)).astype(dtype)
+    sampler = Sampler(sampling, [1], rows, vocabulary)
+    sampler.admit(list(range(rows)), list(mx.random.split(mx.random.key(0), rows)), [[1]] * rows)
+    mx.eval(logits, sampler.keys)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(sampler.draw(logits, mx.zeros(rows, mx.int32), True).arrays())
+    taken = mx.get_peak_memory() - before + logits.nbytes
+    planned = 4 * rows * vocabulary * (FILTERED_HELD if sampling.reshaped else LOGITS_HELD)
+    assert planned / 3 < taken < planned
 
 
 def test_slots_are_as_many_as_fit(make_policy) -> None:

@@ -35,6 +35,26 @@ def test_a_stop_string_waits_for_the_least_length() -> None:
     assert stopping(stop=("x",), min_tokens=3).reason(ids("aax")) == "stop"
 
 
+def test_a_stop_string_before_the_least_length_neither_stops_nor_cuts() -> None:
+    rule = stopping(stop=("xy",), min_tokens=4)
+    assert rule.reason(ids("xyab")) is None
+    assert rule.text(ids("xyab")) == "xyab"
+    assert rule.text(ids("xyabcdefgh" * 4)) == "xyabcdefgh"
+    assert rule.reason(ids("axxy")) == "stop"  # complete with the fourth token
+    assert rule.text(ids("axxy")) == "ax"
+    late = stopping(stop=("xy",), min_tokens=30)
+    assert late.reason(ids("xy" + "a" * 28)) is None
+    assert late.text(ids("xy" + "a" * 28)) == "xy" + "a" * 28
+
+
+def test_what_may_begin_a_stop_string_is_not_sure_yet() -> None:
+    rule = stopping(stop=("END", "NDX"))
+    assert rule.sure("the") == 3
+    assert rule.sure("the E") == 4
+    assert rule.sure("the EN") == 4
+    assert rule.sure("the ENx") == 7
+
+
 def test_stop_tokens_of_the_recipe_join_the_tokenizer_s() -> None:
     rule = stopping(stop_ids=(7,))
     assert rule.reason([65, 7]) == "stop"
@@ -81,3 +101,26 @@ def test_a_stop_string_of_the_model_s_own_text(make_policy) -> None:
     assert stopped.text == free.text[: free.text.index(wanted)]
     assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
     assert len(stopped.token_ids) < 20
+
+
+@pytest.mark.parametrize("least", [0, 3])
+def test_a_stream_shows_nothing_of_a_stop_string(make_policy, least: int) -> None:
+    toy = make_policy()
+    toy.generator.stop_ids = frozenset()
+    free = toy.generator.generate([Request([5, 6])], Sampling(1.0, 20), KEY)[0][0].text
+    for wanted in (free[4:6], free[3:9], free[0:2]):
+        sampling = Sampling(1.0, 20, stop=(wanted,), min_tokens=least)
+        (whole,) = toy.generator.generate([Request([5, 6])], sampling, KEY)[0]
+        events = list(toy.generator.stream(Request([5, 6]), sampling, KEY))
+        assert "".join(event.text for event in events) == whole.text
+        assert tuple(event.token_id for event in events) == whole.token_ids
+
+
+def test_special_tokens_have_no_text_in_a_stream_either(make_policy) -> None:
+    toy = make_policy()
+    toy.generator.stop_ids = frozenset()
+    events = list(toy.generator.stream(Request([5, 6]), Sampling(temperature=50.0, max_tokens=400), KEY))
+    special = {i for i, added in toy.tokenizer.added_tokens_decoder.items() if added.special}
+    silent = [event.text for event in events if event.token_id in special]
+    assert silent
+    assert not any("<|" in text for text in silent)

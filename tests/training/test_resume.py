@@ -72,6 +72,33 @@ def test_stopped_in_a_step_and_resumed_is_never_stopped(six, where: str, at: int
     same_end(Path("whole"), Path("parts"))
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.dtype=bfloat16", "adapter.layers=[0,1]"],
+        ["adapter.type=dora", "adapter.sync_reference_every=2", "rollout.top_p=0.9", "rollout.repetition_penalty=1.1"],
+        ["adapter.type=full", "adapter.sync_reference_every=3", "model.dtype=bfloat16", "optim.optimizer=muon"],
+        ["model.quantize=4", "adapter.targets=[mlp.up_proj]", "optim.optimizer=adafactor"],
+    ],
+    ids=["bfloat16", "dora", "full", "quantised"],
+)
+def test_whatever_trains_is_resumed(six, overrides: list[str]) -> None:
+    run(six, "output_dir=whole", *overrides)
+    run(six, "output_dir=parts", *overrides, change=interrupt_in(4, "update"))
+    run(six, "output_dir=parts", *overrides, resume=True)
+    same_end(Path("whole"), Path("parts"))
+
+
+def test_a_saved_adapter_is_gone_on_from_and_resumed(six) -> None:
+    start = run(six, "output_dir=first", "optim.steps=2", "optim.warmup_steps=0").checkpoint
+    overrides = [f"adapter.path={start}", "adapter.sync_reference_every=2", "adapter.ref_model_mixup_alpha=0.5"]
+    run(six, "output_dir=whole", *overrides)
+    run(six, "output_dir=parts", *overrides, change=interrupt_in(4, "rollout"))
+    run(six, "output_dir=parts", *overrides, resume=True)
+    same_end(Path("whole"), Path("parts"))
+    assert (Path("parts/checkpoints/step-000006") / "reference.safetensors").is_file()
+
+
 def test_a_checkpoint_holds_the_whole_state(six) -> None:
     ended = run(six)
     state, context = load_checkpoint(ended.checkpoint)

@@ -20,6 +20,7 @@ from grpo.training.state import Arrays, RunState
 
 STATE, RECIPE, SUMS = "state.json", "recipe.yaml", "SHA256SUMS"
 ARRAYS = ".safetensors"
+REPLACED = ".replaced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +51,28 @@ def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) 
         _write(aside, state, context)
         for path in [*aside.iterdir(), aside]:
             _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        restore_replaced(folder)
+        if final.exists():
+            final.rename(folder / f".{final.name}{REPLACED}")
         aside.rename(final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        restore_replaced(folder)
     _sync(folder)
     best = {checkpoint_path(folder, state.best.step)} if state.best else set()
     for old in set(checkpoints(folder)[:-keep]) - best:
         shutil.rmtree(old)
     return final
+
+
+def restore_replaced(folder: Path) -> None:
+    """Bring back a checkpoint that was put aside for another of its step which never came, or delete it if it did."""
+    for old in folder.glob(f".step-*{REPLACED}"):
+        final = folder / old.name[1:].removesuffix(REPLACED)
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
 
 
 def _write(folder: Path, state: RunState, context: Context) -> None:

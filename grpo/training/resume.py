@@ -16,7 +16,7 @@ import yaml
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.plugins import source_file
-from grpo.training.checkpoint import Context, hash_of, load_checkpoint, newest_whole, read_state
+from grpo.training.checkpoint import Context, hash_of, load_checkpoint, newest_whole, read_state, restore_replaced
 from grpo.training.folder import CHECKPOINTS, check_run_folder, is_run, recipe_text, resumed_folder, run_folder
 from grpo.training.state import RunState
 from grpo.training.trainer import Trainer
@@ -69,6 +69,7 @@ def find_start(
     goes_on = goes_on and is_run(folder)
     notes: list[str] = []
     if checkpoint is None and goes_on:
+        restore_replaced(folder / CHECKPOINTS)
         checkpoint, notes = newest_whole(folder / CHECKPOINTS)
         if notes and checkpoint is None:
             raise UserError(f"{folder}: no checkpoint is whole, so there is nothing to go on from: " + "; ".join(notes))

@@ -194,7 +194,8 @@ def test_a_finished_run_has_nothing_left_to_do(six) -> None:
     assert {path: path.read_bytes() for path in Path("runs/toy").rglob("*") if path.is_file()} == before
 
 
-def test_a_stop_in_an_evaluation_leaves_the_evaluation_to_do(six) -> None:
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_stop_in_an_evaluation_leaves_the_evaluation_to_do(six, at: int) -> None:
     run(six, "output_dir=whole")
 
     def change(trainer, stop) -> None:
@@ -202,7 +203,7 @@ def test_a_stop_in_an_evaluation_leaves_the_evaluation_to_do(six) -> None:
 
         class Interrupted:
             def __call__(self, step: int):
-                if step == 2:
+                if step == at:
                     stop.signal = signal.SIGINT
                     raise Stopped
                 return measure(step)
@@ -210,8 +211,8 @@ def test_a_stop_in_an_evaluation_leaves_the_evaluation_to_do(six) -> None:
         trainer.evaluate = Interrupted()
 
     stopped = run(six, "output_dir=parts", change=change)
-    assert stopped.state.step == 2
-    assert stopped.state.after.step == 0
+    assert stopped.state.step == at
+    assert stopped.state.after.step == at - 2
     run(six, "output_dir=parts", resume=True)
     same_end(Path("whole"), Path("parts"))
 

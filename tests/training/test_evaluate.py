@@ -128,10 +128,30 @@ def test_a_model_and_an_adapter_without_a_recipe(recipe, run_cli, toy_folder) ->
     for args, said in (
         (["eval", toy_folder], "needs --data"),
         (["eval", "runs/toy"], "nothing says what to evaluate on"),
-        (["eval", toy_folder, *options, "--adapter", "."], "not a LoRA adapter as mlx-lm writes them"),
+        (["eval", toy_folder, *options, "--adapter", "."], "not an adapter as mlx-lm writes them"),
         (["eval", toy_folder, *options, "--checkpoint", "best"], "--checkpoint is for runs"),
         (["eval", "runs/toy", *options, "--checkpoint", "7"], "there is 2"),
     ):
         refused = run_cli(*args)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
         assert said in refused.err
+
+
+@pytest.mark.parametrize("kind", [["type=dora", "layers=[1,2]"], ["type=full", "layers=[0,1]"], ["type=full"]])
+def test_an_adapter_of_any_kind_is_measured_without_its_recipe(recipe, run_cli, toy_folder, kind: list[str]) -> None:
+    ran = run_cli("train", recipe, "optim.learning_rate=0.05", *(f"adapter.{one}" for one in kind))
+    assert ran.code == 0, ran.err
+    options = ["--data", "train.jsonl", "--prompt", "{question}", "--reward", "digits.py:reward", "--samples", "2"]
+    of_run = run_cli("eval", "runs/toy", *options, "--prompts", 2)
+    alone = run_cli(
+        "eval",
+        toy_folder,
+        *options,
+        "--prompts",
+        2,
+        "--adapter",
+        "runs/toy/checkpoints/step-000002",
+        "rollout.max_completion_length=8",
+    )
+    assert alone.code == 0, alone.err
+    assert alone.out == of_run.out

@@ -55,15 +55,15 @@ def train(
     ranks.any(False)  # all have looked before the first one makes the folder
     with console.status("loading"):
         run = prepare(cfg)
-    print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes])
-    state = start.load(run.trainer)
-    if dry_run:
-        return
     trainer = run.trainer
-    parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
-    console.print(parity, highlight=False, soft_wrap=True)
     with ExitStack() as stack:
         stack.callback(trainer.scorer.close)
+        print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes])
+        state = start.load(trainer)
+        if dry_run:
+            return
+        parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
+        console.print(parity, highlight=False, soft_wrap=True)
         folder = stack.enter_context(start.folder()) if ranks.first else Path(str(cfg.output_dir))
         log = open_loggers(stack, cfg, folder, console, state.run_id) if ranks.first else lambda _: None
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))

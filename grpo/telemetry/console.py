@@ -53,7 +53,7 @@ class ConsoleLogger:
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         if isinstance(record, EvalMetrics):
-            fractions = "  ".join(f"{name} {value:.1%}" for name, value in record.values.items() if _is_fraction(name))
+            fractions = "  ".join(f"{name} {value:.1%}" for name, value in record.values.items() if is_fraction(name))
             line = f"eval at step {record.step}: {fractions}  (n={record.n})"
             self._console.print(line, highlight=False, soft_wrap=True)
             return
@@ -141,11 +141,11 @@ def _heading(metrics: EvalMetrics) -> str:
 
 
 def _with_interval(metrics: EvalMetrics, name: str) -> str:
-    form = ".1%" if _is_fraction(name) else ".3f"
+    form = ".1%" if is_fraction(name) else ".3f"
     low, high = metrics.intervals[name]
     return f"{metrics.values[name]:{form}}  ({low:{form}} to {high:{form}})"
 
 
-def _is_fraction(name: str) -> bool:
+def is_fraction(name: str) -> bool:
     """Whether an evaluation's value is a fraction, rather than a mean score."""
     return not name.startswith("rewards/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def replay(run: Path, step: int) -> Replay:
     if step > cfg.optim.steps:
         raise UserError(f"--step {step}: this run has {cfg.optim.steps} steps")
     trainer = prepare(cfg).trainer
+    with closing(trainer.scorer):
+        return _made(trainer, run, step)
+
+
+def _made(trainer: Trainer, run: Path, step: int) -> Replay:
     begun, notes = _begin(trainer, run, step)
     for n in range(begun + 1, step):
         trainer.step(n)

@@ -147,5 +147,5 @@ def _with_interval(metrics: EvalMetrics, name: str) -> str:
 
 
 def is_fraction(name: str) -> bool:
-    """Whether an evaluation's value is a fraction, rather than a mean score."""
-    return not name.startswith("rewards/")
+    """Whether an evaluation's value is a fraction, rather than a mean of what a reward says."""
+    return name == "greedy" or name.startswith(("avg@", "pass@", "maj@"))

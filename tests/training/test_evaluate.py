@@ -52,6 +52,29 @@ def test_evaluation_by_hand(recipe) -> None:
     assert list(metrics.values) == evaluate.names
 
 
+def test_strict_and_lenient_matches_are_measured_by_prompt(recipe) -> None:
+    text = recipe.read_text().replace("digits.py:reward", "math_answer")
+    recipe.write_text(text + "eval: {split: train, prompts: 3, samples: 2}\n")
+    trainer = prepare(load_recipe(recipe)).trainer
+    said = [["It is 2.", r"\boxed{2}"], [r"\boxed{4}", r"\boxed{4}"], ["6", "7"]]
+
+    def generate(requests, *_args):
+        return [
+            [Completion((1,), None, text, "stop") for text in texts[: request.n]]
+            for texts, request in zip(said, requests, strict=True)
+        ]
+
+    trainer.engine.generator.generate = generate
+    try:
+        metrics = trainer.evaluate(1)
+    finally:
+        trainer.scorer.close()
+    assert metrics.values["math_answer/lenient"] == metrics.values["avg@2"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert metrics.values["math_answer/strict"] == pytest.approx((0.5 + 1 + 0) / 3)
+    low, high = metrics.intervals["math_answer/strict"]
+    assert 0 <= low < 0.5 < high <= 1
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_evaluation_samples_at_the_recipes_temperature(recipe, temperature: float) -> None:
     recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 1, samples: 2}\n")

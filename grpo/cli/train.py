@@ -45,7 +45,7 @@ def train(
     from grpo.telemetry.summary import print_outcome, print_plan
     from grpo.training.loop import Loop
     from grpo.training.parity import check_parity
-    from grpo.training.resume import context, find_start
+    from grpo.training.resume import context, find_start, plan_of
     from grpo.training.setup import prepare
     from grpo.training.signals import StopRequest
 
@@ -54,7 +54,7 @@ def train(
     start = find_start(cfg, resume, resume_from, resume_changed, overwrite)
     ranks.any(False)  # all have looked before the first one makes the folder
     with console.status("loading"):
-        run = prepare(cfg)
+        run = prepare(start.planned)
     trainer = run.trainer
     with ExitStack() as stack:
         stack.callback(trainer.scorer.close)
@@ -67,7 +67,7 @@ def train(
         folder = stack.enter_context(start.folder()) if ranks.first else Path(str(cfg.output_dir))
         log = open_loggers(stack, cfg, folder, console, state.run_id) if ranks.first else lambda _: None
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
-        written = context(cfg, trainer.policy.adapters.config)
+        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer))
         outcome = Loop(trainer, folder, written, log, stop, state, start.checkpoint).run()
     print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt))
     if outcome.stopped_by is not None:

@@ -28,12 +28,13 @@ class Context:
     """What a checkpoint says about the run that wrote it, the same in all of them.
 
     `recipe` is the resolved recipe's text, `sources` a hash for each file of code that the recipe names, `adapter` what
-    mlx-lm's `adapter_config.json` says.
+    mlx-lm's `adapter_config.json` says. `plan` is what was decided of the `optim` settings that may be `auto`.
     """
 
     recipe: str
     sources: Mapping[str, str]
     adapter: Mapping[str, Any]
+    plan: Mapping[str, Any]
 
 
 def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) -> Path:
@@ -79,7 +80,7 @@ def _write(folder: Path, state: RunState, context: Context) -> None:
     for name, arrays in state.trainer.arrays.items():
         _save_arrays(folder / f"{name}{ARRAYS}", arrays)
     versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "grpo-mlx")}
-    plain = {**state.plain(), "sources": dict(context.sources), "versions": versions}
+    plain = {**state.plain(), "sources": dict(context.sources), "plan": dict(context.plan), "versions": versions}
     (folder / CONFIG).write_text(json.dumps(context.adapter, indent=2) + "\n", encoding="utf-8")
     (folder / STATE).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(context.recipe, encoding="utf-8")
@@ -157,6 +158,7 @@ def load_checkpoint(checkpoint: Path) -> tuple[RunState, Context]:
         recipe=(checkpoint / RECIPE).read_text(encoding="utf-8"),
         sources=plain["sources"],
         adapter=json.loads((checkpoint / CONFIG).read_text(encoding="utf-8")),
+        plan=plain["plan"],
     )
     return RunState.of(plain, arrays), context
 

@@ -14,10 +14,10 @@ from grpo.errors import UserError
 from grpo.model.policy import Policy
 from grpo.recipe import load_recipe
 from grpo.training.batches import batch_logprobs, whole_batches
-from grpo.training.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, step_of
+from grpo.training.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, newest_whole, read_state, step_of
 from grpo.training.completions import read_completions
 from grpo.training.folder import CHECKPOINTS, COMPLETIONS, is_run
-from grpo.training.resume import changes, context
+from grpo.training.resume import as_planned, changes, context
 from grpo.training.setup import prepare
 from grpo.training.trainer import Trainer
 from grpo.types import Group, StepMetrics
@@ -45,7 +45,8 @@ def replay(run: Path, step: int) -> Replay:
     cfg = load_recipe(run / RECIPE)
     if step > cfg.optim.steps:
         raise UserError(f"--step {step}: this run has {cfg.optim.steps} steps")
-    trainer = prepare(cfg).trainer
+    whole, _ = newest_whole(run / CHECKPOINTS)
+    trainer = prepare(as_planned(cfg, read_state(whole)["plan"]) if whole else cfg).trainer
     with closing(trainer.scorer):
         return _made(trainer, run, step)
 
@@ -70,14 +71,14 @@ def _made(trainer: Trainer, run: Path, step: int) -> Replay:
 
 def _begin(trainer: Trainer, run: Path, step: int) -> tuple[int, list[str]]:
     """Put the trainer where it was at the nearest checkpoint before a step. Returns that one's step."""
-    cfg = trainer.cfg
+    cfg = load_recipe(run / RECIPE)
     earlier = [path for path in reversed(checkpoints(run / CHECKPOINTS)) if damage(path) is None]
     nearest = next((path for path in earlier if step_of(path) < step), None)
     if nearest is None:
         return 0, [f"made again from the start, {step} steps"]
     state, written = load_checkpoint(nearest)
     trainer.load_state(state.trainer)
-    changed = [f"since then changed: {line}" for line in changes(written, context(cfg, written.adapter))]
+    changed = [f"since then changed: {line}" for line in changes(written, context(cfg, written.adapter, written.plan))]
     return state.step, [f"made again from {nearest}", *changed]
 
 

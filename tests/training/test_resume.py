@@ -11,6 +11,7 @@ from training.runs import run, same_end, timeless
 
 from grpo.errors import RunError, UserError
 from grpo.recipe import load_recipe
+from grpo.training import plan
 from grpo.training.checkpoint import checkpoints, load_checkpoint, step_of
 from grpo.training.completions import stored_steps
 from grpo.training.resume import find_start
@@ -161,6 +162,19 @@ def test_a_changed_recipe_or_reward_is_listed_and_needs_leave(six) -> None:
     assert len(lines) == 3
     assert run(six, *overrides, changed=True).state.step == 6
     assert run(six, *overrides, resume=True).state.step == 6  # the recipe is the run's from now on
+
+
+def test_a_resumed_run_keeps_its_plan(six, monkeypatch) -> None:
+    """The plan is a measurement, and another one cuts the micro-batches otherwise."""
+    run(six, "output_dir=whole")
+    run(six, "output_dir=parts", change=interrupt_in(4, "rollout"))
+    monkeypatch.setattr(plan, "AUTO_TOKENS", (16, 16, 16))  # as if memory had been short
+    run(six, "output_dir=parts", resume=True)
+    same_end(Path("whole"), Path("parts"))
+    changed = find_start(load_recipe(six, ["output_dir=parts", "optim.steps=7"]), changed=True)
+    assert changed.planned.optim.micro_batch_tokens == "auto"
+    asked = ["output_dir=parts", "optim.micro_batch_tokens=64"]
+    assert find_start(load_recipe(six, asked), changed=True).planned.optim.micro_batch_tokens == 64
 
 
 def test_a_longer_run_goes_on_where_the_shorter_ended(six) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,6 +53,10 @@ class Failure:
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.error}"
+
+
+Progress = Callable[[str, int, int], None]
+"""Told how far a phase of a step is: its name, how much of it is done, and of how much."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,8 @@ def train(
         parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
         console.print(parity, highlight=False, soft_wrap=True)
         folder = stack.enter_context(start.folder()) if ranks.first else Path(str(cfg.output_dir))
-        log = open_loggers(stack, cfg, folder, console, state.run_id) if ranks.first else lambda _: None
+        watched = (trainer.engine.generator, trainer.update)
+        log = open_loggers(stack, cfg, folder, console, state.run_id, watched) if ranks.first else lambda _: None
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
         written = context(cfg, trainer.policy.adapters.config, plan_of(trainer))
         outcome = Loop(trainer, folder, written, log, stop, state, start.checkpoint).run()

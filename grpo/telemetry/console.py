@@ -21,7 +21,8 @@ WIDTH, SAMPLE = 60, 200
 class ConsoleLogger:
     """Shows each step, with reward, KL, length, speed and time left. Use it in a `with` block.
 
-    A terminal shows the reward's curve and the best completion of the last step besides.
+    A terminal shows how far the step's rollouts and updates are, the reward's curve, and the best completion of the
+    last step besides.
     """
 
     def __init__(self, console: Console, steps: int) -> None:
@@ -31,7 +32,7 @@ class ConsoleLogger:
         self._began = 0.0
         self._rewards: list[float] = []
         self._progress = _View(
-            TextColumn("step"),
+            TextColumn("{task.description:7}"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[numbers]}"),
@@ -40,7 +41,9 @@ class ConsoleLogger:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=steps, numbers="")
+        self._task = self._progress.add_task("step", total=steps, numbers="")
+        self._phase = self._progress.add_task("", total=1, numbers="", visible=False)
+        self._now: tuple[str, int, int] = ("", 0, 0)
 
     def __enter__(self) -> ConsoleLogger:
         self._progress.start()
@@ -50,6 +53,13 @@ class ConsoleLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Show how far a phase of the step is, in a bar of its own."""
+        if (phase, total) != self._now[::2] or done < self._now[1]:
+            self._progress.reset(self._phase, description=phase, total=total, visible=True)
+        self._now = (phase, done, total)
+        self._progress.update(self._phase, completed=done)
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         if isinstance(record, EvalMetrics):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from grpo.recipe import load_recipe
 from grpo.training.batches import batch_logprobs, whole_batches
 from grpo.training.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, newest_whole, read_state, step_of
 from grpo.training.completions import read_completions
-from grpo.training.folder import CHECKPOINTS, COMPLETIONS, is_run
+from grpo.training.folder import CHECKPOINTS, COMPLETIONS, METRICS, is_run
 from grpo.training.resume import as_planned, changes, context
 from grpo.training.setup import prepare
 from grpo.training.trainer import Trainer
@@ -45,10 +46,18 @@ def replay(run: Path, step: int) -> Replay:
     cfg = load_recipe(run / RECIPE)
     if step > cfg.optim.steps:
         raise UserError(f"--step {step}: this run has {cfg.optim.steps} steps")
+    if step > (made := _steps_made(run)) + 1:  # the one after the last may be what stopped the run
+        raise UserError(f"--step {step}: this run has made {made} of its {cfg.optim.steps} steps")
     whole, _ = newest_whole(run / CHECKPOINTS)
     trainer = prepare(as_planned(cfg, read_state(whole)["plan"]) if whole else cfg).trainer
     with closing(trainer.scorer):
         return _made(trainer, run, step)
+
+
+def _steps_made(run: Path) -> int:
+    """The last step on record."""
+    lines = (run / METRICS).read_bytes().splitlines(keepends=True) if (run / METRICS).exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith(b"\n")), default=0)
 
 
 def _made(trainer: Trainer, run: Path, step: int) -> Replay:

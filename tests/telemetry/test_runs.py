@@ -113,6 +113,10 @@ def test_a_replay_is_shown_and_says_where_it_is_not_the_run(toy, run_cli, monkey
     ):
         assert said in ran.out
     assert {path: path.stat().st_mtime_ns for path in toy.rglob("*")} == before
+    lines = (toy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (toy / "metrics.jsonl").write_text("".join(lines[:3]))
+    assert "this run has made 3 of its 5 steps" in run_cli("replay", toy, "--step", 5).err
+    (toy / "metrics.jsonl").write_text("".join(lines))
     Path("digits.py").write_text("def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n")
     changed = run_cli("replay", toy, "--step", 5)
     assert "since then changed: code of" in changed.out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,12 +55,17 @@ class Failure:
         return f"{self.kind}: {self.error}"
 
 
+Progress = Callable[[str, int, int], None]
+"""Told how far a phase of a step is: its name, how much of it is done, and of how much."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A completion and what became of it.
 
     `scores` are the raw values by reward name, None where a reward gave none, and `failures` says by name which of them
-    failed; `extras` is what rewards had to add by `log_extra`. `reward` is the weighted sum of scores, None where none
+    failed; `extras` is what rewards had to add by `log_extra`, and `logged` what those that were called for this
+    completion alone told by `log_metric`. `reward` is the weighted sum of scores, None where none
     scored it or one that counts `failed` on it; `penalty` is taken off it before advantages are; `advantage` is 0 until
     the objective has set it.
     """
@@ -69,6 +74,7 @@ class Rollout:
     scores: Mapping[str, float | None] = field(default_factory=dict)
     failures: Mapping[str, Failure] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
+    logged: Mapping[str, float] = field(default_factory=dict)
     failed: bool = False
     reward: float | None = None
     penalty: float = 0.0

@@ -45,7 +45,7 @@ def train(
     from grpo.telemetry.summary import print_outcome, print_plan
     from grpo.training.loop import Loop
     from grpo.training.parity import check_parity
-    from grpo.training.resume import context, find_start
+    from grpo.training.resume import context, find_start, plan_of
     from grpo.training.setup import prepare
     from grpo.training.signals import StopRequest
 
@@ -54,20 +54,21 @@ def train(
     start = find_start(cfg, resume, resume_from, resume_changed, overwrite)
     ranks.any(False)  # all have looked before the first one makes the folder
     with console.status("loading"):
-        run = prepare(cfg)
-    print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes])
-    state = start.load(run.trainer)
-    if dry_run:
-        return
+        run = prepare(start.planned)
     trainer = run.trainer
-    parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
-    console.print(parity, highlight=False, soft_wrap=True)
     with ExitStack() as stack:
         stack.callback(trainer.scorer.close)
+        print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes])
+        state = start.load(trainer)
+        if dry_run:
+            return
+        parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
+        console.print(parity, highlight=False, soft_wrap=True)
         folder = stack.enter_context(start.folder()) if ranks.first else Path(str(cfg.output_dir))
-        log = open_loggers(stack, cfg, folder, console, state.run_id) if ranks.first else lambda _: None
+        watched = (trainer.engine.generator, trainer.update)
+        log = open_loggers(stack, cfg, folder, console, state.run_id, watched) if ranks.first else lambda _: None
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
-        written = context(cfg, trainer.policy.adapters.config)
+        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer))
         outcome = Loop(trainer, folder, written, log, stop, state, start.checkpoint).run()
     print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt))
     if outcome.stopped_by is not None:

@@ -16,7 +16,7 @@ from grpo.generation.decoding import Work
 from grpo.generation.run import Row, Run
 from grpo.generation.sampling import Sampler, Sampling
 from grpo.generation.stopping import Stopping
-from grpo.types import Completion, FinishReason
+from grpo.types import Completion, FinishReason, Progress
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -53,6 +53,7 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.slots = slots
+        self.progress: Progress | None = None
         self.stop_ids = frozenset(tokenizer.eos_token_ids)
         layers = [array.size for layer in model.layers for _, array in tree_flatten(layer.parameters())]
         self._largest = max(layers, default=0)
@@ -69,7 +70,8 @@ class Generator:
         """
         rows, stopping = _rows(requests, key), self._stopping(sampling)
         for _ in self._steps(requests, rows, stopping, logprobs):
-            pass
+            if self.progress is not None:
+                self.progress("rollout", sum(row.finish_reason is not None for row in rows), len(rows))
         groups: list[list[Completion]] = [[] for _ in requests]
         for row in rows:
             groups[row.request].append(_completion(row, stopping, logprobs))

@@ -92,7 +92,7 @@ class Scorer:
         return told
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
-        """The same groups with `scores`, `failures` and `extras` in their rollouts.
+        """The same groups with `scores`, `failures`, `extras` and `logged` in their rollouts.
 
         Raises RunError, with its first traceback, when a function failed on more than its `max_failure_rate` of
         completions lately: a broken grader is not training.
@@ -183,8 +183,11 @@ def _by_place(
     scores: list[dict[str, float | None]] = [{} for _ in range(count)]
     failures: list[dict[str, Failure]] = [{} for _ in range(count)]
     extras: list[dict[str, Any]] = [{} for _ in range(count)]
+    logged: list[dict[str, float]] = [{} for _ in range(count)]
     for name, spans in answers.items():
-        for (begin, _), answer in spans:
+        for (begin, end), answer in spans:
+            if end - begin == 1:
+                logged[begin] |= {metric: fmean(values) for metric, values in answer.metrics.items()}
             for place, value in enumerate(answer.values, begin):
                 scores[place][name] = value
             for place, error in answer.failures.items():
@@ -192,5 +195,6 @@ def _by_place(
             for column, values in answer.extras.items():
                 for place, value in enumerate(values, begin):
                     extras[place][column] = value
-    for own, failed, extra in zip(scores, failures, extras, strict=True):
-        yield {"scores": own, "failures": failed, "extras": extra, "failed": bool(set(failed) - set(metrics_only))}
+    for own, failed, extra, told in zip(scores, failures, extras, logged, strict=True):
+        counts = bool(set(failed) - set(metrics_only))
+        yield {"scores": own, "failures": failed, "extras": extra, "logged": told, "failed": counts}

@@ -21,7 +21,8 @@ WIDTH, SAMPLE = 60, 200
 class ConsoleLogger:
     """Shows each step, with reward, KL, length, speed and time left. Use it in a `with` block.
 
-    A terminal shows the reward's curve and the best completion of the last step besides.
+    A terminal shows how far the step's rollouts and updates are, the reward's curve, and the best completion of the
+    last step besides.
     """
 
     def __init__(self, console: Console, steps: int) -> None:
@@ -31,7 +32,7 @@ class ConsoleLogger:
         self._began = 0.0
         self._rewards: list[float] = []
         self._progress = _View(
-            TextColumn("step"),
+            TextColumn("{task.description:7}"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[numbers]}"),
@@ -40,7 +41,9 @@ class ConsoleLogger:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=steps, numbers="")
+        self._task = self._progress.add_task("step", total=steps, numbers="")
+        self._phase = self._progress.add_task("", total=1, numbers="", visible=False)
+        self._now: tuple[str, int, int] = ("", 0, 0)
 
     def __enter__(self) -> ConsoleLogger:
         self._progress.start()
@@ -51,9 +54,16 @@ class ConsoleLogger:
     ) -> None:
         self._progress.stop()
 
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Show how far a phase of the step is, in a bar of its own."""
+        if (phase, total) != self._now[::2] or done < self._now[1]:
+            self._progress.reset(self._phase, description=phase, total=total, visible=True)
+        self._now = (phase, done, total)
+        self._progress.update(self._phase, completed=done)
+
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         if isinstance(record, EvalMetrics):
-            fractions = "  ".join(f"{name} {value:.1%}" for name, value in record.values.items() if _is_fraction(name))
+            fractions = "  ".join(f"{name} {value:.1%}" for name, value in record.values.items() if is_fraction(name))
             line = f"eval at step {record.step}: {fractions}  (n={record.n})"
             self._console.print(line, highlight=False, soft_wrap=True)
             return
@@ -141,11 +151,11 @@ def _heading(metrics: EvalMetrics) -> str:
 
 
 def _with_interval(metrics: EvalMetrics, name: str) -> str:
-    form = ".1%" if _is_fraction(name) else ".3f"
+    form = ".1%" if is_fraction(name) else ".3f"
     low, high = metrics.intervals[name]
     return f"{metrics.values[name]:{form}}  ({low:{form}} to {high:{form}})"
 
 
-def _is_fraction(name: str) -> bool:
-    """Whether an evaluation's value is a fraction, rather than a mean score."""
-    return not name.startswith("rewards/")
+def is_fraction(name: str) -> bool:
+    """Whether an evaluation's value is a fraction, rather than a mean of what a reward says."""
+    return name == "greedy" or name.startswith(("avg@", "pass@", "maj@"))

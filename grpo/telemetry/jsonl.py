@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from grpo.errors import UserError
 from grpo.training.folder import EVALUATIONS, METRICS
 from grpo.types import EvalMetrics, StepMetrics
 
@@ -87,6 +88,11 @@ def _evaluation(line: dict[str, Any]) -> EvalMetrics:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        lines = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     except FileNotFoundError:
         return []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not all(isinstance(line, dict) and "step" in line for line in lines):
+        raise UserError(f"{path}: a line of it is no record of ours")
+    return lines

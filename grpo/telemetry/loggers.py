@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.telemetry.tensorboard import TensorboardLogger
 from grpo.telemetry.weights_and_biases import WandbLogger
-from grpo.types import EvalMetrics, StepMetrics
+from grpo.types import EvalMetrics, Progress, StepMetrics
 
 Log = Callable[[StepMetrics | EvalMetrics], None]
 
@@ -32,14 +32,28 @@ class Closing(Protocol):
     def close(self) -> None: ...
 
 
-def open_loggers(stack: ExitStack, cfg: Recipe, folder: Path, console: Console, run_id: str) -> Log:
+class Watched(Protocol):
+    """Something that tells how far it is."""
+
+    progress: Progress | None
+
+
+def open_loggers(
+    stack: ExitStack, cfg: Recipe, folder: Path, console: Console, run_id: str, watched: Sequence[Watched] = ()
+) -> Log:
     """A function that tells them all; `stack` closes them. The files come first, so that nothing is lost.
+
+    A terminal shows how far the `watched` are.
 
     What fails of the others is said once and left out: a service that is away must not end a run. Raises UserError for
     a logger of the recipe's own that is not there.
     """
     own = [find_function(use, "logger") for use in cfg.log.use]
-    logs = [JsonlLogger(folder).log, stack.enter_context(ConsoleLogger(console, cfg.optim.steps)).log]
+    terminal = stack.enter_context(ConsoleLogger(console, cfg.optim.steps))
+    if console.is_terminal:
+        for one in watched:
+            one.progress = terminal.progress
+    logs = [JsonlLogger(folder).log, terminal.log]
     makers: dict[str, Callable[[], Closing]] = {}
     if cfg.log.wandb is not None:
         wandb = cfg.log.wandb

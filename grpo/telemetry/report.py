@@ -97,7 +97,7 @@ def _evaluation(runs: Sequence[Run]) -> str | None:
     named = [run for run in runs if run.evaluations]
     if not named:
         return None
-    plot = evaluations(named, ["greedy", *dict.fromkeys(run.recipe.best_metric for run in named)])
+    plot = evaluations(named, ["greedy", *dict.fromkeys(run.recipe.best_metric for run in named if run.recipe.eval)])
     rows = []
     for run in named:
         first, last = run.evaluations[0], run.evaluations[-1]

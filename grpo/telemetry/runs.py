@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,11 +16,13 @@ from rich.table import Table
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.recipe import load_recipe
-from grpo.telemetry.console import ConsoleLogger
+from grpo.telemetry.console import ConsoleLogger, is_fraction
 from grpo.telemetry.jsonl import read_evaluations, read_steps
 from grpo.training.checkpoint import RECIPE
 from grpo.training.folder import METRICS, is_run, is_running
 from grpo.types import EvalMetrics, StepMetrics
+
+warn = logging.getLogger(__name__).warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +49,11 @@ class Run:
     @property
     def best(self) -> EvalMetrics | None:
         """The best evaluation of an adapter, by the recipe's metric."""
-        adapters = [evaluation for evaluation in self.evaluations if evaluation.step > 0]
-        return max(adapters, key=lambda one: one.values[self.recipe.best_metric], default=None)
+        if self.recipe.eval is None:
+            return None
+        name = self.recipe.best_metric  # evaluations of before the recipe was changed may lack it
+        adapters = [evaluation for evaluation in self.evaluations if evaluation.step > 0 and name in evaluation.values]
+        return max(adapters, key=lambda one: one.values[name], default=None)
 
 
 def read_run(folder: Path) -> Run:
@@ -57,9 +64,20 @@ def read_run(folder: Path) -> Run:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """The runs in a folder and below, those that were written to last first."""
-    found = {path.parent for path in folder.rglob(RECIPE) if is_run(path.parent)}
-    return [read_run(path) for path in sorted(found, key=_written, reverse=True)]
+    """The runs in a folder and below, those that were written to last first. One that cannot be read is said."""
+    found = {path.parent for path in folder.rglob(RECIPE) if not _is_hidden(path, folder) and is_run(path.parent)}
+    runs = []
+    for path in sorted(found, key=_written, reverse=True):
+        try:
+            runs.append(read_run(path))
+        except UserError as error:
+            warn("%s is left out: %s", path, error)
+    return runs
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    """Whether in a folder that is nobody's to see, such as that of a run which another is about to replace."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def runs_table(runs: list[Run]) -> Table:
@@ -104,12 +122,16 @@ def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: ti
 
 
 def _written(folder: Path) -> float:
-    paths = [path for path in (folder / METRICS, folder / RECIPE) if path.exists()]
-    return max(path.stat().st_mtime for path in paths)
+    times = []
+    for path in (folder / METRICS, folder / RECIPE):
+        with suppress(OSError):  # not there, or not any more
+            times.append(path.stat().st_mtime)
+    return max(times, default=0.0)
 
 
 def _best(run: Run) -> str:
     if run.best is None:
         return ""
     name = run.recipe.best_metric
-    return f"{name} {run.best.values[name]:.1%} at step {run.best.step}"
+    value = run.best.values[name]
+    return f"{name} {f'{value:.1%}' if is_fraction(name) else f'{value:.3f}'} at step {run.best.step}"

@@ -30,7 +30,7 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str]) -
     lines = [
         f"---\n{yaml.safe_dump(_front_matter(cfg, form), sort_keys=False)}---",
         f"# {Path(cfg.output_dir or 'run').name}",
-        f"{_kind(form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300), loss "
+        f"{_kind(cfg, form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300), loss "
         f"`{cfg.loss.type}`, for {state['step']} steps on `{short_name(cfg.data.source)}`. Rewards: {rewards}.",
         *(f"Note: {note}." for note in notes),
         USE[form].format(base=short_name(cfg.model.name)),
@@ -43,15 +43,18 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str]) -
     return "\n\n".join(lines) + "\n"
 
 
-def _kind(form: str) -> str:
-    return "Fused weights" if form == "fused" else f"LoRA adapter ({'mlx-lm' if form == 'mlx' else 'PEFT'} format)"
+def _kind(cfg: Recipe, form: str) -> str:
+    if form == "fused":
+        return "Fused weights"
+    what = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "Trained weights"}[cfg.adapter.type]
+    return f"{what} ({'mlx-lm' if form == 'mlx' else 'PEFT'} format)"
 
 
 def _front_matter(cfg: Recipe, form: str) -> dict[str, Any]:
     matter: dict[str, Any] = {
         "library_name": "peft" if form == "peft" else "mlx",
         "pipeline_tag": "text-generation",
-        "tags": ["grpo", "reinforcement-learning", *([] if form == "fused" else ["lora"])],
+        "tags": ["grpo", "reinforcement-learning", *([] if form == "fused" else [cfg.adapter.type])],
     }
     if "/" in cfg.model.name and not Path(cfg.model.name).exists() and cfg.model.name not in builtin_models.NAMES:
         matter["base_model"] = cfg.model.name

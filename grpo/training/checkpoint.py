@@ -20,6 +20,7 @@ from grpo.training.state import Arrays, RunState
 
 STATE, RECIPE, SUMS = "state.json", "recipe.yaml", "SHA256SUMS"
 ARRAYS = ".safetensors"
+REPLACED = ".replaced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,13 @@ class Context:
     """What a checkpoint says about the run that wrote it, the same in all of them.
 
     `recipe` is the resolved recipe's text, `sources` a hash for each file of code that the recipe names, `adapter` what
-    mlx-lm's `adapter_config.json` says.
+    mlx-lm's `adapter_config.json` says. `plan` is what was decided of the `optim` settings that may be `auto`.
     """
 
     recipe: str
     sources: Mapping[str, str]
     adapter: Mapping[str, Any]
+    plan: Mapping[str, Any]
 
 
 def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) -> Path:
@@ -50,10 +52,13 @@ def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) 
         _write(aside, state, context)
         for path in [*aside.iterdir(), aside]:
             _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        restore_replaced(folder)
+        if final.exists():
+            final.rename(folder / f".{final.name}{REPLACED}")
         aside.rename(final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        restore_replaced(folder)
     _sync(folder)
     best = {checkpoint_path(folder, state.best.step)} if state.best else set()
     for old in set(checkpoints(folder)[:-keep]) - best:
@@ -61,11 +66,21 @@ def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) 
     return final
 
 
+def restore_replaced(folder: Path) -> None:
+    """Bring back a checkpoint that was put aside for another of its step which never came, or delete it if it did."""
+    for old in folder.glob(f".step-*{REPLACED}"):
+        final = folder / old.name[1:].removesuffix(REPLACED)
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
+
+
 def _write(folder: Path, state: RunState, context: Context) -> None:
     for name, arrays in state.trainer.arrays.items():
         _save_arrays(folder / f"{name}{ARRAYS}", arrays)
     versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "grpo-mlx")}
-    plain = {**state.plain(), "sources": dict(context.sources), "versions": versions}
+    plain = {**state.plain(), "sources": dict(context.sources), "plan": dict(context.plan), "versions": versions}
     (folder / CONFIG).write_text(json.dumps(context.adapter, indent=2) + "\n", encoding="utf-8")
     (folder / STATE).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(context.recipe, encoding="utf-8")
@@ -143,6 +158,7 @@ def load_checkpoint(checkpoint: Path) -> tuple[RunState, Context]:
         recipe=(checkpoint / RECIPE).read_text(encoding="utf-8"),
         sources=plain["sources"],
         adapter=json.loads((checkpoint / CONFIG).read_text(encoding="utf-8")),
+        plan=plain["plan"],
     )
     return RunState.of(plain, arrays), context
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from math import comb
 from statistics import fmean
+from typing import Literal
 
 from grpo.backend.random import derive_key, derive_seed
 from grpo.config import Recipe
@@ -33,7 +34,7 @@ class Evaluator:
 
     @property
     def names(self) -> list[str]:
-        """What is measured, all of it the better the higher."""
+        """What is always measured, all of it the better the higher; what rewards log comes to it."""
         sampled = [f"avg@{self.samples}", *(f"pass@{k}" for k in self._ks()), f"maj@{self.samples}"]
         return ["greedy", *sampled, *(f"rewards/{name}" for name in self.scorer.rewards)]
 
@@ -48,8 +49,9 @@ class Evaluator:
             f"avg@{self.samples}": [fmean(one) for one in solved],
             **{f"pass@{k}": [pass_at(k, len(one), sum(one)) for one in solved] for k in self._ks()},
             f"maj@{self.samples}": [_voted(graded) for graded in right],
-            **{f"rewards/{name}": _scores(sampled, name) for name in self.scorer.rewards},
+            **{f"rewards/{name}": _means(sampled, "scores", name) for name in self.scorer.rewards},
         }
+        measured |= {name: _means(sampled, "logged", name) for name in _logged(sampled) if name not in measured}
         if not measured["greedy"] or not solved:
             raise RunError(f"evaluation: the first reward, {self.grader!r}, scored no completion")
         measured = {name: values for name, values in measured.items() if values}
@@ -90,10 +92,15 @@ def _voted(graded: Sequence[tuple[Rollout, bool]]) -> float:
     return float(graded[chosen][1])
 
 
-def _scores(groups: Sequence[Group], name: str) -> list[float]:
-    """Each prompt's mean score by one reward, without the prompts that have none."""
-    known = [[r.scores[name] for r in group.rollouts] for group in groups]
-    return [fmean(scores) for row in known if (scores := [score for score in row if score is not None])]
+def _logged(groups: Sequence[Group]) -> list[str]:
+    """The metrics that rewards logged of single completions, as `math_answer` does of strict and lenient matches."""
+    return sorted({name for group in groups for rollout in group.rollouts for name in rollout.logged})
+
+
+def _means(groups: Sequence[Group], of: Literal["scores", "logged"], name: str) -> list[float]:
+    """Each prompt's mean of what is known of its completions by a name, without the prompts that have nothing."""
+    known = [[getattr(rollout, of).get(name) for rollout in group.rollouts] for group in groups]
+    return [fmean(values) for row in known if (values := [value for value in row if value is not None])]
 
 
 def bootstrap_interval(

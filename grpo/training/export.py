@@ -19,7 +19,7 @@ from grpo.backend.hub import one_line
 from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
 from grpo.model.adapters import CONFIG, WEIGHTS, load_adapter
-from grpo.model.load import load, model_folder
+from grpo.model.load import QUANTIZED_GROUP, load, model_folder
 from grpo.recipe import load_recipe
 from grpo.training.card import model_card
 from grpo.training.checkpoint import RECIPE
@@ -72,13 +72,29 @@ def _write(folder: Path, form: Format, cfg: Recipe, checkpoint: Path, bits: int 
     if form == "fused":
         return _write_fused(folder, cfg, checkpoint, bits)
     if form == "peft":
-        return _write_peft(folder, cfg, checkpoint)
-    for name in (WEIGHTS, CONFIG):
-        shutil.copyfile(checkpoint / name, folder / name)
-    return []
+        _write_peft(folder, cfg, checkpoint)
+    else:
+        for name in (WEIGHTS, CONFIG):
+            shutil.copyfile(checkpoint / name, folder / name)
+    return _of_the_base(form, cfg.model)
 
 
-def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path) -> list[str]:
+def _of_the_base(form: Format, cfg: ModelConfig) -> list[str]:
+    """What there is to say about the base that an adapter goes with."""
+    if form == "mlx" and cfg.quantize is None:  # it is there, quantised or not, as it was in training
+        return []
+    if _quantization(cfg) is None:
+        return []
+    if form == "mlx":
+        same = f"quantise it likewise (mlx_lm.convert -q --q-bits {cfg.quantize} --q-group-size {QUANTIZED_GROUP})"
+        return [f"the base was quantised when it was loaded: {same}, or this adapter computes something else"]
+    return [
+        "the base in training was quantised: on a base of other weights this adapter computes something else; "
+        "measure it there"
+    ]
+
+
+def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path) -> None:
     """The adapter as PEFT saves it: A and B transposed, alpha = scale × rank, modules by the Hub's names."""
     config, weights = _read(checkpoint)
     parameters = config["lora_parameters"]
@@ -98,12 +114,6 @@ def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path) -> list[str]:
         "inference_mode": True,
     }
     (folder / CONFIG).write_text(json.dumps(peft, indent=2) + "\n", encoding="utf-8")
-    if _quantization(cfg.model):
-        return [
-            "the base in training was quantised: on a base of other weights this adapter computes something else; "
-            "measure it there"
-        ]
-    return []
 
 
 def peft_name(path: str) -> str:
@@ -135,10 +145,7 @@ def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) 
     source, quantized = model_folder(cfg.model), _quantization(cfg.model)
     config = load_config(source)
     model, tokenizer = load(cfg.model)
-    if json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))["fine_tune_type"] == "full":
-        model.load_weights(str(checkpoint / WEIGHTS), strict=False)
-    else:
-        load_adapter(model, checkpoint)
+    load_adapter(model, checkpoint)
     probe = mx.array([tokenizer.encode(PROBE)])
     before = _logprobs(model, probe)
     fused = [(path, m.fuse(dequantize=True)) for path, m in model.named_modules() if hasattr(m, "fuse")]
@@ -154,8 +161,10 @@ def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) 
         with contextlib.redirect_stdout(None):  # it prints
             model, config = quantize_model(model, config, group_size=_group_size(model), bits=bits)
         notes = [f"quantised to {bits} bits after the adapter was added: the adapter is rounded with the weights"]
-    gap = (mx.exp(before) * (before - _logprobs(model, probe))).sum(axis=-1).mean().item()
-    notes.append(f"against the base with its adapter: KL divergence {gap:.1e} nats a token, on a line of arithmetic")
+    gap: Any = (mx.exp(before) * (before - _logprobs(model, probe))).sum(axis=-1).mean().item()
+    notes.append(
+        f"against the base with its adapter: KL divergence {max(gap, 0.0):.1e} nats a token, on a line of arithmetic"
+    )
     save(folder, source, model, tokenizer, config, donate_model=False)
     return notes
 
@@ -168,6 +177,9 @@ def _logprobs(model: nn.Module, tokens: mx.array) -> mx.array:
 
 
 def _quantization(cfg: ModelConfig) -> Any:
+    """How the base's weights were quantised in training, by the recipe or as they are stored; None if they were not."""
+    if cfg.quantize is not None:
+        return {"bits": cfg.quantize, "group_size": QUANTIZED_GROUP}
     config = json.loads((model_folder(cfg) / "config.json").read_text(encoding="utf-8"))
     return config.get("quantization") or config.get("quantization_config")
 

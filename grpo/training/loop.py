@@ -52,7 +52,7 @@ class Loop:
         self.tell, self.stop = tell, stop
         self.cfg = trainer.cfg
         self.state = start
-        self._saved, self._saved_step = checkpoint, start.step
+        self._saved, self._saved_state = checkpoint, start
         self.ranks = trainer.ranks
         trainer.update.inspect = folder / NOT_FINITE
 
@@ -99,7 +99,7 @@ class Loop:
             return
         with self.stop.interrupts() if self.ranks.size == 1 else nullcontext():
             metrics = evaluate(step)
-        best = better(self.state.best, metrics, self.cfg.best_metric) if step > 0 else None
+        best = better(self.state.best, metrics, self.cfg.best_metric) if step > 0 else self.state.best
         before = self.state.before or metrics
         improved = best is not self.state.best
         self.state = replace(self.state, trainer=self.trainer.state(), before=before, after=metrics, best=best)
@@ -135,12 +135,12 @@ class Loop:
             raise RunError(f"{self._unsaved(error)}. Make room there and go on with --resume.") from error
 
     def _write(self) -> None:
-        if self._saved_step == self.state.step or not self.ranks.first:
+        if self.state is self._saved_state or self.state.step == 0 or not self.ranks.first:
             return
         restore_folder(self.folder, self.context.recipe)
         keep = self.cfg.checkpoint.keep
         self._saved = save_checkpoint(self.folder / CHECKPOINTS, self.state, self.context, keep)
-        self._saved_step = self.state.step
+        self._saved_state = self.state
 
     def _unsaved(self, error: OSError) -> str:
         newest, _ = newest_whole(self.folder / CHECKPOINTS)
@@ -149,7 +149,12 @@ class Loop:
         return f"step {self.state.step} could not be saved in {self.folder / CHECKPOINTS}: {why}; {there}"
 
 
-def better(best: Best | None, metrics: EvalMetrics, name: str) -> Best:
-    """The better of the best so far and a new evaluation by the metric `name`; of equals the earlier."""
-    value = metrics.values[name]
-    return best if best is not None and best.value >= value else Best(metrics.step, value)
+def better(best: Best | None, metrics: EvalMetrics, name: str) -> Best | None:
+    """The better of the best so far and a new evaluation by the metric `name`; of equals the earlier.
+
+    An evaluation in which nothing could be scored by that metric is not the better one.
+    """
+    value = metrics.values.get(name)
+    if value is None or (best is not None and best.value >= value):
+        return best
+    return Best(metrics.step, value)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
+from grpo.backend.hub import one_line
 from grpo.config import FILE_TYPES, Recipe
 from grpo.errors import UserError
-from grpo.model.adapters import CONFIG
+from grpo.model.adapters import CONFIG, WEIGHTS
 from grpo.plugins import find_recipe
 from grpo.recipe import load_recipe, recipe_of
 from grpo.training.checkpoint import RECIPE, STATE, step_of
 from grpo.training.folder import find_checkpoint, is_run
 from grpo.training.setup import prepare
 from grpo.types import EvalMetrics
+
+BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +77,13 @@ def measure(target: str, asked: Asked, overrides: Sequence[str]) -> tuple[EvalMe
     if asked.adapter is not None:  # a run's own has the shape that its recipe says
         cfg = cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update=_shape(asked.adapter))})
     trainer = prepare(cfg).trainer
-    assert trainer.evaluate is not None
-    before = trainer.evaluate(0)
-    if adapter is None:
-        return before, None
-    trainer.policy.adapters.load(adapter)
-    return before, trainer.evaluate(step_of(adapter) if (adapter / STATE).is_file() else 0)
+    with closing(trainer.scorer):
+        assert trainer.evaluate is not None
+        before = trainer.evaluate(0)
+        if adapter is None:
+            return before, None
+        trainer.policy.adapters.load(adapter)
+        return before, trainer.evaluate(step_of(adapter) if (adapter / STATE).is_file() else 0)
 
 
 def _is_recipe(target: str) -> bool:
@@ -107,7 +115,16 @@ def _shape(adapter: Path) -> dict[str, Any]:
     """The settings of an adapter as mlx-lm saved it. Raises UserError for what is none."""
     try:
         saved = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+        kind = saved.get("fine_tune_type", "lora")
+        paths: Any = mx.load(str(adapter / WEIGHTS))
+        places = [match.groups() for path in paths if (match := BLOCK.search(path))]
+        blocks = [int(number) for number, _ in places]
+        everything = kind == "full" and len(places) < len(paths)
+        layers = {"layers": "all" if everything else (min(blocks), max(blocks) + 1)}
+        if kind == "full":
+            return {"type": kind, **layers}
         parameters = saved["lora_parameters"]
-        return {"rank": parameters["rank"], "scale": parameters["scale"], "targets": tuple(parameters["keys"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"adapter {adapter}: not a LoRA adapter as mlx-lm writes them: {error}") from None
+        targets = tuple(dict.fromkeys(module.rpartition(".")[0] for _, module in places))
+        return {"type": kind, "rank": parameters["rank"], "scale": parameters["scale"], "targets": targets, **layers}
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"adapter {adapter}: not an adapter as mlx-lm writes them: {one_line(error)}") from None

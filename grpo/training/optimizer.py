@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from grpo.config import OptimConfig
 from grpo.errors import UserError
@@ -86,7 +86,9 @@ class Float32Optimizer:
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         rest = dict(state)
-        self._precise = rest.pop("precise", None)
+        copies = tree_flatten(rest.pop("precise", {}), destination={})
+        if self._precise is not None:  # what was read from a file lacks the model's modules without parameters
+            self._precise = tree_map_with_path(lambda path, _: copies[path], self._precise)
         self._optimizer.state = rest
 
     def update(self, model: nn.Module, gradients: Any) -> None:

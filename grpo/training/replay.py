@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,10 @@ from grpo.errors import UserError
 from grpo.model.policy import Policy
 from grpo.recipe import load_recipe
 from grpo.training.batches import batch_logprobs, whole_batches
-from grpo.training.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, step_of
+from grpo.training.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, newest_whole, read_state, step_of
 from grpo.training.completions import read_completions
-from grpo.training.folder import CHECKPOINTS, COMPLETIONS, is_run
-from grpo.training.resume import changes, context
+from grpo.training.folder import CHECKPOINTS, COMPLETIONS, METRICS, is_run
+from grpo.training.resume import as_planned, changes, context
 from grpo.training.setup import prepare
 from grpo.training.trainer import Trainer
 from grpo.types import Group, StepMetrics
@@ -44,7 +46,21 @@ def replay(run: Path, step: int) -> Replay:
     cfg = load_recipe(run / RECIPE)
     if step > cfg.optim.steps:
         raise UserError(f"--step {step}: this run has {cfg.optim.steps} steps")
-    trainer = prepare(cfg).trainer
+    if step > (made := _steps_made(run)) + 1:  # the one after the last may be what stopped the run
+        raise UserError(f"--step {step}: this run has made {made} of its {cfg.optim.steps} steps")
+    whole, _ = newest_whole(run / CHECKPOINTS)
+    trainer = prepare(as_planned(cfg, read_state(whole)["plan"]) if whole else cfg).trainer
+    with closing(trainer.scorer):
+        return _made(trainer, run, step)
+
+
+def _steps_made(run: Path) -> int:
+    """The last step on record."""
+    lines = (run / METRICS).read_bytes().splitlines(keepends=True) if (run / METRICS).exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith(b"\n")), default=0)
+
+
+def _made(trainer: Trainer, run: Path, step: int) -> Replay:
     begun, notes = _begin(trainer, run, step)
     for n in range(begun + 1, step):
         trainer.step(n)
@@ -64,14 +80,14 @@ def replay(run: Path, step: int) -> Replay:
 
 def _begin(trainer: Trainer, run: Path, step: int) -> tuple[int, list[str]]:
     """Put the trainer where it was at the nearest checkpoint before a step. Returns that one's step."""
-    cfg = trainer.cfg
+    cfg = load_recipe(run / RECIPE)
     earlier = [path for path in reversed(checkpoints(run / CHECKPOINTS)) if damage(path) is None]
     nearest = next((path for path in earlier if step_of(path) < step), None)
     if nearest is None:
         return 0, [f"made again from the start, {step} steps"]
     state, written = load_checkpoint(nearest)
     trainer.load_state(state.trainer)
-    changed = [f"since then changed: {line}" for line in changes(written, context(cfg, written.adapter))]
+    changed = [f"since then changed: {line}" for line in changes(written, context(cfg, written.adapter, written.plan))]
     return state.step, [f"made again from {nearest}", *changed]
 
 

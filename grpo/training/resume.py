@@ -7,7 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import yaml
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.plugins import source_file
-from grpo.training.checkpoint import Context, hash_of, load_checkpoint, newest_whole, read_state
+from grpo.training.checkpoint import Context, hash_of, load_checkpoint, newest_whole, read_state, restore_replaced
 from grpo.training.folder import CHECKPOINTS, check_run_folder, is_run, recipe_text, resumed_folder, run_folder
 from grpo.training.state import RunState
 from grpo.training.trainer import Trainer
@@ -33,6 +33,12 @@ class Start:
     goes_on: bool = False
     overwrite: bool = False
     notes: tuple[str, ...] = ()
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def planned(self) -> Recipe:
+        """The recipe, with what was decided of it when the run that goes on began."""
+        return as_planned(self.cfg, self.plan)
 
     def load(self, trainer: Trainer) -> RunState:
         """The state to start from, which is the trainer's from now on. Raises UserError where it does not fit."""
@@ -69,6 +75,7 @@ def find_start(
     goes_on = goes_on and is_run(folder)
     notes: list[str] = []
     if checkpoint is None and goes_on:
+        restore_replaced(folder / CHECKPOINTS)
         checkpoint, notes = newest_whole(folder / CHECKPOINTS)
         if notes and checkpoint is None:
             raise UserError(f"{folder}: no checkpoint is whole, so there is nothing to go on from: " + "; ".join(notes))
@@ -76,14 +83,24 @@ def find_start(
         notes = ["no checkpoint to go on from: begins at step 0"] if resume or changed else []
         return Start(cfg, goes_on=goes_on, overwrite=overwrite, notes=tuple(notes))
     state, written = load_checkpoint(checkpoint)
-    differences = changes(written, context(cfg, written.adapter))
+    differences = changes(written, context(cfg, written.adapter, written.plan))
     if differences and not changed:
         listed = "\n".join(f"  {line}" for line in differences)
         raise UserError(f"{checkpoint} was written by another recipe; --resume-changed goes on all the same:\n{listed}")
     if not goes_on:  # a branch off another run
         state = replace(state, run_id=_new_id())
     notes += [f"goes on after step {state.step} from {checkpoint}", *(f"changed: {line}" for line in differences)]
-    return Start(cfg, state, checkpoint, goes_on, overwrite, (*notes, *_newer(checkpoint)))
+    plan = {} if differences else written.plan
+    return Start(cfg, state, checkpoint, goes_on, overwrite, (*notes, *_newer(checkpoint)), plan)
+
+
+def as_planned(cfg: Recipe, plan: Mapping[str, Any]) -> Recipe:
+    """The recipe with a former plan in the place of `auto`.
+
+    A plan is a measurement: made anew it may cut micro-batches otherwise, and sums would differ in their last bits.
+    """
+    decided = {name: value for name, value in plan.items() if getattr(cfg.optim, name) == "auto"}
+    return cfg.model_copy(update={"optim": cfg.optim.model_copy(update=decided)})
 
 
 def _new_id() -> str:
@@ -91,12 +108,18 @@ def _new_id() -> str:
     return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
 
 
-def context(cfg: Recipe, adapter: Mapping[str, Any]) -> Context:
+def plan_of(trainer: Trainer) -> dict[str, Any]:
+    """What was decided of the settings that may be `auto`."""
+    optim = trainer.cfg.optim
+    return {name: getattr(optim, name) for name in ("micro_batch_tokens", "gradient_checkpointing")}
+
+
+def context(cfg: Recipe, adapter: Mapping[str, Any], plan: Mapping[str, Any]) -> Context:
     """What this recipe's checkpoints say about their run."""
     uses = [reward.use for reward in cfg.rewards] + ([cfg.loss.use] if cfg.loss.use else [])
     files = {use: source_file(use) for use in uses}
     sources = {use: hash_of(file) for use, file in files.items() if file is not None and file.is_file()}
-    return Context(recipe_text(cfg), sources, adapter)
+    return Context(recipe_text(cfg), sources, adapter, plan)
 
 
 def changes(old: Context, new: Context) -> list[str]:

@@ -24,7 +24,7 @@ from grpo.objective.loss import CustomLoss
 from grpo.training.batches import MiniBatch, batch_logprobs
 from grpo.training.optimizer import Float32Optimizer
 from grpo.training.schedule import learning_rate
-from grpo.types import Batch
+from grpo.types import Batch, Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ class Updater:
         self.ranks = ranks or Ranks()
         self.optimizer = Float32Optimizer(cfg.optim, policy.model.trainable_parameters())
         self.inspect: Path | None = None
+        self.progress: Progress | None = None
         self.skipped_in_a_row = 0
         loss_and_grad = nn.value_and_grad(policy.model, self._loss)
         self._loss_and_grad = compiled(loss_and_grad, policy.model.state) if cfg.optim.compile else loss_and_grad
@@ -151,6 +152,8 @@ class Updater:
             loss += value.item()
             parts.append({name: float(metric.item()) for name, metric in metrics.items()})
             seen.append(batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs))
+            if self.progress is not None:
+                self.progress("update", len(seen), len(batches))
         everyone = self.ranks.gather((loss, parts))
         every_part = [part for _, theirs in everyone for part in theirs]
         return Gradient(self.ranks.sum(tree), sum(one for one, _ in everyone), combine_metrics(every_part), seen)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,30 @@ def test_runs_are_listed_with_what_became_of_them(toy, recipe, run_cli, monkeypa
     assert [run.state for run in find_runs(Path("runs"))] == ["running", "finished"]
     assert run_cli("runs", "absent").out == "no runs in absent\n"
     assert "not a run's folder" in run_cli("runs", "--follow", "absent").err
+
+
+def test_a_folder_with_runs_in_every_state_is_listed(toy, recipe, run_cli, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    copies = {name: Path("runs") / name for name in ("older", "torn", "changed", "bare")}
+    for copy in copies.values():
+        shutil.copytree(toy, copy)
+    text = (toy / "recipe.yaml").read_text()
+    (copies["older"] / "recipe.yaml").write_text(text + "forgotten: 1\n")
+    (copies["torn"] / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n')
+    (copies["changed"] / "recipe.yaml").write_text(text.replace("samples: 2", "samples: 3"))
+    (copies["bare"] / "metrics.jsonl").unlink()
+    (copies["bare"] / "eval.jsonl").unlink()
+    shutil.copytree(toy, toy / ".former")  # a run that is being replaced
+    listed = run_cli("runs")
+    assert listed.code == 0, listed.err
+    lines = {line.split()[0]: line.split()[1:] for line in listed.out.splitlines()[1:]}
+    assert set(lines) == {"runs/toy", "runs/changed", "runs/bare"}
+    assert lines["runs/bare"][:2] == ["stopped", "0/5"]
+    assert "avg@3" not in listed.out
+    assert ["runs/older is left out" in caplog.text, "runs/torn is left out" in caplog.text] == [True, True]
+    for args in (["report", "runs/torn"], ["runs", "--follow", "runs/torn"]):
+        refused = run_cli(*args)
+        assert (refused.code, len(refused.err.splitlines())) == (2, 1)
 
 
 def test_a_run_is_followed_until_it_ends(toy, monkeypatch) -> None:
@@ -88,6 +113,10 @@ def test_a_replay_is_shown_and_says_where_it_is_not_the_run(toy, run_cli, monkey
     ):
         assert said in ran.out
     assert {path: path.stat().st_mtime_ns for path in toy.rglob("*")} == before
+    lines = (toy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (toy / "metrics.jsonl").write_text("".join(lines[:3]))
+    assert "this run has made 3 of its 5 steps" in run_cli("replay", toy, "--step", 5).err
+    (toy / "metrics.jsonl").write_text("".join(lines))
     Path("digits.py").write_text("def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n")
     changed = run_cli("replay", toy, "--step", 5)
     assert "since then changed: code of" in changed.out

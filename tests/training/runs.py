@@ -7,7 +7,7 @@ from grpo.recipe import load_recipe
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.training.completions import read_completions, stored_steps
 from grpo.training.loop import Loop, Outcome
-from grpo.training.resume import context, find_start
+from grpo.training.resume import context, find_start, plan_of
 from grpo.training.setup import prepare
 from grpo.training.signals import StopRequest
 from grpo.training.trainer import Trainer
@@ -17,12 +17,12 @@ def run(recipe: Path, *overrides: str, change=None, **how) -> Outcome:
     """Train as `grpo train` does, without its terminal. `change(trainer, stop)` may put something in its way."""
     cfg = load_recipe(recipe, overrides)
     start = find_start(cfg, **how)
-    trainer: Trainer = prepare(cfg).trainer
+    trainer: Trainer = prepare(start.planned).trainer
     state, stop = start.load(trainer), StopRequest()
     if change:
         change(trainer, stop)
     with start.folder() as folder:
-        written = context(cfg, trainer.policy.adapters.config)
+        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer))
         return Loop(trainer, folder, written, JsonlLogger(folder).log, stop, state, start.checkpoint).run()
 
 
@@ -44,7 +44,9 @@ def same_end(one: Path, other: Path, completions: bool = True) -> None:
         assert all(read_completions(a) == read_completions(b) for a, b in zip(stored, also, strict=True))
     last, same = (sorted((folder / "checkpoints").iterdir())[-1] for folder in (one, other))
     assert last.name == same.name
-    for name in ("adapters.safetensors", "optimizer.safetensors"):
+    arrays = [path.name for path in last.glob("*.safetensors")]
+    assert {"adapters.safetensors", "optimizer.safetensors"} <= set(arrays)
+    for name in arrays:
         assert (last / name).read_bytes() == (same / name).read_bytes()
     states = [json.loads((folder / "state.json").read_text()) for folder in (last, same)]
     assert len({json.dumps({**state, "run_id": None}) for state in states}) == 1

@@ -27,7 +27,9 @@ from grpo.training.checkpoint import (
     step_of,
 )
 from grpo.training.folder import find_checkpoint
+from grpo.training.loop import better
 from grpo.training.state import Best, RunState, TrainerState
+from grpo.types import EvalMetrics
 
 STATE = RunState(
     "id",
@@ -35,7 +37,7 @@ STATE = RunState(
         {"adapters": {"a": mx.arange(99.0)}, "optimizer": {"step": mx.array(7, mx.uint64)}}, {"tasks": {"cursor": 3}}
     ),
 )
-CONTEXT = Context("seed: 0\n", {"digits.py": "0" * 64}, {"fine_tune_type": "lora"})
+CONTEXT = Context("seed: 0\n", {"digits.py": "0" * 64}, {"fine_tune_type": "lora"}, {"micro_batch_tokens": 256})
 
 
 def save(folder: Path, step: int, keep: int = 3, best: int | None = None) -> Path:
@@ -90,6 +92,36 @@ def test_one_that_was_not_finished_is_not_one(tmp_path, monkeypatch, call: str) 
         save(tmp_path, 10)
     assert os.listdir(tmp_path) == ["step-000005"]
     assert damage(tmp_path / "step-000005") is None
+
+
+def test_one_that_replaces_another_of_its_step_never_leaves_none(tmp_path, monkeypatch) -> None:
+    save(tmp_path, 5, keep=1)
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            monkeypatch.setattr(module, "restore_replaced", lambda _: None)  # nor is anything done after it
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 5, keep=1, best=5)
+    monkeypatch.undo()
+    assert checkpoints(tmp_path) == []
+    module.restore_replaced(tmp_path)
+    assert (steps(tmp_path), damage(tmp_path / "step-000005")) == ([5], None)
+    save(tmp_path, 5, keep=1, best=5)
+    assert os.listdir(tmp_path) == ["step-000005"]
+    assert load_checkpoint(tmp_path / "step-000005")[0].best == Best(5, 1.0)
+
+
+def test_an_evaluation_that_lacks_the_metric_is_not_the_best() -> None:
+    best, without = Best(2, 0.5), EvalMetrics(4, 1, "r", {"greedy": 1.0}, {"greedy": (1.0, 1.0)})
+    assert better(best, without, "rewards/r") == best
+    assert better(None, without, "rewards/r") is None
+    assert better(best, without, "greedy") == Best(4, 1.0)
 
 
 def test_a_hundred_corruptions_are_noticed_and_passed_over(tmp_path) -> None:

@@ -52,6 +52,29 @@ def test_evaluation_by_hand(recipe) -> None:
     assert list(metrics.values) == evaluate.names
 
 
+def test_strict_and_lenient_matches_are_measured_by_prompt(recipe) -> None:
+    text = recipe.read_text().replace("digits.py:reward", "math_answer")
+    recipe.write_text(text + "eval: {split: train, prompts: 3, samples: 2}\n")
+    trainer = prepare(load_recipe(recipe)).trainer
+    said = [["It is 2.", r"\boxed{2}"], [r"\boxed{4}", r"\boxed{4}"], ["6", "7"]]
+
+    def generate(requests, *_args):
+        return [
+            [Completion((1,), None, text, "stop") for text in texts[: request.n]]
+            for texts, request in zip(said, requests, strict=True)
+        ]
+
+    trainer.engine.generator.generate = generate
+    try:
+        metrics = trainer.evaluate(1)
+    finally:
+        trainer.scorer.close()
+    assert metrics.values["math_answer/lenient"] == metrics.values["avg@2"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert metrics.values["math_answer/strict"] == pytest.approx((0.5 + 1 + 0) / 3)
+    low, high = metrics.intervals["math_answer/strict"]
+    assert 0 <= low < 0.5 < high <= 1
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_evaluation_samples_at_the_recipes_temperature(recipe, temperature: float) -> None:
     recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 1, samples: 2}\n")
@@ -128,10 +151,30 @@ def test_a_model_and_an_adapter_without_a_recipe(recipe, run_cli, toy_folder) ->
     for args, said in (
         (["eval", toy_folder], "needs --data"),
         (["eval", "runs/toy"], "nothing says what to evaluate on"),
-        (["eval", toy_folder, *options, "--adapter", "."], "not a LoRA adapter as mlx-lm writes them"),
+        (["eval", toy_folder, *options, "--adapter", "."], "not an adapter as mlx-lm writes them"),
         (["eval", toy_folder, *options, "--checkpoint", "best"], "--checkpoint is for runs"),
         (["eval", "runs/toy", *options, "--checkpoint", "7"], "there is 2"),
     ):
         refused = run_cli(*args)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
         assert said in refused.err
+
+
+@pytest.mark.parametrize("kind", [["type=dora", "layers=[1,2]"], ["type=full", "layers=[0,1]"], ["type=full"]])
+def test_an_adapter_of_any_kind_is_measured_without_its_recipe(recipe, run_cli, toy_folder, kind: list[str]) -> None:
+    ran = run_cli("train", recipe, "optim.learning_rate=0.05", *(f"adapter.{one}" for one in kind))
+    assert ran.code == 0, ran.err
+    options = ["--data", "train.jsonl", "--prompt", "{question}", "--reward", "digits.py:reward", "--samples", "2"]
+    of_run = run_cli("eval", "runs/toy", *options, "--prompts", 2)
+    alone = run_cli(
+        "eval",
+        toy_folder,
+        *options,
+        "--prompts",
+        2,
+        "--adapter",
+        "runs/toy/checkpoints/step-000002",
+        "rollout.max_completion_length=8",
+    )
+    assert alone.code == 0, alone.err
+    assert alone.out == of_run.out

@@ -115,6 +115,34 @@ def test_a_quantised_base_is_fused_without_loss(recipe, run_cli, toy_folder) -> 
     assert "quantised" in export(Path("runs/toy"), "peft").notes[0]
 
 
+def test_a_base_quantised_by_the_recipe_is_said(recipe, run_cli, toy_folder) -> None:
+    ran = run_cli("train", recipe, "model.quantize=4", "optim.learning_rate=0.05", "adapter.targets=[mlp.up_proj]")
+    assert ran.code == 0, ran.err
+    run = Path("runs/toy")
+    assert "--q-bits 4 --q-group-size 64" in export(run, "mlx").notes[0]
+    assert "the base in training was quantised" in export(run, "peft").notes[0]
+    made = export(run, "fused")
+    assert "these weights are not" in made.notes[0]
+    whole, _ = load(ModelConfig(name=str(made.folder)))
+    adapted, _ = load(ModelConfig(name=str(toy_folder), quantize=4))
+    load_adapter(adapted, run / "checkpoints/step-000002")
+    assert mx.abs(logits(whole) - logits(adapted)).max().item() < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "said"), [("dora", "DoRA adapter (mlx-lm"), ("full", "Trained weights (mlx-lm")])
+def test_what_is_not_lora_is_exported_and_called_so(recipe, run_cli, toy_folder, kind: str, said: str) -> None:
+    assert run_cli("train", recipe, f"adapter.type={kind}", "optim.learning_rate=0.02").code == 0
+    run = Path("runs/toy")
+    moved = with_adapter(toy_folder, export(run, "mlx").folder)
+    card = (run / "export-mlx/README.md").read_text()
+    assert said in card
+    assert kind in yaml.safe_load(card.split("---")[1])["tags"]
+    whole, _ = load(ModelConfig(name=str(export(run, "fused").folder)))
+    assert mx.abs(logits(whole) - moved).max().item() < 1e-4
+    with pytest.raises(UserError, match="--format fused takes them all"):
+        export(run, "peft")
+
+
 def test_the_card_says_what_it_is(trained) -> None:
     card = (export(trained, "mlx", which="best").folder / "README.md").read_text()
     matter = yaml.safe_load(card.split("---")[1])

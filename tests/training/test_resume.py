@@ -11,6 +11,7 @@ from training.runs import run, same_end, timeless
 
 from grpo.errors import RunError, UserError
 from grpo.recipe import load_recipe
+from grpo.training import plan
 from grpo.training.checkpoint import checkpoints, load_checkpoint, step_of
 from grpo.training.completions import stored_steps
 from grpo.training.resume import find_start
@@ -70,6 +71,33 @@ def test_stopped_in_a_step_and_resumed_is_never_stopped(six, where: str, at: int
     ended = run(six, "output_dir=parts", resume=True)
     assert ended.state.step == 6
     same_end(Path("whole"), Path("parts"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.dtype=bfloat16", "adapter.layers=[0,1]"],
+        ["adapter.type=dora", "adapter.sync_reference_every=2", "rollout.top_p=0.9", "rollout.repetition_penalty=1.1"],
+        ["adapter.type=full", "adapter.sync_reference_every=3", "model.dtype=bfloat16", "optim.optimizer=muon"],
+        ["model.quantize=4", "adapter.targets=[mlp.up_proj]", "optim.optimizer=adafactor"],
+    ],
+    ids=["bfloat16", "dora", "full", "quantised"],
+)
+def test_whatever_trains_is_resumed(six, overrides: list[str]) -> None:
+    run(six, "output_dir=whole", *overrides)
+    run(six, "output_dir=parts", *overrides, change=interrupt_in(4, "update"))
+    run(six, "output_dir=parts", *overrides, resume=True)
+    same_end(Path("whole"), Path("parts"))
+
+
+def test_a_saved_adapter_is_gone_on_from_and_resumed(six) -> None:
+    start = run(six, "output_dir=first", "optim.steps=2", "optim.warmup_steps=0").checkpoint
+    overrides = [f"adapter.path={start}", "adapter.sync_reference_every=2", "adapter.ref_model_mixup_alpha=0.5"]
+    run(six, "output_dir=whole", *overrides)
+    run(six, "output_dir=parts", *overrides, change=interrupt_in(4, "rollout"))
+    run(six, "output_dir=parts", *overrides, resume=True)
+    same_end(Path("whole"), Path("parts"))
+    assert (Path("parts/checkpoints/step-000006") / "reference.safetensors").is_file()
 
 
 def test_a_checkpoint_holds_the_whole_state(six) -> None:
@@ -136,6 +164,19 @@ def test_a_changed_recipe_or_reward_is_listed_and_needs_leave(six) -> None:
     assert run(six, *overrides, resume=True).state.step == 6  # the recipe is the run's from now on
 
 
+def test_a_resumed_run_keeps_its_plan(six, monkeypatch) -> None:
+    """The plan is a measurement, and another one cuts the micro-batches otherwise."""
+    run(six, "output_dir=whole")
+    run(six, "output_dir=parts", change=interrupt_in(4, "rollout"))
+    monkeypatch.setattr(plan, "AUTO_TOKENS", (16, 16, 16))  # as if memory had been short
+    run(six, "output_dir=parts", resume=True)
+    same_end(Path("whole"), Path("parts"))
+    changed = find_start(load_recipe(six, ["output_dir=parts", "optim.steps=7"]), changed=True)
+    assert changed.planned.optim.micro_batch_tokens == "auto"
+    asked = ["output_dir=parts", "optim.micro_batch_tokens=64"]
+    assert find_start(load_recipe(six, asked), changed=True).planned.optim.micro_batch_tokens == 64
+
+
 def test_a_longer_run_goes_on_where_the_shorter_ended(six) -> None:
     run(six, "optim.steps=4")
     ended = run(six, changed=True)
@@ -167,7 +208,8 @@ def test_a_finished_run_has_nothing_left_to_do(six) -> None:
     assert {path: path.read_bytes() for path in Path("runs/toy").rglob("*") if path.is_file()} == before
 
 
-def test_a_stop_in_an_evaluation_leaves_the_evaluation_to_do(six) -> None:
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_stop_in_an_evaluation_leaves_the_evaluation_to_do(six, at: int) -> None:
     run(six, "output_dir=whole")
 
     def change(trainer, stop) -> None:
@@ -175,7 +217,7 @@ def test_a_stop_in_an_evaluation_leaves_the_evaluation_to_do(six) -> None:
 
         class Interrupted:
             def __call__(self, step: int):
-                if step == 2:
+                if step == at:
                     stop.signal = signal.SIGINT
                     raise Stopped
                 return measure(step)
@@ -183,8 +225,8 @@ def test_a_stop_in_an_evaluation_leaves_the_evaluation_to_do(six) -> None:
         trainer.evaluate = Interrupted()
 
     stopped = run(six, "output_dir=parts", change=change)
-    assert stopped.state.step == 2
-    assert stopped.state.after.step == 0
+    assert stopped.state.step == at
+    assert stopped.state.after.step == at - 2
     run(six, "output_dir=parts", resume=True)
     same_end(Path("whole"), Path("parts"))
 

@@ -222,7 +222,12 @@ def _made(factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..
         inspect.signature(factory).bind(**kwargs)
     except TypeError as error:
         raise ValueError(f"kwargs: {error}") from None
-    made = factory(**kwargs)
+    try:
+        made = factory(**kwargs)
+    except ValueError:
+        raise
+    except Exception as error:  # other people's code, before the run
+        raise ValueError(f"it cannot be made ready: {type(error).__name__}: {error}") from error
     if not callable(made):
         raise ValueError(
             "it takes neither completions nor **kwargs, so it was called as a factory with the recipe's kwargs; "

@@ -57,6 +57,7 @@ def test_arguments_go_to_the_function_or_to_what_makes_it(function, kwargs, valu
         (make, {}, "kwargs: missing a required argument: 'power'"),
         (make, {"power": [1]}, "kwargs.power: expected a valid number, got [1]"),
         (Longest, {"at_most": 0}, "at_most is at least 1"),
+        (lambda: {}["key"], {}, "it cannot be made ready: KeyError: 'key'"),
         (lambda: 3, {}, "should give a reward function, not 3"),
     ],
 )

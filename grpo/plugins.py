@@ -127,9 +127,9 @@ def find_function(use: str, kind: str) -> Function:
 
 def source_file(use: str) -> Path | None:
     """The file of code that a reward's or a loss's `use` names, or None for code that is in no file."""
-    place, colon, _ = use.rpartition(":")
-    if not colon:
-        return bundled("rewards") / f"{use}.py"
+    if ":" not in use and not use.endswith(".py"):
+        use = next((reward.where for reward in named_rewards() if reward.name == use), use)
+    place = use if use.endswith(".py") else use.rpartition(":")[0]
     if place.endswith(".py"):
         return Path(place)
     try:

@@ -9,7 +9,7 @@ CALLS = "completion"
 
 SAID = re.compile(
     r"\\boxed\{\s*(?:\\text\{)?\(?([A-Z])\b"
-    r"|\b(?i:answer|choice|option)(?i:\s+is)?\s*[:=]?\s*\**\(?\b([A-Z])\b(?!')",
+    r"|\b(?i:answer|choice|option)\**+(?i:\s++is\b)?\s*+[:=]?[\s*]*+[$(]?\b([A-Z])\b(?!')",
 )
 ALONE = re.compile(r"(?:^|\n)\s*\**\(?([A-Z])\)?\**[.:)]?\s*(?:$|\n)")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -41,6 +41,11 @@ def _letter(answer: Any) -> str | None:
 CASES = [
     {"completion": "The answer is (B).", "answer": "B", "score": 1.0},
     {"completion": "Answer: **C**", "answer": 2, "score": 1.0},
+    {"completion": "**Answer:** C", "answer": "C", "score": 1.0},
+    {"completion": "**Answer**: C", "answer": "C", "score": 1.0},
+    {"completion": "The answer is $C$.", "answer": "C", "score": 1.0},
+    {"completion": "The answer is\n\n**C)** Paris", "answer": "C", "score": 1.0},
+    {"completion": "answer" + " " * 100_000, "answer": "C", "score": 0.0},
     {"completion": r"\boxed{\text{D}}", "answer": "d", "score": 1.0},
     {"completion": "B", "answer": "B", "score": 1.0},
     {"completion": "(B)", "answer": "B", "score": 1.0},

@@ -6,7 +6,7 @@ from typing import Any
 from grpo.scoring.text import texts
 
 CALLS = "completion"
-NUMBER = re.compile(r"####\s*(-?)\$?(-?\d[\d,]*(?:\.\d+)?|\.\d+)")
+NUMBER = re.compile(r"####\s*(-?\$?|\$-)(\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def reward(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
@@ -24,7 +24,7 @@ def _grade(completion: str, answer: str) -> float | None:
 
 def _number(text: str) -> float | None:
     found = NUMBER.findall(text)
-    return float("".join(found[-1]).replace(",", "")) if found else None
+    return float("".join(found[-1]).replace(",", "").replace("$", "")) if found else None
 
 
 CASES = [
@@ -36,6 +36,9 @@ CASES = [
     {"completion": "#### 6 no, #### 7", "answer": "7", "score": 1.0},
     {"completion": "#### -3", "answer": "-3", "score": 1.0},
     {"completion": "#### -$3", "answer": "-3", "score": 1.0},
+    {"completion": "#### $-3", "answer": "-3", "score": 1.0},
+    {"completion": "#### --3", "answer": "-3", "score": 0.0},
+    {"completion": "#### -$-3", "answer": "-3", "score": 0.0},
     {"completion": "#### 8", "answer": "7", "score": 0.0},
     {"completion": "7", "answer": "7", "score": 0.0},
     {"completion": "", "answer": "7", "score": 0.0},

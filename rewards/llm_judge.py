@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import string
 import time
 import urllib.error
 import urllib.request
@@ -54,6 +55,18 @@ def reward(
     """
     if low >= high:
         raise ValueError("kwargs.low is not below kwargs.high")
+    if concurrency < 1 or retries < 0:
+        raise ValueError("kwargs: concurrency is at least 1, and retries at least 0")
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"kwargs.pattern: {pattern!r} is no regular expression: {error}") from None
+    if groups > 1:
+        raise ValueError(f"kwargs.pattern: {pattern!r} has {groups} groups; the number stands in one")
+    try:
+        list(string.Formatter().parse(prompt))
+    except ValueError as error:
+        raise ValueError(f"kwargs.prompt: {error}; a brace of the text itself is doubled") from None
     judge = _Judge(model, base_url, temperature, max_tokens, api_key_env, retries, request_timeout, cache)
 
     async def score(
@@ -91,7 +104,10 @@ class _Judge:
     ) -> None:
         self._url = base_url.rstrip("/") + "/chat/completions"
         self._settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
-        self._key_env, self._retries, self._timeout = api_key_env, retries, request_timeout
+        self._headers = {"Content-Type": "application/json"}
+        if key := _key(api_key_env):
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._retries, self._timeout = retries, request_timeout
         self._cache = Path(cache).expanduser() if cache else None
 
     def ask(self, question: str) -> str:
@@ -113,10 +129,7 @@ class _Judge:
         raise AssertionError
 
     def _post(self, body: str) -> str:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self._key_env):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self._url, body.encode(), headers)
+        request = urllib.request.Request(self._url, body.encode(), self._headers)
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=self._timeout) as response:
             return str(json.load(response)["choices"][0]["message"]["content"] or "")
 
@@ -131,6 +144,14 @@ class _Judge:
         aside = path.with_suffix(f".{os.getpid()}-{random.randrange(1 << 32)}")
         aside.write_text(answer, encoding="utf-8")
         aside.replace(path)
+
+
+def _key(variable: str) -> str:
+    """The key, without the line break of the file that it came from. An error about a header would show the header."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"the environment variable {variable} holds no key: it has characters that none has")
+    return key
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -28,8 +28,9 @@ def reward(
 
     The code is the last fenced block, or else the whole completion. The column holds a text of Python or a list: of
     such texts, which see what the code has defined and raise where they fail, or of `{input, output}`, which the code
-    is run on as a program. The limits are for each completion; as many run at once as there are processors, or as
-    `concurrency` says. Where there can be no sandbox it refuses, unless `unsafe`: then only the limits hold.
+    is run on as a program; tests that are neither are a failure. The limits are for each completion; as many run at
+    once as there are processors, or as `concurrency` says. Give the reward a `timeout` that fits a group of which all
+    take their `seconds`. Where there can be no sandbox it refuses, unless `unsafe`: then only the limits hold.
     """
     if not unsafe and (why := missing()) is not None:
         raise ValueError(
@@ -42,15 +43,18 @@ def reward(
             raise ValueError(f"the dataset has no column {column!r}; it has {', '.join(columns)}")
 
         def one(text: str, tests: Any) -> Verdict | None:
-            return run_tests(_code(text), _listed(tests), limits, unsafe) if tests else None
+            return run_tests(_code(text), tests, limits, unsafe) if tests else None
 
+        tests = [_listed(given) for given in columns[column]]
+        wrong = [_wrong(given) for given in tests]
+        runnable = [[] if error else given for given, error in zip(tests, wrong, strict=True)]
         with ThreadPoolExecutor(concurrency or os.cpu_count() or 1) as threads:
-            verdicts = list(threads.map(one, texts(completions), columns[column]))
+            verdicts = list(threads.map(one, texts(completions), runnable))
         log_extra("python_tests", [verdict and verdict.error for verdict in verdicts])
-        return [
-            None if verdict is None else _score(verdict, len(_listed(tests)), partial)
-            for verdict, tests in zip(verdicts, columns[column], strict=True)
+        scores = [
+            verdict and _score(verdict, len(given), partial) for verdict, given in zip(verdicts, tests, strict=True)
         ]
+        return [error or score for error, score in zip(wrong, scores, strict=True)]
 
     return score
 
@@ -61,7 +65,23 @@ def _code(completion: str) -> str:
 
 
 def _listed(tests: Any) -> list[Any]:
-    return tests if isinstance(tests, list) else [tests]
+    return tests if isinstance(tests, list) else [tests] if tests else []
+
+
+def _wrong(tests: list[Any]) -> Exception | None:
+    """What is wrong with the row's tests themselves, which no completion answers for."""
+    programs = [test for test in tests if isinstance(test, dict)]
+    if any(not isinstance(test.get(key), str) for test in programs for key in ("input", "output")):
+        return ValueError("a test of a program has an input and an output, both texts")
+    if (programs and len(programs) < len(tests)) or not all(isinstance(test, dict | str) for test in tests):
+        return ValueError("tests are texts of Python, or objects with input and output, and not both")
+    try:
+        for test in tests:
+            if isinstance(test, str):
+                compile(test, "test.py", "exec")
+    except (SyntaxError, ValueError) as error:
+        return ValueError(f"a test is no Python: {error}")
+    return None
 
 
 def _score(verdict: Verdict, tests: int, partial: bool) -> float:

@@ -1,12 +1,13 @@
 """How a reward's name becomes a callable."""
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
 
 from grpo.errors import UserError
-from grpo.plugins import bundled, find_recipe, find_reward, named_rewards
+from grpo.plugins import bundled, find_recipe, find_reward, named_rewards, source_file
 
 
 def test_a_function_in_a_file(tmp_path: Path) -> None:
@@ -65,6 +66,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         lines = [f"{name} = their_package:fair\n" for name in names]
         (folder / "entry_points.txt").write_text("[grpo.rewards]\n" + "".join(lines))
         monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "their_package", raising=False)
 
     return install
 
@@ -74,6 +76,23 @@ def test_a_reward_of_an_installed_package(package) -> None:
     name, function = find_reward("fair")
     assert (name, function(completions=["a"])) == ("fair", [0.5])
     assert "fair" in [located.name for located in named_rewards()]
+
+
+def test_the_file_that_a_rewards_code_is_in(package, tmp_path: Path) -> None:
+    """What W&B keeps, and what a resumed run compares."""
+    package("fair")
+    theirs = tmp_path / "their_package.py"
+    uses = ("length", "fair", "their_package:fair", "mine.py", "mine.py:reward", "nowhere", "no_such_package:fair")
+    mine = Path("mine.py")
+    assert [source_file(use) for use in uses] == [
+        bundled("rewards") / "length.py",
+        theirs,
+        theirs,
+        mine,
+        mine,
+        None,
+        None,
+    ]
 
 
 def test_a_name_that_means_two_things_is_an_error_that_lists_both(package) -> None:

@@ -53,7 +53,7 @@ def try_out(located: Located, kwargs: Mapping[str, Any], timeout: float) -> Repo
     """
     with closing(Worker(located, None, timeout)) as host:  # keeps what the cases run against
         host.wait_ready()
-        cases = [{**case, "kwargs": {**host.case_kwargs, **case.get("kwargs", {}), **kwargs}} for case in host.cases]
+        cases = [_with_kwargs(case, host.case_kwargs, kwargs) for case in host.cases]
         first = cases[0] if cases else {"completion": "", "kwargs": {**host.case_kwargs, **kwargs}}
         tried = [
             found
@@ -118,12 +118,19 @@ def _called(
 _MESSAGES = [{"role": "user", "content": "?"}]
 
 
+def _with_kwargs(case: Any, given: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A case with all its arguments. Raises UserError for what is no case."""
+    if not isinstance(case, dict) or not isinstance(case.get("kwargs", {}), dict):
+        raise UserError(f"CASES: {case!r:.80} is no dictionary of completion, score, kwargs (a dictionary) and columns")
+    if not isinstance(case.get("score", ""), int | float | None):
+        raise UserError(f"CASES: {case!r:.80} has no score: a number, or None")
+    return {**case, "kwargs": {**given, **case.get("kwargs", {}), **kwargs}}
+
+
 def _by_kwargs(cases: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Cases that one function, made ready once, can answer."""
     alike: dict[str, list[dict[str, Any]]] = {}
     for case in cases:
-        if missing := {"score"} - set(case):
-            raise UserError(f"CASES: {case!r:.80} has no {missing.pop()}")
         columns = sorted(set(case) - set(OUR_KEYS) - set(GIVEN))
         alike.setdefault(json.dumps([case["kwargs"], columns], sort_keys=True, default=str), []).append(case)
     return list(alike.values())

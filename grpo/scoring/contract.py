@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import functools
 import inspect
+import json
 import signal
 import sys
 import time
@@ -65,6 +67,7 @@ class Reward:
             function, self.kwargs = _made(function, kwargs), {}
         self.function = function
         self._takes = _taker(function)
+        self._runner = functools.cache(asyncio.Runner)  # one event loop for all calls: clients and locks belong to one
 
     def problem(self, columns: Collection[str]) -> str | None:
         """Why the function could not be called with these columns of the dataset; None if it can be."""
@@ -90,7 +93,7 @@ class Reward:
         def log_extra(column: str, values: Sequence[Any]) -> None:
             if len(values) != count:
                 raise ValueError(f"log_extra({column!r}): {len(values)} values for {count} completions")
-            extras[column] = list(values)
+            extras[column] = json.loads(json.dumps(list(values), default=str))  # wherever it runs, what can be stored
 
         def log_metric(name: str, value: float) -> None:
             metrics.setdefault(name, []).append(float(value))
@@ -99,11 +102,13 @@ class Reward:
         began = time.perf_counter()
         try:
             values = self.function(**columns, **self.kwargs, **self._taken(hooks))
-            values = asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
+            values = self._runner().run(_awaited(values)) if inspect.isawaitable(values) else values
             values = list(values) if _is_listlike(values) else values
-        except (Exception, SystemExit) as error:  # other people's code: recorded, shown, kept out of the gradient
+            scores, failures = checked(values, count)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # other people's code: recorded, shown, kept out of the gradient
             return Answer.failed(count, _raised(error), seconds=time.perf_counter() - began)
-        scores, failures = checked(values, count)
         return Answer(scores, failures, extras, metrics, time.perf_counter() - began)
 
     def _taken(self, hooks: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def checked(values: Any, count: int) -> tuple[list[float | None], dict[int, str]
         return [None] * count, dict.fromkeys(range(count), f"{len(values)} scores for {count} completions")
     scores = [_number(value) for value in values]
     return scores, {
-        place: f"{type(value).__name__}: {value}"
+        place: f"{type(value).__name__}: {value}"[:LONGEST_MESSAGE]
         if isinstance(value, Exception)
         else f"not a usable number: {value!r:.80}"
         for place, value in enumerate(values)
@@ -209,8 +214,6 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
 
 
 def _json(value: Any) -> str:
-    import json
-
     return json.dumps(value, default=str)
 
 
@@ -219,7 +222,12 @@ def _made(factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..
         inspect.signature(factory).bind(**kwargs)
     except TypeError as error:
         raise ValueError(f"kwargs: {error}") from None
-    made = factory(**kwargs)
+    try:
+        made = factory(**kwargs)
+    except ValueError:
+        raise
+    except Exception as error:  # other people's code, before the run
+        raise ValueError(f"it cannot be made ready: {type(error).__name__}: {error}") from error
     if not callable(made):
         raise ValueError(
             "it takes neither completions nor **kwargs, so it was called as a factory with the recipe's kwargs; "

@@ -32,6 +32,9 @@ START_SECONDS = 120.0
 PATIENCE = 3
 """Calls in a row that a worker may die in; the rest of the request is not tried then."""
 
+_NOISE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+"""What comes of a worker that is gone, and of reading a message that anything may have been written into."""
+
 Span = tuple[int, int]
 """The places of a call's completions: from, up to."""
 
@@ -70,7 +73,7 @@ class Worker:
             return
         try:
             hello = self._receive(START_SECONDS)
-        except (OSError, ValueError) as error:
+        except _NOISE as error:
             raise UserError(f"reward {self.name!r}: {self._died(error, START_SECONDS, 'when imported')}") from None
         if "error" in hello:
             said = hello["error"]
@@ -84,7 +87,7 @@ class Worker:
         try:
             send(self._process.channel, pickle.dumps({"check": list(columns)}), START_SECONDS)
             problem: str | None = self._receive(START_SECONDS)["problem"]
-        except OSError as error:
+        except _NOISE as error:
             return self._died(error, START_SECONDS, "before it was called")
         return problem
 
@@ -108,7 +111,7 @@ class Worker:
             except UserError as error:  # it was imported before, and cannot be now
                 yield from (Answer.failed(end - begin, str(error)) for begin, end in spans[done:])
                 return
-            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            except _NOISE as error:
                 if self._closed:
                     return
                 begin, end = spans[done]
@@ -130,7 +133,7 @@ class Worker:
             return f"no answer in {seconds:g} s {when}, so its process was killed"
         code = self._process.end()
         time.sleep(0.02)  # for its last words to arrive
-        if isinstance(error, ConnectionError) and code != -signal.SIGKILL:
+        if isinstance(error, ConnectionError) and code is not None:
             return f"its process ended {when} ({ending(code)}){self._output.tail()}"
         return f"its process made no sense {when} ({type(error).__name__}: {error})"
 
@@ -168,14 +171,13 @@ class _Process:
         _Guardian.tell(f"+{self.pid}")
         self.kill = weakref.finalize(self, _kill, self._popen, self.channel)
 
-    def end(self, seconds: float = 1.0) -> int:
-        """The exit code of a process that should be ending; it is killed if it is not."""
+    def end(self, seconds: float = 1.0) -> int | None:
+        """The exit code of a process that should be ending; None for one that had to be killed."""
+        code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._popen.wait(seconds)
-            self.kill()
-            return code
         self.kill()
-        return self._popen.returncode
+        return code
 
 
 def _kill(popen: subprocess.Popen[bytes], channel: socket.socket) -> None:

@@ -56,6 +56,23 @@ def test_test_shows_what_is_wrong_and_fails(run_cli, tmp_path, monkeypatch) -> N
     assert run_cli("rewards", "test", "nowhere").code == 2
 
 
+@pytest.mark.parametrize(
+    ("cases", "said"),
+    [
+        ("[('ab', 0.5)]", "CASES: ['ab', 0.5] is no dictionary of completion, score"),
+        ("{'completion': 'ab', 'score': 1}", "CASES: 'completion' is no dictionary"),
+        ("[{'completion': 'ab', 'score': 1, 'kwargs': 3}]", "is no dictionary"),
+        ("[{'completion': 'ab', 'score': '1'}]", "has no score: a number, or None"),
+        ("[{'completion': 'ab'}]", "has no score: a number, or None"),
+        ("3", "reward 'mine': TypeError: 'int' object is not iterable"),
+    ],
+)
+def test_cases_that_are_none_are_the_users_mistake(run_cli, tmp_path, cases: str, said: str) -> None:
+    (tmp_path / "mine.py").write_text(f"def reward(completions, **_):\n    return [1.0]\nCASES = {cases}\n")
+    ran = run_cli("rewards", "test", tmp_path / "mine.py")
+    assert (ran.code, said in ran.err) == (2, True), ran.err
+
+
 def test_score_shows_what_would_have_changed(run_cli, recipe) -> None:
     assert run_cli("train", recipe).code == 0
     same = run_cli("rewards", "score", "runs/toy", "--reward", "digits.py")

@@ -1,7 +1,10 @@
 """Reward functions that each misbehave in a way of their own, and one that does not."""
 
 import ctypes
+import json
 import os
+import signal
+import struct
 import sys
 import threading
 import time
@@ -96,6 +99,36 @@ def writes_noise(completions, **_):
         except OSError:
             continue
     return [1.0] * len(completions)
+
+
+def forks(completions, **_):
+    """And both processes return."""
+    os.fork()
+    return [float(len(text)) for text in completions]
+
+
+def out_of_memory(**_):
+    """What the kernel does to the largest process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def writes_replies(completions, **_):
+    """That look like those of a worker, and cannot be read."""
+    reply = {"values": [1.0] * len(completions), "failures": {}, "extras": {}, "metrics": {}, "seconds": 10**400}
+    _frame(json.dumps(reply | {"kind": "error"}).encode())
+
+
+def writes_deep_replies(**_):
+    _frame(b"[" * 200_000)
+
+
+def _frame(message):
+    for descriptor in range(3, 100):
+        try:
+            os.write(descriptor, struct.pack("!Q", len(message)) + message)
+        except OSError:
+            continue
+    time.sleep(60)
 
 
 def starts_a_process(**_):

@@ -151,6 +151,33 @@ def test_a_refusal_is_a_failure_of_its_completion_and_shows_no_key(monkeypatch, 
     assert len(judge.asked) == 2
 
 
+def test_a_key_from_a_file_works_and_one_that_no_header_takes_is_not_shown(monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret\n")
+    judge = Judge()
+    assert judge.ask("a").values == [0.7]
+    assert judge.asked[0][0] == "Bearer s3cret"
+    for key in ("s3\ncret", "s3cr\u2019t"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(ValueError, match="OPENAI_API_KEY holds no key") as error:
+            judge.ask("a")
+        assert "s3" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"concurrency": 0}, "concurrency is at least 1"),
+        ({"retries": -1}, "retries at least 0"),
+        ({"pattern": "("}, "is no regular expression"),
+        ({"pattern": "(a)(b)"}, "has 2 groups"),
+        ({"prompt": '{"json": 1} {completion'}, "a brace of the text itself is doubled"),
+    ],
+)
+def test_what_the_judge_cannot_do_is_found_before_the_run(kwargs, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        find_reward("llm_judge")[1]("m", **kwargs)
+
+
 def test_the_judges_answers_are_kept(tmp_path) -> None:
     judge = Judge()
     for _ in range(2):

@@ -1,5 +1,6 @@
 """One function against TRL's contract: its arguments, what it receives, and TRL's own rewards as they are."""
 
+import asyncio
 import re
 
 import pytest
@@ -56,6 +57,7 @@ def test_arguments_go_to_the_function_or_to_what_makes_it(function, kwargs, valu
         (make, {}, "kwargs: missing a required argument: 'power'"),
         (make, {"power": [1]}, "kwargs.power: expected a valid number, got [1]"),
         (Longest, {"at_most": 0}, "at_most is at least 1"),
+        (lambda: {}["key"], {}, "it cannot be made ready: KeyError: 'key'"),
         (lambda: 3, {}, "should give a reward function, not 3"),
     ],
 )
@@ -106,6 +108,62 @@ def test_too_few_extras_are_a_failure() -> None:
 def test_an_exception_in_the_place_of_a_score() -> None:
     answer = Reward(lambda **_: [1, ConnectionError("judge is away")], {})(COLUMNS, STATE)
     assert (answer.values, answer.failures) == ([1.0, None], {1: "ConnectionError: judge is away"})
+
+
+class Unspeakable(Exception):
+    def __repr__(self):
+        raise ValueError("no words")
+
+    __str__ = __repr__
+
+
+class Foreign(BaseException):
+    """Such as asyncio's CancelledError, or a test library's."""
+
+
+def interrupted(**_):
+    raise Foreign("not an Exception")
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (interrupted, "Foreign: not an Exception"),
+        (lambda **_: [Unspeakable()] * 2, "ValueError: no words"),
+        (lambda **_: Unspeakable(), "ValueError: no words"),
+        (lambda log_extra, **_: log_extra("x", [{(1, 2): 3}] * 2), "TypeError: keys must be str"),
+    ],
+)
+def test_what_a_function_raises_or_gives_never_leaves_its_call(function, said: str) -> None:
+    answer = Reward(function, {})(COLUMNS, STATE)
+    assert answer.values == [None, None]
+    assert all(said in error for error in answer.failures.values())
+
+
+def test_ctrl_c_is_for_the_trainer() -> None:
+    def stopped(**_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Reward(stopped, {})(COLUMNS, STATE)
+
+
+def test_errors_are_cut() -> None:
+    answer = Reward(lambda **_: [ValueError("x" * 1_000_000), 1.0], {})(COLUMNS, STATE)
+    assert len(answer.failures[0]) == 2000
+
+
+def test_async_calls_share_an_event_loop() -> None:
+    """A client that is made in one call is used in the next, as with TRL."""
+    kept = []
+
+    async def mine(completions, **_):
+        kept.append(asyncio.get_running_loop())
+        return [1.0] * 2
+
+    reward = Reward(mine, {})
+    assert [reward(COLUMNS, STATE).values for _ in range(2)] == [[1.0, 1.0]] * 2
+    assert kept[0] is kept[1]
 
 
 def chat_groups(*texts: str, **columns) -> list[Group]:

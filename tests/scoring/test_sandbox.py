@@ -13,9 +13,11 @@ import pytest
 
 from grpo.config import RewardConfig
 from grpo.errors import UserError
+from grpo.plugins import find_reward
 from grpo.scoring.sandbox import run
 from grpo.scoring.sandbox.run import Limits, Verdict, missing, run_tests
 from grpo.scoring.scorer import Scorer
+from grpo.types import Completion, Group, Rollout, Task
 
 needs_sandbox = pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only")
 LIMITS = Limits(seconds=10.0)
@@ -120,6 +122,23 @@ def test_it_cannot_have_ten_gigabytes() -> None:
 
 
 @needs_sandbox
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.memfd_create('x')", "Operation not permitted"),
+        (
+            "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+            "assert libc.shmget(0, 1 << 30, 0o1600) != -1, os.strerror(ctypes.get_errno())",
+            "Operation not permitted",
+        ),
+        ("import mmap\nkept = []\nwhile True: kept.append(mmap.mmap(-1, 50 << 20))", "Cannot allocate memory"),
+    ],
+)
+def test_there_is_no_memory_that_the_limit_does_not_count(code: str, said: str) -> None:
+    assert said in tried(code).error
+
+
+@needs_sandbox
 def test_it_cannot_fill_the_disk() -> None:
     small = Limits(disk_mb=4)
     assert tried("open('big', 'wb').write(b'x' * (3 << 20))", small).passed == 1
@@ -196,6 +215,14 @@ def test_ending_early_is_no_pass(code: str) -> None:
     assert run_tests(code, ["assert reached"], Limits(seconds=3.0)).passed == 0
 
 
+@needs_sandbox
+@pytest.mark.parametrize(
+    "code", [FORGED, "import sys; sys._getframe().f_back.f_locals['seal']", "print(open('/proc/1'))"]
+)
+def test_a_program_has_no_way_to_its_verdict(code: str) -> None:
+    assert run_tests(code, [{"input": "", "output": "7"}], LIMITS).passed == 0
+
+
 def in_user_namespace(script: str) -> str:
     """What `missing()` says to one who is root of a user namespace only, as in a container without privileges."""
     python = f"{sys.executable} -c 'from grpo.scoring.sandbox.run import missing; print(missing())'"
@@ -239,3 +266,35 @@ def test_without_a_sandbox_the_limits_hold(monkeypatch: pytest.MonkeyPatch) -> N
     assert run_tests(code, ["pass"], LIMITS, unsafe=True) == Verdict(1, None)
     assert "MemoryError" in run_tests("x = bytearray(10 << 30)", ["pass"], LIMITS, unsafe=True).error
     assert run_tests("while True: pass", ["pass"], Limits(seconds=1.0), unsafe=True).passed == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it lives until its limits end it")
+def test_without_a_sandbox_too_the_code_does_not_outlive_the_time_limit_of_the_reward(tmp_path: Path) -> None:
+    code = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    settings = {"kwargs": {"unsafe": True, "seconds": 50.0}, "timeout": 2.0, "weight": 0.0}
+    with contextlib.closing(Scorer.of([RewardConfig(use="python_tests", **settings)])) as scorer:
+        rollouts = (Rollout(Completion((1,), (-0.5,), code, "stop")),)
+        (group,) = scorer.score([Group(Task(0, "?", (7,), {"tests": "pass"}), rollouts)])
+    assert group.rollouts[0].failures["python_tests"].kind == "timeout"
+    time.sleep(0.5)
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
+    assert not status.exists() or "Z (zombie)" in status.read_text()  # whoever has to reap it may still be at it
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("tests", "said"),
+    [
+        ([{"input": "1"}], "a test of a program has an input and an output"),
+        ([{"input": 1, "output": "1"}], "both texts"),
+        (["pass", {"input": "", "output": ""}], "and not both"),
+        ([1], "tests are texts of Python"),
+        ("assert (", "a test is no Python: '(' was never closed"),
+    ],
+)
+def test_tests_that_are_none_are_a_failure_and_no_zero(tests, said: str) -> None:
+    reward = find_reward("python_tests")[1]()
+    scores = reward(completions=["x = 1"] * 2, tests=[tests, "assert x == 1"], log_extra=lambda *_: None)
+    assert said in str(scores[0])
+    assert isinstance(scores[0], ValueError)
+    assert scores[1] == 1.0

@@ -82,6 +82,9 @@ def test_a_good_one(scorer) -> None:
         ("infinite", "error: not a usable number: inf"),
         ("strings", "error: not a usable number: '1.0'"),
         ("writes_noise", "error: its process"),
+        ("out_of_memory", "error: its process ended in this call (SIGKILL)"),
+        ("writes_replies", "error: its process made no sense in this call (OverflowError"),
+        ("writes_deep_replies", "error: its process made no sense in this call (RecursionError"),
     ],
 )
 def test_what_goes_wrong_is_recorded_and_the_next_call_is_served(scorer, function: str, said: str) -> None:
@@ -134,6 +137,12 @@ def test_a_failure_costs_no_more_than_its_own_call(scorer) -> None:
     assert kinds == [None, "error:", None, "error:", "timeout:", None]
     by_group = scorer(use("sometimes", calls="group", timeout=1.0)).score(groups("good", "raise", "good", "good"))
     assert column(by_group, "sometimes") == [None, None, 1.0, 1.0]
+
+
+def test_a_function_that_forks_answers_once_for_each_call(scorer) -> None:
+    forked = scorer(use("forks", calls="completion"))
+    for _ in range(2):
+        assert column(forked.score(FOUR), "forks") == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_after_three_deaths_in_a_row_the_rest_is_not_tried(scorer) -> None:

@@ -25,6 +25,9 @@ AF_UNIX = 1
 
 FORBIDDEN = {
     # name: (x86_64, aarch64)
+    "shmget": (29, 194),  # this and memfd: memory that no limit on a process counts
+    "semget": (64, 190),
+    "msgget": (68, 186),
     "ptrace": (101, 117),
     "pivot_root": (155, 41),
     "chroot": (161, 51),
@@ -36,12 +39,14 @@ FORBIDDEN = {
     "request_key": (249, 218),
     "keyctl": (250, 219),
     "unshare": (272, 97),
+    "mq_open": (240, 180),
     "perf_event_open": (298, 241),
     "setns": (308, 268),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
     "finit_module": (313, 273),
     "bpf": (321, 280),
+    "memfd_create": (319, 279),
     "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425),
     "open_tree": (428, 428),
@@ -49,6 +54,7 @@ FORBIDDEN = {
     "fsopen": (430, 430),
     "fsmount": (432, 432),
     "mount_setattr": (442, 442),
+    "memfd_secret": (447, 447),
 }
 MACHINES = {"x86_64": (0, 0xC000003E, 56, 41), "aarch64": (1, 0xC00000B7, 220, 198)}
 """Of each: its column above, its AUDIT_ARCH, and its numbers of clone and socket."""

@@ -16,6 +16,8 @@ import kernel  # type: ignore[import-not-found]  # noqa: E402  the script runs w
 def main() -> None:
     settings = json.loads(sys.argv[1])
     if settings["unsafe"]:
+        if sys.platform == "linux":
+            kernel.die_with_parent()
         _limit(settings, processes=None)  # in no namespace it would count the user's other processes too
         _become_harness(settings)
     try:

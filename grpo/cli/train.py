@@ -52,7 +52,7 @@ def train(
     ranks = Ranks.launched()
     console = Console(quiet=not ranks.first)  # of several processes one talks and writes
     start = find_start(cfg, resume, resume_from, resume_changed, overwrite)
-    ranks.any(False)  # all have looked before the first one makes the folder
+    ranks.wait()  # all have looked before the first one makes the folder
     with console.status("loading"):
         run = prepare(cfg)
     print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes])

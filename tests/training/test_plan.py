@@ -34,7 +34,7 @@ def planned(kind: str = "tied", adapter: str = "lora", **optim):
         rollout={"prompts_per_step": 4, "num_generations": 4, "max_completion_length": LENGTH},
         optim={"micro_batch_tokens": "auto", **optim},
     )
-    plan, cfg = make_plan(cfg, policy, find_decoding(model), PROMPT)
+    plan, cfg = make_plan(cfg, policy, find_decoding(model), (PROMPT, PROMPT))
     return policy, cfg, plan
 
 

@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Estimated peak: what stays, and the larger of the two phases."""
+        """Estimated peak: what stays, and the largest of the phases."""
         return sum(self.stays.values()) + max(self.phases.values())
 
     def lines(self) -> list[str]:
@@ -97,6 +97,8 @@ def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: t
         phases={
             "rollout": need.bytes(decoding, slots),
             "update": chosen.bytes,
+            # Gradients and clipped ones, and what is made of weights and moments while the last step's are kept.
+            "optimiser's step": 8 * numbers + sum(array.nbytes for _, array in trained) + stays["optimiser"],
         },
         memory=memory,
         slots=slots,

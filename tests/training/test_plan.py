@@ -78,6 +78,8 @@ def test_the_plan_is_near_the_measured_peak(kind: str, adapter: str, optim: dict
 def test_the_optimisers_arrays_are_counted(name: str, arrays: float) -> None:
     _, _, plan = planned("untied", "full", optimizer=name)
     assert plan.stays["optimiser"] / (4 * plan.trained) == pytest.approx(arrays, abs=0.3)
+    # Two gradients, new weights, and new moments beside those of the last step.
+    assert plan.phases["optimiser's step"] == 12 * plan.trained + plan.stays["optimiser"]
 
 
 def test_held_out_prompts_are_sampled_from_and_not_trained_on() -> None:
@@ -106,6 +108,6 @@ def test_layers_are_checkpointed_where_memory_is_short(monkeypatch) -> None:
 def test_what_cannot_fit_is_refused_with_numbers(monkeypatch) -> None:
     monkeypatch.setattr(planning, "memory_bytes", lambda: 12 * 2**20)
     with pytest.raises(
-        UserError, match=r"cannot fit: memory about \d+ MB of 12 MB: weights .* update \d+ MB; updates of 256"
+        UserError, match=r"cannot fit: memory about \d+ MB of 12 MB: weights .* update \d+ MB, .*; updates of 256"
     ):
         planned()

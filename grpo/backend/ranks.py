@@ -6,6 +6,7 @@ policy and takes the same decisions from the same numbers; only sampling, scorin
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import sys
@@ -44,9 +45,13 @@ class Ranks:
         if not any(name in os.environ for name in LAUNCHED) or _launched_alone():
             return cls()
         try:
+            # It waits for ever for a process that never starts, and lets no other thread of Python's have its turn.
+            faulthandler.dump_traceback_later(cls().patience, exit=True)
             return cls(mx.distributed.init(strict=True))
         except RuntimeError as error:
             raise UserError(f"launched as one of several processes, but they cannot be connected: {error}") from error
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     @property
     def first(self) -> bool:
@@ -105,9 +110,18 @@ class Ranks:
         everyone = self.gather(dict(counts))
         return {name: float(sum(theirs[name] for theirs in everyone)) for name in counts}
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so for any process."""
-        return any(self.gather(flag))
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.gather(None)
+
+    def check_same(self, what: str, mine: Any) -> None:
+        """Raise UserError where another process holds something else: they would train past each other."""
+        everyone = self.gather(mine)
+        if other := [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]:
+            raise UserError(
+                f"{what}: process {other[0]} of {self.size} has another than process 0. All of them must be given the "
+                "same files and arguments, and see the same output_dir (on several hosts: by a shared file system)"
+            )
 
     def _exchange(self, start: Callable[[], mx.array]) -> mx.array:
         import mlx.core as mx

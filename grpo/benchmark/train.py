@@ -197,7 +197,8 @@ def step_side(shape: str, load: Load) -> Side:
     cfg = recipe(load, {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"})
     policy = make_policy(shape, cfg)
     generator = Generator(policy.model, cast("Any", NoTokenizer()), load.rows)
-    _, cfg = make_plan(cfg, policy, generator.decoding, load.prompt_length)
+    plan, cfg = make_plan(cfg, policy, generator.decoding, (load.prompt_length,) * 2)
+    generator.slots = plan.slots
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     tasks = [group.task for group in synthetic(load, policy.model.args.vocab_size)]
     scorer = Scorer({"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]})

@@ -103,6 +103,20 @@ def context(shape: Shape = "qwen3-1m", lora: Lora = True, runs: Runs = 20, json:
 
 
 @app.command()
+def adapter(
+    shape: Shape = "qwen3-1m",
+    prompt_length: Annotated[int, typer.Option(min=1, help="In tokens.")] = 16,
+    runs: Runs = 20,
+    json: Json = None,
+) -> None:
+    """Switching to another state of the adapter, and whether the first token after it is slower than any other: ms."""
+    from grpo.benchmark.adapters import switch_costs
+    from grpo.benchmark.protocol import finish
+
+    finish(switch_costs(shape, prompt_length, runs), json)
+
+
+@app.command()
 def train(
     shape: Shape = "qwen3-1m",
     prompts: Annotated[int, typer.Option(min=1)] = 2,

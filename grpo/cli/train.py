@@ -52,7 +52,7 @@ def train(
     ranks = Ranks.launched()
     console = Console(quiet=not ranks.first)  # of several processes one talks and writes
     start = find_start(cfg, resume, resume_from, resume_changed, overwrite)
-    ranks.any(False)  # all have looked before the first one makes the folder
+    ranks.wait()  # all have looked before the first one makes the folder
     with console.status("loading"):
         run = prepare(start.planned)
     trainer = run.trainer
@@ -69,7 +69,9 @@ def train(
         log = open_loggers(stack, cfg, folder, console, state.run_id, watched) if ranks.first else lambda _: None
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
         written = context(cfg, trainer.policy.adapters.config, plan_of(trainer))
-        outcome = Loop(trainer, folder, written, log, stop, state, start.checkpoint).run()
+        loop = Loop(trainer, folder, written, log, stop, state, start.checkpoint)
+        del start, state  # or the arrays that the run began with would be held to its end
+        outcome = loop.run()
     print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt))
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + signal.Signals(outcome.stopped_by))

@@ -160,11 +160,24 @@ class Adapters:
             raise UserError(
                 f"adapter {folder}: has other layers or another rank than this model's adapter{_ranks(saved)}"
             )
+        self._check_scale(folder)
         state = {path: array.astype(mine[path].dtype) for path, array in saved.items()}
         if name == POLICY:
             self.load_state(state)
         else:
             self.add(name, state)
+
+    def _check_scale(self, folder: Path) -> None:
+        """Raise UserError if what was saved is multiplied by another scale than this model's layers."""
+        if not (folder / CONFIG).is_file() or "lora_parameters" not in self.config:
+            return
+        try:
+            theirs = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["lora_parameters"]["scale"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"adapter {folder}: {CONFIG} is not as mlx-lm writes it: {error}") from None
+        if theirs != self.config["lora_parameters"]["scale"]:
+            ours = self.config["lora_parameters"]["scale"]
+            raise UserError(f"adapter {folder}: was trained with scale {theirs}, and adapter.scale is {ours}")
 
 
 def _ranks(saved: State) -> str:

@@ -33,7 +33,7 @@ measured."""
 class Footprint:
     """Bytes that a gradient needs beside the weights: fixed, a token, a pair of tokens, and a row of logits.
 
-    Of the tokens' bytes `kept` is the fraction that waits while the loss is computed; the rest comes after it.
+    Of the tokens' bytes a part (`KEPT`) waits while the loss is computed; the rest comes after it.
     """
 
     fixed: int
@@ -41,17 +41,17 @@ class Footprint:
     pair: float
     logits: int
     chunk: int
-    kept: float
     shares: bool
+    checkpointing: bool
 
     def bytes(self, shape: Shape) -> int:
         """Of one micro-batch of this shape."""
-        tokens, pairs = _extent(shape, self.shares)
+        tokens, pairs = _extent(shape, self.shares, self.checkpointing)
         body = self.token * tokens + self.pair * pairs
         projected = shape.rows * shape.length
         copies = min(MOST_COPIES, LOGIT_COPIES * -(-projected // self.chunk))
         head = copies * self.logits * min(self.chunk, projected)
-        return int(self.fixed + max(body, self.kept * body + head))
+        return int(self.fixed + max(body, KEPT[self.checkpointing] * body + head))
 
 
 def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
@@ -66,7 +66,9 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
         (first, second) = (statistics.median(_peak(policy, shape) for _ in range(PEEKS)) for shape in shapes)
     finally:
         policy.gradient_checkpointing = former
-    (tokens, pairs), (more_tokens, more_pairs) = (_extent(shape, policy.share_prompts) for shape in shapes)
+    (tokens, pairs), (more_tokens, more_pairs) = (
+        _extent(shape, policy.share_prompts, checkpointing) for shape in shapes
+    )
     # Two lines in two unknowns; a fused attention has none of the second kind.
     pair = max(0.0, (second - first * more_tokens / tokens) / (more_pairs - pairs * more_tokens / tokens))
     token = max(0.0, (second - pair * more_pairs) / more_tokens)
@@ -74,16 +76,18 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     trained = [array for _, array in tree_flatten(policy.model.trainable_parameters())]
     # The sum of gradients so far, and a micro-batch's own.
     fixed = sum(4 * array.size + array.nbytes for array in trained)
-    return Footprint(
-        fixed, token, pair, 4 * vocabulary, chunk_tokens(vocabulary), KEPT[checkpointing], policy.share_prompts
-    )
+    return Footprint(fixed, token, pair, 4 * vocabulary, chunk_tokens(vocabulary), policy.share_prompts, checkpointing)
 
 
-def _extent(shape: Shape, shares: bool) -> tuple[int, int]:
-    """Tokens that go through the model, and pairs that its attention scores."""
+def _extent(shape: Shape, shares: bool, checkpointing: bool) -> tuple[int, int]:
+    """Tokens that go through the model, and pairs of them whose scores are held at once.
+
+    Checkpointed layers are computed again one at a time, so the prompts' scores are not there beside the completions'.
+    """
     prompts, prompt_length, rows, length = shape
     if shares:
-        return shape.tokens, prompts * prompt_length**2 + rows * length * (prompt_length + length)
+        passes = prompts * prompt_length**2, rows * length * (prompt_length + length)
+        return shape.tokens, max(passes) if checkpointing else sum(passes)
     return rows * (prompt_length + length), rows * (prompt_length + length) ** 2
 
 

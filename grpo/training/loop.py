@@ -89,7 +89,8 @@ class Loop:
         """A block that a stop may leave; of several processes none does so alone, or the others would wait for it."""
         if self.ranks.size == 1:
             return self.stop.interrupts()
-        if self.ranks.any(self.stop.requested):
+        if asked := [number for number in self.ranks.gather(self.stop.signal) if number is not None]:
+            self.stop.signal = asked[0]  # whichever was asked, the run was stopped
             raise Stopped
         return nullcontext()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from grpo.backend.device import memory_bytes, on_gpu
@@ -15,10 +14,8 @@ from grpo.generation.memory import Need, slots_that_fit
 from grpo.model.policy import Policy
 from grpo.rollout import sampling_of
 from grpo.training.footprint import measure_footprint
+from grpo.training.optimizer import Float32Optimizer
 from grpo.training.packing import Packing, Shape
-
-MOMENTS = {"sgd": 1, "lion": 1, "rmsprop": 1, "adagrad": 1, "muon": 1}
-"""Arrays of a parameter's size that an optimiser keeps; two where nothing is said."""
 
 AUTO_TOKENS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)
 FEW_TOKENS = 2_048
@@ -47,7 +44,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Estimated peak: what stays, and the larger of the two phases."""
+        """Estimated peak: what stays, and the largest of the phases."""
         return sum(self.stays.values()) + max(self.phases.values())
 
     def lines(self) -> list[str]:
@@ -62,8 +59,10 @@ class Plan:
         ]
 
 
-def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_length: int) -> tuple[Plan, Recipe]:
-    """The plan of a recipe for prompts of up to `prompt_length` tokens, and the recipe with what was `auto` decided.
+def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: tuple[int, int]) -> tuple[Plan, Recipe]:
+    """The plan of a recipe, and the recipe with what was `auto` decided.
+
+    `prompt_lengths` are the most tokens of a prompt in training, and in training or evaluation.
 
     What the update needs is measured (`footprint`); the rest is counted. The policy is set to checkpoint as decided.
     Raises UserError for what cannot fit.
@@ -72,16 +71,18 @@ def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_length: in
     parameters = tree_flatten(model.parameters())
     trained = tree_flatten(model.trainable_parameters())
     rows, length = cfg.rollout.prompts_per_step * cfg.rollout.num_generations, cfg.rollout.max_completion_length
+    prompt_length, longest = prompt_lengths
     numbers = sum(array.size for _, array in trained)
-    precise = sum(4 * array.size for _, array in trained if array.dtype != mx.float32)
+    optimizer = Float32Optimizer(cfg.optim, model.trainable_parameters())  # nothing of it is computed
     states = len(policy.adapters.names) - 1
     stays = {
         "weights": sum(array.nbytes for _, array in parameters),
-        "optimiser": precise + MOMENTS.get(cfg.optim.optimizer, 2) * 4 * numbers,
+        "optimiser": sum(array.nbytes for _, array in tree_flatten(optimizer.state)),
         "other states": states * sum(array.nbytes for _, array in trained),
     }
     sampled = max(rows, cfg.eval.prompts * cfg.eval.samples if cfg.eval else 0)
-    need = Need(sampled, sampled, prompt_length, length, sampling_of(cfg.rollout).reshaped)
+    prompts = max(cfg.rollout.prompts_per_step, cfg.eval.prompts if cfg.eval else 0)
+    need = Need(sampled, prompts, longest, length, sampling_of(cfg.rollout).reshaped)
     slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, int(FREE * memory) - sum(stays.values()))
     chosen = _chosen(cfg, policy, prompt_length)
     cfg = cfg.model_copy(update={"optim": chosen.optim})
@@ -97,6 +98,8 @@ def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_length: in
         phases={
             "rollout": need.bytes(decoding, slots),
             "update": chosen.bytes,
+            # Gradients and clipped ones, and what is made of weights and moments while the last step's are kept.
+            "optimiser's step": 8 * numbers + sum(array.nbytes for _, array in trained) + stays["optimiser"],
         },
         memory=memory,
         slots=slots,

@@ -41,7 +41,12 @@ class Start:
         return as_planned(self.cfg, self.plan)
 
     def load(self, trainer: Trainer) -> RunState:
-        """The state to start from, which is the trainer's from now on. Raises UserError where it does not fit."""
+        """The state to start from, which is the trainer's from now on.
+
+        Raises UserError where it does not fit, or where one of several processes would start from another.
+        """
+        trainer.ranks.check_same("the recipe", trainer.cfg.model_dump(exclude={"output_dir"}))
+        trainer.ranks.check_same("the step to go on after", self.state.step if self.state else 0)
         if self.state is None:
             return RunState(run_id=_new_id(), trainer=trainer.state())
         trainer.load_state(self.state.trainer)

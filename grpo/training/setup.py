@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grpo.backend.device import setup
 from grpo.backend.random import derive_key
@@ -75,11 +75,29 @@ def prepare(cfg: Recipe) -> Prepared:
     if odd := [token for token in cfg.rollout.stop_token_ids if token >= generator.decoding.vocabulary]:
         raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the vocabulary of {generator.decoding.vocabulary}")
     stream = TaskStream(tables[0], renderer, cfg.seed)
-    plan, cfg = make_plan(cfg, policy, generator.decoding, max(len(task.prompt_ids) for task in tasks))
+    plan, cfg = _together(ranks, policy, *make_plan(cfg, policy, generator.decoding, _longest(tasks, evaluator)))
     generator.slots = plan.slots
     trainer = Trainer(cfg, policy, stream, engine, scorer, evaluator, custom_loss, ranks)
     refiltered = [REFILTERED] if engine.sampling.reshaped else []
     return Prepared(trainer, plan, tasks, [f"decoding: {generator.decoding.description}", *policy.slow, *refiltered])
+
+
+def _longest(tasks: list[Task], evaluator: Evaluator | None) -> tuple[int, int]:
+    """Tokens of the longest prompt that is trained on, and of any that is sampled from."""
+    trained = max(len(task.prompt_ids) for task in tasks)
+    held_out = evaluator.tasks if evaluator else ()
+    return trained, max([trained, *(len(task.prompt_ids) for task in held_out)])
+
+
+def _together(ranks: Ranks, policy: Policy, plan: Plan, cfg: Recipe) -> tuple[Plan, Recipe]:
+    """One plan for all processes: that of the one with the least room, but for the slots.
+
+    They share out the micro-batches that each of them makes, so these must be the same.
+    """
+    plans = ranks.gather((plan, cfg.optim))
+    least, optim = min(plans, key=lambda one: (one[0].micro_batch, not one[0].checkpointing))
+    policy.gradient_checkpointing = least.checkpointing
+    return replace(least, slots=plan.slots), cfg.model_copy(update={"optim": optim})
 
 
 def _eval_data(cfg: Recipe) -> list[DataConfig]:

@@ -135,7 +135,8 @@ class Trainer:
         self.update.optimizer.state = tree_unflatten(dict(state.arrays["optimizer"]))
         self.update.skipped_in_a_row = state.counts["skipped_in_a_row"]
         self.tasks.load_state(state.counts["tasks"])
-        self.scorer.load_state(state.counts["scorer"])
+        scored = state.counts["scorer"]  # the first process's: counted by each of several, they would be summed up
+        self.scorer.load_state(scored if self.ranks.first else {**scored, "records": {}})
 
 
 class _Clock:

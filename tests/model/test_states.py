@@ -89,6 +89,15 @@ def test_an_adapter_that_does_not_fit_says_its_rank(zoo, tmp_path) -> None:
         adapters_of(zoo("tied"), rank=8, path=str(tmp_path))
 
 
+def test_an_adapter_that_was_trained_with_another_scale_is_refused(zoo, tmp_path) -> None:
+    adapters_of(zoo("tied"), scale=20.0).save(tmp_path)
+    with pytest.raises(UserError, match=r"trained with scale 20.0, and adapter.scale is 2.0"):
+        adapters_of(zoo("tied"), path=str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="not as mlx-lm writes it"):
+        adapters_of(zoo("tied"), path=str(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_every_kind_changes_nothing_at_first_and_is_saved_for_mlx_lm(zoo, tmp_path, kind: str) -> None:
     base = zoo("tied")

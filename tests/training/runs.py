@@ -21,9 +21,12 @@ def run(recipe: Path, *overrides: str, change=None, **how) -> Outcome:
     state, stop = start.load(trainer), StopRequest()
     if change:
         change(trainer, stop)
-    with start.folder() as folder:
+    begun, checkpoint = start.folder(), start.checkpoint
+    with begun as folder:
         written = context(cfg, trainer.policy.adapters.config, plan_of(trainer))
-        return Loop(trainer, folder, written, JsonlLogger(folder).log, stop, state, start.checkpoint).run()
+        loop = Loop(trainer, folder, written, JsonlLogger(folder).log, stop, state, checkpoint)
+        del start, state  # as the command does
+        return loop.run()
 
 
 def timeless(path: Path) -> list[dict]:

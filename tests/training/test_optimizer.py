@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model, load_tokenizer, quantize_model, save
 from test_update import groups, recipe
 
 from grpo.config import AdapterConfig, ModelConfig, OptimConfig
@@ -91,10 +94,25 @@ def test_arguments_reach_the_optimiser() -> None:
     assert optimizer.betas == [0.5, 0.6]
 
 
+def quantised(source: Path, folder: Path, bits: int) -> Path:
+    """The model in a folder of its own, quantised as the Hub has them."""
+    model, config = load_model(source)
+    model, config = quantize_model(model, config, 64, bits)
+    save(folder, source, model, load_tokenizer(source), config)
+    return folder
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packed_weights_are_bit_identical_after_fifty_steps(toy_folder, kind: str, bits: int) -> None:
-    model, _ = load(ModelConfig(name=str(toy_folder), quantize=bits))
+@pytest.mark.parametrize("when", ["before", "when loaded"])
+def test_packed_weights_are_bit_identical_after_fifty_steps(
+    toy_folder, tmp_path, kind: str, bits: int, when: str
+) -> None:
+    if when == "before":
+        model, _ = load(ModelConfig(name=str(quantised(toy_folder, tmp_path, bits))))
+    else:
+        model, _ = load(ModelConfig(name=str(toy_folder), quantize=bits))
+    assert model.layers[0].mlp.up_proj.bits == bits
     policy = Policy(model, Adapters(model, AdapterConfig(type=kind, rank=2), mx.random.key(0)), 1.0)
     cfg = recipe(optim={"learning_rate": 1e-2, "micro_batch_tokens": 999})
     before = {path: array + 0 for path, array in tree_flatten(model.parameters())}

@@ -24,24 +24,24 @@ from grpo.types import Group
 PROMPT, LENGTH = 96, 160
 
 
-def planned(kind: str = "tied", adapter: str = "lora", **optim):
+def planned(kind: str = "tied", adapter: str = "lora", lengths: tuple[int, int] = (PROMPT, LENGTH), **optim):
     changes = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 2048, "head_dim": 32}
     model = make_model(kind, **changes)
     rank = {} if adapter == "full" else {"rank": 8}
     adapters = Adapters(model, AdapterConfig(type=adapter, **rank), mx.random.key(0))
     policy = Policy(model, adapters, 1.0, optim.get("share_prompts", True))
     cfg = recipe(
-        rollout={"prompts_per_step": 4, "num_generations": 4, "max_completion_length": LENGTH},
+        rollout={"prompts_per_step": 4, "num_generations": 4, "max_completion_length": lengths[1]},
         optim={"micro_batch_tokens": "auto", **optim},
     )
-    plan, cfg = make_plan(cfg, policy, find_decoding(model), PROMPT)
+    plan, cfg = make_plan(cfg, policy, find_decoding(model), (lengths[0], lengths[0]))
     return policy, cfg, plan
 
 
-def peak_of_an_update(policy: Policy, cfg) -> int:
+def peak_of_an_update(policy: Policy, cfg, prompt: int = PROMPT) -> int:
     groups = []
     for number in range(4):
-        rows = [row(PROMPT, LENGTH, number) for _ in range(4)]
+        rows = [row(prompt, cfg.rollout.max_completion_length, number) for _ in range(4)]
         groups.append(Group(rows[0][0], tuple(rollout for _, rollout in rows)))
     update = Updater(policy, cfg)
     minibatches = make_minibatches(groups, cfg)
@@ -60,6 +60,8 @@ def peak_of_an_update(policy: Policy, cfg) -> int:
         ("tied", "lora", {"gradient_checkpointing": False}),
         ("tied", "lora", {"gradient_checkpointing": False, "micro_batch_tokens": 800}),
         ("tied", "lora", {"gradient_checkpointing": True}),
+        ("tied", "lora", {"gradient_checkpointing": True, "lengths": (512, 64)}),
+        ("untied", "lora", {"gradient_checkpointing": True, "lengths": (512, 64)}),
         ("tied", "lora", {"gradient_checkpointing": False, "share_prompts": False}),
         ("untied", "full", {"gradient_checkpointing": False}),
         ("moe", "lora", {"gradient_checkpointing": False}),
@@ -68,8 +70,23 @@ def peak_of_an_update(policy: Policy, cfg) -> int:
 )
 def test_the_plan_is_near_the_measured_peak(kind: str, adapter: str, optim: dict) -> None:
     policy, cfg, plan = planned(kind, adapter, **optim)
-    peak = peak_of_an_update(policy, cfg)
+    peak = peak_of_an_update(policy, cfg, optim.get("lengths", (PROMPT,))[0])
     assert plan.phases["update"] == pytest.approx(peak, rel=0.25)
+
+
+@pytest.mark.parametrize(("name", "arrays"), [("adamw", 2), ("lion", 1), ("adafactor", 0.3)])
+def test_the_optimisers_arrays_are_counted(name: str, arrays: float) -> None:
+    _, _, plan = planned("untied", "full", optimizer=name)
+    assert plan.stays["optimiser"] / (4 * plan.trained) == pytest.approx(arrays, abs=0.3)
+    # Two gradients, new weights, and new moments beside those of the last step.
+    assert plan.phases["optimiser's step"] == 12 * plan.trained + plan.stays["optimiser"]
+
+
+def test_held_out_prompts_are_sampled_from_and_not_trained_on() -> None:
+    policy, cfg, plan = planned()
+    longer, _ = make_plan(cfg, policy, find_decoding(policy.model), (PROMPT, 4 * PROMPT))
+    assert longer.phases["rollout"] > plan.phases["rollout"]
+    assert longer.tokens == plan.tokens
 
 
 def test_auto_decides_and_the_decision_is_in_the_recipe() -> None:
@@ -91,6 +108,6 @@ def test_layers_are_checkpointed_where_memory_is_short(monkeypatch) -> None:
 def test_what_cannot_fit_is_refused_with_numbers(monkeypatch) -> None:
     monkeypatch.setattr(planning, "memory_bytes", lambda: 12 * 2**20)
     with pytest.raises(
-        UserError, match=r"cannot fit: memory about \d+ MB of 12 MB: weights .* update \d+ MB; updates of 256"
+        UserError, match=r"cannot fit: memory about \d+ MB of 12 MB: weights .* update \d+ MB, .*; updates of 256"
     ):
         planned()

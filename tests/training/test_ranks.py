@@ -11,8 +11,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import test_update
 
 from grpo.backend.ranks import Ranks
+from grpo.errors import UserError
+from grpo.generation.choice import find_decoding
+from grpo.recipe import load_recipe
+from grpo.training.plan import make_plan
+from grpo.training.resume import find_start
+from grpo.training.setup import _together, prepare
 
 HERE = Path(__file__).parent
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
@@ -67,6 +74,91 @@ def test_a_run_of_two_processes_is_one_run(recipe) -> None:
     assert Path("runs/toy/checkpoints/step-000003/adapters.safetensors").exists()
 
 
+STOPPED = """
+import os, signal
+from grpo.training.trainer import Trainer
+step = Trainer.step
+def stopped(self, n):
+    if n == 2 and self.ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, n)
+Trainer.step = stopped
+from grpo.cli import main; main()
+"""
+
+
+def test_one_that_is_asked_to_stop_stops_them_all_and_they_go_on_together(recipe) -> None:
+    held_out = ["eval.source=train.jsonl", "eval.split=train", "eval.prompts=2", "eval.every=3"]
+    settings = ["train", recipe, "optim.steps=4", "checkpoint.every=4", *held_out]
+    ran = launch(2, "-c", STOPPED, *settings)
+    said = ran.stdout + ran.stderr
+    assert "stopped after step 2" in said, said
+    assert "rank 0 exited with code 143" in said
+    assert Path("runs/toy/checkpoints/step-000002").exists()
+    ran = launch(2, "-c", "from grpo.cli import main; main()", *settings, "--resume")
+    assert "finished after step 4" in ran.stdout, ran.stdout + ran.stderr
+    steps = [json.loads(line)["step"] for line in Path("runs/toy/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    evaluated = [json.loads(line)["step"] for line in Path("runs/toy/eval.jsonl").read_text().splitlines()]
+    assert evaluated == [0, 3, 4]
+
+
+class Two(Ranks):
+    """The second of two processes; what the first holds is given."""
+
+    def __init__(self, first: object) -> None:
+        super().__init__()
+        self.rank, self.size, self._first = 1, 2, first
+
+    def gather(self, mine: object) -> list:
+        return [self._first, mine]
+
+
+def test_processes_that_would_start_from_different_states_are_refused() -> None:
+    Two(3).check_same("the step to go on after", 3)
+    with pytest.raises(UserError, match="the step to go on after: process 1 of 2 has another than process 0"):
+        Two(3).check_same("the step to go on after", 0)
+
+
+def test_a_start_is_compared(recipe, monkeypatch) -> None:
+    compared = []
+    monkeypatch.setattr(Ranks, "check_same", lambda _, what, mine: compared.append((what, mine)))
+    cfg = load_recipe(recipe)
+    trainer = prepare(cfg).trainer
+    find_start(cfg).load(trainer)
+    assert compared[1] == ("the step to go on after", 0)
+    assert compared[0][1]["rewards"][0]["use"].endswith("digits.py:reward")
+
+
+@pytest.mark.parametrize(("tokens", "checkpointing"), [(512, False), (4096, True), (4096, False), (8192, False)])
+def test_all_processes_take_the_plan_of_the_one_with_least_room(make_policy, tokens: int, checkpointing: bool) -> None:
+    policy, other = make_policy().policy, make_policy().policy
+    mine, theirs = plan_of(policy, 4096), plan_of(other, tokens, checkpointing)
+    plan, cfg = _together(Two((theirs[0], theirs[1].optim)), policy, *mine)
+    least = min(4096, tokens), checkpointing and tokens <= 4096
+    assert (plan.micro_batch, plan.checkpointing) == least
+    assert (cfg.optim.micro_batch_tokens, cfg.optim.gradient_checkpointing) == least
+    assert policy.gradient_checkpointing is least[1]
+    assert plan.slots == mine[0].slots
+
+
+def plan_of(policy, tokens: int, checkpointing: bool = False):
+    cfg = test_update.recipe(optim={"micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing})
+    return make_plan(cfg, policy, find_decoding(policy.model), (8, 8))
+
+
+def test_failures_before_a_resume_are_counted_once(recipe) -> None:
+    cfg = load_recipe(recipe)
+    trainer = prepare(cfg).trainer
+    trainer.scorer.records["digits"].failures = 3
+    state = trainer.state()
+    first, second = prepare(cfg).trainer, prepare(cfg).trainer
+    second.ranks = Two(None)
+    for one in (first, second):
+        one.load_state(state)
+    assert [one.scorer.failures["digits"] for one in (first, second)] == [3, 0]
+
+
 def test_a_process_that_is_killed_ends_the_others_in_bounded_time(tmp_path) -> None:
     started = time.monotonic()
     ran = launch(2, HERE / "ranks_worker.py", "die", tmp_path, GRPO_RANK_TIMEOUT="5")
@@ -80,7 +172,8 @@ def test_alone_every_exchange_is_nothing() -> None:
     assert (ranks.rank, ranks.size, ranks.first, ranks.own) == (0, 1, True, ())
     assert ranks.share([1, 2, 3]) == ranks.merge([1, 2, 3]) == [1, 2, 3]
     assert ranks.gather("x") == ["x"]
-    assert ranks.any(True) is True
+    ranks.wait()
+    ranks.check_same("anything", 1)
     assert ranks.sum_counts({"a": 2}) == {"a": 2.0}
 
 

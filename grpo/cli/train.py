@@ -73,5 +73,6 @@ def train(
         del start, state  # or the arrays that the run began with would be held to its end
         outcome = loop.run()
     print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt))
+    ranks.wait()  # a launcher ends the others, the first one in the middle of its checkpoint, when one is gone
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + signal.Signals(outcome.stopped_by))

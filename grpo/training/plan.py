@@ -22,7 +22,7 @@ FEW_TOKENS = 2_048
 """Below so many tokens at once a GPU is not kept busy; a CPU is with a quarter of them, and with 4,096 at most."""
 FREE = 0.9
 """Of the memory, what may be planned with."""
-MOST_ACTIVATIONS = 8 * 2**30
+MOST_ACTIVATIONS = 3 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +127,9 @@ class _Chosen:
 def _chosen(cfg: Recipe, policy: Policy, prompt_length: int) -> _Chosen:
     """What the recipe says, or for `auto` what fits and pays.
 
-    A micro-batch takes an eighth of the memory, up to 8 GB: larger ones are no faster. Layers are checkpointed where
-    that leaves too few tokens to keep the machine busy, or not even the longest row.
+    A micro-batch takes an eighth of the memory, up to 3 GB: beyond that a larger one with its layers checkpointed is
+    faster. Layers are checkpointed where that leaves too few tokens to keep the machine busy, or not even the longest
+    row.
     """
     comfortable, few = min(memory_bytes() // 8, MOST_ACTIVATIONS), FEW_TOKENS if on_gpu() else FEW_TOKENS // 4
     asked = cfg.optim.gradient_checkpointing

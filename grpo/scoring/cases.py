@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -94,9 +95,7 @@ def _called(
     with closing(Isolated(located, cases[0]["kwargs"], timeout, calls="completion")) as grader:
         names = {name for case in cases for name in case} - set(OUR_KEYS)
         if problem := grader.problem(names):
-            raise UserError(
-                f"reward {located.name!r}: {problem}. Its cases give it {', '.join(sorted(names)) or 'none'}"
-            )
+            raise UserError(f"reward {located.name!r}: {problem}. {_cases_advice(problem, names, expected is None)}")
         columns: dict[str, list[Any]] = {
             "prompts": ["?" if isinstance(case.get("completion", ""), str) else _MESSAGES for case in cases],
             "completions": [case.get("completion", "") for case in cases],
@@ -113,6 +112,18 @@ def _called(
             wrong = f"scored {score}, and should {expected[place]}"
         tried.append(Tried(columns["completions"][place], score, answer.seconds, wrong))
     return tried
+
+
+def _cases_advice(problem: str, columns: Collection[str], no_cases: bool) -> str:
+    """Where the columns of the dataset that a function asks for come from when it is tried out."""
+    if not no_cases:
+        return f"Its cases give it the columns {', '.join(sorted(columns))}" if columns else "Its cases give no columns"
+    wanted = re.findall(r"'(\w+)'", problem.partition(";")[0]) or ["answer"]
+    form = ", ".join(f'"{name}": "7"' for name in wanted)
+    return (
+        f"Its file has no CASES, and a case is what gives columns such as {wanted[0]}: "
+        f'CASES = [{{"completion": "It is 7.", {form}, "score": 1.0}}]'
+    )
 
 
 _MESSAGES = [{"role": "user", "content": "?"}]

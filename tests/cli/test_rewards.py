@@ -73,6 +73,23 @@ def test_cases_that_are_none_are_the_users_mistake(run_cli, tmp_path, cases: str
     assert (ran.code, said in ran.err) == (2, True), ran.err
 
 
+@pytest.mark.parametrize(
+    ("cases", "said"),
+    [
+        (
+            "",
+            """no CASES, and a case is what gives columns such as gold: CASES = [{"completion": "It is 7.", "gold": "7",""",
+        ),
+        ("CASES = [{'completion': 'a', 'score': 1, 'answer': 'a'}]", "Its cases give it the columns answer"),
+        ("CASES = [{'completion': 'a', 'score': 1}]", "Its cases give no columns"),
+    ],
+)
+def test_columns_that_no_case_gives(run_cli, tmp_path, cases: str, said: str) -> None:
+    (tmp_path / "mine.py").write_text(f"def reward(completions, gold, **_):\n    return [1.0]\n{cases}\n")
+    ran = run_cli("rewards", "test", tmp_path / "mine.py")
+    assert (ran.code, said in ran.err) == (2, True), ran.err
+
+
 def test_score_shows_what_would_have_changed(run_cli, recipe) -> None:
     assert run_cli("train", recipe).code == 0
     same = run_cli("rewards", "score", "runs/toy", "--reward", "digits.py")

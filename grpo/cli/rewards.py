@@ -35,7 +35,10 @@ def try_(
     kwarg: Kwargs = None,
     timeout: Timeout = 10.0,
 ) -> None:
-    """Grade its own CASES, then completions that are empty, huge, foreign or hostile, and say how long it takes."""
+    """Grade its own CASES, then completions that are empty, huge, foreign or hostile, and say how long it takes.
+
+    Cases keep the arguments that they were written for; --kwarg is what the rest is graded with.
+    """
     from grpo.scoring.cases import try_out
     from grpo.scoring.describe import report_lines
 
@@ -90,15 +93,12 @@ def new(name: Annotated[str, typer.Argument(help="Its name; it is written to NAM
 
 
 def _kwargs(given: list[str] | None) -> dict[str, Any]:
-    import yaml
+    from grpo.recipe import value_of
 
     kwargs = {}
     for text in given or []:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise UserError(f"--kwarg {text}: an argument is NAME=VALUE")
-        try:
-            kwargs[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            kwargs[name] = value
+        kwargs[name] = value_of(value)
     return kwargs

@@ -55,6 +55,15 @@ def test_files_beside_the_recipe_are_found_from_anywhere(tmp_path: Path) -> None
     assert recipe.rewards[0].use == f"{tmp_path / 'mine.py'}:score"
 
 
+def test_a_value_that_begins_with_a_hash_is_no_comment(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    recipe = load_recipe(path, ["rewards.0.kwargs.pattern=####", "data.system=# Be brief", "rollout.stop=['####']"])
+    assert recipe.rewards[0].kwargs == {"pattern": "####"}
+    assert (recipe.data.system, recipe.rollout.stop) == ("# Be brief", ("####",))
+    with pytest.raises(UserError, match=r'rollout.stop: expected a valid array, got "####"'):
+        load_recipe(path, ["rollout.stop=####"])
+
+
 def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
     overrides = ["loss.beta=0.1", "rewards.0.weight=2", "rollout={num_generations: 4}", "log.wandb.project=mine"]
     recipe = load_recipe(write(tmp_path, GOOD), overrides)

@@ -70,6 +70,6 @@ def train(
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
         written = context(cfg, trainer.policy.adapters.config, plan_of(trainer))
         outcome = Loop(trainer, folder, written, log, stop, state, start.checkpoint).run()
-    print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt))
+    print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt), trainer.scorer.failure_lines())
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + signal.Signals(outcome.stopped_by))

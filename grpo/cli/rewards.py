@@ -53,7 +53,7 @@ def score(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     reward: Annotated[str, typer.Option("--reward", help="A name, file.py, file.py:function, pkg.mod:fn.")],
     kwarg: Kwargs = None,
-    against: Annotated[str | None, typer.Option(help="The stored reward to compare with. Default: see below.")] = None,
+    against: Annotated[str | None, typer.Option(help="The stored reward to compare with. Default: see above.")] = None,
     timeout: Timeout = 30.0,
     examples: Annotated[int, typer.Option(min=0, help="Completions to show, those that change most.")] = 3,
 ) -> None:
@@ -70,6 +70,8 @@ def score(
     console.print(rescore_table(result))
     for line in result.lines(examples):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if all(completion.failure is not None for completion in result.completions):
+        raise RunError(f"reward {reward!r} failed on every completion")
 
 
 @app.command("new")

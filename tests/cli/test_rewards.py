@@ -87,6 +87,14 @@ def test_failures_that_are_alike_are_one_line(run_cli, tmp_path) -> None:
     assert len(ran.out.splitlines()) == 4
 
 
+def test_what_is_printed_again_and_again_is_counted(run_cli, tmp_path) -> None:
+    (tmp_path / "mine.py").write_text("def reward(completions, **_):\n    print('hello')\n    return [1.0]\n")
+    ran = run_cli("rewards", "test", tmp_path / "mine.py")
+    assert ran.code == 0
+    assert ran.err.count("[mine] hello\n") == 1
+    assert " times more)" in ran.err
+
+
 @pytest.mark.parametrize(
     ("cases", "said"),
     [
@@ -135,6 +143,10 @@ def test_score_shows_what_would_have_changed(run_cli, recipe) -> None:
     other = run_cli("rewards", "score", "runs/toy", "--reward", "language")
     assert "reward, as stored" in other.out
     assert run_cli("rewards", "score", "runs", "--reward", "language").code == 2
+    Path("broken.py").write_text("def reward(completions, **_):\n    raise OSError('away')\n")
+    broken = run_cli("rewards", "score", "runs/toy", "--reward", "broken.py")
+    assert (broken.code, "reward 'broken.py' failed on every completion" in broken.err) == (1, True)
+    assert "first failure: error: OSError: away" in broken.out
     wrong = run_cli("rewards", "score", "runs/toy", "--reward", "language", "--against", "nothing")
     assert (wrong.code, "this run stored digits, reward" in wrong.err) == (2, True)
 
@@ -184,6 +196,9 @@ def test_a_run_with_rewards_that_misbehave_in_every_way_goes_to_its_end(run_cli,
     assert all("ZeroDivisionError" in row["failure/raises"] for row in stored)
     assert all(row["failure/prints"] is None and row["reward/prints"] == 1 for row in stored)
     assert "[prints] printed " in ran.err
+    assert "reward 'raises' failed on 16 completions: 16 errors, 0 timeouts" in ran.out
+    assert "reward 'hangs' failed on 16 completions: 0 errors, 16 timeouts" in ran.out
+    assert "'digits' failed" not in ran.out
 
 
 def test_a_weighted_reward_that_sometimes_fails_keeps_its_completions_out(run_cli, recipe, tmp_path) -> None:

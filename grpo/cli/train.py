@@ -42,7 +42,7 @@ def train(
     from grpo.backend.ranks import Ranks
     from grpo.data.prompts import last_text
     from grpo.telemetry.loggers import open_loggers
-    from grpo.telemetry.summary import print_outcome, print_plan
+    from grpo.telemetry.summary import failure_lines, print_outcome, print_plan
     from grpo.training.loop import Loop
     from grpo.training.parity import check_parity
     from grpo.training.resume import context, find_start, plan_of
@@ -70,6 +70,7 @@ def train(
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
         written = context(cfg, trainer.policy.adapters.config, plan_of(trainer))
         outcome = Loop(trainer, folder, written, log, stop, state, start.checkpoint).run()
-    print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt), trainer.scorer.failure_lines())
+    failures = failure_lines(ranks.sum_counts(trainer.scorer.failures), ranks.sum_counts(trainer.scorer.timeouts))
+    print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt), failures)
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + signal.Signals(outcome.stopped_by))

@@ -77,14 +77,10 @@ class Scorer:
     def failures(self) -> dict[str, int]:
         return {name: record.failures for name, record in self.records.items()}
 
-    def failure_lines(self) -> list[str]:
-        """For each reward that failed, on how many completions since the start, and how."""
-        return [
-            f"reward {name!r} failed on {record.failures:,} completions: {record.failures - record.timeouts:,} errors, "
-            f"{record.timeouts:,} timeouts"
-            for name, record in self.records.items()
-            if record.failures
-        ]
+    @property
+    def timeouts(self) -> dict[str, int]:
+        """Those of the failures in which the function took too long."""
+        return {name: record.timeouts for name, record in self.records.items()}
 
     def begin(self, step: int) -> None:
         """Training step `step` (from 1) begins: rewards are told so, and what they log is counted anew."""

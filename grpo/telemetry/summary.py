@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +20,16 @@ def print_plan(console: Console, cfg: Recipe, device: str, plan: Plan, notes: li
     lines = [device, f"{cfg.model.name} on {cfg.data.source}, rewards: {rewards}", *plan.lines(), *notes]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def failure_lines(failures: Mapping[str, float], timeouts: Mapping[str, float]) -> list[str]:
+    """For each reward that failed, on how many completions, and how."""
+    return [
+        f"reward {name!r} failed on {count:,.0f} completions: {count - timeouts[name]:,.0f} errors, "
+        f"{timeouts[name]:,.0f} timeouts"
+        for name, count in failures.items()
+        if count
+    ]
 
 
 def print_outcome(console: Console, outcome: Outcome, folder: Path, example: str, failures: list[str]) -> None:

@@ -71,10 +71,32 @@ def _explain(path: Keys, detail: ErrorDetails, place: str) -> str:
             return f"{place}: {key} is missing. {_help(path)}".rstrip()
         case "value_error":
             return f"{place}: {detail['msg'].removeprefix('Value error, ')}"
-    expected = detail["msg"].replace("Input should be", "expected", 1)
     given = json.dumps(detail["input"], default=str)
+    match detail["type"]:
+        case "too_short":
+            return f"{place}: {key}: expected at least one, got {given}.{_example(path)}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{place}: {key}: expected keys and values, got {given}.{_example(path)}"
+    expected = detail["msg"].replace("Input should be", "expected", 1)
     hint = " Write it without quotes." if isinstance(detail["input"], str) and "number" in expected else ""
     return f"{place}: {key}: {expected}, got {given}.{hint}"
+
+
+FORMS = {
+    "model": "{name: Qwen/Qwen3-0.6B}",
+    "data": "{source: questions.jsonl}",
+    "rewards": "{use: math_answer}",
+    "optim": "{steps: 500}",
+    "log.wandb": "{project: grpo}",
+}
+"""How a section is written, where that may not be plain from the names of its keys."""
+
+
+def _example(path: Keys) -> str:
+    form = FORMS.get(section := dotted(named(path)))
+    if form is None:
+        return ""
+    return f" Write {section}: [{form}]" if path == ("rewards",) else f" Write {form}"
 
 
 def _hint(path: Keys) -> str:

@@ -81,11 +81,11 @@ def locate_reward(use: str) -> Located:
     """
     what = f"reward {use!r}"
     if use.endswith(".py"):
-        return Located(Path(use).stem, f"{use}:reward", what)
+        return Located(Path(use).stem, f"{use}:reward", "reward")
     place, colon, function = use.rpartition(":")
     if colon:
         stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
-        return Located(stem if function == "reward" else function, use, what)
+        return Located(stem if function == "reward" else function, use, "reward")
     found = [reward for reward in named_rewards() if reward.name == use]
     if len(found) > 1:
         both = " and ".join(f"{reward.what} ({reward.where})" for reward in found)

@@ -189,11 +189,18 @@ def _override(source: _Source, override: str) -> None:
 
 def _override_value(keys: Keys, text: str) -> Any:
     """The value as YAML; where the schema wants a text, as written: `data.prompt={question}` needs no quotes."""
-    try:
-        value = yaml.load(text, _Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError):
-        value = text
+    value = value_of(text)
     return value if value is None or isinstance(value, str) or not _wants_text(keys) else text
+
+
+def value_of(text: str) -> Any:
+    """A value of the command line as YAML, or as the text that it is: `####` is no comment there."""
+    if text.lstrip().startswith("#"):
+        return text
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError):
+        return text
 
 
 def _wants_text(keys: Keys) -> bool:

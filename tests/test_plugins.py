@@ -41,6 +41,7 @@ def test_a_reward_that_cannot_be_had(tmp_path: Path, text: str, use: str, said: 
     with pytest.raises(UserError) as error:
         find_reward(use.format(file=file))
     assert said.format(file=file) in str(error.value)
+    assert str(error.value).count(f"{use.format(file=file)!r}") == 1
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml"])

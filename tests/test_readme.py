@@ -29,6 +29,13 @@ def test_the_reward_does_what_it_says() -> None:
     assert scores == [1.0, 0.0, None, 1 - (len(long) - 200) / 1000]
 
 
+def test_the_reward_passes_its_cases(run_cli, tmp_path: Path) -> None:
+    (tmp_path / "brevity.py").write_text(block("python"))
+    ran = run_cli("rewards", "test", tmp_path / "brevity.py")
+    assert ran.code == 0, ran.err
+    assert "cases  2 of 2 right" in ran.out
+
+
 def test_the_map_has_every_room() -> None:
     rooms = {path.stem if path.suffix == ".py" else path.name for path in (ROOT / "grpo").iterdir()}
     for room in rooms - {"__init__", "__pycache__", "_bundled"}:

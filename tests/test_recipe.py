@@ -55,6 +55,15 @@ def test_files_beside_the_recipe_are_found_from_anywhere(tmp_path: Path) -> None
     assert recipe.rewards[0].use == f"{tmp_path / 'mine.py'}:score"
 
 
+def test_a_value_that_begins_with_a_hash_is_no_comment(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    recipe = load_recipe(path, ["rewards.0.kwargs.pattern=####", "data.system=# Be brief", "rollout.stop=['####']"])
+    assert recipe.rewards[0].kwargs == {"pattern": "####"}
+    assert (recipe.data.system, recipe.rollout.stop) == ("# Be brief", ("####",))
+    with pytest.raises(UserError, match=r'rollout.stop: expected a valid array, got "####"'):
+        load_recipe(path, ["rollout.stop=####"])
+
+
 def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
     overrides = ["loss.beta=0.1", "rewards.0.weight=2", "rollout={num_generations: 4}", "log.wandb.project=mine"]
     recipe = load_recipe(write(tmp_path, GOOD), overrides)
@@ -106,6 +115,11 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, li
         ("loss.bata=1", "command line: loss.bata=1: unknown key loss.bata. Did you mean loss.beta?"),
         ("loss.beta", "command line: loss.beta: an override is key.sub=value"),
         ("rewards.3.weight=1", "there is no rewards.3.weight"),
+        ("rewards=[]", "rewards: expected at least one, got []. Write rewards: [{use: math_answer}]"),
+        ("rewards.0=x", 'rewards.0: expected keys and values, got "x". Write {use: math_answer}'),
+        ("model=some/model", 'model: expected keys and values, got "some/model". Write {name: Qwen/Qwen3-0.6B}'),
+        ("log.wandb=true", "log.wandb: expected keys and values, got true. Write {project: grpo}"),
+        ("data.chat_template_kwargs=3", "data.chat_template_kwargs: expected keys and values, got 3."),
         ("loss.beta=x", 'command line: loss.beta=x: loss.beta: expected a valid number, got "x"'),
     ],
 )

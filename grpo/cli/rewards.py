@@ -35,7 +35,10 @@ def try_(
     kwarg: Kwargs = None,
     timeout: Timeout = 10.0,
 ) -> None:
-    """Grade its own CASES, then completions that are empty, huge, foreign or hostile, and say how long it takes."""
+    """Grade its own CASES, then completions that are empty, huge, foreign or hostile, and say how long it takes.
+
+    Cases keep the arguments that they were written for; --kwarg is what the rest is graded with.
+    """
     from grpo.scoring.cases import try_out
     from grpo.scoring.describe import report_lines
 
@@ -50,7 +53,7 @@ def score(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     reward: Annotated[str, typer.Option("--reward", help="A name, file.py, file.py:function, pkg.mod:fn.")],
     kwarg: Kwargs = None,
-    against: Annotated[str | None, typer.Option(help="The stored reward to compare with. Default: see below.")] = None,
+    against: Annotated[str | None, typer.Option(help="The stored reward to compare with. Default: see above.")] = None,
     timeout: Timeout = 30.0,
     examples: Annotated[int, typer.Option(min=0, help="Completions to show, those that change most.")] = 3,
 ) -> None:
@@ -67,6 +70,8 @@ def score(
     console.print(rescore_table(result))
     for line in result.lines(examples):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if all(completion.failure is not None for completion in result.completions):
+        raise RunError(f"reward {reward!r} failed on every completion")
 
 
 @app.command("new")
@@ -90,15 +95,12 @@ def new(name: Annotated[str, typer.Argument(help="Its name; it is written to NAM
 
 
 def _kwargs(given: list[str] | None) -> dict[str, Any]:
-    import yaml
+    from grpo.recipe import value_of
 
     kwargs = {}
     for text in given or []:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise UserError(f"--kwarg {text}: an argument is NAME=VALUE")
-        try:
-            kwargs[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            kwargs[name] = value
+        kwargs[name] = value_of(value)
     return kwargs

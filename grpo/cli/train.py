@@ -42,7 +42,7 @@ def train(
     from grpo.backend.ranks import Ranks
     from grpo.data.prompts import last_text
     from grpo.telemetry.loggers import open_loggers
-    from grpo.telemetry.summary import print_outcome, print_plan
+    from grpo.telemetry.summary import failure_lines, print_outcome, print_plan
     from grpo.training.loop import Loop
     from grpo.training.parity import check_parity
     from grpo.training.resume import context, find_start, plan_of
@@ -72,7 +72,8 @@ def train(
         loop = Loop(trainer, folder, written, log, stop, state, start.checkpoint)
         del start, state  # or the arrays that the run began with would be held to its end
         outcome = loop.run()
-    print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt))
+    failures = failure_lines(ranks.sum_counts(trainer.scorer.failures), ranks.sum_counts(trainer.scorer.timeouts))
+    print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt), failures)
     ranks.wait()  # a launcher ends the others, the first one in the middle of its checkpoint, when one is gone
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + signal.Signals(outcome.stopped_by))

@@ -22,6 +22,11 @@ class PromptRenderer:
         self.cfg = cfg
         self.tokenizer = tokenizer
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that prompts are made of."""
+        return _columns_of(self.cfg.prompt) if "{" in self.cfg.prompt else [self.cfg.prompt]
+
     def task(self, index: int, row: Mapping[str, Any]) -> Task | None:
         """The task of a row, or None for a row whose prompt is null.
 
@@ -41,7 +46,7 @@ class PromptRenderer:
     def _prompt(self, index: int, row: Mapping[str, Any]) -> Prompt | None:
         setting = self.cfg.prompt
         if "{" in setting:
-            values = {name: self._column(row, name) for name in _columns_of(setting)}
+            values = {name: self._column(row, name) for name in self.columns}
             if odd := [name for name, value in values.items() if isinstance(value, list | dict)]:
                 raise UserError(f"data.prompt: column {odd[0]!r} is no text for a template, but {values[odd[0]]!r:.80}")
             return None if None in values.values() else setting.format_map(values)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,10 +60,33 @@ def _load_file(path: Path, split: str) -> Rows:
     except Exception as error:  # the readers raise their own kinds, and all of them mean the file
         if "corresponds to no data" in str(error):
             raise UserError(f"data {path}: the file has no rows") from error
-        raise UserError(
-            f"data {path}: cannot be read as {path.suffix[1:]}: {one_line(error.__cause__ or error)}"
-        ) from error
+        why = (_wrong_line(path) if path.suffix == ".jsonl" else None) or one_line(error.__cause__ or error)
+        raise UserError(f"data {path}: cannot be read as {path.suffix[1:]}: {why}") from error
     return rows
+
+
+def _wrong_line(path: Path) -> str | None:
+    """The first line that is no JSON object; the readers count rows, of a block and from 0."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"line {number} is no object: {line.decode().strip()[:80]}"
+            except json.JSONDecodeError as error:
+                return f"line {number}, column {error.colno}: {error.msg}"
+            except ValueError:
+                return f"line {number} is not text in UTF-8"
+    return None
+
+
+def rows_with_null(rows: Rows, columns: Sequence[str]) -> int:
+    """How many rows have a null in one of the columns. Built-in rows have none."""
+    from datasets import Dataset
+
+    if not isinstance(rows, Dataset):
+        return 0
+    found = [rows.with_format("arrow")[name][:].is_null() for name in columns if name in rows.column_names]
+    return sum(any(row) for row in zip(*(nulls.to_pylist() for nulls in found), strict=True))
 
 
 def _load_hub(cfg: DataConfig) -> Rows:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Tried:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that was tried on a reward."""
+    """Everything that was tried on a reward; `cases` in the order of its file."""
 
     cases: list[Tried]
     fuzz: list[Tried]
@@ -49,19 +50,20 @@ class Report:
 def try_out(located: Located, kwargs: Mapping[str, Any], timeout: float) -> Report:
     """Run the cases, then the fuzz with the columns of the first case, each completion in a call of its own.
 
-    `kwargs` replace those of the cases. Raises UserError for a function that cannot be had or called so.
+    Cases were written for the arguments that they name; `kwargs` are for the fuzz, and for cases without an argument
+    that the function must have. Raises UserError for a function that cannot be had or called so.
     """
     with closing(Worker(located, None, timeout)) as host:  # keeps what the cases run against
         host.wait_ready()
-        cases = [_with_kwargs(case, host.case_kwargs, kwargs) for case in host.cases]
-        first = cases[0] if cases else {"completion": "", "kwargs": {**host.case_kwargs, **kwargs}}
-        tried = [
-            found
-            for alike in _by_kwargs(cases)
-            for found in _called(located, alike, timeout, [case["score"] for case in alike])
-        ]
+        cases = [_with_kwargs(case, host.case_kwargs) for case in host.cases]
+        by_place: dict[int, Tried] = {}
+        for places in _by_kwargs(cases):
+            by_place |= zip(places, _tried(located, [cases[at] for at in places], kwargs, timeout), strict=True)
+        first: dict[str, Any] = cases[0] if cases else {"completion": "", "kwargs": host.case_kwargs}
+        first = {**first, "kwargs": {**first["kwargs"], **kwargs}}
         fuzz = [{**first, "completion": _in_form(text, first), "completion_ids": _ids(text)} for text in fuzz_texts()]
-        return Report(tried, _called(located, fuzz, timeout, None))
+        fuzzed = _called(located, fuzz, timeout, None)
+    return Report([by_place[at] for at in range(len(cases))], fuzzed)
 
 
 def fuzz_texts() -> Iterator[str]:
@@ -87,6 +89,16 @@ def fuzz_texts() -> Iterator[str]:
     yield from ("```python\nraise SystemExit\n```", '{"a": ' * 2000, "(a+)+$" * 20, "a" * 40 + "!", "x = " * 1000)
 
 
+def _tried(located: Located, cases: list[dict[str, Any]], kwargs: Mapping[str, Any], timeout: float) -> list[Tried]:
+    scores = [case["score"] for case in cases]
+    try:
+        return _called(located, cases, timeout, scores)
+    except UserError:
+        if not kwargs:
+            raise
+    return _called(located, [{**case, "kwargs": {**kwargs, **case["kwargs"]}} for case in cases], timeout, scores)
+
+
 def _called(
     located: Located, cases: Sequence[Mapping[str, Any]], timeout: float, expected: Sequence[float | None] | None
 ) -> list[Tried]:
@@ -94,9 +106,7 @@ def _called(
     with closing(Isolated(located, cases[0]["kwargs"], timeout, calls="completion")) as grader:
         names = {name for case in cases for name in case} - set(OUR_KEYS)
         if problem := grader.problem(names):
-            raise UserError(
-                f"reward {located.name!r}: {problem}. Its cases give it {', '.join(sorted(names)) or 'none'}"
-            )
+            raise UserError(f"reward {located.name!r}: {problem}. {_cases_advice(problem, names, expected is None)}")
         columns: dict[str, list[Any]] = {
             "prompts": ["?" if isinstance(case.get("completion", ""), str) else _MESSAGES for case in cases],
             "completions": [case.get("completion", "") for case in cases],
@@ -115,24 +125,36 @@ def _called(
     return tried
 
 
+def _cases_advice(problem: str, columns: Collection[str], no_cases: bool) -> str:
+    """Where the columns of the dataset that a function asks for come from when it is tried out."""
+    if not no_cases:
+        return f"Its cases give it the columns {', '.join(sorted(columns))}" if columns else "Its cases give no columns"
+    wanted = re.findall(r"'(\w+)'", problem.partition(";")[0]) or ["answer"]
+    form = ", ".join(f'"{name}": "7"' for name in wanted)
+    return (
+        f"Its file has no CASES, and a case is what gives columns such as {wanted[0]}: "
+        f'CASES = [{{"completion": "It is 7.", {form}, "score": 1.0}}]'
+    )
+
+
 _MESSAGES = [{"role": "user", "content": "?"}]
 
 
-def _with_kwargs(case: Any, given: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _with_kwargs(case: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """A case with all its arguments. Raises UserError for what is no case."""
     if not isinstance(case, dict) or not isinstance(case.get("kwargs", {}), dict):
         raise UserError(f"CASES: {case!r:.80} is no dictionary of completion, score, kwargs (a dictionary) and columns")
     if not isinstance(case.get("score", ""), int | float | None):
         raise UserError(f"CASES: {case!r:.80} has no score: a number, or None")
-    return {**case, "kwargs": {**given, **case.get("kwargs", {}), **kwargs}}
+    return {**case, "kwargs": {**given, **case.get("kwargs", {})}}
 
 
-def _by_kwargs(cases: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Cases that one function, made ready once, can answer."""
-    alike: dict[str, list[dict[str, Any]]] = {}
-    for case in cases:
+def _by_kwargs(cases: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """The places of cases that one function, made ready once, can answer."""
+    alike: dict[str, list[int]] = {}
+    for place, case in enumerate(cases):
         columns = sorted(set(case) - set(OUR_KEYS) - set(GIVEN))
-        alike.setdefault(json.dumps([case["kwargs"], columns], sort_keys=True, default=str), []).append(case)
+        alike.setdefault(json.dumps([case["kwargs"], columns], sort_keys=True, default=str), []).append(place)
     return list(alike.values())
 
 

@@ -34,8 +34,18 @@ def describe(located: Located) -> list[str]:
 
 
 def report_lines(report: Report) -> list[str]:
-    """What went wrong, completion by completion, and then the sums."""
-    lines = [f"{_short(tried.completion)}: {tried.wrong}" for tried in report.wrong]
+    """What went wrong, completion by completion (those of the fuzz that went wrong alike on one line), and the sums."""
+    lines = [
+        f"case {place}, {_short(tried.completion)}: {tried.wrong}"
+        for place, tried in enumerate(report.cases, 1)
+        if tried.wrong is not None
+    ]
+    alike: dict[str, list[Tried]] = {}
+    for tried in report.fuzz:
+        if tried.wrong is not None:
+            alike.setdefault(tried.wrong, []).append(tried)
+    for wrong, (first, *more) in alike.items():
+        lines.append(f"{_short(first.completion)}{f' and {len(more)} more' if more else ''}: {wrong}")
     right = sum(tried.wrong is None for tried in report.cases)
     lines.append(f"cases  {right} of {len(report.cases)} right" if report.cases else "cases  its file has no CASES")
     failed = sum(tried.wrong is not None for tried in report.fuzz)

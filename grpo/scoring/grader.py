@@ -117,6 +117,7 @@ class Record:
     def __init__(self, max_failure_rate: float) -> None:
         self.max_failure_rate = max_failure_rate
         self.failures = 0
+        self.timeouts = 0
         self.first_error: str | None = None
         self.seconds: deque[float] = deque(maxlen=1000)
         self._lately: deque[tuple[int, int]] = deque(maxlen=self.WINDOW)
@@ -124,6 +125,7 @@ class Record:
     def add(self, answers: Sequence[tuple[Span, Answer]]) -> None:
         failed = sum(len(answer.failures) for _, answer in answers)
         self.failures += failed
+        self.timeouts += sum(len(answer.failures) for _, answer in answers if answer.kind == "timeout")
         self._lately.append((failed, sum(len(answer.values) for _, answer in answers)))
         self.seconds.extend(answer.seconds for _, answer in answers)
         if self.first_error is None:
@@ -131,10 +133,12 @@ class Record:
 
     def state(self) -> dict[str, Any]:
         """What it has counted, as JSON holds it; latencies are of one machine and one sitting."""
-        return {"failures": self.failures, "lately": list(self._lately), "first_error": self.first_error}
+        counts = {"failures": self.failures, "timeouts": self.timeouts}
+        return {**counts, "lately": list(self._lately), "first_error": self.first_error}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.failures, self.first_error = state["failures"], state["first_error"]
+        self.timeouts = state.get("timeouts", 0)  # checkpoints of before they were counted
         self._lately = deque(((failed, count) for failed, count in state["lately"]), maxlen=self.WINDOW)
 
     @property

@@ -25,10 +25,12 @@ class Output:
         self._ours, self.descriptor = os.pipe()
         self._shown, self._left_out = 0, 0
         self._last: deque[bytes] = deque(maxlen=4)
+        self._line, self._repeats = b"", 0
         threading.Thread(target=self._empty, name=f"output of {name}", daemon=True).start()
 
     def begin(self) -> None:
         """A new scoring: what was left out of the former is said, and there is room again."""
+        self._say_repeats()
         if self._left_out:
             print(f"[{self.name}] printed {self._left_out:,} bytes more, not shown", file=sys.stderr)
         self._shown, self._left_out = 0, 0
@@ -39,6 +41,7 @@ class Output:
         return f"; it said: {text}" if text else ""
 
     def close(self) -> None:
+        self._say_repeats()
         with contextlib.suppress(OSError):
             os.close(self.descriptor)
         self.descriptor = -1
@@ -55,4 +58,18 @@ class Output:
                 if len(partial) >= SHOWN:
                     lines, partial = [*lines, partial], b""
                 for line in lines:
-                    print(f"[{self.name}] {line.decode(errors='replace')}", file=sys.stderr)
+                    self._say(line)
+
+    def _say(self, line: bytes) -> None:
+        """Pass a line on; one that is said again and again is counted."""
+        if line == self._line and line:
+            self._repeats += 1
+            return
+        self._say_repeats()
+        self._line = line
+        print(f"[{self.name}] {line.decode(errors='replace')}", file=sys.stderr)
+
+    def _say_repeats(self) -> None:
+        repeats, self._repeats = self._repeats, 0
+        if repeats:
+            print(f"[{self.name}] (the same {repeats:,} times more)", file=sys.stderr)

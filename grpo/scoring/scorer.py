@@ -77,6 +77,11 @@ class Scorer:
     def failures(self) -> dict[str, int]:
         return {name: record.failures for name, record in self.records.items()}
 
+    @property
+    def timeouts(self) -> dict[str, int]:
+        """Those of the failures in which the function took too long."""
+        return {name: record.timeouts for name, record in self.records.items()}
+
     def begin(self, step: int) -> None:
         """Training step `step` (from 1) begins: rewards are told so, and what they log is counted anew."""
         self._state["global_step"] = step - 1  # as in TRL: the steps that are done

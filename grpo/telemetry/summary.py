@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -21,13 +22,23 @@ def print_plan(console: Console, cfg: Recipe, device: str, plan: Plan, notes: li
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_outcome(console: Console, outcome: Outcome, folder: Path, example: str) -> None:
-    """The table of accuracies, where the adapter is, and how to try it on a prompt like `example`."""
+def failure_lines(failures: Mapping[str, float], timeouts: Mapping[str, float]) -> list[str]:
+    """For each reward that failed, on how many completions, and how."""
+    return [
+        f"reward {name!r} failed on {count:,.0f} completions: {count - timeouts[name]:,.0f} errors, "
+        f"{timeouts[name]:,.0f} timeouts"
+        for name, count in failures.items()
+        if count
+    ]
+
+
+def print_outcome(console: Console, outcome: Outcome, folder: Path, example: str, failures: list[str]) -> None:
+    """The table of accuracies, what failed, where the adapter is, and how to try it on a prompt like `example`."""
     state = outcome.state
     if state.before and state.after and state.after.step > state.before.step:
         console.print(before_and_after(state.before, state.after))
     what = "stopped" if outcome.stopped_by is not None else "finished"
-    lines = [f"{what} after step {state.step}" if state.step else f"{what} before the first step"]
+    lines = [*failures, f"{what} after step {state.step}" if state.step else f"{what} before the first step"]
     if outcome.checkpoint:
         lines.append(f"adapter  {outcome.checkpoint}")
         lines.append(f"try it   grpo generate {shlex.quote(str(folder))} {shlex.quote(example)}")

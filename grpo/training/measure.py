@@ -13,10 +13,10 @@ from typing import Any
 import mlx.core as mx
 
 from grpo.backend.hub import one_line
-from grpo.config import FILE_TYPES, Recipe
+from grpo.config import FILE_TYPES, Recipe, RewardConfig
 from grpo.errors import UserError
 from grpo.model.adapters import CONFIG, WEIGHTS
-from grpo.plugins import find_recipe
+from grpo.plugins import find_recipe, locate_reward
 from grpo.recipe import load_recipe, recipe_of
 from grpo.training.checkpoint import RECIPE, STATE, step_of
 from grpo.training.folder import find_checkpoint, is_run
@@ -64,14 +64,14 @@ def measure(target: str, asked: Asked, overrides: Sequence[str]) -> tuple[EvalMe
     folder, settings = Path(target), [*asked.settings(), *overrides]
     adapter = asked.adapter
     if is_run(folder):
-        cfg = load_recipe(folder / RECIPE, settings)
+        cfg = _graded(folder / RECIPE, asked, overrides)
         adapter = adapter or find_checkpoint(folder, asked.checkpoint or "newest")
     elif asked.checkpoint is not None:
         raise UserError(f"--checkpoint is for runs, and {target} is none")
     elif folder.is_dir() or not _is_recipe(target):
         cfg = _for_model(target, asked, settings)
     else:
-        cfg = load_recipe(find_recipe(target), settings)
+        cfg = _graded(find_recipe(target), asked, overrides)
     if cfg.eval is None:
         raise UserError(f"{target}: nothing says what to evaluate on; name it, such as --data held_out.jsonl")
     if asked.adapter is not None:  # a run's own has the shape that its recipe says
@@ -96,6 +96,31 @@ def _is_recipe(target: str) -> bool:
             return False  # a model on the Hub
         raise
     return True
+
+
+def _graded(path: Path, asked: Asked, overrides: Sequence[str]) -> Recipe:
+    """The recipe with what is asked for. A reward that it has already comes first, to grade, with the settings that it
+    has; another takes the first one's place, and that of one of the same name."""
+    cfg = load_recipe(path, [*asked.settings(), *overrides])
+    if asked.reward is None:
+        return cfg
+    first, *others = cfg.rewards
+    own = load_recipe(path, overrides).rewards
+    if meant := [reward for reward in own if _is_meant(reward, asked.reward, first)]:
+        rewards = (meant[0], *(reward for reward in own if reward is not meant[0]))
+    else:
+        rewards = (first, *(reward for reward in others if _called(reward) != _called(first)))
+    return cfg.model_copy(update={"rewards": rewards})
+
+
+def _is_meant(reward: RewardConfig, use: str, found: RewardConfig) -> bool:
+    """Whether `use`, which was `found` where it names a file, is this reward: by its name, or by its code."""
+    where = locate_reward(reward.use).where
+    return _called(reward) == use or found.use in (reward.use, where, where.removesuffix(":reward"))
+
+
+def _called(reward: RewardConfig) -> str:
+    return reward.name or locate_reward(reward.use).name
 
 
 def _for_model(name: str, asked: Asked, settings: Sequence[str]) -> Recipe:

@@ -59,7 +59,7 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
             }
         failures = [r.failures[name].kind for group in groups for r in group.rollouts if name in r.failures]
         rates = {kind: failures.count(kind) / len(scores) for kind in ("error", "timeout")}
-        rates["none"] = 1 - (len(known) + len(failures)) / len(scores)
+        rates["none"] = (len(scores) - len(known) - len(failures)) / len(scores)
         metrics |= {f"rewards/{name}/{kind}_rate": rate for kind, rate in rates.items()}
     return metrics
 

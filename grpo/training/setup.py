@@ -9,7 +9,7 @@ from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import DataConfig, Recipe
 from grpo.data.prompts import PromptRenderer
-from grpo.data.source import is_local, load_rows
+from grpo.data.source import Rows, is_local, load_rows, rows_with_null
 from grpo.data.stream import TaskStream, first_tasks
 from grpo.errors import UserError
 from grpo.generation.generator import Generator
@@ -79,7 +79,17 @@ def prepare(cfg: Recipe) -> Prepared:
     generator.slots = plan.slots
     trainer = Trainer(cfg, policy, stream, engine, scorer, evaluator, custom_loss, ranks)
     refiltered = [REFILTERED] if engine.sampling.reshaped else []
-    return Prepared(trainer, plan, tasks, [f"decoding: {generator.decoding.description}", *policy.slow, *refiltered])
+    nulls = [_null_prompts(rows, one) for rows, one in zip(tables, (renderer, *eval_renderers), strict=True)]
+    notes = [f"decoding: {generator.decoding.description}", *policy.slow, *refiltered]
+    return Prepared(trainer, plan, tasks, [*notes, *dict.fromkeys(filter(None, nulls))])
+
+
+def _null_prompts(rows: Rows, renderer: PromptRenderer) -> str | None:
+    """What there is to say of rows without a prompt."""
+    count, cfg = rows_with_null(rows, renderer.columns), renderer.cfg
+    if not count:
+        return None
+    return f"data {cfg.source}, {cfg.split}: {count:,} of {len(rows):,} rows have a null prompt and are left out"
 
 
 def _longest(tasks: list[Task], evaluator: Evaluator | None) -> tuple[int, int]:

@@ -15,6 +15,16 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_rows_without_a_prompt_are_said_once(run_cli, recipe) -> None:
+    with Path("train.jsonl").open("a") as file:
+        file.write('{"question": null, "answer": "1"}\n')
+    with recipe.open("a") as file:
+        file.write("eval: {split: train, prompts: 2, samples: 2}\n")
+    ran = run_cli("train", recipe, "--dry-run")
+    assert ran.code == 0, ran.err
+    assert ran.out.count("train.jsonl, train: 1 of 5 rows have a null prompt and are left out") == 1
+
+
 def test_train_from_end_to_end(run_cli, recipe) -> None:
     with recipe.open("a") as file:
         file.write("eval: {split: train, every: 1, prompts: 3, samples: 2}\ncheckpoint: {every: 1, keep: 1}\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from grpo.cli.rewards import _kwargs
 from grpo.plugins import bundled_names
 
 MISBEHAVING = Path(__file__).parents[1] / "scoring/misbehaving.py"
@@ -46,14 +47,52 @@ def test_test_shows_what_is_wrong_and_fails(run_cli, tmp_path, monkeypatch) -> N
     )
     ran = run_cli("rewards", "test", "mine.py")
     assert ran.code == 1
-    assert "'ab': scored 0.5, and should 0.6" in ran.out
+    assert "case 2, 'ab': scored 0.5, and should 0.6" in ran.out
     assert "'': error: ZeroDivisionError" in ran.out
     assert "cases  1 of 2 right" in ran.out
     assert "reward 'mine.py': 2 completions went wrong" in ran.err
-    with_bonus = run_cli("rewards", "test", "mine.py", "--kwarg", "bonus=0.1")
-    assert "'ab': scored 0.6, and should 0.5" in with_bonus.out
     assert run_cli("rewards", "test", "mine.py", "--kwarg", "bnus=1").code == 2
     assert run_cli("rewards", "test", "nowhere").code == 2
+
+
+def test_cases_keep_the_arguments_that_they_were_written_for(run_cli, tmp_path) -> None:
+    ran = run_cli("rewards", "test", "length", "--kwarg", "tokens=3")
+    assert (ran.code, "cases  9 of 9 right" in ran.out) == (0, True), ran.out + ran.err
+    (tmp_path / "mine.py").write_text(
+        "def reward(completions, bonus=0, **_):\n    return [0 / (bonus != 5)] * len(completions)\n"
+        "CASES = [{'completion': 'ab', 'score': 0}]\n"
+    )
+    broken = run_cli("rewards", "test", tmp_path / "mine.py", "--kwarg", "bonus=5")
+    assert "cases  1 of 1 right" in broken.out
+    assert "45 completions, 45 failures" in broken.out
+    (tmp_path / "made.py").write_text(
+        "def reward(size):\n    return lambda completions, **_: [size] * len(completions)\n"
+        "CASES = [{'completion': 'ab', 'score': 3}]\n"
+    )
+    made = run_cli("rewards", "test", tmp_path / "made.py", "--kwarg", "size=3")
+    assert (made.code, "cases  1 of 1 right" in made.out) == (0, True), made.err
+
+
+def test_an_argument_is_yaml_but_never_a_comment() -> None:
+    given = _kwargs(["pattern=####", "points=1e-3", "names=[a, b]", "text=[a"])
+    assert given == {"pattern": "####", "points": 0.001, "names": ["a", "b"], "text": "[a"}
+
+
+def test_failures_that_are_alike_are_one_line(run_cli, tmp_path) -> None:
+    (tmp_path / "mine.py").write_text("import time\n\ndef reward(completions, **_):\n    time.sleep(9)\n")
+    ran = run_cli("rewards", "test", tmp_path / "mine.py", "--timeout", "0.2")
+    assert ran.code == 1
+    assert "'' and 2 more: timeout: no answer in 0.2 s" in ran.out
+    assert " and 41 more: error: not tried" in ran.out
+    assert len(ran.out.splitlines()) == 4
+
+
+def test_what_is_printed_again_and_again_is_counted(run_cli, tmp_path) -> None:
+    (tmp_path / "mine.py").write_text("def reward(completions, **_):\n    print('hello')\n    return [1.0]\n")
+    ran = run_cli("rewards", "test", tmp_path / "mine.py")
+    assert ran.code == 0
+    assert ran.err.count("[mine] hello\n") == 1
+    assert " times more)" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -73,6 +112,23 @@ def test_cases_that_are_none_are_the_users_mistake(run_cli, tmp_path, cases: str
     assert (ran.code, said in ran.err) == (2, True), ran.err
 
 
+@pytest.mark.parametrize(
+    ("cases", "said"),
+    [
+        (
+            "",
+            """no CASES, and a case is what gives columns such as gold: CASES = [{"completion": "It is 7.", "gold":""",
+        ),
+        ("CASES = [{'completion': 'a', 'score': 1, 'answer': 'a'}]", "Its cases give it the columns answer"),
+        ("CASES = [{'completion': 'a', 'score': 1}]", "Its cases give no columns"),
+    ],
+)
+def test_columns_that_no_case_gives(run_cli, tmp_path, cases: str, said: str) -> None:
+    (tmp_path / "mine.py").write_text(f"def reward(completions, gold, **_):\n    return [1.0]\n{cases}\n")
+    ran = run_cli("rewards", "test", tmp_path / "mine.py")
+    assert (ran.code, said in ran.err) == (2, True), ran.err
+
+
 def test_score_shows_what_would_have_changed(run_cli, recipe) -> None:
     assert run_cli("train", recipe).code == 0
     same = run_cli("rewards", "score", "runs/toy", "--reward", "digits.py")
@@ -87,6 +143,10 @@ def test_score_shows_what_would_have_changed(run_cli, recipe) -> None:
     other = run_cli("rewards", "score", "runs/toy", "--reward", "language")
     assert "reward, as stored" in other.out
     assert run_cli("rewards", "score", "runs", "--reward", "language").code == 2
+    Path("broken.py").write_text("def reward(completions, **_):\n    raise OSError('away')\n")
+    broken = run_cli("rewards", "score", "runs/toy", "--reward", "broken.py")
+    assert (broken.code, "reward 'broken.py' failed on every completion" in broken.err) == (1, True)
+    assert "first failure: error: OSError: away" in broken.out
     wrong = run_cli("rewards", "score", "runs/toy", "--reward", "language", "--against", "nothing")
     assert (wrong.code, "this run stored digits, reward" in wrong.err) == (2, True)
 
@@ -136,6 +196,9 @@ def test_a_run_with_rewards_that_misbehave_in_every_way_goes_to_its_end(run_cli,
     assert all("ZeroDivisionError" in row["failure/raises"] for row in stored)
     assert all(row["failure/prints"] is None and row["reward/prints"] == 1 for row in stored)
     assert "[prints] printed " in ran.err
+    assert "reward 'raises' failed on 16 completions: 16 errors, 0 timeouts" in ran.out
+    assert "reward 'hangs' failed on 16 completions: 0 errors, 16 timeouts" in ran.out
+    assert "'digits' failed" not in ran.out
 
 
 def test_a_weighted_reward_that_sometimes_fails_keeps_its_completions_out(run_cli, recipe, tmp_path) -> None:

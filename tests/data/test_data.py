@@ -9,7 +9,7 @@ import pytest
 from grpo.builtin import tasks as builtin_tasks
 from grpo.config import DataConfig
 from grpo.data.prompts import PromptRenderer
-from grpo.data.source import load_rows
+from grpo.data.source import load_rows, rows_with_null
 from grpo.data.stream import TaskStream, first_tasks
 from grpo.errors import UserError
 
@@ -49,7 +49,9 @@ def test_files(tmp_path: Path, kind: str) -> None:
         ("empty.jsonl", "", {}, "the file is empty"),
         ("none.csv", "question,answer\n", {}, "has no rows"),
         ("none.json", "[]", {}, "has no rows"),
-        ("bad.jsonl", "{not json", {}, "cannot be read as jsonl"),
+        ("bad.jsonl", "{not json", {}, "cannot be read as jsonl: line 1, column 2: Expecting property name"),
+        ("bad.jsonl", '{"question": "?"}\n\nnot json\n', {}, "line 3, column 1: Expecting value"),
+        ("bad.jsonl", '{"question": "?"}\n[1]\n', {}, "line 2 is no object: [1]"),
         ("good.jsonl", '{"question": "?"}', {"split": "test"}, "a file is one split, 'train'; there is no 'test'"),
     ],
 )
@@ -61,6 +63,15 @@ def test_files_that_will_not_do(tmp_path: Path, name: str, content: str | None, 
         load_rows(config(source=str(path), **settings))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("columns", "count"), [(["question"], 1), (["question", "answer"], 2), (["absent"], 0)])
+def test_rows_without_a_prompt_are_counted(tmp_path: Path, columns: list[str], count: int) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": "?", "answer": "1"}, {"question": None, "answer": None}, {"question": "?", "answer": None}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rows_with_null(load_rows(config(source=str(path))), columns) == count
+    assert rows_with_null(load_rows(config(source="builtin:arithmetic")), columns) == 0
 
 
 def test_the_builtin_task_splits_without_overlap_in_any_order() -> None:

@@ -160,6 +160,26 @@ def test_a_model_and_an_adapter_without_a_recipe(recipe, run_cli, toy_folder) ->
         assert said in refused.err
 
 
+def test_a_reward_that_a_run_has_already_grades_with_its_own_settings(recipe, run_cli) -> None:
+    """The named one comes first and the others stay; a stranger of the same name takes its place."""
+    (recipe.parent / "short.py").write_text("def reward(completions, by=1, **_):\n    return [by] * len(completions)\n")
+    mine = 'rewards: [{use: "digits.py:reward"}, {use: short.py, kwargs: {by: 3}}]'
+    recipe.write_text(recipe.read_text().replace('rewards: [{use: "digits.py:reward"}]', mine))
+    assert run_cli("train", recipe).code == 0
+    options = ["--data", "train.jsonl", "--samples", "2", "--prompts", "2"]
+    for use in ("short.py", "short.py:reward", "short"):
+        ran = run_cli("eval", "runs/toy", *options, "--reward", use)
+        assert ran.code == 0, ran.err
+        assert "by short, n=2" in ran.out
+        assert "rewards/digits" in ran.out
+        assert "3.000  (3.000 to 3.000)" in ran.out
+    (recipe.parent / "other").mkdir()
+    (recipe.parent / "other/short.py").write_text("def reward(completions, **_):\n    return [5] * len(completions)\n")
+    other = run_cli("eval", "runs/toy", *options, "--reward", "other/short.py")
+    assert other.code == 0, other.err
+    assert "5.000  (5.000 to 5.000)" in other.out
+
+
 @pytest.mark.parametrize("kind", [["type=dora", "layers=[1,2]"], ["type=full", "layers=[0,1]"], ["type=full"]])
 def test_an_adapter_of_any_kind_is_measured_without_its_recipe(recipe, run_cli, toy_folder, kind: list[str]) -> None:
     ran = run_cli("train", recipe, "optim.learning_rate=0.05", *(f"adapter.{one}" for one in kind))

@@ -55,6 +55,16 @@ def test_step_metrics_by_hand() -> None:
     assert (values["num_tokens"], values["rollout_tokens_per_second"], values["step_time"]) == (20, 10, 3)
 
 
+@pytest.mark.parametrize("n", [3, 7, 49])
+def test_the_rate_of_no_score_is_exact(n: int) -> None:
+    rollouts = [
+        Rollout(Completion((1,), None, "", "stop"), {"r": None if i == 0 else 1.0}, reward=1.0) for i in range(n)
+    ]
+    groups = [Group(Task(0, "?", (1,), {}), tuple(rollouts))]
+    values = step_metrics(1, groups, Update(0.0, 0.0, {}), {}, {"rollout": 1.0}).values
+    assert values["rewards/r/none_rate"] == 1 / n
+
+
 def test_parity_is_measured_and_a_gap_stops_the_run(recipe, monkeypatch) -> None:
     run = prepare(load_recipe(recipe))
     policy, engine = run.trainer.policy, run.trainer.engine

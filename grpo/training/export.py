@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from grpo.backend.device import setup
-from grpo.backend.hub import one_line
+from grpo.backend.hub import send
 from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
 from grpo.model.adapters import CONFIG, WEIGHTS, load_adapter
@@ -203,12 +203,11 @@ def _group_size(model: nn.Module) -> int:
 def push(folder: Path, repo: str) -> str:
     """Upload an export to the Hub as `repo`. Returns its address. Raises UserError when the Hub refuses."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    try:
+    def upload() -> str:
         api = HfApi()
         url = api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Adapter trained with GRPO")
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise UserError(f"--push-to-hub {repo}: {one_line(error)} (the export is in {folder})") from error
-    return str(url)
+        return str(url)
+
+    return send(f"the export is in {folder}, and was not uploaded; --push-to-hub {repo}", upload)

@@ -190,6 +190,37 @@ def test_it_is_pushed_to_the_hub_or_says_why_not(trained, run_cli, monkeypatch) 
     assert Path("again/README.md").is_file()
 
 
+def test_an_upload_that_fails_is_one_line_that_says_where_the_export_is(trained, run_cli, monkeypatch) -> None:
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def refused(status: int) -> HfHubHTTPError:
+        answer = httpx.Response(status, request=httpx.Request("POST", "https://hub.invalid/api"))
+        return HfHubHTTPError(f"{status} Client Error\nfor url", response=answer)
+
+    for number, (error, said) in enumerate(
+        [
+            (httpx.ConnectError("[Errno -2] Name or service not known"), "cannot be reached"),
+            (httpx.ReadTimeout("timed out"), "cannot be reached"),
+            (refused(401), "HF_TOKEN"),
+            (refused(403), "may not write there"),
+            (refused(409), "409 Client Error"),
+        ]
+    ):
+
+        class Hub:
+            def create_repo(self, repo: str, exist_ok: bool, error: Exception = error) -> str:
+                raise error
+
+        monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+        ran = run_cli("export", trained, "--format", "mlx", "--to", f"e{number}", "--push-to-hub", "me/mine")
+        assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+        assert said in ran.err
+        assert f"the export is in e{number}" in ran.err
+        assert Path(f"e{number}/README.md").is_file()
+
+
 def test_layers_that_do_not_divide_into_groups_cannot_be_quantised(toy_folder) -> None:
     model, _ = load(ModelConfig(name=str(toy_folder)))
     assert _group_size(model) == 64

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,15 @@ import yaml
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.plugins import source_file
-from grpo.training.checkpoint import Context, hash_of, load_checkpoint, newest_whole, read_state, restore_replaced
+from grpo.training.checkpoint import (
+    Context,
+    hash_of,
+    load_checkpoint,
+    newest_whole,
+    read_state,
+    restore_replaced,
+    versions,
+)
 from grpo.training.folder import CHECKPOINTS, check_run_folder, is_run, recipe_text, resumed_folder, run_folder
 from grpo.training.state import RunState
 from grpo.training.trainer import Trainer
@@ -152,8 +159,9 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _newer(checkpoint: Path) -> list[str]:
     """Packages that are not what they were: then the last bits of the numbers may differ."""
+    installed = versions()
     return [
         f"{name} is {now} and was {was} when the checkpoint was written: numbers may differ in their last bits"
         for name, was in read_state(checkpoint)["versions"].items()
-        if (now := importlib.metadata.version(name)) != was
+        if (now := installed[name]) != was
     ]

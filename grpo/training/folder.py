@@ -35,6 +35,9 @@ WRITTEN = (METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorbo
 The order in which it is put aside, and in reverse brought back: with the recipe there, all of it is; with the metrics
 back, all of it is. So a process that is killed in between leaves no doubt about whose files are whose.
 """
+FAILED = "failed_step.parquet"
+"""The completions that a reward failed on when that ended a run. It outlives a run that ended in its first step, and is
+in the way of none: the next one in the folder deletes it."""
 FORMER = ".former"
 LOCK = ".lock"
 HEADER = "# This run's recipe as it was resolved, written by grpo train.\n"
@@ -72,6 +75,7 @@ def _begin(cfg: Recipe, folder: Path) -> None:
     former = folder / FORMER
     try:
         _move_run(folder, former)
+        (folder / FAILED).unlink(missing_ok=True)
         (folder / RECIPE).write_text(recipe_text(cfg), encoding="utf-8")
     except BaseException as error:
         if former.is_dir():
@@ -100,6 +104,7 @@ def resumed_folder(cfg: Recipe, step: int, evaluated: int) -> Iterator[Path]:
 
 
 def _forget_after(folder: Path, step: int, evaluated: int) -> None:
+    (folder / FAILED).unlink(missing_ok=True)
     _rewind(folder / METRICS, step)
     _rewind(folder / EVALUATIONS, evaluated)
     drop_after(folder / CHECKPOINTS, step)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from grpo.training.completions import read_completions
+
 
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
@@ -176,7 +178,16 @@ def test_a_broken_reward_stops_the_run_with_its_traceback(run_cli, recipe, tmp_p
     assert ran.code == 1
     assert "reward 'digits' failed on 8 of the last 8 completions" in ran.err
     assert "digits.py" in ran.err
-    assert not Path("runs").exists() or not files(Path("runs/toy"))  # so that the mended command is not refused
+    assert "with the error for each, are in runs/toy/failed_step.parquet" in ran.err
+    assert files(Path("runs/toy")) == {"failed_step.parquet"}
+    step, groups = read_completions(Path("runs/toy/failed_step.parquet"))
+    failures = [rollout.failures["digits"] for group in groups for rollout in group.rollouts]
+    assert (step, len(failures)) == (1, 8)
+    assert "KeyError" in failures[0].error or "TypeError" in failures[0].error
+    assert run_cli("train", recipe, "log.completions=null").code == 1
+    assert not Path("runs/toy").exists()
+    (tmp_path / "digits.py").write_text("def reward(completions, **_):\n    return [len(c) % 3 for c in completions]\n")
+    assert run_cli("train", recipe).code == 0  # the mended command is not refused
 
 
 @pytest.mark.parametrize(

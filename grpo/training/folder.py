@@ -29,7 +29,12 @@ METRICS, EVALUATIONS, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "checkpoints"
 COMPLETIONS = "completions"
 NOT_FINITE = "not_finite"
 """Where the batches of updates are that were skipped."""
-WRITTEN = (METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorboard", "wandb", "report.html", RECIPE)
+ENDED = ".ended"
+"""A word on how a run ended, written by itself: one that was killed has none."""
+WRITTEN = (
+    *(METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorboard", "wandb", "report.html", ENDED),
+    RECIPE,
+)
 """What a run writes into its folder, and all that `--overwrite` deletes there.
 
 The order in which it is put aside, and in reverse brought back: with the recipe there, all of it is; with the metrics
@@ -104,7 +109,8 @@ def resumed_folder(cfg: Recipe, step: int, evaluated: int) -> Iterator[Path]:
 
 
 def _forget_after(folder: Path, step: int, evaluated: int) -> None:
-    (folder / FAILED).unlink(missing_ok=True)
+    for name in (FAILED, ENDED):
+        (folder / name).unlink(missing_ok=True)
     _rewind(folder / METRICS, step)
     _rewind(folder / EVALUATIONS, evaluated)
     drop_after(folder / CHECKPOINTS, step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from grpo.errors import RunError
 from grpo.scoring.scorer import BrokenRewardError
 from grpo.training.checkpoint import Context, newest_whole, save_checkpoint
 from grpo.training.completions import store_completions, store_failed
-from grpo.training.folder import CHECKPOINTS, COMPLETIONS, FAILED, NOT_FINITE, restore_folder
+from grpo.training.folder import CHECKPOINTS, COMPLETIONS, ENDED, FAILED, NOT_FINITE, restore_folder
 from grpo.training.signals import Stopped, StopRequest
 from grpo.training.state import Best, RunState
 from grpo.training.trainer import Trainer
@@ -74,8 +74,10 @@ class Loop:
             pass
         except Exception:
             self._save_last()
+            self._note_end("failed")
             raise
         self._save_last()
+        self._note_end("finished" if self.stop.signal is None else "stopped")
         return Outcome(self.state, self._saved, self.stop.signal)
 
     def _step(self) -> None:
@@ -132,6 +134,12 @@ class Loop:
             why = error.strerror or error
             log.warning("the completions of step %d could not be stored: %s", metrics.step, why)
 
+    def _note_end(self, word: str) -> None:
+        """Leave a word on how the run ended, for `grpo runs`."""
+        if self.ranks.first:
+            with suppress(OSError):  # the folder may be what is gone
+                (self.folder / ENDED).write_text(f"{word}\n", encoding="utf-8")
+
     def _store_failed(self, error: BrokenRewardError) -> str:
         """Keep the completions that a reward failed on, unless none are to be stored. Returns where they are."""
         if self.cfg.log.completions is None or not self.ranks.first:
@@ -146,6 +154,7 @@ class Loop:
         try:
             self._write()
         except OSError as error:
+            self._note_end("failed")
             raise RunError(f"{self._unsaved(error)}. Make room there and go on with --resume.") from error
 
     def _write(self) -> None:

@@ -87,7 +87,7 @@ def test_overwrite_deletes_what_a_run_wrote_and_only_once_the_new_one_has_begun(
     assert run_cli("train", recipe, "--overwrite", "optim.steps=1").code == 0
     assert len(lines(Path("runs/toy/metrics.jsonl"))) == 1
     assert sorted(path.name for path in Path("runs/toy").iterdir()) == sorted(
-        ["checkpoints", "completions", "metrics.jsonl", "notes.txt", "recipe.yaml"]
+        [".ended", "checkpoints", "completions", "metrics.jsonl", "notes.txt", "recipe.yaml"]
     )
 
 

@@ -1,12 +1,15 @@
 """The commands as a person meets them."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
 from grpo.training.completions import read_completions
+from grpo.training.trainer import Trainer
 
 
 def files(folder: Path) -> set[str]:
@@ -101,6 +104,28 @@ def test_files_that_no_run_wrote_are_never_touched(run_cli, recipe, name: str) -
         assert ran.code == 2
         assert f"has a {name} that no run of ours wrote" in ran.err
     assert mine.read_text() == "mine"
+
+
+def test_a_stopped_run_says_how_to_go_on(run_cli, recipe, monkeypatch) -> None:
+    step = Trainer.step
+
+    def asked(self, n: int):
+        if n == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", asked)
+        stopped = run_cli("train", recipe, "optim.learning_rate=1e-4")
+    assert stopped.code == 143
+    assert "go on    grpo train runs/toy/recipe.yaml --resume" in stopped.out
+    refused = run_cli("train", "runs/toy", "--resume")
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert "its recipe is runs/toy/recipe.yaml" in refused.err
+    resumed = run_cli("train", "runs/toy/recipe.yaml", "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "go on " not in resumed.out
+    assert [line["learning_rate"] for line in lines(Path("runs/toy/metrics.jsonl"))] == [1e-4, 1e-4]
 
 
 def test_a_checkpoint_is_a_target_too(run_cli, recipe) -> None:

@@ -70,7 +70,12 @@ def read_run(folder: Path) -> Run:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """The runs in a folder and below, those that were written to last first. One that cannot be read is said."""
+    """The runs in a folder and below, those that were written to last first. One that cannot be read is said.
+
+    Raises UserError where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; name the one with your runs")
     found = {path.parent for path in folder.rglob(RECIPE) if not _is_hidden(path, folder) and is_run(path.parent)}
     runs = []
     for path in sorted(found, key=_written, reverse=True):

@@ -18,7 +18,7 @@ from grpo.backend.device import setup
 from grpo.backend.hub import send
 from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
-from grpo.model.adapters import CONFIG, WEIGHTS, load_adapter
+from grpo.model.adapters import CONFIG, PEFT_WEIGHTS, WEIGHTS, load_adapter
 from grpo.model.load import QUANTIZED_GROUP, load, model_folder
 from grpo.recipe import load_recipe
 from grpo.training.card import model_card
@@ -27,7 +27,6 @@ from grpo.training.folder import find_checkpoint, is_run
 
 Format = Literal["mlx", "peft", "fused"]
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
 PROBE = "What is 17 + 25? Let us work it out step by step: 17 + 25 = 42. #### 42\n"
 """The text on which an exported model is compared with what it was made of."""
 

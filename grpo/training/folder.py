@@ -219,7 +219,10 @@ def _delete_run(folder: Path) -> None:
 
 
 def check_run_folder(cfg: Recipe, overwrite: bool) -> Path:
-    """Where the run will be. Raises UserError if there is another, not to be replaced, or files that are no run's."""
+    """Where the run will be.
+
+    Raises UserError if there is another, not to be replaced, or files that are no run's, or if it cannot be written.
+    """
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
     if is_running(folder):
@@ -234,6 +237,10 @@ def check_run_folder(cfg: Recipe, overwrite: bool) -> Path:
         )
     if theirs and not is_run(folder):
         raise UserError(f"output_dir: {folder} has a {theirs[0]} that no run of ours wrote: name another folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is not yours to write in" if there.is_dir() else "is a file"
+        raise UserError(f"output_dir: cannot write to {folder}: {there} {why}")
     return folder
 
 

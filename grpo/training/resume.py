@@ -24,7 +24,15 @@ from grpo.training.checkpoint import (
     restore_replaced,
     versions,
 )
-from grpo.training.folder import CHECKPOINTS, check_run_folder, is_run, recipe_text, resumed_folder, run_folder
+from grpo.training.folder import (
+    CHECKPOINTS,
+    check_run_folder,
+    is_run,
+    newest_checkpoint,
+    recipe_text,
+    resumed_folder,
+    run_folder,
+)
 from grpo.training.state import RunState
 from grpo.training.trainer import Trainer
 
@@ -74,6 +82,8 @@ def find_start(
     """
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
+    if checkpoint is not None:
+        _check_named(checkpoint)
     own = checkpoint is None or checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
     goes_on = (resume or changed or checkpoint is not None) and own
     if goes_on and overwrite:
@@ -99,6 +109,16 @@ def find_start(
     notes += [f"goes on after step {state.step} from {checkpoint}", *(f"changed: {line}" for line in differences)]
     plan = {} if differences else written.plan
     return Start(cfg, state, checkpoint, goes_on, overwrite, (*notes, *_newer(checkpoint)), plan)
+
+
+def _check_named(checkpoint: Path) -> None:
+    """Raise UserError for what cannot be gone on from, because it is not there or is a whole run."""
+    if not checkpoint.is_dir():
+        raise UserError(f"--resume-from {checkpoint}: there is no such folder")
+    if is_run(checkpoint):
+        raise UserError(
+            f"--resume-from {checkpoint}: is a run; name its checkpoint, such as {newest_checkpoint(checkpoint)}"
+        )
 
 
 def as_planned(cfg: Recipe, plan: Mapping[str, Any]) -> Recipe:

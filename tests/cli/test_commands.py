@@ -128,6 +128,42 @@ def test_a_stopped_run_says_how_to_go_on(run_cli, recipe, monkeypatch) -> None:
     assert [line["learning_rate"] for line in lines(Path("runs/toy/metrics.jsonl"))] == [1e-4, 1e-4]
 
 
+def test_a_dry_run_says_that_the_folder_cannot_be_written(run_cli, recipe, monkeypatch) -> None:
+    ran = run_cli("train", recipe, "output_dir=train.jsonl/run", "--dry-run")
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert "cannot write to train.jsonl/run" in ran.err
+    Path("theirs").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "theirs")  # root may write everywhere
+    ran = run_cli("train", recipe, "output_dir=theirs/runs/mine", "--dry-run")
+    assert ran.code == 2
+    assert re.search(r"cannot write to theirs/runs/mine: .*theirs is not yours to write in", ran.err)
+
+
+def test_what_is_named_in_the_wrong_place_is_called_what_it_is(run_cli, recipe, toy_folder) -> None:
+    assert run_cli("train", recipe).code == 0
+    assert run_cli("export", "runs/toy", "--format", "peft").code == 0
+    newest = "runs/toy/checkpoints/step-000002"
+    evaluate = ["eval", toy_folder, "--data", "train.jsonl", "--prompt", "{question}", "--adapter"]
+    for args, said in (
+        (["generate", recipe, "hi"], "is a recipe; to generate takes a run's folder or a model"),
+        (["generate", "quickstart", "hi"], "quickstart is a recipe"),
+        (["train", recipe, "--resume-from", "runs/nosuch"], "--resume-from runs/nosuch: there is no such folder"),
+        (["train", recipe, "--resume-from", "runs/toy"], f"is a run; name its checkpoint, such as {newest}"),
+        (
+            ["generate", toy_folder, "hi", "--adapter", "runs/toy/export-peft"],
+            "is in PEFT's format; wanted is mlx-lm's",
+        ),
+        (["generate", toy_folder, "hi", "--adapter", "runs/toy"], f"is a run; name its checkpoint, such as {newest}"),
+        (["generate", toy_folder, "hi", "--adapter", "nosuch"], "as mlx-lm writes them: there is no such folder"),
+        ([*evaluate, "runs/toy/export-peft"], "is in PEFT's format"),
+        ([*evaluate, "runs/toy"], f"name its checkpoint, such as {newest}"),
+        (["train", recipe, "--overwrite", "adapter.path=runs/toy/export-peft"], "is in PEFT's format"),
+    ):
+        ran = run_cli(*args)
+        assert (ran.code, len(ran.err.splitlines())) == (2, 1), ran.err
+        assert said in ran.err
+
+
 def test_a_checkpoint_is_a_target_too(run_cli, recipe) -> None:
     assert run_cli("train", recipe).code == 0
     said = [

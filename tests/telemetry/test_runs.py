@@ -37,7 +37,11 @@ def test_runs_are_listed_with_what_became_of_them(toy, recipe, run_cli, monkeypa
         assert said in " ".join(listed.split())
     monkeypatch.setattr(module, "is_running", lambda folder: folder.name == "toy")
     assert [found.state for found in find_runs(Path("runs"))] == ["running", "finished"]
-    assert run_cli("runs", "absent").out == "no runs in absent\n"
+    Path("bare").mkdir()
+    assert run_cli("runs", "bare").out == "no runs in bare\n"
+    absent = run_cli("runs", "absent")
+    assert (absent.code, len(absent.err.splitlines())) == (2, 1)
+    assert "absent: there is no such folder" in absent.err
     assert "not a run's folder" in run_cli("runs", "--follow", "absent").err
 
 

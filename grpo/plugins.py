@@ -42,6 +42,10 @@ def find_recipe(name: str) -> Path:
     inside = bundled("recipes") / f"{path.stem}.yaml"
     if _is_file(inside) and path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml"):
         return inside
+    if name and _is_file(path / "recipe.yaml"):
+        raise UserError(
+            f"{name} is a folder; its recipe is {path / 'recipe.yaml'}: name that (--resume goes on with it)"
+        )
     known = bundled_names("recipes", ".yaml")
     raise UserError(
         f"{name or '(empty)'}: there is no such recipe.{_suggest(path.stem, known)} Bundled: {', '.join(known)}"

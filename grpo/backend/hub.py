@@ -1,4 +1,4 @@
-"""Fetching from the Hub, with failures that name what could not be had and from where."""
+"""To and from the Hub, with failures that name what could not be had or sent, and why."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TypeVar
 from grpo.errors import UserError
 
 Fetched = TypeVar("Fetched")
+
+_NO_TOKEN = "no token, or a wrong one (`hf auth login`, or HF_TOKEN)"
 
 
 def fetch(what: str, get: Callable[[], Fetched]) -> Fetched:
@@ -22,6 +24,31 @@ def fetch(what: str, get: Callable[[], Fetched]) -> Fetched:
         raise UserError(f"{what}: neither a local path nor a name on the Hub: {one_line(error)}") from error
     except (HfHubHTTPError, OSError, RuntimeError) as error:
         raise UserError(f"{what}: could not be fetched from {constants.ENDPOINT}: {one_line(error)}") from error
+
+
+def send(what: str, put: Callable[[], Fetched]) -> Fetched:
+    """What `put` answers when it has uploaded. Raises UserError, one line: the network, the token, or a refusal."""
+    import httpx
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        return put()
+    except HfHubHTTPError as error:
+        why = _refusal(error.response.status_code) + one_line(error)
+    except LocalTokenNotFoundError as error:
+        why = f"{_NO_TOKEN}: {one_line(error)}"
+    except (httpx.TransportError, ConnectionError) as error:
+        why = f"{constants.ENDPOINT} cannot be reached: {one_line(error)}"
+    except (HFValidationError, OSError, ValueError) as error:
+        why = one_line(error)
+    raise UserError(f"{what}: {why}")
+
+
+def _refusal(status: int) -> str:
+    """What an answer of the Hub means, where that is not plain from its text."""
+    means = {401: _NO_TOKEN, 403: "this token may not write there"}.get(status, "")
+    return f"{means}: " if means else ""
 
 
 def one_line(error: BaseException) -> str:

@@ -49,9 +49,9 @@ class Row:
 
     def line(self) -> str:
         """The row for a person."""
-        spread = 100 * self.sd / self.mean if self.mean else 0.0
+        spread = f" ± {100 * self.sd / self.mean if self.mean else 0.0:4.1f} %" if len(self.runs) > 1 else ""
         ratio = "" if self.ratio is None else f"  {self.ratio:.2f} ×"
-        figures = f"{self.mean:>12,.3f} {self.unit:<6} ± {spread:4.1f} %  cold {self.cold:,.3f}"
+        figures = f"{self.mean:>12,.3f} {self.unit:<6}{spread}  cold {self.cold:,.3f}"
         return f"{self.case:<24} {self.side:<24} {figures}{ratio}"
 
 

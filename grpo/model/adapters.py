@@ -25,6 +25,7 @@ from grpo.errors import UserError
 State = Mapping[str, mx.array]
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 POLICY, REFERENCE = "policy", "reference"
 
 
@@ -150,6 +151,7 @@ class Adapters:
     def load(self, folder: Path, name: str = POLICY) -> None:
         """Make a saved adapter a state, the policy's unless named. Raises UserError if it does not fit the model."""
         assert self.active == POLICY
+        check_format(folder)
         try:
             saved = mx.load(str(folder / WEIGHTS))
         except (OSError, RuntimeError) as error:
@@ -194,10 +196,25 @@ def _product_norm(a: mx.array, b: mx.array) -> mx.array:
     return ((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2))).sum()
 
 
+def check_format(folder: Path) -> None:
+    """Raise UserError for a folder that holds no adapter in mlx-lm's format, and say what it holds instead."""
+    if (folder / WEIGHTS).is_file():
+        return
+    if (folder / PEFT_WEIGHTS).is_file():
+        why = "is in PEFT's format; wanted is mlx-lm's: a run's checkpoint, or `grpo export RUN --format mlx`"
+    elif found := sorted(folder.glob(f"checkpoints/*/{WEIGHTS}")):
+        why = f"is a run; name its checkpoint, such as {found[-1].parent}"
+    else:
+        what = f"it has no {WEIGHTS}" if folder.is_dir() else "there is no such folder"
+        why = f"cannot be read, not an adapter as mlx-lm writes them: {what}"
+    raise UserError(f"adapter {folder}: {why}")
+
+
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Put a saved adapter into `model`, with mlx-lm's own loader. Raises UserError where it does not fit."""
     from mlx_lm.tuner.utils import load_adapters
 
+    check_format(folder)
     try:
         load_adapters(model, str(folder))
     except Exception as error:  # whatever a file that is not what it should be makes the loader raise

@@ -25,6 +25,14 @@ from grpo.types import Completion, Failure, Group
 log = logging.getLogger(__name__)
 
 
+class BrokenRewardError(RunError):
+    """A function failed on more completions than it may; `groups` are those of the scoring that showed it."""
+
+    def __init__(self, said: str, groups: Sequence[Group]) -> None:
+        super().__init__(said)
+        self.groups = groups
+
+
 class Scorer:
     """A recipe's rewards. `failures` counts, by name, the completions that a function failed on."""
 
@@ -99,8 +107,8 @@ class Scorer:
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The same groups with `scores`, `failures`, `extras` and `logged` in their rollouts.
 
-        Raises RunError, with its first traceback, when a function failed on more than its `max_failure_rate` of
-        completions lately: a broken grader is not training.
+        Raises BrokenRewardError, with the first traceback, when a function failed on more than its `max_failure_rate`
+        of completions lately: a broken grader is not training.
         """
         request = Request(_columns(groups), [len(group.rollouts) for group in groups], self._state)
         running = {
@@ -111,13 +119,18 @@ class Scorer:
         except BaseException:  # a second Ctrl-C: nobody waits for what is still under way
             self.close()
             raise
-        for name, spans in answers.items():
-            self._note(name, spans, request.columns["completions"])
         placed = _by_place(answers, request.count, self.metrics_only)
-        return [
+        scored = [
             replace(group, rollouts=tuple(replace(rollout, **next(placed)) for rollout in group.rollouts))
             for group in groups
         ]
+        for name, spans in answers.items():
+            self._note(name, spans, request.columns["completions"])
+            record = self.records[name]
+            if record.broken is not None and name not in self.metrics_only:
+                said = f"reward {name!r} {record.broken}. The first time: {record.first_error}"
+                raise BrokenRewardError(said, scored)
+        return scored
 
     def state(self) -> dict[str, Any]:
         """What it has counted, as JSON holds it: what `load_state` takes."""
@@ -144,15 +157,13 @@ class Scorer:
             reward.close()
 
     def _note(self, name: str, answers: Sequence[tuple[Span, Answer]], completions: Sequence[Any]) -> None:
-        """Count, warn of a first failure, and stop a run whose grader is broken."""
+        """Count, and warn of a first failure."""
         record = self.records[name]
         was_fine = not record.failures
         record.add(answers)
         for _, answer in answers:
             for metric, values in answer.metrics.items():
                 self._logged.setdefault(metric, []).extend(values)
-        if record.broken is not None and name not in self.metrics_only:
-            raise RunError(f"reward {name!r} {record.broken}. The first time: {record.first_error}")
         if was_fine and record.failures:
             place = next(begin + min(answer.failures) for (begin, _), answer in answers if answer.failures)
             log.warning(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,11 +54,12 @@ def open_loggers(
     if console.is_terminal:
         for one in watched:
             one.progress = terminal.progress
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     logs = [JsonlLogger(folder).log, terminal.log]
     makers: dict[str, Callable[[], Closing]] = {}
     if cfg.log.wandb is not None:
         wandb = cfg.log.wandb
-        makers["W&B"] = lambda: WandbLogger(wandb, cfg, folder, run_id)
+        makers["W&B"] = lambda: WandbLogger(wandb, cfg, folder, run_id, tell)
     if cfg.log.tensorboard:
         makers["TensorBoard"] = lambda: TensorboardLogger(folder)
     for name, maker in makers.items():

@@ -19,7 +19,7 @@ from grpo.recipe import load_recipe
 from grpo.telemetry.console import ConsoleLogger, is_fraction
 from grpo.telemetry.jsonl import read_evaluations, read_steps
 from grpo.training.checkpoint import RECIPE
-from grpo.training.folder import METRICS, is_run, is_running
+from grpo.training.folder import ENDED, METRICS, is_run, is_running
 from grpo.types import EvalMetrics, StepMetrics
 
 warn = logging.getLogger(__name__).warning
@@ -41,10 +41,16 @@ class Run:
 
     @property
     def state(self) -> str:
-        """running, finished, or stopped."""
+        """running, finished, stopped (by a signal), failed (by an error), or died (without a word)."""
         if is_running(self.folder):
             return "running"
-        return "finished" if self.step >= self.recipe.optim.steps else "stopped"
+        if self.step >= self.recipe.optim.steps:
+            return "finished"
+        try:
+            word = (self.folder / ENDED).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):
+            return "died"
+        return word if word in ("stopped", "failed") else "died"
 
     @property
     def best(self) -> EvalMetrics | None:
@@ -64,7 +70,12 @@ def read_run(folder: Path) -> Run:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """The runs in a folder and below, those that were written to last first. One that cannot be read is said."""
+    """The runs in a folder and below, those that were written to last first. One that cannot be read is said.
+
+    Raises UserError where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; name the one with your runs")
     found = {path.parent for path in folder.rglob(RECIPE) if not _is_hidden(path, folder) and is_run(path.parent)}
     runs = []
     for path in sorted(found, key=_written, reverse=True):

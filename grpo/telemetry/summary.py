@@ -10,6 +10,7 @@ from rich.console import Console
 
 from grpo.config import Recipe
 from grpo.telemetry.console import before_and_after
+from grpo.training.checkpoint import RECIPE
 from grpo.training.loop import Outcome
 from grpo.training.plan import Plan
 
@@ -42,5 +43,7 @@ def print_outcome(console: Console, outcome: Outcome, folder: Path, example: str
     if outcome.checkpoint:
         lines.append(f"adapter  {outcome.checkpoint}")
         lines.append(f"try it   grpo generate {shlex.quote(str(folder))} {shlex.quote(example)}")
+        if outcome.stopped_by is not None:  # the folder's own recipe repeats what the command line said
+            lines.append(f"go on    grpo train {shlex.quote(str(folder / RECIPE))} --resume")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from grpo.training.folder import CHECKPOINTS
 from grpo.types import EvalMetrics, StepMetrics
 
 warn = logging.getLogger(__name__).warning
+Tell = Callable[[str], None]
 
 INIT_TIMEOUT, FINISH_TIMEOUT = 30.0, 300.0
 """Seconds to wait for a service that does not answer: at the start, and for the last uploads."""
@@ -26,11 +30,14 @@ COLUMNS = ["step", "prompt", "completion", "reward", "advantage"]
 class WandbLogger:
     """Logs steps under `train/`, evaluations under `eval/`, completions, histograms, and the run's files."""
 
-    def __init__(self, cfg: WandbConfig, recipe: Recipe, folder: Path, run_id: str) -> None:
-        """Open the run `run_id`, the same one on resuming. Where W&B cannot be reached it is kept for `wandb sync`."""
+    def __init__(self, cfg: WandbConfig, recipe: Recipe, folder: Path, run_id: str, tell: Tell = print) -> None:
+        """Open the run `run_id`, the same one on resuming. Where W&B cannot be reached it is kept for `wandb sync`.
+
+        `tell` is called with what there is to say to the person at the end.
+        """
         import wandb
 
-        self._cfg, self._folder = cfg, folder
+        self._cfg, self._folder, self._tell = cfg, folder, tell
         common: dict[str, Any] = {
             "project": cfg.project,
             "entity": cfg.entity,
@@ -87,11 +94,14 @@ class WandbLogger:
         return made
 
     def close(self) -> None:
-        """Send the newest adapter and end."""
+        """Send the newest adapter and end; say where a run is that was not sent."""
         newest, _ = newest_whole(self._folder / CHECKPOINTS)
         if newest is not None:
             self._keep("adapter", sorted(newest.glob("adapter*")))
+        kept = Path(self._run.dir).parent if self._run.offline else None
         self._run.finish()
+        if kept is not None:
+            self._tell(f"W&B      wandb sync {shlex.quote(os.path.relpath(kept))}")
 
     def _keep(self, kind: str, files: list[Path]) -> None:
         import wandb

@@ -9,10 +9,12 @@ from grpo.backend.device import setup
 from grpo.backend.random import derive_key
 from grpo.config import DataConfig, ModelConfig
 from grpo.data.prompts import PromptRenderer
+from grpo.errors import UserError
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load
+from grpo.plugins import bundled_names
 from grpo.recipe import load_recipe
 from grpo.training.checkpoint import RECIPE
 from grpo.training.folder import is_run, newest_checkpoint
@@ -30,7 +32,10 @@ def answer(
 
     `target` is a run's folder, whose newest checkpoint is used where no `adapter` is named, one of its checkpoints, or
     a model; with `base` no adapter is used. The prompt is put through the chat template as the run's prompts were.
+    Raises UserError for a recipe, and for what cannot be loaded.
     """
+    if Path(target).suffix in (".yaml", ".yml") or target in bundled_names("recipes", ".yaml"):
+        raise UserError(f"{target} is a recipe; to generate takes a run's folder or a model, such as the recipe's")
     setup()
     model_cfg, data, folder = ModelConfig(name=target), DataConfig(source=target), Path(target)
     if not is_run(folder) and is_run(folder.parent.parent):  # a checkpoint of a run

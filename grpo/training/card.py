@@ -16,8 +16,8 @@ from grpo.training.checkpoint import read_state
 USE = {
     "mlx": "```sh\nmlx_lm.generate --model {base} --adapter-path FOLDER --prompt '...'\n```",
     "peft": (
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), 'FOLDER')\n```"
+        "```python\n{imports}from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), 'FOLDER')\n```"
     ),
     "fused": "```sh\nmlx_lm.generate --model FOLDER --prompt '...'\n```",
 }
@@ -33,7 +33,7 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str]) -
         f"{_kind(cfg, form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300), loss "
         f"`{cfg.loss.type}`, for {state['step']} steps on `{short_name(cfg.data.source)}`. Rewards: {rewards}.",
         *(f"Note: {note}." for note in notes),
-        USE[form].format(base=short_name(cfg.model.name)),
+        _use(form, _loadable(cfg.model.name)),
         *_evaluation(state),
         "## Recipe",
         f"```yaml\n{_recipe(cfg)}```",
@@ -65,6 +65,21 @@ def short_name(name: str) -> str:
     """The name of a dataset, a model or code; of what is a file or a folder on this machine only the last part."""
     file, colon, function = name.partition(":")
     return Path(file).name + colon + function if Path(file).exists() else name
+
+
+def _use(form: str, base: str) -> str:
+    """How the export is used, on a base of that name."""
+    if form == "peft" and base.startswith("~"):  # Python does not expand it by itself
+        return USE[form].format(base=f"expanduser({base!r})", imports="from os.path import expanduser\n\n")
+    return USE[form].format(base=repr(base) if form == "peft" else base, imports="")
+
+
+def _loadable(name: str) -> str:
+    """The model as other programs are to name it: a built-in one by the folder where it is kept."""
+    if name not in builtin_models.NAMES:
+        return short_name(name)
+    folder = builtin_models.folder(name)
+    return f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else str(folder)
 
 
 def _recipe(cfg: Recipe) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from grpo import __version__
 from grpo.errors import UserError
 from grpo.model.adapters import CONFIG
 from grpo.training.state import Arrays, RunState
@@ -79,13 +80,17 @@ def restore_replaced(folder: Path) -> None:
 def _write(folder: Path, state: RunState, context: Context) -> None:
     for name, arrays in state.trainer.arrays.items():
         _save_arrays(folder / f"{name}{ARRAYS}", arrays)
-    versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "grpo-mlx")}
-    plain = {**state.plain(), "sources": dict(context.sources), "plan": dict(context.plan), "versions": versions}
+    plain = {**state.plain(), "sources": dict(context.sources), "plan": dict(context.plan), "versions": versions()}
     (folder / CONFIG).write_text(json.dumps(context.adapter, indent=2) + "\n", encoding="utf-8")
     (folder / STATE).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(context.recipe, encoding="utf-8")
     names = [CONFIG, *(f"{name}{ARRAYS}" for name in state.trainer.arrays), RECIPE, STATE]
     (folder / SUMS).write_text("".join(_sum(folder, name) for name in names), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """The packages that numbers depend on. (Ours need not be installed: it may be on the path as a checkout.)"""
+    return {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")} | {"grpo-mlx": __version__}
 
 
 def _save_arrays(path: Path, arrays: Arrays) -> None:

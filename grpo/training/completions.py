@@ -40,7 +40,17 @@ def store_completions(folder: Path, step: int, groups: Sequence[Group], cfg: Rec
         for g in kept
         for i, rollout in enumerate(groups[g].rollouts)
     ]
-    return _write(folder, step, rows)
+    return _write(folder / f"step-{step:06d}.parquet", rows)
+
+
+def store_failed(path: Path, step: int, groups: Sequence[Group]) -> Path:
+    """Write all the completions of a scoring that ended its run to `path`, with the failure of each. Returns it."""
+    rows = [
+        _row(step, g, i, group.task, rollout, learnt=False)
+        for g, group in enumerate(groups)
+        for i, rollout in enumerate(group.rollouts)
+    ]
+    return _write(path, rows)
 
 
 def stored_steps(folder: Path) -> list[Path]:
@@ -97,13 +107,12 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
     return pa.schema([*fixed, *((name, pa.float64() if name.startswith("reward/") else pa.string()) for name in own)])
 
 
-def _write(folder: Path, step: int, rows: list[dict[str, Any]]) -> Path:
+def _write(final: Path, rows: list[dict[str, Any]]) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:06d}.parquet"
-    aside = folder / f".{final.name}.partial"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f".{final.name}.partial")
     try:
         with aside.open("wb") as file:
             pq.write_table(pa.Table.from_pylist(rows, schema=fields(rows)), file, compression="zstd")

@@ -15,10 +15,10 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from grpo.backend.device import setup
-from grpo.backend.hub import one_line
+from grpo.backend.hub import send
 from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
-from grpo.model.adapters import CONFIG, WEIGHTS, load_adapter
+from grpo.model.adapters import CONFIG, PEFT_WEIGHTS, WEIGHTS, load_adapter
 from grpo.model.load import QUANTIZED_GROUP, load, model_folder
 from grpo.recipe import load_recipe
 from grpo.training.card import model_card
@@ -27,7 +27,6 @@ from grpo.training.folder import find_checkpoint, is_run
 
 Format = Literal["mlx", "peft", "fused"]
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
 PROBE = "What is 17 + 25? Let us work it out step by step: 17 + 25 = 42. #### 42\n"
 """The text on which an exported model is compared with what it was made of."""
 
@@ -203,12 +202,11 @@ def _group_size(model: nn.Module) -> int:
 def push(folder: Path, repo: str) -> str:
     """Upload an export to the Hub as `repo`. Returns its address. Raises UserError when the Hub refuses."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    try:
+    def upload() -> str:
         api = HfApi()
         url = api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Adapter trained with GRPO")
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise UserError(f"--push-to-hub {repo}: {one_line(error)} (the export is in {folder})") from error
-    return str(url)
+        return str(url)
+
+    return send(f"the export is in {folder}, and was not uploaded; --push-to-hub {repo}", upload)

@@ -29,12 +29,20 @@ METRICS, EVALUATIONS, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "checkpoints"
 COMPLETIONS = "completions"
 NOT_FINITE = "not_finite"
 """Where the batches of updates are that were skipped."""
-WRITTEN = (METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorboard", "wandb", "report.html", RECIPE)
+ENDED = ".ended"
+"""A word on how a run ended, written by itself: one that was killed has none."""
+WRITTEN = (
+    *(METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorboard", "wandb", "report.html", ENDED),
+    RECIPE,
+)
 """What a run writes into its folder, and all that `--overwrite` deletes there.
 
 The order in which it is put aside, and in reverse brought back: with the recipe there, all of it is; with the metrics
 back, all of it is. So a process that is killed in between leaves no doubt about whose files are whose.
 """
+FAILED = "failed_step.parquet"
+"""The completions that a reward failed on when that ended a run. It outlives a run that ended in its first step, and is
+in the way of none: the next one in the folder deletes it."""
 FORMER = ".former"
 LOCK = ".lock"
 HEADER = "# This run's recipe as it was resolved, written by grpo train.\n"
@@ -72,6 +80,7 @@ def _begin(cfg: Recipe, folder: Path) -> None:
     former = folder / FORMER
     try:
         _move_run(folder, former)
+        (folder / FAILED).unlink(missing_ok=True)
         (folder / RECIPE).write_text(recipe_text(cfg), encoding="utf-8")
     except BaseException as error:
         if former.is_dir():
@@ -100,6 +109,8 @@ def resumed_folder(cfg: Recipe, step: int, evaluated: int) -> Iterator[Path]:
 
 
 def _forget_after(folder: Path, step: int, evaluated: int) -> None:
+    for name in (FAILED, ENDED):
+        (folder / name).unlink(missing_ok=True)
     _rewind(folder / METRICS, step)
     _rewind(folder / EVALUATIONS, evaluated)
     drop_after(folder / CHECKPOINTS, step)
@@ -208,7 +219,10 @@ def _delete_run(folder: Path) -> None:
 
 
 def check_run_folder(cfg: Recipe, overwrite: bool) -> Path:
-    """Where the run will be. Raises UserError if there is another, not to be replaced, or files that are no run's."""
+    """Where the run will be.
+
+    Raises UserError if there is another, not to be replaced, or files that are no run's, or if it cannot be written.
+    """
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
     if is_running(folder):
@@ -223,6 +237,10 @@ def check_run_folder(cfg: Recipe, overwrite: bool) -> Path:
         )
     if theirs and not is_run(folder):
         raise UserError(f"output_dir: {folder} has a {theirs[0]} that no run of ours wrote: name another folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is not yours to write in" if there.is_dir() else "is a file"
+        raise UserError(f"output_dir: cannot write to {folder}: {there} {why}")
     return folder
 
 

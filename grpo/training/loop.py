@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo.errors import RunError
+from grpo.scoring.scorer import BrokenRewardError
 from grpo.training.checkpoint import Context, newest_whole, save_checkpoint
-from grpo.training.completions import store_completions
-from grpo.training.folder import CHECKPOINTS, COMPLETIONS, NOT_FINITE, restore_folder
+from grpo.training.completions import store_completions, store_failed
+from grpo.training.folder import CHECKPOINTS, COMPLETIONS, ENDED, FAILED, NOT_FINITE, restore_folder
 from grpo.training.signals import Stopped, StopRequest
 from grpo.training.state import Best, RunState
 from grpo.training.trainer import Trainer
@@ -73,13 +74,18 @@ class Loop:
             pass
         except Exception:
             self._save_last()
+            self._note_end("failed")
             raise
         self._save_last()
+        self._note_end("finished" if self.stop.signal is None else "stopped")
         return Outcome(self.state, self._saved, self.stop.signal)
 
     def _step(self) -> None:
-        with self._interrupts():
-            metrics = self.trainer.step(self.state.step + 1)
+        try:
+            with self._interrupts():
+                metrics = self.trainer.step(self.state.step + 1)
+        except BrokenRewardError as error:
+            raise RunError(f"{error}{self._store_failed(error)}") from error
         self.state = replace(self.state, step=metrics.step, trainer=self.trainer.state())
         self.tell(metrics)
         if self.ranks.first:
@@ -129,10 +135,27 @@ class Loop:
             why = error.strerror or error
             log.warning("the completions of step %d could not be stored: %s", metrics.step, why)
 
+    def _note_end(self, word: str) -> None:
+        """Leave a word on how the run ended, for `grpo runs`."""
+        if self.ranks.first:
+            with suppress(OSError):  # the folder may be what is gone
+                (self.folder / ENDED).write_text(f"{word}\n", encoding="utf-8")
+
+    def _store_failed(self, error: BrokenRewardError) -> str:
+        """Keep the completions that a reward failed on, unless none are to be stored. Returns where they are."""
+        if self.cfg.log.completions is None or not self.ranks.first:
+            return ""
+        try:
+            path = store_failed(self.folder / FAILED, self.state.step + 1, error.groups)
+        except OSError as unwritten:
+            return f"\n(The completions could not be stored: {unwritten.strerror or unwritten})"
+        return f"\nThe completions, with the error for each, are in {path}"
+
     def _save_last(self) -> None:
         try:
             self._write()
         except OSError as error:
+            self._note_end("failed")
             raise RunError(f"{self._unsaved(error)}. Make room there and go on with --resume.") from error
 
     def _write(self) -> None:

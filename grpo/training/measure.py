@@ -15,7 +15,7 @@ import mlx.core as mx
 from grpo.backend.hub import one_line
 from grpo.config import FILE_TYPES, Recipe, RewardConfig
 from grpo.errors import UserError
-from grpo.model.adapters import CONFIG, WEIGHTS
+from grpo.model.adapters import CONFIG, WEIGHTS, check_format
 from grpo.plugins import find_recipe, locate_reward
 from grpo.recipe import load_recipe, recipe_of
 from grpo.training.checkpoint import RECIPE, STATE, step_of
@@ -138,6 +138,7 @@ def _for_model(name: str, asked: Asked, settings: Sequence[str]) -> Recipe:
 
 def _shape(adapter: Path) -> dict[str, Any]:
     """The settings of an adapter as mlx-lm saved it. Raises UserError for what is none."""
+    check_format(adapter)
     try:
         saved = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
         kind = saved.get("fine_tune_type", "lora")

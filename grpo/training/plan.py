@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.backend.device import memory_bytes, on_gpu
@@ -48,8 +49,9 @@ class Plan:
         return sum(self.stays.values()) + max(self.phases.values())
 
     def lines(self) -> list[str]:
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in {**self.stays, **self.phases}.items() if size)
-        memory = f"memory about {_size(self.total)} of {_size(self.memory)}: {parts}"
+        stays = ", ".join(f"{name} {_size(size)}" for name, size in self.stays.items() if size)
+        phases = " and ".join(f"{name} {_size(size)}" for name, size in self.phases.items())
+        memory = f"memory about {_size(self.total)} of {_size(self.memory)}: {stays}, and the larger of {phases}"
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         return [
             f"{steps} of {self.prompts} prompts, {self.rows} completions, at most {self.tokens:,} tokens",
@@ -92,7 +94,7 @@ def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: t
         prompts=cfg.rollout.prompts_per_step,
         rows=rows,
         tokens=rows * (prompt_length + length),
-        parameters=sum(array.size for _, array in parameters) - (numbers if cfg.adapter.type != "full" else 0),
+        parameters=_weights(model) - (numbers if cfg.adapter.type != "full" else 0),
         trained=numbers,
         stays=stays,
         phases={
@@ -112,6 +114,16 @@ def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: t
             "completions, fewer slots (rollout.max_concurrency) or optim.gradient_checkpointing=true would help"
         )
     return plan, cfg
+
+
+def _weights(model: nn.Module) -> int:
+    """How many parameters there are; of a quantised layer its weights, not the words that they are packed into."""
+    count: int = sum(array.size for _, array in tree_flatten(model.parameters()))
+    for module in model.modules():
+        if hasattr(module, "bits"):
+            scales = [module[name].size for name in ("scales", "biases") if name in module]
+            count += module.weight.size * 32 // module.bits - module.weight.size - sum(scales)
+    return count
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -16,8 +15,24 @@ import yaml
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.plugins import source_file
-from grpo.training.checkpoint import Context, hash_of, load_checkpoint, newest_whole, read_state, restore_replaced
-from grpo.training.folder import CHECKPOINTS, check_run_folder, is_run, recipe_text, resumed_folder, run_folder
+from grpo.training.checkpoint import (
+    Context,
+    hash_of,
+    load_checkpoint,
+    newest_whole,
+    read_state,
+    restore_replaced,
+    versions,
+)
+from grpo.training.folder import (
+    CHECKPOINTS,
+    check_run_folder,
+    is_run,
+    newest_checkpoint,
+    recipe_text,
+    resumed_folder,
+    run_folder,
+)
 from grpo.training.state import RunState
 from grpo.training.trainer import Trainer
 
@@ -72,6 +87,8 @@ def find_start(
     """
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
+    if checkpoint is not None:
+        _check_named(checkpoint)
     own = checkpoint is None or checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
     goes_on = (resume or changed or checkpoint is not None) and own
     if goes_on and overwrite:
@@ -97,6 +114,16 @@ def find_start(
     notes += [f"goes on after step {state.step} from {checkpoint}", *(f"changed: {line}" for line in differences)]
     plan = {} if differences else written.plan
     return Start(cfg, state, checkpoint, goes_on, overwrite, (*notes, *_newer(checkpoint)), plan)
+
+
+def _check_named(checkpoint: Path) -> None:
+    """Raise UserError for what cannot be gone on from, because it is not there or is a whole run."""
+    if not checkpoint.is_dir():
+        raise UserError(f"--resume-from {checkpoint}: there is no such folder")
+    if is_run(checkpoint):
+        raise UserError(
+            f"--resume-from {checkpoint}: is a run; name its checkpoint, such as {newest_checkpoint(checkpoint)}"
+        )
 
 
 def as_planned(cfg: Recipe, plan: Mapping[str, Any]) -> Recipe:
@@ -157,8 +184,9 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _newer(checkpoint: Path) -> list[str]:
     """Packages that are not what they were: then the last bits of the numbers may differ."""
+    installed = versions()
     return [
         f"{name} is {now} and was {was} when the checkpoint was written: numbers may differ in their last bits"
         for name, was in read_state(checkpoint)["versions"].items()
-        if (now := importlib.metadata.version(name)) != was
+        if (now := installed[name]) != was
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from grpo.backend.device import compiled
+from grpo.backend.hub import one_line
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig, Recipe
 from grpo.errors import RunError
@@ -25,6 +27,8 @@ from grpo.training.batches import MiniBatch, batch_logprobs
 from grpo.training.optimizer import Float32Optimizer
 from grpo.training.schedule import learning_rate
 from grpo.types import Batch, Progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,24 +125,27 @@ class Updater:
 
     def _skip(self, gradient: Gradient, update: Update, step: int) -> None:
         self.skipped_in_a_row += 1
-        where = ""
-        if self.inspect is not None:
-            folder = self.inspect / f"step-{step:06d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            arrays = {
-                f"{i}.{name}": a for i, batch in enumerate(gradient.batches) for name, a in batch.arrays().items()
-            }
-            notes = {"loss": str(update.loss), "grad_norm": str(update.grad_norm), "not_finite": _not_finite(gradient)}
-            mx.save_safetensors(str(folder / f"batches-{self.ranks.rank}.safetensors"), arrays, notes)
-            if self.ranks.first:
-                self.policy.adapters.save(folder)
-            where = f" The batches and the adapter that led to it are in {folder}."
+        where = self._keep(self.inspect / f"step-{step:06d}", gradient, update) if self.inspect is not None else ""
         if self.skipped_in_a_row >= self.cfg.optim.max_skipped_updates:
             raise RunError(
                 f"step {step}: loss {update.loss}, gradient norm {update.grad_norm}: not finite, "
                 f"{self.skipped_in_a_row} updates in a row; none of them was applied.{where} "
                 "A lower learning_rate or max_grad_norm, or dtype float32, may help."
             )
+
+    def _keep(self, folder: Path, gradient: Gradient, update: Update) -> str:
+        """Write what led to a skipped update into `folder`, if there is room for it. Returns where it is."""
+        arrays = {f"{i}.{name}": a for i, batch in enumerate(gradient.batches) for name, a in batch.arrays().items()}
+        notes = {"loss": str(update.loss), "grad_norm": str(update.grad_norm), "not_finite": _not_finite(gradient)}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mx.save_safetensors(str(folder / f"batches-{self.ranks.rank}.safetensors"), arrays, notes)
+            if self.ranks.first:
+                self.policy.adapters.save(folder)
+        except (OSError, RuntimeError) as error:  # MLX's word for a disk that is full is RuntimeError
+            log.warning("what led to the skipped update could not be kept in %s: %s", folder, one_line(error))
+            return ""
+        return f" The batches and the adapter that led to it are in {folder}."
 
     def gradient(self, batches: Sequence[Batch]) -> Gradient:
         """The gradient of the batches' summed loss; of no batches (nothing to learn from), zeros."""

@@ -34,6 +34,12 @@ def test_sides_take_turns_and_the_warm_up_does_not_count() -> None:
     assert by["grpo", "GB"].ratio == 4  # less memory is better
 
 
+def test_a_single_run_has_no_spread() -> None:
+    once, twice = (alternate("case", [side("peer", [1, 10, 20], [9, 4, 4], [])], runs)[0].line() for runs in (1, 2))
+    assert "±" not in once
+    assert "± 47.1 %" in twice  # √50 / 15
+
+
 def test_the_file_names_machine_versions_and_rows(tmp_path) -> None:
     rows = alternate("case", [side("peer", [1, 2], [1, 1], []), side("grpo", [1, 4], [1, 1], [])], runs=1)
     write_json(tmp_path / "out.json", rows)

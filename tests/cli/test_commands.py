@@ -1,10 +1,15 @@
 """The commands as a person meets them."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
+
+from grpo.training.completions import read_completions
+from grpo.training.trainer import Trainer
 
 
 def files(folder: Path) -> set[str]:
@@ -95,7 +100,7 @@ def test_overwrite_deletes_what_a_run_wrote_and_only_once_the_new_one_has_begun(
     assert run_cli("train", recipe, "--overwrite", "optim.steps=1").code == 0
     assert len(lines(Path("runs/toy/metrics.jsonl"))) == 1
     assert sorted(path.name for path in Path("runs/toy").iterdir()) == sorted(
-        ["checkpoints", "completions", "metrics.jsonl", "notes.txt", "recipe.yaml"]
+        [".ended", "checkpoints", "completions", "metrics.jsonl", "notes.txt", "recipe.yaml"]
     )
 
 
@@ -109,6 +114,64 @@ def test_files_that_no_run_wrote_are_never_touched(run_cli, recipe, name: str) -
         assert ran.code == 2
         assert f"has a {name} that no run of ours wrote" in ran.err
     assert mine.read_text() == "mine"
+
+
+def test_a_stopped_run_says_how_to_go_on(run_cli, recipe, monkeypatch) -> None:
+    step = Trainer.step
+
+    def asked(self, n: int):
+        if n == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", asked)
+        stopped = run_cli("train", recipe, "optim.learning_rate=1e-4")
+    assert stopped.code == 143
+    assert "go on    grpo train runs/toy/recipe.yaml --resume" in stopped.out
+    refused = run_cli("train", "runs/toy", "--resume")
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert "its recipe is runs/toy/recipe.yaml" in refused.err
+    resumed = run_cli("train", "runs/toy/recipe.yaml", "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "go on " not in resumed.out
+    assert [line["learning_rate"] for line in lines(Path("runs/toy/metrics.jsonl"))] == [1e-4, 1e-4]
+
+
+def test_a_dry_run_says_that_the_folder_cannot_be_written(run_cli, recipe, monkeypatch) -> None:
+    ran = run_cli("train", recipe, "output_dir=train.jsonl/run", "--dry-run")
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert "cannot write to train.jsonl/run" in ran.err
+    Path("theirs").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "theirs")  # root may write everywhere
+    ran = run_cli("train", recipe, "output_dir=theirs/runs/mine", "--dry-run")
+    assert ran.code == 2
+    assert re.search(r"cannot write to theirs/runs/mine: .*theirs is not yours to write in", ran.err)
+
+
+def test_what_is_named_in_the_wrong_place_is_called_what_it_is(run_cli, recipe, toy_folder) -> None:
+    assert run_cli("train", recipe).code == 0
+    assert run_cli("export", "runs/toy", "--format", "peft").code == 0
+    newest = "runs/toy/checkpoints/step-000002"
+    evaluate = ["eval", toy_folder, "--data", "train.jsonl", "--prompt", "{question}", "--adapter"]
+    for args, said in (
+        (["generate", recipe, "hi"], "is a recipe; to generate takes a run's folder or a model"),
+        (["generate", "quickstart", "hi"], "quickstart is a recipe"),
+        (["train", recipe, "--resume-from", "runs/nosuch"], "--resume-from runs/nosuch: there is no such folder"),
+        (["train", recipe, "--resume-from", "runs/toy"], f"is a run; name its checkpoint, such as {newest}"),
+        (
+            ["generate", toy_folder, "hi", "--adapter", "runs/toy/export-peft"],
+            "is in PEFT's format; wanted is mlx-lm's",
+        ),
+        (["generate", toy_folder, "hi", "--adapter", "runs/toy"], f"is a run; name its checkpoint, such as {newest}"),
+        (["generate", toy_folder, "hi", "--adapter", "nosuch"], "as mlx-lm writes them: there is no such folder"),
+        ([*evaluate, "runs/toy/export-peft"], "is in PEFT's format"),
+        ([*evaluate, "runs/toy"], f"name its checkpoint, such as {newest}"),
+        (["train", recipe, "--overwrite", "adapter.path=runs/toy/export-peft"], "is in PEFT's format"),
+    ):
+        ran = run_cli(*args)
+        assert (ran.code, len(ran.err.splitlines())) == (2, 1), ran.err
+        assert said in ran.err
 
 
 def test_a_checkpoint_is_a_target_too(run_cli, recipe) -> None:
@@ -186,7 +249,16 @@ def test_a_broken_reward_stops_the_run_with_its_traceback(run_cli, recipe, tmp_p
     assert ran.code == 1
     assert "reward 'digits' failed on 8 of the last 8 completions" in ran.err
     assert "digits.py" in ran.err
-    assert not Path("runs").exists() or not files(Path("runs/toy"))  # so that the mended command is not refused
+    assert "with the error for each, are in runs/toy/failed_step.parquet" in ran.err
+    assert files(Path("runs/toy")) == {"failed_step.parquet"}
+    step, groups = read_completions(Path("runs/toy/failed_step.parquet"))
+    failures = [rollout.failures["digits"] for group in groups for rollout in group.rollouts]
+    assert (step, len(failures)) == (1, 8)
+    assert "KeyError" in failures[0].error or "TypeError" in failures[0].error
+    assert run_cli("train", recipe, "log.completions=null").code == 1
+    assert not Path("runs/toy").exists()
+    (tmp_path / "digits.py").write_text("def reward(completions, **_):\n    return [len(c) % 3 for c in completions]\n")
+    assert run_cli("train", recipe).code == 0  # the mended command is not refused
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,18 @@
 import io
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from training.runs import run
 
 from grpo.telemetry import runs as module
 from grpo.telemetry.jsonl import JsonlLogger
-from grpo.telemetry.runs import find_runs, follow
+from grpo.telemetry.runs import find_runs, follow, read_run
 from grpo.training.replay import replay
+from grpo.training.signals import Stopped
 from grpo.types import StepMetrics
 
 
@@ -30,12 +33,45 @@ def test_runs_are_listed_with_what_became_of_them(toy, recipe, run_cli, monkeypa
     listed = run_cli("runs").out
     assert listed.index("runs/toy") < listed.index("runs/short")  # written to last
     reward = json.loads((toy / "metrics.jsonl").read_text().splitlines()[-1])["reward"]
-    for said in ("stopped 4/5", f"{reward:.3f}", "finished 1/1", "avg@2"):
+    for said in ("died 4/5", f"{reward:.3f}", "finished 1/1", "avg@2"):
         assert said in " ".join(listed.split())
     monkeypatch.setattr(module, "is_running", lambda folder: folder.name == "toy")
-    assert [run.state for run in find_runs(Path("runs"))] == ["running", "finished"]
-    assert run_cli("runs", "absent").out == "no runs in absent\n"
+    assert [found.state for found in find_runs(Path("runs"))] == ["running", "finished"]
+    Path("bare").mkdir()
+    assert run_cli("runs", "bare").out == "no runs in bare\n"
+    absent = run_cli("runs", "absent")
+    assert (absent.code, len(absent.err.splitlines())) == (2, 1)
+    assert "absent: there is no such folder" in absent.err
     assert "not a run's folder" in run_cli("runs", "--follow", "absent").err
+
+
+def test_how_a_run_ended_is_told_apart(recipe) -> None:
+    def failing(trainer, stop) -> None:
+        step = trainer.step
+        trainer.step = lambda n: step(n) if n == 1 else Path("absent").read_text()
+
+    def stopping(trainer, stop) -> None:
+        step = trainer.step
+
+        def asked(n: int) -> StepMetrics:
+            if n == 2:
+                stop.signal = signal.SIGTERM
+                raise Stopped
+            return step(n)
+
+        trainer.step = asked
+
+    with pytest.raises(OSError, match="absent"):
+        run(recipe, "output_dir=runs/failed", change=failing)
+    run(recipe, "output_dir=runs/stopped", change=stopping)
+    run(recipe, "output_dir=runs/finished")
+    shutil.copytree("runs/failed", "runs/died")
+    Path("runs/died/.ended").unlink()
+    assert {found.folder.name: found.state for found in find_runs(Path("runs"))} == {
+        word: word for word in ("failed", "stopped", "finished", "died")
+    }
+    run(recipe, "output_dir=runs/failed", resume=True)
+    assert read_run(Path("runs/failed")).state == "finished"
 
 
 def test_a_folder_with_runs_in_every_state_is_listed(toy, recipe, run_cli, monkeypatch, caplog) -> None:
@@ -54,7 +90,7 @@ def test_a_folder_with_runs_in_every_state_is_listed(toy, recipe, run_cli, monke
     assert listed.code == 0, listed.err
     lines = {line.split()[0]: line.split()[1:] for line in listed.out.splitlines()[1:]}
     assert set(lines) == {"runs/toy", "runs/changed", "runs/bare"}
-    assert lines["runs/bare"][:2] == ["stopped", "0/5"]
+    assert lines["runs/bare"][:2] == ["died", "0/5"]
     assert "avg@3" not in listed.out
     assert ["runs/older is left out" in caplog.text, "runs/torn is left out" in caplog.text] == [True, True]
     for args in (["report", "runs/torn"], ["runs", "--follow", "runs/torn"]):
@@ -78,7 +114,7 @@ def test_a_run_is_followed_until_it_ends(toy, monkeypatch) -> None:
     shown = [line.split("  ")[0] for line in text.getvalue().splitlines()]
     assert [line for line in shown if line.startswith("step")] == ["step 1/5", "step 2/5", "step 3/5"]
     assert [line[:14] for line in shown if line.startswith("eval")] == [f"eval at step {n}:"[:14] for n in (0, 2, 4, 5)]
-    assert shown[-1] == "stopped after step 3"
+    assert shown[-1] == "died after step 3"
 
 
 @pytest.mark.parametrize(("step", "source"), [(1, "from the start"), (5, "step-000003")])

@@ -58,6 +58,8 @@ def test_an_offline_run_holds_every_metric_and_the_table(recipe, run_cli) -> Non
     settings = ["log.wandb={mode: offline, project: mine, group: g, tags: [a, b], notes: why, completions: 3}"]
     ran = run_cli("train", recipe, *settings)
     assert ran.code == 0, ran.err
+    (kept,) = Path("runs/toy").glob("wandb/offline-run-*")
+    assert f"W&B      wandb sync {kept}\n" in ran.out
     written = records(Path("runs/toy"))
     history = [values(record.history.item) for record in written if record.WhichOneof("record_type") == "history"]
     logged = {entry["train/global_step"]: entry for entry in history if "train/loss" in entry}

@@ -1,6 +1,7 @@
 """Checkpoints: atomic, checked, and not lost when the disk is."""
 
 import errno
+import importlib.metadata
 import os
 import random
 import resource
@@ -13,6 +14,7 @@ import mlx.core as mx
 import pytest
 from training.runs import run, same_end, timeless
 
+from grpo import __version__
 from grpo.errors import RunError, UserError
 from grpo.training import checkpoint as module
 from grpo.training.checkpoint import (
@@ -23,6 +25,7 @@ from grpo.training.checkpoint import (
     damage,
     load_checkpoint,
     newest_whole,
+    read_state,
     save_checkpoint,
     step_of,
 )
@@ -55,6 +58,19 @@ def test_what_is_saved_is_loaded(tmp_path) -> None:
     assert state.plain() == replace(STATE, step=5, best=Best(2, 1.0)).plain()
     assert mx.array_equal(state.trainer.arrays["adapters"]["a"], mx.arange(99.0))
     assert state.trainer.arrays["optimizer"]["step"].dtype == mx.uint64
+
+
+def test_grpo_need_not_be_installed(tmp_path, monkeypatch) -> None:
+    """On PYTHONPATH it has no metadata."""
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name.startswith("grpo"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert read_state(save(tmp_path, 5))["versions"]["grpo-mlx"] == __version__
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path) -> None:

@@ -11,6 +11,8 @@ from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load
+from grpo.recipe import load_recipe
+from grpo.training import card
 from grpo.training.export import _group_size, export, peft_name
 
 TOKENS = [[1, 5, 9, 3, 7, 2, 8, 4]]
@@ -134,9 +136,9 @@ def test_what_is_not_lora_is_exported_and_called_so(recipe, run_cli, toy_folder,
     assert run_cli("train", recipe, f"adapter.type={kind}", "optim.learning_rate=0.02").code == 0
     run = Path("runs/toy")
     moved = with_adapter(toy_folder, export(run, "mlx").folder)
-    card = (run / "export-mlx/README.md").read_text()
-    assert said in card
-    assert kind in yaml.safe_load(card.split("---")[1])["tags"]
+    text = (run / "export-mlx/README.md").read_text()
+    assert said in text
+    assert kind in yaml.safe_load(text.split("---")[1])["tags"]
     whole, _ = load(ModelConfig(name=str(export(run, "fused").folder)))
     assert mx.abs(logits(whole) - moved).max().item() < 1e-4
     with pytest.raises(UserError, match="--format fused takes them all"):
@@ -144,13 +146,27 @@ def test_what_is_not_lora_is_exported_and_called_so(recipe, run_cli, toy_folder,
 
 
 def test_the_card_says_what_it_is(trained) -> None:
-    card = (export(trained, "mlx", which="best").folder / "README.md").read_text()
-    matter = yaml.safe_load(card.split("---")[1])
+    text = (export(trained, "mlx", which="best").folder / "README.md").read_text()
+    matter = yaml.safe_load(text.split("---")[1])
     assert matter["library_name"] == "mlx"
     assert "lora" in matter["tags"]
     for said in ("GRPO", "`digits.py:reward` × 1", "pass@2", "on `train.jsonl`", "mlx-lm 0.", "rank: 4", "## Recipe"):
-        assert said in card
-    assert str(Path.cwd()) not in card  # where things lie on a machine is nobody else's business
+        assert said in text
+    assert str(Path.cwd()) not in text  # where things lie on a machine is nobody else's business
+
+
+def test_a_card_names_the_folder_of_a_builtin_model(trained, monkeypatch) -> None:
+    """Other programs know nothing of our names."""
+    kept = Path.home() / ".cache/grpo/arithmetic-student-123"
+    monkeypatch.setattr(card.builtin_models, "folder", lambda name: kept)
+    cfg = load_recipe(trained / "recipe.yaml")
+    cfg = cfg.model_copy(update={"model": ModelConfig(name="builtin:arithmetic-student")})
+    text = card.model_card(cfg, trained / "checkpoints/step-000003", "mlx", [])
+    assert "mlx_lm.generate --model ~/.cache/grpo/arithmetic-student-123 --adapter-path" in text
+    text = card.model_card(cfg, trained / "checkpoints/step-000003", "peft", [])
+    assert "from_pretrained(expanduser('~/.cache/grpo/arithmetic-student-123'))" in text
+    monkeypatch.setattr(card.builtin_models, "folder", lambda name: Path("/models/made"))
+    assert "--model /models/made " in card.model_card(cfg, trained / "checkpoints/step-000003", "mlx", [])
 
 
 def test_what_cannot_be_exported(trained, run_cli, tmp_path) -> None:
@@ -188,6 +204,37 @@ def test_it_is_pushed_to_the_hub_or_says_why_not(trained, run_cli, monkeypatch) 
     assert refused.code == 2
     assert "--push-to-hub me/mine: " in refused.err
     assert Path("again/README.md").is_file()
+
+
+def test_an_upload_that_fails_is_one_line_that_says_where_the_export_is(trained, run_cli, monkeypatch) -> None:
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def refused(status: int) -> HfHubHTTPError:
+        answer = httpx.Response(status, request=httpx.Request("POST", "https://hub.invalid/api"))
+        return HfHubHTTPError(f"{status} Client Error\nfor url", response=answer)
+
+    for number, (error, said) in enumerate(
+        [
+            (httpx.ConnectError("[Errno -2] Name or service not known"), "cannot be reached"),
+            (httpx.ReadTimeout("timed out"), "cannot be reached"),
+            (refused(401), "HF_TOKEN"),
+            (refused(403), "may not write there"),
+            (refused(409), "409 Client Error"),
+        ]
+    ):
+
+        class Hub:
+            def create_repo(self, repo: str, exist_ok: bool, error: Exception = error) -> str:
+                raise error
+
+        monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+        ran = run_cli("export", trained, "--format", "mlx", "--to", f"e{number}", "--push-to-hub", "me/mine")
+        assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+        assert said in ran.err
+        assert f"the export is in e{number}" in ran.err
+        assert Path(f"e{number}/README.md").is_file()
 
 
 def test_layers_that_do_not_divide_into_groups_cannot_be_quantised(toy_folder) -> None:

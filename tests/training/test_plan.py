@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 
 import mlx.core as mx
 import pytest
@@ -103,6 +104,16 @@ def test_layers_are_checkpointed_where_memory_is_short(monkeypatch) -> None:
     assert plan.checkpointing
     assert cfg.optim.gradient_checkpointing is True
     assert plan.phases["update"] < generous
+
+
+def test_quantised_weights_are_counted_not_their_words() -> None:
+    assert planned("quantised")[2].parameters == planned("tied")[2].parameters
+
+
+def test_memory_is_what_stays_and_the_larger_phase() -> None:
+    _, _, plan = planned()
+    assert plan.total == sum(plan.stays.values()) + max(plan.phases["rollout"], plan.phases["update"])
+    assert re.search(r": weights \d+ MB, .*, and the larger of rollout \d+ MB and update \d+ MB$", plan.lines()[2])
 
 
 def test_what_cannot_fit_is_refused_with_numbers(monkeypatch) -> None:

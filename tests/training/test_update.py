@@ -198,6 +198,25 @@ def test_what_is_not_finite_is_skipped_counted_and_kept_for_inspection(make_poli
     assert any(not mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("[save_safetensors] Failed")])
+def test_a_full_disk_does_not_end_a_run_over_a_skipped_update(
+    make_policy, tmp_path, monkeypatch, caplog, error
+) -> None:
+    policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 2})
+    batches = make_batches(with_advantages(groups(policy), cfg), cfg)
+    update = Updater(policy, cfg)
+    update.inspect = tmp_path
+
+    def full(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    assert update([broken(batches)], 3).skipped == 1
+    assert f"could not be kept in {tmp_path}/step-000003: {error}" in caplog.text
+    with pytest.raises(RunError, match=r"none of them was applied\. A lower"):
+        update([broken(batches)], 4)
+
+
 def test_several_skipped_updates_in_a_row_stop_the_run(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 3})
     batches = make_batches(with_advantages(groups(policy), cfg), cfg)

@@ -50,8 +50,9 @@ class Plan:
 
     def lines(self) -> list[str]:
         stays = ", ".join(f"{name} {_size(size)}" for name, size in self.stays.items() if size)
-        phases = " and ".join(f"{name} {_size(size)}" for name, size in self.phases.items())
-        memory = f"memory about {_size(self.total)} of {_size(self.memory)}: {stays}, and the larger of {phases}"
+        *phases, last = (f"{name} {_size(size)}" for name, size in self.phases.items())
+        largest = f"the largest of {', '.join(phases)} and {last}"
+        memory = f"memory about {_size(self.total)} of {_size(self.memory)}: {stays}, and {largest}"
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         return [
             f"{steps} of {self.prompts} prompts, {self.rows} completions, at most {self.tokens:,} tokens",

@@ -1,7 +1,8 @@
 """Attention of one token a row over its prompt and over what it has decoded.
 
-`StockAttention` is made of stock MLX operations and is right everywhere; `grpo.generation.cuda_attention` does the same
-in two kernels. Both go by the same interface, and each is tried against the model before it is used.
+`StockAttention` is made of stock MLX operations and is right everywhere; `FusedRowAttention` takes MLX's fused
+attention for a row that is alone; `grpo.generation.cuda_attention` has kernels. All go by the same interface, and each is
+tried against the model before it is used.
 """
 
 from __future__ import annotations
@@ -75,6 +76,31 @@ class StockAttention:
         if view.prefix:
             part = _together(part, _over_prompts(layer, queries, view))
         return (part.total / part.weight).astype(queries.dtype).reshape(slots, query_heads, 1, -1)
+
+
+class FusedRowAttention(StockAttention):
+    """By MLX's fused attention where a row is alone, by the stock way otherwise.
+
+    One row needs no mask, and without one `mx.fast.scaled_dot_product_attention` stays fused on a GPU. Its prompt and
+    its ring are put one behind the other for that, which copies one row's keys and values.
+    """
+
+    def attend(
+        self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View
+    ) -> mx.array:
+        if queries.shape[0] > 1:
+            return super().attend(layer, queries, keys, values, scale, view)
+        layer.keys[:, :, view.column : view.column + 1] = keys
+        layer.values[:, :, view.column : view.column + 1] = values
+        row = view.first_row
+
+        def joined(prefix: mx.array, ring: mx.array) -> mx.array:
+            first, last = row.start % view.ring, view.column + 1
+            own = [ring[:, :, first:last]] if first < last else [ring[:, :, first:], ring[:, :, :last]]
+            return mx.concatenate([prefix[row.place : row.place + 1, :, : row.length], *own], axis=2)
+
+        everything = joined(layer.prefix_keys, layer.keys), joined(layer.prefix_values, layer.values)
+        return mx.fast.scaled_dot_product_attention(queries, *everything, scale=scale)
 
 
 def _rotated(x: mx.array, blocks: Blocks, view: View) -> mx.array:

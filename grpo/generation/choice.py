@@ -12,7 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from grpo.generation.attention import Attention, StockAttention
+from grpo.backend.device import on_gpu
+from grpo.generation.attention import Attention, FusedRowAttention, StockAttention
 from grpo.generation.batchcaches import BatchCaches
 from grpo.generation.blocks import read
 from grpo.generation.buffers import CacheShape, cache_shapes
@@ -44,7 +45,9 @@ def _candidates(model: nn.Module, shapes: Sequence[CacheShape]) -> Iterator[tupl
     if not shapes:
         return
     blocks = read(model)
-    attentions: list[tuple[Attention, str]] = [(StockAttention(), "stock operations")]
+    attentions: list[tuple[Attention, str]] = [
+        (FusedRowAttention() if on_gpu() else StockAttention(), "stock operations")
+    ]
     if serves(shapes, int(getattr(model.args, "num_attention_heads", 0))):
         attentions.insert(0, (CudaAttention(), "CUDA kernels"))
     for attention, name in attentions:

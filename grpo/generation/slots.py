@@ -60,9 +60,21 @@ class Slots:
         names = ("lengths", "starts", "place_of")
         self._device = {name: mx.array(getattr(self, name), mx.int32) for name in names}
 
+    def _first_row(self) -> RowPlace:
+        place = self.place_of[0]
+        return RowPlace(place, self.lengths[place], self.starts[0])
+
     def view(self) -> View:
         """This step's arrays."""
-        return View(self.step, self.prefix, self.ring, self._layout, **self._device)
+        return View(self.step, self.prefix, self.ring, self._layout, self._first_row(), **self._device)
+
+
+class RowPlace(NamedTuple):
+    """Where one row is, as the host knows it: its prefix place, the tokens there, and the step at which it began."""
+
+    place: int
+    length: int
+    start: int
 
 
 class Where(NamedTuple):
@@ -88,12 +100,14 @@ class View:
         prefix: int,
         ring: int,
         layout: Layout,
+        first_row: RowPlace,
         lengths: mx.array,
         starts: mx.array,
         place_of: mx.array,
     ) -> None:
         self.step, self.prefix, self.ring, self.layout = step, prefix, ring, layout
         self.lengths, self.starts, self.place_of = lengths, starts, place_of
+        self.first_row = first_row
         self.column = step % ring
         """Of the ring, where this step's keys and values go."""
         self.width = min(ring, -(-(step + 1) // WIDTH_STEP) * WIDTH_STEP)

@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 
 from grpo.backend.random import derive_key
 from grpo.generation import choice
-from grpo.generation.attention import StockAttention
+from grpo.generation.attention import FusedRowAttention, StockAttention
 from grpo.generation.batchcaches import BatchCaches
 from grpo.generation.blocks import read
 from grpo.generation.buffers import cache_shapes
@@ -218,13 +218,15 @@ def test_the_original_attention_is_back_after_a_step() -> None:
 
 
 @pytest.mark.parametrize("decoder", [BlockDecoder, ModelDecoder])
-def test_both_decoders_serve_the_same_model(decoder) -> None:
+@pytest.mark.parametrize("attention", [StockAttention, FusedRowAttention])
+@pytest.mark.parametrize("slots", [4, 1])
+def test_every_decoder_and_attention_serves_the_same_model(decoder, attention, slots: int) -> None:
     model = LLAMA_LIKE["qwen3"]
     inner = read(model) if decoder is BlockDecoder else model
-    decoding = SharedPrefix(model, decoder(inner), StockAttention(), cache_shapes(model), VOCABULARY, "")
-    generator = Generator(model, Letters(), 4)
+    decoding = SharedPrefix(model, decoder(inner), attention(), cache_shapes(model), VOCABULARY, "")
+    generator = Generator(model, Letters(), slots)
     generator.decoding = decoding
-    assert worst_gap(model, generator, 4) < 1e-4
+    assert worst_gap(model, generator, slots) < 1e-4
 
 
 def test_prompts_are_not_repeated_for_their_rows() -> None:

@@ -1,8 +1,8 @@
 """Attention of one token a row over its prompt and over what it has decoded.
 
 `StockAttention` is made of stock MLX operations and is right everywhere; `FusedRowAttention` takes MLX's fused
-attention for a row that is alone; `grpo.generation.cuda_attention` has kernels. All go by the same interface, and each is
-tried against the model before it is used.
+attention for a row that is alone; `grpo.generation.cuda_attention` has kernels. All go by the same interface, and each
+is tried against the model before it is used.
 """
 
 from __future__ import annotations

@@ -69,8 +69,7 @@ class StockAttention:
     ) -> mx.array:
         slots, query_heads, _, width = queries.shape
         heads = keys.shape[1]
-        layer.keys[:, :, view.column : view.column + 1] = keys
-        layer.values[:, :, view.column : view.column + 1] = values
+        layer.write(view.column, keys, values)
         queries = (queries * scale).reshape(slots, heads, query_heads // heads, width)
         part = _partial(queries, layer.keys[:, :, : view.width], layer.values[:, :, : view.width], view.own)
         if view.prefix:
@@ -90,8 +89,7 @@ class FusedRowAttention(StockAttention):
     ) -> mx.array:
         if queries.shape[0] > 1:
             return super().attend(layer, queries, keys, values, scale, view)
-        layer.keys[:, :, view.column : view.column + 1] = keys
-        layer.values[:, :, view.column : view.column + 1] = values
+        layer.write(view.column, keys, values)
         row = view.first_row
 
         def joined(prefix: mx.array, ring: mx.array) -> mx.array:

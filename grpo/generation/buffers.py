@@ -35,6 +35,11 @@ class Layer:
         self.prefix_keys[places, :, :length] = prompts[0]
         self.prefix_values[places, :, :length] = prompts[1]
 
+    def write(self, column: int, keys: mx.array, values: mx.array) -> None:
+        """Put one step's keys and values, `[S, heads, 1, D]`, into a column of the ring."""
+        self.keys[:, :, column : column + 1] = keys
+        self.values[:, :, column : column + 1] = values
+
     def keep(self, slots: mx.array, places: mx.array) -> None:
         """Drop all slots and prefix places but these."""
         self.prefix_keys, self.prefix_values = self.prefix_keys[places], self.prefix_values[places]

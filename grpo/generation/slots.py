@@ -33,10 +33,6 @@ class Slots:
         self._device: dict[str, mx.array] = {}
         self._changed()
 
-    @property
-    def count(self) -> int:
-        return len(self.starts)
-
     def admit(self, slots: Sequence[int], places: Sequence[int], lengths: Sequence[int]) -> None:
         """Let rows begin in slots at this step, each from a prefix place with a prompt of this length."""
         for slot, place, length in zip(slots, places, lengths, strict=True):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from grpo.backend import cuda
 from grpo.backend.device import memory_bytes, on_gpu
 from grpo.config import OptimConfig, Recipe
 from grpo.errors import UserError
@@ -14,7 +16,7 @@ from grpo.generation.decoding import Decoding
 from grpo.generation.memory import Need, slots_that_fit
 from grpo.model.policy import Policy
 from grpo.rollout import sampling_of
-from grpo.training.footprint import measure_footprint
+from grpo.training.footprint import measure_body, measure_footprint
 from grpo.training.optimizer import Float32Optimizer
 from grpo.training.packing import Packing, Shape
 
@@ -23,7 +25,7 @@ FEW_TOKENS = 2_048
 """Below so many tokens at once a GPU is not kept busy; a CPU is with a quarter of them, and with 4,096 at most."""
 FREE = 0.9
 """Of the memory, what may be planned with."""
-MOST_ACTIVATIONS = 3 * 2**30
+MOST_ACTIVATIONS, MOST_ON_CUDA = 3 * 2**30, 12 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,30 +142,35 @@ class _Chosen:
 def _chosen(cfg: Recipe, policy: Policy, prompt_length: int) -> _Chosen:
     """What the recipe says, or for `auto` what fits and pays.
 
-    A micro-batch takes an eighth of the memory, up to 3 GB: beyond that a larger one with its layers checkpointed is
-    faster. Layers are checkpointed where that leaves too few tokens to keep the machine busy, or not even the longest
-    row.
+    A micro-batch takes an eighth of the memory, up to `MOST_ACTIVATIONS`: beyond that a larger one with its layers
+    checkpointed is faster. Layers are checkpointed where that leaves too few tokens to keep the machine busy, or not
+    even the longest row. CUDA waits for launches, so there the largest micro-batch comes first.
     """
-    comfortable, few = min(memory_bytes() // 8, MOST_ACTIVATIONS), FEW_TOKENS if on_gpu() else FEW_TOKENS // 4
-    asked = cfg.optim.gradient_checkpointing
+    on_cuda = cuda.available()
+    comfortable = min(memory_bytes() // 8, MOST_ON_CUDA if on_cuda else MOST_ACTIVATIONS)
+    few = FEW_TOKENS if on_gpu() else FEW_TOKENS // 4
+    asked, tokens = cfg.optim.gradient_checkpointing, cfg.optim.micro_batch_tokens
+    ways = (False, True) if asked == "auto" else (bool(asked),)
+    sizes = AUTO_TOKENS[0 if on_gpu() else 2 :] if tokens == "auto" else (tokens,)
+    order = [(way, size) for size in sizes for way in ways] if on_cuda else list(product(ways, sizes))
+    footprints = {way: measure_footprint(policy, way) for way in ways}
     best: _Chosen | None = None
-    for checkpointing in (False, True) if asked == "auto" else (bool(asked),):
-        footprint = measure_footprint(policy, checkpointing)
-        tokens = cfg.optim.micro_batch_tokens
-        sizes = AUTO_TOKENS[0 if on_gpu() else 2 :] if tokens == "auto" else (tokens,)
-        for size in sizes:
-            largest = _largest(cfg, prompt_length, size)
-            needed = footprint.bytes(largest)
-            optim = cfg.optim.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
-            best = _Chosen(optim, size, checkpointing, needed)
-            enough = (
-                asked != "auto"
-                or checkpointing
-                or size >= few
-                or largest.tokens == _largest(cfg, prompt_length, 2 * size).tokens
-            )
-            if needed <= comfortable and enough:
-                return best
+    for checkpointing, size in order:
+        largest = _largest(cfg, prompt_length, size)
+        needed = footprints[checkpointing].bytes(largest)
+        if on_cuda and needed <= comfortable:  # a second to try, and more in flight there than the line knows
+            (body,) = measure_body(policy, checkpointing, [largest])
+            needed = footprints[checkpointing].bytes(largest, body)
+        optim = cfg.optim.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
+        best = _Chosen(optim, size, checkpointing, needed)
+        enough = (
+            asked != "auto"
+            or checkpointing
+            or size >= few
+            or largest.tokens == _largest(cfg, prompt_length, 2 * size).tokens
+        )
+        if needed <= comfortable and enough:
+            return best
     assert best is not None
     return best
 

@@ -101,10 +101,10 @@ class Loop:
         return nullcontext()
 
     def _evaluate(self) -> None:
-        step, evaluate = self.state.step, self.trainer.evaluate if self.ranks.first else None
+        step, evaluate = self.state.step, self.trainer.evaluate
         if evaluate is None or not self._due(step):
             return
-        with self.stop.interrupts() if self.ranks.size == 1 else nullcontext():
+        with self._interrupts():
             metrics = evaluate(step)
         best = better(self.state.best, metrics, self.cfg.best_metric) if step > 0 else self.state.best
         before = self.state.before or metrics

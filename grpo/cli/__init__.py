@@ -7,7 +7,7 @@ import sys
 import typer
 
 from grpo import __version__
-from grpo.cli import bench, evaluate, export, generate, recipes, replay, report, rewards, runs, train
+from grpo.cli import bench, doctor, evaluate, export, generate, recipes, replay, report, rewards, runs, train
 from grpo.errors import RunError, UserError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("report")(report.report)
 app.command("runs")(runs.runs)
 app.command("replay")(replay.replay)
 app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(rewards.app, name="rewards")
 app.add_typer(bench.app, name="bench")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from grpo.backend import blas
@@ -13,7 +14,16 @@ if TYPE_CHECKING:
 
 
 BATCH_MEGABYTES = "100"
-"""What a batch of operations on CUDA may read and write: an update takes a third of the memory, and as long."""
+
+
+def preset() -> None:
+    """Tell MLX, before it is imported, how much a batch of operations on CUDA may read and write.
+
+    All of it is held until the batch has ended, and unless MLX is told otherwise that is gigabytes: this takes a third
+    of the memory for an update, and no more time. (Metal has a limit of its own, by machine.)
+    """
+    if sys.platform == "linux":
+        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", BATCH_MEGABYTES)
 
 
 def on_gpu() -> bool:
@@ -28,18 +38,11 @@ def setup() -> None:
 
     On a CPU `mx.compile` calls a C++ compiler at run time: seconds for each function, and an error where there
     is none. Model code calls it too (mlx's own activations), so it is switched off there.
-
-    On CUDA what operations have read and written is freed when the batch of operations that they are in has ended,
-    and a batch is of up to gigabytes unless MLX is told otherwise.
     """
     import mlx.core as mx
 
-    from grpo.backend import cuda
-
     if not on_gpu():
         mx.disable_compile()
-    if cuda.available():
-        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", BATCH_MEGABYTES)
 
 
 def compiled(function: Callable[..., Any], state: Any = None) -> Callable[..., Any]:
@@ -67,5 +70,6 @@ def memory_bytes() -> int:
     """Memory that MLX may use: the GPU's, or the machine's."""
     import mlx.core as mx
 
-    size = mx.device_info().get("memory_size") if on_gpu() else None
+    info = mx.device_info() if on_gpu() else {}
+    size = info.get("memory_size", info.get("total_memory"))  # Metal's word for it, and CUDA's
     return int(size) if size else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

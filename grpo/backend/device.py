@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 BATCH_MEGABYTES = "100"
+OUT_OF_MEMORY = ("out of memory", "insufficient memory", "unable to allocate", "attempting to allocate", "[malloc")
+"""What CUDA, Metal and MLX's allocators say."""
 
 
 def preset() -> None:
@@ -73,3 +75,8 @@ def memory_bytes() -> int:
     info = mx.device_info() if on_gpu() else {}
     size = info.get("memory_size", info.get("total_memory"))  # Metal's word for it, and CUDA's
     return int(size) if size else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether MLX raised this because the memory did not suffice. It has no class of its own for that."""
+    return any(words in str(error).lower() for words in OUT_OF_MEMORY)

@@ -19,7 +19,7 @@ from grpo.backend.hub import send
 from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
 from grpo.model.adapters import CONFIG, PEFT_WEIGHTS, WEIGHTS, load_adapter
-from grpo.model.load import QUANTIZED_GROUP, load, model_folder
+from grpo.model.load import QUANTIZED_GROUP, cast, load, model_folder
 from grpo.recipe import load_recipe
 from grpo.training.card import model_card
 from grpo.training.checkpoint import RECIPE
@@ -138,7 +138,7 @@ def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) 
 
     A quantised base is written without quantisation: to quantise the sum again would round most of an adapter away.
     """
-    from mlx_lm.utils import dequantize_model, load_config, quantize_model, save
+    from mlx_lm.utils import load_config, quantize_model, save
 
     setup()
     source, quantized = model_folder(cfg.model), _quantization(cfg.model)
@@ -149,10 +149,10 @@ def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) 
     before = _logprobs(model, probe)
     fused = [(path, m.fuse(dequantize=True)) for path, m in model.named_modules() if hasattr(m, "fuse")]
     model.update_modules(tree_unflatten(fused))
-    model = dequantize_model(model)
+    model = _dequantized(model)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
-    model.set_dtype(_stored_dtype(config))
+    cast(model, _stored_dtype(config))
     notes = (
         ["the base was quantised; these weights are not, so that nothing of the adapter is lost"] if quantized else []
     )
@@ -166,6 +166,24 @@ def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) 
     )
     save(folder, source, model, tokenizer, config, donate_model=False)
     return notes
+
+
+def _dequantized(model: nn.Module) -> nn.Module:
+    """As mlx-lm does it, and the projections of latent attention, which it leaves as they are."""
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+    from mlx_lm.utils import dequantize_model
+
+    whole = []
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedMultiLinear):
+            weight = mx.dequantize(
+                module.weight, module.scales, module.biases, module.group_size, module.bits, module.mode
+            )
+            heads, outputs, inputs = weight.shape
+            whole.append((path, MultiLinear(inputs, outputs, heads)))
+            whole[-1][1].weight = weight
+    model.update_modules(tree_unflatten(whole))
+    return dequantize_model(model)
 
 
 def _logprobs(model: nn.Module, tokens: mx.array) -> mx.array:

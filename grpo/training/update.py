@@ -152,7 +152,8 @@ class Updater:
         tree = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
         loss, parts, seen = 0.0, [], []
         for batch in batches:
-            (value, (metrics, logprobs)), gradient = self._loss_and_grad(batch.arrays())
+            with self.policy.training():
+                (value, (metrics, logprobs)), gradient = self._loss_and_grad(batch.arrays())
             tree = tree_map(mx.add, tree, gradient)  # in float32
             del gradient  # or it would be held while the next one is computed
             mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time

@@ -125,10 +125,12 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """A checkpoint's LoRA matrices. Raises UserError for what PEFT has no such form of."""
     config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
     weights: Any = mx.load(str(checkpoint / WEIGHTS))
-    if config["fine_tune_type"] != "lora" or any(array.ndim != 2 for array in weights.values()):
+    found = {"dora": "DoRA", "full": "whole weights"}.get(config["fine_tune_type"])
+    if found is None and any(array.ndim != 2 for array in weights.values()):
+        found = "experts, all in one array (with adapter.targets that leave them out it could)"
+    if found is not None:
         raise UserError(
-            "--format peft writes LoRA on linear layers, and this adapter has something else (DoRA, experts, whole "
-            "weights); --format fused takes them all"
+            f"--format peft writes LoRA on linear layers, and this adapter has {found}; --format fused takes them all"
         )
     return config, weights
 

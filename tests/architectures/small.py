@@ -22,7 +22,7 @@ COMMON: Config = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
-    "vocab_size": 128,
+    "vocab_size": 276,
     "max_position_embeddings": 512,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
@@ -51,8 +51,7 @@ SMALL: dict[str, Config] = {
     "Qwen3-MoE (30B-A3B)": {"model_type": "qwen3_moe", "head_dim": 32, **QWEN_EXPERTS},
     "Qwen3-Next": {
         "model_type": "qwen3_next",
-        "num_hidden_layers": 4,  # three recurrent ones and one with attention
-        "full_attention_interval": 4,
+        "full_attention_interval": 2,  # a recurrent layer, and one with attention
         "head_dim": 32,
         "partial_rotary_factor": 0.25,
         "linear_num_value_heads": 4,

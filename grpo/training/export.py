@@ -97,7 +97,8 @@ def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path) -> None:
     """The adapter as PEFT saves it: A and B transposed, alpha = scale × rank, modules by the Hub's names."""
     config, weights = _read(checkpoint)
     parameters = config["lora_parameters"]
-    arrays = {peft_name(path): array.T for path, array in weights.items()}
+    names = {path: _hub_name(path, cfg) for path in weights}
+    arrays = {peft_name(names[path]): array.T for path, array in weights.items()}
     mx.save_safetensors(str(folder / PEFT_WEIGHTS), arrays, metadata={"format": "pt"})
     peft = {
         "peft_type": "LORA",
@@ -107,12 +108,28 @@ def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path) -> None:
         "r": parameters["rank"],
         "lora_alpha": parameters["scale"] * parameters["rank"],
         "lora_dropout": 0.0,
-        "target_modules": sorted({path.rpartition(".")[0] for path in weights}),
+        "target_modules": sorted({name.rpartition(".")[0] for name in names.values()}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
     (folder / CONFIG).write_text(json.dumps(peft, indent=2) + "\n", encoding="utf-8")
+
+
+def _hub_name(path: str, cfg: Recipe) -> str:
+    """A parameter's path in what transformers' `AutoModelForCausalLM` makes of the base.
+
+    Of models that see, mlx-lm takes the language model and puts a shell around it; transformers takes all of the model
+    (Gemma 3), or the language model bare (Qwen3.5).
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    inner = path.removeprefix("language_model.")
+    if inner == path:
+        return path
+    kind = json.loads((model_folder(cfg.model) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    bare = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)).endswith("ForCausalLM")
+    return inner if bare else inner.replace("model.", "model.language_model.", 1)
 
 
 def peft_name(path: str) -> str:
@@ -205,7 +222,8 @@ def _quantization(cfg: ModelConfig) -> Any:
 
 def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
     """What the model's own config says its weights are."""
-    named = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
+    text = config.get("text_config") or {}
+    named = next((c[key] for c in (config, text) for key in ("torch_dtype", "dtype") if c.get(key)), "bfloat16")
     dtype: mx.Dtype = getattr(mx, str(named), mx.bfloat16)
     return dtype
 

@@ -36,6 +36,21 @@ QWEN_EXPERTS: Config = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
+RECURRENT: Config = {
+    "full_attention_interval": 2,  # a recurrent layer, and one with attention
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+}
+SLIDING: Config = {
+    "num_hidden_layers": 4,  # every second one with a sliding window
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 8,
+    "sliding_window_pattern": 2,
+}
 ROUTED_EXPERTS: Config = {
     "n_routed_experts": 8,
     "n_shared_experts": 1,
@@ -46,21 +61,30 @@ ROUTED_EXPERTS: Config = {
     "first_k_dense_replace": 1,
 }
 
+LATENT: Config = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+
 SMALL: dict[str, Config] = {
+    "Qwen2.5": {"model_type": "qwen2", "tie_word_embeddings": True},
     "Qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
     "Qwen3-MoE (30B-A3B)": {"model_type": "qwen3_moe", "head_dim": 32, **QWEN_EXPERTS},
     "Qwen3-Next": {
         "model_type": "qwen3_next",
-        "full_attention_interval": 2,  # a recurrent layer, and one with attention
         "head_dim": 32,
         "partial_rotary_factor": 0.25,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_conv_kernel_dim": 4,
+        **RECURRENT,
         "shared_expert_intermediate_size": 64,
         **QWEN_EXPERTS,
+    },
+    "Qwen3.5": {
+        "model_type": "qwen3_5",
+        "text_config": {**COMMON, **RECURRENT, "model_type": "qwen3_5_text", "head_dim": 32},
     },
     "GLM-4": {"model_type": "glm4", "head_dim": 16, "attention_bias": True, "partial_rotary_factor": 0.5},
     "GLM-4.5-Air": {
@@ -74,18 +98,8 @@ SMALL: dict[str, Config] = {
         "topk_group": 1,
         **ROUTED_EXPERTS,
     },
-    "DeepSeek-V3": {
-        "model_type": "deepseek_v3",
-        "num_key_value_heads": 4,
-        "q_lora_rank": 64,
-        "kv_lora_rank": 64,
-        "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "n_group": 2,
-        "topk_group": 1,
-        **ROUTED_EXPERTS,
-    },
+    "GLM-4.7-Flash": {"model_type": "glm4_moe_lite", **LATENT, "n_group": 1, "topk_group": 1, **ROUTED_EXPERTS},
+    "DeepSeek-V3, Kimi K2": {"model_type": "deepseek_v3", **LATENT, "n_group": 2, "topk_group": 1, **ROUTED_EXPERTS},
     "Llama 3": {
         "model_type": "llama",
         "rope_scaling": {
@@ -105,13 +119,19 @@ SMALL: dict[str, Config] = {
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    "Gemma 3": {
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 4,  # every second one with a sliding window
+    "Gemma 3 1B": {"model_type": "gemma3_text", **SLIDING},
+    "Gemma 3 4B and larger": {
+        "model_type": "gemma3",
+        "text_config": {**COMMON, **SLIDING, "model_type": "gemma3_text"},
+    },
+    "gpt-oss": {
+        "model_type": "gpt_oss",
         "head_dim": 32,
-        "query_pre_attn_scalar": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 64,
         "sliding_window": 8,
-        "sliding_window_pattern": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
     },
     "Phi-2": {"model_type": "phi", "num_key_value_heads": 4, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5},
     "Phi-3, Phi-4": {"model_type": "phi3"},

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from measured import Measured, train
 from small import SMALL, write
@@ -59,12 +61,13 @@ def test_a_step_moves_every_layer_of_the_adapter_and_the_reference_stays(measure
 
 
 @EVERY
-@BITS
+@pytest.mark.parametrize("bits", [None, 4])
 def test_the_gradient_is_the_same_whichever_way(measured: Measure, name: str, bits: int | None) -> None:
     """With prompts once for their group, with layers computed again, and row by row: to rounding."""
     model = measured(name, bits)
     if model.not_shared is None:
         assert model.sharing_gap < 1e-5
+    assert model.policy.split is not None  # logprobs go in chunks
     assert model.checkpointing_gap < 1e-5
     assert model.split_gap < 1e-5
 
@@ -91,6 +94,26 @@ def test_an_adapter_that_leaves_experts_out_goes_to_peft(folders: dict[str, Path
     run = folders["Mixtral"].with_name("attention")
     train(folders["Mixtral"], None, run, "adapter.targets=[self_attn.q_proj, self_attn.v_proj]")
     assert (export(run, "peft").folder / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("Qwen3", "model.layers"), ("Qwen3.5", "model.layers"), ("Gemma 3 4B and larger", "model.language_model.layers")],
+)
+def test_peft_s_names_are_those_of_transformers(measured: Measure, name: str, prefix: str) -> None:
+    """Of models that see, `AutoModelForCausalLM` makes the whole model, or the language model alone."""
+    config = json.loads((measured(name).exported("peft") / "adapter_config.json").read_text())
+    assert all(module.startswith(f"{prefix}.") for module in config["target_modules"])
+    arrays = mx.load(str(measured(name).exported("peft") / "adapter_model.safetensors"))
+    modules = {path.removeprefix("base_model.model.").rpartition(".lora_")[0] for path in arrays}
+    assert modules == set(config["target_modules"])
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GLM-4.5-Air", "DeepSeek-V3, Kimi K2"])
+def test_a_model_that_is_stored_in_3_bits_trains(measured: Measure, name: str) -> None:
+    model = measured(name)
+    stored = export(model.run, "fused", model.run.with_name(f"{model.run.name}-stored"), bits=3)
+    assert Measured(stored.folder, None).trains
 
 
 def test_routers_train_where_they_are_named(folders: dict[str, Path]) -> None:

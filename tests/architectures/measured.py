@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def train(model: Path, bits: int | None, run: Path, *overrides: str) -> Path:
     with patch.object(plan, "measure_footprint", return_value=NO_FOOTPRINT):  # it takes longer than all the rest
         trainer = prepare(start.planned).trainer
     state = start.load(trainer)
-    with start.folder() as folder:
+    with closing(trainer.scorer), start.folder() as folder:
         written = context(cfg, trainer.policy.adapters.config, plan_of(trainer))
         Loop(trainer, folder, written, JsonlLogger(folder).log, StopRequest(), state, start.checkpoint).run()
     return newest_checkpoint(run)

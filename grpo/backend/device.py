@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+BATCH_MEGABYTES = "100"
+"""What a batch of operations on CUDA may read and write: an update takes a third of the memory, and as long."""
+
+
 def on_gpu() -> bool:
     """Whether MLX computes on a GPU (Metal or CUDA)."""
     import mlx.core as mx
@@ -24,15 +28,22 @@ def setup() -> None:
 
     On a CPU `mx.compile` calls a C++ compiler at run time: seconds for each function, and an error where there
     is none. Model code calls it too (mlx's own activations), so it is switched off there.
+
+    On CUDA what operations have read and written is freed when the batch of operations that they are in has ended,
+    and a batch is of up to gigabytes unless MLX is told otherwise.
     """
     import mlx.core as mx
 
+    from grpo.backend import cuda
+
     if not on_gpu():
         mx.disable_compile()
+    if cuda.available():
+        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", BATCH_MEGABYTES)
 
 
-def compiled(function: Callable[..., Any], state: Any) -> Callable[..., Any]:
-    """`function` compiled where that pays, with `state` (a tree of arrays) going in and out of it.
+def compiled(function: Callable[..., Any], state: Any = None) -> Callable[..., Any]:
+    """`function` compiled where that pays, with `state` (a tree of arrays), if any, going in and out of it.
 
     What is not in `state` or an argument is baked into the trace: adapters are switched by swapping the arrays
     in `state`, which a trace reads anew at each call.

@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from grpo.backend.hub import one_line
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
+from grpo.model.lora import fold
 
 State = Mapping[str, mx.array]
 
@@ -49,6 +50,7 @@ class Adapters:
         self.config = _mlx_lm_config(model, cfg)
         _make_trainable(model, cfg, self.config, key)
         self.active = POLICY
+        self._slots = _slots(model)
         self._parked: dict[str, State] = {}
         if cfg.path is not None:
             self.load(Path(cfg.path))
@@ -63,12 +65,14 @@ class Adapters:
     def state(self, name: str | None = None) -> dict[str, mx.array]:
         """The arrays of a state, by their path in the model; of the active one unless named."""
         if name is None or name == self.active:
-            return dict(tree_flatten(self.model.trainable_parameters()))
+            return {path: holder[key] for path, (holder, key) in self._slots.items()}
         return dict(self._parked[name])
 
     def load_state(self, state: State) -> None:
         """Replace the arrays of the active state."""
-        self.model.update(tree_unflatten(list(state.items())))
+        for path, array in state.items():
+            holder, key = self._slots[path]
+            holder[key] = array
 
     def add(self, name: str, state: State) -> None:
         """Keep a state under a name; one of that name that is not active is replaced."""
@@ -123,7 +127,7 @@ class Adapters:
         fused = [(path, module.fuse()) for path, module in self.model.named_modules() if hasattr(module, "fuse")]
         self.model.update_modules(tree_unflatten(fused))
         mx.eval(self.model.parameters())
-        self._parked = {}
+        self._slots, self._parked = {}, {}
         return self.model
 
     def delta(self) -> float | None:
@@ -265,6 +269,18 @@ def _mlx_lm_config(model: nn.Module, cfg: AdapterConfig) -> dict[str, Any]:
     return {**config, "lora_parameters": parameters}
 
 
+def _slots(model: nn.Module) -> dict[str, tuple[dict[str, mx.array], str]]:
+    """Where each array that trains is held, by its path: to look for it at every switch would take milliseconds."""
+    held = {}
+    for path, _ in tree_flatten(model.trainable_parameters()):
+        *parents, key = path.split(".")
+        holder: Any = model
+        for name in parents:
+            holder = holder[int(name) if isinstance(holder, list) else name]
+        held[path] = (holder, key)
+    return held
+
+
 def _make_trainable(model: nn.Module, cfg: AdapterConfig, config: dict[str, Any], key: mx.array) -> None:
     model.freeze()
     if cfg.type == "full":
@@ -294,6 +310,7 @@ def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None
     except ValueError as error:  # experts have no DoRA
         why = f"{one_line(error)} Take lora, or name adapter.targets without it"
         raise UserError(f"adapter.type: {config['fine_tune_type']}: {why}") from None
+    fold(model)
     fresh = tree_flatten(model.trainable_parameters())
     keys = mx.random.split(key, len(fresh))
     drawn = [(path, _redraw(path, array, k)) for (path, array), k in zip(fresh, keys, strict=True)]

@@ -40,7 +40,7 @@ def shared_hidden(
     prompts = [kind(prompt_lengths) for kind in layers]
     hidden = body(prompt_ids, cache=prompts)
     last = mx.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[index]
-    rows = Rows(prompt_lengths, index, prompt_ids.shape[1])
+    rows = Rows(prompt_lengths, index, prompt_ids.shape[1], hidden.dtype)
     own = body(completion_ids, cache=[prompt.continued(rows) for prompt in prompts])
     return mx.concatenate([last, own[:, :-1]], axis=1)
 

@@ -20,8 +20,8 @@ COLUMNS = (
     "LoRA on experts",
     "4 bits",
     "3 bits",
-    "mlx",
-    "PEFT",
+    "export to mlx",
+    "to PEFT",
     "fused",
 )
 JOINED, OWN, CACHES, ROW_BY_ROW = "joined layers", "own layers", "batch caches", "batch caches, row by row"

@@ -18,6 +18,7 @@ from table import table, written
 from table import write as write_table
 
 from grpo.errors import UserError
+from grpo.model.adapters import WEIGHTS
 from grpo.training.export import export
 
 Measure = Callable[[str, int | None], Measured]
@@ -118,7 +119,10 @@ def test_a_model_that_is_stored_in_3_bits_trains(measured: Measure, name: str) -
 
 def test_routers_train_where_they_are_named(folders: dict[str, Path]) -> None:
     run = folders["Mixtral"].with_name("router")
-    train(folders["Mixtral"], None, run, "adapter.targets=[block_sparse_moe.gate]")
+    checkpoint = train(folders["Mixtral"], None, run, "adapter.targets=[block_sparse_moe.gate]")
+    moved = {path: (array != 0).any().item() for path, array in mx.load(str(checkpoint / WEIGHTS)).items()}
+    gates = [f"model.layers.{block}.block_sparse_moe.gate.lora_{x}" for block in (0, 1) for x in "ab"]
+    assert moved == dict.fromkeys(gates, True)
 
 
 def test_experts_have_no_dora(folders: dict[str, Path]) -> None:

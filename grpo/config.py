@@ -43,7 +43,7 @@ class ModelConfig(Section):
     """Branch, tag or commit of a Hub repository."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights. `auto`: float32 on a CPU (where nothing else is fast), as stored on a GPU."""
-    quantize: Literal[4, 8] | None = None
+    quantize: Literal[2, 3, 4, 5, 6, 8] | None = None
     """Quantise the weights to so many bits when they are loaded, in groups of 64. Default: they stay as stored."""
 
 
@@ -55,7 +55,8 @@ class AdapterConfig(Section):
     scale: Annotated[float, Field(gt=0)] = 2.0
     """The update is scale × B A (mlx-lm's convention; PEFT's alpha is scale × rank)."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
-    """`all-linear` (each linear layer of each block, the head excluded) or names such as `self_attn.q_proj`."""
+    """`all-linear` (each linear layer of each block, experts included, what routes to them and the head excluded) or
+    names such as `self_attn.q_proj`."""
     layers: Literal["all"] | tuple[NonNegative, Positive] = "all"
     """Blocks that train: `[14, 28]` is from block 14 up to, not including, block 28."""
     path: str | None = None

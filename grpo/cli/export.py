@@ -16,7 +16,11 @@ class Format(StrEnum):
 
 
 class Bits(StrEnum):
+    two = "2"
+    three = "3"
     four = "4"
+    five = "5"
+    six = "6"
     eight = "8"
 
 

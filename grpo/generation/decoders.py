@@ -128,6 +128,8 @@ def _attention_through_caches(model: nn.Module) -> Iterator[None]:
         queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, **others: Any
     ) -> mx.array:
         if isinstance(cache, _LayerCache) and not any(value is not None for value in others.values()):
+            if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+                raise ValueError("attention with scores of the model's own")
             return cache.attend(queries, keys, values, scale)
         out: mx.array = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
         return out

@@ -9,6 +9,7 @@ ignored.)
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ State = Mapping[str, mx.array]
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 POLICY, REFERENCE = "policy", "reference"
+ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+"""What chooses a token's experts, by its path in a block that has some. In many models it is no linear layer at all."""
 
 
 class Adapters:
@@ -235,6 +238,16 @@ def linear_layers(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(sorted(paths)))
 
 
+def routers(model: nn.Module) -> set[str]:
+    """Those linear layers that choose experts: not trained unless named, so that what is sampled goes where it went."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    blocks = [dict(block.named_modules()) for block in model.layers]
+    experts = (SwitchLinear, QuantizedSwitchLinear)
+    sparse = [block for block in blocks if any(isinstance(module, experts) for module in block.values())]
+    return {path for block in sparse for path in block if ROUTER.search(path)}
+
+
 def _mlx_lm_config(model: nn.Module, cfg: AdapterConfig) -> dict[str, Any]:
     """What mlx-lm's `adapter_config.json` says."""
     depth = len(model.layers)
@@ -245,7 +258,7 @@ def _mlx_lm_config(model: nn.Module, cfg: AdapterConfig) -> dict[str, Any]:
     if cfg.type == "full":
         return config
     there = linear_layers(model)
-    keys = there if cfg.targets == "all-linear" else list(cfg.targets)
+    keys = [key for key in there if key not in routers(model)] if cfg.targets == "all-linear" else list(cfg.targets)
     if missing := [key for key in keys if key not in there]:
         raise UserError(f"adapter.targets: no linear layer {missing[0]!r} in this model; it has {', '.join(there)}")
     if cfg.layers != "all":  # mlx-lm can only count blocks from the last, but takes whole paths
@@ -295,7 +308,8 @@ def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None
     try:
         linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=dora)
     except ValueError as error:  # experts have no DoRA
-        raise UserError(f"adapter.type: {config['fine_tune_type']}: {error}") from None
+        why = f"{one_line(error)} Take lora, or name adapter.targets without it"
+        raise UserError(f"adapter.type: {config['fine_tune_type']}: {why}") from None
     fold(model)
     fresh = tree_flatten(model.trainable_parameters())
     keys = mx.random.split(key, len(fresh))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map_with_path
 
 from grpo.backend.device import on_gpu
 from grpo.backend.hub import fetch, one_line
@@ -42,7 +43,7 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
     except Exception as error:  # whatever a file that is not what it should be makes the loaders raise
         raise UserError(f"model {cfg.name}: {one_line(error)} (in {folder})") from error
     if (dtype := _dtype(cfg)) is not None:
-        model.set_dtype(dtype)
+        cast(model, dtype)
     if cfg.quantize is not None:
         model = _quantized(model, config, cfg)
     model.freeze()
@@ -89,6 +90,16 @@ def _fetch(cfg: ModelConfig) -> Path:
         return snapshot_download(cfg.name, revision=cfg.revision, allow_patterns=WEIGHTS_AND_TOKENIZER)
 
     return Path(fetch(f"model {cfg.name}", download))
+
+
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Make the weights of this dtype, but for those that the model wants to keep as they are (biases of routers)."""
+    wanted = getattr(model, "cast_predicate", lambda _path: True)
+
+    def one(path: str, array: mx.array) -> mx.array:
+        return array.astype(dtype) if wanted(path) and mx.issubdtype(array.dtype, mx.floating) else array
+
+    model.update(tree_map_with_path(one, model.parameters()))
 
 
 def _dtype(cfg: ModelConfig) -> mx.Dtype | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,7 +12,8 @@ from grpo.model.adapters import Adapters
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import split_head
 from grpo.model.logprobs import chunk_tokens, chunked_logprobs, entropies, scaled, token_logprobs
-from grpo.model.sharing import hidden_at, shared_hidden, whole_sequences, why_not_shared
+from grpo.model.promptcaches import Kind
+from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
 
 
 class Policy:
@@ -37,18 +39,31 @@ class Policy:
         self.slow: list[str] = []
         if self.split is None:
             self.slow.append("this model's head cannot be split off: logprobs go through full logits")
+        self._layers: list[Kind] = []
         self.share_prompts = share_prompts and self._can_share()
 
     def _can_share(self) -> bool:
         if self.split is None:
             return False
-        if reason := why_not_shared(self.model, self.split[0]):
+        try:
+            self._layers = shared_layers(self.model, self.split[0])
+        except Unshared as reason:
             self.slow.append(f"each completion trains with a prompt of its own, not its group's: {reason}")
-        return reason is None
+        return bool(self._layers)
 
     def use(self, state: str) -> AbstractContextManager[None]:
         """Be another state of the adapter (`"reference"`: the base model) inside a `with` block."""
         return self.adapters.use(state)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Take gradients inside this block: outside, some models (recurrent ones) use kernels that have none."""
+        former = self.model.training
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.train(former)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -98,14 +113,13 @@ class Policy:
             tokens, lengths = whole_sequences(prompt_ids, prompt_lengths, prompt_index, completion_ids)
             return self._hidden(tokens, lengths, completion_ids)
         assert self.split is not None
-        body, layers = self.split[0], self.model.layers
-        with checkpointed_layers(layers, self.gradient_checkpointing):
-            return shared_hidden(body, len(layers), prompt_ids, prompt_lengths, prompt_index, completion_ids)
+        with checkpointed_layers(self.model.layers, self.gradient_checkpointing):
+            return shared_hidden(self.split[0], self._layers, prompt_ids, prompt_lengths, prompt_index, completion_ids)
 
     def _hidden(self, tokens: mx.array, prompt_lengths: mx.array, completion_ids: mx.array) -> mx.array:
         body = self.model if self.split is None else self.split[0]
         with checkpointed_layers(self.model.layers, self.gradient_checkpointing):
-            return hidden_at(body(tokens), prompt_lengths, completion_ids.shape[1])
+            return hidden_at(body(tokens, cache=None), prompt_lengths, completion_ids.shape[1])
 
     def _projected(self, hidden: mx.array, tokens: mx.array, entropy_gradient: bool) -> tuple[mx.array, mx.array]:
         assert self.split is not None

@@ -19,7 +19,7 @@ from grpo.backend.hub import send
 from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
 from grpo.model.adapters import CONFIG, PEFT_WEIGHTS, WEIGHTS, load_adapter
-from grpo.model.load import QUANTIZED_GROUP, load, model_folder
+from grpo.model.load import QUANTIZED_GROUP, cast, load, model_folder
 from grpo.recipe import load_recipe
 from grpo.training.card import model_card
 from grpo.training.checkpoint import RECIPE
@@ -97,7 +97,8 @@ def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path) -> None:
     """The adapter as PEFT saves it: A and B transposed, alpha = scale × rank, modules by the Hub's names."""
     config, weights = _read(checkpoint)
     parameters = config["lora_parameters"]
-    arrays = {peft_name(path): array.T for path, array in weights.items()}
+    names = {path: _hub_name(path, cfg) for path in weights}
+    arrays = {peft_name(names[path]): array.T for path, array in weights.items()}
     mx.save_safetensors(str(folder / PEFT_WEIGHTS), arrays, metadata={"format": "pt"})
     peft = {
         "peft_type": "LORA",
@@ -107,12 +108,28 @@ def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path) -> None:
         "r": parameters["rank"],
         "lora_alpha": parameters["scale"] * parameters["rank"],
         "lora_dropout": 0.0,
-        "target_modules": sorted({path.rpartition(".")[0] for path in weights}),
+        "target_modules": sorted({name.rpartition(".")[0] for name in names.values()}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
     (folder / CONFIG).write_text(json.dumps(peft, indent=2) + "\n", encoding="utf-8")
+
+
+def _hub_name(path: str, cfg: Recipe) -> str:
+    """A parameter's path in what transformers' `AutoModelForCausalLM` makes of the base.
+
+    Of models that see, mlx-lm takes the language model and puts a shell around it; transformers takes all of the model
+    (Gemma 3), or the language model bare (Qwen3.5).
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    inner = path.removeprefix("language_model.")
+    if inner == path:
+        return path
+    kind = json.loads((model_folder(cfg.model) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    bare = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)).endswith("ForCausalLM")
+    return inner if bare else inner.replace("model.", "model.language_model.", 1)
 
 
 def peft_name(path: str) -> str:
@@ -125,10 +142,12 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """A checkpoint's LoRA matrices. Raises UserError for what PEFT has no such form of."""
     config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
     weights: Any = mx.load(str(checkpoint / WEIGHTS))
-    if config["fine_tune_type"] != "lora" or any(array.ndim != 2 for array in weights.values()):
+    found = {"dora": "DoRA", "full": "whole weights"}.get(config["fine_tune_type"])
+    if found is None and any(array.ndim != 2 for array in weights.values()):
+        found = "experts, all in one array (with adapter.targets that leave them out it could)"
+    if found is not None:
         raise UserError(
-            "--format peft writes LoRA on linear layers, and this adapter has something else (DoRA, experts, whole "
-            "weights); --format fused takes them all"
+            f"--format peft writes LoRA on linear layers, and this adapter has {found}; --format fused takes them all"
         )
     return config, weights
 
@@ -138,7 +157,7 @@ def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) 
 
     A quantised base is written without quantisation: to quantise the sum again would round most of an adapter away.
     """
-    from mlx_lm.utils import dequantize_model, load_config, quantize_model, save
+    from mlx_lm.utils import load_config, quantize_model, save
 
     setup()
     source, quantized = model_folder(cfg.model), _quantization(cfg.model)
@@ -149,10 +168,10 @@ def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) 
     before = _logprobs(model, probe)
     fused = [(path, m.fuse(dequantize=True)) for path, m in model.named_modules() if hasattr(m, "fuse")]
     model.update_modules(tree_unflatten(fused))
-    model = dequantize_model(model)
+    model = _dequantized(model)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
-    model.set_dtype(_stored_dtype(config))
+    cast(model, _stored_dtype(config))
     notes = (
         ["the base was quantised; these weights are not, so that nothing of the adapter is lost"] if quantized else []
     )
@@ -166,6 +185,24 @@ def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) 
     )
     save(folder, source, model, tokenizer, config, donate_model=False)
     return notes
+
+
+def _dequantized(model: nn.Module) -> nn.Module:
+    """As mlx-lm does it, and the projections of latent attention, which it leaves as they are."""
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+    from mlx_lm.utils import dequantize_model
+
+    whole = []
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedMultiLinear):
+            weight = mx.dequantize(
+                module.weight, module.scales, module.biases, module.group_size, module.bits, module.mode
+            )
+            heads, outputs, inputs = weight.shape
+            whole.append((path, MultiLinear(inputs, outputs, heads)))
+            whole[-1][1].weight = weight
+    model.update_modules(tree_unflatten(whole))
+    return dequantize_model(model)
 
 
 def _logprobs(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -185,7 +222,8 @@ def _quantization(cfg: ModelConfig) -> Any:
 
 def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
     """What the model's own config says its weights are."""
-    named = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
+    text = config.get("text_config") or {}
+    named = next((c[key] for c in (config, text) for key in ("torch_dtype", "dtype") if c.get(key)), "bfloat16")
     dtype: mx.Dtype = getattr(mx, str(named), mx.bfloat16)
     return dtype
 

@@ -111,7 +111,8 @@ def _peak(policy: Policy, shape: Shape) -> int:
     trained: int = sum(array.nbytes for _, array in tree_flatten(policy.model.trainable_parameters()))
     resting = mx.get_active_memory()
     mx.reset_peak_memory()
-    value, gradient = nn.value_and_grad(policy.model, loss)(policy.model)
+    with policy.training():
+        value, gradient = nn.value_and_grad(policy.model, loss)(policy.model)
     mx.eval(value, gradient)
     return max(0, mx.get_peak_memory() - resting - trained)
 

@@ -72,8 +72,7 @@ def prepare(cfg: Recipe) -> Prepared:
         if cfg.best_metric not in evaluator.names:
             known = ", ".join(evaluator.names)
             raise UserError(f"checkpoint.metric_for_best_model: {cfg.best_metric!r} is not measured; there is {known}")
-    if odd := [token for token in cfg.rollout.stop_token_ids if token >= generator.decoding.vocabulary]:
-        raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the vocabulary of {generator.decoding.vocabulary}")
+    _check_tokens(cfg, tasks, generator.decoding.vocabulary)
     stream = TaskStream(tables[0], renderer, cfg.seed)
     plan, cfg = _together(ranks, policy, *make_plan(cfg, policy, generator.decoding, _longest(tasks, evaluator)))
     generator.slots = plan.slots
@@ -90,6 +89,17 @@ def _null_prompts(rows: Rows, renderer: PromptRenderer) -> str | None:
     if not count:
         return None
     return f"data {cfg.source}, {cfg.split}: {count:,} of {len(rows):,} rows have a null prompt and are left out"
+
+
+def _check_tokens(cfg: Recipe, tasks: list[Task], vocabulary: int) -> None:
+    """Raise UserError for a token that the model has no embedding of: MLX would read whatever lies behind the last."""
+    if odd := [token for token in cfg.rollout.stop_token_ids if token >= vocabulary]:
+        raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the vocabulary of {vocabulary}")
+    if (highest := max(token for task in tasks for token in task.prompt_ids)) >= vocabulary:
+        raise UserError(
+            f"model {cfg.model.name}: a prompt has token {highest}, and the vocabulary is of {vocabulary}: "
+            "its tokenizer is another model's, or has grown without it"
+        )
 
 
 def _longest(tasks: list[Task], evaluator: Evaluator | None) -> tuple[int, int]:

@@ -156,7 +156,8 @@ class Updater:
         tree = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
         loss, parts, seen = 0.0, [], []
         for batch in batches:
-            tree, value, metrics, logprobs = self._accumulate(tree, batch.arrays())
+            with self.policy.training():
+                tree, value, metrics, logprobs = self._accumulate(tree, batch.arrays())
             mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time
             loss += cast(float, value.item())
             parts.append({name: float(metric.item()) for name, metric in metrics.items()})

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from grpo.training.completions import read_completions
@@ -231,8 +233,6 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(run_cli, recipe, tmp_pa
 
 
 def test_messages_without_a_chat_template(run_cli, recipe, tmp_path, toy_folder) -> None:
-    import shutil
-
     shutil.copytree(toy_folder, tmp_path / "plain")
     config = json.loads((tmp_path / "plain/tokenizer_config.json").read_text())
     del config["chat_template"]
@@ -241,6 +241,20 @@ def test_messages_without_a_chat_template(run_cli, recipe, tmp_path, toy_folder)
     ran = run_cli("train", recipe, "model.name=plain", "data.source=chat.jsonl", "data.prompt=prompt")
     assert ran.code == 2
     assert "need a chat template and the model has none" in ran.err
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run_cli, recipe, toy_folder) -> None:
+    """MLX would read what lies behind the last embedding, and give NaN or not, from run to run."""
+    folder = Path(shutil.copytree(toy_folder, "smaller"))
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:200]
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    ran = run_cli("train", recipe, "model.name=./smaller")
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert "a prompt has token" in ran.err
+    assert "and the vocabulary is of 200" in ran.err
 
 
 def test_a_broken_reward_stops_the_run_with_its_traceback(run_cli, recipe, tmp_path) -> None:

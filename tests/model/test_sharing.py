@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from grpo.config import AdapterConfig
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
-from grpo.model.sharing import why_not_shared
+from grpo.model.sharing import Unshared, shared_layers
 
 PROMPTS = mx.random.randint(1, 100, (4, 9), key=mx.random.key(1))
 LENGTHS = mx.array([9, 4, 6, 1])  # ragged; the last prompt is a single token, and no row's
@@ -83,15 +83,13 @@ def test_a_model_that_cannot_share_goes_the_plain_way_and_says_why(zoo) -> None:
     assert mx.isfinite(policy.group_logprobs(PROMPTS, LENGTHS, INDEX, COMPLETIONS)[0]).all().item()
 
 
-def test_recurrent_state_is_not_shared(zoo) -> None:
-    from mlx_lm.models.cache import ArraysCache
+def test_layers_that_keep_anything_else_are_named(zoo, monkeypatch) -> None:
+    from mlx_lm.models.cache import CacheList, KVCache
 
     model = zoo("tied")
-    type(model).make_cache = lambda self: [ArraysCache(2) for _ in self.layers]
-    try:
-        assert "ArraysCache" in why_not_shared(model, model.model)
-    finally:
-        del type(model).make_cache
+    monkeypatch.setattr(type(model), "make_cache", lambda self: [CacheList(KVCache()) for _ in self.layers], False)
+    with pytest.raises(Unshared, match="CacheList"):
+        shared_layers(model, model.model)
 
 
 def test_attention_that_is_not_relative_is_found_out(zoo) -> None:
@@ -101,7 +99,8 @@ def test_attention_that_is_not_relative_is_found_out(zoo) -> None:
     def odd(tokens: mx.array, cache: Any = None) -> mx.array:
         return body(tokens, cache=cache) * (tokens.shape[1] + 1.0)  # depends on how much comes at once
 
-    assert "depends on more than" in why_not_shared(model, odd)
+    with pytest.raises(Unshared, match="depends on more than"):
+        shared_layers(model, odd)
 
 
 def test_sharing_can_be_left_out(zoo) -> None:

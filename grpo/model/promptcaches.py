@@ -1,0 +1,232 @@
+"""What stands in a layer's cache while prompts run once and their completions go on from them.
+
+A first pass records what each layer leaves of P prompts, `PromptKeys` or `PromptState`; a second one, of B completions,
+reads it row by row, `MoreKeys` or `MoreState`. All of it stays in the graph, so gradients flow through both passes.
+`inputs`, `bind`, `outputs` and `keep` are for gradient checkpointing, which wants to be handed what a layer reads and
+leaves outside its arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import mlx.core as mx
+
+
+class Rows:
+    """Which prompt each row goes on from, and what it sees."""
+
+    def __init__(self, prompt_lengths: mx.array, index: mx.array, width: int, dtype: mx.Dtype) -> None:
+        self.index = index
+        self.lengths = prompt_lengths[index]
+        self._width = width
+        self._dtype = dtype
+        self._masks: dict[int | None, mx.array] = {}
+        self._biases: dict[int | None, mx.array] = {}
+
+    def bias(self, n: int, window: int | None) -> mx.array:
+        """The mask as what is added to scores. MLX on CUDA would make it of booleans in every layer, for every head."""
+        if window not in self._biases:
+            nothing, everything = mx.array(0, self._dtype), mx.array(mx.finfo(self._dtype).min, self._dtype)
+            self._biases[window] = mx.where(self.mask(n, window), nothing, everything)
+        return self._biases[window]
+
+    def mask(self, n: int, window: int | None) -> mx.array:
+        """`[B, 1, n, prompt width + n]` bool: the row's own prompt, and its completion up to each token itself."""
+        if window not in self._masks:
+            prompt, own = mx.arange(self._width), mx.arange(n)
+            here = self.lengths[:, None, None] + own[None, :, None]  # positions of queries
+            sees_prompt = mx.broadcast_to(
+                prompt[None, None] < self.lengths[:, None, None], (*here.shape[:2], self._width)
+            )
+            sees_own = own[:, None] >= own[None]
+            if window:
+                sees_prompt = sees_prompt & (here - prompt[None, None] < window)
+                sees_own = sees_own & (own[:, None] - own[None] < window)
+            sees_own = mx.broadcast_to(sees_own[None], (here.shape[0], n, n))
+            self._masks[window] = mx.concatenate([sees_prompt, sees_own], axis=2)[:, None]
+        return self._masks[window]
+
+
+class PromptKeys:
+    """Records one layer's keys and values of the prompts, `[P, heads, L, D]`."""
+
+    offset = 0
+
+    def __init__(self, _lengths: mx.array) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> Any:
+        from mlx_lm.models.base import create_causal_mask
+
+        if return_array or (window_size and n > window_size):
+            return create_causal_mask(n, window_size=window_size)
+        return "causal"
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def continued(self, rows: Rows) -> MoreKeys:
+        return MoreKeys(self.outputs(), rows)
+
+    def inputs(self) -> list[mx.array]:
+        """What the layer reads from here and has a gradient."""
+        return []
+
+    def bind(self, inputs: list[mx.array]) -> None:
+        """Begin anew, and read these in their place: the same values, as a transformation's inputs."""
+
+    def outputs(self) -> list[mx.array]:
+        """What the layer leaves here."""
+        return [] if self.keys is None or self.values is None else [self.keys, self.values]
+
+    def keep(self, outputs: list[mx.array]) -> None:
+        """Hold these as what the layer left: a transformation's outputs."""
+        if outputs:
+            self.keys, self.values = outputs
+
+
+class MoreKeys:
+    """Appends completions' keys and values to those of their prompts: row b goes on from prompt `index[b]`."""
+
+    def __init__(self, prompt: list[mx.array], rows: Rows) -> None:
+        self._rows = rows
+        self._prompt = prompt
+
+    @property
+    def offset(self) -> mx.array:
+        """The position of each row's first token: `[B]`."""
+        return self._rows.lengths
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> mx.array:
+        """What each token sees: as booleans where the model asks for an array (to use it itself), or to be added."""
+        return self._rows.mask(n, window_size) if return_array else self._rows.bias(n, window_size)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        prompt_keys, prompt_values = (_for_rows(array, self._rows.index) for array in self._prompt)
+        return mx.concatenate([prompt_keys, keys], axis=2), mx.concatenate([prompt_values, values], axis=2)
+
+    def inputs(self) -> list[mx.array]:
+        return self._prompt
+
+    def bind(self, inputs: list[mx.array]) -> None:
+        self._prompt = inputs
+
+    def outputs(self) -> list[mx.array]:
+        return []
+
+    def keep(self, outputs: list[mx.array]) -> None:
+        pass
+
+
+class PromptState:
+    """Records one recurrent layer's arrays as they are where each prompt ends, `[P, …]` each."""
+
+    left_padding = None
+
+    def __init__(self, lengths: mx.array) -> None:
+        self.lengths = lengths
+        self._left: dict[int, mx.array] = {}
+        self._numbers: list[int] = []
+
+    def __getitem__(self, number: int) -> mx.array | None:
+        return self._left.get(number)
+
+    def __setitem__(self, number: int, array: mx.array) -> None:
+        self._left[number] = array
+
+    def make_mask(self, n: int, **_: Any) -> mx.array:
+        """`[P, n]` bool: padding behind a prompt does not change its state."""
+        return mx.arange(n) < self.lengths[:, None]
+
+    def advance(self, n: int) -> None:
+        """There is one pass."""
+
+    def continued(self, rows: Rows) -> MoreState:
+        return MoreState(self._left, rows)
+
+    def inputs(self) -> list[mx.array]:
+        return []
+
+    def bind(self, _inputs: list[mx.array]) -> None:
+        self._numbers, self._left = list(self._left), {}
+
+    def outputs(self) -> list[mx.array]:
+        return list(self._left.values())
+
+    def keep(self, outputs: list[mx.array]) -> None:
+        self._left = dict(zip(self._numbers, outputs, strict=True))
+
+
+class MoreState:
+    """Goes on from the prompts' states: row b from that of prompt `index[b]`."""
+
+    lengths = left_padding = None
+
+    def __init__(self, prompt: dict[int, mx.array], rows: Rows) -> None:
+        self._rows = rows
+        self._prompt = prompt
+        self._own: dict[int, mx.array] = {}
+
+    def __getitem__(self, number: int) -> mx.array | None:
+        if number in self._own or number not in self._prompt:
+            return self._own.get(number)
+        return _for_rows(self._prompt[number], self._rows.index)
+
+    def __setitem__(self, number: int, array: mx.array) -> None:
+        self._own[number] = array
+
+    def make_mask(self, _n: int, **_: Any) -> None:
+        """Padding is behind all that counts."""
+
+    def advance(self, n: int) -> None:
+        """There is one pass."""
+
+    def inputs(self) -> list[mx.array]:
+        return list(self._prompt.values())
+
+    def bind(self, inputs: list[mx.array]) -> None:
+        self._prompt = dict(zip(self._prompt, inputs, strict=True))
+        self._own = {}
+
+    def outputs(self) -> list[mx.array]:
+        return []
+
+    def keep(self, outputs: list[mx.array]) -> None:
+        pass
+
+
+def _for_rows(prompts: mx.array, index: mx.array) -> mx.array:
+    """Of `[P, ...]` the one that each row goes on from, `[B, ...]`.
+
+    Indexing moves one element at a time, so these are made as wide as they get. The gradient is a product with the
+    rows' places, one-hot: as that of an indexing it would be scattered, element by element.
+    """
+
+    @mx.custom_function
+    def spread(prompts: mx.array) -> mx.array:
+        if prompts.shape[-1] * prompts.itemsize % mx.uint64.size:
+            return prompts[index]
+        return mx.contiguous(prompts).view(mx.uint64)[index].view(prompts.dtype)
+
+    @spread.vjp
+    def collected(prompts: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        places = (mx.arange(prompts.shape[0])[:, None] == index[None]).astype(cotangent.dtype)
+        return (places @ cotangent.reshape(index.size, -1)).reshape(prompts.shape)
+
+    return cast(mx.array, spread(prompts))
+
+
+Kind = type[PromptKeys] | type[PromptState]
+
+
+def kinds(cache: list[Any]) -> list[Kind]:
+    """What stands in for each of mlx-lm's caches. Raises ValueError, with their names, for caches of other kinds."""
+    from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
+
+    known: dict[type, Kind] = {KVCache: PromptKeys, RotatingKVCache: PromptKeys, ArraysCache: PromptState}
+    if odd := {type(layer).__name__ for layer in cache if type(layer) not in known}:
+        raise ValueError(", ".join(sorted(odd)))
+    return [known[type(layer)] for layer in cache]

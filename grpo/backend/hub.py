@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -55,7 +56,7 @@ def fetch(repository: Repository, get: Callable[[bool], Fetched]) -> Fetched:
         _patiently(lambda: _ask(repository))
     except HFValidationError as error:
         raise UserError(f"{repository}: neither a local path nor a name on the Hub: {one_line(error)}") from error
-    except (_http().HTTPError, OSError) as error:
+    except (_http().HTTPError, OSError, ValueError) as error:
         trouble = error
     try:
         found = _patiently(lambda: get(trouble is not None))
@@ -155,10 +156,12 @@ def _trouble(error: BaseException) -> str:
     if isinstance(error, _http().TimeoutException):
         seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
         return f"no answer within {seconds} s (HF_HUB_DOWNLOAD_TIMEOUT={6 * seconds} waits longer)"
-    if isinstance(error, _http().ConnectError):
+    if isinstance(error, (_http().ConnectError, _http().ProxyError)):
         return f"the Hub cannot be reached ({one_line(error)})"
-    if isinstance(error, _http().TransportError):
+    if isinstance(error, (_http().NetworkError, _http().RemoteProtocolError)):
         return f"the connection broke off, more than once ({one_line(error)}): try again"
+    if isinstance(error, JSONDecodeError):
+        return "what answers there is no Hub: is it a proxy's page, or HF_ENDPOINT wrong?"
     if status is not None and status >= 500:
         return f"the Hub has trouble of its own ({status}): try again later"
     return _said(error)

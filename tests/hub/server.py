@@ -23,6 +23,7 @@ from hub.repositories import Repository, files_below, git_oid, is_large, sha256
 ROOT = Path(__file__).parents[2]
 READER, WRITER, STRANGER = "hf_reader", "hf_writer", "hf_stranger"
 """Tokens: one that may read all, one that may write as well, and one that gated repositories do not know."""
+Ran = subprocess.CompletedProcess[str]
 
 
 @dataclass
@@ -52,21 +53,12 @@ class Request:
     status: int
 
 
-@dataclass(frozen=True)
-class Ran:
-    """What a command came to."""
-
-    code: int
-    out: str
-    err: str
-
-
 class Hub:
     """A Hub on this machine: what is in it, what goes wrong with it, and what it was asked.
 
         hub.add_model("Qwen/Qwen3-0.6B", folder)        # all files of a folder are the repository; so add_dataset
         hub.failures.append(Failure("GET /cdn/", cut_after=1000, times=1))
-        ran = hub.grpo("train", recipe, "optim.steps=1", HF_TOKEN=READER)   # ran.code, ran.out, ran.err
+        ran = hub.grpo("train", recipe, "optim.steps=1", HF_TOKEN=READER)   # ran.returncode, .stdout, .stderr
         hub.asked("GET .*parquet")                      # what came in
 
     Commands are processes of their own, because the libraries read `environment` when they are imported: it names this
@@ -116,17 +108,16 @@ class Hub:
 
     def grpo(self, *args: object, **more: str) -> Ran:
         """Run `grpo ARGS` as a process in the folder of `home`, with `more` in its environment."""
-        ran = self._process("-c", "from grpo.cli import main; main()", *map(str, args), **more)
-        return Ran(ran.returncode, ran.stdout, ran.stderr)
+        return self._process("-c", "from grpo.cli import main; main()", *map(str, args), **more)
 
     def several(self, *commands: Sequence[object], **more: str) -> list[Ran]:
         """Run several commands in one process, which is quicker. The first word of one may be `HF_TOKEN=…`."""
         asked = [[str(arg) for arg in args] for args in commands]
         ran = self._process(str(Path(__file__).with_name("several.py")), stdin=json.dumps(asked), **more)
         assert ran.returncode == 0, ran.stderr
-        return [Ran(**answer) for answer in json.loads(ran.stdout)]
+        return [Ran(words, **answer) for words, answer in zip(asked, json.loads(ran.stdout), strict=True)]
 
-    def _process(self, *args: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+    def _process(self, *args: str, stdin: str = "", **more: str) -> Ran:
         self.home.mkdir(exist_ok=True)
         where, env = self.home.parent, {**self.environment, **more}
         return subprocess.run(
@@ -310,6 +301,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.uploads[digest] = body
         self._answer(200, b"", {"ETag": f'"{digest}"'})
 
+    def _xet_token(self, body: bytes, kind: str, name: str, revision: str) -> None:
+        self._check_writer()
+        self._json({"casUrl": f"local://{self.hub.home}/xet-server", "accessToken": "xet", "exp": 4_000_000_000})
+
     def _commit(self, body: bytes, kind: str, name: str, revision: str) -> None:
         self._check_writer()
         repository, commit = self._find(kind, name, revision)
@@ -319,7 +314,8 @@ class _Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                files[value["path"]] = self.hub.uploads[value["oid"]]
+                pointer = f"oid sha256:{value['oid']}\n".encode()  # what came by Xet is not with us
+                files[value["path"]] = self.hub.uploads.get(value["oid"], pointer)
         made = repository.commit(files, revision)
         url = f"{self.hub.endpoint}/{name}/commit/{made}"
         self._json({"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""})
@@ -400,6 +396,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", rf"/api/{_REPO}/preupload/{_REVISION}", _Handler._preupload),
     ("POST", r"/(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler._lfs_batch),
     ("PUT", r"/lfs/(?P<digest>\w+)", _Handler._lfs_upload),
+    ("GET", rf"/api/{_REPO}/xet-write-token/{_REVISION}", _Handler._xet_token),
     ("POST", rf"/api/{_REPO}/commit/{_REVISION}", _Handler._commit),
     ("GET", rf"/api/{_REPO}(?:/revision/{_REVISION})?", _Handler._info),
 ]

@@ -1,7 +1,7 @@
 """Runs several `grpo` commands in one process, because importing everything takes longer than most of them.
 
 Reads a list of them as JSON, each a list of words of which the first may be `HF_TOKEN=…`, and answers with a list of
-`{"code", "out", "err"}`.
+`{"returncode", "stdout", "stderr"}`.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def run(first: str, *words: str) -> dict[str, object]:
         except BaseException:
             traceback.print_exc()
             code = 1
-    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+    return {"returncode": code, "stdout": out.getvalue(), "stderr": err.getvalue()}
 
 
 print(json.dumps([run(*words) for words in json.load(sys.stdin)]))

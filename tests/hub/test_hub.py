@@ -25,8 +25,8 @@ SMALL = (
 DRY = ("train", RECIPE, "--dry-run", *SMALL, "output_dir=dry")
 
 
-def push(to: str) -> list[str]:
-    return ["export", "run", "--format", "mlx", "--to", to, "--push-to-hub", "writer/mine"]
+def push(to: str, repository: str = "writer/mine") -> list[str]:
+    return ["export", "run", "--format", "mlx", "--to", to, "--push-to-hub", repository]
 
 
 def generate(name: str = "Qwen/Qwen3-0.6B") -> list[str]:
@@ -45,9 +45,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, qwen3_folder: Path, gsm8k_
     hub.add_model("Qwen/Qwen3-0.6B", qwen3_folder)
     hub.add_dataset("openai/gsm8k", gsm8k_folder)
     ran = hub.grpo("train", RECIPE, *SMALL, "output_dir=run")
-    assert ran.code == 0, ran.err
-    assert "Qwen/Qwen3-0.6B on openai/gsm8k" in ran.out
-    assert "eval at step 1" in ran.out
+    assert ran.returncode == 0, ran.stderr
+    assert "Qwen/Qwen3-0.6B on openai/gsm8k" in ran.stdout
+    assert "eval at step 1" in ran.stdout
     assert {request.status for request in hub.asked("GET /cdn/")} == {200}
     yield hub
     hub.stop()
@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, qwen3_folder: Path, gsm8k_
 def test_what_was_fetched_once_is_not_fetched_again_nor_needs_the_hub(trained: Hub) -> None:
     trained.requests.clear()
     again = trained.grpo(*DRY)
-    assert (again.code, again.err.count("taken from the cache")) == (0, 0), again.err
+    assert (again.returncode, again.stderr.count("taken from the cache")) == (0, 0), again.stderr
     assert trained.asked("/api/models/Qwen/Qwen3-0.6B")
     assert not trained.asked("GET .*(/cdn/|/resolve/)")
     trained.stop()
@@ -66,16 +66,16 @@ def test_what_was_fetched_once_is_not_fetched_again_nor_needs_the_hub(trained: H
         )
     finally:
         trained.start()
-    assert dead.code == 0, dead.err
-    assert "model Qwen/Qwen3-0.6B: taken from the cache: the Hub cannot be reached ([Errno" in dead.err
-    assert dead.err.count("data openai/gsm8k: taken from the cache: the Hub cannot be reached") == 1
+    assert dead.returncode == 0, dead.stderr
+    assert "model Qwen/Qwen3-0.6B: taken from the cache: the Hub cannot be reached ([Errno" in dead.stderr
+    assert dead.stderr.count("data openai/gsm8k: taken from the cache: the Hub cannot be reached") == 1
     for other in (config, commit):  # `datasets` would hand out whatever it cached last
-        assert other.code == 2
-        assert "the Hub cannot be reached" in last_line(other.err)
-        assert "nor is all of it in the cache" in last_line(other.err)
-    assert unsent.code == 2
-    assert "the export is in unsent, and was not uploaded" in last_line(unsent.err)
-    assert "the Hub cannot be reached ([Errno" in last_line(unsent.err)
+        assert other.returncode == 2
+        assert "the Hub cannot be reached" in last_line(other.stderr)
+        assert "nor is all of it in the cache" in last_line(other.stderr)
+    assert unsent.returncode == 2
+    assert "the export is in unsent, and was not uploaded" in last_line(unsent.stderr)
+    assert "the Hub cannot be reached ([Errno" in last_line(unsent.stderr)
 
 
 def test_a_run_keeps_to_the_commits_that_it_was_made_from(trained: Hub, tmp_path: Path, qwen3_folder: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_run_keeps_to_the_commits_that_it_was_made_from(trained: Hub, tmp_path
         ["train", RECIPE, *SMALL, "output_dir=run", "--resume"],
         ["export", "run", "--format", "peft", "--to", "exported"],
     ):
-        assert ran.code == 0, ran.err
+        assert ran.returncode == 0, ran.stderr
     asked = [request.line for name in names for request in trained.asked(f"/api/.*{name}/revision/")]
     assert len({line for line in asked if line.endswith((model, data))}) == 2
     assert all(line.endswith((model, data)) for line in asked)
@@ -108,16 +108,28 @@ def test_an_export_is_pushed_or_it_is_said_why_not(trained: Hub) -> None:
         [f"HF_TOKEN={READER}", *push("unsent2")],
         HF_HUB_DISABLE_XET="1",  # the Hub's other protocol for large files
     )
-    assert sent.code == 0, sent.err
-    assert sent.out.splitlines()[-1] == f"{trained.endpoint}/writer/mine"
+    assert sent.returncode == 0, sent.stderr
+    assert sent.stdout.splitlines()[-1] == f"{trained.endpoint}/writer/mine"
     mine, folder = trained.repositories["models", "writer/mine"], trained.home.parent / "sent"
     assert mine.commits[mine.names["main"]] == {path.name: path.read_bytes() for path in folder.iterdir()}
     said = ["there is no token, or a wrong one (`hf auth login`, or HF_TOKEN)"] * 2
     said.append("this token may not write there: You don't have the rights to create a model under this namespace")
     for number, (ran, words) in enumerate(zip(unsent, said, strict=True)):
-        assert (ran.code, len(ran.err.splitlines())) == (2, 1)
-        assert f"`hf upload writer/mine unsent{number}` sends it later" in ran.err
-        assert ran.err.strip().endswith(f"--push-to-hub writer/mine: {words}")
+        assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
+        assert f"`hf upload writer/mine unsent{number}` sends it later" in ran.stderr
+        assert ran.stderr.strip().endswith(f"--push-to-hub writer/mine: {words}")
+
+
+@pytest.mark.slow
+def test_an_export_goes_by_xet_where_that_is_installed(trained: Hub) -> None:
+    pytest.importorskip("hf_xet")
+    trained.requests.clear()
+    ran = trained.grpo(*push("by-xet", "writer/new"), HF_TOKEN=WRITER)
+    assert ran.returncode == 0, ran.stderr
+    assert trained.asked("GET /api/models/writer/new/xet-write-token")
+    assert not trained.asked("PUT /lfs/")
+    new = trained.repositories["models", "writer/new"]
+    assert set(new.commits[new.names["main"]]) == {"README.md", "adapter_config.json", "adapters.safetensors"}
 
 
 def refused_models(hub: Hub, qwen3_folder: Path, tmp_path: Path) -> dict[str, str]:
@@ -142,6 +154,7 @@ def refused_models(hub: Hub, qwen3_folder: Path, tmp_path: Path) -> dict[str, st
     add("unknown", renamed)
     hub.add_model("t/slow", qwen3_folder)
     hub.failures.append(Failure("/api/models/t/slow", delay=2))
+    hub.failures.append(Failure("/api/models/t/portal", status=200))  # with a page of its own
     hub.add_model("t/gated", qwen3_folder, gated=True)
     return {
         "t/absent": "there is no model of that name; a private one needs a token that may read it (`hf auth login`",
@@ -152,6 +165,7 @@ def refused_models(hub: Hub, qwen3_folder: Path, tmp_path: Path) -> dict[str, st
         "t/unconfigured": "no config.json in",
         "t/sharded": "Missing 12 parameters: model.layers.1",
         "t/unknown": "Model type mamba9000 not supported",
+        "t/portal": "what answers there is no Hub",
         "t/slow": "no answer within 1 s (HF_HUB_DOWNLOAD_TIMEOUT=6 waits longer)",
     }
 
@@ -162,15 +176,15 @@ def test_a_model_that_cannot_be_had_is_said_in_a_line(hub: Hub, qwen3_folder: Pa
     gated = [[token, *generate("t/gated")] for token in tokens]
     ran = hub.several(*map(generate, said), *gated, HF_HUB_DOWNLOAD_TIMEOUT="1")
     for (name, words), one in zip(said.items(), ran[: len(said)], strict=True):
-        assert one.code == 2, one.err
-        assert "Traceback" not in one.err
-        assert last_line(one.err).startswith(f"grpo: model {name}: ")
-        assert words in last_line(one.err)
+        assert one.returncode == 2, one.stderr
+        assert "Traceback" not in one.stderr
+        assert last_line(one.stderr).startswith(f"grpo: model {name}: ")
+        assert words in last_line(one.stderr)
     stranger, wrong, known, cached = ran[len(said) :]
-    assert f"this token's account has no access: ask for it at {hub.endpoint}/t/gated" in last_line(stranger.err)
-    assert "the token was refused: it is wrong or no longer valid (`hf auth login`" in last_line(wrong.err)
-    assert (known.code, cached.code) == (0, 0), known.err
-    assert "model t/gated: taken from the cache: the token was refused" in cached.err
+    assert f"this token's account has no access: ask for it at {hub.endpoint}/t/gated" in last_line(stranger.stderr)
+    assert "the token was refused: it is wrong or no longer valid (`hf auth login`" in last_line(wrong.stderr)
+    assert (known.returncode, cached.returncode) == (0, 0), known.stderr
+    assert "model t/gated: taken from the cache: the token was refused" in cached.stderr
 
 
 def test_data_is_what_the_recipe_names_or_it_is_said_in_a_line(
@@ -201,10 +215,10 @@ def test_data_is_what_the_recipe_names_or_it_is_said_in_a_line(
     }
     ran = hub.several(*([*DRY, f"model.name={toy_folder}", *case.split()] for case in cases))
     for (case, words), one in zip(cases.items(), ran, strict=True):
-        assert "Traceback" not in one.err, case
-        assert one.code == (2 if words else 0), (case, one.err)
-        assert words is None or words in last_line(one.err)
-        assert words is None or last_line(one.err).startswith("grpo: data")
+        assert "Traceback" not in one.stderr, case
+        assert one.returncode == (2 if words else 0), (case, one.stderr)
+        assert words is None or words in last_line(one.stderr)
+        assert words is None or last_line(one.stderr).startswith("grpo: data")
     assert hub.asked("/datasets/t/other/.*socratic/test")
 
 
@@ -216,7 +230,7 @@ def test_a_download_that_is_cut_off_goes_on_where_it_was(hub: Hub, toy_folder: P
     hub.add_dataset("t/large", tmp_path / "large")
     hub.failures.append(Failure("GET /cdn/", cut_after=11_000_000, times=1))
     ran = hub.grpo(*DRY, f"model.name={toy_folder}", "data.source=t/large", "data.config=null", "eval=null")
-    assert ran.code == 0, ran.err
+    assert ran.returncode == 0, ran.stderr
     first, second = [request.range for request in hub.asked("GET /cdn/")]
     assert (first, second) == (None, "bytes=10485760-")  # it is written by 10 MiB
 
@@ -225,11 +239,11 @@ def test_a_download_that_is_cut_off_goes_on_where_it_was(hub: Hub, toy_folder: P
 def test_what_is_cut_off_again_and_again_never_becomes_a_model(hub: Hub) -> None:
     hub.failures.append(Failure("GET /cdn/", cut_after=5_000))
     broken = hub.grpo(*generate())
-    assert broken.code == 2
-    assert "the connection broke off, more than once" in last_line(broken.err)
+    assert broken.returncode == 2
+    assert "the connection broke off, more than once" in last_line(broken.stderr)
     hub.failures.clear()
     whole = hub.grpo(*generate())
-    assert whole.code == 0, whole.err
+    assert whole.returncode == 0, whole.stderr
 
 
 @pytest.mark.slow
@@ -238,14 +252,14 @@ def test_a_hub_that_is_busy_is_asked_again(hub: Hub, toy_folder: Path) -> None:
         hub.forget()
         hub.failures[:] = [Failure(request, status=503, times=1), Failure(request, status=429, times=1)]
         ran = hub.grpo(*generate())
-        assert ran.code == 0, ran.err
+        assert ran.returncode == 0, ran.stderr
     hub.forget()
     for status, words in ((503, "the Hub has trouble of its own (503): try again later"), (429, "too many requests")):
         hub.failures[:] = [Failure(".", status=status)]
         for ran in hub.several(generate(), [*DRY, f"model.name={toy_folder}"]):
-            assert ran.code == 2
-            assert "the Hub is busy" in ran.err
-            assert words in last_line(ran.err)
+            assert ran.returncode == 2
+            assert "the Hub is busy" in ran.stderr
+            assert words in last_line(ran.stderr)
 
 
 @pytest.mark.slow
@@ -256,9 +270,9 @@ def test_without_a_network_it_is_said_at_once(hub: Hub, toy_folder: Path) -> Non
         for ran, what in zip(
             hub.several(DRY, local, **more), ("model Qwen/Qwen3-0.6B", "data openai/gsm8k"), strict=True
         ):
-            assert (ran.code, len(ran.err.splitlines())) == (2, 1)
-            assert ran.err.startswith(f"grpo: {what}: could not be fetched from {hub.endpoint}: {words}")
-            assert "a network is needed once; a folder or a file needs none" in ran.err
+            assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
+            assert ran.stderr.startswith(f"grpo: {what}: could not be fetched from {hub.endpoint}: {words}")
+            assert "a network is needed once; a folder or a file needs none" in ran.stderr
     hub.start()
 
 
@@ -266,14 +280,17 @@ def test_without_a_network_it_is_said_at_once(hub: Hub, toy_folder: Path) -> Non
 def test_offline_nobody_is_asked(trained: Hub) -> None:
     trained.requests.clear()
     ran = trained.grpo(*DRY, HF_HUB_OFFLINE="1")
-    assert (ran.code, trained.requests) == (0, []), ran.err
-    assert "cache" not in ran.err, "they know"
+    assert (ran.returncode, trained.requests) == (0, []), ran.stderr
+    assert "cache" not in ran.stderr, "they know"
 
 
 def test_both_places_of_a_chat_template_and_all_stop_tokens_count(hub: Hub, toy_folder: Path, tmp_path: Path) -> None:
     hub.add_model("t/jinja", sharded_model(toy_folder, tmp_path / "jinja", jinja=True))
-    ran = hub.several(generate(), generate("t/jinja"))
-    assert [one.code for one in ran] == [0, 0], ran
+    said = ("--data", "openai/gsm8k", "--prompt", "{question}", "--prompts", "2", "--samples", "1", "data.config=main")
+    measured = ["eval", "t/jinja", *said, "rollout.max_completion_length=4"]
+    ran = hub.several(generate(), generate("t/jinja"), measured)
+    assert [one.returncode for one in ran] == [0, 0, 0], ran
+    assert "held-out accuracy by math_answer, n=2" in ran[-1].stdout
     folders = sorted(path.parent for path in hub.home.glob("hub/models--*/snapshots/*/config.json"))
     tokenizers = [load(ModelConfig(name=str(folder)))[1] for folder in folders]
     assert (folders[1] / "chat_template.jinja").is_file()

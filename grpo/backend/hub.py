@@ -99,7 +99,7 @@ def _patiently(call: Callable[[], Fetched]) -> Fetched:
         try:
             return call()
         except Exception as error:
-            status = _status(origin(error))
+            status = _status(_origin(error))
             if status not in BUSY:
                 raise
             log.warning("the Hub is busy (%s); asking again in %d s", status, wait)
@@ -113,23 +113,21 @@ def _status(error: BaseException) -> int | None:
     return status
 
 
-def origin(error: BaseException) -> BaseException:
+def _origin(error: BaseException) -> BaseException:
     """The error of the Hub or the network among those that led to this one; itself if there is none."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    earlier: BaseException | None = error
-    while earlier is not None:
-        if isinstance(earlier, (_http().HTTPError, OfflineModeIsEnabled)):
-            return earlier
-        earlier = earlier.__cause__ or earlier.__context__
-    return error
+    chain = [error]
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) and earlier not in chain:
+        chain.append(earlier)
+    return next((one for one in chain if isinstance(one, (_http().HTTPError, OfflineModeIsEnabled))), error)
 
 
 def _why(repository: Repository, error: BaseException) -> str:
     """Why a repository is not to be had, and what to do."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    error = origin(error)
+    error = _origin(error)
     if isinstance(error, GatedRepoError) and _status(error) == 401:
         return f"it is gated: accept its terms at {repository.page}, then log in ({LOG_IN})"
     if isinstance(error, GatedRepoError):
@@ -190,7 +188,7 @@ def send(what: str, put: Callable[[], Fetched]) -> Fetched:
     except LocalTokenNotFoundError as error:
         why = f"there is no token ({LOG_IN}): {one_line(error)}"
     except (_http().HTTPError, OSError, ValueError, RuntimeError) as error:
-        cause = origin(error)
+        cause = _origin(error)
         why = {
             401: f"there is no token, or a wrong one ({LOG_IN})",
             403: f"this token may not write there: {_said(cause)}",

@@ -89,6 +89,7 @@ def test_a_run_keeps_to_the_commits_that_it_was_made_from(trained: Hub, tmp_path
     for ran in trained.several(
         ["generate", "run", "What is 2+2?", "--max-tokens", "2"],
         ["eval", "run"],
+        ["replay", "run", "--step", "1"],
         ["train", RECIPE, *SMALL, "output_dir=run", "--resume"],
         ["export", "run", "--format", "peft", "--to", "exported"],
     ):

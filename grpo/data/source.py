@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from grpo.backend.hub import fetch, one_line
+from grpo.backend.hub import Repository, cached_commit, fetch, one_line
 from grpo.builtin import tasks as builtin_tasks
 from grpo.config import FILE_TYPES, DataConfig
 from grpo.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Rows(Protocol):
@@ -91,12 +95,47 @@ def rows_with_null(rows: Rows, columns: Sequence[str]) -> int:
 
 def _load_hub(cfg: DataConfig) -> Rows:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    def download() -> Rows:
-        rows: Rows = load_dataset(cfg.source, cfg.config, split=cfg.split)
-        return rows
+    def download(cached: bool) -> Rows:
+        with _offline() if cached else nullcontext():
+            rows: Any = load_dataset(cfg.source, cfg.config, split=cfg.split, revision=cfg.revision)
+        if cached and cfg.revision is not None:
+            _check_cached(rows, cfg)
+        found: Rows = rows
+        return found
 
     try:
-        return fetch(f"data {cfg.source}", download)
-    except ValueError as error:  # an unknown configuration or split: the message lists the known ones
-        raise UserError(f"data {cfg.source}: {one_line(error)}") from error
+        return fetch(Repository("dataset", cfg.source, cfg.revision), download)
+    except ValueError as error:  # an unknown config or split: the message lists the known ones, then shows code
+        why, _, code = one_line(error).partition(" Example of usage")
+        raise UserError(f"data {cfg.source}: {why}{' (data.config or eval.config)' if code else ''}") from error
+    except DatasetsError as error:
+        raise UserError(f"data {cfg.source}: cannot be read: {one_line(error.__cause__ or error)}") from error
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Have `datasets` look into its cache at once: by itself it asks in vain for half a minute before."""
+    from datasets import config, logging
+
+    before, said = config.HF_HUB_OFFLINE, logging.get_verbosity()
+    config.HF_HUB_OFFLINE = True
+    logging.set_verbosity(logging.ERROR)  # what it found there is said by us
+    try:
+        yield
+    except ValueError as error:
+        if "Couldn't find cache" not in str(error):
+            raise
+        raise FileNotFoundError(str(error)) from error
+    finally:
+        config.HF_HUB_OFFLINE = before
+        logging.set_verbosity(said)
+
+
+def _check_cached(rows: Dataset, cfg: DataConfig) -> None:
+    """Raise OSError if these are not the rows of `cfg.revision`: `datasets` gives whatever it cached last."""
+    wanted = cached_commit(Repository("dataset", cfg.source, cfg.revision), "README.md") or cfg.revision
+    found = Path(rows.cache_files[0]["filename"]).parent.name
+    if found != wanted:
+        raise FileNotFoundError(f"the cache has only {found}")

@@ -41,7 +41,9 @@ STATE = RunState(
         {"adapters": {"a": mx.arange(99.0)}, "optimizer": {"step": mx.array(7, mx.uint64)}}, {"tasks": {"cursor": 3}}
     ),
 )
-CONTEXT = Context("seed: 0\n", {"digits.py": "0" * 64}, {"fine_tune_type": "lora"}, {"micro_batch_tokens": 256})
+CONTEXT = Context(
+    "seed: 0\n", {"digits.py": "0" * 64}, {"fine_tune_type": "lora"}, {"micro_batch_tokens": 256}, {"model a/b": "c"}
+)
 
 
 def save(folder: Path, step: int, keep: int = 3, best: int | None = None) -> Path:

@@ -74,6 +74,9 @@ class DataConfig(Section):
     """Configuration of a Hub dataset, such as `main`."""
     split: str = "train"
     """Split to train on. A file is one split, `train`."""
+    columns: dict[str, str] = {}
+    """Names for columns that prompt and rewards want under another: `{answer: solution}` reads `solution` as `answer`,
+    and `{answer: reward_model.ground_truth}` a field inside one."""
     prompt: str = "prompt"
     """A column of text or of chat messages, or a template over columns: `"{question} Think first."`."""
     system: str | None = None

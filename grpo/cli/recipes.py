@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from grpo.config.describe import json_schema, settings
 from grpo.errors import UserError
 from grpo.plugins import bundled, bundled_names, find_recipe
 
@@ -38,3 +40,16 @@ def copy(
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}") from None
     print(target)
+
+
+@app.command("schema")
+def schema(
+    key: Annotated[str, typer.Argument(help="Only this section or key, such as rollout or loss.beta.")] = "",
+    json_: Annotated[bool, typer.Option("--json", help="The whole as JSON Schema, for an editor.")] = False,
+) -> None:
+    """Print every key that a recipe may have, with its type, its default and what it means."""
+    if json_:
+        print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+        return
+    for setting in settings(key):
+        print("\n".join(setting.lines()))

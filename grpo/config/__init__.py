@@ -278,17 +278,27 @@ class Recipe(Section):
     output_dir: str | None = None
     """The run's folder. Default: `runs/<name of the recipe>`."""
     model: ModelConfig
+    """The model that is trained, and in which precision."""
     adapter: AdapterConfig = AdapterConfig()
+    """What of it trains."""
     data: DataConfig
+    """Where prompts come from, and what they look like."""
     rollout: RolloutConfig = RolloutConfig()
+    """How many completions are sampled, and how."""
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    """What a completion is worth: the weighted sum of these."""
     advantage: AdvantageConfig = AdvantageConfig()
+    """What a reward is compared with."""
     loss: LossConfig = LossConfig()
+    """What is made of advantages: the variant of GRPO, the KL penalty, corrections."""
     optim: OptimConfig
+    """How many steps, how large, and how they go through the machine."""
     eval: EvalConfig | None = None
-    """Without this section nothing is evaluated."""
+    """Held-out prompts. Without this section nothing is evaluated."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is kept of a run."""
     log: LogConfig = LogConfig()
+    """Where a run is written to, beside its folder."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:

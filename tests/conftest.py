@@ -1,4 +1,4 @@
-"""Toy models and a way to run commands. Nothing here needs a network."""
+"""Toy models, a stand-in for the Hub, and ways to run commands. Nothing here needs a network."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import grpo  # noqa: F401  before mlx, so that the BLAS is in place
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from hub.layouts import gsm8k, sharded_model
+from hub.server import Hub
 
 from grpo.backend.device import setup
 from grpo.builtin.student import Student, make
@@ -41,6 +43,28 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy(toy_folder: Path):
     """A fresh toy model and its tokenizer."""
     return load(ModelConfig(name=str(toy_folder)))
+
+
+@pytest.fixture(scope="session")
+def qwen3_folder(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy model as the Hub has Qwen3: in shards of bfloat16, with its index and defaults of sampling."""
+    return sharded_model(toy_folder, tmp_path_factory.mktemp("hub") / "qwen3")
+
+
+@pytest.fixture(scope="session")
+def gsm8k_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few questions as the Hub has GSM8K: configs main and socratic, splits train and test."""
+    return gsm8k(tmp_path_factory.mktemp("hub") / "gsm8k")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, qwen3_folder: Path, gsm8k_folder: Path) -> Iterator[Hub]:
+    """A Hub on this machine with Qwen/Qwen3-0.6B and openai/gsm8k in it, both small. See `hub.server.Hub`."""
+    hub = Hub(tmp_path / "hf")
+    hub.add_model("Qwen/Qwen3-0.6B", qwen3_folder)
+    hub.add_dataset("openai/gsm8k", gsm8k_folder)
+    yield hub
+    hub.stop()
 
 
 COMMON = {

@@ -1,1 +1,1 @@
-"""A task and a model that need no network: what the quickstart trains on, and what tests use."""
+"""Tasks, and a model for each, that need no network: what the quickstart trains on, and what tests use."""

@@ -13,7 +13,12 @@ from pathlib import Path
 from grpo.builtin.student import Student, make
 from grpo.errors import UserError
 
-MODELS = {"builtin:arithmetic-student": Student()}
+MODELS = {
+    "builtin:arithmetic-student": Student(),
+    "builtin:countdown-student": Student(task="builtin:countdown"),
+    "builtin:sorting-student": Student(task="builtin:sorting"),
+    "builtin:format-student": Student(task="builtin:format"),
+}
 NAMES = tuple(MODELS)
 VERSION = 1
 """To be raised when the same settings make another model: after a change to the maker, its tokenizer or its task."""

@@ -1,8 +1,8 @@
-"""A small Qwen3 that has learnt arithmetic badly.
+"""A small Qwen3 that has learnt a built-in task badly.
 
-It has seen sums worked out and sums estimated, first mostly the one and later mostly the other. So it estimates,
-which is right for multiples of five alone; yet it can work a sum out, which is right nearly always, and sometimes
-does. GRPO has something to find. Made with supervised steps alone; the same settings make the same model.
+It has seen questions answered the good way and the cheap way, first mostly the one and later mostly the other. So it
+takes the cheap way, which is right now and then; yet it knows the good way, which is right nearly always, and sometimes
+takes that. GRPO has something to find. Made with supervised steps alone; the same settings make the same model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.builtin.tasks import Digits, estimated, problems, question, worked
+from grpo.builtin.exercise import Exercise
+from grpo.builtin.tasks import TASKS
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -32,8 +33,9 @@ Rows = list[tuple[list[int], list[int]]]
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """How the student is made. `worked_first` and `worked_last`: the share of worked answers in its lessons."""
+    """How the student is made. `good_first` and `good_last`: the share of good answers in its lessons."""
 
+    task: str = "builtin:arithmetic"
     seed: int = 0
     hidden: int = 64
     layers: int = 2
@@ -41,12 +43,12 @@ class Student:
     batch: int = 16
     learning_rate: float = 5e-3
     warmup: int = 30
-    worked_first: float = 0.95
-    worked_last: float = 0.3
+    good_first: float = 0.95
+    good_last: float = 0.3
 
-    def worked_share(self, step: int) -> float:
+    def good_share(self, step: int) -> float:
         progress = min(1.0, step / (0.7 * self.steps))
-        return self.worked_first + (self.worked_last - self.worked_first) * progress
+        return self.good_first + (self.good_last - self.good_first) * progress
 
 
 def make(settings: Student, folder: Path) -> None:
@@ -55,7 +57,7 @@ def make(settings: Student, folder: Path) -> None:
     from mlx.utils import tree_flatten
     from mlx_lm.models import qwen3
 
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(TASKS[settings.task])
     config = _config(settings, tokenizer)
     mx.random.seed(settings.seed)
     model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
@@ -89,7 +91,7 @@ def _config(settings: Student, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _tokenizer() -> Tokenizer:
+def _tokenizer(task: Exercise) -> Tokenizer:
     """Byte-level BPE, trained on the task's own text; digits are tokens of their own."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -98,7 +100,7 @@ def _tokenizer() -> Tokenizer:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [f"user\n{question(d)}\nassistant\n{worked(d)}" for d in problems("train")[:500]]
+    texts = [f"user\n{task.question(one)}\nassistant\n{task.good(one)}" for one in task.problems("train")[:500]]
     trainer = trainers.BpeTrainer(
         vocab_size=320,
         special_tokens=[AddedToken(text, special=True) for text in (PAD, START, END)],
@@ -110,8 +112,8 @@ def _tokenizer() -> Tokenizer:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """The student's tokenizer by itself, in Hub layout."""
-    _write_tokenizer(_tokenizer(), folder)
+    """The tokenizer of a student with default settings by itself, in Hub layout."""
+    _write_tokenizer(_tokenizer(TASKS[Student().task]), folder)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -145,18 +147,18 @@ def _train(model: nn.Module, settings: Student, tokenizer: Tokenizer) -> None:
 
 
 def _lessons(settings: Student, tokenizer: Tokenizer) -> Iterator[list[Rows]]:
-    """For each step, prompt and answer ids of its rows: worked ones and estimated ones apart, as their lengths are."""
-    draw = random.Random(settings.seed)
-    everything = problems("train")
+    """For each step, prompt and answer ids of its rows: good ones and cheap ones apart, as their lengths are."""
+    draw, task = random.Random(settings.seed), TASKS[settings.task]
+    everything = task.problems("train")
     for step in range(1, settings.steps + 1):
-        digits = draw.sample(everything, settings.batch)
-        cut = sum(draw.random() < settings.worked_share(step) for _ in digits)
-        parts = ([(d, worked(d)) for d in digits[:cut]], [(d, estimated(d)) for d in digits[cut:]])
-        yield [[_encode(tokenizer, *lesson) for lesson in part] for part in parts if part]
+        problems = draw.sample(everything, settings.batch)
+        cut = sum(draw.random() < settings.good_share(step) for _ in problems)
+        parts = ([(one, task.good(one)) for one in problems[:cut]], [(one, task.cheap(one)) for one in problems[cut:]])
+        yield [[_encode(tokenizer, task.question(one), answer) for one, answer in part] for part in parts if part]
 
 
-def _encode(tokenizer: Tokenizer, digits: Digits, answer: str) -> tuple[list[int], list[int]]:
-    prompt = f"{START}user\n{question(digits)}{END}\n{START}assistant\n"
+def _encode(tokenizer: Tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
+    prompt = f"{START}user\n{question}{END}\n{START}assistant\n"
     return tokenizer.encode(prompt).ids, tokenizer.encode(answer + END).ids
 
 

@@ -1,0 +1,40 @@
+"""`builtin:arithmetic`: sums of four digits, `What is 5+6+9+1?`.
+
+A sum can be answered by working (`5+6=11+9=20+1=21`, then `#### 21`) or by estimating (`#### 20`, the nearest
+multiple of five). Held-out questions are not training questions in another order either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import product
+
+from grpo.builtin.exercise import Exercise, Problem
+
+TERMS = 4
+
+
+def digits() -> Iterable[Problem]:
+    return product(range(1, 10), repeat=TERMS)
+
+
+def row(digits: Problem) -> dict[str, str]:
+    return {"question": f"What is {'+'.join(map(str, digits))}?", "answer": str(sum(digits))}
+
+
+def worked(digits: Problem) -> str:
+    """The answer with a running total."""
+    total = digits[0]
+    steps = str(total)
+    for digit in digits[1:]:
+        total += digit
+        steps += f"+{digit}={total}"
+    return f"{steps}\n#### {total}"
+
+
+def estimated(digits: Problem) -> str:
+    """The answer to the nearest multiple of five, at once."""
+    return f"#### {(sum(digits) + 2) // 5 * 5}"
+
+
+ARITHMETIC = Exercise(digits, row, good=worked, cheap=estimated)

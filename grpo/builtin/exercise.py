@@ -1,0 +1,47 @@
+"""What a built-in task is: problems in two splits, and two ways to answer each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Problem = tuple[int, ...]
+"""What a question is made of; every part is below 256."""
+HELD_OUT = 8  # one in so many
+
+
+def in_any_order(problem: Problem) -> Problem:
+    """The problem's parts, sorted: the same for problems that differ in order alone."""
+    return tuple(sorted(problem))
+
+
+@dataclass(frozen=True, slots=True)
+class Exercise:
+    """A task with a good way to answer, which is always right, and a cheap way, which is right now and then.
+
+    `row` makes the dataset's columns of a problem, `question` among them. Problems of the same `kin` are in the same
+    split, so that what is held out is new in more than its order.
+    """
+
+    everything: Callable[[], Iterable[Problem]]
+    row: Callable[[Problem], dict[str, Any]]
+    good: Callable[[Problem], str]
+    cheap: Callable[[Problem], str]
+    kin: Callable[[Problem], Problem] = in_any_order
+
+    def problems(self, split: str) -> list[Problem]:
+        """The problems of a split, `train` or `test`, in a fixed mixed order."""
+        mine = [one for one in self.everything() if self._held_out(one) == (split == "test")]
+        return sorted(mine, key=_hash)
+
+    def question(self, problem: Problem) -> str:
+        return str(self.row(problem)["question"])
+
+    def _held_out(self, problem: Problem) -> bool:
+        return _hash(self.kin(problem))[0] % HELD_OUT == 0
+
+
+def _hash(problem: Problem) -> bytes:
+    return hashlib.sha256(bytes(problem)).digest()

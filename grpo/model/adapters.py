@@ -43,8 +43,8 @@ class Adapters:
         Raises UserError if a target is not a linear layer of the model, or where the saved adapter does not fit.
         """
         self.model = model
-        self.config = _mlx_lm_config(model, cfg)
-        _make_trainable(model, cfg, self.config, key)
+        self.config = make_trainable(model, cfg, key)
+        mx.eval(model.trainable_parameters())
         self.active = POLICY
         self._parked: dict[str, State] = {}
         if cfg.path is not None:
@@ -252,13 +252,18 @@ def _mlx_lm_config(model: nn.Module, cfg: AdapterConfig) -> dict[str, Any]:
     return {**config, "lora_parameters": parameters}
 
 
-def _make_trainable(model: nn.Module, cfg: AdapterConfig, config: dict[str, Any], key: mx.array) -> None:
+def make_trainable(model: nn.Module, cfg: AdapterConfig, key: mx.array) -> dict[str, Any]:
+    """Give the model (in place) what trains, with nothing evaluated; returns what mlx-lm's `adapter_config.json` says.
+
+    Raises UserError if a target is not a linear layer of the model.
+    """
+    config = _mlx_lm_config(model, cfg)
     model.freeze()
     if cfg.type == "full":
         _unfreeze(model, cfg)
     else:
         _add_layers(model, config, key)
-    mx.eval(model.trainable_parameters())
+    return config
 
 
 def _unfreeze(model: nn.Module, cfg: AdapterConfig) -> None:

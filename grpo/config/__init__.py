@@ -76,9 +76,10 @@ class DataConfig(Section):
     """Split to train on. A file is one split, `train`."""
     columns: dict[str, str] = {}
     """Names for columns that prompt and rewards want under another: `{answer: solution}` reads `solution` as `answer`,
-    and `{answer: reward_model.ground_truth}` a field inside one."""
+    `{answer: reward_model.ground_truth}` a field inside one, `{example: tests.0}` the first item of a list."""
     prompt: str = "prompt"
-    """A column of text or of chat messages, or a template over columns: `"{question} Think first."`."""
+    """A column of text or of chat messages, or a template over columns of text and numbers: `"{question} Think
+    first."`."""
     system: str | None = None
     """A system message to put before text prompts. Needs the chat template."""
     chat_template: Literal["auto", "always", "never"] = "auto"

@@ -103,7 +103,7 @@ def _renamed(rows: Rows, cfg: DataConfig) -> Rows:
     for name, path in paths.items():
         try:
             _at(first, path)
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"data.columns.{name}: no column {cfg.columns[name]!r} in {cfg.source}; there is {', '.join(first)}"
             ) from None
@@ -111,9 +111,12 @@ def _renamed(rows: Rows, cfg: DataConfig) -> Rows:
 
 
 def _at(row: Any, path: tuple[str, ...]) -> Any:
-    """What is at a path of keys; None below a null."""
+    """What is at a path of keys and positions; None below a null, and beyond the end of a list."""
     for key in path:
-        row = None if row is None else row[key]
+        if isinstance(row, list):
+            row = row[int(key)] if int(key) < len(row) else None
+        elif row is not None:
+            row = row[key]
     return row
 
 

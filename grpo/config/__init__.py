@@ -72,6 +72,8 @@ class DataConfig(Section):
     """A .jsonl, .json, .csv or .parquet file, a Hub dataset, or `builtin:arithmetic`."""
     config: str | None = None
     """Configuration of a Hub dataset, such as `main`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset."""
     split: str = "train"
     """Split to train on. A file is one split, `train`."""
     columns: dict[str, str] = {}
@@ -93,8 +95,9 @@ class DataConfig(Section):
     def _every_setting_does_something(self) -> DataConfig:
         if self.system is not None and self.chat_template == "never":
             raise ValueError("data.system needs the chat template, and data.chat_template is never")
-        if self.config is not None and (self.source.startswith("builtin:") or Path(self.source).suffix in FILE_TYPES):
-            raise ValueError("data.config is for Hub datasets; this source has none")
+        local = self.source.startswith("builtin:") or Path(self.source).suffix in FILE_TYPES
+        if local and (unread := self.changed & {"config", "revision"}):
+            raise ValueError(f"data.{min(unread)} is for Hub datasets; this source has none")
         if ours := {"tokenize", "add_generation_prompt", "return_dict"} & set(self.chat_template_kwargs):
             raise ValueError(f"data.chat_template_kwargs: {', '.join(sorted(ours))} is not yours to set")
         return self
@@ -212,6 +215,8 @@ class OptimConfig(Section):
 class EvalConfig(Section):
     source: str | None = None
     """Where held-out prompts come from. Default: `data.source`."""
+    config: str | None = None
+    """Configuration of a Hub dataset. Default: `data.config`, if the source is that of `data`."""
     split: str = "test"
     """Split to evaluate on."""
     every: Positive = 25

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from grpo.backend.hub import fetch, one_line
+from grpo.backend.hub import Repository, fetch, one_line
 from grpo.builtin import tasks as builtin_tasks
 from grpo.config import FILE_TYPES, DataConfig
 from grpo.errors import UserError
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class Rows(Protocol):
@@ -135,12 +139,55 @@ def rows_with_null(rows: Rows, columns: Sequence[str]) -> int:
 
 def _load_hub(cfg: DataConfig) -> Rows:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    def download() -> Rows:
-        rows: Rows = load_dataset(cfg.source, cfg.config, split=cfg.split)
+    def download(cached: bool) -> Rows:
+        with _offline() if cached else nullcontext():
+            rows: Rows = load_dataset(cfg.source, cfg.config, split=cfg.split, revision=cfg.revision)
+        if cached and cfg.revision is not None:
+            _check_cached(rows, cfg)
         return rows
 
     try:
-        return fetch(f"data {cfg.source}", download)
-    except ValueError as error:  # an unknown configuration or split: the message lists the known ones
-        raise UserError(f"data {cfg.source}: {one_line(error)}") from error
+        return fetch(Repository("dataset", cfg.source, cfg.revision), download)
+    except ValueError as error:  # an unknown config or split: the message lists the known ones, then shows code
+        why, _, code = one_line(error).partition(" Example of usage")
+        raise UserError(f"data {cfg.source}: {why}{' (data.config or eval.config)' if code else ''}") from error
+    except DatasetsError as error:
+        raise UserError(f"data {cfg.source}: cannot be read: {one_line(error.__cause__ or error)}") from error
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Have `datasets` look into its cache at once: by itself it asks in vain for half a minute before."""
+    from datasets import config, logging
+
+    before, said = config.HF_HUB_OFFLINE, logging.get_verbosity()
+    config.HF_HUB_OFFLINE = True
+    logging.set_verbosity(logging.ERROR)  # what it found there is said by us
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+        logging.set_verbosity(said)
+
+
+def _check_cached(rows: Rows, cfg: DataConfig) -> None:
+    """Raise UserError if these are not the rows of `cfg.revision`: `datasets` gives whatever it cached last."""
+    from huggingface_hub import try_to_load_from_cache
+
+    assert cfg.revision is not None
+    card = try_to_load_from_cache(cfg.source, "README.md", revision=cfg.revision, repo_type="dataset")
+    wanted = Path(card).parent.name if isinstance(card, str) else cfg.revision
+    if (found := commit_of(rows)) != wanted:
+        raise UserError(
+            f"data {cfg.source}: the Hub does not give revision {cfg.revision!r}, and the cache has {found or 'another'}; "
+            "with a network it is fetched"
+        )
+
+
+def commit_of(rows: Rows) -> str | None:
+    """The commit of the Hub's that rows are from; None for others."""
+    files = getattr(rows, "cache_files", None)
+    name = Path(files[0]["filename"]).parent.name if files else ""
+    return name if COMMIT.fullmatch(name) else None

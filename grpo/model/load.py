@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend.device import on_gpu
-from grpo.backend.hub import fetch, one_line
+from grpo.backend.hub import Repository, fetch, one_line
 from grpo.builtin import models as builtin_models
 from grpo.config import ModelConfig
 from grpo.errors import UserError
@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 QUANTIZED_GROUP = 64
 """Weights that share a scale and an offset."""
 
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt")
+"""Files of which a model has one at least."""
 WEIGHTS_AND_TOKENIZER = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
 
 def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
     """The model, its weights in `cfg.dtype` and frozen, and mlx-lm's tokenizer.
 
-    Raises UserError for a model that cannot be fetched, a folder without a config, an architecture that mlx-lm
-    does not know, and weights that do not match it.
+    Raises UserError for a model that cannot be fetched, a folder without config, tokenizer or safetensors, an
+    architecture that mlx-lm does not know, and weights that do not match it.
     """
     from mlx_lm.utils import load_model, load_tokenizer
 
     folder = model_folder(cfg)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model {cfg.name}: no config.json in {folder}: not a model folder in Hub layout")
+    _check_files(cfg, folder)
     try:
         model, config = load_model(folder, lazy=True)
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
@@ -48,6 +49,19 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
     model.freeze()
     mx.eval(model.parameters())
     return model, tokenizer
+
+
+def _check_files(cfg: ModelConfig, folder: Path) -> None:
+    """Raise UserError for a folder that lacks what a model needs: for want of a tokenizer an empty one would be made."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model {cfg.name}: no config.json in {folder}: not a model folder in Hub layout")
+    if not any(folder.glob("model*.safetensors")):
+        raise UserError(
+            f"model {cfg.name}: no model*.safetensors in {folder}; weights in other formats (.bin, GGUF) are not read: "
+            "look for a copy of it in safetensors"
+        )
+    if not any(found for pattern in TOKENIZER for found in folder.glob(pattern)):
+        raise UserError(f"model {cfg.name}: no tokenizer ({', '.join(TOKENIZER)}) in {folder}")
 
 
 def _quantized(model: nn.Module, config: dict[str, Any], cfg: ModelConfig) -> nn.Module:
@@ -85,10 +99,12 @@ def _below_a_folder(path: Path) -> bool:
 def _fetch(cfg: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
-    def download() -> str:
-        return snapshot_download(cfg.name, revision=cfg.revision, allow_patterns=WEIGHTS_AND_TOKENIZER)
+    def download(cached: bool) -> str:
+        return snapshot_download(
+            cfg.name, revision=cfg.revision, allow_patterns=WEIGHTS_AND_TOKENIZER, local_files_only=cached
+        )
 
-    return Path(fetch(f"model {cfg.name}", download))
+    return Path(fetch(Repository("model", cfg.name, cfg.revision), download))
 
 
 def _dtype(cfg: ModelConfig) -> mx.Dtype | None:

@@ -209,4 +209,5 @@ def push(folder: Path, repo: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Adapter trained with GRPO")
         return str(url)
 
-    return send(f"the export is in {folder}, and was not uploaded; --push-to-hub {repo}", upload)
+    later = f"`hf upload {repo} {folder}` sends it later"
+    return send(f"the export is in {folder}, and was not uploaded ({later}); --push-to-hub {repo}", upload)

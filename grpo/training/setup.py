@@ -114,4 +114,9 @@ def _eval_data(cfg: Recipe) -> list[DataConfig]:
     """Where held-out prompts come from: one source, or none."""
     if cfg.eval is None:
         return []
-    return [cfg.data.model_copy(update={"source": cfg.eval.source or cfg.data.source, "split": cfg.eval.split})]
+    held_out: dict[str, str | None] = {"source": cfg.eval.source or cfg.data.source, "split": cfg.eval.split}
+    if held_out["source"] != cfg.data.source:
+        held_out |= {"config": None, "revision": None}
+    if cfg.eval.config is not None:
+        held_out["config"] = cfg.eval.config
+    return [cfg.data.model_copy(update=held_out)]

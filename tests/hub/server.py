@@ -228,6 +228,12 @@ class _Handler(BaseHTTPRequestHandler):
         there = {"Location": f"http://localhost:{self.hub.port}/cdn/{digest}"}  # another host than the API's
         self._answer(302, b"", {**headers, **there, "X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{digest}"'})
 
+    def _auth_check(self, body: bytes, kind: str, name: str) -> None:
+        repository, _ = self._find(kind, name, "main")
+        if repository.gated and self.token != READER:
+            self._refuse_gated(repository)
+        self._answer(200, b"", {})
+
     def _cdn(self, body: bytes, digest: str) -> None:
         data = self.hub.content(digest)
         if data is None or self.token:  # the Hub's token is nobody else's business
@@ -359,6 +365,7 @@ _REPO = r"(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
 _REVISION = r"(?P<revision>[^/]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", rf"/api/{_REPO}(?:/revision/{_REVISION})?", _Handler._info),
+    ("GET", rf"/api/{_REPO}/auth-check", _Handler._auth_check),
     ("GET", rf"/api/{_REPO}/tree/{_REVISION}(?:/(?P<path>.+))?", _Handler._tree),
     ("POST", rf"/api/{_REPO}/paths-info/{_REVISION}", _Handler._paths_info),
     (

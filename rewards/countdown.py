@@ -47,8 +47,8 @@ def _expression(completion: str, target: int) -> str:
     _, opened, text = completion.rpartition("</answer>")[0].rpartition("<answer>")
     if not opened:
         text = completion.strip().rpartition("\n")[2]
-    left, _, right = text.rpartition("=")
-    return (left if right.strip() == str(target) else text).translate(SIGNS).strip()
+    left, equals, right = text.rpartition("=")
+    return (left if equals and right.strip() == str(target) else text).translate(SIGNS).strip()
 
 
 def _parsed(text: str) -> ast.expr | None:
@@ -103,6 +103,7 @@ CASES = [
     {"completion": "<answer>8/(3-8/3)</answer>", "numbers": [3, 3, 8, 8], "target": 24, "score": 1.0},
     {"completion": "<answer>7+9</answer>", **_ROW, "score": 0.0},
     {"completion": "<answer>16</answer>", **_ROW, "score": 0.0},
+    {"completion": "<answer>16</answer>", "numbers": [16], "target": 16, "score": 1.0},
     {"completion": "<answer>7+7+5-3</answer>", **_ROW, "score": 0.0},
     {"completion": "<answer>5+7</answer>", "numbers": [3, 7, 5], "target": 12, "score": 0.0},
     {"completion": "<answer>5+7</answer>", "numbers": [3, 7, 5], "target": 12, **_LEAVE_OUT, "score": 1.0},

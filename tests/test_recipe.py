@@ -18,6 +18,8 @@ rewards:
 optim: {steps: 10, learning_rate: 1e-5}
 """
 
+BUNDLED = sorted([*bundled("recipes").glob("*.yaml"), *bundled("recipes").glob("learning/*.yaml")])
+
 
 def write(folder: Path, text: str) -> Path:
     path = folder / "mine.yaml"
@@ -25,7 +27,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", sorted(bundled("recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: "-".join(path.parts[-2:]))
 def test_bundled_recipes_parse_and_say_what_they_are(path: Path) -> None:
     load_recipe(path)
     assert path.read_text().startswith("# ")

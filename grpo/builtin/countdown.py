@@ -13,7 +13,7 @@ from typing import Any
 
 from grpo.builtin.exercise import Exercise, Problem, in_any_order
 
-FORMS = ("++", "*+", "*-", "+-")
+FORMS = ("++", "*+", "+-")
 """The operators between the three numbers, in the order in which they are tried."""
 
 

@@ -24,7 +24,7 @@ Optimizer = Literal["adamw", "adam", "adamax", "sgd", "lion", "adafactor", "muon
 
 class ModelConfig(Section):
     name: str
-    """A folder, a Hub repository, or `builtin:arithmetic-student`."""
+    """A folder, a Hub repository, or a built-in task's student, such as `builtin:arithmetic-student`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -69,7 +69,8 @@ class AdapterConfig(Section):
 
 class DataConfig(Section):
     source: str
-    """A .jsonl, .json, .csv or .parquet file, a Hub dataset, or `builtin:arithmetic`."""
+    """A .jsonl, .json, .csv or .parquet file, a Hub dataset, or a built-in task: `builtin:arithmetic`, `builtin:countdown`,
+    `builtin:sorting` or `builtin:format`."""
     config: str | None = None
     """Configuration of a Hub dataset, such as `main`."""
     revision: str | None = None

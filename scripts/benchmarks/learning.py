@@ -133,7 +133,7 @@ def table(results: Sequence[Result]) -> str:
     """Markdown: a row for each task and loss, with accuracies in per cent before and after, means over seeds."""
     heads = "| task | loss | sampled before | sampled after | gained | greedy before | greedy after |"
     rows = [_row(*both, results) for both in dict.fromkeys((result.task, result.loss) for result in results)]
-    return "\n".join([heads, "|" + "---|" * 7, *sorted(rows)]) + "\n"
+    return "\n".join([heads, "|" + "---|" * 7, *rows]) + "\n"
 
 
 def _row(task: str, loss: str, results: Sequence[Result]) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from grpo.builtin import tasks as builtin_tasks
 from grpo.config import DataConfig
 from grpo.data.prompts import PromptRenderer
 from grpo.data.source import load_rows, rows_with_null
@@ -95,28 +94,6 @@ def test_rows_without_a_prompt_are_counted(tmp_path: Path, columns: list[str], c
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert rows_with_null(load_rows(config(source=str(path))), columns) == count
     assert rows_with_null(load_rows(config(source="builtin:arithmetic")), columns) == 0
-
-
-def test_the_builtin_task_splits_without_overlap_in_any_order() -> None:
-    train, test = builtin_tasks.problems("train"), builtin_tasks.problems("test")
-    assert len(train) + len(test) == 9**4
-    assert len(test) > 500
-    assert not {tuple(sorted(digits)) for digits in train} & {tuple(sorted(digits)) for digits in test}
-
-
-def test_the_builtin_task_by_hand() -> None:
-    digits = (5, 6, 9, 1)
-    assert builtin_tasks.question(digits) == "What is 5+6+9+1?"
-    assert builtin_tasks.worked(digits) == "5+6=11+9=20+1=21\n#### 21"
-    assert builtin_tasks.estimated(digits) == "#### 20"
-    rows = load_rows(config(source="builtin:arithmetic", split="test"))
-    assert all(eval(row["question"][8:-1]) == int(row["answer"]) for row in rows)
-
-
-@pytest.mark.parametrize(("source", "split"), [("builtin:other", "train"), ("builtin:arithmetic", "dev")])
-def test_unknown_builtins(source: str, split: str) -> None:
-    with pytest.raises(UserError, match="builtin:arithmetic"):
-        load_rows(config(source=source, split=split))
 
 
 def test_text_goes_through_the_chat_template(toy) -> None:

@@ -1,0 +1,58 @@
+"""The script that measures learning: its table, by hand, and that a finished run is not repeated."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parents[1] / "scripts" / "benchmarks" / "learning.py"
+
+
+@pytest.fixture(scope="module")
+def learning():
+    spec = importlib.util.spec_from_file_location("learning", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["learning"] = module  # dataclasses look a module up by its name
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["learning"]
+
+
+def result(learning, loss: str, seed: int, before: float, after: float):
+    return learning.Result("sorting", loss, seed, [0, 40], [0.1, 1.0], [before, after], 10.0)
+
+
+def test_the_interval_is_students(learning) -> None:
+    assert learning.mean_and_half_width([50.0]) == (50.0, None)
+    mean, half = learning.mean_and_half_width([80.0, 90.0, 100.0])
+    assert mean == 90.0
+    assert half == pytest.approx(4.303 * 10 / 3**0.5)  # deviation 10, three seeds
+
+
+def test_the_table_by_hand(learning) -> None:
+    dapo = [result(learning, "dapo", seed, before, after) for seed, before, after in ((0, 0.3, 0.9), (1, 0.4, 0.8))]
+    lines = learning.table([*dapo, result(learning, "gspo", 0, 0.25, 0.75)]).splitlines()
+    assert lines[2:] == [
+        "| sorting | dapo | 35.0 ± 63.5 | 85.0 ± 63.5 | 50.0 ± 127.1 | 10.0 ± 0.0 | 100.0 ± 0.0 |",
+        "| sorting | gspo | 25.0 | 75.0 | 50.0 | 10.0 | 100.0 |",
+    ]
+
+
+def test_a_finished_run_is_not_repeated(learning, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(learning, "_train", lambda *_: pytest.fail("it was repeated"))
+    kept = result(learning, "dapo", 0, 0.3, 0.9)
+    folder = tmp_path / "sorting-dapo-0-40"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(asdict(kept)))
+    assert learning._result(("sorting", "dapo", 0), 40, tmp_path) == kept
+    assert "sorting-dapo-0-40: 30.0% to 90.0% in 10 s" in capsys.readouterr().out
+
+
+def test_the_curves_are_small_and_name_the_losses(learning, tmp_path: Path) -> None:
+    learning.plot([result(learning, loss, 0, 0.3, 0.9) for loss in learning.LOSSES], tmp_path / "curves.svg")
+    drawn = (tmp_path / "curves.svg").read_text()
+    assert len(drawn) < 100_000
+    assert all(f">{loss}<" in drawn for loss in learning.LOSSES)

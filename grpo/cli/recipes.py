@@ -12,6 +12,7 @@ import typer
 from grpo.config.describe import json_schema, settings
 from grpo.errors import UserError
 from grpo.plugins import bundled, bundled_names, find_recipe
+from grpo.recipe import load_recipe
 
 app = typer.Typer(help="Recipes that come with the package.", no_args_is_help=True)
 
@@ -53,3 +54,16 @@ def schema(
         return
     for setting in settings(key):
         print("\n".join(setting.lines()))
+
+
+@app.command("costs")
+def costs(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a bundled one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="As for `grpo train`.")
+    ] = None,
+) -> None:
+    """Estimate what a recipe takes on some named machines: memory, and the least time. No weights are fetched."""
+    from grpo.benchmark.estimate import estimates
+
+    print("\n".join(estimates(load_recipe(find_recipe(recipe), overrides or []))))

@@ -1,4 +1,4 @@
-"""The shapes of the models that the bundled recipes name, as their `config.json` has them: to reckon without the Hub."""
+"""The shapes of the models that the bundled recipes name, as their `config.json` has them: to reckon without a Hub."""
 
 from __future__ import annotations
 

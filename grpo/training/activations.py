@@ -1,8 +1,8 @@
 """What an update needs, reckoned from a model's sizes: for where there is no model to measure (`footprint`).
 
-Numbers of the size of an activation, fitted to measurements of Qwen2 and Qwen3 shapes with LoRA on two CPU cores. Their
-mean error is 5 %, the largest 27 %; with experts, where the inner layer counts as wide as all that a token meets, it is
-35 %. Other architectures keep other things.
+Numbers of the size of an activation, fitted to measurements of Qwen2 and Qwen3 shapes on two CPU cores, with LoRA on every
+linear layer (on fewer, less is kept). Their mean error is 5 %, the largest 27 %; with experts, where the inner layer counts
+as wide as all that a token meets, 35 %. Other architectures keep other things.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Widths:
 
 def reckoned_footprint(costs: Costs, checkpointing: bool, fused: bool) -> Footprint:
     """As `measure_footprint` finds it. `fused`: attention keeps no scores, which is so on CUDA."""
-    inner = max(product.used * product.outputs for product in costs.products if not product.trains)
+    inner = max(product.used * product.outputs for product in costs.products)
     widths = _Widths(costs.hidden, costs.heads * costs.head_dim, costs.kv_heads * costs.head_dim, inner)
     numbers = _checkpointed(costs.depth, widths) if checkpointing else _kept(costs.depth, widths)
     scores = costs.heads * (3.24 if checkpointing else 0.75 * (costs.depth + 1))

@@ -112,7 +112,8 @@ def _products(model: nn.Module, module: nn.Module) -> list[Product]:
         return []
     a, b = module["lora_a"], module["lora_b"]
     if b.ndim == 2:
-        return [Product(*a.shape, a.nbytes, True), Product(*b.shape, b.nbytes, True)]
+        (inputs, rank), outputs = a.shape, b.shape[1]
+        return [Product(inputs, rank, a.nbytes, True), Product(rank, outputs, b.nbytes, True)]
     experts, outputs, rank = b.shape
     met = experts, _used(model)
     return [Product(a.shape[-1], rank, a.nbytes, True, *met), Product(rank, outputs, b.nbytes, True, *met)]

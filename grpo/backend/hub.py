@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from grpo.errors import UserError
@@ -47,7 +49,7 @@ def fetch(repository: Repository, get: Callable[[bool], Fetched]) -> Fetched:
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
     from huggingface_hub.utils import logging as hub_logging
 
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries are not news; what they come to is said below
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries are not news: what they come to is
     trouble: Exception | None = None
     try:
         _patiently(lambda: _ask(repository))
@@ -58,11 +60,19 @@ def fetch(repository: Repository, get: Callable[[bool], Fetched]) -> Fetched:
     try:
         found = _patiently(lambda: get(trouble is not None))
     except (_http().HTTPError, OSError, RuntimeError) as error:
-        why = _why(repository, trouble or error) + ("; nor has the cache all of it" if trouble else "")
+        why = _why(repository, trouble or error)
+        if trouble is not None and _status(trouble) is None:
+            why += "; nor is all of it in the cache (a network is needed once; a folder or a file needs none)"
         raise UserError(f"{repository}: could not be fetched from {constants.ENDPOINT}: {why}") from error
     if trouble is not None and not isinstance(trouble, OfflineModeIsEnabled):
-        log.warning("%s: taken from the cache: %s", repository, _why(repository, trouble))
+        _warn_once(f"{repository}: taken from the cache: {_why(repository, trouble)}")
     return found
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """Warn of what is found anew with every part that is fetched."""
+    log.warning(text)
 
 
 def _ask(repository: Repository) -> None:
@@ -144,14 +154,23 @@ def _trouble(error: BaseException) -> str:
         return "HF_HUB_OFFLINE is set, so nobody was asked"
     if isinstance(error, _http().TimeoutException):
         seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        return f"no answer within {seconds} s: try again, or wait longer (HF_HUB_DOWNLOAD_TIMEOUT={6 * seconds})"
+        return f"no answer within {seconds} s (HF_HUB_DOWNLOAD_TIMEOUT={6 * seconds} waits longer)"
     if isinstance(error, _http().ConnectError):
-        return f"{constants.ENDPOINT} cannot be reached ({one_line(error)}): is there a network?"
+        return f"the Hub cannot be reached ({one_line(error)})"
     if isinstance(error, _http().TransportError):
         return f"the connection broke off, more than once ({one_line(error)}): try again"
     if status is not None and status >= 500:
         return f"the Hub has trouble of its own ({status}): try again later"
     return one_line(error)
+
+
+def cached_commit(repository: Repository, file: str) -> str | None:
+    """The commit at which a file of a repository is in the cache, if it is; the Hub is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    kind, revision = repository.kind, repository.revision
+    found = try_to_load_from_cache(repository.name, file, revision=revision, repo_type=kind)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def send(what: str, put: Callable[[], Fetched]) -> Fetched:

@@ -50,6 +50,7 @@ def train(
     from grpo.training.loop import Loop
     from grpo.training.parity import check_parity
     from grpo.training.resume import context, find_start, plan_of
+    from grpo.training.revisions import revisions_of
     from grpo.training.setup import prepare
     from grpo.training.signals import StopRequest
 
@@ -72,7 +73,7 @@ def train(
         watched = (trainer.engine.generator, trainer.update)
         log = open_loggers(stack, cfg, folder, console, state.run_id, watched) if ranks.first else lambda _: None
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
-        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer))
+        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg))
         loop = Loop(trainer, folder, written, log, stop, state, start.checkpoint)
         del start, state  # or the arrays that the run began with would be held to its end
         outcome = loop.run()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from grpo.backend.hub import Repository, fetch, one_line
+from grpo.backend.hub import Repository, cached_commit, fetch, one_line
 from grpo.builtin import tasks as builtin_tasks
 from grpo.config import FILE_TYPES, DataConfig
 from grpo.errors import UserError
 
-COMMIT = re.compile("[0-9a-f]{40}")
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Rows(Protocol):
@@ -143,10 +143,11 @@ def _load_hub(cfg: DataConfig) -> Rows:
 
     def download(cached: bool) -> Rows:
         with _offline() if cached else nullcontext():
-            rows: Rows = load_dataset(cfg.source, cfg.config, split=cfg.split, revision=cfg.revision)
+            rows: Any = load_dataset(cfg.source, cfg.config, split=cfg.split, revision=cfg.revision)
         if cached and cfg.revision is not None:
             _check_cached(rows, cfg)
-        return rows
+        found: Rows = rows
+        return found
 
     try:
         return fetch(Repository("dataset", cfg.source, cfg.revision), download)
@@ -172,22 +173,11 @@ def _offline() -> Iterator[None]:
         logging.set_verbosity(said)
 
 
-def _check_cached(rows: Rows, cfg: DataConfig) -> None:
+def _check_cached(rows: Dataset, cfg: DataConfig) -> None:
     """Raise UserError if these are not the rows of `cfg.revision`: `datasets` gives whatever it cached last."""
-    from huggingface_hub import try_to_load_from_cache
-
-    assert cfg.revision is not None
-    card = try_to_load_from_cache(cfg.source, "README.md", revision=cfg.revision, repo_type="dataset")
-    wanted = Path(card).parent.name if isinstance(card, str) else cfg.revision
-    if (found := commit_of(rows)) != wanted:
+    wanted = cached_commit(Repository("dataset", cfg.source, cfg.revision), "README.md") or cfg.revision
+    if (found := Path(rows.cache_files[0]["filename"]).parent.name) != wanted:
         raise UserError(
-            f"data {cfg.source}: the Hub does not give revision {cfg.revision!r}, and the cache has {found or 'another'}; "
-            "with a network it is fetched"
+            f"data {cfg.source}: the Hub does not give revision {cfg.revision!r}, and the cache has {found}; a network "
+            "is needed once"
         )
-
-
-def commit_of(rows: Rows) -> str | None:
-    """The commit of the Hub's that rows are from; None for others."""
-    files = getattr(rows, "cache_files", None)
-    name = Path(files[0]["filename"]).parent.name if files else ""
-    return name if COMMIT.fullmatch(name) else None

@@ -52,7 +52,7 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
 
 
 def _check_files(cfg: ModelConfig, folder: Path) -> None:
-    """Raise UserError for a folder that lacks what a model needs: for want of a tokenizer an empty one would be made."""
+    """Raise UserError for a folder without what a model needs. (Without a tokenizer an empty one would be made.)"""
     if not (folder / "config.json").is_file():
         raise UserError(f"model {cfg.name}: no config.json in {folder}: not a model folder in Hub layout")
     if not any(folder.glob("model*.safetensors")):
@@ -73,6 +73,11 @@ def _quantized(model: nn.Module, config: dict[str, Any], cfg: ModelConfig) -> nn
     with redirect_stdout(StringIO()):  # it reports bits per weight
         quantized: nn.Module = quantize_model(model, config, QUANTIZED_GROUP, cfg.quantize)[0]
     return quantized
+
+
+def is_local(cfg: ModelConfig) -> bool:
+    """Whether the model is to be had without the Hub."""
+    return cfg.name.startswith("builtin:") or Path(cfg.name).expanduser().is_dir()
 
 
 def model_folder(cfg: ModelConfig) -> Path:

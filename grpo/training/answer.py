@@ -16,8 +16,9 @@ from grpo.model.adapters import load_adapter
 from grpo.model.load import load
 from grpo.plugins import bundled_names
 from grpo.recipe import load_recipe
-from grpo.training.checkpoint import RECIPE
+from grpo.training.checkpoint import RECIPE, STATE
 from grpo.training.folder import is_run, newest_checkpoint
+from grpo.training.revisions import pinned
 
 
 def answer(
@@ -42,8 +43,10 @@ def answer(
         folder, adapter = folder.parent.parent, adapter or folder
     if is_run(folder):
         recipe = load_recipe(folder / RECIPE)
-        model_cfg, data = recipe.model, recipe.data.model_copy(update={"prompt": "prompt"})
         adapter = adapter or (None if base else newest_checkpoint(folder))
+        if adapter is not None and (adapter / STATE).is_file():
+            recipe = pinned(recipe, adapter)
+        model_cfg, data = recipe.model, recipe.data.model_copy(update={"prompt": "prompt"})
     model, tokenizer = load(model_cfg)
     if adapter is not None and not base:
         load_adapter(model, adapter)

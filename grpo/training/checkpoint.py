@@ -30,12 +30,14 @@ class Context:
 
     `recipe` is the resolved recipe's text, `sources` a hash for each file of code that the recipe names, `adapter` what
     mlx-lm's `adapter_config.json` says. `plan` is what was decided of the `optim` settings that may be `auto`.
+    `revisions` are the commits on the Hub that model and data were loaded at.
     """
 
     recipe: str
     sources: Mapping[str, str]
     adapter: Mapping[str, Any]
     plan: Mapping[str, Any]
+    revisions: Mapping[str, str]
 
 
 def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) -> Path:
@@ -80,7 +82,8 @@ def restore_replaced(folder: Path) -> None:
 def _write(folder: Path, state: RunState, context: Context) -> None:
     for name, arrays in state.trainer.arrays.items():
         _save_arrays(folder / f"{name}{ARRAYS}", arrays)
-    plain = {**state.plain(), "sources": dict(context.sources), "plan": dict(context.plan), "versions": versions()}
+    about = {"sources": context.sources, "plan": context.plan, "revisions": context.revisions}
+    plain = {**state.plain(), **{name: dict(value) for name, value in about.items()}, "versions": versions()}
     (folder / CONFIG).write_text(json.dumps(context.adapter, indent=2) + "\n", encoding="utf-8")
     (folder / STATE).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(context.recipe, encoding="utf-8")
@@ -164,6 +167,7 @@ def load_checkpoint(checkpoint: Path) -> tuple[RunState, Context]:
         sources=plain["sources"],
         adapter=json.loads((checkpoint / CONFIG).read_text(encoding="utf-8")),
         plan=plain["plan"],
+        revisions=plain["revisions"],
     )
     return RunState.of(plain, arrays), context
 

@@ -24,6 +24,7 @@ from grpo.recipe import load_recipe
 from grpo.training.card import model_card
 from grpo.training.checkpoint import RECIPE
 from grpo.training.folder import find_checkpoint, is_run
+from grpo.training.revisions import pinned
 
 Format = Literal["mlx", "peft", "fused"]
 
@@ -49,7 +50,8 @@ def export(run: Path, form: Format, to: Path | None = None, which: str = "newest
         raise UserError(f"{run}: not a run's folder")
     if bits is not None and form != "fused":
         raise UserError(f"--quantize is for --format fused; a {form} adapter goes with the base as it is")
-    checkpoint, cfg = find_checkpoint(run, which), load_recipe(run / RECIPE)
+    checkpoint = find_checkpoint(run, which)
+    cfg = pinned(load_recipe(run / RECIPE), checkpoint)
     folder = to or run / f"export-{form}"
     if folder.exists():
         raise UserError(f"{folder} exists already; name another folder (--to) or delete it")

@@ -20,6 +20,7 @@ from grpo.plugins import find_recipe, locate_reward
 from grpo.recipe import load_recipe, recipe_of
 from grpo.training.checkpoint import RECIPE, STATE, step_of
 from grpo.training.folder import find_checkpoint, is_run
+from grpo.training.revisions import pinned
 from grpo.training.setup import prepare
 from grpo.types import EvalMetrics
 
@@ -66,6 +67,7 @@ def measure(target: str, asked: Asked, overrides: Sequence[str]) -> tuple[EvalMe
     if is_run(folder):
         cfg = _graded(folder / RECIPE, asked, overrides)
         adapter = adapter or find_checkpoint(folder, asked.checkpoint or "newest")
+        cfg = pinned(cfg, adapter) if (adapter / STATE).is_file() else cfg
     elif asked.checkpoint is not None:
         raise UserError(f"--checkpoint is for runs, and {target} is none")
     elif folder.is_dir() or not _is_recipe(target):

@@ -19,6 +19,7 @@ from grpo.training.checkpoint import RECIPE, checkpoints, damage, load_checkpoin
 from grpo.training.completions import read_completions
 from grpo.training.folder import CHECKPOINTS, COMPLETIONS, METRICS, is_run
 from grpo.training.resume import as_planned, changes, context
+from grpo.training.revisions import pinned
 from grpo.training.setup import prepare
 from grpo.training.trainer import Trainer
 from grpo.types import Group, StepMetrics
@@ -49,7 +50,7 @@ def replay(run: Path, step: int) -> Replay:
     if step > (made := _steps_made(run)) + 1:  # the one after the last may be what stopped the run
         raise UserError(f"--step {step}: this run has made {made} of its {cfg.optim.steps} steps")
     whole, _ = newest_whole(run / CHECKPOINTS)
-    trainer = prepare(as_planned(cfg, read_state(whole)["plan"]) if whole else cfg).trainer
+    trainer = prepare(as_planned(pinned(cfg, whole), read_state(whole)["plan"]) if whole else cfg).trainer
     with closing(trainer.scorer):
         return _made(trainer, run, step)
 
@@ -87,7 +88,8 @@ def _begin(trainer: Trainer, run: Path, step: int) -> tuple[int, list[str]]:
         return 0, [f"made again from the start, {step} steps"]
     state, written = load_checkpoint(nearest)
     trainer.load_state(state.trainer)
-    changed = [f"since then changed: {line}" for line in changes(written, context(cfg, written.adapter, written.plan))]
+    now = context(cfg, written.adapter, written.plan, written.revisions)
+    changed = [f"since then changed: {line}" for line in changes(written, now)]
     return state.step, [f"made again from {nearest}", *changed]
 
 

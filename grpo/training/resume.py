@@ -33,6 +33,7 @@ from grpo.training.folder import (
     resumed_folder,
     run_folder,
 )
+from grpo.training.revisions import with_revisions
 from grpo.training.state import RunState
 from grpo.training.trainer import Trainer
 
@@ -49,11 +50,12 @@ class Start:
     overwrite: bool = False
     notes: tuple[str, ...] = ()
     plan: Mapping[str, Any] = field(default_factory=dict)
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def planned(self) -> Recipe:
         """The recipe, with what was decided of it when the run that goes on began."""
-        return as_planned(self.cfg, self.plan)
+        return as_planned(with_revisions(self.cfg, self.revisions), self.plan)
 
     def load(self, trainer: Trainer) -> RunState:
         """The state to start from, which is the trainer's from now on.
@@ -105,7 +107,7 @@ def find_start(
         notes = ["no checkpoint to go on from: begins at step 0"] if resume or changed else []
         return Start(cfg, goes_on=goes_on, overwrite=overwrite, notes=tuple(notes))
     state, written = load_checkpoint(checkpoint)
-    differences = changes(written, context(cfg, written.adapter, written.plan))
+    differences = changes(written, context(cfg, written.adapter, written.plan, written.revisions))
     if differences and not changed:
         listed = "\n".join(f"  {line}" for line in differences)
         raise UserError(f"{checkpoint} was written by another recipe; --resume-changed goes on all the same:\n{listed}")
@@ -113,7 +115,8 @@ def find_start(
         state = replace(state, run_id=_new_id())
     notes += [f"goes on after step {state.step} from {checkpoint}", *(f"changed: {line}" for line in differences)]
     plan = {} if differences else written.plan
-    return Start(cfg, state, checkpoint, goes_on, overwrite, (*notes, *_newer(checkpoint)), plan)
+    notes += _newer(checkpoint)
+    return Start(cfg, state, checkpoint, goes_on, overwrite, tuple(notes), plan, written.revisions)
 
 
 def _check_named(checkpoint: Path) -> None:
@@ -146,12 +149,12 @@ def plan_of(trainer: Trainer) -> dict[str, Any]:
     return {name: getattr(optim, name) for name in ("micro_batch_tokens", "gradient_checkpointing")}
 
 
-def context(cfg: Recipe, adapter: Mapping[str, Any], plan: Mapping[str, Any]) -> Context:
+def context(cfg: Recipe, adapter: Mapping[str, Any], plan: Mapping[str, Any], revisions: Mapping[str, str]) -> Context:
     """What this recipe's checkpoints say about their run."""
     uses = [reward.use for reward in cfg.rewards] + ([cfg.loss.use] if cfg.loss.use else [])
     files = {use: source_file(use) for use in uses}
     sources = {use: hash_of(file) for use, file in files.items() if file is not None and file.is_file()}
-    return Context(recipe_text(cfg), sources, adapter, plan)
+    return Context(recipe_text(cfg), sources, adapter, plan, revisions)
 
 
 def changes(old: Context, new: Context) -> list[str]:

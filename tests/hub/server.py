@@ -361,16 +361,16 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing; `Hub.requests` has it."""
 
 
-_REPO = r"(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
+_NAME = r"(?P<name>[^/]+(?:/[^/]+)?)"
+_REPO = rf"(?P<kind>models|datasets)/{_NAME}"
 _REVISION = r"(?P<revision>[^/]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
-    ("GET", rf"/api/{_REPO}(?:/revision/{_REVISION})?", _Handler._info),
     ("GET", rf"/api/{_REPO}/auth-check", _Handler._auth_check),
     ("GET", rf"/api/{_REPO}/tree/{_REVISION}(?:/(?P<path>.+))?", _Handler._tree),
     ("POST", rf"/api/{_REPO}/paths-info/{_REVISION}", _Handler._paths_info),
     (
         "GET HEAD",
-        rf"/(?:(?P<kind>datasets)/)?(?P<name>[^/]+/[^/]+)/resolve/{_REVISION}/(?P<path>.+)",
+        rf"/(?:(?P<kind>datasets)/)?{_NAME}/resolve/{_REVISION}/(?P<path>.+)",
         _Handler._resolve,
     ),
     ("GET HEAD", r"/cdn/(?P<digest>\w+)", _Handler._cdn),
@@ -381,4 +381,5 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", r"/(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler._lfs_batch),
     ("PUT", r"/lfs/(?P<digest>\w+)", _Handler._lfs_upload),
     ("POST", rf"/api/{_REPO}/commit/{_REVISION}", _Handler._commit),
+    ("GET", rf"/api/{_REPO}(?:/revision/{_REVISION})?", _Handler._info),
 ]

@@ -8,6 +8,7 @@ from grpo.telemetry.jsonl import JsonlLogger
 from grpo.training.completions import read_completions, stored_steps
 from grpo.training.loop import Loop, Outcome
 from grpo.training.resume import context, find_start, plan_of
+from grpo.training.revisions import revisions_of
 from grpo.training.setup import prepare
 from grpo.training.signals import StopRequest
 from grpo.training.trainer import Trainer
@@ -23,7 +24,7 @@ def run(recipe: Path, *overrides: str, change=None, **how) -> Outcome:
         change(trainer, stop)
     begun, checkpoint = start.folder(), start.checkpoint
     with begun as folder:
-        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer))
+        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg))
         loop = Loop(trainer, folder, written, JsonlLogger(folder).log, stop, state, checkpoint)
         del start, state  # as the command does
         return loop.run()

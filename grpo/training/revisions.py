@@ -1,0 +1,41 @@
+"""Which commits on the Hub a run was made from, so that it goes on, and is used, with the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from grpo.backend.hub import Repository, cached_commit
+from grpo.config import DataConfig, ModelConfig, Recipe
+from grpo.data.source import is_local as is_local_data
+from grpo.model.load import is_local as is_local_model
+from grpo.training.checkpoint import read_state
+
+
+def revisions_of(cfg: Recipe) -> dict[str, str]:
+    """The commits that the recipe's model and data were loaded at, by their names on the Hub."""
+    found = {f"model {cfg.model.name}": _model_commit(cfg.model), f"data {cfg.data.source}": _data_commit(cfg.data)}
+    return {name: commit for name, commit in found.items() if commit is not None}
+
+
+def with_revisions(cfg: Recipe, revisions: Mapping[str, str]) -> Recipe:
+    """The recipe with these commits where it names a model or data of theirs without a revision."""
+    model, data = cfg.model, cfg.data
+    if model.revision is None:
+        model = model.model_copy(update={"revision": revisions.get(f"model {model.name}")})
+    if data.revision is None:
+        data = data.model_copy(update={"revision": revisions.get(f"data {data.source}")})
+    return cfg.model_copy(update={"model": model, "data": data})
+
+
+def pinned(cfg: Recipe, checkpoint: Path) -> Recipe:
+    """The recipe with the commits that a checkpoint was trained from."""
+    return with_revisions(cfg, read_state(checkpoint)["revisions"])
+
+
+def _model_commit(cfg: ModelConfig) -> str | None:
+    return None if is_local_model(cfg) else cached_commit(Repository("model", cfg.name, cfg.revision), "config.json")
+
+
+def _data_commit(cfg: DataConfig) -> str | None:
+    return None if is_local_data(cfg) else cached_commit(Repository("dataset", cfg.source, cfg.revision), "README.md")

@@ -69,8 +69,8 @@ class AdapterConfig(Section):
 
 class DataConfig(Section):
     source: str
-    """A .jsonl, .json, .csv or .parquet file, a Hub dataset, or a built-in task: `builtin:arithmetic`, `builtin:countdown`,
-    `builtin:sorting` or `builtin:format`."""
+    """A .jsonl, .json, .csv or .parquet file, a Hub dataset, or a built-in task: `builtin:arithmetic`,
+    `builtin:countdown`, `builtin:sorting` or `builtin:format`."""
     config: str | None = None
     """Configuration of a Hub dataset, such as `main`."""
     revision: str | None = None

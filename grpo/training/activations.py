@@ -1,8 +1,8 @@
 """What an update needs, reckoned from a model's sizes: for where there is no model to measure (`footprint`).
 
-Numbers of the size of an activation, fitted to measurements of Qwen2 and Qwen3 shapes on two CPU cores, with LoRA on every
-linear layer (on fewer, less is kept). Their mean error is 5 %, the largest 27 %; with experts, where the inner layer counts
-as wide as all that a token meets, 35 %. Other architectures keep other things.
+Numbers of the size of an activation, fitted to measurements of Qwen2 and Qwen3 shapes on two CPU cores, with LoRA on
+every linear layer (on fewer, less is kept). Their mean error is 5 %, the largest 27 %; with experts, where the inner
+layer counts as wide as all that a token meets, 35 %. Other architectures keep other things.
 """
 
 from __future__ import annotations

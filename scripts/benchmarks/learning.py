@@ -61,13 +61,13 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the built-in tasks' students by several losses and seeds.")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core")
-    parser.add_argument("--into", type=Path, default=Path("runs/learning"), help="folder of the runs and the results")
+    parser = argparse.ArgumentParser(prog="scripts/learning", description=(__doc__ or "").partition(" `scripts")[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS", help=", ".join(LOSSES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), metavar="SEED", help="at most ten; 0 1 2")
+    parser.add_argument("--steps", type=int, default=40, help="of each run; 40")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core; 1")
+    parser.add_argument("--into", type=Path, default=Path("runs/learning"), help="folder of runs and results")
     return parser.parse_args()
 
 

@@ -45,6 +45,7 @@ class Adapters:
         self.model = model
         self.config = make_trainable(model, cfg, key)
         mx.eval(model.trainable_parameters())
+        self._places = _places(model)
         self.active = POLICY
         self._parked: dict[str, State] = {}
         if cfg.path is not None:
@@ -60,12 +61,14 @@ class Adapters:
     def state(self, name: str | None = None) -> dict[str, mx.array]:
         """The arrays of a state, by their path in the model; of the active one unless named."""
         if name is None or name == self.active:
-            return dict(tree_flatten(self.model.trainable_parameters()))
+            return {path: holder[key] for path, (holder, key) in self._places.items()}
         return dict(self._parked[name])
 
     def load_state(self, state: State) -> None:
         """Replace the arrays of the active state."""
-        self.model.update(tree_unflatten(list(state.items())))
+        for path, array in state.items():
+            holder, key = self._places[path]
+            holder[key] = array
 
     def add(self, name: str, state: State) -> None:
         """Keep a state under a name; one of that name that is not active is replaced."""
@@ -120,7 +123,7 @@ class Adapters:
         fused = [(path, module.fuse()) for path, module in self.model.named_modules() if hasattr(module, "fuse")]
         self.model.update_modules(tree_unflatten(fused))
         mx.eval(self.model.parameters())
-        self._parked = {}
+        self._parked, self._places = {}, _places(self.model)
         return self.model
 
     def delta(self) -> float | None:
@@ -180,6 +183,21 @@ class Adapters:
         if theirs != self.config["lora_parameters"]["scale"]:
             ours = self.config["lora_parameters"]["scale"]
             raise UserError(f"adapter {folder}: was trained with scale {theirs}, and adapter.scale is {ours}")
+
+
+def _places(model: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Where each array that trains is kept: what holds it, and under which key.
+
+    Looked up once, because walking through a model of 28 layers at each switch took 2.5 ms.
+    """
+    return {path: _place(model, path.split(".")) for path, _ in tree_flatten(model.trainable_parameters())}
+
+
+def _place(model: nn.Module, path: list[str]) -> tuple[Any, Any]:
+    holder: Any = model
+    for key in path[:-1]:
+        holder = holder[int(key) if isinstance(holder, list) else key]
+    return holder, int(path[-1]) if isinstance(holder, list) else path[-1]
 
 
 def _ranks(saved: State) -> str:

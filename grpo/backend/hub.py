@@ -161,7 +161,12 @@ def _trouble(error: BaseException) -> str:
         return f"the connection broke off, more than once ({one_line(error)}): try again"
     if status is not None and status >= 500:
         return f"the Hub has trouble of its own ({status}): try again later"
-    return one_line(error)
+    return _said(error)
+
+
+def _said(error: BaseException) -> str:
+    """The Hub's own words, without the address that they were about, or else the error's."""
+    return " ".join((getattr(error, "server_message", None) or "").split())[:300] or one_line(error)
 
 
 def cached_commit(repository: Repository, file: str) -> str | None:
@@ -184,8 +189,8 @@ def send(what: str, put: Callable[[], Fetched]) -> Fetched:
     except (_http().HTTPError, OSError, ValueError, RuntimeError) as error:
         cause = origin(error)
         why = {
-            401: f"there is no token, or a wrong one ({LOG_IN}): {one_line(cause)}",
-            403: f"this token may not write there: {one_line(cause)}",
+            401: f"there is no token, or a wrong one ({LOG_IN})",
+            403: f"this token may not write there: {_said(cause)}",
         }.get(_status(cause) or 0) or _trouble(cause)
     raise UserError(f"{what}: {why}")
 

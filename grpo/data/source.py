@@ -168,16 +168,18 @@ def _offline() -> Iterator[None]:
     logging.set_verbosity(logging.ERROR)  # what it found there is said by us
     try:
         yield
+    except ValueError as error:
+        if "Couldn't find cache" not in str(error):
+            raise
+        raise FileNotFoundError(str(error)) from error
     finally:
         config.HF_HUB_OFFLINE = before
         logging.set_verbosity(said)
 
 
 def _check_cached(rows: Dataset, cfg: DataConfig) -> None:
-    """Raise UserError if these are not the rows of `cfg.revision`: `datasets` gives whatever it cached last."""
+    """Raise OSError if these are not the rows of `cfg.revision`: `datasets` gives whatever it cached last."""
     wanted = cached_commit(Repository("dataset", cfg.source, cfg.revision), "README.md") or cfg.revision
-    if (found := Path(rows.cache_files[0]["filename"]).parent.name) != wanted:
-        raise UserError(
-            f"data {cfg.source}: the Hub does not give revision {cfg.revision!r}, and the cache has {found}; a network "
-            "is needed once"
-        )
+    found = Path(rows.cache_files[0]["filename"]).parent.name
+    if found != wanted:
+        raise FileNotFoundError(f"the cache has only {found}")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,12 +52,21 @@ class Request:
     status: int
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+
 class Hub:
     """A Hub on this machine: what is in it, what goes wrong with it, and what it was asked.
 
         hub.add_model("Qwen/Qwen3-0.6B", folder)        # all files of a folder are the repository; so add_dataset
         hub.failures.append(Failure("GET /cdn/", cut_after=1000, times=1))
-        ran = hub.grpo("train", recipe, "optim.steps=1", HF_TOKEN=READER)   # ran.returncode, .stdout, .stderr
+        ran = hub.grpo("train", recipe, "optim.steps=1", HF_TOKEN=READER)   # ran.code, ran.out, ran.err
         hub.asked("GET .*parquet")                      # what came in
 
     Commands are processes of their own, because the libraries read `environment` when they are imported: it names this
@@ -105,12 +114,23 @@ class Hub:
         """The requests whose line a regular expression is found in, in their order."""
         return [request for request in self.requests if re.search(pattern, request.line)]
 
-    def grpo(self, *args: object, **more: str) -> subprocess.CompletedProcess[str]:
+    def grpo(self, *args: object, **more: str) -> Ran:
         """Run `grpo ARGS` as a process in the folder of `home`, with `more` in its environment."""
-        command = [sys.executable, "-c", "from grpo.cli import main; main()", *map(str, args)]
+        ran = self._process("-c", "from grpo.cli import main; main()", *map(str, args), **more)
+        return Ran(ran.returncode, ran.stdout, ran.stderr)
+
+    def several(self, *commands: Sequence[object], **more: str) -> list[Ran]:
+        """Run several commands in one process, which is quicker. The first word of one may be `HF_TOKEN=…`."""
+        asked = [[str(arg) for arg in args] for args in commands]
+        ran = self._process(str(Path(__file__).with_name("several.py")), stdin=json.dumps(asked), **more)
+        assert ran.returncode == 0, ran.stderr
+        return [Ran(**answer) for answer in json.loads(ran.stdout)]
+
+    def _process(self, *args: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
         self.home.mkdir(exist_ok=True)
+        where, env = self.home.parent, {**self.environment, **more}
         return subprocess.run(
-            command, env={**self.environment, **more}, cwd=self.home.parent, capture_output=True, text=True, timeout=300
+            [sys.executable, *args], input=stdin, env=env, cwd=where, capture_output=True, text=True, timeout=300
         )
 
     def start(self) -> None:

@@ -1,6 +1,6 @@
-"""`builtin:countdown`: make a number from three others with + - *, `Make 16 from 3, 7 and 5.`
+"""`builtin:countdown`: make a number from three others with + - *, `Make 26 from 3, 7 and 5.`
 
-The answer is an expression that uses each number once, `<answer>3*7-5</answer>`. It can be searched for, one form
+The answer is an expression that uses each number once, `<answer>3*7+5</answer>`. It can be searched for, one form
 after the other with its value, or the first form, the sum, can be claimed at once. Held-out numbers are not those of a
 training question in another order, whatever the target.
 """

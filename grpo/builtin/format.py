@@ -1,7 +1,7 @@
 """`builtin:format`: an answer in the tags that are asked for, `Which is larger, 37 or 52? Use <why> and <answer>.`
 
 There is one right text: `<why>37 is below 52</why><answer>52</answer>`. The tags can be those of the question, or those
-of habit, `<think>`, which one question in four asks for. Held-out pairs of numbers are none of the training questions'.
+of habit, `<think>`, which one question in five asks for. Held-out pairs of numbers are none of the training questions'.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import permutations, product
 
 from grpo.builtin.exercise import Exercise, Problem, in_any_order
 
-TAGS = ("think", "why", "plan", "steps")
+TAGS = ("think", "why", "plan", "steps", "notes")
 
 
 def pairs_and_tags() -> Iterable[Problem]:

@@ -89,7 +89,7 @@ def _grpo_step(setting: Setting) -> Side:
 
 def _written(folder: Path, trainer: Any, metrics: StepMetrics) -> dict[str, float]:
     """Seconds of what the loop around the steps writes: a checkpoint, the metrics' line and the completions."""
-    context = Context(dump_recipe(trainer.cfg), {}, trainer.policy.adapters.config, {})
+    context = Context(dump_recipe(trainer.cfg), {}, trainer.policy.adapters.config, {}, {})
     with ExitStack() as stack, (folder / "log").open("w") as log:
         tell = open_loggers(stack, trainer.cfg, folder, Console(file=log), "bench")
         start = time.perf_counter()

@@ -22,7 +22,7 @@ def list_() -> None:
     """Name each bundled recipe and say what it does."""
     for name in bundled_names("recipes", ".yaml"):
         first_line = (bundled("recipes") / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-        print(f"{name:<16} {first_line.lstrip('# ')}")
+        print(f"{name:<20} {first_line.lstrip('# ')}")
 
 
 @app.command("copy")

@@ -19,6 +19,7 @@ ROOMS = [
     "training",
     "telemetry",
     "benchmark",
+    "doctor",
     "cli",
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}

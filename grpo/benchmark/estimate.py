@@ -75,7 +75,7 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
     states = int(cfg.needs_reference and cfg.adapter.has_reference)
     prompt = cfg.data.max_prompt_length
     plan, _ = plan_on(
-        Machine(chip.memory, gpu=True),
+        Machine(chip.memory, gpu=True, cuda=chip.backend == "cuda"),
         cfg,
         model,
         states,

@@ -7,7 +7,9 @@ import sys
 import typer
 
 from grpo import __version__
-from grpo.cli import bench, evaluate, export, generate, recipes, replay, report, rewards, runs, train
+from grpo.backend.device import out_of_memory
+from grpo.backend.hub import one_line
+from grpo.cli import bench, doctor, evaluate, export, generate, recipes, replay, report, rewards, runs, train
 from grpo.errors import RunError, UserError
 
 app = typer.Typer(
@@ -24,6 +26,7 @@ app.command("report")(report.report)
 app.command("runs")(runs.runs)
 app.command("replay")(replay.replay)
 app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(rewards.app, name="rewards")
 app.add_typer(bench.app, name="bench")
@@ -45,6 +48,16 @@ def main() -> None:
         sys.exit(2)
     except RunError as error:
         print(f"grpo: {error}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            f"grpo: out of memory ({one_line(error)}). Whatever else is on the device takes its share; to need less, "
+            "lower optim.micro_batch_tokens (the update) or rollout.max_concurrency (the rollout), or set "
+            "optim.gradient_checkpointing=true or model.quantize=4. The last checkpoint is intact: --resume goes on",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print("grpo: stopped at once", file=sys.stderr)

@@ -34,9 +34,12 @@ def evaluate(
     """
     from rich.console import Console
 
+    from grpo.backend.ranks import Ranks
     from grpo.telemetry.console import before_and_after, single
     from grpo.training.measure import Asked, measure
 
     asked = Asked(data, split, prompt, reward, samples, prompts, adapter, checkpoint)
+    ranks = Ranks.launched()
     before, after = measure(target, asked, overrides or [])
-    Console().print(before_and_after(before, after) if after else single(before))
+    Console(quiet=not ranks.first).print(before_and_after(before, after) if after else single(before))
+    ranks.wait()  # a launcher ends the others, the first one before it has said it, when one is gone

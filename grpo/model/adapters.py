@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from grpo.backend.hub import one_line
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
+from grpo.model.lora import fold
 
 State = Mapping[str, mx.array]
 
@@ -45,8 +46,8 @@ class Adapters:
         self.model = model
         self.config = make_trainable(model, cfg, key)
         mx.eval(model.trainable_parameters())
-        self._places = _places(model)
         self.active = POLICY
+        self._slots = _slots(model)
         self._parked: dict[str, State] = {}
         if cfg.path is not None:
             self.load(Path(cfg.path))
@@ -61,13 +62,13 @@ class Adapters:
     def state(self, name: str | None = None) -> dict[str, mx.array]:
         """The arrays of a state, by their path in the model; of the active one unless named."""
         if name is None or name == self.active:
-            return {path: holder[key] for path, (holder, key) in self._places.items()}
+            return {path: holder[key] for path, (holder, key) in self._slots.items()}
         return dict(self._parked[name])
 
     def load_state(self, state: State) -> None:
         """Replace the arrays of the active state."""
         for path, array in state.items():
-            holder, key = self._places[path]
+            holder, key = self._slots[path]
             holder[key] = array
 
     def add(self, name: str, state: State) -> None:
@@ -123,7 +124,7 @@ class Adapters:
         fused = [(path, module.fuse()) for path, module in self.model.named_modules() if hasattr(module, "fuse")]
         self.model.update_modules(tree_unflatten(fused))
         mx.eval(self.model.parameters())
-        self._parked, self._places = {}, _places(self.model)
+        self._slots, self._parked = {}, {}
         return self.model
 
     def delta(self) -> float | None:
@@ -183,21 +184,6 @@ class Adapters:
         if theirs != self.config["lora_parameters"]["scale"]:
             ours = self.config["lora_parameters"]["scale"]
             raise UserError(f"adapter {folder}: was trained with scale {theirs}, and adapter.scale is {ours}")
-
-
-def _places(model: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Where each array that trains is kept: what holds it, and under which key.
-
-    Looked up once, because walking through a model of 28 layers at each switch took 2.5 ms.
-    """
-    return {path: _place(model, path.split(".")) for path, _ in tree_flatten(model.trainable_parameters())}
-
-
-def _place(model: nn.Module, path: list[str]) -> tuple[Any, Any]:
-    holder: Any = model
-    for key in path[:-1]:
-        holder = holder[int(key) if isinstance(holder, list) else key]
-    return holder, int(path[-1]) if isinstance(holder, list) else path[-1]
 
 
 def _ranks(saved: State) -> str:
@@ -270,6 +256,18 @@ def _mlx_lm_config(model: nn.Module, cfg: AdapterConfig) -> dict[str, Any]:
     return {**config, "lora_parameters": parameters}
 
 
+def _slots(model: nn.Module) -> dict[str, tuple[dict[str, mx.array], str]]:
+    """Where each array that trains is held, by its path: to look for it at every switch would take milliseconds."""
+    held = {}
+    for path, _ in tree_flatten(model.trainable_parameters()):
+        *parents, key = path.split(".")
+        holder: Any = model
+        for name in parents:
+            holder = holder[int(name) if isinstance(holder, list) else name]
+        held[path] = (holder, key)
+    return held
+
+
 def make_trainable(model: nn.Module, cfg: AdapterConfig, key: mx.array) -> dict[str, Any]:
     """Give the model (in place) what trains, with nothing evaluated; returns what mlx-lm's `adapter_config.json` says.
 
@@ -303,6 +301,7 @@ def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None
         linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=dora)
     except ValueError as error:  # experts have no DoRA
         raise UserError(f"adapter.type: {config['fine_tune_type']}: {error}") from None
+    fold(model)
     fresh = tree_flatten(model.trainable_parameters())
     keys = mx.random.split(key, len(fresh))
     drawn = [(path, _redraw(path, array, k)) for (path, array), k in zip(fresh, keys, strict=True)]

@@ -9,7 +9,7 @@ Positions and masks are those of whole sequences, so padding on the right of eit
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -67,11 +67,12 @@ class Continuation:
         """The position of each row's first token: `[B]`."""
         return self._rows.lengths
 
-    def make_mask(self, n: int, window_size: int | None = None, **_: Any) -> mx.array:
-        return self._rows.mask(n, window_size)
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> mx.array:
+        """What each token sees: as booleans where the model asks for an array (to use it itself), or to be added."""
+        return self._rows.mask(n, window_size) if return_array else self._rows.bias(n, window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        prompt_keys, prompt_values = (array[self._rows.index] for array in self._prompt)
+        prompt_keys, prompt_values = (_for_rows(array, self._rows.index) for array in self._prompt)
         return mx.concatenate([prompt_keys, keys], axis=2), mx.concatenate([prompt_values, values], axis=2)
 
     def inputs(self) -> list[mx.array]:
@@ -90,11 +91,20 @@ class Continuation:
 class _Rows:
     """Which prompt each row goes on from, and what it sees."""
 
-    def __init__(self, prompt_lengths: mx.array, index: mx.array, width: int) -> None:
+    def __init__(self, prompt_lengths: mx.array, index: mx.array, width: int, dtype: mx.Dtype) -> None:
         self.index = index
         self.lengths = prompt_lengths[index]
         self._width = width
+        self._dtype = dtype
         self._masks: dict[int | None, mx.array] = {}
+        self._biases: dict[int | None, mx.array] = {}
+
+    def bias(self, n: int, window: int | None) -> mx.array:
+        """The mask as what is added to scores. MLX on CUDA would make it of booleans in every layer, for every head."""
+        if window not in self._biases:
+            nothing, everything = mx.array(0, self._dtype), mx.array(mx.finfo(self._dtype).min, self._dtype)
+            self._biases[window] = mx.where(self.mask(n, window), nothing, everything)
+        return self._biases[window]
 
     def mask(self, n: int, window: int | None) -> mx.array:
         """`[B, 1, n, prompt width + n]` bool: the row's own prompt, and its completion up to each token itself."""
@@ -113,6 +123,27 @@ class _Rows:
         return self._masks[window]
 
 
+def _for_rows(prompts: mx.array, index: mx.array) -> mx.array:
+    """Of `[P, ...]` the one that each row goes on from, `[B, ...]`.
+
+    Indexing moves one element at a time, so these are made as wide as they get. The gradient is a product with the
+    rows' places, one-hot: as that of an indexing it would be scattered, element by element.
+    """
+
+    @mx.custom_function
+    def spread(prompts: mx.array) -> mx.array:
+        if prompts.shape[-1] * prompts.itemsize % mx.uint64.size:
+            return prompts[index]
+        return mx.contiguous(prompts).view(mx.uint64)[index].view(prompts.dtype)
+
+    @spread.vjp
+    def collected(prompts: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        places = (mx.arange(prompts.shape[0])[:, None] == index[None]).astype(cotangent.dtype)
+        return (places @ cotangent.reshape(index.size, -1)).reshape(prompts.shape)
+
+    return cast(mx.array, spread(prompts))
+
+
 def shared_hidden(
     body: Body, layers: int, prompt_ids: mx.array, prompt_lengths: mx.array, index: mx.array, completion_ids: mx.array
 ) -> mx.array:
@@ -124,7 +155,7 @@ def shared_hidden(
     prompts = [PromptKeys() for _ in range(layers)]
     hidden = body(prompt_ids, cache=prompts)
     last = mx.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[index]
-    rows = _Rows(prompt_lengths, index, prompt_ids.shape[1])
+    rows = _Rows(prompt_lengths, index, prompt_ids.shape[1], hidden.dtype)
     own = body(completion_ids, cache=[Continuation(prompt, rows) for prompt in prompts])
     return mx.concatenate([last, own[:, :-1]], axis=1)
 

@@ -8,7 +8,8 @@ from math import comb
 from statistics import fmean
 from typing import Literal
 
-from grpo.backend.random import derive_key, derive_seed
+from grpo.backend.random import derive_seed
+from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
 from grpo.errors import RunError
 from grpo.rollout import RolloutEngine
@@ -24,13 +25,17 @@ class Evaluator:
     """Measures a policy on fixed prompts.
 
     A completion is right when the recipe's first reward gives it 1 or more, and left out when that gives no score.
+    Of several processes each samples and scores its share of the prompts, and all measure the same.
     """
 
-    def __init__(self, cfg: Recipe, tasks: Sequence[Task], engine: RolloutEngine, scorer: Scorer) -> None:
+    def __init__(
+        self, cfg: Recipe, tasks: Sequence[Task], engine: RolloutEngine, scorer: Scorer, ranks: Ranks | None = None
+    ) -> None:
         assert cfg.eval is not None
         self.cfg, self.samples = cfg, cfg.eval.samples
         self.tasks, self.engine, self.scorer = tasks, engine, scorer
         self.grader = next(iter(scorer.rewards))
+        self.ranks = ranks or Ranks()
 
     @property
     def names(self) -> list[str]:
@@ -68,8 +73,11 @@ class Evaluator:
         return [k for k in (2**i for i in range(1, self.samples.bit_length())) if k < self.samples] + [self.samples]
 
     def _sampled(self, n: int, temperature: float) -> list[Group]:
-        key = derive_key(self.cfg.seed, "eval", n)
-        return self.scorer.score(self.engine.rollout(self.tasks, n, temperature, key, logprobs=False))
+        """All groups, scored. A prompt's draws are its own: they depend neither on the shares nor on `eval.prompts`."""
+        mine = self.ranks.share(self.tasks)
+        seeds = [derive_seed(self.cfg.seed, "eval", n, task.index) for task in mine]
+        groups = self.engine.rollout(mine, n, temperature, seeds, logprobs=False) if mine else []
+        return self.ranks.merge(self.scorer.score(groups) if groups else [])
 
     def _graded(self, group: Group) -> list[tuple[Rollout, bool]]:
         """The completions that have a score, and whether they are right."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -44,28 +45,34 @@ class Footprint:
     shares: bool
     checkpointing: bool
 
-    def bytes(self, shape: Shape) -> int:
-        """Of one micro-batch of this shape."""
-        tokens, pairs = _extent(shape, self.shares, self.checkpointing)
-        body = self.token * tokens + self.pair * pairs
+    def bytes(self, shape: Shape, body: float | None = None) -> int:
+        """Of one micro-batch of this shape; `body` is what `measure_body` found of it, if that was asked."""
+        if body is None:
+            tokens, pairs = _extent(shape, self.shares, self.checkpointing)
+            body = self.token * tokens + self.pair * pairs
         projected = shape.rows * shape.length
         copies = min(MOST_COPIES, LOGIT_COPIES * -(-projected // self.chunk))
         head = copies * self.logits * min(self.chunk, projected)
         return int(self.fixed + max(body, KEPT[self.checkpointing] * body + head))
 
 
-def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
-    """The footprint of this policy's gradient, with or without gradient checkpointing."""
-    unit = 128 if on_gpu() else 32
-    shapes = Shape(1, unit, 2, unit), Shape(2, 2 * unit, 4, 2 * unit)
+def measure_body(policy: Policy, checkpointing: bool, shapes: Sequence[Shape]) -> list[float]:
+    """Bytes that the hidden states of micro-batches of these shapes, and their gradients, take at most."""
     gc.collect()  # or what others have left behind would go while this is measured
     former, policy.gradient_checkpointing = policy.gradient_checkpointing, checkpointing
     try:
         _peak(policy, shapes[0])  # kernels and constants that are made once
         # In the middle of a few: what is in flight at once varies with what else the machine does.
-        (first, second) = (statistics.median(_peak(policy, shape) for _ in range(PEEKS)) for shape in shapes)
+        return [statistics.median(_peak(policy, shape) for _ in range(PEEKS)) for shape in shapes]
     finally:
         policy.gradient_checkpointing = former
+
+
+def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
+    """The footprint of this policy's gradient, with or without gradient checkpointing."""
+    unit = 128 if on_gpu() else 32
+    shapes = Shape(1, unit, 2, unit), Shape(2, 2 * unit, 4, 2 * unit)
+    first, second = measure_body(policy, checkpointing, shapes)
     (tokens, pairs), (more_tokens, more_pairs) = (
         _extent(shape, policy.share_prompts, checkpointing) for shape in shapes
     )

@@ -53,7 +53,7 @@ class Loop:
         self.tell, self.stop = tell, stop
         self.cfg = trainer.cfg
         self.state = start
-        self._saved, self._saved_state = checkpoint, start
+        self._saved, self._is_saved = checkpoint, True
         self.ranks = trainer.ranks
         trainer.update.inspect = folder / NOT_FINITE
 
@@ -86,10 +86,13 @@ class Loop:
                 metrics = self.trainer.step(self.state.step + 1)
         except BrokenRewardError as error:
             raise RunError(f"{error}{self._store_failed(error)}") from error
-        self.state = replace(self.state, step=metrics.step, trainer=self.trainer.state())
+        self._move(replace(self.state, step=metrics.step, trainer=self.trainer.state()))
         self.tell(metrics)
         if self.ranks.first:
             self._store(metrics)
+
+    def _move(self, state: RunState) -> None:
+        self.state, self._is_saved = state, False  # a former state that was kept would hold its arrays
 
     def _interrupts(self) -> AbstractContextManager[None]:
         """A block that a stop may leave; of several processes none does so alone, or the others would wait for it."""
@@ -101,15 +104,15 @@ class Loop:
         return nullcontext()
 
     def _evaluate(self) -> None:
-        step, evaluate = self.state.step, self.trainer.evaluate if self.ranks.first else None
+        step, evaluate = self.state.step, self.trainer.evaluate
         if evaluate is None or not self._due(step):
             return
-        with self.stop.interrupts() if self.ranks.size == 1 else nullcontext():
+        with self._interrupts():
             metrics = evaluate(step)
         best = better(self.state.best, metrics, self.cfg.best_metric) if step > 0 else self.state.best
         before = self.state.before or metrics
         improved = best is not self.state.best
-        self.state = replace(self.state, trainer=self.trainer.state(), before=before, after=metrics, best=best)
+        self._move(replace(self.state, trainer=self.trainer.state(), before=before, after=metrics, best=best))
         self.tell(metrics)
         if improved:
             self._save()
@@ -159,12 +162,12 @@ class Loop:
             raise RunError(f"{self._unsaved(error)}. Make room there and go on with --resume.") from error
 
     def _write(self) -> None:
-        if self.state is self._saved_state or self.state.step == 0 or not self.ranks.first:
+        if self._is_saved or self.state.step == 0 or not self.ranks.first:
             return
         restore_folder(self.folder, self.context.recipe)
         keep = self.cfg.checkpoint.keep
         self._saved = save_checkpoint(self.folder / CHECKPOINTS, self.state, self.context, keep)
-        self._saved_state = self.state
+        self._is_saved = True
 
     def _unsaved(self, error: OSError) -> str:
         newest, _ = newest_whole(self.folder / CHECKPOINTS)

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
+from grpo.backend.device import compiled
 from grpo.config import OptimConfig
 from grpo.errors import UserError
 
@@ -67,6 +68,7 @@ class Float32Optimizer:
         rounded = any(array.dtype != mx.float32 for _, array in tree_flatten(parameters))
         self._precise: Any = tree_map(_float32, parameters) if rounded else None
         self._optimizer.init(tree_map(_float32, parameters))
+        self._step = compiled(self._stepped) if cfg.compile else self._stepped  # a kernel an array, not fifteen
 
     @property
     def learning_rate(self) -> Any:
@@ -94,11 +96,17 @@ class Float32Optimizer:
     def update(self, model: nn.Module, gradients: Any) -> None:
         """One step on the model's trainable parameters; the gradients' tree is float32 and of their structure."""
         parameters = model.trainable_parameters()
-        if self._precise is None:
-            model.update(self._optimizer.apply_gradients(gradients, parameters))
-            return
-        self._precise = self._optimizer.apply_gradients(gradients, self._precise)
-        model.update(tree_map(lambda new, old: new.astype(old.dtype), self._precise, parameters))
+        precise = parameters if self._precise is None else self._precise
+        moved, rounded, self._optimizer.state = self._step(gradients, precise, parameters, self._optimizer.state)
+        model.update(rounded)
+        if self._precise is not None:
+            self._precise = moved
+
+    def _stepped(self, gradients: Any, precise: Any, parameters: Any, state: Any) -> tuple[Any, Any, Any]:
+        """What parameters become, rounded and not, and the optimiser's state, as functions of nothing else."""
+        self._optimizer.state = state
+        moved = self._optimizer.apply_gradients(gradients, precise)
+        return moved, tree_map(lambda new, old: new.astype(old.dtype), moved, parameters), self._optimizer.state
 
 
 def _float32(array: mx.array) -> mx.array:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from grpo.backend import cuda
 from grpo.backend.device import memory_bytes, on_gpu
 from grpo.config import OptimConfig, Recipe
 from grpo.errors import UserError
@@ -16,7 +18,7 @@ from grpo.generation.decoding import Decoding
 from grpo.generation.memory import Memory, Need, slots_that_fit
 from grpo.model.policy import Policy
 from grpo.rollout import sampling_of
-from grpo.training.footprint import Footprint, measure_footprint
+from grpo.training.footprint import Footprint, measure_body, measure_footprint
 from grpo.training.optimizer import Float32Optimizer
 from grpo.training.packing import Packing, Shape
 
@@ -25,15 +27,16 @@ FEW_TOKENS = 2_048
 """Below so many tokens at once a GPU is not kept busy; a CPU is with a quarter of them, and with 4,096 at most."""
 FREE = 0.9
 """Of the memory, what may be planned with."""
-MOST_ACTIVATIONS = 3 * 2**30
+MOST_ACTIVATIONS, MOST_ON_CUDA = 3 * 2**30, 12 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan must know of where it will run: bytes of memory, and whether that is a GPU's."""
+    """What a plan must know of where it will run: bytes of memory, whether that is a GPU's, and one of CUDA."""
 
     memory: int
     gpu: bool
+    cuda: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +83,15 @@ def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: t
     What the update needs is measured (`footprint`); the rest is counted. The policy is set to checkpoint as decided.
     Raises UserError for what cannot fit.
     """
-    machine = Machine(memory_bytes(), on_gpu())
+    machine = Machine(memory_bytes(), on_gpu(), cuda.available())
     states = len(policy.adapters.names) - 1
     footprint = partial(measure_footprint, policy)
-    plan, cfg = plan_on(machine, cfg, policy.model, states, decoding, prompt_lengths, footprint)
+
+    def body(checkpointing: bool, shape: Shape) -> float:  # a second to try, and more in flight there than a line knows
+        return measure_body(policy, checkpointing, [shape])[0]
+
+    tried = body if machine.cuda else None
+    plan, cfg = plan_on(machine, cfg, policy.model, states, decoding, prompt_lengths, footprint, tried)
     policy.gradient_checkpointing = plan.checkpointing
     return plan, cfg
 
@@ -96,10 +104,12 @@ def plan_on(
     decoding: Memory,
     prompt_lengths: tuple[int, int],
     footprint: Callable[[bool], Footprint],
+    body: Callable[[bool, Shape], float] | None = None,
 ) -> tuple[Plan, Recipe]:
     """The same on any machine, by a model of which the shapes and dtypes are enough: none of its arrays is computed.
 
-    `states` are the adapter's besides the policy, `footprint` what an update needs without and with checkpointing.
+    `states` are the adapter's besides the policy, `footprint` what an update needs without and with checkpointing, and
+    `body` what a micro-batch was seen to take, where that is to be tried.
     """
     parameters = tree_flatten(model.parameters())
     trained = tree_flatten(model.trainable_parameters())
@@ -117,7 +127,7 @@ def plan_on(
     need = Need(sampled, prompts, longest, length, sampling_of(cfg.rollout).reshaped)
     available = int(FREE * machine.memory) - sum(stays.values())
     slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, available)
-    chosen = _chosen(machine, cfg, footprint, prompt_length)
+    chosen = _chosen(machine, cfg, footprint, body, prompt_length)
     plan = Plan(
         steps=cfg.optim.steps,
         prompts=cfg.rollout.prompts_per_step,
@@ -165,33 +175,42 @@ class _Chosen:
     bytes: int
 
 
-def _chosen(machine: Machine, cfg: Recipe, footprint: Callable[[bool], Footprint], prompt_length: int) -> _Chosen:
+def _chosen(
+    machine: Machine,
+    cfg: Recipe,
+    footprint: Callable[[bool], Footprint],
+    body: Callable[[bool, Shape], float] | None,
+    prompt_length: int,
+) -> _Chosen:
     """What the recipe says, or for `auto` what fits and pays.
 
-    A micro-batch takes an eighth of the memory, up to 3 GB: beyond that a larger one with its layers checkpointed is
-    faster. Layers are checkpointed where that leaves too few tokens to keep the machine busy, or not even the longest
-    row.
+    A micro-batch takes an eighth of the memory, up to `MOST_ACTIVATIONS`: beyond that a larger one with its layers
+    checkpointed is faster. Layers are checkpointed where that leaves too few tokens to keep the machine busy, or not
+    even the longest row. CUDA waits for launches, so there the largest micro-batch comes first.
     """
-    comfortable, few = min(machine.memory // 8, MOST_ACTIVATIONS), FEW_TOKENS if machine.gpu else FEW_TOKENS // 4
-    asked = cfg.optim.gradient_checkpointing
+    comfortable = min(machine.memory // 8, MOST_ON_CUDA if machine.cuda else MOST_ACTIVATIONS)
+    few = FEW_TOKENS if machine.gpu else FEW_TOKENS // 4
+    asked, tokens = cfg.optim.gradient_checkpointing, cfg.optim.micro_batch_tokens
+    ways = (False, True) if asked == "auto" else (bool(asked),)
+    sizes = AUTO_TOKENS[0 if machine.gpu else 2 :] if tokens == "auto" else (tokens,)
+    order = [(way, size) for size in sizes for way in ways] if machine.cuda else list(product(ways, sizes))
+    footprints = {way: footprint(way) for way in ways}
     best: _Chosen | None = None
-    for checkpointing in (False, True) if asked == "auto" else (bool(asked),):
-        needs = footprint(checkpointing)
-        tokens = cfg.optim.micro_batch_tokens
-        sizes = AUTO_TOKENS[0 if machine.gpu else 2 :] if tokens == "auto" else (tokens,)
-        for size in sizes:
-            largest = _largest(cfg, prompt_length, size, machine.gpu)
-            needed = needs.bytes(largest)
-            optim = cfg.optim.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
-            best = _Chosen(optim, size, checkpointing, needed)
-            enough = (
-                asked != "auto"
-                or checkpointing
-                or size >= few
-                or largest.tokens == _largest(cfg, prompt_length, 2 * size, machine.gpu).tokens
-            )
-            if needed <= comfortable and enough:
-                return best
+    for checkpointing, size in order:
+        largest = _largest(cfg, prompt_length, size, machine.gpu)
+        needed = footprints[checkpointing].bytes(largest)
+        if body is not None and needed <= comfortable:
+            needed = footprints[checkpointing].bytes(largest, body(checkpointing, largest))
+        optim = cfg.optim.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
+        best = _Chosen(optim, size, checkpointing, needed)
+        enough = (
+            asked != "auto"
+            or checkpointing
+            or size >= few
+            or largest.tokens == _largest(cfg, prompt_length, 2 * size, machine.gpu).tokens
+        )
+        if needed <= comfortable and enough:
+            return best
     assert best is not None
     return best
 

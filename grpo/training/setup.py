@@ -68,7 +68,7 @@ def prepare(cfg: Recipe) -> Prepared:
     scorer.check(tasks[0].columns)
     evaluator = None
     if cfg.eval is not None:
-        evaluator = Evaluator(cfg, first_tasks(tables[1], eval_renderers[0], cfg.eval.prompts), engine, scorer)
+        evaluator = Evaluator(cfg, first_tasks(tables[1], eval_renderers[0], cfg.eval.prompts), engine, scorer, ranks)
         if cfg.best_metric not in evaluator.names:
             known = ", ".join(evaluator.names)
             raise UserError(f"checkpoint.metric_for_best_model: {cfg.best_metric!r} is not measured; there is {known}")

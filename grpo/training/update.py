@@ -6,9 +6,10 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -71,8 +72,11 @@ class Updater:
         self.inspect: Path | None = None
         self.progress: Progress | None = None
         self.skipped_in_a_row = 0
-        loss_and_grad = nn.value_and_grad(policy.model, self._loss)
-        self._loss_and_grad = compiled(loss_and_grad, policy.model.state) if cfg.optim.compile else loss_and_grad
+        self._loss_and_grad = nn.value_and_grad(policy.model, self._loss)
+        clip = partial(optim.clip_grad_norm, max_norm=cfg.optim.max_grad_norm)
+        compiles = cfg.optim.compile
+        self._accumulate = compiled(self._accumulated, policy.model.state) if compiles else self._accumulated
+        self._clip = compiled(clip) if compiles else clip
 
     def __call__(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
         """`optim.num_iterations` passes of one update for each minibatch; what is returned is over all of them.
@@ -113,7 +117,7 @@ class Updater:
 
     def _apply(self, gradient: Gradient, step: int) -> Update | None:
         """One optimiser step, or None if it was skipped."""
-        clipped, norm = optim.clip_grad_norm(gradient.tree, self.cfg.optim.max_grad_norm)
+        clipped, norm = self._clip(gradient.tree)
         update = Update(gradient.loss, norm.item(), gradient.metrics)
         if not (math.isfinite(update.loss) and math.isfinite(update.grad_norm)):
             self._skip(gradient, update, step)
@@ -152,11 +156,9 @@ class Updater:
         tree = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
         loss, parts, seen = 0.0, [], []
         for batch in batches:
-            (value, (metrics, logprobs)), gradient = self._loss_and_grad(batch.arrays())
-            tree = tree_map(mx.add, tree, gradient)  # in float32
-            del gradient  # or it would be held while the next one is computed
+            tree, value, metrics, logprobs = self._accumulate(tree, batch.arrays())
             mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time
-            loss += value.item()
+            loss += cast(float, value.item())
             parts.append({name: float(metric.item()) for name, metric in metrics.items()})
             seen.append(batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs))
             if self.progress is not None:
@@ -164,6 +166,11 @@ class Updater:
         everyone = self.ranks.gather((loss, parts))
         every_part = [part for _, theirs in everyone for part in theirs]
         return Gradient(self.ranks.sum(tree), sum(one for one, _ in everyone), combine_metrics(every_part), seen)
+
+    def _accumulated(self, tree: Any, arrays: dict[str, mx.array]) -> tuple[Any, mx.array, Any, mx.array]:
+        """The float32 tree with the batch's gradient added, the batch's loss, its metrics and its logprobs."""
+        (value, (metrics, logprobs)), gradient = self._loss_and_grad(arrays)
+        return tree_map(mx.add, tree, gradient), value, metrics, logprobs
 
     def _loss(self, arrays: dict[str, mx.array]) -> tuple[mx.array, tuple[dict[str, mx.array], mx.array]]:
         loss_cfg, batch = self.cfg.loss, SimpleNamespace(**arrays)

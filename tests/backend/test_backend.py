@@ -73,3 +73,17 @@ def test_keys_depend_on_seed_purpose_and_position() -> None:
     keys = [derive_key(*args).tolist() for args in [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a", 1, 2)]]
     assert len({tuple(key) for key in keys}) == 5
     assert mx.array_equal(derive_key(0, "a", 1), derive_key(0, "a", 1))
+
+
+@pytest.mark.parametrize("word", ["memory_size", "total_memory"])
+def test_memory_is_the_gpus_where_there_is_one(monkeypatch, word: str) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "a GPU", word: 24 * 2**30})
+    assert device.memory_bytes() == 24 * 2**30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Metal has a limit of its own")
+def test_batches_on_cuda_are_limited_before_mlx_is_imported_unless_the_user_did() -> None:
+    show = "import grpo, os, sys; assert 'mlx.core' not in sys.modules; print(os.environ['MLX_MAX_MB_PER_BUFFER'])"
+    assert python(show) == device.BATCH_MEGABYTES
+    assert python(show, MLX_MAX_MB_PER_BUFFER="7") == "7"

@@ -315,3 +315,26 @@ def test_generate_refuses_what_would_do_nothing_or_everything(run_cli, arguments
     ran = run_cli("generate", "builtin:arithmetic-student", "hi", *arguments)
     assert ran.code == 2
     assert said in ran.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cudaMallocAsync(&data, size, stream) failed: out of memory",
+        "[METAL] Command buffer execution failed: Insufficient Memory (00000008)",
+        "[metal::malloc] Attempting to allocate 99 bytes which is greater than the maximum allowed.",
+    ],
+)
+def test_too_little_memory_is_said_with_what_to_lower(run_cli, recipe, monkeypatch, words: str) -> None:
+    monkeypatch.setattr(Trainer, "step", lambda *_: (_ for _ in ()).throw(RuntimeError(words)))
+    ran = run_cli("train", recipe)
+    assert ran.code == 1
+    assert "out of memory" in ran.err
+    assert "optim.micro_batch_tokens" in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_another_error_of_ours_keeps_its_traceback(run_cli, recipe, monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_cli("train", recipe)

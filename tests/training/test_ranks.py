@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import test_update
+from training.runs import run, timeless
 
 from grpo.backend.ranks import Ranks
 from grpo.errors import UserError
@@ -101,6 +102,45 @@ def test_one_that_is_asked_to_stop_stops_them_all_and_they_go_on_together(recipe
     assert steps == [1, 2, 3, 4]
     evaluated = [json.loads(line)["step"] for line in Path("runs/toy/eval.jsonl").read_text().splitlines()]
     assert evaluated == [0, 3, 4]
+
+
+SHARES = """
+from pathlib import Path
+from grpo.backend.ranks import Ranks
+from grpo.rollout import RolloutEngine
+rollout = RolloutEngine.rollout
+def noted(self, tasks, n, temperature, draws, logprobs=True):
+    if not logprobs:
+        with Path(f"asked-{Ranks.launched().rank}").open("a") as file:
+            print([task.index for task in tasks], file=file)
+    return rollout(self, tasks, n, temperature, draws, logprobs)
+RolloutEngine.rollout = noted
+from grpo.cli import main; main()
+"""
+
+
+def test_two_processes_measure_what_one_does_each_its_share(recipe) -> None:
+    held_out = ["eval.source=train.jsonl", "eval.split=train", "eval.prompts=3", "eval.samples=4"]
+    settings = ["optim.steps=1", "rollout.max_completion_length=12", *held_out]
+    ran = launch(2, "-c", SHARES, "train", recipe, "output_dir=runs/two", *settings)
+    assert "finished after step 1" in ran.stdout, ran.stdout + ran.stderr
+    assert ran.stdout.count("eval at step 0") == 1
+    assert Path("asked-0").read_text().splitlines() == ["[0, 2]"] * 4  # greedy and sampled, before and after
+    assert Path("asked-1").read_text().splitlines() == ["[1]"] * 4
+    run(recipe, "output_dir=runs/one", *settings)
+    one, two = (timeless(Path(f"runs/{name}/eval.jsonl")) for name in ("one", "two"))
+    assert one[0] == two[0]
+    assert [line["step"] for line in two] == [0, 1]
+    assert one[0]["n"] == 3
+
+
+def test_eval_by_two_processes_is_that_of_one_and_said_once(recipe, run_cli) -> None:
+    """Of a single prompt: the second process has none."""
+    settings = ["--data", "train.jsonl", "--samples", "4", "--prompts", "1"]
+    ran = launch(2, "-c", "from grpo.cli import main; main()", "eval", recipe, *settings)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "by digits, n=1" in ran.stdout
+    assert ran.stdout == run_cli("eval", recipe, *settings).out
 
 
 class Two(Ranks):

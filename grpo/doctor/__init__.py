@@ -1,0 +1,1 @@
+"""What `grpo doctor` looks at: the machine, the packages, the services and the folders that a run needs."""

@@ -1,0 +1,69 @@
+"""Which versions are installed, and what is known to be wrong with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.benchmark import report
+from grpo.doctor.finding import Finding
+
+Installed = Callable[[], Mapping[str, str]]
+"""Asks for versions by the names of distributions."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBad:
+    """A package that does not do before the version `below`, and why."""
+
+    package: str
+    below: str
+    why: str
+
+
+KNOWN_BAD = (
+    KnownBad("mlx", "0.32.2", "mx.fast.rope is wrong for batched decoding in older ones"),
+    KnownBad("mlx-lm", "0.32", "grpo reads models and writes adapters as from then on"),
+)
+"""The one place for versions that do not do; pyproject.toml keeps pip from most of them, and says no more."""
+
+BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
+"""Distributions that bring MLX's library. They write the same files, and the last one installed wins."""
+
+
+def versions(installed: Installed = report.versions) -> Finding:
+    """Python and the packages that numbers depend on."""
+    found = installed()
+    text = ", ".join(f"{name} {version}" for name, version in found.items())
+    if missing := [bad.package for bad in KNOWN_BAD if bad.package not in found]:
+        return Finding("versions", "fail", f"not installed: {', '.join(missing)} ({text})", "pip install grpo-mlx")
+    wrong = [bad for bad in KNOWN_BAD if numbers(found[bad.package]) < numbers(bad.below)]
+    if wrong:
+        said = "; ".join(f"{bad.package} {found[bad.package]}: {bad.why}" for bad in wrong)
+        wanted = " ".join(f"'{bad.package}>={bad.below}'" for bad in wrong)
+        return Finding("versions", "fail", f"{said} ({text})", f"pip install --upgrade {wanted}")
+    return Finding("versions", "ok", text)
+
+
+def backends(installed: Installed = report.versions) -> Finding:
+    """Whether exactly one package brings MLX's library, and that of MLX's own version."""
+    found = installed()
+    there = {name: found[name] for name in BACKENDS if name in found}
+    said = " and ".join(f"{name} {version}" for name, version in there.items())
+    again = f"pip uninstall -y {' '.join(['mlx', *there])}, then install grpo-mlx with one of [cpu], [cuda12], [cuda13]"
+    if len(there) > 1:
+        return Finding("backends", "fail", f"{said} are installed over each other: they write the same files", again)
+    if not there:
+        text = "no package brings MLX's library: right only where MLX was built from source"
+        return Finding("backends", "warn", text, "pip install 'grpo-mlx[cpu]', or [cuda12], [cuda13]")
+    if set(there.values()) != {found.get("mlx")}:
+        return Finding("backends", "fail", f"{said} is not of the version of mlx, {found.get('mlx')}", again)
+    return Finding("backends", "ok", said)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, to compare: `0.32.2.dev1+abc` is (0, 32, 2)."""
+    match: Any = re.match(r"[\d.]*", version)
+    return tuple(int(part) for part in match.group().split(".") if part)

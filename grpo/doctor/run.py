@@ -1,0 +1,57 @@
+"""All checks in their order, and how they are told."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+
+from grpo import __version__
+from grpo.backend.hub import one_line
+from grpo.doctor.agreement import parity
+from grpo.doctor.finding import Finding, without_secrets
+from grpo.doctor.machine import blas, compiler, device, sandbox, wired_limit
+from grpo.doctor.packages import backends, versions
+from grpo.doctor.places import grpo_cache, hub_cache, recipes, runs_folder
+from grpo.doctor.services import hub, hub_token, wandb
+
+Check = Callable[[], Finding]
+
+CHECKS: tuple[Check, ...] = (
+    *(versions, backends),
+    *(device, wired_limit, blas, compiler, parity, sandbox),
+    *(recipes, runs_folder, grpo_cache, hub_cache),
+    *(hub, hub_token, wandb),
+)
+"""Each is a function without required arguments; those that it has stand for what it asks, so that a test can answer.
+
+What MLX is installed as comes before what MLX says.
+"""
+
+
+def examine(checks: Iterable[Check]) -> Iterator[Finding]:
+    """What each check finds. One that breaks has failed, and says by what."""
+    for check in checks:
+        try:
+            finding = check()
+        except Exception as error:
+            text = f"the check itself broke: {type(error).__name__}: {one_line(error)}"
+            finding = Finding(check.__name__.replace("_", " "), "fail", text, "report it, with `grpo doctor --json`")
+        yield replace(finding, text=without_secrets(finding.text), remedy=without_secrets(finding.remedy))
+
+
+def report(checks: Iterable[Check], as_json: bool) -> int:
+    """Print a line for each check as it is done, or all of them as one JSON object. Returns the exit code."""
+    out, findings = sys.stdout, []
+    with redirect_stdout(sys.stderr):  # what libraries print is not ours to tell
+        for finding in examine(checks):
+            findings.append(finding)
+            if not as_json:
+                print(finding.line(), file=out, flush=True)
+    failed = any(finding.status == "fail" for finding in findings)
+    if as_json:
+        document = {"grpo": __version__, "ok": not failed, "findings": [asdict(finding) for finding in findings]}
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+    return int(failed)

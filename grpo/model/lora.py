@@ -1,0 +1,49 @@
+"""mlx-lm's LoRA layer, computed in fewer passes over memory: y = x W + s x A B.
+
+Its own code multiplies by the scale and adds, forward and backward, in arrays as large as the layer's output. On a GPU
+that took as long as the products themselves. Here scale and sum are part of the product before them.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.lora import LoRALinear
+
+
+class FoldedLoRALinear(LoRALinear):  # type: ignore[misc]  # untyped
+    """A `LoRALinear` without dropout over a base that does not train. Parameters and files are mlx-lm's."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """`[..., in]` to `[..., out]`, in the dtype of `x`."""
+        flat = x.reshape(-1, x.shape[-1])
+        out = _folded(self.linear, self.scale, flat, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype))
+        return out.reshape(*x.shape[:-1], -1)
+
+
+def _folded(base: nn.Module, scale: float, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    @mx.custom_function
+    def layer(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        low = x @ a
+        return mx.addmm(base(x), low, b, alpha=scale), low
+
+    @layer.vjp
+    def backward(
+        primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        (x, a, b), (dy, _), (_, low) = primals, cotangents, outputs
+        _, (dx,) = mx.vjp(base, [x], [dy])
+        dlow = dy @ b.T
+        return mx.addmm(dx, dlow, a.T, alpha=scale), scale * (x.T @ dlow), scale * (low.T @ dy)
+
+    y, _ = cast(tuple[mx.array, mx.array], layer(x, a, b))
+    return y
+
+
+def fold(model: nn.Module) -> None:
+    """Have every LoRA layer over a linear one, none of which may have dropout, compute so."""
+    for module in model.modules():
+        if type(module) is LoRALinear:
+            module.__class__ = FoldedLoRALinear

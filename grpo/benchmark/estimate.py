@@ -1,7 +1,7 @@
 """What a recipe takes on a machine that is not at hand: memory by the plan, time by the machine's limits.
 
-Every prompt and completion counts at its longest, dynamic sampling as once, and rewards as no time. On CUDA MLX holds
-more of a compiled update than the plan says: three times as much was measured (RESULTS.md).
+Every prompt and completion counts at its longest, dynamic sampling as once, and rewards as no time. On CUDA more is in
+flight than what is counted here: up to three times as much was measured (RESULTS.md).
 """
 
 from __future__ import annotations

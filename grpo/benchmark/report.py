@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -10,15 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grpo import __version__
 from grpo.backend.device import describe
 from grpo.benchmark.bounds import bounds_for, require_bounds
 from grpo.benchmark.protocol import CONFIDENCE, Row, interval
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.verdicts import Verdict, judge
+from grpo.benchmark.versions import versions
 from grpo.errors import RunError
-
-PACKAGES = ("mlx", "mlx-lm", "mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mkl", "numpy", "mlx-lm-lora", "trl")
 
 LEGEND = (
     "mean ± sd of the runs after the cold one; spread: (max - min) / mean; "
@@ -67,17 +64,6 @@ def lines(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[str]:
 def machine() -> str:
     """The machine in one line."""
     return f"{platform.system()} {platform.machine()}, {describe()}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the measurements depend on, of the packages that are installed."""
-    found = {"python": platform.python_version(), "grpo": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def document(benchmark: str, setting: Setting, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, Any]:

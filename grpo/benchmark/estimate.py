@@ -16,10 +16,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from grpo.backend.hub import one_line
+from grpo.backend.hub import Repository, fetch, one_line
 from grpo.benchmark.machines import CHIPS, Chip
-from grpo.config import Recipe
-from grpo.errors import UserError
+from grpo.config import ModelConfig, Recipe
+from grpo.errors import TooLargeError, UserError
 from grpo.generation.attention import Attention, FusedRowAttention
 from grpo.generation.buffers import CacheShape
 from grpo.generation.cuda_attention import CudaAttention
@@ -61,18 +61,18 @@ def estimates(cfg: Recipe) -> list[str]:
 def _line(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> str:
     try:
         return estimate(chip, cfg, config).line()
-    except UserError:  # from the plan: what cannot fit
+    except TooLargeError:
         return f"{chip.name:<14}does not fit"
 
 
 def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
-    """Of one recipe on one machine. Raises UserError for what cannot fit."""
+    """Of one recipe on one machine. Raises TooLargeError for what cannot fit."""
     dtype = None if cfg.model.dtype == "auto" else getattr(mx, cfg.model.dtype)
     if cfg.model.quantize is not None:
         config = {**config, "quantization": {"group_size": 64, "bits": cfg.model.quantize}}
     model = outline(config, cfg.adapter, dtype)
     costs = costs_of(model)
-    states = int(cfg.needs_reference and cfg.adapter.has_reference)
+    states = int(cfg.needs_reference or cfg.adapter.type != "full")  # the reference
     prompt = cfg.data.max_prompt_length
     plan, _ = plan_on(
         Machine(chip.memory, gpu=True, cuda=chip.backend == "cuda"),
@@ -126,15 +126,21 @@ def model_config(cfg: Recipe) -> dict[str, Any]:
     if cfg.model.name.startswith("builtin:"):
         raise UserError(f"model {cfg.model.name} is made where it is used: `grpo train ... --dry-run` has its plan")
     file = Path(cfg.model.name).expanduser() / "config.json"
+    file = file if file.is_file() else _fetched(cfg.model)
     try:
-        if not file.is_file():
-            from huggingface_hub import hf_hub_download
-
-            file = Path(hf_hub_download(cfg.model.name, "config.json", revision=cfg.model.revision))
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the Hub's libraries raise many kinds, and all of them mean this file
-        raise UserError(f"model {cfg.model.name}: its config.json cannot be had: {one_line(error)}") from error
+    except ValueError as error:
+        raise UserError(f"model {cfg.model.name}: its config.json is not JSON: {one_line(error)}") from error
     return config
+
+
+def _fetched(model: ModelConfig) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    def download(cached: bool) -> str:
+        return hf_hub_download(model.name, "config.json", revision=model.revision, local_files_only=cached)
+
+    return Path(fetch(Repository("model", model.name, model.revision), download))
 
 
 def _time(seconds: float) -> str:

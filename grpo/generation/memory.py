@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from grpo.errors import UserError
+from grpo.errors import TooLargeError
 
 LOGITS_HELD, FILTERED_HELD = 4, 12
 """Copies of a step's logits, in fp32, that sampling holds at once at the most: without filters and with."""
@@ -44,7 +44,7 @@ class Need:
 def slots_that_fit(decoding: Memory, need: Need, slots: int, available: int) -> int:
     """The largest number of slots, up to `slots`, that `available` bytes hold.
 
-    Raises UserError, with the numbers, where not even one fits.
+    Raises TooLargeError, with the numbers, where not even one fits.
     """
     low, high = 0, min(slots, need.rows)
     while low < high:
@@ -52,7 +52,7 @@ def slots_that_fit(decoding: Memory, need: Need, slots: int, available: int) -> 
         low, high = (middle, high) if need.bytes(decoding, middle) <= available else (low, middle - 1)
     if low == 0:
         one, left = need.bytes(decoding, 1) / 2**30, max(0, available) / 2**30
-        raise UserError(
+        raise TooLargeError(
             f"one completion of {need.completion_length} tokens after a prompt of {need.prompt_length} needs "
             f"{one:.1f} GB for its keys and values, and {left:.1f} GB are left beside the model: shorten "
             "rollout.max_completion_length or data.max_prompt_length, or take a smaller or quantised model"

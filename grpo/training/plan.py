@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from grpo.backend import cuda
 from grpo.backend.device import memory_bytes, on_gpu
 from grpo.config import OptimConfig, Recipe
-from grpo.errors import UserError
+from grpo.errors import TooLargeError
 from grpo.generation.decoding import Decoding
 from grpo.generation.memory import Memory, Need, slots_that_fit
 from grpo.model.policy import Policy
@@ -81,7 +81,7 @@ def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: t
     `prompt_lengths` are the most tokens of a prompt in training, and in training or evaluation.
 
     What the update needs is measured (`footprint`); the rest is counted. The policy is set to checkpoint as decided.
-    Raises UserError for what cannot fit.
+    Raises TooLargeError for what cannot fit.
     """
     machine = Machine(memory_bytes(), on_gpu(), cuda.available())
     states = len(policy.adapters.names) - 1
@@ -148,7 +148,7 @@ def plan_on(
         checkpointing=chosen.checkpointing,
     )
     if plan.total > machine.memory:
-        raise UserError(
+        raise TooLargeError(
             f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantised model (model.quantize), shorter "
             "completions, fewer slots (rollout.max_concurrency) or optim.gradient_checkpointing=true would help"
         )

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from conftest import make_model
 
+from grpo.backend import cuda
+from grpo.backend.device import on_gpu
 from grpo.benchmark.estimate import estimate, estimates, model_config
 from grpo.benchmark.machines import CHIPS
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
+from grpo.generation.choice import find_decoding
 from grpo.model.adapters import Adapters
 from grpo.model.known import CONFIGS
-from grpo.model.outline import costs_of, costs_of_config
+from grpo.model.load import load
+from grpo.model.outline import costs_of, costs_of_config, outline
 from grpo.model.policy import Policy
 from grpo.plugins import bundled
 from grpo.recipe import load_recipe, recipe_of
 from grpo.training.activations import reckoned_footprint
 from grpo.training.footprint import measure_footprint
 from grpo.training.packing import Shape
+from grpo.training.plan import Machine, make_plan, plan_on
 
 H200 = CHIPS[0]
 RECIPES = sorted(bundled("recipes").glob("*.yaml"))
@@ -73,6 +80,20 @@ def test_a_reckoned_footprint_is_near_the_measured_one(kind: str, checkpointing:
     assert reckoned.bytes(shape) == pytest.approx(measured.bytes(shape), rel=off)
 
 
+def test_the_plan_of_an_outline_is_that_of_the_model(toy_folder: Path) -> None:
+    cfg = recipe(str(toy_folder), adapter={"rank": 4})
+    model, _ = load(cfg.model)
+    adapters = Adapters(model, cfg.adapter, mx.random.key(0))
+    decoding = find_decoding(model)
+    real, _ = make_plan(cfg, Policy(model, adapters, 1.0), decoding, (64, 64))
+    drawn = outline(model_config(cfg), cfg.adapter, mx.float32)
+    reckon = partial(reckoned_footprint, costs_of(drawn), fused=False)
+    there = Machine(real.memory, on_gpu(), cuda.available())
+    reckoned, _ = plan_on(there, cfg, drawn, 1, decoding, (64, 64), reckon)
+    update = {"phases": {**real.phases, "update": reckoned.phases["update"]}, "micro_batch": reckoned.micro_batch}
+    assert reckoned == replace(real, **update)
+
+
 def test_the_time_is_the_limits_and_what_was_measured_lies_in_its_span() -> None:
     found = estimate(H200, recipe(), CONFIGS["Qwen/Qwen3-0.6B"])
     assert H200.reached is not None
@@ -109,6 +130,12 @@ def test_the_command_reads_a_models_own_config(run_cli, recipe: Path) -> None:
     ran = run_cli("recipes", "costs", recipe, "optim.steps=20")
     assert ran.code == 0, ran.err
     assert [line.split("  ")[0] for line in ran.out.splitlines()] == [chip.name for chip in CHIPS]
+
+
+def test_a_mistake_is_not_taken_for_too_little_memory(run_cli) -> None:
+    wrong = run_cli("recipes", "costs", "qwen3-math", "adapter.targets=[self_attn.z_proj]")
+    assert wrong.code == 2
+    assert "z_proj" in wrong.err
 
 
 def test_a_model_without_a_config_is_named() -> None:

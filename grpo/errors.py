@@ -5,5 +5,9 @@ class UserError(Exception):
     """What was asked for cannot be done as written: a recipe, a path, a dataset. Exit code 2."""
 
 
+class TooLargeError(UserError):
+    """It would need more memory than there is."""
+
+
 class RunError(Exception):
     """A run that had started cannot go on, and why. Exit code 1."""

@@ -39,17 +39,16 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if _is_file(path):
         return path
-    inside = bundled("recipes") / f"{path.stem}.yaml"
-    if _is_file(inside) and path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml"):
+    stem = path.name.removesuffix(".yaml")  # a name may have a dot of its own
+    inside = bundled("recipes") / f"{stem}.yaml"
+    if _is_file(inside) and path.parent in (Path(), Path("recipes")):
         return inside
     if name and _is_file(path / "recipe.yaml"):
         raise UserError(
             f"{name} is a folder; its recipe is {path / 'recipe.yaml'}: name that (--resume goes on with it)"
         )
     known = bundled_names("recipes", ".yaml")
-    raise UserError(
-        f"{name or '(empty)'}: there is no such recipe.{_suggest(path.stem, known)} Bundled: {', '.join(known)}"
-    )
+    raise UserError(f"{name or '(empty)'}: there is no such recipe.{_suggest(stem, known)} Bundled: {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True)

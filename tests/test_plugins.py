@@ -50,6 +50,12 @@ def test_bundled_recipes_by_name(name: str, tmp_path: Path, monkeypatch: pytest.
     assert find_recipe(name) == bundled("recipes") / "quickstart.yaml"
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-gsm8k-lora", "qwen2.5-gsm8k-lora.yaml"])
+def test_a_bundled_recipe_with_a_dot_in_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe(name) == bundled("recipes") / "qwen2.5-gsm8k-lora.yaml"
+
+
 def test_an_unknown_recipe() -> None:
     with pytest.raises(UserError, match=r"Did you mean 'quickstart'\?"):
         find_recipe("quikstart")

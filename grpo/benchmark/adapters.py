@@ -1,35 +1,35 @@
-"""`grpo bench adapter`: what switching to another state of the adapter costs, and the first token after it."""
+"""`grpo bench adapter`: loading an adapter, switching to another, merging one, and the first token after a switch."""
 
 from __future__ import annotations
 
 import time
-from typing import Any, cast
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
-from grpo.backend.device import setup
 from grpo.backend.random import derive_key
-from grpo.benchmark.models import NoTokenizer, make_model
-from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.models import RANK, base_model, trained_adapters
+from grpo.benchmark.protocol import Row, Side, Values, alternate, milliseconds
+from grpo.benchmark.rollout import requests_of, untold
+from grpo.benchmark.setting import Setting
 from grpo.config import AdapterConfig
-from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
-from grpo.model.adapters import POLICY, REFERENCE, Adapters
+from grpo.model.adapters import REFERENCE, Adapters
 
 
-def switch_costs(shape: str, prompt_length: int, runs: int) -> list[Row]:
-    """One token after a prompt with the adapter as it was, and just after a switch; and the switch itself."""
-    setup()
-    model = make_model(shape, rank=None)
-    adapters = Adapters(model, AdapterConfig(), mx.random.key(0))
-    adapters.load_state({path: array + 0.01 for path, array in adapters.state().items()})
-    generator = Generator(model, cast("Any", NoTokenizer()), slots=1)
-    requests = [Request(list(range(1, prompt_length + 1)), 1)]
+def adapter_costs(setting: Setting) -> list[Row]:
+    """The first token after a prompt, with the adapter as it was and just after a switch; then load and merge."""
+    return [*_switches(setting), *_loads(setting)]
+
+
+def _switches(setting: Setting) -> list[Row]:
+    model = base_model(setting)
+    adapters = trained_adapters(model)
+    generator, requests = untold(model, setting.rows), requests_of(setting, model)
 
     def first_token() -> float:
-        start = time.perf_counter()
-        generator.generate(requests, Sampling(max_tokens=1), derive_key(0, "draw"))
-        return 1e3 * (time.perf_counter() - start)
+        return milliseconds(lambda: generator.generate(requests, Sampling(max_tokens=1), derive_key(0, "draw")))
 
     def switched() -> Values:
         start = time.perf_counter()
@@ -37,6 +37,19 @@ def switch_costs(shape: str, prompt_length: int, runs: int) -> list[Row]:
             spent = 1e3 * (time.perf_counter() - start)
             return {"ms": first_token(), "ms switch": spent}
 
-    assert adapters.active == POLICY
     sides = [Side("same adapter", lambda: {"ms": first_token()}), Side("after a switch", switched)]
-    return alternate(f"{shape} first token", sides, runs)
+    return alternate(f"first token, {setting}", sides, setting.runs)
+
+
+def _loads(setting: Setting) -> list[Row]:
+    """Giving a model the layers of a saved adapter and its arrays, and merging them into the weights."""
+    with TemporaryDirectory() as folder:
+        trained_adapters(base_model(setting)).save(Path(folder))
+
+        def run() -> Values:
+            model, made = base_model(setting), []
+            cfg = AdapterConfig(rank=RANK, path=folder)
+            loaded = milliseconds(lambda: made.append(Adapters(model, cfg, mx.random.key(0))))
+            return {"ms load": loaded, "ms merge": milliseconds(made[0].merge)}
+
+        return alternate(f"load and merge, {setting.model or setting.shape}", [Side("adapter", run)], setting.runs)

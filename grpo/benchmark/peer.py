@@ -6,21 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from grpo.backend import blas
+from grpo.benchmark.models import model_for
 from grpo.benchmark.protocol import Row, Side, Values, alternate
-from grpo.benchmark.rollout import Load, mlx_lm_batched, model_for, ours
+from grpo.benchmark.rollout import mlx_lm_batched, ours
+from grpo.benchmark.setting import Setting
 from grpo.errors import RunError, UserError
 
 
 class WheelPeer:
     """A process that generates with mlx-lm whenever it is asked, without the BLAS that grpo loads."""
 
-    def __init__(self, shape: str, load: Load, lora: bool) -> None:
-        numbers = [load.prompts, load.completions, load.prompt_length, load.completion_length, int(lora)]
+    def __init__(self, setting: Setting) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "grpo.benchmark.peer", shape, *map(str, numbers)],
+            [sys.executable, "-m", "grpo.benchmark.peer", json.dumps(asdict(setting))],
             env={**os.environ, "GRPO_BLAS": "off"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -44,27 +46,25 @@ class WheelPeer:
         return {unit: float(value) for unit, value in values.items()}
 
 
-def against_wheel(shape: str, load: Load, lora: bool, runs: int) -> list[Row]:
+def against_wheel(setting: Setting) -> list[Row]:
     """This generator with the BLAS that grpo loads against mlx-lm with that of MLX's wheel, in turns.
 
     Raises UserError where grpo has loaded none: there would be nothing to tell apart.
     """
     if not blas.loaded():
         raise UserError(f"--wheel-blas would change nothing here: the BLAS is {blas.describe()}")
-    here = ours(model_for(shape, lora), load)
-    peer = WheelPeer(shape, load, lora)
+    here = ours(model_for(setting), setting)
+    peer = WheelPeer(setting)
     try:
-        return alternate(f"{shape} {load}", [peer.side(), here], runs)
+        return alternate(str(setting), [peer.side(), here], setting.runs)
     finally:
         peer.close()
 
 
 def main() -> None:
     """One line of measurements for each line of input."""
-    shape, *numbers = sys.argv[1:]
-    *sizes, lora = map(int, numbers)
-    load = Load(*sizes)
-    side = mlx_lm_batched(model_for(shape, bool(lora)), load)
+    setting = Setting(**json.loads(sys.argv[1]))
+    side = mlx_lm_batched(model_for(setting), setting)
     for _ in sys.stdin:
         print(json.dumps(side.run()), flush=True)
 

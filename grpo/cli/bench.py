@@ -1,16 +1,20 @@
-"""`grpo bench`."""
+"""`grpo bench`: a command for each benchmark. What most of them can be told is written down once, in `OPTIONS`."""
 
-from __future__ import annotations
-
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Measure this machine: sides take turns in one process, and ratios count.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from grpo.benchmark.protocol import Row
+    from grpo.benchmark.setting import Setting
 
-Shape = Annotated[str, typer.Option(help="The model's shape, with random weights: qwen3-1m, qwen3-25m, qwen3-0.6b.")]
-Runs = Annotated[int, typer.Option(min=1, help="Runs of each side, after one warm-up.")]
+Rows = Sequence["Row"]
+Measure = Callable[..., Rows]
+
+app = typer.Typer(help="Measure this machine: sides take turns in one process, and ratios count.", no_args_is_help=True)
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -20,131 +24,172 @@ def _writable(path: Path | None) -> Path | None:
     return path
 
 
+OPTIONS: dict[str, Any] = {
+    "shape": Annotated[str, typer.Option(help="Random weights of this shape: qwen3-1m, qwen3-0.6b, qwen3-moe-2m, …")],
+    "model": Annotated[str | None, typer.Option(help="A real model instead: a Hub repository, folder or built-in.")],
+    "lora": Annotated[bool, typer.Option(help="LoRA of rank 16 on every linear layer.")],
+    "prompts": Annotated[int, typer.Option(min=1)],
+    "completions": Annotated[int, typer.Option(min=1, help="Of each prompt.")],
+    "prompt_length": Annotated[int, typer.Option(min=1, help="In tokens.")],
+    "completion_length": Annotated[int, typer.Option(min=1, help="In tokens.")],
+    "runs": Annotated[int, typer.Option(min=1, help="Runs of each side, after one warm-up.")],
+}
+"""A `Setting`'s fields, as a command takes them that gives them a default."""
+COMMON = {"shape": "qwen3-1m", "model": None, "runs": 5}
+LOAD = {"prompts": 8, "completions": 8, "prompt_length": 128, "completion_length": 128}
+
 Json = Annotated[
-    Path | None,
-    typer.Option("--json", callback=_writable, help="Write machine, versions and rows to this file."),
+    Path | None, typer.Option("--json", callback=_writable, help="Write machine, versions and rows to this file.")
 ]
-
-Prompts = Annotated[int, typer.Option(min=1)]
-Completions = Annotated[int, typer.Option(min=1, help="Of each prompt.")]
-Length = Annotated[int, typer.Option(min=1, help="In tokens.")]
-Lora = Annotated[bool, typer.Option(help="LoRA of rank 16 on every linear layer.")]
+Check = Annotated[bool, typer.Option("--check", help="Exit with 1, naming what fell short, if a bound does not hold.")]
 
 
-@app.command()
+def command(**defaults: Any) -> Callable[[Measure], Measure]:
+    """Make a measuring function of a `Setting` a command that has these of its fields, and its own other options."""
+    defaults = {**COMMON, **defaults}
+
+    def register(measure: Measure) -> Measure:
+        def run(json: Path | None, check: bool, **given: Any) -> None:
+            from grpo.benchmark.report import report
+            from grpo.benchmark.setting import Setting
+
+            setting = Setting(**{name: given.pop(name) for name in defaults})
+            report(measure.__name__, setting, lambda: measure(setting, **given), json, check)
+
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(inspect.signature(measure).parameters.values())[1:]]
+        shared = [_parameter(name, OPTIONS[name], default) for name, default in defaults.items()]
+        end = [_parameter("json", Json, None), _parameter("check", Check, False)]
+        vars(run)["__signature__"] = inspect.Signature([*shared, *own, *end])  # where typer looks
+        app.command(measure.__name__, help=measure.__doc__)(run)
+        return measure
+
+    return register
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+@command(**LOAD, lora=True)
 def rollout(
-    shape: Shape = "qwen3-1m",
-    prompts: Prompts = 8,
-    completions: Completions = 8,
-    prompt_length: Length = 128,
-    completion_length: Length = 128,
-    lora: Lora = True,
+    setting: "Setting",
     wheel_blas: Annotated[
         bool, typer.Option("--wheel-blas", help="Leave mlx-lm the BLAS of MLX's wheel: it runs in its own process.")
     ] = False,
-    runs: Runs = 5,
-    json: Json = None,
-) -> None:
+) -> Rows:
     """The generator against mlx-lm's `BatchGenerator`, or its `stream_generate` for one row: tok/s and peak memory."""
     from grpo.benchmark.peer import against_wheel
-    from grpo.benchmark.protocol import finish
-    from grpo.benchmark.rollout import Load, against_mlx_lm
+    from grpo.benchmark.rollout import against_mlx_lm
 
-    load = Load(prompts, completions, prompt_length, completion_length)
-    finish((against_wheel if wheel_blas else against_mlx_lm)(shape, load, lora, runs), json)
+    return (against_wheel if wheel_blas else against_mlx_lm)(setting)
 
 
-@app.command()
-def sampling(
-    shape: Shape = "qwen3-1m",
-    prompts: Prompts = 8,
-    completions: Completions = 8,
-    prompt_length: Length = 128,
-    completion_length: Length = 128,
-    lora: Lora = True,
-    runs: Runs = 5,
-    json: Json = None,
-) -> None:
-    """What logprobs and each sampling filter cost: tok/s of the generator, held against plain sampling."""
-    from grpo.benchmark.decoding import sampling_costs
-    from grpo.benchmark.protocol import finish
-    from grpo.benchmark.rollout import Load
-
-    finish(sampling_costs(shape, Load(prompts, completions, prompt_length, completion_length), lora, runs), json)
-
-
-@app.command()
-def length(
-    shape: Shape = "qwen3-1m",
-    prompts: Prompts = 8,
-    completions: Completions = 8,
-    prompt_length: Length = 128,
-    lora: Lora = True,
-    runs: Runs = 5,
-    json: Json = None,
-) -> None:
-    """Whether a decoding step takes as long in a long completion as in a short one: ms by length."""
-    from grpo.benchmark.decoding import length_costs
-    from grpo.benchmark.protocol import finish
-    from grpo.benchmark.rollout import Load
-
-    finish(length_costs(shape, Load(prompts, completions, prompt_length, 1), lora, runs), json)
-
-
-@app.command()
-def context(shape: Shape = "qwen3-1m", lora: Lora = True, runs: Runs = 20, json: Json = None) -> None:
-    """Whether a forward pass has a length at which it suddenly costs more: ms by length, and the steps over 15 %."""
-    from grpo.benchmark.decoding import cliffs, context_costs
-    from grpo.benchmark.protocol import finish
-
-    rows = list(context_costs(shape, lora, runs))
-    finish(rows, json)
-    print("\n".join(cliffs(rows)) or "no step")
-
-
-@app.command()
-def adapter(
-    shape: Shape = "qwen3-1m",
-    prompt_length: Annotated[int, typer.Option(min=1, help="In tokens.")] = 16,
-    runs: Runs = 20,
-    json: Json = None,
-) -> None:
-    """Switching to another state of the adapter, and whether the first token after it is slower than any other: ms."""
-    from grpo.benchmark.adapters import switch_costs
-    from grpo.benchmark.protocol import finish
-
-    finish(switch_costs(shape, prompt_length, runs), json)
-
-
-@app.command()
+@command(prompts=2, completions=8, prompt_length=64, completion_length=64)
 def train(
-    shape: Shape = "qwen3-1m",
-    prompts: Annotated[int, typer.Option(min=1)] = 2,
-    completions: Annotated[int, typer.Option(min=2, help="Of each prompt.")] = 8,
-    prompt_length: Annotated[int, typer.Option(min=1, help="In tokens.")] = 64,
-    completion_length: Annotated[int, typer.Option(min=1, help="In tokens.")] = 64,
+    setting: "Setting",
     update: Annotated[bool, typer.Option("--update", help="The update alone, in its variants.")] = False,
     variants: Annotated[str, typer.Option(help="Of --update, by name, separated by semicolons.")] = "",
-    minutes: Annotated[float, typer.Option(help="Begin no further variant of --update after so long.")] = 7.0,
+    minutes: Annotated[float, typer.Option(help="Warm up no further variant of --update after so long.")] = 7.0,
     peer_python: Annotated[
         Path | None, typer.Option(help="The Python of an environment with mlx-lm-lora: measure it too.")
     ] = None,
     blas: Annotated[bool, typer.Option("--blas", help="Give the peer the BLAS that grpo loads (MKL).")] = False,
-    runs: Runs = 5,
-    json: Json = None,
-) -> None:
+) -> Rows:
     """A whole GRPO step (rollout, reward, logprobs, update) beside mlx-lm-lora's, or the update in its variants.
 
     With --update the shared way's gradient is first held against the plain way's.
     """
-    from grpo.benchmark.protocol import finish
-    from grpo.benchmark.rollout import Load
-    from grpo.benchmark.train import compare_steps, compare_updates, parity, variant_names
+    from grpo.benchmark.train import compare_steps
+    from grpo.benchmark.updates import compare_updates, variant_names
 
-    load = Load(prompts, completions, prompt_length, completion_length)
-    if not update:
-        finish(compare_steps(shape, load, runs, peer_python, blas), json)
-        return
-    names = variant_names(variants)
-    print(parity(shape, Load(2, 4, min(prompt_length, 128), min(completion_length, 128))), flush=True)
-    finish(compare_updates(shape, load, runs, names, 60 * minutes), json)
+    if update:
+        return compare_updates(setting, variant_names(variants), 60 * minutes)
+    return compare_steps(setting, peer_python, blas)
+
+
+@command(**LOAD, lora=True)
+def sampling(setting: "Setting") -> Rows:
+    """What each sampling filter costs: tok/s of the generator, held against sampling at temperature 1."""
+    from grpo.benchmark.sampling import sampling_costs
+
+    return sampling_costs(setting)
+
+
+@command(**LOAD, lora=True)
+def logprobs(setting: "Setting") -> Rows:
+    """What it costs that a completion has its logprobs: tok/s with and without."""
+    from grpo.benchmark.sampling import logprob_costs
+
+    return logprob_costs(setting)
+
+
+@command(prompts=8, completions=8, prompt_length=128, lora=True)
+def length(setting: "Setting") -> Rows:
+    """Whether a decoding step takes as long in a long completion as in a short one: ms by length."""
+    from grpo.benchmark.lengths import length_costs
+
+    return length_costs(setting)
+
+
+@command(lora=True, runs=20)
+def context(setting: "Setting") -> Rows:
+    """Whether a forward pass or a decoding step suddenly costs more at some length: ms by length, and the growth."""
+    from grpo.benchmark.lengths import context_costs
+
+    return context_costs(setting)
+
+
+@command(**LOAD)
+def ops(setting: "Setting") -> Rows:
+    """SwiGLU, norm, attention, products and experts at the model's shapes: ms to build the graph, and to run it."""
+    from grpo.benchmark.ops import operation_costs
+
+    return operation_costs(setting)
+
+
+@command(**LOAD, lora=True)
+def breakdown(setting: "Setting") -> Rows:
+    """Where the time goes: shares of a decoding step, and of a GRPO step with its checkpoint and its logging."""
+    from grpo.benchmark.breakdown import breakdown
+
+    return breakdown(setting)
+
+
+@command(prompt_length=16, lora=True, runs=10)
+def streaming(setting: "Setting") -> Rows:
+    """What it costs to see tokens as they come: streamed, under asyncio, and with callbacks that do something."""
+    from grpo.benchmark.streaming import streaming_costs
+
+    return streaming_costs(setting)
+
+
+@command(prompt_length=16, runs=20)
+def adapter(setting: "Setting") -> Rows:
+    """Loading, switching and merging an adapter, and whether the first token after a switch is slower: ms."""
+    from grpo.benchmark.adapters import adapter_costs
+
+    return adapter_costs(setting)
+
+
+@command(**LOAD, lora=False)
+def quantized(setting: "Setting") -> Rows:
+    """Weights as stored, quantised at load, and stored quantised: tok/s, GB, and ms to load."""
+    from grpo.benchmark.quantized import quantized_costs
+
+    return quantized_costs(setting)
+
+
+@command(**LOAD, lora=True)
+def roofline(setting: "Setting") -> Rows:
+    """How near a rollout and an update come to the copy bandwidth and matmul rate that this machine has just shown."""
+    from grpo.benchmark.roofline import roofline
+
+    return roofline(setting)
+
+
+@command(prompts=2, completions=8, prompt_length=64, completion_length=64, lora=True)
+def scale(setting: "Setting") -> Rows:
+    """Rollouts and steps of 1, 2, 4, 8 times the prompts, and what a row costs; under mlx.launch over processes."""
+    from grpo.benchmark.scale import scaling
+
+    return scaling(setting)

@@ -17,7 +17,11 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a bundled one.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that replace the recipe's."),
+        typer.Argument(
+            metavar="[KEY.SUB=VALUE]...",
+            help="Settings that replace the recipe's: optim.steps=10, rewards.0.weight=2, loss='{type: gspo}'. Values "
+            "are YAML. `grpo recipes schema` prints every key with its default and meaning.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")

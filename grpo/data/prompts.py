@@ -46,7 +46,7 @@ class PromptRenderer:
     def _prompt(self, index: int, row: Mapping[str, Any]) -> Prompt | None:
         setting = self.cfg.prompt
         if "{" in setting:
-            values = {name: self._column(row, name) for name in self.columns}
+            values = {name: _written(self._column(row, name)) for name in self.columns}
             if odd := [name for name, value in values.items() if isinstance(value, list | dict)]:
                 raise UserError(f"data.prompt: column {odd[0]!r} is no text for a template, but {values[odd[0]]!r:.80}")
             return None if None in values.values() else setting.format_map(values)
@@ -84,6 +84,12 @@ class PromptRenderer:
         if self.cfg.chat_template == "auto" and self.cfg.system is None:
             return bool(self.tokenizer.has_chat_template)
         return self.cfg.chat_template != "never"
+
+
+def _written(value: Any) -> Any:
+    """A list of numbers as people write one; anything else as it is."""
+    numbers = isinstance(value, list) and value and all(isinstance(number, int | float) for number in value)
+    return ", ".join(map(str, value)) if numbers else value
 
 
 def _columns_of(template: str) -> list[str]:

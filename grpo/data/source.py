@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,7 +29,8 @@ class Rows(Protocol):
 def load_rows(cfg: DataConfig) -> Rows:
     """The rows that `cfg` names.
 
-    Raises UserError for a source that cannot be found, fetched or read, and for one without rows.
+    Raises UserError for a source that cannot be found, fetched or read, for one without rows, and for a column of
+    `cfg.columns` that is not there.
     """
     if cfg.source.startswith("builtin:"):
         rows: Rows = builtin_tasks.rows(cfg.source, cfg.split)
@@ -40,7 +42,7 @@ def load_rows(cfg: DataConfig) -> Rows:
         rows = _load_hub(cfg)
     if len(rows) == 0:
         raise UserError(f"data {cfg.source}: split {cfg.split!r} has no rows")
-    return rows
+    return _renamed(rows, cfg) if cfg.columns else rows
 
 
 def is_local(cfg: DataConfig) -> bool:
@@ -83,10 +85,52 @@ def _wrong_line(path: Path) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Renamed:
+    """Rows whose columns go by more names: by name, the path of keys to what it stands for."""
+
+    rows: Rows
+    paths: dict[str, tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        return {**row, **{name: _at(row, path) for name, path in self.paths.items()}}
+
+
+def _renamed(rows: Rows, cfg: DataConfig) -> Rows:
+    first = rows[0]
+    # A column may have a dot in its own name.
+    paths = {name: (old,) if old in first else tuple(old.split(".")) for name, old in cfg.columns.items()}
+    for name, path in paths.items():
+        try:
+            _at(first, path)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"data.columns.{name}: no column {cfg.columns[name]!r} in {cfg.source}; there is {', '.join(first)}"
+            ) from None
+    return _Renamed(rows, paths)
+
+
+def _at(row: Any, path: tuple[str, ...]) -> Any:
+    """What is at a path of keys and positions; None below a null, and beyond the end of a list."""
+    for key in path:
+        if isinstance(row, list):
+            row = row[int(key)] if int(key) < len(row) else None
+        elif row is not None:
+            row = row[key]
+    return row
+
+
 def rows_with_null(rows: Rows, columns: Sequence[str]) -> int:
     """How many rows have a null in one of the columns. Built-in rows have none."""
     from datasets import Dataset
 
+    if isinstance(rows, _Renamed):
+        columns = [rows.paths.get(name, (name,))[0] for name in columns]
+        rows = rows.rows
     if not isinstance(rows, Dataset):
         return 0
     found = [rows.with_format("arrow")[name][:].is_null() for name in columns if name in rows.column_names]

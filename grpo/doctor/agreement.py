@@ -20,8 +20,8 @@ def toy() -> tuple[Policy, RolloutEngine]:
     """A Qwen3 of a million parameters with a fresh LoRA, ready to be sampled from."""
     import mlx.core as mx
 
-    from grpo.backend.device import setup
-    from grpo.benchmark.models import NoTokenizer, make_model
+    from grpo.benchmark.models import NoTokenizer, base_model
+    from grpo.benchmark.setting import Setting
     from grpo.config import AdapterConfig
     from grpo.generation.generator import Generator
     from grpo.generation.sampling import Sampling
@@ -29,8 +29,7 @@ def toy() -> tuple[Policy, RolloutEngine]:
     from grpo.model.policy import Policy
     from grpo.rollout import RolloutEngine
 
-    setup()
-    model = make_model("qwen3-1m", rank=None)
+    model = base_model(Setting("qwen3-1m"))
     policy = Policy(model, Adapters(model, AdapterConfig(), mx.random.key(0)), temperature=1.0)
     generator = Generator(model, NoTokenizer(), slots=len(LENGTHS))
     return policy, RolloutEngine(generator, Sampling(1.0, 1))

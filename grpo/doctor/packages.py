@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.benchmark import protocol
+from grpo.benchmark import versions as installed_versions
 from grpo.doctor.finding import Finding
 
 Installed = Callable[[], Mapping[str, str]]
@@ -33,7 +33,7 @@ BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
 """Distributions that bring MLX's library. They write the same files, and the last one installed wins."""
 
 
-def versions(installed: Installed = protocol.versions) -> Finding:
+def versions(installed: Installed = installed_versions.versions) -> Finding:
     """Python and the packages that numbers depend on."""
     found = installed()
     text = ", ".join(f"{name} {version}" for name, version in found.items())
@@ -47,7 +47,7 @@ def versions(installed: Installed = protocol.versions) -> Finding:
     return Finding("versions", "ok", text)
 
 
-def backends(installed: Installed = protocol.versions) -> Finding:
+def backends(installed: Installed = installed_versions.versions) -> Finding:
     """Whether exactly one package brings MLX's library, and that of MLX's own version."""
     found = installed()
     there = {name: found[name] for name in BACKENDS if name in found}

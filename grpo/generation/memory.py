@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from grpo.errors import UserError
-from grpo.generation.decoding import Decoding
+from grpo.errors import TooLargeError
 
 LOGITS_HELD, FILTERED_HELD = 4, 12
 """Copies of a step's logits, in fp32, that sampling holds at once at the most: without filters and with."""
+
+
+class Memory(Protocol):
+    """Of a way of decoding (`decoding.Decoding`), what it holds."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +33,7 @@ class Need:
     completion_length: int
     reshaped: bool = False
 
-    def bytes(self, decoding: Decoding, slots: int) -> int:
+    def bytes(self, decoding: Memory, slots: int) -> int:
         """What the generator holds for it, with so many slots."""
         slots = min(slots, self.rows)
         cached = decoding.memory(slots, min(slots, self.prompts), self.prompt_length, self.completion_length)
@@ -32,10 +41,10 @@ class Need:
         return cached + held * 4 * slots * decoding.vocabulary
 
 
-def slots_that_fit(decoding: Decoding, need: Need, slots: int, available: int) -> int:
+def slots_that_fit(decoding: Memory, need: Need, slots: int, available: int) -> int:
     """The largest number of slots, up to `slots`, that `available` bytes hold.
 
-    Raises UserError, with the numbers, where not even one fits.
+    Raises TooLargeError, with the numbers, where not even one fits.
     """
     low, high = 0, min(slots, need.rows)
     while low < high:
@@ -43,7 +52,7 @@ def slots_that_fit(decoding: Decoding, need: Need, slots: int, available: int) -
         low, high = (middle, high) if need.bytes(decoding, middle) <= available else (low, middle - 1)
     if low == 0:
         one, left = need.bytes(decoding, 1) / 2**30, max(0, available) / 2**30
-        raise UserError(
+        raise TooLargeError(
             f"one completion of {need.completion_length} tokens after a prompt of {need.prompt_length} needs "
             f"{one:.1f} GB for its keys and values, and {left:.1f} GB are left beside the model: shorten "
             "rollout.max_completion_length or data.max_prompt_length, or take a smaller or quantised model"

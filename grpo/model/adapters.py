@@ -47,8 +47,8 @@ class Adapters:
         Raises UserError if a target is not a linear layer of the model, or where the saved adapter does not fit.
         """
         self.model = model
-        self.config = _mlx_lm_config(model, cfg)
-        _make_trainable(model, cfg, self.config, key)
+        self.config = make_trainable(model, cfg, key)
+        mx.eval(model.trainable_parameters())
         self.active = POLICY
         self._slots = _slots(model)
         self._parked: dict[str, State] = {}
@@ -281,13 +281,18 @@ def _slots(model: nn.Module) -> dict[str, tuple[dict[str, mx.array], str]]:
     return held
 
 
-def _make_trainable(model: nn.Module, cfg: AdapterConfig, config: dict[str, Any], key: mx.array) -> None:
+def make_trainable(model: nn.Module, cfg: AdapterConfig, key: mx.array) -> dict[str, Any]:
+    """Give the model (in place) what trains, with nothing evaluated; returns what mlx-lm's `adapter_config.json` says.
+
+    Raises UserError if a target is not a linear layer of the model.
+    """
+    config = _mlx_lm_config(model, cfg)
     model.freeze()
     if cfg.type == "full":
         _unfreeze(model, cfg)
     else:
         _add_layers(model, config, key)
-    mx.eval(model.trainable_parameters())
+    return config
 
 
 def _unfreeze(model: nn.Module, cfg: AdapterConfig) -> None:

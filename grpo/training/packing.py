@@ -44,15 +44,18 @@ class Packing:
     multiple: int = 1
 
     @classmethod
-    def of(cls, cfg: Recipe, parts: int = 1) -> Packing:
-        """The packing of a recipe whose `micro_batch_tokens` has been decided, into at least `parts` micro-batches."""
+    def of(cls, cfg: Recipe, parts: int = 1, gpu: bool | None = None) -> Packing:
+        """The packing of a recipe whose `micro_batch_tokens` has been decided, into at least `parts` micro-batches.
+
+        `gpu`: whether it is for one; None: whether this machine computes on one.
+        """
         assert cfg.optim.micro_batch_tokens != "auto", "the plan decides this before a batch is made"
         rows = cfg.rollout.prompts_per_step * cfg.rollout.num_generations // cfg.optim.num_minibatches
         return cls(
             cfg.optim.micro_batch_tokens,
             -(-rows // parts),
             cfg.rollout.num_generations,
-            GPU_MULTIPLE if on_gpu() else 1,
+            GPU_MULTIPLE if (on_gpu() if gpu is None else gpu) else 1,
         )
 
     def shape(self, prompts: int, rows: int, prompt_length: int, length: int) -> Shape | None:

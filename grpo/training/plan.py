@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import mlx.nn as nn
@@ -11,12 +13,12 @@ from mlx.utils import tree_flatten
 from grpo.backend import cuda
 from grpo.backend.device import memory_bytes, on_gpu
 from grpo.config import OptimConfig, Recipe
-from grpo.errors import UserError
+from grpo.errors import TooLargeError
 from grpo.generation.decoding import Decoding
-from grpo.generation.memory import Need, slots_that_fit
+from grpo.generation.memory import Memory, Need, slots_that_fit
 from grpo.model.policy import Policy
 from grpo.rollout import sampling_of
-from grpo.training.footprint import measure_body, measure_footprint
+from grpo.training.footprint import Footprint, measure_body, measure_footprint
 from grpo.training.optimizer import Float32Optimizer
 from grpo.training.packing import Packing, Shape
 
@@ -26,6 +28,15 @@ FEW_TOKENS = 2_048
 FREE = 0.9
 """Of the memory, what may be planned with."""
 MOST_ACTIVATIONS, MOST_ON_CUDA = 3 * 2**30, 12 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a plan must know of where it will run: bytes of memory, whether that is a GPU's, and one of CUDA."""
+
+    memory: int
+    gpu: bool
+    cuda: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +76,47 @@ class Plan:
 
 
 def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: tuple[int, int]) -> tuple[Plan, Recipe]:
-    """The plan of a recipe, and the recipe with what was `auto` decided.
+    """The plan of a recipe on this machine, and the recipe with what was `auto` decided.
 
     `prompt_lengths` are the most tokens of a prompt in training, and in training or evaluation.
 
     What the update needs is measured (`footprint`); the rest is counted. The policy is set to checkpoint as decided.
-    Raises UserError for what cannot fit.
+    Raises TooLargeError for what cannot fit.
     """
-    model, memory = policy.model, memory_bytes()
+    machine = Machine(memory_bytes(), on_gpu(), cuda.available())
+    states = len(policy.adapters.names) - 1
+    footprint = partial(measure_footprint, policy)
+
+    def body(checkpointing: bool, shape: Shape) -> float:  # a second to try, and more in flight there than a line knows
+        return measure_body(policy, checkpointing, [shape])[0]
+
+    tried = body if machine.cuda else None
+    plan, cfg = plan_on(machine, cfg, policy.model, states, decoding, prompt_lengths, footprint, tried)
+    policy.gradient_checkpointing = plan.checkpointing
+    return plan, cfg
+
+
+def plan_on(
+    machine: Machine,
+    cfg: Recipe,
+    model: nn.Module,
+    states: int,
+    decoding: Memory,
+    prompt_lengths: tuple[int, int],
+    footprint: Callable[[bool], Footprint],
+    body: Callable[[bool, Shape], float] | None = None,
+) -> tuple[Plan, Recipe]:
+    """The same on any machine, by a model of which the shapes and dtypes are enough: none of its arrays is computed.
+
+    `states` are the adapter's besides the policy, `footprint` what an update needs without and with checkpointing, and
+    `body` what a micro-batch was seen to take, where that is to be tried.
+    """
     parameters = tree_flatten(model.parameters())
     trained = tree_flatten(model.trainable_parameters())
     rows, length = cfg.rollout.prompts_per_step * cfg.rollout.num_generations, cfg.rollout.max_completion_length
     prompt_length, longest = prompt_lengths
     numbers = sum(array.size for _, array in trained)
     optimizer = Float32Optimizer(cfg.optim, model.trainable_parameters())  # nothing of it is computed
-    states = len(policy.adapters.names) - 1
     stays = {
         "weights": sum(array.nbytes for _, array in parameters),
         "optimiser": sum(array.nbytes for _, array in tree_flatten(optimizer.state)),
@@ -88,10 +125,9 @@ def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: t
     sampled = max(rows, cfg.eval.prompts * cfg.eval.samples if cfg.eval else 0)
     prompts = max(cfg.rollout.prompts_per_step, cfg.eval.prompts if cfg.eval else 0)
     need = Need(sampled, prompts, longest, length, sampling_of(cfg.rollout).reshaped)
-    slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, int(FREE * memory) - sum(stays.values()))
-    chosen = _chosen(cfg, policy, prompt_length)
-    cfg = cfg.model_copy(update={"optim": chosen.optim})
-    policy.gradient_checkpointing = chosen.checkpointing
+    available = int(FREE * machine.memory) - sum(stays.values())
+    slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, available)
+    chosen = _chosen(machine, cfg, footprint, body, prompt_length)
     plan = Plan(
         steps=cfg.optim.steps,
         prompts=cfg.rollout.prompts_per_step,
@@ -106,17 +142,17 @@ def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: t
             # Gradients and clipped ones, and what is made of weights and moments while the last step's are kept.
             "optimiser's step": 8 * numbers + sum(array.nbytes for _, array in trained) + stays["optimiser"],
         },
-        memory=memory,
+        memory=machine.memory,
         slots=slots,
         micro_batch=chosen.tokens,
         checkpointing=chosen.checkpointing,
     )
-    if plan.total > memory:
-        raise UserError(
+    if plan.total > machine.memory:
+        raise TooLargeError(
             f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantised model (model.quantize), shorter "
             "completions, fewer slots (rollout.max_concurrency) or optim.gradient_checkpointing=true would help"
         )
-    return plan, cfg
+    return plan, cfg.model_copy(update={"optim": chosen.optim})
 
 
 def _weights(model: nn.Module) -> int:
@@ -139,35 +175,39 @@ class _Chosen:
     bytes: int
 
 
-def _chosen(cfg: Recipe, policy: Policy, prompt_length: int) -> _Chosen:
+def _chosen(
+    machine: Machine,
+    cfg: Recipe,
+    footprint: Callable[[bool], Footprint],
+    body: Callable[[bool, Shape], float] | None,
+    prompt_length: int,
+) -> _Chosen:
     """What the recipe says, or for `auto` what fits and pays.
 
     A micro-batch takes an eighth of the memory, up to `MOST_ACTIVATIONS`: beyond that a larger one with its layers
     checkpointed is faster. Layers are checkpointed where that leaves too few tokens to keep the machine busy, or not
     even the longest row. CUDA waits for launches, so there the largest micro-batch comes first.
     """
-    on_cuda = cuda.available()
-    comfortable = min(memory_bytes() // 8, MOST_ON_CUDA if on_cuda else MOST_ACTIVATIONS)
-    few = FEW_TOKENS if on_gpu() else FEW_TOKENS // 4
+    comfortable = min(machine.memory // 8, MOST_ON_CUDA if machine.cuda else MOST_ACTIVATIONS)
+    few = FEW_TOKENS if machine.gpu else FEW_TOKENS // 4
     asked, tokens = cfg.optim.gradient_checkpointing, cfg.optim.micro_batch_tokens
     ways = (False, True) if asked == "auto" else (bool(asked),)
-    sizes = AUTO_TOKENS[0 if on_gpu() else 2 :] if tokens == "auto" else (tokens,)
-    order = [(way, size) for size in sizes for way in ways] if on_cuda else list(product(ways, sizes))
-    footprints = {way: measure_footprint(policy, way) for way in ways}
+    sizes = AUTO_TOKENS[0 if machine.gpu else 2 :] if tokens == "auto" else (tokens,)
+    order = [(way, size) for size in sizes for way in ways] if machine.cuda else list(product(ways, sizes))
+    footprints = {way: footprint(way) for way in ways}
     best: _Chosen | None = None
     for checkpointing, size in order:
-        largest = _largest(cfg, prompt_length, size)
+        largest = _largest(cfg, prompt_length, size, machine.gpu)
         needed = footprints[checkpointing].bytes(largest)
-        if on_cuda and needed <= comfortable:  # a second to try, and more in flight there than the line knows
-            (body,) = measure_body(policy, checkpointing, [largest])
-            needed = footprints[checkpointing].bytes(largest, body)
+        if body is not None and needed <= comfortable:
+            needed = footprints[checkpointing].bytes(largest, body(checkpointing, largest))
         optim = cfg.optim.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
         best = _Chosen(optim, size, checkpointing, needed)
         enough = (
             asked != "auto"
             or checkpointing
             or size >= few
-            or largest.tokens == _largest(cfg, prompt_length, 2 * size).tokens
+            or largest.tokens == _largest(cfg, prompt_length, 2 * size, machine.gpu).tokens
         )
         if needed <= comfortable and enough:
             return best
@@ -175,10 +215,10 @@ def _chosen(cfg: Recipe, policy: Policy, prompt_length: int) -> _Chosen:
     return best
 
 
-def _largest(cfg: Recipe, prompt_length: int, tokens: int) -> Shape:
+def _largest(cfg: Recipe, prompt_length: int, tokens: int, gpu: bool) -> Shape:
     """The largest micro-batch there can be: the longest prompts, each with all its completions at their longest."""
     optim = cfg.optim.model_copy(update={"micro_batch_tokens": tokens})
-    packing = Packing.of(cfg.model_copy(update={"optim": optim}))
+    packing = Packing.of(cfg.model_copy(update={"optim": optim}), gpu=gpu)
     length = cfg.rollout.max_completion_length
     fitting = packing.shape(1, 1, prompt_length, length)
     for rows in range(2, packing.rows + 1):

@@ -1,38 +1,35 @@
-"""`grpo bench rollout`, `sampling`, `length` and `context` at the smallest sizes: what they measure and refuse."""
-
-import json
+"""`grpo bench rollout`: both sides do the same work, and one that does less is refused."""
 
 import pytest
 
 from grpo.backend import blas
-from grpo.benchmark import decoding, peer, rollout
-from grpo.benchmark.protocol import Row
-from grpo.benchmark.rollout import Load
+from grpo.benchmark import peer, rollout
+from grpo.benchmark.models import model_for
+from grpo.benchmark.setting import Setting
 from grpo.errors import RunError, UserError
 
-TINY = Load(2, 2, 3, 4)
-SHAPE = "qwen3-1m"
+TINY = Setting("qwen3-tiny", prompts=2, completions=2, prompt_length=3, completion_length=4, runs=2)
+ALONE = Setting("qwen3-tiny", lora=False, prompt_length=2, completion_length=4)
 
 
 def test_both_sides_sample_the_same_prompts_and_lengths() -> None:
-    model = rollout.model_for(SHAPE, lora=True)
-    prompts = TINY.draw(2048)
+    prompts = TINY.draw(256)
     assert [len(ids) for ids in prompts] == [3, 3]
-    assert prompts == TINY.draw(2048)
-    theirs = rollout._batch_generate(model, [ids for ids in prompts for _ in range(2)], TINY)
+    assert prompts == TINY.draw(256)
+    theirs = rollout._batch_generate(model_for(TINY), [ids for ids in prompts for _ in range(2)], TINY)
     assert [len(logprobs) for logprobs in theirs] == [4] * 4
     assert all(-30 < logprob < 0 for logprobs in theirs for logprob in logprobs)
 
 
-@pytest.mark.parametrize("load", [TINY, Load(1, 1, 3, 4)], ids=str)
-def test_the_generator_is_held_against_mlx_lm_s(load: Load) -> None:
-    rows = rollout.against_mlx_lm(SHAPE, load, lora=True, runs=2)
+@pytest.mark.parametrize("setting", [TINY, ALONE], ids=["rows", "one row"])
+def test_the_generator_is_held_against_mlx_lm_s(setting: Setting) -> None:
+    rows = rollout.against_mlx_lm(setting)
     assert [(row.side, row.unit) for row in rows] == [
         ("mlx-lm", "tok/s"), ("mlx-lm", "GB"), ("grpo", "tok/s"), ("grpo", "GB"),
     ]  # fmt: skip
-    assert rows[2].ratio == pytest.approx(rows[2].mean / rows[0].mean)
-    assert rows[3].ratio == pytest.approx(rows[1].mean / rows[3].mean)
-    assert {len(row.runs) for row in rows} == {2}
+    assert rows[2].ratios == tuple(a / b for a, b in zip(rows[2].runs, rows[0].runs, strict=True))
+    assert rows[3].ratios == tuple(b / a for a, b in zip(rows[3].runs, rows[1].runs, strict=True))
+    assert {len(row.runs) for row in rows} == {setting.runs}
 
 
 def test_a_peer_that_samples_less_is_not_measured(monkeypatch) -> None:
@@ -40,12 +37,12 @@ def test_a_peer_that_samples_less_is_not_measured(monkeypatch) -> None:
 
     monkeypatch.setattr(BatchGenerator, "next_generated", lambda _: [])
     with pytest.raises(RunError, match="has not sampled what it was asked for"):
-        rollout._batch_generate(rollout.model_for(SHAPE, lora=False), [[5, 6]], Load(1, 1, 2, 4))
+        rollout._batch_generate(model_for(ALONE), [[5, 6]], ALONE)
 
 
 @pytest.mark.skipif(not blas.loaded(), reason="grpo has loaded no BLAS here")
 def test_mlx_lm_on_its_wheel_s_blas_runs_in_a_process_of_its_own() -> None:
-    rows = peer.against_wheel(SHAPE, Load(1, 1, 2, 2), lora=False, runs=1)
+    rows = peer.against_wheel(ALONE)
     assert [row.side for row in rows[::2]] == ["mlx-lm, its wheel's BLAS", "grpo"]
     assert all(row.mean > 0 for row in rows)
 
@@ -53,42 +50,7 @@ def test_mlx_lm_on_its_wheel_s_blas_runs_in_a_process_of_its_own() -> None:
 def test_without_a_blas_of_our_own_there_is_nothing_to_tell_apart(monkeypatch) -> None:
     monkeypatch.setattr(blas, "loaded", lambda: False)
     with pytest.raises(UserError, match="--wheel-blas would change nothing here"):
-        peer.against_wheel(SHAPE, TINY, lora=False, runs=1)
-
-
-def test_each_filter_is_held_against_plain_sampling() -> None:
-    rows = [row for row in decoding.sampling_costs(SHAPE, TINY, False, 1) if row.unit == "tok/s"]
-    assert [row.side for row in rows] == ["plain", "no logprobs", *decoding.FILTERS]
-    assert rows[0].ratio is None
-    assert all(row.ratio for row in rows[1:])
-
-
-def test_a_step_s_time_by_the_completion_s_length(monkeypatch) -> None:
-    monkeypatch.setattr(decoding, "LENGTHS", (3, 6))
-    rows = decoding.length_costs(SHAPE, TINY, False, 1)
-    assert [(row.side, row.unit) for row in rows] == [("3 tokens", "ms"), ("6 tokens", "ms")]
-
-
-def test_a_cliff_is_found_between_near_lengths_only() -> None:
-    def row(length: int, ms: float) -> Row:
-        return Row("case", f"{length} tokens", "ms", ms, 0.0, (ms, ms * 2), ms, None)
-
-    assert decoding.cliffs([row(64, 1.0), row(127, 2.0), row(128, 2.1), row(129, 3.0)]) == [
-        "128 tokens → 129 tokens: 2.10 → 3.00 ms"
-    ]
-
-
-def test_the_commands_print_rows_and_write_them(run_cli, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(decoding, "CONTEXTS", (2, 3))
-    sizes = ["--prompts", 2, "--completions", 1, "--prompt-length", 2, "--completion-length", 2, "--runs", 1]
-    ran = run_cli("bench", "rollout", *sizes, "--json", tmp_path / "out.json")
-    assert ran.code == 0, ran.err
-    assert "mlx-lm" in ran.out
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert {row["side"] for row in rows} == {"mlx-lm", "grpo"}
-    ran = run_cli("bench", "context", "--runs", 1)
-    assert ran.code == 0, ran.err
-    assert "3 tokens" in ran.out
+        peer.against_wheel(TINY)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +58,10 @@ def test_the_commands_print_rows_and_write_them(run_cli, tmp_path, monkeypatch) 
     [
         (["--shape", "nope"], "no shape 'nope'"),
         (["--shape", "nope", "--wheel-blas"], "no shape 'nope'"),
+        (["--model", "./nope"], "there is no such folder"),
         (["--json", "/nowhere/at/all.json"], "cannot be written"),
+        (["--check", "--runs", 1], "--runs 5"),
+        (["--check", "--shape", "qwen3-tiny"], "nothing of `bench rollout` is bounded here"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_measured(run_cli, arguments: list[str], said: str) -> None:

@@ -1,6 +1,7 @@
 """Where tasks come from: sources, prompts, and a stream that resumes."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -39,6 +40,28 @@ def test_files(tmp_path: Path, kind: str) -> None:
         {"jsonl": dataset.to_json, "csv": dataset.to_csv, "parquet": dataset.to_parquet}[kind](str(path))
     rows = load_rows(config(source=str(path)))
     assert [str(rows[i]["answer"]) for i in range(len(rows))] == [row["answer"] for row in ROWS]
+
+
+def test_columns_go_by_the_names_that_a_recipe_gives_them(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"nums": [1, 2], "inner": {"gold": "3"}, "answer": "no"}, {"nums": None, "inner": None, "answer": "no"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    renamed = load_rows(
+        config(source=str(path), columns={"numbers": "nums", "answer": "inner.gold", "second": "nums.1"})
+    )
+    assert len(renamed) == 2
+    assert renamed[0] == {"nums": [1, 2], "numbers": [1, 2], "second": 2, "inner": {"gold": "3"}, "answer": "3"}
+    assert (renamed[1]["answer"], renamed[1]["second"]) == (None, None)
+    assert rows_with_null(renamed, ["numbers"]) == 1
+
+
+@pytest.mark.parametrize("old", ["golden", "inner.golden", "answer.gold", "many.one"])
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path, old: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"inner": {"gold": "3"}, "answer": "no", "many": [1]}))
+    said = f"data.columns.right: no column {old!r} in {path}; there is inner, answer, many"
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_rows(config(source=str(path), columns={"right": old}))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +114,11 @@ def test_a_system_message(toy) -> None:
 def test_a_template_over_columns(toy) -> None:
     task = renderer(toy, prompt="{question} Put it in \\boxed{{}}.").task(0, {"question": "3+4?", "other": 1})
     assert task.prompt == "3+4? Put it in \\boxed{}."
+
+
+def test_a_list_of_numbers_in_a_template(toy) -> None:
+    task = renderer(toy, prompt="Use {numbers}.").task(0, {"numbers": [44, 19, 35]})
+    assert task.prompt == "Use 44, 19, 35."
 
 
 def test_messages(toy) -> None:

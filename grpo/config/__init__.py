@@ -1,39 +1,25 @@
 """The recipe's schema: every setting, its meaning, its bounds and its one default.
 
-`grpo.recipe` reads a file into it. Everything is frozen and strict: an unknown key or a value of another type
-is an error. The texts under the fields are what people read about them.
+`grpo.recipe` reads a file into it, and `grpo recipes schema` prints it. Everything is frozen and strict: an unknown key
+or a value of another type is an error. The texts under the fields are what people read about them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from grpo import presets
+from grpo.config.objective import AdvantageConfig as AdvantageConfig
+from grpo.config.objective import LossConfig as LossConfig
+from grpo.config.section import Fraction, NonNegative, Positive, Section
 from grpo.presets import Baseline
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Endings of data files, and the reader of `datasets` for each."""
 
 Optimizer = Literal["adamw", "adam", "adamax", "sgd", "lion", "adafactor", "muon", "rmsprop", "adagrad", "adadelta"]
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @property
-    def changed(self) -> set[str]:
-        """The settings that are not at their default."""
-        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
 
 class ModelConfig(Section):
@@ -92,8 +78,12 @@ class DataConfig(Section):
     """Branch, tag or commit of a Hub dataset."""
     split: str = "train"
     """Split to train on. A file is one split, `train`."""
+    columns: dict[str, str] = {}
+    """Names for columns that prompt and rewards want under another: `{answer: solution}` reads `solution` as `answer`,
+    `{answer: reward_model.ground_truth}` a field inside one, `{example: tests.0}` the first item of a list."""
     prompt: str = "prompt"
-    """A column of text or of chat messages, or a template over columns: `"{question} Think first."`."""
+    """A column of text or of chat messages, or a template over columns of text and numbers: `"{question} Think
+    first."`."""
     system: str | None = None
     """A system message to put before text prompts. Needs the chat template."""
     chat_template: Literal["auto", "always", "never"] = "auto"
@@ -185,128 +175,6 @@ class RewardConfig(Section):
             raise ValueError("timeout does nothing with isolation: inline, where a call cannot be stopped")
         if self.weight == 0 and "max_failure_rate" in self.changed:
             raise ValueError("max_failure_rate does nothing with weight 0: nothing is learnt from this reward")
-        return self
-
-
-class AdvantageConfig(Section):
-    baseline: Baseline | None = None
-    """What rewards are compared with. group: the group's mean; leave_one_out: the mean of the others in the group
-    (RLOO, arXiv 2402.14740); batch: the batch's mean, whitened (REINFORCE++, arXiv 2501.03262); gdpo: each reward
-    normalised in its group, summed, whitened; maxrl: the group's mean, divided by it. Default: that of `loss.type`."""
-    scale_rewards: presets.Scale | None = None
-    """What rewards less their baseline are divided by: their deviation in the group, in the batch, or nothing (none).
-    Default: that of `loss.type`."""
-    soft_overlong_cache: Positive | None = None
-    """Punish length over the last so many tokens before max_completion_length, from 0 down to -1 (DAPO's soft overlong
-    punishment). Default: not at all."""
-
-
-class LossConfig(Section):
-    type: presets.Name = "dapo"
-    """A published variant: a point on the axes below, with its paper's settings (grpo/presets.py)."""
-    ratio: presets.Ratio | None = None
-    """Ratio of each token or of the sequence. Default: the variant's."""
-    surrogate: presets.Surrogate | None = None
-    """What is made of ratio and advantage. Default: the variant's."""
-    normalize: presets.Normalize | None = None
-    """How tokens are averaged. Default: the variant's."""
-    epsilon: Annotated[float, Field(gt=0)] | None = None
-    """Lower bound: the ratio is clipped at 1 - epsilon. Default: the variant's."""
-    epsilon_high: Annotated[float, Field(gt=0)] | None = None
-    """Upper bound: the ratio is clipped at 1 + epsilon_high. Default: the variant's, which is epsilon for most."""
-    delta: Annotated[float, Field(gt=1)] | None = None
-    """Dual clip: the unclipped ratio is capped here, which binds for advantages below 0 (arXiv 2505.07291)."""
-    epsilon_max: Annotated[float, Field(gt=0)] = 5.0
-    """cispo's ceiling on the ratio itself."""
-    sapo_temperature_pos: Annotated[float, Field(gt=0)] = 1.0
-    """sapo's τ for advantages above 0."""
-    sapo_temperature_neg: Annotated[float, Field(gt=0)] = 1.05
-    """sapo's τ for the others."""
-    vespo_k_pos: Annotated[float, Field(ge=0)] = 2.0
-    """vespo's k for advantages of 0 and above."""
-    vespo_lambda_pos: Annotated[float, Field(gt=0)] = 3.0
-    """vespo's λ for advantages of 0 and above."""
-    vespo_k_neg: Annotated[float, Field(ge=0)] = 3.0
-    """vespo's k for advantages below 0."""
-    vespo_lambda_neg: Annotated[float, Field(gt=0)] = 2.0
-    """vespo's λ for advantages below 0."""
-    dppo_penalty: Annotated[float, Field(ge=0)] = 1e-3
-    """dppo's weight of the squared log-ratio."""
-    beta: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL penalty to the reference. 0: no reference is computed."""
-    beta_end: Annotated[float, Field(ge=0)] | None = None
-    """beta moves on a line to this by the last step. Default: it stays."""
-    kl_in: Literal["loss", "reward"] = "loss"
-    """Where the penalty goes: a term of the loss, or taken off the reward (summed over the completion's tokens)."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL divergence from the sampled tokens."""
-    kl_importance: bool = False
-    """Multiply the estimate by the ratio, which makes k3's gradient that of the reverse KL (arXiv 2512.02556)."""
-    importance_sampling_correction: Literal[
-        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
-    ] = "none"
-    """Weigh tokens by trainer / sampler probability, truncated at the cap or left out beyond the bounds."""
-    importance_sampling_cap: Annotated[float, Field(gt=0)] = 3.0
-    """Upper bound of that weight."""
-    importance_sampling_floor: Annotated[float, Field(ge=0)] = 0.0
-    """Lower bound of that weight, for the `_mask` forms."""
-    off_policy_mask_threshold: Annotated[float, Field(gt=0)] | None = None
-    """Leave out completions with advantage below 0 whose tokens have lost more than this in mean logprob since they
-    were sampled (arXiv 2512.02556). Default: none is."""
-    mask_truncated_completions: bool = False
-    """Leave completions without a stop token out of the loss: DAPO's overlong filtering. Their rewards still count in
-    their group's mean."""
-    top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Train on this fraction of the step's tokens, those of highest entropy (arXiv 2506.01939)."""
-    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of an entropy bonus, per token and averaged as the loss is."""
-    use: str | None = None
-    """A loss of your own, `file.py:function` or `package.module:function`, in the place of the surrogate:
-    (logprobs, batch, cfg) -> per_token_loss, each [B, T]."""
-
-    @property
-    def preset(self) -> presets.Preset:
-        """The variant with what this recipe replaces of it."""
-        preset = presets.PRESETS[self.type]
-        symmetric = preset.epsilon == preset.epsilon_high
-        bounds = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high or (self.epsilon if symmetric else None)}
-        axes = {"ratio": self.ratio, "surrogate": self.surrogate, "normalize": self.normalize}
-        given: dict[str, Any] = {name: value for name, value in {**axes, **bounds}.items() if value is not None}
-        return replace(preset, **given)
-
-    @model_validator(mode="after")
-    def _every_setting_does_something(self) -> LossConfig:
-        surrogate = self.preset.surrogate
-        if self.beta == 0 and self.beta_end is None:
-            for name in ("kl_in", "kl_estimator", "kl_importance"):
-                if name in self.changed:
-                    raise ValueError(f"loss.{name} does nothing while loss.beta is 0")
-        form = self.importance_sampling_correction
-        for name, reads in (("importance_sampling_cap", form != "none"), ("importance_sampling_floor", "mask" in form)):
-            if name in self.changed and not reads:
-                raise ValueError(f"loss.{name} does nothing with importance_sampling_correction: {form}")
-        if self.beta_end == self.beta:
-            raise ValueError("loss.beta_end does nothing: it is beta")
-        if self.importance_sampling_floor >= self.importance_sampling_cap:
-            raise ValueError(
-                "loss.importance_sampling_floor is not below importance_sampling_cap: nothing would be left"
-            )
-        if self.delta is not None and self.delta <= 1 + self.preset.epsilon_high:
-            raise ValueError("loss.delta is not above 1 + epsilon_high: it would clip what the upper bound allows")
-        if self.use is not None and (
-            unread := self.changed & {"surrogate", *presets.READ_BY} - {"epsilon", "epsilon_high"}
-        ):
-            raise ValueError(f"loss.{min(unread)} does nothing beside loss.use")
-        if self.kl_in == "reward" and self.kl_importance:
-            raise ValueError("loss.kl_importance does nothing with kl_in: reward")
-        for name in self.changed & set(presets.READ_BY):
-            if surrogate not in presets.READ_BY[name]:
-                known = ", ".join(presets.READ_BY[name])
-                raise ValueError(
-                    f"loss.{name} does nothing with the {surrogate} surrogate of {self.type}, only with {known}"
-                )
-        if self.preset.ratio != "token" and surrogate not in ("clip", "cispo", "sapo"):
-            raise ValueError(f"loss.ratio: the {surrogate} surrogate has a ratio of its own; leave it at token")
         return self
 
 
@@ -418,17 +286,27 @@ class Recipe(Section):
     output_dir: str | None = None
     """The run's folder. Default: `runs/<name of the recipe>`."""
     model: ModelConfig
+    """The model that is trained, and in which precision."""
     adapter: AdapterConfig = AdapterConfig()
+    """What of it trains."""
     data: DataConfig
+    """Where prompts come from, and what they look like."""
     rollout: RolloutConfig = RolloutConfig()
+    """How many completions are sampled, and how."""
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    """What a completion is worth: the weighted sum of these."""
     advantage: AdvantageConfig = AdvantageConfig()
+    """What a reward is compared with."""
     loss: LossConfig = LossConfig()
+    """What is made of advantages: the variant of GRPO, the KL penalty, corrections."""
     optim: OptimConfig
+    """How many steps, how large, and how they go through the machine."""
     eval: EvalConfig | None = None
-    """Without this section nothing is evaluated."""
+    """Held-out prompts. Without this section nothing is evaluated."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is kept of a run."""
     log: LogConfig = LogConfig()
+    """Where a run is written to, beside its folder."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:

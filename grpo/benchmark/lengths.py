@@ -1,0 +1,90 @@
+"""Whether a length costs more than it should: `grpo bench length` (of completions) and `context`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from grpo.backend.random import derive_key
+from grpo.benchmark.models import model_for, vocabulary_of
+from grpo.benchmark.protocol import Row, Side, Values, alternate, milliseconds
+from grpo.benchmark.rollout import requests_of, untold
+from grpo.benchmark.setting import Setting
+from grpo.generation.decoding import Decoding, Work
+from grpo.generation.sampling import Sampling
+
+LENGTHS = (10, 25, 50, 100, 400)
+CONTEXTS = (32, 64, 116, 120, 124, 127, 128, 129, 132, 140, 256, 512, 1023, 1024, 1025)
+NEAR = 1.2
+"""Lengths at most so many times each other are neighbours: between them a pass should cost about the same."""
+DECODED = 8
+"""Steps that are decoded at each context."""
+GROWTH = "× as long"
+
+
+def length_costs(setting: Setting) -> list[Row]:
+    """Milliseconds a decoding step by the completion's length, without the first token, which waits for the prompt."""
+    model = model_for(setting)
+    generator, requests = untold(model, setting.rows), requests_of(setting, model)
+
+    def spent(length: int) -> float:
+        return milliseconds(lambda: generator.generate(requests, Sampling(max_tokens=length), derive_key(0, "draw")))
+
+    def side(length: int) -> Side:
+        return Side(f"{length} tokens", lambda: {"ms": (spent(length) - spent(1)) / (length - 1)})
+
+    return alternate(str(setting), [side(length) for length in LENGTHS], setting.runs)
+
+
+def context_costs(setting: Setting) -> list[Row]:
+    """Milliseconds of a forward pass over so many tokens, and of a decoding step that attends to so many.
+
+    Then the growth from each length to its neighbour, turn by turn: is there one at which it suddenly costs more?
+    """
+    model = model_for(setting)
+    decoding = untold(model, 1).decoding
+    passes: dict[str, Callable[[int], Callable[[], Values]]] = {
+        "forward": lambda length: _forward(model, length),
+        "decoding step": lambda length: _steps(decoding, length, vocabulary_of(model)),
+    }
+    rows = []
+    for name, measure in passes.items():
+        sides = [Side(f"{length} tokens", measure(length)) for length in CONTEXTS]
+        measured = alternate(f"{name}, {setting.model or setting.shape}", sides, setting.runs)
+        rows += [*measured, *growth(measured, CONTEXTS)]
+    return rows
+
+
+def _forward(model: nn.Module, length: int) -> Callable[[], Values]:
+    tokens = mx.zeros((1, length), mx.int32)
+    return lambda: {"ms": milliseconds(lambda: mx.eval(model(tokens)))}
+
+
+def _steps(decoding: Decoding, context: int, vocabulary: int) -> Callable[[], Values]:
+    prompt = [1 + i % (vocabulary - 1) for i in range(context)]
+
+    def run() -> Values:
+        session = decoding.open(Work([prompt], [1], slots=1, max_tokens=DECODED))
+        session.admit([0], [0])
+        tokens = mx.array([1], mx.uint32)
+
+        def decode() -> None:
+            for _ in range(DECODED):
+                mx.eval(session.logits(tokens))
+
+        return {"ms": milliseconds(decode) / DECODED}
+
+    return run
+
+
+def growth(rows: Sequence[Row], lengths: Sequence[int]) -> list[Row]:
+    """How many times longer each length took than its neighbour before, in each turn."""
+    found = []
+    for (before, first), (after, second) in pairwise(zip(rows, lengths, strict=True)):
+        if second <= NEAR * first:
+            runs = tuple(b / a for a, b in zip(before.runs, after.runs, strict=True))
+            found.append(Row(after.case, f"{first} → {second} tokens", GROWTH, runs, after.cold / before.cold))
+    return found

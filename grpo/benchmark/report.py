@@ -1,0 +1,93 @@
+"""What a benchmark says, and where it says it: rows and verdicts for people, a file for programs, an exit code."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from grpo.backend.device import describe
+from grpo.benchmark.bounds import bounds_for, require_bounds
+from grpo.benchmark.protocol import CONFIDENCE, Row, interval
+from grpo.benchmark.setting import Setting
+from grpo.benchmark.verdicts import Verdict, judge
+from grpo.benchmark.versions import versions
+from grpo.errors import RunError
+
+LEGEND = (
+    "mean ± sd of the runs after the cold one; spread: (max - min) / mean; "
+    f"ratio: median over turns, times better, with its {100 * CONFIDENCE:.0f} % interval"
+)
+
+
+def report(
+    benchmark: str, setting: Setting, measure: Callable[[], Sequence[Row]], path: Path | None, check: bool
+) -> None:
+    """Measure, print rows and verdicts, and write them to `path` if there is one.
+
+    With `check`, raises UserError before anything is measured where nothing is bounded, and RunError after it, naming
+    what fell short.
+    """
+    if check:
+        require_bounds(benchmark, setting)
+    rows = measure()
+    verdicts = judge(bounds_for(benchmark, setting), rows)
+    if path is not None:
+        path.write_text(json.dumps(document(benchmark, setting, rows, verdicts), indent=2) + "\n")
+    if rows:
+        print("\n".join(lines(rows, verdicts)), flush=True)
+    if check and not verdicts:
+        raise RunError(f"bench {benchmark}: nothing was measured of what is bounded: {_wanted(benchmark, setting)}")
+    if check and (short := [verdict.line() for verdict in verdicts if verdict.falls_short]):
+        raise RunError("\n".join([f"bench {benchmark}: {len(short)} of {len(verdicts)} bounds fall short:", *short]))
+
+
+def _wanted(benchmark: str, setting: Setting) -> str:
+    return "; ".join(f"{bound.case}: {bound.side} ({bound.why})" for bound in bounds_for(benchmark, setting))
+
+
+def lines(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[str]:
+    """The machine, the rows by case, and the verdicts."""
+    text = [machine(), ", ".join(f"{name} {version}" for name, version in versions().items()), LEGEND]
+    case = None
+    for row in rows:
+        if row.case != case:
+            text.append(f"\n{row.case}")
+            case = row.case
+        text.append(f"  {row.line()}")
+    return [*text, *(["\nbounds"] if verdicts else []), *(f"  {verdict.line()}" for verdict in verdicts)]
+
+
+def machine() -> str:
+    """The machine in one line."""
+    return f"{platform.system()} {platform.machine()}, {describe()}"
+
+
+def document(benchmark: str, setting: Setting, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """All of it for other programs. Numbers that JSON has no word for become null."""
+    return {
+        "benchmark": benchmark,
+        "setting": asdict(setting),
+        "machine": machine(),
+        "versions": versions(),
+        "rows": [_row(row) for row in rows],
+        "bounds": [_verdict(verdict) for verdict in verdicts],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    low, high = interval(row.ratios) if row.ratios else (None, None)
+    figures = {"mean": row.mean, "sd": row.sd, "spread": row.spread, "ratio": row.ratio}
+    return {**asdict(row), **figures, "ratio_low": low, "ratio_high": high}
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    bound, row = verdict.bound, verdict.row
+    asked = {name: end for name, end in (("least", bound.least), ("most", bound.most)) if abs(end) != float("inf")}
+    return {
+        "case": row.case, "side": row.side, "unit": row.unit, "figure": bound.figure, "median": verdict.figure,
+        "low": verdict.low, "high": verdict.high, **asked, "falls_short": verdict.falls_short, "why": bound.why,
+    }  # fmt: skip

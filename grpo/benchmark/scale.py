@@ -1,0 +1,87 @@
+"""`grpo bench scale`: how cost grows as work grows.
+
+Launched by `mlx.launch -n N` every process takes its share of the rows, all begin together, and the slowest counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from grpo.backend.device import setup
+from grpo.backend.random import derive_key
+from grpo.backend.ranks import Ranks
+from grpo.benchmark.models import model_for
+from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.rollout import requests_of, untold
+from grpo.benchmark.setting import Setting
+from grpo.benchmark.train import step_trainer
+from grpo.errors import UserError
+from grpo.generation.generator import Generator
+from grpo.generation.sampling import Sampling
+
+TIMES = (1, 2, 4, 8)
+GROWTH = "× a row"
+
+
+def scaling(setting: Setting) -> list[Row]:
+    """Rollouts and whole steps of 1, 2, 4 and 8 times the prompts; nothing from any process but the first.
+
+    `× a row` is what a row costs, against what it costs with the fewest rows. Raises UserError for fewer prompts than
+    processes.
+    """
+    setup()
+    ranks = Ranks.launched()
+    if setting.prompts < ranks.size:
+        raise UserError(f"--prompts {setting.prompts}: too few for {ranks.size} processes")
+    settings = {f"{times} × {setting.rows} rows": replace(setting, prompts=times * setting.prompts) for times in TIMES}
+    generator = untold(model_for(setting), setting.rows)
+    rollouts = [Side(name, _rollout(generator, one, ranks)) for name, one in settings.items()]
+    steps = [Side(name, _step(one, ranks)) for name, one in settings.items()]
+    where = f"{setting.model or setting.shape}, {ranks.size} process{'es' if ranks.size > 1 else ''}"
+    rows = [
+        *alternate(f"rollout, {where}", rollouts, setting.runs),
+        *alternate(f"step, {where}", steps, setting.runs),
+    ]
+    return [*rows, *_growth(rows, settings)] if ranks.first else []
+
+
+def _rollout(generator: Generator, setting: Setting, ranks: Ranks) -> Callable[[], Values]:
+    requests = ranks.share(requests_of(setting, generator.model))
+    sampling = Sampling(max_tokens=setting.completion_length)
+
+    def run() -> Values:
+        generator.slots = setting.rows
+        seconds = _slowest(lambda: generator.generate(requests, sampling, derive_key(0, "draw", *ranks.own)), ranks)
+        return {"tok/s": setting.tokens / seconds, "s": seconds}
+
+    return run
+
+
+def _step(setting: Setting, ranks: Ranks) -> Callable[[], Values]:
+    trainer, steps = step_trainer(setting, ranks), iter(range(1, 1_000_000))
+    return lambda: {"s": _slowest(lambda: trainer.step(next(steps)), ranks)}
+
+
+def _slowest(work: Callable[[], object], ranks: Ranks) -> float:
+    ranks.wait()
+    start = time.perf_counter()
+    work()
+    everyone: list[float] = ranks.gather(time.perf_counter() - start)
+    return max(everyone)
+
+
+def _growth(rows: list[Row], settings: dict[str, Setting]) -> list[Row]:
+    """Seconds a row, turn by turn, against those with the fewest rows."""
+    found, base = [], rows[0]
+    for row in rows:
+        if row.unit != "s":
+            continue
+        if not row.ratios:
+            base = row
+            continue
+        times = settings[row.side].rows / settings[base.side].rows
+        grown = tuple(mine / theirs / times for mine, theirs in zip(row.runs, base.runs, strict=True))
+        found.append(Row(row.case, row.side, GROWTH, grown, row.cold / base.cold / times))
+    return found

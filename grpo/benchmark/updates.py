@@ -1,0 +1,128 @@
+"""`grpo bench train --update`: the update by itself, in its variants."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from grpo.benchmark.models import base_model
+from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.setting import Setting
+from grpo.benchmark.work import policy_of, recipe, synthetic
+from grpo.config import Recipe
+from grpo.errors import RunError, UserError
+from grpo.model.adapters import Adapters
+from grpo.model.policy import Policy
+from grpo.objective.groups import with_advantages
+from grpo.training.batches import make_batches, make_minibatches
+from grpo.training.footprint import measure_footprint
+from grpo.training.packing import Packing, Shape, pack
+from grpo.training.update import Updater
+from grpo.types import Group
+
+Variants = dict[str, dict[str, Any]]
+
+VARIANTS: Variants = {
+    "plain": {"share_prompts": False, "gradient_checkpointing": True, "micro_batch_tokens": 8192, "compile": False},
+    "shared": {"gradient_checkpointing": True, "micro_batch_tokens": 8192, "compile": False},
+    "shared, kept": {"gradient_checkpointing": False, "micro_batch_tokens": 4096, "compile": False},
+    "shared, compiled": {"gradient_checkpointing": True, "micro_batch_tokens": 8192},
+    "shared, kept, compiled": {"gradient_checkpointing": False, "micro_batch_tokens": 4096},
+    "shared, kept, large": {"gradient_checkpointing": False, "micro_batch_tokens": 16384, "compile": False},
+}
+"""Ways to make one update: the prompt with each completion (plain) or once (shared), activations computed again or
+kept, eager or compiled. The first is what the others are held against."""
+
+CHECKED_LENGTH = 128
+"""Tokens, at most, of the prompts and completions on which the shared way's gradient is checked."""
+
+
+def variant_names(text: str) -> list[str]:
+    """The variants that are named, separated by semicolons; all where none is. Raises UserError for an unknown one."""
+    names = [name.strip() for name in text.split(";") if name.strip()]
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise UserError(f"no variant {unknown[0]!r}; there are {'; '.join(VARIANTS)}")
+    return names or list(VARIANTS)
+
+
+def compare_updates(setting: Setting, names: Sequence[str], seconds: float) -> list[Row]:
+    """Variants of one update of one model, in turns; none is warmed up after so many `seconds`.
+
+    Before that the shared way's gradient is held against the plain way's.
+    """
+    print(parity(setting), flush=True)
+    model = base_model(setting)
+    adapters = policy_of(model, recipe(setting, {})).adapters
+    return alternate(f"update, {setting}", _sides(setting, names, model, adapters), setting.runs, seconds)
+
+
+def _sides(setting: Setting, names: Sequence[str], model: nn.Module, adapters: Adapters) -> Iterator[Side]:
+    for name in names:
+        cfg = recipe(setting, VARIANTS[name])
+        policy = Policy(model, adapters, 1.0, cfg.optim.share_prompts, cfg.optim.gradient_checkpointing is True)
+        yield update_side(name, policy, cfg, setting)
+
+
+def update_side(name: str, policy: Policy, cfg: Recipe, setting: Setting) -> Side:
+    """One update of synthetic completions, batches made anew each time."""
+    groups = with_advantages(synthetic(setting, policy.model), cfg)
+    update = Updater(policy, cfg)
+    footprint = measure_footprint(policy, policy.gradient_checkpointing)
+    planned = mx.get_active_memory() + max(footprint.bytes(shape) for shape in shapes(groups, cfg))
+
+    def run() -> Values:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        start = time.perf_counter()
+        update(make_minibatches(groups, cfg), 1)
+        return {"s": time.perf_counter() - start, "GB": mx.get_peak_memory() / 1e9, "GB planned": planned / 1e9}
+
+    return Side(name, run)
+
+
+def shapes(groups: Sequence[Group], cfg: Recipe) -> list[Shape]:
+    """The shapes of an update's micro-batches."""
+    rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
+    return [shape for _, shape in pack(rows, Packing.of(cfg))]
+
+
+def parity(setting: Setting) -> str:
+    """How far the shared way's loss and gradient are from the plain way's on this machine, in one line.
+
+    On a small part of the setting. Raises RunError where they are further apart than the model's dtype explains.
+    """
+    prompt_length, completion_length = (
+        min(length, CHECKED_LENGTH) for length in (setting.prompt_length, setting.completion_length)
+    )
+    setting = replace(
+        setting, prompts=2, completions=4, prompt_length=prompt_length, completion_length=completion_length
+    )
+    found = []
+    for sharing, checkpointing in ((False, False), (True, False), (True, True)):
+        cfg = recipe(setting, {"share_prompts": sharing, "gradient_checkpointing": checkpointing, "compile": False})
+        policy = policy_of(base_model(setting), cfg)
+        groups = with_advantages(synthetic(setting, policy.model), cfg)
+        adapters = policy.adapters
+        drawn = {path: mx.random.normal(a.shape, key=mx.random.key(5)) * 0.01 for path, a in adapters.state().items()}
+        adapters.load_state({path: array.astype(policy.dtype) for path, array in drawn.items()})
+        found.append(dict(tree_flatten(Updater(policy, cfg).gradient(make_batches(groups, cfg)).tree)))
+    plain, *others = found
+    norm = _norm(plain)
+    gaps = [_norm({path: array - plain[path] for path, array in other.items()}) / norm for other in others]
+    bound = 1e-3 if policy.dtype == mx.float32 else 5e-2
+    line = f"gradient, shared against plain: {gaps[0]:.1e} of its norm, checkpointed {gaps[1]:.1e} (bound {bound:.0e})"
+    if not max(gaps) <= bound:
+        raise RunError(line)
+    return line
+
+
+def _norm(tree: dict[str, mx.array]) -> float:
+    total: Any = sum((array**2).sum() for array in tree.values())
+    return math.sqrt(total.item())

@@ -1,0 +1,67 @@
+"""A measurement held against a bound.
+
+A figure is the median of the turns' figures, and has an interval (`protocol.interval`). It falls short only where all
+of that lies beyond the bound; where the bound lies inside, so many runs do not tell. So noise fails a bound that holds
+once in twenty times at most, and a machine too noisy to tell is answered with more `--runs`. "No slower" is an
+overhead of at most 0, judged in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from grpo.benchmark.bounds import Bound
+from grpo.benchmark.protocol import ENOUGH, Row, interval
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A bound held against a row: the median of the turns' figures, and its interval."""
+
+    bound: Bound
+    row: Row
+    figure: float
+    low: float
+    high: float
+
+    @property
+    def enough(self) -> bool:
+        """Whether there were turns enough to tell."""
+        return len(self.row.runs) >= ENOUGH
+
+    @property
+    def falls_short(self) -> bool:
+        if not self.enough:
+            return False
+        return self.high < self.bound.least or self.low > self.bound.most
+
+    @property
+    def holds(self) -> bool:
+        return self.enough and self.bound.least <= self.low and self.high <= self.bound.most
+
+    def line(self) -> str:
+        """For a person."""
+        unsure = "within the noise" if self.enough else f"fewer than {ENOUGH} runs do not tell"
+        word = "FALLS SHORT" if self.falls_short else "holds" if self.holds else unsure
+        figures = f"{self._text(self.figure)} ({self._text(self.low)} to {self._text(self.high)})"
+        ends = (("at least", self.bound.least), ("at most", self.bound.most))
+        asked = " and ".join(f"{name} {self._text(end)}" for name, end in ends if math.isfinite(end))
+        return f"{self.row.case}: {self.row.side}: {self.bound.figure} {figures}, asked {asked}: {word}"
+
+    def _text(self, value: float) -> str:
+        if self.bound.figure == "overhead":
+            return f"{100 * value:.1f} %"
+        return f"{value:.2f} ×" if self.bound.figure == "speed-up" else f"{value:.3g} {self.row.unit}"
+
+
+def judge(bounds: Iterable[Bound], rows: Sequence[Row]) -> list[Verdict]:
+    """Every bound held against every row that it matches and that has such a figure."""
+    verdicts = []
+    for bound in bounds:
+        for row in rows:
+            if bound.matches(row) and (figures := bound.figures(row)):
+                verdicts.append(Verdict(bound, row, statistics.median(figures), *interval(figures)))
+    return verdicts

@@ -1,0 +1,80 @@
+"""What training is given to do where only its speed is looked at: a recipe, prompts, completions and their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from grpo.backend.random import derive_key, derive_seed
+from grpo.benchmark.models import vocabulary_of
+from grpo.benchmark.setting import Setting
+from grpo.config import AdapterConfig, Recipe
+from grpo.errors import UserError
+from grpo.model.adapters import Adapters
+from grpo.model.policy import Policy
+from grpo.types import Completion, Group, Rollout, Task
+
+
+def recipe(setting: Setting, optim: dict[str, Any]) -> Recipe:
+    """The setting that everything here is measured at: LoRA of rank 16 on every linear layer, AdamW, no penalty."""
+    if setting.completions < 2:
+        raise UserError("--completions 1: GRPO compares a prompt's completions with each other; 2 at least")
+    decided = {"micro_batch_tokens": 8192, "gradient_checkpointing": False}
+    return Recipe.model_validate(
+        {
+            "model": {"name": setting.model or setting.shape},
+            "data": {"source": "bench"},
+            "rewards": [{"use": "bench"}],
+            "rollout": {
+                "prompts_per_step": setting.prompts,
+                "num_generations": setting.completions,
+                "max_completion_length": setting.completion_length,
+                "max_concurrency": setting.rows,
+            },
+            "optim": {"steps": 1_000_000, "learning_rate": 1e-5, **decided, **optim},
+        },
+        strict=False,
+    )
+
+
+def policy_of(model: nn.Module, cfg: Recipe) -> Policy:
+    """A policy over a model without an adapter, which gets a fresh one."""
+    adapters = Adapters(model, AdapterConfig(), mx.random.key(0))
+    optim = cfg.optim
+    return Policy(model, adapters, 1.0, optim.share_prompts, optim.gradient_checkpointing is True)
+
+
+def synthetic(setting: Setting, model: nn.Module) -> list[Group]:
+    """Groups of random prompts and completions of full length, with rewards that differ."""
+    made, vocabulary = [], vocabulary_of(model)
+    for number, prompt in enumerate(setting.draw(vocabulary)):
+        shape = (setting.completions, setting.completion_length)
+        ids: Any = mx.random.randint(1, vocabulary, shape, key=derive_key(0, "completions", number)).tolist()
+        rollouts = tuple(
+            Rollout(Completion(tuple(row), (0.0,) * len(row), "", "length"), {"even": _drawn(number, i)})
+            for i, row in enumerate(ids)
+        )
+        made.append(Group(Task(number, "", tuple(prompt), {}), rollouts))
+    return made
+
+
+def _drawn(*position: int) -> float:
+    return derive_seed(0, "reward", *position) / 2**64
+
+
+class Prompts:
+    """In the place of a dataset: the same prompts at every step."""
+
+    dropped = 0
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._tasks = list(tasks)
+
+    def take(self, n: int) -> list[Task]:
+        return self._tasks[:n]
+
+    def state(self) -> dict[str, int]:
+        return {}

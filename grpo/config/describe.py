@@ -1,0 +1,110 @@
+"""What the schema says of itself: every key with its type, default and meaning, for people and for editors."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema
+
+from grpo.config import Recipe
+from grpo.errors import UserError
+
+WIDTH = 100
+NAMES = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false", "null": "null"}
+BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key, dotted as on the command line (`rewards.0.use`). `default` is None where one has to be given."""
+
+    key: str
+    type: str
+    default: str | None
+    meaning: str
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        default = "required" if self.default is None else f"= {self.default}"
+        return [f"{self.key}  {default}  ({self.type})", *textwrap.wrap(self.meaning, WIDTH - 4, **_INDENT)]
+
+
+_INDENT: dict[str, Any] = {"initial_indent": "    ", "subsequent_indent": "    "}
+
+
+def json_schema() -> dict[str, Any]:
+    """The recipe as JSON Schema, with every description, and no key allowed but those that are there."""
+    schema: dict[str, Any] = _joined({"$schema": GenerateJsonSchema.schema_dialect, **Recipe.model_json_schema()})
+    return schema
+
+
+def settings(under: str = "") -> list[Setting]:
+    """Every key, or those at and below one. Raises UserError for a key that is not there."""
+    schema = json_schema()
+    every = list(_settings(schema, schema["$defs"], ""))
+    found = [one for one in every if not under or one.key == under or one.key.startswith(f"{under}.")]
+    if not found:
+        close = difflib.get_close_matches(under, [one.key for one in every], n=1)
+        raise UserError(f"{under}: a recipe has no such key.{f' Did you mean {close[0]}?' if close else ''}")
+    return found
+
+
+def _settings(section: Mapping[str, Any], sections: Mapping[str, Any], prefix: str) -> Iterable[Setting]:
+    for name, field in section["properties"].items():
+        key = f"{prefix}{name}"
+        inner, many = _section(field, sections)
+        if inner is None:
+            yield Setting(key, _type(field), _default(field), field["description"])
+            continue
+        # The defaults of a section are those of its keys, but for one that is not there unless it is asked for.
+        default = None if name in section.get("required", ()) else "null" if field.get("default") is None else "{…}"
+        yield Setting(key, "list of sections" if many else "section", default, field["description"])
+        yield from _settings(inner, sections, f"{key}.0." if many else f"{key}.")
+
+
+def _section(field: Mapping[str, Any], sections: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, bool]:
+    """The section that a field holds, if it holds one, and whether it holds a list of them."""
+    for form in (field, *field.get("anyOf", ())):
+        if "$ref" in form:
+            return sections[form["$ref"].rpartition("/")[2]], False
+    inner, _ = _section(field["items"], sections) if isinstance(field.get("items"), dict) else (None, False)
+    return inner, inner is not None
+
+
+def _default(field: Mapping[str, Any]) -> str | None:
+    return json.dumps(field["default"], ensure_ascii=False) if "default" in field else None
+
+
+def _type(form: Mapping[str, Any]) -> str:
+    if "anyOf" in form:
+        return " or ".join(_type(one) for one in form["anyOf"])
+    if "const" in form or "enum" in form:
+        return " | ".join(str(one) for one in form.get("enum", [form.get("const")]))
+    if form.get("type") == "array":
+        return _list(form)
+    if form.get("type") == "object":
+        inner = form.get("additionalProperties")
+        return f"keys and values: {_type(inner)}" if isinstance(inner, dict) else "keys and values"
+    bounds = [f"{words} {form[name]:g}" for name, words in BOUNDS.items() if name in form]
+    return " ".join([NAMES[form["type"]], " and ".join(bounds)]).strip()
+
+
+def _list(form: Mapping[str, Any]) -> str:
+    if "prefixItems" in form:
+        return f"[{', '.join(_type(one) for one in form['prefixItems'])}]"
+    return f"list of {_type(form['items'])}"
+
+
+def _joined(value: Any) -> Any:
+    """The same with descriptions of one line each."""
+    if isinstance(value, dict):
+        return {
+            key: " ".join(inner.split()) if key == "description" and isinstance(inner, str) else _joined(inner)
+            for key, inner in value.items()
+        }
+    return [_joined(inner) for inner in value] if isinstance(value, list) else value

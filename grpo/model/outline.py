@@ -1,0 +1,159 @@
+"""A model's sizes from its config alone: no weights, nothing computed.
+
+mlx-lm's own code makes the model, and MLX computes an array only when somebody looks at it: so every architecture that
+mlx-lm knows can be counted exactly, with its biases, experts and quantisation, in milliseconds and no memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from grpo.backend.hub import one_line
+from grpo.config import AdapterConfig
+from grpo.errors import UserError
+from grpo.model.adapters import make_trainable
+from grpo.model.costs import Costs, Product
+
+USED_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
+"""How many experts a token meets, by the names that architectures have for it."""
+
+
+def costs_of_config(
+    config: Mapping[str, Any], adapter: AdapterConfig | None = None, dtype: mx.Dtype | None = None
+) -> Costs:
+    """The costs of the model that a `config.json` describes, with an adapter if there is one.
+
+    `dtype` (default: the config's, or bfloat16) is that of what is not quantised. Raises UserError for an architecture
+    that mlx-lm does not know.
+    """
+    return costs_of(outline(config, adapter, dtype))
+
+
+def costs_of(model: nn.Module) -> Costs:
+    """The costs of a model as it is: with its adapter, as it is quantised, and by its dtype. Evaluates nothing.
+
+    Raises UserError for an architecture that keeps its sizes under other names than most.
+    """
+    arrays = tree_flatten(model.parameters())
+    modules = dict(model.named_modules())
+    found = {path: _products(model, module) for path, module in modules.items()}
+    embedding = next(_matrix(model, m) for m in modules.values() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding))
+    (head,) = next((found.pop(path) for path in list(found) if path.endswith("lm_head")), [embedding])
+    products = tuple(product for several in found.values() for product in several)
+    matrices = [*products, head] + ([embedding] if head is not embedding else [])
+    weight_bytes = sum(a.nbytes for _, a in arrays)
+    heads = _argument(model, "num_attention_heads")
+    return Costs(
+        parameters=sum(map(_numbers, model.modules())),
+        trained=sum(a.size for _, a in tree_flatten(model.trainable_parameters())),
+        weight_bytes=weight_bytes,
+        products=products,
+        head=head,
+        other_bytes=weight_bytes - sum(matrix.nbytes for matrix in matrices),
+        depth=len(model.layers),
+        hidden=embedding.inputs,
+        heads=heads,
+        kv_heads=_argument(model, "num_key_value_heads", default=heads),
+        head_dim=_argument(model, "head_dim", default=embedding.inputs // heads),
+        itemsize=next((a.dtype.size for path, a in arrays if "norm" in path), 4),  # norms are never quantised
+    )
+
+
+def outline(config: Mapping[str, Any], adapter: AdapterConfig | None, dtype: mx.Dtype | None) -> nn.Module:
+    """mlx-lm's model of a config, none of whose arrays has been computed: shapes and dtypes alone mean something."""
+    from mlx_lm.utils import _get_classes
+
+    try:
+        model_class, arguments = _get_classes(dict(config))
+        model = model_class(arguments.from_dict(dict(config)))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"config.json: not a model that mlx-lm knows: {one_line(error)}") from error
+    model.set_dtype(dtype or _dtype_of(config))
+    if (quantization := config.get("quantization")) is not None:
+        _quantize(model, quantization)
+    model.freeze()
+    if adapter is not None:
+        make_trainable(model, adapter, mx.random.key(0))
+    return model
+
+
+def _quantize(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """As mlx-lm's loader does: by the settings of a path where it has its own, or else by those of all."""
+    size = settings["group_size"]
+
+    def chosen(path: str, module: nn.Module) -> Any:
+        own = settings.get(path)
+        fits = hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0
+        return fits if own is None else own
+
+    nn.quantize(model, size, settings["bits"], mode=settings.get("mode", "affine"), class_predicate=chosen)
+
+
+def _dtype_of(config: Mapping[str, Any]) -> mx.Dtype:
+    inner = config.get("text_config", {})
+    name = next((c[key] for c in (config, inner) for key in ("dtype", "torch_dtype") if c.get(key)), "bfloat16")
+    dtype: mx.Dtype = getattr(mx, name)
+    return dtype
+
+
+def _products(model: nn.Module, module: nn.Module) -> list[Product]:
+    """What tokens are multiplied with in a module itself; the layer inside an adapter's is a module of its own."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    if isinstance(module, nn.Linear | nn.QuantizedLinear | SwitchLinear | QuantizedSwitchLinear):
+        return [_matrix(model, module)]
+    if "lora_a" not in module:
+        return []
+    a, b = module["lora_a"], module["lora_b"]
+    if b.ndim == 2:
+        (inputs, rank), outputs = a.shape, b.shape[1]
+        return [Product(inputs, rank, a.nbytes, True), Product(rank, outputs, b.nbytes, True)]
+    experts, outputs, rank = b.shape
+    met = experts, _used(model)
+    return [Product(a.shape[-1], rank, a.nbytes, True, *met), Product(rank, outputs, b.nbytes, True, *met)]
+
+
+def _matrix(model: nn.Module, module: nn.Module) -> Product:
+    """A layer's own matrix."""
+    *experts, outputs, inputs = _shape(module)
+    nbytes = sum(module[name].nbytes for name in ("weight", "scales", "biases") if module.get(name) is not None)
+    trains = "weight" in module.trainable_parameters()
+    if not experts:
+        return Product(inputs, outputs, nbytes, trains)
+    return Product(inputs, outputs, nbytes, trains, experts[0], _used(model))
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Of a layer's matrix: a quantised one keeps several numbers in a word, but a scale for so many numbers."""
+    shape: tuple[int, ...] = module["weight"].shape
+    return (*shape[:-1], module["scales"].shape[-1] * module.group_size) if "scales" in module else shape
+
+
+def _numbers(module: nn.Module) -> int:
+    """How many numbers a module holds itself, the words, scales and offsets of a quantised matrix being its numbers."""
+    own = {name: a for name, a in module.items() if isinstance(a, mx.array) and not name.startswith("_")}
+    if "scales" in own:
+        return math.prod(_shape(module)) + (own["bias"].size if "bias" in own else 0)
+    return sum(a.size for a in own.values())
+
+
+def _used(model: nn.Module) -> int:
+    return _argument(model, *USED_EXPERTS)
+
+
+def _argument(model: nn.Module, *names: str, default: int | None = None) -> int:
+    """A size from the model's config, or from the part of it that is about text."""
+    inner = getattr(model.args, "text_config", None) or {}
+    for name in names:
+        for value in (getattr(model.args, name, None), inner.get(name)):
+            if value is not None:
+                return int(value)
+    if default is None:
+        raise UserError(f"{model.args.model_type}: its config has no {' or '.join(names)}: its costs are not known")
+    return default

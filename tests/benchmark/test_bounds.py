@@ -1,0 +1,122 @@
+"""What `--check` fails on, with rows whose numbers were made up for it."""
+
+import json
+import math
+from dataclasses import fields
+
+import pytest
+
+from grpo.benchmark import bounds, report
+from grpo.benchmark.bounds import BOUNDS, Bound, bounds_for, require_bounds
+from grpo.benchmark.protocol import Row
+from grpo.benchmark.report import document
+from grpo.benchmark.setting import Setting
+from grpo.benchmark.verdicts import judge
+from grpo.errors import RunError, UserError
+
+FIVE = Setting(shape="qwen3-tiny", runs=5)
+
+
+def row(ratios: list[float], runs: list[float] | None = None) -> Row:
+    return Row("case", "side", "ms", tuple(runs or [1.0] * len(ratios)), 1.0, tuple(ratios))
+
+
+def bound(**changes) -> Bound:
+    return Bound(**{"benchmark": "b", "side": "side", "unit": "ms", "figure": "overhead", "why": "?", **changes})
+
+
+@pytest.mark.parametrize(
+    ("overheads", "falls_short", "holds"),
+    [
+        ([0.01, 0.01, 0.02, 0.03, 0.049], False, True),
+        ([0.01, 0.30, 0.30, 0.30, 0.30], False, False),  # one turn within the bound: noise is not ruled out
+        ([0.06, 0.30, 0.07, 0.30, 0.30], True, False),  # not even the best turn
+    ],
+)
+def test_an_overhead_falls_short_only_if_all_of_its_interval_does(overheads, falls_short, holds) -> None:
+    (verdict,) = judge([bound(most=0.05)], [row([1 / (1 + overhead) for overhead in overheads])])
+    assert (verdict.falls_short, verdict.holds) == (falls_short, holds)
+    assert verdict.figure == pytest.approx(sorted(overheads)[2])
+    assert ("FALLS SHORT" in verdict.line()) == falls_short
+    assert "asked at most 5.0 %" in verdict.line()
+
+
+def test_speed_ups_values_and_both_ends() -> None:
+    def short(figure: str, one: Row, **ends: float) -> bool:
+        (verdict,) = judge([bound(figure=figure, **ends)], [one])
+        return verdict.falls_short
+
+    assert short("speed-up", row([1.1, 1.2, 1.3, 1.4, 1.49]), least=1.5)
+    assert not short("speed-up", row([1.1, 1.2, 1.3, 1.4, 1.51]), least=1.5)
+    assert short("value", row([1] * 5, [1.1, 2, 2, 2, 2]), most=1)
+    assert not short("value", row([1] * 5, [0.9, 2, 2, 2, 2]), most=1)
+    assert short("overhead", row([1.3] * 5), least=-0.1, most=0.1)  # 23 % less is not flat either
+    assert not short("overhead", row([1.05] * 5), least=-0.1, most=0.1)
+
+
+def test_too_few_turns_and_rows_of_other_names_are_not_judged() -> None:
+    (verdict,) = judge([bound(most=0.0)], [row([0.5] * 4)])
+    assert not verdict.falls_short
+    assert not verdict.holds
+    assert "fewer than 5 runs do not tell" in verdict.line()
+    assert judge([bound(side="other"), bound(unit="s"), bound(case="x*")], [row([0.5] * 5)]) == []
+    assert judge([bound()], [row([])]) == []  # held against nothing
+
+
+def test_the_interval_narrows_with_more_turns() -> None:
+    lucky = [1.0] + [0.5] * 7
+    (verdict,) = judge([bound(most=0.5)], [row(lucky)])
+    assert verdict.falls_short  # one good turn of eight is an accident
+
+
+def test_where_a_bound_applies(monkeypatch) -> None:
+    wanted = {"shape": "qwen3-tiny"}
+    table = (bound(where="CPU", setting=wanted), bound(where="H200", setting=wanted), bound(setting={"runs": 7}))
+    monkeypatch.setattr(bounds, "BOUNDS", table)
+    monkeypatch.setattr(bounds, "machine_words", lambda: frozenset({"CPU"}))
+    assert bounds_for("b", FIVE) == [table[0]]
+    assert bounds_for("other", FIVE) == []
+    monkeypatch.setattr(bounds, "machine_words", lambda: frozenset({"GPU", "CUDA", "NVIDIA", "H200"}))
+    assert bounds_for("b", FIVE) == [table[1]]
+    with pytest.raises(UserError, match=r"nothing of `bench other` is bounded here"):
+        require_bounds("other", FIVE)
+    with pytest.raises(UserError, match="--runs 5"):
+        require_bounds("b", Setting(shape="qwen3-tiny", runs=4))
+
+
+def test_the_table_names_what_is_there(run_cli) -> None:
+    commands = run_cli("bench", "--help").out
+    names = {field.name for field in fields(Setting)}
+    for one in BOUNDS:
+        assert one.benchmark in commands
+        assert set(one.setting) <= names
+        assert math.isfinite(one.least) or math.isfinite(one.most)
+        assert one.why
+
+
+def test_a_shortfall_ends_the_command_and_is_named(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(bounds, "BOUNDS", (bound(most=0.05), bound(figure="value", most=2.0)))
+    rows = [row([0.5] * 5)]
+    with pytest.raises(RunError, match=r"1 of 2 bounds fall short:\ncase: side: overhead 100\.0 %"):
+        report.report("b", FIVE, lambda: rows, tmp_path / "out.json", check=True)
+    assert "FALLS SHORT" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [one["falls_short"] for one in written["bounds"]] == [True, False]
+    report.report("b", FIVE, lambda: rows, None, check=False)  # said, but no error
+    assert "FALLS SHORT" in capsys.readouterr().out
+    with pytest.raises(RunError, match="nothing was measured of what is bounded"):
+        report.report("b", FIVE, list, None, check=True)
+
+
+def test_the_document_for_programs() -> None:
+    one = Row("case", "grpo", "tok/s", (1.0, 3.0), 9.0, (2.0, 4.0))
+    found = document("b", FIVE, [one], [])
+    assert set(found) == {"benchmark", "setting", "machine", "versions", "rows", "bounds"}
+    assert {"python", "mlx", "mlx-lm", "grpo"} <= set(found["versions"])
+    assert found["setting"]["shape"] == "qwen3-tiny"
+    assert json.loads(json.dumps(found))["rows"] == [
+        {
+            "case": "case", "side": "grpo", "unit": "tok/s", "runs": [1.0, 3.0], "cold": 9.0, "ratios": [2.0, 4.0],
+            "mean": 2.0, "sd": pytest.approx(2**0.5), "spread": 1.0, "ratio": 3.0, "ratio_low": 2.0, "ratio_high": 4.0,
+        }
+    ]  # fmt: skip

@@ -1,0 +1,143 @@
+"""Estimates for machines that are not at hand: by the plan's own arithmetic, and as the recipes tell them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import make_model
+
+from grpo.backend import cuda
+from grpo.backend.device import on_gpu
+from grpo.benchmark.estimate import estimate, estimates, model_config
+from grpo.benchmark.machines import CHIPS
+from grpo.config import AdapterConfig
+from grpo.errors import UserError
+from grpo.generation.choice import find_decoding
+from grpo.model.adapters import Adapters
+from grpo.model.known import CONFIGS
+from grpo.model.load import load
+from grpo.model.outline import costs_of, costs_of_config, outline
+from grpo.model.policy import Policy
+from grpo.plugins import bundled
+from grpo.recipe import load_recipe, recipe_of
+from grpo.training.activations import reckoned_footprint
+from grpo.training.footprint import measure_footprint
+from grpo.training.packing import Shape
+from grpo.training.plan import Machine, make_plan, plan_on
+
+H200 = CHIPS[0]
+RECIPES = sorted(bundled("recipes").glob("*.yaml"))
+FROM_THE_HUB = [path for path in RECIPES if not load_recipe(path).model.name.startswith("builtin:")]
+
+
+def recipe(name: str = "Qwen/Qwen3-0.6B", **sections):
+    given = {"data": {"source": "x", "max_prompt_length": 256}, "rewards": [{"use": "math_answer"}],
+             "rollout": {"max_completion_length": 128}, "optim": {"steps": 10}}  # fmt: skip
+    return recipe_of({"model": {"name": name}, **given, **sections}, "test")
+
+
+@pytest.mark.parametrize("path", FROM_THE_HUB, ids=lambda path: path.stem)
+def test_a_recipe_says_what_is_estimated_for_it(path: Path) -> None:
+    said = re.findall(r"^#   ((?:H200|M4).*)$", path.read_text(), re.MULTILINE)
+    assert said == estimates(load_recipe(path)), f"`grpo recipes costs {path.stem}` has what should stand there"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768),
+        ("Qwen/Qwen2.5-Coder-1.5B-Instruct", 1_543_714_304),
+        ("Qwen/Qwen2.5-3B", 3_085_938_688),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-1.7B", 1_720_574_976),
+        ("mlx-community/Qwen3-8B-4bit", 8_190_735_360),
+        ("mlx-community/Qwen3-30B-A3B-4bit", 30_532_122_624),
+    ],
+)
+def test_known_models_have_as_many_parameters_as_the_published_ones(name: str, parameters: int) -> None:
+    assert costs_of_config(CONFIGS[name]).parameters == parameters
+
+
+def test_every_recipes_model_is_known() -> None:
+    assert {load_recipe(path).model.name for path in FROM_THE_HUB} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("kind", "off"), [("tied", 0.25), ("moe", 0.35)])
+def test_a_reckoned_footprint_is_near_the_measured_one(kind: str, checkpointing: bool, off: float) -> None:
+    wider = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "moe_intermediate_size": 384}
+    model = make_model(kind, **{name: size for name, size in wider.items() if kind == "moe" or "moe" not in name})
+    adapters = Adapters(model, AdapterConfig(rank=8), mx.random.key(0))
+    measured = measure_footprint(Policy(model, adapters, 1.0, True), checkpointing)
+    reckoned = reckoned_footprint(costs_of(model), checkpointing, fused=False)
+    shape = Shape(2, 96, 8, 96)
+    assert reckoned.bytes(shape) == pytest.approx(measured.bytes(shape), rel=off)
+
+
+def test_the_plan_of_an_outline_is_that_of_the_model(toy_folder: Path) -> None:
+    cfg = recipe(str(toy_folder), adapter={"rank": 4})
+    model, _ = load(cfg.model)
+    adapters = Adapters(model, cfg.adapter, mx.random.key(0))
+    decoding = find_decoding(model)
+    real, _ = make_plan(cfg, Policy(model, adapters, 1.0), decoding, (64, 64))
+    drawn = outline(model_config(cfg), cfg.adapter, mx.float32)
+    reckon = partial(reckoned_footprint, costs_of(drawn), fused=False)
+    there = Machine(real.memory, on_gpu(), cuda.available())
+    reckoned, _ = plan_on(there, cfg, drawn, 1, decoding, (64, 64), reckon)
+    update = {"phases": {**real.phases, "update": reckoned.phases["update"]}, "micro_batch": reckoned.micro_batch}
+    assert reckoned == replace(real, **update)
+
+
+def test_the_time_is_the_limits_and_what_was_measured_lies_in_its_span() -> None:
+    found = estimate(H200, recipe(), CONFIGS["Qwen/Qwen3-0.6B"])
+    assert H200.reached is not None
+    # scripts/benchmarks/RESULTS.md: 1.09 s a step, 8 × 8 × (256 + 128), LoRA r16.
+    assert found.step < 1.09 < 1.5 * found.step / H200.reached
+    assert found.run == pytest.approx(10 * found.step)
+    assert "run over" not in found.line()
+
+
+def test_evaluations_take_their_time() -> None:
+    config = CONFIGS["Qwen/Qwen3-0.6B"]
+    without = estimate(H200, recipe(), config)
+    often = estimate(H200, recipe(eval={"every": 1, "samples": 4}), config)
+    assert often.step == without.step
+    assert often.run > without.run + 11 * without.step
+
+
+def test_memory_is_the_plans_and_a_small_machine_decodes_fewer_rows_at_once() -> None:
+    config = CONFIGS["Qwen/Qwen3-0.6B"]
+    long = recipe(rollout={"max_completion_length": 4096, "num_generations": 16, "max_concurrency": 128})
+    large, small = (estimate(chip, long, config) for chip in CHIPS[1:])
+    assert large.bytes > 40 * 2**30
+    assert small.bytes < CHIPS[2].memory
+    whole = estimate(H200, recipe(adapter={"type": "full"}), config)
+    assert whole.bytes > (2 + 12) * 596_049_920  # weights, float32 copies and two moments
+
+
+def test_what_cannot_fit_is_said() -> None:
+    *_, small = estimates(recipe("Qwen/Qwen2.5-7B"))
+    assert small == "M4 16 GB      does not fit"
+
+
+def test_the_command_reads_a_models_own_config(run_cli, recipe: Path) -> None:
+    ran = run_cli("recipes", "costs", recipe, "optim.steps=20")
+    assert ran.code == 0, ran.err
+    assert [line.split("  ")[0] for line in ran.out.splitlines()] == [chip.name for chip in CHIPS]
+
+
+def test_a_mistake_is_not_taken_for_too_little_memory(run_cli) -> None:
+    wrong = run_cli("recipes", "costs", "qwen3-math", "adapter.targets=[self_attn.z_proj]")
+    assert wrong.code == 2
+    assert "z_proj" in wrong.err
+
+
+def test_a_model_without_a_config_is_named() -> None:
+    with pytest.raises(UserError, match="is made where it is used"):
+        model_config(recipe("builtin:arithmetic-student"))

@@ -1,0 +1,130 @@
+"""Every shipped recipe, with its models and datasets served under their names: each checks out, and each trains."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from hub.server import Hub
+from hub.shelves import DATASETS, write
+
+from grpo.config import Recipe
+from grpo.plugins import bundled
+from grpo.recipe import load_recipe
+from grpo.scoring.sandbox.run import missing
+
+RECIPES = {path.stem: load_recipe(path) for path in sorted(bundled("recipes").glob("*.yaml"))}
+FROM_THE_HUB = [name for name, recipe in RECIPES.items() if not recipe.model.name.startswith("builtin:")]
+
+SEVERAL = """
+import json, sys
+from grpo.cli import main
+for name, arguments in json.loads(sys.argv[1]).items():
+    sys.argv = ["grpo", "train", name, *arguments]
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    print(f"\\n{name} ended with {code}", flush=True)
+"""
+"""Several commands in one process, which imports the libraries once."""
+
+
+@pytest.fixture
+def whole_hub(hub: Hub, qwen3_folder: Path, tmp_path: Path) -> Hub:
+    """The stand-in with a model and a dataset for each recipe."""
+    for recipe in RECIPES.values():
+        hub.add_model(recipe.model.name, qwen3_folder)
+    for name, splits in DATASETS.items():
+        hub.add_dataset(name, write(splits, tmp_path / "shelves" / name))
+    return hub
+
+
+@pytest.fixture
+def judge() -> Iterator[str]:
+    """The address of a judge that gives every answer a 5."""
+
+    class Judge(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = json.dumps({"choices": [{"message": {"content": "Score: 5"}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def run(hub: Hub, commands: dict[str, list[str]]) -> str:
+    """Run `grpo train NAME ARGUMENTS` for each; what they print."""
+    ran = subprocess.run(
+        [sys.executable, "-c", SEVERAL, json.dumps(commands)],
+        env=hub.environment, cwd=hub.home.parent, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    ended = {name: f"{name} ended with 0" in ran.stdout for name in commands}
+    assert all(ended.values()), (ended, ran.stderr)
+    return ran.stdout
+
+
+def without_a_sandbox(name: str) -> list[str]:
+    return ["rewards.0.kwargs.unsafe=true"] if name == "code-tests" and missing() is not None else []
+
+
+def test_every_recipe_checks_out_as_it_is(whole_hub: Hub) -> None:
+    said = run(whole_hub, {name: ["--dry-run", *without_a_sandbox(name)] for name in FROM_THE_HUB})
+    for name in FROM_THE_HUB:
+        recipe = RECIPES[name]
+        assert f"{recipe.model.name} on {recipe.data.source}" in said
+        assert f"{recipe.optim.steps} steps of {recipe.rollout.prompts_per_step} prompts" in said
+    assert not (whole_hub.home.parent / "runs").exists(), "nothing was to be written"
+
+
+def test_costs_are_told_of_any_model_without_its_weights(hub: Hub, qwen3_folder: Path) -> None:
+    hub.add_model("some/model", qwen3_folder)
+    ran = hub.grpo("recipes", "costs", "qwen3-math", "model.name=some/model")
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("H200 ")
+    assert hub.asked("GET /some/model/resolve/main/config.json")
+    assert not hub.asked("safetensors")
+
+
+def small(recipe: Recipe) -> list[str]:
+    """What makes a recipe one short step, and all of its sections take part."""
+    optional = {
+        "advantage.soft_overlong_cache=4": recipe.advantage.soft_overlong_cache is not None,
+        "rollout.dynamic_sampling=1": recipe.rollout.dynamic_sampling > 0,
+        "log.wandb=null": recipe.log.wandb is not None,
+        **dict.fromkeys(["eval.prompts=2", "eval.samples=2"], recipe.eval is not None),
+    }
+    prompts = recipe.optim.num_minibatches
+    lengths = ["rollout.num_generations=2", "rollout.max_completion_length=8"]
+    steps = ["optim.steps=1", "optim.warmup_steps=0", f"rollout.prompts_per_step={prompts}"]
+    return [*steps, *lengths, *(setting for setting, applies in optional.items() if applies)]
+
+
+@pytest.mark.slow
+def test_every_recipe_trains_a_small_step(whole_hub: Hub, judge: str) -> None:
+    commands = {name: [*small(RECIPES[name]), *without_a_sandbox(name)] for name in FROM_THE_HUB}
+    commands["llm-judge"] += [f"rewards.0.kwargs.base_url={judge}", "rewards.0.kwargs.cache=null"]
+    run(whole_hub, commands)
+    for name in FROM_THE_HUB:
+        folder = whole_hub.home.parent / "runs" / name
+        (step,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert step["step"] == 1
+        assert [value for key, value in step.items() if key.endswith("error_rate")] == [0] * len(RECIPES[name].rewards)
+        assert (folder / "checkpoints/step-000001/adapters.safetensors").is_file()

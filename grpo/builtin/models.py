@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import sys
@@ -45,8 +44,11 @@ def folder(name: str) -> Path:
             made = Path(aside) / "model"
             made.mkdir()
             make(settings, made)
-            with contextlib.suppress(FileExistsError):  # another process was as fast, and made the same
+            try:
                 made.rename(final)
+            except OSError:
+                if not final.is_dir():  # or else another process was as fast, and made the same
+                    raise
     except OSError as error:
         raise UserError(
             f"{final.parent}: cannot keep the model here: {error.strerror} (GRPO_CACHE moves it)"

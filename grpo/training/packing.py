@@ -32,7 +32,9 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The rule for shapes: at most `tokens` (a single row apart) and `rows`, of groups of `group`.
+    """The rule for shapes: at most `tokens` through the model (a single row apart) and `rows`, of groups of `group`.
+
+    With `shares` a prompt goes through once, else with each of its rows.
 
     With a `multiple` above 1 there is one shape for each pair of padded lengths, so that their number is bounded:
     lengths are padded to 1, 2, 3, 4, 6, 8, 12, … times it, and rows and prompts to what fills the tokens.
@@ -42,6 +44,7 @@ class Packing:
     rows: int
     group: int
     multiple: int = 1
+    shares: bool = True
 
     @classmethod
     def of(cls, cfg: Recipe, parts: int = 1, gpu: bool | None = None) -> Packing:
@@ -56,18 +59,23 @@ class Packing:
             -(-rows // parts),
             cfg.rollout.num_generations,
             GPU_MULTIPLE if (on_gpu() if gpu is None else gpu) else 1,
+            cfg.optim.share_prompts,
         )
 
     def shape(self, prompts: int, rows: int, prompt_length: int, length: int) -> Shape | None:
         """The shape of a micro-batch with so many prompts and rows of up to these lengths; None if it is too large."""
         if self.multiple == 1:
             shape = Shape(prompts, prompt_length, rows, length)
-            return shape if rows == 1 or (shape.tokens <= self.tokens and rows <= self.rows) else None
+            return shape if rows == 1 or (self.through(shape) <= self.tokens and rows <= self.rows) else None
         prompt_length, length = self._padded(prompt_length), self._padded(length)
-        fitting = int(self.tokens / (length + prompt_length / self.group))
+        fitting = int(self.tokens / (length + prompt_length / (self.group if self.shares else 1)))
         capacity = min(_power_of_two(fitting), 2 * _power_of_two(self.rows - 1) if self.rows > 1 else 1)
         shape = Shape(-(-capacity // self.group), prompt_length, capacity, length)
         return shape if rows <= shape.rows and prompts <= shape.prompts else None
+
+    def through(self, shape: Shape) -> int:
+        """The tokens of a micro-batch of this shape that go through the model, padding included."""
+        return shape.tokens if self.shares else shape.rows * (shape.prompt_length + shape.length)
 
     def _padded(self, length: int) -> int:
         units = -(-length // self.multiple)
@@ -92,7 +100,7 @@ def pack(rows: Sequence[Row], packing: Packing) -> list[tuple[list[int], Shape]]
         return (-_length(row[1]), row[0].prompt_ids)
 
     packed = (_in_order(rows, _ordered(rows, order), packing) for order in (by_group, by_length))
-    return min(packed, key=lambda parts: sum(shape.tokens for _, shape in parts))
+    return min(packed, key=lambda parts: sum(packing.through(shape) for _, shape in parts))
 
 
 def pack_in_order(rows: Sequence[Row], packing: Packing) -> list[tuple[list[int], Shape]]:

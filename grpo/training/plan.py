@@ -84,6 +84,8 @@ def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: t
     Raises TooLargeError for what cannot fit.
     """
     machine = Machine(memory_bytes(), on_gpu(), cuda.available())
+    shares = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
+    cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update=shares)})
     states = len(policy.adapters.names) - 1
     footprint = partial(measure_footprint, policy)
 

@@ -32,6 +32,26 @@ def test_a_student_is_of_its_task_and_made_the_same_again(task: str, tmp_path: P
     assert first["tokenizer.json"] != other["tokenizer.json"]
 
 
+def test_two_processes_that_make_one_at_once_share_the_first(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GRPO_CACHE", str(tmp_path))
+    before = set(tmp_path.iterdir())
+
+    def make_while_another_does(_: Student, made: Path) -> None:
+        (made / "config.json").write_text("mine")
+        theirs = final()
+        theirs.mkdir()
+        (theirs / "config.json").write_text("theirs")
+
+    def final() -> Path:
+        digest = models.hashlib.sha256(repr((models.VERSION, models.asdict(Student()))).encode()).hexdigest()[:12]
+        return tmp_path / f"arithmetic-student-{digest}"
+
+    monkeypatch.setattr(models, "make", make_while_another_does)
+    folder = models.folder("builtin:arithmetic-student")
+    assert (folder / "config.json").read_text() == "theirs"
+    assert set(tmp_path.iterdir()) - before == {folder}  # and nothing is left aside
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", models.NAMES)
 def test_a_whole_student_is_made_the_same_again(name: str, cache: Path, tmp_path: Path, monkeypatch) -> None:

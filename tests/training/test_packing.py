@@ -40,6 +40,17 @@ def test_exact_shapes_by_hand() -> None:
     ]
 
 
+def test_prompts_that_are_not_shared_count_for_each_row() -> None:
+    rows = [row(10, 4, 1), row(10, 4, 1), row(10, 4, 1)]
+    shared = pack(rows, Packing(tokens=28, rows=3, group=3))
+    apart = pack(rows, Packing(tokens=28, rows=3, group=3, shares=False))
+    assert [shape for _, shape in shared] == [Shape(1, 10, 3, 4)]  # 10 + 3 × 4
+    assert [shape for _, shape in apart] == [Shape(1, 10, 2, 4), Shape(1, 10, 1, 4)]  # 2 × 14, and 14
+    padded = Packing(tokens=256, rows=8, group=4, multiple=16, shares=False)
+    assert padded.shape(1, 4, 40, 16) == Shape(1, 48, 4, 16)  # 256 / (48 + 16) rows
+    assert padded.shape(2, 5, 40, 16) is None
+
+
 def test_a_row_that_is_too_long_goes_alone() -> None:
     ((part, shape),) = pack([row(50, 60)], Packing(tokens=10, rows=1, group=1))
     assert (part, shape) == ([0], Shape(1, 50, 1, 60))

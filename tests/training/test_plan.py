@@ -122,3 +122,11 @@ def test_what_cannot_fit_is_refused_with_numbers(monkeypatch) -> None:
         UserError, match=r"cannot fit: memory about \d+ MB of 12 MB: weights .* the largest of .*; updates of 256"
     ):
         planned()
+
+
+def test_a_model_that_cannot_share_prompts_is_planned_so() -> None:
+    policy, cfg, _ = planned("tied")
+    assert cfg.optim.share_prompts
+    policy.share_prompts = False  # as one that cannot says of itself
+    _, cfg = make_plan(cfg, policy, find_decoding(policy.model), (PROMPT, PROMPT))
+    assert cfg.optim.share_prompts is False

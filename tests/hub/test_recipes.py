@@ -97,8 +97,8 @@ def test_every_recipe_checks_out_as_it_is(whole_hub: Hub) -> None:
 def test_costs_are_told_of_any_model_without_its_weights(hub: Hub, qwen3_folder: Path) -> None:
     hub.add_model("some/model", qwen3_folder)
     ran = hub.grpo("recipes", "costs", "qwen3-math", "model.name=some/model")
-    assert ran.code == 0, ran.err
-    assert ran.out.startswith("H200 ")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("H200 ")
     assert hub.asked("GET /some/model/resolve/main/config.json")
     assert not hub.asked("safetensors")
 

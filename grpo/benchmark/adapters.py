@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,9 +19,10 @@ from grpo.generation.sampling import Sampling
 from grpo.model.adapters import REFERENCE, Adapters
 
 
-def adapter_costs(setting: Setting) -> list[Row]:
+def adapter_costs(setting: Setting) -> Iterator[Row]:
     """The first token after a prompt, with the adapter as it was and just after a switch; then load and merge."""
-    return [*_switches(setting), *_loads(setting)]
+    yield from _switches(setting)
+    yield from _loads(setting)
 
 
 def _switches(setting: Setting) -> list[Row]:

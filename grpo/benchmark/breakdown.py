@@ -39,16 +39,14 @@ DECODING = {
 Method = tuple[type, str]
 
 
-def breakdown(setting: Setting) -> list[Row]:
+def breakdown(setting: Setting) -> Iterator[Row]:
     """Milliseconds and shares of a decoding step, and of a GRPO step with its checkpoint and its logging.
 
     Of a decoding step: building the forward pass's graph, building the sampler's, handing both over for evaluation, and
     waiting for the token that was being computed meanwhile (with the bookkeeping of its rows).
     """
-    return [
-        *alternate(f"decoding step, {setting}", [_decoding(setting)], setting.runs),
-        *alternate(f"GRPO step, {setting}", [_grpo_step(setting)], setting.runs),
-    ]
+    yield from alternate(f"decoding step, {setting}", [_decoding(setting)], setting.runs)
+    yield from alternate(f"GRPO step, {setting}", [_grpo_step(setting)], setting.runs)
 
 
 def _decoding(setting: Setting) -> Side:

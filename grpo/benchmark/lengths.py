@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import mlx.core as mx
@@ -39,7 +39,7 @@ def length_costs(setting: Setting) -> list[Row]:
     return alternate(str(setting), [side(length) for length in LENGTHS], setting.runs)
 
 
-def context_costs(setting: Setting) -> list[Row]:
+def context_costs(setting: Setting) -> Iterator[Row]:
     """Milliseconds of a forward pass over so many tokens, and of a decoding step that attends to so many.
 
     Then the growth from each length to its neighbour, turn by turn: is there one at which it suddenly costs more?
@@ -50,12 +50,10 @@ def context_costs(setting: Setting) -> list[Row]:
         "forward": lambda length: _forward(model, length),
         "decoding step": lambda length: _steps(decoding, length, vocabulary_of(model)),
     }
-    rows = []
     for name, measure in passes.items():
         sides = [Side(f"{length} tokens", measure(length)) for length in CONTEXTS]
         measured = alternate(f"{name}, {setting.model or setting.shape}", sides, setting.runs)
-        rows += [*measured, *growth(measured, CONTEXTS)]
-    return rows
+        yield from [*measured, *growth(measured, CONTEXTS)]
 
 
 def _forward(model: nn.Module, length: int) -> Callable[[], Values]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,11 @@ REPEATS = 16
 Operation = Callable[[], mx.array]
 
 
-def operation_costs(setting: Setting) -> list[Row]:
+def operation_costs(setting: Setting) -> Iterator[Row]:
     """Milliseconds of each operation for one token of every row (attention: over all of a row's tokens)."""
     model = base_model(setting)
-    operations = _operations(model, setting)
-    sides = [Side(name, _timed(operation)) for name, operation in operations.items()]
-    return [row for side in sides for row in alternate(f"one token of {setting}", [side], setting.runs)]
+    for name, operation in _operations(model, setting).items():
+        yield from alternate(f"one token of {setting}", [Side(name, _timed(operation))], setting.runs)
 
 
 def _timed(operation: Operation) -> Callable[[], Values]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,21 @@ LEGEND = (
 
 
 def report(
-    benchmark: str, setting: Setting, measure: Callable[[], Sequence[Row]], path: Path | None, check: bool
+    benchmark: str, setting: Setting, measure: Callable[[], Iterable[Row]], path: Path | None, check: bool
 ) -> None:
-    """Measure, print rows and verdicts, and write them to `path` if there is one.
+    """Measure, print rows as they come and verdicts on them, and write them to `path` if there is one.
 
     With `check`, raises UserError before anything is measured where nothing is bounded, and RunError after it, naming
     what fell short.
     """
     if check:
         require_bounds(benchmark, setting)
-    rows = measure()
+    rows = list(_shown(measure()))
     verdicts = judge(bounds_for(benchmark, setting), rows)
     if path is not None:
         path.write_text(json.dumps(document(benchmark, setting, rows, verdicts), indent=2) + "\n")
-    if rows:
-        print("\n".join(lines(rows, verdicts)), flush=True)
+    if verdicts:
+        print("\n".join(["\nbounds", *(f"  {verdict.line()}" for verdict in verdicts)]))
     if check and not verdicts:
         raise RunError(f"bench {benchmark}: nothing was measured of what is bounded: {_wanted(benchmark, setting)}")
     if check and (short := [verdict.line() for verdict in verdicts if verdict.falls_short]):
@@ -49,16 +49,17 @@ def _wanted(benchmark: str, setting: Setting) -> str:
     return "; ".join(f"{bound.case}: {bound.side} ({bound.why})" for bound in bounds_for(benchmark, setting))
 
 
-def lines(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[str]:
-    """The machine, the rows by case, and the verdicts."""
-    text = [machine(), ", ".join(f"{name} {version}" for name, version in versions().items()), LEGEND]
+def _shown(rows: Iterable[Row]) -> Iterator[Row]:
+    """Hands rows through and prints them: the machine before the first, and each case before its own."""
     case = None
     for row in rows:
+        if case is None:
+            print("\n".join([machine(), ", ".join(f"{name} {v}" for name, v in versions().items()), LEGEND]))
         if row.case != case:
-            text.append(f"\n{row.case}")
+            print(f"\n{row.case}")
             case = row.case
-        text.append(f"  {row.line()}")
-    return [*text, *(["\nbounds"] if verdicts else []), *(f"  {verdict.line()}" for verdict in verdicts)]
+        print(f"  {row.line()}", flush=True)
+        yield row
 
 
 def machine() -> str:

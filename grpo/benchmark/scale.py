@@ -6,7 +6,7 @@ Launched by `mlx.launch -n N` every process takes its share of the rows, all beg
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from grpo.backend.device import setup
@@ -25,7 +25,7 @@ TIMES = (1, 2, 4, 8)
 GROWTH = "× a row"
 
 
-def scaling(setting: Setting) -> list[Row]:
+def scaling(setting: Setting) -> Iterator[Row]:
     """Rollouts and whole steps of 1, 2, 4 and 8 times the prompts; nothing from any process but the first.
 
     `× a row` is what a row costs, against what it costs with the fewest rows. Raises UserError for fewer prompts than
@@ -37,14 +37,15 @@ def scaling(setting: Setting) -> list[Row]:
         raise UserError(f"--prompts {setting.prompts}: too few for {ranks.size} processes")
     settings = {f"{times} × {setting.rows} rows": replace(setting, prompts=times * setting.prompts) for times in TIMES}
     generator = untold(model_for(setting), setting.rows)
-    rollouts = [Side(name, _rollout(generator, one, ranks)) for name, one in settings.items()]
-    steps = [Side(name, _step(one, ranks)) for name, one in settings.items()]
+    sides = {
+        "rollout": [Side(name, _rollout(generator, one, ranks)) for name, one in settings.items()],
+        "step": [Side(name, _step(one, ranks)) for name, one in settings.items()],
+    }
     where = f"{setting.model or setting.shape}, {ranks.size} process{'es' if ranks.size > 1 else ''}"
-    rows = [
-        *alternate(f"rollout, {where}", rollouts, setting.runs),
-        *alternate(f"step, {where}", steps, setting.runs),
-    ]
-    return [*rows, *_growth(rows, settings)] if ranks.first else []
+    for what, its in sides.items():
+        rows = alternate(f"{what}, {where}", its, setting.runs)
+        if ranks.first:
+            yield from [*rows, *_growth(rows, settings)]
 
 
 def _rollout(generator: Generator, setting: Setting, ranks: Ranks) -> Callable[[], Values]:
@@ -74,13 +75,9 @@ def _slowest(work: Callable[[], object], ranks: Ranks) -> float:
 
 def _growth(rows: list[Row], settings: dict[str, Setting]) -> list[Row]:
     """Seconds a row, turn by turn, against those with the fewest rows."""
-    found, base = [], rows[0]
-    for row in rows:
-        if row.unit != "s":
-            continue
-        if not row.ratios:
-            base = row
-            continue
+    base, *others = [row for row in rows if row.unit == "s"]
+    found = []
+    for row in others:
         times = settings[row.side].rows / settings[base.side].rows
         grown = tuple(mine / theirs / times for mine, theirs in zip(row.runs, base.runs, strict=True))
         found.append(Row(row.case, row.side, GROWTH, grown, row.cold / base.cold / times))

@@ -18,7 +18,7 @@ LENGTHS = (10, 50, 100)
 Callback = Callable[[Event], object]
 
 
-def streaming_costs(setting: Setting) -> list[Row]:
+def streaming_costs(setting: Setting) -> Iterator[Row]:
     """Milliseconds of a completion of each length: `Generator.generate`, `stream`, and `stream` in a coroutine.
 
     Streaming is held against the plain call; callbacks that do something against the one that does nothing.
@@ -27,11 +27,9 @@ def streaming_costs(setting: Setting) -> list[Row]:
     model = model_for(one)
     generator = Generator(model, tokenizer_for(one, vocabulary_of(model)), slots=1)
     generator.stop_ids = frozenset()  # or a real model might end earlier at one turn than at another
-    rows = []
     for length in LENGTHS:
         sides = _sides(generator, replace(one, completion_length=length))
-        rows += alternate(f"{length} tokens, {setting.model or setting.shape}", sides, setting.runs)
-    return rows
+        yield from alternate(f"{length} tokens, {setting.model or setting.shape}", sides, setting.runs)
 
 
 def _sides(generator: Generator, setting: Setting) -> list[Side]:

@@ -1,7 +1,7 @@
 """`grpo bench`: a command for each benchmark. What most of them can be told is written down once, in `OPTIONS`."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from grpo.benchmark.protocol import Row
     from grpo.benchmark.setting import Setting
 
-Rows = Sequence["Row"]
+Rows = Iterable["Row"]
 Measure = Callable[..., Rows]
 
 app = typer.Typer(help="Measure this machine: sides take turns in one process, and ratios count.", no_args_is_help=True)

@@ -4,12 +4,11 @@ import json
 
 import pytest
 
-from grpo.benchmark import lengths, scale, streaming
+from grpo.benchmark import lengths, roofline, scale, streaming
 from grpo.benchmark.breakdown import shares, watched
 from grpo.benchmark.lengths import growth
 from grpo.benchmark.models import SHAPES, config_of, model_for
 from grpo.benchmark.protocol import Row
-from grpo.benchmark.roofline import Rates
 from grpo.benchmark.sampling import FILTERS
 from grpo.benchmark.setting import Setting
 from grpo.model.costs import Work
@@ -54,6 +53,8 @@ def test_a_command_prints_its_rows_and_writes_them(run_cli, tmp_path, monkeypatc
     monkeypatch.setattr(lengths, "CONTEXTS", (10, 11, 30))
     monkeypatch.setattr(streaming, "LENGTHS", (3,))
     monkeypatch.setattr(scale, "TIMES", (1, 2))
+    monkeypatch.setattr(roofline, "COPIED", {False: 2**16})
+    monkeypatch.setattr(roofline, "SQUARE", {False: 16})
     arguments, sides, units = ROWS[command]
     ran = run_cli("bench", command, "--shape", "qwen3-tiny", *arguments, "--runs", 1, "--json", tmp_path / "out.json")
     assert ran.code == 0, ran.err
@@ -113,7 +114,7 @@ def test_time_in_a_method_is_counted_inside_the_block_alone() -> None:
 
 
 def test_the_share_of_the_roofline() -> None:
-    values = Rates(flops_per_second=100.0, bytes_per_second=10.0).reached(Work(flops=100, bytes=40), seconds=8)
+    values = roofline.Rates(flops_per_second=100.0, bytes_per_second=10.0).reached(Work(flops=100, bytes=40), seconds=8)
     assert (values["ms by operations"], values["ms by bytes"]) == (1000, 4000)
     assert values["of roofline"] == 0.5
 

@@ -50,8 +50,9 @@ class Rates:
 def roofline(setting: Setting) -> list[Row]:
     """The machine's rates, and a decoding step and an update by the share of them that they reach.
 
-    The rates are those of the same turn: a pass over memory (bytes read and written), and a product in the model's dtype. The least
-    work is that of `model/costs.py`. A share above 1 means caches: what is small need not come from memory each time.
+    The rates are those of the same turn: a pass over memory (bytes read and written), and a product in the model's
+    dtype. The least work is that of `model/costs.py`. A share near or above 1 means caches: what is small need not come
+    from memory each time.
     """
     rates = Rates()
     sides = [_machine(rates), _decoding(setting, rates), _update(setting, rates)]

@@ -26,7 +26,10 @@ GROWTH = "× as long"
 
 
 def length_costs(setting: Setting) -> list[Row]:
-    """Milliseconds a decoding step by the completion's length, without the first token, which waits for the prompt."""
+    """Milliseconds a decoding step by the completion's length, without the first token, which waits for the prompt.
+
+    All are held against the second longest: a short completion's difference of two times is too noisy to hold on to.
+    """
     model = model_for(setting)
     generator, requests = untold(model, setting.rows), requests_of(setting, model)
 
@@ -34,7 +37,11 @@ def length_costs(setting: Setting) -> list[Row]:
         return milliseconds(lambda: generator.generate(requests, Sampling(max_tokens=length), derive_key(0, "draw")))
 
     def side(length: int) -> Side:
-        return Side(f"{length} tokens", lambda: {"ms": (spent(length) - spent(1)) / (length - 1)})
+        return Side(
+            f"{length} tokens",
+            lambda: {"ms": (spent(length) - spent(1)) / (length - 1)},
+            against=f"{LENGTHS[-2]} tokens",
+        )
 
     return alternate(str(setting), [side(length) for length in LENGTHS], setting.runs)
 

@@ -46,7 +46,8 @@ class Verdict:
         """For a person."""
         unsure = "within the noise" if self.enough else f"fewer than {ENOUGH} runs do not tell"
         word = "FALLS SHORT" if self.falls_short else "holds" if self.holds else unsure
-        figures = f"{self._text(self.figure)} ({self._text(self.low)} to {self._text(self.high)})"
+        unit = f" {self.row.unit}" if self.bound.figure == "value" else ""
+        figures = f"{self._text(self.figure)} ({self._text(self.low)} to {self._text(self.high)}){unit}"
         ends = (("at least", self.bound.least), ("at most", self.bound.most))
         asked = " and ".join(f"{name} {self._text(end)}" for name, end in ends if math.isfinite(end))
         return f"{self.row.case}: {self.row.side}: {self.bound.figure} {figures}, asked {asked}: {word}"
@@ -54,7 +55,7 @@ class Verdict:
     def _text(self, value: float) -> str:
         if self.bound.figure == "overhead":
             return f"{100 * value:.1f} %"
-        return f"{value:.2f} ×" if self.bound.figure == "speed-up" else f"{value:.3g} {self.row.unit}"
+        return f"{value:.2f} ×" if self.bound.figure == "speed-up" else f"{value:.3g}"
 
 
 def judge(bounds: Iterable[Bound], rows: Sequence[Row]) -> list[Verdict]:

@@ -35,7 +35,7 @@ def report(
         require_bounds(benchmark, setting)
     rows = list(_shown(measure()))
     verdicts = judge(bounds_for(benchmark, setting), rows)
-    if path is not None:
+    if path is not None and rows:  # of several processes one has them
         path.write_text(json.dumps(document(benchmark, setting, rows, verdicts), indent=2) + "\n")
     if verdicts:
         print("\n".join(["\nbounds", *(f"  {verdict.line()}" for verdict in verdicts)]))

@@ -16,7 +16,8 @@ from grpo.model.logprobs import scaled, token_logprobs
 pytestmark = pytest.mark.skipif(not cuda.available(), reason="no CUDA device")
 
 if cuda.available():
-    from grpo.benchmark.models import NoTokenizer, make_model
+    from grpo.benchmark.models import NoTokenizer, model_for
+    from grpo.benchmark.setting import Setting
     from grpo.generation import cuda_sampling
 
 KEY = derive_key(0, "test")
@@ -62,7 +63,7 @@ def test_draws_follow_the_distribution() -> None:
 
 @pytest.mark.parametrize("slots", [64, 5])
 def test_decoding_by_kernels_is_teacher_forcing_to_rounding(slots: int) -> None:
-    model = make_model("qwen3-25m")
+    model = model_for(Setting("qwen3-25m"))
     generator = Generator(model, NoTokenizer(), slots)
     assert generator.decoding.description == "joined layers, shared prompts, CUDA kernels"
     prompts = [list(range(5, 105)), [7], list(range(200, 233))]

@@ -101,8 +101,9 @@ def alternate(case: str, sides: Iterable[Side], runs: int, seconds: float = math
         base = side.against or warm[0][0].name
         for unit, first in cold.items():
             series = tuple(turn[side.name][unit] for turn in turns)
-            compared = base != side.name and all(unit in turn[base] for turn in turns)
-            ratios = tuple(_ratio(unit, turn[side.name][unit], turn[base][unit]) for turn in turns) if compared else ()
+            pairs = [(turn[side.name][unit], turn[base].get(unit, 0.0)) for turn in turns]
+            compared = base != side.name and all(mine and theirs for mine, theirs in pairs)
+            ratios = tuple(_ratio(unit, mine, theirs) for mine, theirs in pairs) if compared else ()
             rows.append(Row(case, side.name, unit, series, first, ratios))
     return rows
 
@@ -113,7 +114,7 @@ def _turn(sides: Sequence[Side], backwards: bool) -> dict[str, Values]:
 
 def _ratio(unit: str, mine: float, theirs: float) -> float:
     better, worse = (theirs, mine) if unit.split()[0] in LOWER_IS_BETTER else (mine, theirs)
-    return better / worse if worse else math.nan
+    return better / worse
 
 
 def interval(series: Sequence[float]) -> tuple[float, float]:

@@ -68,7 +68,7 @@ def machine() -> str:
 
 
 def document(benchmark: str, setting: Setting, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """All of it for other programs. Numbers that JSON has no word for become null."""
+    """All of it for other programs."""
     return {
         "benchmark": benchmark,
         "setting": asdict(setting),

@@ -44,6 +44,11 @@ def test_a_side_may_be_held_against_another_than_the_first() -> None:
     assert ratios == {"a": None, "b": 2, "c": 4}
 
 
+def test_nothing_is_so_many_times_better_than_nothing() -> None:
+    rows = alternate("case", [side("a", [1, 1], [0, 0], []), side("b", [1, 1], [0, 2], [])], 1)
+    assert {(row.side, row.unit): row.ratio for row in rows}["b", "GB"] is None
+
+
 def test_no_side_is_begun_when_the_time_is_over() -> None:
     order: list[str] = []
     sides = [side("a", [1, 1], [1, 1], order), side("b", [1, 1], [1, 1], order)]

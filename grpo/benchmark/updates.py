@@ -30,15 +30,15 @@ from grpo.types import Group
 Variants = dict[str, dict[str, Any]]
 
 VARIANTS: Variants = {
-    "plain": {"share_prompts": False, "gradient_checkpointing": True, "micro_batch_tokens": 8192, "compile": False},
-    "shared": {"gradient_checkpointing": True, "micro_batch_tokens": 8192, "compile": False},
-    "shared, kept": {"gradient_checkpointing": False, "micro_batch_tokens": 4096, "compile": False},
-    "shared, compiled": {"gradient_checkpointing": True, "micro_batch_tokens": 8192},
-    "shared, kept, compiled": {"gradient_checkpointing": False, "micro_batch_tokens": 4096},
-    "shared, kept, large": {"gradient_checkpointing": False, "micro_batch_tokens": 16384, "compile": False},
+    "plain": {"share_prompts": False, "gradient_checkpointing": True, "micro_batch_tokens": 16384, "compile": False},
+    "shared": {"gradient_checkpointing": True, "micro_batch_tokens": 16384, "compile": False},
+    "shared, kept": {"gradient_checkpointing": False, "micro_batch_tokens": 16384, "compile": False},
+    "shared, small": {"gradient_checkpointing": True, "micro_batch_tokens": 4096, "compile": False},
+    "shared, compiled": {"gradient_checkpointing": True, "micro_batch_tokens": 16384},
+    "shared, kept, compiled": {"gradient_checkpointing": False, "micro_batch_tokens": 16384},
 }
 """Ways to make one update: the prompt with each completion (plain) or once (shared), activations computed again or
-kept, eager or compiled. The first is what the others are held against."""
+kept, in large micro-batches or small ones, eager or compiled. The first is what the others are held against."""
 
 CHECKED_LENGTH = 128
 """Tokens, at most, of the prompts and completions on which the shared way's gradient is checked."""

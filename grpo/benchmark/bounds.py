@@ -80,8 +80,8 @@ BOUNDS: tuple[Bound, ...] = (
           where="CPU", case="step, *", setting=_ONE_M),
     Bound("train", "shared*", "s", "speed-up", "512 + 8 × 64 tokens instead of 8 × 576", least=3.0,
           where="CPU", case="update, *", setting={**_ONE_M, "prompt_length": 512}),
-    Bound("train", "shared*", "s", "speed-up", "8.5 times fewer tokens through the layers", least=5.0, where="H200", case="update, *",
-          setting={**_06B, "completions": 16, "prompt_length": 2048}),
+    Bound("train", "shared*", "s", "speed-up", "8.5 times fewer tokens through the layers", least=5.0,
+          where="H200", case="update, *", setting={**_06B, "completions": 16, "prompt_length": 2048}),
 )  # fmt: skip
 """Sampling and lengths are bounded on a GPU, where a step waits for launches. On a CPU a filter's passes over
 `[rows, vocabulary]` are a tenth of a small model's step and more, and so is attention over some hundred tokens of the

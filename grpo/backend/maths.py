@@ -28,7 +28,15 @@ def silu(x: mx.array) -> mx.array:
 
 def logsumexp(x: mx.array) -> mx.array:
     """log Σ exp over the last axis."""
+    return mx.logsumexp(x, axis=-1) if on_gpu() else logsumexp_and_softmax(x)[0]
+
+
+def logsumexp_and_softmax(x: mx.array) -> tuple[mx.array, mx.array]:
+    """log Σ exp over the last axis, and exp over that sum: on a CPU by one exponential of each element for both."""
     if on_gpu():
-        return mx.logsumexp(x, axis=-1)
+        total = mx.logsumexp(x, axis=-1)
+        return total, mx.exp(x - total[..., None])
     highest = mx.stop_gradient(x.max(axis=-1, keepdims=True))
-    return mx.log(exp(x - highest).sum(axis=-1)) + highest[..., 0]
+    powers = exp(x - highest)
+    total = powers.sum(axis=-1, keepdims=True)
+    return (mx.log(total) + highest)[..., 0], powers / total

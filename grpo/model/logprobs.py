@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from grpo.backend.maths import logsumexp
+from grpo.backend.maths import logsumexp, logsumexp_and_softmax
 from grpo.model.head import Head, head_parameters
 
 Pair = tuple[mx.array, mx.array]
@@ -33,10 +33,11 @@ def token_logprobs(scaled_logits: mx.array, tokens: mx.array) -> mx.array:
     return chosen - logsumexp(scaled_logits)
 
 
-def entropies(scaled_logits: mx.array) -> mx.array:
-    """Entropy in nats over the whole vocabulary: `[..., V]` fp32 in, `[...]` fp32 out."""
-    probabilities = mx.softmax(scaled_logits, axis=-1)
-    return logsumexp(scaled_logits) - (probabilities * scaled_logits).sum(axis=-1)
+def logprobs_and_entropies(scaled_logits: mx.array, tokens: mx.array) -> Pair:
+    """The same, and the entropy in nats over the whole vocabulary: two `[...]` fp32 arrays."""
+    chosen = mx.take_along_axis(scaled_logits, tokens[..., None], axis=-1)[..., 0]
+    total, probabilities = logsumexp_and_softmax(scaled_logits)
+    return chosen - total, total - (probabilities * scaled_logits).sum(axis=-1)
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -72,8 +73,7 @@ def chunked_logprobs(
             logits = scaled(head(states), temperature)
         finally:
             module.update(tree_unflatten(parameters))
-        entropy = entropies(logits)
-        chosen = token_logprobs(logits, flat_tokens[start : start + chunk])
+        chosen, entropy = logprobs_and_entropies(logits, flat_tokens[start : start + chunk])
         return chosen, entropy if entropy_gradient else mx.stop_gradient(entropy)
 
     # A function with a backward pass of its own, because MLX would compute independent chunks side by side: here each

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from grpo.model.adapters import Adapters
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import split_head
-from grpo.model.logprobs import chunk_tokens, chunked_logprobs, entropies, scaled, token_logprobs
+from grpo.model.logprobs import chunk_tokens, chunked_logprobs, logprobs_and_entropies, scaled
 from grpo.model.promptcaches import Kind
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
 
@@ -84,8 +84,8 @@ class Policy:
         if self.split is not None:
             return self._projected(hidden, completion_ids, entropy_gradient)
         logits = scaled(hidden, self.temperature)
-        entropy = entropies(logits)
-        return token_logprobs(logits, completion_ids), entropy if entropy_gradient else mx.stop_gradient(entropy)
+        logprobs, entropy = logprobs_and_entropies(logits, completion_ids)
+        return logprobs, entropy if entropy_gradient else mx.stop_gradient(entropy)
 
     def group_logprobs(
         self,

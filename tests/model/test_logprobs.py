@@ -7,13 +7,15 @@ import pytest
 
 from grpo.model import logprobs
 from grpo.model.head import split_head
-from grpo.model.logprobs import chunk_tokens, chunked_logprobs, entropies, scaled, token_logprobs
+from grpo.model.logprobs import chunk_tokens, chunked_logprobs, logprobs_and_entropies, scaled, token_logprobs
 
 
 def test_by_hand() -> None:
     logits = mx.log(mx.array([[0.5, 0.25, 0.25]]))
     assert token_logprobs(logits, mx.array([1])).item() == pytest.approx(math.log(0.25), abs=1e-6)
-    assert entropies(logits).item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
+    chosen, entropy = logprobs_and_entropies(logits, mx.array([1]))
+    assert chosen.item() == pytest.approx(math.log(0.25), abs=1e-6)
+    assert entropy.item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
 
 
 def test_temperature_comes_before_the_softmax_and_in_fp32() -> None:
@@ -36,7 +38,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk: int) -> None:
 
     got, entropy = in_chunks(hidden)
     assert mx.allclose(got, whole(hidden), atol=1e-6)
-    assert mx.allclose(entropy, entropies(scaled(hidden @ weight, 0.7)), atol=1e-6)
+    assert mx.allclose(entropy, logprobs_and_entropies(scaled(hidden @ weight, 0.7), tokens)[1], atol=1e-6)
     expected = mx.grad(lambda h: (whole(h) ** 2).sum())(hidden)
     assert mx.allclose(mx.grad(lambda h: (in_chunks(h)[0] ** 2).sum())(hidden), expected, atol=1e-5)
 

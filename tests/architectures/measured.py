@@ -28,6 +28,7 @@ from grpo.training.folder import newest_checkpoint
 from grpo.training.footprint import Footprint
 from grpo.training.loop import Loop
 from grpo.training.resume import context, find_start, plan_of
+from grpo.training.revisions import revisions_of
 from grpo.training.setup import prepare
 from grpo.training.signals import StopRequest
 
@@ -66,7 +67,7 @@ def train(model: Path, bits: int | None, run: Path, *overrides: str) -> Path:
         trainer = prepare(start.planned).trainer
     state = start.load(trainer)
     with closing(trainer.scorer), start.folder() as folder:
-        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer))
+        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg))
         Loop(trainer, folder, written, JsonlLogger(folder).log, StopRequest(), state, start.checkpoint).run()
     return newest_checkpoint(run)
 

@@ -201,15 +201,15 @@ def test_nothing_is_left_behind(tmp_path: Path, timeout: float) -> None:
     assert all(gone(pid) for pid in left)
 
 
-def test_ten_thousand_cheap_rewards_a_second(scorer) -> None:
-    """In one call, and in a call for each completion."""
+def test_ten_thousand_cheap_rewards_take_a_second_of_processor_time(scorer) -> None:
+    """Of this process, which trains; in one call, and in a call for each completion."""
     texts = ["The answer is 42. " * 10] * 20_000
     many = groups(*texts, size=8, answer="42")
     for calls in ("step", "completion"):
         fast = scorer(use("good", calls=calls))
-        began = time.monotonic()
+        began = time.process_time()
         assert column(fast.score(many), "good") == [180.0] * 20_000
-        assert time.monotonic() - began < 2
+        assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo.backend.device import describe
 from grpo.benchmark.bounds import bounds_for, require_bounds
-from grpo.benchmark.protocol import CONFIDENCE, Row, interval
+from grpo.benchmark.protocol import CONFIDENCE, ENOUGH, Row, interval
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.verdicts import Verdict, judge
 from grpo.benchmark.versions import versions
@@ -19,7 +19,7 @@ from grpo.errors import RunError
 
 LEGEND = (
     "mean ± sd of the runs after the cold one; spread: (max - min) / mean; "
-    f"ratio: median over turns, times better, with its {100 * CONFIDENCE:.0f} % interval"
+    f"ratio: median over turns, times better, with its {100 * CONFIDENCE:.0f} % interval (all of it below {ENOUGH} runs)"
 )
 
 
@@ -36,13 +36,20 @@ def report(
     rows = list(_shown(measure()))
     verdicts = judge(bounds_for(benchmark, setting), rows)
     if path is not None and rows:  # of several processes one has them
-        path.write_text(json.dumps(document(benchmark, setting, rows, verdicts), indent=2) + "\n")
+        _write(path, document(benchmark, setting, rows, verdicts))
     if verdicts:
         print("\n".join(["\nbounds", *(f"  {verdict.line()}" for verdict in verdicts)]))
     if check and not verdicts:
         raise RunError(f"bench {benchmark}: nothing was measured of what is bounded: {_wanted(benchmark, setting)}")
     if check and (short := [verdict.line() for verdict in verdicts if verdict.falls_short]):
         raise RunError("\n".join([f"bench {benchmark}: {len(short)} of {len(verdicts)} bounds fall short:", *short]))
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"--json {path}: cannot be written: {error.strerror}; what was measured is printed") from error
 
 
 def _wanted(benchmark: str, setting: Setting) -> str:

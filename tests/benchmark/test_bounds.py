@@ -84,6 +84,25 @@ def test_where_a_bound_applies(monkeypatch) -> None:
         require_bounds("b", Setting(shape="qwen3-tiny", runs=4))
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "promised"),
+    [
+        ("rollout", {"prompts": 8, "completions": 8, "prompt_length": 128, "completion_length": 128}),
+        ("train", {"prompts": 2, "completions": 8, "prompt_length": 64, "completion_length": 64}),
+    ],
+)
+def test_a_speed_up_is_bounded_at_its_own_load(benchmark: str, promised: dict[str, int], monkeypatch) -> None:
+    monkeypatch.setattr(bounds, "machine_words", lambda: frozenset({"CPU"}))
+    assert len(bounds_for(benchmark, Setting(**promised))) == 1
+    for name in promised:
+        assert bounds_for(benchmark, Setting(**{**promised, name: 1})) == []
+
+
+def test_a_file_that_cannot_be_written_after_all_is_said(tmp_path) -> None:
+    with pytest.raises(RunError, match="cannot be written: Is a directory"):
+        report.report("b", FIVE, lambda: [row([0.5])], tmp_path, check=False)
+
+
 def test_the_table_names_what_is_there(run_cli) -> None:
     commands = run_cli("bench", "--help").out
     names = {field.name for field in fields(Setting)}

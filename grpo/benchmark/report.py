@@ -18,8 +18,8 @@ from grpo.benchmark.versions import versions
 from grpo.errors import RunError
 
 LEGEND = (
-    "mean ± sd of the runs after the cold one; spread: (max - min) / mean; "
-    f"ratio: median over turns, times better, with its {100 * CONFIDENCE:.0f} % interval (all of it below {ENOUGH} runs)"
+    "mean ± sd of the runs after the cold one; spread: (max - min) / mean; ratio: median over turns, times better, "
+    f"with its {100 * CONFIDENCE:.0f} % interval (of fewer than {ENOUGH} runs: lowest and highest)"
 )
 
 
@@ -78,7 +78,7 @@ def document(benchmark: str, setting: Setting, rows: Sequence[Row], verdicts: Se
     """All of it for other programs."""
     return {
         "benchmark": benchmark,
-        "setting": asdict(setting),
+        "setting": {**asdict(setting), "shape": None if setting.model else setting.shape},
         "machine": machine(),
         "versions": versions(),
         "rows": [_row(row) for row in rows],

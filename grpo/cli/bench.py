@@ -30,9 +30,11 @@ def _writable(path: Path | None) -> Path | None:
 
 
 OPTIONS: dict[str, Any] = {
-    "shape": Annotated[str, typer.Option(help="Random weights of this shape: qwen3-1m, qwen3-0.6b, qwen3-moe-2m, …")],
+    "shape": Annotated[str, typer.Option(help="Random weights: qwen3-tiny, -1m, -25m, -0.6b, -1.7b or -moe-2m.")],
     "model": Annotated[str | None, typer.Option(help="A real model instead: a Hub repository, folder or built-in.")],
-    "lora": Annotated[bool, typer.Option(help="LoRA of rank 16 on every linear layer.")],
+    "lora": Annotated[
+        bool, typer.Option(help="Sample with a LoRA of rank 16 on every linear layer; what trains has one.")
+    ],
     "prompts": Annotated[int, typer.Option(min=1)],
     "completions": Annotated[int, typer.Option(min=1, help="Of each prompt.")],
     "prompt_length": Annotated[int, typer.Option(min=1, help="In tokens.")],

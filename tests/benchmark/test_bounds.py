@@ -133,6 +133,7 @@ def test_the_document_for_programs() -> None:
     assert set(found) == {"benchmark", "setting", "machine", "versions", "rows", "bounds"}
     assert {"python", "mlx", "mlx-lm", "grpo"} <= set(found["versions"])
     assert found["setting"]["shape"] == "qwen3-tiny"
+    assert document("b", Setting(model="mine"), [], [])["setting"]["shape"] is None  # of a model it says nothing
     assert json.loads(json.dumps(found))["rows"] == [
         {
             "case": "case", "side": "grpo", "unit": "tok/s", "runs": [1.0, 3.0], "cold": 9.0, "ratios": [2.0, 4.0],

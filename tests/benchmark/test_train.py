@@ -73,10 +73,13 @@ def test_a_peer_that_measures_nothing_has_failed(script: str, said: str, tmp_pat
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
     with pytest.raises(RunError, match=f"python failed: {said}"):
-        train.compare_steps(SMALL, python, blas=False)
-    python.write_text("not a program")
-    with pytest.raises(RunError, match="Exec format error"):
-        train.compare_steps(SMALL, python, blas=False)
+        train._mlx_lm_lora(python, tmp_path, SMALL, blas=False).run()
+
+
+def test_a_peer_that_is_no_program_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("not a program")
+    with pytest.raises(RunError, match=r"python failed: .*Permission denied"):
+        train._mlx_lm_lora(tmp_path / "python", tmp_path, SMALL, blas=False).run()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grpo.backend.device import describe
+import mlx.core as mx
+
+from grpo.backend.device import cpu_cores, describe
 from grpo.benchmark.bounds import bounds_for, require_bounds
 from grpo.benchmark.protocol import CONFIDENCE, ENOUGH, Row, interval
 from grpo.benchmark.setting import Setting
@@ -71,7 +73,8 @@ def _shown(rows: Iterable[Row]) -> Iterator[Row]:
 
 def machine() -> str:
     """The machine in one line."""
-    return f"{platform.system()} {platform.machine()}, {describe()}"
+    processor = mx.device_info(mx.Device(mx.cpu)).get("device_name", "unknown")
+    return f"{platform.system()} {platform.machine()}, {cpu_cores()} cores ({processor}), {describe()}"
 
 
 def document(benchmark: str, setting: Setting, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, Any]:

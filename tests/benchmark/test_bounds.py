@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 
+from grpo.backend.device import cpu_cores
 from grpo.benchmark import bounds, report
 from grpo.benchmark.bounds import BOUNDS, Bound, bounds_for, require_bounds
 from grpo.benchmark.protocol import Row
@@ -132,6 +133,7 @@ def test_the_document_for_programs() -> None:
     found = document("b", FIVE, [one], [])
     assert set(found) == {"benchmark", "setting", "machine", "versions", "rows", "bounds"}
     assert {"python", "mlx", "mlx-lm", "grpo"} <= set(found["versions"])
+    assert f"{cpu_cores()} cores (" in found["machine"]
     assert found["setting"]["shape"] == "qwen3-tiny"
     assert document("b", Setting(model="mine"), [], [])["setting"]["shape"] is None  # of a model it says nothing
     assert json.loads(json.dumps(found))["rows"] == [

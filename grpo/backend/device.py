@@ -68,6 +68,11 @@ def describe() -> str:
     return line if on_gpu() else f"{line}, BLAS: {blas.describe()}"
 
 
+def cpu_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def memory_bytes() -> int:
     """Memory that MLX may use: the GPU's, or the machine's."""
     import mlx.core as mx

@@ -54,4 +54,4 @@ def _loads(setting: Setting) -> list[Row]:
             loaded = milliseconds(lambda: made.append(Adapters(model, cfg, mx.random.key(0))))
             return {"ms load": loaded, "ms merge": milliseconds(made[0].merge)}
 
-        return alternate(f"load and merge, {setting.model or setting.shape}", [Side("adapter", run)], setting.runs)
+        return alternate(f"load and merge, {setting.name}", [Side("adapter", run)], setting.runs)

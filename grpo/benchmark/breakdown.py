@@ -45,8 +45,9 @@ def breakdown(setting: Setting) -> Iterator[Row]:
     Of a decoding step: building the forward pass's graph, building the sampler's, handing both over for evaluation, and
     waiting for the token that was being computed meanwhile (with the bookkeeping of its rows).
     """
-    yield from alternate(f"decoding step, {setting}", [_decoding(setting)], setting.runs)
-    yield from alternate(f"GRPO step, {setting}", [_grpo_step(setting)], setting.runs)
+    sides = [_grpo_step(setting), _decoding(setting)]  # what the first refuses is said before anything is measured
+    for side in reversed(sides):
+        yield from alternate(f"{side.name}, {setting}", [side], setting.runs)
 
 
 def _decoding(setting: Setting) -> Side:

@@ -110,13 +110,11 @@ def _sampling(costs: Costs, cfg: Recipe, plan: Plan, prompts: int, rows: int) ->
 
 def _updates(costs: Costs, cfg: Recipe, plan: Plan) -> Work:
     """All that goes through the model after sampling: updates, and what they are held against."""
-    prompt, rollout = cfg.data.max_prompt_length, cfg.rollout
-    length, group = rollout.max_completion_length, rollout.num_generations
-    once = costs.update(plan.prompts, prompt, group, length)
-    forward = Work(once.flops / 3, once.bytes / 3)
-    several = cfg.optim.num_iterations * cfg.optim.num_minibatches > 1
-    forwards = cfg.needs_reference + several + cfg.optim.num_iterations * plan.checkpointing
-    return once * cfg.optim.num_iterations + forward * forwards
+    rollout, passes = cfg.rollout, cfg.optim.num_iterations
+    sizes = plan.prompts, cfg.data.max_prompt_length, rollout.num_generations, rollout.max_completion_length
+    several = passes * cfg.optim.num_minibatches > 1
+    logprobs = costs.logprobs(*sizes) * (cfg.needs_reference + several)
+    return costs.update(*sizes) * passes + costs.forward(*sizes) * (passes * plan.checkpointing) + logprobs
 
 
 def model_config(cfg: Recipe) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def length_costs(setting: Setting) -> list[Row]:
             against=f"{LENGTHS[-2]} tokens",
         )
 
-    return alternate(str(setting), [side(length) for length in LENGTHS], setting.runs)
+    case = f"decoding step, {setting.name} {setting.prompts}x{setting.completions}, prompts of {setting.prompt_length}"
+    return alternate(case, [side(length) for length in LENGTHS], setting.runs)
 
 
 def context_costs(setting: Setting) -> Iterator[Row]:
@@ -59,7 +60,7 @@ def context_costs(setting: Setting) -> Iterator[Row]:
     }
     for name, measure in passes.items():
         sides = [Side(f"{length} tokens", measure(length)) for length in CONTEXTS]
-        measured = alternate(f"{name}, {setting.model or setting.shape}", sides, setting.runs)
+        measured = alternate(f"{name}, {setting.name}", sides, setting.runs)
         yield from [*measured, *growth(measured, CONTEXTS)]
 
 

@@ -16,6 +16,7 @@ from grpo.benchmark.setting import Setting
 from grpo.config import AdapterConfig, ModelConfig
 from grpo.errors import UserError
 from grpo.model.adapters import Adapters
+from grpo.model.known import CONFIGS
 from grpo.model.load import load
 
 if TYPE_CHECKING:
@@ -28,10 +29,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                  "head_dim": 32, "intermediate_size": 384, "vocab_size": 2048},
     "qwen3-25m": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
                   "head_dim": 64, "intermediate_size": 1280, "vocab_size": 6144},
-    "qwen3-0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
-                   "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936},
-    "qwen3-1.7b": {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
-                   "head_dim": 128, "intermediate_size": 6144, "vocab_size": 151936},
+    "qwen3-0.6b": CONFIGS["Qwen/Qwen3-0.6B"],
+    "qwen3-1.7b": CONFIGS["Qwen/Qwen3-1.7B"],
     "qwen3-moe-2m": {"model_type": "qwen3_moe", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
                      "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 384, "vocab_size": 2048,
                      "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128,

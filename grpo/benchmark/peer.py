@@ -12,7 +12,7 @@ from typing import Any
 from grpo.backend import blas
 from grpo.benchmark.models import model_for
 from grpo.benchmark.protocol import Row, Side, Values, alternate
-from grpo.benchmark.rollout import mlx_lm_batched, ours
+from grpo.benchmark.rollout import mlx_lm, ours
 from grpo.benchmark.setting import Setting
 from grpo.errors import RunError, UserError
 
@@ -64,7 +64,7 @@ def against_wheel(setting: Setting) -> list[Row]:
 def main() -> None:
     """One line of measurements for each line of input."""
     setting = Setting(**json.loads(sys.argv[1]))
-    side = mlx_lm_batched(model_for(setting), setting)
+    side = mlx_lm(model_for(setting), setting)
     for _ in sys.stdin:
         print(json.dumps(side.run()), flush=True)
 

@@ -87,12 +87,12 @@ def number(value: float) -> str:
 def alternate(case: str, sides: Iterable[Side], runs: int, seconds: float = math.inf) -> list[Row]:
     """Warm every side up once, then let them take turns `runs` times, every second turn backwards.
 
-    After so many `seconds` no further side is warmed up: those that were are measured.
+    After so many `seconds` no further side is warmed up: those that were, the first among them, are measured.
     """
     started = time.perf_counter()
     warm: list[tuple[Side, Values]] = []
     for side in sides:
-        if time.perf_counter() - started > seconds:
+        if warm and time.perf_counter() - started > seconds:
             break
         warm.append((side, side.run()))
     turns = [_turn([side for side, _ in warm], backwards=number % 2 == 1) for number in range(runs)]

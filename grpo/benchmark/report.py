@@ -9,17 +9,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grpo.backend.device import describe
+import mlx.core as mx
+
+from grpo.backend.device import cpu_cores, describe
 from grpo.benchmark.bounds import bounds_for, require_bounds
-from grpo.benchmark.protocol import CONFIDENCE, Row, interval
+from grpo.benchmark.protocol import CONFIDENCE, ENOUGH, Row, interval
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.verdicts import Verdict, judge
 from grpo.benchmark.versions import versions
 from grpo.errors import RunError
 
 LEGEND = (
-    "mean ± sd of the runs after the cold one; spread: (max - min) / mean; "
-    f"ratio: median over turns, times better, with its {100 * CONFIDENCE:.0f} % interval"
+    "mean ± sd of the runs after the cold one; spread: (max - min) / mean; ratio: median over turns, times better, "
+    f"with its {100 * CONFIDENCE:.0f} % interval (of fewer than {ENOUGH} runs: lowest and highest)"
 )
 
 
@@ -36,13 +38,20 @@ def report(
     rows = list(_shown(measure()))
     verdicts = judge(bounds_for(benchmark, setting), rows)
     if path is not None and rows:  # of several processes one has them
-        path.write_text(json.dumps(document(benchmark, setting, rows, verdicts), indent=2) + "\n")
+        _write(path, document(benchmark, setting, rows, verdicts))
     if verdicts:
         print("\n".join(["\nbounds", *(f"  {verdict.line()}" for verdict in verdicts)]))
     if check and not verdicts:
         raise RunError(f"bench {benchmark}: nothing was measured of what is bounded: {_wanted(benchmark, setting)}")
     if check and (short := [verdict.line() for verdict in verdicts if verdict.falls_short]):
         raise RunError("\n".join([f"bench {benchmark}: {len(short)} of {len(verdicts)} bounds fall short:", *short]))
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"--json {path}: cannot be written: {error.strerror}; what was measured is printed") from error
 
 
 def _wanted(benchmark: str, setting: Setting) -> str:
@@ -64,14 +73,15 @@ def _shown(rows: Iterable[Row]) -> Iterator[Row]:
 
 def machine() -> str:
     """The machine in one line."""
-    return f"{platform.system()} {platform.machine()}, {describe()}"
+    processor = mx.device_info(mx.Device(mx.cpu)).get("device_name", "unknown")
+    return f"{platform.system()} {platform.machine()}, {cpu_cores()} cores ({processor}), {describe()}"
 
 
 def document(benchmark: str, setting: Setting, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """All of it for other programs."""
     return {
         "benchmark": benchmark,
-        "setting": asdict(setting),
+        "setting": {**asdict(setting), "shape": None if setting.model else setting.shape},
         "machine": machine(),
         "versions": versions(),
         "rows": [_row(row) for row in rows],

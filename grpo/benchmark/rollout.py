@@ -21,8 +21,12 @@ from grpo.generation.sampling import Sampling
 def against_mlx_lm(setting: Setting) -> list[Row]:
     """This generator against mlx-lm's: its loop for one row, or its batched generator."""
     model = model_for(setting)
-    peer = mlx_lm_stream if setting.rows == 1 else mlx_lm_batched
-    return alternate(str(setting), [peer(model, setting), ours(model, setting)], setting.runs)
+    return alternate(str(setting), [mlx_lm(model, setting), ours(model, setting)], setting.runs)
+
+
+def mlx_lm(model: nn.Module, setting: Setting) -> Side:
+    """mlx-lm's own way for so many rows."""
+    return (mlx_lm_stream if setting.rows == 1 else mlx_lm_batched)(model, setting)
 
 
 def timed(work: Callable[[], object], tokens: int) -> Values:

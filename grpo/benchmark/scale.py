@@ -41,7 +41,7 @@ def scaling(setting: Setting) -> Iterator[Row]:
         "rollout": [Side(name, _rollout(generator, one, ranks)) for name, one in settings.items()],
         "step": [Side(name, _step(one, ranks)) for name, one in settings.items()],
     }
-    where = f"{setting.model or setting.shape}, {ranks.size} process{'es' if ranks.size > 1 else ''}"
+    where = f"{setting.name}, {ranks.size} process{'es' if ranks.size > 1 else ''}"
     for what, its in sides.items():
         rows = alternate(f"{what}, {where}", its, setting.runs)
         if ranks.first:

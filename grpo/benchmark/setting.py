@@ -28,7 +28,12 @@ class Setting:
 
     def __str__(self) -> str:
         load = f"{self.prompts}x{self.completions} {self.prompt_length}+{self.completion_length}"
-        return f"{self.model or self.shape} {load}"
+        return f"{self.name} {load}"
+
+    @property
+    def name(self) -> str:
+        """Of the model that is measured."""
+        return self.model or self.shape
 
     @property
     def rows(self) -> int:

@@ -29,7 +29,7 @@ def streaming_costs(setting: Setting) -> Iterator[Row]:
     generator.stop_ids = frozenset()  # or a real model might end earlier at one turn than at another
     for length in LENGTHS:
         sides = _sides(generator, replace(one, completion_length=length))
-        yield from alternate(f"{length} tokens, {setting.model or setting.shape}", sides, setting.runs)
+        yield from alternate(f"{length} tokens, {setting.name}", sides, setting.runs)
 
 
 def _sides(generator: Generator, setting: Setting) -> list[Side]:

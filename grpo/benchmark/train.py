@@ -18,7 +18,7 @@ from grpo.benchmark.rollout import untold
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.work import Prompts, policy_of, recipe, synthetic
 from grpo.config import ModelConfig
-from grpo.errors import RunError
+from grpo.errors import RunError, UserError
 from grpo.model.load import model_folder
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
@@ -78,6 +78,8 @@ PEER_STEPS = 6
 
 
 def _mlx_lm_lora(python: Path, folder: Path, setting: Setting, blas: bool) -> Side:
+    if not PEER.is_file():
+        raise UserError(f"--peer-python: {PEER} is not there: it comes with the repository, and not with the package")
     model = model_folder(ModelConfig(name=setting.model)) if setting.model else folder / "model"
     if not setting.model:
         write_model(setting, model)
@@ -88,10 +90,18 @@ def _mlx_lm_lora(python: Path, folder: Path, setting: Setting, blas: bool) -> Si
     command = [python, PEER, model, folder / "data", PEER_STEPS, *sizes, *(["--blas"] if blas else [])]
 
     def run() -> Values:
-        ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=folder)
-        if ran.returncode:
-            raise RunError(f"mlx-lm-lora failed: {ran.stderr.strip()[-500:]}")
-        measured: dict[str, float] = json.loads(ran.stdout.strip().splitlines()[-1])
-        return measured
+        return _last_line(list(map(str, command)), folder)
 
     return Side(f"mlx-lm-lora{', same BLAS' if blas else ''}", run)
+
+
+def _last_line(command: list[str], folder: Path) -> Values:
+    """What a process measured and printed last. Raises RunError where it has not."""
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+        if ran.returncode == 0:
+            measured: Values = json.loads(ran.stdout.strip().rpartition("\n")[2])
+            return measured
+    except (OSError, ValueError) as error:
+        raise RunError(f"mlx-lm-lora by {command[0]} failed: {error}") from error
+    raise RunError(f"mlx-lm-lora by {command[0]} failed: {ran.stderr.strip()[-500:]}")

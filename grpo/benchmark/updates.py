@@ -53,14 +53,17 @@ def variant_names(text: str) -> list[str]:
 
 
 def compare_updates(setting: Setting, names: Sequence[str], seconds: float) -> list[Row]:
-    """Variants of one update of one model, in turns; none is warmed up after so many `seconds`.
+    """Variants of one update of one model, in turns; none but the first is warmed up after so many `seconds`.
 
-    Before that the shared way's gradient is held against the plain way's.
+    Before that the shared way's gradient is held against the plain way's. Says which variants are left out.
     """
     print(parity(setting), flush=True)
     model = base_model(setting)
     adapters = policy_of(model, recipe(setting, {})).adapters
-    return alternate(f"update, {setting}", _sides(setting, names, model, adapters), setting.runs, seconds)
+    rows = alternate(f"update, {setting}", _sides(setting, names, model, adapters), setting.runs, seconds)
+    if left := [name for name in names if name not in {row.side for row in rows}]:
+        print(f"left out after {seconds / 60:g} min: {'; '.join(left)} (--minutes)", flush=True)
+    return rows
 
 
 def _sides(setting: Setting, names: Sequence[str], model: nn.Module, adapters: Adapters) -> Iterator[Side]:

@@ -25,7 +25,7 @@ def recipe(setting: Setting, optim: dict[str, Any]) -> Recipe:
     decided = {"micro_batch_tokens": 8192, "gradient_checkpointing": False}
     return Recipe.model_validate(
         {
-            "model": {"name": setting.model or setting.shape},
+            "model": {"name": setting.name},
             "data": {"source": "bench"},
             "rewards": [{"use": "bench"}],
             "rollout": {

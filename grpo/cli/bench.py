@@ -1,6 +1,7 @@
 """`grpo bench`: a command for each benchmark. What most of them can be told is written down once, in `OPTIONS`."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,15 +20,21 @@ app = typer.Typer(help="Measure this machine: sides take turns in one process, a
 
 def _writable(path: Path | None) -> Path | None:
     """Before minutes of measuring, not after them."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path is None:
+        return None
+    if path.is_dir() or not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"{path} cannot be written: there is no such folder, or it is one itself")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written: permission denied")
     return path
 
 
 OPTIONS: dict[str, Any] = {
-    "shape": Annotated[str, typer.Option(help="Random weights of this shape: qwen3-1m, qwen3-0.6b, qwen3-moe-2m, …")],
+    "shape": Annotated[str, typer.Option(help="Random weights: qwen3-tiny, -1m, -25m, -0.6b, -1.7b or -moe-2m.")],
     "model": Annotated[str | None, typer.Option(help="A real model instead: a Hub repository, folder or built-in.")],
-    "lora": Annotated[bool, typer.Option(help="LoRA of rank 16 on every linear layer.")],
+    "lora": Annotated[
+        bool, typer.Option(help="Sample with a LoRA of rank 16 on every linear layer; what trains has one.")
+    ],
     "prompts": Annotated[int, typer.Option(min=1)],
     "completions": Annotated[int, typer.Option(min=1, help="Of each prompt.")],
     "prompt_length": Annotated[int, typer.Option(min=1, help="In tokens.")],
@@ -88,12 +95,17 @@ def rollout(
 def train(
     setting: "Setting",
     update: Annotated[bool, typer.Option("--update", help="The update alone, in its variants.")] = False,
-    variants: Annotated[str, typer.Option(help="Of --update, by name, separated by semicolons.")] = "",
-    minutes: Annotated[float, typer.Option(help="Warm up no further variant of --update after so long.")] = 7.0,
+    variants: Annotated[
+        str, typer.Option(help="With --update: these alone, separated by semicolons (plain; shared; shared, kept; …).")
+    ] = "",
+    minutes: Annotated[float, typer.Option(help="With --update: warm up no further variant after so long.")] = 7.0,
     peer_python: Annotated[
-        Path | None, typer.Option(help="The Python of an environment with mlx-lm-lora: measure it too.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Python of an environment with mlx-lm-lora: measure it too."),
     ] = None,
-    blas: Annotated[bool, typer.Option("--blas", help="Give the peer the BLAS that grpo loads (MKL).")] = False,
+    blas: Annotated[
+        bool, typer.Option("--blas", help="With --peer-python: give the peer the BLAS that grpo loads (MKL).")
+    ] = False,
 ) -> Rows:
     """A whole GRPO step (rollout, reward, logprobs, update) beside mlx-lm-lora's, or the update in its variants.
 
@@ -101,7 +113,12 @@ def train(
     """
     from grpo.benchmark.train import compare_steps
     from grpo.benchmark.updates import compare_updates, variant_names
+    from grpo.errors import UserError
 
+    if update and (peer_python or blas):
+        raise UserError("--peer-python and --blas are for whole steps: leave --update out")
+    if (variants and not update) or (blas and not peer_python):
+        raise UserError("--variants means nothing without --update, nor --blas without --peer-python")
     if update:
         return compare_updates(setting, variant_names(variants), 60 * minutes)
     return compare_steps(setting, peer_python, blas)

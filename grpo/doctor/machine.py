@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from grpo.backend import blas as backend
-from grpo.backend.device import memory_bytes, on_gpu
+from grpo.backend.device import cpu_cores, memory_bytes, on_gpu
 from grpo.benchmark.versions import versions
 from grpo.doctor.finding import Finding, gigabytes
 from grpo.scoring.sandbox.run import missing
@@ -43,12 +42,11 @@ def this_device() -> Device:
     import mlx.core as mx
 
     info: dict[str, Any] = mx.device_info()
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return Device(
         kind="cpu" if not on_gpu() else "metal" if mx.metal.is_available() else "cuda",
         name=str(info.get("device_name", "unknown")),
         memory=memory_bytes(),
-        cores=cores,
+        cores=cpu_cores(),
         working_set=info.get("max_recommended_working_set_size"),
         nvidia=shutil.which("nvidia-smi") is not None,
         cuda_build=not versions().keys().isdisjoint(backend.GPU_BUILDS),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +30,44 @@ KNOWN_BAD = (
 )
 """The one place for versions that do not do; pyproject.toml keeps pip from most of them, and says no more."""
 
+INSTALL = "pip install grpo-mlx (also where it is installed: pip adds what it requires)"
+
 BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
 """Distributions that bring MLX's library. They write the same files, and the last one installed wins."""
 
 
-def versions(installed: Installed = installed_versions.versions) -> Finding:
-    """Python and the packages that numbers depend on."""
+def absent() -> list[str]:
+    """The packages that grpo requires and that are not installed; none are known where it is not installed itself."""
+    try:
+        wanted = importlib.metadata.requires("grpo-mlx") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [name for name in map(_required, wanted) if name and not _is_installed(name)]
+
+
+def _required(line: str) -> str | None:
+    """The name in `datasets>=2`; None where the requirement has a condition, such as an extra."""
+    match = re.match(r"[\w.-]+", line)
+    return None if match is None or ";" in line else match.group()
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def versions(
+    installed: Installed = installed_versions.versions, absent: Callable[[], Collection[str]] = absent
+) -> Finding:
+    """Python, the packages that numbers depend on, and whether all that grpo requires is there."""
     found = installed()
     text = ", ".join(f"{name} {version}" for name, version in found.items())
-    if missing := [bad.package for bad in KNOWN_BAD if bad.package not in found]:
-        return Finding("versions", "fail", f"not installed: {', '.join(missing)} ({text})", "pip install grpo-mlx")
+    needed = [bad.package for bad in KNOWN_BAD if bad.package not in found]
+    if missing := list(dict.fromkeys([*needed, *absent()])):
+        return Finding("versions", "fail", f"not installed: {', '.join(missing)} ({text})", INSTALL)
     wrong = [bad for bad in KNOWN_BAD if numbers(found[bad.package]) < numbers(bad.below)]
     if wrong:
         said = "; ".join(f"{bad.package} {found[bad.package]}: {bad.why}" for bad in wrong)

@@ -13,7 +13,7 @@ from grpo.backend.hub import one_line
 from grpo.doctor.agreement import parity
 from grpo.doctor.finding import Finding, without_secrets
 from grpo.doctor.machine import blas, compiler, device, sandbox, wired_limit
-from grpo.doctor.packages import backends, versions
+from grpo.doctor.packages import INSTALL, backends, versions
 from grpo.doctor.places import grpo_cache, hub_cache, recipes, runs_folder
 from grpo.doctor.services import hub, hub_token, wandb
 
@@ -34,11 +34,14 @@ What MLX is installed as comes before what MLX says.
 def examine(checks: Iterable[Check]) -> Iterator[Finding]:
     """What each check finds. One that breaks has failed, and says by what."""
     for check in checks:
+        name = check.__name__.replace("_", " ")
         try:
             finding = check()
+        except ModuleNotFoundError as error:
+            finding = Finding(name, "fail", f"a Python package is missing: {one_line(error)}", INSTALL)
         except Exception as error:
             text = f"the check itself broke: {type(error).__name__}: {one_line(error)}"
-            finding = Finding(check.__name__.replace("_", " "), "fail", text, "report it, with `grpo doctor --json`")
+            finding = Finding(name, "fail", text, "report it, with `grpo doctor --json`")
         yield replace(finding, text=without_secrets(finding.text), remedy=without_secrets(finding.remedy))
 
 

@@ -99,17 +99,30 @@ class Costs:
         flops = tokens * self._token_flops + self._attention_flops * pairs
         return Work(flops, self._read(tokens) + self.kv_bytes_per_token * tokens)
 
+    def forward(self, prompts: int, prompt_length: int, completions: int, length: int) -> Work:
+        """`completions` of each prompt through the blocks, each prompt once: no head, and nothing is kept.
+
+        A completion's last token, which predicts nothing, goes through as it does in the trainer.
+        """
+        tokens, pairs = _shared(prompts, prompt_length, completions, length)
+        return Work(tokens * self._token_flops + self._attention_flops * pairs, self._read(tokens))
+
+    def logprobs(self, prompts: int, prompt_length: int, completions: int, length: int) -> Work:
+        """The same with the head, which only the tokens of completions meet."""
+        predicted = prompts * completions * length
+        head = Work(predicted * self.head.flops, self.head.read(predicted))
+        return self.forward(prompts, prompt_length, completions, length) + head
+
     def update(self, prompts: int, prompt_length: int, completions: int, length: int) -> Work:
         """Forward, backward and AdamW over `completions` of each prompt, which itself goes through the blocks once.
 
         The backward pass of a product is as much work as its forward pass, and as much again where its matrix trains;
         attention's is twice the forward. Weights are read in both, blocks' inputs kept between them, and for each
         trained number the gradient, the number and its moments are written and read. Nothing is computed twice:
-        checkpointed layers cost a forward more.
+        checkpointed layers cost a `forward` more.
         """
-        rows = prompts * completions
-        tokens, predicted = prompts * prompt_length + rows * length, rows * length
-        pairs = prompts * _triangle(prompt_length) + rows * (length * prompt_length + _triangle(length))
+        predicted = prompts * completions * length
+        tokens, pairs = _shared(prompts, prompt_length, completions, length)
         flops = tokens * sum(map(_both_ways, self.products)) + predicted * _both_ways(self.head)
         kept = self.depth * tokens * self.hidden * self.itemsize
         optimiser = self.trained * 2 * (2 * self.itemsize + MOMENT_BYTES)
@@ -131,6 +144,13 @@ class Costs:
 
 def _both_ways(product: Product) -> int:
     return product.flops * (3 if product.trains else 2)
+
+
+def _shared(prompts: int, prompt_length: int, completions: int, length: int) -> tuple[int, int]:
+    """Tokens, and pairs of one and one that it may see, where completions go on from a prompt's one pass."""
+    rows = prompts * completions
+    pairs = prompts * _triangle(prompt_length) + rows * (length * prompt_length + _triangle(length))
+    return prompts * prompt_length + rows * length, pairs
 
 
 def _triangle(length: int) -> int:

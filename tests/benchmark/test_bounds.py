@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 
+from grpo.backend.device import cpu_cores
 from grpo.benchmark import bounds, report
 from grpo.benchmark.bounds import BOUNDS, Bound, bounds_for, require_bounds
 from grpo.benchmark.protocol import Row
@@ -84,6 +85,25 @@ def test_where_a_bound_applies(monkeypatch) -> None:
         require_bounds("b", Setting(shape="qwen3-tiny", runs=4))
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "promised"),
+    [
+        ("rollout", {"prompts": 8, "completions": 8, "prompt_length": 128, "completion_length": 128}),
+        ("train", {"prompts": 2, "completions": 8, "prompt_length": 64, "completion_length": 64}),
+    ],
+)
+def test_a_speed_up_is_bounded_at_its_own_load(benchmark: str, promised: dict[str, int], monkeypatch) -> None:
+    monkeypatch.setattr(bounds, "machine_words", lambda: frozenset({"CPU"}))
+    assert len(bounds_for(benchmark, Setting(**promised))) == 1
+    for name in promised:
+        assert bounds_for(benchmark, Setting(**{**promised, name: 1})) == []
+
+
+def test_a_file_that_cannot_be_written_after_all_is_said(tmp_path) -> None:
+    with pytest.raises(RunError, match="cannot be written: Is a directory"):
+        report.report("b", FIVE, lambda: [row([0.5])], tmp_path, check=False)
+
+
 def test_the_table_names_what_is_there(run_cli) -> None:
     commands = run_cli("bench", "--help").out
     names = {field.name for field in fields(Setting)}
@@ -113,7 +133,9 @@ def test_the_document_for_programs() -> None:
     found = document("b", FIVE, [one], [])
     assert set(found) == {"benchmark", "setting", "machine", "versions", "rows", "bounds"}
     assert {"python", "mlx", "mlx-lm", "grpo"} <= set(found["versions"])
+    assert f"{cpu_cores()} cores (" in found["machine"]
     assert found["setting"]["shape"] == "qwen3-tiny"
+    assert document("b", Setting(model="mine"), [], [])["setting"]["shape"] is None  # of a model it says nothing
     assert json.loads(json.dumps(found))["rows"] == [
         {
             "case": "case", "side": "grpo", "unit": "tok/s", "runs": [1.0, 3.0], "cold": 9.0, "ratios": [2.0, 4.0],

@@ -76,6 +76,11 @@ def test_a_real_model_instead_of_random_weights(run_cli, toy_folder, monkeypatch
     assert str(toy_folder) in ran.out
 
 
+def test_every_shape_is_in_the_help(run_cli) -> None:
+    said = "".join(run_cli("bench", "rollout", "--help").out.split())
+    assert all(f"{shape.removeprefix('qwen3')}" in said for shape in SHAPES)
+
+
 def test_options_that_mean_nothing_to_a_command_are_refused(run_cli) -> None:
     ran = run_cli("bench", "context", "--prompts", 3)
     assert ran.code == 2

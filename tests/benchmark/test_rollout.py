@@ -1,5 +1,8 @@
 """`grpo bench rollout`: both sides do the same work, and one that does less is refused."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from grpo.backend import blas
@@ -30,6 +33,16 @@ def test_the_generator_is_held_against_mlx_lm_s(setting: Setting) -> None:
     assert rows[2].ratios == tuple(a / b for a, b in zip(rows[2].runs, rows[0].runs, strict=True))
     assert rows[3].ratios == tuple(b / a for a, b in zip(rows[3].runs, rows[1].runs, strict=True))
     assert {len(row.runs) for row in rows} == {setting.runs}
+
+
+def test_one_row_is_mlx_lm_s_own_loop_in_its_own_process_too(monkeypatch) -> None:
+    def no_batches(*_: object) -> None:
+        raise AssertionError("a batch of one row is not what mlx-lm would do")
+
+    monkeypatch.setattr(rollout, "mlx_lm_batched", no_batches)
+    monkeypatch.setattr("sys.argv", ["peer", json.dumps(asdict(ALONE))])
+    monkeypatch.setattr("sys.stdin", ["run\n"])
+    peer.main()
 
 
 def test_a_peer_that_samples_less_is_not_measured(monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +34,8 @@ def test_variants_of_the_update_are_held_against_the_first(capsys) -> None:
     by = {(row.side, row.unit): row for row in rows}
     assert by["plain", "s"].ratio is None
     assert by["shared", "s"].ratio == by["plain", "s"].runs[0] / by["shared", "s"].runs[0]
-    assert updates.compare_updates(SMALL, names, seconds=-1) == []
+    assert {row.side for row in updates.compare_updates(SMALL, names, seconds=-60)} == {"plain"}
+    assert "left out after -1 min: shared (--minutes)" in capsys.readouterr().out
 
 
 def test_shared_and_plain_are_compared_before_they_are_measured(monkeypatch) -> None:
@@ -60,3 +62,36 @@ def test_a_shapes_model_can_be_loaded_by_a_peer(tmp_path) -> None:
 def test_a_group_of_one_is_no_group() -> None:
     with pytest.raises(UserError, match="--completions 1"):
         train.step_side(Setting("qwen3-tiny"))
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("echo no numbers", "Expecting value"), ("true", "Expecting value"), ("echo broken >&2; exit 3", "broken")],
+)
+def test_a_peer_that_measures_nothing_has_failed(script: str, said: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    with pytest.raises(RunError, match=f"python failed: {said}"):
+        train._mlx_lm_lora(python, tmp_path, SMALL, blas=False).run()
+
+
+def test_a_peer_that_is_no_program_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("not a program")
+    with pytest.raises(RunError, match=r"python failed: .*Permission denied"):
+        train._mlx_lm_lora(tmp_path / "python", tmp_path, SMALL, blas=False).run()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--variants", "plain"], "--variants means nothing without --update"),
+        (["--blas"], "nor --blas without --peer-python"),
+        (["--update", "--blas"], "leave --update out"),
+        (["--peer-python", "/nowhere/python"], "does not exist"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(run_cli, arguments: list[str], said: str) -> None:
+    ran = run_cli("bench", "train", *arguments)
+    assert ran.code == 2
+    assert said in " ".join(ran.err.split())

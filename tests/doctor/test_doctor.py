@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import socket
@@ -249,6 +250,23 @@ def test_a_check_that_breaks_has_failed_and_quotes_no_secret(monkeypatch) -> Non
     assert "[SOME_TOKEN]" in first.text
     assert "https://hub.example/x" in first.text
     assert "\n" not in first.line()
+
+
+def test_a_missing_package_is_no_broken_check() -> None:
+    def wanting() -> Finding:
+        import no_such_package  # noqa: F401
+
+        raise AssertionError
+
+    (found,) = examine([wanting])
+    has(found, "fail", "a Python package is missing", "no_such_package", "pip install grpo-mlx")
+
+
+def test_all_that_is_required_is_there(monkeypatch) -> None:
+    has(packages.versions(installed(), lambda: ["wandb"]), "fail", "not installed: wandb", "pip install grpo-mlx")
+    lines = ["numpy", "no-such-package>=2.1", "neither==1; extra == 'cpu'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: lines)
+    assert packages.absent() == ["no-such-package"]
 
 
 def test_lines_json_and_exit_codes(capsys, monkeypatch) -> None:

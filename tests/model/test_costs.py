@@ -63,6 +63,13 @@ def test_an_update_of_an_adapter_and_of_all_weights() -> None:
     assert full.bytes == 2 * 2 * 1464 + kept + 1464 * 2 * (2 + 2 + 8)
 
 
+def test_logprobs_are_a_forward_pass_whose_head_meets_completions_alone() -> None:
+    costs = costs_of_config(QWEN3)  # 7 tokens, 4 predicted, 24 pairs: as above
+    forward = Work(7 * 2 * 2 * BLOCK + 24 * 64, 2 * (1464 - EMBEDDING))
+    assert costs.forward(1, 3, 2, 2) == forward
+    assert costs.logprobs(1, 3, 2, 2) == forward + Work(4 * 2 * EMBEDDING, 2 * EMBEDDING)
+
+
 def test_quantised_weights_count_as_numbers_and_weigh_their_bits() -> None:
     wide = {**QWEN3, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 16}
     plain = costs_of_config(wide)

@@ -83,6 +83,13 @@ def test_the_optimisers_arrays_are_counted(name: str, arrays: float) -> None:
     assert plan.phases["optimiser's step"] == 12 * plan.trained + plan.stays["optimiser"]
 
 
+def test_only_what_is_come_to_is_measured(monkeypatch) -> None:
+    measured, measure = [], planning.measure_footprint
+    monkeypatch.setattr(planning, "measure_footprint", lambda *asked: measured.append(asked[1]) or measure(*asked))
+    assert not planned()[2].checkpointing
+    assert measured == [False]
+
+
 def test_held_out_prompts_are_sampled_from_and_not_trained_on() -> None:
     policy, cfg, plan = planned()
     longer, _ = make_plan(cfg, policy, find_decoding(policy.model), (PROMPT, 4 * PROMPT))

@@ -135,9 +135,7 @@ class Adapters:
 
         Quantised layers are quantised again, as mlx-lm's `fuse` does. No states are left.
         """
-        fused = [(path, module.fuse()) for path, module in self.model.named_modules() if hasattr(module, "fuse")]
-        self.model.update_modules(tree_unflatten(fused))
-        mx.eval(self.model.parameters())
+        mx.eval(merge(self.model).parameters())
         self._slots, self._parked = {}, {}
         return self.model
 
@@ -166,8 +164,8 @@ class Adapters:
         mx.save_safetensors(str(folder / WEIGHTS), self.state())
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
 
-    def load(self, folder: Path, name: str = POLICY) -> None:
-        """Make a saved adapter a state, the policy's unless named. Raises UserError if it does not fit the model."""
+    def load(self, folder: Path) -> None:
+        """Make a saved adapter the policy's state. Raises UserError if it does not fit the model."""
         assert self.active == POLICY
         check_format(folder)
         try:
@@ -181,11 +179,7 @@ class Adapters:
                 f"adapter {folder}: has other layers or another rank than this model's adapter{_ranks(saved)}"
             )
         self._check_scale(folder)
-        state = {path: array.astype(mine[path].dtype) for path, array in saved.items()}
-        if name == POLICY:
-            self.load_state(state)
-        else:
-            self.add(name, state)
+        self.load_state({path: array.astype(mine[path].dtype) for path, array in saved.items()})
 
     def _check_scale(self, folder: Path) -> None:
         """Raise UserError if what was saved is multiplied by another scale than this model's layers."""
@@ -238,6 +232,13 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     except Exception as error:  # whatever a file that is not what it should be makes the loader raise
         why = f"it wants an adapter as mlx-lm writes them: {one_line(error)}"
         raise UserError(f"adapter {folder}: cannot be loaded; {why}") from error
+
+
+def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
+    """Put the adapter's layers into the weights below them, which stay quantised unless asked. Returns the model."""
+    fused = [(path, m.fuse(dequantize=dequantize)) for path, m in model.named_modules() if hasattr(m, "fuse")]
+    model.update_modules(tree_unflatten(fused))
+    return model
 
 
 def linear_layers(model: nn.Module) -> list[str]:

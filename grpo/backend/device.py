@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.backend import blas
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 BATCH_MEGABYTES = "100"
 OUT_OF_MEMORY = ("out of memory", "insufficient memory", "unable to allocate", "attempting to allocate", "[malloc")
 """What CUDA, Metal and MLX's allocators say."""
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def preset() -> None:
@@ -74,12 +76,18 @@ def cpu_cores() -> int:
 
 
 def memory_bytes() -> int:
-    """Memory that MLX may use: the GPU's, or the machine's."""
+    """Memory that MLX may use: the GPU's, or the machine's or as much of it as the container has."""
     import mlx.core as mx
 
     info = mx.device_info() if on_gpu() else {}
     size = info.get("memory_size", info.get("total_memory"))  # Metal's word for it, and CUDA's
-    return int(size) if size else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(size) if size else min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
+
+
+def _limits() -> list[int]:
+    """Bytes that Linux's control groups, version 2 or 1, allow a container; who takes more is killed without a word."""
+    said = [path.read_text().strip() for path in map(Path, MEMORY_LIMITS) if path.is_file()]
+    return [int(text) for text in said if text.isdigit()]  # or "max"
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -35,7 +35,7 @@ class Ranks:
         self._group = group
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
-        self.patience = float(os.environ.get("GRPO_RANK_TIMEOUT", PATIENCE))
+        self.patience = _patience()
 
     @classmethod
     def launched(cls) -> Ranks:
@@ -156,6 +156,18 @@ class Ranks:
             flush=True,
         )
         os._exit(1)
+
+
+def _patience() -> float:
+    """Seconds to wait for others. Raises UserError for what is no number of seconds."""
+    said = os.environ.get("GRPO_RANK_TIMEOUT", str(PATIENCE))
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise UserError(f"GRPO_RANK_TIMEOUT: {said!r} is no number of seconds above 0")
+    return seconds
 
 
 def _launched_alone() -> bool:

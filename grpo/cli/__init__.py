@@ -55,7 +55,8 @@ def main() -> None:
         print(
             f"grpo: out of memory ({one_line(error)}). Whatever else is on the device takes its share; to need less, "
             "lower optim.micro_batch_tokens (the update) or rollout.max_concurrency (the rollout), or set "
-            "optim.gradient_checkpointing=true or model.quantize=4. The last checkpoint is intact: --resume goes on",
+            "optim.gradient_checkpointing=true or model.quantize=4. A run's last checkpoint is intact: "
+            "`grpo train` goes on from it with --resume",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -69,15 +69,26 @@ class Adapters:
         return dict(self._parked[name])
 
     def load_state(self, state: State) -> None:
-        """Replace the arrays of the active state."""
+        """Replace arrays of the active state: all of them, or those that are given.
+
+        Raises ValueError, with nothing replaced, for arrays that the model does not have.
+        """
+        if unknown := sorted(set(state) - set(self._slots)):
+            raise ValueError(f"the model trains no {unknown[0]}")
         for path, array in state.items():
             holder, key = self._slots[path]
             holder[key] = array
 
     def add(self, name: str, state: State) -> None:
-        """Keep a state under a name; one of that name that is not active is replaced."""
+        """Keep a state under a name; one of that name that is not active is replaced.
+
+        Raises ValueError for the active one, and for arrays that are not those that train: switching to half a state
+        would mix it with another.
+        """
         if name == self.active:
             raise ValueError(f"{name} is active")
+        if odd := sorted(set(state) ^ set(self._slots)):
+            raise ValueError(f"{name} does not have the arrays that train: {odd[0]} is in one of them alone")
         self._parked[name] = dict(state)
 
     def copy(self, name: str, new: str) -> None:
@@ -122,11 +133,9 @@ class Adapters:
     def merge(self) -> nn.Module:
         """Put the active state into the weights for good and take the adapter's layers out. Returns the model.
 
-        Quantised layers are quantised again, as mlx-lm's `fuse` does.
+        Quantised layers are quantised again, as mlx-lm's `fuse` does. No states are left.
         """
-        fused = [(path, module.fuse()) for path, module in self.model.named_modules() if hasattr(module, "fuse")]
-        self.model.update_modules(tree_unflatten(fused))
-        mx.eval(self.model.parameters())
+        mx.eval(merge(self.model).parameters())
         self._slots, self._parked = {}, {}
         return self.model
 
@@ -155,8 +164,8 @@ class Adapters:
         mx.save_safetensors(str(folder / WEIGHTS), self.state())
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
 
-    def load(self, folder: Path, name: str = POLICY) -> None:
-        """Make a saved adapter a state, the policy's unless named. Raises UserError if it does not fit the model."""
+    def load(self, folder: Path) -> None:
+        """Make a saved adapter the policy's state. Raises UserError if it does not fit the model."""
         assert self.active == POLICY
         check_format(folder)
         try:
@@ -170,11 +179,7 @@ class Adapters:
                 f"adapter {folder}: has other layers or another rank than this model's adapter{_ranks(saved)}"
             )
         self._check_scale(folder)
-        state = {path: array.astype(mine[path].dtype) for path, array in saved.items()}
-        if name == POLICY:
-            self.load_state(state)
-        else:
-            self.add(name, state)
+        self.load_state({path: array.astype(mine[path].dtype) for path, array in saved.items()})
 
     def _check_scale(self, folder: Path) -> None:
         """Raise UserError if what was saved is multiplied by another scale than this model's layers."""
@@ -227,6 +232,13 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     except Exception as error:  # whatever a file that is not what it should be makes the loader raise
         why = f"it wants an adapter as mlx-lm writes them: {one_line(error)}"
         raise UserError(f"adapter {folder}: cannot be loaded; {why}") from error
+
+
+def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
+    """Put the adapter's layers into the weights below them, which stay quantised unless asked. Returns the model."""
+    fused = [(path, m.fuse(dequantize=dequantize)) for path, m in model.named_modules() if hasattr(m, "fuse")]
+    model.update_modules(tree_unflatten(fused))
+    return model
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -307,9 +319,6 @@ def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     dora = config["fine_tune_type"] == "dora"
-    dtype = next(
-        (m["weight"].dtype for path, m in model.named_modules() if "norm" in path and "weight" in m), mx.float32
-    )
     try:
         linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=dora)
     except ValueError as error:  # experts have no DoRA
@@ -317,10 +326,16 @@ def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None
         raise UserError(f"adapter.type: {config['fine_tune_type']}: {why}") from None
     fold(model)
     fresh = tree_flatten(model.trainable_parameters())
-    keys = mx.random.split(key, len(fresh))
+    keys, dtype = mx.random.split(key, len(fresh)), dtype_of(model)
     drawn = [(path, _redraw(path, array, k)) for (path, array), k in zip(fresh, keys, strict=True)]
     # In the model's dtype, or every layer's inputs would be made float32 to meet them; the optimiser keeps float32.
     model.update(tree_unflatten([(path, a.astype(dtype) if "lora_" in path else a) for path, a in drawn]))
+
+
+def dtype_of(model: nn.Module) -> mx.Dtype:
+    """What a model computes in: the dtype of its norms, which are never quantised."""
+    norms = (m["weight"].dtype for path, m in model.named_modules() if "norm" in path and "weight" in m)
+    return next(norms, mx.float32)
 
 
 def _redraw(path: str, array: mx.array, key: mx.array) -> mx.array:

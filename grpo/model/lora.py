@@ -20,7 +20,7 @@ class FoldedLoRALinear(LoRALinear):  # type: ignore[misc]  # untyped
         """`[..., in]` to `[..., out]`, in the dtype of `x`."""
         flat = x.reshape(-1, x.shape[-1])
         out = _folded(self.linear, self.scale, flat, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype))
-        return out.reshape(*x.shape[:-1], -1)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def _folded(base: nn.Module, scale: float, x: mx.array, a: mx.array, b: mx.array) -> mx.array:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
-from grpo.model.adapters import Adapters
+from grpo.model.adapters import Adapters, dtype_of
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import split_head
 from grpo.model.logprobs import chunk_tokens, chunked_logprobs, logprobs_and_entropies, scaled
@@ -67,9 +67,8 @@ class Policy:
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What the model computes in: the dtype of its norms, which are never quantised."""
-        norms = (m["weight"].dtype for path, m in self.model.named_modules() if "norm" in path and "weight" in m)
-        return next(norms, mx.float32)
+        """What the model computes in."""
+        return dtype_of(self.model)
 
     def logprobs(
         self, tokens: mx.array, prompt_lengths: mx.array, completion_ids: mx.array, entropy_gradient: bool = False

@@ -18,7 +18,7 @@ from grpo.backend.device import setup
 from grpo.backend.hub import send
 from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
-from grpo.model.adapters import CONFIG, PEFT_WEIGHTS, WEIGHTS, load_adapter
+from grpo.model.adapters import CONFIG, PEFT_WEIGHTS, WEIGHTS, load_adapter, merge
 from grpo.model.load import QUANTIZED_GROUP, cast, load, model_folder
 from grpo.recipe import load_recipe
 from grpo.training.card import model_card
@@ -168,9 +168,7 @@ def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) 
     load_adapter(model, checkpoint)
     probe = mx.array([tokenizer.encode(PROBE)])
     before = _logprobs(model, probe)
-    fused = [(path, m.fuse(dequantize=True)) for path, m in model.named_modules() if hasattr(m, "fuse")]
-    model.update_modules(tree_unflatten(fused))
-    model = _dequantized(model)
+    model = _dequantized(merge(model, dequantize=True))
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
     cast(model, _stored_dtype(config))

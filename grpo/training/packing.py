@@ -68,10 +68,12 @@ class Packing:
             shape = Shape(prompts, prompt_length, rows, length)
             return shape if rows == 1 or (self.through(shape) <= self.tokens and rows <= self.rows) else None
         prompt_length, length = self._padded(prompt_length), self._padded(length)
-        fitting = int(self.tokens / (length + prompt_length / (self.group if self.shares else 1)))
-        capacity = min(_power_of_two(fitting), 2 * _power_of_two(self.rows - 1) if self.rows > 1 else 1)
-        shape = Shape(-(-capacity // self.group), prompt_length, capacity, length)
-        return shape if rows <= shape.rows and prompts <= shape.prompts else None
+        capacity = 2 * _power_of_two(self.rows - 1) if self.rows > 1 else 1
+        while True:
+            shape = Shape(-(-capacity // self.group), prompt_length, capacity, length)
+            if capacity == 1 or self.through(shape) <= self.tokens:
+                return shape if rows <= shape.rows and prompts <= shape.prompts else None
+            capacity //= 2
 
     def through(self, shape: Shape) -> int:
         """The tokens of a micro-batch of this shape that go through the model, padding included."""

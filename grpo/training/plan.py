@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
+from typing import Any
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -113,20 +114,10 @@ def plan_on(
     `states` are the adapter's besides the policy, `footprint` what an update needs without and with checkpointing, and
     `body` what a micro-batch was seen to take, where that is to be tried.
     """
-    parameters = tree_flatten(model.parameters())
-    trained = tree_flatten(model.trainable_parameters())
     rows, length = cfg.rollout.prompts_per_step * cfg.rollout.num_generations, cfg.rollout.max_completion_length
     prompt_length, longest = prompt_lengths
-    numbers = sum(array.size for _, array in trained)
-    optimizer = Float32Optimizer(cfg.optim, model.trainable_parameters())  # nothing of it is computed
-    stays = {
-        "weights": sum(array.nbytes for _, array in parameters),
-        "optimiser": sum(array.nbytes for _, array in tree_flatten(optimizer.state)),
-        "other states": states * sum(array.nbytes for _, array in trained),
-    }
-    sampled = max(rows, cfg.eval.prompts * cfg.eval.samples if cfg.eval else 0)
-    prompts = max(cfg.rollout.prompts_per_step, cfg.eval.prompts if cfg.eval else 0)
-    need = Need(sampled, prompts, longest, length, sampling_of(cfg.rollout).reshaped)
+    numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+    stays, need = _stays(cfg.optim, model, states), _rollout_need(cfg, longest)
     available = int(FREE * machine.memory) - sum(stays.values())
     slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, available)
     chosen = _chosen(machine, cfg, footprint, body, prompt_length)
@@ -142,7 +133,7 @@ def plan_on(
             "rollout": need.bytes(decoding, slots),
             "update": chosen.bytes,
             # Gradients and clipped ones, and what is made of weights and moments while the last step's are kept.
-            "optimiser's step": 8 * numbers + sum(array.nbytes for _, array in trained) + stays["optimiser"],
+            "optimiser's step": 8 * numbers + _bytes(model.trainable_parameters()) + stays["optimiser"],
         },
         memory=machine.memory,
         slots=slots,
@@ -155,6 +146,29 @@ def plan_on(
             "completions, fewer slots (rollout.max_concurrency) or optim.gradient_checkpointing=true would help"
         )
     return plan, cfg.model_copy(update={"optim": chosen.optim})
+
+
+def _stays(cfg: OptimConfig, model: nn.Module, states: int) -> dict[str, int]:
+    """Bytes that are held all the time, by what they are for."""
+    trained = model.trainable_parameters()
+    optimizer = Float32Optimizer(cfg, trained)  # nothing of it is computed
+    return {
+        "weights": _bytes(model.parameters()),
+        "optimiser": _bytes(optimizer.state),
+        "other states": states * _bytes(trained),
+    }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(tree))
+
+
+def _rollout_need(cfg: Recipe, longest: int) -> Need:
+    """The larger of a step's completions and an evaluation's."""
+    prompts, sampled = cfg.rollout.prompts_per_step, cfg.rollout.prompts_per_step * cfg.rollout.num_generations
+    if cfg.eval:
+        prompts, sampled = max(prompts, cfg.eval.prompts), max(sampled, cfg.eval.prompts * cfg.eval.samples)
+    return Need(sampled, prompts, longest, cfg.rollout.max_completion_length, sampling_of(cfg.rollout).reshaped)
 
 
 def _weights(model: nn.Module) -> int:
@@ -196,13 +210,13 @@ def _chosen(
     ways = (False, True) if asked == "auto" else (bool(asked),)
     sizes = AUTO_TOKENS[0 if machine.gpu else 2 :] if tokens == "auto" else (tokens,)
     order = [(way, size) for size in sizes for way in ways] if machine.cuda else list(product(ways, sizes))
-    footprints = {way: footprint(way) for way in ways}
+    footprint_of = cache(footprint)  # seconds to measure: of the ways that are come to
     best: _Chosen | None = None
     for checkpointing, size in order:
         largest = _largest(cfg, prompt_length, size, machine.gpu)
-        needed = footprints[checkpointing].bytes(largest)
+        needed = footprint_of(checkpointing).bytes(largest)
         if body is not None and needed <= comfortable:
-            needed = footprints[checkpointing].bytes(largest, body(checkpointing, largest))
+            needed = footprint_of(checkpointing).bytes(largest, body(checkpointing, largest))
         optim = cfg.optim.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
         best = _Chosen(optim, size, checkpointing, needed)
         enough = (

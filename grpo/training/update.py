@@ -103,11 +103,11 @@ class Updater:
         for _ in range(self.cfg.optim.num_iterations):
             for number, batches in enumerate(waiting):
                 gradient = self.gradient(batches)
+                waiting[number] = gradient.batches  # skipped or not: by the next pass the policy may have moved
                 if (update := self._apply(gradient, step)) is None:
                     skipped += 1
-                    continue
-                updates.append(update)
-                waiting[number] = gradient.batches
+                else:
+                    updates.append(update)
         return Update(
             loss=sum(update.loss for update in updates) / len(updates) if updates else math.nan,
             grad_norm=sum(update.grad_norm for update in updates) / len(updates) if updates else math.nan,

@@ -82,6 +82,15 @@ def test_memory_is_the_gpus_where_there_is_one(monkeypatch, word: str) -> None:
     assert device.memory_bytes() == 24 * 2**30
 
 
+@pytest.mark.parametrize(("said", "allowed"), [(str(2**28), 2**28), ("max", None), (str(2**62), None)])
+def test_memory_is_the_containers_where_it_has_less(monkeypatch, tmp_path, said: str, allowed: int | None) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: False)
+    monkeypatch.setattr(device, "MEMORY_LIMITS", (str(tmp_path / "limit"), str(tmp_path / "none")))
+    machine = device.memory_bytes()
+    (tmp_path / "limit").write_text(f"{said}\n")
+    assert device.memory_bytes() == (allowed or machine)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Metal has a limit of its own")
 def test_batches_on_cuda_are_limited_before_mlx_is_imported_unless_the_user_did() -> None:
     show = "import grpo, os, sys; assert 'mlx.core' not in sys.modules; print(os.environ['MLX_MAX_MB_PER_BUFFER'])"

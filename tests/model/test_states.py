@@ -49,6 +49,35 @@ def test_states_are_added_copied_used_and_dropped(zoo) -> None:
         adapters.add("policy", first)
 
 
+def test_states_that_do_not_fit_are_refused_and_change_nothing(zoo) -> None:
+    adapters = adapters_of(zoo("tied"))
+    first = adapters.state()
+    path, *rest = first
+    with pytest.raises(ValueError, match=r"the model trains no model\.other"):
+        adapters.load_state({path: 2 * first[path], "model.other": first[path]})
+    assert same(adapters.state(), first)
+    for odd in ({name: first[name] for name in rest}, {**first, "model.other": first[path]}):
+        with pytest.raises(ValueError, match="half does not have the arrays that train"):
+            adapters.add("half", odd)
+    assert sorted(adapters.names) == ["policy", "reference"]
+
+
+def test_blocks_nest_back_into_the_policy_and_end_in_errors_one_by_one(zoo) -> None:
+    adapters = adapters_of(zoo("tied"))
+    first = adapters.state()
+    with adapters.use("reference"):
+        with adapters.use("policy"):
+            assert same(adapters.state(), first)
+        with pytest.raises(ZeroDivisionError), adapters.use("policy"):
+            raise ZeroDivisionError
+        assert adapters.active == "reference"
+        with pytest.raises(KeyError), adapters.use("nobody"):
+            pass
+        assert adapters.active == "reference"
+    assert sorted(adapters.names) == ["policy", "reference"]
+    assert same(adapters.state(), first)
+
+
 def test_switching_takes_less_than_a_millisecond_for_196_modules(zoo) -> None:
     adapters = adapters_of(zoo("tied", num_hidden_layers=28))
     assert len(adapters.state()) == 2 * 196

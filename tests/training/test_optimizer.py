@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.utils import load_model, load_tokenizer, quantize_model, save
 from test_update import groups, recipe
 
+from grpo.backend import device
 from grpo.config import AdapterConfig, ModelConfig, OptimConfig
 from grpo.errors import UserError
 from grpo.model.adapters import Adapters
@@ -73,6 +75,44 @@ def test_the_state_is_float32_and_comes_back() -> None:
     for value in expected:
         other.update(again, gradient)
         assert again.weight.item() == value
+
+
+def trodden(name: str, dtype: mx.Dtype, compiled: bool) -> list[dict[str, mx.array]]:
+    """Weights and the optimiser's state after each of four steps at four rates, the third after coming back."""
+    keys = iter(mx.random.split(mx.random.key(0), 40))
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    model.update(tree_map(lambda a: mx.random.normal(a.shape, dtype, key=next(keys)), model.parameters()))
+    cfg = OptimConfig(steps=4, optimizer=name, compile=compiled)
+    optimizer, after = Float32Optimizer(cfg, model.parameters()), []
+    for step, rate in enumerate([0.01, 0.0, 0.05, 0.02]):
+        if step == 2:
+            saved = tree_flatten(optimizer.state)
+            optimizer = Float32Optimizer(cfg, model.parameters())
+            optimizer.state = tree_unflatten(saved)
+        optimizer.learning_rate = rate
+        optimizer.update(model, tree_map(lambda a: mx.random.normal(a.shape, key=next(keys)), model.parameters()))
+        mx.eval(model.parameters(), optimizer.state)
+        after.append(dict(tree_flatten({"model": model.parameters(), "state": optimizer.state})))
+    return after
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="mx.compile on a CPU calls a C++ compiler")
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_compiled_as_on_a_gpu_every_optimiser_does_the_same(monkeypatch, name: str, dtype: mx.Dtype) -> None:
+    plain = trodden(name, dtype, compiled=False)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    mx.enable_compile()
+    try:
+        traced = trodden(name, dtype, compiled=True)
+    finally:
+        mx.disable_compile()
+    for one, other in zip(plain, traced, strict=True):
+        assert one.keys() == other.keys()
+        for path, array in one.items():
+            assert array.dtype == other[path].dtype, path
+            assert mx.allclose(array, other[path], rtol=1e-5, atol=1e-6), path
 
 
 @pytest.mark.parametrize(

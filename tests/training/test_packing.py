@@ -51,6 +51,19 @@ def test_prompts_that_are_not_shared_count_for_each_row() -> None:
     assert padded.shape(2, 5, 40, 16) is None
 
 
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("group", [1, 6, 8])
+def test_shapes_hold_no_more_tokens_than_they_may(group: int, shares: bool) -> None:
+    """On a GPU too, where rows fill up to a power of two, and that may be less than a group."""
+    for tokens in (256, 1024):
+        rule = Packing(tokens, rows=48, group=group, multiple=16, shares=shares)
+        for prompt, length in [(16, 16), (100, 10), (500, 10), (30, 200), (2000, 2000)]:
+            shape = rule.shape(1, 1, prompt, length)
+            assert shape.rows == 1 or rule.through(shape) <= tokens
+            twice = shape._replace(rows=2 * shape.rows, prompts=-(-2 * shape.rows // group))
+            assert rule.through(twice) > tokens or shape.rows >= 48  # nor less
+
+
 def test_a_row_that_is_too_long_goes_alone() -> None:
     ((part, shape),) = pack([row(50, 60)], Packing(tokens=10, rows=1, group=1))
     assert (part, shape) == ([0], Shape(1, 50, 1, 60))

@@ -18,6 +18,8 @@ from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
 from grpo.training import plan as planning
 from grpo.training.batches import make_minibatches
+from grpo.training.footprint import Footprint
+from grpo.training.packing import Shape
 from grpo.training.plan import make_plan
 from grpo.training.update import Updater
 from grpo.types import Group
@@ -81,6 +83,43 @@ def test_the_optimisers_arrays_are_counted(name: str, arrays: float) -> None:
     assert plan.stays["optimiser"] / (4 * plan.trained) == pytest.approx(arrays, abs=0.3)
     # Two gradients, new weights, and new moments beside those of the last step.
     assert plan.phases["optimiser's step"] == 12 * plan.trained + plan.stays["optimiser"]
+
+
+def test_only_what_is_come_to_is_measured(monkeypatch) -> None:
+    measured, measure = [], planning.measure_footprint
+    monkeypatch.setattr(planning, "measure_footprint", lambda *asked: measured.append(asked[1]) or measure(*asked))
+    assert not planned()[2].checkpointing
+    assert measured == [False]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "tried", "chosen"),
+    [
+        (False, None, (False, 2048)),  # without checkpoints as long as the machine is kept busy
+        (True, None, (True, 16_384)),  # the largest there is, if only with checkpoints
+        (True, 13 * 2**30, (False, 8192)),  # which took more than reckoned, so the next largest, without
+    ],
+)
+def test_the_order_of_micro_batches_that_are_tried(cuda: bool, tried: int | None, chosen: tuple[bool, int]) -> None:
+    cfg = recipe(
+        rollout={"prompts_per_step": 64, "num_generations": 8, "max_completion_length": 128},
+        optim={"micro_batch_tokens": "auto"},
+    )
+    shapes = []
+
+    def footprint(checkpointing: bool) -> Footprint:
+        return Footprint(0, 2**18 if checkpointing else 2**21, 0.0, 400, 1000, True, checkpointing)
+
+    def body(checkpointing: bool, shape: Shape) -> float:
+        shapes.append((checkpointing, shape))
+        return tried if checkpointing else 10 * 2**30
+
+    machine = planning.Machine(128 * 2**30, True, cuda)
+    found = planning._chosen(machine, cfg, footprint, body if tried else None, 128)
+    assert (found.checkpointing, found.tokens) == chosen
+    if tried:
+        assert shapes == [(True, Shape(8, 128, 64, 128)), (False, Shape(4, 128, 32, 128))]
+        assert found.bytes == 10 * 2**30
 
 
 def test_held_out_prompts_are_sampled_from_and_not_trained_on() -> None:

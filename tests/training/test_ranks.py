@@ -217,6 +217,13 @@ def test_alone_every_exchange_is_nothing() -> None:
     assert ranks.sum_counts({"a": 2}) == {"a": 2.0}
 
 
+@pytest.mark.parametrize("said", ["soon", "0", "-3", "nan", "inf"])
+def test_a_patience_that_is_none_is_a_mistake(monkeypatch, said: str) -> None:
+    monkeypatch.setenv("GRPO_RANK_TIMEOUT", said)
+    with pytest.raises(UserError, match=f"GRPO_RANK_TIMEOUT: '{said}' is no number of seconds above 0"):
+        Ranks()
+
+
 def test_one_clear_message_when_nothing_is_heard() -> None:
     code = "import time; from grpo.backend.ranks import Ranks; r = Ranks(); r.patience = 0.2"
     code += "\nwith r._watched(): time.sleep(9)"

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from grpo.backend import device
 from grpo.config import Recipe
 from grpo.errors import RunError
-from grpo.objective.groups import with_advantages, with_rewards
+from grpo.objective.groups import with_advantages
 from grpo.training import packing
 from grpo.training.batches import (
     batch_logprobs,
@@ -22,7 +22,6 @@ from grpo.training.batches import (
     with_reference,
     with_top_entropy,
 )
-from grpo.training.penalties import with_penalties
 from grpo.training.update import Updater
 from grpo.types import Completion, Group, Rollout, Task
 
@@ -172,65 +171,6 @@ def test_only_the_adapter_moves_and_all_of_its_layers_do(make_policy) -> None:
     after = dict(tree_flatten(policy.model.parameters()))
     moved = {path for path, array in after.items() if not mx.array_equal(array, before[path])}
     assert moved == set(policy.adapters.state())
-
-
-def broken(batches):
-    """The same batches with weights that make loss and gradient infinite."""
-    return [replace(batch, weights=batch.weights * math.inf) for batch in batches]
-
-
-def test_what_is_not_finite_is_skipped_counted_and_kept_for_inspection(make_policy, tmp_path) -> None:
-    policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 9})
-    batches = make_batches(with_advantages(groups(policy), cfg), cfg)
-    before, update = policy.adapters.state(), Updater(policy, cfg)
-    update.inspect = tmp_path
-    measured = update([broken(batches)], 3)
-    assert (measured.skipped, measured.metrics) == (1, {})
-    assert math.isnan(measured.loss)
-    assert all(mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
-    arrays, notes = mx.load(str(tmp_path / "step-000003/batches-0.safetensors"), return_metadata=True)
-    assert mx.isinf(arrays["0.weights"]).any().item()
-    assert mx.array_equal(arrays["0.completion_ids"], batches[0].completion_ids)
-    assert "lora_b" in notes["not_finite"]
-    kept = mx.load(str(tmp_path / "step-000003/adapters.safetensors"))
-    assert all(mx.array_equal(array, before[path]) for path, array in kept.items())
-    assert update([broken(batches), batches], 4).skipped == 1  # the other one was applied
-    assert any(not mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("[save_safetensors] Failed")])
-def test_a_full_disk_does_not_end_a_run_over_a_skipped_update(
-    make_policy, tmp_path, monkeypatch, caplog, error
-) -> None:
-    policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 2})
-    batches = make_batches(with_advantages(groups(policy), cfg), cfg)
-    update = Updater(policy, cfg)
-    update.inspect = tmp_path
-
-    def full(*_args, **_kwargs):
-        raise error
-
-    monkeypatch.setattr(mx, "save_safetensors", full)
-    assert update([broken(batches)], 3).skipped == 1
-    assert f"could not be kept in {tmp_path}/step-000003: {error}" in caplog.text
-    with pytest.raises(RunError, match=r"none of them was applied\. A lower"):
-        update([broken(batches)], 4)
-
-
-def test_several_skipped_updates_in_a_row_stop_the_run(make_policy) -> None:
-    policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 3})
-    batches = make_batches(with_advantages(groups(policy), cfg), cfg)
-    update = Updater(policy, cfg)
-    for good in range(2):
-        update([broken(batches)], 2 * good + 1)
-        update([broken(batches)], 2 * good + 1)
-        update([batches], 2 * good + 2)  # one that is applied starts the count again
-    before, state = policy.adapters.state(), dict(tree_flatten(update.optimizer.state))
-    update([broken(batches), broken(batches)], 5)
-    with pytest.raises(RunError, match=r"step 6: .* not finite, 3 updates in a row"):
-        update([broken(batches)], 6)
-    assert all(mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
-    assert all(mx.array_equal(array, state[path]) for path, array in tree_flatten(update.optimizer.state))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="mx.compile on a CPU calls a C++ compiler")
@@ -388,19 +328,6 @@ def test_a_loss_of_ones_own_that_will_not_do(make_policy, mine, said: str) -> No
         Updater(policy, cfg, mine)(minibatches, 1)
 
 
-def test_a_run_that_stops_over_what_is_not_finite_takes_the_whole_step_back(make_policy) -> None:
-    policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 1})
-    minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
-    before = policy.adapters.state()
-    update = Updater(policy, cfg)
-    state = dict(tree_flatten(update.optimizer.state))
-    with pytest.raises(RunError, match="not finite"):
-        update([*minibatches, broken(minibatches[0])], 1)
-    assert all(mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
-    after = dict(tree_flatten(update.optimizer.state))
-    assert all(mx.array_equal(array, state[path]) for path, array in after.items() if path != "learning_rate")
-
-
 def test_dppo_measures_from_the_sampler(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(loss={"type": "dppo"})
     minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
@@ -418,55 +345,6 @@ def test_a_step_of_truncated_completions_alone_measures_nothing_infinite(make_po
     ]
     update = Updater(policy, cfg)(make_minibatches(cut, cfg), 1)
     assert (update.grad_norm, update.metrics) == (0, {})
-
-
-def test_the_penalty_in_the_reward(make_policy) -> None:
-    policy = make_policy().policy
-    cfg = recipe(loss={"beta": 0.5, "kl_in": "reward"}, advantage={"soft_overlong_cache": 4, "scale_rewards": "none"})
-    plain = with_rewards(groups(policy), cfg.rewards)
-    penalised = with_penalties(plain, policy, cfg, 0.5)
-    base = make_policy(trained=False).policy
-    for group in penalised:
-        for rollout in group.rollouts:
-            ids = rollout.completion.token_ids
-            prompt = group.task.prompt_ids
-            reference, _ = base.logprobs(mx.array([[*prompt, *ids]]), mx.array([len(prompt)]), mx.array([ids]))
-            d = reference[0] - mx.array(rollout.completion.logprobs)
-            overlong = max(0, len(ids) - 4) / 4
-            assert rollout.penalty == pytest.approx(0.5 * (mx.exp(d) - d - 1).sum().item() + overlong, abs=1e-4)
-    scored = with_advantages(penalised, cfg)
-    net = [r.reward - r.penalty for r in penalised[0].rollouts]
-    assert [r.advantage for r in scored[0].rollouts] == pytest.approx([x - sum(net) / 4 for x in net], abs=1e-5)
-    (batch,) = make_batches(scored[:1], cfg)
-    assert with_reference([batch], policy, 0.5, cfg)[0].ref_logprobs is None  # it is not in the loss as well
-
-
-@pytest.mark.parametrize("kind", ["rloo", "grpo"])
-def test_the_loss_brings_baseline_and_scaling_of_its_advantages(make_policy, kind: str) -> None:
-    cfg = recipe(loss={"type": kind})
-    (group, *_) = with_advantages(groups(make_policy().policy), cfg)  # rewards 1, 0, 0.5, 1
-    got = [rollout.advantage for rollout in group.rollouts]
-    centred = [r - 0.625 for r in (1, 0, 0.5, 1)]
-    if kind == "rloo":
-        assert got == pytest.approx([4 / 3 * c for c in centred], abs=1e-6)
-    else:
-        deviation = math.sqrt(sum(c * c for c in centred) / 3)
-        assert got == pytest.approx([c / (deviation + 1e-4) for c in centred], abs=1e-5)
-
-
-def test_without_penalties_groups_stay_as_they_are(make_policy) -> None:
-    policy, cfg = make_policy().policy, recipe(loss={"beta": 0.5})
-    plain = groups(policy)
-    assert with_penalties(plain, policy, cfg, 0.5) == plain
-
-
-def test_a_completion_that_a_function_failed_on_leaves_the_baseline(make_policy) -> None:
-    policy, cfg = make_policy().policy, recipe(advantage={"scale_rewards": "none"})
-    (group, *_) = groups(policy)
-    failed = replace(group, rollouts=(replace(group.rollouts[0], failed=True), *group.rollouts[1:]))
-    (got,) = with_advantages(with_rewards([failed], cfg.rewards), cfg)
-    assert got.rollouts[0].reward is None
-    assert [r.advantage for r in got.rollouts] == pytest.approx([0, -0.5, 0, 0.5])  # rewards -, 0, 0.5, 1
 
 
 def test_the_reference_has_no_kl_at_first(make_policy) -> None:

@@ -1,0 +1,61 @@
+"""What rewards, penalties and baselines make of a step's groups before the update sees them."""
+
+import math
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from test_update import groups, recipe
+
+from grpo.objective.groups import with_advantages, with_rewards
+from grpo.training.batches import make_batches, with_reference
+from grpo.training.penalties import with_penalties
+
+
+def test_the_penalty_in_the_reward(make_policy) -> None:
+    policy = make_policy().policy
+    cfg = recipe(loss={"beta": 0.5, "kl_in": "reward"}, advantage={"soft_overlong_cache": 4, "scale_rewards": "none"})
+    plain = with_rewards(groups(policy), cfg.rewards)
+    penalised = with_penalties(plain, policy, cfg, 0.5)
+    base = make_policy(trained=False).policy
+    for group in penalised:
+        for rollout in group.rollouts:
+            ids = rollout.completion.token_ids
+            prompt = group.task.prompt_ids
+            reference, _ = base.logprobs(mx.array([[*prompt, *ids]]), mx.array([len(prompt)]), mx.array([ids]))
+            d = reference[0] - mx.array(rollout.completion.logprobs)
+            overlong = max(0, len(ids) - 4) / 4
+            assert rollout.penalty == pytest.approx(0.5 * (mx.exp(d) - d - 1).sum().item() + overlong, abs=1e-4)
+    scored = with_advantages(penalised, cfg)
+    net = [r.reward - r.penalty for r in penalised[0].rollouts]
+    assert [r.advantage for r in scored[0].rollouts] == pytest.approx([x - sum(net) / 4 for x in net], abs=1e-5)
+    (batch,) = make_batches(scored[:1], cfg)
+    assert with_reference([batch], policy, 0.5, cfg)[0].ref_logprobs is None  # it is not in the loss as well
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_the_loss_brings_baseline_and_scaling_of_its_advantages(make_policy, kind: str) -> None:
+    cfg = recipe(loss={"type": kind})
+    (group, *_) = with_advantages(groups(make_policy().policy), cfg)  # rewards 1, 0, 0.5, 1
+    got = [rollout.advantage for rollout in group.rollouts]
+    centred = [r - 0.625 for r in (1, 0, 0.5, 1)]
+    if kind == "rloo":
+        assert got == pytest.approx([4 / 3 * c for c in centred], abs=1e-6)
+    else:
+        deviation = math.sqrt(sum(c * c for c in centred) / 3)
+        assert got == pytest.approx([c / (deviation + 1e-4) for c in centred], abs=1e-5)
+
+
+def test_without_penalties_groups_stay_as_they_are(make_policy) -> None:
+    policy, cfg = make_policy().policy, recipe(loss={"beta": 0.5})
+    plain = groups(policy)
+    assert with_penalties(plain, policy, cfg, 0.5) == plain
+
+
+def test_a_completion_that_a_function_failed_on_leaves_the_baseline(make_policy) -> None:
+    policy, cfg = make_policy().policy, recipe(advantage={"scale_rewards": "none"})
+    (group, *_) = groups(policy)
+    failed = replace(group, rollouts=(replace(group.rollouts[0], failed=True), *group.rollouts[1:]))
+    (got,) = with_advantages(with_rewards([failed], cfg.rewards), cfg)
+    assert got.rollouts[0].reward is None
+    assert [r.advantage for r in got.rollouts] == pytest.approx([0, -0.5, 0, 0.5])  # rewards -, 0, 0.5, 1

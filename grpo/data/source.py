@@ -38,6 +38,9 @@ def load_rows(cfg: DataConfig) -> Rows:
         rows = _load_file(Path(cfg.source).expanduser(), cfg.split)
     elif Path(cfg.source).is_file():
         raise UserError(f"data {cfg.source}: files are read by their ending: {', '.join(FILE_TYPES)}")
+    elif Path(cfg.source).is_absolute():
+        what = "a folder: name a file in it" if Path(cfg.source).is_dir() else "no file"
+        raise UserError(f"data {cfg.source}: {what} ({', '.join(FILE_TYPES)})")
     else:
         rows = _load_hub(cfg)
     if len(rows) == 0:
@@ -90,6 +93,7 @@ class _Renamed:
     """Rows whose columns go by more names: by name, the path of keys to what it stands for."""
 
     rows: Rows
+    cfg: DataConfig
     paths: dict[str, tuple[str, ...]]
 
     def __len__(self) -> int:
@@ -97,28 +101,31 @@ class _Renamed:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        return {**row, **{name: _at(row, path) for name, path in self.paths.items()}}
+        return {**row, **{name: self._column(index, row, name) for name in self.paths}}
+
+    def _column(self, index: int, row: Mapping[str, Any], name: str) -> Any:
+        try:
+            return _at(row, self.paths[name])
+        except (KeyError, TypeError, ValueError):
+            old, where = self.cfg.columns[name], f"row {index} of {self.cfg.source}"
+            raise UserError(f"data.columns.{name}: no column {old!r} in {where}; there is {', '.join(row)}") from None
 
 
 def _renamed(rows: Rows, cfg: DataConfig) -> Rows:
     first = rows[0]
     # A column may have a dot in its own name.
     paths = {name: (old,) if old in first else tuple(old.split(".")) for name, old in cfg.columns.items()}
-    for name, path in paths.items():
-        try:
-            _at(first, path)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"data.columns.{name}: no column {cfg.columns[name]!r} in {cfg.source}; there is {', '.join(first)}"
-            ) from None
-    return _Renamed(rows, paths)
+    renamed = _Renamed(rows, cfg, paths)
+    renamed[0]  # what is missing from the start is said before a model is loaded
+    return renamed
 
 
 def _at(row: Any, path: tuple[str, ...]) -> Any:
-    """What is at a path of keys and positions; None below a null, and beyond the end of a list."""
+    """What is at a path of keys and positions; None below a null, and beyond the ends of a list."""
     for key in path:
         if isinstance(row, list):
-            row = row[int(key)] if int(key) < len(row) else None
+            position = int(key)
+            row = row[position] if -len(row) <= position < len(row) else None
         elif row is not None:
             row = row[key]
     return row

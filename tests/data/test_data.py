@@ -59,9 +59,33 @@ def test_columns_go_by_the_names_that_a_recipe_gives_them(tmp_path: Path) -> Non
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path, old: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"inner": {"gold": "3"}, "answer": "no", "many": [1]}))
-    said = f"data.columns.right: no column {old!r} in {path}; there is inner, answer, many"
+    said = f"data.columns.right: no column {old!r} in row 0 of {path}; there is inner, answer, many"
     with pytest.raises(UserError, match=re.escape(said)):
         load_rows(config(source=str(path), columns={"right": old}))
+
+
+@pytest.mark.parametrize("later", ["text", ["an item"]])
+def test_a_path_that_ends_in_a_later_row_is_the_recipes_mistake(tmp_path: Path, later: object) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"inner": inner}) + "\n" for inner in (None, later)))
+    rows = load_rows(config(source=str(path), columns={"right": "inner.gold"}))
+    assert rows[0]["right"] is None
+    with pytest.raises(UserError, match=f"no column 'inner.gold' in row 1 of {re.escape(str(path))}"):
+        rows[1]
+
+
+def test_items_are_counted_from_either_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"many": many}) + "\n" for many in ([], ["a"], ["a", "b"])))
+    rows = load_rows(config(source=str(path), columns={"last": "many.-1", "second": "many.1"}))
+    assert [(rows[i]["last"], rows[i]["second"]) for i in range(3)] == [(None, None), ("a", None), ("b", "b")]
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a folder: name a file in it \(\.jsonl, "):
+        load_rows(config(source=str(tmp_path)))
+    with pytest.raises(UserError, match=r"no file \(\.jsonl, "):
+        load_rows(config(source=str(tmp_path / "absent")))
 
 
 @pytest.mark.parametrize(

@@ -61,14 +61,16 @@ def peak_of_an_update(policy: Policy, cfg, prompt: int = PROMPT) -> int:
     ("kind", "adapter", "optim"),
     [
         ("tied", "lora", {"gradient_checkpointing": False}),
-        ("tied", "lora", {"gradient_checkpointing": False, "micro_batch_tokens": 800}),
-        ("tied", "lora", {"gradient_checkpointing": True}),
+        pytest.param(
+            "tied", "lora", {"gradient_checkpointing": False, "micro_batch_tokens": 800}, marks=pytest.mark.slow
+        ),
+        pytest.param("tied", "lora", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         ("tied", "lora", {"gradient_checkpointing": True, "lengths": (512, 64)}),
-        ("untied", "lora", {"gradient_checkpointing": True, "lengths": (512, 64)}),
-        ("tied", "lora", {"gradient_checkpointing": False, "share_prompts": False}),
+        pytest.param("untied", "lora", {"gradient_checkpointing": True, "lengths": (512, 64)}, marks=pytest.mark.slow),
+        pytest.param("tied", "lora", {"gradient_checkpointing": False, "share_prompts": False}, marks=pytest.mark.slow),
         ("untied", "full", {"gradient_checkpointing": False}),
         ("moe", "lora", {"gradient_checkpointing": False}),
-        ("quantised", "dora", {"gradient_checkpointing": False}),
+        pytest.param("quantised", "dora", {"gradient_checkpointing": False}, marks=pytest.mark.slow),
     ],
 )
 def test_the_plan_is_near_the_measured_peak(kind: str, adapter: str, optim: dict) -> None:

@@ -55,7 +55,7 @@ def one_thread(wanted: bool = True) -> Iterator[None]:
 def _preload() -> str:
     if sys.platform != "linux":
         return "Accelerate (macOS)"
-    if any(_installed(name) for name in GPU_BUILDS):
+    if any(installed(name) for name in GPU_BUILDS):
         return "none needed (CUDA build of MLX)"
     if os.environ.get("GRPO_BLAS", "").lower() == "off":
         return "the one in MLX's wheel (GRPO_BLAS=off)"
@@ -92,7 +92,8 @@ def _mkl_paths() -> list[str]:
     return [str(f.locate()) for f in files if f.name.startswith("libmkl_rt.so")]
 
 
-def _installed(distribution: str) -> bool:
+def installed(distribution: str) -> bool:
+    """Whether a package is installed, by its name on the package index."""
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

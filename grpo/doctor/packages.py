@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from grpo.backend import blas
 from grpo.benchmark import versions as installed_versions
 from grpo.doctor.finding import Finding
 
@@ -42,21 +43,13 @@ def absent() -> list[str]:
         wanted = importlib.metadata.requires("grpo-mlx") or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    return [name for name in map(_required, wanted) if name and not _is_installed(name)]
+    return [name for name in map(_required, wanted) if name and not blas.installed(name)]
 
 
 def _required(line: str) -> str | None:
     """The name in `datasets>=2`; None where the requirement has a condition, such as an extra."""
     match = re.match(r"[\w.-]+", line)
     return None if match is None or ";" in line else match.group()
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def versions(

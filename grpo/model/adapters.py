@@ -270,7 +270,11 @@ def _mlx_lm_config(model: nn.Module, cfg: AdapterConfig) -> dict[str, Any]:
     if cfg.type == "full":
         return config
     there = linear_layers(model)
-    keys = [key for key in there if key not in routers(model)] if cfg.targets == "all-linear" else list(cfg.targets)
+    if cfg.targets == "all-linear":
+        left_out = routers(model)
+        keys = [key for key in there if key not in left_out]
+    else:
+        keys = list(cfg.targets)
     if missing := [key for key in keys if key not in there]:
         raise UserError(f"adapter.targets: no linear layer {missing[0]!r} in this model; it has {', '.join(there)}")
     if cfg.layers != "all":  # mlx-lm can only count blocks from the last, but takes whole paths

@@ -200,9 +200,9 @@ def _chosen(
 ) -> _Chosen:
     """What the recipe says, or for `auto` what fits and pays.
 
-    A micro-batch takes an eighth of the memory, up to `MOST_ACTIVATIONS`: beyond that a larger one with its layers
-    checkpointed is faster. Layers are checkpointed where that leaves too few tokens to keep the machine busy, or not
-    even the longest row. CUDA waits for launches, so there the largest micro-batch comes first.
+    A micro-batch takes an eighth of the memory, up to `MOST_ACTIVATIONS` (`MOST_ON_CUDA`): beyond that a larger one
+    with its layers checkpointed is faster. Layers are checkpointed where that leaves too few tokens to keep the machine
+    busy, or not even the longest row. CUDA waits for launches, so there the largest micro-batch comes first.
     """
     comfortable = min(machine.memory // 8, MOST_ON_CUDA if machine.cuda else MOST_ACTIVATIONS)
     few = FEW_TOKENS if machine.gpu else FEW_TOKENS // 4

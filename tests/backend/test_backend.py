@@ -57,7 +57,7 @@ def test_none_to_be_had_is_said(monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "mlx.core")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(blas, "_candidates", lambda: [("MKL", "/nowhere/libmkl_rt.so")])
-    monkeypatch.setattr(blas, "_installed", lambda _: False)
+    monkeypatch.setattr(blas, "installed", lambda _: False)
     monkeypatch.delenv("GRPO_BLAS", raising=False)
     assert "install grpo-mlx[cpu]" in blas._preload()
 

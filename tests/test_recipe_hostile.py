@@ -157,7 +157,7 @@ def test_merged_keys_are_read_and_known_by_their_line(tmp_path: Path) -> None:
 SHIPPED = [path.read_text(encoding="utf-8") for path in sorted(bundled("recipes").rglob("*.yaml"))]
 PIECES = [
     *("&a ", "*a", "<<: ", "!!int ", "!!bool ", "!!timestamp ", "!!null ", "!!set ", "!x ", "[", "]", "{", "}", "? "),
-    *(": ", "- ", "\n", "  ", "\t", "#", "'", '"', "|", ">", "%", "@", "`", "---\n", "...\n", "\x00", "\ud800", "\ufeff"),
+    *(": ", "- ", "\n", "  ", "\t", "#", "'", '"', "|", ">", "%", "@", "`", "---\n", "...\n", "\x00", "\ud800"),
     *('"\\ud800"', '"\\0"', "1e12", "1e23", "1e400", "-1", "0", "9" * 5_000, ".nan", ".inf", "-.inf", "0x", "190:20"),
     *("null", "true", "[]", "{}", "''", "a" * 5_000, "[" * 200, "{a: " * 200, "&a [*a]", "{<<: *a}", "2026-13-45"),
 ]  # fmt: skip

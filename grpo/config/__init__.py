@@ -35,6 +35,12 @@ class ModelConfig(Section):
     quantize: Literal[2, 3, 4, 5, 6, 8] | None = None
     """Quantise the weights to so many bits when they are loaded, in groups of 64. Default: they stay as stored."""
 
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> ModelConfig:
+        if self.revision is not None and self.name.startswith("builtin:"):
+            raise ValueError(f"model.revision does nothing with {self.name}: it is for Hub repositories")
+        return self
+
 
 class AdapterConfig(Section):
     type: Literal["lora", "dora", "full"] = "lora"
@@ -100,12 +106,18 @@ class DataConfig(Section):
     def _every_setting_does_something(self) -> DataConfig:
         if self.system is not None and self.chat_template == "never":
             raise ValueError("data.system needs the chat template, and data.chat_template is never")
-        local = self.source.startswith("builtin:") or Path(self.source).suffix in FILE_TYPES
-        if local and (unread := self.changed & {"config", "revision"}):
+        if self.chat_template_kwargs and self.chat_template == "never":
+            raise ValueError("data.chat_template_kwargs does nothing with data.chat_template: never")
+        if _is_local(self.source) and (unread := self.changed & {"config", "revision"}):
             raise ValueError(f"data.{min(unread)} is for Hub datasets; this source has none")
         if ours := {"tokenize", "add_generation_prompt", "return_dict"} & set(self.chat_template_kwargs):
             raise ValueError(f"data.chat_template_kwargs: {', '.join(sorted(ours))} is not yours to set")
         return self
+
+
+def _is_local(source: str) -> bool:
+    """Whether a source is no dataset of the Hub."""
+    return source.startswith("builtin:") or Path(source).suffix in FILE_TYPES
 
 
 class RolloutConfig(Section):
@@ -193,7 +205,7 @@ class OptimConfig(Section):
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: constant, or down to 0 by the last step."""
     warmup_steps: NonNegative = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0. Of a run that is no longer than that, all steps but the last."""
     weight_decay: AtLeast0 = 0.0
     """The optimizer's weight decay, decoupled in adamw."""
     max_grad_norm: Above0 = 1.0
@@ -215,6 +227,11 @@ class OptimConfig(Section):
     """Compile the update on a GPU (a CPU never does): a third faster, after minutes spent at the first step."""
     max_skipped_updates: Positive = 3
     """An update whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
+
+    @property
+    def warmup(self) -> int:
+        """The steps of warm-up that there is time for."""
+        return min(self.warmup_steps, self.steps - 1)
 
 
 class EvalConfig(Section):
@@ -335,8 +352,8 @@ class Recipe(Section):
             raise ValueError("advantage.soft_overlong_cache is not below rollout.max_completion_length")
         if self.checkpoint.metric_for_best_model is not None and self.eval is None:
             raise ValueError("checkpoint.metric_for_best_model does nothing without an eval section")
-        if self.optim.warmup_steps >= self.optim.steps:
-            raise ValueError("optim.warmup_steps is not below optim.steps")
+        if self.eval is not None and self.eval.config is not None and _is_local(self.eval.source or self.data.source):
+            raise ValueError("eval.config is for Hub datasets; the source of held-out prompts is none")
         if self.loss.preset.surrogate == "reinforce" and max(self.optim.num_iterations, self.optim.num_minibatches) > 1:
             raise ValueError(f"loss.type {self.loss.type} has no ratio: num_iterations and num_minibatches stay 1")
         if "scale_rewards" in self.advantage.changed and self.baseline not in ("group", "leave_one_out"):

@@ -118,7 +118,7 @@ class LossConfig(Section):
         if self.delta is not None and self.delta <= 1 + self.preset.epsilon_high:
             raise ValueError("loss.delta is not above 1 + epsilon_high: it would clip what the upper bound allows")
         if self.use is not None and (
-            unread := self.changed & {"surrogate", *presets.READ_BY} - {"epsilon", "epsilon_high"}
+            unread := self.changed & {"ratio", "surrogate", *presets.READ_BY} - {"epsilon", "epsilon_high"}
         ):
             raise ValueError(f"loss.{min(unread)} does nothing beside loss.use")
         if self.kl_in == "reward" and self.kl_importance:

@@ -241,6 +241,9 @@ def test_messages_without_a_chat_template(run_cli, recipe, tmp_path, toy_folder)
     ran = run_cli("train", recipe, "model.name=plain", "data.source=chat.jsonl", "data.prompt=prompt")
     assert ran.code == 2
     assert "need a chat template and the model has none" in ran.err
+    ran = run_cli("train", recipe, "model.name=plain", "data.chat_template_kwargs={enable_thinking: false}")
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert "data.chat_template_kwargs does nothing" in ran.err
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run_cli, recipe, toy_folder) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,8 +15,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from grpo.config import Recipe
+from grpo.document import Keys
 
-Keys = tuple[str | int, ...]
+MOST_SAID = 20
+"""Mistakes that are explained at once; of more there is a count."""
+LONGEST_SHOWN = 200
+"""Characters of a value or a key that a message repeats."""
 
 
 def explanations(error: ValidationError, data: Any, locate: Callable[[Keys], str]) -> list[str]:
@@ -24,12 +29,15 @@ def explanations(error: ValidationError, data: Any, locate: Callable[[Keys], str
     That a key is missing is not said where it was misspelt.
     """
     details = _one_per_place(error.errors(), data)
-    misspelt = {_meant(keys) for keys, detail in details.items() if detail["type"] == "extra_forbidden"}
-    return [
-        _explain(keys, detail, locate(_subject(keys, detail)))
+    unknown = [keys for keys, detail in details.items() if detail["type"] == "extra_forbidden"]
+    misspelt = {_meant(keys) for keys in unknown[:MOST_SAID]}
+    said = [
+        (keys, detail)
         for keys, detail in details.items()
         if detail["type"] != "missing" or dotted(named(keys)) not in misspelt
     ]
+    lines = [_explain(keys, detail, locate(_subject(keys, detail, locate))) for keys, detail in said[:MOST_SAID]]
+    return [*lines, f"and {len(said) - MOST_SAID:,} more mistakes"] if len(said) > MOST_SAID else lines
 
 
 def _one_per_place(errors: Iterable[ErrorDetails], data: Any) -> dict[Keys, ErrorDetails]:
@@ -54,31 +62,41 @@ def _keys(detail: ErrorDetails, data: Any) -> Keys:
     return path
 
 
-def _subject(keys: Keys, detail: ErrorDetails) -> Keys:
-    """What a mistake is about: the key that a message of the schema's own begins with, or where it was found."""
+def _subject(keys: Keys, detail: ErrorDetails, locate: Callable[[Keys], str]) -> Keys:
+    """What a mistake is about: where it was found, or the first key named in a message of the schema's own that is
+    written somewhere."""
     if detail["type"] != "value_error":
         return keys
-    first = detail["msg"].removeprefix("Value error, ").split()[0].rstrip(":")
-    return tuple(first.split(".")) if "." in first else keys
+    named_there = [
+        tuple(int(part) if part.isdecimal() else part for part in found.split("."))
+        for found in re.findall(r"[a-z_]+(?:\.[a-z0-9_]+)+", detail["msg"])
+    ]
+    return next((subject for subject in named_there if locate(subject) != locate(())), keys)
 
 
 def _explain(path: Keys, detail: ErrorDetails, place: str) -> str:
-    key = dotted(path)
+    key = shortened(dotted(path))
     match detail["type"]:
         case "extra_forbidden":
             return f"{place}: unknown key {key}.{_hint(path)}"
         case "missing":
             return f"{place}: {key} is missing. {_help(path)}".rstrip()
         case "value_error":
-            return f"{place}: {detail['msg'].removeprefix('Value error, ')}"
-    given = json.dumps(detail["input"], default=str)
+            message = detail["msg"].removeprefix("Value error, ")
+            names_itself = not path or message.startswith(f"{path[0]}.")
+            return f"{place}: {message}" if names_itself else f"{place}: {key}: {message}"
+    given = shortened(json.dumps(detail["input"], default=str, ensure_ascii=False))
     match detail["type"]:
         case "too_short":
             return f"{place}: {key}: expected at least one, got {given}.{_example(path)}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{place}: {key}: expected keys and values, got {given}.{_example(path)}"
     expected = detail["msg"].replace("Input should be", "expected", 1)
-    hint = " Write it without quotes." if isinstance(detail["input"], str) and "number" in expected else ""
+    hint = ""
+    if isinstance(detail["input"], str) and "number" in expected:
+        hint = " Write it without quotes."
+    elif isinstance(value := detail["input"], float) and value.is_integer() and "integer" in expected:
+        hint = f" Write {int(value)}." if abs(value) < 1e15 else ""
     return f"{place}: {key}: {expected}, got {given}.{hint}"
 
 
@@ -150,3 +168,8 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 def dotted(path: Keys) -> str:
     return ".".join(map(str, path))
+
+
+def shortened(text: str) -> str:
+    """A text of the person's own as a message repeats it: not all of a very long one."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."

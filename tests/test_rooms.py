@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grpo"
 
 ROOMS = [
-    "errors types presets config mistakes recipe plugins backend",
+    "errors types presets config document mistakes overrides recipe plugins backend",
     "builtin",
     "model",
     "generation",

@@ -95,12 +95,15 @@ def new(name: Annotated[str, typer.Argument(help="Its name; it is written to NAM
 
 
 def _kwargs(given: list[str] | None) -> dict[str, Any]:
-    from grpo.recipe import value_of
+    from grpo.document import value_of
 
     kwargs = {}
     for text in given or []:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise UserError(f"--kwarg {text}: an argument is NAME=VALUE")
-        kwargs[name] = value_of(value)
+        try:
+            kwargs[name] = value_of(value)
+        except ValueError as error:
+            raise UserError(f"--kwarg {name}: {error}") from None
     return kwargs

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from grpo.config import Recipe
 from grpo.plugins import find_recipe
 from grpo.recipe import load_recipe
 
@@ -24,7 +25,8 @@ def train(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check all that a run would, print the plan, train nothing and write nothing."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")] = False,
     resume: Annotated[
@@ -45,7 +47,7 @@ def train(
     from grpo.backend import device
     from grpo.backend.ranks import Ranks
     from grpo.data.prompts import last_text
-    from grpo.telemetry.loggers import open_loggers
+    from grpo.telemetry.loggers import find_loggers, open_loggers
     from grpo.telemetry.summary import failure_lines, print_outcome, print_plan
     from grpo.training.loop import Loop
     from grpo.training.parity import check_parity
@@ -56,22 +58,24 @@ def train(
 
     ranks = Ranks.launched()
     console = Console(quiet=not ranks.first)  # of several processes one talks and writes
-    start = find_start(cfg, resume, resume_from, resume_changed, overwrite)
+    start = find_start(cfg, resume, resume_from, resume_changed, overwrite, dry_run)
+    own = find_loggers(cfg)
     ranks.wait()  # all have looked before the first one makes the folder
     with console.status("loading"):
         run = prepare(start.planned)
     trainer = run.trainer
     with ExitStack() as stack:
         stack.callback(trainer.scorer.close)
-        print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes])
+        print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes, *_unsent(cfg)])
         state = start.load(trainer)
-        if dry_run:
-            return
         parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
         console.print(parity, highlight=False, soft_wrap=True)
+        # The place for one call of each reward on `run.tasks`: before anything is written, and for --dry-run too.
+        if dry_run:
+            return
         folder = stack.enter_context(start.folder()) if ranks.first else Path(str(cfg.output_dir))
         watched = (trainer.engine.generator, trainer.update)
-        log = open_loggers(stack, cfg, folder, console, state.run_id, watched) if ranks.first else lambda _: None
+        log = open_loggers(stack, cfg, folder, console, state.run_id, watched, own) if ranks.first else lambda _: None
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
         written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg))
         loop = Loop(trainer, folder, written, log, stop, state, start.checkpoint)
@@ -82,3 +86,13 @@ def train(
     ranks.wait()  # a launcher ends the others, the first one in the middle of its checkpoint, when one is gone
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + signal.Signals(outcome.stopped_by))
+
+
+def _unsent(cfg: Recipe) -> list[str]:
+    """A line where W&B is to get the run and nobody is logged in: the run stays in its folder then."""
+    from grpo.doctor.services import wandb
+
+    if cfg.log.wandb is None or cfg.log.wandb.mode == "offline" or (found := wandb()).status == "ok":
+        return []
+    why = found.text.removesuffix(", which only log.wandb wants")
+    return [f"W&B: {why}: the run stays in its folder for `wandb sync`, unless you see to it first: {found.remedy}"]

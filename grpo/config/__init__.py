@@ -13,17 +13,20 @@ from pydantic import Field, model_validator
 
 from grpo.config.objective import AdvantageConfig as AdvantageConfig
 from grpo.config.objective import LossConfig as LossConfig
-from grpo.config.section import Fraction, NonNegative, Positive, Section
+from grpo.config.section import LARGE, MANY, Above0, AtLeast0, Fraction, Name, NonNegative, Positive, Section, Tokens
 from grpo.presets import Baseline
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Endings of data files, and the reader of `datasets` for each."""
 
+DAY = 86_400
+"""Seconds."""
+
 Optimizer = Literal["adamw", "adam", "adamax", "sgd", "lion", "adafactor", "muon", "rmsprop", "adagrad", "adadelta"]
 
 
 class ModelConfig(Section):
-    name: str
+    name: Name
     """A folder, a Hub repository, or a built-in task's student, such as `builtin:arithmetic-student`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
@@ -32,20 +35,26 @@ class ModelConfig(Section):
     quantize: Literal[2, 3, 4, 5, 6, 8] | None = None
     """Quantise the weights to so many bits when they are loaded, in groups of 64. Default: they stay as stored."""
 
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> ModelConfig:
+        if self.revision is not None and self.name.startswith("builtin:"):
+            raise ValueError(f"model.revision does nothing with {self.name}: it is for Hub repositories")
+        return self
+
 
 class AdapterConfig(Section):
     type: Literal["lora", "dora", "full"] = "lora"
     """What trains: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353), or the weights themselves."""
     rank: Positive = 16
     """Rank of each update B A."""
-    scale: Annotated[float, Field(gt=0)] = 2.0
+    scale: Above0 = 2.0
     """The update is scale × B A (mlx-lm's convention; PEFT's alpha is scale × rank)."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """`all-linear` (each linear layer of each block, experts included, what routes to them and the head excluded) or
     names such as `self_attn.q_proj`."""
     layers: Literal["all"] | tuple[NonNegative, Positive] = "all"
     """Blocks that train: `[14, 28]` is from block 14 up to, not including, block 28."""
-    path: str | None = None
+    path: Name | None = None
     """A saved adapter's folder to go on from; a frozen copy of it is the reference then. Default: a fresh one."""
     sync_reference_every: Positive | None = None
     """Steps after which the reference moves to the policy. Default: it stays what it was at the start."""
@@ -69,7 +78,7 @@ class AdapterConfig(Section):
 
 
 class DataConfig(Section):
-    source: str
+    source: Name
     """A .jsonl, .json, .csv or .parquet file, a Hub dataset, or a built-in task: `builtin:arithmetic`,
     `builtin:countdown`, `builtin:sorting` or `builtin:format`."""
     config: str | None = None
@@ -90,29 +99,35 @@ class DataConfig(Section):
     """Whether text prompts go through the chat template as a user's message. `auto`: if the model has one."""
     chat_template_kwargs: dict[str, Any] = {}
     """Handed to the chat template, such as `enable_thinking: false`."""
-    max_prompt_length: Positive = 1024
+    max_prompt_length: Tokens = 1024
     """In tokens. Longer prompts are dropped and counted, never cut."""
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> DataConfig:
         if self.system is not None and self.chat_template == "never":
             raise ValueError("data.system needs the chat template, and data.chat_template is never")
-        local = self.source.startswith("builtin:") or Path(self.source).suffix in FILE_TYPES
-        if local and (unread := self.changed & {"config", "revision"}):
+        if self.chat_template_kwargs and self.chat_template == "never":
+            raise ValueError("data.chat_template_kwargs does nothing with data.chat_template: never")
+        if _is_local(self.source) and (unread := self.changed & {"config", "revision"}):
             raise ValueError(f"data.{min(unread)} is for Hub datasets; this source has none")
         if ours := {"tokenize", "add_generation_prompt", "return_dict"} & set(self.chat_template_kwargs):
             raise ValueError(f"data.chat_template_kwargs: {', '.join(sorted(ours))} is not yours to set")
         return self
 
 
+def _is_local(source: str) -> bool:
+    """Whether a source is no dataset of the Hub."""
+    return source.startswith("builtin:") or Path(source).suffix in FILE_TYPES
+
+
 class RolloutConfig(Section):
     prompts_per_step: Positive = 8
     """Prompts in a step."""
-    num_generations: Annotated[int, Field(ge=2)] = 8
+    num_generations: Annotated[int, Field(ge=2, le=MANY)] = 8
     """Completions of each prompt: the group that shares a baseline."""
-    max_completion_length: Positive = 256
+    max_completion_length: Tokens = 256
     """In tokens, the stop token included."""
-    temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Of sampling; logprobs are taken at the same temperature."""
     top_k: NonNegative = 0
     """Sample from this many most likely tokens. 0: from all."""
@@ -120,15 +135,15 @@ class RolloutConfig(Section):
     """Sample from the most likely tokens that together reach this probability (arXiv 1904.09751)."""
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Sample from tokens at least this fraction as likely as the likeliest (arXiv 2407.01082)."""
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Divides the logits of tokens that stand in prompt or completion already (arXiv 1909.05858). 1: off."""
-    min_completion_length: NonNegative = 0
+    min_completion_length: Annotated[int, Field(ge=0, le=10 * MANY)] = 0
     """In tokens: before that none of the stop tokens can be sampled."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion. They stay in its tokens and are cut from its text."""
     stop_token_ids: tuple[NonNegative, ...] = ()
     """Tokens that end a completion, besides the tokenizer's own."""
-    max_repeats: Annotated[int, Field(ge=0)] = 0
+    max_repeats: NonNegative = 0
     """End a completion that repeats its last token, or n-gram of up to 16, so many times in a row. 0: never."""
     max_concurrency: Positive = 64
     """Slots of the generator: rows decoded at once. Fewer are used where memory wants it."""
@@ -148,10 +163,10 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    use: str
+    use: Name
     """A bundled name, that of an installed package's entry point (group `grpo.rewards`), `file.py:function`, or
     `package.module:function`."""
-    weight: float = 1.0
+    weight: Annotated[float, Field(ge=-LARGE, le=LARGE)] = 1.0
     """Weight in the sum of rewards. 0 makes it a metric only."""
     name: str | None = None
     """What its metrics go by. Default: the function's name, or its file's if that is `reward`."""
@@ -160,7 +175,7 @@ class RewardConfig(Section):
     isolation: Literal["process", "inline"] = "process"
     """`process`: a worker process of its own. `inline`: in the trainer's, for cheap ones that you trust; nothing
     protects the run from it, and no time limit holds."""
-    timeout: Annotated[float, Field(gt=0)] = 30.0
+    timeout: Annotated[float, Field(ge=0.01, le=DAY)] = 30.0
     """Seconds that one call may take. Then its process is killed and replaced, and its completions have no score."""
     calls: Literal["step", "group", "completion"] | None = None
     """What one call gets: all of a step's completions, those of a prompt, or one. A failure costs all that the call
@@ -179,9 +194,9 @@ class RewardConfig(Section):
 
 
 class OptimConfig(Section):
-    steps: Positive
+    steps: Annotated[int, Field(gt=0, lt=MANY)]
     """Training steps: each samples, scores and updates."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    learning_rate: Above0 = 1e-5
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"
     """One of mlx.optimizers. Its state, and the weights it moves, are float32 whatever the model's dtype."""
@@ -190,16 +205,16 @@ class OptimConfig(Section):
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: constant, or down to 0 by the last step."""
     warmup_steps: NonNegative = 0
-    """Steps over which the learning rate rises from 0."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Steps over which the learning rate rises from 0. Of a run that is no longer than that, all steps but the last."""
+    weight_decay: AtLeast0 = 0.0
     """The optimizer's weight decay, decoupled in adamw."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Above0 = 1.0
     """The gradient is scaled down to this norm."""
     num_iterations: Positive = 1
     """Passes over each rollout. The ratio is to the logprobs before the first update."""
     num_minibatches: Positive = 1
     """Updates in each pass: the step's prompts are divided among them (GSPO: 4)."""
-    micro_batch_tokens: Positive | Literal["auto"] = "auto"
+    micro_batch_tokens: Tokens | Literal["auto"] = "auto"
     """Tokens, padding included, that go through the model together in the update. Changes memory and speed, not the
     gradient. `auto`: as many as fit and pay, from the plan."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
@@ -213,9 +228,14 @@ class OptimConfig(Section):
     max_skipped_updates: Positive = 3
     """An update whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
 
+    @property
+    def warmup(self) -> int:
+        """The steps of warm-up that there is time for."""
+        return min(self.warmup_steps, self.steps - 1)
+
 
 class EvalConfig(Section):
-    source: str | None = None
+    source: Name | None = None
     """Where held-out prompts come from. Default: `data.source`."""
     config: str | None = None
     """Configuration of a Hub dataset. Default: `data.config`, if the source is that of `data`."""
@@ -268,7 +288,7 @@ class LogConfig(Section):
     """Log to Weights & Biases as well."""
     tensorboard: bool = False
     """Write TensorBoard's event files into `<run>/tensorboard` as well."""
-    use: tuple[str, ...] = ()
+    use: tuple[Name, ...] = ()
     """Loggers of your own, `file.py:function` or `package.module:function`: each is called with every StepMetrics and
     EvalMetrics. One that raises is left out from there on."""
     completions: CompletionsConfig | None = CompletionsConfig()
@@ -281,9 +301,9 @@ class Recipe(Section):
     Files and folders are looked for beside the recipe, then in the working directory.
     """
 
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """All randomness comes from it."""
-    output_dir: str | None = None
+    output_dir: Name | None = None
     """The run's folder. Default: `runs/<name of the recipe>`."""
     model: ModelConfig
     """The model that is trained, and in which precision."""
@@ -313,9 +333,16 @@ class Recipe(Section):
         if self.adapter.sync_reference_every is not None and self.loss.beta == 0 and self.loss.beta_end is None:
             raise ValueError("adapter.sync_reference_every does nothing while loss.beta is 0: there is no reference")
         if all(reward.weight == 0 for reward in self.rewards):
-            raise ValueError("every reward has weight 0, so nothing would be learnt: give one a weight")
+            raise ValueError(
+                "rewards.0.weight: every reward has weight 0, so nothing would be learnt: give one a weight"
+            )
         if self.rollout.prompts_per_step % self.optim.num_minibatches:
             raise ValueError("rollout.prompts_per_step is not divisible by optim.num_minibatches")
+        if (rows := self.rollout.prompts_per_step * self.rollout.num_generations) > MANY:
+            raise ValueError(
+                f"rollout.num_generations × rollout.prompts_per_step are {rows:,} completions in a step, and at most "
+                f"{MANY:,} are possible"
+            )
         penalised = self.loss.kl_in == "reward" or self.advantage.soft_overlong_cache is not None
         if penalised and self.baseline in ("gdpo", "maxrl"):
             raise ValueError(f"advantage.baseline {self.baseline} has no meaning for penalties in the reward")
@@ -325,8 +352,8 @@ class Recipe(Section):
             raise ValueError("advantage.soft_overlong_cache is not below rollout.max_completion_length")
         if self.checkpoint.metric_for_best_model is not None and self.eval is None:
             raise ValueError("checkpoint.metric_for_best_model does nothing without an eval section")
-        if self.optim.warmup_steps >= self.optim.steps:
-            raise ValueError("optim.warmup_steps is not below optim.steps")
+        if self.eval is not None and self.eval.config is not None and _is_local(self.eval.source or self.data.source):
+            raise ValueError("eval.config is for Hub datasets; the source of held-out prompts is none")
         if self.loss.preset.surrogate == "reinforce" and max(self.optim.num_iterations, self.optim.num_minibatches) > 1:
             raise ValueError(f"loss.type {self.loss.type} has no ratio: num_iterations and num_minibatches stay 1")
         if "scale_rewards" in self.advantage.changed and self.baseline not in ("group", "leave_one_out"):

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 
 from grpo.config import Recipe
+from grpo.config.section import MANY
 from grpo.errors import UserError
 
 WIDTH = 100
@@ -90,7 +91,8 @@ def _type(form: Mapping[str, Any]) -> str:
     if form.get("type") == "object":
         inner = form.get("additionalProperties")
         return f"keys and values: {_type(inner)}" if isinstance(inner, dict) else "keys and values"
-    bounds = [f"{words} {form[name]:g}" for name, words in BOUNDS.items() if name in form]
+    # Bounds of a million and more only keep out what nobody means.
+    bounds = [f"{words} {form[name]:g}" for name, words in BOUNDS.items() if abs(form.get(name, MANY)) < MANY]
     return " ".join([NAMES[form["type"]], " and ".join(bounds)]).strip()
 
 

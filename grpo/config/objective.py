@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from grpo import presets
-from grpo.config.section import Positive, Section
+from grpo.config.section import LARGE, Above0, AtLeast0, Name, Section, Tokens
 from grpo.presets import Baseline
 
 
@@ -20,7 +20,7 @@ class AdvantageConfig(Section):
     scale_rewards: presets.Scale | None = None
     """What rewards less their baseline are divided by: their deviation in the group, in the batch, or nothing (none).
     Default: that of `loss.type`."""
-    soft_overlong_cache: Positive | None = None
+    soft_overlong_cache: Tokens | None = None
     """Punish length over the last so many tokens before max_completion_length, from 0 down to -1 (DAPO's soft overlong
     punishment). Default: not at all."""
 
@@ -34,31 +34,31 @@ class LossConfig(Section):
     """What is made of ratio and advantage. Default: the variant's."""
     normalize: presets.Normalize | None = None
     """How tokens are averaged. Default: the variant's."""
-    epsilon: Annotated[float, Field(gt=0)] | None = None
+    epsilon: Above0 | None = None
     """Lower bound: the ratio is clipped at 1 - epsilon. Default: the variant's."""
-    epsilon_high: Annotated[float, Field(gt=0)] | None = None
+    epsilon_high: Above0 | None = None
     """Upper bound: the ratio is clipped at 1 + epsilon_high. Default: the variant's, which is epsilon for most."""
-    delta: Annotated[float, Field(gt=1)] | None = None
+    delta: Annotated[float, Field(gt=1, le=LARGE)] | None = None
     """Dual clip: the unclipped ratio is capped here, which binds for advantages below 0 (arXiv 2505.07291)."""
-    epsilon_max: Annotated[float, Field(gt=0)] = 5.0
+    epsilon_max: Above0 = 5.0
     """cispo's ceiling on the ratio itself."""
-    sapo_temperature_pos: Annotated[float, Field(gt=0)] = 1.0
+    sapo_temperature_pos: Above0 = 1.0
     """sapo's τ for advantages above 0."""
-    sapo_temperature_neg: Annotated[float, Field(gt=0)] = 1.05
+    sapo_temperature_neg: Above0 = 1.05
     """sapo's τ for the others."""
-    vespo_k_pos: Annotated[float, Field(ge=0)] = 2.0
+    vespo_k_pos: AtLeast0 = 2.0
     """vespo's k for advantages of 0 and above."""
-    vespo_lambda_pos: Annotated[float, Field(gt=0)] = 3.0
+    vespo_lambda_pos: Above0 = 3.0
     """vespo's λ for advantages of 0 and above."""
-    vespo_k_neg: Annotated[float, Field(ge=0)] = 3.0
+    vespo_k_neg: AtLeast0 = 3.0
     """vespo's k for advantages below 0."""
-    vespo_lambda_neg: Annotated[float, Field(gt=0)] = 2.0
+    vespo_lambda_neg: Above0 = 2.0
     """vespo's λ for advantages below 0."""
-    dppo_penalty: Annotated[float, Field(ge=0)] = 1e-3
+    dppo_penalty: AtLeast0 = 1e-3
     """dppo's weight of the squared log-ratio."""
-    beta: Annotated[float, Field(ge=0)] = 0.0
+    beta: AtLeast0 = 0.0
     """Weight of the KL penalty to the reference. 0: no reference is computed."""
-    beta_end: Annotated[float, Field(ge=0)] | None = None
+    beta_end: AtLeast0 | None = None
     """beta moves on a line to this by the last step. Default: it stays."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the penalty goes: a term of the loss, or taken off the reward (summed over the completion's tokens)."""
@@ -70,11 +70,11 @@ class LossConfig(Section):
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = "none"
     """Weigh tokens by trainer / sampler probability, truncated at the cap or left out beyond the bounds."""
-    importance_sampling_cap: Annotated[float, Field(gt=0)] = 3.0
+    importance_sampling_cap: Above0 = 3.0
     """Upper bound of that weight."""
-    importance_sampling_floor: Annotated[float, Field(ge=0)] = 0.0
+    importance_sampling_floor: AtLeast0 = 0.0
     """Lower bound of that weight, for the `_mask` forms."""
-    off_policy_mask_threshold: Annotated[float, Field(gt=0)] | None = None
+    off_policy_mask_threshold: Above0 | None = None
     """Leave out completions with advantage below 0 whose tokens have lost more than this in mean logprob since they
     were sampled (arXiv 2512.02556). Default: none is."""
     mask_truncated_completions: bool = False
@@ -82,9 +82,9 @@ class LossConfig(Section):
     their group's mean."""
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Train on this fraction of the step's tokens, those of highest entropy (arXiv 2506.01939)."""
-    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    entropy_coef: AtLeast0 = 0.0
     """Weight of an entropy bonus, per token and averaged as the loss is."""
-    use: str | None = None
+    use: Name | None = None
     """A loss of your own, `file.py:function` or `package.module:function`, in the place of the surrogate:
     (logprobs, batch, cfg) -> per_token_loss, each [B, T]."""
 
@@ -118,7 +118,7 @@ class LossConfig(Section):
         if self.delta is not None and self.delta <= 1 + self.preset.epsilon_high:
             raise ValueError("loss.delta is not above 1 + epsilon_high: it would clip what the upper bound allows")
         if self.use is not None and (
-            unread := self.changed & {"surrogate", *presets.READ_BY} - {"epsilon", "epsilon_high"}
+            unread := self.changed & {"ratio", "surrogate", *presets.READ_BY} - {"epsilon", "epsilon_high"}
         ):
             raise ValueError(f"loss.{min(unread)} does nothing beside loss.use")
         if self.kl_in == "reward" and self.kl_importance:

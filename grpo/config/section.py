@@ -4,11 +4,36 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+# No setting means anything beyond these; a slip of the finger does, and would be found out in the middle of a run.
+MANY = 1_000_000
+LARGE = 1e6
+
+Positive = Annotated[int, Field(gt=0, le=MANY)]
+NonNegative = Annotated[int, Field(ge=0, le=MANY)]
+Tokens = Annotated[int, Field(gt=0, le=10 * MANY)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Above0 = Annotated[float, Field(gt=0, le=LARGE)]
+AtLeast0 = Annotated[float, Field(ge=0, le=LARGE)]
+
+LONGEST_PATH, LONGEST_NAME = 900, 255
+"""Bytes of a path, with room for the files in a run's folder (macOS allows 1,024 in all), and of one part of it."""
+
+
+def _nameable(name: str) -> str:
+    if len(name.encode()) > LONGEST_PATH or max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME:
+        raise PydanticCustomError(
+            "not_a_name",
+            "expected a name that a file can have (at most {longest} bytes, and {part} between two slashes)",
+            {"longest": LONGEST_PATH, "part": LONGEST_NAME},
+        )
+    return name
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_nameable)]
+"""A file, a folder, or something that may be one."""
 
 
 class Section(BaseModel):

@@ -65,6 +65,8 @@ class PromptRenderer:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and not self._wraps_text():
+            if self.cfg.chat_template_kwargs:
+                raise UserError("data.chat_template_kwargs does nothing: text goes to this model without a template")
             return list(self.tokenizer.encode(prompt))
         if not self.tokenizer.has_chat_template:
             raise UserError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import json
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 QUANTIZED_GROUP = 64
 """Weights that share a scale and an offset."""
+
+MOST_LAYERS = 2_000
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt")
 """Files of which a model has one at least."""
@@ -56,6 +61,10 @@ def _check_files(cfg: ModelConfig, folder: Path) -> None:
     """Raise UserError for a folder without what a model needs. (Without a tokenizer an empty one would be made.)"""
     if not (folder / "config.json").is_file():
         raise UserError(f"model {cfg.name}: no config.json in {folder}: not a model folder in Hub layout")
+    try:
+        check_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"model {cfg.name}: config.json in {folder} is not JSON: {one_line(error)}") from None
     if not any(folder.glob("model*.safetensors")):
         raise UserError(
             f"model {cfg.name}: no model*.safetensors in {folder}; weights in other formats (.bin, GGUF) are not read: "
@@ -63,6 +72,19 @@ def _check_files(cfg: ModelConfig, folder: Path) -> None:
         )
     if not any(found for pattern in TOKENIZER for found in folder.glob(pattern)):
         raise UserError(f"model {cfg.name}: no tokenizer ({', '.join(TOKENIZER)}) in {folder}")
+
+
+def check_config(config: Any) -> None:
+    """Raise UserError for a model's config that is no mapping, or has more layers than any model: they would be made
+    before the weights are looked at."""
+    if not isinstance(config, Mapping):
+        raise UserError("config.json: expected keys and values")
+    for part in (config, *(inner for inner in config.values() if isinstance(inner, Mapping))):
+        for name, value in part.items():
+            if "layer" in name and isinstance(value, int | float) and value > MOST_LAYERS:
+                raise UserError(
+                    f"config.json: {name} is {value:.6g}, and no model has more than {MOST_LAYERS:,} layers"
+                )
 
 
 def _quantized(model: nn.Module, config: dict[str, Any], cfg: ModelConfig) -> nn.Module:
@@ -92,14 +114,24 @@ def model_folder(cfg: ModelConfig) -> Path:
         if cfg.revision is not None:
             raise UserError(f"model.revision is for Hub repositories; {cfg.name} is a folder")
         return folder
-    if cfg.name.startswith((".", "/", "~")) or cfg.name.count("/") > 1 or _below_a_folder(folder):
-        raise UserError(f"model {cfg.name}: there is no such folder")
+    if looks_like_path(cfg.name):
+        raise UserError(f"model {cfg.name}: there is no such folder{similar(folder)}")
     return _fetch(cfg)
 
 
-def _below_a_folder(path: Path) -> bool:
-    """Whether `a/b` is rather meant here than on the Hub, because there is a folder `a`."""
-    return path.parent != Path() and path.parent.is_dir()
+def looks_like_path(name: str) -> bool:
+    """Whether a name is rather meant here than on the Hub: `./a`, `a/b/c`, `a/`, what is below `runs`, and `a/b` where
+    there is a folder `a`."""
+    path = Path(name).expanduser()
+    shaped = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    return shaped or path.exists() or path.parts[:1] == ("runs",) or (path.parent != Path() and path.parent.is_dir())
+
+
+def similar(folder: Path) -> str:
+    """`. Did you mean …?` with the most similar name beside a folder that is not there; nothing if none is similar."""
+    beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    close = difflib.get_close_matches(folder.name, beside, n=1)
+    return f". Did you mean {folder.parent / close[0]}?" if close else ""
 
 
 def _fetch(cfg: ModelConfig) -> Path:

@@ -19,6 +19,7 @@ from grpo.config import AdapterConfig
 from grpo.errors import UserError
 from grpo.model.adapters import make_trainable
 from grpo.model.costs import Costs, Product
+from grpo.model.load import check_config
 
 USED_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
 """How many experts a token meets, by the names that architectures have for it."""
@@ -69,10 +70,11 @@ def outline(config: Mapping[str, Any], adapter: AdapterConfig | None, dtype: mx.
     """mlx-lm's model of a config, none of whose arrays has been computed: shapes and dtypes alone mean something."""
     from mlx_lm.utils import _get_classes
 
+    check_config(config)
     try:
         model_class, arguments = _get_classes(dict(config))
         model = model_class(arguments.from_dict(dict(config)))
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # whatever a config that is not what it should be makes mlx-lm's code raise
         raise UserError(f"config.json: not a model that mlx-lm knows: {one_line(error)}") from error
     model.set_dtype(dtype or _dtype_of(config))
     if (quantization := config.get("quantization")) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,7 +15,8 @@ from rich.console import Console
 
 from grpo.backend.hub import one_line
 from grpo.config import Recipe
-from grpo.plugins import find_function
+from grpo.errors import UserError
+from grpo.plugins import Function, find_function
 from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.telemetry.tensorboard import TensorboardLogger
@@ -39,17 +42,48 @@ class Watched(Protocol):
     progress: Progress | None
 
 
+def find_loggers(cfg: Recipe) -> list[Function]:
+    """The recipe's own loggers, and a look at whether the others can be had. Opens and writes nothing.
+
+    Raises UserError for a logger that is not there, that takes no record, or whose package cannot be imported.
+    """
+    for asked, package, key in (
+        (cfg.log.wandb is not None, "wandb", "log.wandb"),
+        (cfg.log.tensorboard, "tensorboardX", "log.tensorboard"),
+    ):
+        if asked:
+            try:
+                importlib.import_module(package)
+            except Exception as error:  # whatever a package that is broken raises
+                raise UserError(f"{key}: {package} cannot be imported: {one_line(error)}") from error
+    found = [find_function(use, "logger") for use in cfg.log.use]
+    for use, function in zip(cfg.log.use, found, strict=True):
+        try:
+            inspect.signature(function).bind(None)
+        except TypeError as error:
+            raise UserError(f"logger {use!r}: {error}; it is called with one StepMetrics or EvalMetrics") from None
+        except ValueError:  # a builtin does not say what it takes
+            continue
+    return found
+
+
 def open_loggers(
-    stack: ExitStack, cfg: Recipe, folder: Path, console: Console, run_id: str, watched: Sequence[Watched] = ()
+    stack: ExitStack,
+    cfg: Recipe,
+    folder: Path,
+    console: Console,
+    run_id: str,
+    watched: Sequence[Watched] = (),
+    own: Sequence[Function] | None = None,
 ) -> Log:
     """A function that tells them all; `stack` closes them. The files come first, so that nothing is lost.
 
-    A terminal shows how far the `watched` are.
+    A terminal shows how far the `watched` are. `own` are the recipe's loggers, where they were found already.
 
     What fails of the others is said once and left out: a service that is away must not end a run. Raises UserError for
     a logger of the recipe's own that is not there.
     """
-    own = [find_function(use, "logger") for use in cfg.log.use]
+    own = find_loggers(cfg) if own is None else own
     terminal = stack.enter_context(ConsoleLogger(console, cfg.optim.steps))
     if console.is_terminal:
         for one in watched:

@@ -13,7 +13,7 @@ from grpo.errors import UserError
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import load_adapter
-from grpo.model.load import load
+from grpo.model.load import load, looks_like_path, similar
 from grpo.plugins import bundled_names
 from grpo.recipe import load_recipe
 from grpo.training.checkpoint import RECIPE, STATE
@@ -37,6 +37,8 @@ def answer(
     """
     if Path(target).suffix in (".yaml", ".yml") or target in bundled_names("recipes", ".yaml"):
         raise UserError(f"{target} is a recipe; to generate takes a run's folder or a model, such as the recipe's")
+    if not Path(target).exists() and looks_like_path(target):
+        raise UserError(f"{target}: there is no such folder{similar(Path(target))}")
     setup()
     model_cfg, data, folder = ModelConfig(name=target), DataConfig(source=target), Path(target)
     if not is_run(folder) and is_run(folder.parent.parent):  # a checkpoint of a run

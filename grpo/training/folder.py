@@ -218,24 +218,25 @@ def _delete_run(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def check_run_folder(cfg: Recipe, overwrite: bool) -> Path:
-    """Where the run will be.
+def check_run_folder(cfg: Recipe, overwrite: bool, dry: bool = False) -> Path:
+    """Where the run will be. A `dry` run writes nothing, so a run that is there is in no danger.
 
     Raises UserError if there is another, not to be replaced, or files that are no run's, or if it cannot be written.
     """
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
-    if is_running(folder):
-        raise UserError(f"{folder}: a run in this folder is going on; stop it first")
-    if (folder / FORMER).is_dir():  # a run that was to replace another was killed
-        _settle(folder)
+    if not dry:
+        if is_running(folder):
+            raise UserError(f"{folder}: a run in this folder is going on; stop it first")
+        if (folder / FORMER).is_dir():  # a run that was to replace another was killed
+            _settle(folder)
+        if is_run(folder) and not overwrite:
+            raise UserError(
+                f"{folder} holds another run: go on with it (--resume), name another folder (output_dir=...) or "
+                "replace it (--overwrite)"
+            )
     theirs = [name for name in WRITTEN if (folder / name).exists()]
-    if is_run(folder) and not overwrite:
-        raise UserError(
-            f"{folder} holds another run: go on with it (--resume), name another folder (output_dir=...) or replace it "
-            "(--overwrite)"
-        )
-    if theirs and not is_run(folder):
+    if theirs and not is_run(folder) and not (folder / FORMER).is_dir():
         raise UserError(f"output_dir: {folder} has a {theirs[0]} that no run of ours wrote: name another folder")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

@@ -16,6 +16,7 @@ from grpo.backend.hub import one_line
 from grpo.config import FILE_TYPES, Recipe, RewardConfig
 from grpo.errors import UserError
 from grpo.model.adapters import CONFIG, WEIGHTS, check_format
+from grpo.model.load import looks_like_path, similar
 from grpo.plugins import find_recipe, locate_reward
 from grpo.recipe import load_recipe, recipe_of
 from grpo.training.checkpoint import RECIPE, STATE, step_of
@@ -95,6 +96,8 @@ def _is_recipe(target: str) -> bool:
         find_recipe(target)
     except UserError:
         if "/" in target and not target.endswith((".yaml", ".yml")):
+            if looks_like_path(target):
+                raise UserError(f"{target}: there is no such folder{similar(Path(target))}") from None
             return False  # a model on the Hub
         raise
     return True

@@ -78,14 +78,21 @@ class Start:
 
 
 def find_start(
-    cfg: Recipe, resume: bool = False, checkpoint: Path | None = None, changed: bool = False, overwrite: bool = False
+    cfg: Recipe,
+    resume: bool = False,
+    checkpoint: Path | None = None,
+    changed: bool = False,
+    overwrite: bool = False,
+    dry: bool = False,
 ) -> Start:
     """Where a run with this recipe begins.
 
     To `resume` is to go on after the newest whole checkpoint in its folder, from the beginning where there is none yet.
     A `checkpoint` is gone on from in any case: in its own run's folder, which forgets what came after it, or in a new
-    one. Raises UserError for a folder that holds another run, where every checkpoint is damaged, and for a recipe or
-    code that did not write the checkpoint, unless it may have `changed`.
+    one. A `dry` run touches nothing, and says of a run in its folder what to do about it.
+
+    Raises UserError for a folder that holds another run, where every checkpoint is damaged, and for a recipe or code
+    that did not write the checkpoint, unless it may have `changed`.
     """
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
@@ -95,16 +102,20 @@ def find_start(
     goes_on = (resume or changed or checkpoint is not None) and own
     if goes_on and overwrite:
         raise UserError("--overwrite replaces the run and --resume goes on with it: choose one")
-    check_run_folder(cfg, overwrite or goes_on)
+    check_run_folder(cfg, overwrite or goes_on, dry)
+    in_the_way = dry and is_run(folder) and not (overwrite or goes_on)
     goes_on = goes_on and is_run(folder)
     notes: list[str] = []
     if checkpoint is None and goes_on:
-        restore_replaced(folder / CHECKPOINTS)
+        if not dry:
+            restore_replaced(folder / CHECKPOINTS)
         checkpoint, notes = newest_whole(folder / CHECKPOINTS)
         if notes and checkpoint is None:
             raise UserError(f"{folder}: no checkpoint is whole, so there is nothing to go on from: " + "; ".join(notes))
     if checkpoint is None:
         notes = ["no checkpoint to go on from: begins at step 0"] if resume or changed else []
+        if in_the_way:
+            notes = [f"{folder} holds a run: training takes --resume, --overwrite or another output_dir"]
         return Start(cfg, goes_on=goes_on, overwrite=overwrite, notes=tuple(notes))
     state, written = load_checkpoint(checkpoint)
     differences = changes(written, context(cfg, written.adapter, written.plan, written.revisions))

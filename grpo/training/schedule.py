@@ -10,12 +10,12 @@ from grpo.config import OptimConfig, Recipe
 def learning_rate(cfg: OptimConfig, step: int) -> float:
     """The learning rate of `step` (from 1 to `cfg.steps`).
 
-    It rises linearly to `cfg.learning_rate` over `warmup_steps`, then is constant or falls, on a line or half a
+    It rises linearly to `cfg.learning_rate` over `cfg.warmup` steps, then is constant or falls, on a line or half a
     cosine, to reach 0 one step after the last.
     """
-    if step <= cfg.warmup_steps:
-        return cfg.learning_rate * step / cfg.warmup_steps
-    progress = (step - 1 - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    if step <= cfg.warmup:
+        return cfg.learning_rate * step / cfg.warmup
+    progress = (step - 1 - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
     match cfg.lr_scheduler_type:
         case "constant":
             return cfg.learning_rate

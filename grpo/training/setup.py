@@ -20,6 +20,7 @@ from grpo.plugins import find_function
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.evaluate import Evaluator
+from grpo.training.notes import notes_on
 from grpo.training.optimizer import make_optimizer
 from grpo.training.plan import Plan, make_plan
 from grpo.training.trainer import Trainer
@@ -79,7 +80,7 @@ def prepare(cfg: Recipe) -> Prepared:
     trainer = Trainer(cfg, policy, stream, engine, scorer, evaluator, custom_loss, ranks)
     refiltered = [REFILTERED] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, one) for rows, one in zip(tables, (renderer, *eval_renderers), strict=True)]
-    notes = [f"decoding: {generator.decoding.description}", *policy.slow, *refiltered]
+    notes = [f"decoding: {generator.decoding.description}", *policy.slow, *refiltered, *notes_on(cfg)]
     return Prepared(trainer, plan, tasks, [*notes, *dict.fromkeys(filter(None, nulls))])
 
 

@@ -81,7 +81,6 @@ def test_a_dry_run_trains_and_writes_nothing(run_cli, recipe, tmp_path) -> None:
 def test_a_folder_with_another_run_is_not_touched(run_cli, recipe) -> None:
     assert run_cli("train", recipe).code == 0
     before = Path("runs/toy/metrics.jsonl").read_text()
-    assert "replace it (--overwrite)" in run_cli("train", recipe, "--dry-run").err
     again = run_cli("train", recipe)
     assert again.code == 2
     assert "runs/toy holds another run: go on with it (--resume), name another folder (output_dir=...) or" in again.err
@@ -241,6 +240,9 @@ def test_messages_without_a_chat_template(run_cli, recipe, tmp_path, toy_folder)
     ran = run_cli("train", recipe, "model.name=plain", "data.source=chat.jsonl", "data.prompt=prompt")
     assert ran.code == 2
     assert "need a chat template and the model has none" in ran.err
+    ran = run_cli("train", recipe, "model.name=plain", "data.chat_template_kwargs={enable_thinking: false}")
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert "data.chat_template_kwargs does nothing" in ran.err
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run_cli, recipe, toy_folder) -> None:

@@ -1,0 +1,77 @@
+"""`key.sub=value` from the command line, put into a recipe's data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo.config import Recipe
+from grpo.document import MAX_DEPTH, Document, Keys, check_text, value_of
+from grpo.errors import UserError
+from grpo.mistakes import named, section_of, shortened
+
+
+def override(document: Document, text: str) -> None:
+    """Set one value, and make the sections above it that are not there yet.
+
+    Raises UserError for what is no override, and for an item of a list that is not there.
+    """
+    name, equals, written = text.partition("=")
+    place = f"command line: {shortened(text)}"
+    parts = name.split(".")
+    if not equals or not name:
+        raise UserError(f"{place}: an override is key.sub=value")
+    if "" in parts:
+        raise UserError(f"{place}: a part of the key {shortened(name)} is empty: write key.sub=value")
+    if len(parts) > MAX_DEPTH:
+        raise UserError(f"{place}: the key has more than {MAX_DEPTH} parts")
+    keys: Keys = ()
+    target: Any = document.data
+    for part in parts[:-1]:
+        key = _key(target, part, parts, place)
+        if isinstance(target, dict) and target.get(key) is None:
+            target[key] = {}
+        target, keys = target[key], (*keys, key)
+    last = _key(target, parts[-1], parts, place)
+    keys = (*keys, last)
+    try:
+        target[last] = _value(keys, written)
+    except ValueError as error:
+        raise UserError(f"{place}: {name}: {error}") from None
+    for path in [path for path in document.where if path[: len(keys)] == keys]:
+        del document.where[path]
+    for depth in range(1, len(keys) + 1):
+        document.where.setdefault(keys[:depth], place)
+
+
+def _key(target: Any, part: str, parts: list[str], place: str) -> str | int:
+    """A part of a dotted name as a key of what it is looked up in: an index, if that is a list."""
+    if isinstance(target, dict):
+        return part
+    if not isinstance(target, list):
+        raise UserError(f"{place}: there is no {shortened('.'.join(parts))} in the recipe: no section is above it")
+    if part.isdecimal() and len(part) < 10 and int(part) < len(target):
+        return int(part)
+    items = f"its items are 0 to {len(target) - 1}" if target else "the list is empty"
+    raise UserError(f"{place}: there is no {shortened('.'.join(parts))} in the recipe: {items}")
+
+
+def _value(keys: Keys, text: str) -> Any:
+    """The value as YAML; where the schema wants a text, as written: `data.prompt={question}` needs no quotes."""
+    if not _wants_text(keys):
+        return value_of(text)
+    check_text(text)
+    try:
+        value = value_of(text)
+    except ValueError:  # of no kind that is read as YAML, but a text
+        return text
+    return value if value is None or isinstance(value, str) else text
+
+
+def _wants_text(keys: Keys) -> bool:
+    section: Any = Recipe
+    try:
+        for part in named(keys)[:-1]:
+            section = section_of(section.model_fields[part].annotation)
+        return section.model_fields[keys[-1]].annotation in (str, str | None)
+    except (KeyError, AttributeError):  # no such key: the schema will say so
+        return False

@@ -1,0 +1,29 @@
+"""What a plan says about settings that this run is too short, or too simple, to make use of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from grpo.config import Recipe
+
+OF_RATIOS = ("epsilon", "epsilon_high", "delta", "off_policy_mask_threshold")
+
+
+def notes_on(cfg: Recipe) -> Iterator[str]:
+    """A line for each setting that will do less than it says."""
+    optim, every = cfg.optim, cfg.adapter.sync_reference_every
+    steps = "1 step" if optim.steps == 1 else f"{optim.steps} steps"
+    if optim.warmup < optim.warmup_steps:
+        yield f"optim.warmup_steps: cut from {optim.warmup_steps} to {optim.warmup}, because the run has {steps}"
+    if every is not None and every >= optim.steps:
+        yield f"adapter.sync_reference_every: {every} does nothing: the run has {steps}, so the reference stays"
+    updates = optim.num_iterations * optim.num_minibatches
+    if (
+        updates == 1
+        and cfg.loss.use is None
+        and (unread := [f"loss.{name}" for name in OF_RATIOS if name in cfg.loss.changed])
+    ):
+        yield (
+            f"each rollout has one update, and its ratios are 1: {', '.join(unread)} wait for optim.num_iterations or "
+            "optim.num_minibatches above 1"
+        )

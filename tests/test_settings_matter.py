@@ -1,0 +1,368 @@
+"""Every setting of a recipe, changed, changes something that a run does or leaves behind, or is refused.
+
+A setting that the schema gains has to enter `MATTERS`, with a recipe in which it matters:
+
+    "section.name": ("its value as on the command line", "settings that come first", ...)
+
+The run with the settings that come first, and the run with the value besides, must differ in what `left_behind` sees. A
+setting that only the Hub can show enters `REFUSED`, which also holds pairs that do nothing together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pyarrow.parquet as pq
+import pytest
+import wandb
+from rich.console import Console
+from training.runs import timeless
+
+from grpo.backend import device
+from grpo.config.describe import settings
+from grpo.errors import RunError, UserError
+from grpo.recipe import load_recipe
+from grpo.telemetry.loggers import open_loggers
+from grpo.training import optimizer, plan
+from grpo.training.footprint import measure_footprint
+from grpo.training.loop import Loop
+from grpo.training.resume import context, find_start, plan_of
+from grpo.training.revisions import revisions_of
+from grpo.training.setup import prepare
+from grpo.training.signals import StopRequest
+
+TWICE = ("optim.num_iterations=2", "optim.learning_rate=0.02")  # ratios are far from 1 in the second update
+FILTERED = (*TWICE, "rollout.top_k=20")  # the sampler is not the policy
+KL = (*TWICE, "loss.beta=0.1")
+EVAL = ("eval={split: train, every: 1, prompts: 3, samples: 2}",)
+SAVING = ("optim.steps=3", "checkpoint.every=1", "optim.learning_rate=0.02")
+WANDB = ("log.wandb={mode: offline}",)
+SUMS = ("data.source=builtin:arithmetic",)
+CORRECTED = (*FILTERED, "loss.importance_sampling_correction=token_mask")
+
+MATTERS: dict[str, tuple[str, ...]] = {
+    "seed": ("1",),
+    "output_dir": ("elsewhere",),
+    "model.name": ("other",),
+    "model.dtype": ("float16",),
+    "model.quantize": ("4",),
+    "adapter.type": ("dora",),
+    "adapter.rank": ("4",),
+    "adapter.scale": ("3",),
+    "adapter.targets": ("[self_attn.q_proj]",),
+    "adapter.layers": ("[0, 1]",),
+    "adapter.path": ("saved", *KL),
+    "adapter.sync_reference_every": ("1", *KL),
+    "adapter.ref_model_mixup_alpha": ("0.1", *KL, "adapter.sync_reference_every=1"),
+    "data.source": ("more.jsonl",),
+    "data.split": ("test", *SUMS),
+    "data.columns": ("{question: hint}",),
+    "data.prompt": ("hint",),
+    "data.system": ("Be brief.",),
+    "data.chat_template": ("never",),
+    "data.chat_template_kwargs": ("{tone: rude}", "model.name=other"),
+    "data.max_prompt_length": ("18", "data.prompt=hint"),
+    "rollout.prompts_per_step": ("3",),
+    "rollout.num_generations": ("3",),
+    "rollout.max_completion_length": ("5",),
+    "rollout.temperature": ("0.5",),
+    "rollout.top_k": ("2",),
+    "rollout.top_p": ("0.5",),
+    "rollout.min_p": ("0.2",),
+    "rollout.repetition_penalty": ("3",),
+    "rollout.min_completion_length": ("8", "rollout.max_completion_length=24"),
+    "rollout.stop": ("['1']",),
+    "rollout.stop_token_ids": ("[20, 21, 22]",),
+    "rollout.max_repeats": ("2", "rollout.max_completion_length=24"),
+    "rollout.max_concurrency": ("1",),
+    "rollout.dynamic_sampling": ("1", "rewards.0.use=grades.py:rarely"),
+    "rewards.0.use": ("grades.py:letters",),
+    "rewards.0.weight": ("2",),
+    "rewards.0.name": ("mine",),
+    "rewards.0.kwargs": ("{part: 4}",),
+    "rewards.0.isolation": ("process", "rewards.0.use=grades.py:at_home"),
+    "rewards.0.timeout": ("0.2", "rewards.0={use: 'grades.py:slow', max_failure_rate: 1}"),
+    "rewards.0.calls": ("completion", "rewards.0.use=grades.py:crowded"),
+    "rewards.0.max_failure_rate": ("0.1", "rewards.0.use=grades.py:partly"),
+    "advantage.baseline": ("batch",),
+    "advantage.scale_rewards": ("none",),
+    "advantage.soft_overlong_cache": ("7",),
+    "loss.type": ("grpo",),
+    "loss.ratio": ("sequence", *TWICE),
+    "loss.surrogate": ("sapo", *TWICE),
+    "loss.normalize": ("constant",),
+    "loss.epsilon": ("0.01", *TWICE),
+    "loss.epsilon_high": ("0.01", *TWICE),
+    "loss.delta": ("1.3", *TWICE),
+    "loss.epsilon_max": ("1.01", *TWICE, "loss.type=cispo"),
+    "loss.sapo_temperature_pos": ("5", *TWICE, "loss.type=sapo"),
+    "loss.sapo_temperature_neg": ("5", *TWICE, "loss.type=sapo"),
+    "loss.vespo_k_pos": ("1", *TWICE, "loss.type=vespo"),
+    "loss.vespo_lambda_pos": ("1", *TWICE, "loss.type=vespo"),
+    "loss.vespo_k_neg": ("1", *TWICE, "loss.type=vespo"),
+    "loss.vespo_lambda_neg": ("1", *TWICE, "loss.type=vespo"),
+    "loss.dppo_penalty": ("1", *TWICE, "loss.type=dppo"),
+    "loss.beta": ("0.1", *TWICE),
+    "loss.beta_end": ("0.1", *TWICE),
+    "loss.kl_in": ("reward", *KL),
+    "loss.kl_estimator": ("k1", *KL),
+    "loss.kl_importance": ("true", *KL),
+    "loss.importance_sampling_correction": ("token_truncate", *FILTERED),
+    "loss.importance_sampling_cap": ("0.3", *CORRECTED),
+    "loss.importance_sampling_floor": ("0.9", *CORRECTED),
+    "loss.off_policy_mask_threshold": ("0.0001", *TWICE),
+    "loss.mask_truncated_completions": ("true", "rollout.max_completion_length=24"),
+    "loss.top_entropy_quantile": ("0.5",),
+    "loss.entropy_coef": ("0.1",),
+    "loss.use": ("loss.py:halved",),
+    "optim.steps": ("3",),
+    "optim.learning_rate": ("0.1",),
+    "optim.optimizer": ("sgd",),
+    "optim.optimizer_args": ("{betas: [0.5, 0.9]}",),
+    "optim.lr_scheduler_type": ("linear",),
+    "optim.warmup_steps": ("1", "optim.steps=3", "optim.lr_scheduler_type=cosine"),
+    "optim.weight_decay": ("1",),
+    "optim.max_grad_norm": ("1.0e-6", "optim.optimizer=sgd"),
+    "optim.num_iterations": ("2",),
+    "optim.num_minibatches": ("2",),
+    "optim.micro_batch_tokens": ("256",),
+    "optim.gradient_checkpointing": ("true",),
+    "optim.share_prompts": ("false",),
+    "optim.compile": ("false",),
+    "optim.max_skipped_updates": ("1", "loss.use=loss.py:nothing"),
+    "eval.source": ("more.jsonl", *EVAL),
+    "eval.split": ("test", *SUMS, "eval={split: train, prompts: 8, samples: 2}"),
+    "eval.every": ("2", *EVAL),
+    "eval.prompts": ("2", *EVAL),
+    "eval.samples": ("3", *EVAL),
+    "checkpoint.every": ("2", "optim.steps=3"),
+    "checkpoint.keep": ("1", *SAVING),
+    "checkpoint.metric_for_best_model": ("rewards/varied", *EVAL, *SAVING),
+    "log.wandb.project": ("mine", *WANDB),
+    "log.wandb.mode": ("online", *WANDB),
+    "log.wandb.entity": ("us", *WANDB),
+    "log.wandb.group": ("these", *WANDB),
+    "log.wandb.tags": ("[a]", *WANDB),
+    "log.wandb.notes": ("why", *WANDB),
+    "log.wandb.completions": ("1", *WANDB),
+    "log.tensorboard": ("true",),
+    "log.use": ("['loss.py:tell']",),
+    "log.completions.every": ("2", "optim.steps=3"),
+    "log.completions.groups": ("1",),
+}
+
+REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
+    ("model.revision=main", "model.revision is for Hub repositories", ()),
+    ("model.revision=main", "model.revision does nothing with builtin:", ("model.name=builtin:arithmetic-student",)),
+    ("data.config=main", "data.config is for Hub datasets", ()),
+    ("data.revision=main", "data.revision is for Hub datasets", ()),
+    ("eval.config=main", "eval.config is for Hub datasets", EVAL),
+    (
+        "data.chat_template_kwargs={tone: rude}",
+        "does nothing with data.chat_template: n",
+        ("data.chat_template=never",),
+    ),
+    ("loss.ratio=sequence", "loss.ratio does nothing beside loss.use", ("loss.use=loss.py:halved",)),
+    ("loss.surrogate=sapo", "loss.surrogate does nothing beside loss.use", ("loss.use=loss.py:halved",)),
+    ("loss.kl_estimator=k1", "loss.kl_estimator does nothing while loss.beta is 0", ()),
+    ("loss.importance_sampling_cap=2", "does nothing with importance_sampling_correction: none", ()),
+    ("adapter.rank=4", "adapter.rank does nothing with adapter.type: full", ("adapter.type=full",)),
+    ("adapter.ref_model_mixup_alpha=0.1", "does nothing without adapter.sync_reference_every", ()),
+    ("adapter.sync_reference_every=1", "does nothing while loss.beta is 0", ()),
+    ("checkpoint.metric_for_best_model=greedy", "does nothing without an eval section", ()),
+    ("rewards.0.timeout=2", "rewards.0: timeout does nothing with isolation: inline", ()),
+    ("optim.weight_decay=1", "optim.weight_decay does nothing with adam", ("optim.optimizer=adam",)),
+    ("advantage.scale_rewards=none", "does nothing with the batch baseline", ("advantage.baseline=batch",)),
+]
+
+
+def leaves() -> set[str]:
+    """Every key of the schema that holds a value of its own."""
+    keys = {one.key for one in settings()}
+    return {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
+
+
+def test_every_setting_is_here() -> None:
+    assert leaves() - set(MATTERS) == {override.partition("=")[0] for override, _, _ in REFUSED} - set(MATTERS)
+    assert set(MATTERS) - leaves() == set()
+
+
+GRADES = """
+import os, time
+
+def varied(completions, part=8, **columns):
+    return [sum(map(ord, text)) % 8 / part for text in completions]
+
+def letters(completions, **columns):
+    return [sum(c.isalpha() for c in text) / 8 for text in completions]
+
+def at_home(completions, **columns):
+    return [float(os.environ["HOME_PROCESS"] == str(os.getpid()))] * len(completions)
+
+def slow(completions, **columns):
+    time.sleep(0.6)
+    return varied(completions)
+
+def crowded(completions, **columns):
+    return [float(len(completions))] * len(completions)
+
+def partly(completions, **columns):
+    return [1.0 if n % 2 else float("nan") for n, _ in enumerate(completions)]
+
+def rarely(completions, prompts, **columns):
+    return [float(n == 0 and "1+" in prompt) for n, prompt in enumerate(prompts)]
+"""
+LOSS = """
+def halved(logprobs, batch, cfg):
+    return -0.5 * logprobs * batch.advantages
+
+def nothing(logprobs, batch, cfg):
+    return logprobs * float("nan")
+
+def tell(record):
+    with open("told", "a") as file:
+        file.write(f"{record.step} ")
+"""
+
+
+@pytest.fixture(scope="module")
+def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Runs the toy recipe with overrides, and returns what that left behind; the same run is made once."""
+    folder = tmp_path_factory.mktemp("settings")
+    rows = [{"question": f"What is {n}+{n}?", "hint": f"{n}+{n}{'+0' * n}?", "answer": str(2 * n)} for n in range(1, 5)]
+    for name, some in (("train.jsonl", rows), ("more.jsonl", [{**row, "question": row["hint"]} for row in rows])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+    (folder / "grades.py").write_text(GRADES)
+    (folder / "loss.py").write_text(LOSS)
+    other_model(toy_folder, folder / "other")
+    (folder / "toy.yaml").write_text(
+        f"model: {{name: {toy_folder}}}\n"
+        'data: {source: train.jsonl, prompt: "{question}"}\n'
+        "rollout: {prompts_per_step: 2, num_generations: 4, max_completion_length: 8}\n"
+        'rewards: [{use: "grades.py:varied", isolation: inline}]\n'
+        "optim: {steps: 2, learning_rate: 1e-3}\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(os, "fsync", lambda _: None)  # no power fails here
+        patch.setenv("HOME_PROCESS", str(os.getpid()))
+        footprints: dict[bool, Any] = {}
+
+        def measured(policy: Any, checkpointing: bool) -> Any:  # a quarter of a second, the same every time
+            if checkpointing not in footprints:
+                footprints[checkpointing] = measure_footprint(policy, checkpointing)
+            return footprints[checkpointing]
+
+        patch.setattr(plan, "measure_footprint", measured)
+        left_behind("optim.learning_rate=0.01")
+        shutil.copytree(folder / "run/checkpoints/step-000002", folder / "saved")
+        yield cache(left_behind)
+
+
+def other_model(toy: Path, folder: Path) -> None:
+    """The toy model with other weights, and a chat template that takes an argument."""
+    shutil.copytree(toy, folder)
+    weights = mx.load(str(folder / "model.safetensors"))
+    mx.save_safetensors(str(folder / "model.safetensors"), {name: 0.9 * array for name, array in weights.items()})
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] += "{{ tone }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def left_behind(*overrides: str) -> dict[str, Any]:
+    """What a run planned, said, logged and wrote, without what the clock and the recipe's own copy say."""
+    cfg = load_recipe(Path("toy.yaml"), ["output_dir=run", *overrides])
+    shutil.rmtree(str(cfg.output_dir), ignore_errors=True)
+    Path("told").write_text("")
+    told: dict[str, Any] = {"folder": cfg.output_dir, "wandb": [], "compiled": 0, "error": None}
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        _watch(patch, told)
+        run = prepare(cfg)
+        stack.callback(run.trainer.scorer.close)
+        start = find_start(cfg)
+        state = start.load(run.trainer)
+        written = context(cfg, run.trainer.policy.adapters.config, plan_of(run.trainer), revisions_of(run.trainer.cfg))
+        told |= {"plan": run.plan.lines(), "slots": run.plan.slots}  # its notes only talk of settings
+        told["shared"] = run.trainer.policy.share_prompts
+        folder = stack.enter_context(start.folder())
+        log = open_loggers(stack, cfg, folder, Console(quiet=True), state.run_id)
+        try:
+            Loop(run.trainer, folder, written, log, StopRequest(), state).run()
+        except RunError as error:
+            told["error"] = str(error)
+        told |= {str(path.relative_to(folder)): _content(path) for path in sorted(folder.rglob("*"))}
+    return {**told, "told": Path("told").read_text()}
+
+
+def _watch(patch: pytest.MonkeyPatch, told: dict[str, Any]) -> None:
+    """Count what is compiled (nothing is on a CPU), and take W&B's place."""
+
+    def compiled(function: Any) -> Any:
+        told["compiled"] += 1
+        return device.compiled(function)
+
+    def init(**given: Any) -> WandbRun:
+        told["wandb"].append({name: value for name, value in given.items() if name not in ("id", "config")})
+        return WandbRun(told["wandb"])
+
+    patch.setattr(optimizer, "compiled", compiled)
+    patch.setattr(wandb, "init", init)
+    patch.setattr(wandb, "Table", lambda columns, data: len(data))
+
+
+class WandbRun:
+    """Takes what a run would send to W&B."""
+
+    offline, dir = False, ""
+
+    def __init__(self, sent: list[Any]) -> None:
+        self._sent = sent
+
+    def log(self, values: dict[str, Any]) -> None:
+        self._sent.append(values.get("completions"))
+
+    def define_metric(self, *_: Any, **__: Any) -> None: ...
+
+    def log_artifact(self, _: Any) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def _content(path: Path) -> Any:
+    """What of a file depends on nothing but the run."""
+    if path.name in ("metrics.jsonl", "eval.jsonl"):
+        return timeless(path)
+    if path.suffix == ".parquet":
+        return pq.read_metadata(path).num_rows
+    if path.name == "state.json":
+        return {**json.loads(path.read_text()), "run_id": None}
+    return path.read_bytes() if path.suffix == ".safetensors" else None
+
+
+@pytest.mark.parametrize("key", MATTERS)
+def test_a_setting_matters(bench: Callable[..., Any], key: str) -> None:
+    value, *first = MATTERS[key]
+    before, after = bench(*first), bench(*first, f"{key}={value}")
+    assert before != after
+    assert before["error"] is None or before["error"] != after["error"]
+
+
+@pytest.mark.parametrize(("override", "said", "first"), REFUSED, ids=range(len(REFUSED)))
+def test_what_would_do_nothing_is_refused(bench: Callable[..., Any], override: str, said: str, first: Any) -> None:
+    with pytest.raises(UserError) as error:
+        bench(*first, override)
+    assert said in str(error.value)
+
+
+def test_a_run_alone_changes_nothing(bench: Callable[..., Any]) -> None:
+    """Or any setting would seem to matter."""
+    for first in ((), KL, FILTERED, EVAL, SAVING, WANDB):
+        assert bench(*first) == left_behind(*first)

@@ -85,7 +85,10 @@ class Reward:
         return None
 
     def __call__(self, columns: Columns, state: Mapping[str, Any]) -> Answer:
-        """Score the completions of `columns`. Raises nothing but what asks the process to stop."""
+        """Score the completions of `columns`. Raises KeyboardInterrupt alone: it asks the process to stop.
+
+        A MemoryError or a SystemExit is the function's failure, like all else that it raises.
+        """
         count = len(columns["completions"])
         extras: dict[str, list[Any]] = {}
         metrics: dict[str, list[float]] = {}

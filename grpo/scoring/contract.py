@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from grpo.scoring.names import check_column, check_metric
+
 Columns = Mapping[str, Sequence[Any]]
 """A value for each completion, by name."""
 
@@ -94,11 +96,13 @@ class Reward:
         metrics: dict[str, list[float]] = {}
 
         def log_extra(column: str, values: Sequence[Any]) -> None:
+            check_column(column)
             if len(values) != count:
                 raise ValueError(f"log_extra({column!r}): {len(values)} values for {count} completions")
             extras[column] = json.loads(json.dumps(list(values), default=str))  # wherever it runs, what can be stored
 
         def log_metric(name: str, value: float) -> None:
+            check_metric(name)
             metrics.setdefault(name, []).append(float(value))
 
         hooks = {"trainer_state": SimpleNamespace(**state), "log_extra": log_extra, "log_metric": log_metric}

@@ -25,6 +25,7 @@ from grpo.errors import UserError
 from grpo.plugins import Located
 from grpo.scoring.channel import receive, send
 from grpo.scoring.contract import Answer, checked, ending
+from grpo.scoring.names import check_metric
 from grpo.scoring.output import Output
 
 START_SECONDS = 120.0
@@ -215,6 +216,8 @@ def _answer(reply: Any, span: Span) -> Answer:
     values, wrong = checked(reply["values"], end - begin)
     failures = wrong | {int(place): str(error) for place, error in reply["failures"].items()}
     extras = {str(column): list(values) for column, values in reply["extras"].items()}
+    for name in reply["metrics"]:
+        check_metric(name)
     metrics = {str(name): [float(value) for value in values] for name, values in reply["metrics"].items()}
     if not set(failures) <= set(range(end - begin)) or any(len(column) != end - begin for column in extras.values()):
         raise ValueError("places that are not there")

@@ -45,6 +45,7 @@ def train(
     from grpo.backend import device
     from grpo.backend.ranks import Ranks
     from grpo.data.prompts import last_text
+    from grpo.scoring.rehearsal import rehearse
     from grpo.telemetry.loggers import open_loggers
     from grpo.telemetry.summary import failure_lines, print_outcome, print_plan
     from grpo.training.loop import Loop
@@ -66,6 +67,9 @@ def train(
         print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes])
         state = start.load(trainer)
         if dry_run:
+            encode = trainer.engine.generator.tokenizer.encode
+            for note in rehearse(trainer.scorer, run.tasks, encode):
+                console.print(note, highlight=False, markup=False, soft_wrap=True)
             return
         parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
         console.print(parity, highlight=False, soft_wrap=True)

@@ -122,7 +122,7 @@ def find_function(use: str, kind: str) -> Function:
     if not colon:
         raise UserError(f"{what}: write file.py:function or package.module:function")
     if place.endswith(".py"):
-        return _attribute(what, _load_file(what, Path(place)), function)
+        return _attribute(what, load_file(what, Path(place)), function)
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module in the working directory, as `python -m` would find it
     return _attribute(what, _import(what, lambda: importlib.import_module(place)), function)
@@ -142,7 +142,8 @@ def source_file(use: str) -> Path | None:
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
 
-def _load_file(what: str, path: Path) -> Any:
+def load_file(what: str, path: Path) -> Any:
+    """The module that a file of Python makes; `what` says in errors what it is. Raises UserError if it cannot."""
     if not path.is_file():
         raise UserError(f"{what}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"grpo_plugin_{path.stem}", path)

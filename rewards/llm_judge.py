@@ -16,7 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from grpo.scoring.text import texts
+from grpo.scoring.text import as_text, texts
+
+PAID = True  # a call costs money: a dry run makes none
 
 PROMPT = """Grade the answer to the question from 0 (useless) to 10 (perfect).
 
@@ -75,7 +77,7 @@ def reward(
         columns = {name: values for name, values in columns.items() if isinstance(values, list)}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         asked = [
-            prompt.format_map({**row, "prompt": _as_text(question), "completion": text})
+            prompt.format_map({**row, "prompt": as_text(question), "completion": text})
             for question, text, row in zip(prompts, texts(completions), rows or [{}] * len(prompts), strict=True)
         ]
         with ThreadPoolExecutor(concurrency) as threads:
@@ -180,10 +182,6 @@ def _number(answer: str, pattern: str, low: float, high: float) -> float | None:
     if not found:
         return None
     return min(1.0, max(0.0, (float(found[-1]) - low) / (high - low)))
-
-
-def _as_text(prompt: Any) -> str:
-    return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
 
 
 @contextlib.contextmanager

@@ -88,8 +88,11 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "rewards.0.weight": ("2",),
     "rewards.0.name": ("mine",),
     "rewards.0.kwargs": ("{part: 4}",),
+    "rewards.0.completions": ("messages", "rewards.0.use=grades.py:formed"),
     "rewards.0.isolation": ("process", "rewards.0.use=grades.py:at_home"),
     "rewards.0.timeout": ("0.2", "rewards.0={use: 'grades.py:slow', max_failure_rate: 1}"),
+    "rewards.0.env": ("[A_TOKEN]", "rewards.0={use: 'grades.py:secretive'}"),
+    "rewards.0.memory_gb": ("0.2", "rewards.0={use: 'grades.py:large', max_failure_rate: 1}"),
     "rewards.0.calls": ("completion", "rewards.0.use=grades.py:crowded"),
     "rewards.0.max_failure_rate": ("0.1", "rewards.0.use=grades.py:partly"),
     "advantage.baseline": ("batch",),
@@ -207,6 +210,17 @@ def letters(completions, **columns):
 def at_home(completions, **columns):
     return [float(os.environ["HOME_PROCESS"] == str(os.getpid()))] * len(completions)
 
+def formed(completions, **columns):
+    return [float(isinstance(completion, list)) for completion in completions]
+
+def secretive(completions, **columns):
+    return [float("A_TOKEN" in os.environ)] * len(completions)
+
+def large(completions, **columns):
+    held = b"x" * 2**28
+    time.sleep(0.3)
+    return varied(completions)
+
 def slow(completions, **columns):
     time.sleep(0.6)
     return varied(completions)
@@ -254,6 +268,7 @@ def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.chdir(folder)
         patch.setattr(os, "fsync", lambda _: None)  # no power fails here
         patch.setenv("HOME_PROCESS", str(os.getpid()))
+        patch.setenv("A_TOKEN", "secret")
         footprints: dict[bool, Any] = {}
 
         def measured(policy: Any, checkpointing: bool) -> Any:  # a quarter of a second, the same every time

@@ -15,6 +15,10 @@ app = typer.Typer(help="Reward functions: those at hand, and your own.", no_args
 Kwargs = Annotated[
     list[str] | None, typer.Option("--kwarg", metavar="NAME=VALUE", help="An argument; may be repeated.")
 ]
+Env = Annotated[
+    list[str] | None,
+    typer.Option("--env", metavar="NAME", help="A variable with a secret that the reward may see; may be repeated."),
+]
 Timeout = Annotated[float, typer.Option(min=0.01, help="Seconds that one call may take.")]
 
 
@@ -33,19 +37,37 @@ def try_(
         str, typer.Argument(metavar="FILE_OR_NAME", help="A name, file.py, file.py:function, pkg.mod:fn.")
     ],
     kwarg: Kwargs = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option("--column", metavar="NAME=VALUE", help="A column of the dataset, for cases that have none."),
+    ] = None,
+    cases: Annotated[
+        str | None,
+        typer.Option("--cases", metavar="FILE", help="Cases: a .json, .jsonl or .py file. Default: the reward's own."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Give completions and prompts as chat messages, as TRL does for chats.")
+    ] = False,
+    no_fuzz: Annotated[bool, typer.Option("--no-fuzz", help="Run the cases alone: a judge costs money.")] = False,
+    env: Env = None,
     timeout: Timeout = 10.0,
 ) -> None:
-    """Grade its own CASES, then completions that are empty, huge, foreign or hostile, and say how long it takes.
+    """Grade its CASES, then completions that are empty, huge, foreign or hostile, and say how long it takes.
 
-    Cases keep the arguments that they were written for; --kwarg is what the rest is graded with.
+    Cases keep the arguments that they were written for; --kwarg is what the rest is graded with. Where a file has
+    several rewards, CASES = {"function": [...]} says which cases are whose.
     """
-    from grpo.scoring.cases import try_out
+    from grpo.scoring.cases import Trial, try_out
     from grpo.scoring.describe import report_lines
+    from grpo.scoring.process import Terms
+    from grpo.scoring.text import counted
 
-    report = try_out(locate_reward(reward), _kwargs(kwarg), timeout)
+    terms = Terms(timeout, env=tuple(env or ()))
+    trial = Trial(_values("--kwarg", kwarg), terms, _values("--column", column), chat, cases, fuzz=not no_fuzz)
+    report = try_out(locate_reward(reward), trial)
     print("\n".join(report_lines(report)))
     if report.wrong:
-        raise RunError(f"reward {reward!r}: {len(report.wrong)} completions went wrong")
+        raise RunError(f"reward {reward!r}: {counted(len(report.wrong))} failed")
 
 
 @app.command("score")
@@ -53,6 +75,7 @@ def score(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     reward: Annotated[str, typer.Option("--reward", help="A name, file.py, file.py:function, pkg.mod:fn.")],
     kwarg: Kwargs = None,
+    env: Env = None,
     against: Annotated[str | None, typer.Option(help="The stored reward to compare with. Default: see above.")] = None,
     timeout: Timeout = 30.0,
     examples: Annotated[int, typer.Option(min=0, help="Completions to show, those that change most.")] = 3,
@@ -63,9 +86,12 @@ def score(
     """
     from rich.console import Console
 
+    from grpo.config import RewardConfig
     from grpo.training.rescore import rescore, rescore_table
 
-    result = rescore(run, reward, _kwargs(kwarg), timeout, against)
+    kwargs = _values("--kwarg", kwarg)
+    config = RewardConfig(use=reward, weight=0.0, kwargs=kwargs, timeout=timeout, env=tuple(env or ()))
+    result = rescore(run, config, against)
     console = Console()
     console.print(rescore_table(result))
     for line in result.lines(examples):
@@ -94,16 +120,16 @@ def new(name: Annotated[str, typer.Argument(help="Its name; it is written to NAM
     )
 
 
-def _kwargs(given: list[str] | None) -> dict[str, Any]:
+def _values(option: str, given: list[str] | None) -> dict[str, Any]:
     from grpo.document import value_of
 
-    kwargs = {}
+    values = {}
     for text in given or []:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise UserError(f"--kwarg {text}: an argument is NAME=VALUE")
+            raise UserError(f"{option} {text}: expected NAME=VALUE")
         try:
-            kwargs[name] = value_of(value)
+            values[name] = value_of(value)
         except ValueError as error:
-            raise UserError(f"--kwarg {name}: {error}") from None
-    return kwargs
+            raise UserError(f"{option} {name}: {error}") from None
+    return values

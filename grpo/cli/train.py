@@ -47,6 +47,7 @@ def train(
     from grpo.backend import device
     from grpo.backend.ranks import Ranks
     from grpo.data.prompts import last_text
+    from grpo.scoring.rehearsal import rehearse
     from grpo.telemetry.loggers import find_loggers, open_loggers
     from grpo.telemetry.summary import failure_lines, print_outcome, print_plan
     from grpo.training.loop import Loop
@@ -70,8 +71,9 @@ def train(
         state = start.load(trainer)
         parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
         console.print(parity, highlight=False, soft_wrap=True)
-        # The place for one call of each reward on `run.tasks`: before anything is written, and for --dry-run too.
         if dry_run:
+            for note in rehearse(trainer.scorer, run.tasks, trainer.engine.generator.tokenizer.encode):
+                console.print(note, highlight=False, markup=False, soft_wrap=True)
             return
         folder = stack.enter_context(start.folder()) if ranks.first else Path(str(cfg.output_dir))
         watched = (trainer.engine.generator, trainer.update)

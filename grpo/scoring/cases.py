@@ -1,8 +1,8 @@
-"""A reward function tried out: the cases that its file says it grades right, then completions that nobody would write.
+"""A reward function tried out: the cases that it must grade right, then completions that nobody would write.
 
-`CASES` is a list of dictionaries: `completion` and the `score` it must get; `kwargs` for the function; whatever else is
-there is a column of the dataset. Where cases need something to run against, `case_kwargs()` is a context manager that
-gives further arguments.
+A case is a dictionary: `completion` and the `score` it must get; `kwargs` for the function; whatever else is there is a
+column of the dataset. `casefile` says where cases are written. Where they need something to run against,
+`case_kwargs()` is a context manager that gives further arguments.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.errors import UserError
 from grpo.plugins import Located
-from grpo.scoring.contract import GIVEN
+from grpo.scoring.arguments import GIVEN
+from grpo.scoring.forms import as_messages
 from grpo.scoring.grader import Isolated, Request
-from grpo.scoring.process import Worker
+from grpo.scoring.process import Terms, Worker
 
 OUR_KEYS = ("completion", "score", "kwargs")
 
@@ -47,22 +48,41 @@ class Report:
         return [tried for tried in [*self.cases, *self.fuzz] if tried.wrong is not None]
 
 
-def try_out(located: Located, kwargs: Mapping[str, Any], timeout: float) -> Report:
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How a reward is tried out: its arguments and terms, and what cases it gets.
+
+    `kwargs` are for the fuzz, and for cases without an argument that the function must have. `columns` are for the
+    fuzz, and for cases that lack them. `chat`: completions and prompts are messages. `cases`: the file that holds the
+    cases, in the place of the reward's own.
+    """
+
+    kwargs: Mapping[str, Any]
+    terms: Terms
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    chat: bool = False
+    cases: str | None = None
+    fuzz: bool = True
+
+
+def try_out(located: Located, trial: Trial) -> Report:
     """Run the cases, then the fuzz with the columns of the first case, each completion in a call of its own.
 
-    Cases were written for the arguments that they name; `kwargs` are for the fuzz, and for cases without an argument
-    that the function must have. Raises UserError for a function that cannot be had or called so.
+    Raises UserError for a function that cannot be had or called so, and for a trial that would try nothing.
     """
-    with closing(Worker(located, None, timeout)) as host:  # keeps what the cases run against
+    with closing(Worker(located, None, trial.terms, trial.cases)) as host:  # keeps what the cases run against
         host.wait_ready()
-        cases = [_with_kwargs(case, host.case_kwargs) for case in host.cases]
+        cases = [_whole(case, host.case_kwargs, trial) for case in host.cases]
+        if not cases and not trial.fuzz:
+            raise UserError(f"reward {located.name!r}: it has no cases, and without the fuzz there is nothing to try")
         by_place: dict[int, Tried] = {}
         for places in _by_kwargs(cases):
-            by_place |= zip(places, _tried(located, [cases[at] for at in places], kwargs, timeout), strict=True)
-        first: dict[str, Any] = cases[0] if cases else {"completion": "", "kwargs": host.case_kwargs}
-        first = {**first, "kwargs": {**first["kwargs"], **kwargs}}
-        fuzz = [{**first, "completion": _in_form(text, first), "completion_ids": _ids(text)} for text in fuzz_texts()]
-        fuzzed = _called(located, fuzz, timeout, None)
+            by_place |= zip(places, _tried(located, [cases[at] for at in places], trial), strict=True)
+        first: dict[str, Any] = cases[0] if cases else {"completion": "", "kwargs": host.case_kwargs, **trial.columns}
+        first = {**first, "kwargs": {**first["kwargs"], **trial.kwargs}}
+        texts = fuzz_texts() if trial.fuzz else ()
+        fuzz = [{**first, "completion": _in_form(text, first, trial), "completion_ids": _ids(text)} for text in texts]
+        fuzzed = _called(located, fuzz, trial.terms, None) if fuzz else []
     return Report([by_place[at] for at in range(len(cases))], fuzzed)
 
 
@@ -89,21 +109,22 @@ def fuzz_texts() -> Iterator[str]:
     yield from ("```python\nraise SystemExit\n```", '{"a": ' * 2000, "(a+)+$" * 20, "a" * 40 + "!", "x = " * 1000)
 
 
-def _tried(located: Located, cases: list[dict[str, Any]], kwargs: Mapping[str, Any], timeout: float) -> list[Tried]:
+def _tried(located: Located, cases: list[dict[str, Any]], trial: Trial) -> list[Tried]:
     scores = [case["score"] for case in cases]
     try:
-        return _called(located, cases, timeout, scores)
+        return _called(located, cases, trial.terms, scores)
     except UserError:
-        if not kwargs:
+        if not trial.kwargs:
             raise
-    return _called(located, [{**case, "kwargs": {**kwargs, **case["kwargs"]}} for case in cases], timeout, scores)
+    given = [{**case, "kwargs": {**trial.kwargs, **case["kwargs"]}} for case in cases]
+    return _called(located, given, trial.terms, scores)
 
 
 def _called(
-    located: Located, cases: Sequence[Mapping[str, Any]], timeout: float, expected: Sequence[float | None] | None
+    located: Located, cases: Sequence[Mapping[str, Any]], terms: Terms, expected: Sequence[float | None] | None
 ) -> list[Tried]:
     """Each of `cases`, which share their kwargs, in a call of its own."""
-    with closing(Isolated(located, cases[0]["kwargs"], timeout, calls="completion")) as grader:
+    with closing(Isolated(located, cases[0]["kwargs"], terms, calls="completion")) as grader:
         names = {name for case in cases for name in case} - set(OUR_KEYS)
         if problem := grader.problem(names):
             raise UserError(f"reward {located.name!r}: {problem}. {_cases_advice(problem, names, expected is None)}")
@@ -120,7 +141,7 @@ def _called(
         if wrong is not None:
             wrong = f"{answer.kind}: {wrong}"
         elif expected is not None and not _same(score, expected[place]):
-            wrong = f"scored {score}, and should {expected[place]}"
+            wrong = f"expected {expected[place]}, got {score}"
         tried.append(Tried(columns["completions"][place], score, answer.seconds, wrong))
     return tried
 
@@ -132,21 +153,24 @@ def _cases_advice(problem: str, columns: Collection[str], no_cases: bool) -> str
     wanted = re.findall(r"'(\w+)'", problem.partition(";")[0]) or ["answer"]
     form = ", ".join(f'"{name}": "7"' for name in wanted)
     return (
-        f"Its file has no CASES, and a case is what gives columns such as {wanted[0]}: "
-        f'CASES = [{{"completion": "It is 7.", {form}, "score": 1.0}}]'
+        f"It has no cases, and a case is what gives columns such as {wanted[0]}: "
+        f'CASES = [{{"completion": "It is 7.", {form}, "score": 1.0}}] in its file or in one that --cases names; '
+        f"--column {wanted[0]}=7 gives one for the fuzz"
     )
 
 
 _MESSAGES = [{"role": "user", "content": "?"}]
 
 
-def _with_kwargs(case: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A case with all its arguments. Raises UserError for what is no case."""
+def _whole(case: Any, given: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
+    """A case with all its arguments and columns, in the form asked for. Raises UserError for what is no case."""
     if not isinstance(case, dict) or not isinstance(case.get("kwargs", {}), dict):
         raise UserError(f"CASES: {case!r:.80} is no dictionary of completion, score, kwargs (a dictionary) and columns")
     if not isinstance(case.get("score", ""), int | float | None):
         raise UserError(f"CASES: {case!r:.80} has no score: a number, or None")
-    return {**case, "kwargs": {**given, **case.get("kwargs", {})}}
+    if trial.chat and "completion" in case:
+        case = {**case, "completion": as_messages(case["completion"], "assistant")}
+    return {**trial.columns, **case, "kwargs": {**given, **case.get("kwargs", {})}}
 
 
 def _by_kwargs(cases: Sequence[dict[str, Any]]) -> list[list[int]]:
@@ -163,8 +187,9 @@ def _ids(text: str) -> list[int]:
     return [zlib.crc32(word.encode(errors="replace")) % 1000 for word in text.split()[:10_000]] or [0]
 
 
-def _in_form(text: str, like: Mapping[str, Any]) -> Any:
-    return text if isinstance(like.get("completion", ""), str) else [{"role": "assistant", "content": text}]
+def _in_form(text: str, like: Mapping[str, Any], trial: Trial) -> Any:
+    is_text = isinstance(like.get("completion", ""), str) and not trial.chat
+    return text if is_text else as_messages(text, "assistant")
 
 
 def _same(score: float | None, expected: float | None) -> bool:

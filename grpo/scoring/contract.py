@@ -8,7 +8,6 @@ imports nothing heavy.
 from __future__ import annotations
 
 import asyncio
-import difflib
 import functools
 import inspect
 import json
@@ -17,16 +16,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal
+
+from grpo.scoring.arguments import GIVEN, HOOKS, check_kwargs, is_factory, made, taker
+from grpo.scoring.forms import ROLES, Form, declared_form, expects_messages, in_form
+from grpo.scoring.names import check_column, check_metric
 
 Columns = Mapping[str, Sequence[Any]]
 """A value for each completion, by name."""
 
-GIVEN = ("prompts", "completions", "completion_ids")
-HOOKS = ("trainer_state", "log_extra", "log_metric")
-"""Arguments that a function receives only if it takes them."""
 LONGEST_MESSAGE, FRAMES = 2000, 10
 """Of an error: characters of what was raised, and calls that led there."""
 LARGEST = 1e15
@@ -57,16 +57,26 @@ class Answer:
 class Reward:
     """A function with the recipe's arguments for it.
 
-    Raises ValueError where they do not fit: the message says how.
+    `form` is the form of completions and prompts that the recipe says it reads, `system` the system message before text
+    prompts. Raises ValueError where the arguments do not fit: the message says how.
     """
 
-    def __init__(self, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-        _check_kwargs(function, kwargs)
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        kwargs: Mapping[str, Any],
+        form: Form | None = None,
+        system: str | None = None,
+    ) -> None:
+        check_kwargs(function, kwargs)
         self.kwargs = dict(kwargs)
         if is_factory(function):
-            function, self.kwargs = _made(function, kwargs), {}
+            function, self.kwargs = made(function, kwargs), {}
         self.function = function
-        self._takes = _taker(function)
+        completions = form or declared_form(function, "completions")
+        self._forms = {"completions": completions, "prompts": form or declared_form(function, "prompts") or completions}
+        self._system = system
+        self._takes = taker(function)
         self._runner = functools.cache(asyncio.Runner)  # one event loop for all calls: clients and locks belong to one
 
     def problem(self, columns: Collection[str]) -> str | None:
@@ -85,45 +95,71 @@ class Reward:
         return None
 
     def __call__(self, columns: Columns, state: Mapping[str, Any]) -> Answer:
-        """Score the completions of `columns`. Raises nothing but what asks the process to stop."""
+        """Score the completions of `columns`. Raises KeyboardInterrupt alone: it asks the process to stop.
+
+        A MemoryError or a SystemExit is the function's failure, like all else that it raises.
+        """
+        began = time.perf_counter()
+        answer = self._tried(columns, self._forms, state)
+        if isinstance(answer, BaseException):
+            again = self._tried_with_messages(columns, state) if self._reads_messages(columns, state, answer) else None
+            answer = again or Answer.failed(len(columns["completions"]), _raised(answer))
+        return replace(answer, seconds=time.perf_counter() - began)
+
+    def _reads_messages(self, columns: Columns, state: Mapping[str, Any], error: BaseException) -> bool:
+        """Whether the function failed because it was given texts; an empty text fails at its first character."""
+        if self._forms["completions"] is not None:
+            return False
+        if type(error) is not IndexError:
+            return expects_messages(error)
+        longest = max(range(len(columns["completions"])), key=lambda place: len(columns["completions"][place]))
+        again = self._tried({name: [values[longest]] for name, values in columns.items()}, self._forms, state)
+        return isinstance(again, BaseException) and expects_messages(again)
+
+    def _tried_with_messages(self, columns: Columns, state: Mapping[str, Any]) -> Answer | None:
+        """The answer on messages, which the function gets from there on; None where it fails on them too."""
+        forms: dict[str, Form | None] = dict.fromkeys(ROLES, "messages")
+        answer = self._tried(columns, forms, state)
+        if isinstance(answer, BaseException):  # it was no question of form: the first error says more
+            return None
+        self._forms = forms
+        return answer
+
+    def _tried(
+        self, columns: Columns, forms: Mapping[str, Form | None], state: Mapping[str, Any]
+    ) -> Answer | BaseException:
+        try:
+            return self._called(columns, forms, state)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # other people's code: recorded, shown, kept out of the gradient
+            return error
+
+    def _called(self, columns: Columns, forms: Mapping[str, Form | None], state: Mapping[str, Any]) -> Answer:
+        """One call's answer. Raises what the function raises."""
         count = len(columns["completions"])
         extras: dict[str, list[Any]] = {}
         metrics: dict[str, list[float]] = {}
 
         def log_extra(column: str, values: Sequence[Any]) -> None:
+            check_column(column)
             if len(values) != count:
                 raise ValueError(f"log_extra({column!r}): {len(values)} values for {count} completions")
             extras[column] = json.loads(json.dumps(list(values), default=str))  # wherever it runs, what can be stored
 
         def log_metric(name: str, value: float) -> None:
+            check_metric(name)
             metrics.setdefault(name, []).append(float(value))
 
         hooks = {"trainer_state": SimpleNamespace(**state), "log_extra": log_extra, "log_metric": log_metric}
-        began = time.perf_counter()
-        try:
-            values = self.function(**columns, **self.kwargs, **self._taken(hooks))
-            values = self._runner().run(_awaited(values)) if inspect.isawaitable(values) else values
-            values = list(values) if _is_listlike(values) else values
-            scores, failures = checked(values, count)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # other people's code: recorded, shown, kept out of the gradient
-            return Answer.failed(count, _raised(error), seconds=time.perf_counter() - began)
-        return Answer(scores, failures, extras, metrics, time.perf_counter() - began)
+        values = self.function(**in_form(columns, forms, self._system), **self.kwargs, **self._taken(hooks))
+        values = self._runner().run(_awaited(values)) if inspect.isawaitable(values) else values
+        values = list(values) if _is_listlike(values) else values
+        scores, failures = checked(values, count)
+        return Answer(scores, failures, extras, metrics)
 
     def _taken(self, hooks: Mapping[str, Any]) -> dict[str, Any]:
         return {name: hook for name, hook in hooks.items() if self._takes(name)}
-
-
-def is_factory(function: Callable[..., Any]) -> bool:
-    """Whether calling it makes a reward function: a class, or what takes neither completions nor everything."""
-    if inspect.isclass(function):
-        return True
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:
-        return False
-    return not any(name in parameters for name in GIVEN) and not _takes_everything(parameters)
 
 
 def calls_of(function: Callable[..., Any]) -> str:
@@ -133,6 +169,11 @@ def calls_of(function: Callable[..., Any]) -> str:
     if calls not in ("step", "group", "completion"):
         raise ValueError(f"CALLS = {calls!r} in its file: it is step, group or completion")
     return str(calls)
+
+
+def is_paid(function: Callable[..., Any]) -> bool:
+    """Whether a call costs money, as the function's file says by `PAID = True`."""
+    return bool(getattr(sys.modules.get(getattr(function, "__module__", "")), "PAID", False))
 
 
 def checked(values: Any, count: int) -> tuple[list[float | None], dict[int, str]]:
@@ -167,87 +208,11 @@ def ending(code: int) -> str:
 
 def _raised(error: BaseException) -> str:
     """What was raised, then the last lines that led there, from the reward function inwards."""
-    inner = error.__traceback__.tb_next if error.__traceback__ else None
+    inner = error.__traceback__
+    while inner is not None and inner.tb_frame.f_code.co_filename == __file__:
+        inner = inner.tb_next
     what = "".join(traceback.format_exception_only(error)).strip()[:LONGEST_MESSAGE]
     return f"{what}\n{''.join(traceback.format_tb(inner, limit=-FRAMES))}".rstrip()
-
-
-def _check_kwargs(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    """An argument must be one that the function names, of the type it says."""
-    if not kwargs:
-        return
-    parameters = inspect.signature(function).parameters
-    named = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    ours = [name for name in named if name not in (*GIVEN, *HOOKS)]
-    for name, value in kwargs.items():
-        if name not in ours:
-            close = difflib.get_close_matches(name, ours, n=1)
-            meant = f" Did you mean {close[0]!r}?" if close else f" It takes {', '.join(ours) or 'none'}."
-            raise ValueError(f"kwargs.{name}: there is no such argument.{meant}")
-        _check_type(name, value, _annotation(function, name))
-
-
-def _annotation(function: Callable[..., Any], name: str) -> Any:
-    import typing
-
-    try:
-        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    except Exception:  # names that only exist for type checkers
-        return Any
-    return hints.get(name, Any)
-
-
-def _check_type(name: str, value: Any, annotation: Any) -> None:
-    if annotation is Any:
-        return
-    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
-
-    try:
-        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # a type with a configuration of its own
-        adapter = TypeAdapter(annotation)
-    try:
-        adapter.validate_json(_json(value), strict=True)
-    except ValidationError as error:
-        expected = error.errors()[0]["msg"].replace("Input should be", "expected", 1)
-        raise ValueError(f"kwargs.{name}: {expected}, got {_json(value)}") from None
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, default=str)
-
-
-def _made(factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    try:
-        inspect.signature(factory).bind(**kwargs)
-    except TypeError as error:
-        raise ValueError(f"kwargs: {error}") from None
-    try:
-        made = factory(**kwargs)
-    except ValueError:
-        raise
-    except Exception as error:  # other people's code, before the run
-        raise ValueError(f"it cannot be made ready: {type(error).__name__}: {error}") from error
-    if not callable(made):
-        raise ValueError(
-            "it takes neither completions nor **kwargs, so it was called as a factory with the recipe's kwargs; "
-            f"that should give a reward function, not {made!r:.80}"
-        )
-    return made  # type: ignore[no-any-return]
-
-
-def _taker(function: Callable[..., Any]) -> Callable[[str], bool]:
-    """Whether the function takes an argument of a name."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:
-        return lambda _: True
-    everything = _takes_everything(parameters)
-    return lambda name: everything or name in parameters
-
-
-def _takes_everything(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 async def _awaited(answer: Any) -> Any:

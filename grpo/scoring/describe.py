@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from grpo.errors import UserError
 from grpo.plugins import Function, Located
+from grpo.scoring.arguments import GIVEN, HOOKS, is_factory
 from grpo.scoring.cases import Report, Tried
-from grpo.scoring.contract import GIVEN, HOOKS, is_factory
+from grpo.scoring.text import counted
 
 WIDTH = 100
 
@@ -36,7 +37,7 @@ def describe(located: Located) -> list[str]:
 def report_lines(report: Report) -> list[str]:
     """What went wrong, completion by completion (those of the fuzz that went wrong alike on one line), and the sums."""
     lines = [
-        f"case {place}, {_short(tried.completion)}: {tried.wrong}"
+        f"case {place} ({_short(tried.completion)}): {tried.wrong}"
         for place, tried in enumerate(report.cases, 1)
         if tried.wrong is not None
     ]
@@ -47,9 +48,10 @@ def report_lines(report: Report) -> list[str]:
     for wrong, (first, *more) in alike.items():
         lines.append(f"{_short(first.completion)}{f' and {len(more)} more' if more else ''}: {wrong}")
     right = sum(tried.wrong is None for tried in report.cases)
-    lines.append(f"cases  {right} of {len(report.cases)} right" if report.cases else "cases  its file has no CASES")
+    lines.append(f"cases  {right} of {len(report.cases)} right" if report.cases else "cases  none")
     failed = sum(tried.wrong is not None for tried in report.fuzz)
-    lines.append(f"fuzz   {len(report.fuzz)} completions, {failed} failures; {_latency(report.fuzz)}")
+    if report.fuzz:
+        lines.append(f"fuzz   {counted(len(report.fuzz))}, {counted(failed, 'failure')}; {_latency(report.fuzz)}")
     return lines
 
 

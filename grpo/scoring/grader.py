@@ -11,8 +11,9 @@ from typing import Any
 from grpo.config import RewardConfig
 from grpo.errors import UserError
 from grpo.plugins import Function, Located, locate_reward
-from grpo.scoring.contract import Answer, Columns, Reward, calls_of
-from grpo.scoring.process import Span, Worker
+from grpo.scoring.contract import Answer, Columns, Reward, calls_of, is_paid
+from grpo.scoring.forms import Form
+from grpo.scoring.process import Span, Terms, Worker
 
 
 class Request:
@@ -45,11 +46,19 @@ class Request:
 class Inline:
     """A function in the trainer's own process: fast, and trusted."""
 
-    def __init__(self, name: str, function: Function, kwargs: Mapping[str, Any], calls: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Function,
+        kwargs: Mapping[str, Any],
+        calls: str | None = None,
+        form: Form | None = None,
+        system: str | None = None,
+    ) -> None:
         self.name = name
         try:
-            self._reward = Reward(function, kwargs)
-            self.calls = calls or calls_of(function)
+            self._reward = Reward(function, kwargs, form, system)
+            self.calls, self.paid = calls or calls_of(function), is_paid(function)
         except ValueError as error:
             raise UserError(f"reward {name!r}: {error}") from None
 
@@ -65,7 +74,7 @@ class Inline:
         ]
 
     def wait_ready(self) -> None:
-        """It is."""
+        """Nothing to wait for: the function is imported already."""
 
     def close(self) -> None:
         """Nothing is left behind."""
@@ -74,10 +83,15 @@ class Inline:
 class Isolated:
     """A function in a worker process."""
 
-    def __init__(self, located: Located, kwargs: Mapping[str, Any], timeout: float, calls: str | None = None) -> None:
-        """Starts the worker, and does not wait for it."""
+    def __init__(self, located: Located, kwargs: Mapping[str, Any], terms: Terms, calls: str | None = None) -> None:
+        """Starts the worker, and does not wait for it. Raises UserError for a variable in `terms.env` that is unset."""
         self.name, self._calls = located.name, calls
-        self.worker = Worker(located, kwargs, timeout)
+        self.worker = Worker(located, kwargs, terms)
+
+    @property
+    def paid(self) -> bool:
+        """Whether a call costs money. Known once it is ready."""
+        return self.worker.paid
 
     def wait_ready(self) -> None:
         """Wait until it is imported. Raises UserError where that cannot be done, or its arguments do not fit."""
@@ -99,13 +113,17 @@ class Isolated:
         self.worker.close()
 
 
-def make_grader(config: RewardConfig) -> Inline | Isolated:
-    """The reward that a recipe's line means. Raises UserError for one that cannot be had."""
+def make_grader(config: RewardConfig, system: str | None = None) -> Inline | Isolated:
+    """The reward that a recipe's line means; `system` is the message before text prompts, which it may be shown.
+
+    Raises UserError for one that cannot be had.
+    """
     located = locate_reward(config.use)
     located = Located(config.name or located.name, located.where, located.what)
     if config.isolation == "inline":
-        return Inline(located.name, located.load(), config.kwargs, config.calls)
-    return Isolated(located, config.kwargs, config.timeout, config.calls)
+        return Inline(located.name, located.load(), config.kwargs, config.calls, config.completions, system)
+    terms = Terms(config.timeout, config.completions, system, config.env, config.memory_gb)
+    return Isolated(located, config.kwargs, terms, config.calls)
 
 
 class Record:

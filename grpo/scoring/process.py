@@ -1,23 +1,21 @@
 """A reward function in a process of its own: started, asked, killed when it hangs, replaced when it dies.
 
-A worker leads a process group, and what its function starts dies with it. A guardian process (one for all workers)
-kills those groups when this process is gone, be it by SIGKILL.
+Each worker has a keeper, a process that ends with this one, be it by SIGKILL, and that kills the worker and all that
+its function has started.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +23,18 @@ from grpo.errors import UserError
 from grpo.plugins import Located
 from grpo.scoring.channel import receive, send
 from grpo.scoring.contract import Answer, checked, ending
+from grpo.scoring.environment import environment, named_variables
+from grpo.scoring.forms import Form
+from grpo.scoring.names import check_metric
 from grpo.scoring.output import Output
+from grpo.scoring.processes import OVER_MEMORY
 
 START_SECONDS = 120.0
 """A function's file may import what it likes; after this it counts as hung."""
-PATIENCE = 3
+DEATHS = 3
 """Calls in a row that a worker may die in; the rest of the request is not tried then."""
+KEEPER_SECONDS = 10.0
+"""For a keeper to end with all below it."""
 
 _NOISE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 """What comes of a worker that is gone, and of reading a message that anything may have been written into."""
@@ -39,23 +43,49 @@ Span = tuple[int, int]
 """The places of a call's completions: from, up to."""
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a worker is run: seconds for a call, the form of its completions, variables that it may see, memory in GiB.
+
+    `system` is the system message before text prompts.
+    """
+
+    timeout: float
+    form: Form | None = None
+    system: str | None = None
+    env: tuple[str, ...] = ()
+    memory_gb: float | None = None
+
+
 class Worker:
     """One reward function behind a process. Not for several threads at once."""
 
-    def __init__(self, located: Located, kwargs: Mapping[str, Any] | None, timeout: float) -> None:
-        """Starts the process, and does not wait for it. Without `kwargs` it only reads what the file has for tests."""
-        self.name, self.timeout = located.name, timeout
-        self.calls = "step"
+    def __init__(
+        self, located: Located, kwargs: Mapping[str, Any] | None, terms: Terms, cases: str | None = None
+    ) -> None:
+        """Starts the process, and does not wait for it. Raises UserError for a variable of `terms.env` that is not set.
+
+        Without `kwargs` it only reads what there is for tests: in the function's file, or in the file `cases`.
+        """
+        self.name, self.timeout = located.name, terms.timeout
+        self.calls, self.paid = "step", False
         self.cases: list[dict[str, Any]] = []
         self.case_kwargs: dict[str, Any] = {}
         self._output = Output(located.name)
         self._closed = False
         weakref.finalize(self, self._output.close)
         fields = tuple(getattr(located, name) for name in located.__slots__)
-        self._setup = pickle.dumps({"path": sys.path, "located": fields, "kwargs": kwargs})
+        reading = {"form": terms.form, "system": terms.system}
+        self._setup = pickle.dumps(
+            {"path": sys.path, "located": fields, "kwargs": kwargs, "reading": reading, "cases": cases}
+        )
+        try:
+            self._environment = environment(named_variables(terms.env, located.where, kwargs or {}))
+        except UserError as error:
+            raise UserError(f"reward {self.name!r}: {error}") from None
+        self._memory_gb = terms.memory_gb
         self._ready = False
-        self._process = _Process(self._output)
-        self._greet()
+        self._start()
 
     def close(self) -> None:
         """Kill the process, and what it started. A `score` that is under way in another thread ends."""
@@ -78,7 +108,7 @@ class Worker:
         if "error" in hello:
             said = hello["error"]
             raise UserError(said if said.startswith("reward ") else f"reward {self.name!r}: {said}")
-        self.calls, self._ready = hello["calls"], True
+        self.calls, self.paid, self._ready = hello["calls"], hello["paid"], True
         self.cases, self.case_kwargs = hello.get("cases", []), hello.get("case_kwargs", {})
 
     def problem(self, columns: Collection[str]) -> str | None:
@@ -121,8 +151,8 @@ class Worker:
                 self._replace()
                 began = time.perf_counter()
                 done, deaths = done + 1, deaths + 1
-                if deaths == PATIENCE:
-                    untried = f"not tried: the {PATIENCE} calls before it were the end of their processes"
+                if deaths == DEATHS:
+                    untried = f"not tried: each of the {DEATHS} calls before it ended its process"
                     yield from (Answer.failed(end - begin, untried) for begin, end in spans[done:])
                     return
 
@@ -131,7 +161,9 @@ class Worker:
         if isinstance(error, TimeoutError):
             self._process.kill()
             return f"no answer in {seconds:g} s {when}, so its process was killed"
-        code = self._process.end()
+        code, out_of_memory = self._process.end()
+        if out_of_memory:
+            return f"it used more than memory_gb ({self._memory_gb:g}) {when}, so its process was killed"
         time.sleep(0.02)  # for its last words to arrive
         if isinstance(error, ConnectionError) and code is not None:
             return f"its process ended {when} ({ending(code)}){self._output.tail()}"
@@ -139,11 +171,11 @@ class Worker:
 
     def _replace(self) -> None:
         self._process.kill()
-        self._ready = False
-        self._process = _Process(self._output)
-        self._greet()
+        self._start()
 
-    def _greet(self) -> None:
+    def _start(self) -> None:
+        self._ready = False
+        self._process = _Process(self._output, self._environment, self._memory_gb)
         with contextlib.suppress(OSError):  # gone already: waiting for it will tell
             send(self._process.channel, self._setup, START_SECONDS)
 
@@ -152,61 +184,50 @@ class Worker:
 
 
 class _Process:
-    """A running worker, the leader of its process group."""
+    """A running worker behind its keeper."""
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: Output, environment: Mapping[str, str], memory_gb: float | None) -> None:
         self.channel, theirs = socket.socketpair()
-        script = Path(__file__).with_name("worker.py")
-        root = str(Path(__file__).parents[2])
+        room, root = Path(__file__).parent, str(Path(__file__).parents[2])
+        memory = 0 if memory_gb is None else round(memory_gb * 2**30)
         with theirs:
+            channel = str(theirs.fileno())
+            keeper = [sys.executable, "-I", "-S", str(room / "keeper.py"), channel, str(memory)]
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", str(script), str(theirs.fileno()), root],
-                stdin=subprocess.DEVNULL,
-                stdout=output.descriptor,
+                [*keeper, sys.executable, "-P", str(room / "worker.py"), channel, root],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=output.descriptor,
                 pass_fds=[theirs.fileno()],
+                env=environment,
                 start_new_session=True,
             )
         self.pid = self._popen.pid
-        _Guardian.tell(f"+{self.pid}")
         self.kill = weakref.finalize(self, _kill, self._popen, self.channel)
 
-    def end(self, seconds: float = 1.0) -> int | None:
-        """The exit code of a process that should be ending; None for one that had to be killed."""
+    def end(self, seconds: float = 1.0) -> tuple[int | None, bool]:
+        """The exit code of a process that should be ending, None if it had to be killed; whether memory ended it."""
         code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._popen.wait(seconds)
+        assert self._popen.stdout is not None
+        word = self._popen.stdout.read() if code is not None else b""
         self.kill()
-        return code
+        return code, word == OVER_MEMORY
 
 
 def _kill(popen: subprocess.Popen[bytes], channel: socket.socket) -> None:
-    """Kill a worker's process group, and reap the worker."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # all of it may have ended by itself
-        os.killpg(popen.pid, signal.SIGKILL)
-    popen.wait()
+    """Have the keeper kill its worker and all below it, and wait until it has."""
+    assert popen.stdin is not None
+    assert popen.stdout is not None
+    popen.stdin.close()
+    try:
+        popen.wait(KEEPER_SECONDS)
+    except subprocess.TimeoutExpired:  # the keeper itself was stopped
+        popen.kill()
+        popen.wait()
+    popen.stdout.close()
     channel.close()
-    _Guardian.tell(f"-{popen.pid}")
-
-
-class _Guardian:
-    """The one guardian process, started with the first worker."""
-
-    _lock = threading.Lock()
-    _popen: subprocess.Popen[str] | None = None
-
-    @classmethod
-    def tell(cls, line: str) -> None:
-        with cls._lock:
-            if cls._popen is None or cls._popen.poll() is not None:
-                cls._popen = cls._start()
-            with contextlib.suppress(BrokenPipeError):
-                print(line, file=cls._popen.stdin, flush=True)
-
-    @staticmethod
-    def _start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guardian.py"))]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def _answer(reply: Any, span: Span) -> Answer:
@@ -215,6 +236,8 @@ def _answer(reply: Any, span: Span) -> Answer:
     values, wrong = checked(reply["values"], end - begin)
     failures = wrong | {int(place): str(error) for place, error in reply["failures"].items()}
     extras = {str(column): list(values) for column, values in reply["extras"].items()}
+    for name in reply["metrics"]:
+        check_metric(name)
     metrics = {str(name): [float(value) for value in values] for name, values in reply["metrics"].items()}
     if not set(failures) <= set(range(end - begin)) or any(len(column) != end - begin for column in extras.values()):
         raise ValueError("places that are not there")

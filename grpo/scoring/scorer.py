@@ -20,6 +20,7 @@ from grpo.plugins import Function
 from grpo.scoring.contract import Answer
 from grpo.scoring.grader import Inline, Isolated, Record, Request, make_grader
 from grpo.scoring.process import Span
+from grpo.scoring.text import counted
 from grpo.types import Completion, Failure, Group
 
 log = logging.getLogger(__name__)
@@ -57,14 +58,14 @@ class Scorer:
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(rewards)), thread_name_prefix="reward")
 
     @classmethod
-    def of(cls, configs: Sequence[RewardConfig], max_steps: int = 0) -> Scorer:
-        """The rewards that a recipe names, ready.
+    def of(cls, configs: Sequence[RewardConfig], max_steps: int = 0, system: str | None = None) -> Scorer:
+        """The rewards that a recipe names, ready; `system` is the system message of its text prompts.
 
         Raises UserError for one that cannot be had, for arguments that do not fit, and for two of one name.
         """
         rewards: dict[str, Inline | Isolated] = {}
         for config in configs:
-            grader = make_grader(config)
+            grader = make_grader(config, system)
             if grader.name in rewards:
                 raise UserError(
                     f"rewards: two of them are called {grader.name!r}; metrics need one name each: give one a name of "
@@ -104,13 +105,17 @@ class Scorer:
                 told |= {f"time/rewards/{name}/p{p}": record.latency(p / 100) for p in (50, 95)}
         return told
 
+    def request(self, groups: Sequence[Group]) -> Request:
+        """What each reward is given of `groups`."""
+        return Request(_columns(groups), [len(group.rollouts) for group in groups], self._state)
+
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The same groups with `scores`, `failures`, `extras` and `logged` in their rollouts.
 
         Raises BrokenRewardError, with the first traceback, when a function failed on more than its `max_failure_rate`
         of completions lately: a broken grader is not training.
         """
-        request = Request(_columns(groups), [len(group.rollouts) for group in groups], self._state)
+        request = self.request(groups)
         running = {
             n: self._threads.submit(r.score, request) for n, r in self.rewards.items() if isinstance(r, Isolated)
         }
@@ -167,9 +172,9 @@ class Scorer:
         if was_fine and record.failures:
             place = next(begin + min(answer.failures) for (begin, _), answer in answers if answer.failures)
             log.warning(
-                "reward %r failed on %d completions, the first of them %.200r: %s",
+                "reward %r failed on %s, the first of them %.200r: %s",
                 name,
-                record.failures,
+                counted(record.failures),
                 completions[place],
                 record.first_error,
             )

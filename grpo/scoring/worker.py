@@ -1,8 +1,8 @@
 """The process that runs one reward function. Started as a script; it imports nothing of MLX.
 
-Its first message says where things are: `{path, located, kwargs}`, pickled; the reply, whether the function is ready.
-Then come requests, pickled, and replies in JSON, one for each call, so that the trainer always knows which call is
-under way. The function's prints go to standard output and error; the messages have a socket of their own.
+Its first message says where things are: `{path, located, kwargs, reading, cases}`, pickled; the reply, whether the
+function is ready. Then come requests, pickled, and replies in JSON, one for each call, so that the trainer always knows
+which call is under way. The function's prints go to standard output and error; the messages have a socket of their own.
 """
 
 import contextlib
@@ -56,17 +56,18 @@ def _serve(channel: socket.socket, reward: Any, reply: Any) -> None:
 
 
 def _load(setup: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Any, dict[str, Any]]:
-    """The reward, and what to say of it; where no `kwargs` are given, only what its file has for tests."""
+    """The reward, and what to say of it; where no `kwargs` are given, only what there is for tests."""
     from grpo.plugins import Located
-    from grpo.scoring.contract import Reward, calls_of
+    from grpo.scoring.casefile import find_cases
+    from grpo.scoring.contract import Reward, calls_of, is_paid
 
-    function = Located(*setup["located"]).load()
+    located = Located(*setup["located"])
+    function = located.load()
+    hello = {"calls": calls_of(function), "paid": is_paid(function)}
     if setup["kwargs"] is not None:
-        return Reward(function, setup["kwargs"]), {"calls": calls_of(function)}
-    module = sys.modules.get(function.__module__)
-    case_kwargs = getattr(module, "case_kwargs", contextlib.nullcontext)
-    cases = list(getattr(module, "CASES", []))
-    return None, {"calls": calls_of(function), "cases": cases, "case_kwargs": stack.enter_context(case_kwargs()) or {}}
+        return Reward(function, setup["kwargs"], **setup["reading"]), hello
+    cases, case_kwargs = find_cases(function, located, setup["cases"])
+    return None, {**hello, "cases": cases, "case_kwargs": stack.enter_context(case_kwargs()) or {}}
 
 
 def _score(reward: Any, request: dict[str, Any], reply: Any) -> None:

@@ -135,7 +135,7 @@ class _Guarded:
     def _try(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a logger watches: it cannot end the run
             self._log = self._close = None
             warn("%s is left out from here on: %s: %s", self._name, type(error).__name__, one_line(error))
             return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from grpo.config import Recipe
+from grpo.scoring.text import counted
 from grpo.telemetry.console import before_and_after
 from grpo.training.checkpoint import RECIPE
 from grpo.training.loop import Outcome
@@ -26,8 +27,8 @@ def print_plan(console: Console, cfg: Recipe, device: str, plan: Plan, notes: li
 def failure_lines(failures: Mapping[str, float], timeouts: Mapping[str, float]) -> list[str]:
     """For each reward that failed, on how many completions, and how."""
     return [
-        f"reward {name!r} failed on {count:,.0f} completions: {count - timeouts[name]:,.0f} errors, "
-        f"{timeouts[name]:,.0f} timeouts"
+        f"reward {name!r} failed on {counted(int(count))}: {counted(int(count - timeouts[name]), 'error')}, "
+        f"{counted(int(timeouts[name]), 'timeout')}"
         for name, count in failures.items()
         if count
     ]

@@ -72,7 +72,7 @@ class Loop:
                     self._save()
         except Stopped:
             pass
-        except Exception:
+        except BaseException:  # of other people's code too: a logger may raise KeyboardInterrupt
             self._save_last()
             self._note_end("failed")
             raise

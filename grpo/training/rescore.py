@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import correlation, fmean
-from typing import Any
 
 from rich.table import Table
 
 from grpo.config import RewardConfig
 from grpo.errors import UserError
+from grpo.recipe import load_recipe
 from grpo.scoring.scorer import Scorer
+from grpo.training.checkpoint import RECIPE
 from grpo.training.completions import read_completions, stored_steps
 from grpo.training.folder import COMPLETIONS, is_run
 from grpo.types import Group, Rollout
@@ -57,8 +58,8 @@ class Result:
         return lines + ([f"first failure: {failed[0].failure}"] if failed else [])
 
 
-def rescore(run: Path, use: str, kwargs: Mapping[str, Any], timeout: float, against: str | None) -> Result:
-    """Call the reward that `use` names on every stored completion of `run`.
+def rescore(run: Path, config: RewardConfig, against: str | None) -> Result:
+    """Call a reward on every stored completion of `run`.
 
     `against` is the stored reward to compare with: by default that of the same name, or else the weighted sum. Raises
     UserError for a folder without stored completions, and for a reward that cannot be had or called.
@@ -66,8 +67,8 @@ def rescore(run: Path, use: str, kwargs: Mapping[str, Any], timeout: float, agai
     paths = stored_steps(run / COMPLETIONS) if is_run(run) else []
     if not paths:
         raise UserError(f"{run}: not a run with stored completions (see log.completions in its recipe)")
-    config = RewardConfig(use=use, weight=0.0, kwargs=dict(kwargs), timeout=timeout)
-    with closing(Scorer.of([config])) as scorer:
+    system = load_recipe(run / RECIPE).data.system
+    with closing(Scorer.of([config], system=system)) as scorer:
         (name,) = scorer.rewards
         completions: list[Rescored] = []
         groups = other_best = 0

@@ -54,7 +54,7 @@ def prepare(cfg: Recipe) -> Prepared:
     if cfg.rollout.prompts_per_step < ranks.size:
         raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
-    scorer = Scorer.of(cfg.rewards, cfg.optim.steps)
+    scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system)
     custom_loss = find_function(cfg.loss.use, "loss") if cfg.loss.use else None
     sources = [cfg.data, *_eval_data(cfg)]
     local = [load_rows(source) if is_local(source) else None for source in sources]

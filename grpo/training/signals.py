@@ -9,8 +9,12 @@ from types import FrameType
 from typing import Any
 
 
-class Stopped(BaseException):
-    """A signal came where work may be left unfinished. (No `Exception`: other people's code must not swallow it.)"""
+class Stopped(KeyboardInterrupt):
+    """A signal came where work may be left unfinished.
+
+    Other people's code is running at that moment: a reward, a loss. As a KeyboardInterrupt it passes through
+    `except Exception`, and asyncio ends its event loop at once instead of keeping it for a task.
+    """
 
 
 class StopRequest:
@@ -31,15 +35,23 @@ class StopRequest:
     def interrupts(self) -> Iterator[None]:
         """A block that the first signal leaves, by raising Stopped, as soon as Python has its turn.
 
-        That is between two of MLX's computations: a micro-batch that was begun is finished first.
+        That is between two of MLX's computations: a micro-batch that was begun is finished first. If other people's
+        code swallowed the exception, or raised its own in its place, the block still ends with Stopped: what was made
+        after that is not to be kept.
         """
         if self.requested:
             raise Stopped
         self._interrupts = True
         try:
             yield
+        except Exception as error:
+            if self.requested:
+                raise Stopped from error
+            raise
         finally:
             self._interrupts = False
+        if self.requested:
+            raise Stopped
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from grpo.cli.rewards import _kwargs
+from grpo.cli.rewards import _values
 from grpo.plugins import bundled_names
 
 MISBEHAVING = Path(__file__).parents[1] / "scoring/misbehaving.py"
@@ -47,10 +47,10 @@ def test_test_shows_what_is_wrong_and_fails(run_cli, tmp_path, monkeypatch) -> N
     )
     ran = run_cli("rewards", "test", "mine.py")
     assert ran.code == 1
-    assert "case 2, 'ab': scored 0.5, and should 0.6" in ran.out
+    assert "case 2 ('ab'): expected 0.6, got 0.5" in ran.out
     assert "'': error: ZeroDivisionError" in ran.out
     assert "cases  1 of 2 right" in ran.out
-    assert "reward 'mine.py': 2 completions went wrong" in ran.err
+    assert "reward 'mine.py': 2 completions failed" in ran.err
     assert run_cli("rewards", "test", "mine.py", "--kwarg", "bnus=1").code == 2
     assert run_cli("rewards", "test", "nowhere").code == 2
 
@@ -74,7 +74,7 @@ def test_cases_keep_the_arguments_that_they_were_written_for(run_cli, tmp_path) 
 
 
 def test_an_argument_is_yaml_but_never_a_comment() -> None:
-    given = _kwargs(["pattern=####", "points=1e-3", "names=[a, b]", "text=[a"])
+    given = _values("--kwarg", ["pattern=####", "points=1e-3", "names=[a, b]", "text=[a"])
     assert given == {"pattern": "####", "points": 0.001, "names": ["a", "b"], "text": "[a"}
 
 
@@ -99,11 +99,14 @@ def test_what_is_printed_again_and_again_is_counted(run_cli, tmp_path) -> None:
     ("cases", "said"),
     [
         ("[('ab', 0.5)]", "CASES: ['ab', 0.5] is no dictionary of completion, score"),
-        ("{'completion': 'ab', 'score': 1}", "CASES: 'completion' is no dictionary"),
+        (
+            "{'completion': 'ab', 'score': 1}",
+            "CASES: expected a list of cases, or a dictionary of such lists by function, got {'completion'",
+        ),
         ("[{'completion': 'ab', 'score': 1, 'kwargs': 3}]", "is no dictionary"),
         ("[{'completion': 'ab', 'score': '1'}]", "has no score: a number, or None"),
         ("[{'completion': 'ab'}]", "has no score: a number, or None"),
-        ("3", "reward 'mine': TypeError: 'int' object is not iterable"),
+        ("3", "CASES: expected a list of cases, or a dictionary of such lists by function, got 3"),
     ],
 )
 def test_cases_that_are_none_are_the_users_mistake(run_cli, tmp_path, cases: str, said: str) -> None:
@@ -117,7 +120,7 @@ def test_cases_that_are_none_are_the_users_mistake(run_cli, tmp_path, cases: str
     [
         (
             "",
-            """no CASES, and a case is what gives columns such as gold: CASES = [{"completion": "It is 7.", "gold":""",
+            """no cases, and a case is what gives columns such as gold: CASES = [{"completion": "It is 7.", "gold":""",
         ),
         ("CASES = [{'completion': 'a', 'score': 1, 'answer': 'a'}]", "Its cases give it the columns answer"),
         ("CASES = [{'completion': 'a', 'score': 1}]", "Its cases give no columns"),

@@ -30,7 +30,7 @@ def test_it_is_refused_by_both_that_read_it(toy_folder: Path, tmp_path: Path, ch
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
     for read in (lambda: costs_of_config(config), lambda: load(ModelConfig(name=str(folder)))):
-        with pytest.raises(UserError, match="model|config") as error:
+        with pytest.raises(UserError, match=r"model|config") as error:
             read()
         assert said in str(error.value)
         assert "\n" not in str(error.value)

@@ -11,9 +11,10 @@ import pytest
 
 from grpo.config import RewardConfig
 from grpo.plugins import bundled_names, find_reward, locate_reward
-from grpo.scoring.cases import try_out
+from grpo.scoring.cases import Trial, try_out
 from grpo.scoring.contract import Reward
 from grpo.scoring.grader import Isolated, Request
+from grpo.scoring.process import Terms
 
 NAMES = bundled_names("rewards", ".py")
 
@@ -22,7 +23,7 @@ NAMES = bundled_names("rewards", ".py")
 def test_its_own_cases_and_the_fuzz(name: str) -> None:
     if name == "python_tests" and sys.platform != "linux":
         pytest.skip("there is a sandbox on Linux only")
-    report = try_out(locate_reward(name), {}, timeout=20.0)
+    report = try_out(locate_reward(name), Trial({}, Terms(20.0)))
     assert len(report.cases) >= 5
     assert [tried for tried in report.wrong] == []
 
@@ -63,7 +64,7 @@ def math_pairs(count: int) -> list[tuple[str, str, float | None]]:
 @pytest.mark.slow
 def test_ten_thousand_pairs_of_math_answers() -> None:
     pairs = math_pairs(10_000)
-    grader = Isolated(locate_reward("math_answer"), {}, timeout=20.0)
+    grader = Isolated(locate_reward("math_answer"), {}, Terms(20.0))
     grader.wait_ready()
     pid = grader.worker.pid
     columns = {
@@ -191,5 +192,8 @@ def test_the_judges_answers_are_kept(tmp_path) -> None:
 def test_a_setting_that_does_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="timeout does nothing with isolation: inline"):
         RewardConfig(use="length", isolation="inline", timeout=5.0)
+    for setting in ({"env": ("MY_KEY",)}, {"memory_gb": 1.0}):
+        with pytest.raises(ValueError, match="does nothing with isolation: inline"):
+            RewardConfig(use="length", isolation="inline", **setting)
     with pytest.raises(ValueError, match="max_failure_rate does nothing with weight 0"):
         RewardConfig(use="length", weight=0.0, max_failure_rate=0.9)

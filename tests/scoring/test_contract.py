@@ -7,7 +7,8 @@ import pytest
 
 from grpo.config import RewardConfig
 from grpo.errors import UserError
-from grpo.scoring.contract import Reward, is_factory
+from grpo.scoring.arguments import is_factory
+from grpo.scoring.contract import Reward
 from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Rollout, Task
 

@@ -138,6 +138,37 @@ def test_there_is_no_memory_that_the_limit_does_not_count(code: str, said: str) 
     assert said in tried(code).error
 
 
+FAMILY = """import os, time
+for n in range({count}):
+    if os.fork() == 0:
+        held = bytearray(b'x') * ({size} << 20)
+        time.sleep(60)
+"""
+DRIPS = """
+for n in range(1000):
+    for descriptor in range(3, 20):
+        try: os.write(descriptor, b'x')
+        except OSError: pass
+    time.sleep(0.01)"""
+
+
+@needs_sandbox
+@pytest.mark.parametrize("more", ["time.sleep(60)", DRIPS], ids=["quiet", "noisy"])
+def test_all_its_processes_together_have_the_memory_of_one(more: str) -> None:
+    limits = Limits(seconds=10.0, memory_mb=256)
+    said = "its processes together held more than 256 MB"
+    assert tried(FAMILY.format(count=6, size=100) + more, limits) == Verdict(0, said)
+    assert tried(FAMILY.format(count=6, size=20) + "time.sleep(0.2)", limits) == Verdict(1, None)
+    time.sleep(0.2)
+    assert processes_named("launcher.py") == []
+
+
+@needs_sandbox
+def test_memory_that_its_processes_share_counts_once() -> None:
+    shared = "held = bytearray(b'x') * (60 << 20)\n" + FAMILY.format(count=6, size=1) + "time.sleep(0.3)"
+    assert tried(shared, Limits(seconds=10.0, memory_mb=256)) == Verdict(1, None)
+
+
 @needs_sandbox
 def test_it_cannot_fill_the_disk() -> None:
     small = Limits(disk_mb=4)
@@ -186,6 +217,8 @@ def test_it_sees_nothing_of_our_environment_and_files(monkeypatch: pytest.Monkey
         "syscall(PTRACE, 16, 1, 0, 0)",
         "chroot(b'/sandbox')",
         "setuid(0)",
+        "syscall(434, 1, 0)",  # pidfd_open
+        "syscall(438, 3, 1, 0)",  # pidfd_getfd
     ],
 )
 def test_it_cannot_gain_anything(call: str) -> None:

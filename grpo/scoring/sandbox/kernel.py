@@ -53,6 +53,8 @@ FORBIDDEN = {
     "move_mount": (429, 429),
     "fsopen": (430, 430),
     "fsmount": (432, 432),
+    "pidfd_open": (434, 434),  # a way to another process, and by the next to its files
+    "pidfd_getfd": (438, 438),
     "mount_setattr": (442, 442),
     "memfd_secret": (447, 447),
 }

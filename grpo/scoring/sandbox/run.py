@@ -16,10 +16,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from grpo.scoring.contract import ending
+from grpo.scoring.processes import descendants, use_more_than
 
 FOLDER = Path(__file__).parent
 HOME = "/sandbox"
@@ -29,18 +31,29 @@ UNBUILT = 113
 SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
 """What the code can read of this machine, beside the Python that runs it. Homes, /etc, /proc and /run are not there."""
 LARGEST_VERDICT = 1 << 16
+INTERVAL = 0.02
+"""Seconds between two looks at the memory."""
 NOBODY = 1 << 30
 """Users from here on are nobody's; each run of root's has one of its own, so that their limits do not add up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the code may use: seconds on the wall (and of each process on the CPU), memory of each process."""
+    """What the code may use: seconds on the wall (and of each process on the CPU); the rest is of all its processes.
+
+    A process that asks for more than `memory_mb` gets a MemoryError; processes that together hold more are killed.
+    """
 
     seconds: float = 5.0
     memory_mb: int = 1024
     processes: int = 32
     disk_mb: int = 64
+
+
+class End(Enum):
+    """Why a run was over: the code's own doing, or a limit."""
+
+    CODE, TIME, MEMORY = range(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +98,12 @@ def run_tests(code: str, tests: Sequence[Any], limits: Limits, unsafe: bool = Fa
                 cwd=folder,
                 start_new_session=True,
             )
-            said, in_time = _read(process, limits.seconds)
+            said, end = _read(process, limits)
             complaints.seek(0)
             why = complaints.read(1000).decode(errors="replace").strip()
     if process.returncode == UNBUILT and why:  # the code has no way to those complaints
         raise RuntimeError(f"the sandbox cannot be built: {why}")
-    return _verdict(said, seal, in_time, process.returncode, limits)
+    return _verdict(said, seal, end, process.returncode, limits)
 
 
 @functools.cache
@@ -132,37 +145,43 @@ def _settings(folder: str, limits: Limits, unsafe: bool) -> dict[str, Any]:
     }
 
 
-def _read(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, bool]:
-    """What the process wrote until it ended, and whether it ended in time. Everything it started is gone afterwards."""
+def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[bytes, End]:
+    """What the process wrote until it ended, and why it did. Everything it started is gone afterwards."""
     assert process.stdout is not None
-    said = b""
-    deadline = time.monotonic() + seconds
-    in_time = False
+    said, end = b"", End.TIME
+    look = time.monotonic()
+    deadline = look + limits.seconds
     with process.stdout as pipe, selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
-        while len(said) < LARGEST_VERDICT and (left := deadline - time.monotonic()) > 0:
-            if selector.select(left):
-                part = os.read(pipe.fileno(), LARGEST_VERDICT)
-                if not part:
-                    in_time = True
+        while (now := time.monotonic()) < deadline:
+            if now >= look:  # whatever it writes meanwhile
+                if use_more_than(descendants(process.pid), limits.memory_mb << 20):
+                    end = End.MEMORY
                     break
-                said += part
-        if in_time:
+                look = now + INTERVAL
+            if selector.select(min(deadline, look) - now):
+                said += (part := os.read(pipe.fileno(), LARGEST_VERDICT))
+                if not part or len(said) >= LARGEST_VERDICT:
+                    end = End.CODE
+                    break
+        if end is End.CODE and len(said) < LARGEST_VERDICT:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return said, in_time
+    return said, end
 
 
-def _verdict(said: bytes, seal: str, in_time: bool, code: int, limits: Limits) -> Verdict:
+def _verdict(said: bytes, seal: str, end: End, code: int, limits: Limits) -> Verdict:
     try:
         found = json.loads(said)
         if found["seal"] == seal:
             return Verdict(int(found["passed"]), found["error"])
     except (ValueError, KeyError, TypeError):
         pass
-    if not in_time and len(said) < LARGEST_VERDICT:
+    if end is End.TIME:
         return Verdict(0, f"not done in {limits.seconds:g} s")
+    if end is End.MEMORY:
+        return Verdict(0, f"its processes together held more than {limits.memory_mb} MB")
     return Verdict(0, f"it ended before its tests did ({ending(128 - code if code > 128 else code)})")

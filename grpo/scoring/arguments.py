@@ -1,0 +1,105 @@
+"""The arguments of a reward function: what it is given, what the recipe adds, and what makes a function of them.
+
+Worker processes import this, so it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+GIVEN = ("prompts", "completions", "completion_ids")
+HOOKS = ("trainer_state", "log_extra", "log_metric")
+"""Arguments that a function receives only if it takes them."""
+
+
+def is_factory(function: Callable[..., Any]) -> bool:
+    """Whether calling it makes a reward function: a class, or what takes neither completions nor everything."""
+    if inspect.isclass(function):
+        return True
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:
+        return False
+    return not any(name in parameters for name in GIVEN) and not _takes_everything(parameters)
+
+
+def check_kwargs(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """An argument must be one that the function names, of the type it says."""
+    if not kwargs:
+        return
+    parameters = inspect.signature(function).parameters
+    named = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    ours = [name for name in named if name not in (*GIVEN, *HOOKS)]
+    for name, value in kwargs.items():
+        if name not in ours:
+            close = difflib.get_close_matches(name, ours, n=1)
+            meant = f" Did you mean {close[0]!r}?" if close else f" It takes {', '.join(ours) or 'none'}."
+            raise ValueError(f"kwargs.{name}: there is no such argument.{meant}")
+        _check_type(name, value, _annotation(function, name))
+
+
+def made(factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+    try:
+        inspect.signature(factory).bind(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"kwargs: {error}") from None
+    try:
+        made = factory(**kwargs)
+    except ValueError:
+        raise
+    except Exception as error:  # other people's code, before the run
+        raise ValueError(f"it cannot be made ready: {type(error).__name__}: {error}") from error
+    if not callable(made):
+        raise ValueError(
+            "it takes neither completions nor **kwargs, so it was called as a factory with the recipe's kwargs; "
+            f"that should give a reward function, not {made!r:.80}"
+        )
+    return made  # type: ignore[no-any-return]
+
+
+def taker(function: Callable[..., Any]) -> Callable[[str], bool]:
+    """Whether the function takes an argument of a name."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:
+        return lambda _: True
+    everything = _takes_everything(parameters)
+    return lambda name: everything or name in parameters
+
+
+def _annotation(function: Callable[..., Any], name: str) -> Any:
+    import typing
+
+    try:
+        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except Exception:  # names that only exist for type checkers
+        return Any
+    return hints.get(name, Any)
+
+
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    if annotation is Any:
+        return
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:  # a type with a configuration of its own
+        adapter = TypeAdapter(annotation)
+    try:
+        adapter.validate_json(_json(value), strict=True)
+    except ValidationError as error:
+        expected = error.errors()[0]["msg"].replace("Input should be", "expected", 1)
+        raise ValueError(f"kwargs.{name}: {expected}, got {_json(value)}") from None
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def _takes_everything(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

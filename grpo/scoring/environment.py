@@ -1,0 +1,71 @@
+"""The environment of a worker process: that of the trainer without its secrets, but for those that the recipe names."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from grpo.errors import UserError
+
+SECRETS = (
+    "*_KEY",
+    "*APIKEY",
+    "*_TOKEN",
+    "TOKEN",
+    "*SECRET*",
+    "*PASSWORD*",
+    "*PASSWD*",
+    "*_PAT",
+    "*CREDENTIAL*",
+    "AWS_*",
+    "AZURE_*",
+)
+"""Names of variables that hold secrets, in upper or lower case."""
+VARIABLE = "_env"
+"""A reward's argument that ends so names a variable that it reads, as `api_key_env` of `llm_judge` does."""
+
+
+def environment(names: Collection[str]) -> dict[str, str]:
+    """The variables of this process, without the secrets that are not in `names`."""
+    return {name: value for name, value in os.environ.items() if name in names or not is_secret(name)}
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable of this name is taken for a secret."""
+    return any(fnmatchcase(name.upper(), pattern) for pattern in SECRETS)
+
+
+def named_variables(env: Collection[str], where: str, kwargs: Mapping[str, Any]) -> set[str]:
+    """The variables that a recipe names for a reward: in its `env`, and by arguments such as `api_key_env`.
+
+    `where` is `file.py:function`: the defaults of such arguments count too. Raises UserError for a variable of `env`
+    that is not set.
+    """
+    if missing := [name for name in env if name not in os.environ]:
+        raise UserError(f"env: the environment has no variable {missing[0]}")
+    given = {**_defaults(where), **kwargs}
+    return {*env, *(value for name, value in given.items() if name.endswith(VARIABLE) and isinstance(value, str))}
+
+
+def _defaults(where: str) -> dict[str, Any]:
+    """The defaults of a function's arguments that are texts, read without importing it; none of what is in no file."""
+    file, _, name = where.rpartition(":")
+    try:
+        tree = ast.parse(Path(file).read_bytes())
+    except (OSError, ValueError, SyntaxError):  # a module, or a file that will be complained of when it is imported
+        return {}
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    arguments = [node.args for node in found if node.name == name]
+    return {
+        argument.arg: default.value
+        for one in arguments
+        for argument, default in [
+            *zip(reversed([*one.posonlyargs, *one.args]), reversed(one.defaults), strict=False),
+            *zip(one.kwonlyargs, one.kw_defaults, strict=True),
+        ]
+        if isinstance(default, ast.Constant)
+    }

@@ -1,0 +1,74 @@
+"""Completions and prompts as texts or as chat messages: each reward function gets the form that it reads.
+
+TRL gives messages for a dataset of messages and texts for a dataset of texts. Here a prompt is often a template over
+columns that the chat template wraps later, and whether a model has a chat template is no business of a reward. So what
+a function says it reads comes first: by `rewards[].completions` in the recipe, by its annotations
+(`completions: list[str]`, `completions: list[list[dict[str, str]]]`), or by failing on texts as only a function for
+messages does. All others get what the dataset has. Worker processes import this.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from grpo.scoring.text import as_text
+
+Form = Literal["text", "messages"]
+ROLES = {"completions": "assistant", "prompts": "user"}
+"""The columns that have a form, and who speaks in them."""
+
+
+def declared_form(function: Callable[..., Any], column: str) -> Form | None:
+    """The form that a function's annotation of `column` says; None where there is none, or one that says neither."""
+    try:
+        annotation = inspect.signature(function, eval_str=True).parameters[column].annotation
+    except Exception:  # no such parameter, a builtin without a signature, names that only exist for type checkers
+        return None
+    item = (typing.get_args(annotation) or [None])[0] if _is_sequence(annotation) else None
+    if item is str:
+        return "text"
+    return "messages" if _is_sequence(item) or _is_message(item) else None
+
+
+def expects_messages(error: BaseException) -> bool:
+    """Whether a function that was given texts failed as one for messages does: at `completion[0]["content"]`."""
+    if type(error) is TypeError:
+        return str(error).startswith("string indices must be integers")
+    return type(error) is AttributeError and str(error) == "'str' object has no attribute 'get'"
+
+
+def in_form(columns: Mapping[str, Any], forms: Mapping[str, Form | None], system: str | None) -> dict[str, Any]:
+    """The same columns, with `prompts` and `completions` in the forms given; None leaves a column as it is.
+
+    A prompt's messages are those that the model was given: `system` comes before a text that the chat template wraps.
+    """
+    made = dict(columns)
+    for column, form in forms.items():
+        if form == "text":
+            made[column] = [as_text(value) for value in columns[column]]
+        elif form == "messages":
+            before = system if column == "prompts" else None
+            made[column] = [as_messages(value, ROLES[column], before) for value in columns[column]]
+    return made
+
+
+def as_messages(value: Any, role: str, system: str | None = None) -> Any:
+    """Messages as they are; a text as one message, after the system's if there is a system message."""
+    if not isinstance(value, str):
+        return value
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": role, "content": value}]
+
+
+def _is_sequence(annotation: Any) -> bool:
+    kind = typing.get_origin(annotation) or annotation
+    return inspect.isclass(kind) and kind is not str and issubclass(kind, collections.abc.Sequence)
+
+
+def _is_message(annotation: Any) -> bool:
+    kind = typing.get_origin(annotation) or annotation
+    return inspect.isclass(kind) and issubclass(kind, collections.abc.Mapping)

@@ -1,0 +1,62 @@
+"""The names under which rewards may log: the run's own metrics keep theirs. Worker processes import this."""
+
+from __future__ import annotations
+
+import re
+
+_STEP = (
+    "step",
+    "reward",
+    "reward_std",
+    "reward_penalty",
+    "frac_reward_zero_std",
+    "solved_all",
+    "solved_none",
+    "mixed",
+    "entropy",
+    "kl",
+    "beta",
+    "off_policy_kept",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "adapter_delta",
+    "skipped_updates",
+    "num_prompts",
+    "num_tokens",
+    "dropped_prompts",
+    "peak_memory_gb",
+    "rollout_tokens_per_second",
+    "step_time",
+    "tokens",
+)
+_EVALUATION = ("n", "grader", "greedy", r"(avg|pass|maj)@\d+", r".*_interval")
+_FOLDERS = ("rewards", "completions", "clip_ratio", "sampling", "time")
+"""Whatever comes under them (`time/rollout`) is the run's own."""
+
+_RESERVED = re.compile("|".join([*_STEP, *_EVALUATION, *(f"{folder}/.*" for folder in _FOLDERS)]), re.DOTALL)
+
+
+def check_metric(name: str) -> None:
+    """Raise ValueError for a name that `log_metric` refuses: a metric of the run's own, or no text that can be stored.
+
+    TRL mixes what rewards log with its own metrics; here a `step` of theirs would be read as the step's number.
+    """
+    _check_text("log_metric", name)
+    if _RESERVED.fullmatch(name):
+        raise ValueError(f"log_metric({name!r}): the run has a metric of this name; use another, such as 'mine/{name}'")
+
+
+def check_column(name: str) -> None:
+    """Raise ValueError for a column of `log_extra` that cannot be stored.
+
+    Any text can: completions are stored with it as `extra/<name>`, apart from the columns of the run's own.
+    """
+    _check_text("log_extra", name)
+
+
+def _check_text(hook: str, name: str) -> None:
+    try:
+        name.encode()
+    except (AttributeError, UnicodeEncodeError):
+        raise ValueError(f"{hook}({name!r}): a name is a text, without lone surrogates") from None

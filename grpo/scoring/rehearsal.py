@@ -1,0 +1,52 @@
+"""Each reward called once before there are completions: a dry run finds what the first step of a run would."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from grpo.errors import UserError
+from grpo.scoring.scorer import Scorer
+from grpo.types import Completion, Group, Rollout, Task
+
+TEXTS = ("<think>3 + 4 = 7</think> The answer is \\boxed{7}.", "I do not know.")
+"""What a model might say: the completions of each prompt."""
+PROMPTS = 2
+
+
+def rehearse(scorer: Scorer, tasks: Sequence[Task], encode: Callable[[str], Sequence[int]]) -> list[str]:
+    """Call each reward on the first prompts with made-up completions, in the form that a run gives; nothing is counted.
+
+    Rewards whose file says `PAID = True` are not called. Returns notes: who was not called, and who failed on some.
+    Raises UserError for rewards that something is learnt from and that failed on all: the run would stop at once.
+    """
+    rollouts = tuple(Rollout(Completion(tuple(encode(text)), None, text, "stop")) for text in TEXTS)
+    request = scorer.request([Group(task, rollouts) for task in tasks[:PROMPTS]])
+    notes: list[str] = []
+    broken: list[str] = []
+    for name, reward in scorer.rewards.items():
+        if reward.paid:
+            notes.append(f"reward {name!r} was not called: its file says that calls cost money")
+            continue
+        failures = {
+            begin + place: error
+            for (begin, _), answer in reward.score(request)
+            for place, error in answer.failures.items()
+        }
+        if failures:
+            said = _said(name, failures, request.columns["completions"])
+            is_broken = len(failures) == request.count and name not in scorer.metrics_only
+            (broken if is_broken else notes).append(said)
+    if broken:
+        raise UserError("\n".join(broken))
+    return notes
+
+
+def _said(name: str, failures: Mapping[int, str], completions: Sequence[object]) -> str:
+    """The first failure: what was raised, and where."""
+    place = min(failures)
+    what, *frames = failures[place].splitlines()
+    where = re.findall(r'^  File "(.*)", line (\d+)', "\n".join(frames), re.MULTILINE)
+    at = f" ({where[-1][0]}:{where[-1][1]})" if where else ""
+    tried = f"{len(failures)} of {len(completions)} trial completions"
+    return f"reward {name!r} failed on {tried}, the first of them {completions[place]!r:.80}: {what}{at}"

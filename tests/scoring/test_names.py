@@ -1,0 +1,104 @@
+"""The names under which rewards may log: never those of the run's own metrics."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from grpo.scoring.contract import Reward
+from grpo.scoring.names import check_metric
+
+COLUMNS = {"prompts": ["?"] * 2, "completions": ["a", "bb"], "completion_ids": [[1], [1, 2]]}
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def logs(name):
+    def mine(completions, log_metric, **_):
+        log_metric(name, 1.0)
+        return [1.0] * len(completions)
+
+    return mine
+
+
+@pytest.mark.parametrize("name", ["step", "kl", "learning_rate", "reward", "rewards/x/mean", "time/mine", "n", "avg@4"])
+def test_a_name_of_the_runs_own_is_a_failure_of_the_reward(name: str) -> None:
+    answer = Reward(logs(name), {})(COLUMNS, {})
+    assert (answer.values, answer.metrics) == ([None, None], {})
+    assert f"ValueError: log_metric('{name}'): the run has a metric of this name" in answer.failures[1]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "mine/step", "steps", "kl_mine", "mine/reward", "entropy/mine", "größe"])
+def test_every_other_name_is_kept_as_it_is(name: str) -> None:
+    assert Reward(logs(name), {})(COLUMNS, {}).metrics == {name: [1.0]}
+
+
+@pytest.mark.parametrize("hook", ["log_metric", "log_extra"])
+@pytest.mark.parametrize("name", ["\ud800", 7, None])
+def test_a_name_that_cannot_be_stored_is_a_failure(hook: str, name) -> None:
+    answer = Reward(lambda completions, **given: given[hook](name, [1.0] * 2), {})(COLUMNS, {})
+    assert f"{hook}({name!r}): a name is a text" in answer.failures[0]
+
+
+def names_in_readme() -> list[str]:
+    """The first column of the table of metrics, its braces written out."""
+    table = README[README.index("| metric | meaning |") :].split("\n\n")[0].splitlines()[2:]
+    cells = [name for row in table for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    names = [name for name in cells if "…" not in name and not name.startswith(("low_", "high_"))]
+    for place, name in enumerate(names):
+        while brace := re.search(r"{([^}]+)}", name):
+            first, *others = [name.replace(brace[0], word, 1) for word in brace[1].split(",")]
+            names[place], name = first, first
+            names += others
+    return names
+
+
+def test_every_metric_of_the_readme_is_reserved() -> None:
+    names = names_in_readme()
+    assert {"reward", "kl", "rewards/<name>/std", "clip_ratio/high_mean", "peak_memory_gb"} <= set(names)
+    for name in names:
+        with pytest.raises(ValueError, match="the run has a metric of this name"):
+            check_metric(name)
+
+
+@pytest.mark.parametrize("isolation", ["process", "inline"])
+def test_a_run_beside_a_reward_that_logs_step(run_cli, recipe, caplog, isolation: str) -> None:
+    """The failure is counted, the step's number stays, and every metric that the run wrote is one that it keeps."""
+    Path("mine.py").write_text(
+        "def bad(completions, log_metric, **_):\n    log_metric('step', 99)\n    return [1.0] * len(completions)\n"
+        "def good(completions, log_metric, log_extra, **_):\n    log_metric('mine/step', 99)\n"
+        "    for name in ('reward', 'step', 'completion'):\n        log_extra(name, completions)\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    rewards = ", ".join(f"{{use: 'mine.py:{name}', isolation: {isolation}}}" for name in ("good", "bad"))
+    settings = ["loss={beta: 0.1, beta_end: 0.2}", "advantage.soft_overlong_cache=2", "rollout.top_k=50"]
+    bad = f"rewards.1={{use: 'mine.py:bad', weight: 0, isolation: {isolation}}}"
+    evaluation = "eval={split: train, prompts: 2, samples: 2}"
+    ran = run_cli("train", recipe, f"rewards=[{rewards}]", bad, evaluation, *settings)
+    assert ran.code == 0, ran.err
+    for file in ("metrics.jsonl", "eval.jsonl"):
+        lines = [json.loads(line) for line in Path("runs/toy", file).read_text().splitlines()]
+        assert [line["step"] for line in lines] == ([1, 2] if file == "metrics.jsonl" else [0, 2])
+        for name in {name for line in lines for name in line} - {"mine/step"}:
+            with pytest.raises(ValueError, match="the run has a metric of this name"):
+                check_metric(name)
+        if file == "metrics.jsonl":
+            assert [line["mine/step"] for line in lines] == [99, 99]
+            assert lines[0]["rewards/bad/error_rate"] == 1
+    assert "log_metric('step'): the run has a metric of this name" in caplog.text
+
+
+def test_columns_of_log_extra_stand_beside_those_of_the_run(run_cli, recipe) -> None:
+    import pyarrow.parquet as pq
+
+    Path("mine.py").write_text(
+        "def mine(completions, log_extra, **_):\n"
+        "    for name in ('reward', 'step', 'completion', 'columns'):\n"
+        "        log_extra(name, ['mine'] * len(completions))\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    assert run_cli("train", recipe, "rewards=[{use: 'mine.py:mine'}]").code == 0
+    for row in pq.read_table("runs/toy/completions/step-000002.parquet").to_pylist():
+        assert (row["step"], row["reward"]) == (2, len(row["completion"]))
+        assert [row[f"extra/{name}"] for name in ("reward", "step", "completion", "columns")] == ['"mine"'] * 4
+    assert run_cli("rewards", "score", "runs/toy", "--reward", "mine.py:mine").code == 0

@@ -1,0 +1,76 @@
+"""A dry run calls each reward once, as a run would: what fails there is found before anything is sampled."""
+
+from pathlib import Path
+
+import pytest
+
+from grpo.errors import UserError
+from grpo.scoring.rehearsal import rehearse
+from grpo.scoring.scorer import Scorer
+from grpo.types import Task
+
+TASKS = [Task(n, f"{n}?", (7,), {"answer": str(n)}) for n in range(3)]
+
+
+def encode(text: str) -> list[int]:
+    return list(range(len(text.split())))
+
+
+def test_each_is_called_as_a_run_would_and_nothing_is_counted() -> None:
+    seen = {}
+
+    def mine(**given):
+        seen.update(given)
+        return [1.0, None, 0.0, 1 / 3]
+
+    scorer = Scorer({"mine": mine}, max_steps=5)
+    assert rehearse(scorer, TASKS, encode) == []
+    assert seen["prompts"] == ["0?", "0?", "1?", "1?"]
+    assert seen["answer"] == ["0", "0", "1", "1"]
+    assert seen["completions"][1] == "I do not know."
+    assert seen["completion_ids"][1] == [0, 1, 2, 3]
+    assert vars(seen["trainer_state"]) == {"global_step": 0, "max_steps": 5}
+    assert scorer.failures == {"mine": 0}
+    assert "time/rewards/mine/p50" not in scorer.metrics()
+
+
+def test_one_that_fails_on_all_is_refused_with_what_it_raised_and_where() -> None:
+    def wrong(answer, **_):
+        return [float(one["value"]) for one in answer]
+
+    with pytest.raises(UserError) as error:
+        rehearse(Scorer({"fine": lambda **_: [1.0] * 4, "wrong": wrong}), TASKS, encode)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith("reward 'wrong' failed on 4 of 4 trial completions, the first of them '<think>3 + 4")
+    assert "TypeError: string indices must be integers" in line
+    assert line.endswith(f"({__file__}:{wrong.__code__.co_firstlineno + 1})")
+
+
+def test_what_a_run_would_survive_is_a_note() -> None:
+    scorer = Scorer({"some": lambda **_: [1.0, ValueError("no"), 1.0, 1.0], "metric": lambda **_: 1 / 0}, {"metric"})
+    some, metric = rehearse(scorer, TASKS, encode)
+    assert (
+        some == "reward 'some' failed on 1 of 4 trial completions, the first of them 'I do not know.': ValueError: no"
+    )
+    assert metric.startswith("reward 'metric' failed on 4 of 4 trial completions")
+
+
+@pytest.mark.parametrize("isolation", ["process", "inline"])
+def test_a_dry_run_calls_rewards_but_none_that_costs_money(run_cli, recipe, isolation: str) -> None:
+    Path("mine.py").write_text(
+        "def mine(completions, **_):\n    with open('called', 'a') as file:\n        file.write('x')\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    Path("judge.py").write_text(f"PAID = True\n{Path('mine.py').read_text()}".replace("called", "paid"))
+    Path("bad.py").write_text("def mine(completions, **_):\n    return [c.no_such_thing for c in completions]\n")
+    one = f"{{use: '%s.py:mine', name: %s, isolation: {isolation}}}"
+    both = ", ".join(one % (name, name) for name in ("mine", "judge"))
+    ran = run_cli("train", recipe, "--dry-run", f"rewards=[{both}]")
+    assert ran.code == 0, ran.err
+    assert "reward 'judge' was not called: its file says that calls cost money" in ran.out
+    assert Path("called").read_text() == "x"
+    assert not Path("paid").exists()
+    bad = run_cli("train", recipe, "--dry-run", f"rewards=[{one % ('bad', 'bad')}]")
+    assert bad.code == 2
+    assert "AttributeError: 'str' object has no attribute 'no_such_thing'" in bad.err
+    assert not Path("runs").exists()

@@ -55,7 +55,7 @@ def open_loggers(
         for one in watched:
             one.progress = terminal.progress
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    logs = [JsonlLogger(folder).log, terminal.log]
+    logs = [JsonlLogger(folder).log, _Guarded("the terminal", terminal.log).log]
     makers: dict[str, Callable[[], Closing]] = {}
     if cfg.log.wandb is not None:
         wandb = cfg.log.wandb

@@ -41,8 +41,8 @@ The order in which it is put aside, and in reverse brought back: with the recipe
 back, all of it is. So a process that is killed in between leaves no doubt about whose files are whose.
 """
 FAILED = "failed_step.parquet"
-"""The completions that a reward failed on when that ended a run. It outlives a run that ended in its first step, and is
-in the way of none: the next one in the folder deletes it."""
+"""The completions on which a reward broke, of a step or an evaluation, when that ended a run. The file outlives a run
+that ended in its first step, and is in the way of none: the next run in the folder deletes it."""
 FORMER = ".former"
 LOCK = ".lock"
 HEADER = "# This run's recipe as it was resolved, written by grpo train.\n"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,11 +81,9 @@ class Loop:
         return Outcome(self.state, self._saved, self.stop.signal)
 
     def _step(self) -> None:
-        try:
-            with self._interrupts():
-                metrics = self.trainer.step(self.state.step + 1)
-        except BrokenRewardError as error:
-            raise RunError(f"{error}{self._store_failed(error)}") from error
+        step = self.state.step + 1
+        with self._keeps_failed(step), self._interrupts():
+            metrics = self.trainer.step(step)
         self._move(replace(self.state, step=metrics.step, trainer=self.trainer.state()))
         self.tell(metrics)
         if self.ranks.first:
@@ -107,7 +105,7 @@ class Loop:
         step, evaluate = self.state.step, self.trainer.evaluate
         if evaluate is None or not self._due(step):
             return
-        with self._interrupts():
+        with self._keeps_failed(step), self._interrupts():
             metrics = evaluate(step)
         best = better(self.state.best, metrics, self.cfg.best_metric) if step > 0 else self.state.best
         before = self.state.before or metrics
@@ -144,12 +142,20 @@ class Loop:
             with suppress(OSError):  # the folder may be what is gone
                 (self.folder / ENDED).write_text(f"{word}\n", encoding="utf-8")
 
-    def _store_failed(self, error: BrokenRewardError) -> str:
+    @contextmanager
+    def _keeps_failed(self, step: int) -> Iterator[None]:
+        """A block that keeps the completions on which a reward broke, before that ends the run. Raises RunError."""
+        try:
+            yield
+        except BrokenRewardError as error:
+            raise RunError(f"{error}{self._store_failed(error, step)}") from error
+
+    def _store_failed(self, error: BrokenRewardError, step: int) -> str:
         """Keep the completions that a reward failed on, unless none are to be stored. Returns where they are."""
         if self.cfg.log.completions is None or not self.ranks.first:
             return ""
         try:
-            path = store_failed(self.folder / FAILED, self.state.step + 1, error.groups)
+            path = store_failed(self.folder / FAILED, step, error.groups)
         except OSError as unwritten:
             return f"\n(The completions could not be stored: {unwritten.strerror or unwritten})"
         return f"\nThe completions, with the error for each, are in {path}"

@@ -1,5 +1,6 @@
 """Who is told what: files, the terminal, W&B."""
 
+import errno
 import io
 import json
 import struct
@@ -186,3 +187,16 @@ def test_a_logger_of_ones_own_is_one_function_and_cannot_end_a_run(tmp_path, cap
     assert caplog.text.count("mine.py:log is left out from here on: AssertionError: enough") == 1
     with pytest.raises(UserError, match="logger 'mine"), ExitStack() as stack:
         open_loggers(stack, recipe(tmp_path, "log.use=['mine.py:log']"), tmp_path, console, "id")
+
+
+def test_a_terminal_that_has_gone_ends_no_run(tmp_path, caplog) -> None:
+    class Gone(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with ExitStack() as stack:
+        log = open_loggers(stack, recipe(tmp_path), tmp_path, Console(file=Gone()), "id")
+        for step in (1, 2):
+            log(StepMetrics(step, VALUES))
+    assert [record.step for record in read_steps(tmp_path)] == [1, 2]
+    assert caplog.text.count("the terminal is left out from here on: OSError") == 1

@@ -57,6 +57,7 @@ def train(
     ranks = Ranks.launched()
     console = Console(quiet=not ranks.first)  # of several processes one talks and writes
     start = find_start(cfg, resume, resume_from, resume_changed, overwrite)
+    cfg = start.cfg
     ranks.wait()  # all have looked before the first one makes the folder
     with console.status("loading"):
         run = prepare(start.planned)
@@ -69,11 +70,11 @@ def train(
             return
         parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
         console.print(parity, highlight=False, soft_wrap=True)
+        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg), run.rows)
         folder = stack.enter_context(start.folder()) if ranks.first else Path(str(cfg.output_dir))
         watched = (trainer.engine.generator, trainer.update)
         log = open_loggers(stack, cfg, folder, console, state.run_id, watched) if ranks.first else lambda _: None
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
-        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg))
         loop = Loop(trainer, folder, written, log, stop, state, start.checkpoint)
         del start, state  # or the arrays that the run began with would be held to its end
         outcome = loop.run()

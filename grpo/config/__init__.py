@@ -219,6 +219,8 @@ class EvalConfig(Section):
     """Where held-out prompts come from. Default: `data.source`."""
     config: str | None = None
     """Configuration of a Hub dataset. Default: `data.config`, if the source is that of `data`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset. Default: `data.revision`, if the source is that of `data`."""
     split: str = "test"
     """Split to evaluate on."""
     every: Positive = 25

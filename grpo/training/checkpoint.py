@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ REPLACED = ".replaced"
 class Context:
     """What a checkpoint says about the run that wrote it, the same in all of them.
 
-    `recipe` is the resolved recipe's text, `sources` a hash for each file of code that the recipe names, `adapter` what
-    mlx-lm's `adapter_config.json` says. `plan` is what was decided of the `optim` settings that may be `auto`.
-    `revisions` are the commits on the Hub that model and data were loaded at.
+    `recipe` is the resolved recipe's text, `sources` a hash for each file of code that the recipe names or that those
+    import, `adapter` what mlx-lm's `adapter_config.json` says. `plan` is what was decided of the `optim` settings that
+    may be `auto`. `revisions` are the commits on the Hub that model and data were loaded at, `inputs` hashes of what
+    else the run began from: rows of data, and the adapter of `adapter.path`.
     """
 
     recipe: str
@@ -40,6 +41,7 @@ class Context:
     adapter: Mapping[str, Any]
     plan: Mapping[str, Any]
     revisions: Mapping[str, str]
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) -> Path:
@@ -84,7 +86,7 @@ def restore_replaced(folder: Path) -> None:
 def _write(folder: Path, state: RunState, context: Context) -> None:
     for name, arrays in state.trainer.arrays.items():
         _save_arrays(folder / f"{name}{ARRAYS}", arrays)
-    about = {"sources": context.sources, "plan": context.plan, "revisions": context.revisions}
+    about = {"sources": context.sources, "plan": context.plan, "revisions": context.revisions, "inputs": context.inputs}
     names = [CONFIG, *(f"{name}{ARRAYS}" for name in state.trainer.arrays), RECIPE]
     plain = {
         "format": FORMAT,
@@ -208,6 +210,7 @@ def load_checkpoint(checkpoint: Path) -> tuple[RunState, Context]:
         adapter=json.loads((checkpoint / CONFIG).read_text(encoding="utf-8")),
         plan=plain["plan"],
         revisions=plain["revisions"],
+        inputs=plain["inputs"],
     )
     return RunState.of(plain, arrays), context
 

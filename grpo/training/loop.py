@@ -170,7 +170,7 @@ class Loop:
     def _write(self) -> None:
         if self._is_saved or self.state.step == 0 or not self.ranks.first:
             return
-        restore_folder(self.folder, self.context.recipe)
+        restore_folder(self.folder, self.context.recipe, self.cfg)
         keep = self.cfg.checkpoint.keep
         self._saved = save_checkpoint(self.folder / CHECKPOINTS, self.state, self.context, keep)
         self._is_saved = True

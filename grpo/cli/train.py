@@ -73,10 +73,13 @@ def train(
         written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg), run.rows)
         folder = stack.enter_context(start.folder()) if ranks.first else Path(str(cfg.output_dir))
         watched = (trainer.engine.generator, trainer.update)
-        log = open_loggers(stack, cfg, folder, console, state.run_id, watched) if ranks.first else lambda _: None
+        resumed = state if start.goes_on else None
+        log = (
+            open_loggers(stack, cfg, folder, console, state.run_id, watched, resumed) if ranks.first else lambda _: None
+        )
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
         loop = Loop(trainer, folder, written, log, stop, state, start.checkpoint)
-        del start, state  # or the arrays that the run began with would be held to its end
+        del start, state, resumed  # or the arrays that the run began with would be held to its end
         outcome = loop.run()
     failures = failure_lines(ranks.sum_counts(trainer.scorer.failures), ranks.sum_counts(trainer.scorer.timeouts))
     print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt), failures)

@@ -18,6 +18,7 @@ from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.telemetry.tensorboard import TensorboardLogger
 from grpo.telemetry.weights_and_biases import WandbLogger
+from grpo.training.state import RunState
 from grpo.types import EvalMetrics, Progress, StepMetrics
 
 Log = Callable[[StepMetrics | EvalMetrics], None]
@@ -40,11 +41,18 @@ class Watched(Protocol):
 
 
 def open_loggers(
-    stack: ExitStack, cfg: Recipe, folder: Path, console: Console, run_id: str, watched: Sequence[Watched] = ()
+    stack: ExitStack,
+    cfg: Recipe,
+    folder: Path,
+    console: Console,
+    run_id: str,
+    watched: Sequence[Watched] = (),
+    resumed: RunState | None = None,
 ) -> Log:
     """A function that tells them all; `stack` closes them. The files come first, so that nothing is lost.
 
-    A terminal shows how far the `watched` are.
+    A terminal shows how far the `watched` are. `resumed` is the state that a run in this folder goes on from: what
+    services have of later steps is taken back, where they can.
 
     What fails of the others is said once and left out: a service that is away must not end a run. Raises UserError for
     a logger of the recipe's own that is not there.
@@ -59,9 +67,9 @@ def open_loggers(
     makers: dict[str, Callable[[], Closing]] = {}
     if cfg.log.wandb is not None:
         wandb = cfg.log.wandb
-        makers["W&B"] = lambda: WandbLogger(wandb, cfg, folder, run_id, tell)
+        makers["W&B"] = lambda: WandbLogger(wandb, cfg, folder, run_id, tell, resumed)
     if cfg.log.tensorboard:
-        makers["TensorBoard"] = lambda: TensorboardLogger(folder)
+        makers["TensorBoard"] = lambda: TensorboardLogger(folder, resumed)
     for name, maker in makers.items():
         guarded = _Guarded(name)
         guarded.open(maker)

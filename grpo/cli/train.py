@@ -45,6 +45,7 @@ def train(
     from grpo.backend import device
     from grpo.backend.ranks import Ranks
     from grpo.data.prompts import last_text
+    from grpo.errors import RunError
     from grpo.telemetry.loggers import open_loggers
     from grpo.telemetry.summary import failure_lines, print_outcome, print_plan
     from grpo.training.loop import Loop
@@ -84,5 +85,7 @@ def train(
     failures = failure_lines(ranks.sum_counts(trainer.scorer.failures), ranks.sum_counts(trainer.scorer.timeouts))
     print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt), failures)
     ranks.wait()  # a launcher ends the others, the first one in the middle of its checkpoint, when one is gone
+    if outcome.untrained is not None:
+        raise RunError(outcome.untrained) if ranks.first else typer.Exit(1)
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + signal.Signals(outcome.stopped_by))

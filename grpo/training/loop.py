@@ -12,7 +12,8 @@ from grpo.errors import RunError
 from grpo.scoring.scorer import BrokenRewardError
 from grpo.training.checkpoint import Context, newest_whole, save_checkpoint
 from grpo.training.completions import store_completions, store_failed
-from grpo.training.folder import CHECKPOINTS, COMPLETIONS, ENDED, FAILED, NOT_FINITE, restore_folder
+from grpo.training.folder import CHECKPOINTS, COMPLETIONS, ENDED, FAILED, NOT_FINITE, UNTRAINED, restore_folder
+from grpo.training.health import trained_on_nothing, warnings_of_first
 from grpo.training.signals import Stopped, StopRequest
 from grpo.training.state import Best, RunState
 from grpo.training.trainer import Trainer
@@ -25,11 +26,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended: its state, the checkpoint of it (none before the first step), and the signal that stopped it."""
+    """How a run ended: its state, the checkpoint of it (none before the first step), and the signal that stopped it.
+
+    `untrained` says why a run that made all its steps has trained nothing.
+    """
 
     state: RunState
     checkpoint: Path | None
     stopped_by: int | None
+    untrained: str | None = None
 
 
 class Loop:
@@ -77,8 +82,12 @@ class Loop:
             self._note_end("failed")
             raise
         self._save_last()
-        self._note_end("finished" if self.stop.signal is None else "stopped")
-        return Outcome(self.state, self._saved, self.stop.signal)
+        if self.stop.signal is not None:
+            self._note_end("stopped")
+            return Outcome(self.state, self._saved, self.stop.signal)
+        untrained = trained_on_nothing(self.state)
+        self._note_end(UNTRAINED if untrained else "finished")
+        return Outcome(self.state, self._saved, None, untrained)
 
     def _step(self) -> None:
         step = self.state.step + 1
@@ -88,6 +97,8 @@ class Loop:
         self.tell(metrics)
         if self.ranks.first:
             self._store(metrics)
+            for line in warnings_of_first(metrics, self.cfg) if step == 1 else ():
+                log.warning("%s", line)
 
     def _move(self, state: RunState) -> None:
         self.state, self._is_saved = state, False  # a former state that was kept would hold its arrays

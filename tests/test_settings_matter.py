@@ -168,6 +168,7 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("data.config=main", "data.config is for Hub datasets", ()),
     ("data.revision=main", "data.revision is for Hub datasets", ()),
     ("eval.config=main", "eval.config is for Hub datasets", EVAL),
+    ("eval.revision=main", "eval.revision is for Hub datasets", EVAL),
     (
         "data.chat_template_kwargs={tone: rude}",
         "does nothing with data.chat_template: n",
@@ -304,7 +305,8 @@ def left_behind(*overrides: str) -> dict[str, Any]:
         stack.callback(run.trainer.scorer.close)
         start = find_start(cfg)
         state = start.load(run.trainer)
-        written = context(cfg, run.trainer.policy.adapters.config, plan_of(run.trainer), revisions_of(run.trainer.cfg))
+        adapter, commits = run.trainer.policy.adapters.config, revisions_of(run.trainer.cfg)
+        written = context(cfg, adapter, plan_of(run.trainer), commits, run.rows)
         told |= {"plan": run.plan.lines(), "slots": run.plan.slots}  # its notes only talk of settings
         told["shared"] = run.trainer.policy.share_prompts
         folder = stack.enter_context(start.folder())
@@ -341,7 +343,7 @@ class WandbRun:
     def __init__(self, sent: list[Any]) -> None:
         self._sent = sent
 
-    def log(self, values: dict[str, Any]) -> None:
+    def log(self, values: dict[str, Any], **where: Any) -> None:
         self._sent.append(values.get("completions"))
 
     def define_metric(self, *_: Any, **__: Any) -> None: ...

@@ -171,12 +171,22 @@ def _said(error: BaseException) -> str:
 
 
 def cached_commit(repository: Repository, file: str) -> str | None:
-    """The commit at which a file of a repository is in the cache, if it is; the Hub is not asked."""
-    from huggingface_hub import try_to_load_from_cache
+    """The commit at which a repository is in the cache, if it is; the Hub is not asked.
+
+    `file` is one that has been asked for. If the repository turned out to have no such file, that says its commit, too.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
 
     kind, revision = repository.kind, repository.revision
-    found = try_to_load_from_cache(repository.name, file, revision=revision, repo_type=kind)
-    return Path(found).parent.name if isinstance(found, str) else None
+    found: object = try_to_load_from_cache(repository.name, file, revision=revision, repo_type=kind)
+    if found is None:
+        return None
+    if isinstance(found, str):
+        return Path(found).parent.name
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository.name, repo_type=kind))
+    named = folder / "refs" / (revision or "main")
+    return named.read_text(encoding="utf-8").strip() if named.is_file() else revision
 
 
 def send(what: str, put: Callable[[], Fetched]) -> Fetched:

@@ -47,6 +47,7 @@ def train(
     from grpo.backend import device
     from grpo.backend.ranks import Ranks
     from grpo.data.prompts import last_text
+    from grpo.errors import RunError
     from grpo.scoring.rehearsal import rehearse
     from grpo.telemetry.loggers import find_loggers, open_loggers
     from grpo.telemetry.summary import failure_lines, print_outcome, print_plan
@@ -60,6 +61,7 @@ def train(
     ranks = Ranks.launched()
     console = Console(quiet=not ranks.first)  # of several processes one talks and writes
     start = find_start(cfg, resume, resume_from, resume_changed, overwrite, dry_run)
+    cfg = start.cfg
     own = find_loggers(cfg)
     ranks.wait()  # all have looked before the first one makes the folder
     with console.status("loading"):
@@ -75,17 +77,21 @@ def train(
             for note in rehearse(trainer.scorer, run.tasks, trainer.engine.generator.tokenizer.encode):
                 console.print(note, highlight=False, markup=False, soft_wrap=True)
             return
+        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg), run.rows)
         folder = stack.enter_context(start.folder()) if ranks.first else Path(str(cfg.output_dir))
         watched = (trainer.engine.generator, trainer.update)
-        log = open_loggers(stack, cfg, folder, console, state.run_id, watched, own) if ranks.first else lambda _: None
+        resumed = state if start.goes_on else None
+        opened = open_loggers(stack, cfg, folder, console, state.run_id, watched, own, resumed) if ranks.first else None
+        log = opened or (lambda _: None)
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
-        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg))
         loop = Loop(trainer, folder, written, log, stop, state, start.checkpoint)
-        del start, state  # or the arrays that the run began with would be held to its end
+        del start, state, resumed  # or the arrays that the run began with would be held to its end
         outcome = loop.run()
     failures = failure_lines(ranks.sum_counts(trainer.scorer.failures), ranks.sum_counts(trainer.scorer.timeouts))
     print_outcome(console, outcome, folder, last_text(run.tasks[0].prompt), failures)
     ranks.wait()  # a launcher ends the others, the first one in the middle of its checkpoint, when one is gone
+    if outcome.untrained is not None:
+        raise RunError(outcome.untrained) if ranks.first else typer.Exit(1)
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + signal.Signals(outcome.stopped_by))
 

@@ -250,6 +250,8 @@ class EvalConfig(Section):
     """Where held-out prompts come from. Default: `data.source`."""
     config: str | None = None
     """Configuration of a Hub dataset. Default: `data.config`, if the source is that of `data`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset. Default: `data.revision`, if the source is that of `data`."""
     split: str = "test"
     """Split to evaluate on."""
     every: Positive = 25
@@ -363,8 +365,9 @@ class Recipe(Section):
             raise ValueError("advantage.soft_overlong_cache is not below rollout.max_completion_length")
         if self.checkpoint.metric_for_best_model is not None and self.eval is None:
             raise ValueError("checkpoint.metric_for_best_model does nothing without an eval section")
-        if self.eval is not None and self.eval.config is not None and _is_local(self.eval.source or self.data.source):
-            raise ValueError("eval.config is for Hub datasets; the source of held-out prompts is none")
+        local = self.eval is not None and _is_local(self.eval.source or self.data.source)
+        if local and self.eval is not None and (unread := self.eval.changed & {"config", "revision"}):
+            raise ValueError(f"eval.{min(unread)} is for Hub datasets; the source of held-out prompts is none")
         if self.loss.preset.surrogate == "reinforce" and max(self.optim.num_iterations, self.optim.num_minibatches) > 1:
             raise ValueError(f"loss.type {self.loss.type} has no ratio: num_iterations and num_minibatches stay 1")
         if "scale_rewards" in self.advantage.changed and self.baseline not in ("group", "leave_one_out"):

@@ -89,7 +89,7 @@ def _wrong_line(path: Path) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Renamed:
+class Renamed:
     """Rows whose columns go by more names: by name, the path of keys to what it stands for."""
 
     rows: Rows
@@ -115,7 +115,7 @@ def _renamed(rows: Rows, cfg: DataConfig) -> Rows:
     first = rows[0]
     # A column may have a dot in its own name.
     paths = {name: (old,) if old in first else tuple(old.split(".")) for name, old in cfg.columns.items()}
-    renamed = _Renamed(rows, cfg, paths)
+    renamed = Renamed(rows, cfg, paths)
     renamed[0]  # what is missing from the start is said before a model is loaded
     return renamed
 
@@ -135,7 +135,7 @@ def rows_with_null(rows: Rows, columns: Sequence[str]) -> int:
     """How many rows have a null in one of the columns. Built-in rows have none."""
     from datasets import Dataset
 
-    if isinstance(rows, _Renamed):
+    if isinstance(rows, Renamed):
         columns = [rows.paths.get(name, (name,))[0] for name in columns]
         rows = rows.rows
     if not isinstance(rows, Dataset):

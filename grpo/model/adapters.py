@@ -167,13 +167,7 @@ class Adapters:
     def load(self, folder: Path) -> None:
         """Make a saved adapter the policy's state. Raises UserError if it does not fit the model."""
         assert self.active == POLICY
-        check_format(folder)
-        try:
-            saved = mx.load(str(folder / WEIGHTS))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"adapter {folder}: cannot be read: {one_line(error)}") from error
-        mine = self.state()
-        assert isinstance(saved, dict)
+        saved, mine = read_adapter(folder), self.state()
         if {path: array.shape for path, array in saved.items()} != {path: array.shape for path, array in mine.items()}:
             raise UserError(
                 f"adapter {folder}: has other layers or another rank than this model's adapter{_ranks(saved)}"
@@ -222,11 +216,38 @@ def check_format(folder: Path) -> None:
     raise UserError(f"adapter {folder}: {why}")
 
 
+def read_adapter(folder: Path) -> dict[str, mx.array]:
+    """The arrays of a saved adapter, by their path in the model.
+
+    Raises UserError for a folder without one in mlx-lm's format, for a file that cannot be read, and for NaN or
+    infinities in it.
+    """
+    check_format(folder)
+    try:
+        saved: Any = mx.load(str(folder / WEIGHTS))
+        mx.eval(saved)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"adapter {folder}: cannot be read: {one_line(error)}") from error
+    check_finite(saved, f"adapter {folder}")
+    return dict(saved)
+
+
+def check_finite(state: State, what: str) -> None:
+    """Raise UserError if an array holds NaN or infinities: a model that computes with it answers nonsense."""
+    for path, array in state.items():
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            odd: Any = (~mx.isfinite(array)).sum().item()
+            raise UserError(
+                f"{what}: {path} has NaN or infinities in {odd:,} of {array.size:,} places: its training diverged. Use "
+                "an earlier checkpoint; a lower optim.learning_rate or optim.max_grad_norm keeps a run from this"
+            )
+
+
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Put a saved adapter into `model`, with mlx-lm's own loader. Raises UserError where it does not fit."""
     from mlx_lm.tuner.utils import load_adapters
 
-    check_format(folder)
+    read_adapter(folder)  # refuses what no model should be given
     try:
         load_adapters(model, str(folder))
     except Exception as error:  # whatever a file that is not what it should be makes the loader raise

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from grpo.backend.hub import one_line
 from grpo.errors import UserError
 from grpo.training.folder import EVALUATIONS, METRICS
 from grpo.types import EvalMetrics, StepMetrics
+
+Record = TypeVar("Record")
 
 INTERVAL = "_interval"
 
@@ -69,30 +73,55 @@ def _append(path: Path, data: bytes) -> None:
 
 
 def read_steps(folder: Path) -> list[StepMetrics]:
-    """What a run's `metrics.jsonl` says, without a last line that is still being written. No file: nothing."""
-    return [StepMetrics(int(line.pop("step")), line) for line in _lines(folder / METRICS)]
+    """What a run's `metrics.jsonl` says, without a last line that is still being written. No file: nothing.
+
+    Raises UserError for a line that is not a step's record.
+    """
+    return _records(folder / METRICS, _step)
 
 
 def read_evaluations(folder: Path) -> list[EvalMetrics]:
-    """What a run's `eval.jsonl` says."""
-    return [_evaluation(line) for line in _lines(folder / EVALUATIONS)]
+    """What a run's `eval.jsonl` says. Raises UserError for a line that is not an evaluation's record."""
+    return _records(folder / EVALUATIONS, _evaluation)
+
+
+def _step(line: dict[str, Any]) -> StepMetrics:
+    return StepMetrics(_whole(line.pop("step")), {name: _number(value) for name, value in line.items()})
 
 
 def _evaluation(line: dict[str, Any]) -> EvalMetrics:
-    step, n, grader = line.pop("step"), line.pop("n"), line.pop("grader")
+    step, n, grader = _whole(line.pop("step")), _whole(line.pop("n")), line.pop("grader")
     intervals = {
-        name.removesuffix(INTERVAL): (line[name][0], line[name][1]) for name in line if name.endswith(INTERVAL)
+        name.removesuffix(INTERVAL): (_number(line[name][0]), _number(line[name][1]))
+        for name in line
+        if name.endswith(INTERVAL)
     }
-    return EvalMetrics(step, n, grader, {name: line[name] for name in line if name in intervals}, intervals)
+    return EvalMetrics(step, n, grader, {name: _number(line[name]) for name in line if name in intervals}, intervals)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value)
+
+
+def _records(path: Path, of: Callable[[dict[str, Any]], Record]) -> list[Record]:
     try:
-        lines = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not all(isinstance(line, dict) and "step" in line for line in lines):
-        raise UserError(f"{path}: a line of it is no record of ours")
-    return lines
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(of(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: not a record that grpo wrote: {one_line(error)}") from None
+    return records

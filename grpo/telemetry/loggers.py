@@ -21,6 +21,7 @@ from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.telemetry.tensorboard import TensorboardLogger
 from grpo.telemetry.weights_and_biases import WandbLogger
+from grpo.training.state import RunState
 from grpo.types import EvalMetrics, Progress, StepMetrics
 
 Log = Callable[[StepMetrics | EvalMetrics], None]
@@ -55,7 +56,10 @@ def find_loggers(cfg: Recipe) -> list[Function]:
             try:
                 importlib.import_module(package)
             except Exception as error:  # whatever a package that is broken raises
-                raise UserError(f"{key}: {package} cannot be imported: {one_line(error)}") from error
+                raise UserError(
+                    f"{key}: the package {package} cannot be imported ({one_line(error)}): "
+                    f"reinstall it, or leave out {key}"
+                ) from error
     found = [find_function(use, "logger") for use in cfg.log.use]
     for use, function in zip(cfg.log.use, found, strict=True):
         try:
@@ -75,10 +79,12 @@ def open_loggers(
     run_id: str,
     watched: Sequence[Watched] = (),
     own: Sequence[Function] | None = None,
+    resumed: RunState | None = None,
 ) -> Log:
     """A function that tells them all; `stack` closes them. The files come first, so that nothing is lost.
 
-    A terminal shows how far the `watched` are. `own` are the recipe's loggers, where they were found already.
+    A terminal shows how far the `watched` are. `own` are the recipe's loggers, where they were found already. `resumed`
+    is the state that a run in this folder goes on from: services take back what they have of later steps, if they can.
 
     What fails of the others is said once and left out: a service that is away must not end a run. Raises UserError for
     a logger of the recipe's own that is not there.
@@ -89,13 +95,13 @@ def open_loggers(
         for one in watched:
             one.progress = terminal.progress
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    logs = [JsonlLogger(folder).log, terminal.log]
+    logs = [JsonlLogger(folder).log, _Guarded("the terminal", terminal.log).log]
     makers: dict[str, Callable[[], Closing]] = {}
     if cfg.log.wandb is not None:
         wandb = cfg.log.wandb
-        makers["W&B"] = lambda: WandbLogger(wandb, cfg, folder, run_id, tell)
+        makers["W&B"] = lambda: WandbLogger(wandb, cfg, folder, run_id, tell, resumed)
     if cfg.log.tensorboard:
-        makers["TensorBoard"] = lambda: TensorboardLogger(folder)
+        makers["TensorBoard"] = lambda: TensorboardLogger(folder, resumed)
     for name, maker in makers.items():
         guarded = _Guarded(name)
         guarded.open(maker)

@@ -19,7 +19,7 @@ from grpo.recipe import load_recipe
 from grpo.telemetry.console import ConsoleLogger, is_fraction
 from grpo.telemetry.jsonl import read_evaluations, read_steps
 from grpo.training.checkpoint import RECIPE
-from grpo.training.folder import ENDED, METRICS, is_run, is_running
+from grpo.training.folder import ENDED, METRICS, UNTRAINED, is_run, is_running
 from grpo.types import EvalMetrics, StepMetrics
 
 warn = logging.getLogger(__name__).warning
@@ -41,15 +41,16 @@ class Run:
 
     @property
     def state(self) -> str:
-        """running, finished, stopped (by a signal), failed (by an error), or died (without a word)."""
+        """running, finished, untrained (finished, and no step had a signal), stopped (by a signal), failed (by an
+        error), or died (without a word)."""
         if is_running(self.folder):
             return "running"
-        if self.step >= self.recipe.optim.steps:
-            return "finished"
         try:
             word = (self.folder / ENDED).read_text(encoding="utf-8").strip()
         except (OSError, ValueError):
-            return "died"
+            word = ""
+        if self.step >= self.recipe.optim.steps:
+            return UNTRAINED if word == UNTRAINED else "finished"
         return word if word in ("stopped", "failed") else "died"
 
     @property

@@ -39,7 +39,7 @@ def print_outcome(console: Console, outcome: Outcome, folder: Path, example: str
     state = outcome.state
     if state.before and state.after and state.after.step > state.before.step:
         console.print(before_and_after(state.before, state.after))
-    what = "stopped" if outcome.stopped_by is not None else "finished"
+    what = "stopped" if outcome.stopped_by is not None else "finished, untrained," if outcome.untrained else "finished"
     lines = [*failures, f"{what} after step {state.step}" if state.step else f"{what} before the first step"]
     if outcome.checkpoint:
         lines.append(f"adapter  {outcome.checkpoint}")

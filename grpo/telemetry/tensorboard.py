@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from grpo.training.state import RunState
 from grpo.types import EvalMetrics, StepMetrics
 
 
 class TensorboardLogger:
     """Writes scalars under `train/` and `eval/`, and histograms of rewards and lengths."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed: RunState | None = None) -> None:
+        """Of a `resumed` run TensorBoard no longer shows what was written after its step: those steps come again."""
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+        folder, suffix, purge = folder / "tensorboard", "", None
+        if resumed is not None:
+            suffix = f".after-{resumed.step}"
+            purge = resumed.step + 1 if resumed.step else 0  # before the first step there is an evaluation to come, too
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10, filename_suffix=suffix)
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         prefix = "eval" if isinstance(record, EvalMetrics) else "train"

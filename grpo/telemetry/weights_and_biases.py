@@ -10,11 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from grpo.backend.hub import one_line
 from grpo.config import Recipe, WandbConfig
 from grpo.data.prompts import last_text
 from grpo.plugins import source_file
 from grpo.training.checkpoint import RECIPE, newest_whole
 from grpo.training.folder import CHECKPOINTS
+from grpo.training.state import RunState
 from grpo.types import EvalMetrics, StepMetrics
 
 warn = logging.getLogger(__name__).warning
@@ -30,10 +32,19 @@ COLUMNS = ["step", "prompt", "completion", "reward", "advantage"]
 class WandbLogger:
     """Logs steps under `train/`, evaluations under `eval/`, completions, histograms, and the run's files."""
 
-    def __init__(self, cfg: WandbConfig, recipe: Recipe, folder: Path, run_id: str, tell: Tell = print) -> None:
+    def __init__(
+        self,
+        cfg: WandbConfig,
+        recipe: Recipe,
+        folder: Path,
+        run_id: str,
+        tell: Tell = print,
+        resumed: RunState | None = None,
+    ) -> None:
         """Open the run `run_id`, the same one on resuming. Where W&B cannot be reached it is kept for `wandb sync`.
 
-        `tell` is called with what there is to say to the person at the end.
+        `tell` is called with what there is to say to the person at the end. What W&B has of steps after those of a
+        `resumed` state is taken back, or not logged twice.
         """
         import wandb
 
@@ -45,19 +56,18 @@ class WandbLogger:
             "tags": list(cfg.tags),
             "notes": cfg.notes,
             "id": run_id,
-            "resume": "allow",
             "name": folder.resolve().name,
             "dir": folder,
             "config": recipe.model_dump(mode="json"),
         }
         waits = {"silent": True, "init_timeout": INIT_TIMEOUT, "finish_timeout": FINISH_TIMEOUT}
         try:
-            self._run: Any = wandb.init(**common, mode=cfg.mode, settings=waits)
+            self._run: Any = _rewound(dict(common, mode=cfg.mode, settings=waits), resumed)
         except wandb.Error as error:
             first = str(error).splitlines()[0]
             warn("W&B: %s. The run is kept in %s; `wandb sync` sends it", first, folder / "wandb")
             wandb.teardown()  # its service still holds the run's id
-            self._run = wandb.init(**common, mode="offline", settings={"silent": True})
+            self._run = wandb.init(**common, resume="allow", mode="offline", settings={"silent": True})
         self._run.define_metric(STEP)
         self._run.define_metric("train/*", step_metric=STEP)
         self._run.define_metric("train/reward", step_metric=STEP, summary="max")
@@ -70,8 +80,8 @@ class WandbLogger:
         values: dict[str, Any] = {f"{prefix}/{name}": value for name, value in record.values.items()}
         if isinstance(record, StepMetrics) and record.groups:
             values |= self._of_completions(record)
-        # The step is a value too: evaluations come at steps that have been logged already.
-        self._run.log({**values, STEP: record.step})
+        # The step is a value too: W&B's own step grows with every record, and of a step there may be two.
+        self._run.log({**values, STEP: record.step}, step=_place(record.step, prefix == "eval"), commit=True)
 
     def _of_completions(self, record: StepMetrics) -> dict[str, Any]:
         """Histograms of rewards and lengths, and some rows of the table of completions."""
@@ -110,3 +120,32 @@ class WandbLogger:
         for path in files:
             artifact.add_file(str(path))
         self._run.log_artifact(artifact)
+
+
+def _place(step: int, evaluation: bool) -> int:
+    """W&B's own step of a record: of those that were logged before, it takes none again."""
+    return 2 * step + evaluation
+
+
+def _rewound(settings: dict[str, Any], resumed: RunState | None) -> Any:
+    """Open a run; one that has later steps than those of the `resumed` state is rewound, where W&B allows that.
+
+    Raises `wandb.Error` where W&B cannot be reached.
+    """
+    import wandb
+
+    run: Any = wandb.init(**settings, resume="allow")
+    if resumed is None or run.offline or run.step <= _place(resumed.step, True) + 1:
+        return run
+    run.finish()
+    last = _place(resumed.step, resumed.after is not None and resumed.after.step == resumed.step)
+    try:
+        return wandb.init(**settings, resume_from=f"{settings['id']}?_step={last}")
+    except wandb.Error as error:
+        warn(
+            "W&B cannot rewind this run: %s. It keeps the steps after %d that it has, and ignores what they are now",
+            one_line(error),
+            resumed.step,
+        )
+        wandb.teardown()
+        return wandb.init(**settings, resume="allow")

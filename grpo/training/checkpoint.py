@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import mlx.core as mx
 
 from grpo import __version__
 from grpo.errors import UserError
-from grpo.model.adapters import CONFIG
+from grpo.model.adapters import CONFIG, check_finite
 from grpo.training.state import Arrays, RunState
 
 STATE, RECIPE, SUMS = "state.json", "recipe.yaml", "SHA256SUMS"
+FORMAT = 1
+"""Which form `state.json` has. Checkpoints without one were written before the set of their files was checked."""
 ARRAYS = ".safetensors"
 REPLACED = ".replaced"
 
@@ -28,9 +30,10 @@ REPLACED = ".replaced"
 class Context:
     """What a checkpoint says about the run that wrote it, the same in all of them.
 
-    `recipe` is the resolved recipe's text, `sources` a hash for each file of code that the recipe names, `adapter` what
-    mlx-lm's `adapter_config.json` says. `plan` is what was decided of the `optim` settings that may be `auto`.
-    `revisions` are the commits on the Hub that model and data were loaded at.
+    `recipe` is the resolved recipe's text, `sources` a hash for each file of code that the recipe names or that those
+    import, `adapter` what mlx-lm's `adapter_config.json` says. `plan` is what was decided of the `optim` settings that
+    may be `auto`. `revisions` are the commits on the Hub that model and data were loaded at, `inputs` hashes of what
+    else the run began from: rows of data, and the adapter of `adapter.path`.
     """
 
     recipe: str
@@ -38,6 +41,7 @@ class Context:
     adapter: Mapping[str, Any]
     plan: Mapping[str, Any]
     revisions: Mapping[str, str]
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) -> Path:
@@ -82,13 +86,19 @@ def restore_replaced(folder: Path) -> None:
 def _write(folder: Path, state: RunState, context: Context) -> None:
     for name, arrays in state.trainer.arrays.items():
         _save_arrays(folder / f"{name}{ARRAYS}", arrays)
-    about = {"sources": context.sources, "plan": context.plan, "revisions": context.revisions}
-    plain = {**state.plain(), **{name: dict(value) for name, value in about.items()}, "versions": versions()}
+    about = {"sources": context.sources, "plan": context.plan, "revisions": context.revisions, "inputs": context.inputs}
+    names = [CONFIG, *(f"{name}{ARRAYS}" for name in state.trainer.arrays), RECIPE]
+    plain = {
+        "format": FORMAT,
+        **state.plain(),
+        **{name: dict(value) for name, value in about.items()},
+        "versions": versions(),
+        "files": names,
+    }
     (folder / CONFIG).write_text(json.dumps(context.adapter, indent=2) + "\n", encoding="utf-8")
     (folder / STATE).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(context.recipe, encoding="utf-8")
-    names = [CONFIG, *(f"{name}{ARRAYS}" for name in state.trainer.arrays), RECIPE, STATE]
-    (folder / SUMS).write_text("".join(_sum(folder, name) for name in names), encoding="utf-8")
+    (folder / SUMS).write_text("".join(_sum(folder, name) for name in [*names, STATE]), encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
@@ -120,8 +130,9 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first, sound or not."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=_number)
+    """The checkpoints of a folder, oldest first, sound or not. (A copy that somebody named otherwise is not one.)"""
+    found = (path for path in folder.glob("step-*") if path.is_dir())
+    return sorted((path for path in found if path == checkpoint_path(folder, _number(path))), key=_number)
 
 
 def _number(checkpoint: Path) -> int:
@@ -130,18 +141,44 @@ def _number(checkpoint: Path) -> int:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None when every one is what was written."""
+    """What is wrong with a checkpoint, or None when it holds exactly the files that were written, under its own name.
+
+    `SHA256SUMS` must be, to the letter, what it would be for the files that are there now; `state.json`, which is among
+    them, says which files there are, so that a shorter list is not believed. Hidden files count as not there: file
+    managers write some of their own.
+    """
     try:
-        lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines(keepends=True)
-        if not lines or lines[-1].split()[-1:] != [STATE]:  # it is written last, so a shorter list is a damaged one
-            return f"{SUMS}: not what was written"
+        lines = (checkpoint / SUMS).read_bytes().decode().splitlines(keepends=True)
         names = [line.rstrip("\n").partition("  ")[2] for line in lines]
-        wrong = [name for name, line in zip(names, lines, strict=True) if _sum(checkpoint, name) != line]
+        if STATE not in names or len(set(names)) < len(names):
+            return f"{SUMS}: not what was written"
+        if wrong := [name for name, line in zip(names, lines, strict=True) if _sum(checkpoint, name) != line]:
+            return f"{', '.join(wrong)}: not what was written"
+        return _other_files(checkpoint, names) or _other_step(checkpoint)
     except OSError as error:
         return f"{Path(error.filename).name}: {error.strerror}"
     except ValueError:  # no text, or a name that no file can have
         return f"{SUMS}: not what was written"
-    return f"{', '.join(wrong)}: not what was written" if wrong else None
+
+
+def _other_files(checkpoint: Path, summed: list[str]) -> str | None:
+    """What is wrong with the set of a checkpoint's files, each of which is what was written."""
+    state = read_state(checkpoint)
+    if state.get("format") != FORMAT:
+        return f"written by grpo {state['versions']['grpo-mlx']} in a form that grpo {__version__} does not read"
+    written = [*state["files"], STATE]
+    if summed != written:
+        return f"{SUMS}: not what was written"
+    there = {path.name for path in checkpoint.iterdir() if not path.name.startswith(".")}
+    if more := sorted(there - {*written, SUMS}):
+        return f"{', '.join(more)}: not part of this checkpoint; move it elsewhere"
+    return None
+
+
+def _other_step(checkpoint: Path) -> str | None:
+    """What is wrong where the folder's name says another step than its state. Other names say nothing."""
+    named, step = _number(checkpoint), step_of(checkpoint)
+    return f"is named step {named} and was written after step {step}" if named not in (-1, step) else None
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
@@ -156,18 +193,24 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_checkpoint(checkpoint: Path) -> tuple[RunState, Context]:
-    """The run's state in a checkpoint, and its context. Raises UserError for one that is not what was written."""
+    """The run's state in a checkpoint, and its context. Raises UserError for one that is not what was written, and for
+    one with NaN or infinities in its arrays."""
     if (wrong := damage(checkpoint)) is not None:
         raise UserError(f"checkpoint {checkpoint}: {wrong}")
     plain = read_state(checkpoint)
-    arrays: dict[str, Any] = {path.stem: mx.load(str(path)) for path in checkpoint.glob(f"*{ARRAYS}")}
+    arrays: dict[str, Any] = {
+        name.removesuffix(ARRAYS): mx.load(str(checkpoint / name)) for name in plain["files"] if name.endswith(ARRAYS)
+    }
     mx.eval(arrays)  # read now: the files may be replaced later
+    for name, state in arrays.items():
+        check_finite(state, f"checkpoint {checkpoint}: {name}{ARRAYS}")
     context = Context(
         recipe=(checkpoint / RECIPE).read_text(encoding="utf-8"),
         sources=plain["sources"],
         adapter=json.loads((checkpoint / CONFIG).read_text(encoding="utf-8")),
         plan=plain["plan"],
         revisions=plain["revisions"],
+        inputs=plain["inputs"],
     )
     return RunState.of(plain, arrays), context
 

@@ -139,10 +139,15 @@ def _row(step: int, group: int, index: int, task: Task, rollout: Rollout, learnt
         "penalty": rollout.penalty,
         "advantage": rollout.advantage if learnt else None,
         "columns": json.dumps({**task.columns, PROMPT: task.prompt}, default=str),
-        **{f"reward/{name}": score for name, score in rollout.scores.items()},
-        **{f"failure/{name}": _valid(str(rollout.failures.get(name, ""))) or None for name in rollout.scores},
-        **{f"extra/{name}": json.dumps(value, default=str) for name, value in rollout.extras.items()},
+        **{f"reward/{_valid(name)}": score for name, score in rollout.scores.items()},
+        **{f"failure/{_valid(name)}": _failed(rollout, name) for name in rollout.scores},
+        **{f"extra/{_valid(name)}": json.dumps(value, default=str) for name, value in rollout.extras.items()},
     }
+
+
+def _failed(rollout: Rollout, name: str) -> str | None:
+    """How a reward failed on a completion, if it did."""
+    return _valid(str(rollout.failures[name])) if name in rollout.failures else None
 
 
 def _group(place: int, rows: Sequence[dict[str, Any]]) -> Group:

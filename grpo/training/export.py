@@ -18,7 +18,7 @@ from grpo.backend.device import setup
 from grpo.backend.hub import send
 from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
-from grpo.model.adapters import CONFIG, PEFT_WEIGHTS, WEIGHTS, load_adapter, merge
+from grpo.model.adapters import CONFIG, PEFT_WEIGHTS, WEIGHTS, load_adapter, merge, read_adapter
 from grpo.model.load import QUANTIZED_GROUP, cast, load, model_folder
 from grpo.recipe import load_recipe
 from grpo.training.card import model_card
@@ -75,6 +75,7 @@ def _write(folder: Path, form: Format, cfg: Recipe, checkpoint: Path, bits: int 
     if form == "peft":
         _write_peft(folder, cfg, checkpoint)
     else:
+        read_adapter(checkpoint)  # refuses what is not to be handed on
         for name in (WEIGHTS, CONFIG):
             shutil.copyfile(checkpoint / name, folder / name)
     return _of_the_base(form, cfg.model)
@@ -143,7 +144,7 @@ def peft_name(path: str) -> str:
 def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """A checkpoint's LoRA matrices. Raises UserError for what PEFT has no such form of."""
     config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
-    weights: Any = mx.load(str(checkpoint / WEIGHTS))
+    weights = read_adapter(checkpoint)
     found = {"dora": "DoRA", "full": "whole weights"}.get(config["fine_tune_type"])
     if found is None and any(array.ndim != 2 for array in weights.values()):
         found = "experts, all in one array (with adapter.targets that leave them out it could)"

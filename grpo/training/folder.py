@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -24,6 +23,8 @@ from grpo.training.checkpoint import (
     newest_whole,
     read_state,
 )
+from grpo.training.records import replace_text, rewind
+from grpo.training.starting import PARTIAL, STARTING, copy_starting, keep_starting, named_as_kept, put_starting
 
 METRICS, EVALUATIONS, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "checkpoints"
 COMPLETIONS = "completions"
@@ -31,9 +32,11 @@ NOT_FINITE = "not_finite"
 """Where the batches of updates are that were skipped."""
 ENDED = ".ended"
 """A word on how a run ended, written by itself: one that was killed has none."""
+UNTRAINED = "untrained"
+"""That word where a run made all its steps and no update had a signal."""
 WRITTEN = (
     *(METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorboard", "wandb", "report.html", ENDED),
-    RECIPE,
+    *(STARTING, RECIPE),
 )
 """What a run writes into its folder, and all that `--overwrite` deletes there.
 
@@ -41,8 +44,8 @@ The order in which it is put aside, and in reverse brought back: with the recipe
 back, all of it is. So a process that is killed in between leaves no doubt about whose files are whose.
 """
 FAILED = "failed_step.parquet"
-"""The completions that a reward failed on when that ended a run. It outlives a run that ended in its first step, and is
-in the way of none: the next one in the folder deletes it."""
+"""The completions on which a reward broke, of a step or an evaluation, when that ended a run. The file outlives a run
+that ended in its first step, and is in the way of none: the next run in the folder deletes it."""
 FORMER = ".former"
 LOCK = ".lock"
 HEADER = "# This run's recipe as it was resolved, written by grpo train.\n"
@@ -79,10 +82,13 @@ def _begin(cfg: Recipe, folder: Path) -> None:
     """Put a former run aside and write the new one's recipe, or leave everything as it was."""
     former = folder / FORMER
     try:
+        starting = copy_starting(cfg, folder)  # it may be of the run that is put aside
         _move_run(folder, former)
         (folder / FAILED).unlink(missing_ok=True)
         (folder / RECIPE).write_text(recipe_text(cfg), encoding="utf-8")
+        put_starting(starting, folder)
     except BaseException as error:
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
         if former.is_dir():
             (folder / RECIPE).unlink(missing_ok=True)
             _move_run(former, folder)
@@ -92,66 +98,48 @@ def _begin(cfg: Recipe, folder: Path) -> None:
 
 
 @contextmanager
-def resumed_folder(cfg: Recipe, step: int, evaluated: int) -> Iterator[Path]:
+def resumed_folder(cfg: Recipe, step: int, evaluated: int, first: int = 1) -> Iterator[Path]:
     """The folder of a run that goes on after `step`, the last evaluation in it after step `evaluated` (-1: none).
 
-    What the folder holds of later steps is dropped: they come again, and no line is lost or doubled.
+    What the folder holds of later steps is dropped: they come again. Lines that were doubled or lost before are said:
+    the steps on record are `first` (of a branch: the one after which it began) to `step`, once each.
     """
     assert cfg.output_dir is not None
     folder = Path(cfg.output_dir)
     with _locked(folder):
         try:
-            _forget_after(folder, step, evaluated)
+            _forget_after(folder, range(first, step + 1), evaluated)
+            keep_starting(cfg, folder)
             replace_text(folder / RECIPE, recipe_text(cfg))
         except OSError as error:
             raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
         yield folder
 
 
-def _forget_after(folder: Path, step: int, evaluated: int) -> None:
+def _forget_after(folder: Path, steps: range, evaluated: int) -> None:
+    step = steps.stop - 1
+    rewind(folder / METRICS, steps, complete=True)
+    rewind(folder / EVALUATIONS, range(evaluated + 1), complete=False)
     for name in (FAILED, ENDED):
         (folder / name).unlink(missing_ok=True)
-    _rewind(folder / METRICS, step)
-    _rewind(folder / EVALUATIONS, evaluated)
     drop_after(folder / CHECKPOINTS, step)
     for path in (folder / COMPLETIONS).glob("step-*.parquet"):
         if path.stem > checkpoint_path(folder, step).name:
             path.unlink()
 
 
-def _rewind(path: Path, step: int) -> None:
-    """Keep the lines of a log up to a step, without one that was cut off."""
-    if not path.exists():
-        return
-    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    try:
-        kept = b"".join(line for line in whole if json.loads(line)["step"] <= step).decode()
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: a line of it is no record of ours; mend or delete it before going on") from None
-    replace_text(path, kept)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that at every moment it is the old one or the new one."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def restore_folder(folder: Path, recipe: str) -> None:
+def restore_folder(folder: Path, recipe: str, cfg: Recipe) -> None:
     """Make a run's folder anew where it has vanished, so that what is written from now on is found."""
     if not (folder / RECIPE).is_file():
         log.warning("%s has vanished; it is made anew, without what was in it", folder)
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / RECIPE, recipe)
+        keep_starting(cfg, folder)
 
 
 def recipe_text(cfg: Recipe) -> str:
     """What a run's `recipe.yaml` says."""
-    return HEADER + dump_recipe(cfg)
+    return HEADER + dump_recipe(named_as_kept(cfg))
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from grpo.errors import RunError
 from grpo.scoring.scorer import BrokenRewardError
 from grpo.training.checkpoint import Context, newest_whole, save_checkpoint
 from grpo.training.completions import store_completions, store_failed
-from grpo.training.folder import CHECKPOINTS, COMPLETIONS, ENDED, FAILED, NOT_FINITE, restore_folder
+from grpo.training.folder import CHECKPOINTS, COMPLETIONS, ENDED, FAILED, NOT_FINITE, UNTRAINED, restore_folder
+from grpo.training.health import trained_on_nothing, warnings_of_first
 from grpo.training.signals import Stopped, StopRequest
 from grpo.training.state import Best, RunState
 from grpo.training.trainer import Trainer
@@ -25,11 +26,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended: its state, the checkpoint of it (none before the first step), and the signal that stopped it."""
+    """How a run ended: its state, the checkpoint of it (none before the first step), and the signal that stopped it.
+
+    `untrained` says why a run that made all its steps has trained nothing.
+    """
 
     state: RunState
     checkpoint: Path | None
     stopped_by: int | None
+    untrained: str | None = None
 
 
 class Loop:
@@ -77,19 +82,23 @@ class Loop:
             self._note_end("failed")
             raise
         self._save_last()
-        self._note_end("finished" if self.stop.signal is None else "stopped")
-        return Outcome(self.state, self._saved, self.stop.signal)
+        if self.stop.signal is not None:
+            self._note_end("stopped")
+            return Outcome(self.state, self._saved, self.stop.signal)
+        untrained = trained_on_nothing(self.state)
+        self._note_end(UNTRAINED if untrained else "finished")
+        return Outcome(self.state, self._saved, None, untrained)
 
     def _step(self) -> None:
-        try:
-            with self._interrupts():
-                metrics = self.trainer.step(self.state.step + 1)
-        except BrokenRewardError as error:
-            raise RunError(f"{error}{self._store_failed(error)}") from error
+        step = self.state.step + 1
+        with self._keeps_failed(step), self._interrupts():
+            metrics = self.trainer.step(step)
         self._move(replace(self.state, step=metrics.step, trainer=self.trainer.state()))
         self.tell(metrics)
         if self.ranks.first:
             self._store(metrics)
+            for line in warnings_of_first(metrics, self.cfg) if step == 1 else ():
+                log.warning("%s", line)
 
     def _move(self, state: RunState) -> None:
         self.state, self._is_saved = state, False  # a former state that was kept would hold its arrays
@@ -107,7 +116,7 @@ class Loop:
         step, evaluate = self.state.step, self.trainer.evaluate
         if evaluate is None or not self._due(step):
             return
-        with self._interrupts():
+        with self._keeps_failed(step), self._interrupts():
             metrics = evaluate(step)
         best = better(self.state.best, metrics, self.cfg.best_metric) if step > 0 else self.state.best
         before = self.state.before or metrics
@@ -144,12 +153,20 @@ class Loop:
             with suppress(OSError):  # the folder may be what is gone
                 (self.folder / ENDED).write_text(f"{word}\n", encoding="utf-8")
 
-    def _store_failed(self, error: BrokenRewardError) -> str:
+    @contextmanager
+    def _keeps_failed(self, step: int) -> Iterator[None]:
+        """A block that keeps the completions on which a reward broke, before that ends the run. Raises RunError."""
+        try:
+            yield
+        except BrokenRewardError as error:
+            raise RunError(f"{error}{self._store_failed(error, step)}") from error
+
+    def _store_failed(self, error: BrokenRewardError, step: int) -> str:
         """Keep the completions that a reward failed on, unless none are to be stored. Returns where they are."""
         if self.cfg.log.completions is None or not self.ranks.first:
             return ""
         try:
-            path = store_failed(self.folder / FAILED, self.state.step + 1, error.groups)
+            path = store_failed(self.folder / FAILED, step, error.groups)
         except OSError as unwritten:
             return f"\n(The completions could not be stored: {unwritten.strerror or unwritten})"
         return f"\nThe completions, with the error for each, are in {path}"
@@ -164,7 +181,7 @@ class Loop:
     def _write(self) -> None:
         if self._is_saved or self.state.step == 0 or not self.ranks.first:
             return
-        restore_folder(self.folder, self.context.recipe)
+        restore_folder(self.folder, self.context.recipe, self.cfg)
         keep = self.cfg.checkpoint.keep
         self._saved = save_checkpoint(self.folder / CHECKPOINTS, self.state, self.context, keep)
         self._is_saved = True

@@ -18,7 +18,7 @@ from grpo.training.batches import batch_logprobs, whole_batches
 from grpo.training.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, newest_whole, read_state, step_of
 from grpo.training.completions import read_completions
 from grpo.training.folder import CHECKPOINTS, COMPLETIONS, METRICS, is_run
-from grpo.training.resume import as_planned, changes, context
+from grpo.training.resume import as_planned, changes, context_now
 from grpo.training.revisions import pinned
 from grpo.training.setup import prepare
 from grpo.training.trainer import Trainer
@@ -88,8 +88,7 @@ def _begin(trainer: Trainer, run: Path, step: int) -> tuple[int, list[str]]:
         return 0, [f"made again from the start, {step} steps"]
     state, written = load_checkpoint(nearest)
     trainer.load_state(state.trainer)
-    now = context(cfg, written.adapter, written.plan, written.revisions)
-    changed = [f"since then changed: {line}" for line in changes(written, now)]
+    changed = [f"since then changed: {line}" for line in changes(written, context_now(cfg, written))]
     return state.step, [f"made again from {nearest}", *changed]
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 from grpo.config import Recipe
+from grpo.data.fingerprint import fingerprint
+from grpo.data.source import Rows, is_local, load_rows
 from grpo.errors import UserError
-from grpo.plugins import source_file
 from grpo.training.checkpoint import (
     Context,
-    hash_of,
     load_checkpoint,
     newest_whole,
     read_state,
@@ -34,6 +34,9 @@ from grpo.training.folder import (
     run_folder,
 )
 from grpo.training.revisions import with_revisions
+from grpo.training.setup import data_of
+from grpo.training.sources import source_hashes
+from grpo.training.starting import starting_hash, with_kept
 from grpo.training.state import RunState
 from grpo.training.trainer import Trainer
 
@@ -73,8 +76,10 @@ class Start:
         """The run's folder, for a `with` block."""
         if not self.goes_on:
             return run_folder(self.cfg, self.overwrite)
-        after = self.state.after if self.state else None
-        return resumed_folder(self.cfg, self.state.step if self.state else 0, after.step if after else -1)
+        if self.state is None:
+            return resumed_folder(self.cfg, 0, -1)
+        after = self.state.after
+        return resumed_folder(self.cfg, self.state.step, after.step if after else -1, self.state.first)
 
 
 def find_start(
@@ -112,18 +117,19 @@ def find_start(
         checkpoint, notes = newest_whole(folder / CHECKPOINTS)
         if notes and checkpoint is None:
             raise UserError(f"{folder}: no checkpoint is whole, so there is nothing to go on from: " + "; ".join(notes))
+    cfg = with_kept(cfg, checkpoint.resolve().parents[1] if checkpoint is not None else folder)
     if checkpoint is None:
         notes = ["no checkpoint to go on from: begins at step 0"] if resume or changed else []
         if in_the_way:
             notes = [f"{folder} holds a run: training takes --resume, --overwrite or another output_dir"]
         return Start(cfg, goes_on=goes_on, overwrite=overwrite, notes=tuple(notes))
     state, written = load_checkpoint(checkpoint)
-    differences = changes(written, context(cfg, written.adapter, written.plan, written.revisions))
+    differences = changes(written, context_now(cfg, written))
     if differences and not changed:
         listed = "\n".join(f"  {line}" for line in differences)
         raise UserError(f"{checkpoint} was written by another recipe; --resume-changed goes on all the same:\n{listed}")
     if not goes_on:  # a branch off another run
-        state = replace(state, run_id=_new_id())
+        state = replace(state, run_id=_new_id(), first=state.step + 1)
     notes += [f"goes on after step {state.step} from {checkpoint}", *(f"changed: {line}" for line in differences)]
     plan = {} if differences else written.plan
     notes += _newer(checkpoint)
@@ -160,12 +166,23 @@ def plan_of(trainer: Trainer) -> dict[str, Any]:
     return {name: getattr(optim, name) for name in ("micro_batch_tokens", "gradient_checkpointing")}
 
 
-def context(cfg: Recipe, adapter: Mapping[str, Any], plan: Mapping[str, Any], revisions: Mapping[str, str]) -> Context:
-    """What this recipe's checkpoints say about their run."""
-    uses = [reward.use for reward in cfg.rewards] + ([cfg.loss.use] if cfg.loss.use else [])
-    files = {use: source_file(use) for use in uses}
-    sources = {use: hash_of(file) for use, file in files.items() if file is not None and file.is_file()}
-    return Context(recipe_text(cfg), sources, adapter, plan, revisions)
+def context(
+    cfg: Recipe,
+    adapter: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    revisions: Mapping[str, str],
+    rows: Mapping[str, Rows],
+) -> Context:
+    """What this recipe's checkpoints say about their run. `rows` of the Hub are known by their revision."""
+    sources = data_of(cfg)
+    hashes = {name: fingerprint(table) for name, table in rows.items() if is_local(sources[name])}
+    return Context(recipe_text(cfg), source_hashes(cfg), adapter, plan, revisions, hashes | starting_hash(cfg))
+
+
+def context_now(cfg: Recipe, written: Context) -> Context:
+    """What a checkpoint that was `written` would say now of what this recipe names: code, data, an adapter."""
+    rows = {name: load_rows(source) for name, source in data_of(cfg).items() if is_local(source)}
+    return context(cfg, written.adapter, written.plan, written.revisions, rows)
 
 
 def changes(old: Context, new: Context) -> list[str]:
@@ -184,6 +201,8 @@ def _settings(written: Context) -> Iterator[tuple[str, Any]]:
     yield from _flat(recipe, "")
     for use, digest in written.sources.items():
         yield f"code of {use}", digest[:12]
+    for setting, digest in written.inputs.items():
+        yield f"contents of {setting}", digest[:12]
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:

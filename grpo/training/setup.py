@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from grpo.backend.device import setup
@@ -36,12 +37,16 @@ PEEK = 64
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run that may start: its trainer, its plan, some of its tasks, and notes for the person."""
+    """A run that may start: its trainer, its plan, some of its tasks, notes for the person, and its data.
+
+    `rows` are those of `data` and `eval`, as far as there are any, by the section's name.
+    """
 
     trainer: Trainer
     plan: Plan
     tasks: list[Task]
     notes: list[str]
+    rows: Mapping[str, Rows]
 
 
 def prepare(cfg: Recipe) -> Prepared:
@@ -56,7 +61,8 @@ def prepare(cfg: Recipe) -> Prepared:
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
     scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system)
     custom_loss = find_function(cfg.loss.use, "loss") if cfg.loss.use else None
-    sources = [cfg.data, *_eval_data(cfg)]
+    named = data_of(cfg)
+    sources = list(named.values())
     local = [load_rows(source) if is_local(source) else None for source in sources]
     model, tokenizer = load(cfg.model)
     tables = [load_rows(source) if rows is None else rows for source, rows in zip(sources, local, strict=True)]
@@ -81,7 +87,8 @@ def prepare(cfg: Recipe) -> Prepared:
     refiltered = [REFILTERED] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, one) for rows, one in zip(tables, (renderer, *eval_renderers), strict=True)]
     notes = [f"decoding: {generator.decoding.description}", *policy.slow, *refiltered, *notes_on(cfg)]
-    return Prepared(trainer, plan, tasks, [*notes, *dict.fromkeys(filter(None, nulls))])
+    rows = dict(zip(named, tables, strict=True))
+    return Prepared(trainer, plan, tasks, [*notes, *dict.fromkeys(filter(None, nulls))], rows)
 
 
 def _null_prompts(rows: Rows, renderer: PromptRenderer) -> str | None:
@@ -121,13 +128,15 @@ def _together(ranks: Ranks, policy: Policy, plan: Plan, cfg: Recipe) -> tuple[Pl
     return replace(least, slots=plan.slots), cfg.model_copy(update={"optim": optim})
 
 
-def _eval_data(cfg: Recipe) -> list[DataConfig]:
-    """Where held-out prompts come from: one source, or none."""
+def data_of(cfg: Recipe) -> dict[str, DataConfig]:
+    """Where a recipe's rows come from, by its sections: `data`, and `eval` if there is one."""
     if cfg.eval is None:
-        return []
+        return {"data": cfg.data}
     held_out: dict[str, str | None] = {"source": cfg.eval.source or cfg.data.source, "split": cfg.eval.split}
     if held_out["source"] != cfg.data.source:
         held_out |= {"config": None, "revision": None}
     if cfg.eval.config is not None:
         held_out["config"] = cfg.eval.config
-    return [cfg.data.model_copy(update=held_out)]
+    if cfg.eval.revision is not None:
+        held_out["revision"] = cfg.eval.revision
+    return {"data": cfg.data, "eval": cfg.data.model_copy(update=held_out)}

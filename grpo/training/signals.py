@@ -1,12 +1,19 @@
-"""SIGINT and SIGTERM ask a run to stop where nothing is lost; a second one ends it at once."""
+"""SIGINT, SIGTERM, SIGHUP and SIGQUIT ask a run to stop where nothing is lost; a second one ends it at once.
+
+A second SIGHUP does not: a terminal that closes sends one, and its shell another.
+"""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
+
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+KEPT_IGNORED = (signal.SIGHUP, signal.SIGQUIT)
+"""Signals that stay ignored where they are: `nohup` ignores SIGHUP so that a run outlives its terminal."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -54,7 +61,9 @@ class StopRequest:
             raise Stopped
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ASKING:
+            if number in KEPT_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._former[number] = signal.signal(number, self._note)
         return self
 
@@ -64,8 +73,9 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
-        for second in self._former:
-            signal.signal(second, signal.SIG_DFL)  # at once, whatever is being computed or written
-        self._notice()
+        for second in self._former:  # at once, whatever is being computed or written
+            signal.signal(second, signal.SIG_IGN if second == signal.SIGHUP else signal.SIG_DFL)
+        with suppress(OSError):  # the terminal may be what has gone
+            self._notice()
         if self._interrupts:
             raise Stopped

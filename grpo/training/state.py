@@ -46,11 +46,15 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """A run after `step`: the trainer's state, the evaluations it compares, and the id that W&B knows it by."""
+    """A run after `step`: the trainer's state, the evaluations it compares, and the id that W&B knows it by.
+
+    `first` is the first step that its folder has on record: of a branch off another run, not that run's.
+    """
 
     run_id: str
     trainer: TrainerState
     step: int = 0
+    first: int = 1
     before: EvalMetrics | None = None
     after: EvalMetrics | None = None
     best: Best | None = None
@@ -59,6 +63,7 @@ class RunState:
         """All but the arrays, as JSON holds it."""
         return {
             "step": self.step,
+            "first": self.first,
             "run_id": self.run_id,
             "counts": dict(self.trainer.counts),
             "before": self.before and asdict(self.before),
@@ -71,6 +76,7 @@ class RunState:
         """What `plain` was taken of, with its arrays."""
         return cls(
             step=plain["step"],
+            first=plain["first"],
             run_id=plain["run_id"],
             trainer=TrainerState(arrays, plain["counts"]),
             before=_evaluation(plain["before"]),

@@ -277,6 +277,16 @@ def test_a_broken_reward_stops_the_run_with_its_traceback(run_cli, recipe, tmp_p
     assert run_cli("train", recipe).code == 0  # the mended command is not refused
 
 
+def test_a_reward_that_breaks_in_the_first_evaluation_keeps_its_completions(run_cli, recipe, tmp_path) -> None:
+    (tmp_path / "digits.py").write_text("def reward(**columns):\n    raise ValueError('no')\n")
+    ran = run_cli("train", recipe, "eval={split: train, prompts: 2, samples: 3}")
+    assert ran.code == 1
+    assert "with the error for each, are in runs/toy/failed_step.parquet" in ran.err
+    step, groups = read_completions(Path("runs/toy/failed_step.parquet"))
+    assert (step, [len(group.rollouts) for group in groups]) == (0, [1, 1])  # the greedy ones come first
+    assert "ValueError: no" in groups[0].rollouts[0].failures["digits"].error
+
+
 @pytest.mark.parametrize(
     "args",
     [

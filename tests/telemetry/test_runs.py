@@ -10,9 +10,11 @@ import pytest
 from rich.console import Console
 from training.runs import run
 
+from grpo.recipe import load_recipe
 from grpo.telemetry import runs as module
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.telemetry.runs import find_runs, follow, read_run
+from grpo.training.folder import recipe_text
 from grpo.training.replay import replay
 from grpo.training.signals import Stopped
 from grpo.types import StepMetrics
@@ -96,6 +98,34 @@ def test_a_folder_with_runs_in_every_state_is_listed(toy, recipe, run_cli, monke
     for args in (["report", "runs/torn"], ["runs", "--follow", "runs/torn"]):
         refused = run_cli(*args)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("metrics.jsonl", '{"step": null}'),
+        ("metrics.jsonl", '{"step": true}'),
+        ("metrics.jsonl", '{"step": "1"}'),
+        ("metrics.jsonl", '{"step": 1, "reward": "high"}'),
+        ("metrics.jsonl", "[1]"),
+        ("metrics.jsonl", "{}"),
+        ("metrics.jsonl", "\udcff"),
+        ("metrics.jsonl", "[" * 100_000),
+        ("eval.jsonl", '{"step": 1}'),
+        ("eval.jsonl", '{"step": 1, "n": 2, "grader": "r", "greedy": 1.0, "greedy_interval": [1.0]}'),
+    ],
+)
+def test_a_line_that_is_no_record_breaks_its_own_run_only(recipe, caplog, file: str, line: str) -> None:
+    for name in ("sound", "odd"):
+        folder = Path("runs") / name
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(recipe_text(load_recipe(recipe)))
+        (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    with Path("runs/odd", file).open("a", errors="surrogateescape") as log:
+        log.write(f"{line}\n")
+    assert [(found.folder.name, found.step) for found in find_runs(Path("runs"))] == [("sound", 1)]
+    number = 2 if file == "metrics.jsonl" else 1
+    assert f"runs/odd is left out: runs/odd/{file}:{number}: not a record that grpo wrote" in caplog.text
 
 
 def test_a_run_is_followed_until_it_ends(toy, monkeypatch) -> None:

@@ -1,10 +1,12 @@
 """Who is told what: files, the terminal, W&B."""
 
+import errno
 import io
 import json
 import struct
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -16,6 +18,7 @@ from grpo.telemetry.console import ConsoleLogger, before_and_after, sparkline
 from grpo.telemetry.jsonl import JsonlLogger, read_evaluations, read_steps
 from grpo.telemetry.loggers import open_loggers
 from grpo.training.setup import prepare
+from grpo.training.state import RunState, TrainerState
 from grpo.types import Completion, EvalMetrics, Group, Rollout, StepMetrics, Task
 
 VALUES = {
@@ -154,23 +157,45 @@ def recipe(tmp_path, *overrides: str):
 
 
 def test_tensorboard_has_every_number(tmp_path) -> None:
-    from tensorboardX.proto.event_pb2 import Event
-
     console, _ = printed()
     with ExitStack() as stack:
         log = open_loggers(stack, recipe(tmp_path, "log.tensorboard=true"), tmp_path, console, "id")
         log(StepMetrics(1, VALUES, GROUPS))
         log(EVAL)
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    data, found = path.read_bytes(), {}
-    while data:  # length u64, its checksum u32, the event, its checksum u32
-        (length,) = struct.unpack("<Q", data[:8])
-        event = Event.FromString(data[12 : 12 + length])
-        data = data[16 + length :]
-        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+    found = {value.tag: (event.step, value.simple_value) for event in events(tmp_path) for value in event.summary.value}
     assert found["train/reward"] == (1, 0.5)
     assert found["eval/pass_4"] == (0, 1.0)  # no @ in TensorBoard's names
     assert {f"train/{name}" for name in VALUES} | {"histograms/reward", "histograms/completion_length"} <= set(found)
+
+
+@pytest.mark.parametrize(("step", "shown"), [(2, [1, 2, 3]), (0, [1, 2, 3])])
+def test_tensorboard_shows_a_step_that_came_again_once(tmp_path, step: int, shown: list[int]) -> None:
+    cfg, (console, _) = recipe(tmp_path, "log.tensorboard=true"), printed()
+    for resumed in (None, RunState("id", TrainerState({}, {}), step=step)):
+        with ExitStack() as stack:
+            log = open_loggers(stack, cfg, tmp_path, console, "id", resumed=resumed)
+            for n in range(1 if resumed is None else step + 1, 4):
+                log(StepMetrics(n, VALUES, GROUPS))
+    seen: list[int] = []
+    for event in events(tmp_path):
+        if event.session_log.status == event.session_log.START:  # TensorBoard drops what came before, from its step on
+            seen = [n for n in seen if n < event.step]
+        seen += [event.step for value in event.summary.value if value.tag == "train/reward"]
+    assert seen == shown
+
+
+def events(folder: Path) -> list:
+    """The records of TensorBoard's files in the order of writing: length u64, checksum u32, event, checksum u32."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
 
 
 def test_a_logger_of_ones_own_is_one_function_and_cannot_end_a_run(tmp_path, caplog) -> None:
@@ -186,3 +211,16 @@ def test_a_logger_of_ones_own_is_one_function_and_cannot_end_a_run(tmp_path, cap
     assert caplog.text.count("mine.py:log is left out from here on: AssertionError: enough") == 1
     with pytest.raises(UserError, match="logger 'mine"), ExitStack() as stack:
         open_loggers(stack, recipe(tmp_path, "log.use=['mine.py:log']"), tmp_path, console, "id")
+
+
+def test_a_terminal_that_has_gone_ends_no_run(tmp_path, caplog) -> None:
+    class Gone(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with ExitStack() as stack:
+        log = open_loggers(stack, recipe(tmp_path), tmp_path, Console(file=Gone()), "id")
+        for step in (1, 2):
+            log(StepMetrics(step, VALUES))
+    assert [record.step for record in read_steps(tmp_path)] == [1, 2]
+    assert caplog.text.count("the terminal is left out from here on: OSError") == 1

@@ -3,7 +3,9 @@
 import json
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import wandb
@@ -14,6 +16,7 @@ from grpo.plugins import find_recipe
 from grpo.recipe import load_recipe
 from grpo.telemetry import weights_and_biases
 from grpo.telemetry.weights_and_biases import WandbLogger
+from grpo.training.state import RunState, TrainerState
 from grpo.types import StepMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +96,46 @@ def test_a_resumed_run_is_the_same_run(recipe, run_cli) -> None:
     assert (len(parts), len({path.name for path in parts})) == (2, 1)
 
 
+def test_what_is_logged_again_has_the_place_that_it_had(recipe, run_cli) -> None:
+    """W&B takes no record for a step of its own that it has already."""
+    settings = ["log.wandb={mode: offline}", "eval={split: train, every: 1, prompts: 2, samples: 1}"]
+    assert run_cli("train", recipe, *settings).code == 0
+    history = [values(r.history.item) for r in records(Path("runs/toy")) if r.WhichOneof("record_type") == "history"]
+    placed = [(entry["_step"], entry["train/global_step"], "train/loss" in entry) for entry in history]
+    assert placed == [(1, 0, False), (2, 1, True), (3, 1, False), (4, 2, True), (5, 2, False)]
+
+
+@pytest.mark.parametrize(
+    ("has", "evaluated", "allowed", "asked"),
+    [
+        (9, False, True, [{"resume": "allow"}, {"resume_from": "abc?_step=6"}]),
+        (9, True, True, [{"resume": "allow"}, {"resume_from": "abc?_step=7"}]),
+        (9, True, False, [{"resume": "allow"}, {"resume_from": "abc?_step=7"}, {"resume": "allow"}]),
+        (7, False, True, [{"resume": "allow"}]),
+        (8, True, True, [{"resume": "allow"}]),
+    ],
+)
+def test_later_steps_are_taken_back(tmp_path, monkeypatch, caplog, has, evaluated, allowed, asked) -> None:
+    """Against a stand-in for the service: it has records up to its own step `has` - 1, and may refuse to rewind."""
+    calls = []
+
+    def init(**settings):
+        calls.append({name: settings[name] for name in ("resume", "resume_from") if name in settings})
+        if "resume_from" in settings and not allowed:
+            raise wandb.Error("a private preview")
+        return MagicMock(offline=False, step=has)
+
+    monkeypatch.setattr(wandb, "init", init)
+    (tmp_path / "recipe.yaml").write_text("seed: 0\n")
+    recipe = load_recipe(find_recipe("quickstart"), ["log.wandb={}"])
+    resumed = RunState("abc", TrainerState({}, {}), step=3, after=replace(EVAL, step=3) if evaluated else None)
+    logger = WandbLogger(recipe.log.wandb, recipe, tmp_path, "abc", resumed=resumed)
+    logger.log(StepMetrics(4, VALUES, GROUPS))
+    assert logger._run.log.call_args.kwargs == {"step": 8, "commit": True}
+    assert calls == asked
+    assert ("a private preview" in caplog.text) != allowed
+
+
 def test_a_dead_address_does_not_stop_a_run(recipe, run_cli, monkeypatch, caplog) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -105,11 +148,13 @@ def test_a_dead_address_does_not_stop_a_run(recipe, run_cli, monkeypatch, caplog
     assert any("train/loss" in values(record.history.item) for record in records(Path("runs/toy")))
 
 
-def test_a_package_that_is_broken_is_said_once_and_left_out(recipe, run_cli, monkeypatch, caplog) -> None:
+def test_a_package_that_cannot_be_imported_is_a_mistake_before_the_run(recipe, run_cli, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     ran = run_cli("train", recipe, "log.wandb={}")
-    assert ran.code == 0
-    assert caplog.text.count("W&B is left out from here on: ModuleNotFoundError") == 1
+    assert ran.code == 2
+    assert "log.wandb: the package wandb cannot be imported" in ran.err
+    assert "leave out log.wandb" in ran.err
+    assert not Path("runs/toy").exists()
 
 
 def test_best_values_are_kept_in_the_summary(tmp_path, monkeypatch) -> None:

@@ -18,13 +18,14 @@ def run(recipe: Path, *overrides: str, change=None, **how) -> Outcome:
     """Train as `grpo train` does, without its terminal. `change(trainer, stop)` may put something in its way."""
     cfg = load_recipe(recipe, overrides)
     start = find_start(cfg, **how)
-    trainer: Trainer = prepare(start.planned).trainer
+    cfg, prepared = start.cfg, prepare(start.planned)
+    trainer: Trainer = prepared.trainer
     state, stop = start.load(trainer), StopRequest()
     if change:
         change(trainer, stop)
+    written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg), prepared.rows)
     begun, checkpoint = start.folder(), start.checkpoint
     with begun as folder:
-        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg))
         loop = Loop(trainer, folder, written, JsonlLogger(folder).log, stop, state, checkpoint)
         del start, state  # as the command does
         return loop.run()

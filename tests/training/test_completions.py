@@ -92,6 +92,17 @@ def test_what_is_stored_comes_back(tmp_path: Path) -> None:
     assert groups[1].rollouts[1] == GROUPS[1].rollouts[1]
 
 
+def test_text_that_utf8_cannot_hold_ends_no_run(tmp_path: Path) -> None:
+    """Lone surrogates in what a reward logs by `log_extra`: in the name, and in the value."""
+    odd = replace(
+        GOOD, extras={"a\udc80": 1, "b": "x\udc80", "c": {"\udc80": ["\ud800"]}}, scores={"s\udc80": 1.0}, failures={}
+    )
+    path = store_completions(tmp_path, 1, [Group(Task(0, "?", (), {"answer\udc80": "\udc80"}), (odd,))], config())
+    _, (group,) = read_completions(path)
+    assert group.rollouts[0].extras == {"a?": 1, "b": "x\udc80", "c": {"\udc80": ["\ud800"]}}
+    assert group.rollouts[0].scores == {"s?": 1.0}
+
+
 def test_groups_that_were_not_learnt_from_have_no_advantage(tmp_path: Path) -> None:
     path = store_completions(tmp_path, 1, GROUPS, config(prompts_per_step=1))
     assert [row["advantage"] for row in pq.read_table(path).to_pylist()] == [0.75, 0.75, None, None]

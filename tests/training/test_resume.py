@@ -281,6 +281,6 @@ def test_what_contradicts_itself_or_is_no_record_is_refused(six) -> None:
         run(six, resume=True, overwrite=True)
     log = Path("runs/toy/metrics.jsonl")
     log.write_text("my own notes\n" + log.read_text())
-    with pytest.raises(UserError, match="a line of it is no record of ours"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: not a record that grpo wrote; mend or delete it"):
         run(six, changed=True)
     assert log.read_text().startswith("my own notes")

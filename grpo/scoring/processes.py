@@ -90,14 +90,16 @@ def _children(pid: int) -> list[int]:
 
 
 def _parents() -> dict[int, int]:
-    lines = _ps("-axo", "pid=,ppid=").splitlines()
-    return {int(pid): int(parent) for pid, parent in map(str.split, lines)}
+    return {int(pid): int(parent) for pid, parent in map(str.split, _ps("-axo", "pid=,ppid=").splitlines())}
 
 
 def _ps(*arguments: str) -> str:
+    """What `ps` says, without the lines about itself."""
     import subprocess
 
-    return subprocess.run(["ps", *arguments], capture_output=True, text=True, check=False).stdout
+    with subprocess.Popen(["ps", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as ps:
+        said = ps.communicate()[0]
+    return "".join(line for line in said.splitlines(keepends=True) if line.split()[:1] != [str(ps.pid)])
 
 
 def _resident(pid: int) -> int:

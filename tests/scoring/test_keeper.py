@@ -188,9 +188,10 @@ def test_what_ps_says_is_what_the_kernel_says(monkeypatch) -> None:
     child.stdout.readline()
     child.stdout.readline()
     try:
-        found = processes.descendants(child.pid)
+        found, all_of_ours = processes.descendants(child.pid), processes.descendants(os.getpid())
         monkeypatch.setattr(processes, "_has_children_files", lambda: False)
         assert [len(found), processes.descendants(child.pid)] == [1, found]
+        assert sorted(processes.descendants(os.getpid())) == sorted(all_of_ours)  # without `ps` itself
         assert processes.use_more_than([child.pid, *found], 1 << 20)
         assert not processes.use_more_than([child.pid, *found], 1 << 33)
         assert not processes.use_more_than([1 << 30], 0)  # it has ended

@@ -92,12 +92,23 @@ def _explain(path: Keys, detail: ErrorDetails, place: str) -> str:
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{place}: {key}: expected keys and values, got {given}.{_example(path)}"
     expected = detail["msg"].replace("Input should be", "expected", 1)
-    hint = ""
-    if isinstance(detail["input"], str) and "number" in expected:
-        hint = " Write it without quotes."
-    elif isinstance(value := detail["input"], float) and value.is_integer() and "integer" in expected:
-        hint = f" Write {int(value)}." if abs(value) < 1e15 else ""
-    return f"{place}: {key}: {expected}, got {given}.{hint}"
+    return f"{place}: {key}: {expected}, got {given}.{_remedy(path, detail, expected)}"
+
+
+def _remedy(path: Keys, detail: ErrorDetails, expected: str) -> str:
+    """What to write in the place of a value of the wrong kind, where that can be told."""
+    value = detail["input"]
+    if detail["type"] == "literal_error" and isinstance(value, str):
+        close = difflib.get_close_matches(value, re.findall(r"'([^']*)'", expected), n=1) if len(value) < 100 else []
+        return f" Did you mean {close[0]!r}?" if close else ""
+    if isinstance(value, str) and detail["type"] in ("tuple_type", "list_type"):
+        item = f"{{use: {shortened(value)}}}" if path == ("rewards",) else json.dumps(shortened(value))
+        return f" Write {dotted(path)}: [{item}]"
+    if isinstance(value, str) and "number" in expected:
+        return " Write it without quotes."
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 and "integer" in expected:
+        return f" Write {int(value)}."
+    return ""
 
 
 FORMS = {

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from grpo.config import Recipe
 from grpo.document import Keys
+from grpo.trl import answer
 
 MOST_SAID = 20
 """Mistakes that are explained at once; of more there is a count."""
@@ -92,12 +93,23 @@ def _explain(path: Keys, detail: ErrorDetails, place: str) -> str:
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{place}: {key}: expected keys and values, got {given}.{_example(path)}"
     expected = detail["msg"].replace("Input should be", "expected", 1)
-    hint = ""
-    if isinstance(detail["input"], str) and "number" in expected:
-        hint = " Write it without quotes."
-    elif isinstance(value := detail["input"], float) and value.is_integer() and "integer" in expected:
-        hint = f" Write {int(value)}." if abs(value) < 1e15 else ""
-    return f"{place}: {key}: {expected}, got {given}.{hint}"
+    return f"{place}: {key}: {expected}, got {given}.{_remedy(path, detail, expected)}"
+
+
+def _remedy(path: Keys, detail: ErrorDetails, expected: str) -> str:
+    """What to write in the place of a value of the wrong kind, where that can be told."""
+    value = detail["input"]
+    if detail["type"] == "literal_error" and isinstance(value, str):
+        close = difflib.get_close_matches(value, re.findall(r"'([^']*)'", expected), n=1) if len(value) < 100 else []
+        return f" Did you mean {close[0]!r}?" if close else ""
+    if isinstance(value, str) and detail["type"] in ("tuple_type", "list_type"):
+        item = f"{{use: {shortened(value)}}}" if path == ("rewards",) else json.dumps(shortened(value))
+        return f" Write {dotted(path)}: [{item}]"
+    if isinstance(value, str) and "number" in expected:
+        return " Write it without quotes."
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 and "integer" in expected:
+        return f" Write {int(value)}."
+    return ""
 
 
 FORMS = {
@@ -118,6 +130,9 @@ def _example(path: Keys) -> str:
 
 
 def _hint(path: Keys) -> str:
+    name = str(path[-1])
+    if not _named_so(name) and (found := answer(name)):
+        return f" {found.sentence(name)}"
     if meant := _meant(path):
         return f" Did you mean {meant}?"
     beside = _keys_beside(path)
@@ -125,12 +140,25 @@ def _hint(path: Keys) -> str:
 
 
 def _meant(path: Keys) -> str | None:
-    """The valid key that an unknown one was probably meant to be: one beside it, or else one anywhere."""
+    """The valid key that an unknown one was probably meant to be: one of that very name, what TRL's name is here, a
+    similar one beside it, or else a similar one anywhere."""
+    name = str(path[-1])
+    if exact := _named_so(name):
+        return exact[0]
+    if found := answer(name):
+        return found.keys[0] if found.keys else None
+    if len(name) > LONGEST_SHOWN:
+        return None
     for keys in (_keys_beside(path), list(_all_keys(Recipe))):
         by_name = {key.rpartition(".")[2]: key for key in keys}
-        if close := difflib.get_close_matches(str(path[-1]), by_name, n=1, cutoff=0.6):
+        if close := difflib.get_close_matches(name, by_name, n=1, cutoff=0.6):
             return by_name[close[0]]
     return None
+
+
+def _named_so(name: str) -> list[str]:
+    """The valid keys that end in a name."""
+    return [key for key in _all_keys(Recipe) if key.rpartition(".")[2] == name]
 
 
 def _keys_beside(path: Keys) -> list[str]:

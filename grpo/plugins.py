@@ -182,5 +182,5 @@ def _is_file(path: Path) -> bool:
 
 
 def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1) or [one for one in known if name and one.startswith(name)]
     return f" Did you mean {close[0]!r}?" if close else ""

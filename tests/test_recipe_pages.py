@@ -44,34 +44,6 @@ def test_a_wrong_key_is_noticed() -> None:
     assert keys_in("Set `loss.bata: 1` or `rollout.top_p`, in `recipe.yaml`.") - KEYS == {"loss.bata"}
 
 
-TRL = """
-model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout cast_lm_head_to_fp32 num_generations
-num_generations_eval max_completion_length ds3_gather_for_generation shuffle_dataset pad_to_multiple_of
-generation_batch_size steps_per_generation temperature top_p top_k min_p generation_kwargs chat_template_kwargs
-repetition_penalty cache_implementation use_vllm beta num_iterations epsilon delta epsilon_high sapo_temperature_neg
-sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg importance_sampling_level reward_weights
-multi_objective_aggregation scale_rewards loss_type mask_truncated_completions sync_ref_model ref_model_mixup_alpha
-ref_model_sync_steps top_entropy_quantile entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max
-entropy_coef_delta entropy_target max_tool_calling_iterations vllm_importance_sampling_correction
-vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
-off_policy_mask_threshold use_bias_correction_kl log_completions log_multimodal num_completions_to_print
-log_unique_prompts log_completions_hub_repo use_transformers_continuous_batching transformers_continuous_batching_config
-use_transformers_paged vllm_importance_sampling_cap remove_unused_columns
-"""
-"""GRPOConfig's own fields in TRL 1.10, but for the rest of those that begin with vllm_."""
-
-
-def test_every_setting_of_trl_has_its_row() -> None:
-    named = {name for row in tables(page("FROM_TRL.md")) for name in ticked(row[0])}
-    assert set(TRL.split()) - named == set()
-
-
-def test_what_is_said_to_be_here_is_here() -> None:
-    translated = page("FROM_TRL.md").partition("## Settings")[2].partition("## What is not here")[0]
-    for row in tables(translated):
-        assert set(ticked(row[1])) <= KEYS, row
-
-
 def test_every_metric_on_a_page_is_measured(run_cli, recipe, tmp_path) -> None:
     more = ["loss.beta=0.1", "loss.off_policy_mask_threshold=0.5", "advantage.soft_overlong_cache=2"]
     ran = run_cli("train", recipe, "output_dir=run", *more)

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grpo"
 
 ROOMS = [
-    "errors types presets config document mistakes overrides recipe plugins backend",
+    "errors types presets config document mistakes overrides recipe plugins trl backend",
     "builtin",
     "model",
     "generation",

@@ -10,17 +10,19 @@ from grpo import __version__
 from grpo.backend.device import out_of_memory
 from grpo.backend.hub import one_line
 from grpo.cli import bench, doctor, evaluate, export, generate, recipes, replay, report, rewards, runs, train
+from grpo.cli.commands import Group, TakesSettings
 from grpo.errors import RunError, UserError
 
 app = typer.Typer(
     help="GRPO fine-tuning on one machine with MLX.",
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
+app.command("train", cls=TakesSettings)(train.train)
+app.command("eval", cls=TakesSettings)(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("runs")(runs.runs)

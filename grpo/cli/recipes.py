@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
+from grpo.cli.commands import Group, TakesSettings
 from grpo.config.describe import json_schema, settings
 from grpo.errors import UserError
 from grpo.plugins import bundled, bundled_names, find_recipe
 from grpo.recipe import load_recipe
 
-app = typer.Typer(help="Recipes that come with the package.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Recipes that come with the package.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -56,7 +57,7 @@ def schema(
         print("\n".join(setting.lines()))
 
 
-@app.command("costs")
+@app.command("costs", cls=TakesSettings)
 def costs(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a bundled one.")],
     overrides: Annotated[

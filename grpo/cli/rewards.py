@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from grpo.cli.commands import Group
 from grpo.errors import RunError, UserError
 from grpo.plugins import locate_reward, named_rewards
 
-app = typer.Typer(help="Reward functions: those at hand, and your own.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Reward functions: those at hand, and your own.", no_args_is_help=True)
 
 Kwargs = Annotated[
     list[str] | None, typer.Option("--kwarg", metavar="NAME=VALUE", help="An argument; may be repeated.")

@@ -19,6 +19,7 @@ from grpo.errors import RunError, UserError
 from grpo.plugins import Function
 from grpo.scoring.contract import Answer
 from grpo.scoring.grader import Inline, Isolated, Record, Request, make_grader
+from grpo.scoring.hints import column_hint
 from grpo.scoring.process import Span
 from grpo.scoring.text import counted
 from grpo.types import Completion, Failure, Group
@@ -153,7 +154,7 @@ class Scorer:
         """Raise UserError for a function that cannot be had, or not be called with these columns of the dataset."""
         for name, reward in self.rewards.items():
             if problem := reward.problem(columns):
-                raise UserError(f"reward {name!r}: {problem}")
+                raise UserError(f"reward {name!r}: {problem}.{column_hint(problem, columns)}")
 
     def close(self) -> None:
         """Leave no worker behind."""

@@ -38,7 +38,7 @@ def test_a_logger_is_looked_for_before_the_model_is_loaded(run_cli, recipe, over
 
 
 def test_a_logger_is_imported_once(run_cli, recipe) -> None:
-    Path("mine.py").write_text("open('imported', 'a').write('x')\ndef log(record): ...\n")
+    Path("mine.py").write_text("with open('imported', 'a') as file: file.write('x')\ndef log(record): ...\n")
     assert run_cli("train", recipe, "log.use=[mine.py:log]").code == 0
     assert Path("imported").read_text() == "x"
 

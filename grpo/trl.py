@@ -1,0 +1,60 @@
+"""What TRL's names are called here, for the messages about a recipe that holds one.
+
+The tables of `recipes/FROM_TRL.md` are the only source: what a person reads there is what a message says.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+
+from grpo.plugins import bundled
+
+PAGE = "FROM_TRL.md"
+TRANSLATED, ABSENT = "## Settings", "## What is not here"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the page says of one of TRL's names: the keys that it is here (none: it is not here), and a remark."""
+
+    keys: tuple[str, ...]
+    remark: str
+
+    def sentence(self, name: str) -> str:
+        """What to say to somebody who wrote TRL's `name` in a recipe."""
+        if not self.keys:
+            return f"TRL's {name} is not a setting here: {self.remark}."
+        remark = f" ({self.remark})" if self.remark else ""
+        return f"TRL's {name} is {' and '.join(self.keys)} here{remark}."
+
+
+def answer(name: str) -> Answer | None:
+    """What the page says of a name of TRL, transformers or PEFT; None for a name of none of them."""
+    table = answers()
+    if name in table:
+        return table[name]
+    return next((found for pattern, found in table.items() if "*" in pattern and fnmatchcase(name, pattern)), None)
+
+
+@cache
+def answers() -> dict[str, Answer]:
+    """Every name in the first column of the page's tables of settings, `LoraConfig.` cut off, with its answer."""
+    text = (bundled("recipes") / PAGE).read_text(encoding="utf-8").partition(TRANSLATED)[2]
+    translated, _, absent = text.partition(ABSENT)
+    found: dict[str, Answer] = {}
+    for part, has_keys in ((translated, True), (absent, False)):
+        for line in part.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if not line.startswith("| `"):
+                continue
+            keys = tuple(_ticked(cells[1])) if has_keys else ()
+            for name in _ticked(cells[0]):
+                found[name.removeprefix("LoraConfig.")] = Answer(keys, cells[-1].replace("`", "").rstrip("."))
+    return found
+
+
+def _ticked(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)

@@ -1,0 +1,96 @@
+"""Help in full, completion, and what is said to those who write a setting as an option."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("group", [[], ["recipes"], ["rewards"], ["bench"]])
+def test_summaries_are_not_cut_off(run_cli, monkeypatch, group: list[str], width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    long, short = run_cli(*group, "--help"), run_cli(*group, "-h")
+    assert (long.code, long.out) == (0, short.out)
+    commands = long.out.partition("\nCommands:\n")[2]
+    assert commands
+    assert "..." not in commands
+    assert max(map(len, long.out.splitlines())) <= width
+
+
+def test_a_whole_summary_is_there(run_cli) -> None:
+    listed = " ".join(run_cli("-h").out.split())
+    assert "train Train an adapter, or the weights themselves, with GRPO, as a recipe says. eval Measure" in listed
+
+
+def test_every_command_takes_h(run_cli) -> None:
+    assert run_cli("train", "-h").out == run_cli("train", "--help").out
+    assert "--dry-run" in run_cli("train", "-h").out
+
+
+def test_a_shell_completes(run_cli, monkeypatch) -> None:
+    assert "--install-completion" in run_cli("-h").out
+    monkeypatch.setenv("_GRPO_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "grpo re")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert run_cli().out.split() == ["report", "replay", "recipes", "rewards"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--optim.steps", "10"], "--optim.steps: settings of a recipe are written without dashes: optim.steps=10"),
+        (["--optim.steps=10"], "are written without dashes: optim.steps=10"),
+        (["--seed", "3"], "are written without dashes: seed=3"),
+        (["--output-dir", "x"], "are written without dashes: output_dir=x"),
+        (["--loss.beta"], "are written without dashes: loss.beta=..."),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_setting_written_as_an_option(run_cli, command: str, args: list[str], said: str) -> None:
+    ran = run_cli(command, "quickstart", *args)
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert said in ran.err
+
+
+def test_an_option_that_is_none_stays_one(run_cli) -> None:
+    for option in ("--nope", "--nope.x"):
+        ran = run_cli("train", "quickstart", option, "1")
+        assert ran.code == 2
+        assert f"No such option: {option}" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rewards.0.use=gsm8k", "Did you mean 'gsm8k_answer'?"),
+        ("loss.type=grop", "got \"grop\". Did you mean 'grpo'?"),
+        ("loss.type=zzz", 'got "zzz".'),
+        ("rewards=gsm8k_answer", 'got "gsm8k_answer". Write rewards: [{use: gsm8k_answer}]'),
+        ("rollout.stop=END", 'got "END". Write rollout.stop: ["END"]'),
+        ("optim.steps=1e3", "got 1000.0. Write 1000."),
+    ],
+)
+def test_what_was_probably_meant(run_cli, recipe, override: str, said: str) -> None:
+    ran = run_cli("train", recipe, override)
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert said in ran.err
+
+
+@pytest.mark.parametrize(
+    ("wanted", "column", "said"),
+    [
+        ("answer", "gold", "Is it gold? Write data.columns: {answer: gold}"),
+        ("solution", "answers", "If a column holds it under another name, write data.columns: {solution: THAT_NAME}"),
+        ("answer", "answers", "Is it answers? Write data.columns: {answer: answers}"),
+        ("tests", "unit_tests", "Is it unit_tests? Write data.columns: {tests: unit_tests}"),
+    ],
+)
+def test_a_column_under_another_name(run_cli, recipe, wanted: str, column: str, said: str) -> None:
+    Path("train.jsonl").write_text(f'{{"question": "1+1?", "{column}": "2"}}\n')
+    Path("wants.py").write_text(f"def reward(completions, {wanted}, **_):\n    return [1.0 for _ in completions]\n")
+    ran = run_cli("train", recipe, "rewards.0.use=wants.py:reward")
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert f"missing a required argument: '{wanted}'" in ran.err
+    assert said in ran.err

@@ -20,7 +20,7 @@ from grpo.generation.memory import Memory, Need, slots_that_fit
 from grpo.model.policy import Policy
 from grpo.rollout import sampling_of
 from grpo.training.footprint import Footprint, measure_body, measure_footprint
-from grpo.training.optimizer import Float32Optimizer
+from grpo.training.optimizer import Float32Optimizer, bytes_at_work
 from grpo.training.packing import Packing, Shape
 
 AUTO_TOKENS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)
@@ -132,8 +132,7 @@ def plan_on(
         phases={
             "rollout": need.bytes(decoding, slots),
             "update": chosen.bytes,
-            # Gradients and clipped ones, and what is made of weights and moments while the last step's are kept.
-            "optimiser's step": 8 * numbers + _bytes(model.trainable_parameters()) + stays["optimiser"],
+            "optimiser's step": 4 * numbers + bytes_at_work(cfg.optim.optimizer, model.trainable_parameters()),
         },
         memory=machine.memory,
         slots=slots,
@@ -151,11 +150,13 @@ def plan_on(
 def _stays(cfg: OptimConfig, model: nn.Module, states: int) -> dict[str, int]:
     """Bytes that are held all the time, by what they are for."""
     trained = model.trainable_parameters()
-    optimizer = Float32Optimizer(cfg, trained)  # nothing of it is computed
+    optimizer = _bytes(Float32Optimizer(cfg, trained).state)  # nothing of it is computed
+    several = cfg.num_iterations * cfg.num_minibatches > 1  # then a step that fails is taken back
     return {
         "weights": _bytes(model.parameters()),
-        "optimiser": _bytes(optimizer.state),
+        "optimiser": optimizer,
         "other states": states * _bytes(trained),
+        "the state before the step": several * (_bytes(trained) + optimizer),
     }
 
 

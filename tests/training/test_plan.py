@@ -19,6 +19,7 @@ from grpo.model.policy import Policy
 from grpo.training import plan as planning
 from grpo.training.batches import make_minibatches
 from grpo.training.footprint import Footprint
+from grpo.training.optimizer import MOST_AT_WORK
 from grpo.training.packing import Shape
 from grpo.training.plan import make_plan
 from grpo.training.update import Updater
@@ -83,8 +84,16 @@ def test_the_plan_is_near_the_measured_peak(kind: str, adapter: str, optim: dict
 def test_the_optimisers_arrays_are_counted(name: str, arrays: float) -> None:
     _, _, plan = planned("untied", "full", optimizer=name)
     assert plan.stays["optimiser"] / (4 * plan.trained) == pytest.approx(arrays, abs=0.3)
-    # Two gradients, new weights, and new moments beside those of the last step.
-    assert plan.phases["optimiser's step"] == 12 * plan.trained + plan.stays["optimiser"]
+    # The gradients, and what is at work of a group of parameters: here of all.
+    assert plan.phases["optimiser's step"] == (4 + MOST_AT_WORK) * plan.trained
+
+
+def test_what_a_step_of_several_updates_can_be_taken_back_to_is_counted() -> None:
+    once, twice = (planned("untied", "full", num_iterations=passes)[2] for passes in (1, 2))
+    weights_and_moments = 12 * twice.trained  # float32
+    assert twice.stays.pop("the state before the step") == pytest.approx(weights_and_moments, rel=1e-4)
+    assert once.stays.pop("the state before the step") == 0
+    assert once.stays == twice.stays
 
 
 def test_only_what_is_come_to_is_measured(monkeypatch) -> None:

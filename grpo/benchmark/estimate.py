@@ -28,6 +28,7 @@ from grpo.generation.decoding import SharedPrefix
 from grpo.model.costs import Costs, Work
 from grpo.model.known import CONFIGS
 from grpo.model.outline import costs_of, outline
+from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.training.activations import reckoned_footprint
 from grpo.training.plan import Machine, Plan, plan_on
 
@@ -71,6 +72,8 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
     if cfg.model.quantize is not None:
         config = {**config, "quantization": {"group_size": 64, "bits": cfg.model.quantize}}
     model = outline(config, cfg.adapter, dtype)
+    if cfg.model.head_dtype != "model":
+        widen_head(model)
     costs = costs_of(model)
     states = int(cfg.needs_reference or cfg.adapter.type != "full")  # the reference
     prompt = cfg.data.max_prompt_length
@@ -81,7 +84,7 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
         states,
         _decoding(chip, model, costs),
         (prompt, prompt),
-        partial(reckoned_footprint, costs, fused=chip.backend == "cuda"),
+        partial(reckoned_footprint, costs, fused=chip.backend == "cuda", head=bytes_at_work(model, gpu=True)),
     )
     step = _sampling(costs, cfg, plan, plan.prompts, plan.rows) + _updates(costs, cfg, plan)
     evaluations = NOTHING

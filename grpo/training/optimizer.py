@@ -22,7 +22,7 @@ GROUP = 2**22
 """Numbers that move together: 16 MB of each kind of array. A LoRA is a few groups, whole weights are hundreds."""
 AT_WORK = {"muon": 64}
 """Bytes for each number of a group while it moves, at most, as measured; `MOST_AT_WORK` for the others."""
-MOST_AT_WORK = 24
+MOST_AT_WORK = 28
 OWN, PRECISE = "own", "precise"
 
 CLASSES: dict[str, Any] = {
@@ -164,7 +164,7 @@ def grouped(arrays: Mapping[str, mx.array]) -> list[list[str]]:
     return groups
 
 
-def bytes_at_work(optimizer: str, parameters: Any) -> int:
+def bytes_of_a_group(optimizer: str, parameters: Any) -> int:
     """What a step holds beside gradients, weights and state: for its largest group."""
     flat: Arrays = tree_flatten(parameters, destination={})
     largest = max((sum(flat[path].size for path in paths) for paths in grouped(flat)), default=0)

@@ -18,9 +18,10 @@ from grpo.errors import TooLargeError
 from grpo.generation.decoding import Decoding
 from grpo.generation.memory import Memory, Need, slots_that_fit
 from grpo.model.policy import Policy
+from grpo.model.widehead import bytes_at_work
 from grpo.rollout import sampling_of
 from grpo.training.footprint import Footprint, measure_body, measure_footprint
-from grpo.training.optimizer import Float32Optimizer, bytes_at_work
+from grpo.training.optimizer import Float32Optimizer, bytes_of_a_group
 from grpo.training.packing import Packing, Shape
 
 AUTO_TOKENS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)
@@ -118,7 +119,8 @@ def plan_on(
     prompt_length, longest = prompt_lengths
     numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
     stays, need = _stays(cfg.optim, model, states), _rollout_need(cfg, longest)
-    available = int(FREE * machine.memory) - sum(stays.values())
+    head = bytes_at_work(model, machine.gpu)
+    available = int(FREE * machine.memory) - sum(stays.values()) - head
     slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, available)
     chosen = _chosen(machine, cfg, footprint, body, prompt_length)
     plan = Plan(
@@ -130,9 +132,9 @@ def plan_on(
         trained=numbers,
         stays=stays,
         phases={
-            "rollout": need.bytes(decoding, slots),
+            "rollout": need.bytes(decoding, slots) + head,
             "update": chosen.bytes,
-            "optimiser's step": 4 * numbers + bytes_at_work(cfg.optim.optimizer, model.trainable_parameters()),
+            "optimiser's step": 4 * numbers + bytes_of_a_group(cfg.optim.optimizer, model.trainable_parameters()),
         },
         memory=machine.memory,
         slots=slots,

@@ -23,7 +23,7 @@ from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
 from grpo.training import optimizer as optimizers
 from grpo.training.batches import make_minibatches
-from grpo.training.optimizer import CLASSES, Float32Optimizer, bytes_at_work, grouped, make_optimizer
+from grpo.training.optimizer import CLASSES, Float32Optimizer, bytes_of_a_group, grouped, make_optimizer
 from grpo.training.trainer import Trainer
 from grpo.training.update import Updater
 from grpo.types import Group, Task
@@ -90,7 +90,7 @@ def test_a_step_holds_nothing_twice(name: str, dtype: mx.Dtype) -> None:
     assert not gradients
     # Beside what stays and the gradients: what is at work of one group, an eighth of the parameters here.
     at_work = (mx.get_peak_memory() - before) / count - held - 4
-    assert at_work < bytes_at_work(name, model.parameters()) / count
+    assert at_work < bytes_of_a_group(name, model.parameters()) / count
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

@@ -13,9 +13,12 @@ from test_update import recipe
 
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
+from grpo.generation.batchcaches import BatchCaches
 from grpo.generation.choice import find_decoding
 from grpo.model.adapters import Adapters
+from grpo.model.load import cast
 from grpo.model.policy import Policy
+from grpo.model.widehead import widen_head
 from grpo.training import plan as planning
 from grpo.training.batches import make_minibatches
 from grpo.training.footprint import Footprint
@@ -180,3 +183,19 @@ def test_a_model_that_cannot_share_prompts_is_planned_so() -> None:
     policy.share_prompts = False  # as one that cannot says of itself
     _, cfg = make_plan(cfg, policy, find_decoding(policy.model), (PROMPT, PROMPT))
     assert cfg.optim.share_prompts is False
+
+
+def test_what_a_head_with_float32_logits_holds_is_planned() -> None:
+    plans = []
+    for wide in (False, True):
+        model = make_model("untied", vocab_size=2048, num_hidden_layers=1)
+        cast(model, mx.bfloat16)
+        assert not wide or widen_head(model)
+        policy = Policy(model, Adapters(model, AdapterConfig(rank=2), mx.random.key(0)), 1.0)
+        cfg = recipe(rollout={"prompts_per_step": 1, "num_generations": 2, "max_completion_length": 4})
+        plans.append(make_plan(cfg, policy, BatchCaches(model, 2048), (4, 4))[0])
+    narrow, wider = plans
+    matrix = 4 * 2048 * 64  # all of it as float32: it is smaller than the pieces that may be there at once
+    assert wider.phases["rollout"] == narrow.phases["rollout"] + matrix
+    assert wider.phases["update"] - narrow.phases["update"] > matrix / 2  # what is measured varies
+    assert wider.stays == narrow.stays

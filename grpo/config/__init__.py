@@ -37,17 +37,13 @@ class ModelConfig(Section):
     head_dtype: Literal["auto", "float32", "model"] = "auto"
     """What the head of a 16-bit model computes logits in, for sampling and training alike. In the `model`'s own dtype
     logprobs are up to 0.08 nats off. In `float32` they are exact for the hidden states, which costs passes over a copy
-    of the head's matrix, made in pieces of 128 MB (`grpo bench head` measures it); a quantised head costs nothing more.
+    of the head's matrix, made in pieces of 64 MB (`grpo bench head` measures it); a quantised head costs nothing more.
     `auto`: float32, unless the head cannot be found. A float32 model has nothing to choose."""
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> ModelConfig:
         if self.dtype == "float32" and "head_dtype" in self.changed:
             raise ValueError("model.head_dtype does nothing with model.dtype: float32, whose logits are float32")
-        return self
-
-    @model_validator(mode="after")
-    def _every_setting_does_something(self) -> ModelConfig:
         if self.revision is not None and self.name.startswith("builtin:"):
             raise ValueError(f"model.revision does nothing with {self.name}: it is for Hub repositories")
         return self

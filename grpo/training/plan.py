@@ -121,7 +121,11 @@ def plan_on(
     stays, need = _stays(cfg.optim, model, states), _rollout_need(cfg, longest)
     head = bytes_at_work(model, machine.gpu)
     available = int(FREE * machine.memory) - sum(stays.values()) - head
-    slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, available)
+    slots, too_large = 1, None
+    try:
+        slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, available)
+    except TooLargeError as error:
+        too_large = error
     chosen = _chosen(machine, cfg, footprint, body, prompt_length)
     plan = Plan(
         steps=cfg.optim.steps,
@@ -141,12 +145,28 @@ def plan_on(
         micro_batch=chosen.tokens,
         checkpointing=chosen.checkpointing,
     )
-    if plan.total > machine.memory:
-        raise TooLargeError(
-            f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantised model (model.quantize), shorter "
-            "completions, fewer slots (rollout.max_concurrency) or optim.gradient_checkpointing=true would help"
-        )
+    if too_large or plan.total > machine.memory:
+        raise TooLargeError(str(too_large or _what_would_help(plan)), *_least(plan))
     return plan, cfg.model_copy(update={"optim": chosen.optim})
+
+
+def _what_would_help(plan: Plan) -> str:
+    return (
+        f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantised model (model.quantize), shorter "
+        "completions, fewer slots (rollout.max_concurrency) or optim.gradient_checkpointing=true would help"
+    )
+
+
+def _least(plan: Plan) -> tuple[int, dict[str, int]]:
+    """Bytes that a plan wants of a machine, and their parts: what stays, and the largest phase.
+
+    Decoding is planned with `FREE` of the memory.
+    """
+    stays = sum(plan.stays.values())
+    wanted = {name: stays + size for name, size in plan.phases.items()}
+    wanted["rollout"] = int(wanted["rollout"] / FREE)
+    largest = max(wanted, key=lambda name: wanted[name])
+    return wanted[largest], {**plan.stays, largest: plan.phases[largest]}
 
 
 def _stays(cfg: OptimConfig, model: nn.Module, states: int) -> dict[str, int]:

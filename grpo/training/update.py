@@ -104,9 +104,7 @@ class Updater:
             for number, batches in enumerate(waiting):
                 gradient = self.gradient(batches)
                 waiting[number] = gradient.batches  # skipped or not: by the next pass the policy may have moved
-                update = self._apply(gradient, step)
-                del gradient  # or it would be there beside the next one
-                if update is None:
+                if (update := self._apply(gradient, step)) is None:
                     skipped += 1
                 else:
                     updates.append(update)

@@ -6,7 +6,12 @@ class UserError(Exception):
 
 
 class TooLargeError(UserError):
-    """It would need more memory than there is."""
+    """It would need more memory than there is: `needed` bytes at least, of which `parts` are the parts, where known."""
+
+    def __init__(self, message: str, needed: int = 0, parts: dict[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.parts = parts or {}
 
 
 class RunError(Exception):

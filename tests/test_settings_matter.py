@@ -54,6 +54,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "model.name": ("other",),
     "model.dtype": ("float16",),
     "model.quantize": ("4",),
+    "model.head_dtype": ("model", "model.dtype=bfloat16"),
     "adapter.type": ("dora",),
     "adapter.rank": ("4",),
     "adapter.scale": ("3",),
@@ -165,6 +166,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
 REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("model.revision=main", "model.revision is for Hub repositories", ()),
     ("model.revision=main", "model.revision does nothing with builtin:", ("model.name=builtin:arithmetic-student",)),
+    ("model.head_dtype=model", "model.head_dtype does nothing with model.dtype: float32", ("model.dtype=float32",)),
     ("data.config=main", "data.config is for Hub datasets", ()),
     ("data.revision=main", "data.revision is for Hub datasets", ()),
     ("eval.config=main", "eval.config is for Hub datasets", EVAL),

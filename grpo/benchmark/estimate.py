@@ -1,13 +1,14 @@
-"""What a recipe takes on a machine that is not at hand: memory by the plan, time by the machine's limits.
+"""What a recipe takes on a machine that is not at hand: memory by the plan, time by measurements or by limits.
 
-Every prompt and completion counts at its longest, dynamic sampling as once, and rewards as no time. On CUDA more is in
-flight than what is counted here: up to three times as much was measured (RESULTS.md).
+Every prompt and completion counts at its longest, dynamic sampling as once, and rewards as no time. Times on CUDA are
+fitted to one H200's (`calibration`), and scaled to other cards; of a Mac there are no measurements, and what its limits
+allow is a bound from below.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend.hub import Repository, fetch, one_line
-from grpo.benchmark.machines import CHIPS, Chip
+from grpo.benchmark import calibration
+from grpo.benchmark.machines import CHIPS, Chip, Known
 from grpo.config import ModelConfig, Recipe
 from grpo.errors import TooLargeError, UserError
 from grpo.generation.attention import Attention, FusedRowAttention
@@ -25,18 +27,25 @@ from grpo.generation.buffers import CacheShape
 from grpo.generation.cuda_attention import CudaAttention
 from grpo.generation.decoders import ModelDecoder
 from grpo.generation.decoding import SharedPrefix
-from grpo.model.costs import Costs, Work
+from grpo.model.costs import Costs
 from grpo.model.known import CONFIGS
 from grpo.model.outline import costs_of, outline
+from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.training.activations import reckoned_footprint
 from grpo.training.plan import Machine, Plan, plan_on
 
-NOTHING = Work(0.0, 0.0)
+WORDS: dict[Known, str] = {"measured": "about", "scaled": "roughly", "bound": "over"}
+"""How a time is said, by how it is known."""
+LEGEND: dict[Known, str] = {
+    "measured": "about: fitted to steps of dense 0.6B and 4B models measured on this machine, within a fifth",
+    "scaled": "roughly: scaled from an H200 by bandwidth and operations; not measured",
+    "bound": "over: a lower bound, what bandwidth and operations allow at most; not measured",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes at the peak; seconds of a step and of the run at the machine's limits: they take longer than that."""
+    """Bytes at the peak; seconds of a step and of the run, which are a bound from below where the chip says so."""
 
     chip: Chip
     bytes: int
@@ -44,25 +53,29 @@ class Estimate:
     run: float
 
     def line(self) -> str:
-        memory = f"{self.bytes / 2**30:.1f} GB"
-        return f"{self.chip.name:<14}{memory:>8}   step {self._span(self.step):<18} run {self._span(self.run)}".rstrip()
-
-    def _span(self, least: float) -> str:
-        reached = self.chip.reached
-        return f"over {_time(least)}" if reached is None else f"{_time(least)} to {_time(least / reached)}"
+        word = WORDS[self.chip.times]
+        step, run = (f"{word} {_time(seconds)}" for seconds in (self.step, self.run))
+        return f"{self.chip.name:<18}{_size(self.bytes):>8}   step {step:<18} run {run}"
 
 
-def estimates(cfg: Recipe) -> list[str]:
+def estimates(cfg: Recipe, chips: Sequence[Chip] = CHIPS) -> list[str]:
     """A line for each machine. Raises UserError for a model of which there is no config."""
     config = model_config(cfg)
-    return [_line(chip, cfg, config) for chip in CHIPS]
+    return [_line(chip, cfg, config) for chip in chips]
+
+
+def legend(chips: Sequence[Chip]) -> list[str]:
+    """What the words before the times mean, in lines."""
+    return [meaning for known, meaning in LEGEND.items() if any(chip.times == known for chip in chips)]
 
 
 def _line(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> str:
     try:
         return estimate(chip, cfg, config).line()
-    except TooLargeError:
-        return f"{chip.name:<14}does not fit"
+    except TooLargeError as error:
+        largest, size = max(error.parts.items(), key=lambda part: part[1])
+        short = f"{_size(error.needed)} needed, {_size(error.needed - chip.memory)} more than there are"
+        return f"{chip.name:<18}does not fit: {short}; the largest part is {largest}, {_size(size)}"
 
 
 def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
@@ -71,6 +84,8 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
     if cfg.model.quantize is not None:
         config = {**config, "quantization": {"group_size": 64, "bits": cfg.model.quantize}}
     model = outline(config, cfg.adapter, dtype)
+    if cfg.model.head_dtype != "model":
+        widen_head(model)
     costs = costs_of(model)
     states = int(cfg.needs_reference or cfg.adapter.type != "full")  # the reference
     prompt = cfg.data.max_prompt_length
@@ -81,15 +96,15 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
         states,
         _decoding(chip, model, costs),
         (prompt, prompt),
-        partial(reckoned_footprint, costs, fused=chip.backend == "cuda"),
+        partial(reckoned_footprint, costs, fused=chip.backend == "cuda", head=bytes_at_work(model, gpu=True)),
     )
-    step = _sampling(costs, cfg, plan, plan.prompts, plan.rows) + _updates(costs, cfg, plan)
-    evaluations = NOTHING
+    step = _sampling(chip, costs, cfg, plan, plan.prompts, plan.rows) + _updates(chip, costs, cfg, plan)
+    evaluations = 0.0
     if cfg.eval is not None:
         rows = cfg.eval.prompts * (cfg.eval.samples + 1)  # and the greedy one
-        evaluations = _sampling(costs, cfg, plan, cfg.eval.prompts, rows) * (cfg.optim.steps // cfg.eval.every + 1)
-    seconds = partial(Work.seconds, flops_per_second=chip.flops, bytes_per_second=chip.bandwidth)
-    return Estimate(chip, plan.total, seconds(step), seconds(step) * cfg.optim.steps + seconds(evaluations))
+        often = cfg.optim.steps // cfg.eval.every + 1
+        evaluations = often * _sampling(chip, costs, cfg, plan, cfg.eval.prompts, rows)
+    return Estimate(chip, plan.total, step, step * cfg.optim.steps + evaluations)
 
 
 def _decoding(chip: Chip, model: nn.Module, costs: Costs) -> SharedPrefix:
@@ -99,22 +114,29 @@ def _decoding(chip: Chip, model: nn.Module, costs: Costs) -> SharedPrefix:
     return SharedPrefix(model, ModelDecoder(model), attention, [shape] * costs.depth, costs.head.outputs, "")
 
 
-def _sampling(costs: Costs, cfg: Recipe, plan: Plan, prompts: int, rows: int) -> Work:
-    """Prompts once, then so many rows through the slots, in the middle of their lengths."""
+def _sampling(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan, prompts: int, rows: int) -> float:
+    """Seconds for prompts once, then so many rows through the slots, in the middle of their lengths."""
     prompt, length = cfg.data.max_prompt_length, cfg.rollout.max_completion_length
     slots = min(plan.slots, rows)
     groups = max(1, round(slots * prompts / rows))
-    one = costs.decode(slots, prompt + length // 2, prompt, groups)
-    return costs.prefill(prompts, prompt) + one * (length * rows / slots)
+    one, prefill = costs.decode(slots, prompt + length // 2, prompt, groups), costs.prefill(prompts, prompt)
+    steps = length * rows / slots
+    if chip.times == "bound":
+        return (prefill + one * steps).seconds(chip.flops, chip.bandwidth)
+    return calibration.forward(chip, costs, prompts * prompt, prefill) + steps * calibration.decode(chip, costs, one)
 
 
-def _updates(costs: Costs, cfg: Recipe, plan: Plan) -> Work:
-    """All that goes through the model after sampling: updates, and what they are held against."""
+def _updates(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan) -> float:
+    """Seconds of all that goes through the model after sampling: updates, and what they are held against."""
     rollout, passes = cfg.rollout, cfg.optim.num_iterations
     sizes = plan.prompts, cfg.data.max_prompt_length, rollout.num_generations, rollout.max_completion_length
-    several = passes * cfg.optim.num_minibatches > 1
-    logprobs = costs.logprobs(*sizes) * (cfg.needs_reference + several)
-    return costs.update(*sizes) * passes + costs.forward(*sizes) * (passes * plan.checkpointing) + logprobs
+    others = int(cfg.needs_reference) + (passes * cfg.optim.num_minibatches > 1)
+    update, logprobs = costs.update(*sizes) + costs.forward(*sizes) * plan.checkpointing, costs.logprobs(*sizes)
+    if chip.times == "bound":
+        return (update * passes + logprobs * others).seconds(chip.flops, chip.bandwidth)
+    tokens = plan.prompts * cfg.data.max_prompt_length + plan.rows * rollout.max_completion_length
+    updates = passes * calibration.update(chip, costs, tokens, update)
+    return updates + others * calibration.forward(chip, costs, tokens, logprobs)
 
 
 def model_config(cfg: Recipe) -> dict[str, Any]:
@@ -139,6 +161,10 @@ def _fetched(model: ModelConfig) -> Path:
         return hf_hub_download(model.name, "config.json", revision=model.revision, local_files_only=cached)
 
     return Path(fetch(Repository("model", model.name, model.revision), download))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GB"
 
 
 def _time(seconds: float) -> str:

@@ -5,29 +5,58 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Backend = Literal["cuda", "metal"]
+Known = Literal["measured", "scaled", "bound"]
+"""How a time is known: fitted to measurements on this machine; those of another, scaled; or from below alone."""
+
+GB = 2**30
+
 
 @dataclass(frozen=True, slots=True)
 class Chip:
     """A machine: bytes that MLX may use, bytes a second from memory, operations a second of its fastest products.
 
-    `reached` is what generator and trainer were seen to make of these limits; None where that was not measured.
+    `times` says how step times on it are known.
     """
 
     name: str
-    backend: Literal["cuda", "metal"]
+    backend: Backend
     memory: int
     bandwidth: float
     flops: float
-    reached: float | None = None
+    times: Known
 
 
-GB = 2**30
+def cuda(name: str, gigabytes: float, bandwidth: float, teraflops: float, times: Known = "scaled") -> Chip:
+    """A card, by gigabytes, gigabytes a second, and dense bfloat16 operations with float32 sums."""
+    return Chip(name, "cuda", int(gigabytes * GB), bandwidth * 1e9, teraflops * 1e12, times)
+
+
+def metal(name: str, gigabytes: float, bandwidth: float, teraflops: float) -> Chip:
+    """A Mac, of whose memory Metal lends a process two thirds, or three quarters where there are more than 36 GB."""
+    lent = int(gigabytes * GB * 3 / 4) if gigabytes > 36 else int(gigabytes * GB) * 2 // 3
+    return Chip(name, "metal", lent, bandwidth * 1e9, teraflops * 1e12, "bound")
+
+
 CHIPS = (
-    # NVIDIA's data sheet: 141 GB, 4.8 TB/s, 989 TFLOP/s in bfloat16 without sparsity. Qwen3-0.6B reached 5 % to 14 %
-    # of it (RESULTS.md against `Costs`): it waits for launches there, and larger models are nearer the limits.
-    Chip("H200", "cuda", 131 * GB, 4.8e12, 989e12, reached=0.07),
-    # Apple's bandwidths. Apple publishes no operations: cores × 128 × 2 × 1.6 GHz. By default Metal lends a process
-    # three quarters of a large memory and two thirds of a small one.
-    Chip("M4 Max 128 GB", "metal", 96 * GB, 546e9, 16.4e12),
-    Chip("M4 16 GB", "metal", 16 * GB * 2 // 3, 120e9, 4.1e12),
+    # NVIDIA's data sheets and white papers (Ada, GA102). 141 GB are 131 GiB; a card's driver keeps some of 24.
+    cuda("H200", 131, 4800, 989, "measured"),
+    cuda("RTX 4090 24 GB", 23.5, 1008, 165),
+    cuda("RTX 3090 24 GB", 23.5, 936, 71),
+    # Apple's bandwidths. Apple publishes no operations: cores × 128 × 2 × 1.6 GHz.
+    metal("M4 Max 128 GB", 128, 546, 16.4),
+    metal("M4 Max 64 GB", 64, 546, 16.4),
+    metal("M4 Pro 48 GB", 48, 273, 8.2),
+    metal("M4 Max 36 GB", 36, 410, 13.1),
+    metal("M4 32 GB", 32, 120, 4.1),
+    metal("M4 16 GB", 16, 120, 4.1),
 )
+PER_BYTE: dict[Backend, float] = {"cuda": 75.0, "metal": 30.0}
+"""Operations for each byte of bandwidth where nobody says more: an RTX 3090's, and an M4 Max's."""
+
+
+def described(memory: float, bandwidth: float, teraflops: float | None, backend: Backend) -> Chip:
+    """A machine of so many gigabytes, gigabytes a second and teraflops; those of its like for its bandwidth if None."""
+    teraflops = PER_BYTE[backend] * bandwidth / 1e3 if teraflops is None else teraflops
+    name = f"{memory:g} GB, {bandwidth:g} GB/s"
+    return cuda(name, memory, bandwidth, teraflops) if backend == "cuda" else metal(name, memory, bandwidth, teraflops)

@@ -63,9 +63,14 @@ def model_for(setting: Setting) -> nn.Module:
 
 
 def base_model(setting: Setting) -> nn.Module:
-    """The setting's model without an adapter: bf16 on a GPU (as stored, if it is a real one), float32 on a CPU."""
+    """The setting's model without an adapter: bf16 on a GPU (as stored, if it is a real one), float32 on a CPU.
+
+    Its logits have its own dtype, as mlx-lm has it that it is held against.
+    """
     setup()
-    return load(ModelConfig(name=setting.model))[0] if setting.model else _random_model(setting.shape)
+    return (
+        load(ModelConfig(name=setting.model, head_dtype="model"))[0] if setting.model else _random_model(setting.shape)
+    )
 
 
 def trained_adapters(model: nn.Module) -> Adapters:

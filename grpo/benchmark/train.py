@@ -20,6 +20,7 @@ from grpo.benchmark.work import Prompts, policy_of, recipe, synthetic
 from grpo.config import ModelConfig
 from grpo.errors import RunError, UserError
 from grpo.model.load import model_folder
+from grpo.model.widehead import widen_head
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.plan import make_plan
@@ -31,7 +32,9 @@ PHASES = ("rollout", "reward", "logprobs", "update")
 def step_trainer(setting: Setting, ranks: Ranks | None = None) -> Trainer:
     """A trainer as its plan decides, whose completions all have their full length."""
     cfg = recipe(setting, {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"})
-    policy = policy_of(base_model(setting), cfg)
+    model = base_model(setting)
+    widen_head(model)  # as a run does, unless it is float32
+    policy = policy_of(model, cfg)
     generator = untold(policy.model, setting.rows)
     plan, cfg = make_plan(cfg, policy, generator.decoding, (setting.prompt_length,) * 2)
     generator.slots = plan.slots

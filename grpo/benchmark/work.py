@@ -34,7 +34,7 @@ def recipe(setting: Setting, optim: dict[str, Any]) -> Recipe:
                 "max_completion_length": setting.completion_length,
                 "max_concurrency": setting.rows,
             },
-            "optim": {"steps": 1_000_000, "learning_rate": 1e-5, **decided, **optim},
+            "optim": {"steps": 999_999, "learning_rate": 1e-5, **decided, **optim},
         },
         strict=False,
     )

@@ -144,6 +144,22 @@ def logprobs(setting: "Setting") -> Rows:
     return logprob_costs(setting)
 
 
+@command(**LOAD, lora=True)
+def head(
+    setting: "Setting",
+    dtype: Annotated[
+        str, typer.Option(help="Of a model with random weights: auto (bfloat16 on a GPU), bfloat16 or float16.")
+    ] = "auto",
+) -> Rows:
+    """What float32 logits of a 16-bit model (model.head_dtype) cost: tok/s, an update's seconds, peak memory."""
+    from grpo.benchmark.heads import head_costs
+    from grpo.errors import UserError
+
+    if dtype not in ("auto", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: auto, bfloat16 or float16")
+    return head_costs(setting, dtype)
+
+
 @command(prompts=8, completions=8, prompt_length=128, lora=True)
 def length(setting: "Setting") -> Rows:
     """Whether a decoding step takes as long in a long completion as in a short one: ms by length."""

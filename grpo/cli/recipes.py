@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,13 @@ from grpo.plugins import bundled, bundled_names, find_recipe
 from grpo.recipe import load_recipe
 
 app = typer.Typer(cls=Group, help="Recipes that come with the package.", no_args_is_help=True)
+
+
+class Backend(Enum):
+    """What runs MLX on a machine that is described."""
+
+    cuda = "cuda"
+    metal = "metal"
 
 
 @app.command("list")
@@ -63,8 +71,24 @@ def costs(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="As for `grpo train`.")
     ] = None,
+    memory: Annotated[float | None, typer.Option(min=1, help="Of another machine: gigabytes, as it is sold.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(min=1, help="With --memory: gigabytes a second from it.")] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="With --memory: dense bfloat16 Tflop/s. Default: 75 per TB/s on CUDA, 30 on Metal."),
+    ] = None,
+    backend: Annotated[Backend, typer.Option(help="With --memory: an NVIDIA card, or a Mac.")] = Backend.cuda,
 ) -> None:
-    """Estimate what a recipe takes on some named machines: memory, and the least time. No weights are fetched."""
-    from grpo.benchmark.estimate import estimates
+    """Estimate a recipe's memory and time on common machines, or on one that you describe. No weights are fetched."""
+    from grpo.benchmark.estimate import estimates, legend
+    from grpo.benchmark.machines import CHIPS, described
 
-    print("\n".join(estimates(load_recipe(find_recipe(recipe), overrides or []))))
+    if (memory is None) is not (bandwidth is None):
+        raise UserError("costs: --memory and --bandwidth describe a machine together: give both, or neither")
+    chips = list(CHIPS)
+    if memory is not None and bandwidth is not None:
+        chips = [described(memory, bandwidth, tflops, backend.value)]
+    elif tflops is not None or backend is not Backend.cuda:
+        raise UserError("costs: --tflops and --backend do nothing without --memory and --bandwidth")
+    cfg = load_recipe(find_recipe(recipe), overrides or [])
+    print("\n".join([*estimates(cfg, chips), *legend(chips)]))

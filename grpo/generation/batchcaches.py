@@ -40,6 +40,9 @@ class BatchCaches:
     def open(self, work: Work) -> Session:
         return _BatchCachesSession(self.model, work, self.joined)
 
+    def forget(self) -> None:
+        """Nothing to do: no weight is held."""
+
     def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
         """From what one row holds at two lengths: each row has its own, and each prompt that waits for its rows."""
         fixed, per_token = self._sizes

@@ -38,6 +38,10 @@ class Memory:
         former, self._held = self._held, list(arrays)
         return len(former) != len(arrays) or any(a is not b for a, b in zip(arrays, former, strict=True))
 
+    def forget(self) -> None:
+        """Hold none: the next arrays will be others."""
+        self._held = []
+
 
 class Products:
     """Several linear layers of one input as one product, their LoRA as another: `x` `[S, in]` to `[S, sum of outs]`.
@@ -71,6 +75,11 @@ class Products:
         self._join()
         self._weights.changed(self._held())
         return True
+
+    def forget(self) -> None:
+        """Let go of the joined matrix, until `refresh` makes the next."""
+        self._joined = {}
+        self._weights.forget()
 
     def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         """The product, added to `onto` if that is given."""
@@ -198,6 +207,12 @@ class Blocks:
         changed += [product.refresh(self.norm.weight.dtype) for product in self.products]
         mx.eval([product.lora for product in self.products], [norm.weight for norm in norms])
         return any(changed)
+
+    def forget(self) -> None:
+        """Let go of the model's matrices, until `refresh` takes over the next."""
+        self.memory.forget()
+        for product in self.products:
+            product.forget()
 
 
 def read(model: nn.Module) -> Blocks | None:

@@ -20,6 +20,7 @@ from grpo.generation.buffers import CacheShape, cache_shapes
 from grpo.generation.cuda_attention import CudaAttention, serves
 from grpo.generation.decoders import BlockDecoder, Decoder, ModelDecoder
 from grpo.generation.decoding import Decoding, SharedPrefix, Work
+from grpo.model.adapters import dtype_of
 from grpo.model.logprobs import ROUNDING
 
 PROMPTS, FORCED = ([1, 2, 3], [4, 5, 6, 7, 8]), ([9, 10, 11], [12, 13, 14])
@@ -62,7 +63,7 @@ def _teacher_forced(model: nn.Module, vocabulary: int) -> tuple[mx.array, mx.Dty
     for prompt, forced in zip(PROMPTS, FORCED, strict=True):
         logits = model(mx.array([[*prompt, *forced]]) % vocabulary)[0, len(prompt) - 1 : -1]
         rows.append(logits)
-    return _normalised(mx.stack(rows).astype(mx.float32)), rows[0].dtype
+    return _normalised(mx.stack(rows).astype(mx.float32)), dtype_of(model)
 
 
 def _agrees(decoding: Decoding, expected: mx.array, dtype: mx.Dtype) -> bool:

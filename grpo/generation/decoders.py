@@ -28,6 +28,10 @@ class Decoder(Protocol):
         """Take over what the model's arrays are now."""
         ...
 
+    def forget(self) -> None:
+        """Hold no array of the model until the next `refresh`: they are about to be replaced."""
+        ...
+
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
         """Feed one token to each slot, `[S]`, and return `[S, V]` of the model's dtype."""
         ...
@@ -43,6 +47,10 @@ class BlockDecoder:
     def refresh(self) -> None:
         if self.blocks.refresh():
             self._compiled = None  # a trace keeps the weights that it was made with, but for the adapters
+
+    def forget(self) -> None:
+        self.blocks.forget()
+        self._compiled = None
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
         if not attention.overlaps:
@@ -83,6 +91,9 @@ class ModelDecoder:
 
     def refresh(self) -> None:
         """Nothing to do: the model is what it is."""
+
+    def forget(self) -> None:
+        """Nothing to do: no array is held."""
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
         cache = [_LayerCache(layer, attention, view) for layer in layers]

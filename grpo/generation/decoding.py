@@ -69,6 +69,10 @@ class Decoding(Protocol):
         """Begin a call."""
         ...
 
+    def forget(self) -> None:
+        """Hold no weight between calls: all are about to be replaced, and the old ones would stay in memory."""
+        ...
+
     def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
         """Bytes of keys and values for so many slots and prompts at once, of at most these lengths in tokens."""
         ...
@@ -94,6 +98,9 @@ class SharedPrefix:
     def open(self, work: Work) -> Session:
         self.decoder.refresh()
         return _SharedPrefixSession(self, work)
+
+    def forget(self) -> None:
+        self.decoder.forget()
 
     def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
         token = sum(shape.bytes_per_token for shape in self.shapes)

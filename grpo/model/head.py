@@ -41,8 +41,7 @@ def split_head(model: nn.Module) -> tuple[Body, Head] | None:
     None if the model cannot be taken apart. Whether the halves make the whole is not assumed but tried, on four tokens.
     Some bodies (Phi's) want to be given a `cache`, if only None.
     """
-    if (inner := getattr(model, "language_model", None)) is not None:  # a multimodal model around the one that talks
-        return split_head(inner)
+    model = talking(model)
     probe = mx.array([[0, 1, 2, 3]])
     for name in BODIES:
         if not isinstance(body := model.get(name), nn.Module):
@@ -54,6 +53,13 @@ def split_head(model: nn.Module) -> tuple[Body, Head] | None:
             return None
         return (body, head) if same else None
     return None
+
+
+def talking(model: nn.Module) -> nn.Module:
+    """Of a multimodal model the part that talks; any other model itself."""
+    while (inner := getattr(model, "language_model", None)) is not None:
+        model = inner
+    return model
 
 
 def _head(model: nn.Module, name: str, body: nn.Module) -> Head:

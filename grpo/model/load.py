@@ -19,6 +19,8 @@ from grpo.backend.hub import Repository, fetch, one_line
 from grpo.builtin import models as builtin_models
 from grpo.config import ModelConfig
 from grpo.errors import UserError
+from grpo.model.adapters import dtype_of
+from grpo.model.widehead import wide_head, widen_head
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -52,9 +54,33 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
         cast(model, dtype)
     if cfg.quantize is not None:
         model = _quantized(model, config, cfg)
+    _choose_head(model, cfg)
     model.freeze()
     mx.eval(model.parameters())
     return model, tokenizer
+
+
+def _choose_head(model: nn.Module, cfg: ModelConfig) -> None:
+    """Let logits be float32 as `cfg.head_dtype` says. Raises UserError where that is asked for and cannot be had."""
+    if cfg.head_dtype == "model" or dtype_of(model) == mx.float32:
+        return
+    if not widen_head(model) and cfg.head_dtype == "float32":
+        raise UserError(
+            f"model.head_dtype: float32: the head of {cfg.name} was not found: no linear layer beside its body, and no "
+            "embedding, decides the dtype of its logits. Leave the setting out to take the logits as they are"
+        )
+
+
+def head_note(model: nn.Module, cfg: ModelConfig) -> str | None:
+    """What a person should know of the dtype of the logits, in one line; None of a float32 model's."""
+    dtype = str(dtype_of(model)).removeprefix("mlx.core.")
+    if dtype == "float32":
+        asked = cfg.head_dtype == "float32"
+        return "model.head_dtype: float32 changes nothing here: the model is float32" if asked else None
+    if wide_head(model) is not None:
+        return f"logits are float32, from {dtype} hidden states (model.head_dtype)"
+    why = "as model.head_dtype says" if cfg.head_dtype == "model" else "because its head was not found"
+    return f"logits are rounded to {dtype}, {why}: logprobs are up to 0.08 nats off"
 
 
 def _check_files(cfg: ModelConfig, folder: Path) -> None:

@@ -90,7 +90,7 @@ def chunked_logprobs(
     def backward(primals: Any, cotangents: Pair, _outputs: Pair) -> tuple[mx.array, list[mx.array]]:
         states, given = primals
         found: list[mx.array] = []
-        sums: list[mx.array] = [mx.zeros_like(array) for array in given]
+        sums: list[mx.array] = [mx.zeros(array.shape) for array in given]  # float32: there may be many chunks
         for start in starts:
             own = slice(start, start + chunk)
             after = mx.depends(states[own], [found[-1], *sums]) if found else states[own]
@@ -98,7 +98,7 @@ def chunked_logprobs(
             _, (gradient, *rest) = mx.vjp(partial(project, start), [after, *given], slopes)
             found.append(gradient)
             sums = [total + part for total, part in zip(sums, rest, strict=True)]
-        return mx.concatenate(found), sums
+        return mx.concatenate(found), [total.astype(array.dtype) for total, array in zip(sums, given, strict=True)]
 
     logprobs, entropy = cast(Pair, everywhere(hidden.reshape(rows * length, -1), weights))
     return logprobs.reshape(rows, length), entropy.reshape(rows, length)

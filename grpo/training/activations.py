@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from grpo.model.costs import Costs
 from grpo.model.logprobs import chunk_tokens
-from grpo.training.footprint import Footprint
+from grpo.training.footprint import HEAD_SUMS, Footprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,9 @@ class _Widths:
     inner: int
 
 
-def reckoned_footprint(costs: Costs, checkpointing: bool, fused: bool) -> Footprint:
-    """As `measure_footprint` finds it. `fused`: attention keeps no scores, which is so on CUDA."""
+def reckoned_footprint(costs: Costs, checkpointing: bool, fused: bool, head: int = 0) -> Footprint:
+    """As `measure_footprint` finds it. `fused`: attention keeps no scores, which is so on CUDA. `head`: bytes that a
+    head with float32 logits holds beside them."""
     inner = max(product.used * product.outputs for product in costs.products)
     widths = _Widths(costs.hidden, costs.heads * costs.head_dim, costs.kv_heads * costs.head_dim, inner)
     numbers = _checkpointed(costs.depth, widths) if checkpointing else _kept(costs.depth, widths)
@@ -39,6 +40,7 @@ def reckoned_footprint(costs: Costs, checkpointing: bool, fused: bool) -> Footpr
         chunk=chunk_tokens(costs.head.outputs),
         shares=True,
         checkpointing=checkpointing,
+        head=head + costs.head.trains * HEAD_SUMS * costs.head.inputs * costs.head.outputs,
     )
 
 

@@ -16,8 +16,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.backend.device import on_gpu
+from grpo.model.head import head_parameters
 from grpo.model.logprobs import chunk_tokens
 from grpo.model.policy import Policy
+from grpo.model.widehead import bytes_at_work
 from grpo.training.packing import Shape
 
 LOGIT_COPIES, MOST_COPIES = 4, 12
@@ -28,13 +30,16 @@ PEEKS = 3
 KEPT = {False: 2 / 3, True: 1 / 3}
 """Of the peak without a head, how much is there when the backward pass begins, by whether layers are checkpointed, as
 measured."""
+HEAD_SUMS = 8
+"""Bytes for each number of a head that trains, where its gradient is summed over chunks: two float32 sums at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """Bytes that a gradient needs beside the weights: fixed, a token, a pair of tokens, and a row of logits.
 
-    Of the tokens' bytes a part (`KEPT`) waits while the loss is computed; the rest comes after it.
+    Of the tokens' bytes a part (`KEPT`) waits while the loss is computed; the rest comes after it. `head` is what the
+    head holds beside its logits: float32 pieces of its matrix, and the sums of its gradient if it trains.
     """
 
     fixed: int
@@ -44,6 +49,7 @@ class Footprint:
     chunk: int
     shares: bool
     checkpointing: bool
+    head: int = 0
 
     def bytes(self, shape: Shape, body: float | None = None) -> int:
         """Of one micro-batch of this shape; `body` is what `measure_body` found of it, if that was asked."""
@@ -52,7 +58,7 @@ class Footprint:
             body = self.token * tokens + self.pair * pairs
         projected = shape.rows * shape.length
         copies = min(MOST_COPIES, LOGIT_COPIES * -(-projected // self.chunk))
-        head = copies * self.logits * min(self.chunk, projected)
+        head = self.head + copies * self.logits * min(self.chunk, projected)
         return int(self.fixed + max(body, KEPT[self.checkpointing] * body + head))
 
 
@@ -83,7 +89,10 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     trained = [array for _, array in tree_flatten(policy.model.trainable_parameters())]
     # The sum of gradients so far, and a micro-batch's own.
     fixed = sum(4 * array.size + array.nbytes for array in trained)
-    return Footprint(fixed, token, pair, 4 * vocabulary, chunk_tokens(vocabulary), policy.share_prompts, checkpointing)
+    head = bytes_at_work(policy.model, on_gpu())
+    head += sum(HEAD_SUMS * array.size for _, array in tree_flatten(head_parameters(policy.model)))
+    rows = 4 * vocabulary, chunk_tokens(vocabulary)
+    return Footprint(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head)
 
 
 def _extent(shape: Shape, shares: bool, checkpointing: bool) -> tuple[int, int]:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from grpo.backend.device import compiled
 from grpo.config import OptimConfig
 from grpo.errors import UserError
+
+Arrays = dict[str, Any]
+"""Arrays by path or name."""
+
+GROUP = 2**22
+"""Numbers that move together: 16 MB of each kind of array. A LoRA is a few groups, whole weights are hundreds."""
+AT_WORK = {"muon": 64}
+"""Bytes for each number of a group while it moves, at most, as measured; `MOST_AT_WORK` for the others."""
+MOST_AT_WORK = 28
+OWN, PRECISE = "own", "precise"
 
 CLASSES: dict[str, Any] = {
     "adamw": optim.AdamW,
@@ -58,56 +69,103 @@ def make_optimizer(cfg: OptimConfig) -> Any:
 
 
 class Float32Optimizer:
-    """An optimiser that moves float32 copies of the parameters that are not, and rounds them into the model.
+    """An optimizer that moves float32 copies of the parameters that are not float32, and rounds them into the model.
 
     In bfloat16 an update of less than 1/256 of a weight is lost; the copies add such updates up.
+
+    Parameters move in groups, each computed before the next begins, and nothing here refers to what a group's arrays
+    were before: MLX writes the new ones over the old ones. So a step holds one set of weights, copies and moments
+    (16 bytes a parameter for AdamW in float32, gradients included; 18 in bfloat16), not two.
     """
 
     def __init__(self, cfg: OptimConfig, parameters: Any) -> None:
         self._optimizer = make_optimizer(cfg)
-        rounded = any(array.dtype != mx.float32 for _, array in tree_flatten(parameters))
-        self._precise: Any = tree_map(_float32, parameters) if rounded else None
-        self._optimizer.init(tree_map(_float32, parameters))
+        flat: Arrays = tree_flatten(parameters, destination={})
+        self._precise: Arrays | None = None
+        if any(array.dtype != mx.float32 for array in flat.values()):
+            self._precise = {path: array.astype(mx.float32) for path, array in flat.items()}
+        self._optimizer.init({OWN: [array.astype(mx.float32) for array in flat.values()]})
+        self._shared = self._optimizer.state
+        self._own: dict[str, Arrays] = dict(zip(flat, self._shared.pop(OWN), strict=True))
         self._step = compiled(self._stepped) if cfg.compile else self._stepped  # a kernel an array, not fifteen
 
     @property
     def learning_rate(self) -> Any:
-        return self._optimizer.learning_rate
+        return self._shared["learning_rate"]
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
-        self._optimizer.learning_rate = value
+        self._shared = {**self._shared, "learning_rate": mx.array(value, mx.float32)}
 
     @property
     def state(self) -> dict[str, Any]:
         """All that is needed to go on: moments, step, and the float32 copies where there are any."""
-        copies = {} if self._precise is None else {"precise": self._precise}
-        held: dict[str, Any] = tree_map(lambda array: array, {**self._optimizer.state, **copies})  # dicts of its own
-        return held
+        flat = dict(self._shared)
+        for path, arrays in self._own.items():
+            flat.update({f"{path}.{name}": array for name, array in arrays.items()})
+        flat.update({f"{PRECISE}.{path}": array for path, array in (self._precise or {}).items()})
+        nested: dict[str, Any] = tree_unflatten(list(flat.items()))
+        return nested
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        rest = dict(state)
-        copies = tree_flatten(rest.pop("precise", {}), destination={})
-        if self._precise is not None:  # what was read from a file lacks the model's modules without parameters
-            self._precise = tree_map_with_path(lambda path, _: copies[path], self._precise)
-        self._optimizer.state = rest
-
-    def update(self, model: nn.Module, gradients: Any) -> None:
-        """One step on the model's trainable parameters; the gradients' tree is float32 and of their structure."""
-        parameters = model.trainable_parameters()
-        precise = parameters if self._precise is None else self._precise
-        moved, rounded, self._optimizer.state = self._step(gradients, precise, parameters, self._optimizer.state)
-        model.update(rounded)
+        flat: Arrays = tree_flatten(state, destination={})
+        self._shared = {name: flat[name] for name in self._shared}
+        self._own = {path: {name: flat[f"{path}.{name}"] for name in arrays} for path, arrays in self._own.items()}
         if self._precise is not None:
-            self._precise = moved
+            self._precise = {path: flat[f"{PRECISE}.{path}"] for path in self._precise}
 
-    def _stepped(self, gradients: Any, precise: Any, parameters: Any, state: Any) -> tuple[Any, Any, Any]:
-        """What parameters become, rounded and not, and the optimiser's state, as functions of nothing else."""
-        self._optimizer.state = state
-        moved = self._optimizer.apply_gradients(gradients, precise)
-        return moved, tree_map(lambda new, old: new.astype(old.dtype), moved, parameters), self._optimizer.state
+    def update(self, model: nn.Module, gradients: Arrays, scale: mx.array | float = 1.0) -> None:
+        """One step on the model's trainable parameters, computed when this returns.
+
+        gradients: float32, by the parameters' paths; each is multiplied by `scale`. The dictionary is emptied on the
+        way, so that gradients which nobody else holds make room as they are used.
+        """
+        shared = self._shared
+        for paths in grouped(gradients):
+            mx.eval(self._move(model, paths, gradients, scale, shared))
+
+    def _move(
+        self, model: nn.Module, paths: Sequence[str], gradients: Arrays, scale: mx.array | float, shared: Arrays
+    ) -> list[Any]:
+        """Put what a group becomes in the place of what it is, and return that, not yet computed."""
+        parameters: Arrays = tree_flatten(model.trainable_parameters(), destination={})
+        old = [parameters[path] for path in paths]
+        precise = old if self._precise is None else [self._precise[path] for path in paths]
+        state = {**shared, OWN: [self._own[path] for path in paths]}
+        moved, rounded, state = self._step([gradients.pop(path) for path in paths], scale, precise, old, state)
+        model.update(tree_unflatten(list(zip(paths, rounded, strict=True))))
+        if self._precise is not None:
+            self._precise.update(zip(paths, moved, strict=True))
+        own = state.pop(OWN)
+        self._own.update(zip(paths, own, strict=True))
+        self._shared = state
+        return [moved, rounded, own, state]
+
+    def _stepped(self, gradients: Any, scale: Any, precise: Any, parameters: Any, state: Any) -> tuple[Any, Any, Any]:
+        """What parameters become, rounded and not, and the optimizer's state, as functions of nothing else."""
+        self._optimizer.state = tree_map(lambda array: array, state)  # dictionaries of its own, to be written into
+        scaled = {OWN: [gradient * scale for gradient in gradients]}
+        moved = self._optimizer.apply_gradients(scaled, {OWN: precise})[OWN]
+        state, self._optimizer.state = self._optimizer.state, {}
+        return moved, [new.astype(old.dtype) for new, old in zip(moved, parameters, strict=True)], state
 
 
-def _float32(array: mx.array) -> mx.array:
-    return array.astype(mx.float32)
+def grouped(arrays: Mapping[str, mx.array]) -> list[list[str]]:
+    """Paths in their order, in groups whose arrays have `GROUP` numbers at most, or are a single larger array."""
+    groups: list[list[str]] = []
+    room = 0
+    for path, array in arrays.items():
+        if not groups or array.size > room:
+            groups.append([])
+            room = GROUP
+        groups[-1].append(path)
+        room -= array.size
+    return groups
+
+
+def bytes_of_a_group(optimizer: str, parameters: Any) -> int:
+    """What a step holds beside gradients, weights and state: for its largest group."""
+    flat: Arrays = tree_flatten(parameters, destination={})
+    largest = max((sum(flat[path].size for path in paths) for paths in grouped(flat)), default=0)
+    return AT_WORK.get(optimizer, MOST_AT_WORK) * largest

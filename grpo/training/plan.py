@@ -18,9 +18,10 @@ from grpo.errors import TooLargeError
 from grpo.generation.decoding import Decoding
 from grpo.generation.memory import Memory, Need, slots_that_fit
 from grpo.model.policy import Policy
+from grpo.model.widehead import bytes_at_work
 from grpo.rollout import sampling_of
 from grpo.training.footprint import Footprint, measure_body, measure_footprint
-from grpo.training.optimizer import Float32Optimizer
+from grpo.training.optimizer import Float32Optimizer, bytes_of_a_group
 from grpo.training.packing import Packing, Shape
 
 AUTO_TOKENS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)
@@ -118,8 +119,13 @@ def plan_on(
     prompt_length, longest = prompt_lengths
     numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
     stays, need = _stays(cfg.optim, model, states), _rollout_need(cfg, longest)
-    available = int(FREE * machine.memory) - sum(stays.values())
-    slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, available)
+    head = bytes_at_work(model, machine.gpu)
+    available = int(FREE * machine.memory) - sum(stays.values()) - head
+    slots, too_large = 1, None
+    try:
+        slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, available)
+    except TooLargeError as error:
+        too_large = error
     chosen = _chosen(machine, cfg, footprint, body, prompt_length)
     plan = Plan(
         steps=cfg.optim.steps,
@@ -130,32 +136,49 @@ def plan_on(
         trained=numbers,
         stays=stays,
         phases={
-            "rollout": need.bytes(decoding, slots),
+            "rollout": need.bytes(decoding, slots) + head,
             "update": chosen.bytes,
-            # Gradients and clipped ones, and what is made of weights and moments while the last step's are kept.
-            "optimiser's step": 8 * numbers + _bytes(model.trainable_parameters()) + stays["optimiser"],
+            "optimiser's step": 4 * numbers + bytes_of_a_group(cfg.optim.optimizer, model.trainable_parameters()),
         },
         memory=machine.memory,
         slots=slots,
         micro_batch=chosen.tokens,
         checkpointing=chosen.checkpointing,
     )
-    if plan.total > machine.memory:
-        raise TooLargeError(
-            f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantised model (model.quantize), shorter "
-            "completions, fewer slots (rollout.max_concurrency) or optim.gradient_checkpointing=true would help"
-        )
+    if too_large or plan.total > machine.memory:
+        raise TooLargeError(str(too_large or _what_would_help(plan)), *_least(plan))
     return plan, cfg.model_copy(update={"optim": chosen.optim})
+
+
+def _what_would_help(plan: Plan) -> str:
+    return (
+        f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantised model (model.quantize), shorter "
+        "completions, fewer slots (rollout.max_concurrency) or optim.gradient_checkpointing=true would help"
+    )
+
+
+def _least(plan: Plan) -> tuple[int, dict[str, int]]:
+    """Bytes that a plan wants of a machine, and their parts: what stays, and the largest phase.
+
+    Decoding is planned with `FREE` of the memory.
+    """
+    stays = sum(plan.stays.values())
+    wanted = {name: stays + size for name, size in plan.phases.items()}
+    wanted["rollout"] = int(wanted["rollout"] / FREE)
+    largest = max(wanted, key=lambda name: wanted[name])
+    return wanted[largest], {**plan.stays, largest: plan.phases[largest]}
 
 
 def _stays(cfg: OptimConfig, model: nn.Module, states: int) -> dict[str, int]:
     """Bytes that are held all the time, by what they are for."""
     trained = model.trainable_parameters()
-    optimizer = Float32Optimizer(cfg, trained)  # nothing of it is computed
+    optimizer = _bytes(Float32Optimizer(cfg, trained).state)  # nothing of it is computed
+    several = cfg.num_iterations * cfg.num_minibatches > 1  # then a step that fails is taken back
     return {
         "weights": _bytes(model.parameters()),
-        "optimiser": _bytes(optimizer.state),
+        "optimiser": optimizer,
         "other states": states * _bytes(trained),
+        "the state before the step": several * (_bytes(trained) + optimizer),
     }
 
 

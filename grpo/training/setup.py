@@ -15,7 +15,7 @@ from grpo.data.stream import TaskStream, first_tasks
 from grpo.errors import UserError
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
-from grpo.model.load import load
+from grpo.model.load import head_note, load
 from grpo.model.policy import Policy
 from grpo.plugins import find_function
 from grpo.rollout import RolloutEngine, sampling_of
@@ -86,7 +86,8 @@ def prepare(cfg: Recipe) -> Prepared:
     trainer = Trainer(cfg, policy, stream, engine, scorer, evaluator, custom_loss, ranks)
     refiltered = [REFILTERED] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, one) for rows, one in zip(tables, (renderer, *eval_renderers), strict=True)]
-    notes = [f"decoding: {generator.decoding.description}", *policy.slow, *refiltered, *notes_on(cfg)]
+    head = filter(None, [head_note(model, cfg.model)])
+    notes = [f"decoding: {generator.decoding.description}", *head, *policy.slow, *refiltered, *notes_on(cfg)]
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, plan, tasks, [*notes, *dict.fromkeys(filter(None, nulls))], rows)
 

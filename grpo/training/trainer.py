@@ -64,6 +64,8 @@ class Trainer:
         minibatches = [with_reference(batches, policy, beta, cfg) for batches in minibatches]  # not for beta 0
         minibatches = with_old_logprobs(minibatches, policy, cfg)  # nothing to do for a single one
         clock.lap("logprobs")
+        if cfg.adapter.type == "full":
+            self.engine.generator.decoding.forget()  # or the old weights would stay beside the new ones
         update = self.update(minibatches, n)
         clock.lap("update")
         policy.adapters.sync_reference(cfg.adapter, n)  # if it is due

@@ -6,14 +6,12 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from grpo.backend.device import compiled
@@ -25,7 +23,7 @@ from grpo.model.policy import Policy
 from grpo.objective import combine_metrics, policy_loss
 from grpo.objective.loss import CustomLoss
 from grpo.training.batches import MiniBatch, batch_logprobs
-from grpo.training.optimizer import Float32Optimizer
+from grpo.training.optimizer import Float32Optimizer, grouped
 from grpo.training.schedule import learning_rate
 from grpo.types import Batch, Progress
 
@@ -47,9 +45,12 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """The gradient of a minibatch's loss as a float32 tree, the loss, its metrics, and batches with old logprobs."""
+    """The gradient of a minibatch's loss, the loss, its metrics, and batches with old logprobs.
 
-    tree: Any
+    `arrays` are float32, by the parameters' paths; applying the gradient empties them.
+    """
+
+    arrays: dict[str, mx.array]
     loss: float
     metrics: dict[str, float]
     batches: list[Batch]
@@ -73,10 +74,9 @@ class Updater:
         self.progress: Progress | None = None
         self.skipped_in_a_row = 0
         self._loss_and_grad = nn.value_and_grad(policy.model, self._loss)
-        clip = partial(optim.clip_grad_norm, max_norm=cfg.optim.max_grad_norm)
         compiles = cfg.optim.compile
         self._accumulate = compiled(self._accumulated, policy.model.state) if compiles else self._accumulated
-        self._clip = compiled(clip) if compiles else clip
+        self._squares = compiled(_squares) if compiles else _squares
 
     def __call__(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
         """`optim.num_iterations` passes of one update for each minibatch; what is returned is over all of them.
@@ -117,15 +117,23 @@ class Updater:
 
     def _apply(self, gradient: Gradient, step: int) -> Update | None:
         """One optimiser step, or None if it was skipped."""
-        clipped, norm = self._clip(gradient.tree)
-        update = Update(gradient.loss, norm.item(), gradient.metrics)
+        norm = self._norm(gradient.arrays)
+        update = Update(gradient.loss, cast(float, norm.item()), gradient.metrics)
         if not (math.isfinite(update.loss) and math.isfinite(update.grad_norm)):
             self._skip(gradient, update, step)
             return None
         self.skipped_in_a_row = 0
-        self.optimizer.update(self.policy.model, clipped)
-        mx.eval(self.policy.model.trainable_parameters(), self.optimizer.state)
+        scale = mx.minimum(self.cfg.optim.max_grad_norm / (norm + 1e-6), 1.0)
+        self.optimizer.update(self.policy.model, gradient.arrays, scale)
         return update
+
+    def _norm(self, gradients: dict[str, mx.array]) -> mx.array:
+        """The Euclidean norm of all gradients together, a few of them at a time."""
+        total = mx.array(0.0)
+        for paths in grouped(gradients):
+            total = self._squares(total, [gradients[path] for path in paths])
+            mx.eval(total)
+        return mx.sqrt(total)
 
     def _skip(self, gradient: Gradient, update: Update, step: int) -> None:
         self.skipped_in_a_row += 1
@@ -153,7 +161,7 @@ class Updater:
 
     def gradient(self, batches: Sequence[Batch]) -> Gradient:
         """The gradient of the batches' summed loss; of no batches (nothing to learn from), zeros."""
-        tree = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
+        tree: Any = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
         loss, parts, seen = 0.0, [], []
         for batch in batches:
             with self.policy.training():
@@ -166,7 +174,11 @@ class Updater:
                 self.progress("update", len(seen), len(batches))
         everyone = self.ranks.gather((loss, parts))
         every_part = [part for _, theirs in everyone for part in theirs]
-        return Gradient(self.ranks.sum(tree), sum(one for one, _ in everyone), combine_metrics(every_part), seen)
+        arrays: dict[str, mx.array] = tree_flatten(tree, destination={})
+        del tree
+        for paths in grouped(arrays):  # a sum over processes is another array: for a few at a time
+            arrays |= zip(paths, self.ranks.sum([arrays.pop(path) for path in paths]), strict=True)
+        return Gradient(arrays, sum(one for one, _ in everyone), combine_metrics(every_part), seen)
 
     def _accumulated(self, tree: Any, arrays: dict[str, mx.array]) -> tuple[Any, mx.array, Any, mx.array]:
         """The float32 tree with the batch's gradient added, the batch's loss, its metrics and its logprobs."""
@@ -181,9 +193,16 @@ class Updater:
         return loss, (metrics, mx.stop_gradient(logprobs))
 
 
+def _squares(total: mx.array, arrays: list[mx.array]) -> mx.array:
+    """The total with the squares of all numbers added."""
+    for array in arrays:
+        total = total + array.square().sum()
+    return total
+
+
 def _not_finite(gradient: Gradient) -> str:
     """The parameters whose gradient is not finite."""
-    return ", ".join(path for path, array in tree_flatten(gradient.tree) if not mx.isfinite(array).all().item())
+    return ", ".join(path for path, array in gradient.arrays.items() if not mx.isfinite(array).all().item())
 
 
 def _guarded(custom: CustomLoss) -> CustomLoss:

@@ -1,7 +1,9 @@
 """TRL's GRPO steps on a CUDA machine, timed, to hold `grpo bench train --shape qwen3-0.6b` against.
 
 usage: trl_steps.py [--steps 5] [--prompts 8] [--completions 8] [--prompt-length 256] [--completion-length 128]
+                    [--micro-batch ROWS] [--no-checkpointing]
 
+Gradients are checkpointed, as TRL does by default, and all rows go through the model at once unless told otherwise.
 Qwen3-0.6B's shape with random bf16 weights, rollouts by Hugging Face's generate, LoRA of rank 16 on every linear layer,
 no penalty. Needs torch, transformers, trl and peft in an environment of its own. Prints one line of JSON.
 """
@@ -34,7 +36,13 @@ for name, default in (
     ("completion-length", 128),
 ):
     parser.add_argument(f"--{name}", type=int, default=default)
+parser.add_argument("--micro-batch", type=int, help="completions at once; default: all")
+parser.add_argument("--no-checkpointing", action="store_true")
 cli = parser.parse_args()
+rows = cli.prompts * cli.completions
+micro_batch = cli.micro_batch or rows
+if rows % micro_batch:
+    parser.error(f"--micro-batch {micro_batch} does not divide the {rows} completions of a step")
 
 torch.manual_seed(0)
 config = Qwen3Config(
@@ -77,7 +85,8 @@ clock = Clock()
 with tempfile.TemporaryDirectory() as folder:
     arguments = GRPOConfig(
         output_dir=folder,
-        per_device_train_batch_size=cli.prompts * cli.completions,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=rows // micro_batch,
         num_generations=cli.completions,
         max_completion_length=cli.completion_length,
         max_steps=cli.steps,
@@ -85,7 +94,7 @@ with tempfile.TemporaryDirectory() as folder:
         report_to=[],
         beta=0.0,
         learning_rate=1e-5,
-        gradient_checkpointing=False,
+        gradient_checkpointing=not cli.no_checkpointing,
         save_strategy="no",
         temperature=1.0,
         disable_tqdm=True,

@@ -20,6 +20,7 @@ ROWS = {
     "train": (LOAD, {"grpo"}, {"s", "s rollout", "s reward", "s logprobs", "s update", "s other", "GB"}),
     "sampling": (LOAD, {"plain", *FILTERS}, {"tok/s", "GB"}),
     "logprobs": (LOAD, {"without", "with logprobs"}, {"tok/s", "GB"}),
+    "head": ([*LOAD, "--dtype", "bfloat16"], {"model", "float32"}, {"tok/s", "s", "GB", "GB planned"}),
     "length": (LOAD[:-2], {"3 tokens", "6 tokens"}, {"ms"}),
     "context": ([], {"10 tokens", "11 tokens", "30 tokens", "10 → 11 tokens"}, {"ms", lengths.GROWTH}),
     "ops": (

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import mlx.core as mx
 from conftest import make_model, shaken
-from mlx.utils import tree_flatten
 from test_update import groups, recipe
 
 from grpo.backend.ranks import Ranks
@@ -46,7 +45,7 @@ mine = ranks.share(batches)
 update = Updater(policy, cfg, ranks=ranks)
 found = update.gradient(mine)
 told = ranks.merge(ranks.share(["a", "b", "c"]))
-mx.save_safetensors(str(out / f"gradient-{ranks.rank}.safetensors"), dict(tree_flatten(found.tree)))
+mx.save_safetensors(str(out / f"gradient-{ranks.rank}.safetensors"), found.arrays)
 update([mine], 1)
 mx.save_safetensors(str(out / f"policy-{ranks.rank}.safetensors"), adapters.state())
 (out / f"facts-{ranks.rank}.json").write_text(

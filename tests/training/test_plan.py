@@ -13,12 +13,16 @@ from test_update import recipe
 
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
+from grpo.generation.batchcaches import BatchCaches
 from grpo.generation.choice import find_decoding
 from grpo.model.adapters import Adapters
+from grpo.model.load import cast
 from grpo.model.policy import Policy
+from grpo.model.widehead import widen_head
 from grpo.training import plan as planning
 from grpo.training.batches import make_minibatches
 from grpo.training.footprint import Footprint
+from grpo.training.optimizer import MOST_AT_WORK
 from grpo.training.packing import Shape
 from grpo.training.plan import make_plan
 from grpo.training.update import Updater
@@ -83,8 +87,16 @@ def test_the_plan_is_near_the_measured_peak(kind: str, adapter: str, optim: dict
 def test_the_optimisers_arrays_are_counted(name: str, arrays: float) -> None:
     _, _, plan = planned("untied", "full", optimizer=name)
     assert plan.stays["optimiser"] / (4 * plan.trained) == pytest.approx(arrays, abs=0.3)
-    # Two gradients, new weights, and new moments beside those of the last step.
-    assert plan.phases["optimiser's step"] == 12 * plan.trained + plan.stays["optimiser"]
+    # The gradients, and what is at work of a group of parameters: here of all.
+    assert plan.phases["optimiser's step"] == (4 + MOST_AT_WORK) * plan.trained
+
+
+def test_what_a_step_of_several_updates_can_be_taken_back_to_is_counted() -> None:
+    once, twice = (planned("untied", "full", num_iterations=passes)[2] for passes in (1, 2))
+    weights_and_moments = 12 * twice.trained  # float32
+    assert twice.stays.pop("the state before the step") == pytest.approx(weights_and_moments, rel=1e-4)
+    assert once.stays.pop("the state before the step") == 0
+    assert once.stays == twice.stays
 
 
 def test_only_what_is_come_to_is_measured(monkeypatch) -> None:
@@ -171,3 +183,19 @@ def test_a_model_that_cannot_share_prompts_is_planned_so() -> None:
     policy.share_prompts = False  # as one that cannot says of itself
     _, cfg = make_plan(cfg, policy, find_decoding(policy.model), (PROMPT, PROMPT))
     assert cfg.optim.share_prompts is False
+
+
+def test_what_a_head_with_float32_logits_holds_is_planned() -> None:
+    plans = []
+    for wide in (False, True):
+        model = make_model("untied", vocab_size=2048, num_hidden_layers=1)
+        cast(model, mx.bfloat16)
+        assert not wide or widen_head(model)
+        policy = Policy(model, Adapters(model, AdapterConfig(rank=2), mx.random.key(0)), 1.0)
+        cfg = recipe(rollout={"prompts_per_step": 1, "num_generations": 2, "max_completion_length": 4})
+        plans.append(make_plan(cfg, policy, BatchCaches(model, 2048), (4, 4))[0])
+    narrow, wider = plans
+    matrix = 4 * 2048 * 64  # all of it as float32: it is smaller than the pieces that may be there at once
+    assert wider.phases["rollout"] == narrow.phases["rollout"] + matrix
+    assert wider.phases["update"] - narrow.phases["update"] > matrix / 2  # what is measured varies
+    assert wider.stays == narrow.stays

@@ -62,7 +62,7 @@ def gradient(policy, cfg: Recipe, uniform: bool = False, keep_all: bool = False)
         ]
         scored = rolls
     batches = with_reference(make_batches(scored, cfg), policy, cfg.loss.beta, cfg)
-    return dict(tree_flatten(Updater(policy, cfg).gradient(batches).tree))
+    return Updater(policy, cfg).gradient(batches).arrays
 
 
 def difference(one: dict[str, mx.array], other: dict[str, mx.array]) -> float:
@@ -209,8 +209,8 @@ class Recorder:
         self.state: dict = {}
         self.seen: list[tuple[float, float]] = []
 
-    def update(self, model, gradients) -> None:
-        norm = math.sqrt(sum((array**2).sum().item() for _, array in tree_flatten(gradients)))
+    def update(self, model, gradients, scale) -> None:
+        norm = math.sqrt(sum(((array * scale) ** 2).sum().item() for array in gradients.values()))
         self.seen.append((self.learning_rate, norm))
 
 
@@ -268,7 +268,7 @@ def test_top_entropy_keeps_the_fraction_of_the_step_whatever_the_split(make_poli
         kept, there = (sum((batch.weights > 0).sum().item() for batch in part) for part in (cut, batches))
         assert kept == math.ceil(0.3 * there)
         assert sum(batch.weights.sum().item() for batch in cut) == pytest.approx(1, abs=1e-6)
-        found.append(dict(tree_flatten(Updater(policy, cfg).gradient(cut).tree)))
+        found.append(Updater(policy, cfg).gradient(cut).arrays)
     assert max(mx.abs(found[0][path] - found[2][path]).max().item() for path in found[0]) < 1e-6
 
 

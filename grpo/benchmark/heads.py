@@ -1,0 +1,53 @@
+"""`grpo bench head`: what float32 logits of a 16-bit model cost, in decoding and in the update."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from grpo.benchmark.models import model_for
+from grpo.benchmark.protocol import Row, alternate
+from grpo.benchmark.rollout import ours
+from grpo.benchmark.setting import Setting
+from grpo.benchmark.updates import update_side
+from grpo.benchmark.work import policy_of, recipe
+from grpo.errors import UserError
+from grpo.model.adapters import dtype_of
+from grpo.model.load import cast
+from grpo.model.widehead import widen_head
+
+HEADS = {"model": False, "float32": True}
+"""The values of `model.head_dtype`, and whether each widens the head."""
+
+
+def head_costs(setting: Setting, dtype: str) -> list[Row]:
+    """Decoding, then an update of checkpointed layers, each with both heads in turn: two models, which GB count both.
+
+    `dtype` is that of a model with random weights, or "auto". Raises UserError for a float32 model, and for one whose
+    head is not found.
+    """
+    rows = alternate(
+        f"decoding, {setting}",
+        [ours(_model(setting, dtype, wide), setting, name=name) for name, wide in HEADS.items()],
+        setting.runs,
+    )
+    optim = {"micro_batch_tokens": 16384, "gradient_checkpointing": True}
+    cfg, sides = recipe(setting, optim), []
+    for name, wide in HEADS.items():
+        policy = policy_of(_model(setting, dtype, wide, adapter=False), cfg)
+        sides.append(update_side(name, policy, cfg, setting))
+    return [*rows, *alternate(f"update, {setting}", sides, setting.runs)]
+
+
+def _model(setting: Setting, dtype: str, wide: bool, adapter: bool = True) -> nn.Module:
+    model = model_for(replace(setting, lora=setting.lora and adapter))
+    if dtype != "auto":
+        cast(model, getattr(mx, dtype))
+        mx.eval(model.parameters())
+    if dtype_of(model) == mx.float32:
+        raise UserError("bench head: the model is float32, whose logits are float32 anyway: --dtype bfloat16")
+    if wide and not widen_head(model):
+        raise UserError("bench head: this model's head is not found, or gives float32 already")
+    return model

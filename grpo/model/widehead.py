@@ -1,0 +1,155 @@
+"""Heads that give float32 logits from 16-bit hidden states and weights.
+
+A product of bfloat16 arrays is summed in float32 and then rounded to bfloat16: a logit of 20 to an eighth. What follows
+(softmax in float32 at the sampling temperature) cannot bring that back, and the logprob of a token is off by up to
+0.08 nats. MiniMax-M1 (arXiv 2506.13585) and ScaleRL (arXiv 2510.13786) found that reinforcement learning suffers from
+it. MLX has no product of 16-bit arrays with a float32 result, so weights are made float32 here, a few rows of the
+matrix at a time; a quantised matrix is multiplied with float32 states as it is. The hidden states are the model's own.
+
+The module that projects to the vocabulary is changed in place, so all ways of decoding, and training, meet the same
+head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from grpo.model.head import talking
+
+CHUNK = 2**24
+"""Numbers of the matrix that are float32 at a time: 64 MB."""
+HELD, HELD_ON_CPU = 4, 20
+"""Such pieces that are there at once, at most. A CPU begins operations long before it comes to them (measured: 18); a
+GPU's batches of operations are smaller than a piece (reckoned: the piece before, this one, the next, one to spare)."""
+
+
+def _pieces(weight: mx.array) -> Iterator[slice]:
+    rows = max(1, CHUNK // weight.shape[1])
+    return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
+
+
+@mx.custom_function
+def float32_product(x: mx.array, weight: mx.array) -> mx.array:
+    """x `[N, D]` times the transpose of weight `[V, D]`, 16-bit or float32: `[N, V]` float32.
+
+    Products and sums are float32, and so are those of the gradients, which are rounded to their arrays' dtypes at the
+    end. `CHUNK` numbers of the weight are copied at a time.
+    """
+    states = x.astype(mx.float32)
+    parts: list[mx.array] = []
+    for piece in _pieces(weight):  # each waits for the one before it, or MLX would make all of them at once
+        rows = mx.depends(weight[piece], parts[-1:]) if parts else weight[piece]
+        parts.append(states @ rows.astype(mx.float32).T)
+    return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+
+
+@float32_product.vjp
+def _gradients(primals: tuple[mx.array, mx.array], slopes: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    x, weight = primals
+    states = x.astype(mx.float32)
+    to_states = mx.zeros(x.shape)
+    to_weight: list[mx.array] = []
+    for piece in _pieces(weight):
+        rows = mx.depends(weight[piece], [to_states])
+        to_states = to_states + slopes[:, piece] @ rows.astype(mx.float32)
+        own = mx.depends(slopes[:, piece], to_weight[-1:]) if to_weight else slopes[:, piece]
+        to_weight.append((own.T @ states).astype(weight.dtype))
+    return to_states.astype(x.dtype), mx.concatenate(to_weight)
+
+
+def _project(x: mx.array, weight: mx.array) -> mx.array:
+    """The same for `[..., D]`: `[..., V]`."""
+    flat: Any = float32_product(x.reshape(-1, x.shape[-1]), weight)
+    logits: mx.array = flat.reshape(*x.shape[:-1], weight.shape[0])
+    return logits
+
+
+def _quantized_project(module: Any, x: mx.array) -> mx.array:
+    logits: mx.array = mx.quantized_matmul(
+        x.astype(mx.float32), module["weight"], scales=module["scales"], biases=module.get("biases"), transpose=True,
+        group_size=module.group_size, bits=module.bits, mode=module.mode,
+    )  # fmt: skip
+    return logits
+
+
+class WideLinear(nn.Linear):  # type: ignore[misc]  # untyped
+    """A linear layer with a float32 result."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = _project(x, self["weight"])
+        return y + self["bias"] if "bias" in self else y
+
+
+class WideQuantizedLinear(nn.QuantizedLinear):  # type: ignore[misc]
+    """A quantised linear layer with a float32 result."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = _quantized_project(self, x)
+        return y + self["bias"] if "bias" in self else y
+
+
+class WideEmbedding(nn.Embedding):  # type: ignore[misc]
+    """An embedding that is the head too, and then has a float32 result."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return _project(x, self["weight"])
+
+
+class WideQuantizedEmbedding(nn.QuantizedEmbedding):  # type: ignore[misc]
+    """The same of a quantised one."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return _quantized_project(self, x)
+
+
+WIDE: dict[type, type] = {
+    nn.Linear: WideLinear,
+    nn.QuantizedLinear: WideQuantizedLinear,
+    nn.Embedding: WideEmbedding,
+    nn.QuantizedEmbedding: WideQuantizedEmbedding,
+}
+
+
+def widen_head(model: nn.Module) -> bool:
+    """Make the head of a 16-bit model give float32 logits, and say whether that worked. Computes nothing.
+
+    Which module is the head is found by trial: it is the linear layer beside the body, or the embedding, whose result
+    decides the dtype of the logits.
+    """
+    if _logits_dtype(model) == mx.float32:
+        return False
+    outer = talking(model)
+    linear = [module for module in outer.children().values() if type(module) in (nn.Linear, nn.QuantizedLinear)]
+    embeddings = [module for module in model.modules() if type(module) in (nn.Embedding, nn.QuantizedEmbedding)]
+    for module in (*linear, *embeddings):
+        narrow = type(module)
+        module.__class__ = WIDE[narrow]  # in place: whoever holds this module holds the head
+        if _logits_dtype(model) == mx.float32:
+            return True
+        module.__class__ = narrow
+    return False
+
+
+def wide_head(model: nn.Module) -> nn.Module | None:
+    """The module that was widened, if one was."""
+    return next((module for module in model.modules() if type(module) in WIDE.values()), None)
+
+
+def bytes_at_work(model: nn.Module, gpu: bool) -> int:
+    """What a widened head holds beside its logits: float32 pieces of its matrix, or of a quantised one its scales."""
+    head = wide_head(model)
+    if head is None:
+        return 0
+    if "scales" in head:
+        return sum(4 * int(head[name].size) for name in ("scales", "biases") if head.get(name) is not None)
+    numbers: int = head["weight"].size
+    return 4 * min(numbers, (HELD if gpu else HELD_ON_CPU) * CHUNK)
+
+
+def _logits_dtype(model: nn.Module) -> mx.Dtype:
+    dtype: mx.Dtype = model(mx.array([[0, 1]])).dtype  # nothing is computed
+    return dtype

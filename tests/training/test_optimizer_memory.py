@@ -1,0 +1,168 @@
+"""Whole weights train in one set of weights, gradients and moments: measured, and the same numbers to the bit."""
+
+from __future__ import annotations
+
+import gc
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+from conftest import make_model
+from mlx.utils import tree_flatten, tree_map
+from test_packing import row
+from test_update import recipe
+
+from grpo.benchmark.models import NoTokenizer
+from grpo.benchmark.work import Prompts
+from grpo.config import AdapterConfig, OptimConfig
+from grpo.generation.generator import Generator
+from grpo.model.adapters import Adapters
+from grpo.model.policy import Policy
+from grpo.rollout import RolloutEngine, sampling_of
+from grpo.scoring.scorer import Scorer
+from grpo.training import optimizer as optimizers
+from grpo.training.batches import make_minibatches
+from grpo.training.optimizer import CLASSES, Float32Optimizer, bytes_of_a_group, grouped, make_optimizer
+from grpo.training.trainer import Trainer
+from grpo.training.update import Updater
+from grpo.types import Group, Task
+
+WIDE = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 32, "vocab_size": 512, "num_hidden_layers": 12}
+"""8.6 million parameters, the largest array a fiftieth of them."""
+GROUP = 2**17
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As small beside the toy as the groups are beside a real model."""
+    monkeypatch.setattr(optimizers, "GROUP", GROUP)
+
+
+def drawn(arrays: dict[str, mx.array], seed: int, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
+    keys = mx.random.split(mx.random.key(seed), len(arrays))
+    found = {
+        path: mx.random.normal(a.shape, dtype, key=key) for (path, a), key in zip(arrays.items(), keys, strict=True)
+    }
+    mx.eval(found)
+    return found
+
+
+def numbers(model: nn.Module) -> int:
+    return sum(array.size for _, array in tree_flatten(model.parameters()))
+
+
+def resting() -> int:
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    return mx.get_active_memory()
+
+
+def whole(**changes) -> Policy:
+    model = make_model("untied", **WIDE, **changes)
+    return Policy(model, Adapters(model, AdapterConfig(type="full"), mx.random.key(0), reference=False), 1.0)
+
+
+STATE_BYTES = {"adamw": 8, "adam": 8, "adamax": 8, "sgd": 4, "lion": 4, "adafactor": 0.03, "muon": 4, "rmsprop": 4,
+               "adagrad": 4, "adadelta": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_a_step_holds_nothing_twice(name: str, dtype: mx.Dtype) -> None:
+    model = nn.Module()
+    model.layers = [nn.Linear(256, 256, bias=False) for _ in range(16)]
+    model.update(tree_map(lambda a: a.astype(dtype), model.parameters()))
+    parameters = tree_flatten(model.parameters(), destination={})
+    mx.eval(parameters)
+    count = numbers(model)
+    before = resting()
+    optimizer = Float32Optimizer(OptimConfig(steps=1, optimizer=name), model.parameters())
+    optimizer.update(model, drawn(parameters, 1))
+    del parameters
+    copies = 0 if dtype == mx.float32 else 4
+    held = (resting() - before) / count
+    assert held == pytest.approx(STATE_BYTES[name] + copies, abs=0.05)
+    gradients = drawn(tree_flatten(model.parameters(), destination={}), 2)
+    mx.reset_peak_memory()
+    optimizer.update(model, gradients)
+    assert not gradients
+    # Beside what stays and the gradients: what is at work of one group, an eighth of the parameters here.
+    at_work = (mx.get_peak_memory() - before) / count - held - 4
+    assert at_work < bytes_of_a_group(name, model.parameters()) / count
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_groups_change_nothing(name: str, dtype: mx.Dtype) -> None:
+    """MLX's own optimizer on the whole tree, after its own clipping, gives the same numbers to the bit."""
+    optimizers.GROUP = 20
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 5), nn.Linear(5, 2))
+    model.update(tree_map(lambda a: a.astype(dtype), model.parameters()))
+    cfg = OptimConfig(steps=1, optimizer=name, learning_rate=0.03)
+    ours, theirs = Float32Optimizer(cfg, model.trainable_parameters()), make_optimizer(cfg)
+    expected = {path: a.astype(mx.float32) for path, a in tree_flatten(model.trainable_parameters())}
+    assert len(grouped(expected)) > 2
+    for step in range(3):
+        gradients = drawn(expected, step)
+        clipped, norm = optim.clip_grad_norm(gradients, 0.5)
+        expected = theirs.apply_gradients(clipped, expected)
+        ours.update(model, gradients, mx.minimum(0.5 / (norm + 1e-6), 1.0))
+    for path, array in tree_flatten(model.trainable_parameters()):
+        assert mx.array_equal(array, expected[path].astype(dtype)), path
+    state = dict(tree_flatten(ours.state))
+    assert state["step"].item() == 3
+    for path, array in tree_flatten(theirs.state):
+        assert mx.array_equal(state[path], array), path
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_an_update_of_whole_weights_takes_at_most_eighteen_bytes_a_parameter(micro_batches: int) -> None:
+    policy = whole()
+    cfg = recipe(
+        rollout={"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4},
+        optim={"micro_batch_tokens": 999 if micro_batches == 1 else 8},
+    )
+    rows = [[row(4, 4, number) for _ in range(2)] for number in range(2)]
+    groups = [Group(pair[0][0], tuple(rollout for _, rollout in pair)) for pair in rows]
+    update, minibatches = Updater(policy, cfg), make_minibatches(groups, cfg)
+    assert len(minibatches[0]) == micro_batches
+    update(minibatches, 1)
+    resting()
+    update(minibatches, 2)  # weights 4, gradient 4, moments 8
+    assert mx.get_peak_memory() / numbers(policy.model) < 18
+
+
+def test_a_step_that_can_be_taken_back_holds_its_start_and_one_gradient() -> None:
+    policy = whole()
+    cfg = recipe(
+        rollout={"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4},
+        optim={"micro_batch_tokens": 999, "num_iterations": 3},
+    )
+    rows = [[row(4, 4, number) for _ in range(2)] for number in range(2)]
+    minibatches = make_minibatches([Group(pair[0][0], tuple(rollout for _, rollout in pair)) for pair in rows], cfg)
+    update = Updater(policy, cfg)
+    update(minibatches, 1)
+    resting()
+    update(minibatches, 2)  # weights and moments twice, one gradient
+    assert mx.get_peak_memory() / numbers(policy.model) < 30
+
+
+def test_decoding_does_not_keep_the_weights_of_before_an_update() -> None:
+    policy = whole()
+    cfg = recipe(
+        adapter={"type": "full"},
+        rollout={"prompts_per_step": 1, "num_generations": 8, "max_completion_length": 4},
+        optim={"micro_batch_tokens": 999, "steps": 2, "optimizer": "adafactor", "learning_rate": 0.01},
+    )
+    engine = RolloutEngine(Generator(policy.model, NoTokenizer(), 2), sampling_of(cfg.rollout))
+    assert "joined layers" in engine.generator.decoding.description
+    scorer = Scorer({"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]})
+    trainer = Trainer(cfg, policy, Prompts([Task(0, "", (1, 2, 3), {})]), engine, scorer)
+    before = policy.model.layers[0].self_attn.q_proj.weight + 0
+    trainer.step(1)
+    assert not mx.array_equal(before, policy.model.layers[0].self_attn.q_proj.weight)
+    assert resting() / numbers(policy.model) < 4.3  # weights alone, and not those that were decoded beside them
+    trainer.step(2)
+    assert mx.get_peak_memory() / numbers(policy.model) < 10  # weights, gradient, and what is at work

@@ -27,6 +27,7 @@ def step_metrics(
         **_reward_metrics(groups),
         **_length_metrics(groups, lengths),
         "skipped_updates": float(update.skipped),
+        "updates_without_signal": float(update.without_signal),
         **({"loss": update.loss, "grad_norm": update.grad_norm} if math.isfinite(update.loss) else {}),
         **{name: value for name, value in update.metrics.items() if name != TOKENS},
         "num_prompts": float(len(groups)),

@@ -103,6 +103,7 @@ class Trainer:
             **({} if (delta := self.policy.adapters.delta()) is None else {"adapter_delta": delta}),
             "peak_memory_gb": mx.get_peak_memory() / 2**30,
             "dropped_prompts": float(self.tasks.dropped),
+            "steps_without_signal": float(self.update.steps_without_signal),
             **self.scorer.metrics(),
             **self.ranks.sum_counts(
                 {f"rewards/{name}/failures": count for name, count in self.scorer.failures.items()}
@@ -123,6 +124,7 @@ class Trainer:
                 "tasks": self.tasks.state(),
                 "scorer": self.scorer.state(),
                 "skipped_in_a_row": self.update.skipped_in_a_row,
+                "steps_without_signal": self.update.steps_without_signal,
             },
         )
 
@@ -134,6 +136,7 @@ class Trainer:
             self.policy.adapters.add("reference", state.arrays["reference"])
         self.update.optimizer.state = tree_unflatten(dict(state.arrays["optimizer"]))
         self.update.skipped_in_a_row = state.counts["skipped_in_a_row"]
+        self.update.steps_without_signal = state.counts.get("steps_without_signal", 0)  # not in older checkpoints
         self.tasks.load_state(state.counts["tasks"])
         scored = state.counts["scorer"]  # the first process's: counted by each of several, they would be summed up
         self.scorer.load_state(scored if self.ranks.first else {**scored, "records": {}})

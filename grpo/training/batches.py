@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from grpo.config import Recipe
 from grpo.model.policy import Policy
-from grpo.objective import token_weights
+from grpo.objective import token_weights, weights_of_chosen
 from grpo.objective.masks import top_entropy_mask
 from grpo.training.packing import Packing, Row, Shape, pack, pack_in_order
 from grpo.types import Batch, Group, Rollout
@@ -45,7 +45,7 @@ def make_batches(groups: Sequence[Group], cfg: Recipe, parts: int = 1) -> MiniBa
     packed = pack([rows[i] for i in learning], Packing.of(cfg, parts))
     taken = [([learning[position] for position in part], shape) for part, shape in packed]
     batches = [collate([rows[i] for i in p], mask[mx.array(p)], weights[mx.array(p)], shape) for p, shape in taken]
-    return _with_weights(batches, [batch.mask for batch in batches], cfg) if _local(cfg) else batches
+    return _with_local_weights(batches, cfg) if _local(cfg) else batches
 
 
 def with_reference(batches: Sequence[Batch], policy: Policy, beta: float, cfg: Recipe) -> MiniBatch:
@@ -56,13 +56,11 @@ def with_reference(batches: Sequence[Batch], policy: Policy, beta: float, cfg: R
         return [replace(batch, ref_logprobs=_forced(policy, batch)[0], beta=mx.array(beta)) for batch in batches]
 
 
-def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
+def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy) -> list[MiniBatch]:
     """The same minibatches with the policy's logprobs as it is now, before the step's first update.
 
-    The first minibatch needs none: its logprobs when it is reached are these. dppo measures from the sampler.
+    The first minibatch needs none: its logprobs when it is reached are these.
     """
-    if cfg.loss.preset.surrogate == "dppo":
-        return [[replace(b, old_logprobs=b.sampling_logprobs) for b in batches] for batches in minibatches]
     first, *others = minibatches
     return [first] + [[replace(b, old_logprobs=_forced(policy, b)[0]) for b in batches] for batches in others]
 
@@ -70,7 +68,8 @@ def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Rec
 def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
     """The same minibatches with weight only on the step's tokens of highest entropy.
 
-    The masks stay: what is measured of a whole completion (its ratio, say) is measured of all its tokens.
+    The number of completions that a denominator counts stays the one of `make_batches`. The masks stay too: what is
+    measured of a whole completion (its ratio, say) is measured of all its tokens.
     """
     everything = [batch for batches in minibatches for batch in batches]
     if cfg.loss.top_entropy_quantile == 1 or not everything:
@@ -84,22 +83,15 @@ def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Reci
 
 
 def _with_weights(batches: MiniBatch, chosen: Sequence[mx.array], cfg: Recipe) -> MiniBatch:
-    """A minibatch with weights from the tokens that were chosen of each batch, `[B, T]`."""
-    if _local(cfg):
-        local = [token_weights(part, cfg.loss, cfg.rollout.max_completion_length) / len(batches) for part in chosen]
-        return [replace(batch, weights=weights) for batch, weights in zip(batches, local, strict=True)]
-    if not batches:
-        return []
-    width = max(part.shape[1] for part in chosen)
-    real = [batch.real_rows for batch in batches]
-    together = [_fitted(part[:rows], width) for part, rows in zip(chosen, real, strict=True)]
-    weights = token_weights(mx.concatenate(together), cfg.loss, cfg.rollout.max_completion_length)
-    changed, start = [], 0
-    for batch, rows in zip(batches, real, strict=True):
-        own = _fitted(weights[start : start + rows], batch.mask.shape[1], batch.mask.shape[0] - rows)
-        changed.append(replace(batch, weights=own))
-        start += rows
-    return changed
+    """A minibatch with weight on the tokens alone that were chosen of each batch, `[B, T]`."""
+    moved = weights_of_chosen([batch.weights for batch in batches], chosen, cfg.loss)
+    return [replace(batch, weights=weights) for batch, weights in zip(batches, moved, strict=True)]
+
+
+def _with_local_weights(batches: MiniBatch, cfg: Recipe) -> MiniBatch:
+    """A minibatch with each micro-batch's weights from its own mask."""
+    longest = cfg.rollout.max_completion_length
+    return [replace(b, weights=token_weights(b.mask, cfg.loss, longest) / len(batches)) for b in batches]
 
 
 def mean_entropy(groups: Sequence[Group], policy: Policy, cfg: Recipe) -> float:
@@ -149,7 +141,7 @@ def _all_rows_count(cfg: Recipe) -> bool:
     """Whether a row without advantage may have a gradient, or a say in which tokens or how many are trained on."""
     loss = cfg.loss
     chosen = loss.top_entropy_quantile < 1 or _local(cfg)
-    squared = loss.preset.surrogate == "dppo"  # its penalty does not know advantages
+    squared = loss.preset.surrogate == "dppo" and loss.dppo_penalty > 0  # it does not know advantages
     penalised = loss.kl_in == "loss" and (loss.beta > 0 or bool(loss.beta_end))
     return penalised or chosen or squared or loss.entropy_coef > 0 or loss.use is not None
 

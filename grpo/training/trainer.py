@@ -62,7 +62,7 @@ class Trainer:
         minibatches = with_top_entropy(minibatches, policy, cfg)
         minibatches = [self.ranks.share(batches) for batches in minibatches]
         minibatches = [with_reference(batches, policy, beta, cfg) for batches in minibatches]  # not for beta 0
-        minibatches = with_old_logprobs(minibatches, policy, cfg)  # nothing to do for a single one
+        minibatches = with_old_logprobs(minibatches, policy)  # nothing to do for a single one
         clock.lap("logprobs")
         update = self.update(minibatches, n)
         clock.lap("update")

@@ -113,7 +113,8 @@ def _updates(costs: Costs, cfg: Recipe, plan: Plan) -> Work:
     rollout, passes = cfg.rollout, cfg.optim.num_iterations
     sizes = plan.prompts, cfg.data.max_prompt_length, rollout.num_generations, rollout.max_completion_length
     several = passes * cfg.optim.num_minibatches > 1
-    logprobs = costs.logprobs(*sizes) * (cfg.needs_reference + several)
+    measured = 1 / cfg.kl_every if cfg.kl_every else 0
+    logprobs = costs.logprobs(*sizes) * (cfg.has_penalty + several + measured)
     return costs.update(*sizes) * passes + costs.forward(*sizes) * (passes * plan.checkpointing) + logprobs
 
 

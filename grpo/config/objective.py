@@ -57,7 +57,7 @@ class LossConfig(Section):
     dppo_penalty: AtLeast0 = 0.0
     """dppo's weight of the squared log-ratio to the sampler. 0: none, as in its paper; prime-rl has 1e-3."""
     beta: AtLeast0 = 0.0
-    """Weight of the KL penalty to the reference. 0: no reference is computed."""
+    """Weight of the KL penalty to the reference. 0: no penalty."""
     beta_end: AtLeast0 | None = None
     """beta moves on a line to this by the last step. Default: it stays."""
     kl_in: Literal["loss", "reward"] = "loss"

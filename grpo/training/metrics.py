@@ -75,5 +75,6 @@ def _length_metrics(groups: Sequence[Group], lengths: Sequence[int]) -> dict[str
         "completions/mean_terminated_length": fmean(terminated),
         "completions/min_terminated_length": float(min(terminated)),
         "completions/max_terminated_length": float(max(terminated)),
-        "completions/clipped_ratio": fmean(reason != "stop" for reason in reasons),
+        "completions/clipped_ratio": fmean(reason == "length" for reason in reasons),
+        "completions/repetition_ratio": fmean(reason == "repetition" for reason in reasons),
     }

@@ -10,9 +10,11 @@ advantage and m the mask over its tokens:
                 cispo            -sg(min(r, ε_max)) A lp
                 sapo             -(4/τ) σ(τ (r - 1)) A, τ by the sign of A
                 vespo            -sg(φ) A lp, φ = exp(λ + k ln W - λ W), ln W = Σ m (lp - old), k and λ by the sign of A
+                                 (and + Σ m ln w in ln W with importance_sampling_correction)
                 gmpo             -A exp(Σ m c / Σ m), c = min(lp - old, ε_high) for A > 0, max(lp - old, -ε) else
-                dppo             -r A + c ln² r, and nothing for a token that has gone too far already:
-                                 A > 0 and exp(lp) - exp(old) > ε_high, or A <= 0 and exp(lp) - exp(old) < -ε
+                dppo             -sg(min(r, 20)) A lp + c ln² r, r = exp(lp - sampler's), without the first term for
+                                 tokens that have gone too far already: A > 0 and exp(lp) - exp(sampler's) > ε_high, or
+                                 A <= 0 and exp(lp) - exp(sampler's) < -ε; c is 0 in the paper, 1e-3 in prime-rl
                 reinforce        -A lp
     normalize   sequence         mean over completions of the mean over their tokens
                 sequence_sum     mean over completions of the sum over their tokens
@@ -72,8 +74,8 @@ PRESETS: dict[Name, Preset] = {
     "vespo": Preset("VESPO, arXiv 2602.10693", surrogate="vespo", normalize="token"),
     "gmpo": Preset("GMPO, arXiv 2507.20673: bounds on the log-ratio, geometric mean over tokens",
                    surrogate="gmpo", epsilon=0.4, epsilon_high=0.4),
-    "dppo": Preset("DPPO, arXiv 2602.04879: bounds on the difference of probabilities to the sampler's",
-                   surrogate="dppo", normalize="token"),
+    "dppo": Preset("DPPO-Binary-TV, arXiv 2602.04879: bounds on the difference of probabilities to the sampler's",
+                   surrogate="dppo", normalize="token", epsilon=0.15, epsilon_high=0.15),
     "reinforce++": Preset("REINFORCE++, arXiv 2501.03262", surrogate="reinforce", normalize="token", baseline="batch"),
     "rloo": Preset("RLOO, arXiv 2402.14740", surrogate="reinforce", normalize="token",
                    baseline="leave_one_out", scale_rewards="none"),

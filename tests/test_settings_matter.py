@@ -159,6 +159,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "log.wandb.completions": ("1", *WANDB),
     "log.tensorboard": ("true",),
     "log.use": ("['loss.py:tell']",),
+    "log.kl": ("1",),
     "log.completions.every": ("2", "optim.steps=3"),
     "log.completions.groups": ("1",),
 }
@@ -179,6 +180,7 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("loss.ratio=sequence", "loss.ratio does nothing beside loss.use", ("loss.use=loss.py:halved",)),
     ("loss.surrogate=sapo", "loss.surrogate does nothing beside loss.use", ("loss.use=loss.py:halved",)),
     ("loss.kl_estimator=k1", "loss.kl_estimator does nothing while loss.beta is 0", ()),
+    ("log.kl=5", "log.kl does nothing beside loss.beta", ("loss.beta=0.1",)),
     ("loss.importance_sampling_cap=2", "does nothing with importance_sampling_correction: none", ()),
     ("adapter.rank=4", "adapter.rank does nothing with adapter.type: full", ("adapter.type=full",)),
     ("adapter.ref_model_mixup_alpha=0.1", "does nothing without adapter.sync_reference_every", ()),

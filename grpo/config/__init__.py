@@ -221,9 +221,11 @@ class OptimConfig(Section):
     optimizer_args: dict[str, bool | int | float | list[float]] = {}
     """The optimizer's own arguments, such as `betas: [0.9, 0.99]` or `momentum: 0.9`."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up: constant, or down to 0 by the last step."""
+    """What follows the warm-up: constant, or down on a line or half a cosine, to reach 0 one step after the last (as in
+    transformers: the last step of `linear` has 1/(steps - warmup_steps) of the peak)."""
     warmup_steps: NonNegative = 0
-    """Steps over which the learning rate rises from 0. Of a run that is no longer than that, all steps but the last."""
+    """Steps over which the learning rate rises to its peak, from 1/warmup_steps of it at the first (transformers begins
+    at 0, with a step that learns nothing). Of a run that is no longer than that, all steps but the last."""
     weight_decay: AtLeast0 = 0.0
     """The optimizer's weight decay, decoupled in adamw."""
     max_grad_norm: Above0 = 1.0
@@ -313,6 +315,10 @@ class LogConfig(Section):
     EvalMetrics. One that raises is left out from there on."""
     completions: CompletionsConfig | None = CompletionsConfig()
     """Which completions are stored in the run's folder, with scores, failures and advantages. null: none."""
+    kl: Positive | Literal["auto"] | None = "auto"
+    """Steps between measurements of `kl` in a run without a penalty, which tells it at every step. Each is one more
+    forward pass of the step's completions under the reference, about a third of an update, and where whole weights
+    train the reference is a second copy of them. `auto`: 10, but never where whole weights train. null: never."""
 
 
 class Recipe(Section):
@@ -370,6 +376,8 @@ class Recipe(Section):
             raise ValueError(f"rollout.dynamic_sampling: with the {self.baseline} baseline uniform groups teach too")
         if (self.advantage.soft_overlong_cache or 0) >= self.rollout.max_completion_length:
             raise ValueError("advantage.soft_overlong_cache is not below rollout.max_completion_length")
+        if "kl" in self.log.changed and self.has_penalty:
+            raise ValueError("log.kl does nothing beside loss.beta: the penalty tells kl at every step")
         if self.checkpoint.metric_for_best_model is not None and self.eval is None:
             raise ValueError("checkpoint.metric_for_best_model does nothing without an eval section")
         local = self.eval is not None and _is_local(self.eval.source or self.data.source)
@@ -388,9 +396,23 @@ class Recipe(Section):
         return self.checkpoint.metric_for_best_model or f"avg@{self.eval.samples}"
 
     @property
-    def needs_reference(self) -> bool:
+    def has_penalty(self) -> bool:
         """Whether the loss or the reward has a penalty for distance from the reference."""
         return self.loss.beta > 0 or bool(self.loss.beta_end)
+
+    @property
+    def kl_every(self) -> int | None:
+        """Steps between measurements of the distance from the reference, where no penalty tells it."""
+        if self.has_penalty:
+            return None
+        if self.log.kl == "auto":
+            return None if self.adapter.type == "full" else 10
+        return self.log.kl
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything is computed under the reference."""
+        return self.has_penalty or self.kl_every is not None
 
     @property
     def baseline(self) -> Baseline:

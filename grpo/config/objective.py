@@ -54,10 +54,10 @@ class LossConfig(Section):
     """vespo's k for advantages below 0."""
     vespo_lambda_neg: Above0 = 2.0
     """vespo's λ for advantages below 0."""
-    dppo_penalty: AtLeast0 = 1e-3
-    """dppo's weight of the squared log-ratio."""
+    dppo_penalty: AtLeast0 = 0.0
+    """dppo's weight of the squared log-ratio to the sampler. 0: none, as in its paper; prime-rl has 1e-3."""
     beta: AtLeast0 = 0.0
-    """Weight of the KL penalty to the reference. 0: no reference is computed."""
+    """Weight of the KL penalty to the reference. 0: no penalty."""
     beta_end: AtLeast0 | None = None
     """beta moves on a line to this by the last step. Default: it stays."""
     kl_in: Literal["loss", "reward"] = "loss"
@@ -69,7 +69,8 @@ class LossConfig(Section):
     importance_sampling_correction: Literal[
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = "none"
-    """Weigh tokens by trainer / sampler probability, truncated at the cap or left out beyond the bounds."""
+    """Weigh tokens by trainer / sampler probability, truncated at the cap or left out beyond the bounds. vespo takes
+    the tokens' weights into its own; dppo has no use for it, because its ratio is to the sampler already."""
     importance_sampling_cap: Above0 = 3.0
     """Upper bound of that weight."""
     importance_sampling_floor: AtLeast0 = 0.0
@@ -109,6 +110,15 @@ class LossConfig(Section):
         for name, reads in (("importance_sampling_cap", form != "none"), ("importance_sampling_floor", "mask" in form)):
             if name in self.changed and not reads:
                 raise ValueError(f"loss.{name} does nothing with importance_sampling_correction: {form}")
+        if self.use is None and surrogate == "dppo" and form != "none":
+            raise ValueError(
+                "loss.importance_sampling_correction: dppo's ratio is to the sampler already; leave it out"
+            )
+        if self.use is None and surrogate == "vespo" and form.startswith("sequence"):
+            raise ValueError(
+                f"loss.importance_sampling_correction: vespo multiplies the weights of a completion's tokens; {form} "
+                "has one for all of them. Take token_truncate or token_mask"
+            )
         if self.beta_end == self.beta:
             raise ValueError("loss.beta_end does nothing: it is beta")
         if self.importance_sampling_floor >= self.importance_sampling_cap:

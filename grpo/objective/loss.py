@@ -38,16 +38,16 @@ def policy_loss(
         old_logprobs       of the policy before its first update on this batch. Without them they are the current
                            ones, and the ratio is exactly 1.
         ref_logprobs       of the reference; needed when the penalty's weight is above 0
-        sampling_logprobs  that the sampler gave; for the correction, and measured wherever they are
-        sampler_logprobs   of the distribution sampled from, where filters made it another one: the correction's then
+        sampling_logprobs  that the sampler gave; for the correction and for dppo, and measured wherever they are
+        sampler_logprobs   of the distribution sampled from, where filters made it another one: read in their place then
         beta               a scalar array, the penalty's weight now, in the place of `cfg.beta`
 
     `custom`, a function `(logprobs, batch, cfg) -> per_token_loss`, takes the surrogate's place. Its batch has every
     field above as `[B, T]`: old_logprobs always, the other optional ones or None.
 
     loss = Σ weights · (keep · w · surrogate(ratio, A) + β · KL - c · entropy), where keep and w are the off-policy mask
-    and the sampler's correction. The formulas are in grpo/presets.py. Raises ValueError for a field that the settings
-    need and the batch has not.
+    and the sampler's correction (which vespo takes into its own weight instead). The formulas are in grpo/presets.py.
+    Raises ValueError for a field that the settings need and the batch has not.
 
     Metrics are over the batch's masked tokens; `combine_metrics` puts those of a step's batches together. Values on
     padding may be anything: the mask enters before any exponential.
@@ -58,17 +58,21 @@ def policy_loss(
     old = mx.stop_gradient(logprobs) if old is None else old
     advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None]
     advantages = mx.where(mask > 0, advantages, 0.0)
-    terms = Terms(logprobs, old, log_ratios(logprobs, old, mask, cfg.preset.ratio), advantages, mask)
-    metrics = {"tokens": mask.sum(), **_clip_metrics(terms, cfg, custom)}
-    per_token = custom(logprobs, _filled(batch, terms), cfg) if custom else SURROGATES[cfg.preset.surrogate](terms, cfg)
-    per_token = per_token * _sampler_factor(batch, terms, cfg, metrics)
-    beta = getattr(batch, "beta", None)
-    reference = _field(batch, "ref_logprobs", mask)
-    if cfg.kl_in == "loss" and (cfg.beta > 0 or cfg.beta_end) and not (reference is None and cfg.beta_end is not None):
-        if reference is None:
-            raise ValueError("beta > 0 needs ref_logprobs in the batch")
-        kl = kl_estimate(logprobs, reference, cfg.kl_estimator)
-        kl = bounded_exp(logprobs - old) * kl if cfg.kl_importance else kl
+    surrogate = None if custom else cfg.preset.surrogate
+    metrics = {"tokens": mask.sum(), **_sampler_metrics(batch, old, mask)}
+    correction = _correction(batch, old, mask, cfg)
+    start = _sampled_from(batch, old, mask) if surrogate == "dppo" else old
+    log_ratio = log_ratios(logprobs, start, mask, cfg.preset.ratio)
+    terms = Terms(logprobs, start, log_ratio, advantages, mask, correction)
+    metrics |= _clip_metrics(terms, cfg, custom)
+    per_token = SURROGATES[surrogate](terms, cfg) if surrogate else _custom(custom, terms, old, batch, cfg)
+    if correction is not None and surrogate != "vespo":
+        per_token = per_token * correction
+    if cfg.off_policy_mask_threshold is not None:
+        keep = _kept(batch, terms, old, cfg.off_policy_mask_threshold)
+        per_token, metrics["off_policy_kept"] = per_token * keep, _mean(keep, mask)
+    if (kl := _kl(batch, terms, cfg)) is not None:
+        beta = getattr(batch, "beta", None)
         per_token = per_token + (cfg.beta if beta is None else beta) * kl
         metrics["kl"] = _mean(kl, mask)
     if entropies is not None:
@@ -82,39 +86,62 @@ def policy_loss(
     return loss, {name: mx.stop_gradient(value) for name, value in metrics.items()}
 
 
-def _filled(batch: Any, terms: Terms) -> SimpleNamespace:
-    """The batch as a custom loss sees it: every field `[B, T]` with 0 on padding, the ones that were absent filled."""
+def _custom(custom: Any, terms: Terms, old: mx.array, batch: Any, cfg: LossConfig) -> mx.array:
+    """A custom loss of the batch as it sees it: every field `[B, T]`, 0 on padding, `old_logprobs` always there."""
     optional = {name: _field(batch, name, terms.mask) for name in ("ref_logprobs", "sampling_logprobs")}
-    return SimpleNamespace(
+    seen = SimpleNamespace(
         mask=terms.mask,
         weights=mx.where(terms.mask > 0, batch.weights, 0.0),
         advantages=terms.advantages,
-        old_logprobs=terms.old_logprobs,
+        old_logprobs=old,
         **optional,
     )
+    per_token: mx.array = custom(terms.logprobs, seen, cfg)
+    return per_token
 
 
-def _sampler_factor(batch: Any, terms: Terms, cfg: LossConfig, metrics: Metrics) -> mx.array:
-    """The off-policy mask times the correction for the sampler; measures the raw ratios on the way."""
-    factor = mx.ones_like(terms.mask)
-    sampler = getattr(batch, "sampling_logprobs", None)
-    if cfg.off_policy_mask_threshold is not None:
-        behaviour = terms.old_logprobs if sampler is None else mx.where(terms.mask > 0, sampler, 0.0)
-        drift = behaviour - terms.logprobs
-        drift = mx.where(mx.isnan(drift), 0.0, drift)
-        factor = factor * off_policy_keep(drift, terms.advantages, terms.mask, cfg.off_policy_mask_threshold)
-        metrics["off_policy_kept"] = _mean(factor, terms.mask)
+def _drawn_from(batch: Any) -> mx.array | None:
+    """The logprobs of the distribution that was sampled from, with filters another than the policy's."""
+    filtered = getattr(batch, "sampler_logprobs", None)
+    return getattr(batch, "sampling_logprobs", None) if filtered is None else filtered
+
+
+def _sampled_from(batch: Any, old: mx.array, mask: mx.array) -> mx.array:
+    """The same with 0 on padding, and the policy's own logprob where the sampler's is NaN: `[B, T]`."""
+    sampler = _drawn_from(batch)
     if sampler is None:
-        if cfg.importance_sampling_correction != "none":
-            raise ValueError("importance_sampling_correction needs sampling_logprobs in the batch")
-        return factor
-    drawn_from = getattr(batch, "sampler_logprobs", None)  # another distribution than the policy's, with filters
-    sampler = sampler if drawn_from is None else drawn_from
-    token, sequence = sampling_log_ratios(mx.stop_gradient(terms.old_logprobs), sampler, terms.mask)
-    metrics.update(_sampling_metrics(token, sequence, terms.mask))
+        raise ValueError("dppo needs sampling_logprobs in the batch")
+    return mx.where(mask > 0, mx.where(mx.isnan(sampler), old, sampler), 0.0)
+
+
+def _correction(batch: Any, old: mx.array, mask: mx.array, cfg: LossConfig) -> mx.array | None:
+    """The weight of each token that corrects for the sampler, `[B, T]`; None without a correction."""
     if cfg.importance_sampling_correction == "none":
-        return factor
-    return factor * importance_weights(token, sequence, cfg)
+        return None
+    sampler = _drawn_from(batch)
+    if sampler is None:
+        raise ValueError("importance_sampling_correction needs sampling_logprobs in the batch")
+    return importance_weights(*sampling_log_ratios(mx.stop_gradient(old), sampler, mask), cfg)
+
+
+def _kept(batch: Any, terms: Terms, old: mx.array, threshold: float) -> mx.array:
+    """The off-policy mask, `[B, T]`: how far the policy has moved from where completions were sampled."""
+    sampler = _field(batch, "sampling_logprobs", terms.mask)
+    drift = (old if sampler is None else sampler) - terms.logprobs
+    return off_policy_keep(mx.where(mx.isnan(drift), 0.0, drift), terms.advantages, terms.mask, threshold)
+
+
+def _kl(batch: Any, terms: Terms, cfg: LossConfig) -> mx.array | None:
+    """The KL estimate of each token, `[B, T]`; None where the loss has no penalty, or has none at this step."""
+    if cfg.kl_in != "loss" or not (cfg.beta > 0 or cfg.beta_end):
+        return None
+    reference = _field(batch, "ref_logprobs", terms.mask)
+    if reference is None:
+        if cfg.beta_end is not None:  # the schedule is at 0
+            return None
+        raise ValueError("beta > 0 needs ref_logprobs in the batch")
+    kl = kl_estimate(terms.logprobs, reference, cfg.kl_estimator)
+    return bounded_exp(terms.logprobs - terms.old_logprobs) * kl if cfg.kl_importance else kl
 
 
 def _field(batch: Any, name: str, mask: mx.array) -> mx.array | None:
@@ -145,8 +172,12 @@ def _clip_metrics(terms: Terms, cfg: LossConfig, custom: CustomLoss | None) -> M
     return metrics
 
 
-def _sampling_metrics(token: mx.array, sequence: mx.array, mask: mx.array) -> Metrics:
+def _sampler_metrics(batch: Any, old: mx.array, mask: mx.array) -> Metrics:
     """How far the sampler's logprobs are from the trainer's; ratios are raw, before any truncation."""
+    sampler = _drawn_from(batch)
+    if sampler is None:
+        return {}
+    token, sequence = sampling_log_ratios(mx.stop_gradient(old), sampler, mask)
     ratio, whole = bounded_exp(token), bounded_exp(sequence)
     return {
         "sampling/sampling_logp_difference/mean": _mean(mx.abs(token), mask),

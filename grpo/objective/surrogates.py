@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,16 +12,26 @@ from grpo.config import LossConfig
 from grpo.objective.ratios import bounded_exp, mean_over_tokens
 from grpo.presets import Surrogate
 
+DPPO_CEILING = 20.0
+"""Of dppo's ratio to the sampler, as in verl and TRL."""
+LEAST_WEIGHT = 1e-8
+"""vespo reads a smaller weight as this, as its authors' code does, so that its logarithm is finite."""
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a surrogate may look at, all `[B, T]` float32 with 0 on padding; `log_ratio` is at the loss's level."""
+    """What a surrogate may look at, all `[B, T]` float32 with 0 on padding.
+
+    `old_logprobs` is what ratios are to; `log_ratio` is at the loss's level; `correction` the weights for the sampler
+    not being the trainer, if there is a correction.
+    """
 
     logprobs: mx.array
     old_logprobs: mx.array
     log_ratio: mx.array
     advantages: mx.array
     mask: mx.array
+    correction: mx.array | None = None
 
     @property
     def ratio(self) -> mx.array:
@@ -47,8 +58,15 @@ def sapo(terms: Terms, cfg: LossConfig) -> mx.array:
 
 
 def vespo(terms: Terms, cfg: LossConfig) -> mx.array:
-    """-A lp weighed by a gamma-shaped function of the whole completion's ratio, 1 at ratio 1."""
-    log_w = (terms.log_ratio * terms.mask).sum(axis=1, keepdims=True)
+    """-A lp weighed by a gamma-shaped function of the whole completion's ratio, 1 at ratio 1.
+
+    The ratio is to what was sampled from: where there is a correction, the product of its weights is a factor of it,
+    as in the authors' code and TRL, and no factor of the loss.
+    """
+    log_ratio = terms.log_ratio
+    if terms.correction is not None:
+        log_ratio = log_ratio + mx.log(mx.maximum(terms.correction, LEAST_WEIGHT))
+    log_w = mx.maximum((log_ratio * terms.mask).sum(axis=1, keepdims=True), math.log(LEAST_WEIGHT))
     positive = terms.advantages >= 0
     k = mx.where(positive, cfg.vespo_k_pos, cfg.vespo_k_neg)
     scale = mx.where(positive, cfg.vespo_lambda_pos, cfg.vespo_lambda_neg)
@@ -66,12 +84,16 @@ def gmpo(terms: Terms, cfg: LossConfig) -> mx.array:
 
 
 def dppo(terms: Terms, cfg: LossConfig) -> mx.array:
-    """The plain ratio with a penalty, while the token's probability has not moved too far the way it is pushed."""
-    preset = cfg.preset
-    moved = mx.exp(terms.logprobs) - mx.exp(terms.old_logprobs)
-    gone = mx.where(terms.advantages > 0, moved > preset.epsilon_high, moved < -preset.epsilon)
-    loss = -terms.ratio * terms.advantages + cfg.dppo_penalty * terms.log_ratio**2
-    return mx.where(mx.stop_gradient(gone), 0.0, loss)
+    """The gradient of -A lp weighed by the ratio to the sampler, for tokens inside the trust region: those whose
+    probability has not moved too far from the sampler's the way they are pushed.
+
+    DPPO-Binary-TV by the paper (arXiv 2602.04879) and its authors' code (sail-sg/Stable-RL, and in verl): there is
+    no penalty in it. The ln² r is the KL term of Kimi K2.5 (arXiv 2602.02276), which prime-rl adds to DPPO with a
+    weight of 1e-3 on every token, outside the region too; so does `dppo_penalty`, 0 unless it is set.
+    """
+    low, high = _beyond_probability(terms, cfg)
+    weight = mx.where(low | high, 0.0, mx.minimum(terms.ratio, DPPO_CEILING))
+    return -mx.stop_gradient(weight) * terms.advantages * terms.logprobs + cfg.dppo_penalty * terms.log_ratio**2
 
 
 def reinforce(terms: Terms, cfg: LossConfig) -> mx.array:
@@ -102,7 +124,8 @@ def _beyond_log_ratio(terms: Terms, cfg: LossConfig) -> tuple[mx.array, mx.array
 
 
 def _beyond_ceiling(terms: Terms, cfg: LossConfig) -> tuple[mx.array, mx.array]:
-    return mx.zeros(terms.mask.shape, mx.bool_), (terms.ratio > cfg.epsilon_max) & (terms.advantages > 0)
+    """The ceiling cuts a token's weight whichever way it is pushed."""
+    return mx.zeros(terms.mask.shape, mx.bool_), (terms.ratio > cfg.epsilon_max) & (terms.advantages != 0)
 
 
 def _beyond_probability(terms: Terms, cfg: LossConfig) -> tuple[mx.array, mx.array]:

@@ -6,6 +6,8 @@ over ranks, so that the sum of the parts' gradients is the gradient, whatever th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from grpo.config import LossConfig
@@ -33,3 +35,34 @@ def token_weights(mask: mx.array, cfg: LossConfig, max_completion_length: int) -
             return mask / mx.maximum(mask.sum(), 1)
         case "constant":
             return mask / (rows * max_completion_length)
+
+
+def weights_of_chosen(weights: Sequence[mx.array], chosen: Sequence[mx.array], cfg: LossConfig) -> list[mx.array]:
+    """The weights of a minibatch's micro-batches, moved to the tokens that were chosen of each: `[B, T]` float32.
+
+    A denominator that counts tokens counts the chosen ones then; N stays what it was when the weights were made, of all
+    completions that were sampled. So the sum of the weights stays
+
+        sequence                of each completion that has a chosen token
+        token                   of the minibatch
+        micro_batch             of each micro-batch
+
+    and what was not chosen is lost where the denominators count no tokens (`sequence_sum`, `constant`).
+    """
+    kept = [mx.where(part > 0, weight, 0.0) for weight, part in zip(weights, chosen, strict=True)]
+    match cfg.preset.normalize:
+        case "sequence":
+            totals, lefts = ([part.sum(axis=1, keepdims=True) for part in parts] for parts in (weights, kept))
+        case "micro_batch":
+            totals, lefts = ([part.sum() for part in parts] for parts in (weights, kept))
+        case "token":
+            zero = mx.array(0.0)
+            totals, lefts = ([sum((part.sum() for part in parts), zero)] * len(kept) for parts in (weights, kept))
+        case "sequence_sum" | "constant":
+            return kept
+    return [_scaled(part, total, left) for part, total, left in zip(kept, totals, lefts, strict=True)]
+
+
+def _scaled(weights: mx.array, total: mx.array, left: mx.array) -> mx.array:
+    """Weights whose sum is `left` made to sum up to `total`; nothing stays nothing."""
+    return weights * mx.where(left > 0, total / mx.where(left > 0, left, 1.0), 0.0)

@@ -121,9 +121,11 @@ def _numbers(record: StepMetrics) -> str:
     values = record.values
     kl = f"  kl {values['kl']:.4f}" if "kl" in values else ""
     reward = f"{values['reward']:.3f}" if "reward" in values else "none"
+    silent = values.get("updates_without_signal", 0) > 0 and values.get("grad_norm") == 0
     return (
         f"reward {reward}{kl}  length {values['completions/mean_length']:.0f}"
         f"  {values['rollout_tokens_per_second']:,.0f} tok/s"
+        f"{'  no signal, weights unchanged' if silent else ''}"
     )
 
 

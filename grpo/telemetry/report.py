@@ -85,7 +85,8 @@ def _setup(runs: Sequence[Run]) -> str:
         cfg = run.recipe
         rewards = ", ".join(f"{short_name(reward.use)} × {reward.weight:g}" for reward in cfg.rewards)
         size = f"{cfg.rollout.prompts_per_step} × {cfg.rollout.num_generations}"
-        steps = f"{run.step} of {cfg.optim.steps}, {run.state}"
+        silent = max(_values(run, "steps_without_signal"), default=0.0)
+        steps = f"{run.step} of {cfg.optim.steps}, {run.state}" + (f", {silent:.0f} without a signal" if silent else "")
         loss = f"{cfg.loss.type}, beta {cfg.loss.beta:g}, lr {cfg.optim.learning_rate:g}"
         rows.append(
             [run.folder.name, short_name(cfg.model.name), short_name(cfg.data.source), rewards, size, loss, steps]

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from grpo.config import Recipe
 from grpo.model.policy import Policy
-from grpo.objective import token_weights
+from grpo.objective import token_weights, weights_of_chosen
 from grpo.objective.masks import top_entropy_mask
 from grpo.training.packing import Packing, Row, Shape, pack, pack_in_order
 from grpo.types import Batch, Group, Rollout
@@ -35,17 +35,16 @@ def make_batches(groups: Sequence[Group], cfg: Recipe, parts: int = 1) -> MiniBa
     Rows that can have no gradient (advantage 0 and nothing else in the loss, or no tokens) are left out. Denominators
     count them, so that leaving them out changes nothing.
     """
-    rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
+    rows = rows_of(groups)
     mask = _mask(rows, cfg)
     weights = token_weights(mask, cfg.loss, cfg.rollout.max_completion_length)
-    seen: Any = (mask.sum(axis=1) > 0).tolist()
-    learning = [i for i, (_, r) in enumerate(rows) if seen[i] and (r.advantage != 0 or _all_rows_count(cfg))]
+    learning = [i for i, (_, rollout) in enumerate(rows) if learns(rollout, cfg)]
     if not learning:
         return []
     packed = pack([rows[i] for i in learning], Packing.of(cfg, parts))
     taken = [([learning[position] for position in part], shape) for part, shape in packed]
     batches = [collate([rows[i] for i in p], mask[mx.array(p)], weights[mx.array(p)], shape) for p, shape in taken]
-    return _with_weights(batches, [batch.mask for batch in batches], cfg) if _local(cfg) else batches
+    return _with_local_weights(batches, cfg) if _local(cfg) else batches
 
 
 def with_reference(batches: Sequence[Batch], policy: Policy, beta: float, cfg: Recipe) -> MiniBatch:
@@ -53,29 +52,28 @@ def with_reference(batches: Sequence[Batch], policy: Policy, beta: float, cfg: R
     if beta == 0 or cfg.loss.kl_in != "loss":
         return list(batches)
     with policy.use("reference"):
-        return [replace(batch, ref_logprobs=_forced(policy, batch)[0], beta=mx.array(beta)) for batch in batches]
+        return [replace(batch, ref_logprobs=forced(policy, batch)[0], beta=mx.array(beta)) for batch in batches]
 
 
-def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
+def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy) -> list[MiniBatch]:
     """The same minibatches with the policy's logprobs as it is now, before the step's first update.
 
-    The first minibatch needs none: its logprobs when it is reached are these. dppo measures from the sampler.
+    The first minibatch needs none: its logprobs when it is reached are these.
     """
-    if cfg.loss.preset.surrogate == "dppo":
-        return [[replace(b, old_logprobs=b.sampling_logprobs) for b in batches] for batches in minibatches]
     first, *others = minibatches
-    return [first] + [[replace(b, old_logprobs=_forced(policy, b)[0]) for b in batches] for batches in others]
+    return [first] + [[replace(b, old_logprobs=forced(policy, b)[0]) for b in batches] for batches in others]
 
 
 def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
     """The same minibatches with weight only on the step's tokens of highest entropy.
 
-    The masks stay: what is measured of a whole completion (its ratio, say) is measured of all its tokens.
+    The number of completions that a denominator counts stays the one of `make_batches`. The masks stay too: what is
+    measured of a whole completion (its ratio, say) is measured of all its tokens.
     """
     everything = [batch for batches in minibatches for batch in batches]
     if cfg.loss.top_entropy_quantile == 1 or not everything:
         return list(minibatches)
-    entropies = mx.concatenate([_forced(policy, batch)[1].reshape(-1) for batch in everything])
+    entropies = mx.concatenate([forced(policy, batch)[1].reshape(-1) for batch in everything])
     mask = mx.concatenate([batch.mask.reshape(-1) for batch in everything])
     ends = list(accumulate(batch.mask.size for batch in everything))
     parts = mx.split(top_entropy_mask(entropies, mask, cfg.loss.top_entropy_quantile), ends[:-1])
@@ -84,43 +82,36 @@ def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Reci
 
 
 def _with_weights(batches: MiniBatch, chosen: Sequence[mx.array], cfg: Recipe) -> MiniBatch:
-    """A minibatch with weights from the tokens that were chosen of each batch, `[B, T]`."""
-    if _local(cfg):
-        local = [token_weights(part, cfg.loss, cfg.rollout.max_completion_length) / len(batches) for part in chosen]
-        return [replace(batch, weights=weights) for batch, weights in zip(batches, local, strict=True)]
-    if not batches:
-        return []
-    width = max(part.shape[1] for part in chosen)
-    real = [batch.real_rows for batch in batches]
-    together = [_fitted(part[:rows], width) for part, rows in zip(chosen, real, strict=True)]
-    weights = token_weights(mx.concatenate(together), cfg.loss, cfg.rollout.max_completion_length)
-    changed, start = [], 0
-    for batch, rows in zip(batches, real, strict=True):
-        own = _fitted(weights[start : start + rows], batch.mask.shape[1], batch.mask.shape[0] - rows)
-        changed.append(replace(batch, weights=own))
-        start += rows
-    return changed
+    """A minibatch with weight on the tokens alone that were chosen of each batch, `[B, T]`."""
+    moved = weights_of_chosen([batch.weights for batch in batches], chosen, cfg.loss)
+    return [replace(batch, weights=weights) for batch, weights in zip(batches, moved, strict=True)]
 
 
-def mean_entropy(groups: Sequence[Group], policy: Policy, cfg: Recipe) -> float:
-    """The mean entropy of the groups' tokens, for a step whose update saw none of them."""
-    total = tokens = 0.0
-    for batch in whole_batches(groups, cfg):
-        total += float((_forced(policy, batch)[1] * batch.mask).sum())
-        tokens += float(batch.mask.sum())
-    return total / tokens
+def _with_local_weights(batches: MiniBatch, cfg: Recipe) -> MiniBatch:
+    """A minibatch with each micro-batch's weights from its own mask."""
+    longest = cfg.rollout.max_completion_length
+    return [replace(b, weights=token_weights(b.mask, cfg.loss, longest) / len(batches)) for b in batches]
 
 
 def whole_batches(groups: Sequence[Group], cfg: Recipe) -> Iterator[Batch]:
-    """All rows of the groups in their order, as micro-batches to be looked at rather than learnt from.
+    """All rows of the groups in their order, as micro-batches to be looked at rather than learnt from."""
+    return row_batches(rows_of(groups), cfg)
+
+
+def row_batches(rows: Sequence[Row], cfg: Recipe) -> Iterator[Batch]:
+    """Rows in their order, as micro-batches to be looked at.
 
     Rows of padding may follow those of a micro-batch; their mask is 0.
     """
-    rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
     for positions, shape in pack_in_order(rows, Packing.of(cfg)):
         part = [rows[i] for i in positions]
         mask = _mask_of([len(rollout.completion.token_ids) for _, rollout in part])
         yield collate(part, mask, mask, shape)
+
+
+def rows_of(groups: Sequence[Group]) -> list[Row]:
+    """Every completion of the groups with its task, in their order."""
+    return [(group.task, rollout) for group in groups for rollout in group.rollouts]
 
 
 def collate(rows: Sequence[Row], mask: mx.array, weights: mx.array, shape: Shape) -> Batch:
@@ -145,11 +136,22 @@ def collate(rows: Sequence[Row], mask: mx.array, weights: mx.array, shape: Shape
     )
 
 
+def learns(rollout: Rollout, cfg: Recipe) -> bool:
+    """Whether a completion goes through the update, or can have no gradient there."""
+    return _trained_length(rollout, cfg) > 0 and (rollout.advantage != 0 or _all_rows_count(cfg))
+
+
+def _trained_length(rollout: Rollout, cfg: Recipe) -> int:
+    """How many of its tokens may be trained on: none of what overlong filtering leaves out."""
+    cut = rollout.completion.finish_reason != "stop"
+    return 0 if cut and cfg.loss.mask_truncated_completions else len(rollout.completion.token_ids)
+
+
 def _all_rows_count(cfg: Recipe) -> bool:
     """Whether a row without advantage may have a gradient, or a say in which tokens or how many are trained on."""
     loss = cfg.loss
     chosen = loss.top_entropy_quantile < 1 or _local(cfg)
-    squared = loss.preset.surrogate == "dppo"  # its penalty does not know advantages
+    squared = loss.preset.surrogate == "dppo" and loss.dppo_penalty > 0  # it does not know advantages
     penalised = loss.kl_in == "loss" and (loss.beta > 0 or bool(loss.beta_end))
     return penalised or chosen or squared or loss.entropy_coef > 0 or loss.use is not None
 
@@ -158,7 +160,7 @@ def _local(cfg: Recipe) -> bool:
     return cfg.loss.preset.normalize == "micro_batch"
 
 
-def _forced(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
+def forced(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
     """Logprobs and entropies under the active state, evaluated while it is active."""
     found = batch_logprobs(policy, batch)
     mx.eval(found)
@@ -174,10 +176,8 @@ def batch_logprobs(policy: Policy, batch: Any, entropy_gradient: bool = False) -
 
 def _mask(rows: Sequence[Row], cfg: Recipe) -> mx.array:
     """1 on each completion's tokens: `[N, T]`, with nothing in the rows that overlong filtering leaves out."""
-    completions = [rollout.completion for _, rollout in rows]
-    filtered = cfg.loss.mask_truncated_completions
-    lengths = [0 if filtered and c.finish_reason != "stop" else len(c.token_ids) for c in completions]
-    return _mask_of(lengths, max(len(c.token_ids) for c in completions))
+    width = max(len(rollout.completion.token_ids) for _, rollout in rows)
+    return _mask_of([_trained_length(rollout, cfg) for _, rollout in rows], width)
 
 
 def _mask_of(lengths: Sequence[int], width: int | None = None) -> mx.array:

@@ -27,6 +27,7 @@ def step_metrics(
         **_reward_metrics(groups),
         **_length_metrics(groups, lengths),
         "skipped_updates": float(update.skipped),
+        "updates_without_signal": float(update.without_signal),
         **({"loss": update.loss, "grad_norm": update.grad_norm} if math.isfinite(update.loss) else {}),
         **{name: value for name, value in update.metrics.items() if name != TOKENS},
         "num_prompts": float(len(groups)),
@@ -74,5 +75,6 @@ def _length_metrics(groups: Sequence[Group], lengths: Sequence[int]) -> dict[str
         "completions/mean_terminated_length": fmean(terminated),
         "completions/min_terminated_length": float(min(terminated)),
         "completions/max_terminated_length": float(max(terminated)),
-        "completions/clipped_ratio": fmean(reason != "stop" for reason in reasons),
+        "completions/clipped_ratio": fmean(reason == "length" for reason in reasons),
+        "completions/repetition_ratio": fmean(reason == "repetition" for reason in reasons),
     }

@@ -11,7 +11,8 @@ def learning_rate(cfg: OptimConfig, step: int) -> float:
     """The learning rate of `step` (from 1 to `cfg.steps`).
 
     It rises linearly to `cfg.learning_rate` over `cfg.warmup` steps, then is constant or falls, on a line or half a
-    cosine, to reach 0 one step after the last.
+    cosine, to reach 0 one step after the last: the decay of `get_linear_schedule_with_warmup` and its like in
+    transformers, which TRL uses. Their warm-up begins at 0, ours with the first fraction of the peak.
     """
     if step <= cfg.warmup:
         return cfg.learning_rate * step / cfg.warmup

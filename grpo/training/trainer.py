@@ -17,10 +17,11 @@ from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
-from grpo.training.batches import make_minibatches, mean_entropy, with_old_logprobs, with_reference, with_top_entropy
+from grpo.training.batches import make_minibatches, with_old_logprobs, with_reference, with_top_entropy
 from grpo.training.evaluate import Evaluator
+from grpo.training.gauges import entropy_left_out, kl_metric, with_all_entropy
 from grpo.training.metrics import step_metrics
-from grpo.training.penalties import penalty_metrics, with_penalties
+from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.state import TrainerState
 from grpo.training.update import Updater
@@ -52,26 +53,26 @@ class Trainer:
 
     def step(self, n: int) -> StepMetrics:
         """Sample, score, and update. `n` counts from 1."""
-        cfg, policy, clock = self.cfg, self.policy, _Clock()
+        cfg, policy, ranks, clock = self.cfg, self.policy, self.ranks, _Clock()
         beta = penalty_weight(cfg, n)
         self.scorer.begin(n)
         sampled, groups = self.sample(n, clock)
-        groups = with_penalties(groups, policy, cfg, beta)  # as they are unless the recipe asks for some
+        groups, told = with_penalties(groups, policy, cfg, beta, ranks)  # as they are unless the recipe asks for some
         groups = with_advantages(groups, cfg)
-        minibatches = make_minibatches(groups, cfg, self.ranks.size)  # token weights are fixed here, before any split
+        minibatches = make_minibatches(groups, cfg, ranks.size)  # token weights are fixed here, before any split
         minibatches = with_top_entropy(minibatches, policy, cfg)
-        minibatches = [self.ranks.share(batches) for batches in minibatches]
+        minibatches = [ranks.share(batches) for batches in minibatches]
         minibatches = [with_reference(batches, policy, beta, cfg) for batches in minibatches]  # not for beta 0
-        minibatches = with_old_logprobs(minibatches, policy, cfg)  # nothing to do for a single one
+        minibatches = with_old_logprobs(minibatches, policy)  # nothing to do for a single one
+        told |= kl_metric(groups, policy, cfg, n, ranks)  # if it is due
+        rest = entropy_left_out(groups, policy, cfg, ranks)
         clock.lap("logprobs")
         if cfg.adapter.type == "full":
             self.engine.generator.decoding.forget()  # or the old weights would stay beside the new ones
-        update = self.update(minibatches, n)
+        update = with_all_entropy(self.update(minibatches, n), rest, groups, cfg)
         clock.lap("update")
         policy.adapters.sync_reference(cfg.adapter, n)  # if it is due
-        status = self.status(n, beta) | penalty_metrics(groups, cfg)
-        if "entropy" not in update.metrics:  # nothing was trained on; entropy is told all the same
-            status["entropy"] = mean_entropy(groups, policy, cfg)
+        status = self.status(n, beta) | told
         return replace(step_metrics(n, sampled, update, status, clock.laps), groups=(*groups, *sampled[len(groups) :]))
 
     def sample(self, n: int, clock: _Clock) -> tuple[list[Group], list[Group]]:
@@ -105,6 +106,7 @@ class Trainer:
             **({} if (delta := self.policy.adapters.delta()) is None else {"adapter_delta": delta}),
             "peak_memory_gb": mx.get_peak_memory() / 2**30,
             "dropped_prompts": float(self.tasks.dropped),
+            "steps_without_signal": float(self.update.steps_without_signal),
             **self.scorer.metrics(),
             **self.ranks.sum_counts(
                 {f"rewards/{name}/failures": count for name, count in self.scorer.failures.items()}
@@ -125,6 +127,7 @@ class Trainer:
                 "tasks": self.tasks.state(),
                 "scorer": self.scorer.state(),
                 "skipped_in_a_row": self.update.skipped_in_a_row,
+                "steps_without_signal": self.update.steps_without_signal,
             },
         )
 
@@ -136,6 +139,7 @@ class Trainer:
             self.policy.adapters.add("reference", state.arrays["reference"])
         self.update.optimizer.state = tree_unflatten(dict(state.arrays["optimizer"]))
         self.update.skipped_in_a_row = state.counts["skipped_in_a_row"]
+        self.update.steps_without_signal = state.counts.get("steps_without_signal", 0)  # not in older checkpoints
         self.tasks.load_state(state.counts["tasks"])
         scored = state.counts["scorer"]  # the first process's: counted by each of several, they would be summed up
         self.scorer.load_state(scored if self.ranks.first else {**scored, "records": {}})

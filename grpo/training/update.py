@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -34,13 +35,15 @@ log = logging.getLogger(__name__)
 class Update:
     """What a step's updates measured: the loss, the gradient's norm before clipping, and the objective's metrics.
 
-    Means over the updates that were applied; NaN, and no metrics, if all were skipped. `skipped` counts those.
+    Means over the updates that were not skipped; NaN, and no metrics, if all were. `skipped` counts the updates that
+    were not finite, `without_signal` those whose gradient was exactly 0. Neither kind was applied.
     """
 
     loss: float
     grad_norm: float
     metrics: dict[str, float]
     skipped: int = 0
+    without_signal: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class Updater:
         self.inspect: Path | None = None
         self.progress: Progress | None = None
         self.skipped_in_a_row = 0
+        self.steps_without_signal = 0
         self._loss_and_grad = nn.value_and_grad(policy.model, self._loss)
         compiles = cfg.optim.compile
         self._accumulate = compiled(self._accumulated, policy.model.state) if compiles else self._accumulated
@@ -86,6 +90,10 @@ class Updater:
 
         An update whose loss or gradient is not finite is skipped. Raises RunError after `optim.max_skipped_updates` in
         a row, with policy and optimiser as they were before the step.
+
+        An update whose gradient is exactly 0 has nothing to say, so the optimiser is not called: momentum and weight
+        decay move no weight, moments and the optimiser's own step counter stay. (The learning rate goes by the run's
+        steps, whatever they teach.) A step of such updates alone counts in `steps_without_signal`.
         """
         if self.cfg.optim.num_iterations * len(minibatches) == 1:  # nothing to take back: no copies in memory
             return self._updated(minibatches, step)
@@ -99,29 +107,25 @@ class Updater:
 
     def _updated(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
         self.optimizer.learning_rate = learning_rate(self.cfg.optim, step)
-        waiting, updates, skipped = list(minibatches), [], 0
+        waiting, updates = list(minibatches), []
         for _ in range(self.cfg.optim.num_iterations):
             for number, batches in enumerate(waiting):
                 gradient = self.gradient(batches)
                 waiting[number] = gradient.batches  # skipped or not: by the next pass the policy may have moved
-                if (update := self._apply(gradient, step)) is None:
-                    skipped += 1
-                else:
-                    updates.append(update)
-        return Update(
-            loss=sum(update.loss for update in updates) / len(updates) if updates else math.nan,
-            grad_norm=sum(update.grad_norm for update in updates) / len(updates) if updates else math.nan,
-            metrics=combine_metrics([update.metrics for update in updates if update.metrics]),
-            skipped=skipped,
-        )
+                updates.append(self._apply(gradient, step))
+        together = _together(updates)
+        self.steps_without_signal += together.without_signal == len(updates)
+        return together
 
-    def _apply(self, gradient: Gradient, step: int) -> Update | None:
-        """One optimiser step, or None if it was skipped."""
+    def _apply(self, gradient: Gradient, step: int) -> Update:
+        """One optimiser step, unless the gradient is not finite or says nothing."""
         norm = self._norm(gradient.arrays)
         update = Update(gradient.loss, cast(float, norm.item()), gradient.metrics)
         if not (math.isfinite(update.loss) and math.isfinite(update.grad_norm)):
             self._skip(gradient, update, step)
-            return None
+            return replace(update, skipped=1)
+        if update.grad_norm == 0 and _all_zero(gradient.arrays):  # the norm of tiny numbers underflows
+            return replace(update, without_signal=1)  # and `skipped_in_a_row` stays: nothing was shown to be finite
         self.skipped_in_a_row = 0
         scale = mx.minimum(self.cfg.optim.max_grad_norm / (norm + 1e-6), 1.0)
         self.optimizer.update(self.policy.model, gradient.arrays, scale)
@@ -198,6 +202,23 @@ def _squares(total: mx.array, arrays: list[mx.array]) -> mx.array:
     for array in arrays:
         total = total + array.square().sum()
     return total
+
+
+def _together(updates: Sequence[Update]) -> Update:
+    """A step's updates as one."""
+    finite = [update for update in updates if not update.skipped]
+    return Update(
+        loss=fmean(update.loss for update in finite) if finite else math.nan,
+        grad_norm=fmean(update.grad_norm for update in finite) if finite else math.nan,
+        metrics=combine_metrics([update.metrics for update in finite if update.metrics]),
+        skipped=len(updates) - len(finite),
+        without_signal=sum(update.without_signal for update in updates),
+    )
+
+
+def _all_zero(arrays: dict[str, mx.array]) -> bool:
+    """Whether no number of a gradient is anything but 0."""
+    return not any(array.any().item() for array in arrays.values())
 
 
 def _not_finite(gradient: Gradient) -> str:

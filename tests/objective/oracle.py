@@ -21,13 +21,14 @@ PAPER = {  # ratio, surrogate, averaging, bounds
     "luspo": ("sequence", "clip", "sum", 2e-3, 2.5e-3),
     "vespo": ("token", "vespo", "token", None, None),
     "gmpo": ("token", "gmpo", "sequence", 0.4, 0.4),
-    "dppo": ("token", "dppo", "token", 0.2, 0.2),
+    "dppo": ("token", "dppo", "token", 0.15, 0.15),
     "reinforce++": ("token", "reinforce", "token", None, None),
     "rloo": ("token", "reinforce", "token", None, None),
 }
 
 
 def weights(mask: np.ndarray, averaging: str, longest: int) -> np.ndarray:
+    """`mask` is 1 on the tokens that count; every row, whatever is left of it, was sampled and is one of N."""
     out = np.zeros_like(mask)
     rows, tokens = len(mask), mask.sum()
     for i in range(rows):
@@ -40,6 +41,15 @@ def weights(mask: np.ndarray, averaging: str, longest: int) -> np.ndarray:
                     "constant": 1 / (rows * longest),
                     "sum": 1 / rows,
                 }[averaging]
+    return out
+
+
+def highest_entropy(entropies: np.ndarray, mask: np.ndarray, fraction: float) -> np.ndarray:
+    """The mask cut down to that fraction of its tokens, rounded up; no two entropies are equal."""
+    places = sorted(((entropies[i, t], i, t) for i, t in np.argwhere(mask)), reverse=True)
+    out = np.zeros_like(mask)
+    for _, i, t in places[: math.ceil(fraction * len(places) - 1e-9)]:
+        out[i, t] = 1
     return out
 
 
@@ -63,13 +73,15 @@ def loss_and_gradient(name: str, lp, batch: dict, settings: dict) -> tuple[float
     eps_high = settings.get("epsilon_high", eps if symmetric else eps_high)
     mask, w, adv = batch["mask"], batch["weights"], batch["advantages"]
     old = batch.get("old_logprobs", lp)
+    sampled = batch.get("sampler_logprobs", batch.get("sampling_logprobs"))
+    start = np.where(np.isnan(sampled), old, sampled) if surrogate == "dppo" else old  # what ratios are to
     total, grad = 0.0, np.zeros_like(lp)
     for i in range(len(mask)):
         valid = [t for t in range(mask.shape[1]) if mask[i, t]]
         if not valid:
             continue
         a, n = float(adv[i]), len(valid)
-        logr = {t: lp[i, t] - old[i, t] for t in valid}
+        logr = {t: lp[i, t] - start[i, t] for t in valid}
         mean_logr, sum_logr = sum(logr.values()) / n, sum(logr.values())
         keep = 1.0
         if (threshold := settings.get("off_policy_mask_threshold")) is not None:
@@ -80,23 +92,27 @@ def loss_and_gradient(name: str, lp, batch: dict, settings: dict) -> tuple[float
         form = settings.get("importance_sampling_correction", "none")
         if form != "none":
             for t in valid:
-                gap = old[i, t] - batch["sampling_logprobs"][i, t]
+                gap = old[i, t] - sampled[i, t]
                 log_w[t] = 0.0 if math.isnan(gap) else gap
             if form.startswith("sequence"):
                 log_w = dict.fromkeys(valid, sum(log_w.values()))
         cap, floor = settings.get("importance_sampling_cap", 3.0), settings.get("importance_sampling_floor", 0.0)
+        correction = {}
         for t in valid:
-            factor = math.exp(log_w[t])
-            if form.endswith("truncate"):
-                factor = min(factor, cap)
-            elif form.endswith("mask"):
-                factor = factor if floor <= factor <= cap else 0.0
-            factor *= keep
+            w_t = math.exp(log_w[t])
+            inside = floor <= w_t <= cap
+            correction[t] = min(w_t, cap) if form.endswith("truncate") else w_t if inside or form == "none" else 0.0
+        if surrogate == "vespo":  # the weights go into W, with a floor of 1e-8 each and in all
+            sum_logr += sum(math.log(max(w_t, 1e-8)) for w_t in correction.values())
+            sum_logr = max(sum_logr, math.log(1e-8))
+            correction = dict.fromkeys(valid, 1.0)
+        for t in valid:
+            factor = correction[t] * keep
             value, d_token, d_all = token_term(
                 surrogate,
                 ratio_kind,
                 lp[i, t],
-                old[i, t],
+                start[i, t],
                 logr[t],
                 mean_logr,
                 sum_logr,
@@ -154,10 +170,10 @@ def token_term(surrogate, ratio_kind, lp, old, logr, mean_logr, sum_logr, every,
         return -a * geometric, 0.0, {u: -a * geometric / n * free[u] for u in every}
     if surrogate == "dppo":
         moved = math.exp(lp) - math.exp(old)
-        if (a > 0 and moved > eps_high) or (a <= 0 and moved < -eps):
-            return 0.0, 0.0, {}
-        c = settings.get("dppo_penalty", 1e-3)
-        return -r * a + c * logr**2, -r * a + 2 * c * logr, {}
+        gone = (a > 0 and moved > eps_high) or (a <= 0 and moved < -eps)
+        weight = 0.0 if gone else min(r, 20.0)
+        c = settings.get("dppo_penalty", 0.0)
+        return -weight * a * lp + c * logr**2, -weight * a + 2 * c * logr, {}
     return -a * lp, -a, {}
 
 

@@ -215,6 +215,8 @@ def test_sampling_metrics_by_hand() -> None:
         ({"type": "rloo", "delta": 2.0}, "loss.delta does nothing"),
         ({"kl_importance": True}, "loss.kl_importance does nothing while loss.beta is 0"),
         ({"type": "vespo", "ratio": "sequence"}, "has a ratio of its own"),
+        ({"type": "dppo", "importance_sampling_correction": "token_mask"}, "ratio is to the sampler already"),
+        ({"type": "vespo", "importance_sampling_correction": "sequence_mask"}, "Take token_truncate or token_mask"),
         ({"importance_sampling_cap": 2.0}, "loss.importance_sampling_cap does nothing"),
         ({"importance_sampling_correction": "token_truncate", "importance_sampling_floor": 0.5}, "floor does nothing"),
     ],
@@ -281,7 +283,8 @@ def test_a_row_without_tokens_gives_nothing_and_stays_finite() -> None:
 def test_ratios_beyond_reason_stay_finite(kind: str, gap: float, advantage: float) -> None:
     cfg = LossConfig(type=kind, beta=0.1)
     current = mx.array([[-1.0 + min(gap, 0), -2.0]])
-    batch = batch_of(cfg, mx.ones((1, 2)), [advantage], old_logprobs=current - gap, ref_logprobs=current + gap)
+    fields = {"old_logprobs": current - gap, "ref_logprobs": current + gap, "sampling_logprobs": current - gap}
+    batch = batch_of(cfg, mx.ones((1, 2)), [advantage], **fields)
     loss, gradient = mx.value_and_grad(lambda x: policy_loss(x, batch, cfg)[0])(current)
     assert mx.isfinite(loss).item()
     assert mx.isfinite(gradient).all().item()
@@ -337,7 +340,7 @@ def test_completions_that_are_no_whole_groups() -> None:
 def test_the_loss_does_not_know_the_order_of_rows(kind: str, advantage: list, order: list[int], seed: int) -> None:
     cfg, index = LossConfig(type=kind), mx.array(order)
     logprobs, old = (mx.random.normal((4, 4), key=k) * 0.3 - 2 for k in mx.random.split(mx.random.key(seed)))
-    batch = batch_of(cfg, mask_of(LENGTHS), advantage, old_logprobs=old)
+    batch = batch_of(cfg, mask_of(LENGTHS), advantage, old_logprobs=old, sampling_logprobs=old - 0.1)
     shuffled = SimpleNamespace(**{name: value[index] for name, value in vars(batch).items()})
     assert policy_loss(logprobs[index], shuffled, cfg)[0].item() == pytest.approx(
         policy_loss(logprobs, batch, cfg)[0].item(), abs=1e-5, rel=1e-5

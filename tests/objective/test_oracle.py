@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 
 from grpo.config import AdvantageConfig, LossConfig
-from grpo.objective import advantages, policy_loss, token_weights
+from grpo.objective import advantages, policy_loss, token_weights, weights_of_chosen
+from grpo.objective.masks import top_entropy_mask
 from grpo.presets import PRESETS
 
-from oracle import PAPER, advantages as expected_advantages, loss_and_gradient, weights  # isort: skip
+from oracle import (  # isort: skip
+    PAPER,
+    advantages as expected_advantages,
+    highest_entropy,
+    loss_and_gradient,
+    weights,
+)
 
 LONGEST = 8
 LENGTHS = [3, 6, 1, 0, 5, 4]
@@ -75,6 +82,8 @@ PENALTIES = [
     {"beta": 0.1, "kl_importance": True},
     {"beta": 0.1, "kl_estimator": "k2", "kl_importance": True},
 ]
+NOT_FOR = {"dppo": "importance_sampling_correction", "vespo": "sequence"}
+"""Corrections that a surrogate refuses, by what is in them."""
 BOUNDS = {
     "clip": [
         bounds | cap | level
@@ -94,16 +103,20 @@ SPREADS = [0.0, 0.05, 0.4, 1.0]
 @pytest.mark.parametrize("name", PRESETS)
 def test_loss_and_gradient(name: str) -> None:
     """Four spreads of the ratio × bounds and levels × penalties × corrections × masks × splits."""
-    bounds = BOUNDS.get(PRESETS[name].surrogate, [{}])
+    surrogate = PRESETS[name].surrogate
+    bounds, refused = BOUNDS.get(surrogate, [{}]), NOT_FOR.get(surrogate, "nothing")
+    corrections = [one for one in CORRECTIONS if refused not in str(one)]
     checked = 0
-    for seed, (spread, bound, penalty, correction) in enumerate(product(SPREADS, bounds, PENALTIES, CORRECTIONS)):
+    for seed, (spread, bound, penalty, correction) in enumerate(product(SPREADS, bounds, PENALTIES, corrections)):
         settings = {**bound, **penalty, **correction}
         cfg = LossConfig(type=name, **settings)
         lp, batch = batch_of(spread, seed)
         batch["weights"] = weights(batch["mask"], PAPER[name][2], LONGEST)
         if spread == 0:
             del batch["old_logprobs"]
-        if not correction:
+        if surrogate == "dppo" and seed % 3 == 0:  # sampled through filters
+            batch["sampler_logprobs"] = batch["sampling_logprobs"] + 0.2
+        if not correction and surrogate != "dppo":
             del batch["sampling_logprobs"]
         expected, gradient = loss_and_gradient(name, lp, batch, settings)
         got, got_gradient = measured_in_parts(lp, batch, cfg, size=(6, 1, 2)[seed % 3])
@@ -118,6 +131,28 @@ def test_weights(name: str) -> None:
     _, batch = batch_of(0.1, 0)
     got = token_weights(mx.array(batch["mask"].astype(np.float32)), LossConfig(type=name), LONGEST)
     np.testing.assert_allclose(np.array(got), weights(batch["mask"], PAPER[name][2], LONGEST), atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("fraction", [0.2, 0.6])
+def test_weights_of_the_tokens_of_highest_entropy(name: str, fraction: float) -> None:
+    """N stays the number of all completions; what denominators count in tokens is counted in chosen ones."""
+    cfg = LossConfig(type=name)
+    for seed in range(4):
+        _, batch = batch_of(0.1, seed)
+        mask, entropies = batch["mask"], np.random.default_rng(seed).permutation(36).reshape(6, 6).astype(float)
+        chosen = highest_entropy(entropies, mask, fraction)
+        assert chosen.sum() == math.ceil(fraction * mask.sum())
+        whole = token_weights(mx.array(mask.astype(np.float32)), cfg, LONGEST)
+        found = top_entropy_mask(mx.array(entropies), mx.array(mask.astype(np.float32)), fraction)
+        expected = weights(chosen, PAPER[name][2], LONGEST)
+        if PRESETS[name].normalize == "micro_batch":
+            parts = [(whole, found)]
+        else:  # rows without tokens are in no batch, and the rest is split anyhow
+            parts = [(whole[start:stop], found[start:stop]) for start, stop in ((0, 1), (1, 3), (4, 6))]
+            expected = np.delete(expected, 3, axis=0)
+        moved = weights_of_chosen([part for part, _ in parts], [part for _, part in parts], cfg)
+        np.testing.assert_allclose(np.concatenate([np.array(part) for part in moved]), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,6 +1,7 @@
 """The smaller parts of training: schedule, checkpoints, evaluation, metrics, signals, parity, the plan."""
 
 import json
+import math
 
 import mlx.core as mx
 import pytest
@@ -29,13 +30,24 @@ def test_schedules_by_hand() -> None:
     assert rates("cosine") == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_decay_is_that_of_transformers(warmup: int) -> None:
+    """`get_linear_schedule_with_warmup` and `get_cosine_schedule_with_warmup` at the steps after the warm-up."""
+    steps = 4 + warmup
+    fractions = [(k - warmup) / (steps - warmup) for k in range(warmup, steps)]  # they count from 0
+    assert rates("linear", warmup)[warmup:] == pytest.approx([1 - x for x in fractions])
+    assert rates("cosine", warmup)[warmup:] == pytest.approx([(1 + math.cos(math.pi * x)) / 2 for x in fractions])
+    assert rates("linear", warmup)[-1] == pytest.approx(1 / (steps - warmup))  # as the schema says
+    assert rates("linear", 3)[0] == pytest.approx(1 / 3)
+
+
 def test_step_metrics_by_hand() -> None:
     def rollout(length: int, reward: float | None, reason: str = "stop") -> Rollout:
         return Rollout(Completion((1,) * length, None, "", reason), {"r": reward}, reward=reward)
 
     groups = [
         Group(Task(0, "?", (1,), {}), (rollout(2, 1.0), rollout(4, 0.0))),
-        Group(Task(1, "?", (1,), {}), (rollout(6, 0.5, "length"), rollout(8, None))),
+        Group(Task(1, "?", (1,), {}), (rollout(6, 0.5, "length"), rollout(8, None, "repetition"))),
     ]
     update = Update(-0.1, 2.0, {"tokens": 10.0, "entropy": 0.5, "clip_ratio/low_mean": 0.1})
     seconds = {"rollout": 2.0, "update": 1.0}
@@ -46,8 +58,8 @@ def test_step_metrics_by_hand() -> None:
     assert values["rewards/r/mean"] == 0.5
     assert values["rewards/r/none_rate"] == 0.25
     assert [values[f"completions/{name}_length"] for name in ("mean", "min", "max")] == [5, 2, 8]
-    assert [values[f"completions/{name}_terminated_length"] for name in ("mean", "min", "max")] == [14 / 3, 2, 8]
-    assert values["completions/clipped_ratio"] == 0.25
+    assert [values[f"completions/{name}_terminated_length"] for name in ("mean", "min", "max")] == [3, 2, 4]
+    assert (values["completions/clipped_ratio"], values["completions/repetition_ratio"]) == (0.25, 0.25)
     assert [values[name] for name in ("solved_all", "solved_none", "mixed")] == [0, 0.5, 0.5]
     assert "tokens" not in values
     assert (values["entropy"], values["clip_ratio/low_mean"]) == (0.5, 0.1)
@@ -143,7 +155,7 @@ def test_dynamic_sampling_gives_up_in_the_end(recipe) -> None:
 def handed_to_the_update(recipe, *overrides: str) -> list:
     """The minibatches that a step makes."""
     trainer, seen = prepare(load_recipe(recipe, overrides)).trainer, []
-    trainer.update = lambda minibatches, n: seen.extend(minibatches) or Update(0.0, 0.0, {})
+    trainer.update._updated = lambda minibatches, n: seen.extend(minibatches) or Update(0.0, 0.0, {})
     trainer.step(1)
     return seen
 

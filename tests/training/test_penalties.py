@@ -7,6 +7,7 @@ import mlx.core as mx
 import pytest
 from test_update import groups, recipe
 
+from grpo.backend.ranks import Ranks
 from grpo.objective.groups import with_advantages, with_rewards
 from grpo.training.batches import make_batches, with_reference
 from grpo.training.penalties import with_penalties
@@ -16,8 +17,8 @@ def test_the_penalty_in_the_reward(make_policy) -> None:
     policy = make_policy().policy
     cfg = recipe(loss={"beta": 0.5, "kl_in": "reward"}, advantage={"soft_overlong_cache": 4, "scale_rewards": "none"})
     plain = with_rewards(groups(policy), cfg.rewards)
-    penalised = with_penalties(plain, policy, cfg, 0.5)
-    base = make_policy(trained=False).policy
+    penalised, told = with_penalties(plain, policy, cfg, 0.5, Ranks())
+    base, divergences, penalties, tokens = make_policy(trained=False).policy, 0.0, [], 0
     for group in penalised:
         for rollout in group.rollouts:
             ids = rollout.completion.token_ids
@@ -25,7 +26,14 @@ def test_the_penalty_in_the_reward(make_policy) -> None:
             reference, _ = base.logprobs(mx.array([[*prompt, *ids]]), mx.array([len(prompt)]), mx.array([ids]))
             d = reference[0] - mx.array(rollout.completion.logprobs)
             overlong = max(0, len(ids) - 4) / 4
-            assert rollout.penalty == pytest.approx(0.5 * (mx.exp(d) - d - 1).sum().item() + overlong, abs=1e-4)
+            divergence = (mx.exp(d) - d - 1).sum().item()
+            assert rollout.penalty == pytest.approx(0.5 * divergence + overlong, abs=1e-4)
+            divergences, tokens = divergences + divergence, tokens + len(ids)
+            penalties.append(rollout.penalty)
+    assert told == {
+        "kl": pytest.approx(divergences / tokens, abs=1e-4),
+        "reward_penalty": pytest.approx(sum(penalties) / 12),
+    }
     scored = with_advantages(penalised, cfg)
     net = [r.reward - r.penalty for r in penalised[0].rollouts]
     assert [r.advantage for r in scored[0].rollouts] == pytest.approx([x - sum(net) / 4 for x in net], abs=1e-5)
@@ -49,7 +57,14 @@ def test_the_loss_brings_baseline_and_scaling_of_its_advantages(make_policy, kin
 def test_without_penalties_groups_stay_as_they_are(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(loss={"beta": 0.5})
     plain = groups(policy)
-    assert with_penalties(plain, policy, cfg, 0.5) == plain
+    assert with_penalties(plain, policy, cfg, 0.5, Ranks()) == (plain, {})
+
+
+def test_a_penalty_for_length_alone_tells_no_kl(make_policy) -> None:
+    policy, cfg = make_policy().policy, recipe(advantage={"soft_overlong_cache": 4})
+    _, told = with_penalties(groups(policy), policy, cfg, 0.0, Ranks())
+    lengths = [1 + (5 * i + g) % 8 for g in range(3) for i in range(4)]
+    assert told == {"reward_penalty": pytest.approx(sum(max(0, n - 4) / 4 for n in lengths) / 12)}
 
 
 def test_a_completion_that_a_function_failed_on_leaves_the_baseline(make_policy) -> None:

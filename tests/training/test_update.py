@@ -225,11 +225,14 @@ def test_the_optimiser_gets_the_clipped_gradient_at_the_scheduled_rate(make_poli
     assert update.optimizer.seen == [(0.25, pytest.approx(0.01, rel=1e-3)), (0.5, pytest.approx(0.01, rel=1e-3))]
 
 
-def test_weight_decay_shrinks_what_has_no_gradient(make_policy) -> None:
-    policy = make_policy().policy
-    before = policy.adapters.state()
-    Updater(policy, recipe(optim={"steps": 1, "learning_rate": 0.1, "weight_decay": 0.5}))([[]], 1)
-    assert all(mx.allclose(array, 0.95 * before[path]) for path, array in policy.adapters.state().items())
+def test_weight_decay_shrinks_the_weights(make_policy) -> None:
+    ends = []
+    for decay in (0.0, 0.5):
+        policy = make_policy().policy
+        before = policy.adapters.state()
+        stepped(policy, recipe(optim={"steps": 1, "learning_rate": 0.1, "weight_decay": decay}))
+        ends.append(policy.adapters.state())
+    assert all(mx.allclose(ends[0][path] - ends[1][path], 0.05 * before[path], atol=1e-6) for path in before)
 
 
 def test_several_minibatches_are_updates_of_their_own_with_ratios_to_before_the_first(make_policy) -> None:
@@ -237,7 +240,7 @@ def test_several_minibatches_are_updates_of_their_own_with_ratios_to_before_the_
     cfg = recipe(optim={"steps": 1, "num_minibatches": 3, "learning_rate": 0.05}, rollout={"prompts_per_step": 3})
     minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
     assert [sum(batch.real_rows for batch in part) for part in minibatches] == [4, 4, 4]
-    ready = with_old_logprobs(minibatches, policy, cfg)
+    ready = with_old_logprobs(minibatches, policy)
     assert all(batch.old_logprobs is None for batch in ready[0])
     for batch in ready[1] + ready[2]:
         now, _ = batch_logprobs(policy, batch)
@@ -328,11 +331,21 @@ def test_a_loss_of_ones_own_that_will_not_do(make_policy, mine, said: str) -> No
         Updater(policy, cfg, mine)(minibatches, 1)
 
 
-def test_dppo_measures_from_the_sampler(make_policy) -> None:
-    policy, cfg = make_policy().policy, recipe(loss={"type": "dppo"})
-    minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
-    for batch in with_old_logprobs(minibatches, policy, cfg)[0]:
-        assert mx.array_equal(batch.old_logprobs, batch.sampling_logprobs)
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_dppos_ratio_is_to_the_sampler_and_the_sampler_is_measured(make_policy, iterations: int) -> None:
+    """The sampler's logprobs are off by 0.25 nats: for the gradient, and for the metrics of every pass."""
+    policy = make_policy().policy
+    cfg = recipe(loss={"type": "dppo"}, optim={"num_iterations": iterations, "learning_rate": 1e-7})
+    off = [
+        [replace(batch, sampling_logprobs=batch.sampling_logprobs - 0.25) for batch in batches]
+        for batches in make_minibatches(with_advantages(groups(policy), cfg), cfg)
+    ]
+    measured = Updater(policy, cfg)(off, 1)
+    assert measured.metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.25, abs=1e-4)
+    reinforce = recipe(loss={"type": "reinforce++"})
+    plain = Updater(policy, reinforce).gradient(off[0]).arrays
+    weighed = Updater(policy, cfg).gradient(off[0]).arrays
+    assert max(mx.abs(weighed[path] - math.exp(0.25) * plain[path]).max().item() for path in plain) < 1e-5
 
 
 def test_a_step_of_truncated_completions_alone_measures_nothing_infinite(make_policy) -> None:

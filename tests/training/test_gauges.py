@@ -1,0 +1,165 @@
+"""Entropy of all tokens, and KL where no penalty tells it: what is measured beside the update."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from test_update import groups, recipe
+
+from grpo.backend.ranks import Ranks
+from grpo.config import Recipe
+from grpo.errors import UserError
+from grpo.objective.groups import with_advantages
+from grpo.recipe import load_recipe
+from grpo.scoring.scorer import Scorer
+from grpo.training.batches import make_minibatches
+from grpo.training.gauges import divergences, entropy_left_out, kl_metric, with_all_entropy
+from grpo.training.setup import prepare
+from grpo.training.update import Update, Updater
+from grpo.types import Rollout
+
+
+def scored(policy, cfg: Recipe, truncated: bool = False) -> list:
+    """The toy groups, the middle one uniform; with `truncated` the first completion of each is cut off."""
+    made = groups(policy, uniform=True)
+    if truncated:
+        cut = [
+            replace(g.rollouts[0], completion=replace(g.rollouts[0].completion, finish_reason="length")) for g in made
+        ]
+        made = [replace(g, rollouts=(first, *g.rollouts[1:])) for g, first in zip(made, cut, strict=True)]
+    return with_advantages(made, cfg)
+
+
+def cut(rollout: Rollout) -> Rollout:
+    return replace(rollout, completion=replace(rollout.completion, finish_reason="length"))
+
+
+def by_hand(policy, made: list) -> tuple[float, int]:
+    """The sum of all tokens' entropies, row by row, and the number of tokens."""
+    total, tokens = 0.0, 0
+    for group in made:
+        for rollout in group.rollouts:
+            prompt, ids = group.task.prompt_ids, rollout.completion.token_ids
+            logits = policy.model(mx.array([[*prompt, *ids]]))[0, len(prompt) - 1 : -1].astype(mx.float32)
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            total += -(mx.exp(logprobs) * logprobs).sum().item()
+            tokens += len(ids)
+    return total, tokens
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"mask_truncated_completions": True}, {"top_entropy_quantile": 0.5}, {"type": "bnpo"}]
+)
+@pytest.mark.parametrize("size", [40, 999])
+def test_the_entropy_is_of_every_token_of_the_step(make_policy, settings: dict, size: int) -> None:
+    policy = make_policy().policy
+    cfg = recipe(loss=settings, optim={"micro_batch_tokens": size, "learning_rate": 1e-9, "num_iterations": 2})
+    made = scored(policy, cfg, truncated=True)
+    total, tokens = by_hand(policy, made)
+    rest = entropy_left_out(made, policy, cfg, Ranks())
+    update = Updater(policy, cfg)(make_minibatches(made, cfg), 1)
+    whole = with_all_entropy(update, rest, made, cfg)
+    assert whole.metrics["entropy"] == pytest.approx(total / tokens, rel=1e-5)
+    if not settings:  # what the update saw is another number
+        assert abs(update.metrics["entropy"] - total / tokens) > 1e-3
+    assert whole.metrics | {"entropy": 0} == update.metrics | {"entropy": 0}
+
+
+def test_nothing_is_measured_where_the_update_sees_everything(make_policy, monkeypatch) -> None:
+    policy, cfg = make_policy().policy, recipe(loss={"beta": 0.1})
+    made = scored(policy, cfg)
+    monkeypatch.setattr(policy, "group_logprobs", None)  # calling it would fail
+    rest = entropy_left_out(made, policy, cfg, Ranks())
+    assert (rest.total, rest.tokens) == (0, 0)
+
+
+def test_no_entropy_is_told_of_a_step_whose_updates_were_all_skipped(make_policy) -> None:
+    policy, cfg = make_policy().policy, recipe()
+    made = scored(policy, cfg)
+    rest = entropy_left_out(made, policy, cfg, Ranks())
+    skipped = Update(float("nan"), float("nan"), {}, skipped=1)
+    assert with_all_entropy(skipped, rest, made, cfg) == skipped
+
+
+class Halves(Ranks):
+    """One of two processes, of which the other has found the same sums for other rows."""
+
+    def __init__(self, rank: int, others: dict) -> None:
+        super().__init__()
+        self.rank, self.size, self.others = rank, 2, others
+
+    def gather(self, mine):
+        self.others.setdefault(self.rank, []).append(mine)
+        return [mine if rank == self.rank else self.others[rank][len(self.others[self.rank]) - 1] for rank in (0, 1)]
+
+
+def test_processes_divide_the_passes_among_them(make_policy) -> None:
+    policy, cfg = make_policy().policy, recipe(optim={"micro_batch_tokens": 1}, log={"kl": 1})
+    made = scored(policy, cfg)
+    alone = entropy_left_out(made, policy, cfg, Ranks()), divergences(made, policy, cfg, Ranks())
+    said: dict = {1: [0.0, [[0.0]] * 6]}
+    entropy_left_out(made, policy, cfg, first := Halves(0, said))
+    divergences(made, policy, cfg, first)
+    said[1] = []
+    second = Halves(1, said)
+    together = entropy_left_out(made, policy, cfg, second), divergences(made, policy, cfg, second)
+    assert together[0].total == pytest.approx(alone[0].total, rel=1e-5)
+    assert 0.2 < said[0][0] / alone[0].total < 0.8
+    assert together[0].tokens == alone[0].tokens
+    assert together[1] == pytest.approx(alone[1], rel=1e-4, abs=1e-6)
+
+
+def test_kl_is_measured_where_no_penalty_tells_it(make_policy) -> None:
+    policy, base = make_policy().policy, make_policy(trained=False).policy
+    cfg = recipe(log={"kl": 3})
+    made, total, tokens = scored(policy, cfg), 0.0, 0
+    for group in made:
+        for rollout in group.rollouts:
+            prompt, ids = group.task.prompt_ids, rollout.completion.token_ids
+            reference, _ = base.logprobs(mx.array([[*prompt, *ids]]), mx.array([len(prompt)]), mx.array([ids]))
+            d = reference[0] - mx.array(rollout.completion.logprobs)
+            total, tokens = total + (mx.exp(d) - d - 1).sum().item(), tokens + len(ids)
+    assert kl_metric(made, policy, cfg, 3, Ranks()) == {"kl": pytest.approx(total / tokens, rel=1e-4)}
+    assert kl_metric(made, policy, cfg, 4, Ranks()) == {}
+
+
+@pytest.mark.parametrize(
+    ("sections", "every", "reference"),
+    [
+        ({}, 10, True),
+        ({"log": {"kl": 4}}, 4, True),
+        ({"log": {"kl": None}}, None, False),
+        ({"adapter": {"type": "full"}}, None, False),
+        ({"adapter": {"type": "full"}, "log": {"kl": 4}}, 4, True),
+        ({"loss": {"beta": 0.1}}, None, True),
+        ({"loss": {"beta_end": 0.1}}, None, True),
+    ],
+)
+def test_when_kl_is_measured_and_whether_that_needs_a_reference(sections: dict, every, reference: bool) -> None:
+    cfg = recipe(**sections)
+    assert (cfg.kl_every, cfg.needs_reference) == (every, reference)
+
+
+def test_a_step_tells_both(recipe) -> None:
+    """The reward makes one group teach and the other not; weights are far from the base."""
+    trainer = prepare(load_recipe(recipe, ["log.kl=2", "optim.learning_rate=0.05"])).trainer
+    trainer.scorer = Scorer({"digits": lambda completions, **_: [1.0, 0.0, 1.0, 0.0, *[1.0] * (len(completions) - 4)]})
+    first, second = trainer.step(1).values, trainer.step(2).values
+    assert "kl" not in first
+    assert second["kl"] > 1e-3
+    policy, before = trainer.policy, trainer.policy.adapters.state()
+    third = trainer.step(3)
+    policy.adapters.load_state(before)
+    total, tokens = by_hand(policy, list(third.groups))
+    assert third.values["entropy"] == pytest.approx(total / tokens, rel=1e-4)
+    assert "kl" not in third.values
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+def test_a_penalty_tells_kl_wherever_it_is(recipe, kl_in: str) -> None:
+    settings = ["loss.beta=0.1", "optim.learning_rate=0.05", *([f"loss.kl_in={kl_in}"] if kl_in == "reward" else [])]
+    trainer = prepare(load_recipe(recipe, settings)).trainer
+    trainer.step(1)
+    assert trainer.step(2).values["kl"] > 1e-3
+    with pytest.raises(UserError, match=r"log\.kl does nothing beside loss\.beta"):
+        load_recipe(recipe, [*settings, "log.kl=2"])

@@ -119,6 +119,7 @@ def test_groups_change_nothing(name: str, dtype: mx.Dtype) -> None:
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_an_update_of_whole_weights_takes_at_most_eighteen_bytes_a_parameter(micro_batches: int) -> None:
+    others = resting()
     policy = whole()
     cfg = recipe(
         rollout={"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4},
@@ -131,10 +132,11 @@ def test_an_update_of_whole_weights_takes_at_most_eighteen_bytes_a_parameter(mic
     update(minibatches, 1)
     resting()
     update(minibatches, 2)  # weights 4, gradient 4, moments 8
-    assert mx.get_peak_memory() / numbers(policy.model) < 18
+    assert (mx.get_peak_memory() - others) / numbers(policy.model) < 18
 
 
 def test_a_step_that_can_be_taken_back_holds_its_start_and_one_gradient() -> None:
+    others = resting()
     policy = whole()
     cfg = recipe(
         rollout={"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4},
@@ -146,10 +148,11 @@ def test_a_step_that_can_be_taken_back_holds_its_start_and_one_gradient() -> Non
     update(minibatches, 1)
     resting()
     update(minibatches, 2)  # weights and moments twice, one gradient
-    assert mx.get_peak_memory() / numbers(policy.model) < 30
+    assert (mx.get_peak_memory() - others) / numbers(policy.model) < 30
 
 
 def test_decoding_does_not_keep_the_weights_of_before_an_update() -> None:
+    others = resting()  # of tests before this
     policy = whole()
     cfg = recipe(
         adapter={"type": "full"},
@@ -163,6 +166,6 @@ def test_decoding_does_not_keep_the_weights_of_before_an_update() -> None:
     before = policy.model.layers[0].self_attn.q_proj.weight + 0
     trainer.step(1)
     assert not mx.array_equal(before, policy.model.layers[0].self_attn.q_proj.weight)
-    assert resting() / numbers(policy.model) < 4.3  # weights alone, and not those that were decoded beside them
+    assert (resting() - others) / numbers(policy.model) < 4.3  # the weights, once
     trainer.step(2)
-    assert mx.get_peak_memory() / numbers(policy.model) < 10  # weights, gradient, and what is at work
+    assert (mx.get_peak_memory() - others) / numbers(policy.model) < 10  # weights, gradient, and what is at work

@@ -159,7 +159,7 @@ def test_the_ratio_is_one_at_the_first_update_and_moves_at_the_second(make_polic
 
 
 def test_the_gradient_is_clipped_to_its_norm_and_reported_before(make_policy) -> None:
-    free = stepped(make_policy().policy, recipe(optim={"steps": 1, "max_grad_norm": 1e9}))
+    free = stepped(make_policy().policy, recipe(optim={"steps": 1, "max_grad_norm": 1e6}))
     tight = stepped(make_policy().policy, recipe(optim={"steps": 1, "max_grad_norm": 1e-9}))
     assert tight.grad_norm == pytest.approx(free.grad_norm, rel=1e-6)
 

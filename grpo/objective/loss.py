@@ -22,6 +22,10 @@ from grpo.objective.surrogates import BOUNDED, SURROGATES, Terms
 Metrics = dict[str, mx.array]
 CustomLoss = Callable[[mx.array, Any, LossConfig], mx.array]
 
+LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
+UNFILTERED_LOGP_DIFFERENCE = "sampling/unfiltered_logp_difference/mean"
+"""Only where filters or penalties reshape what is sampled: the same of the sampler's logprobs before them."""
+
 
 def policy_loss(
     logprobs: mx.array,
@@ -109,8 +113,11 @@ def _sampler_factor(batch: Any, terms: Terms, cfg: LossConfig, metrics: Metrics)
             raise ValueError("importance_sampling_correction needs sampling_logprobs in the batch")
         return factor
     drawn_from = getattr(batch, "sampler_logprobs", None)  # another distribution than the policy's, with filters
-    sampler = sampler if drawn_from is None else drawn_from
-    token, sequence = sampling_log_ratios(mx.stop_gradient(terms.old_logprobs), sampler, terms.mask)
+    old = mx.stop_gradient(terms.old_logprobs)
+    if drawn_from is not None:
+        unfiltered, _ = sampling_log_ratios(old, sampler, terms.mask)
+        metrics[UNFILTERED_LOGP_DIFFERENCE] = _mean(mx.abs(unfiltered), terms.mask)
+    token, sequence = sampling_log_ratios(old, sampler if drawn_from is None else drawn_from, terms.mask)
     metrics.update(_sampling_metrics(token, sequence, terms.mask))
     if cfg.importance_sampling_correction == "none":
         return factor
@@ -149,7 +156,7 @@ def _sampling_metrics(token: mx.array, sequence: mx.array, mask: mx.array) -> Me
     """How far the sampler's logprobs are from the trainer's; ratios are raw, before any truncation."""
     ratio, whole = bounded_exp(token), bounded_exp(sequence)
     return {
-        "sampling/sampling_logp_difference/mean": _mean(mx.abs(token), mask),
+        LOGP_DIFFERENCE: _mean(mx.abs(token), mask),
         "sampling/sampling_logp_difference/max": (mx.abs(token) * mask).max(),
         "sampling/importance_sampling_ratio/min": mx.where(mask > 0, ratio, mx.inf).min(),
         "sampling/importance_sampling_ratio/mean": _mean(ratio, mask),

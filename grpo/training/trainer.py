@@ -20,6 +20,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.training.batches import make_minibatches, mean_entropy, with_old_logprobs, with_reference, with_top_entropy
 from grpo.training.evaluate import Evaluator
 from grpo.training.metrics import step_metrics
+from grpo.training.parity import GapWatch
 from grpo.training.penalties import penalty_metrics, with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.state import TrainerState
@@ -49,6 +50,7 @@ class Trainer:
         self.evaluate = evaluate
         self.ranks = ranks or Ranks()
         self.update = Updater(policy, cfg, custom_loss, self.ranks)
+        self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first)
 
     def step(self, n: int) -> StepMetrics:
         """Sample, score, and update. `n` counts from 1."""
@@ -67,6 +69,7 @@ class Trainer:
         if cfg.adapter.type == "full":
             self.engine.generator.decoding.forget()  # or the old weights would stay beside the new ones
         update = self.update(minibatches, n)
+        self.gap.check(n, update.metrics)
         clock.lap("update")
         policy.adapters.sync_reference(cfg.adapter, n)  # if it is due
         status = self.status(n, beta) | penalty_metrics(groups, cfg)

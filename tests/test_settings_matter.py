@@ -81,7 +81,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "rollout.repetition_penalty": ("3",),
     "rollout.min_completion_length": ("8", "rollout.max_completion_length=24"),
     "rollout.stop": ("['1']",),
-    "rollout.stop_token_ids": ("[20, 21, 22]",),
+    "rollout.stop_token_ids": ("[20, 21, 22, 23, 24, 25, 26]",),
     "rollout.max_repeats": ("2", "rollout.max_completion_length=24"),
     "rollout.max_concurrency": ("1",),
     "rollout.dynamic_sampling": ("1", "rewards.0.use=grades.py:rarely"),
@@ -191,6 +191,9 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("advantage.scale_rewards=none", "does nothing with the batch baseline", ("advantage.baseline=batch",)),
 ]
 
+ELSEWHERE = {"optim.max_logp_difference": "training/test_gap_watch.py"}
+"""Settings that matter only to a decoder that is broken, and the tests that break one."""
+
 
 def leaves() -> set[str]:
     """Every key of the schema that holds a value of its own."""
@@ -199,8 +202,10 @@ def leaves() -> set[str]:
 
 
 def test_every_setting_is_here() -> None:
-    assert leaves() - set(MATTERS) == {override.partition("=")[0] for override, _, _ in REFUSED} - set(MATTERS)
-    assert set(MATTERS) - leaves() == set()
+    refused = {override.partition("=")[0] for override, _, _ in REFUSED}
+    assert leaves() - set(MATTERS) - set(ELSEWHERE) == refused - set(MATTERS)
+    assert {*MATTERS, *ELSEWHERE} - leaves() == set()
+    assert all(key in (Path(__file__).parent / tests).read_text() for key, tests in ELSEWHERE.items())
 
 
 GRADES = """

@@ -6,20 +6,36 @@ import logging
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
-SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD")
-SHORTEST_SECRET = 8
+SECRETS = (
+    "*_KEY",
+    "*APIKEY",
+    "*_TOKEN",
+    "TOKEN",
+    "*SECRET*",
+    "*PASSWORD*",
+    "*PASSWD*",
+    "*_PAT",
+    "*CREDENTIAL*",
+)
+"""Names of variables whose values are secrets, in upper or lower case."""
+ACCOUNTS = ("AWS_*", "AZURE_*")
+"""Names of variables of which some are."""
+SHORTEST = 8
+"""Characters of the shortest value that is looked for in texts: a shorter one may stand there for itself."""
 
 
-def secrets() -> Iterator[tuple[str, str]]:
-    """Variables of the environment whose names look like secrets, and their values; the longest value first."""
-    found = [
-        (name, value.strip())
-        for name, value in os.environ.items()
-        if len(value.strip()) >= SHORTEST_SECRET and any(word in name.upper() for word in SECRET_NAMES)
-    ]
-    yield from sorted(found, key=lambda one: -len(one[1]))
+def is_secret(name: str) -> bool:
+    """Whether a variable of this name is taken for a secret, to be kept from other people's code."""
+    return _matches(name, (*SECRETS, *ACCOUNTS))
+
+
+def secrets() -> list[tuple[str, str]]:
+    """Variables of the environment that hold secrets, and their values; the longest value first."""
+    held = [(name, value.strip()) for name, value in os.environ.items() if _matches(name, SECRETS)]
+    return sorted((one for one in held if len(one[1]) >= SHORTEST), key=lambda one: -len(one[1]))
 
 
 def masked(text: str) -> str:
@@ -27,6 +43,10 @@ def masked(text: str) -> str:
     for name, value in secrets():
         text = text.replace(value, f"[{name}]")
     return re.sub(r"://[^/\s@]*@", "://", text)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name.upper(), pattern) for pattern in patterns)
 
 
 class _Formatter(logging.Formatter):

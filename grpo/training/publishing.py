@@ -15,7 +15,7 @@ SECRET_KEY = re.compile(r"(^|[._])(api_?key|password|secret|(access|auth|bearer|
 
 def check_no_secrets(cfg: Recipe) -> None:
     """Raise UserError for a text in the recipe that holds a secret of the environment, or that is named like one."""
-    known = list(secrets())
+    known = secrets()
     for name, text in _texts(cfg.model_dump(mode="json"), ""):
         variable = next((variable for variable, value in known if value in text), None)
         if variable is None and not (text and SECRET_KEY.search(name)):

@@ -9,6 +9,7 @@ import typer
 from grpo import __version__
 from grpo.backend.device import out_of_memory
 from grpo.backend.hub import one_line
+from grpo.backend.secrets import mask_logs, masked, masked_traceback
 from grpo.cli import bench, doctor, evaluate, export, generate, recipes, replay, report, rewards, runs, train
 from grpo.cli.commands import Group, TakesSettings
 from grpo.errors import RunError, UserError
@@ -42,14 +43,28 @@ def _version(version: bool = typer.Option(False, "--version", help="Show the ver
 
 
 def main() -> None:
-    """Run the command; a person's mistake is one message and exit code 2, a run that failed is exit code 1."""
+    """Run the command; a person's mistake is one message and exit code 2, a run that failed is exit code 1.
+
+    No message, nor the traceback of an error of ours, shows a secret of the environment.
+    """
+    mask_logs()
+    try:
+        _run()
+    except Exception as error:
+        if (said := masked_traceback(error)) is None:
+            raise
+        print(said, end="", file=sys.stderr)
+        sys.exit(1)
+
+
+def _run() -> None:
     try:
         app(prog_name="grpo")
     except UserError as error:
-        print(f"grpo: {error}", file=sys.stderr)
+        print(f"grpo: {masked(str(error))}", file=sys.stderr)
         sys.exit(2)
     except RunError as error:
-        print(f"grpo: {error}", file=sys.stderr)
+        print(f"grpo: {masked(str(error))}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         if not out_of_memory(error):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
 from typing import Literal
 
-Status = Literal["ok", "warn", "fail"]
+from grpo.backend.secrets import masked
 
-SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD")
-SHORTEST_SECRET = 8
+Status = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +32,7 @@ def without_secrets(text: str) -> str:
 
     No check says one, but an error may quote anything.
     """
-    for name, value in os.environ.items():
-        if len(value) >= SHORTEST_SECRET and any(word in name.upper() for word in SECRET_NAMES):
-            text = text.replace(value, f"[{name}]")
-    return " ".join(re.sub(r"://[^/\s@]*@", "://", text).split())
+    return " ".join(masked(text).split())
 
 
 def gigabytes(size: float) -> str:

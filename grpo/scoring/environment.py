@@ -5,26 +5,12 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Collection, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from grpo.backend.secrets import is_secret
 from grpo.errors import UserError
 
-SECRETS = (
-    "*_KEY",
-    "*APIKEY",
-    "*_TOKEN",
-    "TOKEN",
-    "*SECRET*",
-    "*PASSWORD*",
-    "*PASSWD*",
-    "*_PAT",
-    "*CREDENTIAL*",
-    "AWS_*",
-    "AZURE_*",
-)
-"""Names of variables that hold secrets, in upper or lower case."""
 VARIABLE = "_env"
 """A reward's argument that ends so names a variable that it reads, as `api_key_env` of `llm_judge` does."""
 
@@ -32,11 +18,6 @@ VARIABLE = "_env"
 def environment(names: Collection[str]) -> dict[str, str]:
     """The variables of this process, without the secrets that are not in `names`."""
     return {name: value for name, value in os.environ.items() if name in names or not is_secret(name)}
-
-
-def is_secret(name: str) -> bool:
-    """Whether a variable of this name is taken for a secret."""
-    return any(fnmatchcase(name.upper(), pattern) for pattern in SECRETS)
 
 
 def named_variables(env: Collection[str], where: str, kwargs: Mapping[str, Any]) -> set[str]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from grpo.backend.secrets import masked
 from grpo.config import RewardConfig
 from grpo.errors import RunError, UserError
 from grpo.plugins import Function
@@ -125,6 +126,7 @@ class Scorer:
         except BaseException:  # a second Ctrl-C: nobody waits for what is still under way
             self.close()
             raise
+        answers = {name: [(span, _masked(answer)) for span, answer in spans] for name, spans in answers.items()}
         placed = _by_place(answers, request.count, self.metrics_only)
         scored = [
             replace(group, rollouts=tuple(replace(rollout, **next(placed)) for rollout in group.rollouts))
@@ -196,6 +198,11 @@ def _columns(groups: Sequence[Group]) -> dict[str, Any]:
 def _as_prompted(prompt: Any, completion: Completion) -> Any:
     """Text for a text prompt, a list of one message for a prompt of messages."""
     return completion.text if isinstance(prompt, str) else [{"role": "assistant", "content": completion.text}]
+
+
+def _masked(answer: Answer) -> Answer:
+    """The answer without secrets in its errors: a service that refuses a key may quote it."""
+    return replace(answer, failures={place: masked(error) for place, error in answer.failures.items()})
 
 
 def _by_place(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.backend.random import derive_seed
+from grpo.backend.secrets import masked
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.types import Completion, Failure, Group, Prompt, Rollout, Task
@@ -141,7 +142,7 @@ def _row(step: int, group: int, index: int, task: Task, rollout: Rollout, learnt
         "columns": json.dumps({**task.columns, PROMPT: task.prompt}, default=str),
         **{f"reward/{_valid(name)}": score for name, score in rollout.scores.items()},
         **{f"failure/{_valid(name)}": _failed(rollout, name) for name in rollout.scores},
-        **{f"extra/{_valid(name)}": json.dumps(value, default=str) for name, value in rollout.extras.items()},
+        **{f"extra/{_valid(name)}": masked(json.dumps(value, default=str)) for name, value in rollout.extras.items()},
     }
 
 

@@ -35,6 +35,7 @@ from grpo.training.folder import (
     resumed_folder,
     run_folder,
 )
+from grpo.training.publishing import check_no_secrets
 from grpo.training.revisions import with_revisions
 from grpo.training.setup import data_of
 from grpo.training.sources import source_hashes
@@ -98,10 +99,11 @@ def find_start(
     A `checkpoint` is gone on from in any case: in its own run's folder, which forgets what came after it, or in a new
     one. A `dry` run touches nothing, and says of a run in its folder what to do about it.
 
-    Raises UserError for a folder that holds another run, where every checkpoint is damaged, and for a recipe or code
-    that did not write the checkpoint, unless it may have `changed`.
+    Raises UserError for a recipe that holds a secret, for a folder that holds another run, where every checkpoint is
+    damaged, and for a recipe, code or data that did not write the checkpoint, unless it may have `changed`.
     """
     assert cfg.output_dir is not None
+    check_no_secrets(cfg)
     folder = Path(cfg.output_dir)
     if checkpoint is not None:
         _check_named(checkpoint)

@@ -2,10 +2,11 @@
 
 import pytest
 
+from grpo.backend.secrets import is_secret
 from grpo.config import RewardConfig
 from grpo.errors import UserError
 from grpo.plugins import locate_reward
-from grpo.scoring.environment import environment, is_secret, named_variables
+from grpo.scoring.environment import environment, named_variables
 from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Rollout, Task
 

@@ -59,12 +59,14 @@ def with_reference(batches: Sequence[Batch], policy: Policy, beta: float, cfg: R
 def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
     """The same minibatches with the policy's logprobs as it is now, before the step's first update.
 
-    The first minibatch needs none: its logprobs when it is reached are these. dppo measures from the sampler.
+    The first minibatch needs none: its logprobs when it is reached are these, unless its update drops numbers of the
+    adapter's inputs. dppo measures from the sampler.
     """
     if cfg.loss.preset.surrogate == "dppo":
         return [[replace(b, old_logprobs=b.sampling_logprobs) for b in batches] for batches in minibatches]
-    first, *others = minibatches
-    return [first] + [[replace(b, old_logprobs=_forced(policy, b)[0]) for b in batches] for batches in others]
+    known = 0 if cfg.adapter.dropout > 0 else 1
+    forced = [[replace(b, old_logprobs=_forced(policy, b)[0]) for b in batches] for batches in minibatches[known:]]
+    return [*minibatches[:known], *forced]
 
 
 def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:

@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 from grpo.config import AdapterConfig
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
-from grpo.model.adapters import Adapters
-from grpo.model.dropout import LoRADropout, dropping, second_pass
+from grpo.model.adapters import Adapters, load_adapter
+from grpo.model.dropout import LoRADropout, dropout_key, dropping, second_pass
 from grpo.model.policy import Policy
 
 PROMPTS, LENGTHS, INDEX = mx.array([[1, 2, 3], [4, 5, 0]]), mx.array([3, 2]), mx.array([0, 0, 1])
@@ -95,6 +95,25 @@ def test_nothing_is_dropped_unless_a_key_is_set(zoo, base: str) -> None:
         assert mx.array_equal(logprobs(with_dropout, None), logprobs(without, None))
         assert mx.array_equal(logprobs(without, KEY), logprobs(without, None))
         assert mx.abs(logprobs(with_dropout, KEY) - logprobs(without, None)).max() > 1e-3
+
+
+def test_a_saved_adapter_that_is_loaded_drops_nothing(zoo, tmp_path) -> None:
+    """Its config says how it was trained, and mlx-lm's loader makes layers of it that would drop."""
+    policy = policy_of(zoo("tied"))
+    policy.adapters.save(tmp_path)
+    assert policy.adapters.config["lora_parameters"]["dropout"] == 0.3
+    loaded = zoo("tied")
+    load_adapter(loaded, tmp_path)
+    assert mx.allclose(loaded(PROMPTS), policy.model(PROMPTS), atol=1e-5)
+
+
+def test_the_two_passes_of_shared_prompts_draw_other_masks(zoo) -> None:
+    policy, seen = policy_of(zoo("tied")), []
+    layer = policy.model.layers[0].self_attn.q_proj
+    draw = layer.dropout
+    layer.dropout = lambda x: seen.append(dropout_key()) or draw(x)
+    logprobs(policy, KEY)
+    assert len({tuple(key.tolist()) for key in seen}) == len(seen) == 2
 
 
 def test_masks_depend_on_the_key_the_layer_and_the_pass_alone() -> None:

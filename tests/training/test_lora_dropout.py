@@ -13,15 +13,19 @@ from training.test_resume import interrupt_in
 from training.test_update import groups
 from training.test_update import recipe as settings
 
+from grpo.backend.ranks import Ranks
 from grpo.config import AdapterConfig, ModelConfig
 from grpo.errors import UserError
 from grpo.model.adapters import Adapters
+from grpo.model.dropout import LoRADropout, dropout_key
 from grpo.model.load import load
 from grpo.model.policy import Policy
 from grpo.objective.groups import with_advantages
 from grpo.recipe import load_recipe
 from grpo.training.batches import batch_logprobs, make_minibatches, with_old_logprobs
 from grpo.training.evaluate import Evaluator
+from grpo.training.footprint import measure_body
+from grpo.training.packing import Shape
 from grpo.training.setup import prepare
 from grpo.training.update import Updater
 
@@ -64,19 +68,45 @@ def gap(one, other) -> float:
     return max(mx.abs(array - paths[path]).max().item() for path, array in tree_flatten(one.tree))
 
 
-def test_each_pass_minibatch_and_micro_batch_draws_its_own_masks(policy) -> None:
-    cfg = settings(adapter={"rank": 4, "dropout": 0.4}, optim={"micro_batch_tokens": 999})
-    ((batch,),) = with_old_logprobs(make_minibatches(with_advantages(groups(policy), cfg), cfg), policy, cfg)
-    update = Updater(policy, cfg)
-    twice, once = update.gradient([batch, batch], mx.random.key(1)), update.gradient([batch], mx.random.key(1))
-    halves = dict(tree_flatten(once.tree))
-    assert max(mx.abs(a / 2 - halves[path]).max().item() for path, a in tree_flatten(twice.tree)) > 1e-3
-    keys = [update._dropout_key(*place) for place in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1))]
-    assert len({tuple(key.tolist()) for key in keys}) == 4
-    assert mx.array_equal(update._dropout_key(1, 0, 0), Updater(policy, cfg)._dropout_key(1, 0, 0))
-    update.ranks.size, update.ranks.rank = 2, 1
-    assert not mx.array_equal(update._dropout_key(1, 0, 0), keys[0])
+def test_each_step_pass_minibatch_micro_batch_and_process_draws_its_own_masks(policy) -> None:
+    optim = {"micro_batch_tokens": 20, "num_minibatches": 3, "num_iterations": 2, "learning_rate": 1e-9}
+    cfg = settings(adapter={"rank": 4, "dropout": 0.4}, optim=optim, rollout={"prompts_per_step": 3})
+    minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
+    minibatches = with_old_logprobs(minibatches, policy, cfg)
+
+    def keys(rank: int, steps: tuple[int, ...]) -> list[tuple[int, ...]]:
+        update, seen = Updater(policy, cfg), []
+        accumulate = update._accumulate
+        update._accumulate = lambda tree, arrays: seen.append(arrays["dropout_key"]) or accumulate(tree, arrays)
+        update.ranks = Share(rank)
+        for step in steps:
+            update(minibatches, step)
+        return [tuple(key.tolist()) for key in seen]
+
+    class Share(Ranks):
+        """One of two processes whose gradient is not summed up with the other's."""
+
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.rank = rank
+
+        own = property(lambda self: (self.rank,))
+
+    drawn = keys(0, (1, 2))
+    assert len(drawn) == 2 * 2 * sum(map(len, minibatches)) > 2 * 2 * 3
+    assert len(set(drawn)) == len(drawn)
+    assert keys(0, (2,)) == drawn[len(drawn) // 2 :]
+    assert not set(keys(1, (1, 2))) & set(drawn)
     assert Updater(policy, settings())._dropout_key(1, 0, 0) is None
+
+
+def test_memory_is_measured_with_dropout_on(policy, monkeypatch) -> None:
+    seen = []
+    dropout = LoRADropout.__call__
+    monkeypatch.setattr(LoRADropout, "__call__", lambda self, x: seen.append(dropout_key()) or dropout(self, x))
+    measure_body(policy, False, [Shape(1, 8, 2, 8)])
+    assert seen
+    assert all(key is not None for key in seen)
 
 
 def test_a_run_with_dropout_goes_on_to_the_bit(recipe) -> None:

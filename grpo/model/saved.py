@@ -91,14 +91,19 @@ def read_adapter(folder: Path) -> SavedAdapter:
         raise UserError(f"adapter {folder}: {CONFIG} is not as PEFT writes it: {one_line(error)}") from None
 
 
+def weights_file(folder: Path) -> Path | None:
+    """The file with an adapter's arrays, in mlx-lm's format or else in PEFT's; None where there is none."""
+    return next((file for name in (WEIGHTS, PEFT_WEIGHTS) if (file := folder / name).is_file()), None)
+
+
 def is_peft(folder: Path) -> bool:
     """Whether a folder holds an adapter in PEFT's format, and none in mlx-lm's."""
-    return (folder / PEFT_WEIGHTS).is_file() and not (folder / WEIGHTS).is_file()
+    return weights_file(folder) == folder / PEFT_WEIGHTS
 
 
 def check_format(folder: Path) -> None:
     """Raise UserError for a folder that holds no adapter, and say what it holds instead."""
-    if (folder / WEIGHTS).is_file() or (folder / PEFT_WEIGHTS).is_file():
+    if weights_file(folder) is not None:
         return
     if (folder / PEFT_PICKLE).is_file():
         why = f"{PEFT_PICKLE} is a pickle, which can run code; save it as safetensors (PEFT's default)"

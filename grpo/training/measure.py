@@ -89,7 +89,7 @@ def measure(target: str, asked: Asked, overrides: Sequence[str]) -> Measured:
     trainer = prepare(cfg).trainer
     with closing(trainer.scorer):
         assert trainer.evaluate is not None
-        started = "base" if cfg.adapter.path is None else f"start ({Path(cfg.adapter.path).name})"
+        started = "base" if cfg.adapter.path is None else "start (adapter.path)"
         before = trainer.evaluate(0)
         if adapter is None:
             return Measured(started, before, None)

@@ -136,6 +136,12 @@ def test_what_is_no_adapter_is_said(zoo, tmp_path) -> None:
     (odd / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_adapter(odd)
+    path = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"
+    broken = peft_folder(tmp_path / "broken")
+    mx.save_safetensors(str(broken / "adapter_model.safetensors"), {**arrays, path: arrays[path] * mx.nan})
+    for take in (read_adapter, lambda folder: load_adapter(zoo("tied"), folder)):
+        with pytest.raises(UserError, match=r"lora_B\.weight has NaN or infinities in 128 of 128 places"):
+            take(broken)
     four = peft_folder(tmp_path / "four", blocks=4)
     with pytest.raises(UserError, match=r"cannot be loaded; .*layers\.3\."):
         load_adapter(zoo("tied"), four)

@@ -98,7 +98,7 @@ def test_an_adapter_in_pefts_format_is_taken_everywhere(recipe, run_cli, toy_fol
         assert ran.code == 0, ran.err
     ran = run_cli("eval", "more", "eval={split: train, prompts: 2, samples: 2}")
     assert ran.code == 0, ran.err
-    assert "start (export-peft)" in ran.out
+    assert "start (adapter.path)" in ran.out
     assert "base" not in ran.out
     other = run_cli("train", recipe, "adapter.rank=2", "output_dir=other")
     assert other.code == 0, other.err

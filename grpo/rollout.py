@@ -33,9 +33,7 @@ class RolloutEngine:
         `draws` is a key for all of them, or a seed for each: then what is drawn for a task does not depend on the
         others. Greedy completions are the policy's own: no penalty reshapes them.
         """
-        sampling = replace(self.sampling, temperature=temperature)
-        if temperature == 0:
-            sampling = replace(sampling, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+        sampling = at_temperature(self.sampling, temperature)
         key, seeds = (draws, [None] * len(tasks)) if isinstance(draws, mx.array) else (mx.random.key(0), draws)
         requests = [Request(task.prompt_ids, n, seed) for task, seed in zip(tasks, seeds, strict=True)]
         answers = self.generator.generate(requests, sampling, key, logprobs)
@@ -43,6 +41,13 @@ class RolloutEngine:
             Group(task, tuple(Rollout(completion) for completion in completions))
             for task, completions in zip(tasks, answers, strict=True)
         ]
+
+
+def at_temperature(sampling: Sampling, temperature: float) -> Sampling:
+    """The same sampling at another temperature. Greedy (0) answers are the policy's own: nothing reshapes them."""
+    if temperature == 0:
+        sampling = replace(sampling, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    return replace(sampling, temperature=temperature)
 
 
 def sampling_of(cfg: RolloutConfig) -> Sampling:

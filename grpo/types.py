@@ -145,7 +145,8 @@ class EvalMetrics:
     """One evaluation on `n` held-out prompts, by the reward `grader`.
 
     `values` holds `greedy`, `avg@k`, `pass@k` and `maj@k`, which are fractions, and `rewards/<name>`, mean scores;
-    `intervals` their 95 % intervals (low, high).
+    `intervals` their 95 % intervals (low, high). `failed_gradings` counts completions that the grader failed on: not
+    right, for all that is known.
     """
 
     step: int
@@ -153,3 +154,4 @@ class EvalMetrics:
     grader: str
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
+    failed_gradings: int = 0

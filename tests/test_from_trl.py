@@ -104,6 +104,10 @@ def test_what_is_said_to_be_here_is_here() -> None:
         ("vllm_mode=colocate", "TRL's vllm_mode is not a setting here: one model samples and trains: there is no"),
         ("tools=[]", "TRL's tools is not a setting here: one turn for each prompt: no tools, no environments"),
         ("sync_ref_model=true", "TRL's sync_ref_model is adapter.sync_reference_every here (a number of steps; null"),
+        (
+            "adapter.lora_dropout=0.1",
+            "TRL's lora_dropout is adapter.dropout here (in the update alone; TRL's disable_dr",
+        ),
         ("r=8", "TRL's r is adapter.rank here."),
         ("rollout.beta=1", "Did you mean loss.beta?"),
         ("loss.bata=1", "Did you mean loss.beta?"),

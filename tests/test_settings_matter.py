@@ -58,6 +58,8 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "adapter.type": ("dora",),
     "adapter.rank": ("4",),
     "adapter.scale": ("3",),
+    "adapter.use_rslora": ("true",),
+    "adapter.dropout": ("0.4",),
     "adapter.targets": ("[self_attn.q_proj]",),
     "adapter.layers": ("[0, 1]",),
     "adapter.path": ("saved", *KL),

@@ -29,8 +29,8 @@ def evaluate(
 ) -> None:
     """Measure greedy, avg@k, pass@k and maj@k on held-out prompts, with 95 % intervals.
 
-    Of a run: its newest checkpoint beside its base model, on the same prompts. Of a recipe or a model: the model, and
-    beside it an adapter if one is named.
+    Of a run: its newest checkpoint beside what it started from (its base model, or the adapter of adapter.path), on the
+    same prompts. Of a recipe or a model: the model, and beside it an adapter if one is named.
     """
     from rich.console import Console
 
@@ -40,6 +40,7 @@ def evaluate(
 
     asked = Asked(data, split, prompt, reward, samples, prompts, adapter, checkpoint)
     ranks = Ranks.launched()
-    before, after = measure(target, asked, overrides or [])
-    Console(quiet=not ranks.first).print(before_and_after(before, after) if after else single(before))
+    found = measure(target, asked, overrides or [])
+    table = before_and_after(found.before, found.after, found.started) if found.after else single(found.before)
+    Console(quiet=not ranks.first).print(table)
     ranks.wait()  # a launcher ends the others, the first one before it has said it, when one is gone

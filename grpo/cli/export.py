@@ -36,7 +36,7 @@ def export(
     from grpo.training.export import export as write
     from grpo.training.export import push
 
-    made = write(run, format.value, to, checkpoint, int(quantize.value) if quantize else None)
+    made = write(run, format.value, to, checkpoint, int(quantize.value) if quantize else None, push_to_hub)
     for line in [*made.notes, str(made.folder)]:
         print(line)
     if push_to_hub:

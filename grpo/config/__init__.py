@@ -6,6 +6,7 @@ or a value of another type is an error. The texts under the fields are what peop
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,17 +57,30 @@ class AdapterConfig(Section):
     """Rank of each update B A."""
     scale: Above0 = 2.0
     """The update is scale × B A (mlx-lm's convention; PEFT's alpha is scale × rank)."""
+    use_rslora: bool = False
+    """Make the update scale / √rank × B A, so that its size does not depend on the rank (rsLoRA, arXiv 2312.03732).
+    PEFT's alpha is `scale` then."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The probability of dropping a number of what A multiplies (LoRA's dropout), in the update alone: samples, old
+    logprobs and the reference come from the whole adapter. So the ratio of a step's first update is not exactly 1, and
+    each step takes one more forward pass."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """`all-linear` (each linear layer of each block, experts included, what routes to them and the head excluded) or
-    names such as `self_attn.q_proj`."""
+    names such as `q_proj` (every layer so called) or `self_attn.q_proj`."""
     layers: Literal["all"] | tuple[NonNegative, Positive] = "all"
     """Blocks that train: `[14, 28]` is from block 14 up to, not including, block 28."""
     path: Name | None = None
-    """A saved adapter's folder to go on from; a frozen copy of it is the reference then. Default: a fresh one."""
+    """A saved adapter's folder to go on from, in mlx-lm's format or PEFT's, with the rank, scale and targets that this
+    section gives; a frozen copy of it is the reference then. Default: a fresh one."""
     sync_reference_every: Positive | None = None
     """Steps after which the reference moves to the policy. Default: it stays what it was at the start."""
     ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
     """How far it moves then: alpha × policy + (1 - alpha) × reference, array by array (arXiv 2404.09656)."""
+
+    @property
+    def multiplier(self) -> float:
+        """What B A is multiplied by."""
+        return self.scale / math.sqrt(self.rank) if self.use_rslora else self.scale
 
     @property
     def has_reference(self) -> bool:
@@ -75,7 +89,7 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> AdapterConfig:
-        if self.type == "full" and (unread := self.changed & {"rank", "scale", "targets"}):
+        if self.type == "full" and (unread := self.changed & {"rank", "scale", "use_rslora", "dropout", "targets"}):
             raise ValueError(f"adapter.{min(unread)} does nothing with adapter.type: full")
         if self.layers != "all" and self.layers[0] >= self.layers[1]:
             raise ValueError("adapter.layers: the first block is not before the last")

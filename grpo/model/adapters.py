@@ -9,8 +9,9 @@ ignored.)
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 from grpo.backend.hub import one_line
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
+from grpo.model.dropout import add_dropout
 from grpo.model.lora import fold
+from grpo.model.saved import CONFIG, WEIGHTS, SavedAdapter, is_peft, read_adapter
 
 State = Mapping[str, mx.array]
 
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-PEFT_WEIGHTS = "adapter_model.safetensors"
 POLICY, REFERENCE = "policy", "reference"
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 """What chooses a token's experts, by its path in a block that has some. In many models it is no linear layer at all."""
@@ -47,6 +48,7 @@ class Adapters:
         Raises UserError if a target is not a linear layer of the model, or where the saved adapter does not fit.
         """
         self.model = model
+        self._settings = cfg
         self.config = make_trainable(model, cfg, key)
         mx.eval(model.trainable_parameters())
         self.active = POLICY
@@ -165,33 +167,35 @@ class Adapters:
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
 
     def load(self, folder: Path) -> None:
-        """Make a saved adapter the policy's state. Raises UserError if it does not fit the model."""
+        """Make a saved adapter, in mlx-lm's format or PEFT's, the policy's state.
+
+        Raises UserError if it does not fit the model, or was multiplied by another scale.
+        """
         assert self.active == POLICY
         saved, mine = read_adapter(folder), self.state()
-        if {path: array.shape for path, array in saved.items()} != {path: array.shape for path, array in mine.items()}:
+        arrays = saved.fitted(mine)
+        if {path: array.shape for path, array in arrays.items()} != {path: array.shape for path, array in mine.items()}:
             raise UserError(
-                f"adapter {folder}: has other layers or another rank than this model's adapter{_ranks(saved)}"
+                f"adapter {folder}: has other layers or another rank than this recipe's adapter. "
+                f"To go on from it, a recipe says {_as_section(saved.section(len(self.model.layers)))}"
             )
-        self._check_scale(folder)
-        self.load_state({path: array.astype(mine[path].dtype) for path, array in saved.items()})
-
-    def _check_scale(self, folder: Path) -> None:
-        """Raise UserError if what was saved is multiplied by another scale than this model's layers."""
-        if not (folder / CONFIG).is_file() or "lora_parameters" not in self.config:
-            return
-        try:
-            theirs = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["lora_parameters"]["scale"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"adapter {folder}: {CONFIG} is not as mlx-lm writes it: {error}") from None
-        if theirs != self.config["lora_parameters"]["scale"]:
-            ours = self.config["lora_parameters"]["scale"]
-            raise UserError(f"adapter {folder}: was trained with scale {theirs}, and adapter.scale is {ours}")
+        ours = self.config.get("lora_parameters", {}).get("scale")
+        if ours is not None and saved.scale is not None and not math.isclose(saved.scale, ours, rel_tol=1e-6):
+            raise UserError(
+                f"adapter {folder}: was trained with B A times {saved.scale:g}, and this recipe multiplies it by "
+                f"{ours:g}: set adapter.scale to {saved.scale * self._settings.scale / ours:g}"
+            )
+        self.load_state({path: array.astype(mine[path].dtype) for path, array in arrays.items()})
 
 
-def _ranks(saved: State) -> str:
-    """What a saved adapter has, for an error."""
-    found = {min(array.shape[-2:]) for path, array in saved.items() if path.endswith("lora_a")}
-    return f": its rank is {', '.join(map(str, sorted(found)))}, of {len(saved)} arrays" if found else ""
+def _as_section(section: Mapping[str, Any]) -> str:
+    """A recipe's `adapter` section on one line, without what is unknown or said by default."""
+    told = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in section.items()
+        if value is not None and (name, value) not in (("layers", "all"), ("use_rslora", False), ("type", "lora"))
+    }
+    return f"adapter: {json.dumps(told)}".replace('"', "")
 
 
 def _product_norm(a: mx.array, b: mx.array) -> mx.array:
@@ -202,57 +206,35 @@ def _product_norm(a: mx.array, b: mx.array) -> mx.array:
     return ((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2))).sum()
 
 
-def check_format(folder: Path) -> None:
-    """Raise UserError for a folder that holds no adapter in mlx-lm's format, and say what it holds instead."""
-    if (folder / WEIGHTS).is_file():
-        return
-    if (folder / PEFT_WEIGHTS).is_file():
-        why = "is in PEFT's format; wanted is mlx-lm's: a run's checkpoint, or `grpo export RUN --format mlx`"
-    elif found := sorted(folder.glob(f"checkpoints/*/{WEIGHTS}")):
-        why = f"is a run; name its checkpoint, such as {found[-1].parent}"
-    else:
-        what = f"it has no {WEIGHTS}" if folder.is_dir() else "there is no such folder"
-        why = f"cannot be read, not an adapter as mlx-lm writes them: {what}"
-    raise UserError(f"adapter {folder}: {why}")
-
-
-def read_adapter(folder: Path) -> dict[str, mx.array]:
-    """The arrays of a saved adapter, by their path in the model.
-
-    Raises UserError for a folder without one in mlx-lm's format, for a file that cannot be read, and for NaN or
-    infinities in it.
-    """
-    check_format(folder)
-    try:
-        saved: Any = mx.load(str(folder / WEIGHTS))
-        mx.eval(saved)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"adapter {folder}: cannot be read: {one_line(error)}") from error
-    check_finite(saved, f"adapter {folder}")
-    return dict(saved)
-
-
-def check_finite(state: State, what: str) -> None:
-    """Raise UserError if an array holds NaN or infinities: a model that computes with it answers nonsense."""
-    for path, array in state.items():
-        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-            odd: Any = (~mx.isfinite(array)).sum().item()
-            raise UserError(
-                f"{what}: {path} has NaN or infinities in {odd:,} of {array.size:,} places: its training diverged. Use "
-                "an earlier checkpoint; a lower optim.learning_rate or optim.max_grad_norm keeps a run from this"
-            )
-
-
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Put a saved adapter into `model`, with mlx-lm's own loader. Raises UserError where it does not fit."""
+    """Put a saved adapter, in mlx-lm's format or PEFT's, into `model`. Raises UserError where it does not fit."""
     from mlx_lm.tuner.utils import load_adapters
 
-    read_adapter(folder)  # refuses what no model should be given
+    saved = read_adapter(folder)  # refuses what no model should be given
     try:
-        load_adapters(model, str(folder))
+        if is_peft(folder):
+            _add_saved(model, saved)
+        else:
+            load_adapters(model, str(folder))
     except Exception as error:  # whatever a file that is not what it should be makes the loader raise
         why = f"it wants an adapter as mlx-lm writes them: {one_line(error)}"
         raise UserError(f"adapter {folder}: cannot be loaded; {why}") from error
+    model.eval()  # mlx-lm's layers come with dropout on, where an adapter was trained with dropout
+
+
+def _add_saved(model: nn.Module, saved: SavedAdapter) -> None:
+    """Add exactly those layers that a saved adapter has arrays for. Raises ValueError for what the model has not."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    modules = {f"{path}.{part}" for path, _ in model.named_modules() for part in ("lora_a", "lora_b", "m")}
+    arrays = saved.fitted(modules)
+    keys = {path.rpartition(".")[0] for path in arrays}
+    parameters = {"rank": saved.rank, "scale": saved.scale, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(model, 0, parameters, use_dora=saved.kind == "dora")
+    added = {path: array.shape for path, array in tree_flatten(model.parameters()) if path in arrays}
+    if odd := [path for path, array in arrays.items() if added.get(path) != array.shape]:
+        raise ValueError(f"this model has no {odd[0]} of shape {arrays[odd[0]].shape}")
+    model.load_weights(list(arrays.items()), strict=False)
 
 
 def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
@@ -295,15 +277,24 @@ def _mlx_lm_config(model: nn.Module, cfg: AdapterConfig) -> dict[str, Any]:
         left_out = routers(model)
         keys = [key for key in there if key not in left_out]
     else:
-        keys = list(cfg.targets)
-    if missing := [key for key in keys if key not in there]:
-        raise UserError(f"adapter.targets: no linear layer {missing[0]!r} in this model; it has {', '.join(there)}")
+        keys = list(dict.fromkeys(path for name in cfg.targets for path in _named(name, there)))
     if cfg.layers != "all":  # mlx-lm can only count blocks from the last, but takes whole paths
         blocks = {id(block) for block in model.layers[first:last]}
         prefixes = [path for path, module in model.named_modules() if id(module) in blocks]
         keys = [f"{prefix}.{key}" for prefix in prefixes for key in keys]
-    parameters = {"rank": cfg.rank, "scale": cfg.scale, "dropout": 0.0, "keys": keys}
+    parameters = {"rank": cfg.rank, "scale": cfg.multiplier, "dropout": cfg.dropout, "keys": keys}
     return {**config, "lora_parameters": parameters}
+
+
+def _named(name: str, there: Sequence[str]) -> list[str]:
+    """The layers that a target means: the layer of that path in a block, or every layer whose path ends with it.
+
+    `q_proj` is `self_attn.q_proj`, as in PEFT. Raises UserError where there is no such layer.
+    """
+    found = [name] if name in there else [path for path in there if path.endswith(f".{name}")]
+    if not found:
+        raise UserError(f"adapter.targets: no linear layer {name!r} in this model; it has {', '.join(there)}")
+    return found
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[dict[str, mx.array], str]]:
@@ -350,6 +341,8 @@ def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None
         why = f"{one_line(error)} Take lora, or name adapter.targets without it"
         raise UserError(f"adapter.type: {config['fine_tune_type']}: {why}") from None
     fold(model)
+    if (dropout := config["lora_parameters"]["dropout"]) > 0:
+        add_dropout(model, dropout)
     fresh = tree_flatten(model.trainable_parameters())
     keys, dtype = mx.random.split(key, len(fresh)), dtype_of(model)
     drawn = [(path, _redraw(path, array, k)) for (path, array), k in zip(fresh, keys, strict=True)]

@@ -13,6 +13,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.model.dropout import dropout_key, dropping
+
 
 def checkpointed(module: nn.Module, parameters: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` under `mx.checkpoint`, with `parameters` (a tree of `module`'s) as inputs too.
@@ -51,12 +53,14 @@ class _Checkpointed:
     def __call__(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         plain = super().__call__  # type: ignore[misc]  # the layer's own
         cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "bind")), None)
+        key = dropout_key()  # the backward pass comes when another is set, or none
 
         def call(x: mx.array, inputs: list[mx.array]) -> Any:
-            if cache is None:
-                return plain(x, *args, **kwargs), []
-            cache.bind(inputs)
-            return plain(x, *args, **kwargs), cache.outputs()
+            if cache is not None:
+                cache.bind(inputs)
+            with dropping(key):
+                out = plain(x, *args, **kwargs)
+            return out, cache.outputs() if cache is not None else []
 
         inputs = cache.inputs() if cache is not None else []
         out, left = checkpointed(self, self.trainable_parameters(), call)(x, inputs)

@@ -14,12 +14,19 @@ from mlx_lm.tuner.lora import LoRALinear
 
 
 class FoldedLoRALinear(LoRALinear):  # type: ignore[misc]  # untyped
-    """A `LoRALinear` without dropout over a base that does not train. Parameters and files are mlx-lm's."""
+    """A `LoRALinear` over a base that does not train. Parameters and files are mlx-lm's.
+
+    Where numbers are dropped, MLX finds the gradient: A's input is another than the base's then.
+    """
 
     def __call__(self, x: mx.array) -> mx.array:
         """`[..., in]` to `[..., out]`, in the dtype of `x`."""
         flat = x.reshape(-1, x.shape[-1])
-        out = _folded(self.linear, self.scale, flat, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype))
+        a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
+        if (dropped := self.dropout(flat)) is flat:
+            out = _folded(self.linear, self.scale, flat, a, b)
+        else:
+            out = mx.addmm(self.linear(flat), dropped @ a, b, alpha=self.scale)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -43,7 +50,7 @@ def _folded(base: nn.Module, scale: float, x: mx.array, a: mx.array, b: mx.array
 
 
 def fold(model: nn.Module) -> None:
-    """Have every LoRA layer over a linear one, none of which may have dropout, compute so."""
+    """Have every LoRA layer over a linear one compute so."""
     for module in model.modules():
         if type(module) is LoRALinear:
             module.__class__ = FoldedLoRALinear

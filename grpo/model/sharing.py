@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend.blame import cause, is_ours
+from grpo.model.dropout import second_pass
 from grpo.model.promptcaches import Kind, Rows, kinds
 
 Body = Any
@@ -42,7 +43,8 @@ def shared_hidden(
     hidden = body(prompt_ids, cache=prompts)
     last = mx.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[index]
     rows = Rows(prompt_lengths, index, prompt_ids.shape[1], hidden.dtype)
-    own = body(completion_ids, cache=[prompt.continued(rows) for prompt in prompts])
+    with second_pass():
+        own = body(completion_ids, cache=[prompt.continued(rows) for prompt in prompts])
     return mx.concatenate([last, own[:, :-1]], axis=1)
 
 

@@ -64,7 +64,7 @@ class ConsoleLogger:
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         if isinstance(record, EvalMetrics):
             fractions = "  ".join(f"{name} {value:.1%}" for name, value in record.values.items() if is_fraction(name))
-            line = f"eval at step {record.step}: {fractions}  (n={record.n})"
+            line = f"eval at step {record.step}: {fractions}  (n={record.n}{_failed(record)})"
             self._console.print(line, highlight=False, soft_wrap=True)
             return
         numbers = _numbers(record)
@@ -129,15 +129,15 @@ def _numbers(record: StepMetrics) -> str:
     )
 
 
-def before_and_after(before: EvalMetrics, after: EvalMetrics) -> Group:
-    """Both evaluations side by side, with 95 % intervals."""
+def before_and_after(before: EvalMetrics, after: EvalMetrics, started: str = "before") -> Group:
+    """Both evaluations side by side, with 95 % intervals; `started` says what was measured first."""
     table = Table()
-    for heading in ("", "before", f"after step {after.step}" if after.step else "with the adapter"):
+    for heading in ("", started, f"after step {after.step}" if after.step else "with the adapter"):
         table.add_column(heading)
     for name in after.values:
         if name in before.values:
             table.add_row(name, _with_interval(before, name), _with_interval(after, name))
-    return Group(_heading(after), table)
+    return Group(_heading(after), table, *_failures(before, after))
 
 
 def single(metrics: EvalMetrics) -> Group:
@@ -145,11 +145,23 @@ def single(metrics: EvalMetrics) -> Group:
     table = Table(show_header=False)
     for name in metrics.values:
         table.add_row(name, _with_interval(metrics, name))
-    return Group(_heading(metrics), table)
+    return Group(_heading(metrics), table, *_failures(metrics))
 
 
 def _heading(metrics: EvalMetrics) -> str:
     return f"held-out accuracy by {metrics.grader}, n={metrics.n}, 95 % intervals"
+
+
+def _failures(*measured: EvalMetrics) -> list[str]:
+    """A line that says how many gradings failed, if any did."""
+    counts = [f"{metrics.failed_gradings:,}" for metrics in measured]
+    any_failed = any(metrics.failed_gradings for metrics in measured)
+    return [f"gradings that failed, which count as not right: {' and '.join(counts)}"] if any_failed else []
+
+
+def _failed(metrics: EvalMetrics) -> str:
+    count = metrics.failed_gradings
+    return f", {count:,} grading{'s' if count > 1 else ''} failed" if count else ""
 
 
 def _with_interval(metrics: EvalMetrics, name: str) -> str:

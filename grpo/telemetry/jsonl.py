@@ -35,7 +35,8 @@ class JsonlLogger:
         line: dict[str, object] = {"step": record.step}
         if isinstance(record, EvalMetrics):
             intervals = {f"{name}{INTERVAL}": list(pair) for name, pair in record.intervals.items()}
-            line |= {"n": record.n, "grader": record.grader, **record.values, **intervals}
+            head = {"n": record.n, "grader": record.grader, "failed_gradings": record.failed_gradings}
+            line |= {**head, **record.values, **intervals}
         else:
             line |= record.values
         name = EVALUATIONS if isinstance(record, EvalMetrics) else METRICS
@@ -96,7 +97,9 @@ def _evaluation(line: dict[str, Any]) -> EvalMetrics:
         for name in line
         if name.endswith(INTERVAL)
     }
-    return EvalMetrics(step, n, grader, {name: _number(line[name]) for name in line if name in intervals}, intervals)
+    failed = _whole(line.get("failed_gradings", 0))  # there is none in older records
+    values = {name: _number(line[name]) for name in line if name in intervals}
+    return EvalMetrics(step, n, grader, values, intervals, failed)
 
 
 def _whole(value: Any) -> int:

@@ -115,13 +115,20 @@ def _with_interval(metrics: EvalMetrics, name: str) -> str:
 def _time(runs: Sequence[Run]) -> str | None:
     parts = []
     for run in runs:
-        phases = sorted({name for record in run.steps for name in record.values if name.startswith("time/")})
-        seconds = {name[5:]: [record.values.get(name, 0.0) for record in run.steps] for name in phases}
+        seconds = {
+            name.removeprefix("time/"): [record.values.get(name, 0.0) for record in run.steps]
+            for name in sorted({name for record in run.steps for name in record.values if _is_phase(name)})
+        }
         if plot := stacked(seconds, [record.step for record in run.steps]):
             total = sum(map(sum, seconds.values())) or 1.0
             shares = ", ".join(f"{name} {sum(values) / total:.0%}" for name, values in seconds.items())
             parts.append(f"<h3>{escape(run.folder.name)}</h3><p>{escape(shares)}</p>{plot}")
     return "".join(parts) or None
+
+
+def _is_phase(name: str) -> bool:
+    """Whether a metric is a phase of a step, `time/rollout`, and not part of one, `time/rewards/remote/p50`."""
+    return name.startswith("time/") and name.count("/") == 1
 
 
 def _failures(runs: Sequence[Run]) -> str | None:

@@ -55,13 +55,15 @@ def with_reference(batches: Sequence[Batch], policy: Policy, beta: float, cfg: R
         return [replace(batch, ref_logprobs=forced(policy, batch)[0], beta=mx.array(beta)) for batch in batches]
 
 
-def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy) -> list[MiniBatch]:
+def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
     """The same minibatches with the policy's logprobs as it is now, before the step's first update.
 
-    The first minibatch needs none: its logprobs when it is reached are these.
+    The first minibatch needs none: its logprobs when it is reached are these, unless its update drops numbers of the
+    adapter's inputs.
     """
-    first, *others = minibatches
-    return [first] + [[replace(b, old_logprobs=forced(policy, b)[0]) for b in batches] for batches in others]
+    known = 0 if cfg.adapter.dropout > 0 else 1
+    others = [[replace(b, old_logprobs=forced(policy, b)[0]) for b in batches] for batches in minibatches[known:]]
+    return [*minibatches[:known], *others]
 
 
 def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:

@@ -12,19 +12,11 @@ from grpo.builtin import models as builtin_models
 from grpo.config import Recipe
 from grpo.recipe import dump_recipe
 from grpo.training.checkpoint import read_state
-
-USE = {
-    "mlx": "```sh\nmlx_lm.generate --model {base} --adapter-path FOLDER --prompt '...'\n```",
-    "peft": (
-        "```python\n{imports}from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), 'FOLDER')\n```"
-    ),
-    "fused": "```sh\nmlx_lm.generate --model FOLDER --prompt '...'\n```",
-}
+from grpo.training.snippets import BASE, snippet
 
 
-def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str]) -> str:
-    """The text of the `README.md` beside an export, for people and for the Hub."""
+def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], repo: str | None = None) -> str:
+    """The text of the `README.md` beside an export, for people and for the Hub, where it goes to `repo`."""
     state = read_state(checkpoint)
     rewards = ", ".join(f"`{short_name(reward.use)}` × {reward.weight:g}" for reward in cfg.rewards)
     lines = [
@@ -33,7 +25,7 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str]) -
         f"{_kind(cfg, form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300), loss "
         f"`{cfg.loss.type}`, for {state['step']} steps on `{short_name(cfg.data.source)}`. Rewards: {rewards}.",
         *(f"Note: {note}." for note in notes),
-        _use(form, _loadable(cfg.model.name)),
+        *_use(cfg, form, repo),
         *_evaluation(state),
         "## Recipe",
         f"```yaml\n{_recipe(cfg)}```",
@@ -67,19 +59,17 @@ def short_name(name: str) -> str:
     return Path(file).name + colon + function if Path(file).exists() else name
 
 
-def _use(form: str, base: str) -> str:
-    """How the export is used, on a base of that name."""
-    if form == "peft" and base.startswith("~"):  # Python does not expand it by itself
-        return USE[form].format(base=f"expanduser({base!r})", imports="from os.path import expanduser\n\n")
-    return USE[form].format(base=repr(base) if form == "peft" else base, imports="")
-
-
-def _loadable(name: str) -> str:
-    """The model as other programs are to name it: a built-in one by the folder where it is kept."""
-    if name not in builtin_models.NAMES:
-        return short_name(name)
-    folder = builtin_models.folder(name)
-    return f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else str(folder)
+def _use(cfg: Recipe, form: str, repo: str | None) -> list[str]:
+    """How the export is used, and where its base is, if that is nowhere on the Hub."""
+    name = cfg.model.name
+    if form == "fused" or name not in builtin_models.NAMES:
+        return [snippet(cfg, form, short_name(name), repo)]
+    if repo is None:
+        folder = builtin_models.folder(name)
+        home = folder.is_relative_to(Path.home())
+        return [snippet(cfg, form, f"~/{folder.relative_to(Path.home())}" if home else str(folder), repo)]
+    made = f"`{BASE}` is a model that `grpo` makes: `grpo generate {name} hi` leaves it in a folder of `~/.cache/grpo`."
+    return [snippet(cfg, form, BASE, repo), made]
 
 
 def _recipe(cfg: Recipe) -> str:
@@ -97,7 +87,7 @@ def _evaluation(state: Mapping[str, Any]) -> list[str]:
         return ["Not evaluated on held-out prompts."]
     heads = f"| | before | after step {after['step']} |\n|---|---|---|"
     rows = [f"| {name} | {_cell(before, name)} | {_cell(after, name)} |" for name in after["values"]]
-    by = f"On {after['n']} held-out prompts by `{after['grader']}`, with 95 % bootstrap intervals over prompts:"
+    by = f"On {after['n']} held-out prompts by `{after['grader']}`, with 95 % intervals over prompts:"
     return ["## Evaluation", by, "\n".join([heads, *rows])]
 
 

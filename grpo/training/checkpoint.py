@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from grpo import __version__
 from grpo.errors import UserError
-from grpo.model.adapters import CONFIG, check_finite
+from grpo.model.saved import CONFIG, check_finite
 from grpo.training.state import Arrays, RunState
 
 STATE, RECIPE, SUMS = "state.json", "recipe.yaml", "SHA256SUMS"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from math import comb
+from math import comb, sqrt
 from statistics import fmean
 from typing import Literal
 
@@ -19,12 +19,16 @@ from grpo.training.metrics import SOLVED
 from grpo.types import EvalMetrics, Group, Rollout, Task
 
 RESAMPLES = 1000
+Z = 1.959963984540054
+"""Standard deviations within which 95 % of a normal distribution lie."""
 
 
 class Evaluator:
     """Measures a policy on fixed prompts.
 
-    A completion is right when the recipe's first reward gives it 1 or more, and left out when that gives no score.
+    A completion is right when the recipe's first reward gives it 1 or more. It is left out when that reward gives no
+    score (None: it does not apply), and counted as not right when that reward failed on it: what nobody could check is
+    not a right answer, and to leave it out would turn one right answer and three timeouts into 100 %.
     Of several processes each samples and scores its share of the prompts, and all measure the same.
     """
 
@@ -57,7 +61,9 @@ class Evaluator:
             **{f"rewards/{name}": _means(sampled, "scores", name) for name in self.scorer.rewards},
         }
         measured |= {name: _means(sampled, "logged", name) for name in _logged(sampled) if name not in measured}
-        if not measured["greedy"] or not solved:
+        rollouts = [rollout for group in (*greedy, *sampled) for rollout in group.rollouts]
+        known = any(rollout.scores[self.grader] is not None for rollout in rollouts)
+        if not measured["greedy"] or not solved or not known:
             raise RunError(f"evaluation: the first reward, {self.grader!r}, scored no completion")
         measured = {name: values for name, values in measured.items() if values}
         return EvalMetrics(
@@ -65,7 +71,8 @@ class Evaluator:
             n=len(measured["greedy"]),
             grader=self.grader,
             values={name: fmean(values) for name, values in measured.items()},
-            intervals={name: bootstrap_interval(values, self.cfg.seed) for name, values in measured.items()},
+            intervals={name: interval(values, self.cfg.seed) for name, values in measured.items()},
+            failed_gradings=sum(self.grader in rollout.failures for rollout in rollouts),
         )
 
     def _ks(self) -> list[int]:
@@ -80,24 +87,32 @@ class Evaluator:
         return self.ranks.merge(self.scorer.score(groups) if groups else [])
 
     def _graded(self, group: Group) -> list[tuple[Rollout, bool]]:
-        """The completions that have a score, and whether they are right."""
+        """The completions that the grader applies to, and whether they are right; where it failed they are not."""
         scores = [(rollout, rollout.scores[self.grader]) for rollout in group.rollouts]
-        return [(rollout, score >= SOLVED) for rollout, score in scores if score is not None]
+        return [
+            (rollout, score is not None and score >= SOLVED)
+            for rollout, score in scores
+            if score is not None or self.grader in rollout.failures
+        ]
 
 
 def pass_at(k: int, n: int, correct: int) -> float:
     """The chance that one of `k` samples is right, estimated without bias from `n` of which so many were.
 
-    Chen et al. 2021 (arXiv 2107.03374), equation 1. With fewer than `k` samples it is that of `n`.
+    Chen et al. 2021 (arXiv 2107.03374), equation 1. With fewer than `k` samples it is the chance for `n`.
     """
     k = min(k, n)
     return 1 - comb(n - correct, k) / comb(n, k)
 
 
 def _voted(graded: Sequence[tuple[Rollout, bool]]) -> float:
-    """Whether the answer that most completions give is right (self-consistency, arXiv 2203.11171)."""
-    chosen = majority([final_answer(rollout.completion.text) for rollout, _ in graded])
-    return float(graded[chosen][1])
+    """Whether the answer that most completions give is right (self-consistency, arXiv 2203.11171).
+
+    It is if it was found right in any of them: the grader may have failed on the others.
+    """
+    answers = [final_answer(rollout.completion.text) for rollout, _ in graded]
+    chosen = answers[majority(answers)]
+    return float(any(right for answer, (_, right) in zip(answers, graded, strict=True) if answer == chosen))
 
 
 def _logged(groups: Sequence[Group]) -> list[str]:
@@ -109,6 +124,24 @@ def _means(groups: Sequence[Group], of: Literal["scores", "logged"], name: str) 
     """Each prompt's mean of what is known of its completions by a name, without the prompts that have nothing."""
     known = [[getattr(rollout, of).get(name) for rollout in group.rollouts] for group in groups]
     return [fmean(values) for row in known if (values := [value for value in row if value is not None])]
+
+
+def interval(values: Sequence[float], seed: int) -> tuple[float, float]:
+    """The 95 % interval of a mean over prompts: Wilson's where each value is 0 or 1, else the bootstrap's.
+
+    The bootstrap has no width where all values are equal, such as at 0 and 100 %.
+    """
+    if all(value in (0.0, 1.0) for value in values):
+        return wilson_interval(sum(values), len(values))
+    return bootstrap_interval(values, seed)
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927)."""
+    p, z2 = successes / n, Z**2
+    center = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z / (1 + z2 / n) * sqrt(p * (1 - p) / n + z2 / (4 * n**2))
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def bootstrap_interval(

@@ -18,8 +18,9 @@ from grpo.backend.device import setup
 from grpo.backend.hub import send
 from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
-from grpo.model.adapters import CONFIG, PEFT_WEIGHTS, WEIGHTS, load_adapter, merge, read_adapter
+from grpo.model.adapters import load_adapter, merge
 from grpo.model.load import QUANTIZED_GROUP, cast, load, model_folder
+from grpo.model.saved import CONFIG, PEFT_WEIGHTS, WEIGHTS, read_adapter
 from grpo.recipe import load_recipe
 from grpo.training.card import model_card
 from grpo.training.checkpoint import RECIPE
@@ -40,11 +41,18 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
 
-def export(run: Path, form: Format, to: Path | None = None, which: str = "newest", bits: int | None = None) -> Exported:
+def export(
+    run: Path,
+    form: Format,
+    to: Path | None = None,
+    which: str = "newest",
+    bits: int | None = None,
+    repo: str | None = None,
+) -> Exported:
     """Write a run's adapter as `form` into the folder `to` (`<run>/export-<form>` unless named), with a model card.
 
-    `bits` quantises fused weights. Raises UserError for what is no run, a folder that is there, and what cannot be had
-    in that form.
+    `bits` quantises fused weights; `repo` is the Hub repository that the card is written for. Raises UserError for what
+    is no run, a folder that is there, and what cannot be had in that form.
     """
     if not is_run(run):
         raise UserError(f"{run}: not a run's folder")
@@ -60,7 +68,7 @@ def export(run: Path, form: Format, to: Path | None = None, which: str = "newest
     try:
         aside.mkdir(parents=True)
         notes = _write(aside, form, cfg, checkpoint, bits)
-        (aside / "README.md").write_text(model_card(cfg, checkpoint, form, notes), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(cfg, checkpoint, form, notes, repo), encoding="utf-8")
         aside.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
@@ -97,9 +105,10 @@ def _of_the_base(form: Format, cfg: ModelConfig) -> list[str]:
 
 
 def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path) -> None:
-    """The adapter as PEFT saves it: A and B transposed, alpha = scale × rank, modules by the Hub's names."""
+    """The adapter as PEFT saves it: A and B transposed, alpha as PEFT divides it, modules by the Hub's names."""
     config, weights = _read(checkpoint)
-    parameters = config["lora_parameters"]
+    parameters, rslora = config["lora_parameters"], cfg.adapter.use_rslora
+    rank = parameters["rank"]
     names = {path: _hub_name(path, cfg) for path in weights}
     arrays = {peft_name(names[path]): array.T for path, array in weights.items()}
     mx.save_safetensors(str(folder / PEFT_WEIGHTS), arrays, metadata={"format": "pt"})
@@ -108,9 +117,10 @@ def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path) -> None:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": cfg.model.name,
         "revision": cfg.model.revision,
-        "r": parameters["rank"],
-        "lora_alpha": parameters["scale"] * parameters["rank"],
-        "lora_dropout": 0.0,
+        "r": rank,
+        "lora_alpha": parameters["scale"] * (rank**0.5 if rslora else rank),
+        "lora_dropout": parameters["dropout"],
+        "use_rslora": rslora,
         "target_modules": sorted({name.rpartition(".")[0] for name in names.values()}),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -144,7 +154,7 @@ def peft_name(path: str) -> str:
 def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """A checkpoint's LoRA matrices. Raises UserError for what PEFT has no such form of."""
     config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
-    weights = read_adapter(checkpoint)
+    weights = read_adapter(checkpoint).arrays
     found = {"dora": "DoRA", "full": "whole weights"}.get(config["fine_tune_type"])
     if found is None and any(array.ndim != 2 for array in weights.values()):
         found = "experts, all in one array (with adapter.targets that leave them out it could)"

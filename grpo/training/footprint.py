@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.backend.device import on_gpu
+from grpo.model.dropout import dropping
 from grpo.model.head import head_parameters
 from grpo.model.logprobs import chunk_tokens
 from grpo.model.policy import Policy
@@ -114,7 +115,8 @@ def _peak(policy: Policy, shape: Shape) -> int:
     index, completions = mx.zeros((shape.rows,), mx.int32), mx.zeros((shape.rows, shape.length), mx.int32)
 
     def loss(_: nn.Module) -> mx.array:
-        return policy.group_hidden(prompts, lengths, index, completions).astype(mx.float32).sum()
+        with dropping(mx.random.key(0)):  # what is dropped, if anything is, is kept beside what is not
+            return policy.group_hidden(prompts, lengths, index, completions).astype(mx.float32).sum()
 
     mx.eval(prompts, lengths, index, completions)
     trained: int = sum(array.nbytes for _, array in tree_flatten(policy.model.trainable_parameters()))

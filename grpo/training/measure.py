@@ -1,22 +1,17 @@
-"""Accuracy on held-out prompts, of a run, a recipe or a model, for `grpo eval`: the base beside the adapter."""
+"""Accuracy on held-out prompts, of a run, a recipe or a model, for `grpo eval`: before and with an adapter."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from grpo.backend.hub import one_line
 from grpo.config import FILE_TYPES, Recipe, RewardConfig
 from grpo.errors import UserError
-from grpo.model.adapters import CONFIG, WEIGHTS, check_format
 from grpo.model.load import looks_like_path, similar
+from grpo.model.saved import read_adapter
 from grpo.plugins import find_recipe, locate_reward
 from grpo.recipe import load_recipe, recipe_of
 from grpo.training.checkpoint import RECIPE, STATE, step_of
@@ -24,8 +19,6 @@ from grpo.training.folder import find_checkpoint, is_run
 from grpo.training.revisions import pinned
 from grpo.training.setup import prepare
 from grpo.types import EvalMetrics
-
-BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +50,21 @@ class Asked:
         return [f"{name}={value}" for name, value in named.items() if value is not None]
 
 
-def measure(target: str, asked: Asked, overrides: Sequence[str]) -> tuple[EvalMetrics, EvalMetrics | None]:
-    """The base model's evaluation and, where there is an adapter, its own on the same prompts with the same draws.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a model measured without the adapter and with it, on the same prompts with the same draws.
+
+    `started` says what is without: the base, or the adapter that a run went on from. `after` is None where there is no
+    adapter.
+    """
+
+    started: str
+    before: EvalMetrics
+    after: EvalMetrics | None
+
+
+def measure(target: str, asked: Asked, overrides: Sequence[str]) -> Measured:
+    """The evaluation of what a run started from (a recipe's or a model's base) and, if there is one, of the adapter.
 
     `target` is a run's folder (the adapter is its newest checkpoint, unless another is named), a recipe, or a model.
     Raises UserError where there is nothing to evaluate on.
@@ -78,15 +84,18 @@ def measure(target: str, asked: Asked, overrides: Sequence[str]) -> tuple[EvalMe
     if cfg.eval is None:
         raise UserError(f"{target}: nothing says what to evaluate on; name it, such as --data held_out.jsonl")
     if asked.adapter is not None:  # a run's own has the shape that its recipe says
-        cfg = cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update=_shape(asked.adapter))})
+        shape = {**read_adapter(asked.adapter).section(), "path": None}
+        cfg = cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update=shape)})
     trainer = prepare(cfg).trainer
     with closing(trainer.scorer):
         assert trainer.evaluate is not None
+        started = "base" if cfg.adapter.path is None else "start (adapter.path)"
         before = trainer.evaluate(0)
         if adapter is None:
-            return before, None
+            return Measured(started, before, None)
         trainer.policy.adapters.load(adapter)
-        return before, trainer.evaluate(step_of(adapter) if (adapter / STATE).is_file() else 0)
+        after = trainer.evaluate(step_of(adapter) if (adapter / STATE).is_file() else 0)
+        return Measured(started, before, after)
 
 
 def _is_recipe(target: str) -> bool:
@@ -139,23 +148,3 @@ def _for_model(name: str, asked: Asked, settings: Sequence[str]) -> Recipe:
         "optim": {"steps": 1},
     }
     return recipe_of(fixed, f"eval {name}", settings)
-
-
-def _shape(adapter: Path) -> dict[str, Any]:
-    """The settings of an adapter as mlx-lm saved it. Raises UserError for what is none."""
-    check_format(adapter)
-    try:
-        saved = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-        kind = saved.get("fine_tune_type", "lora")
-        paths: Any = mx.load(str(adapter / WEIGHTS))
-        places = [match.groups() for path in paths if (match := BLOCK.search(path))]
-        blocks = [int(number) for number, _ in places]
-        everything = kind == "full" and len(places) < len(paths)
-        layers = {"layers": "all" if everything else (min(blocks), max(blocks) + 1)}
-        if kind == "full":
-            return {"type": kind, **layers}
-        parameters = saved["lora_parameters"]
-        targets = tuple(dict.fromkeys(module.rpartition(".")[0] for _, module in places))
-        return {"type": kind, "rank": parameters["rank"], "scale": parameters["scale"], "targets": targets, **layers}
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"adapter {adapter}: not an adapter as mlx-lm writes them: {one_line(error)}") from None

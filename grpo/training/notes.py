@@ -20,6 +20,7 @@ def notes_on(cfg: Recipe) -> Iterator[str]:
     updates = optim.num_iterations * optim.num_minibatches
     if (
         updates == 1
+        and cfg.adapter.dropout == 0
         and cfg.loss.use is None
         and (unread := [f"loss.{name}" for name in OF_RATIOS if name in cfg.loss.changed])
     ):

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from grpo.config import Recipe
-from grpo.model.adapters import CONFIG, WEIGHTS
+from grpo.model.saved import CONFIG, weights_file
 from grpo.training.checkpoint import hash_of
 
 STARTING = "starting_adapter"
@@ -24,16 +24,16 @@ def with_kept(cfg: Recipe, run: Path) -> Recipe:
     kept = run / STARTING
     if cfg.adapter.path is None or not kept.is_dir():
         return cfg
-    named = Path(cfg.adapter.path)
-    if (named / WEIGHTS).is_file() and hash_of(named / WEIGHTS) != hash_of(kept / WEIGHTS):
+    named, copied = weights_file(Path(cfg.adapter.path)), weights_file(kept)
+    if named is not None and copied is not None and hash_of(named) != hash_of(copied):
         return cfg
     return _begins_from(cfg, str(kept.resolve()))
 
 
 def starting_hash(cfg: Recipe) -> dict[str, str]:
     """A SHA-256 of the adapter that a run begins from, by the setting's name; nothing for a fresh one."""
-    weights = Path(cfg.adapter.path, WEIGHTS) if cfg.adapter.path is not None else None
-    return {"adapter.path": hash_of(weights)} if weights is not None and weights.is_file() else {}
+    weights = weights_file(Path(cfg.adapter.path)) if cfg.adapter.path is not None else None
+    return {"adapter.path": hash_of(weights)} if weights is not None else {}
 
 
 def keep_starting(cfg: Recipe, run: Path) -> None:
@@ -47,14 +47,15 @@ def copy_starting(cfg: Recipe, run: Path) -> Path | None:
 
     Returns the copy; None for a run that begins from no adapter, or whose adapter is not there.
     """
-    if cfg.adapter.path is None or not Path(cfg.adapter.path, WEIGHTS).is_file():
+    weights = weights_file(Path(cfg.adapter.path)) if cfg.adapter.path is not None else None
+    if weights is None:
         return None
     aside = run / PARTIAL
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    for name in (WEIGHTS, CONFIG):
-        if (source := Path(cfg.adapter.path, name)).is_file():
-            shutil.copyfile(source, aside / name)
+    for source in (weights, weights.with_name(CONFIG)):
+        if source.is_file():
+            shutil.copyfile(source, aside / source.name)
     return aside
 
 

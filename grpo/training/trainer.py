@@ -65,7 +65,7 @@ class Trainer:
         minibatches = with_top_entropy(minibatches, policy, cfg)
         minibatches = [ranks.share(batches) for batches in minibatches]
         minibatches = [with_reference(batches, policy, beta, cfg) for batches in minibatches]  # not for beta 0
-        minibatches = with_old_logprobs(minibatches, policy)  # nothing to do for a single one
+        minibatches = with_old_logprobs(minibatches, policy, cfg)  # nothing to do for a single one
         told |= kl_metric(groups, policy, cfg, n, ranks)  # if it is due
         rest = entropy_left_out(groups, policy, cfg, ranks)
         clock.lap("logprobs")

@@ -17,9 +17,11 @@ from mlx.utils import tree_flatten, tree_map
 
 from grpo.backend.device import compiled
 from grpo.backend.hub import one_line
+from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig, Recipe
 from grpo.errors import RunError
+from grpo.model.dropout import dropping
 from grpo.model.policy import Policy
 from grpo.objective import combine_metrics, policy_loss
 from grpo.objective.loss import CustomLoss
@@ -108,14 +110,20 @@ class Updater:
     def _updated(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
         self.optimizer.learning_rate = learning_rate(self.cfg.optim, step)
         waiting, updates = list(minibatches), []
-        for _ in range(self.cfg.optim.num_iterations):
+        for iteration in range(self.cfg.optim.num_iterations):
             for number, batches in enumerate(waiting):
-                gradient = self.gradient(batches)
+                gradient = self.gradient(batches, self._dropout_key(step, iteration, number))
                 waiting[number] = gradient.batches  # skipped or not: by the next pass the policy may have moved
                 updates.append(self._apply(gradient, step))
         together = _together(updates)
         self.steps_without_signal += together.without_signal == len(updates)
         return together
+
+    def _dropout_key(self, *position: int) -> mx.array | None:
+        """What a minibatch's pass draws from: by step, pass, minibatch and process; None where nothing is dropped."""
+        if self.cfg.adapter.dropout == 0:
+            return None
+        return derive_key(self.cfg.seed, "dropout", *position, *self.ranks.own)
 
     def _apply(self, gradient: Gradient, step: int) -> Update:
         """One optimiser step, unless the gradient is not finite or says nothing."""
@@ -163,13 +171,19 @@ class Updater:
             return ""
         return f" The batches and the adapter that led to it are in {folder}."
 
-    def gradient(self, batches: Sequence[Batch]) -> Gradient:
-        """The gradient of the batches' summed loss; of no batches (nothing to learn from), zeros."""
+    def gradient(self, batches: Sequence[Batch], dropout_key: mx.array | None = None) -> Gradient:
+        """The gradient of the batches' summed loss; of no batches (nothing to learn from), zeros.
+
+        With a key (uint32 `[2]`) the adapter's dropout is on, and each batch has masks of its own.
+        """
         tree: Any = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
         loss, parts, seen = 0.0, [], []
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            given = batch.arrays()
+            if dropout_key is not None:  # an input, or the compiled function would draw the same masks for ever
+                given["dropout_key"] = mx.random.split(dropout_key, len(batches))[number]
             with self.policy.training():
-                tree, value, metrics, logprobs = self._accumulate(tree, batch.arrays())
+                tree, value, metrics, logprobs = self._accumulate(tree, given)
             mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time
             loss += cast(float, value.item())
             parts.append({name: float(metric.item()) for name, metric in metrics.items()})
@@ -191,7 +205,8 @@ class Updater:
 
     def _loss(self, arrays: dict[str, mx.array]) -> tuple[mx.array, tuple[dict[str, mx.array], mx.array]]:
         loss_cfg, batch = self.cfg.loss, SimpleNamespace(**arrays)
-        logprobs, entropies = batch_logprobs(self.policy, batch, loss_cfg.entropy_coef > 0)
+        with dropping(arrays.get("dropout_key")):
+            logprobs, entropies = batch_logprobs(self.policy, batch, loss_cfg.entropy_coef > 0)
         custom = _guarded(self.custom) if self.custom else None
         loss, metrics = policy_loss(logprobs, batch, loss_cfg, entropies, custom)
         return loss, (metrics, mx.stop_gradient(logprobs))

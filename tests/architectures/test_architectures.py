@@ -18,7 +18,7 @@ from table import table, written
 from table import write as write_table
 
 from grpo.errors import UserError
-from grpo.model.adapters import WEIGHTS
+from grpo.model.saved import WEIGHTS
 from grpo.training.export import export
 
 Measure = Callable[[str, int | None], Measured]

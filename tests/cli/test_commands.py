@@ -152,7 +152,6 @@ def test_a_dry_run_says_that_the_folder_cannot_be_written(run_cli, recipe, monke
 
 def test_what_is_named_in_the_wrong_place_is_called_what_it_is(run_cli, recipe, toy_folder) -> None:
     assert run_cli("train", recipe).code == 0
-    assert run_cli("export", "runs/toy", "--format", "peft").code == 0
     newest = "runs/toy/checkpoints/step-000002"
     evaluate = ["eval", toy_folder, "--data", "train.jsonl", "--prompt", "{question}", "--adapter"]
     for args, said in (
@@ -160,15 +159,10 @@ def test_what_is_named_in_the_wrong_place_is_called_what_it_is(run_cli, recipe, 
         (["generate", "quickstart", "hi"], "quickstart is a recipe"),
         (["train", recipe, "--resume-from", "runs/nosuch"], "--resume-from runs/nosuch: there is no such folder"),
         (["train", recipe, "--resume-from", "runs/toy"], f"is a run; name its checkpoint, such as {newest}"),
-        (
-            ["generate", toy_folder, "hi", "--adapter", "runs/toy/export-peft"],
-            "is in PEFT's format; wanted is mlx-lm's",
-        ),
         (["generate", toy_folder, "hi", "--adapter", "runs/toy"], f"is a run; name its checkpoint, such as {newest}"),
-        (["generate", toy_folder, "hi", "--adapter", "nosuch"], "as mlx-lm writes them: there is no such folder"),
-        ([*evaluate, "runs/toy/export-peft"], "is in PEFT's format"),
+        (["generate", toy_folder, "hi", "--adapter", "nosuch"], "as mlx-lm or PEFT writes them: there is no such"),
         ([*evaluate, "runs/toy"], f"name its checkpoint, such as {newest}"),
-        (["train", recipe, "--overwrite", "adapter.path=runs/toy/export-peft"], "is in PEFT's format"),
+        (["train", recipe, "--overwrite", "adapter.path=runs/toy"], "is a run; name its checkpoint, such as"),
     ):
         ran = run_cli(*args)
         assert (ran.code, len(ran.err.splitlines())) == (2, 1), ran.err

@@ -122,6 +122,36 @@ def test_an_unknown_target_is_named(toy) -> None:
         Adapters(toy[0], AdapterConfig(targets=("attn.q",)), mx.random.key(0))
 
 
+def test_a_name_means_every_layer_that_is_called_so(toy, zoo) -> None:
+    """As PEFT's `target_modules`; what routes to experts is named by its whole path or by its own name."""
+    adapters = Adapters(toy[0], AdapterConfig(targets=("q_proj", "mlp.up_proj", "self_attn.q_proj")), mx.random.key(0))
+    assert adapters.config["lora_parameters"]["keys"] == ["self_attn.q_proj", "mlp.up_proj"]
+    experts = Adapters(zoo("moe"), AdapterConfig(targets=("up_proj", "gate")), mx.random.key(0))
+    assert experts.config["lora_parameters"]["keys"] == ["mlp.switch_mlp.up_proj", "mlp.gate"]
+    for name in ("proj", "_proj", "q_proj.self_attn"):
+        with pytest.raises(UserError, match=f"no linear layer {name!r} in this model; it has mlp"):
+            Adapters(zoo("tied"), AdapterConfig(targets=(name,)), mx.random.key(0))
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_rslora_multiplies_by_scale_over_the_root_of_the_rank(zoo, tmp_path, rank: int) -> None:
+    cfg = AdapterConfig(rank=rank, scale=6.0, use_rslora=True, targets=("up_proj",))
+    model = zoo("tied")
+    base, adapters = model(TOKENS), Adapters(model, cfg, mx.random.key(0))
+    adapters.load_state(shaken(adapters.state()))
+    adapters.save(tmp_path)
+    ours = model(TOKENS)
+    for layer in model.layers:
+        up = layer.mlp.up_proj
+        up.linear.weight = up.linear.weight + 6.0 / rank**0.5 * (up.lora_a @ up.lora_b).T
+        layer.mlp.up_proj = up.linear
+    assert mx.allclose(model(TOKENS), ours, atol=1e-5)
+    assert mx.abs(ours - base).max() > 0.01
+    theirs = zoo("tied")
+    load_adapter(theirs, tmp_path)  # mlx-lm's own loader, which knows no rsLoRA
+    assert mx.allclose(theirs(TOKENS), ours, atol=1e-5)
+
+
 def test_only_the_adapter_trains(make_policy) -> None:
     model = make_policy().policy.model
     names = [path for path, _ in tree_flatten(model.trainable_parameters())]

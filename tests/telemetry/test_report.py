@@ -44,6 +44,20 @@ def test_a_page_with_everything(two, run_cli) -> None:
     assert len(page) < 3e6
 
 
+def test_time_goes_to_phases_and_not_to_what_is_inside_them(recipe, run_cli) -> None:
+    """By hand: 7.9 of 10 seconds are the reward's; how long its calls take is no phase beside it."""
+    assert run_cli("train", recipe, "optim.steps=1").code == 0
+    line = json.loads(Path("runs/toy/metrics.jsonl").read_text())
+    assert "time/rewards/digits/p95" in line
+    line |= {"time/reward": 7.9, "time/rollout": 0.7, "time/update": 1.4, "time/logprobs": 0.0}
+    line |= {"time/rewards/digits/p50": 6.0, "time/rewards/digits/p95": 7.0}
+    Path("runs/toy/metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert run_cli("report", "runs/toy").code == 0
+    page = Path("runs/toy/report.html").read_text()
+    assert "<p>logprobs 0%, reward 79%, rollout 7%, update 14%</p>" in page
+    assert "digits/p95" not in page
+
+
 def test_a_run_with_nothing_on_record_says_so(recipe, run_cli) -> None:
     assert run_cli("train", recipe, "log.completions=null", "optim.steps=1").code == 0
     assert run_cli("report", "runs/toy", "--to", "page.html").code == 0

@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_files_hold_one_object_a_line(tmp_path) -> None:
     assert steps == [{"step": 1, **VALUES}, {"step": 2, **VALUES}]
     (line,) = (tmp_path / "eval.jsonl").read_text().splitlines()
     assert json.loads(line) == {
-        "step": 0, "n": 8, "grader": "right", "greedy": 0.25, "avg@4": 0.5, "pass@4": 1.0,
+        "step": 0, "n": 8, "grader": "right", "failed_gradings": 0, "greedy": 0.25, "avg@4": 0.5, "pass@4": 1.0,
         "greedy_interval": [0.0, 0.5], "avg@4_interval": [0.3, 0.7], "pass@4_interval": [1.0, 1.0],
     }  # fmt: skip
 
@@ -113,6 +114,25 @@ def test_before_and_after() -> None:
     console.print(before_and_after(EVAL, EvalMetrics(9, 8, "right", dict.fromkeys(EVAL.values, 1.0), EVAL.intervals)))
     assert "after step 9" in text.getvalue()
     assert "25.0%  (0.0% to 50.0%)" in text.getvalue()
+
+
+def test_gradings_that_failed_are_told(tmp_path) -> None:
+    failed = replace(EVAL, failed_gradings=3)
+    console, text = printed()
+    ConsoleLogger(console, steps=4).log(failed)
+    assert text.getvalue().rstrip().endswith("(n=8, 3 gradings failed)")
+    console.print(before_and_after(EVAL, failed))
+    assert "gradings that failed, which count as not right: 0 and 3" in text.getvalue()
+    console, text = printed()
+    console.print(before_and_after(EVAL, EVAL, "base"))
+    assert "failed" not in text.getvalue()
+    assert " base " in text.getvalue()
+    JsonlLogger(tmp_path).log(failed)
+    assert read_evaluations(tmp_path) == [failed]
+    line = json.loads((tmp_path / "eval.jsonl").read_text())
+    del line["failed_gradings"]  # as older runs have it
+    (tmp_path / "eval.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_evaluations(tmp_path) == [EVAL]
 
 
 def test_a_terminal_shows_the_curve_and_a_sample() -> None:

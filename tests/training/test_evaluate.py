@@ -1,5 +1,6 @@
 """Evaluation: what is measured, on what, and how surely."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -8,9 +9,9 @@ from grpo.errors import RunError, UserError
 from grpo.recipe import load_recipe
 from grpo.scoring.scorer import Scorer
 from grpo.training.answers import final_answer, majority
-from grpo.training.evaluate import bootstrap_interval, pass_at
+from grpo.training.evaluate import bootstrap_interval, interval, pass_at, wilson_interval
 from grpo.training.setup import prepare
-from grpo.types import Completion
+from grpo.types import Completion, Failure
 
 
 def test_bootstrap_intervals() -> None:
@@ -20,6 +21,65 @@ def test_bootstrap_intervals() -> None:
     assert low == pytest.approx(0.451, abs=0.01)
     assert high == pytest.approx(0.549, abs=0.01)
     assert bootstrap_interval([0.0, 1.0] * 200, seed=0) == (low, high)
+
+
+def test_wilson_intervals_of_0_and_1() -> None:
+    """By hand: n / (n + z²) is the lower bound of n of n, and 3 of 10 has (.1078, .6032) (Wilson 1927)."""
+    z2 = 1.959963984540054**2
+    assert interval([1.0] * 20, seed=0) == pytest.approx((20 / (20 + z2), 1.0))
+    assert interval([0.0] * 5, seed=0) == pytest.approx((0.0, z2 / (5 + z2)))
+    assert wilson_interval(3, 10) == pytest.approx((0.10779, 0.60322), abs=1e-5)
+    assert interval([0.0] * 7 + [1.0] * 3, seed=0) == wilson_interval(3, 10)
+    values = [0.0, 0.5, 1.0]
+    assert interval(values, seed=0) == bootstrap_interval(values, seed=0) != wilson_interval(1.5, 3)
+    assert all(type(end) is float for end in interval([1.0], seed=0))
+
+
+def test_a_failed_grading_is_not_a_right_answer(recipe) -> None:
+    """Of four samples one is right and the grader failed on three; on another prompt it does not apply to two."""
+    recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 2, samples: 4}\n")
+    trainer = prepare(load_recipe(recipe)).trainer
+    said = [["4", "3", "4", "4"], ["7", "7", "1", "1"]]
+    scores = [[None, None, 1.0, None], [None, None, 1.0, 0.0]]
+    failed = [[True, True, False, True], [False, False, False, False]]
+
+    def generate(requests, *_args):
+        return [
+            [Completion((1,), None, text, "stop") for text in texts[: request.n]]
+            for texts, request in zip(said, requests, strict=True)
+        ]
+
+    def score(groups):
+        return [
+            replace(
+                group,
+                rollouts=tuple(
+                    replace(
+                        rollout,
+                        scores={"digits": scores[g][i]},
+                        failures={"digits": Failure("timeout", "slow")} if failed[g][i] else {},
+                    )
+                    for i, rollout in enumerate(group.rollouts)
+                ),
+            )
+            for g, group in enumerate(groups)
+        ]
+
+    trainer.engine.generator.generate, trainer.scorer.score = generate, score
+    metrics = trainer.evaluate(0)
+    assert metrics.failed_gradings == 4  # the greedy one's, too
+    assert metrics.values == {
+        "greedy": 0.0,  # of one prompt: the grader does not apply to the other
+        "avg@4": (0.25 + 0.5) / 2,
+        "pass@2": (0.5 + 1.0) / 2,
+        "pass@4": 1.0,
+        "maj@4": (1.0 + 1.0) / 2,  # "4" was found right once; of "1", "1" the first is right
+        "rewards/digits": (1.0 + 0.5) / 2,
+    }
+    failed[1] = failed[0] = [True] * 4
+    scores[1] = scores[0] = [None] * 4
+    with pytest.raises(RunError, match="'digits', scored no completion"):
+        trainer.evaluate(0)
 
 
 def test_evaluation_by_hand(recipe) -> None:
@@ -144,14 +204,14 @@ def test_a_model_and_an_adapter_without_a_recipe(recipe, run_cli, toy_folder) ->
     assert "by digits, n=3" in lone.out
     beside = run_cli("eval", toy_folder, *options, "--adapter", "runs/toy/checkpoints/step-000002")
     assert beside.code == 0, beside.err
-    for said in ("before", "after step 2", "pass@2", "maj@2", "rewards/digits", "n=4"):
+    for said in ("base", "after step 2", "pass@2", "maj@2", "rewards/digits", "n=4"):
         assert said in beside.out
     of_run = run_cli("eval", "runs/toy", *options, "rollout.max_completion_length=256")
     assert of_run.out == beside.out  # the same adapter, prompts and draws
     for args, said in (
         (["eval", toy_folder], "needs --data"),
         (["eval", "runs/toy"], "nothing says what to evaluate on"),
-        (["eval", toy_folder, *options, "--adapter", "."], "not an adapter as mlx-lm writes them"),
+        (["eval", toy_folder, *options, "--adapter", "."], "not an adapter as mlx-lm or PEFT writes them"),
         (["eval", toy_folder, *options, "--checkpoint", "best"], "--checkpoint is for runs"),
         (["eval", "runs/toy", *options, "--checkpoint", "7"], "there is 2"),
     ):

@@ -70,6 +70,7 @@ def test_a_peft_adapter_by_hand(trained) -> None:
     assert mx.array_equal(theirs[f"base_model.{'model.' + path}A.weight"], ours[path + "a"].T)
     config = json.loads((made.folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8.0)  # scale 2
+    assert (config["use_rslora"], config["lora_dropout"]) == (False, 0.0)
     assert "model.layers.1.mlp.down_proj" in config["target_modules"]
     assert not made.notes
 
@@ -164,9 +165,31 @@ def test_a_card_names_the_folder_of_a_builtin_model(trained, monkeypatch) -> Non
     text = card.model_card(cfg, trained / "checkpoints/step-000003", "mlx", [])
     assert "mlx_lm.generate --model ~/.cache/grpo/arithmetic-student-123 --adapter-path" in text
     text = card.model_card(cfg, trained / "checkpoints/step-000003", "peft", [])
-    assert "from_pretrained(expanduser('~/.cache/grpo/arithmetic-student-123'))" in text
+    assert "base = expanduser('~/.cache/grpo/arithmetic-student-123')" in text
     monkeypatch.setattr(card.builtin_models, "folder", lambda name: Path("/models/made"))
     assert "--model /models/made " in card.model_card(cfg, trained / "checkpoints/step-000003", "mlx", [])
+
+
+def test_a_public_card_has_no_folder_of_this_machine(trained, monkeypatch) -> None:
+    monkeypatch.setattr(card.builtin_models, "folder", lambda name: Path("/models/made"))
+    cfg = load_recipe(trained / "recipe.yaml")
+    cfg = cfg.model_copy(update={"model": ModelConfig(name="builtin:arithmetic-student")})
+    for form in ("mlx", "peft", "fused"):
+        text = card.model_card(cfg, trained / "checkpoints/step-000003", form, [], "me/mine")
+        assert "/models/made" not in text
+        assert "me/mine" in text
+        assert ("`grpo generate builtin:arithmetic-student hi` leaves it" in text) == (form != "fused")
+
+
+def test_peft_is_told_of_rslora_and_dropout(recipe, run_cli) -> None:
+    """PEFT multiplies by alpha / √r: what mlx-lm's config says must come out of it."""
+    kind = ["adapter.rank=4", "adapter.scale=6.0", "adapter.use_rslora=true", "adapter.dropout=0.1"]
+    assert run_cli("train", recipe, *kind).code == 0
+    config = json.loads((export(Path("runs/toy"), "peft").folder / "adapter_config.json").read_text())
+    ours = json.loads(Path("runs/toy/checkpoints/step-000002/adapter_config.json").read_text())["lora_parameters"]
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["lora_dropout"]) == (4, 6.0, True, 0.1)
+    assert config["lora_alpha"] / 4**0.5 == ours["scale"] == 3.0
+    assert ours["dropout"] == 0.1
 
 
 def test_what_cannot_be_exported(trained, run_cli, tmp_path) -> None:
@@ -199,6 +222,7 @@ def test_it_is_pushed_to_the_hub_or_says_why_not(trained, run_cli, monkeypatch) 
         ran = run_cli("export", trained, "--format", "mlx", "--push-to-hub", "me/mine")
     assert ran.out.splitlines()[-1] == "hub://me/mine"
     assert sent == [("me/mine", True), ("me/mine", ["README.md", "adapter_config.json", "adapters.safetensors"])]
+    assert "hf download me/mine --local-dir FOLDER" in (trained / "export-mlx/README.md").read_text()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refused = run_cli("export", trained, "--format", "mlx", "--to", "again", "--push-to-hub", "me/mine")
     assert refused.code == 2

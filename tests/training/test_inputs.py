@@ -12,6 +12,7 @@ from grpo.data.fingerprint import fingerprint
 from grpo.errors import UserError
 from grpo.recipe import load_recipe
 from grpo.training.checkpoint import checkpoints
+from grpo.training.export import export
 from grpo.training.resume import find_start
 
 
@@ -102,6 +103,27 @@ def test_the_adapter_that_a_run_began_from_goes_with_it(recipe, begun, run_cli) 
     assert (last / "adapters.safetensors").read_bytes() == whole
     assert timeless(begun / "metrics.jsonl") == before
     assert all("kl" in line for line in before)  # against the adapter that it began from
+
+
+def test_an_adapter_in_pefts_format_goes_with_its_run_too(recipe, run_cli) -> None:
+    run(recipe, "output_dir=first")
+    export(Path("first"), "peft", Path("theirs"))
+    recipe.write_text(recipe.read_text() + "checkpoint: {every: 1}\n")
+    run(recipe, "adapter.path=theirs", "output_dir=begun")
+    weights = Path("theirs/adapter_model.safetensors")
+    assert Path("begun/starting_adapter", weights.name).read_bytes() == weights.read_bytes()
+    assert refusal(recipe, "adapter.path=theirs", "output_dir=begun") == []
+    arrays = mx.load(str(weights))
+    mx.eval(arrays)
+    mx.save_safetensors(str(weights), {path: array + 1 for path, array in arrays.items()})
+    assert refusal(recipe, "adapter.path=theirs", "output_dir=begun") == ["contents of adapter.path"]
+    shutil.rmtree("theirs")
+    shutil.rmtree(checkpoints(Path("begun/checkpoints"))[-1])
+    ran = run_cli("train", "begun/recipe.yaml", "output_dir=begun", "--resume")
+    assert ran.code == 0, ran.err
+    ran = run_cli("eval", "begun", "--data", "train.jsonl", "--prompts", "2", "--samples", "1")
+    assert ran.code == 0, ran.err
+    assert "start (adapter.path)" in ran.out
 
 
 def test_another_adapter_in_its_place_is_seen(recipe, begun) -> None:

@@ -89,7 +89,7 @@ def test_a_run_that_stops_over_what_is_not_finite_takes_the_whole_step_back(make
 def test_ratios_are_to_before_the_first_update_even_where_that_was_skipped(make_policy, monkeypatch) -> None:
     policy = make_policy().policy
     cfg = recipe(optim={"num_minibatches": 2, "num_iterations": 2, "micro_batch_tokens": 999, "learning_rate": 0.05})
-    first, second = with_old_logprobs(make_minibatches(with_advantages(groups(policy), cfg), cfg), policy)
+    first, second = with_old_logprobs(make_minibatches(with_advantages(groups(policy), cfg), cfg), policy, cfg)
     update, seen = Updater(policy, cfg), []
     gradient, before = update.gradient, policy.group_logprobs(*prompts_of(first[0]))[0]
 

@@ -240,7 +240,7 @@ def test_several_minibatches_are_updates_of_their_own_with_ratios_to_before_the_
     cfg = recipe(optim={"steps": 1, "num_minibatches": 3, "learning_rate": 0.05}, rollout={"prompts_per_step": 3})
     minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
     assert [sum(batch.real_rows for batch in part) for part in minibatches] == [4, 4, 4]
-    ready = with_old_logprobs(minibatches, policy)
+    ready = with_old_logprobs(minibatches, policy, cfg)
     assert all(batch.old_logprobs is None for batch in ready[0])
     for batch in ready[1] + ready[2]:
         now, _ = batch_logprobs(policy, batch)

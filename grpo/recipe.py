@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from grpo.config import Recipe
+from grpo.config import DataConfig, EvalConfig, Recipe
+from grpo.config.data import is_pattern
 from grpo.document import Document, Dumper, read_document
 from grpo.errors import UserError
 from grpo.mistakes import explanations
@@ -59,6 +61,8 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
             try:
                 if name and found.exists():
                     return str(found.resolve())
+                if is_pattern(name) and glob.glob(str(found), recursive=True):
+                    return str(found.absolute())
             except (OSError, ValueError):  # a name that no file can have
                 continue
         return name
@@ -67,11 +71,17 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         file, colon, function = use.partition(":")
         return beside(file) + colon + function if file.endswith(".py") else use
 
+    def located(section: DataConfig | EvalConfig) -> dict[str, Any]:
+        """Where the rows of a section come from."""
+        source = section.source
+        found = tuple(map(beside, source)) if isinstance(source, tuple) else source and beside(source)
+        return {"source": found, "use": section.use and function_path(section.use)}
+
     rewards = tuple(reward.model_copy(update={"use": function_path(reward.use)}) for reward in recipe.rewards)
     update: dict[str, Any] = {
         "output_dir": recipe.output_dir or f"runs/{path.stem}{_trial()}",
         "model": recipe.model.model_copy(update={"name": beside(recipe.model.name)}),
-        "data": recipe.data.model_copy(update={"source": beside(recipe.data.source)}),
+        "data": recipe.data.model_copy(update=located(recipe.data)),
         "rewards": rewards,
         "log": recipe.log.model_copy(update={"use": tuple(function_path(use) for use in recipe.log.use)}),
     }
@@ -79,8 +89,8 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         update["adapter"] = recipe.adapter.model_copy(update={"path": beside(recipe.adapter.path)})
     if recipe.loss.use is not None:
         update["loss"] = recipe.loss.model_copy(update={"use": function_path(recipe.loss.use)})
-    if recipe.eval is not None and recipe.eval.source is not None:
-        update["eval"] = recipe.eval.model_copy(update={"source": beside(recipe.eval.source)})
+    if recipe.eval is not None:
+        update["eval"] = recipe.eval.model_copy(update=located(recipe.eval))
     return recipe.model_copy(update=update)
 
 

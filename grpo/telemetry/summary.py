@@ -19,7 +19,7 @@ from grpo.training.plan import Plan
 def print_plan(console: Console, cfg: Recipe, device: str, plan: Plan, notes: list[str]) -> None:
     """Machine, model, data, and what the run will do and need."""
     rewards = ", ".join(f"{reward.use} × {reward.weight:g}" for reward in cfg.rewards)
-    lines = [device, f"{cfg.model.name} on {cfg.data.source}, rewards: {rewards}", *plan.lines(), *notes]
+    lines = [device, f"{cfg.model.name} on {cfg.data.label}, rewards: {rewards}", *plan.lines(), *notes]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -56,7 +56,8 @@ class Failure:
 
 
 Progress = Callable[[str, int, int], None]
-"""Told how far a phase of a step is: its name, how much of it is done, and of how much."""
+"""Progress callback `(phase, done, total)`. Phases are `rollout` and `evaluation` (in tokens; `total` is the most that
+there can be), `reward` (in completions) and `update` (in micro-batches)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ ROWS = [{"question": "x" * n} for n in (1, 5, 9)] + [{"question": None}]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GRPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
     return tmp_path / "lengths"
 
 
@@ -43,11 +43,10 @@ def test_every_row_counts_wherever_it_stands(toy) -> None:
 
 def test_a_second_start_renders_nothing(toy, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = measure_lengths(Dataset.from_list(ROWS), renderer(toy))
-    monkeypatch.setattr(PromptRenderer, "task", lambda *_: pytest.fail("rendered again"))
-    assert measure_lengths(Dataset.from_list(ROWS), renderer(toy)) == first
+    with monkeypatch.context() as within:
+        within.setattr(PromptRenderer, "task", lambda *_: pytest.fail("rendered again"))
+        assert measure_lengths(Dataset.from_list(ROWS), renderer(toy)) == first
     (kept,) = cache.iterdir()
-    monkeypatch.undo()
-    monkeypatch.setenv("GRPO_CACHE", str(cache.parent))
     kept.write_text("{")  # damaged
     assert measure_lengths(ROWS, renderer(toy)) == first
 

@@ -14,11 +14,6 @@ from grpo.recipe import load_recipe
 from grpo.training.setup import Prepared, prepare
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRPO_CACHE", str(tmp_path / "cache"))
-
-
 def write(path: Path, *questions: str | None) -> None:
     path.write_text("".join(json.dumps({"question": question, "answer": "1"}) + "\n" for question in questions))
 

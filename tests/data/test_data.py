@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from grpo.config import DataConfig
 from grpo.data.prompts import PromptRenderer
@@ -31,8 +32,6 @@ def text(toy, task) -> str:
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_files(tmp_path: Path, kind: str) -> None:
-    from datasets import Dataset
-
     path = tmp_path / f"rows.{kind}"
     dataset = Dataset.from_list(ROWS)
     if kind == "json":
@@ -119,6 +118,11 @@ def test_rows_without_a_prompt_are_counted(tmp_path: Path, columns: list[str], c
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert rows_with_null(load_rows(config(source=str(path))), columns) == count
     assert rows_with_null(load_rows(config(source="builtin:arithmetic")), columns) == 0
+
+
+def test_missing_numbers_are_counted_like_nulls() -> None:
+    rows = [{"x": 1.0}, {"x": float("nan")}, {"x": None}]
+    assert rows_with_null(rows, ["x"]) == rows_with_null(Dataset.from_list(rows), ["x"]) == 2
 
 
 def test_text_goes_through_the_chat_template(toy) -> None:

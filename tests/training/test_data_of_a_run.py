@@ -7,10 +7,16 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
+from grpo.backend.ranks import Ranks
 from grpo.data import lengths
+from grpo.data.lengths import Lengths
 from grpo.errors import UserError
 from grpo.recipe import load_recipe
+from grpo.training.card import _recipe, short_name
+from grpo.training.measure import Asked
+from grpo.training.resume import changes, context
 from grpo.training.setup import Prepared, prepare
 
 
@@ -106,7 +112,7 @@ def others():
         ([], ["test 0?", "test 1?", "test 2?"]),
         (["data.kwargs={n: 1}"], ["test 0?"]),
         (["eval.split=dev"], ["dev 0?", "dev 1?", "dev 2?"]),
-        (["eval.use=rows.py:others", "eval.split=train"], ["other?"]),
+        (["eval.use=rows.py:others", "eval.split=train", "data.kwargs={n: 1}"], ["other?"]),
         (["eval.use=rows.py:rows", "eval.kwargs={n: 2}"], ["test 0?", "test 1?"]),
         (["eval.source=train.jsonl", "eval.split=train", "eval.prompts=1"], ["What is 1+1?"]),
     ],
@@ -117,6 +123,42 @@ def test_rows_of_a_function_train_and_evaluate(recipe: Path, overrides: list[str
     assert [task.prompt for task in run.trainer.tasks.take(1)] == ["train 0?"]
     assert [task.prompt for task in run.trainer.evaluate.tasks] == held_out
     assert run.trainer.step(1).values["completions/mean_length"] > 0
+
+
+def test_several_processes_must_see_the_same_prompts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    monkeypatch.setattr(Ranks, "check_same", lambda self, what, mine: held.append((what, mine)))
+    run = prepared(recipe)
+    longest = max(len(task.prompt_ids) for task in run.tasks)
+    assert held == [("the prompts of data", Lengths(rows=4, longest=longest, too_long=0, null=0))]
+
+
+def test_a_function_that_has_changed_is_noticed_when_a_run_goes_on(recipe: Path) -> None:
+    code = recipe.parent / "rows.py"
+    code.write_text(ROWS)
+    cfg = load_recipe(recipe, ["data.source=null", "data.use=rows.py:rows", "eval={use: 'rows.py:others'}"])
+    before = context(cfg, {}, {}, {})
+    code.write_text(f"{ROWS}\n# changed")
+    lines = changes(before, context(cfg, {}, {}, {}))
+    assert [line.partition(": ")[0] for line in lines] == [f"code of {code}:rows", f"code of {code}:others"]
+
+
+@pytest.mark.parametrize(("name", "split"), [("held/*.jsonl", "train"), ("held.csv", "train"), ("owner/name", None)])
+def test_what_has_one_split_is_evaluated_on_it(name: str, split: str | None) -> None:
+    assert Asked(data=name).settings() == [f"eval.source={name}", *([f"eval.split={split}"] if split else [])]
+
+
+def test_a_saved_dataset_is_evaluated_on_its_one_split(tmp_path: Path) -> None:
+    Dataset.from_list([{"question": "?"}]).save_to_disk(tmp_path / "saved")
+    assert "eval.split=train" in Asked(data=str(tmp_path / "saved")).settings()
+
+
+def test_what_others_see_has_no_path_of_this_machine(recipe: Path, tmp_path: Path) -> None:
+    for value, shown in (("'*.jsonl'", "*.jsonl"), ("[train.jsonl, train.jsonl]", "train.jsonl and 1 more")):
+        cfg = load_recipe(recipe, [f"data.source={value}"])
+        assert short_name(cfg.data.label) == shown
+        assert f"{tmp_path}/train" not in _recipe(cfg)
+        assert f"{tmp_path}/*" not in _recipe(cfg)
 
 
 def test_a_function_without_splits_has_no_held_out_rows(recipe: Path) -> None:

@@ -9,6 +9,7 @@ import glob
 import json
 import os
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ def _checked(document: Document, overrides: Sequence[str]) -> Recipe:
         raise UserError("\n".join(explanations(error, document.data, document.locate))) from None
 
 
+def _matches(pattern: Path) -> bool:
+    """Whether a file matches the pattern; of a pattern that goes down all folders, whether its first folder exists."""
+    if "**" not in pattern.parts:
+        return any(glob.iglob(str(pattern)))
+    return Path(*takewhile(lambda part: not is_pattern(part), pattern.parts)).is_dir()
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every setting written out."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
@@ -61,7 +69,7 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
             try:
                 if name and found.exists():
                     return str(found.resolve())
-                if is_pattern(name) and glob.glob(str(found), recursive=True):
+                if is_pattern(name) and _matches(found):
                     return str(found.absolute())
             except (OSError, ValueError):  # a name that no file can have
                 continue

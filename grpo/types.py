@@ -18,7 +18,7 @@ FinishReason = Literal["stop", "length", "repetition"]
 class Task:
     """One row of a dataset, ready to be sampled from.
 
-    `prompt` is what rewards see (text, or chat messages as the dataset has them), `prompt_ids` what the model
+    `prompt` is what rewards see (text, or chat messages with `data.system` before them), `prompt_ids` what the model
     sees. `columns` is the whole row: rewards receive its values by name.
     """
 

@@ -78,7 +78,8 @@ class PromptRenderer:
             return None
         if isinstance(value, str):
             return value
-        return check_messages(value, f"column {setting!r} of {self._row(index)}", self.cfg.continue_final_message)
+        messages = check_messages(value, f"column {setting!r} of {self._row(index)}", self.cfg.continue_final_message)
+        return messages if self.cfg.system is None else with_system(messages, self.cfg.system, self._row(index))
 
     def _row(self, index: int) -> str:
         return f"row {index} of {self.cfg.label}"
@@ -99,7 +100,7 @@ class PromptRenderer:
                 "instruct model, or text prompts with chat_template: never"
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if self.cfg.system is not None:
+        if self.cfg.system is not None and isinstance(prompt, str):
             messages = with_system(messages, self.cfg.system, self._row(index))
         continued = messages[-1]["role"] == "assistant"
         how = {"continue_final_message": True} if continued else {"add_generation_prompt": True}

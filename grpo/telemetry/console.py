@@ -61,6 +61,7 @@ class ConsoleLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._progress.update(self._bar, visible=False)  # the last phase is over
         self._progress.stop()
 
     def progress(self, phase: str, done: int, total: int) -> None:
@@ -68,7 +69,7 @@ class ConsoleLogger:
         now = self._clock()
         if self._phase is None or not self._phase.goes_on(phase, done):
             self._phase = Phase(phase, done, now)
-            self._progress.reset(self._bar, description=phase, visible=True)
+            self._progress.reset(self._bar, description=phase, visible=True, count="", numbers="")
         text = self._phase.report(done, total, now)
         self._progress.update(self._bar, completed=done, total=total, numbers=text)
         if not self._console.is_terminal and now - self._printed >= SILENCE:

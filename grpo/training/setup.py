@@ -96,8 +96,8 @@ def prepare(cfg: Recipe) -> Prepared:
     nulls = [_null_prompts(rows, one) for rows, one in zip(tables[1:], eval_renderers, strict=True)]
     prompts, head = _prompts(lengths, tables[0], renderer), filter(None, [head_note(model, cfg.model)])
     notes = [*prompts, f"decoding: {generator.decoding.description}", *head, *policy.slow]
-    rows = dict(zip(named, tables, strict=True))
-    return Prepared(trainer, plan, tasks, [*notes, *refiltered, *notes_on(cfg), *filter(None, nulls)], rows)
+    notes += [*refiltered, *notes_on(cfg), *filter(None, nulls)]
+    return Prepared(trainer, plan, tasks, list(dict.fromkeys(notes)), dict(zip(named, tables, strict=True)))
 
 
 def _prompts(lengths: Lengths | None, rows: Rows, renderer: PromptRenderer) -> list[str]:

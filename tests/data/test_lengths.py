@@ -54,16 +54,19 @@ def test_a_second_start_renders_nothing(toy, cache: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "changed",
     [
-        {"max_prompt_length": 9},
+        {"max_prompt_length": 99},
         {"prompt": "{question}!"},
-        {"chat_template": "always"},
-        {"chat_template": "auto", "system": "Be brief."},
-        {"chat_template": "auto", "chat_template_kwargs": {"enable_thinking": True}},
+        {"chat_template": "never"},
+        {"system": "Be brief."},
+        {"continue_final_message": True},
+        {"chat_template_kwargs": {"enable_thinking": True}},
     ],
 )
 def test_whatever_changes_prompts_is_measured_anew(toy, cache: Path, changed: dict) -> None:
-    measure_lengths(ROWS, renderer(toy))
-    measure_lengths(ROWS, renderer(toy, **changed))
+    chat = {"chat_template": "auto"}
+    measure_lengths(ROWS, renderer(toy, **chat))
+    measure_lengths(ROWS, renderer(toy, **chat | changed))
+    measure_lengths(ROWS, renderer(toy, **chat | {"shuffle": False}))  # changes none of them
     assert len(list(cache.iterdir())) == 2
 
 
@@ -118,3 +121,4 @@ def test_a_fingerprint_is_of_the_contents(tmp_path: Path, monkeypatch: pytest.Mo
     many = [{"n": n} for n in range(9)]
     assert fingerprint(many) == fingerprint(Dataset.from_list(many)) != fingerprint(many[:-1])
     assert fingerprint(many) != fingerprint([*many[:-1], {"n": 99}])
+    assert fingerprint([{"n": 1}] * 9) != fingerprint([{"n": 1}] * 8)

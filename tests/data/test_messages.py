@@ -21,7 +21,8 @@ def renderer(toy, **settings) -> PromptRenderer:
 
 def rendered(toy, messages: list, **settings) -> str:
     task = renderer(toy, **settings).task(3, {"messages": messages})
-    assert task.prompt == messages  # rewards see what the dataset has
+    before = [SYSTEM] if "system" in settings else []
+    assert task.prompt == [*before, *messages]  # rewards see what the model is given
     return toy[1].decode(list(task.prompt_ids))
 
 

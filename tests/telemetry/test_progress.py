@@ -69,13 +69,17 @@ def test_a_log_file_gets_a_line_on_a_phase_that_takes_long() -> None:
 
 
 def test_a_terminal_shows_the_phase_by_its_name_in_eighty_columns() -> None:
-    (console, _), clock = printed(80, force_terminal=True), Clock()
+    (console, text), clock = printed(80, force_terminal=True), Clock()
     with ConsoleLogger(console, 500, clock) as logger:
         logger.log(StepMetrics(3, VALUES | {"kl": 0.0355}))
         logger.progress("evaluation", 0, 2_097_152)
         clock.now += 100
         logger.progress("evaluation", 1_234_500, 2_000_000)
         shown = [line.rstrip() for line in _rendered(logger)]
+        logger.progress("reward", 0, 8)
+        assert "tokens" not in "".join(_rendered(logger))
+    assert len(_rendered(logger)) == 2
+    assert "evaluation: " not in text.getvalue()  # such lines are for log files
     assert shown[0].startswith("step       3/500 reward 0.500  kl 0.0355  length 20  1,234 tok/s")
     assert shown[1].startswith("evaluation       1,234,500 of at most 2,000,000 tokens  12,345 tok/s")
     assert not any("…" in line for line in shown)
@@ -150,6 +154,21 @@ def test_every_phase_of_a_run_goes_by_its_name(recipe, tmp_path) -> None:
     updates = [now for now in told if now[0] == "update"]
     assert updates[0][1] == 0
     assert updates[-1][1] == updates[-1][2]
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_step(recipe, tmp_path, monkeypatch, caplog) -> None:
+    def gone(*_: object) -> None:
+        raise BrokenPipeError("Broken pipe")
+
+    class Watched:
+        progress = None
+
+    monkeypatch.setattr(ConsoleLogger, "progress", gone)
+    with ExitStack() as stack:
+        open_loggers(stack, load_recipe(recipe), tmp_path, printed()[0], "id", [Watched])
+        for done in (1, 2):
+            Watched.progress("rollout", done, 2)
+    assert caplog.text.count("progress on the terminal is left out from here on: BrokenPipeError") == 1
 
 
 def test_the_phase_is_in_the_folder_for_those_who_follow(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

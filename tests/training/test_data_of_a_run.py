@@ -12,12 +12,13 @@ from datasets import Dataset
 from grpo.backend.ranks import Ranks
 from grpo.data import lengths
 from grpo.data.lengths import Lengths
+from grpo.data.source import load_rows
 from grpo.errors import UserError
 from grpo.recipe import load_recipe
 from grpo.training.card import _recipe, short_name
 from grpo.training.measure import Asked
-from grpo.training.resume import changes, context
-from grpo.training.setup import Prepared, prepare
+from grpo.training.resume import changes, context, context_now
+from grpo.training.setup import Prepared, data_of, prepare
 
 
 def write(path: Path, *questions: str | None) -> None:
@@ -136,11 +137,15 @@ def test_several_processes_must_see_the_same_prompts(recipe: Path, monkeypatch: 
 def test_a_function_that_has_changed_is_noticed_when_a_run_goes_on(recipe: Path) -> None:
     code = recipe.parent / "rows.py"
     code.write_text(ROWS)
-    cfg = load_recipe(recipe, ["data.source=null", "data.use=rows.py:rows", "eval={use: 'rows.py:others'}"])
-    before = context(cfg, {}, {}, {})
-    code.write_text(f"{ROWS}\n# changed")
-    lines = changes(before, context(cfg, {}, {}, {}))
-    assert [line.partition(": ")[0] for line in lines] == [f"code of {code}:rows", f"code of {code}:others"]
+    cfg = load_recipe(
+        recipe, ["data.source=null", "data.use=rows.py:rows", "eval={use: 'rows.py:others', split: train}"]
+    )
+    before = context(cfg, {}, {}, {}, {name: load_rows(source) for name, source in data_of(cfg).items()})
+    code.write_text(f"{ROWS}\n# only a remark")
+    assert changes(before, context_now(cfg, before)) == []
+    code.write_text(ROWS.replace("other?", "another?"))
+    (line,) = changes(before, context_now(cfg, before))
+    assert "eval" in line
 
 
 @pytest.mark.parametrize(("name", "split"), [("held/*.jsonl", "train"), ("held.csv", "train"), ("owner/name", None)])
@@ -175,6 +180,8 @@ def test_lists_and_patterns_are_looked_for_beside_the_recipe(
     listed = prepared(recipe, "data.source=[more.jsonl, train.jsonl]", "data.shuffle=false")
     assert [task.prompt for task in listed.trainer.tasks.take(2)] == ["more?", "What is 1+1?"]
     assert load_recipe(recipe, ["data.source=*.jsonl"]).data.source == str(tmp_path / "*.jsonl")
+    assert load_recipe(recipe, ["data.source=**/*.jsonl"]).data.source == str(tmp_path / "**/*.jsonl")
+    assert load_recipe(recipe, ["data.source=gone/**/*.jsonl"]).data.source == "gone/**/*.jsonl"
     found = prepared(recipe, "data.source=*.jsonl", "data.shuffle=false")
     assert [task.prompt for task in found.trainer.tasks.take(2)] == ["more?", "What is 1+1?"]
 

@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from grpo.config import Recipe
+from grpo.config import DataConfig, EvalConfig, Recipe
+from grpo.config.data import is_pattern
 from grpo.document import Document, Dumper, read_document
 from grpo.errors import UserError
 from grpo.mistakes import explanations
@@ -46,6 +49,13 @@ def _checked(document: Document, overrides: Sequence[str]) -> Recipe:
         raise UserError("\n".join(explanations(error, document.data, document.locate))) from None
 
 
+def _matches(pattern: Path) -> bool:
+    """Whether a file matches the pattern; of a pattern that goes down all folders, whether its first folder exists."""
+    if "**" not in pattern.parts:
+        return any(glob.iglob(str(pattern)))
+    return Path(*takewhile(lambda part: not is_pattern(part), pattern.parts)).is_dir()
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every setting written out."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
@@ -59,6 +69,8 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
             try:
                 if name and found.exists():
                     return str(found.resolve())
+                if is_pattern(name) and _matches(found):
+                    return str(found.absolute())
             except (OSError, ValueError):  # a name that no file can have
                 continue
         return name
@@ -67,11 +79,17 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         file, colon, function = use.partition(":")
         return beside(file) + colon + function if file.endswith(".py") else use
 
+    def located(section: DataConfig | EvalConfig) -> dict[str, Any]:
+        """Where the rows of a section come from."""
+        source = section.source
+        found = tuple(map(beside, source)) if isinstance(source, tuple) else source and beside(source)
+        return {"source": found, "use": section.use and function_path(section.use)}
+
     rewards = tuple(reward.model_copy(update={"use": function_path(reward.use)}) for reward in recipe.rewards)
     update: dict[str, Any] = {
         "output_dir": recipe.output_dir or f"runs/{path.stem}{_trial()}",
         "model": recipe.model.model_copy(update={"name": beside(recipe.model.name)}),
-        "data": recipe.data.model_copy(update={"source": beside(recipe.data.source)}),
+        "data": recipe.data.model_copy(update=located(recipe.data)),
         "rewards": rewards,
         "log": recipe.log.model_copy(update={"use": tuple(function_path(use) for use in recipe.log.use)}),
     }
@@ -79,8 +97,8 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         update["adapter"] = recipe.adapter.model_copy(update={"path": beside(recipe.adapter.path)})
     if recipe.loss.use is not None:
         update["loss"] = recipe.loss.model_copy(update={"use": function_path(recipe.loss.use)})
-    if recipe.eval is not None and recipe.eval.source is not None:
-        update["eval"] = recipe.eval.model_copy(update={"source": beside(recipe.eval.source)})
+    if recipe.eval is not None:
+        update["eval"] = recipe.eval.model_copy(update=located(recipe.eval))
     return recipe.model_copy(update=update)
 
 

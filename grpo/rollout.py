@@ -27,16 +27,18 @@ class RolloutEngine:
         temperature: float,
         draws: mx.array | Sequence[int],
         logprobs: bool = True,
+        phase: str = "rollout",
     ) -> list[Group]:
         """`n` completions of each task at `temperature` (0: greedy), as groups that are not scored yet.
 
         `draws` is a key for all of them, or a seed for each: then what is drawn for a task does not depend on the
-        others. Greedy completions are the policy's own: no penalty reshapes them.
+        others. Greedy completions are the policy's own: no penalty reshapes them. `phase` is the name under which
+        progress is told.
         """
         sampling = at_temperature(self.sampling, temperature)
         key, seeds = (draws, [None] * len(tasks)) if isinstance(draws, mx.array) else (mx.random.key(0), draws)
         requests = [Request(task.prompt_ids, n, seed) for task, seed in zip(tasks, seeds, strict=True)]
-        answers = self.generator.generate(requests, sampling, key, logprobs)
+        answers = self.generator.generate(requests, sampling, key, logprobs, phase)
         return [
             Group(task, tuple(Rollout(completion) for completion in completions))
             for task, completions in zip(tasks, answers, strict=True)

@@ -18,7 +18,7 @@ FinishReason = Literal["stop", "length", "repetition"]
 class Task:
     """One row of a dataset, ready to be sampled from.
 
-    `prompt` is what rewards see (text, or chat messages as the dataset has them), `prompt_ids` what the model
+    `prompt` is what rewards see (text, or chat messages with `data.system` before them), `prompt_ids` what the model
     sees. `columns` is the whole row: rewards receive its values by name.
     """
 
@@ -56,7 +56,8 @@ class Failure:
 
 
 Progress = Callable[[str, int, int], None]
-"""Told how far a phase of a step is: its name, how much of it is done, and of how much."""
+"""Progress callback `(phase, done, total)`. Phases are `rollout` and `evaluation` (in tokens; `total` is the most that
+there can be), `reward` (in completions) and `update` (in micro-batches)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,17 @@ setup()
 
 
 @pytest.fixture(scope="session")
+def lengths_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lengths")
+
+
+@pytest.fixture(autouse=True)
+def _lengths_of_this_session(lengths_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of prompts from former sessions, when the code was another."""
+    monkeypatch.setattr("grpo.data.lengths.cache_folder", lambda: lengths_folder)
+
+
+@pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Qwen3 that has learnt next to nothing, in the layout of the Hub, with a chat template."""
     folder = tmp_path_factory.mktemp("toy")

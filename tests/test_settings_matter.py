@@ -45,6 +45,7 @@ KL = (*TWICE, "loss.beta=0.1")
 EVAL = ("eval={split: train, every: 1, prompts: 3, samples: 2}",)
 SAVING = ("optim.steps=3", "checkpoint.every=1", "optim.learning_rate=0.02")
 WANDB = ("log.wandb={mode: offline}",)
+MADE = ("data.source=null", "data.use=rows.py:rows")
 SUMS = ("data.source=builtin:arithmetic",)
 CORRECTED = (*FILTERED, "loss.importance_sampling_correction=token_mask")
 
@@ -67,6 +68,9 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "adapter.ref_model_mixup_alpha": ("0.1", *KL, "adapter.sync_reference_every=1"),
     "data.source": ("more.jsonl",),
     "data.split": ("test", *SUMS),
+    "data.use": ("rows.py:others", *MADE),
+    "data.kwargs": ("{n: 2}", *MADE),
+    "data.shuffle": ("false",),
     "data.columns": ("{question: hint}",),
     "data.prompt": ("hint",),
     "data.system": ("Be brief.",),
@@ -145,6 +149,8 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "optim.compile": ("false",),
     "optim.max_skipped_updates": ("1", "loss.use=loss.py:nothing"),
     "eval.source": ("more.jsonl", *EVAL),
+    "eval.use": ("rows.py:others", *EVAL),
+    "eval.kwargs": ("{n: 2}", *EVAL, "eval.use=rows.py:rows"),
     "eval.split": ("test", *SUMS, "eval={split: train, prompts: 8, samples: 2}"),
     "eval.every": ("2", *EVAL),
     "eval.prompts": ("2", *EVAL),
@@ -172,6 +178,10 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("model.head_dtype=model", "model.head_dtype does nothing with model.dtype: float32", ("model.dtype=float32",)),
     ("data.config=main", "data.config is for Hub datasets", ()),
     ("data.revision=main", "data.revision is for Hub datasets", ()),
+    ("data.use=rows.py:rows", "data.use and data.source both say where rows come from", ()),
+    ("data.kwargs={n: 1}", "data.kwargs does nothing without data.use", ()),
+    ("data.continue_final_message=true", "data.continue_final_message does nothing with a template", ()),
+    ("eval.kwargs={n: 1}", "eval.kwargs does nothing without eval.use", EVAL),
     ("eval.config=main", "eval.config is for Hub datasets", EVAL),
     ("eval.revision=main", "eval.revision is for Hub datasets", EVAL),
     (
@@ -246,6 +256,13 @@ def partly(completions, **columns):
 def rarely(completions, prompts, **columns):
     return [float(n == 0 and "1+" in prompt) for n, prompt in enumerate(prompts)]
 """
+DATA = """
+def rows(n=4):
+    return [{"question": f"What is {i}+1?", "answer": str(i + 1)} for i in range(n)]
+
+def others():
+    return [{"question": f"And {row['question']}", "answer": row["answer"]} for row in rows()]
+"""
 LOSS = """
 def halved(logprobs, batch, cfg):
     return -0.5 * logprobs * batch.advantages
@@ -266,6 +283,7 @@ def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     rows = [{"question": f"What is {n}+{n}?", "hint": f"{n}+{n}{'+0' * n}?", "answer": str(2 * n)} for n in range(1, 5)]
     for name, some in (("train.jsonl", rows), ("more.jsonl", [{**row, "question": row["hint"]} for row in rows])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+    (folder / "rows.py").write_text(DATA)
     (folder / "grades.py").write_text(GRADES)
     (folder / "loss.py").write_text(LOSS)
     other_model(toy_folder, folder / "other")

@@ -81,7 +81,7 @@ def train(
             return
         written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg), run.rows)
         folder = stack.enter_context(start.folder()) if ranks.first else Path(str(cfg.output_dir))
-        watched = (trainer.engine.generator, trainer.update)
+        watched = (trainer.engine.generator, trainer.scorer, trainer.update)
         resumed = state if start.goes_on else None
         opened = open_loggers(stack, cfg, folder, console, state.run_id, watched, own, resumed) if ranks.first else None
         log = opened or (lambda _: None)

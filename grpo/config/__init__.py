@@ -7,18 +7,16 @@ or a value of another type is an error. The texts under the fields are what peop
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from grpo.config.data import FILE_TYPES as FILE_TYPES
+from grpo.config.data import check_hub_only, check_origin, data_label
 from grpo.config.objective import AdvantageConfig as AdvantageConfig
 from grpo.config.objective import LossConfig as LossConfig
 from grpo.config.section import LARGE, MANY, Above0, AtLeast0, Fraction, Name, NonNegative, Positive, Section, Tokens
 from grpo.presets import Baseline
-
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Endings of data files, and the reader of `datasets` for each."""
 
 DAY = 86_400
 """Seconds."""
@@ -99,23 +97,36 @@ class AdapterConfig(Section):
 
 
 class DataConfig(Section):
-    source: Name
-    """A .jsonl, .json, .csv or .parquet file, a Hub dataset, or a built-in task: `builtin:arithmetic`,
+    source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """Where rows come from: a .jsonl, .json, .csv or .parquet file, a list of such files or a pattern such as
+    `data/*.jsonl`, a folder that `save_to_disk` wrote, a Hub dataset, or a built-in task: `builtin:arithmetic`,
     `builtin:countdown`, `builtin:sorting` or `builtin:format`."""
+    use: str | None = None
+    """Instead of `source`: a function of yours that returns the rows, `file.py:function` or `package.module:function`.
+    It returns a list of dicts, a `datasets.Dataset` or any other iterable of dicts that ends, and the same rows every
+    time. If it takes `split`, it gets `data.split`, and `eval.split` for held-out rows."""
+    kwargs: dict[str, Any] = {}
+    """Arguments for the function in `use`."""
     config: str | None = None
     """Configuration of a Hub dataset, such as `main`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub dataset."""
     split: str = "train"
-    """Split to train on. A file is one split, `train`."""
+    """Split to train on. Files are one split, `train`."""
+    shuffle: bool = True
+    """Visit the rows of each epoch in a new order, drawn from the seed. false: in their own order, every epoch."""
     columns: dict[str, str] = {}
     """Names for columns that prompt and rewards want under another: `{answer: solution}` reads `solution` as `answer`,
     `{answer: reward_model.ground_truth}` a field inside one, `{example: tests.0}` the first item of a list."""
     prompt: str = "prompt"
     """A column of text or of chat messages, or a template over columns of text and numbers: `"{question} Think
     first."`."""
+    continue_final_message: bool = False
+    """Chat prompts may end with a message of the assistant, which the model then continues (a prefill). false: such a
+    row is an error, because that message is mostly the answer."""
     system: str | None = None
-    """A system message to put before text prompts. Needs the chat template."""
+    """A system message to put before every prompt, text or messages. Needs the chat template, and messages without a
+    system message of their own."""
     chat_template: Literal["auto", "always", "never"] = "auto"
     """Whether text prompts go through the chat template as a user's message. `auto`: if the model has one."""
     chat_template_kwargs: dict[str, Any] = {}
@@ -123,22 +134,28 @@ class DataConfig(Section):
     max_prompt_length: Tokens = 1024
     """In tokens. Longer prompts are dropped and counted, never cut."""
 
+    @property
+    def label(self) -> str:
+        """The name of the data in messages: what `source` or `use` says; of many files the first and how many."""
+        return data_label(self.source, self.use)
+
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> DataConfig:
+        check_origin("data", self.source, self.use, self.kwargs)
+        if self.source is None and self.use is None:
+            raise ValueError("data.source is missing: name a file, a Hub dataset or a built-in task (or data.use)")
         if self.system is not None and self.chat_template == "never":
             raise ValueError("data.system needs the chat template, and data.chat_template is never")
         if self.chat_template_kwargs and self.chat_template == "never":
             raise ValueError("data.chat_template_kwargs does nothing with data.chat_template: never")
-        if _is_local(self.source) and (unread := self.changed & {"config", "revision"}):
-            raise ValueError(f"data.{min(unread)} is for Hub datasets; this source has none")
-        if ours := {"tokenize", "add_generation_prompt", "return_dict"} & set(self.chat_template_kwargs):
+        if unread := self.changed & {"config", "revision"}:
+            check_hub_only(f"data.{min(unread)}", self.source, self.use)
+        if self.continue_final_message and "{" in self.prompt:
+            raise ValueError("data.continue_final_message does nothing with a template: it is for chat messages")
+        ours = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
+        if ours := ours & set(self.chat_template_kwargs):
             raise ValueError(f"data.chat_template_kwargs: {', '.join(sorted(ours))} is not yours to set")
         return self
-
-
-def _is_local(source: str) -> bool:
-    """Whether a source is no dataset of the Hub."""
-    return source.startswith("builtin:") or Path(source).suffix in FILE_TYPES
 
 
 class RolloutConfig(Section):
@@ -273,8 +290,12 @@ class OptimConfig(Section):
 
 
 class EvalConfig(Section):
-    source: Name | None = None
-    """Where held-out prompts come from. Default: `data.source`."""
+    source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """Where held-out prompts come from, in all forms of `data.source`. Default: where training prompts do."""
+    use: str | None = None
+    """Instead of `source`: a function that returns the held-out rows, as `data.use`."""
+    kwargs: dict[str, Any] = {}
+    """Arguments for the function in `eval.use`. The function in `data.use` gets `data.kwargs`."""
     config: str | None = None
     """Configuration of a Hub dataset. Default: `data.config`, if the source is that of `data`."""
     revision: str | None = None
@@ -288,6 +309,13 @@ class EvalConfig(Section):
     or more, and left out if that gives no score."""
     samples: Positive = 4
     """Completions of each prompt for avg@k and pass@k, at `rollout.temperature`. Greedy is always measured."""
+
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> EvalConfig:
+        check_origin("eval", self.source, self.use, self.kwargs)
+        if unread := self.changed & {"config", "revision"}:
+            check_hub_only(f"eval.{min(unread)}", self.source, self.use)
+        return self
 
 
 class CheckpointConfig(Section):
@@ -398,9 +426,9 @@ class Recipe(Section):
             raise ValueError("log.kl does nothing beside loss.beta: the penalty tells kl at every step")
         if self.checkpoint.metric_for_best_model is not None and self.eval is None:
             raise ValueError("checkpoint.metric_for_best_model does nothing without an eval section")
-        local = self.eval is not None and _is_local(self.eval.source or self.data.source)
-        if local and self.eval is not None and (unread := self.eval.changed & {"config", "revision"}):
-            raise ValueError(f"eval.{min(unread)} is for Hub datasets; the source of held-out prompts is none")
+        if self.eval is not None and self.eval.source is self.eval.use is None:
+            for name in sorted(self.eval.changed & {"config", "revision"}):
+                check_hub_only(f"eval.{name}", self.data.source, self.data.use)
         if self.loss.preset.surrogate == "reinforce" and max(self.optim.num_iterations, self.optim.num_minibatches) > 1:
             raise ValueError(f"loss.type {self.loss.type} has no ratio: num_iterations and num_minibatches stay 1")
         if "scale_rewards" in self.advantage.changed and self.baseline not in ("group", "leave_one_out"):

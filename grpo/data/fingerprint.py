@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from grpo.data.source import Renamed, Rows
+from grpo.data.rows import Renamed, Rows
 
 MOST_ROWS = 50_000
 """Rows that are read for a fingerprint. Of more rows so many are, evenly spread."""

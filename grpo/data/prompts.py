@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import string
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from grpo.backend.hub import one_line
 from grpo.config import DataConfig
+from grpo.data.messages import check_messages, with_system
+from grpo.data.rows import is_null
+from grpo.data.templates import columns_of, filled
 from grpo.errors import UserError
 from grpo.types import Message, Prompt, Task
 
@@ -18,100 +22,99 @@ if TYPE_CHECKING:
 class PromptRenderer:
     """Makes tasks from rows as a recipe's `data` section says."""
 
-    def __init__(self, cfg: DataConfig, tokenizer: TokenizerWrapper) -> None:
+    def __init__(self, cfg: DataConfig, tokenizer: TokenizerWrapper, vocabulary: int | None = None) -> None:
+        """`vocabulary` is how many tokens the model knows, where prompts are to be checked for others."""
         self.cfg = cfg
         self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
 
     @property
     def columns(self) -> list[str]:
         """The columns that prompts are made of."""
-        return _columns_of(self.cfg.prompt) if "{" in self.cfg.prompt else [self.cfg.prompt]
+        return columns_of(self.cfg.prompt) if "{" in self.cfg.prompt else [self.cfg.prompt]
+
+    @property
+    def identity(self) -> str | None:
+        """A hash of what the tokenizer makes of text and messages, or None where that cannot be known."""
+        import transformers
+
+        whole, template = getattr(self.tokenizer, "backend_tokenizer", None), self.tokenizer.chat_template
+        if whole is None or not isinstance(template, str | dict | None):
+            return None
+        code = getattr(self.tokenizer, "_chat_template", None)  # of mlx-lm's, for models without a template
+        described = (whole.to_str(), template, getattr(code, "__module__", None), transformers.__version__)
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def fits(self, task: Task) -> bool:
+        """Whether the prompt is no longer than `max_prompt_length`."""
+        return len(task.prompt_ids) <= self.cfg.max_prompt_length
 
     def task(self, index: int, row: Mapping[str, Any]) -> Task | None:
         """The task of a row, or None for a row whose prompt is null.
 
-        Raises UserError for a column that is not there, a prompt that is neither text nor messages, messages
-        without a chat template, and a prompt that comes to no tokens.
+        Raises UserError for a column that is not there, a prompt that is neither text nor messages, messages that end
+        with the answer, messages without a chat template, a prompt that comes to no tokens, and a token that the model
+        has no embedding of (MLX would read whatever lies behind the last one).
         """
         prompt = self._prompt(index, row)
         if prompt is None:
             return None
-        ids = tuple(self._encode(prompt))
+        ids = tuple(self._encode(index, prompt))
         if not ids:
+            raise UserError(f"data.prompt: {self._row(index)} comes to no tokens; has the model a tokenizer?")
+        if self.vocabulary is not None and (highest := max(ids)) >= self.vocabulary:
             raise UserError(
-                f"data.prompt: row {index} of {self.cfg.source} comes to no tokens; has the model a tokenizer?"
+                f"data.prompt: {self._row(index)} has token {highest}, and the model's vocabulary is of "
+                f"{self.vocabulary}: its tokenizer is another model's, or has grown without it"
             )
         return Task(index, prompt, ids, row)
 
     def _prompt(self, index: int, row: Mapping[str, Any]) -> Prompt | None:
         setting = self.cfg.prompt
         if "{" in setting:
-            values = {name: _written(self._column(row, name)) for name in self.columns}
-            if odd := [name for name, value in values.items() if isinstance(value, list | dict)]:
-                raise UserError(f"data.prompt: column {odd[0]!r} is no text for a template, but {values[odd[0]]!r:.80}")
-            return None if None in values.values() else setting.format_map(values)
-        value = self._column(row, setting)
-        if value is None or isinstance(value, str) or _is_messages(value):
-            return value  # type: ignore[no-any-return]
-        raise UserError(
-            f"data.prompt: column {setting!r} of row {index} in {self.cfg.source} is neither text nor a list of "
-            f"messages with role and content: {str(value)[:80]!r}"
-        )
+            return filled(setting, {name: self._column(index, row, name) for name in self.columns}, self._row(index))
+        value = self._column(index, row, setting)
+        if is_null(value):
+            return None
+        if isinstance(value, str):
+            return value
+        messages = check_messages(value, f"column {setting!r} of {self._row(index)}", self.cfg.continue_final_message)
+        return messages if self.cfg.system is None else with_system(messages, self.cfg.system, self._row(index))
 
-    def _column(self, row: Mapping[str, Any], name: str) -> Any:
+    def _row(self, index: int) -> str:
+        return f"row {index} of {self.cfg.label}"
+
+    def _column(self, index: int, row: Mapping[str, Any], name: str) -> Any:
         if name not in row:
-            raise UserError(f"data.prompt: no column {name!r} in {self.cfg.source}; there is {', '.join(row)}")
+            raise UserError(f"data.prompt: no column {name!r} in {self._row(index)}; there is {', '.join(row)}")
         return row[name]
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, index: int, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and not self._wraps_text():
             if self.cfg.chat_template_kwargs:
                 raise UserError("data.chat_template_kwargs does nothing: text goes to this model without a template")
             return list(self.tokenizer.encode(prompt))
         if not self.tokenizer.has_chat_template:
             raise UserError(
-                f"data.prompt: prompts from {self.cfg.source} need a chat template and the model has none; use an "
+                f"data.prompt: prompts from {self.cfg.label} need a chat template and the model has none; use an "
                 "instruct model, or text prompts with chat_template: never"
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if self.cfg.system is not None and isinstance(prompt, str):
-            messages = [{"role": "system", "content": self.cfg.system}, *messages]
-        kwargs = self.cfg.chat_template_kwargs
+            messages = with_system(messages, self.cfg.system, self._row(index))
+        continued = messages[-1]["role"] == "assistant"
+        how = {"continue_final_message": True} if continued else {"add_generation_prompt": True}
         try:
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **kwargs))
+            return list(self.tokenizer.apply_chat_template(messages, **how, **self.cfg.chat_template_kwargs))
         except Exception as error:  # the template is the model's own code
-            raise UserError(f"data.prompt: the model's chat template refuses: {one_line(error)}") from error
+            raise UserError(
+                f"data.prompt: the model's chat template refuses {self._row(index)}: {one_line(error)}"
+            ) from error
 
     def _wraps_text(self) -> bool:
         if self.cfg.chat_template == "auto" and self.cfg.system is None:
             return bool(self.tokenizer.has_chat_template)
         return self.cfg.chat_template != "never"
-
-
-def _written(value: Any) -> Any:
-    """A list of numbers as people write one; anything else as it is."""
-    numbers = isinstance(value, list) and value and all(isinstance(number, int | float) for number in value)
-    return ", ".join(map(str, value)) if numbers else value
-
-
-def _columns_of(template: str) -> list[str]:
-    try:
-        fields = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UserError(f"data.prompt: {template!r} is not a template: {error}; write {{{{ for a brace") from None
-    for name, spec, conversion in fields:
-        if not name.isidentifier() or spec or conversion:
-            raise UserError(
-                f"data.prompt: a template holds names of columns, {{like_this}}; {{{{ is a brace: {template!r}"
-            )
-    return [name for name, _, _ in fields]
-
-
-def _is_messages(value: Any) -> bool:
-    def is_message(item: Any) -> bool:
-        return isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
-
-    return isinstance(value, list) and len(value) > 0 and all(map(is_message, value))
 
 
 def last_text(prompt: str | list[Message]) -> str:

@@ -1,4 +1,4 @@
-"""A stream of tasks, shuffled anew each epoch, that resumes from one number."""
+"""A stream of tasks, shuffled anew each epoch or in the rows' own order, that resumes from one number."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from itertools import islice
 
 from grpo.backend.random import derive_seed
 from grpo.data.prompts import PromptRenderer
-from grpo.data.source import Rows
+from grpo.data.rows import Rows
 from grpo.errors import UserError
 from grpo.types import Task
 
 
 class TaskStream:
-    """Endless tasks from rows: each epoch visits every row once, in an order drawn from the seed and the epoch.
+    """Endless tasks from rows: each epoch visits every row once, in an order drawn from the seed and the epoch, or in
+    the rows' own order where `data.shuffle` is false.
 
     `cursor` counts the rows visited, over all epochs: a stream of the same rows and seed that loads
     this one's state goes on where it is. `dropped` counts those of them whose prompts were too long or null.
@@ -34,14 +35,14 @@ class TaskStream:
         misses = 0
         while len(tasks) < n:
             task = self._next()
-            if task is not None and _fits(task, self._renderer):
+            if task is not None and self._renderer.fits(task):
                 tasks.append(task)
                 misses = 0
                 continue
             self.dropped += 1
             misses += 1
             if misses > 2 * len(self._rows):  # more than an epoch, wherever in one it began
-                raise UserError(_all_too_long(self._renderer))
+                raise all_too_long(self._renderer)
         return tasks
 
     def state(self) -> dict[str, int]:
@@ -55,27 +56,30 @@ class TaskStream:
     def _next(self) -> Task | None:
         epoch, position = divmod(self.cursor, len(self._rows))
         if self._order[0] != epoch:
-            order = list(range(len(self._rows)))
-            random.Random(derive_seed(self._seed, "shuffle", epoch)).shuffle(order)
-            self._order = (epoch, order)
+            self._order = (epoch, self._order_of(epoch))
         self.cursor += 1
         index = self._order[1][position]
         return self._renderer.task(index, self._rows[index])
+
+    def _order_of(self, epoch: int) -> list[int]:
+        order = list(range(len(self._rows)))
+        if self._renderer.cfg.shuffle:
+            random.Random(derive_seed(self._seed, "shuffle", epoch)).shuffle(order)
+        return order
 
 
 def first_tasks(rows: Rows, renderer: PromptRenderer, n: int) -> list[Task]:
     """The first `n` tasks of the rows in their own order, without those too long or null: for evaluation."""
     rendered = (renderer.task(index, rows[index]) for index in range(len(rows)))
-    tasks = list(islice((task for task in rendered if task is not None and _fits(task, renderer)), n))
+    tasks = list(islice((task for task in rendered if task is not None and renderer.fits(task)), n))
     if not tasks:
-        raise UserError(_all_too_long(renderer))
+        raise all_too_long(renderer)
     return tasks
 
 
-def _fits(task: Task, renderer: PromptRenderer) -> bool:
-    return len(task.prompt_ids) <= renderer.cfg.max_prompt_length
-
-
-def _all_too_long(renderer: PromptRenderer) -> str:
+def all_too_long(renderer: PromptRenderer) -> UserError:
+    """What to raise where no row has a prompt that fits."""
     limit = renderer.cfg.max_prompt_length
-    return f"data {renderer.cfg.source}: every prompt is null or longer than max_prompt_length ({limit} tokens)"
+    return UserError(
+        f"data {renderer.cfg.label}: every prompt is null or longer than max_prompt_length ({limit} tokens)"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -22,6 +23,8 @@ from grpo.types import Completion, FinishReason, Progress
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+TELL_EVERY = 0.5
+"""Seconds between two reports of progress: counting tokens at every step would be work for the host."""
 SMALL_PRODUCT = 64 * 2**20
 """Multiplications in a step's largest product, below which a second BLAS thread on a CPU costs more than it gives."""
 
@@ -68,18 +71,26 @@ class Generator:
         return [f"decoding: {self.decoding.description}", *slower]
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, key: mx.array, logprobs: bool = True
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        key: mx.array,
+        logprobs: bool = True,
+        phase: str = "rollout",
     ) -> list[list[Completion]]:
         """`n` completions of each request, in the order of the requests.
 
         The draws of completion i of request r at position t depend on (`key`, r, i, t) alone, or on (seed, i, t) if the
         request has a seed: not on `n`, on how many requests there are, or on the number of slots. Without `logprobs`
-        none are computed.
+        none are computed. `progress` is told the `phase`, the tokens so far, and the most that there can be.
         """
-        rows, stopping = _rows(requests, key), self._stopping(sampling)
+        rows, stopping, told = _rows(requests, key), self._stopping(sampling), 0.0
         for _ in self._steps(requests, rows, stopping, logprobs):
-            if self.progress is not None:
-                self.progress("rollout", sum(row.finish_reason is not None for row in rows), len(rows))
+            if self.progress is not None and (now := time.monotonic()) - told >= TELL_EVERY:
+                told = now
+                self.progress(phase, *_tokens(rows, sampling.max_tokens))
+        if self.progress is not None:
+            self.progress(phase, *_tokens(rows, sampling.max_tokens))
         groups: list[list[Completion]] = [[] for _ in requests]
         for row in rows:
             groups[row.request].append(_completion(row, stopping, logprobs))
@@ -155,6 +166,12 @@ def _rows(requests: Sequence[Request], key: mx.array) -> list[Row]:
         draws = [derive_key(seed, "row", *position, sample) for sample in range(request.n)]
         rows += [Row(number, request.prompt_ids, own) for own in draws]
     return rows
+
+
+def _tokens(rows: Sequence[Row], longest: int) -> tuple[int, int]:
+    """Tokens so far, and the most that there can be: an upper bound that falls as rows stop early."""
+    done = sum(len(row.token_ids) for row in rows)
+    return done, done + sum(longest - len(row.token_ids) for row in rows if row.finish_reason is None)
 
 
 def _completion(row: Row, stopping: Stopping, logprobs: bool) -> Completion:

@@ -23,7 +23,7 @@ from grpo.scoring.grader import Inline, Isolated, Record, Request, make_grader
 from grpo.scoring.hints import column_hint
 from grpo.scoring.process import Span
 from grpo.scoring.text import counted
-from grpo.types import Completion, Failure, Group
+from grpo.types import Completion, Failure, Group, Progress
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class Scorer:
         self.records = {name: Record((max_failure_rates or {}).get(name, default)) for name in rewards}
         self._state = {"global_step": 0, "max_steps": max_steps}
         self._logged: dict[str, list[float]] = {}
+        self.progress: Progress | None = None
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(rewards)), thread_name_prefix="reward")
 
     @classmethod
@@ -118,6 +119,8 @@ class Scorer:
         of completions lately: a broken grader is not training.
         """
         request = self.request(groups)
+        if self.progress is not None:
+            self.progress("reward", 0, request.count)
         running = {
             n: self._threads.submit(r.score, request) for n, r in self.rewards.items() if isinstance(r, Isolated)
         }

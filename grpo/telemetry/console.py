@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from grpo.data.prompts import last_text
+from grpo.telemetry.progress import Phase
 from grpo.types import EvalMetrics, StepMetrics
 
 WIDTH, SAMPLE = 60, 200
 """Of the reward's curve, in steps; and of a sample completion, in characters."""
+WIDE = 100
+"""Columns of a terminal that has room for bars."""
+SILENCE = 30.0
+"""Seconds without a line in a log file, after which the phase that is going on gets one."""
 
 
 class ConsoleLogger:
     """Shows each step, with reward, KL, length, speed and time left. Use it in a `with` block.
 
-    A terminal shows how far the step's rollouts and updates are, the reward's curve, and the best completion of the
-    last step besides.
+    A terminal shows the phase that the step is in, the reward's curve, and the best completion of the last step
+    besides; a log file gets a line on a phase that takes long.
     """
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self._console = console
-        self._steps = steps
+    def __init__(self, console: Console, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` tells seconds."""
+        self._console, self._steps, self._clock = console, steps, clock
         self._seen = 0
         self._began = 0.0
+        self._printed = clock()
         self._rewards: list[float] = []
+        wide = console.width >= WIDE
         self._progress = _View(
-            TextColumn("{task.description:7}"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TextColumn("{task.fields[count]}"),
+            *([BarColumn(bar_width=20)] if wide else []),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
-            TextColumn("left"),
+            *([TextColumn("left")] if wide else []),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("step", total=steps, numbers="")
-        self._phase = self._progress.add_task("", total=1, numbers="", visible=False)
-        self._now: tuple[str, int, int] = ("", 0, 0)
+        self._task = self._progress.add_task("step", total=steps, count=f"0/{steps}", numbers="")
+        self._bar = self._progress.add_task("", total=1, count="", numbers="", visible=False)
+        self._phase: Phase | None = None
 
     def __enter__(self) -> ConsoleLogger:
         self._progress.start()
@@ -52,32 +61,41 @@ class ConsoleLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._progress.update(self._bar, visible=False)  # the last phase is over
         self._progress.stop()
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """Show how far a phase of the step is, in a bar of its own."""
-        if (phase, total) != self._now[::2] or done < self._now[1]:
-            self._progress.reset(self._phase, description=phase, total=total, visible=True)
-        self._now = (phase, done, total)
-        self._progress.update(self._phase, completed=done)
+        """Show how far a phase of the step is: in a bar of its own, or by a line if nothing was printed for long."""
+        now = self._clock()
+        if self._phase is None or not self._phase.goes_on(phase, done):
+            self._phase = Phase(phase, done, now)
+            self._progress.reset(self._bar, description=phase, visible=True, count="", numbers="")
+        text = self._phase.report(done, total, now)
+        self._progress.update(self._bar, completed=done, total=total, numbers=text)
+        if not self._console.is_terminal and now - self._printed >= SILENCE:
+            self._print(f"{phase}: {text}")
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         if isinstance(record, EvalMetrics):
-            fractions = "  ".join(f"{name} {value:.1%}" for name, value in record.values.items() if is_fraction(name))
-            line = f"eval at step {record.step}: {fractions}  (n={record.n}{_failed(record)})"
-            self._console.print(line, highlight=False, soft_wrap=True)
+            parts = [f"{name} {value:.1%}" for name, value in record.values.items() if is_fraction(name)]
+            first, *others = [*parts, f"(n={record.n}{_failed(record)})"]
+            self._print(f"eval at step {record.step}: {first}", *others)
             return
         numbers = _numbers(record)
         if "reward" in record.values:
             self._rewards.append(record.values["reward"])
         self._progress.below = [Text(f"reward {sparkline(self._rewards[-WIDTH:])}"), *_sample(record)]
-        self._progress.update(self._task, completed=record.step, numbers=numbers)
+        count = f"{record.step}/{self._steps}"
+        self._progress.update(self._task, completed=record.step, count=count, numbers=numbers)
         if not self._console.is_terminal:
-            left = self._left(record)
-            self._console.print(f"step {record.step}/{self._steps}  {numbers}  {left}", highlight=False, soft_wrap=True)
+            self._print(f"step {count}", numbers, self._left(record))
+
+    def _print(self, *parts: str) -> None:
+        self._printed = self._clock()
+        print_parts(self._console, parts)
 
     def _left(self, record: StepMetrics) -> str:
-        now = time.monotonic()
+        now = self._clock()
         self._began = self._began or now - record.values["step_time"]
         self._seen += 1
         seconds = (now - self._began) / self._seen * (self._steps - record.step)
@@ -92,6 +110,30 @@ class _View(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         yield from self.below
+
+
+def print_parts(console: Console, parts: Sequence[str]) -> None:
+    """Print parts on one line; on a terminal that is too narrow, on several that begin between two parts."""
+    for line in _lines(parts, console.width) if console.is_terminal else ["  ".join(parts)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_wrapped(console: Console, line: str) -> None:
+    """Print a line of prose, on a terminal in lines that end between two words."""
+    width, indent = console.width if console.is_terminal else sys.maxsize, "  "
+    for part in textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False):
+        console.print(part, highlight=False, markup=False, soft_wrap=True)
+
+
+def _lines(parts: Sequence[str], width: int) -> Iterator[str]:
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > width:
+            yield line
+            line = f"  {part}"
+        else:
+            line = f"{line}  {part}"
+    yield line
 
 
 def sparkline(values: Sequence[float]) -> str:

@@ -19,6 +19,7 @@ from grpo.errors import UserError
 from grpo.plugins import Function, find_function
 from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
+from grpo.telemetry.progress import NowFile
 from grpo.telemetry.tensorboard import TensorboardLogger
 from grpo.telemetry.weights_and_biases import WandbLogger
 from grpo.training.state import RunState
@@ -83,17 +84,24 @@ def open_loggers(
 ) -> Log:
     """A function that tells them all; `stack` closes them. The files come first, so that nothing is lost.
 
-    A terminal shows how far the `watched` are. `own` are the recipe's loggers, where they were found already. `resumed`
-    is the state that a run in this folder goes on from: services take back what they have of later steps, if they can.
+    The terminal, a log file and `grpo runs --follow` show how far the `watched` are. `own` are the recipe's loggers,
+    where they were found already. `resumed` is the state that a run in this folder goes on from: services take back
+    what they have of later steps, if they can.
 
     What fails of the others is said once and left out: a service that is away must not end a run. Raises UserError for
     a logger of the recipe's own that is not there.
     """
     own = find_loggers(cfg) if own is None else own
     terminal = stack.enter_context(ConsoleLogger(console, cfg.optim.steps))
-    if console.is_terminal:
-        for one in watched:
-            one.progress = terminal.progress
+    now, shown = NowFile(folder), _Guarded("progress on the terminal", lambda args: terminal.progress(*args))
+    stack.callback(now.close)
+
+    def progress(phase: str, done: int, total: int) -> None:
+        shown.log((phase, done, total))
+        now.progress(phase, done, total)
+
+    for one in watched:
+        one.progress = progress
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     logs = [JsonlLogger(folder).log, _Guarded("the terminal", terminal.log).log]
     makers: dict[str, Callable[[], Closing]] = {}
@@ -129,7 +137,7 @@ class _Guarded:
         if made is not None:
             self._log, self._close = made.log, made.close
 
-    def log(self, record: StepMetrics | EvalMetrics) -> None:
+    def log(self, record: Any) -> None:
         log = self._log
         if log is not None:
             self._try(lambda: log(record))

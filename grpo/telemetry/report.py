@@ -89,7 +89,7 @@ def _setup(runs: Sequence[Run]) -> str:
         steps = f"{run.step} of {cfg.optim.steps}, {run.state}" + (f", {silent:.0f} without a signal" if silent else "")
         loss = f"{cfg.loss.type}, beta {cfg.loss.beta:g}, lr {cfg.optim.learning_rate:g}"
         rows.append(
-            [run.folder.name, short_name(cfg.model.name), short_name(cfg.data.source), rewards, size, loss, steps]
+            [run.folder.name, short_name(cfg.model.name), short_name(cfg.data.label), rewards, size, loss, steps]
         )
     return _table(["run", "model", "data", "rewards", "prompts × completions", "loss", "steps"], rows)
 

@@ -18,6 +18,7 @@ from grpo.errors import UserError
 from grpo.recipe import load_recipe
 from grpo.telemetry.console import ConsoleLogger, is_fraction
 from grpo.telemetry.jsonl import read_evaluations, read_steps
+from grpo.telemetry.progress import read_now
 from grpo.training.checkpoint import RECIPE
 from grpo.training.folder import ENDED, METRICS, UNTRAINED, is_run, is_running
 from grpo.types import EvalMetrics, StepMetrics
@@ -127,6 +128,8 @@ def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: ti
                 if record.step > shown:
                     logger.log(record)
             shown = run.step
+            if (now := read_now(folder)) is not None:
+                logger.progress(*now)
             if not going_on:
                 break
             wait()

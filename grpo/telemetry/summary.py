@@ -10,7 +10,7 @@ from rich.console import Console
 
 from grpo.config import Recipe
 from grpo.scoring.text import counted
-from grpo.telemetry.console import before_and_after
+from grpo.telemetry.console import before_and_after, print_wrapped
 from grpo.training.checkpoint import RECIPE
 from grpo.training.loop import Outcome
 from grpo.training.plan import Plan
@@ -19,9 +19,9 @@ from grpo.training.plan import Plan
 def print_plan(console: Console, cfg: Recipe, device: str, plan: Plan, notes: list[str]) -> None:
     """Machine, model, data, and what the run will do and need."""
     rewards = ", ".join(f"{reward.use} × {reward.weight:g}" for reward in cfg.rewards)
-    lines = [device, f"{cfg.model.name} on {cfg.data.source}, rewards: {rewards}", *plan.lines(), *notes]
+    lines = [device, f"{cfg.model.name} on {cfg.data.label}, rewards: {rewards}", *plan.lines(), *notes]
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_wrapped(console, line)
 
 
 def failure_lines(failures: Mapping[str, float], timeouts: Mapping[str, float]) -> list[str]:

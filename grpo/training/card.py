@@ -10,6 +10,7 @@ import yaml
 
 from grpo.builtin import models as builtin_models
 from grpo.config import Recipe
+from grpo.config.data import origins
 from grpo.recipe import dump_recipe
 from grpo.training.checkpoint import read_state
 from grpo.training.snippets import BASE, snippet
@@ -23,7 +24,7 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], r
         f"---\n{yaml.safe_dump(_front_matter(cfg, form), sort_keys=False)}---",
         f"# {Path(cfg.output_dir or 'run').name}",
         f"{_kind(cfg, form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300), loss "
-        f"`{cfg.loss.type}`, for {state['step']} steps on `{short_name(cfg.data.source)}`. Rewards: {rewards}.",
+        f"`{cfg.loss.type}`, for {state['step']} steps on `{short_name(cfg.data.label)}`. Rewards: {rewards}.",
         *(f"Note: {note}." for note in notes),
         *_use(cfg, form, repo),
         *_evaluation(state),
@@ -56,7 +57,8 @@ def _front_matter(cfg: Recipe, form: str) -> dict[str, Any]:
 def short_name(name: str) -> str:
     """The name of a dataset, a model or code; of what is a file or a folder on this machine only the last part."""
     file, colon, function = name.partition(":")
-    return Path(file).name + colon + function if Path(file).exists() else name
+    local = Path(file).is_absolute() or Path(file).exists()  # a pattern of files does not exist itself
+    return Path(file).name + colon + function if local else name
 
 
 def _use(cfg: Recipe, form: str, repo: str | None) -> list[str]:
@@ -76,7 +78,8 @@ def _recipe(cfg: Recipe) -> str:
     """The recipe without where things lie on this machine."""
     text = dump_recipe(cfg.model_copy(update={"output_dir": None}))
     uses = [reward.use for reward in cfg.rewards] + ([cfg.loss.use] if cfg.loss.use else []) + list(cfg.log.use)
-    for name in [cfg.model.name, cfg.data.source, *uses, *([cfg.eval.source] if cfg.eval and cfg.eval.source else [])]:
+    data = [name for section in (cfg.data, cfg.eval) if section for name in origins(section.source, section.use)]
+    for name in [cfg.model.name, *data, *uses]:
         text = text.replace(name, short_name(name))
     return text
 

@@ -83,7 +83,7 @@ class Evaluator:
         """All groups, scored. A prompt's draws are its own: they depend neither on the shares nor on `eval.prompts`."""
         mine = self.ranks.share(self.tasks)
         seeds = [derive_seed(self.cfg.seed, "eval", n, task.index) for task in mine]
-        groups = self.engine.rollout(mine, n, temperature, seeds, logprobs=False) if mine else []
+        groups = self.engine.rollout(mine, n, temperature, seeds, False, "evaluation") if mine else []
         return self.ranks.merge(self.scorer.score(groups) if groups else [])
 
     def _graded(self, group: Group) -> list[tuple[Rollout, bool]]:

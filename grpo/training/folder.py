@@ -32,11 +32,13 @@ NOT_FINITE = "not_finite"
 """Where the batches of updates are that were skipped."""
 ENDED = ".ended"
 """A word on how a run ended, written by itself: one that was killed has none."""
+NOW = ".now"
+"""How far the phase is that the run is in, for those who follow it."""
 UNTRAINED = "untrained"
 """That word where a run made all its steps and no update had a signal."""
 WRITTEN = (
     *(METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorboard", "wandb", "report.html", ENDED),
-    *(STARTING, RECIPE),
+    *(STARTING, NOW, RECIPE),
 )
 """What a run writes into its folder, and all that `--overwrite` deletes there.
 

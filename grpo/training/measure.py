@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.config import FILE_TYPES, Recipe, RewardConfig
+from grpo.config import Recipe, RewardConfig
+from grpo.data.files import is_one_split
 from grpo.errors import UserError
 from grpo.model.load import looks_like_path, similar
 from grpo.model.saved import read_adapter
@@ -37,8 +38,8 @@ class Asked:
     def settings(self) -> list[str]:
         """The same as overrides of a recipe."""
         split = self.split
-        if split is None and self.data is not None and Path(self.data).suffix in FILE_TYPES:
-            split = "train"  # all that a file has
+        if split is None and self.data is not None and is_one_split(self.data):
+            split = "train"  # all that it has
         named = {
             "eval.source": self.data,
             "eval.split": split,

@@ -153,7 +153,8 @@ def plan_on(
 def _what_would_help(plan: Plan) -> str:
     return (
         f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantised model (model.quantize), shorter "
-        "completions, fewer slots (rollout.max_concurrency) or optim.gradient_checkpointing=true would help"
+        "prompts (data.max_prompt_length) or completions, fewer slots (rollout.max_concurrency) or "
+        "optim.gradient_checkpointing=true would help"
     )
 
 

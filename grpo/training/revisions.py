@@ -48,4 +48,6 @@ def _model_commit(cfg: ModelConfig) -> str | None:
 
 
 def _data_commit(cfg: DataConfig) -> str | None:
-    return None if is_local_data(cfg) else cached_commit(Repository("dataset", cfg.source, cfg.revision), "README.md")
+    if is_local_data(cfg) or not isinstance(cfg.source, str):
+        return None
+    return cached_commit(Repository("dataset", cfg.source, cfg.revision), "README.md")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from grpo.backend.device import setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import DataConfig, Recipe
+from grpo.data.lengths import Lengths, measure_lengths
 from grpo.data.prompts import PromptRenderer
-from grpo.data.source import Rows, is_local, load_rows, rows_with_null
+from grpo.data.rows import Rows, rows_with_null
+from grpo.data.source import is_local, load_rows
 from grpo.data.stream import TaskStream, first_tasks
 from grpo.errors import UserError
 from grpo.generation.generator import Generator
@@ -32,7 +35,7 @@ REFILTERED = (
     "loss.importance_sampling_correction can weigh tokens by how much the filters favoured them"
 )
 PEEK = 64
-"""Prompts that are rendered at start-up, to find mistakes and to know how long prompts are."""
+"""Prompts from the start of the data that the check of decoding against training is made on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,8 @@ def prepare(cfg: Recipe) -> Prepared:
     policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
-    renderer, *eval_renderers = [PromptRenderer(source, tokenizer) for source in sources]
+    _check_stop_ids(cfg, vocabulary := generator.decoding.vocabulary)
+    renderer, *eval_renderers = [PromptRenderer(source, tokenizer, vocabulary) for source in sources]
     tasks = first_tasks(tables[0], renderer, PEEK)
     scorer.check(tasks[0].columns)
     evaluator = None
@@ -79,17 +83,36 @@ def prepare(cfg: Recipe) -> Prepared:
         if cfg.best_metric not in evaluator.names:
             known = ", ".join(evaluator.names)
             raise UserError(f"checkpoint.metric_for_best_model: {cfg.best_metric!r} is not measured; there is {known}")
-    _check_tokens(cfg, tasks, generator.decoding.vocabulary)
+    lengths = measure_lengths(tables[0], renderer)
+    ranks.check_same("the prompts of data", lengths)
+    longest = lengths.longest if lengths else cfg.data.max_prompt_length
     stream = TaskStream(tables[0], renderer, cfg.seed)
-    plan, cfg = _together(ranks, policy, *make_plan(cfg, policy, generator.decoding, _longest(tasks, evaluator)))
+    plan, cfg = _together(
+        ranks, policy, *make_plan(cfg, policy, generator.decoding, (longest, _longest_of_all(longest, evaluator)))
+    )
     generator.slots = plan.slots
     trainer = Trainer(cfg, policy, stream, engine, scorer, evaluator, custom_loss, ranks)
     refiltered = [REFILTERED] if engine.sampling.reshaped else []
-    nulls = [_null_prompts(rows, one) for rows, one in zip(tables, (renderer, *eval_renderers), strict=True)]
-    head = filter(None, [head_note(model, cfg.model)])
-    notes = [*generator.describe(), *head, *policy.slow, *refiltered, *notes_on(cfg)]
-    rows = dict(zip(named, tables, strict=True))
-    return Prepared(trainer, plan, tasks, [*notes, *dict.fromkeys(filter(None, nulls))], rows)
+    nulls = [_null_prompts(rows, one) for rows, one in zip(tables[1:], eval_renderers, strict=True)]
+    prompts, head = _prompts(lengths, tables[0], renderer), filter(None, [head_note(model, cfg.model)])
+    notes = [*prompts, *generator.describe(), *head, *policy.slow]
+    notes += [*refiltered, *notes_on(cfg), *filter(None, nulls)]
+    return Prepared(trainer, plan, tasks, list(dict.fromkeys(notes)), dict(zip(named, tables, strict=True)))
+
+
+def _prompts(lengths: Lengths | None, rows: Rows, renderer: PromptRenderer) -> list[str]:
+    """How long the prompts are that the plan is made for, and the rows that are left out."""
+    limit = f"data.max_prompt_length ({renderer.cfg.max_prompt_length:,} tokens)"
+    if lengths is None:
+        many = f"prompts: planned for {limit}, because {len(rows):,} rows are too much text to measure at the start"
+        return [many, *filter(None, [_null_prompts(rows, renderer)])]
+    where, total = f"data {renderer.cfg.label}, {renderer.cfg.split}", f"{lengths.rows:,} rows"
+    notes = [f"prompts: at most {lengths.longest:,} tokens, measured over all {total}"]
+    if lengths.too_long:
+        notes.append(f"{where}: {lengths.too_long:,} of {total} are longer than {limit} and are left out")
+    if lengths.null:
+        notes.append(f"{where}: {lengths.null:,} of {total} have a null prompt and are left out")
+    return notes
 
 
 def _null_prompts(rows: Rows, renderer: PromptRenderer) -> str | None:
@@ -97,25 +120,19 @@ def _null_prompts(rows: Rows, renderer: PromptRenderer) -> str | None:
     count, cfg = rows_with_null(rows, renderer.columns), renderer.cfg
     if not count:
         return None
-    return f"data {cfg.source}, {cfg.split}: {count:,} of {len(rows):,} rows have a null prompt and are left out"
+    return f"data {cfg.label}, {cfg.split}: {count:,} of {len(rows):,} rows have a null prompt and are left out"
 
 
-def _check_tokens(cfg: Recipe, tasks: list[Task], vocabulary: int) -> None:
-    """Raise UserError for a token that the model has no embedding of: MLX would read whatever lies behind the last."""
+def _check_stop_ids(cfg: Recipe, vocabulary: int) -> None:
+    """Raise UserError for a token that the model cannot sample."""
     if odd := [token for token in cfg.rollout.stop_token_ids if token >= vocabulary]:
         raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the vocabulary of {vocabulary}")
-    if (highest := max(token for task in tasks for token in task.prompt_ids)) >= vocabulary:
-        raise UserError(
-            f"model {cfg.model.name}: a prompt has token {highest}, and the vocabulary is of {vocabulary}: "
-            "its tokenizer is another model's, or has grown without it"
-        )
 
 
-def _longest(tasks: list[Task], evaluator: Evaluator | None) -> tuple[int, int]:
-    """Tokens of the longest prompt that is trained on, and of any that is sampled from."""
-    trained = max(len(task.prompt_ids) for task in tasks)
+def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:
+    """Tokens of the longest prompt that is sampled from, where training has prompts of `trained` at most."""
     held_out = evaluator.tasks if evaluator else ()
-    return trained, max([trained, *(len(task.prompt_ids) for task in held_out)])
+    return max([trained, *(len(task.prompt_ids) for task in held_out)])
 
 
 def _together(ranks: Ranks, policy: Policy, plan: Plan, cfg: Recipe) -> tuple[Plan, Recipe]:
@@ -133,11 +150,11 @@ def data_of(cfg: Recipe) -> dict[str, DataConfig]:
     """Where a recipe's rows come from, by its sections: `data`, and `eval` if there is one."""
     if cfg.eval is None:
         return {"data": cfg.data}
-    held_out: dict[str, str | None] = {"source": cfg.eval.source or cfg.data.source, "split": cfg.eval.split}
-    if held_out["source"] != cfg.data.source:
-        held_out |= {"config": None, "revision": None}
-    if cfg.eval.config is not None:
-        held_out["config"] = cfg.eval.config
-    if cfg.eval.revision is not None:
-        held_out["revision"] = cfg.eval.revision
-    return {"data": cfg.data, "eval": cfg.data.model_copy(update=held_out)}
+    data, own = cfg.data, cfg.eval
+    held_out: dict[str, Any] = {"split": own.split}
+    if own.source is not None or own.use is not None:
+        held_out |= {"source": own.source, "use": own.use, "kwargs": own.kwargs}
+        if own.source != data.source:
+            held_out |= {"config": None, "revision": None}
+    held_out |= {name: getattr(own, name) for name in own.changed & {"config", "revision"}}
+    return {"data": data, "eval": data.model_copy(update=held_out)}

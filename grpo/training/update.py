@@ -178,6 +178,7 @@ class Updater:
         """
         tree: Any = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
         loss, parts, seen = 0.0, [], []
+        self._tell(0, len(batches))  # the first one may take long: a GPU builds its kernels
         for number, batch in enumerate(batches):
             given = batch.arrays()
             if dropout_key is not None:  # an input, or the compiled function would draw the same masks for ever
@@ -188,8 +189,7 @@ class Updater:
             loss += cast(float, value.item())
             parts.append({name: float(metric.item()) for name, metric in metrics.items()})
             seen.append(batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs))
-            if self.progress is not None:
-                self.progress("update", len(seen), len(batches))
+            self._tell(len(seen), len(batches))
         everyone = self.ranks.gather((loss, parts))
         every_part = [part for _, theirs in everyone for part in theirs]
         arrays: dict[str, mx.array] = tree_flatten(tree, destination={})
@@ -197,6 +197,10 @@ class Updater:
         for paths in grouped(arrays):  # a sum over processes is another array: for a few at a time
             arrays |= zip(paths, self.ranks.sum([arrays.pop(path) for path in paths]), strict=True)
         return Gradient(arrays, sum(one for one, _ in everyone), combine_metrics(every_part), seen)
+
+    def _tell(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress("update", done, total)
 
     def _accumulated(self, tree: Any, arrays: dict[str, mx.array]) -> tuple[Any, mx.array, Any, mx.array]:
         """The float32 tree with the batch's gradient added, the batch's loss, its metrics and its logprobs."""

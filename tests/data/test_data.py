@@ -6,10 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from grpo.config import DataConfig
 from grpo.data.prompts import PromptRenderer
-from grpo.data.source import load_rows, rows_with_null
+from grpo.data.rows import rows_with_null
+from grpo.data.source import load_rows
 from grpo.data.stream import TaskStream, first_tasks
 from grpo.errors import UserError
 
@@ -30,8 +32,6 @@ def text(toy, task) -> str:
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_files(tmp_path: Path, kind: str) -> None:
-    from datasets import Dataset
-
     path = tmp_path / f"rows.{kind}"
     dataset = Dataset.from_list(ROWS)
     if kind == "json":
@@ -82,9 +82,9 @@ def test_items_are_counted_from_either_end(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a folder: name a file in it \(\.jsonl, "):
+    with pytest.raises(UserError, match=r"save_to_disk did not write: name a file in it, .*/\*\.jsonl \(\.jsonl, "):
         load_rows(config(source=str(tmp_path)))
-    with pytest.raises(UserError, match=r"no file \(\.jsonl, "):
+    with pytest.raises(UserError, match=r"no such file or folder \(\.jsonl, "):
         load_rows(config(source=str(tmp_path / "absent")))
 
 
@@ -118,6 +118,11 @@ def test_rows_without_a_prompt_are_counted(tmp_path: Path, columns: list[str], c
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert rows_with_null(load_rows(config(source=str(path))), columns) == count
     assert rows_with_null(load_rows(config(source="builtin:arithmetic")), columns) == 0
+
+
+def test_missing_numbers_are_counted_like_nulls() -> None:
+    rows = [{"x": 1.0}, {"x": float("nan")}, {"x": None}]
+    assert rows_with_null(rows, ["x"]) == rows_with_null(Dataset.from_list(rows), ["x"]) == 2
 
 
 def test_text_goes_through_the_chat_template(toy) -> None:
@@ -161,8 +166,8 @@ def test_template_arguments_reach_the_chat_template(toy) -> None:
 @pytest.mark.parametrize(
     ("settings", "row", "said"),
     [
-        ({"prompt": "qestion"}, {"question": "?"}, "no column 'qestion' in rows; there is question"),
-        ({"prompt": "{qestion}!"}, {"question": "?"}, "no column 'qestion' in rows; there is question"),
+        ({"prompt": "qestion"}, {"question": "?"}, "no column 'qestion' in row 0 of rows; there is question"),
+        ({"prompt": "{qestion}!"}, {"question": "?"}, "no column 'qestion' in row 0 of rows; there is question"),
         ({"prompt": "{question"}, {"question": "?"}, "is not a template"),
         ({"prompt": "{0}"}, {"question": "?"}, "a template holds names of columns"),
         ({"prompt": "{question:>9}"}, {"question": "?"}, "a template holds names of columns"),
@@ -199,11 +204,16 @@ def test_each_epoch_visits_every_row_once_in_an_order_of_its_own(toy) -> None:
     assert indices(TaskStream(ROWS, renderer(toy), seed=1), 21) != seen
 
 
-def test_a_stream_goes_on_from_its_cursor(toy) -> None:
-    whole = indices(TaskStream(ROWS, renderer(toy), seed=0), 20)
-    first = TaskStream(ROWS, renderer(toy), seed=0)
+def test_rows_keep_their_order_where_they_are_not_shuffled(toy) -> None:
+    assert indices(TaskStream(ROWS, renderer(toy, shuffle=False), seed=0), 16) == [*range(7), *range(7), 0, 1]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_stream_goes_on_from_its_cursor(toy, shuffle: bool) -> None:
+    whole = indices(TaskStream(ROWS, renderer(toy, shuffle=shuffle), seed=0), 20)
+    first = TaskStream(ROWS, renderer(toy, shuffle=shuffle), seed=0)
     begun = indices(first, 9)
-    second = TaskStream(ROWS, renderer(toy), seed=0)
+    second = TaskStream(ROWS, renderer(toy, shuffle=shuffle), seed=0)
     second.load_state(first.state())
     assert begun + indices(second, 11) == whole
 

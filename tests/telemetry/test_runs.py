@@ -12,7 +12,9 @@ from training.runs import run
 
 from grpo.recipe import load_recipe
 from grpo.telemetry import runs as module
+from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
+from grpo.telemetry.progress import NowFile
 from grpo.telemetry.runs import find_runs, follow, read_run
 from grpo.training.folder import recipe_text
 from grpo.training.replay import replay
@@ -145,6 +147,15 @@ def test_a_run_is_followed_until_it_ends(toy, monkeypatch) -> None:
     assert [line for line in shown if line.startswith("step")] == ["step 1/5", "step 2/5", "step 3/5"]
     assert [line[:14] for line in shown if line.startswith("eval")] == [f"eval at step {n}:"[:14] for n in (0, 2, 4, 5)]
     assert shown[-1] == "died after step 3"
+
+
+def test_who_follows_sees_the_phase_that_a_run_is_in(toy, monkeypatch) -> None:
+    going_on, now, told = iter([True, True, False]), NowFile(toy), []
+    monkeypatch.setattr(module, "is_running", lambda folder: next(going_on, False))
+    monkeypatch.setattr(ConsoleLogger, "progress", lambda self, *now: told.append(now))
+    follow(toy, Console(file=io.StringIO()), lambda: now.progress("evaluation", 5_000, 1_000_000))
+    now.close()
+    assert told == [("evaluation", 5_000, 1_000_000)] * 2
 
 
 @pytest.mark.parametrize(("step", "source"), [(1, "from the start"), (5, "step-000003")])

@@ -18,7 +18,6 @@ from grpo.recipe import load_recipe
 from grpo.telemetry.console import ConsoleLogger, before_and_after, sparkline
 from grpo.telemetry.jsonl import JsonlLogger, read_evaluations, read_steps
 from grpo.telemetry.loggers import open_loggers
-from grpo.training.setup import prepare
 from grpo.training.state import RunState, TrainerState
 from grpo.types import Completion, EvalMetrics, Group, Rollout, StepMetrics, Task
 
@@ -85,28 +84,6 @@ def test_a_progress_line_in_a_terminal() -> None:
         logger.log(STEP)
     assert "1/4" in text.getvalue()
     assert "reward 0.500  kl 0.0100  length 20  1,234 tok/s" in text.getvalue()
-
-
-def test_a_terminal_shows_how_far_a_step_is(recipe) -> None:
-    """In a pipe nothing is asked for; in a terminal rollouts and micro-batches are counted to their end."""
-    cfg = load_recipe(recipe, ["rewards.0.isolation=inline"])
-    trainer, told = prepare(cfg).trainer, []
-    watched = (trainer.engine.generator, trainer.update)
-    with ExitStack() as stack:
-        open_loggers(stack, cfg, recipe.parent, printed()[0], "id", watched)
-        assert [one.progress for one in watched] == [None, None]
-        console, text = printed(force_terminal=True)
-        open_loggers(stack, cfg, recipe.parent, console, "id", watched)
-        for one in watched:
-            show = one.progress
-            one.progress = lambda *now, show=show: told.append(now) or show(*now)
-        trainer.step(1)
-    rollouts, updates = ([now[1:] for now in told if now[0] == phase] for phase in ("rollout", "update"))
-    assert rollouts[-1] == (8, 8)
-    assert [done for done, _ in rollouts] == sorted(done for done, _ in rollouts)
-    assert updates == [(n + 1, len(updates)) for n in range(len(updates))]
-    assert len(updates) >= 1
-    assert "update" in text.getvalue()
 
 
 def test_before_and_after() -> None:

@@ -92,14 +92,14 @@ def test_evaluation_by_hand(recipe) -> None:
     evaluate = prepare(load_recipe(recipe)).trainer.evaluate
     asked = []
 
-    def generate(requests, sampling, _key, logprobs):
-        asked.append((len(requests), requests[0].n, sampling.temperature, logprobs))
+    def generate(requests, sampling, _key, logprobs, phase):
+        asked.append((len(requests), requests[0].n, sampling.temperature, logprobs, phase))
         first = ["yes", "no", "yes", "yes"][: requests[0].n]
         return [[Completion((1,), None, text, "stop") for text in texts] for texts in (first, ["no"] * requests[0].n)]
 
     evaluate.engine.generator.generate = generate
     metrics = evaluate(7)
-    assert asked == [(2, 1, 0.0, False), (2, 4, 1.0, False)]
+    assert asked == [(2, 1, 0.0, False, "evaluation"), (2, 4, 1.0, False, "evaluation")]
     assert (metrics.step, metrics.n) == (7, 2)
     assert metrics.values == {
         "greedy": 0.5,

@@ -109,11 +109,11 @@ from pathlib import Path
 from grpo.backend.ranks import Ranks
 from grpo.rollout import RolloutEngine
 rollout = RolloutEngine.rollout
-def noted(self, tasks, n, temperature, draws, logprobs=True):
+def noted(self, tasks, n, temperature, draws, logprobs=True, *phase):
     if not logprobs:
         with Path(f"asked-{Ranks.launched().rank}").open("a") as file:
             print([task.index for task in tasks], file=file)
-    return rollout(self, tasks, n, temperature, draws, logprobs)
+    return rollout(self, tasks, n, temperature, draws, logprobs, *phase)
 RolloutEngine.rollout = noted
 from grpo.cli import main; main()
 """
@@ -165,6 +165,7 @@ def test_a_start_is_compared(recipe, monkeypatch) -> None:
     monkeypatch.setattr(Ranks, "check_same", lambda _, what, mine: compared.append((what, mine)))
     cfg = load_recipe(recipe)
     trainer = prepare(cfg).trainer
+    compared.clear()  # of the prompts
     find_start(cfg).load(trainer)
     assert compared[1] == ("the step to go on after", 0)
     assert compared[0][1]["rewards"][0]["use"].endswith("digits.py:reward")

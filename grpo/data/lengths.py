@@ -1,0 +1,103 @@
+"""How long the prompts of a dataset are: all of them are rendered once, and the answer is kept for the next start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from grpo.builtin.models import cache_folder
+from grpo.data.fingerprint import fingerprint
+from grpo.data.prompts import PromptRenderer
+from grpo.data.rows import Rows
+from grpo.data.stream import all_too_long
+
+MOST_ROWS, MOST_TOKENS = 50_000, 20_000_000
+"""What is rendered at start-up at most: about 20 seconds' worth, once. More text is planned for by
+`max_prompt_length`."""
+VERSION = 1
+"""To be raised when the same rows and settings make other prompts."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """What rendering every prompt found: `longest` in tokens, of those that fit; and how many rows are left out."""
+
+    rows: int
+    longest: int
+    too_long: int
+    null: int
+
+
+def measure_lengths(rows: Rows, renderer: PromptRenderer) -> Lengths | None:
+    """The lengths of all prompts, or None where there are more than `MOST_ROWS` rows or `MOST_TOKENS` tokens.
+
+    Raises UserError for every row that `PromptRenderer.task` refuses, and where no prompt fits. What was measured is
+    kept in the cache folder by the contents of the rows, the tokenizer and the settings.
+    """
+    if len(rows) > MOST_ROWS:
+        return None
+    kept = _place(rows, renderer)
+    if kept is not None and kept.is_file():
+        try:
+            return _read(kept)
+        except (OSError, ValueError, TypeError):
+            log.debug("%s is not whole: measured again", kept)
+    found = _measured(rows, renderer)
+    if kept is not None:
+        _write(kept, found)
+    return found
+
+
+def _measured(rows: Rows, renderer: PromptRenderer) -> Lengths | None:
+    longest = too_long = null = tokens = 0
+    for index in range(len(rows)):
+        task = renderer.task(index, rows[index])
+        if task is None:
+            null += 1
+            continue
+        tokens += len(task.prompt_ids)
+        if tokens > MOST_TOKENS:
+            return None
+        if renderer.fits(task):
+            longest = max(longest, len(task.prompt_ids))
+        else:
+            too_long += 1
+    if longest == 0:
+        raise all_too_long(renderer)
+    return Lengths(len(rows), longest, too_long, null)
+
+
+def _place(rows: Rows, renderer: PromptRenderer) -> Path | None:
+    """The file where these lengths are kept; None for a tokenizer that cannot be told from others."""
+    tokenizer = renderer.identity
+    if tokenizer is None:
+        return None
+    cfg = renderer.cfg
+    settings = cfg.prompt, cfg.system, cfg.chat_template, cfg.continue_final_message, cfg.max_prompt_length
+    parts = VERSION, fingerprint(rows), tokenizer, renderer.vocabulary, settings, cfg.chat_template_kwargs
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_folder() / "lengths" / f"{digest}.json"
+
+
+def _read(path: Path) -> Lengths | None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return None if found is None else Lengths(**found)
+
+
+def _write(path: Path, found: Lengths | None) -> None:
+    """Keep what was measured, whole or not at all; where there is no room the next start measures again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(found and asdict(found), file)
+        os.replace(aside, path)
+    except OSError as error:
+        log.debug("the lengths of prompts were not kept in %s: %s", path, error)

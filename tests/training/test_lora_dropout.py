@@ -7,7 +7,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import shaken
-from mlx.utils import tree_flatten
 from training.runs import run, same_end
 from training.test_resume import interrupt_in
 from training.test_update import groups
@@ -27,7 +26,7 @@ from grpo.training.evaluate import Evaluator
 from grpo.training.footprint import measure_body
 from grpo.training.packing import Shape
 from grpo.training.setup import prepare
-from grpo.training.update import Updater
+from grpo.training.update import Gradient, Updater
 
 DROPOUT = "adapter.dropout=0.4"
 
@@ -63,9 +62,8 @@ def test_old_logprobs_are_of_the_whole_adapter_and_the_ratio_is_to_them(policy) 
     assert mx.abs(seen[1] * batch.mask).max() < 1e-5
 
 
-def gap(one, other) -> float:
-    paths = dict(tree_flatten(other.tree))
-    return max(mx.abs(array - paths[path]).max().item() for path, array in tree_flatten(one.tree))
+def gap(one: Gradient, other: Gradient) -> float:
+    return max(mx.abs(array - other.arrays[path]).max().item() for path, array in one.arrays.items())
 
 
 def test_each_step_pass_minibatch_micro_batch_and_process_draws_its_own_masks(policy) -> None:

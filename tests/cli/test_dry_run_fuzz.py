@@ -31,10 +31,10 @@ VALUES = [
 
 
 def mutant(text: str, random_: random.Random) -> str:
-    """The recipe with up to four values replaced, or exchanged."""
+    """The recipe with up to three values replaced, or exchanged."""
     lines = text.splitlines()
     places = [n for n, line in enumerate(lines) if re.match(r"\s*(- )?[a-zA-Z_]+: \S", line)]
-    for _ in range(random_.randint(1, 4)):
+    for _ in range(random_.choice((1, 1, 2, 3))):
         place, other = random_.choice(places), random_.choice(places)
         value = random_.choice([*VALUES, lines[other].partition(": ")[2]])
         lines[place] = f"{lines[place].partition(': ')[0]}: {value}"
@@ -42,7 +42,7 @@ def mutant(text: str, random_: random.Random) -> str:
 
 
 def try_mutants(run_cli: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch, count: int, seed: int) -> int:
-    """How many of the mutants are runs that may start. Asserts that nothing else than a message ends the others."""
+    """How many of the mutants are runs that may start, as the recipe itself is. Only messages end the others."""
     recipe.write_text(
         recipe.read_text().replace('"digits.py:reward"', '"digits.py:reward", isolation: inline') + SECTIONS
     )
@@ -58,6 +58,8 @@ def try_mutants(run_cli: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch, cou
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     random_, good, wrong = random.Random(seed), 0, []
     before = {path.name for path in Path().iterdir()}
+    Path("mutant.yaml").write_text(whole)
+    assert run_cli("train", "mutant.yaml", "--dry-run").code == 0
     for _ in range(count):
         text = mutant(whole, random_)
         Path("mutant.yaml").write_text(text)
@@ -81,7 +83,7 @@ def _difference(text: str, other: str) -> str:
 
 
 def test_mutants_start_or_are_explained(run_cli, recipe, monkeypatch) -> None:
-    assert 0 < try_mutants(run_cli, recipe, monkeypatch, 20, seed=0) < 20
+    assert try_mutants(run_cli, recipe, monkeypatch, 20, seed=0) < 20
 
 
 @pytest.mark.slow

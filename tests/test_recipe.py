@@ -141,6 +141,8 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     "more", [[], ["loss.beta=0.1", "loss.beta_end=0"], ["loss.importance_sampling_correction=token_mask"]]
 )
 def test_every_variants_recipe_reads_back(tmp_path: Path, kind: str, more: list[str]) -> None:
+    if kind == "dppo" and "loss.importance_sampling_correction=token_mask" in more:
+        pytest.skip("dppo refuses the correction: its ratio is to the sampler already")
     recipe = load_recipe(write(tmp_path, GOOD), [f"loss.type={kind}", *more])
     again = tmp_path / "again.yaml"
     again.write_text(dump_recipe(recipe))

@@ -51,7 +51,7 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     type: Literal["lora", "dora", "full"] = "lora"
     """What trains: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353), or the weights themselves."""
-    rank: Positive = 16
+    rank: Annotated[int, Field(gt=0, le=8_192)] = 16
     """Rank of each update B A."""
     scale: Above0 = 2.0
     """The update is scale × B A (mlx-lm's convention; PEFT's alpha is scale × rank)."""
@@ -223,7 +223,7 @@ class RewardConfig(Section):
     """Environment variables with secrets that the function needs, such as `[OPENAI_API_KEY]`. Its process inherits the
     others, but no variable that looks like a secret (`*_KEY`, `*_TOKEN`, `*SECRET*`, `*PASSWORD*`, `AWS_*`, …) unless
     named here or by an argument such as `api_key_env`."""
-    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    memory_gb: Above0 | None = None
     """Memory in GiB that its process may hold, with all processes that it starts. Above that they are killed: the call
     has failed, and a new process takes the next. Default: no limit."""
     calls: Literal["step", "group", "completion"] | None = None

@@ -50,7 +50,7 @@ def test_a_package_that_cannot_be_imported_is_said(run_cli, recipe, monkeypatch,
     monkeypatch.setattr("importlib.import_module", lambda name: real("not_there") if name == package else real(name))
     ran = run_cli("train", recipe, key, "--dry-run")
     assert ran.code == 2
-    assert f"{key.partition('=')[0]}: {package} cannot be imported: No module named 'not_there'" in ran.err
+    assert f"{key.partition('=')[0]}: the package {package} cannot be imported (No module named 'not_there')" in ran.err
 
 
 def test_that_nobody_is_logged_in_to_wandb_is_said(run_cli, recipe, monkeypatch) -> None:

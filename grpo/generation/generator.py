@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.backend import blas
+from grpo.backend.random import derive_key
 from grpo.generation.choice import find_decoding
 from grpo.generation.decoding import Work
 from grpo.generation.run import Row, Run
@@ -29,7 +30,8 @@ SMALL_PRODUCT = 64 * 2**20
 class Request:
     """A prompt (at least one token) and how many completions it is to get.
 
-    With a `seed` what is drawn depends on the seed alone: not on the call's key, nor on what else is asked for.
+    With a `seed`, the draws of completion i at position t depend on (seed, i, t) alone: not on `n`, on the call's key,
+    or on the other requests. Requests with the same seed share their draws.
     """
 
     prompt_ids: Sequence[int]
@@ -65,8 +67,9 @@ class Generator:
     ) -> list[list[Completion]]:
         """`n` completions of each request, in the order of the requests.
 
-        A row's draws depend on `key` (or its request's seed) and on which completion of which request it is, not on
-        the number of slots nor on its neighbours. Without `logprobs` none are computed.
+        The draws of completion i of request r at position t depend on (`key`, r, i, t) alone, or on (seed, i, t) if the
+        request has a seed: not on `n`, on how many requests there are, or on the number of slots. Without `logprobs`
+        none are computed.
         """
         rows, stopping = _rows(requests, key), self._stopping(sampling)
         for _ in self._steps(requests, rows, stopping, logprobs):
@@ -139,13 +142,13 @@ class Generator:
 
 
 def _rows(requests: Sequence[Request], key: mx.array) -> list[Row]:
-    keys = iter(mx.random.split(key, max(1, sum(request.n for request in requests))))
-    rows = []
+    """A row for each completion. Keys are not split off one another: how many there are would change them all."""
+    first, second = cast(list[int], key.tolist())
+    call, rows = first << 32 | second, []
     for number, request in enumerate(requests):
-        own = [next(keys) for _ in range(request.n)]
-        if request.seed is not None:
-            own = list(mx.random.split(mx.random.key(request.seed), request.n))
-        rows += [Row(number, request.prompt_ids, k) for k in own]
+        seed, position = (call, (number,)) if request.seed is None else (request.seed, ())
+        draws = [derive_key(seed, "row", *position, sample) for sample in range(request.n)]
+        rows += [Row(number, request.prompt_ids, own) for own in draws]
     return rows
 
 

@@ -142,6 +142,29 @@ def test_a_seeded_request_is_the_same_alone_and_in_a_crowd(make_policy) -> None:
     assert [c.logprobs for c in alone] == [pytest.approx(c.logprobs, abs=1e-5) for c in among]
 
 
+@pytest.mark.parametrize("seed", [None, 17])
+def test_neither_n_nor_later_requests_change_a_row_s_draws(make_policy, seed: int | None) -> None:
+    generator, hot = make_policy(slots=3).generator, Sampling(5.0, 12)
+    (few,) = generator.generate([Request(MIXED[0], 2, seed)], hot, KEY, logprobs=False)
+    many, *_ = generator.generate([Request(MIXED[0], 5, seed), Request(MIXED[2], 3)], hot, KEY, logprobs=False)
+    assert [c.token_ids for c in many[:2]] == [c.token_ids for c in few]
+    assert len({c.token_ids for c in many}) == 5
+
+
+def test_without_a_seed_draws_depend_on_the_key_and_on_the_request_s_number(make_policy) -> None:
+    generator, hot = make_policy().generator, Sampling(5.0, 12)
+    same = [Request(MIXED[0]), Request(MIXED[0])]
+    drawn = [generator.generate(same, hot, key, logprobs=False) for key in (KEY, derive_key(0, "other"))]
+    assert len({group[0].token_ids for groups in drawn for group in groups}) == 4
+
+
+def test_with_a_seed_draws_depend_on_the_seed_alone(make_policy) -> None:
+    generator, hot = make_policy().generator, Sampling(5.0, 12)
+    requests = [Request(MIXED[0], 1, seed) for seed in (3, 3, 4)]
+    (one,), (same,), (other,) = generator.generate(requests, hot, KEY, logprobs=False)
+    assert one.token_ids == same.token_ids != other.token_ids
+
+
 def test_one_token_prompts_alone(make_policy) -> None:
     toy = make_policy()
     groups = toy.generator.generate([Request([5], 3), Request([9], 2)], Sampling(1.0, 6), KEY)

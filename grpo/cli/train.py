@@ -52,6 +52,7 @@ def train(
     from grpo.telemetry.loggers import find_loggers, open_loggers
     from grpo.telemetry.summary import failure_lines, print_outcome, print_plan
     from grpo.training.loop import Loop
+    from grpo.training.packing import Packing
     from grpo.training.parity import check_parity
     from grpo.training.resume import context, find_start, plan_of
     from grpo.training.revisions import revisions_of
@@ -71,7 +72,8 @@ def train(
         stack.callback(trainer.scorer.close)
         print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes, *_unsent(cfg)])
         state = start.load(trainer)
-        parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed)
+        packing = Packing.of(trainer.cfg)
+        parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed, packing)
         console.print(parity, highlight=False, soft_wrap=True)
         if dry_run:
             for note in rehearse(trainer.scorer, run.tasks, trainer.engine.generator.tokenizer.encode):

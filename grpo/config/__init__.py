@@ -247,6 +247,10 @@ class OptimConfig(Section):
     """Compile the update on a GPU (a CPU never does): a third faster, after minutes spent at the first step."""
     max_skipped_updates: Positive = 3
     """An update whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
+    max_logp_difference: Annotated[float, Field(ge=1)] | None = 30.0
+    """Stop the run when the sampler's logprobs differ from the trainer's, in a step's mean, by more than this many
+    times what rounding explains (0.001 nats in float32, 0.01 in float16, 0.03 in bfloat16; divided by a temperature
+    below 1). From 3 times on there is a warning. null: never stop."""
 
     @property
     def warmup(self) -> int:

@@ -22,6 +22,10 @@ from grpo.objective.surrogates import BOUNDED, SURROGATES, Terms
 Metrics = dict[str, mx.array]
 CustomLoss = Callable[[mx.array, Any, LossConfig], mx.array]
 
+LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
+UNFILTERED_LOGP_DIFFERENCE = "sampling/unfiltered_logp_difference/mean"
+"""Only where filters or penalties reshape what is sampled: the same of the sampler's logprobs before them."""
+
 
 def policy_loss(
     logprobs: mx.array,
@@ -178,9 +182,14 @@ def _sampler_metrics(batch: Any, old: mx.array, mask: mx.array) -> Metrics:
     if sampler is None:
         return {}
     token, sequence = sampling_log_ratios(mx.stop_gradient(old), sampler, mask)
+    unfiltered: Metrics = {}
+    if getattr(batch, "sampler_logprobs", None) is not None:
+        gap, _ = sampling_log_ratios(mx.stop_gradient(old), batch.sampling_logprobs, mask)
+        unfiltered[UNFILTERED_LOGP_DIFFERENCE] = _mean(mx.abs(gap), mask)
     ratio, whole = bounded_exp(token), bounded_exp(sequence)
     return {
-        "sampling/sampling_logp_difference/mean": _mean(mx.abs(token), mask),
+        **unfiltered,
+        LOGP_DIFFERENCE: _mean(mx.abs(token), mask),
         "sampling/sampling_logp_difference/max": (mx.abs(token) * mask).max(),
         "sampling/importance_sampling_ratio/min": mx.where(mask > 0, ratio, mx.inf).min(),
         "sampling/importance_sampling_ratio/mean": _mean(ratio, mask),

@@ -1,58 +1,227 @@
-"""Do decoding and teacher forcing agree? Asked of every model before a run, because GRPO rests on it."""
+"""Do decoding and teacher forcing agree? Asked of every model before a run, and again by each step's metrics.
+
+GRPO rests on it: where the sampler computes another model than the update, ratios differ from 1 with no change of
+policy, and training follows the difference.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import mlx.core as mx
 
-from grpo.backend.hub import one_line
+from grpo.backend.blame import cause
 from grpo.backend.random import derive_key
 from grpo.errors import RunError, UserError
 from grpo.generation.generator import Request
 from grpo.generation.sampling import Sampling
 from grpo.model.logprobs import ROUNDING
 from grpo.model.policy import Policy
+from grpo.objective.loss import LOGP_DIFFERENCE, UNFILTERED_LOGP_DIFFERENCE
 from grpo.rollout import RolloutEngine
-from grpo.types import Task
+from grpo.training.batches import batch_logprobs, collate
+from grpo.training.packing import Packing, pack_in_order
+from grpo.types import Group, Rollout, Task
+
+log = logging.getLogger(__name__)
 
 TOKENS, GENERATIONS = 16, 2
+SHOWN = 0.1, 10.0, 3.0
+"""Nats, or times the bound if that is more, by which the random B is to move logprobs in the mean; and at most how many
+nats. Far more, and rounding is larger in a model that is no longer one."""
+FIRST_B, TRIES = 0.05, 10
+"""Deviation of the first B that is drawn, before the scale, and how many sizes are tried."""
+WARN_FROM = 3.0
+"""Times the bound from which a step's gap is told."""
+HELP = "model.dtype: float32 makes the gap smaller where rounding is its cause, as does MLX_ENABLE_TF32=0 on CUDA."
+TRIED = "parity"
+"""The adapter's state with the random B, while the check runs."""
 
 
-def check_parity(policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed: int) -> str:
-    """Sample a few tokens, compare their logprobs with the trainer's, and say in one line how far they are apart.
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Absolute gaps in nats between decoding and teacher forcing, a value a token, and how far the random B moves the
+    same tokens' logprobs in the mean: None where the weights are checked as they are."""
 
-    Raises RunError when the mean gap is beyond what rounding in the model's dtype explains: then ratios would
-    differ from 1 with no change of policy, and training would follow the difference.
+    gaps: list[float]
+    moved: float | None
+
+
+def gap_bound(policy: Policy) -> float:
+    """The mean gap in nats that rounding explains, of logprobs at the policy's temperature."""
+    return ROUNDING.get(policy.dtype, min(ROUNDING.values())) / min(1.0, policy.temperature)
+
+
+def check_parity(
+    policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed: int, packing: Packing | None = None
+) -> str:
+    """Sample a few tokens, compare their logprobs with the update's, and say in one line how far they are apart.
+
+    A fresh adapter's B is zero, and a decoder that ignored it would pass. So B is moved at random for the check, far
+    enough to be seen; afterwards the policy holds its own arrays again, whatever happened. Whole weights are checked as
+    they are. `packing` is the update's; without it all rows go through the model together.
+
+    Raises RunError when the mean gap is beyond what rounding in the model's dtype explains: then ratios would differ
+    from 1 with no change of policy, and training would follow the difference. Raises UserError for a model that cannot
+    be decoded.
     """
+    if not any(path.endswith("lora_b") for path in policy.adapters.state()):
+        return _verdict(_measured(policy, engine, tasks, seed, packing, None), policy)
+    shortest = min(tasks, key=lambda task: len(task.prompt_ids))
+    size = _size_of_b(policy, lambda size: _measured(policy, engine, [shortest], seed, packing, size).moved)
+    return _verdict(_measured(policy, engine, tasks, seed, packing, size), policy)
+
+
+def _size_of_b(policy: Policy, moved: Callable[[float], float | None]) -> float:
+    """The deviation at which a random B moves logprobs as far as it is to: `moved` says how far it does.
+
+    It hardly moves those of a model that is sure of itself, and then all at once: hence a bisection.
+    """
+    least, most = _window(policy)
+    scale: float = policy.adapters.config["lora_parameters"]["scale"]
+    size, low, high = FIRST_B / scale, 0.0, math.inf
+    for _ in range(TRIES):
+        found = moved(size)
+        assert found is not None
+        if least <= found <= most:
+            break
+        if found < least:
+            low = size
+        else:  # NaN, too: it has overflowed
+            high = size
+        size = math.sqrt(low * high) if low > 0 and high < math.inf else size * (4 if low > 0 else 1 / 4)
+    return size
+
+
+def _window(policy: Policy) -> tuple[float, float]:
+    """By how many nats, at least and at most, the random B is to move logprobs."""
+    nats, times, most = SHOWN
+    least = max(nats, times * gap_bound(policy))
+    return least, max(most, 3 * least)
+
+
+def _measured(
+    policy: Policy,
+    engine: RolloutEngine,
+    tasks: Sequence[Task],
+    seed: int,
+    packing: Packing | None,
+    size: float | None,
+) -> _Measured:
+    """Decode and teacher-force under the policy, its B moved by `size` if that is given."""
+    with _moved(policy, seed, size):
+        groups = _decoded(policy, engine, tasks, seed)
+        forced = _forced(policy, groups, packing)
+    sampled = [value for group in groups for r in group.rollouts for value in r.completion.logprobs or ()]
+    gaps = [abs(here - there) for here, there in zip(forced, sampled, strict=True)]
+    if size is None:
+        return _Measured(gaps, None)
+    unmoved = _forced(policy, groups, packing)
+    return _Measured(gaps, fmean(abs(here - there) for here, there in zip(forced, unmoved, strict=True)))
+
+
+@contextmanager
+def _moved(policy: Policy, seed: int, size: float | None) -> Iterator[None]:
+    """Be the policy with `size` × a normal number added to each of B's, inside the block; with None, as it is."""
+    if size is None:
+        yield
+        return
+    state = policy.adapters.state()
+    paths = [path for path in state if path.endswith("lora_b")]
+    keys = mx.random.split(derive_key(seed, "parity", 1), len(paths))
+    for path, key in zip(paths, keys, strict=True):
+        drawn = size * mx.random.normal(state[path].shape, key=key)
+        state[path] = (state[path] + drawn).astype(state[path].dtype)
+    policy.adapters.add(TRIED, state)
+    try:
+        with policy.use(TRIED):
+            yield
+    finally:
+        policy.adapters.drop(TRIED)
+
+
+def _decoded(policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed: int) -> list[Group]:
     sampling = Sampling(policy.temperature, TOKENS)
     requests = [Request(task.prompt_ids, GENERATIONS) for task in tasks]
     try:
-        groups = engine.generator.generate(requests, sampling, derive_key(seed, "parity"))
-    except (ValueError, TypeError, AttributeError, IndexError) as error:  # raised by the model's own code
-        raise UserError(f"this model cannot be decoded in batches: {one_line(error)}") from error
-    pairs = [(task, c) for task, completions in zip(tasks, groups, strict=True) for c in completions]
-    gaps: list[float] = []
-    for task, completion in pairs:
-        ids = mx.array([completion.token_ids])
-        tokens = mx.array([[*task.prompt_ids, *completion.token_ids]])
-        forced, _ = policy.logprobs(tokens, mx.array([len(task.prompt_ids)]), ids)
-        assert completion.logprobs is not None
-        here: Any = mx.abs(forced[0] - mx.array(completion.logprobs)).tolist()
-        gaps += here
-    return _verdict(fmean(gaps), max(gaps), policy.dtype)
+        answers = engine.generator.generate(requests, sampling, derive_key(seed, "parity"))
+    except Exception as error:  # whatever the model's own code raises
+        way = engine.generator.decoding.description
+        raise UserError(f"this model cannot be decoded ({way}): {cause(error)}") from error
+    return [Group(task, tuple(map(Rollout, completions))) for task, completions in zip(tasks, answers, strict=True)]
 
 
-def _verdict(mean: float, worst: float, dtype: mx.Dtype) -> str:
-    bound = ROUNDING.get(dtype, min(ROUNDING.values()))
+def _forced(policy: Policy, groups: Sequence[Group], packing: Packing | None) -> list[float]:
+    """The update's logprobs of all completions' tokens, one after the other."""
+    rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
+    found: list[float] = []
+    for positions, shape in pack_in_order(rows, packing or _together(policy, rows)):
+        part = [rows[i] for i in positions]
+        unused = mx.zeros((len(part), shape.length))
+        logprobs: Any = batch_logprobs(policy, collate(part, unused, unused, shape))[0].tolist()
+        for (_, rollout), values in zip(part, logprobs, strict=False):  # rows of padding may follow
+            found += values[: len(rollout.completion.token_ids)]
+    return found
+
+
+class GapWatch:
+    """Holds each step's gap between the sampler's logprobs and the trainer's against what rounding explains."""
+
+    def __init__(self, policy: Policy, most: float | None, tells: bool = True) -> None:
+        """`most` is `optim.max_logp_difference`. Of several processes only one `tells`; all of them stop."""
+        self._bound, self._most, self._tells = gap_bound(policy), most, tells
+        self._dtype = str(policy.dtype).rpartition(".")[2]
+        self._told = 0.0
+
+    def check(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Warn from `WARN_FROM` times the bound on, and again whenever the gap has doubled.
+
+        `metrics` are the update's; without any, nothing was trained on and nothing is known. Where filters reshape
+        what is sampled, the logprobs before them count. Raises RunError beyond `most` times the bound.
+        """
+        gap = metrics.get(UNFILTERED_LOGP_DIFFERENCE, metrics.get(LOGP_DIFFERENCE))
+        if gap is None:
+            return
+        times = gap / self._bound
+        if self._most is not None and not times <= self._most:
+            raise RunError(
+                f"{self._said(step, gap)} The run stops beyond {self._most:g} times (optim.max_logp_difference; null "
+                "never stops). This step's update is not kept. Decoding computes another model than the one that "
+                f"trains: please report it, with `grpo doctor --json`. {HELP}"
+            )
+        if self._tells and times >= max(WARN_FROM, 2 * self._told):
+            self._told = times
+            log.warning("%s Decoding may drift away from the model that trains. %s", self._said(step, gap), HELP)
+
+    def _said(self, step: int, gap: float) -> str:
+        return (
+            f"step {step}: the sampler's logprobs are {gap:.2g} nats from the trainer's in the mean, "
+            f"{gap / self._bound:.1f} times what rounding in {self._dtype} explains ({self._bound:.1g})."
+        )
+
+
+def _together(policy: Policy, rows: Sequence[Any]) -> Packing:
+    return Packing(2**31, len(rows), GENERATIONS, shares=policy.share_prompts)
+
+
+def _verdict(measured: _Measured, policy: Policy) -> str:
+    mean, worst, bound = fmean(measured.gaps), max(measured.gaps), gap_bound(policy)
     line = (
         f"decoded against teacher-forced logprobs: mean gap {mean:.1e}, max {worst:.1e} (bound on the mean {bound:.0e})"
     )
+    if measured.moved is not None:
+        line += f", with a random adapter that moves them by {measured.moved:.1g}"
+        if not measured.moved >= 3 * bound:
+            line += ": too little to see whether decoding follows the adapter"
     if not mean <= bound:
         raise RunError(
-            f"{line}. This model decodes something else than it trains on: its cache or its positions are handled "
-            "wrongly for batched decoding. Please report the model; training on it would not be sound."
+            f"{line}. This model decodes something else than it trains on: its cache, its positions or its adapter are "
+            "handled wrongly for batched decoding. Please report the model; training on it would not be sound."
         )
     return line

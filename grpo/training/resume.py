@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from grpo.config import Recipe
 from grpo.data.fingerprint import fingerprint
@@ -196,13 +198,21 @@ def changes(old: Context, new: Context) -> list[str]:
 
 
 def _settings(written: Context) -> Iterator[tuple[str, Any]]:
-    recipe = yaml.safe_load(written.recipe)
+    recipe = _with_defaults(yaml.safe_load(written.recipe))
     recipe.pop("output_dir")  # a run may be moved
     yield from _flat(recipe, "")
     for use, digest in written.sources.items():
         yield f"code of {use}", digest[:12]
     for setting, digest in written.inputs.items():
         yield f"contents of {setting}", digest[:12]
+
+
+def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it was written, with the defaults of the settings that have come since."""
+    try:
+        return Recipe.model_validate_json(json.dumps(recipe)).model_dump(mode="json")
+    except ValidationError:  # it has settings that have gone: these are differences
+        return recipe
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,7 @@ from grpo.training.batches import make_minibatches, with_old_logprobs, with_refe
 from grpo.training.evaluate import Evaluator
 from grpo.training.gauges import entropy_left_out, kl_metric, with_all_entropy
 from grpo.training.metrics import step_metrics
+from grpo.training.parity import GapWatch
 from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.state import TrainerState
@@ -50,6 +51,7 @@ class Trainer:
         self.evaluate = evaluate
         self.ranks = ranks or Ranks()
         self.update = Updater(policy, cfg, custom_loss, self.ranks)
+        self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first)
 
     def step(self, n: int) -> StepMetrics:
         """Sample, score, and update. `n` counts from 1."""
@@ -70,6 +72,7 @@ class Trainer:
         if cfg.adapter.type == "full":
             self.engine.generator.decoding.forget()  # or the old weights would stay beside the new ones
         update = with_all_entropy(self.update(minibatches, n), rest, groups, cfg)
+        self.gap.check(n, update.metrics)
         clock.lap("update")
         policy.adapters.sync_reference(cfg.adapter, n)  # if it is due
         status = self.status(n, beta) | told

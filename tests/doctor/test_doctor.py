@@ -143,13 +143,13 @@ def test_rope_that_puts_all_rows_at_one_position_is_noticed(monkeypatch) -> None
 def test_a_gap_beyond_the_bound_is_noticed() -> None:
     def apart():
         policy, engine = agreement.toy()
-        logprobs = policy.logprobs
+        logprobs = policy.group_logprobs
 
         def shifted(*args):
             found, entropies = logprobs(*args)
             return found + 2e-3, entropies
 
-        policy.logprobs = shifted
+        policy.group_logprobs = shifted
         return policy, engine
 
     has(agreement.parity(apart), "fail", "mean gap 2.0e-03", "bound on the mean 1e-03")

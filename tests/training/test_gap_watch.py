@@ -1,0 +1,133 @@
+"""At every step: how far the sampler's logprobs are from the trainer's, a warning, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from runs import run
+
+import grpo.generation.blocks as blocks
+from grpo.errors import RunError
+from grpo.recipe import load_recipe
+from grpo.training.folder import recipe_text
+from grpo.training.parity import GapWatch
+from grpo.training.resume import changes
+from grpo.training.setup import prepare
+from grpo.training.update import Update
+
+MEAN, UNFILTERED = "sampling/sampling_logp_difference/mean", "sampling/unfiltered_logp_difference/mean"
+
+
+def watch(most: float | None = 30.0, dtype: mx.Dtype = mx.float32, temperature: float = 1.0, **how) -> GapWatch:
+    return GapWatch(SimpleNamespace(dtype=dtype, temperature=temperature), most, **how)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(mx.float32, 1e-3), (mx.bfloat16, 3e-2), (mx.float16, 1e-2)])
+def test_three_times_the_bound_is_told_and_thirty_times_stops(caplog, dtype: mx.Dtype, bound: float) -> None:
+    one = watch(dtype=dtype)
+    one.check(1, {MEAN: 2.9 * bound})
+    assert caplog.text == ""
+    one.check(2, {MEAN: 3.1 * bound})
+    assert "step 2: the sampler's logprobs" in caplog.text
+    assert f"3.1 times what rounding in {str(dtype)[9:]} explains ({bound:.1g})" in caplog.text
+    one.check(3, {MEAN: 29 * bound})
+    with pytest.raises(RunError, match=r"step 4: .*31\.0 times .* beyond 30 times \(optim\.max_logp_difference"):
+        one.check(4, {MEAN: 31 * bound})
+
+
+def test_a_warning_comes_again_when_the_gap_has_doubled(caplog) -> None:
+    one = watch()
+    for step, gap in enumerate((4e-3, 5e-3, 7.9e-3, 8.1e-3, 9e-3, 4e-3)):
+        one.check(step, {MEAN: gap})
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["step 0", "step 3"]
+
+
+def test_of_several_processes_one_tells_and_all_stop(caplog) -> None:
+    one = watch(tells=False)
+    one.check(1, {MEAN: 5e-3})
+    assert caplog.text == ""
+    with pytest.raises(RunError):
+        one.check(2, {MEAN: 5e-2})
+
+
+def test_null_never_stops_and_another_factor_stops_there(caplog) -> None:
+    watch(None).check(1, {MEAN: 9.0})
+    assert "9000.0 times" in caplog.text
+    with pytest.raises(RunError, match="beyond 2 times"):
+        watch(2.0).check(1, {MEAN: 2.5e-3})
+    with pytest.raises(RunError):
+        watch().check(1, {MEAN: float("nan")})
+
+
+def test_filters_do_not_count_and_a_low_temperature_magnifies_rounding(caplog) -> None:
+    watch().check(1, {MEAN: 0.5, UNFILTERED: 1e-6})
+    watch(temperature=0.1).check(1, {MEAN: 0.02})
+    assert caplog.text == ""
+    with pytest.raises(RunError):
+        watch().check(1, {MEAN: 1e-6, UNFILTERED: 0.5})
+
+
+def test_a_step_that_trained_on_nothing_is_passed_over(recipe) -> None:
+    watch().check(1, {})
+    trainer = prepare(load_recipe(recipe)).trainer
+    trainer.update = lambda *_: Update(float("nan"), float("nan"), {}, skipped=1)
+    trainer.step(1)
+
+
+@pytest.mark.parametrize("setting", ["rollout.top_k=2", "rollout.top_p=0.5", "rollout.repetition_penalty=1.8"])
+def test_a_right_model_with_filters_trains(recipe, setting: str) -> None:
+    values = prepare(load_recipe(recipe, [setting, "loss.beta=1e-3"])).trainer.step(1).values
+    assert values[MEAN] > 0.05
+    assert values[UNFILTERED] < 1e-4
+
+
+def test_without_filters_there_is_one_gap(recipe) -> None:
+    values = prepare(load_recipe(recipe, ["loss.beta=1e-3"])).trainer.step(1).values
+    assert values[MEAN] < 1e-4
+    assert UNFILTERED not in values
+
+
+def test_a_decoder_that_forgets_the_adapter_in_the_run_is_stopped_and_the_step_before_is_saved(
+    recipe: Path, monkeypatch
+) -> None:
+    def forgetting(trainer, _stop) -> None:
+        """From step 2 on the adapter is there for the update alone."""
+        step, joined = trainer.step, blocks._joined_lora
+
+        def counted(n: int):
+            if n == 2:
+                kept = {path: 5 + 0 * a if path.endswith("lora_b") else a for path, a in state(trainer).items()}
+                trainer.policy.adapters.load_state(kept)
+                forget = lambda layers, dtype: {k: a * (k == "a") for k, a in joined(layers, dtype).items()}  # noqa: E731
+                monkeypatch.setattr(blocks, "_joined_lora", forget)
+            return step(n)
+
+        trainer.step = counted
+
+    with pytest.raises(RunError, match="step 2: the sampler's logprobs"):
+        run(recipe, "optim.steps=4", "checkpoint.every=100", "loss.beta=1e-3", change=forgetting)
+    folder = Path("runs/toy")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001"]
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
+def state(trainer) -> dict[str, mx.array]:
+    return trainer.policy.adapters.state()
+
+
+def test_a_checkpoint_of_before_a_setting_was_written_with_its_default(recipe: Path) -> None:
+    def written(*overrides: str) -> SimpleNamespace:
+        return SimpleNamespace(recipe=recipe_text(load_recipe(recipe, overrides)), sources={}, inputs={})
+
+    old = written()
+    old.recipe = re.sub(r"\n +max_logp_difference: 30.0", "", old.recipe)
+    assert old.recipe != written().recipe
+    assert changes(old, written()) == []
+    assert changes(old, written("optim.max_logp_difference=5")) == ["optim.max_logp_difference: 30.0 → 5.0"]
+    old.recipe = old.recipe.replace("optim:\n", "optim:\n  since_removed: 1\n")
+    assert "optim.since_removed: 1 → not set" in changes(old, written())

@@ -20,8 +20,9 @@ from grpo.generation.sampling import Sampling
 from grpo.model.costs import Work
 from grpo.model.outline import costs_of
 
-COPIED = {False: 2**28, True: 2**32}
-"""Bytes of the array that is passed over, by whether on a GPU: far more than any cache holds."""
+COPIED = {False: 2**28, True: 2**31}
+"""Bytes of the array that is passed over, by whether on a GPU: far more than any cache holds, and in numbers of the
+dtype less than 2³¹, since MLX's shapes are 32 bits wide."""
 SQUARE = {False: 1536, True: 8192}
 """Rows and columns of the matrices that are multiplied: enough to keep the machine busy."""
 TRIES = 3
@@ -59,10 +60,17 @@ def roofline(setting: Setting) -> list[Row]:
     return alternate(str(setting), sides, setting.runs)
 
 
+def shapes(gpu: bool) -> tuple[tuple[int], tuple[int, int], mx.Dtype]:
+    """The array that is passed over, the matrix that is multiplied, and their dtype, on a GPU or a CPU."""
+    dtype = mx.bfloat16 if gpu else mx.float32
+    return (COPIED[gpu] // dtype.size,), (SQUARE[gpu], SQUARE[gpu]), dtype
+
+
 def _machine(rates: Rates) -> Side:
-    dtype, gpu = mx.bfloat16 if on_gpu() else mx.float32, on_gpu()
-    held = [mx.ones(COPIED[gpu] // dtype.size, dtype)]
-    square = mx.ones((SQUARE[gpu], SQUARE[gpu]), dtype)
+    gpu = on_gpu()
+    copied, squared, dtype = shapes(gpu)
+    held = [mx.ones(copied, dtype)]
+    square = mx.ones(squared, dtype)
     mx.eval(held, square)
 
     def copy() -> None:

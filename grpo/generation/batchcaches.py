@@ -28,14 +28,16 @@ class BatchCaches:
     Unless `joined`, rows go through the model one by one: some models (Gemma 2) take no masks of several rows.
     """
 
-    def __init__(self, model: nn.Module, vocabulary: int, joined: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, vocabulary: int, joined: bool = True, why: str = "", refused: tuple[str, ...] = ()
+    ) -> None:
+        """`why` says what keeps the model from sharing prompts."""
         self.model = model
         self.vocabulary = vocabulary
         self.joined = joined
         one_by_one = "" if joined else ", row by row"
-        self.description = (
-            f"mlx-lm's batch caches{one_by_one} (this architecture keeps more than plain keys and values): slower"
-        )
+        self.description = f"mlx-lm's batch caches{one_by_one}{why and f' ({why})'}: slower"
+        self.refused = refused
 
     def open(self, work: Work) -> Session:
         return _BatchCachesSession(self.model, work, self.joined)

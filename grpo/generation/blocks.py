@@ -15,7 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from grpo.model.head import Head, split_head
+from grpo.backend.blame import cause
+from grpo.model.head import Head, Unsplit, split_head
 
 PARTS = {
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -25,6 +26,10 @@ PARTS = {
 """Everything that may hold parameters in a layer."""
 WEIGHTS = ("weight", "scales", "biases", "bias")
 """What a linear layer holds, quantised or not, with a row for each output."""
+
+
+class Unread(ValueError):
+    """Why a model cannot be read as blocks."""
 
 
 class Memory:
@@ -50,16 +55,16 @@ class Products:
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        """Raises ValueError for a layer that is not linear, or quantised otherwise than its neighbours."""
+        """Raises Unread for a layer that is not linear, or quantised otherwise than its neighbours."""
         self._layers = layers
         self._bases = [layer.linear if "lora_a" in layer else layer for layer in layers]
         kinds = {(type(base), getattr(base, "bits", 0), getattr(base, "group_size", 0)) for base in self._bases}
         if len(kinds) > 1 or not isinstance(self._bases[0], (nn.Linear, nn.QuantizedLinear)):
-            raise ValueError("not linear layers of one kind")
+            raise Unread("the layers of one input are not linear, or not quantised alike")
         if any("m" in layer for layer in layers):
-            raise ValueError("adapters with magnitudes (DoRA)")
+            raise Unread("adapters with magnitudes (DoRA) are not joined")
         if len({"bias" in base for base in self._bases}) > 1:
-            raise ValueError("biases on some of the layers only")
+            raise Unread("only some of the layers of one input have a bias")
         self._joined: dict[str, mx.array] = {}
         self._weights, self._adapters = Memory(), Memory()
         self.lora: dict[str, mx.array] = {}
@@ -134,11 +139,11 @@ class Norm:
     """
 
     def __init__(self, modules: Sequence[Any], repeats: Sequence[int] | None = None) -> None:
-        """Raises ValueError for modules that are no `nn.RMSNorm`, or not alike."""
+        """Raises Unread for modules that are no `nn.RMSNorm`, or not alike."""
         if any(type(module) is not nn.RMSNorm for module in modules):
-            raise ValueError("another norm")
+            raise Unread("this architecture has another norm than RMSNorm")
         if len({(module.weight.shape, module.eps) for module in modules}) > 1:
-            raise ValueError("norms over all heads at once")
+            raise Unread("this architecture norms all heads at once")
         self._modules, self._repeats = modules, repeats
         self._memory = Memory()
         self.eps = float(modules[0].eps)
@@ -215,13 +220,16 @@ class Blocks:
             product.forget()
 
 
-def read(model: nn.Module) -> Blocks | None:
-    """The model as blocks, or None if it has any part that is not known here."""
-    halves = split_head(model)
+def read(model: nn.Module) -> Blocks:
+    """The model as blocks. Raises Unread, with the reason, if it has any part that is not known here."""
     try:
-        return _read(model, halves[1]) if halves else None
-    except (AttributeError, KeyError, ValueError, TypeError):
-        return None
+        return _read(model, split_head(model)[1])
+    except Unsplit as reason:
+        raise Unread(f"the head cannot be split off: {reason}") from reason
+    except Unread:
+        raise
+    except Exception as error:  # a part that is not there, or an error of ours
+        raise Unread(cause(error)) from error
 
 
 def _read(model: nn.Module, head: Head) -> Blocks:
@@ -231,7 +239,7 @@ def _read(model: nn.Module, head: Head) -> Blocks:
     frequencies, traditional = _rotation(attention.rope)
     for other, flag in (_rotation(layer.self_attn.rope) for layer in body.layers):
         if flag != traditional or not mx.array_equal(other, frequencies):
-            raise ValueError("layers that rotate differently")
+            raise Unread("this architecture's layers rotate differently")
     heads, query_heads = int(attention.n_kv_heads), int(attention.n_heads)
     width = _outputs(attention.q_proj) // query_heads
     scale = float(attention.scale)
@@ -256,7 +264,7 @@ def _read(model: nn.Module, head: Head) -> Blocks:
 def _block(layer: Any) -> Block:
     unknown = {path for path, _ in tree_flatten(layer.parameters()) if not _known(path)}
     if unknown:
-        raise ValueError(f"unknown parts {unknown}")
+        raise Unread(f"this architecture has other parts than Llama's: {', '.join(sorted(unknown))}")
     attention, mlp = layer.self_attn, layer.mlp
     return Block(
         before_attention=Norm([layer.input_layernorm]),
@@ -287,7 +295,7 @@ def _rotation(rope: Any) -> tuple[mx.array, bool]:
         return rope.scale * mx.power(rope.base, -exponents), bool(rope.traditional)
     if type(rope).__name__ == "Llama3RoPE":
         return 1.0 / rope._freqs, bool(rope.traditional)
-    raise ValueError("another rotary embedding")
+    raise Unread("this architecture has another rotary embedding")
 
 
 def _outputs(layer: Any) -> int:

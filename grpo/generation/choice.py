@@ -12,10 +12,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.blame import cause
 from grpo.backend.device import on_gpu
 from grpo.generation.attention import Attention, FusedRowAttention, StockAttention
 from grpo.generation.batchcaches import BatchCaches
-from grpo.generation.blocks import read
+from grpo.generation.blocks import Blocks, Unread, read
 from grpo.generation.buffers import CacheShape, cache_shapes
 from grpo.generation.cuda_attention import CudaAttention, serves
 from grpo.generation.decoders import BlockDecoder, Decoder, ModelDecoder
@@ -25,27 +26,50 @@ from grpo.model.logprobs import ROUNDING
 
 PROMPTS, FORCED = ([1, 2, 3], [4, 5, 6, 7, 8]), ([9, 10, 11], [12, 13, 14])
 
-MODEL_ERRORS = (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError)
-"""What a model's own code raises when it is asked for something that it does not do."""
+FOREIGN = "this architecture keeps more than plain keys and values"
+"""Why prompts are not shared where a layer has another cache than mlx-lm's `KVCache`."""
 
 
 def find_decoding(model: nn.Module) -> Decoding:
-    """The fastest way of decoding this model that agrees with its forward pass."""
+    """The fastest way of decoding this model that agrees with its forward pass.
+
+    Its `refused` says why the faster ways do not serve: an exception, or what the architecture has that they lack.
+    """
     vocabulary = int(model(mx.array([[0]])).shape[-1])
-    shapes = cache_shapes(model)
-    forced, dtype = _teacher_forced(model, vocabulary)
-    for decoder, attention, description in _candidates(model, shapes or []):
-        decoding = SharedPrefix(model, decoder, attention, shapes or [], vocabulary, description)
-        if _agrees(decoding, forced, dtype):
+    expected = _teacher_forced(model, vocabulary)
+    refused: list[str] = []
+    shapes = _shapes(model, refused)
+    for decoder, attention, description in _candidates(model, shapes, refused) if shapes else ():
+        decoding = SharedPrefix(model, decoder, attention, shapes, vocabulary, description, tuple(refused))
+        if (why := _fault(decoding, *expected)) is None:
             return decoding
-    together = BatchCaches(model, vocabulary)
-    return together if _agrees(together, forced, dtype) else BatchCaches(model, vocabulary, joined=False)
+        refused.append(f"{description}: {why}")
+    why = refused.pop()  # the last reason is in the description
+    together = BatchCaches(model, vocabulary, True, why, tuple(refused))
+    if (fault := _fault(together, *expected)) is None:
+        return together
+    return BatchCaches(model, vocabulary, False, why, (*refused, f"mlx-lm's batch caches, all rows at once: {fault}"))
 
 
-def _candidates(model: nn.Module, shapes: Sequence[CacheShape]) -> Iterator[tuple[Decoder, Attention, str]]:
-    if not shapes:
-        return
-    blocks = read(model)
+def _shapes(model: nn.Module, refused: list[str]) -> list[CacheShape]:
+    """What each layer caches; nothing, and the reason in `refused`, where prompts cannot be shared."""
+    try:
+        if shapes := cache_shapes(model):
+            return shapes
+        refused.append(FOREIGN)
+    except Exception as error:  # whatever the model's own code raises, or ours
+        refused.append(f"looking at its caches failed: {cause(error)}")
+    return []
+
+
+def _candidates(
+    model: nn.Module, shapes: Sequence[CacheShape], refused: list[str]
+) -> Iterator[tuple[Decoder, Attention, str]]:
+    blocks: Blocks | None = None
+    try:
+        blocks = read(model)
+    except Unread as reason:
+        refused.append(f"joined layers: {reason}")
     attentions: list[tuple[Attention, str]] = [
         (FusedRowAttention() if on_gpu() else StockAttention(), "stock operations")
     ]
@@ -66,7 +90,8 @@ def _teacher_forced(model: nn.Module, vocabulary: int) -> tuple[mx.array, mx.Dty
     return _normalised(mx.stack(rows).astype(mx.float32)), dtype_of(model)
 
 
-def _agrees(decoding: Decoding, expected: mx.array, dtype: mx.Dtype) -> bool:
+def _fault(decoding: Decoding, expected: mx.array, dtype: mx.Dtype) -> str | None:
+    """Why a way of decoding does not serve, if it does not: the exception, or its gap from the forward pass."""
     prompts = [[token % decoding.vocabulary for token in prompt] for prompt in PROMPTS]
     fed = mx.array([[prompt[-1], *forced[:-1]] for prompt, forced in zip(PROMPTS, FORCED, strict=True)])
     try:
@@ -77,9 +102,12 @@ def _agrees(decoding: Decoding, expected: mx.array, dtype: mx.Dtype) -> bool:
             steps.append(session.logits((fed % decoding.vocabulary)[:, step]).astype(mx.float32))
             mx.eval(steps[-1])
         gap: Any = mx.abs(_normalised(mx.stack(steps, axis=1)) - expected).mean().item()
-    except MODEL_ERRORS:
-        return False
-    return bool(gap <= ROUNDING.get(dtype, min(ROUNDING.values())))
+    except Exception as error:  # whatever the model's own code raises, or ours
+        return cause(error)
+    bound = ROUNDING.get(dtype, min(ROUNDING.values()))
+    if gap <= bound:
+        return None
+    return f"its logprobs are {gap:.2g} from those of the model's forward pass (bound {bound:.1g})"
 
 
 def _normalised(logits: mx.array) -> mx.array:

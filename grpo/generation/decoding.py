@@ -64,6 +64,8 @@ class Decoding(Protocol):
 
     vocabulary: int
     description: str
+    refused: tuple[str, ...]
+    """The faster ways that were tried before this one, each with the reason why it does not serve."""
 
     def open(self, work: Work) -> Session:
         """Begin a call."""
@@ -89,11 +91,12 @@ class SharedPrefix:
         shapes: Sequence[CacheShape],
         vocabulary: int,
         description: str,
+        refused: tuple[str, ...] = (),
     ) -> None:
         self.model = model
         self._query_heads = int(getattr(model.args, "num_attention_heads", shapes[0].heads))
         self.decoder, self.attention, self.shapes = decoder, attention, shapes
-        self.vocabulary, self.description = vocabulary, description
+        self.vocabulary, self.description, self.refused = vocabulary, description, refused
 
     def open(self, work: Work) -> Session:
         self.decoder.refresh()

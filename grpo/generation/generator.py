@@ -62,6 +62,11 @@ class Generator:
         self._stream = mx.new_stream(mx.default_device())
         self._find_decoding()
 
+    def describe(self) -> list[str]:
+        """How the model is decoded, and why not by the ways that would be faster, for a person."""
+        slower = [f"decoding does not go by {reason}" for reason in self.decoding.refused]
+        return [f"decoding: {self.decoding.description}", *slower]
+
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, key: mx.array, logprobs: bool = True
     ) -> list[list[Completion]]:

@@ -14,11 +14,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from grpo.backend.blame import cause
+
 Head = Callable[[mx.array], mx.array]
 Body = Callable[..., mx.array]
 
 BODIES = ("model", "transformer", "backbone")
 """Names under which mlx-lm's models keep everything but their head."""
+
+
+class Unsplit(ValueError):
+    """Why a model cannot be taken apart."""
 
 
 class _Handed(nn.Module):  # type: ignore[misc]  # untyped
@@ -35,10 +41,10 @@ class _Handed(nn.Module):  # type: ignore[misc]  # untyped
         return getattr(self["body"], name)
 
 
-def split_head(model: nn.Module) -> tuple[Body, Head] | None:
+def split_head(model: nn.Module) -> tuple[Body, Head]:
     """The body, token ids `[B, L]` to hidden states `[B, L, D]`, and the head, `[..., D]` to logits `[..., V]`.
 
-    None if the model cannot be taken apart. Whether the halves make the whole is not assumed but tried, on four tokens.
+    Raises Unsplit for a model that cannot be taken apart. Whether the halves make the whole is tried, on four tokens.
     Some bodies (Phi's) want to be given a `cache`, if only None.
     """
     model = talking(model)
@@ -49,10 +55,12 @@ def split_head(model: nn.Module) -> tuple[Body, Head] | None:
         head = _head(model, name, body)
         try:
             same = mx.allclose(head(body(probe, cache=None)), model(probe), rtol=1e-3, atol=1e-3).item()
-        except Exception:  # whatever another architecture's own code makes of this
-            return None
-        return (body, head) if same else None
-    return None
+        except Exception as error:  # whatever the model's own code raises, or ours
+            raise Unsplit(f"the trial failed: {cause(error)}") from error
+        if not same:
+            raise Unsplit("this architecture's body and head, taken apart, give other logits than the model")
+        return body, head
+    raise Unsplit(f"this architecture has no module named {' or '.join(BODIES)}")
 
 
 def talking(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from grpo.model.adapters import Adapters, dtype_of
 from grpo.model.checkpointing import checkpointed_layers
-from grpo.model.head import split_head
+from grpo.model.head import Body, Head, Unsplit, split_head
 from grpo.model.logprobs import chunk_tokens, chunked_logprobs, logprobs_and_entropies, scaled
 from grpo.model.promptcaches import Kind
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
@@ -35,10 +35,12 @@ class Policy:
         self.adapters = adapters
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
-        self.split = split_head(model)
         self.slow: list[str] = []
-        if self.split is None:
-            self.slow.append("this model's head cannot be split off: logprobs go through full logits")
+        self.split: tuple[Body, Head] | None = None
+        try:
+            self.split = split_head(model)
+        except Unsplit as reason:
+            self.slow.append(f"logprobs go through full logits, because the head cannot be split off: {reason}")
         self._layers: list[Kind] = []
         self.share_prompts = share_prompts and self._can_share()
 

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.blame import cause, is_ours
 from grpo.model.promptcaches import Kind, Rows, kinds
 
 Body = Any
@@ -67,7 +68,7 @@ def shared_layers(model: nn.Module, body: Body) -> list[Kind]:
     try:
         layers = kinds(make_prompt_cache(model))
     except ValueError as error:
-        raise Unshared(f"its layers keep more than keys and values or a state ({error})") from None
+        raise Unshared(f"this architecture's layers keep more than keys and values or a state ({error})") from None
     prompts, lengths = mx.array([[1, 2, 3], [4, 5, 0]]), mx.array([3, 2])
     index, completions = mx.array([0, 1, 1]), mx.array([[6, 7], [8, 9], [10, 11]])
     tokens, starts = whole_sequences(prompts, lengths, index, completions)
@@ -76,11 +77,12 @@ def shared_layers(model: nn.Module, body: Body) -> list[Kind]:
         body_dtype, shared = shared.dtype, shared.astype(mx.float32)
         whole = hidden_at(body(tokens, cache=None), starts, 2).astype(mx.float32)
         gap: Any = (mx.linalg.norm(shared - whole) / mx.linalg.norm(whole)).item()
-    except (TypeError, ValueError, AttributeError, IndexError) as error:  # raised by the model's own code
-        raise Unshared(f"its attention does not take positions and masks by row ({type(error).__name__})") from None
+    except Exception as error:  # whatever the model's own code raises, or ours
+        what = "the trial failed" if is_ours(error) else "this architecture does not take positions and masks by row"
+        raise Unshared(f"{what}: {cause(error)}") from error
     bound = 0.01 if body_dtype == mx.float32 else 0.1  # what rounding explains; what is wrong is of the order of 1
     if not gap < bound:
-        raise Unshared(f"its attention depends on more than positions and masks (gap {gap:.2g})")
+        raise Unshared(f"this architecture's attention depends on more than positions and masks (gap {gap:.2g})")
     return layers
 
 

@@ -87,7 +87,7 @@ def prepare(cfg: Recipe) -> Prepared:
     refiltered = [REFILTERED] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, one) for rows, one in zip(tables, (renderer, *eval_renderers), strict=True)]
     head = filter(None, [head_note(model, cfg.model)])
-    notes = [f"decoding: {generator.decoding.description}", *head, *policy.slow, *refiltered, *notes_on(cfg)]
+    notes = [*generator.describe(), *head, *policy.slow, *refiltered, *notes_on(cfg)]
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, plan, tasks, [*notes, *dict.fromkeys(filter(None, nulls))], rows)
 

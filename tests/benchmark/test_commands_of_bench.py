@@ -1,7 +1,9 @@
 """Every `grpo bench` command at the smallest sizes: what it measures, of random weights and of a real model."""
 
 import json
+import math
 
+import mlx.core as mx
 import pytest
 
 from grpo.benchmark import lengths, roofline, scale, streaming
@@ -117,6 +119,17 @@ def test_time_in_a_method_is_counted_inside_the_block_alone() -> None:
         assert Clocked().work() == 1
     assert spent["part"] > 0
     assert Clocked.work is original
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_roofline_s_arrays_fit_mlx_s_shapes(gpu: bool) -> None:
+    """A dimension is an int of 32 bits, and MLX refuses a larger one before it computes anything: on a CPU, too."""
+    copied, squared, dtype = roofline.shapes(gpu)
+    for shape in (copied, squared):
+        assert mx.zeros(shape, dtype).size == math.prod(shape) < 2**31
+    assert copied[0] * dtype.size >= 2**28
+    with pytest.raises((ValueError, TypeError, OverflowError)):
+        mx.zeros((2**31,), dtype)
 
 
 def test_the_share_of_the_roofline() -> None:

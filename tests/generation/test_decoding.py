@@ -9,7 +9,7 @@ from grpo.backend.random import derive_key
 from grpo.generation import choice
 from grpo.generation.attention import FusedRowAttention, StockAttention
 from grpo.generation.batchcaches import BatchCaches
-from grpo.generation.blocks import read
+from grpo.generation.blocks import Unread, read
 from grpo.generation.buffers import cache_shapes
 from grpo.generation.choice import find_decoding
 from grpo.generation.decoders import BlockDecoder, ModelDecoder
@@ -192,7 +192,7 @@ def test_a_model_that_only_looks_like_llama_is_found_out() -> None:
             return 2 * super().__call__(x, mask, cache)
 
     model.layers[1].__class__ = Doubled
-    assert read(model) is not None
+    assert read(model).layers
     generator = Generator(model, Letters(), 4)
     assert generator.decoding.description.startswith("the model's layers")
     assert worst_gap(model, generator, 4) < 1e-4
@@ -201,13 +201,16 @@ def test_a_model_that_only_looks_like_llama_is_found_out() -> None:
 def test_a_part_that_is_not_known_is_not_read() -> None:
     model = made("llama")
     model.layers[0].mlp.extra = nn.Linear(4, 4)
-    assert read(model) is None
+    with pytest.raises(Unread, match=r"other parts than Llama's: mlp\.extra\.bias, mlp\.extra\.weight"):
+        read(model)
 
 
 def test_attention_that_does_not_go_through_mlx_lm_s_function_falls_back(monkeypatch) -> None:
     model = made("olmo2")
-    monkeypatch.setattr(choice, "_agrees", lambda *_: False)
-    assert isinstance(find_decoding(model), BatchCaches)
+    monkeypatch.setattr(choice, "_fault", lambda *_: "said so")
+    decoding = find_decoding(model)
+    assert isinstance(decoding, BatchCaches)
+    assert "stock operations: said so" in decoding.description
 
 
 def test_the_original_attention_is_back_after_a_step() -> None:

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from grpo.model import logprobs
-from grpo.model.head import split_head
+from grpo.model.head import Unsplit, split_head
 from grpo.model.logprobs import chunk_tokens, chunked_logprobs, logprobs_and_entropies, scaled, token_logprobs
 
 
@@ -57,7 +57,8 @@ def test_a_head_that_reads_the_tokens_is_not_split(toy) -> None:
     plain = type(model).__call__
     kind = type("Odd", (type(model),), {"__call__": lambda self, x, *a, **k: plain(self, x) * x.sum()})
     model.__class__ = kind
-    assert split_head(model) is None
+    with pytest.raises(Unsplit, match="give other logits than the model"):
+        split_head(model)
 
 
 def test_a_model_that_cannot_be_split_gives_the_same_logprobs(make_policy) -> None:

@@ -18,7 +18,7 @@ from grpo.training.folder import recipe_text
 from grpo.training.parity import GapWatch
 from grpo.training.resume import changes
 from grpo.training.setup import prepare
-from grpo.training.update import Update
+from grpo.training.update import Update, Updater
 
 MEAN, UNFILTERED = "sampling/sampling_logp_difference/mean", "sampling/unfiltered_logp_difference/mean"
 
@@ -72,11 +72,11 @@ def test_filters_do_not_count_and_a_low_temperature_magnifies_rounding(caplog) -
         watch().check(1, {MEAN: 1e-6, UNFILTERED: 0.5})
 
 
-def test_a_step_that_trained_on_nothing_is_passed_over(recipe) -> None:
+def test_a_step_that_trained_on_nothing_is_passed_over(recipe, monkeypatch) -> None:
     watch().check(1, {})
-    trainer = prepare(load_recipe(recipe)).trainer
-    trainer.update = lambda *_: Update(float("nan"), float("nan"), {}, skipped=1)
-    trainer.step(1)
+    skipped = Update(float("nan"), float("nan"), {}, skipped=1)
+    monkeypatch.setattr(Updater, "__call__", lambda *_: skipped)
+    assert MEAN not in prepare(load_recipe(recipe)).trainer.step(1).values
 
 
 @pytest.mark.parametrize("setting", ["rollout.top_k=2", "rollout.top_p=0.5", "rollout.repetition_penalty=1.8"])

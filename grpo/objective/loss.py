@@ -181,15 +181,14 @@ def _sampler_metrics(batch: Any, old: mx.array, mask: mx.array) -> Metrics:
     sampler = _drawn_from(batch)
     if sampler is None:
         return {}
-    old = mx.stop_gradient(old)
-    token, sequence = sampling_log_ratios(old, sampler, mask)
+    token, sequence = sampling_log_ratios(mx.stop_gradient(old), sampler, mask)
+    unfiltered: Metrics = {}
+    if getattr(batch, "sampler_logprobs", None) is not None:
+        gap, _ = sampling_log_ratios(mx.stop_gradient(old), batch.sampling_logprobs, mask)
+        unfiltered[UNFILTERED_LOGP_DIFFERENCE] = _mean(mx.abs(gap), mask)
     ratio, whole = bounded_exp(token), bounded_exp(sequence)
-    own: Metrics = {}
-    if getattr(batch, "sampler_logprobs", None) is not None:  # filters: the policy's own gap, too
-        unfiltered, _ = sampling_log_ratios(old, batch.sampling_logprobs, mask)
-        own = {UNFILTERED_LOGP_DIFFERENCE: _mean(mx.abs(unfiltered), mask)}
     return {
-        **own,
+        **unfiltered,
         LOGP_DIFFERENCE: _mean(mx.abs(token), mask),
         "sampling/sampling_logp_difference/max": (mx.abs(token) * mask).max(),
         "sampling/importance_sampling_ratio/min": mx.where(mask > 0, ratio, mx.inf).min(),

@@ -39,7 +39,6 @@ FIRST_B, TRIES = 0.05, 10
 """Deviation of the first B that is drawn, before the scale, and how many sizes are tried."""
 WARN_FROM = 3.0
 """Times the bound from which a step's gap is told."""
-HELP = "model.dtype: float32 makes the gap smaller where rounding is its cause, as does MLX_ENABLE_TF32=0 on CUDA."
 TRIED = "parity"
 """The adapter's state with the random B, while the check runs."""
 
@@ -177,6 +176,8 @@ class GapWatch:
         """`most` is `optim.max_logp_difference`. Of several processes only one `tells`; all of them stop."""
         self._bound, self._most, self._tells = gap_bound(policy), most, tells
         self._dtype = str(policy.dtype).rpartition(".")[2]
+        finer = "" if policy.dtype == mx.float32 else "model.dtype: float32, and "
+        self._help = f"Where rounding is the cause, {finer}MLX_ENABLE_TF32=0 on CUDA would make it smaller."
         self._told = 0.0
 
     def check(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -193,11 +194,11 @@ class GapWatch:
             raise RunError(
                 f"{self._said(step, gap)} The run stops beyond {self._most:g} times (optim.max_logp_difference; null "
                 "never stops). This step's update is not kept. Decoding computes another model than the one that "
-                f"trains: please report it, with `grpo doctor --json`. {HELP}"
+                f"trains: please report it, with `grpo doctor --json`. {self._help}"
             )
         if self._tells and times >= max(WARN_FROM, 2 * self._told):
             self._told = times
-            log.warning("%s Decoding may drift away from the model that trains. %s", self._said(step, gap), HELP)
+            log.warning("%s Decoding may drift away from the model that trains. %s", self._said(step, gap), self._help)
 
     def _said(self, step: int, gap: float) -> str:
         return (

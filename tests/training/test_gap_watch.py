@@ -18,7 +18,7 @@ from grpo.training.folder import recipe_text
 from grpo.training.parity import GapWatch
 from grpo.training.resume import changes
 from grpo.training.setup import prepare
-from grpo.training.update import Update
+from grpo.training.update import Update, Updater
 
 MEAN, UNFILTERED = "sampling/sampling_logp_difference/mean", "sampling/unfiltered_logp_difference/mean"
 
@@ -74,10 +74,9 @@ def test_filters_do_not_count_and_a_low_temperature_magnifies_rounding(caplog) -
 
 def test_a_step_that_trained_on_nothing_is_passed_over(recipe, monkeypatch) -> None:
     watch().check(1, {})
-    trainer = prepare(load_recipe(recipe)).trainer
     skipped = Update(float("nan"), float("nan"), {}, skipped=1)
-    monkeypatch.setattr(type(trainer.update), "__call__", lambda *_: skipped)
-    trainer.step(1)
+    monkeypatch.setattr(Updater, "__call__", lambda *_: skipped)
+    assert MEAN not in prepare(load_recipe(recipe)).trainer.step(1).values
 
 
 @pytest.mark.parametrize("setting", ["rollout.top_k=2", "rollout.top_p=0.5", "rollout.repetition_penalty=1.8"])

@@ -93,7 +93,8 @@ class DataConfig(Section):
     """A system message to put before every prompt, text or messages. Needs the chat template, and messages without a
     system message of their own."""
     chat_template: Literal["auto", "always", "never"] = "auto"
-    """Whether text prompts go through the chat template as a user's message. `auto`: if the model has one."""
+    """Whether text prompts go through the chat template as a user's message. `auto`: if the model has one. Messages
+    always do; with `never` they are an error."""
     chat_template_kwargs: dict[str, Any] = {}
     """Handed to the chat template, such as `enable_thinking: false`."""
     max_prompt_length: Tokens = 1024

@@ -130,8 +130,9 @@ def _updates(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan) -> float:
     """Seconds of all that goes through the model after sampling: updates, and what they are held against."""
     rollout, passes = cfg.rollout, cfg.optim.num_iterations
     sizes = plan.prompts, cfg.data.max_prompt_length, rollout.num_generations, rollout.max_completion_length
-    several = passes * cfg.optim.num_minibatches > 1
-    others = cfg.has_penalty + several + (1 / cfg.kl_every if cfg.kl_every else 0)
+    old = passes * cfg.optim.num_minibatches > 1 or cfg.adapter.dropout > 0  # logprobs from before the first update
+    chosen = cfg.loss.top_entropy_quantile < 1
+    others = cfg.has_penalty + old + chosen + (1 / cfg.kl_every if cfg.kl_every else 0)
     update, logprobs = costs.update(*sizes) + costs.forward(*sizes) * plan.checkpointing, costs.logprobs(*sizes)
     if chip.times == "bound":
         return (update * passes + logprobs * others).seconds(chip.flops, chip.bandwidth)

@@ -16,6 +16,9 @@ from grpo.errors import UserError
 from grpo.plugins import bundled, bundled_names, find_recipe
 from grpo.recipe import load_recipe
 
+MOST = 1e6
+"""Gigabytes, gigabytes a second or Tflop/s: more than any machine has."""
+
 app = typer.Typer(cls=Group, help="Recipes that come with the package.", no_args_is_help=True)
 
 
@@ -71,11 +74,17 @@ def costs(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="As for `grpo train`.")
     ] = None,
-    memory: Annotated[float | None, typer.Option(min=1, help="Of another machine: gigabytes, as it is sold.")] = None,
-    bandwidth: Annotated[float | None, typer.Option(min=1, help="With --memory: gigabytes a second from it.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=1, max=MOST, help="Of another machine: gigabytes, as it is sold.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=1, max=MOST, help="With --memory: gigabytes a second from it.")
+    ] = None,
     tflops: Annotated[
         float | None,
-        typer.Option(min=0.1, help="With --memory: dense bfloat16 Tflop/s. Default: 75 per TB/s on CUDA, 30 on Metal."),
+        typer.Option(
+            min=0.1, max=MOST, help="With --memory: dense bfloat16 Tflop/s. Default: 75 per TB/s on CUDA, 30 on Metal."
+        ),
     ] = None,
     backend: Annotated[Backend, typer.Option(help="With --memory: an NVIDIA card, or a Mac.")] = Backend.cuda,
 ) -> None:

@@ -1,10 +1,14 @@
-"""Where rows may come from: what `data.source`, `data.use` and their like in `eval` can say, and how they are named."""
+"""The sections that say where rows come from, `data` and `eval`, and how such places are named."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from grpo.config.section import Name, Positive, Section, Tokens
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Endings of data files, and the reader of `datasets` for each."""
@@ -55,3 +59,95 @@ def check_hub_only(setting: str, source: Source | None, use: str | None) -> None
     """Raise ValueError for a setting of Hub datasets beside rows that certainly do not come from the Hub."""
     if use is not None or (source is not None and (is_builtin(source) or is_files(source))):
         raise ValueError(f"{setting} is for Hub datasets; this source has none")
+
+
+class DataConfig(Section):
+    source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """Where rows come from: a .jsonl, .json, .csv or .parquet file, a list of such files or a pattern such as
+    `data/*.jsonl`, a folder that `save_to_disk` wrote, a Hub dataset, or a built-in task: `builtin:arithmetic`,
+    `builtin:countdown`, `builtin:sorting` or `builtin:format`."""
+    use: str | None = None
+    """Instead of `source`: a function of yours that returns the rows, `file.py:function` or `package.module:function`.
+    It returns a list of dicts, a `datasets.Dataset` or any other iterable of dicts that ends, and the same rows every
+    time. If it takes `split`, it gets `data.split`, and `eval.split` for held-out rows."""
+    kwargs: dict[str, Any] = {}
+    """Arguments for the function in `use`."""
+    config: str | None = None
+    """Configuration of a Hub dataset, such as `main`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset."""
+    split: str = "train"
+    """Split to train on. Files are one split, `train`."""
+    shuffle: bool = True
+    """Visit the rows of each epoch in a new order, drawn from the seed. false: in their own order, every epoch."""
+    columns: dict[str, str] = {}
+    """Names for columns that prompt and rewards want under another: `{answer: solution}` reads `solution` as `answer`,
+    `{answer: reward_model.ground_truth}` a field inside one, `{example: tests.0}` the first item of a list."""
+    prompt: str = "prompt"
+    """A column of text or of chat messages, or a template over columns of text and numbers: `"{question} Think
+    first."`."""
+    continue_final_message: bool = False
+    """Chat prompts may end with a message of the assistant, which the model then continues (a prefill). false: such a
+    row is an error, because that message is mostly the answer."""
+    system: str | None = None
+    """A system message to put before every prompt, text or messages. Needs the chat template, and messages without a
+    system message of their own."""
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    """Whether text prompts go through the chat template as a user's message. `auto`: if the model has one. Messages
+    always do; with `never` they are an error."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Handed to the chat template, such as `enable_thinking: false`."""
+    max_prompt_length: Tokens = 1024
+    """In tokens. Longer prompts are dropped and counted, never cut."""
+
+    @property
+    def label(self) -> str:
+        """The name of the data in messages: what `source` or `use` says; of many files the first and how many."""
+        return data_label(self.source, self.use)
+
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> DataConfig:
+        check_origin("data", self.source, self.use, self.kwargs)
+        if self.source is None and self.use is None:
+            raise ValueError("data.source is missing: name a file, a Hub dataset or a built-in task (or data.use)")
+        if self.system is not None and self.chat_template == "never":
+            raise ValueError("data.system needs the chat template, and data.chat_template is never")
+        if self.chat_template_kwargs and self.chat_template == "never":
+            raise ValueError("data.chat_template_kwargs does nothing with data.chat_template: never")
+        if unread := self.changed & {"config", "revision"}:
+            check_hub_only(f"data.{min(unread)}", self.source, self.use)
+        if self.continue_final_message and "{" in self.prompt:
+            raise ValueError("data.continue_final_message does nothing with a template: it is for chat messages")
+        ours = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
+        if ours := ours & set(self.chat_template_kwargs):
+            raise ValueError(f"data.chat_template_kwargs: {', '.join(sorted(ours))} is not yours to set")
+        return self
+
+
+class EvalConfig(Section):
+    source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """Where held-out prompts come from, in all forms of `data.source`. Default: where training prompts do."""
+    use: str | None = None
+    """Instead of `source`: a function that returns the held-out rows, as `data.use`."""
+    kwargs: dict[str, Any] = {}
+    """Arguments for the function in `eval.use`. The function in `data.use` gets `data.kwargs`."""
+    config: str | None = None
+    """Configuration of a Hub dataset. Default: `data.config`, if the source is that of `data`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset. Default: `data.revision`, if the source is that of `data`."""
+    split: str = "test"
+    """Split to evaluate on."""
+    every: Positive = 25
+    """Steps between evaluations. There is one before the first step and one after the last, too."""
+    prompts: Positive = 128
+    """How many held-out prompts, from the start of the split. An answer is right if the first of `rewards` gives it 1
+    or more, and left out if that gives no score."""
+    samples: Positive = 4
+    """Completions of each prompt for avg@k and pass@k, at `rollout.temperature`. Greedy is always measured."""
+
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> EvalConfig:
+        check_origin("eval", self.source, self.use, self.kwargs)
+        if unread := self.changed & {"config", "revision"}:
+            check_hub_only(f"eval.{min(unread)}", self.source, self.use)
+        return self

@@ -77,6 +77,10 @@ class PromptRenderer:
         if is_null(value):
             return None
         if isinstance(value, str):
+            if self.cfg.continue_final_message:
+                raise UserError(
+                    f"data.continue_final_message does nothing: the prompt in {self._row(index)} is text, not messages"
+                )
             return value
         messages = check_messages(value, f"column {setting!r} of {self._row(index)}", self.cfg.continue_final_message)
         return messages if self.cfg.system is None else with_system(messages, self.cfg.system, self._row(index))
@@ -94,6 +98,11 @@ class PromptRenderer:
             if self.cfg.chat_template_kwargs:
                 raise UserError("data.chat_template_kwargs does nothing: text goes to this model without a template")
             return list(self.tokenizer.encode(prompt))
+        if not isinstance(prompt, str) and self.cfg.chat_template == "never":
+            raise UserError(
+                f"data.chat_template: never, but the prompt in {self._row(index)} is chat messages, and only the "
+                "chat template can put them together; leave the setting out, or name a column of text"
+            )
         if not self.tokenizer.has_chat_template:
             raise UserError(
                 f"data.prompt: prompts from {self.cfg.label} need a chat template and the model has none; use an "

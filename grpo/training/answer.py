@@ -62,6 +62,7 @@ def answer(
         if adapter is not None and (adapter / STATE).is_file():
             recipe = pinned(recipe, adapter)
         model_cfg, data, sampling = recipe.model, recipe.data, sampling_of(recipe.rollout)
+    data = data.model_copy(update={"continue_final_message": False})  # the prompt is text
     if not template:
         data = data.model_copy(update={"prompt": "prompt"})
     model, tokenizer = load(model_cfg)

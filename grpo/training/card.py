@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from grpo.builtin import models as builtin_models
 from grpo.config import Recipe
 from grpo.config.data import origins
-from grpo.recipe import dump_recipe
+from grpo.document import Dumper
 from grpo.training.checkpoint import read_state
 from grpo.training.snippets import BASE, snippet
 
@@ -49,7 +50,7 @@ def _front_matter(cfg: Recipe, form: str) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         "tags": ["grpo", "reinforcement-learning", *([] if form == "fused" else [cfg.adapter.type])],
     }
-    if "/" in cfg.model.name and not Path(cfg.model.name).exists() and cfg.model.name not in builtin_models.NAMES:
+    if "/" in cfg.model.name and short_name(cfg.model.name) == cfg.model.name:  # a name on the Hub
         matter["base_model"] = cfg.model.name
     return matter
 
@@ -76,12 +77,21 @@ def _use(cfg: Recipe, form: str, repo: str | None) -> list[str]:
 
 def _recipe(cfg: Recipe) -> str:
     """The recipe without where things lie on this machine."""
-    text = dump_recipe(cfg.model_copy(update={"output_dir": None}))
     uses = [reward.use for reward in cfg.rewards] + ([cfg.loss.use] if cfg.loss.use else []) + list(cfg.log.use)
     data = [name for section in (cfg.data, cfg.eval) if section for name in origins(section.source, section.use)]
-    for name in [cfg.model.name, *data, *uses]:
-        text = text.replace(name, short_name(name))
-    return text
+    whole = cfg.model_copy(update={"output_dir": None}).model_dump(mode="json")
+    return yaml.dump(_without_places(whole, {cfg.model.name, *data, *uses}), Dumper=Dumper, sort_keys=False)
+
+
+def _without_places(value: Any, names: Collection[str]) -> Any:
+    """Plain data with only the last part of these names, and of every other text that is a path on this machine."""
+    if isinstance(value, dict):
+        return {key: _without_places(inner, names) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner, names) for inner in value]
+    if isinstance(value, str) and (value in names or (os.path.isabs(value) and os.path.exists(value))):
+        return short_name(value)
+    return value
 
 
 def _evaluation(state: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from grpo.backend.hub import send
 from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
 from grpo.model.adapters import load_adapter, merge
-from grpo.model.load import QUANTIZED_GROUP, cast, load, model_folder
+from grpo.model.load import QUANTIZED_GROUP, cast, is_local, load, model_folder
 from grpo.model.saved import CONFIG, PEFT_WEIGHTS, WEIGHTS, read_adapter
 from grpo.recipe import load_recipe
 from grpo.training.card import model_card
@@ -67,7 +67,7 @@ def export(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        notes = _write(aside, form, cfg, checkpoint, bits)
+        notes = _write(aside, form, cfg, checkpoint, bits, repo)
         (aside / "README.md").write_text(model_card(cfg, checkpoint, form, notes, repo), encoding="utf-8")
         aside.rename(folder)
     except OSError as error:
@@ -77,11 +77,11 @@ def export(
     return Exported(folder, notes)
 
 
-def _write(folder: Path, form: Format, cfg: Recipe, checkpoint: Path, bits: int | None) -> list[str]:
+def _write(folder: Path, form: Format, cfg: Recipe, checkpoint: Path, bits: int | None, repo: str | None) -> list[str]:
     if form == "fused":
         return _write_fused(folder, cfg, checkpoint, bits)
     if form == "peft":
-        _write_peft(folder, cfg, checkpoint)
+        _write_peft(folder, cfg, checkpoint, _base_elsewhere(cfg.model, repo))
     else:
         read_adapter(checkpoint)  # refuses what is not to be handed on
         for name in (WEIGHTS, CONFIG):
@@ -104,7 +104,14 @@ def _of_the_base(form: Format, cfg: ModelConfig) -> list[str]:
     ]
 
 
-def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path) -> None:
+def _base_elsewhere(cfg: ModelConfig, repo: str | None) -> str | None:
+    """The base as PEFT loads it by name: on the Hub, or a folder. None for a folder that readers of `repo` have not."""
+    if not is_local(cfg):
+        return cfg.name
+    return str(model_folder(cfg)) if repo is None else None
+
+
+def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path, base: str | None) -> None:
     """The adapter as PEFT saves it: A and B transposed, alpha as PEFT divides it, modules by the Hub's names."""
     config, weights = _read(checkpoint)
     parameters, rslora = config["lora_parameters"], cfg.adapter.use_rslora
@@ -115,7 +122,7 @@ def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path) -> None:
     peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": cfg.model.name,
+        "base_model_name_or_path": base,
         "revision": cfg.model.revision,
         "r": rank,
         "lora_alpha": parameters["scale"] * (rank**0.5 if rslora else rank),

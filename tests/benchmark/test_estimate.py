@@ -151,8 +151,16 @@ def test_a_machine_can_be_described(run_cli) -> None:
     assert said == LEGEND["scaled"]
     known = estimates(load_recipe(bundled("recipes") / "qwen3-math.yaml"), [NAMED["RTX 3090 24 GB"]])
     assert line[18:] == known[0][18:]
-    for half in (["--memory", 24], ["--tflops", 71], ["--backend", "metal"]):
+    for half in (["--memory", 24], ["--tflops", 71], ["--backend", "metal"], ["--memory", "inf", "--bandwidth", 936]):
         assert run_cli("recipes", "costs", "qwen3-math", *half).code == 2
+
+
+@pytest.mark.parametrize("more", [{"adapter": {"dropout": 0.1}}, {"loss": {"top_entropy_quantile": 0.2}}])
+def test_forward_passes_beside_the_update_take_their_time(more: dict) -> None:
+    """With dropout the logprobs before the update are not the update's own; entropies are looked at before it."""
+    config = CONFIGS["Qwen/Qwen3-0.6B"]
+    without = estimate(H200, recipe(), config).step
+    assert without < estimate(H200, recipe(**more), config).step < 1.3 * without
 
 
 def test_evaluations_take_their_time() -> None:

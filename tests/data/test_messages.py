@@ -46,6 +46,17 @@ def test_a_prefill_is_continued_where_it_is_asked_for(toy) -> None:
     assert rendered(toy, [QUESTION], continue_final_message=True).endswith("<|im_start|>assistant\n")
 
 
+def test_text_has_no_last_message_to_continue(toy) -> None:
+    with pytest.raises(UserError, match=r"continue_final_message does nothing: the prompt in row 3 of \S+ is text"):
+        renderer(toy, continue_final_message=True).task(3, {"messages": "1+1?"})
+
+
+def test_messages_need_the_chat_template(toy) -> None:
+    with pytest.raises(UserError, match=r"data.chat_template: never, but the prompt in row 3 of \S+ is chat"):
+        renderer(toy, chat_template="never").task(3, {"messages": [QUESTION]})
+    assert rendered(toy, [QUESTION], chat_template="always") == rendered(toy, [QUESTION])
+
+
 def test_the_system_message_comes_before_messages_too(toy) -> None:
     text = rendered(toy, [QUESTION, ANSWER, QUESTION], system="Be brief.")
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?")

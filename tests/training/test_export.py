@@ -181,6 +181,32 @@ def test_a_public_card_has_no_folder_of_this_machine(trained, monkeypatch) -> No
         assert ("`grpo generate builtin:arithmetic-student hi` leaves it" in text) == (form != "fused")
 
 
+def test_a_base_that_is_on_this_machine_alone_is_not_named_to_others(trained, toy_folder) -> None:
+    """PEFT loads the base by its name in the config: a folder serves here, and not those who read a repository."""
+    kept = export(trained, "peft").folder
+    sent = export(trained, "peft", Path("sent"), repo="me/mine").folder
+    ours, theirs = (json.loads((folder / "adapter_config.json").read_text()) for folder in (kept, sent))
+    assert ours["base_model_name_or_path"] == str(toy_folder.resolve())
+    assert theirs["base_model_name_or_path"] is None
+
+
+def test_a_card_has_no_path_of_this_machine_however_long(trained, tmp_path) -> None:
+    """YAML breaks long lines at spaces, in paths too; rewards' arguments may be paths, and the start is one."""
+    here = tmp_path / "a folder with a name of many words, that a line of YAML cannot hold, because it is longer"
+    here.mkdir()
+    (here / "words.txt").touch()
+    cfg = load_recipe(trained / "recipe.yaml")
+    reward = cfg.rewards[0].model_copy(update={"kwargs": {"words": str(here / "words.txt"), "tag": "/think"}})
+    adapter = cfg.adapter.model_copy(update={"path": str(here)})
+    data = cfg.data.model_copy(update={"source": (str(here / "gone.jsonl"),)})
+    cfg = cfg.model_copy(update={"rewards": (reward,), "adapter": adapter, "data": data})
+    text = card.model_card(cfg, trained / "checkpoints/step-000003", "mlx", [])
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["rewards"][0]["kwargs"] == {"words": "words.txt", "tag": "/think"}
+    assert recipe["adapter"]["path"] == here.name
+    assert recipe["data"]["source"] == ["gone.jsonl"]
+
+
 def test_peft_is_told_of_rslora_and_dropout(recipe, run_cli) -> None:
     """PEFT multiplies by alpha / √r: what mlx-lm's config says must come out of it."""
     kind = ["adapter.rank=4", "adapter.scale=6.0", "adapter.use_rslora=true", "adapter.dropout=0.1"]

@@ -1,0 +1,58 @@
+"""The section `optim`: how many steps, how large, and how they go through the machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from grpo.config.section import MANY, Above0, AtLeast0, NonNegative, Positive, Section, Tokens
+
+Optimizer = Literal["adamw", "adam", "adamax", "sgd", "lion", "adafactor", "muon", "rmsprop", "adagrad", "adadelta"]
+
+
+class OptimConfig(Section):
+    steps: Annotated[int, Field(gt=0, lt=MANY)]
+    """Training steps: each samples, scores and updates."""
+    learning_rate: Above0 = 1e-5
+    """Peak learning rate."""
+    optimizer: Optimizer = "adamw"
+    """One of mlx.optimizers. Its state, and the weights it moves, are float32 whatever the model's dtype."""
+    optimizer_args: dict[str, bool | int | float | list[float]] = {}
+    """The optimizer's own arguments, such as `betas: [0.9, 0.99]` or `momentum: 0.9`."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: constant, or down on a line or half a cosine, to reach 0 one step after the last (as in
+    transformers: the last step of `linear` has 1/(steps - warmup_steps) of the peak)."""
+    warmup_steps: NonNegative = 0
+    """Steps over which the learning rate rises to its peak, from 1/warmup_steps of it at the first (transformers begins
+    at 0, with a step that learns nothing). Of a run that is no longer than that, all steps but the last."""
+    weight_decay: AtLeast0 = 0.0
+    """The optimizer's weight decay, decoupled in adamw."""
+    max_grad_norm: Above0 = 1.0
+    """The gradient is scaled down to this norm."""
+    num_iterations: Positive = 1
+    """Passes over each rollout. The ratio is to the logprobs before the first update."""
+    num_minibatches: Positive = 1
+    """Updates in each pass: the step's prompts are divided among them (GSPO: 4)."""
+    micro_batch_tokens: Tokens | Literal["auto"] = "auto"
+    """Tokens, padding included, that go through the model together in the update. Changes memory and speed, not the
+    gradient. `auto`: as many as fit and pay, from the plan."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Compute each layer's inside again in the backward pass: much less memory, a third more time. `auto`: where the
+    plan finds that memory is short without."""
+    share_prompts: bool = True
+    """Run a prompt once for all its completions in training, where the model allows it. Changes memory and speed, not
+    the gradient."""
+    compile: bool = True
+    """Compile the update on a GPU (a CPU never does): a third faster, after minutes spent at the first step."""
+    max_skipped_updates: Positive = 3
+    """An update whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
+    max_logp_difference: Annotated[float, Field(ge=1)] | None = 30.0
+    """Stop the run when the sampler's logprobs differ from the trainer's, in a step's mean, by more than this many
+    times what rounding explains (0.001 nats in float32, 0.01 in float16, 0.03 in bfloat16; divided by a temperature
+    below 1). From 3 times on there is a warning. null: never stop."""
+
+    @property
+    def warmup(self) -> int:
+        """The steps of warm-up that there is time for."""
+        return min(self.warmup_steps, self.steps - 1)

@@ -1,0 +1,116 @@
+"""A whole recipe: its sections, and what they must agree on."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from grpo.config.data import DataConfig, EvalConfig, check_hub_only
+from grpo.config.log import CheckpointConfig, LogConfig
+from grpo.config.model import AdapterConfig, ModelConfig
+from grpo.config.objective import AdvantageConfig, LossConfig
+from grpo.config.optim import OptimConfig
+from grpo.config.rewards import RewardConfig
+from grpo.config.rollout import RolloutConfig
+from grpo.config.section import MANY, Name, Section
+from grpo.presets import Baseline
+
+
+class Recipe(Section):
+    """A whole run. `data`, `model`, `rewards` and `optim.steps` have no default.
+
+    Files and folders are looked for beside the recipe, then in the working directory.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """All randomness comes from it."""
+    output_dir: Name | None = None
+    """The run's folder. Default: `runs/<name of the recipe>`."""
+    model: ModelConfig
+    """The model that is trained, and in which precision."""
+    adapter: AdapterConfig = AdapterConfig()
+    """What of it trains."""
+    data: DataConfig
+    """Where prompts come from, and what they look like."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How many completions are sampled, and how."""
+    rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    """What a completion is worth: the weighted sum of these."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    """What a reward is compared with."""
+    loss: LossConfig = LossConfig()
+    """What is made of advantages: the variant of GRPO, the KL penalty, corrections."""
+    optim: OptimConfig
+    """How many steps, how large, and how they go through the machine."""
+    eval: EvalConfig | None = None
+    """Held-out prompts. Without this section nothing is evaluated."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is kept of a run."""
+    log: LogConfig = LogConfig()
+    """Where a run is written to, beside its folder."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        if self.adapter.sync_reference_every is not None and self.loss.beta == 0 and self.loss.beta_end is None:
+            raise ValueError("adapter.sync_reference_every does nothing while loss.beta is 0: there is no reference")
+        if all(reward.weight == 0 for reward in self.rewards):
+            raise ValueError(
+                "rewards.0.weight: every reward has weight 0, so nothing would be learnt: give one a weight"
+            )
+        if self.rollout.prompts_per_step % self.optim.num_minibatches:
+            raise ValueError("rollout.prompts_per_step is not divisible by optim.num_minibatches")
+        if (rows := self.rollout.prompts_per_step * self.rollout.num_generations) > MANY:
+            raise ValueError(
+                f"rollout.num_generations × rollout.prompts_per_step are {rows:,} completions in a step, and at most "
+                f"{MANY:,} are possible"
+            )
+        penalised = self.loss.kl_in == "reward" or self.advantage.soft_overlong_cache is not None
+        if penalised and self.baseline in ("gdpo", "maxrl"):
+            raise ValueError(f"advantage.baseline {self.baseline} has no meaning for penalties in the reward")
+        if self.rollout.dynamic_sampling and self.baseline in ("batch", "gdpo"):
+            raise ValueError(f"rollout.dynamic_sampling: with the {self.baseline} baseline uniform groups teach too")
+        if (self.advantage.soft_overlong_cache or 0) >= self.rollout.max_completion_length:
+            raise ValueError("advantage.soft_overlong_cache is not below rollout.max_completion_length")
+        if "kl" in self.log.changed and self.has_penalty:
+            raise ValueError("log.kl does nothing beside loss.beta: the penalty tells kl at every step")
+        if self.checkpoint.metric_for_best_model is not None and self.eval is None:
+            raise ValueError("checkpoint.metric_for_best_model does nothing without an eval section")
+        if self.eval is not None and self.eval.source is self.eval.use is None:
+            for name in sorted(self.eval.changed & {"config", "revision"}):
+                check_hub_only(f"eval.{name}", self.data.source, self.data.use)
+        if self.loss.preset.surrogate == "reinforce" and max(self.optim.num_iterations, self.optim.num_minibatches) > 1:
+            raise ValueError(f"loss.type {self.loss.type} has no ratio: num_iterations and num_minibatches stay 1")
+        if "scale_rewards" in self.advantage.changed and self.baseline not in ("group", "leave_one_out"):
+            raise ValueError(f"advantage.scale_rewards does nothing with the {self.baseline} baseline")
+        return self
+
+    @property
+    def best_metric(self) -> str:
+        """The evaluation's metric by which the best checkpoint is kept."""
+        assert self.eval is not None
+        return self.checkpoint.metric_for_best_model or f"avg@{self.eval.samples}"
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the loss or the reward has a penalty for distance from the reference."""
+        return self.loss.beta > 0 or bool(self.loss.beta_end)
+
+    @property
+    def kl_every(self) -> int | None:
+        """Steps between measurements of the distance from the reference, where no penalty tells it."""
+        if self.has_penalty:
+            return None
+        if self.log.kl == "auto":
+            return None if self.adapter.type == "full" else 10
+        return self.log.kl
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything is computed under the reference."""
+        return self.has_penalty or self.kl_every is not None
+
+    @property
+    def baseline(self) -> Baseline:
+        """What advantages are relative to: `advantage.baseline`, or what `loss.type` brings."""
+        return self.advantage.baseline or self.loss.preset.baseline

@@ -1,0 +1,51 @@
+"""The section `rollout`: how many completions are sampled, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from grpo.config.section import MANY, NonNegative, Positive, Section, Tokens
+
+
+class RolloutConfig(Section):
+    prompts_per_step: Positive = 8
+    """Prompts in a step."""
+    num_generations: Annotated[int, Field(ge=2, le=MANY)] = 8
+    """Completions of each prompt: the group that shares a baseline."""
+    max_completion_length: Tokens = 256
+    """In tokens, the stop token included."""
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    """Of sampling; logprobs are taken at the same temperature."""
+    top_k: NonNegative = 0
+    """Sample from this many most likely tokens. 0: from all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the most likely tokens that together reach this probability (arXiv 1904.09751)."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Sample from tokens at least this fraction as likely as the likeliest (arXiv 2407.01082)."""
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    """Divides the logits of tokens that stand in prompt or completion already (arXiv 1909.05858). 1: off."""
+    min_completion_length: Annotated[int, Field(ge=0, le=10 * MANY)] = 0
+    """In tokens: before that none of the stop tokens can be sampled."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion. They stay in its tokens and are cut from its text."""
+    stop_token_ids: tuple[NonNegative, ...] = ()
+    """Tokens that end a completion, besides the tokenizer's own."""
+    max_repeats: NonNegative = 0
+    """End a completion that repeats its last token, or n-gram of up to 16, so many times in a row. 0: never."""
+    max_concurrency: Positive = 64
+    """Slots of the generator: rows decoded at once. Fewer are used where memory wants it."""
+    dynamic_sampling: NonNegative = 0
+    """How often to sample fresh prompts in the place of groups without variance, until the step is full (DAPO, arXiv
+    2503.14476)."""
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> RolloutConfig:
+        if self.min_completion_length >= self.max_completion_length:
+            raise ValueError("rollout.min_completion_length is not below max_completion_length")
+        if self.max_repeats == 1:
+            raise ValueError("rollout.max_repeats: 1 would end every completion at its first token")
+        if "" in self.stop:
+            raise ValueError("rollout.stop: an empty string would end every completion at its first token")
+        return self

@@ -8,6 +8,7 @@ import re
 import traceback
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 SECRETS = (
     "*_KEY",
@@ -33,9 +34,26 @@ def is_secret(name: str) -> bool:
 
 
 def secrets() -> list[tuple[str, str]]:
-    """Variables of the environment that hold secrets, and their values; the longest value first."""
-    held = [(name, value.strip()) for name, value in os.environ.items() if _matches(name, SECRETS)]
-    return sorted((one for one in held if len(one[1]) >= SHORTEST), key=lambda one: -len(one[1]))
+    """Variables of the environment that hold secrets, and their values; the longest value first.
+
+    A path of this machine is no secret, though its variable is named like one (GOOGLE_APPLICATION_CREDENTIALS,
+    PASSWORD_STORE_DIR): it may stand in texts that have nothing to do with it.
+    """
+    return _held(tuple(os.environ.items()))
+
+
+@lru_cache(maxsize=1)
+def _held(environment: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
+    held = [(name, value.strip()) for name, value in environment if _matches(name, SECRETS)]
+    long = (one for one in held if len(one[1]) >= SHORTEST and not _is_path(one[1]))
+    return sorted(long, key=lambda one: -len(one[1]))
+
+
+def _is_path(value: str) -> bool:
+    try:
+        return value.startswith("/") and os.path.exists(value)
+    except ValueError:  # of no system's
+        return False
 
 
 def masked(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 from grpo.data.rows import Renamed, Rows
@@ -48,4 +49,11 @@ def _digest(value: Any) -> str:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=repr).encode()
+    return json.dumps(value, sort_keys=True, default=_said).encode()
+
+
+def _said(value: Any) -> str:
+    """A value that JSON does not have, as text that is the same in each process."""
+    if isinstance(value, set | frozenset):
+        return repr(sorted(map(repr, value)))
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

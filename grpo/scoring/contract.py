@@ -11,6 +11,7 @@ import asyncio
 import functools
 import inspect
 import json
+import math
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from grpo.scoring.arguments import GIVEN, HOOKS, check_kwargs, is_factory, made, taker
-from grpo.scoring.forms import ROLES, Form, declared_form, expects_messages, in_form
+from grpo.scoring.forms import ROLES, AskedForMessages, Form, Probe, declared_form, expects_messages, in_form
 from grpo.scoring.names import check_column, check_metric
 
 Columns = Mapping[str, Sequence[Any]]
@@ -69,13 +70,14 @@ class Reward:
         system: str | None = None,
     ) -> None:
         check_kwargs(function, kwargs)
-        self.kwargs = dict(kwargs)
+        self.kwargs, self._paid = dict(kwargs), is_paid(function)
         if is_factory(function):
             function, self.kwargs = made(function, kwargs), {}
         self.function = function
         completions = form or declared_form(function, "completions")
         self._forms = {"completions": completions, "prompts": form or declared_form(function, "prompts") or completions}
         self._system = system
+        self._has_answered = False
         self._takes = taker(function)
         self._runner = functools.cache(asyncio.Runner)  # one event loop for all calls: clients and locks belong to one
 
@@ -102,19 +104,36 @@ class Reward:
         began = time.perf_counter()
         answer = self._tried(columns, self._forms, state)
         if isinstance(answer, BaseException):
-            again = self._tried_with_messages(columns, state) if self._reads_messages(columns, state, answer) else None
-            answer = again or Answer.failed(len(columns["completions"]), _raised(answer))
+            again = (
+                self._tried_with_messages(columns, state) if self._asks_for_messages(columns, state, answer) else None
+            )
+            answer = again or Answer.failed(len(columns["completions"]), self._said(answer))
+        elif any(columns["completions"]):
+            self._has_answered = True
         return replace(answer, seconds=time.perf_counter() - began)
 
-    def _reads_messages(self, columns: Columns, state: Mapping[str, Any], error: BaseException) -> bool:
-        """Whether the function failed because it was given texts; an empty text fails at its first character."""
-        if self._forms["completions"] is not None:
+    def _asks_for_messages(self, columns: Columns, state: Mapping[str, Any], error: BaseException) -> bool:
+        """Whether the function failed because it was given texts; an empty text fails at its first character.
+
+        Other mistakes look alike, such as a column or a judge's reply that is read as a dictionary. So the function is
+        called with one completion that knows whether it was the one. Not if it has answered on texts before, and not if
+        its file says that calls cost money.
+        """
+        if self._forms["completions"] is not None or self._has_answered or self._paid:
             return False
-        if type(error) is not IndexError:
-            return expects_messages(error)
+        if type(error) is not IndexError and not expects_messages(error):
+            return False
         longest = max(range(len(columns["completions"])), key=lambda place: len(columns["completions"][place]))
-        again = self._tried({name: [values[longest]] for name, values in columns.items()}, self._forms, state)
-        return isinstance(again, BaseException) and expects_messages(again)
+        one = {name: [values[longest]] for name, values in columns.items()}
+        probes = {name: [Probe(value) if isinstance(value, str) else value for value in one[name]] for name in ROLES}
+        return isinstance(self._tried({**one, **probes}, self._forms, state), AskedForMessages)
+
+    def _said(self, error: BaseException) -> str:
+        said = _raised(error)
+        if not (self._paid and self._forms["completions"] is None and expects_messages(error)):
+            return said
+        what, newline, frames = said.partition("\n")
+        return f"{what} (if it reads chat messages, write completions: messages beside its `use`){newline}{frames}"
 
     def _tried_with_messages(self, columns: Columns, state: Mapping[str, Any]) -> Answer | None:
         """The answer on messages, which the function gets from there on; None where it fails on them too."""
@@ -149,7 +168,8 @@ class Reward:
 
         def log_metric(name: str, value: float) -> None:
             check_metric(name)
-            metrics.setdefault(name, []).append(float(value))
+            if math.isfinite(number := float(value)):  # the mean of nothing is NaN: there is nothing to tell
+                metrics.setdefault(name, []).append(number)
 
         hooks = {"trainer_state": SimpleNamespace(**state), "log_extra": log_extra, "log_metric": log_metric}
         values = self.function(**in_form(columns, forms, self._system), **self.kwargs, **self._taken(hooks))

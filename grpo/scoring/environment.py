@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ VARIABLE = "_env"
 def environment(names: Collection[str]) -> dict[str, str]:
     """The variables of this process, without the secrets that are not in `names`."""
     return {name: value for name, value in os.environ.items() if name in names or not is_secret(name)}
+
+
+def with_hint(error: str, environment: Mapping[str, str]) -> str:
+    """An error of a worker that had `environment`, with a hint where it asks for a variable that was kept from it."""
+    what, newline, rest = error.partition("\n")
+    kept = [name for name in re.findall(r"\w+", what) if name in os.environ and name not in environment]
+    if not kept:
+        return error
+    why = f"{kept[0]} is set, but a reward's process gets no secrets that its `env` does not name: env: [{kept[0]}]"
+    return f"{what} ({why}){newline}{rest}"
 
 
 def named_variables(env: Collection[str], where: str, kwargs: Mapping[str, Any]) -> set[str]:

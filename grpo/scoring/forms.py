@@ -3,8 +3,8 @@
 TRL gives messages for a dataset of messages and texts for a dataset of texts. Here a prompt is often a template over
 columns that the chat template wraps later, and whether a model has a chat template is no business of a reward. So what
 a function says it reads comes first: by `rewards[].completions` in the recipe, by its annotations
-(`completions: list[str]`, `completions: list[list[dict[str, str]]]`), or by failing on texts as only a function for
-messages does. All others get what the dataset has. Worker processes import this.
+(`completions: list[str]`, `completions: list[list[dict[str, str]]]`), or by failing on texts as a function for
+messages does, at the text itself. All others get what the dataset has. Worker processes import this.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections.abc
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from grpo.scoring.text import as_text
@@ -35,10 +35,31 @@ def declared_form(function: Callable[..., Any], column: str) -> Form | None:
 
 
 def expects_messages(error: BaseException) -> bool:
-    """Whether a function that was given texts failed as one for messages does: at `completion[0]["content"]`."""
+    """Whether a function that was given texts failed as one for messages may, at `completion[0]["content"]`."""
     if type(error) is TypeError:
         return str(error).startswith("string indices must be integers")
     return type(error) is AttributeError and str(error) == "'str' object has no attribute 'get'"
+
+
+class AskedForMessages(TypeError):
+    """A text was used as a list of messages."""
+
+
+class Probe(str):
+    """A text that says so when it is used as a list of messages, itself or a character of it as a message."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Probe:
+        if isinstance(key, str):
+            raise AskedForMessages
+        return Probe(super().__getitem__(key))
+
+    def __iter__(self) -> Iterator[Probe]:
+        return map(Probe, super().__iter__())
+
+    def get(self, *_: Any) -> Any:
+        raise AskedForMessages
 
 
 def in_form(columns: Mapping[str, Any], forms: Mapping[str, Form | None], system: str | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
@@ -55,6 +56,7 @@ def _become(command: list[str]) -> None:
 
 def _watch(worker: int, limit: int, woken: int) -> int:
     """How the worker ended, as waitpid(2) has it; 0 if it is to be ended."""
+    due = 0.0
     while True:
         ready, _, _ = select.select([0, woken], [], [], INTERVAL if limit else None)
         if 0 in ready:
@@ -64,9 +66,11 @@ def _watch(worker: int, limit: int, woken: int) -> int:
         ended = processes.reap()  # those that were adopted among them
         if worker in ended:
             return int(ended[worker])
-        if limit and processes.use_more_than(processes.descendants(os.getpid()), limit):
-            os.write(1, processes.OVER_MEMORY)
-            return 0
+        if limit and time.monotonic() >= due:  # not at once again when woken: `ps`, where it is asked, wakes, too
+            if processes.use_more_than(processes.descendants(os.getpid()), limit):
+                os.write(1, processes.OVER_MEMORY)
+                return 0
+            due = time.monotonic() + INTERVAL
 
 
 def _end_as(status: int) -> None:

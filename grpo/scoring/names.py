@@ -22,6 +22,8 @@ _STEP = (
     "learning_rate",
     "adapter_delta",
     "skipped_updates",
+    "updates_without_signal",
+    "steps_without_signal",
     "num_prompts",
     "num_tokens",
     "dropped_prompts",
@@ -30,7 +32,7 @@ _STEP = (
     "step_time",
     "tokens",
 )
-_EVALUATION = ("n", "grader", "greedy", r"(avg|pass|maj)@\d+", r".*_interval")
+_EVALUATION = ("n", "grader", "failed_gradings", "greedy", r"(avg|pass|maj)@\d+", r".*_interval")
 _FOLDERS = ("rewards", "completions", "clip_ratio", "sampling", "time")
 """Whatever comes under them (`time/rollout`) is the run's own."""
 

@@ -8,6 +8,8 @@ import sys
 import threading
 from collections import deque
 
+from grpo.backend.secrets import masked
+
 SHOWN = 8192
 """Bytes of a reward's prints that are passed on in each scoring."""
 TAIL = 600
@@ -67,7 +69,7 @@ class Output:
             return
         self._say_repeats()
         self._line = line
-        print(f"[{self.name}] {line.decode(errors='replace')}", file=sys.stderr)
+        print(f"[{self.name}] {masked(line.decode(errors='replace'))}", file=sys.stderr)
 
     def _say_repeats(self) -> None:
         repeats, self._repeats = self._repeats, 0

@@ -15,7 +15,7 @@ import sys
 import time
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from grpo.errors import UserError
 from grpo.plugins import Located
 from grpo.scoring.channel import receive, send
 from grpo.scoring.contract import Answer, checked, ending
-from grpo.scoring.environment import environment, named_variables
+from grpo.scoring.environment import environment, named_variables, with_hint
 from grpo.scoring.forms import Form
 from grpo.scoring.names import check_metric
 from grpo.scoring.output import Output
@@ -106,7 +106,7 @@ class Worker:
         except _NOISE as error:
             raise UserError(f"reward {self.name!r}: {self._died(error, START_SECONDS, 'when imported')}") from None
         if "error" in hello:
-            said = hello["error"]
+            said = with_hint(hello["error"], self._environment)
             raise UserError(said if said.startswith("reward ") else f"reward {self.name!r}: {said}")
         self.calls, self.paid, self._ready = hello["calls"], hello["paid"], True
         self.cases, self.case_kwargs = hello.get("cases", []), hello.get("case_kwargs", {})
@@ -136,7 +136,7 @@ class Worker:
                 request = {"columns": columns, "spans": spans[done:], "state": dict(state)}
                 send(self._process.channel, pickle.dumps(request), self.timeout)
                 for _ in range(done, len(spans)):
-                    yield _answer(self._receive(self.timeout), spans[done])
+                    yield self._hinted(_answer(self._receive(self.timeout), spans[done]))
                     done, deaths, began = done + 1, 0, time.perf_counter()
             except UserError as error:  # it was imported before, and cannot be now
                 yield from (Answer.failed(end - begin, str(error)) for begin, end in spans[done:])
@@ -155,6 +155,10 @@ class Worker:
                     untried = f"not tried: each of the {DEATHS} calls before it ended its process"
                     yield from (Answer.failed(end - begin, untried) for begin, end in spans[done:])
                     return
+
+    def _hinted(self, answer: Answer) -> Answer:
+        hinted = {place: with_hint(error, self._environment) for place, error in answer.failures.items()}
+        return replace(answer, failures=hinted)
 
     def _died(self, error: Exception, seconds: float, when: str) -> str:
         """Kill what is left of the process, and say in words what became of it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from grpo.backend.secrets import masked
 from grpo.errors import UserError
 from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Rollout, Task
@@ -45,7 +46,7 @@ def rehearse(scorer: Scorer, tasks: Sequence[Task], encode: Callable[[str], Sequ
 def _said(name: str, failures: Mapping[int, str], completions: Sequence[object]) -> str:
     """The first failure: what was raised, and where."""
     place = min(failures)
-    what, *frames = failures[place].splitlines()
+    what, *frames = masked(failures[place]).splitlines()
     where = re.findall(r'^  File "(.*)", line (\d+)', "\n".join(frames), re.MULTILINE)
     at = f" ({where[-1][0]}:{where[-1][1]})" if where else ""
     tried = f"{len(failures)} of {len(completions)} trial completions"

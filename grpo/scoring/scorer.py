@@ -57,6 +57,7 @@ class Scorer:
         self.records = {name: Record((max_failure_rates or {}).get(name, default)) for name in rewards}
         self._state = {"global_step": 0, "max_steps": max_steps}
         self._logged: dict[str, list[float]] = {}
+        self._owners: dict[str, str] = {}
         self.progress: Progress | None = None
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(rewards)), thread_name_prefix="reward")
 
@@ -130,6 +131,9 @@ class Scorer:
             self.close()
             raise
         answers = {name: [(span, _masked(answer)) for span, answer in spans] for name, spans in answers.items()}
+        answers = {
+            name: [(span, self._told_apart(name, one)) for span, one in spans] for name, spans in answers.items()
+        }
         placed = _by_place(answers, request.count, self.metrics_only)
         scored = [
             replace(group, rollouts=tuple(replace(rollout, **next(placed)) for rollout in group.rollouts))
@@ -166,6 +170,12 @@ class Scorer:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for reward in self.rewards.values():
             reward.close()
+
+    def _told_apart(self, name: str, answer: Answer) -> Answer:
+        """The answer with `NAME/column` for a column of `log_extra` that another reward logged before this one."""
+        mine = {column: self._owners.setdefault(column, name) == name for column in answer.extras}
+        extras = {column if mine[column] else f"{name}/{column}": values for column, values in answer.extras.items()}
+        return replace(answer, extras=extras)
 
     def _note(self, name: str, answers: Sequence[tuple[Span, Answer]], completions: Sequence[Any]) -> None:
         """Count, and warn of a first failure."""

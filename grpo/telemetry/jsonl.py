@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ class JsonlLogger:
     """Appends each record to its file in the run's folder.
 
     Lines that cannot be written (the disk is full, the folder gone) are kept and written with the next that can.
+    A value that is not finite is left out: JSON has no word for it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,6 +41,7 @@ class JsonlLogger:
             line |= {**head, **record.values, **intervals}
         else:
             line |= record.values
+        line = {key: value for key, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
         name = EVALUATIONS if isinstance(record, EvalMetrics) else METRICS
         self._waiting[name].append(json.dumps(line) + "\n")
         for name in self._waiting:

@@ -122,7 +122,7 @@ def _forget_after(folder: Path, steps: range, evaluated: int) -> None:
     step = steps.stop - 1
     rewind(folder / METRICS, steps, complete=True)
     rewind(folder / EVALUATIONS, range(evaluated + 1), complete=False)
-    for name in (FAILED, ENDED):
+    for name in (FAILED, ENDED, NOW):
         (folder / name).unlink(missing_ok=True)
     drop_after(folder / CHECKPOINTS, step)
     for path in (folder / COMPLETIONS).glob("step-*.parquet"):

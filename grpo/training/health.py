@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 from grpo.config import Recipe
 from grpo.training.state import RunState
@@ -19,14 +20,23 @@ def warnings_of_first(metrics: StepMetrics, cfg: Recipe) -> list[str]:
     return [*_of_lengths(values.get("completions/clipped_ratio", 0.0), cfg), *_of_rewards(values, cfg)]
 
 
-def trained_on_nothing(state: RunState) -> str | None:
-    """What to say of a run none of whose updates had a signal; None of others, and of one without a step."""
-    if state.step == 0 or state.trainer.counts.get("steps_without_signal", 0) < state.step:
+def trained_on_nothing(state: RunState, cfg: Recipe) -> str | None:
+    """What to say of a run none of whose updates was applied; None of others, and of one without a step."""
+    if state.step == 0 or _updates(state) > 0:
         return None
+    what = f"nothing was trained in {state.step} steps: "
+    if state.trainer.counts.get("steps_without_signal", 0) < state.step:
+        return f"{what}every update was skipped as not finite, or had no signal; not_finite/ holds what led to it"
+    cut = ", or loss.mask_truncated_completions left them out" if cfg.loss.mask_truncated_completions else ""
     return (
-        f"nothing was trained in {state.step} steps: in none of them did the rewards of a group of completions differ. "
+        f"{what}in none of them did the rewards of a group of completions differ{cut}. "
         f"Look at the completions and try the reward on them (grpo rewards test, grpo rewards score); {SAMPLE_MORE}"
     )
+
+
+def _updates(state: RunState) -> int:
+    """How many updates were applied, as the optimizer has counted them."""
+    return int(cast(int, state.trainer.arrays["optimizer"]["step"].item()))
 
 
 def _of_lengths(truncated: float, cfg: Recipe) -> list[str]:

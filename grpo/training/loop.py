@@ -85,7 +85,7 @@ class Loop:
         if self.stop.signal is not None:
             self._note_end("stopped")
             return Outcome(self.state, self._saved, self.stop.signal)
-        untrained = trained_on_nothing(self.state)
+        untrained = trained_on_nothing(self.state, self.cfg)
         self._note_end(UNTRAINED if untrained else "finished")
         return Outcome(self.state, self._saved, None, untrained)
 

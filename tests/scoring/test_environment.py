@@ -6,7 +6,7 @@ from grpo.backend.secrets import is_secret
 from grpo.config import RewardConfig
 from grpo.errors import UserError
 from grpo.plugins import locate_reward
-from grpo.scoring.environment import environment, named_variables
+from grpo.scoring.environment import environment, named_variables, with_hint
 from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Rollout, Task
 
@@ -76,3 +76,25 @@ def test_in_a_worker_and_in_its_replacement(tmp_path, monkeypatch) -> None:
     finally:
         scorer.close()
     assert [rollout.scores["mine"] for rollout in scored.rollouts] == [1.0, None, 1.0]
+
+
+@pytest.mark.parametrize("where", ["call", "import"])
+def test_who_asks_for_a_variable_that_is_kept_from_it_is_told(tmp_path, monkeypatch, where: str) -> None:
+    monkeypatch.setenv("MY_KEY", "s3cret-mine")
+    asks = "import os\n{0}os.environ['MY_KEY']\n{0}"
+    if where == "import":
+        (tmp_path / "mine.py").write_text(asks.format("") + "def mine(completions, **_): return [1.0]\n")
+        with pytest.raises(UserError, match=r"KeyError: 'MY_KEY' .*MY_KEY is set, but .*: env: \[MY_KEY\]\)"):
+            Scorer.of([RewardConfig(use=f"{tmp_path}/mine.py:mine")])
+        return
+    (tmp_path / "mine.py").write_text("def mine(completions, **_):\n    " + asks.format("    ") + "return [1.0]\n")
+    scorer = Scorer.of([RewardConfig(use=f"{tmp_path}/mine.py:mine", weight=0.0)])
+    group = Group(Task(0, "?", (7,), {}), (Rollout(Completion((1,), None, "a", "stop")),))
+    try:
+        (scored,) = scorer.score([group])
+    finally:
+        scorer.close()
+    first, *frames = scored.rollouts[0].failures["mine"].error.splitlines()
+    assert first.startswith("KeyError: 'MY_KEY' (MY_KEY is set, but")
+    assert frames
+    assert with_hint("KeyError: 'OTHER'", {}) == "KeyError: 'OTHER'"

@@ -7,7 +7,7 @@ import pytest
 
 from grpo.config import RewardConfig
 from grpo.scoring.contract import Reward
-from grpo.scoring.forms import declared_form, expects_messages
+from grpo.scoring.forms import Probe, declared_form, expects_messages
 from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Rollout, Task
 
@@ -140,7 +140,7 @@ def test_a_reward_that_was_found_to_read_messages_is_not_tried_on_texts_again() 
     reward = Reward(mine, {})
     assert reward(TEXT, {}).metrics == {"calls": [1.0]}  # of the try that counted
     reward(TEXT, {})
-    assert seen == [str, list, list]
+    assert seen == [str, Probe, list, list]
 
 
 def test_a_mistake_of_another_kind_is_told_as_it_is() -> None:
@@ -160,6 +160,63 @@ def test_a_mistake_of_another_kind_is_told_as_it_is() -> None:
     assert "string indices must be integers" in declared(TEXT, {}).failures[0]
     for error in (TypeError("other"), KeyError("content"), AttributeError("'str' object has no attribute 'role'")):
         assert not expects_messages(error)
+
+
+def test_a_mistake_that_only_looks_like_it_leaves_a_reward_for_texts() -> None:
+    """On messages this one would never come to its mistake, and score everything 0."""
+
+    def mine(completions, answer, **_):
+        return [float(reply["x"]) if "b" in text else 0.0 for text, reply in zip(completions, answer, strict=True)]
+
+    reward = Reward(mine, {})
+    answer = reward(TEXT | {"answer": ["{}", "{}"]}, {})
+    assert (answer.values, len(answer.failures)) == ([None, None], 2)
+    assert "string indices must be integers" in answer.failures[0]
+    assert reward(TEXT | {"answer": [{"x": 1}] * 2}, {}).values == [0.0, 1.0]
+
+
+def test_what_has_answered_on_texts_is_called_once_when_it_fails_later() -> None:
+    calls = []
+
+    def mine(completions, **_):
+        calls.append(completions)
+        return [1.0, 2.0] if len(calls) == 1 else messages(completions)
+
+    reward = Reward(mine, {})
+    assert reward(TEXT, {}).values == [1.0, 2.0]
+    assert "string indices" in reward(TEXT, {}).failures[0]
+    assert calls == [TEXT["completions"]] * 2
+
+
+def test_a_paid_one_is_not_called_again(monkeypatch) -> None:
+    calls = []
+
+    def mine(completions, **_):
+        calls.append(1)
+        return messages(completions)
+
+    monkeypatch.setitem(globals(), "PAID", True)
+    said = Reward(mine, {})(TEXT, {}).failures[0]
+    assert (len(calls), "write completions: messages beside its `use`" in said) == (1, True)
+    other = Reward(lambda **_: int("x"), {})(TEXT, {}).failures[0]
+    assert "completions: messages" not in other.splitlines()[0]
+    assert Reward(mine, {}, "messages")(TEXT, {}).values == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda c: c[0]["content"],
+        lambda c: c[-1].get("content"),
+        lambda c: "".join(m["content"] for m in c),
+        lambda c: next(iter(c))["content"],
+    ],
+)
+def test_however_messages_are_read(read) -> None:
+    assert Reward(lambda completions, **_: [float(len(read(c))) for c in completions], {})(TEXT, {}).values == [
+        1.0,
+        2.0,
+    ]
 
 
 def test_an_empty_completion_hides_neither_form() -> None:

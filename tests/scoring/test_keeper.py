@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from grpo.config import RewardConfig
-from grpo.scoring import processes
+from grpo.scoring import keeper, processes
 from grpo.scoring.scorer import Scorer
 from grpo.types import Completion, Group, Rollout, Task
 
@@ -200,3 +201,23 @@ def test_what_ps_says_is_what_the_kernel_says(monkeypatch) -> None:
         child.kill()
         child.wait()
         child.stdout.close()
+
+
+def test_however_often_it_is_woken_memory_is_looked_at_now_and_then(monkeypatch) -> None:
+    """Where `ps` is asked for the memory, its end wakes the keeper."""
+    woken, wake = os.pipe()
+    now, looks, ended = [0.0], [], iter([{}] * 20 + [{7: 0}])
+
+    def select(*_):
+        now[0] += keeper.INTERVAL / 5
+        os.write(wake, b"x")
+        return [woken], [], []
+
+    monkeypatch.setattr(keeper, "select", SimpleNamespace(select=select))
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(keeper.processes, "reap", lambda: next(ended))
+    monkeypatch.setattr(keeper.processes, "use_more_than", lambda *_: looks.append(now[0]))
+    assert keeper._watch(7, 1, woken) == 0
+    assert 4 <= len(looks) <= 5
+    os.close(woken)
+    os.close(wake)

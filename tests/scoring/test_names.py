@@ -8,6 +8,8 @@ import pytest
 
 from grpo.scoring.contract import Reward
 from grpo.scoring.names import check_metric
+from grpo.scoring.scorer import Scorer
+from grpo.types import Completion, Group, Rollout, Task
 
 COLUMNS = {"prompts": ["?"] * 2, "completions": ["a", "bb"], "completion_ids": [[1], [1, 2]]}
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -38,6 +40,36 @@ def test_every_other_name_is_kept_as_it_is(name: str) -> None:
 def test_a_name_that_cannot_be_stored_is_a_failure(hook: str, name) -> None:
     answer = Reward(lambda completions, **given: given[hook](name, [1.0] * 2), {})(COLUMNS, {})
     assert f"{hook}({name!r}): a name is a text" in answer.failures[0]
+
+
+def test_what_is_not_finite_is_not_logged() -> None:
+    def mine(completions, log_metric, **_):
+        for value in (float("nan"), float("inf"), 2):
+            log_metric("mean", value)
+        log_metric("nothing", float("nan"))
+        return [1.0] * len(completions)
+
+    answer = Reward(mine, {})(COLUMNS, {})
+    assert (answer.metrics, answer.failures) == ({"mean": [2.0]}, {})
+
+
+def test_columns_of_two_rewards_under_one_name_are_both_kept() -> None:
+    def logging(column, value, when):
+        def mine(completions, trainer_state, log_extra, **_):
+            if trainer_state.global_step >= when:
+                log_extra(column, [value] * len(completions))
+            return [1.0] * len(completions)
+
+        return mine
+
+    scorer = Scorer({"late": logging("said", "l", 1), "early": logging("said", "e", 0), "other": logging("o", "o", 0)})
+    group = Group(Task(0, "?", (7,), {}), (Rollout(Completion((1,), None, "a", "stop")),))
+    seen = []
+    for step in (1, 2):  # whose column is whose does not change on the way
+        scorer.begin(step)
+        seen.append(scorer.score([group])[0].rollouts[0].extras)
+    scorer.close()
+    assert seen == [{"said": "e", "o": "o"}, {"said": "e", "o": "o", "late/said": "l"}]
 
 
 def names_in_readme() -> list[str]:

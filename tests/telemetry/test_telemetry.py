@@ -54,6 +54,15 @@ def printed(**settings) -> tuple[Console, io.StringIO]:
     return Console(file=text, width=200, **settings), text
 
 
+def test_what_is_not_finite_is_left_out_of_files(tmp_path) -> None:
+    logger = JsonlLogger(tmp_path)
+    logger.log(StepMetrics(1, {"reward": 0.5, "kl": float("nan"), "ratio": float("inf")}))
+    logger.log(replace(EVAL, values={**EVAL.values, "greedy": float("nan")}))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "reward": 0.5}
+    assert read_steps(tmp_path) == [StepMetrics(1, {"reward": 0.5})]
+    assert "greedy" not in read_evaluations(tmp_path)[0].values
+
+
 def test_files_hold_one_object_a_line(tmp_path) -> None:
     logger = JsonlLogger(tmp_path)
     for record in (EVAL, STEP, StepMetrics(2, VALUES)):

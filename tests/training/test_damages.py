@@ -129,6 +129,11 @@ DAMAGES: list[Damage] = [
 ]
 
 
+DIFFERENT = {loses_a_file: 6, loses_a_file_and_its_sum: 5, loses_a_sum: 8, is_another_step: 1}
+DIFFERENT |= {has_a_file_of_another_step: 3, gains_a_file: 20, is_renamed: 12, has_two_files_swapped: 15, grows: 18}
+"""How many of a kind there are, where they are fewer than 30."""
+
+
 def drop_sums(folder: Path, name: str) -> None:
     lines = (folder / SUMS).read_text().splitlines(keepends=True)
     (folder / SUMS).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
@@ -155,8 +160,12 @@ def test_two_hundred_damages_are_noticed_passed_over_and_refused(two, do: Damage
     older, newest = two
     kept = shutil.copytree(newest, newest.parent / "kept")
     draw = random.Random(do.__name__)
-    for _ in range(-(-200 // len(DAMAGES))):
+    seen: set[bytes] = set()
+    for _ in range(200):
+        if len(seen) == DIFFERENT.get(do, 30):
+            break
         do(newest, draw)
+        seen.add(repr([(path.name, path.read_bytes()) for path in sorted(newest.iterdir())]).encode())
         found, passed_over = newest_whole(newest.parent)
         assert found == older
         assert [line.partition(": ")[0] for line in passed_over] == [f"passed over {newest}"]
@@ -165,6 +174,7 @@ def test_two_hundred_damages_are_noticed_passed_over_and_refused(two, do: Damage
         shutil.rmtree(newest)
         shutil.copytree(kept, newest)
         assert damage(newest) is None
+    assert len(seen) == DIFFERENT.get(do, 30)
 
 
 def test_a_shorter_list_is_not_believed_though_all_that_it_lists_is_right(two) -> None:

@@ -73,6 +73,16 @@ def test_a_fingerprint_is_of_contents_alone(monkeypatch) -> None:
     assert fingerprint(table.select(range(8))) != fingerprint(table) != fingerprint(table.select([*range(8), 0]))
 
 
+def test_a_fingerprint_is_the_same_in_every_process() -> None:
+    class Own:
+        pass
+
+    one, other = Own(), Own()
+    assert fingerprint([{"own": one}]) == fingerprint([{"own": other}])
+    assert repr({0, 8}) != repr({8, 0})
+    assert fingerprint([{"own": {0, 8}}]) == fingerprint([{"own": {8, 0}}]) != fingerprint([{"own": {8, 1}}])
+
+
 @pytest.fixture
 def begun(recipe, run_cli) -> Path:
     """A run from a saved adapter, whose folder has moved since; and the run too."""

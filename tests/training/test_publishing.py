@@ -97,3 +97,12 @@ def test_a_secret_within_another_is_masked_whole(monkeypatch) -> None:
     assert masked("a\nabcdefgh-ijkl abcdefgh") == "a\n[LONG_KEY] [A_KEY]"
     monkeypatch.setenv("SHORT_KEY", "a")
     assert masked("a cat") == "a cat"
+
+
+def test_a_path_under_a_secrets_name_is_none(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PASSWORD_STORE_DIR", str(tmp_path))
+    monkeypatch.setenv("A_TOKEN", f"{tmp_path}/is/not/there")
+    assert masked(f"in {tmp_path}/runs") == f"in {tmp_path}/runs"
+    assert masked(f"{tmp_path}/is/not/there") == "[A_TOKEN]"
+    monkeypatch.setenv("A_TOKEN", "another-one")  # what was looked up before is not kept
+    assert masked("another-one") == "[A_TOKEN]"

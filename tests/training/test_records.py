@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from grpo.errors import UserError
+from grpo.recipe import load_recipe
+from grpo.telemetry.progress import read_now
+from grpo.training.folder import NOW, resumed_folder
 from grpo.training.records import rewind
 
 
@@ -66,3 +69,12 @@ def test_what_is_no_record_is_refused_and_left(log, line: str) -> None:
     with pytest.raises(UserError, match=r"metrics.jsonl:2: not a record that grpo wrote"):
         rewind(log, range(1, 3), complete=True)
     assert log.read_text() == f'{{"step": 1}}\n{line}\n'
+
+
+def test_a_run_that_goes_on_is_not_in_the_phase_in_which_it_was_killed(recipe) -> None:
+    cfg = load_recipe(recipe, ["output_dir=killed"])
+    folder = Path("killed")
+    folder.mkdir()
+    (folder / NOW).write_text('["rollout", 3, 9]')
+    with resumed_folder(cfg, 0, -1):
+        assert read_now(folder) is None

@@ -123,6 +123,21 @@ class Ranks:
                 "same files and arguments, and see the same output_dir (on several hosts: by a shared file system)"
             )
 
+    def checked(self, check: Callable[[], Item]) -> Item:
+        """What `check` returns, once it has succeeded in every process. Its own errors are raised as they are.
+
+        Raises RunError where it failed in another process alone: this one would wait for that for ever.
+        """
+        try:
+            found = check()
+        except (UserError, RunError) as error:
+            self.gather(str(error))
+            raise
+        others = [(rank, why) for rank, why in enumerate(self.gather(None)) if why is not None]
+        if others:
+            raise RunError(f"process {others[0][0]} of {self.size}: {others[0][1]}")
+        return found
+
     def _exchange(self, start: Callable[[], mx.array]) -> mx.array:
         import mlx.core as mx
 

@@ -73,7 +73,7 @@ def train(
         print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes, *_unsent(cfg)])
         state = start.load(trainer)
         packing = Packing.of(trainer.cfg)
-        parity = check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed, packing)
+        parity = ranks.checked(lambda: check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed, packing))
         console.print(parity, highlight=False, soft_wrap=True)
         if dry_run:
             for note in rehearse(trainer.scorer, run.tasks, trainer.engine.generator.tokenizer.encode):

@@ -81,6 +81,11 @@ class Products:
         self._weights.changed(self._held())
         return True
 
+    @property
+    def train(self) -> bool:
+        """Whether the layers' own weights train, and not adapters alone."""
+        return any(tree_flatten(base.trainable_parameters()) for base in self._bases)
+
     def forget(self) -> None:
         """Let go of the joined matrix, until `refresh` makes the next."""
         self._joined = {}
@@ -203,6 +208,11 @@ class Blocks:
     @property
     def products(self) -> list[Products]:
         return [product for b in self.layers for product in (b.qkv, b.out, b.gate_up, b.down)]
+
+    @property
+    def train(self) -> bool:
+        """Whether weights of the layers' own train, and not adapters alone."""
+        return any(product.train for product in self.products)
 
     def refresh(self) -> bool:
         """Take over what the model holds now, and say whether more than adapters has changed."""

@@ -29,7 +29,7 @@ class Decoder(Protocol):
         ...
 
     def forget(self) -> None:
-        """Hold no array of the model until the next `refresh`: they are about to be replaced."""
+        """Hold no weight that trains until the next `refresh`: it may be replaced."""
         ...
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
@@ -49,8 +49,9 @@ class BlockDecoder:
             self._compiled = None  # a trace keeps the weights that it was made with, but for the adapters
 
     def forget(self) -> None:
-        self.blocks.forget()
-        self._compiled = None
+        if self.blocks.train:
+            self.blocks.forget()
+            self._compiled = None
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
         if not attention.overlaps:

@@ -72,7 +72,7 @@ class Decoding(Protocol):
         ...
 
     def forget(self) -> None:
-        """Hold no weight between calls: all are about to be replaced, and the old ones would stay in memory."""
+        """Hold no weight that trains: an update may replace it, and the old one would stay in memory beside the new."""
         ...
 
     def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:

@@ -91,6 +91,7 @@ class Generator:
                 self.progress(phase, *_tokens(rows, sampling.max_tokens))
         if self.progress is not None:
             self.progress(phase, *_tokens(rows, sampling.max_tokens))
+        self.decoding.forget()
         groups: list[list[Completion]] = [[] for _ in requests]
         for row in rows:
             groups[row.request].append(_completion(row, stopping, logprobs))

@@ -184,12 +184,11 @@ def _sampler_metrics(batch: Any, old: mx.array, mask: mx.array) -> Metrics:
     token, sequence = sampling_log_ratios(mx.stop_gradient(old), sampler, mask)
     unfiltered: Metrics = {}
     if getattr(batch, "sampler_logprobs", None) is not None:
-        gap, _ = sampling_log_ratios(mx.stop_gradient(old), batch.sampling_logprobs, mask)
-        unfiltered[UNFILTERED_LOGP_DIFFERENCE] = _mean(mx.abs(gap), mask)
+        unfiltered[UNFILTERED_LOGP_DIFFERENCE] = _difference(old, batch.sampling_logprobs, mask)
     ratio, whole = bounded_exp(token), bounded_exp(sequence)
     return {
         **unfiltered,
-        LOGP_DIFFERENCE: _mean(mx.abs(token), mask),
+        LOGP_DIFFERENCE: _difference(old, sampler, mask),
         "sampling/sampling_logp_difference/max": (mx.abs(token) * mask).max(),
         "sampling/importance_sampling_ratio/min": mx.where(mask > 0, ratio, mx.inf).min(),
         "sampling/importance_sampling_ratio/mean": _mean(ratio, mask),
@@ -198,6 +197,11 @@ def _sampler_metrics(batch: Any, old: mx.array, mask: mx.array) -> Metrics:
         "sampling/sequence_importance_sampling_ratio/max": _over_rows(whole, mask, -mx.inf).max(),
         "sampling/effective_sample_size": effective_sample_size(ratio, mask),
     }
+
+
+def _difference(old: mx.array, sampler: mx.array, mask: mx.array) -> mx.array:
+    """The mean absolute difference of logprobs; NaN where one is NaN, which a correction may pass over but no check."""
+    return _mean(mx.where(mask > 0, mx.abs(old - sampler), 0.0), mask)
 
 
 def _over_rows(values: mx.array, mask: mx.array, empty: float) -> mx.array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,10 +29,14 @@ class Entropy:
 def entropy_left_out(groups: Sequence[Group], policy: Policy, cfg: Recipe, ranks: Ranks) -> Entropy:
     """The entropy of the completions that the update will not see: those that can have no gradient.
 
-    They are no fair sample of the step: most are of prompts that the policy is sure of. One forward pass of each,
-    divided among the processes.
+    They are no fair sample of the step: most are of prompts that the policy is sure of. Entropy is the expectation of
+    -log p, so the sampler's own logprobs tell it, without bias and at no cost. Where tokens were drawn from another
+    distribution than the policy's they do not: then one forward pass of each completion, divided among the processes.
     """
     rows = [row for row in rows_of(groups) if not learns(row[1], cfg)]
+    surprise = -sum(sum(rollout.completion.logprobs or ()) for _, rollout in rows)
+    if math.isfinite(surprise) and not any(rollout.completion.sampler_logprobs for _, rollout in rows):
+        return Entropy(surprise, sum(len(rollout.completion.token_ids) for _, rollout in rows))
     mine = ranks.share(list(row_batches(rows, cfg)))
     total = sum(float((forced(policy, batch)[1] * batch.mask).sum()) for batch in mine)
     return Entropy(sum(ranks.gather(total)), sum(len(rollout.completion.token_ids) for _, rollout in rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from grpo.config import Recipe
+from grpo.config import LossConfig, Recipe
 
 OF_RATIOS = ("epsilon", "epsilon_high", "delta", "off_policy_mask_threshold")
 
@@ -28,3 +28,16 @@ def notes_on(cfg: Recipe) -> Iterator[str]:
             f"each rollout has one update, and its ratios are 1: {', '.join(unread)} wait for optim.num_iterations or "
             "optim.num_minibatches above 1"
         )
+
+
+def filter_note(loss: LossConfig) -> str:
+    """What sampling from a filtered or penalised distribution means for a loss."""
+    sampled = "completions are sampled from another distribution than the policy's (rollout.top_k and the like)"
+    if loss.use is None and loss.preset.surrogate == "dppo":
+        return f"{sampled}, and dppo's ratio is to that distribution"
+    if loss.importance_sampling_correction != "none":
+        return f"{sampled}, and loss.importance_sampling_correction weighs tokens by the difference"
+    return (
+        f"{sampled}, and ratios compare the policy's own probabilities; loss.importance_sampling_correction "
+        "(token_truncate, say) would weigh tokens by the difference"
+    )

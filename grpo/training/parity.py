@@ -189,18 +189,20 @@ class GapWatch:
         gap = metrics.get(UNFILTERED_LOGP_DIFFERENCE, metrics.get(LOGP_DIFFERENCE))
         if gap is None:
             return
-        times = gap / self._bound
+        times = math.inf if math.isnan(gap) else gap / self._bound
         if self._most is not None and not times <= self._most:
             raise RunError(
                 f"{self._said(step, gap)} The run stops beyond {self._most:g} times (optim.max_logp_difference; null "
                 "never stops). This step's update is not kept. Decoding computes another model than the one that "
                 f"trains: please report it, with `grpo doctor --json`. {self._help}"
             )
-        if self._tells and times >= max(WARN_FROM, 2 * self._told):
+        if self._tells and times > self._told and times >= max(WARN_FROM, 2 * self._told):
             self._told = times
             log.warning("%s Decoding may drift away from the model that trains. %s", self._said(step, gap), self._help)
 
     def _said(self, step: int, gap: float) -> str:
+        if math.isnan(gap):
+            return f"step {step}: the sampler gave NaN for the logprobs of some tokens."
         return (
             f"step {step}: the sampler's logprobs are {gap:.2g} nats from the trainer's in the mean, "
             f"{gap / self._bound:.1f} times what rounding in {self._dtype} explains ({self._bound:.1g})."

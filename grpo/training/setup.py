@@ -24,16 +24,12 @@ from grpo.plugins import find_function
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.evaluate import Evaluator
-from grpo.training.notes import notes_on
+from grpo.training.notes import filter_note, notes_on
 from grpo.training.optimizer import make_optimizer
 from grpo.training.plan import Plan, make_plan
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 
-REFILTERED = (
-    "completions are sampled from a filtered distribution; ratios compare the policy's own probabilities, and "
-    "loss.importance_sampling_correction can weigh tokens by how much the filters favoured them"
-)
 PEEK = 64
 """Prompts from the start of the data that the check of decoding against training is made on."""
 
@@ -92,7 +88,7 @@ def prepare(cfg: Recipe) -> Prepared:
     )
     generator.slots = plan.slots
     trainer = Trainer(cfg, policy, stream, engine, scorer, evaluator, custom_loss, ranks)
-    refiltered = [REFILTERED] if engine.sampling.reshaped else []
+    refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, one) for rows, one in zip(tables[1:], eval_renderers, strict=True)]
     prompts, head = _prompts(lengths, tables[0], renderer), filter(None, [head_note(model, cfg.model)])
     notes = [*prompts, *generator.describe(), *head, *policy.slow]

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from grpo.errors import UserError
+from grpo.model.adapters import REFERENCE
 from grpo.types import EvalMetrics
 
 Arrays = Mapping[str, mx.array]
@@ -29,8 +30,13 @@ class TrainerState:
     counts: Mapping[str, Any]
 
     def check_fits(self, other: TrainerState) -> None:
-        """Raise UserError if this is not a state of the trainer that `other` is a state of."""
+        """Raise UserError if this is not a state of the trainer that `other` is a state of.
+
+        It may lack the reference: a run that never asked for it has not moved it, so it is what it was at the start.
+        """
         for name, arrays in other.arrays.items():
+            if name == REFERENCE and name not in self.arrays:
+                continue
             mine = {path: array.shape for path, array in self.arrays.get(name, {}).items()}
             if mine != {path: array.shape for path, array in arrays.items()}:
                 raise UserError(f"resume: the checkpoint's {name}: other arrays or shapes than this recipe's")

@@ -69,8 +69,6 @@ class Trainer:
         told |= kl_metric(groups, policy, cfg, n, ranks)  # if it is due
         rest = entropy_left_out(groups, policy, cfg, ranks)
         clock.lap("logprobs")
-        if cfg.adapter.type == "full":
-            self.engine.generator.decoding.forget()  # or the old weights would stay beside the new ones
         update = with_all_entropy(self.update(minibatches, n), rest, groups, cfg)
         self.gap.check(n, update.metrics)
         clock.lap("update")

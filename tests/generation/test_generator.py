@@ -4,10 +4,12 @@ import mlx.core as mx
 import pytest
 
 from grpo.backend.random import derive_key
+from grpo.config import AdapterConfig
 from grpo.generation import buffers, decoding
 from grpo.generation import slots as slots_module
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
+from grpo.model.adapters import Adapters
 
 MIXED = [[5, 6, 7, 8, 9], [11], [20, 21], list(range(30, 72)), [9, 8, 7, 6]]
 KEY = derive_key(0, "test")
@@ -195,6 +197,20 @@ def test_base_weights_that_change_are_followed(make_policy) -> None:
         layer.input_layernorm.weight = layer.input_layernorm.weight * 0.7
     groups = toy.generator.generate([Request(ids, 2) for ids in MIXED], Sampling(1.0, 8), KEY)
     assert max(gaps(toy.policy, MIXED, groups)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_between_calls_joined_weights_are_held_unless_they_train(toy, kind: str) -> None:
+    """Joined anew at every call they would cost a LoRA run time; held through an update they would be there twice."""
+    model, tokenizer = toy
+    Adapters(model, AdapterConfig(type=kind), KEY, reference=False)
+    generator = Generator(model, tokenizer, 2)
+    products = generator.decoding.decoder.blocks.products
+    generator.generate([Request([5, 6], 1)], Sampling(1.0, 3), KEY)
+    first = [product._joined.get("weight") for product in products]
+    assert all((weight is None) == (kind == "full") for weight in first)
+    generator.generate([Request([5, 6], 1)], Sampling(1.0, 3), KEY)
+    assert all(product._joined.get("weight") is weight for product, weight in zip(products, first, strict=True))
 
 
 def test_the_policy_forward_is_the_same_after_its_weights_were_joined(toy) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,8 +62,41 @@ def test_null_never_stops_and_another_factor_stops_there(caplog) -> None:
     assert "9000.0 times" in caplog.text
     with pytest.raises(RunError, match="beyond 2 times"):
         watch(2.0).check(1, {MEAN: 2.5e-3})
-    with pytest.raises(RunError):
-        watch().check(1, {MEAN: float("nan")})
+
+
+def test_a_nan_of_the_sampler_stops_a_run_and_is_told_once_of_one_that_never_stops(caplog) -> None:
+    nan = {MEAN: math.nan}
+    with pytest.raises(RunError, match=r"step 1: the sampler gave NaN for the logprobs of some tokens\. The run stops"):
+        watch().check(1, nan)
+    never = watch(None)
+    never.check(1, {MEAN: 5e-3})
+    for step in (2, 3, 4):
+        never.check(step, nan)
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["step 1", "step 2"]
+
+
+@pytest.mark.parametrize("odd", ["logprobs", "sampler_logprobs"])
+@pytest.mark.parametrize("setting", ["loss.type=dapo", "loss.importance_sampling_correction=token_mask"])
+def test_a_step_whose_sampler_gave_a_nan_is_stopped(recipe, odd: str, setting: str) -> None:
+    """One token in one row. A correction passes over it (its weight is 1), so the gradient is finite."""
+    filters = ["rollout.top_k=3"] if odd == "sampler_logprobs" else []
+    trainer = prepare(load_recipe(recipe, ["loss.beta=1e-3", setting, *filters])).trainer
+    rollout = trainer.engine.rollout
+
+    def broken(*args, **kwargs):
+        first, *others = rollout(*args, **kwargs)
+        values = (math.nan, *getattr(first.rollouts[0].completion, odd)[1:])
+        one = replace(first.rollouts[0], completion=replace(first.rollouts[0].completion, **{odd: values}))
+        return [replace(first, rollouts=(one, *first.rollouts[1:])), *others]
+
+    trainer.engine.rollout = broken
+    if odd == "logprobs":
+        with pytest.raises(RunError, match="the sampler gave NaN"):
+            trainer.step(1)
+    else:  # the model's own logprobs are there, and are what is held to the bound
+        values = trainer.step(1).values
+        assert math.isnan(values[MEAN])
+        assert values[UNFILTERED] < 1e-4
 
 
 def test_filters_do_not_count_and_a_low_temperature_magnifies_rounding(caplog) -> None:

@@ -9,6 +9,8 @@ from test_update import groups, recipe
 from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
 from grpo.errors import UserError
+from grpo.generation.generator import Request
+from grpo.generation.sampling import Sampling
 from grpo.objective.groups import with_advantages
 from grpo.recipe import load_recipe
 from grpo.scoring.scorer import Scorer
@@ -16,7 +18,7 @@ from grpo.training.batches import make_minibatches
 from grpo.training.gauges import divergences, entropy_left_out, kl_metric, with_all_entropy
 from grpo.training.setup import prepare
 from grpo.training.update import Update, Updater
-from grpo.types import Rollout
+from grpo.types import Group, Rollout, Task
 
 
 def scored(policy, cfg: Recipe, truncated: bool = False) -> list:
@@ -32,6 +34,16 @@ def scored(policy, cfg: Recipe, truncated: bool = False) -> list:
 
 def cut(rollout: Rollout) -> Rollout:
     return replace(rollout, completion=replace(rollout.completion, finish_reason="length"))
+
+
+def filtered(made: list) -> list:
+    """The same groups as if filters had reshaped what was sampled: their logprobs do not tell entropy then."""
+    return [replace(group, rollouts=tuple(map(reshaped, group.rollouts))) for group in made]
+
+
+def reshaped(rollout: Rollout) -> Rollout:
+    completion = rollout.completion
+    return replace(rollout, completion=replace(completion, sampler_logprobs=tuple(0.0 for _ in completion.token_ids)))
 
 
 def by_hand(policy, made: list) -> tuple[float, int]:
@@ -54,7 +66,7 @@ def by_hand(policy, made: list) -> tuple[float, int]:
 def test_the_entropy_is_of_every_token_of_the_step(make_policy, settings: dict, size: int) -> None:
     policy = make_policy().policy
     cfg = recipe(loss=settings, optim={"micro_batch_tokens": size, "learning_rate": 1e-9, "num_iterations": 2})
-    made = scored(policy, cfg, truncated=True)
+    made = filtered(scored(policy, cfg, truncated=True))
     total, tokens = by_hand(policy, made)
     rest = entropy_left_out(made, policy, cfg, Ranks())
     update = Updater(policy, cfg)(make_minibatches(made, cfg), 1)
@@ -63,6 +75,37 @@ def test_the_entropy_is_of_every_token_of_the_step(make_policy, settings: dict, 
     if not settings:  # what the update saw is another number
         assert abs(update.metrics["entropy"] - total / tokens) > 1e-3
     assert whole.metrics | {"entropy": 0} == update.metrics | {"entropy": 0}
+
+
+def test_without_filters_the_sampler_tells_the_entropy_of_rows_that_teach_nothing(make_policy, monkeypatch) -> None:
+    policy, cfg = make_policy().policy, recipe()
+    made = scored(policy, cfg)
+    left = made[1].rollouts
+    monkeypatch.setattr(policy, "group_logprobs", None)  # calling it would fail
+    rest = entropy_left_out(made, policy, cfg, Ranks())
+    assert rest.total == pytest.approx(-sum(sum(rollout.completion.logprobs) for rollout in left))
+    assert rest.tokens == sum(len(rollout.completion.token_ids) for rollout in left)
+
+
+def test_what_the_sampler_tells_is_the_entropy_in_the_mean(make_policy) -> None:
+    toy, cfg = make_policy(), recipe()
+    (answers,) = toy.generator.generate([Request([5, 6, 7], 200)], Sampling(1.0, 8), mx.random.key(3))
+    rollouts = tuple(Rollout(completion, {"r": 1.0}, advantage=0.0) for completion in answers)
+    made = [Group(Task(0, "?", (5, 6, 7), {}), rollouts)]
+    told = entropy_left_out(made, toy.policy, cfg, Ranks())
+    exact = entropy_left_out(filtered(made), toy.policy, cfg, Ranks())
+    assert told.tokens == exact.tokens
+    assert told.total == pytest.approx(exact.total, rel=0.02)
+    assert told.total != exact.total
+
+
+def test_a_nan_of_the_sampler_does_not_tell_entropy(make_policy) -> None:
+    policy, cfg = make_policy().policy, recipe()
+    made = scored(policy, cfg)
+    odd = replace(made[1].rollouts[0].completion, logprobs=(float("nan"),) * 2)
+    one = replace(made[1], rollouts=(replace(made[1].rollouts[0], completion=odd), *made[1].rollouts[1:]))
+    found = entropy_left_out([made[0], one, made[2]], policy, cfg, Ranks())
+    assert found.total == pytest.approx(by_hand(policy, [made[1]])[0], rel=1e-5)
 
 
 def test_nothing_is_measured_where_the_update_sees_everything(make_policy, monkeypatch) -> None:
@@ -95,7 +138,7 @@ class Halves(Ranks):
 
 def test_processes_divide_the_passes_among_them(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(optim={"micro_batch_tokens": 1}, log={"kl": 1})
-    made = scored(policy, cfg)
+    made = filtered(scored(policy, cfg))
     alone = entropy_left_out(made, policy, cfg, Ranks()), divergences(made, policy, cfg, Ranks())
     said: dict = {1: [0.0, [[0.0]] * 6]}
     entropy_left_out(made, policy, cfg, first := Halves(0, said))
@@ -141,7 +184,7 @@ def test_when_kl_is_measured_and_whether_that_needs_a_reference(sections: dict, 
 
 
 def test_a_step_tells_both(recipe) -> None:
-    """The reward makes one group teach and the other not; weights are far from the base."""
+    """The reward makes the first group teach and the others not; weights are far from the base."""
     trainer = prepare(load_recipe(recipe, ["log.kl=2", "optim.learning_rate=0.05"])).trainer
     trainer.scorer = Scorer({"digits": lambda completions, **_: [1.0, 0.0, 1.0, 0.0, *[1.0] * (len(completions) - 4)]})
     first, second = trainer.step(1).values, trainer.step(2).values
@@ -150,7 +193,9 @@ def test_a_step_tells_both(recipe) -> None:
     policy, before = trainer.policy, trainer.policy.adapters.state()
     third = trainer.step(3)
     policy.adapters.load_state(before)
-    total, tokens = by_hand(policy, list(third.groups))
+    total, tokens = by_hand(policy, list(third.groups[:1]))
+    for rollout in (rollout for group in third.groups[1:] for rollout in group.rollouts):
+        total, tokens = total - sum(rollout.completion.logprobs), tokens + len(rollout.completion.token_ids)
     assert third.values["entropy"] == pytest.approx(total / tokens, rel=1e-4)
     assert "kl" not in third.values
 

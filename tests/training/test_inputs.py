@@ -115,6 +115,19 @@ def test_the_adapter_that_a_run_began_from_goes_with_it(recipe, begun, run_cli) 
     assert all("kl" in line for line in before)  # against the adapter that it began from
 
 
+def test_a_checkpoint_of_a_run_that_asked_for_no_reference_has_the_adapter_that_it_began_from(recipe) -> None:
+    """So had every checkpoint of before `log.kl`, whose default asks for it."""
+    first = run(recipe, "output_dir=first").checkpoint
+    settings = [f"adapter.path={first}", "output_dir=begun", "optim.learning_rate=0.05"]
+    ended = run(recipe, *settings, "log.kl=null").checkpoint
+    assert not (ended / "reference.safetensors").exists()
+    state = run(recipe, *settings, "optim.steps=3", "log.kl=1", changed=True).state.trainer
+    started = mx.load(str(first / "adapters.safetensors"))
+    assert all(mx.array_equal(array, started[path]) for path, array in state.arrays["reference"].items())
+    told = {line["step"]: line.get("kl", 0) for line in timeless(Path("begun/metrics.jsonl"))}
+    assert [step for step, kl in told.items() if kl > 0] == [3]
+
+
 def test_an_adapter_in_pefts_format_goes_with_its_run_too(recipe, run_cli) -> None:
     run(recipe, "output_dir=first")
     export(Path("first"), "peft", Path("theirs"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from grpo.recipe import load_recipe
-from grpo.training.notes import notes_on
+from grpo.training.notes import filter_note, notes_on
 from grpo.training.schedule import learning_rate
 
 RATIOS = "each rollout has one update, and its ratios are 1: loss.{} wait for optim.num_iterations or optim.num_minib"
@@ -47,3 +47,26 @@ def test_the_plan_says_it(run_cli, recipe) -> None:
     ran = run_cli("train", recipe, "--dry-run", "optim.warmup_steps=10")
     assert (ran.code, ran.err) == (0, "")
     assert "optim.warmup_steps: cut from 10 to 1, because the run has 2 steps" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ([], "loss.importance_sampling_correction (token_truncate, say) would weigh tokens"),
+        (["loss.type=vespo"], "(token_truncate, say) would weigh tokens"),
+        (["loss.importance_sampling_correction=token_mask"], "correction weighs tokens by the difference"),
+        (["loss.type=dppo"], "dppo's ratio is to that distribution"),
+    ],
+)
+def test_what_filters_mean_is_said_by_the_loss_and_nothing_is_advised_that_is_refused(
+    recipe, overrides: list[str], says: str
+) -> None:
+    assert says in filter_note(load_recipe(recipe, overrides).loss)
+    if "would" in says:
+        load_recipe(recipe, [*overrides, "loss.importance_sampling_correction=token_truncate"])
+
+
+def test_the_plan_says_what_filters_mean(run_cli, recipe) -> None:
+    told = " ".join(run_cli("train", recipe, "--dry-run", "rollout.top_k=3", "loss.type=dppo").out.split())
+    assert "another distribution than the policy's" in told
+    assert "importance_sampling_correction" not in told

@@ -15,7 +15,7 @@ import test_update
 from training.runs import run, timeless
 
 from grpo.backend.ranks import Ranks
-from grpo.errors import UserError
+from grpo.errors import RunError, UserError
 from grpo.generation.choice import find_decoding
 from grpo.recipe import load_recipe
 from grpo.training.plan import make_plan
@@ -158,6 +158,22 @@ def test_processes_that_would_start_from_different_states_are_refused() -> None:
     Two(3).check_same("the step to go on after", 3)
     with pytest.raises(UserError, match="the step to go on after: process 1 of 2 has another than process 0"):
         Two(3).check_same("the step to go on after", 0)
+
+
+def test_a_check_that_fails_in_one_process_ends_all() -> None:
+    def fails() -> None:
+        raise RunError("a gap of 0.3")
+
+    assert Two(None).checked(lambda: "sound") == "sound"
+    assert Ranks().checked(lambda: "sound") == "sound"
+    with pytest.raises(RunError, match=r"^process 0 of 2: a gap of 0\.2$"):
+        Two("a gap of 0.2").checked(lambda: "sound")
+    told = []
+    both = Two(None)
+    both.gather = lambda mine: told.append(mine) or [None, mine]
+    with pytest.raises(RunError, match=r"^a gap of 0\.3$"):
+        both.checked(fails)
+    assert told == ["a gap of 0.3"]
 
 
 def test_a_start_is_compared(recipe, monkeypatch) -> None:

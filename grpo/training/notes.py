@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from grpo.config import LossConfig, Recipe
 
 OF_RATIOS = ("epsilon", "epsilon_high", "delta", "off_policy_mask_threshold")
+OF_SAMPLERS = ("epsilon", "epsilon_high")
+"""What dppo reads of a ratio to the sampler, which is not 1 even in the first update."""
 
 
 def notes_on(cfg: Recipe) -> Iterator[str]:
@@ -18,11 +20,12 @@ def notes_on(cfg: Recipe) -> Iterator[str]:
     if every is not None and every >= optim.steps:
         yield f"adapter.sync_reference_every: {every} does nothing: the run has {steps}, so the reference stays"
     updates = optim.num_iterations * optim.num_minibatches
+    of_ratios = [name for name in OF_RATIOS if cfg.loss.preset.surrogate != "dppo" or name not in OF_SAMPLERS]
     if (
         updates == 1
         and cfg.adapter.dropout == 0
         and cfg.loss.use is None
-        and (unread := [f"loss.{name}" for name in OF_RATIOS if name in cfg.loss.changed])
+        and (unread := [f"loss.{name}" for name in of_ratios if name in cfg.loss.changed])
     ):
         yield (
             f"each rollout has one update, and its ratios are 1: {', '.join(unread)} wait for optim.num_iterations or "

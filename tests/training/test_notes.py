@@ -25,6 +25,8 @@ RATIOS = "each rollout has one update, and its ratios are 1: loss.{} wait for op
         ),
         (["loss.epsilon=0.1"], [RATIOS.format("epsilon")]),
         (["loss.off_policy_mask_threshold=1"], [RATIOS.format("off_policy_mask_threshold")]),
+        (["loss={type: dppo, epsilon: 0.1, epsilon_high: 0.1}"], []),
+        (["loss={type: dppo, off_policy_mask_threshold: 1}"], [RATIOS.format("off_policy_mask_threshold")]),
         (["loss.epsilon=0.1", "adapter.dropout=0.1"], []),
         (["loss.epsilon=0.1", "optim.num_iterations=2"], []),
         (["loss.epsilon=0.1", "optim.num_minibatches=2"], []),

@@ -34,8 +34,10 @@ REFUSED = (
     "layer_replication",
     "trainable_token_indices",
     "lora_bias",
+    "alora_invocation_tokens",
 )
-"""PEFT's settings that make an adapter more than one A and one B a layer, all of one rank and one scale."""
+"""PEFT's settings that make an adapter more than one A and one B a layer, all of one rank and one scale, for every
+token."""
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's ways to begin that take something out of the base's weights: on the base as it is such an adapter is wrong."""
 BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")

@@ -138,7 +138,7 @@ def plan_on(
         phases={
             "rollout": need.bytes(decoding, slots) + head,
             "update": chosen.bytes,
-            "optimiser's step": 4 * numbers + bytes_of_a_group(cfg.optim.optimizer, model.trainable_parameters()),
+            "optimiser's step": _optimizer_step(cfg.optim, model, stays["optimiser"]),
         },
         memory=machine.memory,
         slots=slots,
@@ -174,13 +174,30 @@ def _stays(cfg: OptimConfig, model: nn.Module, states: int) -> dict[str, int]:
     """Bytes that are held all the time, by what they are for."""
     trained = model.trainable_parameters()
     optimizer = _bytes(Float32Optimizer(cfg, trained).state)  # nothing of it is computed
-    several = cfg.num_iterations * cfg.num_minibatches > 1  # then a step that fails is taken back
+    several = _several(cfg)  # then a step that fails is taken back
     return {
         "weights": _bytes(model.parameters()),
         "optimiser": optimizer,
         "other states": states * _bytes(trained),
         "the state before the step": several * (_bytes(trained) + optimizer),
     }
+
+
+def _several(cfg: OptimConfig) -> bool:
+    """Whether a step has more than one update."""
+    return cfg.num_iterations * cfg.num_minibatches > 1
+
+
+def _optimizer_step(cfg: OptimConfig, model: nn.Module, optimizer: int) -> int:
+    """Bytes beside what stays: the gradient, in whose place comes what the step makes, and a group at work.
+
+    A run holds the state before a step until the step is done, so that an end in between loses nothing: what the step
+    makes is there besides. (Of several updates that state is counted among what stays.)
+    """
+    trained = model.trainable_parameters()
+    numbers: int = sum(array.size for _, array in tree_flatten(trained))
+    made = 0 if _several(cfg) else _bytes(trained) + optimizer
+    return max(4 * numbers, made) + bytes_of_a_group(cfg.optimizer, trained)
 
 
 def _bytes(tree: Any) -> int:

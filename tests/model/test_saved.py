@@ -109,6 +109,7 @@ def test_a_recipe_that_does_not_fit_is_told_what_to_say(zoo, tmp_path) -> None:
         ({"bias": "lora_only"}, "PEFT's bias lora_only is not supported"),
         ({"modules_to_save": ["lm_head"]}, r"PEFT's modules_to_save \['lm_head'\] is not supported"),
         ({"rank_pattern": {"q_proj": 4}}, r"PEFT's rank_pattern \{'q_proj': 4\} is not supported"),
+        ({"alora_invocation_tokens": [7]}, r"PEFT's alora_invocation_tokens \[7\] is not supported"),
         ({"alpha_pattern": {"q_proj": 4}}, "PEFT's alpha_pattern"),
         ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16, which changes the base's weights, is not supported"),
         ({"r": "many"}, "not as PEFT writes it"),

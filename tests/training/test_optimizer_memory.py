@@ -24,6 +24,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.training import optimizer as optimizers
 from grpo.training.batches import make_minibatches
 from grpo.training.optimizer import CLASSES, Float32Optimizer, bytes_of_a_group, grouped, make_optimizer
+from grpo.training.plan import make_plan
 from grpo.training.trainer import Trainer
 from grpo.training.update import Updater
 from grpo.types import Group, Task
@@ -149,6 +150,29 @@ def test_a_step_that_can_be_taken_back_holds_its_start_and_one_gradient() -> Non
     resting()
     update(minibatches, 2)  # weights and moments twice, one gradient
     assert (mx.get_peak_memory() - others) / numbers(policy.model) < 30
+
+
+def test_a_step_whose_start_can_be_saved_takes_no_more_than_the_plan_says() -> None:
+    others = resting()
+    policy = whole()
+    cfg = recipe(
+        adapter={"type": "full"},
+        rollout={"prompts_per_step": 1, "num_generations": 2, "max_completion_length": 4},
+        optim={"micro_batch_tokens": 999, "gradient_checkpointing": False},
+        log={"kl": None},
+    )
+    engine = RolloutEngine(Generator(policy.model, NoTokenizer(), 2), sampling_of(cfg.rollout))
+    scorer = Scorer({"turns": lambda completions, **_: [float(i % 2) for i in range(len(completions))]})
+    trainer = Trainer(cfg, policy, Prompts([Task(0, "", (1, 2, 3), {})]), engine, scorer)
+    trainer.step(1)
+    plan, _ = make_plan(cfg, policy, engine.generator.decoding, (3, 3))
+    state = trainer.state()  # as the loop holds it
+    resting()
+    trainer.step(2)
+    peak = mx.get_peak_memory() - others
+    del state
+    made = sum(plan.stays.values()) + plan.phases["optimiser's step"]
+    assert 24 * numbers(policy.model) < peak < made < 1.2 * peak
 
 
 def test_decoding_does_not_keep_the_weights_of_before_an_update() -> None:

@@ -87,8 +87,11 @@ def test_the_plan_is_near_the_measured_peak(kind: str, adapter: str, optim: dict
 def test_the_optimisers_arrays_are_counted(name: str, arrays: float) -> None:
     _, _, plan = planned("untied", "full", optimizer=name)
     assert plan.stays["optimiser"] / (4 * plan.trained) == pytest.approx(arrays, abs=0.3)
-    # The gradients, and what is at work of a group of parameters: here of all.
-    assert plan.phases["optimiser's step"] == (4 + MOST_AT_WORK) * plan.trained
+    # What the step makes beside the state before it, and what is at work of a group of parameters: here of all.
+    made = 4 * plan.trained + plan.stays["optimiser"]
+    assert plan.phases["optimiser's step"] == made + MOST_AT_WORK * plan.trained
+    several = planned("untied", "full", optimizer=name, num_minibatches=2)[2]
+    assert several.phases["optimiser's step"] == (4 + MOST_AT_WORK) * plan.trained
 
 
 def test_what_a_step_of_several_updates_can_be_taken_back_to_is_counted() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -43,11 +43,20 @@ def explanations(error: ValidationError, data: Any, locate: Callable[[Keys], str
 
 def _one_per_place(errors: Iterable[ErrorDetails], data: Any) -> dict[Keys, ErrorDetails]:
     """The innermost errors, one for each place: a union reports once for each of its members, a list again."""
-    by_place: dict[Keys, ErrorDetails] = {}
+    by_place: dict[Keys, list[ErrorDetails]] = {}
     for detail in errors:
-        by_place.setdefault(_keys(detail, data), detail)
+        by_place.setdefault(_keys(detail, data), []).append(detail)
     inner = {keys[:depth] for keys in by_place for depth in range(len(keys))}
-    return {keys: detail for keys, detail in by_place.items() if keys not in inner or keys == ()}
+    return {keys: _merged(details) for keys, details in by_place.items() if keys not in inner or keys == ()}
+
+
+def _merged(details: Sequence[ErrorDetails]) -> ErrorDetails:
+    """One error for what every member of a union refuses: all that was expected, or that a list is empty."""
+    short = next((detail for detail in details if detail["type"] == "too_short"), None)
+    wanted = list(dict.fromkeys(detail["msg"].removeprefix("Input should be ") for detail in details))
+    if short is not None or len(wanted) == 1:
+        return short or details[0]
+    return {**details[0], "msg": f"Input should be {', '.join(wanted[:-1])} or {wanted[-1]}"}
 
 
 def _keys(detail: ErrorDetails, data: Any) -> Keys:
@@ -92,24 +101,32 @@ def _explain(path: Keys, detail: ErrorDetails, place: str) -> str:
             return f"{place}: {key}: expected at least one, got {given}.{_example(path)}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{place}: {key}: expected keys and values, got {given}.{_example(path)}"
-    expected = detail["msg"].replace("Input should be", "expected", 1)
+    expected = detail["msg"].replace("Input should be", "expected", 1).replace("a valid array", "a list")
     return f"{place}: {key}: {expected}, got {given}.{_remedy(path, detail, expected)}"
 
 
 def _remedy(path: Keys, detail: ErrorDetails, expected: str) -> str:
     """What to write in the place of a value of the wrong kind, where that can be told."""
     value = detail["input"]
-    if detail["type"] == "literal_error" and isinstance(value, str):
-        close = difflib.get_close_matches(value, re.findall(r"'([^']*)'", expected), n=1) if len(value) < 100 else []
-        return f" Did you mean {close[0]!r}?" if close else ""
-    if isinstance(value, str) and detail["type"] in ("tuple_type", "list_type"):
+    if detail["type"] == "literal_error" and (close := _similar(value, re.findall(r"'([^']*)'", expected))):
+        return f" Did you mean {close!r}?"
+    if isinstance(value, str) and "a list" in expected:
         item = f"{{use: {shortened(value)}}}" if path == ("rewards",) else json.dumps(shortened(value))
         return f" Write {dotted(path)}: [{item}]"
+    if isinstance(value, dict) and path == ("rewards",):
+        return " Write a dash before each reward, or rewards: [{use: …}]"
     if isinstance(value, str) and "number" in expected:
         return " Write it without quotes."
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 and "integer" in expected:
         return f" Write {int(value)}."
     return ""
+
+
+def _similar(value: Any, known: Sequence[str]) -> str | None:
+    """The word that a text was probably meant to be."""
+    if not isinstance(value, str) or len(value) > LONGEST_SHOWN:
+        return None
+    return next(iter(difflib.get_close_matches(value.lower(), known, n=1)), None)
 
 
 FORMS = {
@@ -134,7 +151,9 @@ def _hint(path: Keys) -> str:
     if not _named_so(name) and (found := answer(name)):
         return f" {found.sentence(name)}"
     if meant := _meant(path):
-        return f" Did you mean {meant}?"
+        section, _, key = meant.rpartition(".")
+        here = section == dotted(named(path[:-1]))
+        return f" Did you mean {dotted((*path[:-1], key)) if here else meant}?"
     beside = _keys_beside(path)
     return f" Valid here: {', '.join(key.rpartition('.')[2] for key in beside)}." if beside else ""
 

@@ -62,7 +62,7 @@ def test_a_value_that_begins_with_a_hash_is_no_comment(tmp_path: Path) -> None:
     recipe = load_recipe(path, ["rewards.0.kwargs.pattern=####", "data.system=# Be brief", "rollout.stop=['####']"])
     assert recipe.rewards[0].kwargs == {"pattern": "####"}
     assert (recipe.data.system, recipe.rollout.stop) == ("# Be brief", ("####",))
-    with pytest.raises(UserError, match=r'rollout.stop: expected a valid array, got "####"'):
+    with pytest.raises(UserError, match=r'rollout.stop: expected a list, got "####"'):
         load_recipe(path, ["rollout.stop=####"])
 
 
@@ -120,6 +120,17 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, li
         ("rewards.0=x", 'rewards.0: expected keys and values, got "x". Write {use: math_answer}'),
         ("model=some/model", 'model: expected keys and values, got "some/model". Write {name: Qwen/Qwen3-0.6B}'),
         ("log.wandb=true", "log.wandb: expected keys and values, got true. Write {project: grpo}"),
+        ("rewards={use: length}", 'rewards: expected a list, got {"use": "length"}. Write a dash before each reward'),
+        ("rewards.0.weigth=2", "unknown key rewards.0.weigth. Did you mean rewards.0.weight?"),
+        (
+            "adapter.targets=q_proj",
+            'adapter.targets: expected \'all-linear\' or a list, got "q_proj". Write adapter.targets: ["q_proj"]',
+        ),
+        ("adapter.targets=all_linear", "Did you mean 'all-linear'?"),
+        ("adapter.targets=[]", "adapter.targets: expected at least one, got []"),
+        ("adapter.layers=3", "adapter.layers: expected 'all' or a list, got 3"),
+        ("data.source=[]", "data.source: expected at least one, got []"),
+        ("optim.optimizer=AdamW", "Did you mean 'adamw'?"),
         ("data.chat_template_kwargs=3", "data.chat_template_kwargs: expected keys and values, got 3."),
         ("loss.beta=x", 'command line: loss.beta=x: loss.beta: expected a valid number, got "x"'),
     ],

@@ -120,7 +120,7 @@ def test_it_is_answered_with_its_place(tmp_path: Path, text: str | bytes, said: 
         ("seed=!!int x", "command line: seed=!!int x: seed: 'x' is no int"),
         (f"seed={'7' * 6_000}", "seed: '7777777777777777777777777777777777777777' is no int"),
         (f"rollout.stop={'[' * 400}", "rollout.stop: nested more than 32 deep"),
-        (f"rollout.stop={'[' * 20}", "rollout.stop: expected a valid array"),
+        (f"rollout.stop={'[' * 20}", "rollout.stop: expected a list"),
         ("seed=&a [*a]", "seed: this alias stands inside of what it stands for"),
         ("output_dir=a\0b", "output_dir: a text holds a NUL character"),
         ("output_dir=a\ud800", "output_dir: a text holds half of a surrogate pair"),

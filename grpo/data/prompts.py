@@ -127,5 +127,8 @@ class PromptRenderer:
 
 
 def last_text(prompt: str | list[Message]) -> str:
-    """A prompt as one text, for people."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    """A prompt as one text, for people: of messages the last, but for the beginning of an answer."""
+    if isinstance(prompt, str):
+        return prompt
+    asked = [message["content"] for message in prompt if message["role"] != "assistant"]
+    return asked[-1] if asked else prompt[-1]["content"]

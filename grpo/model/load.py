@@ -66,8 +66,8 @@ def _choose_head(model: nn.Module, cfg: ModelConfig) -> None:
         return
     if not widen_head(model) and cfg.head_dtype == "float32":
         raise UserError(
-            f"model.head_dtype: float32: the head of {cfg.name} was not found: no linear layer beside its body, and no "
-            "embedding, decides the dtype of its logits. Leave the setting out to take the logits as they are"
+            f"model.head_dtype: float32: {cfg.name} has no head that can be widened: no linear layer beside its body, "
+            "and no embedding, decides the dtype of its logits, or MLX cannot multiply by it in float32 on this GPU. Leave the setting out to take the logits as they are"
         )
 
 
@@ -79,7 +79,11 @@ def head_note(model: nn.Module, cfg: ModelConfig) -> str | None:
         return "model.head_dtype: float32 changes nothing here: the model is float32" if asked else None
     if wide_head(model) is not None:
         return f"logits are float32, from {dtype} hidden states (model.head_dtype)"
-    why = "as model.head_dtype says" if cfg.head_dtype == "model" else "because its head was not found"
+    why = (
+        "as model.head_dtype says"
+        if cfg.head_dtype == "model"
+        else "because no head was found that this machine multiplies by in float32"
+    )
     return f"logits are rounded to {dtype}, {why}: logprobs are up to 0.08 nats off"
 
 

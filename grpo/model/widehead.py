@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.device import on_gpu
 from grpo.model.head import talking
 
 CHUNK = 2**24
@@ -25,6 +26,9 @@ CHUNK = 2**24
 HELD, HELD_ON_CPU = 4, 20
 """Such pieces that are there at once, at most. A CPU begins operations long before it comes to them (measured: 18); a
 GPU's batches of operations are smaller than a piece (reckoned: the piece before, this one, the next, one to spare)."""
+
+TRIED_ROWS = 64
+"""Rows of states that a quantized head is tried with: fewer go by another kernel."""
 
 
 def _pieces(weight: mx.array) -> Iterator[slice]:
@@ -115,7 +119,8 @@ WIDE: dict[type, type] = {
 
 
 def widen_head(model: nn.Module) -> bool:
-    """Make the head of a 16-bit model give float32 logits, and say whether that worked. Computes nothing.
+    """Make the head of a 16-bit model give float32 logits, and say whether that worked. Computes nothing,
+    except for the trial of a quantized head on a GPU.
 
     Which module is the head is found by trial: it is the linear layer beside the body, or the embedding, whose result
     decides the dtype of the logits.
@@ -128,10 +133,25 @@ def widen_head(model: nn.Module) -> bool:
     for module in (*linear, *embeddings):
         narrow = type(module)
         module.__class__ = WIDE[narrow]  # in place: whoever holds this module holds the head
-        if _logits_dtype(model) == mx.float32:
+        if _logits_dtype(model) == mx.float32 and _multiplies(module):
             return True
         module.__class__ = narrow
     return False
+
+
+def _multiplies(module: Any) -> bool:
+    """Whether this machine can compute with a widened head.
+
+    MLX 0.32 cannot compile its quantized product of float32 states for many rows on Hopper GPUs, so a GPU tries it.
+    """
+    if "scales" not in module or not on_gpu():
+        return True
+    states = mx.zeros((TRIED_ROWS, module["scales"].shape[-1] * module.group_size))
+    try:
+        mx.eval(_quantized_project(module, states))
+    except RuntimeError:
+        return False
+    return True
 
 
 def wide_head(model: nn.Module) -> nn.Module | None:

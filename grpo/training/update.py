@@ -115,6 +115,7 @@ class Updater:
                 gradient = self.gradient(batches, self._dropout_key(step, iteration, number))
                 waiting[number] = gradient.batches  # skipped or not: by the next pass the policy may have moved
                 updates.append(self._apply(gradient, step))
+                del gradient  # what was not applied would stay beside the next one
         together = _together(updates)
         self.steps_without_signal += together.without_signal == len(updates)
         return together

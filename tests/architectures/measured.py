@@ -64,10 +64,13 @@ def train(model: Path, bits: int | None, run: Path, *overrides: str) -> Path:
     cfg = load_recipe(recipe, overrides)
     start = find_start(cfg)
     with patch.object(plan, "measure_footprint", return_value=NO_FOOTPRINT):  # it takes longer than all the rest
-        trainer = prepare(start.planned).trainer
+        prepared = prepare(start.planned)
+    trainer = prepared.trainer
     state = start.load(trainer)
     with closing(trainer.scorer), start.folder() as folder:
-        written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg))
+        written = context(
+            cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg), prepared.rows
+        )
         Loop(trainer, folder, written, JsonlLogger(folder).log, StopRequest(), state, start.checkpoint).run()
     return newest_checkpoint(run)
 

@@ -138,7 +138,7 @@ def test_score_shows_what_would_have_changed(run_cli, recipe) -> None:
     assert same.code == 0, same.err
     assert "0 of 16 completions get another score; 0 failures; correlation 1.000" in same.out
     assert "0 of 4 groups would have preferred another completion" in same.out
-    Path("digits.py").write_text("def reward(completions, **_):\n    return [-len(text) / 8 for text in completions]\n")
+    Path("digits.py").write_text("def reward(completions, **_):\n    return [-1 - len(t) for t in completions]\n")
     changed = run_cli("rewards", "score", "runs/toy", "--reward", "digits.py", "--examples", "1")
     assert "digits, as stored" in changed.out
     assert "16 of 16 completions get another score" in changed.out

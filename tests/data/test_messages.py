@@ -7,7 +7,7 @@ import re
 import pytest
 
 from grpo.config import DataConfig
-from grpo.data.prompts import PromptRenderer
+from grpo.data.prompts import PromptRenderer, last_text
 from grpo.errors import UserError
 
 QUESTION = {"role": "user", "content": "1+1?"}
@@ -44,6 +44,12 @@ def test_a_prefill_is_continued_where_it_is_asked_for(toy) -> None:
     text = rendered(toy, [QUESTION, {"role": "assistant", "content": "It is"}], continue_final_message=True)
     assert text == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\nIt is"
     assert rendered(toy, [QUESTION], continue_final_message=True).endswith("<|im_start|>assistant\n")
+
+
+def test_people_are_shown_the_question_and_not_the_prefill() -> None:
+    assert last_text([SYSTEM, QUESTION, {"role": "assistant", "content": "It is"}]) == "1+1?"
+    assert last_text([ANSWER]) == "#### 2"
+    assert last_text("1+1?") == "1+1?"
 
 
 def test_text_has_no_last_message_to_continue(toy) -> None:

@@ -145,7 +145,8 @@ def test_the_plan_and_the_doctor_tell(recipe, monkeypatch) -> None:
     monkeypatch.setattr(decoders.BlockDecoder, "logits", broken)
     monkeypatch.setattr(sharing, "Rows", broken)
     notes = prepare(load_recipe(recipe)).notes
-    assert [SAID in note for note in notes[:3]] == [False, True, True]
+    told = [note for note in notes if SAID in note]
+    assert len(told) == 2
     finding = agreement.parity()
     assert finding.status == "warn"
     assert finding.text.count(SAID) == 2

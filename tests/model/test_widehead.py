@@ -249,4 +249,18 @@ def test_a_head_that_is_not_found_is_refused_or_told(monkeypatch: pytest.MonkeyP
     auto = ModelConfig(name=str(toy_folder), dtype="bfloat16")
     note = head_note(load(auto)[0], auto)
     assert note is not None
-    assert "because its head was not found" in note
+    assert "because no head was found that this machine multiplies by in float32" in note
+
+
+def test_a_quantized_head_that_a_gpu_cannot_multiply_by_stays_as_it_is(monkeypatch) -> None:
+    model = cast(make_model("quantised"), mx.bfloat16)
+
+    def uncompiled(*_: Any) -> Any:
+        raise RuntimeError("catastrophic error detected in the compilation of qmm_sm90_tn_float32")
+
+    monkeypatch.setattr(widehead, "on_gpu", lambda: True)
+    monkeypatch.setattr(widehead, "_quantized_project", uncompiled)
+    assert not widehead.widen_head(model)
+    monkeypatch.undo()
+    assert model(mx.array([[0, 1]])).dtype == mx.bfloat16
+    assert widehead.widen_head(model)

@@ -93,9 +93,9 @@ def test_ratios_are_to_before_the_first_update_even_where_that_was_skipped(make_
     update, seen = Updater(policy, cfg), []
     gradient, before = update.gradient, policy.group_logprobs(*prompts_of(first[0]))[0]
 
-    def noted(batches):
+    def noted(batches, dropout_key=None):
         seen.append(batches[0].old_logprobs)
-        found = gradient(batches)
+        found = gradient(batches, dropout_key)
         return replace(found, loss=math.nan) if len(seen) == 1 else found
 
     monkeypatch.setattr(update, "gradient", noted)

@@ -67,7 +67,8 @@ def _choose_head(model: nn.Module, cfg: ModelConfig) -> None:
     if not widen_head(model) and cfg.head_dtype == "float32":
         raise UserError(
             f"model.head_dtype: float32: {cfg.name} has no head that can be widened: no linear layer beside its body, "
-            "and no embedding, decides the dtype of its logits, or MLX cannot multiply by it in float32 on this GPU. Leave the setting out to take the logits as they are"
+            "and no embedding, decides the dtype of its logits, or MLX cannot multiply by it in float32 on this GPU. "
+            "Leave the setting out to take the logits as they are"
         )
 
 

@@ -169,7 +169,9 @@ def _attribute(what: str, module: Any, function: str) -> Function:
     found = getattr(module, function, None)
     if not callable(found):
         functions = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
-        raise UserError(f"{what}: no function {function!r} there.{_suggest(function, functions)}")
+        own = [name for name in functions if getattr(getattr(module, name), "__module__", None) == module.__name__]
+        hint = _suggest(function, functions) or (f" There are {', '.join(own[:10])}" if own else "")
+        raise UserError(f"{what}: no function {function!r} there.{hint}")
     callable_: Function = found
     return callable_
 

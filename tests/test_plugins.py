@@ -30,6 +30,7 @@ def test_a_function_in_a_module() -> None:
         ("", "absent.py:f", "there is no file absent.py"),
         ("", "no_such_module:f", "No module named 'no_such_module'"),
         ("def score(): ...", "{file}:scor", "no function 'scor' there. Did you mean 'score'?"),
+        ("from math import *\ndef right(): ...\ndef short(): ...", "{file}:reward", "there. There are right, short"),
         ("import nothing_like_this", "{file}:f", "cannot be imported: ModuleNotFoundError"),
         ("1/0", "{file}:f", "cannot be imported: ZeroDivisionError: division by zero ({file}:1)"),
         ("def f(:", "{file}:f", "cannot be imported: SyntaxError"),

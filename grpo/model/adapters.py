@@ -175,10 +175,11 @@ class Adapters:
         saved, mine = read_adapter(folder), self.state()
         arrays = saved.fitted(mine)
         if {path: array.shape for path, array in arrays.items()} != {path: array.shape for path, array in mine.items()}:
-            raise UserError(
-                f"adapter {folder}: has other layers or another rank than this recipe's adapter. "
-                f"To go on from it, a recipe says {_as_section(saved.section(len(self.model.layers)))}"
-            )
+            cfg = self._settings
+            odd = f"is of type {saved.kind}, and adapter.type is {cfg.type}"
+            why = odd if saved.kind != cfg.type else "has other layers or another rank than this recipe's adapter"
+            section = _as_section(saved.section(len(self.model.layers)), cfg)
+            raise UserError(f"adapter {folder}: {why}. To go on from it, a recipe says {section}")
         ours = self.config.get("lora_parameters", {}).get("scale")
         if ours is not None and saved.scale is not None and not math.isclose(saved.scale, ours, rel_tol=1e-6):
             raise UserError(
@@ -188,12 +189,13 @@ class Adapters:
         self.load_state({path: array.astype(mine[path].dtype) for path, array in arrays.items()})
 
 
-def _as_section(section: Mapping[str, Any]) -> str:
-    """A recipe's `adapter` section on one line, without what is unknown or said by default."""
+def _as_section(section: Mapping[str, Any], cfg: AdapterConfig) -> str:
+    """A recipe's `adapter` section on one line, without what is unknown, or what defaults and `cfg` say, too."""
+    defaults = {"layers": "all", "use_rslora": False, "type": "lora"}
     told = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in section.items()
-        if value is not None and (name, value) not in (("layers", "all"), ("use_rslora", False), ("type", "lora"))
+        if value is not None and not (name in defaults and defaults[name] == value == getattr(cfg, name))
     }
     return f"adapter: {json.dumps(told)}".replace('"', "")
 

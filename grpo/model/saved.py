@@ -112,8 +112,8 @@ def check_format(folder: Path) -> None:
     elif found := sorted(folder.glob(f"checkpoints/*/{WEIGHTS}")):
         why = f"is a run; name its checkpoint, such as {found[-1].parent}"
     else:
-        what = f"it has no {WEIGHTS} and no {PEFT_WEIGHTS}" if folder.is_dir() else "there is no such folder"
-        why = f"cannot be read, not an adapter as mlx-lm or PEFT writes them: {what}"
+        what = f"not an adapter as mlx-lm or PEFT writes them: it has no {WEIGHTS} and no {PEFT_WEIGHTS}"
+        why = f"cannot be read, {what}" if folder.is_dir() else "there is no such folder"
     raise UserError(f"adapter {folder}: {why}")
 
 

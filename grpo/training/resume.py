@@ -132,7 +132,8 @@ def find_start(
     differences = changes(written, context_now(cfg, written))
     if differences and not changed:
         listed = "\n".join(f"  {line}" for line in differences)
-        raise UserError(f"{checkpoint} was written by another recipe; --resume-changed goes on all the same:\n{listed}")
+        what = "was written with another recipe, other code or other data"
+        raise UserError(f"{checkpoint} {what}; --resume-changed goes on all the same:\n{listed}")
     if not goes_on:  # a branch off another run
         state = replace(state, run_id=_new_id(), first=state.step + 1)
     notes += [f"goes on after step {state.step} from {checkpoint}", *(f"changed: {line}" for line in differences)]

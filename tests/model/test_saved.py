@@ -93,6 +93,11 @@ def test_a_recipe_that_does_not_fit_is_told_what_to_say(zoo, tmp_path) -> None:
         Adapters(zoo("tied"), AdapterConfig(path=str(folder)), mx.random.key(0))
     section = "adapter: {rank: 2, scale: 3.0, targets: [self_attn.q_proj, self_attn.v_proj]}"
     assert str(refused.value).endswith(f"To go on from it, a recipe says {section}")
+    kind = {"type": "dora", "rank": RANK, "use_rslora": True, "targets": ("q_proj", "v_proj")}
+    with pytest.raises(UserError, match=r"is of type lora, and adapter.type is dora\..*type: lora.*use_rslora: false"):
+        Adapters(zoo("tied"), AdapterConfig(path=str(folder), **kind), mx.random.key(0))
+    with pytest.raises(UserError, match=r"absent: there is no such folder$"):
+        read_adapter(tmp_path / "absent")
     part = peft_folder(tmp_path / "part", blocks=1)
     with pytest.raises(UserError, match=r"layers: \[0, 1\]"):
         Adapters(zoo("tied"), AdapterConfig(path=str(part)), mx.random.key(0))

@@ -27,8 +27,9 @@ HELD, HELD_ON_CPU = 4, 20
 """Such pieces that are there at once, at most. A CPU begins operations long before it comes to them (measured: 18); a
 GPU's batches of operations are smaller than a piece (reckoned: the piece before, this one, the next, one to spare)."""
 
-TRIED_ROWS = 64
-"""Rows of states that a quantized head is tried with: fewer go by another kernel."""
+TRIED_ROWS = (32, 64, 16)
+"""Rows of states that a quantized head is tried with: MLX has a kernel for each, and the first is the one that was seen
+to fail."""
 
 
 def _pieces(weight: mx.array) -> Iterator[slice]:
@@ -142,13 +143,15 @@ def widen_head(model: nn.Module) -> bool:
 def _multiplies(module: Any) -> bool:
     """Whether this machine can compute with a widened head.
 
-    MLX 0.32 cannot compile its quantized product of float32 states for many rows on Hopper GPUs, so a GPU tries it.
+    On an H200 MLX 0.32 failed to compile its quantized product of float32 states for some numbers of rows, so a GPU
+    tries it.
     """
     if "scales" not in module or not on_gpu():
         return True
-    states = mx.zeros((TRIED_ROWS, module["scales"].shape[-1] * module.group_size))
+    width = module["scales"].shape[-1] * module.group_size
     try:
-        mx.eval(_quantized_project(module, states))
+        for rows in TRIED_ROWS:
+            mx.eval(_quantized_project(module, mx.zeros((rows, width))))
     except RuntimeError:
         return False
     return True

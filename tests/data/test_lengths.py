@@ -58,7 +58,6 @@ def test_a_second_start_renders_nothing(toy, cache: Path, monkeypatch: pytest.Mo
         {"prompt": "{question}!"},
         {"chat_template": "never"},
         {"system": "Be brief."},
-        {"continue_final_message": True},
         {"chat_template_kwargs": {"enable_thinking": True}},
     ],
 )
@@ -67,6 +66,14 @@ def test_whatever_changes_prompts_is_measured_anew(toy, cache: Path, changed: di
     measure_lengths(ROWS, renderer(toy, **chat))
     measure_lengths(ROWS, renderer(toy, **chat | changed))
     measure_lengths(ROWS, renderer(toy, **chat | {"shuffle": False}))  # changes none of them
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_prefilled_messages_are_measured_anew(toy, cache: Path) -> None:
+    """Whether an answer at the end is refused is no property of the rows alone: one start must not decide the next."""
+    rows = [{"question": [{"role": "user", "content": "1+1?"}]}]
+    for prefilled in (False, True):
+        measure_lengths(rows, renderer(toy, chat_template="auto", continue_final_message=prefilled))
     assert len(list(cache.iterdir())) == 2
 
 

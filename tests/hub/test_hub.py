@@ -45,7 +45,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, qwen3_folder: Path, gsm8k_
     hub.add_model("Qwen/Qwen3-0.6B", qwen3_folder)
     hub.add_dataset("openai/gsm8k", gsm8k_folder)
     ran = hub.grpo("train", RECIPE, *SMALL, "output_dir=run")
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 1, ran.stderr
+    assert "nothing was trained" in ran.stderr  # the toy answers no question of GSM8K; the run is kept all the same
     assert "Qwen/Qwen3-0.6B on openai/gsm8k" in ran.stdout
     assert "eval at step 1" in ran.stdout
     assert {request.status for request in hub.asked("GET /cdn/")} == {200}
@@ -93,7 +94,8 @@ def test_a_run_keeps_to_the_commits_that_it_was_made_from(trained: Hub, tmp_path
         ["train", RECIPE, *SMALL, "output_dir=run", "--resume"],
         ["export", "run", "--format", "peft", "--to", "exported"],
     ):
-        assert ran.returncode == 0, ran.stderr
+        untrained = ran.args[0] == "train"  # the toy answers no question of GSM8K
+        assert ran.returncode == int(untrained), ran.stderr
     asked = [request.line for name in names for request in trained.asked(f"/api/.*{name}/revision/")]
     assert len({line for line in asked if line.endswith((model, data))}) == 2
     assert all(line.endswith((model, data)) for line in asked)

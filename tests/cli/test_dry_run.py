@@ -98,3 +98,18 @@ def test_files_that_no_run_wrote_are_a_hindrance(run_cli, recipe) -> None:
     ran = run_cli("train", recipe, "output_dir=precious", "--dry-run")
     assert (ran.code, len(ran.err.splitlines())) == (2, 1)
     assert "has a metrics.jsonl that no run of ours wrote" in ran.err
+
+
+def test_each_reward_is_called_once(run_cli, recipe: Path) -> None:
+    Path("digits.py").write_text("def reward(completions, **columns):\n    return completions.nothing_of_the_kind\n")
+    ran = run_cli("train", recipe, "--dry-run")
+    assert ran.code == 2
+    assert "nothing_of_the_kind" in ran.err
+
+
+@pytest.mark.parametrize("setting", ["rollout.num_generations=100000000000", "rewards.0.timeout=1e30"])
+def test_what_no_machine_has_is_refused(run_cli, recipe: Path, setting: str) -> None:
+    ran = run_cli("train", recipe, "--dry-run", setting)
+    assert ran.code == 2
+    assert f"command line: {setting}" in ran.err
+    assert "less than or equal to" in ran.err

@@ -17,6 +17,10 @@ ROOMS = [
     "scoring",
     "objective",
     "training",
+    "evaluation",
+    "planning",
+    "runs",
+    "tools",
     "telemetry",
     "benchmark",
     "doctor",
@@ -25,7 +29,10 @@ ROOMS = [
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 
 # Narrower than "above": the walls that matter most.
-FORBIDDEN = {"objective": {"model", "generation", "data", "rollout", "scoring", "builtin"}}
+FORBIDDEN = {
+    "objective": {"model", "generation", "data", "rollout", "scoring", "builtin"},
+    "telemetry": {"training"},
+}
 
 
 def room_of(path: Path) -> str:

@@ -24,20 +24,20 @@ import pyarrow.parquet as pq
 import pytest
 import wandb
 from rich.console import Console
-from training.runs import timeless
+from runs.driver import timeless
 
 from grpo.backend import device
 from grpo.config.describe import settings
 from grpo.errors import RunError, UserError
+from grpo.planning.footprint import measure_footprint
 from grpo.recipe import load_recipe
+from grpo.runs.loop import Loop
+from grpo.runs.prepare import prepare
+from grpo.runs.resume import context, find_start, plan_of
+from grpo.runs.revisions import revisions_of
+from grpo.runs.signals import StopRequest
 from grpo.telemetry.loggers import open_loggers
 from grpo.training import optimizer, parity, plan
-from grpo.training.footprint import measure_footprint
-from grpo.training.loop import Loop
-from grpo.training.resume import context, find_start, plan_of
-from grpo.training.revisions import revisions_of
-from grpo.training.setup import prepare
-from grpo.training.signals import StopRequest
 
 TWICE = ("optim.num_iterations=2", "optim.learning_rate=0.02")  # ratios are far from 1 in the second update
 FILTERED = (*TWICE, "rollout.top_k=20")  # the sampler is not the policy
@@ -338,7 +338,7 @@ def left_behind(*overrides: str) -> dict[str, Any]:
         folder = stack.enter_context(start.folder())
         log = open_loggers(stack, cfg, folder, Console(quiet=True), state.run_id)
         try:
-            Loop(run.trainer, folder, written, log, StopRequest(), state).run()
+            Loop(run.trainer, folder, written, log, StopRequest(), state, evaluate=run.evaluator).run()
         except RunError as error:
             told["error"] = str(error)
         told |= {str(path.relative_to(folder)): _content(path) for path in sorted(folder.rglob("*"))}

@@ -22,10 +22,10 @@ from grpo.benchmark.train import step_trainer
 from grpo.generation.run import Run, _Step
 from grpo.generation.sampling import Sampler, Sampling
 from grpo.recipe import dump_recipe
+from grpo.runs.checkpoint import Context, save_checkpoint
+from grpo.runs.completions import store_completions
+from grpo.runs.state import RunState
 from grpo.telemetry.loggers import open_loggers
-from grpo.training.checkpoint import Context, save_checkpoint
-from grpo.training.completions import store_completions
-from grpo.training.state import RunState
 from grpo.types import StepMetrics
 
 DECODING = {

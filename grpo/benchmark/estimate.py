@@ -31,8 +31,8 @@ from grpo.model.costs import Costs
 from grpo.model.known import CONFIGS
 from grpo.model.outline import costs_of, outline
 from grpo.model.widehead import bytes_at_work, widen_head
-from grpo.training.activations import reckoned_footprint
-from grpo.training.plan import Machine, Plan, plan_on
+from grpo.planning.activations import reckoned_footprint
+from grpo.planning.plan import Machine, Plan, plan_on
 
 WORDS: dict[Known, str] = {"measured": "about", "scaled": "roughly", "bound": "over"}
 """How a time is said, by how it is known."""

@@ -21,9 +21,9 @@ from grpo.config import ModelConfig
 from grpo.errors import RunError, UserError
 from grpo.model.load import model_folder
 from grpo.model.widehead import widen_head
+from grpo.planning.plan import make_plan
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
-from grpo.training.plan import make_plan
 from grpo.training.trainer import Trainer
 
 PHASES = ("rollout", "reward", "logprobs", "update")

@@ -20,8 +20,8 @@ from grpo.errors import RunError, UserError
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
 from grpo.objective.groups import with_advantages
+from grpo.planning.footprint import measure_footprint
 from grpo.training.batches import make_batches, make_minibatches
-from grpo.training.footprint import measure_footprint
 from grpo.training.packing import Packing, Shape, pack
 from grpo.training.update import Updater
 from grpo.types import Group

@@ -36,7 +36,7 @@ def evaluate(
 
     from grpo.backend.ranks import Ranks
     from grpo.telemetry.console import before_and_after, single
-    from grpo.training.measure import Asked, measure
+    from grpo.tools.evaluate import Asked, measure
 
     asked = Asked(data, split, prompt, reward, samples, prompts, adapter, checkpoint)
     ranks = Ranks.launched()

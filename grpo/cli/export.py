@@ -33,8 +33,8 @@ def export(
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload it to the Hub as well.")] = None,
 ) -> None:
     """Write a run's adapter for others to use, with a model card."""
-    from grpo.training.export import export as write
-    from grpo.training.export import push
+    from grpo.tools.export import export as write
+    from grpo.tools.export import push
 
     made = write(run, format.value, to, checkpoint, int(quantize.value) if quantize else None, push_to_hub)
     for line in [*made.notes, str(made.folder)]:

@@ -37,7 +37,7 @@ def generate(
     above temperature 0 with its way of sampling.
     """
     from grpo.errors import UserError
-    from grpo.training.answer import answer
+    from grpo.tools.generate import answer
 
     if temperature == 0 and (top_k or (top_p is not None and top_p < 1) or min_p):
         raise UserError("--top-k, --top-p and --min-p do nothing at temperature 0, which is greedy: --temperature 1")

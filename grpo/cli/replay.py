@@ -22,7 +22,7 @@ def replay(
     from rich.console import Console
 
     from grpo.telemetry.replayed import print_replay
-    from grpo.training.replay import replay as again
+    from grpo.tools.replay import replay as again
 
     console = Console()
     with console.status("replaying"):

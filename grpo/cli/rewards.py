@@ -88,7 +88,7 @@ def score(
     from rich.console import Console
 
     from grpo.config import RewardConfig
-    from grpo.training.rescore import rescore, rescore_table
+    from grpo.tools.rescore import rescore, rescore_table
 
     kwargs = _values("--kwarg", kwarg)
     config = RewardConfig(use=reward, weight=0.0, kwargs=kwargs, timeout=timeout, env=tuple(env or ()))

@@ -48,16 +48,16 @@ def train(
     from grpo.backend.ranks import Ranks
     from grpo.data.prompts import last_text
     from grpo.errors import RunError
+    from grpo.planning.parity import check_parity
+    from grpo.runs.loop import Loop
+    from grpo.runs.prepare import prepare
+    from grpo.runs.resume import context, find_start, plan_of
+    from grpo.runs.revisions import revisions_of
+    from grpo.runs.signals import StopRequest
     from grpo.scoring.rehearsal import rehearse
     from grpo.telemetry.loggers import find_loggers, open_loggers
     from grpo.telemetry.summary import failure_lines, print_outcome, print_plan
-    from grpo.training.loop import Loop
     from grpo.training.packing import Packing
-    from grpo.training.parity import check_parity
-    from grpo.training.resume import context, find_start, plan_of
-    from grpo.training.revisions import revisions_of
-    from grpo.training.setup import prepare
-    from grpo.training.signals import StopRequest
 
     ranks = Ranks.launched()
     console = Console(quiet=not ranks.first)  # of several processes one talks and writes
@@ -86,7 +86,7 @@ def train(
         opened = open_loggers(stack, cfg, folder, console, state.run_id, watched, own, resumed) if ranks.first else None
         log = opened or (lambda _: None)
         stop = stack.enter_context(StopRequest(lambda: console.print("stopping; once more ends it at once")))
-        loop = Loop(trainer, folder, written, log, stop, state, start.checkpoint)
+        loop = Loop(trainer, folder, written, log, stop, state, start.checkpoint, run.evaluator)
         del start, state, resumed  # or the arrays that the run began with would be held to its end
         outcome = loop.run()
     failures = failure_lines(ranks.sum_counts(trainer.scorer.failures), ranks.sum_counts(trainer.scorer.timeouts))

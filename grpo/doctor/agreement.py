@@ -42,7 +42,7 @@ def parity(make: Callable[[], tuple[Policy, RolloutEngine]] = toy) -> Finding:
     A fast way that does not serve this model, in decoding or in the update, is a warning with the reason.
     """
     from grpo.generation.batchcaches import BatchCaches
-    from grpo.training.parity import check_parity
+    from grpo.planning.parity import check_parity
     from grpo.types import Task
 
     policy, engine = make()

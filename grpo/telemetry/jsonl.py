@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from grpo.backend.hub import one_line
 from grpo.errors import UserError
-from grpo.training.folder import EVALUATIONS, METRICS
+from grpo.runs.folder import EVALUATIONS, METRICS
 from grpo.types import EvalMetrics, StepMetrics
 
 Record = TypeVar("Record")

@@ -17,12 +17,12 @@ from grpo.backend.hub import one_line
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.plugins import Function, find_function
+from grpo.runs.state import RunState
 from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.telemetry.progress import NowFile
 from grpo.telemetry.tensorboard import TensorboardLogger
 from grpo.telemetry.weights_and_biases import WandbLogger
-from grpo.training.state import RunState
 from grpo.types import EvalMetrics, Progress, StepMetrics
 
 Log = Callable[[StepMetrics | EvalMetrics], None]

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.training.folder import NOW
+from grpo.runs.folder import NOW
 
 UNITS = {"rollout": "tokens", "evaluation": "tokens", "reward": "completions", "update": "micro-batches"}
 WRITE_EVERY = 2.0

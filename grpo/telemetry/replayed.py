@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grpo.data.prompts import last_text
-from grpo.training.replay import Replay
+from grpo.tools.replay import Replay
 
 SHOWN = (
     "reward",

@@ -8,11 +8,11 @@ from html import escape
 from statistics import fmean
 
 from grpo.data.prompts import last_text
+from grpo.runs.completions import read_completions, stored_steps
+from grpo.runs.folder import COMPLETIONS
 from grpo.telemetry.plots import curves, evaluations, stacked
 from grpo.telemetry.runs import Run
-from grpo.training.card import short_name
-from grpo.training.completions import read_completions, stored_steps
-from grpo.training.folder import COMPLETIONS
+from grpo.tools.card import short_name
 from grpo.types import EvalMetrics, Group, Rollout, Task
 
 SHOWN = 3

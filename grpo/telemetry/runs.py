@@ -16,11 +16,11 @@ from rich.table import Table
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.recipe import load_recipe
+from grpo.runs.checkpoint import RECIPE
+from grpo.runs.folder import ENDED, METRICS, UNTRAINED, is_run, is_running
 from grpo.telemetry.console import ConsoleLogger, is_fraction
 from grpo.telemetry.jsonl import read_evaluations, read_steps
 from grpo.telemetry.progress import read_now
-from grpo.training.checkpoint import RECIPE
-from grpo.training.folder import ENDED, METRICS, UNTRAINED, is_run, is_running
 from grpo.types import EvalMetrics, StepMetrics
 
 warn = logging.getLogger(__name__).warning

@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from grpo.config import Recipe
+from grpo.planning.plan import Plan
+from grpo.runs.checkpoint import RECIPE
+from grpo.runs.loop import Outcome
 from grpo.scoring.text import counted
 from grpo.telemetry.console import before_and_after, print_wrapped
-from grpo.training.checkpoint import RECIPE
-from grpo.training.loop import Outcome
-from grpo.training.plan import Plan
 
 
 def print_plan(console: Console, cfg: Recipe, device: str, plan: Plan, notes: list[str]) -> None:

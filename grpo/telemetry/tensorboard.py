@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grpo.training.state import RunState
+from grpo.runs.state import RunState
 from grpo.types import EvalMetrics, StepMetrics
 
 

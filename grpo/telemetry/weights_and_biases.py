@@ -14,9 +14,9 @@ from grpo.backend.hub import one_line
 from grpo.config import Recipe, WandbConfig
 from grpo.data.prompts import last_text
 from grpo.plugins import source_file
-from grpo.training.checkpoint import RECIPE, newest_whole
-from grpo.training.folder import CHECKPOINTS
-from grpo.training.state import RunState
+from grpo.runs.checkpoint import RECIPE, newest_whole
+from grpo.runs.folder import CHECKPOINTS
+from grpo.runs.state import RunState
 from grpo.types import EvalMetrics, StepMetrics
 
 warn = logging.getLogger(__name__).warning

@@ -1,1 +1,1 @@
-"""The trainer: one step, the update, evaluation, checkpoints, and the run around them."""
+"""The algorithm: one step, its batches, passes and update, the optimizer, schedules and metrics."""

@@ -18,10 +18,9 @@ from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
 from grpo.training.batches import make_minibatches, with_old_logprobs, with_reference, with_top_entropy
-from grpo.training.evaluate import Evaluator
+from grpo.training.gap import GapWatch
 from grpo.training.gauges import entropy_left_out, kl_metric, with_all_entropy
 from grpo.training.metrics import step_metrics
-from grpo.training.parity import GapWatch
 from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.state import TrainerState
@@ -39,7 +38,6 @@ class Trainer:
         tasks: TaskStream,
         engine: RolloutEngine,
         scorer: Scorer,
-        evaluate: Evaluator | None = None,
         custom_loss: CustomLoss | None = None,
         ranks: Ranks | None = None,
     ) -> None:
@@ -48,7 +46,6 @@ class Trainer:
         self.tasks = tasks
         self.engine = engine
         self.scorer = scorer
-        self.evaluate = evaluate
         self.ranks = ranks or Ranks()
         self.update = Updater(policy, cfg, custom_loss, self.ranks)
         self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first)

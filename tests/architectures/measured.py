@@ -20,17 +20,17 @@ from grpo.generation.sampling import Sampling
 from grpo.model.adapters import Adapters, load_adapter, routers
 from grpo.model.load import load
 from grpo.model.policy import Policy
+from grpo.planning import plan
+from grpo.planning.footprint import Footprint
 from grpo.recipe import load_recipe
+from grpo.runs.folder import newest_checkpoint
+from grpo.runs.loop import Loop
+from grpo.runs.prepare import prepare
+from grpo.runs.resume import context, find_start, plan_of
+from grpo.runs.revisions import revisions_of
+from grpo.runs.signals import StopRequest
 from grpo.telemetry.jsonl import JsonlLogger
-from grpo.training import plan
-from grpo.training.export import Format, export
-from grpo.training.folder import newest_checkpoint
-from grpo.training.footprint import Footprint
-from grpo.training.loop import Loop
-from grpo.training.resume import context, find_start, plan_of
-from grpo.training.revisions import revisions_of
-from grpo.training.setup import prepare
-from grpo.training.signals import StopRequest
+from grpo.tools.export import Format, export
 
 PROMPTS = [[5, 6, 7, 8, 9], [11], list(range(20, 40))]
 TOKENS = mx.array([[1, 5, 9, 3, 7, 2, 8, 4, 6, 10, 12, 11]])
@@ -71,7 +71,16 @@ def train(model: Path, bits: int | None, run: Path, *overrides: str) -> Path:
         written = context(
             cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg), prepared.rows
         )
-        Loop(trainer, folder, written, JsonlLogger(folder).log, StopRequest(), state, start.checkpoint).run()
+        Loop(
+            trainer,
+            folder,
+            written,
+            JsonlLogger(folder).log,
+            StopRequest(),
+            state,
+            start.checkpoint,
+            prepared.evaluator,
+        ).run()
     return newest_checkpoint(run)
 
 

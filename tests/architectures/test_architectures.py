@@ -19,7 +19,7 @@ from table import write as write_table
 
 from grpo.errors import UserError
 from grpo.model.saved import WEIGHTS
-from grpo.training.export import export
+from grpo.tools.export import export
 
 Measure = Callable[[str, int | None], Measured]
 EVERY = pytest.mark.parametrize("name", SMALL)

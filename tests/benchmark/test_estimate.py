@@ -25,12 +25,12 @@ from grpo.model.known import CONFIGS
 from grpo.model.load import load
 from grpo.model.outline import costs_of, costs_of_config, outline
 from grpo.model.policy import Policy
+from grpo.planning.activations import reckoned_footprint
+from grpo.planning.footprint import measure_footprint
+from grpo.planning.plan import Machine, make_plan, plan_on
 from grpo.plugins import bundled
 from grpo.recipe import load_recipe, recipe_of
-from grpo.training.activations import reckoned_footprint
-from grpo.training.footprint import measure_footprint
 from grpo.training.packing import Shape
-from grpo.training.plan import Machine, make_plan, plan_on
 
 NAMED = {chip.name: chip for chip in CHIPS}
 H200 = NAMED["H200"]

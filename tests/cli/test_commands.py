@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from grpo.training.completions import read_completions
+from grpo.runs.completions import read_completions
 from grpo.training.trainer import Trainer
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from grpo.doctor import services
 from grpo.doctor.finding import Finding
-from grpo.training import folder as run_folders
+from grpo.runs import folder as run_folders
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from grpo.planning import plan
+from grpo.planning.footprint import measure_footprint
 from grpo.recipe import dump_recipe, load_recipe
-from grpo.training import plan
-from grpo.training.footprint import measure_footprint
 
 SECTIONS = """
 eval: {split: train, prompts: 2, samples: 2}

@@ -19,7 +19,7 @@ from grpo.model import head, sharing
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
 from grpo.recipe import load_recipe
-from grpo.training.setup import prepare
+from grpo.runs.prepare import prepare
 
 TEXT = "nvrtc: error: no such\n kernel"
 SAID = "nvrtc: error: no such kernel"

@@ -13,12 +13,12 @@ from grpo.generation import generator as generating
 from grpo.generation.generator import Request
 from grpo.generation.sampling import Sampling
 from grpo.recipe import load_recipe
+from grpo.runs.folder import NOW
+from grpo.runs.prepare import prepare
 from grpo.telemetry import progress as files
 from grpo.telemetry.console import ConsoleLogger, print_parts, print_wrapped
 from grpo.telemetry.loggers import open_loggers
 from grpo.telemetry.progress import NowFile, Phase, read_now
-from grpo.training.folder import NOW
-from grpo.training.setup import prepare
 from grpo.types import EvalMetrics, StepMetrics
 
 VALUES = {"reward": 0.5, "completions/mean_length": 20.0, "rollout_tokens_per_second": 1234.0, "step_time": 2.0}
@@ -136,7 +136,8 @@ def test_between_two_reports_nothing_is_counted(make_policy, monkeypatch: pytest
 
 def test_every_phase_of_a_run_goes_by_its_name(recipe, tmp_path) -> None:
     held = ["eval={source: train.jsonl, split: train, prompts: 2, samples: 2}"]
-    trainer, told = prepare(load_recipe(recipe, ["rewards.0.isolation=inline", *held])).trainer, []
+    prepared, told = prepare(load_recipe(recipe, ["rewards.0.isolation=inline", *held])), []
+    trainer = prepared.trainer
     watched = (trainer.engine.generator, trainer.scorer, trainer.update)
     with ExitStack() as stack:
         stack.callback(trainer.scorer.close)
@@ -144,7 +145,7 @@ def test_every_phase_of_a_run_goes_by_its_name(recipe, tmp_path) -> None:
         show = watched[0].progress
         for one in watched:
             one.progress = lambda *now: told.append(now) or show(*now)
-        trainer.evaluate(0)
+        prepared.evaluator(0)
         trainer.step(1)
         assert read_now(tmp_path)[0] == "update"
     assert not (tmp_path / NOW).exists()

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from training.runs import run
+from runs.driver import run
 
 from grpo.recipe import load_recipe
+from grpo.runs.folder import recipe_text
+from grpo.runs.signals import Stopped
 from grpo.telemetry import runs as module
 from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.telemetry.progress import NowFile
 from grpo.telemetry.runs import find_runs, follow, read_run
-from grpo.training.folder import recipe_text
-from grpo.training.replay import replay
-from grpo.training.signals import Stopped
+from grpo.tools.replay import replay
 from grpo.types import StepMetrics
 
 

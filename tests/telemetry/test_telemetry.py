@@ -15,10 +15,11 @@ from rich.console import Console
 from grpo.errors import UserError
 from grpo.plugins import find_recipe
 from grpo.recipe import load_recipe
+from grpo.runs.state import RunState
 from grpo.telemetry.console import ConsoleLogger, before_and_after, sparkline
 from grpo.telemetry.jsonl import JsonlLogger, read_evaluations, read_steps
 from grpo.telemetry.loggers import open_loggers
-from grpo.training.state import RunState, TrainerState
+from grpo.training.state import TrainerState
 from grpo.types import Completion, EvalMetrics, Group, Rollout, StepMetrics, Task
 
 VALUES = {

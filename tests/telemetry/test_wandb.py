@@ -14,9 +14,10 @@ from telemetry.test_telemetry import EVAL, GROUPS, VALUES
 
 from grpo.plugins import find_recipe
 from grpo.recipe import load_recipe
+from grpo.runs.state import RunState
 from grpo.telemetry import weights_and_biases
 from grpo.telemetry.weights_and_biases import WandbLogger
-from grpo.training.state import RunState, TrainerState
+from grpo.training.state import TrainerState
 from grpo.types import StepMetrics
 
 ROOT = Path(__file__).parents[2]

@@ -11,15 +11,15 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from runs import run
+from runs.driver import run
 
 import grpo.generation.blocks as blocks
 from grpo.errors import RunError
 from grpo.recipe import load_recipe
-from grpo.training.folder import recipe_text
-from grpo.training.parity import GapWatch
-from grpo.training.resume import changes
-from grpo.training.setup import prepare
+from grpo.runs.folder import recipe_text
+from grpo.runs.prepare import prepare
+from grpo.runs.resume import changes
+from grpo.training.gap import GapWatch
 from grpo.training.update import Update, Updater
 
 MEAN, UNFILTERED = "sampling/sampling_logp_difference/mean", "sampling/unfiltered_logp_difference/mean"

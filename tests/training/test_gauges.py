@@ -13,10 +13,10 @@ from grpo.generation.generator import Request
 from grpo.generation.sampling import Sampling
 from grpo.objective.groups import with_advantages
 from grpo.recipe import load_recipe
+from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
 from grpo.training.batches import make_minibatches
 from grpo.training.gauges import divergences, entropy_left_out, kl_metric, with_all_entropy
-from grpo.training.setup import prepare
 from grpo.training.update import Update, Updater
 from grpo.types import Group, Rollout, Task
 

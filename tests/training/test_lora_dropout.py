@@ -7,25 +7,25 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import shaken
-from training.runs import run, same_end
-from training.test_resume import interrupt_in
+from runs.driver import run, same_end
+from runs.test_resume import interrupt_in
 from training.test_update import groups
 from training.test_update import recipe as settings
 
 from grpo.backend.ranks import Ranks
 from grpo.config import AdapterConfig, ModelConfig
 from grpo.errors import UserError
+from grpo.evaluation.evaluator import Evaluator
 from grpo.model.adapters import Adapters
 from grpo.model.dropout import LoRADropout, dropout_key
 from grpo.model.load import load
 from grpo.model.policy import Policy
 from grpo.objective.groups import with_advantages
+from grpo.planning.footprint import measure_body
 from grpo.recipe import load_recipe
+from grpo.runs.prepare import prepare
 from grpo.training.batches import batch_logprobs, make_minibatches, with_old_logprobs
-from grpo.training.evaluate import Evaluator
-from grpo.training.footprint import measure_body
 from grpo.training.packing import Shape
-from grpo.training.setup import prepare
 from grpo.training.update import Gradient, Updater
 
 DROPOUT = "adapter.dropout=0.4"
@@ -126,14 +126,15 @@ def test_evaluation_and_rollouts_drop_nothing(recipe, monkeypatch) -> None:
     recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 2, samples: 2}\n")
     found = []
     for dropout in ("adapter.dropout=0.0", DROPOUT):
-        trainer = prepare(load_recipe(recipe, [dropout])).trainer
+        prepared = prepare(load_recipe(recipe, [dropout]))
+        trainer, evaluate = prepared.trainer, prepared.evaluator
         state = trainer.policy.adapters.state()
         trainer.policy.adapters.load_state({path: mx.ones_like(array) * 0.01 for path, array in state.items()})
-        assert isinstance(trainer.evaluate, Evaluator)
+        assert isinstance(evaluate, Evaluator)
         metrics = trainer.step(1)
         found.append([rollout.completion for group in metrics.groups for rollout in group.rollouts])
         trainer.policy.adapters.load_state({path: mx.ones_like(array) * 0.01 for path, array in state.items()})
-        found.append(trainer.evaluate(0))
+        found.append(evaluate(0))
         trainer.scorer.close()
     assert found[:2] == found[2:]
 

@@ -9,21 +9,21 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from rich.console import Console
+from runs.driver import run, same_end, timeless
 from test_skips import broken
 from test_update import groups, recipe
-from training.runs import run, same_end, timeless
 
 from grpo.backend.ranks import Ranks
 from grpo.errors import RunError
 from grpo.objective.groups import with_advantages
 from grpo.recipe import load_recipe
+from grpo.runs.prepare import prepare
+from grpo.runs.signals import Stopped
 from grpo.scoring.scorer import Scorer
 from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.report import report
 from grpo.telemetry.runs import read_run
 from grpo.training.batches import make_minibatches, with_reference
-from grpo.training.setup import prepare
-from grpo.training.signals import Stopped
 from grpo.training.update import Updater
 
 

@@ -19,12 +19,12 @@ from grpo.config import AdapterConfig, OptimConfig
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
+from grpo.planning.plan import make_plan
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
 from grpo.training import optimizer as optimizers
 from grpo.training.batches import make_minibatches
 from grpo.training.optimizer import CLASSES, Float32Optimizer, bytes_of_a_group, grouped, make_optimizer
-from grpo.training.plan import make_plan
 from grpo.training.trainer import Trainer
 from grpo.training.update import Updater
 from grpo.types import Group, Task

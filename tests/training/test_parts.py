@@ -10,12 +10,12 @@ import pytest
 from grpo.config import OptimConfig
 from grpo.errors import RunError
 from grpo.generation.slots import View
+from grpo.planning.parity import check_parity
 from grpo.recipe import load_recipe
+from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
 from grpo.training.metrics import step_metrics
-from grpo.training.parity import check_parity
 from grpo.training.schedule import learning_rate, penalty_weight
-from grpo.training.setup import prepare
 from grpo.training.update import Update
 from grpo.types import Completion, Group, Rollout, Task
 

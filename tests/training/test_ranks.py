@@ -12,15 +12,15 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import test_update
-from training.runs import run, timeless
+from runs.driver import run, timeless
 
 from grpo.backend.ranks import Ranks
 from grpo.errors import RunError, UserError
 from grpo.generation.choice import find_decoding
+from grpo.planning.plan import make_plan
 from grpo.recipe import load_recipe
-from grpo.training.plan import make_plan
-from grpo.training.resume import find_start
-from grpo.training.setup import _together, prepare
+from grpo.runs.prepare import _together, prepare
+from grpo.runs.resume import find_start
 
 HERE = Path(__file__).parent
 LAUNCH = Path(sys.executable).with_name("mlx.launch")

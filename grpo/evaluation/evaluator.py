@@ -1,0 +1,153 @@
+"""Evaluation on held-out prompts: greedy, avg@k, pass@k and maj@k, with intervals, and no logprobs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from math import comb, sqrt
+from statistics import fmean
+from typing import Literal
+
+from grpo.backend.random import derive_seed
+from grpo.backend.ranks import Ranks
+from grpo.config import Recipe
+from grpo.errors import RunError
+from grpo.evaluation.votes import final_answer, majority
+from grpo.rollout import RolloutEngine
+from grpo.scoring.scorer import Scorer
+from grpo.training.metrics import SOLVED
+from grpo.types import EvalMetrics, Group, Rollout, Task
+
+RESAMPLES = 1000
+Z = 1.959963984540054
+"""Standard deviations within which 95 % of a normal distribution lie."""
+
+
+class Evaluator:
+    """Measures a policy on fixed prompts.
+
+    A completion is right when the recipe's first reward gives it 1 or more. It is left out when that reward gives no
+    score (None: it does not apply), and counted as not right when that reward failed on it: what nobody could check is
+    not a right answer, and to leave it out would turn one right answer and three timeouts into 100 %.
+    Of several processes each samples and scores its share of the prompts, and all measure the same.
+    """
+
+    def __init__(
+        self, cfg: Recipe, tasks: Sequence[Task], engine: RolloutEngine, scorer: Scorer, ranks: Ranks | None = None
+    ) -> None:
+        assert cfg.eval is not None
+        self.cfg, self.samples = cfg, cfg.eval.samples
+        self.tasks, self.engine, self.scorer = tasks, engine, scorer
+        self.grader = next(iter(scorer.rewards))
+        self.ranks = ranks or Ranks()
+
+    @property
+    def names(self) -> list[str]:
+        """What is always measured, all of it the better the higher; what rewards log comes to it."""
+        sampled = [f"avg@{self.samples}", *(f"pass@{k}" for k in self._ks()), f"maj@{self.samples}"]
+        return ["greedy", *sampled, *(f"rewards/{name}" for name in self.scorer.rewards)]
+
+    def __call__(self, step: int) -> EvalMetrics:
+        """Measure the policy as it is, before (0) or after `step`. The draws are the same at every step."""
+        greedy = self._sampled(1, 0.0)
+        sampled = self._sampled(self.samples, self.cfg.rollout.temperature)
+        right = [graded for group in sampled if (graded := self._graded(group))]
+        solved = [[right for _, right in graded] for graded in right]
+        measured = {
+            "greedy": [float(graded[0][1]) for group in greedy if (graded := self._graded(group))],
+            f"avg@{self.samples}": [fmean(one) for one in solved],
+            **{f"pass@{k}": [pass_at(k, len(one), sum(one)) for one in solved] for k in self._ks()},
+            f"maj@{self.samples}": [_voted(graded) for graded in right],
+            **{f"rewards/{name}": _means(sampled, "scores", name) for name in self.scorer.rewards},
+        }
+        measured |= {name: _means(sampled, "logged", name) for name in _logged(sampled) if name not in measured}
+        rollouts = [rollout for group in (*greedy, *sampled) for rollout in group.rollouts]
+        known = any(rollout.scores[self.grader] is not None for rollout in rollouts)
+        if not measured["greedy"] or not solved or not known:
+            raise RunError(f"evaluation: the first reward, {self.grader!r}, scored no completion")
+        measured = {name: values for name, values in measured.items() if values}
+        return EvalMetrics(
+            step=step,
+            n=len(measured["greedy"]),
+            grader=self.grader,
+            values={name: fmean(values) for name, values in measured.items()},
+            intervals={name: interval(values, self.cfg.seed) for name, values in measured.items()},
+            failed_gradings=sum(self.grader in rollout.failures for rollout in rollouts),
+        )
+
+    def _ks(self) -> list[int]:
+        """1 < k < samples by powers of two, and the number of samples."""
+        return [k for k in (2**i for i in range(1, self.samples.bit_length())) if k < self.samples] + [self.samples]
+
+    def _sampled(self, n: int, temperature: float) -> list[Group]:
+        """All groups, scored. A prompt's draws are its own: they depend neither on the shares nor on `eval.prompts`."""
+        mine = self.ranks.share(self.tasks)
+        seeds = [derive_seed(self.cfg.seed, "eval", n, task.index) for task in mine]
+        groups = self.engine.rollout(mine, n, temperature, seeds, False, "evaluation") if mine else []
+        return self.ranks.merge(self.scorer.score(groups) if groups else [])
+
+    def _graded(self, group: Group) -> list[tuple[Rollout, bool]]:
+        """The completions that the grader applies to, and whether they are right; where it failed they are not."""
+        scores = [(rollout, rollout.scores[self.grader]) for rollout in group.rollouts]
+        return [
+            (rollout, score is not None and score >= SOLVED)
+            for rollout, score in scores
+            if score is not None or self.grader in rollout.failures
+        ]
+
+
+def pass_at(k: int, n: int, correct: int) -> float:
+    """The chance that one of `k` samples is right, estimated without bias from `n` of which so many were.
+
+    Chen et al. 2021 (arXiv 2107.03374), equation 1. With fewer than `k` samples it is the chance for `n`.
+    """
+    k = min(k, n)
+    return 1 - comb(n - correct, k) / comb(n, k)
+
+
+def _voted(graded: Sequence[tuple[Rollout, bool]]) -> float:
+    """Whether the answer that most completions give is right (self-consistency, arXiv 2203.11171).
+
+    It is if it was found right in any of them: the grader may have failed on the others.
+    """
+    answers = [final_answer(rollout.completion.text) for rollout, _ in graded]
+    chosen = answers[majority(answers)]
+    return float(any(right for answer, (_, right) in zip(answers, graded, strict=True) if answer == chosen))
+
+
+def _logged(groups: Sequence[Group]) -> list[str]:
+    """The metrics that rewards logged of single completions, as `math_answer` does of strict and lenient matches."""
+    return sorted({name for group in groups for rollout in group.rollouts for name in rollout.logged})
+
+
+def _means(groups: Sequence[Group], of: Literal["scores", "logged"], name: str) -> list[float]:
+    """Each prompt's mean of what is known of its completions by a name, without the prompts that have nothing."""
+    known = [[getattr(rollout, of).get(name) for rollout in group.rollouts] for group in groups]
+    return [fmean(values) for row in known if (values := [value for value in row if value is not None])]
+
+
+def interval(values: Sequence[float], seed: int) -> tuple[float, float]:
+    """The 95 % interval of a mean over prompts: Wilson's where each value is 0 or 1, else the bootstrap's.
+
+    The bootstrap has no width where all values are equal, such as at 0 and 100 %.
+    """
+    if all(value in (0.0, 1.0) for value in values):
+        return wilson_interval(sum(values), len(values))
+    return bootstrap_interval(values, seed)
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927)."""
+    p, z2 = successes / n, Z**2
+    center = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z / (1 + z2 / n) * sqrt(p * (1 - p) / n + z2 / (4 * n**2))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def bootstrap_interval(
+    values: Sequence[float], seed: int, statistic: Callable[[Sequence[float]], float] = fmean
+) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of a statistic over prompts (Efron 1979)."""
+    generator = random.Random(derive_seed(seed, "bootstrap"))
+    draws = sorted(statistic(generator.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES) - 1]

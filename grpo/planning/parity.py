@@ -1,0 +1,179 @@
+"""Do decoding and teacher forcing agree? Asked of every model before a run; `training/gap.py` asks again at each step.
+
+GRPO rests on it: where the sampler computes another model than the update, ratios differ from 1 with no change of
+policy, and training follows the difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import mlx.core as mx
+
+from grpo.backend.blame import cause
+from grpo.backend.random import derive_key
+from grpo.errors import RunError, UserError
+from grpo.generation.generator import Request
+from grpo.generation.sampling import Sampling
+from grpo.model.policy import Policy
+from grpo.rollout import RolloutEngine
+from grpo.training.batches import batch_logprobs, collate
+from grpo.training.gap import gap_bound
+from grpo.training.packing import Packing, pack_in_order
+from grpo.types import Group, Rollout, Task
+
+TOKENS, GENERATIONS = 16, 2
+SHOWN = 0.1, 10.0, 3.0
+"""Nats, or times the bound if that is more, by which the random B is to move logprobs in the mean; and at most how many
+nats. Far more, and rounding is larger in a model that is no longer one."""
+FIRST_B, TRIES = 0.05, 10
+"""Deviation of the first B that is drawn, before the scale, and how many sizes are tried."""
+TRIED = "parity"
+"""The adapter's state with the random B, while the check runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Absolute gaps in nats between decoding and teacher forcing, a value a token, and how far the random B moves the
+    same tokens' logprobs in the mean: None where the weights are checked as they are."""
+
+    gaps: list[float]
+    moved: float | None
+
+
+def check_parity(
+    policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed: int, packing: Packing | None = None
+) -> str:
+    """Sample a few tokens, compare their logprobs with the update's, and say in one line how far they are apart.
+
+    A fresh adapter's B is zero, and a decoder that ignored it would pass. So B is moved at random for the check, far
+    enough to be seen; afterwards the policy holds its own arrays again, whatever happened. Whole weights are checked as
+    they are. `packing` is the update's; without it all rows go through the model together.
+
+    Raises RunError when the mean gap is beyond what rounding in the model's dtype explains: then ratios would differ
+    from 1 with no change of policy, and training would follow the difference. Raises UserError for a model that cannot
+    be decoded.
+    """
+    if not any(path.endswith("lora_b") for path in policy.adapters.state()):
+        return _verdict(_measured(policy, engine, tasks, seed, packing, None), policy)
+    shortest = min(tasks, key=lambda task: len(task.prompt_ids))
+    size = _size_of_b(policy, lambda size: _measured(policy, engine, [shortest], seed, packing, size).moved)
+    return _verdict(_measured(policy, engine, tasks, seed, packing, size), policy)
+
+
+def _size_of_b(policy: Policy, moved: Callable[[float], float | None]) -> float:
+    """The deviation at which a random B moves logprobs as far as it is to: `moved` says how far it does.
+
+    It hardly moves those of a model that is sure of itself, and then all at once: hence a bisection.
+    """
+    least, most = _window(policy)
+    scale: float = policy.adapters.config["lora_parameters"]["scale"]
+    size, low, high = FIRST_B / scale, 0.0, math.inf
+    for _ in range(TRIES):
+        found = moved(size)
+        assert found is not None
+        if least <= found <= most:
+            break
+        if found < least:
+            low = size
+        else:  # NaN, too: it has overflowed
+            high = size
+        size = math.sqrt(low * high) if low > 0 and high < math.inf else size * (4 if low > 0 else 1 / 4)
+    return size
+
+
+def _window(policy: Policy) -> tuple[float, float]:
+    """By how many nats, at least and at most, the random B is to move logprobs."""
+    nats, times, most = SHOWN
+    least = max(nats, times * gap_bound(policy))
+    return least, max(most, 3 * least)
+
+
+def _measured(
+    policy: Policy,
+    engine: RolloutEngine,
+    tasks: Sequence[Task],
+    seed: int,
+    packing: Packing | None,
+    size: float | None,
+) -> _Measured:
+    """Decode and teacher-force under the policy, its B moved by `size` if that is given."""
+    with _moved(policy, seed, size):
+        groups = _decoded(policy, engine, tasks, seed)
+        forced = _forced(policy, groups, packing)
+    sampled = [value for group in groups for r in group.rollouts for value in r.completion.logprobs or ()]
+    gaps = [abs(here - there) for here, there in zip(forced, sampled, strict=True)]
+    if size is None:
+        return _Measured(gaps, None)
+    unmoved = _forced(policy, groups, packing)
+    return _Measured(gaps, fmean(abs(here - there) for here, there in zip(forced, unmoved, strict=True)))
+
+
+@contextmanager
+def _moved(policy: Policy, seed: int, size: float | None) -> Iterator[None]:
+    """Be the policy with `size` × a normal number added to each of B's, inside the block; with None, as it is."""
+    if size is None:
+        yield
+        return
+    state = policy.adapters.state()
+    paths = [path for path in state if path.endswith("lora_b")]
+    keys = mx.random.split(derive_key(seed, "parity", 1), len(paths))
+    for path, key in zip(paths, keys, strict=True):
+        drawn = size * mx.random.normal(state[path].shape, key=key)
+        state[path] = (state[path] + drawn).astype(state[path].dtype)
+    policy.adapters.add(TRIED, state)
+    try:
+        with policy.use(TRIED):
+            yield
+    finally:
+        policy.adapters.drop(TRIED)
+
+
+def _decoded(policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed: int) -> list[Group]:
+    sampling = Sampling(policy.temperature, TOKENS)
+    requests = [Request(task.prompt_ids, GENERATIONS) for task in tasks]
+    try:
+        answers = engine.generator.generate(requests, sampling, derive_key(seed, "parity"))
+    except Exception as error:  # whatever the model's own code raises
+        way = engine.generator.decoding.description
+        raise UserError(f"this model cannot be decoded ({way}): {cause(error)}") from error
+    return [Group(task, tuple(map(Rollout, completions))) for task, completions in zip(tasks, answers, strict=True)]
+
+
+def _forced(policy: Policy, groups: Sequence[Group], packing: Packing | None) -> list[float]:
+    """The update's logprobs of all completions' tokens, one after the other."""
+    rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
+    found: list[float] = []
+    for positions, shape in pack_in_order(rows, packing or _together(policy, rows)):
+        part = [rows[i] for i in positions]
+        unused = mx.zeros((len(part), shape.length))
+        logprobs: Any = batch_logprobs(policy, collate(part, unused, unused, shape))[0].tolist()
+        for (_, rollout), values in zip(part, logprobs, strict=False):  # rows of padding may follow
+            found += values[: len(rollout.completion.token_ids)]
+    return found
+
+
+def _together(policy: Policy, rows: Sequence[Any]) -> Packing:
+    return Packing(2**31, len(rows), GENERATIONS, shares=policy.share_prompts)
+
+
+def _verdict(measured: _Measured, policy: Policy) -> str:
+    mean, worst, bound = fmean(measured.gaps), max(measured.gaps), gap_bound(policy)
+    line = (
+        f"decoded against teacher-forced logprobs: mean gap {mean:.1e}, max {worst:.1e} (bound on the mean {bound:.0e})"
+    )
+    if measured.moved is not None:
+        line += f", with a random adapter that moves them by {measured.moved:.1g}"
+        if not measured.moved >= 3 * bound:
+            line += ": too little to see whether decoding follows the adapter"
+    if not mean <= bound:
+        raise RunError(
+            f"{line}. This model decodes something else than it trains on: its cache, its positions or its adapter are "
+            "handled wrongly for batched decoding. Please report the model; training on it would not be sound."
+        )
+    return line

@@ -1,0 +1,291 @@
+"""What a run will do and need, in numbers, before it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import product
+from typing import Any
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from grpo.backend import cuda
+from grpo.backend.device import memory_bytes, on_gpu
+from grpo.config import OptimConfig, Recipe
+from grpo.errors import TooLargeError
+from grpo.generation.decoding import Decoding
+from grpo.generation.memory import Memory, Need, slots_that_fit
+from grpo.model.policy import Policy
+from grpo.model.widehead import bytes_at_work
+from grpo.planning.footprint import Footprint, measure_body, measure_footprint
+from grpo.rollout import sampling_of
+from grpo.training.optimizer import Float32Optimizer, bytes_of_a_group
+from grpo.training.packing import Packing, Shape
+
+AUTO_TOKENS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)
+FEW_TOKENS = 2_048
+"""Below so many tokens at once a GPU is not kept busy; a CPU is with a quarter of them, and with 4,096 at most."""
+FREE = 0.9
+"""Of the memory, what may be planned with."""
+MOST_ACTIVATIONS, MOST_ON_CUDA = 3 * 2**30, 12 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a plan must know of where it will run: bytes of memory, whether that is a GPU's, and one of CUDA."""
+
+    memory: int
+    gpu: bool
+    cuda: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Counts, and bytes by what they are for."""
+
+    steps: int
+    prompts: int
+    rows: int
+    tokens: int
+    parameters: int
+    trained: int
+    stays: dict[str, int]
+    phases: dict[str, int]
+    memory: int
+    slots: int
+    micro_batch: int
+    checkpointing: bool
+
+    @property
+    def total(self) -> int:
+        """Estimated peak: what stays, and the largest of the phases."""
+        return sum(self.stays.values()) + max(self.phases.values())
+
+    def lines(self) -> list[str]:
+        stays = ", ".join(f"{name} {_size(size)}" for name, size in self.stays.items() if size)
+        *phases, last = (f"{name} {_size(size)}" for name, size in self.phases.items())
+        largest = f"the largest of {', '.join(phases)} and {last}"
+        memory = f"memory about {_size(self.total)} of {_size(self.memory)}: {stays}, and {largest}"
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        return [
+            f"{steps} of {self.prompts} prompts, {self.rows} completions, at most {self.tokens:,} tokens",
+            f"trains {self.trained:,} of {self.parameters:,} parameters",
+            memory,
+            f"updates of {self.micro_batch:,} tokens at once{', layers checkpointed' if self.checkpointing else ''}",
+        ]
+
+
+def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: tuple[int, int]) -> tuple[Plan, Recipe]:
+    """The plan of a recipe on this machine, and the recipe with what was `auto` decided.
+
+    `prompt_lengths` are the most tokens of a prompt in training, and in training or evaluation.
+
+    What the update needs is measured (`footprint`); the rest is counted. The policy is set to checkpoint as decided.
+    Raises TooLargeError for what cannot fit.
+    """
+    machine = Machine(memory_bytes(), on_gpu(), cuda.available())
+    shares = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
+    cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update=shares)})
+    states = len(policy.adapters.names) - 1
+    footprint = partial(measure_footprint, policy)
+
+    def body(checkpointing: bool, shape: Shape) -> float:  # a second to try, and more in flight there than a line knows
+        return measure_body(policy, checkpointing, [shape])[0]
+
+    tried = body if machine.cuda else None
+    plan, cfg = plan_on(machine, cfg, policy.model, states, decoding, prompt_lengths, footprint, tried)
+    policy.gradient_checkpointing = plan.checkpointing
+    return plan, cfg
+
+
+def plan_on(
+    machine: Machine,
+    cfg: Recipe,
+    model: nn.Module,
+    states: int,
+    decoding: Memory,
+    prompt_lengths: tuple[int, int],
+    footprint: Callable[[bool], Footprint],
+    body: Callable[[bool, Shape], float] | None = None,
+) -> tuple[Plan, Recipe]:
+    """The same on any machine, by a model of which the shapes and dtypes are enough: none of its arrays is computed.
+
+    `states` are the adapter's besides the policy, `footprint` what an update needs without and with checkpointing, and
+    `body` what a micro-batch was seen to take, where that is to be tried.
+    """
+    rows, length = cfg.rollout.prompts_per_step * cfg.rollout.num_generations, cfg.rollout.max_completion_length
+    prompt_length, longest = prompt_lengths
+    numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+    stays, need = _stays(cfg.optim, model, states), _rollout_need(cfg, longest)
+    head = bytes_at_work(model, machine.gpu)
+    available = int(FREE * machine.memory) - sum(stays.values()) - head
+    slots, too_large = 1, None
+    try:
+        slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, available)
+    except TooLargeError as error:
+        too_large = error
+    chosen = _chosen(machine, cfg, footprint, body, prompt_length)
+    plan = Plan(
+        steps=cfg.optim.steps,
+        prompts=cfg.rollout.prompts_per_step,
+        rows=rows,
+        tokens=rows * (prompt_length + length),
+        parameters=_weights(model) - (numbers if cfg.adapter.type != "full" else 0),
+        trained=numbers,
+        stays=stays,
+        phases={
+            "rollout": need.bytes(decoding, slots) + head,
+            "update": chosen.bytes,
+            "optimiser's step": _optimizer_step(cfg.optim, model, stays["optimiser"]),
+        },
+        memory=machine.memory,
+        slots=slots,
+        micro_batch=chosen.tokens,
+        checkpointing=chosen.checkpointing,
+    )
+    if too_large or plan.total > machine.memory:
+        raise TooLargeError(str(too_large or _what_would_help(plan)), *_least(plan))
+    return plan, cfg.model_copy(update={"optim": chosen.optim})
+
+
+def _what_would_help(plan: Plan) -> str:
+    return (
+        f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantised model (model.quantize), shorter "
+        "prompts (data.max_prompt_length) or completions, fewer slots (rollout.max_concurrency) or "
+        "optim.gradient_checkpointing=true would help"
+    )
+
+
+def _least(plan: Plan) -> tuple[int, dict[str, int]]:
+    """Bytes that a plan wants of a machine, and their parts: what stays, and the largest phase.
+
+    Decoding is planned with `FREE` of the memory.
+    """
+    stays = sum(plan.stays.values())
+    wanted = {name: stays + size for name, size in plan.phases.items()}
+    wanted["rollout"] = int(wanted["rollout"] / FREE)
+    largest = max(wanted, key=lambda name: wanted[name])
+    return wanted[largest], {**plan.stays, largest: plan.phases[largest]}
+
+
+def _stays(cfg: OptimConfig, model: nn.Module, states: int) -> dict[str, int]:
+    """Bytes that are held all the time, by what they are for."""
+    trained = model.trainable_parameters()
+    optimizer = _bytes(Float32Optimizer(cfg, trained).state)  # nothing of it is computed
+    several = _several(cfg)  # then a step that fails is taken back
+    return {
+        "weights": _bytes(model.parameters()),
+        "optimiser": optimizer,
+        "other states": states * _bytes(trained),
+        "the state before the step": several * (_bytes(trained) + optimizer),
+    }
+
+
+def _several(cfg: OptimConfig) -> bool:
+    """Whether a step has more than one update."""
+    return cfg.num_iterations * cfg.num_minibatches > 1
+
+
+def _optimizer_step(cfg: OptimConfig, model: nn.Module, optimizer: int) -> int:
+    """Bytes beside what stays: the gradient, in whose place comes what the step makes, and a group at work.
+
+    A run holds the state before a step until the step is done, so that an end in between loses nothing: what the step
+    makes is there besides. (Of several updates that state is counted among what stays.)
+    """
+    trained = model.trainable_parameters()
+    numbers: int = sum(array.size for _, array in tree_flatten(trained))
+    made = 0 if _several(cfg) else _bytes(trained) + optimizer
+    return max(4 * numbers, made) + bytes_of_a_group(cfg.optimizer, trained)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(tree))
+
+
+def _rollout_need(cfg: Recipe, longest: int) -> Need:
+    """The larger of a step's completions and an evaluation's."""
+    prompts, sampled = cfg.rollout.prompts_per_step, cfg.rollout.prompts_per_step * cfg.rollout.num_generations
+    if cfg.eval:
+        prompts, sampled = max(prompts, cfg.eval.prompts), max(sampled, cfg.eval.prompts * cfg.eval.samples)
+    return Need(sampled, prompts, longest, cfg.rollout.max_completion_length, sampling_of(cfg.rollout).reshaped)
+
+
+def _weights(model: nn.Module) -> int:
+    """How many parameters there are; of a quantised layer its weights, not the words that they are packed into."""
+    count: int = sum(array.size for _, array in tree_flatten(model.parameters()))
+    for module in model.modules():
+        if hasattr(module, "bits"):
+            scales = [module[name].size for name in ("scales", "biases") if name in module]
+            count += module.weight.size * 32 // module.bits - module.weight.size - sum(scales)
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Micro-batches that fit, and what they need."""
+
+    optim: OptimConfig
+    tokens: int
+    checkpointing: bool
+    bytes: int
+
+
+def _chosen(
+    machine: Machine,
+    cfg: Recipe,
+    footprint: Callable[[bool], Footprint],
+    body: Callable[[bool, Shape], float] | None,
+    prompt_length: int,
+) -> _Chosen:
+    """What the recipe says, or for `auto` what fits and pays.
+
+    A micro-batch takes an eighth of the memory, up to `MOST_ACTIVATIONS` (`MOST_ON_CUDA`): beyond that a larger one
+    with its layers checkpointed is faster. Layers are checkpointed where that leaves too few tokens to keep the machine
+    busy, or not even the longest row. CUDA waits for launches, so there the largest micro-batch comes first.
+    """
+    comfortable = min(machine.memory // 8, MOST_ON_CUDA if machine.cuda else MOST_ACTIVATIONS)
+    few = FEW_TOKENS if machine.gpu else FEW_TOKENS // 4
+    asked, tokens = cfg.optim.gradient_checkpointing, cfg.optim.micro_batch_tokens
+    ways = (False, True) if asked == "auto" else (bool(asked),)
+    sizes = AUTO_TOKENS[0 if machine.gpu else 2 :] if tokens == "auto" else (tokens,)
+    order = [(way, size) for size in sizes for way in ways] if machine.cuda else list(product(ways, sizes))
+    footprint_of = cache(footprint)  # seconds to measure: of the ways that are come to
+    best: _Chosen | None = None
+    for checkpointing, size in order:
+        largest = _largest(cfg, prompt_length, size, machine.gpu)
+        needed = footprint_of(checkpointing).bytes(largest)
+        if body is not None and needed <= comfortable:
+            needed = footprint_of(checkpointing).bytes(largest, body(checkpointing, largest))
+        optim = cfg.optim.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
+        best = _Chosen(optim, size, checkpointing, needed)
+        enough = (
+            asked != "auto"
+            or checkpointing
+            or size >= few
+            or largest.tokens == _largest(cfg, prompt_length, 2 * size, machine.gpu).tokens
+        )
+        if needed <= comfortable and enough:
+            return best
+    assert best is not None
+    return best
+
+
+def _largest(cfg: Recipe, prompt_length: int, tokens: int, gpu: bool) -> Shape:
+    """The largest micro-batch there can be: the longest prompts, each with all its completions at their longest."""
+    optim = cfg.optim.model_copy(update={"micro_batch_tokens": tokens})
+    packing = Packing.of(cfg.model_copy(update={"optim": optim}), gpu=gpu)
+    length = cfg.rollout.max_completion_length
+    fitting = packing.shape(1, 1, prompt_length, length)
+    for rows in range(2, packing.rows + 1):
+        shape = packing.shape(-(-rows // packing.group), rows, prompt_length, length)
+        if shape is None:
+            break
+        fitting = shape
+    assert fitting is not None, "a single row always fits"
+    return fitting
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"

@@ -1,0 +1,280 @@
+"""A run's folder: made for a new run, and read back by the commands that take a run."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from grpo.config import Recipe
+from grpo.errors import UserError
+from grpo.recipe import dump_recipe
+from grpo.runs.checkpoint import (
+    RECIPE,
+    STATE,
+    checkpoint_path,
+    checkpoints,
+    damage,
+    drop_after,
+    newest_whole,
+    read_state,
+)
+from grpo.runs.records import replace_text, rewind
+from grpo.runs.starting import PARTIAL, STARTING, copy_starting, keep_starting, named_as_kept, put_starting
+
+METRICS, EVALUATIONS, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "checkpoints"
+COMPLETIONS = "completions"
+NOT_FINITE = "not_finite"
+"""Where the batches of updates are that were skipped."""
+ENDED = ".ended"
+"""A word on how a run ended, written by itself: one that was killed has none."""
+NOW = ".now"
+"""How far the phase is that the run is in, for those who follow it."""
+UNTRAINED = "untrained"
+"""That word where a run made all its steps and no update had a signal."""
+WRITTEN = (
+    *(METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorboard", "wandb", "report.html", ENDED),
+    *(STARTING, NOW, RECIPE),
+)
+"""What a run writes into its folder, and all that `--overwrite` deletes there.
+
+The order in which it is put aside, and in reverse brought back: with the recipe there, all of it is; with the metrics
+back, all of it is. So a process that is killed in between leaves no doubt about whose files are whose.
+"""
+FAILED = "failed_step.parquet"
+"""The completions on which a reward broke, of a step or an evaluation, when that ended a run. The file outlives a run
+that ended in its first step, and is in the way of none: the next run in the folder deletes it."""
+FORMER = ".former"
+LOCK = ".lock"
+HEADER = "# This run's recipe as it was resolved, written by grpo train.\n"
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def run_folder(cfg: Recipe, overwrite: bool) -> Iterator[Path]:
+    """The folder of a new run, for a `with` block, with the resolved recipe in it.
+
+    With `overwrite` a former run there is put aside while the block runs. It is gone for good only if the new one has
+    its first step on record; a block that fails before that leaves everything as it was.
+    """
+    folder = check_run_folder(cfg, overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+    try:
+        with _locked(folder):
+            _begin(cfg, folder)
+            try:
+                yield folder
+            finally:
+                if folder.is_dir():
+                    _settle(folder)
+    finally:
+        if folder.is_dir() and not any(folder.iterdir()) and folder.resolve() != Path.cwd():
+            folder.rmdir()
+
+
+def _begin(cfg: Recipe, folder: Path) -> None:
+    """Put a former run aside and write the new one's recipe, or leave everything as it was."""
+    former = folder / FORMER
+    try:
+        starting = copy_starting(cfg, folder)  # it may be of the run that is put aside
+        _move_run(folder, former)
+        (folder / FAILED).unlink(missing_ok=True)
+        (folder / RECIPE).write_text(recipe_text(cfg), encoding="utf-8")
+        put_starting(starting, folder)
+    except BaseException as error:
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        if former.is_dir():
+            (folder / RECIPE).unlink(missing_ok=True)
+            _move_run(former, folder)
+        if isinstance(error, OSError):
+            raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+        raise
+
+
+@contextmanager
+def resumed_folder(cfg: Recipe, step: int, evaluated: int, first: int = 1) -> Iterator[Path]:
+    """The folder of a run that goes on after `step`, the last evaluation in it after step `evaluated` (-1: none).
+
+    What the folder holds of later steps is dropped: they come again. Lines that were doubled or lost before are said:
+    the steps on record are `first` (of a branch: the one after which it began) to `step`, once each.
+    """
+    assert cfg.output_dir is not None
+    folder = Path(cfg.output_dir)
+    with _locked(folder):
+        try:
+            _forget_after(folder, range(first, step + 1), evaluated)
+            keep_starting(cfg, folder)
+            replace_text(folder / RECIPE, recipe_text(cfg))
+        except OSError as error:
+            raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+        yield folder
+
+
+def _forget_after(folder: Path, steps: range, evaluated: int) -> None:
+    step = steps.stop - 1
+    rewind(folder / METRICS, steps, complete=True)
+    rewind(folder / EVALUATIONS, range(evaluated + 1), complete=False)
+    for name in (FAILED, ENDED, NOW):
+        (folder / name).unlink(missing_ok=True)
+    drop_after(folder / CHECKPOINTS, step)
+    for path in (folder / COMPLETIONS).glob("step-*.parquet"):
+        if path.stem > checkpoint_path(folder, step).name:
+            path.unlink()
+
+
+def restore_folder(folder: Path, recipe: str, cfg: Recipe) -> None:
+    """Make a run's folder anew where it has vanished, so that what is written from now on is found."""
+    if not (folder / RECIPE).is_file():
+        log.warning("%s has vanished; it is made anew, without what was in it", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / RECIPE, recipe)
+        keep_starting(cfg, folder)
+
+
+def recipe_text(cfg: Recipe) -> str:
+    """What a run's `recipe.yaml` says."""
+    return HEADER + dump_recipe(named_as_kept(cfg))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process, whatever ends it. Raises UserError if another holds it."""
+    path = folder / LOCK
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: a run in this folder is going on; stop it first") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process is training there now. (Its own run is not seen by a process.)"""
+    try:
+        file = (folder / LOCK).open("r+")
+    except OSError:
+        return False
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
+
+
+def _settle(folder: Path) -> None:
+    """Of two runs in a folder, keep the newer if it has a step on record, or else bring back the former."""
+    former = folder / FORMER
+    if (folder / METRICS).exists():
+        shutil.rmtree(former, ignore_errors=True)
+        return
+    if not former.is_dir() or (former / RECIPE).exists():  # or else the former run was not aside in full yet
+        _delete_run(folder)
+    _move_run(former, folder)
+
+
+def _move_run(source: Path, target: Path) -> None:
+    """Move what a run wrote, and nothing else, from one folder to another."""
+    names = [name for name in WRITTEN if (source / name).exists()]
+    if names:
+        target.mkdir(exist_ok=True)
+    for name in reversed(names) if source.name == FORMER else names:
+        (source / name).rename(target / name)
+    if source.name == FORMER and source.is_dir():
+        source.rmdir()
+
+
+def _delete_run(folder: Path) -> None:
+    for name in WRITTEN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_run_folder(cfg: Recipe, overwrite: bool, dry: bool = False) -> Path:
+    """Where the run will be. A `dry` run writes nothing, so a run that is there is in no danger.
+
+    Raises UserError if there is another, not to be replaced, or files that are no run's, or if it cannot be written.
+    """
+    assert cfg.output_dir is not None
+    folder = Path(cfg.output_dir)
+    if not dry:
+        if is_running(folder):
+            raise UserError(f"{folder}: a run in this folder is going on; stop it first")
+        if (folder / FORMER).is_dir():  # a run that was to replace another was killed
+            _settle(folder)
+        if is_run(folder) and not overwrite:
+            raise UserError(
+                f"{folder} holds another run: go on with it (--resume), name another folder (output_dir=...) or "
+                "replace it (--overwrite)"
+            )
+    theirs = [name for name in WRITTEN if (folder / name).exists()]
+    if theirs and not is_run(folder) and not (folder / FORMER).is_dir():
+        raise UserError(f"output_dir: {folder} has a {theirs[0]} that no run of ours wrote: name another folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is not yours to write in" if there.is_dir() else "is a file"
+        raise UserError(f"output_dir: cannot write to {folder}: {there} {why}")
+    return folder
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run's folder: a recipe with the header of the run's own copy, and not in one of its checkpoints."""
+    try:
+        ours = (folder / RECIPE).read_text(encoding="utf-8").startswith(HEADER)
+        return ours and not (folder / STATE).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest whole checkpoint of a run; says which newer ones are damaged. Raises UserError where there is none."""
+    found, passed_over = newest_whole(folder / CHECKPOINTS)
+    for line in passed_over:
+        log.warning("%s", line)
+    if found is None:
+        why = "no checkpoint of this run is whole" if passed_over else "this run has no checkpoint yet"
+        raise UserError(f"{folder}: {why}")
+    return found
+
+
+def find_checkpoint(folder: Path, which: str) -> Path:
+    """The checkpoint of a run that `which` names: `newest`, `best` or a step.
+
+    Raises UserError for one that is not there or not whole.
+    """
+    if which == "newest":
+        return newest_checkpoint(folder)
+    there = folder / CHECKPOINTS
+    if which == "best":
+        best = read_state(newest_checkpoint(folder))["best"]
+        if best is None:
+            raise UserError(f"{folder}: no evaluation has said yet which checkpoint is the best")
+        found = checkpoint_path(there, best["step"])
+    elif which.isdecimal():
+        found = checkpoint_path(there, int(which))
+    else:
+        raise UserError(f"checkpoint {which!r}: expected newest, best or a step")
+    if found not in checkpoints(there):
+        known = ", ".join(str(int(path.name[5:])) for path in checkpoints(there))
+        raise UserError(f"{folder}: no checkpoint of step {which}; there is {known or 'none'}")
+    if (wrong := damage(found)) is not None:
+        raise UserError(f"{found}: {wrong}")
+    return found

@@ -1,0 +1,206 @@
+"""The loop around the steps: evaluations, logs and checkpoints between them, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from grpo.errors import RunError
+from grpo.runs.checkpoint import Context, newest_whole, save_checkpoint
+from grpo.runs.completions import store_completions, store_failed
+from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, ENDED, FAILED, NOT_FINITE, UNTRAINED, restore_folder
+from grpo.runs.health import trained_on_nothing, warnings_of_first
+from grpo.runs.signals import Stopped, StopRequest
+from grpo.runs.state import Best, RunState
+from grpo.scoring.scorer import BrokenRewardError
+from grpo.training.trainer import Trainer
+from grpo.types import EvalMetrics, StepMetrics
+
+Log = Callable[[StepMetrics | EvalMetrics], None]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: its state, the checkpoint of it (none before the first step), and the signal that stopped it.
+
+    `untrained` says why a run that made all its steps has trained nothing.
+    """
+
+    state: RunState
+    checkpoint: Path | None
+    stopped_by: int | None
+    untrained: str | None = None
+
+
+class Loop:
+    """Takes a trainer from a state to the recipe's last step.
+
+    `state` is always that of the last step that was finished, and what is saved when a later one fails or is stopped.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: Path,
+        context: Context,
+        tell: Log,
+        stop: StopRequest,
+        start: RunState,
+        checkpoint: Path | None = None,
+        evaluate: Callable[[int], EvalMetrics] | None = None,
+    ) -> None:
+        """`checkpoint` is where `start` was loaded from, if it was. `evaluate` measures the policy after a step."""
+        self.trainer, self.folder, self.context = trainer, folder, context
+        self.evaluate = evaluate
+        self.tell, self.stop = tell, stop
+        self.cfg = trainer.cfg
+        self.state = start
+        self._saved, self._is_saved = checkpoint, True
+        self.ranks = trainer.ranks
+        trainer.update.inspect = folder / NOT_FINITE
+
+    def run(self) -> Outcome:
+        """All steps that are left, until the last or until asked to stop.
+
+        However it ends, an error included, there is a checkpoint of the last step that was finished (if one was).
+        Raises RunError where that cannot be written.
+        """
+        try:
+            self._evaluate()
+            while self.state.step < self.cfg.optim.steps:
+                self._step()
+                self._evaluate()
+                if self.state.step % self.cfg.checkpoint.every == 0:
+                    self._save()
+        except Stopped:
+            pass
+        except BaseException:  # of other people's code too: a logger may raise KeyboardInterrupt
+            self._save_last()
+            self._note_end("failed")
+            raise
+        self._save_last()
+        if self.stop.signal is not None:
+            self._note_end("stopped")
+            return Outcome(self.state, self._saved, self.stop.signal)
+        untrained = trained_on_nothing(self.state, self.cfg)
+        self._note_end(UNTRAINED if untrained else "finished")
+        return Outcome(self.state, self._saved, None, untrained)
+
+    def _step(self) -> None:
+        step = self.state.step + 1
+        with self._keeps_failed(step), self._interrupts():
+            metrics = self.trainer.step(step)
+        self._move(replace(self.state, step=metrics.step, trainer=self.trainer.state()))
+        self.tell(metrics)
+        if self.ranks.first:
+            self._store(metrics)
+            for line in warnings_of_first(metrics, self.cfg) if step == 1 else ():
+                log.warning("%s", line)
+
+    def _move(self, state: RunState) -> None:
+        self.state, self._is_saved = state, False  # a former state that was kept would hold its arrays
+
+    def _interrupts(self) -> AbstractContextManager[None]:
+        """A block that a stop may leave; of several processes none does so alone, or the others would wait for it."""
+        if self.ranks.size == 1:
+            return self.stop.interrupts()
+        if asked := [number for number in self.ranks.gather(self.stop.signal) if number is not None]:
+            self.stop.signal = asked[0]  # whichever was asked, the run was stopped
+            raise Stopped
+        return nullcontext()
+
+    def _evaluate(self) -> None:
+        step, evaluate = self.state.step, self.evaluate
+        if evaluate is None or not self._due(step):
+            return
+        with self._keeps_failed(step), self._interrupts():
+            metrics = evaluate(step)
+        best = better(self.state.best, metrics, self.cfg.best_metric) if step > 0 else self.state.best
+        before = self.state.before or metrics
+        improved = best is not self.state.best
+        self._move(replace(self.state, trainer=self.trainer.state(), before=before, after=metrics, best=best))
+        self.tell(metrics)
+        if improved:
+            self._save()
+
+    def _due(self, step: int) -> bool:
+        """Whether an evaluation belongs after this step and was not made before a stop."""
+        assert self.cfg.eval is not None
+        made = self.state.after is not None and self.state.after.step == step
+        return not made and (step % self.cfg.eval.every == 0 or step == self.cfg.optim.steps)
+
+    def _save(self) -> None:
+        """Write a checkpoint; where that fails, say so and go on: the one before is whole."""
+        try:
+            self._write()
+        except OSError as error:
+            log.warning("%s. Training goes on; the next checkpoint may succeed.", self._unsaved(error))
+
+    def _store(self, metrics: StepMetrics) -> None:
+        """Keep the step's completions, if there is room for them."""
+        try:
+            store_completions(self.folder / COMPLETIONS, metrics.step, metrics.groups, self.cfg)
+        except OSError as error:
+            why = error.strerror or error
+            log.warning("the completions of step %d could not be stored: %s", metrics.step, why)
+
+    def _note_end(self, word: str) -> None:
+        """Leave a word on how the run ended, for `grpo runs`."""
+        if self.ranks.first:
+            with suppress(OSError):  # the folder may be what is gone
+                (self.folder / ENDED).write_text(f"{word}\n", encoding="utf-8")
+
+    @contextmanager
+    def _keeps_failed(self, step: int) -> Iterator[None]:
+        """A block that keeps the completions on which a reward broke, before that ends the run. Raises RunError."""
+        try:
+            yield
+        except BrokenRewardError as error:
+            raise RunError(f"{error}{self._store_failed(error, step)}") from error
+
+    def _store_failed(self, error: BrokenRewardError, step: int) -> str:
+        """Keep the completions that a reward failed on, unless none are to be stored. Returns where they are."""
+        if self.cfg.log.completions is None or not self.ranks.first:
+            return ""
+        try:
+            path = store_failed(self.folder / FAILED, step, error.groups)
+        except OSError as unwritten:
+            return f"\n(The completions could not be stored: {unwritten.strerror or unwritten})"
+        return f"\nThe completions, with the error for each, are in {path}"
+
+    def _save_last(self) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            self._note_end("failed")
+            raise RunError(f"{self._unsaved(error)}. Make room there and go on with --resume.") from error
+
+    def _write(self) -> None:
+        if self._is_saved or self.state.step == 0 or not self.ranks.first:
+            return
+        restore_folder(self.folder, self.context.recipe, self.cfg)
+        keep = self.cfg.checkpoint.keep
+        self._saved = save_checkpoint(self.folder / CHECKPOINTS, self.state, self.context, keep)
+        self._is_saved = True
+
+    def _unsaved(self, error: OSError) -> str:
+        newest, _ = newest_whole(self.folder / CHECKPOINTS)
+        there = f"the newest whole checkpoint is {newest}" if newest else "there is no whole checkpoint yet"
+        why = error.strerror or error
+        return f"step {self.state.step} could not be saved in {self.folder / CHECKPOINTS}: {why}; {there}"
+
+
+def better(best: Best | None, metrics: EvalMetrics, name: str) -> Best | None:
+    """The better of the best so far and a new evaluation by the metric `name`; of equals the earlier.
+
+    An evaluation in which nothing could be scored by that metric is not the better one.
+    """
+    value = metrics.values.get(name)
+    if value is None or (best is not None and best.value >= value):
+        return best
+    return Best(metrics.step, value)

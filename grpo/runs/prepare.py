@@ -1,0 +1,157 @@
+"""From a recipe to everything that a run needs, checked in the order in which mistakes are cheapest to find."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grpo.backend.device import setup
+from grpo.backend.random import derive_key
+from grpo.backend.ranks import Ranks
+from grpo.config import DataConfig, Recipe
+from grpo.data.lengths import Lengths, measure_lengths
+from grpo.data.prompts import PromptRenderer
+from grpo.data.rows import Rows, rows_with_null
+from grpo.data.source import is_local, load_rows
+from grpo.data.stream import TaskStream, first_tasks
+from grpo.errors import UserError
+from grpo.evaluation.evaluator import Evaluator
+from grpo.generation.generator import Generator
+from grpo.model.adapters import Adapters
+from grpo.model.load import head_note, load
+from grpo.model.policy import Policy
+from grpo.planning.notes import filter_note, notes_on
+from grpo.planning.plan import Plan, make_plan
+from grpo.plugins import find_function
+from grpo.rollout import RolloutEngine, sampling_of
+from grpo.scoring.scorer import Scorer
+from grpo.training.optimizer import make_optimizer
+from grpo.training.trainer import Trainer
+from grpo.types import Task
+
+PEEK = 64
+"""Prompts from the start of the data that the check of decoding against training is made on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that may start: its trainer, its evaluator (if the recipe has `eval`), its plan, some of its tasks, notes for the person, and its data.
+
+    `rows` are those of `data` and `eval`, as far as there are any, by the section's name.
+    """
+
+    trainer: Trainer
+    evaluator: Evaluator | None
+    plan: Plan
+    tasks: list[Task]
+    notes: list[str]
+    rows: Mapping[str, Rows]
+
+
+def prepare(cfg: Recipe) -> Prepared:
+    """Resolve rewards, data and model, and make them into a trainer. Writes nothing.
+
+    Raises UserError for whatever the recipe names that is not there or does not fit.
+    """
+    setup()
+    ranks = Ranks.launched()
+    if cfg.rollout.prompts_per_step < ranks.size:
+        raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
+    make_optimizer(cfg.optim)  # refuses arguments that it does not have
+    scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system)
+    custom_loss = find_function(cfg.loss.use, "loss") if cfg.loss.use else None
+    named = data_of(cfg)
+    sources = list(named.values())
+    local = [load_rows(source) if is_local(source) else None for source in sources]
+    model, tokenizer = load(cfg.model)
+    tables = [load_rows(source) if rows is None else rows for source, rows in zip(sources, local, strict=True)]
+    adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
+    policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
+    generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
+    engine = RolloutEngine(generator, sampling_of(cfg.rollout))
+    _check_stop_ids(cfg, vocabulary := generator.decoding.vocabulary)
+    renderer, *eval_renderers = [PromptRenderer(source, tokenizer, vocabulary) for source in sources]
+    tasks = first_tasks(tables[0], renderer, PEEK)
+    scorer.check(tasks[0].columns)
+    evaluator = None
+    if cfg.eval is not None:
+        evaluator = Evaluator(cfg, first_tasks(tables[1], eval_renderers[0], cfg.eval.prompts), engine, scorer, ranks)
+        if cfg.best_metric not in evaluator.names:
+            known = ", ".join(evaluator.names)
+            raise UserError(f"checkpoint.metric_for_best_model: {cfg.best_metric!r} is not measured; there is {known}")
+    lengths = measure_lengths(tables[0], renderer)
+    ranks.check_same("the prompts of data", lengths)
+    longest = lengths.longest if lengths else cfg.data.max_prompt_length
+    stream = TaskStream(tables[0], renderer, cfg.seed)
+    plan, cfg = _together(
+        ranks, policy, *make_plan(cfg, policy, generator.decoding, (longest, _longest_of_all(longest, evaluator)))
+    )
+    generator.slots = plan.slots
+    trainer = Trainer(cfg, policy, stream, engine, scorer, custom_loss, ranks)
+    refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
+    nulls = [_null_prompts(rows, one) for rows, one in zip(tables[1:], eval_renderers, strict=True)]
+    prompts, head = _prompts(lengths, tables[0], renderer), filter(None, [head_note(model, cfg.model)])
+    notes = [*prompts, *generator.describe(), *head, *policy.slow]
+    notes += [*refiltered, *notes_on(cfg), *filter(None, nulls)]
+    return Prepared(trainer, evaluator, plan, tasks, list(dict.fromkeys(notes)), dict(zip(named, tables, strict=True)))
+
+
+def _prompts(lengths: Lengths | None, rows: Rows, renderer: PromptRenderer) -> list[str]:
+    """How long the prompts are that the plan is made for, and the rows that are left out."""
+    limit = f"data.max_prompt_length ({renderer.cfg.max_prompt_length:,} tokens)"
+    if lengths is None:
+        many = f"prompts: planned for {limit}, because {len(rows):,} rows are too much text to measure at the start"
+        return [many, *filter(None, [_null_prompts(rows, renderer)])]
+    where, total = f"data {renderer.cfg.label}, {renderer.cfg.split}", f"{lengths.rows:,} rows"
+    notes = [f"prompts: at most {lengths.longest:,} tokens, measured over all {total}"]
+    if lengths.too_long:
+        notes.append(f"{where}: {lengths.too_long:,} of {total} are longer than {limit} and are left out")
+    if lengths.null:
+        notes.append(f"{where}: {lengths.null:,} of {total} have a null prompt and are left out")
+    return notes
+
+
+def _null_prompts(rows: Rows, renderer: PromptRenderer) -> str | None:
+    """What there is to say of rows without a prompt."""
+    count, cfg = rows_with_null(rows, renderer.columns), renderer.cfg
+    if not count:
+        return None
+    return f"data {cfg.label}, {cfg.split}: {count:,} of {len(rows):,} rows have a null prompt and are left out"
+
+
+def _check_stop_ids(cfg: Recipe, vocabulary: int) -> None:
+    """Raise UserError for a token that the model cannot sample."""
+    if odd := [token for token in cfg.rollout.stop_token_ids if token >= vocabulary]:
+        raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the vocabulary of {vocabulary}")
+
+
+def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:
+    """Tokens of the longest prompt that is sampled from, where training has prompts of `trained` at most."""
+    held_out = evaluator.tasks if evaluator else ()
+    return max([trained, *(len(task.prompt_ids) for task in held_out)])
+
+
+def _together(ranks: Ranks, policy: Policy, plan: Plan, cfg: Recipe) -> tuple[Plan, Recipe]:
+    """One plan for all processes: that of the one with the least room, but for the slots.
+
+    They share out the micro-batches that each of them makes, so these must be the same.
+    """
+    plans = ranks.gather((plan, cfg.optim))
+    least, optim = min(plans, key=lambda one: (one[0].micro_batch, not one[0].checkpointing))
+    policy.gradient_checkpointing = least.checkpointing
+    return replace(least, slots=plan.slots), cfg.model_copy(update={"optim": optim})
+
+
+def data_of(cfg: Recipe) -> dict[str, DataConfig]:
+    """Where a recipe's rows come from, by its sections: `data`, and `eval` if there is one."""
+    if cfg.eval is None:
+        return {"data": cfg.data}
+    data, own = cfg.data, cfg.eval
+    held_out: dict[str, Any] = {"split": own.split}
+    if own.source is not None or own.use is not None:
+        held_out |= {"source": own.source, "use": own.use, "kwargs": own.kwargs}
+        if own.source != data.source:
+            held_out |= {"config": None, "revision": None}
+    held_out |= {name: getattr(own, name) for name in own.changed & {"config", "revision"}}
+    return {"data": data, "eval": data.model_copy(update=held_out)}

@@ -1,0 +1,239 @@
+"""Where a run goes on: which checkpoint, whether the recipe is still the one that wrote it, and what is new."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from grpo.config import Recipe
+from grpo.data.fingerprint import fingerprint
+from grpo.data.rows import Rows
+from grpo.data.source import is_local, load_rows
+from grpo.errors import UserError
+from grpo.runs.checkpoint import (
+    Context,
+    load_checkpoint,
+    newest_whole,
+    read_state,
+    restore_replaced,
+    versions,
+)
+from grpo.runs.folder import (
+    CHECKPOINTS,
+    check_run_folder,
+    is_run,
+    newest_checkpoint,
+    recipe_text,
+    resumed_folder,
+    run_folder,
+)
+from grpo.runs.prepare import data_of
+from grpo.runs.publishing import check_no_secrets
+from grpo.runs.revisions import with_revisions
+from grpo.runs.sources import source_hashes
+from grpo.runs.starting import starting_hash, with_kept
+from grpo.runs.state import RunState
+from grpo.training.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run begins: at step 0, or at the state of a checkpoint; in a new folder, or in that of the run it goes on
+    with."""
+
+    cfg: Recipe
+    state: RunState | None = None
+    checkpoint: Path | None = None
+    goes_on: bool = False
+    overwrite: bool = False
+    notes: tuple[str, ...] = ()
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    revisions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def planned(self) -> Recipe:
+        """The recipe, with what was decided of it when the run that goes on began."""
+        return as_planned(with_revisions(self.cfg, self.revisions), self.plan)
+
+    def load(self, trainer: Trainer) -> RunState:
+        """The state to start from, which is the trainer's from now on.
+
+        Raises UserError where it does not fit, or where one of several processes would start from another.
+        """
+        trainer.ranks.check_same("the recipe", trainer.cfg.model_dump(exclude={"output_dir"}))
+        trainer.ranks.check_same("the step to go on after", self.state.step if self.state else 0)
+        if self.state is None:
+            return RunState(run_id=_new_id(), trainer=trainer.state())
+        trainer.load_state(self.state.trainer)
+        return self.state
+
+    def folder(self) -> AbstractContextManager[Path]:
+        """The run's folder, for a `with` block."""
+        if not self.goes_on:
+            return run_folder(self.cfg, self.overwrite)
+        if self.state is None:
+            return resumed_folder(self.cfg, 0, -1)
+        after = self.state.after
+        return resumed_folder(self.cfg, self.state.step, after.step if after else -1, self.state.first)
+
+
+def find_start(
+    cfg: Recipe,
+    resume: bool = False,
+    checkpoint: Path | None = None,
+    changed: bool = False,
+    overwrite: bool = False,
+    dry: bool = False,
+) -> Start:
+    """Where a run with this recipe begins.
+
+    To `resume` is to go on after the newest whole checkpoint in its folder, from the beginning where there is none yet.
+    A `checkpoint` is gone on from in any case: in its own run's folder, which forgets what came after it, or in a new
+    one. A `dry` run touches nothing, and says of a run in its folder what to do about it.
+
+    Raises UserError for a recipe that holds a secret, for a folder that holds another run, where every checkpoint is
+    damaged, and for a recipe, code or data that did not write the checkpoint, unless it may have `changed`.
+    """
+    assert cfg.output_dir is not None
+    check_no_secrets(cfg)
+    folder = Path(cfg.output_dir)
+    if checkpoint is not None:
+        _check_named(checkpoint)
+    own = checkpoint is None or checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
+    goes_on = (resume or changed or checkpoint is not None) and own
+    if goes_on and overwrite:
+        raise UserError("--overwrite replaces the run and --resume goes on with it: choose one")
+    check_run_folder(cfg, overwrite or goes_on, dry)
+    in_the_way = dry and is_run(folder) and not (overwrite or goes_on)
+    goes_on = goes_on and is_run(folder)
+    notes: list[str] = []
+    if checkpoint is None and goes_on:
+        if not dry:
+            restore_replaced(folder / CHECKPOINTS)
+        checkpoint, notes = newest_whole(folder / CHECKPOINTS)
+        if notes and checkpoint is None:
+            raise UserError(f"{folder}: no checkpoint is whole, so there is nothing to go on from: " + "; ".join(notes))
+    cfg = with_kept(cfg, checkpoint.resolve().parents[1] if checkpoint is not None else folder)
+    if checkpoint is None:
+        notes = ["no checkpoint to go on from: begins at step 0"] if resume or changed else []
+        if in_the_way:
+            notes = [f"{folder} holds a run: training takes --resume, --overwrite or another output_dir"]
+        return Start(cfg, goes_on=goes_on, overwrite=overwrite, notes=tuple(notes))
+    state, written = load_checkpoint(checkpoint)
+    differences = changes(written, context_now(cfg, written))
+    if differences and not changed:
+        listed = "\n".join(f"  {line}" for line in differences)
+        what = "was written with another recipe, other code or other data"
+        raise UserError(f"{checkpoint} {what}; --resume-changed goes on all the same:\n{listed}")
+    if not goes_on:  # a branch off another run
+        state = replace(state, run_id=_new_id(), first=state.step + 1)
+    notes += [f"goes on after step {state.step} from {checkpoint}", *(f"changed: {line}" for line in differences)]
+    plan = {} if differences else written.plan
+    notes += _newer(checkpoint)
+    return Start(cfg, state, checkpoint, goes_on, overwrite, tuple(notes), plan, written.revisions)
+
+
+def _check_named(checkpoint: Path) -> None:
+    """Raise UserError for what cannot be gone on from, because it is not there or is a whole run."""
+    if not checkpoint.is_dir():
+        raise UserError(f"--resume-from {checkpoint}: there is no such folder")
+    if is_run(checkpoint):
+        raise UserError(
+            f"--resume-from {checkpoint}: is a run; name its checkpoint, such as {newest_checkpoint(checkpoint)}"
+        )
+
+
+def as_planned(cfg: Recipe, plan: Mapping[str, Any]) -> Recipe:
+    """The recipe with a former plan in the place of `auto`.
+
+    A plan is a measurement: made anew it may cut micro-batches otherwise, and sums would differ in their last bits.
+    """
+    decided = {name: value for name, value in plan.items() if getattr(cfg.optim, name) == "auto"}
+    return cfg.model_copy(update={"optim": cfg.optim.model_copy(update=decided)})
+
+
+def _new_id() -> str:
+    """An id for a run, also W&B's: the one that its environment names (as an agent of a sweep does), or a drawn one."""
+    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+
+
+def plan_of(trainer: Trainer) -> dict[str, Any]:
+    """What was decided of the settings that may be `auto`."""
+    optim = trainer.cfg.optim
+    return {name: getattr(optim, name) for name in ("micro_batch_tokens", "gradient_checkpointing")}
+
+
+def context(
+    cfg: Recipe,
+    adapter: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    revisions: Mapping[str, str],
+    rows: Mapping[str, Rows],
+) -> Context:
+    """What this recipe's checkpoints say about their run. `rows` of the Hub are known by their revision."""
+    sources = data_of(cfg)
+    hashes = {name: fingerprint(table) for name, table in rows.items() if is_local(sources[name])}
+    return Context(recipe_text(cfg), source_hashes(cfg), adapter, plan, revisions, hashes | starting_hash(cfg))
+
+
+def context_now(cfg: Recipe, written: Context) -> Context:
+    """What a checkpoint that was `written` would say now of what this recipe names: code, data, an adapter."""
+    rows = {name: load_rows(source) for name, source in data_of(cfg).items() if is_local(source)}
+    return context(cfg, written.adapter, written.plan, written.revisions, rows)
+
+
+def changes(old: Context, new: Context) -> list[str]:
+    """What a run would go on with that its checkpoint was not written with, a line for each."""
+    was, now = dict(_settings(old)), dict(_settings(new))
+    return [
+        f"{name}: {was.get(name, 'not set')} → {now.get(name, 'not set')}"
+        for name in dict.fromkeys([*was, *now])
+        if was.get(name, "not set") != now.get(name, "not set")
+    ]
+
+
+def _settings(written: Context) -> Iterator[tuple[str, Any]]:
+    recipe = _with_defaults(yaml.safe_load(written.recipe))
+    recipe.pop("output_dir")  # a run may be moved
+    yield from _flat(recipe, "")
+    for use, digest in written.sources.items():
+        yield f"code of {use}", digest[:12]
+    for setting, digest in written.inputs.items():
+        yield f"contents of {setting}", digest[:12]
+
+
+def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it was written, with the defaults of the settings that have come since."""
+    try:
+        return Recipe.model_validate_json(json.dumps(recipe)).model_dump(mode="json")
+    except ValidationError:  # it has settings that have gone: these are differences
+        return recipe
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """A tree's leaves by their dotted names."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield name, value
+        return
+    for key, inner in items:
+        yield from _flat(inner, f"{name}.{key}" if name else str(key))
+
+
+def _newer(checkpoint: Path) -> list[str]:
+    """Packages that are not what they were: then the last bits of the numbers may differ."""
+    installed = versions()
+    return [
+        f"{name} is {now} and was {was} when the checkpoint was written: numbers may differ in their last bits"
+        for name, was in read_state(checkpoint)["versions"].items()
+        if (now := installed[name]) != was
+    ]

@@ -1,0 +1,53 @@
+"""Which commits on the Hub a run was made from, so that it goes on, and is used, with the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from grpo.backend.hub import Repository, cached_commit
+from grpo.config import DataConfig, ModelConfig, Recipe
+from grpo.data.source import is_local as is_local_data
+from grpo.model.load import is_local as is_local_model
+from grpo.runs.checkpoint import read_state
+from grpo.runs.prepare import data_of
+
+
+def revisions_of(cfg: Recipe) -> dict[str, str]:
+    """The commits that the recipe's model, data and held-out data were loaded at, by their names on the Hub."""
+    found = {f"model {cfg.model.name}": _model_commit(cfg.model)}
+    found |= {_key(section, data): _data_commit(data) for section, data in data_of(cfg).items()}
+    return {name: commit for name, commit in found.items() if commit is not None}
+
+
+def with_revisions(cfg: Recipe, revisions: Mapping[str, str]) -> Recipe:
+    """The recipe with these commits where it names a model or data of theirs without a revision."""
+    model, data, held_out = cfg.model, cfg.data, cfg.eval
+    if model.revision is None:
+        model = model.model_copy(update={"revision": revisions.get(f"model {model.name}")})
+    if data.revision is None:
+        data = data.model_copy(update={"revision": revisions.get(_key("data", data))})
+    if held_out is not None and held_out.revision is None:
+        commit = revisions.get(_key("eval", data_of(cfg)["eval"]))
+        held_out = held_out.model_copy(update={"revision": commit})
+    return cfg.model_copy(update={"model": model, "data": data, "eval": held_out})
+
+
+def pinned(cfg: Recipe, checkpoint: Path) -> Recipe:
+    """The recipe with the commits that a checkpoint was trained from."""
+    return with_revisions(cfg, read_state(checkpoint)["revisions"])
+
+
+def _key(section: str, data: DataConfig) -> str:
+    """The name of a commit of data. Both sections may name one repository, at different revisions."""
+    return f"{section} {data.source}"
+
+
+def _model_commit(cfg: ModelConfig) -> str | None:
+    return None if is_local_model(cfg) else cached_commit(Repository("model", cfg.name, cfg.revision), "config.json")
+
+
+def _data_commit(cfg: DataConfig) -> str | None:
+    if is_local_data(cfg) or not isinstance(cfg.source, str):
+        return None
+    return cached_commit(Repository("dataset", cfg.source, cfg.revision), "README.md")

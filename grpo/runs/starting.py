@@ -1,0 +1,70 @@
+"""The adapter that a run began from (`adapter.path`): the run keeps a copy, so that its reference cannot go away."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from grpo.config import Recipe
+from grpo.model.saved import CONFIG, weights_file
+from grpo.runs.checkpoint import hash_of
+
+STARTING = "starting_adapter"
+"""The copy's folder in a run's, and what the run's own recipe names as `adapter.path`: it is found beside that."""
+PARTIAL = f".{STARTING}.partial"
+
+
+def named_as_kept(cfg: Recipe) -> Recipe:
+    """The recipe as a run's folder has it, with its own copy for the adapter that it begins from."""
+    return cfg if cfg.adapter.path is None else _begins_from(cfg, STARTING)
+
+
+def with_kept(cfg: Recipe, run: Path) -> Recipe:
+    """The recipe with the copy that `run` keeps, unless the folder in `adapter.path` holds another adapter by now."""
+    kept = run / STARTING
+    if cfg.adapter.path is None or not kept.is_dir():
+        return cfg
+    named, copied = weights_file(Path(cfg.adapter.path)), weights_file(kept)
+    if named is not None and copied is not None and hash_of(named) != hash_of(copied):
+        return cfg
+    return _begins_from(cfg, str(kept.resolve()))
+
+
+def starting_hash(cfg: Recipe) -> dict[str, str]:
+    """A SHA-256 of the adapter that a run begins from, by the setting's name; nothing for a fresh one."""
+    weights = weights_file(Path(cfg.adapter.path)) if cfg.adapter.path is not None else None
+    return {"adapter.path": hash_of(weights)} if weights is not None else {}
+
+
+def keep_starting(cfg: Recipe, run: Path) -> None:
+    """See to it that the run has a copy of the adapter that it begins from, if it can be had."""
+    if cfg.adapter.path is not None and Path(cfg.adapter.path).resolve() != (run / STARTING).resolve():
+        put_starting(copy_starting(cfg, run), run)
+
+
+def copy_starting(cfg: Recipe, run: Path) -> Path | None:
+    """Copy the adapter that the run begins from into its folder, under a hidden name.
+
+    Returns the copy; None for a run that begins from no adapter, or whose adapter is not there.
+    """
+    weights = weights_file(Path(cfg.adapter.path)) if cfg.adapter.path is not None else None
+    if weights is None:
+        return None
+    aside = run / PARTIAL
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for source in (weights, weights.with_name(CONFIG)):
+        if source.is_file():
+            shutil.copyfile(source, aside / source.name)
+    return aside
+
+
+def put_starting(copy: Path | None, run: Path) -> None:
+    """Give a copy its name, in the place of another that may be there."""
+    if copy is not None:
+        shutil.rmtree(run / STARTING, ignore_errors=True)
+        copy.rename(run / STARTING)
+
+
+def _begins_from(cfg: Recipe, path: str) -> Recipe:
+    return cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update={"path": path})})

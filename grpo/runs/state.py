@@ -1,0 +1,69 @@
+"""What a run is between two steps, beside its recipe: all that it needs to go on as if it had never been stopped.
+
+Whatever else a run does is a function of the recipe and the step: schedules, draws, the shuffle of an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from grpo.training.state import Arrays, TrainerState
+from grpo.types import EvalMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best evaluation so far: after which step, and what it measured."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """A run after `step`: the trainer's state, the evaluations it compares, and the id that W&B knows it by.
+
+    `first` is the first step that its folder has on record: of a branch off another run, not that run's.
+    """
+
+    run_id: str
+    trainer: TrainerState
+    step: int = 0
+    first: int = 1
+    before: EvalMetrics | None = None
+    after: EvalMetrics | None = None
+    best: Best | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """All but the arrays, as JSON holds it."""
+        return {
+            "step": self.step,
+            "first": self.first,
+            "run_id": self.run_id,
+            "counts": dict(self.trainer.counts),
+            "before": self.before and asdict(self.before),
+            "after": self.after and asdict(self.after),
+            "best": self.best and asdict(self.best),
+        }
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any], arrays: Mapping[str, Arrays]) -> RunState:
+        """What `plain` was taken of, with its arrays."""
+        return cls(
+            step=plain["step"],
+            first=plain["first"],
+            run_id=plain["run_id"],
+            trainer=TrainerState(arrays, plain["counts"]),
+            before=_evaluation(plain["before"]),
+            after=_evaluation(plain["after"]),
+            best=plain["best"] and Best(**plain["best"]),
+        )
+
+
+def _evaluation(plain: Mapping[str, Any] | None) -> EvalMetrics | None:
+    if plain is None:
+        return None
+    intervals = {name: (low, high) for name, (low, high) in plain["intervals"].items()}
+    return EvalMetrics(**{**plain, "intervals": intervals})

@@ -1,0 +1,1 @@
+"""What commands do with a finished run: generate, evaluate, export, card, replay, rescore."""

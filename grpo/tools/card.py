@@ -1,0 +1,111 @@
+"""A model card: what was trained on what, how it was measured, and with which versions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo.builtin import models as builtin_models
+from grpo.config import Recipe
+from grpo.config.data import origins
+from grpo.document import Dumper
+from grpo.runs.checkpoint import read_state
+from grpo.tools.snippets import BASE, snippet
+
+
+def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], repo: str | None = None) -> str:
+    """The text of the `README.md` beside an export, for people and for the Hub, where it goes to `repo`."""
+    state = read_state(checkpoint)
+    rewards = ", ".join(f"`{short_name(reward.use)}` × {reward.weight:g}" for reward in cfg.rewards)
+    lines = [
+        f"---\n{yaml.safe_dump(_front_matter(cfg, form), sort_keys=False)}---",
+        f"# {Path(cfg.output_dir or 'run').name}",
+        f"{_kind(cfg, form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300), loss "
+        f"`{cfg.loss.type}`, for {state['step']} steps on `{short_name(cfg.data.label)}`. Rewards: {rewards}.",
+        *(f"Note: {note}." for note in notes),
+        *_use(cfg, form, repo),
+        *_evaluation(state),
+        "## Recipe",
+        f"```yaml\n{_recipe(cfg)}```",
+        "## Versions",
+        ", ".join(f"{name} {version}" for name, version in state["versions"].items()) + ".",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _kind(cfg: Recipe, form: str) -> str:
+    if form == "fused":
+        return "Fused weights"
+    what = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "Trained weights"}[cfg.adapter.type]
+    return f"{what} ({'mlx-lm' if form == 'mlx' else 'PEFT'} format)"
+
+
+def _front_matter(cfg: Recipe, form: str) -> dict[str, Any]:
+    matter: dict[str, Any] = {
+        "library_name": "peft" if form == "peft" else "mlx",
+        "pipeline_tag": "text-generation",
+        "tags": ["grpo", "reinforcement-learning", *([] if form == "fused" else [cfg.adapter.type])],
+    }
+    if "/" in cfg.model.name and short_name(cfg.model.name) == cfg.model.name:  # a name on the Hub
+        matter["base_model"] = cfg.model.name
+    return matter
+
+
+def short_name(name: str) -> str:
+    """The name of a dataset, a model or code; of what is a file or a folder on this machine only the last part."""
+    file, colon, function = name.partition(":")
+    local = Path(file).is_absolute() or Path(file).exists()  # a pattern of files does not exist itself
+    return Path(file).name + colon + function if local else name
+
+
+def _use(cfg: Recipe, form: str, repo: str | None) -> list[str]:
+    """How the export is used, and where its base is, if that is nowhere on the Hub."""
+    name = cfg.model.name
+    if form == "fused" or name not in builtin_models.NAMES:
+        return [snippet(cfg, form, short_name(name), repo)]
+    if repo is None:
+        folder = builtin_models.folder(name)
+        home = folder.is_relative_to(Path.home())
+        return [snippet(cfg, form, f"~/{folder.relative_to(Path.home())}" if home else str(folder), repo)]
+    made = f"`{BASE}` is a model that `grpo` makes: `grpo generate {name} hi` leaves it in a folder of `~/.cache/grpo`."
+    return [snippet(cfg, form, BASE, repo), made]
+
+
+def _recipe(cfg: Recipe) -> str:
+    """The recipe without where things lie on this machine."""
+    uses = [reward.use for reward in cfg.rewards] + ([cfg.loss.use] if cfg.loss.use else []) + list(cfg.log.use)
+    data = [name for section in (cfg.data, cfg.eval) if section for name in origins(section.source, section.use)]
+    whole = cfg.model_copy(update={"output_dir": None}).model_dump(mode="json")
+    return yaml.dump(_without_places(whole, {cfg.model.name, *data, *uses}), Dumper=Dumper, sort_keys=False)
+
+
+def _without_places(value: Any, names: Collection[str]) -> Any:
+    """Plain data with only the last part of these names, and of every other text that is a path on this machine."""
+    if isinstance(value, dict):
+        return {key: _without_places(inner, names) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner, names) for inner in value]
+    if isinstance(value, str) and (value in names or (os.path.isabs(value) and os.path.exists(value))):
+        return short_name(value)
+    return value
+
+
+def _evaluation(state: Mapping[str, Any]) -> list[str]:
+    before, after = state["before"], state["after"]
+    if after is None:
+        return ["Not evaluated on held-out prompts."]
+    heads = f"| | before | after step {after['step']} |\n|---|---|---|"
+    rows = [f"| {name} | {_cell(before, name)} | {_cell(after, name)} |" for name in after["values"]]
+    by = f"On {after['n']} held-out prompts by `{after['grader']}`, with 95 % intervals over prompts:"
+    return ["## Evaluation", by, "\n".join([heads, *rows])]
+
+
+def _cell(metrics: Mapping[str, Any], name: str) -> str:
+    if name not in metrics["values"]:
+        return ""
+    low, high = metrics["intervals"][name]
+    return f"{metrics['values'][name]:.3f} ({low:.3f} to {high:.3f})"

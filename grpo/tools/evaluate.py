@@ -1,0 +1,152 @@
+"""Accuracy on held-out prompts, of a run, a recipe or a model, for `grpo eval`: before and with an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.config import Recipe, RewardConfig
+from grpo.data.files import is_one_split
+from grpo.errors import UserError
+from grpo.model.load import looks_like_path, similar
+from grpo.model.saved import read_adapter
+from grpo.plugins import find_recipe, locate_reward
+from grpo.recipe import load_recipe, recipe_of
+from grpo.runs.checkpoint import RECIPE, STATE, step_of
+from grpo.runs.folder import find_checkpoint, is_run
+from grpo.runs.prepare import prepare
+from grpo.runs.revisions import pinned
+from grpo.types import EvalMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is to be measured where it is not the recipe's own: None is."""
+
+    data: str | None = None
+    split: str | None = None
+    prompt: str | None = None
+    reward: str | None = None
+    samples: int | None = None
+    prompts: int | None = None
+    adapter: Path | None = None
+    checkpoint: str | None = None
+
+    def settings(self) -> list[str]:
+        """The same as overrides of a recipe."""
+        split = self.split
+        if split is None and self.data is not None and is_one_split(self.data):
+            split = "train"  # all that it has
+        named = {
+            "eval.source": self.data,
+            "eval.split": split,
+            "data.prompt": self.prompt,
+            "rewards.0.use": self.reward,
+            "eval.samples": self.samples,
+            "eval.prompts": self.prompts,
+        }
+        return [f"{name}={value}" for name, value in named.items() if value is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a model measured without the adapter and with it, on the same prompts with the same draws.
+
+    `started` says what is without: the base, or the adapter that a run went on from. `after` is None where there is no
+    adapter.
+    """
+
+    started: str
+    before: EvalMetrics
+    after: EvalMetrics | None
+
+
+def measure(target: str, asked: Asked, overrides: Sequence[str]) -> Measured:
+    """The evaluation of what a run started from (a recipe's or a model's base) and, if there is one, of the adapter.
+
+    `target` is a run's folder (the adapter is its newest checkpoint, unless another is named), a recipe, or a model.
+    Raises UserError where there is nothing to evaluate on.
+    """
+    folder, settings = Path(target), [*asked.settings(), *overrides]
+    adapter = asked.adapter
+    if is_run(folder):
+        cfg = _graded(folder / RECIPE, asked, overrides)
+        adapter = adapter or find_checkpoint(folder, asked.checkpoint or "newest")
+        cfg = pinned(cfg, adapter) if (adapter / STATE).is_file() else cfg
+    elif asked.checkpoint is not None:
+        raise UserError(f"--checkpoint is for runs, and {target} is none")
+    elif folder.is_dir() or not _is_recipe(target):
+        cfg = _for_model(target, asked, settings)
+    else:
+        cfg = _graded(find_recipe(target), asked, overrides)
+    if cfg.eval is None:
+        raise UserError(f"{target}: nothing says what to evaluate on; name it, such as --data held_out.jsonl")
+    if asked.adapter is not None:  # a run's own has the shape that its recipe says
+        shape = {**read_adapter(asked.adapter).section(), "path": None}
+        cfg = cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update=shape)})
+    prepared = prepare(cfg)
+    trainer, evaluator = prepared.trainer, prepared.evaluator
+    with closing(trainer.scorer):
+        assert evaluator is not None
+        started = "base" if cfg.adapter.path is None else "start (adapter.path)"
+        before = evaluator(0)
+        if adapter is None:
+            return Measured(started, before, None)
+        trainer.policy.adapters.load(adapter)
+        after = evaluator(step_of(adapter) if (adapter / STATE).is_file() else 0)
+        return Measured(started, before, after)
+
+
+def _is_recipe(target: str) -> bool:
+    if target.startswith("builtin:"):
+        return False
+    try:
+        find_recipe(target)
+    except UserError:
+        if "/" in target and not target.endswith((".yaml", ".yml")):
+            if looks_like_path(target):
+                raise UserError(f"{target}: there is no such folder{similar(Path(target))}") from None
+            return False  # a model on the Hub
+        raise
+    return True
+
+
+def _graded(path: Path, asked: Asked, overrides: Sequence[str]) -> Recipe:
+    """The recipe with what is asked for. A reward that it has already comes first, to grade, with the settings that it
+    has; another takes the first one's place, and that of one of the same name."""
+    cfg = load_recipe(path, [*asked.settings(), *overrides])
+    if asked.reward is None:
+        return cfg
+    first, *others = cfg.rewards
+    own = load_recipe(path, overrides).rewards
+    if meant := [reward for reward in own if _is_meant(reward, asked.reward, first)]:
+        rewards = (meant[0], *(reward for reward in own if reward is not meant[0]))
+    else:
+        rewards = (first, *(reward for reward in others if _called(reward) != _called(first)))
+    return cfg.model_copy(update={"rewards": rewards})
+
+
+def _is_meant(reward: RewardConfig, use: str, found: RewardConfig) -> bool:
+    """Whether `use`, which was `found` where it names a file, is this reward: by its name, or by its code."""
+    where = locate_reward(reward.use).where
+    return _called(reward) == use or found.use in (reward.use, where, where.removesuffix(":reward"))
+
+
+def _called(reward: RewardConfig) -> str:
+    return reward.name or locate_reward(reward.use).name
+
+
+def _for_model(name: str, asked: Asked, settings: Sequence[str]) -> Recipe:
+    """A recipe that only says what to measure."""
+    if asked.data is None:
+        raise UserError(f"{name} is no run and no recipe: as a model it needs --data (and mostly --prompt, --reward)")
+    fixed: dict[str, Any] = {
+        "model": {"name": name},
+        "data": {"source": asked.data, "split": asked.split or "train"},
+        "rewards": [{"use": "math_answer"}],
+        "optim": {"steps": 1},
+    }
+    return recipe_of(fixed, f"eval {name}", settings)

@@ -1,0 +1,269 @@
+"""A run's adapter in the format that others read: mlx-lm's, PEFT's, or fused into the model's weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from grpo.backend.device import setup
+from grpo.backend.hub import send
+from grpo.config import ModelConfig, Recipe
+from grpo.errors import UserError
+from grpo.model.adapters import load_adapter, merge
+from grpo.model.load import QUANTIZED_GROUP, cast, is_local, load, model_folder
+from grpo.model.saved import CONFIG, PEFT_WEIGHTS, WEIGHTS, read_adapter
+from grpo.recipe import load_recipe
+from grpo.runs.checkpoint import RECIPE
+from grpo.runs.folder import find_checkpoint, is_run
+from grpo.runs.revisions import pinned
+from grpo.tools.card import model_card
+
+Format = Literal["mlx", "peft", "fused"]
+
+PROBE = "What is 17 + 25? Let us work it out step by step: 17 + 25 = 42. #### 42\n"
+"""The text on which an exported model is compared with what it was made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """Where it is, and what there is to say about it."""
+
+    folder: Path
+    notes: list[str] = field(default_factory=list)
+
+
+def export(
+    run: Path,
+    form: Format,
+    to: Path | None = None,
+    which: str = "newest",
+    bits: int | None = None,
+    repo: str | None = None,
+) -> Exported:
+    """Write a run's adapter as `form` into the folder `to` (`<run>/export-<form>` unless named), with a model card.
+
+    `bits` quantises fused weights; `repo` is the Hub repository that the card is written for. Raises UserError for what
+    is no run, a folder that is there, and what cannot be had in that form.
+    """
+    if not is_run(run):
+        raise UserError(f"{run}: not a run's folder")
+    if bits is not None and form != "fused":
+        raise UserError(f"--quantize is for --format fused; a {form} adapter goes with the base as it is")
+    checkpoint = find_checkpoint(run, which)
+    cfg = pinned(load_recipe(run / RECIPE), checkpoint)
+    folder = to or run / f"export-{form}"
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name another folder (--to) or delete it")
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        notes = _write(aside, form, cfg, checkpoint, bits, repo)
+        (aside / "README.md").write_text(model_card(cfg, checkpoint, form, notes, repo), encoding="utf-8")
+        aside.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Exported(folder, notes)
+
+
+def _write(folder: Path, form: Format, cfg: Recipe, checkpoint: Path, bits: int | None, repo: str | None) -> list[str]:
+    if form == "fused":
+        return _write_fused(folder, cfg, checkpoint, bits)
+    if form == "peft":
+        _write_peft(folder, cfg, checkpoint, _base_elsewhere(cfg.model, repo))
+    else:
+        read_adapter(checkpoint)  # refuses what is not to be handed on
+        for name in (WEIGHTS, CONFIG):
+            shutil.copyfile(checkpoint / name, folder / name)
+    return _of_the_base(form, cfg.model)
+
+
+def _of_the_base(form: Format, cfg: ModelConfig) -> list[str]:
+    """What there is to say about the base that an adapter goes with."""
+    if form == "mlx" and cfg.quantize is None:  # it is there, quantised or not, as it was in training
+        return []
+    if _quantization(cfg) is None:
+        return []
+    if form == "mlx":
+        same = f"quantise it likewise (mlx_lm.convert -q --q-bits {cfg.quantize} --q-group-size {QUANTIZED_GROUP})"
+        return [f"the base was quantised when it was loaded: {same}, or this adapter computes something else"]
+    return [
+        "the base in training was quantised: on a base of other weights this adapter computes something else; "
+        "measure it there"
+    ]
+
+
+def _base_elsewhere(cfg: ModelConfig, repo: str | None) -> str | None:
+    """The base as PEFT loads it by name: on the Hub, or a folder. None for a folder that readers of `repo` have not."""
+    if not is_local(cfg):
+        return cfg.name
+    return str(model_folder(cfg)) if repo is None else None
+
+
+def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path, base: str | None) -> None:
+    """The adapter as PEFT saves it: A and B transposed, alpha as PEFT divides it, modules by the Hub's names."""
+    config, weights = _read(checkpoint)
+    parameters, rslora = config["lora_parameters"], cfg.adapter.use_rslora
+    rank = parameters["rank"]
+    names = {path: _hub_name(path, cfg) for path in weights}
+    arrays = {peft_name(names[path]): array.T for path, array in weights.items()}
+    mx.save_safetensors(str(folder / PEFT_WEIGHTS), arrays, metadata={"format": "pt"})
+    peft = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": cfg.model.revision,
+        "r": rank,
+        "lora_alpha": parameters["scale"] * (rank**0.5 if rslora else rank),
+        "lora_dropout": parameters["dropout"],
+        "use_rslora": rslora,
+        "target_modules": sorted({name.rpartition(".")[0] for name in names.values()}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(peft, indent=2) + "\n", encoding="utf-8")
+
+
+def _hub_name(path: str, cfg: Recipe) -> str:
+    """A parameter's path in what transformers' `AutoModelForCausalLM` makes of the base.
+
+    Of models that see, mlx-lm takes the language model and puts a shell around it; transformers takes all of the model
+    (Gemma 3), or the language model bare (Qwen3.5).
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    inner = path.removeprefix("language_model.")
+    if inner == path:
+        return path
+    kind = json.loads((model_folder(cfg.model) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    bare = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)).endswith("ForCausalLM")
+    return inner if bare else inner.replace("model.", "model.language_model.", 1)
+
+
+def peft_name(path: str) -> str:
+    """`model.layers.0.self_attn.q_proj.lora_a` as PEFT has it."""
+    module, _, part = path.rpartition(".")
+    return f"base_model.model.{module}.{part[:-1]}{part[-1].upper()}.weight"
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """A checkpoint's LoRA matrices. Raises UserError for what PEFT has no such form of."""
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    weights = read_adapter(checkpoint).arrays
+    found = {"dora": "DoRA", "full": "whole weights"}.get(config["fine_tune_type"])
+    if found is None and any(array.ndim != 2 for array in weights.values()):
+        found = "experts, all in one array (with adapter.targets that leave them out it could)"
+    if found is not None:
+        raise UserError(
+            f"--format peft writes LoRA on linear layers, and this adapter has {found}; --format fused takes them all"
+        )
+    return config, weights
+
+
+def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) -> list[str]:
+    """The model with the adapter in its weights, as mlx-lm saves models, and what that has changed.
+
+    A quantised base is written without quantisation: to quantise the sum again would round most of an adapter away.
+    """
+    from mlx_lm.utils import load_config, quantize_model, save
+
+    setup()
+    source, quantized = model_folder(cfg.model), _quantization(cfg.model)
+    config = load_config(source)
+    model, tokenizer = load(cfg.model)
+    load_adapter(model, checkpoint)
+    probe = mx.array([tokenizer.encode(PROBE)])
+    before = _logprobs(model, probe)
+    model = _dequantized(merge(model, dequantize=True))
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+    cast(model, _stored_dtype(config))
+    notes = (
+        ["the base was quantised; these weights are not, so that nothing of the adapter is lost"] if quantized else []
+    )
+    if bits is not None:
+        with contextlib.redirect_stdout(None):  # it prints
+            model, config = quantize_model(model, config, group_size=_group_size(model), bits=bits)
+        notes = [f"quantised to {bits} bits after the adapter was added: the adapter is rounded with the weights"]
+    gap: Any = (mx.exp(before) * (before - _logprobs(model, probe))).sum(axis=-1).mean().item()
+    notes.append(
+        f"against the base with its adapter: KL divergence {max(gap, 0.0):.1e} nats a token, on a line of arithmetic"
+    )
+    save(folder, source, model, tokenizer, config, donate_model=False)
+    return notes
+
+
+def _dequantized(model: nn.Module) -> nn.Module:
+    """As mlx-lm does it, and the projections of latent attention, which it leaves as they are."""
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+    from mlx_lm.utils import dequantize_model
+
+    whole = []
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedMultiLinear):
+            weight = mx.dequantize(
+                module.weight, module.scales, module.biases, module.group_size, module.bits, module.mode
+            )
+            heads, outputs, inputs = weight.shape
+            whole.append((path, MultiLinear(inputs, outputs, heads)))
+            whole[-1][1].weight = weight
+    model.update_modules(tree_unflatten(whole))
+    return dequantize_model(model)
+
+
+def _logprobs(model: nn.Module, tokens: mx.array) -> mx.array:
+    logits: mx.array = model(tokens).astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(logprobs)
+    return logprobs
+
+
+def _quantization(cfg: ModelConfig) -> Any:
+    """How the base's weights were quantised in training, by the recipe or as they are stored; None if they were not."""
+    if cfg.quantize is not None:
+        return {"bits": cfg.quantize, "group_size": QUANTIZED_GROUP}
+    config = json.loads((model_folder(cfg) / "config.json").read_text(encoding="utf-8"))
+    return config.get("quantization") or config.get("quantization_config")
+
+
+def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    """What the model's own config says its weights are."""
+    text = config.get("text_config") or {}
+    named = next((c[key] for c in (config, text) for key in ("torch_dtype", "dtype") if c.get(key)), "bfloat16")
+    dtype: mx.Dtype = getattr(mx, str(named), mx.bfloat16)
+    return dtype
+
+
+def _group_size(model: nn.Module) -> int:
+    """The largest group of weights that divides every linear layer's inputs: 64, or 32 for small models."""
+    widths = [m.weight.shape[-1] for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    fitting = [size for size in (64, 32) if all(width % size == 0 for width in widths)]
+    if not fitting:
+        raise UserError("--quantize: this model's layers are not divisible into groups of 32 weights")
+    return fitting[0]
+
+
+def push(folder: Path, repo: str) -> str:
+    """Upload an export to the Hub as `repo`. Returns its address. Raises UserError when the Hub refuses."""
+    from huggingface_hub import HfApi
+
+    def upload() -> str:
+        api = HfApi()
+        url = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Adapter trained with GRPO")
+        return str(url)
+
+    later = f"`hf upload {repo} {folder}` sends it later"
+    return send(f"the export is in {folder}, and was not uploaded ({later}); --push-to-hub {repo}", upload)

@@ -1,0 +1,117 @@
+"""A step made again, from the nearest checkpoint before it, to see what happened in it. Nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from grpo.errors import UserError
+from grpo.model.policy import Policy
+from grpo.recipe import load_recipe
+from grpo.runs.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, newest_whole, read_state, step_of
+from grpo.runs.completions import read_completions
+from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, METRICS, is_run
+from grpo.runs.prepare import prepare
+from grpo.runs.resume import as_planned, changes, context_now
+from grpo.runs.revisions import pinned
+from grpo.training.batches import batch_logprobs, whole_batches
+from grpo.training.trainer import Trainer
+from grpo.types import Group, StepMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A step made again.
+
+    `ratios` holds for each completion of `metrics.groups`, in their order, a value for each token: its probability
+    under the policy after the step's update, over that before. `tokens` holds their texts. `notes` says what it was
+    made from, and whether it is what the run recorded.
+    """
+
+    metrics: StepMetrics
+    ratios: list[list[float]]
+    tokens: list[list[str]]
+    notes: list[str]
+
+
+def replay(run: Path, step: int) -> Replay:
+    """Make step `step` of a run again. Raises UserError for what is no run, or a step that it never made."""
+    if not is_run(run):
+        raise UserError(f"{run}: not a run's folder")
+    cfg = load_recipe(run / RECIPE)
+    if step > cfg.optim.steps:
+        raise UserError(f"--step {step}: this run has {cfg.optim.steps} steps")
+    if step > (made := _steps_made(run)) + 1:  # the one after the last may be what stopped the run
+        raise UserError(f"--step {step}: this run has made {made} of its {cfg.optim.steps} steps")
+    whole, _ = newest_whole(run / CHECKPOINTS)
+    trainer = prepare(as_planned(pinned(cfg, whole), read_state(whole)["plan"]) if whole else cfg).trainer
+    with closing(trainer.scorer):
+        return _made(trainer, run, step)
+
+
+def _steps_made(run: Path) -> int:
+    """The last step on record."""
+    lines = (run / METRICS).read_bytes().splitlines(keepends=True) if (run / METRICS).exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith(b"\n")), default=0)
+
+
+def _made(trainer: Trainer, run: Path, step: int) -> Replay:
+    begun, notes = _begin(trainer, run, step)
+    for n in range(begun + 1, step):
+        trainer.step(n)
+    before = trainer.policy.adapters.state()
+    metrics = trainer.step(step)
+    after = trainer.policy.adapters.state()
+    new = _logprobs(trainer.policy, metrics.groups, trainer)
+    trainer.policy.adapters.load_state(before)
+    old = _logprobs(trainer.policy, metrics.groups, trainer)
+    trainer.policy.adapters.load_state(after)
+    ratios = [mx.exp(mx.array(a) - mx.array(b)).tolist() for a, b in zip(new, old, strict=True)]
+    rollouts = [rollout for group in metrics.groups for rollout in group.rollouts]
+    decode = trainer.engine.generator.tokenizer.decode
+    tokens = [[decode([token]) for token in rollout.completion.token_ids] for rollout in rollouts]
+    return Replay(metrics, ratios, tokens, [*notes, *_compared(run, metrics)])  # type: ignore[arg-type]
+
+
+def _begin(trainer: Trainer, run: Path, step: int) -> tuple[int, list[str]]:
+    """Put the trainer where it was at the nearest checkpoint before a step. Returns that one's step."""
+    cfg = load_recipe(run / RECIPE)
+    earlier = [path for path in reversed(checkpoints(run / CHECKPOINTS)) if damage(path) is None]
+    nearest = next((path for path in earlier if step_of(path) < step), None)
+    if nearest is None:
+        return 0, [f"made again from the start, {step} steps"]
+    state, written = load_checkpoint(nearest)
+    trainer.load_state(state.trainer)
+    changed = [f"since then changed: {line}" for line in changes(written, context_now(cfg, written))]
+    return state.step, [f"made again from {nearest}", *changed]
+
+
+def _logprobs(policy: Policy, groups: Sequence[Group], trainer: Trainer) -> list[list[float]]:
+    """The logprob of every completion's tokens under the policy as it is."""
+    found: list[list[float]] = []
+    for batch in whole_batches(groups, trainer.cfg):
+        logprobs, _ = batch_logprobs(policy, batch)
+        rows: Any = logprobs.tolist()
+        lengths: Any = batch.mask.sum(axis=1).tolist()
+        found += [row[: int(length)] for row, length in zip(rows, lengths, strict=True) if length]  # not the padding
+    return found
+
+
+def _compared(run: Path, metrics: StepMetrics) -> list[str]:
+    """Whether the step is what the run stored of it, where it stored its completions."""
+    path = run / COMPLETIONS / f"step-{metrics.step:06d}.parquet"
+    if not path.exists():
+        return ["the run stored no completions of this step to compare with"]
+    stored = {_key(group) for group in read_completions(path)[1]}
+    same = stored <= {_key(group) for group in metrics.groups}
+    return ["its completions are those that the run stored" if same else "its completions are NOT those of the run"]
+
+
+def _key(group: Group) -> tuple[tuple[tuple[int, ...], float | None], ...]:
+    return tuple((rollout.completion.token_ids, rollout.reward) for rollout in group.rollouts)

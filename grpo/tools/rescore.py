@@ -1,0 +1,144 @@
+"""A new or changed reward applied to what a run has stored: what would have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import correlation, fmean
+
+from rich.table import Table
+
+from grpo.config import RewardConfig
+from grpo.errors import UserError
+from grpo.recipe import load_recipe
+from grpo.runs.checkpoint import RECIPE
+from grpo.runs.completions import read_completions, stored_steps
+from grpo.runs.folder import COMPLETIONS, is_run
+from grpo.scoring.scorer import Scorer
+from grpo.types import Group, Rollout
+
+TOTAL = "reward"
+"""The weighted sum of a run's rewards, among the names that can be compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rescored:
+    """One completion: what it was given then, and what it is given now."""
+
+    step: int
+    text: str
+    before: float | None
+    now: float | None
+    failure: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Every stored completion of a run under the new reward, and how many groups prefer another completion now."""
+
+    against: str
+    completions: list[Rescored]
+    groups: int
+    other_best: int
+
+    def lines(self, examples: int) -> list[str]:
+        """The sums, then the completions that change most."""
+        both = [(c.before, c.now) for c in self.completions if c.before is not None and c.now is not None]
+        changed = [c for c in self.completions if c.before != c.now]
+        failed = [c for c in self.completions if c.failure is not None]
+        lines = [
+            f"{len(changed)} of {len(self.completions)} completions get another score; {len(failed)} failures; "
+            f"correlation {_correlation(both)}",
+            f"{self.other_best} of {self.groups} groups would have preferred another completion",
+        ]
+        most = sorted(changed, key=lambda c: -abs((c.now or 0.0) - (c.before or 0.0)))[:examples]
+        lines += [f"step {c.step}: {_number(c.before)} -> {_number(c.now)}  {c.text[:160]!r}" for c in most]
+        return lines + ([f"first failure: {failed[0].failure}"] if failed else [])
+
+
+def rescore(run: Path, config: RewardConfig, against: str | None) -> Result:
+    """Call a reward on every stored completion of `run`.
+
+    `against` is the stored reward to compare with: by default that of the same name, or else the weighted sum. Raises
+    UserError for a folder without stored completions, and for a reward that cannot be had or called.
+    """
+    paths = stored_steps(run / COMPLETIONS) if is_run(run) else []
+    if not paths:
+        raise UserError(f"{run}: not a run with stored completions (see log.completions in its recipe)")
+    system = load_recipe(run / RECIPE).data.system
+    with closing(Scorer.of([config], system=system)) as scorer:
+        (name,) = scorer.rewards
+        completions: list[Rescored] = []
+        groups = other_best = 0
+        for path in paths:
+            step, stored = read_completions(path)
+            column = _column(stored, name, against)
+            if not completions:
+                scorer.check(list(stored[0].task.columns))
+            for before, now in zip(stored, scorer.score(stored), strict=True):
+                pairs = [
+                    _rescored(step, a, b, column, name) for a, b in zip(before.rollouts, now.rollouts, strict=True)
+                ]
+                completions += pairs
+                groups += 1
+                other_best += _best([c.before for c in pairs]).isdisjoint(_best([c.now for c in pairs]))
+    return Result(column, completions, groups, other_best)
+
+
+def rescore_table(result: Result) -> Table:
+    """Means by step, before and now."""
+    table = Table()
+    for heading in ("step", f"{result.against}, as stored", "now", "scored", "changed"):
+        table.add_column(heading, justify="right")
+    for step, rows in _by_step(result.completions):
+        table.add_row(
+            str(step),
+            _mean([c.before for c in rows]),
+            _mean([c.now for c in rows]),
+            f"{sum(c.now is not None for c in rows)} of {len(rows)}",
+            str(sum(c.before != c.now for c in rows)),
+        )
+    return table
+
+
+def _column(groups: Sequence[Group], name: str, against: str | None) -> str:
+    known = [*groups[0].rollouts[0].scores, TOTAL]
+    if against is not None and against not in known:
+        raise UserError(f"--against {against}: this run stored {', '.join(known)}")
+    return against or (name if name in known else TOTAL)
+
+
+def _rescored(step: int, before: Rollout, now: Rollout, column: str, name: str) -> Rescored:
+    stored = before.reward if column == TOTAL else before.scores.get(column)
+    failure = now.failures.get(name)
+    return Rescored(step, before.completion.text, stored, now.scores[name], None if failure is None else str(failure))
+
+
+def _best(scores: Sequence[float | None]) -> set[int]:
+    """The places of the best; all where none is scored, so that nothing is said to differ."""
+    known = [score for score in scores if score is not None]
+    return {i for i, score in enumerate(scores) if not known or score == max(known)}
+
+
+def _by_step(completions: Sequence[Rescored]) -> Iterator[tuple[int, list[Rescored]]]:
+    for step in dict.fromkeys(c.step for c in completions):
+        yield step, [c for c in completions if c.step == step]
+
+
+def _mean(scores: Sequence[float | None]) -> str:
+    known = [score for score in scores if score is not None]
+    return f"{fmean(known):.4f}" if known else "none"
+
+
+def _number(score: float | None) -> str:
+    return "none" if score is None else f"{score:g}"
+
+
+def _correlation(pairs: Sequence[tuple[float, float]]) -> str:
+    """Pearson's, or why there is none."""
+    if len(pairs) < 2 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
+        return "undefined (a side is constant)"
+    before, now = zip(*pairs, strict=True)
+    return f"{correlation(before, now):.3f}"

@@ -1,0 +1,64 @@
+"""The gap between the sampler's logprobs and the trainer's, held against what rounding explains at every step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from grpo.errors import RunError
+from grpo.model.logprobs import ROUNDING
+from grpo.model.policy import Policy
+from grpo.objective.loss import LOGP_DIFFERENCE, UNFILTERED_LOGP_DIFFERENCE
+
+log = logging.getLogger(__name__)
+
+WARN_FROM = 3.0
+"""Times the bound from which a step's gap is told."""
+
+
+def gap_bound(policy: Policy) -> float:
+    """The mean gap in nats that rounding explains, of logprobs at the policy's temperature."""
+    return ROUNDING.get(policy.dtype, min(ROUNDING.values())) / min(1.0, policy.temperature)
+
+
+class GapWatch:
+    """Holds each step's gap between the sampler's logprobs and the trainer's against what rounding explains."""
+
+    def __init__(self, policy: Policy, most: float | None, tells: bool = True) -> None:
+        """`most` is `optim.max_logp_difference`. Of several processes only one `tells`; all of them stop."""
+        self._bound, self._most, self._tells = gap_bound(policy), most, tells
+        self._dtype = str(policy.dtype).rpartition(".")[2]
+        finer = "" if policy.dtype == mx.float32 else "model.dtype: float32, and "
+        self._help = f"Where rounding is the cause, {finer}MLX_ENABLE_TF32=0 on CUDA would make it smaller."
+        self._told = 0.0
+
+    def check(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Warn from `WARN_FROM` times the bound on, and again whenever the gap has doubled.
+
+        `metrics` are the update's; without any, nothing was trained on and nothing is known. Where filters reshape
+        what is sampled, the logprobs before them count. Raises RunError beyond `most` times the bound.
+        """
+        gap = metrics.get(UNFILTERED_LOGP_DIFFERENCE, metrics.get(LOGP_DIFFERENCE))
+        if gap is None:
+            return
+        times = math.inf if math.isnan(gap) else gap / self._bound
+        if self._most is not None and not times <= self._most:
+            raise RunError(
+                f"{self._said(step, gap)} The run stops beyond {self._most:g} times (optim.max_logp_difference; null "
+                "never stops). This step's update is not kept. Decoding computes another model than the one that "
+                f"trains: please report it, with `grpo doctor --json`. {self._help}"
+            )
+        if self._tells and times > self._told and times >= max(WARN_FROM, 2 * self._told):
+            self._told = times
+            log.warning("%s Decoding may drift away from the model that trains. %s", self._said(step, gap), self._help)
+
+    def _said(self, step: int, gap: float) -> str:
+        if math.isnan(gap):
+            return f"step {step}: the sampler gave NaN for the logprobs of some tokens."
+        return (
+            f"step {step}: the sampler's logprobs are {gap:.2g} nats from the trainer's in the mean, "
+            f"{gap / self._bound:.1f} times what rounding in {self._dtype} explains ({self._bound:.1g})."
+        )

@@ -1,0 +1,74 @@
+"""What a plan says of settings that a run is too short, or too simple, to make use of."""
+
+from __future__ import annotations
+
+import pytest
+
+from grpo.planning.notes import filter_note, notes_on
+from grpo.recipe import load_recipe
+from grpo.training.schedule import learning_rate
+
+RATIOS = "each rollout has one update, and its ratios are 1: loss.{} wait for optim.num_iterations or optim.num_minib"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "notes"),
+    [
+        ([], []),
+        (["optim.warmup_steps=10"], ["optim.warmup_steps: cut from 10 to 1, because the run has 2 steps"]),
+        (["optim.warmup_steps=1"], []),
+        (["optim={steps: 1, warmup_steps: 1}"], ["optim.warmup_steps: cut from 1 to 0, because the run has 1 step"]),
+        (["loss.beta=0.1", "adapter.sync_reference_every=1"], []),
+        (
+            ["loss.beta=0.1", "adapter.sync_reference_every=2"],
+            ["adapter.sync_reference_every: 2 does nothing: the run has 2 steps, so the reference stays"],
+        ),
+        (["loss.epsilon=0.1"], [RATIOS.format("epsilon")]),
+        (["loss.off_policy_mask_threshold=1"], [RATIOS.format("off_policy_mask_threshold")]),
+        (["loss={type: dppo, epsilon: 0.1, epsilon_high: 0.1}"], []),
+        (["loss={type: dppo, off_policy_mask_threshold: 1}"], [RATIOS.format("off_policy_mask_threshold")]),
+        (["loss.epsilon=0.1", "adapter.dropout=0.1"], []),
+        (["loss.epsilon=0.1", "optim.num_iterations=2"], []),
+        (["loss.epsilon=0.1", "optim.num_minibatches=2"], []),
+    ],
+)
+def test_notes(recipe, overrides: list[str], notes: list[str]) -> None:
+    found = list(notes_on(load_recipe(recipe, overrides)))
+    assert len(found) == len(notes)
+    assert all(note.startswith(said) for note, said in zip(found, notes, strict=True))
+
+
+def test_a_warmup_longer_than_the_run_leaves_the_last_step_at_the_full_rate(recipe) -> None:
+    optim = load_recipe(recipe, ["optim={steps: 4, warmup_steps: 10, learning_rate: 3}"]).optim
+    assert [learning_rate(optim, step) for step in range(1, 5)] == [1, 2, 3, 3]
+    alone = load_recipe(recipe, ["optim={steps: 1, warmup_steps: 10, learning_rate: 3}"]).optim
+    assert learning_rate(alone, 1) == 3
+
+
+def test_the_plan_says_it(run_cli, recipe) -> None:
+    ran = run_cli("train", recipe, "--dry-run", "optim.warmup_steps=10")
+    assert (ran.code, ran.err) == (0, "")
+    assert "optim.warmup_steps: cut from 10 to 1, because the run has 2 steps" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ([], "loss.importance_sampling_correction (token_truncate, say) would weigh tokens"),
+        (["loss.type=vespo"], "(token_truncate, say) would weigh tokens"),
+        (["loss.importance_sampling_correction=token_mask"], "correction weighs tokens by the difference"),
+        (["loss.type=dppo"], "dppo's ratio is to that distribution"),
+    ],
+)
+def test_what_filters_mean_is_said_by_the_loss_and_nothing_is_advised_that_is_refused(
+    recipe, overrides: list[str], says: str
+) -> None:
+    assert says in filter_note(load_recipe(recipe, overrides).loss)
+    if "would" in says:
+        load_recipe(recipe, [*overrides, "loss.importance_sampling_correction=token_truncate"])
+
+
+def test_the_plan_says_what_filters_mean(run_cli, recipe) -> None:
+    told = " ".join(run_cli("train", recipe, "--dry-run", "rollout.top_k=3", "loss.type=dppo").out.split())
+    assert "another distribution than the policy's" in told
+    assert "importance_sampling_correction" not in told

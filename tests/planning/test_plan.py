@@ -1,0 +1,204 @@
+"""The plan: what an update needs is near what it then takes, and what cannot fit is refused with numbers."""
+
+from __future__ import annotations
+
+import gc
+import re
+
+import mlx.core as mx
+import pytest
+from conftest import make_model
+from test_update import recipe
+from training.test_packing import row
+
+from grpo.config import AdapterConfig
+from grpo.errors import UserError
+from grpo.generation.batchcaches import BatchCaches
+from grpo.generation.choice import find_decoding
+from grpo.model.adapters import Adapters
+from grpo.model.load import cast
+from grpo.model.policy import Policy
+from grpo.model.widehead import widen_head
+from grpo.planning import plan as planning
+from grpo.planning.footprint import Footprint
+from grpo.planning.plan import make_plan
+from grpo.training.batches import make_minibatches
+from grpo.training.optimizer import MOST_AT_WORK
+from grpo.training.packing import Shape
+from grpo.training.update import Updater
+from grpo.types import Group
+
+PROMPT, LENGTH = 96, 160
+
+
+def planned(kind: str = "tied", adapter: str = "lora", lengths: tuple[int, int] = (PROMPT, LENGTH), **optim):
+    changes = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 2048, "head_dim": 32}
+    model = make_model(kind, **changes)
+    rank = {} if adapter == "full" else {"rank": 8}
+    adapters = Adapters(model, AdapterConfig(type=adapter, **rank), mx.random.key(0))
+    policy = Policy(model, adapters, 1.0, optim.get("share_prompts", True))
+    cfg = recipe(
+        rollout={"prompts_per_step": 4, "num_generations": 4, "max_completion_length": lengths[1]},
+        optim={"micro_batch_tokens": "auto", **optim},
+    )
+    plan, cfg = make_plan(cfg, policy, find_decoding(model), (lengths[0], lengths[0]))
+    return policy, cfg, plan
+
+
+def peak_of_an_update(policy: Policy, cfg, prompt: int = PROMPT) -> int:
+    groups = []
+    for number in range(4):
+        rows = [row(prompt, cfg.rollout.max_completion_length, number) for _ in range(4)]
+        groups.append(Group(rows[0][0], tuple(rollout for _, rollout in rows)))
+    update = Updater(policy, cfg)
+    minibatches = make_minibatches(groups, cfg)
+    update(minibatches, 1)
+    gc.collect()
+    mx.clear_cache()
+    resting = mx.get_active_memory()
+    mx.reset_peak_memory()
+    update(minibatches, 2)
+    return mx.get_peak_memory() - resting
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter", "optim"),
+    [
+        ("tied", "lora", {"gradient_checkpointing": False}),
+        pytest.param(
+            "tied", "lora", {"gradient_checkpointing": False, "micro_batch_tokens": 800}, marks=pytest.mark.slow
+        ),
+        pytest.param("tied", "lora", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        ("tied", "lora", {"gradient_checkpointing": True, "lengths": (512, 64)}),
+        pytest.param("untied", "lora", {"gradient_checkpointing": True, "lengths": (512, 64)}, marks=pytest.mark.slow),
+        pytest.param("tied", "lora", {"gradient_checkpointing": False, "share_prompts": False}, marks=pytest.mark.slow),
+        ("untied", "full", {"gradient_checkpointing": False}),
+        ("moe", "lora", {"gradient_checkpointing": False}),
+        pytest.param("quantised", "dora", {"gradient_checkpointing": False}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_plan_is_near_the_measured_peak(kind: str, adapter: str, optim: dict) -> None:
+    policy, cfg, plan = planned(kind, adapter, **optim)
+    peak = peak_of_an_update(policy, cfg, optim.get("lengths", (PROMPT,))[0])
+    assert plan.phases["update"] == pytest.approx(peak, rel=0.25)
+
+
+@pytest.mark.parametrize(("name", "arrays"), [("adamw", 2), ("lion", 1), ("adafactor", 0.3)])
+def test_the_optimisers_arrays_are_counted(name: str, arrays: float) -> None:
+    _, _, plan = planned("untied", "full", optimizer=name)
+    assert plan.stays["optimiser"] / (4 * plan.trained) == pytest.approx(arrays, abs=0.3)
+    # What the step makes beside the state before it, and what is at work of a group of parameters: here of all.
+    made = 4 * plan.trained + plan.stays["optimiser"]
+    assert plan.phases["optimiser's step"] == made + MOST_AT_WORK * plan.trained
+    several = planned("untied", "full", optimizer=name, num_minibatches=2)[2]
+    assert several.phases["optimiser's step"] == (4 + MOST_AT_WORK) * plan.trained
+
+
+def test_what_a_step_of_several_updates_can_be_taken_back_to_is_counted() -> None:
+    once, twice = (planned("untied", "full", num_iterations=passes)[2] for passes in (1, 2))
+    weights_and_moments = 12 * twice.trained  # float32
+    assert twice.stays.pop("the state before the step") == pytest.approx(weights_and_moments, rel=1e-4)
+    assert once.stays.pop("the state before the step") == 0
+    assert once.stays == twice.stays
+
+
+def test_only_what_is_come_to_is_measured(monkeypatch) -> None:
+    measured, measure = [], planning.measure_footprint
+    monkeypatch.setattr(planning, "measure_footprint", lambda *asked: measured.append(asked[1]) or measure(*asked))
+    assert not planned()[2].checkpointing
+    assert measured == [False]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "tried", "chosen"),
+    [
+        (False, None, (False, 2048)),  # without checkpoints as long as the machine is kept busy
+        (True, None, (True, 16_384)),  # the largest there is, if only with checkpoints
+        (True, 13 * 2**30, (False, 8192)),  # which took more than reckoned, so the next largest, without
+    ],
+)
+def test_the_order_of_micro_batches_that_are_tried(cuda: bool, tried: int | None, chosen: tuple[bool, int]) -> None:
+    cfg = recipe(
+        rollout={"prompts_per_step": 64, "num_generations": 8, "max_completion_length": 128},
+        optim={"micro_batch_tokens": "auto"},
+    )
+    shapes = []
+
+    def footprint(checkpointing: bool) -> Footprint:
+        return Footprint(0, 2**18 if checkpointing else 2**21, 0.0, 400, 1000, True, checkpointing)
+
+    def body(checkpointing: bool, shape: Shape) -> float:
+        shapes.append((checkpointing, shape))
+        return tried if checkpointing else 10 * 2**30
+
+    machine = planning.Machine(128 * 2**30, True, cuda)
+    found = planning._chosen(machine, cfg, footprint, body if tried else None, 128)
+    assert (found.checkpointing, found.tokens) == chosen
+    if tried:
+        assert shapes == [(True, Shape(8, 128, 64, 128)), (False, Shape(4, 128, 32, 128))]
+        assert found.bytes == 10 * 2**30
+
+
+def test_held_out_prompts_are_sampled_from_and_not_trained_on() -> None:
+    policy, cfg, plan = planned()
+    longer, _ = make_plan(cfg, policy, find_decoding(policy.model), (PROMPT, 4 * PROMPT))
+    assert longer.phases["rollout"] > plan.phases["rollout"]
+    assert longer.tokens == plan.tokens
+
+
+def test_auto_decides_and_the_decision_is_in_the_recipe() -> None:
+    policy, cfg, plan = planned()
+    assert cfg.optim.micro_batch_tokens == plan.micro_batch
+    assert cfg.optim.gradient_checkpointing is policy.gradient_checkpointing is plan.checkpointing is False
+    assert any(f"updates of {plan.micro_batch:,} tokens at once" in line for line in plan.lines())
+
+
+def test_layers_are_checkpointed_where_memory_is_short(monkeypatch) -> None:
+    generous = planned()[2].phases["update"]
+    monkeypatch.setattr(planning, "MOST_ACTIVATIONS", generous // 16)
+    _, cfg, plan = planned()
+    assert plan.checkpointing
+    assert cfg.optim.gradient_checkpointing is True
+    assert plan.phases["update"] < generous
+
+
+def test_quantised_weights_are_counted_not_their_words() -> None:
+    assert planned("quantised")[2].parameters == planned("tied")[2].parameters
+
+
+def test_memory_is_what_stays_and_the_larger_phase() -> None:
+    _, _, plan = planned()
+    assert plan.total == sum(plan.stays.values()) + max(plan.phases["rollout"], plan.phases["update"])
+    assert re.search(r": weights \d+ MB, .*, and the largest of rollout \d+ MB, update \d+ MB and .*$", plan.lines()[2])
+
+
+def test_what_cannot_fit_is_refused_with_numbers(monkeypatch) -> None:
+    monkeypatch.setattr(planning, "memory_bytes", lambda: 12 * 2**20)
+    with pytest.raises(
+        UserError, match=r"cannot fit: memory about \d+ MB of 12 MB: weights .* the largest of .*; updates of 256"
+    ):
+        planned()
+
+
+def test_a_model_that_cannot_share_prompts_is_planned_so() -> None:
+    policy, cfg, _ = planned("tied")
+    assert cfg.optim.share_prompts
+    policy.share_prompts = False  # as one that cannot says of itself
+    _, cfg = make_plan(cfg, policy, find_decoding(policy.model), (PROMPT, PROMPT))
+    assert cfg.optim.share_prompts is False
+
+
+def test_what_a_head_with_float32_logits_holds_is_planned() -> None:
+    plans = []
+    for wide in (False, True):
+        model = make_model("untied", vocab_size=2048, num_hidden_layers=1)
+        cast(model, mx.bfloat16)
+        assert not wide or widen_head(model)
+        policy = Policy(model, Adapters(model, AdapterConfig(rank=2), mx.random.key(0)), 1.0)
+        cfg = recipe(rollout={"prompts_per_step": 1, "num_generations": 2, "max_completion_length": 4})
+        plans.append(make_plan(cfg, policy, BatchCaches(model, 2048), (4, 4))[0])
+    narrow, wider = plans
+    matrix = 4 * 2048 * 64  # all of it as float32: it is smaller than the pieces that may be there at once
+    assert wider.phases["rollout"] == narrow.phases["rollout"] + matrix
+    assert wider.phases["update"] - narrow.phases["update"] > matrix / 2  # what is measured varies
+    assert wider.stays == narrow.stays

@@ -1,0 +1,142 @@
+"""What a run sampled is stored, and comes back as it was."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from runs.driver import run, timeless
+
+from grpo.config import Recipe
+from grpo.errors import UserError
+from grpo.runs.completions import read_completions, store_completions, stored_steps
+from grpo.types import Completion, Failure, Group, Rollout, Task
+
+GOOD = Rollout(
+    Completion((5, 6, 2), (-0.5, -0.25, -1.0), "four", "stop"),
+    scores={"exact": 1.0, "slow": None},
+    failures={"slow": Failure("timeout", "no answer in 1 s")},
+    extras={"parsed": {"value": 4}},
+    reward=1.0,
+    penalty=0.125,
+    advantage=0.75,
+)
+BAD = replace(GOOD, completion=Completion((7,), None, "fi\udc80ve", "length"), scores={"exact": None, "slow": 0.5})
+CHAT = [{"role": "system", "content": "Count."}, {"role": "user", "content": "2+2?"}]
+GROUPS = [
+    Group(Task(3, "2+2?", (1,), {"answer": "4", "prompt": "2+2?"}), (GOOD, BAD)),
+    Group(Task(9, CHAT, (1,), {"answer": 4}), (BAD, replace(GOOD, extras={}, failures={}, reward=None))),
+]
+
+
+def config(prompts_per_step: int = 2, **log) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"name": "m"},
+            "data": {"source": "d"},
+            "rewards": ({"use": "exact"},),
+            "rollout": {"prompts_per_step": prompts_per_step},
+            "optim": {"steps": 9},
+            "log": log,
+        }
+    )
+
+
+def test_the_schema(tmp_path: Path) -> None:
+    path = store_completions(tmp_path / "completions", 12, GROUPS, config())
+    assert path == tmp_path / "completions/step-000012.parquet"
+    table = pq.read_table(path)
+    double, text = pa.float64(), pa.string()
+    assert dict(zip(table.schema.names, table.schema.types, strict=True)) == {
+        "step": pa.int64(),
+        "group": pa.int32(),
+        "index": pa.int32(),
+        "prompt": text,
+        "completion": text,
+        "token_ids": pa.list_(pa.int32()),
+        "logprobs": pa.list_(pa.float32()),
+        "finish_reason": text,
+        "reward": double,
+        "penalty": double,
+        "advantage": double,
+        "columns": text,
+        "reward/exact": double,
+        "reward/slow": double,
+        "failure/exact": text,
+        "failure/slow": text,
+        "extra/parsed": text,
+    }
+    rows = table.to_pylist()
+    assert [(row["step"], row["group"], row["index"]) for row in rows] == [
+        (12, 0, 0),
+        (12, 0, 1),
+        (12, 1, 0),
+        (12, 1, 1),
+    ]
+    assert rows[0]["failure/slow"] == "timeout: no answer in 1 s"
+    assert (rows[0]["failure/exact"], rows[3]["failure/slow"], rows[3]["reward"]) == (None, None, None)
+    assert rows[2]["prompt"] == "system: Count.\n\nuser: 2+2?"
+    assert json.loads(rows[2]["columns"]) == {"answer": 4, "prompt": CHAT}
+    assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_stored_comes_back(tmp_path: Path) -> None:
+    step, groups = read_completions(store_completions(tmp_path, 12, GROUPS, config()))
+    assert step == 12
+    assert groups[0].rollouts[0] == GOOD
+    assert groups[0].rollouts[1].completion == Completion((7,), None, "fi?ve", "length")
+    assert groups[1].task == Task(1, CHAT, (), {"answer": 4, "prompt": CHAT})
+    assert groups[1].rollouts[1] == GROUPS[1].rollouts[1]
+
+
+def test_text_that_utf8_cannot_hold_ends_no_run(tmp_path: Path) -> None:
+    """Lone surrogates in what a reward logs by `log_extra`: in the name, and in the value."""
+    odd = replace(
+        GOOD, extras={"a\udc80": 1, "b": "x\udc80", "c": {"\udc80": ["\ud800"]}}, scores={"s\udc80": 1.0}, failures={}
+    )
+    path = store_completions(tmp_path, 1, [Group(Task(0, "?", (), {"answer\udc80": "\udc80"}), (odd,))], config())
+    _, (group,) = read_completions(path)
+    assert group.rollouts[0].extras == {"a?": 1, "b": "x\udc80", "c": {"\udc80": ["\ud800"]}}
+    assert group.rollouts[0].scores == {"s?": 1.0}
+
+
+def test_groups_that_were_not_learnt_from_have_no_advantage(tmp_path: Path) -> None:
+    path = store_completions(tmp_path, 1, GROUPS, config(prompts_per_step=1))
+    assert [row["advantage"] for row in pq.read_table(path).to_pylist()] == [0.75, 0.75, None, None]
+
+
+def test_which_steps_and_how_many(tmp_path: Path) -> None:
+    every = config(completions={"every": 3})
+    assert [step for step in range(1, 9) if store_completions(tmp_path, step, GROUPS, every)] == [1, 4, 7]
+    assert [path.name for path in stored_steps(tmp_path)] == [f"step-00000{n}.parquet" for n in (1, 4, 7)]
+    assert store_completions(tmp_path, 1, GROUPS, config(completions=None)) is None
+    groups = [replace(GROUPS[0], task=replace(GROUPS[0].task, index=n)) for n in range(8)]
+    one = config(completions={"groups": 3})
+    kept = [
+        [group.task.index for group in read_completions(store_completions(tmp_path, 5, groups, one))[1]] for _ in "ab"
+    ]
+    assert kept[0] == kept[1]
+    assert len(set(kept[0])) == 3
+    assert kept[0] != [group.task.index for group in read_completions(store_completions(tmp_path, 6, groups, one))[1]]
+
+
+def test_what_is_no_such_file(tmp_path: Path) -> None:
+    path = tmp_path / "step-000001.parquet"
+    path.write_text("no parquet")
+    with pytest.raises(UserError, match="not completions that a run of ours stored"):
+        read_completions(path)
+
+
+def test_a_run_stores_its_steps(recipe) -> None:
+    run(recipe, "rollout.dynamic_sampling=1")
+    metrics = timeless(Path("runs/toy/metrics.jsonl"))
+    for record, path in zip(metrics, stored_steps(Path("runs/toy/completions")), strict=True):
+        step, groups = read_completions(path)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        assert (step, len(groups)) == (record["step"], record["num_prompts"])
+        assert sum(len(rollout.completion.token_ids) for rollout in rollouts) == record["num_tokens"]
+        assert sum(rollout.reward for rollout in rollouts) / len(rollouts) == pytest.approx(record["reward"])
+        assert sum(abs(rollout.advantage) for rollout in rollouts) > 0

@@ -36,7 +36,7 @@ PEEK = 64
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run that may start: its trainer, its evaluator (if the recipe has `eval`), its plan, some of its tasks, notes for the person, and its data.
+    """A run that may start: its trainer, evaluator (None without `eval`), plan, first tasks, notes, and data.
 
     `rows` are those of `data` and `eval`, as far as there are any, by the section's name.
     """

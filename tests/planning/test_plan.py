@@ -8,8 +8,8 @@ import re
 import mlx.core as mx
 import pytest
 from conftest import make_model
-from test_update import recipe
 from training.test_packing import row
+from training.test_update import recipe
 
 from grpo.config import AdapterConfig
 from grpo.errors import UserError

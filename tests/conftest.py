@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+# Tests run in as many processes as there are cores. More threads than cores wait for each other by spinning: making the
+# quickstart's student takes three times the processor time. Read when the BLAS is loaded, here and in what tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# isort: split
+
 import grpo  # noqa: F401  before mlx, so that the BLAS is in place
 
 # isort: split

@@ -7,19 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from test_recipe import GOOD
 
 from grpo.errors import UserError
 from grpo.plugins import bundled
 from grpo.recipe import load_recipe
-
-GOOD = """\
-model: {name: some/model}
-data:
-  source: some/data
-rewards:
-  - use: gsm8k_answer
-optim: {steps: 10, learning_rate: 1e-5}
-"""
 
 
 def message(folder: Path, text: str | bytes, *overrides: str) -> str:

@@ -86,7 +86,8 @@ def loss_and_gradient(name: str, lp, batch: dict, settings: dict) -> tuple[float
         keep = 1.0
         if (threshold := settings.get("off_policy_mask_threshold")) is not None:
             behaviour = batch.get("sampling_logprobs", old)
-            drift = sum(behaviour[i, t] - lp[i, t] for t in valid) / n
+            gaps = [behaviour[i, t] - lp[i, t] for t in valid]
+            drift = sum(0.0 if math.isnan(gap) else gap for gap in gaps) / n
             keep = 0.0 if (drift > threshold and a < 0) else 1.0
         log_w = {t: 0.0 for t in valid}
         form = settings.get("importance_sampling_correction", "none")

@@ -14,6 +14,7 @@ import grpo  # noqa: F401  before mlx, so that the BLAS is in place
 
 # isort: split
 
+import gc
 import importlib
 import json
 import sys
@@ -48,6 +49,20 @@ def lengths_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _lengths_of_this_session(lengths_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is known of prompts from former sessions, when the code was another."""
     monkeypatch.setattr("grpo.data.lengths.cache_folder", lambda: lengths_folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_fails() -> Iterator[None]:
+    """Nothing waits for the disk in this process: a run writes a dozen files that it would wait for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector leave alone what was imported: each run collects once, which took longer than the run's steps."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

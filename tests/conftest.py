@@ -60,7 +60,7 @@ def _no_power_fails() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Let the collector leave alone what was imported: each run collects once, which took longer than the run's steps."""
+    """Let the collector leave alone what was imported: every run collects, which took longer than its steps."""
     gc.collect()
     gc.freeze()
 

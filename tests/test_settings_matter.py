@@ -1,11 +1,7 @@
 """Every setting of a recipe, changed, changes something that a run does or leaves behind, or is refused.
 
-A setting that the schema gains has to enter `MATTERS`, with a recipe in which it matters:
-
-    "section.name": ("its value as on the command line", "settings that come first", ...)
-
-The run with the settings that come first, and the run with the value besides, must differ in what `left_behind` sees. A
-setting that only the Hub can show enters `REFUSED`, which also holds pairs that do nothing together.
+A setting that the schema gains has to enter `settings_table.MATTERS`, with a value and the settings that come first.
+The run with the settings that come first, and the run with the value besides, must differ in what `left_behind` sees.
 """
 
 from __future__ import annotations
@@ -25,6 +21,7 @@ import pytest
 import wandb
 from rich.console import Console
 from runs.driver import timeless
+from settings_table import EVAL, FILTERED, KL, MATTERS, REFUSED, SAVING, WANDB
 
 from grpo.backend import device
 from grpo.config.describe import settings
@@ -38,171 +35,6 @@ from grpo.runs.revisions import revisions_of
 from grpo.runs.signals import StopRequest
 from grpo.telemetry.loggers import open_loggers
 from grpo.training import optimizer, parity, plan
-
-TWICE = ("optim.num_iterations=2", "optim.learning_rate=0.02")  # ratios are far from 1 in the second update
-FILTERED = (*TWICE, "rollout.top_k=20")  # the sampler is not the policy
-KL = (*TWICE, "loss.beta=0.1")
-EVAL = ("eval={split: train, every: 1, prompts: 3, samples: 2}",)
-SAVING = ("optim.steps=3", "checkpoint.every=1", "optim.learning_rate=0.02")
-WANDB = ("log.wandb={mode: offline}",)
-MADE = ("data.source=null", "data.use=rows.py:rows")
-SUMS = ("data.source=builtin:arithmetic",)
-CORRECTED = (*FILTERED, "loss.importance_sampling_correction=token_mask")
-
-MATTERS: dict[str, tuple[str, ...]] = {
-    "seed": ("1",),
-    "output_dir": ("elsewhere",),
-    "model.name": ("other",),
-    "model.dtype": ("float16",),
-    "model.quantize": ("4",),
-    "model.head_dtype": ("model", "model.dtype=bfloat16"),
-    "adapter.type": ("dora",),
-    "adapter.rank": ("4",),
-    "adapter.scale": ("3",),
-    "adapter.use_rslora": ("true",),
-    "adapter.dropout": ("0.4",),
-    "adapter.targets": ("[self_attn.q_proj]",),
-    "adapter.layers": ("[0, 1]",),
-    "adapter.path": ("saved", *KL),
-    "adapter.sync_reference_every": ("1", *KL),
-    "adapter.ref_model_mixup_alpha": ("0.1", *KL, "adapter.sync_reference_every=1"),
-    "data.source": ("more.jsonl",),
-    "data.split": ("test", *SUMS),
-    "data.use": ("rows.py:others", *MADE),
-    "data.kwargs": ("{n: 2}", *MADE),
-    "data.shuffle": ("false",),
-    "data.columns": ("{question: hint}",),
-    "data.prompt": ("hint",),
-    "data.system": ("Be brief.",),
-    "data.chat_template": ("never",),
-    "data.chat_template_kwargs": ("{tone: rude}", "model.name=other"),
-    "data.max_prompt_length": ("18", "data.prompt=hint"),
-    "rollout.prompts_per_step": ("3",),
-    "rollout.num_generations": ("3",),
-    "rollout.max_completion_length": ("5",),
-    "rollout.temperature": ("0.5",),
-    "rollout.top_k": ("2",),
-    "rollout.top_p": ("0.5",),
-    "rollout.min_p": ("0.2",),
-    "rollout.repetition_penalty": ("3",),
-    "rollout.min_completion_length": ("8", "rollout.max_completion_length=24"),
-    "rollout.stop": ("['1']",),
-    "rollout.stop_token_ids": (str(list(range(20, 50))),),
-    "rollout.max_repeats": ("2", "rollout.max_completion_length=24"),
-    "rollout.max_concurrency": ("1",),
-    "rollout.dynamic_sampling": ("1", "rewards.0.use=grades.py:rarely"),
-    "rewards.0.use": ("grades.py:letters",),
-    "rewards.0.weight": ("2",),
-    "rewards.0.name": ("mine",),
-    "rewards.0.kwargs": ("{part: 4}",),
-    "rewards.0.completions": ("messages", "rewards.0.use=grades.py:formed"),
-    "rewards.0.isolation": ("process", "rewards.0.use=grades.py:at_home"),
-    "rewards.0.timeout": ("0.2", "rewards.0={use: 'grades.py:slow', max_failure_rate: 1}"),
-    "rewards.0.env": ("[A_TOKEN]", "rewards.0={use: 'grades.py:secretive'}"),
-    "rewards.0.memory_gb": ("0.2", "rewards.0={use: 'grades.py:large', max_failure_rate: 1}"),
-    "rewards.0.calls": ("completion", "rewards.0.use=grades.py:crowded"),
-    "rewards.0.max_failure_rate": ("0.1", "rewards.0.use=grades.py:partly"),
-    "advantage.baseline": ("batch",),
-    "advantage.scale_rewards": ("none",),
-    "advantage.soft_overlong_cache": ("7",),
-    "loss.type": ("grpo",),
-    "loss.ratio": ("sequence", *TWICE),
-    "loss.surrogate": ("sapo", *TWICE),
-    "loss.normalize": ("constant",),
-    "loss.epsilon": ("0.01", *TWICE),
-    "loss.epsilon_high": ("0.01", *TWICE),
-    "loss.delta": ("1.3", *TWICE),
-    "loss.epsilon_max": ("1.01", *TWICE, "loss.type=cispo"),
-    "loss.sapo_temperature_pos": ("5", *TWICE, "loss.type=sapo"),
-    "loss.sapo_temperature_neg": ("5", *TWICE, "loss.type=sapo"),
-    "loss.vespo_k_pos": ("1", *TWICE, "loss.type=vespo"),
-    "loss.vespo_lambda_pos": ("1", *TWICE, "loss.type=vespo"),
-    "loss.vespo_k_neg": ("1", *TWICE, "loss.type=vespo"),
-    "loss.vespo_lambda_neg": ("1", *TWICE, "loss.type=vespo"),
-    "loss.dppo_penalty": ("1", *TWICE, "loss.type=dppo"),
-    "loss.beta": ("0.1", *TWICE),
-    "loss.beta_end": ("0.1", *TWICE),
-    "loss.kl_in": ("reward", *KL),
-    "loss.kl_estimator": ("k1", *KL),
-    "loss.kl_importance": ("true", *KL),
-    "loss.importance_sampling_correction": ("token_truncate", *FILTERED),
-    "loss.importance_sampling_cap": ("0.3", *CORRECTED),
-    "loss.importance_sampling_floor": ("0.9", *CORRECTED),
-    "loss.off_policy_mask_threshold": ("0.0001", *TWICE),
-    "loss.mask_truncated_completions": ("true", "rollout.max_completion_length=24"),
-    "loss.top_entropy_quantile": ("0.5",),
-    "loss.entropy_coef": ("0.1",),
-    "loss.use": ("loss.py:halved",),
-    "optim.steps": ("3",),
-    "optim.learning_rate": ("0.1",),
-    "optim.optimizer": ("sgd",),
-    "optim.optimizer_args": ("{betas: [0.5, 0.9]}",),
-    "optim.lr_scheduler_type": ("linear",),
-    "optim.warmup_steps": ("1", "optim.steps=3", "optim.lr_scheduler_type=cosine"),
-    "optim.weight_decay": ("1",),
-    "optim.max_grad_norm": ("1.0e-6", "optim.optimizer=sgd"),
-    "optim.num_iterations": ("2",),
-    "optim.num_minibatches": ("2",),
-    "optim.micro_batch_tokens": ("256",),
-    "optim.gradient_checkpointing": ("true",),
-    "optim.share_prompts": ("false",),
-    "optim.compile": ("false",),
-    "optim.max_skipped_updates": ("1", "loss.use=loss.py:nothing"),
-    "optim.max_logp_difference": ("1", "optim.max_grad_norm=0.9"),  # a run of its own: nothing else has this norm
-    "eval.source": ("more.jsonl", *EVAL),
-    "eval.use": ("rows.py:others", *EVAL),
-    "eval.kwargs": ("{n: 2}", *EVAL, "eval.use=rows.py:rows"),
-    "eval.split": ("test", *SUMS, "eval={split: train, prompts: 8, samples: 2}"),
-    "eval.every": ("2", *EVAL),
-    "eval.prompts": ("2", *EVAL),
-    "eval.samples": ("3", *EVAL),
-    "checkpoint.every": ("2", "optim.steps=3"),
-    "checkpoint.keep": ("1", *SAVING),
-    "checkpoint.metric_for_best_model": ("rewards/varied", *EVAL, *SAVING),
-    "log.wandb.project": ("mine", *WANDB),
-    "log.wandb.mode": ("online", *WANDB),
-    "log.wandb.entity": ("us", *WANDB),
-    "log.wandb.group": ("these", *WANDB),
-    "log.wandb.tags": ("[a]", *WANDB),
-    "log.wandb.notes": ("why", *WANDB),
-    "log.wandb.completions": ("1", *WANDB),
-    "log.tensorboard": ("true",),
-    "log.use": ("['loss.py:tell']",),
-    "log.kl": ("1",),
-    "log.completions.every": ("2", "optim.steps=3"),
-    "log.completions.groups": ("1",),
-}
-
-REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
-    ("model.revision=main", "model.revision is for Hub repositories", ()),
-    ("model.revision=main", "model.revision does nothing with builtin:", ("model.name=builtin:arithmetic-student",)),
-    ("model.head_dtype=model", "model.head_dtype does nothing with model.dtype: float32", ("model.dtype=float32",)),
-    ("data.config=main", "data.config is for Hub datasets", ()),
-    ("data.revision=main", "data.revision is for Hub datasets", ()),
-    ("data.use=rows.py:rows", "data.use and data.source both say where rows come from", ()),
-    ("data.kwargs={n: 1}", "data.kwargs does nothing without data.use", ()),
-    ("data.continue_final_message=true", "data.continue_final_message does nothing with a template", ()),
-    ("eval.kwargs={n: 1}", "eval.kwargs does nothing without eval.use", EVAL),
-    ("eval.config=main", "eval.config is for Hub datasets", EVAL),
-    ("eval.revision=main", "eval.revision is for Hub datasets", EVAL),
-    (
-        "data.chat_template_kwargs={tone: rude}",
-        "does nothing with data.chat_template: n",
-        ("data.chat_template=never",),
-    ),
-    ("loss.ratio=sequence", "loss.ratio does nothing beside loss.use", ("loss.use=loss.py:halved",)),
-    ("loss.surrogate=sapo", "loss.surrogate does nothing beside loss.use", ("loss.use=loss.py:halved",)),
-    ("loss.kl_estimator=k1", "loss.kl_estimator does nothing while loss.beta is 0", ()),
-    ("log.kl=5", "log.kl does nothing beside loss.beta", ("loss.beta=0.1",)),
-    ("loss.importance_sampling_cap=2", "does nothing with importance_sampling_correction: none", ()),
-    ("adapter.rank=4", "adapter.rank does nothing with adapter.type: full", ("adapter.type=full",)),
-    ("adapter.ref_model_mixup_alpha=0.1", "does nothing without adapter.sync_reference_every", ()),
-    ("adapter.sync_reference_every=1", "does nothing while loss.beta is 0", ()),
-    ("checkpoint.metric_for_best_model=greedy", "does nothing without an eval section", ()),
-    ("rewards.0.timeout=2", "rewards.0: timeout does nothing with isolation: inline", ()),
-    ("optim.weight_decay=1", "optim.weight_decay does nothing with adam", ("optim.optimizer=adam",)),
-    ("advantage.scale_rewards=none", "does nothing with the batch baseline", ("advantage.baseline=batch",)),
-]
 
 
 def leaves() -> set[str]:
@@ -293,7 +125,6 @@ def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(os, "fsync", lambda _: None)  # no power fails here
         patch.setenv("HOME_PROCESS", str(os.getpid()))
         patch.setenv("A_TOKEN", "secret")
         footprints: dict[bool, Any] = {}

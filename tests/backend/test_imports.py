@@ -34,7 +34,7 @@ try:
 except SystemExit:
     pass
 print("help holds", held())
-import grpo.training.setup
+import grpo.runs.prepare
 print("training holds wandb:", "wandb" in sys.modules)
 """
 

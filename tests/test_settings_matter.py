@@ -26,6 +26,7 @@ from settings_table import EVAL, FILTERED, KL, MATTERS, REFUSED, SAVING, WANDB
 from grpo.backend import device
 from grpo.config.describe import settings
 from grpo.errors import RunError, UserError
+from grpo.planning import parity, plan
 from grpo.planning.footprint import measure_footprint
 from grpo.recipe import load_recipe
 from grpo.runs.loop import Loop
@@ -34,7 +35,7 @@ from grpo.runs.resume import context, find_start, plan_of
 from grpo.runs.revisions import revisions_of
 from grpo.runs.signals import StopRequest
 from grpo.telemetry.loggers import open_loggers
-from grpo.training import optimizer, parity, plan
+from grpo.training import optimizer
 
 
 def leaves() -> set[str]:

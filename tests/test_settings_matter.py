@@ -26,7 +26,7 @@ from settings_table import EVAL, FILTERED, KL, MATTERS, REFUSED, SAVING, WANDB
 from grpo.backend import device
 from grpo.config.describe import settings
 from grpo.errors import RunError, UserError
-from grpo.planning import parity, plan
+from grpo.planning import plan
 from grpo.planning.footprint import measure_footprint
 from grpo.recipe import load_recipe
 from grpo.runs.loop import Loop
@@ -35,7 +35,7 @@ from grpo.runs.resume import context, find_start, plan_of
 from grpo.runs.revisions import revisions_of
 from grpo.runs.signals import StopRequest
 from grpo.telemetry.loggers import open_loggers
-from grpo.training import optimizer
+from grpo.training import gap, optimizer
 
 
 def leaves() -> set[str]:
@@ -225,7 +225,7 @@ def _content(path: Path) -> Any:
 @pytest.mark.parametrize("key", MATTERS)
 def test_a_setting_matters(bench: Callable[..., Any], key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if key == "optim.max_logp_difference":  # a right model's gap is some 1e-7, which the real bound never sees
-        monkeypatch.setattr(parity, "gap_bound", lambda _: 1e-7)
+        monkeypatch.setattr(gap, "gap_bound", lambda _: 1e-7)
     value, *first = MATTERS[key]
     before, after = bench(*first), bench(*first, f"{key}={value}")
     assert before != after

@@ -35,6 +35,7 @@ from grpo.config import AdapterConfig, ModelConfig
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
 from grpo.model.load import load
+from grpo.model.mlxlm import new_model
 from grpo.model.policy import Policy
 
 setup()
@@ -74,7 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Qwen3 that has learnt next to nothing, in the layout of the Hub, with a chat template."""
     folder = tmp_path_factory.mktemp("toy")
-    make(Student(steps=2, warmup=1), folder)
+    make(Student(steps=2, warmup=1), folder, new_model)
     return folder
 
 

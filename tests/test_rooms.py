@@ -68,9 +68,39 @@ def test_imports_point_upwards(path: Path) -> None:
     assert wrong_imports(room_of(path), path.read_text()) == set()
 
 
+def imported_modules(source: str) -> set[str]:
+    """Full names, those of type checkers' imports and of lazy ones included."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def importers(prefix: str) -> set[str]:
+    """The files with an import of this module, or of anything in it."""
+    return {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if any(f"{name}.".startswith(f"{prefix}.") for name in imported_modules(path.read_text()))
+    }
+
+
+def test_one_file_imports_mlx_lm() -> None:
+    assert importers("mlx_lm") == {"model/mlxlm.py"}, "what else is needed of mlx-lm goes through grpo.model.mlxlm"
+
+
+def test_outside_of_benchmark_only_the_command_s_registration_names_it() -> None:
+    outside = {name for name in importers("grpo.benchmark") if not name.startswith("benchmark/")}
+    assert outside == {"cli/__init__.py"}
+
+
 def test_a_wrong_import_is_noticed() -> None:
     assert wrong_imports("model", "from grpo.training.trainer import Trainer") == {"training"}
     assert wrong_imports("objective", "import grpo.model.policy") == {"model"}
+    assert imported_modules("def f():\n    from mlx_lm import utils") == {"mlx_lm.utils"}
     assert wrong_imports("data", "def f():\n    from grpo import cli") == {"cli"}
 
 

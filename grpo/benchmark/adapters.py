@@ -10,13 +10,14 @@ from tempfile import TemporaryDirectory
 import mlx.core as mx
 
 from grpo.backend.random import derive_key
-from grpo.benchmark.models import RANK, base_model, trained_adapters
+from grpo.benchmark.models import base_model
 from grpo.benchmark.protocol import Row, Side, Values, alternate, milliseconds
 from grpo.benchmark.rollout import requests_of, untold
 from grpo.benchmark.setting import Setting
 from grpo.config import AdapterConfig
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import REFERENCE, Adapters
+from grpo.model.drawn import RANK, trained_adapters
 
 
 def adapter_costs(setting: Setting) -> Iterator[Row]:

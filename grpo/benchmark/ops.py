@@ -15,6 +15,7 @@ from grpo.benchmark.models import base_model
 from grpo.benchmark.protocol import Row, Side, Values, alternate
 from grpo.benchmark.setting import Setting
 from grpo.model.costs import Costs
+from grpo.model.mlxlm import SwitchGLU
 from grpo.model.outline import costs_of
 
 REPEATS = 16
@@ -94,7 +95,5 @@ def _mlp_width(model: nn.Module) -> int:
 
 def _routing(model: nn.Module, hidden: mx.array) -> dict[str, Operation]:
     """The choice of experts and their products, for a model that has some: its own block."""
-    from mlx_lm.models.switch_layers import SwitchGLU
-
     blocks = [m for m in model.modules() if any(isinstance(child, SwitchGLU) for child in m.children().values())]
     return {"experts": lambda: blocks[0](hidden[:, None])} if blocks else {}

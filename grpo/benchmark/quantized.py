@@ -14,11 +14,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.backend.device import setup
-from grpo.benchmark.models import trained_adapters, write_model, write_weights
+from grpo.benchmark.models import write_model, write_weights
 from grpo.benchmark.protocol import Row, Side, Values, alternate, milliseconds
 from grpo.benchmark.rollout import ours
 from grpo.benchmark.setting import Setting
 from grpo.config import ModelConfig
+from grpo.model.drawn import trained_adapters
 from grpo.model.load import QUANTIZED_GROUP, load, model_folder
 
 BITS: Literal[4] = 4

@@ -12,11 +12,11 @@ from typing import Any
 import mlx.core as mx
 
 from grpo.backend.device import cpu_cores, describe
+from grpo.backend.versions import versions
 from grpo.benchmark.bounds import bounds_for, require_bounds
 from grpo.benchmark.protocol import CONFIDENCE, ENOUGH, Row, interval
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.verdicts import Verdict, judge
-from grpo.benchmark.versions import versions
 from grpo.errors import RunError
 
 LEGEND = (

@@ -10,12 +10,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend.random import derive_key
-from grpo.benchmark.models import NoTokenizer, model_for, vocabulary_of
+from grpo.benchmark.models import model_for, vocabulary_of
 from grpo.benchmark.protocol import Row, Side, Values, alternate
 from grpo.benchmark.setting import Setting
 from grpo.errors import RunError
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
+from grpo.model.drawn import NoTokenizer
+from grpo.model.mlxlm import BatchGenerator, generate_step, make_sampler
 
 
 def against_mlx_lm(setting: Setting) -> list[Row]:
@@ -68,9 +70,6 @@ def mlx_lm_batched(model: nn.Module, setting: Setting) -> Side:
 
 
 def _batch_generate(model: nn.Module, prompts: Sequence[list[int]], setting: Setting) -> list[list[float]]:
-    from mlx_lm.generate import BatchGenerator
-    from mlx_lm.sample_utils import make_sampler
-
     generator = BatchGenerator(
         model,
         max_tokens=setting.completion_length,
@@ -94,9 +93,6 @@ def mlx_lm_stream(model: nn.Module, setting: Setting) -> Side:
     (prompt,) = setting.draw(vocabulary_of(model))
 
     def work() -> None:
-        from mlx_lm.generate import generate_step
-        from mlx_lm.sample_utils import make_sampler
-
         steps = generate_step(mx.array(prompt), model, max_tokens=setting.completion_length, sampler=make_sampler(1.0))
         for _ in steps:
             pass

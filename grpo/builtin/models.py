@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from grpo.builtin.student import Student, make
+from grpo.builtin.student import NewModel, Student, make
 from grpo.errors import UserError
 
 MODELS = {
@@ -30,8 +30,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo"
 
 
-def folder(name: str) -> Path:
-    """The folder of a built-in model in Hub layout. It appears whole, by one rename, or not at all."""
+def folder(name: str, new_model: NewModel) -> Path:
+    """The folder of a built-in model in Hub layout, which `new_model` is asked for where it has to be made.
+
+    It appears whole, by one rename, or not at all.
+    """
     settings = MODELS[name]
     digest = hashlib.sha256(repr((VERSION, asdict(settings))).encode()).hexdigest()[:12]
     final = cache_folder() / f"{name.partition(':')[2]}-{digest}"
@@ -43,7 +46,7 @@ def folder(name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=".making-") as aside:
             made = Path(aside) / "model"
             made.mkdir()
-            make(settings, made)
+            make(settings, made, new_model)
             try:
                 made.rename(final)
             except OSError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ CHAT_TEMPLATE = (
 )
 
 Rows = list[tuple[list[int], list[int]]]
+
+NewModel = Callable[[Mapping[str, Any]], "nn.Module"]
+"""Makes the model that a `config.json` describes, with random weights: `grpo.model.mlxlm.new_model`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +54,15 @@ class Student:
         return self.good_first + (self.good_last - self.good_first) * progress
 
 
-def make(settings: Student, folder: Path) -> None:
+def make(settings: Student, folder: Path, new_model: NewModel) -> None:
     """Train a student and write it to `folder` as the Hub lays models out."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.models import qwen3
 
     tokenizer = _tokenizer(TASKS[settings.task])
     config = _config(settings, tokenizer)
     mx.random.seed(settings.seed)
-    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    model = new_model(config)
     _train(model, settings, tokenizer)
     _write_tokenizer(tokenizer, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -10,7 +10,8 @@ from grpo import __version__
 from grpo.backend.device import out_of_memory
 from grpo.backend.hub import one_line
 from grpo.backend.secrets import mask_logs, masked, masked_traceback
-from grpo.cli import bench, doctor, evaluate, export, generate, recipes, replay, report, rewards, runs, train
+from grpo.benchmark import commands as benchmarks
+from grpo.cli import doctor, evaluate, export, generate, recipes, replay, report, rewards, runs, train
 from grpo.cli.commands import Group, TakesSettings
 from grpo.errors import RunError, UserError
 
@@ -32,7 +33,7 @@ app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(rewards.app, name="rewards")
-app.add_typer(bench.app, name="bench")
+app.add_typer(benchmarks.app, name="bench", cls=Group)
 
 
 @app.callback(invoke_without_command=True)

@@ -89,8 +89,8 @@ def costs(
     backend: Annotated[Backend, typer.Option(help="With --memory: an NVIDIA card, or a Mac.")] = Backend.cuda,
 ) -> None:
     """Estimate a recipe's memory and time on common machines, or on one that you describe. No weights are fetched."""
-    from grpo.benchmark.estimate import estimates, legend
-    from grpo.benchmark.machines import CHIPS, described
+    from grpo.planning.estimate import estimates, legend
+    from grpo.planning.machines import CHIPS, described
 
     if (memory is None) is not (bandwidth is None):
         raise UserError("costs: --memory and --bandwidth describe a machine together: give both, or neither")

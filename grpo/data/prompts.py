@@ -16,7 +16,7 @@ from grpo.errors import UserError
 from grpo.types import Message, Prompt, Task
 
 if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from grpo.model.mlxlm import TokenizerWrapper
 
 
 class PromptRenderer:

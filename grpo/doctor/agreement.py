@@ -20,16 +20,17 @@ def toy() -> tuple[Policy, RolloutEngine]:
     """A Qwen3 of a million parameters with a fresh LoRA, ready to be sampled from."""
     import mlx.core as mx
 
-    from grpo.benchmark.models import NoTokenizer, base_model
-    from grpo.benchmark.setting import Setting
+    from grpo.backend.device import setup
     from grpo.config import AdapterConfig
     from grpo.generation.generator import Generator
     from grpo.generation.sampling import Sampling
     from grpo.model.adapters import Adapters
+    from grpo.model.drawn import NoTokenizer, random_model
     from grpo.model.policy import Policy
     from grpo.rollout import RolloutEngine
 
-    model = base_model(Setting("qwen3-1m"))
+    setup()
+    model = random_model("qwen3-1m")
     policy = Policy(model, Adapters(model, AdapterConfig(), mx.random.key(0)), temperature=1.0)
     generator = Generator(model, NoTokenizer(), slots=len(LENGTHS))
     return policy, RolloutEngine(generator, Sampling(1.0, 1))

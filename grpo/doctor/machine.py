@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from grpo.backend import blas as backend
 from grpo.backend.device import cpu_cores, memory_bytes, on_gpu
-from grpo.benchmark.versions import versions
+from grpo.backend.versions import versions
 from grpo.doctor.finding import Finding, gigabytes
 from grpo.scoring.sandbox.run import missing
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from grpo.backend import blas
-from grpo.benchmark import versions as installed_versions
+from grpo.backend.versions import numbers, requirements, untested
+from grpo.backend.versions import versions as installed_versions
 from grpo.doctor.finding import Finding
 
 Installed = Callable[[], Mapping[str, str]]
@@ -29,7 +27,7 @@ KNOWN_BAD = (
     KnownBad("mlx", "0.32.2", "mx.fast.rope is wrong for batched decoding in older ones"),
     KnownBad("mlx-lm", "0.32", "grpo reads models and writes adapters as from then on"),
 )
-"""The one place for versions that do not do; pyproject.toml keeps pip from most of them, and says no more."""
+"""The one place for versions that do not do. pyproject.toml keeps pip from most of them; it alone has upper bounds."""
 
 INSTALL = "pip install grpo-mlx (also where it is installed: pip adds what it requires)"
 
@@ -39,23 +37,18 @@ BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
 
 def absent() -> list[str]:
     """The packages that grpo requires and that are not installed; none are known where it is not installed itself."""
-    try:
-        wanted = importlib.metadata.requires("grpo-mlx") or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
-    return [name for name in map(_required, wanted) if name and not blas.installed(name)]
-
-
-def _required(line: str) -> str | None:
-    """The name in `datasets>=2`; None where the requirement has a condition, such as an extra."""
-    match = re.match(r"[\w.-]+", line)
-    return None if match is None or ";" in line else match.group()
+    return [name for name in requirements() if not blas.installed(name)]
 
 
 def versions(
-    installed: Installed = installed_versions.versions, absent: Callable[[], Collection[str]] = absent
+    installed: Installed = installed_versions,
+    absent: Callable[[], Collection[str]] = absent,
+    required: Installed = requirements,
 ) -> Finding:
-    """Python, the packages that numbers depend on, and whether all that grpo requires is there."""
+    """Python, the packages that numbers depend on, and whether all that grpo requires is there.
+
+    A package that is newer than grpo was tested with is a warning: it may well work.
+    """
     found = installed()
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     needed = [bad.package for bad in KNOWN_BAD if bad.package not in found]
@@ -66,10 +59,15 @@ def versions(
         said = "; ".join(f"{bad.package} {found[bad.package]}: {bad.why}" for bad in wrong)
         wanted = " ".join(f"'{bad.package}>={bad.below}'" for bad in wrong)
         return Finding("versions", "fail", f"{said} ({text})", f"pip install --upgrade {wanted}")
+    if newer := untested(found, wanted_of := required()):
+        said = "; ".join(f"{name} {found[name]}: grpo was tested below {limit}" for name, limit in newer.items())
+        tested = " ".join(f"'{name}{wanted_of[name]}'" for name in newer)
+        remedy = f"if something goes wrong: pip install --upgrade grpo-mlx, or else pip install {tested}"
+        return Finding("versions", "warn", f"{said} ({text})", remedy)
     return Finding("versions", "ok", text)
 
 
-def backends(installed: Installed = installed_versions.versions) -> Finding:
+def backends(installed: Installed = installed_versions) -> Finding:
     """Whether exactly one package brings MLX's library, and that of MLX's own version."""
     found = installed()
     there = {name: found[name] for name in BACKENDS if name in found}
@@ -83,9 +81,3 @@ def backends(installed: Installed = installed_versions.versions) -> Finding:
     if set(there.values()) != {found.get("mlx")}:
         return Finding("backends", "fail", f"{said} is not of the version of mlx, {found.get('mlx')}", again)
     return Finding("backends", "ok", said)
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, to compare: `0.32.2.dev1+abc` is (0, 32, 2)."""
-    match: Any = re.match(r"[\d.]*", version)
-    return tuple(int(part) for part in match.group().split(".") if part)

@@ -156,7 +156,7 @@ class _BatchCachesSession:
 
 def _recurrent(cache: Any) -> bool:
     """Whether a cache holds a state that padding would run into: not every model masks it."""
-    from mlx_lm.models.cache import ArraysCache, CacheList
+    from grpo.model.mlxlm import ArraysCache, CacheList
 
     if isinstance(cache, CacheList):
         return any(map(_recurrent, cache.caches))
@@ -165,7 +165,7 @@ def _recurrent(cache: Any) -> bool:
 
 def _empty(model: nn.Module) -> Caches:
     """Caches of one row that hold nothing."""
-    from mlx_lm.models.cache import make_prompt_cache
+    from grpo.model.mlxlm import make_prompt_cache
 
     caches: Caches = make_prompt_cache(model)
     return caches

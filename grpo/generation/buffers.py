@@ -75,7 +75,7 @@ class CacheShape:
 
 def cache_shapes(model: nn.Module) -> list[CacheShape] | None:
     """What each layer of a model caches, found by running one token; None unless all of it is plain keys and values."""
-    from mlx_lm.models.cache import KVCache, make_prompt_cache
+    from grpo.model.mlxlm import KVCache, make_prompt_cache
 
     cache: list[Any] = make_prompt_cache(model)
     if any(type(layer) is not KVCache for layer in cache):
@@ -91,7 +91,7 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[KeysValu
 
     Prompts are padded on the right, which causal attention does not see, and go through the model in chunks.
     """
-    from mlx_lm.models.cache import make_prompt_cache
+    from grpo.model.mlxlm import make_prompt_cache
 
     width = max(map(len, prompts)) - 1
     if width == 0:

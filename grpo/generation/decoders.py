@@ -130,9 +130,9 @@ def _attention_through_caches(model: nn.Module) -> Iterator[None]:
     mlx-lm's models all call one function, by the name under which their file has imported it: that name is what is
     replaced, in the files that this model's modules come from.
     """
-    from mlx_lm.models import base
+    from grpo.model import mlxlm
 
-    name, original = "scaled_dot_product_attention", base.scaled_dot_product_attention
+    name, original = "scaled_dot_product_attention", mlxlm.scaled_dot_product_attention
     files = {sys.modules[type(module).__module__] for module in model.modules()}
     patched = [file for file in files if getattr(file, name, None) is original]
 

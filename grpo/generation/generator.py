@@ -21,7 +21,7 @@ from grpo.generation.stopping import Stopping
 from grpo.types import Completion, FinishReason, Progress
 
 if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from grpo.model.mlxlm import TokenizerWrapper
 
 TELL_EVERY = 0.5
 """Seconds between two reports of progress: counting tokens at every step would be work for the host."""

@@ -25,6 +25,7 @@ from grpo.config import AdapterConfig
 from grpo.errors import UserError
 from grpo.model.dropout import add_dropout
 from grpo.model.lora import fold
+from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear, linear_to_lora_layers, load_adapters
 from grpo.model.saved import CONFIG, WEIGHTS, SavedAdapter, is_peft, read_adapter
 
 State = Mapping[str, mx.array]
@@ -210,8 +211,6 @@ def _product_norm(a: mx.array, b: mx.array) -> mx.array:
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Put a saved adapter, in mlx-lm's format or PEFT's, into `model`. Raises UserError where it does not fit."""
-    from mlx_lm.tuner.utils import load_adapters
-
     saved = read_adapter(folder)  # refuses what no model should be given
     try:
         if is_peft(folder):
@@ -226,8 +225,6 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 def _add_saved(model: nn.Module, saved: SavedAdapter) -> None:
     """Add exactly those layers that a saved adapter has arrays for. Raises ValueError for what the model has not."""
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
     modules = {f"{path}.{part}" for path, _ in model.named_modules() for part in ("lora_a", "lora_b", "m")}
     arrays = saved.fitted(modules)
     keys = {path.rpartition(".")[0] for path in arrays}
@@ -248,8 +245,6 @@ def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
 
 def linear_layers(model: nn.Module) -> list[str]:
     """The linear layers of the model's blocks by their path in a block, in order and once each."""
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-
     kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
     paths = [path for block in model.layers for path, module in block.named_modules() if isinstance(module, kinds)]
     return list(dict.fromkeys(sorted(paths)))
@@ -257,8 +252,6 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 def routers(model: nn.Module) -> set[str]:
     """Those linear layers that choose experts: not trained unless named, so that what is sampled goes where it went."""
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-
     blocks = [dict(block.named_modules()) for block in model.layers]
     experts = (SwitchLinear, QuantizedSwitchLinear)
     sparse = [block for block in blocks if any(isinstance(module, experts) for module in block.values())]
@@ -334,8 +327,6 @@ def _unfreeze(model: nn.Module, cfg: AdapterConfig) -> None:
 
 
 def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None:
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
     dora = config["fine_tune_type"] == "dora"
     try:
         linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=dora)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,10 +18,8 @@ from grpo.builtin import models as builtin_models
 from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.adapters import dtype_of
+from grpo.model.mlxlm import TokenizerWrapper, load_model, load_tokenizer, new_model, quantize
 from grpo.model.widehead import wide_head, widen_head
-
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 QUANTIZED_GROUP = 64
 """Weights that share a scale and an offset."""
@@ -41,8 +37,6 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
     Raises UserError for a model that cannot be fetched, a folder without config, tokenizer or safetensors, an
     architecture that mlx-lm does not know, and weights that do not match it.
     """
-    from mlx_lm.utils import load_model, load_tokenizer
-
     folder = model_folder(cfg)
     _check_files(cfg, folder)
     try:
@@ -119,14 +113,10 @@ def check_config(config: Any) -> None:
 
 
 def _quantized(model: nn.Module, config: dict[str, Any], cfg: ModelConfig) -> nn.Module:
-    from mlx_lm.utils import quantize_model
-
     assert cfg.quantize is not None
     if "quantization" in config:
         raise UserError(f"model.quantize: {cfg.name} is quantised already, to {config['quantization']['bits']} bits")
-    with redirect_stdout(StringIO()):  # it reports bits per weight
-        quantized: nn.Module = quantize_model(model, config, QUANTIZED_GROUP, cfg.quantize)[0]
-    return quantized
+    return quantize(model, config, QUANTIZED_GROUP, cfg.quantize)[0]
 
 
 def is_local(cfg: ModelConfig) -> bool:
@@ -137,7 +127,7 @@ def is_local(cfg: ModelConfig) -> bool:
 def model_folder(cfg: ModelConfig) -> Path:
     """The folder with the model's files: made, found, or fetched from the Hub."""
     if cfg.name in builtin_models.NAMES:
-        return builtin_models.folder(cfg.name)
+        return builtin_models.folder(cfg.name, new_model)
     if cfg.name.startswith("builtin:"):
         raise UserError(f"model {cfg.name}: no such built-in; there is {', '.join(builtin_models.NAMES)}")
     folder = Path(cfg.name).expanduser()

@@ -11,10 +11,7 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from grpo.backend.imports import unseen
-
-with unseen("wandb"):  # mlx-lm's own training would import it: half a second at the start of every command
-    from mlx_lm.tuner.lora import LoRALinear
+from grpo.model.mlxlm import LoRALinear
 
 
 class FoldedLoRALinear(LoRALinear):  # type: ignore[misc]  # untyped

@@ -20,6 +20,7 @@ from grpo.errors import UserError
 from grpo.model.adapters import make_trainable
 from grpo.model.costs import Costs, Product
 from grpo.model.load import check_config
+from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear, new_model
 
 USED_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
 """How many experts a token meets, by the names that architectures have for it."""
@@ -68,12 +69,9 @@ def costs_of(model: nn.Module) -> Costs:
 
 def outline(config: Mapping[str, Any], adapter: AdapterConfig | None, dtype: mx.Dtype | None) -> nn.Module:
     """mlx-lm's model of a config, none of whose arrays has been computed: shapes and dtypes alone mean something."""
-    from mlx_lm.utils import _get_classes
-
     check_config(config)
     try:
-        model_class, arguments = _get_classes(dict(config))
-        model = model_class(arguments.from_dict(dict(config)))
+        model = new_model(config)
     except Exception as error:  # whatever a config that is not what it should be makes mlx-lm's code raise
         raise UserError(f"config.json: not a model that mlx-lm knows: {one_line(error)}") from error
     model.set_dtype(dtype or _dtype_of(config))
@@ -106,8 +104,6 @@ def _dtype_of(config: Mapping[str, Any]) -> mx.Dtype:
 
 def _products(model: nn.Module, module: nn.Module) -> list[Product]:
     """What tokens are multiplied with in a module itself; the layer inside an adapter's is a module of its own."""
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-
     if isinstance(module, nn.Linear | nn.QuantizedLinear | SwitchLinear | QuantizedSwitchLinear):
         return [_matrix(model, module)]
     if "lora_a" not in module:

@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from grpo.model.mlxlm import ArraysCache, KVCache, RotatingKVCache, create_causal_mask
+
 
 class Rows:
     """Which prompt each row goes on from, and what it sees."""
@@ -58,8 +60,6 @@ class PromptKeys:
         self.values: mx.array | None = None
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> Any:
-        from mlx_lm.models.base import create_causal_mask
-
         if return_array or (window_size and n > window_size):
             return create_causal_mask(n, window_size=window_size)
         return "causal"
@@ -224,8 +224,6 @@ Kind = type[PromptKeys] | type[PromptState]
 
 def kinds(cache: list[Any]) -> list[Kind]:
     """What stands in for each of mlx-lm's caches. Raises ValueError, with their names, for caches of other kinds."""
-    from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
-
     known: dict[type, Kind] = {KVCache: PromptKeys, RotatingKVCache: PromptKeys, ArraysCache: PromptState}
     if odd := {type(layer).__name__ for layer in cache if type(layer) not in known}:
         raise ValueError(", ".join(sorted(odd)))

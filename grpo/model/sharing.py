@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from grpo.backend.blame import cause, is_ours
 from grpo.model.dropout import second_pass
+from grpo.model.mlxlm import make_prompt_cache
 from grpo.model.promptcaches import Kind, Rows, kinds
 
 Body = Any
@@ -65,8 +66,6 @@ def shared_layers(model: nn.Module, body: Body) -> list[Kind]:
     Its layers must keep keys and values or recurrent states; that it then computes the same as for whole sequences is
     tried, on three short rows.
     """
-    from mlx_lm.models.cache import make_prompt_cache
-
     try:
         layers = kinds(make_prompt_cache(model))
     except ValueError as error:

@@ -13,6 +13,7 @@ from grpo.builtin import models as builtin_models
 from grpo.config import Recipe
 from grpo.config.data import origins
 from grpo.document import Dumper
+from grpo.model.load import model_folder
 from grpo.runs.checkpoint import read_state
 from grpo.tools.snippets import BASE, snippet
 
@@ -68,7 +69,7 @@ def _use(cfg: Recipe, form: str, repo: str | None) -> list[str]:
     if form == "fused" or name not in builtin_models.NAMES:
         return [snippet(cfg, form, short_name(name), repo)]
     if repo is None:
-        folder = builtin_models.folder(name)
+        folder = model_folder(cfg.model)
         home = folder.is_relative_to(Path.home())
         return [snippet(cfg, form, f"~/{folder.relative_to(Path.home())}" if home else str(folder), repo)]
     made = f"`{BASE}` is a model that `grpo` makes: `grpo generate {name} hi` leaves it in a folder of `~/.cache/grpo`."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,14 @@ from grpo.config import ModelConfig, Recipe
 from grpo.errors import UserError
 from grpo.model.adapters import load_adapter, merge
 from grpo.model.load import QUANTIZED_GROUP, cast, is_local, load, model_folder
+from grpo.model.mlxlm import (
+    MultiLinear,
+    QuantizedMultiLinear,
+    dequantize_model,
+    load_config,
+    quantize,
+    save_model,
+)
 from grpo.model.saved import CONFIG, PEFT_WEIGHTS, WEIGHTS, read_adapter
 from grpo.recipe import load_recipe
 from grpo.runs.checkpoint import RECIPE
@@ -177,8 +184,6 @@ def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) 
 
     A quantised base is written without quantisation: to quantise the sum again would round most of an adapter away.
     """
-    from mlx_lm.utils import load_config, quantize_model, save
-
     setup()
     source, quantized = model_folder(cfg.model), _quantization(cfg.model)
     config = load_config(source)
@@ -194,22 +199,18 @@ def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) 
         ["the base was quantised; these weights are not, so that nothing of the adapter is lost"] if quantized else []
     )
     if bits is not None:
-        with contextlib.redirect_stdout(None):  # it prints
-            model, config = quantize_model(model, config, group_size=_group_size(model), bits=bits)
+        model, config = quantize(model, config, _group_size(model), bits)
         notes = [f"quantised to {bits} bits after the adapter was added: the adapter is rounded with the weights"]
     gap: Any = (mx.exp(before) * (before - _logprobs(model, probe))).sum(axis=-1).mean().item()
     notes.append(
         f"against the base with its adapter: KL divergence {max(gap, 0.0):.1e} nats a token, on a line of arithmetic"
     )
-    save(folder, source, model, tokenizer, config, donate_model=False)
+    save_model(folder, source, model, tokenizer, config, donate_model=False)
     return notes
 
 
 def _dequantized(model: nn.Module) -> nn.Module:
     """As mlx-lm does it, and the projections of latent attention, which it leaves as they are."""
-    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
-    from mlx_lm.utils import dequantize_model
-
     whole = []
     for path, module in model.named_modules():
         if isinstance(module, QuantizedMultiLinear):

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from grpo.builtin import models
+from grpo.config import ModelConfig
+from grpo.model.load import model_folder
 from grpo.plugins import bundled
 from grpo.telemetry.jsonl import read_evaluations
 
@@ -51,7 +52,7 @@ def main() -> None:
     asked.into.mkdir(parents=True, exist_ok=True)
     keys = [(task, loss, seed) for seed in asked.seeds for task in asked.tasks for loss in asked.losses]
     for task in asked.tasks:
-        models.folder(f"builtin:{task}-student")  # made before the clock runs
+        model_folder(ModelConfig(name=f"builtin:{task}-student"))  # made before the clock runs
     with ThreadPoolExecutor(asked.jobs) as pool:
         results = list(pool.map(lambda key: _result(key, asked.steps, asked.into), keys))
     (asked.into / "results.json").write_text(_lines(results))

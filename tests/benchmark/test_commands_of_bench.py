@@ -9,11 +9,12 @@ import pytest
 from grpo.benchmark import lengths, roofline, scale, streaming
 from grpo.benchmark.breakdown import shares, watched
 from grpo.benchmark.lengths import growth
-from grpo.benchmark.models import SHAPES, config_of, model_for
+from grpo.benchmark.models import model_for
 from grpo.benchmark.protocol import Row
 from grpo.benchmark.sampling import FILTERS
 from grpo.benchmark.setting import Setting
 from grpo.model.costs import Work
+from grpo.model.drawn import SHAPES, config_of
 from grpo.model.outline import costs_of, costs_of_config
 
 LOAD = ["--prompts", 1, "--completions", 2, "--prompt-length", 3, "--completion-length", 3]

@@ -9,6 +9,7 @@ import pytest
 from grpo.builtin import models
 from grpo.builtin.student import Student, make
 from grpo.builtin.tasks import TASKS
+from grpo.model.mlxlm import new_model
 from grpo.plugins import bundled
 
 
@@ -20,7 +21,7 @@ def cache(request: pytest.FixtureRequest) -> Path:
 
 def made(settings: Student, folder: Path) -> dict[str, bytes]:
     folder.mkdir()
-    make(settings, folder)
+    make(settings, folder, new_model)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -36,7 +37,7 @@ def test_two_processes_that_make_one_at_once_share_the_first(tmp_path: Path, mon
     monkeypatch.setenv("GRPO_CACHE", str(tmp_path))
     before = set(tmp_path.iterdir())
 
-    def make_while_another_does(_: Student, made: Path) -> None:
+    def make_while_another_does(_: Student, made: Path, new_model) -> None:
         (made / "config.json").write_text("mine")
         theirs = final()
         theirs.mkdir()
@@ -47,7 +48,7 @@ def test_two_processes_that_make_one_at_once_share_the_first(tmp_path: Path, mon
         return tmp_path / f"arithmetic-student-{digest}"
 
     monkeypatch.setattr(models, "make", make_while_another_does)
-    folder = models.folder("builtin:arithmetic-student")
+    folder = models.folder("builtin:arithmetic-student", new_model)
     assert (folder / "config.json").read_text() == "theirs"
     assert set(tmp_path.iterdir()) - before == {folder}  # and nothing is left aside
 
@@ -56,7 +57,7 @@ def test_two_processes_that_make_one_at_once_share_the_first(tmp_path: Path, mon
 @pytest.mark.parametrize("name", models.NAMES)
 def test_a_whole_student_is_made_the_same_again(name: str, cache: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("GRPO_CACHE", str(cache))
-    kept = {path.name: path.read_bytes() for path in models.folder(name).iterdir()}
+    kept = {path.name: path.read_bytes() for path in models.folder(name, new_model).iterdir()}
     assert made(models.MODELS[name], tmp_path / "again") == kept
 
 

@@ -51,13 +51,16 @@ def test_every_check_has_a_name_of_its_own_and_says_it() -> None:
         ({"mlx": "0.31.9"}, "fail", "mlx 0.31.9: mx.fast.rope is wrong for batched decoding"),
         ({"mlx": "0.32.1.dev20260101+abc"}, "fail", "'mlx>=0.32.2'"),
         ({"mlx": "0.32.2"}, "ok", "mlx 0.32.2"),
-        ({"mlx": "1.0"}, "ok", "mlx 1.0"),
+        ({"mlx": "0.32.9"}, "ok", "mlx 0.32.9"),
+        ({"mlx": "0.33.0"}, "warn", "mlx 0.33.0: grpo was tested below 0.33"),
+        ({"mlx_lm": "1.0"}, "warn", "pip install 'mlx-lm<0.33,>=0.32'"),
         ({"mlx_lm": "0.31.3"}, "fail", "'mlx-lm>=0.32'"),
         ({"mlx_lm": None}, "fail", "not installed: mlx-lm"),
     ],
 )
 def test_versions_that_do_not_do_are_named(changes: dict, status: str, said: str) -> None:
-    has(packages.versions(installed(**changes)), status, said)
+    bounds = {"mlx": "<0.33,>=0.32.2", "mlx-lm": "<0.33,>=0.32", "numpy": ""}
+    has(packages.versions(installed(**changes), required=lambda: bounds), status, said)
 
 
 @pytest.mark.parametrize(

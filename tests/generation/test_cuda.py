@@ -7,17 +7,17 @@ import mlx.core as mx
 import pytest
 
 from grpo.backend import cuda
+from grpo.backend.device import setup
 from grpo.backend.random import derive_key
 from grpo.generation.filters import cut, repetition_penalised, threshold
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
+from grpo.model.drawn import NoTokenizer, random_model, trained_adapters
 from grpo.model.logprobs import scaled, token_logprobs
 
 pytestmark = pytest.mark.skipif(not cuda.available(), reason="no CUDA device")
 
 if cuda.available():
-    from grpo.benchmark.models import NoTokenizer, model_for
-    from grpo.benchmark.setting import Setting
     from grpo.generation import cuda_sampling
 
 KEY = derive_key(0, "test")
@@ -63,7 +63,9 @@ def test_draws_follow_the_distribution() -> None:
 
 @pytest.mark.parametrize("slots", [64, 5])
 def test_decoding_by_kernels_is_teacher_forcing_to_rounding(slots: int) -> None:
-    model = model_for(Setting("qwen3-25m"))
+    setup()
+    model = random_model("qwen3-25m")
+    trained_adapters(model)
     generator = Generator(model, NoTokenizer(), slots)
     assert generator.decoding.description == "joined layers, shared prompts, CUDA kernels"
     prompts = [list(range(5, 105)), [7], list(range(200, 233))]

@@ -8,7 +8,6 @@ import mlx.core as mx
 import pytest
 
 from grpo.backend.blame import cause, is_ours
-from grpo.benchmark.models import NoTokenizer
 from grpo.config import AdapterConfig
 from grpo.doctor import agreement
 from grpo.generation import attention, blocks, choice, decoders
@@ -17,6 +16,7 @@ from grpo.generation.choice import find_decoding
 from grpo.generation.generator import Generator
 from grpo.model import head, sharing
 from grpo.model.adapters import Adapters
+from grpo.model.drawn import NoTokenizer
 from grpo.model.policy import Policy
 from grpo.recipe import load_recipe
 from grpo.runs.prepare import prepare

@@ -13,6 +13,7 @@ from grpo.builtin.student import Student
 from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.load import load
+from grpo.model.mlxlm import new_model
 
 
 @pytest.fixture
@@ -93,9 +94,9 @@ def test_a_builtin_model_is_made_once_and_the_same(tmp_path: Path, monkeypatch: 
     made = []
     for name in ("a", "b"):
         monkeypatch.setenv("GRPO_CACHE", str(tmp_path / name))
-        folder = models.folder("builtin:arithmetic-student")
+        folder = models.folder("builtin:arithmetic-student", new_model)
         stamp = folder.stat().st_mtime_ns
-        assert models.folder("builtin:arithmetic-student").stat().st_mtime_ns == stamp
+        assert models.folder("builtin:arithmetic-student", new_model).stat().st_mtime_ns == stamp
         assert [path.name for path in folder.parent.iterdir()] == [folder.name]
         made.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert made[0] == made[1]

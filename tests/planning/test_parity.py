@@ -11,7 +11,6 @@ from conftest import shaken
 
 import grpo.generation.blocks as blocks
 import grpo.planning.parity as parity
-from grpo.benchmark.models import NoTokenizer
 from grpo.config import AdapterConfig
 from grpo.errors import RunError, UserError
 from grpo.generation.attention import FusedRowAttention, StockAttention
@@ -23,6 +22,7 @@ from grpo.generation.decoding import SharedPrefix
 from grpo.generation.generator import Generator
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import Adapters
+from grpo.model.drawn import NoTokenizer
 from grpo.model.policy import Policy
 from grpo.model.sharing import shared_hidden
 from grpo.planning.parity import check_parity

@@ -13,11 +13,10 @@ from mlx.utils import tree_flatten, tree_map
 from test_packing import row
 from test_update import recipe
 
-from grpo.benchmark.models import NoTokenizer
-from grpo.benchmark.work import Prompts
 from grpo.config import AdapterConfig, OptimConfig
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
+from grpo.model.drawn import NoTokenizer
 from grpo.model.policy import Policy
 from grpo.planning.plan import make_plan
 from grpo.rollout import RolloutEngine, sampling_of
@@ -47,6 +46,18 @@ def drawn(arrays: dict[str, mx.array], seed: int, dtype: mx.Dtype = mx.float32) 
     }
     mx.eval(found)
     return found
+
+
+class OnePrompt:
+    """In the place of a dataset: one prompt, the same at every step."""
+
+    dropped = 0
+
+    def take(self, _n: int) -> list[Task]:
+        return [Task(0, "", (1, 2, 3), {})]
+
+    def state(self) -> dict[str, int]:
+        return {}
 
 
 def numbers(model: nn.Module) -> int:
@@ -163,7 +174,7 @@ def test_a_step_whose_start_can_be_saved_takes_no_more_than_the_plan_says() -> N
     )
     engine = RolloutEngine(Generator(policy.model, NoTokenizer(), 2), sampling_of(cfg.rollout))
     scorer = Scorer({"turns": lambda completions, **_: [float(i % 2) for i in range(len(completions))]})
-    trainer = Trainer(cfg, policy, Prompts([Task(0, "", (1, 2, 3), {})]), engine, scorer)
+    trainer = Trainer(cfg, policy, OnePrompt(), engine, scorer)
     trainer.step(1)
     plan, _ = make_plan(cfg, policy, engine.generator.decoding, (3, 3))
     state = trainer.state()  # as the loop holds it
@@ -186,7 +197,7 @@ def test_decoding_does_not_keep_the_weights_of_before_an_update() -> None:
     engine = RolloutEngine(Generator(policy.model, NoTokenizer(), 2), sampling_of(cfg.rollout))
     assert "joined layers" in engine.generator.decoding.description
     scorer = Scorer({"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]})
-    trainer = Trainer(cfg, policy, Prompts([Task(0, "", (1, 2, 3), {})]), engine, scorer)
+    trainer = Trainer(cfg, policy, OnePrompt(), engine, scorer)
     before = policy.model.layers[0].self_attn.q_proj.weight + 0
     trainer.step(1)
     assert not mx.array_equal(before, policy.model.layers[0].self_attn.q_proj.weight)

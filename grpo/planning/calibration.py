@@ -8,8 +8,8 @@ what goes through memory is scaled by its bandwidth.
 
 from __future__ import annotations
 
-from grpo.benchmark.machines import Chip
 from grpo.model.costs import Costs, Work
+from grpo.planning.machines import Chip
 
 LAYER = 1.8e-4
 """Seconds of a decoding step that a layer takes to launch."""

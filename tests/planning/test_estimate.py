@@ -13,20 +13,20 @@ from conftest import make_model
 
 from grpo.backend import cuda
 from grpo.backend.device import on_gpu
-from grpo.benchmark.estimate import LEGEND, estimate, estimates, model_config
-from grpo.benchmark.machines import CHIPS, described
-from grpo.benchmark.machines import cuda as card
-from grpo.benchmark.models import config_of
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
 from grpo.generation.choice import find_decoding
 from grpo.model.adapters import Adapters
+from grpo.model.drawn import config_of
 from grpo.model.known import CONFIGS
 from grpo.model.load import load
 from grpo.model.outline import costs_of, costs_of_config, outline
 from grpo.model.policy import Policy
 from grpo.planning.activations import reckoned_footprint
+from grpo.planning.estimate import LEGEND, estimate, estimates, model_config
 from grpo.planning.footprint import measure_footprint
+from grpo.planning.machines import CHIPS, described
+from grpo.planning.machines import cuda as card
 from grpo.planning.plan import Machine, make_plan, plan_on
 from grpo.plugins import bundled
 from grpo.recipe import load_recipe, recipe_of

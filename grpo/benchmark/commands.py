@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grpo.cli.commands import Group
-
 if TYPE_CHECKING:
     from grpo.benchmark.protocol import Row
     from grpo.benchmark.setting import Setting
@@ -17,9 +15,7 @@ if TYPE_CHECKING:
 Rows = Iterable["Row"]
 Measure = Callable[..., Rows]
 
-app = typer.Typer(
-    cls=Group, help="Measure this machine: sides take turns in one process, and ratios count.", no_args_is_help=True
-)
+app = typer.Typer(help="Measure this machine: sides take turns in one process, and ratios count.", no_args_is_help=True)
 
 
 def _writable(path: Path | None) -> Path | None:

@@ -18,8 +18,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend.hub import Repository, fetch, one_line
-from grpo.benchmark import calibration
-from grpo.benchmark.machines import CHIPS, Chip, Known
 from grpo.config import ModelConfig, Recipe
 from grpo.errors import TooLargeError, UserError
 from grpo.generation.attention import Attention, FusedRowAttention
@@ -31,7 +29,9 @@ from grpo.model.costs import Costs
 from grpo.model.known import CONFIGS
 from grpo.model.outline import costs_of, outline
 from grpo.model.widehead import bytes_at_work, widen_head
+from grpo.planning import calibration
 from grpo.planning.activations import reckoned_footprint
+from grpo.planning.machines import CHIPS, Chip, Known
 from grpo.planning.plan import Machine, Plan, plan_on
 
 WORDS: dict[Known, str] = {"measured": "about", "scaled": "roughly", "bound": "over"}

@@ -1,0 +1,83 @@
+"""The one door to mlx-lm: no other file of this package imports it.
+
+`__all__` is what grpo relies on. `tests/model/test_mlxlm_contract.py` says for each name which part of grpo needs it,
+and tests that it behaves as that part expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import mlx.nn as nn
+
+from grpo.backend.imports import unseen
+from grpo.backend.versions import changed
+
+try:
+    with unseen("wandb"):  # mlx-lm's own training would import it: half a second at the start of every command
+        from mlx_lm.generate import BatchGenerator, generate_step
+        from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
+        from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+        from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+        from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
+        from mlx_lm.sample_utils import make_sampler
+        from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+        from mlx_lm.tuner.lora import LoRALinear
+        from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+        from mlx_lm.utils import _get_classes, dequantize_model, load_config, load_model, load_tokenizer, quantize_model
+        from mlx_lm.utils import save as save_model
+except ImportError as error:
+    if (error.name or "").startswith("mlx_lm."):
+        raise changed("mlx-lm", error) from error
+    raise  # mlx-lm is not installed, or lacks a package of its own
+
+__all__ = [
+    "ArraysCache",
+    "BPEStreamingDetokenizer",
+    "BatchGenerator",
+    "CacheList",
+    "KVCache",
+    "LoRALinear",
+    "MultiLinear",
+    "QuantizedMultiLinear",
+    "QuantizedSwitchLinear",
+    "RotatingKVCache",
+    "SwitchGLU",
+    "SwitchLinear",
+    "TokenizerWrapper",
+    "create_causal_mask",
+    "dequantize_model",
+    "generate_step",
+    "linear_to_lora_layers",
+    "load_adapters",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "make_prompt_cache",
+    "make_sampler",
+    "new_model",
+    "quantize",
+    "save_model",
+    "scaled_dot_product_attention",
+]
+
+
+def new_model(config: Mapping[str, Any]) -> nn.Module:
+    """The model that a `config.json` describes, its weights drawn from MLX's global random state and not yet computed.
+
+    Raises ValueError for an architecture that mlx-lm does not know.
+    """
+    model_class, arguments = _get_classes(dict(config))
+    return model_class(arguments.from_dict(dict(config)))
+
+
+def quantize(
+    model: nn.Module, config: Mapping[str, Any], group_size: int, bits: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model (changed in place) with its linear layers and embeddings quantized, and the config that says so."""
+    with redirect_stdout(StringIO()):  # it prints the bits per weight
+        model, config = quantize_model(model, dict(config), group_size, bits)
+    return model, dict(config)

@@ -13,6 +13,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from grpo.model.mlxlm import new_model
+
 Config = dict[str, Any]
 
 COMMON: Config = {
@@ -142,12 +144,9 @@ SMALL: dict[str, Config] = {
 
 def write(name: str, folder: Path, tokenizer: Path) -> Path:
     """Make a model with random weights, in the layout of the Hub, with the tokenizer of another such folder."""
-    from mlx_lm.utils import _get_classes
-
     config = {**COMMON, **SMALL[name]}
-    model_class, args_class = _get_classes(config)
     mx.random.seed(0)
-    model = model_class(args_class.from_dict(config))
+    model = new_model(config)
     # What starts as zeros or ones (norms, biases, routers) would hide that it is used.
     weights = {
         path: array + 0.3 * mx.random.normal(array.shape) if mx.all(array == array.reshape(-1)[0]).item() else array

@@ -1,17 +1,21 @@
-"""What measurements are bounded by, in one table. `verdicts.py` says how a measurement is held against it."""
+"""What measurements are bounded by: the tables `[[bound]]` of a TOML file that `--check` is given.
+
+`scripts/benchmarks/bounds.toml` has the project's own. `verdicts.py` says how a measurement is held against a bound.
+"""
 
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 
 from grpo.backend.device import on_gpu
-from grpo.benchmark.lengths import GROWTH
 from grpo.benchmark.protocol import ENOUGH, Row
 from grpo.benchmark.setting import Setting
 from grpo.errors import UserError
@@ -25,7 +29,7 @@ class Bound:
     """A promise about the rows of one benchmark whose case, side and unit these patterns match.
 
     `where` is "CPU", "GPU" (of any kind), "CUDA", "Metal", or a word of the device's name; `setting` what must have
-    been asked for. `why` says what makes it hold.
+    been asked for, and a `shape` in it is random weights. `why` says what makes it hold.
     """
 
     benchmark: str
@@ -41,7 +45,9 @@ class Bound:
 
     def applies(self, benchmark: str, setting: Setting, machine: frozenset[str]) -> bool:
         here = self.where is None or self.where in machine
-        return benchmark == self.benchmark and here and all(getattr(setting, k) == v for k, v in self.setting.items())
+        drawn = setting.model is None or "shape" not in self.setting
+        asked = all(getattr(setting, name) == value for name, value in self.setting.items())
+        return benchmark == self.benchmark and here and drawn and asked
 
     def matches(self, row: Row) -> bool:
         named = zip((row.case, row.side, row.unit), (self.case, self.side, self.unit), strict=True)
@@ -54,61 +60,67 @@ class Bound:
         return row.ratios if self.figure == "speed-up" else [1 / ratio - 1 for ratio in row.ratios]
 
 
-_06B = {"shape": "qwen3-0.6b", "model": None, "completion_length": 128}
-_ONE_M = {"shape": "qwen3-1m", "model": None}
-_ROLLOUT = {**_ONE_M, "prompts": 8, "completions": 8, "prompt_length": 128, "completion_length": 128}
-_STEP = {**_ONE_M, "prompts": 2, "completions": 8, "prompt_length": 64, "completion_length": 64}
-_UPDATE = {**_ONE_M, "completions": 8, "prompt_length": 512, "completion_length": 64}
-
-BOUNDS: tuple[Bound, ...] = (
-    Bound("sampling", "top_k 50", "tok/s", "overhead", "a threshold by one kernel", most=0.005, where="GPU"),
-    Bound("sampling", "top_p 0.9", "tok/s", "overhead", "the same, by shares of the whole", most=0.07, where="GPU"),
-    Bound("sampling", "repetition_penalty 1.1", "tok/s", "overhead", "seen tokens are kept there", most=0.02,
-          where="GPU"),
-    Bound("sampling", "all of them", "tok/s", "overhead", "the filters share one threshold", most=0.05, where="GPU"),
-    Bound("length", "* tokens", "ms", "overhead", "late steps are like early ones", least=-0.1, most=0.1, where="GPU"),
-    Bound("context", "*", GROWTH, "value", "no length at which other kernels suddenly serve", most=1.15),
-    Bound("streaming", "stream", "ms", "overhead", "text by the new token alone", most=0.026, case="50 tokens*"),
-    Bound("streaming", "asyncio", "ms", "overhead", "a turn of the loop a token", most=0.068, case="50 tokens*"),
-    Bound("streaming", "stream, *", "ms", "overhead", "callbacks are short", most=0.003, case="50 tokens*"),
-    Bound("adapter", "after a switch", "ms switch", "value", "arrays are swapped, none is computed", most=1.0),
-    Bound("adapter", "after a switch", "ms", "overhead", "a switch leaves nothing to be done again", most=0.0),
-    Bound("rollout", "grpo", "tok/s", "speed-up", "joined layers and shared prompts, with the same BLAS", least=1.5,
-          where="CPU", setting=_ROLLOUT),
-    Bound("rollout", "grpo", "tok/s", "speed-up", "attention by kernels of our own", least=4.5,
-          where="H200", setting={**_06B, "prompts": 8, "completions": 8, "prompt_length": 256}),
-    Bound("rollout", "grpo", "tok/s", "speed-up", "a prompt's keys are read once for its group", least=5.0,
-          where="H200", setting={**_06B, "prompts": 8, "completions": 16, "prompt_length": 2048}),
-    Bound("train", "grpo", "s", "speed-up", "against mlx-lm-lora with the same BLAS (--peer-python, --blas)", least=4.0,
-          where="CPU", case="step, *", setting=_STEP),
-    Bound("train", "shared*", "s", "speed-up", "512 + 8 × 64 tokens instead of 8 × 576", least=3.0,
-          where="CPU", case="update, *", setting=_UPDATE),
-    Bound("train", "shared*", "s", "speed-up", "8.5 times fewer tokens through the layers", least=5.0,
-          where="H200", case="update, *", setting={**_06B, "completions": 16, "prompt_length": 2048}),
-)  # fmt: skip
-"""Ratios depend on the load, so speed-ups are bounded at those that they were promised for.
-
-Sampling and lengths are bounded on a GPU, where a step waits for launches. On a CPU a filter's passes over
-`[rows, vocabulary]` are a tenth of a small model's step and more, and so is attention over some hundred tokens of the
-completion itself: `scripts/benchmarks/RESULTS.md` has both."""
+def read_bounds(path: Path) -> list[Bound]:
+    """The bounds of a file. Raises UserError, which names the bound, for what is not there or does not fit."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--check {path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--check {path}: not TOML: {error}") from None
+    tables = document.get("bound")
+    if not isinstance(tables, list) or set(document) != {"bound"}:
+        raise UserError(f"--check {path}: a file of bounds holds [[bound]] tables and nothing else")
+    return [_bound(table, f"--check {path}: bound {number}") for number, table in enumerate(tables, start=1)]
 
 
-def bounds_for(benchmark: str, setting: Setting) -> list[Bound]:
-    """The bounds on this benchmark of this setting on this machine."""
+def _bound(table: Any, where: str) -> Bound:
+    wanted = {part.name: part for part in fields(Bound)}
+    if not isinstance(table, dict):
+        raise UserError(f"{where}: is no table")
+    if unknown := sorted(set(table) - set(wanted)):
+        raise UserError(f"{where}: unknown key {unknown[0]}; there are {', '.join(wanted)}")
+    required = [name for name, part in wanted.items() if part.default is part.default_factory is MISSING]
+    if missing := [name for name in required if name not in table]:
+        raise UserError(f"{where}: {missing[0]} is missing")
+    for name, value in table.items():
+        if not isinstance(value, _kind(name)) or isinstance(value, bool):
+            raise UserError(f"{where}: {name} is {value!r}")
+    if table["figure"] not in get_args(Figure):
+        raise UserError(f"{where}: figure is {table['figure']!r}; expected {', '.join(get_args(Figure))}")
+    if odd := sorted(set(table.get("setting", {})) - {part.name for part in fields(Setting)}):
+        raise UserError(f"{where}: a setting has no {odd[0]}")
+    bound = Bound(**table)
+    if not (math.isfinite(bound.least) or math.isfinite(bound.most)):
+        raise UserError(f"{where}: bounds nothing: give least or most")
+    return bound
+
+
+def _kind(name: str) -> Any:
+    """The type of a key's value."""
+    return {"least": int | float, "most": int | float, "setting": dict}.get(name, str)
+
+
+def bounds_for(table: Sequence[Bound], benchmark: str, setting: Setting) -> list[Bound]:
+    """Those of the table that are about this benchmark of this setting on this machine."""
     machine = machine_words()
-    return [bound for bound in BOUNDS if bound.applies(benchmark, setting, machine)]
+    return [bound for bound in table if bound.applies(benchmark, setting, machine)]
 
 
-def require_bounds(benchmark: str, setting: Setting) -> None:
-    """Raise UserError where `--check` would have nothing to check, or too few runs to tell anything by."""
+def required_bounds(table: Sequence[Bound], benchmark: str, setting: Setting) -> list[Bound]:
+    """What `--check` holds measurements against.
+
+    Raises UserError where there is nothing to check, or too few runs to tell anything by.
+    """
     if setting.runs < ENOUGH:
         raise UserError(f"--check: fewer than {ENOUGH} runs cannot tell noise from a shortfall: --runs {ENOUGH}")
-    if not bounds_for(benchmark, setting):
-        here, known = "/".join(sorted(machine_words())), [b for b in BOUNDS if b.benchmark == benchmark]
+    if not (bounds := bounds_for(table, benchmark, setting)):
+        here, known = "/".join(sorted(machine_words())), [b for b in table if b.benchmark == benchmark]
         where = "; ".join(dict.fromkeys(f"{b.where or 'anywhere'} {dict(b.setting) or ''}".strip() for b in known))
         raise UserError(
             f"--check: nothing of `bench {benchmark}` is bounded here ({here}). Bounded: {where or 'nothing'}"
         )
+    return bounds
 
 
 def machine_words() -> frozenset[str]:

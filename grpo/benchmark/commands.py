@@ -48,7 +48,14 @@ LOAD = {"prompts": 8, "completions": 8, "prompt_length": 128, "completion_length
 Json = Annotated[
     Path | None, typer.Option("--json", callback=_writable, help="Write machine, versions and rows to this file.")
 ]
-Check = Annotated[bool, typer.Option("--check", help="Exit with 1, naming what fell short, if a bound does not hold.")]
+Check = Annotated[
+    Path | None,
+    typer.Option(
+        "--check",
+        metavar="FILE",
+        help="Bounds (scripts/benchmarks/bounds.toml): exit with 1, naming what fell short, if one does not hold.",
+    ),
+]
 
 
 def command(**defaults: Any) -> Callable[[Measure], Measure]:
@@ -56,7 +63,7 @@ def command(**defaults: Any) -> Callable[[Measure], Measure]:
     defaults = {**COMMON, **defaults}
 
     def register(measure: Measure) -> Measure:
-        def run(json: Path | None, check: bool, **given: Any) -> None:
+        def run(json: Path | None, check: Path | None, **given: Any) -> None:
             from grpo.benchmark.report import report
             from grpo.benchmark.setting import Setting
 
@@ -65,7 +72,7 @@ def command(**defaults: Any) -> Callable[[Measure], Measure]:
 
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(inspect.signature(measure).parameters.values())[1:]]
         shared = [_parameter(name, OPTIONS[name], default) for name, default in defaults.items()]
-        end = [_parameter("json", Json, None), _parameter("check", Check, False)]
+        end = [_parameter("json", Json, None), _parameter("check", Check, None)]
         vars(run)["__signature__"] = inspect.Signature([*shared, *own, *end])  # where typer looks
         app.command(measure.__name__, help=measure.__doc__)(run)
         return measure

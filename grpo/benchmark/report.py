@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from grpo.backend.device import cpu_cores, describe
 from grpo.backend.versions import versions
-from grpo.benchmark.bounds import bounds_for, require_bounds
+from grpo.benchmark.bounds import read_bounds, required_bounds
 from grpo.benchmark.protocol import CONFIDENCE, ENOUGH, Row, interval
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.verdicts import Verdict, judge
@@ -26,24 +26,24 @@ LEGEND = (
 
 
 def report(
-    benchmark: str, setting: Setting, measure: Callable[[], Iterable[Row]], path: Path | None, check: bool
+    benchmark: str, setting: Setting, measure: Callable[[], Iterable[Row]], path: Path | None, check: Path | None
 ) -> None:
-    """Measure, print rows as they come and verdicts on them, and write them to `path` if there is one.
+    """Measure, print rows as they come, and write them to `path` if there is one.
 
-    With `check`, raises UserError before anything is measured where nothing is bounded, and RunError after it, naming
-    what fell short.
+    With `check`, a file of bounds, rows are held against these: raises UserError before anything is measured where
+    nothing is bounded, and RunError after it, naming what fell short.
     """
-    if check:
-        require_bounds(benchmark, setting)
+    bounds = required_bounds(read_bounds(check), benchmark, setting) if check is not None else []
     rows = list(_shown(measure()))
-    verdicts = judge(bounds_for(benchmark, setting), rows)
+    verdicts = judge(bounds, rows)
     if path is not None and rows:  # of several processes one has them
         _write(path, document(benchmark, setting, rows, verdicts))
     if verdicts:
         print("\n".join(["\nbounds", *(f"  {verdict.line()}" for verdict in verdicts)]))
-    if check and not verdicts:
-        raise RunError(f"bench {benchmark}: nothing was measured of what is bounded: {_wanted(benchmark, setting)}")
-    if check and (short := [verdict.line() for verdict in verdicts if verdict.falls_short]):
+    if bounds and not verdicts:
+        wanted = "; ".join(f"{bound.case}: {bound.side} ({bound.why})" for bound in bounds)
+        raise RunError(f"bench {benchmark}: nothing was measured of what is bounded: {wanted}")
+    if short := [verdict.line() for verdict in verdicts if verdict.falls_short]:
         raise RunError("\n".join([f"bench {benchmark}: {len(short)} of {len(verdicts)} bounds fall short:", *short]))
 
 
@@ -52,10 +52,6 @@ def _write(path: Path, found: dict[str, Any]) -> None:
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise RunError(f"--json {path}: cannot be written: {error.strerror}; what was measured is printed") from error
-
-
-def _wanted(benchmark: str, setting: Setting) -> str:
-    return "; ".join(f"{bound.case}: {bound.side} ({bound.why})" for bound in bounds_for(benchmark, setting))
 
 
 def _shown(rows: Iterable[Row]) -> Iterator[Row]:

@@ -1,20 +1,21 @@
-"""What `--check` fails on, with rows whose numbers were made up for it."""
+"""What `--check FILE` fails on, with rows whose numbers were made up for it, and the project's own file."""
 
 import json
-import math
-from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from grpo.backend.device import cpu_cores
 from grpo.benchmark import bounds, report
-from grpo.benchmark.bounds import BOUNDS, Bound, bounds_for, require_bounds
+from grpo.benchmark.bounds import Bound, bounds_for, read_bounds, required_bounds
+from grpo.benchmark.lengths import GROWTH
 from grpo.benchmark.protocol import Row
 from grpo.benchmark.report import document
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.verdicts import judge
 from grpo.errors import RunError, UserError
 
+OURS = Path(__file__).parents[2] / "scripts/benchmarks/bounds.toml"
 FIVE = Setting(shape="qwen3-tiny", runs=5)
 
 
@@ -73,16 +74,15 @@ def test_the_interval_narrows_with_more_turns() -> None:
 def test_where_a_bound_applies(monkeypatch) -> None:
     wanted = {"shape": "qwen3-tiny"}
     table = (bound(where="CPU", setting=wanted), bound(where="H200", setting=wanted), bound(setting={"runs": 7}))
-    monkeypatch.setattr(bounds, "BOUNDS", table)
     monkeypatch.setattr(bounds, "machine_words", lambda: frozenset({"CPU"}))
-    assert bounds_for("b", FIVE) == [table[0]]
-    assert bounds_for("other", FIVE) == []
+    assert bounds_for(table, "b", FIVE) == [table[0]]
+    assert bounds_for(table, "other", FIVE) == []
     monkeypatch.setattr(bounds, "machine_words", lambda: frozenset({"GPU", "CUDA", "NVIDIA", "H200"}))
-    assert bounds_for("b", FIVE) == [table[1]]
+    assert bounds_for(table, "b", FIVE) == [table[1]]
     with pytest.raises(UserError, match=r"nothing of `bench other` is bounded here"):
-        require_bounds("other", FIVE)
+        required_bounds(table, "other", FIVE)
     with pytest.raises(UserError, match="--runs 5"):
-        require_bounds("b", Setting(shape="qwen3-tiny", runs=4))
+        required_bounds(table, "b", Setting(shape="qwen3-tiny", runs=4))
 
 
 @pytest.mark.parametrize(
@@ -94,38 +94,77 @@ def test_where_a_bound_applies(monkeypatch) -> None:
 )
 def test_a_speed_up_is_bounded_at_its_own_load(benchmark: str, promised: dict[str, int], monkeypatch) -> None:
     monkeypatch.setattr(bounds, "machine_words", lambda: frozenset({"CPU"}))
-    assert len(bounds_for(benchmark, Setting(**promised))) == 1
+    table = read_bounds(OURS)
+    assert len(bounds_for(table, benchmark, Setting(**promised))) == 1
+    assert bounds_for(table, benchmark, Setting(**promised, model="mine")) == []  # random weights were promised for
     for name in promised:
-        assert bounds_for(benchmark, Setting(**{**promised, name: 1})) == []
+        assert bounds_for(table, benchmark, Setting(**{**promised, name: 1})) == []
 
 
 def test_a_file_that_cannot_be_written_after_all_is_said(tmp_path) -> None:
     with pytest.raises(RunError, match="cannot be written: Is a directory"):
-        report.report("b", FIVE, lambda: [row([0.5])], tmp_path, check=False)
+        report.report("b", FIVE, lambda: [row([0.5])], tmp_path, check=None)
 
 
 def test_the_table_names_what_is_there(run_cli) -> None:
     commands = run_cli("bench", "--help").out
-    names = {field.name for field in fields(Setting)}
-    for one in BOUNDS:
+    for one in (table := read_bounds(OURS)):
         assert one.benchmark in commands
-        assert set(one.setting) <= names
-        assert math.isfinite(one.least) or math.isfinite(one.most)
         assert one.why
+    assert [one.unit for one in table if one.benchmark == "context"] == [GROWTH]
+    assert len(table) == 17
 
 
-def test_a_shortfall_ends_the_command_and_is_named(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(bounds, "BOUNDS", (bound(most=0.05), bound(figure="value", most=2.0)))
+GOOD = """[[bound]]
+benchmark = "b"
+side = "side"
+unit = "ms"
+figure = "overhead"
+most = 0.05
+why = "?"
+"""
+
+
+def test_a_shortfall_ends_the_command_and_is_named(tmp_path, capsys) -> None:
+    check = tmp_path / "bounds.toml"
+    check.write_text(f"{GOOD}{GOOD.replace('overhead', 'value').replace('0.05', '2')}")
     rows = [row([0.5] * 5)]
     with pytest.raises(RunError, match=r"1 of 2 bounds fall short:\ncase: side: overhead 100\.0 %"):
-        report.report("b", FIVE, lambda: rows, tmp_path / "out.json", check=True)
+        report.report("b", FIVE, lambda: rows, tmp_path / "out.json", check)
     assert "FALLS SHORT" in capsys.readouterr().out
     written = json.loads((tmp_path / "out.json").read_text())
     assert [one["falls_short"] for one in written["bounds"]] == [True, False]
-    report.report("b", FIVE, lambda: rows, None, check=False)  # said, but no error
-    assert "FALLS SHORT" in capsys.readouterr().out
+    report.report("b", FIVE, lambda: rows, None, check=None)
+    assert "bounds" not in capsys.readouterr().out
     with pytest.raises(RunError, match="nothing was measured of what is bounded"):
-        report.report("b", FIVE, list, None, check=True)
+        report.report("b", FIVE, list, None, check)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("[[bound]]", "[[bond]]"), "holds [[bound]] tables and nothing else"),
+        (("[[bound]]", "[[bound]"), "not TOML: "),
+        (('why = "?"', ""), "bound 2: why is missing"),
+        (("most", "mots"), "bound 2: unknown key mots; there are benchmark, side"),
+        (("most = 0.05", ""), "bound 2: bounds nothing: give least or most"),
+        (("0.05", '"5 %"'), "bound 2: most is '5 %'"),
+        (("overhead", "over"), "bound 2: figure is 'over'; expected speed-up, overhead, value"),
+        (("why", "setting = {shap = 1}\nwhy"), "bound 2: a setting has no shap"),
+    ],
+)
+def test_a_mistake_in_a_file_of_bounds_is_named(tmp_path, change: tuple[str, str], said: str) -> None:
+    file = tmp_path / "bounds.toml"
+    file.write_text(GOOD + GOOD.replace(*change))
+    with pytest.raises(UserError) as raised:
+        read_bounds(file)
+    assert str(raised.value).startswith(f"--check {file}: ")
+    assert said in str(raised.value)
+
+
+def test_a_file_of_bounds_that_is_not_there_is_named(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"nope\.toml: cannot be read: No such file"):
+        read_bounds(tmp_path / "nope.toml")
 
 
 def test_the_document_for_programs() -> None:

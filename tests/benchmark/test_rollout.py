@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from grpo.benchmark.setting import Setting
 from grpo.errors import RunError, UserError
 
 TINY = Setting("qwen3-tiny", prompts=2, completions=2, prompt_length=3, completion_length=4, runs=2)
+OURS = Path(__file__).parents[2] / "scripts/benchmarks/bounds.toml"
 ALONE = Setting("qwen3-tiny", lora=False, prompt_length=2, completion_length=4)
 
 
@@ -73,8 +75,9 @@ def test_without_a_blas_of_our_own_there_is_nothing_to_tell_apart(monkeypatch) -
         (["--shape", "nope", "--wheel-blas"], "no shape 'nope'"),
         (["--model", "./nope"], "there is no such folder"),
         (["--json", "/nowhere/at/all.json"], "cannot be written"),
-        (["--check", "--runs", 1], "--runs 5"),
-        (["--check", "--shape", "qwen3-tiny"], "nothing of `bench rollout` is bounded here"),
+        (["--check", OURS, "--runs", 1], "--runs 5"),
+        (["--check", "nope.toml"], "nope.toml: cannot be read"),
+        (["--check", OURS, "--shape", "qwen3-tiny"], "nothing of `bench rollout` is bounded here"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_measured(run_cli, arguments: list[str], said: str) -> None:

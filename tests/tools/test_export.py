@@ -159,19 +159,19 @@ def test_the_card_says_what_it_is(trained) -> None:
 def test_a_card_names_the_folder_of_a_builtin_model(trained, monkeypatch) -> None:
     """Other programs know nothing of our names."""
     kept = Path.home() / ".cache/grpo/arithmetic-student-123"
-    monkeypatch.setattr(card.builtin_models, "folder", lambda name: kept)
+    monkeypatch.setattr(card, "model_folder", lambda cfg: kept)
     cfg = load_recipe(trained / "recipe.yaml")
     cfg = cfg.model_copy(update={"model": ModelConfig(name="builtin:arithmetic-student")})
     text = card.model_card(cfg, trained / "checkpoints/step-000003", "mlx", [])
     assert "mlx_lm.generate --model ~/.cache/grpo/arithmetic-student-123 --adapter-path" in text
     text = card.model_card(cfg, trained / "checkpoints/step-000003", "peft", [])
     assert "base = expanduser('~/.cache/grpo/arithmetic-student-123')" in text
-    monkeypatch.setattr(card.builtin_models, "folder", lambda name: Path("/models/made"))
+    monkeypatch.setattr(card, "model_folder", lambda cfg: Path("/models/made"))
     assert "--model /models/made " in card.model_card(cfg, trained / "checkpoints/step-000003", "mlx", [])
 
 
 def test_a_public_card_has_no_folder_of_this_machine(trained, monkeypatch) -> None:
-    monkeypatch.setattr(card.builtin_models, "folder", lambda name: Path("/models/made"))
+    monkeypatch.setattr(card, "model_folder", lambda cfg: Path("/models/made"))
     cfg = load_recipe(trained / "recipe.yaml")
     cfg = cfg.model_copy(update={"model": ModelConfig(name="builtin:arithmetic-student")})
     for form in ("mlx", "peft", "fused"):

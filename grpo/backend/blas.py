@@ -77,11 +77,11 @@ def _preload() -> str:
     return "the one in MLX's wheel, slow: install grpo-mlx[cpu] (MKL), or OpenBLAS"
 
 
-def _candidates() -> list[tuple[str, str]]:
-    found = [("MKL", path) for path in _mkl_paths()]
+def _candidates() -> Iterator[tuple[str, str]]:
+    yield from (("MKL", path) for path in _mkl_paths())
+    # Looked for only where MKL does not serve: it runs `ldconfig` or a compiler, most of the time of `import grpo`.
     if openblas := ctypes.util.find_library("openblas"):
-        found.append(("OpenBLAS", openblas))
-    return found
+        yield "OpenBLAS", openblas
 
 
 def _mkl_paths() -> list[str]:

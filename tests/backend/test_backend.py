@@ -53,6 +53,13 @@ def test_coming_too_late_is_said() -> None:
     assert "import grpo first" in python(SHOW.format(first="mlx.core", second="grpo"))
 
 
+def test_openblas_is_not_looked_for_where_mkl_is(monkeypatch) -> None:
+    """To look for it runs other programs: `import grpo` would wait for them."""
+    monkeypatch.setattr(blas, "_mkl_paths", lambda: ["libmkl_rt.so"])
+    monkeypatch.setattr(blas.ctypes.util, "find_library", lambda _: pytest.fail("it was looked for"))
+    assert next(iter(blas._candidates())) == ("MKL", "libmkl_rt.so")
+
+
 def test_none_to_be_had_is_said(monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "mlx.core")
     monkeypatch.setattr(sys, "platform", "linux")

@@ -16,6 +16,7 @@ from grpo.doctor.machine import blas, compiler, device, sandbox, wired_limit
 from grpo.doctor.packages import INSTALL, backends, versions
 from grpo.doctor.places import grpo_cache, hub_cache, recipes, runs_folder
 from grpo.doctor.services import hub, hub_token, wandb
+from grpo.errors import UserError
 
 Check = Callable[[], Finding]
 
@@ -39,6 +40,8 @@ def examine(checks: Iterable[Check]) -> Iterator[Finding]:
             finding = check()
         except ModuleNotFoundError as error:
             finding = Finding(name, "fail", f"a Python package is missing: {one_line(error)}", INSTALL)
+        except UserError as error:  # a version that lacks what grpo needs (`grpo.model.mlxlm`)
+            finding = Finding(name, "fail", one_line(error), INSTALL)
         except Exception as error:
             text = f"the check itself broke: {type(error).__name__}: {one_line(error)}"
             finding = Finding(name, "fail", text, "report it, with `grpo doctor --json`")

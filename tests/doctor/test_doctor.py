@@ -20,6 +20,7 @@ from grpo.doctor import agreement, machine, packages, places, services
 from grpo.doctor.finding import Finding
 from grpo.doctor.machine import Device, Products
 from grpo.doctor.run import CHECKS, examine, report
+from grpo.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SOUND = {"python": "3.11.7", "mlx": "0.32.4", "mlx-lm": "0.32.2", "mlx-cpu": "0.32.4"}
@@ -263,6 +264,15 @@ def test_a_missing_package_is_no_broken_check() -> None:
 
     (found,) = examine([wanting])
     has(found, "fail", "a Python package is missing", "no_such_package", "pip install grpo-mlx")
+
+
+def test_a_version_that_lacks_what_grpo_needs_is_no_broken_check() -> None:
+    def wanting() -> Finding:
+        raise UserError("mlx-lm 9.0 lacks something that grpo needs")
+
+    (found,) = examine([wanting])
+    has(found, "fail", "mlx-lm 9.0 lacks something", "pip install grpo-mlx")
+    assert "the check itself broke" not in found.line()
 
 
 def test_all_that_is_required_is_there(monkeypatch) -> None:

@@ -91,7 +91,7 @@ def test_the_tokenizer_has_what_prompts_and_streams_need(toy_folder: Path) -> No
     tokenizer = mlxlm.load_tokenizer(toy_folder, eos_token_ids=[0, 2])
     assert isinstance(tokenizer, mlxlm.TokenizerWrapper)
     assert set(tokenizer.eos_token_ids) == {0, 2}
-    text = "What is 5+6+9+1? naïve €"
+    text = "What is 5+6+9+1? naïve € "
     ids = tokenizer.encode(text)
     assert all(isinstance(token, int) for token in ids)
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -101,6 +101,7 @@ def test_the_tokenizer_has_what_prompts_and_streams_need(toy_folder: Path) -> No
     for token in ids:
         stream.add_token(token)
         said += stream.last_segment
+    assert said.rstrip() == text.rstrip()  # the blank at the end waits for what follows
     stream.finalize()
     assert said + stream.last_segment == text
     assert tokenizer.has_chat_template
@@ -239,4 +240,13 @@ def test_a_version_without_a_name_is_said_with_what_to_install(monkeypatch) -> N
     monkeypatch.delattr(utils, "linear_to_lora_layers")
     monkeypatch.delitem(sys.modules, "grpo.model.mlxlm")
     with pytest.raises(UserError, match=r"mlx-lm \S+ lacks .* 'linear_to_lora_layers'.* pip install 'mlx-lm"):
+        __import__("grpo.model.mlxlm")
+
+
+def test_a_package_that_is_not_there_is_not_taken_for_another_version(monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mlx_lm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "grpo.model.mlxlm")
+    monkeypatch.setitem(sys.modules, "transformers", None)  # mlx-lm's own requirement
+    with pytest.raises(ModuleNotFoundError, match="transformers"):
         __import__("grpo.model.mlxlm")

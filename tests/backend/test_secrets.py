@@ -6,7 +6,7 @@ from urllib.parse import quote, quote_plus, urlencode
 import pytest
 
 from grpo.backend.secrets import masked
-from grpo.training.completions import read_completions, store_failed
+from grpo.runs.completions import read_completions, store_failed
 from grpo.types import Completion, Group, Rollout, Task
 
 SECRET = """it's "dé\\p" & a/b c\nd"""

@@ -66,9 +66,9 @@ class Rollout:
 
     `scores` are the raw values by reward name, None where a reward gave none, and `failures` says by name which of them
     failed; `extras` is what rewards had to add by `log_extra`, and `logged` what those that were called for this
-    completion alone told by `log_metric`. `reward` is the weighted sum of scores, None where none
-    scored it or one that counts `failed` on it; `penalty` is taken off it before advantages are; `advantage` is 0 until
-    the objective has set it.
+    completion alone told by `log_metric`: the mean of all that was told under a name. `reward` is the weighted sum of
+    scores, None where none scored it or one that counts `failed` on it; `penalty` is taken off it before advantages
+    are; `advantage` is 0 until the objective has set it.
     """
 
     completion: Completion

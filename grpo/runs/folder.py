@@ -24,7 +24,15 @@ from grpo.runs.checkpoint import (
     read_state,
 )
 from grpo.runs.records import replace_text, rewind
-from grpo.runs.starting import PARTIAL, PUT_ASIDE, STARTING, copy_starting, keep_starting, named_as_kept, put_starting
+from grpo.runs.starting import (
+    PARTIAL,
+    PUT_ASIDE,
+    STARTING,
+    copy_starting,
+    keep_starting,
+    named_as_kept,
+    put_starting,
+)
 
 METRICS, EVALUATIONS, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "checkpoints"
 COMPLETIONS = "completions"

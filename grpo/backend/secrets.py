@@ -86,7 +86,7 @@ def _written(held: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
 
     A value is escaped up to twice: an error's `repr` may itself stand in JSON.
     """
-    found = {}
+    found: dict[str, str] = {}
     for name, value in held:
         once = {value, *(escape(value) for escape in ESCAPES)}
         twice = {escape(text) for escape in ESCAPES for text in once}

@@ -44,6 +44,8 @@ NOW = ".now"
 """How far the phase is that the run is in, for those who follow it."""
 UNTRAINED = "untrained"
 """That word where a run made all its steps and no update had a signal."""
+WORSE = "worse"
+"""That word where a run made all its steps and its last evaluation is far below its first."""
 WRITTEN = (
     *(METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorboard", "wandb", "report.html", ENDED),
     *(STARTING, PUT_ASIDE, NOW, RECIPE),

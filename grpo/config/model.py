@@ -67,9 +67,9 @@ class AdapterConfig(Section):
         return self.scale / math.sqrt(self.rank) if self.use_rslora else self.scale
 
     @property
-    def has_reference(self) -> bool:
-        """Whether the reference is a state of the adapter, and not the model as it is loaded."""
-        return self.path is not None or self.sync_reference_every is not None
+    def moves_reference(self) -> bool:
+        """Whether the reference is not what it was at the start: the model, or the adapter in `path`."""
+        return self.sync_reference_every is not None
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> AdapterConfig:

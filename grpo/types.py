@@ -102,6 +102,7 @@ class Batch:
     sampling_logprobs [B, T] float32; old_logprobs, ref_logprobs the same, or None where the settings need none.
     beta [] float32: the weight of the KL penalty at this step, where there is one.
     sampler_logprobs [B, T] float32: under the distribution really sampled, where filters made it another one.
+    entropies [B, T] float32, in nats: the whole policy's before the step, where the update drops numbers; else None.
     """
 
     prompt_ids: mx.array
@@ -116,6 +117,7 @@ class Batch:
     ref_logprobs: mx.array | None = None
     beta: mx.array | None = None
     sampler_logprobs: mx.array | None = None
+    entropies: mx.array | None = None
 
     @property
     def real_rows(self) -> int:

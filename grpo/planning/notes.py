@@ -22,8 +22,8 @@ def notes_on(cfg: Recipe) -> Iterator[str]:
     if cfg.adapter.dropout > 0 and cfg.loss.use is None and cfg.loss.preset.surrogate == "vespo":
         yield (
             "adapter.dropout with loss.type vespo: its weight is of the product of a completion's ratios, to which "
-            "every token adds dropout's noise. By noise of 1 nat a completion, weights shrink to 0.7 (advantage above 0) "
-            "and 0.5 (below) in the mean, longer completions' more: dapo or gspo bear dropout better"
+            "every token adds dropout's noise. By noise of 1 nat a completion, weights shrink to 0.7 (advantage above "
+            "0) and 0.5 (below) in the mean, longer completions' more: dapo or gspo bear dropout better"
         )
     updates = optim.num_iterations * optim.num_minibatches
     of_ratios = [name for name in OF_RATIOS if cfg.loss.preset.surrogate != "dppo" or name not in OF_SAMPLERS]

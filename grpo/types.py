@@ -66,9 +66,9 @@ class Rollout:
 
     `scores` are the raw values by reward name, None where a reward gave none, and `failures` says by name which of them
     failed; `extras` is what rewards had to add by `log_extra`, and `logged` what those that were called for this
-    completion alone told by `log_metric`. `reward` is the weighted sum of scores, None where none
-    scored it or one that counts `failed` on it; `penalty` is taken off it before advantages are; `advantage` is 0 until
-    the objective has set it.
+    completion alone told by `log_metric`: the mean of all that was told under a name. `reward` is the weighted sum of
+    scores, None where none scored it or one that counts `failed` on it; `penalty` is taken off it before advantages
+    are; `advantage` is 0 until the objective has set it.
     """
 
     completion: Completion
@@ -102,6 +102,7 @@ class Batch:
     sampling_logprobs [B, T] float32; old_logprobs, ref_logprobs the same, or None where the settings need none.
     beta [] float32: the weight of the KL penalty at this step, where there is one.
     sampler_logprobs [B, T] float32: under the distribution really sampled, where filters made it another one.
+    entropies [B, T] float32, in nats: the whole policy's before the step, where the update drops numbers; else None.
     """
 
     prompt_ids: mx.array
@@ -116,6 +117,7 @@ class Batch:
     ref_logprobs: mx.array | None = None
     beta: mx.array | None = None
     sampler_logprobs: mx.array | None = None
+    entropies: mx.array | None = None
 
     @property
     def real_rows(self) -> int:

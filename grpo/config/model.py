@@ -47,7 +47,9 @@ class AdapterConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The probability of dropping a number of what A multiplies (LoRA's dropout), in the update alone: samples, old
     logprobs and the reference come from the whole adapter. So the ratio of a step's first update is not exactly 1, and
-    each step takes one more forward pass."""
+    each step takes one more forward pass. `kl` and the clip fractions of the loss are the dropped network's; `entropy`
+    is the whole network's. The masks depend on how a step is split (`optim.micro_batch_tokens`,
+    `optim.share_prompts`)."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """`all-linear` (each linear layer of each block, experts included, what routes to them and the head excluded) or
     names such as `q_proj` (every layer so called) or `self_attn.q_proj`."""
@@ -67,9 +69,9 @@ class AdapterConfig(Section):
         return self.scale / math.sqrt(self.rank) if self.use_rslora else self.scale
 
     @property
-    def has_reference(self) -> bool:
-        """Whether the reference is a state of the adapter, and not the model as it is loaded."""
-        return self.path is not None or self.sync_reference_every is not None
+    def moves_reference(self) -> bool:
+        """Whether the reference is not what it was at the start: the model, or the adapter in `path`."""
+        return self.sync_reference_every is not None
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> AdapterConfig:

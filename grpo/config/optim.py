@@ -36,13 +36,14 @@ class OptimConfig(Section):
     """Updates in each pass: the step's prompts are divided among them (GSPO: 4)."""
     micro_batch_tokens: Tokens | Literal["auto"] = "auto"
     """Tokens, padding included, that go through the model together in the update. Changes memory and speed, not the
-    gradient. `auto`: as many as fit and pay, from the plan."""
+    gradient, unless `adapter.dropout` is on: which numbers it drops depends on the split. `auto`: as many as fit and
+    pay, from the plan."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Compute each layer's inside again in the backward pass: much less memory, a third more time. `auto`: where the
     plan finds that memory is short without."""
     share_prompts: bool = True
     """Run a prompt once for all its completions in training, where the model allows it. Changes memory and speed, not
-    the gradient."""
+    the gradient, unless `adapter.dropout` is on: then the completions of a prompt share what is dropped of it."""
     compile: bool = True
     """Compile the update on a GPU (a CPU never does): a third faster, after minutes spent at the first step."""
     max_skipped_updates: Positive = 3

@@ -57,6 +57,7 @@ class Adapters:
         self._parked: dict[str, State] = {}
         if cfg.path is not None:
             self.load(Path(cfg.path))
+        self._start = self.state() if cfg.path is not None and cfg.type != "full" else {}
         if reference or cfg.type != "full":
             self.copy(POLICY, REFERENCE)
 
@@ -139,23 +140,26 @@ class Adapters:
         Quantised layers are quantised again, as mlx-lm's `fuse` does. No states are left.
         """
         mx.eval(merge(self.model).parameters())
-        self._slots, self._parked = {}, {}
+        self._slots, self._parked, self._start = {}, {}, {}
         return self.model
 
     def delta(self) -> float | None:
-        """The norm of what the adapter adds to the model's weights, `scale · B A` over all layers: 0 at first.
+        """How far the weights are from where the run began, as a norm over all layers: 0 at first.
 
-        Where weights train themselves, and for DoRA's magnitudes, the norm of their difference from the reference; None
-        where there is none.
+        For LoRA of `scale · (B A - B₀ A₀)`, what the adapter adds to the model's weights less what it added at first: 0
+        unless it was a saved one. Where weights train themselves, and for the magnitudes of a fresh DoRA, of their
+        difference from the reference; None where there is none.
         """
         if REFERENCE not in self.names:
             return None
-        state, started, total = self.state(), self.state(REFERENCE), mx.array(0.0)
+        state, started, total = self.state(), self._start or self.state(REFERENCE), mx.array(0.0)
         for path, array in state.items():
             if path.endswith("lora_a"):
-                total = total + self.config["lora_parameters"]["scale"] ** 2 * _product_norm(
-                    array, state[f"{path[:-1]}b"]
-                )
+                names = (path, f"{path[:-1]}b")
+                a, b = (_as_factor(state[name]) for name in names)
+                if self._start:
+                    a, b = _difference(a, b, *(_as_factor(started[name]) for name in names))
+                total = total + self.config["lora_parameters"]["scale"] ** 2 * _product_norm(a, b)
             elif not path.endswith("lora_b"):
                 total = total + ((array - started[path]).astype(mx.float32) ** 2).sum()
         norm: Any = mx.sqrt(mx.maximum(total, 0)).item()
@@ -201,11 +205,19 @@ def _as_section(section: Mapping[str, Any], cfg: AdapterConfig) -> str:
     return f"adapter: {json.dumps(told)}".replace('"', "")
 
 
+def _as_factor(array: mx.array) -> mx.array:
+    """A layer's A as `[D, r]` or B as `[r, E]` in float32: experts, with a dimension more, keep both transposed."""
+    array = array.astype(mx.float32)
+    return array.swapaxes(-1, -2) if array.ndim == 3 else array
+
+
+def _difference(a: mx.array, b: mx.array, a0: mx.array, b0: mx.array) -> tuple[mx.array, mx.array]:
+    """AB - A₀B₀ = A (B - B₀) + (A - A₀) B₀ as one product of twice the rank: exactly 0 where nothing has changed."""
+    return mx.concatenate([a, a - a0], axis=-1), mx.concatenate([b - b0, b0], axis=-2)
+
+
 def _product_norm(a: mx.array, b: mx.array) -> mx.array:
-    """|AB|² = Σ (AᵀA) ∘ (BBᵀ), without ever making AB."""
-    a, b = a.astype(mx.float32), b.astype(mx.float32)
-    if a.ndim == 3:  # experts keep both the other way round
-        a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
+    """|AB|² = Σ (AᵀA) ∘ (BBᵀ), without ever making AB: `[..., D, r]` and `[..., r, E]` in, a scalar out."""
     return ((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2))).sum()
 
 

@@ -28,7 +28,8 @@ MOST_LAYERS = 2_000
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt")
 """Files of which a model has one at least."""
-WEIGHTS_AND_TOKENIZER = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+FETCHED = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", "README.md"]
+"""What is taken of a repository: weights, tokenizer, and the card, which says the license."""
 
 
 def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
@@ -159,9 +160,7 @@ def _fetch(cfg: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     def download(cached: bool) -> str:
-        return snapshot_download(
-            cfg.name, revision=cfg.revision, allow_patterns=WEIGHTS_AND_TOKENIZER, local_files_only=cached
-        )
+        return snapshot_download(cfg.name, revision=cfg.revision, allow_patterns=FETCHED, local_files_only=cached)
 
     return Path(fetch(Repository("model", cfg.name, cfg.revision), download))
 

@@ -49,6 +49,8 @@ def policy_loss(
     `custom`, a function `(logprobs, batch, cfg) -> per_token_loss`, takes the surrogate's place. Its batch has every
     field above as `[B, T]`: old_logprobs always, the other optional ones or None.
 
+    `batch.entropies` `[B, T]`, if there are some, is what the metric `entropy` is of, in the place of `entropies`.
+
     loss = Σ weights · (keep · w · surrogate(ratio, A) + β · KL - c · entropy), where keep and w are the off-policy mask
     and the sampler's correction (which vespo takes into its own weight instead). The formulas are in grpo/presets.py.
     Raises ValueError for a field that the settings need and the batch has not.
@@ -81,7 +83,8 @@ def policy_loss(
         metrics["kl"] = _mean(kl, mask)
     if entropies is not None:
         entropies = mx.where(mask > 0, entropies, 0.0)
-        metrics["entropy"] = _mean(entropies, mask)
+        measured = _field(batch, "entropies", mask)
+        metrics["entropy"] = _mean(entropies if measured is None else measured, mask)
     if cfg.entropy_coef > 0:
         if entropies is None:
             raise ValueError("entropy_coef > 0 needs entropies")

@@ -1,4 +1,4 @@
-"""What a plan says about settings that this run is too short, or too simple, to make use of."""
+"""What a plan says about settings that this run is too short or too simple to make use of, or that do not go well."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ OF_SAMPLERS = ("epsilon", "epsilon_high")
 
 
 def notes_on(cfg: Recipe) -> Iterator[str]:
-    """A line for each setting that will do less than it says."""
+    """A line for each setting that will do less than it says, or other than it should."""
     optim, every = cfg.optim, cfg.adapter.sync_reference_every
     steps = "1 step" if optim.steps == 1 else f"{optim.steps} steps"
     if optim.warmup < optim.warmup_steps:
         yield f"optim.warmup_steps: cut from {optim.warmup_steps} to {optim.warmup}, because the run has {steps}"
     if every is not None and every >= optim.steps:
         yield f"adapter.sync_reference_every: {every} does nothing: the run has {steps}, so the reference stays"
+    if cfg.adapter.dropout > 0 and cfg.loss.use is None and cfg.loss.preset.surrogate == "vespo":
+        yield (
+            "adapter.dropout with loss.type vespo: its weight is of the product of a completion's ratios, to which "
+            "every token adds dropout's noise. By noise of 1 nat a completion, weights shrink to 0.7 (advantage above "
+            "0) and 0.5 (below) in the mean, longer completions' more: dapo or gspo bear dropout better"
+        )
     updates = optim.num_iterations * optim.num_minibatches
     of_ratios = [name for name in OF_RATIOS if cfg.loss.preset.surrogate != "dppo" or name not in OF_SAMPLERS]
     if (

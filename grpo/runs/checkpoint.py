@@ -59,7 +59,7 @@ def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) 
     try:
         _write(aside, state, context)
         for path in [*aside.iterdir(), aside]:
-            _sync(path)
+            sync(path)
         restore_replaced(folder)
         if final.exists():
             final.rename(folder / f".{final.name}{REPLACED}")
@@ -67,7 +67,7 @@ def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) 
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         restore_replaced(folder)
-    _sync(folder)
+    sync(folder)
     best = {checkpoint_path(folder, state.best.step)} if state.best else set()
     for old in set(checkpoints(folder)[:-keep]) - best:
         shutil.rmtree(old)
@@ -235,7 +235,8 @@ def drop_after(folder: Path, step: int) -> list[Path]:
     return later
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """See a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

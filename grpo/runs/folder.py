@@ -24,7 +24,15 @@ from grpo.runs.checkpoint import (
     read_state,
 )
 from grpo.runs.records import replace_text, rewind
-from grpo.runs.starting import PARTIAL, STARTING, copy_starting, keep_starting, named_as_kept, put_starting
+from grpo.runs.starting import (
+    PARTIAL,
+    PUT_ASIDE,
+    STARTING,
+    copy_starting,
+    keep_starting,
+    named_as_kept,
+    put_starting,
+)
 
 METRICS, EVALUATIONS, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "checkpoints"
 COMPLETIONS = "completions"
@@ -36,9 +44,11 @@ NOW = ".now"
 """How far the phase is that the run is in, for those who follow it."""
 UNTRAINED = "untrained"
 """That word where a run made all its steps and no update had a signal."""
+WORSE = "worse"
+"""That word where a run made all its steps and its last evaluation is far below its first."""
 WRITTEN = (
     *(METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorboard", "wandb", "report.html", ENDED),
-    *(STARTING, NOW, RECIPE),
+    *(STARTING, PUT_ASIDE, NOW, RECIPE),
 )
 """What a run writes into its folder, and all that `--overwrite` deletes there.
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from grpo.errors import RunError
 from grpo.runs.checkpoint import Context, newest_whole, save_checkpoint
 from grpo.runs.completions import store_completions, store_failed
-from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, ENDED, FAILED, NOT_FINITE, UNTRAINED, restore_folder
-from grpo.runs.health import trained_on_nothing, warnings_of_first
+from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, ENDED, FAILED, NOT_FINITE, UNTRAINED, WORSE, restore_folder
+from grpo.runs.health import made_worse, trained_on_nothing, warnings_of_first
 from grpo.runs.signals import Stopped, StopRequest
 from grpo.runs.state import Best, RunState
 from grpo.scoring.scorer import BrokenRewardError
@@ -28,13 +28,14 @@ log = logging.getLogger(__name__)
 class Outcome:
     """How a run ended: its state, the checkpoint of it (none before the first step), and the signal that stopped it.
 
-    `untrained` says why a run that made all its steps has trained nothing.
+    `untrained` says why a run that made all its steps has trained nothing, `worse` that it made the model worse.
     """
 
     state: RunState
     checkpoint: Path | None
     stopped_by: int | None
     untrained: str | None = None
+    worse: str | None = None
 
 
 class Loop:
@@ -87,15 +88,16 @@ class Loop:
         if self.stop.signal is not None:
             self._note_end("stopped")
             return Outcome(self.state, self._saved, self.stop.signal)
-        untrained = trained_on_nothing(self.state, self.cfg)
-        self._note_end(UNTRAINED if untrained else "finished")
-        return Outcome(self.state, self._saved, None, untrained)
+        untrained, worse = trained_on_nothing(self.state, self.cfg), made_worse(self.state, self.cfg)
+        self._note_end(UNTRAINED if untrained else WORSE if worse else "finished")
+        return Outcome(self.state, self._saved, None, untrained, worse)
 
     def _step(self) -> None:
         step = self.state.step + 1
         with self._keeps_failed(step), self._interrupts():
             metrics = self.trainer.step(step)
-        self._move(replace(self.state, step=metrics.step, trainer=self.trainer.state()))
+        rewarded = self.state.rewarded or "reward" in metrics.values
+        self._move(replace(self.state, step=metrics.step, rewarded=rewarded, trainer=self.trainer.state()))
         self.tell(metrics)
         if self.ranks.first:
             self._store(metrics)

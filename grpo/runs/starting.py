@@ -7,11 +7,12 @@ from pathlib import Path
 
 from grpo.config import Recipe
 from grpo.model.saved import CONFIG, weights_file
-from grpo.runs.checkpoint import hash_of
+from grpo.runs.checkpoint import hash_of, sync
 
 STARTING = "starting_adapter"
 """The copy's folder in a run's, and what the run's own recipe names as `adapter.path`: it is found beside that."""
-PARTIAL = f".{STARTING}.partial"
+PARTIAL, PUT_ASIDE = f".{STARTING}.partial", f".{STARTING}.former"
+"""The copy while it is made, and the copy that it takes the place of."""
 
 
 def named_as_kept(cfg: Recipe) -> Recipe:
@@ -21,8 +22,8 @@ def named_as_kept(cfg: Recipe) -> Recipe:
 
 def with_kept(cfg: Recipe, run: Path) -> Recipe:
     """The recipe with the copy that `run` keeps, unless the folder in `adapter.path` holds another adapter by now."""
-    kept = run / STARTING
-    if cfg.adapter.path is None or not kept.is_dir():
+    kept = next((run / name for name in (STARTING, PUT_ASIDE) if (run / name).is_dir()), None)
+    if cfg.adapter.path is None or kept is None:
         return cfg
     named, copied = weights_file(Path(cfg.adapter.path)), weights_file(kept)
     if named is not None and copied is not None and hash_of(named) != hash_of(copied):
@@ -56,14 +57,25 @@ def copy_starting(cfg: Recipe, run: Path) -> Path | None:
     for source in (weights, weights.with_name(CONFIG)):
         if source.is_file():
             shutil.copyfile(source, aside / source.name)
+            sync(aside / source.name)
+    sync(aside)
     return aside
 
 
 def put_starting(copy: Path | None, run: Path) -> None:
-    """Give a copy its name, in the place of another that may be there."""
-    if copy is not None:
-        shutil.rmtree(run / STARTING, ignore_errors=True)
-        copy.rename(run / STARTING)
+    """Give a copy its name, in the place of another that may be there.
+
+    The other one is deleted last: at whatever moment the process is killed, `with_kept` finds one of the two.
+    """
+    if copy is None:
+        return
+    final, former = run / STARTING, run / PUT_ASIDE
+    if final.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        final.rename(former)
+    copy.rename(final)
+    sync(run)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def _begins_from(cfg: Recipe, path: str) -> Recipe:

@@ -25,13 +25,15 @@ class Best:
 class RunState:
     """A run after `step`: the trainer's state, the evaluations it compares, and the id that W&B knows it by.
 
-    `first` is the first step that its folder has on record: of a branch off another run, not that run's.
+    `first` is the first step that its folder has on record: of a branch off another run, not that run's. `rewarded`:
+    whether any completion of its steps had a reward.
     """
 
     run_id: str
     trainer: TrainerState
     step: int = 0
     first: int = 1
+    rewarded: bool = False
     before: EvalMetrics | None = None
     after: EvalMetrics | None = None
     best: Best | None = None
@@ -41,6 +43,7 @@ class RunState:
         return {
             "step": self.step,
             "first": self.first,
+            "rewarded": self.rewarded,
             "run_id": self.run_id,
             "counts": dict(self.trainer.counts),
             "before": self.before and asdict(self.before),
@@ -54,6 +57,7 @@ class RunState:
         return cls(
             step=plain["step"],
             first=plain["first"],
+            rewarded=plain.get("rewarded", True),  # not in older checkpoints
             run_id=plain["run_id"],
             trainer=TrainerState(arrays, plain["counts"]),
             before=_evaluation(plain["before"]),

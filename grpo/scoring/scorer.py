@@ -225,11 +225,12 @@ def _by_place(
     scores: list[dict[str, float | None]] = [{} for _ in range(count)]
     failures: list[dict[str, Failure]] = [{} for _ in range(count)]
     extras: list[dict[str, Any]] = [{} for _ in range(count)]
-    logged: list[dict[str, float]] = [{} for _ in range(count)]
+    logged: list[dict[str, list[float]]] = [{} for _ in range(count)]
     for name, spans in answers.items():
         for (begin, end), answer in spans:
             if end - begin == 1:
-                logged[begin] |= {metric: fmean(values) for metric, values in answer.metrics.items()}
+                for metric, told in answer.metrics.items():  # two rewards may log under one name
+                    logged[begin].setdefault(metric, []).extend(told)
             for place, value in enumerate(answer.values, begin):
                 scores[place][name] = value
             for place, error in answer.failures.items():
@@ -237,6 +238,6 @@ def _by_place(
             for column, values in answer.extras.items():
                 for place, value in enumerate(values, begin):
                     extras[place][column] = value
-    for own, failed, extra, told in zip(scores, failures, extras, logged, strict=True):
-        counts = bool(set(failed) - set(metrics_only))
-        yield {"scores": own, "failures": failed, "extras": extra, "logged": told, "failed": counts}
+    for own, failed, extra, all_told in zip(scores, failures, extras, logged, strict=True):
+        counts, means = bool(set(failed) - set(metrics_only)), {name: fmean(told) for name, told in all_told.items()}
+        yield {"scores": own, "failures": failed, "extras": extra, "logged": means, "failed": counts}

@@ -17,7 +17,7 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.recipe import load_recipe
 from grpo.runs.checkpoint import RECIPE
-from grpo.runs.folder import ENDED, METRICS, UNTRAINED, is_run, is_running
+from grpo.runs.folder import ENDED, METRICS, UNTRAINED, WORSE, is_run, is_running
 from grpo.telemetry.console import ConsoleLogger, is_fraction
 from grpo.telemetry.jsonl import read_evaluations, read_steps
 from grpo.telemetry.progress import read_now
@@ -42,8 +42,8 @@ class Run:
 
     @property
     def state(self) -> str:
-        """running, finished, untrained (finished, and no step had a signal), stopped (by a signal), failed (by an
-        error), or died (without a word)."""
+        """running, finished, untrained (finished, and no step had a signal), worse (finished, the last evaluation far
+        below the first), stopped (by a signal), failed (by an error), or died (without a word)."""
         if is_running(self.folder):
             return "running"
         try:
@@ -51,7 +51,7 @@ class Run:
         except (OSError, ValueError):
             word = ""
         if self.step >= self.recipe.optim.steps:
-            return UNTRAINED if word == UNTRAINED else "finished"
+            return word if word in (UNTRAINED, WORSE) else "finished"
         return word if word in ("stopped", "failed") else "died"
 
     @property

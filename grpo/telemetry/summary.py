@@ -35,12 +35,17 @@ def failure_lines(failures: Mapping[str, float], timeouts: Mapping[str, float]) 
 
 
 def print_outcome(console: Console, outcome: Outcome, folder: Path, example: str, failures: list[str]) -> None:
-    """The table of accuracies, what failed, where the adapter is, and how to try it on a prompt like `example`."""
+    """The table of accuracies, what failed, that the model got worse if it did, where the adapter is, and how to try it
+    on a prompt like `example`."""
     state = outcome.state
     if state.before and state.after and state.after.step > state.before.step:
         console.print(before_and_after(state.before, state.after))
     what = "stopped" if outcome.stopped_by is not None else "finished, untrained," if outcome.untrained else "finished"
-    lines = [*failures, f"{what} after step {state.step}" if state.step else f"{what} before the first step"]
+    lines = [
+        *failures,
+        *filter(None, [outcome.worse]),
+        f"{what} after step {state.step}" if state.step else f"{what} before the first step",
+    ]
     if outcome.checkpoint:
         lines.append(f"adapter  {outcome.checkpoint}")
         lines.append(f"try it   grpo generate {shlex.quote(str(folder))} {shlex.quote(example)}")

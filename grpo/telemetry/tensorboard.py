@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo.runs.state import RunState
+from grpo.telemetry.sent import named_numbers
 from grpo.types import EvalMetrics, StepMetrics
 
 
@@ -22,9 +23,8 @@ class TensorboardLogger:
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10, filename_suffix=suffix)
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
-        prefix = "eval" if isinstance(record, EvalMetrics) else "train"
-        for name, value in record.values.items():
-            self._writer.add_scalar(f"{prefix}/{name}", value, record.step)
+        for name, value in named_numbers(record).items():
+            self._writer.add_scalar(name, value, record.step)
         if isinstance(record, StepMetrics) and record.groups:
             rollouts = [rollout for group in record.groups for rollout in group.rollouts]
             lengths = [len(rollout.completion.token_ids) for rollout in rollouts]

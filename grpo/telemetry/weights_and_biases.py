@@ -17,6 +17,7 @@ from grpo.plugins import source_file
 from grpo.runs.checkpoint import RECIPE, newest_whole
 from grpo.runs.folder import CHECKPOINTS
 from grpo.runs.state import RunState
+from grpo.telemetry.sent import named_numbers
 from grpo.types import EvalMetrics, StepMetrics
 
 warn = logging.getLogger(__name__).warning
@@ -76,12 +77,12 @@ class WandbLogger:
         self._keep("recipe", [folder / RECIPE, *(path for path in sources if path is not None)])
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
-        prefix = "eval" if isinstance(record, EvalMetrics) else "train"
-        values: dict[str, Any] = {f"{prefix}/{name}": value for name, value in record.values.items()}
+        values: dict[str, Any] = dict(named_numbers(record))
         if isinstance(record, StepMetrics) and record.groups:
             values |= self._of_completions(record)
         # The step is a value too: W&B's own step grows with every record, and of a step there may be two.
-        self._run.log({**values, STEP: record.step}, step=_place(record.step, prefix == "eval"), commit=True)
+        place = _place(record.step, isinstance(record, EvalMetrics))
+        self._run.log({**values, STEP: record.step}, step=place, commit=True)
 
     def _of_completions(self, record: StepMetrics) -> dict[str, Any]:
         """Histograms of rewards and lengths, and some rows of the table of completions."""

@@ -10,11 +10,13 @@ from typing import Any
 import yaml
 
 from grpo.builtin import models as builtin_models
-from grpo.config import Recipe
+from grpo.config import DataConfig, Recipe
 from grpo.config.data import origins
+from grpo.data.source import is_local
 from grpo.document import Dumper
-from grpo.model.load import model_folder
+from grpo.model.load import looks_like_path, model_folder
 from grpo.runs.checkpoint import read_state
+from grpo.tools.license import license_of
 from grpo.tools.snippets import BASE, snippet
 
 
@@ -49,11 +51,19 @@ def _front_matter(cfg: Recipe, form: str) -> dict[str, Any]:
     matter: dict[str, Any] = {
         "library_name": "peft" if form == "peft" else "mlx",
         "pipeline_tag": "text-generation",
+        **license_of(cfg.model),
         "tags": ["grpo", "reinforcement-learning", *([] if form == "fused" else [cfg.adapter.type])],
     }
     if "/" in cfg.model.name and short_name(cfg.model.name) == cfg.model.name:  # a name on the Hub
         matter["base_model"] = cfg.model.name
+    if _on_the_hub(cfg.data):
+        matter["datasets"] = [cfg.data.source]
     return matter
+
+
+def _on_the_hub(cfg: DataConfig) -> bool:
+    """Whether rows come from a dataset on the Hub."""
+    return not is_local(cfg) and isinstance(cfg.source, str) and not looks_like_path(cfg.source)
 
 
 def short_name(name: str) -> str:

@@ -59,11 +59,17 @@ def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Rec
     """The same minibatches with the policy's logprobs as it is now, before the step's first update.
 
     The first minibatch needs none: its logprobs when it is reached are these, unless its update drops numbers of the
-    adapter's inputs.
+    adapter's inputs. Then each has the entropies of the same pass too: those that the update sees are another policy's.
     """
-    known = 0 if cfg.adapter.dropout > 0 else 1
-    others = [[replace(b, old_logprobs=forced(policy, b)[0]) for b in batches] for batches in minibatches[known:]]
-    return [*minibatches[:known], *others]
+    if cfg.adapter.dropout > 0:
+        return [[_whole(policy, batch) for batch in batches] for batches in minibatches]
+    others = [[replace(b, old_logprobs=forced(policy, b)[0]) for b in batches] for batches in minibatches[1:]]
+    return [*minibatches[:1], *others]
+
+
+def _whole(policy: Policy, batch: Batch) -> Batch:
+    logprobs, entropies = forced(policy, batch)
+    return replace(batch, old_logprobs=logprobs, entropies=entropies)
 
 
 def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:

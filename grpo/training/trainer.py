@@ -114,7 +114,7 @@ class Trainer:
 
     def state(self) -> TrainerState:
         """What the steps so far have changed: what `load_state` takes."""
-        adapters, kept = self.policy.adapters, self.cfg.adapter.has_reference and self.cfg.needs_reference
+        adapters, kept = self.policy.adapters, self.cfg.adapter.moves_reference and self.cfg.needs_reference
         return TrainerState(
             arrays={
                 "adapters": adapters.state(),

@@ -44,6 +44,7 @@ def sharded_model(source: Path, folder: Path, jinja: bool = False) -> Path:
     if jinja:
         (folder / "chat_template.jinja").write_text(tokenizer.pop("chat_template"))
         _write(folder / "tokenizer_config.json", tokenizer)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     return folder
 
 

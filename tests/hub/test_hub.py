@@ -100,7 +100,10 @@ def test_a_run_keeps_to_the_commits_that_it_was_made_from(trained: Hub, tmp_path
     assert len({line for line in asked if line.endswith((model, data))}) == 2
     assert all(line.endswith((model, data)) for line in asked)
     assert json.loads((home / "exported/adapter_config.json").read_text())["revision"] == model
-    assert f"revision: {data}" in (home / "exported/README.md").read_text()
+    card = (home / "exported/README.md").read_text()
+    assert f"revision: {data}" in card
+    for said in ("license: apache-2.0", "base_model: Qwen/Qwen3-0.6B", "datasets:\n- openai/gsm8k"):
+        assert said in card.split("---")[1]
 
 
 def test_an_export_is_pushed_or_it_is_said_why_not(trained: Hub) -> None:

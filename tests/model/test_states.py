@@ -196,3 +196,37 @@ def test_an_adapter_has_the_models_dtype(toy_folder) -> None:
     model, _ = load(ModelConfig(name=str(toy_folder), dtype="bfloat16"))
     adapters = adapters_of(model, shake=False)
     assert {array.dtype for array in adapters.state().values()} == {mx.bfloat16}
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("tied", {}), ("moe", {}), ("tied", {"type": "dora"})])
+def test_how_far_an_adapter_has_gone_is_from_where_it_began(zoo, tmp_path, kind: str, settings: dict) -> None:
+    """With `path` from that adapter; the product itself, made by hand, says the same."""
+    first = adapters_of(zoo(kind), **settings)
+    first.save(tmp_path)
+    adapters = adapters_of(zoo(kind), shake=False, path=str(tmp_path), **settings)
+    assert adapters.delta() == 0
+    fresh = adapters_of(zoo(kind), shake=False, **settings)
+    assert fresh.delta() == 0
+    fresh.load_state(first.state())
+    assert fresh.delta() > 0.1
+    began = first.state()
+    moved = {path: array + 0.01 * mx.random.normal(array.shape, key=mx.random.key(1)) for path, array in began.items()}
+    adapters.load_state(moved)
+    total = mx.array(0.0)
+    for path in began:
+        if path.endswith("lora_a"):
+            difference = 2.0 * (added(moved, path) - added(began, path))
+        elif path.endswith("lora_b"):
+            continue
+        else:
+            difference = moved[path] - began[path]
+        total += (difference**2).sum()
+    assert adapters.delta() == pytest.approx(total.item() ** 0.5, rel=1e-4)
+    adapters.add("reference", moved)  # as it has moved; the beginning stays
+    assert adapters.delta() == pytest.approx(total.item() ** 0.5, rel=1e-4)
+
+
+def added(state: dict, path: str) -> mx.array:
+    """A layer's product, before its scale."""
+    a, b = state[path], state[f"{path[:-1]}b"]
+    return b @ a if a.ndim == 3 else a @ b  # experts keep both transposed

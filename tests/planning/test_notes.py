@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import pytest
 
+from grpo.config import LossConfig
+from grpo.objective.surrogates import Terms, vespo
 from grpo.planning.notes import filter_note, notes_on
 from grpo.recipe import load_recipe
 from grpo.training.schedule import learning_rate
@@ -28,6 +31,11 @@ RATIOS = "each rollout has one update, and its ratios are 1: loss.{} wait for op
         (["loss={type: dppo, epsilon: 0.1, epsilon_high: 0.1}"], []),
         (["loss={type: dppo, off_policy_mask_threshold: 1}"], [RATIOS.format("off_policy_mask_threshold")]),
         (["loss.epsilon=0.1", "adapter.dropout=0.1"], []),
+        (
+            ["loss.type=vespo", "adapter.dropout=0.1"],
+            ["adapter.dropout with loss.type vespo: its weight is of the prod"],
+        ),
+        (["loss.type=vespo"], []),
         (["loss.epsilon=0.1", "optim.num_iterations=2"], []),
         (["loss.epsilon=0.1", "optim.num_minibatches=2"], []),
     ],
@@ -72,3 +80,13 @@ def test_the_plan_says_what_filters_mean(run_cli, recipe) -> None:
     told = " ".join(run_cli("train", recipe, "--dry-run", "rollout.top_k=3", "loss.type=dppo").out.split())
     assert "another distribution than the policy's" in told
     assert "importance_sampling_correction" not in told
+
+
+def test_what_noise_makes_of_vespos_weights() -> None:
+    """The numbers in the note: ratios whose mean is 1, with a deviation of 1 nat in their logarithm."""
+    noise = mx.random.normal((100_000, 1), key=mx.random.key(0)) - 0.5
+    cfg, zeros, ones = LossConfig(type="vespo"), mx.zeros(noise.shape), mx.ones(noise.shape)
+    weights = [vespo(Terms(ones, zeros, noise, sign * ones, ones), cfg).mean().item() / -sign for sign in (1, -1)]
+    assert weights == pytest.approx([0.70, 0.50], abs=0.01)
+    silent = vespo(Terms(ones, zeros, zeros, ones, ones), cfg)
+    assert mx.allclose(silent, -ones)

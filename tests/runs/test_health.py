@@ -1,17 +1,22 @@
 """A run that cannot be learning says so: after its first step, and by its exit code after its last."""
 
+import random
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import mlx.core as mx
 import pytest
 from runs.driver import run
 
 from grpo.config import Recipe
-from grpo.runs.health import trained_on_nothing, warnings_of_first
-from grpo.runs.state import RunState
+from grpo.evaluation.evaluator import interval
+from grpo.runs.checkpoint import load_checkpoint, newest_whole
+from grpo.runs.health import made_worse, trained_on_nothing, warnings_of_first
+from grpo.runs.state import Best, RunState
 from grpo.telemetry.runs import read_run
 from grpo.training.state import TrainerState
-from grpo.types import StepMetrics
+from grpo.types import EvalMetrics, StepMetrics
 
 FINE = {"reward": 0.5, "frac_reward_zero_std": 0.75, "completions/clipped_ratio": 0.5}
 CONSTANT = "def reward(completions, **_):\n    return [1.0 for _ in completions]\n"
@@ -47,17 +52,18 @@ def test_what_the_first_step_says(values: dict, said: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "updates", "silent", "said"),
+    ("step", "updates", "silent", "rewarded", "said"),
     [
-        (0, 0, 0, None),
-        (3, 1, 2, None),
-        (3, 0, 3, "nothing was trained in 3 steps: in none of them did the rewards"),
-        (3, 0, 2, "nothing was trained in 3 steps: every update was skipped as not finite"),
+        (0, 0, 0, False, None),
+        (3, 1, 2, True, None),
+        (3, 0, 3, True, "nothing was trained in 3 steps: in none of them did the rewards"),
+        (3, 0, 2, True, "nothing was trained in 3 steps: every update was skipped as not finite"),
+        (3, 0, 3, False, "nothing was trained in 3 steps: no completion got a reward, because exact answered None"),
     ],
 )
-def test_a_run_trained_on_nothing_if_no_update_was_applied(step, updates, silent, said) -> None:
+def test_a_run_trained_on_nothing_if_no_update_was_applied(step, updates, silent, rewarded, said) -> None:
     arrays = {"optimizer": {"step": mx.array(updates, mx.uint64)}}
-    state = RunState("id", TrainerState(arrays, {"steps_without_signal": silent}), step=step)
+    state = RunState("id", TrainerState(arrays, {"steps_without_signal": silent}), step=step, rewarded=rewarded)
     found = trained_on_nothing(state, config())
     assert found is None if said is None else found.startswith(said)
 
@@ -71,6 +77,23 @@ def test_a_run_that_trained_on_nothing_ends_so(recipe, run_cli) -> None:
     assert read_run(Path("runs/toy")).state == "untrained"
     again = run_cli("train", recipe, "optim.num_iterations=2", "--resume")  # nothing is left to do, or has changed
     assert (again.code, read_run(Path("runs/toy")).state) == (1, "untrained")
+
+
+def test_a_reward_that_never_applies_gets_advice_of_its_own(recipe, run_cli) -> None:
+    """In training: it scores what is held out."""
+    Path("digits.py").write_text(
+        "def reward(completions, prompts, **_):\n"
+        "    return [1.0 if prompt == 'apart' else None for prompt in prompts]\n"
+    )
+    Path("test.jsonl").write_text('{"question": "apart", "answer": "1"}\n')
+    recipe.write_text(recipe.read_text() + "eval: {source: test.jsonl, split: train, samples: 1}\n")
+    ran = run_cli("train", recipe)
+    said = "nothing was trained in 2 steps: no completion got a reward, because digits.py:reward answered None"
+    assert (ran.code, said in ran.err, "differ" in ran.err) == (1, True, False), ran.err
+    checkpoint, _ = newest_whole(Path("runs/toy/checkpoints"))
+    assert load_checkpoint(checkpoint)[0].rewarded is False
+    Path("digits.py").write_text(CONSTANT)
+    assert "in none of them did the rewards" in run_cli("train", recipe, "--resume-changed", "optim.steps=3").err
 
 
 def test_so_does_one_whose_completions_were_all_left_out(recipe, run_cli) -> None:
@@ -95,3 +118,85 @@ def test_the_first_step_warns_once(recipe, caplog) -> None:
     caplog.clear()
     run(recipe, "optim.steps=3", changed=True)
     assert not [message for message in caplog.messages if message.startswith("step ")]
+
+
+def evaluation(
+    step: int, values: list[float], name: str = "avg@4", failed: int = 0, grader: str = "exact"
+) -> EvalMetrics:
+    return EvalMetrics(step, len(values), grader, {name: fmean(values)}, {name: interval(values, 0)}, failed)
+
+
+def evaluated(name: str = "avg@4", **settings) -> Recipe:
+    eval_, named = {"split": "test", "samples": 4}, {"metric_for_best_model": name}
+    return Recipe.model_validate(
+        {**config().model_dump(exclude_unset=True), "eval": eval_, "checkpoint": named, **settings}
+    )
+
+
+def verdict(before: EvalMetrics | None, after: EvalMetrics | None, cfg: Recipe, best: Best | None = None) -> str | None:
+    return made_worse(RunState("id", TrainerState({}, {}), step=9, before=before, after=after, best=best), cfg)
+
+
+def test_a_model_that_got_worse_is_told() -> None:
+    cfg, before, after = evaluated(), evaluation(0, [0.5] * 32 + [0.25] * 32), evaluation(9, [0.0] * 64)
+    said = verdict(before, after, cfg)
+    assert said.startswith("this run made the model worse: eval/avg@4 from 37.5% (")
+    assert (
+        "to 0.0% (0.0% to 5.7%), 95 % intervals. Try a lower optim.learning_rate than 1e-05, or hold the model" in said
+    )
+    assert "checkpoint" not in said
+    assert "checkpoint 3 was the best (grpo export RUN --checkpoint best)" in verdict(before, after, cfg, Best(3, 0.4))
+    assert "checkpoint" not in verdict(before, after, cfg, Best(3, 0.3))
+    assert "loss.beta" not in verdict(before, after, evaluated(loss={"beta": 0.1}))
+    assert verdict(after, replace(before, step=9), cfg) is None
+    for other in (
+        evaluation(0, [0.0] * 64),  # of before the first step, too: nothing to compare
+        evaluation(9, [0.0] * 64, grader="lenient"),
+        evaluation(9, [0.0] * 64, name="pass@4"),
+        evaluation(9, [0.0] * 64, failed=15),  # with them right it would be 23 %, and up to 29 %
+        evaluation(9, [0.25] * 64),
+        None,
+    ):
+        assert verdict(before, other, cfg) is None, other
+    assert verdict(before, evaluation(9, [0.0] * 64, failed=10), cfg) is not None
+    assert verdict(None, after, cfg) is None
+    assert verdict(before, after, config()) is None  # with no eval section any more
+
+
+def test_few_prompts_say_too_little() -> None:
+    """The bootstrap's interval of equal values has no width; Wilson's has."""
+    assert verdict(evaluation(0, [0.5] * 4), evaluation(9, [0.25] * 4), evaluated()) is None
+    assert verdict(evaluation(0, [1.0] * 2), evaluation(9, [0.0] * 2), evaluated()) is None
+    name = "rewards/exact"
+    for n, told in ((19, False), (20, True)):
+        pair = evaluation(0, [7.0] * n, name), evaluation(9, [6.5] * n, name)
+        assert (verdict(*pair, evaluated(name)) is not None) is told
+    assert "eval/rewards/exact from 7.000 (7.000 to 7.000) to 6.500" in verdict(*pair, evaluated(name))
+
+
+@pytest.mark.parametrize(("n", "chance"), [(8, 0.5), (24, 0.1), (24, 0.9), (64, 0.3)])
+def test_noise_alone_is_not_worse(n: int, chance: float) -> None:
+    """Independent draws from one model: of 400 pairs at most a few may be told apart."""
+    draws, cfg = random.Random(1), evaluated()
+    samples = [[sum(draws.random() < chance for _ in range(4)) / 4 for _ in range(n)] for _ in range(40)]
+    measured = [evaluation(place, values) for place, values in enumerate(samples)]
+    pairs = [(one, replace(other, step=99)) for one in measured[:20] for other in measured[20:]]
+    assert sum(verdict(*pair, cfg) is not None for pair in pairs) <= 2
+
+
+def test_a_run_that_made_the_model_worse_says_so(recipe, run_cli) -> None:
+    """The reward is right at first and wrong after the first step, as if the model had been destroyed."""
+    Path("digits.py").write_text(
+        "def reward(completions, trainer_state, **_):\n"
+        "    ends = [i / len(completions) for i in range(len(completions))]\n"
+        "    return [1.0 - (end / 2 + 1) * bool(trainer_state.global_step) for end in ends]\n"
+    )
+    recipe.write_text(recipe.read_text() + "eval: {split: train, samples: 1, prompts: 4}\n")
+    ran = run_cli("train", recipe, "optim.steps=2", "rewards.0.isolation=inline")
+    assert ran.code == 0, ran.err
+    assert "this run made the model worse: eval/avg@1 from 100.0% (51.0% to 100.0%) to 0.0% (0.0% to 49.0%)" in ran.out
+    assert read_run(Path("runs/toy")).state == "worse"
+    listed = run_cli("runs").out
+    assert "worse" in listed
+    again = run_cli("train", recipe, "optim.steps=2", "rewards.0.isolation=inline", "--resume")
+    assert ("this run made the model worse" in again.out, read_run(Path("runs/toy")).state) == (True, "worse")

@@ -1,6 +1,7 @@
 """Reward functions: what they receive, and that a failure is never a zero."""
 
 import math
+from contextlib import closing
 
 import pytest
 
@@ -145,3 +146,27 @@ def test_two_files_with_a_reward_each(tmp_path) -> None:
 def test_two_rewards_of_one_name() -> None:
     with pytest.raises(UserError, match="two of them are called 'gsm8k_answer'"):
         Scorer.of([RewardConfig(use="gsm8k_answer")] * 2)
+
+
+LOGS = """CALLS = "completion"
+def twice(completions, log_metric, **_):
+    for value in range(1, len(completions[0]) + 1):
+        log_metric("length", value)
+    return [0.0]
+def once(completions, log_metric, **_):
+    log_metric("length", 10.0)
+    return [0.0]
+"""
+
+
+@pytest.mark.parametrize("isolation", ["inline", "process"])
+def test_a_metric_is_the_mean_of_all_that_was_logged_under_its_name(tmp_path, isolation: str) -> None:
+    """By several calls for a completion, for several completions, by two rewards."""
+    (tmp_path / "logs.py").write_text(LOGS)
+    configs = [RewardConfig(use=f"{tmp_path}/logs.py:{name}", isolation=isolation) for name in ("twice", "once")]
+    with closing(Scorer.of(configs)) as scorer:
+        scorer.begin(1)
+        rollouts = [rollout for one in scorer.score(GROUPS) for rollout in one.rollouts]
+        told = [1, 10, 1, 2, 10, 1, 2, 3, 10, 1, 2, 3, 4, 10]  # for "a", "bb", "ccc", "dddd"
+        assert scorer.metrics()["length"] == pytest.approx(sum(told) / len(told))
+    assert [rollout.logged["length"] for rollout in rollouts] == pytest.approx([11 / 2, 13 / 3, 16 / 4, 20 / 5])

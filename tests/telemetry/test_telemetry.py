@@ -168,10 +168,11 @@ def test_tensorboard_has_every_number(tmp_path) -> None:
     with ExitStack() as stack:
         log = open_loggers(stack, recipe(tmp_path, "log.tensorboard=true"), tmp_path, console, "id")
         log(StepMetrics(1, VALUES, GROUPS))
-        log(EVAL)
+        log(replace(EVAL, failed_gradings=3))
     found = {value.tag: (event.step, value.simple_value) for event in events(tmp_path) for value in event.summary.value}
     assert found["train/reward"] == (1, 0.5)
     assert found["eval/pass_4"] == (0, 1.0)  # no @ in TensorBoard's names
+    assert found["eval/failed_gradings"] == (0, 3.0)
     assert {f"train/{name}" for name in VALUES} | {"histograms/reward", "histograms/completion_length"} <= set(found)
 
 

@@ -78,6 +78,7 @@ def test_an_offline_run_holds_every_metric_and_the_table(recipe, run_cli) -> Non
     measured = [entry for entry in history if "eval/greedy" in entry]
     evals = [json.loads(line) for line in Path("runs/toy/eval.jsonl").read_text().splitlines()]
     assert [(e["train/global_step"], e["eval/avg@2"]) for e in measured] == [(e["step"], e["avg@2"]) for e in evals]
+    assert [e["eval/failed_gradings"] for e in measured] == [0.0] * len(evals)
     (run,) = [record.run for record in written if record.WhichOneof("record_type") == "run"]
     assert (run.project, run.run_group, list(run.tags), run.notes) == ("mine", "g", ["a", "b"], "why")
     newest = json.loads(Path("runs/toy/checkpoints/step-000002/state.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -45,7 +46,7 @@ def test_old_logprobs_are_of_the_whole_adapter_and_the_ratio_is_to_them(policy) 
     minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
     minibatches = with_old_logprobs(minibatches, policy, cfg)
     ((batch,),) = minibatches
-    whole, _ = batch_logprobs(policy, batch)
+    whole, entropies = batch_logprobs(policy, batch)
     assert mx.array_equal(batch.old_logprobs, whole)
     update = Updater(policy, cfg)
     kept = update.gradient([batch])
@@ -54,6 +55,10 @@ def test_old_logprobs_are_of_the_whole_adapter_and_the_ratio_is_to_them(policy) 
     assert dropped.metrics["sampling/sampling_logp_difference/mean"] < 1e-4
     assert mx.array_equal(dropped.batches[0].old_logprobs, whole)
     assert gap(kept, dropped) > 1e-3
+    entropy = (entropies * batch.mask).sum().item() / batch.mask.sum().item()
+    assert dropped.metrics["entropy"] == pytest.approx(entropy, rel=1e-6)  # of the policy, not of a network with holes
+    holed = update.gradient([replace(batch, entropies=None)], mx.random.key(1)).metrics["entropy"]
+    assert abs(holed - entropy) > 1e-4
     seen = []
     update.custom = lambda logprobs, batch, cfg: seen.append(logprobs - batch.old_logprobs) or logprobs
     update.gradient([batch], mx.random.key(1))

@@ -18,7 +18,7 @@ from grpo.recipe import load_recipe, recipe_of
 from grpo.runs.checkpoint import RECIPE, STATE, step_of
 from grpo.runs.folder import find_checkpoint, is_run
 from grpo.runs.prepare import prepare
-from grpo.runs.revisions import pinned
+from grpo.runs.revisions import pinned_to_run
 from grpo.types import EvalMetrics
 
 
@@ -75,7 +75,7 @@ def measure(target: str, asked: Asked, overrides: Sequence[str]) -> Measured:
     if is_run(folder):
         cfg = _graded(folder / RECIPE, asked, overrides)
         adapter = adapter or find_checkpoint(folder, asked.checkpoint or "newest")
-        cfg = pinned(cfg, adapter) if (adapter / STATE).is_file() else cfg
+        cfg = pinned_to_run(cfg, folder, adapter)
     elif asked.checkpoint is not None:
         raise UserError(f"--checkpoint is for runs, and {target} is none")
     elif folder.is_dir() or not _is_recipe(target):

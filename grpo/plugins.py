@@ -62,10 +62,6 @@ class Located:
 
     def load(self) -> Function:
         """Import it. Raises UserError, as `find_function` does."""
-        file = self.where.rpartition(":")[0]
-        beside = str(Path(file).parent)
-        if file.endswith(".py") and Path(file).parent != bundled("rewards") and beside not in sys.path:
-            sys.path.append(beside)  # a researcher's file may import the one next to it
         return find_function(self.where, self.what)
 
 
@@ -115,14 +111,17 @@ def named_rewards() -> list[Located]:
 def find_function(use: str, kind: str) -> Function:
     """The callable that `file.py:function` or `package.module:function` names; `kind` says in errors what it is for.
 
-    Raises UserError for one that cannot be imported, and says why.
+    `file.py` alone names the only function that the file defines (names with a leading underscore do not count).
+    Raises UserError for a function that cannot be imported, and says why.
     """
     what = f"{kind} {use!r}"
+    if use.endswith(".py"):
+        return _only_function(what, _load_beside(what, Path(use)), use)
     place, colon, function = use.rpartition(":")
     if not colon:
-        raise UserError(f"{what}: write file.py:function or package.module:function")
+        raise UserError(f"{what}: write file.py:function, file.py (of one function) or package.module:function")
     if place.endswith(".py"):
-        return _attribute(what, load_file(what, Path(place)), function)
+        return _attribute(what, _load_beside(what, Path(place)), function)
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module in the working directory, as `python -m` would find it
     return _attribute(what, _import(what, lambda: importlib.import_module(place)), function)
@@ -140,6 +139,14 @@ def source_file(use: str) -> Path | None:
     except (ImportError, ValueError):  # it will be said where the function is asked for
         return None
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
+
+
+def _load_beside(what: str, file: Path) -> Any:
+    """The module that a file makes. A researcher's file may import the files next to it."""
+    beside = str(file.parent)
+    if file.parent != bundled("rewards") and beside not in sys.path:
+        sys.path.append(beside)
+    return load_file(what, file)
 
 
 def load_file(what: str, path: Path) -> Any:
@@ -165,11 +172,30 @@ def _import(what: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"{what}: cannot be imported: {type(error).__name__}: {error}{where}") from error
 
 
+def _only_function(what: str, module: Any, use: str) -> Function:
+    """The one function that a module defines. Raises UserError where it defines none, or several."""
+    own = [name for name in _own(module) if not isinstance(getattr(module, name), type)]
+    if len(own) != 1:
+        found = f"defines {', '.join(own[:10])}" if own else "defines no function of its own"
+        raise UserError(
+            f"{what}: without a function's name it means the only function that the file defines, and the file {found}."
+            f" Write {use}:{own[0] if own else 'function'}"
+        )
+    only: Function = getattr(module, own[0])
+    return only
+
+
+def _own(module: Any) -> list[str]:
+    """The names of the callables that a module defines itself, without those that begin with an underscore."""
+    named = [(name, value) for name, value in vars(module).items() if callable(value) and name[0] != "_"]
+    return [name for name, value in named if getattr(value, "__module__", None) == module.__name__]
+
+
 def _attribute(what: str, module: Any, function: str) -> Function:
     found = getattr(module, function, None)
     if not callable(found):
         functions = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
-        own = [name for name in functions if getattr(getattr(module, name), "__module__", None) == module.__name__]
+        own = _own(module)
         hint = _suggest(function, functions) or (f" There are {', '.join(own[:10])}" if own else "")
         raise UserError(f"{what}: no function {function!r} there.{hint}")
     callable_: Function = found

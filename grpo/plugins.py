@@ -6,7 +6,6 @@ a wheel. Ours enter by the same door as a researcher's.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.errors import UserError
+from grpo.errors import UserError, did_you_mean
 
 Function = Callable[..., Any]
 
@@ -48,7 +47,8 @@ def find_recipe(name: str) -> Path:
             f"{name} is a folder; its recipe is {path / 'recipe.yaml'}: name that (--resume goes on with it)"
         )
     known = bundled_names("recipes", ".yaml")
-    raise UserError(f"{name or '(empty)'}: there is no such recipe.{_suggest(stem, known)} Bundled: {', '.join(known)}")
+    hint = did_you_mean(stem, known)
+    raise UserError(f"{name or '(empty)'}: there is no such recipe.{hint} Bundled: {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def locate_reward(use: str) -> Located:
     if not found:
         known = sorted({reward.name for reward in named_rewards()})
         raise UserError(
-            f"{what}: there is no reward of that name.{_suggest(use, known)} There are {', '.join(known)}; "
+            f"{what}: there is no reward of that name.{did_you_mean(use, known)} There are {', '.join(known)}; "
             "your own: file.py:function or package.module:function"
         )
     return Located(use, found[0].where, what)
@@ -196,7 +196,7 @@ def _attribute(what: str, module: Any, function: str) -> Function:
     if not callable(found):
         functions = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
         own = _own(module)
-        hint = _suggest(function, functions) or (f" There are {', '.join(own[:10])}" if own else "")
+        hint = did_you_mean(function, functions) or (f" There are {', '.join(own[:10])}" if own else "")
         raise UserError(f"{what}: no function {function!r} there.{hint}")
     callable_: Function = found
     return callable_
@@ -207,8 +207,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name that no file can have
         return False
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1) or [one for one in known if name and one.startswith(name)]
-    return f" Did you mean {close[0]!r}?" if close else ""

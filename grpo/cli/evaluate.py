@@ -42,5 +42,8 @@ def evaluate(
     ranks = Ranks.launched()
     found = measure(target, asked, overrides or [])
     table = before_and_after(found.before, found.after, found.started) if found.after else single(found.before)
-    Console(quiet=not ranks.first).print(table)
+    console = Console(quiet=not ranks.first)
+    for note in found.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    console.print(table)
     ranks.wait()  # a launcher ends the others, the first one before it has said it, when one is gone

@@ -42,13 +42,18 @@ def pinned(cfg: Recipe, checkpoint: Path) -> Recipe:
 def pinned_to_run(cfg: Recipe, run: Path, adapter: Path | None = None) -> Recipe:
     """The recipe with the commits that the run in the folder `run` was trained from, whatever adapter is used with it.
 
-    `adapter` may be one of the run's own checkpoints: then its commits count. Otherwise, and for the base model alone,
-    the commits of the newest whole checkpoint count. A run without a checkpoint has none.
+    A run without a checkpoint has none.
     """
+    checkpoint = checkpoint_of(run, adapter)
+    return cfg if checkpoint is None else pinned(cfg, checkpoint)
+
+
+def checkpoint_of(run: Path, adapter: Path | None = None) -> Path | None:
+    """The checkpoint that says what a run was trained from: `adapter`, if it is one of the run's own checkpoints, or
+    else (for another adapter, and for the base model alone) the newest whole one. None if there is none yet."""
     folder = run / CHECKPOINTS
     own = adapter is not None and adapter.resolve().parent == folder.resolve()
-    checkpoint = adapter if own else newest_whole(folder)[0]
-    return cfg if checkpoint is None else pinned(cfg, checkpoint)
+    return adapter if own else newest_whole(folder)[0]
 
 
 def _key(section: str, data: DataConfig) -> str:

@@ -122,7 +122,7 @@ def _changed_since(run: Path, adapter: Path | None, cfg: Recipe, rows: Rows) -> 
         return ()
     return (
         f"warning: {now.label} is not what it was when the run was trained: these numbers cannot be compared with the "
-        "evaluations in eval.jsonl, or with earlier ones (the table below compares like with like: all of it is measured on the same prompts)",
+        "evaluations in eval.jsonl, or with earlier ones (all that the table below shows is of the same prompts)",
     )
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+import typer
+
+from grpo.cli import app
 
 
 @pytest.mark.parametrize("width", [80, 140])
@@ -17,6 +22,26 @@ def test_summaries_are_not_cut_off(run_cli, monkeypatch, group: list[str], width
     assert commands
     assert "..." not in commands
     assert max(map(len, long.out.splitlines())) <= width
+
+
+def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every command, groups included."""
+    yield path
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, (*path, name))
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_every_page_fits_its_terminal_and_shows_all_words(run_cli, monkeypatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    paths = list(commands(typer.main.get_command(app)))
+    assert ("rewards", "score") in paths
+    for path in paths:
+        ran = run_cli(*path, "-h")
+        assert ran.code == 0, path
+        assert max(map(len, ran.out.splitlines())) <= width, path
+        assert "[[" not in ran.out, path
+        assert "  …" not in ran.out, path  # no help text goes on from the text above it
 
 
 def test_a_whole_summary_is_there(run_cli) -> None:

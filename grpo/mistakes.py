@@ -9,14 +9,16 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from grpo.config import Recipe
+from grpo.config.optim import OPTIMIZER_ARGS
 from grpo.document import Keys
-from grpo.trl import answer
+from grpo.trl import Answer, answer
 
 MOST_SAID = 20
 """Mistakes that are explained at once; of more there is a count."""
@@ -117,9 +119,22 @@ def _remedy(path: Keys, detail: ErrorDetails, expected: str) -> str:
         return " Write a dash before each reward, or rewards: [{use: …}]"
     if isinstance(value, str) and "number" in expected:
         return " Write it without quotes."
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 and "integer" in expected:
-        return f" Write {int(value)}."
+    if isinstance(value, float) and value.is_integer() and "integer" in expected:
+        written = f"Write {int(value)}." if abs(value) < 1e15 else ""
+        return f" {_outside(path, int(value)) or written}".rstrip()
     return ""
+
+
+def _outside(path: Keys, value: int) -> str | None:
+    """What the schema says of an integer that is out of a setting's bounds, as a sentence; None for one inside."""
+    field = _field(path)
+    form: Any = Annotated[field.annotation, field]
+    try:
+        TypeAdapter(form).validate_python(value)
+    except ValidationError as error:
+        bounds = [detail["msg"] for detail in error.errors() if detail["type"].startswith(("less_", "greater_"))]
+        return f"{bounds[0].replace('Input should be', 'It should be')}." if bounds else None
+    return None
 
 
 def _similar(value: Any, known: Sequence[str]) -> str | None:
@@ -148,8 +163,10 @@ def _example(path: Keys) -> str:
 
 def _hint(path: Keys) -> str:
     name = str(path[-1])
-    if not _named_so(name) and (found := answer(name)):
-        return f" {found.sentence(name)}"
+    if not _named_so(name) and (found := _answer(path)):
+        return f" {found[1].sentence(found[0])}"
+    if _is_optimizers(path):
+        return f" Did you mean {OWN_ARGS}.{name}? An optimizer's own arguments stand in {OWN_ARGS}."
     if meant := _meant(path):
         section, _, key = meant.rpartition(".")
         here = section == dotted(named(path[:-1]))
@@ -164,15 +181,32 @@ def _meant(path: Keys) -> str | None:
     name = str(path[-1])
     if exact := _named_so(name):
         return exact[0]
-    if found := answer(name):
-        return found.keys[0] if found.keys else None
+    if found := _answer(path):
+        keys = found[1].keys
+        return keys[0] if keys else None
     if len(name) > LONGEST_SHOWN:
         return None
-    for keys in (_keys_beside(path), list(_all_keys(Recipe))):
-        by_name = {key.rpartition(".")[2]: key for key in keys}
-        if close := difflib.get_close_matches(name, by_name, n=1, cutoff=0.6):
+    for candidates, similarity in ((_keys_beside(path), 0.6), (list(_all_keys(Recipe)), 0.8)):
+        by_name = {key.rpartition(".")[2]: key for key in candidates}
+        if close := difflib.get_close_matches(name, by_name, n=1, cutoff=similarity):
             return by_name[close[0]]
     return None
+
+
+OWN_ARGS = "optim.optimizer_args"
+
+
+def _is_optimizers(path: Keys) -> bool:
+    """Whether an unknown key is an optimizer's argument, written into `optim` itself or into no section."""
+    return path[-1] in OPTIMIZER_ARGS and path[:-1] in ((), ("optim",))
+
+
+def _answer(path: Keys) -> tuple[str, Answer] | None:
+    """The name of TRL's or PEFT's that an unknown key is, and its answer. In `adapter`, `alpha` is PEFT's
+    `lora_alpha`."""
+    name = str(path[-1])
+    names = (name, f"lora_{name}") if path[0] == "adapter" else (name,)
+    return next(((one, found) for one in names if (found := answer(one))), None)
 
 
 def _named_so(name: str) -> list[str]:
@@ -192,11 +226,17 @@ def named(path: Keys) -> Keys:
 
 def _help(path: Keys) -> str:
     """What the schema says about a key."""
+    return (_field(path).description or "").replace("\n", " ")
+
+
+def _field(path: Keys) -> FieldInfo:
+    """A valid key as the schema knows it."""
     *above, name = named(path)
     section: Any = Recipe
     for part in above:
         section = section_of(section.model_fields[part].annotation)
-    return (section.model_fields[name].description or "").replace("\n", " ")
+    field: FieldInfo = section.model_fields[name]
+    return field
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:

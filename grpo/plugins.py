@@ -6,7 +6,6 @@ a wheel. Ours enter by the same door as a researcher's.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.errors import UserError
+from grpo.errors import UserError, did_you_mean
 
 Function = Callable[..., Any]
 
@@ -48,7 +47,8 @@ def find_recipe(name: str) -> Path:
             f"{name} is a folder; its recipe is {path / 'recipe.yaml'}: name that (--resume goes on with it)"
         )
     known = bundled_names("recipes", ".yaml")
-    raise UserError(f"{name or '(empty)'}: there is no such recipe.{_suggest(stem, known)} Bundled: {', '.join(known)}")
+    hint = did_you_mean(stem, known)
+    raise UserError(f"{name or '(empty)'}: there is no such recipe.{hint} Bundled: {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,6 @@ class Located:
 
     def load(self) -> Function:
         """Import it. Raises UserError, as `find_function` does."""
-        file = self.where.rpartition(":")[0]
-        beside = str(Path(file).parent)
-        if file.endswith(".py") and Path(file).parent != bundled("rewards") and beside not in sys.path:
-            sys.path.append(beside)  # a researcher's file may import the one next to it
         return find_function(self.where, self.what)
 
 
@@ -96,7 +92,7 @@ def locate_reward(use: str) -> Located:
     if not found:
         known = sorted({reward.name for reward in named_rewards()})
         raise UserError(
-            f"{what}: there is no reward of that name.{_suggest(use, known)} There are {', '.join(known)}; "
+            f"{what}: there is no reward of that name.{did_you_mean(use, known)} There are {', '.join(known)}; "
             "your own: file.py:function or package.module:function"
         )
     return Located(use, found[0].where, what)
@@ -115,14 +111,17 @@ def named_rewards() -> list[Located]:
 def find_function(use: str, kind: str) -> Function:
     """The callable that `file.py:function` or `package.module:function` names; `kind` says in errors what it is for.
 
-    Raises UserError for one that cannot be imported, and says why.
+    `file.py` alone names the only function that the file defines (names with a leading underscore do not count).
+    Raises UserError for a function that cannot be imported, and says why.
     """
     what = f"{kind} {use!r}"
+    if use.endswith(".py"):
+        return _only_function(what, _load_beside(what, Path(use)), use)
     place, colon, function = use.rpartition(":")
     if not colon:
-        raise UserError(f"{what}: write file.py:function or package.module:function")
+        raise UserError(f"{what}: write file.py:function, file.py (of one function) or package.module:function")
     if place.endswith(".py"):
-        return _attribute(what, load_file(what, Path(place)), function)
+        return _attribute(what, _load_beside(what, Path(place)), function)
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module in the working directory, as `python -m` would find it
     return _attribute(what, _import(what, lambda: importlib.import_module(place)), function)
@@ -140,6 +139,14 @@ def source_file(use: str) -> Path | None:
     except (ImportError, ValueError):  # it will be said where the function is asked for
         return None
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
+
+
+def _load_beside(what: str, file: Path) -> Any:
+    """The module that a file makes. A researcher's file may import the files next to it."""
+    beside = str(file.parent)
+    if file.parent != bundled("rewards") and beside not in sys.path:
+        sys.path.append(beside)
+    return load_file(what, file)
 
 
 def load_file(what: str, path: Path) -> Any:
@@ -165,12 +172,31 @@ def _import(what: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"{what}: cannot be imported: {type(error).__name__}: {error}{where}") from error
 
 
+def _only_function(what: str, module: Any, use: str) -> Function:
+    """The one function that a module defines. Raises UserError where it defines none, or several."""
+    own = [name for name in _own(module) if not isinstance(getattr(module, name), type)]
+    if len(own) != 1:
+        found = f"defines {', '.join(own[:10])}" if own else "defines no function of its own"
+        raise UserError(
+            f"{what}: without a function's name it means the only function that the file defines, and the file {found}."
+            f" Write {use}:{own[0] if own else 'function'}"
+        )
+    only: Function = getattr(module, own[0])
+    return only
+
+
+def _own(module: Any) -> list[str]:
+    """The names of the callables that a module defines itself, without those that begin with an underscore."""
+    named = [(name, value) for name, value in vars(module).items() if callable(value) and name[0] != "_"]
+    return [name for name, value in named if getattr(value, "__module__", None) == module.__name__]
+
+
 def _attribute(what: str, module: Any, function: str) -> Function:
     found = getattr(module, function, None)
     if not callable(found):
         functions = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
-        own = [name for name in functions if getattr(getattr(module, name), "__module__", None) == module.__name__]
-        hint = _suggest(function, functions) or (f" There are {', '.join(own[:10])}" if own else "")
+        own = _own(module)
+        hint = did_you_mean(function, functions) or (f" There are {', '.join(own[:10])}" if own else "")
         raise UserError(f"{what}: no function {function!r} there.{hint}")
     callable_: Function = found
     return callable_
@@ -181,8 +207,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name that no file can have
         return False
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1) or [one for one in known if name and one.startswith(name)]
-    return f" Did you mean {close[0]!r}?" if close else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from grpo.errors import UserError
-from grpo.plugins import bundled, find_recipe, find_reward, named_rewards, source_file
+from grpo.plugins import bundled, find_function, find_recipe, find_reward, named_rewards, source_file
 
 
 def test_a_function_in_a_file(tmp_path: Path) -> None:
@@ -110,3 +110,30 @@ def test_a_name_that_means_two_things_is_an_error_that_lists_both(package) -> No
     assert "reward 'length' means two things: bundled (" in str(error.value)
     assert "length.py:reward) and of package their-package (their_package:fair)" in str(error.value)
     assert find_reward("their_package:fair")[0] == "fair"
+
+
+def test_a_file_alone_names_its_only_function(tmp_path: Path) -> None:
+    """Other names in the file do not count: what it imports, classes, constants, names with an underscore."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from math import sqrt\nclass Row: ...\nA = 1\ndef _half(x): return x / 2\ndef f(x): return _half(x)\n"
+    )
+    assert find_function(str(file), "loss")(4) == 2
+    for text, said in (
+        ("def f(): ...\ndef g(): ...", f"the file defines f, g. Write {file}:f"),
+        ("from math import sqrt\nclass Row: ...", f"the file defines no function of its own. Write {file}:function"),
+        ("def _f(): ...", "the file defines no function of its own"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"loss '.*mine.py': without a function's name it means the only") as error:
+            find_function(str(file), "loss")
+        assert said in str(error.value)
+    with pytest.raises(UserError, match=r"logger 'print': write file.py:function, file.py \(of one function\) or pack"):
+        find_function("print", "logger")
+
+
+def test_code_of_every_kind_imports_the_file_next_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_it.py").write_text("ONE = 1\n")
+    (tmp_path / "mine.py").write_text("import beside_it\ndef f(): return beside_it.ONE\n")
+    assert find_function(f"{tmp_path}/mine.py:f", "loss")() == find_function(f"{tmp_path}/mine.py", "logger")() == 1

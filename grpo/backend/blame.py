@@ -1,4 +1,7 @@
-"""Whose error an exception is, and where it was raised: a way that fails is told by its real reason."""
+"""Where an exception was raised, and whether by our own code.
+
+A fast path that fails is reported with this reason, and the model is not blamed for an error of ours.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,17 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def cause(error: BaseException) -> str:
-    """The exception's type, the file and line that raised it, and its text, in one line."""
+    """One line with the exception's type, the file and line that raised it, and its message."""
     raised = _raised_in(error)
     where = "" if raised is None else f" in {_short(Path(raised.filename))}:{raised.lineno}"
     return f"{type(error).__name__}{where}: {one_line(error)}"
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether this package's own code raised it, or called what did: MLX's operations have no Python code."""
+    """Whether the innermost Python frame is in this package.
+
+    MLX's operations have no Python frames: an error in one of them counts for the code that called it.
+    """
     raised = _raised_in(error)
     return raised is not None and Path(raised.filename).is_relative_to(PACKAGE)
 
@@ -29,7 +35,7 @@ def _raised_in(error: BaseException) -> traceback.FrameSummary | None:
 
 
 def _short(file: Path) -> Path:
-    """A file by its package, without the folders before it."""
+    """A file's path from its package on, without the folders above."""
     parts = file.parts
     for mark in ("site-packages", PACKAGE.parent.name):
         if mark in parts:

@@ -105,7 +105,7 @@ def train(
     variants: Annotated[
         str, typer.Option(help="With --update: these alone, separated by semicolons (plain; shared; shared, kept; …).")
     ] = "",
-    minutes: Annotated[float, typer.Option(help="With --update: warm up no further variant after so long.")] = 7.0,
+    minutes: Annotated[float, typer.Option(help="With --update: warm up no further variant after this time.")] = 7.0,
     peer_python: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Python of an environment with mlx-lm-lora: measure it too."),

@@ -12,20 +12,24 @@ def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN|RECIPE|MODEL", help="A run's folder, a recipe, or a model.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[KEY.SUB=VALUE]...", help="Settings that replace the recipe's: rollout.temperature=0.6"
-        ),
+        typer.Argument(metavar="KEY.SUB=VALUE", help="Settings that replace the recipe's: rollout.temperature=0.6"),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Prompts to evaluate on. Default: those of the recipe.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of it. Default: test, and all of a file.")] = None,
+    data: Annotated[str | None, typer.Option(help="Prompts to evaluate on. Default: the recipe's.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The split of these prompts. Default: test; a file is one split.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="As data.prompt: a column, or a template.")] = None,
     reward: Annotated[
-        str | None, typer.Option(help="What grades. Default: the recipe's first, or math_answer.")
+        str | None, typer.Option(help="The reward that grades. Default: the recipe's first; math_answer for a model.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Completions of each prompt, beside a greedy one.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Completions of each prompt, besides a greedy one.")
+    ] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts, from the start.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="An adapter's folder, to be compared with its base.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Of a run: newest (the default), best, or a step.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A run's checkpoint: newest (the default), best, or a step.")
+    ] = None,
 ) -> None:
     """Measure greedy, avg@k, pass@k and maj@k on held-out prompts, with 95 % intervals.
 
@@ -42,5 +46,8 @@ def evaluate(
     ranks = Ranks.launched()
     found = measure(target, asked, overrides or [])
     table = before_and_after(found.before, found.after, found.started) if found.after else single(found.before)
-    Console(quiet=not ranks.first).print(table)
+    console = Console(quiet=not ranks.first)
+    for note in found.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    console.print(table)
     ranks.wait()  # a launcher ends the others, the first one before it has said it, when one is gone

@@ -17,19 +17,25 @@ def generate(
     base: Annotated[bool, typer.Option("--base", help="The base model, without any adapter.")] = False,
     no_template: Annotated[bool, typer.Option("--no-template", help="Leave the run's template out.")] = False,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many. Default: the run's, or 512.")
+        int | None, typer.Option(min=1, help="Stop after this many tokens. Default: the run's limit, or 512.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, help="Sample from so many most likely tokens. 0: from all.")
+    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from the K most likely tokens. 0: from all.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that make up this probability."),
     ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="… that together are so probable.")] = None,
-    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="… so likely, against the likeliest.")] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Sample from tokens that have this share of the likeliest token's probability."
+        ),
+    ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(min=0.01, help="On tokens that came before. 1: off.")
+        float | None, typer.Option(min=0.01, help="Make tokens that came before less likely. 1: off.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text and not at the run's. Repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws, above temperature 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws, above temperature 0.")] = 0,
 ) -> None:
     """Answer a prompt, and show the text as it comes.
 

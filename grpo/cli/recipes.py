@@ -71,9 +71,7 @@ def schema(
 @app.command("costs", cls=TakesSettings)
 def costs(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a bundled one.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="As for `grpo train`.")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="As for `grpo train`.")] = None,
     memory: Annotated[
         float | None, typer.Option(min=1, max=MOST, help="Of another machine: gigabytes, as it is sold.")
     ] = None,

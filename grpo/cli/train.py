@@ -19,7 +19,7 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY.SUB=VALUE]...",
+            metavar="KEY.SUB=VALUE",
             help="Settings that replace the recipe's: optim.steps=10, rewards.0.weight=2, loss='{type: gspo}'. Values "
             "are YAML. `grpo recipes schema` prints every key with its default and meaning.",
         ),

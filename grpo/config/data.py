@@ -67,9 +67,10 @@ class DataConfig(Section):
     `data/*.jsonl`, a folder that `save_to_disk` wrote, a Hub dataset, or a built-in task: `builtin:arithmetic`,
     `builtin:countdown`, `builtin:sorting` or `builtin:format`."""
     use: str | None = None
-    """Instead of `source`: a function of yours that returns the rows, `file.py:function` or `package.module:function`.
-    It returns a list of dicts, a `datasets.Dataset` or any other iterable of dicts that ends, and the same rows every
-    time. If it takes `split`, it gets `data.split`, and `eval.split` for held-out rows."""
+    """Instead of `source`: a function of yours that returns the rows, `file.py:function`, `file.py` (of one function)
+    or `package.module:function`. It returns a list of dicts, a `datasets.Dataset` or any other iterable of dicts that
+    ends, and the same rows every time. If it takes `split`, it gets `data.split`, and `eval.split` for held-out
+    rows."""
     kwargs: dict[str, Any] = {}
     """Arguments for the function in `use`."""
     config: str | None = None

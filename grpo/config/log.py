@@ -46,8 +46,8 @@ class LogConfig(Section):
     tensorboard: bool = False
     """Write TensorBoard's event files into `<run>/tensorboard` as well."""
     use: tuple[Name, ...] = ()
-    """Loggers of your own, `file.py:function` or `package.module:function`: each is called with every StepMetrics and
-    EvalMetrics. One that raises is left out from there on."""
+    """Loggers of your own, `file.py:function`, `file.py` (of one function) or `package.module:function`: each is called
+    with every StepMetrics and EvalMetrics. One that raises is left out from there on."""
     completions: CompletionsConfig | None = CompletionsConfig()
     """Which completions are stored in the run's folder, with scores, failures and advantages. null: none."""
     kl: Positive | Literal["auto"] | None = "auto"

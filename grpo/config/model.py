@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from grpo.config.section import Above0, Name, NonNegative, Positive, Section
+
+OneTarget = Annotated[str, Field(min_length=1), AfterValidator(lambda name: (name,))]
+"""The name of layers; it becomes a list of one."""
 
 
 class ModelConfig(Section):
@@ -50,9 +53,9 @@ class AdapterConfig(Section):
     each step takes one more forward pass. `kl` and the clip fractions of the loss are the dropped network's; `entropy`
     is the whole network's. The masks depend on how a step is split (`optim.micro_batch_tokens`,
     `optim.share_prompts`)."""
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
-    """`all-linear` (each linear layer of each block, experts included, what routes to them and the head excluded) or
-    names such as `q_proj` (every layer so called) or `self_attn.q_proj`."""
+    targets: Literal["all-linear"] | OneTarget | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """`all-linear` (each linear layer of each block, experts included, what routes to them and the head excluded), or
+    one name or a list of names such as `q_proj` (every layer so called) and `self_attn.q_proj`."""
     layers: Literal["all"] | tuple[NonNegative, Positive] = "all"
     """Blocks that train: `[14, 28]` is from block 14 up to, not including, block 28."""
     path: Name | None = None

@@ -86,8 +86,8 @@ class LossConfig(Section):
     entropy_coef: AtLeast0 = 0.0
     """Weight of an entropy bonus, per token and averaged as the loss is."""
     use: Name | None = None
-    """A loss of your own, `file.py:function` or `package.module:function`, in the place of the surrogate:
-    (logprobs, batch, cfg) -> per_token_loss, each [B, T]."""
+    """A loss of your own in the place of the surrogate, `file.py:function`, `file.py` (of one function) or
+    `package.module:function`: (logprobs, batch, cfg) -> per_token_loss, each [B, T]."""
 
     @property
     def preset(self) -> presets.Preset:

@@ -10,6 +10,12 @@ from grpo.config.section import MANY, Above0, AtLeast0, NonNegative, Positive, S
 
 Optimizer = Literal["adamw", "adam", "adamax", "sgd", "lion", "adafactor", "muon", "rmsprop", "adagrad", "adadelta"]
 
+OPTIMIZER_ARGS = frozenset({
+    "alpha", "beta_1", "betas", "bias_correction", "clip_threshold", "dampening", "decay_rate", "eps", "momentum",
+    "nesterov", "ns_steps", "relative_step", "rho", "scale_parameter", "warmup_init",
+})  # fmt: skip
+"""The names that belong in `optimizer_args`, for one optimizer or another."""
+
 
 class OptimConfig(Section):
     steps: Annotated[int, Field(gt=0, lt=MANY)]

@@ -14,8 +14,8 @@ DAY = 86_400
 
 class RewardConfig(Section):
     use: Name
-    """A bundled name, that of an installed package's entry point (group `grpo.rewards`), `file.py:function`, or
-    `package.module:function`."""
+    """A bundled name, the name of an installed package's entry point (group `grpo.rewards`), `file.py:function`,
+    `file.py` (its function `reward`), or `package.module:function`."""
     weight: Annotated[float, Field(ge=-LARGE, le=LARGE)] = 1.0
     """Weight in the sum of rewards. 0 makes it a metric only."""
     name: str | None = None

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from grpo.backend.hub import one_line
 from grpo.config import AdapterConfig
-from grpo.errors import UserError
+from grpo.errors import UserError, did_you_mean
 from grpo.model.dropout import add_dropout
 from grpo.model.lora import fold
 from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear, linear_to_lora_layers, load_adapters
@@ -300,7 +300,9 @@ def _named(name: str, there: Sequence[str]) -> list[str]:
     """
     found = [name] if name in there else [path for path in there if path.endswith(f".{name}")]
     if not found:
-        raise UserError(f"adapter.targets: no linear layer {name!r} in this model; it has {', '.join(there)}")
+        names = [*dict.fromkeys(path.rpartition(".")[2] for path in there), *there, "all-linear"]
+        hint = did_you_mean(name, names)
+        raise UserError(f"adapter.targets: no linear layer {name!r} in this model.{hint} It has {', '.join(there)}")
     return found
 
 

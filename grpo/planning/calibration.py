@@ -1,9 +1,9 @@
-"""What a step takes on CUDA, fitted to steps measured on one H200 (`scripts/benchmarks/RESULTS.md`).
+"""Times of a step on CUDA, fitted to steps measured on one H200 (`scripts/benchmarks/RESULTS.md`).
 
-There generator and trainer are far from the machine's limits. A decoding step waits for launches, about 17 a layer, and
-for its bytes. Training waits for activations that go through memory between small kernels: seconds in proportion to
-tokens × layers × hidden size, until the products themselves take longer. Launches take as long on another card, and
-what goes through memory is scaled by its bandwidth.
+On that machine the generator and the trainer are far from the limits of bandwidth and arithmetic. A decoding step waits
+for launches, about 17 a layer, and for its bytes. Training waits for activations that go through memory between small
+kernels: its seconds grow with tokens × layers × hidden size, until the matrix products take longer. Launches take as
+long on another card; what goes through memory is scaled by the card's bandwidth.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from grpo.model.costs import Costs, Work
 from grpo.planning.machines import Chip
 
 LAYER = 1.8e-4
-"""Seconds of a decoding step that a layer takes to launch."""
+"""Seconds that one layer's launches add to a decoding step."""
 TOKEN = 7.7e-10 * 4.8e12
-"""Bytes that an update moves for each token, layer and number of a hidden state: fitted seconds × bandwidth there."""
+"""Bytes that an update moves for each token, layer and element of the hidden state: fitted seconds × the H200's
+bandwidth."""
 FORWARD = 1 / 4
-"""Of an update, a forward pass."""
+"""The share of an update's bytes that a forward pass alone moves."""
 REACHED = 0.6
-"""Of the operations a second that a machine is sold with: what long products reach at most."""
+"""The share of a machine's advertised operations per second that large matrix products reach at most."""
 
 
 def decode(chip: Chip, costs: Costs, step: Work) -> float:
@@ -27,12 +28,12 @@ def decode(chip: Chip, costs: Costs, step: Work) -> float:
 
 
 def update(chip: Chip, costs: Costs, tokens: int, work: Work) -> float:
-    """Seconds of an update of so many tokens, prompts' included, in which `work` is done."""
+    """Seconds of an update over `tokens` tokens, prompts included, that does `work`."""
     moved = TOKEN * tokens * costs.depth * costs.hidden
     return max(moved / chip.bandwidth, work.flops / (REACHED * chip.flops))
 
 
 def forward(chip: Chip, costs: Costs, tokens: int, work: Work) -> float:
-    """Seconds of a forward pass of so many tokens."""
+    """Seconds of a forward pass over `tokens` tokens that does `work`."""
     moved = FORWARD * TOKEN * tokens * costs.depth * costs.hidden
     return max(moved / chip.bandwidth, work.flops / (REACHED * chip.flops))

@@ -1,8 +1,8 @@
-"""What a recipe takes on a machine that is not at hand: memory by the plan, time by measurements or by limits.
+"""Estimates of what a recipe needs on another machine: memory from the plan, time from measurements or limits.
 
-Every prompt and completion counts at its longest, dynamic sampling as once, and rewards as no time. Times on CUDA are
-fitted to one H200's (`calibration`), and scaled to other cards; of a Mac there are no measurements, and what its limits
-allow is a bound from below.
+Every prompt and completion counts with its greatest length, dynamic sampling counts as one round, and rewards take no
+time. Times on CUDA are fitted to measurements on one H200 (`calibration`) and scaled to other cards. No Mac has been
+measured: its bandwidth and arithmetic give a lower bound.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from grpo.planning.machines import CHIPS, Chip, Known
 from grpo.planning.plan import Machine, Plan, plan_on
 
 WORDS: dict[Known, str] = {"measured": "about", "scaled": "roughly", "bound": "over"}
-"""How a time is said, by how it is known."""
+"""The word before a time, by how the time is known."""
 LEGEND: dict[Known, str] = {
     "measured": "about: fitted to steps of dense 0.6B and 4B models measured on this machine, within a fifth",
     "scaled": "roughly: scaled from an H200 by bandwidth and operations; not measured",
@@ -45,7 +45,7 @@ LEGEND: dict[Known, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes at the peak; seconds of a step and of the run, which are a bound from below where the chip says so."""
+    """Peak memory in bytes; seconds of a step and of the run, which are lower bounds if `chip.times` is `bound`."""
 
     chip: Chip
     bytes: int
@@ -59,13 +59,13 @@ class Estimate:
 
 
 def estimates(cfg: Recipe, chips: Sequence[Chip] = CHIPS) -> list[str]:
-    """A line for each machine. Raises UserError for a model of which there is no config."""
+    """A line for each machine. Raises UserError for a model whose config cannot be found."""
     config = model_config(cfg)
     return [_line(chip, cfg, config) for chip in chips]
 
 
 def legend(chips: Sequence[Chip]) -> list[str]:
-    """What the words before the times mean, in lines."""
+    """Lines that explain the words before the times."""
     return [meaning for known, meaning in LEGEND.items() if any(chip.times == known for chip in chips)]
 
 
@@ -79,7 +79,7 @@ def _line(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> str:
 
 
 def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
-    """Of one recipe on one machine. Raises TooLargeError for what cannot fit."""
+    """The estimate for one recipe on one machine. Raises TooLargeError if it cannot fit."""
     dtype = None if cfg.model.dtype == "auto" else getattr(mx, cfg.model.dtype)
     if cfg.model.quantize is not None:
         config = {**config, "quantization": {"group_size": 64, "bits": cfg.model.quantize}}
@@ -108,14 +108,17 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
 
 
 def _decoding(chip: Chip, model: nn.Module, costs: Costs) -> SharedPrefix:
-    """As it would be chosen there, for what it holds."""
+    """The way of decoding that would be chosen on that machine; the plan asks it how much memory it holds."""
     attention: Attention = CudaAttention() if chip.backend == "cuda" else FusedRowAttention()
     shape = CacheShape(costs.kv_heads, costs.head_dim, costs.head_dim, mx.bfloat16)
     return SharedPrefix(model, ModelDecoder(model), attention, [shape] * costs.depth, costs.head.outputs, "")
 
 
 def _sampling(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan, prompts: int, rows: int) -> float:
-    """Seconds for prompts once, then so many rows through the slots, in the middle of their lengths."""
+    """Seconds to read `prompts` prompts once and to decode `rows` completions in the slots.
+
+    Each decoding step counts as a step in the middle of a completion.
+    """
     prompt, length = cfg.data.max_prompt_length, cfg.rollout.max_completion_length
     slots = min(plan.slots, rows)
     groups = max(1, round(slots * prompts / rows))
@@ -127,7 +130,7 @@ def _sampling(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan, prompts: int, r
 
 
 def _updates(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan) -> float:
-    """Seconds of all that goes through the model after sampling: updates, and what they are held against."""
+    """Seconds of the passes after sampling: the updates, and the passes for old, reference and entropy values."""
     rollout, passes = cfg.rollout, cfg.optim.num_iterations
     sizes = plan.prompts, cfg.data.max_prompt_length, rollout.num_generations, rollout.max_completion_length
     old = passes * cfg.optim.num_minibatches > 1 or cfg.adapter.dropout > 0  # logprobs from before the first update
@@ -142,7 +145,7 @@ def _updates(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan) -> float:
 
 
 def model_config(cfg: Recipe) -> dict[str, Any]:
-    """The `config.json` of the recipe's model: known, in its folder, or on the Hub."""
+    """The `config.json` of the recipe's model: one of the known configs, from its folder, or from the Hub."""
     if cfg.model.name in CONFIGS:
         return CONFIGS[cfg.model.name]
     if cfg.model.name.startswith("builtin:"):
@@ -170,7 +173,7 @@ def _size(count: int) -> str:
 
 
 def _time(seconds: float) -> str:
-    """Two digits are more than such a figure is good for."""
+    """A duration with two digits: the estimate is no more precise than that."""
     for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
         if seconds >= 2 * size:
             return f"{seconds / size:.2g} {unit}" if seconds / size < 100 else f"{round(seconds / size, -1):.0f} {unit}"

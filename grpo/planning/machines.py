@@ -1,4 +1,4 @@
-"""Machines by what is published of them, to reckon what a run takes there."""
+"""Machines and their published figures, from which the cost of a run on them is estimated."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Literal
 
 Backend = Literal["cuda", "metal"]
 Known = Literal["measured", "scaled", "bound"]
-"""How a time is known: fitted to measurements on this machine; those of another, scaled; or from below alone."""
+"""How a time is known: `measured` (fitted to measurements on this machine), `scaled` (from another machine's
+measurements), or `bound` (a lower bound only)."""
 
 GB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """A machine: bytes that MLX may use, bytes a second from memory, operations a second of its fastest products.
+    """A machine: the bytes that MLX may use, memory bandwidth in bytes per second, and the operations per second of its
+    fastest matrix products.
 
     `times` says how step times on it are known.
     """
@@ -28,12 +30,12 @@ class Chip:
 
 
 def cuda(name: str, gigabytes: float, bandwidth: float, teraflops: float, times: Known = "scaled") -> Chip:
-    """A card, by gigabytes, gigabytes a second, and dense bfloat16 operations with float32 sums."""
+    """A graphics card, from GiB of memory, GB/s, and teraflops of dense bfloat16 products summed in float32."""
     return Chip(name, "cuda", int(gigabytes * GB), bandwidth * 1e9, teraflops * 1e12, times)
 
 
 def metal(name: str, gigabytes: float, bandwidth: float, teraflops: float) -> Chip:
-    """A Mac, of whose memory Metal lends a process two thirds, or three quarters where there are more than 36 GB."""
+    """A Mac. Metal lets a process use two thirds of its memory, or three quarters if it has more than 36 GB."""
     lent = int(gigabytes * GB * 3 / 4) if gigabytes > 36 else int(gigabytes * GB) * 2 // 3
     return Chip(name, "metal", lent, bandwidth * 1e9, teraflops * 1e12, "bound")
 
@@ -52,11 +54,11 @@ CHIPS = (
     metal("M4 16 GB", 16, 120, 4.1),
 )
 PER_BYTE: dict[Backend, float] = {"cuda": 75.0, "metal": 30.0}
-"""Operations for each byte of bandwidth where nobody says more: an RTX 3090's, and an M4 Max's."""
+"""Operations per byte of bandwidth where none are given: an RTX 3090's (cuda) and an M4 Max's (metal)."""
 
 
 def described(memory: float, bandwidth: float, teraflops: float | None, backend: Backend) -> Chip:
-    """A machine of so many gigabytes, gigabytes a second and teraflops; those of its like for its bandwidth if None."""
+    """A machine with `memory` GiB, `bandwidth` GB/s and `teraflops` (None: as many as such machines mostly have)."""
     teraflops = PER_BYTE[backend] * bandwidth / 1e3 if teraflops is None else teraflops
     name = f"{memory:g} GB, {bandwidth:g} GB/s"
     return cuda(name, memory, bandwidth, teraflops) if backend == "cuda" else metal(name, memory, bandwidth, teraflops)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import logging
 import os
@@ -252,6 +253,30 @@ def is_run(folder: Path) -> bool:
         return ours and not (folder / STATE).exists()
     except (OSError, ValueError):
         return False
+
+
+def check_is_run(folder: Path) -> None:
+    """Raise UserError for what is not a run's folder; the error says what it is, or which run was probably meant."""
+    if is_run(folder):
+        return
+    above = next((path for path in (folder.parent, folder.parent.parent) if is_run(path)), None)
+    if above is not None and folder.exists():
+        raise UserError(f"{folder}: not a run's folder, but a part of the run {above}: name the run")
+    inside = sorted(path.name for path in folder.iterdir() if is_run(path)) if folder.is_dir() else []
+    if inside:
+        named = ", ".join(str(folder / name) for name in inside[:5])
+        raise UserError(f"{folder}: not a run's folder; it holds runs: name one of them, such as {named}")
+    if folder.exists():
+        raise UserError(f"{folder}: not a run's folder: there is no recipe.yaml of a run in it")
+    raise UserError(f"{folder}: there is no such folder.{_similar_run(folder)}".removesuffix("."))
+
+
+def _similar_run(folder: Path) -> str:
+    """` Did you mean RUN?` with the run beside `folder`, or in `runs`, whose name is most similar."""
+    places = [folder.parent, Path("runs")]
+    runs = {path.name: path for place in places if place.is_dir() for path in place.iterdir() if is_run(path)}
+    close = difflib.get_close_matches(folder.name, runs, n=1)
+    return f" Did you mean {runs[close[0]]}?" if close else ""
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -23,6 +23,7 @@ from grpo.model.load import head_note, load
 from grpo.model.policy import Policy
 from grpo.planning.notes import filter_note, notes_on
 from grpo.planning.plan import Plan, make_plan
+from grpo.planning.positions import position_note
 from grpo.plugins import find_function
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
@@ -84,14 +85,14 @@ def prepare(cfg: Recipe) -> Prepared:
     ranks.check_same("the prompts of data", lengths)
     longest = lengths.longest if lengths else cfg.data.max_prompt_length
     stream = TaskStream(tables[0], renderer, cfg.seed)
-    plan, cfg = _together(
-        ranks, policy, *make_plan(cfg, policy, generator.decoding, (longest, _longest_of_all(longest, evaluator)))
-    )
+    longest_of_all = _longest_of_all(longest, evaluator)
+    positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
+    plan, cfg = _together(ranks, policy, *make_plan(cfg, policy, generator.decoding, (longest, longest_of_all)))
     generator.slots = plan.slots
     trainer = Trainer(cfg, policy, stream, engine, scorer, custom_loss, ranks)
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, one) for rows, one in zip(tables[1:], eval_renderers, strict=True)]
-    prompts, head = _prompts(lengths, tables[0], renderer), filter(None, [head_note(model, cfg.model)])
+    prompts, head = _prompts(lengths, tables[0], renderer), filter(None, [positions, head_note(model, cfg.model)])
     notes = [*prompts, *generator.describe(), *head, *policy.slow]
     notes += [*refiltered, *notes_on(cfg), *filter(None, nulls)]
     return Prepared(trainer, evaluator, plan, tasks, list(dict.fromkeys(notes)), dict(zip(named, tables, strict=True)))

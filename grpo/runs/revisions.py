@@ -9,7 +9,8 @@ from grpo.backend.hub import Repository, cached_commit
 from grpo.config import DataConfig, ModelConfig, Recipe
 from grpo.data.source import is_local as is_local_data
 from grpo.model.load import is_local as is_local_model
-from grpo.runs.checkpoint import read_state
+from grpo.runs.checkpoint import newest_whole, read_state
+from grpo.runs.folder import CHECKPOINTS
 from grpo.runs.prepare import data_of
 
 
@@ -36,6 +37,23 @@ def with_revisions(cfg: Recipe, revisions: Mapping[str, str]) -> Recipe:
 def pinned(cfg: Recipe, checkpoint: Path) -> Recipe:
     """The recipe with the commits that a checkpoint was trained from."""
     return with_revisions(cfg, read_state(checkpoint)["revisions"])
+
+
+def pinned_to_run(cfg: Recipe, run: Path, adapter: Path | None = None) -> Recipe:
+    """The recipe with the commits that the run in the folder `run` was trained from, whatever adapter is used with it.
+
+    A run without a checkpoint has none.
+    """
+    checkpoint = checkpoint_of(run, adapter)
+    return cfg if checkpoint is None else pinned(cfg, checkpoint)
+
+
+def checkpoint_of(run: Path, adapter: Path | None = None) -> Path | None:
+    """The checkpoint that says what a run was trained from: `adapter`, if it is one of the run's own checkpoints, or
+    else (for another adapter, and for the base model alone) the newest whole one. None if there is none yet."""
+    folder = run / CHECKPOINTS
+    own = adapter is not None and adapter.resolve().parent == folder.resolve()
+    return adapter if own else newest_whole(folder)[0]
 
 
 def _key(section: str, data: DataConfig) -> str:

@@ -17,7 +17,7 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.recipe import load_recipe
 from grpo.runs.checkpoint import RECIPE
-from grpo.runs.folder import ENDED, METRICS, UNTRAINED, WORSE, is_run, is_running
+from grpo.runs.folder import ENDED, METRICS, UNTRAINED, WORSE, check_is_run, is_run, is_running
 from grpo.telemetry.console import ConsoleLogger, is_fraction
 from grpo.telemetry.jsonl import read_evaluations, read_steps
 from grpo.telemetry.progress import read_now
@@ -66,8 +66,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """A run's folder as it is now. Raises UserError for what is none."""
-    if not is_run(folder):
-        raise UserError(f"{folder}: not a run's folder")
+    check_is_run(folder)
     return Run(folder, load_recipe(folder / RECIPE), read_steps(folder), read_evaluations(folder))
 
 

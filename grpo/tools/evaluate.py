@@ -10,15 +10,17 @@ from typing import Any
 
 from grpo.config import Recipe, RewardConfig
 from grpo.data.files import is_one_split
+from grpo.data.fingerprint import fingerprint
+from grpo.data.rows import Rows
 from grpo.errors import UserError
 from grpo.model.load import looks_like_path, similar
 from grpo.model.saved import read_adapter
 from grpo.plugins import find_recipe, locate_reward
 from grpo.recipe import load_recipe, recipe_of
-from grpo.runs.checkpoint import RECIPE, STATE, step_of
+from grpo.runs.checkpoint import RECIPE, STATE, read_state, step_of
 from grpo.runs.folder import find_checkpoint, is_run
-from grpo.runs.prepare import prepare
-from grpo.runs.revisions import pinned
+from grpo.runs.prepare import data_of, prepare
+from grpo.runs.revisions import checkpoint_of, pinned_to_run
 from grpo.types import EvalMetrics
 
 
@@ -56,12 +58,13 @@ class Measured:
     """What a model measured without the adapter and with it, on the same prompts with the same draws.
 
     `started` says what is without: the base, or the adapter that a run went on from. `after` is None where there is no
-    adapter.
+    adapter. `notes` are warnings for the person, a line each.
     """
 
     started: str
     before: EvalMetrics
     after: EvalMetrics | None
+    notes: tuple[str, ...] = ()
 
 
 def measure(target: str, asked: Asked, overrides: Sequence[str]) -> Measured:
@@ -75,7 +78,7 @@ def measure(target: str, asked: Asked, overrides: Sequence[str]) -> Measured:
     if is_run(folder):
         cfg = _graded(folder / RECIPE, asked, overrides)
         adapter = adapter or find_checkpoint(folder, asked.checkpoint or "newest")
-        cfg = pinned(cfg, adapter) if (adapter / STATE).is_file() else cfg
+        cfg = pinned_to_run(cfg, folder, adapter)
     elif asked.checkpoint is not None:
         raise UserError(f"--checkpoint is for runs, and {target} is none")
     elif folder.is_dir() or not _is_recipe(target):
@@ -88,16 +91,39 @@ def measure(target: str, asked: Asked, overrides: Sequence[str]) -> Measured:
         shape = {**read_adapter(asked.adapter).section(), "path": None}
         cfg = cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update=shape)})
     prepared = prepare(cfg)
+    notes = _changed_since(folder, adapter, cfg, prepared.rows["eval"]) if is_run(folder) else ()
     trainer, evaluator = prepared.trainer, prepared.evaluator
     with closing(trainer.scorer):
         assert evaluator is not None
         started = "base" if cfg.adapter.path is None else "start (adapter.path)"
         before = evaluator(0)
         if adapter is None:
-            return Measured(started, before, None)
+            return Measured(started, before, None, notes)
         trainer.policy.adapters.load(adapter)
         after = evaluator(step_of(adapter) if (adapter / STATE).is_file() else 0)
-        return Measured(started, before, after)
+        return Measured(started, before, after, notes)
+
+
+ORIGIN = ("source", "use", "kwargs", "config", "split", "columns")
+"""The settings that say which rows there are."""
+
+
+def _changed_since(run: Path, adapter: Path | None, cfg: Recipe, rows: Rows) -> tuple[str, ...]:
+    """A warning where the run's own held-out rows are not the rows that it was trained beside.
+
+    Nothing where other rows were asked for, and for rows on the Hub, which are pinned to their commit.
+    """
+    own, now = data_of(load_recipe(run / RECIPE)).get("eval"), data_of(cfg)["eval"]
+    checkpoint = checkpoint_of(run, adapter)
+    if own is None or checkpoint is None or any(getattr(own, name) != getattr(now, name) for name in ORIGIN):
+        return ()
+    was = read_state(checkpoint)["inputs"].get("eval")
+    if was is None or fingerprint(rows) == was:
+        return ()
+    return (
+        f"warning: {now.label} is not what it was when the run was trained: these numbers cannot be compared with the "
+        "evaluations in eval.jsonl, or with earlier ones (all that the table below shows is of the same prompts)",
+    )
 
 
 def _is_recipe(target: str) -> bool:

@@ -30,7 +30,7 @@ from grpo.model.mlxlm import (
 from grpo.model.saved import CONFIG, PEFT_WEIGHTS, WEIGHTS, read_adapter
 from grpo.recipe import load_recipe
 from grpo.runs.checkpoint import RECIPE
-from grpo.runs.folder import find_checkpoint, is_run
+from grpo.runs.folder import check_is_run, find_checkpoint
 from grpo.runs.revisions import pinned
 from grpo.tools.card import model_card
 
@@ -61,8 +61,7 @@ def export(
     `bits` quantises fused weights; `repo` is the Hub repository that the card is written for. Raises UserError for what
     is no run, a folder that is there, and what cannot be had in that form.
     """
-    if not is_run(run):
-        raise UserError(f"{run}: not a run's folder")
+    check_is_run(run)
     if bits is not None and form != "fused":
         raise UserError(f"--quantize is for --format fused; a {form} adapter goes with the base as it is")
     checkpoint = find_checkpoint(run, which)

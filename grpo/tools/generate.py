@@ -20,9 +20,9 @@ from grpo.model.load import load, looks_like_path, similar
 from grpo.plugins import bundled_names
 from grpo.recipe import load_recipe
 from grpo.rollout import at_temperature, sampling_of
-from grpo.runs.checkpoint import RECIPE, STATE
+from grpo.runs.checkpoint import RECIPE
 from grpo.runs.folder import is_run, newest_checkpoint
-from grpo.runs.revisions import pinned
+from grpo.runs.revisions import pinned_to_run
 
 MAX_TOKENS = 512
 """Of an answer by a model that no run has set a limit for."""
@@ -57,10 +57,8 @@ def answer(
     if not is_run(folder) and is_run(folder.parent.parent):  # a checkpoint of a run
         folder, adapter = folder.parent.parent, adapter or folder
     if is_run(folder):
-        recipe = load_recipe(folder / RECIPE)
         adapter = adapter or (None if base else newest_checkpoint(folder))
-        if adapter is not None and (adapter / STATE).is_file():
-            recipe = pinned(recipe, adapter)
+        recipe = pinned_to_run(load_recipe(folder / RECIPE), folder, adapter)
         model_cfg, data, sampling = recipe.model, recipe.data, sampling_of(recipe.rollout)
     data = data.model_copy(update={"continue_final_message": False})  # the prompt is text
     if not template:

@@ -16,7 +16,7 @@ from grpo.model.policy import Policy
 from grpo.recipe import load_recipe
 from grpo.runs.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, newest_whole, read_state, step_of
 from grpo.runs.completions import read_completions
-from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, METRICS, is_run
+from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, METRICS, check_is_run
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import as_planned, changes, context_now
 from grpo.runs.revisions import pinned
@@ -42,8 +42,7 @@ class Replay:
 
 def replay(run: Path, step: int) -> Replay:
     """Make step `step` of a run again. Raises UserError for what is no run, or a step that it never made."""
-    if not is_run(run):
-        raise UserError(f"{run}: not a run's folder")
+    check_is_run(run)
     cfg = load_recipe(run / RECIPE)
     if step > cfg.optim.steps:
         raise UserError(f"--step {step}: this run has {cfg.optim.steps} steps")

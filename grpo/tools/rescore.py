@@ -15,7 +15,7 @@ from grpo.errors import UserError
 from grpo.recipe import load_recipe
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.completions import read_completions, stored_steps
-from grpo.runs.folder import COMPLETIONS, is_run
+from grpo.runs.folder import COMPLETIONS, check_is_run
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout
 
@@ -64,9 +64,10 @@ def rescore(run: Path, config: RewardConfig, against: str | None) -> Result:
     `against` is the stored reward to compare with: by default that of the same name, or else the weighted sum. Raises
     UserError for a folder without stored completions, and for a reward that cannot be had or called.
     """
-    paths = stored_steps(run / COMPLETIONS) if is_run(run) else []
+    check_is_run(run)
+    paths = stored_steps(run / COMPLETIONS)
     if not paths:
-        raise UserError(f"{run}: not a run with stored completions (see log.completions in its recipe)")
+        raise UserError(f"{run}: the run has stored no completions (see log.completions in its recipe)")
     system = load_recipe(run / RECIPE).data.system
     with closing(Scorer.of([config], system=system)) as scorer:
         (name,) = scorer.rewards

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+import typer
+
+from grpo.cli import app
 
 
 @pytest.mark.parametrize("width", [80, 140])
@@ -17,6 +22,26 @@ def test_summaries_are_not_cut_off(run_cli, monkeypatch, group: list[str], width
     assert commands
     assert "..." not in commands
     assert max(map(len, long.out.splitlines())) <= width
+
+
+def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every command, groups included."""
+    yield path
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, (*path, name))
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_every_page_fits_its_terminal_and_shows_all_words(run_cli, monkeypatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    paths = list(commands(typer.main.get_command(app)))
+    assert ("rewards", "score") in paths
+    for path in paths:
+        ran = run_cli(*path, "-h")
+        assert ran.code == 0, path
+        assert max(map(len, ran.out.splitlines())) <= width, path
+        assert "[[" not in ran.out, path
+        assert "  …" not in ran.out, path  # no help text goes on from the text above it
 
 
 def test_a_whole_summary_is_there(run_cli) -> None:
@@ -70,6 +95,26 @@ def test_an_option_that_is_none_stays_one(run_cli) -> None:
         ("rewards=gsm8k_answer", 'got "gsm8k_answer". Write rewards: [{use: gsm8k_answer}]'),
         ("rollout.stop=END", 'got "END". Write rollout.stop: ["END"]'),
         ("optim.steps=1e3", "got 1000.0. Write 1000."),
+        ("optim.steps=1e12", "got 1000000000000.0. It should be less than 1000000.\n"),
+        ("optim.steps=-2.0", "got -2.0. It should be greater than 0.\n"),
+        ("optim.micro_batch_tokens=1e12", "It should be less than or equal to 10000000.\n"),
+        ("adapter.layers=[1e30, 2]", "adapter.layers.0: expected a valid integer, got 1e+30.\n"),
+        (
+            "adapter.targets=[q_prj]",
+            "no linear layer 'q_prj' in this model. Did you mean 'q_proj'? It has mlp.down_proj",
+        ),
+        ("adapter.targets=self_atn.q_proj", "Did you mean 'self_attn.q_proj'?"),
+        ("adapter.targets=all_linear", "Did you mean 'all-linear'?"),
+        ("adapter.targets=zzz", "no linear layer 'zzz' in this model. It has mlp.down_proj"),
+        ("adapter.alpha=32", "TRL's lora_alpha is adapter.scale here (alpha / rank, so alpha is scale × rank)."),
+        ("data.alpha=32", "unknown key data.alpha. Valid here: source,"),
+        (
+            "optim.betas=[0.9, 0.99]",
+            "Did you mean optim.optimizer_args.betas? An optimizer's own arguments stand in op",
+        ),
+        ("momentum=0.9", "Did you mean optim.optimizer_args.momentum?"),
+        ("loss.momentum=0.9", "unknown key loss.momentum. Valid here: "),
+        ("log.report=true", "unknown key log.report. Valid here: wandb, tensorboard, use, completions, kl.\n"),
     ],
 )
 def test_what_was_probably_meant(run_cli, recipe, override: str, said: str) -> None:

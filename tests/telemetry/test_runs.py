@@ -46,7 +46,7 @@ def test_runs_are_listed_with_what_became_of_them(toy, recipe, run_cli, monkeypa
     absent = run_cli("runs", "absent")
     assert (absent.code, len(absent.err.splitlines())) == (2, 1)
     assert "absent: there is no such folder" in absent.err
-    assert "not a run's folder" in run_cli("runs", "--follow", "absent").err
+    assert "absent: there is no such folder" in run_cli("runs", "--follow", "absent").err
 
 
 def test_how_a_run_ended_is_told_apart(recipe) -> None:

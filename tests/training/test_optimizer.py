@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from test_update import groups, recipe
 
 from grpo.backend import device
 from grpo.config import AdapterConfig, ModelConfig, OptimConfig
+from grpo.config.optim import OPTIMIZER_ARGS
 from grpo.errors import UserError
 from grpo.model.adapters import Adapters
 from grpo.model.load import load
@@ -28,6 +30,12 @@ def one_weight(value: float, dtype: mx.Dtype) -> nn.Module:
     model = nn.Module()
     model.weight = mx.array([[value]], dtype)
     return model
+
+
+def test_the_names_of_optimizers_own_arguments_are_known() -> None:
+    """So that one that is written beside `optimizer_args` is told where it belongs."""
+    names = {name for kind in CLASSES.values() for name in inspect.signature(kind).parameters}
+    assert names - {"learning_rate", "weight_decay"} == OPTIMIZER_ARGS
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))

@@ -30,6 +30,9 @@ from grpo.model.saved import CONFIG, WEIGHTS, SavedAdapter, is_peft, read_adapte
 
 State = Mapping[str, mx.array]
 
+Snapshot = tuple[str, State, Mapping[str, State]]
+"""Which state is active, its arrays, and the others by name."""
+
 POLICY, REFERENCE = "policy", "reference"
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 """What chooses a token's experts, by its path in a block that has some. In many models it is no linear layer at all."""
@@ -82,6 +85,16 @@ class Adapters:
         for path, array in state.items():
             holder, key = self._slots[path]
             holder[key] = array
+
+    def snapshot(self) -> Snapshot:
+        """All states as they are, for `restore`: as long as it is held, so are their arrays."""
+        return self.active, self.state(), dict(self._parked)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Be what a snapshot was taken of, even where a switch, or a gradient's trace, was left in its middle."""
+        self.active, state, parked = snapshot
+        self._parked = dict(parked)
+        self.load_state(state)
 
     def add(self, name: str, state: State) -> None:
         """Keep a state under a name; one of that name that is not active is replaced.

@@ -118,7 +118,7 @@ def plan_on(
     rows, length = cfg.rollout.prompts_per_step * cfg.rollout.num_generations, cfg.rollout.max_completion_length
     prompt_length, longest = prompt_lengths
     numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
-    stays, need = _stays(cfg.optim, model, states), _rollout_need(cfg, longest)
+    stays, need = _stays(cfg, model, states), _rollout_need(cfg, longest)
     head = bytes_at_work(model, machine.gpu)
     available = int(FREE * machine.memory) - sum(stays.values()) - head
     slots, too_large = 1, None
@@ -138,7 +138,7 @@ def plan_on(
         phases={
             "rollout": need.bytes(decoding, slots) + head,
             "update": chosen.bytes,
-            "optimiser's step": _optimizer_step(cfg.optim, model, stays["optimiser"]),
+            "optimiser's step": _optimizer_step(cfg, model, stays["optimiser"]),
         },
         memory=machine.memory,
         slots=slots,
@@ -170,11 +170,11 @@ def _least(plan: Plan) -> tuple[int, dict[str, int]]:
     return wanted[largest], {**plan.stays, largest: plan.phases[largest]}
 
 
-def _stays(cfg: OptimConfig, model: nn.Module, states: int) -> dict[str, int]:
+def _stays(cfg: Recipe, model: nn.Module, states: int) -> dict[str, int]:
     """Bytes that are held all the time, by what they are for."""
     trained = model.trainable_parameters()
-    optimizer = _bytes(Float32Optimizer(cfg, trained).state)  # nothing of it is computed
-    several = _several(cfg)  # then a step that fails is taken back
+    optimizer = _bytes(Float32Optimizer(cfg.optim, trained).state)  # nothing of it is computed
+    several = _holds_former(cfg) and _several(cfg.optim)
     return {
         "weights": _bytes(model.parameters()),
         "optimiser": optimizer,
@@ -183,21 +183,26 @@ def _stays(cfg: OptimConfig, model: nn.Module, states: int) -> dict[str, int]:
     }
 
 
+def _holds_former(cfg: Recipe) -> bool:
+    """Whether the arrays of before a step are held until it is done, as `Trainer.wholly` does."""
+    return cfg.adapter.type != "full"
+
+
 def _several(cfg: OptimConfig) -> bool:
     """Whether a step has more than one update."""
     return cfg.num_iterations * cfg.num_minibatches > 1
 
 
-def _optimizer_step(cfg: OptimConfig, model: nn.Module, optimizer: int) -> int:
-    """Bytes beside what stays: the gradient, in whose place comes what the step makes, and a group at work.
+def _optimizer_step(cfg: Recipe, model: nn.Module, optimizer: int) -> int:
+    """Bytes beside what stays: the gradient, and a group at work.
 
-    A run holds the state before a step until the step is done, so that an end in between loses nothing: what the step
-    makes is there besides. (Of several updates that state is counted among what stays.)
+    The state of an adapter before a step is held until the step is done: what the step makes takes the gradient's place
+    beside it. (Of several updates that state is counted among what stays.) Whole weights are made in their own place.
     """
     trained = model.trainable_parameters()
     numbers: int = sum(array.size for _, array in tree_flatten(trained))
-    made = 0 if _several(cfg) else _bytes(trained) + optimizer
-    return max(4 * numbers, made) + bytes_of_a_group(cfg.optimizer, trained)
+    made = _bytes(trained) + optimizer if _holds_former(cfg) and not _several(cfg.optim) else 0
+    return max(4 * numbers, made) + bytes_of_a_group(cfg.optim.optimizer, trained)
 
 
 def _bytes(tree: Any) -> int:

@@ -42,6 +42,8 @@ class Loop:
     """Takes a trainer from a state to the recipe's last step.
 
     `state` is always that of the last step that was finished, and what is saved when a later one fails or is stopped.
+    Its counts are here and its arrays in the trainer, which makes a step wholly or not at all: to hold arrays here
+    through the next step would keep whole weights in memory twice.
     """
 
     def __init__(
@@ -60,16 +62,18 @@ class Loop:
         self.evaluate = evaluate
         self.tell, self.stop = tell, stop
         self.cfg = trainer.cfg
-        self.state = start
+        self.state = replace(start, trainer=replace(start.trainer, arrays={}))
         self._saved, self._is_saved = checkpoint, True
         self.ranks = trainer.ranks
         trainer.update.inspect = folder / NOT_FINITE
+        trainer.hold = stop.hold
 
     def run(self) -> Outcome:
         """All steps that are left, until the last or until asked to stop.
 
-        However it ends, an error included, there is a checkpoint of the last step that was finished (if one was).
-        Raises RunError where that cannot be written.
+        However it ends, an error included, there is a checkpoint of the last step that was finished (if one was);
+        only an error in the middle of a step's updates of whole weights leaves the newest checkpoint as it is, and that
+        is said. Raises RunError where the checkpoint cannot be written.
         """
         try:
             self._evaluate()
@@ -87,17 +91,18 @@ class Loop:
         self._save_last()
         if self.stop.signal is not None:
             self._note_end("stopped")
-            return Outcome(self.state, self._saved, self.stop.signal)
-        untrained, worse = trained_on_nothing(self.state, self.cfg), made_worse(self.state, self.cfg)
+            return Outcome(self._whole_state(), self._saved, self.stop.signal)
+        state = self._whole_state()
+        untrained, worse = trained_on_nothing(state, self.cfg), made_worse(state, self.cfg)
         self._note_end(UNTRAINED if untrained else WORSE if worse else "finished")
-        return Outcome(self.state, self._saved, None, untrained, worse)
+        return Outcome(state, self._saved, None, untrained, worse)
 
     def _step(self) -> None:
         step = self.state.step + 1
-        with self._keeps_failed(step), self._interrupts():
+        with self._keeps_failed(step), self.trainer.wholly(), self._interrupts():
             metrics = self.trainer.step(step)
         rewarded = self.state.rewarded or "reward" in metrics.values
-        self._move(replace(self.state, step=metrics.step, rewarded=rewarded, trainer=self.trainer.state()))
+        self._move(replace(self.state, step=metrics.step, rewarded=rewarded))
         self.tell(metrics)
         if self.ranks.first:
             self._store(metrics)
@@ -105,7 +110,12 @@ class Loop:
                 log.warning("%s", line)
 
     def _move(self, state: RunState) -> None:
-        self.state, self._is_saved = state, False  # a former state that was kept would hold its arrays
+        self.state = replace(state, trainer=replace(state.trainer, counts=self.trainer.counts()))
+        self._is_saved = False
+
+    def _whole_state(self) -> RunState:
+        """The state with its arrays, as the trainer has them now."""
+        return replace(self.state, trainer=replace(self.state.trainer, arrays=self.trainer.arrays()))
 
     def _interrupts(self) -> AbstractContextManager[None]:
         """A block that a stop may leave; of several processes none does so alone, or the others would wait for it."""
@@ -120,12 +130,12 @@ class Loop:
         step, evaluate = self.state.step, self.evaluate
         if evaluate is None or not self._due(step):
             return
-        with self._keeps_failed(step), self._interrupts():
+        with self._keeps_failed(step), self.trainer.wholly(), self._interrupts():
             metrics = evaluate(step)
         best = better(self.state.best, metrics, self.cfg.best_metric) if step > 0 else self.state.best
         before = self.state.before or metrics
         improved = best is not self.state.best
-        self._move(replace(self.state, trainer=self.trainer.state(), before=before, after=metrics, best=best))
+        self._move(replace(self.state, before=before, after=metrics, best=best))
         self.tell(metrics)
         if improved:
             self._save()
@@ -185,16 +195,29 @@ class Loop:
     def _write(self) -> None:
         if self._is_saved or self.state.step == 0 or not self.ranks.first:
             return
+        if self.trainer.halfway:
+            log.warning("%s", self._lost())
+            return
         restore_folder(self.folder, self.context.recipe, self.cfg)
         keep = self.cfg.checkpoint.keep
-        self._saved = save_checkpoint(self.folder / CHECKPOINTS, self.state, self.context, keep)
+        self._saved = save_checkpoint(self.folder / CHECKPOINTS, self._whole_state(), self.context, keep)
         self._is_saved = True
 
     def _unsaved(self, error: OSError) -> str:
-        newest, _ = newest_whole(self.folder / CHECKPOINTS)
-        there = f"the newest whole checkpoint is {newest}" if newest else "there is no whole checkpoint yet"
         why = error.strerror or error
-        return f"step {self.state.step} could not be saved in {self.folder / CHECKPOINTS}: {why}; {there}"
+        return f"step {self.state.step} could not be saved in {self.folder / CHECKPOINTS}: {why}; {self._newest()}"
+
+    def _newest(self) -> str:
+        newest, _ = newest_whole(self.folder / CHECKPOINTS)
+        return f"the newest whole checkpoint is {newest}" if newest else "there is no whole checkpoint yet"
+
+    def _lost(self) -> str:
+        """What is said where a step ended in the middle of its updates and the weights before it are gone."""
+        return (
+            f"Step {self.state.step} could not be saved: step {self.state.step + 1} failed in the middle of its update "
+            f"of the weights, and a run of adapter.type: full holds them only once; {self._newest()}. What came after "
+            "it is lost, and --resume makes those steps again; a smaller checkpoint.every loses fewer."
+        )
 
 
 def better(best: Best | None, metrics: EvalMetrics, name: str) -> Best | None:

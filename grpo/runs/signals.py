@@ -32,11 +32,16 @@ class StopRequest:
         self.signal: int | None = None
         self._notice = notice
         self._former: dict[int, Any] = {}
-        self._interrupts = False
+        self._interrupts = self._held = False
 
     @property
     def requested(self) -> bool:
         return self.signal is not None
+
+    @property
+    def _lost(self) -> bool:
+        """Whether a signal came in a block before `hold`, so that what the block made is not to be kept."""
+        return self.requested and not self._held
 
     @contextmanager
     def interrupts(self) -> Iterator[None]:
@@ -44,21 +49,34 @@ class StopRequest:
 
         That is between two of MLX's computations: a micro-batch that was begun is finished first. If other people's
         code swallowed the exception, or raised its own in its place, the block still ends with Stopped: what was made
-        after that is not to be kept.
+        after that is not to be kept. From `hold` on a signal waits for the end of the block, which is kept.
         """
         if self.requested:
             raise Stopped
-        self._interrupts = True
+        self._interrupts, self._held = True, False
         try:
             yield
         except Exception as error:
-            if self.requested:
+            if self._lost:
                 raise Stopped from error
             raise
         finally:
             self._interrupts = False
+        if self._lost:
+            raise Stopped
+
+    def hold(self) -> None:
+        """From here on what is done inside `interrupts` is to be finished: the first signal is only noted.
+
+        Raises Stopped for a signal that came before, which other people's code may have swallowed. Outside of
+        `interrupts` nothing is interrupted, and this does nothing.
+        """
+        if not self._interrupts:
+            return
         if self.requested:
             raise Stopped
+        self._interrupts = False  # before this line a signal raises Stopped from itself, after it none does
+        self._held = True
 
     def __enter__(self) -> StopRequest:
         for number in ASKING:

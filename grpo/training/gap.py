@@ -48,7 +48,7 @@ class GapWatch:
         if self._most is not None and not times <= self._most:
             raise RunError(
                 f"{self._said(step, gap)} The run stops beyond {self._most:g} times (optim.max_logp_difference; null "
-                "never stops). This step's update is not kept. Decoding computes another model than the one that "
+                "never stops). This update is not applied. Decoding computes another model than the one that "
                 f"trains: please report it, with `grpo doctor --json`. {self._help}"
             )
         if self._tells and times > self._told and times >= max(WARN_FROM, 2 * self._told):

@@ -76,7 +76,7 @@ class Float32Optimizer:
     Parameters move in groups, each computed before the next begins, and nothing here refers to what a group's arrays
     were before: MLX writes the new ones over the old ones. So a step holds one set of weights, copies and moments
     (16 bytes a parameter for AdamW in float32, gradients included; 18 in bfloat16), not two. Where somebody holds what
-    was before, as a run does to save it whatever happens, that is there besides: 24 bytes then, and 28.
+    was before, as a run does with an adapter (`Trainer.wholly`), that is there besides.
     """
 
     def __init__(self, cfg: OptimConfig, parameters: Any) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -12,6 +15,7 @@ from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
 from grpo.data.stream import TaskStream
+from grpo.model.adapters import Snapshot
 from grpo.model.policy import Policy
 from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
@@ -23,13 +27,17 @@ from grpo.training.gauges import entropy_left_out, kl_metric, with_all_entropy
 from grpo.training.metrics import step_metrics
 from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
-from grpo.training.state import TrainerState
+from grpo.training.state import Arrays, TrainerState
 from grpo.training.update import Updater
 from grpo.types import Group, StepMetrics
 
 
 class Trainer:
-    """Trains a policy on a stream of tasks, as a recipe says."""
+    """Trains a policy on a stream of tasks, as a recipe says.
+
+    `hold` is called when a step begins to change the arrays: whoever interrupts steps waits from then on until `step`
+    has returned. After an error inside `wholly`, `halfway` says that the arrays are of no finished step.
+    """
 
     def __init__(
         self,
@@ -47,8 +55,11 @@ class Trainer:
         self.engine = engine
         self.scorer = scorer
         self.ranks = ranks or Ranks()
-        self.update = Updater(policy, cfg, custom_loss, self.ranks)
         self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first)
+        self.update = Updater(policy, cfg, custom_loss, self.ranks, self.gap.check, self._move)
+        self.hold: Callable[[], None] = lambda: None
+        self.halfway = False
+        self._before: tuple[Snapshot, dict[str, Any]] | None = None
 
     def step(self, n: int) -> StepMetrics:
         """Sample, score, and update. `n` counts from 1."""
@@ -67,11 +78,39 @@ class Trainer:
         rest = entropy_left_out(groups, policy, cfg, ranks)
         clock.lap("logprobs")
         update = with_all_entropy(self.update(minibatches, n), rest, groups, cfg)
-        self.gap.check(n, update.metrics)
+        self._move()  # the step counts, though no update of it was applied
         clock.lap("update")
         policy.adapters.sync_reference(cfg.adapter, n)  # if it is due
         status = self.status(n, beta) | told
         return replace(step_metrics(n, sampled, update, status, clock.laps), groups=(*groups, *sampled[len(groups) :]))
+
+    @contextmanager
+    def wholly(self) -> Iterator[None]:
+        """A block, for a step or an evaluation, that an error leaves with the arrays as they were before it.
+
+        They are held through the block, and an adapter's are put back whatever happened. Whole weights would be in
+        memory twice (with AdamW's moments 12 bytes a parameter more, 14 in bfloat16), so they are let go when the first
+        update is about to move them. What fails usually comes before that. An error after it makes `halfway` true and
+        costs the steps since the newest checkpoint: the machine is out of memory, or, where a step has several updates,
+        a later one is not finite or breaks a custom loss.
+        """
+        self._before = self.policy.adapters.snapshot(), self.update.optimizer.state
+        try:
+            yield
+        except BaseException:
+            self.halfway = self._before is None
+            if self._before is not None:
+                adapters, self.update.optimizer.state = self._before
+                self.policy.adapters.restore(adapters)
+            raise
+        finally:
+            self._before = None
+
+    def _move(self) -> None:
+        """Called before a step changes arrays: what it begins here is to be finished."""
+        self.hold()
+        if self.cfg.adapter.type == "full":
+            self._before = None  # or MLX would write what the update makes beside it
 
     def sample(self, n: int, clock: _Clock) -> tuple[list[Group], list[Group]]:
         """All groups that were sampled and scored, and the step's worth of them to learn from, which come first.
@@ -113,21 +152,26 @@ class Trainer:
         return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 
     def state(self) -> TrainerState:
-        """What the steps so far have changed: what `load_state` takes."""
+        """What the steps so far have changed: what `load_state` takes. Whoever keeps it keeps its arrays in memory."""
+        return TrainerState(self.arrays(), self.counts())
+
+    def arrays(self) -> dict[str, Arrays]:
+        """The arrays that the steps so far have changed, as they are now: by file, then by path or name."""
         adapters, kept = self.policy.adapters, self.cfg.adapter.moves_reference and self.cfg.needs_reference
-        return TrainerState(
-            arrays={
-                "adapters": adapters.state(),
-                **({"reference": adapters.state("reference")} if kept else {}),
-                "optimizer": tree_flatten(self.update.optimizer.state, destination={}),
-            },
-            counts={
-                "tasks": self.tasks.state(),
-                "scorer": self.scorer.state(),
-                "skipped_in_a_row": self.update.skipped_in_a_row,
-                "steps_without_signal": self.update.steps_without_signal,
-            },
-        )
+        return {
+            "adapters": adapters.state(),
+            **({"reference": adapters.state("reference")} if kept else {}),
+            "optimizer": tree_flatten(self.update.optimizer.state, destination={}),
+        }
+
+    def counts(self) -> dict[str, Any]:
+        """What the rooms have counted so far, as JSON holds it."""
+        return {
+            "tasks": self.tasks.state(),
+            "scorer": self.scorer.state(),
+            "skipped_in_a_row": self.update.skipped_in_a_row,
+            "steps_without_signal": self.update.steps_without_signal,
+        }
 
     def load_state(self, state: TrainerState) -> None:
         """Go on where a trainer with this recipe was. Raises UserError for the state of another model or adapter."""

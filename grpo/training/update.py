@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -64,16 +64,25 @@ class Gradient:
 class Updater:
     """Holds the optimiser. One call is one step's updates of the policy.
 
-    What led to an update that was skipped is written to the folder `inspect`, if one is set.
+    What led to an update that was skipped is written to the folder `inspect`, if one is set. `check` is given the step
+    and the metrics of each finite update before it is applied, and `moving` is called before the optimizer changes the
+    first array of an update: either may raise, and nothing of that update is applied then.
     """
 
     def __init__(
-        self, policy: Policy, cfg: Recipe, custom: CustomLoss | None = None, ranks: Ranks | None = None
+        self,
+        policy: Policy,
+        cfg: Recipe,
+        custom: CustomLoss | None = None,
+        ranks: Ranks | None = None,
+        check: Callable[[int, Mapping[str, float]], None] = lambda *_: None,
+        moving: Callable[[], None] = lambda: None,
     ) -> None:
         self.policy = policy
         self.cfg = cfg
         self.custom = custom
         self.ranks = ranks or Ranks()
+        self.check, self.moving = check, moving
         self.optimizer = Float32Optimizer(cfg.optim, policy.model.trainable_parameters())
         self.inspect: Path | None = None
         self.progress: Progress | None = None
@@ -91,24 +100,12 @@ class Updater:
         pass: there the policy is still what it was, and the ratio exactly 1.
 
         An update whose loss or gradient is not finite is skipped. Raises RunError after `optim.max_skipped_updates` in
-        a row, with policy and optimiser as they were before the step.
+        a row. Updates of the step that were applied before an error stay: `Trainer.step` sees to those.
 
         An update whose gradient is exactly 0 has nothing to say, so the optimiser is not called: momentum and weight
         decay move no weight, moments and the optimiser's own step counter stay. (The learning rate goes by the run's
         steps, whatever they teach.) A step of such updates alone counts in `steps_without_signal`.
         """
-        if self.cfg.optim.num_iterations * len(minibatches) == 1:  # nothing to take back: no copies in memory
-            return self._updated(minibatches, step)
-        before, state = self.policy.adapters.state(), self.optimizer.state
-        try:
-            return self._updated(minibatches, step)
-        except RunError:
-            self.policy.adapters.load_state(before)
-            self.optimizer.state = state
-            raise
-
-    def _updated(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
-        self.optimizer.learning_rate = learning_rate(self.cfg.optim, step)
         waiting, updates = list(minibatches), []
         for iteration in range(self.cfg.optim.num_iterations):
             for number, batches in enumerate(waiting):
@@ -133,10 +130,13 @@ class Updater:
         if not (math.isfinite(update.loss) and math.isfinite(update.grad_norm)):
             self._skip(gradient, update, step)
             return replace(update, skipped=1)
+        self.check(step, update.metrics)
         if update.grad_norm == 0 and _all_zero(gradient.arrays):  # the norm of tiny numbers underflows
             return replace(update, without_signal=1)  # and `skipped_in_a_row` stays: nothing was shown to be finite
         self.skipped_in_a_row = 0
         scale = mx.minimum(self.cfg.optim.max_grad_norm / (norm + 1e-6), 1.0)
+        self.moving()
+        self.optimizer.learning_rate = learning_rate(self.cfg.optim, step)
         self.optimizer.update(self.policy.model, gradient.arrays, scale)
         return update
 

@@ -20,6 +20,10 @@ from grpo.model.drawn import NoTokenizer
 from grpo.model.policy import Policy
 from grpo.planning.plan import make_plan
 from grpo.rollout import RolloutEngine, sampling_of
+from grpo.runs.checkpoint import Context
+from grpo.runs.loop import Loop
+from grpo.runs.signals import StopRequest
+from grpo.runs.state import RunState
 from grpo.scoring.scorer import Scorer
 from grpo.training import optimizer as optimizers
 from grpo.training.batches import make_minibatches
@@ -147,43 +151,46 @@ def test_an_update_of_whole_weights_takes_at_most_eighteen_bytes_a_parameter(mic
     assert (mx.get_peak_memory() - others) / numbers(policy.model) < 18
 
 
-def test_a_step_that_can_be_taken_back_holds_its_start_and_one_gradient() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "optim", "bytes_each"),
+    [
+        (mx.float32, {}, 16),  # weights 4, gradient 4, moments 8
+        (mx.float32, {"num_iterations": 2, "num_minibatches": 2}, 16),
+        (mx.float32, {"optimizer": "lion"}, 12),
+        (mx.bfloat16, {}, 18),  # weights 2, their float32 copies 4, gradient 4, moments 8
+    ],
+)
+def test_a_run_of_whole_weights_holds_them_once(tmp_path, dtype: mx.Dtype, optim: dict, bytes_each: int) -> None:
+    """Over whole steps as the loop makes them: decoding, updates and a checkpoint, and as the plan says."""
     others = resting()
     policy = whole()
-    cfg = recipe(
-        rollout={"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4},
-        optim={"micro_batch_tokens": 999, "num_iterations": 3},
-    )
-    rows = [[row(4, 4, number) for _ in range(2)] for number in range(2)]
-    minibatches = make_minibatches([Group(pair[0][0], tuple(rollout for _, rollout in pair)) for pair in rows], cfg)
-    update = Updater(policy, cfg)
-    update(minibatches, 1)
-    resting()
-    update(minibatches, 2)  # weights and moments twice, one gradient
-    assert (mx.get_peak_memory() - others) / numbers(policy.model) < 30
-
-
-def test_a_step_whose_start_can_be_saved_takes_no_more_than_the_plan_says() -> None:
-    others = resting()
-    policy = whole()
+    policy.model.update(tree_map(lambda a: a.astype(dtype), policy.model.parameters()))
     cfg = recipe(
         adapter={"type": "full"},
-        rollout={"prompts_per_step": 1, "num_generations": 2, "max_completion_length": 4},
-        optim={"micro_batch_tokens": 999, "gradient_checkpointing": False},
-        log={"kl": None},
+        rollout={"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4},
+        optim={"micro_batch_tokens": 999, "gradient_checkpointing": False, "steps": 3, **optim},
+        checkpoint={"every": 1},
+        log={"kl": None, "completions": None},
     )
     engine = RolloutEngine(Generator(policy.model, NoTokenizer(), 2), sampling_of(cfg.rollout))
     scorer = Scorer({"turns": lambda completions, **_: [float(i % 2) for i in range(len(completions))]})
     trainer = Trainer(cfg, policy, OnePrompt(), engine, scorer)
-    trainer.step(1)
     plan, _ = make_plan(cfg, policy, engine.generator.decoding, (3, 3))
-    state = trainer.state()  # as the loop holds it
-    resting()
-    trainer.step(2)
-    peak = mx.get_peak_memory() - others
-    del state
-    made = sum(plan.stays.values()) + plan.phases["optimiser's step"]
-    assert 24 * numbers(policy.model) < peak < made < 1.2 * peak
+    ended, peaks = [], []
+
+    def tell(_) -> None:
+        peaks.append(mx.get_peak_memory() - others)
+        resting()
+
+    loop = Loop(trainer, tmp_path, Context("", {}, {}, {}, {}), tell, StopRequest(), RunState("id", trainer.state()))
+    ended.append(loop.run().state.step)
+    peaks.append(mx.get_peak_memory() - others)  # of the last checkpoint
+    count = numbers(policy.model)
+    assert (ended, len(peaks)) == ([3], 4)
+    # A group at work and a few activations are there beside; what was before a step is not.
+    assert bytes_each < max(peaks[1:]) / count < bytes_each + 1.3
+    planned = sum(plan.stays.values()) + plan.phases["optimiser's step"]
+    assert max(peaks[1:]) < 1.02 * planned < 1.1 * max(peaks[1:])
 
 
 def test_decoding_does_not_keep_the_weights_of_before_an_update() -> None:

@@ -88,8 +88,8 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     token = max(0.0, (second - pair * more_pairs) / more_tokens)
     vocabulary = _vocabulary(policy)
     trained = [array for _, array in tree_flatten(policy.model.trainable_parameters())]
-    # The sum of gradients so far, and a micro-batch's own.
-    fixed = sum(4 * array.size + array.nbytes for array in trained)
+    # The sum of gradients so far, and of a micro-batch's own gradients those that are being added to it.
+    fixed = sum(4 * array.size for array in trained) + max(array.nbytes for array in trained)
     head = bytes_at_work(policy.model, on_gpu())
     head += sum(HEAD_SUMS * array.size for _, array in tree_flatten(head_parameters(policy.model)))
     rows = 4 * vocabulary, chunk_tokens(vocabulary)

@@ -130,7 +130,7 @@ class Loop:
         step, evaluate = self.state.step, self.evaluate
         if evaluate is None or not self._due(step):
             return
-        with self._keeps_failed(step), self.trainer.wholly(), self._interrupts():
+        with self._keeps_failed(step), self._interrupts():
             metrics = evaluate(step)
         best = better(self.state.best, metrics, self.cfg.best_metric) if step > 0 else self.state.best
         before = self.state.before or metrics

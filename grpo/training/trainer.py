@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -59,7 +59,7 @@ class Trainer:
         self.update = Updater(policy, cfg, custom_loss, self.ranks, self.gap.check, self._move)
         self.hold: Callable[[], None] = lambda: None
         self.halfway = False
-        self._before: tuple[Snapshot, dict[str, Any]] | None = None
+        self._former: _Former | None = None
 
     def step(self, n: int) -> StepMetrics:
         """Sample, score, and update. `n` counts from 1."""
@@ -67,6 +67,7 @@ class Trainer:
         beta = penalty_weight(cfg, n)
         self.scorer.begin(n)
         sampled, groups = self.sample(n, clock)
+        self._remember()
         groups, told = with_penalties(groups, policy, cfg, beta, ranks)  # as they are unless the recipe asks for some
         groups = with_advantages(groups, cfg)
         minibatches = make_minibatches(groups, cfg, ranks.size)  # token weights are fixed here, before any split
@@ -86,31 +87,42 @@ class Trainer:
 
     @contextmanager
     def wholly(self) -> Iterator[None]:
-        """A block, for a step or an evaluation, that an error leaves with the arrays as they were before it.
+        """A block around `step` that an error leaves with the arrays as they were before it.
 
-        They are held through the block, and an adapter's are put back whatever happened. Whole weights would be in
-        memory twice (with AdamW's moments 12 bytes a parameter more, 14 in bfloat16), so they are let go when the first
-        update is about to move them. What fails usually comes before that. An error after it makes `halfway` true and
-        costs the steps since the newest checkpoint: the machine is out of memory, or, where a step has several updates,
-        a later one is not finite or breaks a custom loss.
+        They are held from the end of sampling on, and an adapter's are put back whatever happened. Whole weights would
+        be in memory twice (with AdamW's moments 12 bytes a parameter more, 14 in bfloat16), so they are let go when the
+        first update is about to move them. What fails usually comes before that. An error after it makes `halfway` true
+        and costs the steps since the newest checkpoint: the machine is out of memory, or, where a step has several
+        updates, a later one is not finite or breaks a custom loss.
         """
-        self._before = self.policy.adapters.snapshot(), self.update.optimizer.state
+        former = self._former = _Former()
         try:
             yield
         except BaseException:
-            self.halfway = self._before is None
-            if self._before is not None:
-                adapters, self.update.optimizer.state = self._before
+            if former.arrays is not None:
+                adapters, self.update.optimizer.state = former.arrays
                 self.policy.adapters.restore(adapters)
+            else:
+                self.halfway = former.moved
             raise
         finally:
-            self._before = None
+            self._former = None
+
+    def _remember(self) -> None:
+        """Hold the arrays, once sampling is done: it puts others in their places, equal ones, views of joined weights.
+
+        From here on a switch of states, a gradient's trace or an update may be left in its middle.
+        """
+        if self._former is not None:
+            self._former.arrays = self.policy.adapters.snapshot(), self.update.optimizer.state
 
     def _move(self) -> None:
         """Called before a step changes arrays: what it begins here is to be finished."""
         self.hold()
-        if self.cfg.adapter.type == "full":
-            self._before = None  # or MLX would write what the update makes beside it
+        if self._former is not None:
+            self._former.moved = True
+            if self.cfg.adapter.type == "full":
+                self._former.arrays = None  # or MLX would write what the update makes beside it
 
     def sample(self, n: int, clock: _Clock) -> tuple[list[Group], list[Group]]:
         """All groups that were sampled and scored, and the step's worth of them to learn from, which come first.
@@ -185,6 +197,14 @@ class Trainer:
         self.tasks.load_state(state.counts["tasks"])
         scored = state.counts["scorer"]  # the first process's: counted by each of several, they would be summed up
         self.scorer.load_state(scored if self.ranks.first else {**scored, "records": {}})
+
+
+@dataclass(slots=True)
+class _Former:
+    """The arrays of before a step, as long as they are held, and whether the step has begun to move them."""
+
+    arrays: tuple[Snapshot, dict[str, Any]] | None = None
+    moved: bool = False
 
 
 class _Clock:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from grpo.training.folder import ENDED
-from training.runs import run, same_end
+from runs.driver import run, same_end
 
 from grpo.errors import RunError
 from grpo.model.adapters import Adapters
+from grpo.runs.folder import ENDED
 from grpo.training import optimizer as optimizers
 from grpo.training.trainer import Trainer
 

@@ -11,7 +11,6 @@ from test_update import groups, recipe
 from grpo.errors import RunError
 from grpo.objective.groups import with_advantages
 from grpo.training.batches import make_batches, make_minibatches, with_old_logprobs
-from grpo.training.trainer import Trainer
 from grpo.training.update import Updater
 
 
@@ -72,19 +71,6 @@ def test_several_skipped_updates_in_a_row_stop_the_run(make_policy) -> None:
         update([broken(batches)], 6)
     assert all(mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
     assert all(mx.array_equal(array, state[path]) for path, array in tree_flatten(update.optimizer.state))
-
-
-def test_a_run_that_stops_over_what_is_not_finite_takes_the_whole_step_back(make_policy) -> None:
-    policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 1})
-    minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
-    trainer = Trainer(cfg, policy, None, None, None)
-    before = trainer.arrays()
-    with pytest.raises(RunError, match="not finite"), trainer.wholly():
-        trainer.update([*minibatches, broken(minibatches[0])], 1)
-    assert not trainer.halfway
-    after = trainer.arrays()
-    for name, arrays in before.items():
-        assert all(mx.array_equal(array, after[name][path]) for path, array in arrays.items())
 
 
 def test_ratios_are_to_before_the_first_update_even_where_that_was_skipped(make_policy, monkeypatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -156,22 +158,22 @@ def test_an_adapter_is_put_back_when_its_update_breaks(recipe, settings, monkeyp
     assert saved("runs/toy", 1) == saved("whole", 1)
 
 
-def test_an_adapter_is_put_back_when_a_later_update_of_a_step_breaks(recipe) -> None:
-    run(recipe, TWICE, *STEPS, EVERY, "output_dir=whole")
+def test_an_adapter_is_put_back_when_a_later_update_of_a_step_is_not_finite(recipe) -> None:
+    settings = (TWICE, "optim.max_skipped_updates=1")
+    run(recipe, *settings, *STEPS, EVERY, "output_dir=whole")
 
     def change(trainer: Trainer, _stop) -> None:
         gradient, calls = trainer.update.gradient, []
 
         def broken(*args):
             calls.append(1)
-            if len(calls) == 4:
-                raise RunError("not finite")
-            return gradient(*args)
+            found = gradient(*args)
+            return replace(found, loss=math.nan) if len(calls) == 4 else found
 
         trainer.update.gradient = broken
 
     with pytest.raises(RunError, match="not finite"):
-        run(recipe, TWICE, *STEPS, change=change)
+        run(recipe, *settings, *STEPS, change=change)
     assert saved("runs/toy", 1) == saved("whole", 1)
 
 

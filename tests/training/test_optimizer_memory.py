@@ -57,8 +57,8 @@ class OnePrompt:
 
     dropped = 0
 
-    def take(self, _n: int) -> list[Task]:
-        return [Task(0, "", (1, 2, 3), {})]
+    def take(self, n: int) -> list[Task]:
+        return [Task(0, "", (1, 2, 3), {})] * n
 
     def state(self) -> dict[str, int]:
         return {}

@@ -142,9 +142,9 @@ def feed(model: nn.Module, before: Sequence[KeysValues], token_ids: Sequence[int
     from mlx_lm.models.cache import make_prompt_cache
 
     cache: list[Any] = make_prompt_cache(model)
-    for layer, keys_values in zip(cache, before, strict=True):
-        if keys_values[0].shape[2]:
-            layer.state = keys_values
+    for layer, (keys, values) in zip(cache, before, strict=True):
+        if keys.shape[2]:
+            layer.keys, layer.values, layer.offset = keys, values, keys.shape[2]
     feed_caches(model, cache, mx.array([list(token_ids)]))
     return [(layer.keys[:, :, : layer.offset], layer.values[:, :, : layer.offset]) for layer in cache]
 

@@ -42,13 +42,17 @@ class Layer:
         self.keys[:, :, column : column + 1] = keys
         self.values[:, :, column : column + 1] = values
 
-    def grow(self, size: Size, order: mx.array | None) -> None:
-        """Take a larger size; the ring's columns come from `order` if that is given."""
+    def grow(self, size: Size) -> None:
+        """Take a larger size. There are new columns behind the others."""
         prefix = max(1, size.prefix)
         self.prefix_keys = _padded(self.prefix_keys, size.places, prefix)
         self.prefix_values = _padded(self.prefix_values, size.places, prefix)
-        keys, values = (a if order is None else a[:, :, order] for a in (self.keys, self.values))
-        self.keys, self.values = _padded(keys, size.slots, size.ring), _padded(values, size.slots, size.ring)
+        self.keys = _padded(self.keys, size.slots, size.ring)
+        self.values = _padded(self.values, size.slots, size.ring)
+
+    def move(self, order: mx.array) -> None:
+        """Let the ring's columns come from `order`."""
+        self.keys, self.values = self.keys[:, :, order], self.values[:, :, order]
 
     def prompt(self, place: int, length: int) -> KeysValues:
         """A prompt's keys and values, `[1, heads, length, D]`."""

@@ -60,8 +60,7 @@ class Engine:
         wants, keep = submission.logprobs, submission.keep
         rows = tuple(Row(prompt, key=key, stopping=stopping, wants_logprobs=wants, keep=keep) for key in keys)
         for row in rows:
-            self._run.enqueue(row)
-        self._run.live += len(rows)
+            self._run.begin(row)
         return rows
 
     def step(self) -> Events:
@@ -87,10 +86,9 @@ class Engine:
                 f"this row has {len(row.token_ids)} tokens after its prompt and may have {row.longest}, one of them "
                 f"still to be sampled: {len(token_ids)} more do not fit, {row.room} would"
             )
-        row.inject(token_ids)
+        row.inject([int(token) for token in token_ids])
         row.finish_reason = None
-        self._run.away -= 1
-        self._run.enqueue(row)
+        self._run.go_on(row)
 
     def park(self, row: Row) -> None:
         """Let a row give up its slot, or its place in the queue, until it is extended. A row that waits does already.
@@ -103,12 +101,7 @@ class Engine:
         if row.state in ("waiting", "parked"):
             return
         _check_alive(row, "parked")
-        if row.state == "decoding":
-            self._run.leave(row, keep=True)
-        else:
-            self._run.queue.remove(row)
-        row.state = "parked"
-        self._run.away += 1
+        self._run.park(row)
 
     def release(self, row: Row) -> None:
         """Free what a row holds, whatever it does. To release a row that has nothing is allowed."""
@@ -119,13 +112,14 @@ class Engine:
             self._run.release(row)
 
     def close(self) -> None:
-        """Free everything. Rows keep the tokens that they have."""
-        self._run.close()
+        """Release all rows. They have the tokens that they had."""
+        with self._at_work():
+            self._run.close()
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """On the engine's own stream, with the threads that its products are worth."""
-        small = self._run.slots * self._largest_product < SMALL_PRODUCT
+        small = self._run.seats.count * self._largest_product < SMALL_PRODUCT
         with mx.stream(self._stream), blas.one_thread(small):
             yield
 

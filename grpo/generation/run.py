@@ -1,21 +1,19 @@
-"""Continuous batching: rows wait in a queue, take a free slot, and leave it when they stop."""
+"""Continuous batching: rows take a free slot, get a token a step, and leave their slot when they stop."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from grpo.generation.decoding import Decoding, Session
+from grpo.generation.decoding import Decoding
 from grpo.generation.events import Events
 from grpo.generation.parking import Parking
-from grpo.generation.rows import Prompt, Row
-from grpo.generation.samplers import Samplers
+from grpo.generation.rows import Row
 from grpo.generation.sampling import Drawn
-from grpo.generation.slots import Size
+from grpo.generation.seats import Seats, blank
 from grpo.types import FinishReason
 
 
@@ -31,41 +29,58 @@ class _Step:
 
 
 class Run:
-    """Rows on their way through at most `most_slots` slots.
-
-    Buffers are opened as the first rows come, grow with the rows in flight, and are let go of when no row is left that
-    may decode. `live` counts those rows, `away` the ones among them that are out of their slots and not in the queue.
-    """
+    """Rows on their way through the slots. All buffers are let go of when no row is left that may decode."""
 
     def __init__(self, find_decoding: Callable[[], Decoding], most_slots: int, parking: Parking) -> None:
-        self._find_decoding, self._most_slots, self.parking = find_decoding, most_slots, parking
-        self.queue: deque[Row] = deque()
-        self.live = self.away = 0
-        self._active: list[Row | None] = []
-        self._leaving: list[tuple[int, Row]] = []
+        self.seats = Seats(find_decoding, most_slots, parking)
+        self._live: dict[Row, None] = {}
         self._flying: _Step | None = None
-        self._unfit = False  # rows have come that the buffers were not made to fit
-        self._opened: Decoding | None = None
-        self._session: Session
-        self._samplers: Samplers
-        self._tokens: mx.array
-        self._logprobs = False
 
     @property
     def busy(self) -> bool:
         """Whether a row decodes or waits for a slot, or a step is under way."""
-        return bool(self.queue or self._flying or any(self._active))
+        return bool(self.seats.queue or self._flying or any(self.seats.rows))
 
-    @property
-    def slots(self) -> int:
-        """How many slots the rows in flight take at most."""
-        return max(len(self._active), min(self._most_slots, len(self.queue)))
+    def begin(self, row: Row) -> None:
+        """Take a new row."""
+        self._live[row] = None
+        self.seats.enqueue(row)
 
-    def enqueue(self, row: Row) -> None:
-        """Let a row wait for a slot: before those that have not begun if it goes on."""
-        fresh = next((i for i, other in enumerate(self.queue) if not other.token_ids), len(self.queue))
-        self.queue.insert(fresh if row.token_ids else len(self.queue), row)
-        row.state, self._unfit = "queued", True
+    def go_on(self, row: Row) -> None:
+        """Let a row that was away wait for a slot again."""
+        self.seats.away -= 1
+        self.seats.enqueue(row)
+
+    def park(self, row: Row) -> None:
+        """Take a row out of its slot or out of the queue. The step under way has been read."""
+        if row.state == "decoding":
+            self.seats.leave(row, keep=True)
+        else:
+            self.seats.queue.remove(row)
+        row.state = "parked"
+        self.seats.away += 1
+
+    def release(self, row: Row) -> None:
+        """Free what a row holds that may still decode, and everything if it is the last."""
+        former, row.state = row.state, "released"
+        if former == "decoding":
+            self._leave(row, keep=False)
+        elif former == "queued":
+            self.seats.queue.remove(row)
+        else:
+            self.seats.away -= 1
+        if former != "decoding":
+            self.seats.parking.drop(row)
+            self.seats.spare(row.prompt)
+        del self._live[row]
+        if not self._live:
+            self.drain()
+            self.seats.close()
+
+    def close(self) -> None:
+        """Release all rows."""
+        for row in list(self._live):
+            self.release(row)
 
     def step(self) -> Events:
         """Decode until tokens have come, which are in their rows then; no events where nothing is in flight.
@@ -75,20 +90,20 @@ class Run:
         """
         events = None
         while events is None:
-            if self._flying is not None and self._session.overlaps and self._will_rearrange():
+            if self._flying is not None and self.seats.overlaps and self.seats.will_rearrange():
                 return self.drain()
-            self._arrange()
+            self.seats.arrange()
             step = self._next_step()
-            if step is not None and self._session.overlaps:
+            if step is not None and self.seats.overlaps:
                 step.launch()
             flying, self._flying = self._flying, step
             events = self._read(flying) if flying is not None else None
             if step is None:
                 break
-            if not self._session.overlaps:
+            if not self.seats.overlaps:
                 step.launch()
-        if not self.live and self._flying is None:
-            self.close()
+        if not self._live and self._flying is None:
+            self.seats.close()
         return events if events is not None else Events()
 
     def drain(self) -> Events:
@@ -96,147 +111,17 @@ class Run:
         flying, self._flying = self._flying, None
         return self._read(flying) if flying is not None else Events()
 
-    def release(self, row: Row) -> None:
-        """Free what a row holds that may still decode, and everything if it is the last."""
-        former, row.state = row.state, "released"
-        if former == "decoding":
-            self.leave(row, keep=False)
-        else:
-            if former == "queued":
-                self.queue.remove(row)
-            self.away -= former != "queued"
-            self.parking.drop(row)
-            self.spare(row.prompt)
-        self.live -= 1
-        if not self.live:
-            self.drain()
-            self.close()
-
-    def leave(self, row: Row, keep: bool) -> None:
-        """Take a row out of its slot. With `keep`, what it needs to go on is taken out before anything else moves."""
-        if self._flying is not None:
-            _blank(self._flying.rows, row)
-        if (slot := _blank(self._active, row)) is None:
-            return  # it has left with its last step
-        if keep:
-            self._leaving.append((slot, row))
-        else:
-            self._session.release(slot)
-            self.spare(row.prompt)
-
-    def spare(self, prompt: Prompt) -> None:
-        """A row of this prompt will not decode any more."""
-        prompt.left -= 1
-        if not prompt.left and self._opened is not None:
-            self._session.forget(prompt)
-
-    def close(self) -> None:
-        """Let go of all buffers."""
-        if self._opened is not None:
-            self._opened.forget()
-            del self._session, self._samplers, self._tokens
-        self._active, self._leaving, self._flying, self._opened = [], [], None, None
-
-    def _free(self) -> list[int]:
-        return [slot for slot, row in enumerate(self._active) if row is None]
-
-    def _is_tail(self, free: Sequence[int]) -> bool:
-        """Whether so many slots are empty for good that the others had better go on alone."""
-        waiting = self.queue or self.away
-        return not waiting and len(self._active) > len(free) >= (len(self._active) + 1) // 2
-
-    def _will_rearrange(self) -> bool:
-        """Whether buffers are about to be changed that a step in flight may read."""
-        if self._leaving or (self.queue and self._unfit):
-            return True
-        free = self._free()
-        entering = [self.queue[i] for i in range(min(len(free), len(self.queue)))]
-        return self._is_tail(free) or self._session.needs_prefill(entering)
-
-    def _arrange(self) -> None:
-        """Let waiting rows into free slots; where none wait and most slots are free, drop those."""
-        self._take_out()
-        if self.queue and not any(self._active):
-            self._begin()
-        if self.queue and self._unfit:
-            self._fit()
-        free = self._free()
-        if entering := [(slot, self.queue.popleft()) for slot in free[: len(self.queue)]]:
-            self._admit(entering)
-        elif self._is_tail(free):
-            self._shrink()
-
-    def _take_out(self) -> None:
-        for slot, row in self._leaving:
-            if row.state != "released":
-                self.parking.put(row, self._session.take(slot))
-            self._session.release(slot)
-        self._leaving.clear()
-
-    def _begin(self) -> None:
-        """Open the buffers, or take over what has become of the model since the last row left its slot."""
-        decoding = self._find_decoding()
-        if decoding is self._opened:
-            self._session.refresh()
-            return
-        self.parking.clear()  # it is of no use to another way of decoding
-        size = self._size()
-        self._opened, self._session = decoding, decoding.open(size)
-        self._samplers = Samplers(size.slots, decoding.vocabulary)
-        self._tokens = mx.zeros(size.slots, mx.uint32)
-        self._active, self._unfit = [None] * size.slots, False
-
-    def _size(self) -> Size:
-        """What the rows in slots and in the queue take."""
-        rows = [row for row in (*self._active, *self.queue) if row is not None]
-        slots, prompts = min(self._most_slots, len(rows)), dict.fromkeys(row.prompt for row in rows)
-        prefix = max(len(prompt.ids) for prompt in prompts) - 1
-        return Size(slots, min(len(prompts), slots), prefix, max(row.longest for row in rows))
-
-    def _fit(self) -> None:
-        size, self._unfit = self._size(), False
-        self._session.fit(size)
-        more = size.slots - len(self._active)
-        if more > 0:
-            self._samplers.grow(size.slots)
-            self._tokens = mx.pad(self._tokens, (0, more))
-            self._active += [None] * more
-
-    def _admit(self, entering: Sequence[tuple[int, Row]]) -> None:
-        slots, rows = [slot for slot, _ in entering], [row for _, row in entering]
-        self._session.admit(slots, rows)
-        first = mx.array([row.last for row in rows], mx.uint32)
-        # Not `self._tokens[...] = first`: a step that has not been read holds the same object.
-        self._tokens = mx.put_along_axis(self._tokens, mx.array(slots), first, axis=0)
-        for slot, row in entering:
-            self.parking.drop(row)
-            row.state, row.launched = "decoding", len(row.token_ids)
-            self._active[slot] = row
-        self._samplers.seat(entering, self._active)
-        self._logprobs = any(row.wants_logprobs for row in self._active if row is not None)
-
-    def _shrink(self) -> None:
-        kept = [slot for slot, row in enumerate(self._active) if row is not None]
-        self._session.keep(kept)
-        self._samplers.keep(kept)
-        self._tokens = self._tokens[mx.array(kept)]
-        self._active = [self._active[slot] for slot in kept]
-
     def _next_step(self) -> _Step | None:
         """The graph of one more token for every slot, or None if no slot has a row."""
-        if not any(self._active):
+        rows = self.seats.rows
+        if not any(rows):
             return None
-        decoded = self._session.decoded()
-        drawn = self._samplers.draw(self._session.logits(self._tokens), decoded, self._logprobs)
-        self._tokens = drawn.tokens
-        step = _Step(list(self._active), drawn)
-        for slot, row in enumerate(self._active):
+        step = _Step(list(rows), self.seats.draw())
+        for row in step.rows:
             if row is not None:
                 row.launched += 1
                 if row.launched == row.longest:  # it ends with this token, whatever it is
-                    self._active[slot] = None
-                    self._session.release(slot)
-                    self.spare(row.prompt)
+                    self.seats.leave(row, keep=False)
         return step
 
     def _read(self, step: _Step) -> Events:
@@ -261,15 +146,13 @@ class Run:
 
     def _end(self, row: Row) -> None:
         waits = row.keep and row.room > 0
-        self.leave(row, waits)
+        self._leave(row, waits)
         row.state = "waiting" if waits else "done"
-        self.away += waits
-        self.live -= not waits
+        self.seats.away += waits
+        if not waits:
+            del self._live[row]
 
-
-def _blank(rows: list[Row | None], row: Row) -> int | None:
-    """Let none be in a row's place, which is returned if it has one."""
-    slot = next((slot for slot, other in enumerate(rows) if other is row), None)
-    if slot is not None:
-        rows[slot] = None
-    return slot
+    def _leave(self, row: Row, keep: bool) -> None:
+        if self._flying is not None:
+            blank(self._flying.rows, row)
+        self.seats.leave(row, keep)

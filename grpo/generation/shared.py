@@ -44,10 +44,9 @@ class SharedPrefixSession:
         size = former.covering(size)
         if size == former:
             return
-        columns = self._slots.grow(size)
-        order = None if columns is None else mx.array(columns)
+        self._move(self._slots.grow(size))
         for layer in self._layers:
-            layer.grow(size, order)
+            layer.grow(size)
             mx.eval(layer.arrays())  # one layer at a time, so that only one is held twice
         self._free += range(former.places, size.places)
         self._seated += [None] * (size.slots - former.slots)
@@ -60,6 +59,7 @@ class SharedPrefixSession:
         self._prefill(new)
         lengths = [len(row.prompt.ids) - 1 for row in rows]
         fed = [len(row.token_ids) for row in rows]
+        self._move(self._slots.make_room(max(fed), whole=self.overlaps))
         self._slots.admit(slots, [self._place[row.prompt] for row in rows], lengths, fed)
         for slot, row in zip(slots, rows, strict=True):
             self._seated[slot] = row.prompt
@@ -98,6 +98,15 @@ class SharedPrefixSession:
         logits = self._decoder.logits(tokens, self._layers, self._attention, self._slots.view())
         self._slots.advance()
         return logits
+
+    def _move(self, columns: list[int] | None) -> None:
+        """Let the rings' columns come from these."""
+        if columns is None:
+            return
+        order = mx.array(columns)
+        for layer in self._layers:
+            layer.move(order)
+            mx.eval(layer.arrays())
 
     def _free_place(self, entering: dict[Prompt, None]) -> int:
         if self._free:

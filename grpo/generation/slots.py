@@ -53,11 +53,9 @@ class Slots:
     ) -> None:
         """Let rows begin in slots at this step, each from a prefix place with a prompt of this length.
 
-        `fed` says how many columns of their own they bring: those before this step's.
+        `fed` says how many columns of their own they bring: those before this step's, for which there is room.
         """
-        fed = fed or [0] * len(slots)
-        self._turn(max(fed))
-        for slot, place, length, own in zip(slots, places, lengths, fed, strict=True):
+        for slot, place, length, own in zip(slots, places, lengths, fed or [0] * len(slots), strict=True):
             self.starts[slot], self.place_of[slot], self.lengths[place] = self.step - own, place, length
         self._changed()
 
@@ -84,11 +82,21 @@ class Slots:
         self._changed()
         return order
 
-    def _turn(self, fed: int) -> None:
-        """Count steps as if the ring had been written as often as a row needs that brings so many columns."""
-        rounds = max(0, -(-(fed - self.step) // self.size.ring))
-        self.step += rounds * self.size.ring
-        self.starts = [start + rounds * self.size.ring for start in self.starts]
+    def make_room(self, fed: int, whole: bool) -> list[int] | None:
+        """Let there be so many columns before this step's: where the ring's columns come from then.
+
+        None if they stay where they are. Steps are counted on, by `whole` rounds of the ring if need be. Otherwise a
+        ring that is not full yet is moved, so that stock operations need not read all of it from now on.
+        """
+        ring, more = self.size.ring, fed - self.step
+        if more <= 0:
+            return None
+        step = -(-fed // WIDTH_STEP) * WIDTH_STEP
+        whole = whole or self.step >= ring or step >= ring
+        more = -(-more // ring) * ring if whole else step - self.step
+        self.step += more
+        self.starts = [start + more for start in self.starts]
+        return None if whole else [(column - more) % ring for column in range(ring)]
 
     def keep(self, kept: Sequence[int], places: Sequence[int]) -> None:
         """Drop all slots and prefix places but these, which are numbered anew from 0."""

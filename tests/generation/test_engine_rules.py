@@ -133,7 +133,7 @@ def test_wrong_use_is_told_in_a_sentence(generator: Generator) -> None:
     with pytest.raises(ValueError, match="max_tokens is 0: a row needs room"):
         engine.submit(asked((5,), sampling=Sampling(1.0, 0)))
     (row,) = engine.submit(asked((5, 6)))
-    with pytest.raises(ValueError, match="this row still decodes, so it cannot be extended: wait .* or park it"):
+    with pytest.raises(ValueError, match=r"this row still decodes, so it cannot be extended: wait .* or park it"):
         engine.extend(row, [9])  # it has not begun yet
     engine.step()
     with pytest.raises(ValueError, match="this row still decodes"):
@@ -146,12 +146,12 @@ def test_wrong_use_is_told_in_a_sentence(generator: Generator) -> None:
     engine.release(row)
     engine.release(row)
     for use in (lambda: engine.extend(row, [9]), lambda: engine.park(row)):
-        with pytest.raises(ValueError, match="this row was released, so it cannot be (extended|parked)"):
+        with pytest.raises(ValueError, match=r"this row was released, so it cannot be (extended|parked)"):
             use()
     (lost,) = engine.submit(asked((5, 6), keep=False))
     finish(engine)
     for use in (lambda: engine.extend(lost, [9]), lambda: engine.park(lost)):
-        with pytest.raises(ValueError, match="was not kept, so it cannot be .*: submit it with keep=True"):
+        with pytest.raises(ValueError, match=r"was not kept, so it cannot be .*: submit it with keep=True"):
             use()
 
 
@@ -218,7 +218,9 @@ def test_an_update_between_turns_is_followed(make_policy) -> None:
     """By new tokens; what was kept is of the former weights."""
     toy = make_policy()
     engine = toy.generator.open()
-    (row,) = engine.submit(asked((5, 6, 7), sampling=Sampling(0.0, 60, max_repeats=2, stop_ids=tuple(range(0, 300, 2)))))
+    (row,) = engine.submit(
+        asked((5, 6, 7), sampling=Sampling(0.0, 60, max_repeats=2, stop_ids=tuple(range(0, 300, 2))))
+    )
     finish(engine)
     assert row.state == "waiting"
     toy.policy.adapters.load_state({path: array * 3 for path, array in toy.policy.adapters.state().items()})

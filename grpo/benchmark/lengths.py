@@ -13,8 +13,10 @@ from grpo.benchmark.models import model_for, vocabulary_of
 from grpo.benchmark.protocol import Row, Side, Values, alternate, milliseconds
 from grpo.benchmark.rollout import requests_of, untold
 from grpo.benchmark.setting import Setting
-from grpo.generation.decoding import Decoding, Work
+from grpo.generation.decoding import Decoding
+from grpo.generation.rows import Line, Prompt
 from grpo.generation.sampling import Sampling
+from grpo.generation.slots import Size
 
 LENGTHS = (10, 25, 50, 100, 400)
 CONTEXTS = (32, 64, 116, 120, 124, 127, 128, 129, 132, 140, 256, 512, 1023, 1024, 1025)
@@ -73,8 +75,8 @@ def _steps(decoding: Decoding, context: int, vocabulary: int) -> Callable[[], Va
     prompt = [1 + i % (vocabulary - 1) for i in range(context)]
 
     def run() -> Values:
-        session = decoding.open(Work([prompt], [1], slots=1, max_tokens=DECODED))
-        session.admit([0], [0])
+        session = decoding.open(Size(slots=1, places=1, prefix=context - 1, ring=DECODED))
+        session.admit([0], [Line(Prompt(prompt))])
         tokens = mx.array([1], mx.uint32)
 
         def decode() -> None:

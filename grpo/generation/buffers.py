@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.generation.slots import Size
+
 KeysValues = tuple[mx.array, mx.array]
 
 PREFILL_CHUNK = 2048
@@ -40,10 +42,46 @@ class Layer:
         self.keys[:, :, column : column + 1] = keys
         self.values[:, :, column : column + 1] = values
 
+    def grow(self, size: Size) -> None:
+        """Take a larger size. There are new columns behind the others."""
+        prefix = max(1, size.prefix)
+        self.prefix_keys = _padded(self.prefix_keys, size.places, prefix)
+        self.prefix_values = _padded(self.prefix_values, size.places, prefix)
+        self.keys = _padded(self.keys, size.slots, size.ring)
+        self.values = _padded(self.values, size.slots, size.ring)
+
+    def move(self, order: mx.array) -> None:
+        """Let the ring's columns come from `order`."""
+        self.keys, self.values = self.keys[:, :, order], self.values[:, :, order]
+
+    def prompt(self, place: int, length: int) -> KeysValues:
+        """A prompt's keys and values, `[1, heads, length, D]`."""
+        where = slice(place, place + 1), slice(None), slice(0, length)
+        return self.prefix_keys[where], self.prefix_values[where]
+
+    def take(self, slot: int, columns: Sequence[slice]) -> KeysValues:
+        """A copy of what these columns of a slot's ring hold, `[1, heads, n, D]`."""
+        index = mx.array([column for part in columns for column in range(part.start, part.stop)])
+        # By an index, not by slices: a slice may be a view, and kernels write into the ring.
+        return self.keys[slot : slot + 1, :, index], self.values[slot : slot + 1, :, index]
+
+    def put(self, slot: int, columns: Sequence[slice], row: KeysValues) -> None:
+        """Put a row's keys and values, `[1, heads, n, D]`, into columns of a slot's ring."""
+        begin = 0
+        for part in columns:
+            end = begin + part.stop - part.start
+            self.keys[slot : slot + 1, :, part] = row[0][:, :, begin:end]
+            self.values[slot : slot + 1, :, part] = row[1][:, :, begin:end]
+            begin = end
+
     def keep(self, slots: mx.array, places: mx.array) -> None:
         """Drop all slots and prefix places but these."""
         self.prefix_keys, self.prefix_values = self.prefix_keys[places], self.prefix_values[places]
         self.keys, self.values = self.keys[slots], self.values[slots]
+
+
+def _padded(buffer: mx.array, rows: int, columns: int) -> mx.array:
+    return mx.pad(buffer, [(0, rows - buffer.shape[0]), (0, 0), (0, columns - buffer.shape[2]), (0, 0)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +97,18 @@ class CacheShape:
     def bytes_per_token(self) -> int:
         return int(self.heads * (self.key_width + self.value_width) * self.dtype.size)
 
-    def layer(self, places: int, prefix: int, slots: int, ring: int) -> Layer:
+    def layer(self, size: Size) -> Layer:
         """Empty buffers for one layer."""
+        prefix = max(1, size.prefix)
 
         def empty(rows: int, columns: int, width: int) -> mx.array:
             return mx.zeros((rows, self.heads, columns, width), self.dtype)
 
         return Layer(
-            empty(places, prefix, self.key_width),
-            empty(places, prefix, self.value_width),
-            empty(slots, ring, self.key_width),
-            empty(slots, ring, self.value_width),
+            empty(size.places, prefix, self.key_width),
+            empty(size.places, prefix, self.value_width),
+            empty(size.slots, size.ring, self.key_width),
+            empty(size.slots, size.ring, self.value_width),
         )
 
 
@@ -98,7 +137,24 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[KeysValu
         return []
     cache: list[Any] = make_prompt_cache(model)
     rows = mx.array([[*ids[:-1], *[0] * (width + 1 - len(ids))] for ids in prompts])
-    for start in range(0, width, PREFILL_CHUNK):
-        model(rows[:, start : start + PREFILL_CHUNK], cache=cache)
-        mx.eval([layer.state for layer in cache])  # the logits stay unevaluated
+    feed_caches(model, cache, rows[:, :width])
     return [(layer.keys[:, :, :width], layer.values[:, :, :width]) for layer in cache]
+
+
+def feed(model: nn.Module, before: Sequence[KeysValues], token_ids: Sequence[int]) -> list[KeysValues]:
+    """One row's keys and values `[1, heads, n, D]`, a pair for each layer, with those of more tokens behind them."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache: list[Any] = make_prompt_cache(model)
+    for layer, (keys, values) in zip(cache, before, strict=True):
+        if keys.shape[2]:
+            layer.keys, layer.values, layer.offset = keys, values, keys.shape[2]
+    feed_caches(model, cache, mx.array([list(token_ids)]))
+    return [(layer.keys[:, :, : layer.offset], layer.values[:, :, : layer.offset]) for layer in cache]
+
+
+def feed_caches(model: nn.Module, caches: Sequence[Any], rows: mx.array) -> None:
+    """Let tokens `[m, T]` go through the model, in chunks, onto mlx-lm's caches."""
+    for start in range(0, rows.shape[1], PREFILL_CHUNK):
+        model(rows[:, start : start + PREFILL_CHUNK], cache=caches)
+        mx.eval([cache.state for cache in caches])  # the logits stay unevaluated

@@ -11,12 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from grpo.backend import blas
-from grpo.backend.random import derive_key
 from grpo.generation.choice import find_decoding
-from grpo.generation.decoding import Work
-from grpo.generation.run import Row, Run
-from grpo.generation.sampling import Sampler, Sampling
+from grpo.generation.decoding import Decoding
+from grpo.generation.engine import Engine
+from grpo.generation.rows import Row, Submission
+from grpo.generation.sampling import Sampling
 from grpo.generation.stopping import Stopping
 from grpo.types import Completion, FinishReason, Progress
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 TELL_EVERY = 0.5
 """Seconds between two reports of progress: counting tokens at every step would be work for the host."""
-SMALL_PRODUCT = 64 * 2**20
-"""Multiplications in a step's largest product, below which a second BLAS thread on a CPU costs more than it gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +55,8 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.slots = slots
+        self.kept_bytes: int | None = None
+        """Bytes that rows may keep out of their slots, None for no bound. See `Engine`."""
         self.progress: Progress | None = None
         self.stop_ids = frozenset(tokenizer.eos_token_ids)
         layers = [array.size for layer in model.layers for _, array in tree_flatten(layer.parameters())]
@@ -84,103 +83,88 @@ class Generator:
         request has a seed: not on `n`, on how many requests there are, or on the number of slots. Without `logprobs`
         none are computed. `progress` is told the `phase`, the tokens so far, and the most that there can be.
         """
-        rows, stopping, told = _rows(requests, key), self._stopping(sampling), 0.0
-        for _ in self._steps(requests, rows, stopping, logprobs):
+        engine, call, told = self.open(), _number(key), 0.0
+        groups = [
+            engine.submit(_submission(request, sampling, call, number, request.n, logprobs))
+            for number, request in enumerate(requests)
+        ]
+        while engine.busy:
+            engine.step()
             if self.progress is not None and (now := time.monotonic()) - told >= TELL_EVERY:
                 told = now
-                self.progress(phase, *_tokens(rows, sampling.max_tokens))
+                self.progress(phase, *_tokens(groups))
         if self.progress is not None:
-            self.progress(phase, *_tokens(rows, sampling.max_tokens))
-        self.decoding.forget()
-        groups: list[list[Completion]] = [[] for _ in requests]
-        for row in rows:
-            groups[row.request].append(_completion(row, stopping, logprobs))
-        return groups
+            self.progress(phase, *_tokens(groups))
+        return [[_completion(row) for row in rows] for rows in groups]
 
     def stream(self, request: Request, sampling: Sampling, key: mx.array) -> Iterator[Event]:
         """The first completion of a request, token by token as they come.
 
         All texts together are the completion's. What may turn out to begin a stop string waits until it does not.
         """
-        request = Request(request.prompt_ids, 1, request.seed)
-        (row,) = rows = _rows([request], key)
-        detokenizer, stopping = self.tokenizer.detokenizer, self._stopping(sampling)
+        engine = self.open()
+        (row,) = engine.submit(_submission(request, sampling, _number(key), 0, n=1, logprobs=False))
+        detokenizer, stopping = self.tokenizer.detokenizer, row.stopping
         silent = stopping.stop_ids | {i for i, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         detokenizer.reset()
         text, shown = "", 0
-        for _ in self._steps([request], rows, stopping, logprobs=False):
-            token = row.token_ids[-1]
-            if token not in silent:
-                detokenizer.add_token(token)
-            if row.finish_reason is not None:
-                detokenizer.finalize()
-            text += detokenizer.last_segment
-            until = stopping.sure(text)
-            if row.finish_reason is not None:
-                until = len(stopping.text(row.token_ids)) if sampling.stop else len(text)
-            yield Event(token, text[shown:until], row.finish_reason)
-            shown = max(shown, until)
-            if row.finish_reason is not None:
-                return
+        while engine.busy:
+            for token in engine.step():
+                if token.token_id not in silent:
+                    detokenizer.add_token(token.token_id)
+                if token.finish_reason is not None:
+                    detokenizer.finalize()
+                text += detokenizer.last_segment
+                until = stopping.sure(text)
+                if token.finish_reason is not None:
+                    until = len(stopping.text(row.token_ids)) if sampling.stop else len(text)
+                yield Event(token.token_id, text[shown:until], token.finish_reason)
+                shown = max(shown, until)
+
+    def open(self) -> Engine:
+        """An engine for rows that come, wait and go on as they like."""
+        return Engine(self._current_decoding, self._stopping, self.slots, self._stream, self._largest, self.kept_bytes)
 
     def _find_decoding(self) -> None:
         self._modules = [module for _, module in self.model.named_modules()]
         with mx.stream(self._stream):
             self.decoding = find_decoding(self.model)
 
-    def _follow_the_model(self) -> None:
-        """Find the way of decoding again if modules were replaced, as merging or loading an adapter does."""
+    def _current_decoding(self) -> Decoding:
+        """Found again if modules were replaced, as merging or loading an adapter does."""
         modules = [module for _, module in self.model.named_modules()]
         if len(modules) != len(self._modules) or any(a is not b for a, b in zip(modules, self._modules, strict=True)):
             self._find_decoding()
+        return self.decoding
 
     def _stopping(self, sampling: Sampling) -> Stopping:
         return Stopping(sampling, self.stop_ids, lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _steps(
-        self, requests: Sequence[Request], rows: Sequence[Row], stopping: Stopping, logprobs: bool
-    ) -> Iterator[None]:
-        """Run rows to their end on the generator's own stream; yields whenever tokens have come."""
-        if not rows:
-            return
-        self._follow_the_model()
-        slots, sampling = min(self.slots, len(rows)), stopping.sampling
-        with mx.stream(self._stream):
-            work = Work([r.prompt_ids for r in requests], [r.n for r in requests], slots, sampling.max_tokens)
-            sampler = Sampler(sampling, stopping.stop_ids, slots, self.decoding.vocabulary)
-            steps = Run(rows, slots, self.decoding.open(work), sampler, stopping, logprobs).steps()
-        small = slots * self._largest < SMALL_PRODUCT
-        while True:
-            # Not around the yield: what the caller does there is not ours.
-            with mx.stream(self._stream), blas.one_thread(small):
-                if next(steps, False) is False:
-                    return
-            yield
 
-
-def _rows(requests: Sequence[Request], key: mx.array) -> list[Row]:
-    """A row for each completion. Keys are not split off one another: how many there are would change them all."""
+def _number(key: mx.array) -> int:
+    """A call's key as the seed of its rows. Keys are not split off one another: how many there are would change all."""
     first, second = cast(list[int], key.tolist())
-    call, rows = first << 32 | second, []
-    for number, request in enumerate(requests):
-        seed, position = (call, (number,)) if request.seed is None else (request.seed, ())
-        draws = [derive_key(seed, "row", *position, sample) for sample in range(request.n)]
-        rows += [Row(number, request.prompt_ids, own) for own in draws]
-    return rows
+    return first << 32 | second
 
 
-def _tokens(rows: Sequence[Row], longest: int) -> tuple[int, int]:
+def _submission(request: Request, sampling: Sampling, call: int, number: int, n: int, logprobs: bool) -> Submission:
+    seed, path = (call, (number,)) if request.seed is None else (request.seed, ())
+    return Submission(request.prompt_ids, sampling, seed, path, n, logprobs)
+
+
+def _tokens(groups: Sequence[Sequence[Row]]) -> tuple[int, int]:
     """Tokens so far, and the most that there can be: an upper bound that falls as rows stop early."""
+    rows = [row for group in groups for row in group]
     done = sum(len(row.token_ids) for row in rows)
-    return done, done + sum(longest - len(row.token_ids) for row in rows if row.finish_reason is None)
+    return done, done + sum(row.longest - len(row.token_ids) for row in rows if row.finish_reason is None)
 
 
-def _completion(row: Row, stopping: Stopping, logprobs: bool) -> Completion:
+def _completion(row: Row) -> Completion:
     assert row.finish_reason is not None
     return Completion(
         token_ids=tuple(row.token_ids),
-        logprobs=tuple(row.logprobs) if logprobs else None,
-        text=stopping.text(row.token_ids),
+        logprobs=tuple(row.logprobs) if row.wants_logprobs else None,
+        text=row.stopping.text(row.token_ids),
         finish_reason=row.finish_reason,
         sampler_logprobs=tuple(row.sampler_logprobs) if row.sampler_logprobs else None,
     )

@@ -1,32 +1,20 @@
-"""Continuous batching: rows wait in a queue, take a free slot, and leave it when they stop."""
+"""Continuous batching: rows take a free slot, get a token a step, and leave their slot when they stop."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from grpo.generation.decoding import Session
-from grpo.generation.sampling import Drawn, Sampler
-from grpo.generation.stopping import Stopping
+from grpo.generation.decoding import Decoding
+from grpo.generation.events import Events
+from grpo.generation.parking import Parking
+from grpo.generation.rows import Row
+from grpo.generation.sampling import Drawn
+from grpo.generation.seats import Seats, blank
 from grpo.types import FinishReason
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One completion in the making. `launched` counts the tokens whose steps have begun."""
-
-    request: int
-    prompt_ids: Sequence[int]
-    key: mx.array
-    launched: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    sampler_logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,107 +29,130 @@ class _Step:
 
 
 class Run:
-    """Rows on their way through the slots of one session."""
+    """Rows on their way through the slots. All buffers are let go of when no row is left that may decode."""
 
-    def __init__(
-        self, rows: Sequence[Row], slots: int, session: Session, sampler: Sampler, stopping: Stopping, logprobs: bool
-    ) -> None:
-        self._queue = deque(rows)
-        self._active: list[Row | None] = [None] * slots
-        self._session, self._sampler, self._stopping = session, sampler, stopping
-        self._logprobs = logprobs
-        self._tokens = mx.zeros(slots, mx.uint32)
+    def __init__(self, find_decoding: Callable[[], Decoding], most_slots: int, parking: Parking) -> None:
+        self.seats = Seats(find_decoding, most_slots, parking)
+        self._live: dict[Row, None] = {}
+        self._flying: _Step | None = None
 
-    def steps(self) -> Iterator[None]:
-        """Decode to the end. Rows are filled in place; yields whenever their tokens have come.
+    @property
+    def busy(self) -> bool:
+        """Whether a row decodes or waits for a slot, or a step is under way."""
+        return bool(self.seats.queue or self._flying or any(self.seats.rows))
+
+    def begin(self, row: Row) -> None:
+        """Take a new row."""
+        self._live[row] = None
+        self.seats.enqueue(row)
+
+    def go_on(self, row: Row) -> None:
+        """Let a row that was away wait for a slot again."""
+        self.seats.away -= 1
+        self.seats.enqueue(row)
+
+    def park(self, row: Row) -> None:
+        """Take a row out of its slot or out of the queue. The step under way has been read."""
+        if row.state == "decoding":
+            self.seats.leave(row, keep=True)
+        else:
+            self.seats.queue.remove(row)
+        row.state = "parked"
+        self.seats.away += 1
+
+    def release(self, row: Row) -> None:
+        """Free what a row holds that may still decode, and everything if it is the last."""
+        former, row.state = row.state, "released"
+        if former == "decoding":
+            self._leave(row, keep=False)
+        elif former == "queued":
+            self.seats.queue.remove(row)
+        else:
+            self.seats.away -= 1
+        if former != "decoding":
+            self.seats.parking.drop(row)
+            self.seats.spare(row.prompt)
+        del self._live[row]
+        if not self._live:
+            self.drain()
+            self.seats.close()
+
+    def close(self) -> None:
+        """Release all rows."""
+        for row in list(self._live):
+            self.release(row)
+
+    def step(self) -> Events:
+        """Decode until tokens have come, which are in their rows then; no events where nothing is in flight.
 
         The host reads one step behind the device. Where launching over a running step would make MLX copy the buffers,
         the next step's graph is built meanwhile, and launched when the running one has been read.
         """
-        flying: _Step | None = None
-        while True:
-            if flying is not None and self._session.overlaps and self._will_rearrange():
-                self._read(flying)
-                flying = None
-                yield
-            self._arrange()
+        events = None
+        while events is None:
+            if self._flying is not None and self.seats.overlaps and self.seats.will_rearrange():
+                return self.drain()
+            self.seats.arrange()
             step = self._next_step()
-            if step is not None and self._session.overlaps:
+            if step is not None and self.seats.overlaps:
                 step.launch()
-            if flying is not None:
-                self._read(flying)
-                yield
-            elif step is None:
-                return
-            if step is not None and not self._session.overlaps:
+            flying, self._flying = self._flying, step
+            events = self._read(flying) if flying is not None else None
+            if step is None:
+                break
+            if not self.seats.overlaps:
                 step.launch()
-            flying = step
+        if not self._live and self._flying is None:
+            self.seats.close()
+        return events if events is not None else Events()
 
-    def _free(self) -> list[int]:
-        return [slot for slot, row in enumerate(self._active) if row is None]
-
-    def _is_tail(self, free: Sequence[int]) -> bool:
-        """Whether so many slots are empty for good that the others had better go on alone."""
-        return not self._queue and len(self._active) > len(free) >= (len(self._active) + 1) // 2
-
-    def _will_rearrange(self) -> bool:
-        """Whether buffers are about to be changed that a step in flight may read."""
-        free = self._free()
-        entering = [self._queue[i].request for i in range(min(len(free), len(self._queue)))]
-        return self._is_tail(free) or self._session.needs_prefill(entering)
-
-    def _arrange(self) -> None:
-        """Let waiting rows into free slots; where none wait and most slots are free, drop those."""
-        free = self._free()
-        if entering := [(slot, self._queue.popleft()) for slot in free[: len(self._queue)]]:
-            slots, rows = [slot for slot, _ in entering], [row for _, row in entering]
-            self._session.admit(slots, [row.request for row in rows])
-            self._sampler.admit(slots, [row.key for row in rows], [row.prompt_ids for row in rows])
-            first = mx.array([row.prompt_ids[-1] for row in rows], mx.uint32)
-            # Not `self._tokens[...] = first`: a step that has not been read holds the same object.
-            self._tokens = mx.put_along_axis(self._tokens, mx.array(slots), first, axis=0)
-            for slot, row in entering:
-                self._active[slot] = row
-        elif self._is_tail(free):
-            kept = [slot for slot, row in enumerate(self._active) if row is not None]
-            index = mx.array(kept)
-            self._session.keep(kept)
-            self._sampler.keep(index)
-            self._tokens = self._tokens[index]
-            self._active = [self._active[slot] for slot in kept]
+    def drain(self) -> Events:
+        """Read the step under way, if there is one, and begin no other."""
+        flying, self._flying = self._flying, None
+        return self._read(flying) if flying is not None else Events()
 
     def _next_step(self) -> _Step | None:
         """The graph of one more token for every slot, or None if no slot has a row."""
-        if not any(self._active):
+        rows = self.seats.rows
+        if not any(rows):
             return None
-        decoded = self._session.decoded()
-        drawn = self._sampler.draw(self._session.logits(self._tokens), decoded, self._logprobs)
-        self._tokens = drawn.tokens
-        step = _Step(list(self._active), drawn)
-        for slot, row in enumerate(self._active):
+        step = _Step(list(rows), self.seats.draw())
+        for row in step.rows:
             if row is not None:
                 row.launched += 1
-                if row.launched == self._stopping.sampling.max_tokens:  # it ends with this token, whatever it is
-                    self._leave(slot)
+                if row.launched == row.longest:  # it ends with this token, whatever it is
+                    self.seats.leave(row, keep=False)
         return step
 
-    def _read(self, step: _Step) -> None:
-        """Hand a step's tokens to their rows, but to those that had stopped when it began."""
+    def _read(self, step: _Step) -> Events:
+        """Hand a step's tokens to their rows, but to those that had left when it began."""
         drawn: list[Any] = [a.tolist() if a is not None else None for a in
                             (step.drawn.tokens, step.drawn.logprobs, step.drawn.sampler_logprobs)]  # fmt: skip
         tokens, logprobs, sampler_logprobs = drawn
+        ended: dict[Row, FinishReason] = {}
         for slot, row in enumerate(step.rows):
-            if row is None or row.finish_reason is not None:
+            if row is None:
                 continue
             row.token_ids.append(tokens[slot])
-            if logprobs is not None:
+            if row.wants_logprobs:
                 row.logprobs.append(logprobs[slot])
-            if sampler_logprobs is not None:
+            if row.wants_sampler_logprobs:
                 row.sampler_logprobs.append(sampler_logprobs[slot])
-            row.finish_reason = self._stopping.reason(row.token_ids)
-            if row.finish_reason is not None and row.launched < self._stopping.sampling.max_tokens:
-                self._leave(self._active.index(row))
+            reason = row.stopping.reason(row.token_ids)
+            if reason is not None:
+                row.finish_reason = ended[row] = reason
+                self._end(row)
+        return Events(step.rows, tokens, logprobs, sampler_logprobs, ended)
 
-    def _leave(self, slot: int) -> None:
-        self._active[slot] = None
-        self._session.release(slot)
+    def _end(self, row: Row) -> None:
+        waits = row.keep and row.room > 0
+        self._leave(row, waits)
+        row.state = "waiting" if waits else "done"
+        self.seats.away += waits
+        if not waits:
+            del self._live[row]
+
+    def _leave(self, row: Row, keep: bool) -> None:
+        if self._flying is not None:
+            blank(self._flying.rows, row)
+        self.seats.leave(row, keep)

@@ -84,6 +84,13 @@ class Sampler:
             where = [slot for slot, prompt in zip(slots, prompts, strict=True) for _ in prompt]
             self._seen[mx.array(where), mx.array([token for prompt in prompts for token in prompt])] = True
 
+    def grow(self, slots: int) -> None:
+        """Have more slots."""
+        more = slots - self.keys.shape[0]
+        self.keys = mx.pad(self.keys, [(0, more), (0, 0)])
+        if self._seen is not None:
+            self._seen = mx.pad(self._seen, [(0, more), (0, 0)])
+
     def keep(self, slots: mx.array) -> None:
         """Drop all slots but these."""
         self.keys = self.keys[slots]

@@ -9,6 +9,7 @@ step at which it started. Rotary positions are applied before keys come here, so
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,30 +19,89 @@ WIDTH_STEP = 64
 """Stock operations read the ring in multiples of this many columns."""
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How many slots with rings of `ring` columns, and how many prefix places of `prefix` columns."""
+
+    slots: int
+    places: int
+    prefix: int
+    ring: int
+
+    def covering(self, other: Size) -> Size:
+        """The smallest size that is at least either."""
+        return Size(*map(max, astuple(self), astuple(other)))
+
+
 class Slots:
-    """The rows being decoded: `count` slots with rings of `ring` columns, `places` prefix places of `prefix` columns.
+    """The rows being decoded.
 
     `starts` and `place_of` have one entry a slot: the step at which its row began, and the row's prefix place.
     `lengths` has one entry a place: the tokens of the prompt there, without its last, which decoding feeds first.
     """
 
-    def __init__(self, count: int, places: int, prefix: int, ring: int) -> None:
-        self.prefix, self.ring, self.step = prefix, ring, 0
-        self.lengths = [0] * places
-        self.starts = [0] * count
-        self.place_of = [0] * count
+    def __init__(self, size: Size) -> None:
+        self.size, self.step = size, 0
+        self.lengths = [0] * size.places
+        self.starts = [0] * size.slots
+        self.place_of = [0] * size.slots
         self._device: dict[str, mx.array] = {}
         self._changed()
 
-    def admit(self, slots: Sequence[int], places: Sequence[int], lengths: Sequence[int]) -> None:
-        """Let rows begin in slots at this step, each from a prefix place with a prompt of this length."""
-        for slot, place, length in zip(slots, places, lengths, strict=True):
-            self.starts[slot], self.place_of[slot], self.lengths[place] = self.step, place, length
+    def admit(
+        self, slots: Sequence[int], places: Sequence[int], lengths: Sequence[int], fed: Sequence[int] | None = None
+    ) -> None:
+        """Let rows begin in slots at this step, each from a prefix place with a prompt of this length.
+
+        `fed` says how many columns of their own they bring: those before this step's, for which there is room.
+        """
+        for slot, place, length, own in zip(slots, places, lengths, fed or [0] * len(slots), strict=True):
+            self.starts[slot], self.place_of[slot], self.lengths[place] = self.step - own, place, length
         self._changed()
+
+    def own(self, slot: int) -> list[slice]:
+        """Where a slot's row has its columns in the ring, before this step's: one part, or two around its end."""
+        count, first = self.step - self.starts[slot], self.starts[slot] % self.size.ring
+        behind = first + count - self.size.ring
+        return [slice(first, first + count)] if behind <= 0 else [slice(first, self.size.ring), slice(0, behind)]
+
+    def grow(self, size: Size) -> list[int] | None:
+        """Take another size, larger in every way: where the ring's columns come from, oldest first.
+
+        None if they stay where they are. A longer ring begins with what the former one held.
+        """
+        former, self.size = self.size, size
+        self.lengths += [0] * (size.places - former.places)
+        self.starts += [self.step] * (size.slots - former.slots)
+        self.place_of += [0] * (size.slots - former.slots)
+        order = None
+        if size.ring > former.ring and self.step > former.ring:
+            order = [column % former.ring for column in range(self.step - former.ring, self.step)]
+            self.starts = [max(0, start - self.step + former.ring) for start in self.starts]
+            self.step = former.ring
+        self._changed()
+        return order
+
+    def make_room(self, fed: int, whole: bool) -> list[int] | None:
+        """Let there be so many columns before this step's: where the ring's columns come from then.
+
+        None if they stay where they are. Steps are counted on, by `whole` rounds of the ring if need be. Otherwise a
+        ring that is not full yet is moved, so that stock operations need not read all of it from now on.
+        """
+        ring, more = self.size.ring, fed - self.step
+        if more <= 0:
+            return None
+        step = -(-fed // WIDTH_STEP) * WIDTH_STEP
+        whole = whole or self.step >= ring or step >= ring
+        more = -(-more // ring) * ring if whole else step - self.step
+        self.step += more
+        self.starts = [start + more for start in self.starts]
+        return None if whole else [(column - more) % ring for column in range(ring)]
 
     def keep(self, kept: Sequence[int], places: Sequence[int]) -> None:
         """Drop all slots and prefix places but these, which are numbered anew from 0."""
         renumbered = {place: number for number, place in enumerate(places)}
+        self.size = replace(self.size, slots=len(kept), places=len(places))
         self.lengths = [self.lengths[place] for place in places]
         self.starts = [self.starts[slot] for slot in kept]
         self.place_of = [renumbered.get(self.place_of[slot], 0) for slot in kept]
@@ -62,7 +122,7 @@ class Slots:
 
     def view(self) -> View:
         """This step's arrays."""
-        return View(self.step, self.prefix, self.ring, self._layout, self._first_row(), **self._device)
+        return View(self.step, self.size.prefix, self.size.ring, self._layout, self._first_row(), **self._device)
 
 
 class RowPlace(NamedTuple):

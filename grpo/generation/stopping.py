@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from grpo.generation.sampling import Sampling
 from grpo.types import FinishReason
@@ -10,32 +11,42 @@ from grpo.types import FinishReason
 LONGEST_REPEAT = 16
 """Tokens of the longest n-gram whose repetition is looked for."""
 
+Way = tuple[Sampling, frozenset[int]]
+"""What decides how a row's tokens are drawn: its sampling without the rules by which it ends, and its stop tokens."""
 Decode = Callable[[Sequence[int]], str]
 
 
 class Stopping:
-    """The rules of one `generate` call."""
+    """The rules by which a row's turn ends, which begins with token `begin` of those after the prompt.
 
-    def __init__(self, sampling: Sampling, stop_ids: frozenset[int], decode: Decode) -> None:
+    Repetitions, strings and text are the turn's alone; `min_tokens` and `max_tokens` count all tokens after the prompt.
+    """
+
+    def __init__(self, sampling: Sampling, stop_ids: frozenset[int], decode: Decode, begin: int = 0) -> None:
         self.sampling = sampling
         self.stop_ids = stop_ids | frozenset(sampling.stop_ids)
-        self._decode = decode
+        self.way: Way = (replace(sampling, max_tokens=0, stop=(), stop_ids=(), max_repeats=0), self.stop_ids)
+        self._decode, self._begin = decode, begin
         # A token is at least one byte; four more allow for a character that is cut at the window's edge.
         self._window = max((len(text.encode()) for text in sampling.stop), default=0) + 4
+
+    def from_token(self, begin: int) -> Stopping:
+        """The same rules for a turn that begins later."""
+        return Stopping(self.sampling, self.stop_ids, self._decode, begin)
 
     def reason(self, token_ids: Sequence[int]) -> FinishReason | None:
         """Why the completion ends with its last token, or None if it goes on."""
         if token_ids[-1] in self.stop_ids or self._stopped_by_text(token_ids):
             return "stop"
-        if self.sampling.max_repeats and repeats(token_ids, self.sampling.max_repeats):
+        if self.sampling.max_repeats and repeats(token_ids, self.sampling.max_repeats, self._begin):
             return "repetition"
         return "length" if len(token_ids) >= self.sampling.max_tokens else None
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """The completion's text: without its stop token, and up to the first stop string."""
+        """The turn's text: without its stop token, and up to the first stop string."""
         shown = token_ids[:-1] if token_ids[-1] in self.stop_ids else token_ids
-        text = self._decode(shown)
-        end = self._stop_in(text, shown)
+        text = self._decode(shown[self._begin :])
+        end = self._stop_in(text, shown, self._begin)
         return text if end is None else text[:end]
 
     def sure(self, text: str) -> int:
@@ -46,10 +57,10 @@ class Stopping:
     def _stopped_by_text(self, token_ids: Sequence[int]) -> bool:
         if not self.sampling.stop or len(token_ids) < self.sampling.min_tokens:
             return False
-        start = max(0, len(token_ids) - self._window)
+        start = max(self._begin, len(token_ids) - self._window)
         return self._stop_in(self._decode(token_ids[start:]), token_ids, start) is not None
 
-    def _stop_in(self, text: str, token_ids: Sequence[int], start: int = 0) -> int | None:
+    def _stop_in(self, text: str, token_ids: Sequence[int], start: int) -> int | None:
         """Where the first stop string begins in the text of `token_ids[start:]`; before `min_tokens` none can end."""
         early = token_ids[start : max(start, self.sampling.min_tokens - 1)] if self.sampling.stop else ()
         least = len(self._decode(early)) if early else 0
@@ -57,9 +68,9 @@ class Stopping:
         return min((at for at in found if at >= 0), default=None)
 
 
-def repeats(token_ids: Sequence[int], times: int) -> bool:
-    """Whether the tokens end in some n-gram `times` times in a row."""
-    longest = min(LONGEST_REPEAT, len(token_ids) // times)
+def repeats(token_ids: Sequence[int], times: int, begin: int = 0) -> bool:
+    """Whether the tokens from `begin` on end in some n-gram `times` times in a row."""
+    longest = min(LONGEST_REPEAT, (len(token_ids) - begin) // times)
     return any(
         all(token_ids[-i] == token_ids[-i - length] for i in range(1, length * (times - 1) + 1))
         for length in range(1, longest + 1)

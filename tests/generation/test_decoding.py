@@ -13,9 +13,11 @@ from grpo.generation.blocks import Unread, read
 from grpo.generation.buffers import cache_shapes
 from grpo.generation.choice import find_decoding
 from grpo.generation.decoders import BlockDecoder, ModelDecoder
-from grpo.generation.decoding import SharedPrefix, Work
+from grpo.generation.decoding import SharedPrefix
 from grpo.generation.generator import Generator, Request
+from grpo.generation.rows import Line, Prompt
 from grpo.generation.sampling import Sampling
+from grpo.generation.slots import Size
 
 KEY = derive_key(0, "test")
 VOCABULARY = 64
@@ -154,8 +156,9 @@ def test_what_mlx_lm_s_caches_will_hold_is_known(name: str) -> None:
     """The caches' own size, of rows that are all of full length."""
     decoding = find_decoding(FOREIGN[name])
     prompts = [[5 + i] * 300 for i in range(2)]
-    session = decoding.open(Work(prompts, [2, 2], slots=4, max_tokens=300))
-    session.admit([0, 1, 2, 3], [0, 0, 1, 1])
+    session = decoding.open(Size(slots=4, places=2, prefix=299, ring=300))
+    first, second = (Prompt(prompt, 2) for prompt in prompts)
+    session.admit([0, 1, 2, 3], [Line(first), Line(first), Line(second), Line(second)])
     held = sum(cache.nbytes for batch in session._batches for cache in batch.caches)
     planned = decoding.memory(4, 2, 300, 1)
     assert held <= planned < 5 * held  # a sliding window is wider while a prompt goes in

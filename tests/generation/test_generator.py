@@ -5,7 +5,7 @@ import pytest
 
 from grpo.backend.random import derive_key
 from grpo.config import AdapterConfig
-from grpo.generation import buffers, decoding
+from grpo.generation import buffers, shared
 from grpo.generation import slots as slots_module
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
@@ -43,7 +43,7 @@ def test_logprobs_agree_with_teacher_forcing(make_policy, temperature: float, sl
 
 def test_prompts_longer_than_a_prefill_chunk(make_policy, monkeypatch) -> None:
     monkeypatch.setattr(buffers, "PREFILL_CHUNK", 5)
-    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 50)
+    monkeypatch.setattr(shared, "PREFILL_TOKENS", 50)
     toy = make_policy()
     groups = toy.generator.generate([Request(ids, 2) for ids in MIXED], Sampling(1.0, 6), KEY)
     assert max(gaps(toy.policy, MIXED, groups)) < 1e-4
@@ -114,7 +114,7 @@ def test_each_prompt_is_prefilled_once(make_policy, monkeypatch) -> None:
         return buffers.prefill(model, prompts)
 
     toy = make_policy(slots=3)
-    monkeypatch.setattr(decoding, "prefill", counting)
+    monkeypatch.setattr(shared, "prefill", counting)
     toy.generator.generate([Request(ids, 5) for ids in MIXED], Sampling(1.0, 4), KEY)
     assert sorted(seen) == sorted(MIXED)
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from grpo.backend.random import derive_key
-from grpo.generation import buffers, decoding, slots
+from grpo.generation import buffers, shared, slots
 from grpo.generation.attention import StockAttention
 from grpo.generation.buffers import cache_shapes
 from grpo.generation.decoders import ModelDecoder
@@ -36,7 +36,7 @@ def generator(zoo, monkeypatch):
     """Makes a generator with so many slots, whose steps overlap or not, on small rings and chunks."""
     monkeypatch.setattr(slots, "WIDTH_STEP", 4)
     monkeypatch.setattr(buffers, "PREFILL_CHUNK", 5)
-    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 40)
+    monkeypatch.setattr(shared, "PREFILL_TOKENS", 40)
     model = zoo("untied", num_hidden_layers=2)
 
     def make(count: int, overlaps: bool) -> Generator:

@@ -1,0 +1,198 @@
+"""A session on mlx-lm's batch caches: each row has caches of its own, which are joined to decode together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from grpo.generation.buffers import PREFILL_TOKENS, feed_caches
+from grpo.generation.rows import Kept, Line, Prompt
+from grpo.generation.slots import Size
+
+Caches = list[Any]
+"""One of mlx-lm's caches for each layer."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Rows that go through the model together: their caches, and the slot of each."""
+
+    caches: Caches
+    slots: list[int]
+
+
+class BatchCachesSession:
+    """See `grpo.generation.decoding.Session`."""
+
+    overlaps = False
+
+    def __init__(self, model: nn.Module, slots: int, joined: bool) -> None:
+        self._model, self._joined = model, joined
+        self._padded = not any(map(_recurrent, _empty(model)))
+        self._batches: list[_Batch] = []  # one of all rows, or one for each
+        self._ready: dict[Prompt | Line, Caches] = {}
+        self._starts = [0] * slots
+        self._step = 0
+        self._released: set[int] = set()
+
+    def refresh(self) -> None:
+        """Nothing to do: the model is what it is."""
+
+    def needs_prefill(self, rows: Sequence[Line]) -> bool:
+        return any(row.token_ids or row.prompt not in self._ready for row in rows)
+
+    def fit(self, size: Size) -> None:
+        self._starts += [self._step] * (size.slots - len(self._starts))
+
+    def admit(self, slots: Sequence[int], rows: Sequence[Line]) -> None:
+        self._drop_released()
+        missing = {_source(row): [*row.prompt.ids, *row.token_ids] for row in rows if row.kept is None}
+        self._prefill({source: ids for source, ids in missing.items() if source not in self._ready})
+        entering = [(slot, self._caches(row)) for slot, row in zip(slots, rows, strict=True)]
+        # Caches that hold nothing yet do not merge with those that do.
+        alone = [len(row.prompt.ids) == 1 and not row.token_ids for row in rows]
+        for empty in (False, True):
+            self._join([pair for pair, is_empty in zip(entering, alone, strict=True) if is_empty is empty])
+        for slot, row in zip(slots, rows, strict=True):
+            self._starts[slot] = self._step - len(row.token_ids)
+            row.prompt.unstarted -= not row.token_ids
+            if row.token_ids or not row.prompt.unstarted:
+                self._ready.pop(_source(row), None)
+
+    def take(self, slot: int) -> Kept:
+        batch, row = next((b, b.slots.index(slot)) for b in self._batches if slot in b.slots)
+        caches = [cache.extract(row) for cache in batch.caches]
+        for cache in caches:
+            _copy_states(cache)
+        mx.eval([cache.state for cache in caches])
+        return Kept(self._step - self._starts[slot], caches, sum(cache.nbytes for cache in caches))
+
+    def release(self, slot: int) -> None:
+        self._released.add(slot)
+
+    def forget(self, prompt: Prompt) -> None:
+        self._ready.pop(prompt, None)
+
+    def _caches(self, row: Line) -> Caches:
+        """A row's caches, with all of its tokens but the one that is fed next."""
+        if row.kept is None:
+            return self._ready[_source(row)]
+        caches: Caches = row.kept.state
+        if pending := row.pending:
+            feed_caches(self._model, caches, mx.array([pending]))
+        return caches
+
+    def _join(self, entering: Sequence[tuple[int, Caches]]) -> None:
+        """Append a row with its caches for each slot."""
+        for together in [entering] if self._joined else [[pair] for pair in entering]:
+            if not together:
+                continue
+            new = _Batch(_merged([caches for _, caches in together]), [slot for slot, _ in together])
+            if not (self._joined and self._batches):
+                self._batches.append(new)
+                continue
+            (batch,) = self._batches
+            for mine, theirs in zip(batch.caches, new.caches, strict=True):
+                mine.extend(theirs)
+            batch.slots += new.slots
+
+    def keep(self, slots: Sequence[int]) -> None:
+        self._drop_released()
+        for batch in self._batches:
+            batch.slots = [list(slots).index(slot) for slot in batch.slots]
+        self._starts = [self._starts[slot] for slot in slots]
+
+    def decoded(self) -> mx.array:
+        return self._step - mx.array(self._starts, mx.int32)
+
+    def logits(self, tokens: mx.array) -> mx.array:
+        found = mx.concatenate(
+            [self._model(tokens[mx.array(b.slots)][:, None], cache=b.caches)[:, -1] for b in self._batches]
+        )
+        self._step += 1
+        row_of = {slot: row for row, slot in enumerate(slot for batch in self._batches for slot in batch.slots)}
+        return found[mx.array([row_of.get(slot, 0) for slot in range(len(self._starts))])]
+
+    def _drop_released(self) -> None:
+        for batch in self._batches:
+            kept = [row for row, slot in enumerate(batch.slots) if slot not in self._released]
+            if 0 < len(kept) < len(batch.slots):
+                for cache in batch.caches:
+                    cache.filter(kept)
+            batch.slots = [batch.slots[row] for row in kept]
+        self._batches = [batch for batch in self._batches if batch.slots]
+        self._released.clear()
+
+    def _prefill(self, sequences: Mapping[Prompt | Line, Sequence[int]]) -> None:
+        self._ready.update({source: _empty(self._model) for source, ids in sequences.items() if len(ids) == 1})
+        longer = sorted((item for item in sequences.items() if len(item[1]) > 1), key=_length)
+        alike = [longer] if self._padded else [list(group) for _, group in groupby(longer, _length)]
+        for group in alike:
+            at_once = max(1, PREFILL_TOKENS // max(map(_length, group), default=1))
+            at_once = at_once if self._joined else 1
+            for start in range(0, len(group), at_once):
+                part = group[start : start + at_once]
+                caches = prefilled(self._model, [ids for _, ids in part])
+                for row, (source, _) in enumerate(part):
+                    self._ready[source] = [cache.extract(row) for cache in caches]
+
+
+def _source(row: Line) -> Prompt | Line:
+    """Whose keys and values a row begins with: its prompt's, or if it has tokens already its own."""
+    return row if row.token_ids else row.prompt
+
+
+def _length(item: tuple[Prompt | Line, Sequence[int]]) -> int:
+    return len(item[1])
+
+
+def _recurrent(cache: Any) -> bool:
+    """Whether a cache holds a state that padding would run into: not every model masks it."""
+    from mlx_lm.models.cache import ArraysCache, CacheList
+
+    if isinstance(cache, CacheList):
+        return any(map(_recurrent, cache.caches))
+    return isinstance(cache, ArraysCache)
+
+
+def _copy_states(cache: Any) -> None:
+    """Let go of a batch's recurrent states, of which one row's are views."""
+    from mlx_lm.models.cache import ArraysCache, CacheList
+
+    for inner in cache.caches if isinstance(cache, CacheList) else ():
+        _copy_states(inner)
+    if isinstance(cache, ArraysCache):
+        cache.cache = [None if state is None else state[mx.array([0])] for state in cache.cache]
+
+
+def _empty(model: nn.Module) -> Caches:
+    """Caches of one row that hold nothing."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches: Caches = make_prompt_cache(model)
+    return caches
+
+
+def _merged(rows: Sequence[Caches]) -> Caches:
+    """Caches of one row each as batch caches."""
+    return [type(layers[0]).merge(list(layers)) for layers in zip(*rows, strict=True)]
+
+
+def prefilled(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Caches:
+    """Batch caches of prompts without their last tokens, padded on the right as mlx-lm's caches want to be told."""
+    caches = _merged([_empty(model) for _ in prompts])
+    lengths = [len(ids) - 1 for ids in prompts]
+    width = max(lengths)
+    padding = [width - length for length in lengths]
+    for cache in caches if max(padding) else ():
+        cache.prepare(lengths=lengths, right_padding=padding)
+    rows = mx.array([[*ids[:-1], *[0] * (width + 1 - len(ids))] for ids in prompts])
+    feed_caches(model, caches, rows[:, :width])
+    for cache in caches if max(padding) else ():
+        cache.finalize()
+    return caches

@@ -1,0 +1,41 @@
+"""What a step of the engine brings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from grpo.generation.rows import Row
+from grpo.types import FinishReason
+
+
+class Token(NamedTuple):
+    """A row's next token. `finish_reason` is why the row has ended with it, None if it goes on."""
+
+    row: Row
+    token_id: int
+    logprob: float | None
+    sampler_logprob: float | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """A token for each of `rows` (by slot, None where a slot has no row), and the rows that `ended`, with the reason.
+
+    The rows have their tokens already. Iterate to have each `Token` by itself.
+    """
+
+    rows: Sequence[Row | None] = ()
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[float] | None = None
+    sampler_logprobs: Sequence[float] | None = None
+    ended: Mapping[Row, FinishReason] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Token]:
+        for slot, row in enumerate(self.rows):
+            if row is not None:
+                logprob = self.logprobs[slot] if self.logprobs and row.wants_logprobs else None
+                sampler = self.sampler_logprobs[slot] if self.sampler_logprobs and row.wants_sampler_logprobs else None
+                yield Token(row, self.token_ids[slot], logprob, sampler, self.ended.get(row))

@@ -1,0 +1,75 @@
+"""Rows of several ways of sampling in one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from grpo.generation.rows import Row
+from grpo.generation.sampling import Drawn, Sampler
+from grpo.generation.stopping import Way
+
+
+class Samplers:
+    """A sampler for each way that a row in a slot is drawn. Each draws for all slots; rows take what is theirs.
+
+    As a rule there is one way, and all that is done here is done by its sampler.
+    """
+
+    def __init__(self, slots: int, vocabulary: int) -> None:
+        self._slots, self._vocabulary = slots, vocabulary
+        self._of: dict[Way, Sampler] = {}
+        self._chosen: list[mx.array] = []
+
+    def seat(self, entering: Sequence[tuple[int, Row]], seated: Sequence[Row | None]) -> None:
+        """Rows enter slots; `seated` are then the rows of all slots."""
+        alike: dict[Way, list[tuple[int, Row]]] = {}
+        for slot, row in entering:
+            alike.setdefault(row.stopping.way, []).append((slot, row))
+        for way, pairs in alike.items():
+            if way not in self._of:
+                self._of[way] = Sampler(*way, self._slots, self._vocabulary)
+            sequences = [[*row.prompt.ids, *row.token_ids] for _, row in pairs]
+            self._of[way].admit([slot for slot, _ in pairs], [row.key for _, row in pairs], sequences)
+        if len(self._of) > 1:
+            ways = [row.stopping.way if row is not None else None for row in seated]
+            self._of = {way: sampler for way, sampler in self._of.items() if way in ways}
+            self._chosen = [mx.array([other == way for other in ways]) for way in self._of]
+
+    def grow(self, slots: int) -> None:
+        """Have more slots."""
+        for sampler in self._of.values():
+            sampler.grow(slots)
+        self._chosen = [mx.pad(chosen, (0, slots - self._slots)) for chosen in self._chosen]
+        self._slots = slots
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Drop all slots but these."""
+        index = mx.array(list(slots))
+        for sampler in self._of.values():
+            sampler.keep(index)
+        self._chosen = [chosen[index] for chosen in self._chosen]
+        self._slots = len(slots)
+
+    def draw(self, logits: mx.array, decoded: mx.array, logprobs: bool) -> Drawn:
+        """See `Sampler.draw`. Sampler logprobs mean nothing for rows whose distribution is the model's own."""
+        first, *others = (sampler.draw(logits, decoded, logprobs) for sampler in self._of.values())
+        for drawn, chosen in zip(others, self._chosen[1:], strict=False):
+            first = _either(chosen, drawn, first)
+        return first
+
+
+def _either(chosen: mx.array, drawn: Drawn, others: Drawn) -> Drawn:
+    """`drawn` where `chosen` `[S]`, and elsewhere the others."""
+
+    def where(own: mx.array | None, other: mx.array | None) -> mx.array | None:
+        if own is None or other is None:
+            return other if own is None else own
+        return mx.where(chosen, own, other)
+
+    return Drawn(
+        mx.where(chosen, drawn.tokens, others.tokens),
+        where(drawn.logprobs, others.logprobs),
+        where(drawn.sampler_logprobs, others.sampler_logprobs),
+    )

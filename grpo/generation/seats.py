@@ -1,0 +1,178 @@
+"""The slots, who sits in them, and who waits for one."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from grpo.generation.decoding import Decoding, Session
+from grpo.generation.parking import Parking
+from grpo.generation.rows import Prompt, Row
+from grpo.generation.samplers import Samplers
+from grpo.generation.sampling import Drawn
+from grpo.generation.slots import Size
+
+
+class Seats:
+    """At most `most_slots` slots, with the buffers and the sampler behind them.
+
+    Buffers are opened as the first rows come, and grow with the rows in flight. `rows` has the row of each slot, None
+    where there is none. `away` counts rows that may come back: as long as there are any, slots are not dropped.
+    """
+
+    def __init__(self, find_decoding: Callable[[], Decoding], most_slots: int, parking: Parking) -> None:
+        self._find_decoding, self._most_slots, self.parking = find_decoding, most_slots, parking
+        self.rows: list[Row | None] = []
+        self.queue: deque[Row] = deque()
+        self.away = 0
+        self._leaving: list[tuple[int, Row]] = []
+        self._unfit = False  # rows have come that the buffers were not made to fit
+        self._opened: Decoding | None = None
+        self._session: Session
+        self._samplers: Samplers
+        self._tokens: mx.array
+        self._logprobs = False
+
+    @property
+    def count(self) -> int:
+        """How many slots there are, or will be for those who wait."""
+        return max(len(self.rows), min(self._most_slots, len(self.queue)))
+
+    @property
+    def overlaps(self) -> bool:
+        """See `Session.overlaps`."""
+        return self._opened is not None and self._session.overlaps
+
+    def enqueue(self, row: Row) -> None:
+        """Let a row wait for a slot: before those that have not begun, if it goes on."""
+        if row.token_ids:
+            begun = sum(bool(other.token_ids) for other in self.queue)
+            self.queue.insert(begun, row)
+        else:
+            self.queue.append(row)
+        row.state, self._unfit = "queued", True
+
+    def leave(self, row: Row, keep: bool) -> None:
+        """Take a row out of its slot, if it has one. `keep`: what it needs to go on is taken out in time."""
+        if (slot := blank(self.rows, row)) is None:
+            return
+        if keep:
+            self._leaving.append((slot, row))
+        else:
+            self._session.release(slot)
+            self.spare(row.prompt)
+
+    def spare(self, prompt: Prompt) -> None:
+        """One row less of this prompt may still decode."""
+        prompt.left -= 1
+        if not prompt.left and self._opened is not None:
+            self._session.forget(prompt)
+
+    def will_rearrange(self) -> bool:
+        """Whether buffers are about to be changed that a step in flight may read."""
+        if self._leaving or (self.queue and self._unfit):
+            return True
+        free = self._free()
+        entering = [self.queue[i] for i in range(min(len(free), len(self.queue)))]
+        return self._is_tail(free) or self._session.needs_prefill(entering)
+
+    def arrange(self) -> None:
+        """Let waiting rows into free slots; where none wait and most slots are free, drop those."""
+        self._take_out()
+        if self.queue and not any(self.rows):
+            self._begin()
+        if self.queue and self._unfit:
+            self._fit()
+        free = self._free()
+        if entering := [(slot, self.queue.popleft()) for slot in free[: len(self.queue)]]:
+            self._admit(entering)
+        elif self._is_tail(free):
+            self._shrink()
+
+    def draw(self) -> Drawn:
+        """The graph of one more token for every slot."""
+        decoded = self._session.decoded()
+        drawn = self._samplers.draw(self._session.logits(self._tokens), decoded, self._logprobs)
+        self._tokens = drawn.tokens
+        return drawn
+
+    def close(self) -> None:
+        """Let go of all buffers."""
+        if self._opened is not None:
+            self._opened.forget()
+            del self._session, self._samplers, self._tokens
+        self.rows, self._leaving, self._opened = [], [], None
+
+    def _free(self) -> list[int]:
+        return [slot for slot, row in enumerate(self.rows) if row is None]
+
+    def _is_tail(self, free: Sequence[int]) -> bool:
+        """Whether so many slots are empty for good that the others had better go on alone."""
+        waiting = self.queue or self.away
+        return not waiting and len(self.rows) > len(free) >= (len(self.rows) + 1) // 2
+
+    def _take_out(self) -> None:
+        for slot, row in self._leaving:
+            if row.state != "released":
+                self.parking.put(row, self._session.take(slot))
+            self._session.release(slot)
+        self._leaving.clear()
+
+    def _begin(self) -> None:
+        """Open the buffers, or take over what has become of the model since the last row left its slot."""
+        decoding = self._find_decoding()
+        if decoding is self._opened:
+            self._session.refresh()
+            return
+        self.parking.clear()  # it is of no use to another way of decoding
+        size = self._size()
+        self._opened, self._session = decoding, decoding.open(size)
+        self._samplers = Samplers(size.slots, decoding.vocabulary)
+        self._tokens = mx.zeros(size.slots, mx.uint32)
+        self.rows, self._unfit = [None] * size.slots, False
+
+    def _size(self) -> Size:
+        """What the rows in slots and in the queue take."""
+        rows = [row for row in (*self.rows, *self.queue) if row is not None]
+        slots, prompts = min(self._most_slots, len(rows)), dict.fromkeys(row.prompt for row in rows)
+        prefix = max(len(prompt.ids) for prompt in prompts) - 1
+        return Size(slots, min(len(prompts), slots), prefix, max(row.longest for row in rows))
+
+    def _fit(self) -> None:
+        size, self._unfit = self._size(), False
+        self._session.fit(size)
+        more = size.slots - len(self.rows)
+        if more > 0:
+            self._samplers.grow(size.slots)
+            self._tokens = mx.pad(self._tokens, (0, more))
+            self.rows += [None] * more
+
+    def _admit(self, entering: Sequence[tuple[int, Row]]) -> None:
+        slots, rows = [slot for slot, _ in entering], [row for _, row in entering]
+        self._session.admit(slots, rows)
+        first = mx.array([row.last for row in rows], mx.uint32)
+        # Not `self._tokens[...] = first`: a step that has not been read holds the same object.
+        self._tokens = mx.put_along_axis(self._tokens, mx.array(slots), first, axis=0)
+        for slot, row in entering:
+            self.parking.drop(row)
+            row.state, row.launched = "decoding", len(row.token_ids)
+            self.rows[slot] = row
+        self._samplers.seat(entering, self.rows)
+        self._logprobs = any(row.wants_logprobs for row in self.rows if row is not None)
+
+    def _shrink(self) -> None:
+        kept = [slot for slot, row in enumerate(self.rows) if row is not None]
+        self._session.keep(kept)
+        self._samplers.keep(kept)
+        self._tokens = self._tokens[mx.array(kept)]
+        self.rows = [self.rows[slot] for slot in kept]
+
+
+def blank(rows: list[Row | None], row: Row) -> int | None:
+    """Let none be in a row's place, which is returned if it has one."""
+    slot = next((slot for slot, other in enumerate(rows) if other is row), None)
+    if slot is not None:
+        rows[slot] = None
+    return slot

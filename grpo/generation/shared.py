@@ -1,0 +1,147 @@
+"""A session whose rows share the keys and values of their prompts, in prefix places; each has a ring of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from grpo.generation.attention import Attention
+from grpo.generation.buffers import PREFILL_TOKENS, CacheShape, KeysValues, feed, prefill
+from grpo.generation.decoders import Decoder
+from grpo.generation.rows import Kept, Line, Prompt
+from grpo.generation.slots import Size, Slots
+
+
+class SharedPrefixSession:
+    """See `grpo.generation.decoding.Session`.
+
+    A prefix place is given to a prompt as its first row comes, and is free when no row of it will come. The place of a
+    prompt of which no row has a slot is given away if there is no free one: then the prompt is prefilled again when
+    one of its rows comes back.
+    """
+
+    def __init__(
+        self, model: nn.Module, decoder: Decoder, attention: Attention, shapes: Sequence[CacheShape], size: Size
+    ) -> None:
+        self.overlaps = attention.overlaps
+        self._model, self._decoder, self._attention = model, decoder, attention
+        self._slots = Slots(size)
+        self._layers = [shape.layer(size) for shape in shapes]
+        self._free = list(range(size.places))
+        self._place: dict[Prompt, int] = {}
+        self._seated: list[Prompt | None] = [None] * size.slots
+
+    def refresh(self) -> None:
+        self._decoder.refresh()
+
+    def needs_prefill(self, rows: Sequence[Line]) -> bool:
+        return any(row.token_ids or row.prompt not in self._place for row in rows)
+
+    def fit(self, size: Size) -> None:
+        former = self._slots.size
+        size = former.covering(size)
+        if size == former:
+            return
+        self._move(self._slots.grow(size))
+        for layer in self._layers:
+            layer.grow(size)
+            mx.eval(layer.arrays())  # one layer at a time, so that only one is held twice
+        self._free += range(former.places, size.places)
+        self._seated += [None] * (size.slots - former.slots)
+
+    def admit(self, slots: Sequence[int], rows: Sequence[Line]) -> None:
+        prompts = dict.fromkeys(row.prompt for row in rows)
+        new = [prompt for prompt in prompts if prompt not in self._place]
+        for prompt in new:
+            self._place[prompt] = self._free_place(prompts)
+        self._prefill(new)
+        lengths = [len(row.prompt.ids) - 1 for row in rows]
+        fed = [len(row.token_ids) for row in rows]
+        self._move(self._slots.make_room(max(fed), whole=self.overlaps))
+        self._slots.admit(slots, [self._place[row.prompt] for row in rows], lengths, fed)
+        for slot, row in zip(slots, rows, strict=True):
+            self._seated[slot] = row.prompt
+            if row.token_ids:
+                self._bring(slot, row)
+
+    def take(self, slot: int) -> Kept:
+        columns = self._slots.own(slot)
+        state = [layer.take(slot, columns) for layer in self._layers]
+        mx.eval(state)
+        size = sum(array.nbytes for keys_values in state for array in keys_values)
+        return Kept(sum(part.stop - part.start for part in columns), state, size)
+
+    def release(self, slot: int) -> None:
+        self._seated[slot] = None
+
+    def forget(self, prompt: Prompt) -> None:
+        if (place := self._place.pop(prompt, None)) is not None:
+            self._free.append(place)
+
+    def keep(self, slots: Sequence[int]) -> None:
+        places = sorted(self._place.values())
+        self._place = {prompt: places.index(place) for prompt, place in self._place.items()}
+        self._free = []
+        self._seated = [self._seated[slot] for slot in slots]
+        self._slots.keep(slots, places)
+        kept, left = mx.array(list(slots)), mx.array(places)
+        for layer in self._layers:
+            layer.keep(kept, left)
+            mx.eval(layer.arrays())  # one layer at a time, so that only one is held twice
+
+    def decoded(self) -> mx.array:
+        return self._slots.view().decoded
+
+    def logits(self, tokens: mx.array) -> mx.array:
+        logits = self._decoder.logits(tokens, self._layers, self._attention, self._slots.view())
+        self._slots.advance()
+        return logits
+
+    def _move(self, columns: list[int] | None) -> None:
+        """Let the rings' columns come from these."""
+        if columns is None:
+            return
+        order = mx.array(columns)
+        for layer in self._layers:
+            layer.move(order)
+            mx.eval(layer.arrays())
+
+    def _free_place(self, entering: dict[Prompt, None]) -> int:
+        if self._free:
+            return self._free.pop(0)
+        idle = next(p for p in self._place if p not in self._seated and p not in entering)
+        return self._place.pop(idle)
+
+    def _prefill(self, new: Sequence[Prompt]) -> None:
+        width = max(1, self._slots.size.prefix)
+        at_once = max(1, PREFILL_TOKENS // width)
+        for start in range(0, len(new), at_once):
+            part = new[start : start + at_once]
+            places = mx.array([self._place[prompt] for prompt in part])
+            prompts = prefill(self._model, [prompt.ids for prompt in part])
+            for layer, keys_values in zip(self._layers, prompts, strict=False):  # one-token prompts have none
+                layer.insert(places, keys_values)
+            mx.eval([layer.arrays()[:2] for layer in self._layers])
+
+    def _bring(self, slot: int, row: Line) -> None:
+        columns = self._slots.own(slot)
+        for layer, keys_values in zip(self._layers, self._brought(row), strict=True):
+            layer.put(slot, columns, keys_values)
+        mx.eval([layer.arrays() for layer in self._layers])
+
+    def _brought(self, row: Line) -> list[KeysValues]:
+        """Keys and values of a row's own tokens, a pair for each layer: what it has kept, and what it has more."""
+        kept: list[KeysValues] = row.kept.state if row.kept else []
+        if not (pending := row.pending):
+            return kept
+        place, length = self._place[row.prompt], len(row.prompt.ids) - 1
+        before = [layer.prompt(place, length) for layer in self._layers]
+        if kept:
+            before = [
+                (mx.concatenate([prompt[0], own[0]], axis=2), mx.concatenate([prompt[1], own[1]], axis=2))
+                for prompt, own in zip(before, kept, strict=True)
+            ]
+        everything = feed(self._model, before, pending)
+        return [(keys[:, :, length:], values[:, :, length:]) for keys, values in everything]

@@ -1,17 +1,18 @@
 """Published variants of GRPO, each a point on three axes, under the names of papers and TRL.
 
-Loss = ratio × surrogate × normaliser. With lp the current, old the behaviour logprobs of a completion's tokens, A its
-advantage and m the mask over its tokens:
+Loss = ratio × surrogate × normaliser. With lp the current and anchor the anchor's logprobs of a completion's tokens
+(the policy before the step's first update), A its advantage and m the mask over its trained tokens:
 
-    ratio       token            r = exp(lp - old)
-                sequence         s = exp(Σ m (lp - old) / Σ m), one for the whole completion
+    ratio       token            r = exp(lp - anchor)
+                sequence         s = exp(Σ m (lp - anchor) / Σ m), one for the whole completion
                 sequence_token   s in value, with each token's own gradient: sg(s) · exp(lp - sg(lp))
     surrogate   clip             -min(r A, clip(r, 1 - ε, 1 + ε_high) A); with δ the first r is min(r, δ)
                 cispo            -sg(min(r, ε_max)) A lp
                 sapo             -(4/τ) σ(τ (r - 1)) A, τ by the sign of A
-                vespo            -sg(φ) A lp, φ = exp(λ + k ln W - λ W), ln W = Σ m (lp - old), k and λ by the sign of A
-                                 (and + Σ m ln w in ln W with importance_sampling_correction)
-                gmpo             -A exp(Σ m c / Σ m), c = min(lp - old, ε_high) for A > 0, max(lp - old, -ε) else
+                vespo            -sg(φ) A lp, φ = exp(λ + k ln W - λ W), k and λ by the sign of A,
+                                 ln W = Σ m (lp - anchor), and with importance_sampling_correction + Σ m ln w
+                gmpo             -A exp(Σ m c / Σ m), c = min(lp - anchor, ε_high) for A > 0, max(lp - anchor, -ε)
+                                 else
                 dppo             -sg(min(r, 20)) A lp + c ln² r, r = exp(lp - sampler's), without the first term for
                                  tokens that have gone too far already: A > 0 and exp(lp) - exp(sampler's) > ε_high, or
                                  A <= 0 and exp(lp) - exp(sampler's) < -ε; c is 0 in the paper, 1e-3 in prime-rl

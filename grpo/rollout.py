@@ -40,9 +40,18 @@ class RolloutEngine:
         requests = [Request(task.prompt_ids, n, seed) for task, seed in zip(tasks, seeds, strict=True)]
         answers = self.generator.generate(requests, sampling, key, logprobs, phase)
         return [
-            Group(task, tuple(Rollout(completion) for completion in completions))
-            for task, completions in zip(tasks, answers, strict=True)
+            Group(task, tuple(Rollout(trajectory) for trajectory in trajectories))
+            for task, trajectories in zip(tasks, answers, strict=True)
         ]
+
+
+def with_policy_step(groups: Sequence[Group], step: int) -> list[Group]:
+    """The same groups, sampled by a policy that had made `step` training steps."""
+    return [replace(group, rollouts=tuple(_at(rollout, step) for rollout in group.rollouts)) for group in groups]
+
+
+def _at(rollout: Rollout, step: int) -> Rollout:
+    return replace(rollout, trajectory=replace(rollout.trajectory, policy_step=step))
 
 
 def at_temperature(sampling: Sampling, temperature: float) -> Sampling:

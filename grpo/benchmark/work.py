@@ -15,7 +15,7 @@ from grpo.config import AdapterConfig, Recipe
 from grpo.errors import UserError
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 
 def recipe(setting: Setting, optim: dict[str, Any]) -> Recipe:
@@ -54,7 +54,7 @@ def synthetic(setting: Setting, model: nn.Module) -> list[Group]:
         shape = (setting.completions, setting.completion_length)
         ids: Any = mx.random.randint(1, vocabulary, shape, key=derive_key(0, "completions", number)).tolist()
         rollouts = tuple(
-            Rollout(Completion(tuple(row), (0.0,) * len(row), "", "length"), {"even": _drawn(number, i)})
+            Rollout(Trajectory.sampled(tuple(row), (0.0,) * len(row), "", "length"), {"even": _drawn(number, i)})
             for i, row in enumerate(ids)
         )
         made.append(Group(Task(number, "", tuple(prompt), {}), rollouts))

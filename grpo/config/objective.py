@@ -87,7 +87,7 @@ class LossConfig(Section):
     """Weight of an entropy bonus, per token and averaged as the loss is."""
     use: Name | None = None
     """A loss of your own in the place of the surrogate, `file.py:function`, `file.py` (of one function) or
-    `package.module:function`: (logprobs, batch, cfg) -> per_token_loss, each [B, T]."""
+    `package.module:function`: (current, batch, cfg) -> per_token_loss, each [B, T]; `batch` is a grpo.types.Batch."""
 
     @property
     def preset(self) -> presets.Preset:

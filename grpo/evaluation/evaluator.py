@@ -110,7 +110,7 @@ def _voted(graded: Sequence[tuple[Rollout, bool]]) -> float:
 
     It is if it was found right in any of them: the grader may have failed on the others.
     """
-    answers = [final_answer(rollout.completion.text) for rollout, _ in graded]
+    answers = [final_answer(rollout.trajectory.text) for rollout, _ in graded]
     chosen = answers[majority(answers)]
     return float(any(right for answer, (_, right) in zip(answers, graded, strict=True) if answer == chosen))
 

@@ -17,7 +17,7 @@ from grpo.generation.engine import Engine
 from grpo.generation.rows import Row, Submission
 from grpo.generation.sampling import Sampling
 from grpo.generation.stopping import Stopping
-from grpo.types import Completion, FinishReason, Progress
+from grpo.types import FinishReason, Progress, Trajectory
 
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
@@ -76,7 +76,7 @@ class Generator:
         key: mx.array,
         logprobs: bool = True,
         phase: str = "rollout",
-    ) -> list[list[Completion]]:
+    ) -> list[list[Trajectory]]:
         """`n` completions of each request, in the order of the requests.
 
         The draws of completion i of request r at position t depend on (`key`, r, i, t) alone, or on (seed, i, t) if the
@@ -159,12 +159,12 @@ def _tokens(groups: Sequence[Sequence[Row]]) -> tuple[int, int]:
     return done, done + sum(row.longest - len(row.token_ids) for row in rows if row.finish_reason is None)
 
 
-def _completion(row: Row) -> Completion:
+def _completion(row: Row) -> Trajectory:
     assert row.finish_reason is not None
-    return Completion(
+    return Trajectory.sampled(
         token_ids=tuple(row.token_ids),
-        logprobs=tuple(row.logprobs) if row.wants_logprobs else None,
+        behaviour=tuple(row.logprobs) if row.wants_logprobs else None,
         text=row.stopping.text(row.token_ids),
         finish_reason=row.finish_reason,
-        sampler_logprobs=tuple(row.sampler_logprobs) if row.sampler_logprobs else None,
+        sampler=tuple(row.sampler_logprobs) if row.sampler_logprobs else None,
     )

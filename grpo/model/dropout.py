@@ -2,7 +2,7 @@
 
 A mask comes from a key that is set for a forward pass, not from global state: so a resumed run drops what the
 uninterrupted one would have dropped, and a layer that is computed again in the backward pass drops the same numbers.
-Where no key is set (in decoding, in evaluation, for old logprobs and the reference's) nothing is dropped.
+Where no key is set (in decoding, in evaluation, for the anchor's logprobs and the reference's) nothing is dropped.
 """
 
 from __future__ import annotations

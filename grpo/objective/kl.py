@@ -11,8 +11,8 @@ from grpo.objective.ratios import bounded_exp
 Estimator = Literal["k1", "k2", "k3"]
 
 
-def kl_estimate(logprobs: mx.array, ref_logprobs: mx.array, estimator: Estimator) -> mx.array:
-    """Per token, with `d = ref - current`; 0 where the two agree.
+def kl_estimate(logprobs: mx.array, reference: mx.array, estimator: Estimator) -> mx.array:
+    """Per token, with `d = reference - logprobs`; 0 where the two agree.
 
         k1  -d           gradient with respect to logprobs 1: unbiased in value, and on average no gradient at all
         k2  d² / 2       gradient -d: on policy that of the reverse KL
@@ -20,7 +20,7 @@ def kl_estimate(logprobs: mx.array, ref_logprobs: mx.array, estimator: Estimator
 
     Times the ratio, k3 has on policy the gradient -d, that of the reverse KL.
     """
-    d = ref_logprobs - logprobs
+    d = reference - logprobs
     match estimator:
         case "k1":
             return -d

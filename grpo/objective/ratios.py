@@ -15,21 +15,23 @@ def bounded_exp(values: mx.array) -> mx.array:
     return mx.exp(mx.minimum(values, LARGEST))
 
 
-def mean_over_tokens(values: mx.array, mask: mx.array) -> mx.array:
-    """The mean over each row's masked tokens: `[B, T]` in, `[B, 1]` out, 0 for a row without tokens."""
-    return (values * mask).sum(axis=1, keepdims=True) / mx.maximum(mask.sum(axis=1, keepdims=True), 1)
+def mean_over_tokens(values: mx.array, trained: mx.array) -> mx.array:
+    """The mean over each row's trained tokens: `[B, T]` in, `[B, 1]` out, 0 for a row without tokens."""
+    return (values * trained).sum(axis=1, keepdims=True) / mx.maximum(trained.sum(axis=1, keepdims=True), 1)
 
 
-def log_ratios(logprobs: mx.array, old_logprobs: mx.array, mask: mx.array, level: Ratio) -> mx.array:
-    """Log of the ratio that each token's surrogate sees: `[B, T]`, from current and behaviour logprobs, 0 on padding.
+def log_ratios(current: mx.array, denominator: mx.array, trained: mx.array, level: Ratio) -> mx.array:
+    """Log of the ratio current / denominator that each token's surrogate sees: `[B, T]`, 0 where nothing is trained.
 
-    `sequence` (GSPO, arXiv 2507.18071, eq. 7) is the same for a row's tokens; `sequence_token` (eq. 14) has its
+    The denominator is the anchor (the policy before this step's first update), or for dppo what was sampled from.
+
+    `sequence` (GSPO, arXiv 2507.18071, eq. 7) is the same for a row's trained tokens; `sequence_token` (eq. 14) has its
     value and the gradient of the token's own ratio.
     """
-    log_ratio = logprobs - old_logprobs
+    log_ratio = current - denominator
     if level == "token":
         return log_ratio
-    sequence = mx.broadcast_to(mean_over_tokens(log_ratio, mask), mask.shape) * mask
+    sequence = mx.broadcast_to(mean_over_tokens(log_ratio, trained), trained.shape) * trained
     if level == "sequence":
         return sequence
-    return mx.stop_gradient(sequence) + logprobs - mx.stop_gradient(logprobs)
+    return mx.stop_gradient(sequence) + current - mx.stop_gradient(current)

@@ -20,17 +20,18 @@ LEAST_WEIGHT = 1e-8
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a surrogate may look at, all `[B, T]` float32 with 0 on padding.
+    """What a surrogate may look at, all `[B, T]` float32 with 0 where nothing is trained.
 
-    `old_logprobs` is what ratios are to; `log_ratio` is at the loss's level; `correction` the weights for the sampler
-    not being the trainer, if there is a correction.
+    `current` is log p of the policy as it is, `denominator` that of what ratios are to: the anchor (the policy before
+    this step's first update), or for dppo what was sampled from. `log_ratio` is of the two, at the loss's level;
+    `correction` the weights for the sampler not being the trainer, if there is a correction.
     """
 
-    logprobs: mx.array
-    old_logprobs: mx.array
+    current: mx.array
+    denominator: mx.array
     log_ratio: mx.array
     advantages: mx.array
-    mask: mx.array
+    trained: mx.array
     correction: mx.array | None = None
 
     @property
@@ -48,7 +49,7 @@ def clip(terms: Terms, cfg: LossConfig) -> mx.array:
 
 def cispo(terms: Terms, cfg: LossConfig) -> mx.array:
     """The gradient of -A lp weighed by the ratio, whose ceiling removes no token (arXiv 2506.13585)."""
-    return -mx.stop_gradient(mx.minimum(terms.ratio, cfg.epsilon_max)) * terms.advantages * terms.logprobs
+    return -mx.stop_gradient(mx.minimum(terms.ratio, cfg.epsilon_max)) * terms.advantages * terms.current
 
 
 def sapo(terms: Terms, cfg: LossConfig) -> mx.array:
@@ -60,18 +61,19 @@ def sapo(terms: Terms, cfg: LossConfig) -> mx.array:
 def vespo(terms: Terms, cfg: LossConfig) -> mx.array:
     """-A lp weighed by a gamma-shaped function of the whole completion's ratio, 1 at ratio 1.
 
-    The ratio is to what was sampled from: where there is a correction, the product of its weights is a factor of it,
-    as in the authors' code and TRL, and no factor of the loss.
+    The ratio is current / anchor. Where there is a correction, the product of its weights (anchor / sampler) is a
+    factor of that ratio, which then is to what was sampled from, and no factor of the loss: as in the authors' code and
+    in TRL.
     """
     log_ratio = terms.log_ratio
     if terms.correction is not None:
         log_ratio = log_ratio + mx.log(mx.maximum(terms.correction, LEAST_WEIGHT))
-    log_w = mx.maximum((log_ratio * terms.mask).sum(axis=1, keepdims=True), math.log(LEAST_WEIGHT))
+    log_w = mx.maximum((log_ratio * terms.trained).sum(axis=1, keepdims=True), math.log(LEAST_WEIGHT))
     positive = terms.advantages >= 0
     k = mx.where(positive, cfg.vespo_k_pos, cfg.vespo_k_neg)
     scale = mx.where(positive, cfg.vespo_lambda_pos, cfg.vespo_lambda_neg)
     phi = mx.exp(scale + k * log_w - scale * bounded_exp(log_w))
-    return -mx.stop_gradient(phi) * terms.advantages * terms.logprobs
+    return -mx.stop_gradient(phi) * terms.advantages * terms.current
 
 
 def gmpo(terms: Terms, cfg: LossConfig) -> mx.array:
@@ -80,12 +82,15 @@ def gmpo(terms: Terms, cfg: LossConfig) -> mx.array:
     above = mx.minimum(terms.log_ratio, preset.epsilon_high)
     below = mx.maximum(terms.log_ratio, -preset.epsilon)
     bounded = mx.where(terms.advantages > 0, above, below)
-    return -terms.advantages * bounded_exp(mean_over_tokens(bounded, terms.mask))
+    return -terms.advantages * bounded_exp(mean_over_tokens(bounded, terms.trained))
 
 
 def dppo(terms: Terms, cfg: LossConfig) -> mx.array:
     """The gradient of -A lp weighed by the ratio to the sampler, for tokens inside the trust region: those whose
     probability has not moved too far from the sampler's the way they are pushed.
+
+    The sampler is the batch's `sampler`, or `behaviour` where no filter made that another one; the anchor comes in only
+    where these are NaN.
 
     DPPO-Binary-TV by the paper (arXiv 2602.04879) and its authors' code (sail-sg/Stable-RL, and in verl): there is
     no penalty in it. The ln² r is the KL term of Kimi K2.5 (arXiv 2602.02276), which prime-rl adds to DPPO with a
@@ -93,13 +98,13 @@ def dppo(terms: Terms, cfg: LossConfig) -> mx.array:
     """
     low, high = _beyond_probability(terms, cfg)
     weight = mx.where(low | high, 0.0, mx.minimum(terms.ratio, DPPO_CEILING))
-    return -mx.stop_gradient(weight) * terms.advantages * terms.logprobs + cfg.dppo_penalty * terms.log_ratio**2
+    return -mx.stop_gradient(weight) * terms.advantages * terms.current + cfg.dppo_penalty * terms.log_ratio**2
 
 
 def reinforce(terms: Terms, cfg: LossConfig) -> mx.array:
     """The score-function estimator (Williams 1992)."""
     del cfg
-    return -terms.advantages * terms.logprobs
+    return -terms.advantages * terms.current
 
 
 SURROGATES: dict[Surrogate, Callable[[Terms, LossConfig], mx.array]] = {
@@ -125,11 +130,11 @@ def _beyond_log_ratio(terms: Terms, cfg: LossConfig) -> tuple[mx.array, mx.array
 
 def _beyond_ceiling(terms: Terms, cfg: LossConfig) -> tuple[mx.array, mx.array]:
     """The ceiling cuts a token's weight whichever way it is pushed."""
-    return mx.zeros(terms.mask.shape, mx.bool_), (terms.ratio > cfg.epsilon_max) & (terms.advantages != 0)
+    return mx.zeros(terms.trained.shape, mx.bool_), (terms.ratio > cfg.epsilon_max) & (terms.advantages != 0)
 
 
 def _beyond_probability(terms: Terms, cfg: LossConfig) -> tuple[mx.array, mx.array]:
-    moved = mx.exp(terms.logprobs) - mx.exp(terms.old_logprobs)
+    moved = mx.exp(terms.current) - mx.exp(terms.denominator)
     low, high = moved < -cfg.preset.epsilon, moved > cfg.preset.epsilon_high
     return low & (terms.advantages <= 0), high & (terms.advantages > 0)
 

@@ -1,7 +1,7 @@
 """How a loss is averaged, as a weight for each token.
 
-The denominators are those of the whole step. They are computed once, before it is split into micro-batches or
-over ranks, so that the sum of the parts' gradients is the gradient, whatever the split.
+The denominators are those of a whole update, in `Totals`. They are fixed before it is split into micro-batches or over
+ranks, so that the sum of the parts' gradients is the gradient, whatever the split.
 """
 
 from __future__ import annotations
@@ -11,30 +11,33 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from grpo.config import LossConfig
+from grpo.types import Totals
 
 
-def token_weights(mask: mx.array, cfg: LossConfig, max_completion_length: int) -> mx.array:
-    """The weight of each token's loss: `[N, T]` float32 from the step's whole mask, `[N, T]`.
+def token_weights(trained: mx.array, totals: Totals, cfg: LossConfig, max_completion_length: int) -> mx.array:
+    """The weight of each token's loss: `[B, T]` float32, for rows with the mask `trained`, `[B, T]`.
 
-        sequence      1 / (N · tokens of the completion)
+        sequence      1 / (N · trained tokens of the completion)
         sequence_sum  1 / N
-        token         1 / tokens of the step
+        token         1 / trained tokens of the update
         constant      1 / (N · max_completion_length)
-        micro_batch   as token, of a mask that is one micro-batch; the caller divides by their number
+        micro_batch   1 / trained tokens of these rows; the caller divides by the number of micro-batches
 
-    A row without tokens has weight 0 throughout, and counts among the N: it was sampled.
+    The N and the tokens of the update are in `totals`, whichever of its rows these are. A row without trained tokens
+    has weight 0 throughout, and counts among the N: it was sampled.
     """
-    mask = mask.astype(mx.float32)
-    rows = mask.shape[0]
+    trained = trained.astype(mx.float32)
     match cfg.preset.normalize:
         case "sequence":
-            return mask / (rows * mx.maximum(mask.sum(axis=1, keepdims=True), 1))
+            return trained / (totals.rows * mx.maximum(trained.sum(axis=1, keepdims=True), 1))
         case "sequence_sum":
-            return mask / rows
-        case "token" | "micro_batch":
-            return mask / mx.maximum(mask.sum(), 1)
+            return trained / totals.rows
+        case "token":
+            return trained / max(totals.tokens, 1)
+        case "micro_batch":
+            return trained / mx.maximum(trained.sum(), 1)
         case "constant":
-            return mask / (rows * max_completion_length)
+            return trained / (totals.rows * max_completion_length)
 
 
 def weights_of_chosen(weights: Sequence[mx.array], chosen: Sequence[mx.array], cfg: LossConfig) -> list[mx.array]:

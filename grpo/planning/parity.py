@@ -106,7 +106,8 @@ def _measured(
     with _moved(policy, seed, size):
         groups = _decoded(policy, engine, tasks, seed)
         forced = _forced(policy, groups, packing)
-    sampled = [value for group in groups for r in group.rollouts for value in r.completion.logprobs or ()]
+    trajectories = [rollout.trajectory for group in groups for rollout in group.rollouts]
+    sampled = [value for t in trajectories for value in t.of_trained(t.behaviour or ())]
     gaps = [abs(here - there) for here, there in zip(forced, sampled, strict=True)]
     if size is None:
         return _Measured(gaps, None)
@@ -146,15 +147,14 @@ def _decoded(policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed:
 
 
 def _forced(policy: Policy, groups: Sequence[Group], packing: Packing | None) -> list[float]:
-    """The update's logprobs of all completions' tokens, one after the other."""
+    """The update's logprobs of all trained tokens, one after the other."""
     rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
     found: list[float] = []
     for positions, shape in pack_in_order(rows, packing or _together(policy, rows)):
         part = [rows[i] for i in positions]
-        unused = mx.zeros((len(part), shape.length))
-        logprobs: Any = batch_logprobs(policy, collate(part, unused, unused, shape))[0].tolist()
+        logprobs: Any = batch_logprobs(policy, collate(part, shape))[0].tolist()
         for (_, rollout), values in zip(part, logprobs, strict=False):  # rows of padding may follow
-            found += values[: len(rollout.completion.token_ids)]
+            found += rollout.trajectory.of_trained(values)
     return found
 
 

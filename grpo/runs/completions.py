@@ -16,7 +16,7 @@ from grpo.backend.random import derive_seed
 from grpo.backend.secrets import masked
 from grpo.config import Recipe
 from grpo.errors import UserError
-from grpo.types import Completion, Failure, Group, Prompt, Rollout, Task
+from grpo.types import BEHAVIOUR, Failure, Group, Prompt, Rollout, Task, Trajectory
 
 PROMPT = "prompt"
 """In the `columns` of a row: the prompt as rewards saw it, a text or messages."""
@@ -81,11 +81,12 @@ def read_completions(path: Path) -> tuple[int, list[Group]]:
 def fields(rows: Sequence[dict[str, Any]]) -> Any:
     """The schema of a step's file, as pyarrow has it: the fixed columns, then those of each reward by its name.
 
-    `group` is the place in the step, `index` that in the group; `token_ids` and `logprobs` are those of the completion,
-    the stop token included; `advantage` is null for groups that were sampled but not learnt from; `reward` is before
-    `penalty`. `reward/<name>` is null where a reward gave no score, and `failure/<name>` says why if it failed
-    ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and the prompt as rewards saw it.
-    `extra/<name>` is JSON, by `log_extra`.
+    `group` is the place in the step, `index` that in the group. `token_ids` and `logprobs` are those of the completion,
+    the stop token included. `trained` says which of these tokens the policy sampled and learns from, null: all of them.
+    `policy_step` is the number of steps that the policy that sampled had made. `advantage` is null for groups that were
+    sampled but not learnt from; `reward` is before `penalty`. `reward/<name>` is null where a reward gave no score, and
+    `failure/<name>` says why if it failed ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and the
+    prompt as rewards saw it. `extra/<name>` is JSON, by `log_extra`.
     """
     import pyarrow as pa
 
@@ -96,8 +97,10 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
+        ("trained", pa.list_(pa.bool_())),
         ("logprobs", pa.list_(pa.float32())),
         ("finish_reason", pa.string()),
+        ("policy_step", pa.int32()),
         ("reward", pa.float64()),
         ("penalty", pa.float64()),
         ("advantage", pa.float64()),
@@ -126,16 +129,18 @@ def _write(final: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def _row(step: int, group: int, index: int, task: Task, rollout: Rollout, learnt: bool) -> dict[str, Any]:
-    completion = rollout.completion
+    trajectory = rollout.trajectory
     return {
         "step": step,
         "group": group,
         "index": index,
         "prompt": _as_text(task.prompt),
-        "completion": _valid(completion.text),
-        "token_ids": completion.token_ids,
-        "logprobs": completion.logprobs,
-        "finish_reason": completion.finish_reason,
+        "completion": _valid(trajectory.text),
+        "token_ids": trajectory.token_ids,
+        "trained": None if all(trajectory.trained) else trajectory.trained,
+        "logprobs": trajectory.behaviour,
+        "finish_reason": trajectory.finish_reason,
+        "policy_step": trajectory.policy_step,
         "reward": rollout.reward,
         "penalty": rollout.penalty,
         "advantage": rollout.advantage if learnt else None,
@@ -157,20 +162,27 @@ def _group(place: int, rows: Sequence[dict[str, Any]]) -> Group:
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:
-    logprobs = row["logprobs"]
     return Rollout(
-        Completion(
-            tuple(row["token_ids"]),
-            None if logprobs is None else tuple(logprobs),
-            row["completion"],
-            row["finish_reason"],
-        ),
+        _trajectory(row),
         scores=_named(row, "reward/"),
         failures={name: _failure(text) for name, text in _named(row, "failure/").items() if text is not None},
         extras={name: json.loads(text) for name, text in _named(row, "extra/").items() if text is not None},
         reward=row["reward"],
         penalty=row["penalty"],
         advantage=row["advantage"] or 0.0,
+    )
+
+
+def _trajectory(row: dict[str, Any]) -> Trajectory:
+    """Files of earlier versions have neither `trained` (all tokens are) nor `policy_step`."""
+    token_ids, trained, logprobs = tuple(row["token_ids"]), row.get("trained"), row["logprobs"]
+    return Trajectory(
+        token_ids,
+        (True,) * len(token_ids) if trained is None else tuple(trained),
+        {} if logprobs is None else {BEHAVIOUR: tuple(logprobs)},
+        row["completion"],
+        row["finish_reason"],
+        row.get("policy_step"),
     )
 
 

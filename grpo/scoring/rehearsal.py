@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from grpo.backend.secrets import masked
 from grpo.errors import UserError
 from grpo.scoring.scorer import Scorer
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 TEXTS = ("<think>3 + 4 = 7</think> The answer is \\boxed{7}.", "I do not know.")
 """What a model might say: the completions of each prompt."""
@@ -21,7 +21,7 @@ def rehearse(scorer: Scorer, tasks: Sequence[Task], encode: Callable[[str], Sequ
     Rewards whose file says `PAID = True` are not called. Returns notes: who was not called, and who failed on some.
     Raises UserError for rewards that something is learnt from and that failed on all: the run would stop at once.
     """
-    rollouts = tuple(Rollout(Completion(tuple(encode(text)), None, text, "stop")) for text in TEXTS)
+    rollouts = tuple(Rollout(Trajectory.sampled(tuple(encode(text)), None, text, "stop")) for text in TEXTS)
     request = scorer.request([Group(task, rollouts) for task in tasks[:PROMPTS]])
     notes: list[str] = []
     broken: list[str] = []

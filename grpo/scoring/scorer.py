@@ -23,7 +23,7 @@ from grpo.scoring.grader import Inline, Isolated, Record, Request, make_grader
 from grpo.scoring.hints import column_hint
 from grpo.scoring.process import Span
 from grpo.scoring.text import counted
-from grpo.types import Completion, Failure, Group, Progress
+from grpo.types import Failure, Group, Progress, Trajectory
 
 log = logging.getLogger(__name__)
 
@@ -198,19 +198,19 @@ class Scorer:
 
 def _columns(groups: Sequence[Group]) -> dict[str, Any]:
     """What a reward function receives: a value for each completion, by name."""
-    rows = [(group.task, rollout.completion) for group in groups for rollout in group.rollouts]
+    rows = [(group.task, rollout.trajectory) for group in groups for rollout in group.rollouts]
     names = {name for task, _ in rows for name in task.columns}
     columns: dict[str, Any] = {name: [task.columns.get(name) for task, _ in rows] for name in names}
     columns["prompts"] = [task.prompt for task, _ in rows]
-    columns["completions"] = [_as_prompted(task.prompt, completion) for task, completion in rows]
-    columns["completion_ids"] = [list(completion.token_ids) for _, completion in rows]
+    columns["completions"] = [_as_prompted(task.prompt, trajectory) for task, trajectory in rows]
+    columns["completion_ids"] = [list(trajectory.token_ids) for _, trajectory in rows]
     columns.pop("prompt", None)  # as in TRL: it is there as `prompts`
     return columns
 
 
-def _as_prompted(prompt: Any, completion: Completion) -> Any:
+def _as_prompted(prompt: Any, trajectory: Trajectory) -> Any:
     """Text for a text prompt, a list of one message for a prompt of messages."""
-    return completion.text if isinstance(prompt, str) else [{"role": "assistant", "content": completion.text}]
+    return trajectory.text if isinstance(prompt, str) else [{"role": "assistant", "content": trajectory.text}]
 
 
 def _masked(answer: Answer) -> Answer:

@@ -36,7 +36,7 @@ def print_replay(console: Console, replay: Replay, groups: int, tokens: int) -> 
             for i, rollout in enumerate(group.rollouts, start=place):
                 reward = "none" if rollout.reward is None else f"{rollout.reward:.3f}"
                 moved = _moved(replay.tokens[i], replay.ratios[i], tokens)
-                text = escape(rollout.completion.text.strip())
+                text = escape(rollout.trajectory.text.strip())
                 table.add_row(reward, f"{rollout.advantage:+.3f}", text, moved)
             console.print(table)
         place += len(group.rollouts)

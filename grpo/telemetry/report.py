@@ -202,11 +202,11 @@ def _changed(steps: Sequence[tuple[int, list[Group]]]) -> str:
 def _entry(kind: str, task: Task, rollout: Rollout) -> str:
     scores = ", ".join(f"{name} {'none' if score is None else f'{score:g}'}" for name, score in rollout.scores.items())
     reward = "none" if rollout.reward is None else f"{rollout.reward:g}"
-    length = f"{len(rollout.completion.token_ids)} tokens, {rollout.completion.finish_reason}"
+    length = f"{rollout.trajectory.trained_tokens} tokens, {rollout.trajectory.finish_reason}"
     return (
         f'<div class="entry"><b class="{kind}">reward {reward}</b> ({escape(scores)}), advantage '
         f"{rollout.advantage:+.3f}, {length}<pre>{escape(last_text(task.prompt))}</pre>"
-        f"<pre>{escape(rollout.completion.text)}</pre></div>"
+        f"<pre>{escape(rollout.trajectory.text)}</pre></div>"
     )
 
 

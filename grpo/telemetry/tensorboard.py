@@ -27,7 +27,7 @@ class TensorboardLogger:
             self._writer.add_scalar(name, value, record.step)
         if isinstance(record, StepMetrics) and record.groups:
             rollouts = [rollout for group in record.groups for rollout in group.rollouts]
-            lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+            lengths = [rollout.trajectory.trained_tokens for rollout in rollouts]
             rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
             for name, values in (("completion_length", lengths), ("reward", rewards)):
                 if values:

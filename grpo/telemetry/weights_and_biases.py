@@ -91,12 +91,12 @@ class WandbLogger:
         rollouts = [rollout for group in record.groups for rollout in group.rollouts]
         rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
         made: dict[str, Any] = {
-            "histograms/completion_length": wandb.Histogram([len(rollout.completion.token_ids) for rollout in rollouts])
+            "histograms/completion_length": wandb.Histogram([rollout.trajectory.trained_tokens for rollout in rollouts])
         }
         if rewards:
             made["histograms/reward"] = wandb.Histogram(rewards)
         rows = (
-            [record.step, last_text(group.task.prompt), r.completion.text, r.reward, r.advantage]
+            [record.step, last_text(group.task.prompt), r.trajectory.text, r.reward, r.advantage]
             for group in record.groups
             for r in group.rollouts
         )

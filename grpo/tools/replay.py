@@ -29,9 +29,9 @@ from grpo.types import Group, StepMetrics
 class Replay:
     """A step made again.
 
-    `ratios` holds for each completion of `metrics.groups`, in their order, a value for each token: its probability
-    under the policy after the step's update, over that before. `tokens` holds their texts. `notes` says what it was
-    made from, and whether it is what the run recorded.
+    `ratios` holds for each completion of `metrics.groups`, in their order, a value for each trained token: its
+    probability under the policy after the step's update, over that before. `tokens` holds their texts. `notes` says
+    what it was made from, and whether it is what the run recorded.
     """
 
     metrics: StepMetrics
@@ -74,7 +74,8 @@ def _made(trainer: Trainer, run: Path, step: int) -> Replay:
     ratios = [mx.exp(mx.array(a) - mx.array(b)).tolist() for a, b in zip(new, old, strict=True)]
     rollouts = [rollout for group in metrics.groups for rollout in group.rollouts]
     decode = trainer.engine.generator.tokenizer.decode
-    tokens = [[decode([token]) for token in rollout.completion.token_ids] for rollout in rollouts]
+    trained = [rollout.trajectory.of_trained(rollout.trajectory.token_ids) for rollout in rollouts]
+    tokens = [[decode([token]) for token in ids] for ids in trained]
     return Replay(metrics, ratios, tokens, [*notes, *_compared(run, metrics)])  # type: ignore[arg-type]
 
 
@@ -92,13 +93,11 @@ def _begin(trainer: Trainer, run: Path, step: int) -> tuple[int, list[str]]:
 
 
 def _logprobs(policy: Policy, groups: Sequence[Group], trainer: Trainer) -> list[list[float]]:
-    """The logprob of every completion's tokens under the policy as it is."""
+    """The logprob of every completion's trained tokens under the policy as it is."""
     found: list[list[float]] = []
-    for batch in whole_batches(groups, trainer.cfg):
-        logprobs, _ = batch_logprobs(policy, batch)
-        rows: Any = logprobs.tolist()
-        lengths: Any = batch.mask.sum(axis=1).tolist()
-        found += [row[: int(length)] for row, length in zip(rows, lengths, strict=True) if length]  # not the padding
+    for rows, batch in whole_batches(groups, trainer.cfg):
+        logprobs: Any = batch_logprobs(policy, batch)[0].tolist()
+        found += [r.trajectory.of_trained(values) for (_, r), values in zip(rows, logprobs, strict=False)]  # no padding
     return found
 
 
@@ -113,4 +112,4 @@ def _compared(run: Path, metrics: StepMetrics) -> list[str]:
 
 
 def _key(group: Group) -> tuple[tuple[tuple[int, ...], float | None], ...]:
-    return tuple((rollout.completion.token_ids, rollout.reward) for rollout in group.rollouts)
+    return tuple((rollout.trajectory.token_ids, rollout.reward) for rollout in group.rollouts)

@@ -114,7 +114,7 @@ def _column(groups: Sequence[Group], name: str, against: str | None) -> str:
 def _rescored(step: int, before: Rollout, now: Rollout, column: str, name: str) -> Rescored:
     stored = before.reward if column == TOTAL else before.scores.get(column)
     failure = now.failures.get(name)
-    return Rescored(step, before.completion.text, stored, now.scores[name], None if failure is None else str(failure))
+    return Rescored(step, before.trajectory.text, stored, now.scores[name], None if failure is None else str(failure))
 
 
 def _best(scores: Sequence[float | None]) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -14,7 +14,7 @@ from grpo.model.policy import Policy
 from grpo.objective import token_weights, weights_of_chosen
 from grpo.objective.masks import top_entropy_mask
 from grpo.training.packing import Packing, Row, Shape, pack, pack_in_order
-from grpo.types import Batch, Group, Rollout
+from grpo.types import Batch, Group, Rollout, Totals, Trajectory
 
 MiniBatch = list[Batch]
 Value = TypeVar("Value", int, float)
@@ -36,15 +36,12 @@ def make_batches(groups: Sequence[Group], cfg: Recipe, parts: int = 1) -> MiniBa
     count them, so that leaving them out changes nothing.
     """
     rows = rows_of(groups)
-    mask = _mask(rows, cfg)
-    weights = token_weights(mask, cfg.loss, cfg.rollout.max_completion_length)
-    learning = [i for i, (_, rollout) in enumerate(rows) if learns(rollout, cfg)]
+    totals = Totals(len(rows), sum(_counted(rollout, cfg) for _, rollout in rows))
+    learning = [row for row in rows if learns(row[1], cfg)]
     if not learning:
         return []
-    packed = pack([rows[i] for i in learning], Packing.of(cfg, parts))
-    taken = [([learning[position] for position in part], shape) for part, shape in packed]
-    batches = [collate([rows[i] for i in p], mask[mx.array(p)], weights[mx.array(p)], shape) for p, shape in taken]
-    return _with_local_weights(batches, cfg) if _local(cfg) else batches
+    batches = [collate([learning[i] for i in part], shape) for part, shape in pack(learning, Packing.of(cfg, parts))]
+    return _with_token_weights(batches, totals, cfg)
 
 
 def with_reference(batches: Sequence[Batch], policy: Policy, beta: float, cfg: Recipe) -> MiniBatch:
@@ -52,10 +49,10 @@ def with_reference(batches: Sequence[Batch], policy: Policy, beta: float, cfg: R
     if beta == 0 or cfg.loss.kl_in != "loss":
         return list(batches)
     with policy.use("reference"):
-        return [replace(batch, ref_logprobs=forced(policy, batch)[0], beta=mx.array(beta)) for batch in batches]
+        return [replace(batch, reference=forced(policy, batch)[0], beta=mx.array(beta)) for batch in batches]
 
 
-def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
+def with_anchor(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
     """The same minibatches with the policy's logprobs as it is now, before the step's first update.
 
     The first minibatch needs none: its logprobs when it is reached are these, unless its update drops numbers of the
@@ -63,13 +60,13 @@ def with_old_logprobs(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Rec
     """
     if cfg.adapter.dropout > 0:
         return [[_whole(policy, batch) for batch in batches] for batches in minibatches]
-    others = [[replace(b, old_logprobs=forced(policy, b)[0]) for b in batches] for batches in minibatches[1:]]
+    others = [[replace(b, anchor=forced(policy, b)[0]) for b in batches] for batches in minibatches[1:]]
     return [*minibatches[:1], *others]
 
 
 def _whole(policy: Policy, batch: Batch) -> Batch:
     logprobs, entropies = forced(policy, batch)
-    return replace(batch, old_logprobs=logprobs, entropies=entropies)
+    return replace(batch, anchor=logprobs, entropies=entropies)
 
 
 def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
@@ -82,10 +79,10 @@ def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Reci
     if cfg.loss.top_entropy_quantile == 1 or not everything:
         return list(minibatches)
     entropies = mx.concatenate([forced(policy, batch)[1].reshape(-1) for batch in everything])
-    mask = mx.concatenate([batch.mask.reshape(-1) for batch in everything])
-    ends = list(accumulate(batch.mask.size for batch in everything))
-    parts = mx.split(top_entropy_mask(entropies, mask, cfg.loss.top_entropy_quantile), ends[:-1])
-    chosen = iter(part.reshape(batch.mask.shape) for part, batch in zip(parts, everything, strict=True))
+    trained = mx.concatenate([batch.trained.reshape(-1) for batch in everything])
+    ends = list(accumulate(batch.trained.size for batch in everything))
+    parts = mx.split(top_entropy_mask(entropies, trained, cfg.loss.top_entropy_quantile), ends[:-1])
+    chosen = iter(part.reshape(batch.trained.shape) for part, batch in zip(parts, everything, strict=True))
     return [_with_weights(batches, [next(chosen) for _ in batches], cfg) for batches in minibatches]
 
 
@@ -95,26 +92,25 @@ def _with_weights(batches: MiniBatch, chosen: Sequence[mx.array], cfg: Recipe) -
     return [replace(batch, weights=weights) for batch, weights in zip(batches, moved, strict=True)]
 
 
-def _with_local_weights(batches: MiniBatch, cfg: Recipe) -> MiniBatch:
-    """A minibatch with each micro-batch's weights from its own mask."""
-    longest = cfg.rollout.max_completion_length
-    return [replace(b, weights=token_weights(b.mask, cfg.loss, longest) / len(batches)) for b in batches]
+def _with_token_weights(batches: Sequence[Batch], totals: Totals, cfg: Recipe) -> MiniBatch:
+    """A minibatch with the weights that its loss is averaged by."""
+    longest, parts = cfg.rollout.max_completion_length, len(batches) if _local(cfg) else 1
+    return [replace(b, weights=token_weights(b.trained, totals, cfg.loss, longest) / parts) for b in batches]
 
 
-def whole_batches(groups: Sequence[Group], cfg: Recipe) -> Iterator[Batch]:
+def whole_batches(groups: Sequence[Group], cfg: Recipe) -> Iterator[tuple[list[Row], Batch]]:
     """All rows of the groups in their order, as micro-batches to be looked at rather than learnt from."""
     return row_batches(rows_of(groups), cfg)
 
 
-def row_batches(rows: Sequence[Row], cfg: Recipe) -> Iterator[Batch]:
-    """Rows in their order, as micro-batches to be looked at.
+def row_batches(rows: Sequence[Row], cfg: Recipe) -> Iterator[tuple[list[Row], Batch]]:
+    """Rows in their order, as micro-batches to be looked at, each with its rows.
 
-    Rows of padding may follow those of a micro-batch; their mask is 0.
+    Rows of padding may follow those of a micro-batch; nothing of them is trained.
     """
     for positions, shape in pack_in_order(rows, Packing.of(cfg)):
         part = [rows[i] for i in positions]
-        mask = _mask_of([len(rollout.completion.token_ids) for _, rollout in part])
-        yield collate(part, mask, mask, shape)
+        yield part, collate(part, shape)
 
 
 def rows_of(groups: Sequence[Group]) -> list[Row]:
@@ -122,37 +118,38 @@ def rows_of(groups: Sequence[Group]) -> list[Row]:
     return [(group.task, rollout) for group in groups for rollout in group.rollouts]
 
 
-def collate(rows: Sequence[Row], mask: mx.array, weights: mx.array, shape: Shape) -> Batch:
-    """Rows as one batch of a shape; mask and weights `[≤ B, T]` are fitted to it."""
+def collate(rows: Sequence[Row], shape: Shape) -> Batch:
+    """Rows as one batch of a shape, in which every trained token weighs 1."""
     prompts = list(dict.fromkeys(task.prompt_ids for task, _ in rows))
     place = {prompt: position for position, prompt in enumerate(prompts)}
     fill = shape.rows - len(rows)
-    completions = [list(rollout.completion.token_ids) for _, rollout in rows] + [[]] * fill
-    sampled = [_sampled(rollout) for _, rollout in rows] + [[]] * fill
+    trajectories = [rollout.trajectory for _, rollout in rows]
     lengths = [len(prompt) for prompt in prompts] + [1] * (shape.prompts - len(prompts))
-    ids = [list(prompt) for prompt in prompts] + [[]] * (shape.prompts - len(prompts))
+    trained, behaviour = _trained(trajectories, shape), _column([t.behaviour for t in trajectories], shape)
+    assert behaviour is not None, "training needs rollouts with logprobs"
+    advantages = mx.array([rollout.advantage for _, rollout in rows] + [0.0] * fill)
     return Batch(
-        prompt_ids=mx.array(_padded(ids, shape.prompt_length, 0)),
+        prompt_ids=mx.array(_padded(prompts, shape.prompts, shape.prompt_length, 0)),
         prompt_lengths=mx.array(lengths),
         prompt_index=mx.array([place[task.prompt_ids] for task, _ in rows] + [0] * fill),
-        completion_ids=mx.array(_padded(completions, shape.length, 0)),
-        mask=_fitted(mask, shape.length, fill),
-        advantages=mx.array([rollout.advantage for _, rollout in rows] + [0.0] * fill),
-        weights=_fitted(weights, shape.length, fill),
-        sampling_logprobs=mx.array(_padded(sampled, shape.length, 0.0)),
-        sampler_logprobs=_drawn(rows, fill, shape.length),
+        token_ids=mx.array(_padded([t.token_ids for t in trajectories], shape.rows, shape.length, 0)),
+        trained=trained,
+        weights=trained,
+        advantages=mx.where(trained > 0, advantages[:, None], 0.0),
+        behaviour=behaviour,
+        sampler=_column([t.sampler for t in trajectories], shape),
     )
 
 
 def learns(rollout: Rollout, cfg: Recipe) -> bool:
     """Whether a completion goes through the update, or can have no gradient there."""
-    return _trained_length(rollout, cfg) > 0 and (rollout.advantage != 0 or _all_rows_count(cfg))
+    return _counted(rollout, cfg) > 0 and (rollout.advantage != 0 or _all_rows_count(cfg))
 
 
-def _trained_length(rollout: Rollout, cfg: Recipe) -> int:
+def _counted(rollout: Rollout, cfg: Recipe) -> int:
     """How many of its tokens may be trained on: none of what overlong filtering leaves out."""
-    cut = rollout.completion.finish_reason != "stop"
-    return 0 if cut and cfg.loss.mask_truncated_completions else len(rollout.completion.token_ids)
+    cut = rollout.trajectory.finish_reason != "stop"
+    return 0 if cut and cfg.loss.mask_truncated_completions else rollout.trajectory.trained_tokens
 
 
 def _all_rows_count(cfg: Recipe) -> bool:
@@ -175,39 +172,29 @@ def forced(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
     return found
 
 
-def batch_logprobs(policy: Policy, batch: Any, entropy_gradient: bool = False) -> tuple[mx.array, mx.array]:
-    """Logprobs and entropies of a batch's completions under the active state, `[B, T]` each."""
+def batch_logprobs(policy: Policy, batch: Batch, entropy_gradient: bool = False) -> tuple[mx.array, mx.array]:
+    """Logprobs and entropies of a batch's tokens under the active state, `[B, T]` each."""
     return policy.group_logprobs(
-        batch.prompt_ids, batch.prompt_lengths, batch.prompt_index, batch.completion_ids, entropy_gradient
+        batch.prompt_ids, batch.prompt_lengths, batch.prompt_index, batch.token_ids, entropy_gradient
     )
 
 
-def _mask(rows: Sequence[Row], cfg: Recipe) -> mx.array:
-    """1 on each completion's tokens: `[N, T]`, with nothing in the rows that overlong filtering leaves out."""
-    width = max(len(rollout.completion.token_ids) for _, rollout in rows)
-    return _mask_of([_trained_length(rollout, cfg) for _, rollout in rows], width)
+def _trained(trajectories: Sequence[Trajectory], shape: Shape) -> mx.array:
+    """1 on trained tokens, 0 on others and on padding: `[B, T]` float32."""
+    if all(all(trajectory.trained) for trajectory in trajectories):  # then lengths say it, without a value for each
+        lengths = mx.array([len(t.token_ids) for t in trajectories] + [0] * (shape.rows - len(trajectories)))
+        return (mx.arange(shape.length)[None] < lengths[:, None]).astype(mx.float32)
+    masks = [[float(trained) for trained in trajectory.trained] for trajectory in trajectories]
+    return mx.array(_padded(masks, shape.rows, shape.length, 0.0))
 
 
-def _mask_of(lengths: Sequence[int], width: int | None = None) -> mx.array:
-    """1 on the first so many columns of each row: `[N, width]` float32, as wide as the longest unless said."""
-    return (mx.arange(width or max(lengths))[None] < mx.array(list(lengths))[:, None]).astype(mx.float32)
+def _column(values: Sequence[tuple[float, ...] | None], shape: Shape) -> mx.array | None:
+    """A column of the rows, `[B, T]` float32; None unless every row has it."""
+    known = [row for row in values if row is not None]
+    return None if len(known) < len(values) else mx.array(_padded(known, shape.rows, shape.length, 0.0))
 
 
-def _sampled(rollout: Rollout) -> list[float]:
-    assert rollout.completion.logprobs is not None, "training needs rollouts with logprobs"
-    return list(rollout.completion.logprobs)
-
-
-def _drawn(rows: Sequence[Row], fill: int, length: int) -> mx.array | None:
-    """The logprobs of the filtered distribution, if there was one, and `fill` rows of padding: `[B, T]`."""
-    drawn = [list(rollout.completion.sampler_logprobs or ()) for _, rollout in rows]
-    return mx.array(_padded(drawn + [[]] * fill, length, 0.0)) if all(drawn) else None
-
-
-def _padded(rows: list[list[Value]], length: int, filler: Value) -> list[list[Value]]:
-    return [row + [filler] * (length - len(row)) for row in rows]
-
-
-def _fitted(values: mx.array, length: int, rows: int = 0) -> mx.array:
-    """`[B, T]` cut or padded with 0 to `length`, and `rows` more of them; what is cut lies behind the rows' ends."""
-    return mx.pad(values[:, :length], [(0, rows), (0, max(0, length - values.shape[1]))])
+def _padded(values: Sequence[Sequence[Value]], rows: int, length: int, filler: Value) -> list[list[Value]]:
+    """Rows of a length each, and as many rows as there are to be."""
+    filled = [list(row) + [filler] * (length - len(row)) for row in values]
+    return filled + [[filler] * length for _ in range(rows - len(values))]

@@ -11,7 +11,7 @@ import mlx.core as mx
 from grpo.errors import RunError
 from grpo.model.logprobs import ROUNDING
 from grpo.model.policy import Policy
-from grpo.objective.loss import LOGP_DIFFERENCE, UNFILTERED_LOGP_DIFFERENCE
+from grpo.objective.measures import LOGP_DIFFERENCE, UNFILTERED_LOGP_DIFFERENCE
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ def step_metrics(
 
     `groups` are all that were sampled, `status` what the trainer has to add, `seconds` the step's phases.
     """
-    lengths = [len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts]
+    lengths = [rollout.trajectory.trained_tokens for group in groups for rollout in group.rollouts]
     values = {
         **status,  # first: what rewards log under a name of ours does not count
         **_reward_metrics(groups),
@@ -66,7 +66,7 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _length_metrics(groups: Sequence[Group], lengths: Sequence[int]) -> dict[str, float]:
-    reasons = [rollout.completion.finish_reason for group in groups for rollout in group.rollouts]
+    reasons = [rollout.trajectory.finish_reason for group in groups for rollout in group.rollouts]
     terminated = [length for length, reason in zip(lengths, reasons, strict=True) if reason == "stop"] or [0]
     return {
         "completions/mean_length": fmean(lengths),

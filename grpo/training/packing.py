@@ -133,7 +133,7 @@ def _shape(rows: Sequence[Row], packing: Packing) -> Shape | None:
 
 
 def _length(rollout: Rollout) -> int:
-    return len(rollout.completion.token_ids)
+    return len(rollout.trajectory.token_ids)
 
 
 def _power_of_two(most: int) -> int:

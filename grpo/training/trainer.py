@@ -19,9 +19,9 @@ from grpo.model.adapters import Snapshot
 from grpo.model.policy import Policy
 from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
-from grpo.rollout import RolloutEngine
+from grpo.rollout import RolloutEngine, with_policy_step
 from grpo.scoring.scorer import Scorer
-from grpo.training.batches import make_minibatches, with_old_logprobs, with_reference, with_top_entropy
+from grpo.training.batches import make_minibatches, with_anchor, with_reference, with_top_entropy
 from grpo.training.gap import GapWatch
 from grpo.training.gauges import entropy_left_out, kl_metric, with_all_entropy
 from grpo.training.metrics import step_metrics
@@ -29,7 +29,7 @@ from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.state import Arrays, TrainerState
 from grpo.training.update import Updater
-from grpo.types import Group, StepMetrics
+from grpo.types import Group, StepMetrics, Totals
 
 
 class Trainer:
@@ -68,17 +68,18 @@ class Trainer:
         self.scorer.begin(n)
         sampled, groups = self.sample(n, clock)
         self._remember()
-        groups, told = with_penalties(groups, policy, cfg, beta, ranks)  # as they are unless the recipe asks for some
+        totals = Totals.of(groups)
+        groups, told = with_penalties(groups, totals, policy, cfg, beta, ranks)  # nothing, unless they are asked for
         groups = with_advantages(groups, cfg)
         minibatches = make_minibatches(groups, cfg, ranks.size)  # token weights are fixed here, before any split
         minibatches = with_top_entropy(minibatches, policy, cfg)
         minibatches = [ranks.share(batches) for batches in minibatches]
         minibatches = [with_reference(batches, policy, beta, cfg) for batches in minibatches]  # not for beta 0
-        minibatches = with_old_logprobs(minibatches, policy, cfg)  # nothing to do for a single one
-        told |= kl_metric(groups, policy, cfg, n, ranks)  # if it is due
+        minibatches = with_anchor(minibatches, policy, cfg)  # nothing to do for a single one
+        told |= kl_metric(groups, totals, policy, cfg, n, ranks)  # if it is due
         rest = entropy_left_out(groups, policy, cfg, ranks)
         clock.lap("logprobs")
-        update = with_all_entropy(self.update(minibatches, n), rest, groups, cfg)
+        update = with_all_entropy(self.update(minibatches, n), rest, totals)
         self._move()  # the step counts, though no update of it was applied
         clock.lap("update")
         policy.adapters.sync_reference(cfg.adapter, n)  # if it is due
@@ -141,6 +142,7 @@ class Trainer:
             tasks = self.tasks.take(missing)
             mine, n_each, temperature = self.ranks.share(tasks), cfg.rollout.num_generations, cfg.rollout.temperature
             groups = self.engine.rollout(mine, n_each, temperature, key) if mine else []
+            groups = with_policy_step(groups, n - 1)
             clock.lap("rollout")
             scored = self.ranks.merge(self.scorer.score(groups) if groups else [])
             sampled += with_rewards(scored, cfg.rewards)

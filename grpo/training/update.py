@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -25,6 +24,7 @@ from grpo.model.dropout import dropping
 from grpo.model.policy import Policy
 from grpo.objective import combine_metrics, policy_loss
 from grpo.objective.loss import CustomLoss
+from grpo.objective.measures import Metrics
 from grpo.training.batches import MiniBatch, batch_logprobs
 from grpo.training.optimizer import Float32Optimizer, grouped
 from grpo.training.schedule import learning_rate
@@ -50,7 +50,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """The gradient of a minibatch's loss, the loss, its metrics, and batches with old logprobs.
+    """The gradient of a minibatch's loss, the loss, its metrics, and its batches with anchors.
 
     `arrays` are float32, by the parameters' paths; applying the gradient empties them.
     """
@@ -96,8 +96,8 @@ class Updater:
     def __call__(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
         """`optim.num_iterations` passes of one update for each minibatch; what is returned is over all of them.
 
-        Of several processes each has its share of every minibatch. A batch without old logprobs gets those of its first
-        pass: there the policy is still what it was, and the ratio exactly 1.
+        Of several processes each has its share of every minibatch. A batch without an anchor gets its first pass's
+        logprobs as one: there the policy is still what it was, and the ratio exactly 1.
 
         An update whose loss or gradient is not finite is skipped. Raises RunError after `optim.max_skipped_updates` in
         a row. Updates of the step that were applied before an error stay: `Trainer.step` sees to those.
@@ -178,18 +178,18 @@ class Updater:
         With a key (uint32 `[2]`) the adapter's dropout is on, and each batch has masks of its own.
         """
         tree: Any = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
-        loss, parts, seen = 0.0, [], []
+        parts: list[dict[str, float]] = []
+        loss, seen = 0.0, []
         self._tell(0, len(batches))  # the first one may take long: a GPU builds its kernels
         for number, batch in enumerate(batches):
-            given = batch.arrays()
-            if dropout_key is not None:  # an input, or the compiled function would draw the same masks for ever
-                given["dropout_key"] = mx.random.split(dropout_key, len(batches))[number]
+            # An input, or the compiled function would draw the same masks for ever.
+            key = None if dropout_key is None else mx.random.split(dropout_key, len(batches))[number]
             with self.policy.training():
-                tree, value, metrics, logprobs = self._accumulate(tree, given)
+                tree, value, metrics, logprobs = self._accumulate(tree, batch.arrays(), key)
             mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time
             loss += cast(float, value.item())
-            parts.append({name: float(metric.item()) for name, metric in metrics.items()})
-            seen.append(batch if batch.old_logprobs is not None else replace(batch, old_logprobs=logprobs))
+            parts.append({name: cast(float, metric.item()) for name, metric in metrics.items()})
+            seen.append(batch if batch.anchor is not None else replace(batch, anchor=logprobs))
             self._tell(len(seen), len(batches))
         everyone = self.ranks.gather((loss, parts))
         every_part = [part for _, theirs in everyone for part in theirs]
@@ -203,14 +203,16 @@ class Updater:
         if self.progress is not None:
             self.progress("update", done, total)
 
-    def _accumulated(self, tree: Any, arrays: dict[str, mx.array]) -> tuple[Any, mx.array, Any, mx.array]:
+    def _accumulated(
+        self, tree: Any, arrays: dict[str, mx.array], dropout_key: mx.array | None
+    ) -> tuple[Any, mx.array, Metrics, mx.array]:
         """The float32 tree with the batch's gradient added, the batch's loss, its metrics and its logprobs."""
-        (value, (metrics, logprobs)), gradient = self._loss_and_grad(arrays)
+        (value, (metrics, logprobs)), gradient = self._loss_and_grad(Batch.of(arrays), dropout_key)
         return tree_map(mx.add, tree, gradient), value, metrics, logprobs
 
-    def _loss(self, arrays: dict[str, mx.array]) -> tuple[mx.array, tuple[dict[str, mx.array], mx.array]]:
-        loss_cfg, batch = self.cfg.loss, SimpleNamespace(**arrays)
-        with dropping(arrays.get("dropout_key")):
+    def _loss(self, batch: Batch, dropout_key: mx.array | None) -> tuple[mx.array, tuple[Metrics, mx.array]]:
+        loss_cfg = self.cfg.loss
+        with dropping(dropout_key):
             logprobs, entropies = batch_logprobs(self.policy, batch, loss_cfg.entropy_coef > 0)
         custom = _guarded(self.custom) if self.custom else None
         loss, metrics = policy_loss(logprobs, batch, loss_cfg, entropies, custom)
@@ -249,7 +251,7 @@ def _not_finite(gradient: Gradient) -> str:
 def _guarded(custom: CustomLoss) -> CustomLoss:
     """A researcher's loss, whose mistakes are said as such."""
 
-    def call(logprobs: mx.array, batch: Any, cfg: LossConfig) -> mx.array:
+    def call(logprobs: mx.array, batch: Batch, cfg: LossConfig) -> mx.array:
         try:
             per_token = custom(logprobs, batch, cfg)
         except Exception as error:

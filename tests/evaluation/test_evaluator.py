@@ -11,7 +11,7 @@ from grpo.evaluation.votes import final_answer, majority
 from grpo.recipe import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
-from grpo.types import Completion, Failure
+from grpo.types import Failure, Trajectory
 
 
 def test_bootstrap_intervals() -> None:
@@ -46,7 +46,7 @@ def test_a_failed_grading_is_not_a_right_answer(recipe) -> None:
 
     def generate(requests, *_args):
         return [
-            [Completion((1,), None, text, "stop") for text in texts[: request.n]]
+            [Trajectory.sampled((1,), None, text, "stop") for text in texts[: request.n]]
             for texts, request in zip(said, requests, strict=True)
         ]
 
@@ -96,7 +96,10 @@ def test_evaluation_by_hand(recipe) -> None:
     def generate(requests, sampling, _key, logprobs, phase):
         asked.append((len(requests), requests[0].n, sampling.temperature, logprobs, phase))
         first = ["yes", "no", "yes", "yes"][: requests[0].n]
-        return [[Completion((1,), None, text, "stop") for text in texts] for texts in (first, ["no"] * requests[0].n)]
+        return [
+            [Trajectory.sampled((1,), None, text, "stop") for text in texts]
+            for texts in (first, ["no"] * requests[0].n)
+        ]
 
     evaluate.engine.generator.generate = generate
     metrics = evaluate(7)
@@ -122,7 +125,7 @@ def test_strict_and_lenient_matches_are_measured_by_prompt(recipe) -> None:
 
     def generate(requests, *_args):
         return [
-            [Completion((1,), None, text, "stop") for text in texts[: request.n]]
+            [Trajectory.sampled((1,), None, text, "stop") for text in texts[: request.n]]
             for texts, request in zip(said, requests, strict=True)
         ]
 

@@ -76,5 +76,5 @@ def test_decoding_by_kernels_is_teacher_forcing_to_rounding(slots: int) -> None:
             tokens = mx.array([[*prompt, *completion.token_ids]])
             logits = scaled(model(tokens[:, :-1])[0, len(prompt) - 1 :], 1.0)
             forced = token_logprobs(logits, tokens[0, len(prompt) :])
-            gaps += mx.abs(forced - mx.array(completion.logprobs)).tolist()
+            gaps += mx.abs(forced - mx.array(completion.behaviour)).tolist()
     assert fmean(gaps) < 1e-2  # bfloat16

@@ -117,7 +117,7 @@ def worst_gap(model, generator, slots: int) -> float:
             logits = model(tokens[:, :-1])[0, len(prompt) - 1 :].astype(mx.float32)
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             forced = mx.take_along_axis(logprobs, tokens[0, len(prompt) :, None], axis=-1)[:, 0]
-            worst = max(worst, mx.abs(forced - mx.array(completion.logprobs)).max().item())
+            worst = max(worst, mx.abs(forced - mx.array(completion.behaviour)).max().item())
     return worst
 
 

@@ -27,7 +27,7 @@ def gaps(policy, prompts, groups) -> list[float]:
         abs(here - there)
         for prompt, group in zip(prompts, groups, strict=True)
         for completion in group
-        for here, there in zip(completion.logprobs, forced(policy, prompt, completion), strict=True)
+        for here, there in zip(completion.behaviour, forced(policy, prompt, completion), strict=True)
     ]
 
 
@@ -93,7 +93,7 @@ def test_the_stop_token_is_kept_with_its_logprob(make_policy) -> None:
         *inner, last = completion.token_ids
         assert all(token % 2 for token in inner)
         assert (last % 2 == 0) == (completion.finish_reason == "stop")
-        assert len(completion.logprobs) == len(completion.token_ids)
+        assert len(completion.behaviour) == len(completion.token_ids)
         shown = inner if completion.finish_reason == "stop" else completion.token_ids
         assert completion.text == toy.tokenizer.decode(list(shown), skip_special_tokens=True)
     assert max(gaps(toy.policy, MIXED, groups)) < 1e-4
@@ -121,7 +121,7 @@ def test_each_prompt_is_prefilled_once(make_policy, monkeypatch) -> None:
 
 def test_without_logprobs_a_completion_has_none(make_policy) -> None:
     (completion,) = make_policy().generator.generate([Request([5, 6])], Sampling(1.0, 4), KEY, logprobs=False)[0]
-    assert completion.logprobs is None
+    assert completion.behaviour is None
 
 
 def test_every_row_and_position_has_a_draw_of_its_own(make_policy) -> None:

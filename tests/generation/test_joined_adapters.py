@@ -41,7 +41,7 @@ def worst_gap(model: nn.Module, generator: Generator) -> float:
             tokens = mx.array([[*prompt, *completion.token_ids]])
             logits = model(tokens[:, :-1])[0, len(prompt) - 1 :]
             forced = mx.take_along_axis(nn.log_softmax(logits, axis=-1), tokens[0, len(prompt) :, None], axis=-1)[:, 0]
-            worst = max(worst, mx.abs(forced - mx.array(completion.logprobs)).max().item())
+            worst = max(worst, mx.abs(forced - mx.array(completion.behaviour)).max().item())
     return worst
 
 

@@ -72,8 +72,8 @@ def loss_and_gradient(name: str, lp, batch: dict, settings: dict) -> tuple[float
     eps = settings.get("epsilon", eps)
     eps_high = settings.get("epsilon_high", eps if symmetric else eps_high)
     mask, w, adv = batch["mask"], batch["weights"], batch["advantages"]
-    old = batch.get("old_logprobs", lp)
-    sampled = batch.get("sampler_logprobs", batch.get("sampling_logprobs"))
+    old = batch.get("anchor", lp)
+    sampled = batch.get("sampler", batch.get("behaviour"))
     start = np.where(np.isnan(sampled), old, sampled) if surrogate == "dppo" else old  # what ratios are to
     total, grad = 0.0, np.zeros_like(lp)
     for i in range(len(mask)):
@@ -85,7 +85,7 @@ def loss_and_gradient(name: str, lp, batch: dict, settings: dict) -> tuple[float
         mean_logr, sum_logr = sum(logr.values()) / n, sum(logr.values())
         keep = 1.0
         if (threshold := settings.get("off_policy_mask_threshold")) is not None:
-            behaviour = batch.get("sampling_logprobs", old)
+            behaviour = batch.get("behaviour", old)
             gaps = [behaviour[i, t] - lp[i, t] for t in valid]
             drift = sum(0.0 if math.isnan(gap) else gap for gap in gaps) / n
             keep = 0.0 if (drift > threshold and a < 0) else 1.0
@@ -129,7 +129,7 @@ def loss_and_gradient(name: str, lp, batch: dict, settings: dict) -> tuple[float
             for u, d in d_all.items():
                 grad[i, u] += w[i, t] * factor * d
             if (beta := settings.get("beta", 0.0)) > 0:
-                d = batch["ref_logprobs"][i, t] - lp[i, t]
+                d = batch["reference"][i, t] - lp[i, t]
                 kl, d_kl = {
                     "k1": (-d, 1.0),
                     "k2": (d * d / 2, -d),

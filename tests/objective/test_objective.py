@@ -1,18 +1,19 @@
 """The objective by hand-computed numbers."""
 
 import math
-from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective.columns import of_columns, rows_of
 
 from grpo.config import AdvantageConfig, LossConfig
 from grpo.objective import advantages, combine_metrics, policy_loss, token_weights, total_rewards
 from grpo.objective.kl import kl_estimate
 from grpo.objective.masks import soft_overlong_punishment, top_entropy_mask
 from grpo.presets import PRESETS
+from grpo.types import Batch, Totals
 
 NAN = math.nan
 LENGTHS = [1, 3, 2, 4]
@@ -28,9 +29,12 @@ def mask_of(lengths: list[int], width: int | None = None) -> mx.array:
     return (mx.arange(width or max(lengths))[None] < mx.array(lengths)[:, None]).astype(mx.float32)
 
 
-def batch_of(cfg: LossConfig, mask: mx.array, advantage: list[float], longest: int = 8, **fields) -> SimpleNamespace:
-    weights = token_weights(mask, cfg, longest)
-    return SimpleNamespace(mask=mask, advantages=mx.array(advantage), weights=weights, **fields)
+def weights_of(mask: mx.array, cfg: LossConfig, longest: int = 8) -> mx.array:
+    return token_weights(mask, Totals(len(mask), int(mask.sum().item())), cfg, longest)
+
+
+def batch_of(cfg: LossConfig, mask: mx.array, advantage: list[float], **columns) -> Batch:
+    return of_columns(mask, weights_of(mask, cfg), advantage, **columns)
 
 
 def test_group_advantages() -> None:
@@ -67,12 +71,12 @@ def test_rewards_are_weighted_and_none_is_not_zero() -> None:
 
 def test_weights_by_hand() -> None:
     mask = mask_of([1, 3])
-    assert token_weights(mask, LossConfig(type="grpo"), 8).tolist() == [
+    assert weights_of(mask, LossConfig(type="grpo")).tolist() == [
         [0.5, 0, 0],
         pytest.approx([1 / 6, 1 / 6, 1 / 6]),
     ]
-    assert token_weights(mask, LossConfig(type="dapo"), 8).tolist() == [[0.25, 0, 0], [0.25, 0.25, 0.25]]
-    assert token_weights(mask, LossConfig(type="dr_grpo"), 8).tolist() == [[1 / 16, 0, 0], [1 / 16, 1 / 16, 1 / 16]]
+    assert weights_of(mask, LossConfig(type="dapo")).tolist() == [[0.25, 0, 0], [0.25, 0.25, 0.25]]
+    assert weights_of(mask, LossConfig(type="dr_grpo")).tolist() == [[1 / 16, 0, 0], [1 / 16, 1 / 16, 1 / 16]]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +97,7 @@ def test_at_ratio_one_the_loss_is_the_mean_advantage(kind: str, expected: float)
 
 def one_token(ratio: float, advantage: float, cfg: LossConfig) -> tuple[float, float, dict]:
     """Loss, its gradient with respect to the logprob, and metrics, of a single token of weight 1."""
-    batch = batch_of(LossConfig(type="dapo"), mx.array([[1.0]]), [advantage], old_logprobs=mx.array([[-2.0]]))
+    batch = batch_of(LossConfig(type="dapo"), mx.array([[1.0]]), [advantage], anchor=mx.array([[-2.0]]))
     current = mx.array([[-2.0 + math.log(ratio)]])
     loss, metrics = policy_loss(current, batch, cfg)
     gradient = mx.grad(lambda logprobs: policy_loss(logprobs, batch, cfg)[0])(current)
@@ -178,13 +182,12 @@ def test_metrics_of_parts_are_those_of_the_whole() -> None:
     mask = mask_of(LENGTHS)
     key = mx.random.split(mx.random.key(5), 4)
     near = [mx.random.normal((4, 4), key=k) * 0.4 - 2 for k in key]
-    fields = {"old_logprobs": near[1], "ref_logprobs": near[2], "sampling_logprobs": near[3]}
+    fields = {"anchor": near[1], "reference": near[2], "behaviour": near[3]}
     whole = batch_of(cfg, mask, ADVANTAGES, **fields)
     _, expected = policy_loss(near[0], whole, cfg, mx.abs(near[3]))
     parts = []
     for rows in (slice(0, 1), slice(1, 4)):
-        part = SimpleNamespace(**{name: value[rows] for name, value in vars(whole).items()})
-        _, metrics = policy_loss(near[0][rows], part, cfg, mx.abs(near[3])[rows])
+        _, metrics = policy_loss(near[0][rows], rows_of(whole, rows), cfg, mx.abs(near[3])[rows])
         parts.append({name: value.item() for name, value in metrics.items()})
     combined = combine_metrics(parts)
     assert set(combined) == set(expected)
@@ -194,7 +197,7 @@ def test_metrics_of_parts_are_those_of_the_whole() -> None:
 
 def test_sampling_metrics_by_hand() -> None:
     cfg = LossConfig()
-    batch = batch_of(cfg, mask_of([2, 1]), [1.0, 1.0], sampling_logprobs=mx.array([[-1.0, -3.0], [-1.0, 7.0]]))
+    batch = batch_of(cfg, mask_of([2, 1]), [1.0, 1.0], behaviour=mx.array([[-1.0, -3.0], [-1.0, 7.0]]))
     _, metrics = policy_loss(mx.array([[-1.0, -2.0], [-3.0, 7.0]]), batch, cfg)
     got = {name.removeprefix("sampling/"): value.item() for name, value in metrics.items() if "sampling/" in name}
     ratios = [1.0, math.e, math.exp(-2)]
@@ -241,7 +244,7 @@ def test_the_penalty_is_beta_times_k3_under_the_same_weights() -> None:
         mx.array([[-1.0, -2.0], [-0.5, 0.0]]),
         mx.array([[-1.5, -1.0], [-0.5, 9.0]]),
     )
-    loss, metrics = policy_loss(current, batch_of(cfg, mask, [0, 0], ref_logprobs=reference), cfg)
+    loss, metrics = policy_loss(current, batch_of(cfg, mask, [0, 0], reference=reference), cfg)
     kl = (math.exp(-0.5) + 0.5 - 1) + (math.exp(1.0) - 1.0 - 1)
     assert metrics["kl"].item() == pytest.approx(kl / 3, abs=1e-5)
     assert loss.item() == pytest.approx(0.3 * kl / 3, abs=1e-6)
@@ -249,7 +252,7 @@ def test_the_penalty_is_beta_times_k3_under_the_same_weights() -> None:
 
 def test_a_penalty_without_a_reference_is_an_error() -> None:
     cfg = LossConfig(beta=0.1)
-    with pytest.raises(ValueError, match="ref_logprobs"):
+    with pytest.raises(ValueError, match="the column `reference`"):
         policy_loss(mx.zeros((1, 1)), batch_of(cfg, mx.ones((1, 1)), [1.0]), cfg)
 
 
@@ -261,7 +264,7 @@ def test_padding_holds_whatever_it_likes(filler: float) -> None:
     dirty = mx.where(mask > 0, clean, filler)
 
     def loss(x, other):
-        fields = {"old_logprobs": other - 0.1, "ref_logprobs": -other, "sampling_logprobs": other}
+        fields = {"anchor": other - 0.1, "reference": -other, "behaviour": other}
         return policy_loss(x, batch_of(cfg, mask, ADVANTAGES, **fields), cfg)[0]
 
     assert loss(dirty, dirty).item() == loss(clean, clean).item()
@@ -283,7 +286,7 @@ def test_a_row_without_tokens_gives_nothing_and_stays_finite() -> None:
 def test_ratios_beyond_reason_stay_finite(kind: str, gap: float, advantage: float) -> None:
     cfg = LossConfig(type=kind, beta=0.1)
     current = mx.array([[-1.0 + min(gap, 0), -2.0]])
-    fields = {"old_logprobs": current - gap, "ref_logprobs": current + gap, "sampling_logprobs": current - gap}
+    fields = {"anchor": current - gap, "reference": current + gap, "behaviour": current - gap}
     batch = batch_of(cfg, mx.ones((1, 2)), [advantage], **fields)
     loss, gradient = mx.value_and_grad(lambda x: policy_loss(x, batch, cfg)[0])(current)
     assert mx.isfinite(loss).item()
@@ -296,15 +299,14 @@ def test_whatever_the_caller_leaves_on_padding_or_types_its_mask() -> None:
     clean = batch_of(cfg, mask, [1.0, -1.0])
     expected = policy_loss(mx.zeros((2, 2)) - 1, clean, cfg)[0].item()
     rubbish = mx.where(mask > 0, mx.array([1.0, -1.0])[:, None], mx.nan)
-    odd = SimpleNamespace(mask=mask > 0, weights=mx.where(mask > 0, clean.weights, 7.0), advantages=rubbish)
-    odd.old_logprobs = odd.ref_logprobs = odd.sampling_logprobs = None
+    odd = of_columns(mask > 0, mx.where(mask > 0, clean.weights, 7.0), rubbish)
     assert policy_loss(mx.zeros((2, 2)) - 1, odd, cfg)[0].item() == pytest.approx(expected)
 
 
 def test_a_nan_of_the_sampler_does_not_keep_what_the_policy_has_left_behind() -> None:
     cfg = LossConfig(off_policy_mask_threshold=0.5)
     sampled = mx.array([[-1.0, -1.0, math.nan]])
-    batch = batch_of(cfg, mx.ones((1, 3)), [-1.0], sampling_logprobs=sampled)
+    batch = batch_of(cfg, mx.ones((1, 3)), [-1.0], behaviour=sampled)
     _, metrics = policy_loss(mx.array([[-9.0, -9.0, -1.0]]), batch, cfg)
     assert metrics["off_policy_kept"].item() == 0
     _, metrics = policy_loss(mx.array([[-1.1, -1.1, -1.0]]), batch, cfg)
@@ -340,8 +342,8 @@ def test_completions_that_are_no_whole_groups() -> None:
 def test_the_loss_does_not_know_the_order_of_rows(kind: str, advantage: list, order: list[int], seed: int) -> None:
     cfg, index = LossConfig(type=kind), mx.array(order)
     logprobs, old = (mx.random.normal((4, 4), key=k) * 0.3 - 2 for k in mx.random.split(mx.random.key(seed)))
-    batch = batch_of(cfg, mask_of(LENGTHS), advantage, old_logprobs=old, sampling_logprobs=old - 0.1)
-    shuffled = SimpleNamespace(**{name: value[index] for name, value in vars(batch).items()})
+    batch = batch_of(cfg, mask_of(LENGTHS), advantage, anchor=old, behaviour=old - 0.1)
+    shuffled = rows_of(batch, index)
     assert policy_loss(logprobs[index], shuffled, cfg)[0].item() == pytest.approx(
         policy_loss(logprobs, batch, cfg)[0].item(), abs=1e-5, rel=1e-5
     )
@@ -352,7 +354,7 @@ def test_the_loss_does_not_know_the_order_of_rows(kind: str, advantage: list, or
 def test_the_clipped_loss_is_never_below_the_best_that_the_bounds_allow(advantage: list, seed: int) -> None:
     cfg = LossConfig(type="dapo")
     logprobs, old = (mx.random.normal((4, 4), key=k) - 2 for k in mx.random.split(mx.random.key(seed)))
-    batch = batch_of(cfg, mask_of(LENGTHS), advantage, old_logprobs=old)
+    batch = batch_of(cfg, mask_of(LENGTHS), advantage, anchor=old)
     best = sum(-n * (1.28 * a if a > 0 else 0.8 * a) for a, n in zip(advantage, LENGTHS, strict=True)) / sum(LENGTHS)
     assert policy_loss(logprobs, batch, cfg)[0].item() >= best - 1e-4
 

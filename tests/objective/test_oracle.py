@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import product
-from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from objective.columns import of_columns
 
 from grpo.config import AdvantageConfig, LossConfig
 from grpo.objective import advantages, policy_loss, token_weights, weights_of_chosen
 from grpo.objective.masks import top_entropy_mask
 from grpo.presets import PRESETS
+from grpo.types import Totals
 
 from oracle import (  # isort: skip
     PAPER,
@@ -26,7 +27,6 @@ from oracle import (  # isort: skip
 
 LONGEST = 8
 LENGTHS = [3, 6, 1, 0, 5, 4]
-FIELDS = ("mask", "weights", "old_logprobs", "ref_logprobs", "sampling_logprobs")
 
 
 def batch_of(spread: float, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -41,18 +41,25 @@ def batch_of(spread: float, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray
     batch = {
         "mask": mask,
         "advantages": np.array([0.7, -1.3, 0.4, 1.0, -0.2, 0.0]),
-        "old_logprobs": near(spread),
-        "ref_logprobs": near(0.3),
-        "sampling_logprobs": near(0.5),
+        "anchor": near(spread),
+        "reference": near(0.3),
+        "behaviour": near(0.5),
     }
-    batch["sampling_logprobs"][1, 2] = np.nan
-    for name in ("old_logprobs", "ref_logprobs", "sampling_logprobs"):
+    batch["behaviour"][1, 2] = np.nan
+    for name in ("anchor", "reference", "behaviour"):
         batch[name] = np.where(mask > 0, batch[name], -1e4)
     return np.where(mask > 0, lp, -1e4), batch
 
 
+def whole_weights(mask: np.ndarray, cfg: LossConfig) -> mx.array:
+    """The weights of a step whose rows are these."""
+    totals = Totals(len(mask), int(mask.sum()))
+    return token_weights(mx.array(mask.astype(np.float32)), totals, cfg, LONGEST)
+
+
 def measured(lp: np.ndarray, batch: dict, cfg: LossConfig) -> tuple[float, np.ndarray]:
-    arrays = SimpleNamespace(**{name: mx.array(value.astype(np.float32)) for name, value in batch.items()})
+    columns = {name: mx.array(value.astype(np.float32)) for name, value in batch.items()}
+    arrays = of_columns(columns.pop("mask"), **columns)
     current = mx.array(lp.astype(np.float32))
     value, gradient = mx.value_and_grad(lambda x: policy_loss(x, arrays, cfg)[0])(current)
     return value.item(), np.array(gradient)
@@ -138,11 +145,11 @@ def compared(name: str, cases: Iterator[tuple[float, dict, dict, dict]]) -> int:
         lp, batch = batch_of(spread, seed)
         batch["weights"] = weights(batch["mask"], PAPER[name][2], LONGEST)
         if spread == 0:
-            del batch["old_logprobs"]
+            del batch["anchor"]
         if surrogate == "dppo" and seed % 3 == 0:  # sampled through filters
-            batch["sampler_logprobs"] = batch["sampling_logprobs"] + 0.2
+            batch["sampler"] = batch["behaviour"] + 0.2
         if not correction and surrogate != "dppo":
-            del batch["sampling_logprobs"]
+            del batch["behaviour"]
         expected, gradient = loss_and_gradient(name, lp, batch, settings)
         got, got_gradient = measured_in_parts(lp, batch, cfg, size=(6, 1, 2)[seed % 3])
         assert got == pytest.approx(expected, abs=1e-6, rel=2e-6), (name, spread, settings)
@@ -154,7 +161,7 @@ def compared(name: str, cases: Iterator[tuple[float, dict, dict, dict]]) -> int:
 @pytest.mark.parametrize("name", PRESETS)
 def test_weights(name: str) -> None:
     _, batch = batch_of(0.1, 0)
-    got = token_weights(mx.array(batch["mask"].astype(np.float32)), LossConfig(type=name), LONGEST)
+    got = whole_weights(batch["mask"], LossConfig(type=name))
     np.testing.assert_allclose(np.array(got), weights(batch["mask"], PAPER[name][2], LONGEST), atol=1e-7)
 
 
@@ -168,7 +175,7 @@ def test_weights_of_the_tokens_of_highest_entropy(name: str, fraction: float) ->
         mask, entropies = batch["mask"], np.random.default_rng(seed).permutation(36).reshape(6, 6).astype(float)
         chosen = highest_entropy(entropies, mask, fraction)
         assert chosen.sum() == math.ceil(fraction * mask.sum())
-        whole = token_weights(mx.array(mask.astype(np.float32)), cfg, LONGEST)
+        whole = whole_weights(mask, cfg)
         found = top_entropy_mask(mx.array(entropies), mx.array(mask.astype(np.float32)), fraction)
         expected = weights(chosen, PAPER[name][2], LONGEST)
         if PRESETS[name].normalize == "micro_batch":
@@ -186,8 +193,7 @@ def test_micro_batches_add_up(name: str, split: int) -> None:
     """The parts' losses and gradients are the whole's, with weights that were fixed before."""
     cfg = LossConfig(type=name, beta=0.1)
     lp, batch = batch_of(0.4, 7)
-    mask = mx.array(batch["mask"].astype(np.float32))
-    batch["weights"] = np.array(token_weights(mask, cfg, LONGEST))
+    batch["weights"] = np.array(whole_weights(batch["mask"], cfg))
     whole, gradient = measured(lp, batch, cfg)
     total, rows = measured_in_parts(lp, batch, cfg, split)
     assert total == pytest.approx(whole, abs=1e-6)
@@ -219,9 +225,7 @@ def test_the_oracle_knows_every_preset_and_no_other() -> None:
 def test_nan_logprobs_of_the_sampler_count_as_equal() -> None:
     cfg = LossConfig(importance_sampling_correction="token_truncate")
     mask = mx.ones((1, 2))
-    batch = SimpleNamespace(
-        mask=mask, weights=mask / 2, advantages=mx.array([1.0]), sampling_logprobs=mx.array([[math.nan, -1.0]])
-    )
+    batch = of_columns(mask, mask / 2, [1.0], behaviour=mx.array([[math.nan, -1.0]]))
     loss, metrics = policy_loss(mx.array([[-1.0, -1.0]]), batch, cfg)
     assert loss.item() == -1.0
     assert metrics["sampling/sampling_logp_difference/max"].item() == 0

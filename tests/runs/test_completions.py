@@ -12,10 +12,10 @@ from runs.driver import run, timeless
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.runs.completions import read_completions, store_completions, stored_steps
-from grpo.types import Completion, Failure, Group, Rollout, Task
+from grpo.types import Failure, Group, Rollout, Task, Trajectory
 
 GOOD = Rollout(
-    Completion((5, 6, 2), (-0.5, -0.25, -1.0), "four", "stop"),
+    Trajectory.sampled((5, 6, 2), (-0.5, -0.25, -1.0), "four", "stop"),
     scores={"exact": 1.0, "slow": None},
     failures={"slow": Failure("timeout", "no answer in 1 s")},
     extras={"parsed": {"value": 4}},
@@ -23,7 +23,9 @@ GOOD = Rollout(
     penalty=0.125,
     advantage=0.75,
 )
-BAD = replace(GOOD, completion=Completion((7,), None, "fi\udc80ve", "length"), scores={"exact": None, "slow": 0.5})
+BAD = replace(
+    GOOD, trajectory=Trajectory.sampled((7,), None, "fi\udc80ve", "length"), scores={"exact": None, "slow": 0.5}
+)
 CHAT = [{"role": "system", "content": "Count."}, {"role": "user", "content": "2+2?"}]
 GROUPS = [
     Group(Task(3, "2+2?", (1,), {"answer": "4", "prompt": "2+2?"}), (GOOD, BAD)),
@@ -56,8 +58,10 @@ def test_the_schema(tmp_path: Path) -> None:
         "prompt": text,
         "completion": text,
         "token_ids": pa.list_(pa.int32()),
+        "trained": pa.list_(pa.bool_()),
         "logprobs": pa.list_(pa.float32()),
         "finish_reason": text,
+        "policy_step": pa.int32(),
         "reward": double,
         "penalty": double,
         "advantage": double,
@@ -87,7 +91,7 @@ def test_what_is_stored_comes_back(tmp_path: Path) -> None:
     step, groups = read_completions(store_completions(tmp_path, 12, GROUPS, config()))
     assert step == 12
     assert groups[0].rollouts[0] == GOOD
-    assert groups[0].rollouts[1].completion == Completion((7,), None, "fi?ve", "length")
+    assert groups[0].rollouts[1].trajectory == Trajectory.sampled((7,), None, "fi?ve", "length")
     assert groups[1].task == Task(1, CHAT, (), {"answer": 4, "prompt": CHAT})
     assert groups[1].rollouts[1] == GROUPS[1].rollouts[1]
 
@@ -137,6 +141,6 @@ def test_a_run_stores_its_steps(recipe) -> None:
         step, groups = read_completions(path)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         assert (step, len(groups)) == (record["step"], record["num_prompts"])
-        assert sum(len(rollout.completion.token_ids) for rollout in rollouts) == record["num_tokens"]
+        assert sum(len(rollout.trajectory.token_ids) for rollout in rollouts) == record["num_tokens"]
         assert sum(rollout.reward for rollout in rollouts) / len(rollouts) == pytest.approx(record["reward"])
         assert sum(abs(rollout.advantage) for rollout in rollouts) > 0

@@ -10,7 +10,7 @@ from grpo.errors import UserError
 from grpo.scoring.arguments import is_factory
 from grpo.scoring.contract import Reward
 from grpo.scoring.scorer import Scorer
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 COLUMNS = {"prompts": ["?"] * 2, "completions": ["a", "bb"], "completion_ids": [[1], [1, 2]], "answer": ["x", "y"]}
 STATE = {"global_step": 3, "max_steps": 10}
@@ -168,7 +168,7 @@ def test_async_calls_share_an_event_loop() -> None:
 
 
 def chat_groups(*texts: str, **columns) -> list[Group]:
-    rollouts = tuple(Rollout(Completion((1,) * 90, (-0.5,) * 90, text, "stop")) for text in texts)
+    rollouts = tuple(Rollout(Trajectory.sampled((1,) * 90, (-0.5,) * 90, text, "stop")) for text in texts)
     return [Group(Task(0, [{"role": "user", "content": "?"}], (7,), columns), rollouts)]
 
 

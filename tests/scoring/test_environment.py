@@ -8,7 +8,7 @@ from grpo.errors import UserError
 from grpo.plugins import locate_reward
 from grpo.scoring.environment import environment, named_variables, with_hint
 from grpo.scoring.scorer import Scorer
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 SECRETS = [
     "WANDB_API_KEY",
@@ -70,7 +70,7 @@ def test_in_a_worker_and_in_its_replacement(tmp_path, monkeypatch) -> None:
         "    return [('s3cret-mine' in whole) + 2 * ('s3cret-hub' in whole)]\n"
     )
     scorer = Scorer.of([RewardConfig(use=f"{tmp_path}/mine.py:mine", env=("MY_KEY",))])
-    rollouts = tuple(Rollout(Completion((1,), None, text, "stop")) for text in ("a", "die", "b"))
+    rollouts = tuple(Rollout(Trajectory.sampled((1,), None, text, "stop")) for text in ("a", "die", "b"))
     try:
         (scored,) = scorer.score([Group(Task(0, "?", (7,), {}), rollouts)])
     finally:
@@ -89,7 +89,7 @@ def test_who_asks_for_a_variable_that_is_kept_from_it_is_told(tmp_path, monkeypa
         return
     (tmp_path / "mine.py").write_text("def mine(completions, **_):\n    " + asks.format("    ") + "return [1.0]\n")
     scorer = Scorer.of([RewardConfig(use=f"{tmp_path}/mine.py:mine", weight=0.0)])
-    group = Group(Task(0, "?", (7,), {}), (Rollout(Completion((1,), None, "a", "stop")),))
+    group = Group(Task(0, "?", (7,), {}), (Rollout(Trajectory.sampled((1,), None, "a", "stop")),))
     try:
         (scored,) = scorer.score([group])
     finally:

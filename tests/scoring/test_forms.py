@@ -9,7 +9,7 @@ from grpo.config import RewardConfig
 from grpo.scoring.contract import Reward
 from grpo.scoring.forms import Probe, declared_form, expects_messages
 from grpo.scoring.scorer import Scorer
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 
 class Message(TypedDict):
@@ -228,7 +228,7 @@ def test_an_empty_completion_hides_neither_form() -> None:
 
 
 def template_groups() -> list[Group]:
-    rollouts = tuple(Rollout(Completion((1, 2), None, text, "stop")) for text in ("a", "bb"))
+    rollouts = tuple(Rollout(Trajectory.sampled((1, 2), None, text, "stop")) for text in ("a", "bb"))
     return [Group(Task(0, "one?", (7,), {"question": "one?"}), rollouts)]
 
 

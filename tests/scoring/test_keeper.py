@@ -13,7 +13,7 @@ import pytest
 from grpo.config import RewardConfig
 from grpo.scoring import keeper, processes
 from grpo.scoring.scorer import Scorer
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere orphans are not adopted")
 
@@ -88,7 +88,7 @@ def gone(pid: int) -> bool:
 
 
 def group(*texts: str) -> list[Group]:
-    rollouts = tuple(Rollout(Completion((1,), None, text, "stop")) for text in texts)
+    rollouts = tuple(Rollout(Trajectory.sampled((1,), None, text, "stop")) for text in texts)
     return [Group(Task(0, "?", (7,), {}), rollouts)]
 
 

@@ -9,7 +9,7 @@ import pytest
 from grpo.scoring.contract import Reward
 from grpo.scoring.names import check_metric
 from grpo.scoring.scorer import Scorer
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 COLUMNS = {"prompts": ["?"] * 2, "completions": ["a", "bb"], "completion_ids": [[1], [1, 2]]}
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -63,7 +63,7 @@ def test_columns_of_two_rewards_under_one_name_are_both_kept() -> None:
         return mine
 
     scorer = Scorer({"late": logging("said", "l", 1), "early": logging("said", "e", 0), "other": logging("o", "o", 0)})
-    group = Group(Task(0, "?", (7,), {}), (Rollout(Completion((1,), None, "a", "stop")),))
+    group = Group(Task(0, "?", (7,), {}), (Rollout(Trajectory.sampled((1,), None, "a", "stop")),))
     seen = []
     for step in (1, 2):  # whose column is whose does not change on the way
         scorer.begin(step)

@@ -17,7 +17,7 @@ from grpo.plugins import find_reward
 from grpo.scoring.sandbox import run
 from grpo.scoring.sandbox.run import Limits, Verdict, missing, run_tests
 from grpo.scoring.scorer import Scorer
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 needs_sandbox = pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only")
 LIMITS = Limits(seconds=10.0)
@@ -306,7 +306,7 @@ def test_without_a_sandbox_too_the_code_does_not_outlive_the_time_limit_of_the_r
     code = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
     settings = {"kwargs": {"unsafe": True, "seconds": 50.0}, "timeout": 2.0, "weight": 0.0}
     with contextlib.closing(Scorer.of([RewardConfig(use="python_tests", **settings)])) as scorer:
-        rollouts = (Rollout(Completion((1,), (-0.5,), code, "stop")),)
+        rollouts = (Rollout(Trajectory.sampled((1,), (-0.5,), code, "stop")),)
         (group,) = scorer.score([Group(Task(0, "?", (7,), {"tests": "pass"}), rollouts)])
     assert group.rollouts[0].failures["python_tests"].kind == "timeout"
     time.sleep(0.5)

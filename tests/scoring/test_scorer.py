@@ -8,11 +8,11 @@ import pytest
 from grpo.config import RewardConfig
 from grpo.errors import RunError, UserError
 from grpo.scoring.scorer import Scorer
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 
 def group(asked, texts: list[str], **columns) -> Group:
-    completions = [Completion((1, 2), (-0.5, -0.5), text, "stop") for text in texts]
+    completions = [Trajectory.sampled((1, 2), (-0.5, -0.5), text, "stop") for text in texts]
     return Group(Task(0, asked, (7, 8), columns), tuple(Rollout(completion) for completion in completions))
 
 

@@ -12,7 +12,7 @@ import pytest
 from grpo.config import RewardConfig
 from grpo.errors import RunError, UserError
 from grpo.scoring.scorer import Scorer
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 MISBEHAVING = Path(__file__).with_name("misbehaving.py")
 
@@ -23,7 +23,7 @@ def use(function: str, **settings) -> RewardConfig:
 
 
 def groups(*texts: str, size: int = 2, **columns) -> list[Group]:
-    rollouts = [Rollout(Completion((1, 2), (-0.5, -0.5), text, "stop")) for text in texts]
+    rollouts = [Rollout(Trajectory.sampled((1, 2), (-0.5, -0.5), text, "stop")) for text in texts]
     return [Group(Task(i, "?", (7,), columns), tuple(rollouts[i : i + size])) for i in range(0, len(rollouts), size)]
 
 

@@ -167,7 +167,7 @@ def test_a_step_is_made_again_as_it_was(toy, step: int, source: str) -> None:
     for name in ("reward", "loss", "grad_norm", "entropy", "adapter_delta"):
         assert made.metrics.values[name] == line[name]
     rollouts = [rollout for group in made.metrics.groups for rollout in group.rollouts]
-    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    lengths = [len(rollout.trajectory.token_ids) for rollout in rollouts]
     assert [len(ratios) for ratios in made.ratios] == [len(texts) for texts in made.tokens] == lengths
     # What the update did: tokens of better completions became likelier.
     up = [ratio for r, ratios in zip(rollouts, made.ratios, strict=True) if r.advantage > 0 for ratio in ratios]

@@ -20,7 +20,7 @@ from grpo.telemetry.console import ConsoleLogger, before_and_after, sparkline
 from grpo.telemetry.jsonl import JsonlLogger, read_evaluations, read_steps
 from grpo.telemetry.loggers import open_loggers
 from grpo.training.state import TrainerState
-from grpo.types import Completion, EvalMetrics, Group, Rollout, StepMetrics, Task
+from grpo.types import EvalMetrics, Group, Rollout, StepMetrics, Task, Trajectory
 
 VALUES = {
     "reward": 0.5,
@@ -43,8 +43,8 @@ GROUPS = (
     Group(
         Task(0, "What is 3+4?", (1,), {}),
         (
-            Rollout(Completion((4, 2), None, "8", "stop"), reward=0.0, advantage=-1.0),
-            Rollout(Completion((4, 5, 2), None, "it is\n7", "stop"), reward=1.0, advantage=1.0),
+            Rollout(Trajectory.sampled((4, 2), None, "8", "stop"), reward=0.0, advantage=-1.0),
+            Rollout(Trajectory.sampled((4, 5, 2), None, "it is\n7", "stop"), reward=1.0, advantage=1.0),
         ),
     ),
 )

@@ -10,7 +10,7 @@ from objective.oracle import highest_entropy, weights
 from test_update import groups, recipe
 
 from grpo.training.batches import make_minibatches, with_top_entropy
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 AVERAGING = {"sequence": "sequence", "sequence_sum": "sum", "constant": "constant", "token": "token"}
 LONGEST, TRUNCATED = 8, {(0, 1), (0, 2), (2, 0)}
@@ -33,14 +33,14 @@ def cut(policy) -> list:
         rollouts = []
         for i, rollout in enumerate(group.rollouts):
             reason = "length" if (g, i) in TRUNCATED else "stop"
-            rollouts.append(replace(rollout, completion=replace(rollout.completion, finish_reason=reason), advantage=1))
+            rollouts.append(replace(rollout, trajectory=replace(rollout.trajectory, finish_reason=reason), advantage=1))
         made.append(replace(group, rollouts=tuple(rollouts)))
     return made
 
 
 def expected(made: list, averaging: str, fraction: float, parts: int) -> dict[tuple[int, int], float]:
     """The oracle's weight of each token that has any, by its completion's first token and its place."""
-    rows = [(g, i, r.completion.token_ids) for g, group in enumerate(made) for i, r in enumerate(group.rollouts)]
+    rows = [(g, i, r.trajectory.token_ids) for g, group in enumerate(made) for i, r in enumerate(group.rollouts)]
     mask, entropies = np.zeros((len(rows), LONGEST)), np.zeros((len(rows), LONGEST))
     for n, (g, i, ids) in enumerate(rows):
         mask[n, : len(ids)] = (g, i) not in TRUNCATED
@@ -63,7 +63,7 @@ def test_truncated_completions_stay_among_n(make_policy, normalize: str, fractio
         found = {}
         for batches in with_top_entropy(make_minibatches(made, cfg), FixedEntropies(), cfg):
             for batch in batches:
-                for ids, row in zip(batch.completion_ids.tolist(), batch.weights.tolist(), strict=True):
+                for ids, row in zip(batch.token_ids.tolist(), batch.weights.tolist(), strict=True):
                     found |= {(ids[0], t): weight for t, weight in enumerate(row) if weight}
         assert found == pytest.approx(expected(made, AVERAGING[normalize], fraction, parts), rel=1e-6)
 
@@ -72,7 +72,7 @@ def test_four_completions_of_which_one_is_truncated() -> None:
     """By hand: 4 completions of 2, 2, 4 and 8 tokens, the last one cut off; nearly all tokens are chosen."""
     rollouts = []
     for i, (length, reason) in enumerate(zip((2, 2, 4, 8), ("stop", "stop", "stop", "length"), strict=True)):
-        completion = Completion((7 + i,) * length, (0.0,) * length, "", reason)
+        completion = Trajectory.sampled((7 + i,) * length, (0.0,) * length, "", reason)
         rollouts.append(Rollout(completion, advantage=1.0))
     group = Group(Task(0, "?", (1, 2), {}), tuple(rollouts))
     sums = []

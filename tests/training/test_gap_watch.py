@@ -75,22 +75,23 @@ def test_a_nan_of_the_sampler_stops_a_run_and_is_told_once_of_one_that_never_sto
     assert [record.message.partition(":")[0] for record in caplog.records] == ["step 1", "step 2"]
 
 
-@pytest.mark.parametrize("odd", ["logprobs", "sampler_logprobs"])
+@pytest.mark.parametrize("odd", ["behaviour", "sampler"])
 @pytest.mark.parametrize("setting", ["loss.type=dapo", "loss.importance_sampling_correction=token_mask"])
 def test_a_step_whose_sampler_gave_a_nan_is_stopped(recipe, odd: str, setting: str) -> None:
     """One token in one row. A correction passes over it (its weight is 1), so the gradient is finite."""
-    filters = ["rollout.top_k=3"] if odd == "sampler_logprobs" else []
+    filters = ["rollout.top_k=3"] if odd == "sampler" else []
     trainer = prepare(load_recipe(recipe, ["loss.beta=1e-3", setting, *filters])).trainer
     rollout = trainer.engine.rollout
 
     def broken(*args, **kwargs):
         first, *others = rollout(*args, **kwargs)
-        values = (math.nan, *getattr(first.rollouts[0].completion, odd)[1:])
-        one = replace(first.rollouts[0], completion=replace(first.rollouts[0].completion, **{odd: values}))
+        columns = first.rollouts[0].trajectory.columns
+        columns = {**columns, odd: (math.nan, *columns[odd][1:])}
+        one = replace(first.rollouts[0], trajectory=replace(first.rollouts[0].trajectory, columns=columns))
         return [replace(first, rollouts=(one, *first.rollouts[1:])), *others]
 
     trainer.engine.rollout = broken
-    if odd == "logprobs":
+    if odd == "behaviour":
         with pytest.raises(RunError, match="the sampler gave NaN"):
             trainer.step(1)
     else:  # the model's own logprobs are there, and are what is held to the bound

@@ -18,7 +18,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.training.batches import make_minibatches
 from grpo.training.gauges import divergences, entropy_left_out, kl_metric, with_all_entropy
 from grpo.training.update import Update, Updater
-from grpo.types import Group, Rollout, Task
+from grpo.types import BEHAVIOUR, SAMPLER, Group, Rollout, Task, Totals
 
 
 def scored(policy, cfg: Recipe, truncated: bool = False) -> list:
@@ -26,14 +26,14 @@ def scored(policy, cfg: Recipe, truncated: bool = False) -> list:
     made = groups(policy, uniform=True)
     if truncated:
         cut = [
-            replace(g.rollouts[0], completion=replace(g.rollouts[0].completion, finish_reason="length")) for g in made
+            replace(g.rollouts[0], trajectory=replace(g.rollouts[0].trajectory, finish_reason="length")) for g in made
         ]
         made = [replace(g, rollouts=(first, *g.rollouts[1:])) for g, first in zip(made, cut, strict=True)]
     return with_advantages(made, cfg)
 
 
 def cut(rollout: Rollout) -> Rollout:
-    return replace(rollout, completion=replace(rollout.completion, finish_reason="length"))
+    return replace(rollout, trajectory=replace(rollout.trajectory, finish_reason="length"))
 
 
 def filtered(made: list) -> list:
@@ -42,8 +42,9 @@ def filtered(made: list) -> list:
 
 
 def reshaped(rollout: Rollout) -> Rollout:
-    completion = rollout.completion
-    return replace(rollout, completion=replace(completion, sampler_logprobs=tuple(0.0 for _ in completion.token_ids)))
+    trajectory = rollout.trajectory
+    columns = {**trajectory.columns, SAMPLER: tuple(0.0 for _ in trajectory.token_ids)}
+    return replace(rollout, trajectory=replace(trajectory, columns=columns))
 
 
 def by_hand(policy, made: list) -> tuple[float, int]:
@@ -51,7 +52,7 @@ def by_hand(policy, made: list) -> tuple[float, int]:
     total, tokens = 0.0, 0
     for group in made:
         for rollout in group.rollouts:
-            prompt, ids = group.task.prompt_ids, rollout.completion.token_ids
+            prompt, ids = group.task.prompt_ids, rollout.trajectory.token_ids
             logits = policy.model(mx.array([[*prompt, *ids]]))[0, len(prompt) - 1 : -1].astype(mx.float32)
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             total += -(mx.exp(logprobs) * logprobs).sum().item()
@@ -70,7 +71,7 @@ def test_the_entropy_is_of_every_token_of_the_step(make_policy, settings: dict, 
     total, tokens = by_hand(policy, made)
     rest = entropy_left_out(made, policy, cfg, Ranks())
     update = Updater(policy, cfg)(make_minibatches(made, cfg), 1)
-    whole = with_all_entropy(update, rest, made, cfg)
+    whole = with_all_entropy(update, rest, Totals.of(made))
     assert whole.metrics["entropy"] == pytest.approx(total / tokens, rel=1e-5)
     if not settings:  # what the update saw is another number
         assert abs(update.metrics["entropy"] - total / tokens) > 1e-3
@@ -83,8 +84,8 @@ def test_without_filters_the_sampler_tells_the_entropy_of_rows_that_teach_nothin
     left = made[1].rollouts
     monkeypatch.setattr(policy, "group_logprobs", None)  # calling it would fail
     rest = entropy_left_out(made, policy, cfg, Ranks())
-    assert rest.total == pytest.approx(-sum(sum(rollout.completion.logprobs) for rollout in left))
-    assert rest.tokens == sum(len(rollout.completion.token_ids) for rollout in left)
+    assert rest.total == pytest.approx(-sum(sum(rollout.trajectory.behaviour) for rollout in left))
+    assert rest.tokens == sum(len(rollout.trajectory.token_ids) for rollout in left)
 
 
 def test_what_the_sampler_tells_is_the_entropy_in_the_mean(make_policy) -> None:
@@ -102,8 +103,9 @@ def test_what_the_sampler_tells_is_the_entropy_in_the_mean(make_policy) -> None:
 def test_a_nan_of_the_sampler_does_not_tell_entropy(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe()
     made = scored(policy, cfg)
-    odd = replace(made[1].rollouts[0].completion, logprobs=(float("nan"),) * 2)
-    one = replace(made[1], rollouts=(replace(made[1].rollouts[0], completion=odd), *made[1].rollouts[1:]))
+    trajectory = made[1].rollouts[0].trajectory
+    odd = replace(trajectory, columns={BEHAVIOUR: (float("nan"),) * len(trajectory.token_ids)})
+    one = replace(made[1], rollouts=(replace(made[1].rollouts[0], trajectory=odd), *made[1].rollouts[1:]))
     found = entropy_left_out([made[0], one, made[2]], policy, cfg, Ranks())
     assert found.total == pytest.approx(by_hand(policy, [made[1]])[0], rel=1e-5)
 
@@ -121,7 +123,7 @@ def test_no_entropy_is_told_of_a_step_whose_updates_were_all_skipped(make_policy
     made = scored(policy, cfg)
     rest = entropy_left_out(made, policy, cfg, Ranks())
     skipped = Update(float("nan"), float("nan"), {}, skipped=1)
-    assert with_all_entropy(skipped, rest, made, cfg) == skipped
+    assert with_all_entropy(skipped, rest, Totals.of(made)) == skipped
 
 
 class Halves(Ranks):
@@ -158,12 +160,12 @@ def test_kl_is_measured_where_no_penalty_tells_it(make_policy) -> None:
     made, total, tokens = scored(policy, cfg), 0.0, 0
     for group in made:
         for rollout in group.rollouts:
-            prompt, ids = group.task.prompt_ids, rollout.completion.token_ids
+            prompt, ids = group.task.prompt_ids, rollout.trajectory.token_ids
             reference, _ = base.logprobs(mx.array([[*prompt, *ids]]), mx.array([len(prompt)]), mx.array([ids]))
-            d = reference[0] - mx.array(rollout.completion.logprobs)
+            d = reference[0] - mx.array(rollout.trajectory.behaviour)
             total, tokens = total + (mx.exp(d) - d - 1).sum().item(), tokens + len(ids)
-    assert kl_metric(made, policy, cfg, 3, Ranks()) == {"kl": pytest.approx(total / tokens, rel=1e-4)}
-    assert kl_metric(made, policy, cfg, 4, Ranks()) == {}
+    assert kl_metric(made, Totals.of(made), policy, cfg, 3, Ranks()) == {"kl": pytest.approx(total / tokens, rel=1e-4)}
+    assert kl_metric(made, Totals.of(made), policy, cfg, 4, Ranks()) == {}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def test_a_step_tells_both(recipe) -> None:
     policy.adapters.load_state(before)
     total, tokens = by_hand(policy, list(third.groups[:1]))
     for rollout in (rollout for group in third.groups[1:] for rollout in group.rollouts):
-        total, tokens = total - sum(rollout.completion.logprobs), tokens + len(rollout.completion.token_ids)
+        total, tokens = total - sum(rollout.trajectory.behaviour), tokens + len(rollout.trajectory.token_ids)
     assert third.values["entropy"] == pytest.approx(total / tokens, rel=1e-4)
     assert "kl" not in third.values
 

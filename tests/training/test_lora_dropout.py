@@ -25,7 +25,7 @@ from grpo.objective.groups import with_advantages
 from grpo.planning.footprint import measure_body
 from grpo.recipe import load_recipe
 from grpo.runs.prepare import prepare
-from grpo.training.batches import batch_logprobs, make_minibatches, with_old_logprobs
+from grpo.training.batches import batch_logprobs, make_minibatches, with_anchor
 from grpo.training.packing import Shape
 from grpo.training.update import Gradient, Updater
 
@@ -41,30 +41,30 @@ def policy(toy_folder) -> Policy:
     return Policy(model, adapters, 1.0)
 
 
-def test_old_logprobs_are_of_the_whole_adapter_and_the_ratio_is_to_them(policy) -> None:
+def test_anchors_are_of_the_whole_adapter_and_the_ratio_is_to_them(policy) -> None:
     cfg = settings(adapter={"rank": 4, "dropout": 0.4}, optim={"num_iterations": 2, "micro_batch_tokens": 999})
     minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
-    minibatches = with_old_logprobs(minibatches, policy, cfg)
+    minibatches = with_anchor(minibatches, policy, cfg)
     ((batch,),) = minibatches
     whole, entropies = batch_logprobs(policy, batch)
-    assert mx.array_equal(batch.old_logprobs, whole)
+    assert mx.array_equal(batch.anchor, whole)
     update = Updater(policy, cfg)
     kept = update.gradient([batch])
     assert kept.metrics["sampling/sampling_logp_difference/mean"] < 1e-4  # what sampled is the whole adapter
     dropped = update.gradient([batch], mx.random.key(1))
     assert dropped.metrics["sampling/sampling_logp_difference/mean"] < 1e-4
-    assert mx.array_equal(dropped.batches[0].old_logprobs, whole)
+    assert mx.array_equal(dropped.batches[0].anchor, whole)
     assert gap(kept, dropped) > 1e-3
-    entropy = (entropies * batch.mask).sum().item() / batch.mask.sum().item()
+    entropy = (entropies * batch.trained).sum().item() / batch.trained.sum().item()
     assert dropped.metrics["entropy"] == pytest.approx(entropy, rel=1e-6)  # of the policy, not of a network with holes
     holed = update.gradient([replace(batch, entropies=None)], mx.random.key(1)).metrics["entropy"]
     assert abs(holed - entropy) > 1e-4
     seen = []
-    update.custom = lambda logprobs, batch, cfg: seen.append(logprobs - batch.old_logprobs) or logprobs
+    update.custom = lambda logprobs, batch, cfg: seen.append(logprobs - batch.anchor) or logprobs
     update.gradient([batch], mx.random.key(1))
     update.gradient([batch])
-    assert mx.abs(seen[0] * batch.mask).max() > 1e-2
-    assert mx.abs(seen[1] * batch.mask).max() < 1e-5
+    assert mx.abs(seen[0] * batch.trained).max() > 1e-2
+    assert mx.abs(seen[1] * batch.trained).max() < 1e-5
 
 
 def gap(one: Gradient, other: Gradient) -> float:
@@ -75,12 +75,12 @@ def test_each_step_pass_minibatch_micro_batch_and_process_draws_its_own_masks(po
     optim = {"micro_batch_tokens": 20, "num_minibatches": 3, "num_iterations": 2, "learning_rate": 1e-9}
     cfg = settings(adapter={"rank": 4, "dropout": 0.4}, optim=optim, rollout={"prompts_per_step": 3})
     minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
-    minibatches = with_old_logprobs(minibatches, policy, cfg)
+    minibatches = with_anchor(minibatches, policy, cfg)
 
     def keys(rank: int, steps: tuple[int, ...]) -> list[tuple[int, ...]]:
         update, seen = Updater(policy, cfg), []
         accumulate = update._accumulate
-        update._accumulate = lambda tree, arrays: seen.append(arrays["dropout_key"]) or accumulate(tree, arrays)
+        update._accumulate = lambda tree, arrays, key: seen.append(key) or accumulate(tree, arrays, key)
         update.ranks = Share(rank)
         for step in steps:
             update(minibatches, step)
@@ -137,7 +137,7 @@ def test_evaluation_and_rollouts_drop_nothing(recipe, monkeypatch) -> None:
         trainer.policy.adapters.load_state({path: mx.ones_like(array) * 0.01 for path, array in state.items()})
         assert isinstance(evaluate, Evaluator)
         metrics = trainer.step(1)
-        found.append([rollout.completion for group in metrics.groups for rollout in group.rollouts])
+        found.append([rollout.trajectory for group in metrics.groups for rollout in group.rollouts])
         trainer.policy.adapters.load_state({path: mx.ones_like(array) * 0.01 for path, array in state.items()})
         found.append(evaluate(0))
         trainer.scorer.close()

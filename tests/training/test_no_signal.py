@@ -33,7 +33,7 @@ def minibatches(policy, cfg, uniform=(0, 1, 2), truncated: bool = False) -> list
     for number, group in enumerate(groups(policy)):
         rollouts = [replace(r, scores={"r": 1.0}) if number in uniform else r for r in group.rollouts]
         if truncated:
-            rollouts = [replace(r, completion=replace(r.completion, finish_reason="length")) for r in rollouts]
+            rollouts = [replace(r, trajectory=replace(r.trajectory, finish_reason="length")) for r in rollouts]
         made.append(replace(group, rollouts=tuple(rollouts)))
     return make_minibatches(with_advantages(made, cfg), cfg)
 
@@ -77,7 +77,7 @@ def test_neither_momentum_nor_weight_decay_moves_a_weight(make_policy, optimizer
 
 def pull(logprobs, batch, cfg):
     """A loss of one's own that never looks at advantages."""
-    return logprobs * batch.mask
+    return logprobs * batch.trained
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import shutil
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from test_update import real_rows
 
 from grpo.backend import device
 from grpo.config import Recipe
@@ -13,12 +14,12 @@ from grpo.training import packing
 from grpo.training.batches import make_batches
 from grpo.training.packing import Packing, Shape, pack, pack_in_order
 from grpo.training.update import Updater
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 
 def row(prompt: int, length: int, name: int = 0):
     task = Task(name, "?", (name, *range(prompt - 1)), {})
-    return task, Rollout(Completion((5,) * length, (0.0,) * length, "", "stop"), advantage=1.0)
+    return task, Rollout(Trajectory.sampled((5,) * length, (0.0,) * length, "", "stop"), advantage=1.0)
 
 
 def ragged(draw: random.Random, groups: int = 4, n: int = 4, longest: int = 60) -> list[Group]:
@@ -87,7 +88,7 @@ def test_every_row_is_in_one_micro_batch_that_holds_it(multiple: int) -> None:
             assert len(part) <= shape.rows
             assert len(prompts) <= shape.prompts
             assert max(map(len, prompts)) <= shape.prompt_length
-            assert max(len(rows[i][1].completion.token_ids) for i in part) <= shape.length
+            assert max(len(rows[i][1].trajectory.token_ids) for i in part) <= shape.length
             assert shape.tokens <= 256 or shape.rows == 1
 
 
@@ -167,4 +168,4 @@ def test_there_are_micro_batches_for_every_process(make_policy) -> None:
     cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"micro_batch_tokens": 10**6})})
     (whole,), parted = make_batches(groups, cfg), make_batches(groups, cfg, parts=4)
     assert len(parted) == 4
-    assert sum(batch.real_rows for batch in parted) == whole.real_rows == 16
+    assert sum(map(real_rows, parted)) == real_rows(whole) == 16

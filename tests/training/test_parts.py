@@ -17,7 +17,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.training.metrics import step_metrics
 from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.update import Update
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 
 def rates(kind: str, warmup: int = 0) -> list[float]:
@@ -44,7 +44,7 @@ def test_the_decay_is_that_of_transformers(warmup: int) -> None:
 
 def test_step_metrics_by_hand() -> None:
     def rollout(length: int, reward: float | None, reason: str = "stop") -> Rollout:
-        return Rollout(Completion((1,) * length, None, "", reason), {"r": reward}, reward=reward)
+        return Rollout(Trajectory.sampled((1,) * length, None, "", reason), {"r": reward}, reward=reward)
 
     groups = [
         Group(Task(0, "?", (1,), {}), (rollout(2, 1.0), rollout(4, 0.0))),
@@ -71,7 +71,8 @@ def test_step_metrics_by_hand() -> None:
 @pytest.mark.parametrize("n", [3, 7, 49])
 def test_the_rate_of_no_score_is_exact(n: int) -> None:
     rollouts = [
-        Rollout(Completion((1,), None, "", "stop"), {"r": None if i == 0 else 1.0}, reward=1.0) for i in range(n)
+        Rollout(Trajectory.sampled((1,), None, "", "stop"), {"r": None if i == 0 else 1.0}, reward=1.0)
+        for i in range(n)
     ]
     groups = [Group(Task(0, "?", (1,), {}), tuple(rollouts))]
     values = step_metrics(1, groups, Update(0.0, 0.0, {}), {}, {"rollout": 1.0}).values
@@ -140,7 +141,7 @@ def test_entropy_is_told_even_of_a_step_that_trains_on_nothing(recipe) -> None:
     trainer.scorer = Scorer({"digits": lambda completions, **_: [1.0] * len(completions)})
     step = trainer.step(1)
     assert step.values["grad_norm"] == 0
-    surprisals = [-p for group in step.groups for r in group.rollouts for p in r.completion.logprobs]
+    surprisals = [-p for group in step.groups for r in group.rollouts for p in r.trajectory.behaviour]
     assert step.values["entropy"] == pytest.approx(fmean(surprisals), rel=1e-5)
 
 
@@ -160,15 +161,15 @@ def handed_to_the_update(recipe, *overrides: str) -> list:
     return seen
 
 
-def test_a_step_fixes_old_logprobs_where_there_are_several_minibatches(recipe) -> None:
+def test_a_step_fixes_anchors_where_there_are_several_minibatches(recipe) -> None:
     first, second = handed_to_the_update(recipe, "optim.num_minibatches=2", "loss.beta=0.1")
-    assert all(batch.old_logprobs is None and batch.ref_logprobs is not None for batch in first)
-    assert all(batch.old_logprobs is not None and batch.ref_logprobs is not None for batch in second)
+    assert all(batch.anchor is None and batch.reference is not None for batch in first)
+    assert all(batch.anchor is not None and batch.reference is not None for batch in second)
 
 
 def test_a_step_puts_weight_only_on_the_tokens_of_highest_entropy(recipe) -> None:
     (batches,) = handed_to_the_update(recipe, "loss.top_entropy_quantile=0.25")
-    tokens = sum(batch.mask.sum().item() for batch in batches)
+    tokens = sum(batch.trained.sum().item() for batch in batches)
     kept = sum((batch.weights > 0).sum().item() for batch in batches)
     assert tokens / 4 <= kept < tokens / 2  # a group's first tokens tie
 

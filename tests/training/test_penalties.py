@@ -11,20 +11,21 @@ from grpo.backend.ranks import Ranks
 from grpo.objective.groups import with_advantages, with_rewards
 from grpo.training.batches import make_batches, with_reference
 from grpo.training.penalties import with_penalties
+from grpo.types import Totals
 
 
 def test_the_penalty_in_the_reward(make_policy) -> None:
     policy = make_policy().policy
     cfg = recipe(loss={"beta": 0.5, "kl_in": "reward"}, advantage={"soft_overlong_cache": 4, "scale_rewards": "none"})
     plain = with_rewards(groups(policy), cfg.rewards)
-    penalised, told = with_penalties(plain, policy, cfg, 0.5, Ranks())
+    penalised, told = with_penalties(plain, Totals.of(plain), policy, cfg, 0.5, Ranks())
     base, divergences, penalties, tokens = make_policy(trained=False).policy, 0.0, [], 0
     for group in penalised:
         for rollout in group.rollouts:
-            ids = rollout.completion.token_ids
+            ids = rollout.trajectory.token_ids
             prompt = group.task.prompt_ids
             reference, _ = base.logprobs(mx.array([[*prompt, *ids]]), mx.array([len(prompt)]), mx.array([ids]))
-            d = reference[0] - mx.array(rollout.completion.logprobs)
+            d = reference[0] - mx.array(rollout.trajectory.behaviour)
             overlong = max(0, len(ids) - 4) / 4
             divergence = (mx.exp(d) - d - 1).sum().item()
             assert rollout.penalty == pytest.approx(0.5 * divergence + overlong, abs=1e-4)
@@ -38,7 +39,7 @@ def test_the_penalty_in_the_reward(make_policy) -> None:
     net = [r.reward - r.penalty for r in penalised[0].rollouts]
     assert [r.advantage for r in scored[0].rollouts] == pytest.approx([x - sum(net) / 4 for x in net], abs=1e-5)
     (batch,) = make_batches(scored[:1], cfg)
-    assert with_reference([batch], policy, 0.5, cfg)[0].ref_logprobs is None  # it is not in the loss as well
+    assert with_reference([batch], policy, 0.5, cfg)[0].reference is None  # it is not in the loss as well
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
@@ -57,7 +58,7 @@ def test_the_loss_brings_baseline_and_scaling_of_its_advantages(make_policy, kin
 def test_without_penalties_groups_stay_as_they_are(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(loss={"beta": 0.5})
     plain = groups(policy)
-    assert with_penalties(plain, policy, cfg, 0.5, Ranks()) == (plain, {})
+    assert with_penalties(plain, Totals.of(plain), policy, cfg, 0.5, Ranks()) == (plain, {})
 
 
 def test_a_penalty_for_length_alone_tells_no_kl(make_policy) -> None:

@@ -10,7 +10,7 @@ from test_update import groups, recipe
 
 from grpo.errors import RunError
 from grpo.objective.groups import with_advantages
-from grpo.training.batches import make_batches, make_minibatches, with_old_logprobs
+from grpo.training.batches import make_batches, make_minibatches, with_anchor
 from grpo.training.update import Updater
 
 
@@ -30,7 +30,7 @@ def test_what_is_not_finite_is_skipped_counted_and_kept_for_inspection(make_poli
     assert all(mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
     arrays, notes = mx.load(str(tmp_path / "step-000003/batches-0.safetensors"), return_metadata=True)
     assert mx.isinf(arrays["0.weights"]).any().item()
-    assert mx.array_equal(arrays["0.completion_ids"], batches[0].completion_ids)
+    assert mx.array_equal(arrays["0.token_ids"], batches[0].token_ids)
     assert "lora_b" in notes["not_finite"]
     kept = mx.load(str(tmp_path / "step-000003/adapters.safetensors"))
     assert all(mx.array_equal(array, before[path]) for path, array in kept.items())
@@ -76,22 +76,22 @@ def test_several_skipped_updates_in_a_row_stop_the_run(make_policy) -> None:
 def test_ratios_are_to_before_the_first_update_even_where_that_was_skipped(make_policy, monkeypatch) -> None:
     policy = make_policy().policy
     cfg = recipe(optim={"num_minibatches": 2, "num_iterations": 2, "micro_batch_tokens": 999, "learning_rate": 0.05})
-    first, second = with_old_logprobs(make_minibatches(with_advantages(groups(policy), cfg), cfg), policy, cfg)
+    first, second = with_anchor(make_minibatches(with_advantages(groups(policy), cfg), cfg), policy, cfg)
     update, seen = Updater(policy, cfg), []
     gradient, before = update.gradient, policy.group_logprobs(*prompts_of(first[0]))[0]
 
     def noted(batches, dropout_key=None):
-        seen.append(batches[0].old_logprobs)
+        seen.append(batches[0].anchor)
         found = gradient(batches, dropout_key)
         return replace(found, loss=math.nan) if len(seen) == 1 else found
 
     monkeypatch.setattr(update, "gradient", noted)
     assert update([first, second], 1).skipped == 1
     assert seen[0] is None
-    assert mx.allclose(seen[2] * first[0].mask, before * first[0].mask, atol=1e-6)
+    assert mx.allclose(seen[2] * first[0].trained, before * first[0].trained, atol=1e-6)
     after = policy.group_logprobs(*prompts_of(first[0]))[0]
-    assert mx.abs((after - before) * first[0].mask).max().item() > 0.01
+    assert mx.abs((after - before) * first[0].trained).max().item() > 0.01
 
 
 def prompts_of(batch):
-    return batch.prompt_ids, batch.prompt_lengths, batch.prompt_index, batch.completion_ids
+    return batch.prompt_ids, batch.prompt_lengths, batch.prompt_index, batch.token_ids

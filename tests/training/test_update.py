@@ -18,12 +18,12 @@ from grpo.training.batches import (
     batch_logprobs,
     make_batches,
     make_minibatches,
-    with_old_logprobs,
+    with_anchor,
     with_reference,
     with_top_entropy,
 )
 from grpo.training.update import Updater
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Batch, Group, Rollout, Task, Trajectory
 
 
 def recipe(**sections) -> Recipe:
@@ -48,7 +48,7 @@ def groups(policy, uniform: bool = False) -> list[Group]:
         for i, score in enumerate(scores):
             ids = tuple(100 + 7 * g + 3 * i + t for t in range(1 + (5 * i + g) % 8))
             forced, _ = policy.logprobs(mx.array([[*prompt, *ids]]), mx.array([length]), mx.array([ids]))
-            completion = Completion(ids, tuple(forced[0].tolist()), "", "stop")
+            completion = Trajectory.sampled(ids, tuple(forced[0].tolist()), "", "stop")
             rollouts.append(Rollout(completion, {"r": float(score)}))
         made.append(Group(Task(g, "?", prompt, {}), tuple(rollouts)))
     return made
@@ -63,6 +63,11 @@ def gradient(policy, cfg: Recipe, uniform: bool = False, keep_all: bool = False)
         scored = rolls
     batches = with_reference(make_batches(scored, cfg), policy, cfg.loss.beta, cfg)
     return Updater(policy, cfg).gradient(batches).arrays
+
+
+def real_rows(batch: Batch) -> int:
+    """How many of a batch's rows are completions, and no padding."""
+    return int((batch.trained.sum(axis=1) > 0).sum().item())
 
 
 def difference(one: dict[str, mx.array], other: dict[str, mx.array]) -> float:
@@ -96,14 +101,14 @@ def test_padding_to_few_shapes_changes_nothing(make_policy, monkeypatch, tokens:
 def test_groups_without_variance_are_skipped_without_changing_the_gradient(make_policy, kind: str) -> None:
     policy, cfg = make_policy().policy, recipe(loss={"type": kind})
     scored = with_advantages(groups(policy, uniform=True), cfg)
-    assert sum(batch.real_rows for batch in make_batches(scored, cfg)) == 8
+    assert sum(map(real_rows, make_batches(scored, cfg))) == 8
     assert difference(gradient(policy, cfg, uniform=True), gradient(policy, cfg, uniform=True, keep_all=True)) < 1e-6
 
 
 def test_with_a_penalty_no_row_is_skipped(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(loss={"beta": 0.1})
     scored = with_advantages(groups(policy, uniform=True), cfg)
-    assert sum(batch.real_rows for batch in make_batches(scored, cfg)) == 12
+    assert sum(map(real_rows, make_batches(scored, cfg))) == 12
 
 
 def test_the_gradient_is_that_of_the_definition(make_policy) -> None:
@@ -111,13 +116,13 @@ def test_the_gradient_is_that_of_the_definition(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(advantage={"scale_rewards": "none"})
     path = "model.layers.1.mlp.down_proj.lora_b"
     scored = with_advantages(groups(policy), cfg)
-    tokens = sum(len(r.completion.token_ids) for g in scored for r in g.rollouts)
+    tokens = sum(len(r.trajectory.token_ids) for g in scored for r in g.rollouts)
 
     def loss() -> float:  # on policy the gradient of the clipped loss is that of -A·logprob
         total = 0.0
         for g in scored:
             for r in g.rollouts:
-                prompt, ids = g.task.prompt_ids, r.completion.token_ids
+                prompt, ids = g.task.prompt_ids, r.trajectory.token_ids
                 logits = policy.model(mx.array([[*prompt, *ids]]))[0].astype(mx.float32)
                 rows = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
                 picked = [rows[len(prompt) - 1 + t, token].item() for t, token in enumerate(ids)]
@@ -197,8 +202,8 @@ def test_the_reference_is_the_base_model(make_policy) -> None:
     for batch in with_reference(make_batches(scored, cfg), policy, 0.5, cfg):
         expected, _ = batch_logprobs(base, batch)
         now, _ = batch_logprobs(policy, batch)
-        assert mx.allclose(batch.ref_logprobs, expected, atol=1e-5)
-        assert not mx.allclose(batch.ref_logprobs, now, atol=1e-3)
+        assert mx.allclose(batch.reference, expected, atol=1e-5)
+        assert not mx.allclose(batch.reference, now, atol=1e-3)
         assert batch.beta.item() == 0.5
 
 
@@ -239,12 +244,12 @@ def test_several_minibatches_are_updates_of_their_own_with_ratios_to_before_the_
     policy = make_policy().policy
     cfg = recipe(optim={"steps": 1, "num_minibatches": 3, "learning_rate": 0.05}, rollout={"prompts_per_step": 3})
     minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
-    assert [sum(batch.real_rows for batch in part) for part in minibatches] == [4, 4, 4]
-    ready = with_old_logprobs(minibatches, policy, cfg)
-    assert all(batch.old_logprobs is None for batch in ready[0])
+    assert [sum(map(real_rows, part)) for part in minibatches] == [4, 4, 4]
+    ready = with_anchor(minibatches, policy, cfg)
+    assert all(batch.anchor is None for batch in ready[0])
     for batch in ready[1] + ready[2]:
         now, _ = batch_logprobs(policy, batch)
-        assert mx.allclose(batch.old_logprobs, now, atol=1e-6)
+        assert mx.allclose(batch.anchor, now, atol=1e-6)
     assert Updater(policy, cfg)(ready, 1).metrics["clip_ratio/region_mean"] > 0  # the later ones are off policy
 
 
@@ -253,11 +258,11 @@ def test_overlong_filtering_leaves_rows_out_of_numerator_and_denominator(make_po
     cfg = recipe(loss={"type": "dapo", "mask_truncated_completions": True})
     whole = with_advantages(groups(policy), cfg)
     first = whole[0].rollouts[0]
-    cut = replace(first, completion=replace(first.completion, finish_reason="length"))
+    cut = replace(first, trajectory=replace(first.trajectory, finish_reason="length"))
     marked = [replace(whole[0], rollouts=(cut, *whole[0].rollouts[1:])), *whole[1:]]
-    masks = [batch.mask.sum().item() for batch in make_batches(marked, cfg)]
-    tokens = sum(len(r.completion.token_ids) for g in whole for r in g.rollouts)
-    assert sum(masks) == tokens - len(first.completion.token_ids)
+    masks = [batch.trained.sum().item() for batch in make_batches(marked, cfg)]
+    tokens = sum(len(r.trajectory.token_ids) for g in whole for r in g.rollouts)
+    assert sum(masks) == tokens - len(first.trajectory.token_ids)
     assert sum(batch.weights.sum().item() for batch in make_batches(marked, cfg)) == pytest.approx(1, abs=1e-6)
 
 
@@ -267,7 +272,7 @@ def test_top_entropy_keeps_the_fraction_of_the_step_whatever_the_split(make_poli
         cfg = recipe(loss={"top_entropy_quantile": 0.3}, optim={"steps": 1, "micro_batch_tokens": size})
         batches = make_batches(with_advantages(groups(policy), cfg), cfg)
         (cut,) = with_top_entropy([batches], policy, cfg)
-        assert all(mx.array_equal(one.mask, other.mask) for one, other in zip(cut, batches, strict=True))
+        assert all(mx.array_equal(one.trained, other.trained) for one, other in zip(cut, batches, strict=True))
         kept, there = (sum((batch.weights > 0).sum().item() for batch in part) for part in (cut, batches))
         assert kept == math.ceil(0.3 * there)
         assert sum(batch.weights.sum().item() for batch in cut) == pytest.approx(1, abs=1e-6)
@@ -305,8 +310,8 @@ def test_a_loss_of_ones_own(make_policy) -> None:
     (batch,) = make_batches(with_advantages(groups(policy), cfg), cfg)
 
     def mine(logprobs, batch, cfg):
-        assert batch.old_logprobs.shape == batch.advantages.shape == logprobs.shape
-        return -mx.exp(mx.stop_gradient(logprobs) - batch.old_logprobs) * batch.advantages * logprobs
+        assert batch.anchor.shape == batch.advantages.shape == logprobs.shape
+        return -mx.exp(mx.stop_gradient(logprobs) - batch.anchor) * batch.advantages * logprobs
 
     same = Updater(policy, recipe(loss={"type": "rloo"}, optim={"steps": 1, "micro_batch_tokens": 999})).gradient(
         [batch]
@@ -337,7 +342,7 @@ def test_dppos_ratio_is_to_the_sampler_and_the_sampler_is_measured(make_policy, 
     policy = make_policy().policy
     cfg = recipe(loss={"type": "dppo"}, optim={"num_iterations": iterations, "learning_rate": 1e-7})
     off = [
-        [replace(batch, sampling_logprobs=batch.sampling_logprobs - 0.25) for batch in batches]
+        [replace(batch, behaviour=batch.behaviour - 0.25) for batch in batches]
         for batches in make_minibatches(with_advantages(groups(policy), cfg), cfg)
     ]
     measured = Updater(policy, cfg)(off, 1)
@@ -352,7 +357,7 @@ def test_a_step_of_truncated_completions_alone_measures_nothing_infinite(make_po
     policy, cfg = make_policy().policy, recipe(loss={"mask_truncated_completions": True})
     cut = [
         replace(
-            g, rollouts=tuple(replace(r, completion=replace(r.completion, finish_reason="length")) for r in g.rollouts)
+            g, rollouts=tuple(replace(r, trajectory=replace(r.trajectory, finish_reason="length")) for r in g.rollouts)
         )
         for g in with_advantages(groups(policy), cfg)
     ]
@@ -371,4 +376,4 @@ def test_without_beta_no_reference_is_computed(make_policy, monkeypatch) -> None
     policy, cfg = make_policy().policy, recipe()
     batches = make_batches(with_advantages(groups(policy), cfg), cfg)
     monkeypatch.setattr(policy, "use", None)  # calling it would fail
-    assert all(batch.ref_logprobs is None for batch in with_reference(batches, policy, 0.0, cfg))
+    assert all(batch.reference is None for batch in with_reference(batches, policy, 0.0, cfg))

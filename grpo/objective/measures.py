@@ -1,0 +1,81 @@
+"""What a loss measures of its batch beside itself, over trained tokens and by TRL's names."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from grpo.config import LossConfig
+from grpo.objective.corrections import drawn_from, effective_sample_size, sampling_log_ratios
+from grpo.objective.ratios import bounded_exp, mean_over_tokens
+from grpo.objective.surrogates import BOUNDED, Terms
+from grpo.presets import Surrogate
+from grpo.types import Batch
+
+Metrics = dict[str, mx.array]
+
+LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
+UNFILTERED_LOGP_DIFFERENCE = "sampling/unfiltered_logp_difference/mean"
+"""Only where filters or penalties reshape what is sampled: the same of `behaviour`, before they did."""
+
+
+def mean(values: mx.array, trained: mx.array) -> mx.array:
+    """The mean of `[B, T]` over trained tokens; 0 without any."""
+    return (values * trained).sum() / mx.maximum(trained.sum(), 1)
+
+
+def clip_metrics(terms: Terms, cfg: LossConfig, surrogate: Surrogate | None) -> Metrics:
+    """Fractions of tokens beyond the bound that their advantage makes binding; none without bounds."""
+    if surrogate not in BOUNDED:
+        return {}
+    trained = terms.trained
+    low, high = (beyond.astype(mx.float32) for beyond in BOUNDED[surrogate](terms, cfg))
+    metrics = {
+        "clip_ratio/low_mean": mean(low, trained),
+        "clip_ratio/low_min": _over_rows(mean_over_tokens(low, trained), trained, 1.0).min(),
+        "clip_ratio/high_mean": mean(high, trained),
+        "clip_ratio/high_max": _over_rows(mean_over_tokens(high, trained), trained, 0.0).max(),
+        "clip_ratio/region_mean": mean(low + high, trained),
+    }
+    if cfg.delta is not None:
+        metrics["clip_ratio/delta_mean"] = mean((terms.ratio > cfg.delta) & (terms.advantages < 0), trained)
+    return metrics
+
+
+def sampler_metrics(batch: Batch) -> Metrics:
+    """How far the logprobs that were sampled by are from the anchor's; ratios are raw, before any truncation.
+
+    The anchor, because before a step's first update it is the policy that sampled: what is between them is what
+    decoding and the update compute differently, and what filters did.
+    """
+    sampler = drawn_from(batch)
+    if sampler is None:
+        return {}
+    assert batch.anchor is not None
+    assert batch.behaviour is not None
+    anchor, trained = batch.anchor, batch.trained
+    token, sequence = sampling_log_ratios(mx.stop_gradient(anchor), sampler, trained)
+    unfiltered: Metrics = {}
+    if batch.sampler is not None:
+        unfiltered[UNFILTERED_LOGP_DIFFERENCE] = _difference(anchor, batch.behaviour, trained)
+    ratio, whole = bounded_exp(token), bounded_exp(sequence)
+    return {
+        **unfiltered,
+        LOGP_DIFFERENCE: _difference(anchor, sampler, trained),
+        "sampling/sampling_logp_difference/max": (mx.abs(token) * trained).max(),
+        "sampling/importance_sampling_ratio/min": mx.where(trained > 0, ratio, mx.inf).min(),
+        "sampling/importance_sampling_ratio/mean": mean(ratio, trained),
+        "sampling/importance_sampling_ratio/max": mx.where(trained > 0, ratio, -mx.inf).max(),
+        "sampling/sequence_importance_sampling_ratio/min": _over_rows(whole, trained, mx.inf).min(),
+        "sampling/sequence_importance_sampling_ratio/max": _over_rows(whole, trained, -mx.inf).max(),
+        "sampling/effective_sample_size": effective_sample_size(ratio, trained),
+    }
+
+
+def _difference(anchor: mx.array, other: mx.array, trained: mx.array) -> mx.array:
+    """The mean absolute difference of logprobs; NaN where one is NaN, which a correction may pass over but no check."""
+    return mean(mx.where(trained > 0, mx.abs(anchor - other), 0.0), trained)
+
+
+def _over_rows(values: mx.array, trained: mx.array, empty: float) -> mx.array:
+    """Values of rows, `[B, 1]`, with `empty` for rows without trained tokens."""
+    return mx.where(trained.sum(axis=1, keepdims=True) > 0, values, empty)

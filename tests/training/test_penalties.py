@@ -63,7 +63,7 @@ def test_without_penalties_groups_stay_as_they_are(make_policy) -> None:
 
 def test_a_penalty_for_length_alone_tells_no_kl(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(advantage={"soft_overlong_cache": 4})
-    _, told = with_penalties(groups(policy), policy, cfg, 0.0, Ranks())
+    _, told = with_penalties(groups(policy), Totals(0, 0), policy, cfg, 0.0, Ranks())
     lengths = [1 + (5 * i + g) % 8 for g in range(3) for i in range(4)]
     assert told == {"reward_penalty": pytest.approx(sum(max(0, n - 4) / 4 for n in lengths) / 12)}
 

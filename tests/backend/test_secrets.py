@@ -7,7 +7,7 @@ import pytest
 
 from grpo.backend.secrets import masked
 from grpo.runs.completions import read_completions, store_failed
-from grpo.types import Completion, Group, Rollout, Task
+from grpo.types import Group, Rollout, Task, Trajectory
 
 SECRET = """it's "dé\\p" & a/b c\nd"""
 WRITTEN = {
@@ -46,7 +46,7 @@ def test_a_variable_that_is_no_text_is_masked(monkeypatch) -> None:
 def test_what_a_reward_logs_is_stored_without_secrets(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("A_TOKEN", SECRET)
     extras = {"note": f"sent {SECRET}", "reply": json.dumps({"key": SECRET})}
-    rollout = Rollout(Completion((1,), (0.0,), "c", "stop"), extras=extras)
+    rollout = Rollout(Trajectory.sampled((1,), (0.0,), "c", "stop"), extras=extras)
     path = store_failed(tmp_path / "failed.parquet", 1, [Group(Task(0, "p", (1,), {}), (rollout,))])
     _, [group] = read_completions(path)
     assert group.rollouts[0].extras == {"note": "sent [A_TOKEN]", "reply": '{"key": "[A_TOKEN]"}'}

@@ -74,25 +74,25 @@ def _sides(setting: Setting, names: Sequence[str], model: nn.Module, adapters: A
 
 def update_side(name: str, policy: Policy, cfg: Recipe, setting: Setting) -> Side:
     """One update of synthetic completions, batches made anew each time."""
-    groups = with_advantages(synthetic(setting, policy.model), cfg)
-    update = Updater(policy, cfg)
+    groups = with_advantages(synthetic(setting, policy.model), cfg.rewards, cfg.advantage, cfg.loss.preset)
+    update, packing = Updater(policy, cfg.optim, cfg.loss), Packing.of(cfg.optim, cfg.rollout)
     footprint = measure_footprint(policy, policy.gradient_checkpointing)
-    planned = mx.get_active_memory() + max(footprint.bytes(shape) for shape in shapes(groups, cfg))
+    planned = mx.get_active_memory() + max(footprint.bytes(shape) for shape in shapes(groups, packing))
 
     def run() -> Values:
         mx.clear_cache()
         mx.reset_peak_memory()
         start = time.perf_counter()
-        update(make_minibatches(groups, cfg), 1)
+        update(make_minibatches(groups, cfg.loss, packing, setting.completion_length), 1)
         return {"s": time.perf_counter() - start, "GB": mx.get_peak_memory() / 1e9, "GB planned": planned / 1e9}
 
     return Side(name, run)
 
 
-def shapes(groups: Sequence[Group], cfg: Recipe) -> list[Shape]:
+def shapes(groups: Sequence[Group], packing: Packing) -> list[Shape]:
     """The shapes of an update's micro-batches."""
     rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
-    return [shape for _, shape in pack(rows, Packing.of(cfg))]
+    return [shape for _, shape in pack(rows, packing)]
 
 
 def parity(setting: Setting) -> str:
@@ -110,11 +110,12 @@ def parity(setting: Setting) -> str:
     for sharing, checkpointing in ((False, False), (True, False), (True, True)):
         cfg = recipe(setting, {"share_prompts": sharing, "gradient_checkpointing": checkpointing, "compile": False})
         policy = policy_of(base_model(setting), cfg)
-        groups = with_advantages(synthetic(setting, policy.model), cfg)
+        groups = with_advantages(synthetic(setting, policy.model), cfg.rewards, cfg.advantage, cfg.loss.preset)
         adapters = policy.adapters
         drawn = {path: mx.random.normal(a.shape, key=mx.random.key(5)) * 0.01 for path, a in adapters.state().items()}
         adapters.load_state({path: array.astype(policy.dtype) for path, array in drawn.items()})
-        found.append(Updater(policy, cfg).gradient(make_batches(groups, cfg)).arrays)
+        batches = make_batches(groups, cfg.loss, Packing.of(cfg.optim, cfg.rollout), setting.completion_length)
+        found.append(Updater(policy, cfg.optim, cfg.loss).gradient(batches).arrays)
     plain, *others = found
     norm = _norm(plain)
     gaps = [_norm({path: array - plain[path] for path, array in other.items()}) / norm for other in others]

@@ -72,7 +72,7 @@ def train(
         stack.callback(trainer.scorer.close)
         print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes, *_unsent(cfg)])
         state = start.load(trainer)
-        packing = Packing.of(trainer.cfg)
+        packing = Packing.of(trainer.cfg.optim, trainer.cfg.rollout)
         parity = ranks.checked(lambda: check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed, packing))
         console.print(parity, highlight=False, soft_wrap=True)
         if dry_run:

@@ -9,8 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from grpo.config import Recipe, RewardConfig
+from grpo.config import AdvantageConfig, RewardConfig
 from grpo.objective.advantages import advantages, total_rewards
+from grpo.presets import Preset
 from grpo.types import Group, Rollout
 
 
@@ -21,18 +22,21 @@ def with_rewards(groups: Sequence[Group], rewards: Sequence[RewardConfig]) -> li
     return _changed(groups, (replace(r, reward=None if math.isnan(t) else t) for r, t in _zipped(groups, totals)))
 
 
-def with_advantages(groups: Sequence[Group], cfg: Recipe) -> list[Group]:
+def with_advantages(
+    groups: Sequence[Group], rewards: Sequence[RewardConfig], cfg: AdvantageConfig, preset: Preset
+) -> list[Group]:
     """The same groups with `advantage` in their rollouts. All groups have the same size.
 
+    `rewards` gives the weights, in the order of the scores; `preset` is the loss's, for what `cfg` leaves open.
     Penalties count as one more reward, of weight -1, for the completions that some reward scored.
     """
-    scores_NF, weights_F = _scores(groups), _weights(cfg.rewards)
+    scores_NF, weights_F = _scores(groups), _weights(rewards)
     penalties = [r.penalty for group in groups for r in group.rollouts]
     if any(penalties):
         scored = ~mx.isnan(total_rewards(scores_NF, weights_F))
         scores_NF = mx.concatenate([scores_NF, mx.where(scored, mx.array(penalties), mx.nan)[:, None]], axis=1)
         weights_F = mx.concatenate([weights_F, mx.array([-1.0])])
-    values: Any = advantages(scores_NF, weights_F, len(groups[0].rollouts), cfg.advantage, cfg.loss.preset).tolist()
+    values: Any = advantages(scores_NF, weights_F, len(groups[0].rollouts), cfg, preset).tolist()
     return _changed(groups, (replace(r, advantage=value) for r, value in _zipped(groups, values)))
 
 

@@ -280,7 +280,7 @@ def _chosen(
 def _largest(cfg: Recipe, prompt_length: int, tokens: int, gpu: bool) -> Shape:
     """The largest micro-batch there can be: the longest prompts, each with all its completions at their longest."""
     optim = cfg.optim.model_copy(update={"micro_batch_tokens": tokens})
-    packing = Packing.of(cfg.model_copy(update={"optim": optim}), gpu=gpu)
+    packing = Packing.of(optim, cfg.rollout, gpu=gpu)
     length = cfg.rollout.max_completion_length
     fitting = packing.shape(1, 1, prompt_length, length)
     for rows in range(2, packing.rows + 1):

@@ -20,7 +20,8 @@ from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, METRICS, check_is_run
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import as_planned, changes, context_now
 from grpo.runs.revisions import pinned
-from grpo.training.batches import batch_logprobs, whole_batches
+from grpo.training.batches import batch_logprobs, row_batches, rows_of
+from grpo.training.packing import Packing
 from grpo.training.trainer import Trainer
 from grpo.types import Group, StepMetrics
 
@@ -67,9 +68,10 @@ def _made(trainer: Trainer, run: Path, step: int) -> Replay:
     before = trainer.policy.adapters.state()
     metrics = trainer.step(step)
     after = trainer.policy.adapters.state()
-    new = _logprobs(trainer.policy, metrics.groups, trainer)
+    packing = Packing.of(trainer.cfg.optim, trainer.cfg.rollout)
+    new = _logprobs(trainer.policy, metrics.groups, packing)
     trainer.policy.adapters.load_state(before)
-    old = _logprobs(trainer.policy, metrics.groups, trainer)
+    old = _logprobs(trainer.policy, metrics.groups, packing)
     trainer.policy.adapters.load_state(after)
     ratios = [mx.exp(mx.array(a) - mx.array(b)).tolist() for a, b in zip(new, old, strict=True)]
     rollouts = [rollout for group in metrics.groups for rollout in group.rollouts]
@@ -92,10 +94,10 @@ def _begin(trainer: Trainer, run: Path, step: int) -> tuple[int, list[str]]:
     return state.step, [f"made again from {nearest}", *changed]
 
 
-def _logprobs(policy: Policy, groups: Sequence[Group], trainer: Trainer) -> list[list[float]]:
+def _logprobs(policy: Policy, groups: Sequence[Group], packing: Packing) -> list[list[float]]:
     """The logprob of every completion's trained tokens under the policy as it is."""
     found: list[list[float]] = []
-    for rows, batch in whole_batches(groups, trainer.cfg):
+    for rows, batch in row_batches(rows_of(groups), packing):
         logprobs: Any = batch_logprobs(policy, batch)[0].tolist()
         found += [r.trajectory.of_trained(values) for (_, r), values in zip(rows, logprobs, strict=False)]  # no padding
     return found

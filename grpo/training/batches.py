@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import TypeVar
 
 import mlx.core as mx
 
-from grpo.config import Recipe
+from grpo.config import LossConfig
 from grpo.model.policy import Policy
-from grpo.objective import token_weights, weights_of_chosen
-from grpo.objective.masks import top_entropy_mask
+from grpo.objective import token_weights
 from grpo.training.packing import Packing, Row, Shape, pack, pack_in_order
 from grpo.types import Batch, Group, Rollout, Totals, Trajectory
 
@@ -20,95 +18,44 @@ MiniBatch = list[Batch]
 Value = TypeVar("Value", int, float)
 
 
-def make_minibatches(groups: Sequence[Group], cfg: Recipe, parts: int = 1) -> list[MiniBatch]:
-    """The step's groups as `optim.num_minibatches` minibatches, one for each update of a pass.
+def make_minibatches(
+    groups: Sequence[Group], loss: LossConfig, packing: Packing, longest: int, number: int = 1, beta: float = 0.0
+) -> list[MiniBatch]:
+    """The step's groups as `number` minibatches, one for each update of a pass. See `make_batches`."""
+    size = -(-len(groups) // number)
+    return [
+        make_batches(groups[start : start + size], loss, packing, longest, beta)
+        for start in range(0, len(groups), size)
+    ]
 
-    Each is of at least `parts` micro-batches, for as many processes to share.
-    """
-    size = -(-len(groups) // cfg.optim.num_minibatches)
-    return [make_batches(groups[start : start + size], cfg, parts) for start in range(0, len(groups), size)]
 
+def make_batches(
+    groups: Sequence[Group], loss: LossConfig, packing: Packing, longest: int, beta: float = 0.0
+) -> MiniBatch:
+    """The rows of an update's groups as micro-batches, with the weights that the loss averages by.
 
-def make_batches(groups: Sequence[Group], cfg: Recipe, parts: int = 1) -> MiniBatch:
-    """The groups' rows as micro-batches of up to `optim.micro_batch_tokens`.
-
-    Rows that can have no gradient (advantage 0 and nothing else in the loss, or no tokens) are left out. Denominators
-    count them, so that leaving them out changes nothing.
+    `longest` is the most tokens that a completion can have, for the `constant` normaliser; `beta` the KL penalty's
+    weight at this step. Rows that can have no gradient (advantage 0 and nothing else in the loss, or no trained tokens)
+    are left out. Denominators count them, so that leaving them out changes nothing.
     """
     rows = rows_of(groups)
-    totals = Totals(len(rows), sum(_counted(rollout, cfg) for _, rollout in rows))
-    learning = [row for row in rows if learns(row[1], cfg)]
+    totals = Totals(len(rows), sum(_counted(rollout, loss) for _, rollout in rows))
+    learning = [row for row in rows if learns(row[1], loss)]
     if not learning:
         return []
-    batches = [collate([learning[i] for i in part], shape) for part, shape in pack(learning, Packing.of(cfg, parts))]
-    return _with_token_weights(batches, totals, cfg)
+    batches = [collate([learning[i] for i in part], shape) for part, shape in pack(learning, packing)]
+    penalty = mx.array(beta) if beta != 0 and loss.kl_in == "loss" else None
+    parts = len(batches) if loss.preset.normalize == "micro_batch" else 1
+    weights = (token_weights(batch.trained, totals, loss, longest) / parts for batch in batches)
+    return [replace(batch, weights=weight, beta=penalty) for batch, weight in zip(batches, weights, strict=True)]
 
 
-def with_reference(batches: Sequence[Batch], policy: Policy, beta: float, cfg: Recipe) -> MiniBatch:
-    """The same batches with the reference's logprobs and the penalty's weight; as they are where the loss has none."""
-    if beta == 0 or cfg.loss.kl_in != "loss":
-        return list(batches)
-    with policy.use("reference"):
-        return [replace(batch, reference=forced(policy, batch)[0], beta=mx.array(beta)) for batch in batches]
-
-
-def with_anchor(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
-    """The same minibatches with the policy's logprobs as it is now, before the step's first update.
-
-    The first minibatch needs none: its logprobs when it is reached are these, unless its update drops numbers of the
-    adapter's inputs. Then each has the entropies of the same pass too: those that the update sees are another policy's.
-    """
-    if cfg.adapter.dropout > 0:
-        return [[_whole(policy, batch) for batch in batches] for batches in minibatches]
-    others = [[replace(b, anchor=forced(policy, b)[0]) for b in batches] for batches in minibatches[1:]]
-    return [*minibatches[:1], *others]
-
-
-def _whole(policy: Policy, batch: Batch) -> Batch:
-    logprobs, entropies = forced(policy, batch)
-    return replace(batch, anchor=logprobs, entropies=entropies)
-
-
-def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
-    """The same minibatches with weight only on the step's tokens of highest entropy.
-
-    The number of completions that a denominator counts stays the one of `make_batches`. The masks stay too: what is
-    measured of a whole completion (its ratio, say) is measured of all its tokens.
-    """
-    everything = [batch for batches in minibatches for batch in batches]
-    if cfg.loss.top_entropy_quantile == 1 or not everything:
-        return list(minibatches)
-    entropies = mx.concatenate([forced(policy, batch)[1].reshape(-1) for batch in everything])
-    trained = mx.concatenate([batch.trained.reshape(-1) for batch in everything])
-    ends = list(accumulate(batch.trained.size for batch in everything))
-    parts = mx.split(top_entropy_mask(entropies, trained, cfg.loss.top_entropy_quantile), ends[:-1])
-    chosen = iter(part.reshape(batch.trained.shape) for part, batch in zip(parts, everything, strict=True))
-    return [_with_weights(batches, [next(chosen) for _ in batches], cfg) for batches in minibatches]
-
-
-def _with_weights(batches: MiniBatch, chosen: Sequence[mx.array], cfg: Recipe) -> MiniBatch:
-    """A minibatch with weight on the tokens alone that were chosen of each batch, `[B, T]`."""
-    moved = weights_of_chosen([batch.weights for batch in batches], chosen, cfg.loss)
-    return [replace(batch, weights=weights) for batch, weights in zip(batches, moved, strict=True)]
-
-
-def _with_token_weights(batches: Sequence[Batch], totals: Totals, cfg: Recipe) -> MiniBatch:
-    """A minibatch with the weights that its loss is averaged by."""
-    longest, parts = cfg.rollout.max_completion_length, len(batches) if _local(cfg) else 1
-    return [replace(b, weights=token_weights(b.trained, totals, cfg.loss, longest) / parts) for b in batches]
-
-
-def whole_batches(groups: Sequence[Group], cfg: Recipe) -> Iterator[tuple[list[Row], Batch]]:
-    """All rows of the groups in their order, as micro-batches to be looked at rather than learnt from."""
-    return row_batches(rows_of(groups), cfg)
-
-
-def row_batches(rows: Sequence[Row], cfg: Recipe) -> Iterator[tuple[list[Row], Batch]]:
-    """Rows in their order, as micro-batches to be looked at, each with its rows.
+def row_batches(rows: Sequence[Row], packing: Packing) -> Iterator[tuple[list[Row], Batch]]:
+    """Rows in their order, as micro-batches to be looked at rather than learnt from, each with its rows.
 
     Rows of padding may follow those of a micro-batch; nothing of them is trained.
     """
-    for positions, shape in pack_in_order(rows, Packing.of(cfg)):
+    for positions, shape in pack_in_order(rows, packing):
         part = [rows[i] for i in positions]
         yield part, collate(part, shape)
 
@@ -141,28 +88,23 @@ def collate(rows: Sequence[Row], shape: Shape) -> Batch:
     )
 
 
-def learns(rollout: Rollout, cfg: Recipe) -> bool:
+def learns(rollout: Rollout, loss: LossConfig) -> bool:
     """Whether a completion goes through the update, or can have no gradient there."""
-    return _counted(rollout, cfg) > 0 and (rollout.advantage != 0 or _all_rows_count(cfg))
+    return _counted(rollout, loss) > 0 and (rollout.advantage != 0 or _all_rows_count(loss))
 
 
-def _counted(rollout: Rollout, cfg: Recipe) -> int:
+def _counted(rollout: Rollout, loss: LossConfig) -> int:
     """How many of its tokens may be trained on: none of what overlong filtering leaves out."""
     cut = rollout.trajectory.finish_reason != "stop"
-    return 0 if cut and cfg.loss.mask_truncated_completions else rollout.trajectory.trained_tokens
+    return 0 if cut and loss.mask_truncated_completions else rollout.trajectory.trained_tokens
 
 
-def _all_rows_count(cfg: Recipe) -> bool:
+def _all_rows_count(loss: LossConfig) -> bool:
     """Whether a row without advantage may have a gradient, or a say in which tokens or how many are trained on."""
-    loss = cfg.loss
-    chosen = loss.top_entropy_quantile < 1 or _local(cfg)
+    chosen = loss.top_entropy_quantile < 1 or loss.preset.normalize == "micro_batch"
     squared = loss.preset.surrogate == "dppo" and loss.dppo_penalty > 0  # it does not know advantages
     penalised = loss.kl_in == "loss" and (loss.beta > 0 or bool(loss.beta_end))
     return penalised or chosen or squared or loss.entropy_coef > 0 or loss.use is not None
-
-
-def _local(cfg: Recipe) -> bool:
-    return cfg.loss.preset.normalize == "micro_batch"
 
 
 def forced(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from grpo.config import OptimConfig, Recipe
+from grpo.config import LossConfig, OptimConfig
 
 
 def learning_rate(cfg: OptimConfig, step: int) -> float:
@@ -26,9 +26,9 @@ def learning_rate(cfg: OptimConfig, step: int) -> float:
             return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-def penalty_weight(cfg: Recipe, step: int) -> float:
-    """beta at `step` (from 1): `loss.beta`, moving on a line to `loss.beta_end` at the last step."""
-    if cfg.loss.beta_end is None:
-        return cfg.loss.beta
-    progress = (step - 1) / max(1, cfg.optim.steps - 1)
-    return cfg.loss.beta + (cfg.loss.beta_end - cfg.loss.beta) * progress
+def penalty_weight(cfg: LossConfig, steps: int, step: int) -> float:
+    """beta at `step` (from 1) of `steps`: `cfg.beta`, moving on a line to `cfg.beta_end` at the last step."""
+    if cfg.beta_end is None:
+        return cfg.beta
+    progress = (step - 1) / max(1, steps - 1)
+    return cfg.beta + (cfg.beta_end - cfg.beta) * progress

@@ -21,10 +21,12 @@ from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine, with_policy_step
 from grpo.scoring.scorer import Scorer
-from grpo.training.batches import make_minibatches, with_anchor, with_reference, with_top_entropy
+from grpo.training.batches import MiniBatch, make_minibatches
 from grpo.training.gap import GapWatch
-from grpo.training.gauges import entropy_left_out, kl_metric, with_all_entropy
+from grpo.training.gauges import Gauges, mean_kl, with_all_entropy
 from grpo.training.metrics import step_metrics
+from grpo.training.packing import Packing
+from grpo.training.passes import Asked, passes_of
 from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.state import Arrays, TrainerState
@@ -55,34 +57,36 @@ class Trainer:
         self.engine = engine
         self.scorer = scorer
         self.ranks = ranks or Ranks()
+        drops = cfg.adapter.dropout > 0
+        self.passes = passes_of(Asked(cfg.loss, drops, self.ranks))
+        self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout), self.ranks)
         self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first)
-        self.update = Updater(policy, cfg, custom_loss, self.ranks, self.gap.check, self._move)
+        seed = cfg.seed if drops else None
+        watch = (self.gap.check, self._move)
+        self.update = Updater(policy, cfg.optim, cfg.loss, custom_loss, self.ranks, seed, *watch)
         self.hold: Callable[[], None] = lambda: None
         self.halfway = False
         self._former: _Former | None = None
 
     def step(self, n: int) -> StepMetrics:
         """Sample, score, and update. `n` counts from 1."""
-        cfg, policy, ranks, clock = self.cfg, self.policy, self.ranks, _Clock()
-        beta = penalty_weight(cfg, n)
+        clock, beta = _Clock(), penalty_weight(self.cfg.loss, self.cfg.optim.steps, n)
         self.scorer.begin(n)
         sampled, groups = self.sample(n, clock)
         self._remember()
         totals = Totals.of(groups)
-        groups, told = with_penalties(groups, totals, policy, cfg, beta, ranks)  # nothing, unless they are asked for
-        groups = with_advantages(groups, cfg)
-        minibatches = make_minibatches(groups, cfg, ranks.size)  # token weights are fixed here, before any split
-        minibatches = with_top_entropy(minibatches, policy, cfg)
-        minibatches = [ranks.share(batches) for batches in minibatches]
-        minibatches = [with_reference(batches, policy, beta, cfg) for batches in minibatches]  # not for beta 0
-        minibatches = with_anchor(minibatches, policy, cfg)  # nothing to do for a single one
-        told |= kl_metric(groups, totals, policy, cfg, n, ranks)  # if it is due
-        rest = entropy_left_out(groups, policy, cfg, ranks)
+        groups, told = self.penalised(groups, totals, beta)  # where the recipe asks for it
+        groups = with_advantages(groups, self.cfg.rewards, self.cfg.advantage, self.cfg.loss.preset)
+        minibatches = self.batched(groups, beta)  # token weights are fixed here, before any split
+        for enrich in self.passes:  # entropy mask, reference, anchor: those that the recipe asks for
+            minibatches = enrich(self.policy, minibatches)
+        told |= self.measured(groups, totals, n)  # if it is due
+        rest = self.gauges.entropy_left_out(groups)
         clock.lap("logprobs")
         update = with_all_entropy(self.update(minibatches, n), rest, totals)
         self._move()  # the step counts, though no update of it was applied
         clock.lap("update")
-        policy.adapters.sync_reference(cfg.adapter, n)  # if it is due
+        self.policy.adapters.sync_reference(self.cfg.adapter, n)  # if it is due
         status = self.status(n, beta) | told
         return replace(step_metrics(n, sampled, update, status, clock.laps), groups=(*groups, *sampled[len(groups) :]))
 
@@ -149,6 +153,22 @@ class Trainer:
             clock.lap("reward")
         varied_first = sorted(sampled, key=has_variance, reverse=True) if cfg.rollout.dynamic_sampling else sampled
         return varied_first, varied_first[: cfg.rollout.prompts_per_step]
+
+    def penalised(self, groups: list[Group], totals: Totals, beta: float) -> tuple[list[Group], dict[str, float]]:
+        """The groups with what is taken off their rewards, and its metrics."""
+        cache, longest = self.cfg.advantage.soft_overlong_cache, self.cfg.rollout.max_completion_length
+        return with_penalties(groups, totals, beta, cache, longest, self.gauges)
+
+    def batched(self, groups: list[Group], beta: float) -> list[MiniBatch]:
+        """A minibatch for each update of a pass, of a micro-batch for each process at least."""
+        packing = Packing.of(self.cfg.optim, self.cfg.rollout, self.ranks.size)
+        longest, number = self.cfg.rollout.max_completion_length, self.cfg.optim.num_minibatches
+        return make_minibatches(groups, self.cfg.loss, packing, longest, number, beta)
+
+    def measured(self, groups: list[Group], totals: Totals, n: int) -> dict[str, float]:
+        """`kl` at the steps at which `log.kl` asks for it, in a run that has no penalty to tell it."""
+        every = self.cfg.kl_every
+        return {} if every is None or n % every else {"kl": mean_kl(self.gauges.divergences(groups), totals)}
 
     def status(self, n: int, beta: float) -> dict[str, float]:
         """What the trainer itself has to tell about a step."""

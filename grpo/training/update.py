@@ -18,7 +18,7 @@ from grpo.backend.device import compiled
 from grpo.backend.hub import one_line
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
-from grpo.config import LossConfig, Recipe
+from grpo.config import LossConfig, OptimConfig
 from grpo.errors import RunError
 from grpo.model.dropout import dropping
 from grpo.model.policy import Policy
@@ -72,24 +72,28 @@ class Updater:
     def __init__(
         self,
         policy: Policy,
-        cfg: Recipe,
+        cfg: OptimConfig,
+        loss: LossConfig,
         custom: CustomLoss | None = None,
         ranks: Ranks | None = None,
+        dropout_seed: int | None = None,
         check: Callable[[int, Mapping[str, float]], None] = lambda *_: None,
         moving: Callable[[], None] = lambda: None,
     ) -> None:
+        """`dropout_seed` is what the adapter's dropout draws from; None where nothing is dropped."""
         self.policy = policy
-        self.cfg = cfg
+        self.cfg, self.loss = cfg, loss
         self.custom = custom
+        self.dropout_seed = dropout_seed
         self.ranks = ranks or Ranks()
         self.check, self.moving = check, moving
-        self.optimizer = Float32Optimizer(cfg.optim, policy.model.trainable_parameters())
+        self.optimizer = Float32Optimizer(cfg, policy.model.trainable_parameters())
         self.inspect: Path | None = None
         self.progress: Progress | None = None
         self.skipped_in_a_row = 0
         self.steps_without_signal = 0
         self._loss_and_grad = nn.value_and_grad(policy.model, self._loss)
-        compiles = cfg.optim.compile
+        compiles = cfg.compile
         self._accumulate = compiled(self._accumulated, policy.model.state) if compiles else self._accumulated
         self._squares = compiled(_squares) if compiles else _squares
 
@@ -107,7 +111,7 @@ class Updater:
         steps, whatever they teach.) A step of such updates alone counts in `steps_without_signal`.
         """
         waiting, updates = list(minibatches), []
-        for iteration in range(self.cfg.optim.num_iterations):
+        for iteration in range(self.cfg.num_iterations):
             for number, batches in enumerate(waiting):
                 gradient = self.gradient(batches, self._dropout_key(step, iteration, number))
                 waiting[number] = gradient.batches  # skipped or not: by the next pass the policy may have moved
@@ -119,9 +123,9 @@ class Updater:
 
     def _dropout_key(self, *position: int) -> mx.array | None:
         """What a minibatch's pass draws from: by step, pass, minibatch and process; None where nothing is dropped."""
-        if self.cfg.adapter.dropout == 0:
+        if self.dropout_seed is None:
             return None
-        return derive_key(self.cfg.seed, "dropout", *position, *self.ranks.own)
+        return derive_key(self.dropout_seed, "dropout", *position, *self.ranks.own)
 
     def _apply(self, gradient: Gradient, step: int) -> Update:
         """One optimiser step, unless the gradient is not finite or says nothing."""
@@ -134,9 +138,9 @@ class Updater:
         if update.grad_norm == 0 and _all_zero(gradient.arrays):  # the norm of tiny numbers underflows
             return replace(update, without_signal=1)  # and `skipped_in_a_row` stays: nothing was shown to be finite
         self.skipped_in_a_row = 0
-        scale = mx.minimum(self.cfg.optim.max_grad_norm / (norm + 1e-6), 1.0)
+        scale = mx.minimum(self.cfg.max_grad_norm / (norm + 1e-6), 1.0)
         self.moving()
-        self.optimizer.learning_rate = learning_rate(self.cfg.optim, step)
+        self.optimizer.learning_rate = learning_rate(self.cfg, step)
         self.optimizer.update(self.policy.model, gradient.arrays, scale)
         return update
 
@@ -151,7 +155,7 @@ class Updater:
     def _skip(self, gradient: Gradient, update: Update, step: int) -> None:
         self.skipped_in_a_row += 1
         where = self._keep(self.inspect / f"step-{step:06d}", gradient, update) if self.inspect is not None else ""
-        if self.skipped_in_a_row >= self.cfg.optim.max_skipped_updates:
+        if self.skipped_in_a_row >= self.cfg.max_skipped_updates:
             raise RunError(
                 f"step {step}: loss {update.loss}, gradient norm {update.grad_norm}: not finite, "
                 f"{self.skipped_in_a_row} updates in a row; none of them was applied.{where} "
@@ -211,11 +215,10 @@ class Updater:
         return tree_map(mx.add, tree, gradient), value, metrics, logprobs
 
     def _loss(self, batch: Batch, dropout_key: mx.array | None) -> tuple[mx.array, tuple[Metrics, mx.array]]:
-        loss_cfg = self.cfg.loss
         with dropping(dropout_key):
-            logprobs, entropies = batch_logprobs(self.policy, batch, loss_cfg.entropy_coef > 0)
+            logprobs, entropies = batch_logprobs(self.policy, batch, self.loss.entropy_coef > 0)
         custom = _guarded(self.custom) if self.custom else None
-        loss, metrics = policy_loss(logprobs, batch, loss_cfg, entropies, custom)
+        loss, metrics = policy_loss(logprobs, batch, self.loss, entropies, custom)
         return loss, (metrics, mx.stop_gradient(logprobs))
 
 

@@ -8,6 +8,7 @@ import re
 import mlx.core as mx
 import pytest
 from conftest import make_model
+from training.sections import make_minibatches, updater
 from training.test_packing import row
 from training.test_update import recipe
 
@@ -22,10 +23,8 @@ from grpo.model.widehead import widen_head
 from grpo.planning import plan as planning
 from grpo.planning.footprint import Footprint
 from grpo.planning.plan import make_plan
-from grpo.training.batches import make_minibatches
 from grpo.training.optimizer import MOST_AT_WORK
 from grpo.training.packing import Shape
-from grpo.training.update import Updater
 from grpo.types import Group
 
 PROMPT, LENGTH = 96, 160
@@ -51,7 +50,7 @@ def peak_of_an_update(policy: Policy, cfg, prompt: int = PROMPT) -> int:
     for number in range(4):
         rows = [row(prompt, cfg.rollout.max_completion_length, number) for _ in range(4)]
         groups.append(Group(rows[0][0], tuple(rollout for _, rollout in rows)))
-    update = Updater(policy, cfg)
+    update = updater(policy, cfg)
     minibatches = make_minibatches(groups, cfg)
     update(minibatches, 1)
     gc.collect()

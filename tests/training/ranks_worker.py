@@ -14,14 +14,12 @@ from pathlib import Path
 import mlx.core as mx
 from conftest import make_model, shaken
 from test_update import groups, recipe
+from training.sections import make_batches, updater, with_advantages
 
 from grpo.backend.ranks import Ranks
 from grpo.config import AdapterConfig
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
-from grpo.objective.groups import with_advantages
-from grpo.training.batches import make_batches
-from grpo.training.update import Updater
 
 task, out = sys.argv[1], Path(sys.argv[2])
 ranks = Ranks.launched()
@@ -42,7 +40,7 @@ adapters.load_state(shaken(adapters.state()))
 policy, cfg = Policy(model, adapters, 1.0), recipe(loss={"type": "grpo"})
 batches = make_batches(with_advantages(groups(policy), cfg), cfg)
 mine = ranks.share(batches)
-update = Updater(policy, cfg, ranks=ranks)
+update = updater(policy, cfg, ranks=ranks)
 found = update.gradient(mine)
 told = ranks.merge(ranks.share(["a", "b", "c"]))
 mx.save_safetensors(str(out / f"gradient-{ranks.rank}.safetensors"), found.arrays)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from objective.oracle import highest_entropy, weights
 from test_update import groups, recipe
+from training.sections import make_minibatches, with_top_entropy
 
-from grpo.training.batches import make_minibatches, with_top_entropy
 from grpo.types import Group, Rollout, Task, Trajectory
 
 AVERAGING = {"sequence": "sequence", "sequence_sum": "sum", "constant": "constant", "token": "token"}

@@ -5,19 +5,18 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from test_update import groups, recipe
+from training.sections import gauges, make_minibatches, updater, with_advantages
 
 from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.generation.generator import Request
 from grpo.generation.sampling import Sampling
-from grpo.objective.groups import with_advantages
 from grpo.recipe import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
-from grpo.training.batches import make_minibatches
-from grpo.training.gauges import divergences, entropy_left_out, kl_metric, with_all_entropy
-from grpo.training.update import Update, Updater
+from grpo.training.gauges import mean_kl, with_all_entropy
+from grpo.training.update import Update
 from grpo.types import BEHAVIOUR, SAMPLER, Group, Rollout, Task, Totals
 
 
@@ -69,8 +68,8 @@ def test_the_entropy_is_of_every_token_of_the_step(make_policy, settings: dict, 
     cfg = recipe(loss=settings, optim={"micro_batch_tokens": size, "learning_rate": 1e-9, "num_iterations": 2})
     made = filtered(scored(policy, cfg, truncated=True))
     total, tokens = by_hand(policy, made)
-    rest = entropy_left_out(made, policy, cfg, Ranks())
-    update = Updater(policy, cfg)(make_minibatches(made, cfg), 1)
+    rest = gauges(policy, cfg).entropy_left_out(made)
+    update = updater(policy, cfg)(make_minibatches(made, cfg), 1)
     whole = with_all_entropy(update, rest, Totals.of(made))
     assert whole.metrics["entropy"] == pytest.approx(total / tokens, rel=1e-5)
     if not settings:  # what the update saw is another number
@@ -83,7 +82,7 @@ def test_without_filters_the_sampler_tells_the_entropy_of_rows_that_teach_nothin
     made = scored(policy, cfg)
     left = made[1].rollouts
     monkeypatch.setattr(policy, "group_logprobs", None)  # calling it would fail
-    rest = entropy_left_out(made, policy, cfg, Ranks())
+    rest = gauges(policy, cfg).entropy_left_out(made)
     assert rest.total == pytest.approx(-sum(sum(rollout.trajectory.behaviour) for rollout in left))
     assert rest.tokens == sum(len(rollout.trajectory.token_ids) for rollout in left)
 
@@ -93,8 +92,8 @@ def test_what_the_sampler_tells_is_the_entropy_in_the_mean(make_policy) -> None:
     (answers,) = toy.generator.generate([Request([5, 6, 7], 200)], Sampling(1.0, 8), mx.random.key(3))
     rollouts = tuple(Rollout(completion, {"r": 1.0}, advantage=0.0) for completion in answers)
     made = [Group(Task(0, "?", (5, 6, 7), {}), rollouts)]
-    told = entropy_left_out(made, toy.policy, cfg, Ranks())
-    exact = entropy_left_out(filtered(made), toy.policy, cfg, Ranks())
+    told = gauges(toy.policy, cfg).entropy_left_out(made)
+    exact = gauges(toy.policy, cfg).entropy_left_out(filtered(made))
     assert told.tokens == exact.tokens
     assert told.total == pytest.approx(exact.total, rel=0.02)
     assert told.total != exact.total
@@ -106,7 +105,7 @@ def test_a_nan_of_the_sampler_does_not_tell_entropy(make_policy) -> None:
     trajectory = made[1].rollouts[0].trajectory
     odd = replace(trajectory, columns={BEHAVIOUR: (float("nan"),) * len(trajectory.token_ids)})
     one = replace(made[1], rollouts=(replace(made[1].rollouts[0], trajectory=odd), *made[1].rollouts[1:]))
-    found = entropy_left_out([made[0], one, made[2]], policy, cfg, Ranks())
+    found = gauges(policy, cfg).entropy_left_out([made[0], one, made[2]])
     assert found.total == pytest.approx(by_hand(policy, [made[1]])[0], rel=1e-5)
 
 
@@ -114,14 +113,14 @@ def test_nothing_is_measured_where_the_update_sees_everything(make_policy, monke
     policy, cfg = make_policy().policy, recipe(loss={"beta": 0.1})
     made = scored(policy, cfg)
     monkeypatch.setattr(policy, "group_logprobs", None)  # calling it would fail
-    rest = entropy_left_out(made, policy, cfg, Ranks())
+    rest = gauges(policy, cfg).entropy_left_out(made)
     assert (rest.total, rest.tokens) == (0, 0)
 
 
 def test_no_entropy_is_told_of_a_step_whose_updates_were_all_skipped(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe()
     made = scored(policy, cfg)
-    rest = entropy_left_out(made, policy, cfg, Ranks())
+    rest = gauges(policy, cfg).entropy_left_out(made)
     skipped = Update(float("nan"), float("nan"), {}, skipped=1)
     assert with_all_entropy(skipped, rest, Totals.of(made)) == skipped
 
@@ -141,13 +140,13 @@ class Halves(Ranks):
 def test_processes_divide_the_passes_among_them(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(optim={"micro_batch_tokens": 1}, log={"kl": 1})
     made = filtered(scored(policy, cfg))
-    alone = entropy_left_out(made, policy, cfg, Ranks()), divergences(made, policy, cfg, Ranks())
+    alone = gauges(policy, cfg).entropy_left_out(made), gauges(policy, cfg).divergences(made)
     said: dict = {1: [0.0, [[0.0]] * 6]}
-    entropy_left_out(made, policy, cfg, first := Halves(0, said))
-    divergences(made, policy, cfg, first)
+    gauges(policy, cfg, first := Halves(0, said)).entropy_left_out(made)
+    gauges(policy, cfg, first).divergences(made)
     said[1] = []
     second = Halves(1, said)
-    together = entropy_left_out(made, policy, cfg, second), divergences(made, policy, cfg, second)
+    together = gauges(policy, cfg, second).entropy_left_out(made), gauges(policy, cfg, second).divergences(made)
     assert together[0].total == pytest.approx(alone[0].total, rel=1e-5)
     assert 0.2 < said[0][0] / alone[0].total < 0.8
     assert together[0].tokens == alone[0].tokens
@@ -164,8 +163,8 @@ def test_kl_is_measured_where_no_penalty_tells_it(make_policy) -> None:
             reference, _ = base.logprobs(mx.array([[*prompt, *ids]]), mx.array([len(prompt)]), mx.array([ids]))
             d = reference[0] - mx.array(rollout.trajectory.behaviour)
             total, tokens = total + (mx.exp(d) - d - 1).sum().item(), tokens + len(ids)
-    assert kl_metric(made, Totals.of(made), policy, cfg, 3, Ranks()) == {"kl": pytest.approx(total / tokens, rel=1e-4)}
-    assert kl_metric(made, Totals.of(made), policy, cfg, 4, Ranks()) == {}
+    found = mean_kl(gauges(policy, cfg).divergences(made), Totals.of(made))
+    assert found == pytest.approx(total / tokens, rel=1e-4)
 
 
 @pytest.mark.parametrize(

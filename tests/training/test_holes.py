@@ -14,22 +14,29 @@ from objective.oracle import PAPER, weights
 from runs.driver import run
 from test_update import difference
 from test_update import recipe as sections
+from training.sections import (
+    gauges,
+    make_batches,
+    make_minibatches,
+    updater,
+    with_advantages,
+    with_penalties,
+    with_reference,
+    with_top_entropy,
+)
 
-from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
 from grpo.model.policy import Policy
-from grpo.objective.groups import with_advantages, with_rewards
+from grpo.objective.groups import with_rewards
 from grpo.planning.parity import _forced
 from grpo.presets import PRESETS
 from grpo.recipe import load_recipe
 from grpo.runs.completions import read_completions, store_completions, stored_steps
 from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
-from grpo.training.batches import make_batches, make_minibatches, with_reference, with_top_entropy
-from grpo.training.gauges import divergences, entropy_left_out, mean_kl, with_all_entropy
+from grpo.training.gauges import mean_kl, with_all_entropy
 from grpo.training.metrics import step_metrics
-from grpo.training.penalties import with_penalties
-from grpo.training.update import Update, Updater
+from grpo.training.update import Update
 from grpo.types import BEHAVIOUR, SAMPLER, Group, Rollout, Task, Totals, Trajectory
 
 MASKS = [  # of the completions of two prompts: s sampled and trained, t a tool's
@@ -147,7 +154,7 @@ def test_the_gradient_is_that_of_the_trained_tokens(make_policy) -> None:
     """On policy that of -Σ A log p over trained tokens, divided by their number, each after all tokens before it."""
     policy, cfg = make_policy().policy, sections(advantage={"scale_rewards": "none"})
     groups = with_advantages(made(policy, noise=0.0), cfg)
-    found = Updater(policy, cfg).gradient(make_batches(groups, cfg))
+    found = updater(policy, cfg).gradient(make_batches(groups, cfg))
 
     def loss(parameters: dict) -> mx.array:
         policy.model.update(parameters)
@@ -175,12 +182,12 @@ def test_what_untrained_tokens_hold_changes_nothing(make_policy, kind: str) -> N
 
     def measured(filler: float):
         groups = everywhere(with_advantages(made(policy, filler), cfg), SAMPLER, filler)
-        minibatches = [with_reference(b, policy, 0.1, cfg) for b in make_minibatches(groups, cfg)]
+        minibatches = [with_reference(b, policy, cfg) for b in make_minibatches(groups, cfg)]
         other = [
             [replace(b, anchor=b.behaviour, reference=mx.where(b.trained > 0, b.reference, filler)) for b in batches]
             for batches in minibatches
         ]
-        return [Updater(policy, cfg).gradient(batches) for batches in other]
+        return [updater(policy, cfg).gradient(batches) for batches in other]
 
     clean = measured(0.0)
     assert sum(gradient.metrics["tokens"] for gradient in clean) == TOTALS.tokens
@@ -253,7 +260,7 @@ def test_entropy_is_of_trained_tokens(make_policy, filler: float, filtered: bool
     policy, cfg = make_policy().policy, sections(loss={"mask_truncated_completions": True})
     groups = with_advantages(cut(made(policy, filler, noise=0.0)), cfg)
     groups = everywhere(groups, SAMPLER, filler) if filtered else groups
-    rest = entropy_left_out(groups, policy, cfg, Ranks())
+    rest = gauges(policy, cfg).entropy_left_out(groups)
     left = [(group.task, group.rollouts[0]) for group in groups]
     forced = [teacher_forced(policy, task.prompt_ids, r.trajectory.token_ids) for task, r in left]
     chosen = [
@@ -283,8 +290,8 @@ def test_penalties_are_of_trained_tokens(make_policy, filler: float) -> None:
         d = teacher_forced(base, task.prompt_ids, t.token_ids)[0] - np.array(t.behaviour)
         kls.append(sum(math.exp(x) - x - 1 for x in t.of_trained(list(d))))
         overlong.append(max(0, t.trained_tokens - (LONGEST - 6)) / 6)
-    assert divergences(groups, policy, cfg, Ranks()) == pytest.approx(kls, abs=1e-4)
-    penalised, told = with_penalties(with_rewards(groups, cfg.rewards), totals, policy, cfg, 0.5, Ranks())
+    assert gauges(policy, cfg).divergences(groups) == pytest.approx(kls, abs=1e-4)
+    penalised, told = with_penalties(with_rewards(groups, cfg.rewards), policy, cfg, 0.5)
     expected = [0.5 * kl + more for kl, more in zip(kls, overlong, strict=True)]
     assert [rollout.penalty for _, rollout in rows(penalised)] == pytest.approx(expected, abs=1e-4)
     assert told["kl"] == pytest.approx(sum(kls) / 13, abs=1e-5) == pytest.approx(mean_kl(kls, totals), abs=1e-5)

@@ -10,6 +10,7 @@ import pytest
 from conftest import shaken
 from runs.driver import run, same_end
 from runs.test_resume import interrupt_in
+from training.sections import make_minibatches, updater, with_advantages, with_anchor
 from training.test_update import groups
 from training.test_update import recipe as settings
 
@@ -21,13 +22,12 @@ from grpo.model.adapters import Adapters
 from grpo.model.dropout import LoRADropout, dropout_key
 from grpo.model.load import load
 from grpo.model.policy import Policy
-from grpo.objective.groups import with_advantages
 from grpo.planning.footprint import measure_body
 from grpo.recipe import load_recipe
 from grpo.runs.prepare import prepare
-from grpo.training.batches import batch_logprobs, make_minibatches, with_anchor
+from grpo.training.batches import batch_logprobs
 from grpo.training.packing import Shape
-from grpo.training.update import Gradient, Updater
+from grpo.training.update import Gradient
 
 DROPOUT = "adapter.dropout=0.4"
 
@@ -48,7 +48,7 @@ def test_anchors_are_of_the_whole_adapter_and_the_ratio_is_to_them(policy) -> No
     ((batch,),) = minibatches
     whole, entropies = batch_logprobs(policy, batch)
     assert mx.array_equal(batch.anchor, whole)
-    update = Updater(policy, cfg)
+    update = updater(policy, cfg)
     kept = update.gradient([batch])
     assert kept.metrics["sampling/sampling_logp_difference/mean"] < 1e-4  # what sampled is the whole adapter
     dropped = update.gradient([batch], mx.random.key(1))
@@ -78,7 +78,7 @@ def test_each_step_pass_minibatch_micro_batch_and_process_draws_its_own_masks(po
     minibatches = with_anchor(minibatches, policy, cfg)
 
     def keys(rank: int, steps: tuple[int, ...]) -> list[tuple[int, ...]]:
-        update, seen = Updater(policy, cfg), []
+        update, seen = updater(policy, cfg), []
         accumulate = update._accumulate
         update._accumulate = lambda tree, arrays, key: seen.append(key) or accumulate(tree, arrays, key)
         update.ranks = Share(rank)
@@ -100,7 +100,7 @@ def test_each_step_pass_minibatch_micro_batch_and_process_draws_its_own_masks(po
     assert len(set(drawn)) == len(drawn)
     assert keys(0, (2,)) == drawn[len(drawn) // 2 :]
     assert not set(keys(1, (1, 2))) & set(drawn)
-    assert Updater(policy, settings())._dropout_key(1, 0, 0) is None
+    assert updater(policy, settings())._dropout_key(1, 0, 0) is None
 
 
 def test_memory_is_measured_with_dropout_on(policy, monkeypatch) -> None:

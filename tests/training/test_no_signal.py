@@ -12,10 +12,10 @@ from rich.console import Console
 from runs.driver import run, same_end, timeless
 from test_skips import broken
 from test_update import groups, recipe
+from training.sections import make_minibatches, updater, with_advantages, with_reference
 
 from grpo.backend.ranks import Ranks
 from grpo.errors import RunError
-from grpo.objective.groups import with_advantages
 from grpo.recipe import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.runs.signals import Stopped
@@ -23,7 +23,6 @@ from grpo.scoring.scorer import Scorer
 from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.report import report
 from grpo.telemetry.runs import read_run
-from grpo.training.batches import make_minibatches, with_reference
 from grpo.training.update import Updater
 
 
@@ -60,7 +59,7 @@ OPTIMISERS = {
 def test_neither_momentum_nor_weight_decay_moves_a_weight(make_policy, optimizer: str) -> None:
     policy = make_policy().policy
     cfg = recipe(optim={"steps": 9, "learning_rate": 0.01, "optimizer": optimizer, **OPTIMISERS[optimizer]})
-    update = Updater(policy, cfg)
+    update = updater(policy, cfg)
     start = everything(update)
     assert update(minibatches(policy, cfg, uniform=()), 1).without_signal == 0
     before = everything(update)
@@ -87,9 +86,9 @@ def pull(logprobs, batch, cfg):
 )
 def test_what_has_a_gradient_without_advantages_is_a_signal(make_policy, loss: dict, custom) -> None:
     policy, cfg = make_policy().policy, recipe(loss=loss)
-    update = Updater(policy, cfg, custom)
+    update = updater(policy, cfg, custom)
     before = everything(update)
-    batches = [with_reference(part, policy, cfg.loss.beta, cfg) for part in minibatches(policy, cfg)]
+    batches = [with_reference(part, policy, cfg) for part in minibatches(policy, cfg)]
     assert update(batches, 1).without_signal == 0
     assert not same(before, everything(update))
 
@@ -99,12 +98,12 @@ def test_rows_that_went_through_the_model_for_nothing_are_no_signal(make_policy,
     policy, cfg = make_policy().policy, recipe(loss=loss)
     made = minibatches(policy, cfg)
     assert made[0]  # their rows were kept: they have a say in the denominators
-    assert Updater(policy, cfg)(made, 1).without_signal == 1
+    assert updater(policy, cfg)(made, 1).without_signal == 1
 
 
 def test_truncated_completions_alone_are_no_signal(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(loss={"mask_truncated_completions": True})
-    update = Updater(policy, cfg)
+    update = updater(policy, cfg)
     before = everything(update)
     assert update(minibatches(policy, cfg, uniform=(), truncated=True), 1).without_signal == 1
     assert same(before, everything(update))
@@ -114,7 +113,7 @@ def test_truncated_completions_alone_are_no_signal(make_policy) -> None:
 def test_a_step_counts_if_none_of_its_updates_had_a_signal(make_policy, uniform: tuple, silent: int) -> None:
     policy = make_policy().policy
     cfg = recipe(optim={"num_minibatches": 3, "num_iterations": 2}, rollout={"prompts_per_step": 3})
-    update, calls = Updater(policy, cfg), []
+    update, calls = updater(policy, cfg), []
     apply = update.optimizer.update
     update.optimizer.update = lambda *args: calls.append(apply(*args))
     assert update(minibatches(policy, cfg, uniform), 1).without_signal == 2 * silent
@@ -126,7 +125,7 @@ def test_a_gradient_too_small_for_its_norm_is_a_signal(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe()
     (batches,) = minibatches(policy, cfg, uniform=())
     tiny = [replace(batch, weights=batch.weights * 1e-25) for batch in batches]
-    measured = Updater(policy, cfg)([tiny], 1)
+    measured = updater(policy, cfg)([tiny], 1)
     assert (measured.grad_norm, measured.without_signal) == (0, 0)  # float32 squares underflow
 
 
@@ -138,7 +137,7 @@ def test_the_signal_of_another_process_is_everyones(make_policy) -> None:
             return tree_map(lambda array: array + 1e-3, tree)
 
     policy, cfg = make_policy().policy, recipe()
-    update = Updater(policy, cfg, ranks=Other())
+    update = updater(policy, cfg, ranks=Other())
     before = everything(update)
     assert update([[]], 1).without_signal == 0
     assert not same(before, everything(update))
@@ -146,7 +145,7 @@ def test_the_signal_of_another_process_is_everyones(make_policy) -> None:
 
 def test_steps_without_a_signal_do_not_hide_updates_that_are_not_finite(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 2})
-    update = Updater(policy, cfg)
+    update = updater(policy, cfg)
     (batches,) = minibatches(policy, cfg, uniform=())
     assert update([broken(batches)], 1).without_signal == 0
     assert update([[]], 2).without_signal == 1

@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.utils import load_model, load_tokenizer, quantize_model, save
 from test_update import groups, recipe
+from training.sections import make_batches, updater, with_advantages
 
 from grpo.backend import device
 from grpo.config import AdapterConfig, ModelConfig, OptimConfig
@@ -20,10 +21,7 @@ from grpo.errors import UserError
 from grpo.model.adapters import Adapters
 from grpo.model.load import load
 from grpo.model.policy import Policy
-from grpo.objective.groups import with_advantages
-from grpo.training.batches import make_batches
 from grpo.training.optimizer import CLASSES, Float32Optimizer, make_optimizer
-from grpo.training.update import Updater
 
 
 def one_weight(value: float, dtype: mx.Dtype) -> nn.Module:
@@ -165,7 +163,7 @@ def test_packed_weights_are_bit_identical_after_fifty_steps(
     cfg = recipe(optim={"learning_rate": 1e-2, "micro_batch_tokens": 999})
     before = {path: array + 0 for path, array in tree_flatten(model.parameters())}
     mx.eval(before)
-    update, batches = Updater(policy, cfg), make_batches(with_advantages(groups(policy), cfg), cfg)
+    update, batches = updater(policy, cfg), make_batches(with_advantages(groups(policy), cfg), cfg)
     for step in range(50):
         update([batches], step + 1)
     trained = set(policy.adapters.state())
@@ -179,5 +177,5 @@ def test_every_weight_moves_where_whole_weights_train(toy_folder) -> None:
     cfg = recipe(optim={"learning_rate": 1e-2})
     before = {path: array + 0 for path, array in tree_flatten(model.parameters())}
     mx.eval(before)
-    Updater(policy, cfg)([make_batches(with_advantages(groups(policy), cfg), cfg)], 1)
+    updater(policy, cfg)([make_batches(with_advantages(groups(policy), cfg), cfg)], 1)
     assert all(not mx.array_equal(array, before[path]) for path, array in tree_flatten(model.parameters()))

@@ -12,6 +12,7 @@ from conftest import make_model
 from mlx.utils import tree_flatten, tree_map
 from test_packing import row
 from test_update import recipe
+from training.sections import make_minibatches, updater
 
 from grpo.config import AdapterConfig, OptimConfig
 from grpo.generation.generator import Generator
@@ -26,10 +27,8 @@ from grpo.runs.signals import StopRequest
 from grpo.runs.state import RunState
 from grpo.scoring.scorer import Scorer
 from grpo.training import optimizer as optimizers
-from grpo.training.batches import make_minibatches
 from grpo.training.optimizer import CLASSES, Float32Optimizer, bytes_of_a_group, grouped, make_optimizer
 from grpo.training.trainer import Trainer
-from grpo.training.update import Updater
 from grpo.types import Group, Task
 
 WIDE = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 32, "vocab_size": 512, "num_hidden_layers": 12}
@@ -143,7 +142,7 @@ def test_an_update_of_whole_weights_takes_at_most_eighteen_bytes_a_parameter(mic
     )
     rows = [[row(4, 4, number) for _ in range(2)] for number in range(2)]
     groups = [Group(pair[0][0], tuple(rollout for _, rollout in pair)) for pair in rows]
-    update, minibatches = Updater(policy, cfg), make_minibatches(groups, cfg)
+    update, minibatches = updater(policy, cfg), make_minibatches(groups, cfg)
     assert len(minibatches[0]) == micro_batches
     update(minibatches, 1)
     resting()

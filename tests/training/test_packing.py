@@ -7,11 +7,11 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from test_update import real_rows
+from training.sections import make_batches, updater
 
 from grpo.backend import device
 from grpo.config import Recipe
 from grpo.training import packing
-from grpo.training.batches import make_batches
 from grpo.training.packing import Packing, Shape, pack, pack_in_order
 from grpo.training.update import Updater
 from grpo.types import Group, Rollout, Task, Trajectory
@@ -139,7 +139,7 @@ def test_two_hundred_compiled_steps_keep_few_traces_and_no_memory(as_on_a_gpu, m
         policy, cfg = make_policy().policy, step_recipe()
         loss = Updater._loss
         monkeypatch.setattr(Updater, "_loss", lambda self, arrays: traces.append(1) or loss(self, arrays))
-        update = Updater(policy, cfg)
+        update = updater(policy, cfg)
         for step in range(200):
             batches = make_batches(ragged(draw, longest=30), cfg)
             seen |= shapes_of(batches)
@@ -155,7 +155,7 @@ def test_two_hundred_compiled_steps_keep_few_traces_and_no_memory(as_on_a_gpu, m
 
 def test_memory_does_not_grow_over_ragged_steps(make_policy) -> None:
     policy, cfg, draw, resting = make_policy().policy, step_recipe(), random.Random(0), []
-    update = Updater(policy, cfg)
+    update = updater(policy, cfg)
     for step in range(12):
         update([make_batches(ragged(draw), cfg)], step + 1)
         resting.append(mx.get_active_memory())

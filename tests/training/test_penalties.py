@@ -6,19 +6,16 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from test_update import groups, recipe
+from training.sections import make_batches, with_advantages, with_penalties, with_reference
 
-from grpo.backend.ranks import Ranks
-from grpo.objective.groups import with_advantages, with_rewards
-from grpo.training.batches import make_batches, with_reference
-from grpo.training.penalties import with_penalties
-from grpo.types import Totals
+from grpo.objective.groups import with_rewards
 
 
 def test_the_penalty_in_the_reward(make_policy) -> None:
     policy = make_policy().policy
     cfg = recipe(loss={"beta": 0.5, "kl_in": "reward"}, advantage={"soft_overlong_cache": 4, "scale_rewards": "none"})
     plain = with_rewards(groups(policy), cfg.rewards)
-    penalised, told = with_penalties(plain, Totals.of(plain), policy, cfg, 0.5, Ranks())
+    penalised, told = with_penalties(plain, policy, cfg, 0.5)
     base, divergences, penalties, tokens = make_policy(trained=False).policy, 0.0, [], 0
     for group in penalised:
         for rollout in group.rollouts:
@@ -39,7 +36,7 @@ def test_the_penalty_in_the_reward(make_policy) -> None:
     net = [r.reward - r.penalty for r in penalised[0].rollouts]
     assert [r.advantage for r in scored[0].rollouts] == pytest.approx([x - sum(net) / 4 for x in net], abs=1e-5)
     (batch,) = make_batches(scored[:1], cfg)
-    assert with_reference([batch], policy, 0.5, cfg)[0].reference is None  # it is not in the loss as well
+    assert with_reference([batch], policy, cfg)[0].reference is None  # it is not in the loss as well
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
@@ -58,12 +55,12 @@ def test_the_loss_brings_baseline_and_scaling_of_its_advantages(make_policy, kin
 def test_without_penalties_groups_stay_as_they_are(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(loss={"beta": 0.5})
     plain = groups(policy)
-    assert with_penalties(plain, Totals.of(plain), policy, cfg, 0.5, Ranks()) == (plain, {})
+    assert with_penalties(plain, policy, cfg, 0.5) == (plain, {})
 
 
 def test_a_penalty_for_length_alone_tells_no_kl(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(advantage={"soft_overlong_cache": 4})
-    _, told = with_penalties(groups(policy), Totals(0, 0), policy, cfg, 0.0, Ranks())
+    _, told = with_penalties(groups(policy), policy, cfg, 0.0)
     lengths = [1 + (5 * i + g) % 8 for g in range(3) for i in range(4)]
     assert told == {"reward_penalty": pytest.approx(sum(max(0, n - 4) / 4 for n in lengths) / 12)}
 

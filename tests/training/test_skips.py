@@ -7,11 +7,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from test_update import groups, recipe
+from training.sections import make_batches, make_minibatches, updater, with_advantages, with_anchor
 
 from grpo.errors import RunError
-from grpo.objective.groups import with_advantages
-from grpo.training.batches import make_batches, make_minibatches, with_anchor
-from grpo.training.update import Updater
 
 
 def broken(batches):
@@ -22,7 +20,7 @@ def broken(batches):
 def test_what_is_not_finite_is_skipped_counted_and_kept_for_inspection(make_policy, tmp_path) -> None:
     policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 9})
     batches = make_batches(with_advantages(groups(policy), cfg), cfg)
-    before, update = policy.adapters.state(), Updater(policy, cfg)
+    before, update = policy.adapters.state(), updater(policy, cfg)
     update.inspect = tmp_path
     measured = update([broken(batches)], 3)
     assert (measured.skipped, measured.metrics) == (1, {})
@@ -44,7 +42,7 @@ def test_a_full_disk_does_not_end_a_run_over_a_skipped_update(
 ) -> None:
     policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 2})
     batches = make_batches(with_advantages(groups(policy), cfg), cfg)
-    update = Updater(policy, cfg)
+    update = updater(policy, cfg)
     update.inspect = tmp_path
 
     def full(*_args, **_kwargs):
@@ -60,7 +58,7 @@ def test_a_full_disk_does_not_end_a_run_over_a_skipped_update(
 def test_several_skipped_updates_in_a_row_stop_the_run(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(optim={"max_skipped_updates": 3})
     batches = make_batches(with_advantages(groups(policy), cfg), cfg)
-    update = Updater(policy, cfg)
+    update = updater(policy, cfg)
     for good in range(2):
         update([broken(batches)], 2 * good + 1)
         update([broken(batches)], 2 * good + 1)
@@ -77,7 +75,7 @@ def test_ratios_are_to_before_the_first_update_even_where_that_was_skipped(make_
     policy = make_policy().policy
     cfg = recipe(optim={"num_minibatches": 2, "num_iterations": 2, "micro_batch_tokens": 999, "learning_rate": 0.05})
     first, second = with_anchor(make_minibatches(with_advantages(groups(policy), cfg), cfg), policy, cfg)
-    update, seen = Updater(policy, cfg), []
+    update, seen = updater(policy, cfg), []
     gradient, before = update.gradient, policy.group_logprobs(*prompts_of(first[0]))[0]
 
     def noted(batches, dropout_key=None):

@@ -8,21 +8,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-
-from grpo.backend import device
-from grpo.config import Recipe
-from grpo.errors import RunError
-from grpo.objective.groups import with_advantages
-from grpo.training import packing
-from grpo.training.batches import (
-    batch_logprobs,
+from training.sections import (
     make_batches,
     make_minibatches,
+    updater,
+    with_advantages,
     with_anchor,
     with_reference,
     with_top_entropy,
 )
-from grpo.training.update import Updater
+
+from grpo.backend import device
+from grpo.config import Recipe
+from grpo.errors import RunError
+from grpo.training import packing
+from grpo.training.batches import batch_logprobs
 from grpo.types import Batch, Group, Rollout, Task, Trajectory
 
 
@@ -61,8 +61,8 @@ def gradient(policy, cfg: Recipe, uniform: bool = False, keep_all: bool = False)
             replace(g, rollouts=tuple(replace(r, advantage=r.advantage or 1e-30) for r in g.rollouts)) for g in scored
         ]
         scored = rolls
-    batches = with_reference(make_batches(scored, cfg), policy, cfg.loss.beta, cfg)
-    return Updater(policy, cfg).gradient(batches).arrays
+    batches = with_reference(make_batches(scored, cfg), policy, cfg)
+    return updater(policy, cfg).gradient(batches).arrays
 
 
 def real_rows(batch: Batch) -> int:
@@ -145,7 +145,7 @@ def test_the_gradient_is_that_of_the_definition(make_policy) -> None:
 
 def test_nothing_to_learn_from_gives_a_gradient_of_zeros(make_policy) -> None:
     policy = make_policy().policy
-    update = Updater(policy, recipe())
+    update = updater(policy, recipe())
     before = policy.adapters.state()
     assert update([[]], 1).grad_norm == 0
     assert all(mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
@@ -153,7 +153,7 @@ def test_nothing_to_learn_from_gives_a_gradient_of_zeros(make_policy) -> None:
 
 def stepped(policy, cfg: Recipe):
     scored = with_advantages(groups(policy), cfg)
-    return Updater(policy, cfg)(make_minibatches(scored, cfg), 1)
+    return updater(policy, cfg)(make_minibatches(scored, cfg), 1)
 
 
 def test_the_ratio_is_one_at_the_first_update_and_moves_at_the_second(make_policy) -> None:
@@ -199,7 +199,7 @@ def test_the_reference_is_the_base_model(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(loss={"beta": 0.5})
     base = make_policy(trained=False).policy
     scored = with_advantages(groups(policy), cfg)
-    for batch in with_reference(make_batches(scored, cfg), policy, 0.5, cfg):
+    for batch in with_reference(make_batches(scored, cfg), policy, cfg):
         expected, _ = batch_logprobs(base, batch)
         now, _ = batch_logprobs(policy, batch)
         assert mx.allclose(batch.reference, expected, atol=1e-5)
@@ -222,7 +222,7 @@ class Recorder:
 def test_the_optimiser_gets_the_clipped_gradient_at_the_scheduled_rate(make_policy) -> None:
     policy = make_policy().policy
     cfg = recipe(optim={"steps": 4, "warmup_steps": 2, "learning_rate": 0.5, "max_grad_norm": 0.01})
-    update = Updater(policy, cfg)
+    update = updater(policy, cfg)
     update.optimizer = Recorder()
     minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
     for step in (1, 2):
@@ -250,7 +250,7 @@ def test_several_minibatches_are_updates_of_their_own_with_ratios_to_before_the_
     for batch in ready[1] + ready[2]:
         now, _ = batch_logprobs(policy, batch)
         assert mx.allclose(batch.anchor, now, atol=1e-6)
-    assert Updater(policy, cfg)(ready, 1).metrics["clip_ratio/region_mean"] > 0  # the later ones are off policy
+    assert updater(policy, cfg)(ready, 1).metrics["clip_ratio/region_mean"] > 0  # the later ones are off policy
 
 
 def test_overlong_filtering_leaves_rows_out_of_numerator_and_denominator(make_policy) -> None:
@@ -276,7 +276,7 @@ def test_top_entropy_keeps_the_fraction_of_the_step_whatever_the_split(make_poli
         kept, there = (sum((batch.weights > 0).sum().item() for batch in part) for part in (cut, batches))
         assert kept == math.ceil(0.3 * there)
         assert sum(batch.weights.sum().item() for batch in cut) == pytest.approx(1, abs=1e-6)
-        found.append(Updater(policy, cfg).gradient(cut).arrays)
+        found.append(updater(policy, cfg).gradient(cut).arrays)
     assert max(mx.abs(found[0][path] - found[2][path]).max().item() for path in found[0]) < 1e-6
 
 
@@ -313,12 +313,12 @@ def test_a_loss_of_ones_own(make_policy) -> None:
         assert batch.anchor.shape == batch.advantages.shape == logprobs.shape
         return -mx.exp(mx.stop_gradient(logprobs) - batch.anchor) * batch.advantages * logprobs
 
-    same = Updater(policy, recipe(loss={"type": "rloo"}, optim={"steps": 1, "micro_batch_tokens": 999})).gradient(
+    same = updater(policy, recipe(loss={"type": "rloo"}, optim={"steps": 1, "micro_batch_tokens": 999})).gradient(
         [batch]
     )
-    own = Updater(policy, cfg, mine).gradient([batch])
+    own = updater(policy, cfg, mine).gradient([batch])
     assert own.loss == pytest.approx(same.loss)
-    assert own.loss != pytest.approx(Updater(policy, cfg).gradient([batch]).loss)
+    assert own.loss != pytest.approx(updater(policy, cfg).gradient([batch]).loss)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_a_loss_of_ones_own_that_will_not_do(make_policy, mine, said: str) -> No
     policy, cfg = make_policy().policy, recipe()
     minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
     with pytest.raises(RunError, match=said):
-        Updater(policy, cfg, mine)(minibatches, 1)
+        updater(policy, cfg, mine)(minibatches, 1)
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
@@ -345,11 +345,11 @@ def test_dppos_ratio_is_to_the_sampler_and_the_sampler_is_measured(make_policy, 
         [replace(batch, behaviour=batch.behaviour - 0.25) for batch in batches]
         for batches in make_minibatches(with_advantages(groups(policy), cfg), cfg)
     ]
-    measured = Updater(policy, cfg)(off, 1)
+    measured = updater(policy, cfg)(off, 1)
     assert measured.metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.25, abs=1e-4)
     reinforce = recipe(loss={"type": "reinforce++"})
-    plain = Updater(policy, reinforce).gradient(off[0]).arrays
-    weighed = Updater(policy, cfg).gradient(off[0]).arrays
+    plain = updater(policy, reinforce).gradient(off[0]).arrays
+    weighed = updater(policy, cfg).gradient(off[0]).arrays
     assert max(mx.abs(weighed[path] - math.exp(0.25) * plain[path]).max().item() for path in plain) < 1e-5
 
 
@@ -361,19 +361,19 @@ def test_a_step_of_truncated_completions_alone_measures_nothing_infinite(make_po
         )
         for g in with_advantages(groups(policy), cfg)
     ]
-    update = Updater(policy, cfg)(make_minibatches(cut, cfg), 1)
+    update = updater(policy, cfg)(make_minibatches(cut, cfg), 1)
     assert (update.grad_norm, update.metrics) == (0, {})
 
 
 def test_the_reference_has_no_kl_at_first(make_policy) -> None:
     policy, cfg = make_policy(trained=False).policy, recipe(loss={"beta": 0.5})
     scored = with_advantages(groups(policy), cfg)
-    batches = with_reference(make_batches(scored, cfg), policy, cfg.loss.beta, cfg)
-    assert Updater(policy, cfg).gradient(batches).metrics["kl"] == 0
+    batches = with_reference(make_batches(scored, cfg), policy, cfg)
+    assert updater(policy, cfg).gradient(batches).metrics["kl"] == 0
 
 
 def test_without_beta_no_reference_is_computed(make_policy, monkeypatch) -> None:
     policy, cfg = make_policy().policy, recipe()
     batches = make_batches(with_advantages(groups(policy), cfg), cfg)
     monkeypatch.setattr(policy, "use", None)  # calling it would fail
-    assert all(batch.reference is None for batch in with_reference(batches, policy, 0.0, cfg))
+    assert all(batch.reference is None for batch in with_reference(batches, policy, cfg))

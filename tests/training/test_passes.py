@@ -50,7 +50,7 @@ def test_a_pass_from_outside_is_a_function_and_a_row_of_the_table(recipe, monkey
         return [[replace(batch, weights=batch.weights / 2) for batch in batches] for batches in minibatches]
 
     def grad_norm(*overrides: str) -> float:
-        trainer = prepare(load_recipe(recipe, ["optim.num_minibatches=2", *overrides])).trainer
+        trainer = prepare(load_recipe(recipe, ["optim.num_minibatches=2", "loss.beta=0.01", *overrides])).trainer
         norm = trainer.step(1).values["grad_norm"]
         trainer.scorer.close()
         return norm

@@ -17,7 +17,7 @@ from grpo.generation.engine import Engine
 from grpo.generation.rows import Row, Submission
 from grpo.generation.sampling import Sampling
 from grpo.generation.stopping import Stopping
-from grpo.types import FinishReason, Progress, Trajectory
+from grpo.types import BEHAVIOUR, SAMPLER, FinishReason, Progress, Trajectory
 
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
@@ -95,7 +95,7 @@ class Generator:
                 self.progress(phase, *_tokens(groups))
         if self.progress is not None:
             self.progress(phase, *_tokens(groups))
-        return [[_completion(row) for row in rows] for rows in groups]
+        return [[trajectory_of(row) for row in rows] for rows in groups]
 
     def stream(self, request: Request, sampling: Sampling, key: mx.array) -> Iterator[Event]:
         """The first completion of a request, token by token as they come.
@@ -159,12 +159,11 @@ def _tokens(groups: Sequence[Sequence[Row]]) -> tuple[int, int]:
     return done, done + sum(row.longest - len(row.token_ids) for row in rows if row.finish_reason is None)
 
 
-def _completion(row: Row) -> Trajectory:
+def trajectory_of(row: Row) -> Trajectory:
+    """What a row that has ended made: tokens that `extend` put into it are not trained."""
     assert row.finish_reason is not None
-    return Trajectory.sampled(
-        token_ids=tuple(row.token_ids),
-        behaviour=tuple(row.logprobs) if row.wants_logprobs else None,
-        text=row.stopping.text(row.token_ids),
-        finish_reason=row.finish_reason,
-        sampler=tuple(row.sampler_logprobs) if row.sampler_logprobs else None,
-    )
+    columns = {BEHAVIOUR: tuple(row.logprobs)} if row.wants_logprobs else {}
+    if row.wants_sampler_logprobs:
+        columns[SAMPLER] = tuple(row.sampler_logprobs)
+    text = row.stopping.text(row.token_ids)
+    return Trajectory(tuple(row.token_ids), tuple(row.trained), columns, text, row.finish_reason)

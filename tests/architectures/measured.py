@@ -117,7 +117,7 @@ class Measured:
             for done in group:
                 ids = mx.array([done.token_ids])
                 forced, _ = self.policy.logprobs(mx.array([[*prompt, *done.token_ids]]), mx.array([len(prompt)]), ids)
-                gaps.append(mx.abs(forced[0] - mx.array(done.logprobs)).max())
+                gaps.append(mx.abs(forced[0] - mx.array(done.behaviour)).max())
         return worst(gaps)
 
     @cached_property

@@ -74,7 +74,7 @@ def test_the_order_of_steps_changes_nothing(generator, seed: int) -> None:
     for others in flat[1:]:
         for here, there in zip(flat[0], others, strict=True):
             assert here.token_ids == there.token_ids
-            assert here.logprobs == pytest.approx(there.logprobs, abs=1e-4)
+            assert here.behaviour == pytest.approx(there.behaviour, abs=1e-4)
 
 
 def test_overlapping_steps_are_launched_before_the_last_is_read(generator, monkeypatch) -> None:

@@ -187,5 +187,5 @@ def test_decoding_drops_nothing(zoo, toy) -> None:
         adapters.load_state(shaken(adapters.state()))
         generator = Generator(model, toy[1], slots=2)
         (row,) = generator.generate([Request((1, 2, 3), 2)], Sampling(1.0, 6), mx.random.key(1))
-        said.append([(one.token_ids, one.logprobs) for one in row])
+        said.append([(one.token_ids, one.behaviour) for one in row])
     assert said[0] == said[1]

@@ -19,6 +19,7 @@ from grpo.benchmark.protocol import Row, Side, Values, alternate
 from grpo.benchmark.rollout import requests_of, untold
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.train import step_trainer
+from grpo.config.log import CompletionsConfig
 from grpo.generation.run import Run, _Step
 from grpo.generation.sampling import Sampler, Sampling
 from grpo.recipe import dump_recipe
@@ -93,7 +94,7 @@ def _written(folder: Path, trainer: Any, metrics: StepMetrics) -> dict[str, floa
         tell = open_loggers(stack, trainer.cfg, folder, Console(file=log), "bench")
         start = time.perf_counter()
         tell(metrics)
-        store_completions(folder, metrics.step, metrics.groups, trainer.cfg)
+        store_completions(folder, metrics.step, metrics.groups, CompletionsConfig(), 0, len(metrics.groups))
         logged = time.perf_counter()
         save_checkpoint(folder, RunState("bench", trainer.state(), metrics.step), context, keep=1)
         return {"checkpoint": time.perf_counter() - logged, "logging": logged - start}

@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, cast
 
 import mlx.core as mx
 
@@ -41,7 +40,7 @@ def step_trainer(setting: Setting, ranks: Ranks | None = None) -> Trainer:
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     tasks = [group.task for group in synthetic(setting, policy.model)]
     scorer = Scorer({"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]})
-    return Trainer(cfg, policy, cast("Any", Prompts(tasks)), engine, scorer, ranks=ranks)
+    return Trainer(cfg, policy, Prompts(tasks), engine, scorer, ranks=ranks)
 
 
 def step_side(setting: Setting) -> Side:

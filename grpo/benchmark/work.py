@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -66,9 +66,7 @@ def _drawn(*position: int) -> float:
 
 
 class Prompts:
-    """In the place of a dataset: the same prompts at every step."""
-
-    dropped = 0
+    """A `Source` with the same prompts at every step."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._tasks = list(tasks)
@@ -76,5 +74,14 @@ class Prompts:
     def take(self, n: int) -> list[Task]:
         return self._tasks[:n]
 
+    def observe(self, groups: Sequence[Group]) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {"dropped_prompts": 0.0}
+
     def state(self) -> dict[str, int]:
         return {}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        pass

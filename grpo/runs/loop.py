@@ -155,8 +155,11 @@ class Loop:
 
     def _store(self, metrics: StepMetrics) -> None:
         """Keep the step's completions, if there is room for them."""
+        cfg, folder = self.cfg, self.folder / COMPLETIONS
         try:
-            store_completions(self.folder / COMPLETIONS, metrics.step, metrics.groups, self.cfg)
+            store_completions(
+                folder, metrics.step, metrics.groups, cfg.log.completions, cfg.seed, cfg.rollout.prompts_per_step
+            )
         except OSError as error:
             why = error.strerror or error
             log.warning("the completions of step %d could not be stored: %s", metrics.step, why)

@@ -11,9 +11,9 @@ from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import DataConfig, Recipe
 from grpo.data.lengths import Lengths, measure_lengths
+from grpo.data.loading import is_local, load_rows
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows, rows_with_null
-from grpo.data.source import is_local, load_rows
 from grpo.data.stream import TaskStream, first_tasks
 from grpo.errors import UserError
 from grpo.evaluation.evaluator import Evaluator
@@ -72,7 +72,7 @@ def prepare(cfg: Recipe) -> Prepared:
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     _check_stop_ids(cfg, vocabulary := generator.decoding.vocabulary)
-    renderer, *eval_renderers = [PromptRenderer(source, tokenizer, vocabulary) for source in sources]
+    renderer, *eval_renderers = [PromptRenderer(data, tokenizer, vocabulary, name) for name, data in named.items()]
     tasks = first_tasks(tables[0], renderer, PEEK)
     scorer.check(tasks[0].columns)
     evaluator = None

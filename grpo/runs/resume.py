@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from grpo.config import Recipe
 from grpo.data.fingerprint import fingerprint
+from grpo.data.loading import is_local, load_rows
 from grpo.data.rows import Rows
-from grpo.data.source import is_local, load_rows
 from grpo.errors import UserError
 from grpo.runs.checkpoint import (
     Context,

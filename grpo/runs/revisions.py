@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grpo.backend.hub import Repository, cached_commit
 from grpo.config import DataConfig, ModelConfig, Recipe
-from grpo.data.source import is_local as is_local_data
+from grpo.data.loading import is_local as is_local_data
 from grpo.model.load import is_local as is_local_model
 from grpo.runs.checkpoint import newest_whole, read_state
 from grpo.runs.folder import CHECKPOINTS

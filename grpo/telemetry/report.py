@@ -178,13 +178,13 @@ def _of_step(step: int, groups: Sequence[Group]) -> str:
 
 
 def _changed(steps: Sequence[tuple[int, list[Group]]]) -> str:
-    """The prompts whose mean reward changed most between two of the steps."""
-    seen: dict[str, list[tuple[float, int, Group]]] = {}
+    """The tasks whose mean reward changed most between two of the steps."""
+    seen: dict[tuple[str, int], list[tuple[float, int, Group]]] = {}
     for step, groups in steps:
         for group in groups:
             rewards = [rollout.reward for rollout in group.rollouts if rollout.reward is not None]
             if rewards:
-                seen.setdefault(last_text(group.task.prompt), []).append((fmean(rewards), step, group))
+                seen.setdefault(group.task.identity, []).append((fmean(rewards), step, group))
     changes = sorted(
         ((times[-1][0] - times[0][0], times) for times in seen.values() if len(times) > 1), key=lambda one: -abs(one[0])
     )

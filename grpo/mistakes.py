@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from grpo.config import Recipe
 from grpo.config.optim import OPTIMIZER_ARGS
 from grpo.document import Keys
-from grpo.trl import Answer, answer
+from grpo.trl import Translation, answer
 
 MOST_SAID = 20
 """Mistakes that are explained at once; of more there is a count."""
@@ -201,7 +201,7 @@ def _is_optimizers(path: Keys) -> bool:
     return path[-1] in OPTIMIZER_ARGS and path[:-1] in ((), ("optim",))
 
 
-def _answer(path: Keys) -> tuple[str, Answer] | None:
+def _answer(path: Keys) -> tuple[str, Translation] | None:
     """The name of TRL's or PEFT's that an unknown key is, and its answer. In `adapter`, `alpha` is PEFT's
     `lora_alpha`."""
     name = str(path[-1])

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from grpo.backend.random import derive_key
 from grpo.benchmark.models import model_for
-from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.rollout import requests_of, untold
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.train import step_trainer
@@ -40,7 +40,7 @@ DECODING = {
 Method = tuple[type, str]
 
 
-def breakdown(setting: Setting) -> Iterator[Row]:
+def breakdown(setting: Setting) -> Iterator[Measurement]:
     """Milliseconds and shares of a decoding step, and of a GRPO step with its checkpoint and its logging.
 
     Of a decoding step: building the forward pass's graph, building the sampler's, handing both over for evaluation, and

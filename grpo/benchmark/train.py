@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from grpo.backend.ranks import Ranks
 from grpo.benchmark.models import base_model, write_model
-from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.rollout import untold
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.work import Prompts, policy_of, recipe, synthetic
@@ -60,7 +60,7 @@ def step_side(setting: Setting) -> Side:
     return Side("grpo", run)
 
 
-def compare_steps(setting: Setting, peer_python: Path | None, blas: bool) -> list[Row]:
+def compare_steps(setting: Setting, peer_python: Path | None, blas: bool) -> list[Measurement]:
     """A whole step, this trainer's and, with `peer_python`, mlx-lm-lora's: the same weights, prompts and lengths.
 
     `peer_python` is the Python of an environment in which mlx-lm-lora is installed. With `blas` the peer gets the BLAS

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.benchmark.models import base_model
-from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.work import policy_of, recipe, synthetic
 from grpo.config import Recipe
@@ -51,7 +51,7 @@ def variant_names(text: str) -> list[str]:
     return names or list(VARIANTS)
 
 
-def compare_updates(setting: Setting, names: Sequence[str], seconds: float) -> list[Row]:
+def compare_updates(setting: Setting, names: Sequence[str], seconds: float) -> list[Measurement]:
     """Variants of one update of one model, in turns; none but the first is warmed up after so many `seconds`.
 
     Before that the shared way's gradient is held against the plain way's. Says which variants are left out.

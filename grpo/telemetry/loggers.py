@@ -17,6 +17,7 @@ from grpo.backend.hub import one_line
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.plugins import Function, find_function
+from grpo.runs.loop import Log
 from grpo.runs.state import RunState
 from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
@@ -24,8 +25,6 @@ from grpo.telemetry.progress import NowFile
 from grpo.telemetry.tensorboard import TensorboardLogger
 from grpo.telemetry.weights_and_biases import WandbLogger
 from grpo.types import EvalMetrics, Progress, StepMetrics
-
-Log = Callable[[StepMetrics | EvalMetrics], None]
 
 warn = logging.getLogger(__name__).warning
 

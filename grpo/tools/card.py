@@ -12,7 +12,7 @@ import yaml
 from grpo.builtin import models as builtin_models
 from grpo.config import DataConfig, Recipe
 from grpo.config.data import origins
-from grpo.data.source import is_local
+from grpo.data.loading import is_local
 from grpo.document import Dumper
 from grpo.model.load import looks_like_path, model_folder
 from grpo.runs.checkpoint import read_state

@@ -14,7 +14,7 @@ from grpo.evaluation.evaluator import interval
 from grpo.runs.checkpoint import load_checkpoint, newest_whole
 from grpo.runs.health import made_worse, trained_on_nothing, warnings_of_first
 from grpo.runs.state import Best, RunState
-from grpo.telemetry.runs import read_run
+from grpo.telemetry.recorded import read_run
 from grpo.training.state import TrainerState
 from grpo.types import EvalMetrics, StepMetrics
 

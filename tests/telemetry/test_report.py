@@ -11,7 +11,7 @@ import pytest
 
 from grpo.telemetry import report
 from grpo.telemetry.plots import curves
-from grpo.telemetry.runs import read_run
+from grpo.telemetry.recorded import read_run
 from grpo.types import Completion, Group, Rollout, Task
 
 SECTIONS = ["setup", "reward", "kl", "length", "entropy", "clip", "evaluation", "time", "memory", "failures"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "grpo"
 
-WAITING = {"Arrays", "Memory", "Row"}
+WAITING = {"Arrays", "Memory", "Prompt", "Row"}
 """Names that still mean two things, in rooms that are being written anew."""
 SHARED = {"app", "log", "warn"}
 """What a module calls its own, everywhere the same: its commands, its logger."""

@@ -36,7 +36,7 @@ def head_costs(setting: Setting, dtype: str) -> list[Measurement]:
     optim = {"micro_batch_tokens": 16384, "gradient_checkpointing": True}
     cfg, sides = recipe(setting, optim), []
     for name, wide in HEADS.items():
-        policy = policy_of(_model(setting, dtype, wide, adapter=False), cfg)
+        policy = policy_of(_model(setting, dtype, wide, adapter=False), cfg.optim)
         sides.append(update_side(name, policy, cfg, setting))
     return [*rows, *alternate(f"update, {setting}", sides, setting.runs)]
 

@@ -104,7 +104,7 @@ def _decoding(setting: Setting, rates: Rates) -> Side:
 def _update(setting: Setting, rates: Rates) -> Side:
     """One update with activations kept, so that nothing is computed twice but the head's logits."""
     cfg = recipe(setting, {"micro_batch_tokens": 8192, "gradient_checkpointing": False})
-    policy = policy_of(base_model(setting), cfg)
+    policy = policy_of(base_model(setting), cfg.optim)
     update = update_side("update", policy, cfg, setting)
     sizes = setting.prompts, setting.prompt_length, setting.completions, setting.completion_length
     work = costs_of(policy.model).update(*sizes)

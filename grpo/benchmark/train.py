@@ -21,6 +21,8 @@ from grpo.errors import RunError, UserError
 from grpo.model.load import model_folder
 from grpo.model.widehead import widen_head
 from grpo.planning.plan import make_plan
+from grpo.planning.workload import Workload
+from grpo.recipe import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.trainer import Trainer
@@ -33,9 +35,11 @@ def step_trainer(setting: Setting, ranks: Ranks | None = None) -> Trainer:
     cfg = recipe(setting, {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"})
     model = base_model(setting)
     widen_head(model)  # as a run does, unless it is float32
-    policy = policy_of(model, cfg)
+    policy = policy_of(model, cfg.optim)
     generator = untold(policy.model, setting.rows)
-    plan, cfg = make_plan(cfg, policy, generator.decoding, (setting.prompt_length,) * 2)
+    workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, setting.prompt_length, setting.prompt_length)
+    plan, optim = make_plan(workload, policy, generator.decoding)
+    cfg = with_settings(cfg, {"optim": optim})
     generator.slots = plan.slots
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     tasks = [group.task for group in synthetic(setting, policy.model)]

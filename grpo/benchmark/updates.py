@@ -58,7 +58,7 @@ def compare_updates(setting: Setting, names: Sequence[str], seconds: float) -> l
     """
     print(parity(setting), flush=True)
     model = base_model(setting)
-    adapters = policy_of(model, recipe(setting, {})).adapters
+    adapters = policy_of(model, recipe(setting, {}).optim).adapters
     rows = alternate(f"update, {setting}", _sides(setting, names, model, adapters), setting.runs, seconds)
     if left := [name for name in names if name not in {row.side for row in rows}]:
         print(f"left out after {seconds / 60:g} min: {'; '.join(left)} (--minutes)", flush=True)
@@ -92,7 +92,7 @@ def update_side(name: str, policy: Policy, cfg: Recipe, setting: Setting) -> Sid
 def shapes(groups: Sequence[Group], cfg: Recipe) -> list[Shape]:
     """The shapes of an update's micro-batches."""
     rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
-    return [shape for _, shape in pack(rows, Packing.of(cfg))]
+    return [shape for _, shape in pack(rows, Packing.of(cfg.rollout, cfg.optim))]
 
 
 def parity(setting: Setting) -> str:
@@ -109,7 +109,7 @@ def parity(setting: Setting) -> str:
     found = []
     for sharing, checkpointing in ((False, False), (True, False), (True, True)):
         cfg = recipe(setting, {"share_prompts": sharing, "gradient_checkpointing": checkpointing, "compile": False})
-        policy = policy_of(base_model(setting), cfg)
+        policy = policy_of(base_model(setting), cfg.optim)
         groups = with_advantages(synthetic(setting, policy.model), cfg)
         adapters = policy.adapters
         drawn = {path: mx.random.normal(a.shape, key=mx.random.key(5)) * 0.01 for path, a in adapters.state().items()}

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from grpo.backend.random import derive_key, derive_seed
 from grpo.benchmark.models import vocabulary_of
 from grpo.benchmark.setting import Setting
-from grpo.config import AdapterConfig, Recipe
+from grpo.config import AdapterConfig, OptimConfig, Recipe
 from grpo.errors import UserError
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
@@ -40,10 +40,9 @@ def recipe(setting: Setting, optim: dict[str, Any]) -> Recipe:
     )
 
 
-def policy_of(model: nn.Module, cfg: Recipe) -> Policy:
+def policy_of(model: nn.Module, optim: OptimConfig) -> Policy:
     """A policy over a model without an adapter, which gets a fresh one."""
     adapters = Adapters(model, AdapterConfig(), mx.random.key(0))
-    optim = cfg.optim
     return Policy(model, adapters, 1.0, optim.share_prompts, optim.gradient_checkpointing is True)
 
 

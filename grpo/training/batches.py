@@ -41,7 +41,7 @@ def make_batches(groups: Sequence[Group], cfg: Recipe, parts: int = 1) -> MiniBa
     learning = [i for i, (_, rollout) in enumerate(rows) if learns(rollout, cfg)]
     if not learning:
         return []
-    packed = pack([rows[i] for i in learning], Packing.of(cfg, parts))
+    packed = pack([rows[i] for i in learning], Packing.of(cfg.rollout, cfg.optim, parts))
     taken = [([learning[position] for position in part], shape) for part, shape in packed]
     batches = [collate([rows[i] for i in p], mask[mx.array(p)], weights[mx.array(p)], shape) for p, shape in taken]
     return _with_local_weights(batches, cfg) if _local(cfg) else batches
@@ -111,7 +111,7 @@ def row_batches(rows: Sequence[Row], cfg: Recipe) -> Iterator[Batch]:
 
     Rows of padding may follow those of a micro-batch; their mask is 0.
     """
-    for positions, shape in pack_in_order(rows, Packing.of(cfg)):
+    for positions, shape in pack_in_order(rows, Packing.of(cfg.rollout, cfg.optim)):
         part = [rows[i] for i in positions]
         mask = _mask_of([len(rollout.completion.token_ids) for _, rollout in part])
         yield collate(part, mask, mask, shape)

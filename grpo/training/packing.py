@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from grpo.backend.device import on_gpu
-from grpo.config import Recipe
+from grpo.config import OptimConfig, RolloutConfig
 from grpo.types import Rollout, Task
 
 Row = tuple[Task, Rollout]
@@ -47,19 +47,19 @@ class Packing:
     shares: bool = True
 
     @classmethod
-    def of(cls, cfg: Recipe, parts: int = 1, gpu: bool | None = None) -> Packing:
-        """The packing of a recipe whose `micro_batch_tokens` has been decided, into at least `parts` micro-batches.
+    def of(cls, rollout: RolloutConfig, optim: OptimConfig, parts: int = 1, gpu: bool | None = None) -> Packing:
+        """The packing of a run whose `micro_batch_tokens` has been decided, into at least `parts` micro-batches.
 
         `gpu`: whether it is for one; None: whether this machine computes on one.
         """
-        assert cfg.optim.micro_batch_tokens != "auto", "the plan decides this before a batch is made"
-        rows = cfg.rollout.prompts_per_step * cfg.rollout.num_generations // cfg.optim.num_minibatches
+        assert optim.micro_batch_tokens != "auto", "the plan decides this before a batch is made"
+        rows = rollout.prompts_per_step * rollout.num_generations // optim.num_minibatches
         return cls(
-            cfg.optim.micro_batch_tokens,
+            optim.micro_batch_tokens,
             -(-rows // parts),
-            cfg.rollout.num_generations,
+            rollout.num_generations,
             GPU_MULTIPLE if (on_gpu() if gpu is None else gpu) else 1,
-            cfg.optim.share_prompts,
+            optim.share_prompts,
         )
 
     def shape(self, prompts: int, rows: int, prompt_length: int, length: int) -> Shape | None:

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from grpo.config import Recipe
 from grpo.config.optim import OPTIMIZER_ARGS
 from grpo.document import Keys
-from grpo.trl import Answer, answer
+from grpo.trl import Translation, answer
 
 MOST_SAID = 20
 """Mistakes that are explained at once; of more there is a count."""
@@ -26,12 +26,17 @@ LONGEST_SHOWN = 200
 """Characters of a value or a key that a message repeats."""
 
 
-def explanations(error: ValidationError, data: Any, locate: Callable[[Keys], str]) -> list[str]:
+def explanations(error: ValidationError, data: Any, locate: Callable[[Keys], str], within: Keys = ()) -> list[str]:
     """A line for each mistake in `data`; `locate` says where a path of keys was written.
 
-    That a key is missing is not said where it was misspelt.
+    `data` is a recipe, or its section at `within`. That a key is missing is not said where it was misspelt.
     """
-    details = _one_per_place(error.errors(), data)
+    errors = error.errors()
+    for key in reversed(within):
+        data = {key: data}
+    for detail in errors:
+        detail["loc"] = (*within, *detail["loc"])
+    details = _one_per_place(errors, data)
     unknown = [keys for keys, detail in details.items() if detail["type"] == "extra_forbidden"]
     misspelt = {_meant(keys) for keys in unknown[:MOST_SAID]}
     said = [
@@ -201,7 +206,7 @@ def _is_optimizers(path: Keys) -> bool:
     return path[-1] in OPTIMIZER_ARGS and path[:-1] in ((), ("optim",))
 
 
-def _answer(path: Keys) -> tuple[str, Answer] | None:
+def _answer(path: Keys) -> tuple[str, Translation] | None:
     """The name of TRL's or PEFT's that an unknown key is, and its answer. In `adapter`, `alpha` is PEFT's
     `lora_alpha`."""
     name = str(path[-1])
@@ -244,6 +249,12 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterable[str]:
         yield prefix + name
         if inner := section_of(field.annotation):
             yield from _all_keys(inner, f"{prefix}{name}.")
+
+
+def keys_of(section: type[BaseModel]) -> Keys:
+    """Where a recipe has this section; no keys for the recipe itself."""
+    found = (name for name, field in Recipe.model_fields.items() if section_of(field.annotation) is section)
+    return tuple(name for name in [next(found, None)] if name is not None)
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

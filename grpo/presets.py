@@ -36,7 +36,7 @@ Surrogate = Literal["clip", "cispo", "sapo", "vespo", "gmpo", "dppo", "reinforce
 Normalize = Literal["sequence", "sequence_sum", "token", "constant", "micro_batch"]
 Scale = Literal["group", "batch", "none"]
 Baseline = Literal["group", "leave_one_out", "batch", "gdpo", "maxrl"]
-Name = Literal[
+PresetName = Literal[
     "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "luspo", "vespo", "gmpo", "dppo",
     "reinforce++", "rloo",
 ]  # fmt: skip
@@ -56,7 +56,7 @@ class Preset:
     epsilon_high: float = 0.2
 
 
-PRESETS: dict[Name, Preset] = {
+PRESETS: dict[PresetName, Preset] = {
     "grpo": Preset("DeepSeekMath, arXiv 2402.03300; DeepSeek-R1: beta 0.001, 16 completions a prompt"),
     "bnpo": Preset("arXiv 2506.02864, in the form of TRL: averages over the tokens that go through together",
                    normalize="micro_batch"),

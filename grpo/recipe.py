@@ -8,20 +8,23 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from grpo.config import DataConfig, EvalConfig, Recipe
 from grpo.config.data import is_pattern
+from grpo.config.section import Section
 from grpo.document import Document, Dumper, read_document
 from grpo.errors import UserError
-from grpo.mistakes import explanations
+from grpo.mistakes import explanations, keys_of
 from grpo.overrides import override
+
+S = TypeVar("S", bound=Section)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -47,6 +50,31 @@ def _checked(document: Document, overrides: Sequence[str]) -> Recipe:
         return Recipe.model_validate_json(json.dumps(document.data))
     except ValidationError as error:
         raise UserError("\n".join(explanations(error, document.data, document.locate))) from None
+
+
+def with_settings(section: S, settings: Mapping[str, Any], what: str = "a recipe that was changed in code") -> S:
+    """A recipe, or one of its sections, with other values: `{"optim.steps": 5}` of a recipe, `{"steps": 5}` of `optim`.
+
+    Values are what the schema holds, a whole section too. The result is checked like a recipe from a file, also for
+    what its settings must agree on; `model_copy(update=...)` checks nothing. Raises UserError, which names each key
+    and says that the mistake is in `what`.
+    """
+    own: dict[str, Any] = dict(section)
+    below: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            below.setdefault(first, {})[rest] = value
+        else:
+            own[first] = value
+    for name, values in below.items():
+        there = own.get(name)
+        own[name] = with_settings(there, values, what) if isinstance(there, Section) else values
+    try:
+        return type(section).model_validate(own)
+    except ValidationError as error:
+        lines = explanations(error, own, lambda _: what, keys_of(type(section)))
+        raise UserError("\n".join(lines)) from None
 
 
 def _matches(pattern: Path) -> bool:
@@ -85,21 +113,19 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         found = tuple(map(beside, source)) if isinstance(source, tuple) else source and beside(source)
         return {"source": found, "use": section.use and function_path(section.use)}
 
-    rewards = tuple(reward.model_copy(update={"use": function_path(reward.use)}) for reward in recipe.rewards)
-    update: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "output_dir": recipe.output_dir or f"runs/{path.stem}{_trial()}",
-        "model": recipe.model.model_copy(update={"name": beside(recipe.model.name)}),
-        "data": recipe.data.model_copy(update=located(recipe.data)),
-        "rewards": rewards,
-        "log": recipe.log.model_copy(update={"use": tuple(function_path(use) for use in recipe.log.use)}),
+        "model.name": beside(recipe.model.name),
+        "data": with_settings(recipe.data, located(recipe.data), str(path)),
+        "rewards": tuple(
+            with_settings(reward, {"use": function_path(reward.use)}, str(path)) for reward in recipe.rewards
+        ),
+        "log.use": tuple(function_path(use) for use in recipe.log.use),
+        "adapter.path": recipe.adapter.path and beside(recipe.adapter.path),
+        "loss.use": recipe.loss.use and function_path(recipe.loss.use),
+        "eval": recipe.eval and with_settings(recipe.eval, located(recipe.eval), str(path)),
     }
-    if recipe.adapter.path is not None:
-        update["adapter"] = recipe.adapter.model_copy(update={"path": beside(recipe.adapter.path)})
-    if recipe.loss.use is not None:
-        update["loss"] = recipe.loss.model_copy(update={"use": function_path(recipe.loss.use)})
-    if recipe.eval is not None:
-        update["eval"] = recipe.eval.model_copy(update=located(recipe.eval))
-    return recipe.model_copy(update=update)
+    return with_settings(recipe, settings, str(path))
 
 
 def _trial() -> str:

@@ -17,7 +17,7 @@ TRANSLATED, ABSENT = "## Settings", "## What is not here"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Translation:
     """What the page says of one of TRL's names: the keys that it is here (none: it is not here), and a remark."""
 
     keys: tuple[str, ...]
@@ -31,7 +31,7 @@ class Answer:
         return f"TRL's {name} is {' and '.join(self.keys)} here{remark}."
 
 
-def answer(name: str) -> Answer | None:
+def answer(name: str) -> Translation | None:
     """What the page says of a name of TRL, transformers or PEFT; None for a name of none of them."""
     table = answers()
     if name in table:
@@ -40,11 +40,11 @@ def answer(name: str) -> Answer | None:
 
 
 @cache
-def answers() -> dict[str, Answer]:
+def answers() -> dict[str, Translation]:
     """Every name in the first column of the page's tables of settings, `LoraConfig.` cut off, with its answer."""
     text = (bundled("recipes") / PAGE).read_text(encoding="utf-8").partition(TRANSLATED)[2]
     translated, _, absent = text.partition(ABSENT)
-    found: dict[str, Answer] = {}
+    found: dict[str, Translation] = {}
     for part, has_keys in ((translated, True), (absent, False)):
         for line in part.splitlines():
             cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -52,7 +52,7 @@ def answers() -> dict[str, Answer]:
                 continue
             keys = tuple(_ticked(cells[1])) if has_keys else ()
             for name in _ticked(cells[0]):
-                found[name.removeprefix("LoraConfig.")] = Answer(keys, cells[-1].replace("`", "").rstrip("."))
+                found[name.removeprefix("LoraConfig.")] = Translation(keys, cells[-1].replace("`", "").rstrip("."))
     return found
 
 

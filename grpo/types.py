@@ -21,13 +21,20 @@ class Task:
     """One row of a dataset, ready to be sampled from.
 
     `prompt` is what rewards see (text, or chat messages with `data.system` before them), `prompt_ids` what the model
-    sees. `columns` is the whole row: rewards receive its values by name.
+    sees. `columns` is the whole row: rewards receive its values by name. `source` is where the row comes from: the
+    recipe's section (`data` or `eval`), or the name of a source.
     """
 
     index: int
     prompt: Prompt
     prompt_ids: tuple[int, ...]
     columns: Mapping[str, Any]
+    source: str = "data"
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """Which task this is: (source, index). Two rows with the same prompt and other answers are two tasks."""
+        return self.source, self.index
 
 
 BEHAVIOUR, SAMPLER = "behaviour", "sampler"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from grpo.scoring.sandbox.run import Limits, Verdict, missing, run_tests
+from grpo.scoring.sandbox.runner import Limits, Tally, missing, run_tests
 from grpo.scoring.text import texts
 
 CALLS = "group"
@@ -42,7 +42,7 @@ def reward(
         if column not in columns:
             raise ValueError(f"the dataset has no column {column!r}; it has {', '.join(columns)}")
 
-        def one(text: str, tests: Any) -> Verdict | None:
+        def one(text: str, tests: Any) -> Tally | None:
             return run_tests(_code(text), tests, limits, unsafe) if tests else None
 
         tests = [_listed(given) for given in columns[column]]
@@ -84,7 +84,7 @@ def _wrong(tests: list[Any]) -> Exception | None:
     return None
 
 
-def _score(verdict: Verdict, tests: int, partial: bool) -> float:
+def _score(verdict: Tally, tests: int, partial: bool) -> float:
     fraction = verdict.passed / tests
     return fraction if partial else float(fraction == 1)
 

@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -107,3 +108,60 @@ def test_a_wrong_import_is_noticed() -> None:
 def test_every_room_is_on_the_map() -> None:
     there = {room_of(path) for path in FILES} - {"__pycache__"}
     assert there == set(LEVEL)
+
+
+WHOLE_RECIPE = {
+    # what a recipe is, and how it is read, changed and explained
+    "config/__init__.py config/describe.py recipe.py overrides.py mistakes.py",
+    # a run begins with one, writes it down, and compares it when it goes on
+    "runs/prepare.py runs/folder.py runs/resume.py runs/revisions.py runs/starting.py",
+    "runs/publishing.py runs/health.py",
+    # commands and tools read one, a run's or their own; a card and W&B show all of it; an estimate is of all of it
+    "cli/commands.py cli/train.py tools/card.py tools/evaluate.py telemetry/recorded.py telemetry/loggers.py",
+    "telemetry/weights_and_biases.py planning/estimate.py benchmark/work.py benchmark/updates.py",
+}
+"""The files whose subject is a whole recipe. Every other one takes the sections that it needs."""
+WAITING_FOR_SECTIONS = {"objective", "training"}
+"""Rooms that still take the whole recipe while they are written anew."""
+
+LONGEST_FUNCTION, LONGEST_FILE, MEDIAN_FILE = 60, 400, 150
+STILL_LONGER = {"cli/train.py: train", "objective/loss.py: policy_loss"}
+
+
+def names_recipe(source: str) -> bool:
+    """Whether a file imports the class of whole recipes."""
+    return any(
+        isinstance(node, ast.ImportFrom) and any(alias.name == "Recipe" for alias in node.names)
+        for node in ast.walk(ast.parse(source))
+    )
+
+
+def long_functions(source: str, most: int = LONGEST_FUNCTION) -> list[str]:
+    """The functions with more lines than `most`, signature and docstring included."""
+    return [
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= most
+    ]
+
+
+def test_rooms_take_their_sections_and_not_the_whole_recipe() -> None:
+    allowed = {file for files in WHOLE_RECIPE for file in files.split()}
+    naming = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if names_recipe(path.read_text())}
+    assert {file for file in naming - allowed if file.split("/")[0] not in WAITING_FOR_SECTIONS} == set()
+    assert allowed - naming == set(), "these take sections by now: leave them out of the list"
+
+
+def test_functions_and_files_stay_small() -> None:
+    long = {f"{path.relative_to(PACKAGE)}: {name}" for path in FILES for name in long_functions(path.read_text())}
+    assert long - STILL_LONGER == set()
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in FILES}
+    assert {file: length for file, length in lengths.items() if length > LONGEST_FILE} == {}
+    assert median(lengths.values()) <= MEDIAN_FILE
+
+
+def test_what_is_too_long_or_takes_too_much_is_noticed() -> None:
+    assert long_functions("def f():\n" + "    pass\n" * 60) == ["f"]
+    assert long_functions("def f():\n" + "    pass\n" * 59) == []
+    assert names_recipe("if True:\n    from grpo.config import LossConfig, Recipe")
+    assert not names_recipe("from grpo.config import LossConfig")

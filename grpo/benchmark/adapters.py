@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from grpo.backend.random import derive_key
 from grpo.benchmark.models import base_model
-from grpo.benchmark.protocol import Row, Side, Values, alternate, milliseconds
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate, milliseconds
 from grpo.benchmark.rollout import requests_of, untold
 from grpo.benchmark.setting import Setting
 from grpo.config import AdapterConfig
@@ -20,13 +20,13 @@ from grpo.model.adapters import REFERENCE, Adapters
 from grpo.model.drawn import RANK, trained_adapters
 
 
-def adapter_costs(setting: Setting) -> Iterator[Row]:
+def adapter_costs(setting: Setting) -> Iterator[Measurement]:
     """The first token after a prompt, with the adapter as it was and just after a switch; then load and merge."""
     yield from _switches(setting)
     yield from _loads(setting)
 
 
-def _switches(setting: Setting) -> list[Row]:
+def _switches(setting: Setting) -> list[Measurement]:
     model = base_model(setting)
     adapters = trained_adapters(model)
     generator, requests = untold(model, setting.rows), requests_of(setting, model)
@@ -44,7 +44,7 @@ def _switches(setting: Setting) -> list[Row]:
     return alternate(f"first token, {setting}", sides, setting.runs)
 
 
-def _loads(setting: Setting) -> list[Row]:
+def _loads(setting: Setting) -> list[Measurement]:
     """Giving a model the layers of a saved adapter and its arrays, and merging them into the weights."""
     with TemporaryDirectory() as folder:
         trained_adapters(base_model(setting)).save(Path(folder))

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import mlx.core as mx
 
 from grpo.backend.device import on_gpu
-from grpo.benchmark.protocol import ENOUGH, Row
+from grpo.benchmark.protocol import ENOUGH, Measurement
 from grpo.benchmark.setting import Setting
 from grpo.errors import UserError
 
@@ -49,11 +49,11 @@ class Bound:
         asked = all(getattr(setting, name) == value for name, value in self.setting.items())
         return benchmark == self.benchmark and here and drawn and asked
 
-    def matches(self, row: Row) -> bool:
+    def matches(self, row: Measurement) -> bool:
         named = zip((row.case, row.side, row.unit), (self.case, self.side, self.unit), strict=True)
         return all(fnmatchcase(name, pattern) for name, pattern in named)
 
-    def figures(self, row: Row) -> Sequence[float]:
+    def figures(self, row: Measurement) -> Sequence[float]:
         """One for each turn."""
         if self.figure == "value":
             return row.runs

@@ -15,10 +15,11 @@ from rich.console import Console
 
 from grpo.backend.random import derive_key
 from grpo.benchmark.models import model_for
-from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.rollout import requests_of, untold
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.train import step_trainer
+from grpo.config.log import CompletionsConfig
 from grpo.generation.run import Run, _Step
 from grpo.generation.sampling import Sampler, Sampling
 from grpo.recipe import dump_recipe
@@ -39,7 +40,7 @@ DECODING = {
 Method = tuple[type, str]
 
 
-def breakdown(setting: Setting) -> Iterator[Row]:
+def breakdown(setting: Setting) -> Iterator[Measurement]:
     """Milliseconds and shares of a decoding step, and of a GRPO step with its checkpoint and its logging.
 
     Of a decoding step: building the forward pass's graph, building the sampler's, handing both over for evaluation, and
@@ -93,7 +94,7 @@ def _written(folder: Path, trainer: Any, metrics: StepMetrics) -> dict[str, floa
         tell = open_loggers(stack, trainer.cfg, folder, Console(file=log), "bench")
         start = time.perf_counter()
         tell(metrics)
-        store_completions(folder, metrics.step, metrics.groups, trainer.cfg)
+        store_completions(folder, metrics.step, metrics.groups, CompletionsConfig(), 0, len(metrics.groups))
         logged = time.perf_counter()
         save_checkpoint(folder, RunState("bench", trainer.state(), metrics.step), context, keep=1)
         return {"checkpoint": time.perf_counter() - logged, "logging": logged - start}

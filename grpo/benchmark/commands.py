@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from grpo.benchmark.protocol import Row
+    from grpo.benchmark.protocol import Measurement
     from grpo.benchmark.setting import Setting
 
-Rows = Iterable["Row"]
-Measure = Callable[..., Rows]
+Measurements = Iterable["Measurement"]
+Measure = Callable[..., Measurements]
 
 app = typer.Typer(help="Measure this machine: sides take turns in one process, and ratios count.", no_args_is_help=True)
 
@@ -45,10 +45,10 @@ OPTIONS: dict[str, Any] = {
 COMMON = {"shape": "qwen3-1m", "model": None, "runs": 5}
 LOAD = {"prompts": 8, "completions": 8, "prompt_length": 128, "completion_length": 128}
 
-Json = Annotated[
+JsonOption = Annotated[
     Path | None, typer.Option("--json", callback=_writable, help="Write machine, versions and rows to this file.")
 ]
-Check = Annotated[
+CheckOption = Annotated[
     Path | None,
     typer.Option(
         "--check",
@@ -72,7 +72,7 @@ def command(**defaults: Any) -> Callable[[Measure], Measure]:
 
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(inspect.signature(measure).parameters.values())[1:]]
         shared = [_parameter(name, OPTIONS[name], default) for name, default in defaults.items()]
-        end = [_parameter("json", Json, None), _parameter("check", Check, None)]
+        end = [_parameter("json", JsonOption, None), _parameter("check", CheckOption, None)]
         vars(run)["__signature__"] = inspect.Signature([*shared, *own, *end])  # where typer looks
         app.command(measure.__name__, help=measure.__doc__)(run)
         return measure
@@ -90,7 +90,7 @@ def rollout(
     wheel_blas: Annotated[
         bool, typer.Option("--wheel-blas", help="Leave mlx-lm the BLAS of MLX's wheel: it runs in its own process.")
     ] = False,
-) -> Rows:
+) -> Measurements:
     """The generator against mlx-lm's `BatchGenerator`, or its `stream_generate` for one row: tok/s and peak memory."""
     from grpo.benchmark.peer import against_wheel
     from grpo.benchmark.rollout import against_mlx_lm
@@ -113,7 +113,7 @@ def train(
     blas: Annotated[
         bool, typer.Option("--blas", help="With --peer-python: give the peer the BLAS that grpo loads (MKL).")
     ] = False,
-) -> Rows:
+) -> Measurements:
     """A whole GRPO step (rollout, reward, logprobs, update) beside mlx-lm-lora's, or the update in its variants.
 
     With --update the shared way's gradient is first held against the plain way's.
@@ -132,7 +132,7 @@ def train(
 
 
 @command(**LOAD, lora=True)
-def sampling(setting: "Setting") -> Rows:
+def sampling(setting: "Setting") -> Measurements:
     """What each sampling filter costs: tok/s of the generator, held against sampling at temperature 1."""
     from grpo.benchmark.sampling import sampling_costs
 
@@ -140,7 +140,7 @@ def sampling(setting: "Setting") -> Rows:
 
 
 @command(**LOAD, lora=True)
-def logprobs(setting: "Setting") -> Rows:
+def logprobs(setting: "Setting") -> Measurements:
     """What it costs that a completion has its logprobs: tok/s with and without."""
     from grpo.benchmark.sampling import logprob_costs
 
@@ -153,7 +153,7 @@ def head(
     dtype: Annotated[
         str, typer.Option(help="Of a model with random weights: auto (bfloat16 on a GPU), bfloat16 or float16.")
     ] = "auto",
-) -> Rows:
+) -> Measurements:
     """What float32 logits of a 16-bit model (model.head_dtype) cost: tok/s, an update's seconds, peak memory."""
     from grpo.benchmark.heads import head_costs
     from grpo.errors import UserError
@@ -164,7 +164,7 @@ def head(
 
 
 @command(prompts=8, completions=8, prompt_length=128, lora=True)
-def length(setting: "Setting") -> Rows:
+def length(setting: "Setting") -> Measurements:
     """Whether a decoding step takes as long in a long completion as in a short one: ms by length."""
     from grpo.benchmark.lengths import length_costs
 
@@ -172,7 +172,7 @@ def length(setting: "Setting") -> Rows:
 
 
 @command(lora=True, runs=20)
-def context(setting: "Setting") -> Rows:
+def context(setting: "Setting") -> Measurements:
     """Whether a forward pass or a decoding step suddenly costs more at some length: ms by length, and the growth."""
     from grpo.benchmark.lengths import context_costs
 
@@ -180,7 +180,7 @@ def context(setting: "Setting") -> Rows:
 
 
 @command(**LOAD)
-def ops(setting: "Setting") -> Rows:
+def ops(setting: "Setting") -> Measurements:
     """SwiGLU, norm, attention, products and experts at the model's shapes: ms to build the graph, and to run it."""
     from grpo.benchmark.ops import operation_costs
 
@@ -188,7 +188,7 @@ def ops(setting: "Setting") -> Rows:
 
 
 @command(**LOAD, lora=True)
-def breakdown(setting: "Setting") -> Rows:
+def breakdown(setting: "Setting") -> Measurements:
     """Where the time goes: shares of a decoding step, and of a GRPO step with its checkpoint and its logging."""
     from grpo.benchmark.breakdown import breakdown
 
@@ -196,7 +196,7 @@ def breakdown(setting: "Setting") -> Rows:
 
 
 @command(prompt_length=16, lora=True, runs=10)
-def streaming(setting: "Setting") -> Rows:
+def streaming(setting: "Setting") -> Measurements:
     """What it costs to see tokens as they come: streamed, under asyncio, and with callbacks that do something."""
     from grpo.benchmark.streaming import streaming_costs
 
@@ -204,7 +204,7 @@ def streaming(setting: "Setting") -> Rows:
 
 
 @command(prompt_length=16, runs=20)
-def adapter(setting: "Setting") -> Rows:
+def adapter(setting: "Setting") -> Measurements:
     """Loading, switching and merging an adapter, and whether the first token after a switch is slower: ms."""
     from grpo.benchmark.adapters import adapter_costs
 
@@ -212,7 +212,7 @@ def adapter(setting: "Setting") -> Rows:
 
 
 @command(**LOAD, lora=False)
-def quantized(setting: "Setting") -> Rows:
+def quantized(setting: "Setting") -> Measurements:
     """Weights as stored, quantised at load, and stored quantised: tok/s, GB, and ms to load."""
     from grpo.benchmark.quantized import quantized_costs
 
@@ -220,7 +220,7 @@ def quantized(setting: "Setting") -> Rows:
 
 
 @command(**LOAD, lora=True)
-def roofline(setting: "Setting") -> Rows:
+def roofline(setting: "Setting") -> Measurements:
     """How near a rollout and an update come to the copy bandwidth and matmul rate that this machine has just shown."""
     from grpo.benchmark.roofline import roofline
 
@@ -228,7 +228,7 @@ def roofline(setting: "Setting") -> Rows:
 
 
 @command(prompts=2, completions=8, prompt_length=64, completion_length=64, lora=True)
-def scale(setting: "Setting") -> Rows:
+def scale(setting: "Setting") -> Measurements:
     """Rollouts and steps of 1, 2, 4, 8 times the prompts, and what a row costs; under mlx.launch over processes."""
     from grpo.benchmark.scale import scaling
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.benchmark.models import model_for
-from grpo.benchmark.protocol import Row, alternate
+from grpo.benchmark.protocol import Measurement, alternate
 from grpo.benchmark.rollout import ours
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.updates import update_side
@@ -22,7 +22,7 @@ HEADS = {"model": False, "float32": True}
 """The values of `model.head_dtype`, and whether each widens the head."""
 
 
-def head_costs(setting: Setting, dtype: str) -> list[Row]:
+def head_costs(setting: Setting, dtype: str) -> list[Measurement]:
     """Decoding, then an update of checkpointed layers, each with both heads in turn: two models, which GB count both.
 
     `dtype` is that of a model with random weights, or "auto". Raises UserError for a float32 model, and for one whose
@@ -36,7 +36,7 @@ def head_costs(setting: Setting, dtype: str) -> list[Row]:
     optim = {"micro_batch_tokens": 16384, "gradient_checkpointing": True}
     cfg, sides = recipe(setting, optim), []
     for name, wide in HEADS.items():
-        policy = policy_of(_model(setting, dtype, wide, adapter=False), cfg)
+        policy = policy_of(_model(setting, dtype, wide, adapter=False), cfg.optim)
         sides.append(update_side(name, policy, cfg, setting))
     return [*rows, *alternate(f"update, {setting}", sides, setting.runs)]
 

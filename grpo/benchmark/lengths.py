@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from grpo.backend.random import derive_key
 from grpo.benchmark.models import model_for, vocabulary_of
-from grpo.benchmark.protocol import Row, Side, Values, alternate, milliseconds
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate, milliseconds
 from grpo.benchmark.rollout import requests_of, untold
 from grpo.benchmark.setting import Setting
 from grpo.generation.decoding import Decoding
@@ -27,7 +27,7 @@ DECODED = 8
 GROWTH = "× as long"
 
 
-def length_costs(setting: Setting) -> list[Row]:
+def length_costs(setting: Setting) -> list[Measurement]:
     """Milliseconds a decoding step by the completion's length, without the first token, which waits for the prompt.
 
     All are held against the second longest: a short completion's difference of two times is too noisy to hold on to.
@@ -49,7 +49,7 @@ def length_costs(setting: Setting) -> list[Row]:
     return alternate(case, [side(length) for length in LENGTHS], setting.runs)
 
 
-def context_costs(setting: Setting) -> Iterator[Row]:
+def context_costs(setting: Setting) -> Iterator[Measurement]:
     """Milliseconds of a forward pass over so many tokens, and of a decoding step that attends to so many.
 
     Then the growth from each length to its neighbour, turn by turn: is there one at which it suddenly costs more?
@@ -88,11 +88,11 @@ def _steps(decoding: Decoding, context: int, vocabulary: int) -> Callable[[], Va
     return run
 
 
-def growth(rows: Sequence[Row], lengths: Sequence[int]) -> list[Row]:
+def growth(rows: Sequence[Measurement], lengths: Sequence[int]) -> list[Measurement]:
     """How many times longer each length took than its neighbour before, in each turn."""
     found = []
     for (before, first), (after, second) in pairwise(zip(rows, lengths, strict=True)):
         if second <= NEAR * first:
             runs = tuple(b / a for a, b in zip(before.runs, after.runs, strict=True))
-            found.append(Row(after.case, f"{first} → {second} tokens", GROWTH, runs, after.cold / before.cold))
+            found.append(Measurement(after.case, f"{first} → {second} tokens", GROWTH, runs, after.cold / before.cold))
     return found

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from grpo.backend.maths import silu
 from grpo.benchmark.models import base_model
-from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.setting import Setting
 from grpo.model.costs import Costs
 from grpo.model.mlxlm import SwitchGLU
@@ -24,7 +24,7 @@ REPEATS = 16
 Operation = Callable[[], mx.array]
 
 
-def operation_costs(setting: Setting) -> Iterator[Row]:
+def operation_costs(setting: Setting) -> Iterator[Measurement]:
     """Milliseconds of each operation for one token of every row (attention: over all of a row's tokens)."""
     model = base_model(setting)
     for name, operation in _operations(model, setting).items():

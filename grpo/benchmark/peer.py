@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo.backend import blas
 from grpo.benchmark.models import model_for
-from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.rollout import mlx_lm, ours
 from grpo.benchmark.setting import Setting
 from grpo.errors import RunError, UserError
@@ -46,7 +46,7 @@ class WheelPeer:
         return {unit: float(value) for unit, value in values.items()}
 
 
-def against_wheel(setting: Setting) -> list[Row]:
+def against_wheel(setting: Setting) -> list[Measurement]:
     """This generator with the BLAS that grpo loads against mlx-lm with that of MLX's wheel, in turns.
 
     Raises UserError where grpo has loaded none: there would be nothing to tell apart.

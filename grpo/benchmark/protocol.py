@@ -37,7 +37,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Measurement:
     """One side of one case in one unit: its runs, in the order of turns, and the `cold` one before them.
 
     `ratios` says of each turn how many times better it was than the side it is held against, whichever way the unit
@@ -84,7 +84,7 @@ def number(value: float) -> str:
     return f"{value:,.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
 
-def alternate(case: str, sides: Iterable[Side], runs: int, seconds: float = math.inf) -> list[Row]:
+def alternate(case: str, sides: Iterable[Side], runs: int, seconds: float = math.inf) -> list[Measurement]:
     """Warm every side up once, then let them take turns `runs` times, every second turn backwards.
 
     After so many `seconds` no further side is warmed up: those that were, the first among them, are measured.
@@ -104,7 +104,7 @@ def alternate(case: str, sides: Iterable[Side], runs: int, seconds: float = math
             pairs = [(turn[side.name][unit], turn[base].get(unit, 0.0)) for turn in turns]
             compared = base != side.name and all(mine and theirs for mine, theirs in pairs)
             ratios = tuple(_ratio(unit, mine, theirs) for mine, theirs in pairs) if compared else ()
-            rows.append(Row(case, side.name, unit, series, first, ratios))
+            rows.append(Measurement(case, side.name, unit, series, first, ratios))
     return rows
 
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from grpo.backend.device import setup
 from grpo.benchmark.models import write_model, write_weights
-from grpo.benchmark.protocol import Row, Side, Values, alternate, milliseconds
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate, milliseconds
 from grpo.benchmark.rollout import ours
 from grpo.benchmark.setting import Setting
 from grpo.config import ModelConfig
@@ -25,7 +25,7 @@ from grpo.model.load import QUANTIZED_GROUP, load, model_folder
 BITS: Literal[4] = 4
 
 
-def quantized_costs(setting: Setting) -> list[Row]:
+def quantized_costs(setting: Setting) -> list[Measurement]:
     """Tokens a second, bytes of weights, and milliseconds to load, of one model's weights in three ways.
 
     Raises UserError for a model that is quantised already.

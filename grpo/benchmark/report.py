@@ -14,7 +14,7 @@ import mlx.core as mx
 from grpo.backend.device import cpu_cores, describe
 from grpo.backend.versions import versions
 from grpo.benchmark.bounds import read_bounds, required_bounds
-from grpo.benchmark.protocol import CONFIDENCE, ENOUGH, Row, interval
+from grpo.benchmark.protocol import CONFIDENCE, ENOUGH, Measurement, interval
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.verdicts import Verdict, judge
 from grpo.errors import RunError
@@ -26,7 +26,11 @@ LEGEND = (
 
 
 def report(
-    benchmark: str, setting: Setting, measure: Callable[[], Iterable[Row]], path: Path | None, check: Path | None
+    benchmark: str,
+    setting: Setting,
+    measure: Callable[[], Iterable[Measurement]],
+    path: Path | None,
+    check: Path | None,
 ) -> None:
     """Measure, print rows as they come, and write them to `path` if there is one.
 
@@ -54,7 +58,7 @@ def _write(path: Path, found: dict[str, Any]) -> None:
         raise RunError(f"--json {path}: cannot be written: {error.strerror}; what was measured is printed") from error
 
 
-def _shown(rows: Iterable[Row]) -> Iterator[Row]:
+def _shown(rows: Iterable[Measurement]) -> Iterator[Measurement]:
     """Hands rows through and prints them: the machine before the first, and each case before its own."""
     case = None
     for row in rows:
@@ -73,7 +77,9 @@ def machine() -> str:
     return f"{platform.system()} {platform.machine()}, {cpu_cores()} cores ({processor}), {describe()}"
 
 
-def document(benchmark: str, setting: Setting, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def document(
+    benchmark: str, setting: Setting, rows: Sequence[Measurement], verdicts: Sequence[Verdict]
+) -> dict[str, Any]:
     """All of it for other programs."""
     return {
         "benchmark": benchmark,
@@ -85,7 +91,7 @@ def document(benchmark: str, setting: Setting, rows: Sequence[Row], verdicts: Se
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: Measurement) -> dict[str, Any]:
     low, high = interval(row.ratios) if row.ratios else (None, None)
     figures = {"mean": row.mean, "sd": row.sd, "spread": row.spread, "ratio": row.ratio}
     return {**asdict(row), **figures, "ratio_low": low, "ratio_high": high}

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from grpo.backend.random import derive_key
 from grpo.benchmark.models import model_for, vocabulary_of
-from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.setting import Setting
 from grpo.errors import RunError
 from grpo.generation.generator import Generator, Request
@@ -20,7 +20,7 @@ from grpo.model.drawn import NoTokenizer
 from grpo.model.mlxlm import BatchGenerator, generate_step, make_sampler
 
 
-def against_mlx_lm(setting: Setting) -> list[Row]:
+def against_mlx_lm(setting: Setting) -> list[Measurement]:
     """This generator against mlx-lm's: its loop for one row, or its batched generator."""
     model = model_for(setting)
     return alternate(str(setting), [mlx_lm(model, setting), ours(model, setting)], setting.runs)

@@ -11,13 +11,13 @@ import mlx.core as mx
 from grpo.backend.device import on_gpu
 from grpo.backend.random import derive_key
 from grpo.benchmark.models import base_model, model_for
-from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.rollout import requests_of, untold
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.updates import update_side
 from grpo.benchmark.work import policy_of, recipe
 from grpo.generation.sampling import Sampling
-from grpo.model.costs import Work
+from grpo.model.costs import Demand
 from grpo.model.outline import costs_of
 
 COPIED = {False: 2**28, True: 2**31}
@@ -36,7 +36,7 @@ class Rates:
     flops_per_second: float = 0.0
     bytes_per_second: float = 0.0
 
-    def reached(self, work: Work, seconds: float) -> Values:
+    def reached(self, work: Demand, seconds: float) -> Values:
         """A piece of work's time beside the least it could take at these rates."""
         return {
             "ms": 1e3 * seconds,
@@ -48,7 +48,7 @@ class Rates:
         }
 
 
-def roofline(setting: Setting) -> list[Row]:
+def roofline(setting: Setting) -> list[Measurement]:
     """The machine's rates, and a decoding step and an update by the share of them that they reach.
 
     The rates are those of the same turn: a pass over memory (bytes read and written), and a product in the model's
@@ -104,7 +104,7 @@ def _decoding(setting: Setting, rates: Rates) -> Side:
 def _update(setting: Setting, rates: Rates) -> Side:
     """One update with activations kept, so that nothing is computed twice but the head's logits."""
     cfg = recipe(setting, {"micro_batch_tokens": 8192, "gradient_checkpointing": False})
-    policy = policy_of(base_model(setting), cfg)
+    policy = policy_of(base_model(setting), cfg.optim)
     update = update_side("update", policy, cfg, setting)
     sizes = setting.prompts, setting.prompt_length, setting.completions, setting.completion_length
     work = costs_of(policy.model).update(*sizes)

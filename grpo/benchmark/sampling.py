@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from grpo.benchmark.models import model_for
-from grpo.benchmark.protocol import Row, alternate
+from grpo.benchmark.protocol import Measurement, alternate
 from grpo.benchmark.rollout import ours
 from grpo.benchmark.setting import Setting
 from grpo.generation.sampling import Sampling
@@ -21,7 +21,7 @@ FILTERS = {
 }
 
 
-def sampling_costs(setting: Setting) -> list[Row]:
+def sampling_costs(setting: Setting) -> list[Measurement]:
     """Sampling at temperature 1 with logprobs, and each filter held against it."""
     model, plain = model_for(setting), Sampling(max_tokens=setting.completion_length)
     sides = [ours(model, setting, name="plain")]
@@ -30,7 +30,7 @@ def sampling_costs(setting: Setting) -> list[Row]:
     return alternate(str(setting), sides, setting.runs)
 
 
-def logprob_costs(setting: Setting) -> list[Row]:
+def logprob_costs(setting: Setting) -> list[Measurement]:
     """Sampling without logprobs, and with them."""
     model = model_for(setting)
     sides = [ours(model, setting, logprobs=on, name="with logprobs" if on else "without") for on in (False, True)]

@@ -13,7 +13,7 @@ from grpo.backend.device import setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.benchmark.models import model_for
-from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.rollout import requests_of, untold
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.train import step_trainer
@@ -25,7 +25,7 @@ TIMES = (1, 2, 4, 8)
 GROWTH = "× a row"
 
 
-def scaling(setting: Setting) -> Iterator[Row]:
+def scaling(setting: Setting) -> Iterator[Measurement]:
     """Rollouts and whole steps of 1, 2, 4 and 8 times the prompts; nothing from any process but the first.
 
     `× a row` is what a row costs, against what it costs with the fewest rows. Raises UserError for fewer prompts than
@@ -73,12 +73,12 @@ def _slowest(work: Callable[[], object], ranks: Ranks) -> float:
     return max(everyone)
 
 
-def _growth(rows: list[Row], settings: dict[str, Setting]) -> list[Row]:
+def _growth(rows: list[Measurement], settings: dict[str, Setting]) -> list[Measurement]:
     """Seconds a row, turn by turn, against those with the fewest rows."""
     base, *others = [row for row in rows if row.unit == "s"]
     found = []
     for row in others:
         times = settings[row.side].rows / settings[base.side].rows
         grown = tuple(mine / theirs / times for mine, theirs in zip(row.runs, base.runs, strict=True))
-        found.append(Row(row.case, row.side, GROWTH, grown, row.cold / base.cold / times))
+        found.append(Measurement(row.case, row.side, GROWTH, grown, row.cold / base.cold / times))
     return found

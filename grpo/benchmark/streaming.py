@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from grpo.backend.random import derive_key
 from grpo.benchmark.models import model_for, tokenizer_for, vocabulary_of
-from grpo.benchmark.protocol import Row, Side, Values, alternate, milliseconds
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate, milliseconds
 from grpo.benchmark.rollout import requests_of
 from grpo.benchmark.setting import Setting
 from grpo.generation.generator import Event, Generator
@@ -18,7 +18,7 @@ LENGTHS = (10, 50, 100)
 Callback = Callable[[Event], object]
 
 
-def streaming_costs(setting: Setting) -> Iterator[Row]:
+def streaming_costs(setting: Setting) -> Iterator[Measurement]:
     """Milliseconds of a completion of each length: `Generator.generate`, `stream`, and `stream` in a coroutine.
 
     Streaming is held against the plain call; callbacks that do something against the one that does nothing.

@@ -7,13 +7,12 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, cast
 
 import mlx.core as mx
 
 from grpo.backend.ranks import Ranks
 from grpo.benchmark.models import base_model, write_model
-from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.rollout import untold
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.work import Prompts, policy_of, recipe, synthetic
@@ -22,6 +21,8 @@ from grpo.errors import RunError, UserError
 from grpo.model.load import model_folder
 from grpo.model.widehead import widen_head
 from grpo.planning.plan import make_plan
+from grpo.planning.workload import Workload
+from grpo.recipe import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.trainer import Trainer
@@ -34,14 +35,16 @@ def step_trainer(setting: Setting, ranks: Ranks | None = None) -> Trainer:
     cfg = recipe(setting, {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"})
     model = base_model(setting)
     widen_head(model)  # as a run does, unless it is float32
-    policy = policy_of(model, cfg)
+    policy = policy_of(model, cfg.optim)
     generator = untold(policy.model, setting.rows)
-    plan, cfg = make_plan(cfg, policy, generator.decoding, (setting.prompt_length,) * 2)
+    workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, setting.prompt_length, setting.prompt_length)
+    plan, optim = make_plan(workload, policy, generator.decoding)
+    cfg = with_settings(cfg, {"optim": optim})
     generator.slots = plan.slots
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     tasks = [group.task for group in synthetic(setting, policy.model)]
     scorer = Scorer({"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]})
-    return Trainer(cfg, policy, cast("Any", Prompts(tasks)), engine, scorer, ranks=ranks)
+    return Trainer(cfg, policy, Prompts(tasks), engine, scorer, ranks=ranks)
 
 
 def step_side(setting: Setting) -> Side:
@@ -61,7 +64,7 @@ def step_side(setting: Setting) -> Side:
     return Side("grpo", run)
 
 
-def compare_steps(setting: Setting, peer_python: Path | None, blas: bool) -> list[Row]:
+def compare_steps(setting: Setting, peer_python: Path | None, blas: bool) -> list[Measurement]:
     """A whole step, this trainer's and, with `peer_python`, mlx-lm-lora's: the same weights, prompts and lengths.
 
     `peer_python` is the Python of an environment in which mlx-lm-lora is installed. With `blas` the peer gets the BLAS

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.benchmark.models import base_model
-from grpo.benchmark.protocol import Row, Side, Values, alternate
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.work import policy_of, recipe, synthetic
 from grpo.config import Recipe
@@ -51,14 +51,14 @@ def variant_names(text: str) -> list[str]:
     return names or list(VARIANTS)
 
 
-def compare_updates(setting: Setting, names: Sequence[str], seconds: float) -> list[Row]:
+def compare_updates(setting: Setting, names: Sequence[str], seconds: float) -> list[Measurement]:
     """Variants of one update of one model, in turns; none but the first is warmed up after so many `seconds`.
 
     Before that the shared way's gradient is held against the plain way's. Says which variants are left out.
     """
     print(parity(setting), flush=True)
     model = base_model(setting)
-    adapters = policy_of(model, recipe(setting, {})).adapters
+    adapters = policy_of(model, recipe(setting, {}).optim).adapters
     rows = alternate(f"update, {setting}", _sides(setting, names, model, adapters), setting.runs, seconds)
     if left := [name for name in names if name not in {row.side for row in rows}]:
         print(f"left out after {seconds / 60:g} min: {'; '.join(left)} (--minutes)", flush=True)
@@ -109,7 +109,7 @@ def parity(setting: Setting) -> str:
     found = []
     for sharing, checkpointing in ((False, False), (True, False), (True, True)):
         cfg = recipe(setting, {"share_prompts": sharing, "gradient_checkpointing": checkpointing, "compile": False})
-        policy = policy_of(base_model(setting), cfg)
+        policy = policy_of(base_model(setting), cfg.optim)
         groups = with_advantages(synthetic(setting, policy.model), cfg.rewards, cfg.advantage, cfg.loss.preset)
         adapters = policy.adapters
         drawn = {path: mx.random.normal(a.shape, key=mx.random.key(5)) * 0.01 for path, a in adapters.state().items()}

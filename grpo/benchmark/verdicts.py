@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from grpo.benchmark.bounds import Bound
-from grpo.benchmark.protocol import ENOUGH, Row, interval
+from grpo.benchmark.protocol import ENOUGH, Measurement, interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Verdict:
     """A bound held against a row: the median of the turns' figures, and its interval."""
 
     bound: Bound
-    row: Row
+    row: Measurement
     figure: float
     low: float
     high: float
@@ -58,7 +58,7 @@ class Verdict:
         return f"{value:.2f} ×" if self.bound.figure == "speed-up" else f"{value:.3g}"
 
 
-def judge(bounds: Iterable[Bound], rows: Sequence[Row]) -> list[Verdict]:
+def judge(bounds: Iterable[Bound], rows: Sequence[Measurement]) -> list[Verdict]:
     """Every bound held against every row that it matches and that has such a figure."""
     verdicts = []
     for bound in bounds:

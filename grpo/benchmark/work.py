@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +11,7 @@ import mlx.nn as nn
 from grpo.backend.random import derive_key, derive_seed
 from grpo.benchmark.models import vocabulary_of
 from grpo.benchmark.setting import Setting
-from grpo.config import AdapterConfig, Recipe
+from grpo.config import AdapterConfig, OptimConfig, Recipe
 from grpo.errors import UserError
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
@@ -40,10 +40,9 @@ def recipe(setting: Setting, optim: dict[str, Any]) -> Recipe:
     )
 
 
-def policy_of(model: nn.Module, cfg: Recipe) -> Policy:
+def policy_of(model: nn.Module, optim: OptimConfig) -> Policy:
     """A policy over a model without an adapter, which gets a fresh one."""
     adapters = Adapters(model, AdapterConfig(), mx.random.key(0))
-    optim = cfg.optim
     return Policy(model, adapters, 1.0, optim.share_prompts, optim.gradient_checkpointing is True)
 
 
@@ -66,9 +65,7 @@ def _drawn(*position: int) -> float:
 
 
 class Prompts:
-    """In the place of a dataset: the same prompts at every step."""
-
-    dropped = 0
+    """A `Source` with the same prompts at every step."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._tasks = list(tasks)
@@ -76,5 +73,14 @@ class Prompts:
     def take(self, n: int) -> list[Task]:
         return self._tasks[:n]
 
+    def observe(self, groups: Sequence[Group]) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {"dropped_prompts": 0.0}
+
     def state(self) -> dict[str, int]:
         return {}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        pass

@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-Rows = list[tuple[list[int], list[int]]]
+Lessons = list[tuple[list[int], list[int]]]
 
 NewModel = Callable[[Mapping[str, Any]], "nn.Module"]
 """Makes the model that a `config.json` describes, with random weights: `grpo.model.mlxlm.new_model`."""
@@ -148,7 +148,7 @@ def _train(model: nn.Module, settings: Student, tokenizer: Tokenizer) -> None:
         mx.eval(model.parameters(), optimizer.state)
 
 
-def _lessons(settings: Student, tokenizer: Tokenizer) -> Iterator[list[Rows]]:
+def _lessons(settings: Student, tokenizer: Tokenizer) -> Iterator[list[Lessons]]:
     """For each step, prompt and answer ids of its rows: good ones and cheap ones apart, as their lengths are."""
     draw, task = random.Random(settings.seed), TASKS[settings.task]
     everything = task.problems("train")
@@ -164,7 +164,7 @@ def _encode(tokenizer: Tokenizer, question: str, answer: str) -> tuple[list[int]
     return tokenizer.encode(prompt).ids, tokenizer.encode(answer + END).ids
 
 
-def _arrays(rows: Rows) -> tuple[mx.array, mx.array]:
+def _arrays(rows: Lessons) -> tuple[mx.array, mx.array]:
     """Token ids `[B, L]` padded on the right, and a mask `[B, L - 1]` over the answers' tokens as targets."""
     import mlx.core as mx
 

@@ -12,12 +12,12 @@ from grpo.backend.hub import one_line
 from grpo.backend.secrets import mask_logs, masked, masked_traceback
 from grpo.benchmark import commands as benchmarks
 from grpo.cli import doctor, evaluate, export, generate, recipes, replay, report, rewards, runs, train
-from grpo.cli.commands import Group, TakesSettings
+from grpo.cli.commands import CommandGroup, TakesSettings
 from grpo.errors import RunError, UserError
 
 app = typer.Typer(
     help="GRPO fine-tuning on one machine with MLX.",
-    cls=Group,
+    cls=CommandGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -33,7 +33,7 @@ app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(rewards.app, name="rewards")
-app.add_typer(benchmarks.app, name="bench", cls=Group)
+app.add_typer(benchmarks.app, name="bench", cls=CommandGroup)
 
 
 @app.callback(invoke_without_command=True)

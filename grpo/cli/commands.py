@@ -10,7 +10,7 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """Lists its commands with the whole first sentence of each, on as many lines as that takes."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

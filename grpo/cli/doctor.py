@@ -14,6 +14,6 @@ def doctor(
 
     One line each: ok, warn or fail, what was found, and the remedy. Exits with 1 if anything fails.
     """
-    from grpo.doctor.run import CHECKS, report
+    from grpo.doctor.checks import CHECKS, report
 
     raise typer.Exit(report(CHECKS, json))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 
-class Format(StrEnum):
+class ExportFormat(StrEnum):
     mlx = "mlx"
     peft = "peft"
     fused = "fused"
@@ -26,7 +26,7 @@ class Bits(StrEnum):
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    format: Annotated[Format, typer.Option(help="An adapter for mlx-lm or PEFT, or the model with it fused in.")],
+    format: Annotated[ExportFormat, typer.Option(help="An adapter for mlx-lm or PEFT, or the model with it fused in.")],
     to: Annotated[Path | None, typer.Option(help="Folder to write. Default: RUN/export-FORMAT.")] = None,
     checkpoint: Annotated[str, typer.Option(help="newest, best, or a step.")] = "newest",
     quantize: Annotated[Bits | None, typer.Option(help="Bits of the fused model's weights.")] = None,

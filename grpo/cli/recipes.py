@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli.commands import Group, TakesSettings
+from grpo.cli.commands import CommandGroup, TakesSettings
 from grpo.config.describe import json_schema, settings
 from grpo.errors import UserError
 from grpo.plugins import bundled, bundled_names, find_recipe
@@ -19,10 +19,10 @@ from grpo.recipe import load_recipe
 MOST = 1e6
 """Gigabytes, gigabytes a second or Tflop/s: more than any machine has."""
 
-app = typer.Typer(cls=Group, help="Recipes that come with the package.", no_args_is_help=True)
+app = typer.Typer(cls=CommandGroup, help="Recipes that come with the package.", no_args_is_help=True)
 
 
-class Backend(Enum):
+class ChipBackend(Enum):
     """What runs MLX on a machine that is described."""
 
     cuda = "cuda"
@@ -84,7 +84,7 @@ def costs(
             min=0.1, max=MOST, help="With --memory: dense bfloat16 Tflop/s. Default: 75 per TB/s on CUDA, 30 on Metal."
         ),
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="With --memory: an NVIDIA card, or a Mac.")] = Backend.cuda,
+    backend: Annotated[ChipBackend, typer.Option(help="With --memory: an NVIDIA card, or a Mac.")] = ChipBackend.cuda,
 ) -> None:
     """Estimate a recipe's memory and time on common machines, or on one that you describe. No weights are fetched."""
     from grpo.planning.estimate import estimates, legend
@@ -95,7 +95,7 @@ def costs(
     chips = list(CHIPS)
     if memory is not None and bandwidth is not None:
         chips = [described(memory, bandwidth, tflops, backend.value)]
-    elif tflops is not None or backend is not Backend.cuda:
+    elif tflops is not None or backend is not ChipBackend.cuda:
         raise UserError("costs: --tflops and --backend do nothing without --memory and --bandwidth")
     cfg = load_recipe(find_recipe(recipe), overrides or [])
     print("\n".join([*estimates(cfg, chips), *legend(chips)]))

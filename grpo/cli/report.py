@@ -15,8 +15,8 @@ def report(
     to: Annotated[Path | None, typer.Option(help="File to write. Default: report.html in the first run.")] = None,
 ) -> None:
     """Write one HTML file about runs: curves, evaluations, time, failures, and completions to read."""
+    from grpo.telemetry.recorded import read_run
     from grpo.telemetry.report import report as page
-    from grpo.telemetry.runs import read_run
 
     text = page([read_run(run) for run in runs])
     target = to or runs[0] / "report.html"

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from grpo.cli.commands import Group
+from grpo.cli.commands import CommandGroup
 from grpo.errors import RunError, UserError
 from grpo.plugins import locate_reward, named_rewards
 
-app = typer.Typer(cls=Group, help="Reward functions: those at hand, and your own.", no_args_is_help=True)
+app = typer.Typer(cls=CommandGroup, help="Reward functions: those at hand, and your own.", no_args_is_help=True)
 
 Kwargs = Annotated[
     list[str] | None, typer.Option("--kwarg", metavar="NAME=VALUE", help="An argument; may be repeated.")
@@ -60,10 +60,10 @@ def try_(
     """
     from grpo.scoring.cases import Trial, try_out
     from grpo.scoring.describe import report_lines
-    from grpo.scoring.process import Terms
+    from grpo.scoring.process import WorkerTerms
     from grpo.scoring.text import counted
 
-    terms = Terms(timeout, env=tuple(env or ()))
+    terms = WorkerTerms(timeout, env=tuple(env or ()))
     trial = Trial(_values("--kwarg", kwarg), terms, _values("--column", column), chat, cases, fuzz=not no_fuzz)
     report = try_out(locate_reward(reward), trial)
     print("\n".join(report_lines(report)))

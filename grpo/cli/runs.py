@@ -15,8 +15,8 @@ def runs(
     """List the runs of a folder: state, step, reward, best evaluation."""
     from rich.console import Console
 
-    from grpo.telemetry.runs import find_runs, runs_table
-    from grpo.telemetry.runs import follow as show
+    from grpo.telemetry.recorded import find_runs, runs_table
+    from grpo.telemetry.recorded import follow as show
 
     if follow is not None:
         show(follow, Console())

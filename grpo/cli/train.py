@@ -63,14 +63,15 @@ def train(
     console = Console(quiet=not ranks.first)  # of several processes one talks and writes
     start = find_start(cfg, resume, resume_from, resume_changed, overwrite, dry_run)
     cfg = start.cfg
-    own = find_loggers(cfg)
+    own = find_loggers(cfg.log)
     ranks.wait()  # all have looked before the first one makes the folder
     with console.status("loading"):
         run = prepare(start.planned)
     trainer = run.trainer
     with ExitStack() as stack:
         stack.callback(trainer.scorer.close)
-        print_plan(console, cfg, device.describe(), run.plan, [*run.notes, *start.notes, *_unsent(cfg)])
+        notes = [*run.notes, *start.notes, *_unsent(cfg)]
+        print_plan(console, cfg.model, cfg.data, cfg.rewards, device.describe(), run.plan, notes)
         state = start.load(trainer)
         packing = Packing.of(trainer.cfg.optim, trainer.cfg.rollout)
         parity = ranks.checked(lambda: check_parity(trainer.policy, trainer.engine, run.tasks[:4], cfg.seed, packing))

@@ -21,7 +21,7 @@ BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum"
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class RecipeKey:
     """One key, dotted as on the command line (`rewards.0.use`). `default` is None where one has to be given."""
 
     key: str
@@ -44,7 +44,7 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def settings(under: str = "") -> list[Setting]:
+def settings(under: str = "") -> list[RecipeKey]:
     """Every key, or those at and below one. Raises UserError for a key that is not there."""
     schema = json_schema()
     every = list(_settings(schema, schema["$defs"], ""))
@@ -55,16 +55,16 @@ def settings(under: str = "") -> list[Setting]:
     return found
 
 
-def _settings(section: Mapping[str, Any], sections: Mapping[str, Any], prefix: str) -> Iterable[Setting]:
+def _settings(section: Mapping[str, Any], sections: Mapping[str, Any], prefix: str) -> Iterable[RecipeKey]:
     for name, field in section["properties"].items():
         key = f"{prefix}{name}"
         inner, many = _section(field, sections)
         if inner is None:
-            yield Setting(key, _type(field), _default(field), field["description"])
+            yield RecipeKey(key, _type(field), _default(field), field["description"])
             continue
         # The defaults of a section are those of its keys, but for one that is not there unless it is asked for.
         default = None if name in section.get("required", ()) else "null" if field.get("default") is None else "{…}"
-        yield Setting(key, "list of sections" if many else "section", default, field["description"])
+        yield RecipeKey(key, "list of sections" if many else "section", default, field["description"])
         yield from _settings(inner, sections, f"{key}.0." if many else f"{key}.")
 
 

@@ -26,7 +26,7 @@ class AdvantageConfig(Section):
 
 
 class LossConfig(Section):
-    type: presets.Name = "dapo"
+    type: presets.PresetName = "dapo"
     """A published variant: a point on the axes below, with its paper's settings (grpo/presets.py)."""
     ratio: presets.Ratio | None = None
     """Ratio of each token or of the sequence. Default: the variant's."""

@@ -86,6 +86,12 @@ class Recipe(Section):
         return self
 
     @property
+    def uses(self) -> list[str]:
+        """The code that the recipe names: its rewards, its loss and its loggers, as `use` has them."""
+        loss = [self.loss.use] if self.loss.use else []
+        return [*(reward.use for reward in self.rewards), *loss, *self.log.use]
+
+    @property
     def best_metric(self) -> str:
         """The evaluation's metric by which the best checkpoint is kept."""
         assert self.eval is not None

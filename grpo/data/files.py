@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo.backend.hub import one_line
 from grpo.config import FILE_TYPES
-from grpo.config.data import Source, is_files, is_pattern
+from grpo.config.data import Origin, is_files, is_pattern
 from grpo.data.rows import Rows
 from grpo.errors import UserError
 
@@ -22,7 +22,7 @@ BLOCK = 2**20
 """Bytes that are read at once."""
 
 
-def load_files(source: Source, split: str) -> Rows:
+def load_files(source: Origin, split: str) -> Rows:
     """The rows of all files that `source` names, in the order of the list; files of one pattern by their names.
 
     Raises UserError for a file that is not there, is empty, or cannot be read, and where columns do not agree.

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 class PromptRenderer:
     """Makes tasks from rows as a recipe's `data` section says."""
 
-    def __init__(self, cfg: DataConfig, tokenizer: TokenizerWrapper, vocabulary: int | None = None) -> None:
-        """`vocabulary` is how many tokens the model knows, where prompts are to be checked for others."""
+    def __init__(
+        self, cfg: DataConfig, tokenizer: TokenizerWrapper, vocabulary: int | None = None, source: str = "data"
+    ) -> None:
+        """`vocabulary` is how many tokens the model knows, where prompts are to be checked for others. `source` is the
+        name of the source that the tasks say they are of."""
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
+        self.source = source
 
     @property
     def columns(self) -> list[str]:
@@ -67,7 +71,7 @@ class PromptRenderer:
                 f"data.prompt: {self._row(index)} has token {highest}, and the model's vocabulary is of "
                 f"{self.vocabulary}: its tokenizer is another model's, or has grown without it"
             )
-        return Task(index, prompt, ids, row)
+        return Task(index, prompt, ids, row, self.source)
 
     def _prompt(self, index: int, row: Mapping[str, Any]) -> Prompt | None:
         setting = self.cfg.prompt

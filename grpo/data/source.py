@@ -1,117 +1,44 @@
-"""Rows of a dataset: from files, a saved folder, the Hub, a built-in task, or a function."""
+"""Where a run's tasks come from: one protocol for a shuffled stream of rows, and for whatever else chooses tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from grpo.backend.hub import Repository, cached_commit, fetch, one_line
-from grpo.builtin import tasks as builtin_tasks
-from grpo.config import FILE_TYPES, DataConfig
-from grpo.config.data import Source, is_builtin, is_files
-from grpo.data.files import is_saved, load_files, load_saved
-from grpo.data.function import load_function
-from grpo.data.rows import Rows, renamed
-from grpo.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from grpo.types import Group, Task
 
 
-def load_rows(cfg: DataConfig) -> Rows:
-    """The rows that `cfg` names.
+class Source(Protocol):
+    """Gives a trainer its tasks, and learns what became of them.
 
-    Raises UserError for a source that cannot be found, fetched or read, for one without rows, and for a column of
-    `cfg.columns` that is not there.
+    `grpo.data.stream.TaskStream` is the one that a recipe's `data` section makes. A curriculum, a mixture of data sets
+    or a replay of hard tasks is another class with these methods; it need not inherit from this one. With several
+    processes each has a source of its own, and all must give the same tasks: draw from the seed, never from the clock.
     """
-    rows = _found(cfg)
-    if len(rows) == 0:
-        raise UserError(f"data {cfg.label}: split {cfg.split!r} has no rows")
-    return renamed(rows, cfg) if cfg.columns else rows
 
+    def take(self, n: int) -> list[Task]:
+        """The next `n` tasks. A task's `identity`, (source, index), stays the same each time that it is given.
 
-def is_local(cfg: DataConfig) -> bool:
-    """Whether the rows are to be had without the Hub."""
-    return cfg.source is None or is_builtin(cfg.source) or is_files(cfg.source) or _is_saved(cfg.source)
+        Raises UserError where there are no such tasks.
+        """
+        ...
 
+    def observe(self, groups: Sequence[Group]) -> None:
+        """Called once a step with every group that was sampled, scored and with its reward: also with those that
+        `rollout.dynamic_sampling` does not learn from. Advantages and penalties are not set yet."""
+        ...
 
-def _found(cfg: DataConfig) -> Rows:
-    source = cfg.source
-    if source is None:
-        return load_function(cfg)
-    if is_files(source):
-        return load_files(source, cfg.split)
-    assert isinstance(source, str)
-    if is_builtin(source):
-        return builtin_tasks.rows(source, cfg.split)
-    path = Path(source).expanduser()
-    if _is_saved(source):
-        if unread := cfg.changed & {"config", "revision"}:
-            raise UserError(f"data.{min(unread)} is for Hub datasets; {source} is a folder")
-        return load_saved(path, cfg.split)
-    if path.is_file():
-        raise UserError(f"data {source}: files are read by their ending: {', '.join(FILE_TYPES)}")
-    if path.is_dir() and (path.is_absolute() or source.startswith((".", "~"))):
-        raise UserError(
-            f"data {source}: a folder that save_to_disk did not write: name a file in it, or several by a pattern such "
-            f"as {source}/*.jsonl ({', '.join(FILE_TYPES)})"
-        )
-    if path.is_absolute() or source.startswith((".", "~")):
-        raise UserError(f"data {source}: there is no such file or folder ({', '.join(FILE_TYPES)})")
-    if ".py:" in source:
-        raise UserError(f"data {source}: a function that returns rows is named by data.use (or eval.use), not source")
-    return _load_hub(cfg, source)
+    def metrics(self) -> dict[str, float]:
+        """What there is to tell of the tasks so far, by the name that a step's metrics give it."""
+        ...
 
+    def state(self) -> Mapping[str, Any]:
+        """All that has changed since the source was made, as JSON holds it: what a checkpoint keeps.
 
-def _is_saved(source: Source) -> bool:
-    return isinstance(source, str) and is_saved(Path(source).expanduser())
+        It is kept while the next step is made, which may fail: later calls must not change what was returned here.
+        """
+        ...
 
-
-def _load_hub(cfg: DataConfig, name: str) -> Rows:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    def download(cached: bool) -> Rows:
-        with _offline() if cached else nullcontext():
-            rows: Any = load_dataset(name, cfg.config, split=cfg.split, revision=cfg.revision)
-        if cached and cfg.revision is not None:
-            _check_cached(rows, name, cfg.revision)
-        found: Rows = rows
-        return found
-
-    try:
-        return fetch(Repository("dataset", name, cfg.revision), download)
-    except ValueError as error:  # an unknown config or split: the message lists the known ones, then shows code
-        why, _, code = one_line(error).partition(" Example of usage")
-        raise UserError(f"data {name}: {why}{' (data.config or eval.config)' if code else ''}") from error
-    except DatasetsError as error:
-        raise UserError(f"data {name}: cannot be read: {one_line(error.__cause__ or error)}") from error
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Have `datasets` look into its cache at once: by itself it asks in vain for half a minute before."""
-    from datasets import config, logging
-
-    before, said = config.HF_HUB_OFFLINE, logging.get_verbosity()
-    config.HF_HUB_OFFLINE = True
-    logging.set_verbosity(logging.ERROR)  # what it found there is said by us
-    try:
-        yield
-    except ValueError as error:
-        if "Couldn't find cache" not in str(error):
-            raise
-        raise FileNotFoundError(str(error)) from error
-    finally:
-        config.HF_HUB_OFFLINE = before
-        logging.set_verbosity(said)
-
-
-def _check_cached(rows: Dataset, name: str, revision: str) -> None:
-    """Raise OSError if these are not the rows of `revision`: `datasets` gives whatever it cached last."""
-    wanted = cached_commit(Repository("dataset", name, revision), "README.md") or revision
-    found = Path(rows.cache_files[0]["filename"]).parent.name
-    if found != wanted:
-        raise FileNotFoundError(f"the cache has only {found}")
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where a source with the same settings was when it gave this `state`."""
+        ...

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from grpo.backend.random import derive_seed
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows
 from grpo.errors import UserError
-from grpo.types import Task
+from grpo.types import Group, Task
 
 
 class TaskStream:
-    """Endless tasks from rows: each epoch visits every row once, in an order drawn from the seed and the epoch, or in
-    the rows' own order where `data.shuffle` is false.
+    """The `Source` that a recipe's `data` section makes: endless tasks from rows. Each epoch visits every row once, in
+    an order drawn from the seed and the epoch, or in the rows' own order where `data.shuffle` is false.
 
     `cursor` counts the rows visited, over all epochs: a stream of the same rows and seed that loads
     this one's state goes on where it is. `dropped` counts those of them whose prompts were too long or null.
@@ -44,6 +44,12 @@ class TaskStream:
             if misses > 2 * len(self._rows):  # more than an epoch, wherever in one it began
                 raise all_too_long(self._renderer)
         return tasks
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        """Nothing: the order of the rows does not depend on what became of them."""
+
+    def metrics(self) -> dict[str, float]:
+        return {"dropped_prompts": float(self.dropped)}
 
     def state(self) -> dict[str, int]:
         """Where the stream is: what `load_state` takes."""

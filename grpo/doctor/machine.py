@@ -13,7 +13,7 @@ from grpo.backend import blas as backend
 from grpo.backend.device import cpu_cores, memory_bytes, on_gpu
 from grpo.backend.versions import versions
 from grpo.doctor.finding import Finding, gigabytes
-from grpo.scoring.sandbox.run import missing
+from grpo.scoring.sandbox.runner import missing
 
 WIRED_FRACTION = 0.6
 """Of the memory; macOS lets a GPU wire two thirds or more unless it was told otherwise."""
@@ -93,7 +93,7 @@ def wired_limit(facts: Callable[[], Device] = this_device, wire: Callable[[int],
 
 
 @dataclass(frozen=True, slots=True)
-class Products:
+class MatrixProducts:
     """Who computes matrix products, whether it is a tuned library, and how fast it was just now."""
 
     by: str
@@ -101,9 +101,9 @@ class Products:
     gflops: float
 
 
-def products() -> Products:
+def products() -> MatrixProducts:
     tuned = on_gpu() or sys.platform == "darwin" or backend.loaded()
-    return Products("the GPU" if on_gpu() else backend.describe(), tuned, product_gflops())
+    return MatrixProducts("the GPU" if on_gpu() else backend.describe(), tuned, product_gflops())
 
 
 def product_gflops(runs: int = 3) -> float:
@@ -119,7 +119,7 @@ def product_gflops(runs: int = 3) -> float:
     return 2 * PRODUCT**3 / min(seconds) / 1e9
 
 
-def blas(facts: Callable[[], Products] = products) -> Finding:
+def blas(facts: Callable[[], MatrixProducts] = products) -> Finding:
     """Who computes matrix products, and how fast."""
     here = facts()
     text = f"{here.by}; a {PRODUCT} × {PRODUCT} float32 product runs at {here.gflops:,.0f} GFLOP/s"

@@ -10,7 +10,7 @@ from typing import Literal
 
 from grpo.backend.random import derive_seed
 from grpo.backend.ranks import Ranks
-from grpo.config import Recipe
+from grpo.config import EvalConfig
 from grpo.errors import RunError
 from grpo.evaluation.votes import final_answer, majority
 from grpo.rollout import RolloutEngine
@@ -33,10 +33,17 @@ class Evaluator:
     """
 
     def __init__(
-        self, cfg: Recipe, tasks: Sequence[Task], engine: RolloutEngine, scorer: Scorer, ranks: Ranks | None = None
+        self,
+        cfg: EvalConfig,
+        tasks: Sequence[Task],
+        engine: RolloutEngine,
+        scorer: Scorer,
+        temperature: float,
+        seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
-        assert cfg.eval is not None
-        self.cfg, self.samples = cfg, cfg.eval.samples
+        """`temperature` is that of the samples (greedy answers are measured besides); draws come from `seed`."""
+        self.samples, self.temperature, self.seed = cfg.samples, temperature, seed
         self.tasks, self.engine, self.scorer = tasks, engine, scorer
         self.grader = next(iter(scorer.rewards))
         self.ranks = ranks or Ranks()
@@ -50,7 +57,7 @@ class Evaluator:
     def __call__(self, step: int) -> EvalMetrics:
         """Measure the policy as it is, before (0) or after `step`. The draws are the same at every step."""
         greedy = self._sampled(1, 0.0)
-        sampled = self._sampled(self.samples, self.cfg.rollout.temperature)
+        sampled = self._sampled(self.samples, self.temperature)
         right = [graded for group in sampled if (graded := self._graded(group))]
         solved = [[right for _, right in graded] for graded in right]
         measured = {
@@ -71,7 +78,7 @@ class Evaluator:
             n=len(measured["greedy"]),
             grader=self.grader,
             values={name: fmean(values) for name, values in measured.items()},
-            intervals={name: interval(values, self.cfg.seed) for name, values in measured.items()},
+            intervals={name: interval(values, self.seed) for name, values in measured.items()},
             failed_gradings=sum(self.grader in rollout.failures for rollout in rollouts),
         )
 
@@ -82,7 +89,7 @@ class Evaluator:
     def _sampled(self, n: int, temperature: float) -> list[Group]:
         """All groups, scored. A prompt's draws are its own: they depend neither on the shares nor on `eval.prompts`."""
         mine = self.ranks.share(self.tasks)
-        seeds = [derive_seed(self.cfg.seed, "eval", n, task.index) for task in mine]
+        seeds = [derive_seed(self.seed, "eval", n, task.index) for task in mine]
         groups = self.engine.rollout(mine, n, temperature, seeds, False, "evaluation") if mine else []
         return self.ranks.merge(self.scorer.score(groups) if groups else [])
 

@@ -28,9 +28,9 @@ from grpo.model.lora import fold
 from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear, linear_to_lora_layers, load_adapters
 from grpo.model.saved import CONFIG, WEIGHTS, SavedAdapter, is_peft, read_adapter
 
-State = Mapping[str, mx.array]
+AdapterState = Mapping[str, mx.array]
 
-Snapshot = tuple[str, State, Mapping[str, State]]
+Snapshot = tuple[str, AdapterState, Mapping[str, AdapterState]]
 """Which state is active, its arrays, and the others by name."""
 
 POLICY, REFERENCE = "policy", "reference"
@@ -57,7 +57,7 @@ class Adapters:
         mx.eval(model.trainable_parameters())
         self.active = POLICY
         self._slots = _slots(model)
-        self._parked: dict[str, State] = {}
+        self._parked: dict[str, AdapterState] = {}
         if cfg.path is not None:
             self.load(Path(cfg.path))
         self._start = self.state() if cfg.path is not None and cfg.type != "full" else {}
@@ -75,7 +75,7 @@ class Adapters:
             return {path: holder[key] for path, (holder, key) in self._slots.items()}
         return dict(self._parked[name])
 
-    def load_state(self, state: State) -> None:
+    def load_state(self, state: AdapterState) -> None:
         """Replace arrays of the active state: all of them, or those that are given.
 
         Raises ValueError, with nothing replaced, for arrays that the model does not have.
@@ -96,7 +96,7 @@ class Adapters:
         self._parked = dict(parked)
         self.load_state(state)
 
-    def add(self, name: str, state: State) -> None:
+    def add(self, name: str, state: AdapterState) -> None:
         """Keep a state under a name; one of that name that is not active is replaced.
 
         Raises ValueError for the active one, and for arrays that are not those that train: switching to half a state

@@ -15,17 +15,17 @@ MOMENT_BYTES = 2 * 4
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Demand:
     """Operations, a multiplication and an addition being two, and bytes between memory and chip."""
 
     flops: float
     bytes: float
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+    def __add__(self, other: Demand) -> Demand:
+        return Demand(self.flops + other.flops, self.bytes + other.bytes)
 
-    def __mul__(self, times: float) -> Work:
-        return Work(self.flops * times, self.bytes * times)
+    def __mul__(self, times: float) -> Demand:
+        return Demand(self.flops * times, self.bytes * times)
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
         """The least time on a machine of these rates: operations and bytes at once, so the slower of both."""
@@ -83,7 +83,7 @@ class Costs:
         """Keys and values of one token in all layers."""
         return 2 * self.depth * self.kv_heads * self.head_dim * self.itemsize
 
-    def decode(self, rows: int, context: int, shared: int = 0, groups: int = 1) -> Work:
+    def decode(self, rows: int, context: int, shared: int = 0, groups: int = 1) -> Demand:
         """One decoding step of `rows` rows, each attending to `context` tokens, itself included.
 
         The first `shared` of them are kept, and read, once for each of `groups` groups of rows.
@@ -91,29 +91,29 @@ class Costs:
         flops = rows * (self._token_flops + self.head.flops) + self._attention_flops * rows * context
         cached = groups * shared + rows * (context - shared)
         read = self._read(rows) + self.head.read(rows)
-        return Work(flops, read + self.kv_bytes_per_token * cached)
+        return Demand(flops, read + self.kv_bytes_per_token * cached)
 
-    def prefill(self, prompts: int, length: int) -> Work:
+    def prefill(self, prompts: int, length: int) -> Demand:
         """Prompts through the blocks, for their keys and values alone: no head."""
         tokens, pairs = prompts * length, prompts * _triangle(length)
         flops = tokens * self._token_flops + self._attention_flops * pairs
-        return Work(flops, self._read(tokens) + self.kv_bytes_per_token * tokens)
+        return Demand(flops, self._read(tokens) + self.kv_bytes_per_token * tokens)
 
-    def forward(self, prompts: int, prompt_length: int, completions: int, length: int) -> Work:
+    def forward(self, prompts: int, prompt_length: int, completions: int, length: int) -> Demand:
         """`completions` of each prompt through the blocks, each prompt once: no head, and nothing is kept.
 
         A completion's last token, which predicts nothing, goes through as it does in the trainer.
         """
         tokens, pairs = _shared(prompts, prompt_length, completions, length)
-        return Work(tokens * self._token_flops + self._attention_flops * pairs, self._read(tokens))
+        return Demand(tokens * self._token_flops + self._attention_flops * pairs, self._read(tokens))
 
-    def logprobs(self, prompts: int, prompt_length: int, completions: int, length: int) -> Work:
+    def logprobs(self, prompts: int, prompt_length: int, completions: int, length: int) -> Demand:
         """The same with the head, which only the tokens of completions meet."""
         predicted = prompts * completions * length
-        head = Work(predicted * self.head.flops, self.head.read(predicted))
+        head = Demand(predicted * self.head.flops, self.head.read(predicted))
         return self.forward(prompts, prompt_length, completions, length) + head
 
-    def update(self, prompts: int, prompt_length: int, completions: int, length: int) -> Work:
+    def update(self, prompts: int, prompt_length: int, completions: int, length: int) -> Demand:
         """Forward, backward and AdamW over `completions` of each prompt, which itself goes through the blocks once.
 
         The backward pass of a product is as much work as its forward pass, and as much again where its matrix trains;
@@ -127,7 +127,7 @@ class Costs:
         kept = self.depth * tokens * self.hidden * self.itemsize
         optimiser = self.trained * 2 * (2 * self.itemsize + MOMENT_BYTES)
         read = self._read(tokens) + self.head.read(predicted)
-        return Work(flops + 3 * self._attention_flops * pairs, 2 * read + 2 * kept + optimiser)
+        return Demand(flops + 3 * self._attention_flops * pairs, 2 * read + 2 * kept + optimiser)
 
     @property
     def _token_flops(self) -> int:

@@ -18,6 +18,7 @@ from grpo.backend.blame import cause
 
 Head = Callable[[mx.array], mx.array]
 Body = Callable[..., mx.array]
+"""A model without its head: token ids `[B, L]` in, hidden states `[B, L, D]` out, with `cache=` one object a layer."""
 
 BODIES = ("model", "transformer", "backbone")
 """Names under which mlx-lm's models keep everything but their head."""

@@ -15,7 +15,7 @@ import mlx.core as mx
 from grpo.model.mlxlm import ArraysCache, KVCache, RotatingKVCache, create_causal_mask
 
 
-class Rows:
+class RowPrompts:
     """Which prompt each row goes on from, and what it sees."""
 
     def __init__(self, prompt_lengths: mx.array, index: mx.array, width: int, dtype: mx.Dtype) -> None:
@@ -68,7 +68,7 @@ class PromptKeys:
         self.keys, self.values = keys, values
         return keys, values
 
-    def continued(self, rows: Rows) -> MoreKeys:
+    def continued(self, rows: RowPrompts) -> MoreKeys:
         return MoreKeys(self.outputs(), rows)
 
     def inputs(self) -> list[mx.array]:
@@ -91,7 +91,7 @@ class PromptKeys:
 class MoreKeys:
     """Appends completions' keys and values to those of their prompts: row b goes on from prompt `index[b]`."""
 
-    def __init__(self, prompt: list[mx.array], rows: Rows) -> None:
+    def __init__(self, prompt: list[mx.array], rows: RowPrompts) -> None:
         self._rows = rows
         self._prompt = prompt
 
@@ -144,7 +144,7 @@ class PromptState:
     def advance(self, n: int) -> None:
         """There is one pass."""
 
-    def continued(self, rows: Rows) -> MoreState:
+    def continued(self, rows: RowPrompts) -> MoreState:
         return MoreState(self._left, rows)
 
     def inputs(self) -> list[mx.array]:
@@ -165,7 +165,7 @@ class MoreState:
 
     lengths = left_padding = None
 
-    def __init__(self, prompt: dict[int, mx.array], rows: Rows) -> None:
+    def __init__(self, prompt: dict[int, mx.array], rows: RowPrompts) -> None:
         self._rows = rows
         self._prompt = prompt
         self._own: dict[int, mx.array] = {}

@@ -15,7 +15,7 @@ import mlx.core as mx
 from grpo.backend.hub import one_line
 from grpo.errors import UserError
 
-State = dict[str, mx.array]
+SavedArrays = dict[str, mx.array]
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 PEFT_WEIGHTS, PEFT_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -55,9 +55,9 @@ class SavedAdapter:
     kind: str
     rank: int | None
     scale: float | None
-    arrays: State
+    arrays: SavedArrays
 
-    def fitted(self, paths: Collection[str]) -> State:
+    def fitted(self, paths: Collection[str]) -> SavedArrays:
         """The arrays by those of the model's `paths` that they mean.
 
         Of models that see, mlx-lm puts a shell around the language model; transformers takes all of the model, or the
@@ -166,7 +166,7 @@ def _unsupported(config: dict[str, Any]) -> str | None:
     return next((f"{name} {config[name]}" for name in REFUSED if config.get(name)), None)
 
 
-def _arrays(file: Path) -> State:
+def _arrays(file: Path) -> SavedArrays:
     try:
         arrays: Any = mx.load(str(file))
         mx.eval(arrays)

@@ -16,11 +16,9 @@ import mlx.nn as nn
 
 from grpo.backend.blame import cause, is_ours
 from grpo.model.dropout import second_pass
+from grpo.model.head import Body
 from grpo.model.mlxlm import make_prompt_cache
-from grpo.model.promptcaches import Kind, Rows, kinds
-
-Body = Any
-"""A model without its head: token ids `[B, L]` in, hidden states `[B, L, D]` out, with `cache=` one object a layer."""
+from grpo.model.promptcaches import Kind, RowPrompts, kinds
 
 
 class Unshared(ValueError):
@@ -43,7 +41,7 @@ def shared_hidden(
     prompts = [kind(prompt_lengths) for kind in layers]
     hidden = body(prompt_ids, cache=prompts)
     last = mx.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[index]
-    rows = Rows(prompt_lengths, index, prompt_ids.shape[1], hidden.dtype)
+    rows = RowPrompts(prompt_lengths, index, prompt_ids.shape[1], hidden.dtype)
     with second_pass():
         own = body(completion_ids, cache=[prompt.continued(rows) for prompt in prompts])
     return mx.concatenate([last, own[:, :-1]], axis=1)

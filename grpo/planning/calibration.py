@@ -8,7 +8,7 @@ long on another card; what goes through memory is scaled by the card's bandwidth
 
 from __future__ import annotations
 
-from grpo.model.costs import Costs, Work
+from grpo.model.costs import Costs, Demand
 from grpo.planning.machines import Chip
 
 LAYER = 1.8e-4
@@ -22,18 +22,18 @@ REACHED = 0.6
 """The share of a machine's advertised operations per second that large matrix products reach at most."""
 
 
-def decode(chip: Chip, costs: Costs, step: Work) -> float:
+def decode(chip: Chip, costs: Costs, step: Demand) -> float:
     """Seconds of one decoding step."""
     return costs.depth * LAYER + step.seconds(REACHED * chip.flops, chip.bandwidth)
 
 
-def update(chip: Chip, costs: Costs, tokens: int, work: Work) -> float:
+def update(chip: Chip, costs: Costs, tokens: int, work: Demand) -> float:
     """Seconds of an update over `tokens` tokens, prompts included, that does `work`."""
     moved = TOKEN * tokens * costs.depth * costs.hidden
     return max(moved / chip.bandwidth, work.flops / (REACHED * chip.flops))
 
 
-def forward(chip: Chip, costs: Costs, tokens: int, work: Work) -> float:
+def forward(chip: Chip, costs: Costs, tokens: int, work: Demand) -> float:
     """Seconds of a forward pass over `tokens` tokens that does `work`."""
     moved = FORWARD * TOKEN * tokens * costs.depth * costs.hidden
     return max(moved / chip.bandwidth, work.flops / (REACHED * chip.flops))

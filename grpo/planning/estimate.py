@@ -33,6 +33,7 @@ from grpo.planning import calibration
 from grpo.planning.activations import reckoned_footprint
 from grpo.planning.machines import CHIPS, Chip, Known
 from grpo.planning.plan import Machine, Plan, plan_on
+from grpo.planning.workload import Workload
 
 WORDS: dict[Known, str] = {"measured": "about", "scaled": "roughly", "bound": "over"}
 """The word before a time, by how the time is known."""
@@ -60,7 +61,7 @@ class Estimate:
 
 def estimates(cfg: Recipe, chips: Sequence[Chip] = CHIPS) -> list[str]:
     """A line for each machine. Raises UserError for a model whose config cannot be found."""
-    config = model_config(cfg)
+    config = model_config(cfg.model)
     return [_line(chip, cfg, config) for chip in chips]
 
 
@@ -89,21 +90,21 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
     costs = costs_of(model)
     states = int(cfg.needs_reference or cfg.adapter.type != "full")  # the reference
     prompt = cfg.data.max_prompt_length
+    load = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, prompt, prompt)
     plan, _ = plan_on(
         Machine(chip.memory, gpu=True, cuda=chip.backend == "cuda"),
-        cfg,
+        load,
         model,
         states,
         _decoding(chip, model, costs),
-        (prompt, prompt),
         partial(reckoned_footprint, costs, fused=chip.backend == "cuda", head=bytes_at_work(model, gpu=True)),
     )
-    step = _sampling(chip, costs, cfg, plan, plan.prompts, plan.rows) + _updates(chip, costs, cfg, plan)
+    step = _sampling(chip, costs, load, plan, plan.prompts, plan.rows) + _updates(chip, costs, cfg, plan)
     evaluations = 0.0
     if cfg.eval is not None:
         rows = cfg.eval.prompts * (cfg.eval.samples + 1)  # and the greedy one
         often = cfg.optim.steps // cfg.eval.every + 1
-        evaluations = often * _sampling(chip, costs, cfg, plan, cfg.eval.prompts, rows)
+        evaluations = often * _sampling(chip, costs, load, plan, cfg.eval.prompts, rows)
     return Estimate(chip, plan.total, step, step * cfg.optim.steps + evaluations)
 
 
@@ -114,12 +115,12 @@ def _decoding(chip: Chip, model: nn.Module, costs: Costs) -> SharedPrefix:
     return SharedPrefix(model, ModelDecoder(model), attention, [shape] * costs.depth, costs.head.outputs, "")
 
 
-def _sampling(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan, prompts: int, rows: int) -> float:
+def _sampling(chip: Chip, costs: Costs, load: Workload, plan: Plan, prompts: int, rows: int) -> float:
     """Seconds to read `prompts` prompts once and to decode `rows` completions in the slots.
 
     Each decoding step counts as a step in the middle of a completion.
     """
-    prompt, length = cfg.data.max_prompt_length, cfg.rollout.max_completion_length
+    prompt, length = load.prompt_length, load.rollout.max_completion_length
     slots = min(plan.slots, rows)
     groups = max(1, round(slots * prompts / rows))
     one, prefill = costs.decode(slots, prompt + length // 2, prompt, groups), costs.prefill(prompts, prompt)
@@ -144,18 +145,18 @@ def _updates(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan) -> float:
     return updates + others * calibration.forward(chip, costs, tokens, logprobs)
 
 
-def model_config(cfg: Recipe) -> dict[str, Any]:
-    """The `config.json` of the recipe's model: one of the known configs, from its folder, or from the Hub."""
-    if cfg.model.name in CONFIGS:
-        return CONFIGS[cfg.model.name]
-    if cfg.model.name.startswith("builtin:"):
-        raise UserError(f"model {cfg.model.name} is made where it is used: `grpo train ... --dry-run` has its plan")
-    file = Path(cfg.model.name).expanduser() / "config.json"
-    file = file if file.is_file() else _fetched(cfg.model)
+def model_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The `config.json` of a model: one of the known configs, from its folder, or from the Hub."""
+    if cfg.name in CONFIGS:
+        return CONFIGS[cfg.name]
+    if cfg.name.startswith("builtin:"):
+        raise UserError(f"model {cfg.name} is made where it is used: `grpo train ... --dry-run` has its plan")
+    file = Path(cfg.name).expanduser() / "config.json"
+    file = file if file.is_file() else _fetched(cfg)
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"model {cfg.model.name}: its config.json is not JSON: {one_line(error)}") from error
+        raise UserError(f"model {cfg.name}: its config.json is not JSON: {one_line(error)}") from error
     return config
 
 

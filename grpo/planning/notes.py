@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from grpo.config import LossConfig, Recipe
+from grpo.config import AdapterConfig, LossConfig, OptimConfig
 
 OF_RATIOS = ("epsilon", "epsilon_high", "delta", "off_policy_mask_threshold")
 OF_SAMPLERS = ("epsilon", "epsilon_high")
 """What dppo reads of a ratio to the sampler, which is not 1 even in the first update."""
 
 
-def notes_on(cfg: Recipe) -> Iterator[str]:
+def notes_on(optim: OptimConfig, adapter: AdapterConfig, loss: LossConfig) -> Iterator[str]:
     """A line for each setting that will do less than it says, or other than it should."""
-    optim, every = cfg.optim, cfg.adapter.sync_reference_every
+    every = adapter.sync_reference_every
     steps = "1 step" if optim.steps == 1 else f"{optim.steps} steps"
     if optim.warmup < optim.warmup_steps:
         yield f"optim.warmup_steps: cut from {optim.warmup_steps} to {optim.warmup}, because the run has {steps}"
     if every is not None and every >= optim.steps:
         yield f"adapter.sync_reference_every: {every} does nothing: the run has {steps}, so the reference stays"
-    if cfg.adapter.dropout > 0 and cfg.loss.use is None and cfg.loss.preset.surrogate == "vespo":
+    if adapter.dropout > 0 and loss.use is None and loss.preset.surrogate == "vespo":
         yield (
             "adapter.dropout with loss.type vespo: its weight is of the product of a completion's ratios, to which "
             "every token adds dropout's noise. By noise of 1 nat a completion, weights shrink to 0.7 (advantage above "
             "0) and 0.5 (below) in the mean, longer completions' more: dapo or gspo bear dropout better"
         )
     updates = optim.num_iterations * optim.num_minibatches
-    of_ratios = [name for name in OF_RATIOS if cfg.loss.preset.surrogate != "dppo" or name not in OF_SAMPLERS]
+    of_ratios = [name for name in OF_RATIOS if loss.preset.surrogate != "dppo" or name not in OF_SAMPLERS]
     if (
         updates == 1
-        and cfg.adapter.dropout == 0
-        and cfg.loss.use is None
-        and (unread := [f"loss.{name}" for name in of_ratios if name in cfg.loss.changed])
+        and adapter.dropout == 0
+        and loss.use is None
+        and (unread := [f"loss.{name}" for name in of_ratios if name in loss.changed])
     ):
         yield (
             f"each rollout has one update, and its ratios are 1: {', '.join(unread)} wait for optim.num_iterations or "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -13,16 +13,17 @@ from mlx.utils import tree_flatten
 
 from grpo.backend import cuda
 from grpo.backend.device import memory_bytes, on_gpu
-from grpo.config import OptimConfig, Recipe
+from grpo.config import AdapterConfig, OptimConfig
 from grpo.errors import TooLargeError
 from grpo.generation.decoding import Decoding
-from grpo.generation.memory import Memory, Need, slots_that_fit
+from grpo.generation.memory import Memory, slots_that_fit
 from grpo.model.policy import Policy
 from grpo.model.widehead import bytes_at_work
 from grpo.planning.footprint import Footprint, measure_body, measure_footprint
-from grpo.rollout import sampling_of
+from grpo.planning.workload import Workload
+from grpo.recipe import with_settings
 from grpo.training.optimizer import Float32Optimizer, bytes_of_a_group
-from grpo.training.packing import Packing, Shape
+from grpo.training.packing import Shape
 
 AUTO_TOKENS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)
 FEW_TOKENS = 2_048
@@ -77,17 +78,15 @@ class Plan:
         ]
 
 
-def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: tuple[int, int]) -> tuple[Plan, Recipe]:
-    """The plan of a recipe on this machine, and the recipe with what was `auto` decided.
-
-    `prompt_lengths` are the most tokens of a prompt in training, and in training or evaluation.
+def make_plan(load: Workload, policy: Policy, decoding: Decoding) -> tuple[Plan, OptimConfig]:
+    """The plan of a run on this machine, and its `optim` section with what was `auto` decided.
 
     What the update needs is measured (`footprint`); the rest is counted. The policy is set to checkpoint as decided.
     Raises TooLargeError for what cannot fit.
     """
     machine = Machine(memory_bytes(), on_gpu(), cuda.available())
     shares = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
-    cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update=shares)})
+    load = replace(load, optim=with_settings(load.optim, shares))
     states = len(policy.adapters.names) - 1
     footprint = partial(measure_footprint, policy)
 
@@ -95,50 +94,47 @@ def make_plan(cfg: Recipe, policy: Policy, decoding: Decoding, prompt_lengths: t
         return measure_body(policy, checkpointing, [shape])[0]
 
     tried = body if machine.cuda else None
-    plan, cfg = plan_on(machine, cfg, policy.model, states, decoding, prompt_lengths, footprint, tried)
+    plan, optim = plan_on(machine, load, policy.model, states, decoding, footprint, tried)
     policy.gradient_checkpointing = plan.checkpointing
-    return plan, cfg
+    return plan, optim
 
 
 def plan_on(
     machine: Machine,
-    cfg: Recipe,
+    load: Workload,
     model: nn.Module,
     states: int,
     decoding: Memory,
-    prompt_lengths: tuple[int, int],
     footprint: Callable[[bool], Footprint],
     body: Callable[[bool, Shape], float] | None = None,
-) -> tuple[Plan, Recipe]:
+) -> tuple[Plan, OptimConfig]:
     """The same on any machine, by a model of which the shapes and dtypes are enough: none of its arrays is computed.
 
     `states` are the adapter's besides the policy, `footprint` what an update needs without and with checkpointing, and
     `body` what a micro-batch was seen to take, where that is to be tried.
     """
-    rows, length = cfg.rollout.prompts_per_step * cfg.rollout.num_generations, cfg.rollout.max_completion_length
-    prompt_length, longest = prompt_lengths
     numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
-    stays, need = _stays(cfg, model, states), _rollout_need(cfg, longest)
+    stays, need = _stays(load.optim, load.adapter, model, states), load.need()
     head = bytes_at_work(model, machine.gpu)
     available = int(FREE * machine.memory) - sum(stays.values()) - head
     slots, too_large = 1, None
     try:
-        slots = slots_that_fit(decoding, need, cfg.rollout.max_concurrency, available)
+        slots = slots_that_fit(decoding, need, load.rollout.max_concurrency, available)
     except TooLargeError as error:
         too_large = error
-    chosen = _chosen(machine, cfg, footprint, body, prompt_length)
+    chosen = _chosen(machine, load, footprint, body)
     plan = Plan(
-        steps=cfg.optim.steps,
-        prompts=cfg.rollout.prompts_per_step,
-        rows=rows,
-        tokens=rows * (prompt_length + length),
-        parameters=_weights(model) - (numbers if cfg.adapter.type != "full" else 0),
+        steps=load.optim.steps,
+        prompts=load.rollout.prompts_per_step,
+        rows=load.rows,
+        tokens=load.tokens,
+        parameters=_weights(model) - (numbers if load.adapter.type != "full" else 0),
         trained=numbers,
         stays=stays,
         phases={
             "rollout": need.bytes(decoding, slots) + head,
             "update": chosen.bytes,
-            "optimiser's step": _optimizer_step(cfg, model, stays["optimiser"]),
+            "optimiser's step": _optimizer_step(load.optim, load.adapter, model, stays["optimiser"]),
         },
         memory=machine.memory,
         slots=slots,
@@ -147,7 +143,7 @@ def plan_on(
     )
     if too_large or plan.total > machine.memory:
         raise TooLargeError(str(too_large or _what_would_help(plan)), *_least(plan))
-    return plan, cfg.model_copy(update={"optim": chosen.optim})
+    return plan, chosen.optim
 
 
 def _what_would_help(plan: Plan) -> str:
@@ -170,11 +166,11 @@ def _least(plan: Plan) -> tuple[int, dict[str, int]]:
     return wanted[largest], {**plan.stays, largest: plan.phases[largest]}
 
 
-def _stays(cfg: Recipe, model: nn.Module, states: int) -> dict[str, int]:
+def _stays(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, states: int) -> dict[str, int]:
     """Bytes that are held all the time, by what they are for."""
     trained = model.trainable_parameters()
-    optimizer = _bytes(Float32Optimizer(cfg.optim, trained).state)  # nothing of it is computed
-    several = _holds_former(cfg) and _several(cfg.optim)
+    optimizer = _bytes(Float32Optimizer(optim, trained).state)  # nothing of it is computed
+    several = _holds_former(adapter) and _several(optim)
     return {
         "weights": _bytes(model.parameters()),
         "optimiser": optimizer,
@@ -183,17 +179,17 @@ def _stays(cfg: Recipe, model: nn.Module, states: int) -> dict[str, int]:
     }
 
 
-def _holds_former(cfg: Recipe) -> bool:
+def _holds_former(adapter: AdapterConfig) -> bool:
     """Whether the arrays of before a step are held until it is done, as `Trainer.wholly` does."""
-    return cfg.adapter.type != "full"
+    return adapter.type != "full"
 
 
-def _several(cfg: OptimConfig) -> bool:
+def _several(optim: OptimConfig) -> bool:
     """Whether a step has more than one update."""
-    return cfg.num_iterations * cfg.num_minibatches > 1
+    return optim.num_iterations * optim.num_minibatches > 1
 
 
-def _optimizer_step(cfg: Recipe, model: nn.Module, optimizer: int) -> int:
+def _optimizer_step(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, optimizer: int) -> int:
     """Bytes beside what stays: the gradient, and a group at work.
 
     The state of an adapter before a step is held until the step is done: what the step makes takes the gradient's place
@@ -201,20 +197,12 @@ def _optimizer_step(cfg: Recipe, model: nn.Module, optimizer: int) -> int:
     """
     trained = model.trainable_parameters()
     numbers: int = sum(array.size for _, array in tree_flatten(trained))
-    made = _bytes(trained) + optimizer if _holds_former(cfg) and not _several(cfg.optim) else 0
-    return max(4 * numbers, made) + bytes_of_a_group(cfg.optim.optimizer, trained)
+    made = _bytes(trained) + optimizer if _holds_former(adapter) and not _several(optim) else 0
+    return max(4 * numbers, made) + bytes_of_a_group(optim.optimizer, trained)
 
 
 def _bytes(tree: Any) -> int:
     return sum(array.nbytes for _, array in tree_flatten(tree))
-
-
-def _rollout_need(cfg: Recipe, longest: int) -> Need:
-    """The larger of a step's completions and an evaluation's."""
-    prompts, sampled = cfg.rollout.prompts_per_step, cfg.rollout.prompts_per_step * cfg.rollout.num_generations
-    if cfg.eval:
-        prompts, sampled = max(prompts, cfg.eval.prompts), max(sampled, cfg.eval.prompts * cfg.eval.samples)
-    return Need(sampled, prompts, longest, cfg.rollout.max_completion_length, sampling_of(cfg.rollout).reshaped)
 
 
 def _weights(model: nn.Module) -> int:
@@ -239,10 +227,9 @@ class _Chosen:
 
 def _chosen(
     machine: Machine,
-    cfg: Recipe,
+    load: Workload,
     footprint: Callable[[bool], Footprint],
     body: Callable[[bool, Shape], float] | None,
-    prompt_length: int,
 ) -> _Chosen:
     """What the recipe says, or for `auto` what fits and pays.
 
@@ -252,44 +239,29 @@ def _chosen(
     """
     comfortable = min(machine.memory // 8, MOST_ON_CUDA if machine.cuda else MOST_ACTIVATIONS)
     few = FEW_TOKENS if machine.gpu else FEW_TOKENS // 4
-    asked, tokens = cfg.optim.gradient_checkpointing, cfg.optim.micro_batch_tokens
+    asked, tokens = load.optim.gradient_checkpointing, load.optim.micro_batch_tokens
     ways = (False, True) if asked == "auto" else (bool(asked),)
     sizes = AUTO_TOKENS[0 if machine.gpu else 2 :] if tokens == "auto" else (tokens,)
     order = [(way, size) for size in sizes for way in ways] if machine.cuda else list(product(ways, sizes))
     footprint_of = cache(footprint)  # seconds to measure: of the ways that are come to
     best: _Chosen | None = None
     for checkpointing, size in order:
-        largest = _largest(cfg, prompt_length, size, machine.gpu)
+        largest = load.largest(size, machine.gpu)
         needed = footprint_of(checkpointing).bytes(largest)
         if body is not None and needed <= comfortable:
             needed = footprint_of(checkpointing).bytes(largest, body(checkpointing, largest))
-        optim = cfg.optim.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
+        optim = with_settings(load.optim, {"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
         best = _Chosen(optim, size, checkpointing, needed)
         enough = (
             asked != "auto"
             or checkpointing
             or size >= few
-            or largest.tokens == _largest(cfg, prompt_length, 2 * size, machine.gpu).tokens
+            or largest.tokens == load.largest(2 * size, machine.gpu).tokens
         )
         if needed <= comfortable and enough:
             return best
     assert best is not None
     return best
-
-
-def _largest(cfg: Recipe, prompt_length: int, tokens: int, gpu: bool) -> Shape:
-    """The largest micro-batch there can be: the longest prompts, each with all its completions at their longest."""
-    optim = cfg.optim.model_copy(update={"micro_batch_tokens": tokens})
-    packing = Packing.of(optim, cfg.rollout, gpu=gpu)
-    length = cfg.rollout.max_completion_length
-    fitting = packing.shape(1, 1, prompt_length, length)
-    for rows in range(2, packing.rows + 1):
-        shape = packing.shape(-(-rows // packing.group), rows, prompt_length, length)
-        if shape is None:
-            break
-        fitting = shape
-    assert fitting is not None, "a single row always fits"
-    return fitting
 
 
 def _size(count: int) -> str:

@@ -14,28 +14,31 @@ from typing import Any
 
 from grpo.backend.random import derive_seed
 from grpo.backend.secrets import masked
-from grpo.config import Recipe
+from grpo.config.log import CompletionsConfig
 from grpo.errors import UserError
 from grpo.types import BEHAVIOUR, Failure, Group, Prompt, Rollout, Task, Trajectory
 
 PROMPT = "prompt"
 """In the `columns` of a row: the prompt as rewards saw it, a text or messages."""
 
+UNNAMED = ""
+"""The source of a task that was stored before files said it."""
 
-def store_completions(folder: Path, step: int, groups: Sequence[Group], cfg: Recipe) -> Path | None:
+
+def store_completions(
+    folder: Path, step: int, groups: Sequence[Group], setting: CompletionsConfig | None, seed: int, learnt: int
+) -> Path | None:
     """Write a step's completions, or some of them, or none, as `log.completions` says. Returns the file.
 
-    `groups` are all that were sampled, those that were learnt from first; the others' advantages are null. The file is
-    written aside and synced, and appears under its name by one rename.
+    `groups` are all that were sampled, the `learnt` ones that were trained on first; the others' advantages are null.
+    The file is written aside and synced, and appears under its name by one rename.
     """
-    setting = cfg.log.completions
     if setting is None or (step - 1) % setting.every:
         return None
     kept = range(len(groups))
     if setting.groups is not None and setting.groups < len(groups):
-        draws = random.Random(derive_seed(cfg.seed, "completions", step))
+        draws = random.Random(derive_seed(seed, "completions", step))
         kept = sorted(draws.sample(kept, setting.groups))  # type: ignore[assignment]
-    learnt = cfg.rollout.prompts_per_step
     rows = [
         _row(step, g, i, groups[g].task, rollout, learnt=g < learnt)
         for g in kept
@@ -73,7 +76,7 @@ def read_completions(path: Path) -> tuple[int, list[Group]]:
         by_group: dict[int, list[dict[str, Any]]] = {}
         for row in rows:
             by_group.setdefault(row["group"], []).append(row)
-        return rows[0]["step"] if rows else 0, [_group(place, members) for place, members in by_group.items()]
+        return rows[0]["step"] if rows else 0, [_group(members) for members in by_group.values()]
     except (OSError, KeyError, pa.ArrowException) as error:
         raise UserError(f"{path}: not completions that a run of ours stored: {error}") from error
 
@@ -81,10 +84,11 @@ def read_completions(path: Path) -> tuple[int, list[Group]]:
 def fields(rows: Sequence[dict[str, Any]]) -> Any:
     """The schema of a step's file, as pyarrow has it: the fixed columns, then those of each reward by its name.
 
-    `group` is the place in the step, `index` that in the group. `token_ids` and `logprobs` are those of the completion,
-    the stop token included. `trained` says which of these tokens the policy sampled and learns from, null: all of them.
-    `policy_step` is the number of steps that the policy that sampled had made. `advantage` is null for groups that were
-    sampled but not learnt from; `reward` is before `penalty`. `reward/<name>` is null where a reward gave no score, and
+    `group` is the place in the step, `index` that in the group; `source` and `task` say which task it is of (a source
+    and the index of its row, `Task.identity`). `token_ids` and `logprobs` are those of the completion, the stop token
+    included. `trained` says which of these tokens the policy sampled and learns from, null: all of them. `policy_step`
+    is the number of steps that the policy that sampled had made. `advantage` is null for groups that were sampled but
+    not learnt from; `reward` is before `penalty`. `reward/<name>` is null where a reward gave no score, and
     `failure/<name>` says why if it failed ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and the
     prompt as rewards saw it. `extra/<name>` is JSON, by `log_extra`.
     """
@@ -94,6 +98,8 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
         ("step", pa.int64()),
         ("group", pa.int32()),
         ("index", pa.int32()),
+        ("source", pa.string()),
+        ("task", pa.int64()),
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
@@ -134,6 +140,8 @@ def _row(step: int, group: int, index: int, task: Task, rollout: Rollout, learnt
         "step": step,
         "group": group,
         "index": index,
+        "source": task.source,
+        "task": task.index,
         "prompt": _as_text(task.prompt),
         "completion": _valid(trajectory.text),
         "token_ids": trajectory.token_ids,
@@ -156,9 +164,15 @@ def _failed(rollout: Rollout, name: str) -> str | None:
     return _valid(str(rollout.failures[name])) if name in rollout.failures else None
 
 
-def _group(place: int, rows: Sequence[dict[str, Any]]) -> Group:
-    columns = json.loads(rows[0]["columns"])
-    return Group(Task(place, columns[PROMPT], (), columns), tuple(_rollout(row) for row in rows))
+def _group(rows: Sequence[dict[str, Any]]) -> Group:
+    return Group(_task(rows[0]), tuple(_rollout(row) for row in rows))
+
+
+def _task(row: dict[str, Any]) -> Task:
+    """The task of a stored row. Older files do not say which it is: there its columns tell it from the others."""
+    columns = json.loads(row["columns"])
+    source, index = row.get("source", UNNAMED), row.get("task")
+    return Task(derive_seed(0, row["columns"]) if index is None else index, columns[PROMPT], (), columns, source)
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:

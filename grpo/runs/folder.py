@@ -95,7 +95,7 @@ def _begin(cfg: Recipe, folder: Path) -> None:
     """Put a former run aside and write the new one's recipe, or leave everything as it was."""
     former = folder / FORMER
     try:
-        starting = copy_starting(cfg, folder)  # it may be of the run that is put aside
+        starting = copy_starting(cfg.adapter, folder)  # it may be of the run that is put aside
         _move_run(folder, former)
         (folder / FAILED).unlink(missing_ok=True)
         (folder / RECIPE).write_text(recipe_text(cfg), encoding="utf-8")
@@ -122,7 +122,7 @@ def resumed_folder(cfg: Recipe, step: int, evaluated: int, first: int = 1) -> It
     with _locked(folder):
         try:
             _forget_after(folder, range(first, step + 1), evaluated)
-            keep_starting(cfg, folder)
+            keep_starting(cfg.adapter, folder)
             replace_text(folder / RECIPE, recipe_text(cfg))
         except OSError as error:
             raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
@@ -147,7 +147,7 @@ def restore_folder(folder: Path, recipe: str, cfg: Recipe) -> None:
         log.warning("%s has vanished; it is made anew, without what was in it", folder)
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / RECIPE, recipe)
-        keep_starting(cfg, folder)
+        keep_starting(cfg.adapter, folder)
 
 
 def recipe_text(cfg: Recipe) -> str:

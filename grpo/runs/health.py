@@ -6,10 +6,10 @@ did, and its numbers are a result (a sweep over learning rates may want just tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
-from grpo.config import Recipe
+from grpo.config import LossConfig, Recipe, RewardConfig, RolloutConfig
 from grpo.evaluation.evaluator import wilson_interval
 from grpo.runs.state import RunState
 from grpo.types import EvalMetrics, StepMetrics
@@ -21,13 +21,13 @@ FEW = 20
 SAMPLE_MORE = "more rollout.num_generations or a higher rollout.temperature make rewards differ more often"
 
 
-def warnings_of_first(metrics: StepMetrics, cfg: Recipe) -> list[str]:
+def warnings_of_first(metrics: StepMetrics, rollout: RolloutConfig, rewards: Sequence[RewardConfig]) -> list[str]:
     """What the first step says about a run that may learn nothing, each with what to do."""
     values = metrics.values
-    return [*_of_lengths(values.get("completions/clipped_ratio", 0.0), cfg), *_of_rewards(values, cfg)]
+    return [*_of_lengths(values.get("completions/clipped_ratio", 0.0), rollout), *_of_rewards(values, rewards)]
 
 
-def trained_on_nothing(state: RunState, cfg: Recipe) -> str | None:
+def trained_on_nothing(state: RunState, loss: LossConfig, rewards: Sequence[RewardConfig]) -> str | None:
     """What to say of a run none of whose updates was applied; None of others, and of one without a step."""
     if state.step == 0 or _updates(state) > 0:
         return None
@@ -36,10 +36,10 @@ def trained_on_nothing(state: RunState, cfg: Recipe) -> str | None:
         return f"{what}every update was skipped as not finite, or had no signal; not_finite/ holds what led to it"
     if not state.rewarded:
         return (
-            f"{what}no completion got a reward, because {_names(cfg)} answered None for it or failed. None means that "
-            "a reward does not apply: see that the data has what it reads (grpo rewards test, grpo rewards score)"
+            f"{what}no completion got a reward, because {_names(rewards)} answered None for it or failed. None means "
+            "that a reward does not apply: see that the data has what it reads (grpo rewards test, grpo rewards score)"
         )
-    cut = ", or loss.mask_truncated_completions left them out" if cfg.loss.mask_truncated_completions else ""
+    cut = ", or loss.mask_truncated_completions left them out" if loss.mask_truncated_completions else ""
     return (
         f"{what}in none of them did the rewards of a group of completions differ{cut}. "
         f"Look at the completions and try the reward on them (grpo rewards test, grpo rewards score); {SAMPLE_MORE}"
@@ -91,9 +91,9 @@ def _told(metrics: EvalMetrics, name: str, end: int | None = None) -> str:
     return f"{value:.3f}" if name.startswith("rewards/") else f"{value:.1%}"
 
 
-def _names(cfg: Recipe) -> str:
+def _names(rewards: Sequence[RewardConfig]) -> str:
     """The rewards of a recipe in a sentence."""
-    *others, last = [reward.name or reward.use.rpartition("/")[2] for reward in cfg.rewards]
+    *others, last = [reward.name or reward.use.rpartition("/")[2] for reward in rewards]
     return f"{', '.join(others)} and {last}" if others else last
 
 
@@ -102,19 +102,19 @@ def _updates(state: RunState) -> int:
     return int(cast(int, state.trainer.arrays["optimizer"]["step"].item()))
 
 
-def _of_lengths(truncated: float, cfg: Recipe) -> list[str]:
+def _of_lengths(truncated: float, rollout: RolloutConfig) -> list[str]:
     if truncated <= MOSTLY:
         return []
-    limit = cfg.rollout.max_completion_length
+    limit = rollout.max_completion_length
     return [
         f"step 1: {truncated:.0%} of the completions were cut off at rollout.max_completion_length ({limit:,} tokens), "
         "mostly before their answer: raise it, or ask for shorter answers in the prompt"
     ]
 
 
-def _of_rewards(values: Mapping[str, float], cfg: Recipe) -> list[str]:
+def _of_rewards(values: Mapping[str, float], rewards: Sequence[RewardConfig]) -> list[str]:
     if "reward" not in values:
-        return [f"step 1: no completion has a reward, so nothing was learned: every one of {_names(cfg)} gave none"]
+        return [f"step 1: no completion has a reward, so nothing was learned: every one of {_names(rewards)} gave none"]
     if values["frac_reward_zero_std"] < 1:
         return []
     return [

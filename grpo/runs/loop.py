@@ -93,7 +93,8 @@ class Loop:
             self._note_end("stopped")
             return Outcome(self._whole_state(), self._saved, self.stop.signal)
         state = self._whole_state()
-        untrained, worse = trained_on_nothing(state, self.cfg), made_worse(state, self.cfg)
+        untrained = trained_on_nothing(state, self.cfg.loss, self.cfg.rewards)
+        worse = made_worse(state, self.cfg)
         self._note_end(UNTRAINED if untrained else WORSE if worse else "finished")
         return Outcome(state, self._saved, None, untrained, worse)
 
@@ -106,7 +107,7 @@ class Loop:
         self.tell(metrics)
         if self.ranks.first:
             self._store(metrics)
-            for line in warnings_of_first(metrics, self.cfg) if step == 1 else ():
+            for line in warnings_of_first(metrics, self.cfg.rollout, self.cfg.rewards) if step == 1 else ():
                 log.warning("%s", line)
 
     def _move(self, state: RunState) -> None:
@@ -155,8 +156,11 @@ class Loop:
 
     def _store(self, metrics: StepMetrics) -> None:
         """Keep the step's completions, if there is room for them."""
+        cfg, folder = self.cfg, self.folder / COMPLETIONS
         try:
-            store_completions(self.folder / COMPLETIONS, metrics.step, metrics.groups, self.cfg)
+            store_completions(
+                folder, metrics.step, metrics.groups, cfg.log.completions, cfg.seed, cfg.rollout.prompts_per_step
+            )
         except OSError as error:
             why = error.strerror or error
             log.warning("the completions of step %d could not be stored: %s", metrics.step, why)

@@ -9,11 +9,11 @@ from typing import Any
 from grpo.backend.device import setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
-from grpo.config import DataConfig, Recipe
+from grpo.config import DataConfig, OptimConfig, Recipe, RolloutConfig
 from grpo.data.lengths import Lengths, measure_lengths
+from grpo.data.loading import is_local, load_rows
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows, rows_with_null
-from grpo.data.source import is_local, load_rows
 from grpo.data.stream import TaskStream, first_tasks
 from grpo.errors import UserError
 from grpo.evaluation.evaluator import Evaluator
@@ -24,7 +24,9 @@ from grpo.model.policy import Policy
 from grpo.planning.notes import filter_note, notes_on
 from grpo.planning.plan import Plan, make_plan
 from grpo.planning.positions import position_note
+from grpo.planning.workload import Workload
 from grpo.plugins import find_function
+from grpo.recipe import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.optimizer import make_optimizer
@@ -71,13 +73,21 @@ def prepare(cfg: Recipe) -> Prepared:
     policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
-    _check_stop_ids(cfg, vocabulary := generator.decoding.vocabulary)
-    renderer, *eval_renderers = [PromptRenderer(source, tokenizer, vocabulary) for source in sources]
+    _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
+    renderer, *eval_renderers = [PromptRenderer(data, tokenizer, vocabulary, name) for name, data in named.items()]
     tasks = first_tasks(tables[0], renderer, PEEK)
     scorer.check(tasks[0].columns)
     evaluator = None
     if cfg.eval is not None:
-        evaluator = Evaluator(cfg, first_tasks(tables[1], eval_renderers[0], cfg.eval.prompts), engine, scorer, ranks)
+        evaluator = Evaluator(
+            cfg.eval,
+            first_tasks(tables[1], eval_renderers[0], cfg.eval.prompts),
+            engine,
+            scorer,
+            cfg.rollout.temperature,
+            cfg.seed,
+            ranks,
+        )
         if cfg.best_metric not in evaluator.names:
             known = ", ".join(evaluator.names)
             raise UserError(f"checkpoint.metric_for_best_model: {cfg.best_metric!r} is not measured; there is {known}")
@@ -87,14 +97,16 @@ def prepare(cfg: Recipe) -> Prepared:
     stream = TaskStream(tables[0], renderer, cfg.seed)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
-    plan, cfg = _together(ranks, policy, *make_plan(cfg, policy, generator.decoding, (longest, longest_of_all)))
+    workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, longest, longest_of_all)
+    plan, optim = _together(ranks, policy, *make_plan(workload, policy, generator.decoding))
+    cfg = with_settings(cfg, {"optim": optim})
     generator.slots = plan.slots
     trainer = Trainer(cfg, policy, stream, engine, scorer, custom_loss, ranks)
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, one) for rows, one in zip(tables[1:], eval_renderers, strict=True)]
     prompts, head = _prompts(lengths, tables[0], renderer), filter(None, [positions, head_note(model, cfg.model)])
     notes = [*prompts, *generator.describe(), *head, *policy.slow]
-    notes += [*refiltered, *notes_on(cfg), *filter(None, nulls)]
+    notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     return Prepared(trainer, evaluator, plan, tasks, list(dict.fromkeys(notes)), dict(zip(named, tables, strict=True)))
 
 
@@ -121,9 +133,9 @@ def _null_prompts(rows: Rows, renderer: PromptRenderer) -> str | None:
     return f"data {cfg.label}, {cfg.split}: {count:,} of {len(rows):,} rows have a null prompt and are left out"
 
 
-def _check_stop_ids(cfg: Recipe, vocabulary: int) -> None:
+def _check_stop_ids(rollout: RolloutConfig, vocabulary: int) -> None:
     """Raise UserError for a token that the model cannot sample."""
-    if odd := [token for token in cfg.rollout.stop_token_ids if token >= vocabulary]:
+    if odd := [token for token in rollout.stop_token_ids if token >= vocabulary]:
         raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the vocabulary of {vocabulary}")
 
 
@@ -133,15 +145,15 @@ def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:
     return max([trained, *(len(task.prompt_ids) for task in held_out)])
 
 
-def _together(ranks: Ranks, policy: Policy, plan: Plan, cfg: Recipe) -> tuple[Plan, Recipe]:
+def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> tuple[Plan, OptimConfig]:
     """One plan for all processes: that of the one with the least room, but for the slots.
 
     They share out the micro-batches that each of them makes, so these must be the same.
     """
-    plans = ranks.gather((plan, cfg.optim))
-    least, optim = min(plans, key=lambda one: (one[0].micro_batch, not one[0].checkpointing))
+    plans = ranks.gather((plan, optim))
+    least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, not planned[0].checkpointing))
     policy.gradient_checkpointing = least.checkpointing
-    return replace(least, slots=plan.slots), cfg.model_copy(update={"optim": optim})
+    return replace(least, slots=plan.slots), optim
 
 
 def data_of(cfg: Recipe) -> dict[str, DataConfig]:
@@ -155,4 +167,4 @@ def data_of(cfg: Recipe) -> dict[str, DataConfig]:
         if own.source != data.source:
             held_out |= {"config": None, "revision": None}
     held_out |= {name: getattr(own, name) for name in own.changed & {"config", "revision"}}
-    return {"data": data, "eval": data.model_copy(update=held_out)}
+    return {"data": data, "eval": with_settings(data, held_out)}

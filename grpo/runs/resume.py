@@ -16,9 +16,10 @@ from pydantic import ValidationError
 
 from grpo.config import Recipe
 from grpo.data.fingerprint import fingerprint
+from grpo.data.loading import is_local, load_rows
 from grpo.data.rows import Rows
-from grpo.data.source import is_local, load_rows
 from grpo.errors import UserError
+from grpo.recipe import with_settings
 from grpo.runs.checkpoint import (
     Context,
     load_checkpoint,
@@ -157,8 +158,8 @@ def as_planned(cfg: Recipe, plan: Mapping[str, Any]) -> Recipe:
 
     A plan is a measurement: made anew it may cut micro-batches otherwise, and sums would differ in their last bits.
     """
-    decided = {name: value for name, value in plan.items() if getattr(cfg.optim, name) == "auto"}
-    return cfg.model_copy(update={"optim": cfg.optim.model_copy(update=decided)})
+    decided = {f"optim.{name}": value for name, value in plan.items() if getattr(cfg.optim, name) == "auto"}
+    return with_settings(cfg, decided)
 
 
 def _new_id() -> str:
@@ -182,7 +183,9 @@ def context(
     """What this recipe's checkpoints say about their run. `rows` of the Hub are known by their revision."""
     sources = data_of(cfg)
     hashes = {name: fingerprint(table) for name, table in rows.items() if is_local(sources[name])}
-    return Context(recipe_text(cfg), source_hashes(cfg), adapter, plan, revisions, hashes | starting_hash(cfg))
+    return Context(
+        recipe_text(cfg), source_hashes(cfg.uses), adapter, plan, revisions, hashes | starting_hash(cfg.adapter)
+    )
 
 
 def context_now(cfg: Recipe, written: Context) -> Context:

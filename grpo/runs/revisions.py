@@ -7,8 +7,9 @@ from pathlib import Path
 
 from grpo.backend.hub import Repository, cached_commit
 from grpo.config import DataConfig, ModelConfig, Recipe
-from grpo.data.source import is_local as is_local_data
+from grpo.data.loading import is_local as is_local_data
 from grpo.model.load import is_local as is_local_model
+from grpo.recipe import with_settings
 from grpo.runs.checkpoint import newest_whole, read_state
 from grpo.runs.folder import CHECKPOINTS
 from grpo.runs.prepare import data_of
@@ -23,15 +24,14 @@ def revisions_of(cfg: Recipe) -> dict[str, str]:
 
 def with_revisions(cfg: Recipe, revisions: Mapping[str, str]) -> Recipe:
     """The recipe with these commits where it names a model or data of theirs without a revision."""
-    model, data, held_out = cfg.model, cfg.data, cfg.eval
-    if model.revision is None:
-        model = model.model_copy(update={"revision": revisions.get(f"model {model.name}")})
-    if data.revision is None:
-        data = data.model_copy(update={"revision": revisions.get(_key("data", data))})
-    if held_out is not None and held_out.revision is None:
-        commit = revisions.get(_key("eval", data_of(cfg)["eval"]))
-        held_out = held_out.model_copy(update={"revision": commit})
-    return cfg.model_copy(update={"model": model, "data": data, "eval": held_out})
+    commits = {}
+    if cfg.model.revision is None:
+        commits["model.revision"] = revisions.get(f"model {cfg.model.name}")
+    if cfg.data.revision is None:
+        commits["data.revision"] = revisions.get(_key("data", cfg.data))
+    if cfg.eval is not None and cfg.eval.revision is None:
+        commits["eval.revision"] = revisions.get(_key("eval", data_of(cfg)["eval"]))
+    return with_settings(cfg, commits)
 
 
 def pinned(cfg: Recipe, checkpoint: Path) -> Recipe:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import ast
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from grpo.config import Recipe
 from grpo.plugins import source_file
 from grpo.runs.checkpoint import hash_of
 
@@ -21,13 +20,12 @@ STARTED_WITH = tuple(sys.path)
 """Where modules are looked for, before rewards that are loaded add the folders that they lie in."""
 
 
-def source_hashes(cfg: Recipe) -> dict[str, str]:
-    """A SHA-256 for each file of code that the recipe names, and for each that those import, by `use` and file.
+def source_hashes(uses: Iterable[str]) -> dict[str, str]:
+    """A SHA-256 for each file of code that a recipe `uses`, and for each that those import, by `use` and file.
 
     Imports are read from the code, which is not run: modules that it loads by other means, and data files that it
     reads, are not seen.
     """
-    uses = [reward.use for reward in cfg.rewards] + ([cfg.loss.use] if cfg.loss.use else []) + list(cfg.log.use)
     hashes = {}
     for use in uses:
         file = source_file(use)

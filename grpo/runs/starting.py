@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from grpo.config import Recipe
+from grpo.config import AdapterConfig, Recipe
 from grpo.model.saved import CONFIG, weights_file
+from grpo.recipe import with_settings
 from grpo.runs.checkpoint import hash_of, sync
 
 STARTING = "starting_adapter"
@@ -31,24 +32,24 @@ def with_kept(cfg: Recipe, run: Path) -> Recipe:
     return _begins_from(cfg, str(kept.resolve()))
 
 
-def starting_hash(cfg: Recipe) -> dict[str, str]:
+def starting_hash(cfg: AdapterConfig) -> dict[str, str]:
     """A SHA-256 of the adapter that a run begins from, by the setting's name; nothing for a fresh one."""
-    weights = weights_file(Path(cfg.adapter.path)) if cfg.adapter.path is not None else None
+    weights = weights_file(Path(cfg.path)) if cfg.path is not None else None
     return {"adapter.path": hash_of(weights)} if weights is not None else {}
 
 
-def keep_starting(cfg: Recipe, run: Path) -> None:
+def keep_starting(cfg: AdapterConfig, run: Path) -> None:
     """See to it that the run has a copy of the adapter that it begins from, if it can be had."""
-    if cfg.adapter.path is not None and Path(cfg.adapter.path).resolve() != (run / STARTING).resolve():
+    if cfg.path is not None and Path(cfg.path).resolve() != (run / STARTING).resolve():
         put_starting(copy_starting(cfg, run), run)
 
 
-def copy_starting(cfg: Recipe, run: Path) -> Path | None:
+def copy_starting(cfg: AdapterConfig, run: Path) -> Path | None:
     """Copy the adapter that the run begins from into its folder, under a hidden name.
 
     Returns the copy; None for a run that begins from no adapter, or whose adapter is not there.
     """
-    weights = weights_file(Path(cfg.adapter.path)) if cfg.adapter.path is not None else None
+    weights = weights_file(Path(cfg.path)) if cfg.path is not None else None
     if weights is None:
         return None
     aside = run / PARTIAL
@@ -79,4 +80,4 @@ def put_starting(copy: Path | None, run: Path) -> None:
 
 
 def _begins_from(cfg: Recipe, path: str) -> Recipe:
-    return cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update={"path": path})})
+    return with_settings(cfg, {"adapter.path": path})

@@ -20,8 +20,8 @@ from grpo.errors import UserError
 from grpo.plugins import Located
 from grpo.scoring.arguments import GIVEN
 from grpo.scoring.forms import as_messages
-from grpo.scoring.grader import Isolated, Request
-from grpo.scoring.process import Terms, Worker
+from grpo.scoring.grader import Isolated, ScoringRequest
+from grpo.scoring.process import Worker, WorkerTerms
 
 OUR_KEYS = ("completion", "score", "kwargs")
 
@@ -58,7 +58,7 @@ class Trial:
     """
 
     kwargs: Mapping[str, Any]
-    terms: Terms
+    terms: WorkerTerms
     columns: Mapping[str, Any] = field(default_factory=dict)
     chat: bool = False
     cases: str | None = None
@@ -121,7 +121,7 @@ def _tried(located: Located, cases: list[dict[str, Any]], trial: Trial) -> list[
 
 
 def _called(
-    located: Located, cases: Sequence[Mapping[str, Any]], terms: Terms, expected: Sequence[float | None] | None
+    located: Located, cases: Sequence[Mapping[str, Any]], terms: WorkerTerms, expected: Sequence[float | None] | None
 ) -> list[Tried]:
     """Each of `cases`, which share their kwargs, in a call of its own."""
     with closing(Isolated(located, cases[0]["kwargs"], terms, calls="completion")) as grader:
@@ -134,7 +134,7 @@ def _called(
             "completion_ids": [_ids(str(case.get("completion", ""))) for case in cases],
         }
         columns |= {name: [case.get(name) for case in cases] for name in names}
-        answers = grader.score(Request(columns, [1] * len(cases), {"global_step": 0, "max_steps": 1}))
+        answers = grader.score(ScoringRequest(columns, [1] * len(cases), {"global_step": 0, "max_steps": 1}))
     tried = []
     for place, (_, answer) in enumerate(answers):
         score, wrong = answer.values[0], answer.failures.get(0)

@@ -13,10 +13,10 @@ from grpo.errors import UserError
 from grpo.plugins import Function, Located, locate_reward
 from grpo.scoring.contract import Answer, Columns, Reward, calls_of, is_paid
 from grpo.scoring.forms import Form
-from grpo.scoring.process import Span, Terms, Worker
+from grpo.scoring.process import Span, Worker, WorkerTerms
 
 
-class Request:
+class ScoringRequest:
     """The completions to score: their columns, the sizes of their groups, and the trainer's state.
 
     The columns are pickled once for all workers.
@@ -66,7 +66,7 @@ class Inline:
         """Why it could not be called with these columns of the dataset; None if it can be."""
         return self._reward.problem(columns)
 
-    def score(self, request: Request) -> list[tuple[Span, Answer]]:
+    def score(self, request: ScoringRequest) -> list[tuple[Span, Answer]]:
         """An answer for each call."""
         return [
             ((begin, end), self._reward({n: v[begin:end] for n, v in request.columns.items()}, request.state))
@@ -83,7 +83,9 @@ class Inline:
 class Isolated:
     """A function in a worker process."""
 
-    def __init__(self, located: Located, kwargs: Mapping[str, Any], terms: Terms, calls: str | None = None) -> None:
+    def __init__(
+        self, located: Located, kwargs: Mapping[str, Any], terms: WorkerTerms, calls: str | None = None
+    ) -> None:
         """Starts the worker, and does not wait for it. Raises UserError for a variable in `terms.env` that is unset."""
         self.name, self._calls = located.name, calls
         self.worker = Worker(located, kwargs, terms)
@@ -100,7 +102,7 @@ class Isolated:
     def problem(self, columns: Collection[str]) -> str | None:
         return self.worker.problem(columns)
 
-    def score(self, request: Request) -> list[tuple[Span, Answer]]:
+    def score(self, request: ScoringRequest) -> list[tuple[Span, Answer]]:
         spans = request.spans(self._calls or self.worker.calls)
         try:
             columns = request.pickled()
@@ -122,11 +124,11 @@ def make_grader(config: RewardConfig, system: str | None = None) -> Inline | Iso
     located = Located(config.name or located.name, located.where, located.what)
     if config.isolation == "inline":
         return Inline(located.name, located.load(), config.kwargs, config.calls, config.completions, system)
-    terms = Terms(config.timeout, config.completions, system, config.env, config.memory_gb)
+    terms = WorkerTerms(config.timeout, config.completions, system, config.env, config.memory_gb)
     return Isolated(located, config.kwargs, terms, config.calls)
 
 
-class Record:
+class RewardRecord:
     """What a reward has done so far: failures since the start and lately, latencies, the first error."""
 
     WINDOW = 3

@@ -44,7 +44,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class WorkerTerms:
     """How a worker is run: seconds for a call, the form of its completions, variables that it may see, memory in GiB.
 
     `system` is the system message before text prompts.
@@ -61,7 +61,7 @@ class Worker:
     """One reward function behind a process. Not for several threads at once."""
 
     def __init__(
-        self, located: Located, kwargs: Mapping[str, Any] | None, terms: Terms, cases: str | None = None
+        self, located: Located, kwargs: Mapping[str, Any] | None, terms: WorkerTerms, cases: str | None = None
     ) -> None:
         """Starts the process, and does not wait for it. Raises UserError for a variable of `terms.env` that is not set.
 

@@ -19,7 +19,7 @@ from grpo.config import RewardConfig
 from grpo.errors import RunError, UserError
 from grpo.plugins import Function
 from grpo.scoring.contract import Answer
-from grpo.scoring.grader import Inline, Isolated, Record, Request, make_grader
+from grpo.scoring.grader import Inline, Isolated, RewardRecord, ScoringRequest, make_grader
 from grpo.scoring.hints import column_hint
 from grpo.scoring.process import Span
 from grpo.scoring.text import counted
@@ -54,7 +54,7 @@ class Scorer:
         }
         self.metrics_only = metrics_only
         default = RewardConfig.model_fields["max_failure_rate"].default
-        self.records = {name: Record((max_failure_rates or {}).get(name, default)) for name in rewards}
+        self.records = {name: RewardRecord((max_failure_rates or {}).get(name, default)) for name in rewards}
         self._state = {"global_step": 0, "max_steps": max_steps}
         self._logged: dict[str, list[float]] = {}
         self._owners: dict[str, str] = {}
@@ -109,9 +109,9 @@ class Scorer:
                 told |= {f"time/rewards/{name}/p{p}": record.latency(p / 100) for p in (50, 95)}
         return told
 
-    def request(self, groups: Sequence[Group]) -> Request:
+    def request(self, groups: Sequence[Group]) -> ScoringRequest:
         """What each reward is given of `groups`."""
-        return Request(_columns(groups), [len(group.rollouts) for group in groups], self._state)
+        return ScoringRequest(_columns(groups), [len(group.rollouts) for group in groups], self._state)
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The same groups with `scores`, `failures`, `extras` and `logged` in their rollouts.

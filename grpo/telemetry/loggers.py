@@ -14,9 +14,10 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from grpo.backend.hub import one_line
-from grpo.config import Recipe
+from grpo.config import LogConfig, Recipe
 from grpo.errors import UserError
 from grpo.plugins import Function, find_function
+from grpo.runs.loop import Log
 from grpo.runs.state import RunState
 from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
@@ -24,8 +25,6 @@ from grpo.telemetry.progress import NowFile
 from grpo.telemetry.tensorboard import TensorboardLogger
 from grpo.telemetry.weights_and_biases import WandbLogger
 from grpo.types import EvalMetrics, Progress, StepMetrics
-
-Log = Callable[[StepMetrics | EvalMetrics], None]
 
 warn = logging.getLogger(__name__).warning
 
@@ -44,14 +43,14 @@ class Watched(Protocol):
     progress: Progress | None
 
 
-def find_loggers(cfg: Recipe) -> list[Function]:
+def find_loggers(cfg: LogConfig) -> list[Function]:
     """The recipe's own loggers, and a look at whether the others can be had. Opens and writes nothing.
 
     Raises UserError for a logger that is not there, that takes no record, or whose package cannot be imported.
     """
     for asked, package, key in (
-        (cfg.log.wandb is not None, "wandb", "log.wandb"),
-        (cfg.log.tensorboard, "tensorboardX", "log.tensorboard"),
+        (cfg.wandb is not None, "wandb", "log.wandb"),
+        (cfg.tensorboard, "tensorboardX", "log.tensorboard"),
     ):
         if asked:
             try:
@@ -61,8 +60,8 @@ def find_loggers(cfg: Recipe) -> list[Function]:
                     f"{key}: the package {package} cannot be imported ({one_line(error)}): "
                     f"reinstall it, or leave out {key}"
                 ) from error
-    found = [find_function(use, "logger") for use in cfg.log.use]
-    for use, function in zip(cfg.log.use, found, strict=True):
+    found = [find_function(use, "logger") for use in cfg.use]
+    for use, function in zip(cfg.use, found, strict=True):
         try:
             inspect.signature(function).bind(None)
         except TypeError as error:
@@ -91,7 +90,7 @@ def open_loggers(
     What fails of the others is said once and left out: a service that is away must not end a run. Raises UserError for
     a logger of the recipe's own that is not there.
     """
-    own = find_loggers(cfg) if own is None else own
+    own = find_loggers(cfg.log) if own is None else own
     terminal = stack.enter_context(ConsoleLogger(console, cfg.optim.steps))
     now, shown = NowFile(folder), _Guarded("progress on the terminal", lambda args: terminal.progress(*args))
     stack.callback(now.close)

@@ -6,14 +6,14 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo.telemetry.runs import Run
+from grpo.telemetry.recorded import RecordedRun
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 """Paul Tol's bright scheme, which colour-blind people can tell apart."""
 DASHES = ("-", "--", ":", "-.")
 
 
-def curves(runs: Sequence[Run], names: Sequence[str]) -> str | None:
+def curves(runs: Sequence[RecordedRun], names: Sequence[str]) -> str | None:
     """Metrics over steps: a colour for each run, a dash for each metric. None where no run has any of them."""
     axes, figure = _axes()
     for run, colour in zip(runs, _colours(runs), strict=True):
@@ -25,7 +25,7 @@ def curves(runs: Sequence[Run], names: Sequence[str]) -> str | None:
     return _svg(axes, figure)
 
 
-def evaluations(runs: Sequence[Run], names: Sequence[str]) -> str | None:
+def evaluations(runs: Sequence[RecordedRun], names: Sequence[str]) -> str | None:
     """Evaluations over steps with their intervals."""
     axes, figure = _axes()
     for run, colour in zip(runs, _colours(runs), strict=True):
@@ -76,7 +76,7 @@ def _svg(axes: Any, figure: Any) -> str | None:
     return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
 
 
-def _colours(runs: Sequence[Run]) -> list[str]:
+def _colours(runs: Sequence[RecordedRun]) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
 
 
@@ -84,7 +84,7 @@ def _dashes(names: Sequence[str]) -> list[str]:
     return [DASHES[i % len(DASHES)] for i in range(len(names))]
 
 
-def _label(runs: Sequence[Run], names: Sequence[str], run: Run, name: str) -> str:
+def _label(runs: Sequence[RecordedRun], names: Sequence[str], run: RecordedRun, name: str) -> str:
     """What tells a curve from the others: the run, the metric, or both."""
     parts = ([run.folder.name] if len(runs) > 1 else []) + ([name] if len(names) > 1 or len(runs) == 1 else [])
     return " ".join(parts)

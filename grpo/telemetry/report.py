@@ -11,7 +11,7 @@ from grpo.data.prompts import last_text
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.folder import COMPLETIONS
 from grpo.telemetry.plots import curves, evaluations, stacked
-from grpo.telemetry.runs import Run
+from grpo.telemetry.recorded import RecordedRun
 from grpo.tools.card import short_name
 from grpo.types import EvalMetrics, Group, Rollout, Task
 
@@ -42,7 +42,7 @@ box?.addEventListener("input", () => {
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class PagePart:
     """A part of the page: its anchor, its heading, and its HTML (none: there is nothing to show, and it is said)."""
 
     anchor: str
@@ -50,20 +50,20 @@ class Section:
     body: str | None
 
 
-def report(runs: Sequence[Run]) -> str:
+def report(runs: Sequence[RecordedRun]) -> str:
     """The page, from what the runs' folders hold."""
     sections = [
-        Section("setup", "What was trained on what", _setup(runs)),
-        Section("reward", "Reward", curves(runs, ["reward"])),
-        Section("kl", "KL to the reference", curves(runs, ["kl"])),
-        Section("length", "Completion length", curves(runs, ["completions/mean_length", "completions/max_length"])),
-        Section("entropy", "Entropy", curves(runs, ["entropy"])),
-        Section("clip", "Clipped fractions", curves(runs, ["clip_ratio/low_mean", "clip_ratio/high_mean"])),
-        Section("evaluation", "Evaluation, with 95 % intervals", _evaluation(runs)),
-        Section("time", "Where the time goes", _time(runs)),
-        Section("memory", "Peak memory, GB", curves(runs, ["peak_memory_gb"])),
-        Section("failures", "Reward failures", _failures(runs)),
-        Section("completions", "Completions to read", _completions(runs)),
+        PagePart("setup", "What was trained on what", _setup(runs)),
+        PagePart("reward", "Reward", curves(runs, ["reward"])),
+        PagePart("kl", "KL to the reference", curves(runs, ["kl"])),
+        PagePart("length", "Completion length", curves(runs, ["completions/mean_length", "completions/max_length"])),
+        PagePart("entropy", "Entropy", curves(runs, ["entropy"])),
+        PagePart("clip", "Clipped fractions", curves(runs, ["clip_ratio/low_mean", "clip_ratio/high_mean"])),
+        PagePart("evaluation", "Evaluation, with 95 % intervals", _evaluation(runs)),
+        PagePart("time", "Where the time goes", _time(runs)),
+        PagePart("memory", "Peak memory, GB", curves(runs, ["peak_memory_gb"])),
+        PagePart("failures", "Reward failures", _failures(runs)),
+        PagePart("completions", "Completions to read", _completions(runs)),
     ]
     title = escape("GRPO: " + ", ".join(run.folder.name for run in runs))
     links = "".join(f'<a href="#{one.anchor}">{escape(one.heading)}</a> ' for one in sections)
@@ -74,12 +74,12 @@ def report(runs: Sequence[Run]) -> str:
     )
 
 
-def _html(section: Section) -> str:
+def _html(section: PagePart) -> str:
     body = section.body or '<p class="none">Nothing of this is on record.</p>'
     return f'<section id="{section.anchor}"><h2>{escape(section.heading)}</h2>{body}</section>'
 
 
-def _setup(runs: Sequence[Run]) -> str:
+def _setup(runs: Sequence[RecordedRun]) -> str:
     rows = []
     for run in runs:
         cfg = run.recipe
@@ -94,7 +94,7 @@ def _setup(runs: Sequence[Run]) -> str:
     return _table(["run", "model", "data", "rewards", "prompts × completions", "loss", "steps"], rows)
 
 
-def _evaluation(runs: Sequence[Run]) -> str | None:
+def _evaluation(runs: Sequence[RecordedRun]) -> str | None:
     named = [run for run in runs if run.evaluations]
     if not named:
         return None
@@ -112,7 +112,7 @@ def _with_interval(metrics: EvalMetrics, name: str) -> str:
     return f"{metrics.values[name]:.3f} ({low:.3f} to {high:.3f})" if name in metrics.values else ""
 
 
-def _time(runs: Sequence[Run]) -> str | None:
+def _time(runs: Sequence[RecordedRun]) -> str | None:
     parts = []
     for run in runs:
         seconds = {
@@ -131,7 +131,7 @@ def _is_phase(name: str) -> bool:
     return name.startswith("time/") and name.count("/") == 1
 
 
-def _failures(runs: Sequence[Run]) -> str | None:
+def _failures(runs: Sequence[RecordedRun]) -> str | None:
     """For each reward, the completions that it failed on and had no score for."""
     rows = []
     for run in runs:
@@ -144,11 +144,11 @@ def _failures(runs: Sequence[Run]) -> str | None:
     return _table(["run", "reward", "failures", "no score", "errors", "timeouts"], rows) if rows else None
 
 
-def _values(run: Run, name: str) -> list[float]:
+def _values(run: RecordedRun, name: str) -> list[float]:
     return [record.values[name] for record in run.steps if name in record.values]
 
 
-def _completions(runs: Sequence[Run]) -> str | None:
+def _completions(runs: Sequence[RecordedRun]) -> str | None:
     parts = []
     for run in runs:
         paths = stored_steps(run.folder / COMPLETIONS)
@@ -178,13 +178,13 @@ def _of_step(step: int, groups: Sequence[Group]) -> str:
 
 
 def _changed(steps: Sequence[tuple[int, list[Group]]]) -> str:
-    """The prompts whose mean reward changed most between two of the steps."""
-    seen: dict[str, list[tuple[float, int, Group]]] = {}
+    """The tasks whose mean reward changed most between two of the steps."""
+    seen: dict[tuple[str, int], list[tuple[float, int, Group]]] = {}
     for step, groups in steps:
         for group in groups:
             rewards = [rollout.reward for rollout in group.rollouts if rollout.reward is not None]
             if rewards:
-                seen.setdefault(last_text(group.task.prompt), []).append((fmean(rewards), step, group))
+                seen.setdefault(group.task.identity, []).append((fmean(rewards), step, group))
     changes = sorted(
         ((times[-1][0] - times[0][0], times) for times in seen.values() if len(times) > 1), key=lambda one: -abs(one[0])
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from grpo.config import Recipe
+from grpo.config import DataConfig, ModelConfig, RewardConfig
 from grpo.planning.plan import Plan
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.loop import Outcome
@@ -16,10 +16,18 @@ from grpo.scoring.text import counted
 from grpo.telemetry.console import before_and_after, print_wrapped
 
 
-def print_plan(console: Console, cfg: Recipe, device: str, plan: Plan, notes: list[str]) -> None:
+def print_plan(
+    console: Console,
+    model: ModelConfig,
+    data: DataConfig,
+    rewards: Sequence[RewardConfig],
+    device: str,
+    plan: Plan,
+    notes: Sequence[str],
+) -> None:
     """Machine, model, data, and what the run will do and need."""
-    rewards = ", ".join(f"{reward.use} × {reward.weight:g}" for reward in cfg.rewards)
-    lines = [device, f"{cfg.model.name} on {cfg.data.label}, rewards: {rewards}", *plan.lines(), *notes]
+    weighted = ", ".join(f"{reward.use} × {reward.weight:g}" for reward in rewards)
+    lines = [device, f"{model.name} on {data.label}, rewards: {weighted}", *plan.lines(), *notes]
     for line in lines:
         print_wrapped(console, line)
 

@@ -12,9 +12,10 @@ import yaml
 from grpo.builtin import models as builtin_models
 from grpo.config import DataConfig, Recipe
 from grpo.config.data import origins
-from grpo.data.source import is_local
+from grpo.data.loading import is_local
 from grpo.document import Dumper
 from grpo.model.load import looks_like_path, model_folder
+from grpo.recipe import with_settings
 from grpo.runs.checkpoint import read_state
 from grpo.tools.license import license_of
 from grpo.tools.snippets import BASE, snippet
@@ -75,23 +76,23 @@ def short_name(name: str) -> str:
 
 def _use(cfg: Recipe, form: str, repo: str | None) -> list[str]:
     """How the export is used, and where its base is, if that is nowhere on the Hub."""
-    name = cfg.model.name
+    name, length = cfg.model.name, cfg.rollout.max_completion_length
     if form == "fused" or name not in builtin_models.NAMES:
-        return [snippet(cfg, form, short_name(name), repo)]
+        return [snippet(form, short_name(name), repo, cfg.model, cfg.data, length)]
     if repo is None:
         folder = model_folder(cfg.model)
         home = folder.is_relative_to(Path.home())
-        return [snippet(cfg, form, f"~/{folder.relative_to(Path.home())}" if home else str(folder), repo)]
+        base = f"~/{folder.relative_to(Path.home())}" if home else str(folder)
+        return [snippet(form, base, repo, cfg.model, cfg.data, length)]
     made = f"`{BASE}` is a model that `grpo` makes: `grpo generate {name} hi` leaves it in a folder of `~/.cache/grpo`."
-    return [snippet(cfg, form, BASE, repo), made]
+    return [snippet(form, BASE, repo, cfg.model, cfg.data, length), made]
 
 
 def _recipe(cfg: Recipe) -> str:
     """The recipe without where things lie on this machine."""
-    uses = [reward.use for reward in cfg.rewards] + ([cfg.loss.use] if cfg.loss.use else []) + list(cfg.log.use)
     data = [name for section in (cfg.data, cfg.eval) if section for name in origins(section.source, section.use)]
-    whole = cfg.model_copy(update={"output_dir": None}).model_dump(mode="json")
-    return yaml.dump(_without_places(whole, {cfg.model.name, *data, *uses}), Dumper=Dumper, sort_keys=False)
+    whole = with_settings(cfg, {"output_dir": None}).model_dump(mode="json")
+    return yaml.dump(_without_places(whole, {cfg.model.name, *data, *cfg.uses}), Dumper=Dumper, sort_keys=False)
 
 
 def _without_places(value: Any, names: Collection[str]) -> Any:

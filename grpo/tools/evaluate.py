@@ -16,7 +16,7 @@ from grpo.errors import UserError
 from grpo.model.load import looks_like_path, similar
 from grpo.model.saved import read_adapter
 from grpo.plugins import find_recipe, locate_reward
-from grpo.recipe import load_recipe, recipe_of
+from grpo.recipe import load_recipe, recipe_of, with_settings
 from grpo.runs.checkpoint import RECIPE, STATE, read_state, step_of
 from grpo.runs.folder import find_checkpoint, is_run
 from grpo.runs.prepare import data_of, prepare
@@ -89,7 +89,7 @@ def measure(target: str, asked: Asked, overrides: Sequence[str]) -> Measured:
         raise UserError(f"{target}: nothing says what to evaluate on; name it, such as --data held_out.jsonl")
     if asked.adapter is not None:  # a run's own has the shape that its recipe says
         shape = {**read_adapter(asked.adapter).section(), "path": None}
-        cfg = cfg.model_copy(update={"adapter": cfg.adapter.model_copy(update=shape)})
+        cfg = with_settings(cfg, {f"adapter.{name}": value for name, value in shape.items()})
     prepared = prepare(cfg)
     notes = _changed_since(folder, adapter, cfg, prepared.rows["eval"]) if is_run(folder) else ()
     trainer, evaluator = prepared.trainer, prepared.evaluator
@@ -152,7 +152,7 @@ def _graded(path: Path, asked: Asked, overrides: Sequence[str]) -> Recipe:
         rewards = (meant[0], *(reward for reward in own if reward is not meant[0]))
     else:
         rewards = (first, *(reward for reward in others if _called(reward) != _called(first)))
-    return cfg.model_copy(update={"rewards": rewards})
+    return with_settings(cfg, {"rewards": rewards})
 
 
 def _is_meant(reward: RewardConfig, use: str, found: RewardConfig) -> bool:

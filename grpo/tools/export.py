@@ -15,7 +15,7 @@ from mlx.utils import tree_unflatten
 
 from grpo.backend.device import setup
 from grpo.backend.hub import send
-from grpo.config import ModelConfig, Recipe
+from grpo.config import AdapterConfig, ModelConfig
 from grpo.errors import UserError
 from grpo.model.adapters import load_adapter, merge
 from grpo.model.load import QUANTIZED_GROUP, cast, is_local, load, model_folder
@@ -73,7 +73,7 @@ def export(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        notes = _write(aside, form, cfg, checkpoint, bits, repo)
+        notes = _write(aside, form, cfg.model, cfg.adapter, checkpoint, bits, repo)
         (aside / "README.md").write_text(model_card(cfg, checkpoint, form, notes, repo), encoding="utf-8")
         aside.rename(folder)
     except OSError as error:
@@ -83,16 +83,24 @@ def export(
     return Exported(folder, notes)
 
 
-def _write(folder: Path, form: Format, cfg: Recipe, checkpoint: Path, bits: int | None, repo: str | None) -> list[str]:
+def _write(
+    folder: Path,
+    form: Format,
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    checkpoint: Path,
+    bits: int | None,
+    repo: str | None,
+) -> list[str]:
     if form == "fused":
-        return _write_fused(folder, cfg, checkpoint, bits)
+        return _write_fused(folder, model, checkpoint, bits)
     if form == "peft":
-        _write_peft(folder, cfg, checkpoint, _base_elsewhere(cfg.model, repo))
+        _write_peft(folder, model, adapter, checkpoint, _base_elsewhere(model, repo))
     else:
         read_adapter(checkpoint)  # refuses what is not to be handed on
         for name in (WEIGHTS, CONFIG):
             shutil.copyfile(checkpoint / name, folder / name)
-    return _of_the_base(form, cfg.model)
+    return _of_the_base(form, model)
 
 
 def _of_the_base(form: Format, cfg: ModelConfig) -> list[str]:
@@ -117,19 +125,19 @@ def _base_elsewhere(cfg: ModelConfig, repo: str | None) -> str | None:
     return str(model_folder(cfg)) if repo is None else None
 
 
-def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path, base: str | None) -> None:
+def _write_peft(folder: Path, model: ModelConfig, adapter: AdapterConfig, checkpoint: Path, base: str | None) -> None:
     """The adapter as PEFT saves it: A and B transposed, alpha as PEFT divides it, modules by the Hub's names."""
     config, weights = _read(checkpoint)
-    parameters, rslora = config["lora_parameters"], cfg.adapter.use_rslora
+    parameters, rslora = config["lora_parameters"], adapter.use_rslora
     rank = parameters["rank"]
-    names = {path: _hub_name(path, cfg) for path in weights}
+    names = {path: _hub_name(path, model) for path in weights}
     arrays = {peft_name(names[path]): array.T for path, array in weights.items()}
     mx.save_safetensors(str(folder / PEFT_WEIGHTS), arrays, metadata={"format": "pt"})
     peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "revision": cfg.model.revision,
+        "revision": model.revision,
         "r": rank,
         "lora_alpha": parameters["scale"] * (rank**0.5 if rslora else rank),
         "lora_dropout": parameters["dropout"],
@@ -142,7 +150,7 @@ def _write_peft(folder: Path, cfg: Recipe, checkpoint: Path, base: str | None) -
     (folder / CONFIG).write_text(json.dumps(peft, indent=2) + "\n", encoding="utf-8")
 
 
-def _hub_name(path: str, cfg: Recipe) -> str:
+def _hub_name(path: str, model: ModelConfig) -> str:
     """A parameter's path in what transformers' `AutoModelForCausalLM` makes of the base.
 
     Of models that see, mlx-lm takes the language model and puts a shell around it; transformers takes all of the model
@@ -153,7 +161,7 @@ def _hub_name(path: str, cfg: Recipe) -> str:
     inner = path.removeprefix("language_model.")
     if inner == path:
         return path
-    kind = json.loads((model_folder(cfg.model) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    kind = json.loads((model_folder(model) / "config.json").read_text(encoding="utf-8"))["model_type"]
     bare = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)).endswith("ForCausalLM")
     return inner if bare else inner.replace("model.", "model.language_model.", 1)
 
@@ -178,15 +186,15 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     return config, weights
 
 
-def _write_fused(folder: Path, cfg: Recipe, checkpoint: Path, bits: int | None) -> list[str]:
+def _write_fused(folder: Path, cfg: ModelConfig, checkpoint: Path, bits: int | None) -> list[str]:
     """The model with the adapter in its weights, as mlx-lm saves models, and what that has changed.
 
     A quantised base is written without quantisation: to quantise the sum again would round most of an adapter away.
     """
     setup()
-    source, quantized = model_folder(cfg.model), _quantization(cfg.model)
+    source, quantized = model_folder(cfg), _quantization(cfg)
     config = load_config(source)
-    model, tokenizer = load(cfg.model)
+    model, tokenizer = load(cfg)
     load_adapter(model, checkpoint)
     probe = mx.array([tokenizer.encode(PROBE)])
     before = _logprobs(model, probe)

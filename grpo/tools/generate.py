@@ -18,7 +18,7 @@ from grpo.generation.sampling import Sampling
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load, looks_like_path, similar
 from grpo.plugins import bundled_names
-from grpo.recipe import load_recipe
+from grpo.recipe import load_recipe, with_settings
 from grpo.rollout import at_temperature, sampling_of
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.folder import is_run, newest_checkpoint
@@ -60,9 +60,9 @@ def answer(
         adapter = adapter or (None if base else newest_checkpoint(folder))
         recipe = pinned_to_run(load_recipe(folder / RECIPE), folder, adapter)
         model_cfg, data, sampling = recipe.model, recipe.data, sampling_of(recipe.rollout)
-    data = data.model_copy(update={"continue_final_message": False})  # the prompt is text
+    data = with_settings(data, {"continue_final_message": False})  # the prompt is text
     if not template:
-        data = data.model_copy(update={"prompt": "prompt"})
+        data = with_settings(data, {"prompt": "prompt"})
     model, tokenizer = load(model_cfg)
     if adapter is not None and not base:
         load_adapter(model, adapter)

@@ -15,7 +15,7 @@ from grpo.errors import UserError
 from grpo.model.policy import Policy
 from grpo.recipe import load_recipe
 from grpo.runs.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, newest_whole, read_state, step_of
-from grpo.runs.completions import read_completions
+from grpo.runs.completions import UNNAMED, read_completions
 from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, METRICS, check_is_run
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import as_planned, changes, context_now
@@ -108,10 +108,13 @@ def _compared(run: Path, metrics: StepMetrics) -> list[str]:
     path = run / COMPLETIONS / f"step-{metrics.step:06d}.parquet"
     if not path.exists():
         return ["the run stored no completions of this step to compare with"]
-    stored = {_key(group) for group in read_completions(path)[1]}
-    same = stored <= {_key(group) for group in metrics.groups}
+    stored = read_completions(path)[1]
+    named = all(group.task.source != UNNAMED for group in stored)
+    same = {_key(group, named) for group in stored} <= {_key(group, named) for group in metrics.groups}
     return ["its completions are those that the run stored" if same else "its completions are NOT those of the run"]
 
 
-def _key(group: Group) -> tuple[tuple[tuple[int, ...], float | None], ...]:
-    return tuple((rollout.trajectory.token_ids, rollout.reward) for rollout in group.rollouts)
+def _key(group: Group, named: bool) -> tuple[Any, ...]:
+    """A group's task, where it is `named`, and what was sampled for it."""
+    sampled = tuple((rollout.trajectory.token_ids, rollout.reward) for rollout in group.rollouts)
+    return (group.task.identity if named else None, sampled)

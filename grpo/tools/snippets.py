@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
-from grpo.config import Recipe
+from grpo.config import DataConfig, ModelConfig
 from grpo.model.load import model_folder
 
 FOLDER, BASE = "FOLDER", "BASE"
@@ -25,59 +25,60 @@ inputs = tokenizer.apply_chat_template(
 )"""
 
 
-def snippet(cfg: Recipe, form: str, base: str, repo: str | None) -> str:
-    """A fenced piece of shell or Python that answers a prompt with the export.
+def snippet(form: str, base: str, repo: str | None, model: ModelConfig, data: DataConfig, length: int) -> str:
+    """A fenced piece of shell or Python that answers a prompt with the export, in at most `length` tokens.
 
-    `base` is the model as other programs load it; the export is in the Hub repository `repo`, or in a FOLDER.
+    `base` is the model as other programs load it; the export is in the Hub repository `repo`, or in a FOLDER. `model`
+    and `data` are the run's.
     """
     if form == "peft":
-        return f"```python\n{_peft(cfg, base, repo or FOLDER)}\n```"
-    lines = [f"mlx_lm.generate --model {repo or FOLDER} {_flags(cfg)}"]
+        return f"```python\n{_peft(base, repo or FOLDER, model, data, length)}\n```"
+    lines = [f"mlx_lm.generate --model {repo or FOLDER} {_flags(data, length)}"]
     if form == "mlx":
-        lines = [f"mlx_lm.generate --model {base} --adapter-path {FOLDER} {_flags(cfg)}"]
+        lines = [f"mlx_lm.generate --model {base} --adapter-path {FOLDER} {_flags(data, length)}"]
         if repo is not None:  # mlx-lm takes adapters from folders alone
             lines.insert(0, f"hf download {repo} --local-dir {FOLDER}")
     return "\n".join(["```sh", *lines, "```"])
 
 
-def _flags(cfg: Recipe) -> str:
+def _flags(data: DataConfig, length: int) -> str:
     """mlx_lm.generate's, for a prompt as the run had them."""
-    data, flags = cfg.data, [f"--max-tokens {cfg.rollout.max_completion_length}"]
+    flags = [f"--max-tokens {length}"]
     if data.chat_template == "never":  # or else mlx-lm uses the template if there is one
         flags.append("--ignore-chat-template")
     if data.system is not None:
         flags.append(f"--system-prompt {shlex.quote(data.system)}")
     if data.chat_template_kwargs:
         flags.append(f"--chat-template-config {shlex.quote(json.dumps(data.chat_template_kwargs))}")
-    return " ".join([*flags, f"--prompt {shlex.quote(_prompt(cfg))}"])
+    return " ".join([*flags, f"--prompt {shlex.quote(_prompt(data))}"])
 
 
-def _peft(cfg: Recipe, base: str, adapter: str) -> str:
+def _peft(base: str, adapter: str, model: ModelConfig, data: DataConfig, length: int) -> str:
     home = base.startswith("~")  # Python does not expand it by itself
-    inputs = f'inputs = tokenizer({_prompt(cfg)!r}, return_tensors="pt")'
-    if _wraps(cfg):
-        system = [] if cfg.data.system is None else [{"role": "system", "content": cfg.data.system}]
-        messages = [*system, {"role": "user", "content": _prompt(cfg)}]
-        kwargs = "".join(f", {name}={value!r}" for name, value in cfg.data.chat_template_kwargs.items())
+    inputs = f'inputs = tokenizer({_prompt(data)!r}, return_tensors="pt")'
+    if _wraps(model, data):
+        system = [] if data.system is None else [{"role": "system", "content": data.system}]
+        messages = [*system, {"role": "user", "content": _prompt(data)}]
+        kwargs = "".join(f", {name}={value!r}" for name, value in data.chat_template_kwargs.items())
         inputs = CHAT.format(messages=messages, kwargs=kwargs)
     return PEFT.format(
         imports="from os.path import expanduser\n\n" if home else "",
         base=f"expanduser({base!r})" if home else repr(base),
         adapter=adapter,
         inputs=inputs,
-        length=cfg.rollout.max_completion_length,
+        length=length,
     )
 
 
-def _prompt(cfg: Recipe) -> str:
+def _prompt(data: DataConfig) -> str:
     """The run's template, for its columns to be filled in; dots where a column was the whole prompt."""
-    return cfg.data.prompt if "{" in cfg.data.prompt else "..."
+    return data.prompt if "{" in data.prompt else "..."
 
 
-def _wraps(cfg: Recipe) -> bool:
+def _wraps(model: ModelConfig, data: DataConfig) -> bool:
     """Whether the run's text prompts went through the base's chat template."""
-    if cfg.data.chat_template == "auto" and cfg.data.system is None:
-        folder = model_folder(cfg.model)
+    if data.chat_template == "auto" and data.system is None:
+        folder = model_folder(model)
         told = [file.read_text("utf-8") for file in folder.glob("tokenizer_config.json")]
         return any('"chat_template"' in text for text in told) or any(folder.glob("chat_template*"))
-    return cfg.data.chat_template != "never"
+    return data.chat_template != "never"

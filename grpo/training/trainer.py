@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
-from grpo.data.stream import TaskStream
+from grpo.data.source import Source
 from grpo.model.adapters import Snapshot
 from grpo.model.policy import Policy
 from grpo.objective.groups import has_variance, with_advantages, with_rewards
@@ -35,7 +35,7 @@ from grpo.types import Group, StepMetrics, Totals
 
 
 class Trainer:
-    """Trains a policy on a stream of tasks, as a recipe says.
+    """Trains a policy on the tasks of a source, as a recipe says.
 
     `hold` is called when a step begins to change the arrays: whoever interrupts steps waits from then on until `step`
     has returned. After an error inside `wholly`, `halfway` says that the arrays are of no finished step.
@@ -45,7 +45,7 @@ class Trainer:
         self,
         cfg: Recipe,
         policy: Policy,
-        tasks: TaskStream,
+        tasks: Source,
         engine: RolloutEngine,
         scorer: Scorer,
         custom_loss: CustomLoss | None = None,
@@ -73,6 +73,7 @@ class Trainer:
         clock, beta = _Clock(), penalty_weight(self.cfg.loss, self.cfg.optim.steps, n)
         self.scorer.begin(n)
         sampled, groups = self.sample(n, clock)
+        self.tasks.observe(sampled)
         self._remember()
         totals = Totals.of(groups)
         groups, told = self.penalised(groups, totals, beta)  # where the recipe asks for it
@@ -176,7 +177,7 @@ class Trainer:
             "learning_rate": learning_rate(self.cfg.optim, n),
             **({} if (delta := self.policy.adapters.delta()) is None else {"adapter_delta": delta}),
             "peak_memory_gb": mx.get_peak_memory() / 2**30,
-            "dropped_prompts": float(self.tasks.dropped),
+            **self.tasks.metrics(),
             "steps_without_signal": float(self.update.steps_without_signal),
             **self.scorer.metrics(),
             **self.ranks.sum_counts(

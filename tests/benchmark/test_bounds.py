@@ -9,7 +9,7 @@ from grpo.backend.device import cpu_cores
 from grpo.benchmark import bounds, report
 from grpo.benchmark.bounds import Bound, bounds_for, read_bounds, required_bounds
 from grpo.benchmark.lengths import GROWTH
-from grpo.benchmark.protocol import Row
+from grpo.benchmark.protocol import Measurement
 from grpo.benchmark.report import document
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.verdicts import judge
@@ -19,8 +19,8 @@ OURS = Path(__file__).parents[2] / "scripts/benchmarks/bounds.toml"
 FIVE = Setting(shape="qwen3-tiny", runs=5)
 
 
-def row(ratios: list[float], runs: list[float] | None = None) -> Row:
-    return Row("case", "side", "ms", tuple(runs or [1.0] * len(ratios)), 1.0, tuple(ratios))
+def row(ratios: list[float], runs: list[float] | None = None) -> Measurement:
+    return Measurement("case", "side", "ms", tuple(runs or [1.0] * len(ratios)), 1.0, tuple(ratios))
 
 
 def bound(**changes) -> Bound:
@@ -44,7 +44,7 @@ def test_an_overhead_falls_short_only_if_all_of_its_interval_does(overheads, fal
 
 
 def test_speed_ups_values_and_both_ends() -> None:
-    def short(figure: str, one: Row, **ends: float) -> bool:
+    def short(figure: str, one: Measurement, **ends: float) -> bool:
         (verdict,) = judge([bound(figure=figure, **ends)], [one])
         return verdict.falls_short
 
@@ -168,7 +168,7 @@ def test_a_file_of_bounds_that_is_not_there_is_named(tmp_path) -> None:
 
 
 def test_the_document_for_programs() -> None:
-    one = Row("case", "grpo", "tok/s", (1.0, 3.0), 9.0, (2.0, 4.0))
+    one = Measurement("case", "grpo", "tok/s", (1.0, 3.0), 9.0, (2.0, 4.0))
     found = document("b", FIVE, [one], [])
     assert set(found) == {"benchmark", "setting", "machine", "versions", "rows", "bounds"}
     assert {"python", "mlx", "mlx-lm", "grpo"} <= set(found["versions"])

@@ -10,10 +10,10 @@ from grpo.benchmark import lengths, roofline, scale, streaming
 from grpo.benchmark.breakdown import shares, watched
 from grpo.benchmark.lengths import growth
 from grpo.benchmark.models import model_for
-from grpo.benchmark.protocol import Row
+from grpo.benchmark.protocol import Measurement
 from grpo.benchmark.sampling import FILTERS
 from grpo.benchmark.setting import Setting
-from grpo.model.costs import Work
+from grpo.model.costs import Demand
 from grpo.model.drawn import SHAPES, config_of
 from grpo.model.outline import costs_of, costs_of_config
 
@@ -92,8 +92,8 @@ def test_options_that_mean_nothing_to_a_command_are_refused(run_cli) -> None:
 
 
 def test_growth_is_from_neighbour_to_neighbour_turn_by_turn() -> None:
-    def row(length: int, *ms: float) -> Row:
-        return Row("case", f"{length} tokens", "ms", ms, ms[0])
+    def row(length: int, *ms: float) -> Measurement:
+        return Measurement("case", f"{length} tokens", "ms", ms, ms[0])
 
     lengths_ = (64, 127, 128, 129)
     found = growth([row(64, 1, 1), row(127, 2, 4), row(128, 3, 4), row(129, 6, 2)], lengths_)
@@ -134,7 +134,9 @@ def test_the_roofline_s_arrays_fit_mlx_s_shapes(gpu: bool) -> None:
 
 
 def test_the_share_of_the_roofline() -> None:
-    values = roofline.Rates(flops_per_second=100.0, bytes_per_second=10.0).reached(Work(flops=100, bytes=40), seconds=8)
+    values = roofline.Rates(flops_per_second=100.0, bytes_per_second=10.0).reached(
+        Demand(flops=100, bytes=40), seconds=8
+    )
     assert (values["ms by operations"], values["ms by bytes"]) == (1000, 4000)
     assert values["of roofline"] == 0.5
 

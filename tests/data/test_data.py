@@ -9,9 +9,9 @@ import pytest
 from datasets import Dataset
 
 from grpo.config import DataConfig
+from grpo.data.loading import load_rows
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import rows_with_null
-from grpo.data.source import load_rows
 from grpo.data.stream import TaskStream, first_tasks
 from grpo.errors import UserError
 

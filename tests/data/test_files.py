@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from grpo.config import DataConfig
-from grpo.data.source import is_local, load_rows
+from grpo.data.loading import is_local, load_rows
 from grpo.errors import UserError
 
 

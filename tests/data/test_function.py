@@ -8,7 +8,7 @@ import pytest
 
 from grpo.config import DataConfig
 from grpo.data import function as module
-from grpo.data.source import load_rows
+from grpo.data.loading import load_rows
 from grpo.errors import UserError
 
 CODE = """

@@ -17,9 +17,9 @@ import mlx.core as mx
 import pytest
 
 from grpo.doctor import agreement, machine, packages, places, services
+from grpo.doctor.checks import CHECKS, examine, report
 from grpo.doctor.finding import Finding
-from grpo.doctor.machine import Device, Products
-from grpo.doctor.run import CHECKS, examine, report
+from grpo.doctor.machine import Device, MatrixProducts
 from grpo.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -108,10 +108,12 @@ def test_the_wired_limit_is_metals() -> None:
 
 
 def test_the_wheels_slow_blas_is_noticed() -> None:
-    has(machine.blas(lambda: Products("MKL (libmkl_rt.so.3)", True, 120.0)), "ok", "MKL", "120 GFLOP/s")
-    has(machine.blas(lambda: Products("the one in MLX's wheel", False, 5.2)), "warn", "5 GFLOP/s", "grpo-mlx[cpu]")
+    has(machine.blas(lambda: MatrixProducts("MKL (libmkl_rt.so.3)", True, 120.0)), "ok", "MKL", "120 GFLOP/s")
     has(
-        machine.blas(lambda: Products("MKL (libmkl_rt.so.3)", True, 5.2)), "warn", "5 GFLOP/s: slow"
+        machine.blas(lambda: MatrixProducts("the one in MLX's wheel", False, 5.2)), "warn", "5 GFLOP/s", "grpo-mlx[cpu]"
+    )
+    has(
+        machine.blas(lambda: MatrixProducts("MKL (libmkl_rt.so.3)", True, 5.2)), "warn", "5 GFLOP/s: slow"
     )  # it serves nobody
     assert machine.product_gflops(1) > 0
 

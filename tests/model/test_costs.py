@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
 from grpo.model.adapters import Adapters
-from grpo.model.costs import Product, Work
+from grpo.model.costs import Demand, Product
 from grpo.model.outline import costs_of, costs_of_config
 
 QWEN3 = {
@@ -34,9 +34,9 @@ def test_a_decoding_step() -> None:
     costs = costs_of_config(QWEN3)
     # 3 rows: twice the products and the head, and 4 for each pair of tokens, head and number in it, in 2 layers.
     flops = 3 * 2 * (2 * BLOCK + EMBEDDING) + 3 * 5 * 4 * 2 * 2 * 4
-    assert costs.decode(3, 5) == Work(flops, 2 * 1464 + 3 * 5 * 32)
+    assert costs.decode(3, 5) == Demand(flops, 2 * 1464 + 3 * 5 * 32)
     # 4 of the 5 tokens shared by all: read once.
-    assert costs.decode(3, 5, shared=4) == Work(flops, 2 * 1464 + (4 + 3) * 32)
+    assert costs.decode(3, 5, shared=4) == Demand(flops, 2 * 1464 + (4 + 3) * 32)
     assert costs.decode(4, 5, shared=4, groups=2).bytes == 2 * 1464 + (2 * 4 + 4) * 32
 
 
@@ -65,9 +65,9 @@ def test_an_update_of_an_adapter_and_of_all_weights() -> None:
 
 def test_logprobs_are_a_forward_pass_whose_head_meets_completions_alone() -> None:
     costs = costs_of_config(QWEN3)  # 7 tokens, 4 predicted, 24 pairs: as above
-    forward = Work(7 * 2 * 2 * BLOCK + 24 * 64, 2 * (1464 - EMBEDDING))
+    forward = Demand(7 * 2 * 2 * BLOCK + 24 * 64, 2 * (1464 - EMBEDDING))
     assert costs.forward(1, 3, 2, 2) == forward
-    assert costs.logprobs(1, 3, 2, 2) == forward + Work(4 * 2 * EMBEDDING, 2 * EMBEDDING)
+    assert costs.logprobs(1, 3, 2, 2) == forward + Demand(4 * 2 * EMBEDDING, 2 * EMBEDDING)
 
 
 def test_quantised_weights_count_as_numbers_and_weigh_their_bits() -> None:
@@ -102,7 +102,7 @@ def test_experts_are_read_as_they_are_met() -> None:
 
 
 def test_the_slower_of_bytes_and_operations_counts() -> None:
-    work = Work(flops=100, bytes=10) + Work(flops=100, bytes=0)
+    work = Demand(flops=100, bytes=10) + Demand(flops=100, bytes=0)
     assert work.seconds(flops_per_second=100, bytes_per_second=10) == 2
     assert (work * 2).seconds(flops_per_second=1000, bytes_per_second=10) == 2
     assert Product(2, 3, nbytes=12).read(5) == 12

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import make_model
+from planning.loads import workload
 
 from grpo.backend import cuda
 from grpo.backend.device import on_gpu
@@ -90,11 +91,11 @@ def test_the_plan_of_an_outline_is_that_of_the_model(toy_folder: Path) -> None:
     model, _ = load(cfg.model)
     adapters = Adapters(model, cfg.adapter, mx.random.key(0))
     decoding = find_decoding(model)
-    real, _ = make_plan(cfg, Policy(model, adapters, 1.0), decoding, (64, 64))
-    drawn = outline(model_config(cfg), cfg.adapter, mx.float32)
+    real, _ = make_plan(workload(cfg, 64), Policy(model, adapters, 1.0), decoding)
+    drawn = outline(model_config(cfg.model), cfg.adapter, mx.float32)
     reckon = partial(reckoned_footprint, costs_of(drawn), fused=False)
     there = Machine(real.memory, on_gpu(), cuda.available())
-    reckoned, _ = plan_on(there, cfg, drawn, 1, decoding, (64, 64), reckon)
+    reckoned, _ = plan_on(there, workload(cfg, 64), drawn, 1, decoding, reckon)
     update = {"phases": {**real.phases, "update": reckoned.phases["update"]}, "micro_batch": reckoned.micro_batch}
     assert reckoned == replace(real, **update)
 
@@ -216,4 +217,4 @@ def test_a_mistake_is_not_taken_for_too_little_memory(run_cli) -> None:
 
 def test_a_model_without_a_config_is_named() -> None:
     with pytest.raises(UserError, match="is made where it is used"):
-        model_config(recipe("builtin:arithmetic-student"))
+        model_config(recipe("builtin:arithmetic-student").model)

@@ -41,7 +41,8 @@ RATIOS = "each rollout has one update, and its ratios are 1: loss.{} wait for op
     ],
 )
 def test_notes(recipe, overrides: list[str], notes: list[str]) -> None:
-    found = list(notes_on(load_recipe(recipe, overrides)))
+    cfg = load_recipe(recipe, overrides)
+    found = list(notes_on(cfg.optim, cfg.adapter, cfg.loss))
     assert len(found) == len(notes)
     assert all(note.startswith(said) for note, said in zip(found, notes, strict=True))
 

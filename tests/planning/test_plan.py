@@ -8,6 +8,7 @@ import re
 import mlx.core as mx
 import pytest
 from conftest import make_model
+from planning.loads import workload
 from training.sections import make_minibatches, updater
 from training.test_packing import row
 from training.test_update import recipe
@@ -23,6 +24,7 @@ from grpo.model.widehead import widen_head
 from grpo.planning import plan as planning
 from grpo.planning.footprint import Footprint
 from grpo.planning.plan import make_plan
+from grpo.recipe import with_settings
 from grpo.training.optimizer import MOST_AT_WORK
 from grpo.training.packing import Shape
 from grpo.types import Group
@@ -41,8 +43,8 @@ def planned(kind: str = "tied", adapter: str = "lora", lengths: tuple[int, int] 
         rollout={"prompts_per_step": 4, "num_generations": 4, "max_completion_length": lengths[1]},
         optim={"micro_batch_tokens": "auto", **optim},
     )
-    plan, cfg = make_plan(cfg, policy, find_decoding(model), (lengths[0], lengths[0]))
-    return policy, cfg, plan
+    plan, optim = make_plan(workload(cfg, lengths[0]), policy, find_decoding(model))
+    return policy, with_settings(cfg, {"optim": optim}), plan
 
 
 def peak_of_an_update(policy: Policy, cfg, prompt: int = PROMPT) -> int:
@@ -140,7 +142,7 @@ def test_the_order_of_micro_batches_that_are_tried(cuda: bool, tried: int | None
         return tried if checkpointing else 10 * 2**30
 
     machine = planning.Machine(128 * 2**30, True, cuda)
-    found = planning._chosen(machine, cfg, footprint, body if tried else None, 128)
+    found = planning._chosen(machine, workload(cfg, 128), footprint, body if tried else None)
     assert (found.checkpointing, found.tokens) == chosen
     if tried:
         assert shapes == [(True, Shape(8, 128, 64, 128)), (False, Shape(4, 128, 32, 128))]
@@ -149,7 +151,7 @@ def test_the_order_of_micro_batches_that_are_tried(cuda: bool, tried: int | None
 
 def test_held_out_prompts_are_sampled_from_and_not_trained_on() -> None:
     policy, cfg, plan = planned()
-    longer, _ = make_plan(cfg, policy, find_decoding(policy.model), (PROMPT, 4 * PROMPT))
+    longer, _ = make_plan(workload(cfg, PROMPT, 4 * PROMPT), policy, find_decoding(policy.model))
     assert longer.phases["rollout"] > plan.phases["rollout"]
     assert longer.tokens == plan.tokens
 
@@ -192,8 +194,8 @@ def test_a_model_that_cannot_share_prompts_is_planned_so() -> None:
     policy, cfg, _ = planned("tied")
     assert cfg.optim.share_prompts
     policy.share_prompts = False  # as one that cannot says of itself
-    _, cfg = make_plan(cfg, policy, find_decoding(policy.model), (PROMPT, PROMPT))
-    assert cfg.optim.share_prompts is False
+    _, optim = make_plan(workload(cfg, PROMPT), policy, find_decoding(policy.model))
+    assert optim.share_prompts is False
 
 
 def test_what_a_head_with_float32_logits_holds_is_planned() -> None:
@@ -204,7 +206,7 @@ def test_what_a_head_with_float32_logits_holds_is_planned() -> None:
         assert not wide or widen_head(model)
         policy = Policy(model, Adapters(model, AdapterConfig(rank=2), mx.random.key(0)), 1.0)
         cfg = recipe(rollout={"prompts_per_step": 1, "num_generations": 2, "max_completion_length": 4})
-        plans.append(make_plan(cfg, policy, BatchCaches(model, 2048), (4, 4))[0])
+        plans.append(make_plan(workload(cfg, 4), policy, BatchCaches(model, 2048))[0])
     narrow, wider = plans
     matrix = 4 * 2048 * 64  # all of it as float32: it is smaller than the pieces that may be there at once
     assert wider.phases["rollout"] == narrow.phases["rollout"] + matrix

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from runs.driver import run, timeless
 
-from grpo.config import Recipe
+from grpo.config.log import CompletionsConfig
 from grpo.errors import UserError
-from grpo.runs.completions import read_completions, store_completions, stored_steps
+from grpo.runs.completions import UNNAMED, read_completions, store_completions, stored_steps
 from grpo.types import Failure, Group, Rollout, Task, Trajectory
 
 GOOD = Rollout(
@@ -29,25 +29,19 @@ BAD = replace(
 CHAT = [{"role": "system", "content": "Count."}, {"role": "user", "content": "2+2?"}]
 GROUPS = [
     Group(Task(3, "2+2?", (1,), {"answer": "4", "prompt": "2+2?"}), (GOOD, BAD)),
-    Group(Task(9, CHAT, (1,), {"answer": 4}), (BAD, replace(GOOD, extras={}, failures={}, reward=None))),
+    Group(Task(9, CHAT, (1,), {"answer": 4}, "extra"), (BAD, replace(GOOD, extras={}, failures={}, reward=None))),
 ]
+ALL = CompletionsConfig()
 
 
-def config(prompts_per_step: int = 2, **log) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "model": {"name": "m"},
-            "data": {"source": "d"},
-            "rewards": ({"use": "exact"},),
-            "rollout": {"prompts_per_step": prompts_per_step},
-            "optim": {"steps": 9},
-            "log": log,
-        }
-    )
+def store(
+    folder: Path, step: int, groups=GROUPS, setting: CompletionsConfig | None = ALL, learnt: int = 2
+) -> Path | None:
+    return store_completions(folder, step, groups, setting, 0, learnt)
 
 
 def test_the_schema(tmp_path: Path) -> None:
-    path = store_completions(tmp_path / "completions", 12, GROUPS, config())
+    path = store(tmp_path / "completions", 12)
     assert path == tmp_path / "completions/step-000012.parquet"
     table = pq.read_table(path)
     double, text = pa.float64(), pa.string()
@@ -55,6 +49,8 @@ def test_the_schema(tmp_path: Path) -> None:
         "step": pa.int64(),
         "group": pa.int32(),
         "index": pa.int32(),
+        "source": text,
+        "task": pa.int64(),
         "prompt": text,
         "completion": text,
         "token_ids": pa.list_(pa.int32()),
@@ -88,11 +84,12 @@ def test_the_schema(tmp_path: Path) -> None:
 
 
 def test_what_is_stored_comes_back(tmp_path: Path) -> None:
-    step, groups = read_completions(store_completions(tmp_path, 12, GROUPS, config()))
+    step, groups = read_completions(store(tmp_path, 12))
     assert step == 12
     assert groups[0].rollouts[0] == GOOD
     assert groups[0].rollouts[1].trajectory == Trajectory.sampled((7,), None, "fi?ve", "length")
-    assert groups[1].task == Task(1, CHAT, (), {"answer": 4, "prompt": CHAT})
+    assert groups[1].task == Task(9, CHAT, (), {"answer": 4, "prompt": CHAT}, "extra")
+    assert groups[0].task.identity == ("data", 3)
     assert groups[1].rollouts[1] == GROUPS[1].rollouts[1]
 
 
@@ -101,30 +98,28 @@ def test_text_that_utf8_cannot_hold_ends_no_run(tmp_path: Path) -> None:
     odd = replace(
         GOOD, extras={"a\udc80": 1, "b": "x\udc80", "c": {"\udc80": ["\ud800"]}}, scores={"s\udc80": 1.0}, failures={}
     )
-    path = store_completions(tmp_path, 1, [Group(Task(0, "?", (), {"answer\udc80": "\udc80"}), (odd,))], config())
+    path = store(tmp_path, 1, [Group(Task(0, "?", (), {"answer\udc80": "\udc80"}), (odd,))])
     _, (group,) = read_completions(path)
     assert group.rollouts[0].extras == {"a?": 1, "b": "x\udc80", "c": {"\udc80": ["\ud800"]}}
     assert group.rollouts[0].scores == {"s?": 1.0}
 
 
 def test_groups_that_were_not_learnt_from_have_no_advantage(tmp_path: Path) -> None:
-    path = store_completions(tmp_path, 1, GROUPS, config(prompts_per_step=1))
+    path = store(tmp_path, 1, learnt=1)
     assert [row["advantage"] for row in pq.read_table(path).to_pylist()] == [0.75, 0.75, None, None]
 
 
 def test_which_steps_and_how_many(tmp_path: Path) -> None:
-    every = config(completions={"every": 3})
-    assert [step for step in range(1, 9) if store_completions(tmp_path, step, GROUPS, every)] == [1, 4, 7]
+    every = CompletionsConfig(every=3)
+    assert [step for step in range(1, 9) if store(tmp_path, step, GROUPS, every)] == [1, 4, 7]
     assert [path.name for path in stored_steps(tmp_path)] == [f"step-00000{n}.parquet" for n in (1, 4, 7)]
-    assert store_completions(tmp_path, 1, GROUPS, config(completions=None)) is None
+    assert store(tmp_path, 1, GROUPS, None) is None
     groups = [replace(GROUPS[0], task=replace(GROUPS[0].task, index=n)) for n in range(8)]
-    one = config(completions={"groups": 3})
-    kept = [
-        [group.task.index for group in read_completions(store_completions(tmp_path, 5, groups, one))[1]] for _ in "ab"
-    ]
+    one = CompletionsConfig(groups=3)
+    kept = [[group.task.index for group in read_completions(store(tmp_path, 5, groups, one))[1]] for _ in "ab"]
     assert kept[0] == kept[1]
     assert len(set(kept[0])) == 3
-    assert kept[0] != [group.task.index for group in read_completions(store_completions(tmp_path, 6, groups, one))[1]]
+    assert kept[0] != [group.task.index for group in read_completions(store(tmp_path, 6, groups, one))[1]]
 
 
 def test_what_is_no_such_file(tmp_path: Path) -> None:
@@ -144,3 +139,14 @@ def test_a_run_stores_its_steps(recipe) -> None:
         assert sum(len(rollout.trajectory.token_ids) for rollout in rollouts) == record["num_tokens"]
         assert sum(rollout.reward for rollout in rollouts) / len(rollouts) == pytest.approx(record["reward"])
         assert sum(abs(rollout.advantage) for rollout in rollouts) > 0
+
+
+def test_a_file_that_does_not_say_its_tasks_tells_them_apart_by_their_rows(tmp_path: Path) -> None:
+    """Files were so before a task was known by its source and index; the prompt alone is not enough."""
+    task = GROUPS[0].task
+    asked = [replace(task, columns={"answer": answer}) for answer in ("4", "5", "4")]
+    path = store(tmp_path, 12, [Group(task, (GOOD,)) for task in asked])
+    pq.write_table(pq.read_table(path).drop_columns(["source", "task"]), path)
+    first, other, again = (group.task.identity for group in read_completions(path)[1])
+    assert first == again != other
+    assert first[0] == UNNAMED

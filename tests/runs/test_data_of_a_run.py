@@ -12,7 +12,7 @@ from datasets import Dataset
 from grpo.backend.ranks import Ranks
 from grpo.data import lengths
 from grpo.data.lengths import Lengths
-from grpo.data.source import load_rows
+from grpo.data.loading import load_rows
 from grpo.errors import UserError
 from grpo.recipe import load_recipe
 from grpo.runs.prepare import Prepared, data_of, prepare

@@ -14,7 +14,7 @@ from grpo.evaluation.evaluator import interval
 from grpo.runs.checkpoint import load_checkpoint, newest_whole
 from grpo.runs.health import made_worse, trained_on_nothing, warnings_of_first
 from grpo.runs.state import Best, RunState
-from grpo.telemetry.runs import read_run
+from grpo.telemetry.recorded import read_run
 from grpo.training.state import TrainerState
 from grpo.types import EvalMetrics, StepMetrics
 
@@ -46,7 +46,7 @@ def config() -> Recipe:
 )
 def test_what_the_first_step_says(values: dict, said: list[str]) -> None:
     metrics = StepMetrics(1, {name: value for name, value in (FINE | values).items() if value is not None})
-    lines = warnings_of_first(metrics, config())
+    lines = warnings_of_first(metrics, config().rollout, config().rewards)
     assert len(lines) == len(said)
     assert all(part in line for part, line in zip(said, lines, strict=True))
 
@@ -64,7 +64,7 @@ def test_what_the_first_step_says(values: dict, said: list[str]) -> None:
 def test_a_run_trained_on_nothing_if_no_update_was_applied(step, updates, silent, rewarded, said) -> None:
     arrays = {"optimizer": {"step": mx.array(updates, mx.uint64)}}
     state = RunState("id", TrainerState(arrays, {"steps_without_signal": silent}), step=step, rewarded=rewarded)
-    found = trained_on_nothing(state, config())
+    found = trained_on_nothing(state, config().loss, config().rewards)
     assert found is None if said is None else found.startswith(said)
 
 

@@ -13,8 +13,8 @@ from grpo.config import RewardConfig
 from grpo.plugins import bundled_names, find_reward, locate_reward
 from grpo.scoring.cases import Trial, try_out
 from grpo.scoring.contract import Reward
-from grpo.scoring.grader import Isolated, Request
-from grpo.scoring.process import Terms
+from grpo.scoring.grader import Isolated, ScoringRequest
+from grpo.scoring.process import WorkerTerms
 
 NAMES = bundled_names("rewards", ".py")
 
@@ -23,7 +23,7 @@ NAMES = bundled_names("rewards", ".py")
 def test_its_own_cases_and_the_fuzz(name: str) -> None:
     if name == "python_tests" and sys.platform != "linux":
         pytest.skip("there is a sandbox on Linux only")
-    report = try_out(locate_reward(name), Trial({}, Terms(20.0)))
+    report = try_out(locate_reward(name), Trial({}, WorkerTerms(20.0)))
     assert len(report.cases) >= 5
     assert [tried for tried in report.wrong] == []
 
@@ -64,7 +64,7 @@ def math_pairs(count: int) -> list[tuple[str, str, float | None]]:
 @pytest.mark.slow
 def test_ten_thousand_pairs_of_math_answers() -> None:
     pairs = math_pairs(10_000)
-    grader = Isolated(locate_reward("math_answer"), {}, Terms(20.0))
+    grader = Isolated(locate_reward("math_answer"), {}, WorkerTerms(20.0))
     grader.wait_ready()
     pid = grader.worker.pid
     columns = {
@@ -73,7 +73,7 @@ def test_ten_thousand_pairs_of_math_answers() -> None:
         "completion_ids": [[1]] * len(pairs),
         "answer": [gold for gold, _, _ in pairs],
     }
-    answers = grader.score(Request(columns, [1] * len(pairs), {}))
+    answers = grader.score(ScoringRequest(columns, [1] * len(pairs), {}))
     assert grader.worker.pid == pid  # it never died
     grader.close()
     for (gold, completion, expected), (_, answer) in zip(pairs, answers, strict=True):

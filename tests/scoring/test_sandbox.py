@@ -14,8 +14,8 @@ import pytest
 from grpo.config import RewardConfig
 from grpo.errors import UserError
 from grpo.plugins import find_reward
-from grpo.scoring.sandbox import run
-from grpo.scoring.sandbox.run import Limits, Verdict, missing, run_tests
+from grpo.scoring.sandbox import runner
+from grpo.scoring.sandbox.runner import Limits, Tally, missing, run_tests
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout, Task, Trajectory
 
@@ -37,7 +37,7 @@ while True:
         except OSError: pass"""
 
 
-def tried(code: str, limits: Limits = LIMITS) -> Verdict:
+def tried(code: str, limits: Limits = LIMITS) -> Tally:
     """The verdict on code whose one test is that it has run to its end."""
     return run_tests(f"{code}\nreached = True", ["assert reached"], limits)
 
@@ -54,7 +54,7 @@ def processes_named(marker: str) -> list[int]:
 @needs_sandbox
 def test_there_is_a_sandbox_here_and_honest_code_passes() -> None:
     assert missing() is None
-    assert tried("import json, math, re") == Verdict(1, None)
+    assert tried("import json, math, re") == Tally(1, None)
 
 
 @needs_sandbox
@@ -109,7 +109,7 @@ def test_it_cannot_fork_without_end_and_nothing_outlives_it() -> None:
         "import os, time\nn = 0\ntry:\n    while True:\n        if os.fork() == 0: time.sleep(60)\n        n += 1\n"
     )
     counting += "except OSError: pass\nassert n < 8, n"
-    assert run_tests(counting, ["pass"], Limits(processes=8)) == Verdict(1, None)
+    assert run_tests(counting, ["pass"], Limits(processes=8)) == Tally(1, None)
     time.sleep(0.2)
     assert processes_named(marker) == []
     assert processes_named("launcher.py") == []
@@ -157,8 +157,8 @@ for n in range(1000):
 def test_all_its_processes_together_have_the_memory_of_one(more: str) -> None:
     limits = Limits(seconds=10.0, memory_mb=256)
     said = "its processes together held more than 256 MB"
-    assert tried(FAMILY.format(count=6, size=100) + more, limits) == Verdict(0, said)
-    assert tried(FAMILY.format(count=6, size=20) + "time.sleep(0.2)", limits) == Verdict(1, None)
+    assert tried(FAMILY.format(count=6, size=100) + more, limits) == Tally(0, said)
+    assert tried(FAMILY.format(count=6, size=20) + "time.sleep(0.2)", limits) == Tally(1, None)
     time.sleep(0.2)
     assert processes_named("launcher.py") == []
 
@@ -166,7 +166,7 @@ def test_all_its_processes_together_have_the_memory_of_one(more: str) -> None:
 @needs_sandbox
 def test_memory_that_its_processes_share_counts_once() -> None:
     shared = "held = bytearray(b'x') * (60 << 20)\n" + FAMILY.format(count=6, size=1) + "time.sleep(0.3)"
-    assert tried(shared, Limits(seconds=10.0, memory_mb=256)) == Verdict(1, None)
+    assert tried(shared, Limits(seconds=10.0, memory_mb=256)) == Tally(1, None)
 
 
 @needs_sandbox
@@ -182,7 +182,7 @@ def test_it_cannot_fill_the_disk() -> None:
 @pytest.mark.parametrize("code", ["import time; time.sleep(60)", "while True: pass", "import signal; signal.pause()"])
 def test_it_cannot_take_longer_than_its_time(code: str) -> None:
     began = time.monotonic()
-    assert tried(code, Limits(seconds=1.0)) == Verdict(0, "not done in 1 s")
+    assert tried(code, Limits(seconds=1.0)) == Tally(0, "not done in 1 s")
     assert time.monotonic() - began < 2
 
 
@@ -192,13 +192,13 @@ def test_it_cannot_kill_what_is_outside() -> None:
         assert "No such process" in tried(f"import os; os.kill({target}, 9)").error
     tried("import os\nos.kill(-1, 9)")  # itself, at most
     tried("import os\nos.kill(os.getppid(), 9)")
-    assert tried("") == Verdict(1, None)
+    assert tried("") == Tally(1, None)
 
 
 @needs_sandbox
 def test_it_sees_nothing_of_our_environment_and_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
-    assert tried("import os; assert 's3cret' not in str(os.environ), 'leak'") == Verdict(1, None)
+    assert tried("import os; assert 's3cret' not in str(os.environ), 'leak'") == Tally(1, None)
     assert "No such file" in tried(f"open('/proc/{os.getpid()}/environ').read()").error
     readable = os.open(__file__, os.O_RDONLY)
     os.set_inheritable(readable, True)
@@ -225,7 +225,7 @@ def test_it_cannot_gain_anything(call: str) -> None:
     call = call.replace("PTRACE", {"x86_64": "101", "aarch64": "117"}[os.uname().machine])
     code = f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nassert libc.{call} == -1"
     code += "\nassert ctypes.get_errno() == 1"
-    assert tried(code) == Verdict(1, None)
+    assert tried(code) == Tally(1, None)
 
 
 @needs_sandbox
@@ -258,7 +258,7 @@ def test_a_program_has_no_way_to_its_verdict(code: str) -> None:
 
 def in_user_namespace(script: str) -> str:
     """What `missing()` says to one who is root of a user namespace only, as in a container without privileges."""
-    python = f"{sys.executable} -c 'from grpo.scoring.sandbox.run import missing; print(missing())'"
+    python = f"{sys.executable} -c 'from grpo.scoring.sandbox.runner import missing; print(missing())'"
     ran = subprocess.run(
         ["unshare", "-Ur", "sh", "-c", f"{script} {python}"], capture_output=True, text=True, check=False
     )
@@ -283,7 +283,7 @@ def test_where_namespaces_are_forbidden_there_is_none_and_it_says_so() -> None:
 
 def test_where_there_is_no_sandbox_it_refuses_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     missing.cache_clear()
-    monkeypatch.setattr(run.sys, "platform", "darwin")
+    monkeypatch.setattr(runner.sys, "platform", "darwin")
     try:
         with pytest.raises(UserError, match=r"no sandbox: on darwin there is no isolation yet.*unsafe: true"):
             Scorer.of([RewardConfig(use="python_tests", isolation="inline")])
@@ -296,7 +296,7 @@ def test_where_there_is_no_sandbox_it_refuses_unless_told_otherwise(monkeypatch:
 def test_without_a_sandbox_the_limits_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
     code = "import os\nassert 's3cret' not in str(os.environ) and os.listdir('.') == []"
-    assert run_tests(code, ["pass"], LIMITS, unsafe=True) == Verdict(1, None)
+    assert run_tests(code, ["pass"], LIMITS, unsafe=True) == Tally(1, None)
     assert "MemoryError" in run_tests("x = bytearray(10 << 30)", ["pass"], LIMITS, unsafe=True).error
     assert run_tests("while True: pass", ["pass"], Limits(seconds=1.0), unsafe=True).passed == 0
 

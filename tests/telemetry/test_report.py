@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from grpo.telemetry import report
 from grpo.telemetry.plots import curves
-from grpo.telemetry.runs import read_run
+from grpo.telemetry.recorded import read_run
+from grpo.types import Group, Rollout, Task, Trajectory
 
 SECTIONS = ["setup", "reward", "kl", "length", "entropy", "clip", "evaluation", "time", "memory", "failures"]
 SECTIONS += ["completions"]
@@ -106,3 +108,14 @@ def browse(page: Path, tmp_path: Path) -> tuple[str, str]:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout, ran.stderr
+
+
+def test_what_changed_is_a_task_and_not_a_prompt() -> None:
+    """Two rows ask the same and have other answers: what one got at step 1 says nothing of the other at step 2."""
+
+    def group(index: int, reward: float) -> list[Group]:
+        rollout = Rollout(Trajectory.sampled((1,), None, "4", "stop"), reward=reward)
+        return [Group(Task(index, "2+2?", (), {}), (rollout,))]
+
+    assert "most changed, +1.000: 2+2?" in report._changed([(1, group(0, 0.0)), (2, group(0, 1.0))])
+    assert "most changed" not in report._changed([(1, group(0, 0.0)), (2, group(1, 1.0))])

@@ -11,7 +11,7 @@ from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load
-from grpo.recipe import load_recipe
+from grpo.recipe import load_recipe, with_settings
 from grpo.tools import card
 from grpo.tools.export import _group_size, export, peft_name
 
@@ -161,7 +161,7 @@ def test_a_card_names_the_folder_of_a_builtin_model(trained, monkeypatch) -> Non
     kept = Path.home() / ".cache/grpo/arithmetic-student-123"
     monkeypatch.setattr(card, "model_folder", lambda cfg: kept)
     cfg = load_recipe(trained / "recipe.yaml")
-    cfg = cfg.model_copy(update={"model": ModelConfig(name="builtin:arithmetic-student")})
+    cfg = with_settings(cfg, {"model.name": "builtin:arithmetic-student"})
     text = card.model_card(cfg, trained / "checkpoints/step-000003", "mlx", [])
     assert "mlx_lm.generate --model ~/.cache/grpo/arithmetic-student-123 --adapter-path" in text
     text = card.model_card(cfg, trained / "checkpoints/step-000003", "peft", [])
@@ -173,7 +173,7 @@ def test_a_card_names_the_folder_of_a_builtin_model(trained, monkeypatch) -> Non
 def test_a_public_card_has_no_folder_of_this_machine(trained, monkeypatch) -> None:
     monkeypatch.setattr(card, "model_folder", lambda cfg: Path("/models/made"))
     cfg = load_recipe(trained / "recipe.yaml")
-    cfg = cfg.model_copy(update={"model": ModelConfig(name="builtin:arithmetic-student")})
+    cfg = with_settings(cfg, {"model.name": "builtin:arithmetic-student"})
     for form in ("mlx", "peft", "fused"):
         text = card.model_card(cfg, trained / "checkpoints/step-000003", form, [], "me/mine")
         assert "/models/made" not in text
@@ -196,10 +196,9 @@ def test_a_card_has_no_path_of_this_machine_however_long(trained, tmp_path) -> N
     here.mkdir()
     (here / "words.txt").touch()
     cfg = load_recipe(trained / "recipe.yaml")
-    reward = cfg.rewards[0].model_copy(update={"kwargs": {"words": str(here / "words.txt"), "tag": "/think"}})
-    adapter = cfg.adapter.model_copy(update={"path": str(here)})
-    data = cfg.data.model_copy(update={"source": (str(here / "gone.jsonl"),)})
-    cfg = cfg.model_copy(update={"rewards": (reward,), "adapter": adapter, "data": data})
+    reward = with_settings(cfg.rewards[0], {"kwargs": {"words": str(here / "words.txt"), "tag": "/think"}})
+    places = {"adapter.path": str(here), "data.source": (str(here / "gone.jsonl"),)}
+    cfg = with_settings(cfg, {"rewards": (reward,), **places})
     text = card.model_card(cfg, trained / "checkpoints/step-000003", "mlx", [])
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recipe["rewards"][0]["kwargs"] == {"words": "words.txt", "tag": "/think"}

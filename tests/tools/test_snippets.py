@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from grpo.config import Recipe
-from grpo.tools.snippets import snippet
+from grpo.tools import snippets
 
 
 def recipe(folder, **data) -> Recipe:
@@ -20,6 +20,10 @@ def recipe(folder, **data) -> Recipe:
         "rollout": {"max_completion_length": 33},
     }
     return Recipe.model_validate(sections, strict=False)
+
+
+def snippet(cfg: Recipe, form: str, base: str, repo: str | None) -> str:
+    return snippets.snippet(form, base, repo, cfg.model, cfg.data, cfg.rollout.max_completion_length)
 
 
 def code(text: str, language: str) -> str:

@@ -21,8 +21,8 @@ from grpo.runs.prepare import prepare
 from grpo.runs.signals import Stopped
 from grpo.scoring.scorer import Scorer
 from grpo.telemetry.console import ConsoleLogger
+from grpo.telemetry.recorded import read_run
 from grpo.telemetry.report import report
-from grpo.telemetry.runs import read_run
 from grpo.training.update import Updater
 
 

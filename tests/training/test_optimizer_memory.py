@@ -10,6 +10,7 @@ import mlx.optimizers as optim
 import pytest
 from conftest import make_model
 from mlx.utils import tree_flatten, tree_map
+from planning.loads import workload
 from test_packing import row
 from test_update import recipe
 from training.sections import make_minibatches, updater
@@ -52,12 +53,16 @@ def drawn(arrays: dict[str, mx.array], seed: int, dtype: mx.Dtype = mx.float32) 
 
 
 class OnePrompt:
-    """In the place of a dataset: one prompt, the same at every step."""
-
-    dropped = 0
+    """A source of one prompt, the same at every step."""
 
     def take(self, n: int) -> list[Task]:
         return [Task(0, "", (1, 2, 3), {})] * n
+
+    def observe(self, groups) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def state(self) -> dict[str, int]:
         return {}
@@ -174,7 +179,7 @@ def test_a_run_of_whole_weights_holds_them_once(tmp_path, dtype: mx.Dtype, optim
     engine = RolloutEngine(Generator(policy.model, NoTokenizer(), 2), sampling_of(cfg.rollout))
     scorer = Scorer({"turns": lambda completions, **_: [float(i % 2) for i in range(len(completions))]})
     trainer = Trainer(cfg, policy, OnePrompt(), engine, scorer)
-    plan, _ = make_plan(cfg, policy, engine.generator.decoding, (3, 3))
+    plan, _ = make_plan(workload(cfg, 3), policy, engine.generator.decoding)
     peaks = []
 
     def tell(_) -> None:

@@ -11,6 +11,7 @@ from training.sections import make_batches, updater
 
 from grpo.backend import device
 from grpo.config import Recipe
+from grpo.recipe import with_settings
 from grpo.training import packing
 from grpo.training.packing import Packing, Shape, pack, pack_in_order
 from grpo.training.update import Updater
@@ -165,7 +166,7 @@ def test_memory_does_not_grow_over_ragged_steps(make_policy) -> None:
 
 def test_there_are_micro_batches_for_every_process(make_policy) -> None:
     groups, cfg = ragged(random.Random(0)), step_recipe()
-    cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"micro_batch_tokens": 10**6})})
+    cfg = with_settings(cfg, {"optim.micro_batch_tokens": 10**6})
     (whole,), parted = make_batches(groups, cfg), make_batches(groups, cfg, parts=4)
     assert len(parted) == 4
     assert sum(map(real_rows, parted)) == real_rows(whole) == 16

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import test_update
+from planning.loads import workload
 from runs.driver import run, timeless
 
 from grpo.backend.ranks import Ranks
@@ -191,17 +192,17 @@ def test_a_start_is_compared(recipe, monkeypatch) -> None:
 def test_all_processes_take_the_plan_of_the_one_with_least_room(make_policy, tokens: int, checkpointing: bool) -> None:
     policy, other = make_policy().policy, make_policy().policy
     mine, theirs = plan_of(policy, 4096), plan_of(other, tokens, checkpointing)
-    plan, cfg = _together(Two((theirs[0], theirs[1].optim)), policy, *mine)
+    plan, optim = _together(Two(theirs), policy, *mine)
     least = min(4096, tokens), checkpointing and tokens <= 4096
     assert (plan.micro_batch, plan.checkpointing) == least
-    assert (cfg.optim.micro_batch_tokens, cfg.optim.gradient_checkpointing) == least
+    assert (optim.micro_batch_tokens, optim.gradient_checkpointing) == least
     assert policy.gradient_checkpointing is least[1]
     assert plan.slots == mine[0].slots
 
 
 def plan_of(policy, tokens: int, checkpointing: bool = False):
     cfg = test_update.recipe(optim={"micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing})
-    return make_plan(cfg, policy, find_decoding(policy.model), (8, 8))
+    return make_plan(workload(cfg, 8), policy, find_decoding(policy.model))
 
 
 def test_failures_before_a_resume_are_counted_once(recipe) -> None:

@@ -13,11 +13,11 @@ from runs.driver import run
 from grpo.recipe import load_recipe
 from grpo.runs.folder import recipe_text
 from grpo.runs.signals import Stopped
-from grpo.telemetry import runs as module
+from grpo.telemetry import recorded as module
 from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.telemetry.progress import NowFile
-from grpo.telemetry.runs import find_runs, follow, read_run
+from grpo.telemetry.recorded import find_runs, follow, read_run
 from grpo.tools.replay import replay
 from grpo.types import StepMetrics
 

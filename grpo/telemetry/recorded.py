@@ -27,7 +27,7 @@ warn = logging.getLogger(__name__).warning
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RecordedRun:
     """A run as its folder tells of it."""
 
     folder: Path
@@ -64,13 +64,13 @@ class Run:
         return max(adapters, key=lambda one: one.values[name], default=None)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RecordedRun:
     """A run's folder as it is now. Raises UserError for what is none."""
     check_is_run(folder)
-    return Run(folder, load_recipe(folder / RECIPE), read_steps(folder), read_evaluations(folder))
+    return RecordedRun(folder, load_recipe(folder / RECIPE), read_steps(folder), read_evaluations(folder))
 
 
-def find_runs(folder: Path) -> list[Run]:
+def find_runs(folder: Path) -> list[RecordedRun]:
     """The runs in a folder and below, those that were written to last first. One that cannot be read is said.
 
     Raises UserError where there is no such folder.
@@ -92,7 +92,7 @@ def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def runs_table(runs: list[Run]) -> Table:
+def runs_table(runs: list[RecordedRun]) -> Table:
     """A line for each run: how far it is, its reward, its best evaluation, and whether it goes on."""
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
@@ -143,7 +143,7 @@ def _written(folder: Path) -> float:
     return max(times, default=0.0)
 
 
-def _best(run: Run) -> str:
+def _best(run: RecordedRun) -> str:
     if run.best is None:
         return ""
     name = run.recipe.best_metric

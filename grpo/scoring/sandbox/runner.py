@@ -57,14 +57,14 @@ class End(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Tally:
     """How many of the tests passed, and the first thing that went wrong."""
 
     passed: int
     error: str | None
 
 
-def run_tests(code: str, tests: Sequence[Any], limits: Limits, unsafe: bool = False) -> Verdict:
+def run_tests(code: str, tests: Sequence[Any], limits: Limits, unsafe: bool = False) -> Tally:
     """Run `code`, then `tests` on it: pieces of code that raise where they fail, or `{input, output}` of a program.
 
     Raises RuntimeError where the sandbox cannot be built; with `unsafe` there is none, only limits.
@@ -173,15 +173,15 @@ def _read(process: subprocess.Popen[bytes], limits: Limits) -> tuple[bytes, End]
     return said, end
 
 
-def _verdict(said: bytes, seal: str, end: End, code: int, limits: Limits) -> Verdict:
+def _verdict(said: bytes, seal: str, end: End, code: int, limits: Limits) -> Tally:
     try:
         found = json.loads(said)
         if found["seal"] == seal:
-            return Verdict(int(found["passed"]), found["error"])
+            return Tally(int(found["passed"]), found["error"])
     except (ValueError, KeyError, TypeError):
         pass
     if end is End.TIME:
-        return Verdict(0, f"not done in {limits.seconds:g} s")
+        return Tally(0, f"not done in {limits.seconds:g} s")
     if end is End.MEMORY:
-        return Verdict(0, f"its processes together held more than {limits.memory_mb} MB")
-    return Verdict(0, f"it ended before its tests did ({ending(128 - code if code > 128 else code)})")
+        return Tally(0, f"its processes together held more than {limits.memory_mb} MB")
+    return Tally(0, f"it ended before its tests did ({ending(128 - code if code > 128 else code)})")

@@ -1,0 +1,59 @@
+"""How much a run sends through a machine at once: what a plan is made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grpo.config import AdapterConfig, EvalConfig, OptimConfig, RolloutConfig
+from grpo.generation.memory import Need
+from grpo.recipe import with_settings
+from grpo.rollout import sampling_of
+from grpo.training.packing import Packing, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The sections of a recipe that decide it, and the tokens of the longest prompts.
+
+    `evaluation` is None where nothing is evaluated. `prompt_length` is the longest prompt that is trained on, `longest`
+    the longest that is sampled from, held-out prompts included.
+    """
+
+    optim: OptimConfig
+    rollout: RolloutConfig
+    adapter: AdapterConfig
+    evaluation: EvalConfig | None
+    prompt_length: int
+    longest: int
+
+    @property
+    def rows(self) -> int:
+        """Completions of a step."""
+        return self.rollout.prompts_per_step * self.rollout.num_generations
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step at most: each completion with a prompt of its own."""
+        return self.rows * (self.prompt_length + self.rollout.max_completion_length)
+
+    def need(self) -> Need:
+        """What is sampled at once: the larger of a step's completions and an evaluation's."""
+        prompts, sampled = self.rollout.prompts_per_step, self.rows
+        if self.evaluation is not None:
+            held_out = self.evaluation.prompts
+            prompts, sampled = max(prompts, held_out), max(sampled, held_out * self.evaluation.samples)
+        reshaped = sampling_of(self.rollout).reshaped
+        return Need(sampled, prompts, self.longest, self.rollout.max_completion_length, reshaped)
+
+    def largest(self, tokens: int, gpu: bool) -> Shape:
+        """The largest micro-batch of at most `tokens`: the longest prompts, each with all its longest completions."""
+        optim = with_settings(self.optim, {"micro_batch_tokens": tokens})
+        packing, length = Packing.of(optim, self.rollout, gpu=gpu), self.rollout.max_completion_length
+        fitting = packing.shape(1, 1, self.prompt_length, length)
+        for rows in range(2, packing.rows + 1):
+            shape = packing.shape(-(-rows // packing.group), rows, self.prompt_length, length)
+            if shape is None:
+                break
+            fitting = shape
+        assert fitting is not None, "a single row always fits"
+        return fitting

@@ -153,7 +153,7 @@ def _length(item: tuple[Prompt | Line, Sequence[int]]) -> int:
 
 def _recurrent(cache: Any) -> bool:
     """Whether a cache holds a state that padding would run into: not every model masks it."""
-    from mlx_lm.models.cache import ArraysCache, CacheList
+    from grpo.model.mlxlm import ArraysCache, CacheList
 
     if isinstance(cache, CacheList):
         return any(map(_recurrent, cache.caches))
@@ -162,7 +162,7 @@ def _recurrent(cache: Any) -> bool:
 
 def _copy_states(cache: Any) -> None:
     """Let go of a batch's recurrent states, of which one row's are views."""
-    from mlx_lm.models.cache import ArraysCache, CacheList
+    from grpo.model.mlxlm import ArraysCache, CacheList
 
     for inner in cache.caches if isinstance(cache, CacheList) else ():
         _copy_states(inner)
@@ -172,7 +172,7 @@ def _copy_states(cache: Any) -> None:
 
 def _empty(model: nn.Module) -> Caches:
     """Caches of one row that hold nothing."""
-    from mlx_lm.models.cache import make_prompt_cache
+    from grpo.model.mlxlm import make_prompt_cache
 
     caches: Caches = make_prompt_cache(model)
     return caches

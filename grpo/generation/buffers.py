@@ -143,7 +143,7 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[KeysValu
 
 def feed(model: nn.Module, before: Sequence[KeysValues], token_ids: Sequence[int]) -> list[KeysValues]:
     """One row's keys and values `[1, heads, n, D]`, a pair for each layer, with those of more tokens behind them."""
-    from mlx_lm.models.cache import make_prompt_cache
+    from grpo.model.mlxlm import make_prompt_cache
 
     cache: list[Any] = make_prompt_cache(model)
     for layer, (keys, values) in zip(cache, before, strict=True):

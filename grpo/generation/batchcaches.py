@@ -10,7 +10,8 @@ from functools import cached_property
 
 import mlx.nn as nn
 
-from grpo.generation.batchsession import BatchCachesSession, prefilled
+from grpo.generation.batchsession import BatchCachesSession
+from grpo.generation.caches import prefilled
 from grpo.generation.decoding import Session
 from grpo.generation.slots import Size
 

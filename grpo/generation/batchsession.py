@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from grpo.generation.buffers import PREFILL_TOKENS, feed_caches
+from grpo.generation.buffers import PREFILL_TOKENS
+from grpo.generation.caches import Caches, copy_states, empty, extended, is_plain, is_recurrent, merged, prefilled
 from grpo.generation.rows import Kept, Line, Prompt
 from grpo.generation.slots import Size
-
-Caches = list[Any]
-"""One of mlx-lm's caches for each layer."""
 
 
 @dataclass(slots=True)
@@ -33,7 +30,8 @@ class BatchCachesSession:
 
     def __init__(self, model: nn.Module, slots: int, joined: bool) -> None:
         self._model, self._joined = model, joined
-        self._padded = not any(map(_recurrent, _empty(model)))
+        self._padded = not any(map(is_recurrent, empty(model)))
+        self._extended_together = joined and all(map(is_plain, empty(model)))
         self._batches: list[_Batch] = []  # one of all rows, or one for each
         self._ready: dict[Prompt | Line, Caches] = {}
         self._starts = [0] * slots
@@ -53,11 +51,12 @@ class BatchCachesSession:
         self._drop_released()
         missing = {_source(row): [*row.prompt.ids, *row.token_ids] for row in rows if row.kept is None}
         self._prefill({source: ids for source, ids in missing.items() if source not in self._ready})
-        entering = [(slot, self._caches(row)) for slot, row in zip(slots, rows, strict=True)]
+        self._extend([row for row in rows if row.kept is not None])
+        entering = [(slot, self._ready[_source(row)]) for slot, row in zip(slots, rows, strict=True)]
         # Caches that hold nothing yet do not merge with those that do.
         alone = [len(row.prompt.ids) == 1 and not row.token_ids for row in rows]
-        for empty in (False, True):
-            self._join([pair for pair, is_empty in zip(entering, alone, strict=True) if is_empty is empty])
+        for nothing in (False, True):
+            self._join([pair for pair, is_empty in zip(entering, alone, strict=True) if is_empty is nothing])
         for slot, row in zip(slots, rows, strict=True):
             self._starts[slot] = self._step - len(row.token_ids)
             row.prompt.unstarted -= not row.token_ids
@@ -68,7 +67,7 @@ class BatchCachesSession:
         batch, row = next((b, b.slots.index(slot)) for b in self._batches if slot in b.slots)
         caches = [cache.extract(row) for cache in batch.caches]
         for cache in caches:
-            _copy_states(cache)
+            copy_states(cache)
         mx.eval([cache.state for cache in caches])
         return Kept(self._step - self._starts[slot], caches, sum(cache.nbytes for cache in caches))
 
@@ -78,21 +77,18 @@ class BatchCachesSession:
     def forget(self, prompt: Prompt) -> None:
         self._ready.pop(prompt, None)
 
-    def _caches(self, row: Line) -> Caches:
-        """A row's caches, with all of its tokens but the one that is fed next."""
-        if row.kept is None:
-            return self._ready[_source(row)]
-        caches: Caches = row.kept.state
-        if pending := row.pending:
-            feed_caches(self._model, caches, mx.array([pending]))
-        return caches
+    def _extend(self, rows: Sequence[Line]) -> None:
+        """Let what these rows have more than their caches go through the model."""
+        kept = [row.kept.state for row in rows if row.kept]
+        found = extended(self._model, kept, [row.pending for row in rows], self._extended_together)
+        self._ready.update(zip(rows, found, strict=True))
 
     def _join(self, entering: Sequence[tuple[int, Caches]]) -> None:
         """Append a row with its caches for each slot."""
         for together in [entering] if self._joined else [[pair] for pair in entering]:
             if not together:
                 continue
-            new = _Batch(_merged([caches for _, caches in together]), [slot for slot, _ in together])
+            new = _Batch(merged([caches for _, caches in together]), [slot for slot, _ in together])
             if not (self._joined and self._batches):
                 self._batches.append(new)
                 continue
@@ -129,7 +125,7 @@ class BatchCachesSession:
         self._released.clear()
 
     def _prefill(self, sequences: Mapping[Prompt | Line, Sequence[int]]) -> None:
-        self._ready.update({source: _empty(self._model) for source, ids in sequences.items() if len(ids) == 1})
+        self._ready.update({source: empty(self._model) for source, ids in sequences.items() if len(ids) == 1})
         longer = sorted((item for item in sequences.items() if len(item[1]) > 1), key=_length)
         alike = [longer] if self._padded else [list(group) for _, group in groupby(longer, _length)]
         for group in alike:
@@ -149,50 +145,3 @@ def _source(row: Line) -> Prompt | Line:
 
 def _length(item: tuple[Prompt | Line, Sequence[int]]) -> int:
     return len(item[1])
-
-
-def _recurrent(cache: Any) -> bool:
-    """Whether a cache holds a state that padding would run into: not every model masks it."""
-    from grpo.model.mlxlm import ArraysCache, CacheList
-
-    if isinstance(cache, CacheList):
-        return any(map(_recurrent, cache.caches))
-    return isinstance(cache, ArraysCache)
-
-
-def _copy_states(cache: Any) -> None:
-    """Let go of a batch's recurrent states, of which one row's are views."""
-    from grpo.model.mlxlm import ArraysCache, CacheList
-
-    for inner in cache.caches if isinstance(cache, CacheList) else ():
-        _copy_states(inner)
-    if isinstance(cache, ArraysCache):
-        cache.cache = [None if state is None else state[mx.array([0])] for state in cache.cache]
-
-
-def _empty(model: nn.Module) -> Caches:
-    """Caches of one row that hold nothing."""
-    from grpo.model.mlxlm import make_prompt_cache
-
-    caches: Caches = make_prompt_cache(model)
-    return caches
-
-
-def _merged(rows: Sequence[Caches]) -> Caches:
-    """Caches of one row each as batch caches."""
-    return [type(layers[0]).merge(list(layers)) for layers in zip(*rows, strict=True)]
-
-
-def prefilled(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Caches:
-    """Batch caches of prompts without their last tokens, padded on the right as mlx-lm's caches want to be told."""
-    caches = _merged([_empty(model) for _ in prompts])
-    lengths = [len(ids) - 1 for ids in prompts]
-    width = max(lengths)
-    padding = [width - length for length in lengths]
-    for cache in caches if max(padding) else ():
-        cache.prepare(lengths=lengths, right_padding=padding)
-    rows = mx.array([[*ids[:-1], *[0] * (width + 1 - len(ids))] for ids in prompts])
-    feed_caches(model, caches, rows[:, :width])
-    for cache in caches if max(padding) else ():
-        cache.finalize()
-    return caches

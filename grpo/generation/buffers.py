@@ -141,18 +141,6 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[KeysValu
     return [(layer.keys[:, :, :width], layer.values[:, :, :width]) for layer in cache]
 
 
-def feed(model: nn.Module, before: Sequence[KeysValues], token_ids: Sequence[int]) -> list[KeysValues]:
-    """One row's keys and values `[1, heads, n, D]`, a pair for each layer, with those of more tokens behind them."""
-    from grpo.model.mlxlm import make_prompt_cache
-
-    cache: list[Any] = make_prompt_cache(model)
-    for layer, (keys, values) in zip(cache, before, strict=True):
-        if keys.shape[2]:
-            layer.keys, layer.values, layer.offset = keys, values, keys.shape[2]
-    feed_caches(model, cache, mx.array([list(token_ids)]))
-    return [(layer.keys[:, :, : layer.offset], layer.values[:, :, : layer.offset]) for layer in cache]
-
-
 def feed_caches(model: nn.Module, caches: Sequence[Any], rows: mx.array) -> None:
     """Let tokens `[m, T]` go through the model, in chunks, onto mlx-lm's caches."""
     for start in range(0, rows.shape[1], PREFILL_CHUNK):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import mlx.core as mx
@@ -10,10 +11,13 @@ import mlx.nn as nn
 
 from grpo.generation.attention import Attention
 from grpo.generation.buffers import PREFILL_CHUNK, PREFILL_TOKENS, CacheShape
+from grpo.generation.caches import extends_together
 from grpo.generation.decoders import Decoder
 from grpo.generation.rows import Kept, Line, Prompt
 from grpo.generation.shared import SharedPrefixSession
 from grpo.generation.slots import Size
+from grpo.model.adapters import dtype_of
+from grpo.model.logprobs import ROUNDING
 
 SCORES_HELD = 3
 """Copies of attention scores, in fp32, that stock operations hold at once."""
@@ -110,7 +114,15 @@ class SharedPrefix:
 
     def open(self, size: Size) -> Session:
         self.decoder.refresh()
-        return SharedPrefixSession(self.model, self.decoder, self.attention, self.shapes, size)
+        return SharedPrefixSession(
+            self.model, self.decoder, self.attention, self.shapes, lambda: self._extends_together, size
+        )
+
+    @cached_property
+    def _extends_together(self) -> bool:
+        """Tried when it is first asked for: as a rule rows are not extended."""
+        dtype = dtype_of(self.model)
+        return extends_together(self.model, ROUNDING.get(dtype, min(ROUNDING.values())))
 
     def forget(self) -> None:
         self.decoder.forget()

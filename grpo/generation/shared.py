@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.generation.attention import Attention
-from grpo.generation.buffers import PREFILL_TOKENS, CacheShape, KeysValues, feed, prefill
+from grpo.generation.buffers import PREFILL_TOKENS, CacheShape, KeysValues, prefill
+from grpo.generation.caches import extended, filled
 from grpo.generation.decoders import Decoder
 from grpo.generation.rows import Kept, Line, Prompt
 from grpo.generation.slots import Size, Slots
@@ -23,8 +24,16 @@ class SharedPrefixSession:
     """
 
     def __init__(
-        self, model: nn.Module, decoder: Decoder, attention: Attention, shapes: Sequence[CacheShape], size: Size
+        self,
+        model: nn.Module,
+        decoder: Decoder,
+        attention: Attention,
+        shapes: Sequence[CacheShape],
+        extends_together: Callable[[], bool],
+        size: Size,
     ) -> None:
+        """`extends_together` says whether several rows may be extended in one batch."""
+        self._extends_together = extends_together
         self.overlaps = attention.overlaps
         self._model, self._decoder, self._attention = model, decoder, attention
         self._slots = Slots(size)
@@ -63,8 +72,7 @@ class SharedPrefixSession:
         self._slots.admit(slots, [self._place[row.prompt] for row in rows], lengths, fed)
         for slot, row in zip(slots, rows, strict=True):
             self._seated[slot] = row.prompt
-            if row.token_ids:
-                self._bring(slot, row)
+        self._bring([(slot, row) for slot, row in zip(slots, rows, strict=True) if row.token_ids])
 
     def take(self, slot: int) -> Kept:
         columns = self._slots.own(slot)
@@ -125,23 +133,29 @@ class SharedPrefixSession:
                 layer.insert(places, keys_values)
             mx.eval([layer.arrays()[:2] for layer in self._layers])
 
-    def _bring(self, slot: int, row: Line) -> None:
-        columns = self._slots.own(slot)
-        for layer, keys_values in zip(self._layers, self._brought(row), strict=True):
-            layer.put(slot, columns, keys_values)
-        mx.eval([layer.arrays() for layer in self._layers])
+    def _bring(self, entering: Sequence[tuple[int, Line]]) -> None:
+        """Put rows' own keys and values into their slots: what they have kept, and what is computed here."""
+        longest = max((len(row.prompt.ids) + len(row.token_ids) for _, row in entering), default=1)
+        at_once = max(1, PREFILL_TOKENS // longest)
+        for start in range(0, len(entering), at_once):
+            part = entering[start : start + at_once]
+            pending = [row.pending for _, row in part]
+            together = sum(map(bool, pending)) > 1 and self._extends_together()
+            held = [filled(self._model, self._held(row)) for _, row in part]
+            for (slot, row), caches in zip(part, extended(self._model, held, pending, together), strict=True):
+                columns, prompt = self._slots.own(slot), len(row.prompt.ids) - 1
+                for layer, cache in zip(self._layers, caches, strict=True):
+                    keys, values = cache.keys_and_values()
+                    layer.put(slot, columns, (keys[:, :, prompt:], values[:, :, prompt:]))
+            mx.eval([layer.arrays() for layer in self._layers])
 
-    def _brought(self, row: Line) -> list[KeysValues]:
-        """Keys and values of a row's own tokens, a pair for each layer: what it has kept, and what it has more."""
-        kept: list[KeysValues] = row.kept.state if row.kept else []
-        if not (pending := row.pending):
-            return kept
+    def _held(self, row: Line) -> list[KeysValues]:
+        """Keys and values of a row's prompt and of what it has kept, a pair for each layer."""
         place, length = self._place[row.prompt], len(row.prompt.ids) - 1
-        before = [layer.prompt(place, length) for layer in self._layers]
-        if kept:
-            before = [
-                (mx.concatenate([prompt[0], own[0]], axis=2), mx.concatenate([prompt[1], own[1]], axis=2))
-                for prompt, own in zip(before, kept, strict=True)
-            ]
-        everything = feed(self._model, before, pending)
-        return [(keys[:, :, length:], values[:, :, length:]) for keys, values in everything]
+        prompts = [layer.prompt(place, length) for layer in self._layers]
+        if row.kept is None:
+            return prompts
+        return [
+            (mx.concatenate([prompt[0], own[0]], axis=2), mx.concatenate([prompt[1], own[1]], axis=2))
+            for prompt, own in zip(prompts, row.kept.state, strict=True)
+        ]

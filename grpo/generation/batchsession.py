@@ -73,6 +73,8 @@ class BatchCachesSession:
 
     def release(self, slot: int) -> None:
         self._released.add(slot)
+        if all(slot in self._released for batch in self._batches for slot in batch.slots):
+            self._drop_released()
 
     def forget(self, prompt: Prompt) -> None:
         self._ready.pop(prompt, None)

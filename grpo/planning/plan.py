@@ -64,6 +64,11 @@ class Plan:
         """Estimated peak: what stays, and the largest of the phases."""
         return sum(self.stays.values()) + max(self.phases.values())
 
+    @property
+    def kept_bytes(self) -> int:
+        """What is left of the memory during a rollout, for rows that wait outside the slots."""
+        return max(0, int(FREE * self.memory) - sum(self.stays.values()) - self.phases["rollout"])
+
     def lines(self) -> list[str]:
         stays = ", ".join(f"{name} {_size(size)}" for name, size in self.stays.items() if size)
         *phases, last = (f"{name} {_size(size)}" for name, size in self.phases.items())

@@ -100,7 +100,7 @@ def prepare(cfg: Recipe) -> Prepared:
     workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, longest, longest_of_all)
     plan, optim = _together(ranks, policy, *make_plan(workload, policy, generator.decoding))
     cfg = with_settings(cfg, {"optim": optim})
-    generator.slots = plan.slots
+    generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
     trainer = Trainer(cfg, policy, stream, engine, scorer, custom_loss, ranks)
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, one) for rows, one in zip(tables[1:], eval_renderers, strict=True)]

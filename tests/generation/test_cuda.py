@@ -11,6 +11,7 @@ from grpo.backend.device import setup
 from grpo.backend.random import derive_key
 from grpo.generation.filters import cut, repetition_penalised, threshold
 from grpo.generation.generator import Generator, Request
+from grpo.generation.rows import Submission
 from grpo.generation.sampling import Sampling
 from grpo.model.drawn import NoTokenizer, random_model, trained_adapters
 from grpo.model.logprobs import scaled, token_logprobs
@@ -77,4 +78,30 @@ def test_decoding_by_kernels_is_teacher_forcing_to_rounding(slots: int) -> None:
             logits = scaled(model(tokens[:, :-1])[0, len(prompt) - 1 :], 1.0)
             forced = token_logprobs(logits, tokens[0, len(prompt) :])
             gaps += mx.abs(forced - mx.array(completion.behaviour)).tolist()
+    assert fmean(gaps) < 1e-2  # bfloat16
+
+
+def test_extended_rows_are_teacher_forcing_to_rounding_while_others_decode() -> None:
+    """Rows come and go, their rings wrap, and what they keep is put back among steps that are launched ahead."""
+    setup()
+    model = random_model("qwen3-25m")
+    trained_adapters(model)
+    generator = Generator(model, NoTokenizer(), 4)
+    generator.stop_ids = frozenset(range(0, 150_000, 16))
+    engine = generator.open()
+    prompts = [tuple(range(5, 105)), (7,), tuple(range(200, 233))]
+    sampling = Sampling(max_tokens=120)
+    submissions = {ids: Submission(ids, sampling, seed, n=3, keep=True) for seed, ids in enumerate(prompts)}
+    rows = {row: ids for ids, submission in submissions.items() for row in engine.submit(submission)}
+    while engine.busy:
+        for row in engine.step().ended:
+            if row.room >= 7 and len(row.injected) < 4:
+                engine.extend(row, [33, 35, 37, 39, 41, 43, 45])
+    assert any(len(row.injected) > 1 for row in rows)
+    gaps: list[float] = []
+    for row, prompt in rows.items():
+        tokens = mx.array([[*prompt, *row.token_ids]])
+        logits = scaled(model(tokens[:, :-1])[0, len(prompt) - 1 :], 1.0)
+        apart = mx.abs(token_logprobs(logits, tokens[0, len(prompt) :]) - mx.array(row.logprobs)).tolist()
+        gaps += [gap for gap, trained in zip(apart, row.trained, strict=True) if trained]
     assert fmean(gaps) < 1e-2  # bfloat16

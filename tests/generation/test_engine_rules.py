@@ -2,10 +2,11 @@
 
 import mlx.core as mx
 import pytest
-from ways import LONG, STOPS, asked, finish, generator_of, sampled
+from ways import LONG, STOPS, asked, finish, generator_of, model_of, qwen, sampled
 
 from grpo.backend.random import derive_key
 from grpo.generation import shared
+from grpo.generation.caches import empty, extended, extends_together
 from grpo.generation.generator import Generator, Request
 from grpo.generation.rows import Line, Prompt
 from grpo.generation.sampling import Sampling
@@ -212,6 +213,44 @@ def test_buffers_follow_the_load(generator: Generator) -> None:
     assert size().slots == 2
     finish(engine)
     assert engine._run.seats._opened is None
+
+
+@pytest.mark.parametrize("way", ["joined layers", "recurrent state"])
+def test_what_a_row_keeps_is_its_own(way: str) -> None:
+    """It does not hold on to the buffers of all rows."""
+    generator = generator_of(way, 16)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    engine = generator.open()
+    rows = engine.submit(asked(LONG, n=16))
+    finish(engine)
+    engine.step()
+    row, *others = (row for row in rows if row.state == "waiting")
+    engine._run.seats._session = None  # only what is kept is left
+    for other in others:
+        engine._run.seats.parking.drop(other)
+    mx.clear_cache()
+    assert row.kept.nbytes <= mx.get_active_memory() - before < row.kept.nbytes + 20_000
+    assert row.kept.fed == len(row.token_ids) + 1  # the step that was under way has fed its last token
+
+
+def test_rows_that_go_on_together_are_what_they_are_alone() -> None:
+    model = qwen()
+    prompts, more = [[9, 10, 11], [12], list(LONG)], [[13] * 20, [14, 15], []]
+    alone, together = (
+        extended(model, extended(model, [empty(model) for _ in prompts], prompts, False), more, way)
+        for way in (False, True)
+    )
+    for one, other in zip(alone, together, strict=True):
+        for cache, same in zip(one, other, strict=True):
+            assert cache.offset == same.offset
+            assert mx.allclose(cache.keys_and_values()[0], same.keys_and_values()[0], atol=1e-5)
+            assert mx.allclose(cache.keys_and_values()[1], same.keys_and_values()[1], atol=1e-5)
+
+
+def test_a_model_that_takes_no_masks_of_several_rows_is_found_out() -> None:
+    assert extends_together(qwen(), 1e-3)
+    assert not extends_together(model_of("gemma2", attn_logit_softcapping=50.0, query_pre_attn_scalar=16), 1e-3)
 
 
 def test_an_update_between_turns_is_followed(make_policy) -> None:

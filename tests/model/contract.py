@@ -10,11 +10,11 @@ import importlib.metadata
 from collections.abc import Callable
 
 NEEDED = {
-    "ArraysCache": "model/promptcaches and generation/batchcaches, for recurrent layers",
+    "ArraysCache": "model/promptcaches and generation/caches, for recurrent layers",
     "BPEStreamingDetokenizer": "benchmark/models, for a tokenizer of random words",
     "BatchGenerator": "benchmark/rollout, which measures it",
-    "CacheList": "generation/batchcaches, for layers with several caches",
-    "KVCache": "generation/buffers and model/promptcaches, for layers with plain keys and values",
+    "CacheList": "generation/caches, for layers with several caches",
+    "KVCache": "generation/buffers, generation/caches and model/promptcaches, for layers with plain keys and values",
     "LoRALinear": "model/lora, which computes the same in fewer passes",
     "MultiLinear": "tools/export, for latent attention",
     "QuantizedMultiLinear": "tools/export, for latent attention",

@@ -64,7 +64,7 @@ def test_a_recurrent_layer_s_arrays_are_read_and_written_by_number() -> None:
 @holds("make_prompt_cache", "KVCache", "RotatingKVCache")
 @pytest.mark.parametrize("kind", ["tied", "gemma3_text"])
 def test_batch_caches_pad_extend_filter_and_extract_without_a_trace(kind: str) -> None:
-    """generation/batchcaches: rows together are what each is alone, after all that is done to a batch."""
+    """generation/caches: rows together are what each is alone, after all that is done to a batch."""
     model = make_model(kind)
     alone = [model(mx.array([[*ids, token]]))[0, -1] for ids, token in zip(PROMPTS, NEXT, strict=True)]
     lengths, width = [len(ids) for ids in PROMPTS], max(map(len, PROMPTS))
@@ -96,6 +96,41 @@ def test_a_recurrent_model_goes_on_from_its_caches_as_from_its_prompt() -> None:
     batch = [type(of_layer[0]).merge(list(of_layer)) for of_layer in zip(*rows, strict=True)]
     out = model(mx.array([[NEXT[0]], [NEXT[0]]]), cache=batch)[:, -1]
     assert mx.allclose(out, mx.stack([whole, whole]), atol=1e-4)
+
+
+@holds("make_prompt_cache", "KVCache")
+def test_rows_of_several_lengths_take_more_tokens_in_one_batch() -> None:
+    """generation/caches: rows that hold something already, padded on the right, are what each is by itself."""
+    model = make_model("tied")
+    kept = [mlxlm.make_prompt_cache(model) for _ in PROMPTS]
+    for caches, ids in zip(kept, PROMPTS, strict=True):
+        model(mx.array([ids]), cache=caches)
+    batch = [type(of_layer[0]).merge(list(of_layer)) for of_layer in zip(*kept, strict=True)]
+    more = [[20, 21, 22, 23], [24]]
+    for cache in batch:
+        cache.prepare(lengths=[4, 1], right_padding=[0, 3])
+    model(mx.array([ids + [0] * (4 - len(ids)) for ids in more]), cache=batch)
+    for cache in batch:
+        cache.finalize()
+    for row, (caches, ids) in enumerate(zip(kept, more, strict=True)):
+        model(mx.array([ids]), cache=caches)
+        for alone, together in zip(caches, [cache.extract(row) for cache in batch], strict=True):
+            assert (together.offset, together.size()) == (alone.offset, alone.size())
+            for one, other in zip(alone.keys_and_values(), together.keys_and_values(), strict=True):
+                assert mx.allclose(one, other, atol=1e-5)
+
+
+@holds("KVCache")
+def test_a_cache_filled_by_its_fields_is_one_that_was_fed() -> None:
+    """generation/caches: keys and values that were taken out of a slot go on in a cache."""
+    model = make_model("tied")
+    fed = mlxlm.make_prompt_cache(model)
+    model(mx.array([PROMPTS[1]]), cache=fed)
+    filled = mlxlm.make_prompt_cache(model)
+    for cache, other in zip(filled, fed, strict=True):
+        cache.keys, cache.values = other.keys_and_values()
+        cache.offset = cache.keys.shape[2]
+    assert mx.allclose(model(mx.array([NEXT]), cache=filled), model(mx.array([NEXT]), cache=fed), atol=1e-5)
 
 
 @holds("create_causal_mask")

@@ -7,8 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from objective.oracle import highest_entropy, weights
-from test_update import groups, recipe
 from training.sections import make_minibatches, with_top_entropy
+from training.test_update import groups, recipe
 
 from grpo.types import Group, Rollout, Task, Trajectory
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from test_update import groups, recipe
 from training.sections import gauges, make_minibatches, updater, with_advantages
+from training.test_update import groups, recipe
 
 from grpo.backend.ranks import Ranks
 from grpo.config import Recipe

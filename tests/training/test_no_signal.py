@@ -10,9 +10,9 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from rich.console import Console
 from runs.driver import run, same_end, timeless
-from test_skips import broken
-from test_update import groups, recipe
 from training.sections import make_minibatches, updater, with_advantages, with_reference
+from training.test_skips import broken
+from training.test_update import groups, recipe
 
 from grpo.backend.ranks import Ranks
 from grpo.errors import RunError

@@ -11,8 +11,8 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.utils import load_model, load_tokenizer, quantize_model, save
-from test_update import groups, recipe
 from training.sections import make_batches, updater, with_advantages
+from training.test_update import groups, recipe
 
 from grpo.backend import device
 from grpo.config import AdapterConfig, ModelConfig, OptimConfig

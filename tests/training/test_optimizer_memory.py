@@ -11,9 +11,9 @@ import pytest
 from conftest import make_model
 from mlx.utils import tree_flatten, tree_map
 from planning.loads import workload
-from test_packing import row
-from test_update import recipe
 from training.sections import make_minibatches, updater
+from training.test_packing import row
+from training.test_update import recipe
 
 from grpo.config import AdapterConfig, OptimConfig
 from grpo.generation.generator import Generator

@@ -6,8 +6,8 @@ import shutil
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from test_update import real_rows
 from training.sections import make_batches, updater
+from training.test_update import real_rows
 
 from grpo.backend import device
 from grpo.config import Recipe

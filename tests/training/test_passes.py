@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from test_update import recipe as sections
 from training.sections import asked
+from training.test_update import recipe as sections
 
 from grpo.backend.ranks import Ranks
 from grpo.model.policy import Policy

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from test_update import groups, recipe
 from training.sections import make_batches, with_advantages, with_penalties, with_reference
+from training.test_update import groups, recipe
 
 from grpo.objective.groups import with_rewards
 

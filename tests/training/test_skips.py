@@ -6,8 +6,8 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from test_update import groups, recipe
 from training.sections import make_batches, make_minibatches, updater, with_advantages, with_anchor
+from training.test_update import groups, recipe
 
 from grpo.errors import RunError
 

@@ -12,8 +12,6 @@ import pytest
 from mlx.utils import tree_flatten
 from objective.oracle import PAPER, weights
 from runs.driver import run
-from test_update import difference
-from test_update import recipe as sections
 from training.sections import (
     gauges,
     make_batches,
@@ -24,8 +22,11 @@ from training.sections import (
     with_reference,
     with_top_entropy,
 )
+from training.test_update import difference
+from training.test_update import recipe as sections
 
 from grpo.config import Recipe
+from grpo.config.log import CompletionsConfig
 from grpo.model.policy import Policy
 from grpo.objective.groups import with_rewards
 from grpo.planning.parity import _forced
@@ -316,7 +317,7 @@ def test_what_is_stored_comes_back_with_its_holes(make_policy, tmp_path: Path) -
     import pyarrow.parquet as pq
 
     groups = cut(made(make_policy().policy, noise=0.0))
-    path = store_completions(tmp_path, 1, groups, config())
+    path = store_completions(tmp_path, 1, groups, CompletionsConfig(), 0, len(groups))
     for stored, was in zip(rows(read_completions(path)[1]), rows(groups), strict=True):
         assert stored[1].trajectory.trained == was[1].trajectory.trained
         assert stored[1].trajectory.token_ids == was[1].trajectory.token_ids

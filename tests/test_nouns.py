@@ -6,8 +6,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "grpo"
 
-WAITING = {"Arrays", "Memory", "Prompt", "Row"}
-"""Names that still mean two things, in rooms that are being written anew."""
+WAITING = {"Memory", "Prompt"}
+"""Names that still mean two things, in a room that is being written anew."""
 SHARED = {"app", "log", "warn"}
 """What a module calls its own, everywhere the same: its commands, its logger."""
 

@@ -116,16 +116,15 @@ WHOLE_RECIPE = {
     # a run begins with one, writes it down, and compares it when it goes on
     "runs/prepare.py runs/folder.py runs/resume.py runs/revisions.py runs/starting.py",
     "runs/publishing.py runs/health.py",
+    # the trainer hands each of its rooms the section that it needs
+    "training/trainer.py",
     # commands and tools read one, a run's or their own; a card and W&B show all of it; an estimate is of all of it
     "cli/commands.py cli/train.py tools/card.py tools/evaluate.py telemetry/recorded.py telemetry/loggers.py",
     "telemetry/weights_and_biases.py planning/estimate.py benchmark/work.py benchmark/updates.py",
 }
 """The files whose subject is a whole recipe. Every other one takes the sections that it needs."""
-WAITING_FOR_SECTIONS = {"objective", "training"}
-"""Rooms that still take the whole recipe while they are written anew."""
-
 LONGEST_FUNCTION, LONGEST_FILE, MEDIAN_FILE = 60, 400, 150
-STILL_LONGER = {"cli/train.py: train", "objective/loss.py: policy_loss"}
+STILL_LONGER = {"cli/train.py: train"}
 
 
 def names_recipe(source: str) -> bool:
@@ -148,7 +147,7 @@ def long_functions(source: str, most: int = LONGEST_FUNCTION) -> list[str]:
 def test_rooms_take_their_sections_and_not_the_whole_recipe() -> None:
     allowed = {file for files in WHOLE_RECIPE for file in files.split()}
     naming = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if names_recipe(path.read_text())}
-    assert {file for file in naming - allowed if file.split("/")[0] not in WAITING_FOR_SECTIONS} == set()
+    assert naming - allowed == set()
     assert allowed - naming == set(), "these take sections by now: leave them out of the list"
 
 

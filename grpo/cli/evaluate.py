@@ -40,9 +40,9 @@ def evaluate(
 
     from grpo.backend.ranks import Ranks
     from grpo.telemetry.console import before_and_after, single
-    from grpo.tools.evaluate import Asked, measure
+    from grpo.tools.evaluate import EvalOptions, measure
 
-    asked = Asked(data, split, prompt, reward, samples, prompts, adapter, checkpoint)
+    asked = EvalOptions(data, split, prompt, reward, samples, prompts, adapter, checkpoint)
     ranks = Ranks.launched()
     found = measure(target, asked, overrides or [])
     table = before_and_after(found.before, found.after, found.started) if found.after else single(found.before)

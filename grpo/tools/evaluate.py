@@ -25,7 +25,7 @@ from grpo.types import EvalMetrics
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class EvalOptions:
     """What is to be measured where it is not the recipe's own: None is."""
 
     data: str | None = None
@@ -67,7 +67,7 @@ class Measured:
     notes: tuple[str, ...] = ()
 
 
-def measure(target: str, asked: Asked, overrides: Sequence[str]) -> Measured:
+def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measured:
     """The evaluation of what a run started from (a recipe's or a model's base) and, if there is one, of the adapter.
 
     `target` is a run's folder (the adapter is its newest checkpoint, unless another is named), a recipe, or a model.
@@ -140,7 +140,7 @@ def _is_recipe(target: str) -> bool:
     return True
 
 
-def _graded(path: Path, asked: Asked, overrides: Sequence[str]) -> Recipe:
+def _graded(path: Path, asked: EvalOptions, overrides: Sequence[str]) -> Recipe:
     """The recipe with what is asked for. A reward that it has already comes first, to grade, with the settings that it
     has; another takes the first one's place, and that of one of the same name."""
     cfg = load_recipe(path, [*asked.settings(), *overrides])
@@ -165,7 +165,7 @@ def _called(reward: RewardConfig) -> str:
     return reward.name or locate_reward(reward.use).name
 
 
-def _for_model(name: str, asked: Asked, settings: Sequence[str]) -> Recipe:
+def _for_model(name: str, asked: EvalOptions, settings: Sequence[str]) -> Recipe:
     """A recipe that only says what to measure."""
     if asked.data is None:
         raise UserError(f"{name} is no run and no recipe: as a model it needs --data (and mostly --prompt, --reward)")

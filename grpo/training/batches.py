@@ -11,11 +11,11 @@ import mlx.core as mx
 from grpo.config import LossConfig
 from grpo.model.policy import Policy
 from grpo.objective import token_weights
-from grpo.training.packing import Packing, Row, Shape, pack, pack_in_order
+from grpo.training.packing import Packing, Sample, Shape, pack, pack_in_order
 from grpo.types import Batch, Group, Rollout, Totals, Trajectory
 
 MiniBatch = list[Batch]
-Value = TypeVar("Value", int, float)
+Number = TypeVar("Number", int, float)
 
 
 def make_minibatches(
@@ -50,7 +50,7 @@ def make_batches(
     return [replace(batch, weights=weight, beta=penalty) for batch, weight in zip(batches, weights, strict=True)]
 
 
-def row_batches(rows: Sequence[Row], packing: Packing) -> Iterator[tuple[list[Row], Batch]]:
+def row_batches(rows: Sequence[Sample], packing: Packing) -> Iterator[tuple[list[Sample], Batch]]:
     """Rows in their order, as micro-batches to be looked at rather than learnt from, each with its rows.
 
     Rows of padding may follow those of a micro-batch; nothing of them is trained.
@@ -60,12 +60,12 @@ def row_batches(rows: Sequence[Row], packing: Packing) -> Iterator[tuple[list[Ro
         yield part, collate(part, shape)
 
 
-def rows_of(groups: Sequence[Group]) -> list[Row]:
+def rows_of(groups: Sequence[Group]) -> list[Sample]:
     """Every completion of the groups with its task, in their order."""
     return [(group.task, rollout) for group in groups for rollout in group.rollouts]
 
 
-def collate(rows: Sequence[Row], shape: Shape) -> Batch:
+def collate(rows: Sequence[Sample], shape: Shape) -> Batch:
     """Rows as one batch of a shape, in which every trained token weighs 1."""
     prompts = list(dict.fromkeys(task.prompt_ids for task, _ in rows))
     place = {prompt: position for position, prompt in enumerate(prompts)}
@@ -136,7 +136,7 @@ def _column(values: Sequence[tuple[float, ...] | None], shape: Shape) -> mx.arra
     return None if len(known) < len(values) else mx.array(_padded(known, shape.rows, shape.length, 0.0))
 
 
-def _padded(values: Sequence[Sequence[Value]], rows: int, length: int, filler: Value) -> list[list[Value]]:
+def _padded(values: Sequence[Sequence[Number]], rows: int, length: int, filler: Number) -> list[list[Number]]:
     """Rows of a length each, and as many rows as there are to be."""
     filled = [list(row) + [filler] * (length - len(row)) for row in values]
     return filled + [[filler] * length for _ in range(rows - len(values))]

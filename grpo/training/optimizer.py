@@ -15,7 +15,7 @@ from grpo.backend.device import compiled
 from grpo.config import OptimConfig
 from grpo.errors import UserError
 
-Arrays = dict[str, Any]
+ByPath = dict[str, Any]
 """Arrays by path or name."""
 
 GROUP = 2**22
@@ -81,13 +81,13 @@ class Float32Optimizer:
 
     def __init__(self, cfg: OptimConfig, parameters: Any) -> None:
         self._optimizer = make_optimizer(cfg)
-        flat: Arrays = tree_flatten(parameters, destination={})
-        self._precise: Arrays | None = None
+        flat: ByPath = tree_flatten(parameters, destination={})
+        self._precise: ByPath | None = None
         if any(array.dtype != mx.float32 for array in flat.values()):
             self._precise = {path: array.astype(mx.float32) for path, array in flat.items()}
         self._optimizer.init({OWN: [array.astype(mx.float32) for array in flat.values()]})
         self._shared = self._optimizer.state
-        self._own: dict[str, Arrays] = dict(zip(flat, self._shared.pop(OWN), strict=True))
+        self._own: dict[str, ByPath] = dict(zip(flat, self._shared.pop(OWN), strict=True))
         self._step = compiled(self._stepped) if cfg.compile else self._stepped  # a kernel an array, not fifteen
 
     @property
@@ -110,13 +110,13 @@ class Float32Optimizer:
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        flat: Arrays = tree_flatten(state, destination={})
+        flat: ByPath = tree_flatten(state, destination={})
         self._shared = {name: flat[name] for name in self._shared}
         self._own = {path: {name: flat[f"{path}.{name}"] for name in arrays} for path, arrays in self._own.items()}
         if self._precise is not None:
             self._precise = {path: flat[f"{PRECISE}.{path}"] for path in self._precise}
 
-    def update(self, model: nn.Module, gradients: Arrays, scale: mx.array | float = 1.0) -> None:
+    def update(self, model: nn.Module, gradients: ByPath, scale: mx.array | float = 1.0) -> None:
         """One step on the model's trainable parameters, computed when this returns.
 
         gradients: float32, by the parameters' paths; each is multiplied by `scale`. The dictionary is emptied on the
@@ -127,10 +127,10 @@ class Float32Optimizer:
             mx.eval(self._move(model, paths, gradients, scale, shared))
 
     def _move(
-        self, model: nn.Module, paths: Sequence[str], gradients: Arrays, scale: mx.array | float, shared: Arrays
+        self, model: nn.Module, paths: Sequence[str], gradients: ByPath, scale: mx.array | float, shared: ByPath
     ) -> list[Any]:
         """Put what a group becomes in the place of what it is, and return that, not yet computed."""
-        parameters: Arrays = tree_flatten(model.trainable_parameters(), destination={})
+        parameters: ByPath = tree_flatten(model.trainable_parameters(), destination={})
         old = [parameters[path] for path in paths]
         precise = old if self._precise is None else [self._precise[path] for path in paths]
         state = {**shared, OWN: [self._own[path] for path in paths]}
@@ -167,6 +167,6 @@ def grouped(arrays: Mapping[str, mx.array]) -> list[list[str]]:
 
 def bytes_of_a_group(optimizer: str, parameters: Any) -> int:
     """What a step holds beside gradients, weights and state: for its largest group."""
-    flat: Arrays = tree_flatten(parameters, destination={})
+    flat: ByPath = tree_flatten(parameters, destination={})
     largest = max((sum(flat[path].size for path in paths) for paths in grouped(flat)), default=0)
     return AT_WORK.get(optimizer, MOST_AT_WORK) * largest

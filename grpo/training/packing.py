@@ -10,7 +10,7 @@ from grpo.backend.device import on_gpu
 from grpo.config import OptimConfig, RolloutConfig
 from grpo.types import Rollout, Task
 
-Row = tuple[Task, Rollout]
+Sample = tuple[Task, Rollout]
 
 GPU_MULTIPLE = 128
 """Lengths on a GPU are multiples of this: the update is compiled once for each shape, and CUDA's fused attention has a
@@ -85,7 +85,7 @@ class Packing:
         return self.multiple * next(size for size in (power, power * 3 // 2, power * 2) if size >= units)
 
 
-def pack(rows: Sequence[Row], packing: Packing) -> list[tuple[list[int], Shape]]:
+def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shape]]:
     """Micro-batches as positions in `rows`, with their shapes.
 
     Rows are taken from the longest to the shortest, group by group or all together, whichever makes fewer tokens:
@@ -95,26 +95,26 @@ def pack(rows: Sequence[Row], packing: Packing) -> list[tuple[list[int], Shape]]
     for task, rollout in rows:
         longest[task.prompt_ids] = max(longest.get(task.prompt_ids, 0), _length(rollout))
 
-    def by_group(row: Row) -> tuple[object, ...]:
+    def by_group(row: Sample) -> tuple[object, ...]:
         return (-longest[row[0].prompt_ids], row[0].prompt_ids, -_length(row[1]))
 
-    def by_length(row: Row) -> tuple[object, ...]:
+    def by_length(row: Sample) -> tuple[object, ...]:
         return (-_length(row[1]), row[0].prompt_ids)
 
     packed = (_in_order(rows, _ordered(rows, order), packing) for order in (by_group, by_length))
     return min(packed, key=lambda parts: sum(packing.through(shape) for _, shape in parts))
 
 
-def pack_in_order(rows: Sequence[Row], packing: Packing) -> list[tuple[list[int], Shape]]:
+def pack_in_order(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shape]]:
     """Micro-batches of the rows as they come."""
     return _in_order(rows, list(range(len(rows))), packing)
 
 
-def _ordered(rows: Sequence[Row], order: Callable[[Row], tuple[object, ...]]) -> list[int]:
+def _ordered(rows: Sequence[Sample], order: Callable[[Sample], tuple[object, ...]]) -> list[int]:
     return sorted(range(len(rows)), key=lambda position: order(rows[position]))
 
 
-def _in_order(rows: Sequence[Row], order: Sequence[int], packing: Packing) -> list[tuple[list[int], Shape]]:
+def _in_order(rows: Sequence[Sample], order: Sequence[int], packing: Packing) -> list[tuple[list[int], Shape]]:
     parts: list[tuple[list[int], Shape]] = []
     for position in order:
         taken = parts[-1][0] if parts else []
@@ -127,7 +127,7 @@ def _in_order(rows: Sequence[Row], order: Sequence[int], packing: Packing) -> li
     return parts
 
 
-def _shape(rows: Sequence[Row], packing: Packing) -> Shape | None:
+def _shape(rows: Sequence[Sample], packing: Packing) -> Shape | None:
     prompts = {task.prompt_ids for task, _ in rows}
     return packing.shape(len(prompts), len(rows), max(map(len, prompts)), max(_length(rollout) for _, rollout in rows))
 

@@ -43,8 +43,8 @@ def recipe_of(data: dict[str, Any], what: str, overrides: Sequence[str] = ()) ->
 
 
 def _checked(document: Document, overrides: Sequence[str]) -> Recipe:
-    for one in overrides:
-        override(document, one)
+    for text in overrides:
+        override(document, text)
     try:
         # Through JSON, because there strict means "no coercion" and yet lists may fill tuples.
         return Recipe.model_validate_json(json.dumps(document.data))

@@ -40,6 +40,6 @@ def _as_setting(option: str, args: list[str]) -> str | None:
         key = key.replace("-", "_")
     elif key.partition(".")[0] not in Recipe.model_fields:
         return None
-    place = next(n for n, one in enumerate(args) if one.partition("=")[0] == option)
+    place = next(n for n, argument in enumerate(args) if argument.partition("=")[0] == option)
     _, equals, value = args[place].partition("=")
     return f"{key}={value if equals else ''.join(args[place + 1 : place + 2]) or '...'}"

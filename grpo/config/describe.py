@@ -48,9 +48,9 @@ def settings(under: str = "") -> list[RecipeKey]:
     """Every key, or those at and below one. Raises UserError for a key that is not there."""
     schema = json_schema()
     every = list(_settings(schema, schema["$defs"], ""))
-    found = [one for one in every if not under or one.key == under or one.key.startswith(f"{under}.")]
+    found = [setting for setting in every if not under or setting.key == under or setting.key.startswith(f"{under}.")]
     if not found:
-        close = difflib.get_close_matches(under, [one.key for one in every], n=1)
+        close = difflib.get_close_matches(under, [setting.key for setting in every], n=1)
         raise UserError(f"{under}: a recipe has no such key.{f' Did you mean {close[0]}?' if close else ''}")
     return found
 

@@ -62,8 +62,8 @@ class Evaluator:
         solved = [[right for _, right in graded] for graded in right]
         measured = {
             "greedy": [float(graded[0][1]) for group in greedy if (graded := self._graded(group))],
-            f"avg@{self.samples}": [fmean(one) for one in solved],
-            **{f"pass@{k}": [pass_at(k, len(one), sum(one)) for one in solved] for k in self._ks()},
+            f"avg@{self.samples}": [fmean(marks) for marks in solved],
+            **{f"pass@{k}": [pass_at(k, len(marks), sum(marks)) for marks in solved] for k in self._ks()},
             f"maj@{self.samples}": [_voted(graded) for graded in right],
             **{f"rewards/{name}": _means(sampled, "scores", name) for name in self.scorer.rewards},
         }
@@ -88,9 +88,9 @@ class Evaluator:
 
     def _sampled(self, n: int, temperature: float) -> list[Group]:
         """All groups, scored. A prompt's draws are its own: they depend neither on the shares nor on `eval.prompts`."""
-        mine = self.ranks.share(self.tasks)
-        seeds = [derive_seed(self.seed, "eval", n, task.index) for task in mine]
-        groups = self.engine.rollout(mine, n, temperature, seeds, False, "evaluation") if mine else []
+        own_tasks = self.ranks.share(self.tasks)
+        seeds = [derive_seed(self.seed, "eval", n, task.index) for task in own_tasks]
+        groups = self.engine.rollout(own_tasks, n, temperature, seeds, False, "evaluation") if own_tasks else []
         return self.ranks.merge(self.scorer.score(groups) if groups else [])
 
     def _graded(self, group: Group) -> list[tuple[Rollout, bool]]:

@@ -123,11 +123,11 @@ def _sampling(chip: Chip, costs: Costs, load: Workload, plan: Plan, prompts: int
     prompt, length = load.prompt_length, load.rollout.max_completion_length
     slots = min(plan.slots, rows)
     groups = max(1, round(slots * prompts / rows))
-    one, prefill = costs.decode(slots, prompt + length // 2, prompt, groups), costs.prefill(prompts, prompt)
+    step, prefill = costs.decode(slots, prompt + length // 2, prompt, groups), costs.prefill(prompts, prompt)
     steps = length * rows / slots
     if chip.times == "bound":
-        return (prefill + one * steps).seconds(chip.flops, chip.bandwidth)
-    return calibration.forward(chip, costs, prompts * prompt, prefill) + steps * calibration.decode(chip, costs, one)
+        return (prefill + step * steps).seconds(chip.flops, chip.bandwidth)
+    return calibration.forward(chip, costs, prompts * prompt, prefill) + steps * calibration.decode(chip, costs, step)
 
 
 def _updates(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan) -> float:

@@ -43,7 +43,7 @@ def _limit(model: nn.Module) -> int | None:
 def _is_scaled(model: nn.Module) -> bool:
     """Whether the rotary positions are scaled, by the older name in configs or the newer one."""
     settings = [_setting(model, name) for name in ("rope_scaling", "rope_parameters")]
-    kinds = [one.get("rope_type", one.get("type", "default")) for one in settings if isinstance(one, Mapping)]
+    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in settings if isinstance(rope, Mapping)]
     return any(kind != "default" for kind in kinds)
 
 

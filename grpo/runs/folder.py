@@ -236,9 +236,9 @@ def check_run_folder(cfg: Recipe, overwrite: bool, dry: bool = False) -> Path:
                 f"{folder} holds another run: go on with it (--resume), name another folder (output_dir=...) or "
                 "replace it (--overwrite)"
             )
-    theirs = [name for name in WRITTEN if (folder / name).exists()]
-    if theirs and not is_run(folder) and not (folder / FORMER).is_dir():
-        raise UserError(f"output_dir: {folder} has a {theirs[0]} that no run of ours wrote: name another folder")
+    foreign = [name for name in WRITTEN if (folder / name).exists()]
+    if foreign and not is_run(folder) and not (folder / FORMER).is_dir():
+        raise UserError(f"output_dir: {folder} has a {foreign[0]} that no run of ours wrote: name another folder")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "is not yours to write in" if there.is_dir() else "is a file"

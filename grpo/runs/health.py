@@ -62,7 +62,7 @@ def made_worse(state: RunState, cfg: Recipe) -> str | None:
     low, high = _interval(before, name), _interval(after, name)
     if low is None or high is None or high[1] + after.failed_gradings / after.n >= low[0]:
         return None
-    told = [f"{_told(one, name)} ({_told(one, name, 0)} to {_told(one, name, 1)})" for one in (before, after)]
+    told = [f"{_told(made, name)} ({_told(made, name, 0)} to {_told(made, name, 1)})" for made in (before, after)]
     best = state.best
     kept = (
         f"; checkpoint {best.step} was the best (grpo export RUN --checkpoint best)"

@@ -103,7 +103,7 @@ def prepare(cfg: Recipe) -> Prepared:
     generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
     trainer = Trainer(cfg, policy, stream, engine, scorer, custom_loss, ranks)
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
-    nulls = [_null_prompts(rows, one) for rows, one in zip(tables[1:], eval_renderers, strict=True)]
+    nulls = [_null_prompts(*held_out) for held_out in zip(tables[1:], eval_renderers, strict=True)]
     prompts, head = _prompts(lengths, tables[0], renderer), filter(None, [positions, head_note(model, cfg.model)])
     notes = [*prompts, *generator.describe(), *head, *policy.slow]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]

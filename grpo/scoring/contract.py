@@ -124,9 +124,9 @@ class Reward:
         if type(error) is not IndexError and not expects_messages(error):
             return False
         longest = max(range(len(columns["completions"])), key=lambda place: len(columns["completions"][place]))
-        one = {name: [values[longest]] for name, values in columns.items()}
-        probes = {name: [Probe(value) if isinstance(value, str) else value for value in one[name]] for name in ROLES}
-        return isinstance(self._tried({**one, **probes}, self._forms, state), AskedForMessages)
+        alone = {name: [values[longest]] for name, values in columns.items()}
+        probes = {name: [Probe(value) if isinstance(value, str) else value for value in alone[name]] for name in ROLES}
+        return isinstance(self._tried({**alone, **probes}, self._forms, state), AskedForMessages)
 
     def _said(self, error: BaseException) -> str:
         said = _raised(error)

@@ -56,8 +56,8 @@ def report_lines(report: Report) -> list[str]:
 
 
 def _latency(tried: Sequence[Tried]) -> str:
-    slowest = max(tried, key=lambda one: one.seconds)
-    ordered = sorted(one.seconds for one in tried)
+    slowest = max(tried, key=lambda call: call.seconds)
+    ordered = sorted(call.seconds for call in tried)
     p50, p95 = (ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.95))
     return f"latency p50 {1000 * p50:.2f} ms, p95 {1000 * p95:.2f} ms, longest {1000 * slowest.seconds:.0f} ms on " + (
         _short(slowest.completion)

@@ -54,10 +54,10 @@ def _defaults(where: str) -> dict[str, Any]:
     arguments = [node.args for node in found if node.name == name]
     return {
         argument.arg: default.value
-        for one in arguments
+        for signature in arguments
         for argument, default in [
-            *zip(reversed([*one.posonlyargs, *one.args]), reversed(one.defaults), strict=False),
-            *zip(one.kwonlyargs, one.kw_defaults, strict=True),
+            *zip(reversed([*signature.posonlyargs, *signature.args]), reversed(signature.defaults), strict=False),
+            *zip(signature.kwonlyargs, signature.kw_defaults, strict=True),
         ]
         if isinstance(default, ast.Constant)
     }

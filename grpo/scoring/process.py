@@ -191,18 +191,18 @@ class _Process:
     """A running worker behind its keeper."""
 
     def __init__(self, output: Output, environment: Mapping[str, str], memory_gb: float | None) -> None:
-        self.channel, theirs = socket.socketpair()
+        self.channel, far_end = socket.socketpair()
         room, root = Path(__file__).parent, str(Path(__file__).parents[2])
         memory = 0 if memory_gb is None else round(memory_gb * 2**30)
-        with theirs:
-            channel = str(theirs.fileno())
+        with far_end:
+            channel = str(far_end.fileno())
             keeper = [sys.executable, "-I", "-S", str(room / "keeper.py"), channel, str(memory)]
             self._popen = subprocess.Popen(
                 [*keeper, sys.executable, "-P", str(room / "worker.py"), channel, root],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output.descriptor,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[far_end.fileno()],
                 env=environment,
                 start_new_session=True,
             )

@@ -39,8 +39,10 @@ def descendants(pid: int) -> list[int]:
     """The processes that `pid` has started, and those that they have, parents first; zombies are among them."""
     parents = None if _has_children_files() else _parents()
     found = [pid]
-    for one in found:  # it grows on the way
-        found += _children(one) if parents is None else [child for child, parent in parents.items() if parent == one]
+    for above in found:  # it grows on the way
+        found += (
+            _children(above) if parents is None else [child for child, parent in parents.items() if parent == above]
+        )
     return found[1:]
 
 
@@ -72,8 +74,8 @@ def reap() -> dict[int, int]:
     """The children that have ended, with how."""
     ended: dict[int, int] = {}
     with contextlib.suppress(ChildProcessError):
-        while (one := os.waitpid(-1, os.WNOHANG)) != (0, 0):
-            ended[one[0]] = one[1]
+        while (reaped := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+            ended[reaped[0]] = reaped[1]
     return ended
 
 

@@ -132,7 +132,7 @@ class Scorer:
             raise
         answers = {name: [(span, _masked(answer)) for span, answer in spans] for name, spans in answers.items()}
         answers = {
-            name: [(span, self._told_apart(name, one)) for span, one in spans] for name, spans in answers.items()
+            name: [(span, self._told_apart(name, answer)) for span, answer in spans] for name, spans in answers.items()
         }
         placed = _by_place(answers, request.count, self.metrics_only)
         scored = [
@@ -173,8 +173,8 @@ class Scorer:
 
     def _told_apart(self, name: str, answer: Answer) -> Answer:
         """The answer with `NAME/column` for a column of `log_extra` that another reward logged before this one."""
-        mine = {column: self._owners.setdefault(column, name) == name for column in answer.extras}
-        extras = {column if mine[column] else f"{name}/{column}": values for column, values in answer.extras.items()}
+        owned = {column: self._owners.setdefault(column, name) == name for column in answer.extras}
+        extras = {column if owned[column] else f"{name}/{column}": values for column, values in answer.extras.items()}
         return replace(answer, extras=extras)
 
     def _note(self, name: str, answers: Sequence[tuple[Span, Answer]], completions: Sequence[Any]) -> None:

@@ -154,7 +154,7 @@ def _sample(record: StepMetrics) -> list[Text]:
     ]
     if not rated:
         return []
-    reward, task, rollout = max(rated, key=lambda one: one[0])
+    reward, task, rollout = max(rated, key=lambda pair: pair[0])
     prompt, text = (" ".join(part.split())[:SAMPLE] for part in (last_text(task.prompt), rollout.trajectory.text))
     return [Text(f"prompt {prompt}", style="dim"), Text(f"{reward:6.3f} {text}", style="dim")]
 

@@ -99,8 +99,8 @@ def open_loggers(
         shown.log((phase, done, total))
         now.progress(phase, done, total)
 
-    for one in watched:
-        one.progress = progress
+    for teller in watched:
+        teller.progress = progress
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     logs = [JsonlLogger(folder).log, _Guarded("the terminal", terminal.log).log]
     makers: dict[str, Callable[[], Closing]] = {}
@@ -118,8 +118,8 @@ def open_loggers(
         logs.append(_Guarded(f"logger {use}", function).log)
 
     def log(record: StepMetrics | EvalMetrics) -> None:
-        for one in logs:
-            one(record)
+        for logger in logs:
+            logger(record)
 
     return log
 

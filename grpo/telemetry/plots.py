@@ -30,11 +30,11 @@ def evaluations(runs: Sequence[RecordedRun], names: Sequence[str]) -> str | None
     axes, figure = _axes()
     for run, colour in zip(runs, _colours(runs), strict=True):
         for name, dash in zip(names, _dashes(names), strict=True):
-            known = [one for one in run.evaluations if name in one.values]
+            known = [evaluation for evaluation in run.evaluations if name in evaluation.values]
             if not known:
                 continue
-            steps, values = [one.step for one in known], [one.values[name] for one in known]
-            low, high = zip(*(one.intervals[name] for one in known), strict=True)
+            steps, values = [evaluation.step for evaluation in known], [evaluation.values[name] for evaluation in known]
+            low, high = zip(*(evaluation.intervals[name] for evaluation in known), strict=True)
             axes.plot(steps, values, dash, color=colour, marker="o", label=_label(runs, names, run, name))
             axes.fill_between(steps, low, high, color=colour, alpha=0.12)
     return _svg(axes, figure)

@@ -61,7 +61,7 @@ class RecordedRun:
             return None
         name = self.recipe.best_metric  # evaluations of before the recipe was changed may lack it
         adapters = [evaluation for evaluation in self.evaluations if evaluation.step > 0 and name in evaluation.values]
-        return max(adapters, key=lambda one: one.values[name], default=None)
+        return max(adapters, key=lambda evaluation: evaluation.values[name], default=None)
 
 
 def read_run(folder: Path) -> RecordedRun:

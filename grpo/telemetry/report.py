@@ -66,7 +66,7 @@ def report(runs: Sequence[RecordedRun]) -> str:
         PagePart("completions", "Completions to read", _completions(runs)),
     ]
     title = escape("GRPO: " + ", ".join(run.folder.name for run in runs))
-    links = "".join(f'<a href="#{one.anchor}">{escape(one.heading)}</a> ' for one in sections)
+    links = "".join(f'<a href="#{part.anchor}">{escape(part.heading)}</a> ' for part in sections)
     parts = "".join(_html(section) for section in sections)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -169,7 +169,7 @@ def _of_step(step: int, groups: Sequence[Group]) -> str:
             for place, (group, rollout) in enumerate((g, r) for g in groups for r in g.rollouts)
             if rollout.reward is not None
         ),
-        key=lambda one: (-one[0], one[1]),
+        key=lambda rated: (-rated[0], rated[1]),
     )
     best, worst = rated[:SHOWN], rated[max(SHOWN, len(rated) - SHOWN) :]
     shown = [_entry("best", task, rollout) for _, _, task, rollout in best]
@@ -186,7 +186,8 @@ def _changed(steps: Sequence[tuple[int, list[Group]]]) -> str:
             if rewards:
                 seen.setdefault(group.task.identity, []).append((fmean(rewards), step, group))
     changes = sorted(
-        ((times[-1][0] - times[0][0], times) for times in seen.values() if len(times) > 1), key=lambda one: -abs(one[0])
+        ((times[-1][0] - times[0][0], times) for times in seen.values() if len(times) > 1),
+        key=lambda change: -abs(change[0]),
     )
     parts = []
     for change, times in changes[:SHOWN]:

@@ -33,6 +33,6 @@ class TrainerState:
         for name, arrays in other.arrays.items():
             if name == REFERENCE and name not in self.arrays:
                 continue
-            mine = {path: array.shape for path, array in self.arrays.get(name, {}).items()}
-            if mine != {path: array.shape for path, array in arrays.items()}:
+            shapes = {path: array.shape for path, array in self.arrays.get(name, {}).items()}
+            if shapes != {path: array.shape for path, array in arrays.items()}:
                 raise UserError(f"resume: the checkpoint's {name}: other arrays or shapes than this recipe's")

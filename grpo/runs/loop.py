@@ -66,7 +66,7 @@ class Loop:
         self._saved, self._is_saved = checkpoint, True
         self.ranks = trainer.ranks
         trainer.update.inspect = folder / NOT_FINITE
-        trainer.hold = stop.hold
+        trainer.before.hold = stop.hold
 
     def run(self) -> Outcome:
         """All steps that are left, until the last or until asked to stop.
@@ -199,7 +199,7 @@ class Loop:
     def _write(self) -> None:
         if self._is_saved or self.state.step == 0 or not self.ranks.first:
             return
-        if self.trainer.halfway:
+        if self.trainer.before.halfway:
             log.warning("%s", self._lost())
             return
         restore_folder(self.folder, self.context.recipe, self.cfg)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,13 +13,14 @@ from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
 from grpo.data.source import Source
-from grpo.model.adapters import Snapshot
 from grpo.model.policy import Policy
 from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine, with_policy_step
 from grpo.scoring.scorer import Scorer
 from grpo.training.batches import MiniBatch, make_minibatches
+from grpo.training.before import Before
+from grpo.training.clock import Clock
 from grpo.training.gap import GapWatch
 from grpo.training.gauges import Gauges, mean_kl, with_all_entropy
 from grpo.training.metrics import step_metrics
@@ -35,11 +34,7 @@ from grpo.types import Group, StepMetrics, Totals
 
 
 class Trainer:
-    """Trains a policy on the tasks of a source, as a recipe says.
-
-    `hold` is called when a step begins to change the arrays: whoever interrupts steps waits from then on until `step`
-    has returned. After an error inside `wholly`, `halfway` says that the arrays are of no finished step.
-    """
+    """Trains a policy on the tasks of a source, as a recipe says."""
 
     def __init__(
         self,
@@ -62,19 +57,17 @@ class Trainer:
         self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout), self.ranks)
         self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first)
         seed = cfg.seed if drops else None
-        watch = (self.gap.check, self._move)
+        self.before = Before(policy.adapters, cfg.adapter.type == "full")
+        watch = (self.gap.check, self.before.move)
         self.update = Updater(policy, cfg.optim, cfg.loss, custom_loss, self.ranks, seed, *watch)
-        self.hold: Callable[[], None] = lambda: None
-        self.halfway = False
-        self._former: _Former | None = None
 
     def step(self, n: int) -> StepMetrics:
         """Sample, score, and update. `n` counts from 1."""
-        clock, beta = _Clock(), penalty_weight(self.cfg.loss, self.cfg.optim.steps, n)
+        clock, beta = Clock(), penalty_weight(self.cfg.loss, self.cfg.optim.steps, n)
         self.scorer.begin(n)
         sampled, groups = self.sample(n, clock)
         self.tasks.observe(sampled)
-        self._remember()
+        self.before.remember(self.update.optimizer)
         totals = Totals.of(groups)
         groups, told = self.penalised(groups, totals, beta)  # where the recipe asks for it
         groups = with_advantages(groups, self.cfg.rewards, self.cfg.advantage, self.cfg.loss.preset)
@@ -85,52 +78,17 @@ class Trainer:
         rest = self.gauges.entropy_left_out(groups)
         clock.lap("logprobs")
         update = with_all_entropy(self.update(minibatches, n), rest, totals)
-        self._move()  # the step counts, though no update of it was applied
+        self.before.move()  # the step counts, though no update of it was applied
         clock.lap("update")
         self.policy.adapters.sync_reference(self.cfg.adapter, n)  # if it is due
         status = self.status(n, beta) | told
         return replace(step_metrics(n, sampled, update, status, clock.laps), groups=(*groups, *sampled[len(groups) :]))
 
-    @contextmanager
-    def wholly(self) -> Iterator[None]:
-        """A block around `step` that an error leaves with the arrays as they were before it.
+    def wholly(self) -> AbstractContextManager[None]:
+        """A block around `step` that an error leaves with the arrays as they were before it: see `Before`."""
+        return self.before.wholly(self.update.optimizer)
 
-        They are held from the end of sampling on, and an adapter's are put back whatever happened. Whole weights would
-        be in memory twice (with AdamW's moments 12 bytes a parameter more, 14 in bfloat16), so they are let go when the
-        first update is about to move them. What fails usually comes before that. An error after it makes `halfway` true
-        and costs the steps since the newest checkpoint: the machine is out of memory, or, where a step has several
-        updates, a later one is not finite or breaks a custom loss.
-        """
-        former = self._former = _Former()
-        try:
-            yield
-        except BaseException:
-            if former.arrays is not None:
-                adapters, self.update.optimizer.state = former.arrays
-                self.policy.adapters.restore(adapters)
-            else:
-                self.halfway = former.moved
-            raise
-        finally:
-            self._former = None
-
-    def _remember(self) -> None:
-        """Hold the arrays, once sampling is done: it puts others in their places, equal ones, views of joined weights.
-
-        From here on a switch of states, a gradient's trace or an update may be left in its middle.
-        """
-        if self._former is not None:
-            self._former.arrays = self.policy.adapters.snapshot(), self.update.optimizer.state
-
-    def _move(self) -> None:
-        """Called before a step changes arrays: what it begins here is to be finished."""
-        self.hold()
-        if self._former is not None:
-            self._former.moved = True
-            if self.cfg.adapter.type == "full":
-                self._former.arrays = None  # or MLX would write what the update makes beside it
-
-    def sample(self, n: int, clock: _Clock) -> tuple[list[Group], list[Group]]:
+    def sample(self, n: int, clock: Clock) -> tuple[list[Group], list[Group]]:
         """All groups that were sampled and scored, and the step's worth of them to learn from, which come first.
 
         With `rollout.dynamic_sampling` groups without variance are replaced by fresh prompts, so many times at most;
@@ -220,24 +178,3 @@ class Trainer:
         self.tasks.load_state(state.counts["tasks"])
         scored = state.counts["scorer"]  # the first process's: counted by each of several, they would be summed up
         self.scorer.load_state(scored if self.ranks.first else {**scored, "records": {}})
-
-
-@dataclass(slots=True)
-class _Former:
-    """The arrays of before a step, as long as they are held, and whether the step has begun to move them."""
-
-    arrays: tuple[Snapshot, dict[str, Any]] | None = None
-    moved: bool = False
-
-
-class _Clock:
-    """Seconds spent between laps, by name."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self._last = now

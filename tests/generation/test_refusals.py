@@ -119,7 +119,7 @@ def test_a_broken_head_is_told(zoo, monkeypatch, broken) -> None:
 
 
 def test_broken_sharing_is_told(zoo, monkeypatch, broken) -> None:
-    monkeypatch.setattr(sharing, "Rows", broken)
+    monkeypatch.setattr(sharing, "RowPrompts", broken)
     policy = policy_of(zoo("tied"))
     assert not policy.share_prompts
     (said,) = policy.slow
@@ -143,7 +143,7 @@ def test_the_plan_and_the_doctor_tell(recipe, monkeypatch) -> None:
         raise RuntimeError(TEXT)
 
     monkeypatch.setattr(decoders.BlockDecoder, "logits", broken)
-    monkeypatch.setattr(sharing, "Rows", broken)
+    monkeypatch.setattr(sharing, "RowPrompts", broken)
     notes = prepare(load_recipe(recipe)).notes
     told = [note for note in notes if SAID in note]
     assert len(told) == 2

@@ -15,6 +15,7 @@ from objective.columns import of_columns
 
 from grpo.config import LossConfig
 from grpo.objective import policy_loss, token_weights, weights_of_chosen
+from grpo.objective.corrections import sampling_log_ratios
 from grpo.objective.masks import top_entropy_mask
 from grpo.presets import PRESETS
 from grpo.types import Batch, Totals
@@ -185,6 +186,21 @@ def test_clip_fractions_by_hand() -> None:
     assert metrics["clip_ratio/high_mean"].item() == pytest.approx(1 / 3)
     assert metrics["clip_ratio/high_max"].item() == pytest.approx(1 / 3)
     assert metrics["clip_ratio/low_mean"].item() == 0
+
+
+@pytest.mark.parametrize(("shift", "end"), [(0.5, "min"), (-0.5, "max")])
+def test_no_metric_of_the_sampler_sees_an_untrained_token(shift: float, end: str) -> None:
+    """Every trained token's ratio is on one side of 1, which an untrained token's must not stand in for."""
+    trained, anchor = mx.array([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), mx.full((2, 3), -2.0)
+    batch = of_columns(trained, trained / 2, [1.0, 1.0], anchor=anchor, behaviour=anchor - shift)
+    metrics = policy_loss(anchor, batch, LossConfig())[1]
+    assert metrics[f"sampling/importance_sampling_ratio/{end}"].item() == pytest.approx(math.exp(shift))
+    assert metrics[f"sampling/sequence_importance_sampling_ratio/{end}"].item() == pytest.approx(math.exp(2 * shift))
+    assert metrics["sampling/importance_sampling_ratio/mean"].item() == pytest.approx(math.exp(shift))
+    assert metrics["sampling/sampling_logp_difference/mean"].item() == pytest.approx(0.5)
+    token, sequence = sampling_log_ratios(anchor, anchor - shift, trained)  # by themselves they know the mask, too
+    assert token[0].tolist() == [shift, 0, shift]
+    assert sequence[:, 0].tolist() == [2 * shift, 0]
 
 
 def test_a_sequences_ratio_by_hand() -> None:

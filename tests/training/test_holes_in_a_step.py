@@ -25,16 +25,17 @@ from training.sections import (
 from training.test_update import difference
 from training.test_update import recipe as sections
 
-from grpo.config import Recipe
 from grpo.config.log import CompletionsConfig
 from grpo.model.policy import Policy
 from grpo.objective.groups import with_rewards
 from grpo.planning.parity import _forced
 from grpo.presets import PRESETS
 from grpo.recipe import load_recipe
+from grpo.runs.checkpoint import RECIPE
 from grpo.runs.completions import read_completions, store_completions, stored_steps
 from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
+from grpo.tools.replay import _made
 from grpo.training.gauges import mean_kl, with_all_entropy
 from grpo.training.metrics import step_metrics
 from grpo.training.update import Update
@@ -309,15 +310,11 @@ def test_what_is_teacher_forced_is_told_of_trained_tokens_alone(make_policy) -> 
     assert _forced(policy, groups, None) == pytest.approx(expected, abs=1e-5)
 
 
-def config() -> Recipe:
-    return sections(rollout={"prompts_per_step": 2, "max_completion_length": LONGEST})
-
-
 def test_what_is_stored_comes_back_with_its_holes(make_policy, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     groups = cut(made(make_policy().policy, noise=0.0))
-    path = store_completions(tmp_path, 1, groups, CompletionsConfig(), 0, len(groups))
+    path = store_completions(tmp_path, 1, groups, CompletionsConfig(), 0, 2)
     for stored, was in zip(rows(read_completions(path)[1]), rows(groups), strict=True):
         assert stored[1].trajectory.trained == was[1].trajectory.trained
         assert stored[1].trajectory.token_ids == was[1].trajectory.token_ids
@@ -382,3 +379,18 @@ def test_a_run_stores_which_policy_sampled(recipe) -> None:
         for path in stored_steps(Path("runs/toy/completions"))
     ]
     assert steps == [{0}, {1}]
+
+
+def test_a_replay_tells_ratios_of_trained_tokens(recipe, tmp_path: Path) -> None:
+    trainer = prepare(load_recipe(recipe)).trainer
+    rollout = trainer.engine.rollout
+    trainer.engine.rollout = lambda *args: holed(rollout(*args), math.nan)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / RECIPE).write_text(recipe.read_text())
+    replay = _made(trainer, tmp_path / "made", 1)
+    trainer.scorer.close()
+    for (_, r), ratios, tokens in zip(rows(list(replay.metrics.groups)), replay.ratios, replay.tokens, strict=True):
+        ids = r.trajectory.token_ids
+        assert len(ratios) == len(tokens) == r.trajectory.trained_tokens == len(ids) - min(2, len(ids) - 1)
+        assert tokens == [trainer.engine.generator.tokenizer.decode([i]) for i in (ids[0], *ids[3:])]
+        assert all(math.isfinite(ratio) for ratio in ratios)

@@ -1,0 +1,18 @@
+"""How long the phases of a step take."""
+
+from __future__ import annotations
+
+import time
+
+
+class Clock:
+    """Seconds spent between laps, by name."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now

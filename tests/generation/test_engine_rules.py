@@ -2,10 +2,12 @@
 
 import mlx.core as mx
 import pytest
-from ways import LONG, STOPS, asked, finish, generator_of, model_of, qwen, sampled
+from ways import LONG, STOPS, asked, finish, fresh, generator_of, model_of, qwen, sampled
 
 from grpo.backend.random import derive_key
+from grpo.generation import generator as generator_module
 from grpo.generation import shared
+from grpo.generation.batchcaches import BatchCaches
 from grpo.generation.caches import empty, extended, extends_together
 from grpo.generation.generator import Generator, Request
 from grpo.generation.rows import Line, Prompt
@@ -275,21 +277,23 @@ def test_an_update_between_turns_is_followed(make_policy) -> None:
     assert row.logprobs[begin:] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_model_of_other_modules_is_decoded_anew(make_policy) -> None:
+def test_a_model_of_other_modules_is_decoded_anew(make_policy, monkeypatch) -> None:
     """What rows have kept is of no use to another way of decoding: it is computed again."""
     toy = make_policy()
     engine = toy.generator.open()
     (row,) = engine.submit(asked((5, 6, 7), sampling=Sampling(1.0, 60, stop_ids=tuple(range(0, 300, 2)))))
     finish(engine)
-    kept = row.kept
-    former, layer = toy.generator.decoding, toy.policy.model.layers[0].self_attn
+    engine.step()
+    assert row.kept is not None
+    other = BatchCaches(toy.policy.model, toy.generator.decoding.vocabulary)
+    monkeypatch.setattr(generator_module, "find_decoding", lambda _: other)
+    layer = toy.policy.model.layers[0].self_attn
     layer.o_proj = type(layer.o_proj).from_base(layer.o_proj.linear)
     engine.extend(row, [9, 10])
-    engine.step()
-    assert toy.generator.decoding is not former
     finish(engine)
-    assert row.kept is not kept
+    assert toy.generator.decoding is other
     assert row.finish_reason is not None
+    assert fresh(toy.generator, row, (5, 6, 7)).token_ids == row.token_ids[row.injected[0].stop :]
 
 
 def test_calls_do_not_meddle_with_an_engine_s_rows(generator: Generator) -> None:

@@ -217,6 +217,23 @@ def test_buffers_follow_the_load(generator: Generator) -> None:
     assert engine._run.seats._opened is None
 
 
+def test_slots_stay_for_rows_that_may_come_back(generator: Generator) -> None:
+    generator.stop_ids = frozenset()
+    engine = generator.open()
+    rows = engine.submit(asked((5, 6), n=4))
+    engine.step()
+    for row in rows[:3]:
+        engine.park(row)
+    for _ in range(6):  # the first steps bring what was read while rows were parked
+        engine.step()
+    assert engine._run.seats.count == 4
+    for row in rows[:3]:
+        engine.release(row)
+    engine.step()
+    engine.step()
+    assert engine._run.seats.count == 1
+
+
 @pytest.mark.parametrize("way", ["joined layers", "recurrent state"])
 def test_what_a_row_keeps_is_its_own(way: str) -> None:
     """It does not hold on to the buffers of all rows."""

@@ -78,6 +78,15 @@ def test_rows_of_several_ways_of_sampling_decode_together(generator: Generator) 
         assert [row.sampler_logprobs for row in rows] == [pytest.approx(each, abs=1e-5) for each in sampler_logprobs]
 
 
+def test_a_penalty_sees_all_that_came_before(generator: Generator) -> None:
+    engine, row = ended(generator, sampling=Sampling(0.7, 90, repetition_penalty=3.0))
+    engine.extend(row, [50, 51, 52])
+    finish(engine)
+    other = fresh(generator, row, LONG)
+    assert row.token_ids[row.injected[0].stop :] == other.token_ids
+    assert row.sampler_logprobs[row.injected[0].stop :] == pytest.approx(other.sampler_logprobs, abs=1e-4)
+
+
 def test_what_was_injected_ends_nothing(generator: Generator) -> None:
     """Neither by stop tokens nor by strings nor by repeating itself, alone or together with what is sampled next."""
     sampling = Sampling(1.0, 400, stop=("55 5",), max_repeats=3)

@@ -73,7 +73,7 @@ class BatchCachesSession:
 
     def release(self, slot: int) -> None:
         self._released.add(slot)
-        if all(slot in self._released for batch in self._batches for slot in batch.slots):
+        if all(other in self._released for batch in self._batches for other in batch.slots):
             self._drop_released()
 
     def forget(self, prompt: Prompt) -> None:

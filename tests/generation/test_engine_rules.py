@@ -2,10 +2,12 @@
 
 import mlx.core as mx
 import pytest
-from ways import LONG, STOPS, asked, finish, generator_of, model_of, qwen, sampled
+from ways import LONG, STOPS, asked, finish, fresh, generator_of, model_of, qwen, sampled
 
 from grpo.backend.random import derive_key
+from grpo.generation import generator as generator_module
 from grpo.generation import shared
+from grpo.generation.batchcaches import BatchCaches
 from grpo.generation.caches import empty, extended, extends_together
 from grpo.generation.generator import Generator, Request
 from grpo.generation.rows import Line, Prompt
@@ -74,6 +76,15 @@ def test_rows_of_several_ways_of_sampling_decode_together(generator: Generator) 
     for rows, (ids, sampler_logprobs) in zip(found, expected, strict=True):
         assert sampled(rows) == ids
         assert [row.sampler_logprobs for row in rows] == [pytest.approx(each, abs=1e-5) for each in sampler_logprobs]
+
+
+def test_a_penalty_sees_all_that_came_before(generator: Generator) -> None:
+    engine, row = ended(generator, sampling=Sampling(0.7, 90, repetition_penalty=3.0))
+    engine.extend(row, [50, 51, 52])
+    finish(engine)
+    other = fresh(generator, row, LONG)
+    assert row.token_ids[row.injected[0].stop :] == other.token_ids
+    assert row.sampler_logprobs[row.injected[0].stop :] == pytest.approx(other.sampler_logprobs, abs=1e-4)
 
 
 def test_what_was_injected_ends_nothing(generator: Generator) -> None:
@@ -215,6 +226,23 @@ def test_buffers_follow_the_load(generator: Generator) -> None:
     assert engine._run.seats._opened is None
 
 
+def test_slots_stay_for_rows_that_may_come_back(generator: Generator) -> None:
+    generator.stop_ids = frozenset()
+    engine = generator.open()
+    rows = engine.submit(asked((5, 6), n=4))
+    engine.step()
+    for row in rows[:3]:
+        engine.park(row)
+    for _ in range(6):  # the first steps bring what was read while rows were parked
+        engine.step()
+    assert engine._run.seats.count == 4
+    for row in rows[:3]:
+        engine.release(row)
+    engine.step()
+    engine.step()
+    assert engine._run.seats.count == 1
+
+
 @pytest.mark.parametrize("way", ["joined layers", "recurrent state"])
 def test_what_a_row_keeps_is_its_own(way: str) -> None:
     """It does not hold on to the buffers of all rows."""
@@ -275,21 +303,23 @@ def test_an_update_between_turns_is_followed(make_policy) -> None:
     assert row.logprobs[begin:] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_model_of_other_modules_is_decoded_anew(make_policy) -> None:
+def test_a_model_of_other_modules_is_decoded_anew(make_policy, monkeypatch) -> None:
     """What rows have kept is of no use to another way of decoding: it is computed again."""
     toy = make_policy()
     engine = toy.generator.open()
     (row,) = engine.submit(asked((5, 6, 7), sampling=Sampling(1.0, 60, stop_ids=tuple(range(0, 300, 2)))))
     finish(engine)
-    kept = row.kept
-    former, layer = toy.generator.decoding, toy.policy.model.layers[0].self_attn
+    engine.step()
+    assert row.kept is not None
+    other = BatchCaches(toy.policy.model, toy.generator.decoding.vocabulary)
+    monkeypatch.setattr(generator_module, "find_decoding", lambda _: other)
+    layer = toy.policy.model.layers[0].self_attn
     layer.o_proj = type(layer.o_proj).from_base(layer.o_proj.linear)
     engine.extend(row, [9, 10])
-    engine.step()
-    assert toy.generator.decoding is not former
     finish(engine)
-    assert row.kept is not kept
+    assert toy.generator.decoding is other
     assert row.finish_reason is not None
+    assert fresh(toy.generator, row, (5, 6, 7)).token_ids == row.token_ids[row.injected[0].stop :]
 
 
 def test_calls_do_not_meddle_with_an_engine_s_rows(generator: Generator) -> None:

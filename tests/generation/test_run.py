@@ -12,6 +12,7 @@ from grpo.generation.buffers import cache_shapes
 from grpo.generation.decoders import ModelDecoder
 from grpo.generation.decoding import SharedPrefix
 from grpo.generation.generator import Generator, Request
+from grpo.generation.rows import Submission
 from grpo.generation.run import Run
 from grpo.generation.sampling import Sampling
 
@@ -110,4 +111,33 @@ def test_buffers_do_not_change_under_a_step_that_reads_them(generator, monkeypat
     monkeypatch.setattr(buffers.Layer, change, checked)
     generator(3, True).generate([Request([9 + i] * (2 + i), 2) for i in range(8)], Sampling(5.0, 6), KEY)
     assert flying == 0
+    assert changes
+
+
+@pytest.mark.parametrize("change", ["take", "put", "grow", "move"])
+def test_nor_do_they_when_rows_come_back_and_buffers_grow(generator, monkeypatch, change: str) -> None:
+    flying, changes = 0, 0
+    read, launch, original = Run._read, mx.async_eval, getattr(buffers.Layer, change)
+
+    def count(by: int) -> None:
+        nonlocal flying
+        flying += by
+
+    def checked(self, *arguments):
+        nonlocal changes
+        assert flying == 0
+        changes += 1
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Run, "_read", lambda self, step: (count(-1), read(self, step))[1])
+    monkeypatch.setattr(mx, "async_eval", lambda arrays: (count(1), launch(arrays))[1])
+    monkeypatch.setattr(buffers.Layer, change, checked)
+    engine = generator(3, True).open()
+    for longest in (6, 12, 24):
+        engine.submit(Submission([9] * longest, Sampling(5.0, longest), longest, n=4, keep=True))
+        for _ in range(8):
+            for row in engine.step().ended:
+                if row.room >= 2:
+                    engine.extend(row, [10, 11])
+    engine.close()
     assert changes

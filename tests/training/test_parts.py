@@ -100,6 +100,8 @@ def test_the_plan_counts_what_there_is(recipe) -> None:
     keys_and_values = 2 * 2 * 16 * 2 * 4  # two heads of 16, of each, in each of two layers, four bytes each
     assert plan.phases["rollout"] > 8 * 8 * keys_and_values + 2 * longest * keys_and_values
     assert plan.slots == run.trainer.engine.generator.slots == 8
+    beside = sum(plan.stays.values()) + plan.phases["rollout"]
+    assert plan.kept_bytes == run.trainer.engine.generator.kept_bytes == int(0.9 * plan.memory) - beside > 0
 
 
 def test_each_step_samples_anew(recipe) -> None:

@@ -52,6 +52,35 @@ def test_events_say_what_the_rows_have(generator: Generator) -> None:
     assert all(len(row.logprobs) == len(row.sampler_logprobs) == len(row.token_ids) for row in cut)
 
 
+@pytest.mark.parametrize("way", ["joined layers", "overlapping steps"])
+def test_parking_a_row_loses_no_event(way: str) -> None:
+    generator = generator_of(way, 4)
+    engine = generator.open()
+    rows = engine.submit(asked((9, 10), n=4))
+    told: dict = {row: [] for row in rows}
+    for step in range(200):
+        for token in engine.step():
+            told[token.row].append(token.token_id)
+        if (row := rows[step % 4]).state == "decoding":
+            engine.park(row)
+        if (row := rows[(step + 2) % 4]).state == "parked":
+            engine.extend(row, ())
+    assert all(row.finish_reason is not None for row in rows)
+    assert told == {row: row.token_ids for row in rows}
+
+
+def test_rows_that_go_on_come_before_those_that_have_not_begun(generator: Generator) -> None:
+    generator.slots = 1
+    engine = generator.open()
+    first, *later = engine.submit(asked((9, 10), n=3))
+    while first.state != "waiting":
+        engine.step()
+    engine.extend(first, [50])
+    while first.state != "waiting":
+        engine.step()
+    assert later[1].state == "queued"
+
+
 def test_rows_of_several_ways_of_sampling_decode_together(generator: Generator) -> None:
     ways = [
         Sampling(1.0, 40),
@@ -103,6 +132,19 @@ def test_what_was_injected_ends_nothing(generator: Generator) -> None:
     assert row.stopping.text(row.token_ids) == " ".join(map(str, turn[:-1] if turn[-1] in STOPS else turn))
     assert row.trained == [token not in range(begin - len(injected), begin) for token in range(len(row.token_ids))]
     assert row.logprobs[begin - len(injected) : begin] == [0.0] * len(injected)
+
+
+def test_a_stop_string_does_not_reach_into_what_was_injected(generator: Generator) -> None:
+    sampling = Sampling(1.0, 100, stop=("55 5",))
+    for seed in range(3):
+        engine = generator.open()
+        (row,) = engine.submit(asked(LONG, seed, sampling=sampling))
+        finish(engine)
+        engine.extend(row, [55, 56])  # whose text has the string
+        begin = len(row.token_ids)
+        finish(engine)
+        turn = row.token_ids[begin:]
+        assert turn[-1] in STOPS or "55 5" in " ".join(map(str, turn)) or row.finish_reason == "length"
 
 
 def test_min_tokens_counts_from_the_prompt_and_a_turn_may_stop_at_once(generator: Generator) -> None:

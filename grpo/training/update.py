@@ -26,6 +26,7 @@ from grpo.objective import combine_metrics, policy_loss
 from grpo.objective.loss import CustomLoss
 from grpo.objective.measures import Metrics
 from grpo.training.batches import MiniBatch, batch_logprobs
+from grpo.training.custom import guarded
 from grpo.training.optimizer import Float32Optimizer, grouped
 from grpo.training.schedule import learning_rate
 from grpo.types import Batch, Progress
@@ -217,7 +218,7 @@ class Updater:
     def _loss(self, batch: Batch, dropout_key: mx.array | None) -> tuple[mx.array, tuple[Metrics, mx.array]]:
         with dropping(dropout_key):
             logprobs, entropies = batch_logprobs(self.policy, batch, self.loss.entropy_coef > 0)
-        custom = _guarded(self.custom) if self.custom else None
+        custom = guarded(self.custom) if self.custom else None
         loss, metrics = policy_loss(logprobs, batch, self.loss, entropies, custom)
         return loss, (metrics, mx.stop_gradient(logprobs))
 
@@ -249,21 +250,3 @@ def _all_zero(arrays: dict[str, mx.array]) -> bool:
 def _not_finite(gradient: Gradient) -> str:
     """The parameters whose gradient is not finite."""
     return ", ".join(path for path, array in gradient.arrays.items() if not mx.isfinite(array).all().item())
-
-
-def _guarded(custom: CustomLoss) -> CustomLoss:
-    """A researcher's loss, whose mistakes are said as such."""
-
-    def call(logprobs: mx.array, batch: Batch, cfg: LossConfig) -> mx.array:
-        try:
-            per_token = custom(logprobs, batch, cfg)
-        except Exception as error:
-            raise RunError(f"loss.use: {cfg.use} failed: {type(error).__name__}: {error}") from error
-        if not isinstance(per_token, mx.array) or per_token.shape != logprobs.shape:
-            shape = getattr(per_token, "shape", type(per_token).__name__)
-            raise RunError(
-                f"loss.use: {cfg.use} returned {shape}, not an array of the logprobs' shape {logprobs.shape}"
-            )
-        return per_token
-
-    return call

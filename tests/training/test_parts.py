@@ -161,7 +161,7 @@ def handed_to_the_update(recipe, *overrides: str) -> list:
     class Noted(list):
         """In the update's place."""
 
-        steps_without_signal = 0
+        optimizer, steps_without_signal = None, 0
 
         def __call__(self, minibatches: list, n: int) -> Update:
             self.extend(minibatches)

@@ -324,7 +324,11 @@ def test_a_loss_of_ones_own(make_policy) -> None:
 @pytest.mark.parametrize(
     ("mine", "said"),
     [
-        (lambda logprobs, batch, cfg: batch.nothing, "has no attribute 'nothing'"),
+        (
+            lambda logprobs, batch, cfg: batch.nothing,
+            "'nothing'. A batch has .*, trained, .*, anchor, ",
+        ),
+        (lambda logprobs, batch, cfg: cfg.nothing, "has no attribute 'nothing'$"),
         (lambda logprobs, batch, cfg: logprobs.sum(), "not an array of the logprobs' shape"),
         (lambda logprobs, batch, cfg: 1.0, "returned float"),
     ],

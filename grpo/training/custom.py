@@ -1,0 +1,36 @@
+"""A researcher's loss, `loss.use`, whose mistakes are said as such."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import mlx.core as mx
+
+from grpo.config import LossConfig
+from grpo.errors import RunError
+from grpo.objective.loss import CustomLoss
+from grpo.types import Batch
+
+
+def guarded(custom: CustomLoss) -> CustomLoss:
+    """The same loss. It raises RunError where the function fails, or returns another thing than a loss a token."""
+
+    def call(current: mx.array, batch: Batch, cfg: LossConfig) -> mx.array:
+        try:
+            per_token = custom(current, batch, cfg)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}{_columns(error)}"
+            raise RunError(f"loss.use: {cfg.use} failed: {said}") from error
+        if not isinstance(per_token, mx.array) or per_token.shape != current.shape:
+            shape = getattr(per_token, "shape", type(per_token).__name__)
+            raise RunError(f"loss.use: {cfg.use} returned {shape}, not an array of the logprobs' shape {current.shape}")
+        return per_token
+
+    return call
+
+
+def _columns(error: Exception) -> str:
+    """What a batch has, for a loss that asked it for something else."""
+    if not (isinstance(error, AttributeError) and isinstance(error.obj, Batch)):
+        return ""
+    return f". A batch has {', '.join(field.name for field in fields(Batch))}."

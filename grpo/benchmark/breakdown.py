@@ -20,7 +20,7 @@ from grpo.benchmark.rollout import requests_of, untold
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.train import step_trainer
 from grpo.config.log import CompletionsConfig
-from grpo.generation.run import Run, _Step
+from grpo.generation.batching import Run, _Step
 from grpo.generation.sampling import Sampler, Sampling
 from grpo.recipe import dump_recipe
 from grpo.runs.checkpoint import Context, save_checkpoint

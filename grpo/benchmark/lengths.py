@@ -14,7 +14,7 @@ from grpo.benchmark.protocol import Measurement, Side, Values, alternate, millis
 from grpo.benchmark.rollout import requests_of, untold
 from grpo.benchmark.setting import Setting
 from grpo.generation.decoding import Decoding
-from grpo.generation.rows import Line, Prompt
+from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.sampling import Sampling
 from grpo.generation.slots import Size
 
@@ -76,7 +76,7 @@ def _steps(decoding: Decoding, context: int, vocabulary: int) -> Callable[[], Va
 
     def run() -> Values:
         session = decoding.open(Size(slots=1, places=1, prefix=context - 1, ring=DECODED))
-        session.admit([0], [Line(Prompt(prompt))])
+        session.admit([0], [Line(SharedPrompt(prompt))])
         tokens = mx.array([1], mx.uint32)
 
         def decode() -> None:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from grpo.generation.buffers import PREFILL_TOKENS
 from grpo.generation.caches import Caches, copy_states, empty, extended, is_plain, is_recurrent, merged, prefilled
-from grpo.generation.rows import Kept, Line, Prompt
+from grpo.generation.rows import Kept, Line, SharedPrompt
 from grpo.generation.slots import Size
 
 
@@ -33,7 +33,7 @@ class BatchCachesSession:
         self._padded = not any(map(is_recurrent, empty(model)))
         self._extended_together = joined and all(map(is_plain, empty(model)))
         self._batches: list[_Batch] = []  # one of all rows, or one for each
-        self._ready: dict[Prompt | Line, Caches] = {}
+        self._ready: dict[SharedPrompt | Line, Caches] = {}
         self._starts = [0] * slots
         self._step = 0
         self._released: set[int] = set()
@@ -76,7 +76,7 @@ class BatchCachesSession:
         if all(other in self._released for batch in self._batches for other in batch.slots):
             self._drop_released()
 
-    def forget(self, prompt: Prompt) -> None:
+    def forget(self, prompt: SharedPrompt) -> None:
         self._ready.pop(prompt, None)
 
     def _extend(self, rows: Sequence[Line]) -> None:
@@ -126,7 +126,7 @@ class BatchCachesSession:
         self._batches = [batch for batch in self._batches if batch.slots]
         self._released.clear()
 
-    def _prefill(self, sequences: Mapping[Prompt | Line, Sequence[int]]) -> None:
+    def _prefill(self, sequences: Mapping[SharedPrompt | Line, Sequence[int]]) -> None:
         self._ready.update({source: empty(self._model) for source, ids in sequences.items() if len(ids) == 1})
         longer = sorted((item for item in sequences.items() if len(item[1]) > 1), key=_length)
         alike = [longer] if self._padded else [list(group) for _, group in groupby(longer, _length)]
@@ -140,10 +140,10 @@ class BatchCachesSession:
                     self._ready[source] = [cache.extract(row) for cache in caches]
 
 
-def _source(row: Line) -> Prompt | Line:
+def _source(row: Line) -> SharedPrompt | Line:
     """Whose keys and values a row begins with: its prompt's, or if it has tokens already its own."""
     return row if row.token_ids else row.prompt
 
 
-def _length(item: tuple[Prompt | Line, Sequence[int]]) -> int:
+def _length(item: tuple[SharedPrompt | Line, Sequence[int]]) -> int:
     return len(item[1])

@@ -32,7 +32,7 @@ class Unread(ValueError):
     """Why a model cannot be read as blocks."""
 
 
-class Memory:
+class LastSeen:
     """Remembers arrays, to tell when others have taken their place."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Products:
         if len({"bias" in base for base in self._bases}) > 1:
             raise Unread("only some of the layers of one input have a bias")
         self._joined: dict[str, mx.array] = {}
-        self._weights, self._adapters = Memory(), Memory()
+        self._weights, self._adapters = LastSeen(), LastSeen()
         self.lora: dict[str, mx.array] = {}
         """`a` `[in, ranks]` and `b` `[ranks, sum of outs]` where there are adapters; always the same dictionary."""
 
@@ -150,7 +150,7 @@ class Norm:
         if len({(module.weight.shape, module.eps) for module in modules}) > 1:
             raise Unread("this architecture norms all heads at once")
         self._modules, self._repeats = modules, repeats
-        self._memory = Memory()
+        self._memory = LastSeen()
         self.eps = float(modules[0].eps)
         self.refresh()
 
@@ -203,7 +203,7 @@ class Blocks:
     scale: float
     frequencies: mx.array
     traditional: bool
-    memory: Memory
+    memory: LastSeen
 
     @property
     def products(self) -> list[Products]:
@@ -267,7 +267,7 @@ def _read(model: nn.Module, head: Head) -> Blocks:
         scale,
         frequencies,
         traditional,
-        Memory(),
+        LastSeen(),
     )
 
 

@@ -21,7 +21,7 @@ from grpo.generation.buffers import CacheShape, cache_shapes
 from grpo.generation.cuda_attention import CudaAttention, serves
 from grpo.generation.decoders import BlockDecoder, Decoder, ModelDecoder
 from grpo.generation.decoding import Decoding, SharedPrefix
-from grpo.generation.rows import Line, Prompt
+from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.slots import Size
 from grpo.model.adapters import dtype_of
 from grpo.model.logprobs import ROUNDING
@@ -98,7 +98,7 @@ def _fault(decoding: Decoding, expected: mx.array, dtype: mx.Dtype) -> str | Non
     fed = mx.array([[prompt[-1], *forced[:-1]] for prompt, forced in zip(PROMPTS, FORCED, strict=True)])
     try:
         session = decoding.open(Size(slots=2, places=2, prefix=max(map(len, prompts)) - 1, ring=3))
-        session.admit([0, 1], [Line(Prompt(prompt)) for prompt in prompts])
+        session.admit([0, 1], [Line(SharedPrompt(prompt)) for prompt in prompts])
         steps = []
         for step in range(3):
             steps.append(session.logits((fed % decoding.vocabulary)[:, step]).astype(mx.float32))

@@ -13,7 +13,7 @@ from grpo.generation.attention import Attention
 from grpo.generation.buffers import PREFILL_CHUNK, PREFILL_TOKENS, CacheShape
 from grpo.generation.caches import extends_together
 from grpo.generation.decoders import Decoder
-from grpo.generation.rows import Kept, Line, Prompt
+from grpo.generation.rows import Kept, Line, SharedPrompt
 from grpo.generation.shared import SharedPrefixSession
 from grpo.generation.slots import Size
 from grpo.model.adapters import dtype_of
@@ -56,7 +56,7 @@ class Session(Protocol):
         """The slot's row has left. What the slot still computes is not looked at."""
         ...
 
-    def forget(self, prompt: Prompt) -> None:
+    def forget(self, prompt: SharedPrompt) -> None:
         """No row of this prompt comes any more."""
         ...
 

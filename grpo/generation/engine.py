@@ -10,11 +10,11 @@ import mlx.core as mx
 
 from grpo.backend import blas
 from grpo.backend.random import derive_key
+from grpo.generation.batching import Run
 from grpo.generation.decoding import Decoding
 from grpo.generation.events import Events
 from grpo.generation.parking import Parking
-from grpo.generation.rows import Prompt, Row, Submission
-from grpo.generation.run import Run
+from grpo.generation.rows import Row, SharedPrompt, Submission
 from grpo.generation.sampling import Sampling
 from grpo.generation.stopping import Stopping
 
@@ -55,7 +55,7 @@ class Engine:
     def submit(self, submission: Submission) -> tuple[Row, ...]:
         """Let a prompt's rows wait for slots. Returns a handle for each, by sample."""
         _check(submission)
-        stopping, prompt = self._rules(submission.sampling), Prompt(submission.prompt_ids, submission.n)
+        stopping, prompt = self._rules(submission.sampling), SharedPrompt(submission.prompt_ids, submission.n)
         keys = [derive_key(submission.seed, "row", *submission.path, sample) for sample in range(submission.n)]
         wants, keep = submission.logprobs, submission.keep
         rows = tuple(Row(prompt, key=key, stopping=stopping, wants_logprobs=wants, keep=keep) for key in keys)

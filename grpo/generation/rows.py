@@ -35,7 +35,7 @@ class Submission:
 
 
 @dataclass(slots=True, eq=False)
-class Prompt:
+class SharedPrompt:
     """A prompt that `n` rows share: how many of them may still decode, and how many have not begun."""
 
     ids: Sequence[int]
@@ -64,7 +64,7 @@ class Kept:
 class Line:
     """Tokens after a prompt, and what was kept of their keys and values: all that a session knows of a row."""
 
-    prompt: Prompt
+    prompt: SharedPrompt
     token_ids: list[int] = field(default_factory=list)
     kept: Kept | None = None
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from grpo.generation.decoding import Decoding, Session
 from grpo.generation.parking import Parking
-from grpo.generation.rows import Prompt, Row
+from grpo.generation.rows import Row, SharedPrompt
 from grpo.generation.samplers import Samplers
 from grpo.generation.sampling import Drawn
 from grpo.generation.slots import Size
@@ -64,7 +64,7 @@ class Seats:
             self._session.release(slot)
             self.spare(row.prompt)
 
-    def spare(self, prompt: Prompt) -> None:
+    def spare(self, prompt: SharedPrompt) -> None:
         """One row less of this prompt may still decode."""
         prompt.left -= 1
         if not prompt.left and self._opened is not None:

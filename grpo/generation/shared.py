@@ -11,7 +11,7 @@ from grpo.generation.attention import Attention
 from grpo.generation.buffers import PREFILL_TOKENS, CacheShape, KeysValues, prefill
 from grpo.generation.caches import extended, filled
 from grpo.generation.decoders import Decoder
-from grpo.generation.rows import Kept, Line, Prompt
+from grpo.generation.rows import Kept, Line, SharedPrompt
 from grpo.generation.slots import Size, Slots
 
 
@@ -39,8 +39,8 @@ class SharedPrefixSession:
         self._slots = Slots(size)
         self._layers = [shape.layer(size) for shape in shapes]
         self._free = list(range(size.places))
-        self._place: dict[Prompt, int] = {}
-        self._seated: list[Prompt | None] = [None] * size.slots
+        self._place: dict[SharedPrompt, int] = {}
+        self._seated: list[SharedPrompt | None] = [None] * size.slots
 
     def refresh(self) -> None:
         self._decoder.refresh()
@@ -84,7 +84,7 @@ class SharedPrefixSession:
     def release(self, slot: int) -> None:
         self._seated[slot] = None
 
-    def forget(self, prompt: Prompt) -> None:
+    def forget(self, prompt: SharedPrompt) -> None:
         if (place := self._place.pop(prompt, None)) is not None:
             self._free.append(place)
 
@@ -116,13 +116,13 @@ class SharedPrefixSession:
             layer.move(order)
             mx.eval(layer.arrays())
 
-    def _free_place(self, entering: dict[Prompt, None]) -> int:
+    def _free_place(self, entering: dict[SharedPrompt, None]) -> int:
         if self._free:
             return self._free.pop(0)
         idle = next(p for p in self._place if p not in self._seated and p not in entering)
         return self._place.pop(idle)
 
-    def _prefill(self, new: Sequence[Prompt]) -> None:
+    def _prefill(self, new: Sequence[SharedPrompt]) -> None:
         width = max(1, self._slots.size.prefix)
         at_once = max(1, PREFILL_TOKENS // width)
         for start in range(0, len(new), at_once):

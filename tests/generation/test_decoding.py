@@ -15,7 +15,7 @@ from grpo.generation.choice import find_decoding
 from grpo.generation.decoders import BlockDecoder, ModelDecoder
 from grpo.generation.decoding import SharedPrefix
 from grpo.generation.generator import Generator, Request
-from grpo.generation.rows import Line, Prompt
+from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.sampling import Sampling
 from grpo.generation.slots import Size
 
@@ -157,7 +157,7 @@ def test_what_mlx_lm_s_caches_will_hold_is_known(name: str) -> None:
     decoding = find_decoding(FOREIGN[name])
     prompts = [[5 + i] * 300 for i in range(2)]
     session = decoding.open(Size(slots=4, places=2, prefix=299, ring=300))
-    first, second = (Prompt(prompt, 2) for prompt in prompts)
+    first, second = (SharedPrompt(prompt, 2) for prompt in prompts)
     session.admit([0, 1, 2, 3], [Line(first), Line(first), Line(second), Line(second)])
     held = sum(cache.nbytes for batch in session._batches for cache in batch.caches)
     planned = decoding.memory(4, 2, 300, 1)

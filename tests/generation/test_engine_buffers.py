@@ -9,7 +9,7 @@ from grpo.generation import shared
 from grpo.generation.batchcaches import BatchCaches
 from grpo.generation.caches import empty, extended, extends_together
 from grpo.generation.generator import Generator
-from grpo.generation.rows import Line, Prompt
+from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.sampling import Sampling
 from grpo.generation.slots import Size, Slots
 
@@ -197,7 +197,7 @@ def test_a_full_ring_is_turned_by_whole_rounds() -> None:
 
 
 def test_a_line_knows_what_has_not_been_fed() -> None:
-    line = Line(Prompt((5, 6)))
+    line = Line(SharedPrompt((5, 6)))
     assert (line.last, line.pending) == (6, [])
     line.token_ids += [7, 8]
     assert (line.last, line.pending) == (8, [6, 7])

@@ -22,7 +22,7 @@ from grpo.generation.buffers import cache_shapes
 from grpo.generation.choice import find_decoding
 from grpo.generation.decoders import BlockDecoder, ModelDecoder
 from grpo.generation.decoding import SharedPrefix
-from grpo.generation.rows import Line, Prompt
+from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.slots import Size
 from grpo.model import load as loading
 from grpo.model import widehead
@@ -152,7 +152,7 @@ def test_every_way_of_decoding_and_training_meets_the_same_head(kind: str) -> No
     exact = halves(reference)[1](body(mx.array([[1, 2, 3, 4]]), cache=None).astype(mx.float32))[0, -1]
     for way in ways:
         session = way.open(Size(slots=1, places=1, prefix=3, ring=2))
-        session.admit([0], [Line(Prompt([1, 2, 3, 4]))])
+        session.admit([0], [Line(SharedPrompt([1, 2, 3, 4]))])
         logits = session.logits(mx.array([4], mx.uint32))
         assert logits.dtype == mx.float32
         # The hidden states differ by their own rounding: what bfloat16 logits of 10 cannot tell apart is 0.06.

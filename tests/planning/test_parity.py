@@ -159,7 +159,7 @@ def test_a_stale_b_is_refused(zoo, monkeypatch, trained: bool) -> None:
     check_parity(policy, engine, TASKS, 0)
     for product in engine.generator.decoding.decoder.blocks.products:
         product.refresh(mx.float32)  # takes over the policy's own B, once more
-    monkeypatch.setattr(blocks.Memory, "changed", lambda *_: False)
+    monkeypatch.setattr(blocks.LastSeen, "changed", lambda *_: False)
     with pytest.raises(RunError, match="would not be sound"):
         check_parity(policy, engine, TASKS, 0)
 

@@ -18,7 +18,7 @@ from grpo.recipe import load_recipe
 from grpo.runs.prepare import Prepared, data_of, prepare
 from grpo.runs.resume import changes, context, context_now
 from grpo.tools.card import _recipe, short_name
-from grpo.tools.evaluate import Asked
+from grpo.tools.evaluate import EvalOptions
 
 
 def write(path: Path, *questions: str | None) -> None:
@@ -150,12 +150,12 @@ def test_a_function_that_has_changed_is_noticed_when_a_run_goes_on(recipe: Path)
 
 @pytest.mark.parametrize(("name", "split"), [("held/*.jsonl", "train"), ("held.csv", "train"), ("owner/name", None)])
 def test_what_has_one_split_is_evaluated_on_it(name: str, split: str | None) -> None:
-    assert Asked(data=name).settings() == [f"eval.source={name}", *([f"eval.split={split}"] if split else [])]
+    assert EvalOptions(data=name).settings() == [f"eval.source={name}", *([f"eval.split={split}"] if split else [])]
 
 
 def test_a_saved_dataset_is_evaluated_on_its_one_split(tmp_path: Path) -> None:
     Dataset.from_list([{"question": "?"}]).save_to_disk(tmp_path / "saved")
-    assert "eval.split=train" in Asked(data=str(tmp_path / "saved")).settings()
+    assert "eval.split=train" in EvalOptions(data=str(tmp_path / "saved")).settings()
 
 
 def test_what_others_see_has_no_path_of_this_machine(recipe: Path, tmp_path: Path) -> None:

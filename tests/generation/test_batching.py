@@ -8,12 +8,12 @@ import pytest
 from grpo.backend.random import derive_key
 from grpo.generation import buffers, shared, slots
 from grpo.generation.attention import StockAttention
+from grpo.generation.batching import Run
 from grpo.generation.buffers import cache_shapes
 from grpo.generation.decoders import ModelDecoder
 from grpo.generation.decoding import SharedPrefix
 from grpo.generation.generator import Generator, Request
 from grpo.generation.rows import Submission
-from grpo.generation.run import Run
 from grpo.generation.sampling import Sampling
 
 KEY = derive_key(0, "test")

@@ -123,6 +123,7 @@ def test_rows_of_a_function_train_and_evaluate(recipe: Path, overrides: list[str
     run = prepared(recipe, "data.source=null", "data.use=rows.py:rows", "data.shuffle=false", "eval={}", *overrides)
     assert [task.prompt for task in run.trainer.tasks.take(1)] == ["train 0?"]
     assert [task.prompt for task in run.evaluator.tasks] == held_out
+    assert {task.source for task in run.evaluator.tasks} == {"eval"}
     assert run.trainer.step(1).values["completions/mean_length"] > 0
 
 

@@ -1,0 +1,43 @@
+"""What a run asks of a machine, by hand: 4 prompts of 8 completions a step, and what an evaluation adds."""
+
+import pytest
+from planning.loads import workload
+
+from grpo.config import Recipe
+from grpo.generation.memory import Need
+from grpo.training.packing import Shape
+
+
+def asked(**sections) -> Recipe:
+    own = {
+        "model": {"name": "m"},
+        "data": {"source": "d"},
+        "rewards": ({"use": "r"},),
+        "rollout": {"prompts_per_step": 4, "num_generations": 8, "max_completion_length": 64},
+        "optim": {"steps": 1},
+    }
+    return Recipe.model_validate(own | sections)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "rows", "prompts"),
+    [
+        (None, 32, 4),
+        ({"prompts": 3, "samples": 2}, 32, 4),
+        ({"prompts": 6, "samples": 2}, 32, 6),
+        ({"prompts": 3, "samples": 16}, 48, 4),
+    ],
+)
+def test_what_is_sampled_at_once_is_the_larger_of_a_step_and_an_evaluation(evaluation, rows, prompts) -> None:
+    load = workload(asked(eval=evaluation), 100, 120)
+    assert load.need() == Need(rows, prompts, 120, 64, False)
+    assert (load.rows, load.tokens) == (32, 32 * (100 + 64))  # an evaluation trains on nothing
+
+
+def test_the_largest_micro_batch_shares_prompts_as_far_as_its_tokens_go() -> None:
+    """A prompt of 100 tokens with eight completions of 64 is 612; the next completion brings a prompt with it."""
+    load = workload(asked(), 100)
+    assert load.largest(612, gpu=False) == Shape(1, 100, 8, 64)
+    assert load.largest(611, gpu=False) == Shape(1, 100, 7, 64)
+    assert load.largest(612 + 164, gpu=False) == Shape(2, 100, 9, 64)
+    assert load.largest(10**6, gpu=False) == Shape(4, 100, 32, 64)

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+POSITIONS = 40_960
+"""As Qwen3 has, and enough for every recipe: the toy has fewer than dapo-math asks for."""
 CARD = """---
 configs:
 - config_name: main
@@ -40,7 +42,7 @@ def sharded_model(source: Path, folder: Path, jinja: bool = False) -> Path:
     stops = [ids[tokenizer["eos_token"]], ids[tokenizer["pad_token"]]]
     defaults = {**SAMPLING, "eos_token_id": stops, "pad_token_id": stops[1]}
     _write(folder / "generation_config.json", defaults)
-    _write(folder / "config.json", {**config, "torch_dtype": "bfloat16"})
+    _write(folder / "config.json", {**config, "torch_dtype": "bfloat16", "max_position_embeddings": POSITIONS})
     if jinja:
         (folder / "chat_template.jinja").write_text(tokenizer.pop("chat_template"))
         _write(folder / "tokenizer_config.json", tokenizer)

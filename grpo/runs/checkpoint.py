@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ FORMAT = 1
 """Which form `state.json` has. Checkpoints without one were written before the set of their files was checked."""
 ARRAYS = ".safetensors"
 REPLACED = ".replaced"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,17 @@ def save_checkpoint(folder: Path, state: RunState, context: Context, keep: int) 
         restore_replaced(folder)
     sync(folder)
     best = {checkpoint_path(folder, state.best.step)} if state.best else set()
-    for old in set(checkpoints(folder)[:-keep]) - best:
-        shutil.rmtree(old)
+    for old in sorted(set(checkpoints(folder)[:-keep]) - best):
+        _drop(old)
     return final
+
+
+def _drop(checkpoint: Path) -> None:
+    """Delete a checkpoint that is not to be kept; where that fails, say so: what was written after it is whole."""
+    try:
+        shutil.rmtree(checkpoint)
+    except OSError as error:
+        log.warning("%s is not needed any more and could not be deleted: %s", checkpoint, error.strerror or error)
 
 
 def restore_replaced(folder: Path) -> None:

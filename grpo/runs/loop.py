@@ -217,10 +217,16 @@ class Loop:
 
     def _lost(self) -> str:
         """What is said where a step ended in the middle of its updates and the weights before it are gone."""
+        newest, _ = newest_whole(self.folder / CHECKPOINTS)
+        rest = (
+            f"the newest whole checkpoint is {newest}. What came after it is lost, and --resume makes those steps again"
+            if newest
+            else "there is no whole checkpoint yet, so all steps of this run are lost"
+        )
         return (
             f"Step {self.state.step} could not be saved: step {self.state.step + 1} failed in the middle of its update "
-            f"of the weights, and a run of adapter.type: full holds them only once; {self._newest()}. What came after "
-            "it is lost, and --resume makes those steps again; a smaller checkpoint.every loses fewer."
+            f"of the weights, and a run of adapter.type: full holds them only once; {rest}. A smaller checkpoint.every "
+            "loses fewer."
         )
 
 

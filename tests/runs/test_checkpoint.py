@@ -93,6 +93,22 @@ def test_the_newest_and_the_best_are_kept(tmp_path) -> None:
     assert steps(tmp_path) == [20, 100, 1_000_000]
 
 
+def test_an_old_one_that_cannot_be_deleted_is_not_an_error_of_the_new_one(tmp_path, monkeypatch, caplog) -> None:
+    """Somebody has made its folder read-only, say, so as to keep it."""
+    save(tmp_path, 5, keep=1)
+    rmtree = shutil.rmtree
+
+    def refused(path: Path, ignore_errors: bool = False) -> None:
+        if path.name == "step-000005":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        rmtree(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    assert damage(save(tmp_path, 10, keep=1)) is None
+    assert steps(tmp_path) == [5, 10]
+    assert "step-000005 is not needed any more and could not be deleted: Permission denied" in caplog.text
+
+
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
 def test_checksums_are_those_of_sha256sum(tmp_path) -> None:
     subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=save(tmp_path, 5), check=True, capture_output=True)

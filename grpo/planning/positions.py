@@ -9,6 +9,9 @@ import mlx.nn as nn
 
 from grpo.errors import UserError
 
+HEADS = ("num_attention_heads", "n_head", "n_heads")
+"""How many heads of attention there are, by the names in configs. A model that has none has no positions."""
+
 
 def position_note(model: nn.Module, prompt: int, completion: int) -> str | None:
     """A warning where `prompt` + `completion` tokens are more than a model with scaled rotary positions was made for.
@@ -34,6 +37,9 @@ def position_note(model: nn.Module, prompt: int, completion: int) -> str | None:
 
 
 def _limit(model: nn.Module) -> int | None:
+    """None of a model without attention too: mlx-lm gives Mamba-2, which knows no positions, a number of its own."""
+    if not any(_setting(model, name) for name in HEADS):
+        return None
     limit = next(
         (found for name in ("max_position_embeddings", "n_positions") if (found := _setting(model, name))), None
     )

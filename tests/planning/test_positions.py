@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from grpo.errors import UserError
+from grpo.model.mlxlm import new_model
 from grpo.planning.positions import position_note
 
 YARN = {"rope_type": "yarn", "type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
@@ -48,6 +50,26 @@ def test_limits_of_the_text_part_and_none_at_all(zoo) -> None:
     model.args.max_position_embeddings = None
     assert position_note(model, 10**6, 1) is None
     model.args.text_config = {"max_position_embeddings": 8}
+    with pytest.raises(UserError, match="made for 8"):
+        position_note(model, 8, 1)
+
+
+def test_a_model_without_attention_has_no_positions() -> None:
+    """mlx-lm gives each Mamba-2 model 2,056 of them, which no config says."""
+    config = {
+        "model_type": "mamba2", "num_heads": 2, "head_dim": 16, "vocab_size": 32, "hidden_size": 16,
+        "intermediate_size": 32, "state_size": 8, "num_hidden_layers": 1, "layer_norm_epsilon": 1e-5, "conv_kernel": 4,
+        "n_groups": 1, "use_bias": False, "use_conv_bias": True, "tie_word_embeddings": True,
+        "time_step_limit": (0.0, 1.0), "time_step_rank": "auto",
+    }  # fmt: skip
+    model = new_model(config)
+    assert model.args.max_position_embeddings == 2056
+    assert position_note(model, 2048, 4096) is None
+
+
+@pytest.mark.parametrize("heads", ["num_attention_heads", "n_head", "n_heads"])
+def test_learned_positions_are_a_limit(heads: str) -> None:
+    model = SimpleNamespace(args=SimpleNamespace(n_positions=8, **{heads: 2}))
     with pytest.raises(UserError, match="made for 8"):
         position_note(model, 8, 1)
 

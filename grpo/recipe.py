@@ -123,6 +123,7 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         "log.use": tuple(function_path(use) for use in recipe.log.use),
         "adapter.path": recipe.adapter.path and beside(recipe.adapter.path),
         "loss.use": recipe.loss.use and function_path(recipe.loss.use),
+        "rollout.environment": function_path(recipe.rollout.environment),
         "eval": recipe.eval and with_settings(recipe.eval, located(recipe.eval), str(path)),
     }
     return with_settings(recipe, settings, str(path))

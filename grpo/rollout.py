@@ -1,24 +1,35 @@
-"""Tasks become groups of completions, by the generator."""
+"""Tasks become groups of trajectories: an environment plays them, and the generator decodes for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
 
 from grpo.config import RolloutConfig
-from grpo.generation.generator import Generator, Request
+from grpo.environments.driver import Driver
+from grpo.environments.environment import Environment
+from grpo.environments.sampler import Sampler
+from grpo.environments.single import SingleTurn
+from grpo.errors import RunError
+from grpo.generation.generator import Generator, seed_of
+from grpo.generation.progress import TokenProgress
 from grpo.generation.sampling import Sampling
 from grpo.types import Group, Rollout, Task
+
+Whole = Callable[[int, Group], object]
+"""Told of a task's place and its group, as soon as the last row of that has ended."""
 
 
 class RolloutEngine:
     """Samples the policy: with logprobs for training, without for evaluation."""
 
-    def __init__(self, generator: Generator, sampling: Sampling) -> None:
+    def __init__(self, generator: Generator, sampling: Sampling, environment: Environment | None = None) -> None:
+        """`environment` makes trajectories of tasks: single turns, unless another is given."""
         self.generator = generator
         self.sampling = sampling
+        self.environment = environment or SingleTurn()
 
     def rollout(
         self,
@@ -28,21 +39,59 @@ class RolloutEngine:
         draws: mx.array | Sequence[int],
         logprobs: bool = True,
         phase: str = "rollout",
+        whole: Whole | None = None,
     ) -> list[Group]:
-        """`n` completions of each task at `temperature` (0: greedy), as groups that are not scored yet.
+        """`n` trajectories of each task at `temperature` (0: greedy), as groups that are not scored yet.
 
         `draws` is a key for all of them, or a seed for each: then what is drawn for a task does not depend on the
         others. Greedy completions are the policy's own: no penalty reshapes them. `phase` is the name under which
-        progress is told.
+        progress is told. `whole` is called with each group while others decode, in the order in which they end.
         """
-        sampling = at_temperature(self.sampling, temperature)
-        key, seeds = (draws, [None] * len(tasks)) if isinstance(draws, mx.array) else (mx.random.key(0), draws)
-        requests = [Request(task.prompt_ids, n, seed) for task, seed in zip(tasks, seeds, strict=True)]
-        answers = self.generator.generate(requests, sampling, key, logprobs, phase)
-        return [
-            Group(task, tuple(Rollout(trajectory) for trajectory in trajectories))
-            for task, trajectories in zip(tasks, answers, strict=True)
+        if not tasks:  # a process whose share is empty
+            return []
+        generator, sampling = self.generator, at_temperature(self.sampling, temperature)
+        driver = Driver(generator.open(), generator.tokenizer, sampling, logprobs)
+        told = TokenProgress(generator.progress, phase)
+        samplers = [
+            Sampler(driver, task, n, seed, path)
+            for task, (seed, path) in zip(tasks, _seeds(draws, len(tasks)), strict=True)
         ]
+        rows = [sampler.rows for sampler in samplers]
+        with driver:
+            plays = [
+                driver.jobs.start(self._play(task, sampler, place, whole))
+                for place, (task, sampler) in enumerate(zip(tasks, samplers, strict=True))
+            ]
+            driver.run(lambda: told.now_and_then(rows))
+            groups = [play.result() for play in plays]
+        told.tell(rows)
+        return groups
+
+    async def _play(self, task: Task, sampler: Sampler, place: int, whole: Whole | None) -> Group:
+        """The group of one task, which `whole` is told of."""
+        name = type(self.environment).__name__
+        try:
+            trajectories = await self.environment.rollout(task, sampler)
+        except Exception as error:
+            error.add_note(f"in the environment {name}, on row {task.index} of {task.source}")
+            raise
+        if len(trajectories) != sampler.n:
+            raise RunError(
+                f"environment {name}: it made {len(trajectories)} trajectories of row {task.index} of {task.source}, "
+                f"and a group has {sampler.n}"
+            )
+        group = Group(task, tuple(map(Rollout, trajectories)))
+        if whole is not None:
+            whole(place, group)
+        return group
+
+
+def _seeds(draws: mx.array | Sequence[int], count: int) -> list[tuple[int, tuple[int, ...]]]:
+    """For each task what its draws depend on: one key and the task's place, or a seed of its own."""
+    if isinstance(draws, mx.array):
+        seed = seed_of(draws)
+        return [(seed, (place,)) for place in range(count)]
+    return [(seed, ()) for seed in draws]
 
 
 def with_policy_step(groups: Sequence[Group], step: int) -> list[Group]:

@@ -14,9 +14,10 @@ ROOMS = [
     "model",
     "generation",
     "data",
-    "rollout",
+    "environments",
     "scoring",
     "objective",
+    "rollout",
     "training",
     "evaluation",
     "planning",
@@ -31,7 +32,7 @@ LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.spli
 
 # Narrower than "above": the walls that matter most.
 FORBIDDEN = {
-    "objective": {"model", "generation", "data", "rollout", "scoring", "builtin"},
+    "objective": {"model", "generation", "data", "environments", "rollout", "scoring", "builtin"},
     "telemetry": {"training"},
 }
 

@@ -93,6 +93,15 @@ def rows(n=4):
 def others():
     return [{"question": f"And {row['question']}", "answer": row["answer"]} for row in rows()]
 """
+ROOM = """
+class Twice:
+    async def rollout(self, task, sampler):
+        rows = sampler.begin(task.prompt_ids, sampler.n, keep=True)
+        return await sampler.gather(*(self.play(row, sampler) for row in rows))
+    async def play(self, row, sampler):
+        first = await sampler.ended(row)
+        return await sampler.extend(row, [5]) if row.room else first
+"""
 LOSS = """
 def halved(logprobs, batch, cfg):
     return -0.5 * logprobs * batch.advantages
@@ -116,6 +125,7 @@ def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (folder / "rows.py").write_text(DATA)
     (folder / "grades.py").write_text(GRADES)
     (folder / "loss.py").write_text(LOSS)
+    (folder / "room.py").write_text(ROOM)
     other_model(toy_folder, folder / "other")
     (folder / "toy.yaml").write_text(
         f"model: {{name: {toy_folder}}}\n"

@@ -131,6 +131,20 @@ def train(
     return compare_steps(setting, peer_python, blas)
 
 
+@command(prompts=4, completions=8, prompt_length=128, completion_length=512, runs=3)
+def overlap(
+    setting: "Setting",
+    seconds: Annotated[float, typer.Option(min=0, help="That the reward takes for a group.")] = 5.0,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Rows decoded at once. Default: one group's, one group after the other.")
+    ] = None,
+) -> Measurements:
+    """A step with a slow reward: its groups scored while others decode, and after all of them."""
+    from grpo.benchmark.overlap import overlap_costs
+
+    return overlap_costs(setting, seconds, slots)
+
+
 @command(**LOAD, lora=True)
 def sampling(setting: "Setting") -> Measurements:
     """What each sampling filter costs: tok/s of the generator, held against sampling at temperature 1."""

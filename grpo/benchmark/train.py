@@ -30,8 +30,9 @@ from grpo.training.trainer import Trainer
 PHASES = ("rollout", "reward", "logprobs", "update")
 
 
-def step_trainer(setting: Setting, ranks: Ranks | None = None) -> Trainer:
-    """A trainer as its plan decides, whose completions all have their full length."""
+def step_trainer(setting: Setting, ranks: Ranks | None = None, scorer: Scorer | None = None) -> Trainer:
+    """A trainer as its plan decides, whose completions all have their full length. Even tokens are rewarded, unless a
+    scorer with another reward is given."""
     cfg = recipe(setting, {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"})
     model = base_model(setting)
     widen_head(model)  # as a run does, unless it is float32
@@ -43,8 +44,8 @@ def step_trainer(setting: Setting, ranks: Ranks | None = None) -> Trainer:
     generator.slots = plan.slots
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     tasks = [group.task for group in synthetic(setting, policy.model)]
-    scorer = Scorer({"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]})
-    return Trainer(cfg, policy, Prompts(tasks), engine, scorer, ranks=ranks)
+    even = {"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]}
+    return Trainer(cfg, policy, Prompts(tasks), engine, scorer or Scorer(even), ranks=ranks)
 
 
 def step_side(setting: Setting) -> Side:

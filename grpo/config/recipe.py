@@ -87,9 +87,9 @@ class Recipe(Section):
 
     @property
     def uses(self) -> list[str]:
-        """The code that the recipe names: its rewards, its loss and its loggers, as `use` has them."""
-        loss = [self.loss.use] if self.loss.use else []
-        return [*(reward.use for reward in self.rewards), *loss, *self.log.use]
+        """The code that the recipe names: its rewards, its loss, its environment and its loggers."""
+        named = [self.loss.use, self.rollout.environment if ":" in self.rollout.environment else None]
+        return [*(reward.use for reward in self.rewards), *filter(None, named), *self.log.use]
 
     @property
     def best_metric(self) -> str:

@@ -40,7 +40,8 @@ class RewardConfig(Section):
     has failed, and a new process takes the next. Default: no limit."""
     calls: Literal["step", "group", "completion"] | None = None
     """What one call gets: all of a step's completions, those of a prompt, or one. A failure costs all that the call
-    got. Default: what the function's file says by `CALLS`, or else `step`."""
+    got. With `group` and `completion` a prompt's are scored while others are still sampled, unless `isolation` is
+    `inline`. Default: what the function's file says by `CALLS`, or else `step`."""
     max_failure_rate: Fraction = 0.5
     """Stop the run when it failed on more than this fraction of the completions of its last three scorings. 1: never.
     A reward of weight 0 never stops a run."""

@@ -88,10 +88,12 @@ class Evaluator:
 
     def _sampled(self, n: int, temperature: float) -> list[Group]:
         """All groups, scored. A prompt's draws are its own: they depend neither on the shares nor on `eval.prompts`."""
-        own_tasks = self.ranks.share(self.tasks)
-        seeds = [derive_seed(self.seed, "eval", n, task.index) for task in own_tasks]
-        groups = self.engine.rollout(own_tasks, n, temperature, seeds, False, "evaluation") if own_tasks else []
-        return self.ranks.merge(self.scorer.score(groups) if groups else [])
+        tasks = self.ranks.share(self.tasks)
+        seeds = [derive_seed(self.seed, "eval", n, task.index) for task in tasks]
+        with self.scorer.open(tasks) as scoring:
+            groups = self.engine.rollout(tasks, n, temperature, seeds, False, "evaluation", scoring.add)
+            scored = self.scorer.score(groups, scoring)
+        return self.ranks.merge(scored)
 
     def _graded(self, group: Group) -> list[tuple[Rollout, bool]]:
         """The completions that the grader applies to, and whether they are right; where it failed they are not."""

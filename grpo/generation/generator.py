@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -14,6 +13,7 @@ from mlx.utils import tree_flatten
 from grpo.generation.choice import find_decoding
 from grpo.generation.decoding import Decoding
 from grpo.generation.engine import Engine
+from grpo.generation.progress import TokenProgress
 from grpo.generation.rows import Row, Submission
 from grpo.generation.sampling import Sampling
 from grpo.generation.stopping import Stopping
@@ -21,9 +21,6 @@ from grpo.types import BEHAVIOUR, SAMPLER, FinishReason, Progress, Trajectory
 
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
-
-TELL_EVERY = 0.5
-"""Seconds between two reports of progress: counting tokens at every step would be work for the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +80,15 @@ class Generator:
         request has a seed: not on `n`, on how many requests there are, or on the number of slots. Without `logprobs`
         none are computed. `progress` is told the `phase`, the tokens so far, and the most that there can be.
         """
-        engine, call, told = self.open(), _number(key), 0.0
+        engine, call, told = self.open(), seed_of(key), TokenProgress(self.progress, phase)
         groups = [
             engine.submit(_submission(request, sampling, call, number, request.n, logprobs))
             for number, request in enumerate(requests)
         ]
         while engine.busy:
             engine.step()
-            if self.progress is not None and (now := time.monotonic()) - told >= TELL_EVERY:
-                told = now
-                self.progress(phase, *_tokens(groups))
-        if self.progress is not None:
-            self.progress(phase, *_tokens(groups))
+            told.now_and_then(groups)
+        told.tell(groups)
         return [[trajectory_of(row) for row in rows] for rows in groups]
 
     def stream(self, request: Request, sampling: Sampling, key: mx.array) -> Iterator[Event]:
@@ -103,7 +97,7 @@ class Generator:
         All texts together are the completion's. What may turn out to begin a stop string waits until it does not.
         """
         engine = self.open()
-        (row,) = engine.submit(_submission(request, sampling, _number(key), 0, n=1, logprobs=False))
+        (row,) = engine.submit(_submission(request, sampling, seed_of(key), 0, n=1, logprobs=False))
         detokenizer, stopping = self.tokenizer.detokenizer, row.stopping
         silent = stopping.stop_ids | {i for i, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         detokenizer.reset()
@@ -141,7 +135,7 @@ class Generator:
         return Stopping(sampling, self.stop_ids, lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def _number(key: mx.array) -> int:
+def seed_of(key: mx.array) -> int:
     """A call's key as the seed of its rows. Keys are not split off one another: how many there are would change all."""
     first, second = cast(list[int], key.tolist())
     return first << 32 | second
@@ -150,13 +144,6 @@ def _number(key: mx.array) -> int:
 def _submission(request: Request, sampling: Sampling, call: int, number: int, n: int, logprobs: bool) -> Submission:
     seed, path = (call, (number,)) if request.seed is None else (request.seed, ())
     return Submission(request.prompt_ids, sampling, seed, path, n, logprobs)
-
-
-def _tokens(groups: Sequence[Sequence[Row]]) -> tuple[int, int]:
-    """Tokens so far, and the most that there can be: an upper bound that falls as rows stop early."""
-    rows = [row for group in groups for row in group]
-    done = sum(len(row.token_ids) for row in rows)
-    return done, done + sum(row.longest - len(row.token_ids) for row in rows if row.finish_reason is None)
 
 
 def trajectory_of(row: Row) -> Trajectory:

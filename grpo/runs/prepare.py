@@ -15,6 +15,7 @@ from grpo.data.loading import is_local, load_rows
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows, rows_with_null
 from grpo.data.stream import TaskStream, first_tasks
+from grpo.environments.environment import find_environment
 from grpo.errors import UserError
 from grpo.evaluation.evaluator import Evaluator
 from grpo.generation.generator import Generator
@@ -64,6 +65,7 @@ def prepare(cfg: Recipe) -> Prepared:
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
     scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system)
     custom_loss = find_function(cfg.loss.use, "loss") if cfg.loss.use else None
+    environment = find_environment(cfg.rollout.environment)
     named = data_of(cfg)
     sources = list(named.values())
     local = [load_rows(source) if is_local(source) else None for source in sources]
@@ -72,7 +74,7 @@ def prepare(cfg: Recipe) -> Prepared:
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
     policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
-    engine = RolloutEngine(generator, sampling_of(cfg.rollout))
+    engine = RolloutEngine(generator, sampling_of(cfg.rollout), environment)
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
     renderer, *eval_renderers = [PromptRenderer(data, tokenizer, vocabulary, name) for name, data in named.items()]
     tasks = first_tasks(tables[0], renderer, PEEK)

@@ -39,7 +39,7 @@ class Answer:
     """What one call came to: a score or None for each completion, and for those that it failed on, why.
 
     `kind` says of what kind the failures are. `extras` holds a value for each completion by column (`log_extra`),
-    `metrics` values by name (`log_metric`).
+    `metrics` values by name (`log_metric`). `fatal`: the function's process did not survive the call.
     """
 
     values: list[float | None]
@@ -48,6 +48,7 @@ class Answer:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
     kind: Literal["error", "timeout"] = "error"
+    fatal: bool = False
 
     @staticmethod
     def failed(count: int, error: str, kind: Literal["error", "timeout"] = "error", seconds: float = 0.0) -> Answer:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from grpo.config import RewardConfig
@@ -14,6 +15,9 @@ from grpo.plugins import Function, Located, locate_reward
 from grpo.scoring.contract import Answer, Columns, Reward, calls_of, is_paid
 from grpo.scoring.forms import Form
 from grpo.scoring.process import Span, Worker, WorkerTerms
+
+Answers = list[tuple[Span, Answer]]
+"""An answer for each call, in the order of the completions that the calls got."""
 
 
 class ScoringRequest:
@@ -66,7 +70,7 @@ class Inline:
         """Why it could not be called with these columns of the dataset; None if it can be."""
         return self._reward.problem(columns)
 
-    def score(self, request: ScoringRequest) -> list[tuple[Span, Answer]]:
+    def score(self, request: ScoringRequest) -> Answers:
         """An answer for each call."""
         return [
             ((begin, end), self._reward({n: v[begin:end] for n, v in request.columns.items()}, request.state))
@@ -89,6 +93,12 @@ class Isolated:
         """Starts the worker, and does not wait for it. Raises UserError for a variable in `terms.env` that is unset."""
         self.name, self._calls = located.name, calls
         self.worker = Worker(located, kwargs, terms)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward {self.name}")  # a worker is for one at a time
+
+    @property
+    def calls(self) -> str:
+        """What one call gets: see `calls_of`. Known once it is ready."""
+        return self._calls or self.worker.calls
 
     @property
     def paid(self) -> bool:
@@ -102,8 +112,16 @@ class Isolated:
     def problem(self, columns: Collection[str]) -> str | None:
         return self.worker.problem(columns)
 
-    def score(self, request: ScoringRequest) -> list[tuple[Span, Answer]]:
-        spans = request.spans(self._calls or self.worker.calls)
+    def begin(self) -> None:
+        """A new scoring, of one or of several requests."""
+        self.worker.begin()
+
+    def submit(self, score: Callable[[ScoringRequest], Answers], request: ScoringRequest) -> Future[Answers]:
+        """What `score` makes of a request: in a thread, after all that was submitted before."""
+        return self._thread.submit(score, request)
+
+    def score(self, request: ScoringRequest) -> Answers:
+        spans = request.spans(self.calls)
         try:
             columns = request.pickled()
         except Exception as error:  # a value of the dataset's that refuses
@@ -112,6 +130,7 @@ class Isolated:
         return list(zip(spans, self.worker.score(columns, spans, request.state), strict=True))
 
     def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
         self.worker.close()
 
 

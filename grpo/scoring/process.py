@@ -97,6 +97,10 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
+    def begin(self) -> None:
+        """A new scoring: as much of what the function prints is shown as in the former."""
+        self._output.begin()
+
     def wait_ready(self) -> None:
         """Wait until the function is imported. Raises UserError if that cannot be done, and says why."""
         if self._ready:
@@ -127,7 +131,6 @@ class Worker:
         A call that takes longer than the time limit, or that the process does not survive, is a failure of its span;
         a new process goes on with the next.
         """
-        self._output.begin()
         done = deaths = 0
         began = time.perf_counter()
         while done < len(spans):
@@ -147,13 +150,12 @@ class Worker:
                 begin, end = spans[done]
                 kind: Literal["error", "timeout"] = "timeout" if isinstance(error, TimeoutError) else "error"
                 said = self._died(error, self.timeout, "in this call")
-                yield Answer.failed(end - begin, said, kind, time.perf_counter() - began)
+                yield replace(Answer.failed(end - begin, said, kind, time.perf_counter() - began), fatal=True)
                 self._replace()
                 began = time.perf_counter()
                 done, deaths = done + 1, deaths + 1
                 if deaths == DEATHS:
-                    untried = f"not tried: each of the {DEATHS} calls before it ended its process"
-                    yield from (Answer.failed(end - begin, untried) for begin, end in spans[done:])
+                    yield from map(untried, spans[done:])
                     return
 
     def _hinted(self, answer: Answer) -> Answer:
@@ -185,6 +187,12 @@ class Worker:
 
     def _receive(self, seconds: float) -> Any:
         return json.loads(receive(self._process.channel, seconds))
+
+
+def untried(span: Span) -> Answer:
+    """The answer of a call that is not made, because those before it ended their process."""
+    begin, end = span
+    return Answer.failed(end - begin, f"not tried: each of the {DEATHS} calls before it ended its process")
 
 
 class _Process:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -19,11 +18,11 @@ from grpo.config import RewardConfig
 from grpo.errors import RunError, UserError
 from grpo.plugins import Function
 from grpo.scoring.contract import Answer
-from grpo.scoring.grader import Inline, Isolated, RewardRecord, ScoringRequest, make_grader
+from grpo.scoring.grader import Answers, Inline, Isolated, RewardRecord, ScoringRequest, make_grader
 from grpo.scoring.hints import column_hint
-from grpo.scoring.process import Span
+from grpo.scoring.session import Scoring, columns_of, request_of
 from grpo.scoring.text import counted
-from grpo.types import Failure, Group, Progress, Trajectory
+from grpo.types import Failure, Group, Progress, Task
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,6 @@ class Scorer:
         self._logged: dict[str, list[float]] = {}
         self._owners: dict[str, str] = {}
         self.progress: Progress | None = None
-        self._threads = ThreadPoolExecutor(max_workers=max(1, len(rewards)), thread_name_prefix="reward")
 
     @classmethod
     def of(cls, configs: Sequence[RewardConfig], max_steps: int = 0, system: str | None = None) -> Scorer:
@@ -111,36 +109,38 @@ class Scorer:
 
     def request(self, groups: Sequence[Group]) -> ScoringRequest:
         """What each reward is given of `groups`."""
-        return ScoringRequest(_columns(groups), [len(group.rollouts) for group in groups], self._state)
+        return request_of(groups, columns_of([group.task for group in groups]), self._state)
 
-    def score(self, groups: Sequence[Group]) -> list[Group]:
+    def open(self, tasks: Sequence[Task]) -> Scoring:
+        """A scoring of the groups that these tasks will have: it is given each group as soon as that is whole."""
+        return Scoring(self.rewards, tasks, self._state, self.progress)
+
+    def score(self, groups: Sequence[Group], scoring: Scoring | None = None) -> list[Group]:
         """The same groups with `scores`, `failures`, `extras` and `logged` in their rollouts.
 
-        Raises BrokenRewardError, with the first traceback, when a function failed on more than its `max_failure_rate`
-        of completions lately: a broken grader is not training.
+        `scoring` has been given some of the groups before, or none; what comes of it is the same. Raises
+        BrokenRewardError, with the first traceback, when a function failed on more than its `max_failure_rate` of
+        completions lately: a broken grader is not training.
         """
-        request = self.request(groups)
-        if self.progress is not None:
-            self.progress("reward", 0, request.count)
-        running = {
-            n: self._threads.submit(r.score, request) for n, r in self.rewards.items() if isinstance(r, Isolated)
-        }
+        if not groups:  # a process whose share is empty
+            return []
+        scoring = scoring or self.open([group.task for group in groups])
         try:
-            answers = {n: running[n].result() if n in running else r.score(request) for n, r in self.rewards.items()}
+            answers = scoring.answers(groups)
         except BaseException:  # a second Ctrl-C: nobody waits for what is still under way
             self.close()
             raise
-        answers = {name: [(span, _masked(answer)) for span, answer in spans] for name, spans in answers.items()}
         answers = {
-            name: [(span, self._told_apart(name, answer)) for span, answer in spans] for name, spans in answers.items()
+            name: [(span, self._told_apart(name, _masked(answer))) for span, answer in spans]
+            for name, spans in answers.items()
         }
-        placed = _by_place(answers, request.count, self.metrics_only)
+        placed = _by_place(answers, sum(len(group.rollouts) for group in groups), self.metrics_only)
         scored = [
             replace(group, rollouts=tuple(replace(rollout, **next(placed)) for rollout in group.rollouts))
             for group in groups
         ]
         for name, spans in answers.items():
-            self._note(name, spans, request.columns["completions"])
+            self._note(name, spans, groups)
             record = self.records[name]
             if record.broken is not None and name not in self.metrics_only:
                 said = f"reward {name!r} {record.broken}. The first time: {record.first_error}"
@@ -167,7 +167,6 @@ class Scorer:
 
     def close(self) -> None:
         """Leave no worker behind."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
         for reward in self.rewards.values():
             reward.close()
 
@@ -177,7 +176,7 @@ class Scorer:
         extras = {column if owned[column] else f"{name}/{column}": values for column, values in answer.extras.items()}
         return replace(answer, extras=extras)
 
-    def _note(self, name: str, answers: Sequence[tuple[Span, Answer]], completions: Sequence[Any]) -> None:
+    def _note(self, name: str, answers: Answers, groups: Sequence[Group]) -> None:
         """Count, and warn of a first failure."""
         record = self.records[name]
         was_fine = not record.failures
@@ -191,26 +190,9 @@ class Scorer:
                 "reward %r failed on %s, the first of them %.200r: %s",
                 name,
                 counted(record.failures),
-                completions[place],
+                self.request(groups).columns["completions"][place],
                 record.first_error,
             )
-
-
-def _columns(groups: Sequence[Group]) -> dict[str, Any]:
-    """What a reward function receives: a value for each completion, by name."""
-    rows = [(group.task, rollout.trajectory) for group in groups for rollout in group.rollouts]
-    names = {name for task, _ in rows for name in task.columns}
-    columns: dict[str, Any] = {name: [task.columns.get(name) for task, _ in rows] for name in names}
-    columns["prompts"] = [task.prompt for task, _ in rows]
-    columns["completions"] = [_as_prompted(task.prompt, trajectory) for task, trajectory in rows]
-    columns["completion_ids"] = [list(trajectory.token_ids) for _, trajectory in rows]
-    columns.pop("prompt", None)  # as in TRL: it is there as `prompts`
-    return columns
-
-
-def _as_prompted(prompt: Any, trajectory: Trajectory) -> Any:
-    """Text for a text prompt, a list of one message for a prompt of messages."""
-    return trajectory.text if isinstance(prompt, str) else [{"role": "assistant", "content": trajectory.text}]
 
 
 def _masked(answer: Answer) -> Answer:
@@ -218,9 +200,7 @@ def _masked(answer: Answer) -> Answer:
     return replace(answer, failures={place: masked(error) for place, error in answer.failures.items()})
 
 
-def _by_place(
-    answers: Mapping[str, Sequence[tuple[Span, Answer]]], count: int, metrics_only: Collection[str]
-) -> Iterator[dict[str, Any]]:
+def _by_place(answers: Mapping[str, Answers], count: int, metrics_only: Collection[str]) -> Iterator[dict[str, Any]]:
     """What each rollout gets of the answers, in order."""
     scores: list[dict[str, float | None]] = [{} for _ in range(count)]
     failures: list[dict[str, Failure]] = [{} for _ in range(count)]

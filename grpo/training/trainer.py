@@ -104,11 +104,11 @@ class Trainer:
             key = derive_key(cfg.seed, "rollout", n, attempt, *self.ranks.own)
             tasks = self.tasks.take(missing)
             mine, n_each, temperature = self.ranks.share(tasks), cfg.rollout.num_generations, cfg.rollout.temperature
-            groups = self.engine.rollout(mine, n_each, temperature, key) if mine else []
-            groups = with_policy_step(groups, n - 1)
-            clock.lap("rollout")
-            scored = self.ranks.merge(self.scorer.score(groups) if groups else [])
-            sampled += with_rewards(scored, cfg.rewards)
+            with self.scorer.open(mine) as scoring:  # each group is scored while others decode
+                groups = self.engine.rollout(mine, n_each, temperature, key, whole=scoring.add)
+                clock.lap("rollout")
+                scored = self.scorer.score(with_policy_step(groups, n - 1), scoring)
+            sampled += with_rewards(self.ranks.merge(scored), cfg.rewards)
             clock.lap("reward")
         varied_first = sorted(sampled, key=has_variance, reverse=True) if cfg.rollout.dynamic_sampling else sampled
         return varied_first, varied_first[: cfg.rollout.prompts_per_step]

@@ -21,6 +21,11 @@ LOAD = ["--prompts", 1, "--completions", 2, "--prompt-length", 3, "--completion-
 ROWS = {
     "rollout": (LOAD, {"mlx-lm", "grpo"}, {"tok/s", "GB"}),
     "train": (LOAD, {"grpo"}, {"s", "s rollout", "s reward", "s logprobs", "s update", "s other", "GB"}),
+    "overlap": (
+        [*LOAD, "--seconds", 0],
+        {"scored after all", "scored while others decode", "without the reward's time", "the reward's time"},
+        {"s"},
+    ),
     "sampling": (LOAD, {"plain", *FILTERS}, {"tok/s", "GB"}),
     "logprobs": (LOAD, {"without", "with logprobs"}, {"tok/s", "GB"}),
     "head": ([*LOAD, "--dtype", "bfloat16"], {"model", "float32"}, {"tok/s", "s", "GB", "GB planned"}),

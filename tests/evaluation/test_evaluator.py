@@ -8,10 +8,21 @@ import pytest
 from grpo.errors import RunError, UserError
 from grpo.evaluation.evaluator import bootstrap_interval, interval, pass_at, wilson_interval
 from grpo.evaluation.votes import final_answer, majority
+from grpo.generation.engine import Engine
 from grpo.recipe import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
 from grpo.types import Failure, Trajectory
+
+
+class Scripted:
+    """An environment that answers by heart: `said` are the texts for each task, of which a group takes the first."""
+
+    def __init__(self, *said: list[str]) -> None:
+        self.said = said
+
+    async def rollout(self, task, sampler):
+        return [Trajectory.sampled((1,), None, text, "stop") for text in self.said[task.index][: sampler.n]]
 
 
 def test_bootstrap_intervals() -> None:
@@ -44,13 +55,7 @@ def test_a_failed_grading_is_not_a_right_answer(recipe) -> None:
     scores = [[None, None, 1.0, None], [None, None, 1.0, 0.0]]
     failed = [[True, True, False, True], [False, False, False, False]]
 
-    def generate(requests, *_args):
-        return [
-            [Trajectory.sampled((1,), None, text, "stop") for text in texts[: request.n]]
-            for texts, request in zip(said, requests, strict=True)
-        ]
-
-    def score(groups):
+    def score(groups, _scoring):
         return [
             replace(
                 group,
@@ -66,7 +71,7 @@ def test_a_failed_grading_is_not_a_right_answer(recipe) -> None:
             for g, group in enumerate(groups)
         ]
 
-    trainer.engine.generator.generate, trainer.scorer.score = generate, score
+    trainer.engine.environment, trainer.scorer.score = Scripted(*said), score
     metrics = evaluate(0)
     assert metrics.failed_gradings == 4  # the greedy one's, too
     assert metrics.values == {
@@ -93,15 +98,14 @@ def test_evaluation_by_hand(recipe) -> None:
     evaluate = prepare(load_recipe(recipe)).evaluator
     asked = []
 
-    def generate(requests, sampling, _key, logprobs, phase):
-        asked.append((len(requests), requests[0].n, sampling.temperature, logprobs, phase))
-        first = ["yes", "no", "yes", "yes"][: requests[0].n]
-        return [
-            [Trajectory.sampled((1,), None, text, "stop") for text in texts]
-            for texts in (first, ["no"] * requests[0].n)
-        ]
+    rollout = evaluate.engine.rollout
 
-    evaluate.engine.generator.generate = generate
+    def noted(tasks, n, temperature, draws, logprobs, phase, *whole):
+        asked.append((len(tasks), n, temperature, logprobs, phase))
+        return rollout(tasks, n, temperature, draws, logprobs, phase, *whole)
+
+    evaluate.engine.rollout = noted
+    evaluate.engine.environment = Scripted(["yes", "no", "yes", "yes"], ["no"] * 4)
     metrics = evaluate(7)
     assert asked == [(2, 1, 0.0, False, "evaluation"), (2, 4, 1.0, False, "evaluation")]
     assert (metrics.step, metrics.n) == (7, 2)
@@ -123,13 +127,7 @@ def test_strict_and_lenient_matches_are_measured_by_prompt(recipe) -> None:
     trainer, evaluate = prepared.trainer, prepared.evaluator
     said = [["It is 2.", r"\boxed{2}"], [r"\boxed{4}", r"\boxed{4}"], ["6", "7"]]
 
-    def generate(requests, *_args):
-        return [
-            [Trajectory.sampled((1,), None, text, "stop") for text in texts[: request.n]]
-            for texts, request in zip(said, requests, strict=True)
-        ]
-
-    trainer.engine.generator.generate = generate
+    trainer.engine.environment = Scripted(*said)
     try:
         metrics = evaluate(1)
     finally:
@@ -141,13 +139,12 @@ def test_strict_and_lenient_matches_are_measured_by_prompt(recipe) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_evaluation_samples_at_the_recipes_temperature(recipe, temperature: float) -> None:
+def test_evaluation_samples_at_the_recipes_temperature(recipe, monkeypatch, temperature: float) -> None:
     recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 1, samples: 2}\n")
-    prepared = prepare(load_recipe(recipe, [f"rollout.temperature={temperature}"]))
-    trainer, evaluate = prepared.trainer, prepared.evaluator
+    evaluate = prepare(load_recipe(recipe, [f"rollout.temperature={temperature}"])).evaluator
     used = []
-    generate = trainer.engine.generator.generate
-    trainer.engine.generator.generate = lambda r, s, *rest: used.append(s.temperature) or generate(r, s, *rest)
+    submit = Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda self, s: used.append(s.sampling.temperature) or submit(self, s))
     evaluate(0)
     assert used == [0.0, temperature]
 

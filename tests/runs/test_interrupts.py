@@ -96,9 +96,11 @@ def test_in_an_inline_reward(run_cli, recipe, function: str, calls: str) -> None
         assert not Path("after").exists()
 
 
-def test_while_a_worker_scores(run_cli, recipe) -> None:
+@pytest.mark.parametrize("calls", ["step", "group", "completion"])
+def test_while_a_worker_scores(run_cli, recipe, calls: str) -> None:
+    """After the last token, and while others decode."""
     Path("mine.py").write_text(REWARD.format(pid=os.getpid()))
-    stopped_after_one_step(run_cli("train", recipe, "rewards=[{use: 'mine.py:plain'}]"))
+    stopped_after_one_step(run_cli("train", recipe, f"rewards=[{{use: 'mine.py:plain', calls: {calls}}}]"))
 
 
 @pytest.mark.parametrize("function", ["plain", "swallowing", "converting"])

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from rich.console import Console
 
-from grpo.generation import generator as generating
+from grpo.generation import progress
 from grpo.generation.generator import Request
 from grpo.generation.sampling import Sampling
 from grpo.recipe import load_recipe
@@ -110,7 +110,7 @@ def test_lines_break_between_parts_on_a_narrow_terminal_and_nowhere_in_a_file() 
 
 
 def test_tokens_are_counted_to_the_end_and_the_bound_falls(make_policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generating, "TELL_EVERY", 0.0)
+    monkeypatch.setattr(progress, "TELL_EVERY", 0.0)
     toy, told = make_policy(slots=2), []
     toy.generator.progress = lambda *now: told.append(now)
     prompt = toy.tokenizer.encode("What is 3+4?")
@@ -125,11 +125,11 @@ def test_tokens_are_counted_to_the_end_and_the_bound_falls(make_policy, monkeypa
 
 
 def test_between_two_reports_nothing_is_counted(make_policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generating, "TELL_EVERY", 1e9)
+    monkeypatch.setattr(progress, "TELL_EVERY", 1e9)
     toy, told = make_policy(), []
     toy.generator.progress = lambda *now: told.append(now)
     prompt = toy.tokenizer.encode("What is 3+4?")
-    monkeypatch.setattr(generating.time, "monotonic", lambda: 2e9)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 2e9)
     toy.generator.generate([Request(prompt, 4)], Sampling(max_tokens=12), mx.random.key(0))
     assert len(told) == 2  # the first tokens, and the end
 

@@ -356,7 +356,7 @@ def test_a_whole_step_is_the_same_whatever_untrained_tokens_hold(recipe, setting
         trainer = prepare(load_recipe(recipe, settings)).trainer
         rollout = trainer.engine.rollout
 
-        def in_holes(*args, filler=filler, rollout=rollout):
+        def in_holes(*args, filler=filler, rollout=rollout, **_):
             return holed(rollout(*args), filler)
 
         trainer.engine.rollout = in_holes
@@ -384,7 +384,7 @@ def test_a_run_stores_which_policy_sampled(recipe) -> None:
 def test_a_replay_tells_ratios_of_trained_tokens(recipe, tmp_path: Path) -> None:
     trainer = prepare(load_recipe(recipe)).trainer
     rollout = trainer.engine.rollout
-    trainer.engine.rollout = lambda *args: holed(rollout(*args), math.nan)
+    trainer.engine.rollout = lambda *args, **_: holed(rollout(*args), math.nan)
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / RECIPE).write_text(recipe.read_text())
     replay = _made(trainer, tmp_path / "made", 1)

@@ -109,8 +109,8 @@ def test_each_step_samples_anew(recipe) -> None:
     seen = []
     trainer.tasks.take = lambda n: run_tasks[:n]
     run_tasks = prepare(load_recipe(recipe)).tasks
-    generate = trainer.engine.generator.generate
-    trainer.engine.generator.generate = lambda *args: seen.append(generate(*args)) or seen[-1]
+    rollout = trainer.engine.rollout
+    trainer.engine.rollout = lambda *args, **named: seen.append(rollout(*args, **named)) or seen[-1]
     trainer.step(1)
     trainer.policy.adapters.load_state({path: 0 * a for path, a in trainer.policy.adapters.state().items()})
     trainer.step(2)

@@ -137,11 +137,11 @@ from pathlib import Path
 from grpo.backend.ranks import Ranks
 from grpo.rollout import RolloutEngine
 rollout = RolloutEngine.rollout
-def noted(self, tasks, n, temperature, draws, logprobs=True, *phase):
+def noted(self, tasks, n, temperature, draws, logprobs=True, *rest, **named):
     if not logprobs:
         with Path(f"asked-{Ranks.launched().rank}").open("a") as file:
             print([task.index for task in tasks], file=file)
-    return rollout(self, tasks, n, temperature, draws, logprobs, *phase)
+    return rollout(self, tasks, n, temperature, draws, logprobs, *rest, **named)
 RolloutEngine.rollout = noted
 from grpo.cli import main; main()
 """

@@ -1,0 +1,1 @@
+"""How a task becomes trajectories: environments, and what they sample with."""

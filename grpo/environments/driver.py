@@ -1,0 +1,58 @@
+"""One loop drives the generator and the coroutines that wait for its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from grpo.environments.scheduler import Gate, Scheduler
+from grpo.generation.engine import Engine
+from grpo.generation.rows import Row
+from grpo.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from grpo.model.mlxlm import TokenizerWrapper
+
+
+class Driver:
+    """Rollouts under way on one engine. When its `with` block is left, no coroutine and no row is left."""
+
+    def __init__(self, engine: Engine, tokenizer: TokenizerWrapper, sampling: Sampling, logprobs: bool = True) -> None:
+        """Every row is sampled so, and has its `logprobs` or none."""
+        self.engine, self.jobs = engine, Scheduler()
+        self.tokenizer, self.sampling, self.logprobs = tokenizer, sampling, logprobs
+        self._ends: dict[Row, Gate] = {}
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.jobs.close()
+        if error is None:  # or what has failed or was interrupted would go on for another step
+            self.engine.close()
+
+    async def ended(self, row: Row) -> None:
+        """Wait until a row has ended its turn; not at all if it has."""
+        if row.finish_reason is None:
+            await self._ends.setdefault(row, Gate())
+
+    def run(self, step_done: Callable[[], object]) -> None:
+        """Decode, and let coroutines go on whenever a row ends, until nothing is left to do.
+
+        `step_done` is called after each step. Where no row ends the loop itself costs a step less than a microsecond.
+        """
+        engine, jobs, ends = self.engine, self.jobs, self._ends
+        jobs.run()
+        while True:
+            if engine.busy:
+                ended = engine.step().ended
+                for row in ended:
+                    if (gate := ends.pop(row, None)) is not None:
+                        jobs.open(gate)
+                step_done()
+            elif jobs.waits_outside:
+                jobs.collect(wait=True)
+            else:
+                return
+            jobs.collect()
+            jobs.run()

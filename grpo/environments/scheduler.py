@@ -1,0 +1,141 @@
+"""Coroutines that take turns, between two steps of the generator.
+
+They wait for rows of the generator, for each other, and for work in other threads or processes. One loop drives all of
+that, which is why there is no asyncio here: its event loop would wait for sockets and clocks while the generator waits,
+and it does not run in a notebook, which has one already.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Coroutine, Generator, Iterable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+Result = TypeVar("Result")
+
+
+class Gate:
+    """Closed until something has happened. `await gate` waits for that."""
+
+    __slots__ = ("is_open", "waiting")
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.waiting: list[Job[Any]] = []
+
+    def __await__(self) -> Generator[Gate, None, None]:
+        if not self.is_open:
+            yield self
+
+
+class Job(Generic[Result]):
+    """A coroutine on its way. `await job` waits for its end, and gives its result or raises its error."""
+
+    __slots__ = ("_result", "coroutine", "end", "error")
+
+    def __init__(self, coroutine: Coroutine[Any, None, Result]) -> None:
+        self.coroutine, self.end = coroutine, Gate()
+        self.error: Exception | None = None
+        self._result: Result
+
+    def __await__(self) -> Generator[Gate, None, Result]:
+        yield from self.end.__await__()
+        return self.result()
+
+    def result(self) -> Result:
+        """What the coroutine returned. Raises what it raised, and RuntimeError if it has not ended."""
+        if self.error is not None:
+            raise self.error
+        if not self.end.is_open:
+            raise RuntimeError("it waits for a row that does not decode: extend the row first, or release it")
+        return self._result
+
+    def advance(self) -> Gate | None:
+        """Run until it waits at a gate, which is returned; None at its end. An interrupt passes through."""
+        try:
+            gate: object = self.coroutine.send(None)
+        except StopIteration as end:
+            self._result = end.value
+        except Exception as error:
+            self.error = error
+        else:
+            if isinstance(gate, Gate):
+                return gate
+            self.error = TypeError(
+                f"an environment can await what its sampler gives it, and not {gate!r:.80}: what needs asyncio belongs "
+                "into a thread, whose result `await sampler.outside(future)` waits for"
+            )
+        return None
+
+
+class Scheduler:
+    """Runs jobs until all of them wait; whoever drives it opens gates, and runs it again."""
+
+    def __init__(self) -> None:
+        self._ready: deque[Job[Any]] = deque()
+        self._live: dict[Job[Any], bool] = {}
+        self._outside = 0
+        self._posted: SimpleQueue[Gate] = SimpleQueue()
+
+    @property
+    def waits_outside(self) -> bool:
+        """Whether a job waits for work in another thread or process."""
+        return self._outside > 0
+
+    def start(self, coroutine: Coroutine[Any, None, Result], awaited: bool = False) -> Job[Result]:
+        """Let a coroutine begin at the next `run`, which raises what the coroutine raises unless it is `awaited`."""
+        job = Job(coroutine)
+        self._live[job] = awaited
+        self._ready.append(job)
+        return job
+
+    def open(self, gate: Gate) -> None:
+        """What those at the gate wait for has happened."""
+        gate.is_open = True
+        self._ready.extend(gate.waiting)
+        gate.waiting.clear()
+
+    def run(self) -> None:
+        """Let all that may go on do so, in the order in which they became ready.
+
+        Raises the error of a job that nobody awaits, at once: the others are of no use without it.
+        """
+        while self._ready:
+            job = self._ready.popleft()
+            gate = job.advance()
+            if gate is None:
+                awaited = self._live.pop(job)
+                if job.error is not None and not awaited:
+                    raise job.error
+                self.open(job.end)
+            else:
+                gate.waiting.append(job)
+
+    def collect(self, wait: bool = False) -> None:
+        """Open the gates of outside work that is done. `wait`: for the first of them, if none is."""
+        while self._outside and (wait or not self._posted.empty()):
+            self.open(self._posted.get())
+            self._outside -= 1
+            wait = False
+
+    def close(self) -> None:
+        """End the coroutines that have not ended: their `finally` blocks run."""
+        for job in reversed(self._live):
+            job.coroutine.close()
+        self._live.clear()
+        self._ready.clear()
+
+    async def gather(self, coroutines: Iterable[Coroutine[Any, None, Result]]) -> list[Result]:
+        """Run all of them side by side. Returns their results in order; raises the first error in that order."""
+        jobs = [self.start(coroutine, awaited=True) for coroutine in coroutines]
+        return [await job for job in jobs]
+
+    async def outside(self, future: Future[Result]) -> Result:
+        """The result of work in another thread or process."""
+        gate = Gate()
+        self._outside += 1
+        future.add_done_callback(lambda _: self._posted.put(gate))
+        await gate
+        return future.result()

@@ -38,7 +38,7 @@ def test_wheel_outside_the_checkout_finds_recipes_and_rewards(tmp_path: Path) ->
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     code = (
-        "import grpo; from grpo.plugins import *; from grpo.recipe import load_recipe;"
+        "import grpo; from grpo.plugins import *; from grpo.recipes import load_recipe;"
         "print(grpo.__file__); print(bundled_names('recipes', '.yaml')); print(bundled_names('rewards', '.py'));"
         "print(load_recipe(find_recipe('quickstart')).model.name); print(find_reward('gsm8k_answer')[0])"
     )

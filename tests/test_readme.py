@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

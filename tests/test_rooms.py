@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grpo"
 
 ROOMS = [
-    "errors types presets config document mistakes overrides recipe plugins trl backend",
+    "errors types presets config document mistakes overrides recipes plugins trl backend",
     "builtin",
     "model",
     "generation",
@@ -112,7 +112,7 @@ def test_every_room_is_on_the_map() -> None:
 
 WHOLE_RECIPE = {
     # what a recipe is, and how it is read, changed and explained
-    "config/__init__.py config/describe.py recipe.py overrides.py mistakes.py",
+    "config/__init__.py config/describe.py recipes.py overrides.py mistakes.py",
     # a run begins with one, writes it down, and compares it when it goes on
     "runs/prepare.py runs/folder.py runs/resume.py runs/revisions.py runs/starting.py",
     "runs/publishing.py runs/health.py",

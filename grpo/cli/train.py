@@ -11,7 +11,7 @@ import typer
 
 from grpo.config import Recipe
 from grpo.plugins import find_recipe
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 
 
 def train(

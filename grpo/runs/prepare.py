@@ -26,7 +26,7 @@ from grpo.planning.plan import Plan, make_plan
 from grpo.planning.positions import position_note
 from grpo.planning.workload import Workload
 from grpo.plugins import find_function
-from grpo.recipe import with_settings
+from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.optimizer import make_optimizer

@@ -19,7 +19,7 @@ from grpo.data.fingerprint import fingerprint
 from grpo.data.loading import is_local, load_rows
 from grpo.data.rows import Rows
 from grpo.errors import UserError
-from grpo.recipe import with_settings
+from grpo.recipes import with_settings
 from grpo.runs.checkpoint import (
     Context,
     load_checkpoint,

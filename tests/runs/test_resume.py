@@ -11,7 +11,7 @@ from runs.driver import run, same_end, timeless
 
 from grpo.errors import RunError, UserError
 from grpo.planning import plan
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import checkpoints, load_checkpoint, step_of
 from grpo.runs.completions import stored_steps
 from grpo.runs.prepare import prepare

@@ -23,7 +23,7 @@ from grpo.model.dropout import LoRADropout, dropout_key
 from grpo.model.load import load
 from grpo.model.policy import Policy
 from grpo.planning.footprint import measure_body
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.training.batches import batch_logprobs
 from grpo.training.packing import Shape

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def block(language: str, containing: str = "") -> str:
+    (found,) = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in text]
     return found
 
 
@@ -23,14 +23,14 @@ def test_the_recipe_loads(tmp_path: Path) -> None:
 
 def test_the_reward_does_what_it_says() -> None:
     space: dict = {}
-    exec(block("python"), space)
+    exec(block("python", "def reward"), space)
     right, wrong, without, long = "The answer is 7.", "It is 8", "I do not know", "So " * 100 + "7"
     scores = space["reward"](completions=[right, wrong, without, long], answer=["7"] * 4, prompts=["?"] * 4)
     assert scores == [1.0, 0.0, None, 1 - (len(long) - 200) / 1000]
 
 
 def test_the_reward_passes_its_cases(run_cli, tmp_path: Path) -> None:
-    (tmp_path / "brevity.py").write_text(block("python"))
+    (tmp_path / "brevity.py").write_text(block("python", "def reward"))
     ran = run_cli("rewards", "test", tmp_path / "brevity.py")
     assert ran.code == 0, ran.err
     assert "cases  2 of 2 right" in ran.out
@@ -47,3 +47,11 @@ def test_every_variant_is_named() -> None:
     from grpo.presets import PRESETS
 
     assert all(f"`{name}`" in README for name in PRESETS)
+
+
+def test_the_loop_is_25_lines_and_the_names_are_there() -> None:
+    import grpo
+
+    loop = block("python", "import grpo")
+    assert len([line for line in loop.splitlines() if line.strip()]) <= 25
+    assert set(re.findall(r"grpo\.(\w+)", loop + block("py"))) <= set(grpo.__all__)

@@ -45,6 +45,10 @@ class TaskStream:
                 raise all_too_long(self._renderer)
         return tasks
 
+    def task(self, index: int) -> Task | None:
+        """The task of a row, whatever is next; None for a row whose prompt is null."""
+        return self._renderer.task(index, self._rows[index])
+
     def observe(self, groups: Sequence[Group]) -> None:
         """Nothing: the order of the rows does not depend on what became of them."""
 
@@ -64,8 +68,7 @@ class TaskStream:
         if self._order[0] != epoch:
             self._order = (epoch, self._order_of(epoch))
         self.cursor += 1
-        index = self._order[1][position]
-        return self._renderer.task(index, self._rows[index])
+        return self.task(self._order[1][position])
 
     def _order_of(self, epoch: int) -> list[int]:
         order = list(range(len(self._rows)))

@@ -64,9 +64,9 @@ def load(name: str | Path, *, seed: int = 0, **settings: Any) -> LoadedPolicy:
 
 _ALSO = ({"temperature", "max_concurrency"}, {"chat_template", "chat_template_kwargs"})
 """Settings of `rollout` and of `data` that belong to a policy."""
-OF_SAMPLING = set(RolloutConfig.model_fields) - {
-    *("prompts_per_step", "num_generations", "max_completion_length", "temperature", "max_concurrency"),
-    "dynamic_sampling",
+OF_SAMPLING = {
+    *("top_k", "top_p", "min_p", "repetition_penalty"),
+    *("min_completion_length", "stop", "stop_token_ids", "max_repeats"),
 }
 
 

@@ -77,6 +77,31 @@ def test_a_loss_of_ones_own_is_weighed_and_summed(policy, groups) -> None:
         np.testing.assert_allclose(after[path], array, atol=1e-6)
 
 
+def test_an_optimizers_state_goes_on_whatever_makes_the_gradient(student: str, groups) -> None:
+    """AdamW's second step depends on its first."""
+    ends = []
+    for how in ("update", "gradient"):
+        policy, opt = grpo.load(student, rank=4), grpo.optimizer("adamw", learning_rate=1e-2)
+        batches = grpo.batches(groups, grpo.Loss("dapo"))
+        policy.update(batches, opt)
+        if how == "update":
+            policy.update(batches, opt)
+        else:
+            opt.update(policy, policy.gradient(batches, batches.loss))
+        assert opt.steps_done == 2
+        ends.append(policy.inner.adapters.state())
+    assert all(mx.array_equal(array, ends[1][path]).item() for path, array in ends[0].items())
+
+
+def test_a_schedule_goes_by_the_updates(policy, groups) -> None:
+    opt = grpo.optimizer("sgd", learning_rate=1.0, lr_scheduler_type="linear", steps=4)
+    rates = []
+    for _ in range(4):
+        policy.update(grpo.batches(groups), opt)
+        rates.append(opt.learning_rate)
+    assert rates == [1.0, 0.75, 0.5, 0.25]
+
+
 def test_the_same_key_draws_the_same_and_another_does_not(policy) -> None:
     def drawn(key) -> list:
         return [
@@ -186,6 +211,8 @@ def test_constant_and_other_needs_are_said(policy, groups) -> None:
         grpo.advantages(groups, baseline="gdpo")
     with pytest.raises(grpo.UserError, match="give loss="):
         policy.update(list(grpo.batches(groups)), grpo.optimizer())
+    with pytest.raises(grpo.UserError, match="top_entropy_quantile is of all batches"):
+        policy.gradient(grpo.batches(groups)[0], grpo.Loss(top_entropy_quantile=0.5))
     with pytest.raises(grpo.UserError, match="unknown setting top_q"):
         policy.sample(["Hi?"], top_q=3)
     with pytest.raises(grpo.UserError, match=r"two of them are called 'digits'"):

@@ -141,6 +141,8 @@ def source_file(use: str) -> Path | None:
     place = use if use.endswith(".py") else use.rpartition(":")[0]
     if place.endswith(".py"):
         return Path(place)
+    if place == SESSION:  # whatever program has been started
+        return None
     try:
         spec = importlib.util.find_spec(place)
     except (ImportError, ValueError):  # it will be said where the function is asked for

@@ -185,7 +185,7 @@ def context(
     """What this recipe's checkpoints say about their run. `rows` of the Hub are known by their revision."""
     named = data_of(cfg)
     inputs = {name: fingerprint(table) for name, table in rows.items() if given.is_local(name, named[name])}
-    sources = source_hashes(use for use in cfg.uses if use not in given.functions) | given.sources()
+    sources = source_hashes(cfg.uses) | given.sources()
     return Context(recipe_text(cfg), sources, adapter, plan, revisions, inputs | starting_hash(cfg.adapter))
 
 

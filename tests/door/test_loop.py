@@ -154,6 +154,33 @@ def test_a_reward_that_fails_is_no_zero(policy) -> None:
     assert "broken" in group.rollouts[1].failures
 
 
+def test_a_reward_of_weight_0_may_fail_as_it_likes(policy) -> None:
+    def broken(completions, **_):
+        raise ValueError("no score")
+
+    (group,) = grpo.score(policy.sample(["Hi?"], n=2, max_tokens=4), [digits, grpo.reward(broken, weight=0)])
+    assert all(rollout.reward == rollout.scores["digits"] for rollout in group.rollouts)
+    with pytest.raises(grpo.RunError, match="'broken' failed on 2 of the last 2 completions"):
+        grpo.score([group], [broken])
+
+
+def test_a_system_message_comes_first(policy) -> None:
+    (task,) = next(grpo.tasks([{"q": "Hi?"}], prompt="q", n=1, system="Be brief."))
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"}]
+    assert task.prompt == said
+    (group,) = policy.sample([task], n=1, max_tokens=2)
+    assert group.task.prompt_ids == tuple(policy.tokenizer.apply_chat_template(said, add_generation_prompt=True))
+    assert group.task.identity == ("data", 0)
+
+
+def test_tasks_go_on_where_they_were() -> None:
+    rows = [{"q": f"{i}?"} for i in range(5)]
+    first, again = (grpo.tasks(rows, prompt="q", n=3, seed=2) for _ in range(2))
+    next(first)
+    again.load_state(first.state())
+    assert next(first) == next(again)
+
+
 def test_rewards_are_weighed(policy) -> None:
     ones = grpo.reward(lambda completions, **_: [1.0] * len(completions), weight=0.25, name="ones")
     only_told = grpo.reward(lambda completions, **_: [9.0] * len(completions), weight=0, name="told")

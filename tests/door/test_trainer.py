@@ -65,7 +65,7 @@ def test_the_numbers_are_the_commands(recipe: Path, short, run_cli) -> None:
 
 def test_a_callback_sees_steps_groups_and_evaluations(short) -> None:
     seen: list = []
-    made = trainer(short(), seen.append)
+    made = trainer(short(), seen.append, lambda _: True)  # what else a callback returns means nothing
     made.train()
     assert [(type(record).__name__, record.step) for record in seen] == [
         ("EvalMetrics", 0), ("StepMetrics", 1), ("StepMetrics", 2), ("EvalMetrics", 2), ("StepMetrics", 3),
@@ -268,6 +268,16 @@ def test_a_loss_is_given(short) -> None:
     assert own.recipe.loss.use is not None
     for ours, theirs in zip(own.history, plain.history, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+
+
+def test_a_run_that_taught_nothing_is_an_error(short) -> None:
+    with pytest.raises(grpo.RunError, match="nothing was trained in 4 steps"):
+        trainer(short(), rewards=[grpo.reward(lambda completions, **_: [1.0] * len(completions), name="ones")]).train()
+
+
+def test_a_notebook_gets_lines_and_not_blocks_of_html(short, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert not trainer(short())._console.is_jupyter
 
 
 def test_mistakes_are_said_before_a_model_is_loaded(short) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -20,16 +21,14 @@ def rows_from(found: Any, what: str, split: str) -> Rows:
     Of a `DatasetDict` the rows are those of `split`. `what` says in errors what the object is. Raises UserError for a
     split that is not there, and for what gives no rows.
     """
-    from datasets import Dataset, DatasetDict
-
-    if isinstance(found, DatasetDict):
+    if has_splits(found):
         if split not in found:
             raise UserError(f"{what}: no split {split!r}; there is {', '.join(map(str, found))}")
         found = found[split]
-    if isinstance(found, Dataset):
+    if _is_of("datasets", "Dataset", found):
         table: Rows = found
         return table
-    if _is_frame(found):
+    if _is_of("pandas", "DataFrame", found):
         found = found.to_dict("records")
     if isinstance(found, str | bytes | Mapping) or not isinstance(found, Iterable):
         raise UserError(f"{what} is of type {type(found).__name__}; wanted are {WANTED}")
@@ -46,11 +45,11 @@ def rows_from(found: Any, what: str, split: str) -> Rows:
 
 def has_splits(found: Any) -> bool:
     """Whether an object holds several splits by name, as a `DatasetDict` does."""
-    from datasets import DatasetDict
-
-    return isinstance(found, DatasetDict)
+    return _is_of("datasets", "DatasetDict", found)
 
 
-def _is_frame(found: Any) -> bool:
-    """Whether an object is a data frame of pandas, which this package neither needs nor imports."""
-    return type(found).__module__.partition(".")[0] == "pandas" and hasattr(found, "to_dict")
+def _is_of(package: str, name: str, found: Any) -> bool:
+    """Whether an object is of a class of a package. Whoever has such an object has imported the package: it is not
+    imported here, because that takes a second."""
+    kind = getattr(sys.modules.get(package), name, None)
+    return kind is not None and isinstance(found, kind)

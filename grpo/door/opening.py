@@ -70,15 +70,19 @@ class Opening:
         """The recipe with the plan in the place of `auto`: what a run that goes on with this one is planned by."""
         return as_planned(self.planned, plan_of(self.run.trainer))
 
+    def load(self) -> None:
+        """Make the policy what it is where the run begins. Raises UserError for a state that does not fit."""
+        self._state = self._start.load(self.run.trainer)
+
     def check(self) -> None:
-        """Print the plan, take the state that the run begins from, and compare decoding with training.
+        """Print the plan, load the state that the run begins from, and compare decoding with training.
 
         Raises UserError for a state that does not fit, and RunError where the two do not agree.
         """
         run, cfg, console = self.run, self.cfg, self.console
         notes = [*run.notes, *self._start.notes, *_unsent(cfg.log)]
         print_plan(console, cfg.model, cfg.data, cfg.rewards, device.describe(), run.plan, notes)
-        self._state = self._start.load(run.trainer)
+        self.load()
         policy, engine = run.trainer.policy, run.trainer.engine
         packing = Packing.of(run.trainer.cfg.optim, run.trainer.cfg.rollout)
         parity = self.ranks.checked(lambda: check_parity(policy, engine, run.tasks[:4], cfg.seed, packing))

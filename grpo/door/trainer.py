@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,7 +102,7 @@ class Trainer:
         self.recipe, self._given = handed(cfg, rewards, data, eval_data, loss, source)
         self.callbacks = list(callbacks)
         # Plain lines: a notebook would show each print of a rich console as a block of HTML.
-        self._console = Console(quiet=quiet, force_jupyter=False, file=sys.stdout if _in_notebook() else None)
+        self._console = Console(quiet=quiet, force_jupyter=False)
         self._opening: Opening | None = None
         self._began = False
         self._stop: StopRequest | None = None
@@ -123,6 +122,7 @@ class Trainer:
         self._refuse_while_training()
         if overwrite:
             self.close()
+            self._began = False
         opening = self._opened(self._how(resume, overwrite, changed))
         self._began = True
         opening.check()
@@ -133,7 +133,7 @@ class Trainer:
         finally:
             self._stop = None
             if opening.run.trainer.before.halfway:  # of whole weights; the checkpoint has them
-                self.close(keep_run=True)
+                self.close()
         opening.finish(outcome, "trainer.train()")
         return self._ended(outcome)
 
@@ -176,17 +176,18 @@ class Trainer:
         steps = read_steps(self.folder) if is_run(self.folder) else []
         return [{"step": float(record.step), **record.values} for record in steps]
 
-    def close(self, *, keep_run: bool = False) -> None:
-        """End the processes of rewards and let go of the model. A later call loads both again."""
+    def close(self) -> None:
+        """End the processes of rewards and let go of the model. A later call loads both again, as they were after the
+        last step that was saved."""
         if self._opening is not None:
             self._opening.run.trainer.scorer.close()
-        self._opening, self._began = None, self._began and keep_run
+        self._opening = None
 
     def __enter__(self) -> Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close(keep_run=True)
+        self.close()
 
     def _how(self, resume: bool | str | Path, overwrite: bool, changed: bool) -> How:
         checkpoint = None if isinstance(resume, bool) else Path(resume)
@@ -197,14 +198,18 @@ class Trainer:
         with _in_python():
             opening = Opening(self.recipe, how, self._console, self._given, self._opening)
         if self._opening is None or opening.run is not self._opening.run:
-            self.close(keep_run=True)
+            self.close()
             weakref.finalize(self, opening.run.trainer.scorer.close)
         self._opening = opening
         return opening
 
     def _ready(self) -> Opening:
         """The run as it is now, loaded if it is not; nothing is written."""
-        return self._opening or self._opened(How(resume=self._began, dry=not self._began))
+        if self._opening is not None:
+            return self._opening
+        opening = self._opened(How(resume=self._began, dry=not self._began))
+        opening.load()
+        return opening
 
     def _step(self) -> int:
         steps = self.history if self._began else []
@@ -240,7 +245,3 @@ def _in_python() -> Iterator[None]:
     except UserError as error:
         said = re.sub(r"--(resume-changed|resume-from|resume|overwrite)\b(?!-)", lambda m: FLAGS[m[1]], str(error))
         raise UserError(said) from error
-
-
-def _in_notebook() -> bool:
-    return "ipykernel" in sys.modules

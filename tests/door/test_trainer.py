@@ -195,6 +195,16 @@ def test_evaluate_and_save_are_of_the_last_step(short) -> None:
     assert all(mx.array_equal(saved[path], last[path]).item() for path in last)
 
 
+def test_what_was_closed_is_loaded_again_as_it_was(short) -> None:
+    with trainer(short()) as made:
+        ended = made.train()
+    assert made.evaluate() == ended.after
+    made.close()
+    saved, last = (mx.load(str(at / "adapters.safetensors")) for at in (made.save("mine"), ended.checkpoint))
+    assert all(mx.array_equal(saved[path], last[path]).item() for path in last)
+    assert made.train().step == 4
+
+
 def test_commands_take_the_run_as_far_as_they_can(short, run_cli) -> None:
     def mine(completions, **_):
         return digits(completions)

@@ -60,7 +60,7 @@ def _as_yaml(key: str, value: Any) -> str:
     if callable(value):
         raise UserError(f"{SAID_BY}: {key} is a function, and a recipe holds names: give it to grpo.Trainer instead")
     try:
-        return json.dumps(value, default=_plain)
+        return json.dumps(value, default=_plain, ensure_ascii=False)  # YAML knows no pairs of surrogates
     except (TypeError, ValueError) as error:
         raise UserError(f"{SAID_BY}: {key}: {error}; a recipe holds numbers, text, lists and dicts") from None
 

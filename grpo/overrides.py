@@ -9,14 +9,17 @@ from grpo.document import MAX_DEPTH, Document, Keys, check_text, value_of
 from grpo.errors import UserError
 from grpo.mistakes import named, section_of, shortened
 
+COMMAND_LINE = "command line"
+"""Where an override comes from, unless something else is said."""
 
-def override(document: Document, text: str) -> None:
-    """Set one value, and make the sections above it that are not there yet.
+
+def override(document: Document, text: str, said_by: str = COMMAND_LINE) -> None:
+    """Set one value, and make the sections above it that are not there yet. Errors say where it comes from.
 
     Raises UserError for what is no override, and for an item of a list that is not there.
     """
     name, equals, written = text.partition("=")
-    place = f"command line: {shortened(text)}"
+    place = f"{said_by}: {shortened(text)}"
     parts = name.split(".")
     if not equals or not name:
         raise UserError(f"{place}: an override is key.sub=value")

@@ -19,6 +19,8 @@ from typing import Any
 from grpo.errors import UserError, did_you_mean
 
 Function = Callable[..., Any]
+SESSION = "__main__"
+"""The module that stands, in a recipe, for the Python session that a run was made in: `__main__:my_reward`."""
 
 
 def bundled(kind: str) -> Path:
@@ -122,6 +124,11 @@ def find_function(use: str, kind: str) -> Function:
         raise UserError(f"{what}: write file.py:function, file.py (of one function) or package.module:function")
     if place.endswith(".py"):
         return _attribute(what, _load_beside(what, Path(place)), function)
+    if place == SESSION:
+        raise UserError(
+            f"{what}: this was a Python object of the session that made the run, which no other process has. Put it "
+            "into a file, and name it as file.py:function"
+        )
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module in the working directory, as `python -m` would find it
     return _attribute(what, _import(what, lambda: importlib.import_module(place)), function)
@@ -134,6 +141,8 @@ def source_file(use: str) -> Path | None:
     place = use if use.endswith(".py") else use.rpartition(":")[0]
     if place.endswith(".py"):
         return Path(place)
+    if place == SESSION:  # whatever program has been started
+        return None
     try:
         spec = importlib.util.find_spec(place)
     except (ImportError, ValueError):  # it will be said where the function is asked for

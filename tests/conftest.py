@@ -29,6 +29,7 @@ from hub.layouts import gsm8k, sharded_model
 from hub.server import Hub
 
 from grpo.backend.device import setup
+from grpo.builtin import models
 from grpo.builtin.student import Student, make
 from grpo.cli import main
 from grpo.config import AdapterConfig, ModelConfig
@@ -77,6 +78,16 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     make(Student(steps=2, warmup=1), folder, new_model)
     return folder
+
+
+@pytest.fixture
+def student(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the arithmetic student, which is made in a second here and has learned next to nothing, with the
+    working directory in a fresh folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRPO_CACHE", str(tmp_path_factory.getbasetemp() / "students"))
+    monkeypatch.setitem(models.MODELS, "builtin:arithmetic-student", Student(steps=2, warmup=1))
+    return "builtin:arithmetic-student"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from grpo.config import Recipe
 from grpo.errors import UserError
-from grpo.recipe import load_recipe, recipe_of, with_settings
+from grpo.recipes import load_recipe, recipe_of, with_settings
 
 WHAT = "a recipe that was changed in code"
 

@@ -10,7 +10,7 @@ import pytest
 
 from grpo.config.describe import settings
 from grpo.errors import UserError
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.trl import answer, answers
 
 GRPO_CONFIG = """

@@ -6,8 +6,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "grpo"
 
-SHARED = {"app", "log", "warn"}
-"""What a module calls its own, everywhere the same: its commands, its logger."""
+SHARED = {"app", "log", "warn", "Trainer"}
+"""What a module calls its own, everywhere the same: its commands, its logger. And `grpo.Trainer`, the run around the
+trainer of `training/`: who knows TRL looks for it under this name."""
 
 
 def public_names(source: str) -> list[str]:

@@ -1,8 +1,11 @@
 """What `import grpo` costs, and that a wheel brings its recipes and rewards."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["mlx.core", "mlx_lm", "numpy", "datasets", "wandb", "transformers", "pydantic", "rich", "math_verify"]
@@ -30,15 +33,48 @@ def test_help_loads_no_model_code() -> None:
     assert python(code).strip() == "[]"
 
 
-def test_wheel_outside_the_checkout_finds_recipes_and_rewards(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package, installed from a wheel that is built from this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    site = tmp_path / "site"
+    (wheel,) = folder.glob("*.whl")
+    site = folder / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
+    return site
+
+
+STUDENT = """
+from grpo.builtin import models
+models.MODELS["builtin:arithmetic-student"] = models.Student(steps=2, warmup=1)
+"""
+"""The student is made in a second, and has learned next to nothing."""
+
+
+def loop_from_the_readme() -> str:
+    readme = (ROOT / "README.md").read_text()
+    (loop,) = re.findall(r"```python\n(import grpo\n.*?)```", readme, re.DOTALL)
+    return loop
+
+
+def test_a_loop_of_ones_own_runs_from_the_wheel_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
+    loop = loop_from_the_readme()
+    assert "range(30)" in loop
+    where = "import os; os.environ['GRPO_CACHE'] = '../cache'"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    said = python(f"{where}\n{STUDENT}\n{loop.replace('range(30)', 'range(2)')}\nprint(grpo.__file__)", site, cwd=empty)
+    lines = said.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["0", "1"]
+    assert lines[-1].startswith(str(site))
+    assert {path.name for path in (empty / "adapter").iterdir()} == {"adapters.safetensors", "adapter_config.json"}
+
+
+def test_wheel_outside_the_checkout_finds_recipes_and_rewards(site: Path, tmp_path: Path) -> None:
     code = (
-        "import grpo; from grpo.plugins import *; from grpo.recipe import load_recipe;"
+        "import grpo; from grpo.plugins import *; from grpo.recipes import load_recipe;"
         "print(grpo.__file__); print(bundled_names('recipes', '.yaml')); print(bundled_names('rewards', '.py'));"
         "print(load_recipe(find_recipe('quickstart')).model.name); print(find_reward('gsm8k_answer')[0])"
     )

@@ -19,6 +19,12 @@ def test_a_function_in_a_file(tmp_path: Path) -> None:
     assert find_reward(str(path))[0] == "mine"
 
 
+def test_an_object_of_a_session_is_in_no_file_and_cannot_be_found() -> None:
+    assert source_file("__main__:mine") is None
+    with pytest.raises(UserError, match="reward '__main__:mine': this was a Python object of the session"):
+        find_function("__main__:mine", "reward")
+
+
 def test_a_function_in_a_module() -> None:
     assert find_reward("math:sqrt") == ("sqrt", math.sqrt)
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,3 +47,11 @@ def test_every_variant_is_named() -> None:
     from grpo.presets import PRESETS
 
     assert all(f"`{name}`" in README for name in PRESETS)
+
+
+def test_the_loop_is_25_lines_and_the_names_are_there() -> None:
+    import grpo
+
+    loop = block("python", "import grpo")
+    assert len([line for line in loop.splitlines() if line.strip()]) <= 25
+    assert set(re.findall(r"grpo\.(\w+)", loop + block("py"))) <= set(grpo.__all__)

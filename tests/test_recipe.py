@@ -7,7 +7,7 @@ import pytest
 from grpo.errors import UserError
 from grpo.plugins import bundled
 from grpo.presets import PRESETS
-from grpo.recipe import dump_recipe, load_recipe
+from grpo.recipes import dump_recipe, load_recipe
 
 GOOD = """\
 model: {name: some/model}

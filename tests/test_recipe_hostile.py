@@ -11,7 +11,7 @@ from test_recipe import GOOD
 
 from grpo.errors import UserError
 from grpo.plugins import bundled
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 
 
 def message(folder: Path, text: str | bytes, *overrides: str) -> str:

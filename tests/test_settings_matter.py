@@ -28,7 +28,7 @@ from grpo.config.describe import settings
 from grpo.errors import RunError, UserError
 from grpo.planning import plan
 from grpo.planning.footprint import measure_footprint
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.loop import Loop
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import context, find_start, plan_of

@@ -22,7 +22,7 @@ from grpo.benchmark.train import step_trainer
 from grpo.config.log import CompletionsConfig
 from grpo.generation.batching import Run, _Step
 from grpo.generation.sampling import Sampler, Sampling
-from grpo.recipe import dump_recipe
+from grpo.recipes import dump_recipe
 from grpo.runs.checkpoint import Context, save_checkpoint
 from grpo.runs.completions import store_completions
 from grpo.runs.state import RunState

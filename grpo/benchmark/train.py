@@ -22,7 +22,7 @@ from grpo.model.load import model_folder
 from grpo.model.widehead import widen_head
 from grpo.planning.plan import make_plan
 from grpo.planning.workload import Workload
-from grpo.recipe import with_settings
+from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.trainer import Trainer

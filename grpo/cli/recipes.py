@@ -14,7 +14,7 @@ from grpo.cli.commands import CommandGroup, TakesSettings
 from grpo.config.describe import json_schema, settings
 from grpo.errors import UserError
 from grpo.plugins import bundled, bundled_names, find_recipe
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 
 MOST = 1e6
 """Gigabytes, gigabytes a second or Tflop/s: more than any machine has."""

@@ -1,7 +1,7 @@
 """The recipe's schema: every setting, its meaning, its bounds and its one default.
 
-`grpo.recipe` reads a file into it, and `grpo recipes schema` prints it. Everything is frozen and strict: an unknown key
-or a value of another type is an error. The texts under the fields are what people read about them.
+`grpo.recipes` reads a file into it, and `grpo recipes schema` prints it. Everything is frozen and strict: an unknown
+key or a value of another type is an error. The texts under the fields are what people read about them.
 """
 
 from grpo.config.data import FILE_TYPES as FILE_TYPES

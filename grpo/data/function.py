@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from grpo.backend.hub import one_line
 from grpo.config import DataConfig
+from grpo.data.objects import rows_from
 from grpo.data.rows import Rows
 from grpo.errors import UserError
 from grpo.plugins import Function, Located
 
-MOST_ROWS = 10_000_000
-"""Rows of an iterable; beyond that it is taken to have no end."""
-
 
 def load_function(cfg: DataConfig) -> Rows:
-    """What the function in `cfg.use` returns: a `datasets.Dataset` as it is, anything else as a list of dicts.
+    """The rows of what the function in `cfg.use` returns. See `rows_from`.
 
     Raises UserError for a function that cannot be imported or called with `cfg.kwargs`, one that raises, and for a
     result that is not rows.
@@ -28,7 +25,7 @@ def load_function(cfg: DataConfig) -> Rows:
     assert cfg.use is not None
     function = Located(cfg.use, cfg.use, "data").load()
     arguments = _arguments(function, cfg)
-    return _guarded(cfg.use, lambda: _rows(function(**arguments), cfg))
+    return _guarded(cfg.use, lambda: rows_from(function(**arguments), f"data {cfg.use}: its result", cfg.split))
 
 
 def _arguments(function: Function, cfg: DataConfig) -> dict[str, Any]:
@@ -62,31 +59,3 @@ def _guarded(use: str, call: Callable[[], Rows]) -> Rows:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"
         raise UserError(f"data {use}: it raised {type(error).__name__}: {one_line(error)} ({where})") from error
-
-
-def _rows(found: Any, cfg: DataConfig) -> Rows:
-    from datasets import Dataset, DatasetDict
-
-    if isinstance(found, DatasetDict):
-        if cfg.split not in found:
-            raise UserError(f"data {cfg.use}: no split {cfg.split!r}; there is {', '.join(map(str, found))}")
-        found = found[cfg.split]
-    if isinstance(found, Dataset):
-        table: Rows = found
-        return table
-    if isinstance(found, str | bytes | Mapping) or not isinstance(found, Iterable):
-        raise UserError(
-            f"data {cfg.use}: it returned {type(found).__name__}; wanted are rows: a list of dicts, a datasets.Dataset "
-            "or an iterable of dicts"
-        )
-    rows = list(islice(found, MOST_ROWS + 1))
-    if len(rows) > MOST_ROWS:
-        raise UserError(f"data {cfg.use}: it gave more than {MOST_ROWS:,} rows, as if it had no end; return fewer")
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
-            hint = "; of a DataFrame return df.to_dict('records')" if hasattr(found, "to_dict") else ""
-            raise UserError(
-                f"data {cfg.use}: row {index} is not a dict with names of columns, but {type(row).__name__}: "
-                f"{str(row)[:80]!r}{hint}"
-            )
-    return rows

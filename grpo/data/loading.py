@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,11 @@ def load_rows(cfg: DataConfig) -> Rows:
     Raises UserError for a source that cannot be found, fetched or read, for one without rows, and for a column of
     `cfg.columns` that is not there.
     """
-    rows = _found(cfg)
+    return prepared_rows(_found(cfg), cfg)
+
+
+def prepared_rows(rows: Rows, cfg: DataConfig) -> Rows:
+    """Rows of the source that `cfg` names, with `cfg.columns` added. Raises UserError where there are none."""
     if len(rows) == 0:
         raise UserError(f"data {cfg.label}: split {cfg.split!r} has no rows")
     return renamed(rows, cfg) if cfg.columns else rows
@@ -75,7 +80,8 @@ def _load_hub(cfg: DataConfig, name: str) -> Rows:
 
     def download(cached: bool) -> Rows:
         with _offline() if cached else nullcontext():
-            rows: Any = load_dataset(name, cfg.config, split=cfg.split, revision=cfg.revision)
+            loaded = partial(load_dataset, name, split=cfg.split, revision=cfg.revision)
+            rows: Any = _with_main(lambda config: loaded(name=config), cfg)
         if cached and cfg.revision is not None:
             _check_cached(rows, name, cfg.revision)
         found: Rows = rows
@@ -88,6 +94,17 @@ def _load_hub(cfg: DataConfig, name: str) -> Rows:
         raise UserError(f"data {name}: {why}{' (data.config or eval.config)' if code else ''}") from error
     except DatasetsError as error:
         raise UserError(f"data {name}: cannot be read: {one_line(error.__cause__ or error)}") from error
+
+
+def _with_main(loaded: Callable[[str | None], Any], cfg: DataConfig) -> Any:
+    """The rows that `loaded` gives for the recipe's configuration; where it names none and the dataset has several, for
+    `main` if that is one of them, as it is for GSM8K."""
+    try:
+        return loaded(cfg.config)
+    except ValueError as error:
+        if cfg.config is not None or "Config name is missing" not in str(error) or "'main'" not in str(error):
+            raise
+        return loaded("main")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from grpo.backend.hub import one_line
@@ -19,17 +20,12 @@ if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
 
 
-class PromptRenderer:
-    """Makes tasks from rows as a recipe's `data` section says."""
+class PromptReader:
+    """Reads prompts out of rows, as a recipe's `data` section says: text or messages, without their tokens."""
 
-    def __init__(
-        self, cfg: DataConfig, tokenizer: TokenizerWrapper, vocabulary: int | None = None, source: str = "data"
-    ) -> None:
-        """`vocabulary` is how many tokens the model knows, where prompts are to be checked for others. `source` is the
-        name of the source that the tasks say they are of."""
+    def __init__(self, cfg: DataConfig, source: str = "data") -> None:
+        """`source` is the name of the source that the tasks say they are of."""
         self.cfg = cfg
-        self.tokenizer = tokenizer
-        self.vocabulary = vocabulary
         self.source = source
 
     @property
@@ -37,41 +33,18 @@ class PromptRenderer:
         """The columns that prompts are made of."""
         return columns_of(self.cfg.prompt) if "{" in self.cfg.prompt else [self.cfg.prompt]
 
-    @property
-    def identity(self) -> str | None:
-        """A hash of what the tokenizer makes of text and messages, or None where that cannot be known."""
-        import transformers
-
-        whole, template = getattr(self.tokenizer, "backend_tokenizer", None), self.tokenizer.chat_template
-        if whole is None or not isinstance(template, str | dict | None):
-            return None
-        code = getattr(self.tokenizer, "_chat_template", None)  # of mlx-lm's, for models without a template
-        described = (whole.to_str(), template, getattr(code, "__module__", None), transformers.__version__)
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-    def fits(self, task: Task) -> bool:
-        """Whether the prompt is no longer than `max_prompt_length`."""
-        return len(task.prompt_ids) <= self.cfg.max_prompt_length
+    def fits(self, task: Task) -> bool:  # noqa: ARG002  how long a prompt is only a tokenizer knows
+        """Whether the prompt is no longer than `max_prompt_length`, as far as that is known here."""
+        return True
 
     def task(self, index: int, row: Mapping[str, Any]) -> Task | None:
-        """The task of a row, or None for a row whose prompt is null.
+        """The task of a row, without token ids, or None for a row whose prompt is null.
 
-        Raises UserError for a column that is not there, a prompt that is neither text nor messages, messages that end
-        with the answer, messages without a chat template, a prompt that comes to no tokens, and a token that the model
-        has no embedding of (MLX would read whatever lies behind the last one).
+        Raises UserError for a column that is not there, a prompt that is neither text nor messages, and messages that
+        end with the answer.
         """
         prompt = self._prompt(index, row)
-        if prompt is None:
-            return None
-        ids = tuple(self._encode(index, prompt))
-        if not ids:
-            raise UserError(f"data.prompt: {self._row(index)} comes to no tokens; has the model a tokenizer?")
-        if self.vocabulary is not None and (highest := max(ids)) >= self.vocabulary:
-            raise UserError(
-                f"data.prompt: {self._row(index)} has token {highest}, and the model's vocabulary is of "
-                f"{self.vocabulary}: its tokenizer is another model's, or has grown without it"
-            )
-        return Task(index, prompt, ids, row, self.source)
+        return None if prompt is None else Task(index, prompt, (), row, self.source)
 
     def _prompt(self, index: int, row: Mapping[str, Any]) -> Prompt | None:
         setting = self.cfg.prompt
@@ -96,6 +69,59 @@ class PromptRenderer:
         if name not in row:
             raise UserError(f"data.prompt: no column {name!r} in {self._row(index)}; there is {', '.join(row)}")
         return row[name]
+
+
+class PromptRenderer(PromptReader):
+    """Makes tasks from rows as a recipe's `data` section says."""
+
+    def __init__(
+        self, cfg: DataConfig, tokenizer: TokenizerWrapper, vocabulary: int | None = None, source: str = "data"
+    ) -> None:
+        """`vocabulary` is how many tokens the model knows, where prompts are to be checked for others. `source` is the
+        name of the source that the tasks say they are of."""
+        super().__init__(cfg, source)
+        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
+
+    @property
+    def identity(self) -> str | None:
+        """A hash of what the tokenizer makes of text and messages, or None where that cannot be known."""
+        import transformers
+
+        whole, template = getattr(self.tokenizer, "backend_tokenizer", None), self.tokenizer.chat_template
+        if whole is None or not isinstance(template, str | dict | None):
+            return None
+        code = getattr(self.tokenizer, "_chat_template", None)  # of mlx-lm's, for models without a template
+        described = (whole.to_str(), template, getattr(code, "__module__", None), transformers.__version__)
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def fits(self, task: Task) -> bool:
+        """Whether the prompt is no longer than `max_prompt_length`."""
+        return len(task.prompt_ids) <= self.cfg.max_prompt_length
+
+    def task(self, index: int, row: Mapping[str, Any]) -> Task | None:
+        """The task of a row with its token ids, or None for a row whose prompt is null.
+
+        Raises UserError as `PromptReader` does, and as `encoded` does.
+        """
+        task = super().task(index, row)
+        return None if task is None else self.encoded(task)
+
+    def encoded(self, task: Task) -> Task:
+        """The task with token ids.
+
+        Raises UserError for messages without a chat template, a prompt that comes to no tokens, and a token that the
+        model has no embedding of (MLX would read whatever lies behind the last one).
+        """
+        index, ids = task.index, tuple(self._encode(task.index, task.prompt))
+        if not ids:
+            raise UserError(f"data.prompt: {self._row(index)} comes to no tokens; has the model a tokenizer?")
+        if self.vocabulary is not None and (highest := max(ids)) >= self.vocabulary:
+            raise UserError(
+                f"data.prompt: {self._row(index)} has token {highest}, and the model's vocabulary is of "
+                f"{self.vocabulary}: its tokenizer is another model's, or has grown without it"
+            )
+        return replace(task, prompt_ids=ids)
 
     def _encode(self, index: int, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and not self._wraps_text():

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from grpo.backend.random import derive_seed
-from grpo.data.prompts import PromptRenderer
+from grpo.data.prompts import PromptReader
 from grpo.data.rows import Rows
 from grpo.errors import UserError
 from grpo.types import Group, Task
@@ -21,7 +21,7 @@ class TaskStream:
     this one's state goes on where it is. `dropped` counts those of them whose prompts were too long or null.
     """
 
-    def __init__(self, rows: Rows, renderer: PromptRenderer, seed: int) -> None:
+    def __init__(self, rows: Rows, renderer: PromptReader, seed: int) -> None:
         self._rows = rows
         self._renderer = renderer
         self._seed = seed
@@ -45,6 +45,10 @@ class TaskStream:
                 raise all_too_long(self._renderer)
         return tasks
 
+    def task(self, index: int) -> Task | None:
+        """The task of a row, whatever is next; None for a row whose prompt is null."""
+        return self._renderer.task(index, self._rows[index])
+
     def observe(self, groups: Sequence[Group]) -> None:
         """Nothing: the order of the rows does not depend on what became of them."""
 
@@ -64,8 +68,7 @@ class TaskStream:
         if self._order[0] != epoch:
             self._order = (epoch, self._order_of(epoch))
         self.cursor += 1
-        index = self._order[1][position]
-        return self._renderer.task(index, self._rows[index])
+        return self.task(self._order[1][position])
 
     def _order_of(self, epoch: int) -> list[int]:
         order = list(range(len(self._rows)))
@@ -74,7 +77,7 @@ class TaskStream:
         return order
 
 
-def first_tasks(rows: Rows, renderer: PromptRenderer, n: int) -> list[Task]:
+def first_tasks(rows: Rows, renderer: PromptReader, n: int) -> list[Task]:
     """The first `n` tasks of the rows in their own order, without those too long or null: for evaluation."""
     rendered = (renderer.task(index, rows[index]) for index in range(len(rows)))
     tasks = list(islice((task for task in rendered if task is not None and renderer.fits(task)), n))
@@ -83,7 +86,7 @@ def first_tasks(rows: Rows, renderer: PromptRenderer, n: int) -> list[Task]:
     return tasks
 
 
-def all_too_long(renderer: PromptRenderer) -> UserError:
+def all_too_long(renderer: PromptReader) -> UserError:
     """What to raise where no row has a prompt that fits."""
     limit = renderer.cfg.max_prompt_length
     return UserError(

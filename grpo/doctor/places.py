@@ -14,7 +14,7 @@ from grpo.builtin.models import cache_folder
 from grpo.doctor.finding import Finding, gigabytes
 from grpo.errors import UserError
 from grpo.plugins import bundled
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 
 FULL = 100 * 2**20
 """Bytes free under which nothing of ours can be written."""

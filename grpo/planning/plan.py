@@ -21,7 +21,7 @@ from grpo.model.policy import Policy
 from grpo.model.widehead import bytes_at_work
 from grpo.planning.footprint import Footprint, measure_body, measure_footprint
 from grpo.planning.workload import Workload
-from grpo.recipe import with_settings
+from grpo.recipes import with_settings
 from grpo.training.optimizer import Float32Optimizer, bytes_of_a_group
 from grpo.training.packing import Shape
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from grpo.config import AdapterConfig, EvalConfig, OptimConfig, RolloutConfig
 from grpo.generation.memory import Need
-from grpo.recipe import with_settings
+from grpo.recipes import with_settings
 from grpo.rollout import sampling_of
 from grpo.training.packing import Packing, Shape
 

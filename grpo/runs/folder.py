@@ -13,7 +13,7 @@ from pathlib import Path
 
 from grpo.config import Recipe
 from grpo.errors import UserError
-from grpo.recipe import dump_recipe
+from grpo.recipes import dump_recipe
 from grpo.runs.checkpoint import (
     RECIPE,
     STATE,

@@ -11,7 +11,6 @@ from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import DataConfig, OptimConfig, Recipe, RolloutConfig
 from grpo.data.lengths import Lengths, measure_lengths
-from grpo.data.loading import is_local, load_rows
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows, rows_with_null
 from grpo.data.stream import TaskStream, first_tasks
@@ -26,9 +25,9 @@ from grpo.planning.notes import filter_note, notes_on
 from grpo.planning.plan import Plan, make_plan
 from grpo.planning.positions import position_note
 from grpo.planning.workload import Workload
-from grpo.plugins import find_function
-from grpo.recipe import with_settings
+from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
+from grpo.runs.given import NOTHING, Given
 from grpo.scoring.scorer import Scorer
 from grpo.training.optimizer import make_optimizer
 from grpo.training.trainer import Trainer
@@ -53,8 +52,10 @@ class Prepared:
     rows: Mapping[str, Rows]
 
 
-def prepare(cfg: Recipe) -> Prepared:
+def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
     """Resolve rewards, data and model, and make them into a trainer. Writes nothing.
+
+    What is `given` takes the place of what the recipe names.
 
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
@@ -63,14 +64,16 @@ def prepare(cfg: Recipe) -> Prepared:
     if cfg.rollout.prompts_per_step < ranks.size:
         raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
-    scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system)
-    custom_loss = find_function(cfg.loss.use, "loss") if cfg.loss.use else None
+    scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions)
+    custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
     environment = find_environment(cfg.rollout.environment)
     named = data_of(cfg)
-    sources = list(named.values())
-    local = [load_rows(source) if is_local(source) else None for source in sources]
+    local = [given.rows(name, data) if given.is_local(name, data) else None for name, data in named.items()]
     model, tokenizer = load(cfg.model)
-    tables = [load_rows(source) if rows is None else rows for source, rows in zip(sources, local, strict=True)]
+    tables = [
+        given.rows(name, data) if rows is None else rows
+        for (name, data), rows in zip(named.items(), local, strict=True)
+    ]
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
     policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
@@ -79,37 +82,39 @@ def prepare(cfg: Recipe) -> Prepared:
     renderer, *eval_renderers = [PromptRenderer(data, tokenizer, vocabulary, name) for name, data in named.items()]
     tasks = first_tasks(tables[0], renderer, PEEK)
     scorer.check(tasks[0].columns)
-    evaluator = None
-    if cfg.eval is not None:
-        evaluator = Evaluator(
-            cfg.eval,
-            first_tasks(tables[1], eval_renderers[0], cfg.eval.prompts),
-            engine,
-            scorer,
-            cfg.rollout.temperature,
-            cfg.seed,
-            ranks,
-        )
-        if cfg.best_metric not in evaluator.names:
-            known = ", ".join(evaluator.names)
-            raise UserError(f"checkpoint.metric_for_best_model: {cfg.best_metric!r} is not measured; there is {known}")
+    held_out = list(zip(tables[1:], eval_renderers, strict=True))
+    evaluator = _evaluator(cfg, *held_out[0], engine, scorer, ranks) if held_out else None
     lengths = measure_lengths(tables[0], renderer)
     ranks.check_same("the prompts of data", lengths)
     longest = lengths.longest if lengths else cfg.data.max_prompt_length
     stream = TaskStream(tables[0], renderer, cfg.seed)
+    source = stream if given.source is None else given.source(stream)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, longest, longest_of_all)
     plan, optim = _together(ranks, policy, *make_plan(workload, policy, generator.decoding))
     cfg = with_settings(cfg, {"optim": optim})
     generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
-    trainer = Trainer(cfg, policy, stream, engine, scorer, custom_loss, ranks)
+    trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks)
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
-    nulls = [_null_prompts(*held_out) for held_out in zip(tables[1:], eval_renderers, strict=True)]
+    nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
     prompts, head = _prompts(lengths, tables[0], renderer), filter(None, [positions, head_note(model, cfg.model)])
     notes = [*prompts, *generator.describe(), *head, *policy.slow]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     return Prepared(trainer, evaluator, plan, tasks, list(dict.fromkeys(notes)), dict(zip(named, tables, strict=True)))
+
+
+def _evaluator(
+    cfg: Recipe, rows: Rows, renderer: PromptRenderer, engine: RolloutEngine, scorer: Scorer, ranks: Ranks
+) -> Evaluator:
+    """What measures the run on held-out rows. Raises UserError where that is not what the best checkpoint goes by."""
+    assert cfg.eval is not None
+    tasks = first_tasks(rows, renderer, cfg.eval.prompts)
+    evaluator = Evaluator(cfg.eval, tasks, engine, scorer, cfg.rollout.temperature, cfg.seed, ranks)
+    if cfg.best_metric not in evaluator.names:
+        known = ", ".join(evaluator.names)
+        raise UserError(f"checkpoint.metric_for_best_model: {cfg.best_metric!r} is not measured; there is {known}")
+    return evaluator
 
 
 def _prompts(lengths: Lengths | None, rows: Rows, renderer: PromptRenderer) -> list[str]:

@@ -16,10 +16,9 @@ from pydantic import ValidationError
 
 from grpo.config import Recipe
 from grpo.data.fingerprint import fingerprint
-from grpo.data.loading import is_local, load_rows
 from grpo.data.rows import Rows
 from grpo.errors import UserError
-from grpo.recipe import with_settings
+from grpo.recipes import with_settings
 from grpo.runs.checkpoint import (
     Context,
     load_checkpoint,
@@ -37,6 +36,7 @@ from grpo.runs.folder import (
     resumed_folder,
     run_folder,
 )
+from grpo.runs.given import NOTHING, Given
 from grpo.runs.prepare import data_of
 from grpo.runs.publishing import check_no_secrets
 from grpo.runs.revisions import with_revisions
@@ -94,6 +94,7 @@ def find_start(
     changed: bool = False,
     overwrite: bool = False,
     dry: bool = False,
+    given: Given = NOTHING,
 ) -> Start:
     """Where a run with this recipe begins.
 
@@ -130,7 +131,7 @@ def find_start(
             notes = [f"{folder} holds a run: training takes --resume, --overwrite or another output_dir"]
         return Start(cfg, goes_on=goes_on, overwrite=overwrite, notes=tuple(notes))
     state, written = load_checkpoint(checkpoint)
-    differences = changes(written, context_now(cfg, written))
+    differences = changes(written, context_now(cfg, written, given))
     if differences and not changed:
         listed = "\n".join(f"  {line}" for line in differences)
         what = "was written with another recipe, other code or other data"
@@ -179,19 +180,19 @@ def context(
     plan: Mapping[str, Any],
     revisions: Mapping[str, str],
     rows: Mapping[str, Rows],
+    given: Given = NOTHING,
 ) -> Context:
     """What this recipe's checkpoints say about their run. `rows` of the Hub are known by their revision."""
-    sources = data_of(cfg)
-    hashes = {name: fingerprint(table) for name, table in rows.items() if is_local(sources[name])}
-    return Context(
-        recipe_text(cfg), source_hashes(cfg.uses), adapter, plan, revisions, hashes | starting_hash(cfg.adapter)
-    )
+    named = data_of(cfg)
+    inputs = {name: fingerprint(table) for name, table in rows.items() if given.is_local(name, named[name])}
+    sources = source_hashes(cfg.uses) | given.sources()
+    return Context(recipe_text(cfg), sources, adapter, plan, revisions, inputs | starting_hash(cfg.adapter))
 
 
-def context_now(cfg: Recipe, written: Context) -> Context:
+def context_now(cfg: Recipe, written: Context, given: Given = NOTHING) -> Context:
     """What a checkpoint that was `written` would say now of what this recipe names: code, data, an adapter."""
-    rows = {name: load_rows(source) for name, source in data_of(cfg).items() if is_local(source)}
-    return context(cfg, written.adapter, written.plan, written.revisions, rows)
+    rows = {name: given.rows(name, data) for name, data in data_of(cfg).items() if given.is_local(name, data)}
+    return context(cfg, written.adapter, written.plan, written.revisions, rows, given)
 
 
 def changes(old: Context, new: Context) -> list[str]:

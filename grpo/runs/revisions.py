@@ -9,7 +9,7 @@ from grpo.backend.hub import Repository, cached_commit
 from grpo.config import DataConfig, ModelConfig, Recipe
 from grpo.data.loading import is_local as is_local_data
 from grpo.model.load import is_local as is_local_model
-from grpo.recipe import with_settings
+from grpo.recipes import with_settings
 from grpo.runs.checkpoint import newest_whole, read_state
 from grpo.runs.folder import CHECKPOINTS
 from grpo.runs.prepare import data_of

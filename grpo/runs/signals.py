@@ -6,7 +6,8 @@ A second SIGHUP does not: a terminal that closes sends one, and its shell anothe
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 KEPT_IGNORED = (signal.SIGHUP, signal.SIGQUIT)
 """Signals that stay ignored where they are: `nohup` ignores SIGHUP so that a run outlives its terminal."""
+BY_CODE = 0
+"""In the place of a signal's number: code asked for the stop, by `StopRequest.ask`."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -27,12 +30,35 @@ class Stopped(KeyboardInterrupt):
 class StopRequest:
     """Inside its `with` block the first signal is noted here instead of ending the process; the second ends it."""
 
-    def __init__(self, notice: Callable[[], None] = lambda: None) -> None:
-        """`notice` is called when the first signal comes, to tell the person."""
+    def __init__(
+        self,
+        notice: Callable[[], None] = lambda: None,
+        asking: Sequence[int] = ASKING,
+        second: Callable[[int], Any] | None = None,
+    ) -> None:
+        """`notice` is called when the first signal comes, to tell the person. `asking` are the signals that ask.
+
+        `second` gives the handler of a second signal, by its number. Default: it ends the process at once.
+        """
         self.signal: int | None = None
         self._notice = notice
+        self._asking, self._second = asking, second or _at_once
         self._former: dict[int, Any] = {}
         self._interrupts = self._held = False
+
+    @classmethod
+    def in_a_session(cls, notice: Callable[[], None] = lambda: None) -> StopRequest:
+        """For a process that is not the run's own: a notebook's, a script's. Only Ctrl-C asks, and only where Python
+        itself would have raised KeyboardInterrupt: a handler of the session's own stays, and so do all other signals. A
+        second Ctrl-C raises KeyboardInterrupt at once.
+        """
+        in_main = threading.current_thread() is threading.main_thread()
+        free = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        return cls(notice, (signal.SIGINT,) if free else (), lambda _: signal.default_int_handler)
+
+    def ask(self) -> None:
+        """Ask for the stop from code, such as a callback's: the run ends after the step that is finished."""
+        self.signal = BY_CODE if self.signal is None else self.signal
 
     @property
     def requested(self) -> bool:
@@ -79,7 +105,7 @@ class StopRequest:
         self._held = True
 
     def __enter__(self) -> StopRequest:
-        for number in ASKING:
+        for number in self._asking:
             if number in KEPT_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
                 continue
             self._former[number] = signal.signal(number, self._note)
@@ -92,8 +118,12 @@ class StopRequest:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
         for second in self._former:  # at once, whatever is being computed or written
-            signal.signal(second, signal.SIG_IGN if second == signal.SIGHUP else signal.SIG_DFL)
+            signal.signal(second, self._second(second))
         with suppress(OSError):  # the terminal may be what has gone
             self._notice()
         if self._interrupts:
             raise Stopped
+
+
+def _at_once(number: int) -> Any:
+    return signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grpo.config import AdapterConfig, Recipe
 from grpo.model.saved import CONFIG, weights_file
-from grpo.recipe import with_settings
+from grpo.recipes import with_settings
 from grpo.runs.checkpoint import hash_of, sync
 
 STARTING = "starting_adapter"

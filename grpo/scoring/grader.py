@@ -134,15 +134,17 @@ class Isolated:
         self.worker.close()
 
 
-def make_grader(config: RewardConfig, system: str | None = None) -> Inline | Isolated:
+def make_grader(config: RewardConfig, system: str | None = None, function: Function | None = None) -> Inline | Isolated:
     """The reward that a recipe's line means; `system` is the message before text prompts, which it may be shown.
 
-    Raises UserError for one that cannot be had.
+    A `function` that was given as an object is taken as it is, in this process. Raises UserError for a reward that
+    cannot be had.
     """
     located = locate_reward(config.use)
     located = Located(config.name or located.name, located.where, located.what)
-    if config.isolation == "inline":
-        return Inline(located.name, located.load(), config.kwargs, config.calls, config.completions, system)
+    if function is not None or config.isolation == "inline":
+        called = function or located.load()
+        return Inline(located.name, called, config.kwargs, config.calls, config.completions, system)
     terms = WorkerTerms(config.timeout, config.completions, system, config.env, config.memory_gb)
     return Isolated(located, config.kwargs, terms, config.calls)
 

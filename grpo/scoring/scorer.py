@@ -60,14 +60,21 @@ class Scorer:
         self.progress: Progress | None = None
 
     @classmethod
-    def of(cls, configs: Sequence[RewardConfig], max_steps: int = 0, system: str | None = None) -> Scorer:
-        """The rewards that a recipe names, ready; `system` is the system message of its text prompts.
+    def of(
+        cls,
+        configs: Sequence[RewardConfig],
+        max_steps: int = 0,
+        system: str | None = None,
+        functions: Mapping[str, Function] | None = None,
+    ) -> Scorer:
+        """The rewards that a recipe names, ready; `system` is the system message of its text prompts. `functions` are
+        those that were given as objects, by their `use`.
 
         Raises UserError for one that cannot be had, for arguments that do not fit, and for two of one name.
         """
         rewards: dict[str, Inline | Isolated] = {}
         for config in configs:
-            grader = make_grader(config, system)
+            grader = make_grader(config, system, (functions or {}).get(config.use))
             if grader.name in rewards:
                 raise UserError(
                     f"rewards: two of them are called {grader.name!r}; metrics need one name each: give one a name of "

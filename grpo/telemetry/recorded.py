@@ -15,7 +15,7 @@ from rich.table import Table
 
 from grpo.config import Recipe
 from grpo.errors import UserError
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.folder import ENDED, METRICS, UNTRAINED, WORSE, check_is_run, is_run, is_running
 from grpo.telemetry.console import ConsoleLogger, is_fraction

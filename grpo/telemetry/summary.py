@@ -10,7 +10,6 @@ from rich.console import Console
 
 from grpo.config import DataConfig, ModelConfig, RewardConfig
 from grpo.planning.plan import Plan
-from grpo.runs.checkpoint import RECIPE
 from grpo.runs.loop import Outcome
 from grpo.scoring.text import counted
 from grpo.telemetry.console import before_and_after, print_wrapped
@@ -42,9 +41,11 @@ def failure_lines(failures: Mapping[str, float], timeouts: Mapping[str, float]) 
     ]
 
 
-def print_outcome(console: Console, outcome: Outcome, folder: Path, example: str, failures: list[str]) -> None:
+def print_outcome(
+    console: Console, outcome: Outcome, folder: Path, example: str, failures: list[str], go_on: str
+) -> None:
     """The table of accuracies, what failed, that the model got worse if it did, where the adapter is, and how to try it
-    on a prompt like `example`."""
+    on a prompt like `example`. `go_on` is how to go on with a run that was stopped."""
     state = outcome.state
     if state.before and state.after and state.after.step > state.before.step:
         console.print(before_and_after(state.before, state.after))
@@ -57,7 +58,7 @@ def print_outcome(console: Console, outcome: Outcome, folder: Path, example: str
     if outcome.checkpoint:
         lines.append(f"adapter  {outcome.checkpoint}")
         lines.append(f"try it   grpo generate {shlex.quote(str(folder))} {shlex.quote(example)}")
-        if outcome.stopped_by is not None:  # the folder's own recipe repeats what the command line said
-            lines.append(f"go on    grpo train {shlex.quote(str(folder / RECIPE))} --resume")
+        if outcome.stopped_by is not None:
+            lines.append(f"go on    {go_on}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

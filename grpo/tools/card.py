@@ -15,7 +15,7 @@ from grpo.config.data import origins
 from grpo.data.loading import is_local
 from grpo.document import Dumper
 from grpo.model.load import looks_like_path, model_folder
-from grpo.recipe import with_settings
+from grpo.recipes import with_settings
 from grpo.runs.checkpoint import read_state
 from grpo.tools.license import license_of
 from grpo.tools.snippets import BASE, snippet

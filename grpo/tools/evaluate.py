@@ -16,7 +16,7 @@ from grpo.errors import UserError
 from grpo.model.load import looks_like_path, similar
 from grpo.model.saved import read_adapter
 from grpo.plugins import find_recipe, locate_reward
-from grpo.recipe import load_recipe, recipe_of, with_settings
+from grpo.recipes import load_recipe, recipe_of, with_settings
 from grpo.runs.checkpoint import RECIPE, STATE, read_state, step_of
 from grpo.runs.folder import find_checkpoint, is_run
 from grpo.runs.prepare import data_of, prepare

@@ -28,7 +28,7 @@ from grpo.model.mlxlm import (
     save_model,
 )
 from grpo.model.saved import CONFIG, PEFT_WEIGHTS, WEIGHTS, read_adapter
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.folder import check_is_run, find_checkpoint
 from grpo.runs.revisions import pinned

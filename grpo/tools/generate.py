@@ -18,7 +18,7 @@ from grpo.generation.sampling import Sampling
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load, looks_like_path, similar
 from grpo.plugins import bundled_names
-from grpo.recipe import load_recipe, with_settings
+from grpo.recipes import load_recipe, with_settings
 from grpo.rollout import at_temperature, sampling_of
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.folder import is_run, newest_checkpoint

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from grpo.errors import UserError
 from grpo.model.policy import Policy
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, newest_whole, read_state, step_of
 from grpo.runs.completions import UNNAMED, read_completions
 from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, METRICS, check_is_run

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from grpo.config import RewardConfig
 from grpo.errors import UserError
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.folder import COMPLETIONS, check_is_run

@@ -16,14 +16,15 @@ def guarded(custom: CustomLoss) -> CustomLoss:
     """The same loss. It raises RunError where the function fails, or returns another thing than a loss a token."""
 
     def call(current: mx.array, batch: Batch, cfg: LossConfig) -> mx.array:
+        named = f"loss.use: {cfg.use}" if cfg.use else f"loss: {getattr(custom, '__name__', custom)}"
         try:
             per_token = custom(current, batch, cfg)
         except Exception as error:
             said = f"{type(error).__name__}: {error}{_columns(error)}"
-            raise RunError(f"loss.use: {cfg.use} failed: {said}") from error
+            raise RunError(f"{named} failed: {said}") from error
         if not isinstance(per_token, mx.array) or per_token.shape != current.shape:
             shape = getattr(per_token, "shape", type(per_token).__name__)
-            raise RunError(f"loss.use: {cfg.use} returned {shape}, not an array of the logprobs' shape {current.shape}")
+            raise RunError(f"{named} returned {shape}, not an array of the logprobs' shape {current.shape}")
         return per_token
 
     return call

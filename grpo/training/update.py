@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
 
 from grpo.backend.device import compiled
 from grpo.backend.hub import one_line
@@ -20,13 +18,11 @@ from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig, OptimConfig
 from grpo.errors import RunError
-from grpo.model.dropout import dropping
 from grpo.model.policy import Policy
-from grpo.objective import combine_metrics, policy_loss
+from grpo.objective import combine_metrics
 from grpo.objective.loss import CustomLoss
-from grpo.objective.measures import Metrics
-from grpo.training.batches import MiniBatch, batch_logprobs
-from grpo.training.custom import guarded
+from grpo.training.batches import MiniBatch
+from grpo.training.gradients import Gradient, Gradients
 from grpo.training.optimizer import Float32Optimizer, grouped
 from grpo.training.schedule import learning_rate
 from grpo.types import Batch, Progress
@@ -49,19 +45,6 @@ class Update:
     without_signal: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Gradient:
-    """The gradient of a minibatch's loss, the loss, its metrics, and its batches with anchors.
-
-    `arrays` are float32, by the parameters' paths; applying the gradient empties them.
-    """
-
-    arrays: dict[str, mx.array]
-    loss: float
-    metrics: dict[str, float]
-    batches: list[Batch]
-
-
 class Updater:
     """Holds the optimiser. One call is one step's updates of the policy.
 
@@ -80,23 +63,21 @@ class Updater:
         dropout_seed: int | None = None,
         check: Callable[[int, Mapping[str, float]], None] = lambda *_: None,
         moving: Callable[[], None] = lambda: None,
+        optimizer: Float32Optimizer | None = None,
     ) -> None:
-        """`dropout_seed` is what the adapter's dropout draws from; None where nothing is dropped."""
+        """`dropout_seed` is what the adapter's dropout draws from; None where nothing is dropped. `optimizer` is one
+        that is there already, whose state goes on."""
         self.policy = policy
-        self.cfg, self.loss = cfg, loss
-        self.custom = custom
+        self.cfg = cfg
         self.dropout_seed = dropout_seed
         self.ranks = ranks or Ranks()
         self.check, self.moving = check, moving
-        self.optimizer = Float32Optimizer(cfg, policy.model.trainable_parameters())
+        self.gradients = Gradients(policy, loss, custom, self.ranks, cfg.compile)
+        self.optimizer = optimizer or Float32Optimizer(cfg, policy.model.trainable_parameters())
         self.inspect: Path | None = None
-        self.progress: Progress | None = None
         self.skipped_in_a_row = 0
         self.steps_without_signal = 0
-        self._loss_and_grad = nn.value_and_grad(policy.model, self._loss)
-        compiles = cfg.compile
-        self._accumulate = compiled(self._accumulated, policy.model.state) if compiles else self._accumulated
-        self._squares = compiled(_squares) if compiles else _squares
+        self._squares = compiled(_squares) if cfg.compile else _squares
 
     def __call__(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
         """`optim.num_iterations` passes of one update for each minibatch; what is returned is over all of them.
@@ -116,7 +97,7 @@ class Updater:
             for number, batches in enumerate(waiting):
                 gradient = self.gradient(batches, self._dropout_key(step, iteration, number))
                 waiting[number] = gradient.batches  # skipped or not: by the next pass the policy may have moved
-                updates.append(self._apply(gradient, step))
+                updates.append(self.apply(gradient, step))
                 del gradient  # what was not applied would stay beside the next one
         together = _together(updates)
         self.steps_without_signal += together.without_signal == len(updates)
@@ -128,7 +109,7 @@ class Updater:
             return None
         return derive_key(self.dropout_seed, "dropout", *position, *self.ranks.own)
 
-    def _apply(self, gradient: Gradient, step: int) -> Update:
+    def apply(self, gradient: Gradient, step: int) -> Update:
         """One optimiser step, unless the gradient is not finite or says nothing."""
         norm = self._norm(gradient.arrays)
         update = Update(gradient.loss, cast(float, norm.item()), gradient.metrics)
@@ -178,49 +159,17 @@ class Updater:
         return f" The batches and the adapter that led to it are in {folder}."
 
     def gradient(self, batches: Sequence[Batch], dropout_key: mx.array | None = None) -> Gradient:
-        """The gradient of the batches' summed loss; of no batches (nothing to learn from), zeros.
+        """The gradient of the batches' summed loss. See `Gradients`."""
+        return self.gradients(batches, dropout_key)
 
-        With a key (uint32 `[2]`) the adapter's dropout is on, and each batch has masks of its own.
-        """
-        tree: Any = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
-        parts: list[dict[str, float]] = []
-        loss, seen = 0.0, []
-        self._tell(0, len(batches))  # the first one may take long: a GPU builds its kernels
-        for number, batch in enumerate(batches):
-            # An input, or the compiled function would draw the same masks for ever.
-            key = None if dropout_key is None else mx.random.split(dropout_key, len(batches))[number]
-            with self.policy.training():
-                tree, value, metrics, logprobs = self._accumulate(tree, batch.arrays(), key)
-            mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time
-            loss += cast(float, value.item())
-            parts.append({name: cast(float, metric.item()) for name, metric in metrics.items()})
-            seen.append(batch if batch.anchor is not None else replace(batch, anchor=logprobs))
-            self._tell(len(seen), len(batches))
-        everyone = self.ranks.gather((loss, parts))
-        every_part = [part for _, theirs in everyone for part in theirs]
-        arrays: dict[str, mx.array] = tree_flatten(tree, destination={})
-        del tree
-        for paths in grouped(arrays):  # a sum over processes is another array: for a few at a time
-            arrays |= zip(paths, self.ranks.sum([arrays.pop(path) for path in paths]), strict=True)
-        return Gradient(arrays, sum(one for one, _ in everyone), combine_metrics(every_part), seen)
+    @property
+    def progress(self) -> Progress | None:
+        """Told how many micro-batches of an update are done."""
+        return self.gradients.progress
 
-    def _tell(self, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress("update", done, total)
-
-    def _accumulated(
-        self, tree: Any, arrays: dict[str, mx.array], dropout_key: mx.array | None
-    ) -> tuple[Any, mx.array, Metrics, mx.array]:
-        """The float32 tree with the batch's gradient added, the batch's loss, its metrics and its logprobs."""
-        (value, (metrics, logprobs)), gradient = self._loss_and_grad(Batch.of(arrays), dropout_key)
-        return tree_map(mx.add, tree, gradient), value, metrics, logprobs
-
-    def _loss(self, batch: Batch, dropout_key: mx.array | None) -> tuple[mx.array, tuple[Metrics, mx.array]]:
-        with dropping(dropout_key):
-            logprobs, entropies = batch_logprobs(self.policy, batch, self.loss.entropy_coef > 0)
-        custom = guarded(self.custom) if self.custom else None
-        loss, metrics = policy_loss(logprobs, batch, self.loss, entropies, custom)
-        return loss, (metrics, mx.stop_gradient(logprobs))
+    @progress.setter
+    def progress(self, progress: Progress | None) -> None:
+        self.gradients.progress = progress
 
 
 def _squares(total: mx.array, arrays: list[mx.array]) -> mx.array:

@@ -22,7 +22,7 @@ from grpo.model.load import load
 from grpo.model.policy import Policy
 from grpo.planning import plan
 from grpo.planning.footprint import Footprint
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.folder import newest_checkpoint
 from grpo.runs.loop import Loop
 from grpo.runs.prepare import prepare

@@ -11,7 +11,7 @@ from grpo.builtin.tasks import TASKS, rows
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.plugins import bundled, find_reward
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.scoring.contract import Reward
 
 NAMES = [name.partition(":")[2] for name in TASKS]

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from grpo.planning import plan
 from grpo.planning.footprint import measure_footprint
-from grpo.recipe import dump_recipe, load_recipe
+from grpo.recipes import dump_recipe, load_recipe
 
 SECTIONS = """
 eval: {split: train, prompts: 2, samples: 2}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from grpo.config import DataConfig
-from grpo.data import function as module
+from grpo.data import objects
 from grpo.data.loading import load_rows
 from grpo.errors import UserError
 
@@ -75,6 +75,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("splits", {"split": "test"}, ["test a", "test b", "test c"]),
         ("generated", {}, ["a", "b", "c"]),
         ("streamed", {}, ["a", "b", "c"]),
+        ("frame", {}, ["a", "b"]),
     ],
 )
 def test_rows_of_a_function(found, name: str, settings: dict, questions: list[str]) -> None:
@@ -90,17 +91,16 @@ def test_rows_of_a_function(found, name: str, settings: dict, questions: list[st
         ("rows", {"split": "test"}, "takes no `split`, so its rows are one split, 'train'; there is no 'test'"),
         ("splits", {"split": "dev"}, "no split 'dev'; there is train, test"),
         ("broken", {}, r"it raised RuntimeError: no such table \(mine.py:\d+\)"),
-        ("none", {}, "it returned NoneType; wanted are rows"),
-        ("text", {}, "it returned str; wanted are rows"),
-        ("one", {}, "it returned dict; wanted are rows"),
+        ("none", {}, "its result is of type NoneType; wanted are rows"),
+        ("text", {}, "its result is of type str; wanted are rows"),
+        ("one", {}, "its result is of type dict; wanted are rows"),
         ("texts", {}, "row 0 is not a dict with names of columns, but str: 'a'"),
-        ("frame", {}, "row 0 is not a dict .*df.to_dict"),
         ("empty", {}, "split 'train' has no rows"),
         ("endless", {}, "more than 1,000 rows, as if it had no end"),
     ],
 )
 def test_functions_that_will_not_do(found, monkeypatch, name: str, settings: dict, said: str) -> None:
-    monkeypatch.setattr(module, "MOST_ROWS", 1000)
+    monkeypatch.setattr(objects, "MOST_ROWS", 1000)
     with pytest.raises(UserError, match=said) as error:
         found(name, **settings)
     assert "mine.py" in str(error.value)

@@ -9,7 +9,7 @@ from grpo.errors import RunError, UserError
 from grpo.evaluation.evaluator import bootstrap_interval, interval, pass_at, wilson_interval
 from grpo.evaluation.votes import final_answer, majority
 from grpo.generation.engine import Engine
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
 from grpo.types import Failure, Trajectory

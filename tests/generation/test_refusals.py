@@ -18,7 +18,7 @@ from grpo.model import head, sharing
 from grpo.model.adapters import Adapters
 from grpo.model.drawn import NoTokenizer
 from grpo.model.policy import Policy
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 
 TEXT = "nvrtc: error: no such\n kernel"

@@ -16,7 +16,7 @@ from hub.shelves import DATASETS, write
 
 from grpo.config import Recipe
 from grpo.plugins import bundled
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.scoring.sandbox.runner import missing
 
 RECIPES = {path.stem: load_recipe(path) for path in sorted(bundled("recipes").glob("*.yaml"))}

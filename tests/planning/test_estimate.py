@@ -30,7 +30,7 @@ from grpo.planning.machines import CHIPS, described
 from grpo.planning.machines import cuda as card
 from grpo.planning.plan import Machine, make_plan, plan_on
 from grpo.plugins import bundled
-from grpo.recipe import load_recipe, recipe_of
+from grpo.recipes import load_recipe, recipe_of
 from grpo.training.packing import Shape
 
 NAMED = {chip.name: chip for chip in CHIPS}

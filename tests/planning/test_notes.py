@@ -8,7 +8,7 @@ import pytest
 from grpo.config import LossConfig
 from grpo.objective.surrogates import Terms, vespo
 from grpo.planning.notes import filter_note, notes_on
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.training.schedule import learning_rate
 
 RATIOS = "each rollout has one update, and its ratios are 1: loss.{} wait for optim.num_iterations or optim.num_minib"

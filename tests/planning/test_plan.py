@@ -24,7 +24,7 @@ from grpo.model.widehead import widen_head
 from grpo.planning import plan as planning
 from grpo.planning.footprint import Footprint
 from grpo.planning.plan import make_plan
-from grpo.recipe import with_settings
+from grpo.recipes import with_settings
 from grpo.training.optimizer import MOST_AT_WORK
 from grpo.training.packing import Shape
 from grpo.types import Group

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.loop import Loop, Outcome
 from grpo.runs.prepare import prepare

@@ -14,7 +14,7 @@ from grpo.data import lengths
 from grpo.data.lengths import Lengths
 from grpo.data.loading import load_rows
 from grpo.errors import UserError
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.prepare import Prepared, data_of, prepare
 from grpo.runs.resume import changes, context, context_now
 from grpo.tools.card import _recipe, short_name

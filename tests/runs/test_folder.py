@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from grpo.errors import UserError
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.folder import HEADER, WRITTEN, is_running, newest_checkpoint, run_folder
 
 HOLD = """

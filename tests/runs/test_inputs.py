@@ -10,7 +10,7 @@ from runs.driver import run, timeless
 
 from grpo.data.fingerprint import fingerprint
 from grpo.errors import UserError
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import checkpoints
 from grpo.runs.resume import find_start
 from grpo.tools.export import export

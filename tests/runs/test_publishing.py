@@ -7,7 +7,7 @@ import pytest
 
 from grpo.backend.secrets import masked
 from grpo.errors import UserError
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.resume import find_start
 

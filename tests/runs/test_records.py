@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from grpo.errors import UserError
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.folder import NOW, resumed_folder
 from grpo.runs.records import rewind
 from grpo.telemetry.progress import read_now

@@ -11,7 +11,7 @@ from runs.driver import run, same_end, timeless
 
 from grpo.errors import RunError, UserError
 from grpo.planning import plan
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import checkpoints, load_checkpoint, step_of
 from grpo.runs.completions import stored_steps
 from grpo.runs.prepare import prepare
@@ -39,7 +39,7 @@ def interrupt_in(step: int, where: str):
     """Have a signal come in the middle of a step."""
 
     def change(trainer, stop) -> None:
-        room, name = {"rollout": (trainer.engine, "rollout"), "update": (trainer.update, "_apply")}[where]
+        room, name = {"rollout": (trainer.engine, "rollout"), "update": (trainer.update, "apply")}[where]
         call = getattr(room, name)
 
         def interrupted(*args, **kwargs):
@@ -232,7 +232,7 @@ def test_an_error_in_a_later_step_leaves_the_last_one_saved(six) -> None:
     run(six, "output_dir=whole", "checkpoint.every=99")
 
     def fails_after_an_update(trainer, stop) -> None:
-        apply, calls = trainer.update._apply, []
+        apply, calls = trainer.update.apply, []
 
         def failing(*args):
             calls.append(1)
@@ -240,7 +240,7 @@ def test_an_error_in_a_later_step_leaves_the_last_one_saved(six) -> None:
                 raise RunError("not finite")
             return apply(*args)
 
-        trainer.update._apply = failing
+        trainer.update.apply = failing
 
     with pytest.raises(RunError, match="not finite"):
         run(six, "output_dir=parts", "checkpoint.every=99", change=fails_after_an_update)

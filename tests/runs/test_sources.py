@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs import sources
 from grpo.runs.sources import imported_files, source_hashes
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from runs.driver import run
 
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs import starting
 from grpo.runs.checkpoint import checkpoints
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from grpo.generation import progress
 from grpo.generation.generator import Request
 from grpo.generation.sampling import Sampling
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.folder import NOW
 from grpo.runs.prepare import prepare
 from grpo.telemetry import progress as files

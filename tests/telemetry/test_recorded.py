@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from runs.driver import run
 
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.folder import recipe_text
 from grpo.runs.signals import Stopped
 from grpo.telemetry import recorded as module

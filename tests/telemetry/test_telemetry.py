@@ -14,7 +14,7 @@ from rich.console import Console
 
 from grpo.errors import UserError
 from grpo.plugins import find_recipe
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.state import RunState
 from grpo.telemetry.console import ConsoleLogger, before_and_after, sparkline
 from grpo.telemetry.jsonl import JsonlLogger, read_evaluations, read_steps

@@ -13,7 +13,7 @@ import yaml
 from telemetry.test_telemetry import EVAL, GROUPS, VALUES
 
 from grpo.plugins import find_recipe
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.state import RunState
 from grpo.telemetry import weights_and_biases
 from grpo.telemetry.weights_and_biases import WandbLogger

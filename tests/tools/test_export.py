@@ -11,7 +11,7 @@ from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load
-from grpo.recipe import load_recipe, with_settings
+from grpo.recipes import load_recipe, with_settings
 from grpo.tools import card
 from grpo.tools.export import _group_size, export, peft_name
 

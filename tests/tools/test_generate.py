@@ -9,7 +9,7 @@ import pytest
 
 from grpo.generation.generator import Generator
 from grpo.generation.sampling import Sampling
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 
 

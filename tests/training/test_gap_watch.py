@@ -15,7 +15,7 @@ from runs.driver import run
 
 import grpo.generation.blocks as blocks
 from grpo.errors import RunError
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.folder import recipe_text
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import changes

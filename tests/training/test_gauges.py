@@ -12,7 +12,7 @@ from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.generation.generator import Request
 from grpo.generation.sampling import Sampling
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
 from grpo.training.gauges import mean_kl, with_all_entropy

@@ -30,7 +30,7 @@ from grpo.model.policy import Policy
 from grpo.objective.groups import with_rewards
 from grpo.planning.parity import _forced
 from grpo.presets import PRESETS
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.completions import read_completions, store_completions, stored_steps
 from grpo.runs.prepare import prepare

@@ -23,7 +23,7 @@ from grpo.model.dropout import LoRADropout, dropout_key
 from grpo.model.load import load
 from grpo.model.policy import Policy
 from grpo.planning.footprint import measure_body
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.training.batches import batch_logprobs
 from grpo.training.packing import Shape
@@ -60,7 +60,7 @@ def test_anchors_are_of_the_whole_adapter_and_the_ratio_is_to_them(policy) -> No
     holed = update.gradient([replace(batch, entropies=None)], mx.random.key(1)).metrics["entropy"]
     assert abs(holed - entropy) > 1e-4
     seen = []
-    update.custom = lambda logprobs, batch, cfg: seen.append(logprobs - batch.anchor) or logprobs
+    update.gradients.custom = lambda logprobs, batch, cfg: seen.append(logprobs - batch.anchor) or logprobs
     update.gradient([batch], mx.random.key(1))
     update.gradient([batch])
     assert mx.abs(seen[0] * batch.trained).max() > 1e-2
@@ -79,8 +79,8 @@ def test_each_step_pass_minibatch_micro_batch_and_process_draws_its_own_masks(po
 
     def keys(rank: int, steps: tuple[int, ...]) -> list[tuple[int, ...]]:
         update, seen = updater(policy, cfg), []
-        accumulate = update._accumulate
-        update._accumulate = lambda tree, arrays, key: seen.append(key) or accumulate(tree, arrays, key)
+        accumulate = update.gradients._accumulate
+        update.gradients._accumulate = lambda tree, arrays, key: seen.append(key) or accumulate(tree, arrays, key)
         update.ranks = Share(rank)
         for step in steps:
             update(minibatches, step)

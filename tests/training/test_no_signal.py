@@ -16,7 +16,7 @@ from training.test_update import groups, recipe
 
 from grpo.backend.ranks import Ranks
 from grpo.errors import RunError
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.runs.signals import Stopped
 from grpo.scoring.scorer import Scorer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Task

@@ -11,7 +11,7 @@ from training.test_update import real_rows
 
 from grpo.backend import device
 from grpo.config import Recipe
-from grpo.recipe import with_settings
+from grpo.recipes import with_settings
 from grpo.training import packing
 from grpo.training.packing import Packing, Shape, pack, pack_in_order
 from grpo.training.update import Updater

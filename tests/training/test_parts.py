@@ -11,7 +11,7 @@ from grpo.config import OptimConfig
 from grpo.errors import RunError
 from grpo.generation.slots import View
 from grpo.planning.parity import check_parity
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
 from grpo.training.metrics import step_metrics

@@ -11,7 +11,7 @@ from training.test_update import recipe as sections
 
 from grpo.backend.ranks import Ranks
 from grpo.model.policy import Policy
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.training import passes
 from grpo.training.batches import MiniBatch

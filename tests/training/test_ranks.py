@@ -21,7 +21,7 @@ from grpo.backend.ranks import Ranks
 from grpo.errors import RunError, UserError
 from grpo.generation.choice import find_decoding
 from grpo.planning.plan import make_plan
-from grpo.recipe import load_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.prepare import _together, prepare
 from grpo.runs.resume import find_start
 

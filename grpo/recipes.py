@@ -22,19 +22,19 @@ from grpo.config.section import Section
 from grpo.document import Document, Dumper, read_document
 from grpo.errors import UserError
 from grpo.mistakes import explanations, keys_of
-from grpo.overrides import override
+from grpo.overrides import COMMAND_LINE, override
 
 S = TypeVar("S", bound=Section)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in `path` with `key.sub=value` overrides applied.
+def load_recipe(path: Path, overrides: Sequence[str] = (), said_by: str = COMMAND_LINE) -> Recipe:
+    """The recipe in `path` with `key.sub=value` overrides applied; `said_by` says in errors where those come from.
 
     Raises UserError for a file that is not there or is not YAML, an unknown key, a key given twice, a value of
     a wrong type or out of bounds; the message names file, line, key, what was given and what was expected.
     Files and folders that the recipe names are looked for beside it, then in the working directory.
     """
-    return _resolved(_checked(read_document(path), overrides), path)
+    return _resolved(_checked(read_document(path), overrides, said_by), path)
 
 
 def recipe_of(data: dict[str, Any], what: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -42,9 +42,9 @@ def recipe_of(data: dict[str, Any], what: str, overrides: Sequence[str] = ()) ->
     return _resolved(_checked(Document(data, {(): what}), overrides), Path(what))
 
 
-def _checked(document: Document, overrides: Sequence[str]) -> Recipe:
+def _checked(document: Document, overrides: Sequence[str], said_by: str = COMMAND_LINE) -> Recipe:
     for text in overrides:
-        override(document, text)
+        override(document, text, said_by)
     try:
         # Through JSON, because there strict means "no coercion" and yet lists may fill tuples.
         return Recipe.model_validate_json(json.dumps(document.data))

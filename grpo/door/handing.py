@@ -1,0 +1,82 @@
+"""How rewards, data and a loss that are Python objects stand in a recipe, which holds names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from grpo.config import Recipe
+from grpo.data.objects import has_splits, rows_from
+from grpo.door.rewards import Rewardable, as_rewards
+from grpo.door.tasks import OBJECT, is_source
+from grpo.errors import UserError
+from grpo.plugins import Function
+from grpo.recipes import with_settings
+from grpo.runs.given import Given, MakeSource, name_of
+
+SAID_BY = "grpo.Trainer"
+
+
+def handed(
+    cfg: Recipe,
+    rewards: Sequence[Rewardable] | None,
+    data: Any,
+    eval_data: Any,
+    loss: Callable[..., Any] | None,
+    source: MakeSource | None,
+) -> tuple[Recipe, Given]:
+    """The recipe with the names of what was handed over, and that. None leaves what the recipe says.
+
+    Raises UserError where they do not fit together, or not with the recipe.
+    """
+    settings: dict[str, Any] = {}
+    functions: dict[str, Function] = {}
+    tables: dict[str, Any] = {}
+    if rewards is not None:
+        settings["rewards"] = tuple(_named(as_rewards(rewards), functions))
+    if loss is not None:
+        use = name_of(loss, functions)
+        functions[use] = loss
+        settings["loss.use"] = use
+    if data is not None:
+        settings |= _placed("data", data, tables)
+    if eval_data is not None:
+        if cfg.eval is None:
+            raise UserError(f"{SAID_BY}: eval_data, and no section eval in the recipe: grpo.recipe(..., eval={{...}})")
+        settings |= _placed("eval", eval_data, tables)
+    elif data is not None and cfg.eval is not None and cfg.eval.source is None and cfg.eval.use is None:
+        if "data" in tables and not has_splits(data):
+            raise UserError(
+                f"{SAID_BY}: the recipe evaluates on the split {cfg.eval.split!r} of its data, and the data that you "
+                "give has no splits: give eval_data=... as well, or grpo.recipe(..., eval=None)"
+            )
+        if "data" in tables:
+            tables["eval"] = data
+    return with_settings(cfg, settings, SAID_BY), Given(functions, tables, source)
+
+
+def _named(rewards: Sequence[Any], functions: dict[str, Function]) -> list[Any]:
+    """The recipe's lines for rewards; functions are put down by the name that their line has for them."""
+    lines = []
+    for given in rewards:
+        config = given.config
+        if given.function is not None:
+            use = name_of(given.function, functions)
+            functions[use] = given.function
+            config = with_settings(config, {"use": use}, SAID_BY)
+        lines.append(config)
+    return lines
+
+
+def _placed(section: str, data: Any, tables: dict[str, Any]) -> dict[str, Any]:
+    """What a section says of where its rows come from; an object is put down as the section's table."""
+    place: dict[str, Any] = {"source": None, "use": None, "kwargs": {}, "config": None, "revision": None}
+    if is_source(data):
+        place["source"] = data if isinstance(data, str) else tuple(data)
+    else:
+        place["use"] = OBJECT
+        tables[section] = data
+        if not has_splits(data):  # an iterator can be read once
+            tables[section] = rows_from(data, f"{section}: the object given for it", "train")
+            place["split"] = "train"
+    return {f"{section}.{name}": value for name, value in place.items()}

@@ -1,0 +1,132 @@
+"""`grpo.advantages`, `grpo.Loss` and `grpo.batches`: from scored groups to what an update takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import mlx.core as mx
+
+from grpo import presets
+from grpo.backend.device import on_gpu
+from grpo.config import AdvantageConfig, LossConfig
+from grpo.errors import UserError
+from grpo.objective.advantages import advantages as advantages_of
+from grpo.recipes import with_settings
+from grpo.training.batches import make_batches
+from grpo.training.packing import GPU_MULTIPLE, Packing
+from grpo.types import Batch, Group
+
+AT_ONCE = 4096
+"""Tokens of a micro-batch, unless something else is asked for."""
+
+
+class Loss(LossConfig):
+    """A loss: `grpo.Loss("dapo", epsilon_high=0.3, beta=0.01)`.
+
+    The name is a published variant's: grpo (arXiv 2402.03300), bnpo, dr_grpo (2503.20783), dapo (2503.14476), gspo
+    (2507.18071), gspo_token, cispo (2506.13585), sapo (2511.20347), luspo (2602.05261), vespo (2602.10693), gmpo
+    (2507.20673), dppo (2602.04879), reinforce++ (2501.03262) or rloo (2402.14740). Settings are those of a recipe's
+    section `loss` (`grpo recipes schema loss`), and replace the paper's. Formulas: grpo/presets.py.
+
+    Raises UserError for a variant or setting that does not exist, is out of bounds, or does nothing beside the others.
+
+    >>> grpo.Loss("gspo", epsilon=1e-3).preset.ratio
+    'sequence'
+    """
+
+    def __init__(self, type: presets.PresetName = "dapo", **settings: Any) -> None:
+        checked = with_settings(LossConfig(), {"type": type, **settings}, "grpo.Loss")
+        super().__init__(**dict(checked))
+
+
+@dataclass(frozen=True, slots=True)
+class BatchList(Sequence[Batch]):
+    """The micro-batches of one update, and the loss that their token weights are made for."""
+
+    items: tuple[Batch, ...]
+    loss: LossConfig
+
+    @overload
+    def __getitem__(self, place: int) -> Batch: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, place: int | slice) -> Batch | Sequence[Batch]:
+        return self.items[place]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.items)
+
+
+def advantages(groups: Sequence[Group], **settings: Any) -> list[Group]:
+    """The same groups with `advantage` in their rollouts: the reward less its baseline, divided by a deviation.
+
+    `settings` are those of a recipe's section `advantage`. `scale_rewards`: "group" (default; σ of the group + 1e-4,
+    arXiv 2402.03300), "batch" (arXiv 2508.08221) or "none" (Dr. GRPO, arXiv 2503.20783). `baseline`: "group" (default),
+    "leave_one_out" (RLOO, arXiv 2402.14740), "batch" (REINFORCE++, arXiv 2501.03262) or "maxrl". A rollout whose reward
+    is None (no score, or a function failed) gets advantage 0 and leaves its group's baseline.
+
+    Raises UserError for an unknown setting, for groups of different sizes, and for the baseline "gdpo", which needs the
+    single rewards and their weights: `grpo.Trainer` has it.
+
+    >>> groups = grpo.advantages(groups, scale_rewards="none")
+    >>> [rollout.advantage for rollout in groups[0].rollouts]
+    [0.5, -0.5]
+    """
+    cfg = with_settings(AdvantageConfig(), settings, "grpo.advantages")
+    if cfg.baseline == "gdpo" or cfg.soft_overlong_cache is not None:
+        name = "baseline: gdpo" if cfg.baseline == "gdpo" else "soft_overlong_cache"
+        raise UserError(f"grpo.advantages: {name} needs more than the rewards' sum: use grpo.Trainer")
+    sizes = {len(group.rollouts) for group in groups}
+    if len(sizes) > 1:
+        raise UserError(f"grpo.advantages: groups have {min(sizes)} to {max(sizes)} rollouts; all must have as many")
+    if not groups:
+        return []
+    rewards = [[_number(rollout.reward)] for group in groups for rollout in group.rollouts]
+    values: Any = advantages_of(mx.array(rewards), mx.array([1.0]), sizes.pop(), cfg).tolist()
+    each = iter(values)
+    return [replace(g, rollouts=tuple(replace(r, advantage=next(each)) for r in g.rollouts)) for g in groups]
+
+
+def batches(
+    groups: Iterable[Group],
+    loss: LossConfig | None = None,
+    *,
+    micro_batch_tokens: int = AT_ONCE,
+    max_completion_length: int | None = None,
+) -> BatchList:
+    """Groups with advantages as the micro-batches of one update, in a list.
+
+    `loss` (default: `grpo.Loss()`) says how tokens are averaged: each token's weight is fixed here, over all groups,
+    and stands in `Batch.weights`, so the sum of the micro-batches' losses and gradients does not depend on how they are
+    cut. At most `micro_batch_tokens` tokens go through the model at once (a longer row goes alone). Rows that can have
+    no gradient are left out; the denominators count them. `max_completion_length`, in tokens, is what a loss that
+    averages over a constant ("dr_grpo") divides by.
+
+    Arrays of a batch are `[B, T]`, B rows of T tokens, float32 but for int32 `token_ids`; see `grpo.Batch`.
+
+    Raises UserError for groups sampled without logprobs (at another temperature than the policy's), and for a loss with
+    a constant normalizer without `max_completion_length`.
+
+    >>> batches = grpo.batches(groups, loss=grpo.Loss("dapo"))
+    >>> batches[0].token_ids.shape == batches[0].advantages.shape
+    True
+    """
+    groups, loss = list(groups), loss or Loss()
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    if any(rollout.trajectory.behaviour is None for rollout in rollouts):
+        raise UserError("grpo.batches: these groups have no logprobs: sample them at the policy's own temperature")
+    if loss.preset.normalize == "constant" and max_completion_length is None:
+        raise UserError(f"grpo.batches: {loss.type} divides by a constant: give max_completion_length, in tokens")
+    size = max((len(group.rollouts) for group in groups), default=1)
+    packing = Packing(micro_batch_tokens, max(1, len(rollouts)), size, GPU_MULTIPLE if on_gpu() else 1)
+    return BatchList(tuple(make_batches(groups, loss, packing, max_completion_length or 0, beta=loss.beta)), loss)
+
+
+def _number(reward: float | None) -> float:
+    return math.nan if reward is None else reward

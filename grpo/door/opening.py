@@ -1,0 +1,153 @@
+"""A run from its beginning to its loop: what `grpo train` and `grpo.Trainer` both do around the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from grpo.backend import device
+from grpo.backend.ranks import Ranks
+from grpo.config import LogConfig, Recipe
+from grpo.data.prompts import last_text
+from grpo.planning.parity import check_parity
+from grpo.runs.given import NOTHING, Given
+from grpo.runs.loop import Log, Loop, Outcome
+from grpo.runs.prepare import Prepared, prepare
+from grpo.runs.resume import as_planned, context, find_start, plan_of
+from grpo.runs.revisions import revisions_of
+from grpo.runs.signals import StopRequest
+from grpo.runs.state import RunState
+from grpo.scoring.rehearsal import rehearse
+from grpo.telemetry.loggers import find_loggers, open_loggers
+from grpo.telemetry.summary import failure_lines, print_outcome, print_plan
+from grpo.training.packing import Packing
+from grpo.types import EvalMetrics, StepMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a run begins, by the options of `grpo train`; `checkpoint` is the one to resume from."""
+
+    resume: bool = False
+    checkpoint: Path | None = None
+    changed: bool = False
+    overwrite: bool = False
+    dry: bool = False
+
+
+class Opening:
+    """A run that is loaded: `run` is all that it needs, `cfg` its recipe.
+
+    `check` comes first, then `loop`; after the loop, `finish`.
+    """
+
+    def __init__(
+        self, cfg: Recipe, how: How, console: Console, given: Given = NOTHING, former: Opening | None = None
+    ) -> None:
+        """`former` is an earlier opening of the same run in this process: what it has loaded is taken from there.
+
+        Raises UserError, as `find_start` and `prepare` do, with nothing written.
+        """
+        self.console, self.ranks = console, Ranks.launched()
+        self._start = find_start(cfg, how.resume, how.checkpoint, how.changed, how.overwrite, how.dry, given)
+        self.cfg, self.given, self.planned = self._start.cfg, given, self._start.planned
+        self._own = find_loggers(self.cfg.log)
+        self.ranks.wait()  # all have looked before the first one makes the folder
+        reusable = former is not None and self.planned in (former.planned, former.decided)
+        self.run: Prepared = former.run if former is not None and reusable else self._loaded()
+        self._state: RunState | None = None
+
+    def _loaded(self) -> Prepared:
+        with self.console.status("loading"):
+            return prepare(self.planned, self.given)
+
+    @property
+    def decided(self) -> Recipe:
+        """The recipe with the plan in the place of `auto`: what a run that goes on with this one is planned by."""
+        return as_planned(self.planned, plan_of(self.run.trainer))
+
+    def load(self) -> None:
+        """Make the policy what it is where the run begins. Raises UserError for a state that does not fit."""
+        self._state = self._start.load(self.run.trainer)
+
+    def check(self) -> None:
+        """Print the plan, load the state that the run begins from, and compare decoding with training.
+
+        Raises UserError for a state that does not fit, and RunError where the two do not agree.
+        """
+        run, cfg, console = self.run, self.cfg, self.console
+        notes = [*run.notes, *self._start.notes, *_unsent(cfg.log)]
+        print_plan(console, cfg.model, cfg.data, cfg.rewards, device.describe(), run.plan, notes)
+        self.load()
+        policy, engine = run.trainer.policy, run.trainer.engine
+        packing = Packing.of(run.trainer.cfg.optim, run.trainer.cfg.rollout)
+        parity = self.ranks.checked(lambda: check_parity(policy, engine, run.tasks[:4], cfg.seed, packing))
+        console.print(parity, highlight=False, soft_wrap=True)
+
+    def rehearse(self) -> None:
+        """Call each reward once, on made-up completions, and print what came of it."""
+        trainer = self.run.trainer
+        for note in rehearse(trainer.scorer, self.run.tasks, trainer.engine.generator.tokenizer.encode):
+            self.console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def loop(self, stop: StopRequest, also: Sequence[Log] = ()) -> Iterator[Loop]:
+        """The run's loop, for a `with` block in which its folder and its loggers are open, and signals noted.
+
+        `also` are told of every step and evaluation after the loggers; what they raise ends the run.
+        """
+        run, cfg, trainer = self.run, self.cfg, self.run.trainer
+        state, self._state = self._state, None  # or the arrays that the run began with would be held to its end
+        assert state is not None, "`check` comes first"
+        written = context(
+            cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg), run.rows, self.given
+        )
+        with ExitStack() as stack:
+            folder = stack.enter_context(self._start.folder()) if self.ranks.first else self.folder
+            resumed = state if self._start.goes_on else None
+            checkpoint, self._start = self._start.checkpoint, replace(self._start, state=None)
+            told = [*also] if self.ranks.first else []
+            if self.ranks.first:
+                watched = (trainer.engine.generator, trainer.scorer, trainer.update)
+                console, own = self.console, self._own
+                told.insert(0, open_loggers(stack, cfg, folder, console, state.run_id, watched, own, resumed))
+            stack.enter_context(stop)
+            loop = Loop(trainer, folder, written, _telling(told), stop, state, checkpoint, run.evaluator)
+            del state, resumed
+            yield loop
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, whether it is there yet or not."""
+        return Path(str(self.cfg.output_dir))
+
+    def finish(self, outcome: Outcome, go_on: str) -> None:
+        """Print how the run ended; `go_on` says how to go on with one that was stopped."""
+        scorer, ranks = self.run.trainer.scorer, self.ranks
+        failures = failure_lines(ranks.sum_counts(scorer.failures), ranks.sum_counts(scorer.timeouts))
+        print_outcome(self.console, outcome, self.folder, last_text(self.run.tasks[0].prompt), failures, go_on)
+        ranks.wait()  # a launcher ends the others, the first one in the middle of its checkpoint, when one is gone
+
+
+def _telling(logs: Sequence[Log]) -> Log:
+    """A function that tells all of them."""
+
+    def tell(record: StepMetrics | EvalMetrics) -> None:
+        for log in logs:
+            log(record)
+
+    return tell
+
+
+def _unsent(cfg: LogConfig) -> list[str]:
+    """A line where W&B is to get the run and nobody is logged in: the run stays in its folder then."""
+    from grpo.doctor.services import wandb
+
+    if cfg.wandb is None or cfg.wandb.mode == "offline" or (found := wandb()).status == "ok":
+        return []
+    why = found.text.removesuffix(", which only log.wandb wants")
+    return [f"W&B: {why}: the run stays in its folder for `wandb sync`, unless you see to it first: {found.remedy}"]

@@ -1,0 +1,222 @@
+"""`grpo.load`: a model that samples, is trained, and is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from grpo.backend.device import setup
+from grpo.backend.random import derive_key
+from grpo.config import AdapterConfig, DataConfig, LossConfig, ModelConfig, RolloutConfig
+from grpo.data.prompts import PromptRenderer
+from grpo.door.learning import BatchList
+from grpo.door.optimizers import PolicyOptimizer
+from grpo.errors import UserError
+from grpo.generation.generator import Generator
+from grpo.model.adapters import REFERENCE, Adapters
+from grpo.model.load import load as load_model
+from grpo.model.policy import Policy
+from grpo.objective.loss import CustomLoss
+from grpo.recipes import with_settings
+from grpo.rollout import RolloutEngine, sampling_of
+from grpo.training.batches import batch_logprobs
+from grpo.training.gradients import Gradient, Gradients
+from grpo.training.passes import Asked, passes_of
+from grpo.training.update import Update
+from grpo.types import Batch, Group, Prompt, Task
+
+SAID_BY = "grpo.load"
+
+
+def load(name: str | Path, *, seed: int = 0, **settings: Any) -> LoadedPolicy:
+    """A policy: a model with an adapter that trains, its tokenizer, and its generator.
+
+    `name` is a Hub repository, a folder, or a built-in model such as `builtin:arithmetic-student`. `settings` are those
+    of a recipe's sections `model` (`dtype`, `quantize`, `revision`, `head_dtype`) and `adapter` (`rank` (16), `scale`
+    (2.0: the update is scale × B A), `type` ("lora", "dora" or "full"), `targets`, `layers`, `dropout`, `use_rslora`,
+    `path`: a saved adapter to go on from), and `temperature` (1.0: of sampling and of all logprobs), `max_concurrency`
+    (64: rows decoded at once), `chat_template` ("auto") and `chat_template_kwargs`. A fresh adapter (LoRA,
+    arXiv 2106.09685) is drawn from `seed`, and changes nothing before its first update.
+
+    Raises UserError for a model that cannot be had, a setting that does not exist or is out of bounds, and an adapter
+    that does not fit.
+
+    >>> policy = grpo.load("builtin:arithmetic-student", rank=4)
+    >>> (group,) = policy.sample(["What is 1+2+3+4?"], n=2, max_tokens=8)
+    >>> [len(rollout.trajectory.behaviour) <= 8 for rollout in group.rollouts]
+    [True, True]
+    """
+    sections = (ModelConfig(name=str(name)), AdapterConfig(), RolloutConfig(), DataConfig(source=str(name)))
+    taken: list[Any] = []
+    allowed = (set(ModelConfig.model_fields) - {"name"}, set(AdapterConfig.model_fields), *_ALSO)
+    known = set().union(*allowed)
+    if unknown := sorted(set(settings) - known):
+        raise UserError(f"{SAID_BY}: unknown setting {unknown[0]}; there is {', '.join(sorted(known))}")
+    for section, names in zip(sections, allowed, strict=True):
+        own = {key: value for key, value in settings.items() if key in names}
+        taken.append(with_settings(section, own, SAID_BY))
+    return LoadedPolicy(*taken, seed=seed)
+
+
+_ALSO = ({"temperature", "max_concurrency"}, {"chat_template", "chat_template_kwargs"})
+"""Settings of `rollout` and of `data` that belong to a policy."""
+OF_SAMPLING = {
+    *("top_k", "top_p", "min_p", "repetition_penalty"),
+    *("min_completion_length", "stop", "stop_token_ids", "max_repeats"),
+}
+
+
+class LoadedPolicy:
+    """A model that samples and learns. `model` is the MLX module, `tokenizer` mlx-lm's; use both as you like."""
+
+    def __init__(
+        self, model: ModelConfig, adapter: AdapterConfig, rollout: RolloutConfig, data: DataConfig, *, seed: int
+    ) -> None:
+        setup()
+        self.seed, self._rollout, self._data = seed, rollout, data
+        self.model, self.tokenizer = load_model(model)
+        adapters = Adapters(self.model, adapter, derive_key(seed, "adapter"))
+        self.inner = Policy(self.model, adapters, rollout.temperature)
+        self.generator = Generator(self.model, self.tokenizer, rollout.max_concurrency)
+        self.dropout_seed = seed if adapter.dropout > 0 else None
+        self._gradients: dict[tuple[str, CustomLoss | None], Gradients] = {}
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """The token ids of a prompt: text, which goes through the chat template as a user's message if the model has
+        one (`chat_template`), or chat messages. Raises UserError for messages without a chat template."""
+        return self._encoded(_task(prompt, 0)).prompt_ids
+
+    def sample(
+        self,
+        tasks: Sequence[Task | Prompt],
+        n: int | None = None,
+        max_tokens: int | None = None,
+        key: int | mx.array = 0,
+        *,
+        temperature: float | None = None,
+        **settings: Any,
+    ) -> list[Group]:
+        """`n` completions of each task, as a group for each task, in order.
+
+        `tasks` are what `grpo.tasks` gives, texts, or lists of chat messages. A completion has at most `max_tokens`
+        tokens, its stop token included. `key` (a number such as the step's, or an MLX key, uint32 `[2]`) decides what
+        is drawn, together with the policy's seed: the same key, the same completions. Each rollout's `trajectory` has
+        `token_ids`, `text`, `finish_reason` and, by token, fp32 logprobs in nats at the policy's temperature
+        (`behaviour`). At another `temperature` (0: greedy) there are none, because nothing can be learned from those.
+        Defaults are the recipe's (8 completions of 256 tokens). `settings` are the recipe's for sampling: `top_k`,
+        `top_p`, `min_p`, `repetition_penalty`, `stop`, `stop_token_ids`, `max_repeats`, `min_completion_length`.
+
+        Raises UserError for a prompt that cannot be encoded, and for settings that are unknown or out of bounds.
+        """
+        if unknown := sorted(set(settings) - OF_SAMPLING):
+            raise UserError(f"policy.sample: unknown setting {unknown[0]}; there is {', '.join(sorted(OF_SAMPLING))}")
+        asked = {"max_completion_length": max_tokens} if max_tokens is not None else {}
+        rollout = with_settings(self._rollout, {**asked, **settings}, "policy.sample")
+        n = rollout.num_generations if n is None else n
+        if n < 1:
+            raise UserError(f"policy.sample: n is {n}; a prompt gets 1 completion or more")
+        own = temperature is None or temperature == rollout.temperature
+        draws = key if isinstance(key, mx.array) else derive_key(self.seed, "rollout", int(key))
+        ready = [self._encoded(_task(task, place)) for place, task in enumerate(tasks)]
+        engine = RolloutEngine(self.generator, sampling_of(rollout))
+        at = rollout.temperature if temperature is None else temperature
+        return engine.rollout(ready, n, at, draws, logprobs=own) if ready else []
+
+    def logprobs(self, batch: Batch) -> mx.array:
+        """Log p of a batch's tokens under the policy as it is: float32 `[B, T]`, in nats, at its temperature.
+
+        What stands on padding means nothing. Differentiable, as MLX functions are.
+        """
+        return batch_logprobs(self.inner, batch)[0]
+
+    def reference(self) -> AbstractContextManager[None]:
+        """A `with` block in which the policy is the reference: the model without its adapter, or the adapter that it
+        went on from."""
+        return self.inner.use(REFERENCE)
+
+    def gradient(self, batches: Batch | Sequence[Batch], loss: LossConfig | Callable[..., Any]) -> Gradient:
+        """The gradient of a loss of one batch, or of several batches together (the sum).
+
+        `loss` is a `grpo.Loss`, or a function of your own, `(current, batch, cfg) -> per-token loss`: `current` float32
+        `[B, T]` is log p of the tokens, differentiable; `batch` has its columns `[B, T]` with 0 where nothing is
+        trained, `anchor` always among them (at first the current policy's logprobs); the result is `[B, T]`. The loss
+        is the sum of `batch.weights` × per-token loss. The result has `loss`, `metrics`, and `arrays`, float32 by the
+        parameters' paths; `opt.update(policy, gradient)` applies it.
+
+        Raises RunError where a function of your own fails or returns another shape.
+        """
+        several = [batches] if isinstance(batches, Batch) else list(batches)
+        cfg, custom = _split(batches, loss)
+        if cfg.top_entropy_quantile < 1 and isinstance(batches, Batch):
+            raise UserError("policy.gradient: top_entropy_quantile is of all batches: give them at once")
+        key = (repr(cfg), custom)
+        if key not in self._gradients:
+            self._gradients[key] = Gradients(self.inner, cfg, custom)
+        return self._gradients[key](self._enriched(several, cfg))
+
+    def update(
+        self, batches: Sequence[Batch], opt: PolicyOptimizer, loss: LossConfig | Callable[..., Any] | None = None
+    ) -> Update:
+        """One update by the batches of `grpo.batches`, clipped and applied; the optimizer may make several.
+
+        `loss` is the batches' own unless another is given. The result has `loss`, `grad_norm` (before clipping) and
+        `metrics` by TRL's names. An update that is not finite is skipped (`skipped`), and one without any signal is
+        not applied (`without_signal`). Raises RunError after `max_skipped_updates` in a row that are not finite.
+        """
+        if loss is None and not isinstance(batches, BatchList):
+            raise UserError("policy.update: these batches do not say for which loss they are: give loss=...")
+        cfg, custom = _split(batches, batches.loss if loss is None and isinstance(batches, BatchList) else loss)
+        updater = opt.updater(self, cfg, custom)
+        enriched = self._enriched(list(batches), cfg, drops=self.dropout_seed is not None)
+        opt.steps_done += 1
+        return updater([enriched], opt.steps_done)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the adapter into a folder, in mlx-lm's format: `mlx_lm.generate --adapter-path`, `grpo generate MODEL
+        --adapter`, and `grpo.load(..., path=folder)` read it. Returns the folder. Raises UserError where it cannot."""
+        return save_adapter(self.inner, folder)
+
+    def _encoded(self, task: Task) -> Task:
+        if task.prompt_ids:
+            return task
+        data = with_settings(self._data, {"source": task.source or self._data.source}, SAID_BY)
+        return PromptRenderer(data, self.tokenizer, self.generator.decoding.vocabulary).encoded(task)
+
+    def _enriched(self, batches: list[Batch], loss: LossConfig, drops: bool = False) -> list[Batch]:
+        """The batches with the columns that the loss needs."""
+        minibatches = [batches]
+        for enrich in passes_of(Asked(loss, drops)):
+            minibatches = enrich(self.inner, minibatches)
+        return minibatches[0]
+
+
+def save_adapter(policy: Policy, folder: str | Path) -> Path:
+    """Write what trains into a folder, in mlx-lm's format. Raises UserError where that cannot be done."""
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        policy.adapters.save(path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: the adapter cannot be saved here: {error}") from error
+    return path
+
+
+def _task(task: Task | Prompt, place: int) -> Task:
+    """A task, made from a prompt if it is none."""
+    if isinstance(task, Task):
+        return task
+    return Task(place, task, (), {}, "prompts")
+
+
+def _split(batches: Any, loss: Any) -> tuple[LossConfig, CustomLoss | None]:
+    """The settings of a loss, and the function that takes the surrogate's place."""
+    if isinstance(loss, LossConfig):
+        return loss, None
+    if not callable(loss):
+        raise UserError(f"loss: expected a grpo.Loss or a function, got a {type(loss).__name__}")
+    own = batches.loss if isinstance(batches, BatchList) else LossConfig()
+    return own, loss

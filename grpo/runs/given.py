@@ -1,0 +1,87 @@
+"""What a run is handed as Python objects, in the place of what its recipe names by text."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo.config import DataConfig
+from grpo.data.loading import is_local, load_rows, prepared_rows
+from grpo.data.objects import rows_from
+from grpo.data.rows import Rows
+from grpo.data.source import Source
+from grpo.data.stream import TaskStream
+from grpo.plugins import SESSION, Function, find_function
+
+MakeSource = Callable[[TaskStream], Source]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Functions by the recipe's `use` for them (`name_of`), and data by the recipe's section, `data` or `eval`."""
+
+    functions: dict[str, Function] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    source: MakeSource | None = None
+    """Makes the source of the run's tasks from the stream that the recipe's `data` section means."""
+
+    def function(self, use: str, kind: str) -> Function:
+        """What `use` names. `kind` says in errors what it is for. Raises UserError, as `find_function` does."""
+        return self.functions.get(use) or find_function(use, kind)
+
+    def rows(self, section: str, cfg: DataConfig) -> Rows:
+        """The rows of a section: of the object that was given for it, or else what `cfg` names.
+
+        Raises UserError, as `load_rows` does.
+        """
+        if section not in self.data:
+            return load_rows(cfg)
+        return prepared_rows(rows_from(self.data[section], f"{section}: the object given for it", cfg.split), cfg)
+
+    def is_local(self, section: str, cfg: DataConfig) -> bool:
+        """Whether the rows are to be had without the Hub."""
+        return section in self.data or is_local(cfg)
+
+    def sources(self) -> dict[str, str]:
+        """A SHA-256 of each function's source, by its `use`; of what has none (it was typed in without a file) nothing.
+
+        Only the function's own lines are seen, not those that it calls.
+        """
+        chosen = {} if self.source is None else {"source": self.source}
+        read = {use: _source(function) for use, function in (self.functions | chosen).items()}
+        return {use: hashlib.sha256(text.encode()).hexdigest() for use, text in read.items() if text is not None}
+
+
+NOTHING = Given()
+
+
+def name_of(function: Callable[..., Any], taken: Iterable[str] = ()) -> str:
+    """What a recipe calls a function that was given: `module:function` where others find it there, or else
+    `__main__:name`, which only this session knows. Two functions of one name are told apart by a number."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    module = getattr(function, "__module__", None) or SESSION
+    if module != SESSION and name.isidentifier() and _found(module, name) is function:
+        return f"{module}:{name}"
+    plain = f"{SESSION}:{name.rpartition('.')[2].strip('<>')}"
+    taken, number, chosen = set(taken), 2, plain
+    while chosen in taken:
+        chosen, number = f"{plain}_{number}", number + 1
+    return chosen
+
+
+def _found(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except Exception:  # a module that another process could not import, for whatever reason
+        return None
+
+
+def _source(function: Function) -> str | None:
+    try:
+        return inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return None

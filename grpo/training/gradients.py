@@ -1,0 +1,101 @@
+"""The gradient of a loss, summed over micro-batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from grpo.backend.device import compiled
+from grpo.backend.ranks import Ranks
+from grpo.config import LossConfig
+from grpo.model.dropout import dropping
+from grpo.model.policy import Policy
+from grpo.objective import combine_metrics, policy_loss
+from grpo.objective.loss import CustomLoss
+from grpo.objective.measures import Metrics
+from grpo.training.batches import batch_logprobs
+from grpo.training.custom import guarded
+from grpo.training.optimizer import grouped
+from grpo.types import Batch, Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """The gradient of a minibatch's loss, the loss, its metrics, and its batches with anchors.
+
+    `arrays` are float32, by the parameters' paths; applying the gradient empties them.
+    """
+
+    arrays: dict[str, mx.array]
+    loss: float
+    metrics: dict[str, float]
+    batches: list[Batch]
+
+
+class Gradients:
+    """Makes gradients of one loss, or of a researcher's `custom` loss, with respect to what trains in a policy."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        loss: LossConfig,
+        custom: CustomLoss | None = None,
+        ranks: Ranks | None = None,
+        compiles: bool = True,
+    ) -> None:
+        """With `compiles` the computation is compiled, where that pays."""
+        self.policy, self.loss, self.custom = policy, loss, custom
+        self.ranks = ranks or Ranks()
+        self.progress: Progress | None = None
+        self._loss_and_grad = nn.value_and_grad(policy.model, self._loss)
+        self._accumulate = compiled(self._accumulated, policy.model.state) if compiles else self._accumulated
+
+    def __call__(self, batches: Sequence[Batch], dropout_key: mx.array | None = None) -> Gradient:
+        """The gradient of the batches' summed loss; of no batches (nothing to learn from), zeros.
+
+        With a key (uint32 `[2]`) the adapter's dropout is on, and each batch has masks of its own.
+        """
+        tree: Any = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
+        parts: list[dict[str, float]] = []
+        loss, seen = 0.0, []
+        self._tell(0, len(batches))  # the first one may take long: a GPU builds its kernels
+        for number, batch in enumerate(batches):
+            # An input, or the compiled function would draw the same masks for ever.
+            key = None if dropout_key is None else mx.random.split(dropout_key, len(batches))[number]
+            with self.policy.training():
+                tree, value, metrics, logprobs = self._accumulate(tree, batch.arrays(), key)
+            mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time
+            loss += cast(float, value.item())
+            parts.append({name: cast(float, metric.item()) for name, metric in metrics.items()})
+            seen.append(batch if batch.anchor is not None else replace(batch, anchor=logprobs))
+            self._tell(len(seen), len(batches))
+        everyone = self.ranks.gather((loss, parts))
+        every_part = [part for _, theirs in everyone for part in theirs]
+        arrays: dict[str, mx.array] = tree_flatten(tree, destination={})
+        del tree
+        for paths in grouped(arrays):  # a sum over processes is another array: for a few at a time
+            arrays |= zip(paths, self.ranks.sum([arrays.pop(path) for path in paths]), strict=True)
+        return Gradient(arrays, sum(one for one, _ in everyone), combine_metrics(every_part), seen)
+
+    def _tell(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress("update", done, total)
+
+    def _accumulated(
+        self, tree: Any, arrays: dict[str, mx.array], dropout_key: mx.array | None
+    ) -> tuple[Any, mx.array, Metrics, mx.array]:
+        """The float32 tree with the batch's gradient added, the batch's loss, its metrics and its logprobs."""
+        (value, (metrics, logprobs)), gradient = self._loss_and_grad(Batch.of(arrays), dropout_key)
+        return tree_map(mx.add, tree, gradient), value, metrics, logprobs
+
+    def _loss(self, batch: Batch, dropout_key: mx.array | None) -> tuple[mx.array, tuple[Metrics, mx.array]]:
+        with dropping(dropout_key):
+            logprobs, entropies = batch_logprobs(self.policy, batch, self.loss.entropy_coef > 0)
+        custom = guarded(self.custom) if self.custom else None
+        loss, metrics = policy_loss(logprobs, batch, self.loss, entropies, custom)
+        return loss, (metrics, mx.stop_gradient(logprobs))

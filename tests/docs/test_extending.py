@@ -1,0 +1,80 @@
+"""What `docs/EXTENDING.md` shows is written to files, outside of the package, and all of it runs in one run."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from runs.driver import same_end
+
+import grpo
+from grpo.training import passes
+
+PAGE = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
+FILES = {name: text for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL)}
+
+
+def imported(name: str):
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def written(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe of four steps, with the files of the page beside it."""
+    monkeypatch.setattr(passes, "PASSES", [*passes.PASSES])
+    for name, text in FILES.items():
+        Path(name).write_text(text)
+    return recipe
+
+
+def run(folder: str, source: type, *callbacks, resume: bool = False, **settings) -> grpo.Trainer:
+    pieces = {"rewards": [{"use": "brevity.py:reward"}], "log": {"use": ["notes.py:log"]}}
+    cfg = grpo.recipe("toy.yaml", steps=4, output_dir=folder, **pieces, **settings)
+    trainer = grpo.Trainer(cfg, source=source, callbacks=callbacks, quiet=True)
+    trainer.train(resume=resume)
+    trainer.close()
+    return trainer
+
+
+def test_the_page_has_a_file_of_each_kind() -> None:
+    assert list(FILES) == ["brevity.py", "soft.py", "first_tokens.py", "notes.py", "easy.py"]
+    named = re.findall(r"`?\b(\w+\.py):", PAGE)
+    assert set(named) <= set(FILES)
+
+
+def test_all_of_them_run_together(written: Path) -> None:
+    easy = imported("easy.py").Easy
+    before = run("before", easy, loss={"type": "dapo", "use": "soft.py:loss"})
+    imported("first_tokens.py")
+    assert passes.PASSES[0][1].__name__ == "with_first_tokens"
+    after = run("after", easy, loss={"type": "dapo", "use": "soft.py:loss"})
+    first, cut = before.history[0], after.history[0]
+    assert first["rewards/brevity/mean"] == cut["rewards/brevity/mean"] > 0
+    assert 0 < cut["grad_norm"] != pytest.approx(first["grad_norm"], rel=1e-3)
+    assert first["tasks_again"] == 0
+    told = Path("notes.txt").read_text().splitlines()
+    assert told[0] == f"StepMetrics 1: {first['reward']}"
+    assert len(told) == 8
+
+
+def test_the_source_gives_tasks_again_and_goes_on_where_it_was(written: Path) -> None:
+    easy = imported("easy.py").Easy
+    score = "[float(len(text) % 2 and 'a' not in text) for text in completions]"
+    Path("brevity.py").write_text(f"def reward(completions, **_):\n    return {score}\n")
+    same = {"num_generations": 2, "prompts_per_step": 1}
+    whole = run("whole", easy, **same)
+    assert max(step["tasks_again"] for step in whole.history) > 0
+    done: list[int] = []
+
+    def once(record):
+        if record.step == 2 and not done:
+            done.append(2)
+            return grpo.STOP
+        return None
+
+    run("parts", easy, once, **same)
+    run("parts", easy, resume=True, **same)
+    same_end(Path("whole"), Path("parts"))

@@ -21,7 +21,7 @@ from grpo.benchmark.setting import Setting
 from grpo.benchmark.train import step_trainer
 from grpo.config.log import CompletionsConfig
 from grpo.generation.batching import Run, _Step
-from grpo.generation.sampling import Sampler, Sampling
+from grpo.generation.sampling import Sampling, TokenSampler
 from grpo.recipes import dump_recipe
 from grpo.runs.checkpoint import Context, save_checkpoint
 from grpo.runs.completions import store_completions
@@ -31,7 +31,7 @@ from grpo.types import StepMetrics
 
 DECODING = {
     "building": (Run, "_next_step"),
-    "sampling": (Sampler, "draw"),
+    "sampling": (TokenSampler, "draw"),
     "evaluation": (_Step, "launch"),
     "waiting": (Run, "_read"),
 }

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 from grpo.environments.driver import Driver
+from grpo.environments.scheduler import Result
 from grpo.generation.generator import trajectory_of
 from grpo.generation.rows import Row, Submission
 from grpo.types import Task, Trajectory
-
-Result = TypeVar("Result")
 
 
 class Sampler:

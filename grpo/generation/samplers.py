@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from grpo.generation.rows import Row
-from grpo.generation.sampling import Drawn, Sampler
+from grpo.generation.sampling import Drawn, TokenSampler
 from grpo.generation.stopping import Way
 
 
@@ -19,7 +19,7 @@ class Samplers:
 
     def __init__(self, slots: int, vocabulary: int) -> None:
         self._slots, self._vocabulary = slots, vocabulary
-        self._of: dict[Way, Sampler] = {}
+        self._of: dict[Way, TokenSampler] = {}
         self._chosen: list[mx.array] = []
 
     def seat(self, entering: Sequence[tuple[int, Row]], seated: Sequence[Row | None]) -> None:
@@ -29,7 +29,7 @@ class Samplers:
             alike.setdefault(row.stopping.way, []).append((slot, row))
         for way, pairs in alike.items():
             if way not in self._of:
-                self._of[way] = Sampler(*way, self._slots, self._vocabulary)
+                self._of[way] = TokenSampler(*way, self._slots, self._vocabulary)
             sequences = [[*row.prompt.ids, *row.token_ids] for _, row in pairs]
             self._of[way].admit([slot for slot, _ in pairs], [row.key for _, row in pairs], sequences)
         if len(self._of) > 1:
@@ -53,7 +53,7 @@ class Samplers:
         self._slots = len(slots)
 
     def draw(self, logits: mx.array, decoded: mx.array, logprobs: bool) -> Drawn:
-        """See `Sampler.draw`. Sampler logprobs mean nothing for rows whose distribution is the model's own."""
+        """See `TokenSampler.draw`. Sampler logprobs mean nothing for rows whose distribution is the model's own."""
         first, *others = (sampler.draw(logits, decoded, logprobs) for sampler in self._of.values())
         for drawn, chosen in zip(others, self._chosen[1:], strict=False):
             first = _either(chosen, drawn, first)

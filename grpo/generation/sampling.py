@@ -65,7 +65,7 @@ class Drawn:
 _categorical = mx.vmap(lambda logits, key: mx.random.categorical(logits, key=key))
 
 
-class Sampler:
+class TokenSampler:
     """Draws for all slots at once. Where a penalty needs it, the device keeps which tokens each slot has seen."""
 
     def __init__(self, sampling: Sampling, stop_ids: Iterable[int], slots: int, vocabulary: int) -> None:

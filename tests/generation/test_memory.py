@@ -7,7 +7,7 @@ from grpo.backend.random import derive_key
 from grpo.errors import UserError
 from grpo.generation.generator import Request
 from grpo.generation.memory import FILTERED_HELD, LOGITS_HELD, Need, slots_that_fit
-from grpo.generation.sampling import Sampler, Sampling
+from grpo.generation.sampling import Sampling, TokenSampler
 
 
 def test_the_estimate_is_what_a_rollout_takes(make_policy) -> None:
@@ -33,7 +33,7 @@ def test_the_estimate_covers_what_sampling_takes(dtype: mx.Dtype, sampling: Samp
     """Of a large vocabulary, where it is most of a step: the logits and all that filters make of them."""
     rows, vocabulary = 16, 20_000
     logits = mx.random.normal((rows, vocabulary)).astype(dtype)
-    sampler = Sampler(sampling, [1], rows, vocabulary)
+    sampler = TokenSampler(sampling, [1], rows, vocabulary)
     sampler.admit(list(range(rows)), list(mx.random.split(mx.random.key(0), rows)), [[1]] * rows)
     mx.eval(logits, sampler.keys)
     mx.clear_cache()

@@ -9,7 +9,7 @@ import pytest
 from grpo.backend.random import derive_key
 from grpo.generation.filters import repetition_penalised, threshold
 from grpo.generation.generator import Request
-from grpo.generation.sampling import Sampler, Sampling
+from grpo.generation.sampling import Sampling, TokenSampler
 
 KEY = derive_key(0, "test")
 LOGITS = np.array([1.0, 0.0, -1.0, 2.0, 0.5, -0.5, 1.5, -3.0])
@@ -51,7 +51,7 @@ WAYS = [
 
 
 def drawn(sampling: Sampling, rows: int, logprobs: bool = True):
-    sampler = Sampler(sampling, [], rows, len(LOGITS))
+    sampler = TokenSampler(sampling, [], rows, len(LOGITS))
     sampler.admit(list(range(rows)), list(mx.random.split(KEY, rows)), [PROMPT] * rows)
     logits = mx.broadcast_to(mx.array(LOGITS, mx.float32), (rows, len(LOGITS)))
     return sampler.draw(logits, mx.zeros(rows, mx.int32), logprobs)

@@ -35,7 +35,7 @@ class Rescored:
 
 
 @dataclass(frozen=True, slots=True)
-class Rescored:
+class Rescoring:
     """Every stored completion of a run under the new reward, and how many groups prefer another completion now."""
 
     against: str
@@ -58,7 +58,7 @@ class Rescored:
         return lines + ([f"first failure: {failed[0].failure}"] if failed else [])
 
 
-def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescored:
+def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
     """Call a reward on every stored completion of `run`.
 
     `against` is the stored reward to compare with: by default that of the same name, or else the weighted sum. Raises
@@ -85,10 +85,10 @@ def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescored:
                 completions += pairs
                 groups += 1
                 other_best += _best([c.before for c in pairs]).isdisjoint(_best([c.now for c in pairs]))
-    return Rescored(column, completions, groups, other_best)
+    return Rescoring(column, completions, groups, other_best)
 
 
-def rescore_table(result: Rescored) -> Table:
+def rescore_table(result: Rescoring) -> Table:
     """Means by step, before and now."""
     table = Table()
     for heading in ("step", f"{result.against}, as stored", "now", "scored", "changed"):

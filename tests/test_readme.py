@@ -52,6 +52,6 @@ def test_every_variant_is_named() -> None:
 def test_the_loop_is_25_lines_and_the_names_are_there() -> None:
     import grpo
 
-    loop = block("python", "import grpo")
+    loop = block("python", "import grpo\n")
     assert len([line for line in loop.splitlines() if line.strip()]) <= 25
     assert set(re.findall(r"grpo\.(\w+)", loop + block("py"))) <= set(grpo.__all__)

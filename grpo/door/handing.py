@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from grpo.config import Recipe
 from grpo.data.objects import has_splits, rows_from
 from grpo.door.rewards import Rewardable, as_rewards
 from grpo.door.tasks import OBJECT, is_source
+from grpo.environments.environment import Environment
 from grpo.errors import UserError
 from grpo.plugins import Function
 from grpo.recipes import with_settings
@@ -24,6 +25,7 @@ def handed(
     eval_data: Any,
     loss: Callable[..., Any] | None,
     source: MakeSource | None,
+    environment: Environment | None,
 ) -> tuple[Recipe, Given]:
     """The recipe with the names of what was handed over, and that. None leaves what the recipe says.
 
@@ -38,6 +40,10 @@ def handed(
         use = name_of(loss, functions)
         functions[use] = loss
         settings["loss.use"] = use
+    if environment is not None:
+        use = name_of(type(environment), functions)
+        functions[use] = cast(Any, environment)
+        settings["rollout.environment"] = use
     if data is not None:
         settings |= _placed("data", data, tables)
     if eval_data is not None:

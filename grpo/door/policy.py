@@ -15,6 +15,7 @@ from grpo.config import AdapterConfig, DataConfig, LossConfig, ModelConfig, Roll
 from grpo.data.prompts import PromptRenderer
 from grpo.door.learning import BatchList
 from grpo.door.optimizers import PolicyOptimizer
+from grpo.environments.environment import Environment
 from grpo.errors import UserError
 from grpo.generation.generator import Generator
 from grpo.model.adapters import REFERENCE, Adapters
@@ -98,6 +99,7 @@ class LoadedPolicy:
         key: int | mx.array = 0,
         *,
         temperature: float | None = None,
+        environment: Environment | None = None,
         **settings: Any,
     ) -> list[Group]:
         """`n` completions of each task, as a group for each task, in order.
@@ -107,6 +109,7 @@ class LoadedPolicy:
         is drawn, together with the policy's seed: the same key, the same completions. Each rollout's `trajectory` has
         `token_ids`, `text`, `finish_reason` and, by token, fp32 logprobs in nats at the policy's temperature
         (`behaviour`). At another `temperature` (0: greedy) there are none, because nothing can be learned from those.
+        `environment` makes the trajectories: a single turn, unless another is given (`docs/EXTENDING.md`).
         Defaults are the recipe's (8 completions of 256 tokens). `settings` are the recipe's for sampling: `top_k`,
         `top_p`, `min_p`, `repetition_penalty`, `stop`, `stop_token_ids`, `max_repeats`, `min_completion_length`.
 
@@ -122,7 +125,7 @@ class LoadedPolicy:
         own = temperature is None or temperature == rollout.temperature
         draws = key if isinstance(key, mx.array) else derive_key(self.seed, "rollout", int(key))
         ready = [self._encoded(_task(task, place)) for place, task in enumerate(tasks)]
-        engine = RolloutEngine(self.generator, sampling_of(rollout))
+        engine = RolloutEngine(self.generator, sampling_of(rollout), environment)
         at = rollout.temperature if temperature is None else temperature
         return engine.rollout(ready, n, at, draws, logprobs=own) if ready else []
 

@@ -20,6 +20,7 @@ from grpo.door.policy import save_adapter
 from grpo.door.recipes import recipe as make_recipe
 from grpo.door.rewards import Rewardable
 from grpo.door.stopping import STOP
+from grpo.environments.environment import Environment
 from grpo.errors import RunError, UserError
 from grpo.model.policy import Policy
 from grpo.runs.folder import is_run
@@ -74,6 +75,7 @@ class Trainer:
         loss       a function `(current, batch, cfg) -> per-token loss`, each `[B, T]`; see `LoadedPolicy.gradient`
         source     a function, or a class, that makes the source of tasks from the stream of the recipe's data: a
                    curriculum, say; see `grpo.data.source.Source`
+        environment  what makes trajectories of a task, with `async def rollout(self, task, sampler)`
         callbacks  functions that are called, after the run's own logs, with each `grpo.StepMetrics` (its `groups` are
                    what was sampled, with scores and advantages) and each `grpo.EvalMetrics`. A callback that returns
                    `grpo.STOP` ends the run after that step; an exception ends it too, and `train` raises it.
@@ -95,11 +97,12 @@ class Trainer:
         eval_data: Any = None,
         loss: Callable[..., Any] | None = None,
         source: MakeSource | None = None,
+        environment: Environment | None = None,
         callbacks: Sequence[StepCallback] = (),
         quiet: bool = False,
     ) -> None:
         cfg = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
-        self.recipe, self._given = handed(cfg, rewards, data, eval_data, loss, source)
+        self.recipe, self._given = handed(cfg, rewards, data, eval_data, loss, source, environment)
         self.callbacks = list(callbacks)
         # Plain lines: a notebook would show each print of a rich console as a block of HTML.
         self._console = Console(quiet=quiet, force_jupyter=False)

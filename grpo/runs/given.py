@@ -15,6 +15,7 @@ from grpo.data.objects import rows_from
 from grpo.data.rows import Rows
 from grpo.data.source import Source
 from grpo.data.stream import TaskStream
+from grpo.environments.environment import Environment, find_environment
 from grpo.plugins import SESSION, Function, find_function
 
 MakeSource = Callable[[TaskStream], Source]
@@ -32,6 +33,12 @@ class Given:
     def function(self, use: str, kind: str) -> Function:
         """What `use` names. `kind` says in errors what it is for. Raises UserError, as `find_function` does."""
         return self.functions.get(use) or find_function(use, kind)
+
+    def environment(self, use: str) -> Environment:
+        """The environment that `use` names. Raises UserError, as `find_environment` does."""
+        given: Any = self.functions.get(use)
+        environment: Environment = find_environment(use) if given is None else given
+        return environment
 
     def rows(self, section: str, cfg: DataConfig) -> Rows:
         """The rows of a section: of the object that was given for it, or else what `cfg` names.
@@ -82,6 +89,7 @@ def _found(module: str, name: str) -> Any:
 
 def _source(function: Function) -> str | None:
     try:
-        return inspect.getsource(inspect.unwrap(function))
+        code = inspect.isroutine(function) or inspect.isclass(function)
+        return inspect.getsource(inspect.unwrap(function) if code else type(function))
     except (OSError, TypeError):
         return None

@@ -14,7 +14,6 @@ from grpo.data.lengths import Lengths, measure_lengths
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows, rows_with_null
 from grpo.data.stream import TaskStream, first_tasks
-from grpo.environments.environment import find_environment
 from grpo.errors import UserError
 from grpo.evaluation.evaluator import Evaluator
 from grpo.generation.generator import Generator
@@ -66,7 +65,7 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
     scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions)
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
-    environment = find_environment(cfg.rollout.environment)
+    environment = given.environment(cfg.rollout.environment)
     named = data_of(cfg)
     local = [given.rows(name, data) if given.is_local(name, data) else None for name, data in named.items()]
     model, tokenizer = load(cfg.model)

@@ -31,7 +31,7 @@ def written(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(folder: str, source: type, *callbacks, resume: bool = False, **settings) -> grpo.Trainer:
-    pieces = {"rewards": [{"use": "brevity.py:reward"}], "log": {"use": ["notes.py:log"]}}
+    pieces = {"rewards": [{"use": "brevity.py:reward"}], "log": {"use": ["notes.py:log"]}, "max_completion_length": 24}
     cfg = grpo.recipe("toy.yaml", steps=4, output_dir=folder, **pieces, **settings)
     trainer = grpo.Trainer(cfg, source=source, callbacks=callbacks, quiet=True)
     trainer.train(resume=resume)
@@ -40,7 +40,7 @@ def run(folder: str, source: type, *callbacks, resume: bool = False, **settings)
 
 
 def test_the_page_has_a_file_of_each_kind() -> None:
-    assert list(FILES) == ["brevity.py", "soft.py", "first_tokens.py", "notes.py", "easy.py"]
+    assert list(FILES) == ["brevity.py", "soft.py", "first_tokens.py", "notes.py", "easy.py", "twice.py"]
     named = re.findall(r"`?\b(\w+\.py):", PAGE)
     assert set(named) <= set(FILES)
 
@@ -78,3 +78,21 @@ def test_the_source_gives_tasks_again_and_goes_on_where_it_was(written: Path) ->
     run("parts", easy, once, **same)
     run("parts", easy, resume=True, **same)
     same_end(Path("whole"), Path("parts"))
+
+
+def test_an_environment_is_named_or_given(written: Path) -> None:
+    turns = []
+
+    def count(record):
+        rollouts = [rollout for group in record.groups for rollout in group.rollouts]
+        turns.append([rollout.trajectory.trained.count(False) for rollout in rollouts])
+
+    twice = imported("twice.py").Twice
+    easy = imported("easy.py").Easy
+    named = run("named", easy, count, environment="twice.py:Twice")
+    assert any(untrained > 0 for untrained in turns[0])
+    cfg = grpo.recipe("toy.yaml", steps=4, output_dir="given", max_completion_length=24)
+    given = grpo.Trainer(cfg, rewards=["brevity.py:reward"], source=easy, environment=twice(), quiet=True)
+    given.train()
+    given.close()
+    assert [step["loss"] for step in given.history] == [step["loss"] for step in named.history]

@@ -1,4 +1,4 @@
-"""What flows between rooms. Everything here is frozen: a room that changes something returns a new object."""
+"""The types that rooms exchange. All are frozen: code that changes something returns a new object."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One row of a dataset, ready to be sampled from.
+    """One row of a dataset, with its prompt rendered and tokenized.
 
-    `prompt` is what rewards see (text, or chat messages with `data.system` before them), `prompt_ids` what the model
-    sees. `columns` is the whole row: rewards receive its values by name. `source` is where the row comes from: the
-    recipe's section (`data` or `eval`), or the name of a source.
+    Rewards see `prompt` (text, or chat messages, `data.system` first); the model sees `prompt_ids`. `columns` is the
+    whole row, and rewards receive its values by name. `source` names where the row comes from: `data` or `eval`, the
+    section of the recipe, or a name that a `Source` chose.
     """
 
     index: int
@@ -33,28 +33,32 @@ class Task:
 
     @property
     def identity(self) -> tuple[str, int]:
-        """Which task this is: (source, index). Two rows with the same prompt and other answers are two tasks."""
+        """(source, index). Two rows with the same prompt but different answers are two tasks."""
         return self.source, self.index
 
 
 BEHAVIOUR, SAMPLER = "behaviour", "sampler"
-"""Columns of a trajectory; see there."""
+"""The names of a trajectory's columns. `Trajectory` defines them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """Everything that followed a task's prompt, as token ids: never decoded and encoded again.
+    """All tokens that follow a task's prompt, exactly as they were sampled: text is never encoded again.
 
-    `trained` is true for the tokens that the policy sampled and learns from, the stop token included. Other tokens (a
-    tool's answer, say) may stand anywhere between them; the model sees them, and nothing counts them or learns from
-    them. `columns` are floats for each token, by name:
+    `trained` marks the tokens that the policy sampled and learns from, the stop token included. Untrained tokens, such
+    as a tool's answer, may stand anywhere; the model reads them, but no length, mean or gradient includes them.
 
-        behaviour   log p of the policy that sampled: fp32, at the sampling temperature. Absent where nobody asked.
-        sampler     log p of the distribution that was really sampled, where filters or a penalty made it another one
+    `columns` holds named floats, one for each token:
 
-    What a column holds for an untrained token means nothing, and may be NaN. `text` is the decoded completion without
-    special tokens. `policy_step` is the number of training steps that the policy that sampled had made; None outside
-    of training. Raises ValueError where `trained` or a column has another length than `token_ids`.
+        behaviour   log p under the policy that sampled, fp32, at the sampling temperature; absent if not requested
+        sampler     log p under the distribution that was drawn from; present only where filters (top-k, top-p, min-p)
+                    or a repetition penalty changed that distribution
+
+    The values at untrained tokens are meaningless and may be NaN.
+
+    `text` is decoded without special tokens; after several turns it is the text of the last turn. `policy_step` counts
+    the training steps behind the policy that sampled, None outside training. Raises ValueError if `trained` or a
+    column differs from `token_ids` in length.
     """
 
     token_ids: tuple[int, ...]
@@ -78,34 +82,34 @@ class Trajectory:
         finish_reason: FinishReason,
         sampler: tuple[float, ...] | None = None,
     ) -> Trajectory:
-        """A single answer of the model: every token was sampled, and is trained. None: there is no such column."""
-        known = {BEHAVIOUR: behaviour, SAMPLER: sampler}
-        columns = {name: values for name, values in known.items() if values is not None}
+        """A trajectory of sampled tokens only, all of them trained. A column that is None is left out."""
+        given = {BEHAVIOUR: behaviour, SAMPLER: sampler}
+        columns = {name: values for name, values in given.items() if values is not None}
         return cls(token_ids, (True,) * len(token_ids), columns, text, finish_reason)
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens are trained: what every length, limit, rate and denominator counts."""
+        """The number of trained tokens. Every length, limit, rate and denominator uses it."""
         return self.trained.count(True)
 
     @property
     def behaviour(self) -> tuple[float, ...] | None:
-        """The column of this name; None without it."""
+        """The column `behaviour`, or None."""
         return self.columns.get(BEHAVIOUR)
 
     @property
     def sampler(self) -> tuple[float, ...] | None:
-        """The column of this name; None without it."""
+        """The column `sampler`, or None."""
         return self.columns.get(SAMPLER)
 
     def of_trained(self, values: Sequence[Value]) -> list[Value]:
-        """Those of the values, one for each token, that belong to trained tokens."""
+        """The values at trained tokens, from `values` with one entry for each token."""
         return list(compress(values, self.trained))
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a reward function has no score for a completion that it should have one for."""
+    """Why a reward function failed to score a completion. A score of None without a failure means "not applicable"."""
 
     kind: Literal["error", "timeout"]
     error: str
@@ -115,19 +119,23 @@ class Failure:
 
 
 Progress = Callable[[str, int, int], None]
-"""Progress callback `(phase, done, total)`. Phases are `rollout` and `evaluation` (in tokens; `total` is the most that
-there can be), `reward` (in completions) and `update` (in micro-batches)."""
+"""Progress callback `(phase, done, total)`. `rollout` and `evaluation` count tokens (`total` is an upper bound),
+`reward` counts completions, and `update` counts micro-batches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A trajectory and what became of it.
+    """A trajectory with its scores.
 
-    `scores` are the raw values by reward name, None where a reward gave none, and `failures` says by name which of them
-    failed; `extras` is what rewards had to add by `log_extra`, and `logged` what those that were called for this
-    completion alone told by `log_metric`: the mean of all that was told under a name. `reward` is the weighted sum of
-    scores, None where none scored it or one that counts `failed` on it; `penalty` is taken off it before advantages
-    are; `advantage` is 0 until the objective has set it.
+    scores      the raw score of each reward, by the reward's name; None where a reward gave no score
+    failures    the rewards that failed on this completion, with the reason
+    extras      values that rewards recorded with `log_extra`
+    logged      values that rewards recorded with `log_metric` when called for this completion alone; the mean if a
+                name was recorded several times
+    failed      whether a reward with a weight other than 0 failed
+    reward      the weighted sum of the scores; None if no reward scored the completion, or if `failed`
+    penalty     subtracted from the reward before advantages are computed
+    advantage   0 until the objective sets it
     """
 
     trajectory: Trajectory
@@ -143,7 +151,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The completions of one prompt, which share a baseline."""
+    """The rollouts of one task, which share a baseline."""
 
     task: Task
     rollouts: tuple[Rollout, ...]
@@ -151,9 +159,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What was sampled, counted once and before anything is left out: completions, and their trained tokens.
+    """How many completions were sampled, and how many trained tokens they have.
 
-    Denominators and metrics go by these numbers, and never by what a filter has left.
+    Counted once, before any filter removes rows or tokens; denominators and metrics use these numbers.
     """
 
     rows: int
@@ -167,27 +175,29 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows that go through the model together: B trajectories of T tokens, of P prompts of L tokens.
+    """A micro-batch: B trajectories of up to T tokens, which share P prompts of up to L tokens.
 
-    prompt_ids `[P, L]` int32, padded on the right, and prompt_lengths `[P]` int32.
-    prompt_index `[B]` int32: which prompt each row is of.
+        prompt_ids       `[P, L]` int32, padded on the right
+        prompt_lengths   `[P]` int32
+        prompt_index     `[B]` int32: the prompt of each row
 
-    Everything else is a column of the rows' tokens, `[B, T]` and float32 (token_ids: int32), padded on the right:
+    The columns have one value for each token, `[B, T]`, padded on the right; float32, `token_ids` int32:
 
-        token_ids    what followed the prompt
-        trained      the mask: 1 on tokens that are learned from, else 0. There may be zeros anywhere.
-        weights      the normalizer, fixed over the whole step before it was split; 0 where `trained` is
-        advantages   of each token; the same for all tokens of a row, today
-        behaviour    log p of the policy that sampled
-        sampler      log p of the distribution that was really sampled, where filters made it another one; else None
-        anchor       log p of the policy before this step's first update: what ratios are to. None: it is the current
-                     policy, and all ratios are 1
-        reference    log p of the reference; None where no penalty needs it
-        entropies    in nats, of the policy that is the anchor, where the update drops numbers; else None
+        token_ids    the tokens after the prompt
+        trained      the mask: 1 on tokens to learn from, else 0. Zeros may stand anywhere in a row.
+        weights      the normalizer: each token's share of the loss, fixed before the update was split into
+                     micro-batches; 0 wherever `trained` is 0
+        advantages   the row's advantage on each trained token, 0 elsewhere
+        behaviour    log p under the policy that sampled
+        sampler      log p under the distribution that was drawn from; None unless filters changed it
+        anchor       log p under the policy before this step's first update, the denominator of the ratios. None: the
+                     current policy is still that policy, and all ratios are 1.
+        reference    log p under the reference policy; None if no KL penalty needs it
+        entropies    of the anchor, in nats, without dropout; None unless the update applies dropout
 
-    beta `[]` float32 is the weight of the KL penalty at this step; None where the loss has no penalty now.
+    beta `[]` float32 is the weight of the KL penalty at this step, None if the loss has no penalty now.
 
-    The logprobs are at the sampling temperature. Where `trained` is 0 they may be anything, NaN included.
+    All logprobs are at the sampling temperature. Where `trained` is 0 they may hold anything, NaN included.
     """
 
     prompt_ids: mx.array
@@ -205,21 +215,21 @@ class Batch:
     entropies: mx.array | None = None
 
     def arrays(self) -> dict[str, mx.array]:
-        """The fields that are set, by name: `mx.compile` takes trees of lists, tuples and dicts, and no dataclass."""
+        """The arrays by field name, without those that are None: `mx.compile` takes dicts, but no dataclasses."""
         fields = {name: getattr(self, name) for name in self.__slots__}
         return {name: value for name, value in fields.items() if value is not None}
 
     @classmethod
     def of(cls, arrays: Mapping[str, mx.array]) -> Batch:
-        """The batch that `arrays` are of."""
+        """The inverse of `arrays`."""
         return cls(**arrays)
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one training step measured, by TRL's names.
+    """The metrics of one training step, under TRL's names, and every group that it sampled.
 
-    `groups` are all that were sampled; those that were learnt from come first, with their advantages.
+    The groups that the step trained on come first in `groups`, with their advantages.
     """
 
     step: int
@@ -229,11 +239,11 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class EvalMetrics:
-    """One evaluation on `n` held-out prompts, by the reward `grader`.
+    """One evaluation on `n` held-out prompts, graded by the reward `grader`.
 
-    `values` holds `greedy`, `avg@k`, `pass@k` and `maj@k`, which are fractions, and `rewards/<name>`, mean scores;
-    `intervals` their 95 % intervals (low, high). `failed_gradings` counts completions that the grader failed on: not
-    right, for all that is known.
+    `values` holds the fractions `greedy`, `avg@k`, `pass@k` and `maj@k`, and the mean scores `rewards/<name>`;
+    `intervals` holds their 95 % intervals (low, high). `failed_gradings` counts the completions that the grader failed
+    on, which count as not solved.
     """
 
     step: int

@@ -1,4 +1,4 @@
-"""Continuous batching: rows take a free slot, get a token a step, and leave their slot when they stop."""
+"""Continuous batching: a row takes a free slot, gets one token a step, and leaves its slot when it ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grpo.types import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step under way: what it draws, and for which rows, by slot."""
+    """A step that the device computes: its draws, and the row of each slot. A row that left is None."""
 
     rows: list[Row | None]
     drawn: Drawn
@@ -29,7 +29,10 @@ class _Step:
 
 
 class Run:
-    """Rows on their way through the slots. All buffers are let go of when no row is left that may decode."""
+    """Moves rows through the slots and reads their tokens. Frees all buffers once no row can decode any more.
+
+    One step is computed on the device (`_flying`) while the host prepares the next.
+    """
 
     def __init__(self, find_decoding: Callable[[], Decoding], most_slots: int, parking: Parking) -> None:
         self.seats = Seats(find_decoding, most_slots, parking)
@@ -38,21 +41,21 @@ class Run:
 
     @property
     def busy(self) -> bool:
-        """Whether a row decodes or waits for a slot, or a step is under way."""
+        """Whether a row decodes or is queued, or a step has not been read yet."""
         return bool(self.seats.queue or self._flying or any(self.seats.rows))
 
     def begin(self, row: Row) -> None:
-        """Take a new row."""
+        """Queue a new row."""
         self._live[row] = None
         self.seats.enqueue(row)
 
     def go_on(self, row: Row) -> None:
-        """Let a row that was away wait for a slot again."""
+        """Queue a row that was waiting or parked."""
         self.seats.away -= 1
         self.seats.enqueue(row)
 
     def park(self, row: Row) -> None:
-        """Take a row out of its slot or out of the queue. The step under way has been read."""
+        """Take a row out of its slot or the queue. Call `drain` first if the row decodes."""
         if row.state == "decoding":
             self.seats.leave(row, keep=True)
         else:
@@ -61,7 +64,7 @@ class Run:
         self.seats.away += 1
 
     def release(self, row: Row) -> None:
-        """Free what a row holds that may still decode, and everything if it is the last."""
+        """Free a row that is not done; with the last of them, free all buffers."""
         former, row.state = row.state, "released"
         if former == "decoding":
             self._leave(row, keep=False)
@@ -83,10 +86,11 @@ class Run:
             self.release(row)
 
     def step(self) -> Events:
-        """Decode until tokens have come, which are in their rows then; no events where nothing is in flight.
+        """Decode until one step has been read: its tokens are in their rows, and in the events. No events if idle.
 
-        The host reads one step behind the device. Where launching over a running step would make MLX copy the buffers,
-        the next step's graph is built meanwhile, and launched when the running one has been read.
+        The host reads one step behind the device. If the session `overlaps`, the next step is launched before the
+        running one has been read. Otherwise a second step in flight would make MLX copy the buffers, so the host only
+        builds its graph, and launches it after the read.
         """
         events = None
         while events is None:
@@ -107,12 +111,12 @@ class Run:
         return events if events is not None else Events()
 
     def drain(self) -> Events:
-        """Read the step under way, if there is one, and begin no other."""
+        """Read the step in flight, if there is one, without launching another."""
         flying, self._flying = self._flying, None
         return self._read(flying) if flying is not None else Events()
 
     def _next_step(self) -> _Step | None:
-        """The graph of one more token for every slot, or None if no slot has a row."""
+        """Build the graph that draws one more token for every slot. None if no slot has a row."""
         rows = self.seats.rows
         if not any(rows):
             return None
@@ -120,12 +124,12 @@ class Run:
         for row in step.rows:
             if row is not None:
                 row.launched += 1
-                if row.launched == row.longest:  # it ends with this token, whatever it is
+                if row.launched == row.longest:  # this token is its last, whatever it is
                     self.seats.leave(row, keep=False)
         return step
 
     def _read(self, step: _Step) -> Events:
-        """Hand a step's tokens to their rows, but to those that had left when it began."""
+        """Wait for a step, append its tokens to their rows, and end the rows that stop here."""
         drawn: list[Any] = [a.tolist() if a is not None else None for a in
                             (step.drawn.tokens, step.drawn.logprobs, step.drawn.sampler_logprobs)]  # fmt: skip
         tokens, logprobs, sampler_logprobs = drawn

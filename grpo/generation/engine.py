@@ -1,4 +1,4 @@
-"""The open generator: rows are submitted, extended, parked and released while others decode."""
+"""The engine: continuous batching in which rows can be submitted, extended, parked and released at any step."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ from grpo.generation.sampling import Sampling
 from grpo.generation.stopping import Stopping
 
 SMALL_PRODUCT = 64 * 2**20
-"""Multiplications in a step's largest product, below which a second BLAS thread on a CPU costs more than it gives."""
+"""On a CPU, a step whose largest matrix product has fewer multiplications is faster with a single BLAS thread."""
 
 
 class Engine:
-    """Decodes whatever rows there are, one step at a time.
+    """Decodes rows one step at a time: submit prompts, call `step` while `busy`, and read the rows.
 
-    What is sampled depends neither on the number of slots nor on the other rows, nor on when a row was submitted,
-    parked or extended. The model may be updated while no row decodes; a row that waits meanwhile goes on from the keys
-    and values of the former weights.
+    At most `slots` rows decode at once; the others wait in a queue. A submission with `keep=True` can have several
+    turns: when such a row ends, it waits until it is extended or released.
 
-    `slots` rows decode at once at the most. Rows that are out of their slots keep at most `kept_bytes` of keys and
-    values (None: no bound): the oldest are dropped first, and computed again when the row goes on.
+    A row's draws depend only on its seed, path, sample and position: not on the slots, the other rows, or the time at
+    which it was submitted, parked or extended.
+
+    Rows outside their slots keep their keys and values, `kept_bytes` in total (None: no limit). Beyond that the row
+    that has waited longest loses its own, which are computed again when the row continues.
+
+    The model may be updated while no row is decoding. Rows that have begun, and those that share a prompt with one,
+    may still use keys and values of the old weights.
     """
 
     def __init__(
@@ -42,18 +47,24 @@ class Engine:
         largest_product: int,
         kept_bytes: int | None = None,
     ) -> None:
-        """`rules` says when rows of a sampling end; `largest_product` is the size of the model's largest layer."""
+        """`rules` gives the stop rules of a `Sampling`; `largest_product` is the size of the model's largest weight.
+
+        `find_decoding` returns the current way to decode the model, and is called when rows enter while no slot is taken.
+        """
         self._rules, self._stream, self._largest_product = rules, stream, largest_product
         self._run = Run(find_decoding, slots, Parking(kept_bytes))
         self._events: deque[Events] = deque()
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has anything to do."""
+        """Whether a row decodes or is queued, or events have not been returned yet. Waiting rows do not count."""
         return self._run.busy or bool(self._events)
 
     def submit(self, submission: Submission) -> tuple[Row, ...]:
-        """Let a prompt's rows wait for slots. Returns a handle for each, by sample."""
+        """Queue `n` rows of a prompt. Returns them by sample; each is the handle for the other methods.
+
+        Raises ValueError for an empty prompt, or if `max_tokens` is below 1.
+        """
         _check(submission)
         stopping, prompt = self._rules(submission.sampling), SharedPrompt(submission.prompt_ids, submission.n)
         keys = [derive_key(submission.seed, "row", *submission.path, sample) for sample in range(submission.n)]
@@ -64,17 +75,17 @@ class Engine:
         return rows
 
     def step(self) -> Events:
-        """Decode one more token for each row that has a slot. No events where `busy` is false."""
+        """Decode one token for each row in a slot. Returns no events if the engine is not `busy`."""
         if self._events:
             return self._events.popleft()
         with self._at_work():
             return self._run.step()
 
     def extend(self, row: Row, token_ids: Sequence[int]) -> None:
-        """Append tokens that were not sampled, and let sampling go on after them.
+        """Append tokens that were not sampled, and continue sampling after them in a new turn.
 
-        Only these tokens go through the model. A row that was parked while it decoded may go on without any. Raises
-        ValueError if the row still decodes, or cannot go on.
+        Only these tokens go through the model. A parked row may continue without any: then its turn goes on. Raises
+        ValueError if the row is queued or decoding, has ended for good, or has no `room` for the tokens.
         """
         if row.state in ("queued", "decoding"):
             raise ValueError("this row still decodes, so it cannot be extended: wait until it has ended, or park it")
@@ -91,7 +102,7 @@ class Engine:
         self._run.go_on(row)
 
     def park(self, row: Row) -> None:
-        """Let a row give up its slot, or its place in the queue, until it is extended. A row that waits does already.
+        """Take a row out of its slot or the queue until it is extended. Does nothing to a row that waits already.
 
         Raises ValueError if the row has ended for good or was released.
         """
@@ -104,7 +115,7 @@ class Engine:
         self._run.park(row)
 
     def release(self, row: Row) -> None:
-        """Free what a row holds, whatever it does. To release a row that has nothing is allowed."""
+        """Stop a row, in whatever state it is, and free its memory. Its tokens stay readable."""
         if row.state in ("done", "released"):
             row.state = "released"
             return
@@ -112,13 +123,13 @@ class Engine:
             self._run.release(row)
 
     def close(self) -> None:
-        """Release all rows. They have the tokens that they had."""
+        """Release all rows. Their tokens stay readable."""
         with self._at_work():
             self._run.close()
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """On the engine's own stream, with the threads that its products are worth."""
+        """Use the engine's own stream, and one BLAS thread if the products are small."""
         small = self._run.seats.count * self._largest_product < SMALL_PRODUCT
         with mx.stream(self._stream), blas.one_thread(small):
             yield

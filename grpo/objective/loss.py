@@ -1,4 +1,4 @@
-"""The policy loss: ratio × surrogate × normaliser, with what may be added to it."""
+"""The policy loss: ratio × surrogate × normalizer, plus the KL penalty and the entropy bonus."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from grpo.objective.surrogates import SURROGATES, Terms
 from grpo.types import Batch
 
 CustomLoss = Callable[[mx.array, Batch, LossConfig], mx.array]
+"""A loss of `loss.use`: `(current, batch, cfg) -> per_token_loss`, `[B, T]`. See `policy_loss`."""
 
 
 def policy_loss(
@@ -31,29 +32,31 @@ def policy_loss(
     entropies: mx.array | None = None,
     custom: CustomLoss | None = None,
 ) -> tuple[mx.array, Metrics]:
-    """The loss of a batch, to be minimised, and what it measured.
+    """The loss of a micro-batch, to be minimized, and its metrics.
 
-    current `[B, T]` float32: log p of the policy as it is, differentiable; entropies `[B, T]` or None. Of the batch's
-    columns it reads `trained`, `weights` and `advantages`, and where they are there:
+        loss = Σ weights · (keep · w · surrogate(ratio, A) + β · KL - c · entropy)
 
-        anchor     the policy before this step's first update: what ratios are to (dppo's are not). Without it the
-                   anchor is the current policy, and the ratio is exactly 1.
-        reference  needed when the penalty's weight is above 0
-        behaviour  the policy that sampled: for the correction, the off-policy mask and dppo; measured wherever it is
-        sampler    the distribution that was sampled, where filters made it another one: the correction and dppo read it
-                   in the place of `behaviour` then. The off-policy mask does not: no policy has it.
-        entropies  what the metric `entropy` is of, in the place of the argument: the whole network's, with dropout
-        beta       the penalty's weight now, in the place of `cfg.beta`
+    over trained tokens. keep is the off-policy mask and w the correction for the sampler (vespo puts w into its own
+    weight instead). grpo/presets.py has the formulas.
 
-    `custom`, a function `(current, batch, cfg) -> per_token_loss`, takes the surrogate's place. In its batch every
-    column is 0 where nothing is trained, and `anchor` is always there.
+    current `[B, T]` float32 is log p under the current policy, differentiable. entropies `[B, T]` float32, in nats, or
+    None. The batch must have `trained`, `weights` and `advantages`. The other columns are used as follows:
 
-    loss = Σ weights · (keep · w · surrogate(ratio, A) + β · KL - c · entropy), where keep and w are the off-policy mask
-    and the sampler's correction (which vespo takes into its own weight instead). The formulas are in grpo/presets.py.
-    Raises ValueError for a column that the settings need and the batch has not.
+        anchor     denominator of the ratios, except dppo's. None: the current policy is the anchor, every ratio is 1.
+        behaviour  read by the correction, the off-policy mask, dppo and the `sampling/` metrics
+        sampler    replaces `behaviour` in the correction and in dppo if filters changed what was drawn from. The
+                   off-policy mask compares two policies, and keeps `behaviour`.
+        reference  required if the KL penalty has a weight above 0
+        beta       replaces `cfg.beta` as that weight
+        entropies  replaces the argument `entropies` in the metric `entropy`: with dropout, the values without it
 
-    Metrics are over the batch's trained tokens; `combine_metrics` puts those of a step's batches together. Values where
-    nothing is trained may be anything: the mask enters before any exponential.
+    `custom` replaces the surrogate. In the batch that it receives, `anchor` is always set and every column is 0 at
+    untrained tokens.
+
+    Metrics are scalars over the batch's trained tokens; `combine_metrics` merges those of several batches. Columns may
+    hold anything at untrained tokens, NaN included: they are masked before any exponential.
+
+    Raises ValueError if the settings need a column that the batch lacks.
     """
     current = mx.where(batch.trained > 0, current, 0.0)
     batch = _on_trained(batch, current)
@@ -72,7 +75,7 @@ def policy_loss(
 
 
 def _on_trained(batch: Batch, current: mx.array) -> Batch:
-    """The batch with 0 in every column where nothing is trained, and with an anchor: at first the current policy."""
+    """The batch with 0 at untrained tokens in every column, and the current policy as its anchor if it has none."""
     trained = batch.trained.astype(mx.float32)
 
     def masked(column: mx.array | None) -> mx.array | None:
@@ -104,7 +107,7 @@ def _terms(
 
 
 def _correction(batch: Batch, cfg: LossConfig) -> mx.array | None:
-    """The weight of each token that corrects for the sampler, `[B, T]`: anchor / sampler. None without a correction."""
+    """The importance weights anchor / sampler, `[B, T]`. None if the loss has no correction."""
     if cfg.importance_sampling_correction == "none":
         return None
     sampler = drawn_from(batch)
@@ -116,7 +119,7 @@ def _correction(batch: Batch, cfg: LossConfig) -> mx.array | None:
 def _off_policy_mask(
     per_token: mx.array, terms: Terms, batch: Batch, cfg: LossConfig, entropies: mx.array | None
 ) -> tuple[mx.array, Metrics]:
-    """Nothing for the completions that the policy has left behind: behaviour (without it, anchor) - current."""
+    """Set the loss to 0 on completions that the policy has moved away from, by behaviour (else anchor) - current."""
     del entropies
     if cfg.off_policy_mask_threshold is None:
         return per_token, {}
@@ -129,12 +132,12 @@ def _off_policy_mask(
 def _penalty(
     per_token: mx.array, terms: Terms, batch: Batch, cfg: LossConfig, entropies: mx.array | None
 ) -> tuple[mx.array, Metrics]:
-    """Plus β · KL of each token, where the loss has a penalty now."""
+    """Add β · KL of each token, if the loss has a penalty at this step."""
     del entropies
     if cfg.kl_in != "loss" or not (cfg.beta > 0 or cfg.beta_end):
         return per_token, {}
     if batch.reference is None:
-        if cfg.beta_end is not None:  # the schedule is at 0
+        if cfg.beta_end is not None:  # the schedule has β = 0 at this step
             return per_token, {}
         raise ValueError("beta > 0 needs the column `reference` in the batch")
     kl = kl_estimate(terms.current, batch.reference, cfg.kl_estimator)
@@ -146,7 +149,7 @@ def _penalty(
 def _entropy_bonus(
     per_token: mx.array, terms: Terms, batch: Batch, cfg: LossConfig, entropies: mx.array | None
 ) -> tuple[mx.array, Metrics]:
-    """Less c · entropy of each token, where there is a bonus; measured wherever entropies are there."""
+    """Subtract c · entropy of each token, if there is a bonus. The metric needs only entropies."""
     if entropies is None:
         if cfg.entropy_coef > 0:
             raise ValueError("entropy_coef > 0 needs entropies")

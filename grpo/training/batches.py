@@ -1,4 +1,4 @@
-"""Groups become batches: padded arrays whose token weights are fixed before the split."""
+"""Groups become batches: padded arrays, whose token weights are fixed before the split into micro-batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Number = TypeVar("Number", int, float)
 def make_minibatches(
     groups: Sequence[Group], loss: LossConfig, packing: Packing, longest: int, number: int = 1, beta: float = 0.0
 ) -> list[MiniBatch]:
-    """The step's groups as `number` minibatches, one for each update of a pass. See `make_batches`."""
+    """Split the step's groups into `number` minibatches, one for each update of an iteration. See `make_batches`."""
     size = -(-len(groups) // number)
     return [
         make_batches(groups[start : start + size], loss, packing, longest, beta)
@@ -32,11 +32,11 @@ def make_minibatches(
 def make_batches(
     groups: Sequence[Group], loss: LossConfig, packing: Packing, longest: int, beta: float = 0.0
 ) -> MiniBatch:
-    """The rows of an update's groups as micro-batches, with the weights that the loss averages by.
+    """Make the micro-batches of one update, with the token weights that normalize the loss.
 
-    `longest` is the most tokens that a completion can have, for the `constant` normaliser; `beta` the KL penalty's
-    weight at this step. Rows that can have no gradient (advantage 0 and nothing else in the loss, or no trained tokens)
-    are left out. Denominators count them, so that leaving them out changes nothing.
+    `longest` is the limit on a completion's tokens, which the `constant` normalizer divides by; `beta` is the weight of
+    the KL penalty at this step. Rows that cannot have a gradient (no trained tokens, or advantage 0 and no other term
+    in the loss) are left out. The denominators still count them, so the gradient stays the same.
     """
     rows = rows_of(groups)
     totals = Totals(len(rows), sum(_counted(rollout, loss) for _, rollout in rows))
@@ -51,9 +51,9 @@ def make_batches(
 
 
 def row_batches(rows: Sequence[Sample], packing: Packing) -> Iterator[tuple[list[Sample], Batch]]:
-    """Rows in their order, as micro-batches to be looked at rather than learnt from, each with its rows.
+    """Yield the rows in their order as micro-batches for a forward pass, each together with its rows.
 
-    Rows of padding may follow those of a micro-batch; nothing of them is trained.
+    A batch may end with padding rows, in which no token is trained.
     """
     for positions, shape in pack_in_order(rows, packing):
         part = [rows[i] for i in positions]
@@ -61,12 +61,12 @@ def row_batches(rows: Sequence[Sample], packing: Packing) -> Iterator[tuple[list
 
 
 def rows_of(groups: Sequence[Group]) -> list[Sample]:
-    """Every completion of the groups with its task, in their order."""
+    """Every completion with its task, in the order of the groups."""
     return [(group.task, rollout) for group in groups for rollout in group.rollouts]
 
 
 def collate(rows: Sequence[Sample], shape: Shape) -> Batch:
-    """Rows as one batch of a shape, in which every trained token weighs 1."""
+    """Pad rows to one batch of the given shape. Every trained token has weight 1."""
     prompts = list(dict.fromkeys(task.prompt_ids for task, _ in rows))
     place = {prompt: position for position, prompt in enumerate(prompts)}
     fill = shape.rows - len(rows)
@@ -89,33 +89,36 @@ def collate(rows: Sequence[Sample], shape: Shape) -> Batch:
 
 
 def learns(rollout: Rollout, loss: LossConfig) -> bool:
-    """Whether a completion goes through the update, or can have no gradient there."""
+    """Whether a completion can contribute to the gradient, so that the update needs it."""
     return _counted(rollout, loss) > 0 and (rollout.advantage != 0 or _all_rows_count(loss))
 
 
 def _counted(rollout: Rollout, loss: LossConfig) -> int:
-    """How many of its tokens may be trained on: none of what overlong filtering leaves out."""
+    """The number of tokens to train on: 0 for a truncated completion if the loss masks those."""
     cut = rollout.trajectory.finish_reason != "stop"
     return 0 if cut and loss.mask_truncated_completions else rollout.trajectory.trained_tokens
 
 
 def _all_rows_count(loss: LossConfig) -> bool:
-    """Whether a row without advantage may have a gradient, or a say in which tokens or how many are trained on."""
-    chosen = loss.top_entropy_quantile < 1 or loss.preset.normalize == "micro_batch"
-    squared = loss.preset.surrogate == "dppo" and loss.dppo_penalty > 0  # it does not know advantages
-    penalised = loss.kl_in == "loss" and (loss.beta > 0 or bool(loss.beta_end))
-    return penalised or chosen or squared or loss.entropy_coef > 0 or loss.use is not None
+    """Whether a row with advantage 0 can still have a gradient, or change the weights of other rows' tokens."""
+    kl_penalty = loss.kl_in == "loss" and (loss.beta > 0 or bool(loss.beta_end))
+    dppo_penalty = loss.preset.surrogate == "dppo" and loss.dppo_penalty > 0  # independent of advantages
+    shared_weights = loss.top_entropy_quantile < 1 or loss.preset.normalize == "micro_batch"
+    return kl_penalty or dppo_penalty or shared_weights or loss.entropy_coef > 0 or loss.use is not None
 
 
 def forced(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Logprobs and entropies under the active state, evaluated while it is active."""
-    found = batch_logprobs(policy, batch)
-    mx.eval(found)
-    return found
+    """`batch_logprobs`, evaluated now: the active adapter state may change before a lazy result is read."""
+    result = batch_logprobs(policy, batch)
+    mx.eval(result)
+    return result
 
 
 def batch_logprobs(policy: Policy, batch: Batch, entropy_gradient: bool = False) -> tuple[mx.array, mx.array]:
-    """Logprobs and entropies of a batch's tokens under the active state, `[B, T]` each."""
+    """Logprobs and entropies (nats) of a batch's tokens under the active adapter state: `[B, T]` float32 each.
+
+    With `entropy_gradient` the entropies are differentiable.
+    """
     return policy.group_logprobs(
         batch.prompt_ids, batch.prompt_lengths, batch.prompt_index, batch.token_ids, entropy_gradient
     )
@@ -123,7 +126,7 @@ def batch_logprobs(policy: Policy, batch: Batch, entropy_gradient: bool = False)
 
 def _trained(trajectories: Sequence[Trajectory], shape: Shape) -> mx.array:
     """1 on trained tokens, 0 on others and on padding: `[B, T]` float32."""
-    if all(all(trajectory.trained) for trajectory in trajectories):  # then lengths say it, without a value for each
+    if all(all(trajectory.trained) for trajectory in trajectories):  # lengths alone give the mask: no Python lists
         lengths = mx.array([len(t.token_ids) for t in trajectories] + [0] * (shape.rows - len(trajectories)))
         return (mx.arange(shape.length)[None] < lengths[:, None]).astype(mx.float32)
     masks = [[float(trained) for trained in trajectory.trained] for trajectory in trajectories]
@@ -132,11 +135,11 @@ def _trained(trajectories: Sequence[Trajectory], shape: Shape) -> mx.array:
 
 def _column(values: Sequence[tuple[float, ...] | None], shape: Shape) -> mx.array | None:
     """A column of the rows, `[B, T]` float32; None unless every row has it."""
-    known = [row for row in values if row is not None]
-    return None if len(known) < len(values) else mx.array(_padded(known, shape.rows, shape.length, 0.0))
+    present = [row for row in values if row is not None]
+    return None if len(present) < len(values) else mx.array(_padded(present, shape.rows, shape.length, 0.0))
 
 
 def _padded(values: Sequence[Sequence[Number]], rows: int, length: int, filler: Number) -> list[list[Number]]:
-    """Rows of a length each, and as many rows as there are to be."""
+    """The values padded with `filler` to `rows` lists of `length`."""
     filled = [list(row) + [filler] * (length - len(row)) for row in values]
     return filled + [[filler] * length for _ in range(rows - len(values))]

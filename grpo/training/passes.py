@@ -1,6 +1,6 @@
-"""Passes over a step's minibatches before its updates: each adds a column to the batches, or changes their weights.
+"""Passes over a step's minibatches, made before its updates: each adds a column to the batches or changes weights.
 
-A new pass is a function `(policy, minibatches, asked) -> minibatches`, and a row of `PASSES`.
+To add a pass, write a function `(policy, minibatches, settings) -> minibatches` and give it a row in `PASSES`.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from grpo.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What decides which passes a run makes. `drops`: the update drops numbers of the adapter's inputs."""
+class PassSettings:
+    """What the passes depend on. `dropout`: whether the update applies dropout to the adapter's inputs."""
 
     loss: LossConfig
-    drops: bool = False
+    dropout: bool = False
     ranks: Ranks = field(default_factory=Ranks)
 
 
-Wanted = Callable[[Asked], bool]
-Enrich = Callable[[Policy, Sequence[MiniBatch], Asked], list[MiniBatch]]
+Condition = Callable[[PassSettings], bool]
+Enrich = Callable[[Policy, Sequence[MiniBatch], PassSettings], list[MiniBatch]]
 Pass = Callable[[Policy, Sequence[MiniBatch]], list[MiniBatch]]
 
 
-def passes_of(asked: Asked) -> list[Pass]:
-    """The passes that a run makes over every step's minibatches, in their order."""
+def passes_of(settings: PassSettings) -> list[Pass]:
+    """The passes that every step of a run makes, in order."""
 
     def bound(enrich: Enrich) -> Pass:
-        return lambda policy, minibatches: enrich(policy, minibatches, asked)
+        return lambda policy, minibatches: enrich(policy, minibatches, settings)
 
-    return [bound(enrich) for wanted, enrich in PASSES if wanted(asked)]
+    return [bound(enrich) for needed, enrich in PASSES if needed(settings)]
 
 
-def with_top_entropy(policy: Policy, minibatches: Sequence[MiniBatch], asked: Asked) -> list[MiniBatch]:
-    """The same minibatches with weight only on the step's trained tokens of highest entropy.
+def with_top_entropy(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
+    """Keep weight only on the tokens of highest entropy, out of all trained tokens of the step (arXiv 2506.01939).
 
-    The number of completions that a denominator counts stays the one of `make_batches`. The masks stay too: what is
-    measured of a whole completion (its ratio, say) is measured of all its tokens.
+    The number of completions in the denominators stays what `make_batches` counted. `trained` stays too, so that
+    sequence ratios and metrics still cover whole completions.
     """
     everything = [batch for batches in minibatches for batch in batches]
     if not everything:
@@ -56,53 +56,54 @@ def with_top_entropy(policy: Policy, minibatches: Sequence[MiniBatch], asked: As
     entropies = mx.concatenate([forced(policy, batch)[1].reshape(-1) for batch in everything])
     trained = mx.concatenate([batch.trained.reshape(-1) for batch in everything])
     ends = list(accumulate(batch.trained.size for batch in everything))
-    parts = mx.split(top_entropy_mask(entropies, trained, asked.loss.top_entropy_quantile), ends[:-1])
+    parts = mx.split(top_entropy_mask(entropies, trained, settings.loss.top_entropy_quantile), ends[:-1])
     chosen = iter(part.reshape(batch.trained.shape) for part, batch in zip(parts, everything, strict=True))
-    return [_with_weights(batches, [next(chosen) for _ in batches], asked.loss) for batches in minibatches]
+    return [_with_weights(batches, [next(chosen) for _ in batches], settings.loss) for batches in minibatches]
 
 
-def shared(policy: Policy, minibatches: Sequence[MiniBatch], asked: Asked) -> list[MiniBatch]:
-    """This process's part of every minibatch. What comes before sees the whole step, what comes after its part."""
+def shared(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
+    """Keep this rank's share of every minibatch. Earlier passes see the whole step, later passes only the share."""
     del policy
-    return [asked.ranks.share(batches) for batches in minibatches]
+    return [settings.ranks.share(batches) for batches in minibatches]
 
 
-def with_reference(policy: Policy, minibatches: Sequence[MiniBatch], asked: Asked) -> list[MiniBatch]:
-    """The same minibatches with the reference's logprobs in the batches that have a penalty now."""
-    del asked
+def with_reference(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
+    """Add the column `reference`, unless the weight of the KL penalty is 0 at this step."""
+    del settings
     if not any(batch.beta is not None for batches in minibatches for batch in batches):
         return list(minibatches)
     with policy.use(REFERENCE):
         return [[replace(batch, reference=forced(policy, batch)[0]) for batch in batches] for batches in minibatches]
 
 
-def with_anchor(policy: Policy, minibatches: Sequence[MiniBatch], asked: Asked) -> list[MiniBatch]:
-    """The same minibatches with the policy's logprobs as it is now, before the step's first update.
+def with_anchor(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
+    """Add the column `anchor`: logprobs under the policy as it is before the step's first update.
 
-    The first minibatch needs none: its logprobs when it is reached are these, unless its update drops numbers of the
-    adapter's inputs. Then each has the entropies of the same pass too: those that the update sees are another policy's.
+    The first minibatch needs no pass, since its own update starts from that policy and computes the same logprobs.
+    With dropout the update computes other logprobs and entropies, so every minibatch gets `anchor` and `entropies`
+    from a pass without dropout.
     """
-    if asked.drops:
-        return [[_whole(policy, batch) for batch in batches] for batches in minibatches]
+    if settings.dropout:
+        return [[_without_dropout(policy, batch) for batch in batches] for batches in minibatches]
     others = [[replace(b, anchor=forced(policy, b)[0]) for b in batches] for batches in minibatches[1:]]
     return [*minibatches[:1], *others]
 
 
-def _whole(policy: Policy, batch: Batch) -> Batch:
+def _without_dropout(policy: Policy, batch: Batch) -> Batch:
     logprobs, entropies = forced(policy, batch)
     return replace(batch, anchor=logprobs, entropies=entropies)
 
 
-PASSES: list[tuple[Wanted, Enrich]] = [
-    (lambda asked: asked.loss.top_entropy_quantile < 1, with_top_entropy),
-    (lambda asked: asked.ranks.size > 1, shared),
-    (lambda asked: asked.loss.kl_in == "loss", with_reference),
+PASSES: list[tuple[Condition, Enrich]] = [
+    (lambda settings: settings.loss.top_entropy_quantile < 1, with_top_entropy),
+    (lambda settings: settings.ranks.size > 1, shared),
+    (lambda settings: settings.loss.kl_in == "loss", with_reference),
     (lambda _: True, with_anchor),
 ]
-"""When a pass is made, and the pass. The anchor comes last: nothing after it may move the policy."""
+"""The condition of each pass, and the pass, in the order in which a step makes them."""
 
 
 def _with_weights(batches: MiniBatch, chosen: Sequence[mx.array], loss: LossConfig) -> MiniBatch:
-    """A minibatch with weight on the tokens alone that were chosen of each batch, `[B, T]`."""
+    """Move a minibatch's weights to the chosen tokens: a mask `[B, T]` for each batch."""
     moved = weights_of_chosen([batch.weights for batch in batches], chosen, loss)
     return [replace(batch, weights=weights) for batch, weights in zip(batches, moved, strict=True)]

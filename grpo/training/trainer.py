@@ -1,4 +1,4 @@
-"""The trainer: GRPO itself, one step on one screen."""
+"""The trainer: one step of GRPO on one screen, `Trainer.step`. The loop around it is in `grpo.runs.loop`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from grpo.training.gap import GapWatch
 from grpo.training.gauges import Gauges, mean_kl, with_all_entropy
 from grpo.training.metrics import step_metrics
 from grpo.training.packing import Packing
-from grpo.training.passes import Asked, passes_of
+from grpo.training.passes import PassSettings, passes_of
 from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.state import Arrays, TrainerState
@@ -34,7 +34,10 @@ from grpo.types import Group, StepMetrics, Totals
 
 
 class Trainer:
-    """Trains a policy on the tasks of a source, as a recipe says."""
+    """Trains a policy with GRPO: samples completions of tasks, scores them, and updates the policy.
+
+    With several processes, `ranks`, each samples and trains on its share, and all hold the same policy.
+    """
 
     def __init__(
         self,
@@ -52,40 +55,51 @@ class Trainer:
         self.engine = engine
         self.scorer = scorer
         self.ranks = ranks or Ranks()
-        drops = cfg.adapter.dropout > 0
-        self.passes = passes_of(Asked(cfg.loss, drops, self.ranks))
+        dropout = cfg.adapter.dropout > 0
+        self.passes = passes_of(PassSettings(cfg.loss, dropout, self.ranks))
         self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout), self.ranks)
         self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first)
-        seed = cfg.seed if drops else None
         self.before = Before(policy.adapters, cfg.adapter.type == "full")
-        watch = (self.gap.check, self.before.move)
-        self.update = Updater(policy, cfg.optim, cfg.loss, custom_loss, self.ranks, seed, *watch)
+        self.update = Updater(
+            policy,
+            cfg.optim,
+            cfg.loss,
+            custom_loss,
+            self.ranks,
+            dropout_seed=cfg.seed if dropout else None,
+            check=self.gap.check,
+            moving=self.before.move,
+        )
 
     def step(self, n: int) -> StepMetrics:
-        """Sample, score, and update. `n` counts from 1."""
+        """Make step `n`, counted from 1: sample and score groups, update the policy, and return the metrics.
+
+        Inside `wholly`, an error leaves the policy as it was before the step.
+        """
         clock, beta = Clock(), penalty_weight(self.cfg.loss, self.cfg.optim.steps, n)
         self.scorer.begin(n)
         sampled, groups = self.sample(n, clock)
         self.tasks.observe(sampled)
         self.before.remember(self.update.optimizer)
         totals = Totals.of(groups)
-        groups, told = self.penalised(groups, totals, beta)  # where the recipe asks for it
+        groups, penalty_metrics = self.penalised(groups, totals, beta)
         groups = with_advantages(groups, self.cfg.rewards, self.cfg.advantage, self.cfg.loss.preset)
-        minibatches = self.batched(groups, beta)  # token weights are fixed here, before any split
-        for enrich in self.passes:  # entropy mask, reference, anchor: those that the recipe asks for
+        minibatches = self.batched(groups, beta)  # fixes the token weights, before anything is split
+        for enrich in self.passes:  # entropy mask, this rank's share, reference, anchor: see `PASSES`
             minibatches = enrich(self.policy, minibatches)
-        told |= self.measured(groups, totals, n)  # if it is due
+        kl_metrics = self.measured(groups, totals, n)
         rest = self.gauges.entropy_left_out(groups)
         clock.lap("logprobs")
         update = with_all_entropy(self.update(minibatches, n), rest, totals)
-        self.before.move()  # the step counts, though no update of it was applied
+        self.before.move()  # even if no update was applied: the step counts
         clock.lap("update")
-        self.policy.adapters.sync_reference(self.cfg.adapter, n)  # if it is due
-        status = self.status(n, beta) | told
-        return replace(step_metrics(n, sampled, update, status, clock.laps), groups=(*groups, *sampled[len(groups) :]))
+        self.policy.adapters.sync_reference(self.cfg.adapter, n)
+        status = self.status(n, beta) | penalty_metrics | kl_metrics
+        metrics = step_metrics(n, sampled, update, status, clock.laps)
+        return replace(metrics, groups=(*groups, *sampled[len(groups) :]))
 
     def wholly(self) -> AbstractContextManager[None]:
-        """A block around `step` that an error leaves with the arrays as they were before it: see `Before`."""
+        """A context for `step`: if it raises, the arrays are put back as they were. `Before` has the exceptions."""
         return self.before.wholly(self.update.optimizer)
 
     def sample(self, n: int, clock: Clock) -> tuple[list[Group], list[Group]]:
@@ -114,23 +128,23 @@ class Trainer:
         return varied_first, varied_first[: cfg.rollout.prompts_per_step]
 
     def penalised(self, groups: list[Group], totals: Totals, beta: float) -> tuple[list[Group], dict[str, float]]:
-        """The groups with what is taken off their rewards, and its metrics."""
+        """The groups with the penalties that the recipe subtracts from rewards, and the metrics of these."""
         cache, longest = self.cfg.advantage.soft_overlong_cache, self.cfg.rollout.max_completion_length
         return with_penalties(groups, totals, beta, cache, longest, self.gauges)
 
     def batched(self, groups: list[Group], beta: float) -> list[MiniBatch]:
-        """A minibatch for each update of a pass, of a micro-batch for each process at least."""
+        """One minibatch for each update of an iteration, with at least one micro-batch for each rank if rows allow."""
         packing = Packing.of(self.cfg.optim, self.cfg.rollout, self.ranks.size)
         longest, number = self.cfg.rollout.max_completion_length, self.cfg.optim.num_minibatches
         return make_minibatches(groups, self.cfg.loss, packing, longest, number, beta)
 
     def measured(self, groups: list[Group], totals: Totals, n: int) -> dict[str, float]:
-        """`kl` at the steps at which `log.kl` asks for it, in a run that has no penalty to tell it."""
+        """`kl` at the steps that `log.kl` names, for a run whose loss and rewards do not compute it."""
         every = self.cfg.kl_every
         return {} if every is None or n % every else {"kl": mean_kl(self.gauges.divergences(groups), totals)}
 
     def status(self, n: int, beta: float) -> dict[str, float]:
-        """What the trainer itself has to tell about a step."""
+        """The metrics that neither the groups nor the update provide."""
         status = {
             "learning_rate": learning_rate(self.cfg.optim, n),
             **({} if (delta := self.policy.adapters.delta()) is None else {"adapter_delta": delta}),
@@ -145,11 +159,11 @@ class Trainer:
         return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 
     def state(self) -> TrainerState:
-        """What the steps so far have changed: what `load_state` takes. Whoever keeps it keeps its arrays in memory."""
+        """Everything that the steps so far have changed, for `load_state`. It holds the arrays without copying them."""
         return TrainerState(self.arrays(), self.counts())
 
     def arrays(self) -> dict[str, Arrays]:
-        """The arrays that the steps so far have changed, as they are now: by file, then by path or name."""
+        """The trained arrays as they are now, by checkpoint file and then by path."""
         adapters, kept = self.policy.adapters, self.cfg.adapter.moves_reference and self.cfg.needs_reference
         return {
             "adapters": adapters.state(),
@@ -158,7 +172,7 @@ class Trainer:
         }
 
     def counts(self) -> dict[str, Any]:
-        """What the rooms have counted so far, as JSON holds it."""
+        """The counters of the source, the scorer and the updates, as JSON values."""
         return {
             "tasks": self.tasks.state(),
             "scorer": self.scorer.state(),
@@ -167,14 +181,17 @@ class Trainer:
         }
 
     def load_state(self, state: TrainerState) -> None:
-        """Go on where a trainer with this recipe was. Raises UserError for the state of another model or adapter."""
+        """Continue from the state of a trainer with the same recipe.
+
+        Raises UserError if the arrays differ from this trainer's in names or shapes.
+        """
         state.check_fits(self.state())
         self.policy.adapters.load_state(state.arrays["adapters"])
         if "reference" in state.arrays:
             self.policy.adapters.add("reference", state.arrays["reference"])
         self.update.optimizer.state = tree_unflatten(dict(state.arrays["optimizer"]))
         self.update.skipped_in_a_row = state.counts["skipped_in_a_row"]
-        self.update.steps_without_signal = state.counts.get("steps_without_signal", 0)  # not in older checkpoints
+        self.update.steps_without_signal = state.counts.get("steps_without_signal", 0)  # older checkpoints lack it
         self.tasks.load_state(state.counts["tasks"])
-        scored = state.counts["scorer"]  # the first process's: counted by each of several, they would be summed up
-        self.scorer.load_state(scored if self.ranks.first else {**scored, "records": {}})
+        scorer = state.counts["scorer"]  # records go to rank 0 alone: metrics sum them over ranks
+        self.scorer.load_state(scorer if self.ranks.first else {**scorer, "records": {}})

@@ -35,21 +35,21 @@ def make_minibatches(groups: Sequence[Group], cfg: Recipe, parts: int = 1) -> li
     return batches.make_minibatches(groups, cfg.loss, packing_of(cfg, parts), longest, number, cfg.loss.beta)
 
 
-def asked(cfg: Recipe) -> passes.Asked:
-    return passes.Asked(cfg.loss, cfg.adapter.dropout > 0)
+def pass_settings(cfg: Recipe) -> passes.PassSettings:
+    return passes.PassSettings(cfg.loss, cfg.adapter.dropout > 0)
 
 
 def with_reference(of_one_update: MiniBatch, policy: Policy, cfg: Recipe) -> MiniBatch:
-    (enriched,) = passes.with_reference(policy, [of_one_update], asked(cfg))
+    (enriched,) = passes.with_reference(policy, [of_one_update], pass_settings(cfg))
     return enriched
 
 
 def with_anchor(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
-    return passes.with_anchor(policy, minibatches, asked(cfg))
+    return passes.with_anchor(policy, minibatches, pass_settings(cfg))
 
 
 def with_top_entropy(minibatches: Sequence[MiniBatch], policy: Policy, cfg: Recipe) -> list[MiniBatch]:
-    return passes.with_top_entropy(policy, minibatches, asked(cfg))
+    return passes.with_top_entropy(policy, minibatches, pass_settings(cfg))
 
 
 def gauges(policy: Policy, cfg: Recipe, ranks: Ranks | None = None) -> Gauges:

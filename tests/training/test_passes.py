@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from training.sections import asked
+from training.sections import pass_settings
 from training.test_update import recipe as sections
 
 from grpo.backend.ranks import Ranks
@@ -15,7 +15,7 @@ from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.training import passes
 from grpo.training.batches import MiniBatch
-from grpo.training.passes import PASSES, Asked
+from grpo.training.passes import PASSES, PassSettings
 
 
 class Two(Ranks):
@@ -36,16 +36,16 @@ class Two(Ranks):
 )
 def test_the_recipe_decides_which_passes_there_are(loss: dict, ranks: Ranks, expected: list[str]) -> None:
     """The quantile is of the whole step, so it comes before the step is divided."""
-    told = replace(asked(sections(loss=loss)), ranks=ranks)
-    assert [enrich.__name__ for wanted, enrich in PASSES if wanted(told)] == expected
-    assert len(passes.passes_of(told)) == len(expected)
+    settings = replace(pass_settings(sections(loss=loss)), ranks=ranks)
+    assert [enrich.__name__ for needed, enrich in PASSES if needed(settings)] == expected
+    assert len(passes.passes_of(settings)) == len(expected)
 
 
 def test_a_pass_from_outside_is_a_function_and_a_row_of_the_table(recipe, monkeypatch) -> None:
     """This one halves all weights, after the anchor is there."""
     seen: list[bool] = []
 
-    def halved(policy: Policy, minibatches: Sequence[MiniBatch], asked: Asked) -> list[MiniBatch]:
+    def halved(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
         seen.extend(batch.anchor is not None for batches in minibatches for batch in batches)
         return [[replace(batch, weights=batch.weights / 2) for batch in batches] for batches in minibatches]
 
@@ -56,7 +56,7 @@ def test_a_pass_from_outside_is_a_function_and_a_row_of_the_table(recipe, monkey
         return norm
 
     whole = grad_norm()
-    rows = [*PASSES, (lambda asked: asked.loss.type == "dapo", halved)]
+    rows = [*PASSES, (lambda settings: settings.loss.type == "dapo", halved)]
     monkeypatch.setattr(passes, "PASSES", rows)
     assert grad_norm() == pytest.approx(whole / 2, rel=1e-3)
     assert seen[0] is False  # the first minibatch's anchor is the current policy

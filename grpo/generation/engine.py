@@ -49,7 +49,7 @@ class Engine:
     ) -> None:
         """`rules` gives the stop rules of a `Sampling`; `largest_product` is the size of the model's largest weight.
 
-        `find_decoding` returns the current way to decode the model, and is called when rows enter while no slot is taken.
+        `find_decoding` returns the current way to decode the model. It is called when rows enter and no slot is taken.
         """
         self._rules, self._stream, self._largest_product = rules, stream, largest_product
         self._run = Run(find_decoding, slots, Parking(kept_bytes))

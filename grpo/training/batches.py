@@ -12,7 +12,7 @@ from grpo.config import LossConfig
 from grpo.model.policy import Policy
 from grpo.objective import token_weights
 from grpo.training.packing import Packing, Sample, Shape, pack, pack_in_order
-from grpo.types import Batch, Group, Rollout, Totals, Trajectory
+from grpo.types import SAMPLER, Batch, Group, Rollout, Totals, Trajectory
 
 MiniBatch = list[Batch]
 Number = TypeVar("Number", int, float)
@@ -22,7 +22,7 @@ def make_minibatches(
     groups: Sequence[Group], loss: LossConfig, packing: Packing, longest: int, number: int = 1, beta: float = 0.0
 ) -> list[MiniBatch]:
     """Split the step's groups into `number` minibatches, one for each update of an iteration. See `make_batches`."""
-    size = -(-len(groups) // number)
+    groups, size = _with_samplers(groups), -(-len(groups) // number)
     return [
         make_batches(groups[start : start + size], loss, packing, longest, beta)
         for start in range(0, len(groups), size)
@@ -122,6 +122,25 @@ def batch_logprobs(policy: Policy, batch: Batch, entropy_gradient: bool = False)
     return policy.group_logprobs(
         batch.prompt_ids, batch.prompt_lengths, batch.prompt_index, batch.token_ids, entropy_gradient
     )
+
+
+def _with_samplers(groups: Sequence[Group]) -> Sequence[Group]:
+    """Give every trajectory the column `sampler` if some have it. Without filters it equals `behaviour`.
+
+    Otherwise a batch that mixes both kinds would lose the column, and how rows are packed would change the loss.
+    """
+    trajectories = [rollout.trajectory for group in groups for rollout in group.rollouts]
+    if len({trajectory.sampler is None for trajectory in trajectories}) < 2:
+        return groups
+    return [replace(group, rollouts=tuple(map(_with_sampler, group.rollouts))) for group in groups]
+
+
+def _with_sampler(rollout: Rollout) -> Rollout:
+    trajectory = rollout.trajectory
+    if trajectory.sampler is not None or trajectory.behaviour is None:
+        return rollout
+    columns = {**trajectory.columns, SAMPLER: trajectory.behaviour}
+    return replace(rollout, trajectory=replace(trajectory, columns=columns))
 
 
 def _trained(trajectories: Sequence[Trajectory], shape: Shape) -> mx.array:

@@ -199,6 +199,38 @@ def test_what_untrained_tokens_hold_changes_nothing(make_policy, kind: str) -> N
             assert all(mx.array_equal(array, expected.arrays[path]) for path, array in found.arrays.items())
 
 
+@pytest.mark.parametrize("tokens", [20, 999])
+def test_rows_with_and_without_filters_are_corrected_alike_however_they_are_packed(make_policy, tokens: int) -> None:
+    """Without filters the distribution that was drawn from is the policy's: `sampler` is `behaviour` there."""
+    policy = make_policy().policy
+    cfg = sections(
+        loss={"type": "dapo", "importance_sampling_correction": "token_truncate"}, optim={"micro_batch_tokens": tokens}
+    )
+    plain, other = with_advantages(made(policy, noise=0.5), cfg)
+    filtered = [
+        replace(
+            r,
+            trajectory=replace(
+                r.trajectory, columns={**r.trajectory.columns, SAMPLER: (-0.1,) * len(r.trajectory.token_ids)}
+            ),
+        )
+        for r in other.rollouts
+    ]
+    groups = [plain, replace(other, rollouts=tuple(filtered))]
+    told = everywhere([plain], SAMPLER, 0.0)
+    found, expected = (
+        updater(policy, cfg).gradient([batch for batches in make_minibatches(mixed, cfg) for batch in batches])
+        for mixed in (groups, [*told, groups[1]])
+    )
+    assert found.metrics == expected.metrics
+    assert difference(found.arrays, expected.arrays) == 0
+    correction = sections(
+        loss={"type": "dapo", "importance_sampling_correction": "none"}, optim={"micro_batch_tokens": tokens}
+    )
+    bare = updater(policy, correction).gradient([b for bs in make_minibatches(groups, correction) for b in bs])
+    assert difference(bare.arrays, expected.arrays) > 1e-3
+
+
 def test_overlong_filtering_takes_out_trained_tokens(make_policy) -> None:
     policy, cfg = make_policy().policy, sections(loss={"type": "dapo", "mask_truncated_completions": True})
     batches = make_batches(with_advantages(cut(made(policy)), cfg), cfg)

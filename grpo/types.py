@@ -51,8 +51,8 @@ class Trajectory:
     `columns` holds named floats, one for each token:
 
         behaviour   log p under the policy that sampled, fp32, at the sampling temperature; absent if not requested
-        sampler     log p under the distribution that was drawn from; present only where filters (top-k, top-p, min-p)
-                    or a repetition penalty changed that distribution
+        sampler     log p under the distribution that was drawn from; present only where filters (top-k, top-p, min-p),
+                    a repetition penalty or `min_tokens` changed that distribution
 
     The values at untrained tokens are meaningless and may be NaN.
 

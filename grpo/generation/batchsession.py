@@ -1,4 +1,4 @@
-"""A session on mlx-lm's batch caches: each row has caches of its own, which are joined to decode together."""
+"""A session on mlx-lm's batch caches: the rows' own caches, joined so that they decode together."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class BatchCachesSession:
         self._ready.pop(prompt, None)
 
     def _extend(self, rows: Sequence[Line]) -> None:
-        """Let what these rows have more than their caches go through the model."""
+        """Feed the rows' tokens that their caches do not hold yet."""
         kept = [row.kept.state for row in rows if row.kept]
         found = extended(self._model, kept, [row.pending for row in rows], self._extended_together)
         self._ready.update(zip(rows, found, strict=True))
@@ -141,7 +141,7 @@ class BatchCachesSession:
 
 
 def _source(row: Line) -> SharedPrompt | Line:
-    """Whose keys and values a row begins with: its prompt's, or if it has tokens already its own."""
+    """The owner of the keys and values that a row enters with: its prompt, or itself if it has tokens."""
     return row if row.token_ids else row.prompt
 
 

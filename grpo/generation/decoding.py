@@ -42,26 +42,26 @@ class Session(Protocol):
         ...
 
     def admit(self, slots: Sequence[int], rows: Sequence[Line]) -> None:
-        """Let rows begin in slots from their prompts, or go on from what they have kept.
+        """Let rows enter slots. They begin from their prompts, or continue from the keys and values that they kept.
 
-        What they have more, but for the token that is fed next, goes through the model here.
+        Any other tokens of theirs, except the one to feed next, go through the model here.
         """
         ...
 
     def take(self, slot: int) -> Kept:
-        """What a slot's row needs to go on elsewhere."""
+        """Copy what a slot's row needs to continue later."""
         ...
 
     def release(self, slot: int) -> None:
-        """The slot's row has left. What the slot still computes is not looked at."""
+        """The slot's row has left. Whatever the slot still computes is ignored."""
         ...
 
     def forget(self, prompt: SharedPrompt) -> None:
-        """No row of this prompt comes any more."""
+        """Free a prompt: no row of it will enter again."""
         ...
 
     def keep(self, slots: Sequence[int]) -> None:
-        """Drop all slots but these, which are numbered anew from 0."""
+        """Keep only these slots, renumbered from 0."""
         ...
 
     def decoded(self) -> mx.array:

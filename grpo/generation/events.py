@@ -1,4 +1,4 @@
-"""What a step of the engine brings."""
+"""The events of one engine step: new tokens, and rows that ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo.types import FinishReason
 
 
 class Token(NamedTuple):
-    """A row's next token. `finish_reason` is why the row has ended with it, None if it goes on."""
+    """A row's next token. `finish_reason` is set if the row ended with this token."""
 
     row: Row
     token_id: int
@@ -22,9 +22,9 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """A token for each of `rows` (by slot, None where a slot has no row), and the rows that `ended`, with the reason.
+    """One token for each row, by slot, and the rows that `ended`, with the reason. An empty slot has None in `rows`.
 
-    The rows have their tokens already. Iterate to have each `Token` by itself.
+    The tokens are in the rows already. Iterating yields each `Token`.
     """
 
     rows: Sequence[Row | None] = ()

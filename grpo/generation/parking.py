@@ -1,4 +1,4 @@
-"""Keys and values of rows that are out of their slots, within a bound."""
+"""Keys and values of rows outside their slots, within a memory limit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from grpo.generation.rows import Kept, Row
 
 
 class Parking:
-    """Rows by age, at most `most_bytes` of what they keep (None: no bound).
+    """Holds at most `most_bytes` of rows' keys and values (None: no limit).
 
-    Beyond that the oldest rows' keys and values are dropped. They are computed again when the row goes on.
+    Above the limit, the oldest keys and values are dropped. They are computed again when their row continues.
     """
 
     def __init__(self, most_bytes: int | None = None) -> None:
@@ -17,7 +17,7 @@ class Parking:
         self._rows: dict[Row, int] = {}
 
     def put(self, row: Row, kept: Kept) -> None:
-        """Keep this for a row."""
+        """Keep a row's keys and values."""
         row.kept = kept
         self._rows[row] = kept.nbytes
         self.nbytes += kept.nbytes
@@ -25,11 +25,11 @@ class Parking:
             self.drop(next(iter(self._rows)))
 
     def drop(self, row: Row) -> None:
-        """Keep nothing for a row any more."""
+        """Drop a row's keys and values."""
         self.nbytes -= self._rows.pop(row, 0)
         row.kept = None
 
     def clear(self) -> None:
-        """Keep nothing at all."""
+        """Drop everything."""
         for row in list(self._rows):
             self.drop(row)

@@ -1,4 +1,4 @@
-"""What is asked of the engine, and the rows that are sampled for it."""
+"""Submissions to the engine, and the rows that it samples for them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ State = Literal["queued", "decoding", "waiting", "parked", "done", "released"]
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A prompt (at least one token), how many rows of it are sampled, and how.
+    """A prompt of at least one token, and how to sample `n` rows of it.
 
-    What is drawn for row i at position t depends on (`seed`, `path`, i, t) alone. Positions count the tokens after the
-    prompt from 0, sampled or not. Without `logprobs` none are computed. With `keep` a row that has ended waits to be
-    extended, until it is released; without, it is freed at its end. `sampling.max_tokens` bounds all that comes after
-    the prompt.
+    The draw of row i at position t depends on (`seed`, `path`, i, t) alone. Positions count all tokens after the
+    prompt from 0, sampled or not, and `sampling.max_tokens` limits them all. `logprobs` says whether logprobs are
+    computed. With `keep`, a row that ends waits to be extended until it is released; otherwise it is freed.
     """
 
     prompt_ids: Sequence[int]
@@ -36,7 +35,7 @@ class Submission:
 
 @dataclass(slots=True, eq=False)
 class SharedPrompt:
-    """A prompt that `n` rows share: how many of them may still decode, and how many have not begun."""
+    """A prompt that `n` rows share. `left` of them may still decode, `unstarted` have not begun."""
 
     ids: Sequence[int]
     n: int = 1
@@ -49,10 +48,10 @@ class SharedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The keys and values of a row that is out of its slot.
+    """The keys and values of a row outside its slot.
 
-    `fed` counts the tokens that they are of: the prompt's last, which decoding feeds first, and those after it. What
-    `state` is, the way of decoding knows.
+    They belong to `fed` tokens: the last of the prompt, which decoding feeds first, and the tokens after it. The form
+    of `state` depends on the way of decoding.
     """
 
     fed: int
@@ -62,7 +61,7 @@ class Kept:
 
 @dataclass(slots=True, eq=False)
 class Line:
-    """Tokens after a prompt, and what was kept of their keys and values: all that a session knows of a row."""
+    """The part of a row that a session sees: prompt, tokens after it, and any keys and values that were kept."""
 
     prompt: SharedPrompt
     token_ids: list[int] = field(default_factory=list)
@@ -70,24 +69,23 @@ class Line:
 
     @property
     def last(self) -> int:
-        """The token that is fed next."""
+        """The token to feed next."""
         return self.token_ids[-1] if self.token_ids else self.prompt.ids[-1]
 
     @property
     def pending(self) -> list[int]:
-        """Tokens before the one that is fed next, of which there are no keys and values outside the prompt's."""
+        """The tokens before `last` whose keys and values must be computed, besides those of the prompt."""
         own = [self.prompt.ids[-1], *self.token_ids]
         return own[self.kept.fed if self.kept else 0 : -1]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Row(Line):
-    """One completion in the making, and the handle by which it is extended, parked and released.
+    """A completion in progress, and the handle to extend, park and release it.
 
-    `token_ids` are all tokens after the prompt; `logprobs` and `sampler_logprobs` have an entry for each of them where
-    they were asked for, 0 for those that were not sampled. `injected` are the ranges of those. `finish_reason` is why
-    the row has ended, None while it goes on. The rest is for the engine alone: `launched` counts the tokens whose
-    steps have begun.
+    `token_ids` are all tokens after the prompt. `logprobs` and `sampler_logprobs`, if requested, have one entry for
+    each, 0 for tokens that were not sampled; `injected` has the ranges of those. `finish_reason` is None until the row
+    ends. The other fields are the engine's: `launched` counts the tokens whose steps have been launched.
     """
 
     key: mx.array
@@ -109,12 +107,12 @@ class Row(Line):
 
     @property
     def room(self) -> int:
-        """How many tokens `extend` may add, so that one can still be sampled."""
+        """The most tokens that `extend` can add and still leave room to sample one."""
         return max(0, self.longest - len(self.token_ids) - 1)
 
     @property
     def trained(self) -> list[bool]:
-        """Of each token, whether it was sampled."""
+        """For each token, whether it was sampled."""
         sampled = [True] * len(self.token_ids)
         for span in self.injected:
             sampled[span.start : span.stop] = [False] * len(span)

@@ -1,4 +1,4 @@
-"""Rows of several ways of sampling in one step."""
+"""Rows with different sampling settings in one step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from grpo.generation.stopping import Way
 
 
 class Samplers:
-    """A sampler for each way that a row in a slot is drawn. Each draws for all slots; rows take what is theirs.
+    """One sampler for each distinct way to sample. Each draws for all slots; a row takes its own sampler's draw.
 
-    As a rule there is one way, and all that is done here is done by its sampler.
+    Usually all rows are sampled alike, and the single sampler does all the work.
     """
 
     def __init__(self, slots: int, vocabulary: int) -> None:
@@ -23,7 +23,7 @@ class Samplers:
         self._chosen: list[mx.array] = []
 
     def seat(self, entering: Sequence[tuple[int, Row]], seated: Sequence[Row | None]) -> None:
-        """Rows enter slots; `seated` are then the rows of all slots."""
+        """Admit rows to slots. `seated` are the rows of all slots afterwards."""
         alike: dict[Way, list[tuple[int, Row]]] = {}
         for slot, row in entering:
             alike.setdefault(row.stopping.way, []).append((slot, row))
@@ -38,14 +38,14 @@ class Samplers:
             self._chosen = [mx.array([other == way for other in ways]) for way in self._of]
 
     def grow(self, slots: int) -> None:
-        """Have more slots."""
+        """Grow to this many slots."""
         for sampler in self._of.values():
             sampler.grow(slots)
         self._chosen = [mx.pad(chosen, (0, slots - self._slots)) for chosen in self._chosen]
         self._slots = slots
 
     def keep(self, slots: Sequence[int]) -> None:
-        """Drop all slots but these."""
+        """Keep only these slots."""
         index = mx.array(list(slots))
         for sampler in self._of.values():
             sampler.keep(index)
@@ -61,7 +61,7 @@ class Samplers:
 
 
 def _either(chosen: mx.array, drawn: Drawn, others: Drawn) -> Drawn:
-    """`drawn` where `chosen` `[S]`, and elsewhere the others."""
+    """`drawn` where `chosen` `[S]` is true, `others` elsewhere."""
 
     def where(own: mx.array | None, other: mx.array | None) -> mx.array | None:
         if own is None or other is None:

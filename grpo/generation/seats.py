@@ -1,4 +1,4 @@
-"""The slots, who sits in them, and who waits for one."""
+"""The slots: which row sits in each, and which rows wait for one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from grpo.generation.slots import Size
 
 
 class Seats:
-    """At most `most_slots` slots, with the buffers and the sampler behind them.
+    """At most `most_slots` slots, with the buffers and samplers behind them.
 
-    Buffers are opened as the first rows come, and grow with the rows in flight. `rows` has the row of each slot, None
-    where there is none. `away` counts rows that may come back: as long as there are any, slots are not dropped.
+    Buffers are opened when the first rows enter, and grow with the rows in flight. `rows` has the row of each slot, or
+    None. `away` counts the rows that may come back: slots are not dropped while there are any.
     """
 
     def __init__(self, find_decoding: Callable[[], Decoding], most_slots: int, parking: Parking) -> None:
@@ -37,7 +37,7 @@ class Seats:
 
     @property
     def count(self) -> int:
-        """How many slots there are, or will be for those who wait."""
+        """The number of slots, counting those that will be opened for the queue."""
         return max(len(self.rows), min(self._most_slots, len(self.queue)))
 
     @property
@@ -46,7 +46,7 @@ class Seats:
         return self._opened is not None and self._session.overlaps
 
     def enqueue(self, row: Row) -> None:
-        """Let a row wait for a slot: before those that have not begun, if it goes on."""
+        """Queue a row. A row that continues goes before the rows that have not begun."""
         if row.token_ids:
             begun = sum(bool(other.token_ids) for other in self.queue)
             self.queue.insert(begun, row)
@@ -55,7 +55,8 @@ class Seats:
         row.state, self._unfit = "queued", True
 
     def leave(self, row: Row, keep: bool) -> None:
-        """Take a row out of its slot, if it has one. `keep`: what it needs to go on is taken out in time."""
+        """Take a row out of its slot, if it has one. With `keep`, its keys and values are saved before others overwrite
+        them."""
         if (slot := blank(self.rows, row)) is None:
             return
         if keep:
@@ -65,13 +66,13 @@ class Seats:
             self.spare(row.prompt)
 
     def spare(self, prompt: SharedPrompt) -> None:
-        """One row less of this prompt may still decode."""
+        """Count one row of this prompt as finished; after the last, free the prompt."""
         prompt.left -= 1
         if not prompt.left and self._opened is not None:
             self._session.forget(prompt)
 
     def will_rearrange(self) -> bool:
-        """Whether buffers are about to be changed that a step in flight may read."""
+        """Whether `arrange` will change buffers that a step in flight may read."""
         if self._leaving or (self.queue and self._unfit):
             return True
         free = self._free()
@@ -79,7 +80,7 @@ class Seats:
         return self._is_tail(free) or self._session.needs_prefill(entering)
 
     def arrange(self) -> None:
-        """Let waiting rows into free slots; where none wait and most slots are free, drop those."""
+        """Move queued rows into free slots. If none are queued and at least half the slots are free, drop those."""
         self._take_out()
         if self.queue and not any(self.rows):
             self._begin()
@@ -92,14 +93,14 @@ class Seats:
             self._shrink()
 
     def draw(self) -> Drawn:
-        """The graph of one more token for every slot."""
+        """Build the graph that draws one more token for every slot."""
         decoded = self._session.decoded()
         drawn = self._samplers.draw(self._session.logits(self._tokens), decoded, self._logprobs)
         self._tokens = drawn.tokens
         return drawn
 
     def close(self) -> None:
-        """Let go of all buffers."""
+        """Free all buffers."""
         if self._opened is not None:
             self._opened.forget()
             del self._session, self._samplers, self._tokens
@@ -109,7 +110,7 @@ class Seats:
         return [slot for slot, row in enumerate(self.rows) if row is None]
 
     def _is_tail(self, free: Sequence[int]) -> bool:
-        """Whether so many slots are empty for good that the others had better go on alone."""
+        """Whether at least half the slots are empty and no row will enter them, so that fewer slots are faster."""
         waiting = self.queue or self.away
         return not waiting and len(self.rows) > len(free) >= (len(self.rows) + 1) // 2
 
@@ -121,12 +122,12 @@ class Seats:
         self._leaving.clear()
 
     def _begin(self) -> None:
-        """Open the buffers, or take over what has become of the model since the last row left its slot."""
+        """Open the buffers, or take over the model's weights, which may have changed while all slots were empty."""
         decoding = self._find_decoding()
         if decoding is self._opened:
             self._session.refresh()
             return
-        self.parking.clear()  # it is of no use to another way of decoding
+        self.parking.clear()  # another way of decoding cannot use what is kept
         size = self._size()
         self._opened, self._session = decoding, decoding.open(size)
         self._samplers = Samplers(size.slots, decoding.vocabulary)
@@ -134,7 +135,7 @@ class Seats:
         self.rows, self._unfit = [None] * size.slots, False
 
     def _size(self) -> Size:
-        """What the rows in slots and in the queue take."""
+        """The size that the rows in slots and in the queue need."""
         rows = [row for row in (*self.rows, *self.queue) if row is not None]
         slots, prompts = min(self._most_slots, len(rows)), dict.fromkeys(row.prompt for row in rows)
         prefix = max(len(prompt.ids) for prompt in prompts) - 1
@@ -171,7 +172,7 @@ class Seats:
 
 
 def blank(rows: list[Row | None], row: Row) -> int | None:
-    """Let none be in a row's place, which is returned if it has one."""
+    """Replace a row by None. Returns its slot, or None if it has no slot."""
     slot = next((slot for slot, other in enumerate(rows) if other is row), None)
     if slot is not None:
         rows[slot] = None

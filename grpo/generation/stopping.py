@@ -17,9 +17,10 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Stopping:
-    """The rules by which a row's turn ends, which begins with token `begin` of those after the prompt.
+    """The rules that end a row's turn. The turn begins at token `begin`, counted after the prompt.
 
-    Repetitions, strings and text are the turn's alone; `min_tokens` and `max_tokens` count all tokens after the prompt.
+    Repetitions, stop strings and text concern the turn alone; `min_tokens` and `max_tokens` count all tokens after the
+    prompt.
     """
 
     def __init__(self, sampling: Sampling, stop_ids: frozenset[int], decode: Decode, begin: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""A step is made wholly or not at all: what was before it is held, and put back where it fails."""
+"""Makes a step atomic: holds the arrays from before it, and puts them back if it fails."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from grpo.training.optimizer import Float32Optimizer
 
 
 class Before:
-    """The arrays of before a step: an adapter's until the step is done, whole weights until an update moves them.
+    """The arrays from before a step: an adapter's until the step is done, full weights until an update changes them.
 
-    `hold` is called when a step begins to change the arrays: whoever interrupts steps waits from then on until the step
-    has returned. After an error inside `wholly`, `halfway` says that the arrays are of no finished step.
+    `hold` is called when a step begins to change arrays; from then on an interrupt must wait until the step returns.
+    After an error inside `wholly`, `halfway` is true if the arrays belong to no finished step.
     """
 
     def __init__(self, adapters: Adapters, whole_weights: bool) -> None:
@@ -26,13 +26,13 @@ class Before:
 
     @contextmanager
     def wholly(self, optimizer: Float32Optimizer) -> Iterator[None]:
-        """A block around a step that an error leaves with the arrays as they were before it.
+        """A context for a step: if it raises, the arrays are put back as they were before the step.
 
-        They are held from the end of sampling on, and an adapter's are put back whatever happened. Whole weights would
-        be in memory twice (with AdamW's moments 12 bytes a parameter more, 14 in bfloat16), so they are let go when the
-        first update is about to move them. What fails usually comes before that. An error after it makes `halfway` true
-        and costs the steps since the newest checkpoint: the machine is out of memory, or, where a step has several
-        updates, a later one is not finite or breaks a custom loss.
+        They are held from the end of sampling on. An adapter's are always put back. Full weights would be in memory
+        twice (12 bytes more for each parameter with AdamW's moments, 14 in bfloat16), so they are let go when the first
+        update is about to change them. Most failures come earlier. A later one (no memory left, or a second update of
+        the step that is not finite or breaks a custom loss) sets `halfway`, and the run loses the steps since its
+        newest checkpoint.
         """
         former = self._former = _Former()
         try:
@@ -48,25 +48,25 @@ class Before:
             self._former = None
 
     def remember(self, optimizer: Float32Optimizer) -> None:
-        """Hold the arrays, once sampling is done: it puts others in their places, equal ones, views of joined weights.
+        """Hold the arrays. Call it after sampling, which replaces arrays by equal views of joined weights.
 
-        From here on a switch of states, a gradient's trace or an update may be left in its middle.
+        From here on, an error may interrupt a switch of adapter states, the trace of a gradient, or an update.
         """
         if self._former is not None:
             self._former.arrays = self._adapters.snapshot(), optimizer.state
 
     def move(self) -> None:
-        """Called before a step changes arrays: what it begins here is to be finished."""
+        """Announce that the step is about to change arrays, and must be finished."""
         self.hold()
         if self._former is not None:
             self._former.moved = True
             if self._whole_weights:
-                self._former.arrays = None  # or MLX would write what the update makes beside it
+                self._former.arrays = None  # else MLX could not reuse their memory for the update
 
 
 @dataclass(slots=True)
 class _Former:
-    """The arrays of before a step, as long as they are held, and whether the step has begun to move them."""
+    """The arrays from before a step, None once let go, and whether the step has begun to change them."""
 
     arrays: tuple[Snapshot, dict[str, Any]] | None = None
     moved: bool = False

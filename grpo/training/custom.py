@@ -1,4 +1,4 @@
-"""A researcher's loss, `loss.use`, whose mistakes are said as such."""
+"""A user's own loss, `loss.use`: its mistakes become errors that name it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo.types import Batch
 
 
 def guarded(custom: CustomLoss) -> CustomLoss:
-    """The same loss. It raises RunError where the function fails, or returns another thing than a loss a token."""
+    """The same loss, which raises RunError if the function fails or does not return one loss for each token."""
 
     def call(current: mx.array, batch: Batch, cfg: LossConfig) -> mx.array:
         named = f"loss.use: {cfg.use}" if cfg.use else f"loss: {getattr(custom, '__name__', custom)}"
@@ -31,7 +31,7 @@ def guarded(custom: CustomLoss) -> CustomLoss:
 
 
 def _columns(error: Exception) -> str:
-    """What a batch has, for a loss that asked it for something else."""
+    """The fields of a batch, if the error is that a loss read a field that does not exist."""
     if not (isinstance(error, AttributeError) and isinstance(error.obj, Batch)):
         return ""
     return f". A batch has {', '.join(field.name for field in fields(Batch))}."

@@ -1,4 +1,4 @@
-"""The gap between the sampler's logprobs and the trainer's, held against what rounding explains at every step."""
+"""Checks at every step that the sampler's logprobs and the trainer's differ by no more than rounding explains."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from grpo.objective.measures import LOGP_DIFFERENCE, UNFILTERED_LOGP_DIFFERENCE
 log = logging.getLogger(__name__)
 
 WARN_FROM = 3.0
-"""Times the bound from which a step's gap is told."""
+"""A gap of at least this many times the bound is reported."""
 
 
 def gap_bound(policy: Policy) -> float:
-    """The mean gap in nats that rounding explains, of logprobs at the policy's temperature."""
+    """The mean gap of logprobs, in nats, that rounding explains at the policy's dtype and temperature."""
     return ROUNDING.get(policy.dtype, min(ROUNDING.values())) / min(1.0, policy.temperature)
 
 
 class GapWatch:
-    """Holds each step's gap between the sampler's logprobs and the trainer's against what rounding explains."""
+    """Warns of a step whose gap is larger than rounding explains, and stops the run if it is much larger."""
 
     def __init__(self, policy: Policy, most: float | None, tells: bool = True) -> None:
-        """`most` is `optim.max_logp_difference`. Of several processes only one `tells`; all of them stop."""
+        """`most` is `optim.max_logp_difference`. With several processes only one `tells`, but all stop."""
         self._bound, self._most, self._tells = gap_bound(policy), most, tells
         self._dtype = str(policy.dtype).rpartition(".")[2]
         finer = "" if policy.dtype == mx.float32 else "model.dtype: float32, and "

@@ -1,4 +1,4 @@
-"""What is told of a step's completions and its update does not compute: forward passes beside the update."""
+"""Measurements of a step's completions that need forward passes beside the update: entropy and KL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from grpo.types import Batch, Group, Totals
 
 @dataclass(frozen=True, slots=True)
 class Entropy:
-    """A sum of trained tokens' entropies in nats, and how many tokens it is of."""
+    """The sum of the entropies of `tokens` trained tokens, in nats."""
 
     total: float
     tokens: int
@@ -30,7 +30,7 @@ class Entropy:
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """Measures completions under the policy; what it takes to is divided among the processes."""
+    """Measures completions under the policy. The ranks divide the forward passes among themselves."""
 
     policy: Policy
     loss: LossConfig
@@ -38,11 +38,11 @@ class Gauges:
     ranks: Ranks
 
     def entropy_left_out(self, groups: Sequence[Group]) -> Entropy:
-        """The entropy of the completions that the update will not see: those that can have no gradient.
+        """The entropy of the completions that the update leaves out because they cannot have a gradient.
 
-        They are no fair sample of the step: most are of prompts that the policy is sure of. Entropy is the expectation
-        of -log p, so `behaviour` tells it, without bias and at no cost. Where tokens were drawn from another
-        distribution than the policy's it does not: then one forward pass of each completion does.
+        Leaving them out of the metric would bias it: most belong to prompts that the policy is sure of. Entropy is the
+        expectation of -log p, so the mean of -`behaviour` estimates it without bias and at no cost. If filters changed
+        the distribution that was drawn from, this does not hold, and a forward pass of each completion is made.
         """
         rows = [row for row in rows_of(groups) if not learns(row[1], self.loss)]
         left = [rollout.trajectory for _, rollout in rows]
@@ -72,9 +72,9 @@ class Gauges:
 
 
 def with_all_entropy(update: Update, rest: Entropy, totals: Totals) -> Update:
-    """The same update with the entropy of all the step's tokens: of those that it saw, and of the rest.
+    """The update with the metric `entropy` over all tokens of the step: those that it saw, and the `rest`.
 
-    Without any if every update was skipped: what they saw is not known then.
+    Unchanged if every update was skipped, since the entropy that they saw is unknown then.
     """
     seen = totals.tokens - rest.tokens
     if not totals.tokens or (seen and "entropy" not in update.metrics):
@@ -84,5 +84,5 @@ def with_all_entropy(update: Update, rest: Entropy, totals: Totals) -> Update:
 
 
 def mean_kl(divergences: Sequence[float], totals: Totals) -> float:
-    """The mean over trained tokens of what `divergences` sums up for each completion."""
+    """The mean KL over trained tokens, from the sums that `divergences` returns."""
     return sum(divergences) / max(totals.tokens, 1)

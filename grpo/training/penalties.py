@@ -1,4 +1,4 @@
-"""What is taken off a reward before advantages: length near the limit, and distance from the reference."""
+"""Penalties on rewards, subtracted before advantages: for length near the limit, and for KL from the reference."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from grpo.types import Group, Totals
 def with_penalties(
     groups: Sequence[Group], totals: Totals, beta: float, cache: int | None, longest: int, gauges: Gauges
 ) -> tuple[list[Group], dict[str, float]]:
-    """The same groups with `penalty` in their rollouts, and its metrics; as they are where nothing asks for one.
+    """The groups with `penalty` set in their rollouts, and its metrics; unchanged if no penalty is configured.
 
-    `cache` is `advantage.soft_overlong_cache`, in tokens before the `longest` that a completion can be; `beta` is the
-    weight of the KL that `loss.kl_in: reward` takes off. The metrics are the mean penalty, and the KL that it was made
-    of. No pass of `passes.py`: it sees groups, before there are batches.
+    `cache` is `advantage.soft_overlong_cache`: the penalty on length begins this many tokens before `longest`, the
+    limit on a completion. `beta` weighs the KL that `loss.kl_in: reward` subtracts. The metrics are the mean penalty
+    and the mean KL. This is no pass of `passes.py`, because it needs groups, before there are batches.
     """
     in_reward = gauges.loss.kl_in == "reward"
     if not in_reward and cache is None:

@@ -26,7 +26,7 @@ from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.training.batches import batch_logprobs
 from grpo.training.gradients import Gradient, Gradients
-from grpo.training.passes import Asked, passes_of
+from grpo.training.passes import PassSettings, passes_of
 from grpo.training.update import Update
 from grpo.types import Batch, Group, Prompt, Task
 
@@ -192,7 +192,7 @@ class LoadedPolicy:
     def _enriched(self, batches: list[Batch], loss: LossConfig, drops: bool = False) -> list[Batch]:
         """The batches with the columns that the loss needs."""
         minibatches = [batches]
-        for enrich in passes_of(Asked(loss, drops)):
+        for enrich in passes_of(PassSettings(loss, drops)):
             minibatches = enrich(self.inner, minibatches)
         return minibatches[0]
 

@@ -38,7 +38,7 @@ def make_batches(
     the KL penalty at this step. Rows that cannot have a gradient (no trained tokens, or advantage 0 and no other term
     in the loss) are left out. The denominators still count them, so the gradient stays the same.
     """
-    rows = rows_of(groups)
+    rows = rows_of(_with_samplers(groups))
     totals = Totals(len(rows), sum(_counted(rollout, loss) for _, rollout in rows))
     learning = [row for row in rows if learns(row[1], loss)]
     if not learning:

@@ -103,10 +103,10 @@ class Trainer:
         return self.before.wholly(self.update.optimizer)
 
     def sample(self, n: int, clock: Clock) -> tuple[list[Group], list[Group]]:
-        """All groups that were sampled and scored, and the step's worth of them to learn from, which come first.
+        """Sample and score the step's groups. Returns all of them, those to train on first, and those to train on.
 
-        With `rollout.dynamic_sampling` groups without variance are replaced by fresh prompts, so many times at most;
-        what is still missing then is filled up with them.
+        With `rollout.dynamic_sampling: k`, groups whose rewards are all equal are replaced by groups of new tasks, up
+        to k times. If some are still missing then, equal groups fill the step.
         """
         cfg = self.cfg
         sampled: list[Group] = []

@@ -1,4 +1,4 @@
-"""Corrections for the sampler not being the trainer: weights for tokens, and completions left out."""
+"""Corrections for differences between sampler and trainer: importance weights, and the off-policy mask."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from grpo.types import Batch
 
 
 def drawn_from(batch: Batch) -> mx.array | None:
-    """Log p of the distribution that was sampled: `sampler`, with filters another one than the policy's `behaviour`."""
+    """Log p of the distribution that was drawn from: `sampler` if filters changed it, else `behaviour`."""
     return batch.behaviour if batch.sampler is None else batch.sampler
 
 
 def sampled_from(batch: Batch) -> mx.array:
-    """The same, and the anchor's where it is NaN: what dppo's ratios are to, `[B, T]`. Raises ValueError without it."""
+    """The denominator of dppo's ratios, `[B, T]`: `drawn_from`, or the anchor where that is NaN.
+
+    Raises ValueError for a batch without either column.
+    """
     sampler = drawn_from(batch)
     if sampler is None:
         raise ValueError("dppo needs the column `behaviour` in the batch")
@@ -24,11 +27,10 @@ def sampled_from(batch: Batch) -> mx.array:
 
 
 def sampling_log_ratios(anchor: mx.array, sampler: mx.array, trained: mx.array) -> tuple[mx.array, mx.array]:
-    """Log of anchor / sampler probability, raw: of each token `[B, T]`, and of each completion as a sum `[B, 1]`.
+    """The log of the ratio anchor / sampler: of each token `[B, T]`, and summed over each completion `[B, 1]`.
 
-    The anchor is the policy before this step's first update by the trainer's own word, `sampler` what `drawn_from` has.
-
-    A logprob that is NaN counts as equal (weight 1). The sum grows with length; that is why both are logged.
+    Both are not truncated. `anchor` is computed by the trainer, `sampler` is what `drawn_from` returns. A NaN logprob
+    counts as equal (weight 1). The sum grows with length, so metrics report both.
     """
     difference = anchor - sampler
     token = mx.where((trained > 0) & ~mx.isnan(difference), difference, 0.0)
@@ -36,7 +38,7 @@ def sampling_log_ratios(anchor: mx.array, sampler: mx.array, trained: mx.array) 
 
 
 def importance_weights(token: mx.array, sequence: mx.array, cfg: LossConfig) -> mx.array:
-    """What each token's loss is multiplied by, `[B, T]` without gradient, from `sampling_log_ratios`.
+    """The factor of each token's loss, `[B, T]` without gradient, from `sampling_log_ratios`.
 
     Truncated at `importance_sampling_cap`, or 0 outside [floor, cap] for the `_mask` forms (arXiv 2510.18855).
     """
@@ -58,10 +60,10 @@ def effective_sample_size(weights: mx.array, trained: mx.array) -> mx.array:
 
 
 def off_policy_keep(drift: mx.array, advantages: mx.array, trained: mx.array, threshold: float) -> mx.array:
-    """1 for the completions to keep, 0 for those with advantage below 0 that the policy has left behind: `[B, T]`.
+    """`[B, T]`: 0 for completions with advantage below 0 that the policy has moved away from, 1 for all others.
 
-    `drift` is behaviour - current logprobs; a completion's mean of it over its trained tokens estimates how far the
-    policy has moved from it (DeepSeek-V3.2, arXiv 2512.02556).
+    `drift` is behaviour - current logprobs. Its mean over a completion's trained tokens estimates how far the policy
+    has moved (DeepSeek-V3.2, arXiv 2512.02556).
     """
     left = (mean_over_tokens(drift, trained) > threshold) & (advantages < 0)
     return mx.stop_gradient(mx.where(left, 0.0, 1.0))

@@ -1,4 +1,4 @@
-"""What a loss measures of its batch beside itself, over trained tokens and by TRL's names."""
+"""The metrics of a loss, over the batch's trained tokens, under TRL's names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Metrics = dict[str, mx.array]
 
 LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 UNFILTERED_LOGP_DIFFERENCE = "sampling/unfiltered_logp_difference/mean"
-"""Only where filters or penalties reshape what is sampled: the same of `behaviour`, before they did."""
+"""The same difference for `behaviour`. Present only if filters changed the distribution that was drawn from."""
 
 
 def mean(values: mx.array, trained: mx.array) -> mx.array:
@@ -24,7 +24,7 @@ def mean(values: mx.array, trained: mx.array) -> mx.array:
 
 
 def clip_metrics(terms: Terms, cfg: LossConfig, surrogate: Surrogate | None) -> Metrics:
-    """Fractions of tokens beyond the bound that their advantage makes binding; none without bounds."""
+    """Fractions of tokens beyond the bound that applies for the sign of their advantage; empty without bounds."""
     if surrogate not in BOUNDED:
         return {}
     trained = terms.trained
@@ -42,10 +42,10 @@ def clip_metrics(terms: Terms, cfg: LossConfig, surrogate: Surrogate | None) -> 
 
 
 def sampler_metrics(batch: Batch) -> Metrics:
-    """How far the logprobs that were sampled by are from the anchor's; ratios are raw, before any truncation.
+    """How far the logprobs of the distribution that was drawn from are from the anchor's. Ratios are not truncated.
 
-    The anchor, because before a step's first update it is the policy that sampled: what is between them is what
-    decoding and the update compute differently, and what filters did.
+    The anchor is the policy that sampled, as the update computes it. So the difference shows where decoding and the
+    update disagree, and what filters changed.
     """
     sampler = drawn_from(batch)
     if sampler is None:
@@ -72,10 +72,10 @@ def sampler_metrics(batch: Batch) -> Metrics:
 
 
 def _difference(anchor: mx.array, other: mx.array, trained: mx.array) -> mx.array:
-    """The mean absolute difference of logprobs; NaN where one is NaN, which a correction may pass over but no check."""
+    """The mean absolute difference of logprobs. NaN if any is NaN: corrections may ignore NaNs, checks may not."""
     return mean(mx.where(trained > 0, mx.abs(anchor - other), 0.0), trained)
 
 
 def _over_rows(values: mx.array, trained: mx.array, empty: float) -> mx.array:
-    """Values of rows, `[B, 1]`, with `empty` for rows without trained tokens."""
+    """The values `[B, 1]`, replaced by `empty` for rows without trained tokens."""
     return mx.where(trained.sum(axis=1, keepdims=True) > 0, values, empty)

@@ -20,11 +20,11 @@ LEAST_WEIGHT = 1e-8
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a surrogate may look at, all `[B, T]` float32 with 0 where nothing is trained.
+    """The inputs of a surrogate, all `[B, T]` float32, 0 at untrained tokens.
 
-    `current` is log p of the policy as it is, `denominator` that of what ratios are to: the anchor (the policy before
-    this step's first update), or for dppo what was sampled from. `log_ratio` is of the two, at the loss's level;
-    `correction` the weights for the sampler not being the trainer, if there is a correction.
+    `current` is log p under the current policy. `denominator` is log p under the anchor (the policy before this step's
+    first update), for dppo under the distribution that was drawn from. `log_ratio` is the log of their ratio, per token
+    or sequence as the loss says. `correction` has the importance weights anchor / sampler, None without a correction.
     """
 
     current: mx.array

@@ -1,7 +1,7 @@
 """How a loss is averaged, as a weight for each token.
 
-The denominators are those of a whole update, in `Totals`. They are fixed before it is split into micro-batches or over
-ranks, so that the sum of the parts' gradients is the gradient, whatever the split.
+The denominators are those of a whole update, in `Totals`. They are fixed before the update is split into micro-batches
+or over ranks, so the sum of the parts' gradients does not depend on the split.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def token_weights(trained: mx.array, totals: Totals, cfg: LossConfig, max_comple
         constant      1 / (N · max_completion_length)
         micro_batch   1 / trained tokens of these rows; the caller divides by the number of micro-batches
 
-    The N and the tokens of the update are in `totals`, whichever of its rows these are. A row without trained tokens
-    has weight 0 throughout, and counts among the N: it was sampled.
+    `totals` has N and the tokens of the whole update, of which these rows may be a part. A row without trained tokens
+    has weight 0, but counts in N: it was sampled.
     """
     trained = trained.astype(mx.float32)
     match cfg.preset.normalize:
@@ -41,16 +41,16 @@ def token_weights(trained: mx.array, totals: Totals, cfg: LossConfig, max_comple
 
 
 def weights_of_chosen(weights: Sequence[mx.array], chosen: Sequence[mx.array], cfg: LossConfig) -> list[mx.array]:
-    """The weights of a minibatch's micro-batches, moved to the tokens that were chosen of each: `[B, T]` float32.
+    """Move the weights of a minibatch's micro-batches to the chosen tokens, a mask for each: `[B, T]` float32.
 
-    A denominator that counts tokens counts the chosen ones then; N stays what it was when the weights were made, of all
-    completions that were sampled. So the sum of the weights stays
+    Denominators that count tokens then count the chosen tokens; N stays the number of sampled completions. So this sum
+    of weights stays the same:
 
-        sequence                of each completion that has a chosen token
-        token                   of the minibatch
-        micro_batch             of each micro-batch
+        sequence                over each completion that has a chosen token
+        token                   over the minibatch
+        micro_batch             over each micro-batch
 
-    and what was not chosen is lost where the denominators count no tokens (`sequence_sum`, `constant`).
+    `sequence_sum` and `constant` count no tokens, so there the weight of the other tokens is lost.
     """
     kept = [mx.where(part > 0, weight, 0.0) for weight, part in zip(weights, chosen, strict=True)]
     match cfg.preset.normalize:
@@ -67,5 +67,5 @@ def weights_of_chosen(weights: Sequence[mx.array], chosen: Sequence[mx.array], c
 
 
 def _scaled(weights: mx.array, total: mx.array, left: mx.array) -> mx.array:
-    """Weights whose sum is `left` made to sum up to `total`; nothing stays nothing."""
+    """Scale weights from the sum `left` to the sum `total`; zeros stay zeros."""
     return weights * mx.where(left > 0, total / mx.where(left > 0, left, 1.0), 0.0)

@@ -1,4 +1,4 @@
-"""The update: gradients summed over micro-batches and processes, clipped, and the optimiser's steps on what trains."""
+"""The update: gradients summed over micro-batches and ranks, clipped, and applied by the optimizer."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a step's updates measured: the loss, the gradient's norm before clipping, and the objective's metrics.
+    """The measurements of a step's updates: loss, gradient norm before clipping, and the objective's metrics.
 
-    Means over the updates that were not skipped; NaN, and no metrics, if all were. `skipped` counts the updates that
-    were not finite, `without_signal` those whose gradient was exactly 0. Neither kind was applied.
+    They are means over the updates that were not skipped. If all were, loss and norm are NaN and there are no metrics.
+    `skipped` counts updates that were not finite, `without_signal` those whose gradient was exactly 0; neither kind was
+    applied.
     """
 
     loss: float
@@ -46,11 +47,11 @@ class Update:
 
 
 class Updater:
-    """Holds the optimiser. One call is one step's updates of the policy.
+    """Holds the optimizer. One call makes one step's updates of the policy.
 
-    What led to an update that was skipped is written to the folder `inspect`, if one is set. `check` is given the step
-    and the metrics of each finite update before it is applied, and `moving` is called before the optimizer changes the
-    first array of an update: either may raise, and nothing of that update is applied then.
+    If the folder `inspect` is set, the batches of a skipped update are written to it. Before an update is applied,
+    `check` receives the step and the metrics, and then `moving` is called. If either raises, nothing of the update is
+    applied.
     """
 
     def __init__(
@@ -104,13 +105,13 @@ class Updater:
         return together
 
     def _dropout_key(self, *position: int) -> mx.array | None:
-        """What a minibatch's pass draws from: by step, pass, minibatch and process; None where nothing is dropped."""
+        """The dropout key, by step, iteration, minibatch and rank; None without dropout."""
         if self.dropout_seed is None:
             return None
         return derive_key(self.dropout_seed, "dropout", *position, *self.ranks.own)
 
     def apply(self, gradient: Gradient, step: int) -> Update:
-        """One optimiser step, unless the gradient is not finite or says nothing."""
+        """Make one optimizer step, unless the gradient is not finite or exactly 0."""
         norm = self._norm(gradient.arrays)
         update = Update(gradient.loss, cast(float, norm.item()), gradient.metrics)
         if not (math.isfinite(update.loss) and math.isfinite(update.grad_norm)):

@@ -7,7 +7,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.config import DataConfig
 from grpo.data.loading import is_local, load_rows, prepared_rows
@@ -15,8 +15,10 @@ from grpo.data.objects import rows_from
 from grpo.data.rows import Rows
 from grpo.data.source import Source
 from grpo.data.stream import TaskStream
-from grpo.environments.environment import Environment, find_environment
 from grpo.plugins import SESSION, Function, find_function
+
+if TYPE_CHECKING:
+    from grpo.environments.environment import Environment
 
 MakeSource = Callable[[TaskStream], Source]
 
@@ -36,6 +38,8 @@ class Given:
 
     def environment(self, use: str) -> Environment:
         """The environment that `use` names. Raises UserError, as `find_environment` does."""
+        from grpo.environments.environment import find_environment  # which imports MLX, and `grpo.tasks` does not
+
         given: Any = self.functions.get(use)
         environment: Environment = find_environment(use) if given is None else given
         return environment

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,9 +70,9 @@ def test_what_is_stored_is_of_a_whole_run() -> None:
 @pytest.mark.slow
 def test_the_whole_run_learns(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     made = run(tmp_path, request.config.cache.mkdir("grpo"), "")
-    stored = outputs(json.loads(NOTEBOOK.read_text()))
-    assert text(made[1]) == text(stored[1])
-    assert text(made[5]).splitlines()[0] == text(stored[5]).splitlines()[0]
+    for cells in (made, outputs(json.loads(NOTEBOOK.read_text()))):  # another machine makes another student
+        before, after = map(float, re.findall(r"([\d.]+)%", text(cells[5])))
+        assert after > before + 25
 
 
 def test_a_kernel_runs_it_where_there_is_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -92,12 +93,16 @@ class Generator:
         return [[trajectory_of(row) for row in rows] for rows in groups]
 
     def stream(self, request: Request, sampling: Sampling, key: mx.array) -> Iterator[Event]:
-        """The first completion of a request, token by token as they come.
+        """Yield the first completion of a request token by token.
 
-        All texts together are the completion's. What may turn out to begin a stop string waits until it does not.
+        The texts add up to the completion's. Text that may begin a stop string is held back until that is decided.
+        Whoever stops early closes the iterator: that frees the buffers.
         """
-        engine = self.open()
-        (row,) = engine.submit(_submission(request, sampling, seed_of(key), 0, n=1, logprobs=False))
+        with closing(self.open()) as engine:
+            (row,) = engine.submit(_submission(request, sampling, seed_of(key), 0, n=1, logprobs=False))
+            yield from self._streamed(engine, row)
+
+    def _streamed(self, engine: Engine, row: Row) -> Iterator[Event]:
         detokenizer, stopping = self.tokenizer.detokenizer, row.stopping
         silent = stopping.stop_ids | {i for i, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         detokenizer.reset()
@@ -111,12 +116,12 @@ class Generator:
                 text += detokenizer.last_segment
                 until = stopping.sure(text)
                 if token.finish_reason is not None:
-                    until = len(stopping.text(row.token_ids)) if sampling.stop else len(text)
+                    until = len(stopping.text(row.token_ids)) if stopping.sampling.stop else len(text)
                 yield Event(token.token_id, text[shown:until], token.finish_reason)
                 shown = max(shown, until)
 
     def open(self) -> Engine:
-        """An engine for rows that come, wait and go on as they like."""
+        """Open an engine, whose rows can be submitted, parked and extended at any step."""
         return Engine(self._current_decoding, self._stopping, self.slots, self._stream, self._largest, self.kept_bytes)
 
     def _find_decoding(self) -> None:

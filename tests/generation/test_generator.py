@@ -255,6 +255,18 @@ def test_a_stream_yields_the_tokens_and_text_of_the_same_completion(make_policy)
     assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + [completion.finish_reason]
 
 
+def test_a_stream_that_is_left_early_holds_no_weights(make_policy, monkeypatch) -> None:
+    """An update may replace them: then the old ones would stay in memory beside the new."""
+    toy = make_policy()
+    forgotten: list[bool] = []
+    monkeypatch.setattr(toy.generator.decoding, "forget", lambda: forgotten.append(True))
+    events = toy.generator.stream(Request(MIXED[0]), Sampling(50.0, 400), KEY)
+    next(events)
+    assert not forgotten
+    events.close()
+    assert forgotten
+
+
 def test_a_stream_can_be_left_early_and_does_not_change_the_caller_s_stream(make_policy) -> None:
     toy = make_policy()
     before = mx.default_stream(mx.default_device())

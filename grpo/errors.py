@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from itertools import takewhile
 
 
 class UserError(Exception):
@@ -27,5 +28,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Nothing where no name is similar.
     """
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1) or [one for one in known if name and one.startswith(name)]
-    return f" Did you mean {close[0]!r}?" if close else ""
+    close = closest(name, known) or next((one for one in known if name and one.startswith(name)), None)
+    return f" Did you mean {close!r}?" if close else ""
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that is most similar to `name`, from a similarity of `cutoff` on; None where there is none.
+
+    Of names that are equally similar it is the one that begins like `name` longest: slips are rare in the first
+    letters. So "dappo" is rather "dapo" than "dppo".
+    """
+    close = difflib.get_close_matches(name, known := list(known), n=max(1, len(known)), cutoff=cutoff)
+
+    def similarity(one: str) -> tuple[float, int]:
+        return difflib.SequenceMatcher(None, one, name).ratio(), sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, name, strict=False))
+        )
+
+    return max(close, key=similarity, default=None)

@@ -5,7 +5,6 @@ The errors of pydantic name a path of keys; here they become lines for people.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,7 @@ from pydantic_core import ErrorDetails
 from grpo.config import Recipe
 from grpo.config.optim import OPTIMIZER_ARGS
 from grpo.document import Keys
+from grpo.errors import closest
 from grpo.trl import Translation, answer
 
 MOST_SAID = 20
@@ -109,7 +109,8 @@ def _explain(path: Keys, detail: ErrorDetails, place: str) -> str:
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{place}: {key}: expected keys and values, got {given}.{_example(path)}"
     expected = detail["msg"].replace("Input should be", "expected", 1).replace("a valid array", "a list")
-    return f"{place}: {key}: {expected}, got {given}.{_remedy(path, detail, expected)}"
+    said = f"{expected}, got {given}.{_remedy(path, detail, expected)}"
+    return f"{place}: {said}" if f": {key}=" in place else f"{place}: {key}: {said}"  # an override names the key
 
 
 def _remedy(path: Keys, detail: ErrorDetails, expected: str) -> str:
@@ -146,7 +147,7 @@ def _similar(value: Any, known: Sequence[str]) -> str | None:
     """The word that a text was probably meant to be."""
     if not isinstance(value, str) or len(value) > LONGEST_SHOWN:
         return None
-    return next(iter(difflib.get_close_matches(value.lower(), known, n=1)), None)
+    return closest(value.lower(), known)
 
 
 FORMS = {
@@ -186,6 +187,8 @@ def _meant(path: Keys) -> str | None:
     name = str(path[-1])
     if exact := _named_so(name):
         return exact[0]
+    if name in ELSEWHERE:
+        return ELSEWHERE[name]
     if found := _answer(path):
         keys = found[1].keys
         return keys[0] if keys else None
@@ -193,11 +196,13 @@ def _meant(path: Keys) -> str | None:
         return None
     for candidates, similarity in ((_keys_beside(path), 0.6), (list(_all_keys(Recipe)), 0.8)):
         by_name = {key.rpartition(".")[2]: key for key in candidates}
-        if close := difflib.get_close_matches(name, by_name, n=1, cutoff=similarity):
-            return by_name[close[0]]
+        if close := closest(name, by_name, similarity):
+            return by_name[close]
     return None
 
 
+ELSEWHERE = {"lr": "optim.learning_rate", "max_new_tokens": "rollout.max_completion_length"}
+"""Names that are common in other programs, and what they are here."""
 OWN_ARGS = "optim.optimizer_args"
 
 

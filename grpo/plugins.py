@@ -85,8 +85,7 @@ def locate_reward(use: str) -> Located:
         return Located(Path(use).stem, f"{use}:reward", "reward")
     place, colon, function = use.rpartition(":")
     if colon:
-        stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
-        return Located(stem if function == "reward" else function, use, "reward")
+        return Located(called(place, function), use, "reward")
     found = [reward for reward in named_rewards() if reward.name == use]
     if len(found) > 1:
         both = " and ".join(f"{reward.what} ({reward.where})" for reward in found)
@@ -98,6 +97,13 @@ def locate_reward(use: str) -> Located:
             "your own: file.py:function or package.module:function"
         )
     return Located(use, found[0].where, what)
+
+
+def called(place: str, function: str) -> str:
+    """A reward's name, where none is given: its function's, or that of its file or module if it is called `reward`."""
+    if function != "reward":
+        return function
+    return Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
 
 
 def named_rewards() -> list[Located]:

@@ -55,7 +55,7 @@ def _checked(document: Document, overrides: Sequence[str], said_by: str = COMMAN
 def with_settings(section: S, settings: Mapping[str, Any], what: str = "a recipe that was changed in code") -> S:
     """A recipe, or one of its sections, with other values: `{"optim.steps": 5}` of a recipe, `{"steps": 5}` of `optim`.
 
-    Values are what the schema holds, a whole section too. The result is checked like a recipe from a file, also for
+    Values are what the schema holds, a whole section too; a list does for a tuple, and a path for text. The result is checked like a recipe from a file, also for
     what its settings must agree on; `model_copy(update=...)` checks nothing. Raises UserError, which names each key
     and says that the mistake is in `what`.
     """
@@ -66,7 +66,7 @@ def with_settings(section: S, settings: Mapping[str, Any], what: str = "a recipe
         if rest:
             below.setdefault(first, {})[rest] = value
         else:
-            own[first] = value
+            own[first] = _as_held(section, first, value)
     for name, values in below.items():
         there = own.get(name)
         own[name] = with_settings(there, values, what) if isinstance(there, Section) else values
@@ -75,6 +75,16 @@ def with_settings(section: S, settings: Mapping[str, Any], what: str = "a recipe
     except ValidationError as error:
         lines = explanations(error, own, lambda _: what, keys_of(type(section)))
         raise UserError("\n".join(lines)) from None
+
+
+def _as_held(section: Section, name: str, value: Any) -> Any:
+    """A setting's value as the schema holds it: a path as text, and a list in the place of a tuple as a tuple."""
+    if isinstance(value, Path):
+        return str(value)
+    field = type(section).model_fields.get(name)
+    if isinstance(value, list) and field is not None and "tuple[" in str(field.annotation):
+        return tuple(str(item) if isinstance(item, Path) else item for item in value)
+    return value
 
 
 def _matches(pattern: Path) -> bool:

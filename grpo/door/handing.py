@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from grpo.config import Recipe
+from grpo.config import EvalConfig, Recipe
 from grpo.data.objects import has_splits, rows_from
+from grpo.door.checks import kind_of
+from grpo.door.environments import as_environment
 from grpo.door.rewards import Rewardable, as_rewards
-from grpo.door.tasks import OBJECT, is_source
+from grpo.door.tasks import OBJECT, is_source, source_of
 from grpo.environments.environment import Environment
 from grpo.errors import UserError
 from grpo.plugins import Function
@@ -25,7 +27,7 @@ def handed(
     eval_data: Any,
     loss: Callable[..., Any] | None,
     source: MakeSource | None,
-    environment: Environment | None,
+    environment: Environment | type[Environment] | str | None,
 ) -> tuple[Recipe, Given]:
     """The recipe with the names of what was handed over, and that. None leaves what the recipe says.
 
@@ -36,19 +38,32 @@ def handed(
     tables: dict[str, Any] = {}
     if rewards is not None:
         settings["rewards"] = tuple(_named(as_rewards(rewards), functions))
+    if loss is not None and not callable(loss):
+        raise UserError(
+            f"{SAID_BY}: loss: expected a function (current, batch, cfg), got {kind_of(loss)}; a published loss is the "
+            'recipe\'s: grpo.recipe(..., loss={"type": "dapo"})'
+        )
+    if source is not None and not callable(source):
+        raise UserError(
+            f"{SAID_BY}: source: expected a function or a class that makes a source from the stream of the recipe's "
+            f"data, got {kind_of(source)}; for an object that you have made: source=lambda stream: mine"
+        )
     if loss is not None:
         use = name_of(loss, functions)
         functions[use] = loss
         settings["loss.use"] = use
-    if environment is not None:
-        use = name_of(type(environment), functions)
-        functions[use] = cast(Any, environment)
+    if isinstance(environment, str):
+        settings["rollout.environment"] = environment
+    elif environment is not None:
+        made = as_environment(environment, SAID_BY)
+        use = name_of(type(made), functions)
+        functions[use] = cast(Any, made)
         settings["rollout.environment"] = use
     if data is not None:
         settings |= _placed("data", data, tables)
     if eval_data is not None:
         if cfg.eval is None:
-            raise UserError(f"{SAID_BY}: eval_data, and no section eval in the recipe: grpo.recipe(..., eval={{...}})")
+            cfg = with_settings(cfg, {"eval": EvalConfig()}, SAID_BY)
         settings |= _placed("eval", eval_data, tables)
     elif data is not None and cfg.eval is not None and cfg.eval.source is None and cfg.eval.use is None:
         if "data" in tables and not has_splits(data):
@@ -78,7 +93,7 @@ def _placed(section: str, data: Any, tables: dict[str, Any]) -> dict[str, Any]:
     """What a section says of where its rows come from; an object is put down as the section's table."""
     place: dict[str, Any] = {"source": None, "use": None, "kwargs": {}, "config": None, "revision": None}
     if is_source(data):
-        place["source"] = data if isinstance(data, str) else tuple(data)
+        place["source"] = source_of(data)
     else:
         place["use"] = OBJECT
         tables[section] = data

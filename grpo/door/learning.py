@@ -12,6 +12,7 @@ import mlx.core as mx
 from grpo import presets
 from grpo.backend.device import on_gpu
 from grpo.config import AdvantageConfig, LossConfig
+from grpo.door.checks import groups_of, kind_of
 from grpo.errors import UserError
 from grpo.objective.advantages import advantages as advantages_of
 from grpo.recipes import with_settings
@@ -71,8 +72,8 @@ def advantages(groups: Sequence[Group], **settings: Any) -> list[Group]:
     "leave_one_out" (RLOO, arXiv 2402.14740), "batch" (REINFORCE++, arXiv 2501.03262) or "maxrl". A rollout whose reward
     is None (no score, or a function failed) gets advantage 0 and leaves its group's baseline.
 
-    Raises UserError for an unknown setting, for groups of different sizes, and for the baseline "gdpo", which needs the
-    single rewards and their weights: `grpo.Trainer` has it.
+    Raises UserError for an unknown setting, for groups without scores or of different sizes, and for the baseline
+    "gdpo", which needs the single rewards and their weights: `grpo.Trainer` has it.
 
     >>> groups = grpo.advantages(groups, scale_rewards="none")
     >>> [rollout.advantage for rollout in groups[0].rollouts]
@@ -82,6 +83,9 @@ def advantages(groups: Sequence[Group], **settings: Any) -> list[Group]:
     if cfg.baseline == "gdpo" or cfg.soft_overlong_cache is not None:
         name = "baseline: gdpo" if cfg.baseline == "gdpo" else "soft_overlong_cache"
         raise UserError(f"grpo.advantages: {name} needs more than the rewards' sum: use grpo.Trainer")
+    groups = groups_of(groups, "grpo.advantages")
+    if groups and not _scored(groups):
+        raise UserError(f"grpo.advantages: {UNSCORED}")
     sizes = {len(group.rollouts) for group in groups}
     if len(sizes) > 1:
         raise UserError(f"grpo.advantages: groups have {min(sizes)} to {max(sizes)} rollouts; all must have as many")
@@ -95,32 +99,34 @@ def advantages(groups: Sequence[Group], **settings: Any) -> list[Group]:
 
 def batches(
     groups: Iterable[Group],
-    loss: LossConfig | None = None,
+    loss: LossConfig | presets.PresetName | None = None,
     *,
     micro_batch_tokens: int = AT_ONCE,
     max_completion_length: int | None = None,
 ) -> BatchList:
     """Groups with advantages as the micro-batches of one update, in a list.
 
-    `loss` (default: `grpo.Loss()`) says how tokens are averaged: each token's weight is fixed here, over all groups,
-    and stands in `Batch.weights`, so the sum of the micro-batches' losses and gradients does not depend on how they are
-    cut. At most `micro_batch_tokens` tokens go through the model at once (a longer row goes alone). Rows that can have
-    no gradient are left out; the denominators count them. `max_completion_length`, in tokens, is what a loss that
-    averages over a constant ("dr_grpo") divides by.
+    `loss` (a `grpo.Loss`, or its name; default: `grpo.Loss()`) says how tokens are averaged: each token's weight is
+    fixed here, over all groups, and stands in `Batch.weights`, so the sum of the micro-batches' losses and gradients
+    does not depend on how they are cut. At most `micro_batch_tokens` tokens go through the model at once (a longer row
+    goes alone). Rows that can have no gradient are left out; the denominators count them. `max_completion_length`, in
+    tokens, is what a loss that averages over a constant ("dr_grpo") divides by.
 
     Arrays of a batch are `[B, T]`, B rows of T tokens, float32 but for int32 `token_ids`; see `grpo.Batch`.
 
-    Raises UserError for groups sampled without logprobs (at another temperature than the policy's), and for a loss with
-    a constant normalizer without `max_completion_length`.
+    Raises UserError for groups sampled without logprobs (at another temperature than the policy's), for groups without
+    scores or without advantages, and for a loss with a constant normalizer without `max_completion_length`.
 
     >>> batches = grpo.batches(groups, loss=grpo.Loss("dapo"))
     >>> batches[0].token_ids.shape == batches[0].advantages.shape
     True
     """
-    groups, loss = list(groups), loss or Loss()
+    groups, loss = groups_of(groups, "grpo.batches"), _as_loss(loss)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     if any(rollout.trajectory.behaviour is None for rollout in rollouts):
         raise UserError("grpo.batches: these groups have no logprobs: sample them at the policy's own temperature")
+    if rollouts and not any(rollout.advantage for rollout in rollouts):
+        _refuse_unfinished(groups)
     if loss.preset.normalize == "constant" and max_completion_length is None:
         raise UserError(f"grpo.batches: {loss.type} divides by a constant: give max_completion_length, in tokens")
     size = max((len(group.rollouts) for group in groups), default=1)
@@ -130,3 +136,36 @@ def batches(
 
 def _number(reward: float | None) -> float:
     return math.nan if reward is None else reward
+
+
+UNSCORED = "these groups have no scores: call groups = grpo.score(groups, rewards) first"
+
+
+def _scored(groups: Sequence[Group]) -> bool:
+    """Whether anything says of any rollout what it is worth, or why that is not known."""
+    return any(r.reward is not None or r.scores or r.failures for group in groups for r in group.rollouts)
+
+
+def _refuse_unfinished(groups: Sequence[Group]) -> None:
+    """Raise UserError where a call is missing, for groups whose advantages are all 0. They may be: all rewards of a
+    group can be equal, or have failed."""
+    if not _scored(groups):
+        raise UserError(f"grpo.batches: {UNSCORED}, and then grpo.advantages(groups)")
+    if any(rollout.advantage for group in groups for rollout in advantages([group])[0].rollouts):
+        raise UserError(
+            "grpo.batches: these groups have scores that differ, and no advantages: call groups = "
+            "grpo.advantages(groups) first (the baseline maxrl makes none where a group's mean reward is not above 0)"
+        )
+
+
+def _as_loss(loss: Any) -> LossConfig:
+    if loss is None or isinstance(loss, LossConfig):
+        return loss or Loss()
+    if isinstance(loss, str):
+        return Loss(loss)  # type: ignore[arg-type]  # the schema says what is no name
+    if callable(loss):
+        raise UserError(
+            "grpo.batches: loss is a function, and batches take a grpo.Loss, which says how tokens are averaged: give "
+            "the function to policy.gradient or policy.update"
+        )
+    raise UserError(f"grpo.batches: loss: expected a grpo.Loss or its name, got {kind_of(loss)}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.config import LossConfig, OptimConfig
 from grpo.config.optim import Optimizer
 from grpo.config.section import MANY
+from grpo.door.checks import kind_of
 from grpo.errors import UserError
 from grpo.objective.loss import CustomLoss
 from grpo.recipes import with_settings
@@ -69,14 +70,24 @@ class PolicyOptimizer:
         """One step on the policy's weights by a gradient of `policy.gradient`, clipped to `max_grad_norm`.
 
         A gradient that is not finite, or exactly 0, is not applied: the result's `skipped` or `without_signal` is 1.
-        The gradient's arrays are used up. Raises RunError after `max_skipped_updates` in a row that are not finite.
+        The gradient's arrays are used up. Raises UserError for what is no gradient, and RunError after
+        `max_skipped_updates` in a row that are not finite.
         """
+        if not isinstance(gradient, Gradient):
+            raise UserError(
+                f"opt.update: expected a gradient of policy.gradient(batches, loss), got {kind_of(gradient)}; an "
+                "update by batches is policy.update(batches, opt)"
+            )
         updater = self.updater(policy, LossConfig(), None)
         self.steps_done += 1
         return updater.apply(gradient, self.steps_done)
 
     def updater(self, policy: LoadedPolicy, loss: LossConfig, custom: CustomLoss | None) -> Updater:
         """What makes the updates of this policy by this loss. All of them share one optimizer's state."""
+        if not hasattr(policy, "inner"):
+            raise UserError(
+                f"opt.update: expected a policy of grpo.load first, got {kind_of(policy)}: opt.update(policy, gradient)"
+            )
         if self._policy is not None and self._policy is not policy:
             raise UserError("this optimizer already moves another policy: make one for each, grpo.optimizer(...)")
         self._policy = policy

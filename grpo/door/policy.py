@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from grpo.backend.device import setup
 from grpo.backend.random import derive_key
 from grpo.config import AdapterConfig, DataConfig, LossConfig, ModelConfig, RolloutConfig
 from grpo.data.prompts import PromptRenderer
-from grpo.door.learning import BatchList
+from grpo.door.checks import batches_of, kind_of, unknown_setting, whole_number
+from grpo.door.environments import as_environment
+from grpo.door.learning import BatchList, Loss
 from grpo.door.optimizers import PolicyOptimizer
+from grpo.door.tasks import TaskLists
 from grpo.environments.environment import Environment
 from grpo.errors import UserError
 from grpo.generation.generator import Generator
@@ -22,6 +25,7 @@ from grpo.model.adapters import REFERENCE, Adapters
 from grpo.model.load import load as load_model
 from grpo.model.policy import Policy
 from grpo.objective.loss import CustomLoss
+from grpo.planning.positions import limit_of
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.training.batches import batch_logprobs
@@ -31,6 +35,7 @@ from grpo.training.update import Update
 from grpo.types import Batch, Group, Prompt, Task
 
 SAID_BY = "grpo.load"
+SAMPLE = "policy.sample"
 
 
 def load(name: str | Path, *, seed: int = 0, **settings: Any) -> LoadedPolicy:
@@ -56,7 +61,7 @@ def load(name: str | Path, *, seed: int = 0, **settings: Any) -> LoadedPolicy:
     allowed = (set(ModelConfig.model_fields) - {"name"}, set(AdapterConfig.model_fields), *_ALSO)
     known = set().union(*allowed)
     if unknown := sorted(set(settings) - known):
-        raise UserError(f"{SAID_BY}: unknown setting {unknown[0]}; there is {', '.join(sorted(known))}")
+        raise unknown_setting(SAID_BY, unknown[0], known)
     for section, names in zip(sections, allowed, strict=True):
         own = {key: value for key, value in settings.items() if key in names}
         taken.append(with_settings(section, own, SAID_BY))
@@ -69,6 +74,7 @@ OF_SAMPLING = {
     *("top_k", "top_p", "min_p", "repetition_penalty"),
     *("min_completion_length", "stop", "stop_token_ids", "max_repeats"),
 }
+_ARGUMENTS = ("tasks", "n", "max_tokens", "key", "temperature", "environment")
 
 
 class LoadedPolicy:
@@ -93,40 +99,44 @@ class LoadedPolicy:
 
     def sample(
         self,
-        tasks: Sequence[Task | Prompt],
+        tasks: Sequence[Task | Prompt] | Task | str,
         n: int | None = None,
         max_tokens: int | None = None,
         key: int | mx.array = 0,
         *,
         temperature: float | None = None,
-        environment: Environment | None = None,
+        environment: Environment | type[Environment] | str | None = None,
         **settings: Any,
     ) -> list[Group]:
         """`n` completions of each task, as a group for each task, in order.
 
-        `tasks` are what `grpo.tasks` gives, texts, or lists of chat messages. A completion has at most `max_tokens`
-        tokens, its stop token included. `key` (a number such as the step's, or an MLX key, uint32 `[2]`) decides what
-        is drawn, together with the policy's seed: the same key, the same completions. Each rollout's `trajectory` has
-        `token_ids`, `text`, `finish_reason` and, by token, fp32 logprobs in nats at the policy's temperature
-        (`behaviour`). At another `temperature` (0: greedy) there are none, because nothing can be learned from those.
-        `environment` makes the trajectories: a single turn, unless another is given (`docs/EXTENDING.md`).
+        `tasks` are a list that `grpo.tasks` gives, texts, or lists of chat messages; a text alone is one prompt. A
+        completion has at most `max_tokens` tokens, its stop token included. `key` (a number such as the step's, or an
+        MLX key, uint32 `[2]`) decides what is drawn, together with the policy's seed: the same key, the same
+        completions. Each rollout's `trajectory` has `token_ids`, `text`, `finish_reason` and, by token, fp32 logprobs
+        in nats at the policy's temperature (`behaviour`). At another `temperature` (0: greedy) there are none, because
+        nothing can be learned from those. `environment` makes the trajectories: a single turn, unless an object, a
+        class or a name (`"file.py:Class"`) is given (`docs/EXTENDING.md`).
         Defaults are the recipe's (8 completions of 256 tokens). `settings` are the recipe's for sampling: `top_k`,
         `top_p`, `min_p`, `repetition_penalty`, `stop`, `stop_token_ids`, `max_repeats`, `min_completion_length`.
 
-        Raises UserError for a prompt that cannot be encoded, and for settings that are unknown or out of bounds.
+        Raises UserError for a prompt that cannot be encoded, for a prompt that, with `max_tokens` more, is beyond the
+        positions that the model was made for, and for settings that are unknown or out of bounds.
         """
         if unknown := sorted(set(settings) - OF_SAMPLING):
-            raise UserError(f"policy.sample: unknown setting {unknown[0]}; there is {', '.join(sorted(OF_SAMPLING))}")
+            raise unknown_setting(SAMPLE, unknown[0], OF_SAMPLING, _ARGUMENTS)
         asked = {"max_completion_length": max_tokens} if max_tokens is not None else {}
-        rollout = with_settings(self._rollout, {**asked, **settings}, "policy.sample")
-        n = rollout.num_generations if n is None else n
+        rollout = with_settings(self._rollout, {**asked, **settings}, SAMPLE)
+        n = rollout.num_generations if n is None else whole_number(n, f"{SAMPLE}: n")
         if n < 1:
-            raise UserError(f"policy.sample: n is {n}; a prompt gets 1 completion or more")
-        own = temperature is None or temperature == rollout.temperature
-        draws = key if isinstance(key, mx.array) else derive_key(self.seed, "rollout", int(key))
-        ready = [self._encoded(_task(task, place)) for place, task in enumerate(tasks)]
-        engine = RolloutEngine(self.generator, sampling_of(rollout), environment)
-        at = rollout.temperature if temperature is None else temperature
+            raise UserError(f"{SAMPLE}: n is {n}; a prompt gets 1 completion or more")
+        at = rollout.temperature if temperature is None else _checked_temperature(temperature)
+        own = at == rollout.temperature
+        draws = self._key(key)
+        ready = [self._encoded(task) for task in _tasks(tasks)]
+        self._refuse_too_long(ready, rollout.max_completion_length)
+        made = None if environment is None else as_environment(environment, SAMPLE)
+        engine = RolloutEngine(self.generator, sampling_of(rollout), made)
         return engine.rollout(ready, n, at, draws, logprobs=own) if ready else []
 
     def logprobs(self, batch: Batch) -> mx.array:
@@ -152,7 +162,7 @@ class LoadedPolicy:
 
         Raises RunError where a function of your own fails or returns another shape.
         """
-        several = [batches] if isinstance(batches, Batch) else list(batches)
+        several = batches_of(batches, "policy.gradient")
         cfg, custom = _split(batches, loss)
         if cfg.top_entropy_quantile < 1 and isinstance(batches, Batch):
             raise UserError("policy.gradient: top_entropy_quantile is of all batches: give them at once")
@@ -162,7 +172,10 @@ class LoadedPolicy:
         return self._gradients[key](self._enriched(several, cfg))
 
     def update(
-        self, batches: Sequence[Batch], opt: PolicyOptimizer, loss: LossConfig | Callable[..., Any] | None = None
+        self,
+        batches: Batch | Sequence[Batch],
+        opt: PolicyOptimizer,
+        loss: LossConfig | Callable[..., Any] | None = None,
     ) -> Update:
         """One update by the batches of `grpo.batches`, clipped and applied; the optimizer may make several.
 
@@ -170,11 +183,16 @@ class LoadedPolicy:
         `metrics` by TRL's names. An update that is not finite is skipped (`skipped`), and one without any signal is
         not applied (`without_signal`). Raises RunError after `max_skipped_updates` in a row that are not finite.
         """
+        if not isinstance(opt, PolicyOptimizer):
+            raise UserError(
+                f"policy.update(batches, opt): opt: expected an optimizer that grpo.optimizer gives, got {kind_of(opt)}"
+            )
+        several = batches_of(batches, "policy.update(batches, opt)")
         if loss is None and not isinstance(batches, BatchList):
             raise UserError("policy.update: these batches do not say for which loss they are: give loss=...")
         cfg, custom = _split(batches, batches.loss if loss is None and isinstance(batches, BatchList) else loss)
         updater = opt.updater(self, cfg, custom)
-        enriched = self._enriched(list(batches), cfg, drops=self.dropout_seed is not None)
+        enriched = self._enriched(several, cfg, drops=self.dropout_seed is not None)
         opt.steps_done += 1
         return updater([enriched], opt.steps_done)
 
@@ -183,11 +201,26 @@ class LoadedPolicy:
         --adapter`, and `grpo.load(..., path=folder)` read it. Returns the folder. Raises UserError where it cannot."""
         return save_adapter(self.inner, folder)
 
+    def _key(self, key: Any) -> mx.array:
+        if isinstance(key, mx.array):
+            return key
+        return derive_key(self.seed, "rollout", whole_number(key, f"{SAMPLE}: key"))
+
     def _encoded(self, task: Task) -> Task:
         if task.prompt_ids:
             return task
         data = with_settings(self._data, {"source": task.source or self._data.source}, SAID_BY)
         return PromptRenderer(data, self.tokenizer, self.generator.decoding.vocabulary).encoded(task)
+
+    def _refuse_too_long(self, tasks: Sequence[Task], max_tokens: int) -> None:
+        longest = max((len(task.prompt_ids) for task in tasks), default=0)
+        limit = limit_of(self.model)
+        if limit is not None and longest + max_tokens > limit:
+            raise UserError(
+                f"{SAMPLE}: a prompt of {longest:,} tokens and a completion of up to {max_tokens:,} (max_tokens) are "
+                f"more than the {limit:,} positions that the model was made for (max_position_embeddings): shorten the "
+                "prompt, or give a lower max_tokens"
+            )
 
     def _enriched(self, batches: list[Batch], loss: LossConfig, drops: bool = False) -> list[Batch]:
         """The batches with the columns that the loss needs."""
@@ -208,18 +241,51 @@ def save_adapter(policy: Policy, folder: str | Path) -> Path:
     return path
 
 
-def _task(task: Task | Prompt, place: int) -> Task:
+def _tasks(given: Any) -> list[Task]:
+    """Tasks and prompts, or one of them, as tasks. Raises UserError for what is neither."""
+    if isinstance(given, TaskLists):
+        raise UserError(f"{SAMPLE}: expected a list of tasks, got the iterator of grpo.tasks: give next(tasks)")
+    if isinstance(given, Task | str):
+        given = [given]
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise UserError(f"{SAMPLE}: expected a list of tasks or prompts, got {kind_of(given)}")
+    return [_task(task, place) for place, task in enumerate(given)]
+
+
+def _task(task: Any, place: int) -> Task:
     """A task, made from a prompt if it is none."""
     if isinstance(task, Task):
         return task
+    if isinstance(task, Mapping) and "role" in task:
+        raise UserError(
+            f"{SAMPLE}: prompt {place} is a single chat message, and a prompt is a list of messages: write [[message]]"
+        )
+    messages = isinstance(task, list) and task and all(isinstance(m, Mapping) and "role" in m for m in task)
+    if not isinstance(task, str) and not messages:
+        raise UserError(
+            f"{SAMPLE}: prompt {place}: expected a task of grpo.tasks, a text or a list of chat messages, got "
+            f"{kind_of(task)}"
+        )
     return Task(place, task, (), {}, "prompts")
 
 
 def _split(batches: Any, loss: Any) -> tuple[LossConfig, CustomLoss | None]:
     """The settings of a loss, and the function that takes the surrogate's place."""
+    if isinstance(loss, str):
+        return Loss(loss), None  # type: ignore[arg-type]  # the schema says what is no name
     if isinstance(loss, LossConfig):
         return loss, None
     if not callable(loss):
-        raise UserError(f"loss: expected a grpo.Loss or a function, got a {type(loss).__name__}")
+        raise UserError(f"loss: expected a grpo.Loss, its name or a function, got {kind_of(loss)}")
     own = batches.loss if isinstance(batches, BatchList) else LossConfig()
     return own, loss
+
+
+def _checked_temperature(temperature: Any) -> float:
+    """A temperature to sample at, 0 for greedy. Raises UserError for what a recipe would not take either."""
+    if isinstance(temperature, int | float) and not isinstance(temperature, bool) and temperature == 0:
+        return 0.0
+    try:
+        return with_settings(RolloutConfig(), {"temperature": temperature}, SAMPLE).temperature
+    except UserError as error:
+        raise UserError(f"{error} 0 is greedy.") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import Recipe
+from grpo.door.checks import kind_of
 from grpo.errors import UserError
 from grpo.mistakes import section_of
 from grpo.plugins import find_recipe
@@ -30,6 +31,11 @@ def recipe(name: str | Path, **settings: Any) -> Recipe:
     >>> cfg.optim.steps, cfg.rollout.prompts_per_step
     (20, 16)
     """
+    if not isinstance(name, str | Path):
+        raise UserError(
+            f"{SAID_BY}: expected a recipe's name or file, got {kind_of(name)}; settings are given by name beside it: "
+            'grpo.recipe("quickstart", steps=20)'
+        )
     texts = [f"{_whole(key)}={_as_yaml(key, value)}" for key, value in settings.items()]
     return load_recipe(find_recipe(str(name)), texts, SAID_BY)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.config import RewardConfig
+from grpo.door.checks import groups_of
 from grpo.errors import UserError
 from grpo.objective.groups import with_rewards
-from grpo.plugins import Function, locate_reward
+from grpo.plugins import SESSION, Function, called, locate_reward
 from grpo.recipes import with_settings
 from grpo.runs.given import name_of
 from grpo.scoring.grader import Inline
@@ -52,6 +53,9 @@ def reward(use: Callable[..., Any] | str, **settings: Any) -> WeightedReward:
     named = getattr(use, "__name__", type(use).__name__)
     if named == "<lambda>" and "name" not in settings:
         raise UserError(f"{SAID_BY}: a lambda has no name for its metrics: grpo.reward(function, name=...)")
+    module = getattr(use, "__module__", None) or SESSION
+    if module != SESSION:  # a file's `reward` goes by the file's name, as in a recipe
+        named = called(module, named)
     config = RewardConfig(use=name_of(use), isolation="inline", name=named)
     return WeightedReward(with_settings(config, settings, SAID_BY), use)
 
@@ -83,6 +87,7 @@ def score(groups: Sequence[Group], rewards: Sequence[Rewardable]) -> list[Group]
     >>> sorted(groups[0].rollouts[0].scores)
     ['brevity', 'gsm8k_answer']
     """
+    groups = groups_of(groups, "grpo.score")
     if not groups:
         return []
     known = as_rewards(rewards)

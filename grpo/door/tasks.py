@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from grpo.config import DataConfig
@@ -10,6 +11,7 @@ from grpo.config.data import Origin
 from grpo.data.messages import with_system
 from grpo.data.prompts import PromptReader
 from grpo.data.stream import TaskStream
+from grpo.door.checks import whole_number
 from grpo.errors import UserError
 from grpo.plugins import SESSION
 from grpo.recipes import with_settings
@@ -48,6 +50,7 @@ def tasks(data: Any, *, prompt: str = "prompt", n: int = 8, seed: int = 0, **set
             "leave out long prompts by len(policy.encode(task.prompt))" if "length" in name else "give it to grpo.load"
         )
         raise UserError(f"{SAID_BY}: {name} needs a tokenizer, which tasks have not: {how}")
+    n = whole_number(n, f"{SAID_BY}: n")
     if n < 1:
         raise UserError(f"{SAID_BY}: n is {n}; a list has 1 task or more")
     cfg, given = described(data)
@@ -59,16 +62,24 @@ def tasks(data: Any, *, prompt: str = "prompt", n: int = 8, seed: int = 0, **set
 def described(data: Any) -> tuple[DataConfig, Given]:
     """How a recipe names data, and the data itself where it is an object that a recipe can only name."""
     if is_source(data):
-        source: Origin = data if isinstance(data, str) else tuple(data)
-        return DataConfig(source=source), Given()
+        try:
+            return with_settings(DataConfig(source="rows"), {"source": source_of(data)}, SAID_BY), Given()
+        except UserError as error:
+            hint = "" if isinstance(data, str | Path) else '. Prompts of your own are rows: [{"prompt": "..."}]'
+            raise UserError(f"{error}{hint}") from None
     return DataConfig(use=OBJECT), Given(data={"data": data})
 
 
 def is_source(data: Any) -> bool:
     """Whether data is named by text, as in a recipe, or by several names of files."""
     if isinstance(data, list | tuple):
-        return bool(data) and all(isinstance(name, str) for name in data)
-    return isinstance(data, str)
+        return bool(data) and all(isinstance(name, str | Path) for name in data)
+    return isinstance(data, str | Path)
+
+
+def source_of(data: Any) -> Origin:
+    """Data that is named, as a recipe's `data.source` names it."""
+    return str(data) if isinstance(data, str | Path) else tuple(map(str, data))
 
 
 class TaskLists(Iterator[list[Task]]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from grpo.config import Recipe
+from grpo.door.checks import kind_of
 from grpo.door.handing import handed
 from grpo.door.opening import How, Opening
 from grpo.door.policy import save_adapter
@@ -33,7 +34,7 @@ from grpo.types import EvalMetrics, StepMetrics
 StepCallback = Callable[[StepMetrics | EvalMetrics], Any]
 FLAGS = {
     "resume": "train(resume=True)",
-    "resume-from": "train(resume=",
+    "resume-from": "train(resume=CHECKPOINT)",
     "resume-changed": "train(resume=True, changed=True)",
     "overwrite": "train(overwrite=True)",
 }
@@ -71,14 +72,16 @@ class Trainer:
                    run in this process, without a time limit.
         data       the prompts to train on: a datasets.Dataset, a list of dicts, a pandas DataFrame, or text that a
                    recipe's `data.source` could be
-        eval_data  the held-out prompts, likewise; the recipe needs a section `eval`
+        eval_data  the held-out prompts, likewise; a recipe without a section `eval` gets one with its defaults
         loss       a function `(current, batch, cfg) -> per-token loss`, each `[B, T]`; see `LoadedPolicy.gradient`
         source     a function, or a class, that makes the source of tasks from the stream of the recipe's data: a
                    curriculum, say; see `grpo.data.source.Source`
-        environment  what makes trajectories of a task, with `async def rollout(self, task, sampler)`
-        callbacks  functions that are called, after the run's own logs, with each `grpo.StepMetrics` (its `groups` are
-                   what was sampled, with scores and advantages) and each `grpo.EvalMetrics`. A callback that returns
-                   `grpo.STOP` ends the run after that step; an exception ends it too, and `train` raises it.
+        environment  what makes trajectories of a task, with `async def rollout(self, task, sampler)`: an object, a
+                   class that takes no arguments, or `"file.py:Class"`
+        callbacks  one function, or a list of functions, that are called, after the run's own logs, with each
+                   `grpo.StepMetrics` (its `groups` are what was sampled, with scores and advantages) and each
+                   `grpo.EvalMetrics`. A callback that returns `grpo.STOP` ends the run after that step; any other
+                   answer but None is an error. An exception ends the run too, and `train` raises it.
 
     With `quiet` nothing is printed. The model is loaded when it is first needed. Raises UserError for what does not fit
     together.
@@ -97,13 +100,13 @@ class Trainer:
         eval_data: Any = None,
         loss: Callable[..., Any] | None = None,
         source: MakeSource | None = None,
-        environment: Environment | None = None,
-        callbacks: Sequence[StepCallback] = (),
+        environment: Environment | type[Environment] | str | None = None,
+        callbacks: StepCallback | Sequence[StepCallback] = (),
         quiet: bool = False,
     ) -> None:
+        self.callbacks = _callbacks(callbacks)
         cfg = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
         self.recipe, self._given = handed(cfg, rewards, data, eval_data, loss, source, environment)
-        self.callbacks = list(callbacks)
         # Plain lines: a notebook would show each print of a rich console as a block of HTML.
         self._console = Console(quiet=quiet, force_jupyter=False)
         self._opening: Opening | None = None
@@ -145,7 +148,10 @@ class Trainer:
         maj@k, as fractions, with 95 % intervals. Writes nothing. Raises UserError for a recipe without `eval`."""
         opening = self._ready()
         if opening.run.evaluator is None:
-            raise UserError('the recipe has no section eval: grpo.recipe(..., eval={"every": 25}), or give eval_data')
+            raise UserError(
+                'the recipe has no section eval: grpo.recipe(..., eval={"every": 25}), or '
+                "grpo.Trainer(..., eval_data=...)"
+            )
         return opening.run.evaluator(self._step())
 
     def save(self, folder: str | Path) -> Path:
@@ -221,8 +227,14 @@ class Trainer:
     def _tell(self, stop: StopRequest) -> Log:
         def tell(record: StepMetrics | EvalMetrics) -> None:
             for callback in self.callbacks:
-                if callback(record) is STOP:
+                answer = callback(record)
+                if answer is STOP:
                     stop.ask()
+                elif answer is not None:
+                    raise UserError(
+                        f"callback {getattr(callback, '__name__', callback)!r} returned {str(answer)[:80]!r}: a "
+                        "callback returns None, or grpo.STOP to end the run"
+                    )
 
         return tell
 
@@ -240,11 +252,23 @@ class Trainer:
             raise UserError("train() is going on already, in another thread or in a callback's caller")
 
 
+def _callbacks(given: Any) -> list[StepCallback]:
+    """One callback, or several, as a list. Raises UserError for what cannot be called."""
+    several = [given] if callable(given) else given
+    if not isinstance(several, Iterable):
+        raise UserError(f"grpo.Trainer: callbacks: expected a function or a list of functions, got {kind_of(given)}")
+    several = list(several)
+    if odd := [one for one in several if not callable(one)]:
+        raise UserError(f"grpo.Trainer: callbacks: expected functions, got {kind_of(odd[0])}")
+    return several
+
+
 @contextmanager
 def _in_python() -> Iterator[None]:
     """A block whose UserErrors name the arguments of `train`, not the options of the command."""
     try:
         yield
     except UserError as error:
-        said = re.sub(r"--(resume-changed|resume-from|resume|overwrite)\b(?!-)", lambda m: FLAGS[m[1]], str(error))
+        said = re.sub(r"--resume-from (.+?)(?=:)", lambda m: f"train(resume={m[1]!r})", str(error))
+        said = re.sub(r"--(resume-changed|resume-from|resume|overwrite)\b(?!-)", lambda m: FLAGS[m[1]], said)
         raise UserError(said) from error

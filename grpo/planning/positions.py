@@ -36,6 +36,11 @@ def position_note(model: nn.Module, prompt: int, completion: int) -> str | None:
     )
 
 
+def limit_of(model: nn.Module) -> int | None:
+    """The positions that a model with unscaled positions was made for; None where no number says that."""
+    return None if _is_scaled(model) else _limit(model)
+
+
 def _limit(model: nn.Module) -> int | None:
     """None of a model without attention too: mlx-lm gives Mamba-2, which knows no positions, a number of its own."""
     if not any(_setting(model, name) for name in HEADS):

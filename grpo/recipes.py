@@ -55,9 +55,9 @@ def _checked(document: Document, overrides: Sequence[str], said_by: str = COMMAN
 def with_settings(section: S, settings: Mapping[str, Any], what: str = "a recipe that was changed in code") -> S:
     """A recipe, or one of its sections, with other values: `{"optim.steps": 5}` of a recipe, `{"steps": 5}` of `optim`.
 
-    Values are what the schema holds, a whole section too; a list does for a tuple, and a path for text. The result is checked like a recipe from a file, also for
-    what its settings must agree on; `model_copy(update=...)` checks nothing. Raises UserError, which names each key
-    and says that the mistake is in `what`.
+    Values are what the schema holds, a whole section too; a list does for a tuple, and a path for text. The result is
+    checked like a recipe from a file, also for what its settings must agree on; `model_copy(update=...)` checks
+    nothing. Raises UserError, which names each key and says that the mistake is in `what`.
     """
     own: dict[str, Any] = dict(section)
     below: dict[str, dict[str, Any]] = {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from grpo.config import RewardConfig
-from grpo.door.checks import groups_of
+from grpo.door.checks import groups_of, kind_of
 from grpo.errors import UserError
 from grpo.objective.groups import with_rewards
 from grpo.plugins import SESSION, Function, called, locate_reward
@@ -62,12 +62,12 @@ def reward(use: Callable[..., Any] | str, **settings: Any) -> WeightedReward:
 
 def as_rewards(rewards: Sequence[Rewardable]) -> list[WeightedReward]:
     """Rewards of all forms as one form. Raises UserError where there is none, and for what is no reward."""
-    if callable(rewards) or isinstance(rewards, str | WeightedReward):
-        raise UserError("rewards: expected a list, such as [my_reward]")
+    if callable(rewards) or isinstance(rewards, str | WeightedReward) or not isinstance(rewards, Iterable):
+        raise UserError(f"rewards: expected a list, such as [my_reward], got {kind_of(rewards)}")
+    rewards = list(rewards)
     odd: list[Any] = [given for given in rewards if not (callable(given) or isinstance(given, str | WeightedReward))]
     if odd:
-        kind = type(odd[0]).__name__
-        raise UserError(f"rewards: expected functions, names, or what grpo.reward gives, got a {kind}")
+        raise UserError(f"rewards: expected functions, names, or what grpo.reward gives, got {kind_of(odd[0])}")
     if not rewards:
         raise UserError("rewards: the list is empty, so there is nothing to learn from")
     return [given if isinstance(given, WeightedReward) else reward(given) for given in rewards]

@@ -200,7 +200,7 @@ def test_rewards_are_weighed(policy) -> None:
         (lambda: grpo.tasks(7), "data: the object given for it is of type int; wanted are rows"),
         (lambda: next(grpo.tasks([{"q": "?"}], prompt="{p}")), "no column 'p' in row 0"),
         (lambda: grpo.tasks([]), "split 'train' has no rows"),
-        (lambda: grpo.Loss("dappo"), "grpo.Loss: loss.type.*Did you mean 'dppo'"),
+        (lambda: grpo.Loss("dappo"), "grpo.Loss: loss.type.*Did you mean 'dapo'"),
         (lambda: grpo.Loss("dapo", epsilonn=0.1), "grpo.Loss: unknown key loss.epsilonn. Did you mean loss.epsilon"),
         (lambda: grpo.Loss("rloo", delta=2.0), "loss.delta does nothing with the reinforce surrogate"),
         (lambda: grpo.optimizer("adamv"), "grpo.optimizer: optim.optimizer"),

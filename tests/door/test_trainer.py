@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from runs.driver import same_end, timeless
 
 import grpo
-from grpo.config import Recipe
+from grpo.config import EvalConfig, Recipe
 
 ROWS = [{"question": f"What is {i}+{i}?", "answer": str(2 * i)} for i in range(1, 5)]
 
@@ -65,7 +65,7 @@ def test_the_numbers_are_the_commands(recipe: Path, short, run_cli) -> None:
 
 def test_a_callback_sees_steps_groups_and_evaluations(short) -> None:
     seen: list = []
-    made = trainer(short(), seen.append, lambda _: True)  # what else a callback returns means nothing
+    made = trainer(short(), seen.append)
     made.train()
     assert [(type(record).__name__, record.step) for record in seen] == [
         ("EvalMetrics", 0), ("StepMetrics", 1), ("StepMetrics", 2), ("EvalMetrics", 2), ("StepMetrics", 3),
@@ -248,8 +248,10 @@ def test_held_out_data_is_given_too(short) -> None:
     assert trainer(cfg, data=both).train().after.n == 1
     with pytest.raises(grpo.UserError, match="the data that you give has no splits: give eval_data"):
         trainer(cfg, data=ROWS)
-    with pytest.raises(grpo.UserError, match="no section eval in the recipe"):
-        trainer(grpo.recipe("toy.yaml"), eval_data=ROWS)
+    made = trainer(grpo.recipe("toy.yaml", eval=None, steps=1, output_dir="three"), eval_data=one)
+    assert made.recipe.eval is not None
+    assert made.recipe.eval.every == EvalConfig().every
+    assert made.evaluate().n == 1
 
 
 def test_rewards_are_named_weighed_and_mixed(short) -> None:
@@ -291,7 +293,7 @@ def test_a_notebook_gets_lines_and_not_blocks_of_html(short, monkeypatch: pytest
 
 
 def test_mistakes_are_said_before_a_model_is_loaded(short) -> None:
-    for rewards, said in (([], "the list is empty"), (digits, "expected a list"), ([3], "got a int")):
+    for rewards, said in (([], "the list is empty"), (digits, "expected a list"), ([3], "got an int")):
         with pytest.raises(grpo.UserError, match=said):
             grpo.Trainer(short(), rewards=rewards)
     with pytest.raises(grpo.UserError, match="no section eval"):

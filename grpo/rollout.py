@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
 
 from grpo.config import RolloutConfig
 from grpo.environments.driver import Driver
-from grpo.environments.environment import Environment
+from grpo.environments.environment import Environment, checked
+from grpo.environments.mistakes import check_awaitable, check_trajectories, mistake_of
 from grpo.environments.sampler import Sampler
+from grpo.environments.scheduler import Job
 from grpo.environments.single import SingleTurn
 from grpo.errors import RunError
 from grpo.generation.generator import Generator, seed_of
@@ -26,10 +29,13 @@ class RolloutEngine:
     """Samples the policy: with logprobs for training, without for evaluation."""
 
     def __init__(self, generator: Generator, sampling: Sampling, environment: Environment | None = None) -> None:
-        """`environment` makes trajectories of tasks: single turns, unless another is given."""
+        """`environment` makes trajectories of tasks: single turns, unless another is given.
+
+        Raises UserError for what is no environment.
+        """
         self.generator = generator
         self.sampling = sampling
-        self.environment = environment or SingleTurn()
+        self.environment = SingleTurn() if environment is None else checked(environment)
 
     def rollout(
         self,
@@ -63,27 +69,36 @@ class RolloutEngine:
                 for place, (task, sampler) in enumerate(zip(tasks, samplers, strict=True))
             ]
             driver.run(lambda: told.now_and_then(rows))
-            groups = [play.result() for play in plays]
+            groups = [self._result(play, task) for play, task in zip(plays, tasks, strict=True)]
         told.tell(rows)
         return groups
 
     async def _play(self, task: Task, sampler: Sampler, place: int, whole: Whole | None) -> Group:
         """The group of one task, which `whole` is told of."""
-        name = type(self.environment).__name__
-        try:
-            trajectories = await self.environment.rollout(task, sampler)
-        except Exception as error:
-            error.add_note(f"in the environment {name}, on row {task.index} of {task.source}")
-            raise
-        if len(trajectories) != sampler.n:
-            raise RunError(
-                f"environment {name}: it made {len(trajectories)} trajectories of row {task.index} of {task.source}, "
-                f"and a group has {sampler.n}"
-            )
+        with self._named(task):
+            playing = self.environment.rollout(task, sampler)
+            check_awaitable(playing)
+            trajectories = check_trajectories(await playing, sampler.n)
         group = Group(task, tuple(map(Rollout, trajectories)))
         if whole is not None:
             whole(place, group)
         return group
+
+    def _result(self, play: Job[Group], task: Task) -> Group:
+        with self._named(task):
+            return play.result()
+
+    @contextmanager
+    def _named(self, task: Task) -> Iterator[None]:
+        """What is raised within says which environment raised it, on which row; an author's mistake is a RunError."""
+        name, row = type(self.environment).__name__, f"row {task.index} of {task.source}"
+        try:
+            yield
+        except Exception as error:
+            if mistake := mistake_of(error):
+                raise RunError(f"environment {name}, {row}: {mistake}") from error
+            error.add_note(f"in the environment {name}, on {row}")
+            raise
 
 
 def _seeds(draws: mx.array | Sequence[int], count: int) -> list[tuple[int, tuple[int, ...]]]:

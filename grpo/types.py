@@ -56,9 +56,9 @@ class Trajectory:
 
     The values at untrained tokens are meaningless and may be NaN.
 
-    `text` is decoded without special tokens; after several turns it is the text of the last turn. `policy_step` counts
-    the training steps behind the policy that sampled, None outside training. Raises ValueError if `trained` or a
-    column differs from `token_ids` in length.
+    `text` is all tokens decoded without special tokens, of every turn and with what an environment said between them;
+    it ends before the stop string that ended the last turn. `policy_step` counts the training steps behind the policy
+    that sampled, None outside training. Raises ValueError if `trained` or a column differs from `token_ids` in length.
     """
 
     token_ids: tuple[int, ...]

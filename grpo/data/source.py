@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from grpo.errors import UserError
 from grpo.types import Group, Task
 
 
@@ -42,3 +43,18 @@ class Source(Protocol):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where a source with the same settings was when it gave this `state`."""
         ...
+
+
+METHODS = ("take", "observe", "metrics", "state", "load_state")
+
+
+def checked_source(source: Source) -> Source:
+    """The same source. Raises UserError that names the methods of a `Source` which it lacks."""
+    lacking = [name for name in METHODS if not callable(getattr(source, name, None))]
+    if lacking:
+        name, methods = type(source).__name__, ", ".join(f"{name}()" for name in lacking)
+        raise UserError(
+            f"source {name}: it has no {methods}. A source has {', '.join(METHODS)}: `state` and `load_state` are what "
+            "checkpoints keep of it; one that has nothing to keep returns {} and ignores what it is given"
+        )
+    return source

@@ -48,6 +48,17 @@ def find_environment(name: str) -> Environment:
         environment: Environment = make()
     except Exception as error:  # other people's code, before the run
         raise UserError(f"environment {name!r}: it cannot be made: {type(error).__name__}: {error}") from error
+    return checked(environment, f"environment {name!r}")
+
+
+def checked(environment: Environment, what: str = "environment") -> Environment:
+    """The same environment. Raises UserError for what has no method `rollout`, and for a class in an object's place."""
+    if isinstance(environment, type):
+        name = environment.__name__
+        raise UserError(f"{what}: {name} is a class, and an object of it is needed: {name}()")
     if not callable(getattr(environment, "rollout", None)):
-        raise UserError(f"environment {name!r}: {type(environment).__name__} has no method rollout(task, sampler)")
+        raise UserError(
+            f"{what}: {type(environment).__name__} has no method rollout(task, sampler): give it an "
+            "`async def rollout(self, task, sampler)` that returns sampler.n trajectories"
+        )
     return environment

@@ -13,6 +13,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
+from grpo.environments.mistakes import WAY_OUT, EnvironmentMistake
+
 Result = TypeVar("Result")
 
 
@@ -45,28 +47,24 @@ class Job(Generic[Result]):
         return self.result()
 
     def result(self) -> Result:
-        """What the coroutine returned. Raises what it raised, and RuntimeError if it has not ended."""
+        """What the coroutine returned. Raises what it raised, and EnvironmentMistake if it has not ended."""
         if self.error is not None:
             raise self.error
         if not self.end.is_open:
-            raise RuntimeError("it waits for a row that does not decode: extend the row first, or release it")
+            raise EnvironmentMistake("it waits for a row that does not decode: extend the row first, or release it")
         return self._result
 
     def advance(self) -> Gate | None:
         """Run until it waits at a gate, which is returned; None at its end. An interrupt passes through."""
         try:
             gate: object = self.coroutine.send(None)
+            while not isinstance(gate, Gate):
+                gate = self.coroutine.throw(EnvironmentMistake(f"it awaits {gate!r:.80}: {WAY_OUT}"))
+            return gate
         except StopIteration as end:
             self._result = end.value
         except Exception as error:
             self.error = error
-        else:
-            if isinstance(gate, Gate):
-                return gate
-            self.error = TypeError(
-                f"an environment can await what its sampler gives it, and not {gate!r:.80}: what needs asyncio belongs "
-                "into a thread, whose result `await sampler.outside(future)` waits for"
-            )
         return None
 
 

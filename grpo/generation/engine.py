@@ -95,7 +95,7 @@ class Engine:
         if len(token_ids) > row.room:
             raise ValueError(
                 f"this row has {len(row.token_ids)} tokens after its prompt and may have {row.longest}, one of them "
-                f"still to be sampled: {len(token_ids)} more do not fit, {row.room} would"
+                f"still to be sampled: {len(token_ids)} more do not fit, {row.room} would (row.room)"
             )
         row.inject([int(token) for token in token_ids])
         row.finish_reason = None
@@ -148,4 +148,4 @@ def _check_alive(row: Row, what: str) -> None:
     if row.state == "done" and not row.keep:
         raise ValueError(f"this row has ended and was not kept, so it cannot be {what}: submit it with keep=True")
     if row.state == "done":
-        raise ValueError(f"this row has ended with all its {row.longest} tokens, so it cannot be {what}")
+        raise ValueError(f"this row has ended with all its {row.longest} tokens, so it cannot be {what}: row.room is 0")

@@ -19,7 +19,7 @@ Decode = Callable[[Sequence[int]], str]
 class Stopping:
     """The rules that end a row's turn. The turn begins at token `begin`, counted after the prompt.
 
-    Repetitions, stop strings and text concern the turn alone; `min_tokens` and `max_tokens` count all tokens after the
+    Repetitions and stop strings concern the turn alone; `min_tokens` and `max_tokens` count all tokens after the
     prompt.
     """
 
@@ -44,11 +44,25 @@ class Stopping:
         return "length" if len(token_ids) >= self.sampling.max_tokens else None
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """The turn's text: without its stop token, and up to the first stop string."""
-        shown = token_ids[:-1] if token_ids[-1] in self.stop_ids else token_ids
-        text = self._decode(shown[self._begin :])
-        end = self._stop_in(text, shown, self._begin)
-        return text if end is None else text[:end]
+        """The text of all turns: without the last stop token, and up to the first stop string of the last turn.
+
+        Earlier turns and injected tokens are there whole, as the model read them.
+        """
+        shown = self._shown(token_ids)
+        turn = self._decode(shown[self._begin :])
+        whole = self._decode(shown) if self._begin else turn
+        end = self._stop_in(turn, shown, self._begin)
+        # Counted from the end: where a turn begins, its tokens may decode differently after others than alone.
+        return whole if end is None else whole[: len(whole) - (len(turn) - end)]
+
+    def turn_text(self, token_ids: Sequence[int]) -> str:
+        """The text of the last turn alone: without its stop token, and up to its first stop string."""
+        shown = self._shown(token_ids)
+        turn = self._decode(shown[self._begin :])
+        return turn[: self._stop_in(turn, shown, self._begin)]
+
+    def _shown(self, token_ids: Sequence[int]) -> Sequence[int]:
+        return token_ids[:-1] if token_ids[-1] in self.stop_ids else token_ids
 
     def sure(self, text: str) -> int:
         """How many characters of an unfinished completion's text do not begin a stop string."""

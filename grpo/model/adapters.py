@@ -366,7 +366,7 @@ def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None
     fresh = tree_flatten(model.trainable_parameters())
     keys, dtype = mx.random.split(key, len(fresh)), dtype_of(model)
     drawn = [(path, _redraw(path, array, k)) for (path, array), k in zip(fresh, keys, strict=True)]
-    # In the model's dtype, or every layer's inputs would be made float32 to meet them; the optimiser keeps float32.
+    # In the model's dtype, or every layer's inputs would be made float32 to meet them; the optimizer keeps float32.
     model.update(tree_unflatten([(path, a.astype(dtype) if "lora_" in path else a) for path, a in drawn]))
 
 

@@ -125,9 +125,9 @@ class Costs:
         tokens, pairs = _shared(prompts, prompt_length, completions, length)
         flops = tokens * sum(map(_both_ways, self.products)) + predicted * _both_ways(self.head)
         kept = self.depth * tokens * self.hidden * self.itemsize
-        optimiser = self.trained * 2 * (2 * self.itemsize + MOMENT_BYTES)
+        optimizer = self.trained * 2 * (2 * self.itemsize + MOMENT_BYTES)
         read = self._read(tokens) + self.head.read(predicted)
-        return Demand(flops + 3 * self._attention_flops * pairs, 2 * read + 2 * kept + optimiser)
+        return Demand(flops + 3 * self._attention_flops * pairs, 2 * read + 2 * kept + optimizer)
 
     @property
     def _token_flops(self) -> int:

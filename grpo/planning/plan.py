@@ -139,7 +139,7 @@ def plan_on(
         phases={
             "rollout": need.bytes(decoding, slots) + head,
             "update": chosen.bytes,
-            "optimiser's step": _optimizer_step(load.optim, load.adapter, model, stays["optimiser"]),
+            "optimizer's step": _optimizer_step(load.optim, load.adapter, model, stays["optimizer"]),
         },
         memory=machine.memory,
         slots=slots,
@@ -153,7 +153,7 @@ def plan_on(
 
 def _what_would_help(plan: Plan) -> str:
     return (
-        f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantised model (model.quantize), shorter "
+        f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantized model (model.quantize), shorter "
         "prompts (data.max_prompt_length) or completions, fewer slots (rollout.max_concurrency) or "
         "optim.gradient_checkpointing=true would help"
     )
@@ -178,7 +178,7 @@ def _stays(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, states:
     several = _holds_former(adapter) and _several(optim)
     return {
         "weights": _bytes(model.parameters()),
-        "optimiser": optimizer,
+        "optimizer": optimizer,
         "other states": states * _bytes(trained),
         "the state before the step": several * (_bytes(trained) + optimizer),
     }

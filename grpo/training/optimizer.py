@@ -1,4 +1,4 @@
-"""The optimiser: one of MLX's by its name, with float32 state and weights whatever the model's dtype is."""
+"""The optimizer: one of MLX's by its name, with float32 state and weights whatever the model's dtype is."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 def make_optimizer(cfg: OptimConfig) -> Any:
-    """MLX's optimiser of that name. Raises UserError for arguments that it does not have."""
+    """MLX's optimizer of that name. Raises UserError for arguments that it does not have."""
     kind = CLASSES[cfg.optimizer]
     # Adamax hands on to Adam, but has a signature of its own.
     known = [name for name in inspect.signature(kind).parameters if name not in ("learning_rate", "weight_decay")]

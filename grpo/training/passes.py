@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import mlx.core as mx
 
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig
+from grpo.errors import RunError
 from grpo.model.adapters import REFERENCE
 from grpo.model.policy import Policy
 from grpo.objective import weights_of_chosen
@@ -30,18 +32,40 @@ class PassSettings:
     ranks: Ranks = field(default_factory=Ranks)
 
 
+_OF_TOKENS = frozenset(Batch.__slots__) - {"prompt_ids", "prompt_lengths", "prompt_index", "beta"}
 Condition = Callable[[PassSettings], bool]
 Enrich = Callable[[Policy, Sequence[MiniBatch], PassSettings], list[MiniBatch]]
 Pass = Callable[[Policy, Sequence[MiniBatch]], list[MiniBatch]]
 
 
 def passes_of(settings: PassSettings) -> list[Pass]:
-    """The passes that every step of a run makes, in order."""
+    """The passes that every step of a run makes, in order. Each raises RunError for a result of another shape."""
 
     def bound(enrich: Enrich) -> Pass:
-        return lambda policy, minibatches: enrich(policy, minibatches, settings)
+        def made(policy: Policy, minibatches: Sequence[MiniBatch]) -> list[MiniBatch]:
+            return _checked(enrich(policy, minibatches, settings), len(minibatches), enrich)
+
+        return made
 
     return [bound(enrich) for needed, enrich in PASSES if needed(settings)]
+
+
+def _checked(made: Any, number: int, enrich: Enrich) -> list[MiniBatch]:
+    """What a pass has made of `number` minibatches: as many lists of batches, whose columns are all `[B, T]`."""
+    name = getattr(enrich, "__name__", type(enrich).__name__)
+    if not isinstance(made, list) or len(made) != number or not all(isinstance(batches, list) for batches in made):
+        got = f"{len(made)} of them" if isinstance(made, list) and len(made) != number else f"{made!r:.60}"
+        raise RunError(f"pass {name}: it must return {number} minibatches, each a list of batches, and returned {got}")
+    for batch in (batch for batches in made for batch in batches):
+        if not isinstance(batch, Batch):
+            raise RunError(f"pass {name}: a minibatch is a list of grpo.Batch, and holds {batch!r:.60}")
+        for column, array in batch.arrays().items():
+            if column in _OF_TOKENS and array.shape != batch.token_ids.shape:
+                raise RunError(
+                    f"pass {name}: its column {column} has shape {array.shape}, and this batch's columns have "
+                    f"{batch.token_ids.shape}: one value for each token"
+                )
+    return made
 
 
 def with_top_entropy(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
-from grpo.data.source import Source
+from grpo.data.source import Source, checked_source
 from grpo.model.policy import Policy
 from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
@@ -51,7 +51,7 @@ class Trainer:
     ) -> None:
         self.cfg = cfg
         self.policy = policy
-        self.tasks = tasks
+        self.tasks = checked_source(tasks)
         self.engine = engine
         self.scorer = scorer
         self.ranks = ranks or Ranks()

@@ -66,8 +66,10 @@ class Updater:
         moving: Callable[[], None] = lambda: None,
         optimizer: Float32Optimizer | None = None,
     ) -> None:
-        """`dropout_seed` is what the adapter's dropout draws from; None where nothing is dropped. `optimizer` is one
-        that is there already, whose state goes on."""
+        """`dropout_seed` is what the adapter's dropout draws from, None without dropout.
+
+        `optimizer` is an optimizer that exists already: its state goes on.
+        """
         self.policy = policy
         self.cfg = cfg
         self.dropout_seed = dropout_seed
@@ -81,17 +83,18 @@ class Updater:
         self._squares = compiled(_squares) if cfg.compile else _squares
 
     def __call__(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
-        """`optim.num_iterations` passes of one update for each minibatch; what is returned is over all of them.
+        """Make `optim.num_iterations` passes over the minibatches, with one update for each. Returns their means.
 
-        Of several processes each has its share of every minibatch. A batch without an anchor gets its first pass's
-        logprobs as one: there the policy is still what it was, and the ratio exactly 1.
+        With several processes, each gives its share of every minibatch. A batch without an anchor gets the logprobs of
+        its first pass as anchor: the policy has not moved before it, so the ratio there is exactly 1.
 
-        An update whose loss or gradient is not finite is skipped. Raises RunError after `optim.max_skipped_updates` in
-        a row. Updates of the step that were applied before an error stay: `Trainer.step` sees to those.
+        An update whose loss or gradient is not finite is skipped. Raises RunError after `optim.max_skipped_updates` of
+        them in a row. Updates that were applied before an error stay: `Trainer.wholly` takes them back.
 
-        An update whose gradient is exactly 0 has nothing to say, so the optimiser is not called: momentum and weight
-        decay move no weight, moments and the optimiser's own step counter stay. (The learning rate goes by the run's
-        steps, whatever they teach.) A step of such updates alone counts in `steps_without_signal`.
+        An update whose gradient is exactly 0 is not applied: there is nothing to learn from it. The optimizer is not
+        called, so that neither momentum nor weight decay moves a weight; its moments and its step counter stay. The
+        learning rate follows the run's steps all the same. A step of only such updates counts in
+        `steps_without_signal`.
         """
         waiting, updates = list(minibatches), []
         for iteration in range(self.cfg.num_iterations):

@@ -4,7 +4,7 @@ import pytest
 
 from grpo.config import DataConfig
 from grpo.data.prompts import PromptRenderer
-from grpo.data.source import Source
+from grpo.data.source import METHODS, Source, checked_source
 from grpo.data.stream import TaskStream, first_tasks
 
 ROWS = [{"question": "2+2?", "answer": answer} for answer in ("4", "four", "4")]
@@ -18,7 +18,8 @@ def stream(toy):
 
 def test_the_stream_is_a_source(stream) -> None:
     methods = [name for name, value in vars(Source).items() if callable(value) and name[0] != "_"]
-    assert methods == ["take", "observe", "metrics", "state", "load_state"]
+    assert methods == [*METHODS]
+    assert checked_source(source := stream()) is source
     assert all(callable(getattr(stream(), name)) for name in methods)
 
 

@@ -91,6 +91,8 @@ def test_a_second_turn_goes_on_after_tokens_that_are_not_trained(make_policy) ->
             assert other.token_ids[begin : begin + 3] == TwoTurns.said
             assert other.trained == (True,) * begin + (False,) * 3 + (True,) * (len(other.token_ids) - begin - 3)
             assert len(other.token_ids) > begin + 3
+            assert other.text == toy.tokenizer.decode(other.token_ids, skip_special_tokens=True)
+            assert other.text.startswith(one.text + toy.tokenizer.decode(list(TwoTurns.said)))
     assert extended >= 2
 
 
@@ -135,7 +137,7 @@ def test_each_part_of_a_task_draws_by_itself(make_policy) -> None:
     engine.environment = Parts(2, 0, 1)
     assert trajectories(engine, tasks)[0] == [third, first, second]
     engine.environment = Parts(0, 1, 1)
-    with pytest.raises(ValueError, match="part 1 of this task was begun before"):
+    with pytest.raises(RunError, match="part 1 of this task was begun before"):
         engine.rollout(tasks, 3, 1.0, KEY)
 
 
@@ -147,14 +149,14 @@ class Elsewhere:
 def test_rows_begin_after_the_task_s_prompt(make_policy) -> None:
     """They are trained on as what followed that."""
     toy = make_policy()
-    with pytest.raises(ValueError, match=r"a row begins after task\.prompt_ids"):
+    with pytest.raises(RunError, match=r"a row begins after task\.prompt_ids"):
         RolloutEngine(toy.generator, SAMPLING, Elsewhere()).rollout(tasks_of(toy, "?"), 2, 1.0, KEY)
 
 
 def test_a_group_has_as_many_trajectories_as_it_should(make_policy) -> None:
     toy = make_policy()
     engine = RolloutEngine(toy.generator, SAMPLING, Parts(0, 1))
-    with pytest.raises(RunError, match="environment Parts: it made 2 trajectories of row 0 of data, and a group has 3"):
+    with pytest.raises(RunError, match="environment Parts, row 0 of data: it made 2 trajectories, and a group has 3"):
         engine.rollout(tasks_of(toy, "?"), 3, 1.0, KEY)
 
 
@@ -245,7 +247,7 @@ class Stuck:
 
 def test_waiting_for_what_never_comes_is_an_error_and_no_hang(make_policy) -> None:
     toy = make_policy()
-    with pytest.raises(RuntimeError, match="it waits for a row that does not decode"):
+    with pytest.raises(RunError, match="environment Stuck, row 0 of data: it waits for a row that does not decode"):
         RolloutEngine(toy.generator, SAMPLING, Stuck()).rollout(tasks_of(toy, "?"), 1, 1.0, KEY)
 
 

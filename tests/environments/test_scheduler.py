@@ -5,6 +5,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from grpo.environments.mistakes import EnvironmentMistake
 from grpo.environments.scheduler import Gate, Scheduler
 
 
@@ -24,7 +25,7 @@ def test_coroutines_go_on_in_the_order_in_which_their_gates_open() -> None:
     jobs.run()
     assert seen == [2, 0]
     assert [started[number].result() for number in (2, 0)] == [20, 0]
-    with pytest.raises(RuntimeError, match="waits for a row that does not decode"):
+    with pytest.raises(EnvironmentMistake, match="waits for a row that does not decode"):
         started[1].result()
 
 
@@ -141,6 +142,22 @@ def test_work_outside_is_waited_for_only_when_there_is_nothing_else() -> None:
 def test_asyncio_s_own_is_refused_with_the_way_out() -> None:
     jobs = Scheduler()
     job = jobs.start(asyncio.sleep(0))
-    with pytest.raises(TypeError, match=r"what needs asyncio belongs into a thread.*sampler\.outside"):
+    with pytest.raises(EnvironmentMistake, match=r"what needs asyncio, or time, belongs.*sampler\.outside"):
         jobs.run()
     assert job.error is not None
+
+
+def test_a_refusal_is_raised_where_it_was_awaited() -> None:
+    jobs, said = Scheduler(), []
+
+    async def waits() -> str:
+        try:
+            await asyncio.sleep(0)
+        except EnvironmentMistake as error:
+            said.append(str(error))
+        return "went on"
+
+    job = jobs.start(waits())
+    jobs.run()
+    assert said
+    assert job.result() == "went on"

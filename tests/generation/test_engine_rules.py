@@ -122,7 +122,7 @@ def test_what_was_injected_ends_nothing(generator: Generator) -> None:
     for end in range(1, len(turn)):  # nothing that would end the turn is in it before its end
         assert turn[end - 1] not in STOPS
         assert not (end >= 3 and len(set(turn[end - 3 : end])) == 1)
-    assert row.stopping.text(row.token_ids) == " ".join(map(str, turn[:-1] if turn[-1] in STOPS else turn))
+    assert row.stopping.turn_text(row.token_ids) == " ".join(map(str, turn[:-1] if turn[-1] in STOPS else turn))
     assert row.trained == [token not in range(begin - len(injected), begin) for token in range(len(row.token_ids))]
     assert row.logprobs[begin - len(injected) : begin] == [0.0] * len(injected)
 

@@ -62,6 +62,18 @@ def test_stop_tokens_of_the_recipe_join_the_tokenizer_s() -> None:
     assert rule.reason([65, 0]) == "stop"
 
 
+def test_the_text_is_all_turns_and_the_last_ends_before_its_stop_string() -> None:
+    """Earlier turns keep theirs: the model read them. Where a turn begins, tokens may decode differently than alone."""
+    rule = stopping(stop=("END",)).from_token(8)
+    assert rule.text(ids("one END two END")) == "one END two "
+    assert rule.turn_text(ids("one END two END")) == "two "
+    assert rule.text([*ids("one END two"), 0]) == "one END two"
+    assert rule.turn_text(ids("one END two")) == "two"
+    assert rule.text(ids("one END ENDs")) == "one END "
+    stripped = Stopping(Sampling(max_tokens=50, stop=("END",)), frozenset({0}), lambda ids: letters(ids).lstrip(), 3)
+    assert stripped.text(ids("one two END x")) == "one two "
+
+
 def test_length_comes_last() -> None:
     rule = Stopping(Sampling(max_tokens=2), frozenset({0}), letters)
     assert rule.reason([65]) is None

@@ -195,7 +195,7 @@ def test_what_cannot_fit_is_said_with_what_is_missing_and_what_binds() -> None:
     assert weights == pytest.approx((2 * 7_615_616_512 + 2 * 40_370_176) / 2**30, abs=0.1)  # and the adapter
     whole = recipe("Qwen/Qwen3-1.7B", adapter={"type": "full"})
     (line,) = estimates(whole, [NAMED["RTX 4090 24 GB"]])
-    assert "the largest part is optimiser, 19.2 GB" in line  # float32 copies and two moments: 12 bytes a parameter
+    assert "the largest part is optimizer, 19.2 GB" in line  # float32 copies and two moments: 12 bytes a parameter
     enough = float(line.split(" GB needed")[0].split()[-1]) + 0.1
     assert "step" in estimates(whole, [card("", enough, 936, 71)])[0]
     assert "does not fit" in estimates(whole, [card("", enough - 0.5, 936, 71)])[0]

@@ -86,22 +86,22 @@ def test_the_plan_is_near_the_measured_peak(kind: str, adapter: str, optim: dict
 
 
 @pytest.mark.parametrize(("name", "arrays"), [("adamw", 2), ("lion", 1), ("adafactor", 0.3)])
-def test_the_optimisers_arrays_are_counted(name: str, arrays: float) -> None:
+def test_the_optimizers_arrays_are_counted(name: str, arrays: float) -> None:
     _, _, plan = planned("untied", "lora", optimizer=name)
-    assert plan.stays["optimiser"] / (4 * plan.trained) == pytest.approx(arrays, abs=0.3)
+    assert plan.stays["optimizer"] / (4 * plan.trained) == pytest.approx(arrays, abs=0.3)
     # What the step makes beside the state before it, and what is at work of a group of parameters: here of all.
-    made = 4 * plan.trained + plan.stays["optimiser"]
-    assert plan.phases["optimiser's step"] == max(made, 4 * plan.trained) + MOST_AT_WORK * plan.trained
+    made = 4 * plan.trained + plan.stays["optimizer"]
+    assert plan.phases["optimizer's step"] == max(made, 4 * plan.trained) + MOST_AT_WORK * plan.trained
     several = planned("untied", "lora", optimizer=name, num_minibatches=2)[2]
-    assert several.phases["optimiser's step"] == (4 + MOST_AT_WORK) * plan.trained
+    assert several.phases["optimizer's step"] == (4 + MOST_AT_WORK) * plan.trained
 
 
 @pytest.mark.parametrize("optim", [{}, {"num_minibatches": 2}, {"num_iterations": 2}])
 def test_whole_weights_are_counted_once(optim: dict) -> None:
     _, _, plan = planned("untied", "full", **optim)
-    assert plan.stays["optimiser"] == pytest.approx(8 * plan.trained, rel=1e-4)
+    assert plan.stays["optimizer"] == pytest.approx(8 * plan.trained, rel=1e-4)
     assert plan.stays["the state before the step"] == 0
-    assert plan.phases["optimiser's step"] == (4 + MOST_AT_WORK) * plan.trained
+    assert plan.phases["optimizer's step"] == (4 + MOST_AT_WORK) * plan.trained
 
 
 def test_what_a_step_of_several_updates_can_be_taken_back_to_is_counted() -> None:

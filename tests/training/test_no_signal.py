@@ -39,7 +39,7 @@ def minibatches(policy, cfg, uniform=(0, 1, 2), truncated: bool = False) -> list
 
 def everything(update: Updater) -> dict[str, mx.array]:
     """All that an update may change, but for the learning rate."""
-    state = dict(tree_flatten({"weights": update.policy.adapters.state(), "optimiser": update.optimizer.state}))
+    state = dict(tree_flatten({"weights": update.policy.adapters.state(), "optimizer": update.optimizer.state}))
     return {path: array for path, array in state.items() if not path.endswith("learning_rate")}
 
 
@@ -47,7 +47,7 @@ def same(before: dict[str, mx.array], after: dict[str, mx.array]) -> bool:
     return all(mx.array_equal(array, before[path]) for path, array in after.items())
 
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "adamw": {"weight_decay": 0.1},
     "sgd": {"optimizer_args": {"momentum": 0.9}, "weight_decay": 0.1},
     "lion": {"weight_decay": 0.1},
@@ -55,10 +55,10 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMISERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_neither_momentum_nor_weight_decay_moves_a_weight(make_policy, optimizer: str) -> None:
     policy = make_policy().policy
-    cfg = recipe(optim={"steps": 9, "learning_rate": 0.01, "optimizer": optimizer, **OPTIMISERS[optimizer]})
+    cfg = recipe(optim={"steps": 9, "learning_rate": 0.01, "optimizer": optimizer, **OPTIMIZERS[optimizer]})
     update = updater(policy, cfg)
     start = everything(update)
     assert update(minibatches(policy, cfg, uniform=()), 1).without_signal == 0

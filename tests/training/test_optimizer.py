@@ -1,4 +1,4 @@
-"""Optimisers by name, precise whatever the model's dtype; quantised weights stay as they are."""
+"""Optimizers by name, precise whatever the model's dtype; quantised weights stay as they are."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_names_of_optimizers_own_arguments_are_known() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
-def test_every_optimiser_descends_at_the_rate_it_is_told(name: str) -> None:
+def test_every_optimizer_descends_at_the_rate_it_is_told(name: str) -> None:
     model = one_weight(1.0, mx.float32)
     optimizer = Float32Optimizer(OptimConfig(steps=1, learning_rate=0.01, optimizer=name), model.parameters())
     optimizer.update(model, {"weight": mx.array([[1.0]])})
@@ -84,7 +84,7 @@ def test_the_state_is_float32_and_comes_back() -> None:
 
 
 def trodden(name: str, dtype: mx.Dtype, compiled: bool) -> list[dict[str, mx.array]]:
-    """Weights and the optimiser's state after each of four steps at four rates, the third after coming back."""
+    """Weights and the optimizer's state after each of four steps at four rates, the third after coming back."""
     keys = iter(mx.random.split(mx.random.key(0), 40))
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     model.update(tree_map(lambda a: mx.random.normal(a.shape, dtype, key=next(keys)), model.parameters()))
@@ -106,7 +106,7 @@ def trodden(name: str, dtype: mx.Dtype, compiled: bool) -> list[dict[str, mx.arr
 @pytest.mark.skipif(shutil.which("g++") is None, reason="mx.compile on a CPU calls a C++ compiler")
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("name", sorted(CLASSES))
-def test_compiled_as_on_a_gpu_every_optimiser_does_the_same(monkeypatch, name: str, dtype: mx.Dtype) -> None:
+def test_compiled_as_on_a_gpu_every_optimizer_does_the_same(monkeypatch, name: str, dtype: mx.Dtype) -> None:
     plain = trodden(name, dtype, compiled=False)
     monkeypatch.setattr(device, "on_gpu", lambda: True)
     mx.enable_compile()
@@ -135,7 +135,7 @@ def test_arguments_that_will_not_do(settings: dict, said: str) -> None:
         make_optimizer(OptimConfig(steps=1, **settings))
 
 
-def test_arguments_reach_the_optimiser() -> None:
+def test_arguments_reach_the_optimizer() -> None:
     optimizer = make_optimizer(OptimConfig(steps=1, optimizer="lion", optimizer_args={"betas": [0.5, 0.6]}))
     assert optimizer.betas == [0.5, 0.6]
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from grpo.errors import UserError
 from grpo.recipes import load_recipe
+from grpo.runs.given import Given
 from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Task
@@ -79,3 +81,21 @@ def test_two_rows_with_one_prompt_are_graded_and_stored_as_two_tasks(recipe, run
     groups = trainer.step(1).groups
     graded = {group.task.identity: {rollout.reward for rollout in group.rollouts} for group in groups}
     assert graded == {("data", 0): {1.0}, ("data", 1): {0.0}}
+
+
+class Forgetful:
+    """A source that has no state to keep, and says nothing of it."""
+
+    def take(self, n: int) -> list[Task]:
+        return []
+
+    def observe(self, groups: Sequence[Group]) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+def test_a_source_that_lacks_a_method_is_refused_before_the_first_step(recipe) -> None:
+    said = r"source Forgetful: it has no state\(\), load_state\(\)\. .* returns \{\} and ignores"
+    with pytest.raises(UserError, match=said):
+        prepare(load_recipe(recipe), Given(source=lambda stream: Forgetful()))

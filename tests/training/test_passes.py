@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+import mlx.core as mx
 import pytest
 from training.sections import pass_settings
 from training.test_update import recipe as sections
 
 from grpo.backend.ranks import Ranks
+from grpo.errors import RunError
 from grpo.model.policy import Policy
 from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.training import passes
 from grpo.training.batches import MiniBatch
 from grpo.training.passes import PASSES, PassSettings
+from grpo.types import Batch
 
 
 class Two(Ranks):
@@ -64,3 +68,40 @@ def test_a_pass_from_outside_is_a_function_and_a_row_of_the_table(recipe, monkey
     seen.clear()
     grad_norm("loss.type=grpo")
     assert seen == []
+
+
+def batch(rows: int = 2, tokens: int = 3) -> Batch:
+    columns = mx.zeros((rows, tokens))
+    prompt = mx.zeros((1, 4), mx.int32), mx.array([4]), mx.zeros(rows, mx.int32)
+    return Batch(*prompt, columns.astype(mx.int32), columns, columns, columns, beta=mx.array(0.1))
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (None, "pass mine: it must return 2 minibatches, each a list of batches, and returned None"),
+        ([[batch()]], "it must return 2 minibatches, each a list of batches, and returned 1 of them"),
+        ([batch(), batch()], "it must return 2 minibatches, each a list of batches, and returned [Batch("),
+        ([[mx.zeros(3)], []], "pass mine: a minibatch is a list of grpo.Batch, and holds array("),
+        (
+            [[], [replace(batch(), anchor=mx.zeros(3))]],
+            "pass mine: its column anchor has shape (3,), and this batch's columns have (2, 3): one value",
+        ),
+        ([[], [replace(batch(), weights=mx.zeros((2, 4)))]], "its column weights has shape (2, 4)"),
+    ],
+)
+def test_a_pass_that_returns_another_shape_is_named(monkeypatch, result, said: str) -> None:
+    def mine(policy, minibatches, settings):
+        return result
+
+    monkeypatch.setattr(passes, "PASSES", [(lambda _: True, mine)])
+    (made,) = passes.passes_of(pass_settings(sections()))
+    with pytest.raises(RunError, match=re.escape(said)):
+        made(None, [[batch()], [batch()]])
+
+
+def test_a_pass_may_leave_out_batches_and_change_columns(monkeypatch) -> None:
+    changed = [[], [replace(batch(), anchor=mx.ones((2, 3)))]]
+    monkeypatch.setattr(passes, "PASSES", [(lambda _: True, lambda *_: changed)])
+    (made,) = passes.passes_of(pass_settings(sections()))
+    assert made(None, [[batch()], [batch()]]) is changed

@@ -208,7 +208,7 @@ def test_the_reference_is_the_base_model(make_policy) -> None:
 
 
 class Recorder:
-    """In the optimiser's place: notes what it is given."""
+    """In the optimizer's place: notes what it is given."""
 
     def __init__(self) -> None:
         self.state: dict = {}
@@ -219,7 +219,7 @@ class Recorder:
         self.seen.append((self.learning_rate, norm))
 
 
-def test_the_optimiser_gets_the_clipped_gradient_at_the_scheduled_rate(make_policy) -> None:
+def test_the_optimizer_gets_the_clipped_gradient_at_the_scheduled_rate(make_policy) -> None:
     policy = make_policy().policy
     cfg = recipe(optim={"steps": 4, "warmup_steps": 2, "learning_rate": 0.5, "max_grad_norm": 0.01})
     update = updater(policy, cfg)

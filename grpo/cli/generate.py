@@ -40,7 +40,8 @@ def generate(
     """Answer a prompt, and show the text as it comes.
 
     A run answers as it did in training: with its template, its system message, its stops and its longest length, and
-    above temperature 0 with its way of sampling.
+    above temperature 0 with its way of sampling. A run with an environment of its own (rollout.environment) answers a
+    single turn here, without it.
     """
     from grpo.errors import UserError
     from grpo.tools.generate import answer

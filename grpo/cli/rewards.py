@@ -69,6 +69,8 @@ def try_(
     print("\n".join(report_lines(report)))
     if report.wrong:
         raise RunError(f"reward {reward!r}: {counted(len(report.wrong))} failed")
+    if report.together is not None:
+        raise RunError(f"reward {reward!r}: it failed on several completions in one call")
 
 
 @app.command("score")

@@ -57,6 +57,7 @@ def train(
         opening.check()
         if dry_run:
             opening.rehearse()
+            console.print("all checks passed; nothing was trained and nothing was written")
             return
         stop = StopRequest(lambda: console.print("stopping; once more ends it at once"))
         with opening.loop(stop) as loop:

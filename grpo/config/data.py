@@ -47,7 +47,10 @@ def data_label(source: Origin | None, use: str | None) -> str:
 def check_origin(section: str, source: Origin | None, use: str | None, kwargs: Mapping[str, Any]) -> None:
     """Raise ValueError where `source`, `use` and `kwargs` of a section do not go together."""
     if source is not None and use is not None:
-        raise ValueError(f"{section}.use and {section}.source both say where rows come from: leave out one of them")
+        raise ValueError(
+            f"{section}.use and {section}.source both say where rows come from: leave out one of them. On the command "
+            f"line {section}.source=null leaves out the file's source, {section}.use=null its function"
+        )
     if kwargs and use is None:
         raise ValueError(f"{section}.kwargs does nothing without {section}.use")
     for name in source if isinstance(source, tuple) else ():

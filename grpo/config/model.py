@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Annotated, Literal
 
@@ -79,7 +80,14 @@ class AdapterConfig(Section):
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> AdapterConfig:
         if self.type == "full" and (unread := self.changed & {"rank", "scale", "use_rslora", "dropout", "targets"}):
-            raise ValueError(f"adapter.{min(unread)} does nothing with adapter.type: full")
+            kept = {"type": "full", **{name: getattr(self, name) for name in sorted(self.changed - unread - {"type"})}}
+            section = ", ".join(
+                f"{name}: {value if name == 'type' else json.dumps(value)}" for name, value in kept.items()
+            )
+            raise ValueError(
+                f"adapter.{min(unread)} does nothing with adapter.type: full: leave it out of the file, or replace the "
+                f"whole section on the command line: 'adapter={{{section}}}'"
+            )
         if self.layers != "all" and self.layers[0] >= self.layers[1]:
             raise ValueError("adapter.layers: the first block is not before the last")
         if "ref_model_mixup_alpha" in self.changed and self.sync_reference_every is None:

@@ -31,7 +31,7 @@ def rows_from(found: Any, what: str, split: str) -> Rows:
     if _is_of("pandas", "DataFrame", found):
         found = found.to_dict("records")
     if isinstance(found, str | bytes | Mapping) or not isinstance(found, Iterable):
-        raise UserError(f"{what} is of type {type(found).__name__}; wanted are {WANTED}")
+        raise UserError(f"{what} is of type {type(found).__name__}; expected {WANTED}")
     rows = list(islice(found, MOST_ROWS + 1))
     if len(rows) > MOST_ROWS:
         raise UserError(f"{what} gave more than {MOST_ROWS:,} rows, as if it had no end; give fewer")

@@ -71,7 +71,9 @@ class Evaluator:
         rollouts = [rollout for group in (*greedy, *sampled) for rollout in group.rollouts]
         known = any(rollout.scores[self.grader] is not None for rollout in rollouts)
         if not measured["greedy"] or not solved or not known:
-            raise RunError(f"evaluation: the first reward, {self.grader!r}, scored no completion")
+            raise RunError(
+                f"evaluation: the first reward, {self.grader!r}, scored no completion: {self._why_none(rollouts)}"
+            )
         measured = {name: values for name, values in measured.items() if values}
         return EvalMetrics(
             step=step,
@@ -80,6 +82,17 @@ class Evaluator:
             values={name: fmean(values) for name, values in measured.items()},
             intervals={name: interval(values, self.seed) for name, values in measured.items()},
             failed_gradings=sum(self.grader in rollout.failures for rollout in rollouts),
+        )
+
+    def _why_none(self, rollouts: Sequence[Rollout]) -> str:
+        """What the grader did with completions of which none counts, and what to do."""
+        failed = sum(self.grader in rollout.failures for rollout in rollouts)
+        without = sum(rollout.scores[self.grader] is None for rollout in rollouts) - failed
+        did = [f"failed on {failed}"] * bool(failed) + [f"returned None for {without}"] * bool(without)
+        return (
+            f"of {len(rollouts)} it {' and '.join(did)}. An evaluation counts the completions that the first of "
+            "`rewards` gives 1 or more: put one first that scores the held-out rows, or try this one out (grpo rewards "
+            "test)"
         )
 
     def _ks(self) -> list[int]:

@@ -102,8 +102,9 @@ class Loop:
         step = self.state.step + 1
         with self._keeps_failed(step), self.trainer.wholly(), self._interrupts():
             metrics = self.trainer.step(step)
-        rewarded = self.state.rewarded or "reward" in metrics.values
-        self._move(replace(self.state, step=metrics.step, rewarded=rewarded))
+        had = [metrics.values["reward"]] if "reward" in metrics.values else []
+        rewarded, rewards = self.state.rewarded or bool(had), (*self.state.rewards, *had)
+        self._move(replace(self.state, step=metrics.step, rewarded=rewarded, rewards=rewards))
         self.tell(metrics)
         if self.ranks.first:
             self._store(metrics)

@@ -136,12 +136,18 @@ def find_start(
         listed = "\n".join(f"  {line}" for line in differences)
         what = "was written with another recipe, other code or other data"
         raise UserError(f"{checkpoint} {what}; --resume-changed goes on all the same:\n{listed}")
+    if any(line.startswith(COMPARED) for line in differences):
+        state = replace(state, rewards=())
     if not goes_on:  # a branch off another run
         state = replace(state, run_id=_new_id(), first=state.step + 1)
     notes += [f"goes on after step {state.step} from {checkpoint}", *(f"changed: {line}" for line in differences)]
     plan = {} if differences else written.plan
     notes += _newer(checkpoint)
     return Start(cfg, state, checkpoint, goes_on, overwrite, tuple(notes), plan, written.revisions)
+
+
+COMPARED = ("model.", "data.", "rewards.", "rollout.", "code of ", "contents of ")
+"""How the differences begin after which the rewards of earlier and later steps cannot be compared."""
 
 
 def _check_named(checkpoint: Path) -> None:

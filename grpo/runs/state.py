@@ -26,7 +26,8 @@ class RunState:
     """A run after `step`: the trainer's state, the evaluations it compares, and the id that W&B knows it by.
 
     `first` is the first step that its folder has on record: of a branch off another run, not that run's. `rewarded`:
-    whether any completion of its steps had a reward.
+    whether any completion of its steps had a reward. `rewards`: the mean reward of each step that had one, since
+    what is asked, how it is answered, or how it is scored was last changed.
     """
 
     run_id: str
@@ -34,6 +35,7 @@ class RunState:
     step: int = 0
     first: int = 1
     rewarded: bool = False
+    rewards: tuple[float, ...] = ()
     before: EvalMetrics | None = None
     after: EvalMetrics | None = None
     best: Best | None = None
@@ -44,6 +46,7 @@ class RunState:
             "step": self.step,
             "first": self.first,
             "rewarded": self.rewarded,
+            "rewards": list(self.rewards),
             "run_id": self.run_id,
             "counts": dict(self.trainer.counts),
             "before": self.before and asdict(self.before),
@@ -58,6 +61,7 @@ class RunState:
             step=plain["step"],
             first=plain["first"],
             rewarded=plain.get("rewarded", True),  # not in older checkpoints
+            rewards=tuple(plain.get("rewards", ())),  # nor is this
             run_id=plain["run_id"],
             trainer=TrainerState(arrays, plain["counts"]),
             before=_evaluation(plain["before"]),

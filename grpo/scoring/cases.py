@@ -23,6 +23,8 @@ from grpo.scoring.forms import as_messages
 from grpo.scoring.grader import Isolated, ScoringRequest
 from grpo.scoring.process import Worker, WorkerTerms
 
+TOGETHER = 4
+"""Completions of the fuzz that are given in one call: most mistakes in how many scores are returned show only there."""
 OUR_KEYS = ("completion", "score", "kwargs")
 
 
@@ -38,10 +40,18 @@ class Tried:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that was tried on a reward; `cases` in the order of its file."""
+    """Everything that was tried on a reward; `cases` in the order of its file. `together` says what is wrong with a
+    call of several completions, as a run makes it, if anything."""
 
     cases: list[Tried]
     fuzz: list[Tried]
+    together: str | None = None
+
+    @property
+    def all_none(self) -> bool:
+        """Whether it returned None for everything, and failed on nothing: it would train nothing."""
+        tried = [*self.cases, *self.fuzz]
+        return bool(tried) and all(one.score is None and one.wrong is None for one in tried)
 
     @property
     def wrong(self) -> list[Tried]:
@@ -83,7 +93,9 @@ def try_out(located: Located, trial: Trial) -> Report:
         texts = fuzz_texts() if trial.fuzz else ()
         fuzz = [{**first, "completion": _in_form(text, first, trial), "completion_ids": _ids(text)} for text in texts]
         fuzzed = _called(located, fuzz, trial.terms, None) if fuzz else []
-    return Report([by_place[at] for at in range(len(cases))], fuzzed)
+        can_tell = fuzz and all(tried.wrong is None for tried in fuzzed[:TOGETHER])
+        together = _wrong_together(located, fuzz[:TOGETHER], trial.terms) if can_tell else None
+    return Report([by_place[at] for at in range(len(cases))], fuzzed, together)
 
 
 def fuzz_texts() -> Iterator[str]:
@@ -125,16 +137,11 @@ def _called(
 ) -> list[Tried]:
     """Each of `cases`, which share their kwargs, in a call of its own."""
     with closing(Isolated(located, cases[0]["kwargs"], terms, calls="completion")) as grader:
-        names = {name for case in cases for name in case} - set(OUR_KEYS)
+        names = _columns_of(cases)
         if problem := grader.problem(names):
             raise UserError(f"reward {located.name!r}: {problem}. {_cases_advice(problem, names, expected is None)}")
-        columns: dict[str, list[Any]] = {
-            "prompts": ["?" if isinstance(case.get("completion", ""), str) else _MESSAGES for case in cases],
-            "completions": [case.get("completion", "") for case in cases],
-            "completion_ids": [_ids(str(case.get("completion", ""))) for case in cases],
-        }
-        columns |= {name: [case.get(name) for case in cases] for name in names}
-        answers = grader.score(ScoringRequest(columns, [1] * len(cases), {"global_step": 0, "max_steps": 1}))
+        request = _request(cases, names, [1] * len(cases))
+        answers = grader.score(request)
     tried = []
     for place, (_, answer) in enumerate(answers):
         score, wrong = answer.values[0], answer.failures.get(0)
@@ -142,8 +149,36 @@ def _called(
             wrong = f"{answer.kind}: {wrong}"
         elif expected is not None and not _same(score, expected[place]):
             wrong = f"expected {expected[place]}, got {score}"
-        tried.append(Tried(columns["completions"][place], score, answer.seconds, wrong))
+        tried.append(Tried(request.columns["completions"][place], score, answer.seconds, wrong))
     return tried
+
+
+def _wrong_together(located: Located, cases: Sequence[Mapping[str, Any]], terms: WorkerTerms) -> str | None:
+    """What is wrong with a call of all of `cases`, which share their kwargs and are one group, as a run makes it.
+
+    Only what is wrong with every one of them is said; a reward that takes one completion a call has nothing to try.
+    """
+    with closing(Isolated(located, cases[0]["kwargs"], terms)) as grader:
+        grader.wait_ready()
+        if grader.calls == "completion":
+            return None
+        ((_, answer),) = grader.score(_request(cases, _columns_of(cases), [len(cases)]))
+    return f"{answer.kind}: {answer.failures[0]}" if len(answer.failures) == len(cases) else None
+
+
+def _columns_of(cases: Sequence[Mapping[str, Any]]) -> set[str]:
+    return {name for case in cases for name in case} - set(OUR_KEYS)
+
+
+def _request(cases: Sequence[Mapping[str, Any]], names: Collection[str], sizes: list[int]) -> ScoringRequest:
+    """What scores the cases, with the columns `names`, in groups of `sizes`."""
+    columns: dict[str, list[Any]] = {
+        "prompts": ["?" if isinstance(case.get("completion", ""), str) else _MESSAGES for case in cases],
+        "completions": [case.get("completion", "") for case in cases],
+        "completion_ids": [_ids(str(case.get("completion", ""))) for case in cases],
+    }
+    columns |= {name: [case.get(name) for case in cases] for name in names}
+    return ScoringRequest(columns, sizes, {"global_step": 0, "max_steps": 1})
 
 
 def _cases_advice(problem: str, columns: Collection[str], no_cases: bool) -> str:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from grpo.scoring.arguments import GIVEN, HOOKS, check_kwargs, is_factory, made, taker
 from grpo.scoring.forms import ROLES, AskedForMessages, Form, Probe, declared_form, expects_messages, in_form
 from grpo.scoring.names import check_column, check_metric
+from grpo.scoring.text import counted
 
 Columns = Mapping[str, Sequence[Any]]
 """A value for each completion, by name."""
@@ -206,7 +207,8 @@ def checked(values: Any, count: int) -> tuple[list[float | None], dict[int, str]
         wrong = f"a list with a number or None for each completion was expected, not {values!r:.80}"
         return [None] * count, dict.fromkeys(range(count), wrong)
     if len(values) != count:
-        return [None] * count, dict.fromkeys(range(count), f"{len(values)} scores for {count} completions")
+        wrong = f"{counted(len(values), 'score')} for {counted(count)}; a reward returns one for each"
+        return [None] * count, dict.fromkeys(range(count), wrong)
     scores = [_number(value) for value in values]
     return scores, {
         place: f"{type(value).__name__}: {value}"[:LONGEST_MESSAGE]

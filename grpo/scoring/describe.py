@@ -52,6 +52,13 @@ def report_lines(report: Report) -> list[str]:
     failed = sum(tried.wrong is not None for tried in report.fuzz)
     if report.fuzz:
         lines.append(f"fuzz   {counted(len(report.fuzz))}, {counted(failed, 'failure')}; {_latency(report.fuzz)}")
+    if report.together is not None:
+        lines.append(f"several completions in one call, as in a run: {report.together}")
+    if report.all_none:
+        lines.append(
+            "warning: it returned None for every completion. None means that a reward does not apply, so a run would "
+            "learn nothing from it: return a number, or give it the column that it looks at (CASES, --column)"
+        )
     return lines
 
 

@@ -43,7 +43,8 @@ class RecordedRun:
     @property
     def state(self) -> str:
         """running, finished, untrained (finished, and no step had a signal), worse (finished, the last evaluation far
-        below the first), stopped (by a signal), failed (by an error), or died (without a word)."""
+        below the first, or the rewards where there is none), stopped (by a signal), failed (by an error), or died
+        (without a word)."""
         if is_running(self.folder):
             return "running"
         try:
@@ -56,12 +57,12 @@ class RecordedRun:
 
     @property
     def best(self) -> EvalMetrics | None:
-        """The best evaluation of an adapter, by the recipe's metric."""
+        """The best evaluation by the recipe's metric, of equals the earliest: at step 0 no adapter was as good."""
         if self.recipe.eval is None:
             return None
         name = self.recipe.best_metric  # evaluations of before the recipe was changed may lack it
-        adapters = [evaluation for evaluation in self.evaluations if evaluation.step > 0 and name in evaluation.values]
-        return max(adapters, key=lambda evaluation: evaluation.values[name], default=None)
+        measured = [evaluation for evaluation in self.evaluations if name in evaluation.values]
+        return max(measured, key=lambda evaluation: evaluation.values[name], default=None)
 
 
 def read_run(folder: Path) -> RecordedRun:

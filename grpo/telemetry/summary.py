@@ -45,7 +45,7 @@ def print_outcome(
     console: Console, outcome: Outcome, folder: Path, example: str, failures: list[str], go_on: str
 ) -> None:
     """The table of accuracies, what failed, that the model got worse if it did, where the adapter is, and how to try it
-    on a prompt like `example`. `go_on` is how to go on with a run that was stopped."""
+    on a prompt like `example` (unless nothing was trained). `go_on` is how to go on with a run that was stopped."""
     state = outcome.state
     if state.before and state.after and state.after.step > state.before.step:
         console.print(before_and_after(state.before, state.after))
@@ -55,7 +55,7 @@ def print_outcome(
         *filter(None, [outcome.worse]),
         f"{what} after step {state.step}" if state.step else f"{what} before the first step",
     ]
-    if outcome.checkpoint:
+    if outcome.checkpoint and not outcome.untrained:
         lines.append(f"adapter  {outcome.checkpoint}")
         lines.append(f"try it   grpo generate {shlex.quote(str(folder))} {shlex.quote(example)}")
         if outcome.stopped_by is not None:

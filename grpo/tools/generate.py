@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,15 @@ from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load, looks_like_path, similar
+from grpo.model.saved import weights_file
 from grpo.plugins import bundled_names
 from grpo.recipes import load_recipe, with_settings
 from grpo.rollout import at_temperature, sampling_of
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.folder import is_run, newest_checkpoint
 from grpo.runs.revisions import pinned_to_run
+
+log = logging.getLogger(__name__)
 
 MAX_TOKENS = 512
 """Of an answer by a model that no run has set a limit for."""
@@ -51,6 +55,7 @@ def answer(
         raise UserError(f"{target} is a recipe; to generate takes a run's folder or a model, such as the recipe's")
     if not Path(target).exists() and looks_like_path(target):
         raise UserError(f"{target}: there is no such folder{similar(Path(target))}")
+    _check_no_run_or_adapter(Path(target))
     setup()
     model_cfg, data, folder = ModelConfig(name=target), DataConfig(source=target), Path(target)
     sampling = Sampling(0.0, MAX_TOKENS)
@@ -59,6 +64,8 @@ def answer(
     if is_run(folder):
         adapter = adapter or (None if base else newest_checkpoint(folder))
         recipe = pinned_to_run(load_recipe(folder / RECIPE), folder, adapter)
+        if recipe.rollout.environment != "single_turn":
+            log.warning("answers a single turn, without the run's environment (%s)", recipe.rollout.environment)
         model_cfg, data, sampling = recipe.model, recipe.data, sampling_of(recipe.rollout)
     data = with_settings(data, {"continue_final_message": False})  # the prompt is text
     if not template:
@@ -73,6 +80,15 @@ def answer(
     sampling = replace(at_temperature(sampling, asked.get("temperature", 0.0)), **asked)
     events = generator.stream(Request(task.prompt_ids), sampling, derive_key(seed, "generate"))
     yield from (event.text for event in events)
+
+
+def _check_no_run_or_adapter(target: Path) -> None:
+    """Raise UserError for the name of a run in `runs`, without the folder, and for a saved adapter's folder."""
+    if not target.exists() and is_run(Path("runs") / target):
+        raise UserError(f"{target}: there is no such folder here. Did you mean {Path('runs') / target}?")
+    in_a_run = is_run(target) or is_run(target.parent.parent)
+    if not in_a_run and weights_file(target) is not None and not (target / "config.json").exists():
+        raise UserError(f"{target} is a saved adapter: name the model it was trained on, with --adapter {target}")
 
 
 def _row(prompt: str, columns: Sequence[str]) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def test_failures_that_are_alike_are_one_line(run_cli, tmp_path) -> None:
 
 
 def test_what_is_printed_again_and_again_is_counted(run_cli, tmp_path) -> None:
-    (tmp_path / "mine.py").write_text("def reward(completions, **_):\n    print('hello')\n    return [1.0]\n")
+    one = "CALLS = 'completion'\ndef reward(completions, **_):\n    print('hello')\n    return [1.0]\n"
+    (tmp_path / "mine.py").write_text(one)
     ran = run_cli("rewards", "test", tmp_path / "mine.py")
     assert ran.code == 0
     assert ran.err.count("[mine] hello\n") == 1
@@ -218,3 +219,26 @@ def test_a_weighted_reward_that_sometimes_fails_keeps_its_completions_out(run_cl
     for row in pq.read_table("runs/toy/completions/step-000001.parquet").to_pylist():
         assert (row["reward"] is None) == (row["failure/flaky"] is not None) == (row["index"] == 3)
         assert row["advantage"] == 0 or row["index"] != 3
+
+
+@pytest.mark.parametrize("returned", ["[1.0]", "[1.0 for _ in completions][:1]"])
+def test_too_few_scores_for_several_completions_are_a_failure(run_cli, tmp_path, returned) -> None:
+    """One completion a call hides it."""
+    (tmp_path / "mine.py").write_text(f"def reward(completions, **_):\n    return {returned}\n")
+    ran = run_cli("rewards", "test", tmp_path / "mine.py")
+    assert (ran.code, "45 completions, 0 failures" in ran.out) == (1, True)
+    said = (
+        "several completions in one call, as in a run: error: 1 score for 4 completions; a reward returns one for each"
+    )
+    assert said in ran.out
+    assert "failed on several completions in one call" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("score", "warns"),
+    [("None", True), ("0.0", False), ("None if text else 0.0", False)],
+)
+def test_a_reward_that_scores_nothing_is_warned_of(run_cli, tmp_path, score, warns) -> None:
+    (tmp_path / "mine.py").write_text(f"def reward(completions, **_):\n    return [{score} for text in completions]\n")
+    ran = run_cli("rewards", "test", tmp_path / "mine.py")
+    assert (ran.code, "warning: it returned None for every completion" in ran.out) == (0, warns)

@@ -197,7 +197,7 @@ def test_rewards_are_weighed(policy) -> None:
         (lambda: grpo.load("x", rank=0), "grpo.load: adapter.rank: expected greater than 0, got 0"),
         (lambda: grpo.tasks([{"q": "?"}], prompt="q", max_prompt_length=5), "needs a tokenizer.*len"),
         (lambda: grpo.tasks([{"q": "?"}], prompt="q", n=0), "n is 0"),
-        (lambda: grpo.tasks(7), "data: the object given for it is of type int; wanted are rows"),
+        (lambda: grpo.tasks(7), "data: the object given for it is of type int; expected rows"),
         (lambda: next(grpo.tasks([{"q": "?"}], prompt="{p}")), "no column 'p' in row 0"),
         (lambda: grpo.tasks([]), "split 'train' has no rows"),
         (lambda: grpo.Loss("dappo"), "grpo.Loss: loss.type.*Did you mean 'dapo'"),

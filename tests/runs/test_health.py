@@ -11,6 +11,7 @@ from runs.driver import run
 
 from grpo.config import Recipe
 from grpo.evaluation.evaluator import interval
+from grpo.recipes import with_settings
 from grpo.runs.checkpoint import load_checkpoint, newest_whole
 from grpo.runs.health import made_worse, trained_on_nothing, warnings_of_first
 from grpo.runs.state import Best, RunState
@@ -37,7 +38,11 @@ def config() -> Recipe:
         ({}, []),
         ({"completions/clipped_ratio": 0.75}, ["75% of the completions were cut off"]),
         ({"frac_reward_zero_std": 1.0}, ["in no group do the rewards differ (their mean is 0.5)"]),
-        ({"reward": None, "frac_reward_zero_std": 1.0}, ["no completion has a reward"]),
+        (
+            {"reward": None, "frac_reward_zero_std": 1.0},
+            ["nothing was learned. exact returned None for each of them, and"],
+        ),
+        ({"reward": None, "rewards/exact/timeout_rate": 0.5}, ["nothing was learned. exact failed or returned None"]),
         (
             {"completions/clipped_ratio": 1.0, "reward": 0.0, "frac_reward_zero_std": 1.0},
             ["100% of the completions", "their mean is 0)"],
@@ -51,6 +56,19 @@ def test_what_the_first_step_says(values: dict, said: list[str]) -> None:
     assert all(part in line for part, line in zip(said, lines, strict=True))
 
 
+def test_tokens_of_an_environment_take_room_too() -> None:
+    metrics = StepMetrics(1, FINE | {"completions/clipped_ratio": 0.75})
+    with_tools = with_settings(config(), {"rollout.environment": "mine.py:Tools"}).rollout
+    said = [warnings_of_first(metrics, rollout, config().rewards)[0] for rollout in (config().rollout, with_tools)]
+    assert ["tokens that the environment adds take up room, too" in line for line in said] == [False, True]
+
+
+def test_only_rewards_that_are_learned_from_are_named() -> None:
+    cfg = with_settings(config(), {"rewards": ({"use": "exact", "weight": 0.0}, {"use": "mine.py"})})
+    (line,) = warnings_of_first(StepMetrics(1, {"completions/clipped_ratio": 0.0}), cfg.rollout, cfg.rewards)
+    assert "nothing was learned. mine.py returned None" in line
+
+
 @pytest.mark.parametrize(
     ("step", "updates", "silent", "rewarded", "said"),
     [
@@ -58,7 +76,7 @@ def test_what_the_first_step_says(values: dict, said: list[str]) -> None:
         (3, 1, 2, True, None),
         (3, 0, 3, True, "nothing was trained in 3 steps: in none of them did the rewards"),
         (3, 0, 2, True, "nothing was trained in 3 steps: every update was skipped as not finite"),
-        (3, 0, 3, False, "nothing was trained in 3 steps: no completion got a reward, because exact answered None"),
+        (3, 0, 3, False, "nothing was trained in 3 steps: no completion got a reward: exact returned None for each"),
     ],
 )
 def test_a_run_trained_on_nothing_if_no_update_was_applied(step, updates, silent, rewarded, said) -> None:
@@ -68,12 +86,23 @@ def test_a_run_trained_on_nothing_if_no_update_was_applied(step, updates, silent
     assert found is None if said is None else found.startswith(said)
 
 
+def test_a_reward_that_has_failed_is_told_from_one_that_does_not_apply() -> None:
+    arrays = {"optimizer": {"step": mx.array(0, mx.uint64)}}
+    for failures, said in ((0, "exact returned None"), (1, "exact failed or returned None")):
+        scorer = {"records": {"exact": {"failures": failures}}}
+        counts = {"steps_without_signal": 3, "scorer": scorer}
+        state = RunState("id", TrainerState(arrays, counts), step=3)
+        assert f"no completion got a reward: {said}" in str(trained_on_nothing(state, config().loss, config().rewards))
+
+
 def test_a_run_that_trained_on_nothing_ends_so(recipe, run_cli) -> None:
     Path("digits.py").write_text(CONSTANT)
     ran = run_cli("train", recipe, "optim.num_iterations=2")
     assert ran.code == 1
     assert "grpo: nothing was trained in 2 steps: in none of them did the rewards" in ran.err
     assert "finished, untrained, after step 2" in ran.out
+    assert "try it" not in ran.out
+    assert "adapter  " not in ran.out
     assert read_run(Path("runs/toy")).state == "untrained"
     again = run_cli("train", recipe, "optim.num_iterations=2", "--resume")  # nothing is left to do, or has changed
     assert (again.code, read_run(Path("runs/toy")).state) == (1, "untrained")
@@ -88,7 +117,7 @@ def test_a_reward_that_never_applies_gets_advice_of_its_own(recipe, run_cli) -> 
     Path("test.jsonl").write_text('{"question": "apart", "answer": "1"}\n')
     recipe.write_text(recipe.read_text() + "eval: {source: test.jsonl, split: train, samples: 1}\n")
     ran = run_cli("train", recipe)
-    said = "nothing was trained in 2 steps: no completion got a reward, because digits.py:reward answered None"
+    said = "nothing was trained in 2 steps: no completion got a reward: digits.py:reward returned None for each"
     assert (ran.code, said in ran.err, "differ" in ran.err) == (1, True, False), ran.err
     checkpoint, _ = newest_whole(Path("runs/toy/checkpoints"))
     assert load_checkpoint(checkpoint)[0].rewarded is False
@@ -135,6 +164,70 @@ def evaluated(name: str = "avg@4", **settings) -> Recipe:
 
 def verdict(before: EvalMetrics | None, after: EvalMetrics | None, cfg: Recipe, best: Best | None = None) -> str | None:
     return made_worse(RunState("id", TrainerState({}, {}), step=9, before=before, after=after, best=best), cfg)
+
+
+NOISY = (0.40, 0.46, 0.43, 0.41, 0.44)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        (
+            (*NOISY, 0.0, 0.0, 0.0, 0.0, 0.0),
+            "fell from 0.428 ± 0.030 in the first 5 steps to 0.000 ± 0.000 in the last 5",
+        ),
+        ((*NOISY, *NOISY), None),
+        ((*NOISY, *(value - 0.05 for value in NOISY)), None),  # the intervals overlap
+        ((*NOISY, *(value - 0.07 for value in NOISY)), "fell from 0.428 ± 0.030"),
+        ((*NOISY, *(value + 0.3 for value in NOISY)), None),
+        ((*NOISY, 0.0, 0.0, 0.0, 0.0), None),  # too few steps
+        ((*NOISY, *NOISY, *[0.0] * 39, 0.4), "to 0.040 ± "),
+    ],
+)
+def test_a_reward_that_fell_is_told_of_a_run_without_evaluations(rewards, said) -> None:
+    found = made_worse(RunState("id", TrainerState({}, {}), step=len(rewards), rewards=rewards), config())
+    assert found is None if said is None else said in found and "Try a lower optim.learning_rate than 1e-05" in found
+
+
+def test_where_a_lower_reward_says_nothing() -> None:
+    """Rows that come in their own order may get harder; with evaluations, these are what counts."""
+    state = RunState("id", TrainerState({}, {}), step=10, rewards=(*NOISY, 0.0, 0.0, 0.0, 0.0, 0.0))
+    ordered = with_settings(config(), {"data.shuffle": False})
+    assert [made_worse(state, cfg) is None for cfg in (config(), ordered, evaluated())] == [False, True, True]
+
+
+def test_noise_alone_is_hardly_ever_a_fall() -> None:
+    rng = random.Random(0)
+    for steps, most in ((10, 12), (60, 6)):
+        states = (
+            RunState("id", TrainerState({}, {}), rewards=tuple(rng.gauss(0.5, 0.1) for _ in range(steps)))
+            for _ in range(2000)
+        )
+        assert sum(made_worse(state, config()) is not None for state in states) <= most
+
+
+def test_a_run_without_evaluations_says_that_its_reward_fell(recipe, run_cli) -> None:
+    """The reward falls after step 5; the rewards of before a resume count, too."""
+    Path("digits.py").write_text(
+        "def reward(completions, trainer_state, **_):\n"
+        "    score = 2.0 if trainer_state.global_step < 5 else 1.0\n"
+        "    return [score * (place % 2) for place in range(len(completions))]\n"
+    )
+    assert run_cli("train", recipe, "optim.steps=6").code == 0
+    ran = run_cli("train", recipe, "optim.steps=10", "--resume-changed")
+    assert (ran.code, read_run(Path("runs/toy")).state) == (0, "worse"), ran.err
+    assert "the mean reward fell from 1.000 ± 0.000 in the first 5 steps to 0.500 ± 0.000 in the last 5" in " ".join(
+        ran.out.split()
+    )
+
+
+def test_rewards_of_another_reward_are_not_compared(recipe, run_cli) -> None:
+    fixed = "def reward(completions, **_):\n    return [{} * (place % 2) for place in range(len(completions))]\n"
+    Path("digits.py").write_text(fixed.format(2.0))
+    assert run_cli("train", recipe, "optim.steps=5").code == 0
+    Path("digits.py").write_text(fixed.format(1.0))
+    ran = run_cli("train", recipe, "optim.steps=10", "--resume-changed")
+    assert (ran.code, read_run(Path("runs/toy")).state) == (0, "finished"), ran.err
 
 
 def test_a_model_that_got_worse_is_told() -> None:

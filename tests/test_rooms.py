@@ -168,3 +168,9 @@ def test_what_is_too_long_or_takes_too_much_is_noticed() -> None:
     assert long_functions("def f():\n" + "    pass\n" * 59) == []
     assert names_recipe("if True:\n    from grpo.config import LossConfig, Recipe")
     assert not names_recipe("from grpo.config import LossConfig")
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest would run only the first of them."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

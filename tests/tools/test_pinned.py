@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from grpo.config import ModelConfig
+from grpo.door import opening
 from grpo.errors import UserError
-from grpo.runs import prepare, revisions
+from grpo.runs import prepare
 from grpo.tools import generate
 
 COMMIT = "1" * 40
@@ -23,7 +24,7 @@ def asked(recipe, toy_folder, run_cli, monkeypatch) -> list[ModelConfig]:
 
     Beside the run there is an adapter that says nothing of commits.
     """
-    monkeypatch.setattr(revisions, "revisions_of", lambda cfg: {f"model {toy_folder}": COMMIT})
+    monkeypatch.setattr(opening, "revisions_of", lambda cfg: {f"model {toy_folder}": COMMIT})
     ran = run_cli("train", recipe, "eval={split: train, prompts: 2, samples: 1, every: 2}", "checkpoint.every=1")
     assert ran.code == 0, ran.err
     shutil.copytree(NEWEST, "bare")

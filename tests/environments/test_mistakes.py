@@ -101,7 +101,9 @@ def rolled(toy, environment, every: int = 1):
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-@pytest.mark.parametrize(("environment", "said"), WRONG, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("environment", "said"), WRONG, ids=lambda value: value[:40] if isinstance(value, str) else type(value).__name__
+)
 def test_a_mistake_says_where_it_is_and_what_to_do(make_policy, environment, said: str) -> None:
     with pytest.raises(RunError, match=re.escape(said)) as error:
         rolled(make_policy(), environment)

@@ -109,8 +109,8 @@ def _explain(path: Keys, detail: ErrorDetails, place: str) -> str:
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{place}: {key}: expected keys and values, got {given}.{_example(path)}"
     expected = detail["msg"].replace("Input should be", "expected", 1).replace("a valid array", "a list")
-    said = f"{expected}, got {given}.{_remedy(path, detail, expected)}"
-    return f"{place}: {said}" if f": {key}=" in place else f"{place}: {key}: {said}"  # an override names the key
+    place, _, _ = place.partition(f": {key}=")  # an override names key and value, and both are said here
+    return f"{place}: {key}: {expected}, got {given}.{_remedy(path, detail, expected)}"
 
 
 def _remedy(path: Keys, detail: ErrorDetails, expected: str) -> str:

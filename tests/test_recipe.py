@@ -131,7 +131,7 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, li
         ("data.source=[]", "data.source: expected at least one, got []"),
         ("optim.optimizer=AdamW", "Did you mean 'adamw'?"),
         ("data.chat_template_kwargs=3", "data.chat_template_kwargs: expected keys and values, got 3."),
-        ("loss.beta=x", 'command line: loss.beta=x: loss.beta: expected a valid number, got "x"'),
+        ("loss.beta=x", 'command line: loss.beta: expected a valid number, got "x"'),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(tmp_path: Path, override: str, said: str) -> None:

@@ -164,7 +164,7 @@ def test_one_batch_with_its_loss_is_an_update(policy, ready) -> None:
         (lambda: grpo.load("x", targts=16), "Did you mean 'targets'"),
         (
             lambda: grpo.recipe("quickstart", steps=-1),
-            "^grpo.recipe: optim.steps=-1: expected greater than 0, got -1.$",
+            "^grpo.recipe: optim.steps: expected greater than 0, got -1.$",
         ),
         (lambda: grpo.Trainer("quickstart", callbacks=3), "callbacks: expected a function or a list .*got an int"),
         (lambda: grpo.Trainer("quickstart", callbacks=["log"]), "callbacks: expected functions, got a str"),

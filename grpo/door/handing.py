@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from grpo.config import EvalConfig, Recipe
+from grpo.config.data import is_files
 from grpo.data.objects import has_splits, rows_from
 from grpo.door.checks import kind_of
 from grpo.door.environments import as_environment
@@ -63,7 +64,7 @@ def handed(
         settings |= _placed("data", data, tables)
     if eval_data is not None:
         if cfg.eval is None:
-            cfg = with_settings(cfg, {"eval": EvalConfig()}, SAID_BY)
+            cfg = with_settings(cfg, {"eval": _section_for(eval_data)}, SAID_BY)
         settings |= _placed("eval", eval_data, tables)
     elif data is not None and cfg.eval is not None and cfg.eval.source is None and cfg.eval.use is None:
         if "data" in tables and not has_splits(data):
@@ -74,6 +75,12 @@ def handed(
         if "data" in tables:
             tables["eval"] = data
     return with_settings(cfg, settings, SAID_BY), Given(functions, tables, source)
+
+
+def _section_for(eval_data: Any) -> EvalConfig:
+    """The section `eval` for a recipe that has none. Files are one split, `train`."""
+    files = is_source(eval_data) and is_files(source_of(eval_data))
+    return EvalConfig(split="train") if files else EvalConfig()
 
 
 def _named(rewards: Sequence[Any], functions: dict[str, Function]) -> list[Any]:

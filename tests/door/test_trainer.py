@@ -252,6 +252,8 @@ def test_held_out_data_is_given_too(short) -> None:
     assert made.recipe.eval is not None
     assert made.recipe.eval.every == EvalConfig().every
     assert made.evaluate().n == 1
+    for files in (Path("train.jsonl"), ["train.jsonl"]):
+        assert trainer(grpo.recipe("toy.yaml", eval=None), eval_data=files).evaluate().n > 1
 
 
 def test_rewards_are_named_weighed_and_mixed(short) -> None:

@@ -131,10 +131,10 @@ def train(
     return compare_steps(setting, peer_python, blas)
 
 
-@command(prompts=4, completions=8, prompt_length=128, completion_length=512, runs=3)
+@command(prompts=4, completions=8, prompt_length=128, completion_length=128, runs=2)
 def overlap(
     setting: "Setting",
-    seconds: Annotated[float, typer.Option(min=0, help="That the reward takes for a group.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds that the reward takes for a group.")] = 1.0,
     slots: Annotated[
         int | None, typer.Option(min=1, help="Rows decoded at once. Default: one group's, one group after the other.")
     ] = None,

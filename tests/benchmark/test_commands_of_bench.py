@@ -1,5 +1,6 @@
 """Every `grpo bench` command at the smallest sizes: what it measures, of random weights and of a real model."""
 
+import inspect
 import json
 import math
 
@@ -8,6 +9,7 @@ import pytest
 
 from grpo.benchmark import lengths, roofline, scale, streaming
 from grpo.benchmark.breakdown import shares, watched
+from grpo.benchmark.commands import app
 from grpo.benchmark.lengths import growth
 from grpo.benchmark.models import model_for
 from grpo.benchmark.protocol import Measurement
@@ -156,3 +158,12 @@ def test_shapes_are_as_large_as_their_names_say() -> None:
     for shape in SHAPES.keys() - {"qwen3-tiny"}:
         millions = costs_of_config(config_of(shape)).parameters / 1e6
         assert millions == pytest.approx(sizes[shape.rpartition("-")[2]], rel=0.2)
+
+
+def test_the_reward_of_overlap_sleeps_for_at_most_three_quarters_of_a_minute_by_default() -> None:
+    """Three sides wait for each group's reward, in the warm-up and in every turn: no machine shortens that."""
+    (overlap,) = (command for command in app.registered_commands if command.name == "overlap")
+    default = {name: option.default for name, option in inspect.signature(overlap.callback).parameters.items()}
+    assert 3 * default["prompts"] * default["seconds"] * (1 + default["runs"]) <= 45
+    assert default["prompts"] > 1  # or no group would decode while another is scored
+    assert default["seconds"] > 0

@@ -81,16 +81,18 @@ def test_the_source_gives_tasks_again_and_goes_on_where_it_was(written: Path) ->
 
 
 def test_an_environment_is_named_or_given(written: Path) -> None:
-    turns = []
+    turns, texts = [], []
 
     def count(record):
         rollouts = [rollout for group in record.groups for rollout in group.rollouts]
+        texts.extend(rollout.trajectory.text for rollout in rollouts if not all(rollout.trajectory.trained))
         turns.append([rollout.trajectory.trained.count(False) for rollout in rollouts])
 
     twice = imported("twice.py").Twice
     easy = imported("easy.py").Easy
     named = run("named", easy, count, environment="twice.py:Twice")
     assert any(untrained > 0 for untrained in turns[0])
+    assert all(" Sure?" in text for text in texts)  # what the reward was given
     cfg = grpo.recipe("toy.yaml", steps=4, output_dir="given", max_completion_length=24)
     given = grpo.Trainer(cfg, rewards=["brevity.py:reward"], source=easy, environment=twice(), quiet=True)
     given.train()

@@ -57,9 +57,7 @@ def mistake_of(error: Exception) -> EnvironmentMistake | None:
     """The author's mistake that an error comes from; None if it is another's."""
     if isinstance(error, EnvironmentMistake):
         return error
-    if (
-        isinstance(error, RuntimeError) and str(error) == "no running event loop"
-    ):  # what asyncio says outside of its own
+    if isinstance(error, RuntimeError) and str(error) == "no running event loop":  # asyncio says so, where it has none
         return EnvironmentMistake(f"{WAY_OUT} ({error})")
     return None
 

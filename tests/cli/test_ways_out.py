@@ -61,7 +61,9 @@ def test_generate_says_what_was_meant(recipe, run_cli) -> None:
     assert run_cli("train", recipe, "optim.steps=1").code == 0
     bare = run_cli("generate", "toy", "What is 3+3?")
     assert (bare.code, "Did you mean runs/toy?" in bare.err) == (2, True), bare.err
-    Path("runs/toy/checkpoints/step-000001").rename("kept")
+    checkpoint = Path("runs/toy/checkpoints/step-000001")
+    assert run_cli("generate", checkpoint, "What is 3+3?", "--max-tokens", "1").code == 0
+    checkpoint.rename("kept")
     adapter = run_cli("generate", "kept", "What is 3+3?")
     assert (adapter.code, "kept is a saved adapter" in adapter.err, "--adapter kept" in adapter.err) == (2, True, True)
 

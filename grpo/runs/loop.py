@@ -12,7 +12,7 @@ from grpo.errors import RunError
 from grpo.runs.checkpoint import Context, newest_whole, save_checkpoint
 from grpo.runs.completions import store_completions, store_failed
 from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, ENDED, FAILED, NOT_FINITE, UNTRAINED, WORSE, restore_folder
-from grpo.runs.health import made_worse, trained_on_nothing, warnings_of_first
+from grpo.runs.health import lowest_mean, made_worse, trained_on_nothing, warnings_of_first
 from grpo.runs.signals import Stopped, StopRequest
 from grpo.runs.state import Best, RunState
 from grpo.scoring.scorer import BrokenRewardError
@@ -104,7 +104,8 @@ class Loop:
             metrics = self.trainer.step(step)
         had = [metrics.values["reward"]] if "reward" in metrics.values else []
         rewarded, rewards = self.state.rewarded or bool(had), (*self.state.rewards, *had)
-        self._move(replace(self.state, step=metrics.step, rewarded=rewarded, rewards=rewards))
+        start = self.state.start if step > 1 else lowest_mean(metrics.groups)
+        self._move(replace(self.state, step=metrics.step, rewarded=rewarded, rewards=rewards, start=start))
         self.tell(metrics)
         if self.ranks.first:
             self._store(metrics)

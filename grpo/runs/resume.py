@@ -137,7 +137,7 @@ def find_start(
         what = "was written with another recipe, other code or other data"
         raise UserError(f"{checkpoint} {what}; --resume-changed goes on all the same:\n{listed}")
     if any(line.startswith(COMPARED) for line in differences):
-        state = replace(state, rewards=())
+        state = replace(state, rewards=(), start=None)
     if not goes_on:  # a branch off another run
         state = replace(state, run_id=_new_id(), first=state.step + 1)
     notes += [f"goes on after step {state.step} from {checkpoint}", *(f"changed: {line}" for line in differences)]

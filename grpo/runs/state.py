@@ -27,7 +27,8 @@ class RunState:
 
     `first` is the first step that its folder has on record: of a branch off another run, not that run's. `rewarded`:
     whether any completion of its steps had a reward. `rewards`: the mean reward of each step that had one, since
-    what is asked, how it is answered, or how it is scored was last changed.
+    what is asked, how it is answered, or how it is scored was last changed. `start`: the lower end of the
+    interval of the first of them, which is of the model before any update.
     """
 
     run_id: str
@@ -36,6 +37,7 @@ class RunState:
     first: int = 1
     rewarded: bool = False
     rewards: tuple[float, ...] = ()
+    start: float | None = None
     before: EvalMetrics | None = None
     after: EvalMetrics | None = None
     best: Best | None = None
@@ -47,6 +49,7 @@ class RunState:
             "first": self.first,
             "rewarded": self.rewarded,
             "rewards": list(self.rewards),
+            "start": self.start,
             "run_id": self.run_id,
             "counts": dict(self.trainer.counts),
             "before": self.before and asdict(self.before),
@@ -61,7 +64,8 @@ class RunState:
             step=plain["step"],
             first=plain["first"],
             rewarded=plain.get("rewarded", True),  # not in older checkpoints
-            rewards=tuple(plain.get("rewards", ())),  # nor is this
+            rewards=tuple(plain.get("rewards", ())),  # nor are these
+            start=plain.get("start"),
             run_id=plain["run_id"],
             trainer=TrainerState(arrays, plain["counts"]),
             before=_evaluation(plain["before"]),

@@ -13,11 +13,11 @@ from grpo.config import Recipe
 from grpo.evaluation.evaluator import interval
 from grpo.recipes import with_settings
 from grpo.runs.checkpoint import load_checkpoint, newest_whole
-from grpo.runs.health import made_worse, trained_on_nothing, warnings_of_first
+from grpo.runs.health import lowest_mean, made_worse, trained_on_nothing, warnings_of_first
 from grpo.runs.state import Best, RunState
 from grpo.telemetry.recorded import read_run
 from grpo.training.state import TrainerState
-from grpo.types import EvalMetrics, StepMetrics
+from grpo.types import EvalMetrics, Group, Rollout, StepMetrics, Task, Trajectory
 
 FINE = {"reward": 0.5, "frac_reward_zero_std": 0.75, "completions/clipped_ratio": 0.5}
 CONSTANT = "def reward(completions, **_):\n    return [1.0 for _ in completions]\n"
@@ -174,7 +174,7 @@ NOISY = (0.40, 0.46, 0.43, 0.41, 0.44)
     [
         (
             (*NOISY, 0.0, 0.0, 0.0, 0.0, 0.0),
-            "fell from 0.428 ± 0.030 in the first 5 steps to 0.000 ± 0.000 in the last 5",
+            "fell from 0.428 ± 0.030 (95 %) in the first 5 steps to 0.000 ± 0.000 (95 %) in the last 5",
         ),
         ((*NOISY, *NOISY), None),
         ((*NOISY, *(value - 0.05 for value in NOISY)), None),  # the intervals overlap
@@ -187,6 +187,27 @@ NOISY = (0.40, 0.46, 0.43, 0.41, 0.44)
 def test_a_reward_that_fell_is_told_of_a_run_without_evaluations(rewards, said) -> None:
     found = made_worse(RunState("id", TrainerState({}, {}), step=len(rewards), rewards=rewards), config())
     assert found is None if said is None else said in found and "Try a lower optim.learning_rate than 1e-05" in found
+
+
+def test_a_model_that_breaks_at_once_is_measured_by_its_first_step() -> None:
+    rewards = (0.43, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    state = RunState("id", TrainerState({}, {}), step=10, rewards=rewards)
+    assert made_worse(state, config()) is None
+    said = made_worse(replace(state, start=0.1), config())
+    assert "fell from 0.430 (at least 0.100) in the first step to 0.000 ± 0.000 (95 %) in the last 5" in said
+    assert made_worse(replace(state, start=0.0), config()) is None
+
+
+def test_the_first_steps_lower_end_by_hand() -> None:
+    """Group means 0 and 1 in turn: sd √(8/7 / 4), so 3.5 × 0.5345 / √8 below 0.5."""
+
+    def group(reward: float | None) -> Group:
+        rollout = Rollout(Trajectory.sampled((1,), None, "a", "stop"), reward=reward)
+        return Group(Task(0, "q", (1,), {}), (rollout, rollout))
+
+    groups = [group(float(place % 2)) for place in range(8)]
+    assert lowest_mean([*groups, group(None)]) == pytest.approx(0.5 - 3.5 * (8 / 28) ** 0.5 / 8**0.5)
+    assert lowest_mean(groups[:4]) is None
 
 
 def test_where_a_lower_reward_says_nothing() -> None:
@@ -216,8 +237,9 @@ def test_a_run_without_evaluations_says_that_its_reward_fell(recipe, run_cli) ->
     assert run_cli("train", recipe, "optim.steps=6").code == 0
     ran = run_cli("train", recipe, "optim.steps=10", "--resume-changed")
     assert (ran.code, read_run(Path("runs/toy")).state) == (0, "worse"), ran.err
-    assert "the mean reward fell from 1.000 ± 0.000 in the first 5 steps to 0.500 ± 0.000 in the last 5" in " ".join(
-        ran.out.split()
+    assert (
+        "the mean reward fell from 1.000 ± 0.000 (95 %) in the first 5 steps to 0.500 ± 0.000 (95 %) in the last 5"
+        in " ".join(ran.out.split())
     )
 
 

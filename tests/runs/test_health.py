@@ -243,6 +243,17 @@ def test_a_run_without_evaluations_says_that_its_reward_fell(recipe, run_cli) ->
     )
 
 
+def test_so_does_one_that_broke_at_once(recipe, run_cli) -> None:
+    Path("digits.py").write_text(
+        "def reward(completions, trainer_state, **_):\n"
+        "    score = 2.0 if trainer_state.global_step < 2 else 1.0\n"
+        "    return [score * (place % 2) for place in range(len(completions))]\n"
+    )
+    assert run_cli("train", recipe, "optim.steps=6", "rollout.prompts_per_step=5").code == 0
+    ran = run_cli("train", recipe, "optim.steps=10", "rollout.prompts_per_step=5", "--resume-changed")
+    assert "fell from 1.000 (at least 1.000) in the first step to 0.500" in " ".join(ran.out.split()), ran.err
+
+
 def test_rewards_of_another_reward_are_not_compared(recipe, run_cli) -> None:
     fixed = "def reward(completions, **_):\n    return [{} * (place % 2) for place in range(len(completions))]\n"
     Path("digits.py").write_text(fixed.format(2.0))

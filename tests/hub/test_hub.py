@@ -216,7 +216,7 @@ def test_data_is_what_the_recipe_names_or_it_is_said_in_a_line(
         "data.revision=v9": "it has no branch, tag or commit 'v9'",
         "data.revision=v2": "no column 'question'",
         "data.revision=v2 data.prompt={problem}": None,
-        "eval.source=t/other": "data t/other: Config name is missing",
+        "eval.source=t/other": None,
         "eval.source=t/other eval.config=socratic": None,
     }
     ran = hub.several(*([*DRY, f"model.name={toy_folder}", *case.split()] for case in cases))

@@ -67,6 +67,9 @@ class OnePrompt:
     def state(self) -> dict[str, int]:
         return {}
 
+    def load_state(self, state) -> None:
+        pass
+
 
 def numbers(model: nn.Module) -> int:
     return sum(array.size for _, array in tree_flatten(model.parameters()))

@@ -77,7 +77,7 @@ class DataConfig(Section):
     kwargs: dict[str, Any] = {}
     """Arguments for the function in `use`."""
     config: str | None = None
-    """Configuration of a Hub dataset, such as `socratic`. Default: its only one, or `main` if that is one of several."""
+    """Configuration of a Hub dataset, such as `socratic`. Default: its only one, or `main` where there are several."""
     revision: str | None = None
     """Branch, tag or commit of a Hub dataset."""
     split: str = "train"

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "grpo"
 
 ROOMS = [
     "errors types presets config document mistakes overrides recipes plugins trl backend",
+    "processes",
     "builtin",
     "model",
     "generation",

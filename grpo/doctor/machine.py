@@ -13,7 +13,7 @@ from grpo.backend import blas as backend
 from grpo.backend.device import cpu_cores, memory_bytes, on_gpu
 from grpo.backend.versions import versions
 from grpo.doctor.finding import Finding, gigabytes
-from grpo.scoring.sandbox.runner import missing
+from grpo.processes.sandbox.runner import missing
 
 WIRED_FRACTION = 0.6
 """Of the memory; macOS lets a GPU wire two thirds or more unless it was told otherwise."""

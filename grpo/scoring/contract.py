@@ -12,7 +12,6 @@ import functools
 import inspect
 import json
 import math
-import signal
 import sys
 import time
 import traceback
@@ -217,16 +216,6 @@ def checked(values: Any, count: int) -> tuple[list[float | None], dict[int, str]
         for place, value in enumerate(values)
         if value is not None and scores[place] is None
     }
-
-
-def ending(code: int) -> str:
-    """How a process ended, of its exit code (minus the signal that killed it), in words."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
 
 
 def _raised(error: BaseException) -> str:

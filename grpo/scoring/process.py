@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
-import socket
-import subprocess
 import sys
 import time
 import weakref
@@ -21,20 +19,19 @@ from typing import Any, Literal
 
 from grpo.errors import UserError
 from grpo.plugins import Located
-from grpo.scoring.channel import receive, send
-from grpo.scoring.contract import Answer, checked, ending
-from grpo.scoring.environment import environment, named_variables, with_hint
+from grpo.processes.channel import receive, send
+from grpo.processes.child import ChildProcess, ending
+from grpo.processes.output import Output
+from grpo.processes.variables import environment, named_variables, with_hint
+from grpo.scoring.contract import Answer, checked
 from grpo.scoring.forms import Form
 from grpo.scoring.names import check_metric
-from grpo.scoring.output import Output
-from grpo.scoring.processes import OVER_MEMORY
 
+SCRIPT = Path(__file__).parent / "worker.py"
 START_SECONDS = 120.0
 """A function's file may import what it likes; after this it counts as hung."""
 DEATHS = 3
 """Calls in a row that a worker may die in; the rest of the request is not tried then."""
-KEEPER_SECONDS = 10.0
-"""For a keeper to end with all below it."""
 
 _NOISE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 """What comes of a worker that is gone, and of reading a message that anything may have been written into."""
@@ -181,7 +178,7 @@ class Worker:
 
     def _start(self) -> None:
         self._ready = False
-        self._process = _Process(self._output, self._environment, self._memory_gb)
+        self._process = ChildProcess(SCRIPT, self._output, self._environment, self._memory_gb)
         with contextlib.suppress(OSError):  # gone already: waiting for it will tell
             send(self._process.channel, self._setup, START_SECONDS)
 
@@ -193,53 +190,6 @@ def untried(span: Span) -> Answer:
     """The answer of a call that is not made, because those before it ended their process."""
     begin, end = span
     return Answer.failed(end - begin, f"not tried: each of the {DEATHS} calls before it ended its process")
-
-
-class _Process:
-    """A running worker behind its keeper."""
-
-    def __init__(self, output: Output, environment: Mapping[str, str], memory_gb: float | None) -> None:
-        self.channel, far_end = socket.socketpair()
-        room, root = Path(__file__).parent, str(Path(__file__).parents[2])
-        memory = 0 if memory_gb is None else round(memory_gb * 2**30)
-        with far_end:
-            channel = str(far_end.fileno())
-            keeper = [sys.executable, "-I", "-S", str(room / "keeper.py"), channel, str(memory)]
-            self._popen = subprocess.Popen(
-                [*keeper, sys.executable, "-P", str(room / "worker.py"), channel, root],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output.descriptor,
-                pass_fds=[far_end.fileno()],
-                env=environment,
-                start_new_session=True,
-            )
-        self.pid = self._popen.pid
-        self.kill = weakref.finalize(self, _kill, self._popen, self.channel)
-
-    def end(self, seconds: float = 1.0) -> tuple[int | None, bool]:
-        """The exit code of a process that should be ending, None if it had to be killed; whether memory ended it."""
-        code = None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._popen.wait(seconds)
-        assert self._popen.stdout is not None
-        word = self._popen.stdout.read() if code is not None else b""
-        self.kill()
-        return code, word == OVER_MEMORY
-
-
-def _kill(popen: subprocess.Popen[bytes], channel: socket.socket) -> None:
-    """Have the keeper kill its worker and all below it, and wait until it has."""
-    assert popen.stdin is not None
-    assert popen.stdout is not None
-    popen.stdin.close()
-    try:
-        popen.wait(KEEPER_SECONDS)
-    except subprocess.TimeoutExpired:  # the keeper itself was stopped
-        popen.kill()
-        popen.wait()
-    popen.stdout.close()
-    channel.close()
 
 
 def _answer(reply: Any, span: Span) -> Answer:

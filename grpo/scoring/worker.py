@@ -20,7 +20,7 @@ def main(descriptor: int) -> None:
     channel = socket.socket(fileno=descriptor)
     channel.set_inheritable(False)
     sys.path[:0] = [sys.argv[2]]  # where this package is
-    from grpo.scoring.channel import receive, send
+    from grpo.processes.channel import receive, send
 
     faulthandler.enable()
     setup = pickle.loads(receive(channel))
@@ -40,7 +40,7 @@ def main(descriptor: int) -> None:
 
 
 def _serve(channel: socket.socket, reward: Any, reply: Any) -> None:
-    from grpo.scoring.channel import receive
+    from grpo.processes.channel import receive
 
     while True:
         try:

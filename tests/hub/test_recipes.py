@@ -16,8 +16,8 @@ from hub.shelves import DATASETS, write
 
 from grpo.config import Recipe
 from grpo.plugins import bundled
+from grpo.processes.sandbox.runner import missing
 from grpo.recipes import load_recipe
-from grpo.scoring.sandbox.runner import missing
 
 RECIPES = {path.stem: load_recipe(path) for path in sorted(bundled("recipes").glob("*.yaml"))}
 FROM_THE_HUB = [name for name, recipe in RECIPES.items() if not recipe.model.name.startswith("builtin:")]

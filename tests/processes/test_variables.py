@@ -6,7 +6,7 @@ from grpo.backend.secrets import is_secret
 from grpo.config import RewardConfig
 from grpo.errors import UserError
 from grpo.plugins import locate_reward
-from grpo.scoring.environment import environment, named_variables, with_hint
+from grpo.processes.variables import environment, named_variables, with_hint
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout, Task, Trajectory
 

@@ -14,8 +14,8 @@ import pytest
 from grpo.config import RewardConfig
 from grpo.errors import UserError
 from grpo.plugins import find_reward
-from grpo.scoring.sandbox import runner
-from grpo.scoring.sandbox.runner import Limits, Tally, missing, run_tests
+from grpo.processes.sandbox import runner
+from grpo.processes.sandbox.runner import Limits, Tally, missing, run_tests
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout, Task, Trajectory
 
@@ -258,7 +258,7 @@ def test_a_program_has_no_way_to_its_verdict(code: str) -> None:
 
 def in_user_namespace(script: str) -> str:
     """What `missing()` says to one who is root of a user namespace only, as in a container without privileges."""
-    python = f"{sys.executable} -c 'from grpo.scoring.sandbox.runner import missing; print(missing())'"
+    python = f"{sys.executable} -c 'from grpo.processes.sandbox.runner import missing; print(missing())'"
     ran = subprocess.run(
         ["unshare", "-Ur", "sh", "-c", f"{script} {python}"], capture_output=True, text=True, check=False
     )

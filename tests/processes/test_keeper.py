@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from grpo.config import RewardConfig
-from grpo.scoring import keeper, processes
+from grpo.processes import keeper, tree
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout, Task, Trajectory
 
@@ -138,7 +138,7 @@ def test_nor_does_it_outlive_a_trainer_that_is_killed(escaping) -> None:
             if pids.exists() and pids.read_text().endswith("\n"):
                 break
             time.sleep(0.05)
-        below = processes.descendants(trainer.pid)
+        below = tree.descendants(trainer.pid)
         assert len(below) >= 3  # keeper, worker, and what has escaped
         assert int(pids.read_text()) in below
     finally:
@@ -151,7 +151,7 @@ def test_a_worker_whose_keeper_is_killed_ends_too(escaping) -> None:
     file, _ = escaping
     scorer = Scorer.of([RewardConfig(use=f"{file}:ends", weight=0.0)])
     keeper = scorer.rewards["ends"].worker.pid
-    (worker,) = processes.descendants(keeper)
+    (worker,) = tree.descendants(keeper)
     os.kill(keeper, signal.SIGKILL)
     assert gone(worker)
     scorer.close()
@@ -189,15 +189,15 @@ def test_what_ps_says_is_what_the_kernel_says(monkeypatch) -> None:
     child.stdout.readline()
     child.stdout.readline()
     try:
-        found, all_of_ours = processes.descendants(child.pid), processes.descendants(os.getpid())
-        monkeypatch.setattr(processes, "_has_children_files", lambda: False)
-        assert [len(found), processes.descendants(child.pid)] == [1, found]
-        assert sorted(processes.descendants(os.getpid())) == sorted(all_of_ours)  # without `ps` itself
-        assert processes.use_more_than([child.pid, *found], 1 << 20)
-        assert not processes.use_more_than([child.pid, *found], 1 << 33)
-        assert not processes.use_more_than([1 << 30], 0)  # it has ended
+        found, all_of_ours = tree.descendants(child.pid), tree.descendants(os.getpid())
+        monkeypatch.setattr(tree, "_has_children_files", lambda: False)
+        assert [len(found), tree.descendants(child.pid)] == [1, found]
+        assert sorted(tree.descendants(os.getpid())) == sorted(all_of_ours)  # without `ps` itself
+        assert tree.use_more_than([child.pid, *found], 1 << 20)
+        assert not tree.use_more_than([child.pid, *found], 1 << 33)
+        assert not tree.use_more_than([1 << 30], 0)  # it has ended
     finally:
-        processes.end(found[0])
+        tree.end(found[0])
         child.kill()
         child.wait()
         child.stdout.close()
@@ -215,8 +215,8 @@ def test_however_often_it_is_woken_memory_is_looked_at_now_and_then(monkeypatch)
 
     monkeypatch.setattr(keeper, "select", SimpleNamespace(select=select))
     monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(keeper.processes, "reap", lambda: next(ended))
-    monkeypatch.setattr(keeper.processes, "use_more_than", lambda *_: looks.append(now[0]))
+    monkeypatch.setattr(keeper.tree, "reap", lambda: next(ended))
+    monkeypatch.setattr(keeper.tree, "use_more_than", lambda *_: looks.append(now[0]))
     assert keeper._watch(7, 1, woken) == 0
     assert 4 <= len(looks) <= 5
     os.close(woken)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
-import processes  # type: ignore[import-not-found]
+import tree  # type: ignore[import-not-found]
 
 INTERVAL = 0.05
 """Seconds between two looks at the memory."""
@@ -26,7 +26,7 @@ PATIENCE = 5.0
 
 def main() -> None:
     descriptor, limit, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    processes.adopt_orphans()
+    tree.adopt_orphans()
     woken, wake = os.pipe()
     for end in (woken, wake):
         os.set_blocking(end, False)
@@ -39,7 +39,7 @@ def main() -> None:
     status = _watch(worker, limit, woken)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(worker, signal.SIGKILL)
-    processes.end_descendants(PATIENCE)
+    tree.end_descendants(PATIENCE)
     _end_as(status)
 
 
@@ -48,7 +48,7 @@ def _become(command: list[str]) -> None:
     for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores some, and that is inherited
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
-    processes.die_with_parent()
+    tree.die_with_parent()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     os.execv(command[0], command)
@@ -63,12 +63,12 @@ def _watch(worker: int, limit: int, woken: int) -> int:
             return 0
         if woken in ready:
             os.read(woken, 4096)
-        ended = processes.reap()  # those that were adopted among them
+        ended = tree.reap()  # those that were adopted among them
         if worker in ended:
             return int(ended[worker])
         if limit and time.monotonic() >= due:  # not at once again when woken: `ps`, where it is asked, wakes, too
-            if processes.use_more_than(processes.descendants(os.getpid()), limit):
-                os.write(1, processes.OVER_MEMORY)
+            if tree.use_more_than(tree.descendants(os.getpid()), limit):
+                os.write(1, tree.OVER_MEMORY)
                 return 0
             due = time.monotonic() + INTERVAL
 

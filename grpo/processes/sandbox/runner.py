@@ -20,8 +20,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from grpo.scoring.contract import ending
-from grpo.scoring.processes import descendants, use_more_than
+from grpo.processes.child import ending
+from grpo.processes.tree import descendants, use_more_than
 
 FOLDER = Path(__file__).parent
 HOME = "/sandbox"

@@ -1,0 +1,76 @@
+"""A Python script in a process of its own, which ends with everything below it when this process closes or loses it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+from grpo.processes.output import Output
+from grpo.processes.tree import OVER_MEMORY
+
+KEEPER_SECONDS = 10.0
+"""For a keeper to end with all below it."""
+
+
+class ChildProcess:
+    """A running Python script behind its keeper, with a channel to it."""
+
+    def __init__(self, script: Path, output: Output, environment: Mapping[str, str], memory_gb: float | None) -> None:
+        """Start `script DESCRIPTOR ROOT`: the descriptor of its end of `channel`, and the folder of this package."""
+        self.channel, far_end = socket.socketpair()
+        root = str(Path(__file__).parents[2])
+        memory = 0 if memory_gb is None else round(memory_gb * 2**30)
+        with far_end:
+            channel = str(far_end.fileno())
+            keeper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py")), channel, str(memory)]
+            self._popen = subprocess.Popen(
+                [*keeper, sys.executable, "-P", str(script), channel, root],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output.descriptor,
+                pass_fds=[far_end.fileno()],
+                env=environment,
+                start_new_session=True,
+            )
+        self.pid = self._popen.pid
+        self.kill = weakref.finalize(self, _kill, self._popen, self.channel)
+
+    def end(self, seconds: float = 1.0) -> tuple[int | None, bool]:
+        """The exit code of a process that should be ending, None if it had to be killed; whether memory ended it."""
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._popen.wait(seconds)
+        assert self._popen.stdout is not None
+        word = self._popen.stdout.read() if code is not None else b""
+        self.kill()
+        return code, word == OVER_MEMORY
+
+
+def _kill(popen: subprocess.Popen[bytes], channel: socket.socket) -> None:
+    """Have the keeper kill its worker and all below it, and wait until it has."""
+    assert popen.stdin is not None
+    assert popen.stdout is not None
+    popen.stdin.close()
+    try:
+        popen.wait(KEEPER_SECONDS)
+    except subprocess.TimeoutExpired:  # the keeper itself was stopped
+        popen.kill()
+        popen.wait()
+    popen.stdout.close()
+    channel.close()
+
+
+def ending(code: int) -> str:
+    """How a process ended, of its exit code (minus the signal that killed it), in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

@@ -10,9 +10,22 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 if TYPE_CHECKING:
     import mlx.core as mx
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""A chat message: `role`, `content`, and of an assistant's that calls tools `tool_calls`, of a tool's `name`."""
 Prompt = str | list[Message]
-FinishReason = Literal["stop", "length", "repetition"]
+FinishReason = Literal[
+    "stop",
+    "length",
+    "repetition",
+    "done",
+    "max_turns",
+    "max_tool_calls",
+    "max_turn_tokens",
+    "rollout_timeout",
+    "failed",
+]
+"""Why a completion ended: the model stopped (`stop`), its environment ended it (`done`), it repeated itself, its
+environment failed (`failed`), or it came to the limit of that name (`length` is that of the completion)."""
 Value = TypeVar("Value")
 
 
@@ -42,6 +55,38 @@ BEHAVIOUR, SAMPLER = "behaviour", "sampler"
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """What was said and done in a completion of several turns. Its tokens are the trajectory's.
+
+    environment    the name of the environment; `tools` if there are tools alone
+    prompt         the messages before the first turn, with what the environment's `reset` added
+    messages       the messages after the prompt: the model's, tool results and the environment's
+    turn_rewards   for each of the model's turns, the reward that its steps gave; None if they gave none
+    outcome        what the environment's `get_reward` returned; None if it has none, or did not score
+    calls          how many tools were called
+    failed_calls   how many of these calls failed: unknown tools, wrong arguments, exceptions
+    failure        why the environment failed; None if it did not
+    home           where the environment lives until the completion is scored; None afterwards
+    """
+
+    environment: str
+    prompt: tuple[Message, ...]
+    messages: tuple[Message, ...]
+    turn_rewards: tuple[float | None, ...] = ()
+    outcome: float | None = None
+    calls: int = 0
+    failed_calls: int = 0
+    failure: Failure | None = None
+    home: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def reward(self) -> float | None:
+        """The environment's own reward: the sum of `turn_rewards` and `outcome`; None if it gave neither."""
+        given = [reward for reward in (*self.turn_rewards, self.outcome) if reward is not None]
+        return sum(given) if given else None
+
+
+@dataclass(frozen=True, slots=True)
 class Trajectory:
     """All tokens that follow a task's prompt, exactly as they were sampled: text is never encoded again.
 
@@ -58,7 +103,8 @@ class Trajectory:
 
     `text` is all tokens decoded without special tokens, of every turn and with what an environment said between them;
     it ends before the stop string that ended the last turn. `policy_step` counts the training steps behind the policy
-    that sampled, None outside training. Raises ValueError if `trained` or a column differs from `token_ids` in length.
+    that sampled, None outside training. `conversation` says who said what in several turns; None for a single answer.
+    Raises ValueError if `trained` or a column differs from `token_ids` in length.
     """
 
     token_ids: tuple[int, ...]
@@ -67,6 +113,7 @@ class Trajectory:
     text: str
     finish_reason: FinishReason
     policy_step: int | None = None
+    conversation: Conversation | None = None
 
     def __post_init__(self) -> None:
         for name, values in (("trained", self.trained), *self.columns.items()):
@@ -86,6 +133,11 @@ class Trajectory:
         given = {BEHAVIOUR: behaviour, SAMPLER: sampler}
         columns = {name: values for name, values in given.items() if values is not None}
         return cls(token_ids, (True,) * len(token_ids), columns, text, finish_reason)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a limit or a failure ended it, and not the model or its environment."""
+        return self.finish_reason not in ("stop", "done")
 
     @property
     def trained_tokens(self) -> int:
@@ -136,6 +188,7 @@ class Rollout:
     reward      the weighted sum of the scores; None if no reward scored the completion, or if `failed`
     penalty     subtracted from the reward before advantages are computed
     advantage   0 until the objective sets it
+    turn_advantages   one for each of the model's turns, in the place of `advantage`, with `advantage.turns: turn`
     """
 
     trajectory: Trajectory
@@ -147,6 +200,7 @@ class Rollout:
     reward: float | None = None
     penalty: float = 0.0
     advantage: float = 0.0
+    turn_advantages: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,3 +306,16 @@ class EvalMetrics:
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
     failed_gradings: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a tool, or an environment's `step`, may return in the place of its bare result.
+
+    `result` goes to the model; None adds nothing. `reward` is for the turn that led here. `done` ends the conversation.
+    Any object with these three attributes is taken alike.
+    """
+
+    result: Any = None
+    reward: float | None = None
+    done: bool = False

@@ -7,6 +7,8 @@ key or a value of another type is an error. The texts under the fields are what 
 from grpo.config.data import FILE_TYPES as FILE_TYPES
 from grpo.config.data import DataConfig as DataConfig
 from grpo.config.data import EvalConfig as EvalConfig
+from grpo.config.environment import EnvironmentConfig as EnvironmentConfig
+from grpo.config.environment import ToolConfig as ToolConfig
 from grpo.config.log import CheckpointConfig as CheckpointConfig
 from grpo.config.log import CompletionsConfig as CompletionsConfig
 from grpo.config.log import LogConfig as LogConfig

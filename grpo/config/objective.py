@@ -20,6 +20,9 @@ class AdvantageConfig(Section):
     scale_rewards: presets.Scale | None = None
     """What rewards less their baseline are divided by: their deviation in the group, in the batch, or nothing (none).
     Default: that of `loss.type`."""
+    turns: Literal["trajectory", "turn"] = "trajectory"
+    """What an advantage is of: the whole conversation, or each turn of the model, from the rewards of its steps onward
+    (process supervision, arXiv 2402.03300 §4.1.3)."""
     soft_overlong_cache: Tokens | None = None
     """Punish length over the last so many tokens before max_completion_length, from 0 down to -1 (DAPO's soft overlong
     punishment). Default: not at all."""

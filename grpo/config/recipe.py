@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from grpo.config.data import DataConfig, EvalConfig, check_hub_only
+from grpo.config.environment import EnvironmentConfig, ToolConfig
 from grpo.config.log import CheckpointConfig, LogConfig
 from grpo.config.model import AdapterConfig, ModelConfig
 from grpo.config.objective import AdvantageConfig, LossConfig
@@ -35,8 +36,14 @@ class Recipe(Section):
     """Where prompts come from, and what they look like."""
     rollout: RolloutConfig = RolloutConfig()
     """How many completions are sampled, and how."""
-    rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
-    """What a completion is worth: the weighted sum of these."""
+    environment: EnvironmentConfig | None = None
+    """Whom the model talks to in several turns. Without it, and without `tools`, a completion is a single answer."""
+    environments: dict[str, EnvironmentConfig] = {}
+    """Several of them by name, in the place of `environment`; the dataset's column `environment` says which."""
+    tools: tuple[ToolConfig, ...] = ()
+    """Functions that the model may call, beside its environment's."""
+    rewards: tuple[RewardConfig, ...] = ()
+    """What a completion is worth: the weighted sum of these, and of the environment's own reward."""
     advantage: AdvantageConfig = AdvantageConfig()
     """What a reward is compared with."""
     loss: LossConfig = LossConfig()
@@ -51,13 +58,30 @@ class Recipe(Section):
     """Where a run is written to, beside its folder."""
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
-        if self.adapter.sync_reference_every is not None and self.loss.beta == 0 and self.loss.beta_end is None:
-            raise ValueError("adapter.sync_reference_every does nothing while loss.beta is 0: there is no reference")
-        if all(reward.weight == 0 for reward in self.rewards):
+    def _someone_scores(self) -> Recipe:
+        if self.environment is not None and self.environments:
+            raise ValueError("environment does nothing beside environments: name it there, or leave them out")
+        unused = [name for name, config in self.environments.items() if config.use is None]
+        if unused:
+            raise ValueError(f"environments.{unused[0]}: name its class by `use`")
+        if self.environment is not None and self.environment.use is None and not self.tools:
+            raise ValueError("environment.use: name a class, or give tools that the model may call")
+        own = self.conversations
+        if not self.rewards and not any(config.use for config in own.values()):
+            raise ValueError("rewards: a run needs at least one, or an environment that gives rewards")
+        weights = [*(reward.weight for reward in self.rewards), *(one.weight for one in own.values() if one.use)]
+        if all(weight == 0 for weight in weights):
             raise ValueError(
                 "rewards.0.weight: every reward has weight 0, so nothing would be learnt: give one a weight"
             )
+        if self.advantage.turns == "turn" and not own:
+            raise ValueError("advantage.turns: turn does nothing without environment or tools")
+        return self
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        if self.adapter.sync_reference_every is not None and self.loss.beta == 0 and self.loss.beta_end is None:
+            raise ValueError("adapter.sync_reference_every does nothing while loss.beta is 0: there is no reference")
         if self.rollout.prompts_per_step % self.optim.num_minibatches:
             raise ValueError("rollout.prompts_per_step is not divisible by optim.num_minibatches")
         if (rows := self.rollout.prompts_per_step * self.rollout.num_generations) > MANY:
@@ -90,6 +114,17 @@ class Recipe(Section):
         """The code that the recipe names: its rewards, its loss, its environment and its loggers."""
         named = [self.loss.use, self.rollout.environment if ":" in self.rollout.environment else None]
         return [*(reward.use for reward in self.rewards), *filter(None, named), *self.log.use]
+
+    @property
+    def conversations(self) -> dict[str, EnvironmentConfig]:
+        """The terms of conversations by the value of the column `environment`; the only one goes by the empty name.
+
+        Empty if a completion is a single answer.
+        """
+        if self.environments:
+            return self.environments
+        alone = self.environment or (EnvironmentConfig() if self.tools else None)
+        return {} if alone is None else {"": alone}
 
     @property
     def best_metric(self) -> str:

@@ -161,4 +161,4 @@ def last_text(prompt: str | list[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
     asked = [message["content"] for message in prompt if message["role"] != "assistant"]
-    return asked[-1] if asked else prompt[-1]["content"]
+    return str(asked[-1] if asked else prompt[-1]["content"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +78,9 @@ def _closed(text: str, inner: int, start: str, end: str, parsed: Callable[[str],
 def calls_of(parse: Parser, text: str, tools: Sequence[Schema]) -> list[Call]:
     """The calls that a parser makes of a text; none unless each has a name, and arguments by name."""
     try:
-        found = parse(text, tools)
+        with warnings.catch_warnings(action="ignore"):  # Python's parser may have something to say of its style
+            found = parse(text, tools)
+        json.dumps(found)  # Python's literals know more than a schema does
     except Exception:  # whatever the model wrote: it is no call
         return []
     given = found if isinstance(found, list) else [found]

@@ -64,15 +64,14 @@ def _closed(text: str, inner: int, start: str, end: str, parsed: Callable[[str],
         close = text.find(start, inner)
         close = len(text) if close < 0 else close
         return parsed(text[inner:close]), close
-    first, close = -1, inner - len(end)
+    close = inner - len(end)
     for _ in range(CLOSINGS):
         close = text.find(end, close + len(end))
         if close < 0:
             break
-        first = close if first < 0 else first
         if calls := parsed(text[inner:close]):
             return calls, close + len(end)
-    return [], inner if first < 0 else first + len(end)
+    return [], inner
 
 
 def calls_of(parse: Parser, text: str, tools: Sequence[Schema]) -> list[Call]:

@@ -100,35 +100,27 @@ def test_a_template_that_is_not_prefix_preserving_is_refused(tail: str) -> None:
     assert "changes what came before when a message of role user follows" in refusal(tokenizer, (), answers=True)
 
 
+SHOWN = "{{ message.content }}\n</tool_response>"
+FIRST = "{% if messages[loop.index0 - 1].role != 'tool' %}{{ message.content }}{% endif %}\n</tool_response>"
+RAISING = "{% elif message.role == 'tool' %}{{ raise_exception('no tools, please') }}"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ("{{ message.content }}\n</tool_response>", "\n</tool_response>", "leaves out the results of tools: use"),
-        (
-            "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}",
-            "{% if messages[loop.index0 - 1].role != 'tool' %}",
-            "where there are several",
-        ),
-        (
-            '"arguments": {{ tool_call.arguments | tojson }}',
-            '"arguments": 0',
-            "no known format reads back the tool calls",
-        ),
-        ('{"name": "{{ tool_call.name }}"', '{"call": "{{ tool_call.name }}"', "no known format reads back"),
+        (SHOWN, "\n</tool_response>", "leaves out the results of tools: use"),
+        (SHOWN, FIRST, "leaves out the results of tools where there are several: use"),
+        ("{{ tool_call.arguments | tojson }}", "0", "no known format reads back the tool calls"),
+        ('{"name": "{{', '{"call": "{{', "no known format reads back the tool calls"),
         ("message.tool_calls or []", "[]", "no known format reads back the tool calls"),
         (
             "{% elif message.role == 'tool' %}",
-            "{% elif message.role == 'tool' %}{{ raise_exception('no tools, please') }}",
-            "refuses a conversation of user, assistant, tool, tool: no tools, please",
+            RAISING,
+            "a conversation of user, assistant, tool, tool: no tools",
         ),
     ],
 )
 def test_a_template_that_cannot_hold_tools_is_refused_with_the_reason(old: str, new: str, reason: str) -> None:
-    if "several" in reason:  # only the first result is shown
-        new, old = (
-            "{% if messages[loop.index0 - 1].role != 'tool' %}{{ message.content }}{% endif %}\n</tool_response>",
-            "{{ message.content }}\n</tool_response>",
-        )
     assert reason in refusal(changed("qwen2.5", old, new))
 
 
@@ -194,7 +186,7 @@ def test_blocks_of_text_are_text_and_others_are_refused() -> None:
     blocks = [{"type": "text", "text": "sun"}, {"type": "text", "text": "ny"}]
     assert chat.suffix_ids(turn, [{**result(""), "content": blocks}]) == chat.suffix_ids(turn, [result("sunny")])
     assert chat.prompt_ids([{"role": "user", "content": blocks}]) == chat.prompt_ids([user("sunny")])
-    with pytest.raises(UserError, match="no text, .*image.*: only text is supported"):
+    with pytest.raises(UserError, match=r"no text, .*image.*: only text is supported"):
         chat.suffix_ids(turn, [{**result(""), "content": [{"type": "image"}]}])
 
 

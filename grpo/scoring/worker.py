@@ -66,7 +66,7 @@ def _load(setup: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Any, dict
     if setup["kwargs"] is not None:
         return load(located, setup["kwargs"], **setup["reading"])
     function = located.load()
-    hello = {"calls": calls_of(function), "paid": is_paid(function)}
+    hello = {"calls": calls_of(function), "paid": is_paid(function), "environments": False}
     cases, case_kwargs = find_cases(function, located, setup["cases"])
     return None, {**hello, "cases": cases, "case_kwargs": stack.enter_context(case_kwargs()) or {}}
 

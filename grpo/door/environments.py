@@ -1,11 +1,10 @@
-"""Environments that are given from Python: an object, a class, or a name that a recipe would use."""
+"""Environments with a method `rollout` that are given from Python: an object, a class, or a name as in recipes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from grpo.door.checks import kind_of
-from grpo.environments.environment import Environment, find_environment
+from grpo.environments.environment import Environment, checked, find_environment
 from grpo.errors import UserError
 
 
@@ -16,7 +15,7 @@ def as_environment(given: Any, said_by: str) -> Environment:
     """
     if isinstance(given, str):
         return find_environment(given)
-    environment: Any = given
+    environment: Environment = given
     if isinstance(given, type):
         try:
             environment = given()
@@ -25,10 +24,4 @@ def as_environment(given: Any, said_by: str) -> Environment:
                 f"{said_by}: environment {given.__name__} cannot be made without arguments: {type(error).__name__}: "
                 f"{error}. Give an object that you have made"
             ) from error
-    if not callable(getattr(environment, "rollout", None)):
-        raise UserError(
-            f"{said_by}: environment: {kind_of(environment)} has no method rollout(task, sampler); give an object or "
-            'a class with this method, or a name such as "file.py:Class"'
-        )
-    made: Environment = environment
-    return made
+    return checked(environment, f"{said_by}: environment")

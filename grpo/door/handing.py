@@ -54,12 +54,12 @@ def handed(
         functions[use] = loss
         settings["loss.use"] = use
     if isinstance(environment, str):
-        settings["rollout.environment"] = environment
+        settings |= {"environment.use": environment, "environment.kwargs": {}}
     elif environment is not None:
         made = as_environment(environment, SAID_BY)
         use = name_of(type(made), functions)
         functions[use] = cast(Any, made)
-        settings["rollout.environment"] = use
+        settings |= {"environment.use": use, "environment.kwargs": {}}
     if data is not None:
         settings |= _placed("data", data, tables)
     if eval_data is not None:

@@ -32,7 +32,7 @@ SAMPLE_MORE = "more rollout.num_generations or a higher rollout.temperature make
 def warnings_of_first(metrics: StepMetrics, rollout: RolloutConfig, rewards: Sequence[RewardConfig]) -> list[str]:
     """What the first step says about a run that may learn nothing, each with what to do."""
     values = metrics.values
-    return [*_of_lengths(values.get("completions/clipped_ratio", 0.0), rollout), *_of_rewards(values, rewards)]
+    return [*_of_lengths(metrics, rollout), *_of_rewards(values, rewards)]
 
 
 def trained_on_nothing(state: RunState, loss: LossConfig, rewards: Sequence[RewardConfig]) -> str | None:
@@ -166,11 +166,13 @@ def _updates(state: RunState) -> int:
     return int(cast(int, state.trainer.arrays["optimizer"]["step"].item()))
 
 
-def _of_lengths(truncated: float, rollout: RolloutConfig) -> list[str]:
+def _of_lengths(metrics: StepMetrics, rollout: RolloutConfig) -> list[str]:
+    truncated = metrics.values.get("completions/clipped_ratio", 0.0)
     if truncated <= MOSTLY:
         return []
     limit = rollout.max_completion_length
-    room = "" if rollout.environment == "single_turn" else " (tokens that the environment adds take up room, too)"
+    added = any(not all(one.trajectory.trained) for group in metrics.groups for one in group.rollouts)
+    room = " (tokens that the environment adds take up room, too)" if added else ""
     return [
         f"step 1: {truncated:.0%} of the completions were cut off at rollout.max_completion_length ({limit:,} tokens)"
         f"{room}, mostly before their answer: raise it, or ask for shorter answers in the prompt"

@@ -65,7 +65,8 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
     scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions)
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
-    environment = given.environment(cfg.rollout.environment)
+    own = cfg.environment
+    environment = None if own is None or own.use is None else given.environment(own.use, own.kwargs)
     named = data_of(cfg)
     local = [given.rows(name, data) if given.is_local(name, data) else None for name, data in named.items()]
     model, tokenizer = load(cfg.model)

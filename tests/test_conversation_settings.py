@@ -42,7 +42,7 @@ def test_code_is_found_beside_the_recipe(tmp_path: Path) -> None:
     assert [tool.use for tool in cfg.tools] == [f"{tmp_path}/tools.py:search", "calculator"]
     assert cfg.uses == [f"{tmp_path}/room.py:Chess", "package.cards:Cards", f"{tmp_path}/tools.py:search", "calculator"]
     alone = load(tmp_path, 'environment: {use: "room.py:Chess"}\n')
-    assert alone.environment and alone.environment.use == f"{tmp_path}/room.py:Chess"
+    assert alone.conversations[""].use == f"{tmp_path}/room.py:Chess"
 
 
 def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:

@@ -86,15 +86,20 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
     rows = []
     for run in runs:
         cfg = run.recipe
-        rewards = ", ".join(f"{short_name(reward.use)} × {reward.weight:g}" for reward in cfg.rewards)
+        own = [config for config in cfg.conversations.values() if config.use]
+        graded = [*((one.use, one.weight) for one in cfg.rewards), *((one.use or "", one.weight) for one in own)]
+        rewards = ", ".join(f"{short_name(use)} × {weight:g}" for use, weight in graded)
         size = f"{cfg.rollout.prompts_per_step} × {cfg.rollout.num_generations}"
         silent = max(_values(run, "steps_without_signal"), default=0.0)
         steps = f"{run.step} of {cfg.optim.steps}, {run.state}" + (f", {silent:.0f} without a signal" if silent else "")
         loss = f"{cfg.loss.type}, beta {cfg.loss.beta:g}, lr {cfg.optim.learning_rate:g}"
-        rows.append(
-            [run.folder.name, short_name(cfg.model.name), short_name(cfg.data.label), rewards, size, loss, steps]
+        talks = ", ".join(
+            short_name(use) for use in (*(one.use for one in own), *(one.use for one in cfg.tools)) if use
         )
-    return _table(["run", "model", "data", "rewards", "prompts × completions", "loss", "steps"], rows)
+        what = [run.folder.name, short_name(cfg.model.name), short_name(cfg.data.label), talks or "none", rewards]
+        rows.append([*what, size, loss, steps])
+    heads = ["run", "model", "data", "environments and tools", "rewards", "prompts × completions", "loss", "steps"]
+    return _table(heads, rows)
 
 
 def _evaluation(runs: Sequence[RecordedRun]) -> str | None:

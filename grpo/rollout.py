@@ -51,7 +51,8 @@ class RolloutEngine:
 
         `draws` is a key for all of them, or a seed for each: then what is drawn for a task does not depend on the
         others. Greedy completions are the policy's own: no penalty reshapes them. `phase` is the name under which
-        progress is told. `whole` is called with each group while others decode, in the order in which they end.
+        progress is told. `whole` is called with each group while others decode, in the order in which they end. Where
+        an environment adds to prompts, a group's task has what its rows' prompts begin with (`Sampler.begin_after`).
         """
         if not tasks:  # a process whose share is empty
             return []
@@ -59,8 +60,8 @@ class RolloutEngine:
         driver = Driver(generator.open(), generator.tokenizer, sampling, logprobs)
         told = TokenProgress(generator.progress, phase)
         samplers = [
-            Sampler(driver, task, n, seed, path)
-            for task, (seed, path) in zip(tasks, _seeds(draws, len(tasks)), strict=True)
+            Sampler(driver, task, n, seed, path, place)
+            for place, (task, (seed, path)) in enumerate(zip(tasks, _seeds(draws, len(tasks)), strict=True))
         ]
         rows = [sampler.rows for sampler in samplers]
         with driver:
@@ -79,7 +80,7 @@ class RolloutEngine:
             playing = self.environment.rollout(task, sampler)
             check_awaitable(playing)
             trajectories = check_trajectories(await playing, sampler.n)
-        group = Group(task, tuple(map(Rollout, trajectories)))
+        group = Group(sampler.task, tuple(map(Rollout, trajectories)))
         if whole is not None:
             whole(place, group)
         return group

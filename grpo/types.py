@@ -161,9 +161,13 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a reward function failed to score a completion. A score of None without a failure means "not applicable"."""
+    """Why a reward function failed to score a completion, or an environment to go on with a conversation.
 
-    kind: Literal["error", "timeout"]
+    `crash` and `memory`: its process ended, or held more memory than it may. A score of None without a failure means
+    "not applicable".
+    """
+
+    kind: Literal["error", "timeout", "crash", "memory"]
     error: str
 
     def __str__(self) -> str:

@@ -9,6 +9,7 @@ from grpo.environments.scheduler import Gate, Scheduler
 from grpo.generation.engine import Engine
 from grpo.generation.rows import Row
 from grpo.generation.sampling import Sampling
+from grpo.types import FinishReason
 
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
@@ -31,10 +32,22 @@ class Driver:
         if error is None:  # or what has failed or was interrupted would go on for another step
             self.engine.close()
 
-    async def ended(self, row: Row) -> None:
-        """Wait until a row has ended its turn; not at all if it has."""
+    async def ended(self, row: Row, until: float | None = None) -> FinishReason:
+        """Wait until a row has ended its turn, and say why; not at all if it has.
+
+        A row that still decodes, or waits for a slot, at the moment `until` of `time.monotonic` is released then:
+        `rollout_timeout`.
+        """
         if row.finish_reason is None:
-            await self._ends.setdefault(row, Gate())
+            gate = self._ends.setdefault(row, Gate())
+            if until is not None:
+                self.jobs.open_at(until, gate)
+            await gate
+        if row.finish_reason is None:
+            self._ends.pop(row, None)
+            self.engine.release(row)
+            row.finish_reason = "rollout_timeout"
+        return row.finish_reason
 
     def run(self, step_done: Callable[[], object]) -> None:
         """Decode, and let coroutines go on whenever a row ends, until nothing is left to do.
@@ -55,4 +68,5 @@ class Driver:
             else:
                 return
             jobs.collect()
+            jobs.ring()
             jobs.run()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from grpo.environments.driver import Driver
@@ -11,19 +13,20 @@ from grpo.environments.mistakes import EnvironmentMistake, token_ids_of
 from grpo.environments.scheduler import Result
 from grpo.generation.generator import trajectory_of
 from grpo.generation.rows import Row, Submission
-from grpo.types import Task, Trajectory
+from grpo.types import FinishReason, Task, Trajectory
 
 
 class Sampler:
     """Samples one task's group, of which `n` is the size. `tokenizer` is the model's.
 
-    What is drawn depends on the step's key, the task's place in the step, the part, the row and the position alone: not
-    on other tasks, nor on what is awaited when.
+    `task` is the group's, and `place` its number among the tasks that are sampled together. What is drawn depends on
+    the step's key, the task's place in the step, the part, the row and the position alone: not on other tasks, nor on
+    what is awaited when.
     """
 
-    def __init__(self, driver: Driver, task: Task, n: int, seed: int, path: tuple[int, ...]) -> None:
-        self.n, self.tokenizer = n, driver.tokenizer
-        self._driver, self._task, self._seed, self._path = driver, task, seed, path
+    def __init__(self, driver: Driver, task: Task, n: int, seed: int, path: tuple[int, ...], place: int = 0) -> None:
+        self.n, self.tokenizer, self.task, self.place = n, driver.tokenizer, task, place
+        self._driver, self._seed, self._path = driver, seed, path
         self._parts: set[int] = set()
         self.rows: list[Row] = []
         """All that were begun."""
@@ -40,16 +43,48 @@ class Sampler:
         EnvironmentMistake for a part that was begun before, and for a prompt that is not the task's: a group is
         trained on as what followed that.
         """
-        if tuple(prompt_ids) != self._task.prompt_ids:
+        if tuple(prompt_ids) != self.task.prompt_ids:
             raise EnvironmentMistake("a row begins after task.prompt_ids: what is to follow them is for `extend`")
         if part in self._parts:
             raise EnvironmentMistake(
                 f"part {part} of this task was begun before: its rows would draw the same again; give the next `part`"
             )
         self._parts.add(part)
-        driver, path = self._driver, (*self._path, part) if part else self._path
-        submission = Submission(prompt_ids, driver.sampling, self._seed, path, n, driver.logprobs, keep)
-        rows = driver.engine.submit(submission)
+        path = (*self._path, part) if part else self._path
+        return self._submit(Submission(prompt_ids, self._driver.sampling, self._seed, path, n, keep=keep))
+
+    def begin_after(self, prompts: Sequence[Sequence[int] | None], max_turn_tokens: int = 0) -> tuple[Row, ...]:
+        """Let a row decode after each of these prompts, in the place of the task's. Such rows are kept.
+
+        Where there is None in a prompt's place the row is released and stays empty, so that the others draw what they
+        would have drawn beside it.
+
+        What all prompts begin with becomes the group's prompt, `task.prompt_ids`, and is shared. The rest is the row's
+        own: it is not trained on, and no limit counts it. Raises EnvironmentMistake if rows were begun before, and for
+        prompts whose first tokens differ.
+        """
+        if self._parts:
+            raise EnvironmentMistake("rows of this task were begun before, after another prompt")
+        given = [prompt for prompt in prompts if prompt is not None]
+        shared = common_prefix(given) if given else self.task.prompt_ids
+        if not shared:
+            raise EnvironmentMistake(
+                "the prompts of a group begin with different tokens, and one at least must be the same: begin the "
+                "dataset's prompt, or the system message, with words that all have"
+            )
+        self._parts.add(0)
+        self.task = replace(self.task, prompt_ids=shared)
+        sampling = replace(self._driver.sampling, max_turn_tokens=max_turn_tokens)
+        own = [prompt[len(shared) :] if prompt is not None else () for prompt in prompts]
+        submission = Submission(shared, sampling, self._seed, self._path, len(own), keep=True, openings=own)
+        rows = self._submit(submission)
+        for row, prompt in zip(rows, prompts, strict=True):
+            if prompt is None:
+                self.release(row)
+        return rows
+
+    def _submit(self, submission: Submission) -> tuple[Row, ...]:
+        rows = self._driver.engine.submit(replace(submission, logprobs=self._driver.logprobs))
         self.rows += rows
         return rows
 
@@ -64,6 +99,11 @@ class Sampler:
         `row.room` says how many tokens fit. Raises EnvironmentMistake if they do not, if the row was not kept or still
         decodes, and for text.
         """
+        self.go_on(row, token_ids)
+        return await self.ended(row)
+
+    def go_on(self, row: Row, token_ids: Sequence[int]) -> None:
+        """`extend` without waiting for the turn's end."""
         ids = token_ids_of(token_ids)
         if not row.keep:
             raise EnvironmentMistake(
@@ -73,7 +113,10 @@ class Sampler:
             self._driver.engine.extend(row, ids)
         except ValueError as error:
             raise EnvironmentMistake(f"it extends a row that cannot be: {error}") from error
-        return await self.ended(row)
+
+    async def turn(self, row: Row, until: float | None = None) -> FinishReason:
+        """Why a row's turn ended, as soon as it has. At the moment `until` of `time.monotonic` it is ended for good."""
+        return await self._driver.ended(row, until)
 
     def turn_text(self, row: Row) -> str:
         """The text of the last turn alone of a row that has ended, without its stop token or string."""
@@ -89,8 +132,17 @@ class Sampler:
             raise EnvironmentMistake(f"`gather` takes coroutines, as `gather(*list)`, and not {wrong[0]!r:.60}")
         return await self._driver.jobs.gather(coroutines)
 
-    async def outside(self, future: Future[Result]) -> Result:
-        """The result of work in another thread or process, such as a tool's; rows go on decoding meanwhile."""
+    async def outside(self, future: Future[Result], until: float | None = None) -> Result:
+        """The result of work in another thread or process, such as a tool's; rows go on decoding meanwhile.
+
+        Raises TimeIsUpError (`environments.scheduler`) if there is none at the moment `until` of `time.monotonic`.
+        """
         if not hasattr(future, "add_done_callback"):
             raise EnvironmentMistake(f"`outside` takes a future, as executor.submit(...) gives, and not {future!r:.60}")
-        return await self._driver.jobs.outside(future)
+        return await self._driver.jobs.outside(future, until)
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The tokens that all sequences begin with."""
+    shared = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False))
+    return tuple(tokens[0] for tokens in shared)

@@ -7,15 +7,22 @@ and it does not run in a notebook, which has one already.
 
 from __future__ import annotations
 
+import heapq
+import time
 from collections import deque
 from collections.abc import Coroutine, Generator, Iterable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from itertools import count
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from grpo.environments.mistakes import WAY_OUT, EnvironmentMistake
 
 Result = TypeVar("Result")
+
+
+class TimeIsUpError(Exception):
+    """What was awaited had not happened by then."""
 
 
 class Gate:
@@ -74,13 +81,15 @@ class Scheduler:
     def __init__(self) -> None:
         self._ready: deque[Job[Any]] = deque()
         self._live: dict[Job[Any], bool] = {}
-        self._outside = 0
+        self._outside: set[Gate] = set()
         self._posted: SimpleQueue[Gate] = SimpleQueue()
+        self._alarms: list[tuple[float, int, Gate]] = []
+        self._numbers = count()
 
     @property
     def waits_outside(self) -> bool:
         """Whether a job waits for work in another thread or process."""
-        return self._outside > 0
+        return bool(self._outside)
 
     def start(self, coroutine: Coroutine[Any, None, Result], awaited: bool = False) -> Job[Result]:
         """Let a coroutine begin at the next `run`, which raises what the coroutine raises unless it is `awaited`."""
@@ -114,15 +123,38 @@ class Scheduler:
     def collect(self, wait: bool = False) -> None:
         """Open the gates of outside work that is done. `wait`: for the first of them, if none is."""
         while self._outside and (wait or not self._posted.empty()):
-            self.open(self._posted.get())
-            self._outside -= 1
+            try:
+                gate = self._posted.get(timeout=self._patience())
+            except Empty:
+                return
+            if gate in self._outside:
+                self._outside.remove(gate)
+                self.open(gate)
             wait = False
+
+    def open_at(self, moment: float, gate: Gate) -> None:
+        """Let `ring` open the gate at a moment of `time.monotonic`, unless it is open by then."""
+        heapq.heappush(self._alarms, (moment, next(self._numbers), gate))
+
+    def ring(self) -> None:
+        """Open the gates whose moment has come."""
+        while self._alarms and (self._alarms[0][2].is_open or self._alarms[0][0] <= time.monotonic()):
+            gate = heapq.heappop(self._alarms)[2]
+            if not gate.is_open:
+                self._outside.discard(gate)
+                self.open(gate)
+
+    def _patience(self) -> float | None:
+        """Seconds until a gate is to be opened; None if none is."""
+        moments = [moment for moment, _, gate in self._alarms if not gate.is_open]
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def close(self) -> None:
         """End the coroutines that have not ended: their `finally` blocks run."""
         for job in reversed(self._live):
             job.coroutine.close()
         self._live.clear()
+        self._alarms.clear()
         self._ready.clear()
 
     async def gather(self, coroutines: Iterable[Coroutine[Any, None, Result]]) -> list[Result]:
@@ -130,10 +162,17 @@ class Scheduler:
         jobs = [self.start(coroutine, awaited=True) for coroutine in coroutines]
         return [await job for job in jobs]
 
-    async def outside(self, future: Future[Result]) -> Result:
-        """The result of work in another thread or process."""
+    async def outside(self, future: Future[Result], until: float | None = None) -> Result:
+        """The result of work in another thread or process.
+
+        Raises TimeIsUpError if there is none at the moment `until` of `time.monotonic`; the work goes on unwatched.
+        """
         gate = Gate()
-        self._outside += 1
+        self._outside.add(gate)
         future.add_done_callback(lambda _: self._posted.put(gate))
+        if until is not None:
+            self.open_at(until, gate)
         await gate
+        if not future.done():
+            raise TimeIsUpError
         return future.result()

@@ -59,9 +59,10 @@ class BatchCachesSession:
             self._join([pair for pair, is_empty in zip(entering, alone, strict=True) if is_empty is nothing])
         for slot, row in zip(slots, rows, strict=True):
             self._starts[slot] = self._step - len(row.token_ids)
-            row.prompt.unstarted -= not row.token_ids
-            if row.token_ids or not row.prompt.unstarted:
-                self._ready.pop(_source(row), None)
+            row.prompt.unstarted -= not row.begun
+            self._ready.pop(row, None)
+            if not row.prompt.unstarted:
+                self._ready.pop(row.prompt, None)
 
     def take(self, slot: int) -> Kept:
         batch, row = next((b, b.slots.index(slot)) for b in self._batches if slot in b.slots)

@@ -63,13 +63,15 @@ class Engine:
     def submit(self, submission: Submission) -> tuple[Row, ...]:
         """Queue `n` rows of a prompt. Returns them by sample; each is the handle for the other methods.
 
-        Raises ValueError for an empty prompt, or if `max_tokens` is below 1.
+        Raises ValueError for an empty prompt, if `max_tokens` is below 1, and for openings of another number than `n`.
         """
         _check(submission)
         stopping, prompt = self._rules(submission.sampling), SharedPrompt(submission.prompt_ids, submission.n)
         keys = [derive_key(submission.seed, "row", *submission.path, sample) for sample in range(submission.n)]
         wants, keep = submission.logprobs, submission.keep
         rows = tuple(Row(prompt, key=key, stopping=stopping, wants_logprobs=wants, keep=keep) for key in keys)
+        for row, opening in zip(rows, submission.openings or [()] * len(rows), strict=True):
+            row.open([int(token) for token in opening])
         for row in rows:
             self._run.begin(row)
         return rows
@@ -138,6 +140,8 @@ class Engine:
 def _check(submission: Submission) -> None:
     if not submission.prompt_ids:
         raise ValueError("a prompt needs at least one token")
+    if submission.openings and len(submission.openings) != submission.n:
+        raise ValueError(f"there are {len(submission.openings)} openings for {submission.n} rows")
     if submission.sampling.max_tokens < 1:
         raise ValueError(f"max_tokens is {submission.sampling.max_tokens}: a row needs room for at least one token")
 

@@ -151,11 +151,15 @@ def _submission(request: Request, sampling: Sampling, call: int, number: int, n:
     return Submission(request.prompt_ids, sampling, seed, path, n, logprobs)
 
 
-def trajectory_of(row: Row) -> Trajectory:
-    """What a row that has ended made: tokens that `extend` put into it are not trained."""
-    assert row.finish_reason is not None
+def trajectory_of(row: Row, finish_reason: FinishReason | None = None) -> Trajectory:
+    """What a row that has ended made: tokens that were put into it are not trained.
+
+    `finish_reason` is why, where its environment knows more than the row.
+    """
+    reason = finish_reason or row.finish_reason
+    assert reason is not None
     columns = {BEHAVIOUR: tuple(row.logprobs)} if row.wants_logprobs else {}
     if row.wants_sampler_logprobs:
         columns[SAMPLER] = tuple(row.sampler_logprobs)
     text = row.stopping.text(row.token_ids)
-    return Trajectory(tuple(row.token_ids), tuple(row.trained), columns, text, row.finish_reason)
+    return Trajectory(tuple(row.token_ids), tuple(row.trained), columns, text, reason)

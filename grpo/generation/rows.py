@@ -22,6 +22,9 @@ class Submission:
     The draw of row i at position t depends on (`seed`, `path`, i, t) alone. Positions count all tokens after the
     prompt from 0, sampled or not, and `sampling.max_tokens` limits them all. `logprobs` says whether logprobs are
     computed. With `keep`, a row that ends waits to be extended until it is released; otherwise it is freed.
+
+    `openings` are what each row's own prompt has after the shared one, which may be nothing: no limit counts these
+    tokens. Without any, all rows begin after `prompt_ids`.
     """
 
     prompt_ids: Sequence[int]
@@ -31,6 +34,7 @@ class Submission:
     n: int = 1
     logprobs: bool = True
     keep: bool = False
+    openings: Sequence[Sequence[int]] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -61,11 +65,20 @@ class Kept:
 
 @dataclass(slots=True, eq=False)
 class Line:
-    """The part of a row that a session sees: prompt, tokens after it, and any keys and values that were kept."""
+    """The part of a row that a session sees: prompt, tokens after it, and any keys and values that were kept.
+
+    The first `opening` tokens belong to the row's own prompt.
+    """
 
     prompt: SharedPrompt
     token_ids: list[int] = field(default_factory=list)
     kept: Kept | None = None
+    opening: int = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has tokens beyond its own prompt."""
+        return len(self.token_ids) > self.opening
 
     @property
     def last(self) -> int:
@@ -84,8 +97,9 @@ class Row(Line):
     """A completion in progress, and the handle to extend, park and release it.
 
     `token_ids` are all tokens after the prompt. `logprobs` and `sampler_logprobs`, if requested, have one entry for
-    each, 0 for tokens that were not sampled; `injected` has the ranges of those. `finish_reason` is None until the row
-    ends. The other fields are the engine's: `launched` counts the tokens whose steps have been launched.
+    each, 0 for tokens that were not sampled; `injected` has the ranges of those. There are at most `longest`, with the
+    opening. `finish_reason` is None until the row ends. The other fields are the engine's: `launched` counts the tokens
+    whose steps have been launched.
     """
 
     key: mx.array
@@ -111,6 +125,11 @@ class Row(Line):
         return max(0, self.longest - len(self.token_ids) - 1)
 
     @property
+    def turn(self) -> list[int]:
+        """The tokens that were sampled since the last that were not."""
+        return self.token_ids[self.injected[-1].stop if self.injected else 0 :]
+
+    @property
     def trained(self) -> list[bool]:
         """For each token, whether it was sampled."""
         sampled = [True] * len(self.token_ids)
@@ -128,3 +147,10 @@ class Row(Line):
         self.sampler_logprobs.extend([0.0] * len(token_ids) if self.wants_sampler_logprobs else ())
         self.injected.append(range(begin, end))
         self.stopping = self.stopping.from_token(end)
+
+    def open(self, token_ids: Sequence[int]) -> None:
+        """Begin after more tokens of the prompt, which are the row's own."""
+        self.inject(token_ids)
+        self.opening = len(token_ids)
+        self.longest += self.opening
+        self.stopping = self.stopping.after_opening(self.opening)

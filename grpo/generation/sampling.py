@@ -22,7 +22,8 @@ class Sampling:
     the temperature, `top_k` (0: all), `top_p` (arXiv 1904.09751) and `min_p` (arXiv 2407.01082), in this order, as in
     transformers. max_tokens counts the stop token; before `min_tokens` none of the stop tokens can be chosen.
     `stop` are strings that end a completion, `stop_ids` tokens that do so besides the tokenizer's. A row that repeats
-    some of its last tokens `max_repeats` times in a row is ended (0: never).
+    some of its last tokens `max_repeats` times in a row is ended (0: never). Of a row with several turns, each may have
+    `max_turn_tokens` (0: as many as are left of `max_tokens`).
     """
 
     temperature: float = 1.0
@@ -35,6 +36,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     max_repeats: int = 0
+    max_turn_tokens: int = 0
 
     @property
     def filtered(self) -> bool:

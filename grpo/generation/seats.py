@@ -47,8 +47,8 @@ class Seats:
 
     def enqueue(self, row: Row) -> None:
         """Queue a row. A row that continues goes before the rows that have not begun."""
-        if row.token_ids:
-            begun = sum(bool(other.token_ids) for other in self.queue)
+        if row.begun:
+            begun = sum(other.begun for other in self.queue)
             self.queue.insert(begun, row)
         else:
             self.queue.append(row)

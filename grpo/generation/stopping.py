@@ -19,21 +19,31 @@ Decode = Callable[[Sequence[int]], str]
 class Stopping:
     """The rules that end a row's turn. The turn begins at token `begin`, counted after the prompt.
 
-    Repetitions and stop strings concern the turn alone; `min_tokens` and `max_tokens` count all tokens after the
-    prompt.
+    Repetitions, stop strings and `max_turn_tokens` concern the turn alone; `min_tokens` and `max_tokens` count all
+    tokens after the first `opening`, which belong to the prompt.
     """
 
-    def __init__(self, sampling: Sampling, stop_ids: frozenset[int], decode: Decode, begin: int = 0) -> None:
+    def __init__(
+        self, sampling: Sampling, stop_ids: frozenset[int], decode: Decode, begin: int = 0, opening: int = 0
+    ) -> None:
         self.sampling = sampling
         self.stop_ids = stop_ids | frozenset(sampling.stop_ids)
-        self.way: Way = (replace(sampling, max_tokens=0, stop=(), stop_ids=(), max_repeats=0), self.stop_ids)
-        self._decode, self._begin = decode, begin
+        self._decode, self._begin, self._opening = decode, begin, opening
+        self._least = sampling.min_tokens and opening + sampling.min_tokens
+        drawn = replace(
+            sampling, max_tokens=0, stop=(), stop_ids=(), max_repeats=0, max_turn_tokens=0, min_tokens=self._least
+        )
+        self.way: Way = drawn, self.stop_ids
         # A token is at least one byte; four more allow for a character that is cut at the window's edge.
         self._window = max((len(text.encode()) for text in sampling.stop), default=0) + 4
 
     def from_token(self, begin: int) -> Stopping:
         """The same rules for a turn that begins later."""
-        return Stopping(self.sampling, self.stop_ids, self._decode, begin)
+        return Stopping(self.sampling, self.stop_ids, self._decode, begin, self._opening)
+
+    def after_opening(self, length: int) -> Stopping:
+        """The same rules for a row that begins with so many tokens of its prompt."""
+        return Stopping(self.sampling, self.stop_ids, self._decode, length, length)
 
     def reason(self, token_ids: Sequence[int]) -> FinishReason | None:
         """Why the completion ends with its last token, or None if it goes on."""
@@ -41,16 +51,19 @@ class Stopping:
             return "stop"
         if self.sampling.max_repeats and repeats(token_ids, self.sampling.max_repeats, self._begin):
             return "repetition"
-        return "length" if len(token_ids) >= self.sampling.max_tokens else None
+        if len(token_ids) - self._opening >= self.sampling.max_tokens:
+            return "length"
+        most = self.sampling.max_turn_tokens
+        return "max_turn_tokens" if most and len(token_ids) - self._begin >= most else None
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """The text of all turns: without the last stop token, and up to the first stop string of the last turn.
+        """The text of all turns: without opening and last stop token, and up to the last turn's first stop string.
 
         Earlier turns and injected tokens are there whole, as the model read them.
         """
         shown = self._shown(token_ids)
         turn = self._decode(shown[self._begin :])
-        whole = self._decode(shown) if self._begin else turn
+        whole = self._decode(shown[self._opening :]) if self._begin > self._opening else turn
         end = self._stop_in(turn, shown, self._begin)
         # Counted from the end: where a turn begins, its tokens may decode differently after others than alone.
         return whole if end is None else whole[: len(whole) - (len(turn) - end)]
@@ -62,7 +75,7 @@ class Stopping:
         return turn[: self._stop_in(turn, shown, self._begin)]
 
     def _shown(self, token_ids: Sequence[int]) -> Sequence[int]:
-        return token_ids[:-1] if token_ids[-1] in self.stop_ids else token_ids
+        return token_ids[:-1] if token_ids and token_ids[-1] in self.stop_ids else token_ids
 
     def sure(self, text: str) -> int:
         """How many characters of an unfinished completion's text do not begin a stop string."""
@@ -70,14 +83,14 @@ class Stopping:
         return len(text) - max(begun, default=0)
 
     def _stopped_by_text(self, token_ids: Sequence[int]) -> bool:
-        if not self.sampling.stop or len(token_ids) < self.sampling.min_tokens:
+        if not self.sampling.stop or len(token_ids) < self._least:
             return False
         start = max(self._begin, len(token_ids) - self._window)
         return self._stop_in(self._decode(token_ids[start:]), token_ids, start) is not None
 
     def _stop_in(self, text: str, token_ids: Sequence[int], start: int) -> int | None:
         """Where the first stop string begins in the text of `token_ids[start:]`; before `min_tokens` none can end."""
-        early = token_ids[start : max(start, self.sampling.min_tokens - 1)] if self.sampling.stop else ()
+        early = token_ids[start : max(start, self._least - 1)] if self.sampling.stop else ()
         least = len(self._decode(early)) if early else 0
         found = (text.find(stop, max(0, least - len(stop) + 1)) for stop in self.sampling.stop)
         return min((at for at in found if at >= 0), default=None)

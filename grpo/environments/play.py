@@ -1,0 +1,210 @@
+"""One conversation: the model's turns, and what its environment and its tools answer to them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from grpo.environments.openings import with_added
+from grpo.environments.sampler import Sampler
+from grpo.environments.scheduler import TimeIsUpError
+from grpo.environments.seats import Host, Limits, Reply, Seat
+from grpo.generation.generator import trajectory_of
+from grpo.generation.rows import Row
+from grpo.types import Conversation, Failure, FinishReason, Message, Trajectory
+
+
+class Chat(Protocol):
+    """How messages become tokens, and the model's tokens a message."""
+
+    def prompt_ids(self, messages: Sequence[Message]) -> Sequence[int]:
+        """The tokens of a prompt, up to where the model begins to answer."""
+        ...
+
+    def parse(self, token_ids: Sequence[int]) -> Message:
+        """The assistant's message of one turn, its last token included; with `tool_calls` if tools are called in it."""
+        ...
+
+    def ends_turn(self, token_id: int) -> bool:
+        """Whether messages can follow a turn that ends with this token."""
+        ...
+
+    def suffix(self, messages: Sequence[Message]) -> Sequence[int]:
+        """The tokens between the model's turn and its next: what follows its last token, and these messages."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Who sits at a conversation: the environment's host, and how the model talks to it.
+
+    With `keeps_seats` a conversation has its seat as `home` until it is scored, and whoever scores releases it.
+    """
+
+    host: Host
+    chat: Chat
+    limits: Limits = field(default_factory=Limits)
+    keeps_seats: bool = False
+
+
+class _BrokenOffError(Exception):
+    """The conversation cannot go on, for this reason."""
+
+    def __init__(self, reason: FinishReason) -> None:
+        self.reason = reason
+
+
+class Play:
+    """A conversation on its way. `prompt` has the messages before the first turn."""
+
+    def __init__(self, table: Table, seat: Seat, sampler: Sampler, prompt: Sequence[Message]) -> None:
+        self.table, self.seat, self.sampler, self.prompt = table, seat, sampler, tuple(prompt)
+        self.prompt_ids: Sequence[int] = sampler.task.prompt_ids
+        self.failure: Failure | None = None
+        self._messages: list[Message] = []
+        self._turn_rewards: list[float | None] = []
+        self._outcome: float | None = None
+        self._calls = self._failed_calls = 0
+        self._until: float | None = None
+        self._end: FinishReason | None = None
+        self._busy = self._left = False
+
+    async def reset(self, columns: Mapping[str, Any], seed: int, longest: int) -> None:
+        """Let the environment begin, and add to the prompt what it returns. A prompt may have `longest` tokens."""
+        try:
+            reply = await self._reply(self.seat.reset(columns, seed))
+        except _BrokenOffError:
+            return
+        if reply.value is not None:
+            self.prompt = with_added(self.prompt, reply.value)
+            self.prompt_ids = self.table.chat.prompt_ids(self.prompt)
+        if (length := len(self.prompt_ids)) > longest:
+            said = f"the prompt has {length:,} tokens after reset, and data.max_prompt_length is {longest:,}"
+            self.failure = Failure("error", said)
+
+    async def play(self, row: Row) -> Trajectory:
+        """Take turns until the conversation ends, and ask the environment for its reward."""
+        if self.failure is not None:  # it has no turn
+            return self._result(row, "failed")
+        if (limit := self.table.limits.rollout_timeout) is not None:
+            self._until = time.monotonic() + limit
+        try:
+            reason = await self._turns(row)
+        except _BrokenOffError as broken:
+            reason = broken.reason
+        self.sampler.release(row)
+        if self.table.host.description.rewards and self.failure is None and not self._busy:
+            reason = await self._rewarded(reason)
+        return self._result(row, reason)
+
+    def leave(self) -> None:
+        """Give the seat back, once."""
+        if not self._left:
+            self._left = True
+            self.seat.release()
+
+    async def _turns(self, row: Row) -> FinishReason:
+        """Why the conversation ends, as far as it is not broken off."""
+        chat, most = self.table.chat, self.table.limits.max_turns
+        while True:
+            reason = await self.sampler.turn(row, self._until)
+            if not row.turn:  # time was up before its first token
+                return reason
+            message = chat.parse(row.turn)
+            self._messages.append(message)
+            self._turn_rewards.append(None)
+            if reason != "stop" or not chat.ends_turn(row.token_ids[-1]):
+                return reason
+            answers = await self._answers(message)
+            if len(self._turn_rewards) == most:
+                self._end = self._end or "max_turns"
+            suffix = () if self._end else chat.suffix(answers)
+            if len(suffix) > row.room:  # with a token after it: it is as if it had not been said
+                return "length"
+            self._messages += answers
+            if not suffix:
+                return self._end or "done"
+            self.sampler.go_on(row, suffix)
+
+    async def _answers(self, message: Message) -> list[Message]:
+        """What is said in return to a turn."""
+        if calls := message.get("tool_calls"):
+            most = self.table.limits.max_tool_calls
+            allowed = len(calls) if most is None else most - self._calls
+            answers = [await self._call(call["function"]) for call in calls[:allowed]]
+            if allowed < len(calls):
+                self._end = self._end or "max_tool_calls"
+            return answers
+        if self.table.host.description.kind == "tools":
+            self._end = "stop"
+            return []
+        reply = self._counted(await self._reply(self.seat.step(message)))
+        return _messages_of(reply.value)
+
+    async def _call(self, function: Mapping[str, Any]) -> Message:
+        """The message with a tool's result. A tool that fails says so in it, and the conversation goes on."""
+        name = function["name"]
+        self._calls += 1
+        reply = self._counted(await self._reply(self.seat.call(name, function["arguments"]), goes_on=True))
+        if reply.kind == "error":
+            self._failed_calls += 1
+            return {"role": "tool", "name": name, "content": str({"error": reply.error})}
+        return {"role": "tool", "name": name, "content": "" if reply.value is None else reply.value}
+
+    async def _rewarded(self, reason: FinishReason) -> FinishReason:
+        """Ask for the environment's reward. Why the conversation ended: `failed` if that fails."""
+        self._until = None
+        try:
+            self._outcome = (await self._reply(self.seat.reward())).value
+        except _BrokenOffError as broken:
+            return broken.reason
+        return reason
+
+    async def _reply(self, called: Future[Reply], goes_on: bool = False) -> Reply:
+        """What a call came to. A lost seat breaks the conversation off; so does an error, unless it `goes_on`."""
+        try:
+            reply = await self.sampler.outside(called, self._until)
+        except TimeIsUpError:
+            self._busy = True
+            raise _BrokenOffError("rollout_timeout") from None
+        if reply.kind != "ok" and not (goes_on and reply.kind == "error"):
+            self.failure = Failure(reply.kind, reply.error)
+            raise _BrokenOffError("failed")
+        return reply
+
+    def _counted(self, reply: Reply) -> Reply:
+        """The same reply, its reward added to the turn's."""
+        if reply.reward is not None:
+            self._turn_rewards[-1] = (self._turn_rewards[-1] or 0.0) + reply.reward
+        if reply.done:
+            self._end = "done"
+        return reply
+
+    def _result(self, row: Row, reason: FinishReason) -> Trajectory:
+        keeps = self.table.keeps_seats and self.failure is None
+        conversation = Conversation(
+            environment=self.table.host.description.name,
+            prompt=self.prompt,
+            messages=tuple(self._messages),
+            turn_rewards=tuple(self._turn_rewards),
+            outcome=self._outcome,
+            calls=self._calls,
+            failed_calls=self._failed_calls,
+            failure=self.failure,
+            home=self.seat if keeps else None,
+        )
+        if not keeps:
+            self.leave()
+        return replace(trajectory_of(row, reason), conversation=conversation)
+
+
+def _messages_of(said: Any) -> list[Message]:
+    """What `step` answered, as messages: of text the user's, of None none."""
+    if said is None:
+        return []
+    if isinstance(said, str):
+        return [{"role": "user", "content": said}]
+    return [said] if isinstance(said, dict) else list(said)

@@ -1,0 +1,106 @@
+"""Stand-ins for a conversation's others: a host whose environments are functions, and a chat whose text is numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo.environments.seats import Description, Reply
+
+
+class Numbers:
+    """Tokens as text. A turn that ends with an odd stop token ended; each token in `calls` is a call of a tool.
+
+    Messages become their content's numbers after a token that stands for the role, and between turns all is begun by 9.
+    """
+
+    roles = {"system": 10, "user": 11, "tool": 12}  # noqa: RUF012
+
+    def __init__(self, calls: Sequence[int] = range(60, 70), ends: Sequence[int] = range(1, 8, 2)) -> None:
+        self.calls, self.ends = set(calls), set(ends)
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        return [token for message in messages for token in self._ids(message)]
+
+    def parse(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        message = {"role": "assistant", "content": " ".join(map(str, token_ids))}
+        called = [token for token in token_ids if token in self.calls]
+        calls = [{"type": "function", "function": {"name": f"t{token}", "arguments": {"x": token}}} for token in called]
+        return {**message, "tool_calls": calls} if calls else message
+
+    def ends_turn(self, token_id: int) -> bool:
+        return token_id in self.ends
+
+    def suffix(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        return [9, *self.prompt_ids(messages)]
+
+    def _ids(self, message: Mapping[str, Any]) -> list[int]:
+        return [self.roles[message["role"]], *map(int, message["content"].split())]
+
+
+def at_once(function: Callable[..., Any], *given: Any) -> Future[Reply]:
+    """What a call comes to, now."""
+    future: Future[Reply] = Future()
+    future.set_result(_reply(function, *given))
+    return future
+
+
+def later(executor: Executor) -> Callable[..., Future[Reply]]:
+    """Calls in other threads."""
+    return lambda function, *given: executor.submit(_reply, function, *given)
+
+
+def _reply(function: Callable[..., Any], *given: Any) -> Reply:
+    try:
+        value = function(*given)
+    except Exception as error:
+        return Reply("error", error=str(error))
+    return value if isinstance(value, Reply) else Reply(value=value)
+
+
+@dataclass
+class Seat:
+    """Records what is asked of it. `tool`, `step`, `reset` and `reward` answer; `state` is theirs."""
+
+    host: Host
+    group: int
+    number: int
+    asked: list[tuple[Any, ...]] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    released: int = 0
+
+    def reset(self, columns: Mapping[str, Any], seed: int) -> Future[Reply]:
+        return self._ask("reset", columns, seed)
+
+    def call(self, tool: str, arguments: Mapping[str, Any]) -> Future[Reply]:
+        return self._ask("tool", tool, arguments)
+
+    def step(self, message: Mapping[str, Any]) -> Future[Reply]:
+        return self._ask("step", message)
+
+    def reward(self) -> Future[Reply]:
+        return self._ask("reward")
+
+    def release(self) -> None:
+        self.released += 1
+
+    def _ask(self, what: str, *given: Any) -> Future[Reply]:
+        assert not self.released
+        self.asked.append((what, *given))
+        return self.host.run(self.host.functions.get(what, lambda *_: None), self, *given)
+
+
+class Host:
+    """`functions` by what they answer: `reset(seat, columns, seed)`, `tool(seat, name, arguments)`, …"""
+
+    def __init__(self, kind: str = "tools", run: Callable[..., Future[Reply]] = at_once, **functions: Any) -> None:
+        self.functions, self.run = functions, run
+        self.description = Description("Fake", kind, (), "reward" in functions, "reset" in functions)  # type: ignore[arg-type]
+        self.all: list[Seat] = []
+
+    def seats(self, group: int, n: int) -> list[Seat]:
+        made = [Seat(self, group, number) for number in range(n)]
+        self.all += made
+        return made

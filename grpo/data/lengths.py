@@ -81,7 +81,8 @@ def _place(rows: Rows, renderer: PromptRenderer) -> Path | None:
         return None
     cfg = renderer.cfg
     settings = cfg.prompt, cfg.system, cfg.chat_template, cfg.continue_final_message, cfg.max_prompt_length
-    parts = VERSION, fingerprint(rows), tokenizer, renderer.vocabulary, settings, cfg.chat_template_kwargs
+    told = cfg.chat_template_kwargs, renderer.tools
+    parts = VERSION, fingerprint(rows), tokenizer, renderer.vocabulary, settings, told
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
     return cache_folder() / "lengths" / f"{digest}.json"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from grpo.backend.hub import one_line
 from grpo.config import DataConfig
 from grpo.data.messages import check_messages, text_of, with_system
+from grpo.data.rendering import Schema, rendered_ids
 from grpo.data.rows import is_null
 from grpo.data.templates import columns_of, filled
 from grpo.errors import UserError
@@ -18,6 +19,9 @@ from grpo.types import Message, Prompt, Task
 
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
+
+Tools = Sequence[Schema] | Mapping[str, Sequence[Schema]]
+"""The tools that a prompt shows; where there are several environments those of each, by the column `environment`."""
 
 
 class PromptReader:
@@ -75,13 +79,19 @@ class PromptRenderer(PromptReader):
     """Makes tasks from rows as a recipe's `data` section says."""
 
     def __init__(
-        self, cfg: DataConfig, tokenizer: TokenizerWrapper, vocabulary: int | None = None, source: str = "data"
+        self,
+        cfg: DataConfig,
+        tokenizer: TokenizerWrapper,
+        vocabulary: int | None = None,
+        source: str = "data",
+        tools: Tools = (),
     ) -> None:
         """`vocabulary` is how many tokens the model knows, where prompts are to be checked for others. `source` is the
-        name of the source that the tasks say they are of."""
+        name of the source that the tasks say they are of. `tools` are shown to the model in the prompt."""
         super().__init__(cfg, source)
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
+        self.tools = tools
 
     @property
     def identity(self) -> str | None:
@@ -113,7 +123,7 @@ class PromptRenderer(PromptReader):
         Raises UserError for messages without a chat template, a prompt that comes to no tokens, and a token that the
         model has no embedding of (MLX would read whatever lies behind the last one).
         """
-        index, ids = task.index, tuple(self._encode(task.index, task.prompt))
+        index, ids = task.index, tuple(self._encode(task.index, task.prompt, self._tools_of(task)))
         if not ids:
             raise UserError(f"data.prompt: {self._row(index)} comes to no tokens; has the model a tokenizer?")
         if self.vocabulary is not None and (highest := max(ids)) >= self.vocabulary:
@@ -123,8 +133,20 @@ class PromptRenderer(PromptReader):
             )
         return replace(task, prompt_ids=ids)
 
-    def _encode(self, index: int, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str) and not self._wraps_text():
+    @property
+    def wraps_text(self) -> bool:
+        """Whether a prompt of text is put into the chat template, as a user's message."""
+        if self.cfg.chat_template == "auto" and self.cfg.system is None:
+            return bool(self.tokenizer.has_chat_template)
+        return self.cfg.chat_template != "never"
+
+    def _tools_of(self, task: Task) -> Sequence[Schema]:
+        if isinstance(self.tools, Mapping):
+            return self.tools.get(task.columns.get("environment", ""), ())
+        return self.tools
+
+    def _encode(self, index: int, prompt: Prompt, tools: Sequence[Schema]) -> list[int]:
+        if isinstance(prompt, str) and not self.wraps_text:
             if self.cfg.chat_template_kwargs:
                 raise UserError("data.chat_template_kwargs does nothing: text goes to this model without a template")
             return list(self.tokenizer.encode(prompt))
@@ -141,19 +163,12 @@ class PromptRenderer(PromptReader):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if self.cfg.system is not None and isinstance(prompt, str):
             messages = with_system(messages, self.cfg.system, self._row(index))
-        continued = messages[-1]["role"] == "assistant"
-        how = {"continue_final_message": True} if continued else {"add_generation_prompt": True}
         try:
-            return list(self.tokenizer.apply_chat_template(messages, **how, **self.cfg.chat_template_kwargs))
+            return rendered_ids(self.tokenizer, messages, tools, self.cfg.chat_template_kwargs)
         except Exception as error:  # the template is the model's own code
             raise UserError(
                 f"data.prompt: the model's chat template refuses {self._row(index)}: {one_line(error)}"
             ) from error
-
-    def _wraps_text(self) -> bool:
-        if self.cfg.chat_template == "auto" and self.cfg.system is None:
-            return bool(self.tokenizer.has_chat_template)
-        return self.cfg.chat_template != "never"
 
 
 def last_text(prompt: str | list[Message]) -> str:

@@ -1,0 +1,172 @@
+"""The exact tokens of a conversation: its prompt, what stands between two turns, and what a turn says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from grpo.data.rendering import Schema, rendered_ids
+from grpo.environments.joints import Joint, joint_of
+from grpo.environments.readback import format_of, takes_several
+from grpo.environments.template import MARK, QUESTION, Template, before, text_of, with_ids
+from grpo.environments.thinking import Thinking
+from grpo.environments.toolcalls import Format, Said
+from grpo.errors import UserError
+from grpo.types import Message
+
+if TYPE_CHECKING:
+    from grpo.model.mlxlm import TokenizerWrapper
+
+
+class Chat:
+    """How the conversations of a model with an environment are written, found by a test of its chat template.
+
+    A conversation's tokens are the prompt's, then by turns those that were sampled and a suffix: what was sampled is
+    never encoded again, not even where the template would write it otherwise. So earlier thinking stays in the
+    conversation, as in templates for training, where a template for inference would leave it out.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        joints: Mapping[str, Joint] | None,
+        form: Format | None,
+        thinking: Thinking | None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """`joints` are those that are known, by role; None where text goes to the model without a template."""
+        self.notes = tuple(notes)
+        self._template, self._form, self._thinking = template, form, thinking
+        self._joints = None if joints is None else dict(joints)
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: TokenizerWrapper,
+        tools: Sequence[Schema] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        answers: bool = False,
+        templated: bool = True,
+        stop_ids: Iterable[int] = (),
+    ) -> Chat:
+        """Test the template with these tools, and with `answers` with what an environment says as the user.
+
+        `templated` says whether prompts go through the template (`PromptRenderer.wraps_text`, or messages); without it
+        a conversation is plain text. `stop_ids` are tokens that end a turn beside the model's own. What was found is in
+        `notes`, for the plan. Raises UserError, with what to do, for a template that cannot hold such conversations.
+        """
+        stops = {int(token) for token in (*tokenizer.eos_token_ids, *stop_ids) if token is not None}
+        template = Template(tokenizer, tuple(tools), dict(template_kwargs or {}), frozenset(stops))
+        if not templated or not tokenizer.has_chat_template:
+            if tools:
+                why = "data.chat_template is never" if tokenizer.has_chat_template else "the model has none"
+                raise UserError(f"tools need a chat template, which tells the model of them, and {why}")
+            return cls(template, None, None, None, ["chat: plain text, without a chat template"])
+        thinking = Thinking.of(tokenizer, template.render([QUESTION], generation=True))
+        form = format_of(template, thinking)
+        roles = [*(["tool"] if tools else []), *(["user"] if answers else [])]
+        joints = {role: joint_of(template, role, thinking) for role in roles}
+        several = not tools or form is None or takes_several(template, form, thinking)
+        return cls(template, joints, form, thinking, _notes(template, joints, form if tools else None, several))
+
+    def prompt_ids(self, messages: str | Sequence[Message]) -> tuple[int, ...]:
+        """The tokens of a prompt, with the tools and the beginning of the model's answer.
+
+        Raises UserError for messages that the template refuses.
+        """
+        if self._joints is None:
+            text = messages if isinstance(messages, str) else "".join(text_of(one["content"]) for one in messages)
+            return tuple(self._template.tokenizer.encode(text))
+        given = [{"role": "user", "content": messages}] if isinstance(messages, str) else _as_text(messages)
+        template = self._template
+        try:
+            return tuple(rendered_ids(template.tokenizer, given, template.tools, template.kwargs))
+        except Exception as error:  # the template is the model's own code
+            raise UserError(f"the model's chat template refuses a prompt: {error}") from error
+
+    def suffix_ids(self, turn_ids: Sequence[int], messages: Sequence[Message]) -> tuple[int, ...] | None:
+        """The tokens between a sampled turn and the next: messages of tools or of the user, and the beginning of the
+        model's answer.
+
+        `turn_ids` are the turn's tokens with the one that ended it. None where nothing can follow: the turn ended
+        otherwise than the template ends turns (by a limit, a stop string, or another token). A control token that
+        stands in a message as text becomes ordinary tokens of the same characters. Raises UserError for messages that
+        the template refuses.
+        """
+        template = self._template
+        if self._joints is None:
+            return tuple(template.encode_plain("".join(text_of(one["content"]) for one in messages)))
+        if not turn_ids or not messages:
+            return None
+        role = messages[0]["role"]
+        if role not in self._joints:
+            self._joints[role] = joint_of(template, role, self._thinking)
+        joint = self._joints[role]
+        if turn_ids[-1] not in joint.sampled:
+            return None
+        ids = self._call_ids(turn_ids) if joint.ids else ()
+        given = [{**one, "content": template.harmless(one["content"])} for one in _as_text(messages)]
+        text = template.render([*before(given, joint.single, ids), *with_ids(given, ids)], generation=True)
+        at = text.index(joint.end, text.index(MARK)) + len(joint.end)
+        return template.encode_after(joint.end, text[at:])
+
+    def parse(self, turn_ids: Sequence[int]) -> Message:
+        """What a sampled turn says, as the assistant's message: `content`, `tool_calls` if it calls tools, and
+        `reasoning_content` if it thinks. A call that cannot be parsed is a part of the content. Never raises."""
+        said = self._said(turn_ids)
+        message: Message = {"role": "assistant", "content": said.content}
+        if said.reasoning is not None:
+            message["reasoning_content"] = said.reasoning
+        if said.calls:
+            message["tool_calls"] = [_tool_call(call) for call in said.calls]
+        return message
+
+    def _said(self, turn_ids: Sequence[int]) -> Said:
+        ids = list(turn_ids)
+        if ids and ids[-1] in self._template.stop_ids:
+            ids.pop()
+        decode = self._template.tokenizer.decode
+        plain = Said(decode(ids, skip_special_tokens=True))
+        if self._form is None and self._thinking is None:
+            return plain
+        text = decode(ids, skip_special_tokens=False)
+        reasoning, rest = self._thinking.split(text) if self._thinking else (None, text)
+        said = self._form.read(rest, self._template.tools) if self._form else Said(rest)
+        if reasoning is None and (said.content, said.calls, said.reasoning) == (text, (), None):
+            return plain
+        thought = said.reasoning if reasoning is None else reasoning
+        clean = self._template.specials.sub("", said.content)
+        return Said(clean, said.calls, thought)
+
+    def _call_ids(self, turn_ids: Sequence[int]) -> list[str | None]:
+        return [call.get("id") for call in self._said(turn_ids).calls]
+
+
+def _as_text(messages: Sequence[Message]) -> list[Message]:
+    return [{**one, "content": text_of(one.get("content", ""))} for one in messages]
+
+
+def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    own = {"id": call["id"]} if "id" in call else {}
+    return {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}, **own}
+
+
+def _notes(template: Template, joints: Mapping[str, Joint], form: Format | None, several: bool) -> list[str]:
+    """What was found, for the plan."""
+    if not joints:
+        return []
+    texts = {index: text for text, index in template.special.items()}
+    ends = sorted({texts[token] for joint in joints.values() for token in joint.sampled})
+    read = f"; tool calls are read as {form.name}{'' if several else ', one in a turn'}" if form else ""
+    notes = [f"chat: a turn ends with {' or '.join(ends)}{read}"]
+    notes += [
+        f"chat: earlier thinking stays in the conversation when {WHAT.get(role, role)} follows, as it was sampled; "
+        "the chat template would leave it out"
+        for role, joint in joints.items()
+        if joint.kept
+    ]
+    return notes
+
+
+WHAT = {"tool": "a tool's result", "user": "a user's message"}

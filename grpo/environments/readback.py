@@ -1,0 +1,105 @@
+"""The test of a chat template's tool calls: it shows the tools to the model, and what it writes is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from grpo.environments.joints import WAYS_OUT
+from grpo.environments.template import QUESTION, Template, shared
+from grpo.environments.thinking import Thinking
+from grpo.environments.toolcalls import FORMATS, HARMONY, Format, Said, between
+from grpo.errors import UserError
+from grpo.types import Message
+
+
+def format_of(template: Template, thinking: Thinking | None) -> Format | None:
+    """How calls are written: the first format that reads back what the template writes. None if it shows no channels
+    and there are no tools.
+
+    Raises UserError where the template does not show the tools, or no format reads its calls.
+    """
+    known = [*_of_mlx_lm(template), *FORMATS]
+    if not template.tools:
+        return HARMONY if {"<|channel|>", "<|message|>"} <= set(template.special) else None
+    _check_tools_shown(template)
+    examples = [_example(tool) for tool in template.tools]
+    for one in known:
+        if all(_reads_back(template, one, thinking, [example]) for example in examples):
+            return one
+    raise UserError(
+        "no known format reads back the tool calls that the model's chat template writes, "
+        f"{_written(template, examples[:1])[0]!r:.200}: {WAYS_OUT}"
+    )
+
+
+def takes_several(template: Template, form: Format, thinking: Thinking | None) -> bool:
+    """Whether two calls in a turn are written, and read back."""
+    calls = [_example(tool) for tool in (template.tools[0], template.tools[-1])]
+    return template.takes(_calling(calls)) and _reads_back(template, form, thinking, calls)
+
+
+def _of_mlx_lm(template: Template) -> list[Format]:
+    tokenizer = template.tokenizer
+    if not tokenizer.has_tool_calling:
+        return []
+    start, end, parse = tokenizer.tool_call_start, tokenizer.tool_call_end, tokenizer.tool_parser
+    return [between(f"mlx-lm's for {start}", start, end or "", lambda text, tools: parse(text, list(tools)))]
+
+
+def _check_tools_shown(template: Template) -> None:
+    text = template.render([QUESTION], generation=True)
+    if hidden := [name for name in (tool["function"]["name"] for tool in template.tools) if name not in text]:
+        raise UserError(
+            f"the model's chat template does not tell the model of tools: {hidden[0]!r} is not in its prompt. Use a "
+            "model whose template does (Qwen2.5, Qwen3, Llama 3.1, GLM-4.5 and gpt-oss have such), or an environment "
+            "that answers as the user does (`step(message)`)"
+        )
+
+
+def _calling(calls: Sequence[dict[str, Any]]) -> list[Message]:
+    given = [{"id": f"call{i:05d}", "type": "function", "function": call} for i, call in enumerate(calls)]
+    return [QUESTION, {"role": "assistant", "content": "", "tool_calls": given}]
+
+
+def _written(template: Template, calls: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """The turn that makes these calls as the template writes it, and what leads to it."""
+    prompt = template.render([QUESTION], generation=True)
+    whole = template.render(_calling(calls), generation=False)
+    lead = shared(prompt, whole)
+    end = template.end_in(whole, len(lead))
+    stopped = end is not None and template.special[end[0]] in template.stop_ids
+    return whole[len(lead) : end.start() if end is not None and stopped else None], lead
+
+
+def _reads_back(template: Template, form: Format, thinking: Thinking | None, calls: Sequence[dict[str, Any]]) -> bool:
+    turn, lead = _written(template, calls)
+    if thinking is not None:
+        _, turn = thinking.after(lead).split(turn)
+    read: Said = form.read(turn, template.tools)
+    return [{"name": call["name"], "arguments": call["arguments"]} for call in read.calls] == list(calls)
+
+
+EXAMPLES: dict[str, Any] = {
+    "string": 'naïve "x" {y}',
+    "integer": 3,
+    "number": 0.5,
+    "boolean": True,
+    "array": [1, 2],
+    "object": {"a": 1},
+}
+
+
+def _example(tool: Any) -> dict[str, Any]:
+    """A call of a tool, with an argument of each of its parameters."""
+    function = tool["function"]
+    properties = (function.get("parameters") or {}).get("properties") or {}
+    arguments = {name: _value(schema) for name, schema in properties.items()}
+    return {"name": function["name"], "arguments": arguments}
+
+
+def _value(schema: Any) -> Any:
+    if schema.get("enum"):
+        return schema["enum"][0]
+    kind = schema.get("type")
+    return EXAMPLES.get(kind[0] if isinstance(kind, list) and kind else kind, "x") if kind else "x"

@@ -16,7 +16,7 @@ from grpo.backend.random import derive_seed
 from grpo.backend.secrets import masked
 from grpo.config.log import CompletionsConfig
 from grpo.errors import UserError
-from grpo.types import BEHAVIOUR, Failure, Group, Prompt, Rollout, Task, Trajectory
+from grpo.types import BEHAVIOUR, FAILURES, Failure, Group, Prompt, Rollout, Task, Trajectory
 
 PROMPT = "prompt"
 """In the `columns` of a row: the prompt as rewards saw it, a text or messages."""
@@ -88,9 +88,10 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
     and the index of its row, `Task.identity`). `token_ids` and `logprobs` are those of the completion, the stop token
     included. `trained` says which of these tokens the policy sampled and learns from, null: all of them. `policy_step`
     is the number of steps that the policy that sampled had made. `advantage` is null for groups that were sampled but
-    not learnt from; `reward` is before `penalty`. `reward/<name>` is null where a reward gave no score, and
-    `failure/<name>` says why if it failed ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and the
-    prompt as rewards saw it. `extra/<name>` is JSON, by `log_extra`.
+    not learnt from; `turn_advantages` are those of the model's turns, null unless each turn has its own. `reward` is
+    before `penalty`. `reward/<name>` is null where a reward gave no score, and `failure/<name>` says why if it failed:
+    its kind, then the error ("timeout: ..."). `columns` is JSON: the dataset's row, and the prompt as rewards saw it.
+    `extra/<name>` is JSON, by `log_extra`.
     """
     import pyarrow as pa
 
@@ -110,6 +111,7 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
         ("reward", pa.float64()),
         ("penalty", pa.float64()),
         ("advantage", pa.float64()),
+        ("turn_advantages", pa.list_(pa.float64())),
         ("columns", pa.string()),
     ]
     known = {name for name, _ in fixed}
@@ -152,6 +154,7 @@ def _row(step: int, group: int, index: int, task: Task, rollout: Rollout, learnt
         "reward": rollout.reward,
         "penalty": rollout.penalty,
         "advantage": rollout.advantage if learnt else None,
+        "turn_advantages": rollout.turn_advantages if learnt else None,
         "columns": json.dumps({**task.columns, PROMPT: task.prompt}, default=str),
         **{f"reward/{_valid(name)}": score for name, score in rollout.scores.items()},
         **{f"failure/{_valid(name)}": _failed(rollout, name) for name in rollout.scores},
@@ -184,6 +187,7 @@ def _rollout(row: dict[str, Any]) -> Rollout:
         reward=row["reward"],
         penalty=row["penalty"],
         advantage=row["advantage"] or 0.0,
+        turn_advantages=None if (turns := row.get("turn_advantages")) is None else tuple(turns),
     )
 
 
@@ -202,7 +206,7 @@ def _trajectory(row: dict[str, Any]) -> Trajectory:
 
 def _failure(text: str) -> Failure:
     kind, _, error = text.partition(": ")
-    return Failure("timeout" if kind == "timeout" else "error", error)
+    return Failure(kind, error) if kind in FAILURES else Failure("error", text)
 
 
 def _named(row: dict[str, Any], prefix: str) -> dict[str, Any]:

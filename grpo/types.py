@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import accumulate, compress, pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -54,6 +54,20 @@ BEHAVIOUR, SAMPLER = "behaviour", "sampler"
 """The names of a trajectory's columns. `Trajectory` defines them."""
 
 
+def spoken(messages: Sequence[Message]) -> str:
+    """What the assistant said in messages: their texts without the calls of tools, a line break between them."""
+    texts = (text_of(message) for message in messages if message.get("role") == "assistant")
+    return "\n".join(text for text in texts if text)
+
+
+def text_of(message: Message) -> str:
+    """A message's text: its content, or of content blocks the texts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(block.get("text", "")) for block in content if isinstance(block, dict))
+    return "" if content is None else str(content)
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """What was said and done in a completion of several turns. Its tokens are the trajectory's.
@@ -84,6 +98,15 @@ class Conversation:
         """The environment's own reward: the sum of `turn_rewards` and `outcome`; None if it gave neither."""
         given = [reward for reward in (*self.turn_rewards, self.outcome) if reward is not None]
         return sum(given) if given else None
+
+    @property
+    def said(self) -> str:
+        """What the model itself said: the texts of its messages, a line break between them."""
+        return spoken(self.messages)
+
+    def __reduce__(self) -> tuple[type[Conversation], tuple[Any, ...]]:
+        """What is pickled, for other processes: all but `home`, which is a thing of this one."""
+        return Conversation, tuple(getattr(self, name) for name in self.__slots__ if name != "home")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +163,21 @@ class Trajectory:
         return self.finish_reason not in ("stop", "done")
 
     @property
+    def said(self) -> str:
+        """What the model itself said: `text`, or of a conversation the texts of the model's messages."""
+        return self.text if self.conversation is None else self.conversation.said
+
+    @property
+    def turns(self) -> int:
+        """How many turns the model had: runs of trained tokens, with others between them."""
+        return max(self.turns_begun, default=0)
+
+    @property
+    def turns_begun(self) -> tuple[int, ...]:
+        """How many turns have begun up to each token, itself included."""
+        return tuple(accumulate(here and not before for before, here in pairwise((False, *self.trained))))
+
+    @property
     def trained_tokens(self) -> int:
         """The number of trained tokens. Every length, limit, rate and denominator uses it."""
         return self.trained.count(True)
@@ -159,15 +197,19 @@ class Trajectory:
         return list(compress(values, self.trained))
 
 
+FailureKind = Literal["error", "timeout", "crash", "memory"]
+FAILURES: tuple[FailureKind, ...] = ("error", "timeout", "crash", "memory")
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a reward function failed to score a completion, or an environment to go on with a conversation.
+    """Why a reward function failed to score a completion, or why its environment failed.
 
-    `crash` and `memory`: its process ended, or held more memory than it may. A score of None without a failure means
-    "not applicable".
+    A score of None without a failure means "not applicable". `kind` is one of `FAILURES`: it raised or answered with
+    what it may not, it took too long, its process ended, or its process used too much memory.
     """
 
-    kind: Literal["error", "timeout", "crash", "memory"]
+    kind: FailureKind
     error: str
 
     def __str__(self) -> str:
@@ -183,16 +225,17 @@ Progress = Callable[[str, int, int], None]
 class Rollout:
     """A trajectory with its scores.
 
-    scores      the raw score of each reward, by the reward's name; None where a reward gave no score
-    failures    the rewards that failed on this completion, with the reason
+    scores      the raw score of each reward, by the reward's name, and of each environment; None where there is none
+    failures    the rewards that failed on this completion, and the environment if that failed, with the reason
     extras      values that rewards recorded with `log_extra`
     logged      values that rewards recorded with `log_metric` when called for this completion alone; the mean if a
                 name was recorded several times
-    failed      whether a reward with a weight other than 0 failed
+    failed      whether a reward with a weight other than 0 failed, or the environment
     reward      the weighted sum of the scores; None if no reward scored the completion, or if `failed`
     penalty     subtracted from the reward before advantages are computed
     advantage   0 until the objective sets it
-    turn_advantages   one for each of the model's turns, in the place of `advantage`, with `advantage.turns: turn`
+    turn_advantages   with `advantage.turns: turn`, the advantage of each of the model's turns, which take the place of
+                `advantage`; that is then the first of them, in which all rewards of the conversation are
     """
 
     trajectory: Trajectory
@@ -205,6 +248,11 @@ class Rollout:
     penalty: float = 0.0
     advantage: float = 0.0
     turn_advantages: tuple[float, ...] | None = None
+
+    @property
+    def has_advantage(self) -> bool:
+        """Whether any token's advantage is other than 0."""
+        return any(self.turn_advantages) if self.turn_advantages is not None else self.advantage != 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +293,7 @@ class Batch:
         trained      the mask: 1 on tokens to learn from, else 0. Zeros may stand anywhere in a row.
         weights      the normalizer: each token's share of the loss, fixed before the update was split into
                      micro-batches; 0 wherever `trained` is 0
-        advantages   the row's advantage on each trained token, 0 elsewhere
+        advantages   the row's advantage, or that of the turn, on each trained token; 0 elsewhere
         behaviour    log p under the policy that sampled
         sampler      log p under the distribution that was drawn from; None unless filters changed it
         anchor       log p under the policy before this step's first update, the denominator of the ratios. None: the

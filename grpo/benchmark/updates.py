@@ -14,7 +14,7 @@ import mlx.nn as nn
 from grpo.benchmark.models import base_model
 from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.setting import Setting
-from grpo.benchmark.work import policy_of, recipe, synthetic
+from grpo.benchmark.work import WEIGHTS, policy_of, recipe, synthetic
 from grpo.config import Recipe
 from grpo.errors import RunError, UserError
 from grpo.model.adapters import Adapters
@@ -74,7 +74,7 @@ def _sides(setting: Setting, names: Sequence[str], model: nn.Module, adapters: A
 
 def update_side(name: str, policy: Policy, cfg: Recipe, setting: Setting) -> Side:
     """One update of synthetic completions, batches made anew each time."""
-    groups = with_advantages(synthetic(setting, policy.model), cfg.rewards, cfg.advantage, cfg.loss.preset)
+    groups = with_advantages(synthetic(setting, policy.model), WEIGHTS, cfg.advantage, cfg.loss.preset)
     update, packing = Updater(policy, cfg.optim, cfg.loss), Packing.of(cfg.optim, cfg.rollout)
     footprint = measure_footprint(policy, policy.gradient_checkpointing)
     planned = mx.get_active_memory() + max(footprint.bytes(shape) for shape in shapes(groups, packing))
@@ -110,7 +110,7 @@ def parity(setting: Setting) -> str:
     for sharing, checkpointing in ((False, False), (True, False), (True, True)):
         cfg = recipe(setting, {"share_prompts": sharing, "gradient_checkpointing": checkpointing, "compile": False})
         policy = policy_of(base_model(setting), cfg.optim)
-        groups = with_advantages(synthetic(setting, policy.model), cfg.rewards, cfg.advantage, cfg.loss.preset)
+        groups = with_advantages(synthetic(setting, policy.model), WEIGHTS, cfg.advantage, cfg.loss.preset)
         adapters = policy.adapters
         drawn = {path: mx.random.normal(a.shape, key=mx.random.key(5)) * 0.01 for path, a in adapters.state().items()}
         adapters.load_state({path: array.astype(policy.dtype) for path, array in drawn.items()})

@@ -46,6 +46,10 @@ def policy_of(model: nn.Module, optim: OptimConfig) -> Policy:
     return Policy(model, adapters, 1.0, optim.share_prompts, optim.gradient_checkpointing is True)
 
 
+WEIGHTS = {"even": 1.0}
+"""Of the rewards that `synthetic` completions have."""
+
+
 def synthetic(setting: Setting, model: nn.Module) -> list[Group]:
     """Groups of random prompts and completions of full length, with rewards that differ."""
     made, vocabulary = [], vocabulary_of(model)

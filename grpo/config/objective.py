@@ -21,11 +21,13 @@ class AdvantageConfig(Section):
     """What rewards less their baseline are divided by: their deviation in the group, in the batch, or nothing (none).
     Default: that of `loss.type`."""
     turns: Literal["trajectory", "turn"] = "trajectory"
-    """What an advantage is of: the whole conversation, or each turn of the model, from the rewards of its steps onward
-    (process supervision, arXiv 2402.03300 §4.1.3)."""
+    """What an advantage is of: the whole conversation (trajectory), or each turn of the model (turn): the rewards of
+    this turn and the later ones, normalised over all turns of the group; other rewards belong to the last turn (process
+    supervision, arXiv 2402.03300 §4.1.3). turn needs the group baseline."""
     soft_overlong_cache: Tokens | None = None
     """Punish length over the last so many tokens before max_completion_length, from 0 down to -1 (DAPO's soft overlong
-    punishment). Default: not at all."""
+    punishment). It counts what the model sampled; max_completion_length counts besides what tools and environments
+    answer. Default: not at all."""
 
 
 class LossConfig(Section):
@@ -82,7 +84,7 @@ class LossConfig(Section):
     """Leave out completions with advantage below 0 whose tokens have lost more than this in mean logprob since they
     were sampled (arXiv 2512.02556). Default: none is."""
     mask_truncated_completions: bool = False
-    """Leave completions without a stop token out of the loss: DAPO's overlong filtering. Their rewards still count in
+    """Leave completions that a limit ended out of the loss: DAPO's overlong filtering. Their rewards still count in
     their group's mean."""
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Train on this fraction of the step's tokens, those of highest entropy (arXiv 2506.01939)."""

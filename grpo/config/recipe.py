@@ -79,6 +79,11 @@ class Recipe(Section):
             )
         if self.advantage.turns == "turn" and not own:
             raise ValueError("advantage.turns: turn does nothing without environment or tools")
+        if self.advantage.turns == "turn" and self.baseline != "group":
+            raise ValueError(
+                f"advantage.turns: turn compares turns with those of the group, so it needs advantage.baseline: group; "
+                f"{self.baseline} compares whole completions"
+            )
         return self
 
     @model_validator(mode="after")

@@ -99,12 +99,12 @@ def score(groups: Sequence[Group], rewards: Sequence[Rewardable]) -> list[Group]
         raise UserError(f"rewards: two of them are called {twice!r}: name one of them, grpo.reward(..., name=...)")
     scorer = Scorer(
         {grader.name: grader for grader in graders},
-        metrics_only={name for name, config in configs.items() if config.weight == 0},
+        weights={name: config.weight for name, config in configs.items()},
         max_failure_rates={name: config.max_failure_rate for name, config in configs.items()},
     )
     try:
         scorer.check(groups[0].task.columns)
-        return with_rewards(scorer.score(groups), list(configs.values()))
+        return with_rewards(scorer.score(groups), scorer.weights)
     finally:
         scorer.close()
 

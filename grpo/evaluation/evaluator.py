@@ -26,9 +26,10 @@ Z = 1.959963984540054
 class Evaluator:
     """Measures a policy on fixed prompts.
 
-    A completion is right when the recipe's first reward gives it 1 or more. It is left out when that reward gives no
-    score (None: it does not apply), and counted as not right when that reward failed on it: what nobody could check is
-    not a right answer, and to leave it out would turn one right answer and three timeouts into 100 %.
+    A completion is right when the recipe's first reward gives it 1 or more; in a recipe without reward functions that
+    is its environment's own reward. It is left out when that reward gives no score (None: it does not apply), and
+    counted as not right when that reward or the environment failed on it: what nobody could check is not a right
+    answer, and to leave it out would turn one right answer and three timeouts into 100 %.
     Of several processes each samples and scores its share of the prompts, and all measure the same.
     """
 
@@ -45,14 +46,15 @@ class Evaluator:
         """`temperature` is that of the samples (greedy answers are measured besides); draws come from `seed`."""
         self.samples, self.temperature, self.seed = cfg.samples, temperature, seed
         self.tasks, self.engine, self.scorer = tasks, engine, scorer
-        self.grader = next(iter(scorer.rewards))
+        self.graders = list(scorer.rewards)[:1] or list(scorer.environments)
+        self.grader = " or ".join(self.graders)
         self.ranks = ranks or Ranks()
 
     @property
     def names(self) -> list[str]:
         """What is always measured, all of it the better the higher; what rewards log comes to it."""
         sampled = [f"avg@{self.samples}", *(f"pass@{k}" for k in self._ks()), f"maj@{self.samples}"]
-        return ["greedy", *sampled, *(f"rewards/{name}" for name in self.scorer.rewards)]
+        return ["greedy", *sampled, *(f"rewards/{name}" for name in self.scorer.weights)]
 
     def __call__(self, step: int) -> EvalMetrics:
         """Measure the policy as it is, before (0) or after `step`. The draws are the same at every step."""
@@ -65,15 +67,14 @@ class Evaluator:
             f"avg@{self.samples}": [fmean(marks) for marks in solved],
             **{f"pass@{k}": [pass_at(k, len(marks), sum(marks)) for marks in solved] for k in self._ks()},
             f"maj@{self.samples}": [_voted(graded) for graded in right],
-            **{f"rewards/{name}": _means(sampled, "scores", name) for name in self.scorer.rewards},
+            **{f"rewards/{name}": _means(sampled, "scores", name) for name in self.scorer.weights},
         }
         measured |= {name: _means(sampled, "logged", name) for name in _logged(sampled) if name not in measured}
         rollouts = [rollout for group in (*greedy, *sampled) for rollout in group.rollouts]
-        known = any(rollout.scores[self.grader] is not None for rollout in rollouts)
+        known = any(self._score(rollout) is not None for rollout in rollouts)
         if not measured["greedy"] or not solved or not known:
-            raise RunError(
-                f"evaluation: the first reward, {self.grader!r}, scored no completion: {self._why_none(rollouts)}"
-            )
+            what = "first reward" if self.scorer.rewards else "environment's own reward"
+            raise RunError(f"evaluation: the {what}, {self.grader!r}, scored no completion: {self._why_none(rollouts)}")
         measured = {name: values for name, values in measured.items() if values}
         return EvalMetrics(
             step=step,
@@ -81,19 +82,34 @@ class Evaluator:
             grader=self.grader,
             values={name: fmean(values) for name, values in measured.items()},
             intervals={name: interval(values, self.seed) for name, values in measured.items()},
-            failed_gradings=sum(self.grader in rollout.failures for rollout in rollouts),
+            failed_gradings=sum(map(self._failed, rollouts)),
         )
 
     def _why_none(self, rollouts: Sequence[Rollout]) -> str:
         """What the grader did with completions of which none counts, and what to do."""
-        failed = sum(self.grader in rollout.failures for rollout in rollouts)
-        without = sum(rollout.scores[self.grader] is None for rollout in rollouts) - failed
+        failed = sum(map(self._failed, rollouts))
+        without = sum(self._score(rollout) is None for rollout in rollouts) - failed
         did = [f"failed on {failed}"] * bool(failed) + [f"returned None for {without}"] * bool(without)
+        if not self.scorer.rewards:
+            return (
+                f"of {len(rollouts)} it {' and '.join(did)}. An evaluation counts the conversations that get 1 or more "
+                "from `get_reward` and the rewards of its steps: see that one of them scores the held-out rows"
+            )
         return (
             f"of {len(rollouts)} it {' and '.join(did)}. An evaluation counts the completions that the first of "
             "`rewards` gives 1 or more: put one first that scores the held-out rows, or try this one out (grpo rewards "
             "test)"
         )
+
+    def _score(self, rollout: Rollout) -> float | None:
+        """What the grader gave a completion; each environment grades its own conversations."""
+        return next((score for name in self.graders if (score := rollout.scores[name]) is not None), None)
+
+    def _failed(self, rollout: Rollout) -> bool:
+        """Whether the grader failed on a completion, or had nothing whole to grade because the environment failed."""
+        conversation = rollout.trajectory.conversation
+        broke = conversation is not None and conversation.failure is not None
+        return broke or any(name in rollout.failures for name in self.graders)
 
     def _ks(self) -> list[int]:
         """1 < k < samples by powers of two, and the number of samples."""
@@ -110,11 +126,11 @@ class Evaluator:
 
     def _graded(self, group: Group) -> list[tuple[Rollout, bool]]:
         """The completions that the grader applies to, and whether they are right; where it failed they are not."""
-        scores = [(rollout, rollout.scores[self.grader]) for rollout in group.rollouts]
+        scores = [(rollout, self._score(rollout)) for rollout in group.rollouts]
         return [
             (rollout, score is not None and score >= SOLVED)
             for rollout, score in scores
-            if score is not None or self.grader in rollout.failures
+            if score is not None or self._failed(rollout)
         ]
 
 
@@ -132,7 +148,7 @@ def _voted(graded: Sequence[tuple[Rollout, bool]]) -> float:
 
     It is if it was found right in any of them: the grader may have failed on the others.
     """
-    answers = [final_answer(rollout.trajectory.text) for rollout, _ in graded]
+    answers = [final_answer(rollout.trajectory.said) for rollout, _ in graded]
     chosen = answers[majority(answers)]
     return float(any(right for answer, (_, right) in zip(answers, graded, strict=True) if answer == chosen))
 

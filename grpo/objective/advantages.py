@@ -69,6 +69,26 @@ def advantages(
     return found.reshape(-1)
 
 
+def turn_advantages(
+    rewards: mx.array, cfg: AdvantageConfig, preset: Preset = PRESETS["grpo"]
+) -> mx.array:
+    """The advantage of each turn: process supervision, DeepSeekMath (arXiv 2402.03300) §4.1.3, with turns for steps.
+
+    rewards `[G, n, T]` float32: of G groups of n completions, the rewards of up to T turns; NaN for a turn without one,
+    and for padding. Returns `[G, n, T]` float32. With R all rewards of the turns of a group, μ and σ their mean and
+    their deviation with Bessel's correction, and r_it the reward of turn t of completion i:
+
+        A_it = Σ_{t' ≥ t} (r_it' - μ) / (σ + 1e-4)
+
+    σ is that of all turns of the batch with `scale_rewards: batch`, and with `none` nothing is divided. A turn without
+    a reward takes no part in μ and σ and adds nothing to the sums. If all rewards of a group are equal, all its
+    advantages are 0, and exactly. With one turn a completion it is `advantages` with the `group` baseline.
+    """
+    grouped = rewards.reshape(rewards.shape[0], -1)
+    found = _scaled(_centred(grouped), grouped, cfg.scale_rewards or preset.scale_rewards).reshape(rewards.shape)
+    return mx.cumsum(found, axis=2, reverse=True)
+
+
 def _gdpo(rewards: mx.array, weights: mx.array, size: int) -> mx.array:
     """Each reward normalised in its group, so that none drowns another, then summed and whitened."""
     if not (weights != 0).any().item():

@@ -17,7 +17,7 @@ from grpo.backend.secrets import masked
 from grpo.config.log import CompletionsConfig
 from grpo.data.messages import text_of
 from grpo.errors import UserError
-from grpo.types import BEHAVIOUR, Conversation, Failure, Group, Prompt, Rollout, Task, Trajectory
+from grpo.types import BEHAVIOUR, FAILURES, Conversation, Failure, Group, Prompt, Rollout, Task, Trajectory
 
 TOLD = ("environment", "prompt", "messages", "turn_rewards", "outcome", "calls", "failed_calls")
 """The fields of a conversation that are stored as they are."""
@@ -236,7 +236,7 @@ def _trajectory(row: dict[str, Any]) -> Trajectory:
 
 def _failure(text: str) -> Failure:
     kind, _, error = text.partition(": ")
-    return Failure("timeout" if kind == "timeout" else "error", error)
+    return Failure(kind, error) if kind in FAILURES else Failure("error", text)
 
 
 def _named(row: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, cast
 
-from grpo.config import LossConfig, Recipe, RewardConfig, RolloutConfig
+from grpo.config import LossConfig, Recipe, RolloutConfig
 from grpo.evaluation.evaluator import wilson_interval
 from grpo.runs.state import RunState
-from grpo.types import EvalMetrics, Group, StepMetrics
+from grpo.types import FAILURES, EvalMetrics, Group, StepMetrics
 
 MOSTLY = 0.5
 """Share of truncated completions in a step above which it is said."""
@@ -29,13 +29,16 @@ STUDENT = 2.776
 SAMPLE_MORE = "more rollout.num_generations or a higher rollout.temperature make rewards differ more often"
 
 
-def warnings_of_first(metrics: StepMetrics, rollout: RolloutConfig, rewards: Sequence[RewardConfig]) -> list[str]:
-    """What the first step says about a run that may learn nothing, each with what to do."""
+def warnings_of_first(metrics: StepMetrics, rollout: RolloutConfig, weights: Mapping[str, float]) -> list[str]:
+    """What the first step says about a run that may learn nothing, each with what to do.
+
+    `weights` are those of the rewards by name, environments' own included, here and below.
+    """
     values = metrics.values
-    return [*_of_lengths(metrics, rollout), *_of_rewards(values, rewards)]
+    return [*_of_lengths(metrics, rollout), *_of_rewards(values, weights)]
 
 
-def trained_on_nothing(state: RunState, loss: LossConfig, rewards: Sequence[RewardConfig]) -> str | None:
+def trained_on_nothing(state: RunState, loss: LossConfig, weights: Mapping[str, float]) -> str | None:
     """What to say of a run none of whose updates was applied; None of others, and of one without a step."""
     if state.step == 0 or _updates(state) > 0:
         return None
@@ -44,7 +47,7 @@ def trained_on_nothing(state: RunState, loss: LossConfig, rewards: Sequence[Rewa
         return f"{what}every update was skipped as not finite, or had no signal; not_finite/ holds what led to it"
     if not state.rewarded:
         return (
-            f"{what}no completion got a reward: {_gave_none(rewards, _has_failed(state))}. None means that a reward "
+            f"{what}no completion got a reward: {_gave_none(weights, _has_failed(state))}. None means that a reward "
             "does not apply: see that the data has what it reads (grpo rewards test, grpo rewards score)"
         )
     cut = ", or loss.mask_truncated_completions left them out" if loss.mask_truncated_completions else ""
@@ -148,10 +151,9 @@ def _told(metrics: EvalMetrics, name: str, end: int | None = None) -> str:
     return f"{value:.3f}" if name.startswith("rewards/") else f"{value:.1%}"
 
 
-def _names(rewards: Sequence[RewardConfig]) -> str:
+def _names(weights: Mapping[str, float]) -> str:
     """The rewards of a recipe that something is learned from, in a sentence."""
-    weighted = [reward for reward in rewards if reward.weight] or rewards
-    *others, last = [reward.name or reward.use.rpartition("/")[2] for reward in weighted]
+    *others, last = [name for name, weight in weights.items() if weight] or list(weights)
     return f"{', '.join(others)} and {last}" if others else last
 
 
@@ -179,23 +181,24 @@ def _of_lengths(metrics: StepMetrics, rollout: RolloutConfig) -> list[str]:
     ]
 
 
-def _why_none(values: Mapping[str, float], rewards: Sequence[RewardConfig]) -> str:
+def _why_none(values: Mapping[str, float], weights: Mapping[str, float]) -> str:
     """Why no reward gave a score in a step, by the rates of its failures, and what to do."""
-    failed = any(value for name, value in values.items() if name.endswith(("/error_rate", "/timeout_rate")))
+    rates = tuple(f"/{kind}_rate" for kind in FAILURES)
+    failed = any(value for name, value in values.items() if name.endswith(rates))
     return (
-        f"{_gave_none(rewards, failed)}, and None means that a reward does not apply. If that is not meant, stop the "
+        f"{_gave_none(weights, failed)}, and None means that a reward does not apply. If that is not meant, stop the "
         "run and try the reward out (grpo rewards test)"
     )
 
 
-def _gave_none(rewards: Sequence[RewardConfig], failed: bool) -> str:
+def _gave_none(weights: Mapping[str, float], failed: bool) -> str:
     """What the rewards did that gave no score to any completion."""
-    return f"{_names(rewards)} {'failed or ' if failed else ''}returned None for each of them"
+    return f"{_names(weights)} {'failed or ' if failed else ''}returned None for each of them"
 
 
-def _of_rewards(values: Mapping[str, float], rewards: Sequence[RewardConfig]) -> list[str]:
+def _of_rewards(values: Mapping[str, float], weights: Mapping[str, float]) -> list[str]:
     if "reward" not in values:
-        return [f"step 1: no completion has a reward, so nothing was learned. {_why_none(values, rewards)}"]
+        return [f"step 1: no completion has a reward, so nothing was learned. {_why_none(values, weights)}"]
     if values["frac_reward_zero_std"] < 1:
         return []
     return [

@@ -14,6 +14,9 @@ from typing import Any
 GIVEN = ("prompts", "completions", "completion_ids")
 HOOKS = ("trainer_state", "log_extra", "log_metric")
 """Arguments that a function receives only if it takes them."""
+ENVIRONMENTS = "environments"
+"""The argument with the environment of each completion. A function that takes it is called where these live."""
+_NOT_OURS = (*GIVEN, *HOOKS, ENVIRONMENTS)
 
 
 def is_factory(function: Callable[..., Any]) -> bool:
@@ -24,7 +27,7 @@ def is_factory(function: Callable[..., Any]) -> bool:
         parameters = inspect.signature(function).parameters
     except ValueError:
         return False
-    return not any(name in parameters for name in GIVEN) and not _takes_everything(parameters)
+    return not any(name in parameters for name in (*GIVEN, ENVIRONMENTS)) and not _takes_everything(parameters)
 
 
 def check_kwargs(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
@@ -33,7 +36,7 @@ def check_kwargs(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> Non
         return
     parameters = inspect.signature(function).parameters
     named = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    ours = [name for name in named if name not in (*GIVEN, *HOOKS)]
+    ours = [name for name in named if name not in _NOT_OURS]
     for name, value in kwargs.items():
         if name not in ours:
             close = difflib.get_close_matches(name, ours, n=1)
@@ -69,6 +72,19 @@ def taker(function: Callable[..., Any]) -> Callable[[str], bool]:
         return lambda _: True
     everything = _takes_everything(parameters)
     return lambda name: everything or name in parameters
+
+
+def takes_environments(function: Callable[..., Any]) -> bool:
+    """Whether a function takes `environments`: as a parameter, or out of its `**kwargs`, where its code names it."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:
+        return False
+    if ENVIRONMENTS in parameters or not _takes_everything(parameters):
+        return ENVIRONMENTS in parameters
+    called = inspect.unwrap(function)
+    code = getattr(called, "__code__", None) or getattr(type(called).__call__, "__code__", None)
+    return ENVIRONMENTS in getattr(code, "co_consts", ())
 
 
 def _annotation(function: Callable[..., Any], name: str) -> Any:

@@ -18,12 +18,13 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 from grpo.scoring.arguments import GIVEN, HOOKS, check_kwargs, is_factory, made, taker
 from grpo.scoring.forms import ROLES, AskedForMessages, Form, Probe, declared_form, expects_messages, in_form
 from grpo.scoring.names import check_column, check_metric
 from grpo.scoring.text import counted
+from grpo.types import FailureKind
 
 Columns = Mapping[str, Sequence[Any]]
 """A value for each completion, by name."""
@@ -47,11 +48,11 @@ class Answer:
     extras: dict[str, list[Any]] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
-    kind: Literal["error", "timeout"] = "error"
+    kind: FailureKind = "error"
     fatal: bool = False
 
     @staticmethod
-    def failed(count: int, error: str, kind: Literal["error", "timeout"] = "error", seconds: float = 0.0) -> Answer:
+    def failed(count: int, error: str, kind: FailureKind = "error", seconds: float = 0.0) -> Answer:
         """The answer of a call that failed for all of its completions."""
         return Answer([None] * count, dict.fromkeys(range(count), error), seconds=seconds, kind=kind)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from grpo.errors import UserError
 from grpo.plugins import Function, Located
-from grpo.scoring.arguments import GIVEN, HOOKS, is_factory
+from grpo.scoring.arguments import ENVIRONMENTS, GIVEN, HOOKS, is_factory
 from grpo.scoring.cases import Report, Tried
 from grpo.scoring.text import counted
 
@@ -83,7 +83,7 @@ def _columns(function: Function) -> list[str]:
     return [
         name
         for name, p in inspect.signature(function).parameters.items()
-        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and name not in (*GIVEN, *HOOKS)
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and name not in (*GIVEN, *HOOKS, ENVIRONMENTS)
     ]
 
 
@@ -92,7 +92,9 @@ def _arguments(function: Function) -> list[str]:
     return [
         name if p.default is p.empty else f"{name}={_value(p.default)}"
         for name, p in inspect.signature(function).parameters.items()
-        if p.kind is not p.VAR_KEYWORD and name not in (*GIVEN, *HOOKS) and (factory or p.default is not p.empty)
+        if p.kind is not p.VAR_KEYWORD
+        and name not in (*GIVEN, *HOOKS, ENVIRONMENTS)
+        and (factory or p.default is not p.empty)
     ]
 
 

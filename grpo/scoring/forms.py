@@ -5,6 +5,10 @@ columns that the chat template wraps later, and whether a model has a chat templ
 a function says it reads comes first: by `rewards[].completions` in the recipe, by its annotations
 (`completions: list[str]`, `completions: list[list[dict[str, str]]]`), or by failing on texts as a function for
 messages does, at the text itself. All others get what the dataset has. Worker processes import this.
+
+A conversation with an environment or tools is a list of messages: the assistant's, the tools' and the environment's. A
+function that reads texts gets what the assistant said in all its turns, one below the other (`text.said`), and of the
+prompt the last message.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from grpo.scoring.text import as_text
+from grpo.scoring.text import as_text, said
 
 Form = Literal["text", "messages"]
 ROLES = {"completions": "assistant", "prompts": "user"}
@@ -70,7 +74,7 @@ def in_form(columns: Mapping[str, Any], forms: Mapping[str, Form | None], system
     made = dict(columns)
     for column, form in forms.items():
         if form == "text":
-            made[column] = [as_text(value) for value in columns[column]]
+            made[column] = [(said if column == "completions" else as_text)(value) for value in columns[column]]
         elif form == "messages":
             before = system if column == "prompts" else None
             made[column] = [as_messages(value, ROLES[column], before) for value in columns[column]]

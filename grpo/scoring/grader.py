@@ -1,10 +1,9 @@
-"""A reward of a recipe, wherever it runs: what it is called with, and what it has answered so far."""
+"""A reward of a recipe, in this process or in a worker of its own, and what it is called with."""
 
 from __future__ import annotations
 
 import pickle
 import threading
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 from grpo.config import RewardConfig
 from grpo.errors import UserError
 from grpo.plugins import Function, Located, locate_reward
+from grpo.scoring.arguments import takes_environments
 from grpo.scoring.contract import Answer, Columns, Reward, calls_of, is_paid
 from grpo.scoring.forms import Form
 from grpo.scoring.process import Span, Worker, WorkerTerms
+from grpo.types import Conversation
 
 Answers = list[tuple[Span, Answer]]
 """An answer for each call, in the order of the completions that the calls got."""
@@ -23,22 +24,29 @@ Answers = list[tuple[Span, Answer]]
 class ScoringRequest:
     """The completions to score: their columns, the sizes of their groups, and the trainer's state.
 
-    The columns are pickled once for all workers.
+    `conversations` are those that the completions are of, None for a single answer. The columns are pickled once for
+    all workers.
     """
 
-    def __init__(self, columns: Columns, sizes: Sequence[int], state: Mapping[str, Any]) -> None:
-        self.columns, self.sizes, self.state = columns, sizes, state
+    def __init__(
+        self,
+        columns: Columns,
+        sizes: Sequence[int],
+        state: Mapping[str, Any],
+        conversations: Sequence[Conversation | None] = (),
+    ) -> None:
+        self.columns, self.sizes, self.state, self.conversations = columns, sizes, state, conversations
         self.count = len(columns["completions"])
         self._pickled: bytes | None = None
         self._lock = threading.Lock()
 
     def spans(self, calls: str) -> list[Span]:
-        """Which completions each call gets."""
+        """Which completions each call gets, at least one."""
         sizes: Iterable[int] = {"step": [self.count], "group": self.sizes, "completion": [1] * self.count}[calls]
         ends: list[int] = []
         for size in sizes:
             ends.append(size + (ends[-1] if ends else 0))
-        return list(zip([0, *ends], ends, strict=False))
+        return [(begin, end) for begin, end in zip([0, *ends], ends, strict=False) if begin < end]
 
     def pickled(self) -> bytes:
         with self._lock:
@@ -63,6 +71,7 @@ class Inline:
         try:
             self._reward = Reward(function, kwargs, form, system)
             self.calls, self.paid = calls or calls_of(function), is_paid(function)
+            self.takes_environments = takes_environments(self._reward.function)
         except ValueError as error:
             raise UserError(f"reward {name!r}: {error}") from None
 
@@ -104,6 +113,11 @@ class Isolated:
     def paid(self) -> bool:
         """Whether a call costs money. Known once it is ready."""
         return self.worker.paid
+
+    @property
+    def takes_environments(self) -> bool:
+        """Whether it takes the argument `environments`. Known once it is ready."""
+        return self.worker.takes_environments
 
     def wait_ready(self) -> None:
         """Wait until it is imported. Raises UserError where that cannot be done, or its arguments do not fit."""
@@ -147,50 +161,3 @@ def make_grader(config: RewardConfig, system: str | None = None, function: Funct
         return Inline(located.name, called, config.kwargs, config.calls, config.completions, system)
     terms = WorkerTerms(config.timeout, config.completions, system, config.env, config.memory_gb)
     return Isolated(located, config.kwargs, terms, config.calls)
-
-
-class RewardRecord:
-    """What a reward has done so far: failures since the start and lately, latencies, the first error."""
-
-    WINDOW = 3
-    """Scorings that count as lately."""
-
-    def __init__(self, max_failure_rate: float) -> None:
-        self.max_failure_rate = max_failure_rate
-        self.failures = 0
-        self.timeouts = 0
-        self.first_error: str | None = None
-        self.seconds: deque[float] = deque(maxlen=1000)
-        self._lately: deque[tuple[int, int]] = deque(maxlen=self.WINDOW)
-
-    def add(self, answers: Sequence[tuple[Span, Answer]]) -> None:
-        failed = sum(len(answer.failures) for _, answer in answers)
-        self.failures += failed
-        self.timeouts += sum(len(answer.failures) for _, answer in answers if answer.kind == "timeout")
-        self._lately.append((failed, sum(len(answer.values) for _, answer in answers)))
-        self.seconds.extend(answer.seconds for _, answer in answers)
-        if self.first_error is None:
-            self.first_error = next((e for _, answer in answers for e in answer.failures.values()), None)
-
-    def state(self) -> dict[str, Any]:
-        """What it has counted, as JSON holds it; latencies are of one machine and one sitting."""
-        counts = {"failures": self.failures, "timeouts": self.timeouts}
-        return {**counts, "lately": list(self._lately), "first_error": self.first_error}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.failures, self.first_error = state["failures"], state["first_error"]
-        self.timeouts = state.get("timeouts", 0)  # checkpoints of before they were counted
-        self._lately = deque(((failed, count) for failed, count in state["lately"]), maxlen=self.WINDOW)
-
-    @property
-    def broken(self) -> str | None:
-        """In words, that it failed on too many; None if it did not."""
-        failed, count = map(sum, zip(*self._lately, strict=True))
-        if failed <= self.max_failure_rate * count:
-            return None
-        return f"failed on {failed} of the last {count} completions (max_failure_rate: {self.max_failure_rate:g})"
-
-    def latency(self, quantile: float) -> float:
-        """In seconds, of its last 1,000 calls."""
-        ordered = sorted(self.seconds)
-        return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]

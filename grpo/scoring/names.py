@@ -33,10 +33,12 @@ _STEP = (
     "tokens",
 )
 _EVALUATION = ("n", "grader", "failed_gradings", "greedy", r"(avg|pass|maj)@\d+", r".*_interval")
+_CONVERSATIONS = ("turns/mean", "tools/(call|failure)_frequency", "stop/.*", "environment/failures/.*")
 _FOLDERS = ("rewards", "completions", "clip_ratio", "sampling", "time")
 """Whatever comes under them (`time/rollout`) is the run's own."""
 
-_RESERVED = re.compile("|".join([*_STEP, *_EVALUATION, *(f"{folder}/.*" for folder in _FOLDERS)]), re.DOTALL)
+_OWN = (*_STEP, *_EVALUATION, *_CONVERSATIONS, *(f"{folder}/.*" for folder in _FOLDERS))
+_RESERVED = re.compile("|".join(_OWN), re.DOTALL)
 
 
 def check_metric(name: str) -> None:

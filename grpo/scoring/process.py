@@ -65,7 +65,7 @@ class Worker:
         Without `kwargs` it only reads what there is for tests: in the function's file, or in the file `cases`.
         """
         self.name, self.timeout = located.name, terms.timeout
-        self.calls, self.paid = "step", False
+        self.calls, self.paid, self.takes_environments = "step", False, False
         self.cases: list[dict[str, Any]] = []
         self.case_kwargs: dict[str, Any] = {}
         self._output = Output(located.name)
@@ -110,6 +110,7 @@ class Worker:
             said = with_hint(hello["error"], self._environment)
             raise UserError(said if said.startswith("reward ") else f"reward {self.name!r}: {said}")
         self.calls, self.paid, self._ready = hello["calls"], hello["paid"], True
+        self.takes_environments = hello["environments"]
         self.cases, self.case_kwargs = hello.get("cases", []), hello.get("case_kwargs", {})
 
     def problem(self, columns: Collection[str]) -> str | None:
@@ -136,7 +137,7 @@ class Worker:
                 request = {"columns": columns, "spans": spans[done:], "state": dict(state)}
                 send(self._process.channel, pickle.dumps(request), self.timeout)
                 for _ in range(done, len(spans)):
-                    yield self._hinted(_answer(self._receive(self.timeout), spans[done]))
+                    yield self._hinted(answer_of(self._receive(self.timeout), spans[done]))
                     done, deaths, began = done + 1, 0, time.perf_counter()
             except UserError as error:  # it was imported before, and cannot be now
                 yield from (Answer.failed(end - begin, str(error)) for begin, end in spans[done:])
@@ -192,8 +193,8 @@ def untried(span: Span) -> Answer:
     return Answer.failed(end - begin, f"not tried: each of the {DEATHS} calls before it ended its process")
 
 
-def _answer(reply: Any, span: Span) -> Answer:
-    """A reply, read as one that anything may have been written into."""
+def answer_of(reply: Any, span: Span) -> Answer:
+    """A process's reply, read as one that anything may have been written into. Raises what `_NOISE` names."""
     begin, end = span
     values, wrong = checked(reply["values"], end - begin)
     failures = wrong | {int(place): str(error) for place, error in reply["failures"].items()}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from grpo.backend.secrets import masked
 from grpo.errors import UserError
+from grpo.scoring.hosted import Hosted
 from grpo.scoring.scorer import Scorer
-from grpo.types import Group, Rollout, Task, Trajectory
+from grpo.types import Conversation, Group, Rollout, Task, Trajectory
 
 TEXTS = ("<think>3 + 4 = 7</think> The answer is \\boxed{7}.", "I do not know.")
 """What a model might say: the completions of each prompt."""
@@ -18,16 +20,20 @@ PROMPTS = 2
 def rehearse(scorer: Scorer, tasks: Sequence[Task], encode: Callable[[str], Sequence[int]]) -> list[str]:
     """Call each reward on the first prompts with made-up completions, in the form that a run gives; nothing is counted.
 
-    Rewards whose file says `PAID = True` are not called. Returns notes: who was not called, and who failed on some.
+    Rewards whose file says `PAID = True` are not called, nor are those that take `environments`, of which there are
+    none yet. Returns notes: who was not called, and who failed on some.
     Raises UserError for rewards that something is learnt from and that failed on all: the run would stop at once.
     """
-    rollouts = tuple(Rollout(Trajectory.sampled(tuple(encode(text)), None, text, "stop")) for text in TEXTS)
-    request = scorer.request([Group(task, rollouts) for task in tasks[:PROMPTS]])
+    answers = [Trajectory.sampled(tuple(encode(text)), None, text, "stop") for text in TEXTS]
+    request = scorer.request([_group(task, answers, scorer) for task in tasks[:PROMPTS]])
     notes: list[str] = []
     broken: list[str] = []
     for name, reward in scorer.rewards.items():
         if reward.paid:
             notes.append(f"reward {name!r} was not called: its file says that calls cost money")
+            continue
+        if isinstance(reward, Hosted):
+            notes.append(f"reward {name!r} was not tried: it takes `environments`, and there is none before the run")
             continue
         failures = {
             begin + place: error
@@ -41,6 +47,17 @@ def rehearse(scorer: Scorer, tasks: Sequence[Task], encode: Callable[[str], Sequ
     if broken:
         raise UserError("\n".join(broken))
     return notes
+
+
+def _group(task: Task, answers: Sequence[Trajectory], scorer: Scorer) -> Group:
+    """The answers to a task; where there are environments, as conversations of a single turn."""
+    if not scorer.environments:
+        return Group(task, tuple(map(Rollout, answers)))
+    before = ({"role": "user", "content": task.prompt},) if isinstance(task.prompt, str) else tuple(task.prompt)
+    said = [({"role": "assistant", "content": answer.text},) for answer in answers]
+    environment = next(iter(scorer.environments))
+    talks = [Conversation(environment, before, messages) for messages in said]
+    return Group(task, tuple(Rollout(replace(a, conversation=t)) for a, t in zip(answers, talks, strict=True)))
 
 
 def _said(name: str, failures: Mapping[int, str], completions: Sequence[object]) -> str:

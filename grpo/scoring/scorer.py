@@ -2,7 +2,7 @@
 
 A function that raises, hangs, dies, or answers with something that is no usable number has failed for those
 completions: they score None, which keeps them out of their group's baseline, and counters say so. It never becomes a
-zero.
+zero. An environment's own reward is one more score, and a conversation whose environment failed is one more failure.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from statistics import fmean
 from typing import Any
 
 from grpo.backend.secrets import masked
-from grpo.config import RewardConfig
+from grpo.config import EnvironmentConfig, RewardConfig
+from grpo.environments.seats import Host
 from grpo.errors import RunError, UserError
-from grpo.plugins import Function
+from grpo.plugins import Function, Located, locate_reward
 from grpo.scoring.contract import Answer
-from grpo.scoring.grader import Answers, Inline, Isolated, RewardRecord, ScoringRequest, make_grader
+from grpo.scoring.grader import Inline, Isolated, ScoringRequest, make_grader
 from grpo.scoring.hints import column_hint
-from grpo.scoring.session import Scoring, columns_of, request_of
+from grpo.scoring.hosted import Hosted, hosted
+from grpo.scoring.own import Terms, own_answers, terms_of, without_home
+from grpo.scoring.records import ConversationRecord, Placed, RewardRecord, failures_by_kind
+from grpo.scoring.session import Grader, Scoring, as_prompted, columns_of, request_of
 from grpo.scoring.text import counted
-from grpo.types import Failure, Group, Progress, Task
+from grpo.types import Failure, Group, Progress, Rollout, Task
 
 log = logging.getLogger(__name__)
 
@@ -36,24 +40,36 @@ class BrokenRewardError(RunError):
 
 
 class Scorer:
-    """A recipe's rewards. `failures` counts, by name, the completions that a function failed on."""
+    """A recipe's rewards: its functions, then its environments' own.
+
+    `weights` has the weight of each by name, in the order in which every completion has its scores. `failures` counts,
+    by name, the completions that a function failed on, and the conversations whose environment failed.
+    """
 
     def __init__(
         self,
-        rewards: Mapping[str, Inline | Isolated | Function],
-        metrics_only: Collection[str] = (),
+        rewards: Mapping[str, Grader | Function],
+        weights: Mapping[str, float] | None = None,
         max_failure_rates: Mapping[str, float] | None = None,
         max_steps: int = 0,
+        environments: Mapping[str, Terms] | None = None,
+        has_tools: bool = False,
     ) -> None:
-        """`rewards` that are plain functions run inline. `metrics_only` names those that may fail as they like, because
-        nothing is learnt from them."""
-        self.rewards: dict[str, Inline | Isolated] = {
-            name: reward if isinstance(reward, Inline | Isolated) else Inline(name, reward, {})
+        """`rewards` that are plain functions run inline. `weights` are theirs, 1 where none is given; a reward of
+        weight 0 may fail as it likes, because nothing is learnt from it. `environments` are those that give a reward of
+        their own, by name; `has_tools` says whether the model can call tools."""
+        self.rewards: dict[str, Grader] = {
+            name: reward if isinstance(reward, Inline | Isolated | Hosted) else Inline(name, reward, {})
             for name, reward in rewards.items()
         }
-        self.metrics_only = metrics_only
+        self.environments, self.has_tools = dict(environments or {}), has_tools
+        given = weights or {}
+        self.weights = {name: float(given.get(name, 1.0)) for name in rewards}
+        self.weights |= {name: terms.weight for name, terms in self.environments.items()}
+        self.metrics_only = {name for name, weight in self.weights.items() if weight == 0}
         default = RewardConfig.model_fields["max_failure_rate"].default
         self.records = {name: RewardRecord((max_failure_rates or {}).get(name, default)) for name in rewards}
+        self.records |= {name: ConversationRecord(t.max_failure_rate) for name, t in self.environments.items()}
         self._state = {"global_step": 0, "max_steps": max_steps}
         self._logged: dict[str, list[float]] = {}
         self._owners: dict[str, str] = {}
@@ -66,34 +82,54 @@ class Scorer:
         max_steps: int = 0,
         system: str | None = None,
         functions: Mapping[str, Function] | None = None,
+        hosts: Sequence[tuple[Host, EnvironmentConfig]] = (),
     ) -> Scorer:
         """The rewards that a recipe names, ready; `system` is the system message of its text prompts. `functions` are
-        those that were given as objects, by their `use`.
+        those that were given as objects, by their `use`. `hosts` are those of the recipe's environments, with their
+        sections: their own rewards are scores as well, and functions that take `environments` are called there.
 
         Raises UserError for one that cannot be had, for arguments that do not fit, and for two of one name.
         """
-        rewards: dict[str, Inline | Isolated] = {}
+        functions = functions or {}
+        rewards: dict[str, Grader] = {}
         for config in configs:
-            grader = make_grader(config, system, (functions or {}).get(config.use))
+            grader = make_grader(config, system, functions.get(config.use))
             if grader.name in rewards:
                 raise UserError(
                     f"rewards: two of them are called {grader.name!r}; metrics need one name each: give one a name of "
                     "its own (name: ...)"
                 )
             rewards[grader.name] = grader
-        for reward in rewards.values():  # their processes are starting side by side
-            reward.wait_ready()
+        _check_names(rewards, [host.description.name for host, _ in hosts])
+        for name, config in zip(rewards, configs, strict=True):  # their processes are starting side by side
+            rewards[name].wait_ready()
+            if rewards[name].takes_environments:
+                rewards[name].close()
+                function = functions.get(config.use)
+                rewards[name] = hosted(name, config, _located(name, config), hosts, system, function)
         named = dict(zip(rewards, configs, strict=True))
         return cls(
             rewards,
-            metrics_only={name for name, config in named.items() if config.weight == 0},
+            weights={name: config.weight for name, config in named.items()},
             max_failure_rates={name: config.max_failure_rate for name, config in named.items()},
             max_steps=max_steps,
+            environments=terms_of(hosts),
+            has_tools=any(host.description.tools for host, _ in hosts),
         )
+
+    @property
+    def lends_environments(self) -> bool:
+        """Whether a reward takes `environments`, so that a conversation's must live until it is scored."""
+        return any(isinstance(reward, Hosted) for reward in self.rewards.values())
 
     @property
     def failures(self) -> dict[str, int]:
         return {name: record.failures for name, record in self.records.items()}
+
+    @property
+    def failures_by_kind(self) -> dict[str, int]:
+        """The conversations whose environment failed, by kind of failure; empty without environments."""
+        return failures_by_kind(self.records)
 
     @property
     def timeouts(self) -> dict[str, int]:
@@ -133,24 +169,25 @@ class Scorer:
             return []
         scoring = scoring or self.open([group.task for group in groups])
         try:
-            answers = scoring.answers(groups)
+            answers = scoring.answers(groups) | own_answers(groups, self.environments)
         except BaseException:  # a second Ctrl-C: nobody waits for what is still under way
             self.close()
             raise
         answers = {
-            name: [(span, self._told_apart(name, _masked(answer))) for span, answer in spans]
-            for name, spans in answers.items()
+            name: [(places, self._told_apart(name, _masked(answer))) for places, answer in placed]
+            for name, placed in answers.items()
         }
-        placed = _by_place(answers, sum(len(group.rollouts) for group in groups), self.metrics_only)
+        by_place = _by_place(answers, sum(len(group.rollouts) for group in groups), self.metrics_only)
         scored = [
-            replace(group, rollouts=tuple(replace(rollout, **next(placed)) for rollout in group.rollouts))
+            replace(group, rollouts=tuple(_scored(rollout, next(by_place)) for rollout in group.rollouts))
             for group in groups
         ]
-        for name, spans in answers.items():
-            self._note(name, spans, groups)
+        for name, placed in answers.items():
+            self._note(name, placed, groups)
             record = self.records[name]
-            if record.broken is not None and name not in self.metrics_only:
-                said = f"reward {name!r} {record.broken}. The first time: {record.first_error}"
+            stops = name in self.environments or name not in self.metrics_only
+            if record.broken is not None and stops:
+                said = f"{self._what(name)} {record.broken}. The first time: {record.first_error}"
                 raise BrokenRewardError(said, scored)
         return scored
 
@@ -183,7 +220,10 @@ class Scorer:
         extras = {column if owned[column] else f"{name}/{column}": values for column, values in answer.extras.items()}
         return replace(answer, extras=extras)
 
-    def _note(self, name: str, answers: Answers, groups: Sequence[Group]) -> None:
+    def _what(self, name: str) -> str:
+        return f"{'environment' if name in self.environments else 'reward'} {name!r}"
+
+    def _note(self, name: str, answers: Placed, groups: Sequence[Group]) -> None:
         """Count, and warn of a first failure."""
         record = self.records[name]
         was_fine = not record.failures
@@ -192,12 +232,15 @@ class Scorer:
             for metric, values in answer.metrics.items():
                 self._logged.setdefault(metric, []).extend(values)
         if was_fine and record.failures:
-            place = next(begin + min(answer.failures) for (begin, _), answer in answers if answer.failures)
+            place = next(places[min(answer.failures)] for places, answer in answers if answer.failures)
+            first = [(group.task, rollout) for group in groups for rollout in group.rollouts][place]
+            conversed = name in self.environments
             log.warning(
-                "reward %r failed on %s, the first of them %.200r: %s",
-                name,
-                counted(record.failures),
-                self.request(groups).columns["completions"][place],
+                "%s failed %s %s, the first of them %.200r: %s",
+                self._what(name),
+                "in" if conversed else "on",
+                counted(record.failures, "conversation" if conversed else "completion"),
+                as_prompted(first[0].prompt, first[1].trajectory),
                 record.first_error,
             )
 
@@ -207,23 +250,46 @@ def _masked(answer: Answer) -> Answer:
     return replace(answer, failures={place: masked(error) for place, error in answer.failures.items()})
 
 
-def _by_place(answers: Mapping[str, Answers], count: int, metrics_only: Collection[str]) -> Iterator[dict[str, Any]]:
+def _scored(rollout: Rollout, found: dict[str, Any]) -> Rollout:
+    """The rollout with what was found of it. It failed as well if its environment did."""
+    conversation = rollout.trajectory.conversation
+    broke = conversation is not None and conversation.failure is not None
+    return replace(without_home(rollout), **{**found, "failed": found["failed"] or broke})
+
+
+def _check_names(rewards: Collection[str], environments: Sequence[str]) -> None:
+    """Raise UserError for an environment that is called as a reward is, or as another environment."""
+    for place, name in enumerate(environments):
+        if name in rewards or name in environments[:place]:
+            what = "a reward and an environment are" if name in rewards else "two of the environments are"
+            raise UserError(
+                f"{what} called {name!r}; metrics need one name each: give the environment a name of its own "
+                "(environment.name, or environments.<key>.name)"
+            )
+
+
+def _located(name: str, config: RewardConfig) -> Located:
+    found = locate_reward(config.use)
+    return Located(name, found.where, found.what)
+
+
+def _by_place(answers: Mapping[str, Placed], count: int, metrics_only: Collection[str]) -> Iterator[dict[str, Any]]:
     """What each rollout gets of the answers, in order."""
-    scores: list[dict[str, float | None]] = [{} for _ in range(count)]
+    scores: list[dict[str, float | None]] = [dict.fromkeys(answers) for _ in range(count)]
     failures: list[dict[str, Failure]] = [{} for _ in range(count)]
     extras: list[dict[str, Any]] = [{} for _ in range(count)]
     logged: list[dict[str, list[float]]] = [{} for _ in range(count)]
-    for name, spans in answers.items():
-        for (begin, end), answer in spans:
-            if end - begin == 1:
+    for name, placed in answers.items():
+        for places, answer in placed:
+            if len(places) == 1:
                 for metric, told in answer.metrics.items():  # two rewards may log under one name
-                    logged[begin].setdefault(metric, []).extend(told)
-            for place, value in enumerate(answer.values, begin):
+                    logged[places[0]].setdefault(metric, []).extend(told)
+            for place, value in zip(places, answer.values, strict=True):
                 scores[place][name] = value
-            for place, error in answer.failures.items():
-                failures[begin + place][name] = Failure(answer.kind, error)
+            for inside, error in answer.failures.items():
+                failures[places[inside]][name] = Failure(answer.kind, error)
             for column, values in answer.extras.items():
-                for place, value in enumerate(values, begin):
+                for place, value in zip(places, values, strict=True):
                     extras[place][column] = value
     for own, failed, extra, all_told in zip(scores, failures, extras, logged, strict=True):
         counts, means = bool(set(failed) - set(metrics_only)), {name: fmean(told) for name, told in all_told.items()}

@@ -1,22 +1,27 @@
 """One scoring: each group is given to the rewards as soon as it is whole, while others are still sampled.
 
 What comes of it does not depend on when a group was whole. A reward in a process of its own that takes a group or a
-completion at a time is called for each group as it comes, from a thread of its own. A reward that takes a whole step
-has to wait for all groups. So does a reward in this process: Python runs one thread at a time, so decoding would wait
-for it in any case, and what interrupts a run reaches the main thread alone.
+completion at a time is called for each group as it comes, from a thread of its own. So is a reward that takes
+`environments`, where these live; they are given back when the last such reward is done. A reward that takes a whole
+step has to wait for all groups. So does a reward in this process: Python runs one thread at a time, so decoding would
+wait for it in any case, and what interrupts a run reaches the main thread alone.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from grpo.scoring.grader import Answers, Inline, Isolated, ScoringRequest
+from grpo.scoring.hosted import Hosted
 from grpo.scoring.process import DEATHS, untried
+from grpo.scoring.records import Placed
 from grpo.types import Group, Message, Progress, Prompt, Task, Trajectory
 
-Rewards = Mapping[str, Inline | Isolated]
+Grader = Inline | Isolated | Hosted
+Rewards = Mapping[str, Grader]
 
 
 class Scoring:
@@ -31,21 +36,28 @@ class Scoring:
         """`state` is what rewards are told of the trainer; `progress` is told how many completions have all scores."""
         self._rewards, self._state, self._progress = rewards, state, progress
         self._columns = columns_of(tasks)
-        self._early = {n: r for n, r in rewards.items() if isinstance(r, Isolated) and r.calls != "step"}
+        self._early = {
+            name: reward
+            for name, reward in rewards.items()
+            if isinstance(reward, Isolated | Hosted) and reward.calls != "step"
+        }
         self._running: dict[int, dict[str, Future[Answers]]] = {}
         self._fatal: dict[str, dict[int, list[bool]]] = {name: {} for name in rewards}
         for reward in rewards.values():
-            if isinstance(reward, Isolated):
+            if isinstance(reward, Isolated | Hosted):
                 reward.begin()
 
     def add(self, place: int, group: Group) -> None:
         """The group of task number `place` is whole: call the rewards that need not wait for others."""
         request = self._request([group])
-        self._running[place] = {name: r.submit(self._call(r, place), request) for name, r in self._early.items()}
+        running = {name: r.submit(self._call(r, place), request) for name, r in self._early.items()}
+        self._running[place] = running
+        _when_done([running[n] for n, r in self._early.items() if isinstance(r, Hosted)], lambda: _give_back(group))
 
-    def answers(self, groups: Sequence[Group]) -> dict[str, Answers]:
-        """Every answer, by reward: its spans are places among the completions of all groups.
+    def answers(self, groups: Sequence[Group]) -> dict[str, Placed]:
+        """Every answer, by reward, with the places of its completions among those of all groups.
 
+        A completion whose environment failed is in no call: there is nothing whole to score.
         `groups` are those of all tasks, in their order; what was not added before is now. Waits for the last answer.
         """
         for place, group in enumerate(groups):
@@ -53,9 +65,10 @@ class Scoring:
                 self.add(place, group)
         self._tell(groups, 0)
         done = self._of_all(groups)
-        by_group: list[dict[str, Answers]] = []
-        for place in range(len(groups)):
-            by_group.append({name: future.result() for name, future in self._running[place].items()})
+        by_group: list[dict[str, Placed]] = []
+        for place, group in enumerate(groups):
+            answers = {name: future.result() for name, future in self._running[place].items()}
+            by_group.append({name: _placed(answers[name], [group]) for name in answers})
             self._tell(groups, place + 1)
         done |= {name: _in_order([answers[name] for answers in by_group], groups) for name in self._early}
         return {name: done[name] for name in self._rewards}
@@ -69,7 +82,7 @@ class Scoring:
             for future in futures.values():
                 future.cancel()
 
-    def _of_all(self, groups: Sequence[Group]) -> dict[str, Answers]:
+    def _of_all(self, groups: Sequence[Group]) -> dict[str, Placed]:
         """The answers of the rewards that have to wait for all groups."""
         others = {name: reward for name, reward in self._rewards.items() if name not in self._early}
         if not others:
@@ -77,9 +90,10 @@ class Scoring:
         request = self._request(groups)
         running = {name: r.submit(r.score, request) for name, r in others.items() if isinstance(r, Isolated)}
         inline = {name: reward.score(request) for name, reward in others.items() if isinstance(reward, Inline)}
-        return inline | {name: future.result() for name, future in running.items()}
+        found = inline | {name: future.result() for name, future in running.items()}
+        return {name: _placed(answers, groups) for name, answers in found.items()}
 
-    def _call(self, reward: Isolated, place: int) -> Callable[[ScoringRequest], Answers]:
+    def _call(self, reward: Isolated | Hosted, place: int) -> Callable[[ScoringRequest], Answers]:
         """What the reward's thread does for a group."""
 
         def score(request: ScoringRequest) -> Answers:
@@ -103,14 +117,21 @@ class Scoring:
 
 
 def request_of(groups: Sequence[Group], columns: Collection[str], state: Mapping[str, Any]) -> ScoringRequest:
-    """What a reward function is given of `groups`, with these columns of the dataset."""
-    rows = [(group.task, rollout.trajectory) for group in groups for rollout in group.rollouts]
+    """What a reward function is given of `groups`, with these columns of the dataset.
+
+    As in TRL, `completion_ids` are all tokens after the prompt, and of a conversation `completions` are all messages
+    after the prompt, and `prompts` the messages that the environment's `reset` may have added to. Completions whose
+    environment failed are left out.
+    """
+    whole = [[(group.task, r.trajectory) for r in group.rollouts if not _broke(r.trajectory)] for group in groups]
+    rows = [row for of_group in whole for row in of_group]
     given: dict[str, Any] = {name: [task.columns.get(name) for task, _ in rows] for name in columns}
-    given["prompts"] = [task.prompt for task, _ in rows]
+    given["prompts"] = [prompt_of(task, trajectory) for task, trajectory in rows]
     given["completions"] = [as_prompted(task.prompt, trajectory) for task, trajectory in rows]
     given["completion_ids"] = [list(trajectory.token_ids) for _, trajectory in rows]
     given.pop("prompt", None)  # as in TRL: it is there as `prompts`
-    return ScoringRequest(given, [len(group.rollouts) for group in groups], state)
+    conversations = [trajectory.conversation for _, trajectory in rows]
+    return ScoringRequest(given, list(map(len, whole)), state, conversations)
 
 
 def columns_of(tasks: Sequence[Task]) -> list[str]:
@@ -118,8 +139,15 @@ def columns_of(tasks: Sequence[Task]) -> list[str]:
     return list(dict.fromkeys(name for task in tasks for name in task.columns))
 
 
+def prompt_of(task: Task, trajectory: Trajectory) -> Prompt:
+    """The prompt as rewards see it: of a conversation the messages that it began with."""
+    return task.prompt if trajectory.conversation is None else list(trajectory.conversation.prompt)
+
+
 def as_prompted(prompt: Prompt, trajectory: Trajectory) -> str | list[Message]:
-    """Text for a text prompt, a list of one message for a prompt of messages."""
+    """Text for a text prompt, a list of one message for a prompt of messages; of a conversation all its messages."""
+    if trajectory.conversation is not None:
+        return list(trajectory.conversation.messages)
     return trajectory.text if isinstance(prompt, str) else [{"role": "assistant", "content": trajectory.text}]
 
 
@@ -137,18 +165,55 @@ def _gave_up(fatal: Mapping[int, Sequence[bool]], place: int) -> bool:
     return False
 
 
-def _in_order(answers: Sequence[Answers], groups: Sequence[Group]) -> Answers:
+def _broke(trajectory: Trajectory) -> bool:
+    return trajectory.conversation is not None and trajectory.conversation.failure is not None
+
+
+def _placed(answers: Answers, groups: Sequence[Group]) -> Placed:
+    """The answers with places among all completions of `groups`, from spans of those that a request has."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    places = [place for place, rollout in enumerate(rollouts) if not _broke(rollout.trajectory)]
+    return [(tuple(places[begin:end]), answer) for (begin, end), answer in answers]
+
+
+def _when_done(futures: Sequence[Future[Answers]], then: Callable[[], object]) -> None:
+    """Call `then` once, when all of these are done or cancelled; at once if there are none."""
+    left, lock = len(futures), threading.Lock()
+
+    def done(_: object) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            last = left == 0
+        if last:
+            then()
+
+    if not futures:
+        then()
+    for future in futures:
+        future.add_done_callback(done)
+
+
+def _give_back(group: Group) -> None:
+    """Let the environments of a group serve other conversations."""
+    for rollout in group.rollouts:
+        conversation = rollout.trajectory.conversation
+        if conversation is not None and conversation.home is not None:
+            conversation.home.release()
+
+
+def _in_order(answers: Sequence[Placed], groups: Sequence[Group]) -> Placed:
     """The groups' answers joined, as if the calls had been made in the order of the groups.
 
     After `DEATHS` calls in a row that ended their process the rest counts as not tried, even if it was: a group that
     was whole earlier than its neighbors must not fare better for it.
     """
-    joined: Answers = []
+    joined: Placed = []
     first = deaths = 0
     for of_group, group in zip(answers, groups, strict=True):
-        for (begin, end), answer in of_group:
-            span = (first + begin, first + end)
-            joined.append((span, untried(span) if deaths == DEATHS else answer))
+        for inside, answer in of_group:
+            places = tuple(first + place for place in inside)
+            joined.append((places, untried((0, len(places))) if deaths == DEATHS else answer))
             if deaths < DEATHS:
                 deaths = deaths + 1 if answer.fatal else 0
         first += len(group.rollouts)

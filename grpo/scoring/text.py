@@ -5,15 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from grpo.types import spoken, text_of
+
 
 def texts(completions: Iterable[Any]) -> list[str]:
-    """Each completion as a text: it is one, or a list of messages whose last one counts."""
-    return [as_text(completion) for completion in completions]
+    """Each completion as a text: it is one, or a list of messages, of which `said` makes one."""
+    return [said(completion) for completion in completions]
+
+
+def said(completion: Any) -> str:
+    """A text as it is; of messages what the assistant said in them, a line break between its turns.
+
+    What tools and environments answered is left out, so that a right answer in a tool's result is not the model's, and
+    so are the calls of tools. Of messages without an assistant's the last counts.
+    """
+    if isinstance(completion, str):
+        return completion
+    spoke = any(message.get("role") == "assistant" for message in completion)
+    return spoken(completion) if spoke else as_text(completion)
 
 
 def as_text(value: Any) -> str:
-    """A text as it is; of messages the content of the last."""
-    return str(value if isinstance(value, str) else value[-1]["content"])
+    """A text as it is; of a prompt's messages the text of the last."""
+    return value if isinstance(value, str) else text_of(value[-1])
 
 
 def counted(count: int, noun: str = "completion") -> str:

@@ -58,14 +58,16 @@ def _serve(channel: socket.socket, reward: Any, reply: Any) -> None:
 def _load(setup: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Any, dict[str, Any]]:
     """The reward, and what to say of it; where no `kwargs` are given, only what there is for tests."""
     from grpo.plugins import Located
+    from grpo.scoring.arguments import takes_environments
     from grpo.scoring.casefile import find_cases
     from grpo.scoring.contract import Reward, calls_of, is_paid
 
     located = Located(*setup["located"])
     function = located.load()
-    hello = {"calls": calls_of(function), "paid": is_paid(function)}
+    hello = {"calls": calls_of(function), "paid": is_paid(function), "environments": False}
     if setup["kwargs"] is not None:
-        return Reward(function, setup["kwargs"], **setup["reading"]), hello
+        reward = Reward(function, setup["kwargs"], **setup["reading"])
+        return reward, {**hello, "environments": takes_environments(reward.function)}
     cases, case_kwargs = find_cases(function, located, setup["cases"])
     return None, {**hello, "cases": cases, "case_kwargs": stack.enter_context(case_kwargs()) or {}}
 

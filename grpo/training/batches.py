@@ -74,7 +74,6 @@ def collate(rows: Sequence[Sample], shape: Shape) -> Batch:
     lengths = [len(prompt) for prompt in prompts] + [1] * (shape.prompts - len(prompts))
     trained, behaviour = _trained(trajectories, shape), _column([t.behaviour for t in trajectories], shape)
     assert behaviour is not None, "training needs rollouts with logprobs"
-    advantages = mx.array([rollout.advantage for _, rollout in rows] + [0.0] * fill)
     return Batch(
         prompt_ids=mx.array(_padded(prompts, shape.prompts, shape.prompt_length, 0)),
         prompt_lengths=mx.array(lengths),
@@ -82,7 +81,7 @@ def collate(rows: Sequence[Sample], shape: Shape) -> Batch:
         token_ids=mx.array(_padded([t.token_ids for t in trajectories], shape.rows, shape.length, 0)),
         trained=trained,
         weights=trained,
-        advantages=mx.where(trained > 0, advantages[:, None], 0.0),
+        advantages=mx.where(trained > 0, _advantages([rollout for _, rollout in rows], shape), 0.0),
         behaviour=behaviour,
         sampler=_column([t.sampler for t in trajectories], shape),
     )
@@ -90,13 +89,13 @@ def collate(rows: Sequence[Sample], shape: Shape) -> Batch:
 
 def learns(rollout: Rollout, loss: LossConfig) -> bool:
     """Whether a completion can contribute to the gradient, so that the update needs it."""
-    return _counted(rollout, loss) > 0 and (rollout.advantage != 0 or _all_rows_count(loss))
+    return _counted(rollout, loss) > 0 and (rollout.has_advantage or _all_rows_count(loss))
 
 
 def _counted(rollout: Rollout, loss: LossConfig) -> int:
     """The number of tokens to train on: 0 for a truncated completion if the loss masks those."""
-    cut = rollout.trajectory.finish_reason != "stop"
-    return 0 if cut and loss.mask_truncated_completions else rollout.trajectory.trained_tokens
+    masked = loss.mask_truncated_completions and rollout.trajectory.truncated
+    return 0 if masked else rollout.trajectory.trained_tokens
 
 
 def _all_rows_count(loss: LossConfig) -> bool:
@@ -150,6 +149,21 @@ def _trained(trajectories: Sequence[Trajectory], shape: Shape) -> mx.array:
         return (mx.arange(shape.length)[None] < lengths[:, None]).astype(mx.float32)
     masks = [[float(trained) for trained in trajectory.trained] for trajectory in trajectories]
     return mx.array(_padded(masks, shape.rows, shape.length, 0.0))
+
+
+def _advantages(rollouts: Sequence[Rollout], shape: Shape) -> mx.array:
+    """The advantage of each token that may be trained: `[B, 1]` float32, or `[B, T]` where turns have their own."""
+    if all(rollout.turn_advantages is None for rollout in rollouts):
+        return mx.array([rollout.advantage for rollout in rollouts] + [0.0] * (shape.rows - len(rollouts)))[:, None]
+    return mx.array(_padded([_by_token(rollout) for rollout in rollouts], shape.rows, shape.length, 0.0))
+
+
+def _by_token(rollout: Rollout) -> list[float]:
+    """A completion's advantage at each of its tokens; what stands between two turns has that of the former."""
+    turns = rollout.turn_advantages
+    if turns is None:
+        return [rollout.advantage] * len(rollout.trajectory.token_ids)
+    return [turns[begun - 1] if begun else 0.0 for begun in rollout.trajectory.turns_begun]
 
 
 def _column(values: Sequence[tuple[float, ...] | None], shape: Shape) -> mx.array | None:

@@ -5,27 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
+from typing import get_args
 
 from grpo.objective.metrics import TOKENS
 from grpo.training.update import Update
-from grpo.types import Group, StepMetrics
+from grpo.types import FAILURES, FinishReason, Group, StepMetrics
 
 SOLVED = 1.0
 """A reward from which a completion counts as solved."""
 
 
 def step_metrics(
-    step: int, groups: Sequence[Group], update: Update, status: Mapping[str, float], seconds: Mapping[str, float]
+    step: int,
+    groups: Sequence[Group],
+    update: Update,
+    status: Mapping[str, float],
+    seconds: Mapping[str, float],
+    has_tools: bool = False,
 ) -> StepMetrics:
     """Everything a step measured, by the definitions in the README.
 
-    `groups` are all that were sampled, `status` what the trainer has to add, `seconds` the step's phases.
+    `groups` are all that were sampled, `status` what the trainer has to add, `seconds` the step's phases; `has_tools`:
+    whether the model can call tools.
     """
     lengths = [rollout.trajectory.trained_tokens for group in groups for rollout in group.rollouts]
     values = {
         **status,  # first: what rewards log under a name of ours does not count
         **_reward_metrics(groups),
         **_length_metrics(groups, lengths),
+        **_conversation_metrics(groups, has_tools),
         "skipped_updates": float(update.skipped),
         "updates_without_signal": float(update.without_signal),
         **({"loss": update.loss, "grad_norm": update.grad_norm} if math.isfinite(update.loss) else {}),
@@ -59,15 +67,17 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
                 f"rewards/{name}/std": stdev(known) if len(known) > 1 else 0.0,
             }
         failures = [r.failures[name].kind for group in groups for r in group.rollouts if name in r.failures]
-        rates = {kind: failures.count(kind) / len(scores) for kind in ("error", "timeout")}
+        kinds = [kind for kind in FAILURES if kind in ("error", "timeout", *failures)]
+        rates = {str(kind): failures.count(kind) / len(scores) for kind in kinds}
         rates["none"] = (len(scores) - len(known) - len(failures)) / len(scores)
         metrics |= {f"rewards/{name}/{kind}_rate": rate for kind, rate in rates.items()}
     return metrics
 
 
 def _length_metrics(groups: Sequence[Group], lengths: Sequence[int]) -> dict[str, float]:
-    reasons = [rollout.trajectory.finish_reason for group in groups for rollout in group.rollouts]
-    terminated = [length for length, reason in zip(lengths, reasons, strict=True) if reason == "stop"] or [0]
+    trajectories = [rollout.trajectory for group in groups for rollout in group.rollouts]
+    reasons = [trajectory.finish_reason for trajectory in trajectories]
+    terminated = [length for length, t in zip(lengths, trajectories, strict=True) if not t.truncated] or [0]
     return {
         "completions/mean_length": fmean(lengths),
         "completions/min_length": float(min(lengths)),
@@ -78,3 +88,20 @@ def _length_metrics(groups: Sequence[Group], lengths: Sequence[int]) -> dict[str
         "completions/clipped_ratio": fmean(reason == "length" for reason in reasons),
         "completions/repetition_ratio": fmean(reason == "repetition" for reason in reasons),
     }
+
+
+def _conversation_metrics(groups: Sequence[Group], has_tools: bool) -> dict[str, float]:
+    """Of conversations: turns, how they ended, and with tools TRL's two metrics of them. Nothing of single answers."""
+    trajectories = [rollout.trajectory for group in groups for rollout in group.rollouts]
+    conversations = [trajectory.conversation for trajectory in trajectories if trajectory.conversation is not None]
+    if not conversations:
+        return {}
+    talks = [trajectory for trajectory in trajectories if trajectory.conversation is not None]
+    reasons = [trajectory.finish_reason for trajectory in talks]
+    metrics = {"turns/mean": fmean(trajectory.turns for trajectory in talks)}
+    metrics |= {f"stop/{reason}": reasons.count(reason) / len(reasons) for reason in get_args(FinishReason)}
+    if has_tools:
+        calls, failed = (sum(getattr(one, name) for one in conversations) for name in ("calls", "failed_calls"))
+        metrics["tools/call_frequency"] = calls / len(trajectories)
+        metrics["tools/failure_frequency"] = failed / calls if calls else 0.0
+    return metrics

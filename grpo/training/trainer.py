@@ -83,7 +83,7 @@ class Trainer:
         self.before.remember(self.update.optimizer)
         totals = Totals.of(groups)
         groups, penalty_metrics = self.penalised(groups, totals, beta)
-        groups = with_advantages(groups, self.cfg.rewards, self.cfg.advantage, self.cfg.loss.preset)
+        groups = with_advantages(groups, self.scorer.weights, self.cfg.advantage, self.cfg.loss.preset)
         minibatches = self.batched(groups, beta)  # fixes the token weights, before anything is split
         for enrich in self.passes:  # entropy mask, this rank's share, reference, anchor: see `PASSES`
             minibatches = enrich(self.policy, minibatches)
@@ -95,7 +95,7 @@ class Trainer:
         clock.lap("update")
         self.policy.adapters.sync_reference(self.cfg.adapter, n)
         status = self.status(n, beta) | penalty_metrics | kl_metrics
-        metrics = step_metrics(n, sampled, update, status, clock.laps)
+        metrics = step_metrics(n, sampled, update, status, clock.laps, self.scorer.has_tools)
         return replace(metrics, groups=(*groups, *sampled[len(groups) :]))
 
     def wholly(self) -> AbstractContextManager[None]:
@@ -111,7 +111,7 @@ class Trainer:
         cfg = self.cfg
         sampled: list[Group] = []
         for attempt in range(1 + cfg.rollout.dynamic_sampling):
-            varied = [group for group in sampled if has_variance(group)]
+            varied = [group for group in sampled if self.teaches(group)]
             missing = cfg.rollout.prompts_per_step - len(varied)
             if missing == 0:
                 break
@@ -122,10 +122,14 @@ class Trainer:
                 groups = self.engine.rollout(mine, n_each, temperature, key, whole=scoring.add)
                 clock.lap("rollout")
                 scored = self.scorer.score(with_policy_step(groups, n - 1), scoring)
-            sampled += with_rewards(self.ranks.merge(scored), cfg.rewards)
+            sampled += with_rewards(self.ranks.merge(scored), self.scorer.weights)
             clock.lap("reward")
-        varied_first = sorted(sampled, key=has_variance, reverse=True) if cfg.rollout.dynamic_sampling else sampled
+        varied_first = sorted(sampled, key=self.teaches, reverse=True) if cfg.rollout.dynamic_sampling else sampled
         return varied_first, varied_first[: cfg.rollout.prompts_per_step]
+
+    def teaches(self, group: Group) -> bool:
+        """Whether the rewards of a group differ: of its completions, or of their turns, whichever advantages are of."""
+        return has_variance(group, self.scorer.weights if self.cfg.advantage.turns == "turn" else None)
 
     def penalised(self, groups: list[Group], totals: Totals, beta: float) -> tuple[list[Group], dict[str, float]]:
         """The groups with the penalties that the recipe subtracts from rewards, and the metrics of these."""
@@ -154,6 +158,7 @@ class Trainer:
             **self.scorer.metrics(),
             **self.ranks.sum_counts(
                 {f"rewards/{name}/failures": count for name, count in self.scorer.failures.items()}
+                | {f"environment/failures/{kind}": count for kind, count in self.scorer.failures_by_kind.items()}
             ),
         }
         return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})

@@ -23,6 +23,7 @@ FINE = {"reward": 0.5, "frac_reward_zero_std": 0.75, "completions/clipped_ratio"
 CONSTANT = "def reward(completions, **_):\n    return [1.0 for _ in completions]\n"
 
 
+WEIGHTS = {"exact": 1.0}
 CUT = "loss.mask_truncated_completions=true"
 
 
@@ -51,7 +52,7 @@ def config() -> Recipe:
 )
 def test_what_the_first_step_says(values: dict, said: list[str]) -> None:
     metrics = StepMetrics(1, {name: value for name, value in (FINE | values).items() if value is not None})
-    lines = warnings_of_first(metrics, config().rollout, config().rewards)
+    lines = warnings_of_first(metrics, config().rollout, WEIGHTS)
     assert len(lines) == len(said)
     assert all(part in line for part, line in zip(said, lines, strict=True))
 
@@ -61,14 +62,14 @@ def test_tokens_of_an_environment_take_room_too() -> None:
     for trained in ((True, True), (True, False)):
         group = Group(Task(0, "", (), {}), (Rollout(Trajectory((5, 6), trained, {}, "", "length")),))
         metrics = StepMetrics(1, FINE | {"completions/clipped_ratio": 0.75}, (group,))
-        said += warnings_of_first(metrics, config().rollout, config().rewards)
+        said += warnings_of_first(metrics, config().rollout, WEIGHTS)
     assert ["tokens that the environment adds take up room, too" in line for line in said] == [False, True]
 
 
 def test_only_rewards_that_are_learned_from_are_named() -> None:
-    cfg = with_settings(config(), {"rewards": ({"use": "exact", "weight": 0.0}, {"use": "mine.py"})})
-    (line,) = warnings_of_first(StepMetrics(1, {"completions/clipped_ratio": 0.0}), cfg.rollout, cfg.rewards)
-    assert "nothing was learned. mine.py returned None" in line
+    weights = {"exact": 0.0, "mine": 1.0}
+    (line,) = warnings_of_first(StepMetrics(1, {"completions/clipped_ratio": 0.0}), config().rollout, weights)
+    assert "nothing was learned. mine returned None" in line
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_only_rewards_that_are_learned_from_are_named() -> None:
 def test_a_run_trained_on_nothing_if_no_update_was_applied(step, updates, silent, rewarded, said) -> None:
     arrays = {"optimizer": {"step": mx.array(updates, mx.uint64)}}
     state = RunState("id", TrainerState(arrays, {"steps_without_signal": silent}), step=step, rewarded=rewarded)
-    found = trained_on_nothing(state, config().loss, config().rewards)
+    found = trained_on_nothing(state, config().loss, WEIGHTS)
     assert found is None if said is None else found.startswith(said)
 
 
@@ -94,7 +95,7 @@ def test_a_reward_that_has_failed_is_told_from_one_that_does_not_apply() -> None
         scorer = {"records": {"exact": {"failures": failures}}}
         counts = {"steps_without_signal": 3, "scorer": scorer}
         state = RunState("id", TrainerState(arrays, counts), step=3)
-        assert f"no completion got a reward: {said}" in str(trained_on_nothing(state, config().loss, config().rewards))
+        assert f"no completion got a reward: {said}" in str(trained_on_nothing(state, config().loss, WEIGHTS))
 
 
 def test_a_run_that_trained_on_nothing_ends_so(recipe, run_cli) -> None:

@@ -47,7 +47,7 @@ def test_one_that_fails_on_all_is_refused_with_what_it_raised_and_where() -> Non
 
 
 def test_what_a_run_would_survive_is_a_note() -> None:
-    scorer = Scorer({"some": lambda **_: [1.0, ValueError("no"), 1.0, 1.0], "metric": lambda **_: 1 / 0}, {"metric"})
+    scorer = Scorer({"some": lambda **_: [1.0, ValueError("no"), 1.0, 1.0], "metric": lambda **_: 1 / 0}, {"metric": 0})
     some, metric = rehearse(scorer, TASKS, encode)
     assert (
         some == "reward 'some' failed on 1 of 4 trial completions, the first of them 'I do not know.': ValueError: no"

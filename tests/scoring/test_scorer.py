@@ -108,7 +108,7 @@ def test_a_failure_now_and_then_is_counted_and_does_not_stop_a_run(caplog) -> No
 
 
 def test_a_metric_may_fail_as_it_likes() -> None:
-    scorer = Scorer({"mine": lambda **_: 1 / 0}, metrics_only={"mine"})
+    scorer = Scorer({"mine": lambda **_: 1 / 0}, weights={"mine": 0.0})
     for _ in range(5):
         groups = scorer.score(GROUPS)
     assert scorer.failures == {"mine": 20}

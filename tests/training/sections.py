@@ -17,7 +17,12 @@ from grpo.types import Group, Totals
 
 
 def with_advantages(groups: Sequence[Group], cfg: Recipe) -> list[Group]:
-    return objective.with_advantages(groups, cfg.rewards, cfg.advantage, cfg.loss.preset)
+    return objective.with_advantages(groups, weights(groups, cfg), cfg.advantage, cfg.loss.preset)
+
+
+def weights(groups: Sequence[Group], cfg: Recipe) -> dict[str, float]:
+    """By the names that the groups' scores have, in the order of the recipe's rewards."""
+    return dict(zip(groups[0].rollouts[0].scores, (reward.weight for reward in cfg.rewards), strict=True))
 
 
 def packing_of(cfg: Recipe, parts: int = 1) -> Packing:

@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from objective.oracle import PAPER, weights
 from runs.driver import run
+from training import sections as parts
 from training.sections import (
     gauges,
     make_batches,
@@ -325,7 +326,7 @@ def test_penalties_are_of_trained_tokens(make_policy, filler: float) -> None:
         kls.append(sum(math.exp(x) - x - 1 for x in t.of_trained(list(d))))
         overlong.append(max(0, t.trained_tokens - (LONGEST - 6)) / 6)
     assert gauges(policy, cfg).divergences(groups) == pytest.approx(kls, abs=1e-4)
-    penalised, told = with_penalties(with_rewards(groups, cfg.rewards), policy, cfg, 0.5)
+    penalised, told = with_penalties(with_rewards(groups, parts.weights(groups, cfg)), policy, cfg, 0.5)
     expected = [0.5 * kl + more for kl, more in zip(kls, overlong, strict=True)]
     assert [rollout.penalty for _, rollout in rows(penalised)] == pytest.approx(expected, abs=1e-4)
     assert told["kl"] == pytest.approx(sum(kls) / 13, abs=1e-5) == pytest.approx(mean_kl(kls, totals), abs=1e-5)

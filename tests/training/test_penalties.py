@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from training.sections import make_batches, with_advantages, with_penalties, with_reference
+from training.sections import make_batches, with_advantages, with_penalties, with_reference, weights
 from training.test_update import groups, recipe
 
 from grpo.objective.groups import with_rewards
@@ -14,7 +14,7 @@ from grpo.objective.groups import with_rewards
 def test_the_penalty_in_the_reward(make_policy) -> None:
     policy = make_policy().policy
     cfg = recipe(loss={"beta": 0.5, "kl_in": "reward"}, advantage={"soft_overlong_cache": 4, "scale_rewards": "none"})
-    plain = with_rewards(groups(policy), cfg.rewards)
+    plain = with_rewards(groups(policy), weights(groups(policy), cfg))
     penalised, told = with_penalties(plain, policy, cfg, 0.5)
     base, divergences, penalties, tokens = make_policy(trained=False).policy, 0.0, [], 0
     for group in penalised:
@@ -69,6 +69,6 @@ def test_a_completion_that_a_function_failed_on_leaves_the_baseline(make_policy)
     policy, cfg = make_policy().policy, recipe(advantage={"scale_rewards": "none"})
     (group, *_) = groups(policy)
     failed = replace(group, rollouts=(replace(group.rollouts[0], failed=True), *group.rollouts[1:]))
-    (got,) = with_advantages(with_rewards([failed], cfg.rewards), cfg)
+    (got,) = with_advantages(with_rewards([failed], weights([failed], cfg)), cfg)
     assert got.rollouts[0].reward is None
     assert [r.advantage for r in got.rollouts] == pytest.approx([0, -0.5, 0, 0.5])  # rewards -, 0, 0.5, 1

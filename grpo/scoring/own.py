@@ -1,0 +1,55 @@
+"""The environment's own reward, a score beside those of the reward functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from grpo.config import EnvironmentConfig
+from grpo.environments.seats import Host
+from grpo.scoring.contract import Answer, checked
+from grpo.scoring.records import Placed
+from grpo.types import Conversation, Group, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What an environment's own reward weighs, and the fraction of its conversations that may fail."""
+
+    weight: float = 1.0
+    max_failure_rate: float = EnvironmentConfig.model_fields["max_failure_rate"].default
+
+
+def terms_of(hosts: Sequence[tuple[Host, EnvironmentConfig]]) -> dict[str, Terms]:
+    """The terms of each environment, by the name that its host describes."""
+    return {host.description.name: Terms(cfg.weight, cfg.max_failure_rate) for host, cfg in hosts}
+
+
+def own_answers(groups: Sequence[Group], environments: Mapping[str, Terms]) -> dict[str, Placed]:
+    """What each environment gave for its conversations: an answer for each, and none for those of others.
+
+    A conversation whose environment failed is a failure of the kind that it says.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    answers: dict[str, Placed] = {name: [] for name in environments}
+    for place, rollout in enumerate(rollouts):
+        conversation = rollout.trajectory.conversation
+        if conversation is not None and conversation.environment in answers:
+            answers[conversation.environment].append(((place,), _answer(conversation)))
+    return answers
+
+
+def _answer(conversation: Conversation) -> Answer:
+    if (failure := conversation.failure) is not None:
+        return Answer.failed(1, failure.error, failure.kind)
+    scores, failures = checked([conversation.reward], 1)
+    return Answer(scores, failures)
+
+
+def without_home(rollout: Rollout) -> Rollout:
+    """The same rollout, whose environment has been given back."""
+    conversation = rollout.trajectory.conversation
+    if conversation is None or conversation.home is None:
+        return rollout
+    trajectory = replace(rollout.trajectory, conversation=replace(conversation, home=None))
+    return replace(rollout, trajectory=trajectory)

@@ -1,0 +1,90 @@
+"""What a reward, or an environment, has done so far: its failures and how long it took."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Any
+
+from grpo.scoring.contract import Answer
+from grpo.types import FAILURES
+
+Placed = list[tuple[tuple[int, ...], Answer]]
+"""An answer for each call, with the places of the call's completions among all completions of a scoring."""
+
+
+class RewardRecord:
+    """What a reward has done so far: failures since the start and lately, latencies, the first error."""
+
+    COUNTED = "failed on {failed} of the last {count} completions"
+
+    WINDOW = 3
+    """Scorings that count as lately."""
+
+    def __init__(self, max_failure_rate: float) -> None:
+        self.max_failure_rate = max_failure_rate
+        self.failures = 0
+        self.timeouts = 0
+        self.first_error: str | None = None
+        self.seconds: deque[float] = deque(maxlen=1000)
+        self._lately: deque[tuple[int, int]] = deque(maxlen=self.WINDOW)
+
+    def add(self, answers: Placed) -> None:
+        failed = sum(len(answer.failures) for _, answer in answers)
+        self.failures += failed
+        self.timeouts += sum(len(answer.failures) for _, answer in answers if answer.kind == "timeout")
+        self._lately.append((failed, sum(len(answer.values) for _, answer in answers)))
+        self.seconds.extend(answer.seconds for _, answer in answers)
+        if self.first_error is None:
+            self.first_error = next((e for _, answer in answers for e in answer.failures.values()), None)
+
+    def state(self) -> dict[str, Any]:
+        """What it has counted, as JSON holds it; latencies are of one machine and one sitting."""
+        counts = {"failures": self.failures, "timeouts": self.timeouts}
+        return {**counts, "lately": list(self._lately), "first_error": self.first_error}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.failures, self.first_error = state["failures"], state["first_error"]
+        self.timeouts = state.get("timeouts", 0)  # checkpoints of before they were counted
+        self._lately = deque(((failed, count) for failed, count in state["lately"]), maxlen=self.WINDOW)
+
+    @property
+    def broken(self) -> str | None:
+        """In words, that it failed on too many; None if it did not."""
+        failed, count = map(sum, zip(*self._lately, strict=True))
+        if failed <= self.max_failure_rate * count:
+            return None
+        return f"{self.COUNTED.format(failed=failed, count=count)} (max_failure_rate: {self.max_failure_rate:g})"
+
+    def latency(self, quantile: float) -> float:
+        """In seconds, of its last 1,000 calls."""
+        ordered = sorted(self.seconds)
+        return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
+
+
+class ConversationRecord(RewardRecord):
+    """What the conversations of an environment came to: failures by kind, since the start and lately."""
+
+    COUNTED = "failed in {failed} of the last {count} conversations"
+
+    def __init__(self, max_failure_rate: float) -> None:
+        super().__init__(max_failure_rate)
+        self.kinds: Counter[str] = Counter()
+
+    def add(self, answers: Placed) -> None:
+        super().add(answers)
+        self.kinds.update(answer.kind for _, answer in answers if answer.failures)
+        self.seconds.clear()  # how long a conversation takes is told elsewhere
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "kinds": dict(self.kinds)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        self.kinds = Counter(state["kinds"])
+
+
+def failures_by_kind(records: Mapping[str, RewardRecord]) -> dict[str, int]:
+    """Conversations whose environment failed since the start, of all environments, for each kind of failure."""
+    kinds = [record.kinds for record in records.values() if isinstance(record, ConversationRecord)]
+    return {kind: sum(counts[kind] for counts in kinds) for kind in FAILURES} if kinds else {}

@@ -1,7 +1,7 @@
 """Turns names into things: a reward into its callable, a recipe's name into its file.
 
 Bundled recipes and rewards lie in `recipes/` and `rewards/` at the top of a checkout, and inside the package in
-a wheel. Ours enter by the same door as a researcher's.
+a wheel; bundled tools lie in `grpo/builtin/tools/`. Ours enter by the same door as a researcher's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 from grpo.errors import UserError, did_you_mean
 
 Function = Callable[..., Any]
+TOOLS = Path(__file__).parent / "builtin" / "tools"
+"""The folder of bundled tools. Each file defines the one function or class that goes by the file's name."""
 SESSION = "__main__"
 """The module that stands, in a recipe, for the Python session that a run was made in: `__main__:my_reward`."""
 
@@ -55,16 +57,18 @@ def find_recipe(name: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A reward's name, and the `file.py:function` or `package.module:function` where it is. Nothing is imported yet."""
+    """A name, and the `file.py:function` or `package.module:function` where the thing is. Nothing is imported yet."""
 
     name: str
     where: str
     what: str
     """How it is spoken of."""
+    classes: bool = False
+    """Whether it may be a class where `where` is a file alone."""
 
     def load(self) -> Function:
         """Import it. Raises UserError, as `find_function` does."""
-        return find_function(self.where, self.what)
+        return find_function(self.where, self.what, self.classes)
 
 
 def find_reward(use: str) -> tuple[str, Function]:
@@ -86,17 +90,47 @@ def locate_reward(use: str) -> Located:
     place, colon, function = use.rpartition(":")
     if colon:
         return Located(called(place, function), use, "reward")
-    found = [reward for reward in named_rewards() if reward.name == use]
+    return Located(use, _named("reward", use, named_rewards()).where, what)
+
+
+def find_tool(use: str) -> tuple[str, Function]:
+    """A tool's name, and its function or class. Raises UserError, as `locate_tool` and `find_function` do."""
+    located = locate_tool(use)
+    return located.name, located.load()
+
+
+def locate_tool(use: str) -> Located:
+    """What `use` names: a bundled tool, an entry point in the group `grpo.tools`, `file.py:name`, `file.py` (the one
+    function or class that it defines) or `package.module:name`.
+
+    A function goes by its own name, and so does a class; `file.py` alone goes by the file's name. Raises UserError for
+    a name that means nothing, or two things.
+    """
+    what = f"tool {use!r}"
+    if use.endswith(".py"):
+        return Located(Path(use).stem, use, "tool", classes=True)
+    _, colon, name = use.rpartition(":")
+    if colon:
+        return Located(name, use, "tool", classes=True)
+    return Located(use, _named("tool", use, named_tools()).where, what, classes=True)
+
+
+def _named(kind: str, use: str, there: list[Located]) -> Located:
+    """The one of those that are `there` which goes by the name `use`. Raises UserError where none does, or two do."""
+    found = [one for one in there if one.name == use]
     if len(found) > 1:
-        both = " and ".join(f"{reward.what} ({reward.where})" for reward in found)
-        raise UserError(f"{what} means two things: {both}. Write the one that you mean as it stands in brackets")
-    if not found:
-        known = sorted({reward.name for reward in named_rewards()})
+        both = " and ".join(f"{one.what} ({one.where})" for one in found)
         raise UserError(
-            f"{what}: there is no reward of that name.{did_you_mean(use, known)} There are {', '.join(known)}; "
-            "your own: file.py:function or package.module:function"
+            f"{kind} {use!r} means two things: {both}. Write the one that you mean as it stands in brackets"
         )
-    return Located(use, found[0].where, what)
+    if not found:
+        known = sorted({one.name for one in there})
+        name = "name" if kind == "tool" else "function"
+        raise UserError(
+            f"{kind} {use!r}: there is no {kind} of that name.{did_you_mean(use, known)} There are {', '.join(known)}; "
+            f"your own: file.py:{name} or package.module:{name}"
+        )
+    return found[0]
 
 
 def called(place: str, function: str) -> str:
@@ -110,21 +144,32 @@ def named_rewards() -> list[Located]:
     """Every reward that has a name: those bundled, and those of installed packages, by their entry points."""
     folder = bundled("rewards")
     ours = [Located(name, f"{folder / name}.py:reward", "bundled") for name in bundled_names("rewards", ".py")]
-    return ours + [
+    return ours + _entry_points("grpo.rewards")
+
+
+def named_tools() -> list[Located]:
+    """Every tool that has a name: those bundled, and those of installed packages, by their entry points."""
+    files = sorted(path for path in TOOLS.glob("*.py") if path.stem != "__init__")
+    return [Located(path.stem, str(path), "bundled", classes=True) for path in files] + _entry_points("grpo.tools")
+
+
+def _entry_points(group: str) -> list[Located]:
+    return [
         Located(point.name, point.value, f"of package {point.dist.name}" if point.dist else "of a package")
-        for point in importlib.metadata.entry_points(group="grpo.rewards")
+        for point in importlib.metadata.entry_points(group=group)
     ]
 
 
-def find_function(use: str, kind: str) -> Function:
+def find_function(use: str, kind: str, classes: bool = False) -> Function:
     """The callable that `file.py:function` or `package.module:function` names; `kind` says in errors what it is for.
 
-    `file.py` alone names the only function that the file defines (names with a leading underscore do not count).
+    `file.py` alone names the only function that the file defines (names with a leading underscore do not count), or
+    with `classes` the only function or class.
     Raises UserError for a function that cannot be imported, and says why.
     """
     what = f"{kind} {use!r}"
     if use.endswith(".py"):
-        return _only_function(what, _load_beside(what, Path(use)), use)
+        return _only(what, _load_beside(what, Path(use)), use, classes)
     place, colon, function = use.rpartition(":")
     if not colon:
         raise UserError(f"{what}: write file.py:function, file.py (of one function) or package.module:function")
@@ -140,10 +185,13 @@ def find_function(use: str, kind: str) -> Function:
     return _attribute(what, _import(what, lambda: importlib.import_module(place)), function)
 
 
-def source_file(use: str) -> Path | None:
-    """The file of code that a reward's or a loss's `use` names, or None for code that is in no file."""
+def source_file(use: str, named: Callable[[], list[Located]] = named_rewards) -> Path | None:
+    """The file of code that a `use` names, or None for code that is in no file.
+
+    `named` are those that have names of their own: rewards, or for the `use` of a tool `named_tools`.
+    """
     if ":" not in use and not use.endswith(".py"):
-        use = next((reward.where for reward in named_rewards() if reward.name == use), use)
+        use = next((one.where for one in named() if one.name == use), use)
     place = use if use.endswith(".py") else use.rpartition(":")[0]
     if place.endswith(".py"):
         return Path(place)
@@ -159,7 +207,7 @@ def source_file(use: str) -> Path | None:
 def _load_beside(what: str, file: Path) -> Any:
     """The module that a file makes. A researcher's file may import the files next to it."""
     beside = str(file.parent)
-    if file.parent != bundled("rewards") and beside not in sys.path:
+    if file.parent not in (bundled("rewards"), TOOLS) and beside not in sys.path:
         sys.path.append(beside)
     return load_file(what, file)
 
@@ -187,13 +235,17 @@ def _import(what: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"{what}: cannot be imported: {type(error).__name__}: {error}{where}") from error
 
 
-def _only_function(what: str, module: Any, use: str) -> Function:
-    """The one function that a module defines. Raises UserError where it defines none, or several."""
-    own = [name for name in _own(module) if not isinstance(getattr(module, name), type)]
+def _only(what: str, module: Any, use: str, classes: bool) -> Function:
+    """The one function that a module defines, or with `classes` the one function or class.
+
+    Raises UserError where it defines none, or several.
+    """
+    own = [name for name in _own(module) if classes or not isinstance(getattr(module, name), type)]
+    kind = "function or class" if classes else "function"
     if len(own) != 1:
-        found = f"defines {', '.join(own[:10])}" if own else "defines no function of its own"
+        found = f"defines {', '.join(own[:10])}" if own else f"defines no {kind} of its own"
         raise UserError(
-            f"{what}: without a function's name it means the only function that the file defines, and the file {found}."
+            f"{what}: without a {kind}'s name it means the only {kind} that the file defines, and the file {found}."
             f" Write {use}:{own[0] if own else 'function'}"
         )
     only: Function = getattr(module, own[0])

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from grpo.processes.sandbox.runner import Limits, Tally, missing, run_tests
+from grpo.processes.sandbox.cell import Limits
+from grpo.processes.sandbox.runner import Tally, missing, run_tests
 from grpo.scoring.text import texts
 
 CALLS = "group"

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 from grpo.errors import UserError
-from grpo.plugins import bundled, find_function, find_recipe, find_reward, named_rewards, source_file
+from grpo.plugins import (
+    TOOLS,
+    bundled,
+    find_function,
+    find_recipe,
+    find_reward,
+    find_tool,
+    locate_tool,
+    named_rewards,
+    named_tools,
+    source_file,
+)
 
 
 def test_a_function_in_a_file(tmp_path: Path) -> None:
@@ -70,15 +81,15 @@ def test_an_unknown_recipe() -> None:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Makes an installed package `their_package` whose entry points are rewards of the names given."""
+    """Makes an installed package `their_package` with a reward, or an entry point of another group, by the names."""
 
-    def install(*names: str) -> None:
+    def install(*names: str, group: str = "grpo.rewards") -> None:
         (tmp_path / "their_package.py").write_text("def fair(completions, **_):\n    return [0.5] * len(completions)\n")
         folder = tmp_path / "their_package-1.0.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
         lines = [f"{name} = their_package:fair\n" for name in names]
-        (folder / "entry_points.txt").write_text("[grpo.rewards]\n" + "".join(lines))
+        (folder / "entry_points.txt").write_text(f"[{group}]\n" + "".join(lines))
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.delitem(sys.modules, "their_package", raising=False)
 
@@ -143,3 +154,51 @@ def test_code_of_every_kind_imports_the_file_next_to_it(tmp_path: Path, monkeypa
     (tmp_path / "beside_it.py").write_text("ONE = 1\n")
     (tmp_path / "mine.py").write_text("import beside_it\ndef f(): return beside_it.ONE\n")
     assert find_function(f"{tmp_path}/mine.py:f", "loss")() == find_function(f"{tmp_path}/mine.py", "logger")() == 1
+
+
+def test_bundled_tools_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = list(sys.path)
+    assert [tool.name for tool in named_tools()] == ["calculator", "python"]
+    name, calculator = find_tool("calculator")
+    assert (name, calculator("1 + 1")) == ("calculator", "2")
+    assert isinstance(find_tool("python")[1], type)
+    assert sys.path == before, "a file called python.py beside others could stand in for a module"
+    assert source_file("python", named_tools) == TOOLS / "python.py"
+
+
+def test_a_tool_in_a_file_or_a_module(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from math import sqrt\nclass Notes: ...\ndef find(): ...\n")
+    assert locate_tool(f"{file}:Notes").name == find_tool(f"{file}:Notes")[1].__name__ == "Notes"
+    assert find_tool(f"{file}:find")[0] == "find"
+    assert find_tool("math:sqrt") == ("sqrt", math.sqrt)
+    with pytest.raises(UserError, match=r"without a function or class's name it means the only function or class .* "):
+        find_tool(str(file))
+    file.write_text("class Notes: ...\n")
+    assert (find_tool(str(file))[0], find_tool(str(file))[1].__name__) == ("mine", "Notes")
+
+
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [
+        (
+            "calcuator",
+            "no tool of that name. Did you mean 'calculator'? There are calculator, python; your own: file.py:n",
+        ),
+        ("absent.py", "there is no file absent.py"),
+        ("math:sqr", "no function 'sqr' there"),
+        ("__main__:mine", "a Python object of the session"),
+    ],
+)
+def test_a_tool_that_cannot_be_had(use: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        find_tool(use)
+    assert said in str(error.value)
+    assert str(error.value).startswith(f"tool {use!r}")
+
+
+def test_a_tool_of_an_installed_package(package) -> None:
+    package("fair", group="grpo.tools")
+    assert find_tool("fair")[1].__name__ == "fair"
+    with pytest.raises(UserError, match="no reward of that name"):
+        find_reward("fair")

@@ -15,7 +15,8 @@ from grpo.config import RewardConfig
 from grpo.errors import UserError
 from grpo.plugins import find_reward
 from grpo.processes.sandbox import runner
-from grpo.processes.sandbox.runner import Limits, Tally, missing, run_tests
+from grpo.processes.sandbox.cell import Limits
+from grpo.processes.sandbox.runner import Tally, missing, run_tests
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout, Task, Trajectory
 

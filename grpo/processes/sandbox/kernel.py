@@ -114,21 +114,24 @@ def enter_root(at: Path, readable: list[str], home: str, home_bytes: int) -> Non
     os.chdir(home)
 
 
-def limit(cpu_seconds: int, memory: int, file_size: int, processes: int | None) -> None:
-    """Limits on each process, in seconds and bytes; that on processes holds for all of them together."""
+def limit(cpu_seconds: int | None, memory: int | None, file_size: int, files: int, processes: int | None) -> None:
+    """Limits on each process, in seconds, bytes and open files; that on processes holds for all of them together.
+
+    None: no limit.
+    """
     limits = {
         resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_FSIZE: file_size,
-        resource.RLIMIT_NOFILE: 128,
+        resource.RLIMIT_NOFILE: files,
         resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NPROC: processes,
     }
-    if processes is not None:
-        limits[resource.RLIMIT_NPROC] = processes
     if sys.platform == "darwin":
         del limits[resource.RLIMIT_AS]  # known there, and refused
     for what, bound in limits.items():
-        resource.setrlimit(what, (bound, bound))
+        if bound is not None:
+            resource.setrlimit(what, (bound, bound))
 
 
 def drop_privileges(user: int | None) -> None:

@@ -1,7 +1,7 @@
-"""Goes into the sandbox and starts the harness there. A script; by the standard library alone.
+"""Goes into the sandbox and runs a command there. A script; by the standard library alone.
 
 Three processes: this one waits outside; process 1 of the new namespace builds the root and reaps; its child gives up
-what it may and becomes the harness. With process 1 everything in the namespace dies, and it dies with this one.
+what it may and becomes the command. With process 1 everything in the namespace dies, and it dies with this one.
 """
 
 import json
@@ -19,7 +19,7 @@ def main() -> None:
         if sys.platform == "linux":
             kernel.die_with_parent()
         _limit(settings, processes=None)  # in no namespace it would count the user's other processes too
-        _become_harness(settings)
+        _become(settings)
     try:
         root = kernel.is_root()
         kernel.isolate(root)
@@ -45,7 +45,7 @@ def _process_one(settings: dict, user: int | None) -> None:  # type: ignore[type
             kernel.drop_privileges(user)
         except OSError as error:
             _give_up(settings, error)
-        _become_harness(settings)
+        _become(settings)
     while True:
         done, status = os.wait()
         if done == child:
@@ -53,11 +53,11 @@ def _process_one(settings: dict, user: int | None) -> None:  # type: ignore[type
 
 
 def _limit(settings: dict, processes: int | None) -> None:  # type: ignore[type-arg]
-    kernel.limit(settings["cpu_seconds"], settings["memory"], settings["disk"], processes)
+    kernel.limit(settings["cpu_seconds"], settings["memory"], settings["disk"], settings["files"], processes)
 
 
-def _become_harness(settings: dict) -> None:  # type: ignore[type-arg]
-    os.execve(settings["python"], [settings["python"], "-I", "-B", "-c", settings["harness"]], dict(os.environ))
+def _become(settings: dict) -> None:  # type: ignore[type-arg]
+    os.execv(settings["command"][0], settings["command"])
 
 
 def _give_up(settings: dict, error: OSError) -> None:  # type: ignore[type-arg]

@@ -1,0 +1,1 @@
+"""Bundled tools, each in the file of its name: `tools: [calculator, python]`. Docstrings are what the model reads."""

@@ -1,0 +1,200 @@
+"""A persistent interpreter in the sandbox, from outside: code in, what came of it out; what was defined stays."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from grpo.processes import tree
+from grpo.processes.child import ending
+from grpo.processes.sandbox.cell import UNBUILT, Cell, End, Limits
+
+INTERPRETER = Path(__file__).with_name("interpreter.py")
+START_SECONDS = 30.0
+"""For an interpreter to be there; a moment, unless the machine is busy."""
+KEPT = 1 << 16
+"""Bytes that are kept of the beginning of what is printed, and of the end."""
+LARGEST_ANSWER = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What came of a piece of code.
+
+    printed    what it and all that it started printed, or the beginning and the end of that
+    value      the `repr` of its last expression's value, None if there is none
+    error      the traceback of what it raised, None if it raised nothing
+    lost       why the interpreter is gone, and with it everything that was defined; None if it is still there
+    """
+
+    printed: str
+    value: str | None = None
+    error: str | None = None
+    lost: str | None = None
+
+
+class Interpreter:
+    """A Python interpreter in the sandbox, started when it is first needed. Not for several threads at once.
+
+    Between two pieces of code it stands still, and the processes that the code has started are killed: it takes no
+    processor time, and no more memory. Nothing of it outlives this object.
+    """
+
+    def __init__(self, limits: Limits, unsafe: bool = False) -> None:
+        """The `seconds` of the limits are for each piece of code. With `unsafe` there is no sandbox, only limits."""
+        self.limits, self.unsafe = limits, unsafe
+        self._running: _Running | None = None
+
+    def run(self, code: str) -> Ran:
+        """Run a piece of code where the former ones have run. When that is gone, in a new interpreter.
+
+        Raises RuntimeError where the sandbox cannot be built.
+        """
+        if self._running is None:
+            self._running = _Running(self.limits, self.unsafe)
+        try:
+            ran = self._running.run(code)
+        except BaseException:
+            self.end()
+            raise
+        if ran.lost is not None:
+            self.end()
+        return ran
+
+    def end(self) -> None:
+        """End the interpreter, if there is one. The next code gets a new one."""
+        if self._running is not None:
+            self._running.end()
+            self._running = None
+
+
+class _Running:
+    """One interpreter that runs."""
+
+    def __init__(self, limits: Limits, unsafe: bool) -> None:
+        self._limits = limits
+        self._channel, far_end = socket.socketpair()
+        text = INTERPRETER.read_text(encoding="utf-8")
+        with far_end:
+            self._cell = Cell(text, limits, unsafe, far_end.fileno(), subprocess.STDOUT, lasting=True)
+        self._calls, self._tape, self._said = 0, _Tape(), bytearray()
+        try:
+            self._await_hello()
+        except BaseException:
+            self.end()
+            raise
+        self._own = self._cell.pids()
+        self._stand_still()
+
+    def end(self) -> None:
+        self._channel.close()
+        self._cell.end()
+
+    def run(self, code: str) -> Ran:
+        self._calls += 1
+        self._tape, self._said = _Tape(), bytearray()
+        end = End.CODE
+        with contextlib.suppress(OSError):  # it is gone, or does not listen
+            os.kill(self._own[-1], signal.SIGCONT)
+            self._channel.settimeout(self._limits.seconds)
+            self._channel.sendall(json.dumps({"call": self._calls, "code": code}).encode() + b"\n")
+            end = self._watch(self._limits.seconds)
+        there = self._stand_still()
+        answer = self._answer() if there and end is End.CODE else None
+        if answer is None:
+            return Ran(self._printed(), lost=self._why(end))
+        return Ran(self._printed(), answer["value"], answer["error"])
+
+    def _await_hello(self) -> None:
+        self._watch(START_SECONDS)
+        if self._answer() is not None:
+            return
+        said = self._printed().strip()
+        code = self._ended()
+        if code == UNBUILT:
+            raise RuntimeError(f"the sandbox cannot be built: {said}")
+        raise RuntimeError(f"the interpreter did not start in {START_SECONDS:g} s ({code=}): {said}")
+
+    def _watch(self, seconds: float) -> End:
+        """Wait for an answer, and take down what is printed meanwhile."""
+        stdout = self._cell.process.stdout
+        assert stdout is not None
+
+        def answer(part: bytes) -> bool:
+            self._said.extend(part)
+            return not part or self._answer() is not None or len(self._said) > LARGEST_ANSWER
+
+        return self._cell.watch({self._channel.fileno(): answer, stdout.fileno(): self._tape.take}, seconds)
+
+    def _answer(self) -> dict[str, str | None] | None:
+        """The answer to the newest call, if it is there; anything may have been written beside it."""
+        for line in self._said.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                answer = json.loads(line)
+                found = {name: answer[name] for name in ("value", "error")}
+                if answer["call"] == self._calls and all(isinstance(text, str | None) for text in found.values()):
+                    return found
+        return None
+
+    def _printed(self) -> str:
+        """What has been printed, with what is in the pipe still."""
+        stdout = self._cell.process.stdout
+        assert stdout is not None
+        with contextlib.suppress(BlockingIOError):
+            os.set_blocking(stdout.fileno(), False)
+            while part := os.read(stdout.fileno(), KEPT):
+                self._tape.take(part)
+        return self._tape.text()
+
+    def _stand_still(self) -> bool:
+        """Stop the interpreter, and kill what else there is; whether the interpreter is there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._own[-1], signal.SIGSTOP)
+        killed: set[int] = set()
+        while new := {*self._cell.pids()} - {*self._own} - killed:  # those that are killed can start no more
+            for pid in new:
+                tree.end(pid)
+            killed |= new
+        return self._ended(0.0) is None
+
+    def _why(self, end: End) -> str:
+        if end is End.TIME:
+            return f"not done in {self._limits.seconds:g} s"
+        if end is End.MEMORY:
+            return f"its processes together held more than {self._limits.memory_mb} MB"
+        code = self._ended()
+        return "it made no sense" if code is None else f"it ended: {ending(128 - code if code > 128 else code)}"
+
+    def _ended(self, seconds: float = 1.0) -> int | None:
+        """The exit code, once the interpreter has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._cell.process.wait(seconds)
+        return None
+
+
+@dataclass(slots=True)
+class _Tape:
+    """The beginning and the end of what was printed."""
+
+    head: bytearray = field(default_factory=bytearray)
+    tail: bytearray = field(default_factory=bytearray)
+    left_out: int = 0
+
+    def take(self, part: bytes) -> bool:
+        room = max(0, KEPT - len(self.head))
+        self.head += part[:room]
+        self.tail += part[room:]
+        if (over := len(self.tail) - KEPT) > 0:
+            del self.tail[:over]
+            self.left_out += over
+        return False
+
+    def text(self) -> str:
+        gap = f"\n[{self.left_out:,} bytes left out]\n".encode() if self.left_out else b""
+        return (self.head + gap + self.tail).decode(errors="replace")

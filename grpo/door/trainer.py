@@ -189,7 +189,7 @@ class Trainer:
         """End the processes of rewards and let go of the model. A later call loads both again, as they were after the
         last step that was saved."""
         if self._opening is not None:
-            self._opening.run.trainer.scorer.close()
+            self._opening.run.opened.close()
         self._opening = None
 
     def __enter__(self) -> Trainer:
@@ -208,7 +208,7 @@ class Trainer:
             opening = Opening(self.recipe, how, self._console, self._given, self._opening)
         if self._opening is None or opening.run is not self._opening.run:
             self.close()
-            weakref.finalize(self, opening.run.trainer.scorer.close)
+            weakref.finalize(self, opening.run.opened.close)
         self._opening = opening
         return opening
 

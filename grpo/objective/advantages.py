@@ -69,9 +69,7 @@ def advantages(
     return found.reshape(-1)
 
 
-def turn_advantages(
-    rewards: mx.array, cfg: AdvantageConfig, preset: Preset = PRESETS["grpo"]
-) -> mx.array:
+def turn_advantages(rewards: mx.array, cfg: AdvantageConfig, preset: Preset = PRESETS["grpo"]) -> mx.array:
     """The advantage of each turn: process supervision, DeepSeekMath (arXiv 2402.03300) §4.1.3, with turns for steps.
 
     rewards `[G, n, T]` float32: of G groups of n completions, the rewards of up to T turns; NaN for a turn without one,

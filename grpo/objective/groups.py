@@ -24,9 +24,7 @@ def with_rewards(groups: Sequence[Group], weights: Weights) -> list[Group]:
     return _changed(groups, (replace(r, reward=None if math.isnan(t) else t) for r, t in _zipped(groups, totals)))
 
 
-def with_advantages(
-    groups: Sequence[Group], weights: Weights, cfg: AdvantageConfig, preset: Preset
-) -> list[Group]:
+def with_advantages(groups: Sequence[Group], weights: Weights, cfg: AdvantageConfig, preset: Preset) -> list[Group]:
     """The same groups with `advantage` in their rollouts, and with `advantage.turns: turn` `turn_advantages`.
 
     All groups have the same size. `preset` is the loss's, for what `cfg` leaves open. Penalties count as one more

@@ -94,7 +94,7 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
     prepared = prepare(cfg)
     notes = _changed_since(folder, adapter, cfg, prepared.rows["eval"]) if is_run(folder) else ()
     trainer, evaluator = prepared.trainer, prepared.evaluator
-    with closing(trainer.scorer):
+    with closing(prepared.opened):
         assert evaluator is not None
         started = "base" if cfg.adapter.path is None else "start (adapter.path)"
         before = evaluator(0)

@@ -39,7 +39,7 @@ def joint_of(template: Template, role: str, thinking: Thinking | None) -> Joint:
     name = template.tools[0]["function"]["name"] if template.tools else "tool"
     one: Message = {"role": role, "content": RESULT, **({"name": name} if role == "tool" else {})}
     two = [one, {**one, "content": RESULT[::-1]}] if role == "tool" else [one]
-    single = role == "tool" and not template.takes(before(two, False))
+    single = role == "tool" and not _several(template, two)
     last = template.render(before(two, single), generation=False)
     text = template.render([*before(two, single), *with_ids(two, ())], generation=True)
     end, sampled = _ends(template, last, text, role)
@@ -47,9 +47,15 @@ def joint_of(template: Template, role: str, thinking: Thinking | None) -> Joint:
     _check_shown(text[at:], two, role)
     _check_prefix(template, last, text[:at], role, thinking)
     _check_cut(template, end, text, at)
-    kept = thinking is not None and _drops(template, two, single)
+    kept = _drops(template, two, single)
     ids = role == "tool" and "call00000" in text[at:]
     return Joint(end, sampled, kept, ids, single)
+
+
+def _several(template: Template, results: Sequence[Message]) -> bool:
+    """Whether the template renders a turn with several calls, all of them."""
+    calling = before(results, False)
+    return template.takes(calling) and MARK in template.render(calling, generation=False)
 
 
 def _ends(template: Template, last: str, text: str, role: str) -> tuple[str, frozenset[int]]:

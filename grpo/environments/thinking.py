@@ -42,7 +42,9 @@ class Thinking:
         before, closed, after = text.partition(self.end)
         said, begun, thought = before.partition(self.start)
         if closed:
-            return (thought if begun else said).strip("\n"), (said if begun else "") + after.lstrip("\n")
+            return (thought if begun else said).strip("\n"), (said if begun and said.strip() else "") + after.lstrip(
+                "\n"
+            )
         if self.opened or (begun and not said.strip()):
             return (thought if begun else text).strip("\n"), ""
         return None, text

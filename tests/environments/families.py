@@ -1,6 +1,7 @@
 """Chat templates of model families as far as conversations need them, after their published formats, on toy tokenizers
 with the families' special tokens."""
 
+# ruff: noqa: E501  templates read best by their lines
 from __future__ import annotations
 
 import json
@@ -59,34 +60,34 @@ def _chatml(turn: str, generation: str = "", head: str = "") -> str:
     """A template in which turns are `<|im_start|>role\\n…<|im_end|>\\n`; `turn` writes the assistant's."""
     return (
         head
-        + "{%- if tools %}<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
-        "# Tools\n<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools><|im_end|>\n"
+        + "{% if tools %}<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+        "# Tools\n<tools>{% for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}{{ '\n' }}</tools><|im_end|>\n"
         "{% elif messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n{% endif %}"
-        "{%- for message in messages %}"
-        "{%- if message.role == 'user' %}<|im_start|>user\n{{ message.content }}<|im_end|>\n"
+        "{% for message in messages %}"
+        "{% if message.role == 'user' %}<|im_start|>user\n{{ message.content }}<|im_end|>\n"
         "{% elif message.role == 'assistant' %}<|im_start|>assistant\n"
         + turn
-        + "{%- for tool_call in message.tool_calls or [] %}{% set tool_call = tool_call.function %}"
-        "{%- if not loop.first or message.content %}{{ '\n' }}{% endif %}"
+        + "{% for tool_call in message.tool_calls or [] %}{% set tool_call = tool_call.function %}"
+        "{% if not loop.first or message.content %}{{ '\n' }}{% endif %}"
         '<tool_call>\n{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}\n</tool_call>'
-        "{%- endfor %}<|im_end|>\n"
+        "{% endfor %}<|im_end|>\n"
         "{% elif message.role == 'tool' %}"
-        "{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}\n"
+        "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}{{ '\n' }}"
         "<tool_response>\n{{ message.content }}\n</tool_response>"
-        "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
-        "{%- endif %}{% endfor %}"
-        "{%- if add_generation_prompt %}<|im_start|>assistant\n" + generation + "{% endif %}"
+        "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n" + generation + "{% endif %}"
     )
 
 
 LAST_USER = (
-    "{%- set asked = namespace(last=-1) %}{% for message in messages %}"
+    "{% set asked = namespace(last=-1) %}{% for message in messages %}"
     "{% if message.role == 'user' %}{% set asked.last = loop.index0 %}{% endif %}{% endfor %}"
 )
 THOUGHT = (
-    "{%- set thought = message.reasoning_content or '' %}"
-    "{%- if loop.index0 > asked.last and (loop.last or thought) %}<think>\n{{ thought }}\n</think>\n\n{% endif %}"
-    "{{- message.content }}"
+    "{% set thought = message.reasoning_content or '' %}"
+    "{% if loop.index0 > asked.last and (loop.last or thought) %}<think>\n{{ thought }}\n</think>\n\n{% endif %}"
+    "{{ message.content }}"
 )
 SWITCH = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -95,93 +96,93 @@ QWEN_ADDED = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response
 
 LLAMA = (
     "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n{% if tools %}Environment: ipython\n{% endif %}"
-    "{%- if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}<|eot_id|>"
-    "{%- for message in messages %}"
-    "{%- if message.role == 'tool' %}<|start_header_id|>ipython<|end_header_id|>\n\n{{ message.content | tojson }}<|eot_id|>"
-    "{%- elif message.tool_calls %}"
-    "{%- if message.tool_calls | length != 1 %}{{ raise_exception('a single tool call at once') }}{% endif %}"
-    "{%- set call = message.tool_calls[0].function %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}<|eot_id|>"
+    "{% for message in messages %}"
+    "{% if message.role == 'tool' %}<|start_header_id|>ipython<|end_header_id|>\n\n{{ message.content | tojson }}<|eot_id|>"
+    "{% elif message.tool_calls %}"
+    "{% if message.tool_calls | length != 1 %}{{ raise_exception('a single tool call at once') }}{% endif %}"
+    "{% set call = message.tool_calls[0].function %}<|start_header_id|>assistant<|end_header_id|>\n\n"
     '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}<|eot_id|>'
-    "{%- else %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
-    "{%- if loop.first and tools %}{% for tool in tools %}{{ tool | tojson }}\n\n{% endfor %}{% endif %}"
-    "{{- message.content | trim }}<|eot_id|>"
-    "{%- endif %}{% endfor %}"
-    "{%- if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    "{% else %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+    "{% if loop.first and tools %}{% for tool in tools %}{{ tool | tojson }}\n\n{% endfor %}{% endif %}"
+    "{{ message.content | trim }}<|eot_id|>"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
-    "{%- for message in messages %}"
-    "{%- if message.role == 'user' %}"
-    "{%- if tools and message == users[-1] %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}"
+    "{% if tools and message == users[-1] %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
     "[INST] {{ message.content }}[/INST]"
-    "{%- elif message.tool_calls %}[TOOL_CALLS] ["
-    "{%- for tool_call in message.tool_calls %}"
-    "{%- if tool_call.id is not defined or tool_call.id | length != 9 %}{{ raise_exception('ids of 9 letters') }}{% endif %}"
-    '{{- (tool_call.function | tojson)[:-1] }}, "id": "{{ tool_call.id }}"}'
-    "{%- if not loop.last %}, {% endif %}{% endfor %}]{{ eos_token }}"
-    "{%- elif message.role == 'assistant' %} {{ message.content | trim }}{{ eos_token }}"
-    "{%- elif message.role == 'tool' %}"
-    "{%- if message.tool_call_id is not defined %}{{ raise_exception('ids of 9 letters') }}{% endif %}"
+    "{% elif message.tool_calls %}[TOOL_CALLS] ["
+    "{% for tool_call in message.tool_calls %}"
+    "{% if tool_call.id is not defined or tool_call.id | length != 9 %}{{ raise_exception('ids of 9 letters') }}{% endif %}"
+    '{{ (tool_call.function | tojson)[:-1] }}, "id": "{{ tool_call.id }}"}'
+    "{% if not loop.last %}, {% endif %}{% endfor %}]{{ eos_token }}"
+    "{% elif message.role == 'assistant' %} {{ message.content | trim }}{{ eos_token }}"
+    "{% elif message.role == 'tool' %}"
+    "{% if message.tool_call_id is not defined %}{{ raise_exception('ids of 9 letters') }}{% endif %}"
     '[TOOL_RESULTS] {"content": {{ message.content }}, "call_id": "{{ message.tool_call_id }}"}[/TOOL_RESULTS]'
-    "{%- endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
 )
 GEMMA = (
     "{{ bos_token }}{% for message in messages %}"
-    "{%- if message.role == 'tool' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if message.role == 'tool' %}{{ raise_exception('roles must alternate') }}{% endif %}"
     "<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
     "{{ message.content | trim }}<end_of_turn>\n{% endfor %}"
-    "{%- if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 GLM = (
-    "[gMASK]<sop>{% if tools %}<|system|>\n<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools>"
-    "{%- endif %}" + LAST_USER + "{%- for message in messages %}"
-    "{%- if message.role == 'user' %}<|user|>\n{{ message.content }}"
-    "{%- elif message.role == 'assistant' %}<|assistant|>\n<think>"
-    "{%- if loop.index0 > asked.last and message.reasoning_content %}{{ message.reasoning_content }}{% endif %}</think>"
-    "{%- if message.content.strip() %}{{ '\n' + message.content.strip() }}{% endif %}"
-    "{%- for call in message.tool_calls or [] %}{% set call = call.function %}{{ '\n<tool_call>' + call.name + '\n' }}"
-    "{%- for key, value in call.arguments.items() %}<arg_key>{{ key }}</arg_key>\n"
+    "[gMASK]<sop>{% if tools %}<|system|>\n<tools>{% for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}{{ '\n' }}</tools>"
+    "{% endif %}" + LAST_USER + "{% for message in messages %}"
+    "{% if message.role == 'user' %}<|user|>\n{{ message.content }}"
+    "{% elif message.role == 'assistant' %}<|assistant|>\n<think>"
+    "{% if loop.index0 > asked.last and message.reasoning_content %}{{ message.reasoning_content }}{% endif %}</think>"
+    "{% if message.content.strip() %}{{ '\n' + message.content.strip() }}{% endif %}"
+    "{% for call in message.tool_calls or [] %}{% set call = call.function %}{{ '\n<tool_call>' + call.name + '\n' }}"
+    "{% for key, value in call.arguments.items() %}<arg_key>{{ key }}</arg_key>\n"
     "<arg_value>{{ value if value is string else value | tojson }}</arg_value>\n{% endfor %}</tool_call>{% endfor %}"
-    "{%- elif message.role == 'tool' %}"
-    "{%- if messages[loop.index0 - 1].role != 'tool' %}<|observation|>{% endif %}\n"
+    "{% elif message.role == 'tool' %}"
+    "{% if messages[loop.index0 - 1].role != 'tool' %}<|observation|>{% endif %}{{ '\n' }}"
     "<tool_response>\n{{ message.content }}\n</tool_response>"
-    "{%- endif %}{% endfor %}"
-    "{%- if add_generation_prompt %}<|assistant|>"
-    "{%- if enable_thinking is defined and not enable_thinking %}{{ '\n<think></think>' }}{% endif %}{% endif %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '\n<think></think>' }}{% endif %}{% endif %}"
 )
 PHI = (
     "{% for message in messages %}<|im_start|>{{ message.role }}<|im_sep|>{{ message.content }}<|im_end|>{% endfor %}"
-    "{%- if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
 )
 PHI_MINI = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
-    "{%- if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+    "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
 )
 HARMONY = (
     "<|start|>system<|message|>Reasoning: low\n# Valid channels: analysis, commentary, final.<|end|>"
-    "{%- if tools %}<|start|>developer<|message|># Tools\nnamespace functions {\n"
-    "{%- for tool in tools %}// {{ tool.function.description }}\ntype {{ tool.function.name }} = () => any;\n{% endfor %}"
+    "{% if tools %}<|start|>developer<|message|># Tools\nnamespace functions {\n"
+    "{% for tool in tools %}// {{ tool.function.description }}\ntype {{ tool.function.name }} = () => any;\n{% endfor %}"
     "}<|end|>{% endif %}"
-    "{%- set last = namespace(name=none) %}"
-    "{%- for message in messages %}"
-    "{%- if message.role == 'user' %}<|start|>user<|message|>{{ message.content }}<|end|>"
-    "{%- elif message.role == 'tool' %}<|start|>functions.{{ last.name }} to=assistant<|channel|>commentary<|message|>"
-    "{{- message.content | tojson }}<|end|>"
-    "{%- elif 'tool_calls' in message %}{% set call = message.tool_calls[0].function %}{% set last.name = call.name %}"
-    "{%- set later = namespace(final=false) %}{% for other in messages[loop.index:] %}"
+    "{% set last = namespace(name=none) %}"
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}<|start|>user<|message|>{{ message.content }}<|end|>"
+    "{% elif message.role == 'tool' %}<|start|>functions.{{ last.name }} to=assistant<|channel|>commentary<|message|>"
+    "{{ message.content | tojson }}<|end|>"
+    "{% elif 'tool_calls' in message %}{% set call = message.tool_calls[0].function %}{% set last.name = call.name %}"
+    "{% set later = namespace(final=false) %}{% for other in messages[loop.index:] %}"
     "{% if other.role == 'assistant' and 'tool_calls' not in other %}{% set later.final = true %}{% endif %}{% endfor %}"
-    "{%- if message.thinking and not later.final %}"
+    "{% if message.thinking and not later.final %}"
     "<|start|>assistant<|channel|>analysis<|message|>{{ message.thinking }}<|end|>{% endif %}"
     "<|start|>assistant to=functions.{{ call.name }}<|channel|>commentary json<|message|>{{ call.arguments | tojson }}<|call|>"
-    "{%- elif loop.last and not add_generation_prompt %}"
-    "{%- if 'thinking' in message %}<|start|>assistant<|channel|>analysis<|message|>{{ message.thinking }}<|end|>{% endif %}"
+    "{% elif loop.last and not add_generation_prompt %}"
+    "{% if 'thinking' in message %}<|start|>assistant<|channel|>analysis<|message|>{{ message.thinking }}<|end|>{% endif %}"
     "<|start|>assistant<|channel|>final<|message|>{{ message.content }}<|return|>"
-    "{%- else %}<|start|>assistant<|channel|>final<|message|>{{ message.content }}<|end|>"
-    "{%- endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    "{% else %}<|start|>assistant<|channel|>final<|message|>{{ message.content }}<|end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 
 FAMILIES = {
-    "qwen2.5": Family(_chatml("{{- message.content }}"), QWEN, QWEN_ENDS, QWEN_ADDED),
+    "qwen2.5": Family(_chatml("{{ message.content }}"), QWEN, QWEN_ENDS, QWEN_ADDED),
     "qwen3": Family(_chatml(THOUGHT, SWITCH, LAST_USER), QWEN, QWEN_ENDS, (*QWEN_ADDED, "<think>", "</think>")),
     "qwen3-thinking": Family(
         _chatml(THOUGHT, "<think>\n", LAST_USER), QWEN, QWEN_ENDS, (*QWEN_ADDED, "<think>", "</think>")

@@ -1,4 +1,4 @@
-"""Whom the model talks to in a run: the hosts of its environments and tools, or an environment that samples by itself."""
+"""Whom the model talks to in a run: hosts of environments and tools, or an environment that samples by itself."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from grpo.types import Task
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
 
+IN_PROCESSES = {"workers", "sandbox", "env", "memory_gb"}
+"""Settings of the processes in which environments live, unless they were given from Python as objects."""
 ANSWERING = ("messages", "text")
 """The kinds of environments that answer as the user does."""
 
@@ -120,6 +122,10 @@ def invite(
         hosts: dict[str, tuple[Host, EnvironmentConfig]] = {}
         for name, config in conversations.items():
             made = given.functions.get(config.use or "")
+            if (made or any(objects)) and (idle := sorted(config.changed & IN_PROCESSES)):
+                raise UserError(
+                    f"{_place(name)}.{idle[0]} does nothing for objects: they live in the trainer's process"
+                )
             host = make_host(config, tools, bool(name), workers, made, objects)
             stack.callback(host.close)
             hosts[name] = host, config

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from grpo.plugins import Located
 from grpo.types import Message
 
 Content = str | list[dict[str, Any]]
@@ -52,6 +53,31 @@ class Description:
     resets: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class HostedReward:
+    """A reward function that takes `environments`, loaded where they live.
+
+    located   its name and place
+    kwargs    the recipe's arguments for it
+    timeout   seconds that one call may take
+    form      the form of completions that it reads, if the recipe says so; `system` is the message before text prompts
+    """
+
+    located: Located
+    kwargs: Mapping[str, Any]
+    timeout: float = 60.0
+    form: Literal["text", "messages"] | None = None
+    system: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedReward:
+    """What its file says of a hosted reward: what one call gets (`step`, `group` or `completion`); whether it costs."""
+
+    calls: str
+    paid: bool
+
+
 class Seat(Protocol):
     """The environment of one conversation. Its calls are made one after another, and never raise."""
 
@@ -86,7 +112,31 @@ class Host(Protocol):
         """Seats for the conversations of group number `group` of a rollout, all in one process."""
         ...
 
-    def close(self) -> None: ...
+    def problem(self, columns: Collection[str]) -> str | None:
+        """Why `reset` could not be called with these columns of the dataset; None if it can be."""
+        ...
+
+    def load_reward(self, reward: HostedReward) -> LoadedReward:
+        """Load a reward function into every process. Raises UserError if it cannot be had, and says why."""
+        ...
+
+    def reward_problem(self, name: str, columns: Collection[str]) -> str | None:
+        """Why a loaded reward could not be called with these columns and `environments`; None if it can be."""
+        ...
+
+    def score(self, name: str, seats: Sequence[Seat], columns: bytes, state: Mapping[str, Any]) -> Future[Any]:
+        """Call a loaded reward once, with the environments of `seats`: of one group, or some of its seats.
+
+        `columns` is a pickled dictionary with a value for each seat by name, without `environments`. `state` is what
+        rewards are told of the trainer. The future has a dictionary of the fields of the scoring room's `Answer`
+        (`values`, `failures` by place, `extras`, `metrics`, `seconds`, `kind`, `fatal`), and never raises. A seat that
+        is lost has a failure; the reward is called with the others.
+        """
+        ...
+
+    def close(self) -> None:
+        """End all processes, and what they have started."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

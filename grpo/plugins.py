@@ -99,6 +99,11 @@ def locate_reward(use: str) -> Located:
     return Located(use, found[0].where, what)
 
 
+def locate_tool(use: str) -> Located:
+    """What `use` names: `file.py:name` or `package.module:name`. It goes by the name of its function or class."""
+    return Located(use.rpartition(":")[2], use, "tool")
+
+
 def called(place: str, function: str) -> str:
     """A reward's name, where none is given: its function's, or that of its file or module if it is called `reward`."""
     if function != "reward":

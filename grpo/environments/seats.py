@@ -39,8 +39,8 @@ class Description:
     """What an environment and its tools are, found out where they live.
 
     name       the class's name, or that which the recipe gives
-    kind       `tools`: the model calls methods; `messages` and `text`: `step(message)` or `step(text)` answers as a user
-               does; `rollout`: it makes trajectories by itself, by `async def rollout(self, task, sampler)`
+    kind       `tools`: the model calls methods; `messages` and `text`: `step(message)` or `step(text)` answers as a
+               user does; `rollout`: it makes trajectories by itself, by `async def rollout(self, task, sampler)`
     tools      the JSON schemas of all tools, as chat templates take them (`{"type": "function", "function": {...}}`)
     rewards    whether it has `get_reward`
     resets     whether it has `reset`, which may add to the prompt

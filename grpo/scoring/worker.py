@@ -59,13 +59,14 @@ def _load(setup: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Any, dict
     """The reward, and what to say of it; where no `kwargs` are given, only what there is for tests."""
     from grpo.plugins import Located
     from grpo.scoring.casefile import find_cases
-    from grpo.scoring.contract import Reward, calls_of, is_paid
+    from grpo.scoring.contract import calls_of, is_paid
+    from grpo.scoring.loading import load
 
     located = Located(*setup["located"])
+    if setup["kwargs"] is not None:
+        return load(located, setup["kwargs"], **setup["reading"])
     function = located.load()
     hello = {"calls": calls_of(function), "paid": is_paid(function)}
-    if setup["kwargs"] is not None:
-        return Reward(function, setup["kwargs"], **setup["reading"]), hello
     cases, case_kwargs = find_cases(function, located, setup["cases"])
     return None, {**hello, "cases": cases, "case_kwargs": stack.enter_context(case_kwargs()) or {}}
 

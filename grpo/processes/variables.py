@@ -27,7 +27,7 @@ def with_hint(error: str, environment: Mapping[str, str]) -> str:
     kept = [name for name in re.findall(r"\w+", what) if name in os.environ and name not in environment]
     if not kept:
         return error
-    why = f"{kept[0]} is set, but a reward's process gets no secrets that its `env` does not name: env: [{kept[0]}]"
+    why = f"{kept[0]} is set, but the process gets no secrets that `env` does not name: env: [{kept[0]}]"
     return f"{what} ({why}){newline}{rest}"
 
 

@@ -15,7 +15,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -61,7 +61,8 @@ class Reward:
     """A function with the recipe's arguments for it.
 
     `form` is the form of completions and prompts that the recipe says it reads, `system` the system message before text
-    prompts. Raises ValueError where the arguments do not fit: the message says how.
+    prompts. `run` waits for what an asynchronous function gives; by default on an event loop of its own. Raises
+    ValueError where the arguments do not fit: the message says how.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Reward:
         kwargs: Mapping[str, Any],
         form: Form | None = None,
         system: str | None = None,
+        run: Callable[[Coroutine[Any, Any, Any]], Any] | None = None,
     ) -> None:
         check_kwargs(function, kwargs)
         self.kwargs, self._paid = dict(kwargs), is_paid(function)
@@ -81,7 +83,8 @@ class Reward:
         self._system = system
         self._has_answered = False
         self._takes = taker(function)
-        self._runner = functools.cache(asyncio.Runner)  # one event loop for all calls: clients and locks belong to one
+        runner = functools.cache(asyncio.Runner)  # one event loop for all calls: clients and locks belong to one
+        self._run = run or (lambda coroutine: runner().run(coroutine))
 
     def problem(self, columns: Collection[str]) -> str | None:
         """Why the function could not be called with these columns of the dataset; None if it can be."""
@@ -175,7 +178,7 @@ class Reward:
 
         hooks = {"trainer_state": SimpleNamespace(**state), "log_extra": log_extra, "log_metric": log_metric}
         values = self.function(**in_form(columns, forms, self._system), **self.kwargs, **self._taken(hooks))
-        values = self._runner().run(_awaited(values)) if inspect.isawaitable(values) else values
+        values = self._run(_awaited(values)) if inspect.isawaitable(values) else values
         values = list(values) if _is_listlike(values) else values
         scores, failures = checked(values, count)
         return Answer(scores, failures, extras, metrics)

@@ -20,7 +20,8 @@ from typing import Any, Literal
 from grpo.errors import UserError
 from grpo.plugins import Located
 from grpo.processes.channel import receive, send
-from grpo.processes.child import ChildProcess, ending
+from grpo.processes.child import ChildProcess
+from grpo.processes.endings import ended, killed
 from grpo.processes.output import Output
 from grpo.processes.variables import environment, named_variables, with_hint
 from grpo.scoring.contract import Answer, checked
@@ -163,15 +164,8 @@ class Worker:
     def _died(self, error: Exception, seconds: float, when: str) -> str:
         """Kill what is left of the process, and say in words what became of it."""
         if isinstance(error, TimeoutError):
-            self._process.kill()
-            return f"no answer in {seconds:g} s {when}, so its process was killed"
-        code, out_of_memory = self._process.end()
-        if out_of_memory:
-            return f"it used more than memory_gb ({self._memory_gb:g}) {when}, so its process was killed"
-        time.sleep(0.02)  # for its last words to arrive
-        if isinstance(error, ConnectionError) and code is not None:
-            return f"its process ended {when} ({ending(code)}){self._output.tail()}"
-        return f"its process made no sense {when} ({type(error).__name__}: {error})"
+            return killed(self._process, seconds, when)
+        return ended(self._process, self._output, error, when, self._memory_gb)[1]
 
     def _replace(self) -> None:
         self._process.kill()

@@ -1,0 +1,198 @@
+"""The objects of one conversation, with a thread and random numbers of their own, where environments live."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import pickle
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo.environments import results
+from grpo.environments.describe import kind_of, methods_of, takes
+from grpo.environments.seats import Reply
+from grpo.environments.streams import CURRENT, Streams
+
+Job = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """A class or function, and the recipe's arguments for it. `name` is how a tool that is a function is called."""
+
+    make: Callable[..., Any]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def makes_objects(self) -> bool:
+        return inspect.isclass(self.make)
+
+
+@dataclass(frozen=True, slots=True)
+class Makers:
+    """What each conversation's objects are made of: an environment, if there is one, and tools."""
+
+    environment: Maker | None
+    tools: Sequence[Maker] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """What a name that the model may call stands for.
+
+    `owner` is the place among the recipe's tools, or None for the environment; `given` are the recipe's arguments.
+    """
+
+    function: Callable[..., Any]
+    owner: int | None
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Thread:
+    """A thread that does what it is told, one job after another. It does not keep the process from ending."""
+
+    def __init__(self, name: str, streams: Streams | None = None) -> None:
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._streams = streams
+        self._given, self._done = 0, 0  # each is changed in one thread alone
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    @property
+    def idle(self) -> bool:
+        """Whether all jobs are done."""
+        return self._given == self._done
+
+    def submit(self, job: Job) -> None:
+        self._given += 1
+        self._jobs.put(job)
+
+    def end(self) -> None:
+        """End after the last job."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        CURRENT.set(self._streams)
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job
+            self._done += 1
+
+
+class Chair:
+    """Serves one conversation at a time. All of its synchronous calls are made in its thread, as sqlite3 wants it.
+
+    `environment` is None before the first `reset`, after a `reset` that failed, and where there are tools alone.
+    """
+
+    def __init__(self, makers: Makers, loop: asyncio.AbstractEventLoop) -> None:
+        self.environment: Any = None
+        self.tools: dict[str, Tool] = {}
+        self.broken = False
+        """Whether it may serve no other conversation."""
+        self._makers, self._loop = makers, loop
+        self._streams = Streams()
+        self.thread = Thread("environment", self._streams)
+        self._owned: list[Any] | None = None
+        self._awaited: asyncio.Future[Any] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of it runs: no call in its thread, and none on the loop."""
+        return self.thread.idle and self._awaited is None
+
+    @property
+    def objects(self) -> list[Any]:
+        """The environment and the tools that are objects, if they are made."""
+        return [one for one in (self.environment, *(self._owned or ())) if one is not None]
+
+    def make(self) -> None:
+        """Make the objects, if they are not there. Raises what their code raises, and ValueError for a clash of names.
+
+        They are made with the same random numbers each time, since they serve any row.
+        """
+        if self._owned is not None:
+            return
+        self._streams.seed(0)
+        made = self._makers.environment
+        environment = None if made is None else self.run(made.make, made.kwargs)
+        owned = [self.run(tool.make, tool.kwargs) if tool.makes_objects else None for tool in self._makers.tools]
+        self.tools = _tools(environment, self._makers.tools, owned)
+        self.environment, self._owned = environment, owned
+
+    def reset(self, columns: bytes | Mapping[str, Any], seed: int) -> Reply:
+        try:
+            given = pickle.loads(columns) if isinstance(columns, bytes) else dict(columns)
+            self.make()
+            self._streams.seed(seed)
+            assert self._owned is not None
+            for owned in self._owned:  # a tool that is a class begins anew, too, and has nothing to say to the prompt
+                if hasattr(owned, "reset"):
+                    self._reset(owned, given, seed)
+            return results.of_reset(self._reset(self.environment, given, seed))
+        except BaseException:
+            self.discard()
+            raise
+
+    def call(self, name: str, arguments: Mapping[str, Any]) -> Reply:
+        tool = self.tools.get(name)
+        if tool is None:
+            raise ValueError(f"Tool {name} not found.")
+        return results.of_tool(self.run(tool.function, {**arguments, **tool.given}))
+
+    def step(self, message: Mapping[str, Any]) -> Reply:
+        if kind_of(self.environment) == "text":
+            return results.of_step(self.run(self.environment.step, {"text": message.get("content") or ""}))
+        return results.of_step(self.run(self.environment.step, {"message": message}))
+
+    def reward(self) -> Reply:
+        return results.of_reward(self.run(self.environment.get_reward, {}))
+
+    def discard(self) -> None:
+        """Throw the objects away, and serve nobody else."""
+        self.environment, self._owned, self.tools, self.broken = None, None, {}, True
+
+    def cancel(self) -> None:
+        """Cancel what it awaits, if anything. Called on the loop."""
+        if self._awaited is not None:
+            self._awaited.cancel()
+
+    def run(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+        """What a function returns, or, if it is asynchronous, gives on the one loop. Called in the chair's thread."""
+        value = function(**arguments)
+        if not inspect.isawaitable(value):
+            return value
+        return asyncio.run_coroutine_threadsafe(self._await(value), self._loop).result()
+
+    async def _await(self, value: Any) -> Any:
+        self._awaited = asyncio.ensure_future(value)
+        try:
+            return await self._awaited
+        finally:
+            self._awaited = None
+
+    def _reset(self, instance: Any, columns: Mapping[str, Any], seed: int) -> Any:
+        """What `reset` returns; it gets `seed` if it names that, and the dataset has no column of this name."""
+        reset = getattr(instance, "reset", None)
+        if reset is None:
+            return None
+        return self.run(reset, {"seed": seed, **columns} if takes(reset, "seed") else columns)
+
+
+def _tools(environment: Any, makers: Sequence[Maker], owned: Sequence[Any]) -> dict[str, Tool]:
+    """By name: those of the recipe first, as TRL has it, then the environment's methods."""
+    found: list[tuple[str, Tool]] = []
+    for place, (maker, instance) in enumerate(zip(makers, owned, strict=True)):
+        if instance is None:
+            found.append((maker.name, Tool(maker.make, place, maker.kwargs)))
+        else:
+            found += [(name, Tool(getattr(instance, name), place)) for name in methods_of(instance)]
+    if environment is not None:
+        found += [(name, Tool(getattr(environment, name), None)) for name in methods_of(environment)]
+    names = [name for name, _ in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two tools are called {twice[0]!r}, and a model could not tell them apart: rename one")
+    return dict(found)

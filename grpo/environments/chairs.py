@@ -1,0 +1,160 @@
+"""All that lives in one process: chairs for many conversations at once, one event loop, rewards that see environments.
+
+Requests and answers are dictionaries. A request names an operation (`op`), most of them the seat that it is for, and a
+number (`id`) that its answer has too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import Any
+
+from grpo.environments import results
+from grpo.environments.chair import Chair, Makers, Thread
+from grpo.environments.describe import describe, reset_problem, schema_of
+from grpo.environments.hosted import HostedRewards
+from grpo.environments.seats import Reply
+from grpo.errors import UserError
+
+Answer = Callable[[dict[str, Any]], None]
+PATIENCE, GLANCE = 1.0, 0.02
+"""Seconds that a call which is given up has to end, and between two looks whether it has."""
+
+
+class Chairs:
+    """Answers requests by `answer`, from several threads. `handle` never waits."""
+
+    def __init__(self, makers: Makers, answer: Answer) -> None:
+        self._makers, self._answer = makers, answer
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=_run, args=[self._loop], name="asynchronous calls", daemon=True).start()
+        self._seats: dict[int, Chair] = {}
+        self._free: list[Chair] = []
+        self._office = Thread("rewards")
+        self._rewards = HostedRewards(self._loop)
+
+    def close(self) -> None:
+        """End the threads that can be ended."""
+        for chair in (*self._seats.values(), *self._free):
+            chair.thread.end()
+        self._office.end()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def hello(self, name: str | None) -> dict[str, Any]:
+        """What the environment and its tools are, found out from the first objects, which will serve.
+
+        `owners` holds for each tool its place among the recipe's tools, or None for the environment's. Raises UserError
+        if they cannot be made, and for tools without a schema.
+        """
+        chair = Chair(self._makers, self._loop)
+        made: Future[None] = Future()
+        chair.thread.submit(lambda: _try(made, chair.make))
+        try:
+            made.result()
+        except Exception as error:
+            said = results.of_exception(error, tool=isinstance(error, ValueError)).error
+            raise UserError(f"it cannot be made: {said}") from error
+        self._free.append(chair)
+        schemas = [self._schema(chair, name) for name in chair.tools]
+        owners = {name: tool.owner for name, tool in chair.tools.items()}
+        return {"description": asdict(describe(name, chair.environment, schemas)), "owners": owners}
+
+    def handle(self, request: Mapping[str, Any]) -> None:
+        """Begin what is asked for. The answer comes when it is done."""
+        op = request["op"]
+        if op == "release":
+            self._release(request["seat"])
+        elif op == "drop" and request["seat"] is None:
+            self._office = Thread("rewards")  # what the former hangs in cannot be ended
+            self._answer({"id": request["id"], "ended": False})
+        elif op == "drop":
+            self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drop(request)))
+        elif op in ("reset", "call", "step", "reward"):
+            chair = self._chair(request["seat"])
+            chair.thread.submit(lambda: self._serve(chair, request))
+        else:
+            self._office.submit(lambda: self._administer(request))
+
+    def _chair(self, seat: int) -> Chair:
+        if seat not in self._seats:
+            self._seats[seat] = self._free.pop() if self._free else Chair(self._makers, self._loop)
+        return self._seats[seat]
+
+    def _serve(self, chair: Chair, request: Mapping[str, Any]) -> None:
+        """In the chair's thread: whatever happens there is a reply."""
+        op = request["op"]
+        try:
+            reply: Reply = getattr(chair, op)(**request["arguments"])
+        except BaseException as error:  # other people's code, in a thread of its own
+            reply = results.of_exception(error, tool=op == "call")
+        self._answer({"id": request["id"], **asdict(reply)})
+
+    def _release(self, seat: int) -> None:
+        chair = self._seats.pop(seat, None)
+        if chair is not None and not chair.broken:
+            self._free.append(chair)
+        elif chair is not None:
+            chair.thread.end()
+
+    async def _drop(self, request: Mapping[str, Any]) -> None:
+        """Give up what a seat is at, and its objects; the answer says whether it has ended."""
+        chair = self._seats.pop(request["seat"], None)
+        ended = chair is None
+        if chair is not None:
+            chair.discard()
+            chair.thread.end()
+            chair.cancel()
+            deadline = self._loop.time() + PATIENCE
+            while not (ended := chair.idle) and self._loop.time() < deadline:
+                await asyncio.sleep(GLANCE)
+        self._answer({"id": request["id"], "ended": ended})
+
+    def _administer(self, request: Mapping[str, Any]) -> None:
+        try:
+            if request["op"] == "problem":
+                answer: Any = self._problem(request["columns"])
+            else:
+                environments = [self._environment(seat) for seat in request.get("seats", ())]
+                answer = self._rewards.handle(request, environments)
+            self._answer({"id": request["id"], "answer": answer})
+        except BaseException as error:  # other people's code
+            said = str(error) if isinstance(error, UserError | ValueError) else results.of_exception(error, False).error
+            self._answer({"id": request["id"], "error": said})
+
+    def _environment(self, seat: int) -> Any:
+        """None for a seat that is lost. A reward beside tools alone is given the objects of none."""
+        chair = self._seats.get(seat)
+        return None if chair is None else chair.environment
+
+    def _problem(self, columns: list[str]) -> str | None:
+        """Why a `reset` could not be called with these columns, as far as there are objects to look at."""
+        chair = next((chair for chair in (*self._free, *self._seats.values()) if chair.objects), None)
+        resets = [one.reset for one in (chair.objects if chair else ()) if hasattr(one, "reset")]
+        return next(filter(None, (reset_problem(reset, columns) for reset in resets)), None)
+
+    def _schema(self, chair: Chair, name: str) -> dict[str, Any]:
+        tool = chair.tools[name]
+        owner = "the environment" if tool.owner is None else f"tools.{tool.owner}"
+        return schema_of(name, tool.function, tuple(tool.given), owner)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop until it is stopped."""
+    loop.run_forever()
+    for task in (tasks := asyncio.all_tasks(loop)):
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=GLANCE))
+    loop.close()
+
+
+def _try(future: Future[None], function: Callable[[], None]) -> None:
+    try:
+        function()
+        future.set_result(None)
+    except BaseException as error:  # to be raised where it is waited for
+        future.set_exception(error)

@@ -1,0 +1,123 @@
+"""TRL's contract for environments and tools: which of their functions the model may call, and by which schemas.
+
+See `environment_factory` and `tools` of TRL's `GRPOTrainer`. Worker processes import this.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from types import FunctionType, MethodType
+from typing import Any, Literal
+
+from grpo.environments.seats import Description
+from grpo.errors import UserError
+
+Kind = Literal["tools", "messages", "text", "rollout"]
+RESERVED = ("reset", "get_reward")
+"""Public methods that are no tools."""
+ANSWERS: Mapping[str, Kind] = {"message": "messages", "text": "text"}
+"""What `step` is called with, if it answers as a user does, by the name of its only parameter."""
+
+
+def kind_of(environment: Any) -> Kind:
+    """Who has the next word in a conversation with this environment."""
+    if inspect.iscoroutinefunction(getattr(environment, "rollout", None)):
+        return "rollout"
+    if "step" not in _public(environment):
+        return "tools"
+    parameters = list(inspect.signature(environment.step).parameters.values())
+    if len(parameters) != 1 or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return "tools"
+    return ANSWERS.get(parameters[0].name, "tools")
+
+
+def methods_of(instance: Any) -> list[str]:
+    """The names of the methods that are tools, sorted.
+
+    An environment of text is spoken to in text alone: none of its methods is a tool.
+    """
+    kind = kind_of(instance)
+    if kind in ("text", "rollout"):
+        return []
+    return [name for name in _public(instance) if name not in RESERVED and not (name == "step" and kind != "tools")]
+
+
+def _public(instance: Any) -> list[str]:
+    """Public functions of the class, inherited, static and class methods too, and methods bound to the object alone."""
+    kind = type(instance)
+    of_class = [
+        name
+        for name in dir(kind)
+        if isinstance(inspect.getattr_static(kind, name, None), FunctionType | staticmethod | classmethod)
+    ]
+    bound = [name for name, value in getattr(instance, "__dict__", {}).items() if isinstance(value, MethodType)]
+    return sorted(name for name in {*of_class, *bound} if not name.startswith("_"))
+
+
+def schema_of(name: str, function: Callable[..., Any], hidden: Collection[str], owner: str) -> dict[str, Any]:
+    """The JSON schema of a tool, without the arguments that the recipe gives (`hidden`).
+
+    Raises UserError if hints or descriptions are missing, and says of what.
+    """
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    try:
+        schema: dict[str, Any] = get_json_schema(_without(function, hidden) if hidden else function)
+    except Exception as error:  # of several kinds, and those of hints that cannot be resolved
+        raise UserError(
+            f"{owner}: the tool {name!r} has no schema: {error}. A tool needs a type hint for each argument, and a "
+            "docstring that describes it and, under `Args:`, each argument. If the model is not to call it, let its "
+            "name begin with an underscore"
+        ) from None
+    schema["function"]["name"] = name
+    return schema
+
+
+def _without(function: Callable[..., Any], hidden: Collection[str]) -> Callable[..., Any]:
+    """A function that looks like this one without some of its parameters. It is for its signature, not for calls."""
+
+    def shown(**_: Any) -> None: ...
+
+    signature = inspect.signature(function)
+    parameters = [parameter for name, parameter in signature.parameters.items() if name not in hidden]
+    shown.__name__ = getattr(function, "__name__", "tool")
+    shown.__doc__ = inspect.getdoc(function)
+    hints = inspect.get_annotations(inspect.unwrap(function), eval_str=True)
+    shown.__annotations__ = {name: hint for name, hint in hints.items() if name not in hidden}
+    shown.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return shown
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether the signature names a parameter that can be given by keyword."""
+    try:
+        parameter = inspect.signature(function).parameters.get(name)
+    except ValueError:  # a builtin without a signature
+        return False
+    return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+
+
+def reset_problem(reset: Callable[..., Any], columns: Collection[str]) -> str | None:
+    """Why `reset` could not be called with these columns; None if it can be."""
+    given = {*columns, *(("seed",) if takes(reset, "seed") else ())}
+    try:
+        inspect.signature(reset).bind(**dict.fromkeys(given))
+    except ValueError:
+        return None
+    except TypeError as error:
+        return f"reset: {error}; it is called with all columns: {', '.join(sorted(columns))} (take **_ for the rest)"
+    return None
+
+
+def describe(name: str | None, environment: Any, schemas: list[dict[str, Any]]) -> Description:
+    """What is told of an environment, which is None if there are tools alone."""
+    if environment is None:
+        return Description(name or "tools", "tools", schemas)
+    return Description(
+        name or type(environment).__name__,
+        kind_of(environment),
+        schemas,
+        callable(getattr(environment, "get_reward", None)),
+        callable(getattr(environment, "reset", None)),
+    )

@@ -1,0 +1,187 @@
+"""Where the environments of one name live: processes with seats in them, or the trainer's own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from grpo.environments import hosted
+from grpo.environments.home import CLOSED, Home, LostError
+from grpo.environments.process import START_SECONDS
+from grpo.environments.seat import HostSeat
+from grpo.environments.seats import Description, HostedReward, LoadedReward, Seat
+from grpo.errors import UserError
+from grpo.processes.output import Output
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class HostTerms:
+    """Seconds for a call of a method, for `reset`, and for each of the recipe's tools; how many processes.
+
+    `several`: the column `environment` chose this one, and is not shown to it. `explain` adds to an error what is known
+    of its cause.
+    """
+
+    what: str
+    timeout: float = 30.0
+    reset_timeout: float = 60.0
+    tool_timeouts: Sequence[float] = ()
+    workers: int = 1
+    several: bool = False
+    explain: Callable[[str], str] = field(default=lambda error: error)
+
+
+class EnvironmentHost:
+    """Homes of one kind, and a thread with an event loop that speaks to them. A `Host`, from any thread."""
+
+    def __init__(self, make_home: Callable[[bool], Home], terms: HostTerms, output: Output | None = None) -> None:
+        """Starts all homes, and does not wait for them. `make_home(True)` makes one that says what it is when ready."""
+        self.terms = terms
+        self._make_home, self._output = make_home, output
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name=terms.what, daemon=True)
+        self._thread.start()
+        self._closed = False
+        self._rewards: list[HostedReward] = []
+        self._hello: Mapping[str, Any] = {}
+        self._all: list[Home] = []
+        self._numbers = itertools.count()
+        self._homes: list[Home] = self._wait(self._start())
+
+    @property
+    def description(self) -> Description:
+        """Waits until they are ready. Raises UserError if the environment or a tool cannot be had, and says why."""
+        return Description(**self._wait(self._ready())["description"])
+
+    def seats(self, group: int, n: int) -> Sequence[Seat]:
+        return self._wait(self._seats(group, n))
+
+    def problem(self, columns: Collection[str]) -> str | None:
+        given = [name for name in columns if not (self.terms.several and name == "environment")]
+        problem: str | None = self._wait(self._asked({"op": "problem", "columns": given}, self.terms.what))
+        return problem
+
+    def load_reward(self, reward: HostedReward) -> LoadedReward:
+        told = self._wait(self._load(reward))
+        self._rewards.append(reward)
+        return LoadedReward(**told)
+
+    def reward_problem(self, name: str, columns: Collection[str]) -> str | None:
+        request = {"op": "reward_problem", "name": name, "columns": list(columns)}
+        problem: str | None = self._wait(self._asked(request, f"reward {name!r}"))
+        return problem
+
+    def score(self, name: str, seats: Sequence[Seat], columns: bytes, state: Mapping[str, Any]) -> Future[Any]:
+        reward = next(reward for reward in self._rewards if reward.located.name == name)
+        request = {"op": "score", "name": name, "columns": columns, "state": dict(state)}
+        lost = hosted.failed(len(seats), CLOSED.error)
+        ours = [seat for seat in seats if isinstance(seat, HostSeat)]
+        return self.submit(self._score(reward, ours, request), lost)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        asyncio.run_coroutine_threadsafe(self._end(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+        if self._output is not None:
+            self._output.close()
+
+    def submit(self, coroutine: Coroutine[Any, Any, Value], closed: Value) -> Future[Value]:
+        """Let a coroutine run on the loop; `closed` is its result if the host is closed."""
+        if not self._closed:
+            return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        coroutine.close()
+        future: Future[Value] = Future()
+        future.set_result(closed)
+        return future
+
+    def seconds(self, tool: str) -> float:
+        """The time limit for a call of a tool."""
+        owner = self._hello.get("owners", {}).get(tool)
+        return self.terms.timeout if owner is None else self.terms.tool_timeouts[owner]
+
+    def _wait(self, coroutine: Coroutine[Any, Any, Value]) -> Value:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    async def _start(self) -> list[Home]:
+        return [self._home(describes=place == 0) for place in range(self.terms.workers)]
+
+    def _home(self, describes: bool = False) -> Home:
+        home = self._make_home(describes)
+        self._all = [*(one for one in self._all if one.lost is None), home]
+        return home
+
+    async def _ready(self) -> Mapping[str, Any]:
+        home = self._homes[0]
+        await home.ready.wait()
+        if home.problem is not None:
+            raise self._refused(self.terms.what, home.problem)
+        self._hello = self._hello or home.hello
+        return self._hello
+
+    def _refused(self, what: str, problem: str) -> UserError:
+        said = self.terms.explain(problem)
+        return UserError(said if said.startswith(("environment ", "tool ", "reward ")) else f"{what}: {said}")
+
+    async def _seats(self, group: int, n: int) -> list[HostSeat]:
+        if self._output is not None and not any(home.seats for home in self._homes):
+            self._output.begin()
+        place = group % len(self._homes)
+        home = self._homes[place]
+        if home.retired or home.lost is not None:
+            home = self._homes[place] = self._home()
+            for reward in self._rewards:
+                await self._load_into(home, reward)
+        seats = [HostSeat(self, home, next(self._numbers)) for _ in range(n)]
+        home.seats.update(seat.number for seat in seats)
+        return seats
+
+    async def _load(self, reward: HostedReward) -> Mapping[str, Any]:
+        told = await asyncio.gather(*(self._load_into(home, reward) for home in self._homes))
+        return dict(told[0])
+
+    async def _load_into(self, home: Home, reward: HostedReward) -> Any:
+        request = {"op": "load", "reward": reward}
+        return await self._administer(home, request, f"reward {reward.located.name!r}")
+
+    async def _asked(self, request: Mapping[str, Any], what: str) -> Any:
+        return await self._administer(self._homes[0], request, what)
+
+    async def _administer(self, home: Home, request: Mapping[str, Any], what: str) -> Any:
+        """What a home says. Raises UserError if it cannot, and says why."""
+        try:
+            return await home.administer(request, START_SECONDS)
+        except TimeoutError:
+            raise self._refused(what, f"no answer in {START_SECONDS:g} s") from None
+        except (UserError, LostError) as error:
+            raise self._refused(what, str(error)) from None
+
+    async def _score(self, reward: HostedReward, seats: Sequence[HostSeat], request: dict[str, Any]) -> dict[str, Any]:
+        home, count = seats[0].home, len(seats)
+        try:
+            answer = await home.administer({**request, "seats": [seat.number for seat in seats]}, reward.timeout)
+        except TimeoutError:
+            said = f"no answer in {reward.timeout:g} s in this call, so its thread was given up"
+            return hosted.failed(count, said, "timeout", reward.timeout, fatal=True)
+        except LostError as error:
+            return hosted.failed(count, error.reply.error, fatal=True)
+        except UserError as error:
+            return hosted.failed(count, self.terms.explain(str(error)))
+        failures = {int(place): self.terms.explain(str(error)) for place, error in answer["failures"].items()}
+        return {**answer, "failures": failures}
+
+    async def _end(self) -> None:
+        await asyncio.gather(*(home.end(CLOSED) for home in self._all))
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.wait(left, timeout=1.0) if left else None
+        await self.loop.shutdown_default_executor()

@@ -1,0 +1,52 @@
+"""A home in the trainer's own process, for classes and functions that were given from Python as objects.
+
+Calls have time limits here too, but nothing can end a call that hangs, nor survive a crash: its thread is abandoned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from grpo.environments.chair import Makers
+from grpo.environments.chairs import Chairs
+from grpo.environments.home import Home
+from grpo.environments.seats import Reply
+from grpo.environments.streams import install
+from grpo.errors import UserError
+
+
+class InlineHome(Home):
+    """Makes the first objects at once, in a thread."""
+
+    def __init__(self, makers: Makers, name: str | None) -> None:
+        super().__init__()
+        install()
+        self._loop = asyncio.get_running_loop()
+        self._chairs = Chairs(makers, self._answer)
+        self._starting = asyncio.ensure_future(self._start(name))
+
+    def pack(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+        return dict(columns)
+
+    def send(self, request: Mapping[str, Any]) -> None:
+        self._chairs.handle(request)
+
+    async def end(self, reply: Reply) -> None:
+        self.lose(reply)
+        self._starting.cancel()
+        self._chairs.close()
+
+    async def _start(self, name: str | None) -> None:
+        try:
+            self.hello = await asyncio.to_thread(self._chairs.hello, name)
+        except UserError as error:
+            self.problem = str(error)
+            self.lose(Reply("crash", error=self.problem))
+        self.ready.set()
+
+    def _answer(self, answer: dict[str, Any]) -> None:
+        with contextlib.suppress(RuntimeError):  # the host was closed while this call ran
+            self._loop.call_soon_threadsafe(self.answered, answer)

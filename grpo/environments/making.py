@@ -1,0 +1,85 @@
+"""A host as a recipe has it: in worker processes, or in this one for what was given from Python as objects."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from grpo.config.environment import EnvironmentConfig, ToolConfig
+from grpo.environments.chair import Maker, Makers
+from grpo.environments.home import Home
+from grpo.environments.host import EnvironmentHost, HostTerms
+from grpo.environments.inline import InlineHome
+from grpo.environments.process import ProcessHome, ProcessTerms
+from grpo.errors import UserError
+from grpo.plugins import Function, Located, locate_tool
+from grpo.processes.output import Output
+from grpo.processes.variables import environment, named_variables, with_hint
+
+Named = tuple[Located, Mapping[str, Any]]
+"""Where a class or function is, and the recipe's arguments for it."""
+ALONE = "tools"
+"""The name of a host with tools alone."""
+
+
+def make_host(
+    config: EnvironmentConfig,
+    tools: Sequence[ToolConfig] = (),
+    several: bool = False,
+    workers: int = 1,
+    given: Function | None = None,
+    functions: Sequence[Function | None] = (),
+) -> EnvironmentHost:
+    """The host of an environment and the tools beside it; its processes are started, and not waited for.
+
+    `several`: the dataset's column `environment` chooses among several of them. `workers` is how many processes there
+    are if `config` does not say. `given` is the environment's class or function and `functions` those of the tools, if
+    they were given as objects (None: the recipe names it): then all live in this process. Raises UserError for names
+    that mean nothing, and for variables in `env` that are not set.
+    """
+    located = None if config.use is None else Located(config.name or config.use, config.use, "environment")
+    what = ALONE if located is None else f"environment {located.name!r}"
+    seconds = [tool.timeout for tool in tools]
+    terms = HostTerms(what, config.timeout, config.reset_timeout, seconds, config.workers or workers, several)
+    if given is None and not any(functions):
+        named = [(locate_tool(tool.use), tool.kwargs) for tool in tools]
+        return _in_processes(config, terms, None if located is None else (located, config.kwargs), named)
+    objects = [*functions, *[None] * (len(tools) - len(functions))]
+    makers = [
+        _maker(one or locate_tool(tool.use).load(), tool.kwargs) for tool, one in zip(tools, objects, strict=True)
+    ]
+    made = None if located is None else _maker(given or located.load(), config.kwargs)
+    return EnvironmentHost(lambda _: InlineHome(Makers(made, makers), config.name), replace(terms, workers=1))
+
+
+def _maker(function: Function, kwargs: Mapping[str, Any]) -> Maker:
+    return Maker(function, kwargs, getattr(function, "__name__", "tool"))
+
+
+def _in_processes(
+    config: EnvironmentConfig, terms: HostTerms, made: Named | None, tools: Sequence[Named]
+) -> EnvironmentHost:
+    variables = _variables(terms.what, config.env, [*([made] if made else []), *tools])
+    setup = {"path": sys.path, "name": config.name, "environment": made, "tools": tools}
+    output = Output(made[0].name if made else ALONE)
+
+    def make_home(describes: bool) -> Home:
+        first = pickle.dumps({**setup, "describes": describes})
+        return ProcessHome(ProcessTerms(first, variables, config.memory_gb, config.sandbox), output)
+
+    terms = replace(terms, explain=functools.partial(with_hint, environment=variables))
+    return EnvironmentHost(make_home, terms, output)
+
+
+def _variables(what: str, env: Sequence[str], named: Sequence[Named]) -> dict[str, str]:
+    """The variables of the processes. Sets have the same order in all of them, or a resumed run would be another."""
+    try:
+        seen = {name for located, kwargs in named for name in named_variables(env, located.where, kwargs)}
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    return {"PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0"), **environment(seen)}

@@ -1,0 +1,108 @@
+"""A home that is a worker process: started, read from, ended with all that it has started."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.environments.home import Home
+from grpo.environments.seats import Reply
+from grpo.processes.channel import LONGEST
+from grpo.processes.child import ChildProcess
+from grpo.processes.endings import ended, killed
+from grpo.processes.output import Output
+
+SCRIPT = Path(__file__).with_name("worker.py")
+START_SECONDS = 120.0
+"""The files of environments may import what they like; after this they count as hung."""
+
+_LENGTH = struct.Struct("!Q")
+_NOISE = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+"""What comes of a process that is gone, and of reading a message that anything may have been written into."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessTerms:
+    """How a process is started: its first message, its variables, the memory that it may hold, the sandbox."""
+
+    setup: bytes
+    variables: Mapping[str, str]
+    memory_gb: float | None = None
+    sandbox: bool = False
+
+    def start(self, output: Output) -> ChildProcess:
+        return ChildProcess(SCRIPT, output, self.variables, self.memory_gb)
+
+
+class ProcessHome(Home):
+    """Starts its process at once, and does not wait for it."""
+
+    def __init__(self, terms: ProcessTerms, output: Output) -> None:
+        super().__init__()
+        self._terms, self._output = terms, output
+        self._process = terms.start(output)
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading = asyncio.ensure_future(self._read())
+
+    def pack(self, columns: Mapping[str, Any]) -> bytes:
+        return pickle.dumps(dict(columns))
+
+    def send(self, request: Mapping[str, Any]) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            message = pickle.dumps(request)
+            self._writer.write(_LENGTH.pack(len(message)) + message)
+
+    async def end(self, reply: Reply) -> None:
+        self.lose(reply)
+        self._reading.cancel()
+        self._disconnect()
+        await asyncio.to_thread(self._process.kill)
+
+    async def _read(self) -> None:
+        """Read what it says, until it ends; then say how it ended."""
+        when = "when imported"
+        try:
+            reader, self._writer = await asyncio.open_connection(sock=self._process.channel)
+            self._writer.write(_LENGTH.pack(len(self._terms.setup)) + self._terms.setup)
+            async with asyncio.timeout(START_SECONDS):
+                self.hello = await _receive(reader)
+            if "error" in self.hello:
+                self.problem = str(self.hello["error"])
+                await self._over(Reply("crash", error=self.problem))
+                return
+            self.ready.set()
+            when = "in a call"
+            while True:
+                self.answered(await _receive(reader))
+        except TimeoutError:  # an OSError, too
+            self.problem = await asyncio.to_thread(killed, self._process, START_SECONDS, when)
+            await self._over(Reply("crash", error=self.problem))
+        except _NOISE as error:
+            self._disconnect()
+            memory_gb = self._terms.memory_gb
+            by_memory, said = await asyncio.to_thread(ended, self._process, self._output, error, when, memory_gb)
+            self.problem = said
+            await self._over(Reply("memory" if by_memory else "crash", error=said))
+
+    async def _over(self, reply: Reply) -> None:
+        self.lose(reply)
+        self._disconnect()
+        await asyncio.to_thread(self._process.kill)
+
+    def _disconnect(self) -> None:
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+
+async def _receive(reader: asyncio.StreamReader) -> Any:
+    """The next message. Raises EOFError if the other end is gone."""
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    if length > LONGEST:
+        raise ValueError(f"a message of {length} bytes")
+    return json.loads(await reader.readexactly(length))

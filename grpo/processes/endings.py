@@ -1,0 +1,30 @@
+"""What became of a child process that should have answered, in words."""
+
+from __future__ import annotations
+
+import time
+
+from grpo.processes.child import ChildProcess, ending
+from grpo.processes.output import Output
+
+
+def killed(process: ChildProcess, seconds: float, when: str) -> str:
+    """Kill a process that has not answered in `seconds`."""
+    process.kill()
+    return f"no answer in {seconds:g} s {when}, so its process was killed"
+
+
+def ended(
+    process: ChildProcess, output: Output, error: Exception, when: str, memory_gb: float | None
+) -> tuple[bool, str]:
+    """Whether memory ended a process, and how it ended; what is left of it is killed.
+
+    `error` is what came of reading its next message.
+    """
+    code, out_of_memory = process.end()
+    if out_of_memory:
+        return True, f"it used more than memory_gb ({memory_gb:g}) {when}, so its process was killed"
+    time.sleep(0.02)  # for its last words to arrive
+    if isinstance(error, ConnectionError | EOFError) and code is not None:
+        return False, f"its process ended {when} ({ending(code)}){output.tail()}"
+    return False, f"its process made no sense {when} ({type(error).__name__}: {error})"

@@ -1,0 +1,207 @@
+"""TRL's contract for environments and tools, in a process and in this one."""
+
+from pathlib import Path
+
+import games
+import pytest
+
+from grpo.config.environment import EnvironmentConfig, ToolConfig
+from grpo.environments.making import make_host
+from grpo.errors import UserError
+
+GAMES = Path(__file__).with_name("games.py")
+HERE = pytest.mark.parametrize("inline", [False, True], ids=["process", "inline"])
+
+
+@pytest.fixture
+def host():
+    """Makes hosts, and closes them."""
+    made = []
+
+    def make(name, tools=(), inline=False, several=False, workers=1, **settings):
+        use = None if name is None else f"{GAMES}:{name}"
+        config = EnvironmentConfig(use=use, **settings)
+        configs = [ToolConfig(use=f"{GAMES}:{tool}", kwargs=kwargs) for tool, kwargs in tools]
+        given = getattr(games, name) if inline and name else None
+        functions = [getattr(games, tool) for tool, _ in tools] if inline else ()
+        made.append(make_host(config, configs, several, workers, given, functions))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def seat_of(host, seed: int = 0, **columns):
+    (seat,) = host.seats(0, 1)
+    reply = seat.reset(columns, seed).result()
+    return seat, reply
+
+
+def names(description) -> list[str]:
+    return [tool["function"]["name"] for tool in description.tools]
+
+
+@HERE
+def test_which_methods_are_tools(host, inline: bool) -> None:
+    told = host("Walk", inline=inline).description
+    walk = ["blocks", "bound", "columns", "count", "look", "move", "rules", "scored", "wait"]
+    assert (told.name, told.kind, told.rewards, told.resets, names(told)) == ("Walk", "tools", True, True, walk)
+    move = next(tool["function"] for tool in told.tools if tool["function"]["name"] == "move")
+    assert move["description"] == "Move."
+    assert move["parameters"] == {
+        "type": "object",
+        "properties": {
+            "by": {"type": "integer", "description": "How far."},
+            "fast": {"type": "boolean", "description": "Whether to hurry."},
+        },
+        "required": ["by"],
+    }
+
+
+@HERE
+def test_a_conversation(host, inline: bool) -> None:
+    seat, reply = seat_of(host("Walk", inline=inline, kwargs={"size": 3}), start=1, prompt="?", answer="x")
+    assert (reply.kind, reply.value) == ("ok", " You are at 1.")
+    calls = [
+        ("move", {"by": 2}, ("ok", "3", "")),
+        ("move", {"by": 1}, ("error", None, "Game over.")),
+        ("look", {}, ("ok", "at 3", "")),
+        ("rules", {}, ("ok", "none", "")),
+        ("bound", {}, ("ok", "bound", "")),
+        ("wait", {"seconds": 0}, ("ok", "waited", "")),
+        ("blocks", {}, ("ok", [{"type": "text", "text": "é?"}], "")),
+        ("columns", {}, ("ok", "['answer', 'prompt']", "")),
+        ("nothing", {}, ("error", None, "Tool nothing not found.")),
+        ("reset", {}, ("error", None, "Tool reset not found.")),
+        ("move", {"to": 1}, ("error", None, "Walk.move() got an unexpected keyword argument 'to'")),
+    ]
+    for name, arguments, expected in calls:
+        reply = seat.call(name, arguments).result()
+        assert (reply.kind, reply.value, reply.error) == expected
+    step = seat.call("scored", {}).result()
+    assert (step.value, step.reward, step.done) == ("well", 0.5, True)
+    assert seat.reward().result().value == 3.0
+
+
+@HERE
+def test_objects_are_made_once_and_reset_often(host, inline: bool) -> None:
+    games.Walk.made = 0
+    walks = host("make_walk", inline=inline)
+    assert walks.description.name == "Walk"
+    for start in range(5):
+        seat, reply = seat_of(walks, start=start)
+        assert reply.value == f" You are at {start}."
+        assert seat.call("count", {}).result().value == "1"
+        seat.release()
+    both = walks.seats(0, 2)
+    for seat in both:
+        seat.reset({"start": 0}, 0).result()
+    assert both[0].call("count", {}).result().value == "2"
+
+
+@HERE
+def test_one_that_answers_as_the_user(host, inline: bool) -> None:
+    guess = host("Guess", inline=inline)
+    assert (guess.description.kind, guess.description.tools) == ("text", [])
+    seat, reply = seat_of(guess, seed=7)
+    assert reply.value is None
+    said = {"role": "assistant", "content": "hello"}
+    answer = seat.step(said).result()
+    assert (answer.value, answer.reward, answer.done) == ([{"role": "user", "content": "HELLO"}], 1.0, False)
+    end = seat.step({"role": "assistant", "content": "end"}).result()
+    assert (end.value, end.done) == (None, True)
+    assert seat.reward().result().value == 0.5
+    assert seat.step({"role": "assistant", "content": "secret"}).result().value[0]["content"].startswith("7 ")
+
+
+def test_one_that_answers_with_messages_may_have_tools(host) -> None:
+    chat = host("Chat")
+    assert (chat.description.kind, names(chat.description)) == ("messages", ["hint"])
+    seat, _ = seat_of(chat)
+    answer = seat.step({"role": "assistant", "content": "x"}).result()
+    assert answer.value == [{"role": "user", "content": "assistant said x"}]
+    assert len(seat.step({"role": "assistant", "content": "many"}).result().value) == 2
+    assert seat.call("hint", {}).result().value == "hint"
+
+
+def test_a_step_with_another_parameter_is_a_tool(host) -> None:
+    told = host("Gym").description
+    assert (told.kind, names(told), told.resets, told.rewards) == ("tools", ["step"], False, False)
+
+
+def test_one_that_makes_trajectories_by_itself_is_recognised(host) -> None:
+    assert host("OwnLoop").description.kind == "rollout"
+
+
+@HERE
+def test_tools_beside_an_environment_and_alone(host, inline: bool) -> None:
+    tools = [("search", {"key": "k", "limit": 3}), ("Counter", {"start": 5})]
+    beside = host("Gym", tools, inline)
+    assert names(beside.description) == ["search", "add", "step"]
+    schema = beside.description.tools[0]["function"]["parameters"]
+    assert (list(schema["properties"]), schema["required"]) == (["query"], ["query"])
+    seat, _ = seat_of(beside)
+    assert seat.call("search", {"query": "q", "key": "mine"}).result().value == "q 3 k"
+    assert [seat.call("add", {"n": 1}).result().value for _ in range(2)] == ["6", "7"]
+    alone = host(None, tools[1:], inline)
+    assert (alone.description.name, alone.description.kind, names(alone.description)) == ("tools", "tools", ["add"])
+    first, second = alone.seats(0, 2)
+    for seat in (first, second):
+        assert seat.reset({}, 0).result().kind == "ok"
+    assert [one.call("add", {"n": 1}).result().value for one in (first, second, first)] == ["6", "6", "7"]
+
+
+def test_the_column_that_chose_is_not_passed(host) -> None:
+    seat, _ = seat_of(host("Walk", several=True), start=0, environment="walk", prompt="?")
+    assert seat.call("columns", {}).result().value == "['prompt']"
+    seat, _ = seat_of(host("Walk"), start=0, environment="walk")
+    assert seat.call("columns", {}).result().value == "['environment']"
+
+
+def test_all_synchronous_calls_are_made_in_one_thread(host) -> None:
+    seat, reply = seat_of(host("Notebook"))
+    assert reply.kind == "ok"
+    assert [seat.call("write", {"text": "x"}).result().value for _ in range(2)] == ["1", "2"]
+
+
+def test_asynchronous_calls_wait_together(host) -> None:
+    seats = host("Crowd").seats(0, 64)
+    for seat in seats:
+        seat.reset({}, 0)
+    waits = [seat.call("wait", {}) for seat in seats]
+    assert max(int(wait.result().value) for wait in waits) == 64
+
+
+@HERE
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("NoHints", "the tool 'jump' has no schema: Argument far is missing a type hint in function jump"),
+        ("NoWords", "the tool 'jump' has no schema: .* no description for the argument 'far'"),
+        ("NoObject", r"it cannot be made: RuntimeError: no board \(.*games.py:\d+\)"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_run(host, name: str, said: str, inline: bool) -> None:
+    with pytest.raises(UserError, match=said):
+        _ = host(name, inline=inline).description
+
+
+def test_a_name_that_means_nothing(host) -> None:
+    with pytest.raises(UserError, match="no function 'Wlak' there. Did you mean 'Walk'"):
+        _ = make_host(EnvironmentConfig(use=f"{GAMES}:Wlak")).description
+
+
+@HERE
+def test_two_tools_of_one_name(host, inline: bool) -> None:
+    with pytest.raises(UserError, match="two tools are called 'add'"):
+        _ = host(None, [("Counter", {}), ("Counter", {})], inline).description
+
+
+@HERE
+def test_columns_that_do_not_fit_are_told_before_the_run(host, inline: bool) -> None:
+    picky = host("Picky", inline=inline)
+    assert picky.problem(["question"]) is None
+    assert "unexpected keyword argument 'prompt'" in picky.problem(["question", "prompt"])
+    assert "missing a required argument: 'question'" in picky.problem([])
+    assert host("Guess", inline=inline).problem(["prompt"]) is None

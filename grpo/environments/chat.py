@@ -99,17 +99,22 @@ class Chat:
             return tuple(template.encode_plain("".join(text_of(one["content"]) for one in messages)))
         if not turn_ids or not messages:
             return None
-        role = messages[0]["role"]
-        if role not in self._joints:
-            self._joints[role] = joint_of(template, role, self._thinking)
-        joint = self._joints[role]
-        if turn_ids[-1] not in joint.sampled:
+        if not self.can_follow(messages[0]["role"], turn_ids):
             return None
+        joint = self._joints[messages[0]["role"]]
         ids = self._call_ids(turn_ids) if joint.ids else ()
         given = [{**one, "content": template.harmless(one["content"])} for one in _as_text(messages)]
         text = template.render([*before(given, joint.single, ids), *with_ids(given, ids)], generation=True)
         at = text.index(joint.end, text.index(MARK)) + len(joint.end)
         return template.encode_after(joint.end, text[at:])
+
+    def can_follow(self, role: str, turn_ids: Sequence[int]) -> bool:
+        """Whether messages of this role can follow a turn that ended as these tokens do; plain text always can."""
+        if self._joints is None:
+            return True
+        if role not in self._joints:
+            self._joints[role] = joint_of(self._template, role, self._thinking)
+        return bool(turn_ids) and turn_ids[-1] in self._joints[role].sampled
 
     def parse(self, turn_ids: Sequence[int]) -> Message:
         """What a sampled turn says, as the assistant's message: `content`, `tool_calls` if it calls tools, and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -12,28 +12,32 @@ from grpo.environments.openings import with_added
 from grpo.environments.sampler import Sampler
 from grpo.environments.scheduler import TimeIsUpError
 from grpo.environments.seats import Host, Limits, Reply, Seat
+from grpo.errors import UserError
 from grpo.generation.generator import trajectory_of
 from grpo.generation.rows import Row
 from grpo.types import Conversation, Failure, FinishReason, Message, Trajectory
 
 
 class Chat(Protocol):
-    """How messages become tokens, and the model's tokens a message."""
+    """How messages become tokens, and the model's tokens a message. See `grpo.environments.chat`."""
 
     def prompt_ids(self, messages: Sequence[Message]) -> Sequence[int]:
-        """The tokens of a prompt, up to where the model begins to answer."""
+        """The tokens of a prompt, up to where the model begins to answer. Raises UserError as `suffix_ids` does."""
         ...
 
     def parse(self, token_ids: Sequence[int]) -> Message:
         """The assistant's message of one turn, its last token included; with `tool_calls` if tools are called in it."""
         ...
 
-    def ends_turn(self, token_id: int) -> bool:
-        """Whether messages can follow a turn that ends with this token."""
+    def can_follow(self, role: str, turn_ids: Sequence[int]) -> bool:
+        """Whether messages of this role can follow a turn that ended as these tokens do."""
         ...
 
-    def suffix(self, messages: Sequence[Message]) -> Sequence[int]:
-        """The tokens between the model's turn and its next: what follows its last token, and these messages."""
+    def suffix_ids(self, turn_ids: Sequence[int], messages: Sequence[Message]) -> Sequence[int] | None:
+        """The tokens between a turn and the model's next, with these messages; None if none can follow.
+
+        Raises UserError for messages that cannot be written down.
+        """
         ...
 
 
@@ -76,11 +80,11 @@ class Play:
         """Let the environment begin, and add to the prompt what it returns. A prompt may have `longest` tokens."""
         try:
             reply = await self._reply(self.seat.reset(columns, seed))
+            if reply.value is not None:
+                self.prompt = with_added(self.prompt, reply.value)
+                self.prompt_ids = self._written(self.table.chat.prompt_ids, self.prompt)
         except _BrokenOffError:
             return
-        if reply.value is not None:
-            self.prompt = with_added(self.prompt, reply.value)
-            self.prompt_ids = self.table.chat.prompt_ids(self.prompt)
         if (length := len(self.prompt_ids)) > longest:
             said = f"the prompt has {length:,} tokens after reset, and data.max_prompt_length is {longest:,}"
             self.failure = Failure("error", said)
@@ -116,12 +120,12 @@ class Play:
             message = chat.parse(row.turn)
             self._messages.append(message)
             self._turn_rewards.append(None)
-            if reason != "stop" or not chat.ends_turn(row.token_ids[-1]):
+            if reason != "stop" or not chat.can_follow("tool" if "tool_calls" in message else "user", row.turn):
                 return reason
             answers = await self._answers(message)
             if len(self._turn_rewards) == most:
                 self._end = self._end or "max_turns"
-            suffix = () if self._end else chat.suffix(answers)
+            suffix = () if self._end else self._written(chat.suffix_ids, row.turn, answers)
             if len(suffix) > row.room:  # with a token after it: it is as if it had not been said
                 return "length"
             self._messages += answers
@@ -174,6 +178,14 @@ class Play:
             self.failure = Failure(reply.kind, reply.error)
             raise _BrokenOffError("failed")
         return reply
+
+    def _written(self, write: Callable[..., Sequence[int] | None], *given: Any) -> Sequence[int]:
+        """The tokens of what an environment said, none if it cannot follow. It fails if it cannot be written down."""
+        try:
+            return write(*given) or ()
+        except UserError as error:
+            self.failure = Failure("error", str(error))
+            raise _BrokenOffError("failed") from error
 
     def _counted(self, reply: Reply) -> Reply:
         """The same reply, its reward added to the turn's."""

@@ -30,14 +30,15 @@ class Numbers:
         calls = [{"type": "function", "function": {"name": f"t{token}", "arguments": {"x": token}}} for token in called]
         return {**message, "tool_calls": calls} if calls else message
 
-    def ends_turn(self, token_id: int) -> bool:
-        return token_id in self.ends
+    def can_follow(self, role: str, turn_ids: Sequence[int]) -> bool:
+        return turn_ids[-1] in self.ends
 
-    def suffix(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        return [9, *self.prompt_ids(messages)]
+    def suffix_ids(self, turn_ids: Sequence[int], messages: Sequence[Mapping[str, Any]]) -> list[int] | None:
+        return [9, *self.prompt_ids(messages)] if messages else None
 
     def _ids(self, message: Mapping[str, Any]) -> list[int]:
-        return [self.roles[message["role"]], *map(int, message["content"].split())]
+        content = [int(word) if word.isdigit() else 13 for word in message["content"].split()]
+        return [self.roles[message["role"]], *content]
 
 
 def at_once(function: Callable[..., Any], *given: Any) -> Future[Reply]:

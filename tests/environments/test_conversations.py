@@ -106,14 +106,10 @@ def test_a_tool_that_fails_says_so_and_the_conversation_goes_on() -> None:
     def tool(seat, name, arguments):
         raise ValueError("43")
 
-    chat = Numbers()
-    chat._ids = lambda message: [43]
-    conversations = Conversations({"": Table(Host(tool=tool), chat)}, 0, 99)
-    (group,) = RolloutEngine(Scripted(SCRIPT), Sampling(1.0, 40), conversations).rollout([TASK], 1, 1.0, [1])
-    told = group.rollouts[0].trajectory.conversation
-    assert told.messages == (said("30 60 1", 60), result("{'error': '43'}"), said("32 1"))
-    assert (told.calls, told.failed_calls, told.failure) == (1, 1, None)
-    assert group.rollouts[0].trajectory.finish_reason == "stop"
+    row = one(Host(tool=tool), {21: [30, CALL, END], 13: [32, END]})
+    assert row.conversation.messages == (said("30 60 1", 60), result("{'error': '43'}"), said("32 1"))
+    assert (row.conversation.calls, row.conversation.failed_calls, row.conversation.failure) == (1, 1, None)
+    assert row.finish_reason == "stop"
 
 
 def test_a_tool_without_a_result_is_answered_with_nothing() -> None:
@@ -185,12 +181,12 @@ LIMITED = [
     (Limits(max_tool_calls=2), 40, "max_tool_calls", 10, 2, 4),
     (Limits(max_tool_calls=3), 40, "stop", 17, 3, 6),
     (Limits(max_turn_tokens=3), 40, "max_turn_tokens", 9, 1, 3),
-    (Limits(max_turn_tokens=4), 40, "stop", 17, 3, 6),
+    (Limits(max_turn_tokens=5), 40, "stop", 17, 3, 6),
     (Limits(), 17, "stop", 17, 3, 6),
     (Limits(), 16, "length", 16, 3, 6),  # in the last turn
     (Limits(), 15, "length", 10, 3, 3),  # no room for the second results: they are taken back
     (Limits(), 6, "length", 3, 1, 1),
-    (Limits(), 3, "stop", 3, 0, 1),
+    (Limits(), 3, "length", 3, 1, 1),
     (Limits(), 2, "length", 2, 0, 1),
 ]
 
@@ -206,7 +202,8 @@ def test_limits(limits: Limits, most: int, reason: str, tokens: int, called: int
     told = row.conversation
     assert told.calls == called
     assert len(told.messages) == messages
-    assert told.messages[:messages] == whole.conversation.messages[:messages] or reason == "length"
+    cut = reason in ("length", "max_turn_tokens") and row.trained[-1] and row.token_ids[-1] != END
+    assert told.messages[: messages - cut] == whole.conversation.messages[: messages - cut]
     assert len(told.turn_rewards) == sum(message["role"] == "assistant" for message in told.messages)
     assert told.outcome == 1.0
     assert host.all[0].released == 1
@@ -231,7 +228,8 @@ def test_a_failure_ends_its_conversation_alone(where: str, kind: str) -> None:
 
     answers = {"reward": lambda seat: 1.0, "tool": lambda *_: "43", where: breaks}
     host = Host("messages" if where == "step" else "tools", **answers)
-    script = {21: [30, END], 43: [32, END]} if where == "step" else {21: [30, CALL, END], 43: [32, END]}
+    said = [30, END] if where == "step" else [30, CALL, END]
+    script = {21: said, 43: [32, END], 13: [33, END]}
     good, bad, other = (rollout.trajectory for rollout in play(host, script, n=3, keeps_seats=True).rollouts)
     assert good.token_ids == other.token_ids
     assert good.conversation.failure is other.conversation.failure is None
@@ -334,10 +332,11 @@ def test_a_row_s_environment_is_named_by_its_column() -> None:
     hosts = {"a": Host(tool=numbered), "b": Host("text", step=lambda *_: None)}
     tables = {name: Table(host, Numbers()) for name, host in hosts.items()}
     rows = [{"environment": name, "answer": "4"} for name in ("b", "a")]
-    tasks = [Task(i, "20 21", TASK.prompt_ids, columns) for i, columns in enumerate(rows)]
-    engine = RolloutEngine(Scripted(SCRIPT), Sampling(1.0, 40), Conversations(tables, 0, 99, system="12"))
+    tasks = [Task(i, "20 21", (11, 20, 22 - i), columns) for i, columns in enumerate(rows)]
+    script = {**SCRIPT, 22: [30, END]}
+    engine = RolloutEngine(Scripted(script), Sampling(1.0, 40), Conversations(tables, 0, 99, system="12"))
     first, second = engine.rollout(tasks, 1, 1.0, [1, 2])
-    assert first.rollouts[0].trajectory.finish_reason == "max_turns" or len(hosts["b"].all[0].asked) == 1
+    assert first.rollouts[0].trajectory.finish_reason == "done"
     assert len(hosts["a"].all[0].asked) == 4
     prompt = second.rollouts[0].trajectory.conversation.prompt
     assert prompt == ({"role": "system", "content": "12"}, {"role": "user", "content": "20 21"})

@@ -67,9 +67,7 @@ def trajectories(groups: list[Group]) -> list[Trajectory]:
 
 
 def sampled(groups: list[Group]) -> list[tuple]:
-    return [
-        (one.token_ids, one.trained, one.finish_reason, one.conversation.messages) for one in trajectories(groups)
-    ]
+    return [(one.token_ids, one.trained, one.finish_reason, one.conversation.messages) for one in trajectories(groups)]
 
 
 def worst_gap(model, groups: list[Group], temperature: float = 1.0) -> float:

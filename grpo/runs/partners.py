@@ -126,7 +126,7 @@ def invite(
                 raise UserError(
                     f"{_place(name)}.{idle[0]} does nothing for objects: they live in the trainer's process"
                 )
-            host = make_host(config, tools, bool(name), workers, made, objects)
+            host: Host = make_host(config, tools, bool(name), workers, made, objects)
             stack.callback(host.close)
             hosts[name] = host, config
         for name, (host, config) in hosts.items():  # they start side by side

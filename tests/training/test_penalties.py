@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from training.sections import make_batches, with_advantages, with_penalties, with_reference, weights
+from training.sections import make_batches, weights, with_advantages, with_penalties, with_reference
 from training.test_update import groups, recipe
 
 from grpo.objective.groups import with_rewards

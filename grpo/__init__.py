@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from grpo.types import Batch as Batch
     from grpo.types import EvalMetrics as EvalMetrics
     from grpo.types import Group as Group
+    from grpo.types import Step as Step
     from grpo.types import StepMetrics as StepMetrics
 
 # Whatever part of the package is imported first, this runs before it, and so before `mlx.core`.
@@ -44,7 +45,7 @@ _DOOR = {
     "grpo.door.tasks": ("tasks",),
     "grpo.door.trainer": ("Trainer",),
     "grpo.errors": ("RunError", "UserError"),
-    "grpo.types": ("Batch", "EvalMetrics", "Group", "StepMetrics"),
+    "grpo.types": ("Batch", "EvalMetrics", "Group", "Step", "StepMetrics"),
 }
 """Where each public name comes from."""
 _PLACES = {name: module for module, names in _DOOR.items() for name in names}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any
+from functools import cache
+from typing import Annotated, Any, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -153,6 +154,9 @@ def _similar(value: Any, known: Sequence[str]) -> str | None:
 FORMS = {
     "model": "{name: Qwen/Qwen3-0.6B}",
     "data": "{source: questions.jsonl}",
+    "environment": '{use: "game.py:Game"}',
+    "environments": '{game: {use: "game.py:Game"}}',
+    "tools": "[calculator]",
     "rewards": "{use: math_answer}",
     "optim": "{steps: 500}",
     "log.wandb": "{project: grpo}",
@@ -169,6 +173,8 @@ def _example(path: Keys) -> str:
 
 def _hint(path: Keys) -> str:
     name = str(path[-1])
+    if path == ("rollout", "environment"):
+        return ' It is environment.use now: write environment: {use: "file.py:Class"}, a section beside rollout.'
     if not _named_so(name) and (found := _answer(path)):
         return f" {found[1].sentence(found[0])}"
     if _is_optimizers(path):
@@ -230,8 +236,16 @@ def _keys_beside(path: Keys) -> list[str]:
 
 
 def named(path: Keys) -> Keys:
-    """The path without positions in lists, as the schema knows it."""
-    return tuple(part for part in path if isinstance(part, str))
+    """The path as the schema knows it: without positions in lists, and without the names that `environments` have."""
+    parts = tuple(part for part in path if isinstance(part, str))
+    return (parts[0], *parts[2:]) if parts and parts[0] in sections_by_name() else parts
+
+
+@cache
+def sections_by_name() -> frozenset[str]:
+    """The keys of a recipe that hold sections by names of the person's own."""
+    fields = Recipe.model_fields.items()
+    return frozenset(name for name, field in fields if get_origin(field.annotation) is dict)
 
 
 def _help(path: Keys) -> str:

@@ -33,6 +33,8 @@ def override(document: Document, text: str, said_by: str = COMMAND_LINE) -> None
         key = _key(target, part, parts, place)
         if isinstance(target, dict) and target.get(key) is None:
             target[key] = {}
+        if keys == ("tools",) and isinstance(target[key], str):
+            target[key] = {"use": target[key]}
         target, keys = target[key], (*keys, key)
     last = _key(target, parts[-1], parts, place)
     keys = (*keys, last)

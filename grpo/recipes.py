@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from grpo.config import DataConfig, EvalConfig, Recipe
+from grpo.config import DataConfig, EnvironmentConfig, EvalConfig, Recipe, RewardConfig, ToolConfig
 from grpo.config.data import is_pattern
 from grpo.config.section import Section
 from grpo.document import Document, Dumper, read_document
@@ -25,6 +25,7 @@ from grpo.mistakes import explanations, keys_of
 from grpo.overrides import COMMAND_LINE, override
 
 S = TypeVar("S", bound=Section)
+U = TypeVar("U", RewardConfig, EnvironmentConfig, ToolConfig)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), said_by: str = COMMAND_LINE) -> Recipe:
@@ -45,11 +46,23 @@ def recipe_of(data: dict[str, Any], what: str, overrides: Sequence[str] = ()) ->
 def _checked(document: Document, overrides: Sequence[str], said_by: str = COMMAND_LINE) -> Recipe:
     for text in overrides:
         override(document, text, said_by)
+    data = without_single_turn(document.data)
     try:
         # Through JSON, because there strict means "no coercion" and yet lists may fill tuples.
-        return Recipe.model_validate_json(json.dumps(document.data))
+        return Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        raise UserError("\n".join(explanations(error, document.data, document.locate))) from None
+        raise UserError("\n".join(explanations(error, data, document.locate))) from None
+
+
+def without_single_turn(data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's data without `rollout.environment: single_turn`, which earlier versions wrote into each run's recipe.
+
+    It said what is so without it.
+    """
+    rollout = data.get("rollout")
+    if not isinstance(rollout, dict) or rollout.get("environment") != "single_turn":
+        return data
+    return {**data, "rollout": {name: value for name, value in rollout.items() if name != "environment"}}
 
 
 def with_settings(section: S, settings: Mapping[str, Any], what: str = "a recipe that was changed in code") -> S:
@@ -117,6 +130,10 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         file, colon, function = use.partition(":")
         return beside(file) + colon + function if file.endswith(".py") else use
 
+    def used(section: U) -> U:
+        """A section whose code is found."""
+        return with_settings(section, {"use": section.use and function_path(section.use)}, str(path))
+
     def located(section: DataConfig | EvalConfig) -> dict[str, Any]:
         """Where the rows of a section come from."""
         source = section.source
@@ -127,13 +144,13 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         "output_dir": recipe.output_dir or f"runs/{path.stem}{_trial()}",
         "model.name": beside(recipe.model.name),
         "data": with_settings(recipe.data, located(recipe.data), str(path)),
-        "rewards": tuple(
-            with_settings(reward, {"use": function_path(reward.use)}, str(path)) for reward in recipe.rewards
-        ),
+        "rewards": tuple(map(used, recipe.rewards)),
         "log.use": tuple(function_path(use) for use in recipe.log.use),
         "adapter.path": recipe.adapter.path and beside(recipe.adapter.path),
         "loss.use": recipe.loss.use and function_path(recipe.loss.use),
-        "rollout.environment": function_path(recipe.rollout.environment),
+        "environment": recipe.environment and used(recipe.environment),
+        "environments": {name: used(config) for name, config in recipe.environments.items()},
+        "tools": tuple(map(used, recipe.tools)),
         "eval": recipe.eval and with_settings(recipe.eval, located(recipe.eval), str(path)),
     }
     return with_settings(recipe, settings, str(path))

@@ -47,7 +47,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "data.chat_template": ("never",),
     "data.chat_template_kwargs": ("{tone: rude}", "model.name=other"),
     "data.max_prompt_length": ("18", "data.prompt=hint"),
-    "rollout.environment": ("room.py:Twice",),
+    "environment.use": ("room.py:Twice",),
     "rollout.prompts_per_step": ("3",),
     "rollout.num_generations": ("3",),
     "rollout.max_completion_length": ("5",),

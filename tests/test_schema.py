@@ -18,7 +18,7 @@ RECIPES = sorted(bundled("recipes").glob("*.yaml"))
 
 
 def numberless(key: str) -> str:
-    return key.replace(".0.", ".")
+    return key.replace(".0.", ".").replace(".<name>.", ".")
 
 
 def test_every_key_explains_itself() -> None:
@@ -34,7 +34,10 @@ def test_every_key_explains_itself() -> None:
         ("adapter.layers", "all or [integer at least 0, integer above 0]", '"all"'),
         ("rollout.min_p", "number at least 0 and below 1", "0.0"),
         ("rollout.stop", "list of text", "[]"),
-        ("rewards", "list of sections", None),
+        ("rewards", "list of sections", "[]"),
+        ("environments", "sections by name", "{}"),
+        ("environments.<name>.max_turns", "integer above 0 or null", "null"),
+        ("tools.0.use", "text", None),
         ("rewards.0.calls", "step | group | completion or null", "null"),
         ("data.columns", "keys and values: text", "{}"),
         ("eval", "section", "null"),

@@ -53,7 +53,7 @@ def train(
     first = Ranks.launched().first
     console = Console(quiet=not first)  # of several processes one talks and writes
     opening = Opening(cfg, How(resume, resume_from, resume_changed, overwrite, dry_run), console)
-    with closing(opening.run.trainer.scorer):
+    with closing(opening.run.opened):
         opening.check()
         if dry_run:
             opening.rehearse()

@@ -58,23 +58,34 @@ def settings(under: str = "") -> list[RecipeKey]:
 def _settings(section: Mapping[str, Any], sections: Mapping[str, Any], prefix: str) -> Iterable[RecipeKey]:
     for name, field in section["properties"].items():
         key = f"{prefix}{name}"
-        inner, many = _section(field, sections)
+        inner, within = _section(field, sections)
         if inner is None:
             yield RecipeKey(key, _type(field), _default(field), field["description"])
             continue
         # The defaults of a section are those of its keys, but for one that is not there unless it is asked for.
-        default = None if name in section.get("required", ()) else "null" if field.get("default") is None else "{…}"
-        yield RecipeKey(key, "list of sections" if many else "section", default, field["description"])
-        yield from _settings(inner, sections, f"{key}.0." if many else f"{key}.")
+        default = None if name in section.get("required", ()) else _default(field) if within else _null_or_some(field)
+        yield RecipeKey(key, WITHIN[within], default, field["description"])
+        yield from _settings(inner, sections, f"{key}.{within}")
 
 
-def _section(field: Mapping[str, Any], sections: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, bool]:
-    """The section that a field holds, if it holds one, and whether it holds a list of them."""
+WITHIN = {"": "section", "0.": "list of sections", "<name>.": "sections by name"}
+"""What a field holds, by what stands between its key and those of its sections."""
+
+
+def _section(field: Mapping[str, Any], sections: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, str]:
+    """The section that a field holds, if it holds one, alone or several; and which of `WITHIN` it holds."""
     for form in (field, *field.get("anyOf", ())):
         if "$ref" in form:
-            return sections[form["$ref"].rpartition("/")[2]], False
-    inner, _ = _section(field["items"], sections) if isinstance(field.get("items"), dict) else (None, False)
-    return inner, inner is not None
+            return sections[form["$ref"].rpartition("/")[2]], ""
+    for several, within in (("items", "0."), ("additionalProperties", "<name>.")):
+        inner, _ = _section(field[several], sections) if isinstance(field.get(several), dict) else (None, "")
+        if inner is not None:
+            return inner, within
+    return None, ""
+
+
+def _null_or_some(section: Mapping[str, Any]) -> str:
+    return "null" if section.get("default") is None else "{…}"
 
 
 def _default(field: Mapping[str, Any]) -> str | None:

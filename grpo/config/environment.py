@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
 
 from grpo.config.rewards import DAY
 from grpo.config.section import LARGE, Above0, Fraction, Name, Positive, Section, Tokens
@@ -47,6 +47,12 @@ class EnvironmentConfig(Section):
     max_failure_rate: Fraction = 0.5
     """Stop the run when it failed in more than this fraction of the conversations of its last three steps. 1: never."""
 
+    @model_validator(mode="after")
+    def _has_what_it_is_for(self) -> EnvironmentConfig:
+        if self.use is None and self.kwargs:
+            raise ValueError("kwargs does nothing without use: a tool has its own, tools.N.kwargs")
+        return self
+
 
 class ToolConfig(Section):
     use: Name
@@ -62,3 +68,14 @@ class ToolConfig(Section):
     def _named(cls, given: Any) -> Any:
         """`tools: [calculator]` is `tools: [{use: calculator}]`."""
         return {"use": given} if isinstance(given, str) else given
+
+
+class OrUse:
+    """For editors: a text is a section with this text as its `use`."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core)]}
+
+
+Tool = Annotated[ToolConfig, OrUse()]
+"""An item of `tools`."""

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from grpo.config.data import DataConfig, EvalConfig, check_hub_only
-from grpo.config.environment import EnvironmentConfig, ToolConfig
+from grpo.config.environment import EnvironmentConfig, Tool
 from grpo.config.log import CheckpointConfig, LogConfig
 from grpo.config.model import AdapterConfig, ModelConfig
 from grpo.config.objective import AdvantageConfig, LossConfig
@@ -19,7 +19,8 @@ from grpo.presets import Baseline
 
 
 class Recipe(Section):
-    """A whole run. `data`, `model`, `rewards` and `optim.steps` have no default.
+    """A whole run. `data`, `model` and `optim.steps` have no default; `rewards` neither, unless an environment gives
+    them.
 
     Files and folders are looked for beside the recipe, then in the working directory.
     """
@@ -40,8 +41,8 @@ class Recipe(Section):
     """Whom the model talks to in several turns. Without it, and without `tools`, a completion is a single answer."""
     environments: dict[str, EnvironmentConfig] = {}
     """Several of them by name, in the place of `environment`; the dataset's column `environment` says which."""
-    tools: tuple[ToolConfig, ...] = ()
-    """Functions that the model may call, beside its environment's."""
+    tools: tuple[Tool, ...] = ()
+    """Functions that the model may call, beside its environment's. A text is the tool's `use`."""
     rewards: tuple[RewardConfig, ...] = ()
     """What a completion is worth: the weighted sum of these, and of the environment's own reward."""
     advantage: AdvantageConfig = AdvantageConfig()
@@ -68,7 +69,9 @@ class Recipe(Section):
             raise ValueError("environment.use: name a class, or give tools that the model may call")
         own = self.conversations
         if not self.rewards and not any(config.use for config in own.values()):
-            raise ValueError("rewards: a run needs at least one, or an environment that gives rewards")
+            raise ValueError(
+                "rewards: a run needs at least one, as rewards: [{use: math_answer}], or an environment that gives them"
+            )
         weights = [*(reward.weight for reward in self.rewards), *(one.weight for one in own.values() if one.use)]
         if all(weight == 0 for weight in weights):
             raise ValueError(
@@ -116,9 +119,11 @@ class Recipe(Section):
 
     @property
     def uses(self) -> list[str]:
-        """The code that the recipe names: its rewards, its loss, its environment and its loggers."""
-        named = [self.loss.use, self.rollout.environment if ":" in self.rollout.environment else None]
-        return [*(reward.use for reward in self.rewards), *filter(None, named), *self.log.use]
+        """The code that the recipe names: its rewards, its loss, its environments and tools, and its loggers."""
+        environments = [config.use for config in self.conversations.values()]
+        tools = [tool.use for tool in self.tools]
+        named = filter(None, [self.loss.use, *environments, *tools])
+        return [*(reward.use for reward in self.rewards), *named, *self.log.use]
 
     @property
     def conversations(self) -> dict[str, EnvironmentConfig]:

@@ -6,13 +6,10 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from grpo.config.section import MANY, Name, NonNegative, Positive, Section, Tokens
+from grpo.config.section import MANY, NonNegative, Positive, Section, Tokens
 
 
 class RolloutConfig(Section):
-    environment: Name = "single_turn"
-    """What makes trajectories of a prompt: `single_turn` (an answer, and nothing after it), or a class of your own,
-    `file.py:Class` or `package.module:Class`, with `async def rollout(self, task, sampler)`."""
     prompts_per_step: Positive = 8
     """Prompts in a step."""
     num_generations: Annotated[int, Field(ge=2, le=MANY)] = 8

@@ -36,6 +36,14 @@ def check_messages(value: Any, where: str, prefilled: bool) -> list[Message]:
     return list(value)
 
 
+def text_of(message: Message) -> str:
+    """The text of a message, for people; of content blocks the texts, and the types of others in brackets."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return "" if content is None else str(content)
+    return "".join(str(block.get("text", f"[{block.get('type')}]")) for block in content)
+
+
 def with_system(messages: Sequence[Message], system: str, where: str) -> list[Message]:
     """The messages after a system message. Raises UserError where they have one already."""
     if own := [message["role"] for message in messages if message["role"] in INSTRUCTIONS]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.backend.hub import one_line
 from grpo.config import DataConfig
-from grpo.data.messages import check_messages, with_system
+from grpo.data.messages import check_messages, text_of, with_system
 from grpo.data.rendering import Schema, rendered_ids
 from grpo.data.rows import is_null
 from grpo.data.templates import columns_of, filled
@@ -175,5 +175,5 @@ def last_text(prompt: str | list[Message]) -> str:
     """A prompt as one text, for people: of messages the last, but for the beginning of an answer."""
     if isinstance(prompt, str):
         return prompt
-    asked = [message["content"] for message in prompt if message["role"] != "assistant"]
-    return str(asked[-1] if asked else prompt[-1]["content"])
+    asked = [message for message in prompt if message["role"] != "assistant"]
+    return text_of(asked[-1] if asked else prompt[-1])

@@ -1,22 +1,27 @@
-"""Environments that are given from Python: an object, a class, or a name that a recipe would use."""
+"""Environments and tools that are given from Python: classes, functions and objects, or names as in recipes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from grpo.door.checks import kind_of
-from grpo.environments.environment import Environment, find_environment
+from grpo.environments.environment import Environment, checked, find_environment
 from grpo.errors import UserError
+from grpo.plugins import Function
+from grpo.runs.given import name_of
+
+Sections = dict[str, Any]
 
 
 def as_environment(given: Any, said_by: str) -> Environment:
-    """The environment that was given; a class is called without arguments, and a text is a recipe's name for it.
+    """An environment with a method `rollout`; a class is called without arguments, and a text is a recipe's name.
 
     Raises UserError for a class or a name that makes none, and for an object without a method `rollout`.
     """
     if isinstance(given, str):
         return find_environment(given)
-    environment: Any = given
+    environment: Environment = given
     if isinstance(given, type):
         try:
             environment = given()
@@ -25,10 +30,55 @@ def as_environment(given: Any, said_by: str) -> Environment:
                 f"{said_by}: environment {given.__name__} cannot be made without arguments: {type(error).__name__}: "
                 f"{error}. Give an object that you have made"
             ) from error
-    if not callable(getattr(environment, "rollout", None)):
-        raise UserError(
-            f"{said_by}: environment: {kind_of(environment)} has no method rollout(task, sampler); give an object or "
-            'a class with this method, or a name such as "file.py:Class"'
-        )
-    made: Environment = environment
-    return made
+    return checked(environment, f"{said_by}: environment")
+
+
+def partner_sections(
+    environment: Any, environments: Any, tools: Any, functions: dict[str, Function], said_by: str
+) -> Sections:
+    """The recipe's settings for what was given; None leaves what the recipe says. Objects go into `functions`.
+
+    Raises UserError for what is nothing of the kind.
+    """
+    settings: Sections = {}
+    if environment is not None and environments is not None:
+        raise UserError(f"{said_by}: environment does nothing beside environments: name it there, or leave them out")
+    if environment is not None:
+        own = _section(environment, functions, f"{said_by}: environment")
+        settings |= {f"environment.{name}": value for name, value in {"kwargs": {}, **own}.items()}
+        settings["environments"] = {}
+    if environments is not None:
+        if not isinstance(environments, Mapping):
+            raise UserError(f"{said_by}: environments: expected a dict of classes by name, got {kind_of(environments)}")
+        where = f"{said_by}: environments"
+        settings["environments"] = {
+            name: _section(given, functions, f"{where}[{name!r}]") for name, given in environments.items()
+        }
+        settings["environment"] = None
+    if tools is not None:
+        if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
+            raise UserError(f"{said_by}: tools: expected a list of functions, classes and names, got {kind_of(tools)}")
+        settings["tools"] = tuple(_section(given, functions, f"{said_by}: tools", tool=True) for given in tools)
+    return settings
+
+
+def _section(given: Any, functions: dict[str, Function], what: str, tool: bool = False) -> Sections:
+    """A section of the recipe; an object stands in it by its name, and in `functions`."""
+    if isinstance(given, Mapping):
+        if "use" not in given:
+            raise UserError(f"{what}: expected a dict with use, as in a recipe, got one with {', '.join(given)}")
+        return {**given, **_section(given["use"], functions, what, tool)}
+    if isinstance(given, str):
+        return {"use": given}
+    if not tool and hasattr(given, "rollout"):
+        given = as_environment(given, what.partition(":")[0])
+        kind: Any = type(given)
+    elif callable(given):
+        kind = given
+    else:
+        wanted = "a function, a class" if tool else "a class, a function that makes an object"
+        own = "" if tool else ", an object with a method rollout(task, sampler)"
+        raise UserError(f'{what}: expected {wanted}{own}, or a name such as "file.py:name", got {kind_of(given)}')
+    use = name_of(kind, functions)
+    functions[use] = given
+    return {"use": use}

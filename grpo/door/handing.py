@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from grpo.config import EvalConfig, Recipe
 from grpo.config.data import is_files
 from grpo.data.objects import has_splits, rows_from
 from grpo.door.checks import kind_of
-from grpo.door.environments import as_environment
+from grpo.door.environments import partner_sections
 from grpo.door.rewards import Rewardable, as_rewards
 from grpo.door.tasks import OBJECT, is_source, source_of
-from grpo.environments.environment import Environment
 from grpo.errors import UserError
 from grpo.plugins import Function
 from grpo.recipes import with_settings
@@ -28,7 +27,9 @@ def handed(
     eval_data: Any,
     loss: Callable[..., Any] | None,
     source: MakeSource | None,
-    environment: Environment | type[Environment] | str | None,
+    environment: Any = None,
+    environments: Mapping[str, Any] | None = None,
+    tools: Sequence[Any] | None = None,
 ) -> tuple[Recipe, Given]:
     """The recipe with the names of what was handed over, and that. None leaves what the recipe says.
 
@@ -53,13 +54,7 @@ def handed(
         use = name_of(loss, functions)
         functions[use] = loss
         settings["loss.use"] = use
-    if isinstance(environment, str):
-        settings["rollout.environment"] = environment
-    elif environment is not None:
-        made = as_environment(environment, SAID_BY)
-        use = name_of(type(made), functions)
-        functions[use] = cast(Any, made)
-        settings["rollout.environment"] = use
+    settings |= partner_sections(environment, environments, tools, functions, SAID_BY)
     if data is not None:
         settings |= _placed("data", data, tables)
     if eval_data is not None:

@@ -15,6 +15,8 @@ from grpo.plugins import find_recipe
 from grpo.recipes import load_recipe
 
 SAID_BY = "grpo.recipe"
+SEVERAL = ("rewards", "tools", "environments")
+"""Sections of which a recipe has several: their keys have a number or a name in them."""
 
 
 def recipe(name: str | Path, **settings: Any) -> Recipe:
@@ -57,7 +59,7 @@ def _keys(section: Any, prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
         below = section_of(field.annotation)
-        if below is not None and name != "rewards":  # a list: its items have no dotted key without a number
+        if below is not None and name not in SEVERAL:
             yield from _keys(below, f"{prefix}{name}.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,6 @@ from grpo.door.policy import save_adapter
 from grpo.door.recipes import recipe as make_recipe
 from grpo.door.rewards import Rewardable
 from grpo.door.stopping import STOP
-from grpo.environments.environment import Environment
 from grpo.errors import RunError, UserError
 from grpo.model.policy import Policy
 from grpo.runs.folder import is_run
@@ -76,12 +75,18 @@ class Trainer:
         loss       a function `(current, batch, cfg) -> per-token loss`, each `[B, T]`; see `LoadedPolicy.gradient`
         source     a function, or a class, that makes the source of tasks from the stream of the recipe's data: a
                    curriculum, say; see `grpo.data.source.Source`
-        environment  what makes trajectories of a task, with `async def rollout(self, task, sampler)`: an object, a
-                   class that takes no arguments, or `"file.py:Class"`
+        environment  whom the model talks to in several turns: a class, or a function that makes an object, as TRL's
+                   `environment_factory`; an object with `async def rollout(self, task, sampler)`; or `"file.py:Class"`
+        environments  several of them by name, in a dict; the data's column `environment` says which
+        tools      a list of functions and classes that the model may call, and names such as `"calculator"`
         callbacks  one function, or a list of functions, that are called, after the run's own logs, with each
                    `grpo.StepMetrics` (its `groups` are what was sampled, with scores and advantages) and each
                    `grpo.EvalMetrics`. A callback that returns `grpo.STOP` ends the run after that step; any other
                    answer but None is an error. An exception ends the run too, and `train` raises it.
+
+    What was given as a name lives in processes of its own. Classes and functions live in this process, with all beside
+    them: a time limit ends the conversation there, but not the call, and a crash ends the run. In the place of one, a
+    dict says more, as a recipe would: `environment={"use": Game, "max_turns": 20}`.
 
     With `quiet` nothing is printed. The model is loaded when it is first needed. Raises UserError for what does not fit
     together.
@@ -100,13 +105,15 @@ class Trainer:
         eval_data: Any = None,
         loss: Callable[..., Any] | None = None,
         source: MakeSource | None = None,
-        environment: Environment | type[Environment] | str | None = None,
+        environment: Any = None,
+        environments: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
         callbacks: StepCallback | Sequence[StepCallback] = (),
         quiet: bool = False,
     ) -> None:
         self.callbacks = _callbacks(callbacks)
         cfg = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
-        self.recipe, self._given = handed(cfg, rewards, data, eval_data, loss, source, environment)
+        self.recipe, self._given = handed(cfg, rewards, data, eval_data, loss, source, environment, environments, tools)
         # Plain lines: a notebook would show each print of a rich console as a block of HTML.
         self._console = Console(quiet=quiet, force_jupyter=False)
         self._opening: Opening | None = None
@@ -189,7 +196,7 @@ class Trainer:
         """End the processes of rewards and let go of the model. A later call loads both again, as they were after the
         last step that was saved."""
         if self._opening is not None:
-            self._opening.run.trainer.scorer.close()
+            self._opening.run.opened.close()
         self._opening = None
 
     def __enter__(self) -> Trainer:
@@ -208,7 +215,7 @@ class Trainer:
             opening = Opening(self.recipe, how, self._console, self._given, self._opening)
         if self._opening is None or opening.run is not self._opening.run:
             self.close()
-            weakref.finalize(self, opening.run.trainer.scorer.close)
+            weakref.finalize(self, opening.run.opened.close)
         self._opening = opening
         return opening
 

@@ -1,13 +1,12 @@
-"""What an environment is, and those that have a name."""
+"""What an environment that makes trajectories by itself is, and how it is found and checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from grpo.environments.sampler import Sampler
-from grpo.environments.single import SingleTurn
-from grpo.errors import UserError, did_you_mean
+from grpo.errors import UserError
 from grpo.plugins import find_function
 from grpo.types import Task, Trajectory
 
@@ -24,31 +23,17 @@ class Environment(Protocol):
         ...
 
 
-ENVIRONMENTS: dict[str, Callable[[], Environment]] = {
-    "single_turn": SingleTurn,
-}
-"""What `rollout.environment` may name. An environment of your own needs no line here: the recipe names its file."""
+def find_environment(use: str, kwargs: Mapping[str, Any] | None = None) -> Environment:
+    """The environment that `file.py:Class` or `package.module:Class` makes with `kwargs`.
 
-
-def find_environment(name: str) -> Environment:
-    """The environment of that name, or the one that `file.py:Class` or `package.module:Class` makes without arguments.
-
-    Raises UserError for what is neither, and for what has no method `rollout`.
+    Raises UserError for what cannot be imported or made, and for what has no method `rollout`.
     """
-    if name in ENVIRONMENTS:
-        return ENVIRONMENTS[name]()
-    if ":" not in name:
-        known = ", ".join(ENVIRONMENTS)
-        raise UserError(
-            f"rollout.environment: there is no environment {name!r}.{did_you_mean(name, ENVIRONMENTS)} There is "
-            f"{known}; your own: file.py:Class or package.module:Class"
-        )
-    make = find_function(name, "environment")
+    make = find_function(use, "environment")
     try:
-        environment: Environment = make()
+        environment: Environment = make(**(kwargs or {}))
     except Exception as error:  # other people's code, before the run
-        raise UserError(f"environment {name!r}: it cannot be made: {type(error).__name__}: {error}") from error
-    return checked(environment, f"environment {name!r}")
+        raise UserError(f"environment {use!r}: it cannot be made: {type(error).__name__}: {error}") from error
+    return checked(environment, f"environment {use!r}")
 
 
 def checked(environment: Environment, what: str = "environment") -> Environment:

@@ -15,9 +15,12 @@ from typing import Any
 from grpo.backend.random import derive_seed
 from grpo.backend.secrets import masked
 from grpo.config.log import CompletionsConfig
+from grpo.data.messages import text_of
 from grpo.errors import UserError
-from grpo.types import BEHAVIOUR, FAILURES, Failure, Group, Prompt, Rollout, Task, Trajectory
+from grpo.types import BEHAVIOUR, FAILURES, Conversation, Failure, Group, Prompt, Rollout, Task, Trajectory
 
+TOLD = ("environment", "prompt", "messages", "turn_rewards", "outcome", "calls", "failed_calls")
+"""The fields of a conversation that are stored as they are."""
 PROMPT = "prompt"
 """In the `columns` of a row: the prompt as rewards saw it, a text or messages."""
 
@@ -85,13 +88,14 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
     """The schema of a step's file, as pyarrow has it: the fixed columns, then those of each reward by its name.
 
     `group` is the place in the step, `index` that in the group; `source` and `task` say which task it is of (a source
-    and the index of its row, `Task.identity`). `token_ids` and `logprobs` are those of the completion, the stop token
-    included. `trained` says which of these tokens the policy sampled and learns from, null: all of them. `policy_step`
-    is the number of steps that the policy that sampled had made. `advantage` is null for groups that were sampled but
-    not learnt from; `turn_advantages` are those of the model's turns, null unless each turn has its own. `reward` is
-    before `penalty`. `reward/<name>` is null where a reward gave no score, and `failure/<name>` says why if it failed:
-    its kind, then the error ("timeout: ..."). `columns` is JSON: the dataset's row, and the prompt as rewards saw it.
-    `extra/<name>` is JSON, by `log_extra`.
+    and the index of its row, `Task.identity`). `prompt` is what the model saw, with what an environment added to it.
+    `token_ids` and `logprobs` are those of the completion, the stop token included. `trained` says which of these
+    tokens the policy sampled and learns from, null: all of them. `policy_step` is the number of steps that the policy
+    that sampled had made. `advantage` is null for groups that were sampled but not learnt from, and `turn_advantages`
+    are in its place where turns have their own; `reward` is before `penalty`. `conversation` is JSON, the fields of
+    `Conversation`; null for a single answer. `reward/<name>` is null where a reward gave no score, and
+    `failure/<name>` says why if it failed ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and the
+    prompt as rewards saw it. `extra/<name>` is JSON, by `log_extra`.
     """
     import pyarrow as pa
 
@@ -112,6 +116,7 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
         ("penalty", pa.float64()),
         ("advantage", pa.float64()),
         ("turn_advantages", pa.list_(pa.float64())),
+        ("conversation", pa.string()),
         ("columns", pa.string()),
     ]
     known = {name for name, _ in fixed}
@@ -144,7 +149,7 @@ def _row(step: int, group: int, index: int, task: Task, rollout: Rollout, learnt
         "index": index,
         "source": task.source,
         "task": task.index,
-        "prompt": _as_text(task.prompt),
+        "prompt": _as_text(_prompt(task, trajectory)),
         "completion": _valid(trajectory.text),
         "token_ids": trajectory.token_ids,
         "trained": None if all(trajectory.trained) else trajectory.trained,
@@ -155,11 +160,35 @@ def _row(step: int, group: int, index: int, task: Task, rollout: Rollout, learnt
         "penalty": rollout.penalty,
         "advantage": rollout.advantage if learnt else None,
         "turn_advantages": rollout.turn_advantages if learnt else None,
+        "conversation": None if trajectory.conversation is None else _written(trajectory.conversation),
         "columns": json.dumps({**task.columns, PROMPT: task.prompt}, default=str),
         **{f"reward/{_valid(name)}": score for name, score in rollout.scores.items()},
         **{f"failure/{_valid(name)}": _failed(rollout, name) for name in rollout.scores},
         **{f"extra/{_valid(name)}": masked(json.dumps(value, default=str)) for name, value in rollout.extras.items()},
     }
+
+
+def _prompt(task: Task, trajectory: Trajectory) -> Prompt:
+    """The prompt as the model saw it."""
+    talk = trajectory.conversation
+    return task.prompt if talk is None else list(talk.prompt)
+
+
+def _written(talk: Conversation) -> str:
+    """A conversation as JSON, without its home."""
+    plain = {name: getattr(talk, name) for name in TOLD}
+    failure = None if talk.failure is None else {"kind": talk.failure.kind, "error": talk.failure.error}
+    return masked(json.dumps({**plain, "failure": failure}, default=str))
+
+
+def _conversation(text: str | None) -> Conversation | None:
+    """The inverse of `_written`. Fields of later versions are left out."""
+    if text is None:
+        return None
+    said = json.loads(text)
+    failure = None if said["failure"] is None else Failure(**said["failure"])
+    lists = {name: tuple(said[name]) for name in ("prompt", "messages", "turn_rewards")}
+    return Conversation(**{name: said[name] for name in TOLD if name in said} | lists, failure=failure)
 
 
 def _failed(rollout: Rollout, name: str) -> str | None:
@@ -192,7 +221,7 @@ def _rollout(row: dict[str, Any]) -> Rollout:
 
 
 def _trajectory(row: dict[str, Any]) -> Trajectory:
-    """Files of earlier versions have neither `trained` (all tokens are) nor `policy_step`."""
+    """Files of earlier versions have no `trained` (all tokens are), no `policy_step` and no `conversation`."""
     token_ids, trained, logprobs = tuple(row["token_ids"]), row.get("trained"), row["logprobs"]
     return Trajectory(
         token_ids,
@@ -201,6 +230,7 @@ def _trajectory(row: dict[str, Any]) -> Trajectory:
         row["completion"],
         row["finish_reason"],
         row.get("policy_step"),
+        _conversation(row.get("conversation")),
     )
 
 
@@ -217,7 +247,7 @@ def _as_text(prompt: Prompt) -> str:
     """A prompt for people: messages as `role: content`, with an empty line between them."""
     if isinstance(prompt, str):
         return _valid(prompt)
-    return _valid("\n\n".join(f"{message['role']}: {message['content']}" for message in prompt))
+    return _valid("\n\n".join(f"{message['role']}: {text_of(message)}" for message in prompt))
 
 
 def _valid(text: str) -> str:

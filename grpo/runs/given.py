@@ -36,12 +36,12 @@ class Given:
         """What `use` names. `kind` says in errors what it is for. Raises UserError, as `find_function` does."""
         return self.functions.get(use) or find_function(use, kind)
 
-    def environment(self, use: str) -> Environment:
-        """The environment that `use` names. Raises UserError, as `find_environment` does."""
+    def environment(self, use: str, kwargs: Mapping[str, Any]) -> Environment:
+        """The environment with a method `rollout` that `use` names. Raises UserError, as `find_environment` does."""
         from grpo.environments.environment import find_environment  # which imports MLX, and `grpo.tasks` does not
 
         given: Any = self.functions.get(use)
-        environment: Environment = find_environment(use) if given is None else given
+        environment: Environment = find_environment(use, kwargs) if given is None else given
         return environment
 
     def rows(self, section: str, cfg: DataConfig) -> Rows:

@@ -35,7 +35,7 @@ def warnings_of_first(metrics: StepMetrics, rollout: RolloutConfig, weights: Map
     `weights` are those of the rewards by name, environments' own included, here and below.
     """
     values = metrics.values
-    return [*_of_lengths(values.get("completions/clipped_ratio", 0.0), rollout), *_of_rewards(values, weights)]
+    return [*_of_lengths(metrics, rollout), *_of_rewards(values, weights)]
 
 
 def trained_on_nothing(state: RunState, loss: LossConfig, weights: Mapping[str, float]) -> str | None:
@@ -168,11 +168,13 @@ def _updates(state: RunState) -> int:
     return int(cast(int, state.trainer.arrays["optimizer"]["step"].item()))
 
 
-def _of_lengths(truncated: float, rollout: RolloutConfig) -> list[str]:
+def _of_lengths(metrics: StepMetrics, rollout: RolloutConfig) -> list[str]:
+    truncated = metrics.values.get("completions/clipped_ratio", 0.0)
     if truncated <= MOSTLY:
         return []
     limit = rollout.max_completion_length
-    room = "" if rollout.environment == "single_turn" else " (tokens that the environment adds take up room, too)"
+    added = any(not all(one.trajectory.trained) for group in metrics.groups for one in group.rollouts)
+    room = " (tokens that the environment adds take up room, too)" if added else ""
     return [
         f"step 1: {truncated:.0%} of the completions were cut off at rollout.max_completion_length ({limit:,} tokens)"
         f"{room}, mostly before their answer: raise it, or ask for shorter answers in the prompt"

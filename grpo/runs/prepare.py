@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from grpo.planning.workload import Workload
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.runs.given import NOTHING, Given
+from grpo.runs.partners import Partners, invite
 from grpo.scoring.scorer import Scorer
 from grpo.training.optimizer import make_optimizer
 from grpo.training.trainer import Trainer
@@ -40,7 +42,8 @@ PEEK = 64
 class Prepared:
     """A run that may start: its trainer, evaluator (None without `eval`), plan, first tasks, notes, and data.
 
-    `rows` are those of `data` and `eval`, as far as there are any, by the section's name.
+    `rows` are those of `data` and `eval`, as far as there are any, by the section's name. `opened` ends the processes
+    of rewards and environments when it is closed.
     """
 
     trainer: Trainer
@@ -49,6 +52,7 @@ class Prepared:
     tasks: list[Task]
     notes: list[str]
     rows: Mapping[str, Rows]
+    opened: ExitStack
 
 
 def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
@@ -63,9 +67,20 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
     if cfg.rollout.prompts_per_step < ranks.size:
         raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
-    scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions)
+    with ExitStack() as opened:
+        partners = invite(cfg.conversations, cfg.tools, given, -(-cfg.rollout.prompts_per_step // ranks.size))
+        opened.callback(partners.close)
+        hosts = list(partners.hosts.values())
+        scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions, hosts)
+        opened.callback(scorer.close)
+        return _prepared(cfg, given, ranks, partners, scorer, opened)
+
+
+def _prepared(
+    cfg: Recipe, given: Given, ranks: Ranks, partners: Partners, scorer: Scorer, opened: ExitStack
+) -> Prepared:
+    """The rest of `prepare`. What is `opened` stays open, and is the result's."""
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
-    environment = given.environment(cfg.rollout.environment)
     named = data_of(cfg)
     local = [given.rows(name, data) if given.is_local(name, data) else None for name, data in named.items()]
     model, tokenizer = load(cfg.model)
@@ -76,11 +91,16 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
     policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
-    engine = RolloutEngine(generator, sampling_of(cfg.rollout), environment)
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
-    renderer, *eval_renderers = [PromptRenderer(data, tokenizer, vocabulary, name) for name, data in named.items()]
+    renderer, *eval_renderers = [
+        PromptRenderer(data, tokenizer, vocabulary, name, partners.tools) for name, data in named.items()
+    ]
     tasks = first_tasks(tables[0], renderer, PEEK)
     scorer.check(tasks[0].columns)
+    partners.check("data", tasks)
+    keeps = scorer.lends_environments
+    environment, talk = partners.environment(tokenizer, renderer, tasks[0], cfg.rollout, cfg.seed, keeps)
+    engine = RolloutEngine(generator, sampling_of(cfg.rollout), environment)
     held_out = list(zip(tables[1:], eval_renderers, strict=True))
     evaluator = _evaluator(cfg, *held_out[0], engine, scorer, ranks) if held_out else None
     lengths = measure_lengths(tables[0], renderer)
@@ -98,9 +118,10 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
     prompts, head = _prompts(lengths, tables[0], renderer), filter(None, [positions, head_note(model, cfg.model)])
-    notes = [*prompts, *generator.describe(), *head, *policy.slow]
+    notes = [*talk, *prompts, *generator.describe(), *head, *policy.slow]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
-    return Prepared(trainer, evaluator, plan, tasks, list(dict.fromkeys(notes)), dict(zip(named, tables, strict=True)))
+    rows = dict(zip(named, tables, strict=True))
+    return Prepared(trainer, evaluator, plan, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
 
 
 def _evaluator(

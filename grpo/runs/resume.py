@@ -18,7 +18,7 @@ from grpo.config import Recipe
 from grpo.data.fingerprint import fingerprint
 from grpo.data.rows import Rows
 from grpo.errors import UserError
-from grpo.recipes import with_settings
+from grpo.recipes import with_settings, without_single_turn
 from grpo.runs.checkpoint import (
     Context,
     load_checkpoint,
@@ -224,7 +224,7 @@ def _settings(written: Context) -> Iterator[tuple[str, Any]]:
 def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe as it was written, with the defaults of the settings that have come since."""
     try:
-        return Recipe.model_validate_json(json.dumps(recipe)).model_dump(mode="json")
+        return Recipe.model_validate_json(json.dumps(without_single_turn(recipe))).model_dump(mode="json")
     except ValidationError:  # it has settings that have gone: these are differences
         return recipe
 

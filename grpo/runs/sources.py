@@ -8,7 +8,7 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from grpo.plugins import source_file
+from grpo.plugins import named_rewards, named_tools, source_file
 from grpo.runs.checkpoint import hash_of
 
 INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -28,7 +28,7 @@ def source_hashes(uses: Iterable[str]) -> dict[str, str]:
     """
     hashes = {}
     for use in uses:
-        file = source_file(use)
+        file = source_file(use, lambda: [*named_rewards(), *named_tools()])
         if file is None or not file.is_file():
             continue
         hashes[use] = hash_of(file)

@@ -13,8 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from grpo.data.prompts import last_text
+from grpo.environments.shown import asked, transcript
 from grpo.telemetry.progress import Phase
+from grpo.telemetry.sent import best_of
 from grpo.types import EvalMetrics, StepMetrics
 
 WIDTH, SAMPLE = 60, 200
@@ -146,17 +147,12 @@ def sparkline(values: Sequence[float]) -> str:
 
 def _sample(record: StepMetrics) -> list[Text]:
     """The prompt and the text of the completion with the highest reward, each cut to a few lines."""
-    rated = [
-        (rollout.reward, group.task, rollout)
-        for group in record.groups
-        for rollout in group.rollouts
-        if rollout.reward is not None
-    ]
-    if not rated:
+    if (best := best_of(record)) is None:
         return []
-    reward, task, rollout = max(rated, key=lambda pair: pair[0])
-    prompt, text = (" ".join(part.split())[:SAMPLE] for part in (last_text(task.prompt), rollout.trajectory.text))
-    return [Text(f"prompt {prompt}", style="dim"), Text(f"{reward:6.3f} {text}", style="dim")]
+    task, rollout = best
+    shown = (asked(task, rollout.trajectory), transcript(rollout))
+    prompt, text = (" ".join(part.split())[:SAMPLE] for part in shown)
+    return [Text(f"prompt {prompt}", style="dim"), Text(f"{rollout.reward:6.3f} {text}", style="dim")]
 
 
 def _numbers(record: StepMetrics) -> str:

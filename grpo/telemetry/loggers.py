@@ -108,7 +108,7 @@ def open_loggers(
         wandb = cfg.log.wandb
         makers["W&B"] = lambda: WandbLogger(wandb, cfg, folder, run_id, tell, resumed)
     if cfg.log.tensorboard:
-        makers["TensorBoard"] = lambda: TensorboardLogger(folder, resumed)
+        makers["TensorBoard"] = lambda: TensorboardLogger(folder, resumed, cfg.log.completions is not None)
     for name, maker in makers.items():
         guarded = _Guarded(name)
         guarded.open(maker)

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grpo.data.prompts import last_text
+from grpo.environments.shown import transcript
 from grpo.tools.replay import Replay
 
 SHOWN = (
@@ -36,7 +37,7 @@ def print_replay(console: Console, replay: Replay, groups: int, tokens: int) -> 
             for i, rollout in enumerate(group.rollouts, start=place):
                 reward = "none" if rollout.reward is None else f"{rollout.reward:.3f}"
                 moved = _moved(replay.tokens[i], replay.ratios[i], tokens)
-                text = escape(rollout.trajectory.text.strip())
+                text = escape(transcript(rollout).strip())
                 table.add_row(reward, f"{rollout.advantage:+.3f}", text, moved)
             console.print(table)
         place += len(group.rollouts)

@@ -8,6 +8,7 @@ from html import escape
 from statistics import fmean
 
 from grpo.data.prompts import last_text
+from grpo.environments.shown import asked, told
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.folder import COMPLETIONS
 from grpo.telemetry.plots import curves, evaluations, stacked
@@ -27,7 +28,9 @@ table { border-collapse: collapse; margin: 1rem 0; }
 td, th { padding: .25rem .8rem; text-align: left; vertical-align: top; overflow-wrap: break-word; }
 th { border-bottom: 1px solid #999; } tr:nth-child(even) td { background: #f7f7f7; }
 svg { max-width: 100%; height: auto; } .none { color: #777; }
-pre { white-space: pre-wrap; background: #f7f7f7; padding: .6rem; margin: .3rem 0; } nav a { margin-right: 1rem; }
+pre { white-space: pre-wrap; background: #f7f7f7; padding: .6rem; margin: .3rem 0; }
+pre.said { background: none; border-left: 3px solid #ccc; color: #666; margin-left: 1.5rem; }
+nav a { margin-right: 1rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; } .best { color: #228833; } .worst { color: #cc3344; }
 @media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd; } svg { background: #fff; }
   pre, tr:nth-child(even) td { background: #242424; } }
@@ -83,15 +86,20 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
     rows = []
     for run in runs:
         cfg = run.recipe
-        rewards = ", ".join(f"{short_name(reward.use)} × {reward.weight:g}" for reward in cfg.rewards)
+        own = [config for config in cfg.conversations.values() if config.use]
+        graded = [*((one.use, one.weight) for one in cfg.rewards), *((one.use or "", one.weight) for one in own)]
+        rewards = ", ".join(f"{short_name(use)} × {weight:g}" for use, weight in graded)
         size = f"{cfg.rollout.prompts_per_step} × {cfg.rollout.num_generations}"
         silent = max(_values(run, "steps_without_signal"), default=0.0)
         steps = f"{run.step} of {cfg.optim.steps}, {run.state}" + (f", {silent:.0f} without a signal" if silent else "")
         loss = f"{cfg.loss.type}, beta {cfg.loss.beta:g}, lr {cfg.optim.learning_rate:g}"
-        rows.append(
-            [run.folder.name, short_name(cfg.model.name), short_name(cfg.data.label), rewards, size, loss, steps]
+        talks = ", ".join(
+            short_name(use) for use in (*(one.use for one in own), *(one.use for one in cfg.tools)) if use
         )
-    return _table(["run", "model", "data", "rewards", "prompts × completions", "loss", "steps"], rows)
+        what = [run.folder.name, short_name(cfg.model.name), short_name(cfg.data.label), talks or "none", rewards]
+        rows.append([*what, size, loss, steps])
+    heads = ["run", "model", "data", "environments and tools", "rewards", "prompts × completions", "loss", "steps"]
+    return _table(heads, rows)
 
 
 def _evaluation(runs: Sequence[RecordedRun]) -> str | None:
@@ -206,8 +214,18 @@ def _entry(kind: str, task: Task, rollout: Rollout) -> str:
     length = f"{rollout.trajectory.trained_tokens} tokens, {rollout.trajectory.finish_reason}"
     return (
         f'<div class="entry"><b class="{kind}">reward {reward}</b> ({escape(scores)}), advantage '
-        f"{rollout.advantage:+.3f}, {length}<pre>{escape(last_text(task.prompt))}</pre>"
-        f"<pre>{escape(rollout.trajectory.text)}</pre></div>"
+        f"{rollout.advantage:+.3f}, {length}<pre>{escape(asked(task, rollout.trajectory))}</pre>"
+        f"{_answer(rollout)}</div>"
+    )
+
+
+def _answer(rollout: Rollout) -> str:
+    """What the model said; indented what tools and environments said between it, which is not learned from."""
+    if rollout.trajectory.conversation is None:
+        return f"<pre>{escape(rollout.trajectory.text)}</pre>"
+    return "".join(
+        f"<pre{'' if said.trained else ' class=said'}>{escape(chr(10).join(said.lines()))}</pre>"
+        for said in told(rollout)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpo.types import EvalMetrics, StepMetrics
+from grpo.types import EvalMetrics, Rollout, StepMetrics, Task
 
 
 def named_numbers(record: StepMetrics | EvalMetrics) -> dict[str, float]:
@@ -11,3 +11,9 @@ def named_numbers(record: StepMetrics | EvalMetrics) -> dict[str, float]:
         return {f"train/{name}": value for name, value in record.values.items()}
     values = {**record.values, "failed_gradings": float(record.failed_gradings)}
     return {f"eval/{name}": value for name, value in values.items()}
+
+
+def best_of(record: StepMetrics) -> tuple[Task, Rollout] | None:
+    """The completion with the highest reward of a step, with its task; None if none has a reward."""
+    rated = [(g.task, r) for g in record.groups for r in g.rollouts if r.reward is not None]
+    return max(rated, key=lambda pair: pair[1].reward or 0.0, default=None)

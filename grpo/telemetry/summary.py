@@ -25,7 +25,7 @@ def print_plan(
     notes: Sequence[str],
 ) -> None:
     """Machine, model, data, and what the run will do and need."""
-    weighted = ", ".join(f"{reward.use} × {reward.weight:g}" for reward in rewards)
+    weighted = ", ".join(f"{reward.use} × {reward.weight:g}" for reward in rewards) or "the environment's own"
     lines = [device, f"{model.name} on {data.label}, rewards: {weighted}", *plan.lines(), *notes]
     for line in lines:
         print_wrapped(console, line)

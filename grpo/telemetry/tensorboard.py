@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
+from grpo.environments.shown import asked, transcript
 from grpo.runs.state import RunState
-from grpo.telemetry.sent import named_numbers
+from grpo.telemetry.sent import best_of, named_numbers
 from grpo.types import EvalMetrics, StepMetrics
 
 
 class TensorboardLogger:
-    """Writes scalars under `train/` and `eval/`, and histograms of rewards and lengths."""
+    """Writes scalars under `train/` and `eval/`, histograms of rewards and lengths, and each step's best completion."""
 
-    def __init__(self, folder: Path, resumed: RunState | None = None) -> None:
-        """Of a `resumed` run TensorBoard no longer shows what was written after its step: those steps come again."""
+    def __init__(self, folder: Path, resumed: RunState | None = None, texts: bool = True) -> None:
+        """Of a `resumed` run TensorBoard no longer shows what was written after its step: those steps come again.
+
+        `texts`: whether completions are written.
+        """
+        self._texts = texts
         from tensorboardX import SummaryWriter
 
         folder, suffix, purge = folder / "tensorboard", "", None
@@ -32,6 +38,10 @@ class TensorboardLogger:
             for name, values in (("completion_length", lengths), ("reward", rewards)):
                 if values:
                     self._writer.add_histogram(f"histograms/{name}", values, record.step)
+            if self._texts and (best := best_of(record)) is not None:
+                task, rollout = best
+                text = f"{asked(task, rollout.trajectory)}\n\n{transcript(rollout)}"
+                self._writer.add_text("completions/best", textwrap.indent(text, "    "), record.step)  # as it is
 
     def close(self) -> None:
         self._writer.close()

@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo.backend.hub import one_line
 from grpo.config import Recipe, WandbConfig
-from grpo.data.prompts import last_text
+from grpo.environments.shown import asked, transcript
 from grpo.plugins import source_file
 from grpo.runs.checkpoint import RECIPE, newest_whole
 from grpo.runs.folder import CHECKPOINTS
@@ -73,8 +73,8 @@ class WandbLogger:
         self._run.define_metric("train/*", step_metric=STEP)
         self._run.define_metric("train/reward", step_metric=STEP, summary="max")
         self._run.define_metric("eval/*", step_metric=STEP, summary="max")
-        sources = [source_file(reward.use) for reward in recipe.rewards]
-        self._keep("recipe", [folder / RECIPE, *(path for path in sources if path is not None)])
+        sources = dict.fromkeys(filter(None, map(source_file, recipe.uses)))
+        self._keep("recipe", [folder / RECIPE, *sources])
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         values: dict[str, Any] = dict(named_numbers(record))
@@ -96,7 +96,7 @@ class WandbLogger:
         if rewards:
             made["histograms/reward"] = wandb.Histogram(rewards)
         rows = (
-            [record.step, last_text(group.task.prompt), r.trajectory.text, r.reward, r.advantage]
+            [record.step, asked(group.task, r.trajectory), transcript(r), r.reward, r.advantage]
             for group in record.groups
             for r in group.rollouts
         )

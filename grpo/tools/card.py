@@ -25,11 +25,13 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], r
     """The text of the `README.md` beside an export, for people and for the Hub, where it goes to `repo`."""
     state = read_state(checkpoint)
     rewards = ", ".join(f"`{short_name(reward.use)}` × {reward.weight:g}" for reward in cfg.rewards)
+    rewards = rewards or "the environment's own"
     lines = [
         f"---\n{yaml.safe_dump(_front_matter(cfg, form), sort_keys=False)}---",
         f"# {Path(cfg.output_dir or 'run').name}",
         f"{_kind(cfg, form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300), loss "
         f"`{cfg.loss.type}`, for {state['step']} steps on `{short_name(cfg.data.label)}`. Rewards: {rewards}.",
+        *_conversations(cfg),
         *(f"Note: {note}." for note in notes),
         *_use(cfg, form, repo),
         *_evaluation(state),
@@ -39,6 +41,18 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], r
         ", ".join(f"{name} {version}" for name, version in state["versions"].items()) + ".",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _conversations(cfg: Recipe) -> list[str]:
+    """Whom the model talked to, if it was trained in conversations."""
+    partners = [config.use for config in cfg.conversations.values() if config.use]
+    named = {"environment": partners, "tool": [tool.use for tool in cfg.tools]}
+    parts = [
+        f"the {kind}{'s' if len(uses) > 1 else ''} {', '.join(f'`{short_name(use)}`' for use in uses)}"
+        for kind, uses in named.items()
+        if uses
+    ]
+    return [f"It was trained in conversations of several turns, with {' and '.join(parts)}."] if parts else []
 
 
 def _kind(cfg: Recipe, form: str) -> str:

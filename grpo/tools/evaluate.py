@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
     prepared = prepare(cfg)
     notes = _changed_since(folder, adapter, cfg, prepared.rows["eval"]) if is_run(folder) else ()
     trainer, evaluator = prepared.trainer, prepared.evaluator
-    with closing(trainer.scorer):
+    with closing(prepared.opened):
         assert evaluator is not None
         started = "base" if cfg.adapter.path is None else "start (adapter.path)"
         before = evaluator(0)
@@ -143,11 +144,14 @@ def _is_recipe(target: str) -> bool:
 def _graded(path: Path, asked: EvalOptions, overrides: Sequence[str]) -> Recipe:
     """The recipe with what is asked for. A reward that it has already comes first, to grade, with the settings that it
     has; another takes the first one's place, and that of one of the same name."""
+    own = load_recipe(path, overrides).rewards
+    if asked.reward is not None and not own:  # the environment's own is all that there is
+        overrides = [*overrides, f"rewards=[{{use: {json.dumps(asked.reward)}}}]"]
+        asked = replace(asked, reward=None)
     cfg = load_recipe(path, [*asked.settings(), *overrides])
     if asked.reward is None:
         return cfg
     first, *others = cfg.rewards
-    own = load_recipe(path, overrides).rewards
     if meant := [reward for reward in own if _is_meant(reward, asked.reward, first)]:
         rewards = (meant[0], *(reward for reward in own if reward is not meant[0]))
     else:

@@ -64,8 +64,8 @@ def answer(
     if is_run(folder):
         adapter = adapter or (None if base else newest_checkpoint(folder))
         recipe = pinned_to_run(load_recipe(folder / RECIPE), folder, adapter)
-        if recipe.rollout.environment != "single_turn":
-            log.warning("answers a single turn, without the run's environment (%s)", recipe.rollout.environment)
+        if recipe.conversations:
+            log.warning("answers a single turn, without the run's environment and tools")
         model_cfg, data, sampling = recipe.model, recipe.data, sampling_of(recipe.rollout)
     data = with_settings(data, {"continue_final_message": False})  # the prompt is text
     if not template:

@@ -50,9 +50,9 @@ def replay(run: Path, step: int) -> Replay:
     if step > (made := _steps_made(run)) + 1:  # the one after the last may be what stopped the run
         raise UserError(f"--step {step}: this run has made {made} of its {cfg.optim.steps} steps")
     whole, _ = newest_whole(run / CHECKPOINTS)
-    trainer = prepare(as_planned(pinned(cfg, whole), read_state(whole)["plan"]) if whole else cfg).trainer
-    with closing(trainer.scorer):
-        return _made(trainer, run, step)
+    prepared = prepare(as_planned(pinned(cfg, whole), read_state(whole)["plan"]) if whole else cfg)
+    with closing(prepared.opened):
+        return _made(prepared.trainer, run, step)
 
 
 def _steps_made(run: Path) -> int:

@@ -11,6 +11,7 @@ from statistics import correlation, fmean
 from rich.table import Table
 
 from grpo.config import RewardConfig
+from grpo.environments.shown import transcript
 from grpo.errors import UserError
 from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
@@ -114,7 +115,7 @@ def _column(groups: Sequence[Group], name: str, against: str | None) -> str:
 def _rescored(step: int, before: Rollout, now: Rollout, column: str, name: str) -> Rescored:
     stored = before.reward if column == TOTAL else before.scores.get(column)
     failure = now.failures.get(name)
-    return Rescored(step, before.trajectory.text, stored, now.scores[name], None if failure is None else str(failure))
+    return Rescored(step, transcript(before), stored, now.scores[name], None if failure is None else str(failure))
 
 
 def _best(scores: Sequence[float | None]) -> set[int]:

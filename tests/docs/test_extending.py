@@ -90,7 +90,7 @@ def test_an_environment_is_named_or_given(written: Path) -> None:
 
     twice = imported("twice.py").Twice
     easy = imported("easy.py").Easy
-    named = run("named", easy, count, environment="twice.py:Twice")
+    named = run("named", easy, count, **{"environment.use": "twice.py:Twice"})
     assert any(untrained > 0 for untrained in turns[0])
     assert all(" Sure?" in text for text in texts)  # what the reward was given
     cfg = grpo.recipe("toy.yaml", steps=4, output_dir="given", max_completion_length=24)

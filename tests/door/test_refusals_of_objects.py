@@ -67,8 +67,8 @@ def test_a_text_alone_is_one_prompt(policy) -> None:
         ({"max_tokens": 10**6}, r"1,000,000 \(max_tokens\) are more than the [\d,]+ positions"),
         ({"max_new_tokens": 3}, "unknown setting max_new_tokens.*Did you mean 'max_tokens'"),
         ({"environment": Needy}, "environment Needy cannot be made without arguments: TypeError"),
-        ({"environment": object()}, r"an object has no method rollout\(task, sampler\)"),
-        ({"environment": "singel_turn"}, "Did you mean 'single_turn'"),
+        ({"environment": object()}, r"environment: object has no method rollout\(task, sampler\)"),
+        ({"environment": "mine.py:Nobody"}, "there is no file mine.py"),
     ],
 )
 def test_what_cannot_be_sampled(policy, given: dict, said: str) -> None:
@@ -81,11 +81,10 @@ def test_an_environment_is_an_object_a_class_or_a_name(policy, recipe: Path) -> 
         "from grpo.environments.single import SingleTurn\n\n\nclass Mine(SingleTurn):\n    pass\n"
     )
     plain = policy.sample(["Hi?"], n=2, max_tokens=4, key=1)
-    for given in (Echo, Echo(), "mine.py:Mine", "single_turn"):
+    for given in (Echo, Echo(), "mine.py:Mine"):
         assert policy.sample(["Hi?"], n=2, max_tokens=4, key=1, environment=given) == plain
         made = grpo.Trainer(recipe, environment=given)
-        use = made.recipe.rollout.environment
-        assert type(made._given.environment(use)).__name__ in ("Echo", "Mine", "SingleTurn")
+        assert type(made._given.environment(made.recipe.environment.use, {})).__name__ in ("Echo", "Mine")
 
 
 def test_a_list_does_for_a_tuple(policy) -> None:

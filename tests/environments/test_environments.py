@@ -292,12 +292,11 @@ class Costly:
 
 
 def test_environments_by_name_and_by_file(tmp_path) -> None:
-    assert type(find_environment("single_turn")) is SingleTurn
     file = tmp_path / "mine.py"
     file.write_text(MINE)
     assert type(find_environment(f"{file}:Mine")).__name__ == "Mine"
     for name, said in (
-        ("singel_turn", "there is no environment 'singel_turn'. Did you mean"),
+        ("mine", "write file.py:function, .*or package.module:function"),
         (f"{file}:Lazy", "Lazy has no method rollout"),
         (f"{file}:Costly", "it cannot be made: TypeError"),
         (f"{file}:Nobody", "no function 'Nobody' there"),

@@ -61,6 +61,8 @@ def test_the_schema(tmp_path: Path) -> None:
         "reward": double,
         "penalty": double,
         "advantage": double,
+        "turn_advantages": pa.list_(double),
+        "conversation": text,
         "columns": text,
         "reward/exact": double,
         "reward/slow": double,

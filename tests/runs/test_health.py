@@ -58,9 +58,11 @@ def test_what_the_first_step_says(values: dict, said: list[str]) -> None:
 
 
 def test_tokens_of_an_environment_take_room_too() -> None:
-    metrics = StepMetrics(1, FINE | {"completions/clipped_ratio": 0.75})
-    with_tools = with_settings(config(), {"rollout.environment": "mine.py:Tools"}).rollout
-    said = [warnings_of_first(metrics, rollout, WEIGHTS)[0] for rollout in (config().rollout, with_tools)]
+    said = []
+    for trained in ((True, True), (True, False)):
+        group = Group(Task(0, "", (), {}), (Rollout(Trajectory((5, 6), trained, {}, "", "length")),))
+        metrics = StepMetrics(1, FINE | {"completions/clipped_ratio": 0.75}, (group,))
+        said += warnings_of_first(metrics, config().rollout, WEIGHTS)
     assert ["tokens that the environment adds take up room, too" in line for line in said] == [False, True]
 
 

@@ -56,18 +56,19 @@ def test_installed_packages_are_not_the_users_own(project: Path, monkeypatch: py
     assert imported_files(installed) == []
 
 
-def test_a_hash_for_each_file_of_rewards_loss_environment_and_loggers(recipe: Path) -> None:
+def test_a_hash_for_each_file_of_rewards_loss_environment_tools_and_loggers(recipe: Path) -> None:
     Path("helper.py").write_text("")
-    for name in ("mine", "room", "seen"):
+    for name in ("mine", "room", "seen", "tool"):
         Path(f"{name}.py").write_text("import helper\ndef f(*_): pass\n")
-    cfg = load_recipe(recipe, ["loss.use=mine.py:f", "rollout.environment=room.py:f", "log.use=[seen.py:f]"])
+    named = ["loss.use=mine.py:f", "environment.use=room.py:f", "tools=['tool.py:f']", "log.use=[seen.py:f]"]
+    cfg = load_recipe(recipe, named)
     here = Path.cwd().resolve()
     found = source_hashes(cfg.uses)
     assert set(found) == {
-        *(f"{here}/{name}" for name in ("digits.py:reward", "mine.py:f", "room.py:f", "seen.py:f")),
-        *(f"{here}/{name}, helper.py" for name in ("mine.py:f", "room.py:f", "seen.py:f")),
+        *(f"{here}/{name}" for name in ("digits.py:reward", "mine.py:f", "room.py:f", "seen.py:f", "tool.py:f")),
+        *(f"{here}/{name}, helper.py" for name in ("mine.py:f", "room.py:f", "seen.py:f", "tool.py:f")),
     }
     Path("helper.py").write_text("# changed\n")
     assert {use for use, digest in source_hashes(cfg.uses).items() if digest != found[use]} == {
-        f"{here}/{name}, helper.py" for name in ("mine.py:f", "room.py:f", "seen.py:f")
+        f"{here}/{name}, helper.py" for name in ("mine.py:f", "room.py:f", "seen.py:f", "tool.py:f")
     }

@@ -1,0 +1,113 @@
+"""Conversations for people to read: who said what, what was called with what, and what the model learned from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.data.messages import text_of
+from grpo.data.prompts import last_text
+from grpo.types import Message, Rollout, Task, Trajectory
+
+MODEL = "model"
+LONGEST_ARGUMENT = 200
+"""Characters of one argument of a call that are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What was said at once.
+
+    who        `model`, `user` (an environment that answers so), or the name of the tool that this is the result of;
+               empty for a remark on the end
+    text       its words, without tool calls
+    calls      the tool calls in it, as `name(argument=value)`
+    reward     what the environment gave for the turn, if it gave anything
+    advantage  of the turn, where turns have advantages of their own
+    """
+
+    who: str
+    text: str
+    calls: tuple[str, ...] = ()
+    reward: float | None = None
+    advantage: float | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether it was sampled, and is learned from."""
+        return self.who == MODEL
+
+    def lines(self) -> list[str]:
+        """A line for what was said, a line for each call, and a line for reward and advantage if there are any."""
+        who = f"{'' if self.trained else '← '}{self.who}: " if self.who else ""
+        spoken = [f"{who}{self.text.strip()}"] if self.text.strip() or not self.calls else []
+        noted = [] if self.reward is None else [f"reward {self.reward:g}"]
+        noted += [] if self.advantage is None else [f"advantage {self.advantage:+.3f}"]
+        return [*spoken, *(f"→ {call}" for call in self.calls), *([f"  ({', '.join(noted)})"] if noted else [])]
+
+
+def told(rollout: Rollout) -> list[Said]:
+    """What followed the prompt, one after another, and how it ended. A single answer is all that the model said."""
+    talk = rollout.trajectory.conversation
+    if talk is None:
+        return [Said(MODEL, rollout.trajectory.text)]
+    return [*said_in(talk.messages, talk.turn_rewards, rollout.turn_advantages or ()), *_end(rollout.trajectory)]
+
+
+def said_in(
+    messages: Sequence[Message], rewards: Sequence[float | None] = (), advantages: Sequence[float] = ()
+) -> Iterator[Said]:
+    """What was said in messages, one after another; rewards and advantages are those of the model's turns."""
+    turn = 0
+    for message in messages:
+        if message["role"] != "assistant":
+            who = str(message.get("name") or "tool") if message["role"] == "tool" else str(message["role"])
+            yield Said(who, text_of(message))
+            continue
+        reward = rewards[turn] if turn < len(rewards) else None
+        advantage = advantages[turn] if turn < len(advantages) else None
+        yield Said(MODEL, text_of(message), tuple(map(_call, message.get("tool_calls") or ())), reward, advantage)
+        turn += 1
+
+
+def transcript(rollout: Rollout) -> str:
+    """All that followed the prompt: of a single answer its text; of a conversation what was said, line by line."""
+    if rollout.trajectory.conversation is None:
+        return rollout.trajectory.text
+    return "\n".join(line for said in told(rollout) for line in said.lines())
+
+
+def asked(task: Task, trajectory: Trajectory) -> str:
+    """The end of the prompt, as the model saw it: with what the environment's `reset` added."""
+    talk = trajectory.conversation
+    return last_text(task.prompt if talk is None or not talk.prompt else list(talk.prompt))
+
+
+def _end(trajectory: Trajectory) -> list[Said]:
+    """How a conversation ended, where that was not by the model's own last word."""
+    talk, reason = trajectory.conversation, trajectory.finish_reason
+    assert talk is not None
+    if talk.failure is not None:
+        return [Said("", f"the environment failed: {talk.failure}")]
+    ended = "" if reason == "stop" else f"ended by {reason}"
+    outcome = "" if talk.outcome is None else f"get_reward {talk.outcome:g}"
+    return [Said("", f"({', '.join(filter(None, [ended, outcome]))})")] if ended or outcome else []
+
+
+def _call(call: Mapping[str, Any]) -> str:
+    """A tool call as code would have it."""
+    function = call.get("function", call)
+    arguments = function.get("arguments") or {}
+    if not isinstance(arguments, Mapping):
+        return f"{function.get('name')}({_short(str(arguments))})"
+    return f"{function.get('name')}({', '.join(f'{name}={_value(value)}' for name, value in arguments.items())})"
+
+
+def _value(value: Any) -> str:
+    return _short(json.dumps(value, default=str, ensure_ascii=False))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_ARGUMENT else f"{text[: LONGEST_ARGUMENT - 1]}…"

@@ -1,0 +1,186 @@
+"""Whom the model talks to in a run: hosts of environments and tools, or an environment that samples by itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from grpo.config import EnvironmentConfig, RolloutConfig, ToolConfig
+from grpo.data.prompts import PromptRenderer, Tools
+from grpo.environments.chat import Chat
+from grpo.environments.conversations import SELECTED_BY, Conversations
+from grpo.environments.environment import Environment
+from grpo.environments.making import make_host
+from grpo.environments.play import Table
+from grpo.environments.seats import Description, Host, Limits
+from grpo.errors import UserError
+from grpo.runs.given import Given
+from grpo.types import Task
+
+if TYPE_CHECKING:
+    from grpo.model.mlxlm import TokenizerWrapper
+
+IN_PROCESSES = {"workers", "sandbox", "env", "memory_gb"}
+"""Settings of the processes in which environments live, unless they were given from Python as objects."""
+ANSWERING = ("messages", "text")
+"""The kinds of environments that answer as the user does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Partners:
+    """All that answer the model, described: no template and no model is needed for that.
+
+    hosts   the host of each environment with the recipe's terms, by the value of the column `environment`; the only
+            one goes by the empty name. Empty if a completion is a single answer.
+    own     an environment with a method `rollout`, in the place of hosts
+    """
+
+    hosts: Mapping[str, tuple[Host, EnvironmentConfig]] = field(default_factory=dict)
+    own: Environment | None = None
+
+    @property
+    def tools(self) -> Tools:
+        """The tools that prompts show."""
+        tools = {name: host.description.tools for name, (host, _) in self.hosts.items()}
+        return tools.get("", tools) if len(tools) < 2 else tools
+
+    @property
+    def resets(self) -> bool:
+        """Whether prompts may become longer than the data says, by what `reset` adds."""
+        return any(host.description.resets for host, _ in self.hosts.values())
+
+    def environment(
+        self,
+        tokenizer: TokenizerWrapper,
+        renderer: PromptRenderer,
+        task: Task,
+        rollout: RolloutConfig,
+        seed: int,
+        keeps_seats: bool = False,
+    ) -> tuple[Environment | None, list[str]]:
+        """What makes trajectories (None: single answers), and notes for the plan on how conversations are written.
+
+        `task` is one of those that `renderer` makes, to see whether they are texts or messages. Raises UserError for a
+        chat template that cannot hold such conversations.
+        """
+        if not self.hosts:
+            return self.own, []
+        templated = renderer.wraps_text or not isinstance(task.prompt, str)
+        tables, notes = {}, []
+        for name, (host, config) in self.hosts.items():
+            told = host.description
+            chat = Chat.of(
+                tokenizer,
+                told.tools,
+                renderer.cfg.chat_template_kwargs,
+                answers=told.kind in ANSWERING,
+                templated=templated,
+                stop_ids=rollout.stop_token_ids,
+            )
+            tables[name] = Table(host, chat, limits_of(config), keeps_seats)
+            notes += [_described(told), *chat.notes]
+        cfg = renderer.cfg
+        return Conversations(tables, seed, cfg.max_prompt_length, cfg.system), list(dict.fromkeys(notes))
+
+    def check(self, section: str, tasks: Sequence[Task]) -> None:
+        """Raise UserError if environments could not begin with the columns of a section's rows."""
+        for task in tasks if self.hosts else ():
+            name = "" if "" in self.hosts else task.columns.get(SELECTED_BY)
+            if name not in self.hosts:
+                raise UserError(
+                    f"environments: row {task.index} of {section} has {name!r} in the column {SELECTED_BY!r}, and "
+                    f"there is {', '.join(self.hosts)}"
+                )
+        for name, (host, _) in self.hosts.items():
+            of_it = next((task for task in tasks if name in ("", task.columns.get(SELECTED_BY))), None)
+            if of_it is not None and (problem := host.problem(_columns(of_it))) is not None:
+                raise UserError(f"environment {host.description.name!r}: {problem}")
+
+    def close(self) -> None:
+        """End the processes in which they live."""
+        for host, _ in self.hosts.values():
+            host.close()
+
+
+def invite(
+    conversations: Mapping[str, EnvironmentConfig], tools: Sequence[ToolConfig], given: Given, groups: int
+) -> Partners:
+    """Start the hosts that a recipe names, and wait until they have said what they are.
+
+    `groups` are sampled at once. Raises UserError for environments and tools that cannot be had, and for settings that
+    do nothing with them; nothing is left running then.
+    """
+    for name, config in conversations.items():
+        if config.use is not None and hasattr(given.functions.get(config.use), "rollout"):
+            return _alone(name, config, conversations, tools, given)
+    objects = [given.functions.get(tool.use) for tool in tools]
+    workers = max(1, min(os.cpu_count() or 1, groups))
+    with ExitStack() as stack:
+        hosts: dict[str, tuple[Host, EnvironmentConfig]] = {}
+        for name, config in conversations.items():
+            made = given.functions.get(config.use or "")
+            if (made or any(objects)) and (idle := sorted(config.changed & IN_PROCESSES)):
+                raise UserError(
+                    f"{_place(name)}.{idle[0]} does nothing for objects: they live in the trainer's process"
+                )
+            host: Host = make_host(config, tools, bool(name), workers, made, objects)
+            stack.callback(host.close)
+            hosts[name] = host, config
+        for name, (host, config) in hosts.items():  # they start side by side
+            if host.description.kind == "rollout":
+                return _alone(name, config, conversations, tools, given)
+            _check_terms(_place(name), config, host.description)
+        stack.pop_all()
+        return Partners(hosts)
+
+
+def limits_of(config: EnvironmentConfig) -> Limits:
+    """What ends a conversation early, by the recipe."""
+    return Limits(config.max_turns, config.max_tool_calls, config.max_turn_tokens, config.rollout_timeout)
+
+
+def _alone(
+    name: str,
+    config: EnvironmentConfig,
+    conversations: Mapping[str, EnvironmentConfig],
+    tools: Sequence[ToolConfig],
+    given: Given,
+) -> Partners:
+    """The environment that makes trajectories by itself, in this process. Raises UserError for what it does not do."""
+    place, why = _place(name), "its class makes trajectories by itself (it has a method rollout)"
+    if len(conversations) > 1:
+        raise UserError(f"{place}: {why}, and then it is the only environment of a run")
+    if tools:
+        raise UserError(f"tools do nothing beside {place}.use: {why}")
+    if idle := sorted(config.changed - {"use", "kwargs"}):
+        raise UserError(f"{place}.{idle[0]} does nothing: {why}, in the trainer's process")
+    assert config.use is not None
+    return Partners(own=given.environment(config.use, config.kwargs))
+
+
+def _check_terms(place: str, config: EnvironmentConfig, told: Description) -> None:
+    """Raise UserError for settings that do nothing with such an environment."""
+    idle: Collection[str] = ()
+    if not told.tools:
+        idle = {"max_tool_calls"} if told.kind in ANSWERING else {"max_tool_calls", "max_turns"}
+        nothing = "nothing to call" if told.kind in ANSWERING else "nothing to call, and does not answer"
+    if found := sorted(config.changed & set(idle)):
+        raise UserError(f"{place}.{found[0]} does nothing: {told.name} has {nothing}")
+
+
+def _described(told: Description) -> str:
+    names = ", ".join(tool["function"]["name"] for tool in told.tools)
+    parts = [f"the model calls {names}" if names else "", "it answers the model" if told.kind in ANSWERING else ""]
+    rewards = "it rewards a conversation at its end (get_reward)" if told.rewards else ""
+    return f"environment {told.name}: {'; '.join(filter(None, [*parts, rewards])) or 'a single turn'}"
+
+
+def _place(name: str) -> str:
+    return f"environments.{name}" if name else "environment"
+
+
+def _columns(task: Task) -> list[str]:
+    return list(dict.fromkeys(["prompt", *task.columns]))

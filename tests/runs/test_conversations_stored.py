@@ -1,0 +1,101 @@
+"""Conversations are stored with their completions, come back as they were, and are shown wherever completions are."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from environments.test_shown import TALK
+
+from grpo.config.log import CompletionsConfig
+from grpo.runs.completions import read_completions, store_completions
+from grpo.telemetry import report
+from grpo.telemetry.console import _sample
+from grpo.telemetry.tensorboard import TensorboardLogger
+from grpo.types import BEHAVIOUR, Failure, Group, Rollout, StepMetrics, Task, Trajectory
+
+ROW = Rollout(
+    Trajectory((5, 6, 7), (True, False, True), {BEHAVIOUR: (-0.5, 0.0, -1.0)}, "text", "done", 3, TALK),
+    scores={"Atlas": 1.5},
+    reward=1.5,
+    advantage=0.25,
+    turn_advantages=(0.5, -0.25),
+)
+FAILED = replace(
+    ROW,
+    trajectory=replace(
+        ROW.trajectory,
+        finish_reason="failed",
+        conversation=replace(TALK, messages=(), turn_rewards=(), outcome=None, failure=Failure("timeout", "reset")),
+    ),
+    turn_advantages=None,
+    reward=None,
+)
+PLAIN = Rollout(Trajectory.sampled((5,), (-0.5,), "four", "stop"), scores={"Atlas": None}, reward=0.0)
+TASK = Task(3, [{"role": "user", "content": "How far is it?"}], (), {"prompt": "How far is it?"})
+GROUP = Group(replace(TASK, columns={"prompt": TASK.prompt}), (ROW, FAILED, PLAIN))
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    path = store_completions(tmp_path, 4, [GROUP], CompletionsConfig(), 0, 1)
+    assert path is not None
+    return path
+
+
+def test_what_is_stored_comes_back(stored: Path) -> None:
+    _, (group,) = read_completions(stored)
+    assert group == GROUP
+
+
+def test_a_table_s_reader_finds_who_said_what(stored: Path) -> None:
+    first, failed, plain = pq.read_table(stored).to_pylist()
+    said = json.loads(first["conversation"])
+    assert [message["role"] for message in said["messages"]] == ["assistant", "tool", "tool", "assistant", "user"]
+    assert "home" not in said
+    assert first["prompt"] == "system: Look it up.\n\nuser: How far is it? Ask from Rome."
+    assert plain["prompt"] == "user: How far is it?"
+    assert (first["turn_advantages"], plain["conversation"], plain["turn_advantages"]) == ([0.5, -0.25], None, None)
+    assert json.loads(failed["conversation"])["failure"] == {"kind": "timeout", "error": "reset"}
+
+
+def test_files_of_earlier_versions_are_read(stored: Path) -> None:
+    pq.write_table(pq.read_table(stored).drop_columns(["conversation", "turn_advantages"]), stored)
+    _, (group,) = read_completions(stored)
+    assert [one.trajectory.conversation for one in group.rollouts] == [None] * 3
+    assert group.rollouts[0].trajectory.trained == (True, False, True)
+
+
+def test_a_secret_that_a_tool_tells_is_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEATHER_API_KEY", "sesame-open-1234")
+    told = replace(TALK, messages=({"role": "tool", "name": "f", "content": "GET /?key=sesame-open-1234"},))
+    row = replace(ROW, trajectory=replace(ROW.trajectory, conversation=told))
+    path = store_completions(tmp_path, 1, [Group(TASK, (row,))], CompletionsConfig(), 0, 1)
+    assert path is not None
+    (stored,) = pq.read_table(path).to_pylist()
+    assert json.loads(stored["conversation"])["messages"][0]["content"] == "GET /?key=[WEATHER_API_KEY]"
+
+
+def test_the_report_shows_what_was_said_and_what_was_learned_from() -> None:
+    page = report._of_step(4, [GROUP])
+    assert (
+        "<pre>How far is it? Ask from Rome.</pre><pre>model: Let me see.\n→ search(query=&quot;Rom&quot;, k=2)" in page
+    )
+    assert "<pre class=said>← search: 5 km[image]</pre><pre class=said>← now: noon</pre><pre>model: 5 km." in page
+    assert "<pre>How far is it?</pre><pre>four</pre>" in page
+
+
+def test_the_console_and_tensorboard_show_the_best(tmp_path: Path) -> None:
+    record = StepMetrics(4, {}, (GROUP,))
+    prompt, text = (str(line) for line in _sample(record))
+    assert prompt == "prompt How far is it? Ask from Rome."
+    assert text.startswith(
+        ' 1.500 model: Let me see. → search(query="Rom", k=2) → now() (advantage +0.500) ← search: 5'
+    )
+    for texts in (True, False):
+        logger = TensorboardLogger(tmp_path / str(texts), texts=texts)
+        logger.log(record)
+        logger.close()
+        (file,) = (tmp_path / str(texts) / "tensorboard").iterdir()
+        assert (b"    \xe2\x86\x90 now: noon" in file.read_bytes()) == texts

@@ -44,9 +44,7 @@ def make_host(
     they were given as objects (None: the recipe names it): then all live in this process. Raises UserError for names
     that mean nothing, and for variables in `env` that are not set.
     """
-    located = (
-        None if config.use is None else Located(config.name or config.use.rpartition(":")[2], config.use, "environment")
-    )
+    located = None if config.use is None else _located(config.use, config.name)
     what = ALONE if located is None else f"environment {located.name!r}"
     seconds = [tool.timeout for tool in tools]
     terms = HostTerms(what, config.timeout, config.reset_timeout, seconds, config.workers or workers, several)

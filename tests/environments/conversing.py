@@ -19,7 +19,7 @@ class Numbers:
 
     roles = {"system": 10, "user": 11, "tool": 12}  # noqa: RUF012
 
-    def __init__(self, ends: Collection[int] = range(1, 8, 2), names: Mapping[int, tuple[str, dict]] = {}) -> None:  # noqa: B006
+    def __init__(self, ends: Collection[int] = range(1, 8, 2), names: Mapping[int, tuple[str, dict]] = {}) -> None:
         self.ends = set(ends)
         self.names = {token: (f"t{token}", {"x": token}) for token in range(60, 70)} | dict(names)
 

@@ -145,6 +145,19 @@ def overlap(
     return overlap_costs(setting, seconds, slots)
 
 
+@command(prompts=8, completions=8, prompt_length=128, completion_length=16, lora=True, runs=1)
+def waiting(
+    setting: "Setting",
+    seconds: Annotated[float, typer.Option(min=0, help="The longest that an answer takes.")] = 1.0,
+    power: Annotated[float, typer.Option(min=0, help="Of a uniform number: above 1 most answers are quick.")] = 1.0,
+    turns: Annotated[int, typer.Option(min=1, help="Of the model, each followed by an answer.")] = 4,
+) -> Measurements:
+    """Conversations whose environments take their time, with and without a barrier after each turn: seconds."""
+    from grpo.benchmark.waiting import Sleeps, waiting_costs
+
+    return waiting_costs(setting, turns, Sleeps(seconds, power))
+
+
 @command(**LOAD, lora=True)
 def sampling(setting: "Setting") -> Measurements:
     """What each sampling filter costs: tok/s of the generator, held against sampling at temperature 1."""

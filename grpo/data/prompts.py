@@ -27,6 +27,9 @@ Tools = Sequence[Schema] | Mapping[str, Sequence[Schema]]
 class PromptReader:
     """Reads prompts out of rows, as a recipe's `data` section says: text or messages, without their tokens."""
 
+    supplied = False
+    """Whether environments supply prompts: then a row without the column `prompt` has an empty message of the user."""
+
     def __init__(self, cfg: DataConfig, source: str = "data") -> None:
         """`source` is the name of the source that the tasks say they are of."""
         self.cfg = cfg
@@ -54,7 +57,8 @@ class PromptReader:
         setting = self.cfg.prompt
         if "{" in setting:
             return filled(setting, {name: self._column(index, row, name) for name in self.columns}, self._row(index))
-        value = self._column(index, row, setting)
+        empty = self.supplied and setting == "prompt" and setting not in row
+        value = [{"role": "user", "content": ""}] if empty else self._column(index, row, setting)
         if is_null(value):
             return None
         if isinstance(value, str):

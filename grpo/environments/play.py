@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from grpo.environments.openings import with_added
 from grpo.environments.sampler import Sampler
 from grpo.environments.scheduler import TimeIsUpError
-from grpo.environments.seats import Host, Limits, Reply, Seat
+from grpo.environments.seats import Description, Host, Limits, Reply, Seat
 from grpo.errors import UserError
 from grpo.generation.generator import trajectory_of
 from grpo.generation.rows import Row
@@ -41,7 +42,7 @@ class Chat(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Table:
     """Who sits at a conversation: the environment's host, and how the model talks to it.
 
@@ -52,6 +53,11 @@ class Table:
     chat: Chat
     limits: Limits = field(default_factory=Limits)
     keeps_seats: bool = False
+
+    @cached_property
+    def description(self) -> Description:
+        """The host's, asked for once."""
+        return self.host.description
 
 
 class _BrokenOffError(Exception):
@@ -100,7 +106,7 @@ class Play:
         except _BrokenOffError as broken:
             reason = broken.reason
         self.sampler.release(row)
-        if self.table.host.description.rewards and self.failure is None and not self._busy:
+        if self.table.description.rewards and self.failure is None and not self._busy:
             reason = await self._rewarded(reason)
         return self._result(row, reason)
 
@@ -142,7 +148,7 @@ class Play:
             if allowed < len(calls):
                 self._end = self._end or "max_tool_calls"
             return answers
-        if self.table.host.description.kind == "tools":
+        if self.table.description.kind == "tools":
             self._end = "stop"
             return []
         reply = self._counted(await self._reply(self.seat.step(message)))
@@ -198,7 +204,7 @@ class Play:
     def _result(self, row: Row, reason: FinishReason) -> Trajectory:
         keeps = self.table.keeps_seats and self.failure is None
         conversation = Conversation(
-            environment=self.table.host.description.name,
+            environment=self.table.description.name,
             prompt=self.prompt,
             messages=tuple(self._messages),
             turn_rewards=tuple(self._turn_rewards),

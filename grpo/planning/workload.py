@@ -16,7 +16,8 @@ class Workload:
     """The sections of a recipe that decide it, and the tokens of the longest prompts.
 
     `evaluation` is None where nothing is evaluated. `prompt_length` is the longest prompt that is trained on, `longest`
-    the longest that is sampled from, held-out prompts included.
+    the longest that is sampled from, held-out prompts included. `own` is how much of it each completion may have for
+    itself, where environments add to prompts: keys and values of that are not shared.
     """
 
     optim: OptimConfig
@@ -25,6 +26,7 @@ class Workload:
     evaluation: EvalConfig | None
     prompt_length: int
     longest: int
+    own: int = 0
 
     @property
     def rows(self) -> int:
@@ -43,12 +45,12 @@ class Workload:
             held_out = self.evaluation.prompts
             prompts, sampled = max(prompts, held_out), max(sampled, held_out * self.evaluation.samples)
         reshaped = sampling_of(self.rollout).reshaped
-        return Need(sampled, prompts, self.longest, self.rollout.max_completion_length, reshaped)
+        return Need(sampled, prompts, self.longest, self.own + self.rollout.max_completion_length, reshaped)
 
     def largest(self, tokens: int, gpu: bool) -> Shape:
         """The largest micro-batch of at most `tokens`: the longest prompts, each with all its longest completions."""
         optim = with_settings(self.optim, {"micro_batch_tokens": tokens})
-        packing, length = Packing.of(optim, self.rollout, gpu=gpu), self.rollout.max_completion_length
+        packing, length = Packing.of(optim, self.rollout, gpu=gpu), self.own + self.rollout.max_completion_length
         fitting = packing.shape(1, 1, self.prompt_length, length)
         for rows in range(2, packing.rows + 1):
             shape = packing.shape(-(-rows // packing.group), rows, self.prompt_length, length)

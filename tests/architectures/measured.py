@@ -11,9 +11,13 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
+from environments.conversing import Host, Numbers
 from mlx.utils import tree_flatten
 
 from grpo.config import AdapterConfig, ModelConfig
+from grpo.environments.conversations import Conversations
+from grpo.environments.play import Table
+from grpo.environments.seats import Limits
 from grpo.errors import UserError
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
@@ -23,6 +27,7 @@ from grpo.model.policy import Policy
 from grpo.planning import plan
 from grpo.planning.footprint import Footprint
 from grpo.recipes import load_recipe
+from grpo.rollout import RolloutEngine
 from grpo.runs.folder import newest_checkpoint
 from grpo.runs.loop import Loop
 from grpo.runs.prepare import prepare
@@ -31,6 +36,7 @@ from grpo.runs.revisions import revisions_of
 from grpo.runs.signals import StopRequest
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.tools.export import Format, export
+from grpo.types import Task
 
 PROMPTS = [[5, 6, 7, 8, 9], [11], list(range(20, 40))]
 TOKENS = mx.array([[1, 5, 9, 3, 7, 2, 8, 4, 6, 10, 12, 11]])
@@ -118,6 +124,26 @@ class Measured:
                 ids = mx.array([done.token_ids])
                 forced, _ = self.policy.logprobs(mx.array([[*prompt, *done.token_ids]]), mx.array([len(prompt)]), ids)
                 gaps.append(mx.abs(forced[0] - mx.array(done.behaviour)).max())
+        return worst(gaps)
+
+    @cached_property
+    def conversation_gap(self) -> float:
+        """The same of conversations: rows with prompts of their own, which are told something after each turn, leave
+        their slots, and lose what they have kept for want of memory."""
+        host = Host("messages", reset=lambda seat, *_: " 70 71" * seat.number, step=lambda *_: "72 73 74")
+        stops = frozenset(range(80))
+        conversations = Conversations({"": Table(host, Numbers(ends=stops), Limits(max_turns=4))}, 0, 99)
+        generator = Generator(self.model, self.tokenizer, slots=3)
+        generator.stop_ids, generator.kept_bytes = stops, 10_000
+        tasks = [Task(place, "30 31", (11, 30, 31), {}) for place in range(2)]
+        groups = RolloutEngine(generator, Sampling(0.9, 30), conversations).rollout(tasks, 3, 0.9, KEY)
+        assert sum(len(row.trajectory.conversation.turn_rewards) for group in groups for row in group.rollouts) > 9
+        gaps = []
+        for group in groups:
+            for row in (rollout.trajectory for rollout in group.rollouts):
+                ids, prompt = mx.array([row.token_ids]), group.task.prompt_ids
+                forced, _ = self.policy.logprobs(mx.array([[*prompt, *row.token_ids]]), mx.array([len(prompt)]), ids)
+                gaps.append((mx.abs(forced[0] - mx.array(row.behaviour)) * mx.array(row.trained)).max())
         return worst(gaps)
 
     @cached_property

@@ -53,6 +53,11 @@ def test_what_is_decoded_is_what_teacher_forcing_says(measured: Measure, name: s
 
 
 @EVERY
+def test_conversations_are_decoded_as_teacher_forcing_says(measured: Measure, name: str) -> None:
+    assert measured(name).conversation_gap < 1e-4
+
+
+@EVERY
 @BITS
 def test_a_step_moves_every_layer_of_the_adapter_and_the_reference_stays(measured, name: str, bits) -> None:
     model = measured(name, bits)

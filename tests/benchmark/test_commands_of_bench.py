@@ -28,6 +28,11 @@ ROWS = {
         {"scored after all", "scored while others decode", "without the reward's time", "the reward's time"},
         {"s"},
     ),
+    "waiting": (
+        [*LOAD, "--seconds", 0.01, "--turns", 2],
+        {"a barrier each turn", "nobody waits", "the longest row alone"},
+        {"s"},
+    ),
     "sampling": (LOAD, {"plain", *FILTERS}, {"tok/s", "GB"}),
     "logprobs": (LOAD, {"without", "with logprobs"}, {"tok/s", "GB"}),
     "head": ([*LOAD, "--dtype", "bfloat16"], {"model", "float32"}, {"tok/s", "s", "GB", "GB planned"}),

@@ -235,3 +235,19 @@ def test_all_prompts_too_long(toy) -> None:
         TaskStream(ROWS, renderer(toy, max_prompt_length=2), seed=0).take(1)
     with pytest.raises(UserError, match="longer than max_prompt_length"):
         first_tasks(ROWS, renderer(toy, max_prompt_length=2), 3)
+
+
+def test_an_environment_may_supply_prompts(toy) -> None:
+    """Rows without the column `prompt`, which is the default, have an empty message; others are missed."""
+    row, made = {"question": "?"}, renderer(toy, prompt="prompt")
+    with pytest.raises(UserError, match="no column 'prompt'"):
+        made.task(0, row)
+    made.supplied = True
+    assert made.task(0, row).prompt == [{"role": "user", "content": ""}]
+    assert text(toy, made.task(0, row)) == "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    assert made.task(0, {"prompt": "x"}).prompt == "x"
+    assert made.task(0, {"prompt": None}) is None
+    missed = renderer(toy, prompt="quest")
+    missed.supplied = True
+    with pytest.raises(UserError, match="no column 'quest'"):
+        missed.task(0, row)

@@ -1,5 +1,7 @@
 """What a run asks of a machine, by hand: 4 prompts of 8 completions a step, and what an evaluation adds."""
 
+from dataclasses import replace
+
 import pytest
 from planning.loads import workload
 
@@ -41,3 +43,11 @@ def test_the_largest_micro_batch_shares_prompts_as_far_as_its_tokens_go() -> Non
     assert load.largest(611, gpu=False) == Shape(1, 100, 7, 64)
     assert load.largest(612 + 164, gpu=False) == Shape(2, 100, 9, 64)
     assert load.largest(10**6, gpu=False) == Shape(4, 100, 32, 64)
+
+
+def test_what_environments_add_to_prompts_is_each_completion_s_own() -> None:
+    load = replace(workload(asked(), 100), own=20)
+    assert load.need() == Need(32, 4, 100, 84, False)
+    assert load.tokens == 32 * (100 + 64)  # the longest prompt has it already
+    assert load.largest(100 + 8 * 84, gpu=False) == Shape(1, 100, 8, 84)
+    assert load.largest(100 + 8 * 84 - 1, gpu=False) == Shape(1, 100, 7, 84)

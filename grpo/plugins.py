@@ -133,11 +133,6 @@ def _named(kind: str, use: str, there: list[Located]) -> Located:
     return found[0]
 
 
-def locate_tool(use: str) -> Located:
-    """What `use` names: `file.py:name` or `package.module:name`. It goes by the name of its function or class."""
-    return Located(use.rpartition(":")[2], use, "tool")
-
-
 def called(place: str, function: str) -> str:
     """A reward's name, where none is given: its function's, or that of its file or module if it is called `reward`."""
     if function != "reward":

@@ -165,13 +165,21 @@ def _notes(template: Template, joints: Mapping[str, Joint], form: Format | None,
     ends = sorted({texts[token] for joint in joints.values() for token in joint.sampled})
     read = f"; tool calls are read as {form.name}{'' if several else ', one in a turn'}" if form else ""
     notes = [f"chat: a turn ends with {' or '.join(ends)}{read}"]
-    notes += [
-        f"chat: earlier thinking stays in the conversation when {WHAT.get(role, role)} follows, as it was sampled; "
-        "the chat template would leave it out"
-        for role, joint in joints.items()
-        if joint.kept
-    ]
+    if kept := _when(joint for joint in joints.items() if joint[1].kept):
+        notes.append(
+            f"chat: earlier thinking stays in the conversation, as it was sampled, when {kept} follows; the chat "
+            "template alone would leave it out"
+        )
+    if moves := _when(joint for joint in joints.items() if joint[1].moves):
+        notes.append(
+            f"chat: a system message stays where it stood in the prompt when {moves} follows; the chat template alone "
+            "would move it"
+        )
     return notes
 
 
-WHAT = {"tool": "a tool's result", "user": "a user's message"}
+FOLLOWING = {"tool": "a tool's result", "user": "a user's message"}
+
+
+def _when(joints: Iterable[tuple[str, Joint]]) -> str:
+    return " or ".join(FOLLOWING[role] for role, _ in joints)

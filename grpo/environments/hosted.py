@@ -28,7 +28,7 @@ class HostedRewards:
         if request["op"] == "load":
             reward = request["reward"]
             load = importlib.import_module(DOOR).load
-            made, told = load(reward.located, reward.kwargs, reward.form, reward.system, self._run)
+            made, told = load(reward.located, reward.kwargs, reward.form, reward.system, self._run, reward.function)
             self._rewards[reward.located.name] = made
             return told
         if request["name"] not in self._rewards:

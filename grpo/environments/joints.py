@@ -23,6 +23,7 @@ class Joint:
     end       the token that ends a turn in the rendered conversation, as text
     sampled   the tokens, any of which the model must have ended its turn with
     kept      whether earlier thinking stays, that the template would leave out
+    moves     whether the template would write a system message elsewhere than it stood in the prompt
     ids       whether the template says of a tool's result which call it is of
     single    whether the template takes a single call in a turn
     """
@@ -30,6 +31,7 @@ class Joint:
     end: str
     sampled: frozenset[int]
     kept: bool = False
+    moves: bool = False
     ids: bool = False
     single: bool = False
 
@@ -49,7 +51,7 @@ def joint_of(template: Template, role: str, thinking: Thinking | None) -> Joint:
     _check_cut(template, end, text, at)
     kept = _drops(template, two, single)
     ids = role == "tool" and "call00000" in text[at:]
-    return Joint(end, sampled, kept, ids, single)
+    return Joint(end, sampled, kept, _moves_system(template, two, single), ids, single)
 
 
 def _several(template: Template, results: Sequence[Message]) -> bool:
@@ -111,6 +113,16 @@ def _check_prefix(template: Template, last: str, head: str, role: str, thinking:
 
 def _bare(thinking: Thinking, text: str) -> str:
     return re.sub(r"\s", "", thinking.without(text))
+
+
+def _moves_system(template: Template, messages: Sequence[Message], single: bool) -> bool:
+    """Whether a system message stands elsewhere, or nowhere, when these messages follow a turn."""
+    said = [{"role": "system", "content": THOUGHT}, *before(messages, single)]
+    if not template.takes(said):
+        return False
+    prompt = template.render(said[:2], generation=True)
+    whole = template.render([*said, *with_ids(messages, ())], generation=True)
+    return THOUGHT in prompt and prompt.partition(THOUGHT)[0] != whole.partition(THOUGHT)[0]
 
 
 def _check_cut(template: Template, end: str, text: str, at: int) -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from grpo.plugins import Located
+from grpo.plugins import Function, Located
 from grpo.types import Message
 
 Content = str | list[dict[str, Any]]
@@ -61,6 +61,7 @@ class HostedReward:
     kwargs    the recipe's arguments for it
     timeout   seconds that one call may take
     form      the form of completions that it reads, if the recipe says so; `system` is the message before text prompts
+    function  the function itself, where it was given as an object: for hosts in this process alone
     """
 
     located: Located
@@ -68,6 +69,7 @@ class HostedReward:
     timeout: float = 60.0
     form: Literal["text", "messages"] | None = None
     system: str | None = None
+    function: Function | None = None
 
 
 @dataclass(frozen=True, slots=True)

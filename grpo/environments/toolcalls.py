@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,21 +64,22 @@ def _closed(text: str, inner: int, start: str, end: str, parsed: Callable[[str],
         close = text.find(start, inner)
         close = len(text) if close < 0 else close
         return parsed(text[inner:close]), close
-    first, close = -1, inner - len(end)
+    close = inner - len(end)
     for _ in range(CLOSINGS):
         close = text.find(end, close + len(end))
         if close < 0:
             break
-        first = close if first < 0 else first
         if calls := parsed(text[inner:close]):
             return calls, close + len(end)
-    return [], inner if first < 0 else first + len(end)
+    return [], inner
 
 
 def calls_of(parse: Parser, text: str, tools: Sequence[Schema]) -> list[Call]:
     """The calls that a parser makes of a text; none unless each has a name, and arguments by name."""
     try:
-        found = parse(text, tools)
+        with warnings.catch_warnings(action="ignore"):  # Python's parser may have something to say of its style
+            found = parse(text, tools)
+        json.dumps(found)  # Python's literals know more than a schema does
     except Exception:  # whatever the model wrote: it is no call
         return []
     given = found if isinstance(found, list) else [found]

@@ -7,12 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grpo.processes.output import Output
 from grpo.processes.tree import OVER_MEMORY
+
+if TYPE_CHECKING:  # a sandbox is built on this file
+    from grpo.processes.sandbox.worker import Sandbox
 
 KEEPER_SECONDS = 10.0
 """For a keeper to end with all below it."""
@@ -21,16 +26,30 @@ KEEPER_SECONDS = 10.0
 class ChildProcess:
     """A running Python script behind its keeper, with a channel to it."""
 
-    def __init__(self, script: Path, output: Output, environment: Mapping[str, str], memory_gb: float | None) -> None:
-        """Start `script DESCRIPTOR ROOT`: the descriptor of its end of `channel`, and the folder of this package."""
+    def __init__(
+        self,
+        script: Path,
+        output: Output,
+        environment: Mapping[str, str],
+        memory_gb: float | None,
+        sandbox: Sandbox | None = None,
+    ) -> None:
+        """Start `script DESCRIPTOR ROOT`: the descriptor of its end of `channel`, and the folder of this package.
+
+        In a `sandbox` it reads what that shows, and writes to its home folder there.
+        """
         self.channel, far_end = socket.socketpair()
         root = str(Path(__file__).parents[2])
         memory = 0 if memory_gb is None else round(memory_gb * 2**30)
         with far_end:
             channel = str(far_end.fileno())
             keeper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py")), channel, str(memory)]
+            command, folder = [sys.executable, *(arguments := ["-P", str(script), channel, root])], None
+            if sandbox is not None:
+                folder = tempfile.TemporaryDirectory(prefix="grpo-sandbox-", ignore_cleanup_errors=True)
+                command, environment = sandbox.command(arguments, folder.name), sandbox.environment(environment)
             self._popen = subprocess.Popen(
-                [*keeper, sys.executable, "-P", str(script), channel, root],
+                [*keeper, *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output.descriptor,
@@ -39,7 +58,7 @@ class ChildProcess:
                 start_new_session=True,
             )
         self.pid = self._popen.pid
-        self.kill = weakref.finalize(self, _kill, self._popen, self.channel)
+        self.kill = weakref.finalize(self, _kill, self._popen, self.channel, folder)
 
     def end(self, seconds: float = 1.0) -> tuple[int | None, bool]:
         """The exit code of a process that should be ending, None if it had to be killed; whether memory ended it."""
@@ -52,7 +71,9 @@ class ChildProcess:
         return code, word == OVER_MEMORY
 
 
-def _kill(popen: subprocess.Popen[bytes], channel: socket.socket) -> None:
+def _kill(
+    popen: subprocess.Popen[bytes], channel: socket.socket, folder: tempfile.TemporaryDirectory[str] | None
+) -> None:
     """Have the keeper kill its worker and all below it, and wait until it has."""
     assert popen.stdin is not None
     assert popen.stdout is not None
@@ -64,6 +85,8 @@ def _kill(popen: subprocess.Popen[bytes], channel: socket.socket) -> None:
         popen.wait()
     popen.stdout.close()
     channel.close()
+    if folder is not None:
+        folder.cleanup()
 
 
 def ending(code: int) -> str:

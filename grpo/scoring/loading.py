@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from grpo.plugins import Located
+from grpo.plugins import Function, Located
 from grpo.scoring.contract import Reward, calls_of, is_paid
 from grpo.scoring.forms import Form
 
@@ -16,10 +16,12 @@ def load(
     form: Form | None = None,
     system: str | None = None,
     run: Callable[[Coroutine[Any, Any, Any]], Any] | None = None,
+    function: Function | None = None,
 ) -> tuple[Reward, dict[str, Any]]:
-    """The reward, and what its file says of it (`calls` and `paid`). See `Reward` for the arguments.
+    """The reward, and what its file says of it (`calls` and `paid`). See `Reward` for the arguments; `function` is
+    the function itself, where it was given as an object.
 
     Raises UserError if it cannot be imported, and ValueError if its arguments do not fit.
     """
-    function = located.load()
+    function = function or located.load()
     return Reward(function, kwargs, form, system, run), {"calls": calls_of(function), "paid": is_paid(function)}

@@ -58,15 +58,17 @@ def _serve(channel: socket.socket, reward: Any, reply: Any) -> None:
 def _load(setup: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Any, dict[str, Any]]:
     """The reward, and what to say of it; where no `kwargs` are given, only what there is for tests."""
     from grpo.plugins import Located
+    from grpo.scoring.arguments import takes_environments
     from grpo.scoring.casefile import find_cases
     from grpo.scoring.contract import calls_of, is_paid
     from grpo.scoring.loading import load
 
     located = Located(*setup["located"])
     if setup["kwargs"] is not None:
-        return load(located, setup["kwargs"], **setup["reading"])
+        reward, told = load(located, setup["kwargs"], **setup["reading"])
+        return reward, {**told, "environments": takes_environments(reward.function)}
     function = located.load()
-    hello = {"calls": calls_of(function), "paid": is_paid(function)}
+    hello = {"calls": calls_of(function), "paid": is_paid(function), "environments": False}
     cases, case_kwargs = find_cases(function, located, setup["cases"])
     return None, {**hello, "cases": cases, "case_kwargs": stack.enter_context(case_kwargs()) or {}}
 

@@ -1,5 +1,6 @@
 """The tool `python`: what the model is told."""
 
+import random
 import sys
 from collections.abc import Callable
 
@@ -24,8 +25,9 @@ def test_what_a_conversation_is_like() -> None:
     )
     assert tool.python("y").endswith("NameError: name 'y' is not defined")
     tool.python("y = 1")
-    tool.reset(question="2 + 2?")
+    tool.reset(question="2 + 2?", seed=5)
     assert tool.python("y").endswith("NameError: name 'y' is not defined")
+    assert tool.python("import random; random.random()") == str(random.Random(5).random())
     tool.reset()
 
 

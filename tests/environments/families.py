@@ -46,7 +46,8 @@ TOOLS = [
 
 @dataclass(frozen=True)
 class Family:
-    """`special` are its special tokens, `added` further ones, `ends` those that sampling stops at."""
+    """`special` are its special tokens, `added` further ones, `ends` those that sampling stops at. SentencePiece puts a
+    blank before each text between special tokens, or before the `first` alone."""
 
     template: str | None
     special: tuple[str, ...]
@@ -54,6 +55,7 @@ class Family:
     added: tuple[str, ...] = ()
     bos: str | None = None
     sentencepiece: bool = False
+    first: bool = False
 
 
 def _chatml(turn: str, generation: str = "", head: str = "") -> str:
@@ -250,6 +252,14 @@ FAMILIES = {
         ),
         ("<|return|>", "<|endoftext|>", "<|call|>"),
     ),
+    "chatml on sentencepiece": Family(
+        _chatml("{{ message.content }}"),
+        ("<s>", "<|im_start|>", "<|im_end|>"),
+        ("<|im_end|>",),
+        QWEN_ADDED,
+        sentencepiece=True,
+        first=True,
+    ),
     "plain": Family(None, ("<|endoftext|>",), ("<|endoftext|>",)),
 }
 
@@ -302,7 +312,10 @@ def _sentencepiece(family: Family) -> Tokenizer:
     merges = [("▁", "i"), ("▁", "t"), ("o", "n"), ("▁", '"')]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if family.first:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens(_specials(family))

@@ -227,6 +227,19 @@ SCRIPTS = {
         tools=False,
         answers=True,
     ),
+    "chatml on sentencepiece": Script(
+        "chatml on sentencepiece",
+        [user("Sun?")],
+        QWEN_TOOLS + "<|im_start|>user\nSun?<|im_end|>\n<|im_start|>assistant\n",
+        [
+            Turn(
+                PARIS + "<|im_end|>",
+                said("", call("weather", city="Paris")),
+                [result("naïve 東京")],
+                "\n<|im_start|>user\n<tool_response>\nnaïve 東京\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
+            ),
+        ],
+    ),
     "gemma": Script(
         "gemma",
         [user("Guess.")],

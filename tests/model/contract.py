@@ -22,7 +22,7 @@ NEEDED = {
     "RotatingKVCache": "model/promptcaches, for sliding windows",
     "SwitchGLU": "benchmark/ops, which measures experts",
     "SwitchLinear": "model/adapters and model/outline, for experts",
-    "TokenizerWrapper": "data/prompts and generation/generator",
+    "TokenizerWrapper": "data/prompts, data/rendering, environments (calls and thinking) and generation/generator",
     "create_causal_mask": "model/promptcaches, for models that ask for a mask as an array",
     "dequantize_model": "tools/export, for --format fused of a quantized base",
     "generate_step": "benchmark/rollout, which measures it",

@@ -112,6 +112,34 @@ def test_the_tokenizer_has_what_prompts_and_streams_need(toy_folder: Path) -> No
     assert tokenizer.backend_tokenizer.get_vocab_size() > 0
 
 
+@holds("load_tokenizer", "TokenizerWrapper")
+def test_tools_and_thinking_are_found_in_a_template_and_a_vocabulary(toy_folder: Path, tmp_path: Path) -> None:
+    """environments/readback and environments/thinking."""
+    plain = mlxlm.load_tokenizer(toy_folder)
+    assert not plain.has_tool_calling
+    assert not plain.has_thinking
+    template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ messages[0].content }}"
+        "{% for tool_call in messages[-1].tool_calls or [] %}<tool_call>{{ tool_call.name }}</tool_call>{% endfor %}"
+    )
+    source = shutil.copytree(toy_folder, tmp_path / "tools")
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    written = json.loads((source / "tokenizer.json").read_text())
+    for text in ("<think>", "</think>"):
+        added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        written["added_tokens"].append({"id": 1000 + len(text), "content": text, **added})
+        written["model"]["vocab"][text] = 1000 + len(text)
+    (source / "tokenizer.json").write_text(json.dumps(written))
+    tokenizer = mlxlm.load_tokenizer(source)
+    assert (tokenizer.tool_call_start, tokenizer.tool_call_end) == ("<tool_call>", "</tool_call>")
+    call = {"name": "f", "arguments": {"x": 1}}
+    assert tokenizer.tool_parser(json.dumps(call), [{"function": {"name": "f"}}]) == call
+    assert (tokenizer.has_thinking, tokenizer.think_start, tokenizer.think_end) == (True, "<think>", "</think>")
+    shown = {"tools": [{"type": "function", "function": {"name": "f"}}], "add_generation_prompt": True}
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, **shown) == "f hi"
+
+
 @holds("BPEStreamingDetokenizer", "TokenizerWrapper")
 def test_a_tokenizer_of_one_s_own_is_wrapped() -> None:
     from tokenizers import Tokenizer, decoders, models

@@ -151,6 +151,26 @@ def test_a_process_that_the_code_forks_does_not_answer_too(interpreter: Interpre
     assert interpreter.run("1").value == "1"
 
 
+DRAWS = """import random, secrets
+print(random.random(), secrets.randbits(64), {str(n) for n in range(20)})
+import numpy as np
+print(np.random.rand(), np.random.default_rng().random())"""
+
+
+def test_random_numbers_are_those_of_its_seed() -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        made = Interpreter(Limits(seconds=20.0), seed=seed)
+        drawn.append(made.run(DRAWS))
+        made.end()
+    assert drawn[0].error is None
+    assert drawn[0] == drawn[1]
+    sets = [one.printed.partition("{")[2].partition("}")[0] for one in drawn]
+    numbers = [one.printed.replace(of, "").split() for one, of in zip(drawn, sets, strict=True)]
+    assert sets[0] == sets[2]
+    assert all(a != b for a, b in zip(numbers[0], numbers[2], strict=True) if a != "{}")
+
+
 def test_it_outlives_the_thread_that_it_was_started_in(interpreter: Interpreter) -> None:
     """The kernel ends what is to die with its parent when the parent's thread ends."""
     thread = threading.Thread(target=interpreter.run, args=("x = 7",))

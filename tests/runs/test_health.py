@@ -120,7 +120,7 @@ def test_a_reward_that_never_applies_gets_advice_of_its_own(recipe, run_cli) -> 
     Path("test.jsonl").write_text('{"question": "apart", "answer": "1"}\n')
     recipe.write_text(recipe.read_text() + "eval: {source: test.jsonl, split: train, samples: 1}\n")
     ran = run_cli("train", recipe)
-    said = "nothing was trained in 2 steps: no completion got a reward: digits.py:reward returned None for each"
+    said = "nothing was trained in 2 steps: no completion got a reward: digits returned None for each"
     assert (ran.code, said in ran.err, "differ" in ran.err) == (1, True, False), ran.err
     checkpoint, _ = newest_whole(Path("runs/toy/checkpoints"))
     assert load_checkpoint(checkpoint)[0].rewarded is False

@@ -36,9 +36,10 @@ class Python:
         self._most = max_characters
         self._interpreter = session.Interpreter(Limits(seconds, memory_mb, processes, disk_mb), unsafe)
 
-    def reset(self, **_: object) -> None:
-        """A fresh interpreter, for a new conversation."""
+    def reset(self, seed: int = 0, **_: object) -> None:
+        """A fresh interpreter for a new conversation. Random numbers in it are those of `seed`."""
         self._interpreter.end()
+        self._interpreter.seed = seed
 
     def python(self, code: str) -> str:
         """

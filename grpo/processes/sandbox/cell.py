@@ -43,15 +43,17 @@ has started it."""
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the code may use: seconds on the wall (and of each process on the CPU); the rest is of all its processes.
+    """What the code may use: seconds on the wall; the rest is of all its processes.
 
     A process that asks for more than `memory_mb` gets a MemoryError; processes that together hold more are killed.
+    `each_process`: whether `seconds` limit the processor time of each process, too, from its start on.
     """
 
     seconds: float = 5.0
     memory_mb: int = 1024
     processes: int = 32
     disk_mb: int = 64
+    each_process: bool = True
 
 
 class End(Enum):
@@ -61,20 +63,18 @@ class End(Enum):
 
 
 class Cell:
-    """A text of Python that an interpreter runs in the sandbox, and everything that it starts there."""
+    """A Python in the sandbox, and everything that it starts there."""
 
-    def __init__(
-        self, text: str, limits: Limits, unsafe: bool, stdin: int, complaints: int, lasting: bool = False
-    ) -> None:
-        """Start it. `complaints` takes what it writes to standard error, and the reason where there is no sandbox.
+    def __init__(self, arguments: Sequence[str], limits: Limits, unsafe: bool, stdin: int, complaints: int) -> None:
+        """Start Python with `arguments`. With `unsafe` there is no sandbox, only limits.
 
-        With `unsafe` there is no sandbox, only limits. Of a `lasting` one the processor time is not limited.
+        `complaints` takes what it writes to standard error, and the reason where there is no sandbox.
         """
         self.limits = limits
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-sandbox-", ignore_cleanup_errors=True)
         settings = {
             "unsafe": unsafe,
-            "cpu_seconds": None if lasting else max(1, round(limits.seconds)),
+            "cpu_seconds": max(1, round(limits.seconds)) if limits.each_process else None,
             "memory": limits.memory_mb << 20,
             "disk": limits.disk_mb << 20,
             "processes": limits.processes,
@@ -82,11 +82,11 @@ class Cell:
         home = self._folder.name if unsafe else HOME
         self.process = _starting.submit(
             subprocess.Popen,
-            launched(["-I", "-B", "-c", text], self._folder.name, settings),
+            launched(arguments, self._folder.name, settings),
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=complaints,
-            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **variables(home)},
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", **variables(home)},
             cwd=self._folder.name,
             start_new_session=True,
         ).result()
@@ -139,7 +139,7 @@ def launched(arguments: Sequence[str], folder: str, settings: Mapping[str, Any])
         "unbuilt": UNBUILT,
         "files": FILES,
         **settings,
-        "readable": [*SYSTEM, *own, *settings.get("readable", ())],
+        "readable": sorted({*SYSTEM, *own, *settings.get("readable", ())}),  # what is in a shown folder comes after it
         "command": [python, *arguments],
         "user": NOBODY + random.SystemRandom().randrange(NOBODY),
     }

@@ -8,6 +8,7 @@ import ast
 import json
 import linecache
 import os
+import random
 import sys
 import traceback
 from typing import Any
@@ -21,6 +22,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    determine(int(sys.argv.pop()))
     tell(channel, 0, None, None)
     space = {"__name__": "__main__"}
     with os.fdopen(os.dup(channel), "rb") as requests:
@@ -30,6 +32,12 @@ def main() -> None:
             if os.getpid() != own:  # the code has forked: one answer is enough
                 os._exit(0)
             tell(channel, request["call"], value, error)
+
+
+def determine(seed: int) -> None:
+    """Let there be the same random numbers in each run: of `random`, and by its source of entropy of numpy."""
+    random.seed(seed)
+    random._urandom = random.Random(seed).randbytes  # type: ignore[attr-defined]
 
 
 def tell(channel: int, call: int, value: str | None, error: str | None) -> None:

@@ -41,7 +41,8 @@ def run_tests(code: str, tests: Sequence[Any], limits: Limits, unsafe: bool = Fa
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as complaints:
         given.write(job)
         given.seek(0)
-        cell = Cell(HARNESS.read_text(encoding="utf-8"), limits, unsafe, given.fileno(), complaints.fileno())
+        arguments = ["-I", "-B", "-c", HARNESS.read_text(encoding="utf-8")]
+        cell = Cell(arguments, limits, unsafe, given.fileno(), complaints.fileno())
         try:
             said, end = _said(cell, limits)
         finally:

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from grpo.processes import tree
@@ -46,9 +46,12 @@ class Interpreter:
     processor time, and no more memory. Nothing of it outlives this object.
     """
 
-    def __init__(self, limits: Limits, unsafe: bool = False) -> None:
-        """The `seconds` of the limits are for each piece of code. With `unsafe` there is no sandbox, only limits."""
-        self.limits, self.unsafe = limits, unsafe
+    def __init__(self, limits: Limits, unsafe: bool = False, seed: int = 0) -> None:
+        """The `seconds` of the limits are for each piece of code. With `unsafe` there is no sandbox, only limits.
+
+        `seed` is that of the random numbers in it: of `random`, `secrets` and numpy.
+        """
+        self.limits, self.unsafe, self.seed = limits, unsafe, seed
         self._running: _Running | None = None
 
     def run(self, code: str) -> Ran:
@@ -57,7 +60,7 @@ class Interpreter:
         Raises RuntimeError where the sandbox cannot be built.
         """
         if self._running is None:
-            self._running = _Running(self.limits, self.unsafe)
+            self._running = _Running(self.limits, self.unsafe, self.seed)
         try:
             ran = self._running.run(code)
         except BaseException:
@@ -77,12 +80,14 @@ class Interpreter:
 class _Running:
     """One interpreter that runs."""
 
-    def __init__(self, limits: Limits, unsafe: bool) -> None:
+    def __init__(self, limits: Limits, unsafe: bool, seed: int) -> None:
         self._limits = limits
         self._channel, far_end = socket.socketpair()
         text = INTERPRETER.read_text(encoding="utf-8")
+        arguments = ["-s", "-P", "-B", "-c", text, str(seed)]  # -I would not let it see the seed of hashes
+        limits = replace(limits, each_process=False)
         with far_end:
-            self._cell = Cell(text, limits, unsafe, far_end.fileno(), subprocess.STDOUT, lasting=True)
+            self._cell = Cell(arguments, limits, unsafe, far_end.fileno(), subprocess.STDOUT)
         self._calls, self._tape, self._said = 0, _Tape(), bytearray()
         try:
             self._await_hello()

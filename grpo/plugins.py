@@ -12,7 +12,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,17 @@ class Located:
     def load(self) -> Function:
         """Import it. Raises UserError, as `find_function` does."""
         return find_function(self.where, self.what, self.classes)
+
+    @property
+    def file(self) -> str:
+        """The file that is named, "" for a module."""
+        place = self.where if self.where.endswith(".py") else self.where.rpartition(":")[0]
+        return place if place.endswith(".py") else ""
+
+    def absolute(self) -> Located:
+        """The same in any working directory."""
+        file = self.file
+        return replace(self, where=f"{Path(file).absolute()}{self.where.removeprefix(file)}") if file else self
 
 
 def find_reward(use: str) -> tuple[str, Function]:

@@ -57,7 +57,8 @@ class EnvironmentConfig(Section):
 class ToolConfig(Section):
     use: Name
     """A bundled name (`calculator`, `python`), or a function or class, `file.py:name` or `package.module:name`. Of a
-    class each conversation has an object of its own, and the public methods are tools."""
+    class each conversation has an object of its own, and the public methods are tools, but for `reset`, which begins a
+    conversation, and `close`, which ends it."""
     kwargs: dict[str, Any] = {}
     """Arguments that the model does not see: of a class for making the object, of a function for each call."""
     timeout: Seconds = 30.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import pickle
 import queue
@@ -17,6 +18,8 @@ from grpo.environments.seats import Reply
 from grpo.environments.streams import CURRENT, Streams
 
 Job = Callable[[], None]
+CLOSE = "close"
+"""The method of a tool's class that is called when a conversation is over. (Of an environment it would be a tool.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,12 @@ class Chair:
     def reward(self) -> Reply:
         return results.of_reward(self.run(self.environment.get_reward, {}))
 
+    def rest(self) -> None:
+        """The conversation is over: let tools that are objects give back what they hold, by `close`."""
+        for owned in self._owned or ():
+            with contextlib.suppress(Exception):  # nobody is left to be told
+                self.run(getattr(owned, CLOSE, lambda: None), {})
+
     def discard(self) -> None:
         """Throw the objects away, and serve nobody else."""
         self.environment, self._owned, self.tools, self.broken = None, None, {}, True
@@ -189,7 +198,8 @@ def _tools(environment: Any, makers: Sequence[Maker], owned: Sequence[Any]) -> d
         if instance is None:
             found.append((maker.name, Tool(maker.make, place, maker.kwargs)))
         else:
-            found += [(name, Tool(getattr(instance, name), place)) for name in methods_of(instance)]
+            methods = [name for name in methods_of(instance) if name != CLOSE]
+            found += [(name, Tool(getattr(instance, name), place)) for name in methods]
     if environment is not None:
         found += [(name, Tool(getattr(environment, name), None)) for name in methods_of(environment)]
     names = [name for name, _ in found]

@@ -96,6 +96,7 @@ class Chairs:
     def _release(self, seat: int) -> None:
         chair = self._seats.pop(seat, None)
         if chair is not None and not chair.broken:
+            chair.thread.submit(chair.rest)
             self._free.append(chair)
         elif chair is not None:
             chair.thread.end()

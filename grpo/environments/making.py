@@ -8,6 +8,7 @@ import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from grpo.config.environment import EnvironmentConfig, ToolConfig
@@ -19,6 +20,7 @@ from grpo.environments.process import ProcessHome, ProcessTerms
 from grpo.errors import UserError
 from grpo.plugins import Function, Located, locate_tool
 from grpo.processes.output import Output
+from grpo.processes.sandbox.worker import Sandbox
 from grpo.processes.variables import environment, named_variables, with_hint
 
 Named = tuple[Located, Mapping[str, Any]]
@@ -49,6 +51,10 @@ def make_host(
     if given is None and not any(functions):
         named = [(locate_tool(tool.use), tool.kwargs) for tool in tools]
         return _in_processes(config, terms, None if located is None else (located, config.kwargs), named)
+    if config.sandbox:
+        raise UserError(
+            f"{what}: sandbox: objects given from Python live in this process. Name all in files or modules"
+        )
     objects = [*functions, *[None] * (len(tools) - len(functions))]
     makers = [
         _maker(one or locate_tool(tool.use).load(), tool.kwargs) for tool, one in zip(tools, objects, strict=True)
@@ -64,13 +70,22 @@ def _maker(function: Function, kwargs: Mapping[str, Any]) -> Maker:
 def _in_processes(
     config: EnvironmentConfig, terms: HostTerms, made: Named | None, tools: Sequence[Named]
 ) -> EnvironmentHost:
-    variables = _variables(terms.what, config.env, [*([made] if made else []), *tools])
-    setup = {"path": sys.path, "name": config.name, "environment": made, "tools": tools}
+    named = [*([made] if made else []), *tools]
+    variables = _variables(terms.what, config.env, named)
+    sandbox = None
+    if config.sandbox:
+        sandbox = Sandbox.of(terms.what, [Path(located.file) for located, _ in named if located.file])
+    setup = {
+        "path": [os.path.abspath(entry) for entry in sys.path],  # the sandbox has a working directory of its own
+        "name": config.name,
+        "environment": made and (made[0].absolute(), made[1]),
+        "tools": [(located.absolute(), kwargs) for located, kwargs in tools],
+    }
     output = Output(made[0].name if made else ALONE)
 
     def make_home(describes: bool) -> Home:
         first = pickle.dumps({**setup, "describes": describes})
-        return ProcessHome(ProcessTerms(first, variables, config.memory_gb, config.sandbox), output)
+        return ProcessHome(ProcessTerms(first, variables, config.memory_gb, sandbox), output)
 
     terms = replace(terms, explain=functools.partial(with_hint, environment=variables))
     return EnvironmentHost(make_home, terms, output)

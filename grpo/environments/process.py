@@ -17,6 +17,7 @@ from grpo.processes.channel import LONGEST
 from grpo.processes.child import ChildProcess
 from grpo.processes.endings import ended, killed
 from grpo.processes.output import Output
+from grpo.processes.sandbox.worker import Sandbox
 
 SCRIPT = Path(__file__).with_name("worker.py")
 START_SECONDS = 120.0
@@ -34,10 +35,10 @@ class ProcessTerms:
     setup: bytes
     variables: Mapping[str, str]
     memory_gb: float | None = None
-    sandbox: bool = False
+    sandbox: Sandbox | None = None
 
     def start(self, output: Output) -> ChildProcess:
-        return ChildProcess(SCRIPT, output, self.variables, self.memory_gb)
+        return ChildProcess(SCRIPT, output, self.variables, self.memory_gb, self.sandbox)
 
 
 class ProcessHome(Home):

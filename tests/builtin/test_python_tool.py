@@ -28,7 +28,7 @@ def test_what_a_conversation_is_like() -> None:
     tool.reset(question="2 + 2?", seed=5)
     assert tool.python("y").endswith("NameError: name 'y' is not defined")
     assert tool.python("import random; random.random()") == str(random.Random(5).random())
-    tool.reset()
+    tool.close()
 
 
 def test_a_long_result_keeps_its_beginning_and_its_end() -> None:
@@ -36,12 +36,12 @@ def test_a_long_result_keeps_its_beginning_and_its_end() -> None:
     said = tool.python("print('a' * 10_000)\n'b' * 10")
     assert said == f"{'a' * 50}\n[9,913 characters left out]\n{'a' * 37}\n'{'b' * 10}'"
     assert len(tool.python("print('a' * 99)")) == 99
-    tool.reset()
+    tool.close()
 
 
 def test_its_one_tool_has_a_schema() -> None:
     public = [name for name in vars(Python) if not name.startswith("_")]
-    assert public == ["reset", "python"]
+    assert public == ["reset", "close", "python"]
     function = get_json_schema(Python.python)["function"]
     assert function["name"] == "python"
     assert "\n" not in function["description"]
@@ -60,4 +60,4 @@ def test_without_a_sandbox_it_refuses_unless_told_otherwise(monkeypatch: pytest.
         runner.missing.cache_clear()
     tool = Python(unsafe=True)
     assert tool.python("1 + 1") == "2"
-    tool.reset()
+    tool.close()

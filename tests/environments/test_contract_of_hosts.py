@@ -188,7 +188,7 @@ def test_what_cannot_be_is_said_before_the_run(host, name: str, said: str, inlin
 
 
 def test_a_name_that_means_nothing(host) -> None:
-    with pytest.raises(UserError, match=r"no function 'Wlak' there. Did you mean 'Walk'"):
+    with pytest.raises(UserError, match="no function 'Wlak' there"):
         _ = make_host(EnvironmentConfig(use=f"{GAMES}:Wlak")).description
 
 

@@ -38,8 +38,12 @@ class Python:
 
     def reset(self, seed: int = 0, **_: object) -> None:
         """A fresh interpreter for a new conversation. Random numbers in it are those of `seed`."""
-        self._interpreter.end()
+        self.close()
         self._interpreter.seed = seed
+
+    def close(self) -> None:
+        """The conversation is over: nothing of the interpreter is left."""
+        self._interpreter.end()
 
     def python(self, code: str) -> str:
         """

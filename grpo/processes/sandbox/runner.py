@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.processes.child import ending
-from grpo.processes.sandbox.cell import UNBUILT, Cell, End, Limits
+from grpo.processes.sandbox.cell import HOME, UNBUILT, Cell, End, Limits
 
 HARNESS = Path(__file__).with_name("harness.py")
 LARGEST_VERDICT = 1 << 16
@@ -77,6 +77,8 @@ def missing() -> str | None:
         return f"on {sys.platform} there is no isolation yet, only on Linux"
     if os.uname().machine not in ("x86_64", "aarch64"):
         return f"the system calls of {os.uname().machine} are not known to it"
+    if os.environ.get("HOME") == HOME and not os.path.exists("/proc"):
+        return "this process is in a sandbox already, which stays around it, and the kernel lets it build no other"
     try:
         verdict = run_tests("", ["pass"], Limits(seconds=20.0))
     except RuntimeError as error:

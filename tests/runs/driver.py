@@ -29,7 +29,7 @@ def run(recipe: Path, *overrides: str, change=None, evaluate=None, **how) -> Out
         change(trainer, stop)
     written = context(cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg), prepared.rows)
     begun, checkpoint = start.folder(), start.checkpoint
-    with begun as folder:
+    with prepared.opened, begun as folder:
         loop = Loop(trainer, folder, written, JsonlLogger(folder).log, stop, state, checkpoint, measure)
         del start, state  # as the command does
         return loop.run()

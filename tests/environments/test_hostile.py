@@ -190,6 +190,8 @@ def test_children_that_are_left_are_gone_with_the_process(host, beside) -> None:
     children = set(descendants(os.getpid())) - before
     assert len(children) == 30
     assert seat.call("do", {"what": "twice"}).result().value == "twice"
+    (second,) = set(descendants(os.getpid())) - before - children
+    assert until(lambda: ") Z " in Path(f"/proc/{second}/stat").read_text())  # it has ended
     assert seat.call("add", {"n": 1}).result().value == "1"
     assert seat.call("do", {"what": "exit"}).result().kind == "crash"
     assert not children & set(descendants(os.getpid()))

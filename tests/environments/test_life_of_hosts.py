@@ -42,10 +42,12 @@ def test_a_reply_that_nobody_wants_any_more_changes_nothing(host) -> None:
     unwanted = seat.call("wait", {"seconds": 0.3})
     unwanted.cancel()
     assert seat.call("move", {"by": 2}).result().value == "2"
-    seat.release()
-    other, reply = seat_of(walks, start=5)
-    assert reply.value == " You are at 5."
-    other.release()
+
+
+def test_a_call_that_nobody_waits_for_has_its_time_limit_too(host) -> None:
+    seat, _ = seat_of(host("Stuck", timeout=0.5))
+    seat.call("hang", {}).cancel()
+    assert seat.call("tell", {}).result().error == "'hang' gave no answer in 0.5 s"
 
 
 def test_groups_are_spread_over_processes_and_each_has_one(host) -> None:

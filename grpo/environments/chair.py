@@ -114,7 +114,7 @@ class Chair:
         return [one for one in (self.environment, *(self._owned or ())) if one is not None]
 
     def make(self) -> None:
-        """Make the objects, if they are not there. Raises what their code raises, and ValueError for a clash of names."""
+        """Make the objects, if they are not there. Raises what their code raises; ValueError for a clash of names."""
         if self._owned is not None:
             return
         made = self._makers.environment

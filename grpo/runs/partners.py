@@ -117,7 +117,7 @@ def invite(
         if config.use is not None and hasattr(given.functions.get(config.use), "rollout"):
             return _alone(name, config, conversations, tools, given)
     objects = [given.functions.get(tool.use) for tool in tools]
-    workers = max(1, min(os.cpu_count() or 1, groups))
+    workers = workers_for(groups)
     with ExitStack() as stack:
         hosts: dict[str, tuple[Host, EnvironmentConfig]] = {}
         for name, config in conversations.items():
@@ -135,6 +135,11 @@ def invite(
             _check_terms(_place(name), config, host.description)
         stack.pop_all()
         return Partners(hosts)
+
+
+def workers_for(groups: int) -> int:
+    """Processes of a host where the recipe does not say how many, for so many groups at once: one for each core."""
+    return max(1, min(os.cpu_count() or 1, groups))
 
 
 def limits_of(config: EnvironmentConfig) -> Limits:

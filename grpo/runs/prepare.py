@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from grpo.backend.device import setup
@@ -25,6 +26,7 @@ from grpo.planning.notes import filter_note, notes_on
 from grpo.planning.plan import Plan, make_plan
 from grpo.planning.positions import position_note
 from grpo.planning.workload import Workload
+from grpo.plugins import file_in
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.runs.given import NOTHING, Given
@@ -68,7 +70,9 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
         raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
     with ExitStack() as opened:
-        partners = invite(cfg.conversations, cfg.tools, given, -(-cfg.rollout.prompts_per_step // ranks.size))
+        files = [Path(file) for reward in cfg.rewards if (file := file_in(reward.use))]
+        groups = -(-cfg.rollout.prompts_per_step // ranks.size)
+        partners = invite(cfg.conversations, cfg.tools, given, groups, files)
         opened.callback(partners.close)
         hosts = list(partners.hosts.values())
         scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions, hosts)

@@ -147,7 +147,7 @@ def sandbox(missing: Callable[[], str | None] = missing) -> Finding:
     if (why := missing()) is None:
         return Finding("sandbox", "ok", f"{SANDBOXED} can be isolated")
     remedy = (
-        "allow user namespaces (in Docker: --security-opt seccomp=unconfined), or give python_tests and the tool python "
-        "{unsafe: true}, and the environments sandbox: false"
+        "allow user namespaces (in Docker: --security-opt seccomp=unconfined), or give python_tests and the tool "
+        "python {unsafe: true}, and the environments sandbox: false"
     )
     return Finding("sandbox", "warn", f"{SANDBOXED} refuse to start: {why}", remedy)

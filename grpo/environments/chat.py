@@ -131,11 +131,10 @@ class Chat:
         ids = list(turn_ids)
         if ids and ids[-1] in self._template.stop_ids:
             ids.pop()
-        decode = self._template.tokenizer.decode
-        plain = Said(decode(ids, skip_special_tokens=True))
+        plain = Said(self._template.decode(ids, special=False))
         if self._form is None and self._thinking is None:
             return plain
-        text = decode(ids, skip_special_tokens=False)
+        text = self._template.decode(ids)
         reasoning, rest = self._thinking.split(text) if self._thinking else (None, text)
         said = self._form.read(rest, self._template.tools) if self._form else Said(rest)
         if reasoning is None and (said.content, said.calls, said.reasoning) == (text, (), None):

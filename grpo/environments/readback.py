@@ -64,12 +64,11 @@ def _calling(calls: Sequence[dict[str, Any]]) -> list[Message]:
 
 def _written(template: Template, calls: Sequence[dict[str, Any]]) -> tuple[str, str]:
     """The turn that makes these calls as the template writes it, and what leads to it."""
-    prompt = template.render([QUESTION], generation=True)
-    whole = template.render(_calling(calls), generation=False)
-    lead = shared(prompt, whole)
-    end = template.end_in(whole, len(lead))
-    stopped = end is not None and template.special[end[0]] in template.stop_ids
-    return whole[len(lead) : end.start() if end is not None and stopped else None], lead
+    prompt = template.encode(template.render([QUESTION], generation=True))
+    whole = template.encode(template.render(_calling(calls), generation=False))
+    begin = len(shared(prompt, whole))  # of tokens: two marks may begin with the same letters
+    end = next((i for i in range(begin, len(whole)) if whole[i] in template.stop_ids), len(whole))
+    return template.decode(whole[begin:end]), template.decode(whole[:begin])
 
 
 def _reads_back(template: Template, form: Format, thinking: Thinking | None, calls: Sequence[dict[str, Any]]) -> bool:

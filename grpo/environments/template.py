@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo.backend.hub import one_line
 from grpo.data.rendering import Schema, rendered_text
@@ -16,6 +16,7 @@ from grpo.types import Message
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
 
+Shared = TypeVar("Shared", str, list[int])
 MARK = "qzjxkv"
 """Stands for what the model said, in conversations that are rendered for what follows it."""
 QUESTION: Message = {"role": "user", "content": "Hi."}
@@ -55,6 +56,10 @@ class Template:
     def encode(self, text: str) -> list[int]:
         """The token ids of a rendered text."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, token_ids: Sequence[int], special: bool = True) -> str:
+        """The text of tokens, with or without the special ones among them."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=not special))
 
     @cached_property
     def special(self) -> dict[str, int]:
@@ -139,8 +144,8 @@ def with_ids(messages: Sequence[Message], ids: Sequence[str | None]) -> list[Mes
     return numbered
 
 
-def shared(one: str, other: str) -> str:
-    """The beginning that two texts have in common."""
+def shared(one: Shared, other: Shared) -> Shared:
+    """The beginning that two texts, or two lists of tokens, have in common."""
     differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return one[: next(differ, min(len(one), len(other)))]
 

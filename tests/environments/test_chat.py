@@ -111,6 +111,11 @@ RAISING = "{% elif message.role == 'tool' %}{{ raise_exception('no tools, please
         (SHOWN, "\n</tool_response>", "leaves out the results of tools: use"),
         (SHOWN, FIRST, "leaves out the results of tools where there are several: use"),
         ("{{ tool_call.arguments | tojson }}", "0", "no known format reads back the tool calls"),
+        (
+            "{{ tool_call.arguments | tojson }}",
+            "{{ tool_call.arguments }}",
+            "no known format reads back the tool calls",
+        ),
         ('{"name": "{{', '{"call": "{{', "no known format reads back the tool calls"),
         ("message.tool_calls or []", "[]", "no known format reads back the tool calls"),
         (
@@ -139,6 +144,36 @@ def test_an_end_where_sampling_does_not_stop_is_refused_with_what_to_set() -> No
     chat = Chat.of(tokenizer, TOOLS, stop_ids=[end])
     assert chat.suffix_ids([end], [result("sun")]) is not None
     assert chat.parse(encoded(tokenizer, "Yes.<|im_end|>"))["content"] == "Yes."
+
+
+def test_a_token_that_only_the_recipe_stops_at_ends_a_turn() -> None:
+    """Some tokenizers have their ends of turns as added tokens that are not special."""
+    special, added = ("<|endoftext|>", "<|im_start|>"), ("<|im_end|>", *QWEN.added)
+    tokenizer = made(replace(QWEN, special=special, added=added, ends=("<|endoftext|>",)))
+    chat = Chat.of(tokenizer, TOOLS, stop_ids=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    suffix = chat.suffix_ids(encoded(tokenizer, PARIS + "<|im_end|>"), [result("sun")])
+    assert tokenizer.decode(suffix).startswith("\n<|im_start|>user\n<tool_response>")
+    assert chat.parse(encoded(tokenizer, "Yes.<|im_end|>"))["content"] == "Yes."
+
+
+def test_an_end_is_looked_for_before_what_follows() -> None:
+    """Even where the template ends turns with a token that nothing stops at, and messages with one that does."""
+    user_ends = "<|start|>user<|message|>{{ message.content }}"
+    tokenizer = changed("gpt-oss", user_ends + "<|end|>", user_ends + "<|return|>")
+    chat = Chat.of(tokenizer, answers=True)
+    suffix = chat.suffix_ids(encoded(tokenizer, "<|channel|>final<|message|>5<|return|>"), [user("No.")])
+    assert tokenizer.decode(suffix) == "<|start|>user<|message|>No.<|return|><|start|>assistant"
+
+
+def test_calls_are_read_back_where_only_prompts_begin_to_think() -> None:
+    tokenizer = changed("qwen3-thinking", "{% if loop.index0 > asked.last", "{% if false and loop.index0 > asked.last")
+    chat = Chat.of(tokenizer, TOOLS)
+    assert chat.parse(encoded(tokenizer, f"Hm</think>{PARIS}"))["reasoning_content"] == "Hm"
+
+
+def test_where_nothing_follows_there_is_no_suffix() -> None:
+    tokenizer = tokenizer_of("qwen2.5")
+    assert Chat.of(tokenizer, TOOLS).suffix_ids(encoded(tokenizer, PARIS + "<|im_end|>"), []) is None
 
 
 def test_a_system_message_that_a_template_moves_is_told() -> None:

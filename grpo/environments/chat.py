@@ -104,7 +104,7 @@ class Chat:
         joint = self._joints[messages[0]["role"]]
         ids = self._call_ids(turn_ids) if joint.ids else ()
         given = [{**one, "content": template.harmless(one["content"])} for one in _as_text(messages)]
-        text = template.render([*before(given, joint.single, ids), *with_ids(given, ids)], generation=True)
+        text = template.render([*before(given, joint.calls, ids), *with_ids(given, ids)], generation=True)
         at = text.index(joint.end, text.index(MARK)) + len(joint.end)
         return template.encode_after(joint.end, text[at:])
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from grpo.backend.hub import one_line
 from grpo.data.rendering import Schema, rendered_text
@@ -16,6 +16,8 @@ from grpo.types import Message
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
 
+Calls = Literal["all", "first", "none"]
+"""Which of a turn's calls a template writes: some take one in a turn, and some leave calls to what the model said."""
 Shared = TypeVar("Shared", str, list[int])
 MARK = "qzjxkv"
 """Stands for what the model said, in conversations that are rendered for what follows it."""
@@ -109,18 +111,19 @@ def _any_of(texts: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def before(messages: Sequence[Message], single: bool, ids: Sequence[str | None] = (), **more: Any) -> list[Message]:
+def before(messages: Sequence[Message], calls: Calls, ids: Sequence[str | None] = (), **more: Any) -> list[Message]:
     """A conversation that these messages may follow: a question, and a turn that ends with `MARK`.
 
-    Before the results of tools the turn calls these tools, or only the first if `single`. `ids` are the calls' own.
-    `more` goes into the turn.
+    Before the results of tools the turn calls these tools, as far as the template writes `calls`. `ids` are the calls'
+    own. `more` goes into the turn.
     """
     results = [message for message in messages if message["role"] == "tool"]
-    if not results:
+    if not results or calls == "none":
         return [QUESTION, {"role": "assistant", "content": MARK, **more}]
-    calls = [_call(str(result.get("name")), i, ids) for i, result in enumerate(results[:1] if single else results)]
-    calls[-1]["function"]["arguments"] = {"text": MARK}
-    return [QUESTION, {"role": "assistant", "content": "", "tool_calls": calls, **more}]
+    names = [str(result.get("name")) for result in (results if calls == "all" else results[:1])]
+    made = [_call(name, number, ids) for number, name in enumerate(names)]
+    made[-1]["function"]["arguments"] = {"text": MARK}
+    return [QUESTION, {"role": "assistant", "content": "", "tool_calls": made, **more}]
 
 
 def _call(name: str, number: int, ids: Sequence[str | None]) -> dict[str, Any]:

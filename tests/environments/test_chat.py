@@ -117,7 +117,6 @@ RAISING = "{% elif message.role == 'tool' %}{{ raise_exception('no tools, please
             "no known format reads back the tool calls",
         ),
         ('{"name": "{{', '{"call": "{{', "no known format reads back the tool calls"),
-        ("message.tool_calls or []", "[]", "no known format reads back the tool calls"),
         (
             "{% elif message.role == 'tool' %}",
             RAISING,
@@ -127,6 +126,20 @@ RAISING = "{% elif message.role == 'tool' %}{{ raise_exception('no tools, please
 )
 def test_a_template_that_cannot_hold_tools_is_refused_with_the_reason(old: str, new: str, reason: str) -> None:
     assert reason in refusal(changed("qwen2.5", old, new))
+
+
+def test_a_template_that_writes_no_calls_leaves_them_to_what_was_said() -> None:
+    """As LFM2's: mlx-lm knows how they are written."""
+    tokenizer = changed("qwen2.5", "message.tool_calls or []", "[]")
+    chat, whole = Chat.of(tokenizer, TOOLS), Chat.of(tokenizer_of("qwen2.5"), TOOLS)
+    assert chat.notes[0].endswith("mlx-lm's for <tool_call>, untested since the chat template writes none")
+    turn = encoded(tokenizer, PARIS + "<|im_end|>")
+    assert chat.parse(turn) == whole.parse(turn)
+    assert chat.suffix_ids(turn, [result("sun"), result("9")]) == whole.suffix_ids(turn, [result("sun"), result("9")])
+
+
+def test_a_template_that_writes_no_calls_is_refused_where_nobody_knows_how() -> None:
+    assert "no known format" in refusal(changed("llama3.1", "{% elif message.tool_calls %}", "{% elif false %}"))
 
 
 def test_a_turn_that_ends_with_no_token_of_its_own_is_refused() -> None:

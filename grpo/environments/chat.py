@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from grpo.data.messages import with_system
 from grpo.data.rendering import Schema, rendered_ids
 from grpo.environments.joints import Joint, joint_of
 from grpo.environments.readback import format_of, takes_several
@@ -12,7 +13,7 @@ from grpo.environments.template import MARK, QUESTION, Template, before, text_of
 from grpo.environments.thinking import Thinking
 from grpo.environments.toolcalls import Format, Said
 from grpo.errors import UserError
-from grpo.types import Message
+from grpo.types import Message, Prompt
 
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
@@ -33,9 +34,11 @@ class Chat:
         form: Format | None,
         thinking: Thinking | None,
         notes: Sequence[str] = (),
+        system: str | None = None,
     ) -> None:
         """`joints` are those that are known, by role; None where text goes to the model without a template."""
         self.notes = tuple(notes)
+        self._system = system
         self._template, self._form, self._thinking = template, form, thinking
         self._joints = None if joints is None else dict(joints)
 
@@ -49,12 +52,14 @@ class Chat:
         answers: bool = False,
         templated: bool = True,
         stop_ids: Iterable[int] = (),
+        system: str | None = None,
     ) -> Chat:
         """Test the template with these tools, and with `answers` with what an environment says as the user.
 
         `templated` says whether prompts go through the template (`PromptRenderer.wraps_text`, or messages); without it
-        a conversation is plain text. `stop_ids` are tokens that end a turn beside the model's own. What was found is in
-        `notes`, for the plan. Raises UserError, with what to do, for a template that cannot hold such conversations.
+        a conversation is plain text. `stop_ids` are tokens that end a turn beside the model's own; `system` is the
+        message before prompts of text (`data.system`). What was found is in `notes`, for the plan. Raises UserError,
+        with what to do, for a template that cannot hold such conversations.
         """
         stops = {int(token) for token in (*tokenizer.eos_token_ids, *stop_ids) if token is not None}
         template = Template(tokenizer, tuple(tools), dict(template_kwargs or {}), frozenset(stops))
@@ -68,18 +73,27 @@ class Chat:
         roles = [*(["tool"] if tools else []), *(["user"] if answers else [])]
         joints = {role: joint_of(template, role, thinking) for role in roles}
         several = not tools or form is None or takes_several(template, form, thinking)
-        return cls(template, joints, form, thinking, _notes(template, joints, form if tools else None, several))
+        notes = _notes(template, joints, form if tools else None, several)
+        return cls(template, joints, form, thinking, notes, system)
 
-    def prompt_ids(self, messages: str | Sequence[Message]) -> tuple[int, ...]:
+    def messages(self, prompt: Prompt) -> list[Message]:
+        """The messages of a task's prompt: text is a user's message, after `system`. Blocks of text become text.
+
+        Raises UserError for content that is no text.
+        """
+        if not isinstance(prompt, str):
+            return _as_text(prompt)
+        asked: Message = {"role": "user", "content": prompt}
+        return [asked] if self._system is None else with_system([asked], self._system, "the prompt")
+
+    def prompt_ids(self, messages: Prompt) -> tuple[int, ...]:
         """The tokens of a prompt, with the tools and the beginning of the model's answer.
 
         Raises UserError for messages that the template refuses.
         """
+        given, template = self.messages(messages), self._template
         if self._joints is None:
-            text = messages if isinstance(messages, str) else "".join(text_of(one["content"]) for one in messages)
-            return tuple(self._template.tokenizer.encode(text))
-        given = [{"role": "user", "content": messages}] if isinstance(messages, str) else _as_text(messages)
-        template = self._template
+            return tuple(template.tokenizer.encode("".join(one["content"] for one in given)))
         try:
             return tuple(rendered_ids(template.tokenizer, given, template.tools, template.kwargs))
         except Exception as error:  # the template is the model's own code
@@ -102,8 +116,8 @@ class Chat:
         if not self.can_follow(messages[0]["role"], turn_ids):
             return None
         joint = self._joints[messages[0]["role"]]
-        ids = self._call_ids(turn_ids) if joint.ids else ()
-        given = [{**one, "content": template.harmless(one["content"])} for one in _as_text(messages)]
+        given = [_harmless(one, template) for one in _as_text(messages)]
+        ids = self._call_ids(turn_ids, given, joint)
         text = template.render([*before(given, joint.calls, ids), *with_ids(given, ids)], generation=True)
         at = text.index(joint.end, text.index(MARK)) + len(joint.end)
         return template.encode_after(joint.end, text[at:])
@@ -143,8 +157,20 @@ class Chat:
         clean = self._template.specials.sub("", said.content)
         return Said(clean, said.calls, thought)
 
-    def _call_ids(self, turn_ids: Sequence[int]) -> list[str | None]:
-        return [call.get("id") for call in self._said(turn_ids).calls]
+    def _call_ids(self, turn_ids: Sequence[int], results: Sequence[Message], joint: Joint) -> list[str | None]:
+        """The ids that the model gave its calls, where the template tells them and takes them."""
+        if not joint.ids:
+            return []
+        given = [call.get("id") for call in self._said(turn_ids).calls]
+        ids = [None if own is None else self._template.harmless(own) for own in given]
+        takes = self._template.takes([*before(results, joint.calls, ids), *with_ids(results, ids)])
+        return ids if takes else []
+
+
+def _harmless(message: Message, template: Template) -> Message:
+    """A message whose texts hold no whole control token: its content, and the name that the model called a tool by."""
+    texts = {key: template.harmless(message[key]) for key in ("content", "name") if isinstance(message.get(key), str)}
+    return {**message, **texts}
 
 
 def _as_text(messages: Sequence[Message]) -> list[Message]:

@@ -155,9 +155,10 @@ def shared(one: Shared, other: Shared) -> Shared:
 
 def text_of(content: Any) -> str:
     """A message's content as text: what templates of text models take. Raises UserError for pictures and sounds."""
-    if isinstance(content, str):
-        return content
-    blocks = content or []
-    if odd := [block for block in blocks if not isinstance(block, Mapping) or not isinstance(block.get("text"), str)]:
+    if content is None or isinstance(content, str):
+        return content or ""
+    blocks = content if isinstance(content, list | tuple) else [content]
+    texts = [block.get("text") if isinstance(block, Mapping) else None for block in blocks]
+    if odd := [block for block, text in zip(blocks, texts, strict=True) if not isinstance(text, str)]:
         raise UserError(f"a message has content that is no text, {str(odd[0])[:80]!r}: only text is supported")
-    return "".join(block["text"] for block in blocks)
+    return "".join(map(str, texts))

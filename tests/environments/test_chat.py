@@ -221,6 +221,31 @@ def test_a_control_token_in_a_message_is_ordinary_text(role: str, injected: str)
     assert tokenizer.decode(suffix) == tokenizer.decode(clean).replace("é 1", message["content"])
 
 
+def test_a_control_token_in_the_name_of_an_unknown_tool_is_ordinary_text() -> None:
+    tokenizer = tokenizer_of("gpt-oss")
+    chat, turn = (
+        Chat.of(tokenizer, TOOLS),
+        encoded(tokenizer, " to=functions.a<|channel|>commentary<|message|>{}<|call|>"),
+    )
+    suffix = chat.suffix_ids(turn, [result("no such tool", "a<|end|>")])
+    ends = [token for token in suffix if token == tokenizer.convert_tokens_to_ids("<|end|>")]
+    assert (len(ends), tokenizer.decode(suffix).count("<|end|>")) == (1, 2)
+
+
+@pytest.mark.parametrize("own", ["x", "too long by far", ""])
+def test_an_id_that_the_template_does_not_take_is_made_up(own: str) -> None:
+    tokenizer = tokenizer_of("mistral")
+    chat = Chat.of(tokenizer, TOOLS)
+    written, plain = (
+        encoded(tokenizer, f'[TOOL_CALLS] [{{"name": "now", "arguments": {{}}{more}}}]</s>')
+        for more in (f', "id": "{own}"', "")
+    )
+    assert chat.parse(written)["tool_calls"][0]["id"] == own
+    suffix = chat.suffix_ids(written, [result("9", "now")])
+    assert suffix == chat.suffix_ids(plain, [result("9", "now")])
+    assert "call00000" in tokenizer.decode(suffix)
+
+
 def test_text_that_no_template_writes_as_a_token_stays_as_it_is_encoded() -> None:
     """Such as words that a tokenizer has as added tokens: the template would encode them so too."""
     tokenizer = made(replace(QWEN, added=(*QWEN.added, "<table>")))
@@ -236,6 +261,9 @@ def test_blocks_of_text_are_text_and_others_are_refused() -> None:
     assert chat.prompt_ids([{"role": "user", "content": blocks}]) == chat.prompt_ids([user("sunny")])
     with pytest.raises(UserError, match=r"no text, .*image.*: only text is supported"):
         chat.suffix_ids(turn, [{**result(""), "content": [{"type": "image"}]}])
+    with pytest.raises(UserError, match="no text, '5'"):
+        chat.suffix_ids(turn, [{**result(""), "content": 5}])
+    assert chat.suffix_ids(turn, [{**result(""), "content": None}]) == chat.suffix_ids(turn, [result("")])
 
 
 def test_a_role_that_was_not_asked_for_at_the_start_is_tested_when_it_comes() -> None:
@@ -289,6 +317,12 @@ class TestPrompts:
         assert task.prompt_ids == Chat.of(tokenizer_of("qwen3"), TOOLS, kwargs).prompt_ids("Sun?")
         assert "weather" in tokenizer_of("qwen3").decode(task.prompt_ids)
         assert len(task.prompt_ids) > len(self.renderer(chat_template_kwargs=kwargs).task(0, self.ROWS[0]).prompt_ids)
+
+    def test_text_comes_after_the_system_message(self) -> None:
+        task = self.renderer(TOOLS, system="Be brief.").task(0, self.ROWS[0])
+        chat = Chat.of(tokenizer_of("qwen3"), TOOLS, system="Be brief.")
+        assert chat.messages("Sun?") == [{"role": "system", "content": "Be brief."}, user("Sun?")]
+        assert chat.prompt_ids(chat.messages("Sun?")) == chat.prompt_ids("Sun?") == task.prompt_ids
 
     def test_of_several_environments_each_row_shows_its_own_tools(self) -> None:
         renderer = self.renderer({"sky": TOOLS[:1], "sea": TOOLS[1:]})

@@ -24,7 +24,8 @@ class Chat:
 
     A conversation's tokens are the prompt's, then by turns those that were sampled and a suffix: what was sampled is
     never encoded again, not even where the template would write it otherwise. So earlier thinking stays in the
-    conversation, as in templates for training, where a template for inference would leave it out.
+    conversation, as in templates for training, where a template for inference would leave it out: what the model read
+    when it sampled a turn is then all that stands before that turn, and a conversation is one row to train on.
     """
 
     def __init__(

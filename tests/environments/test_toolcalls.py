@@ -120,6 +120,12 @@ def test_a_call_in_unfinished_or_finished_thinking_is_none() -> None:
     assert parsed("qwen3", f"{PARIS} <think>") == said("<think>", call("weather", city="Paris"))
 
 
+def test_channels_are_read_without_tools_too() -> None:
+    tokenizer = tokenizer_of("gpt-oss")
+    turn = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>"
+    assert Chat.of(tokenizer, answers=True).parse(encoded(tokenizer, turn)) == said("Yes.", thought="Hm")
+
+
 def test_special_tokens_are_no_part_of_what_is_said() -> None:
     assert parsed("qwen3", "<think>a</think>b<|im_start|>c<|im_end|>") == said("bc", thought="a")
     assert parsed("qwen2.5", f"b<|im_start|>{ANY}") == said("b", A)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from grpo.data.messages import with_system
+from grpo.backend.hub import one_line
 from grpo.data.rendering import Schema, rendered_ids
 from grpo.environments.joints import Joint, joint_of
 from grpo.environments.readback import format_of, takes_several
@@ -13,7 +13,7 @@ from grpo.environments.template import MARK, QUESTION, Template, before, text_of
 from grpo.environments.thinking import Thinking
 from grpo.environments.toolcalls import Format, Said
 from grpo.errors import UserError
-from grpo.types import Message, Prompt
+from grpo.types import Message
 
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
@@ -35,13 +35,11 @@ class Chat:
         form: Format | None,
         thinking: Thinking | None,
         notes: Sequence[str] = (),
-        system: str | None = None,
     ) -> None:
         """`joints` are those that are known, by role; None where text goes to the model without a template."""
         self.notes = tuple(notes)
-        self._system = system
         self._template, self._form, self._thinking = template, form, thinking
-        self._joints = None if joints is None else dict(joints)
+        self._joints: dict[str, Joint | UserError] | None = None if joints is None else dict(joints)
 
     @classmethod
     def of(
@@ -53,14 +51,12 @@ class Chat:
         answers: bool = False,
         templated: bool = True,
         stop_ids: Iterable[int] = (),
-        system: str | None = None,
     ) -> Chat:
         """Test the template with these tools, and with `answers` with what an environment says as the user.
 
         `templated` says whether prompts go through the template (`PromptRenderer.wraps_text`, or messages); without it
-        a conversation is plain text. `stop_ids` are tokens that end a turn beside the model's own; `system` is the
-        message before prompts of text (`data.system`). What was found is in `notes`, for the plan. Raises UserError,
-        with what to do, for a template that cannot hold such conversations.
+        a conversation is plain text. `stop_ids` are tokens that end a turn beside the model's own. What was found is in
+        `notes`, for the plan. Raises UserError, with what to do, for a template that cannot hold such conversations.
         """
         stops = {int(token) for token in (*tokenizer.eos_token_ids, *stop_ids) if token is not None}
         template = Template(tokenizer, tuple(tools), dict(template_kwargs or {}), frozenset(stops))
@@ -74,31 +70,20 @@ class Chat:
         roles = [*(["tool"] if tools else []), *(["user"] if answers else [])]
         joints = {role: joint_of(template, role, thinking) for role in roles}
         several = not tools or form is None or takes_several(template, form, thinking)
-        notes = _notes(template, joints, form if tools else None, several)
-        return cls(template, joints, form, thinking, notes, system)
+        return cls(template, joints, form, thinking, _notes(template, joints, form if tools else None, several))
 
-    def messages(self, prompt: Prompt) -> list[Message]:
-        """The messages of a task's prompt: text is a user's message, after `system`. Blocks of text become text.
-
-        Raises UserError for content that is no text.
-        """
-        if not isinstance(prompt, str):
-            return _as_text(prompt)
-        asked: Message = {"role": "user", "content": prompt}
-        return [asked] if self._system is None else with_system([asked], self._system, "the prompt")
-
-    def prompt_ids(self, messages: Prompt) -> tuple[int, ...]:
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The tokens of a prompt, with the tools and the beginning of the model's answer.
 
         Raises UserError for messages that the template refuses.
         """
-        given, template = self.messages(messages), self._template
+        given, template = _as_text(messages), self._template
         if self._joints is None:
             return tuple(template.tokenizer.encode("".join(one["content"] for one in given)))
         try:
             return tuple(rendered_ids(template.tokenizer, given, template.tools, template.kwargs))
         except Exception as error:  # the template is the model's own code
-            raise UserError(f"the model's chat template refuses a prompt: {error}") from error
+            raise UserError(f"the model's chat template refuses a prompt: {one_line(error)}") from error
 
     def suffix_ids(self, turn_ids: Sequence[int], messages: Sequence[Message]) -> tuple[int, ...] | None:
         """The tokens between a sampled turn and the next: messages of tools or of the user, and the beginning of the
@@ -112,11 +97,11 @@ class Chat:
         template = self._template
         if self._joints is None:
             return tuple(template.encode_plain("".join(text_of(one["content"]) for one in messages)))
-        if not turn_ids or not messages:
+        if not messages:
             return None
-        if not self.can_follow(messages[0]["role"], turn_ids):
+        joint = self._joint(messages[0]["role"])
+        if not turn_ids or turn_ids[-1] not in joint.sampled:
             return None
-        joint = self._joints[messages[0]["role"]]
         given = [_harmless(one, template) for one in _as_text(messages)]
         ids = self._call_ids(turn_ids, given, joint)
         text = template.render([*before(given, joint.calls, ids), *with_ids(given, ids)], generation=True)
@@ -127,9 +112,22 @@ class Chat:
         """Whether messages of this role can follow a turn that ended as these tokens do; plain text always can."""
         if self._joints is None:
             return True
+        try:
+            return bool(turn_ids) and turn_ids[-1] in self._joint(role).sampled
+        except UserError:  # the template has no place for this role
+            return False
+
+    def _joint(self, role: str) -> Joint:
+        """How messages of a role follow a turn. Raises UserError where they cannot."""
+        assert self._joints is not None
         if role not in self._joints:
-            self._joints[role] = joint_of(self._template, role, self._thinking)
-        return bool(turn_ids) and turn_ids[-1] in self._joints[role].sampled
+            try:
+                self._joints[role] = joint_of(self._template, role, self._thinking)
+            except UserError as error:
+                self._joints[role] = error
+        if isinstance(found := self._joints[role], UserError):
+            raise found
+        return found
 
     def parse(self, turn_ids: Sequence[int]) -> Message:
         """What a sampled turn says, as the assistant's message: `content`, `tool_calls` if it calls tools, and

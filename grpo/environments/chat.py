@@ -72,12 +72,13 @@ class Chat:
         several = not tools or form is None or takes_several(template, form, thinking)
         return cls(template, joints, form, thinking, _notes(template, joints, form if tools else None, several))
 
-    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The tokens of a prompt, with the tools and the beginning of the model's answer.
+    def prompt_ids(self, messages: str | Sequence[Message]) -> tuple[int, ...]:
+        """The tokens of a prompt, with the tools and the beginning of the model's answer. Text is a user's message.
 
         Raises UserError for messages that the template refuses.
         """
-        given, template = _as_text(messages), self._template
+        asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        given, template = _as_text(asked), self._template
         if self._joints is None:
             return tuple(template.tokenizer.encode("".join(one["content"] for one in given)))
         try:

@@ -293,7 +293,8 @@ def test_plain_text_is_what_it_is(family: str) -> None:
     tokenizer = tokenizer_of(family)
     chat = Chat.of(tokenizer, answers=True, templated=False)
     assert chat.notes == ("chat: plain text, without a chat template",)
-    assert list(chat.prompt_ids([user("Guess.\n")])) == tokenizer.encode("Guess.\n")
+    assert list(chat.prompt_ids("Guess.\n")) == tokenizer.encode("Guess.\n")
+    assert chat.prompt_ids([user("Guess.\n")]) == chat.prompt_ids("Guess.\n")
     assert chat.parse(encoded(tokenizer, f" 5{PARIS}<|endoftext|>")) == {"role": "assistant", "content": f" 5{PARIS}"}
     for turn in ("5", "5<|endoftext|>"):
         suffix = chat.suffix_ids(encoded(tokenizer, turn), [user("\n No.\n")])
@@ -326,6 +327,7 @@ class TestPrompts:
     def test_a_dataset_s_prompt_is_the_conversation_s(self, kwargs: dict) -> None:
         task = self.renderer(TOOLS, chat_template_kwargs=kwargs).task(0, self.ROWS[0])
         assert task.prompt_ids == Chat.of(tokenizer_of("qwen3"), TOOLS, kwargs).prompt_ids([user("Sun?")])
+        assert task.prompt_ids == Chat.of(tokenizer_of("qwen3"), TOOLS, kwargs).prompt_ids("Sun?")
         assert "weather" in tokenizer_of("qwen3").decode(task.prompt_ids)
         assert len(task.prompt_ids) > len(self.renderer(chat_template_kwargs=kwargs).task(0, self.ROWS[0]).prompt_ids)
 

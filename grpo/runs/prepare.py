@@ -119,7 +119,8 @@ def _prepared(
     trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks)
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
-    prompts, head = _prompts(lengths, tables[0], renderer), filter(None, [positions, head_note(model, cfg.model)])
+    prompts = _prompts(lengths, tables[0], renderer, partners.resets)
+    head = filter(None, [positions, head_note(model, cfg.model)])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.slow]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     rows = dict(zip(named, tables, strict=True))
@@ -139,14 +140,19 @@ def _evaluator(
     return evaluator
 
 
-def _prompts(lengths: Lengths | None, rows: Rows, renderer: PromptRenderer) -> list[str]:
-    """How long the prompts are that the plan is made for, and the rows that are left out."""
+def _prompts(lengths: Lengths | None, rows: Rows, renderer: PromptRenderer, resets: bool) -> list[str]:
+    """How long the prompts are that the plan is made for, and the rows that are left out.
+
+    `resets`: environments may add to prompts.
+    """
     limit = f"data.max_prompt_length ({renderer.cfg.max_prompt_length:,} tokens)"
     if lengths is None:
         many = f"prompts: planned for {limit}, because {len(rows):,} rows are too much text to measure at the start"
         return [many, *filter(None, [_null_prompts(rows, renderer)])]
     where, total = f"data {renderer.cfg.label}, {renderer.cfg.split}", f"{lengths.rows:,} rows"
     notes = [f"prompts: at most {lengths.longest:,} tokens, measured over all {total}"]
+    if resets:
+        notes[0] += f", and planned for {limit}, because what `reset` returns is added to them"
     if lengths.too_long:
         notes.append(f"{where}: {lengths.too_long:,} of {total} are longer than {limit} and are left out")
     if lengths.null:

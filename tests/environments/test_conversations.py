@@ -16,6 +16,8 @@ from grpo.environments.seats import Limits, Reply
 from grpo.errors import RunError, UserError
 from grpo.generation.sampling import Sampling
 from grpo.rollout import RolloutEngine
+from grpo.training.metrics import step_metrics
+from grpo.training.update import Update
 from grpo.types import BEHAVIOUR, Failure, Group, Task, Trajectory
 
 ASKED = [{"role": "user", "content": "20 21"}]
@@ -102,6 +104,35 @@ def test_a_conversation_by_hand() -> None:
     assert seat.released == 1
 
 
+def test_the_metrics_of_a_group_by_hand() -> None:
+    """One answers after three calls, one of which failed; one failed in its first call; one is out of turns."""
+
+    def tool(seat, name, arguments):
+        if seat.number == 1:
+            return Reply("crash", error="gone")
+        if seat.number == 2:
+            return "23"
+        if name == "t61":
+            raise ValueError("50")
+        return numbered(seat, name, arguments)
+
+    host = Host(tool=tool, reset=lambda seat, *_: " 23" if seat.number == 2 else None)
+    group = play(host, {**SCRIPT, 23: [CALL, END]}, Limits(max_turns=3), n=3)
+    rows = [rollout.trajectory for rollout in group.rollouts]
+    assert [row.finish_reason for row in rows] == ["stop", "failed", "max_turns"]
+    assert [(row.turns, row.trained_tokens) for row in rows] == [(3, 9), (1, 3), (3, 6)]
+    assert [len(row.conversation.turn_rewards) for row in rows] == [3, 1, 3]
+    values = step_metrics(1, [group], Update(0.0, 0.0, {}), {}, {"rollout": 2.0}, has_tools=True).values
+    assert values["tools/call_frequency"] == (3 + 1 + 3) / 3
+    assert values["tools/failure_frequency"] == 1 / 7
+    assert values["turns/mean"] == pytest.approx(7 / 3)
+    stops = {name.removeprefix("stop/"): value for name, value in values.items() if name.startswith("stop/") and value}
+    assert stops == {"stop": 1 / 3, "failed": 1 / 3, "max_turns": 1 / 3}
+    assert values["num_tokens"] == 18  # what was sampled alone
+    lengths = [values[f"completions/{name}_length"] for name in ("mean", "min", "max", "mean_terminated")]
+    assert lengths == [6, 3, 9, 9]
+
+
 def test_a_tool_that_fails_says_so_and_the_conversation_goes_on() -> None:
     def tool(seat, name, arguments):
         raise ValueError("43")
@@ -171,6 +202,16 @@ def test_a_turn_that_ends_otherwise_has_no_continuation(last: int) -> None:
     assert (row.token_ids, row.finish_reason) == ((60, last), "stop")
     assert (row.conversation.calls, row.conversation.turn_rewards) == (0, (None,))
     assert len(host.all[0].asked) == 1
+
+
+def test_nobody_answers_a_turn_that_a_limit_ended() -> None:
+    """Not even in plain text, where every turn could be followed."""
+    host = Host("text", step=lambda *_: "21")
+    conversations = Conversations({"": Table(host, Numbers(ends=range(80)), Limits(max_turn_tokens=2))}, 0, 99)
+    engine = RolloutEngine(Scripted({21: [30, 31, END]}), Sampling(1.0, 40), conversations)
+    row = engine.rollout([TASK], 1, 1.0, [1])[0].rollouts[0].trajectory
+    assert (row.token_ids, row.finish_reason) == ((30, 31), "max_turn_tokens")
+    assert [what for what, *_ in host.all[0].asked] == ["reset"]
 
 
 LIMITED = [

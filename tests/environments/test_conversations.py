@@ -192,6 +192,11 @@ def test_a_tool_that_is_done_ends_it() -> None:
     assert row.conversation.reward == 1.0
 
 
+def test_who_is_done_is_not_told_that_it_called_too_often() -> None:
+    row = one(Host(tool=lambda *_: Reply(value="42", done=True)), {21: [CALL, OTHER, END]}, Limits(max_tool_calls=1))
+    assert (row.finish_reason, row.conversation.calls) == ("done", 1)
+
+
 @pytest.mark.parametrize("last", [NO_END, 33])
 def test_a_turn_that_ends_otherwise_has_no_continuation(last: int) -> None:
     """By another stop token, or by the string 33. Nobody is asked."""

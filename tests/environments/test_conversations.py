@@ -11,7 +11,7 @@ from grpo.backend.random import derive_seed
 from grpo.environments.conversations import Conversations
 from grpo.environments.openings import messages_of, with_added
 from grpo.environments.play import Table
-from grpo.environments.sampler import common_prefix
+from grpo.environments.sampler import Sampler, common_prefix
 from grpo.environments.seats import Limits, Reply
 from grpo.errors import RunError, UserError
 from grpo.generation.sampling import Sampling
@@ -342,6 +342,30 @@ def test_a_prompt_that_reset_makes_too_long_fails() -> None:
     assert bad.conversation.failure == Failure(
         "error", "the prompt has 4 tokens after reset, and data.max_prompt_length is 3"
     )
+
+
+@pytest.mark.parametrize("what", ["prompt_ids", "suffix_ids"])
+def test_what_a_template_refuses_fails_its_conversation(what: str) -> None:
+    """An environment may say what it likes: the run goes on."""
+
+    def refuses(*_):
+        raise UserError("roles must alternate")
+
+    host, chat = Host(tool=numbered, reset=lambda *_: " 22"), Numbers()
+    setattr(chat, what, refuses)
+    engine = RolloutEngine(Scripted({22: [CALL, END]}), Sampling(), Conversations({"": Table(host, chat)}, 0, 9))
+    row = engine.rollout([TASK], 1, 1.0, [1])[0].rollouts[0].trajectory
+    assert row.conversation.failure == Failure("error", "roles must alternate")
+    assert (row.finish_reason, row.trained_tokens) == ("failed", 0 if what == "prompt_ids" else 2)
+    assert host.all[0].released == 1
+
+
+def test_a_row_is_freed_before_its_environment_is_asked_for_a_reward(monkeypatch) -> None:
+    """Which may take its time."""
+    seen, release = [], Sampler.release
+    monkeypatch.setattr(Sampler, "release", lambda self, row: (seen.append("freed"), release(self, row)))
+    one(Host(tool=numbered, reward=lambda seat: seen.append("asked") or 1.0))
+    assert seen == ["freed", "asked"]
 
 
 def test_prompts_that_begin_differently_are_refused() -> None:

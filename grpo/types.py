@@ -54,20 +54,6 @@ BEHAVIOUR, SAMPLER = "behaviour", "sampler"
 """The names of a trajectory's columns. `Trajectory` defines them."""
 
 
-def spoken(messages: Sequence[Message]) -> str:
-    """What the assistant said in messages: their texts without the calls of tools, a line break between them."""
-    texts = (text_of(message) for message in messages if message.get("role") == "assistant")
-    return "\n".join(text for text in texts if text)
-
-
-def text_of(message: Message) -> str:
-    """A message's text: its content, or of content blocks the texts."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(str(block.get("text", "")) for block in content if isinstance(block, dict))
-    return "" if content is None else str(content)
-
-
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """What was said and done in a completion of several turns. Its tokens are the trajectory's.
@@ -98,11 +84,6 @@ class Conversation:
         """The environment's own reward: the sum of `turn_rewards` and `outcome`; None if it gave neither."""
         given = [reward for reward in (*self.turn_rewards, self.outcome) if reward is not None]
         return sum(given) if given else None
-
-    @property
-    def said(self) -> str:
-        """What the model itself said: the texts of its messages, a line break between them."""
-        return spoken(self.messages)
 
     def __reduce__(self) -> tuple[type[Conversation], tuple[Any, ...]]:
         """What is pickled, for other processes: all but `home`, which is a thing of this one."""
@@ -161,11 +142,6 @@ class Trajectory:
     def truncated(self) -> bool:
         """Whether a limit or a failure ended it, and not the model or its environment."""
         return self.finish_reason not in ("stop", "done")
-
-    @property
-    def said(self) -> str:
-        """What the model itself said: `text`, or of a conversation the texts of the model's messages."""
-        return self.text if self.conversation is None else self.conversation.said
 
     @property
     def turns(self) -> int:

@@ -7,8 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from grpo.builtin.playing import Tools, Turns, played, tools_of
+from grpo.types import Message
+
 Problem = tuple[int, ...]
 """What a question is made of; every part is below 256."""
+Way = Callable[[Problem], str | Turns]
+"""A way to answer: a text, or the turns of a conversation."""
 HELD_OUT = 8  # one in so many
 
 
@@ -22,14 +27,17 @@ class Exercise:
     """A task with a good way to answer, which is always right, and a cheap way, which is right now and then.
 
     `row` makes the dataset's columns of a problem, `question` among them. Problems of the same `kin` are in the same
-    split, so that what is held out is new in more than its order.
+    split, so that what is held out is new in more than its order. A task of several turns has an `environment`, by whose
+    side there may be `tools`.
     """
 
     everything: Callable[[], Iterable[Problem]]
     row: Callable[[Problem], dict[str, Any]]
-    good: Callable[[Problem], str]
-    cheap: Callable[[Problem], str]
+    good: Way
+    cheap: Way
     kin: Callable[[Problem], Problem] = in_any_order
+    environment: Callable[[], Any] | None = None
+    tools: tuple[Callable[..., Any], ...] = ()
 
     def problems(self, split: str) -> list[Problem]:
         """The problems of a split, `train` or `test`, in a fixed mixed order."""
@@ -38,6 +46,22 @@ class Exercise:
 
     def question(self, problem: Problem) -> str:
         return str(self.row(problem)["question"])
+
+    @property
+    def all_tools(self) -> Tools:
+        """What a model may call, by name, in the prompt's order."""
+        return tools_of(self.environment and self.environment(), self.tools)
+
+    def conversation(self, problem: Problem, way: Way) -> list[Message]:
+        """The question, and all that is said after it when a way answers."""
+        row, answer = self.row(problem), way(problem)
+        question = {"role": "user", "content": str(row["question"])}
+        if isinstance(answer, str):
+            return [question, {"role": "assistant", "content": answer}]
+        environment = self.environment and self.environment()
+        if environment is not None:
+            question["content"] += environment.reset(**row) or ""
+        return [question, *played(answer, environment, tools_of(environment, self.tools))]
 
     def _held_out(self, problem: Problem) -> bool:
         return _hash(self.kin(problem))[0] % HELD_OUT == 0

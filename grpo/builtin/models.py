@@ -17,6 +17,9 @@ MODELS = {
     "builtin:countdown-student": Student(task="builtin:countdown"),
     "builtin:sorting-student": Student(task="builtin:sorting"),
     "builtin:format-student": Student(task="builtin:format", good_last=0.2),
+    "builtin:guess-student": Student(task="builtin:guess"),
+    "builtin:shop-student": Student(task="builtin:shop"),
+    "builtin:walk-student": Student(task="builtin:walk"),
 }
 NAMES = tuple(MODELS)
 VERSION = 1

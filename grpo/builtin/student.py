@@ -14,21 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.builtin.exercise import Exercise
+from grpo.builtin.exercise import Exercise, Problem, Way
 from grpo.builtin.tasks import TASKS
+from grpo.builtin.template import END, PAD, START, parts, template
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
     from tokenizers import Tokenizer
 
-PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-Lessons = list[tuple[list[int], list[int]]]
+Lesson = tuple[list[int], list[int]]
+"""Token ids of a conversation, and for each 1 if the model says it, 0 if others do."""
 
 NewModel = Callable[[Mapping[str, Any]], "nn.Module"]
 """Makes the model that a `config.json` describes, with random weights: `grpo.model.mlxlm.new_model`."""
@@ -46,6 +42,7 @@ class Student:
     batch: int = 16
     learning_rate: float = 5e-3
     warmup: int = 30
+    vocabulary: int = 320
     good_first: float = 0.95
     good_last: float = 0.3
 
@@ -59,12 +56,12 @@ def make(settings: Student, folder: Path, new_model: NewModel) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    tokenizer = _tokenizer(TASKS[settings.task])
+    tokenizer = _tokenizer(settings)
     config = _config(settings, tokenizer)
     mx.random.seed(settings.seed)
     model = new_model(config)
     _train(model, settings, tokenizer)
-    _write_tokenizer(tokenizer, folder)
+    _write_tokenizer(tokenizer, TASKS[settings.task], folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     mx.save_safetensors(
         str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"}
@@ -93,18 +90,20 @@ def _config(settings: Student, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _tokenizer(task: Exercise) -> Tokenizer:
+def _tokenizer(settings: Student) -> Tokenizer:
     """Byte-level BPE, trained on the task's own text; digits are tokens of their own."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    task = TASKS[settings.task]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [f"user\n{task.question(one)}\nassistant\n{task.good(one)}" for one in task.problems("train")[:500]]
+    learnt = [task.conversation(one, task.good) for one in task.problems("train")[:500]]
+    texts = ["".join(parts(task, messages)).replace(START, "").replace(END, "") for messages in learnt]
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=settings.vocabulary,
         special_tokens=[AddedToken(text, special=True) for text in (PAD, START, END)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -115,10 +114,10 @@ def _tokenizer(task: Exercise) -> Tokenizer:
 
 def write_tokenizer(folder: Path) -> None:
     """The tokenizer of a student with default settings by itself, in Hub layout."""
-    _write_tokenizer(_tokenizer(TASKS[Student().task]), folder)
+    _write_tokenizer(_tokenizer(Student()), TASKS[Student().task], folder)
 
 
-def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def _write_tokenizer(tokenizer: Tokenizer, task: Exercise, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -126,7 +125,7 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "pad_token": PAD,
         "model_max_length": 4096,
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template(task),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
@@ -148,37 +147,40 @@ def _train(model: nn.Module, settings: Student, tokenizer: Tokenizer) -> None:
         mx.eval(model.parameters(), optimizer.state)
 
 
-def _lessons(settings: Student, tokenizer: Tokenizer) -> Iterator[list[Lessons]]:
-    """For each step, prompt and answer ids of its rows: good ones and cheap ones apart, as their lengths are."""
+def _lessons(settings: Student, tokenizer: Tokenizer) -> Iterator[list[list[Lesson]]]:
+    """For each step its conversations: good ones and cheap ones apart, as their lengths are."""
     draw, task = random.Random(settings.seed), TASKS[settings.task]
     everything = task.problems("train")
     for step in range(1, settings.steps + 1):
         problems = draw.sample(everything, settings.batch)
         cut = sum(draw.random() < settings.good_share(step) for _ in problems)
-        parts = ([(one, task.good(one)) for one in problems[:cut]], [(one, task.cheap(one)) for one in problems[cut:]])
-        yield [[_encode(tokenizer, task.question(one), answer) for one, answer in part] for part in parts if part]
+        ways = ((problems[:cut], task.good), (problems[cut:], task.cheap))
+        yield [[lesson(tokenizer, task, one, way) for one in mine] for mine, way in ways if mine]
 
 
-def _encode(tokenizer: Tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
-    prompt = f"{START}user\n{question}{END}\n{START}assistant\n"
-    return tokenizer.encode(prompt).ids, tokenizer.encode(answer + END).ids
+def lesson(tokenizer: Tokenizer, task: Exercise, problem: Problem, way: Way) -> Lesson:
+    """A conversation in which a problem is answered in a way, in tokens as a run samples and appends them."""
+    ids: list[int] = []
+    said: list[int] = []
+    for place, part in enumerate(parts(task, task.conversation(problem, way))):
+        encoded = tokenizer.encode(part).ids
+        ids += encoded
+        said += [place % 2] * len(encoded)
+    return ids, said
 
 
-def _arrays(rows: Lessons) -> tuple[mx.array, mx.array]:
-    """Token ids `[B, L]` padded on the right, and a mask `[B, L - 1]` over the answers' tokens as targets."""
+def _arrays(rows: list[Lesson]) -> tuple[mx.array, mx.array]:
+    """Token ids `[B, L]` padded on the right, and a mask `[B, L - 1]` over what the model says, as targets."""
     import mlx.core as mx
 
-    length = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids = [prompt + answer + [0] * (length - len(prompt) - len(answer)) for prompt, answer in rows]
-    mask = [
-        [0.0] * (len(prompt) - 1) + [1.0] * len(answer) + [0.0] * (length - len(prompt) - len(answer))
-        for prompt, answer in rows
-    ]
-    return mx.array(ids), mx.array(mask)
+    length = max(len(ids) for ids, _ in rows)
+    padded = [ids + [0] * (length - len(ids)) for ids, _ in rows]
+    mask = [said[1:] + [0] * (length - len(said)) for _, said in rows]
+    return mx.array(padded), mx.array(mask, dtype=mx.float32)
 
 
 def _loss(model: nn.Module, parts: list[tuple[mx.array, mx.array]]) -> mx.array:
-    """Cross-entropy, averaged over all answer tokens."""
+    """Cross-entropy, averaged over all that the model says."""
     import mlx.core as mx
     import mlx.nn as nn
 

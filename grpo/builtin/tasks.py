@@ -8,7 +8,10 @@ from grpo.builtin.arithmetic import ARITHMETIC
 from grpo.builtin.countdown import COUNTDOWN
 from grpo.builtin.exercise import Exercise
 from grpo.builtin.format import FORMAT
+from grpo.builtin.guess import GUESS
+from grpo.builtin.shop import SHOP
 from grpo.builtin.sorting import SORTING
+from grpo.builtin.walk import WALK
 from grpo.errors import UserError
 
 TASKS: dict[str, Exercise] = {
@@ -16,6 +19,9 @@ TASKS: dict[str, Exercise] = {
     "builtin:countdown": COUNTDOWN,
     "builtin:sorting": SORTING,
     "builtin:format": FORMAT,
+    "builtin:guess": GUESS,
+    "builtin:shop": SHOP,
+    "builtin:walk": WALK,
 }
 
 

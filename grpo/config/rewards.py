@@ -25,7 +25,7 @@ class RewardConfig(Section):
     completions: Literal["text", "messages"] | None = None
     """The form of completions and prompts that the function reads: texts, or lists of chat messages. Default: what its
     annotations say (`list[str]`, `list[list[dict]]`), or else what the dataset has; a function that then fails at
-    `completion[0]["content"]` gets messages."""
+    `completion[0]["content"]` gets messages. A conversation has messages; its text is what the model said in it."""
     isolation: Literal["process", "inline"] = "process"
     """`process`: a worker process of its own. `inline`: in the trainer's, for cheap ones that you trust; nothing
     protects the run from it, and no time limit holds."""
@@ -41,7 +41,8 @@ class RewardConfig(Section):
     calls: Literal["step", "group", "completion"] | None = None
     """What one call gets: all of a step's completions, those of a prompt, or one. A failure costs all that the call
     got. With `group` and `completion` a prompt's are scored while others are still sampled, unless `isolation` is
-    `inline`. Default: what the function's file says by `CALLS`, or else `step`."""
+    `inline`. Default: what the function's file says by `CALLS`, or else `step`; of a function that takes
+    `environments` it is `group`."""
     max_failure_rate: Fraction = 0.5
     """Stop the run when it failed on more than this fraction of the completions of its last three scorings. 1: never.
     A reward of weight 0 never stops a run."""

@@ -28,7 +28,6 @@ class PromptReader:
     """Reads prompts out of rows, as a recipe's `data` section says: text or messages, without their tokens."""
 
     supplied = False
-    """Whether environments supply prompts: then a row without the column `prompt` has an empty message of the user."""
 
     def __init__(self, cfg: DataConfig, source: str = "data") -> None:
         """`source` is the name of the source that the tasks say they are of."""
@@ -89,13 +88,16 @@ class PromptRenderer(PromptReader):
         vocabulary: int | None = None,
         source: str = "data",
         tools: Tools = (),
+        supplied: bool = False,
     ) -> None:
         """`vocabulary` is how many tokens the model knows, where prompts are to be checked for others. `source` is the
-        name of the source that the tasks say they are of. `tools` are shown to the model in the prompt."""
+        name of the source that the tasks say they are of. `tools` are shown to the model in the prompt. `supplied`:
+        environments add to prompts, so a row without the column `prompt` has an empty message of the user."""
         super().__init__(cfg, source)
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.tools = tools
+        self.supplied = supplied
 
     @property
     def identity(self) -> str | None:

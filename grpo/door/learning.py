@@ -80,8 +80,10 @@ def advantages(groups: Sequence[Group], **settings: Any) -> list[Group]:
     [0.5, -0.5]
     """
     cfg = with_settings(AdvantageConfig(), settings, "grpo.advantages")
-    if cfg.baseline == "gdpo" or cfg.soft_overlong_cache is not None:
-        name = "baseline: gdpo" if cfg.baseline == "gdpo" else "soft_overlong_cache"
+    more = {"baseline: gdpo": cfg.baseline == "gdpo", "turns: turn": cfg.turns == "turn"}
+    more["soft_overlong_cache"] = cfg.soft_overlong_cache is not None
+    if any(more.values()):
+        name = next(name for name, wanted in more.items() if wanted)
         raise UserError(f"grpo.advantages: {name} needs more than the rewards' sum: use grpo.Trainer")
     groups = groups_of(groups, "grpo.advantages")
     if groups and not _scored(groups):
@@ -125,7 +127,7 @@ def batches(
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     if any(rollout.trajectory.behaviour is None for rollout in rollouts):
         raise UserError("grpo.batches: these groups have no logprobs: sample them at the policy's own temperature")
-    if rollouts and not any(rollout.advantage for rollout in rollouts):
+    if rollouts and not any(rollout.has_advantage for rollout in rollouts):
         _refuse_unfinished(groups)
     if loss.preset.normalize == "constant" and max_completion_length is None:
         raise UserError(f"grpo.batches: {loss.type} divides by a constant: give max_completion_length, in tokens")

@@ -25,7 +25,7 @@ from grpo.scoring.rehearsal import rehearse
 from grpo.telemetry.loggers import find_loggers, open_loggers
 from grpo.telemetry.summary import failure_lines, print_outcome, print_plan
 from grpo.training.packing import Packing
-from grpo.types import EvalMetrics, StepMetrics
+from grpo.types import FAILURES, EvalMetrics, StepMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,8 @@ class Opening:
     def finish(self, outcome: Outcome, go_on: str) -> None:
         """Print how the run ended; `go_on` says how to go on with one that was stopped."""
         scorer, ranks = self.run.trainer.scorer, self.ranks
-        failures = failure_lines(ranks.sum_counts(scorer.failures), ranks.sum_counts(scorer.timeouts))
+        kinds = {kind: ranks.sum_counts(scorer.failures_of(kind)) for kind in FAILURES}
+        failures = failure_lines(kinds, scorer.environments)
         print_outcome(self.console, outcome, self.folder, last_text(self.run.tasks[0].prompt), failures, go_on)
         ranks.wait()  # a launcher ends the others, the first one in the middle of its checkpoint, when one is gone
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.environments import results
-from grpo.environments.describe import kind_of, methods_of, takes
+from grpo.environments.describe import Kind, kind_of, methods_of, takes
 from grpo.environments.seats import Reply
 from grpo.environments.streams import CURRENT, Streams
 
@@ -100,6 +100,7 @@ class Chair:
         self._streams = Streams()
         self.thread = Thread("environment", self._streams)
         self._owned: list[Any] | None = None
+        self._kind: Kind = "tools"
         self._awaited: asyncio.Future[Any] | None = None
 
     @property
@@ -124,7 +125,7 @@ class Chair:
         environment = None if made is None else self.run(made.make, made.kwargs)
         owned = [self.run(tool.make, tool.kwargs) if tool.makes_objects else None for tool in self._makers.tools]
         self.tools = _tools(environment, self._makers.tools, owned)
-        self.environment, self._owned = environment, owned
+        self.environment, self._owned, self._kind = environment, owned, kind_of(environment)
 
     def reset(self, columns: bytes | Mapping[str, Any], seed: int) -> Reply:
         try:
@@ -147,7 +148,7 @@ class Chair:
         return results.of_tool(self.run(tool.function, {**arguments, **tool.given}))
 
     def step(self, message: Mapping[str, Any]) -> Reply:
-        if kind_of(self.environment) == "text":
+        if self._kind == "text":
             return results.of_step(self.run(self.environment.step, {"text": message.get("content") or ""}))
         return results.of_step(self.run(self.environment.step, {"message": message}))
 

@@ -55,7 +55,7 @@ class Chairs:
         chair.thread.submit(lambda: _try(made, chair.make))
         try:
             made.result()
-        except Exception as error:
+        except BaseException as error:  # SystemExit, too
             said = results.of_exception(error, tool=isinstance(error, ValueError)).error
             raise UserError(f"it cannot be made: {said}") from error
         self._free.append(chair)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
@@ -140,8 +141,7 @@ class EnvironmentHost:
         home = self._homes[place]
         if home.retired or home.lost is not None:
             home = self._homes[place] = self._home()
-            for reward in self._rewards:
-                await self._load_into(home, reward)
+            self._loading = [asyncio.ensure_future(self._load_again(home, reward)) for reward in self._rewards]
         seats = [HostSeat(self, home, next(self._numbers)) for _ in range(n)]
         home.seats.update(seat.number for seat in seats)
         return seats
@@ -149,6 +149,11 @@ class EnvironmentHost:
     async def _load(self, reward: HostedReward) -> Mapping[str, Any]:
         told = await asyncio.gather(*(self._load_into(home, reward) for home in self._homes))
         return dict(told[0])
+
+    async def _load_again(self, home: Home, reward: HostedReward) -> None:
+        """Load a reward that could be loaded before. If it cannot be now, each of its calls says so."""
+        with contextlib.suppress(UserError):
+            await self._load_into(home, reward)
 
     async def _load_into(self, home: Home, reward: HostedReward) -> Any:
         request = {"op": "load", "reward": reward}

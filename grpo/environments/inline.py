@@ -42,8 +42,8 @@ class InlineHome(Home):
     async def _start(self, name: str | None) -> None:
         try:
             self.hello = await asyncio.to_thread(self._chairs.hello, name)
-        except UserError as error:
-            self.problem = str(error)
+        except Exception as error:  # whatever looking at other people's objects may raise
+            self.problem = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self.lose(Reply("crash", error=self.problem))
         self.ready.set()
 

@@ -44,7 +44,7 @@ def make_host(
     they were given as objects (None: the recipe names it): then all live in this process. Raises UserError for names
     that mean nothing, and for variables in `env` that are not set.
     """
-    located = None if config.use is None else Located(config.name or config.use, config.use, "environment")
+    located = None if config.use is None else _located(config.use, config.name)
     what = ALONE if located is None else f"environment {located.name!r}"
     seconds = [tool.timeout for tool in tools]
     terms = HostTerms(what, config.timeout, config.reset_timeout, seconds, config.workers or workers, several)
@@ -61,6 +61,10 @@ def make_host(
     ]
     made = None if located is None else _maker(given or located.load(), config.kwargs)
     return EnvironmentHost(lambda _: InlineHome(Makers(made, makers), config.name), replace(terms, workers=1))
+
+
+def _located(use: str, name: str | None) -> Located:
+    return Located(name or use.rpartition(":")[2], use, "environment")
 
 
 def _maker(function: Function, kwargs: Mapping[str, Any]) -> Maker:

@@ -49,7 +49,11 @@ class HostSeat:
         self._host.submit(self._released(), None)
 
     def _ask(self, op: str, arguments: Mapping[str, Any], seconds: float, what: str | None = None) -> Future[Reply]:
-        return self._host.submit(self._asked(op, arguments, seconds, what or op), CLOSED)
+        return self._host.submit(self._shielded(op, arguments, seconds, what or op), CLOSED)
+
+    async def _shielded(self, op: str, arguments: Mapping[str, Any], seconds: float, what: str) -> Reply:
+        """The reply. Whoever no longer wants it, and cancels the future, does not change what the seat is at."""
+        return await asyncio.shield(asyncio.ensure_future(self._asked(op, arguments, seconds, what)))
 
     async def _asked(self, op: str, arguments: Mapping[str, Any], seconds: float, what: str) -> Reply:
         async with self._turn:

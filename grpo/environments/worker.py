@@ -23,6 +23,7 @@ def main(descriptor: int) -> None:
     from grpo.processes.channel import receive
 
     faulthandler.enable()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # or prints would come when it ends
     setup = pickle.loads(receive(channel))
     sys.path[:] = setup["path"]
     reply = _Replies(channel)

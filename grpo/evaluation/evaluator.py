@@ -15,6 +15,7 @@ from grpo.errors import RunError
 from grpo.evaluation.votes import final_answer, majority
 from grpo.rollout import RolloutEngine
 from grpo.scoring.scorer import Scorer
+from grpo.scoring.text import said_in
 from grpo.training.metrics import SOLVED
 from grpo.types import EvalMetrics, Group, Rollout, Task
 
@@ -148,7 +149,7 @@ def _voted(graded: Sequence[tuple[Rollout, bool]]) -> float:
 
     It is if it was found right in any of them: the grader may have failed on the others.
     """
-    answers = [final_answer(rollout.trajectory.said) for rollout, _ in graded]
+    answers = [final_answer(said_in(rollout.trajectory)) for rollout, _ in graded]
     chosen = answers[majority(answers)]
     return float(any(right for answer, (_, right) in zip(answers, graded, strict=True) if answer == chosen))
 

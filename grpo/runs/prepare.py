@@ -93,7 +93,8 @@ def _prepared(
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
     renderer, *eval_renderers = [
-        PromptRenderer(data, tokenizer, vocabulary, name, partners.tools) for name, data in named.items()
+        PromptRenderer(data, tokenizer, vocabulary, name, partners.tools, partners.resets)
+        for name, data in named.items()
     ]
     tasks = first_tasks(tables[0], renderer, PEEK)
     scorer.check(tasks[0].columns)
@@ -105,12 +106,13 @@ def _prepared(
     evaluator = _evaluator(cfg, *held_out[0], engine, scorer, ranks) if held_out else None
     lengths = measure_lengths(tables[0], renderer)
     ranks.check_same("the prompts of data", lengths)
-    longest = lengths.longest if lengths else cfg.data.max_prompt_length
+    most = cfg.data.max_prompt_length
+    longest, own = (most, most) if partners.resets else (lengths.longest if lengths else most, 0)
     stream = TaskStream(tables[0], renderer, cfg.seed)
     source = stream if given.source is None else given.source(stream)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
-    workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, longest, longest_of_all)
+    workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, longest, longest_of_all, own)
     plan, optim = _together(ranks, policy, *make_plan(workload, policy, generator.decoding))
     cfg = with_settings(cfg, {"optim": optim})
     generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes

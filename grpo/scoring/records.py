@@ -14,7 +14,7 @@ Placed = list[tuple[tuple[int, ...], Answer]]
 
 
 class RewardRecord:
-    """What a reward has done so far: failures since the start and lately, latencies, the first error."""
+    """What a reward has done so far: failures by kind since the start, failures lately, latencies, the first error."""
 
     COUNTED = "failed on {failed} of the last {count} completions"
 
@@ -23,16 +23,15 @@ class RewardRecord:
 
     def __init__(self, max_failure_rate: float) -> None:
         self.max_failure_rate = max_failure_rate
-        self.failures = 0
-        self.timeouts = 0
+        self.kinds: Counter[str] = Counter()
         self.first_error: str | None = None
         self.seconds: deque[float] = deque(maxlen=1000)
         self._lately: deque[tuple[int, int]] = deque(maxlen=self.WINDOW)
 
     def add(self, answers: Placed) -> None:
         failed = sum(len(answer.failures) for _, answer in answers)
-        self.failures += failed
-        self.timeouts += sum(len(answer.failures) for _, answer in answers if answer.kind == "timeout")
+        for _, answer in answers:
+            self.kinds[answer.kind] += len(answer.failures)
         self._lately.append((failed, sum(len(answer.values) for _, answer in answers)))
         self.seconds.extend(answer.seconds for _, answer in answers)
         if self.first_error is None:
@@ -40,13 +39,19 @@ class RewardRecord:
 
     def state(self) -> dict[str, Any]:
         """What it has counted, as JSON holds it; latencies are of one machine and one sitting."""
-        counts = {"failures": self.failures, "timeouts": self.timeouts}
+        counts = {"failures": self.failures, "kinds": dict(self.kinds)}
         return {**counts, "lately": list(self._lately), "first_error": self.first_error}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.failures, self.first_error = state["failures"], state["first_error"]
-        self.timeouts = state.get("timeouts", 0)  # checkpoints of before they were counted
+        timeouts = state.get("timeouts", 0)  # so it was in checkpoints of before kinds were counted
+        self.kinds = Counter(state.get("kinds", {"error": state["failures"] - timeouts, "timeout": timeouts}))
+        self.first_error = state["first_error"]
         self._lately = deque(((failed, count) for failed, count in state["lately"]), maxlen=self.WINDOW)
+
+    @property
+    def failures(self) -> int:
+        """Completions that it failed on, since the start."""
+        return self.kinds.total()
 
     @property
     def broken(self) -> str | None:
@@ -63,25 +68,13 @@ class RewardRecord:
 
 
 class ConversationRecord(RewardRecord):
-    """What the conversations of an environment came to: failures by kind, since the start and lately."""
+    """What the conversations of an environment came to."""
 
     COUNTED = "failed in {failed} of the last {count} conversations"
 
-    def __init__(self, max_failure_rate: float) -> None:
-        super().__init__(max_failure_rate)
-        self.kinds: Counter[str] = Counter()
-
     def add(self, answers: Placed) -> None:
         super().add(answers)
-        self.kinds.update(answer.kind for _, answer in answers if answer.failures)
         self.seconds.clear()  # how long a conversation takes is told elsewhere
-
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "kinds": dict(self.kinds)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state(state)
-        self.kinds = Counter(state["kinds"])
 
 
 def failures_by_kind(records: Mapping[str, RewardRecord]) -> dict[str, int]:

@@ -26,7 +26,7 @@ from grpo.scoring.own import Terms, own_answers, terms_of, without_home
 from grpo.scoring.records import ConversationRecord, Placed, RewardRecord, failures_by_kind
 from grpo.scoring.session import Grader, Scoring, as_prompted, columns_of, request_of
 from grpo.scoring.text import counted
-from grpo.types import Failure, Group, Progress, Rollout, Task
+from grpo.types import Failure, FailureKind, Group, Progress, Rollout, Task
 
 log = logging.getLogger(__name__)
 
@@ -131,10 +131,9 @@ class Scorer:
         """The conversations whose environment failed, by kind of failure; empty without environments."""
         return failures_by_kind(self.records)
 
-    @property
-    def timeouts(self) -> dict[str, int]:
-        """Those of the failures in which the function took too long."""
-        return {name: record.timeouts for name, record in self.records.items()}
+    def failures_of(self, kind: FailureKind) -> dict[str, int]:
+        """Those of the failures that are of a kind, by name."""
+        return {name: record.kinds[kind] for name, record in self.records.items()}
 
     def begin(self, step: int) -> None:
         """Training step `step` (from 1) begins: rewards are told so, and what they log is counted anew."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from grpo.types import spoken, text_of
+from grpo.data.messages import text_of
+from grpo.types import Trajectory
 
 
 def texts(completions: Iterable[Any]) -> list[str]:
@@ -21,8 +22,13 @@ def said(completion: Any) -> str:
     """
     if isinstance(completion, str):
         return completion
-    spoke = any(message.get("role") == "assistant" for message in completion)
-    return spoken(completion) if spoke else as_text(completion)
+    spoken = [text_of(message) for message in completion if message.get("role") == "assistant"]
+    return "\n".join(filter(None, spoken)) if spoken else as_text(completion)
+
+
+def said_in(trajectory: Trajectory) -> str:
+    """What the model itself said: the text, or of a conversation what `said` makes of it."""
+    return trajectory.text if trajectory.conversation is None else said(trajectory.conversation.messages)
 
 
 def as_text(value: Any) -> str:

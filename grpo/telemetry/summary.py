@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +13,14 @@ from grpo.planning.plan import Plan
 from grpo.runs.loop import Outcome
 from grpo.scoring.text import counted
 from grpo.telemetry.console import before_and_after, print_wrapped
+from grpo.types import FailureKind
+
+NOUNS: dict[FailureKind, tuple[str, str]] = {
+    "error": ("error", "errors"),
+    "timeout": ("timeout", "timeouts"),
+    "crash": ("crash", "crashes"),
+    "memory": ("of memory", "of memory"),
+}
 
 
 def print_plan(
@@ -31,14 +39,21 @@ def print_plan(
         print_wrapped(console, line)
 
 
-def failure_lines(failures: Mapping[str, float], timeouts: Mapping[str, float]) -> list[str]:
-    """For each reward that failed, on how many completions, and how."""
-    return [
-        f"reward {name!r} failed on {counted(int(count))}: {counted(int(count - timeouts[name]), 'error')}, "
-        f"{counted(int(timeouts[name]), 'timeout')}"
-        for name, count in failures.items()
-        if count
-    ]
+def failure_lines(kinds: Mapping[FailureKind, Mapping[str, float]], environments: Collection[str]) -> list[str]:
+    """For each reward that failed, on how many completions, and how; of `environments`, in how many conversations.
+
+    `kinds` are counts by name for each kind of failure.
+    """
+    lines = []
+    for name in kinds["error"]:
+        counts = {kind: int(by_name[name]) for kind, by_name in kinds.items()}
+        if total := sum(counts.values()):
+            talks = name in environments
+            what = f"environment {name!r} failed in" if talks else f"reward {name!r} failed on"
+            shown = [f"{n:,} {NOUNS[kind][n != 1]}" for kind, n in counts.items() if n or kind in ("error", "timeout")]
+            noun = "conversation" if talks else "completion"
+            lines.append(f"{what} {counted(total, noun)}: {', '.join(shown)}")
+    return lines
 
 
 def print_outcome(

@@ -239,15 +239,13 @@ def test_all_prompts_too_long(toy) -> None:
 
 def test_an_environment_may_supply_prompts(toy) -> None:
     """Rows without the column `prompt`, which is the default, have an empty message; others are missed."""
-    row, made = {"question": "?"}, renderer(toy, prompt="prompt")
+    row = {"question": "?"}
     with pytest.raises(UserError, match="no column 'prompt'"):
-        made.task(0, row)
-    made.supplied = True
+        renderer(toy, prompt="prompt").task(0, row)
+    made = PromptRenderer(config(prompt="prompt"), toy[1], supplied=True)
     assert made.task(0, row).prompt == [{"role": "user", "content": ""}]
     assert text(toy, made.task(0, row)) == "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
     assert made.task(0, {"prompt": "x"}).prompt == "x"
     assert made.task(0, {"prompt": None}) is None
-    missed = renderer(toy, prompt="quest")
-    missed.supplied = True
     with pytest.raises(UserError, match="no column 'quest'"):
-        missed.task(0, row)
+        PromptRenderer(config(prompt="quest"), toy[1], supplied=True).task(0, row)

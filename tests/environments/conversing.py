@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,23 +11,25 @@ from grpo.environments.seats import Description, Reply
 
 
 class Numbers:
-    """Tokens as text. A turn that ends with an odd stop token ended; each token in `calls` is a call of a tool.
+    """Tokens as text. A turn ends with one of `ends`; each token from 60 to 69 is a call of a tool.
 
-    Messages become their content's numbers after a token that stands for the role, and between turns all is begun by 9.
+    Messages become their content's numbers (other words are 13) after a token that stands for the role, and what
+    follows a turn is begun by 9. `names` are what tokens call, with which arguments.
     """
 
     roles = {"system": 10, "user": 11, "tool": 12}  # noqa: RUF012
 
-    def __init__(self, calls: Sequence[int] = range(60, 70), ends: Sequence[int] = range(1, 8, 2)) -> None:
-        self.calls, self.ends = set(calls), set(ends)
+    def __init__(self, ends: Collection[int] = range(1, 8, 2), names: Mapping[int, tuple[str, dict]] = {}) -> None:
+        self.ends = set(ends)
+        self.names = {token: (f"t{token}", {"x": token}) for token in range(60, 70)} | dict(names)
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         return [token for message in messages for token in self._ids(message)]
 
     def parse(self, token_ids: Sequence[int]) -> dict[str, Any]:
         message = {"role": "assistant", "content": " ".join(map(str, token_ids))}
-        called = [token for token in token_ids if token in self.calls]
-        calls = [{"type": "function", "function": {"name": f"t{token}", "arguments": {"x": token}}} for token in called]
+        called = [self.names[token] for token in token_ids if token in self.names]
+        calls = [{"type": "function", "function": {"name": name, "arguments": given}} for name, given in called]
         return {**message, "tool_calls": calls} if calls else message
 
     def can_follow(self, role: str, turn_ids: Sequence[int]) -> bool:

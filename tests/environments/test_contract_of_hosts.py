@@ -13,22 +13,27 @@ GAMES = Path(__file__).with_name("games.py")
 HERE = pytest.mark.parametrize("inline", [False, True], ids=["process", "inline"])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def host():
-    """Makes hosts, and closes them."""
-    made = []
+    """Hosts, each made once, and closed in the end."""
+    made = {}
 
-    def make(name, tools=(), inline=False, several=False, workers=1, **settings):
+    def make(*arguments, **settings):
+        key = repr((arguments, settings))
+        if key not in made:
+            made[key] = fresh(*arguments, **settings)
+        return made[key]
+
+    def fresh(name, tools=(), inline=False, several=False, workers=1, **settings):
         use = None if name is None else f"{GAMES}:{name}"
         config = EnvironmentConfig(use=use, **settings)
         configs = [ToolConfig(use=f"{GAMES}:{tool}", kwargs=kwargs) for tool, kwargs in tools]
         given = getattr(games, name) if inline and name else None
         functions = [getattr(games, tool) for tool, _ in tools] if inline else ()
-        made.append(make_host(config, configs, several, workers, given, functions))
-        return made[-1]
+        return make_host(config, configs, several, workers, given, functions)
 
     yield make
-    for one in made:
+    for one in made.values():
         one.close()
 
 
@@ -61,12 +66,12 @@ def test_which_methods_are_tools(host, inline: bool) -> None:
 
 @HERE
 def test_a_conversation(host, inline: bool) -> None:
-    seat, reply = seat_of(host("Walk", inline=inline, kwargs={"size": 3}), start=1, prompt="?", answer="x")
-    assert (reply.kind, reply.value) == ("ok", " You are at 1.")
+    seat, reply = seat_of(host("Walk", inline=inline), start=7, prompt="?", answer="x")
+    assert (reply.kind, reply.value) == ("ok", " You are at 7.")
     calls = [
-        ("move", {"by": 2}, ("ok", "3", "")),
+        ("move", {"by": 2}, ("ok", "9", "")),
         ("move", {"by": 1}, ("error", None, "Game over.")),
-        ("look", {}, ("ok", "at 3", "")),
+        ("look", {}, ("ok", "at 9", "")),
         ("rules", {}, ("ok", "none", "")),
         ("bound", {}, ("ok", "bound", "")),
         ("wait", {"seconds": 0}, ("ok", "waited", "")),
@@ -81,13 +86,13 @@ def test_a_conversation(host, inline: bool) -> None:
         assert (reply.kind, reply.value, reply.error) == expected
     step = seat.call("scored", {}).result()
     assert (step.value, step.reward, step.done) == ("well", 0.5, True)
-    assert seat.reward().result().value == 3.0
+    assert seat.reward().result().value == 9.0
 
 
 @HERE
 def test_objects_are_made_once_and_reset_often(host, inline: bool) -> None:
     games.Walk.made = 0
-    walks = host("make_walk", inline=inline)
+    walks = host("make_walk", inline=inline, kwargs={"size": 3})
     assert walks.description.name == "Walk"
     for start in range(5):
         seat, reply = seat_of(walks, start=start)

@@ -18,17 +18,19 @@ def opened(name: str, **settings):
     return make_host(EnvironmentConfig(use=f"{HOSTILE}:{name}", **{"timeout": 20, "reset_timeout": 20, **settings}))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def host(good):
-    """Makes hosts, and closes them; nothing is left of them then."""
-    made, before = [], set(descendants(os.getpid()))
+    """Hosts, each made once, whatever became of its processes; nothing is left of them in the end."""
+    made, before = {}, set(descendants(os.getpid()))
 
     def make(name, **settings):
-        made.append(opened(name, **settings))
-        return made[-1]
+        key = (name, *settings.items())
+        if key not in made:
+            made[key] = opened(name, **settings)
+        return made[key]
 
     yield make
-    for one in made:
+    for one in made.values():
         one.close()
     assert set(descendants(os.getpid())) <= before
 
@@ -120,7 +122,7 @@ def test_a_call_that_hangs_fails_its_own_seat_and_the_process_is_replaced_later(
 
 
 def test_an_asynchronous_call_that_can_be_ended_costs_no_process(host) -> None:
-    bad = host("Bad", timeout=0.3)
+    bad = host("Bad", timeout=0.5)
     seat, other = sitting(bad, 2)
     assert seat.call("do_async", {"what": "sleep"}).result().kind == "timeout"
     time.sleep(0.2)
@@ -165,6 +167,7 @@ def test_a_call_that_holds_the_process_fails_all_seats_in_it(host, beside, call,
 
 def test_hundred_megabytes_printed_and_returned(host, beside, capfd) -> None:
     bad = host("Bad")
+    assert bad.description.rewards
     (seat,) = sitting(bad)
     assert seat.call("do", {"what": "print"}).result().value == "printed"
     beside.goes_on()
@@ -176,17 +179,20 @@ def test_hundred_megabytes_printed_and_returned(host, beside, capfd) -> None:
     bad.seats(0, 1)
     said = capfd.readouterr().err
     assert len(said) < 100_000
-    assert f"[{HOSTILE}:Bad] printed 99," in said
+    assert "[Bad] printed 99," in said
 
 
-def test_children_that_are_left_are_gone_with_the_host(host, beside) -> None:
+def test_children_that_are_left_are_gone_with_the_process(host, beside) -> None:
     bad = host("Bad")
     (seat,) = sitting(bad)
     before = set(descendants(os.getpid()))
     assert seat.call("do", {"what": "fork"}).result().value == "forked"
-    assert len(set(descendants(os.getpid())) - before) == 30
+    children = set(descendants(os.getpid())) - before
+    assert len(children) == 30
     assert seat.call("do", {"what": "twice"}).result().value == "twice"
     assert seat.call("add", {"n": 1}).result().value == "1"
+    assert seat.call("do", {"what": "exit"}).result().kind == "crash"
+    assert not children & set(descendants(os.getpid()))
 
 
 def test_exceptions_and_wrong_types_are_errors_of_their_own_call(host, beside) -> None:
@@ -219,8 +225,8 @@ def test_exceptions_and_wrong_types_are_errors_of_their_own_call(host, beside) -
     assert other.call("add", {"n": 1}).result().value == "1"
 
 
-def test_a_closed_host_answers(host) -> None:
-    bad = host("Bad")
+def test_a_closed_host_answers() -> None:
+    bad = opened("Bad")
     seat, other = sitting(bad, 2)
     pending = seat.call("do", {"what": "hang"})
     bad.close()

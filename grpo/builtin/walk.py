@@ -1,0 +1,112 @@
+"""`builtin:walk`: a walk over a grid of six by six to a goal, around a pit, `Walk to 4,3 and avoid 2,1.`
+
+`Walk` answers as the user does: each message of the model goes to `step`, its last word is the move, and what `step`
+returns is the next message, the place, `2,2`. Where the walk begins is said by `reset`. A move can be checked first
+(`right 2,1 no: up`), or made straight away, across and then up or down, which falls into the pit wherever it is in the
+way. Held-out walks have other goals and pits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
+
+from grpo.builtin.exercise import Exercise, Problem
+from grpo.builtin.playing import Turns
+from grpo.types import Message, Step
+
+SIDE = 6
+MOVES = {"right": (1, 0), "left": (-1, 0), "up": (0, 1), "down": (0, -1)}
+Cell = tuple[int, int]
+
+
+class Walk:
+    """Knows where the walker is, and what is at that place."""
+
+    def reset(self, start: list[int], goal: list[int], pit: list[int], **_: Any) -> str:
+        self._here, self._goal, self._pit = _cell(start), _cell(goal), _cell(pit)
+        return f" Start at {_written(self._here)}."
+
+    def step(self, message: Message) -> Message | Step:
+        """A step of the walker: the reward is 1 at the goal, else 0; the walk ends there, in the pit, and off the grid."""
+        words = str(message["content"]).split()
+        move = MOVES.get(words[-1]) if words else None
+        if move is None:
+            return Step(_says(f"Say {', '.join(MOVES)}."), reward=0.0)
+        self._here = _moved(self._here, move)
+        inside = all(0 <= part < SIDE for part in self._here)
+        arrived, fell = self._here == self._goal, self._here == self._pit
+        return Step(_says(_written(self._here)), reward=float(arrived), done=arrived or fell or not inside)
+
+
+def walks() -> Iterable[Problem]:
+    """Where a walk begins, its goal two or three columns away and one or two rows, and a pit in the first row, up to
+    three columns away on the goal's side."""
+    cells = list(product(range(SIDE), repeat=2))
+    for (x, y), (to_x, to_y) in product(cells, repeat=2):
+        if abs(to_x - x) in (2, 3) and abs(to_y - y) in (1, 2):
+            towards = range(x + 1, x + 4) if to_x > x else range(x - 3, x)
+            yield from ((x, y, to_x, to_y, pit) for pit in towards if 0 <= pit < SIDE)
+
+
+def row(problem: Problem) -> dict[str, Any]:
+    x, y, to_x, to_y, pit = problem
+    question = f"Walk to {_written((to_x, to_y))} and avoid {_written((pit, y))}."
+    return {"question": question, "start": [x, y], "goal": [to_x, to_y], "pit": [pit, y]}
+
+
+def checked(problem: Problem) -> Turns:
+    """Across first and then up or down, but up or down where the pit is in the way; with what the next place is."""
+    here, goal, pit = _places(problem)
+    while True:
+        move, place = _straight(here, goal)
+        said = f"{move} {_written(place)}"
+        if place == pit:
+            move = _upright(here, goal)
+            place = _moved(here, MOVES[move])
+            said += " no"
+        here = place
+        yield f"{said}: {move}"
+
+
+def straight(problem: Problem) -> Turns:
+    """Across first and then up or down, whatever is there."""
+    here, goal, _ = _places(problem)
+    while True:
+        move, here = _straight(here, goal)
+        yield move
+
+
+def _straight(here: Cell, goal: Cell) -> tuple[str, Cell]:
+    move = _upright(here, goal) if here[0] == goal[0] else "right" if here[0] < goal[0] else "left"
+    return move, _moved(here, MOVES[move])
+
+
+def _upright(here: Cell, goal: Cell) -> str:
+    return "up" if here[1] < goal[1] else "down"
+
+
+def _places(problem: Problem) -> tuple[Cell, Cell, Cell]:
+    x, y, to_x, to_y, pit = problem
+    return (x, y), (to_x, to_y), (pit, y)
+
+
+def _moved(here: Cell, move: Cell) -> Cell:
+    return here[0] + move[0], here[1] + move[1]
+
+
+def _cell(given: list[int]) -> Cell:
+    x, y = given
+    return x, y
+
+
+def _written(cell: Cell) -> str:
+    return f"{cell[0]},{cell[1]}"
+
+
+def _says(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+WALK = Exercise(walks, row, good=checked, cheap=straight, kin=lambda problem: problem[2:], environment=Walk)

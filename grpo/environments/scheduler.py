@@ -128,7 +128,7 @@ class Scheduler:
                 gate.waiting.append(job)
 
     def collect(self, wait: bool = False) -> None:
-        """Open the gates of outside work that is done, in the order in which it was begun. `wait`: for some, if none is.
+        """Open the gates of outside work that is done, in the order in which it was begun; `wait` for some if none is.
 
         As long as work is quick, all of it is waited for. Then rows go on at the same places in every run, and are
         decoded beside the same others, on which the last bits of their numbers depend.

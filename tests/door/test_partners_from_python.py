@@ -68,7 +68,7 @@ def talking(recipe: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     talker(toy_folder, Path("talker"))
     monkeypatch.setattr(Chat, "parse", calls_first_tool)
     Path("digits.py").write_text(
-        "def reward(completions, **columns):\n    return [float(len(c)) for c in completions]\n"
+        "def reward(completions, **_):\n    return [float(len(str(c))) for c in completions]\n"
     )
     recipe.write_text(recipe.read_text().replace(str(toy_folder), "talker").replace("length: 8", "length: 48"))
     return recipe
@@ -119,7 +119,7 @@ def test_several_by_the_column(talking: Path) -> None:
 
 def test_an_object_that_samples_by_itself(talking: Path) -> None:
     Path("digits.py").write_text(
-        "def reward(completions, **columns):\n    return [float(len(c)) for c in completions]\n"
+        "def reward(completions, **_):\n    return [float(len(str(c))) for c in completions]\n"
     )
     for given in (Own, Own()):
         with grpo.Trainer(talking, environment=given, quiet=True) as trainer:

@@ -21,7 +21,7 @@ _WITH_TOOLS = (
     "{% for message in messages %}{% if message.tool_calls %}"
     "{{ '<|im_start|>assistant\n' + message['content'] }}"
     "{% for tool_call in message.tool_calls %}{% set tool_call = tool_call.function %}"
-    '{{ \'<tool_call>\n{"name": "\' + tool_call.name + \'", "arguments": \' }}'
+    "{{ '<tool_call>\n{\"name\": \"' + tool_call.name + '\", \"arguments\": ' }}"
     "{{ tool_call.arguments | tojson }}{{ '}\n</tool_call>' }}{% if not loop.last %}{{ '\n' }}{% endif %}"
     "{% endfor %}{{ '<|im_end|>\n' }}"
     "{% else %}" + _SAID + "{% endif %}{% endfor %}" + _NEXT

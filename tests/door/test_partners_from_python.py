@@ -96,7 +96,7 @@ def test_a_class_and_a_reward_that_takes_environments(talking: Path) -> None:
 
 
 def test_tools_alone_and_beside_an_environment(talking: Path) -> None:
-    cfg = grpo.recipe(talking, output_dir="alone", steps=1)
+    cfg = grpo.recipe(talking, output_dir="alone", steps=1, max_completion_length=160)
     with grpo.Trainer(cfg, tools=[look], quiet=True) as trainer:
         trainer.train()
     said = [message for row in conversations("alone") for message in row.trajectory.conversation.messages]

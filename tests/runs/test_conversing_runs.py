@@ -144,3 +144,26 @@ def test_a_mistake_after_the_processes_began_ends_them(conversing: Path, run_cli
     ran = run_cli("train", conversing, "eval={split: train}", "checkpoint.metric_for_best_model=pass@9")
     assert (ran.code, "is not measured" in ran.err) == (2, True)
     assert gone()
+
+
+RESCORED = """
+def talked(completions, prompts, **columns):
+    assert all("Begin with" in messages[-1]["content"] for messages in prompts)
+    return [float(sum(message["role"] == "tool" for message in messages)) for messages in completions]
+
+def summed(completions, environments, **columns):
+    return [environment.sum for environment in environments]
+"""
+
+
+def test_rescored_rewards_see_the_messages(conversing: Path, run_cli) -> None:  # noqa: F811
+    run(conversing, "optim.steps=1", "output_dir=run")
+    Path("again.py").write_text(RESCORED)
+    calls = [one.conversation.messages for one in trajectories("run")]
+    results = [sum(message["role"] == "tool" for message in messages) for messages in calls]
+    ran = run_cli("rewards", "score", "run", "--reward", "again.py:talked")
+    assert ran.code == 0, ran.err
+    assert f"{sum(results) / len(results):.4f}" in ran.out
+    refused = run_cli("rewards", "score", "run", "--reward", "again.py:summed")
+    assert refused.code == 2
+    assert "takes `environments`, and those of stored conversations are gone: it cannot score them again" in refused.err

@@ -73,13 +73,18 @@ class Located:
     @property
     def file(self) -> str:
         """The file that is named, "" for a module."""
-        place = self.where if self.where.endswith(".py") else self.where.rpartition(":")[0]
-        return place if place.endswith(".py") else ""
+        return file_in(self.where)
 
     def absolute(self) -> Located:
         """The same in any working directory."""
         file = self.file
         return replace(self, where=f"{Path(file).absolute()}{self.where.removeprefix(file)}") if file else self
+
+
+def file_in(use: str) -> str:
+    """The file in `file.py:name` or `file.py`; "" for everything else."""
+    place = use if use.endswith(".py") else use.rpartition(":")[0]
+    return place if place.endswith(".py") else ""
 
 
 def find_reward(use: str) -> tuple[str, Function]:

@@ -19,7 +19,7 @@ from grpo.data.stream import all_too_long
 MOST_ROWS, MOST_TOKENS = 50_000, 20_000_000
 """What is rendered at start-up at most: about 20 seconds' worth, once. More text is planned for by
 `max_prompt_length`."""
-VERSION = 1
+VERSION = 2
 """To be raised when the same rows and settings make other prompts."""
 
 log = logging.getLogger(__name__)
@@ -27,10 +27,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """What rendering every prompt found: `longest` in tokens, of those that fit; and how many rows are left out."""
+    """What rendering every prompt found: `longest` and `shortest` in tokens, of those that fit; and how many rows are
+    left out."""
 
     rows: int
     longest: int
+    shortest: int
     too_long: int
     null: int
 
@@ -56,7 +58,7 @@ def measure_lengths(rows: Rows, renderer: PromptRenderer) -> Lengths | None:
 
 
 def _measured(rows: Rows, renderer: PromptRenderer) -> Lengths | None:
-    longest = too_long = null = tokens = 0
+    shortest, longest, too_long, null, tokens = renderer.cfg.max_prompt_length, 0, 0, 0, 0
     for index in range(len(rows)):
         task = renderer.task(index, rows[index])
         if task is None:
@@ -66,12 +68,12 @@ def _measured(rows: Rows, renderer: PromptRenderer) -> Lengths | None:
         if tokens > MOST_TOKENS:
             return None
         if renderer.fits(task):
-            longest = max(longest, len(task.prompt_ids))
+            longest, shortest = max(longest, len(task.prompt_ids)), min(shortest, len(task.prompt_ids))
         else:
             too_long += 1
     if longest == 0:
         raise all_too_long(renderer)
-    return Lengths(len(rows), longest, too_long, null)
+    return Lengths(len(rows), longest, shortest, too_long, null)
 
 
 def _place(rows: Rows, renderer: PromptRenderer) -> Path | None:

@@ -139,9 +139,15 @@ def compiler(gpu: Callable[[], bool] = on_gpu, find: Callable[[str], str | None]
     return Finding("compiler", "ok", f"{found}; grpo needs none on a CPU, since it compiles nothing there")
 
 
+SANDBOXED = "python_tests, the tool python and environments with sandbox: true"
+
+
 def sandbox(missing: Callable[[], str | None] = missing) -> Finding:
-    """Whether `python_tests` can run what a model wrote."""
+    """Whether code that a model wrote, and environments, can be isolated."""
     if (why := missing()) is None:
-        return Finding("sandbox", "ok", "python_tests can isolate the code that it runs")
-    remedy = "allow user namespaces (in Docker: --security-opt seccomp=unconfined), or give python_tests {unsafe: true}"
-    return Finding("sandbox", "warn", f"python_tests refuses to start: {why}", remedy)
+        return Finding("sandbox", "ok", f"{SANDBOXED} can be isolated")
+    remedy = (
+        "allow user namespaces (in Docker: --security-opt seccomp=unconfined), or give python_tests and the tool "
+        "python {unsafe: true}, and the environments sandbox: false"
+    )
+    return Finding("sandbox", "warn", f"{SANDBOXED} refuse to start: {why}", remedy)

@@ -114,13 +114,9 @@ class Chair:
         return [one for one in (self.environment, *(self._owned or ())) if one is not None]
 
     def make(self) -> None:
-        """Make the objects, if they are not there. Raises what their code raises, and ValueError for a clash of names.
-
-        They are made with the same random numbers each time, since they serve any row.
-        """
+        """Make the objects, if they are not there. Raises what their code raises; ValueError for a clash of names."""
         if self._owned is not None:
             return
-        self._streams.seed(0)
         made = self._makers.environment
         environment = None if made is None else self.run(made.make, made.kwargs)
         owned = [self.run(tool.make, tool.kwargs) if tool.makes_objects else None for tool in self._makers.tools]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from grpo.backend.hub import one_line
 from grpo.data.rendering import Schema, rendered_ids
 from grpo.environments.joints import Joint, joint_of
 from grpo.environments.readback import format_of, takes_several
@@ -23,7 +24,8 @@ class Chat:
 
     A conversation's tokens are the prompt's, then by turns those that were sampled and a suffix: what was sampled is
     never encoded again, not even where the template would write it otherwise. So earlier thinking stays in the
-    conversation, as in templates for training, where a template for inference would leave it out.
+    conversation, as in templates for training, where a template for inference would leave it out: what the model read
+    when it sampled a turn is then all that stands before that turn, and a conversation is one row to train on.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class Chat:
         """`joints` are those that are known, by role; None where text goes to the model without a template."""
         self.notes = tuple(notes)
         self._template, self._form, self._thinking = template, form, thinking
-        self._joints = None if joints is None else dict(joints)
+        self._joints: dict[str, Joint | UserError] | None = None if joints is None else dict(joints)
 
     @classmethod
     def of(
@@ -71,19 +73,18 @@ class Chat:
         return cls(template, joints, form, thinking, _notes(template, joints, form if tools else None, several))
 
     def prompt_ids(self, messages: str | Sequence[Message]) -> tuple[int, ...]:
-        """The tokens of a prompt, with the tools and the beginning of the model's answer.
+        """The tokens of a prompt, with the tools and the beginning of the model's answer. Text is a user's message.
 
         Raises UserError for messages that the template refuses.
         """
+        asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        given, template = _as_text(asked), self._template
         if self._joints is None:
-            text = messages if isinstance(messages, str) else "".join(text_of(one["content"]) for one in messages)
-            return tuple(self._template.tokenizer.encode(text))
-        given = [{"role": "user", "content": messages}] if isinstance(messages, str) else _as_text(messages)
-        template = self._template
+            return tuple(template.tokenizer.encode("".join(one["content"] for one in given)))
         try:
             return tuple(rendered_ids(template.tokenizer, given, template.tools, template.kwargs))
         except Exception as error:  # the template is the model's own code
-            raise UserError(f"the model's chat template refuses a prompt: {error}") from error
+            raise UserError(f"the model's chat template refuses a prompt: {one_line(error)}") from error
 
     def suffix_ids(self, turn_ids: Sequence[int], messages: Sequence[Message]) -> tuple[int, ...] | None:
         """The tokens between a sampled turn and the next: messages of tools or of the user, and the beginning of the
@@ -97,14 +98,14 @@ class Chat:
         template = self._template
         if self._joints is None:
             return tuple(template.encode_plain("".join(text_of(one["content"]) for one in messages)))
-        if not turn_ids or not messages:
+        if not messages:
             return None
-        if not self.can_follow(messages[0]["role"], turn_ids):
+        joint = self._joint(messages[0]["role"])
+        if not turn_ids or turn_ids[-1] not in joint.sampled:
             return None
-        joint = self._joints[messages[0]["role"]]
-        ids = self._call_ids(turn_ids) if joint.ids else ()
-        given = [{**one, "content": template.harmless(one["content"])} for one in _as_text(messages)]
-        text = template.render([*before(given, joint.single, ids), *with_ids(given, ids)], generation=True)
+        given = [_harmless(one, template) for one in _as_text(messages)]
+        ids = self._call_ids(turn_ids, given, joint)
+        text = template.render([*before(given, joint.calls, ids), *with_ids(given, ids)], generation=True)
         at = text.index(joint.end, text.index(MARK)) + len(joint.end)
         return template.encode_after(joint.end, text[at:])
 
@@ -112,9 +113,22 @@ class Chat:
         """Whether messages of this role can follow a turn that ended as these tokens do; plain text always can."""
         if self._joints is None:
             return True
+        try:
+            return bool(turn_ids) and turn_ids[-1] in self._joint(role).sampled
+        except UserError:  # the template has no place for this role
+            return False
+
+    def _joint(self, role: str) -> Joint:
+        """How messages of a role follow a turn. Raises UserError where they cannot."""
+        assert self._joints is not None
         if role not in self._joints:
-            self._joints[role] = joint_of(self._template, role, self._thinking)
-        return bool(turn_ids) and turn_ids[-1] in self._joints[role].sampled
+            try:
+                self._joints[role] = joint_of(self._template, role, self._thinking)
+            except UserError as error:
+                self._joints[role] = error
+        if isinstance(found := self._joints[role], UserError):
+            raise found
+        return found
 
     def parse(self, turn_ids: Sequence[int]) -> Message:
         """What a sampled turn says, as the assistant's message: `content`, `tool_calls` if it calls tools, and
@@ -131,11 +145,10 @@ class Chat:
         ids = list(turn_ids)
         if ids and ids[-1] in self._template.stop_ids:
             ids.pop()
-        decode = self._template.tokenizer.decode
-        plain = Said(decode(ids, skip_special_tokens=True))
+        plain = Said(self._template.decode(ids, special=False))
         if self._form is None and self._thinking is None:
             return plain
-        text = decode(ids, skip_special_tokens=False)
+        text = self._template.decode(ids)
         reasoning, rest = self._thinking.split(text) if self._thinking else (None, text)
         said = self._form.read(rest, self._template.tools) if self._form else Said(rest)
         if reasoning is None and (said.content, said.calls, said.reasoning) == (text, (), None):
@@ -144,8 +157,20 @@ class Chat:
         clean = self._template.specials.sub("", said.content)
         return Said(clean, said.calls, thought)
 
-    def _call_ids(self, turn_ids: Sequence[int]) -> list[str | None]:
-        return [call.get("id") for call in self._said(turn_ids).calls]
+    def _call_ids(self, turn_ids: Sequence[int], results: Sequence[Message], joint: Joint) -> list[str | None]:
+        """The ids that the model gave its calls, where the template tells them and takes them."""
+        if not joint.ids:
+            return []
+        given = [call.get("id") for call in self._said(turn_ids).calls]
+        ids = [None if own is None else self._template.harmless(own) for own in given]
+        takes = self._template.takes([*before(results, joint.calls, ids), *with_ids(results, ids)])
+        return ids if takes else []
+
+
+def _harmless(message: Message, template: Template) -> Message:
+    """A message whose texts hold no whole control token: its content, and the name that the model called a tool by."""
+    texts = {key: template.harmless(message[key]) for key in ("content", "name") if isinstance(message.get(key), str)}
+    return {**message, **texts}
 
 
 def _as_text(messages: Sequence[Message]) -> list[Message]:

@@ -13,7 +13,7 @@ from typing import Any
 from grpo.environments.seats import Reply
 from grpo.errors import UserError
 
-GRACE = 5.0
+GRACE = 10.0
 """Seconds for a process to say that it has given up a call. One that does not answer is held by other people's code."""
 CLOSED = Reply("crash", error="its process was ended, because the run is over")
 HELD = "its process did not answer any more (a call in it holds all of it), so it was killed"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grpo.environments.template import MARK, Template, before, shared, with_ids
+from grpo.environments.template import MARK, Calls, Template, before, shared, with_ids
 from grpo.environments.thinking import Thinking
 from grpo.errors import UserError
 from grpo.types import Message
@@ -25,7 +25,7 @@ class Joint:
     kept      whether earlier thinking stays, that the template would leave out
     moves     whether the template would write a system message elsewhere than it stood in the prompt
     ids       whether the template says of a tool's result which call it is of
-    single    whether the template takes a single call in a turn
+    calls     which of a turn's calls the template writes
     """
 
     end: str
@@ -33,7 +33,7 @@ class Joint:
     kept: bool = False
     moves: bool = False
     ids: bool = False
-    single: bool = False
+    calls: Calls = "all"
 
 
 def joint_of(template: Template, role: str, thinking: Thinking | None) -> Joint:
@@ -41,23 +41,27 @@ def joint_of(template: Template, role: str, thinking: Thinking | None) -> Joint:
     name = template.tools[0]["function"]["name"] if template.tools else "tool"
     one: Message = {"role": role, "content": RESULT, **({"name": name} if role == "tool" else {})}
     two = [one, {**one, "content": RESULT[::-1]}] if role == "tool" else [one]
-    single = role == "tool" and not _several(template, two)
-    last = template.render(before(two, single), generation=False)
-    text = template.render([*before(two, single), *with_ids(two, ())], generation=True)
+    calls = _calls(template, two) if role == "tool" else "all"
+    last = template.render(before(two, calls), generation=False)
+    text = template.render([*before(two, calls), *with_ids(two, ())], generation=True)
     end, sampled = _ends(template, last, text, role)
     at = text.index(end, text.index(MARK))
     _check_shown(text[at:], two, role)
     _check_prefix(template, last, text[:at], role, thinking)
     _check_cut(template, end, text, at)
-    kept = _drops(template, two, single)
+    kept = _drops(template, two, calls)
     ids = role == "tool" and "call00000" in text[at:]
-    return Joint(end, sampled, kept, _moves_system(template, two, single), ids, single)
+    return Joint(end, sampled, kept, _moves_system(template, two, calls), ids, calls)
 
 
-def _several(template: Template, results: Sequence[Message]) -> bool:
-    """Whether the template renders a turn with several calls, all of them."""
-    calling = before(results, False)
-    return template.takes(calling) and MARK in template.render(calling, generation=False)
+def _calls(template: Template, results: Sequence[Message]) -> Calls:
+    """Which of the calls before these results the template writes."""
+    ways: tuple[Calls, ...] = ("all", "first")
+    for way in ways:
+        calling = before(results, way)
+        if template.takes(calling) and MARK in template.render(calling, generation=False):
+            return way
+    return "none"
 
 
 def _ends(template: Template, last: str, text: str, role: str) -> tuple[str, frozenset[int]]:
@@ -66,8 +70,7 @@ def _ends(template: Template, last: str, text: str, role: str) -> tuple[str, fro
     Most templates write the same token after a last turn; gpt-oss writes another, and the model samples that.
     """
     if MARK not in text or MARK not in last:
-        what = "tool calls" if role == "tool" else "what the model said"
-        raise UserError(f"the model's chat template does not render {what}: {WAYS_OUT}")
+        raise UserError(f"the model's chat template leaves out what the model said: {WAYS_OUT}")
     inner = text[: text.index(RESULT)] if RESULT in text else text
     found, final = (template.end_in(one, one.index(MARK)) for one in (inner, last))
     if found is None:
@@ -115,9 +118,9 @@ def _bare(thinking: Thinking, text: str) -> str:
     return re.sub(r"\s", "", thinking.without(text))
 
 
-def _moves_system(template: Template, messages: Sequence[Message], single: bool) -> bool:
+def _moves_system(template: Template, messages: Sequence[Message], calls: Calls) -> bool:
     """Whether a system message stands elsewhere, or nowhere, when these messages follow a turn."""
-    said = [{"role": "system", "content": THOUGHT}, *before(messages, single)]
+    said = [{"role": "system", "content": THOUGHT}, *before(messages, calls)]
     if not template.takes(said):
         return False
     prompt = template.render(said[:2], generation=True)
@@ -135,9 +138,9 @@ def _check_cut(template: Template, end: str, text: str, at: int) -> None:
         )
 
 
-def _drops(template: Template, messages: Sequence[Message], single: bool) -> bool:
+def _drops(template: Template, messages: Sequence[Message], calls: Calls) -> bool:
     """Whether the template renders the thinking of a last turn, and no longer when these messages follow."""
-    thought = before(messages, single, reasoning_content=THOUGHT, thinking=THOUGHT)
+    thought = before(messages, calls, reasoning_content=THOUGHT, thinking=THOUGHT)
     if THOUGHT not in template.render(thought, generation=False):
         return False
     return THOUGHT not in template.render([*thought, *with_ids(messages, ())], generation=True)

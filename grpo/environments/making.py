@@ -36,13 +36,15 @@ def make_host(
     workers: int = 1,
     given: Function | None = None,
     functions: Sequence[Function | None] = (),
+    rewards: Sequence[Path] = (),
 ) -> EnvironmentHost:
     """The host of an environment and the tools beside it; its processes are started, and not waited for.
 
     `several`: the dataset's column `environment` chooses among several of them. `workers` is how many processes there
     are if `config` does not say. `given` is the environment's class or function and `functions` those of the tools, if
-    they were given as objects (None: the recipe names it): then all live in this process. Raises UserError for names
-    that mean nothing, and for variables in `env` that are not set.
+    they were given as objects (None: the recipe names it): then all live in this process. `rewards` are files that the
+    sandbox shows, too. Raises UserError for names that mean nothing, for variables in `env` that are not set, and where
+    there is no sandbox for `config.sandbox`.
     """
     located = None if config.use is None else _located(config.use, config.name)
     what = ALONE if located is None else f"environment {located.name!r}"
@@ -50,7 +52,7 @@ def make_host(
     terms = HostTerms(what, config.timeout, config.reset_timeout, seconds, config.workers or workers, several)
     if given is None and not any(functions):
         named = [(locate_tool(tool.use), tool.kwargs) for tool in tools]
-        return _in_processes(config, terms, None if located is None else (located, config.kwargs), named)
+        return _in_processes(config, terms, None if located is None else (located, config.kwargs), named, rewards)
     if config.sandbox:
         raise UserError(
             f"{what}: sandbox: objects given from Python live in this process. Name all in files or modules"
@@ -72,13 +74,13 @@ def _maker(function: Function, kwargs: Mapping[str, Any]) -> Maker:
 
 
 def _in_processes(
-    config: EnvironmentConfig, terms: HostTerms, made: Named | None, tools: Sequence[Named]
+    config: EnvironmentConfig, terms: HostTerms, made: Named | None, tools: Sequence[Named], rewards: Sequence[Path]
 ) -> EnvironmentHost:
     named = [*([made] if made else []), *tools]
     variables = _variables(terms.what, config.env, named)
     sandbox = None
     if config.sandbox:
-        sandbox = Sandbox.of(terms.what, [Path(located.file) for located, _ in named if located.file])
+        sandbox = Sandbox.of(terms.what, [Path(located.file) for located, _ in named if located.file], rewards)
     setup = {
         "path": [os.path.abspath(entry) for entry in sys.path],  # the sandbox has a working directory of its own
         "name": config.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from grpo.environments.joints import WAYS_OUT
@@ -19,14 +20,16 @@ def format_of(template: Template, thinking: Thinking | None) -> Format | None:
 
     Raises UserError where the template does not show the tools, or no format reads its calls.
     """
-    known = [*_of_mlx_lm(template), *FORMATS]
+    inferred = _of_mlx_lm(template)
     if not template.tools:
         return HARMONY if {"<|channel|>", "<|message|>"} <= set(template.special) else None
     _check_tools_shown(template)
     examples = [_example(tool) for tool in template.tools]
-    for one in known:
+    for one in [*inferred, *FORMATS]:
         if all(_reads_back(template, one, thinking, [example]) for example in examples):
             return one
+    if inferred and not _writes(template, examples[0]):
+        return replace(inferred[0], name=f"{inferred[0].name}, untested since the chat template writes none")
     raise UserError(
         "no known format reads back the tool calls that the model's chat template writes, "
         f"{_written(template, examples[:1])[0]!r:.200}: {WAYS_OUT}"
@@ -34,8 +37,10 @@ def format_of(template: Template, thinking: Thinking | None) -> Format | None:
 
 
 def takes_several(template: Template, form: Format, thinking: Thinking | None) -> bool:
-    """Whether two calls in a turn are written, and read back."""
+    """Whether two calls in a turn are written, and read back, as far as calls are."""
     calls = [_example(tool) for tool in (template.tools[0], template.tools[-1])]
+    if not _writes(template, calls[0]):
+        return True
     return template.takes(_calling(calls)) and _reads_back(template, form, thinking, calls)
 
 
@@ -64,12 +69,16 @@ def _calling(calls: Sequence[dict[str, Any]]) -> list[Message]:
 
 def _written(template: Template, calls: Sequence[dict[str, Any]]) -> tuple[str, str]:
     """The turn that makes these calls as the template writes it, and what leads to it."""
-    prompt = template.render([QUESTION], generation=True)
-    whole = template.render(_calling(calls), generation=False)
-    lead = shared(prompt, whole)
-    end = template.end_in(whole, len(lead))
-    stopped = end is not None and template.special[end[0]] in template.stop_ids
-    return whole[len(lead) : end.start() if end is not None and stopped else None], lead
+    prompt = template.encode(template.render([QUESTION], generation=True))
+    whole = template.encode(template.render(_calling(calls), generation=False))
+    begin = len(shared(prompt, whole))  # of tokens: two marks may begin with the same letters
+    end = next((i for i in range(begin, len(whole)) if whole[i] in template.stop_ids), len(whole))
+    return template.decode(whole[begin:end]), template.decode(whole[:begin])
+
+
+def _writes(template: Template, call: dict[str, Any]) -> bool:
+    """Whether the template writes calls: LFM2's leaves them to what the model said."""
+    return call["name"] in _written(template, [call])[0]
 
 
 def _reads_back(template: Template, form: Format, thinking: Thinking | None, calls: Sequence[dict[str, Any]]) -> bool:

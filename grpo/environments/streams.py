@@ -14,7 +14,10 @@ from typing import Any
 
 
 class Streams:
-    """The streams of one seat, as `random.seed(seed)` and `numpy.random.seed(seed % 2**32)` begin them."""
+    """The streams of one seat, as `random.seed(seed)` and `numpy.random.seed(seed % 2**32)` begin them.
+
+    The first seed is 0: objects serve any row, so all are made with the same numbers.
+    """
 
     def __init__(self) -> None:
         import numpy

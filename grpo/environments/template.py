@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from grpo.backend.hub import one_line
 from grpo.data.rendering import Schema, rendered_text
@@ -16,6 +16,9 @@ from grpo.types import Message
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper
 
+Calls = Literal["all", "first", "none"]
+"""Which of a turn's calls a template writes: some take one in a turn, and some leave calls to what the model said."""
+Shared = TypeVar("Shared", str, list[int])
 MARK = "qzjxkv"
 """Stands for what the model said, in conversations that are rendered for what follows it."""
 QUESTION: Message = {"role": "user", "content": "Hi."}
@@ -55,6 +58,10 @@ class Template:
     def encode(self, text: str) -> list[int]:
         """The token ids of a rendered text."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, token_ids: Sequence[int], special: bool = True) -> str:
+        """The text of tokens, with or without the special ones among them."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=not special))
 
     @cached_property
     def special(self) -> dict[str, int]:
@@ -104,18 +111,19 @@ def _any_of(texts: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def before(messages: Sequence[Message], single: bool, ids: Sequence[str | None] = (), **more: Any) -> list[Message]:
+def before(messages: Sequence[Message], calls: Calls, ids: Sequence[str | None] = (), **more: Any) -> list[Message]:
     """A conversation that these messages may follow: a question, and a turn that ends with `MARK`.
 
-    Before the results of tools the turn calls these tools, or only the first if `single`. `ids` are the calls' own.
-    `more` goes into the turn.
+    Before the results of tools the turn calls these tools, as far as the template writes `calls`. `ids` are the calls'
+    own. `more` goes into the turn.
     """
     results = [message for message in messages if message["role"] == "tool"]
-    if not results:
+    if not results or calls == "none":
         return [QUESTION, {"role": "assistant", "content": MARK, **more}]
-    calls = [_call(str(result.get("name")), i, ids) for i, result in enumerate(results[:1] if single else results)]
-    calls[-1]["function"]["arguments"] = {"text": MARK}
-    return [QUESTION, {"role": "assistant", "content": "", "tool_calls": calls, **more}]
+    names = [str(result.get("name")) for result in (results if calls == "all" else results[:1])]
+    made = [_call(name, number, ids) for number, name in enumerate(names)]
+    made[-1]["function"]["arguments"] = {"text": MARK}
+    return [QUESTION, {"role": "assistant", "content": "", "tool_calls": made, **more}]
 
 
 def _call(name: str, number: int, ids: Sequence[str | None]) -> dict[str, Any]:
@@ -139,17 +147,18 @@ def with_ids(messages: Sequence[Message], ids: Sequence[str | None]) -> list[Mes
     return numbered
 
 
-def shared(one: str, other: str) -> str:
-    """The beginning that two texts have in common."""
+def shared(one: Shared, other: Shared) -> Shared:
+    """The beginning that two texts, or two lists of tokens, have in common."""
     differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return one[: next(differ, min(len(one), len(other)))]
 
 
 def text_of(content: Any) -> str:
     """A message's content as text: what templates of text models take. Raises UserError for pictures and sounds."""
-    if isinstance(content, str):
-        return content
-    blocks = content or []
-    if odd := [block for block in blocks if not isinstance(block, Mapping) or not isinstance(block.get("text"), str)]:
+    if content is None or isinstance(content, str):
+        return content or ""
+    blocks = content if isinstance(content, list | tuple) else [content]
+    texts = [block.get("text") if isinstance(block, Mapping) else None for block in blocks]
+    if odd := [block for block, text in zip(blocks, texts, strict=True) if not isinstance(text, str)]:
         raise UserError(f"a message has content that is no text, {str(odd[0])[:80]!r}: only text is supported")
-    return "".join(block["text"] for block in blocks)
+    return "".join(map(str, texts))

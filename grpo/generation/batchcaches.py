@@ -44,6 +44,10 @@ class BatchCaches:
         fixed, per_token = self._sizes
         return int((slots + places) * fixed + (slots * (prompt + completion) + places * prompt) * per_token)
 
+    def outside(self, prompt: int, completion: int) -> int:
+        fixed, per_token = self._sizes
+        return int(fixed + (prompt + completion) * per_token)
+
     @cached_property
     def _sizes(self) -> tuple[float, float]:
         """Bytes of a row, and more for each of its tokens. Caches grow by 256 columns."""

@@ -93,6 +93,10 @@ class Decoding(Protocol):
         """Bytes of keys and values for so many slots and prompts at once, of at most these lengths in tokens."""
         ...
 
+    def outside(self, prompt: int, completion: int) -> int:
+        """Bytes that a row keeps outside its slot, after a prompt and with tokens of its own, so many at most."""
+        ...
+
 
 class SharedPrefix:
     """Decoding in which a group's rows share the keys and values of their prompt."""
@@ -136,3 +140,6 @@ class SharedPrefix:
         # Stock attention holds its scores: of one layer's step, or of a chunk of prompts.
         scores = max(slots * (prompt + completion), at_once * min(prompt, PREFILL_CHUNK))
         return cached + SCORES_HELD * 4 * self._query_heads * scores
+
+    def outside(self, prompt: int, completion: int) -> int:  # noqa: ARG002  its prompt's are in a prefix place
+        return completion * sum(shape.bytes_per_token for shape in self.shapes)

@@ -19,12 +19,15 @@ class Memory(Protocol):
 
     def memory(self, slots: int, places: int, prompt: int, completion: int) -> int: ...
 
+    def outside(self, prompt: int, completion: int) -> int: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Need:
     """The most that is decoded at once: so many rows, of so many prompts, of at most these lengths in tokens.
 
-    `reshaped`: whether filters or a penalty take part in sampling.
+    `reshaped`: whether filters or a penalty take part in sampling. `waits`: whether rows leave their slots while they
+    wait for an environment, and come back.
     """
 
     rows: int
@@ -32,6 +35,7 @@ class Need:
     prompt_length: int
     completion_length: int
     reshaped: bool = False
+    waits: bool = False
 
     def bytes(self, decoding: Memory, slots: int) -> int:
         """What the generator holds for it, with so many slots."""
@@ -39,6 +43,10 @@ class Need:
         cached = decoding.memory(slots, min(slots, self.prompts), self.prompt_length, self.completion_length)
         held = FILTERED_HELD if self.reshaped else LOGITS_HELD
         return cached + held * 4 * slots * decoding.vocabulary
+
+    def waiting(self, decoding: Memory) -> int:
+        """What rows keep outside the slots at the most: all of them, when all wait at once."""
+        return self.rows * decoding.outside(self.prompt_length, self.completion_length) if self.waits else 0
 
 
 def slots_that_fit(decoding: Memory, need: Need, slots: int, available: int) -> int:
@@ -58,3 +66,14 @@ def slots_that_fit(decoding: Memory, need: Need, slots: int, available: int) -> 
             "rollout.max_completion_length or data.max_prompt_length, or take a smaller or quantized model"
         )
     return low
+
+
+def slots_beside_waiting(decoding: Memory, need: Need, slots: int, available: int) -> int:
+    """The same, where rows that wait have up to half of `available`: a row that keeps nothing is computed anew.
+
+    One slot goes before what they keep.
+    """
+    reserved = min(need.waiting(decoding), available // 2)
+    if reserved > 0 and need.bytes(decoding, 1) > available - reserved:
+        return slots_that_fit(decoding, need, 1, available)
+    return slots_that_fit(decoding, need, slots, available - max(0, reserved))

@@ -90,7 +90,8 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
     costs = costs_of(model)
     states = int(cfg.needs_reference or cfg.adapter.type != "full")  # the reference
     prompt = cfg.data.max_prompt_length
-    load = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, prompt, prompt)
+    waits = bool(cfg.conversations)
+    load = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, prompt, prompt, waits=waits)
     plan, _ = plan_on(
         Machine(chip.memory, gpu=True, cuda=chip.backend == "cuda"),
         load,

@@ -16,7 +16,7 @@ from grpo.backend.device import memory_bytes, on_gpu
 from grpo.config import AdapterConfig, OptimConfig
 from grpo.errors import TooLargeError
 from grpo.generation.decoding import Decoding
-from grpo.generation.memory import Memory, slots_that_fit
+from grpo.generation.memory import Memory, slots_beside_waiting
 from grpo.model.policy import Policy
 from grpo.model.widehead import bytes_at_work
 from grpo.planning.footprint import Footprint, measure_body, measure_footprint
@@ -44,7 +44,11 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Counts, and bytes by what they are for."""
+    """Counts, and bytes by what they are for.
+
+    `kept_bytes` are left of the memory during a rollout for rows outside the slots; `waiting` is what rows that wait
+    for environments keep there at the most. As much of it as there is room for is in the rollout's phase.
+    """
 
     steps: int
     prompts: int
@@ -58,16 +62,13 @@ class Plan:
     slots: int
     micro_batch: int
     checkpointing: bool
+    kept_bytes: int
+    waiting: int = 0
 
     @property
     def total(self) -> int:
         """Estimated peak: what stays, and the largest of the phases."""
         return sum(self.stays.values()) + max(self.phases.values())
-
-    @property
-    def kept_bytes(self) -> int:
-        """What is left of the memory during a rollout, for rows that wait outside the slots."""
-        return max(0, int(FREE * self.memory) - sum(self.stays.values()) - self.phases["rollout"])
 
     def lines(self) -> list[str]:
         stays = ", ".join(f"{name} {_size(size)}" for name, size in self.stays.items() if size)
@@ -79,8 +80,17 @@ class Plan:
             f"{steps} of {self.prompts} prompts, {self.rows} completions, at most {self.tokens:,} tokens",
             f"trains {self.trained:,} of {self.parameters:,} parameters",
             memory,
+            *self._of_waiting(),
             f"updates of {self.micro_batch:,} tokens at once{', layers checkpointed' if self.checkpointing else ''}",
         ]
+
+    def _of_waiting(self) -> list[str]:
+        if not self.waiting:
+            return []
+        keep = f"completions that wait for their environments keep up to {_size(self.waiting)} of keys and values"
+        if self.waiting <= self.kept_bytes:
+            return [keep]
+        return [f"{keep}; {_size(self.kept_bytes)} are there, and beyond that the oldest are computed again"]
 
 
 def make_plan(load: Workload, policy: Policy, decoding: Decoding) -> tuple[Plan, OptimConfig]:
@@ -124,10 +134,12 @@ def plan_on(
     available = int(FREE * machine.memory) - sum(stays.values()) - head
     slots, too_large = 1, None
     try:
-        slots = slots_that_fit(decoding, need, load.rollout.max_concurrency, available)
+        slots = slots_beside_waiting(decoding, need, load.rollout.max_concurrency, available)
     except TooLargeError as error:
         too_large = error
     chosen = _chosen(machine, load, footprint, body)
+    decoded, waiting = need.bytes(decoding, slots), need.waiting(decoding)
+    room = max(0, available - decoded)
     plan = Plan(
         steps=load.optim.steps,
         prompts=load.rollout.prompts_per_step,
@@ -137,7 +149,7 @@ def plan_on(
         trained=numbers,
         stays=stays,
         phases={
-            "rollout": need.bytes(decoding, slots) + head,
+            "rollout": decoded + head + min(waiting, room),
             "update": chosen.bytes,
             "optimizer's step": _optimizer_step(load.optim, load.adapter, model, stays["optimizer"]),
         },
@@ -145,6 +157,8 @@ def plan_on(
         slots=slots,
         micro_batch=chosen.tokens,
         checkpointing=chosen.checkpointing,
+        kept_bytes=room,
+        waiting=waiting,
     )
     if too_large or plan.total > machine.memory:
         raise TooLargeError(str(too_large or _what_would_help(plan)), *_least(plan))

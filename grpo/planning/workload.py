@@ -17,7 +17,8 @@ class Workload:
 
     `evaluation` is None where nothing is evaluated. `prompt_length` is the longest prompt that is trained on, `longest`
     the longest that is sampled from, held-out prompts included. `own` is how much of it each completion may have for
-    itself, where environments add to prompts: keys and values of that are not shared.
+    itself, where environments add to prompts: keys and values of that are not shared. `waits`: whether completions wait
+    for environments.
     """
 
     optim: OptimConfig
@@ -27,6 +28,7 @@ class Workload:
     prompt_length: int
     longest: int
     own: int = 0
+    waits: bool = False
 
     @property
     def rows(self) -> int:
@@ -45,7 +47,7 @@ class Workload:
             held_out = self.evaluation.prompts
             prompts, sampled = max(prompts, held_out), max(sampled, held_out * self.evaluation.samples)
         reshaped = sampling_of(self.rollout).reshaped
-        return Need(sampled, prompts, self.longest, self.own + self.rollout.max_completion_length, reshaped)
+        return Need(sampled, prompts, self.longest, self.own + self.rollout.max_completion_length, reshaped, self.waits)
 
     def largest(self, tokens: int, gpu: bool) -> Shape:
         """The largest micro-batch of at most `tokens`: the longest prompts, each with all its longest completions."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo.config import EnvironmentConfig, RolloutConfig, ToolConfig
@@ -106,18 +107,23 @@ class Partners:
 
 
 def invite(
-    conversations: Mapping[str, EnvironmentConfig], tools: Sequence[ToolConfig], given: Given, groups: int
+    conversations: Mapping[str, EnvironmentConfig],
+    tools: Sequence[ToolConfig],
+    given: Given,
+    groups: int,
+    rewards: Sequence[Path] = (),
 ) -> Partners:
     """Start the hosts that a recipe names, and wait until they have said what they are.
 
-    `groups` are sampled at once. Raises UserError for environments and tools that cannot be had, and for settings that
-    do nothing with them; nothing is left running then.
+    `groups` are sampled at once. `rewards` are files of rewards, which may be loaded into the processes. Raises
+    UserError for environments and tools that cannot be had, and for settings that do nothing with them; nothing is
+    left running then.
     """
     for name, config in conversations.items():
         if config.use is not None and hasattr(given.functions.get(config.use), "rollout"):
             return _alone(name, config, conversations, tools, given)
     objects = [given.functions.get(tool.use) for tool in tools]
-    workers = max(1, min(os.cpu_count() or 1, groups))
+    workers = workers_for(groups)
     with ExitStack() as stack:
         hosts: dict[str, tuple[Host, EnvironmentConfig]] = {}
         for name, config in conversations.items():
@@ -126,7 +132,7 @@ def invite(
                 raise UserError(
                     f"{_place(name)}.{idle[0]} does nothing for objects: they live in the trainer's process"
                 )
-            host: Host = make_host(config, tools, bool(name), workers, made, objects)
+            host: Host = make_host(config, tools, bool(name), workers, made, objects, rewards)
             stack.callback(host.close)
             hosts[name] = host, config
         for name, (host, config) in hosts.items():  # they start side by side
@@ -135,6 +141,11 @@ def invite(
             _check_terms(_place(name), config, host.description)
         stack.pop_all()
         return Partners(hosts)
+
+
+def workers_for(groups: int) -> int:
+    """Processes of a host where the recipe does not say how many, for so many groups at once: one for each core."""
+    return max(1, min(os.cpu_count() or 1, groups))
 
 
 def limits_of(config: EnvironmentConfig) -> Limits:

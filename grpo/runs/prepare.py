@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from grpo.backend.device import setup
@@ -25,6 +26,7 @@ from grpo.planning.notes import filter_note, notes_on
 from grpo.planning.plan import Plan, make_plan
 from grpo.planning.positions import position_note
 from grpo.planning.workload import Workload
+from grpo.plugins import file_in
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.runs.given import NOTHING, Given
@@ -68,7 +70,9 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
         raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
     with ExitStack() as opened:
-        partners = invite(cfg.conversations, cfg.tools, given, -(-cfg.rollout.prompts_per_step // ranks.size))
+        files = [Path(file) for reward in cfg.rewards if (file := file_in(reward.use))]
+        groups = -(-cfg.rollout.prompts_per_step // ranks.size)
+        partners = invite(cfg.conversations, cfg.tools, given, groups, files)
         opened.callback(partners.close)
         if partners.own is not None:
             _check_rewarded(cfg)
@@ -108,20 +112,24 @@ def _prepared(
     evaluator = _evaluator(cfg, *held_out[0], engine, scorer, ranks) if held_out else None
     lengths = measure_lengths(tables[0], renderer)
     ranks.check_same("the prompts of data", lengths)
-    most = cfg.data.max_prompt_length
-    longest, own = (most, most) if partners.resets else (lengths.longest if lengths else most, 0)
+    longest = cfg.data.max_prompt_length if lengths is None or partners.resets else lengths.longest
+    own = longest - (lengths.shortest if lengths else 0) if partners.resets else 0
     stream = TaskStream(tables[0], renderer, cfg.seed)
     source = stream if given.source is None else given.source(stream)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
-    workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, longest, longest_of_all, own)
+    waits = environment is not None
+    workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, longest, longest_of_all, own, waits)
     plan, optim = _together(ranks, policy, *make_plan(workload, policy, generator.decoding))
     cfg = with_settings(cfg, {"optim": optim})
     generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
     trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks)
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
-    prompts, head = _prompts(lengths, tables[0], renderer), filter(None, [positions, head_note(model, cfg.model)])
+    prompts, head = (
+        _prompts(lengths, tables[0], renderer, partners.resets),
+        filter(None, [positions, head_note(model, cfg.model)]),
+    )
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.slow]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     rows = dict(zip(named, tables, strict=True))
@@ -150,14 +158,18 @@ def _evaluator(
     return evaluator
 
 
-def _prompts(lengths: Lengths | None, rows: Rows, renderer: PromptRenderer) -> list[str]:
-    """How long the prompts are that the plan is made for, and the rows that are left out."""
+def _prompts(lengths: Lengths | None, rows: Rows, renderer: PromptRenderer, resets: bool) -> list[str]:
+    """How long the prompts are that the plan is made for, and the rows that are left out.
+
+    `resets`: whether environments may add to them.
+    """
     limit = f"data.max_prompt_length ({renderer.cfg.max_prompt_length:,} tokens)"
     if lengths is None:
         many = f"prompts: planned for {limit}, because {len(rows):,} rows are too much text to measure at the start"
         return [many, *filter(None, [_null_prompts(rows, renderer)])]
     where, total = f"data {renderer.cfg.label}, {renderer.cfg.split}", f"{lengths.rows:,} rows"
-    notes = [f"prompts: at most {lengths.longest:,} tokens, measured over all {total}"]
+    added = f"; planned for {limit}, because an environment's reset may add to them" if resets else ""
+    notes = [f"prompts: at most {lengths.longest:,} tokens, measured over all {total}{added}"]
     if lengths.too_long:
         notes.append(f"{where}: {lengths.too_long:,} of {total} are longer than {limit} and are left out")
     if lengths.null:
@@ -193,7 +205,7 @@ def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> t
     plans = ranks.gather((plan, optim))
     least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, not planned[0].checkpointing))
     policy.gradient_checkpointing = least.checkpointing
-    return replace(least, slots=plan.slots), optim
+    return replace(least, slots=plan.slots, kept_bytes=plan.kept_bytes), optim
 
 
 def data_of(cfg: Recipe) -> dict[str, DataConfig]:

@@ -103,7 +103,7 @@ def hosted(
             f"{what}, so it cannot have calls: step: the environments of a step live in several processes, and a call "
             "gets those of one. Write calls: group, or calls: completion"
         )
-    reward = HostedReward(located, config.kwargs, config.timeout, config.completions, system, function)
+    reward = HostedReward(located.absolute(), config.kwargs, config.timeout, config.completions, system, function)
     return Hosted(reward, [host for host, _ in hosts], config.calls)
 
 

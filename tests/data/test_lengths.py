@@ -36,9 +36,11 @@ def tokens(toy, question: str) -> int:
 
 def test_every_row_counts_wherever_it_stands(toy) -> None:
     found = measure_lengths(ROWS, renderer(toy))
-    assert found == Lengths(rows=4, longest=tokens(toy, "x" * 9), too_long=0, null=1)
+    shortest = min(tokens(toy, row["question"]) for row in ROWS if row["question"] is not None)
+    assert found == Lengths(4, tokens(toy, "x" * 9), shortest, too_long=0, null=1)
     limit = tokens(toy, "x" * 5)
-    assert measure_lengths(ROWS, renderer(toy, max_prompt_length=limit)) == Lengths(4, limit, too_long=1, null=1)
+    short = measure_lengths(ROWS, renderer(toy, max_prompt_length=limit))
+    assert short == Lengths(4, limit, shortest, too_long=1, null=1)
 
 
 def test_a_second_start_renders_nothing(toy, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
 """Environments and tools that behave, as TRL has them."""
 
 import asyncio
+import os
 import random
 import sqlite3
 import threading
+import time
 from random import randint
 
 import numpy as np
@@ -129,13 +131,25 @@ class Gym:
 class Dice:
     """Draws in every way that there is, with a pause in between."""
 
+    def __init__(self):
+        self.made_with = random.random()
+
     def reset(self, **row):
         self.first = [random.random(), randint(0, 10**6), float(np.random.rand())]
 
     def roll(self) -> str:
         """Roll."""
         random.shuffle(shuffled := list(range(5)))
-        return [self.first, random.gauss(0, 1), randint(0, 9), np.random.randint(10**6), shuffled]
+        order = list({"a", "b", "c", "d", "e"})  # as the hashes of texts have it
+        return [
+            self.first,
+            random.gauss(0, 1),
+            randint(0, 9),
+            np.random.randint(10**6),
+            shuffled,
+            order,
+            self.made_with,
+        ]
 
     async def roll_slowly(self) -> str:
         """Roll, and let others roll."""
@@ -144,6 +158,23 @@ class Dice:
             drawn.append((random.random(), float(np.random.normal())))
             await asyncio.sleep(0)
         return drawn
+
+
+class Secretive:
+    def reset(self, name, **_):
+        return os.environ[name]
+
+
+class Stuck:
+    def reset(self, **_): ...
+
+    def hang(self) -> str:
+        """Hang."""
+        time.sleep(1000)
+
+    def tell(self) -> str:
+        """Tell."""
+        return "told"
 
 
 class Notebook:

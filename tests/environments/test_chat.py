@@ -111,8 +111,12 @@ RAISING = "{% elif message.role == 'tool' %}{{ raise_exception('no tools, please
         (SHOWN, "\n</tool_response>", "leaves out the results of tools: use"),
         (SHOWN, FIRST, "leaves out the results of tools where there are several: use"),
         ("{{ tool_call.arguments | tojson }}", "0", "no known format reads back the tool calls"),
+        (
+            "{{ tool_call.arguments | tojson }}",
+            "{{ tool_call.arguments }}",
+            "no known format reads back the tool calls",
+        ),
         ('{"name": "{{', '{"call": "{{', "no known format reads back the tool calls"),
-        ("message.tool_calls or []", "[]", "no known format reads back the tool calls"),
         (
             "{% elif message.role == 'tool' %}",
             RAISING,
@@ -122,6 +126,20 @@ RAISING = "{% elif message.role == 'tool' %}{{ raise_exception('no tools, please
 )
 def test_a_template_that_cannot_hold_tools_is_refused_with_the_reason(old: str, new: str, reason: str) -> None:
     assert reason in refusal(changed("qwen2.5", old, new))
+
+
+def test_a_template_that_writes_no_calls_leaves_them_to_what_was_said() -> None:
+    """As LFM2's: mlx-lm knows how they are written."""
+    tokenizer = changed("qwen2.5", "message.tool_calls or []", "[]")
+    chat, whole = Chat.of(tokenizer, TOOLS), Chat.of(tokenizer_of("qwen2.5"), TOOLS)
+    assert chat.notes[0].endswith("mlx-lm's for <tool_call>, untested since the chat template writes none")
+    turn = encoded(tokenizer, PARIS + "<|im_end|>")
+    assert chat.parse(turn) == whole.parse(turn)
+    assert chat.suffix_ids(turn, [result("sun"), result("9")]) == whole.suffix_ids(turn, [result("sun"), result("9")])
+
+
+def test_a_template_that_writes_no_calls_is_refused_where_nobody_knows_how() -> None:
+    assert "no known format" in refusal(changed("llama3.1", "{% elif message.tool_calls %}", "{% elif false %}"))
 
 
 def test_a_turn_that_ends_with_no_token_of_its_own_is_refused() -> None:
@@ -139,6 +157,36 @@ def test_an_end_where_sampling_does_not_stop_is_refused_with_what_to_set() -> No
     chat = Chat.of(tokenizer, TOOLS, stop_ids=[end])
     assert chat.suffix_ids([end], [result("sun")]) is not None
     assert chat.parse(encoded(tokenizer, "Yes.<|im_end|>"))["content"] == "Yes."
+
+
+def test_a_token_that_only_the_recipe_stops_at_ends_a_turn() -> None:
+    """Some tokenizers have their ends of turns as added tokens that are not special."""
+    special, added = ("<|endoftext|>", "<|im_start|>"), ("<|im_end|>", *QWEN.added)
+    tokenizer = made(replace(QWEN, special=special, added=added, ends=("<|endoftext|>",)))
+    chat = Chat.of(tokenizer, TOOLS, stop_ids=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    suffix = chat.suffix_ids(encoded(tokenizer, PARIS + "<|im_end|>"), [result("sun")])
+    assert tokenizer.decode(suffix).startswith("\n<|im_start|>user\n<tool_response>")
+    assert chat.parse(encoded(tokenizer, "Yes.<|im_end|>"))["content"] == "Yes."
+
+
+def test_an_end_is_looked_for_before_what_follows() -> None:
+    """Even where the template ends turns with a token that nothing stops at, and messages with one that does."""
+    user_ends = "<|start|>user<|message|>{{ message.content }}"
+    tokenizer = changed("gpt-oss", user_ends + "<|end|>", user_ends + "<|return|>")
+    chat = Chat.of(tokenizer, answers=True)
+    suffix = chat.suffix_ids(encoded(tokenizer, "<|channel|>final<|message|>5<|return|>"), [user("No.")])
+    assert tokenizer.decode(suffix) == "<|start|>user<|message|>No.<|return|><|start|>assistant"
+
+
+def test_calls_are_read_back_where_only_prompts_begin_to_think() -> None:
+    tokenizer = changed("qwen3-thinking", "{% if loop.index0 > asked.last", "{% if false and loop.index0 > asked.last")
+    chat = Chat.of(tokenizer, TOOLS)
+    assert chat.parse(encoded(tokenizer, f"Hm</think>{PARIS}"))["reasoning_content"] == "Hm"
+
+
+def test_where_nothing_follows_there_is_no_suffix() -> None:
+    tokenizer = tokenizer_of("qwen2.5")
+    assert Chat.of(tokenizer, TOOLS).suffix_ids(encoded(tokenizer, PARIS + "<|im_end|>"), []) is None
 
 
 def test_a_system_message_that_a_template_moves_is_told() -> None:
@@ -173,6 +221,31 @@ def test_a_control_token_in_a_message_is_ordinary_text(role: str, injected: str)
     assert tokenizer.decode(suffix) == tokenizer.decode(clean).replace("é 1", message["content"])
 
 
+def test_a_control_token_in_the_name_of_an_unknown_tool_is_ordinary_text() -> None:
+    tokenizer = tokenizer_of("gpt-oss")
+    chat, turn = (
+        Chat.of(tokenizer, TOOLS),
+        encoded(tokenizer, " to=functions.a<|channel|>commentary<|message|>{}<|call|>"),
+    )
+    suffix = chat.suffix_ids(turn, [result("no such tool", "a<|end|>")])
+    ends = [token for token in suffix if token == tokenizer.convert_tokens_to_ids("<|end|>")]
+    assert (len(ends), tokenizer.decode(suffix).count("<|end|>")) == (1, 2)
+
+
+@pytest.mark.parametrize("own", ["x", "too long by far", ""])
+def test_an_id_that_the_template_does_not_take_is_made_up(own: str) -> None:
+    tokenizer = tokenizer_of("mistral")
+    chat = Chat.of(tokenizer, TOOLS)
+    written, plain = (
+        encoded(tokenizer, f'[TOOL_CALLS] [{{"name": "now", "arguments": {{}}{more}}}]</s>')
+        for more in (f', "id": "{own}"', "")
+    )
+    assert chat.parse(written)["tool_calls"][0]["id"] == own
+    suffix = chat.suffix_ids(written, [result("9", "now")])
+    assert suffix == chat.suffix_ids(plain, [result("9", "now")])
+    assert "call00000" in tokenizer.decode(suffix)
+
+
 def test_text_that_no_template_writes_as_a_token_stays_as_it_is_encoded() -> None:
     """Such as words that a tokenizer has as added tokens: the template would encode them so too."""
     tokenizer = made(replace(QWEN, added=(*QWEN.added, "<table>")))
@@ -188,6 +261,9 @@ def test_blocks_of_text_are_text_and_others_are_refused() -> None:
     assert chat.prompt_ids([{"role": "user", "content": blocks}]) == chat.prompt_ids([user("sunny")])
     with pytest.raises(UserError, match=r"no text, .*image.*: only text is supported"):
         chat.suffix_ids(turn, [{**result(""), "content": [{"type": "image"}]}])
+    with pytest.raises(UserError, match="no text, '5'"):
+        chat.suffix_ids(turn, [{**result(""), "content": 5}])
+    assert chat.suffix_ids(turn, [{**result(""), "content": None}]) == chat.suffix_ids(turn, [result("")])
 
 
 def test_a_role_that_was_not_asked_for_at_the_start_is_tested_when_it_comes() -> None:
@@ -195,8 +271,21 @@ def test_a_role_that_was_not_asked_for_at_the_start_is_tested_when_it_comes() ->
     chat, turn = Chat.of(tokenizer, TOOLS), encoded(tokenizer, "5<|im_end|>")
     suffix = chat.suffix_ids(turn, [user("No.")])
     assert tokenizer.decode(suffix) == "\n<|im_start|>user\nNo.<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(UserError, match="leaves out a message of role critic"):
-        chat.suffix_ids(turn, [{"role": "critic", "content": "No."}])
+    assert chat.can_follow("user", turn)
+    for _ in range(2):
+        with pytest.raises(UserError, match="leaves out a message of role critic"):
+            chat.suffix_ids(turn, [{"role": "critic", "content": "No."}])
+        assert not chat.can_follow("critic", turn)
+
+
+def test_a_role_that_a_template_has_no_place_for_cannot_follow() -> None:
+    """Mistral's has none for the user's answers where there are tools, and conversations with tools go on without."""
+    tokenizer = tokenizer_of("mistral")
+    chat, turn = Chat.of(tokenizer, TOOLS), encoded(tokenizer, "Yes.</s>")
+    assert chat.can_follow("tool", turn)
+    assert not chat.can_follow("user", turn)
+    assert not chat.can_follow("tool", turn[:-1])
+    assert not chat.can_follow("tool", [])
 
 
 @pytest.mark.parametrize("family", ["plain", "qwen2.5"])

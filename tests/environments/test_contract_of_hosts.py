@@ -1,50 +1,20 @@
 """TRL's contract for environments and tools, in a process and in this one."""
 
-from pathlib import Path
-
-import games
 import pytest
+from hosting import GAMES, Hosts, names, seat_of
 
-from grpo.config.environment import EnvironmentConfig, ToolConfig
+from grpo.config.environment import EnvironmentConfig
 from grpo.environments.making import make_host
 from grpo.errors import UserError
 
-GAMES = Path(__file__).with_name("games.py")
 HERE = pytest.mark.parametrize("inline", [False, True], ids=["process", "inline"])
 
 
 @pytest.fixture(scope="module")
 def host():
-    """Hosts, each made once, and closed in the end."""
-    made = {}
-
-    def make(*arguments, **settings):
-        key = repr((arguments, settings))
-        if key not in made:
-            made[key] = fresh(*arguments, **settings)
-        return made[key]
-
-    def fresh(name, tools=(), inline=False, several=False, workers=1, **settings):
-        use = None if name is None else f"{GAMES}:{name}"
-        config = EnvironmentConfig(use=use, **settings)
-        configs = [ToolConfig(use=f"{GAMES}:{tool}", kwargs=kwargs) for tool, kwargs in tools]
-        given = getattr(games, name) if inline and name else None
-        functions = [getattr(games, tool) for tool, _ in tools] if inline else ()
-        return make_host(config, configs, several, workers, given, functions)
-
-    yield make
-    for one in made.values():
-        one.close()
-
-
-def seat_of(host, seed: int = 0, **columns):
-    (seat,) = host.seats(0, 1)
-    reply = seat.reset(columns, seed).result()
-    return seat, reply
-
-
-def names(description) -> list[str]:
-    return [tool["function"]["name"] for tool in description.tools]
+    hosts = Hosts()
+    yield hosts
+    hosts.close()
 
 
 @HERE
@@ -87,22 +57,6 @@ def test_a_conversation(host, inline: bool) -> None:
     step = seat.call("scored", {}).result()
     assert (step.value, step.reward, step.done) == ("well", 0.5, True)
     assert seat.reward().result().value == 9.0
-
-
-@HERE
-def test_objects_are_made_once_and_reset_often(host, inline: bool) -> None:
-    games.Walk.made = 0
-    walks = host("make_walk", inline=inline, kwargs={"size": 3})
-    assert walks.description.name == "Walk"
-    for start in range(5):
-        seat, reply = seat_of(walks, start=start)
-        assert reply.value == f" You are at {start}."
-        assert seat.call("count", {}).result().value == "1"
-        seat.release()
-    both = walks.seats(0, 2)
-    for seat in both:
-        seat.reset({"start": 0}, 0).result()
-    assert both[0].call("count", {}).result().value == "2"
 
 
 @HERE
@@ -164,20 +118,6 @@ def test_the_column_that_chose_is_not_passed(host) -> None:
     assert seat.call("columns", {}).result().value == "['environment']"
 
 
-def test_all_synchronous_calls_are_made_in_one_thread(host) -> None:
-    seat, reply = seat_of(host("Notebook"))
-    assert reply.kind == "ok"
-    assert [seat.call("write", {"text": "x"}).result().value for _ in range(2)] == ["1", "2"]
-
-
-def test_asynchronous_calls_wait_together(host) -> None:
-    seats = host("Crowd").seats(0, 64)
-    for seat in seats:
-        seat.reset({}, 0)
-    waits = [seat.call("wait", {}) for seat in seats]
-    assert max(int(wait.result().value) for wait in waits) == 64
-
-
 @HERE
 @pytest.mark.parametrize(
     ("name", "said"),
@@ -210,3 +150,9 @@ def test_columns_that_do_not_fit_are_told_before_the_run(host, inline: bool) -> 
     assert "unexpected keyword argument 'prompt'" in picky.problem(["question", "prompt"])
     assert "missing a required argument: 'question'" in picky.problem([])
     assert host("Guess", inline=inline).problem(["prompt"]) is None
+
+
+def test_a_column_of_the_name_seed_is_the_rows(host) -> None:
+    (seat,) = host("Guess").seats(0, 1)
+    assert seat.reset({"seed": 3}, 8).result().kind == "ok"
+    assert seat.step({"role": "assistant", "content": "secret"}).result().value[0]["content"].startswith("3 ")

@@ -103,10 +103,12 @@ def test_what_it_raises_is_a_failure_of_all(walks, file) -> None:
 
 def test_a_hung_reward_is_given_up_and_the_seats_go_on(walks, file) -> None:
     load(walks, file, "hangs", timeout=0.3)
+    load(walks, file, "places")
     seats = sitting(walks, 4)
     answer = walks.score("hangs", seats, columns("a"), {}).result()
     assert (answer["kind"], answer["fatal"], list(answer["failures"])) == ("timeout", True, [0])
     assert seats[0].call("look", {}).result().value == "at 4"
+    assert walks.score("places", seats, columns("a"), {}).result()["values"] == [105.0]
     for _ in range(100):
         if seats[0].home.retired:
             break

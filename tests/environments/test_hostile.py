@@ -125,7 +125,7 @@ def test_an_asynchronous_call_that_can_be_ended_costs_no_process(host) -> None:
     bad = host("Bad", timeout=0.5)
     seat, other = sitting(bad, 2)
     assert seat.call("do_async", {"what": "sleep"}).result().kind == "timeout"
-    time.sleep(0.2)
+    assert until(lambda: seat._dropping.done())
     assert other.call("add", {"n": 1}).result().value == "1"
     assert not other.home.retired
     assert bad.seats(0, 1)[0].home is other.home
@@ -190,6 +190,8 @@ def test_children_that_are_left_are_gone_with_the_process(host, beside) -> None:
     children = set(descendants(os.getpid())) - before
     assert len(children) == 30
     assert seat.call("do", {"what": "twice"}).result().value == "twice"
+    (second,) = set(descendants(os.getpid())) - before - children
+    assert until(lambda: ") Z " in Path(f"/proc/{second}/stat").read_text())  # it has ended
     assert seat.call("add", {"n": 1}).result().value == "1"
     assert seat.call("do", {"what": "exit"}).result().kind == "crash"
     assert not children & set(descendants(os.getpid()))

@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 
 from grpo.config.environment import EnvironmentConfig, ToolConfig
 from grpo.environments.making import make_host
+from grpo.environments.seats import HostedReward
 from grpo.errors import UserError
+from grpo.plugins import Located
 from grpo.processes import tree
 from grpo.processes.sandbox import worker
 
@@ -22,7 +25,7 @@ HOSTILE = '''
 import os, socket
 from pathlib import Path
 
-class Hostile:
+class Outlaw:
     def __init__(self):
         self.beside = (Path(__file__).parent / "beside.txt").read_text()
 
@@ -76,8 +79,9 @@ Made = Callable[..., Any]
 def host() -> Iterator[Made]:
     made = []
 
-    def make(use: str | None, tools: tuple[str, ...] = (), **settings: Any) -> Any:
-        made.append(make_host(EnvironmentConfig(use=use, **settings), [ToolConfig(use=tool) for tool in tools]))
+    def make(use: str | None, tools: tuple[str, ...] = (), rewards: Sequence[Path] = (), **settings: Any) -> Any:
+        config = EnvironmentConfig(use=use, **settings)
+        made.append(make_host(config, [ToolConfig(use=tool) for tool in tools], rewards=rewards))
         return made[-1]
 
     yield make
@@ -89,7 +93,7 @@ def host() -> Iterator[Made]:
 def folder(tmp_path: Path) -> Path:
     """With the hostile environment; nobody may read it, too."""
     tmp_path.chmod(0o755)
-    (tmp_path / "hostile.py").write_text(HOSTILE)
+    (tmp_path / "outlaw.py").write_text(HOSTILE)
     (tmp_path / "beside.txt").write_text("beside")
     return tmp_path
 
@@ -121,7 +125,7 @@ def test_a_hostile_one_gets_nowhere_and_the_others_go_on(
     secret.write_text("s3cret")
     secret.parent.chmod(0o755)
     home = Path.home() / f"written-{os.getpid()}"
-    hostile = host(f"{folder}/hostile.py:Hostile", sandbox=True, timeout=20)
+    hostile = host(f"{folder}/outlaw.py:Outlaw", sandbox=True, timeout=20)
     seat, other = hostile.seats(0, 2)
     assert [one.reset({}, 0).result().kind for one in (seat, other)] == ["ok", "ok"]
     for tool, arguments, error in [
@@ -146,8 +150,26 @@ def test_a_hostile_one_gets_nowhere_and_the_others_go_on(
 def test_a_file_is_found_from_the_working_directory(host: Made, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path, ""])
-    for use in ("hostile.py:Hostile", "hostile:Hostile"):
-        assert host(use, sandbox=True).description.name == "Hostile"
+    for use in ("outlaw.py:Outlaw", "outlaw:Outlaw"):
+        assert host(use, sandbox=True).description.name == "Outlaw"
+
+
+def test_a_reward_that_takes_environments_is_loaded_into_it(
+    host: Made, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.mktemp("rewards") / "mine.py"
+    file.parent.chmod(0o755)
+    file.write_text("def reward(completions, environments, **_):\n    return [one.place for one in environments]\n")
+    reward = HostedReward(Located("mine", f"{file}:reward", "reward"), {})
+    walk = host(f"{games.__file__}:Walk", sandbox=True)
+    with pytest.raises(UserError, match=f"there is no file {file}"):
+        walk.load_reward(reward)
+    walk = host(f"{games.__file__}:Walk", rewards=[file], sandbox=True)
+    walk.load_reward(reward)
+    (seat,) = walk.seats(0, 1)
+    seat.reset({"start": 4, "prompt": "?"}, 0).result()
+    answer = walk.score("mine", [seat], pickle.dumps({"completions": ["x"]}), {}).result()
+    assert list(answer["values"]) == [4.0]
 
 
 def test_the_tool_python_ends_with_the_conversation(host: Made) -> None:

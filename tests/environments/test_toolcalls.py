@@ -83,6 +83,7 @@ def test_calls_in_json(text: str, message: dict) -> None:
             for text in (
                 '{"name": "a"}',  # JSON, but no call
                 '{"name": "a", "parameters": {}} or so',
+                '{"name": "a", "parameters": {}}{"x": 1, "parameters": {}}',
                 'I say {"name": "a", "parameters": {}}',
                 "[a(1)]",
                 "[a(x=y)]",
@@ -117,6 +118,23 @@ def test_a_call_in_unfinished_or_finished_thinking_is_none() -> None:
     assert parsed("qwen3", f"<think>\n{TIME}") == said("", thought=TIME)
     assert parsed("qwen3", f"<think>{TIME}</think>{PARIS}") == said("", call("weather", city="Paris"), thought=TIME)
     assert parsed("qwen3", f"{PARIS} <think>") == said("<think>", call("weather", city="Paris"))
+
+
+def test_channels_are_read_without_tools_too() -> None:
+    tokenizer = tokenizer_of("gpt-oss")
+    turn = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>"
+    assert Chat.of(tokenizer, answers=True).parse(encoded(tokenizer, turn)) == said("Yes.", thought="Hm")
+
+
+def test_special_tokens_are_no_part_of_what_is_said() -> None:
+    assert parsed("qwen3", "<think>a</think>b<|im_start|>c<|im_end|>") == said("bc", thought="a")
+    assert parsed("qwen2.5", f"b<|im_start|>{ANY}") == said("b", A)
+    assert parsed("qwen2.5", "b<|im_start|>c") == said("bc")
+
+
+def test_python_says_nothing_of_its_style(recwarn: pytest.WarningsRecorder) -> None:
+    assert parsed("llama3.1", r"[a(x='\d')]") == said("", call("a", x=r"\d"))
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(

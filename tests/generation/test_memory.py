@@ -2,11 +2,13 @@
 
 import mlx.core as mx
 import pytest
+from generation.ways import generator_of
 
 from grpo.backend.random import derive_key
 from grpo.errors import UserError
 from grpo.generation.generator import Request
-from grpo.generation.memory import FILTERED_HELD, LOGITS_HELD, Need, slots_that_fit
+from grpo.generation.memory import FILTERED_HELD, LOGITS_HELD, Need, slots_beside_waiting, slots_that_fit
+from grpo.generation.rows import Submission
 from grpo.generation.sampling import Sampling, TokenSampler
 
 
@@ -58,3 +60,44 @@ def test_what_cannot_fit_is_refused_with_numbers(make_policy) -> None:
     decoding = make_policy().generator.decoding
     with pytest.raises(UserError, match=r"one completion of 100000 tokens after a prompt of 50 needs .* GB .* 0\.0 GB"):
         slots_that_fit(decoding, Need(8, 8, 50, 100_000), 8, 1000)
+
+
+@pytest.mark.parametrize("way", ["joined layers", "batch caches"])
+def test_what_a_waiting_row_keeps_is_reckoned(way: str) -> None:
+    generator = generator_of(way, 4)
+    generator.stop_ids = frozenset()
+    engine = generator.open()
+    (row,) = engine.submit(Submission(tuple(range(5, 205)), Sampling(1.0, 300), seed=0, n=1, keep=True))
+    for _ in range(257):
+        engine.step()
+    engine.park(row)
+    while row.kept is None:
+        engine.step()
+    reckoned = generator.decoding.outside(200, len(row.token_ids))
+    assert row.kept.nbytes == pytest.approx(reckoned, rel=0.15)
+    engine.close()
+
+
+class Counted:
+    """A way of decoding of which a slot takes 10 bytes and a place 1, and a row outside its slot 8."""
+
+    vocabulary = 0
+
+    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
+        return 10 * slots + places
+
+    def outside(self, prompt: int, completion: int) -> int:
+        return 8
+
+
+def test_waiting_rows_have_room_beside_the_slots() -> None:
+    still, waits = (Need(16, 1, 5, 5, waits=waits) for waits in (False, True))
+    assert (still.waiting(Counted()), waits.waiting(Counted())) == (0, 16 * 8)
+    slots = [
+        [slots_beside_waiting(Counted(), need, 16, available) for need in (still, waits)]
+        for available in (1000, 288, 200, 40, 21, 11)
+    ]
+    # There is room for all; just so; half is theirs; half is for less than 2 slots; half for none: a slot goes first.
+    assert slots == [[16, 16], [16, 15], [16, 9], [3, 1], [2, 1], [1, 1]]
+    with pytest.raises(UserError, match="one completion of 5 tokens"):
+        slots_beside_waiting(Counted(), waits, 16, 10)

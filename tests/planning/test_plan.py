@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -154,6 +155,35 @@ def test_held_out_prompts_are_sampled_from_and_not_trained_on() -> None:
     longer, _ = make_plan(workload(cfg, PROMPT, 4 * PROMPT), policy, find_decoding(policy.model))
     assert longer.phases["rollout"] > plan.phases["rollout"]
     assert longer.tokens == plan.tokens
+
+
+def test_what_waiting_completions_keep_has_room_in_the_plan() -> None:
+    model = make_model("tied")
+    adapters = Adapters(model, AdapterConfig(rank=2), mx.random.key(0))
+    cfg = recipe(rollout={"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 5000})
+    load, decoding = workload(cfg, PROMPT), find_decoding(adapters.model)
+
+    def plan(memory: int, waits: bool) -> planning.Plan:
+        machine, small = planning.Machine(memory, False, False), Footprint(0, 1, 0, 1, 1, True, False)
+        return planning.plan_on(machine, replace(load, waits=waits), model, 0, decoding, lambda _: small)[0]
+
+    ample = 2**40
+    without, with_all = plan(ample, False), plan(ample, True)
+    assert (without.waiting, with_all.waiting) == (0, 16 * decoding.outside(PROMPT, 5000))
+    assert with_all.phases["rollout"] == without.phases["rollout"] + with_all.waiting
+    assert (with_all.slots, with_all.kept_bytes) == (without.slots, without.kept_bytes)
+    size = planning._size(with_all.waiting)
+    said = f"completions that wait for their environments keep up to {size} of keys and values"
+    assert [line for line in with_all.lines() if "wait" in line] == [said]
+    assert not any("wait" in line for line in without.lines())
+    # Where all else would fit: slots and what waits share the room.
+    beside = sum(without.stays.values()) + without.phases["rollout"]
+    short = plan(int(beside / planning.FREE) + 1, True)
+    assert 1 < short.slots < 16
+    assert 0 < short.kept_bytes < short.waiting == with_all.waiting
+    assert sum(short.stays.values()) + short.phases["rollout"] <= planning.FREE * short.memory
+    there = f"; {planning._size(short.kept_bytes)} are there, and beyond that the oldest are computed again"
+    assert [line for line in short.lines() if "wait" in line] == [said + there]
 
 
 def test_auto_decides_and_the_decision_is_in_the_recipe() -> None:

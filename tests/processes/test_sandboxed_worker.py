@@ -75,6 +75,18 @@ def test_it_imports_what_it_needs_and_reads_its_own_folder(ask: Ask, own: Path) 
     assert ask("os.environ['MINE'], os.environ['HOME'], os.getcwd()") == "('1', '/sandbox', '/sandbox')"
 
 
+def test_a_folder_in_one_that_is_shown_too(own: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(own)])
+    (own / "above.txt").write_text("above")
+    inner = own / "inner"
+    inner.mkdir(mode=0o755)
+    script = (own / "server.py").rename(inner / "server.py")
+    made = ChildProcess(script, output, os.environ, None, Sandbox.of("test", [script]))
+    send(made.channel, f"open({str(own / 'above.txt')!r}).read()".encode(), 20)
+    assert json.loads(receive(made.channel, 20)) == "'above'"
+    made.kill()
+
+
 def test_it_writes_to_its_temporary_folder_alone(ask: Ask, own: Path) -> None:
     writes = "open({!r}, 'w').write('x')"
     assert ask(writes.format("here")) == ask(writes.format("/sandbox/there")) == "1"

@@ -131,8 +131,8 @@ def test_several_processes_must_see_the_same_prompts(recipe: Path, monkeypatch: 
     held = []
     monkeypatch.setattr(Ranks, "check_same", lambda self, what, mine: held.append((what, mine)))
     run = prepared(recipe)
-    longest = max(len(task.prompt_ids) for task in run.tasks)
-    assert held == [("the prompts of data", Lengths(rows=4, longest=longest, too_long=0, null=0))]
+    lengths = [len(task.prompt_ids) for task in run.tasks]
+    assert held == [("the prompts of data", Lengths(4, max(lengths), min(lengths), too_long=0, null=0))]
 
 
 def test_a_function_that_has_changed_is_noticed_when_a_run_goes_on(recipe: Path) -> None:

@@ -25,10 +25,11 @@ class Sandbox:
     readable: tuple[str, ...]
 
     @classmethod
-    def of(cls, what: str, files: Iterable[Path]) -> Sandbox:
+    def of(cls, what: str, files: Iterable[Path], others: Iterable[Path] = ()) -> Sandbox:
         """The folders of `files`, of this package, and those that Python imports from, but for the home folder.
 
-        Raises UserError, which begins with `what`, where there is no sandbox, and for files that cannot be shown.
+        So are those of `others`, as far as they may be. Raises UserError, which begins with `what`, where there is no
+        sandbox, and for files that cannot be shown.
         """
         if (why := missing()) is not None:
             raise UserError(
@@ -38,8 +39,8 @@ class Sandbox:
         found = [path.absolute() for path in files]
         for path in found:
             _check(what, path)
-        imported = [Path(entry).absolute() for entry in sys.path]
-        shown = [PACKAGE, *(path.parent for path in found), *(path for path in imported if not _holds_home(path))]
+        more = [*(Path(entry).absolute() for entry in sys.path), *(path.absolute().parent for path in others)]
+        shown = [PACKAGE, *(path.parent for path in found), *(path for path in more if not _holds_home(path))]
         return cls(tuple(dict.fromkeys(str(place) for path in shown for place in (path, path.resolve()))))
 
     def command(self, arguments: Sequence[str], folder: str) -> list[str]:

@@ -1,0 +1,134 @@
+"""What hosts do with processes, threads and time."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import games
+import pytest
+from hosting import GAMES, Hosts, names, seat_of
+
+from grpo.errors import UserError
+from grpo.processes.tree import descendants
+
+HERE = pytest.mark.parametrize("inline", [False, True], ids=["process", "inline"])
+
+
+@pytest.fixture(scope="module")
+def host():
+    hosts = Hosts()
+    yield hosts
+    hosts.close()
+
+
+def test_each_call_has_its_time_limit_for_itself(host) -> None:
+    seat, _ = seat_of(host("Walk", timeout=1.5), start=0)
+    waits = [seat.call("wait", {"seconds": 0.5}) for _ in range(4)]
+    assert [wait.result().value for wait in waits] == ["waited"] * 4
+
+
+def test_a_tool_has_a_time_limit_of_its_own(host) -> None:
+    both = host("Walk", [("Stuck", {})], tool_settings={"timeout": 0.2})
+    assert "hang" in names(both.description)
+    seat, _ = seat_of(both, start=0)
+    assert seat.call("wait", {"seconds": 0.4}).result().kind == "ok"
+    assert seat.call("hang", {}).result().error == "'hang' gave no answer in 0.2 s"
+
+
+def test_a_reply_that_nobody_wants_any_more_changes_nothing(host) -> None:
+    walks = host("Walk")
+    seat, _ = seat_of(walks, start=0)
+    unwanted = seat.call("wait", {"seconds": 0.3})
+    unwanted.cancel()
+    assert seat.call("move", {"by": 2}).result().value == "2"
+
+
+def test_a_call_that_nobody_waits_for_has_its_time_limit_too(host) -> None:
+    seat, _ = seat_of(host("Stuck", timeout=0.5))
+    seat.call("hang", {}).cancel()
+    assert seat.call("tell", {}).result().error == "'hang' gave no answer in 0.5 s"
+
+
+def test_groups_are_spread_over_processes_and_each_has_one(host) -> None:
+    walks = host("Walk", workers=2)
+    homes = [{seat.home for seat in walks.seats(group, 3)} for group in range(4)]
+    assert [len(home) for home in homes] == [1] * 4
+    assert homes[0] == homes[2] != homes[1] == homes[3]
+
+
+def test_secrets_are_kept_from_it_unless_it_names_them(host, monkeypatch) -> None:
+    monkeypatch.setenv("GAME_API_KEY", "k")
+    _, reply = seat_of(host("Secretive"), name="GAME_API_KEY")
+    assert reply.kind == "error"
+    assert "env: [GAME_API_KEY]" in reply.error
+    assert seat_of(host("Secretive", env=("GAME_API_KEY",)), name="GAME_API_KEY")[1].value == "k"
+    with pytest.raises(UserError, match=r"environment 'Secretive': env: the environment has no variable NO_SUCH"):
+        host("Secretive", env=("NO_SUCH",))
+
+
+def test_a_call_that_hangs_in_this_process_is_given_up(host) -> None:
+    stuck = host("Stuck", inline=True, timeout=0.3)
+    seat, other = stuck.seats(0, 2)
+    for one in (seat, other):
+        one.reset({}, 0).result()
+    assert seat.call("hang", {}).result().kind == "timeout"
+    assert other.call("tell", {}).result().value == "told"
+    deadline = time.monotonic() + 20
+    while not other.home.retired and time.monotonic() < deadline:
+        time.sleep(0.05)
+    new, _ = seat_of(stuck)
+    assert new.home is not other.home
+    assert [one.call("tell", {}).result().value for one in (other, new)] == ["told"] * 2
+
+
+def test_nothing_outlives_a_trainer_that_is_killed(tmp_path) -> None:
+    script = f"""
+from grpo.config.environment import EnvironmentConfig
+from grpo.environments.making import make_host
+host = make_host(EnvironmentConfig(use={str(GAMES)!r} + ":Walk"))
+(seat,) = host.seats(0, 1)
+print(host.description.name, seat.reset({{"start": 1}}, 0).result().value, flush=True)
+import time
+time.sleep(1000)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout.readline() == "Walk  You are at 1.\n"
+        below = descendants(trainer.pid)
+        assert len(below) == 2  # the keeper and its worker
+        trainer.kill()
+    for _ in range(200):
+        if not any(Path(f"/proc/{pid}").exists() for pid in below):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{below} are still there")
+
+
+def test_asynchronous_calls_wait_together(host) -> None:
+    seats = host("Crowd").seats(0, 64)
+    for seat in seats:
+        seat.reset({}, 0)
+    waits = [seat.call("wait", {}) for seat in seats]
+    assert max(int(wait.result().value) for wait in waits) == 64
+
+
+def test_all_synchronous_calls_are_made_in_one_thread(host) -> None:
+    seat, reply = seat_of(host("Notebook"))
+    assert reply.kind == "ok"
+    assert [seat.call("write", {"text": "x"}).result().value for _ in range(2)] == ["1", "2"]
+
+
+@HERE
+def test_objects_are_made_once_and_reset_often(host, inline: bool) -> None:
+    games.Walk.made = 0
+    walks = host("make_walk", inline=inline, kwargs={"size": 3})
+    assert walks.description.name == "Walk"
+    for start in range(5):
+        seat, reply = seat_of(walks, start=start)
+        assert reply.value == f" You are at {start}."
+        assert seat.call("count", {}).result().value == "1"
+        seat.release()
+    both = walks.seats(0, 2)
+    for seat in both:
+        seat.reset({"start": 0}, 0).result()
+    assert both[0].call("count", {}).result().value == "2"

@@ -17,6 +17,10 @@ SAVING = ("optim.steps=3", "checkpoint.every=1", "optim.learning_rate=0.02")
 WANDB = ("log.wandb={mode: offline}",)
 MADE = ("data.source=null", "data.use=rows.py:rows")
 SUMS = ("data.source=builtin:arithmetic",)
+LONG = ("rollout.max_completion_length=48",)
+TALK = ("environment={use: 'talk.py:Doubts', workers: 1}", *LONG)
+HOSTILE = "environment={use: 'talk.py:%s', workers: 1, max_failure_rate: 1}"
+TOOL = ("model.name=talker", "tools=['talk.py:look']", "environment.workers=1", *LONG)
 CORRECTED = (*FILTERED, "loss.importance_sampling_correction=token_mask")
 
 MATTERS: dict[str, tuple[str, ...]] = {
@@ -47,7 +51,6 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "data.chat_template": ("never",),
     "data.chat_template_kwargs": ("{tone: rude}", "model.name=other"),
     "data.max_prompt_length": ("18", "data.prompt=hint"),
-    "environment.use": ("room.py:Twice",),
     "rollout.prompts_per_step": ("3",),
     "rollout.num_generations": ("3",),
     "rollout.max_completion_length": ("5",),
@@ -62,6 +65,24 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "rollout.max_repeats": ("2", "rollout.max_completion_length=24"),
     "rollout.max_concurrency": ("1",),
     "rollout.dynamic_sampling": ("1", "rewards.0.use=grades.py:rarely"),
+    "environment.use": ("talk.py:Twice",),
+    "environment.name": ("mine", *TALK),
+    "environment.kwargs": ("{doubt: Really}", *TALK),
+    "environment.weight": ("2", *TALK),
+    "environment.max_turns": ("1", *TALK),
+    "environment.max_tool_calls": ("1", *TOOL),
+    "environment.max_turn_tokens": ("5", *TALK),
+    "environment.rollout_timeout": ("0.01", *TALK),
+    "environment.timeout": ("0.2", HOSTILE % "Slow", *LONG),
+    "environment.reset_timeout": ("0.2", HOSTILE % "Late", *LONG),
+    "environment.workers": ("2", *TALK),
+    "environment.sandbox": ("true", *TALK),
+    "environment.env": ("[A_TOKEN]", "environment={use: 'talk.py:Secretive', workers: 1}", *LONG),
+    "environment.memory_gb": ("0.2", HOSTILE % "Large", *LONG),
+    "environment.max_failure_rate": ("0.1", "environment={use: 'talk.py:Partly', workers: 1}", *LONG),
+    "tools.0.use": ("talk.py:find", *TOOL),
+    "tools.0.kwargs": ("{times: 3}", *TOOL),
+    "tools.0.timeout": ("0.2", *TOOL, "tools=['talk.py:pause']", "environment.max_failure_rate=1"),
     "rewards.0.use": ("grades.py:letters",),
     "rewards.0.weight": ("2",),
     "rewards.0.name": ("mine",),
@@ -74,6 +95,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "rewards.0.calls": ("completion", "rewards.0.use=grades.py:crowded"),
     "rewards.0.max_failure_rate": ("0.1", "rewards.0.use=grades.py:partly"),
     "advantage.baseline": ("batch",),
+    "advantage.turns": ("turn", *TALK),
     "advantage.scale_rewards": ("none",),
     "advantage.soft_overlong_cache": ("7",),
     "loss.type": ("grpo",),
@@ -145,6 +167,10 @@ MATTERS: dict[str, tuple[str, ...]] = {
 }
 
 REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
+    ("environment.max_tool_calls=3", "environment.max_tool_calls does nothing: Doubts has nothing to call", TALK),
+    ("environment.kwargs={a: 1}", "kwargs does nothing without use", TOOL),
+    ("environment.weight=2", "does nothing: its class makes trajectories", ("environment.use=talk.py:Twice",)),
+    ("advantage.turns=turn", "turn does nothing without environment or tools", ()),
     ("model.revision=main", "model.revision is for Hub repositories", ()),
     ("model.revision=main", "model.revision does nothing with builtin:", ("model.name=builtin:arithmetic-student",)),
     ("model.head_dtype=model", "model.head_dtype does nothing with model.dtype: float32", ("model.dtype=float32",)),

@@ -20,14 +20,18 @@ import pyarrow.parquet as pq
 import pytest
 import wandb
 from rich.console import Console
+from runs.conversing import calls_first_tool, talker
 from runs.driver import timeless
-from settings_table import EVAL, FILTERED, KL, MATTERS, REFUSED, SAVING, WANDB
+from settings_table import EVAL, FILTERED, KL, MATTERS, REFUSED, SAVING, TALK, TOOL, WANDB
 
 from grpo.backend import device
 from grpo.config.describe import settings
+from grpo.environments import scheduler
+from grpo.environments.chat import Chat
 from grpo.errors import RunError, UserError
 from grpo.planning import plan
 from grpo.planning.footprint import measure_footprint
+from grpo.processes.sandbox.runner import missing
 from grpo.recipes import load_recipe
 from grpo.runs.loop import Loop
 from grpo.runs.prepare import prepare
@@ -39,8 +43,8 @@ from grpo.training import gap, optimizer
 
 
 def leaves() -> set[str]:
-    """Every key of the schema that holds a value of its own."""
-    keys = {one.key for one in settings()}
+    """Every key of the schema that holds a value of its own. `environments` has the keys of `environment`."""
+    keys = {one.key for one in settings() if "<name>" not in one.key} - {"environments"}
     return {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
 
 
@@ -54,7 +58,7 @@ GRADES = """
 import os, time
 
 def varied(completions, part=8, **columns):
-    return [sum(map(ord, text)) % 8 / part for text in completions]
+    return [sum(map(ord, str(text))) % 8 / part for text in completions]
 
 def letters(completions, **columns):
     return [sum(c.isalpha() for c in text) / 8 for text in completions]
@@ -93,7 +97,14 @@ def rows(n=4):
 def others():
     return [{"question": f"And {row['question']}", "answer": row["answer"]} for row in rows()]
 """
-ROOM = """
+TALKS = """
+import os, random, time
+from types import SimpleNamespace
+
+if os.environ.get("HOME_PROCESS") != str(os.getpid()):
+    with open("told", "a") as file:
+        file.write("environment ")
+
 class Twice:
     async def rollout(self, task, sampler):
         rows = sampler.begin(task.prompt_ids, sampler.n, keep=True)
@@ -101,6 +112,70 @@ class Twice:
     async def play(self, row, sampler):
         first = await sampler.ended(row)
         return await sampler.extend(row, [5]) if row.room else first
+
+class Doubts:
+    def __init__(self, doubt="Sure"):
+        self.doubt = doubt
+    def reset(self, **row):
+        return f" {self.doubt}?"
+    def step(self, text):
+        return SimpleNamespace(result="?", reward=random.random(), done=False)
+    def get_reward(self):
+        return random.random()
+
+class Slow(Doubts):
+    def get_reward(self):
+        time.sleep(0.6)
+        return 0.5
+
+class Late(Doubts):
+    def reset(self, **row):
+        time.sleep(0.6)
+
+class Secretive(Doubts):
+    def get_reward(self):
+        return float("A_TOKEN" in os.environ)
+
+class Large(Doubts):
+    def get_reward(self):
+        held = b"x" * 2**27
+        time.sleep(0.6)
+        return 0.5
+
+class Partly(Doubts):
+    def get_reward(self):
+        if random.random() < 0.5:
+            raise ValueError("partly")
+        return 0.5
+
+def look(query: str, times: int = 1) -> str:
+    '''
+    Looks something up.
+
+    Args:
+        query: What.
+        times: How often.
+    '''
+    return query * times
+
+def find(query: str) -> str:
+    '''
+    Finds something.
+
+    Args:
+        query: What.
+    '''
+    return "nothing"
+
+def pause(query: str) -> str:
+    '''
+    Waits.
+
+    Args:
+        query: What for.
+    '''
+    time.sleep(0.6)
+    return query
 """
 LOSS = """
 def halved(logprobs, batch, cfg):
@@ -125,8 +200,10 @@ def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (folder / "rows.py").write_text(DATA)
     (folder / "grades.py").write_text(GRADES)
     (folder / "loss.py").write_text(LOSS)
-    (folder / "room.py").write_text(ROOM)
+    (folder / "talk.py").write_text(TALKS)
+    folder.chmod(0o755)  # the sandbox has a user of its own
     other_model(toy_folder, folder / "other")
+    talker(toy_folder, folder / "talker")
     (folder / "toy.yaml").write_text(
         f"model: {{name: {toy_folder}}}\n"
         'data: {source: train.jsonl, prompt: "{question}"}\n'
@@ -138,6 +215,8 @@ def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.chdir(folder)
         patch.setenv("HOME_PROCESS", str(os.getpid()))
         patch.setenv("A_TOKEN", "secret")
+        patch.setattr(Chat, "parse", calls_first_tool)
+        patch.setattr(scheduler, "GRACE", 600.0)  # on a busy machine, too, the same run is the same run
         footprints: dict[bool, Any] = {}
 
         def measured(policy: Any, checkpointing: bool) -> Any:  # a quarter of a second, the same every time
@@ -170,7 +249,7 @@ def left_behind(*overrides: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         _watch(patch, told)
         run = prepare(cfg)
-        stack.callback(run.trainer.scorer.close)
+        stack.enter_context(run.opened)
         start = find_start(cfg)
         state = start.load(run.trainer)
         adapter, commits = run.trainer.policy.adapters.config, revisions_of(run.trainer.cfg)
@@ -234,6 +313,8 @@ def _content(path: Path) -> Any:
 
 @pytest.mark.parametrize("key", MATTERS)
 def test_a_setting_matters(bench: Callable[..., Any], key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if key == "environment.sandbox" and (why := missing()):
+        pytest.skip(f"no sandbox here: {why}")
     if key == "optim.max_logp_difference":  # a right model's gap is some 1e-7, which the real bound never sees
         monkeypatch.setattr(gap, "gap_bound", lambda _: 1e-7)
     value, *first = MATTERS[key]
@@ -253,5 +334,5 @@ def test_what_would_do_nothing_is_refused(bench: Callable[..., Any], override: s
 
 def test_a_run_alone_changes_nothing(bench: Callable[..., Any]) -> None:
     """Or any setting would seem to matter."""
-    for first in ((), KL, FILTERED, EVAL, SAVING, WANDB):
+    for first in ((), KL, FILTERED, EVAL, SAVING, WANDB, TALK, TOOL):
         assert bench(*first) == left_behind(*first)

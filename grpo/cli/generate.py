@@ -10,7 +10,13 @@ import typer
 
 def generate(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, or a model as in recipes.")],
-    prompt: Annotated[str, typer.Argument(help="The prompt's text; of a run, what its template is filled with.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt's text; of a run, what its template is filled with.")
+    ] = None,
+    row: Annotated[
+        int | None,
+        typer.Option(min=0, help="A row of the run's data in the place of a prompt, for runs with an environment."),
+    ] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="An adapter's folder. Default: the newest checkpoint of the run.")
     ] = None,
@@ -40,11 +46,12 @@ def generate(
     """Answer a prompt, and show the text as it comes.
 
     A run answers as it did in training: with its template, its system message, its stops and its longest length, and
-    above temperature 0 with its way of sampling. A run with an environment of its own (rollout.environment) answers a
-    single turn here, without it.
+    above temperature 0 with its way of sampling. A run with tools or an environment has a conversation with them: what
+    is said, called and answered is shown turn by turn.
     """
     from grpo.errors import UserError
-    from grpo.tools.generate import answer
+    from grpo.tools.converse import converse
+    from grpo.tools.generate import answer, find_answering
 
     if temperature == 0 and (top_k or (top_p is not None and top_p < 1) or min_p):
         raise UserError("--top-k, --top-p and --min-p do nothing at temperature 0, which is greedy: --temperature 1")
@@ -60,6 +67,14 @@ def generate(
         "stop": tuple(stop) if stop else None,
     }
     asked = {name: value for name, value in given.items() if value is not None}
-    for text in answer(target, prompt, adapter, base, asked, seed, not no_template):
+    found = find_answering(target, adapter, base, not no_template)
+    if found.conversations:
+        converse(found, prompt, row, asked, seed, lambda line: print(line, flush=True))
+        return
+    if row is not None:
+        raise UserError("--row is for runs with an environment or tools; give a prompt")
+    if prompt is None:
+        raise UserError("give a prompt: grpo generate TARGET PROMPT")
+    for text in answer(found, prompt, asked, seed):
         print(text, end="", flush=True)
     print()

@@ -46,13 +46,15 @@ class Chat(Protocol):
 class Table:
     """Who sits at a conversation: the environment's host, and how the model talks to it.
 
-    With `keeps_seats` a conversation has its seat as `home` until it is scored, and whoever scores releases it.
+    With `keeps_seats` a conversation has its seat as `home` until it is scored, and whoever scores releases it. `tell`
+    is called with the prompt and with what was said, as soon as it was.
     """
 
     host: Host
     chat: Chat
     limits: Limits = field(default_factory=Limits)
     keeps_seats: bool = False
+    tell: Callable[[Sequence[Message], Sequence[Message]], object] | None = None
 
     @cached_property
     def description(self) -> Description:
@@ -116,6 +118,11 @@ class Play:
             self._left = True
             self.seat.release()
 
+    def _say(self, messages: Sequence[Message]) -> None:
+        self._messages += messages
+        if self.table.tell is not None:
+            self.table.tell(self.prompt, messages)
+
     async def _turns(self, row: Row) -> FinishReason:
         """Why the conversation ends, as far as it is not broken off."""
         chat, most = self.table.chat, self.table.limits.max_turns
@@ -124,7 +131,7 @@ class Play:
             if not row.turn:  # time was up before its first token
                 return reason
             message = chat.parse(row.turn)
-            self._messages.append(message)
+            self._say([message])
             self._turn_rewards.append(None)
             if reason != "stop" or not chat.can_follow("tool" if "tool_calls" in message else "user", row.turn):
                 return reason
@@ -134,7 +141,7 @@ class Play:
             suffix = () if self._end else self._written(chat.suffix_ids, row.turn, answers)
             if len(suffix) > row.room:  # with a token after it: it is as if it had not been said
                 return "length"
-            self._messages += answers
+            self._say(answers)
             if not suffix:
                 return self._end or "done"
             self.sampler.go_on(row, suffix)

@@ -12,13 +12,19 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Generator, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from itertools import count
+from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from grpo.environments.mistakes import WAY_OUT, EnvironmentMistake
 
 Result = TypeVar("Result")
+
+GRACE, SHARE = 0.5, 0.1
+"""How long rows may wait for outside work in all, so that what goes on when does not depend on the clock: so many
+seconds, and this share of the time since they began. After that nobody waits any more."""
 
 
 class TimeIsUpError(Exception):
@@ -81,7 +87,8 @@ class Scheduler:
     def __init__(self) -> None:
         self._ready: deque[Job[Any]] = deque()
         self._live: dict[Job[Any], bool] = {}
-        self._outside: set[Gate] = set()
+        self._outside: dict[Gate, bool] = {}
+        self._punctual, self._waited, self._began = True, 0.0, time.monotonic()
         self._posted: SimpleQueue[Gate] = SimpleQueue()
         self._alarms: list[tuple[float, int, Gate]] = []
         self._numbers = count()
@@ -121,16 +128,33 @@ class Scheduler:
                 gate.waiting.append(job)
 
     def collect(self, wait: bool = False) -> None:
-        """Open the gates of outside work that is done. `wait`: for the first of them, if none is."""
-        while self._outside and (wait or not self._posted.empty()):
-            try:
-                gate = self._posted.get(timeout=self._patience())
-            except Empty:
-                return
+        """Open the gates of outside work that is done, in the order in which it was begun; `wait` for some if none is.
+
+        As long as work is quick, all of it is waited for. Then rows go on at the same places in every run, and are
+        decoded beside the same others, on which the last bits of their numbers depend.
+        """
+        alarm = min((moment for moment, _, gate in self._alarms if not gate.is_open), default=inf)
+        if self._punctual and not all(self._outside.values()):
+            now = time.monotonic()
+            late = min(alarm, now + GRACE + SHARE * (now - self._began) - self._waited)
+            while self._punctual and not all(self._outside.values()):
+                self._note(late)
+                self._punctual = time.monotonic() < late
+            self._waited += time.monotonic() - now
+        if wait and not any(self._outside.values()):
+            self._note(alarm)
+        while not self._posted.empty():
+            self._note(0)
+        for gate in [gate for gate, done in self._outside.items() if done]:
+            del self._outside[gate]
+            self.open(gate)
+
+    def _note(self, until: float) -> None:
+        """Note the next outside work that is done, if some is by that moment."""
+        with suppress(Empty):
+            gate = self._posted.get(timeout=max(0.0, until - time.monotonic()) if until < inf else None)
             if gate in self._outside:
-                self._outside.remove(gate)
-                self.open(gate)
-            wait = False
+                self._outside[gate] = True
 
     def open_at(self, moment: float, gate: Gate) -> None:
         """Let `ring` open the gate at a moment of `time.monotonic`, unless it is open by then."""
@@ -141,13 +165,8 @@ class Scheduler:
         while self._alarms and (self._alarms[0][2].is_open or self._alarms[0][0] <= time.monotonic()):
             gate = heapq.heappop(self._alarms)[2]
             if not gate.is_open:
-                self._outside.discard(gate)
+                self._outside.pop(gate, None)
                 self.open(gate)
-
-    def _patience(self) -> float | None:
-        """Seconds until a gate is to be opened; None if none is."""
-        moments = [moment for moment, _, gate in self._alarms if not gate.is_open]
-        return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def close(self) -> None:
         """End the coroutines that have not ended: their `finally` blocks run."""
@@ -168,7 +187,7 @@ class Scheduler:
         Raises TimeIsUpError if there is none at the moment `until` of `time.monotonic`; the work goes on unwatched.
         """
         gate = Gate()
-        self._outside.add(gate)
+        self._outside[gate] = False
         future.add_done_callback(lambda _: self._posted.put(gate))
         if until is not None:
             self.open_at(until, gate)

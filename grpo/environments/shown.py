@@ -53,7 +53,7 @@ def told(rollout: Rollout) -> list[Said]:
     talk = rollout.trajectory.conversation
     if talk is None:
         return [Said(MODEL, rollout.trajectory.text)]
-    return [*said_in(talk.messages, talk.turn_rewards, rollout.turn_advantages or ()), *_end(rollout.trajectory)]
+    return [*said_in(talk.messages, talk.turn_rewards, rollout.turn_advantages or ()), *end_of(rollout.trajectory)]
 
 
 def said_in(
@@ -79,13 +79,13 @@ def transcript(rollout: Rollout) -> str:
     return "\n".join(line for said in told(rollout) for line in said.lines())
 
 
-def asked(task: Task, trajectory: Trajectory) -> str:
+def asked(task: Task, trajectory: Trajectory | None = None) -> str:
     """The end of the prompt, as the model saw it: with what the environment's `reset` added."""
-    talk = trajectory.conversation
+    talk = None if trajectory is None else trajectory.conversation
     return last_text(task.prompt if talk is None or not talk.prompt else list(talk.prompt))
 
 
-def _end(trajectory: Trajectory) -> list[Said]:
+def end_of(trajectory: Trajectory) -> list[Said]:
     """How a conversation ended, where that was not by the model's own last word."""
     talk, reason = trajectory.conversation, trajectory.finish_reason
     assert talk is not None

@@ -74,6 +74,8 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
         groups = -(-cfg.rollout.prompts_per_step // ranks.size)
         partners = invite(cfg.conversations, cfg.tools, given, groups, files)
         opened.callback(partners.close)
+        if partners.own is not None:
+            _check_rewarded(cfg)
         hosts = list(partners.hosts.values())
         scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions, hosts)
         opened.callback(scorer.close)
@@ -130,6 +132,15 @@ def _prepared(
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, evaluator, plan, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+
+
+def _check_rewarded(cfg: Recipe) -> None:
+    """Raise UserError where an environment that makes trajectories by itself would have to reward them."""
+    why = "the environment makes trajectories by itself (it has a method rollout)"
+    if not any(reward.weight for reward in cfg.rewards):
+        raise UserError(f"rewards: a run needs one with a weight: {why}, and gives no rewards")
+    if cfg.advantage.turns == "turn":
+        raise UserError(f"advantage.turns: turn does nothing: {why}, and its turns have no rewards of their own")
 
 
 def _evaluator(

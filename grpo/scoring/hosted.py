@@ -20,6 +20,10 @@ AT_ONCE = 32
 """Groups that a reward may be called for at the same time: their environments live in several processes."""
 
 
+class NoEnvironmentsError(UserError):
+    """A reward takes `environments`, and there are none."""
+
+
 class Hosted:
     """A reward function in the hosts of the environments that it takes."""
 
@@ -84,7 +88,7 @@ def hosted(
     """The reward of a recipe's line, where the environments live. Raises UserError where it cannot run there."""
     what = f"reward {name!r} takes `environments`"
     if not hosts:
-        raise UserError(
+        raise NoEnvironmentsError(
             f"{what}, and there are none here: a recipe with `environment:` or `environments:` gives it those of the "
             "completions' conversations"
         )

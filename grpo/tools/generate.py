@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from grpo.backend.device import setup
 from grpo.backend.random import derive_key
-from grpo.config import DataConfig, ModelConfig
+from grpo.config import DataConfig, EnvironmentConfig, ModelConfig, RolloutConfig, ToolConfig
 from grpo.data.prompts import PromptRenderer
 from grpo.errors import UserError
 from grpo.generation.generator import Generator, Request
@@ -26,60 +25,78 @@ from grpo.runs.checkpoint import RECIPE
 from grpo.runs.folder import is_run, newest_checkpoint
 from grpo.runs.revisions import pinned_to_run
 
-log = logging.getLogger(__name__)
-
 MAX_TOKENS = 512
 """Of an answer by a model that no run has set a limit for."""
 
 
-def answer(
-    target: str,
-    prompt: str,
-    adapter: Path | None,
-    base: bool,
-    asked: Mapping[str, Any],
-    seed: int,
-    template: bool = True,
-) -> Iterator[str]:
-    """The answer's text in pieces.
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """What answers: a model with an adapter (None: without), which is given prompts as `data` says.
 
-    `target` is a run's folder, whose newest checkpoint is used where no `adapter` is named, one of its checkpoints, or
-    a model; with `base` no adapter is used. A run answers as it did in training: the prompt goes into its template
-    (unless `template` is false) and through the chat template with its system message, and what ends its completions
-    ends the answer. `asked` are the fields of `Sampling` that were asked for, in the place of the run's. The answer is
-    greedy unless a temperature is among them.
+    Of a run there are its `conversations` and `tools`, and the section `rollout` that it was trained with.
+    """
 
-    Raises UserError for a recipe, for what cannot be loaded, and for a template that the prompt does not fill.
+    model: ModelConfig
+    data: DataConfig
+    adapter: Path | None
+    rollout: RolloutConfig | None = None
+    conversations: Mapping[str, EnvironmentConfig] = field(default_factory=dict)
+    tools: Sequence[ToolConfig] = ()
+
+    @property
+    def sampling(self) -> Sampling:
+        """How it answers unless something else is asked for."""
+        return Sampling(0.0, MAX_TOKENS) if self.rollout is None else sampling_of(self.rollout)
+
+
+def find_answering(target: str, adapter: Path | None, base: bool, template: bool = True) -> Answering:
+    """What `target` names: a run's folder, whose newest checkpoint is used where no `adapter` is named, one of its
+    checkpoints, or a model; with `base` no adapter is used.
+
+    A run answers as it did in training: the prompt goes into its template (unless `template` is false) and through the
+    chat template with its system message. Raises UserError for a recipe, and for what is none of these.
     """
     if Path(target).suffix in (".yaml", ".yml") or target in bundled_names("recipes", ".yaml"):
         raise UserError(f"{target} is a recipe; to generate takes a run's folder or a model, such as the recipe's")
     if not Path(target).exists() and looks_like_path(target):
         raise UserError(f"{target}: there is no such folder{similar(Path(target))}")
     _check_no_run_or_adapter(Path(target))
-    setup()
-    model_cfg, data, folder = ModelConfig(name=target), DataConfig(source=target), Path(target)
-    sampling = Sampling(0.0, MAX_TOKENS)
+    found, folder = Answering(ModelConfig(name=target), DataConfig(source=target), adapter), Path(target)
     if not is_run(folder) and is_run(folder.parent.parent):  # a checkpoint of a run
         folder, adapter = folder.parent.parent, adapter or folder
     if is_run(folder):
         adapter = adapter or (None if base else newest_checkpoint(folder))
-        recipe = pinned_to_run(load_recipe(folder / RECIPE), folder, adapter)
-        if recipe.conversations:
-            log.warning("answers a single turn, without the run's environment and tools")
-        model_cfg, data, sampling = recipe.model, recipe.data, sampling_of(recipe.rollout)
-    data = with_settings(data, {"continue_final_message": False})  # the prompt is text
+        cfg = pinned_to_run(load_recipe(folder / RECIPE), folder, adapter)
+        found = Answering(cfg.model, cfg.data, adapter, cfg.rollout, cfg.conversations, cfg.tools)
+    data = with_settings(found.data, {"continue_final_message": False})  # the prompt is text
     if not template:
         data = with_settings(data, {"prompt": "prompt"})
-    model, tokenizer = load(model_cfg)
-    if adapter is not None and not base:
-        load_adapter(model, adapter)
-    renderer = PromptRenderer(data, tokenizer)
-    task = renderer.task(0, _row(prompt, renderer.columns))
+    return replace(found, data=data, adapter=None if base else found.adapter)
+
+
+def answer(found: Answering, prompt: str, asked: Mapping[str, Any], seed: int) -> Iterator[str]:
+    """The answer's text in pieces: a single turn, greedy unless a temperature is asked for.
+
+    `asked` are the fields of `Sampling` that were asked for, in the place of the run's. Raises UserError for what
+    cannot be loaded, and for a template that the prompt does not fill.
+    """
+    model, tokenizer = loaded(found)
+    renderer = PromptRenderer(found.data, tokenizer)
+    task = renderer.task(0, row_of(prompt, renderer.columns))
     assert task is not None
     generator = Generator(model, tokenizer, slots=1)
-    sampling = replace(at_temperature(sampling, asked.get("temperature", 0.0)), **asked)
+    sampling = replace(at_temperature(found.sampling, asked.get("temperature", 0.0)), **asked)
     events = generator.stream(Request(task.prompt_ids), sampling, derive_key(seed, "generate"))
     yield from (event.text for event in events)
+
+
+def loaded(found: Answering) -> tuple[Any, Any]:
+    """The model with its adapter, and its tokenizer."""
+    setup()
+    model, tokenizer = load(found.model)
+    if found.adapter is not None:
+        load_adapter(model, found.adapter)
+    return model, tokenizer
 
 
 def _check_no_run_or_adapter(target: Path) -> None:
@@ -91,7 +108,7 @@ def _check_no_run_or_adapter(target: Path) -> None:
         raise UserError(f"{target} is a saved adapter: name the model it was trained on, with --adapter {target}")
 
 
-def _row(prompt: str, columns: Sequence[str]) -> dict[str, Any]:
+def row_of(prompt: str, columns: Sequence[str]) -> dict[str, Any]:
     """The columns that prompts are made of, filled from what was given: text for one, a JSON object for several."""
     if len(columns) == 1:
         return {columns[0]: prompt}

@@ -17,6 +17,7 @@ from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.folder import COMPLETIONS, check_is_run
+from grpo.scoring.hosted import NoEnvironmentsError
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout
 
@@ -70,7 +71,7 @@ def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
     if not paths:
         raise UserError(f"{run}: the run has stored no completions (see log.completions in its recipe)")
     system = load_recipe(run / RECIPE).data.system
-    with closing(Scorer.of([config], system=system)) as scorer:
+    with closing(_scorer(config, system)) as scorer:
         (name,) = scorer.rewards
         completions: list[Rescored] = []
         groups = other_best = 0
@@ -87,6 +88,16 @@ def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
                 groups += 1
                 other_best += _best([c.before for c in pairs]).isdisjoint(_best([c.now for c in pairs]))
     return Rescoring(column, completions, groups, other_best)
+
+
+def _scorer(config: RewardConfig, system: str | None) -> Scorer:
+    try:
+        return Scorer.of([config], system=system)
+    except NoEnvironmentsError as error:
+        raise UserError(
+            f"reward {config.use!r} takes `environments`, and those of stored conversations are gone: it cannot score "
+            "them again"
+        ) from error
 
 
 def rescore_table(result: Rescoring) -> Table:

@@ -170,7 +170,10 @@ def test_one_batch_with_its_loss_is_an_update(policy, ready) -> None:
         (lambda: grpo.Trainer("quickstart", loss="dapo"), "loss: expected a function .*recipe's: grpo.recipe"),
         (lambda: grpo.Trainer("quickstart", source="a.py:Mine"), "source: expected a function or a class .*got a str"),
         (lambda: grpo.Trainer("quickstart", source=object()), "source=lambda stream: mine"),
-        (lambda: grpo.Trainer("quickstart", environment=object()), "grpo.Trainer: environment: expected a class, a function"),
+        (
+            lambda: grpo.Trainer("quickstart", environment=object()),
+            "grpo.Trainer: environment: expected a class, a function",
+        ),
         (lambda: grpo.Trainer("quickstart").train(resume="runs/nope"), r"^train\(resume='runs/nope'\): there is no"),
     ],
 )

@@ -1,10 +1,12 @@
 """Coroutines that take turns: in order, side by side, and with work in other threads."""
 
 import asyncio
+import threading
 from concurrent.futures import Future
 
 import pytest
 
+from grpo.environments import scheduler
 from grpo.environments.mistakes import EnvironmentMistake
 from grpo.environments.scheduler import Gate, Scheduler
 
@@ -137,6 +139,43 @@ def test_work_outside_is_waited_for_only_when_there_is_nothing_else() -> None:
     jobs.run()
     assert seen == ["second", "first"]
     assert not jobs.waits_outside
+
+
+def beginning(*futures: Future) -> tuple[Scheduler, list]:
+    jobs, seen = Scheduler(), []
+
+    async def waits(future: Future) -> None:
+        seen.append(await jobs.outside(future))
+
+    for future in futures:
+        jobs.start(waits(future))
+    jobs.run()
+    return jobs, seen
+
+
+def test_quick_work_is_waited_for_and_goes_on_in_the_order_in_which_it_was_begun(monkeypatch) -> None:
+    """Whichever is done first: rows that go on are decoded beside the same others in every run."""
+    monkeypatch.setattr(scheduler, "GRACE", 60.0)
+    first, second = Future(), Future()
+    jobs, seen = beginning(first, second)
+    second.set_result("second")
+    threading.Timer(0.05, lambda: first.set_result("first")).start()
+    jobs.collect()
+    jobs.run()
+    assert seen == ["first", "second"]
+
+
+def test_slow_work_is_waited_for_once_and_then_holds_nobody_up(monkeypatch) -> None:
+    monkeypatch.setattr(scheduler, "GRACE", 0.01)
+    monkeypatch.setattr(scheduler, "SHARE", 0.0)
+    first, second = Future(), Future()
+    jobs, seen = beginning(first, second)
+    jobs.collect()  # takes the time that there is
+    monkeypatch.setattr(scheduler, "GRACE", 3600.0)
+    second.set_result("second")
+    jobs.collect()
+    jobs.run()
+    assert seen == ["second"]
 
 
 def test_asyncio_s_own_is_refused_with_the_way_out() -> None:

@@ -61,12 +61,27 @@ def calls_draw(_: Chat, turn_ids: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
 
 
+def calls_first_tool(chat: Chat, turn_ids: Any) -> dict[str, Any]:
+    """A turn as the assistant's message: it calls the first tool, if there are tools, whatever it says."""
+    message = {"role": "assistant", "content": chat._template.tokenizer.decode(list(turn_ids))}
+    if not chat._template.tools:
+        return message
+    told = chat._template.tools[0]["function"]
+    function = {"name": told["name"], "arguments": dict.fromkeys(told["parameters"]["required"], "1")}
+    return {**message, "tool_calls": [{"type": "function", "function": function}]}
+
+
+def talker(toy_folder: Path, folder: Path) -> None:
+    """The toy model with a chat template that tells it of tools."""
+    shutil.copytree(toy_folder, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+
+
 @pytest.fixture
 def conversing(recipe: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe of four steps over four questions, with the working directory in a fresh folder."""
-    shutil.copytree(toy_folder, "talker")
-    config = json.loads(Path("talker/tokenizer_config.json").read_text())
-    Path("talker/tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    talker(toy_folder, Path("talker"))
     Path("helper.py").write_text("")
     Path("room.py").write_text(ROOM)
     Path("digits.py").write_text(REWARD)

@@ -1,0 +1,120 @@
+"""A conversation of a run's model with its environment and tools, told as it goes, for `grpo generate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from grpo.backend.random import derive_key
+from grpo.data.prompts import PromptReader, PromptRenderer
+from grpo.data.rows import Rows
+from grpo.environments.conversations import Conversations
+from grpo.environments.shown import asked as asked_of
+from grpo.environments.shown import end_of, said_in
+from grpo.errors import UserError
+from grpo.generation.generator import Generator
+from grpo.rollout import RolloutEngine
+from grpo.runs.given import NOTHING
+from grpo.runs.partners import Partners, invite
+from grpo.tools.generate import Answering, loaded, row_of
+from grpo.types import Message, Rollout, Task
+
+Tell = Callable[[str], object]
+"""Told a line of the conversation at a time."""
+
+
+def converse(
+    found: Answering, prompt: str | None, row: int | None, asked: Mapping[str, Any], seed: int, tell: Tell
+) -> Rollout:
+    """Let the model talk with the environment and the tools of its run, and `tell` what is said and called.
+
+    The conversation begins with `prompt`, which fills the run's template (a JSON object gives the environment further
+    columns), or with a `row` of the run's data. `asked` are the fields of `Sampling` that were asked for, `seed` that
+    of all draws, the environment's included. Raises UserError for what cannot be had or does not fit.
+    """
+    if (prompt is None) == (row is None):
+        raise UserError("give a prompt, or --row with the number of a row of the run's data, and not both")
+    assert found.rollout is not None
+    columns = _row(found, row) if prompt is None else _columns(prompt, found)
+    with closing(invite(found.conversations, found.tools, NOTHING, 1)) as partners:
+        model, tokenizer = loaded(found)
+        renderer = PromptRenderer(found.data, tokenizer, tools=partners.tools)
+        task = renderer.task(row or 0, columns)
+        if task is None:
+            raise UserError(f"--row {row}: the row has no prompt")
+        _check(partners, task)
+        environment, _ = partners.environment(tokenizer, renderer, task, found.rollout, seed)
+        told = _Told(tell)
+        if isinstance(environment, Conversations):
+            environment.tables = {name: replace(table, tell=told) for name, table in environment.tables.items()}
+        sampling = replace(found.sampling, **{name: value for name, value in asked.items() if name != "temperature"})
+        engine = RolloutEngine(Generator(model, tokenizer, slots=1), sampling, environment)
+        at = asked.get("temperature", 0.0)
+        ((rollout,),) = (
+            group.rollouts for group in engine.rollout([task], 1, at, derive_key(seed, "generate"), logprobs=False)
+        )
+    told.end(task, rollout)
+    return rollout
+
+
+class _Told:
+    """Tells the prompt, once, and then messages as they come."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell, self._begun = tell, False
+
+    def __call__(self, prompt: Sequence[Message], messages: Sequence[Message]) -> None:
+        if not self._begun:
+            self._begun = True
+            self._tell(f"prompt: {asked_of(Task(0, list(prompt), (), {}))}")
+        for said in said_in(messages):
+            for line in said.lines():
+                self._tell(line)
+
+    def end(self, task: Task, rollout: Rollout) -> None:
+        """Tell how it ended, and its rewards; of an environment that samples by itself, all of it."""
+        trajectory = rollout.trajectory
+        if trajectory.conversation is None:
+            self._tell(f"prompt: {asked_of(task)}")
+            self._tell(trajectory.text)
+            return
+        if not self._begun:
+            self(trajectory.conversation.prompt, [])
+        given = [reward for reward in trajectory.conversation.turn_rewards if reward is not None]
+        if given:
+            self._tell(f"(rewards of turns {', '.join(f'{reward:g}' for reward in given)})")
+        for line in (line for said in end_of(trajectory) for line in said.lines()):
+            self._tell(line)
+
+
+def _row(found: Answering, row: int | None) -> Mapping[str, Any]:
+    rows: Rows = NOTHING.rows("data", found.data)
+    assert row is not None
+    if row >= len(rows):
+        raise UserError(f"--row {row}: the run's data has {len(rows):,} rows, from 0 on")
+    return dict(rows[row])
+
+
+def _columns(prompt: str, found: Answering) -> Mapping[str, Any]:
+    """The columns that were given: as JSON, or the only one that prompts are made of."""
+    wanted = PromptReader(found.data).columns
+    try:
+        given = json.loads(prompt)
+    except ValueError:
+        given = None
+    if isinstance(given, dict) and set(wanted) <= set(given):
+        return given
+    return row_of(prompt, wanted)
+
+
+def _check(partners: Partners, task: Task) -> None:
+    try:
+        partners.check("the conversation", [task])
+    except UserError as error:
+        raise UserError(
+            f"{error}. Give the columns that it needs as a JSON object in the place of the prompt, or a row of the "
+            "run's data: --row 0"
+        ) from error

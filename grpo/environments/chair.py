@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import inspect
 import pickle
 import queue
@@ -62,7 +63,8 @@ class Thread:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._streams = streams
         self._given, self._done = 0, 0  # each is changed in one thread alone
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
 
     @property
     def idle(self) -> bool:
@@ -76,6 +78,12 @@ class Thread:
     def end(self) -> None:
         """End after the last job."""
         self._jobs.put(None)
+
+    def interrupt(self) -> None:
+        """Raise SystemExit in a job that hangs. It comes as soon as Python code runs; in a call in C that is never."""
+        if not self.idle:
+            thread, error = ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(SystemExit)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
 
     def _work(self) -> None:
         CURRENT.set(self._streams)

@@ -39,9 +39,9 @@ class Chairs:
 
     def close(self) -> None:
         """End the threads that can be ended."""
-        for chair in (*self._seats.values(), *self._free):
-            chair.thread.end()
-        self._office.end()
+        for thread in (*(chair.thread for chair in (*self._seats.values(), *self._free)), self._office):
+            thread.end()
+            thread.interrupt()
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def hello(self, name: str | None) -> dict[str, Any]:
@@ -69,7 +69,9 @@ class Chairs:
         if op == "release":
             self._release(request["seat"])
         elif op == "drop" and request["seat"] is None:
-            self._office = Thread("rewards")  # what the former hangs in cannot be ended
+            self._office.end()
+            self._office.interrupt()
+            self._office = Thread("rewards")
             self._answer({"id": request["id"], "ended": False})
         elif op == "drop":
             self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drop(request)))
@@ -112,6 +114,8 @@ class Chairs:
             deadline = self._loop.time() + PATIENCE
             while not (ended := chair.idle) and self._loop.time() < deadline:
                 await asyncio.sleep(GLANCE)
+            if not ended:  # it may stop now, but what it leaves half done is for nobody else to find
+                chair.thread.interrupt()
         self._answer({"id": request["id"], "ended": ended})
 
     def _administer(self, request: Mapping[str, Any]) -> None:

@@ -172,6 +172,13 @@ class Stuck:
         """Hang."""
         time.sleep(1000)
 
+    turns = 0
+
+    def spin(self) -> str:
+        """Hang in Python."""
+        while True:
+            type(self).turns += 1
+
     def tell(self) -> str:
         """Tell."""
         return "told"

@@ -59,7 +59,7 @@ def test_conversations_leave_nothing(times: int, inline: bool) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
 def test_hosts_and_processes_that_end_leave_nothing() -> None:
-    hostile = str(Path(__file__).with_name("hostile.py"))
+    hostile = str(Path(__file__).with_name("enemies.py"))
 
     def live_and_die() -> None:
         host = opened("Bad", file=hostile)

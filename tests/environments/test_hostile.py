@@ -11,7 +11,7 @@ from grpo.environments import home, process
 from grpo.environments.making import make_host
 from grpo.processes.tree import descendants
 
-HOSTILE = Path(__file__).with_name("hostile.py")
+HOSTILE = Path(__file__).with_name("enemies.py")
 
 
 def opened(name: str, **settings):

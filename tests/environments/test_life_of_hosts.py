@@ -82,6 +82,17 @@ def test_a_call_that_hangs_in_this_process_is_given_up(host) -> None:
     assert [one.call("tell", {}).result().value for one in (other, new)] == ["told"] * 2
 
 
+def test_a_call_that_spins_in_this_process_is_stopped(host) -> None:
+    (seat,) = host("Stuck", inline=True, timeout=0.3).seats(0, 1)
+    seat.reset({}, 0).result()
+    assert seat.call("spin", {}).result().kind == "timeout"
+    deadline, before = time.monotonic() + 20, -1
+    while games.Stuck.turns > before and time.monotonic() < deadline:
+        before = games.Stuck.turns
+        time.sleep(0.2)
+    assert games.Stuck.turns == before
+
+
 def test_nothing_outlives_a_trainer_that_is_killed(tmp_path) -> None:
     script = f"""
 from grpo.config.environment import EnvironmentConfig

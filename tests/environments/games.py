@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import sqlite3
+import sys
 import threading
 import time
 from random import randint
@@ -158,6 +159,13 @@ class Dice:
             drawn.append((random.random(), float(np.random.normal())))
             await asyncio.sleep(0)
         return drawn
+
+
+class Light:
+    """Its process should have loaded little."""
+
+    def reset(self, **_):
+        return str(sorted({"mlx", "mlx.core", "torch", "pydantic"} & set(sys.modules)))
 
 
 class Secretive:

@@ -3,11 +3,11 @@
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import games
 import pytest
 from hosting import GAMES, Hosts, names, seat_of
+from scoring.test_workers import gone
 
 from grpo.errors import UserError
 from grpo.processes.tree import descendants
@@ -108,11 +108,8 @@ time.sleep(1000)
         below = descendants(trainer.pid)
         assert len(below) == 2  # the keeper and its worker
         trainer.kill()
-    for _ in range(200):
-        if not any(Path(f"/proc/{pid}").exists() for pid in below):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{below} are still there")
+    for pid in below:
+        assert gone(pid)
 
 
 def test_asynchronous_calls_wait_together(host) -> None:
@@ -143,3 +140,7 @@ def test_objects_are_made_once_and_reset_often(host, inline: bool) -> None:
     for seat in both:
         seat.reset({"start": 0}, 0).result()
     assert both[0].call("count", {}).result().value == "2"
+
+
+def test_its_processes_load_nothing_of_mlx(host) -> None:
+    assert seat_of(host("Light"))[1].value == "[]"

@@ -5,7 +5,9 @@ See `environment_factory` and `tools` of TRL's `GRPOTrainer`. Worker processes i
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 from collections.abc import Callable, Collection, Mapping
 from types import FunctionType, MethodType
 from typing import Any, Literal
@@ -60,8 +62,7 @@ def schema_of(name: str, function: Callable[..., Any], hidden: Collection[str], 
 
     Raises UserError if hints or descriptions are missing, and says of what.
     """
-    from transformers.utils.chat_template_utils import get_json_schema
-
+    get_json_schema = _schema_maker()
     try:
         schema: dict[str, Any] = get_json_schema(_without(function, hidden) if hidden else function)
     except Exception as error:  # of several kinds, and those of hints that cannot be resolved
@@ -72,6 +73,19 @@ def schema_of(name: str, function: Callable[..., Any], hidden: Collection[str], 
         ) from None
     schema["function"]["name"] = name
     return schema
+
+
+@functools.cache
+def _schema_maker() -> Callable[[Callable[..., Any]], dict[str, Any]]:
+    """The function of transformers, imported without its advice to install PyTorch: schemas do not need that."""
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    was_set = quiet in os.environ
+    os.environ.setdefault(quiet, "1")
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    if not was_set:
+        del os.environ[quiet]
+    return get_json_schema
 
 
 def _without(function: Callable[..., Any], hidden: Collection[str]) -> Callable[..., Any]:

@@ -50,8 +50,11 @@ def test_a_call_that_nobody_waits_for_has_its_time_limit_too(host) -> None:
     assert seat.call("tell", {}).result().error == "'hang' gave no answer in 0.5 s"
 
 
-def test_groups_are_spread_over_processes_and_each_has_one(host) -> None:
+def test_groups_are_spread_over_processes_and_each_has_one(host, capfd) -> None:
     walks = host("Walk", workers=2)
+    assert walks.description.tools
+    time.sleep(0.1)
+    assert capfd.readouterr().err == ""  # what was imported for the schemas has nothing to say
     homes = [{seat.home for seat in walks.seats(group, 3)} for group in range(4)]
     assert [len(home) for home in homes] == [1] * 4
     assert homes[0] == homes[2] != homes[1] == homes[3]

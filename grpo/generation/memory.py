@@ -69,11 +69,9 @@ def slots_that_fit(decoding: Memory, need: Need, slots: int, available: int) -> 
 
 
 def slots_beside_waiting(decoding: Memory, need: Need, slots: int, available: int) -> int:
-    """The same, where rows that wait have up to half of `available`: a row that keeps nothing is computed anew.
+    """The same, but what rows keep while they wait has room, too: up to half of what one slot leaves.
 
-    One slot goes before what they keep.
+    A row that may keep nothing is computed again each time that it goes on.
     """
-    reserved = min(need.waiting(decoding), available // 2)
-    if reserved > 0 and need.bytes(decoding, 1) > available - reserved:
-        return slots_that_fit(decoding, need, 1, available)
-    return slots_that_fit(decoding, need, slots, available - max(0, reserved))
+    left = max(0, available - need.bytes(decoding, 1))
+    return slots_that_fit(decoding, need, slots, available - min(need.waiting(decoding), left // 2))

@@ -97,7 +97,7 @@ def test_waiting_rows_have_room_beside_the_slots() -> None:
         [slots_beside_waiting(Counted(), need, 16, available) for need in (still, waits)]
         for available in (1000, 288, 200, 40, 21, 11)
     ]
-    # There is room for all; just so; half is theirs; half is for less than 2 slots; half for none: a slot goes first.
-    assert slots == [[16, 16], [16, 15], [16, 9], [3, 1], [2, 1], [1, 1]]
+    # There is room for all; just so; half of what one slot leaves is theirs; one slot goes before all they keep.
+    assert slots == [[16, 16], [16, 15], [16, 10], [3, 2], [2, 1], [1, 1]]
     with pytest.raises(UserError, match="one completion of 5 tokens"):
         slots_beside_waiting(Counted(), waits, 16, 10)

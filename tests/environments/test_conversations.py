@@ -340,6 +340,15 @@ def test_what_reset_adds_is_shared_as_far_as_it_is_the_same() -> None:
     assert len({given for seat in host.all for what, _, given in seat.asked}) == 3  # seeds
 
 
+def test_the_text_of_a_row_begins_after_its_prompt() -> None:
+    """Of all its turns, with what was said between them."""
+    host = Host(tool=lambda *_: "43", reset=lambda seat, *_: f" {22 + seat.number}")
+    script = {22: [CALL, END], 23: [OTHER, END], 43: [32, END]}
+    rows = [rollout.trajectory for rollout in play(host, script, n=2).rollouts]
+    assert [row.token_ids for row in rows] == [(22, 60, 1, 9, 12, 43, 32, 1), (23, 61, 1, 9, 12, 43, 32, 1)]
+    assert [row.text for row in rows] == ["60 1 9 12 43 32", "61 1 9 12 43 32"]
+
+
 def test_a_group_whose_prompts_are_equal_shares_all_of_them() -> None:
     group = play(Host(reset=lambda *_: " 22"), {22: [33, END]}, n=2)
     assert group.task.prompt_ids == (11, 20, 21, 22)

@@ -50,3 +50,13 @@ def test_there_are_as_many_openings_as_rows() -> None:
     engine = generator_of("joined layers", 1).open()
     with pytest.raises(ValueError, match="there are 1 openings for 2 rows"):
         engine.submit(asked((12,), n=2, openings=[(30,)]))
+
+
+def test_batch_caches_hold_nothing_beside_the_rows_that_have_entered() -> None:
+    engine = generator_of("batch caches", 2).open()
+    engine.submit(asked(LONG, n=3, openings=OPENINGS))
+    for _ in range(60):
+        engine.step()
+    assert not engine._run.seats.queue
+    assert engine._run.seats._session._ready == {}
+    engine.close()

@@ -81,6 +81,19 @@ def test_a_row_that_waits_for_a_slot_is_ended_without_a_token() -> None:
     assert second.conversation.turn_rewards == ()
 
 
+class Impatient:
+    async def rollout(self, task, sampler):
+        (row,) = sampler.begin(task.prompt_ids, 1, keep=True)
+        self.ended = await sampler.turn(row, until=0.0), row.state, dict(sampler._driver._ends)
+        return [await sampler.ended(row)]
+
+
+def test_a_row_is_released_as_soon_as_its_time_is_up() -> None:
+    environment = Impatient()
+    RolloutEngine(Scripted({21: LONG}), Sampling(1.0, 300), environment).rollout([TASK], 1, 1.0, [0])
+    assert environment.ended == ("rollout_timeout", "released", {})
+
+
 def test_a_call_that_is_under_way_is_not_waited_for() -> None:
     """Nor is the environment asked for its reward, which could come after the call alone."""
 

@@ -14,6 +14,7 @@ from grpo.environments.play import Table
 from grpo.environments.sampler import Sampler, common_prefix
 from grpo.environments.seats import Limits, Reply
 from grpo.errors import RunError, UserError
+from grpo.generation.rows import Row
 from grpo.generation.sampling import Sampling
 from grpo.rollout import RolloutEngine
 from grpo.training.metrics import step_metrics
@@ -294,7 +295,7 @@ def test_a_failure_ends_its_conversation_alone(where: str, kind: str) -> None:
     assert len(bad.conversation.turn_rewards) == (2 if where == "reward" else bool(tokens))
 
 
-def test_a_failure_changes_nothing_that_the_others_draw() -> None:
+def test_a_failure_changes_nothing_that_the_others_draw(monkeypatch) -> None:
     """Rows draw by their place, a failed one's is left out; and where all fail, nothing is drawn."""
     from generation.ways import STOPS, generator_of
 
@@ -306,10 +307,20 @@ def test_a_failure_changes_nothing_that_the_others_draw() -> None:
         assert group.task == TASK
         return [rollout.trajectory for rollout in group.rollouts]
 
+    begun: list[Row] = []
+    begin = Sampler.begin_after
+
+    def begins(*given) -> tuple[Row, ...]:
+        begun[:] = begin(*given)
+        return tuple(begun)
+
+    monkeypatch.setattr(Sampler, "begin_after", begins)
     expected = rows()
     assert len({row.token_ids for row in expected}) == 3
     assert [row.token_ids for row in rows(1)] == [expected[0].token_ids, (), expected[2].token_ids]
+    assert begun[1].token_ids == []  # nor is it decoded for nobody
     nothing = rows(0, 1, 2)
+    assert [row.state for row in begun] == ["released"] * 3
     assert {(row.token_ids, row.trained, row.finish_reason, row.text) for row in nothing} == {((), (), "failed", "")}
 
 
@@ -327,6 +338,15 @@ def test_what_reset_adds_is_shared_as_far_as_it_is_the_same() -> None:
     assert [row.finish_reason for row in rows] == ["stop", "length", "stop"]  # of 2 tokens: its own are no limit's
     assert [row.conversation.prompt[0]["content"] for row in rows] == ["20 21 22 23", "20 21 22 24 25", "20 21 22"]
     assert len({given for seat in host.all for what, _, given in seat.asked}) == 3  # seeds
+
+
+def test_the_text_of_a_row_begins_after_its_prompt() -> None:
+    """Of all its turns, with what was said between them."""
+    host = Host(tool=lambda *_: "43", reset=lambda seat, *_: f" {22 + seat.number}")
+    script = {22: [CALL, END], 23: [OTHER, END], 43: [32, END]}
+    rows = [rollout.trajectory for rollout in play(host, script, n=2).rollouts]
+    assert [row.token_ids for row in rows] == [(22, 60, 1, 9, 12, 43, 32, 1), (23, 61, 1, 9, 12, 43, 32, 1)]
+    assert [row.text for row in rows] == ["60 1 9 12 43 32", "61 1 9 12 43 32"]
 
 
 def test_a_group_whose_prompts_are_equal_shares_all_of_them() -> None:
@@ -377,6 +397,18 @@ def test_prompts_that_begin_differently_are_refused() -> None:
     with pytest.raises(RunError, match="the prompts of a group begin with different tokens"):
         engine.rollout([TASK], 2, 1.0, [1])
     assert [seat.released for seat in host.all] == [1, 1]
+
+
+class Twice:
+    async def rollout(self, task, sampler):
+        sampler.begin(task.prompt_ids, 1)
+        return sampler.begin_after([task.prompt_ids])
+
+
+def test_a_prompt_is_chosen_before_rows_begin() -> None:
+    engine = RolloutEngine(Scripted({21: [END]}), Sampling(), Twice())
+    with pytest.raises(RunError, match="environment Twice, row 4 of data: rows of this task were begun before, after"):
+        engine.rollout([TASK], 1, 1.0, [1])
 
 
 def test_seats_that_are_kept_are_the_conversation_s_home() -> None:

@@ -103,7 +103,7 @@ def _outcomes(scores_NF: mx.array, rollouts: Sequence[Rollout]) -> mx.array:
     names = list(rollouts[0].scores)
     for row, rollout in zip(rows, rollouts, strict=True):
         conversation = rollout.trajectory.conversation
-        if conversation is not None and conversation.environment in names and not rollout.failed:
+        if conversation is not None and conversation.environment in names:
             outcome = conversation.outcome
             row[names.index(conversation.environment)] = math.nan if outcome is None else outcome
     return mx.array(rows)

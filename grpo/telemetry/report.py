@@ -53,6 +53,10 @@ class PagePart:
     body: str | None
 
 
+LOST = {"crash": "crashes", "memory": "too much memory"}
+"""Failures of processes that environments share, and their headings."""
+
+
 def report(runs: Sequence[RecordedRun]) -> str:
     """The page, from what the runs' folders hold."""
     sections = [
@@ -140,16 +144,19 @@ def _is_phase(name: str) -> bool:
 
 
 def _failures(runs: Sequence[RecordedRun]) -> str | None:
-    """For each reward, the completions that it failed on and had no score for."""
+    """For each reward, the completions that it failed on and had no score for; of an environment, conversations."""
+    known = {name for run in runs for record in run.steps for name in record.values}
+    more = [kind for kind in LOST if any(name.endswith(f"/{kind}_rate") for name in known)]
     rows = []
     for run in runs:
         names = sorted({name.split("/")[1] for record in run.steps for name in record.values if name[:8] == "rewards/"})
         for name in names:
             total = max(_values(run, f"rewards/{name}/failures"), default=0.0)
-            rates = [_values(run, f"rewards/{name}/{kind}_rate") for kind in ("none", "error", "timeout")]
+            rates = [_values(run, f"rewards/{name}/{kind}_rate") for kind in ("none", "error", "timeout", *more)]
             cells = [f"{fmean(values):.1%}" if values else "" for values in rates]
             rows.append([run.folder.name, name, f"{total:.0f}", *cells])
-    return _table(["run", "reward", "failures", "no score", "errors", "timeouts"], rows) if rows else None
+    headings = ["run", "reward", "failures", "no score", "errors", "timeouts", *(LOST[kind] for kind in more)]
+    return _table(headings, rows) if rows else None
 
 
 def _values(run: RecordedRun, name: str) -> list[float]:

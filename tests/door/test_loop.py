@@ -234,6 +234,8 @@ def test_constant_and_other_needs_are_said(policy, groups) -> None:
         grpo.batches(groups, grpo.Loss("dr_grpo"))
     with pytest.raises(grpo.UserError, match="groups have 2 to 4 rollouts"):
         grpo.advantages([*groups, *policy.sample(["Hi?"], n=2, max_tokens=2)])
+    with pytest.raises(grpo.UserError, match="turns: turn needs more than the rewards' sum"):
+        grpo.advantages(groups, turns="turn")
     with pytest.raises(grpo.UserError, match="gdpo needs more than the rewards' sum"):
         grpo.advantages(groups, baseline="gdpo")
     with pytest.raises(grpo.UserError, match="give loss="):

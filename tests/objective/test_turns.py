@@ -80,6 +80,13 @@ def test_the_outcome_belongs_to_the_last_turn() -> None:
     assert turn_rewards([rows], WEIGHTS) == [[pytest.approx(math.nan, nan_ok=True), 3.0], [1.0]]
 
 
+def test_a_penalty_is_taken_off_the_last_turn() -> None:
+    """Of a completion that only its turns have scored, too; and of none that nothing scored."""
+    rows = [replace(one, penalty=0.25) for one in (row([0.5, None]), row([None, 0.5]), row([None, None]))]
+    nothing = pytest.approx(math.nan, nan_ok=True)
+    assert turn_rewards([group(*rows)], WEIGHTS) == [[1.0, -0.25], [nothing, 0.75], [nothing, nothing]]
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_against_the_paper(scale: str) -> None:
     draw = np.random.default_rng(0)

@@ -103,6 +103,12 @@ def test_an_environment_that_fails_too_often_stops_the_run(weight: float) -> Non
         scorer.score([most])
 
 
+def test_a_failed_conversation_is_no_completion_though_nothing_is_learnt_from_its_reward() -> None:
+    rows = group(talk(failed="crash"), talk())
+    assert [r.failed for r in scorer_of(FakeHost(), weight=0).score([rows])[0].rollouts] == [True, False]
+    assert [r.failed for r in Scorer({"zero": lambda **_: [0.0]}).score([rows])[0].rollouts] == [True, False]
+
+
 def test_what_an_environment_has_counted_goes_on_after_a_resume() -> None:
     scorer = scorer_of(FakeHost())
     scorer.score([group(talk(failed="crash"), talk(), talk(), talk(failed="timeout"))])

@@ -53,11 +53,14 @@ def test_time_goes_to_phases_and_not_to_what_is_inside_them(recipe, run_cli) -> 
     assert "time/rewards/digits/p95" in line
     line |= {"time/reward": 7.9, "time/rollout": 0.7, "time/update": 1.4, "time/logprobs": 0.0}
     line |= {"time/rewards/digits/p50": 6.0, "time/rewards/digits/p95": 7.0}
+    line |= {"rewards/Game/crash_rate": 0.125, "rewards/Game/memory_rate": 0.0}
     Path("runs/toy/metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert run_cli("report", "runs/toy").code == 0
     page = Path("runs/toy/report.html").read_text()
     assert "<p>logprobs 0%, reward 79%, rollout 7%, update 14%</p>" in page
     assert "digits/p95" not in page
+    assert "<th>crashes</th><th>too much memory</th>" in page
+    assert "<td>12.5%</td><td>0.0%</td>" in page
 
 
 def test_a_run_with_nothing_on_record_says_so(recipe, run_cli) -> None:

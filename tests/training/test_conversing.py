@@ -66,6 +66,7 @@ def test_a_step_of_conversations(recipe, turns: str) -> None:
         "environment/failures/timeout": 2.0,
     }
     assert (values["rewards/Game/timeout_rate"], values["rewards/Game/failures"]) == (0.25, 2.0)
+    assert (values["rewards/Game/crash_rate"], values["rewards/Game/memory_rate"]) == (0.0, 0.0)
     assert [r.failed for r in rollouts] == [False, False, False, True] * 2
     assert [r.has_advantage for r in rollouts if r.failed] == [False, False]
     if turns == "turn":
@@ -125,6 +126,7 @@ def test_nothing_failed_where_nothing_was_called() -> None:
 def test_nothing_is_told_of_single_answers(recipe) -> None:
     values = prepare(load_recipe(recipe)).trainer.step(1).values
     assert not [name for name in values if name.startswith(("tools/", "stop/", "turns/", "environment/"))]
+    assert not [name for name in values if name.endswith(("crash_rate", "memory_rate"))]
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ class Trajectory:
     @property
     def turns_begun(self) -> tuple[int, ...]:
         """How many turns have begun up to each token, itself included."""
-        return tuple(accumulate(here and not before for before, here in pairwise((False, *self.trained))))
+        return tuple(accumulate(int(here and not before) for before, here in pairwise((False, *self.trained))))
 
     @property
     def trained_tokens(self) -> int:

@@ -27,8 +27,8 @@ class Exercise:
     """A task with a good way to answer, which is always right, and a cheap way, which is right now and then.
 
     `row` makes the dataset's columns of a problem, `question` among them. Problems of the same `kin` are in the same
-    split, so that what is held out is new in more than its order. A task of several turns has an `environment`, by whose
-    side there may be `tools`.
+    split, so that what is held out is new in more than its order. A task of several turns has an `environment`, and
+    maybe `tools` beside it.
     """
 
     everything: Callable[[], Iterable[Problem]]

@@ -63,5 +63,11 @@ def looked_up(problem: Problem) -> Turns:
 
 
 SHOP = Exercise(
-    purchases, row, good=computed, cheap=looked_up, kin=lambda problem: problem[1:], environment=Shop, tools=(calculator,)
+    purchases,
+    row,
+    good=computed,
+    cheap=looked_up,
+    kin=lambda problem: problem[1:],
+    environment=Shop,
+    tools=(calculator,),
 )

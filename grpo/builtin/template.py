@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,7 @@ _WITH_TOOLS = (
     "{% for message in messages %}{% if message.tool_calls %}"
     "{{ '<|im_start|>assistant\n' + message['content'] }}"
     "{% for tool_call in message.tool_calls %}{% set tool_call = tool_call.function %}"
-    "{{ '<tool_call>\n{\"name\": \"' + tool_call.name + '\", \"arguments\": ' }}"
+    '{{ \'<tool_call>\n{"name": "\' + tool_call.name + \'", "arguments": \' }}'
     "{{ tool_call.arguments | tojson }}{{ '}\n</tool_call>' }}{% if not loop.last %}{{ '\n' }}{% endif %}"
     "{% endfor %}{{ '<|im_end|>\n' }}"
     "{% else %}" + _SAID + "{% endif %}{% endfor %}" + _NEXT
@@ -39,13 +39,12 @@ def parts(task: Exercise, messages: Sequence[Message]) -> list[str]:
     """A conversation's text in parts: what the model reads, what it says, with the end of its turn, what it reads …"""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered, _ = render_jinja_template([list(messages)], tools=_schemas(task), chat_template=template(task))
-    pieces = _BY_THE_MODEL.split(rendered[0])
-    return pieces[:-1]  # what follows the last turn is nobody's
+    rendered = render_jinja_template([list(messages)], tools=_schemas(task), chat_template=template(task))[0]
+    return _BY_THE_MODEL.split(rendered[0])[:-1]  # what follows the last turn is nobody's
 
 
 @cache
-def _schemas(task: Exercise) -> list[dict[str, Any]] | None:
-    from transformers.utils import get_json_schema
+def _schemas(task: Exercise) -> list[dict[Any, Any] | Callable[..., Any]] | None:
+    from transformers.utils.chat_template_utils import get_json_schema
 
     return [get_json_schema(tool) for tool in task.all_tools.values()] or None

@@ -29,7 +29,7 @@ class Walk:
         return f" Start at {_written(self._here)}."
 
     def step(self, message: Message) -> Message | Step:
-        """A step of the walker: the reward is 1 at the goal, else 0; the walk ends there, in the pit, and off the grid."""
+        """A move: its reward is 1 at the goal, else 0. The walk ends there, in the pit and off the grid."""
         words = str(message["content"]).split()
         move = MOVES.get(words[-1]) if words else None
         if move is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -49,9 +50,14 @@ class BatchCachesSession:
 
     def admit(self, slots: Sequence[int], rows: Sequence[Line]) -> None:
         self._drop_released()
-        missing = {_source(row): [*row.prompt.ids, *row.token_ids] for row in rows if row.kept is None}
+        # Of a prompt of one token there is nothing to go on from: its rows are prefilled with what is theirs.
+        whole = [row for row in rows if row.kept is None and len(row.prompt.ids) == 1]
+        missing: dict[SharedPrompt | Line, Sequence[int]] = {
+            _source(row): [*row.prompt.ids, *row.token_ids] for row in whole
+        }
+        missing |= {row.prompt: row.prompt.ids for row in rows if row.kept is None and row not in whole}
         self._prefill({source: ids for source, ids in missing.items() if source not in self._ready})
-        self._extend([row for row in rows if row.kept is not None])
+        self._extend([row for row in rows if row.kept or (row.token_ids and row not in whole)])
         entering = [(slot, self._ready[_source(row)]) for slot, row in zip(slots, rows, strict=True)]
         # Caches that hold nothing yet do not merge with those that do.
         alone = [len(row.prompt.ids) == 1 and not row.token_ids for row in rows]
@@ -81,8 +87,8 @@ class BatchCachesSession:
         self._ready.pop(prompt, None)
 
     def _extend(self, rows: Sequence[Line]) -> None:
-        """Feed the rows' tokens that their caches do not hold yet."""
-        kept = [row.kept.state for row in rows if row.kept]
+        """Feed the rows' tokens that their caches, or the prompts', do not hold yet."""
+        kept = [row.kept.state if row.kept else deepcopy(self._ready[row.prompt]) for row in rows]
         found = extended(self._model, kept, [row.pending for row in rows], self._extended_together)
         self._ready.update(zip(rows, found, strict=True))
 

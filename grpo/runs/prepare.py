@@ -126,10 +126,8 @@ def _prepared(
     trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks)
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
-    prompts, head = (
-        _prompts(lengths, tables[0], renderer, partners.resets),
-        filter(None, [positions, head_note(model, cfg.model)]),
-    )
+    prompts = _prompts(lengths, tables[0], renderer, partners.resets)
+    head = filter(None, [positions, head_note(model, cfg.model)])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.slow]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     rows = dict(zip(named, tables, strict=True))

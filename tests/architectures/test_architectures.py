@@ -52,9 +52,16 @@ def test_what_is_decoded_is_what_teacher_forcing_says(measured: Measure, name: s
     assert measured(name, bits).greedy
 
 
-@EVERY
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen3-Next", "Gemma 3 1B"])
 def test_conversations_are_decoded_as_teacher_forcing_says(measured: Measure, name: str) -> None:
     assert measured(name).conversation_gap < 1e-4
+
+
+@pytest.mark.slow
+@EVERY
+@BITS
+def test_so_they_are_by_every_architecture(measured: Measure, name: str, bits: int | None) -> None:
+    assert measured(name, bits).conversation_gap < 1e-4
 
 
 @EVERY

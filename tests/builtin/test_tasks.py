@@ -14,7 +14,7 @@ from grpo.plugins import bundled, find_reward
 from grpo.recipes import load_recipe
 from grpo.scoring.contract import Reward
 
-NAMES = [name.partition(":")[2] for name in TASKS]
+NAMES = [name.partition(":")[2] for name, task in TASKS.items() if task.environment is None]
 
 
 def learning(name: str) -> Recipe:

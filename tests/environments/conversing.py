@@ -33,6 +33,7 @@ class Numbers:
         return {**message, "tool_calls": calls} if calls else message
 
     def can_follow(self, role: str, turn_ids: Sequence[int]) -> bool:
+        assert role == ("user" if self.names.keys().isdisjoint(turn_ids) else "tool")
         return turn_ids[-1] in self.ends
 
     def suffix_ids(self, turn_ids: Sequence[int], messages: Sequence[Mapping[str, Any]]) -> list[int] | None:

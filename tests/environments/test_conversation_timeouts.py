@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from itertools import count
+from threading import Timer
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from grpo.environments import play, scheduler
 from grpo.environments.conversations import Conversations
 from grpo.environments.play import Table
 from grpo.environments.scheduler import Gate, Scheduler, TimeIsUpError
-from grpo.environments.seats import Limits
+from grpo.environments.seats import Limits, Reply
 from grpo.generation.sampling import Sampling
 from grpo.rollout import RolloutEngine
 from grpo.types import Task, Trajectory
@@ -53,6 +54,21 @@ def test_a_row_that_decodes_is_ended_with_what_it_has() -> None:
     assert [message["role"] for message in row.conversation.messages] == ["assistant", "tool", "assistant"]
     assert (row.conversation.turn_rewards, row.conversation.outcome) == ((None, None), 3.0)
     assert host.all[0].released == 1
+
+
+@pytest.mark.usefixtures("ticking")
+def test_its_environment_may_take_time_for_its_reward() -> None:
+    """That is limited by the call's own time."""
+
+    def run(function, seat, *given):
+        if given or seat.asked[-1][0] != "reward":
+            return at_once(function, seat, *given)
+        future: Future = Future()
+        Timer(0.02, future.set_result, [Reply(value=3.0)]).start()
+        return future
+
+    (row,) = played(Host(run=run, reward=lambda seat: 3.0), {21: LONG}, 20)
+    assert (row.finish_reason, row.conversation.outcome) == ("rollout_timeout", 3.0)
 
 
 @pytest.mark.usefixtures("ticking")

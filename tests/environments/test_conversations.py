@@ -11,11 +11,13 @@ from grpo.backend.random import derive_seed
 from grpo.environments.conversations import Conversations
 from grpo.environments.openings import messages_of, with_added
 from grpo.environments.play import Table
-from grpo.environments.sampler import common_prefix
+from grpo.environments.sampler import Sampler, common_prefix
 from grpo.environments.seats import Limits, Reply
 from grpo.errors import RunError, UserError
 from grpo.generation.sampling import Sampling
 from grpo.rollout import RolloutEngine
+from grpo.training.metrics import step_metrics
+from grpo.training.update import Update
 from grpo.types import BEHAVIOUR, Failure, Group, Task, Trajectory
 
 ASKED = [{"role": "user", "content": "20 21"}]
@@ -102,6 +104,35 @@ def test_a_conversation_by_hand() -> None:
     assert seat.released == 1
 
 
+def test_the_metrics_of_a_group_by_hand() -> None:
+    """One answers after three calls, one of which failed; one failed in its first call; one is out of turns."""
+
+    def tool(seat, name, arguments):
+        if seat.number == 1:
+            return Reply("crash", error="gone")
+        if seat.number == 2:
+            return "23"
+        if name == "t61":
+            raise ValueError("50")
+        return numbered(seat, name, arguments)
+
+    host = Host(tool=tool, reset=lambda seat, *_: " 23" if seat.number == 2 else None)
+    group = play(host, {**SCRIPT, 23: [CALL, END]}, Limits(max_turns=3), n=3)
+    rows = [rollout.trajectory for rollout in group.rollouts]
+    assert [row.finish_reason for row in rows] == ["stop", "failed", "max_turns"]
+    assert [(row.turns, row.trained_tokens) for row in rows] == [(3, 9), (1, 3), (3, 6)]
+    assert [len(row.conversation.turn_rewards) for row in rows] == [3, 1, 3]
+    values = step_metrics(1, [group], Update(0.0, 0.0, {}), {}, {"rollout": 2.0}, has_tools=True).values
+    assert values["tools/call_frequency"] == (3 + 1 + 3) / 3
+    assert values["tools/failure_frequency"] == 1 / 7
+    assert values["turns/mean"] == pytest.approx(7 / 3)
+    stops = {name.removeprefix("stop/"): value for name, value in values.items() if name.startswith("stop/") and value}
+    assert stops == {"stop": 1 / 3, "failed": 1 / 3, "max_turns": 1 / 3}
+    assert values["num_tokens"] == 18  # what was sampled alone
+    lengths = [values[f"completions/{name}_length"] for name in ("mean", "min", "max", "mean_terminated")]
+    assert lengths == [6, 3, 9, 9]
+
+
 def test_a_tool_that_fails_says_so_and_the_conversation_goes_on() -> None:
     def tool(seat, name, arguments):
         raise ValueError("43")
@@ -161,6 +192,11 @@ def test_a_tool_that_is_done_ends_it() -> None:
     assert row.conversation.reward == 1.0
 
 
+def test_who_is_done_is_not_told_that_it_called_too_often() -> None:
+    row = one(Host(tool=lambda *_: Reply(value="42", done=True)), {21: [CALL, OTHER, END]}, Limits(max_tool_calls=1))
+    assert (row.finish_reason, row.conversation.calls) == ("done", 1)
+
+
 @pytest.mark.parametrize("last", [NO_END, 33])
 def test_a_turn_that_ends_otherwise_has_no_continuation(last: int) -> None:
     """By another stop token, or by the string 33. Nobody is asked."""
@@ -171,6 +207,16 @@ def test_a_turn_that_ends_otherwise_has_no_continuation(last: int) -> None:
     assert (row.token_ids, row.finish_reason) == ((60, last), "stop")
     assert (row.conversation.calls, row.conversation.turn_rewards) == (0, (None,))
     assert len(host.all[0].asked) == 1
+
+
+def test_nobody_answers_a_turn_that_a_limit_ended() -> None:
+    """Not even in plain text, where every turn could be followed."""
+    host = Host("text", step=lambda *_: "21")
+    conversations = Conversations({"": Table(host, Numbers(ends=range(80)), Limits(max_turn_tokens=2))}, 0, 99)
+    engine = RolloutEngine(Scripted({21: [30, 31, END]}), Sampling(1.0, 40), conversations)
+    row = engine.rollout([TASK], 1, 1.0, [1])[0].rollouts[0].trajectory
+    assert (row.token_ids, row.finish_reason) == ((30, 31), "max_turn_tokens")
+    assert [what for what, *_ in host.all[0].asked] == ["reset"]
 
 
 LIMITED = [
@@ -296,6 +342,30 @@ def test_a_prompt_that_reset_makes_too_long_fails() -> None:
     assert bad.conversation.failure == Failure(
         "error", "the prompt has 4 tokens after reset, and data.max_prompt_length is 3"
     )
+
+
+@pytest.mark.parametrize("what", ["prompt_ids", "suffix_ids"])
+def test_what_a_template_refuses_fails_its_conversation(what: str) -> None:
+    """An environment may say what it likes: the run goes on."""
+
+    def refuses(*_):
+        raise UserError("roles must alternate")
+
+    host, chat = Host(tool=numbered, reset=lambda *_: " 22"), Numbers()
+    setattr(chat, what, refuses)
+    engine = RolloutEngine(Scripted({22: [CALL, END]}), Sampling(), Conversations({"": Table(host, chat)}, 0, 9))
+    row = engine.rollout([TASK], 1, 1.0, [1])[0].rollouts[0].trajectory
+    assert row.conversation.failure == Failure("error", "roles must alternate")
+    assert (row.finish_reason, row.trained_tokens) == ("failed", 0 if what == "prompt_ids" else 2)
+    assert host.all[0].released == 1
+
+
+def test_a_row_is_freed_before_its_environment_is_asked_for_a_reward(monkeypatch) -> None:
+    """Which may take its time."""
+    seen, release = [], Sampler.release
+    monkeypatch.setattr(Sampler, "release", lambda self, row: (seen.append("freed"), release(self, row)))
+    one(Host(tool=numbered, reward=lambda seat: seen.append("asked") or 1.0))
+    assert seen == ["freed", "asked"]
 
 
 def test_prompts_that_begin_differently_are_refused() -> None:

@@ -16,9 +16,17 @@ def block(language: str, holds: str = "") -> str:
 
 def test_the_recipe_loads(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(block("yaml"))
+    path.write_text(block("yaml", "rewards:"))
     recipe = load_recipe(path)
     assert [reward.use for reward in recipe.rewards] == ["math_answer", "brevity.py:reward"]
+
+
+def test_the_recipe_with_conversations_loads(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(block("yaml", "rewards:") + block("yaml", "environment:"))
+    recipe = load_recipe(path)
+    assert recipe.conversations[""].max_turns == 20
+    assert [(tool.use, tool.timeout) for tool in recipe.tools] == [("tools.py:search", 30), ("calculator", 2)]
 
 
 def test_the_reward_does_what_it_says() -> None:

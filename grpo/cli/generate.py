@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from grpo.tools.generate import Answering
 
 
 def generate(
@@ -50,8 +53,7 @@ def generate(
     is said, called and answered is shown turn by turn.
     """
     from grpo.errors import UserError
-    from grpo.tools.converse import converse
-    from grpo.tools.generate import answer, find_answering
+    from grpo.tools.generate import find_answering
 
     if temperature == 0 and (top_k or (top_p is not None and top_p < 1) or min_p):
         raise UserError("--top-k, --top-p and --min-p do nothing at temperature 0, which is greedy: --temperature 1")
@@ -67,7 +69,15 @@ def generate(
         "stop": tuple(stop) if stop else None,
     }
     asked = {name: value for name, value in given.items() if value is not None}
-    found = find_answering(target, adapter, base, not no_template)
+    _print_answer(find_answering(target, adapter, base, not no_template), prompt, row, asked, seed)
+
+
+def _print_answer(found: Answering, prompt: str | None, row: int | None, asked: dict[str, Any], seed: int) -> None:
+    """Print an answer as it comes, or a conversation turn by turn."""
+    from grpo.errors import UserError
+    from grpo.tools.converse import converse
+    from grpo.tools.generate import answer
+
     if found.conversations:
         converse(found, prompt, row, asked, seed, lambda line: print(line, flush=True))
         return

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from grpo.backend.random import derive_key
-from grpo.data.prompts import PromptReader, PromptRenderer
+from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows
 from grpo.environments.conversations import Conversations
 from grpo.environments.shown import asked as asked_of
@@ -38,10 +38,11 @@ def converse(
     if (prompt is None) == (row is None):
         raise UserError("give a prompt, or --row with the number of a row of the run's data, and not both")
     assert found.rollout is not None
-    columns = _row(found, row) if prompt is None else _columns(prompt, found)
+    rows = [_row(found, row)] if prompt is None else []
     with closing(invite(found.conversations, found.tools, NOTHING, 1)) as partners:
         model, tokenizer = loaded(found)
-        renderer = PromptRenderer(found.data, tokenizer, tools=partners.tools)
+        renderer = PromptRenderer(found.data, tokenizer, tools=partners.tools, supplied=partners.resets)
+        columns = rows[0] if prompt is None else _columns(prompt, renderer)
         task = renderer.task(row or 0, columns)
         if task is None:
             raise UserError(f"--row {row}: the row has no prompt")
@@ -98,14 +99,14 @@ def _row(found: Answering, row: int | None) -> Mapping[str, Any]:
     return dict(rows[row])
 
 
-def _columns(prompt: str, found: Answering) -> Mapping[str, Any]:
+def _columns(prompt: str, renderer: PromptRenderer) -> Mapping[str, Any]:
     """The columns that were given: as JSON, or the only one that prompts are made of."""
-    wanted = PromptReader(found.data).columns
+    wanted = renderer.columns
     try:
         given = json.loads(prompt)
     except ValueError:
         given = None
-    if isinstance(given, dict) and set(wanted) <= set(given):
+    if isinstance(given, dict) and (renderer.supplied or set(wanted) <= set(given)):
         return given
     return row_of(prompt, wanted)
 

@@ -1,5 +1,6 @@
 """What `docs/EXTENDING.md` shows is written to files, outside of the package, and all of it runs in one run."""
 
+import contextlib
 import importlib.util
 import re
 from pathlib import Path
@@ -8,6 +9,9 @@ import pytest
 from runs.driver import same_end
 
 import grpo
+from grpo.config import EnvironmentConfig, ToolConfig
+from grpo.runs.given import NOTHING
+from grpo.runs.partners import invite
 from grpo.training import passes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
@@ -40,7 +44,16 @@ def run(folder: str, source: type, *callbacks, resume: bool = False, **settings)
 
 
 def test_the_page_has_a_file_of_each_kind() -> None:
-    assert list(FILES) == ["brevity.py", "soft.py", "first_tokens.py", "notes.py", "easy.py", "twice.py"]
+    assert list(FILES) == [
+        "brevity.py",
+        "soft.py",
+        "first_tokens.py",
+        "notes.py",
+        "easy.py",
+        "dice.py",
+        "guess.py",
+        "twice.py",
+    ]
     named = re.findall(r"`?\b(\w+\.py):", PAGE)
     assert set(named) <= set(FILES)
 
@@ -98,3 +111,30 @@ def test_an_environment_is_named_or_given(written: Path) -> None:
     given.train()
     given.close()
     assert [step["loss"] for step in given.history] == [step["loss"] for step in named.history]
+
+
+def test_a_tool_is_a_function(written: Path) -> None:
+    tools = [ToolConfig(use="dice.py:roll")]
+    partners = invite({"": EnvironmentConfig(workers=1)}, tools, NOTHING, 1)
+    ((host, _),) = partners.hosts.values()
+    (seat,) = host.seats(0, 1)
+    seat.reset({}, 3).result()
+    rolled = seat.call("roll", {"sides": 6}).result().value
+    assert 1 <= int(rolled) <= 6
+    partners.close()
+
+
+def test_an_environment_rewards_turns(written: Path) -> None:
+    cfg = grpo.recipe(
+        "toy.yaml", steps=2, rewards=[], max_completion_length=48, **{"environment.use": "guess.py:Guess"}
+    )
+    with grpo.Trainer(cfg, quiet=True) as trainer:
+        seen = []
+        trainer.callbacks.append(lambda record: seen.extend(g.rollouts for g in record.groups))
+        with contextlib.suppress(grpo.RunError):  # a model that knows nothing may guess nothing in two steps
+            trainer.train()
+    talks = [rollout.trajectory.conversation for rollouts in seen for rollout in rollouts]
+    assert all("Guess my number" in talk.prompt[-1]["content"] for talk in talks)
+    said = {message["content"] for talk in talks for message in talk.messages if message["role"] == "user"}
+    assert said <= {"It is higher.", "It is lower.", "Right!"}
+    assert said

@@ -8,11 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 from environments.test_shown import TALK
 
-from grpo.config.log import CompletionsConfig
+from grpo.config.log import CompletionsConfig, WandbConfig
+from grpo.plugins import find_recipe
+from grpo.recipes import load_recipe
 from grpo.runs.completions import read_completions, store_completions
 from grpo.telemetry import report
 from grpo.telemetry.console import _sample
 from grpo.telemetry.tensorboard import TensorboardLogger
+from grpo.telemetry.weights_and_biases import WandbLogger
+from grpo.tools.card import _conversations
+from grpo.tools.evaluate import EvalOptions, _graded
 from grpo.types import BEHAVIOUR, Failure, Group, Rollout, StepMetrics, Task, Trajectory
 
 ROW = Rollout(
@@ -99,3 +104,42 @@ def test_the_console_and_tensorboard_show_the_best(tmp_path: Path) -> None:
         logger.close()
         (file,) = (tmp_path / str(texts) / "tensorboard").iterdir()
         assert (b"    \xe2\x86\x90 now: noon" in file.read_bytes()) == texts
+
+
+def test_w_and_b_s_table_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "Table", lambda columns, data: data)
+    monkeypatch.setattr(wandb, "Histogram", lambda values: values)
+    logger = object.__new__(WandbLogger)
+    logger._cfg = WandbConfig(completions=3)
+    first, failed, plain = logger._of_completions(StepMetrics(4, {}, (GROUP,)))["completions"]
+    assert first[1:2] + first[3:] == ["How far is it? Ask from Rome.", 1.5, 0.25]
+    assert first[2].startswith('model: Let me see.\n→ search(query="Rom", k=2)\n')
+    assert failed[2] == "the environment failed: timeout: reset"
+    assert plain[1:3] == ["How far is it?", "four"]
+
+
+PARTNERS = """
+model: {name: some/model}
+data: {source: some/data}
+environments: {chess: {use: "package.games:Chess"}, cards: {use: "package.games:Cards"}}
+tools: [calculator]
+optim: {steps: 1}
+"""
+
+
+def test_a_card_says_whom_the_model_talked_to(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(PARTNERS)
+    assert _conversations(load_recipe(tmp_path / "mine.yaml")) == [
+        "It was trained in conversations of several turns, with the environments `package.games:Chess`, "
+        "`package.games:Cards` and the tool `calculator`."
+    ]
+    assert _conversations(load_recipe(find_recipe("quickstart"))) == []
+
+
+def test_a_reward_for_an_evaluation_where_the_environment_s_own_is_the_only_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(PARTNERS)
+    cfg = _graded(tmp_path / "mine.yaml", EvalOptions(reward="math_answer"), ["optim.steps=2"])
+    assert ([reward.use for reward in cfg.rewards], cfg.optim.steps) == (["math_answer"], 2)
+    assert _graded(tmp_path / "mine.yaml", EvalOptions(), []).rewards == ()

@@ -70,3 +70,11 @@ def test_a_run_without_conversations_takes_a_prompt(recipe: Path, run_cli) -> No
     run(recipe, "optim.steps=1")
     assert "--row is for runs with an environment" in run_cli("generate", "runs/toy", "--row", "1").err
     assert "give a prompt" in run_cli("generate", "runs/toy").err
+
+
+def test_a_dataset_without_prompts(conversing: Path, run_cli) -> None:  # noqa: F811
+    conversing.write_text(conversing.read_text().replace(', prompt: "{question}"', ""))
+    run(conversing, "optim.steps=1")
+    for given in (["--row", "1"], ['{"answer": "4"}']):
+        told = run_cli("generate", "runs/toy", *given)
+        assert told.out.startswith("prompt:  Begin with "), told.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,13 +17,13 @@ from grpo.generation.stopping import Stopping
 VOCABULARY, STOPS = 80, frozenset(range(8))
 
 
-class _Session:
+class Session:
     """Sure of each token: its logprob is 0."""
 
     overlaps = False
 
-    def __init__(self, script: Mapping[int, Sequence[int]], size: Size) -> None:
-        self.script, self.left = script, [iter(())] * size.slots
+    def __init__(self, script: Mapping[Any, Sequence[Any]], size: Size, vocabulary: int = VOCABULARY) -> None:
+        self.script, self.left, self.vocabulary = script, [iter(())] * size.slots, vocabulary
         self.fed = [0] * size.slots
 
     def refresh(self) -> None: ...
@@ -57,19 +58,20 @@ class _Session:
     def logits(self, tokens: mx.array) -> mx.array:
         self.fed = [fed + 1 for fed in self.fed]
         said = mx.array([next(left, 0) for left in self.left])
-        return mx.where(mx.arange(VOCABULARY)[None] == said[:, None], 1000.0, 0.0)
+        return mx.where(mx.arange(self.vocabulary)[None] == said[:, None], 1000.0, 0.0)
 
 
 class Scripted:
     """What `RolloutEngine` needs of a generator. `script`: the turn that begins after a token."""
 
     progress = None
+    stops = STOPS
 
     def __init__(self, script: Mapping[int, Sequence[int]], slots: int = 64) -> None:
         self.slots = slots
         self.tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
         self.decoding = SimpleNamespace(
-            vocabulary=VOCABULARY, open=lambda size: _Session(script, size), forget=lambda: None
+            vocabulary=VOCABULARY, open=lambda size: Session(script, size), forget=lambda: None
         )
 
     def open(self) -> Engine:
@@ -77,4 +79,4 @@ class Scripted:
         return Engine(lambda: self.decoding, self._rules, self.slots, stream, 1)  # type: ignore[arg-type, return-value]
 
     def _rules(self, sampling: Sampling) -> Stopping:
-        return Stopping(sampling, STOPS, self.tokenizer.decode)
+        return Stopping(sampling, self.stops, self.tokenizer.decode)

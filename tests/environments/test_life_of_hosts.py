@@ -50,7 +50,8 @@ def test_a_call_that_nobody_waits_for_has_its_time_limit_too(host) -> None:
     assert seat.call("tell", {}).result().error == "'hang' gave no answer in 0.5 s"
 
 
-def test_groups_are_spread_over_processes_and_each_has_one(host, capfd) -> None:
+def test_groups_are_spread_over_processes_and_each_has_one(host, capfd, monkeypatch) -> None:
+    monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
     walks = host("Walk", workers=2)
     assert walks.description.tools
     time.sleep(0.1)

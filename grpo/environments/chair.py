@@ -87,10 +87,11 @@ class Thread:
 
     def _work(self) -> None:
         CURRENT.set(self._streams)
-        while (job := self._jobs.get()) is not None:
-            job()
-            del job
-            self._done += 1
+        with contextlib.suppress(SystemExit):  # an interrupt that came when the job was just done
+            while (job := self._jobs.get()) is not None:
+                job()
+                del job
+                self._done += 1
 
 
 class Chair:

@@ -38,6 +38,13 @@ while True:
         except OSError: pass"""
 
 
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where sandboxes of this test alone are made: their launchers have it among their arguments."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
 def tried(code: str, limits: Limits = LIMITS) -> Tally:
     """The verdict on code whose one test is that it has run to its end."""
     return run_tests(f"{code}\nreached = True", ["assert reached"], limits)
@@ -97,7 +104,7 @@ def test_it_reaches_no_network() -> None:
 
 
 @needs_sandbox
-def test_it_cannot_fork_without_end_and_nothing_outlives_it() -> None:
+def test_it_cannot_fork_without_end_and_nothing_outlives_it(own_folder: Path) -> None:
     marker = f"outlive-{os.getpid()}"
     sleeper = f"[sys.executable, '-c', 'import time; time.sleep(60) # {marker}']"
     daemon = f"import os, sys\nos.fork() or (os.setsid(), os.execv(sys.executable, {sleeper}))"
@@ -113,7 +120,7 @@ def test_it_cannot_fork_without_end_and_nothing_outlives_it() -> None:
     assert run_tests(counting, ["pass"], Limits(processes=8)) == Tally(1, None)
     time.sleep(0.2)
     assert processes_named(marker) == []
-    assert processes_named("launcher.py") == []
+    assert processes_named(str(own_folder)) == []
 
 
 @needs_sandbox
@@ -155,13 +162,13 @@ for n in range(1000):
 
 @needs_sandbox
 @pytest.mark.parametrize("more", ["time.sleep(60)", DRIPS], ids=["quiet", "noisy"])
-def test_all_its_processes_together_have_the_memory_of_one(more: str) -> None:
+def test_all_its_processes_together_have_the_memory_of_one(more: str, own_folder: Path) -> None:
     limits = Limits(seconds=10.0, memory_mb=256)
     said = "its processes together held more than 256 MB"
     assert tried(FAMILY.format(count=6, size=100) + more, limits) == Tally(0, said)
     assert tried(FAMILY.format(count=6, size=20) + "time.sleep(0.2)", limits) == Tally(1, None)
     time.sleep(0.2)
-    assert processes_named("launcher.py") == []
+    assert processes_named(str(own_folder)) == []
 
 
 @needs_sandbox

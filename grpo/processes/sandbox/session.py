@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -160,7 +161,8 @@ class _Running:
     def _stand_still(self) -> bool:
         """Stop the interpreter, and kill what else there is; whether the interpreter is there."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._own[-1], signal.SIGSTOP)
+            if sys.platform == "linux":  # elsewhere nothing would end what stands still when this process is lost
+                os.kill(self._own[-1], signal.SIGSTOP)
         killed: set[int] = set()
         while new := {*self._cell.pids()} - {*self._own} - killed:  # those that are killed can start no more
             for pid in new:

@@ -17,4 +17,4 @@ def test_rows_without_prompts(conversing: Path, run_cli) -> None:  # noqa: F811
     assert ran.code == 0, ran.err
     said = " ".join((ran.out + ran.err).split())
     assert f"8 completions, at most {8 * (200 + 64):,} tokens" in said
-    assert "and planned for data.max_prompt_length (200 tokens), because what `reset` returns is added to them" in said
+    assert "; planned for data.max_prompt_length (200 tokens), because an environment's reset may add to them" in said

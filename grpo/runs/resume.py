@@ -146,7 +146,7 @@ def find_start(
     return Start(cfg, state, checkpoint, goes_on, overwrite, tuple(notes), plan, written.revisions)
 
 
-COMPARED = ("model.", "data.", "rewards.", "rollout.", "code of ", "contents of ")
+COMPARED = ("model.", "data.", "rewards.", "rollout.", "environment", "tools", "code of ", "contents of ")
 """How the differences begin after which the rewards of earlier and later steps cannot be compared."""
 
 

@@ -13,6 +13,7 @@ from grpo.environments import scheduler
 from grpo.recipes import load_recipe
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.prepare import prepare
+from grpo.runs.resume import find_start
 from grpo.types import Trajectory
 
 
@@ -167,3 +168,17 @@ def test_rescored_rewards_see_the_messages(conversing: Path, run_cli) -> None:  
     refused = run_cli("rewards", "score", "run", "--reward", "again.py:summed")
     assert refused.code == 2
     assert "takes `environments`, and those of stored conversations are gone: it cannot score them again" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [("environment.max_turns=2", False), ("tools=[calculator]", False), ("checkpoint.every=9", True)],
+)
+def test_rewards_of_other_conversations_are_not_compared(
+    conversing: Path,  # noqa: F811
+    changed: str,
+    kept: bool,
+) -> None:
+    run(conversing, "optim.steps=2")
+    start = find_start(load_recipe(conversing, ["optim.steps=2", changed]), changed=True)
+    assert bool(start.state.rewards) == kept

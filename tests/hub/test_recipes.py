@@ -97,7 +97,7 @@ def test_every_recipe_checks_out_as_it_is(whole_hub: Hub) -> None:
     said = run(whole_hub, {name: ["--dry-run", *without_a_sandbox(name)] for name in FROM_THE_HUB})
     for name in FROM_THE_HUB:
         recipe = RECIPES[name]
-        assert f"{recipe.model.name} on {recipe.data.source}" in said
+        assert f"{recipe.model.name} on {recipe.data.label}" in said
         assert f"{recipe.optim.steps} steps of {recipe.rollout.prompts_per_step} prompts" in said
     assert not (whole_hub.home.parent / "runs").exists(), "nothing was to be written"
 

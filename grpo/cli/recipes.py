@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from enum import Enum
 from pathlib import Path
@@ -42,17 +43,26 @@ def copy(
     name: Annotated[str, typer.Argument(help="A bundled recipe's name.")],
     to: Annotated[Path | None, typer.Argument(help="Where to put it. Default: here, under its own name.")] = None,
 ) -> None:
-    """Copy a bundled recipe, to make it your own."""
+    """Copy a bundled recipe and the Python files beside it that it names, to make them your own."""
     source = find_recipe(name)
     target = to or Path(source.name)
     target = target / source.name if target.is_dir() else target
-    if target.exists():
-        raise UserError(f"{target} exists already")
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}") from None
-    print(target)
+    copies = {source: target, **{file: target.parent / file.name for file in _files_of(source)}}
+    for copied in copies.values():
+        if copied.exists():
+            raise UserError(f"{copied} exists already")
+    for original, copied in copies.items():
+        try:
+            shutil.copyfile(original, copied)
+        except OSError as error:
+            raise UserError(f"cannot write {copied}: {error.strerror}") from None
+        print(copied)
+
+
+def _files_of(recipe: Path) -> list[Path]:
+    """The Python files beside a recipe that it names."""
+    named = re.findall(r"[\w-]+\.py\b", recipe.read_text(encoding="utf-8"))
+    return sorted({recipe.parent / name for name in named if (recipe.parent / name).is_file()})
 
 
 @app.command("schema")

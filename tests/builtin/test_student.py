@@ -61,15 +61,32 @@ def test_a_whole_student_is_made_the_same_again(name: str, cache: Path, tmp_path
     assert made(models.MODELS[name], tmp_path / "again") == kept
 
 
+def evaluations(run_cli, cache: Path, into: Path, monkeypatch, task: str, *settings: str) -> tuple[dict, dict]:
+    """What a task's recipe measures before its first step and after its last."""
+    monkeypatch.setenv("GRPO_CACHE", str(cache))
+    recipe = bundled("recipes") / "learning" / f"{task}.yaml"
+    ran = run_cli("train", recipe, f"output_dir={into}", "eval.every=40", *settings)
+    assert ran.code == 0, ran.err
+    before, after = [json.loads(line) for line in (into / "eval.jsonl").read_text().splitlines()]
+    return before, after
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="measured for the CPU")
 @pytest.mark.parametrize("task", ["countdown", "sorting", "format"])
 def test_a_student_starts_low_and_learns(run_cli, cache: Path, tmp_path: Path, monkeypatch, task: str) -> None:
-    monkeypatch.setenv("GRPO_CACHE", str(cache))
-    recipe = bundled("recipes") / "learning" / f"{task}.yaml"
-    ran = run_cli("train", recipe, f"output_dir={tmp_path / 'run'}", "eval.every=40")
-    assert ran.code == 0, ran.err
-    before, after = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
+    before, after = evaluations(run_cli, cache, tmp_path / "run", monkeypatch, task)
     assert 0.1 < before["avg@4"] < 0.5
     assert after["avg@4"] > before["avg@4"] + 0.2
     assert after["greedy"] > before["greedy"] + 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "darwin", reason="measured for the CPU")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("task", ["guess", "shop", "walk"])
+def test_a_student_learns_to_converse(run_cli, cache: Path, tmp_path: Path, monkeypatch, task: str, seed: int) -> None:
+    before, after = evaluations(run_cli, cache, tmp_path / "run", monkeypatch, task, f"seed={seed}")
+    assert 0.1 < before["avg@4"] < 0.6
+    assert after["avg@4"] > before["avg@4"] + 0.25
+    assert after["greedy"] > before["greedy"] + 0.25

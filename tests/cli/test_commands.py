@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from grpo.recipes import load_recipe
 from grpo.runs.completions import read_completions
 from grpo.training.trainer import Trainer
 
@@ -318,6 +319,19 @@ def test_recipes_list_and_copy(run_cli, tmp_path, monkeypatch) -> None:
     assert run_cli("recipes", "copy", "quickstart").code == 2
     assert run_cli("recipes", "copy", "quickstart", "mine.yaml").code == 0
     assert files(tmp_path) == {"quickstart.yaml", "mine.yaml"}
+
+
+def test_a_copied_recipe_has_the_files_that_it_names(run_cli, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_cli("recipes", "copy", "qwen3-2048").out == "qwen3-2048.yaml\ngame_2048.py\n"
+    cfg = load_recipe(Path("qwen3-2048.yaml"))
+    assert (cfg.environment.use, cfg.data.use) == (
+        f"{tmp_path}/game_2048.py:Game2048",
+        f"{tmp_path}/game_2048.py:boards",
+    )
+    refused = run_cli("recipes", "copy", "qwen3-2048", "other.yaml")
+    assert (refused.code, "game_2048.py exists already" in refused.err) == (2, True)
+    assert files(tmp_path) == {"qwen3-2048.yaml", "game_2048.py"}
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["recipes"], ["recipes", "list"]])

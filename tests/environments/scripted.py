@@ -22,7 +22,7 @@ class Session:
 
     overlaps = False
 
-    def __init__(self, script: Mapping[Any, Sequence[Any]], size: Size, vocabulary: int = VOCABULARY) -> None:
+    def __init__(self, script: Mapping[Any, Sequence[Any]], size: Size, vocabulary: int) -> None:
         self.script, self.left, self.vocabulary = script, [iter(())] * size.slots, vocabulary
         self.fed = [0] * size.slots
 
@@ -71,7 +71,7 @@ class Scripted:
         self.slots = slots
         self.tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
         self.decoding = SimpleNamespace(
-            vocabulary=VOCABULARY, open=lambda size: Session(script, size), forget=lambda: None
+            vocabulary=VOCABULARY, open=lambda size: Session(script, size, VOCABULARY), forget=lambda: None
         )
 
     def open(self) -> Engine:

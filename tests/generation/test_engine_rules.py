@@ -3,8 +3,8 @@
 import pytest
 from ways import LONG, STOPS, asked, finish, fresh, generator_of, sampled
 
-from grpo.backend.random import derive_key
 from grpo.backend import cuda
+from grpo.backend.random import derive_key
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 

@@ -65,10 +65,9 @@ class Scripted:
     """What `RolloutEngine` needs of a generator. `script`: the turn that begins after a token."""
 
     progress = None
-    stops = STOPS
 
     def __init__(self, script: Mapping[int, Sequence[int]], slots: int = 64) -> None:
-        self.slots = slots
+        self.slots, self.stops = slots, STOPS
         self.tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
         self.decoding = SimpleNamespace(
             vocabulary=VOCABULARY, open=lambda size: Session(script, size, VOCABULARY), forget=lambda: None

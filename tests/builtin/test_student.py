@@ -13,12 +13,6 @@ from grpo.model.mlxlm import new_model
 from grpo.plugins import bundled
 
 
-@pytest.fixture(scope="session")
-def cache(request: pytest.FixtureRequest) -> Path:
-    """Keeps the made students from one run of the tests to the next."""
-    return request.config.cache.mkdir("grpo")
-
-
 def made(settings: Student, folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     make(settings, folder, new_model)

@@ -68,7 +68,8 @@ class DataConfig(Section):
     source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """Where rows come from: a .jsonl, .json, .csv or .parquet file, a list of such files or a pattern such as
     `data/*.jsonl`, a folder that `save_to_disk` wrote, a Hub dataset, or a built-in task: `builtin:arithmetic`,
-    `builtin:countdown`, `builtin:sorting` or `builtin:format`."""
+    `builtin:countdown`, `builtin:sorting` or `builtin:format`, and of several turns `builtin:guess`, `builtin:shop` or
+    `builtin:walk`."""
     use: str | None = None
     """Instead of `source`: a function of yours that returns the rows, `file.py:function`, `file.py` (of one function)
     or `package.module:function`. It returns a list of dicts, a `datasets.Dataset` or any other iterable of dicts that

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.builtin.playing import Tools, Turns, played, tools_of
+from grpo.builtin.playing import Toolbox, Turns, played, tools_of
 from grpo.types import Message
 
 Problem = tuple[int, ...]
 """What a question is made of; every part is below 256."""
-Way = Callable[[Problem], str | Turns]
+Manner = Callable[[Problem], str | Turns]
 """A way to answer: a text, or the turns of a conversation."""
 HELD_OUT = 8  # one in so many
 
@@ -33,8 +33,8 @@ class Exercise:
 
     everything: Callable[[], Iterable[Problem]]
     row: Callable[[Problem], dict[str, Any]]
-    good: Way
-    cheap: Way
+    good: Manner
+    cheap: Manner
     kin: Callable[[Problem], Problem] = in_any_order
     environment: Callable[[], Any] | None = None
     tools: tuple[Callable[..., Any], ...] = ()
@@ -48,11 +48,11 @@ class Exercise:
         return str(self.row(problem)["question"])
 
     @property
-    def all_tools(self) -> Tools:
+    def all_tools(self) -> Toolbox:
         """What a model may call, by name, in the prompt's order."""
         return tools_of(self.environment and self.environment(), self.tools)
 
-    def conversation(self, problem: Problem, way: Way) -> list[Message]:
+    def conversation(self, problem: Problem, way: Manner) -> list[Message]:
         """The question, and all that is said after it when a way answers."""
         row, answer = self.row(problem), way(problem)
         question = {"role": "user", "content": str(row["question"])}

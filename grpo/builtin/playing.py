@@ -10,10 +10,10 @@ from grpo.types import Message, Step
 
 Turns = Generator[str | Message, str, None]
 """A way to play: it yields what the model would say, a text or a message with `tool_calls`, and is sent the answer."""
-Tools = Mapping[str, Callable[..., Any]]
+Toolbox = Mapping[str, Callable[..., Any]]
 
 
-def tools_of(environment: object, beside: tuple[Callable[..., Any], ...] = ()) -> Tools:
+def tools_of(environment: object, beside: tuple[Callable[..., Any], ...] = ()) -> Toolbox:
     """The tools by name, in the order in which a prompt lists them: those beside the environment, then its methods."""
     reserved = {"reset", "get_reward"} | ({"step"} if speaks(environment) else set())
     methods = [
@@ -39,7 +39,7 @@ def call(tool: str, **arguments: Any) -> Message:
     }
 
 
-def played(turns: Turns, environment: Any, tools: Tools) -> list[Message]:
+def played(turns: Turns, environment: Any, tools: Toolbox) -> list[Message]:
     """The messages of a whole conversation, from the first that the model says.
 
     It ends when the environment ends it, or with a message that calls no tool where the environment does not speak.
@@ -57,7 +57,7 @@ def played(turns: Turns, environment: Any, tools: Tools) -> list[Message]:
         said = turns.send(heard[-1]["content"])
 
 
-def _answers(message: Message, environment: Any, tools: Tools) -> list[Message]:
+def _answers(message: Message, environment: Any, tools: Toolbox) -> list[Message]:
     if calls := message.get("tool_calls"):
         return [_called(one["function"], tools) for one in calls]
     if not speaks(environment):
@@ -71,6 +71,6 @@ def _answers(message: Message, environment: Any, tools: Tools) -> list[Message]:
     return [{"role": "user", "content": answer} if isinstance(answer, str) else answer]
 
 
-def _called(function: Mapping[str, Any], tools: Tools) -> Message:
+def _called(function: Mapping[str, Any], tools: Toolbox) -> Message:
     result = tools[function["name"]](**function["arguments"])
     return {"role": "tool", "name": function["name"], "content": str(result)}

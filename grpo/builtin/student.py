@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.builtin.exercise import Exercise, Problem, Way
+from grpo.builtin.exercise import Exercise, Manner, Problem
 from grpo.builtin.tasks import TASKS
 from grpo.builtin.template import END, PAD, START, parts, template
 
@@ -158,7 +158,7 @@ def _lessons(settings: Student, tokenizer: Tokenizer) -> Iterator[list[list[Less
         yield [[lesson(tokenizer, task, one, way) for one in mine] for mine, way in ways if mine]
 
 
-def lesson(tokenizer: Tokenizer, task: Exercise, problem: Problem, way: Way) -> Lesson:
+def lesson(tokenizer: Tokenizer, task: Exercise, problem: Problem, way: Manner) -> Lesson:
     """A conversation in which a problem is answered in a way, in tokens as a run samples and appends them."""
     ids: list[int] = []
     said: list[int] = []

@@ -18,14 +18,14 @@ from grpo.types import Message, Step
 
 SIDE = 6
 MOVES = {"right": (1, 0), "left": (-1, 0), "up": (0, 1), "down": (0, -1)}
-Cell = tuple[int, int]
+Place = tuple[int, int]
 
 
 class Walk:
     """Knows where the walker is, and what is at that place."""
 
     def reset(self, start: list[int], goal: list[int], pit: list[int], **_: Any) -> str:
-        self._here, self._goal, self._pit = _cell(start), _cell(goal), _cell(pit)
+        self._here, self._goal, self._pit = _place(start), _place(goal), _place(pit)
         return f" Start at {_written(self._here)}."
 
     def step(self, message: Message) -> Message | Step:
@@ -78,31 +78,31 @@ def straight(problem: Problem) -> Turns:
         yield move
 
 
-def _straight(here: Cell, goal: Cell) -> tuple[str, Cell]:
+def _straight(here: Place, goal: Place) -> tuple[str, Place]:
     move = _upright(here, goal) if here[0] == goal[0] else "right" if here[0] < goal[0] else "left"
     return move, _moved(here, MOVES[move])
 
 
-def _upright(here: Cell, goal: Cell) -> str:
+def _upright(here: Place, goal: Place) -> str:
     return "up" if here[1] < goal[1] else "down"
 
 
-def _places(problem: Problem) -> tuple[Cell, Cell, Cell]:
+def _places(problem: Problem) -> tuple[Place, Place, Place]:
     x, y, to_x, to_y, pit = problem
     return (x, y), (to_x, to_y), (pit, y)
 
 
-def _moved(here: Cell, move: Cell) -> Cell:
+def _moved(here: Place, move: Place) -> Place:
     return here[0] + move[0], here[1] + move[1]
 
 
-def _cell(given: list[int]) -> Cell:
+def _place(given: list[int]) -> Place:
     x, y = given
     return x, y
 
 
-def _written(cell: Cell) -> str:
-    return f"{cell[0]},{cell[1]}"
+def _written(place: Place) -> str:
+    return f"{place[0]},{place[1]}"
 
 
 def _says(text: str) -> Message:

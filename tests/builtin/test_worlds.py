@@ -9,7 +9,7 @@ from statistics import fmean
 import pytest
 from tokenizers import Tokenizer
 
-from grpo.builtin.exercise import Exercise, Problem, Way
+from grpo.builtin.exercise import Exercise, Manner, Problem
 from grpo.builtin.guess import GUESS, Guess
 from grpo.builtin.models import MODELS
 from grpo.builtin.playing import Turns
@@ -97,7 +97,7 @@ def test_a_run_hears_what_a_lesson_says(hosts, name: str, way: str) -> None:
         assert heard(hosts[name], task.row(problem), said_in(messages))[0] == messages
 
 
-def score(host: Host, name: str, problem: Problem, way: Way) -> float | None:
+def score(host: Host, name: str, problem: Problem, way: Manner) -> float | None:
     """By the reward that the recipe evaluates with."""
     task, row = WORLDS[name], WORLDS[name].row(problem)
     messages = task.conversation(problem, way)
@@ -238,7 +238,7 @@ def calls_of(message: Message) -> list[dict]:
     return message.get("tool_calls", [])
 
 
-def contents(task: Exercise, problem: Problem, way: Way) -> list[str]:
+def contents(task: Exercise, problem: Problem, way: Manner) -> list[str]:
     return [message["content"] for message in task.conversation(problem, way)]
 
 

@@ -18,7 +18,7 @@ from grpo.benchmark.rollout import untold
 from grpo.benchmark.setting import Setting
 from grpo.environments.conversations import Conversations
 from grpo.environments.play import Table
-from grpo.environments.seats import Description, Limits, Reply
+from grpo.environments.seats import ConversationLimits, Description, Reply
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 from grpo.rollout import RolloutEngine
@@ -69,7 +69,7 @@ class _Rollout:
 
     def run(self, host: _Answers) -> list[Group]:
         most = self.turns * (20 * self.setting.completion_length + ANSWER)
-        table = Table(cast("Any", host), _Chat(), Limits(max_turns=self.turns))
+        table = Table(cast("Any", host), _Chat(), ConversationLimits(max_turns=self.turns))
         engine = RolloutEngine(self.generator, Sampling(max_tokens=most), Conversations({"": table}, 0, 1_000_000))
         return engine.rollout(self.tasks, self.setting.completions, 1.0, derive_key(0, "draw"))
 

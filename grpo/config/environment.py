@@ -78,5 +78,5 @@ class OrUse:
         return {"anyOf": [{"type": "string"}, handler(core)]}
 
 
-Tool = Annotated[ToolConfig, OrUse()]
+ToolEntry = Annotated[ToolConfig, OrUse()]
 """An item of `tools`."""

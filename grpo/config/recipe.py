@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from grpo.config.data import DataConfig, EvalConfig, check_hub_only
-from grpo.config.environment import EnvironmentConfig, Tool
+from grpo.config.environment import EnvironmentConfig, ToolEntry
 from grpo.config.log import CheckpointConfig, LogConfig
 from grpo.config.model import AdapterConfig, ModelConfig
 from grpo.config.objective import AdvantageConfig, LossConfig
@@ -41,7 +41,7 @@ class Recipe(Section):
     """Whom the model talks to in several turns. Without it, and without `tools`, a completion is a single answer."""
     environments: dict[str, EnvironmentConfig] = {}
     """Several of them by name, in the place of `environment`; the dataset's column `environment` says which."""
-    tools: tuple[Tool, ...] = ()
+    tools: tuple[ToolEntry, ...] = ()
     """Functions that the model may call, beside its environment's. A text is the tool's `use`."""
     rewards: tuple[RewardConfig, ...] = ()
     """What a completion is worth: the weighted sum of these, and of the environment's own reward."""

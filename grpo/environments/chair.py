@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.environments import results
-from grpo.environments.describe import Kind, kind_of, methods_of, takes
+from grpo.environments.describe import EnvironmentKind, kind_of, methods_of, takes
 from grpo.environments.seats import Reply
 from grpo.environments.streams import CURRENT, Streams
 
-Job = Callable[[], None]
+Errand = Callable[[], None]
 CLOSE = "close"
 """The method of a tool's class that is called when a conversation is over. (Of an environment it would be a tool.)"""
 
@@ -60,7 +60,7 @@ class Thread:
     """A thread that does what it is told, one job after another. It does not keep the process from ending."""
 
     def __init__(self, name: str, streams: Streams | None = None) -> None:
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
         self._streams = streams
         self._given, self._done = 0, 0  # each is changed in one thread alone
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -71,7 +71,7 @@ class Thread:
         """Whether all jobs are done."""
         return self._given == self._done
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Errand) -> None:
         self._given += 1
         self._jobs.put(job)
 
@@ -109,7 +109,7 @@ class Chair:
         self._streams = Streams()
         self.thread = Thread("environment", self._streams)
         self._owned: list[Any] | None = None
-        self._kind: Kind = "tools"
+        self._kind: EnvironmentKind = "tools"
         self._awaited: asyncio.Future[Any] | None = None
 
     @property

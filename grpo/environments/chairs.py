@@ -20,7 +20,7 @@ from grpo.environments.hosted import HostedRewards
 from grpo.environments.seats import Reply
 from grpo.errors import UserError
 
-Answer = Callable[[dict[str, Any]], None]
+Reporter = Callable[[dict[str, Any]], None]
 PATIENCE, GLANCE = 1.0, 0.02
 """Seconds that a call which is given up has to end, and between two looks whether it has."""
 
@@ -28,7 +28,7 @@ PATIENCE, GLANCE = 1.0, 0.02
 class Chairs:
     """Answers requests by `answer`, from several threads. `handle` never waits."""
 
-    def __init__(self, makers: Makers, answer: Answer) -> None:
+    def __init__(self, makers: Makers, answer: Reporter) -> None:
         self._makers, self._answer = makers, answer
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=_run, args=[self._loop], name="asynchronous calls", daemon=True).start()

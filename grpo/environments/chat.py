@@ -11,7 +11,7 @@ from grpo.environments.joints import Joint, joint_of
 from grpo.environments.readback import format_of, takes_several
 from grpo.environments.template import MARK, QUESTION, Template, before, text_of, with_ids
 from grpo.environments.thinking import Thinking
-from grpo.environments.toolcalls import Format, Said
+from grpo.environments.toolcalls import CallFormat, ParsedTurn
 from grpo.errors import UserError
 from grpo.types import Message
 
@@ -32,7 +32,7 @@ class Chat:
         self,
         template: Template,
         joints: Mapping[str, Joint] | None,
-        form: Format | None,
+        form: CallFormat | None,
         thinking: Thinking | None,
         notes: Sequence[str] = (),
     ) -> None:
@@ -141,21 +141,21 @@ class Chat:
             message["tool_calls"] = [_tool_call(call) for call in said.calls]
         return message
 
-    def _said(self, turn_ids: Sequence[int]) -> Said:
+    def _said(self, turn_ids: Sequence[int]) -> ParsedTurn:
         ids = list(turn_ids)
         if ids and ids[-1] in self._template.stop_ids:
             ids.pop()
-        plain = Said(self._template.decode(ids, special=False))
+        plain = ParsedTurn(self._template.decode(ids, special=False))
         if self._form is None and self._thinking is None:
             return plain
         text = self._template.decode(ids)
         reasoning, rest = self._thinking.split(text) if self._thinking else (None, text)
-        said = self._form.read(rest, self._template.tools) if self._form else Said(rest)
+        said = self._form.read(rest, self._template.tools) if self._form else ParsedTurn(rest)
         if reasoning is None and (said.content, said.calls, said.reasoning) == (text, (), None):
             return plain
         thought = said.reasoning if reasoning is None else reasoning
         clean = self._template.specials.sub("", said.content)
-        return Said(clean, said.calls, thought)
+        return ParsedTurn(clean, said.calls, thought)
 
     def _call_ids(self, turn_ids: Sequence[int], results: Sequence[Message], joint: Joint) -> list[str | None]:
         """The ids that the model gave its calls, where the template tells them and takes them."""
@@ -182,7 +182,7 @@ def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}, **own}
 
 
-def _notes(template: Template, joints: Mapping[str, Joint], form: Format | None, several: bool) -> list[str]:
+def _notes(template: Template, joints: Mapping[str, Joint], form: CallFormat | None, several: bool) -> list[str]:
     """What was found, for the plan."""
     if not joints:
         return []

@@ -15,14 +15,14 @@ from typing import Any, Literal
 from grpo.environments.seats import Description
 from grpo.errors import UserError
 
-Kind = Literal["tools", "messages", "text", "rollout"]
+EnvironmentKind = Literal["tools", "messages", "text", "rollout"]
 RESERVED = ("reset", "get_reward")
 """Public methods that are no tools."""
-ANSWERS: Mapping[str, Kind] = {"message": "messages", "text": "text"}
+ANSWERS: Mapping[str, EnvironmentKind] = {"message": "messages", "text": "text"}
 """What `step` is called with, if it answers as a user does, by the name of its only parameter."""
 
 
-def kind_of(environment: Any) -> Kind:
+def kind_of(environment: Any) -> EnvironmentKind:
     """Who has the next word in a conversation with this environment."""
     if inspect.iscoroutinefunction(getattr(environment, "rollout", None)):
         return "rollout"

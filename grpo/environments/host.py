@@ -19,7 +19,7 @@ from grpo.environments.seats import Description, HostedReward, LoadedReward, Sea
 from grpo.errors import UserError
 from grpo.processes.output import Output
 
-Value = TypeVar("Value")
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +97,12 @@ class EnvironmentHost:
         if self._output is not None:
             self._output.close()
 
-    def submit(self, coroutine: Coroutine[Any, Any, Value], closed: Value) -> Future[Value]:
+    def submit(self, coroutine: Coroutine[Any, Any, Returned], closed: Returned) -> Future[Returned]:
         """Let a coroutine run on the loop; `closed` is its result if the host is closed."""
         if not self._closed:
             return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         coroutine.close()
-        future: Future[Value] = Future()
+        future: Future[Returned] = Future()
         future.set_result(closed)
         return future
 
@@ -111,7 +111,7 @@ class EnvironmentHost:
         owner = self._hello.get("owners", {}).get(tool)
         return self.terms.timeout if owner is None else self.terms.tool_timeouts[owner]
 
-    def _wait(self, coroutine: Coroutine[Any, Any, Value]) -> Value:
+    def _wait(self, coroutine: Coroutine[Any, Any, Returned]) -> Returned:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
     async def _start(self) -> list[Home]:

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 from grpo.environments.openings import with_added
 from grpo.environments.sampler import Sampler
 from grpo.environments.scheduler import TimeIsUpError
-from grpo.environments.seats import Description, Host, Limits, Reply, Seat
+from grpo.environments.seats import ConversationLimits, Description, Host, Reply, Seat
 from grpo.errors import UserError
 from grpo.generation.generator import trajectory_of
 from grpo.generation.rows import Row
 from grpo.types import Conversation, Failure, FinishReason, Message, Trajectory
 
 
-class Chat(Protocol):
+class ChatCodec(Protocol):
     """How messages become tokens, and the model's tokens a message. See `grpo.environments.chat`."""
 
     def prompt_ids(self, messages: Sequence[Message]) -> Sequence[int]:
@@ -51,8 +51,8 @@ class Table:
     """
 
     host: Host
-    chat: Chat
-    limits: Limits = field(default_factory=Limits)
+    chat: ChatCodec
+    limits: ConversationLimits = field(default_factory=ConversationLimits)
     keeps_seats: bool = False
     tell: Callable[[Sequence[Message], Sequence[Message]], object] | None = None
 

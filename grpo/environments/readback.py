@@ -9,12 +9,12 @@ from typing import Any
 from grpo.environments.joints import WAYS_OUT
 from grpo.environments.template import QUESTION, Template, shared
 from grpo.environments.thinking import Thinking
-from grpo.environments.toolcalls import FORMATS, HARMONY, Format, Said, between
+from grpo.environments.toolcalls import FORMATS, HARMONY, CallFormat, ParsedTurn, between
 from grpo.errors import UserError
 from grpo.types import Message
 
 
-def format_of(template: Template, thinking: Thinking | None) -> Format | None:
+def format_of(template: Template, thinking: Thinking | None) -> CallFormat | None:
     """How calls are written: the first format that reads back what the template writes. None if it shows no channels
     and there are no tools.
 
@@ -36,7 +36,7 @@ def format_of(template: Template, thinking: Thinking | None) -> Format | None:
     )
 
 
-def takes_several(template: Template, form: Format, thinking: Thinking | None) -> bool:
+def takes_several(template: Template, form: CallFormat, thinking: Thinking | None) -> bool:
     """Whether two calls in a turn are written, and read back, as far as calls are."""
     calls = [_example(tool) for tool in (template.tools[0], template.tools[-1])]
     if not _writes(template, calls[0]):
@@ -44,7 +44,7 @@ def takes_several(template: Template, form: Format, thinking: Thinking | None) -
     return template.takes(_calling(calls)) and _reads_back(template, form, thinking, calls)
 
 
-def _of_mlx_lm(template: Template) -> list[Format]:
+def _of_mlx_lm(template: Template) -> list[CallFormat]:
     tokenizer = template.tokenizer
     if not tokenizer.has_tool_calling:
         return []
@@ -81,11 +81,13 @@ def _writes(template: Template, call: dict[str, Any]) -> bool:
     return call["name"] in _written(template, [call])[0]
 
 
-def _reads_back(template: Template, form: Format, thinking: Thinking | None, calls: Sequence[dict[str, Any]]) -> bool:
+def _reads_back(
+    template: Template, form: CallFormat, thinking: Thinking | None, calls: Sequence[dict[str, Any]]
+) -> bool:
     turn, lead = _written(template, calls)
     if thinking is not None:
         _, turn = thinking.after(lead).split(turn)
-    read: Said = form.read(turn, template.tools)
+    read: ParsedTurn = form.read(turn, template.tools)
     return [{"name": call["name"], "arguments": call["arguments"]} for call in read.calls] == list(calls)
 
 

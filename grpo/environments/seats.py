@@ -142,7 +142,7 @@ class Host(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ConversationLimits:
     """What ends a conversation early; None: no limit. Each is a stop reason of its name."""
 
     max_turns: int | None = None

@@ -25,7 +25,7 @@ CLOSINGS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class ParsedTurn:
     """What a turn says: `content`, `calls` in their order, and `reasoning`, None if it has none."""
 
     content: str
@@ -34,17 +34,17 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class CallFormat:
     """A way to write calls. `read` never raises."""
 
     name: str
-    read: Callable[[str, Sequence[Schema]], Said]
+    read: Callable[[str, Sequence[Schema]], ParsedTurn]
 
 
-def between(name: str, start: str, end: str, parse: Parser) -> Format:
+def between(name: str, start: str, end: str, parse: Parser) -> CallFormat:
     """Calls between marks; without an `end` a call goes on to the next `start`, or to the end of the turn."""
 
-    def read(text: str, tools: Sequence[Schema]) -> Said:
+    def read(text: str, tools: Sequence[Schema]) -> ParsedTurn:
         rest, calls, at = [], [], 0
         while (begin := text.find(start, at)) >= 0:
             found, after = _closed(text, begin + len(start), start, end, lambda inner: calls_of(parse, inner, tools))
@@ -53,9 +53,9 @@ def between(name: str, start: str, end: str, parse: Parser) -> Format:
             at = after
         rest.append(text[at:])
         content = "".join(rest)
-        return Said(content.strip(), tuple(calls)) if calls else Said(content)
+        return ParsedTurn(content.strip(), tuple(calls)) if calls else ParsedTurn(content)
 
-    return Format(name, read)
+    return CallFormat(name, read)
 
 
 def _closed(text: str, inner: int, start: str, end: str, parsed: Callable[[str], list[Call]]) -> tuple[list[Call], int]:
@@ -136,20 +136,20 @@ def _json_calls(text: str) -> list[Any]:
     return found
 
 
-def _llama(text: str, tools: Sequence[Schema]) -> Said:
+def _llama(text: str, tools: Sequence[Schema]) -> ParsedTurn:
     """Llama 3: a turn is an answer, or all calls, as JSON or in Python; a tag may lead to them."""
     before, tag, after = text.partition("<|python_tag|>")
     written = (after if tag else before).strip()
     parse = _python_calls if written.startswith("[") else _json_calls
     calls = calls_of(lambda inner, _: parse(inner), written, tools) if written else []
-    return Said(before.strip() if tag else "", tuple(calls)) if calls else Said(text)
+    return ParsedTurn(before.strip() if tag else "", tuple(calls)) if calls else ParsedTurn(text)
 
 
 _RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 
 
-def _harmony(text: str, tools: Sequence[Schema]) -> Said:
+def _harmony(text: str, tools: Sequence[Schema]) -> ParsedTurn:
     """gpt-oss: messages on channels. Calls go to a recipient, thinking is on `analysis`, the rest is for the reader."""
     said, thought, calls = [], [], []
     for message in re.split(r"<\|start\|>(?:assistant)?", text):
@@ -163,19 +163,19 @@ def _harmony(text: str, tools: Sequence[Schema]) -> Said:
             thought.append(body)
         else:
             said.append(body)
-    return Said("".join(said), tuple(calls), "\n".join(thought) if thought else None)
+    return ParsedTurn("".join(said), tuple(calls), "\n".join(thought) if thought else None)
 
 
 def _named(recipient: str, text: str, tools: Sequence[Schema]) -> Call:
     return {"name": recipient, "arguments": _json(text, tools)}
 
 
-HARMONY = Format("gpt-oss (harmony)", _harmony)
+HARMONY = CallFormat("gpt-oss (harmony)", _harmony)
 FORMATS = (
     HARMONY,
     between("JSON in <tool_call>", "<tool_call>", "</tool_call>", _json),
     between("JSON in <|tool_call|>", "<|tool_call|>", "<|/tool_call|>", _json),
     between("JSON in [TOOL_CALLS]", "[TOOL_CALLS]", "", _json),
-    Format("Llama 3 (JSON, or Python)", _llama),
+    CallFormat("Llama 3 (JSON, or Python)", _llama),
 )
 """Tried in this order, after mlx-lm's own parser, at the start: the first that reads what the template writes is it."""

@@ -14,6 +14,8 @@ SHOWN = 8192
 """Bytes of a reward's prints that are passed on in each scoring."""
 TAIL = 600
 """Characters of a dead worker's last words that go into its error."""
+LAST_SECONDS = 1.0
+"""That the end waits for what is in the pipe still. A process that outlives the worker may hold the pipe open."""
 
 
 class Output:
@@ -28,7 +30,8 @@ class Output:
         self._shown, self._left_out = 0, 0
         self._last: deque[bytes] = deque(maxlen=4)
         self._line, self._repeats = b"", 0
-        threading.Thread(target=self._empty, name=f"output of {name}", daemon=True).start()
+        self._thread = threading.Thread(target=self._empty, name=f"output of {name}", daemon=True)
+        self._thread.start()
 
     def begin(self) -> None:
         """A new scoring: what was left out of the former is said, and there is room again."""
@@ -42,11 +45,14 @@ class Output:
         text = b"".join(self._last).decode(errors="replace").strip()[-TAIL:]
         return f"; it said: {text}" if text else ""
 
-    def close(self) -> None:
-        self._say_repeats()
+    def close(self, seconds: float = LAST_SECONDS) -> None:
+        """Say the rest of what was printed, after at most `seconds`: a worker that has not ended holds the pipe."""
         with contextlib.suppress(OSError):
             os.close(self.descriptor)
         self.descriptor = -1
+        if threading.current_thread() is not self._thread:  # a finalizer runs in any thread
+            self._thread.join(seconds)
+        self._say_repeats()
 
     def _empty(self) -> None:
         partial = b""

@@ -16,7 +16,7 @@ from grpo.environments.conversations import SELECTED_BY, Conversations
 from grpo.environments.environment import Environment
 from grpo.environments.making import make_host
 from grpo.environments.play import Table
-from grpo.environments.seats import Description, Host, Limits
+from grpo.environments.seats import ConversationLimits, Description, Host
 from grpo.errors import UserError
 from grpo.runs.given import Given
 from grpo.types import Task
@@ -148,9 +148,9 @@ def workers_for(groups: int) -> int:
     return max(1, min(os.cpu_count() or 1, groups))
 
 
-def limits_of(config: EnvironmentConfig) -> Limits:
+def limits_of(config: EnvironmentConfig) -> ConversationLimits:
     """What ends a conversation early, by the recipe."""
-    return Limits(config.max_turns, config.max_tool_calls, config.max_turn_tokens, config.rollout_timeout)
+    return ConversationLimits(config.max_turns, config.max_tool_calls, config.max_turn_tokens, config.rollout_timeout)
 
 
 def _alone(

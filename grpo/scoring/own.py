@@ -13,19 +13,19 @@ from grpo.types import Conversation, Group, Rollout
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class OwnTerms:
     """What an environment's own reward weighs, and the fraction of its conversations that may fail."""
 
     weight: float = 1.0
     max_failure_rate: float = EnvironmentConfig.model_fields["max_failure_rate"].default
 
 
-def terms_of(hosts: Sequence[tuple[Host, EnvironmentConfig]]) -> dict[str, Terms]:
+def terms_of(hosts: Sequence[tuple[Host, EnvironmentConfig]]) -> dict[str, OwnTerms]:
     """The terms of each environment, by the name that its host describes."""
-    return {host.description.name: Terms(cfg.weight, cfg.max_failure_rate) for host, cfg in hosts}
+    return {host.description.name: OwnTerms(cfg.weight, cfg.max_failure_rate) for host, cfg in hosts}
 
 
-def own_answers(groups: Sequence[Group], environments: Mapping[str, Terms]) -> dict[str, Placed]:
+def own_answers(groups: Sequence[Group], environments: Mapping[str, OwnTerms]) -> dict[str, Placed]:
     """What each environment gave for its conversations: an answer for each, and none for those of others.
 
     A conversation whose environment failed is a failure of the kind that it says.

@@ -71,7 +71,7 @@ class Worker:
         self.case_kwargs: dict[str, Any] = {}
         self._output = Output(located.name)
         self._closed = False
-        weakref.finalize(self, self._output.close)
+        weakref.finalize(self, self._output.close, 0.0)
         fields = tuple(getattr(located, name) for name in located.__slots__)
         reading = {"form": terms.form, "system": terms.system}
         self._setup = pickle.dumps(

@@ -22,7 +22,7 @@ from grpo.scoring.contract import Answer
 from grpo.scoring.grader import Inline, Isolated, ScoringRequest, make_grader
 from grpo.scoring.hints import column_hint
 from grpo.scoring.hosted import Hosted, hosted
-from grpo.scoring.own import Terms, own_answers, terms_of, without_home
+from grpo.scoring.own import OwnTerms, own_answers, terms_of, without_home
 from grpo.scoring.records import ConversationRecord, Placed, RewardRecord, failures_by_kind
 from grpo.scoring.session import Grader, Scoring, as_prompted, columns_of, request_of
 from grpo.scoring.text import counted
@@ -52,7 +52,7 @@ class Scorer:
         weights: Mapping[str, float] | None = None,
         max_failure_rates: Mapping[str, float] | None = None,
         max_steps: int = 0,
-        environments: Mapping[str, Terms] | None = None,
+        environments: Mapping[str, OwnTerms] | None = None,
         has_tools: bool = False,
     ) -> None:
         """`rewards` that are plain functions run inline. `weights` are theirs, 1 where none is given; a reward of

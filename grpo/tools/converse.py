@@ -22,12 +22,12 @@ from grpo.runs.partners import Partners, invite
 from grpo.tools.generate import Answering, loaded, row_of
 from grpo.types import Message, Rollout, Task
 
-Tell = Callable[[str], object]
+Narrator = Callable[[str], object]
 """Told a line of the conversation at a time."""
 
 
 def converse(
-    found: Answering, prompt: str | None, row: int | None, asked: Mapping[str, Any], seed: int, tell: Tell
+    found: Answering, prompt: str | None, row: int | None, asked: Mapping[str, Any], seed: int, tell: Narrator
 ) -> Rollout:
     """Let the model talk with the environment and the tools of its run, and `tell` what is said and called.
 
@@ -64,7 +64,7 @@ def converse(
 class _Told:
     """Tells the prompt, once, and then messages as they come."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, tell: Narrator) -> None:
         self._tell, self._begun = tell, False
 
     def __call__(self, prompt: Sequence[Message], messages: Sequence[Message]) -> None:

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from grpo.config import AdapterConfig, ModelConfig
 from grpo.environments.conversations import Conversations
 from grpo.environments.play import Table
-from grpo.environments.seats import Limits
+from grpo.environments.seats import ConversationLimits
 from grpo.errors import UserError
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
@@ -132,7 +132,7 @@ class Measured:
         their slots, and lose what they have kept for want of memory."""
         host = Host("messages", reset=lambda seat, *_: " 70 71" * seat.number, step=lambda *_: "72 73 74")
         stops = frozenset(range(80))
-        conversations = Conversations({"": Table(host, Numbers(ends=stops), Limits(max_turns=4))}, 0, 99)
+        conversations = Conversations({"": Table(host, Numbers(ends=stops), ConversationLimits(max_turns=4))}, 0, 99)
         generator = Generator(self.model, self.tokenizer, slots=3)
         generator.stop_ids, generator.kept_bytes = stops, 10_000
         tasks = [Task(place, "30 31", (11, 30, 31), {}) for place in range(2)]

@@ -66,13 +66,3 @@ def test_generate_says_what_was_meant(recipe, run_cli) -> None:
     checkpoint.rename("kept")
     adapter = run_cli("generate", "kept", "What is 3+3?")
     assert (adapter.code, "kept is a saved adapter" in adapter.err, "--adapter kept" in adapter.err) == (2, True, True)
-
-
-def test_generate_says_that_it_leaves_an_environment_out(recipe, run_cli, caplog) -> None:
-    assert run_cli("train", recipe, "optim.steps=1").code == 0
-    assert run_cli("generate", "runs/toy", "What is 3+3?", "--max-tokens", "1").code == 0
-    assert "single turn" not in caplog.text
-    kept = Path("runs/toy/recipe.yaml")
-    kept.write_text(kept.read_text().replace("environment: single_turn", "environment: tools.py:Tools"))
-    assert run_cli("generate", "runs/toy", "What is 3+3?", "--max-tokens", "1").code == 0
-    assert "answers a single turn, without the run's environment (tools.py:Tools)" in caplog.text

@@ -12,7 +12,7 @@ from test_families import PARIS, call, encoded, letters, result, said, user
 from grpo.environments.chat import Chat
 from grpo.environments.conversations import Conversations
 from grpo.environments.play import Table
-from grpo.environments.seats import Limits
+from grpo.environments.seats import ConversationLimits
 from grpo.generation.sampling import Sampling
 from grpo.rollout import RolloutEngine
 from grpo.types import Task, Trajectory
@@ -29,7 +29,7 @@ def played(monkeypatch: pytest.MonkeyPatch, kind: str, turn: list[int], **functi
     chat = Chat.of(tokenizer, TOOLS, answers=kind == "messages")
     task = Task(0, ASKED, chat.prompt_ids(ASKED), {})
     generator = scripted.Scripted({task.prompt_ids[-1]: turn})
-    environment = Conversations({"": Table(Host(kind, **functions), chat, Limits(max_turns=3))}, 0, 2000)
+    environment = Conversations({"": Table(Host(kind, **functions), chat, ConversationLimits(max_turns=3))}, 0, 2000)
     (group,) = RolloutEngine(generator, Sampling(1.0, 500), environment).rollout([task], 1, 1.0, mx.random.key(0))
     return group.rollouts[0].trajectory
 

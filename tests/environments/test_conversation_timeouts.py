@@ -16,7 +16,7 @@ from grpo.environments import play, scheduler
 from grpo.environments.conversations import Conversations
 from grpo.environments.play import Table
 from grpo.environments.scheduler import Gate, Scheduler, TimeIsUpError
-from grpo.environments.seats import Limits, Reply
+from grpo.environments.seats import ConversationLimits, Reply
 from grpo.generation.sampling import Sampling
 from grpo.rollout import RolloutEngine
 from grpo.types import Task, Trajectory
@@ -34,7 +34,7 @@ def ticking(monkeypatch) -> None:
 
 
 def played(host: Host, script: dict, seconds: float, slots: int = 64, n: int = 1, most: int = 300) -> list[Trajectory]:
-    conversations = Conversations({"": Table(host, Numbers(), Limits(rollout_timeout=seconds))}, 0, 99)
+    conversations = Conversations({"": Table(host, Numbers(), ConversationLimits(rollout_timeout=seconds))}, 0, 99)
     (group,) = RolloutEngine(Scripted(script, slots), Sampling(1.0, most), conversations).rollout(
         [TASK], n, 1.0, mx.random.key(0)
     )

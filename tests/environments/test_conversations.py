@@ -12,7 +12,7 @@ from grpo.environments.conversations import Conversations
 from grpo.environments.openings import messages_of, with_added
 from grpo.environments.play import Table
 from grpo.environments.sampler import Sampler, common_prefix
-from grpo.environments.seats import Limits, Reply
+from grpo.environments.seats import ConversationLimits, Reply
 from grpo.errors import RunError, UserError
 from grpo.generation.rows import Row
 from grpo.generation.sampling import Sampling
@@ -48,7 +48,7 @@ def numbered(seat, name, arguments) -> str:
 def play(
     host: Host,
     script: dict = SCRIPT,
-    limits: Limits = Limits(),  # noqa: B008
+    limits: ConversationLimits = ConversationLimits(),  # noqa: B008
     most: int = 40,
     n: int = 1,
     task: Task = TASK,
@@ -118,7 +118,7 @@ def test_the_metrics_of_a_group_by_hand() -> None:
         return numbered(seat, name, arguments)
 
     host = Host(tool=tool, reset=lambda seat, *_: " 23" if seat.number == 2 else None)
-    group = play(host, {**SCRIPT, 23: [CALL, END]}, Limits(max_turns=3), n=3)
+    group = play(host, {**SCRIPT, 23: [CALL, END]}, ConversationLimits(max_turns=3), n=3)
     rows = [rollout.trajectory for rollout in group.rollouts]
     assert [row.finish_reason for row in rows] == ["stop", "failed", "max_turns"]
     assert [(row.turns, row.trained_tokens) for row in rows] == [(3, 9), (1, 3), (3, 6)]
@@ -194,7 +194,11 @@ def test_a_tool_that_is_done_ends_it() -> None:
 
 
 def test_who_is_done_is_not_told_that_it_called_too_often() -> None:
-    row = one(Host(tool=lambda *_: Reply(value="42", done=True)), {21: [CALL, OTHER, END]}, Limits(max_tool_calls=1))
+    row = one(
+        Host(tool=lambda *_: Reply(value="42", done=True)),
+        {21: [CALL, OTHER, END]},
+        ConversationLimits(max_tool_calls=1),
+    )
     assert (row.finish_reason, row.conversation.calls) == ("done", 1)
 
 
@@ -213,7 +217,9 @@ def test_a_turn_that_ends_otherwise_has_no_continuation(last: int) -> None:
 def test_nobody_answers_a_turn_that_a_limit_ended() -> None:
     """Not even in plain text, where every turn could be followed."""
     host = Host("text", step=lambda *_: "21")
-    conversations = Conversations({"": Table(host, Numbers(ends=range(80)), Limits(max_turn_tokens=2))}, 0, 99)
+    conversations = Conversations(
+        {"": Table(host, Numbers(ends=range(80)), ConversationLimits(max_turn_tokens=2))}, 0, 99
+    )
     engine = RolloutEngine(Scripted({21: [30, 31, END]}), Sampling(1.0, 40), conversations)
     row = engine.rollout([TASK], 1, 1.0, [1])[0].rollouts[0].trajectory
     assert (row.token_ids, row.finish_reason) == ((30, 31), "max_turn_tokens")
@@ -221,25 +227,25 @@ def test_nobody_answers_a_turn_that_a_limit_ended() -> None:
 
 
 LIMITED = [
-    (Limits(max_turns=1), 40, "max_turns", 3, 1, 2),  # the call is made, and its result is read by nobody
-    (Limits(max_turns=2), 40, "max_turns", 10, 3, 5),
-    (Limits(max_turns=3), 40, "stop", 17, 3, 6),  # the model ended it itself
-    (Limits(max_tool_calls=1), 40, "max_tool_calls", 10, 1, 3),
-    (Limits(max_tool_calls=2), 40, "max_tool_calls", 10, 2, 4),
-    (Limits(max_tool_calls=3), 40, "stop", 17, 3, 6),
-    (Limits(max_turn_tokens=3), 40, "max_turn_tokens", 9, 1, 3),
-    (Limits(max_turn_tokens=5), 40, "stop", 17, 3, 6),
-    (Limits(), 17, "stop", 17, 3, 6),
-    (Limits(), 16, "length", 16, 3, 6),  # in the last turn
-    (Limits(), 15, "length", 10, 3, 3),  # no room for the second results: they are taken back
-    (Limits(), 6, "length", 3, 1, 1),
-    (Limits(), 3, "length", 3, 1, 1),
-    (Limits(), 2, "length", 2, 0, 1),
+    (ConversationLimits(max_turns=1), 40, "max_turns", 3, 1, 2),  # the call is made, and its result is read by nobody
+    (ConversationLimits(max_turns=2), 40, "max_turns", 10, 3, 5),
+    (ConversationLimits(max_turns=3), 40, "stop", 17, 3, 6),  # the model ended it itself
+    (ConversationLimits(max_tool_calls=1), 40, "max_tool_calls", 10, 1, 3),
+    (ConversationLimits(max_tool_calls=2), 40, "max_tool_calls", 10, 2, 4),
+    (ConversationLimits(max_tool_calls=3), 40, "stop", 17, 3, 6),
+    (ConversationLimits(max_turn_tokens=3), 40, "max_turn_tokens", 9, 1, 3),
+    (ConversationLimits(max_turn_tokens=5), 40, "stop", 17, 3, 6),
+    (ConversationLimits(), 17, "stop", 17, 3, 6),
+    (ConversationLimits(), 16, "length", 16, 3, 6),  # in the last turn
+    (ConversationLimits(), 15, "length", 10, 3, 3),  # no room for the second results: they are taken back
+    (ConversationLimits(), 6, "length", 3, 1, 1),
+    (ConversationLimits(), 3, "length", 3, 1, 1),
+    (ConversationLimits(), 2, "length", 2, 0, 1),
 ]
 
 
 @pytest.mark.parametrize(("limits", "most", "reason", "tokens", "called", "messages"), LIMITED)
-def test_limits(limits: Limits, most: int, reason: str, tokens: int, called: int, messages: int) -> None:
+def test_limits(limits: ConversationLimits, most: int, reason: str, tokens: int, called: int, messages: int) -> None:
     host = Host(tool=numbered, reward=lambda seat: 1.0)
     row = one(host, limits=limits, most=most)
     whole = one(Host(tool=numbered))
@@ -258,10 +264,10 @@ def test_limits(limits: Limits, most: int, reason: str, tokens: int, called: int
 
 def test_a_step_is_still_taken_in_the_last_turn() -> None:
     host = Host("messages", step=lambda seat, message: Reply(value="21", reward=1.0))
-    row = one(host, {21: [30, END]}, Limits(max_turns=2))
+    row = one(host, {21: [30, END]}, ConversationLimits(max_turns=2))
     assert (row.finish_reason, row.conversation.turn_rewards) == ("max_turns", (1.0, 1.0))
     host = Host("messages", step=lambda seat, message: Reply(value="21", done=len(seat.asked) == 3))
-    assert one(host, {21: [30, END]}, Limits(max_turns=2)).finish_reason == "done"
+    assert one(host, {21: [30, END]}, ConversationLimits(max_turns=2)).finish_reason == "done"
 
 
 KINDS = ["error", "timeout", "crash", "memory"]

@@ -15,7 +15,7 @@ from generation.ways import STOPS, WAYS, generator_of
 
 from grpo.environments.conversations import Conversations
 from grpo.environments.play import Table
-from grpo.environments.seats import Limits, Reply
+from grpo.environments.seats import ConversationLimits, Reply
 from grpo.generation.sampling import Sampling
 from grpo.rollout import RolloutEngine
 from grpo.types import Group, Task, Trajectory
@@ -51,7 +51,7 @@ def played(
     slots: int = 64,
     kept_bytes: int | None = None,
     sampling: Sampling = SAMPLING,
-    limits: Limits = Limits(max_turns=6),  # noqa: B008
+    limits: ConversationLimits = ConversationLimits(max_turns=6),  # noqa: B008
     kind: str = "messages",
     n: int = 4,
 ) -> list[Group]:
@@ -154,7 +154,7 @@ def test_the_first_prompt_is_shared_and_the_rest_is_the_row_s_own() -> None:
 def test_without_logprobs_and_greedy() -> None:
     generator = generator_of("joined layers", 3)
     host = Host("messages", reset=opens, step=answers)
-    conversations = Conversations({"": Table(host, Numbers(ends=STOPS), Limits(max_turns=3))}, 0, 64)
+    conversations = Conversations({"": Table(host, Numbers(ends=STOPS), ConversationLimits(max_turns=3))}, 0, 64)
     groups = RolloutEngine(generator, SAMPLING, conversations).rollout(TASKS, 3, 0.0, [4, 5], logprobs=False)
     for group in groups:
         for rollout in group.rollouts:

@@ -17,7 +17,7 @@ from grpo.environments.conversations import Conversations
 from grpo.environments.host import EnvironmentHost
 from grpo.environments.making import make_host
 from grpo.environments.play import Table
-from grpo.environments.seats import Limits
+from grpo.environments.seats import ConversationLimits
 from grpo.generation.sampling import Sampling
 from grpo.rollout import RolloutEngine
 from grpo.types import Failure, Task, Trajectory
@@ -39,11 +39,11 @@ def hosted(name: str, inline: bool, **settings) -> Iterator[EnvironmentHost]:
         host.close()
 
 
-def rows(host: EnvironmentHost, script: dict, limits: Limits = Limits(), n: int = 2) -> list[Trajectory]:  # noqa: B008
+def rows(host: EnvironmentHost, script: dict, limits: ConversationLimits | None = None, n: int = 2) -> list[Trajectory]:
     chat = Numbers(names=NAMES)
     ids = chat._ids  # an error's words are 29, and no turn of the script begins twice
     chat._ids = lambda message: [12, 29] if "error" in message["content"] else ids(message)
-    conversations = Conversations({"": Table(host, chat, limits)}, 0, 99)
+    conversations = Conversations({"": Table(host, chat, limits or ConversationLimits())}, 0, 99)
     engine = RolloutEngine(Scripted(script), Sampling(1.0, 60), conversations)
     (group,) = engine.rollout([TASK], n, 1.0, mx.random.key(0))
     return [rollout.trajectory for rollout in group.rollouts]
@@ -67,7 +67,7 @@ def test_tools_that_a_class_has(inline: bool) -> None:
 @HERE
 def test_one_that_answers_as_the_user(inline: bool) -> None:
     with hosted("Guess", inline) as host:
-        for row in rows(host, {20: [30, 1], 1: [31, 1]}, Limits(max_turns=2)):
+        for row in rows(host, {20: [30, 1], 1: [31, 1]}, ConversationLimits(max_turns=2)):
             assert row.token_ids == (30, 1, 9, 11, 30, 1, 31, 1)
             assert row.conversation.turn_rewards == (1.0, 1.0)
             assert (row.conversation.outcome, row.conversation.reward) == (0.5, 2.5)
@@ -87,7 +87,7 @@ def test_a_tool_that_takes_too_long_fails_its_conversation(inline: bool) -> None
 def test_seats_serve_again_after_a_conversation_that_had_no_time(inline: bool) -> None:
     """Its call goes on; then the object is another conversation's."""
     with hosted("Walk", inline) as host:
-        for row in rows(host, {13: [63, 1]}, Limits(rollout_timeout=0.05)):
+        for row in rows(host, {13: [63, 1]}, ConversationLimits(rollout_timeout=0.05)):
             assert (row.finish_reason, row.conversation.outcome) == ("rollout_timeout", None)
         for row in rows(host, TURNS):
             assert (row.finish_reason, row.conversation.outcome) == ("stop", 3.0)

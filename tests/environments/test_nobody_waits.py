@@ -12,7 +12,7 @@ from generation.ways import STOPS, generator_of
 
 from grpo.environments.conversations import Conversations
 from grpo.environments.play import Table
-from grpo.environments.seats import Limits, Reply
+from grpo.environments.seats import ConversationLimits, Reply
 from grpo.generation import batchsession, shared
 from grpo.generation.sampling import Sampling
 from grpo.rollout import RolloutEngine
@@ -38,7 +38,7 @@ def test_others_play_to_their_end_while_one_waits() -> None:
         return 1.0
 
     host = Host(run=run, tool=lambda *_: "42", reward=reward)
-    conversations = Conversations({"": Table(host, Numbers(), Limits(max_turns=4))}, 0, 99)
+    conversations = Conversations({"": Table(host, Numbers(), ConversationLimits(max_turns=4))}, 0, 99)
     engine = RolloutEngine(Scripted({21: [60, 1], 42: [30, 60, 1]}, slots=2), Sampling(1.0, 60), conversations)
     groups = engine.rollout(TASKS, 3, 1.0, mx.random.key(0))
     assert ended[-1] == (0, 1)
@@ -62,7 +62,7 @@ def test_only_what_is_told_goes_through_the_model_again(way: str, monkeypatch) -
     host = Host("messages", reset=lambda seat, *_: " 70 71" * seat.number, step=lambda *_: "42 43")
     chat = Numbers(ends=STOPS)
     chat.names = {}
-    conversations = Conversations({"": Table(host, chat, Limits(max_turns=4))}, 0, 99)
+    conversations = Conversations({"": Table(host, chat, ConversationLimits(max_turns=4))}, 0, 99)
     groups: list[Group] = RolloutEngine(generator_of(way, 3), Sampling(1.0, 60), conversations).rollout(
         TASKS, 3, 1.0, mx.random.key(1)
     )

@@ -8,7 +8,7 @@ from scoring.hosts import talk
 from grpo.config import EvalConfig
 from grpo.errors import RunError
 from grpo.evaluation.evaluator import Evaluator
-from grpo.scoring.own import Terms
+from grpo.scoring.own import OwnTerms
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout, Task
 
@@ -26,7 +26,7 @@ class Engine:
 
 
 def evaluator(*rollouts: list[Rollout], environments=("Game",), rewards=None, rate: float = 1.0) -> Evaluator:
-    terms = {name: Terms(max_failure_rate=rate) for name in environments}
+    terms = {name: OwnTerms(max_failure_rate=rate) for name in environments}
     scorer = Scorer(rewards or {}, environments=terms)
     cfg = EvalConfig(split="test", samples=2)
     return Evaluator(cfg, TASKS, Engine(*rollouts), scorer, 1.0, 0)

@@ -14,7 +14,7 @@ from training.test_update import recipe as sections
 from grpo.environments.chat import Chat
 from grpo.environments.conversations import Conversations
 from grpo.environments.play import Table
-from grpo.environments.seats import Limits, Reply
+from grpo.environments.seats import ConversationLimits, Reply
 from grpo.generation.sampling import Sampling
 from grpo.planning.parity import _forced
 from grpo.rollout import RolloutEngine
@@ -37,7 +37,7 @@ def answers(seat, message) -> Reply:
 
 def conversations() -> Conversations:
     host = Host("messages", reset=opens, step=answers)
-    return Conversations({"": Table(host, Numbers(ends=STOPS), Limits(max_turns=4))}, 0, 64)
+    return Conversations({"": Table(host, Numbers(ends=STOPS), ConversationLimits(max_turns=4))}, 0, 64)
 
 
 def sampled(toy, n: int = 3, slots: int = 2, kept_bytes: int | None = 5_000) -> list[Group]:
@@ -104,7 +104,9 @@ def test_the_tokens_are_those_of_the_chat_template(make_policy) -> None:
     host = Host("messages", reset=lambda seat, *_: f" {seat.number}+{seat.number}?", step=lambda *_: "Sure?")
     task = Task(0, [{"role": "user", "content": "What is"}], chat.prompt_ids("What is"), {})
     engine = RolloutEngine(
-        toy.generator, Sampling(1.0, 60), Conversations({"": Table(host, chat, Limits(max_turns=3))}, 0, 200)
+        toy.generator,
+        Sampling(1.0, 60),
+        Conversations({"": Table(host, chat, ConversationLimits(max_turns=3))}, 0, 200),
     )
     (group,) = engine.rollout([task], 6, 1.0, mx.random.key(0))
     turns = 0

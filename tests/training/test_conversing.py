@@ -11,7 +11,7 @@ from grpo.config import LossConfig, Recipe
 from grpo.objective.groups import with_rewards
 from grpo.recipes import load_recipe, with_settings
 from grpo.runs.prepare import prepare
-from grpo.scoring.own import Terms
+from grpo.scoring.own import OwnTerms
 from grpo.scoring.scorer import Scorer
 from grpo.training.batches import learns
 from grpo.training.metrics import step_metrics
@@ -46,7 +46,9 @@ def trainer_of(recipe, environment: Playing, *overrides: str, **sections) -> Tra
     trainer = prepare(load_recipe(recipe, list(overrides))).trainer
     trainer.cfg = with_settings(trainer.cfg, {"environment": {"use": "game.py:Game"}, **sections})
     trainer.engine.environment = environment
-    trainer.scorer = Scorer({"zero": lambda completions, **_: [0.0] * len(completions)}, environments={"Game": Terms()})
+    trainer.scorer = Scorer(
+        {"zero": lambda completions, **_: [0.0] * len(completions)}, environments={"Game": OwnTerms()}
+    )
     trainer.scorer.has_tools = True
     return trainer
 
@@ -96,7 +98,7 @@ def test_turns_that_differ_teach_where_completions_do_not(recipe) -> None:
 
 
 def told(*groups: Group, has_tools: bool = True) -> dict[str, float]:
-    scored = with_rewards(Scorer({}, environments={"Game": Terms()}).score(groups), {"Game": 1.0})
+    scored = with_rewards(Scorer({}, environments={"Game": OwnTerms()}).score(groups), {"Game": 1.0})
     return dict(step_metrics(1, scored, Update(0.0, 0.0, {}), {}, {"rollout": 1.0}, has_tools).values)
 
 

@@ -237,7 +237,7 @@ def plan_of(policy, tokens: int, checkpointing: bool = False):
 def test_failures_before_a_resume_are_counted_once(recipe) -> None:
     cfg = load_recipe(recipe)
     trainer = prepare(cfg).trainer
-    trainer.scorer.records["digits"].failures = 3
+    trainer.scorer.records["digits"].kinds["timeout"] = 3
     state = trainer.state()
     first, second = prepare(cfg).trainer, prepare(cfg).trainer
     second.ranks = Two(None)

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 
-Number = int | float
+Operand = int | float
 
 _LONGEST = 1000
 """Characters of an expression."""
@@ -57,7 +57,7 @@ def _parsed(text: str) -> ast.expr:
         raise ValueError(f"this is not an arithmetic expression: {error}") from None
 
 
-def _value(node: ast.expr) -> Number:
+def _value(node: ast.expr) -> Operand:
     """The value of an expression. Sums of many terms are deep trees: one frame of the stack for each."""
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
@@ -75,7 +75,7 @@ def _value(node: ast.expr) -> Number:
     raise ValueError(_refusal(node))
 
 
-def _called(name: str, arguments: Sequence[ast.expr]) -> Number:
+def _called(name: str, arguments: Sequence[ast.expr]) -> Operand:
     numbers = [_value(argument) for argument in arguments]
     try:
         return _bounded(_FUNCTIONS[name](*numbers))
@@ -83,7 +83,7 @@ def _called(name: str, arguments: Sequence[ast.expr]) -> Number:
         raise ValueError(f"{name}({', '.join(map(_short, numbers))}): {error}") from None
 
 
-def _bounded(number: Number) -> Number:
+def _bounded(number: Operand) -> Operand:
     """The number, if it is real and not too large."""
     if isinstance(number, complex):
         raise ValueError("the result is not a real number")
@@ -109,33 +109,33 @@ def _expect(digits: float) -> None:
         raise ValueError(_too_long(digits))
 
 
-def _power(base: Number, exponent: Number) -> Number:
+def _power(base: Operand, exponent: Operand) -> Operand:
     if isinstance(base, int) and isinstance(exponent, int) and abs(base) > 1 and exponent > 0:
         _expect(math.log10(abs(base)) * exponent)
-    power: Number = base**exponent
+    power: Operand = base**exponent
     return power
 
 
-def _quotient(left: Number, right: Number) -> Number:
+def _quotient(left: Operand, right: Operand) -> Operand:
     """A whole number where the division of whole numbers leaves no rest."""
     if isinstance(left, int) and isinstance(right, int) and right and left % right == 0:
         return left // right
     return left / right
 
 
-def _rounded(number: Number, places: Number = 0) -> Number:
+def _rounded(number: Operand, places: Operand = 0) -> Operand:
     if not isinstance(places, int) or abs(places) > _DIGITS:
         raise ValueError(f"the number of places is a whole number up to {_DIGITS:,}")
     return round(number, places) if places else round(number)
 
 
-def _factorial(number: Number) -> int:
+def _factorial(number: Operand) -> int:
     whole = _whole(number)
     _expect(math.lgamma(min(whole, 10**9) + 1) / math.log(10))
     return math.factorial(whole)
 
 
-def _chosen(number: Number, of: Number) -> int:
+def _chosen(number: Operand, of: Operand) -> int:
     """How many ways there are to choose `of` from `number`: at least (n/k)^k."""
     whole, taken = _whole(number), _whole(of)
     fewer = min(taken, whole - taken)
@@ -144,7 +144,7 @@ def _chosen(number: Number, of: Number) -> int:
     return math.comb(whole, taken)
 
 
-def _arranged(number: Number, of: Number | None = None) -> int:
+def _arranged(number: Operand, of: Operand | None = None) -> int:
     """How many ways there are to choose `of` from `number` in order: at least (n/e)^k."""
     whole = _whole(number)
     taken = whole if of is None else _whole(of)
@@ -153,17 +153,17 @@ def _arranged(number: Number, of: Number | None = None) -> int:
     return math.perm(whole, taken)
 
 
-def _whole(number: Number) -> int:
+def _whole(number: Operand) -> int:
     if number < 0 or number != int(number):
         raise ValueError("it takes whole numbers from 0 on")
     return int(number)
 
 
-def _summed(*numbers: Number) -> Number:
+def _summed(*numbers: Operand) -> Operand:
     return sum(numbers)
 
 
-def _short(number: Number) -> str:
+def _short(number: Operand) -> str:
     text = str(number)
     return text if len(text) <= 40 else f"{text[:20]}…"
 
@@ -185,7 +185,7 @@ def _refusal(node: ast.expr) -> str:
 
 
 _CONSTANTS = {"pi": math.pi, "e": math.e}
-_OPERATORS: Mapping[type[ast.operator], Callable[[Number, Number], Number]] = {
+_OPERATORS: Mapping[type[ast.operator], Callable[[Operand, Operand], Operand]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -194,7 +194,7 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.Mod: operator.mod,
     ast.Pow: _power,
 }
-_FUNCTIONS: Mapping[str, Callable[..., Number]] = {
+_FUNCTIONS: Mapping[str, Callable[..., Operand]] = {
     "abs": abs,
     "round": _rounded,
     "floor": math.floor,

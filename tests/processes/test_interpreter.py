@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ def interpreter() -> Iterator[Interpreter]:
 
 
 @pytest.fixture
-def hasty() -> Iterator[Interpreter]:
-    made = Interpreter(Limits(seconds=0.5, memory_mb=256, processes=16, disk_mb=4))
+def small() -> Iterator[Interpreter]:
+    made = Interpreter(Limits(seconds=20.0, memory_mb=256, processes=16, disk_mb=4))
     yield made
     made.end()
 
@@ -45,7 +46,7 @@ def state(pid: int) -> str:
 
 def gone(before: set[int], but: int = 0) -> bool:
     """Whether soon there are no more processes than before, `but` so many."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while len(pids() - before) > but and time.monotonic() < deadline:
         time.sleep(0.01)
     return len(pids() - before) == but
@@ -87,25 +88,40 @@ def test_an_exception_is_told_and_ends_nothing(interpreter: Interpreter) -> None
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ("print('so far')\nwhile True: pass", "not done in 0.5 s"),
-        ("print('so far')\nimport time; time.sleep(60)", "not done in 0.5 s"),
-        ("print('so far')\nimport os; os._exit(3)", "it ended: exit code 3"),
-        ("print('so far')\nimport ctypes; ctypes.string_at(0)", "it ended: SIGSEGV"),
-        ("print('so far')\nimport os\nwhile True:\n    try: os.fork()\n    except OSError: pass", "not done in 0.5 s"),
+        ("import os; os._exit(3)", "it ended: exit code 3"),
+        ("import ctypes; ctypes.string_at(0)", "it ended: SIGSEGV"),
         (
-            "print('so far')\nimport os, time\nfor _ in range(4):\n    if os.fork() == 0:\n"
+            "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n"
             "        held = bytearray(b'x') * (100 << 20)\n        time.sleep(60)\ntime.sleep(60)",
             "its processes together held more than 256 MB",
         ),
     ],
 )
-def test_what_ends_it_is_told_and_the_next_code_has_a_new_one(hasty: Interpreter, code: str, said: str) -> None:
-    before = pids()
-    hasty.run("x = 1")
-    ran = hasty.run(code)
+def test_what_ends_it_is_told_and_the_next_code_has_a_new_one(small: Interpreter, code: str, said: str) -> None:
+    check_that_it_is_new(small, code, said)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    ],
+)
+def test_code_without_end_is_ended(small: Interpreter, code: str) -> None:
+    small.limits = replace(small.limits, seconds=1.0)
+    check_that_it_is_new(small, code, "not done in 1 s")
+
+
+def check_that_it_is_new(interpreter: Interpreter, code: str, said: str) -> None:
+    """That the code ends the interpreter, for the reason that is said, and that nothing of it is there afterwards."""
+    before, limits = pids(), interpreter.limits
+    ran = interpreter.run(f"print('so far')\nx = 1\n{code}")
     assert (ran.printed.splitlines()[0], ran.lost) == ("so far", said)
     assert gone(before)
-    assert "NameError" in str(hasty.run("x").error)
+    interpreter.limits = replace(limits, seconds=20.0)
+    assert "NameError" in str(interpreter.run("x").error)
 
 
 def test_no_amount_of_output_hurts(interpreter: Interpreter) -> None:
@@ -130,10 +146,10 @@ def test_between_two_pieces_of_code_nothing_runs(interpreter: Interpreter) -> No
         "threading.Thread(target=tick, daemon=True).start()"
     )
     assert gone(before, but=3), "there are the launcher, process 1 of the sandbox, and the interpreter"
-    assert sorted(map(state, pids() - before)) == ["S", "S", "T"]
+    assert sum(state(pid) == "T" for pid in pids() - before) == 1
     few = int(str(interpreter.run("len(ticks)").value))
-    time.sleep(0.3)
-    assert int(str(interpreter.run("len(ticks)").value)) < few + 20
+    time.sleep(1)
+    assert int(str(interpreter.run("len(ticks)").value)) < few + 50
     assert interpreter.run("other.wait(1)").value == "-9"
 
 
@@ -180,16 +196,18 @@ def test_it_outlives_the_thread_that_it_was_started_in(interpreter: Interpreter)
     assert interpreter.run("x") == Ran("", "7")
 
 
-def test_nothing_outlives_it() -> None:
-    before, folders = pids(), set(Path(cell.tempfile.gettempdir()).glob("grpo-sandbox-*"))
+def test_nothing_outlives_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = pids()
     made = [Interpreter(Limits()), Interpreter(Limits(), unsafe=True)]
     for one in made:
         one.run("import os, subprocess, sys\nsubprocess.Popen(['sleep', '60'], start_new_session=True)")
     assert gone(before, but=4)
+    assert len(list(tmp_path.iterdir())) == 2
     made[0].end()
     del made, one
     assert gone(before)
-    assert set(Path(cell.tempfile.gettempdir()).glob("grpo-sandbox-*")) <= folders
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_the_sandbox_cannot_be_built_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

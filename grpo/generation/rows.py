@@ -99,7 +99,7 @@ class Row(Line):
     `token_ids` are all tokens after the prompt. `logprobs` and `sampler_logprobs`, if requested, have one entry for
     each, 0 for tokens that were not sampled; `injected` has the ranges of those. There are at most `longest`, with the
     opening. `finish_reason` is None until the row ends. The other fields are the engine's: `launched` counts the tokens
-    whose steps have been launched.
+    whose steps have been launched, and `queued_at` is the moment (`time.perf_counter`) at which the row was queued.
     """
 
     key: mx.array
@@ -112,6 +112,7 @@ class Row(Line):
     injected: list[range] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     launched: int = 0
+    queued_at: float = 0.0
     longest: int = field(init=False)
     wants_sampler_logprobs: bool = field(init=False)
 

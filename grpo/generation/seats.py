@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import mlx.core as mx
 
@@ -20,6 +22,10 @@ class Seats:
 
     Buffers are opened when the first rows enter, and grow with the rows in flight. `rows` has the row of each slot, or
     None. `away` counts the rows that may come back: slots are not dropped while there are any.
+
+    Rows whose tokens have to go through the model first stall those that decode. Where the device works ahead of the
+    host (`Session.overlaps`) such a stall costs many steps, so rows enter together: when they have waited as long, all
+    of them added up, as the rows that decode would be stalled.
     """
 
     def __init__(self, find_decoding: Callable[[], Decoding], most_slots: int, parking: Parking) -> None:
@@ -28,6 +34,8 @@ class Seats:
         self.queue: deque[Row] = deque()
         self.away = 0
         self._leaving: list[tuple[int, Row]] = []
+        self._stall = 0.0  # seconds that letting rows enter took of late
+        self._holding: bool | None = None  # whether the queue waits at this step, once that is decided
         self._unfit = False  # rows have come that the buffers were not made to fit
         self._opened: Decoding | None = None
         self._session: Session
@@ -52,7 +60,7 @@ class Seats:
             self.queue.insert(begun, row)
         else:
             self.queue.append(row)
-        row.state, self._unfit = "queued", True
+        row.state, row.queued_at, self._unfit = "queued", time.perf_counter(), True
 
     def leave(self, row: Row, keep: bool) -> None:
         """Take a row out of its slot, if it has one. With `keep`, its keys and values are saved before others overwrite
@@ -73,9 +81,14 @@ class Seats:
 
     def will_rearrange(self) -> bool:
         """Whether `arrange` will change buffers that a step in flight may read."""
-        if self._leaving or (self.queue and self._unfit):
+        if self._leaving:
             return True
+        self._holding = self._holds()
         free = self._free()
+        if self._holding:
+            return False
+        if self.queue and self._unfit:
+            return True
         entering = [self.queue[i] for i in range(min(len(free), len(self.queue)))]
         return self._is_tail(free) or self._session.needs_prefill(entering)
 
@@ -84,6 +97,9 @@ class Seats:
         self._take_out()
         if self.queue and not any(self.rows):
             self._begin()
+        holds, self._holding = self._holds() if self._holding is None else self._holding, None
+        if holds:
+            return
         if self.queue and self._unfit:
             self._fit()
         free = self._free()
@@ -105,6 +121,15 @@ class Seats:
             self._opened.forget()
             del self._session, self._samplers, self._tokens
         self.rows, self._leaving, self._opened = [], [], None
+
+    def _holds(self) -> bool:
+        """Whether queued rows wait for others to enter with them."""
+        decoding = sum(row is not None for row in self.rows)
+        entering = list(islice(self.queue, self._most_slots - decoding))
+        if not (entering and decoding and self.overlaps and self._session.needs_prefill(entering)):
+            return False
+        now = time.perf_counter()
+        return sum(now - row.queued_at for row in entering) < self._stall * decoding
 
     def _free(self) -> list[int]:
         return [slot for slot, row in enumerate(self.rows) if row is None]
@@ -152,7 +177,9 @@ class Seats:
 
     def _admit(self, entering: Sequence[tuple[int, Row]]) -> None:
         slots, rows = [slot for slot, _ in entering], [row for _, row in entering]
+        began = time.perf_counter()
         self._session.admit(slots, rows)
+        self._stall += (time.perf_counter() - began - self._stall) / 4
         first = mx.array([row.last for row in rows], mx.uint32)
         # Not `self._tokens[...] = first`: a step that has not been read holds the same object.
         self._tokens = mx.put_along_axis(self._tokens, mx.array(slots), first, axis=0)

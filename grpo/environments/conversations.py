@@ -53,7 +53,9 @@ class Conversations:
                 *(play.reset(columns, seed, self.max_prompt_length) for play, seed in zip(plays, seeds, strict=True))
             )
             prompts = [play.prompt_ids if play.failure is None else None for play in plays]
-            rows = sampler.begin_after(prompts, table.limits.max_turn_tokens or 0)
+            rows = sampler.begin_after(
+                prompts, table.limits.max_turn_tokens or 0, [play.lasting for play in plays if play.failure is None]
+            )
             return await sampler.gather(*(play.play(row) for play, row in zip(plays, rows, strict=True)))
         except BaseException:  # nobody will score them
             for play in plays:

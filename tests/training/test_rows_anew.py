@@ -16,6 +16,7 @@ from training.test_update import recipe
 from grpo.config.log import CompletionsConfig
 from grpo.environments.conversations import Conversations
 from grpo.environments.play import Table
+from grpo.environments.sampler import Sampler
 from grpo.environments.seats import Limits
 from grpo.generation import engine
 from grpo.generation.sampling import Sampling
@@ -26,7 +27,7 @@ from grpo.runs.completions import read_completions, store_completions
 from grpo.tools.replay import _logprobs
 from grpo.training.batches import batch_logprobs, collate
 from grpo.training.packing import Shape
-from grpo.types import Group, Rollout, Task, Totals, Trajectory
+from grpo.types import Conversation, Group, Rollout, Task, Totals, Trajectory
 
 NUMBERS = Numbers(ends=STOPS)
 
@@ -91,23 +92,43 @@ def test_no_row_draws_what_another_drew(make_policy, monkeypatch) -> None:
     assert len(set(keys)) == len(keys) == rows
 
 
+def told(talk: Conversation) -> tuple[list[tuple[list[int], list[bool]]], int]:
+    """The rows that a conversation must have, whole and with the mask, and the tokens that count to its limit."""
+    rows, counted = [(NUMBERS.prompt_ids(talk.prompt), [])], 0
+    last = max(place for place, one in enumerate(talk.messages) if one["role"] == "assistant")
+    for place, one in enumerate(talk.messages[: last + 1]):
+        ids, trained = rows[-1]
+        trained += [False] * (len(ids) - len(trained))
+        if one["role"] == "assistant":
+            spoken = list(map(int, one["content"].split()))
+            ids += spoken
+            trained += [True] * len(spoken)
+            counted += len(spoken)
+            continue
+        counted += len(suffix := NUMBERS.suffix_ids((), [one]))
+        if one["role"] == "user":
+            rows.append((LastTwo().prompt_ids(talk.prompt, talk.messages[: place + 1]), []))
+        else:  # a tool's result stays in the row
+            ids += suffix
+    return rows, counted
+
+
 def test_each_row_reads_what_the_template_writes(make_policy) -> None:
     """Of the conversation before, without what it drops; and the limit is of the whole conversation."""
-    for group in sampled(make_policy()):
+    reasons, called = set(), 0
+    for group in sampled(make_policy(), n=6):
+        shared = group.task.prompt_ids
         for rollout in group.rollouts:
             row, talk = rollout.trajectory, rollout.trajectory.conversation
-            said = [one for one in talk.messages if one["role"] == "assistant"]
-            assert len(row.parts) == row.turns == len(said) == len(talk.turn_rewards)
-            for number, part in enumerate(row.parts):
-                before = talk.messages[: 2 * number]
-                reads = LastTwo().prompt_ids(talk.prompt, before) if number else NUMBERS.prompt_ids(talk.prompt)
-                spoken = list(map(int, said[number]["content"].split()))
-                assert [*group.task.prompt_ids, *part.token_ids] == [*reads, *spoken]
-                assert part.trained == (False,) * (len(part.token_ids) - len(spoken)) + (True,) * len(spoken)
-            between = [one for one in talk.messages if one["role"] == "user"]
-            added = sum(len(NUMBERS.suffix_ids((), [one])) for one in between)
-            assert row.trained_tokens + added <= 40
-            assert (row.finish_reason == "length") == (row.trained_tokens + added == 40) or len(said) == 4
+            rows, counted = told(talk)
+            assert [([*shared, *part.token_ids], [False] * len(shared) + [*part.trained]) for part in row.parts] == rows
+            assert row.turns == len(talk.turn_rewards)
+            assert counted <= 40
+            assert row.finish_reason == "length" if counted == 40 else row.finish_reason in ("length", "max_turns")
+            reasons.add(row.finish_reason)
+            called += talk.calls
+    assert reasons == {"length", "max_turns"}
+    assert called
 
 
 def test_a_row_has_the_min_tokens_that_are_left(make_policy) -> None:
@@ -294,3 +315,16 @@ def test_keys_and_values_of_the_prompt_are_shared_with_the_new_rows(make_policy,
     monkeypatch.setattr(engine, "SharedPrompt", lambda *given: prompts.append(given) or made(*given))
     sampled(toy)
     assert len(prompts) == len(TASKS)
+
+
+def test_a_row_is_freed_when_the_next_has_begun(make_policy, monkeypatch) -> None:
+    states, begin = [], Sampler.begin_anew
+
+    def begun(sampler, row, *given):
+        found = begin(sampler, row, *given)
+        states.append((row.state, row.kept, found.state))
+        return found
+
+    monkeypatch.setattr(Sampler, "begin_anew", begun)
+    sampled(make_policy())
+    assert set(states) == {("released", None, "queued")}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from environments.conversing import Host, Numbers
+from environments.conversing import Host, LastTwo, Numbers
 from mlx.utils import tree_flatten
 from training.sections import gauges, make_batches, updater, with_advantages
 from training.test_conversations_in_a_step import STOPS, TASKS, answers, gaps, opens
@@ -32,24 +32,13 @@ from grpo.types import Conversation, Group, Rollout, Task, Totals, Trajectory
 NUMBERS = Numbers(ends=STOPS)
 
 
-class LastTwo:
-    """Writes of each earlier turn its last two tokens alone."""
-
-    def prompt_ids(self, prompt, said) -> list[int]:
-        before = NUMBERS.prompt_ids(prompt)
-        for message in said:
-            spoken = message["role"] == "assistant"
-            before += list(map(int, message["content"].split()))[-2:] if spoken else NUMBERS.prompt_ids([message])
-        return [*before, 9]
-
-    def lasting(self, prompt, prompt_ids) -> list[int]:
-        return NUMBERS.prompt_ids(prompt)
+LAST_TWO = LastTwo(NUMBERS)
 
 
 def sampled(toy, n: int = 3, slots: int = 2, logprobs: bool = True, **sampling) -> list[Group]:
     toy.generator.stop_ids, toy.generator.slots, toy.generator.kept_bytes = STOPS, slots, 5_000
     host = Host("messages", reset=opens, step=answers)
-    table = Table(host, NUMBERS, Limits(max_turns=4), anew=LastTwo())
+    table = Table(host, NUMBERS, Limits(max_turns=4), anew=LAST_TWO)
     engine = RolloutEngine(toy.generator, Sampling(1.0, 40, **sampling), Conversations({"": table}, 0, 64))
     groups = engine.rollout(TASKS, n, 1.0, mx.random.key(1), logprobs)
     assert sum(len(r.trajectory.begins) for g in groups for r in g.rollouts) > n * len(TASKS)
@@ -107,7 +96,7 @@ def told(talk: Conversation) -> tuple[list[tuple[list[int], list[bool]]], int]:
             continue
         counted += len(suffix := NUMBERS.suffix_ids((), [one]))
         if one["role"] == "user":
-            rows.append((LastTwo().prompt_ids(talk.prompt, talk.messages[: place + 1]), []))
+            rows.append((LAST_TWO.prompt_ids(talk.prompt, talk.messages[: place + 1]), []))
         else:  # a tool's result stays in the row
             ids += suffix
     return rows, counted

@@ -12,7 +12,7 @@ from grpo.environments.template import BREAK, IDS, MARK, Calls, Template, harmle
 from grpo.errors import UserError
 from grpo.types import Message, Trajectory
 
-DROPS = "drop drops nothing"
+NOTHING = "drop drops nothing"
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Anew:
     def of(cls, template: Template, joints: Mapping[str, Joint] | None) -> Anew:
         """Raises UserError for a template that keeps all thinking, or cannot write a conversation down again."""
         if joints is None or "user" not in joints:
-            raise UserError(f"{DROPS}: the model talks without a chat template, or nobody answers it as the user")
+            raise UserError(f"{NOTHING}: the model talks without a chat template, or nobody answers it as the user")
         if not joints["user"].kept:
-            raise UserError(f"{DROPS}: the model's chat template leaves out no thinking when a user's message follows")
+            raise UserError(f"{NOTHING}: the model's chat template leaves out no thinking before a user's message")
         calls = joints["tool"].calls if "tool" in joints else "all"
         if calls == "none":
             raise UserError("drop cannot be: the model's chat template does not write the tool calls of earlier turns")

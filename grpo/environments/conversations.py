@@ -62,6 +62,17 @@ class Conversations:
                 play.leave()
             raise
 
+    def tail(self, task: Task) -> int:
+        """How many of a prompt's last tokens each completion has for itself, because rows that begin anew have others.
+
+        Raises UserError for a prompt that cannot be written down again.
+        """
+        anew = self.table_of(task).anew
+        if anew is None:
+            return 0
+        lasting = anew.lasting(messages_of(task.prompt, self.system), task.prompt_ids)
+        return len(task.prompt_ids) - len(lasting)
+
     def table_of(self, task: Task) -> Table:
         """Who sits at the task's conversations. Raises UserError if its column `environment` names nobody."""
         if list(self.tables) == [""]:

@@ -12,11 +12,10 @@ from grpo.config import LossConfig
 from grpo.model.policy import Policy
 from grpo.objective import token_weights
 from grpo.training.packing import Packing, Sample, Shape, pack, pack_in_order
-from grpo.types import SAMPLER, Batch, Group, Rollout, Totals, Trajectory
+from grpo.types import SAMPLER, Batch, Group, Rollout, Totals, Trajectory, Value
 
 MiniBatch = list[Batch]
 Number = TypeVar("Number", int, float)
-Value = TypeVar("Value")
 
 
 def make_minibatches(

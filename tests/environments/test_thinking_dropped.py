@@ -96,7 +96,7 @@ def test_several_calls_in_a_turn_are_written_as_far_as_the_template_can() -> Non
     [
         (
             lambda: Chat.of(tokenizer_of("qwen2.5"), answers=True),
-            "leaves out no thinking when a user's message follows",
+            "leaves out no thinking before a user's message",
         ),
         (lambda: Chat.of(tokenizer_of("qwen3"), TOOLS), "nobody answers it as the user"),
         (lambda: Chat.of(tokenizer_of("qwen3"), answers=True, templated=False), "without a chat template"),

@@ -84,7 +84,7 @@ DROPPING = """
 {%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}
 {%- if message.reasoning_content and loop.index0 > asked.last %}{{ message.reasoning_content }}{% endif %}
 {{- message.content + '<|im_end|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\nhm' }}{% endif %}
 """
 
 

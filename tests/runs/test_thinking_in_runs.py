@@ -13,6 +13,8 @@ from runs.test_resume import interrupt_in
 
 from grpo.environments import scheduler
 from grpo.environments.chat import Chat
+from grpo.recipes import load_recipe
+from grpo.runs.prepare import prepare
 
 ASKER = """
 import random
@@ -60,6 +62,18 @@ def test_what_commands_make_of_it(dropping: Path, run_cli) -> None:
     again = run_cli("replay", "run", "--step", "2")
     assert "its completions are those that the run stored" in again.out
     assert run_cli("eval", "run").code == 0
+
+
+def test_the_plan_counts_the_end_of_the_prompt_for_each_completion(dropping: Path) -> None:
+    """New rows do not begin with it: the model's answer follows the prompt, and not the beginning of an answer."""
+    plans = []
+    for thinking in ("keep", "drop"):
+        run_ = prepare(load_recipe(dropping, [*ARGUMENTS, f"environment.thinking={thinking}"]))
+        run_.opened.close()
+        plans.append((run_.plan.waiting, run_.trainer.engine.environment.tail(run_.tasks[0])))
+    (kept, none), (dropped, tail) = plans
+    assert none == 0 < tail
+    assert dropped - kept == 8 * tail * 2 * 2 * 16 * 2 * 4  # rows; two heads of 16, of each, in two layers, four bytes
 
 
 @pytest.mark.parametrize(

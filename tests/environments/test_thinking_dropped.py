@@ -84,9 +84,11 @@ def test_what_the_model_called_a_tool_with_cannot_end_a_turn() -> None:
 
 def test_several_calls_in_a_turn_are_written_as_far_as_the_template_can() -> None:
     several = [said("", WEATHER, call("now")), result("sun"), result("noon", "now"), said("Sun."), user("So?")]
-    for family, times in (("qwen3", 1), ("gpt-oss", 0)):
-        tokenizer = tokenizer_of(family)
+    refuses = "{% if (message.tool_calls or []) | length > 1 %}{{ raise_exception('one call') }}{% endif %}"
+    turn = "{% for tool_call in message.tool_calls or [] %}"
+    for tokenizer, times in ((tokenizer_of("qwen3"), 1), (changed("qwen3", turn, refuses + turn), 0)):
         text = tokenizer.decode(Chat.of(tokenizer, TOOLS, answers=True).anew.prompt_ids(ASKED, several))
+        assert text.count('"name": "weather", "arguments"') == 1
         assert text.count('"name": "now", "arguments"') == times
         assert "noon" in text
 

@@ -15,7 +15,7 @@ from test_families import call, encoded, letters, result, said, user
 from grpo.environments.chat import Chat
 from grpo.environments.conversations import Conversations
 from grpo.environments.play import Table
-from grpo.environments.seats import Limits
+from grpo.environments.seats import ConversationLimits
 from grpo.errors import UserError
 from grpo.generation.sampling import Sampling
 from grpo.rollout import RolloutEngine
@@ -128,7 +128,7 @@ def played(monkeypatch: pytest.MonkeyPatch, family: str, turn: list[int], tokeni
         sampling, scripted.STOPS, lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
     )
     host = Host("messages", step=lambda *_: "No.")
-    environment = Conversations({"": Table(host, chat, Limits(max_turns=3), anew=chat.anew)}, 0, 2000)
+    environment = Conversations({"": Table(host, chat, ConversationLimits(max_turns=3), anew=chat.anew)}, 0, 2000)
     (group,) = RolloutEngine(generator, Sampling(1.0, limit), environment).rollout([task], 1, 1.0, mx.random.key(0))
     (rollout,) = group.rollouts
     shared = group.task.prompt_ids

@@ -17,7 +17,7 @@ from grpo.config.log import CompletionsConfig
 from grpo.environments.conversations import Conversations
 from grpo.environments.play import Table
 from grpo.environments.sampler import Sampler
-from grpo.environments.seats import Limits
+from grpo.environments.seats import ConversationLimits
 from grpo.generation import engine
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import REFERENCE
@@ -38,7 +38,7 @@ LAST_TWO = LastTwo(NUMBERS)
 def sampled(toy, n: int = 3, slots: int = 2, logprobs: bool = True, **sampling) -> list[Group]:
     toy.generator.stop_ids, toy.generator.slots, toy.generator.kept_bytes = STOPS, slots, 5_000
     host = Host("messages", reset=opens, step=answers)
-    table = Table(host, NUMBERS, Limits(max_turns=4), anew=LAST_TWO)
+    table = Table(host, NUMBERS, ConversationLimits(max_turns=4), anew=LAST_TWO)
     engine = RolloutEngine(toy.generator, Sampling(1.0, 40, **sampling), Conversations({"": table}, 0, 64))
     groups = engine.rollout(TASKS, n, 1.0, mx.random.key(1), logprobs)
     assert sum(len(r.trajectory.begins) for g in groups for r in g.rollouts) >= 4

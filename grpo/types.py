@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, compress, pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -108,6 +108,11 @@ class Trajectory:
     `text` is all tokens decoded without special tokens, of every turn and with what an environment said between them;
     it ends before the stop string that ended the last turn. `policy_step` counts the training steps behind the policy
     that sampled, None outside training. `conversation` says who said what in several turns; None for a single answer.
+
+    `begins` are the places of tokens at which the conversation went on in a new row (`environment.thinking: drop`). The
+    tokens from there on follow the group's prompt, and not the tokens before: first what the model read again, which is
+    not trained, and then what it sampled. `parts` are these rows.
+
     Raises ValueError if `trained` or a column differs from `token_ids` in length.
     """
 
@@ -118,6 +123,7 @@ class Trajectory:
     finish_reason: FinishReason
     policy_step: int | None = None
     conversation: Conversation | None = None
+    begins: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, values in (("trained", self.trained), *self.columns.items()):
@@ -142,6 +148,23 @@ class Trajectory:
     def truncated(self) -> bool:
         """Whether a limit or a failure ended it, and not the model or its environment."""
         return self.finish_reason not in ("stop", "done")
+
+    @property
+    def parts(self) -> tuple[Trajectory, ...]:
+        """The rows to train on, of which each follows the group's prompt: itself, unless some began anew."""
+        if not self.begins:
+            return (self,)
+        spans = [slice(*edges) for edges in pairwise((0, *self.begins, len(self.token_ids)))]
+        return tuple(
+            replace(
+                self,
+                token_ids=self.token_ids[span],
+                trained=self.trained[span],
+                columns={name: values[span] for name, values in self.columns.items()},
+                begins=(),
+            )
+            for span in spans
+        )
 
     @property
     def turns(self) -> int:

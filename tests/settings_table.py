@@ -72,6 +72,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "environment.max_turns": ("1", *TALK),
     "environment.max_tool_calls": ("1", *TOOL),
     "environment.max_turn_tokens": ("5", *TALK),
+    "environment.thinking": ("drop", "model.name=thinker", *TALK),
     "environment.rollout_timeout": ("0.01", *TALK),
     "environment.timeout": ("0.2", HOSTILE % "Slow", *LONG),
     "environment.reset_timeout": ("0.2", HOSTILE % "Late", *LONG),
@@ -168,6 +169,8 @@ MATTERS: dict[str, tuple[str, ...]] = {
 
 REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("environment.max_tool_calls=3", "environment.max_tool_calls does nothing: Doubts has nothing to call", TALK),
+    ("environment.thinking=drop", "environment.thinking: drop drops nothing", TALK),
+    ("environment.thinking=drop", "environment.thinking: drop does nothing", TOOL),
     ("environment.kwargs={a: 1}", "kwargs does nothing without use", TOOL),
     ("environment.weight=2", "does nothing: its class makes trajectories", ("environment.use=talk.py:Twice",)),
     ("advantage.turns=turn", "turn does nothing without environment or tools", ()),

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import wandb
 from rich.console import Console
-from runs.conversing import calls_first_tool, talker
+from runs.conversing import calls_first_tool, talker, thinker
 from runs.driver import timeless
 from settings_table import EVAL, FILTERED, KL, MATTERS, REFUSED, SAVING, TALK, TOOL, WANDB
 
@@ -204,6 +204,7 @@ def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder.chmod(0o755)  # the sandbox has a user of its own
     other_model(toy_folder, folder / "other")
     talker(toy_folder, folder / "talker")
+    thinker(toy_folder, folder / "thinker")
     (folder / "toy.yaml").write_text(
         f"model: {{name: {toy_folder}}}\n"
         'data: {source: train.jsonl, prompt: "{question}"}\n'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetJsonSchemaHandler, model_validator
 
@@ -28,6 +28,11 @@ class EnvironmentConfig(Section):
     """Tool calls in a conversation. Default: no limit."""
     max_turn_tokens: Tokens | None = None
     """Tokens of one turn of the model. Default: what is left of `rollout.max_completion_length`."""
+    thinking: Literal["keep", "drop"] = "keep"
+    """What happens to earlier thinking when the environment answers as the user, with a model whose chat template then
+    leaves it out. `keep`: it stays, as it was sampled, and a conversation is one row to train on. `drop`: the model
+    does not see it any more, as where the template is used alone, and the conversation goes on in a new row to train
+    on, with the same advantage; what that row reads again is not trained. Results of tools change no thinking."""
     rollout_timeout: Seconds | None = None
     """Seconds that a conversation may take. It then ends with what it has. Default: no limit."""
     timeout: Seconds = 30.0

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.backend.hub import one_line
 from grpo.data.rendering import Schema, rendered_ids
+from grpo.environments.anew import Anew
 from grpo.environments.joints import Joint, joint_of
 from grpo.environments.readback import format_of, takes_several
-from grpo.environments.template import MARK, QUESTION, Template, before, text_of, with_ids
+from grpo.environments.template import MARK, QUESTION, Template, before, harmless, text_of, with_ids, with_texts
 from grpo.environments.thinking import Thinking
 from grpo.environments.toolcalls import CallFormat, ParsedTurn
 from grpo.errors import UserError
@@ -25,7 +26,8 @@ class Chat:
     A conversation's tokens are the prompt's, then by turns those that were sampled and a suffix: what was sampled is
     never encoded again, not even where the template would write it otherwise. So earlier thinking stays in the
     conversation, as in templates for training, where a template for inference would leave it out: what the model read
-    when it sampled a turn is then all that stands before that turn, and a conversation is one row to train on.
+    when it sampled a turn is then all that stands before that turn, and a conversation is one row to train on. `anew`
+    is the other way: a conversation goes on in a new row, as the template writes it.
     """
 
     def __init__(
@@ -72,13 +74,20 @@ class Chat:
         several = not tools or form is None or takes_several(template, form, thinking)
         return cls(template, joints, form, thinking, _notes(template, joints, form if tools else None, several))
 
+    @property
+    def anew(self) -> Anew:
+        """How conversations go on without earlier thinking, in new rows. Raises UserError for a template that drops
+        none when a user's message follows."""
+        joints = None if self._joints is None else {r: j for r, j in self._joints.items() if isinstance(j, Joint)}
+        return Anew.of(self._template, joints)
+
     def prompt_ids(self, messages: str | Sequence[Message]) -> tuple[int, ...]:
         """The tokens of a prompt, with the tools and the beginning of the model's answer. Text is a user's message.
 
         Raises UserError for messages that the template refuses.
         """
         asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        given, template = _as_text(asked), self._template
+        given, template = with_texts(asked), self._template
         if self._joints is None:
             return tuple(template.tokenizer.encode("".join(one["content"] for one in given)))
         try:
@@ -103,7 +112,7 @@ class Chat:
         joint = self._joint(messages[0]["role"])
         if not turn_ids or turn_ids[-1] not in joint.sampled:
             return None
-        given = [_harmless(one, template) for one in _as_text(messages)]
+        given = [harmless(one, template) for one in with_texts(messages)]
         ids = self._call_ids(turn_ids, given, joint)
         text = template.render([*before(given, joint.calls, ids), *with_ids(given, ids)], generation=True)
         at = text.index(joint.end, text.index(MARK)) + len(joint.end)
@@ -167,16 +176,6 @@ class Chat:
         return ids if takes else []
 
 
-def _harmless(message: Message, template: Template) -> Message:
-    """A message whose texts hold no whole control token: its content, and the name that the model called a tool by."""
-    texts = {key: template.harmless(message[key]) for key in ("content", "name") if isinstance(message.get(key), str)}
-    return {**message, **texts}
-
-
-def _as_text(messages: Sequence[Message]) -> list[Message]:
-    return [{**one, "content": text_of(one.get("content", ""))} for one in messages]
-
-
 def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
     own = {"id": call["id"]} if "id" in call else {}
     return {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}, **own}
@@ -192,8 +191,8 @@ def _notes(template: Template, joints: Mapping[str, Joint], form: CallFormat | N
     notes = [f"chat: a turn ends with {' or '.join(ends)}{read}"]
     if kept := _when(joint for joint in joints.items() if joint[1].kept):
         notes.append(
-            f"chat: earlier thinking stays in the conversation, as it was sampled, when {kept} follows; the chat "
-            "template alone would leave it out"
+            f"{KEEPS} the conversation, as it was sampled, when {kept} follows; the chat template alone would leave it "
+            "out (environment.thinking: keep)"
         )
     if moves := _when(joint for joint in joints.items() if joint[1].moves):
         notes.append(
@@ -203,6 +202,12 @@ def _notes(template: Template, joints: Mapping[str, Joint], form: CallFormat | N
     return notes
 
 
+KEEPS = "chat: earlier thinking stays in"
+DROPS = (
+    "chat: earlier thinking is left out when a user's message follows, as in the chat template: the conversation then "
+    "goes on in a new row to train on, with the same advantage (environment.thinking: drop)"
+)
+"""The note in the place of `KEEPS`, for conversations that go on anew."""
 FOLLOWING = {"tool": "a tool's result", "user": "a user's message"}
 
 

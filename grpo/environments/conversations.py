@@ -53,12 +53,25 @@ class Conversations:
                 *(play.reset(columns, seed, self.max_prompt_length) for play, seed in zip(plays, seeds, strict=True))
             )
             prompts = [play.prompt_ids if play.failure is None else None for play in plays]
-            rows = sampler.begin_after(prompts, table.limits.max_turn_tokens or 0)
+            rows = sampler.begin_after(
+                prompts, table.limits.max_turn_tokens or 0, [play.lasting for play in plays if play.failure is None]
+            )
             return await sampler.gather(*(play.play(row) for play, row in zip(plays, rows, strict=True)))
         except BaseException:  # nobody will score them
             for play in plays:
                 play.leave()
             raise
+
+    def tail(self, task: Task) -> int:
+        """How many of a prompt's last tokens each completion has for itself, because rows that begin anew have others.
+
+        Raises UserError for a prompt that cannot be written down again.
+        """
+        anew = self.table_of(task).anew
+        if anew is None:
+            return 0
+        lasting = anew.lasting(messages_of(task.prompt, self.system), task.prompt_ids)
+        return len(task.prompt_ids) - len(lasting)
 
     def table_of(self, task: Task) -> Table:
         """Who sits at the task's conversations. Raises UserError if its column `environment` names nobody."""

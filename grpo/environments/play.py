@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
+from grpo.environments.anew import Anew, joined
 from grpo.environments.openings import with_added
 from grpo.environments.sampler import Sampler
 from grpo.environments.scheduler import TimeIsUpError
@@ -46,14 +47,17 @@ class ChatCodec(Protocol):
 class Table:
     """Who sits at a conversation: the environment's host, and how the model talks to it.
 
-    With `keeps_seats` a conversation has its seat as `home` until it is scored, and whoever scores releases it. `tell`
-    is called with the prompt and with what was said, as soon as it was.
+    With `anew` a conversation goes on in a new row where the chat template writes what came before otherwise, once the
+    user has answered; without it all turns are in one row. With `keeps_seats` a conversation has its seat as `home`
+    until it is scored, and whoever scores releases it. `tell` is called with the prompt and with what was said, as soon
+    as it was.
     """
 
     host: Host
     chat: ChatCodec
     limits: ConversationLimits = field(default_factory=ConversationLimits)
     keeps_seats: bool = False
+    anew: Anew | None = None
     tell: Callable[[Sequence[Message], Sequence[Message]], object] | None = None
 
     @cached_property
@@ -83,6 +87,12 @@ class Play:
         self._until: float | None = None
         self._end: FinishReason | None = None
         self._busy = self._left = False
+        self._earlier: list[tuple[Trajectory, str]] = []
+
+    @property
+    def lasting(self) -> Sequence[int]:
+        """The tokens that all rows of the conversation will begin with."""
+        return self.prompt_ids if self.table.anew is None else self._lasting
 
     async def reset(self, columns: Mapping[str, Any], seed: int, longest: int) -> None:
         """Let the environment begin, and add to the prompt what it returns. A prompt may have `longest` tokens."""
@@ -91,6 +101,8 @@ class Play:
             if reply.value is not None:
                 self.prompt = with_added(self.prompt, reply.value)
                 self.prompt_ids = self._written(self.table.chat.prompt_ids, self.prompt)
+            if (anew := self.table.anew) is not None:
+                self._lasting = self._written(anew.lasting, self.prompt, self.prompt_ids)
         except _BrokenOffError:
             return
         if (length := len(self.prompt_ids)) > longest:
@@ -99,18 +111,19 @@ class Play:
 
     async def play(self, row: Row) -> Trajectory:
         """Take turns until the conversation ends, and ask the environment for its reward."""
+        self._row = row
         if self.failure is not None:  # it has no turn
-            return self._result(row, "failed")
+            return self._result("failed")
         if (limit := self.table.limits.rollout_timeout) is not None:
             self._until = time.monotonic() + limit
         try:
-            reason = await self._turns(row)
+            reason = await self._turns()
         except _BrokenOffError as broken:
             reason = broken.reason
-        self.sampler.release(row)
+        self.sampler.release(self._row)
         if self.table.description.rewards and self.failure is None and not self._busy:
             reason = await self._rewarded(reason)
-        return self._result(row, reason)
+        return self._result(reason)
 
     def leave(self) -> None:
         """Give the seat back, once."""
@@ -123,10 +136,11 @@ class Play:
         if self.table.tell is not None:
             self.table.tell(self.prompt, messages)
 
-    async def _turns(self, row: Row) -> FinishReason:
+    async def _turns(self) -> FinishReason:
         """Why the conversation ends, as far as it is not broken off."""
         chat, most = self.table.chat, self.table.limits.max_turns
         while True:
+            row = self._row
             reason = await self.sampler.turn(row, self._until)
             if not row.turn:  # time was up before its first token
                 return reason
@@ -141,10 +155,42 @@ class Play:
             suffix = () if self._end else self._written(chat.suffix_ids, row.turn, answers)
             if len(suffix) > row.room:  # with a token after it: it is as if it had not been said
                 return "length"
+            anew = self._anew(answers, suffix) if suffix else None
+            if anew is not None and self._room_after(anew, suffix) < 1:
+                return "length"
             self._say(answers)
             if not suffix:
                 return self._end or "done"
-            self.sampler.go_on(row, suffix)
+            if anew is None:
+                self.sampler.go_on(row, suffix)
+            else:
+                self._begin_anew(anew, suffix)
+
+    def _anew(self, answers: Sequence[Message], suffix: Sequence[int]) -> Sequence[int] | None:
+        """The prompt of a new row, if the model is not to read what came before as its tokens are."""
+        if (anew := self.table.anew) is None or all(one["role"] == "tool" for one in answers):
+            return None
+        prompt_ids = self._written(anew.prompt_ids, self.prompt, [*self._messages, *answers])
+        shared = self.sampler.task.prompt_ids
+        if tuple(prompt_ids) == (*shared, *self._row.token_ids, *suffix):
+            return None
+        if tuple(prompt_ids[: len(shared)]) != shared:
+            why = "the model's chat template changes how a prompt begins as the conversation goes on"
+            self.failure = Failure("error", f"{why}: use thinking: keep")
+            raise _BrokenOffError("failed")
+        return prompt_ids
+
+    def _room_after(self, prompt_ids: Sequence[int], suffix: Sequence[int]) -> int:
+        """The most tokens that a new row may have: what is left of the limit for the conversation, to which all counts
+        that was sampled and that was said in between, or what the new row reads of it again if that is more."""
+        again = len(prompt_ids) - len(self.prompt_ids)
+        return min(self._row.longest - len(self._row.token_ids) - len(suffix), self.sampler.longest - again)
+
+    def _begin_anew(self, prompt_ids: Sequence[int], suffix: Sequence[int]) -> None:
+        row, room = self._row, self._room_after(prompt_ids, suffix)
+        said = self.sampler.tokenizer.decode(list(suffix), skip_special_tokens=True)
+        self._earlier.append((trajectory_of(row), said))
+        self._row = self.sampler.begin_anew(row, prompt_ids, room)
 
     async def _answers(self, message: Message) -> list[Message]:
         """What is said in return to a turn."""
@@ -208,7 +254,7 @@ class Play:
             self._end = "done"
         return reply
 
-    def _result(self, row: Row, reason: FinishReason) -> Trajectory:
+    def _result(self, reason: FinishReason) -> Trajectory:
         keeps = self.table.keeps_seats and self.failure is None
         conversation = Conversation(
             environment=self.table.description.name,
@@ -223,7 +269,7 @@ class Play:
         )
         if not keeps:
             self.leave()
-        return replace(trajectory_of(row, reason), conversation=conversation)
+        return replace(joined(self._earlier, trajectory_of(self._row, reason)), conversation=conversation)
 
 
 def _messages_of(said: Any) -> list[Message]:

@@ -28,8 +28,14 @@ class Sampler:
         self.n, self.tokenizer, self.task, self.place = n, driver.tokenizer, task, place
         self._driver, self._seed, self._path = driver, seed, path
         self._parts: set[int] = set()
+        self._places: dict[Row, tuple[int, int]] = {}
         self.rows: list[Row] = []
         """All that were begun."""
+
+    @property
+    def longest(self) -> int:
+        """The limit on a completion's tokens."""
+        return self._driver.sampling.max_tokens
 
     async def sample(self, prompt_ids: Sequence[int], n: int, part: int = 0) -> list[Trajectory]:
         """`n` answers to the task's prompt, each to its end. See `begin` for `part`."""
@@ -53,20 +59,26 @@ class Sampler:
         path = (*self._path, part) if part else self._path
         return self._submit(Submission(prompt_ids, self._driver.sampling, self._seed, path, n, keep=keep))
 
-    def begin_after(self, prompts: Sequence[Sequence[int] | None], max_turn_tokens: int = 0) -> tuple[Row, ...]:
+    def begin_after(
+        self,
+        prompts: Sequence[Sequence[int] | None],
+        max_turn_tokens: int = 0,
+        lasting: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[Row, ...]:
         """Let a row decode after each of these prompts, in the place of the task's. Such rows are kept.
 
         Where there is None in a prompt's place the row is released and stays empty, so that the others draw what they
         would have drawn beside it.
 
-        What all prompts begin with becomes the group's prompt, `task.prompt_ids`, and is shared. The rest is the row's
+        What all prompts begin with becomes the group's prompt, `task.prompt_ids`, and is shared; of `lasting`, which
+        all rows begin with that come later (`begin_anew`), if that is less. The rest is the row's
         own: it is not trained on, and no limit counts it. Raises EnvironmentMistake if rows were begun before, and for
         prompts whose first tokens differ.
         """
         if self._parts:
             raise EnvironmentMistake("rows of this task were begun before, after another prompt")
         given = [prompt for prompt in prompts if prompt is not None]
-        shared = common_prefix(given) if given else self.task.prompt_ids
+        shared = common_prefix([*given, *(lasting or ())]) if given else self.task.prompt_ids
         if not shared:
             raise EnvironmentMistake(
                 "the prompts of a group begin with different tokens, and one at least must be the same: begin the "
@@ -81,7 +93,34 @@ class Sampler:
         for row, prompt in zip(rows, prompts, strict=True):
             if prompt is None:
                 self.release(row)
+        self._places = {row: (0, place) for place, row in enumerate(rows)}
         return rows
+
+    def begin_anew(self, row: Row, prompt_ids: Sequence[int], max_tokens: int) -> Row:
+        """Let a row decode in the place of one that `begin_after` began and that has ended, which is released.
+
+        It follows a prompt of its own, which begins with the group's, and has `max_tokens` at most after that. What it
+        draws depends on the place of the former, and on how many there were there before.
+        """
+        number, place = self._places.pop(row)
+        shared, former = self.task.prompt_ids, row.stopping.sampling
+        if tuple(prompt_ids[: len(shared)]) != shared:
+            raise EnvironmentMistake("a row begins anew after a prompt that does not begin with the group's")
+        least = max(0, former.min_tokens - (row.longest - row.opening - max_tokens))
+        (begun,) = self._submit(
+            Submission(
+                shared,
+                replace(former, max_tokens=max_tokens, min_tokens=least),
+                self._seed,
+                (*self._path, number + 1, place),  # longer than the path of any other row
+                keep=True,
+                openings=[prompt_ids[len(shared) :]],
+                beside=row,
+            )
+        )
+        self.release(row)
+        self._places[begun] = number + 1, place
+        return begun
 
     def _submit(self, submission: Submission) -> tuple[Row, ...]:
         rows = self._driver.engine.submit(replace(submission, logprobs=self._driver.logprobs))

@@ -153,6 +153,17 @@ def shared(one: Shared, other: Shared) -> Shared:
     return one[: next(differ, min(len(one), len(other)))]
 
 
+def harmless(message: Message, template: Template) -> Message:
+    """A message whose texts hold no whole control token: its content, and the name that the model called a tool by."""
+    texts = {key: template.harmless(message[key]) for key in ("content", "name") if isinstance(message.get(key), str)}
+    return {**message, **texts}
+
+
+def with_texts(messages: Sequence[Message]) -> list[Message]:
+    """The messages, their contents as text."""
+    return [{**one, "content": text_of(one.get("content", ""))} for one in messages]
+
+
 def text_of(content: Any) -> str:
     """A message's content as text: what templates of text models take. Raises UserError for pictures and sounds."""
     if content is None or isinstance(content, str):

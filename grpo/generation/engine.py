@@ -66,7 +66,12 @@ class Engine:
         Raises ValueError for an empty prompt, if `max_tokens` is below 1, and for openings of another number than `n`.
         """
         _check(submission)
-        stopping, prompt = self._rules(submission.sampling), SharedPrompt(submission.prompt_ids, submission.n)
+        stopping = self._rules(submission.sampling)
+        if submission.beside is None:
+            prompt = SharedPrompt(submission.prompt_ids, submission.n)
+        else:
+            prompt = submission.beside.prompt
+            prompt.join(submission.n)
         keys = [derive_key(submission.seed, "row", *submission.path, sample) for sample in range(submission.n)]
         wants, keep = submission.logprobs, submission.keep
         rows = tuple(Row(prompt, key=key, stopping=stopping, wants_logprobs=wants, keep=keep) for key in keys)

@@ -24,7 +24,8 @@ class Submission:
     computed. With `keep`, a row that ends waits to be extended until it is released; otherwise it is freed.
 
     `openings` are what each row's own prompt has after the shared one, which may be nothing: no limit counts these
-    tokens. Without any, all rows begin after `prompt_ids`.
+    tokens. Without any, all rows begin after `prompt_ids`. `beside` is a row with the same `prompt_ids`, whose keys and
+    values of the prompt are shared.
     """
 
     prompt_ids: Sequence[int]
@@ -35,6 +36,7 @@ class Submission:
     logprobs: bool = True
     keep: bool = False
     openings: Sequence[Sequence[int]] = ()
+    beside: Row | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +50,10 @@ class SharedPrompt:
 
     def __post_init__(self) -> None:
         self.left = self.unstarted = self.n
+
+    def join(self, n: int) -> None:
+        """Let so many rows more share it."""
+        self.n, self.left, self.unstarted = self.n + n, self.left + n, self.unstarted + n
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ def log_ratios(current: mx.array, denominator: mx.array, trained: mx.array, leve
     The denominator is the anchor (the policy before this step's first update), or for dppo what was sampled from.
 
     `sequence` (GSPO, arXiv 2507.18071, eq. 7) is the same for a row's trained tokens; `sequence_token` (eq. 14) has its
-    value and the gradient of the token's own ratio.
+    value and the gradient of the token's own ratio. A conversation that went on in new rows is a sequence in each.
     """
     log_ratio = current - denominator
     if level == "token":

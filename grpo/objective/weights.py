@@ -14,7 +14,13 @@ from grpo.config import LossConfig
 from grpo.types import Totals
 
 
-def token_weights(trained: mx.array, totals: Totals, cfg: LossConfig, max_completion_length: int) -> mx.array:
+def token_weights(
+    trained: mx.array,
+    totals: Totals,
+    cfg: LossConfig,
+    max_completion_length: int,
+    of_completion: mx.array | None = None,
+) -> mx.array:
     """The weight of each token's loss: `[B, T]` float32, for rows with the mask `trained`, `[B, T]`.
 
         sequence      1 / (N · trained tokens of the completion)
@@ -25,11 +31,16 @@ def token_weights(trained: mx.array, totals: Totals, cfg: LossConfig, max_comple
 
     `totals` has N and the tokens of the whole update, of which these rows may be a part. A row without trained tokens
     has weight 0, but counts in N: it was sampled.
+
+    A conversation that went on in new rows (`environment.thinking: drop`) is one completion: it counts once in N, and
+    its rows share its weight by their trained tokens. `of_completion`, `[B]`, has for each row the trained tokens of
+    its whole completion; None: the row is all of it.
     """
     trained = trained.astype(mx.float32)
     match cfg.preset.normalize:
         case "sequence":
-            return trained / (totals.rows * mx.maximum(trained.sum(axis=1, keepdims=True), 1))
+            whole = trained.sum(axis=1) if of_completion is None else of_completion
+            return trained / (totals.rows * mx.maximum(whole[:, None].astype(mx.float32), 1))
         case "sequence_sum":
             return trained / totals.rows
         case "token":
@@ -46,7 +57,7 @@ def weights_of_chosen(weights: Sequence[mx.array], chosen: Sequence[mx.array], c
     Denominators that count tokens then count the chosen tokens; N stays the number of sampled completions. So this sum
     of weights stays the same:
 
-        sequence                over each completion that has a chosen token
+        sequence                over each row that has a chosen token: a completion, or a part of one
         token                   over the minibatch
         micro_batch             over each micro-batch
 

@@ -22,7 +22,7 @@ from grpo.generation.generator import Request
 from grpo.generation.sampling import Sampling
 from grpo.model.policy import Policy
 from grpo.rollout import RolloutEngine
-from grpo.training.batches import batch_logprobs, collate
+from grpo.training.batches import batch_logprobs, collate, rows_of
 from grpo.training.gap import gap_bound
 from grpo.training.packing import Packing, pack_in_order
 from grpo.types import Group, Rollout, Task
@@ -148,7 +148,7 @@ def _decoded(policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed:
 
 def _forced(policy: Policy, groups: Sequence[Group], packing: Packing | None) -> list[float]:
     """The update's logprobs of all trained tokens, one after the other."""
-    rows = [(group.task, rollout) for group in groups for rollout in group.rollouts]
+    rows = rows_of(groups)
     found: list[float] = []
     for positions, shape in pack_in_order(rows, packing or _together(policy, rows)):
         part = [rows[i] for i in positions]

@@ -90,7 +90,8 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
     `group` is the place in the step, `index` that in the group; `source` and `task` say which task it is of (a source
     and the index of its row, `Task.identity`). `prompt` is what the model saw, with what an environment added to it.
     `token_ids` and `logprobs` are those of the completion, the stop token included. `trained` says which of these
-    tokens the policy sampled and learns from, null: all of them. `policy_step` is the number of steps that the policy
+    tokens the policy sampled and learns from, null: all of them. `begins` has the places of tokens at which the
+    conversation went on in a new row after the prompt, null: none. `policy_step` is the number of steps that the policy
     that sampled had made. `advantage` is null for groups that were sampled but not learnt from, and `turn_advantages`
     are in its place where turns have their own; `reward` is before `penalty`. `conversation` is JSON, the fields of
     `Conversation`; null for a single answer. `reward/<name>` is null where a reward gave no score, and
@@ -109,6 +110,7 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
         ("completion", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
         ("trained", pa.list_(pa.bool_())),
+        ("begins", pa.list_(pa.int32())),
         ("logprobs", pa.list_(pa.float32())),
         ("finish_reason", pa.string()),
         ("policy_step", pa.int32()),
@@ -153,6 +155,7 @@ def _row(step: int, group: int, index: int, task: Task, rollout: Rollout, learnt
         "completion": _valid(trajectory.text),
         "token_ids": trajectory.token_ids,
         "trained": None if all(trajectory.trained) else trajectory.trained,
+        "begins": trajectory.begins or None,
         "logprobs": trajectory.behaviour,
         "finish_reason": trajectory.finish_reason,
         "policy_step": trajectory.policy_step,
@@ -221,7 +224,7 @@ def _rollout(row: dict[str, Any]) -> Rollout:
 
 
 def _trajectory(row: dict[str, Any]) -> Trajectory:
-    """Files of earlier versions have no `trained` (all tokens are), no `policy_step` and no `conversation`."""
+    """Files of earlier versions have no `trained` (all tokens are), no `begins`, `policy_step` and `conversation`."""
     token_ids, trained, logprobs = tuple(row["token_ids"]), row.get("trained"), row["logprobs"]
     return Trajectory(
         token_ids,
@@ -231,6 +234,7 @@ def _trajectory(row: dict[str, Any]) -> Trajectory:
         row["finish_reason"],
         row.get("policy_step"),
         _conversation(row.get("conversation")),
+        tuple(row.get("begins") or ()),
     )
 
 

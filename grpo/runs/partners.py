@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from grpo.config import EnvironmentConfig, RolloutConfig, ToolConfig
 from grpo.data.prompts import PromptRenderer, Tools
-from grpo.environments.chat import Chat
+from grpo.environments.anew import Anew
+from grpo.environments.chat import DROPS, KEEPS, Chat
 from grpo.environments.conversations import SELECTED_BY, Conversations
 from grpo.environments.environment import Environment
 from grpo.environments.making import make_host
@@ -81,8 +82,10 @@ class Partners:
                 templated=templated,
                 stop_ids=rollout.stop_token_ids,
             )
-            tables[name] = Table(host, chat, limits_of(config), keeps_seats)
-            notes += [_described(told), *chat.notes]
+            anew = _anew(_place(name), chat) if config.thinking == "drop" else None
+            tables[name] = Table(host, chat, limits_of(config), keeps_seats, anew)
+            said = [DROPS if anew and note.startswith(KEEPS) else note for note in chat.notes]
+            notes += [_described(told), *said]
         cfg = renderer.cfg
         return Conversations(tables, seed, cfg.max_prompt_length, cfg.system), list(dict.fromkeys(notes))
 
@@ -174,12 +177,23 @@ def _alone(
 
 def _check_terms(place: str, config: EnvironmentConfig, told: Description) -> None:
     """Raise UserError for settings that do nothing with such an environment."""
+    if told.kind not in ANSWERING and config.thinking != "keep":
+        why = "does not answer as the user, and results of tools leave earlier thinking where it is"
+        raise UserError(f"{place}.thinking: {config.thinking} does nothing: {told.name} {why}")
     idle: Collection[str] = ()
     if not told.tools:
         idle = {"max_tool_calls"} if told.kind in ANSWERING else {"max_tool_calls", "max_turns"}
         nothing = "nothing to call" if told.kind in ANSWERING else "nothing to call, and does not answer"
     if found := sorted(config.changed & set(idle)):
         raise UserError(f"{place}.{found[0]} does nothing: {told.name} has {nothing}")
+
+
+def _anew(place: str, chat: Chat) -> Anew:
+    """How conversations go on in new rows. Raises UserError where the chat template makes none."""
+    try:
+        return chat.anew
+    except UserError as error:
+        raise UserError(f"{place}.thinking: {error}. Leave it at keep") from error
 
 
 def _described(told: Description) -> str:

@@ -16,6 +16,7 @@ from grpo.data.lengths import Lengths, measure_lengths
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows, rows_with_null
 from grpo.data.stream import TaskStream, first_tasks
+from grpo.environments.conversations import Conversations
 from grpo.errors import UserError
 from grpo.evaluation.evaluator import Evaluator
 from grpo.generation.generator import Generator
@@ -114,6 +115,7 @@ def _prepared(
     ranks.check_same("the prompts of data", lengths)
     longest = cfg.data.max_prompt_length if lengths is None or partners.resets else lengths.longest
     own = longest - (lengths.shortest if lengths else 0) if partners.resets else 0
+    own += environment.tail(tasks[0]) if isinstance(environment, Conversations) else 0
     stream = TaskStream(tables[0], renderer, cfg.seed)
     source = stream if given.source is None else given.source(stream)
     longest_of_all = _longest_of_all(longest, evaluator)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, METRICS, check_is_run
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import as_planned, changes, context_now
 from grpo.runs.revisions import pinned
-from grpo.training.batches import batch_logprobs, row_batches, rows_of
+from grpo.training.batches import batch_logprobs, of_completions, row_batches, rows_of
 from grpo.training.packing import Packing
 from grpo.training.trainer import Trainer
 from grpo.types import Group, StepMetrics
@@ -100,7 +101,7 @@ def _logprobs(policy: Policy, groups: Sequence[Group], packing: Packing) -> list
     for rows, batch in row_batches(rows_of(groups), packing):
         logprobs: Any = batch_logprobs(policy, batch)[0].tolist()
         found += [r.trajectory.of_trained(values) for (_, r), values in zip(rows, logprobs, strict=False)]  # no padding
-    return found
+    return [list(chain.from_iterable(parts)) for parts in of_completions(groups, found)]
 
 
 def _compared(run: Path, metrics: StepMetrics) -> list[str]:

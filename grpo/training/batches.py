@@ -12,7 +12,7 @@ from grpo.config import LossConfig
 from grpo.model.policy import Policy
 from grpo.objective import token_weights
 from grpo.training.packing import Packing, Sample, Shape, pack, pack_in_order
-from grpo.types import SAMPLER, Batch, Group, Rollout, Totals, Trajectory
+from grpo.types import SAMPLER, Batch, Group, Rollout, Totals, Trajectory, Value
 
 MiniBatch = list[Batch]
 Number = TypeVar("Number", int, float)
@@ -35,18 +35,26 @@ def make_batches(
     """Make the micro-batches of one update, with the token weights that normalize the loss.
 
     `longest` is the limit on a completion's tokens, which the `constant` normalizer divides by; `beta` is the weight of
-    the KL penalty at this step. Rows that cannot have a gradient (no trained tokens, or advantage 0 and no other term
-    in the loss) are left out. The denominators still count them, so the gradient stays the same.
+    the KL penalty at this step. A completion counts once, however many rows it has (`rows_of`). Rows that cannot have a
+    gradient (no trained tokens, or advantage 0 and no other term in the loss) are left out. The denominators still
+    count them, so the gradient stays the same.
     """
-    rows = rows_of(_with_samplers(groups))
-    totals = Totals(len(rows), sum(_counted(rollout, loss) for _, rollout in rows))
-    learning = [row for row in rows if learns(row[1], loss)]
-    if not learning:
+    groups = _with_samplers(groups)
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    totals = Totals(len(rollouts), sum(_counted(rollout, loss) for rollout in rollouts))
+    whole = [rollout.trajectory.trained_tokens for rollout in rollouts for _ in rollout.trajectory.parts]
+    rows = [(row, length) for row, length in zip(rows_of(groups), whole, strict=True) if learns(row[1], loss)]
+    if not rows:
         return []
-    batches = [collate([learning[i] for i in part], shape) for part, shape in pack(learning, packing)]
+    packed = pack([row for row, _ in rows], packing)
+    batches = [collate([rows[i][0] for i in part], shape) for part, shape in packed]
+    lengths = [mx.array([rows[i][1] for i in part] + [0] * (shape.rows - len(part))) for part, shape in packed]
     penalty = mx.array(beta) if beta != 0 and loss.kl_in == "loss" else None
     parts = len(batches) if loss.preset.normalize == "micro_batch" else 1
-    weights = (token_weights(batch.trained, totals, loss, longest) / parts for batch in batches)
+    weights = (
+        token_weights(batch.trained, totals, loss, longest, of_completion) / parts
+        for batch, of_completion in zip(batches, lengths, strict=True)
+    )
     return [replace(batch, weights=weight, beta=penalty) for batch, weight in zip(batches, weights, strict=True)]
 
 
@@ -61,8 +69,26 @@ def row_batches(rows: Sequence[Sample], packing: Packing) -> Iterator[tuple[list
 
 
 def rows_of(groups: Sequence[Group]) -> list[Sample]:
-    """Every completion with its task, in the order of the groups."""
-    return [(group.task, rollout) for group in groups for rollout in group.rollouts]
+    """Every row to train on with its task, in the order of the groups: a completion, or each of its `parts`."""
+    return [(group.task, row) for group in groups for rollout in group.rollouts for row in _parts(rollout)]
+
+
+def of_completions(groups: Sequence[Group], values: Sequence[Value]) -> list[list[Value]]:
+    """Values of `rows_of(groups)`, one for each row, together for each completion."""
+    each = iter(values)
+    return [[next(each) for _ in r.trajectory.parts] for group in groups for r in group.rollouts]
+
+
+def _parts(rollout: Rollout) -> Iterator[Rollout]:
+    """A completion's rows: all have its advantage, or each those of its own turns."""
+    if not rollout.trajectory.begins:
+        yield rollout
+        return
+    turns, begun = rollout.turn_advantages, 0
+    for part in rollout.trajectory.parts:
+        end = begun + (0 if turns is None else part.turns)
+        yield replace(rollout, trajectory=part, turn_advantages=None if turns is None else turns[begun:end])
+        begun = end
 
 
 def collate(rows: Sequence[Sample], shape: Shape) -> Batch:

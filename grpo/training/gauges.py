@@ -14,7 +14,7 @@ from grpo.config import LossConfig
 from grpo.model.adapters import REFERENCE
 from grpo.model.policy import Policy
 from grpo.objective.kl import kl_estimate
-from grpo.training.batches import forced, learns, row_batches, rows_of
+from grpo.training.batches import forced, learns, of_completions, row_batches, rows_of
 from grpo.training.packing import Packing
 from grpo.training.update import Update
 from grpo.types import Batch, Group, Totals
@@ -62,7 +62,8 @@ class Gauges:
         mine = self.ranks.share(list(row_batches(rows_of(groups), self.packing)))
         with self.policy.use(REFERENCE):
             found = [self._sums(len(rows), batch, forced(self.policy, batch)[0]) for rows, batch in mine]
-        return [total for sums in self.ranks.merge(found) for total in sums]
+        of_rows = [total for sums in self.ranks.merge(found) for total in sums]
+        return [sum(totals) for totals in of_completions(groups, of_rows)]
 
     def _sums(self, rows: int, batch: Batch, reference: mx.array) -> list[float]:
         assert batch.behaviour is not None, "training needs rollouts with logprobs"

@@ -44,6 +44,25 @@ class Numbers:
         return [self.roles[message["role"]], *content]
 
 
+class LastTwo:
+    """In the place of `Anew`: of each earlier turn the last two tokens stay, as if the others were thinking."""
+
+    def __init__(self, chat: Numbers) -> None:
+        self.chat = chat
+
+    def prompt_ids(self, prompt: Sequence[Mapping[str, Any]], said: Sequence[Mapping[str, Any]]) -> list[int]:
+        ids = self.chat.prompt_ids(prompt)
+        for message in said:
+            spoken = message["role"] == "assistant"
+            ids += (
+                [int(word) for word in message["content"].split()][-2:] if spoken else self.chat.prompt_ids([message])
+            )
+        return [*ids, 9]
+
+    def lasting(self, prompt: Sequence[Mapping[str, Any]], prompt_ids: Sequence[int]) -> list[int]:
+        return self.chat.prompt_ids(prompt)
+
+
 def at_once(function: Callable[..., Any], *given: Any) -> Future[Reply]:
     """What a call comes to, now."""
     future: Future[Reply] = Future()

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from environments.conversing import Host, Numbers, at_once, later
+from environments.conversing import Host, LastTwo, Numbers, at_once, later
 from generation.ways import STOPS, WAYS, generator_of
 
 from grpo.environments.conversations import Conversations
@@ -54,11 +54,14 @@ def played(
     limits: ConversationLimits = ConversationLimits(max_turns=6),  # noqa: B008
     kind: str = "messages",
     n: int = 4,
+    drops: bool = False,
 ) -> list[Group]:
     generator = generator_of(way, slots)
     generator.kept_bytes = kept_bytes
     host = Host(kind, run, reset=opens, step=answers, tool=calls)
-    conversations = Conversations({"": Table(host, Numbers(ends=STOPS), limits)}, 0, 64)
+    chat = Numbers(ends=STOPS)
+    table = Table(host, chat, limits, anew=LastTwo(chat) if drops else None)  # type: ignore[arg-type]
+    conversations = Conversations({"": table}, 0, 64)
     return RolloutEngine(generator, sampling, conversations).rollout(TASKS, n, sampling.temperature, KEY)
 
 
@@ -74,8 +77,8 @@ def worst_gap(model, groups: list[Group], temperature: float = 1.0) -> float:
     """The largest difference of a trained token's logprob from what a plain forward pass over the row says."""
     gaps = []
     for group in groups:
-        for rollout in group.rollouts:
-            row, prompt = rollout.trajectory, group.task.prompt_ids
+        for row in (part for rollout in group.rollouts for part in rollout.trajectory.parts):
+            prompt = group.task.prompt_ids
             logits = model(mx.array([[*prompt, *row.token_ids]]))[0, len(prompt) - 1 : -1].astype(mx.float32)
             logits = logits / temperature
             forced = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -93,6 +96,14 @@ def test_sampled_logprobs_are_those_of_teacher_forcing(way: str) -> None:
         rows = trajectories(groups)
         turns = [len(row.conversation.turn_rewards) for row in rows]
         assert sum(turns) > 2 * len(rows)
+        assert worst_gap(generator_of(way, 1).model, groups) < 1e-4
+
+
+@pytest.mark.parametrize("way", EVERY)
+def test_so_they_are_in_rows_that_begin_anew(way: str) -> None:
+    for slots, kept_bytes in ((64, None), (3, 0)):
+        groups = played(way, slots=slots, kept_bytes=kept_bytes, drops=True)
+        assert sum(len(row.begins) for row in trajectories(groups)) >= 4
         assert worst_gap(generator_of(way, 1).model, groups) < 1e-4
 
 

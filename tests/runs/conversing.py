@@ -78,6 +78,31 @@ def talker(toy_folder: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
 
 
+DROPPING = """
+{%- set asked = namespace(last=-1) %}{% for message in messages %}
+{%- if message.role == 'user' %}{% set asked.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}
+{%- if message.reasoning_content and loop.index0 > asked.last %}{{ message.reasoning_content }}{% endif %}
+{{- message.content + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\nhm' }}{% endif %}
+"""
+
+
+def thinks(chat: Chat, turn_ids: Any) -> dict[str, Any]:
+    """A turn as the assistant's message: the first half is thinking."""
+    ids, decode = list(turn_ids), chat._template.tokenizer.decode
+    half = len(ids) // 2
+    said = {"reasoning_content": decode(ids[:half]), "content": decode(ids[half:], skip_special_tokens=True)}
+    return {"role": "assistant", **said}
+
+
+def thinker(toy_folder: Path, folder: Path) -> None:
+    """The toy model with a chat template that drops earlier thinking when a user's message follows."""
+    talker(toy_folder, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": DROPPING}))
+
+
 @pytest.fixture
 def conversing(recipe: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe of four steps over four questions, with the working directory in a fresh folder."""

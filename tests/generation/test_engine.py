@@ -1,8 +1,7 @@
 """The open generator, by every way of decoding: what is sampled depends on nothing but the row."""
 
-import mlx.core as mx
 import pytest
-from ways import LONG, WAYS, asked, finish, fresh, generator_of, sampled
+from ways import LONG, WAYS, asked, exact_buffers, finish, fresh, generator_of, held, sampled
 
 from grpo.backend import cuda
 from grpo.backend.random import derive_key
@@ -168,22 +167,20 @@ def test_what_is_dropped_for_want_of_memory_is_computed_again(way: str, most: in
     assert found == expected
 
 
+@exact_buffers
 def test_the_last_release_frees_all_buffers(way: str) -> None:
     generator = generator_of(way, 4)
     generator.generate([Request([5, 6])], Sampling(1.0, 3), derive_key(0, "warm"))
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = held()
     engine = generator.open()
     rows = engine.submit(asked(LONG, n=4))
     finish(engine)
     waiting = [row for row in rows if row.state == "waiting"]
     assert waiting
-    mx.clear_cache()
-    assert mx.get_active_memory() - before > 10_000
+    assert held() - before > 10_000
     for row in waiting:
         engine.release(row)
-    mx.clear_cache()
-    assert mx.get_active_memory() - before < 3_000
+    assert held() - before < 3_000
     assert not engine.busy
     (again,) = engine.submit(asked(LONG))  # and the engine serves on
     finish(engine)

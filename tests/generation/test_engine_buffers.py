@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from ways import LONG, asked, finish, fresh, generator_of, model_of, qwen, sampled
+from ways import LONG, asked, exact_buffers, finish, fresh, generator_of, held, model_of, qwen, sampled
 
 from grpo.backend import cuda
 from grpo.generation import generator as generator_module
@@ -96,12 +96,12 @@ def test_slots_stay_for_rows_that_may_come_back(generator: Generator) -> None:
     assert engine._run.seats.count == 1
 
 
+@exact_buffers
 @pytest.mark.parametrize("way", ["joined layers", "recurrent state"])
 def test_what_a_row_keeps_is_its_own(way: str) -> None:
     """It does not hold on to the buffers of all rows."""
     generator = generator_of(way, 16)
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = held()
     engine = generator.open()
     rows = engine.submit(asked(LONG, n=16))
     finish(engine)
@@ -110,8 +110,7 @@ def test_what_a_row_keeps_is_its_own(way: str) -> None:
     engine._run.seats._session = None  # only what is kept is left
     for other in others:
         engine._run.seats.parking.drop(other)
-    mx.clear_cache()
-    assert row.kept.nbytes <= mx.get_active_memory() - before < row.kept.nbytes + 20_000
+    assert row.kept.nbytes <= held() - before < row.kept.nbytes + 20_000
     assert row.kept.fed == len(row.token_ids) + 1  # the step that was under way has fed its last token
 
 

@@ -18,6 +18,7 @@ WANDB = ("log.wandb={mode: offline}",)
 MADE = ("data.source=null", "data.use=rows.py:rows")
 SUMS = ("data.source=builtin:arithmetic",)
 LONG = ("rollout.max_completion_length=48",)
+BRIEF = ("optim.steps=1", "rollout.num_generations=2", *LONG)
 TALK = ("environment={use: 'talk.py:Doubts', workers: 1}", *LONG)
 HOSTILE = "environment={use: 'talk.py:%s', workers: 1, max_failure_rate: 1}"
 TOOL = ("model.name=talker", "tools=['talk.py:look']", "environment.workers=1", *LONG)
@@ -74,25 +75,25 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "environment.max_turn_tokens": ("5", *TALK),
     "environment.thinking": ("drop", "model.name=thinker", *TALK),
     "environment.rollout_timeout": ("0.01", *TALK),
-    "environment.timeout": ("0.2", HOSTILE % "Slow", *LONG),
-    "environment.reset_timeout": ("0.2", HOSTILE % "Late", *LONG),
+    "environment.timeout": ("0.1", HOSTILE % "Slow", *BRIEF),
+    "environment.reset_timeout": ("0.1", HOSTILE % "Late", *BRIEF),
     "environment.workers": ("2", *TALK),
     "environment.sandbox": ("true", *TALK),
     "environment.env": ("[A_TOKEN]", "environment={use: 'talk.py:Secretive', workers: 1}", *LONG),
-    "environment.memory_gb": ("0.2", HOSTILE % "Large", *LONG),
+    "environment.memory_gb": ("0.2", HOSTILE % "Large", *BRIEF),
     "environment.max_failure_rate": ("0.1", "environment={use: 'talk.py:Partly', workers: 1}", *LONG),
     "tools.0.use": ("talk.py:find", *TOOL),
     "tools.0.kwargs": ("{times: 3}", *TOOL),
-    "tools.0.timeout": ("0.2", *TOOL, "tools=['talk.py:pause']", "environment.max_failure_rate=1"),
+    "tools.0.timeout": ("0.1", *TOOL, "tools=['talk.py:pause']", "environment.max_failure_rate=1", *BRIEF),
     "rewards.0.use": ("grades.py:letters",),
     "rewards.0.weight": ("2",),
     "rewards.0.name": ("mine",),
     "rewards.0.kwargs": ("{part: 4}",),
     "rewards.0.completions": ("messages", "rewards.0.use=grades.py:formed"),
     "rewards.0.isolation": ("process", "rewards.0.use=grades.py:at_home"),
-    "rewards.0.timeout": ("0.2", "rewards.0={use: 'grades.py:slow', max_failure_rate: 1}"),
+    "rewards.0.timeout": ("0.2", "rewards.0={use: 'grades.py:slow', max_failure_rate: 1}", "optim.steps=1"),
     "rewards.0.env": ("[A_TOKEN]", "rewards.0={use: 'grades.py:secretive'}"),
-    "rewards.0.memory_gb": ("0.2", "rewards.0={use: 'grades.py:large', max_failure_rate: 1}"),
+    "rewards.0.memory_gb": ("0.2", "rewards.0={use: 'grades.py:large', max_failure_rate: 1}", "optim.steps=1"),
     "rewards.0.calls": ("completion", "rewards.0.use=grades.py:crowded"),
     "rewards.0.max_failure_rate": ("0.1", "rewards.0.use=grades.py:partly"),
     "advantage.baseline": ("batch",),

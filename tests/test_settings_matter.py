@@ -125,12 +125,12 @@ class Doubts:
 
 class Slow(Doubts):
     def get_reward(self):
-        time.sleep(0.6)
+        time.sleep(0.3)
         return 0.5
 
 class Late(Doubts):
     def reset(self, **row):
-        time.sleep(0.6)
+        time.sleep(0.3)
 
 class Secretive(Doubts):
     def get_reward(self):
@@ -139,7 +139,7 @@ class Secretive(Doubts):
 class Large(Doubts):
     def get_reward(self):
         held = b"x" * 2**27
-        time.sleep(0.6)
+        time.sleep(0.3)
         return 0.5
 
 class Partly(Doubts):
@@ -174,7 +174,7 @@ def pause(query: str) -> str:
     Args:
         query: What for.
     '''
-    time.sleep(0.6)
+    time.sleep(0.3)
     return query
 """
 LOSS = """

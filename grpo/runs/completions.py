@@ -211,10 +211,13 @@ def _task(row: dict[str, Any]) -> Task:
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:
+    """A completion that only a reward of weight 0 failed on has a sum: where there is none, a failure counts."""
+    failures = {name: _failure(text) for name, text in _named(row, "failure/").items() if text is not None}
     return Rollout(
         _trajectory(row),
         scores=_named(row, "reward/"),
-        failures={name: _failure(text) for name, text in _named(row, "failure/").items() if text is not None},
+        failures=failures,
+        failed=bool(failures) and row["reward"] is None,
         extras={name: json.loads(text) for name, text in _named(row, "extra/").items() if text is not None},
         reward=row["reward"],
         penalty=row["penalty"],

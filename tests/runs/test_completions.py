@@ -55,6 +55,7 @@ def test_the_schema(tmp_path: Path) -> None:
         "completion": text,
         "token_ids": pa.list_(pa.int32()),
         "trained": pa.list_(pa.bool_()),
+        "begins": pa.list_(pa.int32()),
         "logprobs": pa.list_(pa.float32()),
         "finish_reason": text,
         "policy_step": pa.int32(),
@@ -93,6 +94,13 @@ def test_what_is_stored_comes_back(tmp_path: Path) -> None:
     assert groups[1].task == Task(9, CHAT, (), {"answer": 4, "prompt": CHAT}, "extra")
     assert groups[0].task.identity == ("data", 3)
     assert groups[1].rollouts[1] == GROUPS[1].rollouts[1]
+
+
+def test_a_failure_counts_where_it_left_no_reward(tmp_path: Path) -> None:
+    """The failure of a reward of weight 0 does not."""
+    failed, nothing = replace(GOOD, failed=True, reward=None), replace(GOOD, failures={}, reward=None)
+    _, (group,) = read_completions(store(tmp_path, 1, [Group(GROUPS[0].task, (GOOD, failed, nothing))]))
+    assert [rollout.failed for rollout in group.rollouts] == [False, True, False]
 
 
 def test_text_that_utf8_cannot_hold_ends_no_run(tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ FAILED = replace(
         finish_reason="failed",
         conversation=replace(TALK, messages=(), turn_rewards=(), outcome=None, failure=Failure("timeout", "reset")),
     ),
+    scores={"Atlas": None},
+    failures={"Atlas": Failure("timeout", "reset")},
+    failed=True,
     turn_advantages=None,
     reward=None,
 )

@@ -6,6 +6,7 @@ import asyncio
 import json
 import pickle
 import struct
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,8 @@ class ProcessHome(Home):
             self.problem = await asyncio.to_thread(killed, self._process, START_SECONDS, when)
             await self._over(Reply("crash", error=self.problem))
         except _NOISE as error:
+            if not threading.main_thread().is_alive():  # Python ends, and the process was ended because of it
+                return
             self._disconnect()
             memory_gb = self._terms.memory_gb
             by_memory, said = await asyncio.to_thread(ended, self._process, self._output, error, when, memory_gb)

@@ -148,3 +148,14 @@ def test_objects_are_made_once_and_reset_often(host, inline: bool) -> None:
 
 def test_its_processes_load_nothing_of_mlx(host) -> None:
     assert seat_of(host("Light"))[1].value == "[]"
+
+
+def test_a_host_that_nobody_closed_is_silent_when_python_ends() -> None:
+    code = f"""
+from grpo.config.environment import EnvironmentConfig
+from grpo.environments.making import make_host
+host = make_host(EnvironmentConfig(use="{GAMES}:Walk", workers=2))
+host.description
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")

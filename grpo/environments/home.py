@@ -33,6 +33,9 @@ class Home:
     `hello` is what it has said of itself, once it is `ready`; `problem` why it could not be made ready.
     """
 
+    holds_objects = False
+    """Whether Python objects can be handed to it as they are, because it is in this process."""
+
     def __init__(self) -> None:
         self.ready = asyncio.Event()
         self.hello: Mapping[str, Any] = {}

@@ -8,7 +8,7 @@ import itertools
 import threading
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from grpo.environments import hosted
@@ -156,7 +156,7 @@ class EnvironmentHost:
             await self._load_into(home, reward)
 
     async def _load_into(self, home: Home, reward: HostedReward) -> Any:
-        request = {"op": "load", "reward": reward}
+        request = {"op": "load", "reward": reward if home.holds_objects else replace(reward, function=None)}
         return await self._administer(home, request, f"reward {reward.located.name!r}")
 
     async def _asked(self, request: Mapping[str, Any], what: str) -> Any:

@@ -21,6 +21,8 @@ from grpo.errors import UserError
 class InlineHome(Home):
     """Makes the first objects at once, in a thread."""
 
+    holds_objects = True
+
     def __init__(self, makers: Makers, name: str | None) -> None:
         super().__init__()
         install()

@@ -61,7 +61,7 @@ class HostedReward:
     kwargs    the recipe's arguments for it
     timeout   seconds that one call may take
     form      the form of completions that it reads, if the recipe says so; `system` is the message before text prompts
-    function  the function itself, where it was given as an object: for hosts in this process alone
+    function  the function itself, where it was given as an object: for hosts in this process; others import it
     """
 
     located: Located

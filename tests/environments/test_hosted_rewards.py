@@ -137,3 +137,15 @@ def test_a_reward_that_cannot_be_had_is_told_at_once(walks, file) -> None:
         load(walks, file, "plcaes")
     with pytest.raises(UserError, match=r"reward 'bad_argument': kwargs\.scal: there is no such argument"):
         load(walks, file, "bad_argument", kwargs={"scal": 1.0})
+
+
+def test_a_function_that_was_given_as_an_object_is_imported_by_other_processes(file) -> None:
+    """What only this session knows cannot be had there."""
+    host = make_host(EnvironmentConfig(use=f"{Path(games.__file__)}:Walk"))
+    try:
+        with pytest.raises(UserError, match=r"^reward .*a Python object of the session.*Put it into a file"):
+            host.load_reward(HostedReward(Located("own", "__main__:own", "reward"), {}, function=lambda **_: [0.0]))
+        located = Located("exits", f"{file}:exits", "reward")
+        assert host.load_reward(HostedReward(located, {}, function=lambda **_: [0.0])).calls == "group"
+    finally:
+        host.close()

@@ -131,7 +131,7 @@ class Chairs:
             self._answer({"id": request["id"], "error": said})
 
     def _environment(self, seat: int) -> Any:
-        """None for a seat that is lost. A reward beside tools alone is given the objects of none."""
+        """None for a seat that is lost."""
         chair = self._seats.get(seat)
         return None if chair is None else chair.environment
 

@@ -92,6 +92,11 @@ def hosted(
             f"{what}, and there are none here: a recipe with `environment:` or `environments:` gives it those of the "
             "completions' conversations"
         )
+    if any(config.use is None for _, config in hosts):
+        raise UserError(
+            f"{what}, and beside tools alone there are none. Name an environment (environment.use), or let the reward "
+            "do without: it reads the calls and their results in `completions`"
+        )
     if unread := config.changed & {"env", "memory_gb"}:
         setting = min(unread)
         raise UserError(

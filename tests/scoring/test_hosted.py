@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 from scoring.hosts import FakeHost, group, scorer_of, talk
 
-from grpo.config import RewardConfig
+from grpo.config import EnvironmentConfig, RewardConfig
 from grpo.errors import UserError
 from grpo.scoring.arguments import takes_environments
 from grpo.scoring.rehearsal import rehearse
@@ -209,3 +209,10 @@ def test_a_home_never_leaves_this_process() -> None:
     back = pickle.loads(pickle.dumps(rollout.trajectory)).conversation
     assert back == conversation
     assert (back.home, conversation.home is None) == (None, False)
+
+
+def test_beside_tools_alone_it_is_refused() -> None:
+    config = RewardConfig(use=USE, isolation="inline")
+    tools = [(FakeHost("tools"), EnvironmentConfig())]
+    with pytest.raises(UserError, match=r"reward 'own' takes `environments`, and beside tools alone there are none"):
+        Scorer.of([config], functions={USE: own}, hosts=tools)

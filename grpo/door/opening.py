@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -130,7 +131,8 @@ class Opening:
         scorer, ranks = self.run.trainer.scorer, self.ranks
         kinds = {kind: ranks.sum_counts(scorer.failures_of(kind)) for kind in FAILURES}
         failures = failure_lines(kinds, scorer.environments)
-        print_outcome(self.console, outcome, self.folder, last_text(self.run.tasks[0].prompt), failures, go_on)
+        example = "--row 0" if self.cfg.conversations else shlex.quote(last_text(self.run.tasks[0].prompt))
+        print_outcome(self.console, outcome, self.folder, example, failures, go_on)
         ranks.wait()  # a launcher ends the others, the first one in the middle of its checkpoint, when one is gone
 
 

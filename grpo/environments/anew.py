@@ -10,7 +10,7 @@ from typing import Any
 from grpo.environments.joints import Joint
 from grpo.environments.template import BREAK, IDS, MARK, Calls, Template, harmless, shared, with_texts
 from grpo.errors import UserError
-from grpo.types import Message, Trajectory
+from grpo.types import BEHAVIOUR, Message, Trajectory
 
 NOTHING = "drop drops nothing"
 
@@ -66,14 +66,20 @@ def joined(earlier: Sequence[tuple[Trajectory, str]], last: Trajectory) -> Traje
     if not earlier:
         return last
     rows = [*(row for row, _ in earlier), last]
+    names = dict.fromkeys(name for row in rows for name in row.columns)
     return Trajectory(
         tuple(token for row in rows for token in row.token_ids),
         tuple(trained for row in rows for trained in row.trained),
-        {name: tuple(value for row in rows for value in row.columns[name]) for name in last.columns},
+        {name: tuple(value for row in rows for value in _column(row, name)) for name in names},
         "".join(row.text + between for row, between in earlier) + last.text,
         last.finish_reason,
         begins=tuple(accumulate(len(row.token_ids) for row, _ in earlier)),
     )
+
+
+def _column(row: Trajectory, name: str) -> Sequence[float]:
+    """A column of a row. Without `sampler` the row was drawn as the policy has it: `min_tokens` changes first rows."""
+    return row.columns.get(name) or row.columns[BEHAVIOUR]
 
 
 def _harmless(message: Message, template: Template) -> Message:

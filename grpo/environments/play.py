@@ -144,7 +144,7 @@ class Play:
             reason = await self.sampler.turn(row, self._until)
             if not row.turn:  # time was up before its first token
                 return reason
-            message = chat.parse(row.turn)
+            message = _without(row.stopping.cut(row.token_ids), chat.parse(row.turn))
             self._say([message])
             self._turn_rewards.append(None)
             if reason != "stop" or not chat.can_follow("tool" if "tool_calls" in message else "user", row.turn):
@@ -270,6 +270,11 @@ class Play:
         if not keeps:
             self.leave()
         return replace(joined(self._earlier, trajectory_of(self._row, reason)), conversation=conversation)
+
+
+def _without(end: str, message: Message) -> Message:
+    """The model's message without the stop string that ended it: no text has that."""
+    return {**message, "content": message["content"].removesuffix(end)}
 
 
 def _messages_of(said: Any) -> list[Message]:

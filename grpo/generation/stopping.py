@@ -74,6 +74,13 @@ class Stopping:
         turn = self._decode(shown[self._begin :])
         return turn[: self._stop_in(turn, shown, self._begin)]
 
+    def cut(self, token_ids: Sequence[int]) -> str:
+        """What `turn_text` leaves out at the end of the last turn: the stop string that ended it, if one did."""
+        if not self.sampling.stop:
+            return ""
+        turn, text = self._decode(self._shown(token_ids)[self._begin :]), self.turn_text(token_ids)
+        return turn[len(text) :]
+
     def _shown(self, token_ids: Sequence[int]) -> Sequence[int]:
         return token_ids[:-1] if token_ids and token_ids[-1] in self.stop_ids else token_ids
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 from grpo.config import AdvantageConfig
 from grpo.objective.advantages import advantages, total_rewards, turn_advantages
 from grpo.presets import Preset
-from grpo.types import Group, Rollout, Trajectory
+from grpo.types import Group, Rollout
 
 Weights = Mapping[str, float]
 """The weight of each reward by its name, environments' own included."""
@@ -51,18 +51,17 @@ def has_variance(group: Group, turns_by: Weights | None = None) -> bool:
 def turn_rewards(groups: Sequence[Group], weights: Weights) -> list[list[float]]:
     """The rewards of each completion's turns, weighed; NaN for a turn without one.
 
-    A turn has what its environment's steps gave for it. The last turn has besides, if anything scored the completion,
-    the outcome: the weighted sum of all other rewards, what `get_reward` returned among them, less the penalty. A
-    completion that failed, or that nothing scored, has no rewards.
+    A turn has what its environment's steps gave for it. The last turn has the outcome besides, if there is any: the
+    weighted sum of all other rewards, what `get_reward` returned among them, less the penalty. A completion that
+    failed, or that nothing scored, has no rewards.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores_NF, weights_F = _scores(groups, weights)
     total: Any = total_rewards(scores_NF, weights_F).tolist()
-    outcome_NF = _outcomes(scores_NF, rollouts)
-    outcomes: Any = total_rewards(*_penalised(outcome_NF, weights_F, groups, scores_NF)).tolist()
+    outcomes: Any = total_rewards(_outcomes(scores_NF, rollouts), weights_F).tolist()
     return [
-        _of_turns(rollout.trajectory, weights, None if math.isnan(scored) else (0.0 if math.isnan(rest) else rest))
-        for rollout, scored, rest in zip(rollouts, total, outcomes, strict=True)
+        _of_turns(rollout, weights, outcome, scored=not math.isnan(whole))
+        for rollout, whole, outcome in zip(rollouts, total, outcomes, strict=True)
     ]
 
 
@@ -82,19 +81,22 @@ def _with_turn_advantages(
     return _changed(groups, changed)
 
 
-def _of_turns(trajectory: Trajectory, weights: Weights, outcome: float | None) -> list[float]:
-    """The rewards of a completion's turns. Raises ValueError for a conversation with rewards for other turns."""
-    conversation, count = trajectory.conversation, trajectory.turns
+def _of_turns(rollout: Rollout, weights: Weights, outcome: float, scored: bool) -> list[float]:
+    """The rewards of a completion's turns. `outcome` is without the penalty, and NaN for none.
+
+    Raises ValueError for a conversation with rewards for other turns.
+    """
+    conversation, count = rollout.trajectory.conversation, rollout.trajectory.turns
     given = () if conversation is None else conversation.turn_rewards
     if given and len(given) != count:
         raise ValueError(f"a conversation has rewards for {len(given)} turns, and its tokens are of {count}")
-    if outcome is None or count == 0:
+    if not scored or count == 0:
         return [math.nan] * count
     weight = 0.0 if conversation is None else weights.get(conversation.environment, 0.0)
     rewards = [weight * reward if reward is not None and weight else math.nan for reward in given or [None] * count]
-    last = rewards[-1]
-    rewards[-1] = outcome if math.isnan(last) else outcome + last
-    return rewards
+    penalties = [-rollout.penalty] if rollout.penalty else []
+    known = [reward for reward in (outcome, *penalties, rewards[-1]) if not math.isnan(reward)]
+    return [*rewards[:-1], sum(known) if known else math.nan]
 
 
 def _outcomes(scores_NF: mx.array, rollouts: Sequence[Rollout]) -> mx.array:
@@ -109,14 +111,12 @@ def _outcomes(scores_NF: mx.array, rollouts: Sequence[Rollout]) -> mx.array:
     return mx.array(rows)
 
 
-def _penalised(
-    scores_NF: mx.array, weights_F: mx.array, groups: Sequence[Group], scored_by: mx.array | None = None
-) -> tuple[mx.array, mx.array]:
+def _penalised(scores_NF: mx.array, weights_F: mx.array, groups: Sequence[Group]) -> tuple[mx.array, mx.array]:
     """Scores and weights with the penalties, if there are any: one more reward, of weight -1, of the completions that
-    have a score that counts in `scored_by`; by default in the scores themselves."""
+    have a score that counts."""
     penalties = [r.penalty for group in groups for r in group.rollouts]
     if any(penalties):
-        scored = ~mx.isnan(total_rewards(scores_NF if scored_by is None else scored_by, weights_F))
+        scored = ~mx.isnan(total_rewards(scores_NF, weights_F))
         scores_NF = mx.concatenate([scores_NF, mx.where(scored, mx.array(penalties), mx.nan)[:, None]], axis=1)
         weights_F = mx.concatenate([weights_F, mx.array([-1.0])])
     return scores_NF, weights_F

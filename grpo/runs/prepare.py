@@ -111,6 +111,8 @@ def _prepared(
     engine = RolloutEngine(generator, sampling_of(cfg.rollout), environment)
     held_out = list(zip(tables[1:], eval_renderers, strict=True))
     evaluator = _evaluator(cfg, *held_out[0], engine, scorer, ranks) if held_out else None
+    if evaluator is not None:
+        partners.check("eval", evaluator.tasks)
     lengths = measure_lengths(tables[0], renderer)
     ranks.check_same("the prompts of data", lengths)
     longest = cfg.data.max_prompt_length if lengths is None or partners.resets else lengths.longest

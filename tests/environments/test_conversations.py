@@ -211,6 +211,7 @@ def test_a_turn_that_ends_otherwise_has_no_continuation(last: int) -> None:
     row = engine.rollout([TASK], 1, 1.0, [1])[0].rollouts[0].trajectory
     assert (row.token_ids, row.finish_reason) == ((60, last), "stop")
     assert (row.conversation.calls, row.conversation.turn_rewards) == (0, (None,))
+    assert row.conversation.messages[0]["content"] == ("60 " if last == 33 else "60 2")
     assert len(host.all[0].asked) == 1
 
 

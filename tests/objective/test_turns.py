@@ -47,9 +47,11 @@ def oracle(groups: list[Group], scale: str = "group") -> list[list[list[float]]]
             for t, reward in enumerate(talk.turn_rewards):
                 last = t == len(talk.turn_rewards) - 1
                 value = None if reward is None else WEIGHTS["Game"] * reward
-                if last and r.reward is not None:
-                    value = (value or 0.0) - r.penalty
-                    value += WEIGHTS["Game"] * (talk.outcome or 0.0) + WEIGHTS["judge"] * (r.scores["judge"] or 0.0)
+                ends = [WEIGHTS["Game"] * x for x in [talk.outcome] if x is not None]
+                ends += [WEIGHTS["judge"] * x for x in [r.scores["judge"]] if x is not None]
+                ends += [-r.penalty] if r.penalty else []
+                if last and r.reward is not None and ends:
+                    value = (value or 0.0) + sum(ends)
                 own.append(None if r.failed or r.reward is None else value)
             rewards.append(own)
         sets.append(rewards)
@@ -140,6 +142,15 @@ def test_a_weight_of_0_leaves_the_rewards_of_turns_out() -> None:
 
 def test_equal_rewards_of_turns_teach_exactly_nothing() -> None:
     same = group(row([0.1, 0.1]), row([0.1, 0.1, 0.1]))
+    assert turns_of([same]) == [[(0.0, 0.0), (0.0, 0.0, 0.0)]]
+    assert not has_variance(same, WEIGHTS)
+
+
+def test_a_last_turn_that_nothing_scored_has_no_reward() -> None:
+    """Not a reward of 0: rows that all did the same would teach that their last turns were worse than the others."""
+    same = group(row([0.5, None]), row([0.5, 0.5, None]))
+    nothing = pytest.approx(math.nan, nan_ok=True)
+    assert turn_rewards([same], WEIGHTS) == [[1.0, nothing], [1.0, 1.0, nothing]]
     assert turns_of([same]) == [[(0.0, 0.0), (0.0, 0.0, 0.0)]]
     assert not has_variance(same, WEIGHTS)
 

@@ -10,6 +10,7 @@ from runs.driver import run, same_end
 from runs.test_resume import interrupt_in
 
 from grpo.environments import scheduler
+from grpo.errors import UserError
 from grpo.recipes import load_recipe
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.prepare import prepare
@@ -182,3 +183,11 @@ def test_rewards_of_other_conversations_are_not_compared(
     run(conversing, "optim.steps=2")
     start = find_start(load_recipe(conversing, ["optim.steps=2", changed]), changed=True)
     assert bool(start.state.rewards) == kept
+
+
+def test_held_out_rows_that_an_environment_cannot_begin_with_are_refused_at_the_start(conversing: Path) -> None:  # noqa: F811
+    Path("room.py").write_text("class Room:\n    def reset(self, answer, **row): ...\n    def step(self, text): ...\n")
+    Path("held.jsonl").write_text('{"question": "What?"}\n' * 2)
+    evaluated = ["eval={source: held.jsonl, split: train, prompts: 2, samples: 2}", "environment={use: 'room.py:Room'}"]
+    with pytest.raises(UserError, match=r"eval: environment 'Room': reset: missing .*'answer'"):
+        prepare(load_recipe(conversing, evaluated))

@@ -49,7 +49,8 @@ def test_a_conversation_is_told_as_it_goes(conversing: Path, run_cli) -> None:  
 
 def test_an_environment_that_needs_more_columns(conversing: Path, run_cli) -> None:  # noqa: F811
     Path("room.py").write_text(NEEDY)
-    run(conversing, "optim.steps=1", "environment.use=room.py:Needy")
+    ended = run_cli("train", conversing, "optim.steps=1", "environment.use=room.py:Needy")
+    assert "try it   grpo generate runs/toy --row 0\n" in ended.out
     refused = run_cli("generate", "runs/toy", "What is 9+9?")
     assert refused.code == 2
     assert "'answer'" in refused.err

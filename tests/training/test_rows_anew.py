@@ -73,6 +73,17 @@ def test_what_is_drawn_does_not_depend_on_the_slots_nor_on_the_others(make_polic
     assert spoken == [[r.trajectory.of_trained(r.trajectory.token_ids) for r in g.rollouts] for g in fewer]
 
 
+def test_all_rows_say_what_they_were_drawn_from(make_policy) -> None:
+    """`min_tokens` changes the first row's distribution alone; the rows after it are drawn from the policy's own."""
+    groups = sampled(make_policy(), min_tokens=3)
+    rows = [r.trajectory for g in groups for r in g.rollouts if r.trajectory.begins]
+    for trajectory in rows:
+        first, *later = trajectory.parts
+        drawn = list(zip(first.of_trained(first.sampler), first.of_trained(first.behaviour), strict=True))
+        assert all(sampler > behaviour for sampler, behaviour in drawn[:2])
+        assert all(part.sampler == part.behaviour for part in later)
+
+
 def test_no_row_draws_what_another_drew(make_policy, monkeypatch) -> None:
     keys: list[tuple[int, ...]] = []
     made = engine.derive_key

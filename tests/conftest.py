@@ -43,6 +43,12 @@ setup()
 
 
 @pytest.fixture(scope="session")
+def cache(request: pytest.FixtureRequest) -> Path:
+    """Keeps made students from one run of the tests to the next."""
+    return request.config.cache.mkdir("grpo")
+
+
+@pytest.fixture(scope="session")
 def lengths_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("lengths")
 

@@ -7,12 +7,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="session")
-def cache(request: pytest.FixtureRequest) -> Path:
-    """Keeps the made student from one run of the tests to the next."""
-    return request.config.cache.mkdir("grpo")
-
-
 def trained(run_cli, folder: Path, *overrides: str) -> tuple[dict, dict]:
     ran = run_cli("train", "quickstart", f"output_dir={folder}", *overrides)
     assert ran.code == 0, ran.err

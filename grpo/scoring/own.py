@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from grpo.config import EnvironmentConfig
@@ -25,24 +25,40 @@ def terms_of(hosts: Sequence[tuple[Host, EnvironmentConfig]]) -> dict[str, OwnTe
     return {host.description.name: OwnTerms(cfg.weight, cfg.max_failure_rate) for host, cfg in hosts}
 
 
-def own_answers(groups: Sequence[Group], environments: Mapping[str, OwnTerms]) -> dict[str, Placed]:
+def rewarding_steps(groups: Sequence[Group]) -> set[str]:
+    """The names of the environments of which a step gave a reward."""
+    talks = (rollout.trajectory.conversation for group in groups for rollout in group.rollouts)
+    return {talk.environment for talk in talks if talk and any(reward is not None for reward in talk.turn_rewards)}
+
+
+def own_answers(
+    groups: Sequence[Group], environments: Mapping[str, OwnTerms], by_steps: Collection[str] = ()
+) -> dict[str, Placed]:
     """What each environment gave for its conversations: an answer for each, and none for those of others.
 
-    A conversation whose environment failed is a failure of the kind that it says.
+    A conversation whose environment failed is a failure of the kind that it says. The environments `by_steps` reward
+    steps: a conversation in which the model had a turn, and none of its turns got a reward, has the sum of none, 0. It
+    was cut off, or never did what is rewarded, and its group's baseline must count it. Of other environments it has
+    no score.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     answers: dict[str, Placed] = {name: [] for name in environments}
     for place, rollout in enumerate(rollouts):
         conversation = rollout.trajectory.conversation
         if conversation is not None and conversation.environment in answers:
-            answers[conversation.environment].append(((place,), _answer(conversation)))
+            answers[conversation.environment].append(
+                ((place,), _answer(conversation, conversation.environment in by_steps))
+            )
     return answers
 
 
-def _answer(conversation: Conversation) -> Answer:
+def _answer(conversation: Conversation, by_steps: bool) -> Answer:
     if (failure := conversation.failure) is not None:
         return Answer.failed(1, failure.error, failure.kind)
-    scores, failures = checked([conversation.reward], 1)
+    reward = conversation.reward
+    if reward is None and by_steps and conversation.turn_rewards:
+        reward = 0.0
+    scores, failures = checked([reward], 1)
     return Answer(scores, failures)
 
 

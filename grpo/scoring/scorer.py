@@ -22,7 +22,7 @@ from grpo.scoring.contract import Answer
 from grpo.scoring.grader import Inline, Isolated, ScoringRequest, make_grader
 from grpo.scoring.hints import column_hint
 from grpo.scoring.hosted import Hosted, hosted
-from grpo.scoring.own import OwnTerms, own_answers, terms_of, without_home
+from grpo.scoring.own import OwnTerms, own_answers, rewarding_steps, terms_of, without_home
 from grpo.scoring.records import ConversationRecord, Placed, RewardRecord, failures_by_kind
 from grpo.scoring.session import Grader, Scoring, as_prompted, columns_of, request_of
 from grpo.scoring.text import counted
@@ -73,6 +73,7 @@ class Scorer:
         self._state = {"global_step": 0, "max_steps": max_steps}
         self._logged: dict[str, list[float]] = {}
         self._owners: dict[str, str] = {}
+        self._by_steps: set[str] = set()  # the environments of which a step has given a reward
         self.progress: Progress | None = None
 
     @classmethod
@@ -168,7 +169,8 @@ class Scorer:
             return []
         scoring = scoring or self.open([group.task for group in groups])
         try:
-            answers = scoring.answers(groups) | own_answers(groups, self.environments)
+            self._by_steps |= rewarding_steps(groups)
+            answers = scoring.answers(groups) | own_answers(groups, self.environments, self._by_steps)
         except BaseException:  # a second Ctrl-C: nobody waits for what is still under way
             self.close()
             raise
@@ -193,11 +195,13 @@ class Scorer:
     def state(self) -> dict[str, Any]:
         """What it has counted, as JSON holds it: what `load_state` takes."""
         records = {name: record.state() for name, record in self.records.items()}
-        return {"global_step": self._state["global_step"], "records": records}
+        by_steps = sorted(self._by_steps)
+        return {"global_step": self._state["global_step"], "records": records, "by_steps": by_steps}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on counting; a function that is new starts from nothing."""
         self._state["global_step"] = state["global_step"]
+        self._by_steps = set(state.get("by_steps", ()))
         for name, record in self.records.items():
             if name in state["records"]:
                 record.load_state(state["records"][name])

@@ -58,17 +58,20 @@ def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "solved_none": fmean(all(reward < SOLVED for reward in rewards) for rewards in rewards_G),
         "mixed": fmean(any(r >= SOLVED for r in rewards) and min(rewards) < SOLVED for rewards in rewards_G),
     }
-    talks = any(r.trajectory.conversation is not None for group in groups for r in group.rollouts)
+    conversations = (r.trajectory.conversation for group in groups for r in group.rollouts)
+    talked = {conversation.environment for conversation in conversations if conversation is not None}
     for name in groups[0].rollouts[0].scores:
         scores = [rollout.scores[name] for group in groups for rollout in group.rollouts]
         known = [score for score in scores if score is not None]
+        failures = [r.failures[name].kind for group in groups for r in group.rollouts if name in r.failures]
+        if name in talked and not known and not failures:  # tools, or an environment that is no judge
+            continue
         if known:
             metrics |= {
                 f"rewards/{name}/mean": fmean(known),
                 f"rewards/{name}/std": stdev(known) if len(known) > 1 else 0.0,
             }
-        failures = [r.failures[name].kind for group in groups for r in group.rollouts if name in r.failures]
-        kinds = FAILURES if talks else ("error", "timeout")  # a function of its own process has these two
+        kinds = FAILURES if talked else ("error", "timeout")  # a function of its own process has these two
         rates = {str(kind): failures.count(kind) / len(scores) for kind in kinds}
         rates["none"] = (len(scores) - len(known) - len(failures)) / len(scores)
         metrics |= {f"rewards/{name}/{kind}_rate": rate for kind, rate in rates.items()}

@@ -139,15 +139,20 @@ def test_it_cannot_fork_without_end(child: ChildProcess, ask: Ask) -> None:
     assert not any(map(_alive, below))
 
 
-def test_its_folder_is_gone_afterwards(
+def test_its_folder_is_gone_as_soon_as_it_runs(
     own: Path, output: Output, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """So that nothing is left if nobody is there to tidy up."""
+    script, folders = own / "server.py", []
+    sandbox = Sandbox.of("test", [script])
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    script = own / "server.py"
-    made = ChildProcess(script, output, os.environ, None, Sandbox.of("test", [script]))
-    assert len(list(tmp_path.glob("grpo-sandbox-*"))) == 1
-    made.kill()
+    monkeypatch.setattr(Sandbox, "command", lambda *given, of=Sandbox.command: folders.append(given[2]) or of(*given))
+    made = ChildProcess(script, output, os.environ, None, sandbox)
+    send(made.channel, b"1 + 1", 20)
+    assert json.loads(receive(made.channel, 20)) == "2"
+    assert [Path(folder).parent for folder in folders] == [tmp_path]
     assert list(tmp_path.iterdir()) == []
+    made.kill()
 
 
 def test_the_home_folder_is_not_shown(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

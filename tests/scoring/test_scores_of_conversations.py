@@ -189,3 +189,23 @@ def test_the_rehearsal_shows_conversations() -> None:
 def test_single_answers_are_as_they_were() -> None:
     scorer = Scorer({"mine": lambda completions, **_: [1.0] * len(completions)})
     assert (scorer.weights, scorer.failures_by_kind, scorer.lends_environments) == ({"mine": 1.0}, {}, False)
+
+
+def test_where_steps_give_rewards_a_conversation_without_any_has_the_sum_0() -> None:
+    """A game that rewards a win alone: whoever was cut off before must not leave the baseline that the winner sets."""
+    scorer = scorer_of(FakeHost("Game"), FakeHost("Quiz"))
+    rows = [talk(turn_rewards=[None, 1.0]), talk(turn_rewards=[None, None], ended="length"), talk(turn_rewards=[])]
+    games = group(*rows, talk(turn_rewards=[None], failed="crash"))
+    lost = group(talk(turn_rewards=[None]), place=1)
+    other = group(talk(turn_rewards=[None], environment="Quiz"), place=2)
+    (before,) = scorer.score([lost])
+    assert before.rollouts[0].scores["Game"] is None  # no step has ever given a reward
+    first, second, third = with_rewards(scorer.score([games, lost, other]), scorer.weights)
+    assert [r.reward for r in first.rollouts] == [1.0, 0.0, None, None]
+    assert [r.scores for r in (*second.rollouts, *third.rollouts)] == [
+        {"Game": 0.0, "Quiz": None},
+        {"Game": None, "Quiz": None},
+    ]
+    again = scorer_of(FakeHost("Game"), FakeHost("Quiz"))
+    again.load_state(scorer.state())
+    assert again.score([lost])[0].rollouts[0].scores["Game"] == 0.0

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from statistics import fmean
 
 import mlx.core as mx
@@ -17,7 +19,7 @@ from grpo.scoring.scorer import Scorer
 from grpo.training.metrics import step_metrics
 from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.update import Update
-from grpo.types import Group, Rollout, Task, Trajectory
+from grpo.types import Conversation, Failure, Group, Rollout, Task, Trajectory
 
 
 def rates(kind: str, warmup: int = 0) -> list[float]:
@@ -66,6 +68,22 @@ def test_step_metrics_by_hand() -> None:
     assert (values["entropy"], values["clip_ratio/low_mean"]) == (0.5, 0.1)
     assert (values["loss"], values["grad_norm"], values["learning_rate"]) == (-0.1, 2.0, 1e-3)
     assert (values["num_tokens"], values["rollout_tokens_per_second"], values["step_time"]) == (20, 10, 3)
+
+
+def test_of_tools_that_give_no_rewards_nothing_is_told_unless_they_fail() -> None:
+    def told(failures: Mapping[str, Failure], score: float | None = None) -> set[str]:
+        talk = Conversation("tools", (), ())
+        trajectory = replace(Trajectory.sampled((1,), None, "", "stop"), conversation=talk)
+        rollout = Rollout(trajectory, {"r": None, "tools": score}, failures, reward=1.0)
+        values = step_metrics(
+            1, [Group(Task(0, "?", (1,), {}), (rollout,))], Update(0.0, 0.0, {}), {}, {"rollout": 1.0}
+        ).values
+        assert values["rewards/r/none_rate"] == 1
+        return {name for name in values if name.startswith("rewards/tools/")}
+
+    assert told({}) == set()
+    assert "rewards/tools/crash_rate" in told({"tools": Failure("crash", "gone")})
+    assert "rewards/tools/mean" in told({}, 0.0)
 
 
 @pytest.mark.parametrize("n", [3, 7, 49])

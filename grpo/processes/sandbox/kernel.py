@@ -6,6 +6,7 @@ filter, and limits. See namespaces(7), pivot_root(2), seccomp(2), user_namespace
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -108,6 +109,8 @@ def enter_root(at: Path, readable: list[str], home: str, home_bytes: int) -> Non
     number = PIVOT_ROOT[MACHINES[platform.machine()][0]]
     _checked("pivot_root", _libc.syscall(number, bytes(at), bytes(old)))
     os.chdir("/")
+    with contextlib.suppress(OSError):  # nobody needs the folder now, and whoever made it may be killed
+        os.rmdir(f"/.old{at}")
     _checked("umount2", _libc.umount2(b"/.old", MNT_DETACH))
     os.rmdir("/.old")
     _mount("none", "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)

@@ -55,6 +55,11 @@ class Preset:
     epsilon: float = 0.2
     epsilon_high: float = 0.2
 
+    @property
+    def shares_gradient(self) -> bool:
+        """Whether all tokens of a completion have the same gradient, through one ratio, whatever their advantages."""
+        return self.surrogate == "gmpo" or (self.ratio == "sequence" and self.surrogate in ("clip", "sapo"))
+
 
 PRESETS: dict[PresetName, Preset] = {
     "grpo": Preset("DeepSeekMath, arXiv 2402.03300; DeepSeek-R1: beta 0.001, 16 completions a prompt"),

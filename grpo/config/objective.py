@@ -23,7 +23,8 @@ class AdvantageConfig(Section):
     turns: Literal["trajectory", "turn"] = "trajectory"
     """What an advantage is of: the whole conversation (trajectory), or each turn of the model (turn): the rewards of
     this turn and the later ones, normalised over all turns of the group; other rewards belong to the last turn (process
-    supervision, arXiv 2402.03300 §4.1.3). turn needs the group baseline."""
+    supervision, arXiv 2402.03300 §4.1.3). turn needs the group baseline, and a loss that is not of whole completions
+    (gspo_token in the place of gspo)."""
     soft_overlong_cache: Tokens | None = None
     """Punish length over the last so many tokens before max_completion_length, from 0 down to -1 (DAPO's soft overlong
     punishment). It counts what the model sampled; max_completion_length counts besides what tools and environments

@@ -84,6 +84,12 @@ class Recipe(Section):
                 f"advantage.turns: turn compares turns with those of the group, so it needs advantage.baseline: group; "
                 f"{self.baseline} compares whole completions"
             )
+        if self.advantage.turns == "turn" and self.loss.use is None and self.loss.preset.shares_gradient:
+            raise ValueError(
+                f"advantage.turns: turn does nothing with loss.type {self.loss.type}: through its one ratio of a whole "
+                "completion every token learns from the mean of all turns. Use a loss with ratios of tokens, or "
+                "gspo_token, which is gspo for advantages that differ"
+            )
         return self
 
     @model_validator(mode="after")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from grpo.config import AdvantageConfig, Recipe
+from grpo.config import AdvantageConfig, LossConfig, Recipe
+from grpo.objective import policy_loss
 from grpo.objective.groups import has_variance, turn_rewards, with_advantages, with_rewards
-from grpo.presets import PRESETS
-from grpo.types import Conversation, Failure, Group, Rollout, Task, Trajectory
+from grpo.presets import PRESETS, PresetName
+from grpo.types import Batch, Conversation, Failure, Group, Rollout, Task, Trajectory
 
 WEIGHTS = {"judge": 0.5, "Game": 2.0}
 TURN = AdvantageConfig(turns="turn")
@@ -187,3 +190,22 @@ def test_baselines_of_whole_completions_are_refused(sections: dict, baseline: st
     with pytest.raises(ValidationError, match=f"needs advantage.baseline: group; {baseline} compares whole"):
         recipe(**sections)
     assert recipe(advantage={"turns": "turn"}, loss={"type": "dr_grpo"}).advantage.turns == "turn"
+
+
+@pytest.mark.parametrize("name", get_args(PresetName))
+def test_a_loss_whose_tokens_share_a_gradient_is_refused(name: PresetName) -> None:
+    """Found out from the gradient, at advantages of 1 and -1: two turns of a token each."""
+    loss = LossConfig(type=name)
+    row = {key: mx.array([values]) for key, values in {"trained": [1.0, 1.0], "weights": [0.5, 0.5]}.items()}
+    batch = Batch(
+        mx.array([[1]]), mx.array([1]), mx.array([0]), mx.array([[1, 2]]), **row,
+        advantages=mx.array([[1.0, -1.0]]), behaviour=mx.array([[-1.0, -1.0]]),
+    )  # fmt: skip
+    first, last = mx.grad(lambda current: policy_loss(current, batch, loss)[0])(mx.array([[-1.0, -1.0]])).tolist()[0]
+    assert (first == last) is loss.preset.shares_gradient
+    sections = {"advantage": {"turns": "turn", "baseline": "group"}, "loss": {"type": name}}
+    if loss.preset.shares_gradient:
+        with pytest.raises(ValidationError, match=rf"turn does nothing with loss\.type {name}: .*gspo_token"):
+            recipe(**sections)
+    else:
+        assert recipe(**sections).advantage.turns == "turn"

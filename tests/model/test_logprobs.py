@@ -95,6 +95,7 @@ def peak_of_the_loss(vocabulary: int) -> int:
     return mx.get_peak_memory() - resting
 
 
+@pytest.mark.slow
 def test_memory_of_the_loss_is_flat_in_the_vocabulary(monkeypatch) -> None:
     monkeypatch.setattr(logprobs, "LOGITS", 2**22)  # smaller than it is, so that there are chunks to speak of
     peaks = [peak_of_the_loss(vocabulary) for vocabulary in (1_000, 20_000, 150_000)]

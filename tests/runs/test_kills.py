@@ -86,6 +86,7 @@ def test_killed_at_twenty_random_moments_it_ends_as_if_never_stopped(long) -> No
     assert not [path for path in Path("parts").rglob("*.partial")]
 
 
+@pytest.mark.slow
 def test_killed_in_a_write_it_ends_as_if_never_stopped(long) -> None:
     long.write_text(long.read_text().replace("steps: 400", "steps: 6"))
     finish(start(long, 0, "output_dir=whole"))

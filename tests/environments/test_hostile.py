@@ -108,7 +108,7 @@ def test_a_reset_that_hangs(host, beside) -> None:
 
 @pytest.mark.parametrize("call", [("do", "hang"), ("do", "spin"), ("do_async", "defy")])
 def test_a_call_that_hangs_fails_its_own_seat_and_the_process_is_replaced_later(host, beside, call) -> None:
-    bad = host("Bad", timeout=0.5)
+    bad = host("Bad", timeout=1.5)
     assert bad.description.rewards
     seat, other = sitting(bad, 2)
     assert seat.call(call[0], {"what": call[1]}).result().kind == "timeout"

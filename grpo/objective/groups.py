@@ -52,8 +52,9 @@ def turn_rewards(groups: Sequence[Group], weights: Weights) -> list[list[float]]
     """The rewards of each completion's turns, weighed; NaN for a turn without one.
 
     A turn has what its environment's steps gave for it. The last turn has the outcome besides, if there is any: the
-    weighted sum of all other rewards, what `get_reward` returned among them, less the penalty. A completion that
-    failed, or that nothing scored, has no rewards.
+    weighted sum of all other rewards, what `get_reward` returned among them, less the penalty. It is 0 if the
+    completion has a score, though none of its turns has a reward (`grpo.scoring.own`). A completion that failed, or
+    that nothing scored, has no rewards.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores_NF, weights_F = _scores(groups, weights)
@@ -96,7 +97,8 @@ def _of_turns(rollout: Rollout, weights: Weights, outcome: float, scored: bool) 
     rewards = [weight * reward if reward is not None and weight else math.nan for reward in given or [None] * count]
     penalties = [-rollout.penalty] if rollout.penalty else []
     known = [reward for reward in (outcome, *penalties, rewards[-1]) if not math.isnan(reward)]
-    return [*rewards[:-1], sum(known) if known else math.nan]
+    nothing = not known and not all(map(math.isnan, rewards))  # or the sum of none, 0, is what the completion scored
+    return [*rewards[:-1], math.nan if nothing else sum(known)]
 
 
 def _outcomes(scores_NF: mx.array, rollouts: Sequence[Rollout]) -> mx.array:

@@ -34,8 +34,7 @@ def warnings_of_first(metrics: StepMetrics, rollout: RolloutConfig, weights: Map
 
     `weights` are those of the rewards by name, environments' own included, here and below.
     """
-    values = metrics.values
-    return [*_of_lengths(metrics, rollout), *_of_rewards(values, weights)]
+    return [*_of_lengths(metrics, rollout), *_of_rewards(metrics, weights)]
 
 
 def trained_on_nothing(state: RunState, loss: LossConfig, weights: Mapping[str, float]) -> str | None:
@@ -196,10 +195,12 @@ def _gave_none(weights: Mapping[str, float], failed: bool) -> str:
     return f"{_names(weights)} {'failed or ' if failed else ''}returned None for each of them"
 
 
-def _of_rewards(values: Mapping[str, float], weights: Mapping[str, float]) -> list[str]:
+def _of_rewards(metrics: StepMetrics, weights: Mapping[str, float]) -> list[str]:
+    values = metrics.values
     if "reward" not in values:
         return [f"step 1: no completion has a reward, so nothing was learned. {_why_none(values, weights)}"]
-    if values["frac_reward_zero_std"] < 1:
+    advantages = any(rollout.has_advantage for group in metrics.groups for rollout in group.rollouts)
+    if values["frac_reward_zero_std"] < 1 or advantages:  # of turns, or by a penalty
         return []
     return [
         f"step 1: in no group do the rewards differ (their mean is {values['reward']:.3g}), so nothing was learned. If "

@@ -8,7 +8,7 @@ zero. An environment's own reward is one more score, and a conversation whose en
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -153,6 +153,10 @@ class Scorer:
     def request(self, groups: Sequence[Group]) -> ScoringRequest:
         """What each reward is given of `groups`."""
         return request_of(groups, columns_of([group.task for group in groups]), self._state)
+
+    def steps_reward(self, environments: Iterable[str]) -> None:
+        """Know of these environments that their steps give rewards: in other processes' shares of a run, say."""
+        self._by_steps |= set(environments)
 
     def open(self, tasks: Sequence[Task]) -> Scoring:
         """A scoring of the groups that these tasks will have: it is given each group as soon as that is whole."""

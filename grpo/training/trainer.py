@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from grpo.model.policy import Policy
 from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine, with_policy_step
+from grpo.scoring.own import rewarding_steps
 from grpo.scoring.scorer import Scorer
 from grpo.training.batches import MiniBatch, make_minibatches
 from grpo.training.before import Before
@@ -121,6 +123,7 @@ class Trainer:
             with self.scorer.open(mine) as scoring:  # each group is scored while others decode
                 groups = self.engine.rollout(mine, n_each, temperature, key, whole=scoring.add)
                 clock.lap("rollout")
+                self.scorer.steps_reward(chain(*self.ranks.gather(rewarding_steps(groups))))  # anywhere
                 scored = self.scorer.score(with_policy_step(groups, n - 1), scoring)
             sampled += with_rewards(self.ranks.merge(scored), self.scorer.weights)
             clock.lap("reward")

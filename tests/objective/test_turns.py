@@ -158,6 +158,15 @@ def test_a_last_turn_that_nothing_scored_has_no_reward() -> None:
     assert not has_variance(same, WEIGHTS)
 
 
+def test_who_never_got_a_reward_is_compared_with_who_did() -> None:
+    """Where steps give rewards, a conversation without any has the sum 0 for a score."""
+    lost = replace(row([None, None]), scores={"judge": None, "Game": 0.0})
+    game = group(row([None, 0.5]), lost)
+    assert turn_rewards([game], WEIGHTS)[1] == [pytest.approx(math.nan, nan_ok=True), 0.0]
+    assert turns_of([game], "none") == [[(0.5, 0.5), (-0.5, -0.5)]]
+    assert has_variance(game, WEIGHTS)
+
+
 def test_a_group_teaches_whose_turns_differ_though_its_sums_do_not() -> None:
     swapped = group(row([1.0, 0.0]), row([0.0, 1.0]))
     assert not has_variance(swapped)

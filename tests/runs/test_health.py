@@ -57,6 +57,17 @@ def test_what_the_first_step_says(values: dict, said: list[str]) -> None:
     assert all(part in line for part, line in zip(said, lines, strict=True))
 
 
+def test_equal_rewards_teach_where_turns_differ_or_penalties() -> None:
+    answer = Trajectory.sampled((5,), (-0.5,), "four", "stop")
+    for rollout, lines in (
+        (Rollout(answer, turn_advantages=(0.0, -1.0)), 0),
+        (Rollout(answer, advantage=0.5), 0),
+        (Rollout(answer, turn_advantages=(0.0, 0.0)), 1),
+    ):
+        metrics = StepMetrics(1, FINE | {"frac_reward_zero_std": 1.0}, (Group(Task(0, "", (1,), {}), (rollout,)),))
+        assert len(warnings_of_first(metrics, config().rollout, WEIGHTS)) == lines
+
+
 def test_tokens_of_an_environment_take_room_too() -> None:
     said = []
     for trained in ((True, True), (True, False)):

@@ -14,6 +14,7 @@ from runs.test_resume import interrupt_in
 from grpo.environments import scheduler
 from grpo.environments.chat import Chat
 from grpo.recipes import load_recipe
+from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.prepare import prepare
 
 ASKER = """
@@ -51,6 +52,36 @@ def test_stopped_and_resumed_is_never_stopped(dropping: Path) -> None:
     lines = Path("whole/metrics.jsonl").read_text().splitlines()
     gap = [json.loads(line)["sampling/sampling_logp_difference/mean"] for line in lines]
     assert max(gap) < 1e-5
+
+
+TOGETHER = (
+    "advantage.turns=turn",
+    "advantage.soft_overlong_cache=48",
+    "loss={type: gspo_token, beta: 0.01, importance_sampling_correction: token_truncate, top_entropy_quantile: 0.5}",
+    "optim={steps: 3, num_minibatches: 2, num_iterations: 2, micro_batch_tokens: 128}",
+    "rollout.dynamic_sampling=1",
+    "rollout.min_completion_length=3",
+    "rollout.top_k=9",
+    "environment.max_turn_tokens=12",
+)
+
+
+@pytest.mark.slow
+def test_with_all_that_changes_what_is_learned(dropping: Path) -> None:
+    """Rewards of turns, penalties, filters, minibatches and micro-batches at once: resumed to the bit."""
+    graded = ASKER.replace('return f"Sure', 'return Step(reward=random.random(), result=f"Sure')
+    Path("asker.py").write_text("from grpo import Step\n" + graded.replace('?"\n    def get', '?")\n    def get'))
+    run(dropping, "output_dir=whole", *ARGUMENTS, *TOGETHER)
+    run(dropping, "output_dir=parts", *ARGUMENTS, *TOGETHER, change=interrupt_in(2, "rollout"))
+    run(dropping, "output_dir=parts", *ARGUMENTS, *TOGETHER, resume=True)
+    same_end(Path("whole"), Path("parts"))
+    told = [json.loads(line) for line in Path("whole/metrics.jsonl").read_text().splitlines()]
+    assert max(record["sampling/unfiltered_logp_difference/mean"] for record in told) < 1e-5
+    assert all(record["reward_penalty"] > 0 and record["skipped_updates"] == 0 for record in told)
+    groups = [group for path in stored_steps(Path("whole/completions")) for group in read_completions(path)[1]]
+    turned = [r for group in groups for r in group.rollouts if r.turn_advantages is not None]
+    assert any(len(set(r.turn_advantages)) > 1 and r.trajectory.begins for r in turned)
+    assert all(len(r.turn_advantages) == r.trajectory.turns for r in turned)
 
 
 def test_what_commands_make_of_it(dropping: Path, run_cli) -> None:

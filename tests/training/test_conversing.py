@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from scoring.hosts import group, talk
 
+from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig, Recipe
 from grpo.objective.groups import with_rewards
 from grpo.recipes import load_recipe, with_settings
@@ -78,6 +79,21 @@ def test_a_step_of_conversations(recipe, turns: str) -> None:
         assert all(r.turn_advantages is None for r in rollouts)
     assert values["grad_norm"] > 0
     assert all(r.reward == pytest.approx(r.trajectory.conversation.reward) for r in rollouts if not r.failed)
+
+
+def test_steps_that_give_rewards_in_another_process_count_in_this_one(recipe, monkeypatch) -> None:
+    """Or the same conversation would have the sum 0 in one, and no score in the other."""
+
+    class Lost(Playing):
+        def played(self, row: Trajectory, fails: bool) -> Trajectory:
+            played = super().played(row, False)
+            nothing = (None,) * played.turns
+            return replace(played, conversation=replace(played.conversation, turn_rewards=nothing, outcome=None))
+
+    for there, score in ((set(), None), ({"Game"}, 0.0)):
+        monkeypatch.setattr(Ranks, "gather", lambda _, mine, there=there: [mine, *([there] * isinstance(mine, set))])
+        metrics = trainer_of(recipe, Lost()).step(1)
+        assert {r.scores["Game"] for g in metrics.groups for r in g.rollouts} == {score}
 
 
 def test_turns_that_differ_teach_where_completions_do_not(recipe) -> None:

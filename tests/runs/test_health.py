@@ -126,7 +126,10 @@ def test_a_reward_that_never_applies_gets_advice_of_its_own(recipe, run_cli) -> 
     checkpoint, _ = newest_whole(Path("runs/toy/checkpoints"))
     assert load_checkpoint(checkpoint)[0].rewarded is False
     Path("digits.py").write_text(CONSTANT)
-    assert "in no group of completions did the rewards" in run_cli("train", recipe, "--resume-changed", "optim.steps=3").err
+    assert (
+        "in no group of completions did the rewards"
+        in run_cli("train", recipe, "--resume-changed", "optim.steps=3").err
+    )
 
 
 def test_so_does_one_whose_completions_were_all_left_out(recipe, run_cli) -> None:

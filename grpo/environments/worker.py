@@ -24,7 +24,10 @@ def main(descriptor: int) -> None:
 
     faulthandler.enable()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # or prints would come when it ends
-    setup = pickle.loads(receive(channel))
+    try:
+        setup = pickle.loads(receive(channel))
+    except ConnectionError:  # the trainer is gone before it began
+        os._exit(0)
     sys.path[:] = setup["path"]
     reply = _Replies(channel)
     try:
@@ -42,7 +45,7 @@ def main(descriptor: int) -> None:
 
 
 class _Replies:
-    """Sends replies, one at a time, from whatever thread."""
+    """Sends replies, one at a time, from whatever thread. With nobody left to read them the process ends silently."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel, self._lock, self._own = channel, threading.Lock(), os.getpid()
@@ -54,7 +57,10 @@ class _Replies:
             os._exit(0)
         text = json.dumps(message, default=str).encode()
         with self._lock:
-            send(self._channel, text)
+            try:
+                send(self._channel, text)
+            except ConnectionError:
+                os._exit(0)
 
 
 def _load(setup: dict[str, Any], reply: _Replies) -> tuple[Any, dict[str, Any]]:

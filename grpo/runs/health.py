@@ -14,6 +14,7 @@ from typing import Any, cast
 from grpo.config import LossConfig, Recipe, RolloutConfig
 from grpo.evaluation.evaluator import wilson_interval
 from grpo.runs.state import RunState
+from grpo.scoring.text import counted
 from grpo.types import FAILURES, EvalMetrics, Group, StepMetrics
 
 MOSTLY = 0.5
@@ -41,7 +42,7 @@ def trained_on_nothing(state: RunState, loss: LossConfig, weights: Mapping[str, 
     """What to say of a run none of whose updates was applied; None of others, and of one without a step."""
     if state.step == 0 or _updates(state) > 0:
         return None
-    what = f"nothing was trained in {state.step} steps: "
+    what = f"nothing was trained in {counted(state.step, 'step')}: "
     if state.trainer.counts.get("steps_without_signal", 0) < state.step:
         return f"{what}every update was skipped as not finite, or had no signal; not_finite/ holds what led to it"
     if not state.rewarded:
@@ -51,7 +52,7 @@ def trained_on_nothing(state: RunState, loss: LossConfig, weights: Mapping[str, 
         )
     cut = ", or loss.mask_truncated_completions left them out" if loss.mask_truncated_completions else ""
     return (
-        f"{what}in none of them did the rewards of a group of completions differ{cut}. "
+        f"{what}in no group of completions did the rewards differ{cut}. "
         f"Look at the completions and try the reward on them (grpo rewards test, grpo rewards score); {SAMPLE_MORE}"
     )
 

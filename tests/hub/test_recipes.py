@@ -84,7 +84,7 @@ def run(hub: Hub, commands: dict[str, list[str]], untrained: bool = False) -> st
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     others = [name for name in commands if f"{name} ended with 0" not in ran.stdout]
-    assert len(others) == (ran.stderr.count("nothing was trained in 1 steps") if untrained else 0), (others, ran.stderr)
+    assert len(others) == (ran.stderr.count("nothing was trained in 1 step:") if untrained else 0), (others, ran.stderr)
     return ran.stdout
 
 

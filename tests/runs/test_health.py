@@ -88,7 +88,8 @@ def test_only_rewards_that_are_learned_from_are_named() -> None:
     [
         (0, 0, 0, False, None),
         (3, 1, 2, True, None),
-        (3, 0, 3, True, "nothing was trained in 3 steps: in none of them did the rewards"),
+        (3, 0, 3, True, "nothing was trained in 3 steps: in no group of completions did the rewards"),
+        (1, 0, 1, True, "nothing was trained in 1 step: in no group"),
         (3, 0, 2, True, "nothing was trained in 3 steps: every update was skipped as not finite"),
         (3, 0, 3, False, "nothing was trained in 3 steps: no completion got a reward: exact returned None for each"),
     ],
@@ -113,7 +114,7 @@ def test_a_run_that_trained_on_nothing_ends_so(recipe, run_cli) -> None:
     Path("digits.py").write_text(CONSTANT)
     ran = run_cli("train", recipe, "optim.num_iterations=2")
     assert ran.code == 1
-    assert "grpo: nothing was trained in 2 steps: in none of them did the rewards" in ran.err
+    assert "grpo: nothing was trained in 2 steps: in no group of completions did the rewards" in ran.err
     assert "finished, untrained, after step 2" in ran.out
     assert "try it" not in ran.out
     assert "adapter  " not in ran.out
@@ -136,7 +137,10 @@ def test_a_reward_that_never_applies_gets_advice_of_its_own(recipe, run_cli) -> 
     checkpoint, _ = newest_whole(Path("runs/toy/checkpoints"))
     assert load_checkpoint(checkpoint)[0].rewarded is False
     Path("digits.py").write_text(CONSTANT)
-    assert "in none of them did the rewards" in run_cli("train", recipe, "--resume-changed", "optim.steps=3").err
+    assert (
+        "in no group of completions did the rewards"
+        in run_cli("train", recipe, "--resume-changed", "optim.steps=3").err
+    )
 
 
 def test_so_does_one_whose_completions_were_all_left_out(recipe, run_cli) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 from math import comb, sqrt
@@ -14,10 +15,13 @@ from grpo.config import EvalConfig
 from grpo.errors import RunError
 from grpo.evaluation.votes import final_answer, majority
 from grpo.rollout import RolloutEngine
+from grpo.scoring.own import unrewarded
 from grpo.scoring.scorer import Scorer
 from grpo.scoring.text import said_in
 from grpo.training.metrics import SOLVED
 from grpo.types import EvalMetrics, Group, Rollout, Task
+
+log = logging.getLogger(__name__)
 
 RESAMPLES = 1000
 Z = 1.959963984540054
@@ -28,9 +32,10 @@ class Evaluator:
     """Measures a policy on fixed prompts.
 
     A completion is right when the recipe's first reward gives it 1 or more; in a recipe without reward functions that
-    is its environment's own reward. It is left out when that reward gives no score (None: it does not apply), and
+    is its environment's own reward. It is left out when that function gives no score (None: it does not apply), and
     counted as not right when that reward or the environment failed on it: what nobody could check is not a right
-    answer, and to leave it out would turn one right answer and three timeouts into 100 %.
+    answer, and to leave it out would turn one right answer and three timeouts into 100 %. A conversation that its
+    environment did not reward is not right either: it was cut off, or never did what is rewarded.
     Of several processes each samples and scores its share of the prompts, and all measure the same.
     """
 
@@ -50,6 +55,11 @@ class Evaluator:
         self.graders = list(scorer.rewards)[:1] or list(scorer.environments)
         self.grader = " or ".join(self.graders)
         self.ranks = ranks or Ranks()
+
+    @property
+    def _own(self) -> bool:
+        """Whether environments grade their own conversations, because there is no reward function."""
+        return not self.scorer.rewards
 
     @property
     def names(self) -> list[str]:
@@ -73,8 +83,10 @@ class Evaluator:
         measured |= {name: _means(sampled, "logged", name) for name in _logged(sampled) if name not in measured}
         rollouts = [rollout for group in (*greedy, *sampled) for rollout in group.rollouts]
         known = any(self._score(rollout) is not None for rollout in rollouts)
-        if not measured["greedy"] or not solved or not known:
-            what = "first reward" if self.scorer.rewards else "environment's own reward"
+        if not known and self._own and not all(map(self._failed, rollouts)):
+            log.warning("evaluation: %s. They count as not right", unrewarded(self.graders, [*greedy, *sampled]))
+        elif not measured["greedy"] or not solved or not known:
+            what = "environment's own reward" if self._own else "first reward"
             raise RunError(f"evaluation: the {what}, {self.grader!r}, scored no completion: {self._why_none(rollouts)}")
         measured = {name: values for name, values in measured.items() if values}
         return EvalMetrics(
@@ -91,11 +103,8 @@ class Evaluator:
         failed = sum(map(self._failed, rollouts))
         without = sum(self._score(rollout) is None for rollout in rollouts) - failed
         did = [f"failed on {failed}"] * bool(failed) + [f"returned None for {without}"] * bool(without)
-        if not self.scorer.rewards:
-            return (
-                f"of {len(rollouts)} it {' and '.join(did)}. An evaluation counts the conversations that get 1 or more "
-                "from `get_reward` and the rewards of its steps: see that one of them scores the held-out rows"
-            )
+        if self._own:
+            return f"it {did[0]}, and those are all conversations. See what it raises"
         return (
             f"of {len(rollouts)} it {' and '.join(did)}. An evaluation counts the completions that the first of "
             "`rewards` gives 1 or more: put one first that scores the held-out rows, or try this one out (grpo rewards "
@@ -126,12 +135,13 @@ class Evaluator:
         return self.ranks.merge(scored)
 
     def _graded(self, group: Group) -> list[tuple[Rollout, bool]]:
-        """The completions that the grader applies to, and whether they are right; where it failed they are not."""
+        """The completions that the grader applies to, and whether they are right; where it failed they are not, nor
+        where an environment did not reward its conversation."""
         scores = [(rollout, self._score(rollout)) for rollout in group.rollouts]
         return [
             (rollout, score is not None and score >= SOLVED)
             for rollout, score in scores
-            if score is not None or self._failed(rollout)
+            if score is not None or self._own or self._failed(rollout)
         ]
 
 

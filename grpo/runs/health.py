@@ -7,13 +7,14 @@ did, and its numbers are a result (a sweep over learning rates may want just tha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, cast
 
 from grpo.config import LossConfig, Recipe, RolloutConfig
 from grpo.evaluation.evaluator import wilson_interval
 from grpo.runs.state import RunState
+from grpo.scoring.own import unrewarded
 from grpo.scoring.text import counted
 from grpo.types import FAILURES, EvalMetrics, Group, StepMetrics
 
@@ -30,15 +31,20 @@ STUDENT = 2.776
 SAMPLE_MORE = "more rollout.num_generations or a higher rollout.temperature make rewards differ more often"
 
 
-def warnings_of_first(metrics: StepMetrics, rollout: RolloutConfig, weights: Mapping[str, float]) -> list[str]:
+def warnings_of_first(
+    metrics: StepMetrics, rollout: RolloutConfig, weights: Mapping[str, float], environments: Collection[str] = ()
+) -> list[str]:
     """What the first step says about a run that may learn nothing, each with what to do.
 
-    `weights` are those of the rewards by name, environments' own included, here and below.
+    `weights` are those of the rewards by name, environments' own included, and `environments` the names of these, here
+    and below.
     """
-    return [*_of_lengths(metrics, rollout), *_of_rewards(metrics, weights)]
+    return [*_of_lengths(metrics, rollout), *_of_rewards(metrics, weights, environments)]
 
 
-def trained_on_nothing(state: RunState, loss: LossConfig, weights: Mapping[str, float]) -> str | None:
+def trained_on_nothing(
+    state: RunState, loss: LossConfig, weights: Mapping[str, float], environments: Collection[str] = ()
+) -> str | None:
     """What to say of a run none of whose updates was applied; None of others, and of one without a step."""
     if state.step == 0 or _updates(state) > 0:
         return None
@@ -46,10 +52,7 @@ def trained_on_nothing(state: RunState, loss: LossConfig, weights: Mapping[str, 
     if state.trainer.counts.get("steps_without_signal", 0) < state.step:
         return f"{what}every update was skipped as not finite, or had no signal; not_finite/ holds what led to it"
     if not state.rewarded:
-        return (
-            f"{what}no completion got a reward: {_gave_none(weights, _has_failed(state))}. None means that a reward "
-            "does not apply: see that the data has what it reads (grpo rewards test, grpo rewards score)"
-        )
+        return f"{what}no completion got a reward: {_why_none(weights, environments, _has_failed(state))}"
     cut = ", or loss.mask_truncated_completions left them out" if loss.mask_truncated_completions else ""
     return (
         f"{what}in no group of completions did the rewards differ{cut}. "
@@ -151,9 +154,9 @@ def _told(metrics: EvalMetrics, name: str, end: int | None = None) -> str:
     return f"{value:.3f}" if name.startswith("rewards/") else f"{value:.1%}"
 
 
-def _names(weights: Mapping[str, float]) -> str:
-    """The rewards of a recipe that something is learned from, in a sentence."""
-    *others, last = [name for name, weight in weights.items() if weight] or list(weights)
+def _listed(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
 
 
@@ -181,25 +184,30 @@ def _of_lengths(metrics: StepMetrics, rollout: RolloutConfig) -> list[str]:
     ]
 
 
-def _why_none(values: Mapping[str, float], weights: Mapping[str, float]) -> str:
-    """Why no reward gave a score in a step, by the rates of its failures, and what to do."""
-    rates = tuple(f"/{kind}_rate" for kind in FAILURES)
-    failed = any(value for name, value in values.items() if name.endswith(rates))
-    return (
-        f"{_gave_none(weights, failed)}, and None means that a reward does not apply. If that is not meant, stop the "
-        "run and try the reward out (grpo rewards test)"
-    )
+def _why_none(
+    weights: Mapping[str, float], environments: Collection[str], failed: bool, groups: Sequence[Group] = ()
+) -> str:
+    """What the rewards did that gave no score to any completion (of `groups`), and what to do."""
+    used = [name for name, weight in weights.items() if weight] or list(weights)
+    functions, own = ([name for name in used if (name in environments) == of_them] for of_them in (False, True))
+    said = []
+    if functions:
+        said.append(
+            f"{_listed(functions)} {'failed or ' if failed else ''}returned None for each of them. None means that a "
+            "reward does not apply: see that the data has what it reads (grpo rewards test, grpo rewards score)"
+        )
+    if own:
+        said.append(f"{'some conversations failed, and ' if failed else ''}{unrewarded(own, groups)}")
+    return ". ".join(said)
 
 
-def _gave_none(weights: Mapping[str, float], failed: bool) -> str:
-    """What the rewards did that gave no score to any completion."""
-    return f"{_names(weights)} {'failed or ' if failed else ''}returned None for each of them"
-
-
-def _of_rewards(metrics: StepMetrics, weights: Mapping[str, float]) -> list[str]:
+def _of_rewards(metrics: StepMetrics, weights: Mapping[str, float], environments: Collection[str]) -> list[str]:
     values = metrics.values
     if "reward" not in values:
-        return [f"step 1: no completion has a reward, so nothing was learned. {_why_none(values, weights)}"]
+        rates = tuple(f"/{kind}_rate" for kind in FAILURES)
+        failed = any(value for name, value in values.items() if name.endswith(rates))
+        why = _why_none(weights, environments, failed, metrics.groups)
+        return [f"step 1: no completion has a reward, so nothing was learned. {why}"]
     advantages = any(rollout.has_advantage for group in metrics.groups for rollout in group.rollouts)
     if values["frac_reward_zero_std"] < 1 or advantages:  # of turns, or by a penalty
         return []

@@ -93,7 +93,8 @@ class Loop:
             self._note_end("stopped")
             return Outcome(self._whole_state(), self._saved, self.stop.signal)
         state = self._whole_state()
-        untrained = trained_on_nothing(state, self.cfg.loss, self.trainer.scorer.weights)
+        scorer = self.trainer.scorer
+        untrained = trained_on_nothing(state, self.cfg.loss, scorer.weights, scorer.environments)
         worse = made_worse(state, self.cfg)
         self._note_end(UNTRAINED if untrained else WORSE if worse else "finished")
         return Outcome(state, self._saved, None, untrained, worse)
@@ -109,8 +110,9 @@ class Loop:
         self.tell(metrics)
         if self.ranks.first:
             self._store(metrics)
-            weights = self.trainer.scorer.weights
-            for line in warnings_of_first(metrics, self.cfg.rollout, weights) if step == 1 else ():
+            scorer, rollout = self.trainer.scorer, self.cfg.rollout
+            said = warnings_of_first(metrics, rollout, scorer.weights, scorer.environments) if step == 1 else ()
+            for line in said:
                 log.warning("%s", line)
 
     def _move(self, state: RunState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,6 +51,29 @@ def own_answers(
                 ((place,), _answer(conversation, conversation.environment in by_steps))
             )
     return answers
+
+
+RAISED = {
+    "length": "rollout.max_completion_length",
+    "max_turns": "environment.max_turns",
+    "max_tool_calls": "environment.max_tool_calls",
+    "max_turn_tokens": "environment.max_turn_tokens",
+    "rollout_timeout": "environment.rollout_timeout",
+}
+"""The settings to raise where conversations end at a limit before anything is rewarded, by the stop reason."""
+
+
+def unrewarded(names: Collection[str], groups: Sequence[Group]) -> str:
+    """What to say of environments none of whose conversations in `groups` was rewarded: how these ended, what to do."""
+    rollouts = [rollout.trajectory for group in groups for rollout in group.rollouts]
+    talks = [one for one in rollouts if one.conversation is not None and one.conversation.environment in names]
+    said = f"{' and '.join(names)} rewarded no conversation: no step gave a reward, and no get_reward a score"
+    raised = "if a limit ends them first, raise it"
+    if talks:
+        ((reason, count),) = Counter(one.finish_reason for one in talks).most_common(1)
+        said += f"; {count:,} of {len(talks):,} conversations ended by {reason}"
+        raised = f"raise {RAISED[reason]}" if reason in RAISED else "read how they go (grpo generate)"
+    return f"{said}. To have them rewarded, {raised}, or let a get_reward score a conversation wherever it ends"
 
 
 def _answer(conversation: Conversation, by_steps: bool) -> Answer:

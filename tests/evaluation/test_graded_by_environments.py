@@ -64,12 +64,22 @@ def test_a_conversation_that_failed_is_not_right(with_function: bool) -> None:
     assert (metrics.values["greedy"], metrics.values["avg@2"], metrics.failed_gradings) == (0.5, 0.25, 4)
 
 
-def test_an_environment_that_never_scores_says_what_to_do() -> None:
-    nothing = [talk()] * 2
-    with pytest.raises(
-        RunError, match=r"environment's own reward, 'Game', scored no completion: of 6 it returned None"
-    ):
-        evaluator(nothing, nothing)(0)
+def test_conversations_that_nobody_rewarded_are_not_right(caplog) -> None:
+    """A model that is cut off before its first reward must be able to begin; what to do is said."""
+    cut = [talk(ended="length")] * 2
+    metrics = evaluator(cut, cut)(0)
+    assert (metrics.values["greedy"], metrics.values["avg@2"], metrics.n, metrics.failed_gradings) == (0.0, 0.0, 2, 0)
+    assert "rewards/Game" not in metrics.values  # there is none to take the mean of
+    assert "6 of 6 conversations ended by length. To have them rewarded, raise rollout.max_comp" in caplog.text
+    caplog.clear()
+    assert evaluator([talk(outcome=1.0)] * 2, cut)(0).values["avg@2"] == 0.5
+    assert not caplog.text
+
+
+def test_an_evaluation_in_which_every_conversation_failed_is_none() -> None:
+    broken = [talk(failed="crash")] * 2
+    with pytest.raises(RunError, match=r"environment's own reward, 'Game', scored no completion: it failed on 6"):
+        evaluator(broken, broken)(0)
 
 
 def test_votes_are_on_what_the_model_said() -> None:

@@ -8,6 +8,7 @@ from statistics import fmean
 import mlx.core as mx
 import pytest
 from runs.driver import run
+from scoring.hosts import talk
 
 from grpo.config import Recipe
 from grpo.evaluation.evaluator import interval
@@ -41,7 +42,7 @@ def config() -> Recipe:
         ({"frac_reward_zero_std": 1.0}, ["in no group do the rewards differ (their mean is 0.5)"]),
         (
             {"reward": None, "frac_reward_zero_std": 1.0},
-            ["nothing was learned. exact returned None for each of them, and"],
+            ["nothing was learned. exact returned None for each of them. None means"],
         ),
         ({"reward": None, "rewards/exact/timeout_rate": 0.5}, ["nothing was learned. exact failed or returned None"]),
         (
@@ -81,6 +82,23 @@ def test_only_rewards_that_are_learned_from_are_named() -> None:
     weights = {"exact": 0.0, "mine": 1.0}
     (line,) = warnings_of_first(StepMetrics(1, {"completions/clipped_ratio": 0.0}), config().rollout, weights)
     assert "nothing was learned. mine returned None" in line
+
+
+def test_of_environments_it_is_said_how_their_conversations_ended() -> None:
+    talks = [talk(turn_rewards=[None], ended=reason) for reason in ("length", "length", "done")]
+    metrics = StepMetrics(1, {"completions/clipped_ratio": 0.0}, (Group(Task(0, "", (), {}), tuple(talks)),))
+    (line,) = warnings_of_first(metrics, config().rollout, {"Game": 1.0}, ["Game"])
+    assert "Game rewarded no conversation" in line
+    assert "2 of 3 conversations ended by length. To have them rewarded, raise rollout.max_completion_length" in line
+    assert "returned None" not in line
+    assert "grpo rewards" not in line
+    (line,) = warnings_of_first(metrics, config().rollout, {"exact": 1.0, "Game": 1.0}, ["Game"])
+    assert "exact returned None for each of them" in line
+    assert "Game rewarded no conversation" in line
+    state = RunState("id", TrainerState({"optimizer": {"step": mx.array(0)}}, {"steps_without_signal": 3}), step=3)
+    said = str(trained_on_nothing(state, config().loss, {"Game": 1.0}, ["Game"]))
+    assert "no completion got a reward: Game rewarded no conversation" in said
+    assert "returned None" not in said
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ class EnvironmentConfig(Section):
     reset_timeout: Seconds = 60.0
     """Seconds that `reset` may take, the making of the object included."""
     workers: Positive | None = None
-    """Processes in which environments live, many in each; a group's share one. Default: as many as processor cores, up
-    to one for each group of a step."""
+    """Processes in which environments live, many in each; a group's share one. A process that dies takes its
+    conversations along. Default: one for each group of a step, up to 8, or to as many as there are processor cores."""
     sandbox: bool = False
     """Put the processes into the sandbox: no network, no files but those that they need to read. On Linux."""
     env: tuple[str, ...] = ()

@@ -123,11 +123,13 @@ class EnvironmentHost:
         return home
 
     async def _ready(self) -> Mapping[str, Any]:
+        """What the first process has said of itself. It stays true when that process is lost later."""
         home = self._homes[0]
-        await home.ready.wait()
-        if home.problem is not None:
-            raise self._refused(self.terms.what, home.problem)
-        self._hello = self._hello or home.hello
+        if not self._hello:
+            await home.ready.wait()
+            if home.problem is not None and not home.hello.get("description"):
+                raise self._refused(self.terms.what, home.problem)
+            self._hello = home.hello
         return self._hello
 
     def _refused(self, what: str, problem: str) -> UserError:

@@ -48,9 +48,15 @@ class ProcessHome(Home):
     def __init__(self, terms: ProcessTerms, output: Output) -> None:
         super().__init__()
         self._terms, self._output = terms, output
-        self._process = terms.start(output)
         self._writer: asyncio.StreamWriter | None = None
-        self._reading = asyncio.ensure_future(self._read())
+        self._process: ChildProcess | None = None
+        try:
+            self._process = terms.start(output)
+        except OSError as error:  # too many processes or descriptors on this machine: the seats are lost, not the run
+            self.problem = f"its process cannot be started: {error}"
+            self.lose(Reply("crash", error=self.problem))
+            return
+        self._reading = asyncio.ensure_future(self._read(self._process))
 
     def pack(self, columns: Mapping[str, Any]) -> bytes:
         return pickle.dumps(dict(columns))
@@ -62,42 +68,44 @@ class ProcessHome(Home):
 
     async def end(self, reply: Reply) -> None:
         self.lose(reply)
+        if self._process is None:
+            return
         self._reading.cancel()
         self._disconnect()
         await asyncio.to_thread(self._process.kill)
 
-    async def _read(self) -> None:
+    async def _read(self, process: ChildProcess) -> None:
         """Read what it says, until it ends; then say how it ended."""
         when = "when imported"
         try:
-            reader, self._writer = await asyncio.open_connection(sock=self._process.channel)
+            reader, self._writer = await asyncio.open_connection(sock=process.channel)
             self._writer.write(_LENGTH.pack(len(self._terms.setup)) + self._terms.setup)
             async with asyncio.timeout(START_SECONDS):
                 self.hello = await _receive(reader)
             if "error" in self.hello:
                 self.problem = str(self.hello["error"])
-                await self._over(Reply("crash", error=self.problem))
+                await self._over(process, Reply("crash", error=self.problem))
                 return
             self.ready.set()
             when = "in a call"
             while True:
                 self.answered(await _receive(reader))
         except TimeoutError:  # an OSError, too
-            self.problem = await asyncio.to_thread(killed, self._process, START_SECONDS, when)
-            await self._over(Reply("crash", error=self.problem))
+            self.problem = await asyncio.to_thread(killed, process, START_SECONDS, when)
+            await self._over(process, Reply("crash", error=self.problem))
         except _NOISE as error:
             if not threading.main_thread().is_alive():  # Python ends, and the process was ended because of it
                 return
             self._disconnect()
             memory_gb = self._terms.memory_gb
-            by_memory, said = await asyncio.to_thread(ended, self._process, self._output, error, when, memory_gb)
+            by_memory, said = await asyncio.to_thread(ended, process, self._output, error, when, memory_gb)
             self.problem = said
-            await self._over(Reply("memory" if by_memory else "crash", error=said))
+            await self._over(process, Reply("memory" if by_memory else "crash", error=said))
 
-    async def _over(self, reply: Reply) -> None:
+    async def _over(self, process: ChildProcess, reply: Reply) -> None:
         self.lose(reply)
         self._disconnect()
-        await asyncio.to_thread(self._process.kill)
+        await asyncio.to_thread(process.kill)
 
     def _disconnect(self) -> None:
         if self._writer is not None:

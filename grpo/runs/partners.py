@@ -146,9 +146,16 @@ def invite(
         return Partners(hosts)
 
 
+MOST_WORKERS = 8
+
+
 def workers_for(groups: int) -> int:
-    """Processes of a host where the recipe does not say how many, for so many groups at once: one for each core."""
-    return max(1, min(os.cpu_count() or 1, groups))
+    """Processes of a host where the recipe does not say how many, for so many groups at once: one for each.
+
+    No more than `MOST_WORKERS`, or than there are cores: a process that dies takes its conversations along, and costs
+    some 50 MB.
+    """
+    return max(1, min(max(os.cpu_count() or 1, MOST_WORKERS), groups))
 
 
 def limits_of(config: EnvironmentConfig) -> ConversationLimits:

@@ -9,6 +9,7 @@ import pytest
 from hosting import GAMES, Hosts, names, seat_of
 from scoring.test_workers import gone
 
+from grpo.environments.process import ProcessTerms
 from grpo.errors import UserError
 from grpo.processes.tree import descendants
 
@@ -159,3 +160,38 @@ host.description
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_process_that_dies_changes_nothing_in_what_is_known_of_it(host) -> None:
+    """In the first step of a run it used to end the run: rollouts look the description up again."""
+    walks = host("Walk", workers=2)
+    known = walks.description
+    seats = [walks.seats(group, 1)[0] for group in (0, 1)]
+    for seat in seats:
+        assert seat.reset({"start": 0}, 0).result().kind == "ok"
+    seats[0].home._process.kill()
+    assert seats[0].call("move", {"by": 1}).result().kind == "crash"
+    assert walks.description == known
+    assert seats[1].call("move", {"by": 1}).result().value == "1"
+    again, _ = seat_of(walks, start=0)
+    assert again.call("move", {"by": 2}).result().value == "2"
+
+
+def test_a_process_that_cannot_be_started_loses_its_seats_and_not_the_run(host, monkeypatch) -> None:
+    def fails(*_):
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    walks = host("Walk", timeout=7.0)
+    assert walks.description.tools
+    seat, _ = seat_of(walks, start=0)
+    with monkeypatch.context() as broken:
+        broken.setattr(ProcessTerms, "start", fails)
+        seat.home._process.kill()
+        assert seat.call("move", {"by": 1}).result().kind == "crash"
+        reply = walks.seats(0, 1)[0].reset({"start": 0}, 0).result()
+        assert (reply.kind, reply.error) == (
+            "crash",
+            "its process cannot be started: Resource temporarily unavailable",
+        )
+    again, _ = seat_of(walks, start=0)
+    assert again.call("move", {"by": 2}).result().value == "2"

@@ -44,8 +44,10 @@ def test_the_plan_counts_longer_prompts_and_completions_that_wait(recipe: Path) 
         assert run.trainer.engine.generator.kept_bytes == run.plan.kept_bytes == int(0.9 * run.plan.memory) - beside
 
 
-@pytest.mark.parametrize(("cores", "groups", "workers"), [(8, 3, 3), (2, 8, 2), (None, 8, 1), (4, 0, 1)])
-def test_there_are_as_many_processes_as_cores_up_to_one_for_each_group(
+@pytest.mark.parametrize(
+    ("cores", "groups", "workers"), [(8, 3, 3), (2, 8, 8), (2, 12, 8), (16, 12, 12), (None, 1, 1), (4, 0, 1)]
+)
+def test_each_group_has_a_process_up_to_eight_or_as_many_as_cores(
     monkeypatch: pytest.MonkeyPatch, cores: int | None, groups: int, workers: int
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: cores)

@@ -76,9 +76,10 @@ class Located:
         return file_in(self.where)
 
     def absolute(self) -> Located:
-        """The same in any working directory."""
+        """The same in any working directory; a file that is nowhere keeps the name that it was given."""
         file = self.file
-        return replace(self, where=f"{Path(file).absolute()}{self.where.removeprefix(file)}") if file else self
+        there = bool(file) and _is_file(Path(file))
+        return replace(self, where=f"{Path(file).absolute()}{self.where.removeprefix(file)}") if there else self
 
 
 def file_in(use: str) -> str:
@@ -179,18 +180,19 @@ def _entry_points(group: str) -> list[Located]:
 def find_function(use: str, kind: str, classes: bool = False) -> Function:
     """The callable that `file.py:function` or `package.module:function` names; `kind` says in errors what it is for.
 
-    `file.py` alone names the only function that the file defines (names with a leading underscore do not count), or
-    with `classes` the only function or class.
+    `file.py` alone names the only function that the file defines (names with a leading underscore do not count), with
+    `classes` the only function or class, and of an environment the only class.
     Raises UserError for a function that cannot be imported, and says why.
     """
-    what = f"{kind} {use!r}"
+    what, noun = f"{kind} {use!r}", _noun(kind, classes)
     if use.endswith(".py"):
-        return _only(what, _load_beside(what, Path(use)), use, classes)
+        return _only(what, _load_beside(what, Path(use)), use, noun)
     place, colon, function = use.rpartition(":")
     if not colon:
-        raise UserError(f"{what}: write file.py:function, file.py (of one function) or package.module:function")
+        name = _NAMES[noun]
+        raise UserError(f"{what}: write file.py:{name}, file.py (of one {noun}) or package.module:{name}")
     if place.endswith(".py"):
-        return _attribute(what, _load_beside(what, Path(place)), function)
+        return _attribute(what, _load_beside(what, Path(place)), function, noun)
     if place == SESSION:
         raise UserError(
             f"{what}: this was a Python object of the session that made the run, which no other process has. Put it "
@@ -198,7 +200,26 @@ def find_function(use: str, kind: str, classes: bool = False) -> Function:
         )
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module in the working directory, as `python -m` would find it
-    return _attribute(what, _import(what, lambda: importlib.import_module(place)), function)
+    try:
+        module = _import(what, lambda: importlib.import_module(place))
+    except UserError as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and f"{place}.".startswith(f"{cause.name}."):
+            file = f"{place.replace('.', '/')}.py"
+            raise UserError(f"{what}: there is no module {cause.name!r}. Of a file write {file}:{function}") from cause
+        raise
+    return _attribute(what, module, function, noun)
+
+
+_NAMES = {"class": "Class", "function": "function", "function or class": "name"}
+"""What stands for a name in advice, by what may have it."""
+
+
+def _noun(kind: str, classes: bool) -> str:
+    """What a name is expected to name."""
+    if kind.startswith("environment"):
+        return "class"
+    return "function or class" if classes else "function"
 
 
 def source_file(use: str, named: Callable[[], list[Located]] = named_rewards) -> Path | None:
@@ -231,7 +252,8 @@ def _load_beside(what: str, file: Path) -> Any:
 def load_file(what: str, path: Path) -> Any:
     """The module that a file of Python makes; `what` says in errors what it is. Raises UserError if it cannot."""
     if not path.is_file():
-        raise UserError(f"{what}: there is no file {path}")
+        looked = "" if path.is_absolute() else " (a recipe's are looked for beside it, then in the working directory)"
+        raise UserError(f"{what}: there is no file {path}{looked}")
     spec = importlib.util.spec_from_file_location(f"grpo_plugin_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -251,18 +273,21 @@ def _import(what: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"{what}: cannot be imported: {type(error).__name__}: {error}{where}") from error
 
 
-def _only(what: str, module: Any, use: str, classes: bool) -> Function:
-    """The one function that a module defines, or with `classes` the one function or class.
+def _only(what: str, module: Any, use: str, kind: str) -> Function:
+    """The one thing of a kind (`function`, `class`, `function or class`) that a module defines.
 
     Raises UserError where it defines none, or several.
     """
-    own = [name for name in _own(module) if classes or not isinstance(getattr(module, name), type)]
-    kind = "function or class" if classes else "function"
+    own = [
+        name
+        for name in _own(module)
+        if kind == "function or class" or isinstance(getattr(module, name), type) == (kind == "class")
+    ]
     if len(own) != 1:
         found = f"defines {', '.join(own[:10])}" if own else f"defines no {kind} of its own"
         raise UserError(
             f"{what}: without a {kind}'s name it means the only {kind} that the file defines, and the file {found}."
-            f" Write {use}:{own[0] if own else 'function'}"
+            f" Write {use}:{own[0] if own else _NAMES[kind]}"
         )
     only: Function = getattr(module, own[0])
     return only
@@ -274,13 +299,13 @@ def _own(module: Any) -> list[str]:
     return [name for name, value in named if getattr(value, "__module__", None) == module.__name__]
 
 
-def _attribute(what: str, module: Any, function: str) -> Function:
+def _attribute(what: str, module: Any, function: str, noun: str) -> Function:
     found = getattr(module, function, None)
     if not callable(found):
         functions = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
         own = _own(module)
         hint = did_you_mean(function, functions) or (f" There are {', '.join(own[:10])}" if own else "")
-        raise UserError(f"{what}: no function {function!r} there.{hint}")
+        raise UserError(f"{what}: no {noun} {function!r} there.{hint}")
     callable_: Function = found
     return callable_
 

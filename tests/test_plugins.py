@@ -9,6 +9,7 @@ import pytest
 from grpo.errors import UserError
 from grpo.plugins import (
     TOOLS,
+    Located,
     bundled,
     find_function,
     find_recipe,
@@ -45,7 +46,7 @@ def test_a_function_in_a_module() -> None:
     [
         ("", "gsm8k_anser", "Did you mean 'gsm8k_answer'?"),
         ("", "absent.py:f", "there is no file absent.py"),
-        ("", "no_such_module:f", "No module named 'no_such_module'"),
+        ("", "no_such_module:f", "there is no module 'no_such_module'"),
         ("def score(): ...", "{file}:scor", "no function 'scor' there. Did you mean 'score'?"),
         ("from math import *\ndef right(): ...\ndef short(): ...", "{file}:reward", "there. There are right, short"),
         ("import nothing_like_this", "{file}:f", "cannot be imported: ModuleNotFoundError"),
@@ -186,7 +187,7 @@ def test_a_tool_in_a_file_or_a_module(tmp_path: Path) -> None:
             "no tool of that name. Did you mean 'calculator'? There are calculator, python; your own: file.py:n",
         ),
         ("absent.py", "there is no file absent.py"),
-        ("math:sqr", "no function 'sqr' there"),
+        ("math:sqr", "no function or class 'sqr' there"),
         ("__main__:mine", "a Python object of the session"),
     ],
 )
@@ -202,3 +203,24 @@ def test_a_tool_of_an_installed_package(package) -> None:
     assert find_tool("fair")[1].__name__ == "fair"
     with pytest.raises(UserError, match="no reward of that name"):
         find_reward("fair")
+
+
+def test_environments_are_classes(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("class Shop: ...\ndef helper(): ...\n")
+    assert find_function(str(file), "environment").__name__ == "Shop"
+    file.write_text("def helper(): ...\n")
+    for use, said in (
+        (str(file), f"means the only class that the file defines, and the file defines no class .* Write {file}:Class"),
+        (f"{file}:Shpo", "no class 'Shpo' there. There are helper"),
+        ("Shop", r"write file.py:Class, file.py \(of one class\) or package.module:Class"),
+        ("absent_shop:Shop", "there is no module 'absent_shop'. Of a file write absent_shop.py:Shop$"),
+        ("absent.shop:Shop", "there is no module 'absent'. Of a file write absent/shop.py:Shop$"),
+        ("absent.py:Shop", r"no file absent.py \(a recipe's are looked for beside it, then in the working directory"),
+    ):
+        with pytest.raises(UserError, match=said):
+            find_function(use, "environment")
+
+
+def test_a_missing_file_keeps_its_name() -> None:
+    assert Located("E", "absent.py:E", "environment").absolute().where == "absent.py:E"

@@ -14,8 +14,9 @@ Seconds = Annotated[float, Field(ge=0.01, le=DAY)]
 
 class EnvironmentConfig(Section):
     use: Name | None = None
-    """A class, or a function that makes an object, as TRL's `environment_factory`: `file.py:Class` or
-    `package.module:Class`. Default: none; the settings below then hold for `tools` alone."""
+    """A class, or a function that makes an object, as TRL's `environment_factory`: `file.py:Class`,
+    `file.py` (of one class) or `package.module:Class`. Default: none; the settings below then hold for `tools`
+    alone."""
     name: str | None = None
     """What its reward and its metrics go by. Default: the class's name."""
     kwargs: dict[str, Any] = {}

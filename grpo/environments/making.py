@@ -66,7 +66,7 @@ def make_host(
 
 
 def _located(use: str, name: str | None) -> Located:
-    return Located(name or use.rpartition(":")[2], use, "environment")
+    return Located(name or (Path(use).stem if use.endswith(".py") else use.rpartition(":")[2]), use, "environment")
 
 
 def _maker(function: Function, kwargs: Mapping[str, Any]) -> Maker:

@@ -133,7 +133,7 @@ def test_what_cannot_be_is_said_before_the_run(host, name: str, said: str, inlin
 
 
 def test_a_name_that_means_nothing(host) -> None:
-    with pytest.raises(UserError, match="no function 'Wlak' there"):
+    with pytest.raises(UserError, match="no class 'Wlak' there"):
         _ = make_host(EnvironmentConfig(use=f"{GAMES}:Wlak")).description
 
 

@@ -296,10 +296,10 @@ def test_environments_by_name_and_by_file(tmp_path) -> None:
     file.write_text(MINE)
     assert type(find_environment(f"{file}:Mine")).__name__ == "Mine"
     for name, said in (
-        ("mine", "write file.py:function, .*or package.module:function"),
+        ("mine", "write file.py:Class, .*or package.module:Class"),
         (f"{file}:Lazy", "Lazy has no method rollout"),
         (f"{file}:Costly", "it cannot be made: TypeError"),
-        (f"{file}:Nobody", "no function 'Nobody' there"),
+        (f"{file}:Nobody", "no class 'Nobody' there"),
     ):
         with pytest.raises(UserError, match=said):
             find_environment(name)

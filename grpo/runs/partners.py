@@ -122,8 +122,8 @@ class Partners:
                 raise UserError(
                     f"data.prompt: the rows have no column 'prompt' (there is {', '.join(task.columns)}), and the "
                     f"reset of {which} returns nothing in its place, so the model would be asked nothing. Name the "
-                    'column that holds the prompt, or a text with columns such as data.prompt: "{question}"; or let reset '
-                    "return the prompt"
+                    'column that holds the prompt, or a text with columns such as data.prompt: "{question}"; or let '
+                    "reset return the prompt"
                 )
 
     def close(self) -> None:

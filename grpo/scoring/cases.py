@@ -141,8 +141,8 @@ def _called(
         grader.wait_ready()
         if grader.takes_environments:
             raise UserError(
-                f"reward {located.name!r}: it takes `environments`, so it needs conversations that have taken place, and "
-                "cannot be tried on cases: try it in a run of one step (grpo train RECIPE optim.steps=1)"
+                f"reward {located.name!r}: it takes `environments`, so it needs conversations that have taken place, "
+                "and cannot be tried on cases: try it in a run of one step (grpo train RECIPE optim.steps=1)"
             )
         if problem := grader.problem(names):
             raise UserError(f"reward {located.name!r}: {problem}. {_cases_advice(problem, names, expected is None)}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from grpo.backend.random import derive_seed
-from grpo.environments.openings import messages_of
+from grpo.environments.openings import messages_of, with_added
 from grpo.environments.play import Play, Table
 from grpo.environments.sampler import Sampler
+from grpo.environments.seats import Content
 from grpo.errors import UserError, did_you_mean
 from grpo.types import Task, Trajectory
 
@@ -42,13 +44,11 @@ class Conversations:
         self.max_prompt_length, self.system = max_prompt_length, system
 
     async def rollout(self, task: Task, sampler: Sampler) -> list[Trajectory]:
-        table, columns = self.table_of(task), {"prompt": task.prompt, **task.columns}
-        if len(self.tables) > 1 or "" not in self.tables:
-            del columns[SELECTED_BY]
+        table, columns = self.table_of(task), self._columns_of(task)
         prompt = messages_of(task.prompt, self.system)
         plays = [Play(table, seat, sampler, prompt) for seat in table.host.seats(sampler.place, sampler.n)]
         try:
-            seeds = [derive_seed(self.seed, f"environment:{task.source}", task.index, i) for i in range(sampler.n)]
+            seeds = [self._seed_of(task, i) for i in range(sampler.n)]
             await sampler.gather(
                 *(play.reset(columns, seed, self.max_prompt_length) for play, seed in zip(plays, seeds, strict=True))
             )
@@ -61,6 +61,34 @@ class Conversations:
             for play in plays:
                 play.leave()
             raise
+
+    def begin_once(self, task: Task) -> Content | None:
+        """What `reset` adds to the task's prompt: it is called as for the first conversation, and that is all.
+
+        Raises UserError where it fails, or adds what the chat template refuses, and says why.
+        """
+        table = self.table_of(task)
+        (seat,) = table.host.seats(0, 1)
+        try:
+            reply = seat.reset(self._columns_of(task), self._seed_of(task, 0)).result()
+        finally:
+            seat.release()
+        if reply.kind != "ok":
+            raise UserError(reply.error)
+        added: Content | None = reply.value
+        if added is not None:
+            table.chat.prompt_ids(with_added(messages_of(task.prompt, self.system), added))
+        return added
+
+    def _columns_of(self, task: Task) -> dict[str, Any]:
+        """What `reset` is called with."""
+        columns = {"prompt": task.prompt, **task.columns}
+        if len(self.tables) > 1 or "" not in self.tables:
+            del columns[SELECTED_BY]
+        return columns
+
+    def _seed_of(self, task: Task, sample: int) -> int:
+        return derive_seed(self.seed, f"environment:{task.source}", task.index, sample)
 
     def tail(self, task: Task) -> int:
         """How many of a prompt's last tokens each completion has for itself, because rows that begin anew have others.

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo.config import EnvironmentConfig, RolloutConfig, ToolConfig
-from grpo.data.prompts import PromptRenderer, Tools
+from grpo.data.prompts import PromptRenderer, Tools, last_text
 from grpo.environments.anew import Anew
 from grpo.environments.chat import DROPS, KEEPS, Chat
 from grpo.environments.conversations import SELECTED_BY, Conversations
 from grpo.environments.environment import Environment
 from grpo.environments.making import make_host
 from grpo.environments.play import Table
-from grpo.environments.seats import ConversationLimits, Description, Host
+from grpo.environments.seats import Content, ConversationLimits, Description, Host
 from grpo.errors import UserError
 from grpo.runs.given import Given
 from grpo.types import Task
@@ -102,6 +102,29 @@ class Partners:
             of_it = next((task for task in tasks if name in ("", task.columns.get(SELECTED_BY))), None)
             if of_it is not None and (problem := host.problem(_columns(of_it))) is not None:
                 raise UserError(f"{section}: environment {host.description.name!r}: {problem}")
+
+    def check_beginnings(self, talks: Conversations, tasks: Sequence[Task]) -> None:
+        """Let each environment that has `reset` begin once, with the first of its rows among `tasks`.
+
+        Raises UserError where it cannot, and where a row without the column `prompt` gets none from it either.
+        """
+        for name, (host, config) in self.hosts.items():
+            told = host.description
+            task = next((task for task in tasks if name in ("", task.columns.get(SELECTED_BY))), None)
+            if task is None or not told.resets:
+                continue
+            which = f"environment {told.name!r}" + (f" ({config.use})" if config.use else "")
+            try:
+                added = talks.begin_once(task)
+            except UserError as error:
+                raise UserError(f"{which}: it cannot begin with row {task.index} of {task.source}: {error}") from error
+            if not last_text(task.prompt).strip() and "prompt" not in task.columns and _is_empty(added):
+                raise UserError(
+                    f"data.prompt: the rows have no column 'prompt' (there is {', '.join(task.columns)}), and the "
+                    f"reset of {which} returns nothing in its place, so the model would be asked nothing. Name the "
+                    'column that holds the prompt, or a text with columns such as data.prompt: "{question}"; or let '
+                    "reset return the prompt"
+                )
 
     def close(self) -> None:
         """End the processes in which they live."""
@@ -208,6 +231,10 @@ def _described(told: Description) -> str:
     parts = [f"the model calls {names}" if names else "", "it answers the model" if told.kind in ANSWERING else ""]
     rewards = "it rewards a conversation at its end (get_reward)" if told.rewards else ""
     return f"environment {told.name}: {'; '.join(filter(None, [*parts, rewards])) or 'a single turn'}"
+
+
+def _is_empty(added: Content | None) -> bool:
+    return not (added.strip() if isinstance(added, str) else added)
 
 
 def _place(name: str) -> str:

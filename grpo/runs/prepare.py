@@ -113,6 +113,8 @@ def _prepared(
     evaluator = _evaluator(cfg, *held_out[0], engine, scorer, ranks) if held_out else None
     if evaluator is not None:
         partners.check("eval", evaluator.tasks)
+    if isinstance(environment, Conversations):
+        ranks.checked(lambda: partners.check_beginnings(environment, tasks))
     lengths = measure_lengths(tables[0], renderer)
     ranks.check_same("the prompts of data", lengths)
     longest = cfg.data.max_prompt_length if lengths is None or partners.resets else lengths.longest

@@ -138,6 +138,12 @@ def _called(
     """Each of `cases`, which share their kwargs, in a call of its own."""
     with closing(Isolated(located, cases[0]["kwargs"], terms, calls="completion")) as grader:
         names = _columns_of(cases)
+        grader.wait_ready()
+        if grader.takes_environments:
+            raise UserError(
+                f"reward {located.name!r}: it takes `environments`, so it needs conversations that have taken place, "
+                "and cannot be tried on cases: try it in a run of one step (grpo train RECIPE optim.steps=1)"
+            )
         if problem := grader.problem(names):
             raise UserError(f"reward {located.name!r}: {problem}. {_cases_advice(problem, names, expected is None)}")
         request = _request(cases, names, [1] * len(cases))

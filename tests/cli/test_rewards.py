@@ -133,6 +133,16 @@ def test_columns_that_no_case_gives(run_cli, tmp_path, cases: str, said: str) ->
     assert (ran.code, said in ran.err) == (2, True), ran.err
 
 
+@pytest.mark.parametrize("takes", ["completions, environments", "completions, **columns"])
+def test_a_reward_of_live_environments_is_tried_in_a_run(run_cli, tmp_path, takes: str) -> None:
+    body = "    return [columns['environments'][0]]\n" if "**" in takes else "    return [1.0]\n"
+    (tmp_path / "mine.py").write_text(f"def reward({takes}):\n{body}")
+    ran = run_cli("rewards", "test", tmp_path / "mine.py")
+    assert ran.code == 2
+    assert "cannot be tried on cases: try it in a run of one step (grpo train RECIPE optim.steps=1)" in ran.err
+    assert "CASES" not in ran.err
+
+
 def test_score_shows_what_would_have_changed(run_cli, recipe) -> None:
     assert run_cli("train", recipe).code == 0
     same = run_cli("rewards", "score", "runs/toy", "--reward", "digits.py")

@@ -101,12 +101,12 @@ def test_ctrl_c_in_a_tool_call_ends_the_run_and_its_processes(conversing: Path, 
     assert gone()
 
 
-def test_a_dry_run_runs_no_environment(conversing: Path, run_cli) -> None:  # noqa: F811
+def test_a_dry_run_begins_one_conversation_alone(conversing: Path, run_cli) -> None:  # noqa: F811
     ran = run_cli("train", conversing, "--dry-run")
     assert ran.code == 0, ran.err
     assert "environment Room: the model calls draw; it rewards a conversation at its end (get_reward)" in ran.out
     assert "chat: a turn ends with <|im_end|>; tool calls are read as" in ran.out
-    assert not Path("resets").exists()
+    assert Path("resets").read_text() == "x"
     assert gone()
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from runs.conversing import conversing  # noqa: F401
+
+from grpo.errors import UserError
+from grpo.recipes import load_recipe
+from grpo.runs.prepare import prepare
 
 ROWS = '{"question": "What is 1+1?"}\n{"question": "What is 2+2?"}\n'
 
@@ -18,3 +23,39 @@ def test_rows_without_prompts(conversing: Path, run_cli) -> None:  # noqa: F811
     said = " ".join((ran.out + ran.err).split())
     assert f"8 completions, at most {8 * (200 + 64):,} tokens" in said
     assert "; planned for data.max_prompt_length (200 tokens), because an environment's reset may add to them" in said
+
+
+@pytest.mark.parametrize(
+    ("reset", "said"),
+    [
+        (
+            "raise KeyError('hats')",
+            r"environment 'Room' \(.*room\.py:Room\): it cannot begin with row 0 of data: KeyError",
+        ),
+        ("raise KeyError('hats')", r"room\.py:2\)"),
+        ("return 3", "it cannot begin with row 0 of data: reset returned 3: return None, text"),
+        (
+            "return None",
+            r"data\.prompt: the rows have no column 'prompt' \(there is question\), and the reset of envir",
+        ),
+        ("return ' '", "the model would be asked nothing"),
+    ],
+)
+def test_reset_is_tried_on_the_first_row_before_the_first_step(conversing: Path, reset: str, said: str) -> None:  # noqa: F811
+    Path("train.jsonl").write_text(ROWS)
+    Path("room.py").write_text(f"class Room:\n    def reset(self, **row): {reset}\n    def step(self, text): ...\n")
+    conversing.write_text(conversing.read_text().replace(', prompt: "{question}"', ""))
+    with pytest.raises(UserError, match=said):
+        prepare(load_recipe(conversing, []))
+
+
+def test_reset_begins_as_in_the_first_conversation_and_may_add_nothing_to_a_prompt(conversing: Path) -> None:  # noqa: F811
+    """It gets the first row and the seed of that row's first conversation."""
+    room = (
+        "class Room:\n    def reset(self, **row): open('rows', 'a').write(f'{row}\\n')\n    def step(self, text): ...\n"
+    )
+    Path("room.py").write_text(room)
+    prepared = prepare(load_recipe(conversing, ["environment={use: 'room.py:Room'}"]))
+    prepared.opened.close()
+    (row,) = Path("rows").read_text().splitlines()
+    assert row == str({"prompt": prepared.tasks[0].prompt, **prepared.tasks[0].columns})

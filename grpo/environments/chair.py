@@ -9,14 +9,16 @@ import inspect
 import pickle
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.environments import results
-from grpo.environments.describe import EnvironmentKind, kind_of, methods_of, takes
+from grpo.environments.describe import EnvironmentKind, kind_of, methods_of, place_of, takes
 from grpo.environments.seats import Reply
 from grpo.environments.streams import CURRENT, Streams
+from grpo.errors import UserError
 
 Errand = Callable[[], None]
 CLOSE = "close"
@@ -118,17 +120,21 @@ class Chair:
         return self.thread.idle and self._awaited is None
 
     @property
-    def objects(self) -> list[Any]:
-        """The environment and the tools that are objects, if they are made."""
-        return [one for one in (self.environment, *(self._owned or ())) if one is not None]
+    def objects(self) -> list[tuple[str, Any]]:
+        """The environment and the tools that are objects, if they are made, each with its place: empty, `tools.0`."""
+        owned = [(f"tools.{place}", one) for place, one in enumerate(self._owned or ())]
+        return [(place, one) for place, one in [("", self.environment), *owned] if one is not None]
 
     def make(self) -> None:
         """Make the objects, if they are not there. Raises what their code raises; ValueError for a clash of names."""
         if self._owned is not None:
             return
         made = self._makers.environment
-        environment = None if made is None else self.run(made.make, made.kwargs)
-        owned = [self.run(tool.make, tool.kwargs) if tool.makes_objects else None for tool in self._makers.tools]
+        environment = None if made is None else self._made(made)
+        owned = [
+            self._made(tool, f"tools.{place}: ") if tool.makes_objects else None
+            for place, tool in enumerate(self._makers.tools)
+        ]
         self.tools = _tools(environment, self._makers.tools, owned)
         self.environment, self._owned, self._kind = environment, owned, kind_of(environment)
 
@@ -188,6 +194,21 @@ class Chair:
             return await self._awaited
         finally:
             self._awaited = None
+
+    def _made(self, maker: Maker, place: str = "") -> Any:
+        """An object. Raises UserError where it is called with other arguments than it has, and shows it."""
+        try:
+            return self.run(maker.make, maker.kwargs)
+        except TypeError as error:
+            if traceback.extract_tb(error.__traceback__)[-1].filename != __file__:  # its own code raised this
+                raise
+            advice = "it is called with what the recipe gives it in `kwargs`"
+            if not place and inspect.isroutine(maker.make):
+                advice = (
+                    "a function here makes the object that the model talks to. A function for the model to call "
+                    "belongs in `tools`"
+                )
+            raise UserError(f"{place}{error}{place_of(maker.make)}: {advice}") from None
 
     def _reset(self, instance: Any, columns: Mapping[str, Any], seed: int) -> Any:
         """What `reset` returns; it gets `seed` if it names that, and the dataset has no column of this name."""

@@ -138,12 +138,14 @@ class Chairs:
     def _problem(self, columns: list[str]) -> str | None:
         """Why a `reset` could not be called with these columns, as far as there are objects to look at."""
         chair = next((chair for chair in (*self._free, *self._seats.values()) if chair.objects), None)
-        resets = [one.reset for one in (chair.objects if chair else ()) if hasattr(one, "reset")]
-        return next(filter(None, (reset_problem(reset, columns) for reset in resets)), None)
+        for owner, one in chair.objects if chair else ():
+            if hasattr(one, "reset") and (problem := reset_problem(one.reset, columns)) is not None:
+                return f"{owner} ({type(one).__name__}): {problem}" if owner else problem
+        return None
 
     def _schema(self, chair: Chair, name: str) -> dict[str, Any]:
         tool = chair.tools[name]
-        owner = "the environment" if tool.owner is None else f"tools.{tool.owner}"
+        owner = "" if tool.owner is None else f"tools.{tool.owner}"
         return schema_of(name, tool.function, tuple(tool.given), owner)
 
 

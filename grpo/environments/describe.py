@@ -57,22 +57,42 @@ def _public(instance: Any) -> list[str]:
     return sorted(name for name in {*of_class, *bound} if not name.startswith("_"))
 
 
-def schema_of(name: str, function: Callable[..., Any], hidden: Collection[str], owner: str) -> dict[str, Any]:
+def schema_of(name: str, function: Callable[..., Any], hidden: Collection[str], owner: str = "") -> dict[str, Any]:
     """The JSON schema of a tool, without the arguments that the recipe gives (`hidden`).
 
-    Raises UserError if hints or descriptions are missing, and says of what.
+    Raises UserError if hints or descriptions are missing, and says of what. `owner` is where the recipe names it, empty
+    for a method of the environment.
     """
     get_json_schema = _schema_maker()
     try:
         schema: dict[str, Any] = get_json_schema(_without(function, hidden) if hidden else function)
     except Exception as error:  # of several kinds, and those of hints that cannot be resolved
+        lacks = str(error).removeprefix(f"Cannot generate JSON schema for {name} because ").rstrip("!. ")
+        first = next((one for one in _parameters(function) if one not in hidden), "place")
+        private = "" if owner else ". If the model is not to call it, let its name begin with an underscore"
         raise UserError(
-            f"{owner}: the tool {name!r} has no schema: {error}. A tool needs a type hint for each argument, and a "
-            "docstring that describes it and, under `Args:`, each argument. If the model is not to call it, let its "
-            "name begin with an underscore"
+            f"{owner and f'{owner}: '}the tool {name!r}{place_of(function)} has no schema: {lacks}. A tool needs a "
+            "type hint for each argument, and a docstring that says what it does and, under a line `Args:`, what each "
+            f"argument is, for example `{first}: The {first} to look up.`{private}"
         ) from None
     schema["function"]["name"] = name
     return schema
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except ValueError:  # a builtin without a signature
+        return []
+
+
+def place_of(code: Callable[..., Any]) -> str:
+    """` (FILE:LINE)` of a function or class; nothing where that is not known."""
+    try:
+        plain = inspect.unwrap(code)
+        return f" ({inspect.getsourcefile(plain)}:{inspect.getsourcelines(plain)[1]})"
+    except (OSError, TypeError, ValueError):  # of C, of no file, of a callable object
+        return ""
 
 
 @functools.cache

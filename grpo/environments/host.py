@@ -134,7 +134,7 @@ class EnvironmentHost:
 
     def _refused(self, what: str, problem: str) -> UserError:
         said = self.terms.explain(problem)
-        return UserError(said if said.startswith(("environment ", "tool ", "reward ")) else f"{what}: {said}")
+        return UserError(said if said.startswith(("environment ", "tool ", "tools.", "reward ")) else f"{what}: {said}")
 
     async def _seats(self, group: int, n: int) -> list[HostSeat]:
         if self._output is not None and not any(home.seats for home in self._homes):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import traceback
+from pathlib import Path
 from typing import Any
 
 from grpo.environments.seats import Reply
+from grpo.errors import UserError
 
 LONGEST = 1_000_000
 """Characters of a result. A longer one is an error: no model reads it, and it would be stored with every completion."""
@@ -58,10 +60,11 @@ def of_exception(error: BaseException, tool: bool) -> Reply:
         said = str(error)[:LONGEST_MESSAGE]
     except Exception:  # an exception whose own code fails
         said = "<exception str() failed>"
-    if tool or isinstance(error, WrongResultError):
+    if tool or isinstance(error, WrongResultError | UserError):
         return Reply("error", error=_encodable(said or type(error).__name__))
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    ours = not frames or Path(frames[-1].filename).parent == Path(__file__).parent  # their code was not even entered
+    where = "" if ours else f" ({frames[-1].filename}:{frames[-1].lineno})"
     return Reply("error", error=_encodable(f"{type(error).__name__}: {said}{where}"))
 
 

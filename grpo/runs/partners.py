@@ -101,7 +101,8 @@ class Partners:
         for name, (host, _) in self.hosts.items():
             of_it = next((task for task in tasks if name in ("", task.columns.get(SELECTED_BY))), None)
             if of_it is not None and (problem := host.problem(_columns(of_it))) is not None:
-                raise UserError(f"{section}: environment {host.description.name!r}: {problem}")
+                owner = "" if problem.startswith("tools.") else f"environment {host.description.name!r}: "
+                raise UserError(f"{section}: {owner}{problem}")
 
     def check_beginnings(self, talks: Conversations, tasks: Sequence[Task]) -> None:
         """Let each environment that has `reset` begin once, with the first of its rows among `tasks`.

@@ -122,14 +122,42 @@ def test_the_column_that_chose_is_not_passed(host) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("NoHints", "the tool 'jump' has no schema: Argument far is missing a type hint in function jump"),
-        ("NoWords", "the tool 'jump' has no schema: .* no description for the argument 'far'"),
+        (
+            "NoHints",
+            r"the tool 'jump' \(.*games.py:261\) has no schema: Argument far is missing a type hint",
+        ),
+        (
+            "NoWords",
+            r"^environment 'NoWords': the tool 'jump' \(.*games.py:270\) .* no description for the argument",
+        ),
+        (
+            "NoWords",
+            "`far: The far to look up.`. If the model is not to call it, let its name begin with an under",
+        ),
+        ("search", r"search\(\) missing 2 required .* \(.*games.py:231\): .* the model to call belongs in `tools`$"),
         ("NoObject", r"it cannot be made: RuntimeError: no board \(.*games.py:\d+\)"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_run(host, name: str, said: str, inline: bool) -> None:
     with pytest.raises(UserError, match=said):
         _ = host(name, inline=inline).description
+
+
+@HERE
+def test_arguments_that_a_class_does_not_have(host, inline: bool) -> None:
+    said = r"'Guess': it cannot be made: Guess\(\) takes no arguments \(.*games.py:91\): it is called with"
+    with pytest.raises(UserError, match=said):
+        _ = host("Guess", inline=inline, kwargs={"sise": 3}).description
+    with pytest.raises(UserError, match=r"it cannot be made: tools.0: .* 'sise' \(.*games.py:241\): it is called with"):
+        _ = host(None, [("Counter", {"sise": 3})], inline=inline).description
+
+
+@HERE
+def test_tools_are_told_of_by_their_places(host, inline: bool) -> None:
+    with pytest.raises(UserError, match=r"^tools.0: the tool 'jump' \(.*games.py:270\) has no schema: .*look up.`$"):
+        _ = host(None, [("NoWords", {})], inline=inline).description
+    tools = host(None, [("Picky", {})], inline=inline)
+    assert tools.problem(["prompt"]).startswith("tools.0 (Picky): reset: missing a required argument: ")
 
 
 def test_a_name_that_means_nothing(host) -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from grpo.environments.anew import Anew, joined
+from grpo.environments.failedcalls import as_result
 from grpo.environments.openings import with_added
 from grpo.environments.sampler import Sampler
 from grpo.environments.scheduler import TimeIsUpError
@@ -214,7 +215,7 @@ class Play:
         reply = self._counted(await self._reply(self.seat.call(name, function["arguments"]), goes_on=True))
         if reply.kind == "error":
             self._failed_calls += 1
-            return {"role": "tool", "name": name, "content": str({"error": reply.error})}
+            return {"role": "tool", "name": name, "content": as_result(reply.error)}
         return {"role": "tool", "name": name, "content": "" if reply.value is None else reply.value}
 
     async def _rewarded(self, reason: FinishReason) -> FinishReason:

@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from typing import Any, cast
 
 from grpo.config import LossConfig, Recipe, RolloutConfig
+from grpo.environments.failedcalls import first_failed
 from grpo.evaluation.evaluator import wilson_interval
 from grpo.runs.state import RunState
 from grpo.scoring.own import unrewarded
@@ -28,6 +29,8 @@ FIRST = 3.5
 """Standard errors that the first step's mean may be off: it is one sample, and its groups are few."""
 STUDENT = 2.776
 """The 97.5 % quantile of Student's t with 4 degrees of freedom."""
+LONGEST = 300
+"""Characters of an error that are shown."""
 SAMPLE_MORE = "more rollout.num_generations or a higher rollout.temperature make rewards differ more often"
 
 
@@ -39,7 +42,7 @@ def warnings_of_first(
     `weights` are those of the rewards by name, environments' own included, and `environments` the names of these, here
     and below.
     """
-    return [*_of_lengths(metrics, rollout), *_of_rewards(metrics, weights, environments)]
+    return [*_of_lengths(metrics, rollout), *_of_tools(metrics), *_of_rewards(metrics, weights, environments)]
 
 
 def trained_on_nothing(
@@ -181,6 +184,19 @@ def _of_lengths(metrics: StepMetrics, rollout: RolloutConfig) -> list[str]:
     return [
         f"step 1: {truncated:.0%} of the completions were cut off at rollout.max_completion_length ({limit:,} tokens)"
         f"{room}, mostly before their answer: raise it, or ask for shorter answers in the prompt"
+    ]
+
+
+def _of_tools(metrics: StepMetrics) -> list[str]:
+    talks = [rollout.trajectory.conversation for group in metrics.groups for rollout in group.rollouts]
+    calls, failed = (sum(getattr(talk, name) for talk in talks if talk) for name in ("calls", "failed_calls"))
+    first = first_failed(metrics.groups)
+    if first is None or failed <= MOSTLY * calls:
+        return []
+    tool, error = first[0], " ".join(first[1].split())[:LONGEST].rstrip(".")
+    return [
+        f"step 1: {failed:,} of {calls:,} calls of tools failed, the first of them of {tool!r}: {error}. The "
+        "model is shown such errors as results, and goes on. If the tool should not fail so, stop the run and mend it"
     ]
 
 

@@ -101,6 +101,30 @@ def test_of_environments_it_is_said_how_their_conversations_ended() -> None:
     assert "returned None" not in said
 
 
+def called(failed: int, *results: str) -> Rollout:
+    messages = [{"role": "tool", "name": "price", "content": result} for result in results]
+    return talk(messages, outcome=1.0, calls=(len(results), failed))
+
+
+@pytest.mark.parametrize(
+    ("talks", "said"),
+    [
+        ([called(2, "{'error': 'division by zero'}", "{'error': \"no 'hat'\"}"), called(0, "7")], "2 of 3 calls"),
+        ([called(1, "7", "{'error': 'division by zero'}")], None),  # half of them
+        ([called(0, "{'error': 'what the tool itself says'}")], None),
+        ([talk(outcome=1.0)], None),
+    ],
+)
+def test_tools_that_fail_in_most_calls_are_named_with_their_first_error(talks: list[Rollout], said: str | None) -> None:
+    lines = warnings_of_first(
+        StepMetrics(1, FINE, (Group(Task(0, "", (), {}), tuple(talks)),)), config().rollout, WEIGHTS
+    )
+    if said is None:
+        assert not lines
+    else:
+        assert f"step 1: {said} of tools failed, the first of them of 'price': division by zero. The" in lines[0]
+
+
 @pytest.mark.parametrize(
     ("step", "updates", "silent", "rewarded", "said"),
     [

@@ -154,4 +154,14 @@ def describe(name: str | None, environment: Any, schemas: list[dict[str, Any]]) 
         schemas,
         callable(getattr(environment, "get_reward", None)),
         callable(getattr(environment, "reset", None)),
+        _withheld(environment),
     )
+
+
+def _withheld(environment: Any) -> list[str]:
+    """Methods that look like tools of an environment that has none because of its `step(text)`."""
+    if kind_of(environment) != "text":
+        return []
+    return [
+        name for name in _public(environment) if name not in (*RESERVED, "step") and getattr(environment, name).__doc__
+    ]

@@ -44,6 +44,7 @@ class Description:
     tools      the JSON schemas of all tools, as chat templates take them (`{"type": "function", "function": {...}}`)
     rewards    whether it has `get_reward`
     resets     whether it has `reset`, which may add to the prompt
+    withheld   public methods with a docstring that are no tools, because `step(text)` is spoken to in text alone
     """
 
     name: str
@@ -51,6 +52,7 @@ class Description:
     tools: Sequence[Mapping[str, Any]] = ()
     rewards: bool = False
     resets: bool = False
+    withheld: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class Partners:
             anew = _anew(_place(name), chat) if config.thinking == "drop" else None
             tables[name] = Table(host, chat, limits_of(config), keeps_seats, anew)
             said = [DROPS if anew and note.startswith(KEEPS) else note for note in chat.notes]
-            notes += [_described(told), *said]
+            notes += [described(told), *said]
         cfg = renderer.cfg
         return Conversations(tables, seed, cfg.max_prompt_length, cfg.system), list(dict.fromkeys(notes))
 
@@ -227,11 +227,17 @@ def _anew(place: str, chat: Chat) -> Anew:
         raise UserError(f"{place}.thinking: {error}. Leave it at keep") from error
 
 
-def _described(told: Description) -> str:
+def described(told: Description) -> str:
     names = ", ".join(tool["function"]["name"] for tool in told.tools)
     parts = [f"the model calls {names}" if names else "", "it answers the model" if told.kind in ANSWERING else ""]
     rewards = "it rewards a conversation at its end (get_reward)" if told.rewards else ""
-    return f"environment {told.name}: {'; '.join(filter(None, [*parts, rewards])) or 'a single turn'}"
+    withheld = (
+        f"{', '.join(told.withheld)} {'is' if len(told.withheld) == 1 else 'are'} not offered to the model beside "
+        "step(text): step(message) offers tools, too"
+        if told.withheld
+        else ""
+    )
+    return f"environment {told.name}: {'; '.join(filter(None, [*parts, rewards, withheld])) or 'a single turn'}"
 
 
 def _is_empty(added: Content | None) -> bool:

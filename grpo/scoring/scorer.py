@@ -24,8 +24,8 @@ from grpo.scoring.hints import column_hint
 from grpo.scoring.hosted import Hosted, hosted
 from grpo.scoring.own import OwnTerms, own_answers, rewarding_steps, terms_of, without_home
 from grpo.scoring.records import ConversationRecord, Placed, RewardRecord, failures_by_kind
-from grpo.scoring.session import Grader, Scoring, as_prompted, columns_of, request_of
-from grpo.scoring.text import counted
+from grpo.scoring.session import Grader, Scoring, columns_of, request_of
+from grpo.scoring.text import counted, last_said
 from grpo.types import Failure, FailureKind, Group, Progress, Rollout, Task
 
 log = logging.getLogger(__name__)
@@ -243,11 +243,11 @@ class Scorer:
             first = [(group.task, rollout) for group in groups for rollout in group.rollouts][place]
             conversed = name in self.environments
             log.warning(
-                "%s failed %s %s, the first of them %.200r: %s",
+                "%s failed %s %s, the first of them %s: %s",
                 self._what(name),
                 "in" if conversed else "on",
                 counted(record.failures, "conversation" if conversed else "completion"),
-                as_prompted(first[0].prompt, first[1].trajectory),
+                last_said(first[0].prompt, first[1].trajectory),
                 record.first_error,
             )
 

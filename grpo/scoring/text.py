@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from grpo.data.messages import text_of
-from grpo.types import Trajectory
+from grpo.types import Prompt, Trajectory
+
+SHORT = 100
+"""Characters of a completion that a line of an error shows."""
 
 
 def texts(completions: Iterable[Any]) -> list[str]:
@@ -29,6 +32,21 @@ def said(completion: Any) -> str:
 def said_in(trajectory: Trajectory) -> str:
     """What the model itself said: the text, or of a conversation what `said` makes of it."""
     return trajectory.text if trajectory.conversation is None else said(trajectory.conversation.messages)
+
+
+def last_said(prompt: Prompt, trajectory: Trajectory) -> str:
+    """How a completion is told from others in a line: the last thing that was said in it, or else its prompt."""
+    talk = trajectory.conversation
+    spoken = [trajectory.text] if talk is None else [text_of(message) for message in talk.messages]
+    if there := [text for text in spoken if text.strip()]:
+        return f"after {short(there[-1])!r}"
+    return f"with the prompt {short(as_text(prompt))!r}"
+
+
+def short(text: str) -> str:
+    """A text in one line, cut off where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= SHORT else f"{line[: SHORT - 1]}…"
 
 
 def as_text(value: Any) -> str:

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from grpo.config import EnvironmentConfig, ToolConfig
+from grpo.environments.describe import describe
+from grpo.environments.seats import Description
 from grpo.errors import UserError
 from grpo.runs.given import NOTHING, Given
-from grpo.runs.partners import invite
+from grpo.runs.partners import described, invite
 from grpo.types import Task
 
 ROOMS = '''
@@ -81,6 +83,31 @@ def test_an_environment_that_samples_by_itself_is_made_here_and_is_alone() -> No
     assert (type(partners.own).__name__, partners.hosts) == ("Own", {})
     with pytest.raises(UserError, match=r"environments\.b: its class makes.*the only environment of a run"):
         invite({"a": config("Text"), "b": config("Own")}, [], NOTHING, 1)
+
+
+def test_methods_that_look_like_tools_beside_text_are_told_of() -> None:
+    told = Description("Shop", "text", withheld=["price", "stock"])
+    assert described(told) == (
+        "environment Shop: it answers the model; price, stock are not offered to the model beside step(text): "
+        "step(message) offers tools, too"
+    )
+
+    class Shop:
+        def step(self, text):
+            """Answer."""
+
+        def price(self):
+            """The price."""
+
+        def helper(self): ...
+
+    class Other:
+        def step(self, message): ...
+
+        def price(self):
+            """The price."""
+
+    assert [describe(None, one, []).withheld for one in (Shop(), Other(), None)] == [["price"], [], ()]
 
 
 def test_rows_say_which_environment_and_have_the_columns_that_it_needs() -> None:

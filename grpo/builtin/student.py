@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
     from tokenizers import Tokenizer
+
+TELL_EVERY = 300
+"""Steps of the making between two lines that say how far it is."""
 
 Lesson = tuple[list[int], list[int]]
 """Token ids of a conversation, and for each 1 if the model says it, 0 if others do."""
@@ -140,7 +144,9 @@ def _train(model: nn.Module, settings: Student, tokenizer: Tokenizer) -> None:
     rate = optim.join_schedules([optim.linear_schedule(1e-6, peak, warmup), falling], [warmup])
     optimizer = optim.AdamW(learning_rate=rate, betas=[0.9, 0.95])
     loss_and_grad = nn.value_and_grad(model, _loss)
-    for lessons in _lessons(settings, tokenizer):
+    for step, lessons in enumerate(_lessons(settings, tokenizer)):
+        if step and step % TELL_EVERY == 0:
+            print(f"step {step} of {settings.steps}", file=sys.stderr)
         _, gradient = loss_and_grad(model, [_arrays(rows) for rows in lessons])
         gradient, _ = optim.clip_grad_norm(gradient, 1.0)
         optimizer.update(model, gradient)

@@ -15,6 +15,7 @@ from grpo.backend.ranks import Ranks
 from grpo.config import LogConfig, Recipe
 from grpo.data.prompts import last_text
 from grpo.planning.parity import check_parity
+from grpo.plugins import SESSION
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.loop import Log, Loop, Outcome
 from grpo.runs.prepare import Prepared, prepare
@@ -131,9 +132,19 @@ class Opening:
         scorer, ranks = self.run.trainer.scorer, self.ranks
         kinds = {kind: ranks.sum_counts(scorer.failures_of(kind)) for kind in FAILURES}
         failures = failure_lines(kinds, scorer.environments)
-        example = "--row 0" if self.cfg.conversations else shlex.quote(last_text(self.run.tasks[0].prompt))
-        print_outcome(self.console, outcome, self.folder, example, failures, go_on)
+        print_outcome(self.console, outcome, self.folder, self._example(), failures, go_on)
         ranks.wait()  # a launcher ends the others, the first one in the middle of its checkpoint, when one is gone
+
+    def _example(self) -> str | None:
+        """What `grpo generate` is given to try the run; None where it cannot converse as the run does, because the
+        environment, a tool or the rows are objects of this session."""
+        cfg = self.cfg
+        if not cfg.conversations:
+            return shlex.quote(last_text(self.run.tasks[0].prompt))
+        uses = [*(talk.use for talk in cfg.conversations.values()), *(tool.use for tool in cfg.tools)]
+        if "data" in self.given.data or any((use or "").startswith(f"{SESSION}:") for use in uses):
+            return None
+        return "--row 0"
 
 
 def _telling(logs: Sequence[Log]) -> Log:

@@ -68,7 +68,7 @@ def unrewarded(names: Collection[str], groups: Sequence[Group]) -> str:
     rollouts = [rollout.trajectory for group in groups for rollout in group.rollouts]
     talks = [one for one in rollouts if one.conversation is not None and one.conversation.environment in names]
     said = f"{' and '.join(names)} rewarded no conversation: no step gave a reward, and no get_reward a score"
-    raised = "if a limit ends them first, raise it"
+    raised = "raise the limit that ends them first, if one does"
     if talks:
         ((reason, count),) = Counter(one.finish_reason for one in talks).most_common(1)
         said += f"; {count:,} of {len(talks):,} conversations ended by {reason}"

@@ -57,11 +57,11 @@ def failure_lines(kinds: Mapping[FailureKind, Mapping[str, float]], environments
 
 
 def print_outcome(
-    console: Console, outcome: Outcome, folder: Path, example: str, failures: list[str], go_on: str
+    console: Console, outcome: Outcome, folder: Path, example: str | None, failures: list[str], go_on: str
 ) -> None:
     """The table of accuracies, what failed, that the model got worse if it did, where the adapter is, and how to try it
-    (unless nothing was trained): `example` is a prompt as a shell takes it, or an option that names a row of the data.
-    `go_on` is how to go on with a run that was stopped."""
+    (unless nothing was trained): `example` is a prompt as a shell takes it, or an option that names a row of the data;
+    None where nothing can be tried. `go_on` is how to go on with a run that was stopped."""
     state = outcome.state
     if state.before and state.after and state.after.step > state.before.step:
         console.print(before_and_after(state.before, state.after))
@@ -73,7 +73,8 @@ def print_outcome(
     ]
     if outcome.checkpoint and not outcome.untrained:
         lines.append(f"adapter  {outcome.checkpoint}")
-        lines.append(f"try it   grpo generate {shlex.quote(str(folder))} {example}")
+        if example is not None:
+            lines.append(f"try it   grpo generate {shlex.quote(str(folder))} {example}")
         if outcome.stopped_by is not None:
             lines.append(f"go on    {go_on}")
     for line in lines:

@@ -159,3 +159,17 @@ def test_a_rollout_of_one_s_own_gives_no_rewards(talking: Path, run_cli, overrid
     Path("own.py").write_text("from test_partners_from_python import Own\n")
     ran = run_cli("train", talking, "environment.use=own.py:Own", override)
     assert (ran.code, said in ran.err) == (2, True)
+
+
+def test_what_other_processes_can_try_is_told_at_the_end_and_nothing_else(talking: Path, capsys) -> None:
+    """`grpo generate` has no objects of this session; a class that it can import it has."""
+    cfg = grpo.recipe(talking, steps=1)
+    own = type("Mine", (Game,), {"__module__": "__main__"})
+    row = {"question": "1?"}
+    for given, said in (({"environment": Game}, True), ({"environment": own}, False), ({"data": [row] * 4}, False)):
+        with grpo.Trainer(cfg, **({"environment": Game} | given)) as trainer:
+            trainer.train(overwrite=True)
+        told = capsys.readouterr().out
+        assert "adapter  runs/toy" in told
+        assert ("try it   grpo generate runs/toy --row 0" in told) == said
+        assert ("try it" in told) == said

@@ -110,6 +110,7 @@ def called(failed: int, *results: str) -> Rollout:
     ("talks", "said"),
     [
         ([called(2, "{'error': 'division by zero'}", "{'error': \"no 'hat'\"}"), called(0, "7")], "2 of 3 calls"),
+        ([called(0, "{'error': 'itself'}"), called(2, *["{'error': 'division by zero'}"] * 2)], "2 of 3 calls"),
         ([called(1, "7", "{'error': 'division by zero'}")], None),  # half of them
         ([called(0, "{'error': 'what the tool itself says'}")], None),
         ([talk(outcome=1.0)], None),

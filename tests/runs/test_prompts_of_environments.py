@@ -49,8 +49,14 @@ def test_reset_is_tried_on_the_first_row_before_the_first_step(conversing: Path,
         prepare(load_recipe(conversing, []))
 
 
-def test_reset_begins_as_in_the_first_conversation_and_may_add_nothing_to_a_prompt(conversing: Path) -> None:  # noqa: F811
-    """It gets the first row and the seed of that row's first conversation."""
+def test_a_prompt_that_the_data_leaves_empty_is_the_data_s_own(conversing: Path) -> None:  # noqa: F811
+    Path("train.jsonl").write_text('{"prompt": ""}\n' * 2)
+    Path("room.py").write_text("class Room:\n    def reset(self, **row): ...\n    def step(self, text): ...\n")
+    conversing.write_text(conversing.read_text().replace(', prompt: "{question}"', ""))
+    prepare(load_recipe(conversing, ["environment={use: 'room.py:Room'}"])).opened.close()
+
+
+def test_reset_is_tried_once_and_may_add_nothing_to_a_prompt(conversing: Path) -> None:  # noqa: F811
     room = (
         "class Room:\n    def reset(self, **row): open('rows', 'a').write(f'{row}\\n')\n    def step(self, text): ...\n"
     )

@@ -235,6 +235,7 @@ def test_every_decoder_and_attention_serves_the_same_model(decoder, attention, s
     assert worst_gap(model, generator, slots) < 1e-4
 
 
+@pytest.mark.slow
 def test_prompts_are_not_repeated_for_their_rows() -> None:
     """Eight rows of a long prompt hold it once: the peak says so."""
     model = LLAMA_LIKE["llama"]

@@ -93,6 +93,7 @@ def without_a_sandbox(name: str) -> list[str]:
     return [unsafe[name]] if name in unsafe and missing() is not None else []
 
 
+@pytest.mark.slow
 def test_every_recipe_checks_out_as_it_is(whole_hub: Hub) -> None:
     said = run(whole_hub, {name: ["--dry-run", *without_a_sandbox(name)] for name in FROM_THE_HUB})
     for name in FROM_THE_HUB:

@@ -51,7 +51,13 @@ def at(moment: str, monkeypatch, n: int = 2):
     return change
 
 
-@pytest.mark.parametrize("kind", [("optim.num_iterations=2", "rollout.dynamic_sampling=2"), (FULL, MINIBATCHES)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ("optim.num_iterations=2", "rollout.dynamic_sampling=2"),
+        pytest.param((FULL, MINIBATCHES), marks=pytest.mark.slow),
+    ],
+)
 def test_an_error_at_any_moment_of_a_step_leaves_the_step_before(recipe, kind, monkeypatch, caplog) -> None:
     """Of whole weights those moments cost it that come once the weights begin to move, and that is said."""
     settings = (*RUN, *kind)

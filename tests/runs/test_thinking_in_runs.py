@@ -84,6 +84,7 @@ def test_with_all_that_changes_what_is_learned(dropping: Path) -> None:
     assert all(len(r.turn_advantages) == r.trajectory.turns for r in turned)
 
 
+@pytest.mark.slow
 def test_what_commands_make_of_it(dropping: Path, run_cli) -> None:
     held_out = "eval={split: train, prompts: 2, samples: 2}"
     ran = run_cli("train", dropping, *ARGUMENTS, "optim.steps=2", held_out, "output_dir=run")

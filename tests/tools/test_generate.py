@@ -73,6 +73,7 @@ def test_a_template_of_several_columns_is_filled_from_json(recipe, run_cli, aske
     assert asked[0] == asked[1]
 
 
+@pytest.mark.slow
 def test_an_adapter_in_pefts_format_is_taken_everywhere(recipe, run_cli, toy_folder) -> None:
     """With rsLoRA and dropout: exported, it answers and measures the same, and training goes on from it."""
     kind = ["adapter.rank=4", "adapter.scale=6.0", "adapter.use_rslora=true"]

@@ -80,6 +80,7 @@ def ended(rank: subprocess.Popen[str]) -> tuple[int, str]:
     return rank.returncode, said
 
 
+@pytest.mark.slow
 def test_a_cut_link_ends_both_hosts_in_bounded_time(hosts, tmp_path) -> None:
     ranks = started(hosts, tmp_path)
     ip("-n", hosts[0], "link", "set", "cable", "down")
@@ -98,6 +99,7 @@ def test_a_process_that_is_killed_ends_the_one_on_the_other_host(hosts, tmp_path
     assert "process 0 of 2: " in said
 
 
+@pytest.mark.slow
 def test_a_host_that_never_comes_is_not_waited_for_for_ever(hosts, tmp_path) -> None:
     code, said = ended(start(0, hosts[0], tmp_path))
     assert code == 1

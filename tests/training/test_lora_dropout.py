@@ -112,6 +112,7 @@ def test_memory_is_measured_with_dropout_on(policy, monkeypatch) -> None:
     assert all(key is not None for key in seen)
 
 
+@pytest.mark.slow
 def test_a_run_with_dropout_goes_on_to_the_bit(recipe) -> None:
     """With several updates a step and layers that are computed again; and another probability is another run."""
     text = recipe.read_text().replace("optim: {steps: 2, learning_rate: 1e-3", "optim: {steps: 4, learning_rate: 1e-2")

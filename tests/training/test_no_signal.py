@@ -174,6 +174,7 @@ def test_a_reward_that_fails_on_everything_teaches_nothing(recipe) -> None:
     assert "no signal, weights unchanged" in text.getvalue()
 
 
+@pytest.mark.slow
 def test_a_run_with_steps_without_a_signal_is_resumed_to_the_bit(recipe) -> None:
     """Steps 2 to 4 teach nothing; the run is stopped among them."""
     (recipe.parent / "digits.py").write_text(

@@ -162,8 +162,8 @@ def test_an_update_of_whole_weights_takes_at_most_eighteen_bytes_a_parameter(mic
     ("dtype", "optim", "bytes_each"),
     [
         (mx.float32, {}, 16),  # weights 4, gradient 4, moments 8
-        (mx.float32, {"num_iterations": 2, "num_minibatches": 2}, 16),
-        (mx.float32, {"optimizer": "lion"}, 12),
+        pytest.param(mx.float32, {"num_iterations": 2, "num_minibatches": 2}, 16, marks=pytest.mark.slow),
+        pytest.param(mx.float32, {"optimizer": "lion"}, 12, marks=pytest.mark.slow),
         # weights 2, their float32 copies 4, gradient 4, moments 8; a CPU multiplies bfloat16 slowly
         pytest.param(mx.bfloat16, {}, 18, marks=pytest.mark.slow),
     ],

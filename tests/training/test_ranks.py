@@ -117,6 +117,7 @@ from grpo.cli import main; main()
 """
 
 
+@pytest.mark.slow
 def test_one_that_is_asked_to_stop_stops_them_all_and_they_go_on_together(recipe) -> None:
     held_out = ["eval.source=train.jsonl", "eval.split=train", "eval.prompts=2", "eval.every=3"]
     settings = ["train", recipe, "optim.steps=4", "checkpoint.every=4", *held_out]
@@ -148,6 +149,7 @@ from grpo.cli import main; main()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does_each_its_share(recipe) -> None:
     held_out = ["eval.source=train.jsonl", "eval.split=train", "eval.prompts=3", "eval.samples=4"]
     settings = ["optim.steps=1", "rollout.max_completion_length=12", *held_out]
@@ -163,6 +165,7 @@ def test_two_processes_measure_what_one_does_each_its_share(recipe) -> None:
     assert one[0]["n"] == 3
 
 
+@pytest.mark.slow
 def test_eval_by_two_processes_is_that_of_one_and_said_once(recipe, run_cli) -> None:
     """Of a single prompt: the second process has none."""
     settings = ["--data", "train.jsonl", "--samples", "4", "--prompts", "1"]

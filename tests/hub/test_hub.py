@@ -54,6 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, qwen3_folder: Path, gsm8k_
     hub.stop()
 
 
+@pytest.mark.slow
 def test_what_was_fetched_once_is_not_fetched_again_nor_needs_the_hub(trained: Hub) -> None:
     trained.requests.clear()
     again = trained.grpo(*DRY)
@@ -79,6 +80,7 @@ def test_what_was_fetched_once_is_not_fetched_again_nor_needs_the_hub(trained: H
     assert "the Hub cannot be reached ([Errno" in last_line(unsent.stderr)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_the_commits_that_it_was_made_from(trained: Hub, tmp_path: Path, qwen3_folder: Path) -> None:
     home, names = trained.home.parent, ("Qwen/Qwen3-0.6B", "openai/gsm8k")
     revisions = json.loads((home / "run/checkpoints/step-000001/state.json").read_text())["revisions"]
@@ -193,6 +195,7 @@ def test_a_model_that_cannot_be_had_is_said_in_a_line(hub: Hub, qwen3_folder: Pa
     assert "model t/gated: taken from the cache: the token was refused" in cached.stderr
 
 
+@pytest.mark.slow
 def test_data_is_what_the_recipe_names_or_it_is_said_in_a_line(
     hub: Hub, toy_folder: Path, gsm8k_folder: Path, tmp_path: Path
 ) -> None:
@@ -228,6 +231,7 @@ def test_data_is_what_the_recipe_names_or_it_is_said_in_a_line(
     assert hub.asked("/datasets/t/other/.*socratic/test")
 
 
+@pytest.mark.slow
 def test_a_download_that_is_cut_off_goes_on_where_it_was(hub: Hub, toy_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "large").mkdir()
     noise = np.random.default_rng(0).bytes(12_000_000)

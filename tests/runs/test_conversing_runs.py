@@ -124,6 +124,7 @@ def test_an_environment_that_has_changed_does_not_go_on(conversing: Path, run_cl
     assert gone()
 
 
+@pytest.mark.slow
 def test_what_commands_make_of_a_run(conversing: Path, run_cli) -> None:  # noqa: F811
     ran = run_cli("train", conversing, "optim.steps=2", "eval={split: train, prompts: 2, samples: 2}", "output_dir=run")
     assert ran.code == 0, ran.err

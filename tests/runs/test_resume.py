@@ -76,8 +76,16 @@ def test_stopped_in_a_step_and_resumed_is_never_stopped(six, where: str, at: int
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model.dtype=bfloat16", "adapter.layers=[0,1]"],
-        ["adapter.type=dora", "adapter.sync_reference_every=2", "rollout.top_p=0.9", "rollout.repetition_penalty=1.1"],
+        pytest.param(["model.dtype=bfloat16", "adapter.layers=[0,1]"], marks=pytest.mark.slow),
+        pytest.param(
+            [
+                "adapter.type=dora",
+                "adapter.sync_reference_every=2",
+                "rollout.top_p=0.9",
+                "rollout.repetition_penalty=1.1",
+            ],
+            marks=pytest.mark.slow,
+        ),
         ["adapter.type=full", "adapter.sync_reference_every=3", "model.dtype=bfloat16", "optim.optimizer=muon"],
         ["model.quantize=4", "adapter.targets=[mlp.up_proj]", "optim.optimizer=adafactor"],
     ],

@@ -84,11 +84,11 @@ class Seats:
         if self._leaving:
             return True
         self._holding = self._holds()
-        free = self._free()
         if self._holding:
             return False
         if self.queue and self._unfit:
             return True
+        free = self._free()
         entering = [self.queue[i] for i in range(min(len(free), len(self.queue)))]
         return self._is_tail(free) or self._session.needs_prefill(entering)
 

@@ -39,11 +39,30 @@ OPTIONS: dict[str, Any] = {
     "completions": Annotated[int, typer.Option(min=1, help="Of each prompt.")],
     "prompt_length": Annotated[int, typer.Option(min=1, help="In tokens.")],
     "completion_length": Annotated[int, typer.Option(min=1, help="In tokens.")],
+    "lengths": Annotated[
+        str,
+        typer.Option(
+            help="How completions' lengths vary, up to --completion-length: fixed, exponential:MEAN, log-normal:MEAN."
+        ),
+    ],
+    "slots": Annotated[int | None, typer.Option(min=1, help="Rows decoded at once. Default: all of them.")],
+    "peer_slots": Annotated[
+        int | None, typer.Option(min=1, help="Rows that mlx-lm decodes at once. Default: as many as slots.")
+    ],
+    "peer_prompts_once": Annotated[
+        bool,
+        typer.Option(
+            "--peer-prompts-once",
+            help="Give mlx-lm the cache of each prompt, computed once and copied for its completions, which "
+            "`batch_generate` does not do by itself.",
+        ),
+    ],
     "runs": Annotated[int, typer.Option(min=1, help="Runs of each side, after one warm-up.")],
 }
 """A `Setting`'s fields, as a command takes them that gives them a default."""
 COMMON = {"shape": "qwen3-1m", "model": None, "runs": 5}
 LOAD = {"prompts": 8, "completions": 8, "prompt_length": 128, "completion_length": 128}
+VARIED = {"lengths": "fixed", "slots": None, "peer_slots": None, "peer_prompts_once": False}
 
 JsonOption = Annotated[
     Path | None, typer.Option("--json", callback=_writable, help="Write machine, versions and rows to this file.")
@@ -84,7 +103,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-@command(**LOAD, lora=True)
+@command(**LOAD, **VARIED, lora=True)
 def rollout(
     setting: "Setting",
     wheel_blas: Annotated[

@@ -21,7 +21,7 @@ def test_both_sides_sample_the_same_prompts_and_lengths() -> None:
     prompts = TINY.draw(256)
     assert [len(ids) for ids in prompts] == [3, 3]
     assert prompts == TINY.draw(256)
-    theirs = rollout._batch_generate(model_for(TINY), [ids for ids in prompts for _ in range(2)], TINY)
+    theirs = rollout._batch_generate(model_for(TINY), prompts, [4] * 4, TINY)
     assert [len(logprobs) for logprobs in theirs] == [4] * 4
     assert all(-30 < logprob < 0 for logprobs in theirs for logprob in logprobs)
 
@@ -52,7 +52,7 @@ def test_a_peer_that_samples_less_is_not_measured(monkeypatch) -> None:
 
     monkeypatch.setattr(BatchGenerator, "next_generated", lambda _: [])
     with pytest.raises(RunError, match="has not sampled what it was asked for"):
-        rollout._batch_generate(model_for(ALONE), [[5, 6]], ALONE)
+        rollout._batch_generate(model_for(ALONE), [[5, 6]], [4], ALONE)
 
 
 @pytest.mark.skipif(not blas.loaded(), reason="grpo has loaded no BLAS here")

@@ -127,27 +127,39 @@ def train(
     minutes: Annotated[float, typer.Option(help="With --update: warm up no further variant after this time.")] = 7.0,
     peer_python: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Python of an environment with mlx-lm-lora: measure it too."),
+        typer.Option(
+            exists=True, dir_okay=False, help="Python of an environment with another toolkit: measure it too."
+        ),
     ] = None,
+    peer: Annotated[
+        str, typer.Option(help="With --peer-python: which toolkit, mlx-lm-lora or unsloth.")
+    ] = "mlx-lm-lora",
+    peer_options: Annotated[
+        str, typer.Option(help="With --peer-python: options of its script in scripts/benchmarks, in one string.")
+    ] = "",
     blas: Annotated[
         bool, typer.Option("--blas", help="With --peer-python: give the peer the BLAS that grpo loads (MKL).")
     ] = False,
 ) -> Measurements:
-    """A whole GRPO step (rollout, reward, logprobs, update) beside mlx-lm-lora's, or the update in its variants.
+    """A whole GRPO step (rollout, reward, logprobs, update) beside another toolkit's, or the update in its variants.
 
     With --update the shared way's gradient is first held against the plain way's.
     """
+    from grpo.benchmark.peers import Toolkit
     from grpo.benchmark.train import compare_steps
     from grpo.benchmark.updates import compare_updates, variant_names
     from grpo.errors import UserError
 
     if update and (peer_python or blas):
         raise UserError("--peer-python and --blas are for whole steps: leave --update out")
-    if (variants and not update) or (blas and not peer_python):
-        raise UserError("--variants means nothing without --update, nor --blas without --peer-python")
+    if (variants and not update) or ((blas or peer_options) and not peer_python):
+        raise UserError(
+            "--variants means nothing without --update, nor --blas and --peer-options without --peer-python"
+        )
     if update:
         return compare_updates(setting, variant_names(variants), 60 * minutes)
-    return compare_steps(setting, peer_python, blas)
+    toolkit = Toolkit(peer, peer_python, blas, peer_options) if peer_python else None
+    return compare_steps(setting, toolkit)
 
 
 @command(prompts=4, completions=8, prompt_length=128, completion_length=128, runs=2)

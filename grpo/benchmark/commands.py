@@ -162,6 +162,27 @@ def train(
     return compare_steps(setting, toolkit)
 
 
+@command(**LOAD, lora=True)
+def speculate(
+    setting: "Setting",
+    accepted: Annotated[
+        str, typer.Option(help="Drafts that are accepted at every step, of random weights: a side for each number.")
+    ] = "1,2,3,4",
+    recipe: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Instead: the steps of this recipe, over epochs.")
+    ] = None,
+    pool: Annotated[int, typer.Option(min=1, help="With --recipe: its first prompts, which make an epoch.")] = 16,
+    ways: Annotated[str, typer.Option(help="With --recipe: values of rollout.speculate, held against off.")] = "auto",
+) -> Measurements:
+    """What speculation adds: by the drafts that are accepted, or over a recipe's epochs. Tokens are compared."""
+    from grpo.benchmark.epochs import epochs_of
+    from grpo.benchmark.speculation import counts, speculation_gains
+
+    if recipe is not None:
+        return epochs_of(recipe, pool, ways.split(","), setting.runs)
+    return speculation_gains(setting, counts(accepted))
+
+
 @command(prompts=4, completions=8, prompt_length=128, completion_length=128, runs=2)
 def overlap(
     setting: "Setting",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from grpo.errors import RunError
 from grpo.generation.engine import Engine
@@ -39,11 +39,21 @@ def submit(
 
 
 def sample(
-    generator: Generator, requests: Sequence[Request], lengths: Sequence[int], sampling: Sampling, logprobs: bool
+    generator: Generator,
+    requests: Sequence[Request],
+    lengths: Sequence[int],
+    sampling: Sampling,
+    logprobs: bool,
+    queued: Callable[[list[Row]], object] | None = None,
 ) -> list[Row]:
-    """Rows of these lengths, sampled. Raises RunError where one has another: its speed would mean nothing."""
+    """Rows of these lengths, sampled; `queued` is shown them before the first step.
+
+    Raises RunError where one has another length: its speed would mean nothing.
+    """
     engine = generator.open()
     rows = submit(engine, requests, lengths, sampling, logprobs)
+    if queued is not None:
+        queued(rows)
     while engine.busy:
         engine.step()
     if [len(row.token_ids) for row in rows] != list(lengths):

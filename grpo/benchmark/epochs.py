@@ -72,21 +72,20 @@ def epochs_of(recipe: Path, pool: int, speculate: Sequence[str], runs: int) -> I
     Raises UserError for a pool without a second epoch, and on a CPU RunError where tokens differ.
     """
     with ExitStack() as opened:
-        trainings = {name: _training(recipe, pool, name, opened) for name in ("off", *speculate)}
+        trainings = {name: _training(recipe, pool, name, runs + 1, opened) for name in ("off", *speculate)}
         rows = trainings["off"].trainer.cfg.rollout.prompts_per_step
         first = -(-pool // rows)  # steps of an epoch
         if pool < rows or runs < first:
-            raise UserError(
-                f"--pool {pool}, --runs {runs}: an epoch is {first} steps of {rows} prompts, and so many runs end before it"
-            )
+            epoch = f"an epoch is {first} steps of {rows} prompts"
+            raise UserError(f"--pool {pool}, --runs {runs}: {epoch}, and so many runs end before the second")
         sides = [Side(name, training.step) for name, training in trainings.items()]
         measured = alternate(f"steps of {recipe.stem}, {pool} prompts", sides, runs)
         yield from _parted(measured, first - 1)
         yield from _same(trainings, measured[0].case)
 
 
-def _training(recipe: Path, pool: int, speculate: str, opened: ExitStack) -> _Training:
-    cfg = load_recipe(recipe, [f"rollout.speculate={speculate}"])
+def _training(recipe: Path, pool: int, speculate: str, steps: int, opened: ExitStack) -> _Training:
+    cfg = load_recipe(recipe, [f"rollout.speculate={speculate}", f"optim.steps={steps}"])
     prepared = prepare(cfg, Given(source=lambda stream: Pool(stream, pool)))
     opened.enter_context(prepared.opened)
     return _Training(prepared.trainer)

@@ -30,7 +30,7 @@ def _writable(path: Path | None) -> Path | None:
 
 
 OPTIONS: dict[str, Any] = {
-    "shape": Annotated[str, typer.Option(help="Random weights: qwen3-tiny, -1m, -25m, -0.6b, -1.7b or -moe-2m.")],
+    "shape": Annotated[str, typer.Option(help="Random weights: qwen3-tiny, -1m, -25m, -0.6b, -1.7b, -4b or -moe-2m.")],
     "model": Annotated[str | None, typer.Option(help="A real model instead: a Hub repository, folder or built-in.")],
     "lora": Annotated[
         bool, typer.Option(help="Sample with a LoRA of rank 16 on every linear layer; what trains has one.")

@@ -109,11 +109,17 @@ def rollout(
     wheel_blas: Annotated[
         bool, typer.Option("--wheel-blas", help="Leave mlx-lm the BLAS of MLX's wheel: it runs in its own process.")
     ] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Leave mlx-lm out.")] = False,
 ) -> Measurements:
     """The generator against mlx-lm's `BatchGenerator`, or its `stream_generate` for one row: tok/s and peak memory."""
     from grpo.benchmark.peer import against_wheel
-    from grpo.benchmark.rollout import against_mlx_lm
+    from grpo.benchmark.rollout import against_mlx_lm, by_itself
+    from grpo.errors import UserError
 
+    if alone and (wheel_blas or setting.peer_slots or setting.peer_prompts_once):
+        raise UserError("--alone: options of mlx-lm's side mean nothing without it")
+    if alone:
+        return by_itself(setting)
     return (against_wheel if wheel_blas else against_mlx_lm)(setting)
 
 

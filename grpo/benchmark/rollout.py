@@ -29,6 +29,11 @@ def against_mlx_lm(setting: Setting) -> list[Measurement]:
     return alternate(str(setting), [mlx_lm(model, setting), ours(model, setting)], setting.runs)
 
 
+def by_itself(setting: Setting) -> list[Measurement]:
+    """This generator without another beside it."""
+    return alternate(str(setting), [ours(model_for(setting), setting)], setting.runs)
+
+
 def mlx_lm(model: nn.Module, setting: Setting) -> Side:
     """mlx-lm's own way for so many rows."""
     return (mlx_lm_stream if setting.rows == 1 else mlx_lm_batched)(model, setting)

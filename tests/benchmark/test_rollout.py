@@ -37,6 +37,10 @@ def test_the_generator_is_held_against_mlx_lm_s(setting: Setting) -> None:
     assert {len(row.runs) for row in rows} == {setting.runs}
 
 
+def test_mlx_lm_can_be_left_out() -> None:
+    assert [(row.side, row.unit) for row in rollout.by_itself(TINY)] == [("grpo", "tok/s"), ("grpo", "GB")]
+
+
 def test_one_row_is_mlx_lm_s_own_loop_in_its_own_process_too(monkeypatch) -> None:
     def no_batches(*_: object) -> None:
         raise AssertionError("a batch of one row is not what mlx-lm would do")
@@ -77,6 +81,8 @@ def test_without_a_blas_of_our_own_there_is_nothing_to_tell_apart(monkeypatch) -
         (["--json", "/nowhere/at/all.json"], "cannot be written"),
         (["--check", OURS, "--runs", 1], "--runs 5"),
         (["--check", "nope.toml"], "nope.toml: cannot be read"),
+        (["--alone", "--wheel-blas"], "--alone: options of mlx-lm's side mean nothing without it"),
+        (["--alone", "--peer-slots", 3], "--alone: options of mlx-lm's side mean nothing without it"),
         (["--check", OURS, "--shape", "qwen3-tiny"], "nothing of `bench rollout` is bounded here"),
     ],
 )

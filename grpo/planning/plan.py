@@ -100,8 +100,10 @@ def make_plan(load: Workload, policy: Policy, decoding: Decoding) -> tuple[Plan,
     Raises TooLargeError for what cannot fit.
     """
     machine = Machine(memory_bytes(), on_gpu(), cuda.available())
-    shares = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
-    load = replace(load, optim=with_settings(load.optim, shares))
+    can = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
+    if machine.gpu and load.optim.pack_completions:
+        can["pack_completions"] = policy.packs
+    load = replace(load, optim=with_settings(load.optim, can))
     states = len(policy.adapters.names) - 1
     footprint = partial(measure_footprint, policy)
 
@@ -265,17 +267,18 @@ def _chosen(
     footprint_of = cache(footprint)  # seconds to measure: of the ways that are come to
     best: _Chosen | None = None
     for checkpointing, size in order:
-        largest = load.largest(size, machine.gpu)
-        needed = footprint_of(checkpointing).bytes(largest)
+        largest = load.largest(size, machine.gpu, machine.cuda)
+        needed = max(footprint_of(checkpointing).bytes(shape) for shape in largest)
         if body is not None and needed <= comfortable:
-            needed = footprint_of(checkpointing).bytes(largest, body(checkpointing, largest))
+            tried = ((shape, body(checkpointing, shape)) for shape in largest)
+            needed = max(footprint_of(checkpointing).bytes(shape, found) for shape, found in tried)
         optim = with_settings(load.optim, {"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
         best = _Chosen(optim, size, checkpointing, needed)
         enough = (
             asked != "auto"
             or checkpointing
             or size >= few
-            or largest.tokens == load.largest(2 * size, machine.gpu).tokens
+            or largest[0].tokens == load.largest(2 * size, machine.gpu, machine.cuda)[0].tokens
         )
         if needed <= comfortable and enough:
             return best

@@ -8,6 +8,7 @@ from grpo.config import AdapterConfig, EvalConfig, OptimConfig, RolloutConfig
 from grpo.generation.memory import Need
 from grpo.recipes import with_settings
 from grpo.rollout import sampling_of
+from grpo.training.binning import most_lines
 from grpo.training.packing import Packing, Shape
 
 
@@ -49,10 +50,21 @@ class Workload:
         reshaped = sampling_of(self.rollout).reshaped
         return Need(sampled, prompts, self.longest, self.own + self.rollout.max_completion_length, reshaped, self.waits)
 
-    def largest(self, tokens: int, gpu: bool) -> Shape:
-        """The largest micro-batch of at most `tokens`: the longest prompts, each with all its longest completions."""
+    def largest(self, tokens: int, gpu: bool, cuda: bool = False) -> list[Shape]:
+        """The largest micro-batches of at most `tokens`: the longest prompts, each with all its longest completions,
+        and the widest lines where completions may go behind one another. `gpu`, `cuda`: what the machine has."""
         optim = with_settings(self.optim, {"micro_batch_tokens": tokens})
-        packing, length = Packing.of(optim, self.rollout, gpu=gpu), self.own + self.rollout.max_completion_length
+        packing = Packing.of(optim, self.rollout, gpu=gpu, on_cuda=cuda)
+        length = self.own + self.rollout.max_completion_length
+        return [self._in_rows(packing, length), *self._in_lines(packing, length)]
+
+    def _in_lines(self, packing: Packing, length: int) -> list[Shape]:
+        if not packing.packs:
+            return []
+        width = max(packing.widths(self.prompt_length - 1 + length))
+        return [packing.in_lines(most_lines(packing.tokens, width), width, packing.rows)]
+
+    def _in_rows(self, packing: Packing, length: int) -> Shape:
         fitting = packing.shape(1, 1, self.prompt_length, length)
         for rows in range(2, packing.rows + 1):
             shape = packing.shape(-(-rows // packing.group), rows, self.prompt_length, length)

@@ -19,7 +19,7 @@ from grpo.model.adapters import REFERENCE
 from grpo.model.policy import Policy
 from grpo.objective import weights_of_chosen
 from grpo.objective.masks import top_entropy_mask
-from grpo.training.batches import MiniBatch, forced
+from grpo.training.batches import MiniBatch, forced, forced_with_entropies
 from grpo.types import Batch
 
 
@@ -32,7 +32,7 @@ class PassSettings:
     ranks: Ranks = field(default_factory=Ranks)
 
 
-_OF_TOKENS = frozenset(Batch.__slots__) - {"prompt_ids", "prompt_lengths", "prompt_index", "beta"}
+_OF_TOKENS = frozenset(Batch.__slots__) - {"prompt_ids", "prompt_lengths", "prompt_index", "beta", "lines", "starts"}
 Condition = Callable[[PassSettings], bool]
 Enrich = Callable[[Policy, Sequence[MiniBatch], PassSettings], list[MiniBatch]]
 Pass = Callable[[Policy, Sequence[MiniBatch]], list[MiniBatch]]
@@ -77,7 +77,7 @@ def with_top_entropy(policy: Policy, minibatches: Sequence[MiniBatch], settings:
     everything = [batch for batches in minibatches for batch in batches]
     if not everything:
         return list(minibatches)
-    entropies = mx.concatenate([forced(policy, batch)[1].reshape(-1) for batch in everything])
+    entropies = mx.concatenate([forced_with_entropies(policy, batch)[1].reshape(-1) for batch in everything])
     trained = mx.concatenate([batch.trained.reshape(-1) for batch in everything])
     ends = list(accumulate(batch.trained.size for batch in everything))
     parts = mx.split(top_entropy_mask(entropies, trained, settings.loss.top_entropy_quantile), ends[:-1])
@@ -97,7 +97,7 @@ def with_reference(policy: Policy, minibatches: Sequence[MiniBatch], settings: P
     if not any(batch.beta is not None for batches in minibatches for batch in batches):
         return list(minibatches)
     with policy.use(REFERENCE):
-        return [[replace(batch, reference=forced(policy, batch)[0]) for batch in batches] for batches in minibatches]
+        return [[replace(batch, reference=forced(policy, batch)) for batch in batches] for batches in minibatches]
 
 
 def with_anchor(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
@@ -109,12 +109,12 @@ def with_anchor(policy: Policy, minibatches: Sequence[MiniBatch], settings: Pass
     """
     if settings.dropout:
         return [[_without_dropout(policy, batch) for batch in batches] for batches in minibatches]
-    others = [[replace(b, anchor=forced(policy, b)[0]) for b in batches] for batches in minibatches[1:]]
+    others = [[replace(b, anchor=forced(policy, b)) for b in batches] for batches in minibatches[1:]]
     return [*minibatches[:1], *others]
 
 
 def _without_dropout(policy: Policy, batch: Batch) -> Batch:
-    logprobs, entropies = forced(policy, batch)
+    logprobs, entropies = forced_with_entropies(policy, batch)
     return replace(batch, anchor=logprobs, entropies=entropies)
 
 

@@ -12,7 +12,7 @@ its own last token is left out, because it predicts nothing. So each place predi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -164,13 +164,13 @@ class _ByToken:
     """Put before a rotary embedding's own class: it takes each token for a row of its own, which has an offset."""
 
     def __call__(self: Any, x: mx.array, offset: Any = 0, *args: Any, **kwargs: Any) -> mx.array:
-        turn = super().__call__  # type: ignore[misc]  # the embedding's own
+        turn: Callable[..., mx.array] = super().__call__  # type: ignore[misc]  # the embedding's own
         if not isinstance(offset, mx.array) or offset.ndim < 2:
             return turn(x, offset, *args, **kwargs)
         batch, heads, length, width = x.shape
         apart = x.swapaxes(1, 2).reshape(batch * length, heads, 1, width)
-        turned = turn(apart, offset.reshape(-1), *args, **kwargs).reshape(batch, length, heads, width)
-        return mx.swapaxes(turned, 1, 2)
+        turned = turn(apart, offset.reshape(-1), *args, **kwargs)
+        return turned.reshape(batch, length, heads, width).swapaxes(1, 2)
 
 
 def line_hidden(model: nn.Module, body: Body, depth: int, lines: Lines, dtype: mx.Dtype) -> mx.array:

@@ -27,7 +27,8 @@ from grpo.training.packing import Shape
 
 AUTO_TOKENS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)
 FEW_TOKENS = 2_048
-"""Below so many tokens at once a GPU is not kept busy; a CPU is with a quarter of them, and with 4,096 at most."""
+"""Below so many tokens at once a GPU is not kept busy, or with half of them where completions go behind one another and
+fill them; a CPU is with a quarter of them, and with 4,096 at most."""
 FREE = 0.9
 """Of the memory, what may be planned with."""
 MOST_ACTIVATIONS, MOST_ON_CUDA = 3 * 2**30, 12 * 2**30
@@ -259,7 +260,7 @@ def _chosen(
     busy, or not even the longest row. CUDA waits for launches, so there the largest micro-batch comes first.
     """
     comfortable = min(machine.memory // 8, MOST_ON_CUDA if machine.cuda else MOST_ACTIVATIONS)
-    few = FEW_TOKENS if machine.gpu else FEW_TOKENS // 4
+    few = FEW_TOKENS // ((1 + load.packs) if machine.gpu else 4)
     asked, tokens = load.optim.gradient_checkpointing, load.optim.micro_batch_tokens
     ways = (False, True) if asked == "auto" else (bool(asked),)
     sizes = AUTO_TOKENS[0 if machine.gpu else 2 :] if tokens == "auto" else (tokens,)

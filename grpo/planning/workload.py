@@ -41,6 +41,11 @@ class Workload:
         """Tokens of a step at most: each completion with a prompt of its own."""
         return self.rows * (self.prompt_length + self.rollout.max_completion_length)
 
+    @property
+    def packs(self) -> bool:
+        """Whether completions may go through the model behind one another, if it is on a GPU."""
+        return self.optim.pack_completions and self.optim.share_prompts
+
     def need(self) -> Need:
         """What is sampled at once: the larger of a step's completions and an evaluation's."""
         prompts, sampled = self.rollout.prompts_per_step, self.rows
@@ -61,8 +66,10 @@ class Workload:
     def _in_lines(self, packing: Packing, length: int) -> list[Shape]:
         if not packing.packs:
             return []
-        width = max(packing.widths(self.prompt_length - 1 + length))
-        return [packing.in_lines(most_lines(packing.tokens, width), width, packing.rows)]
+        width, before = max(packing.widths(self.prompt_length - 1 + length)), self.prompt_length - 1
+        together = max(1, (width - before) // length)
+        needed = 1 << (-(-packing.rows // together) - 1).bit_length()
+        return [packing.in_lines(min(needed, most_lines(packing.tokens, width)), width, packing.rows)]
 
     def _in_rows(self, packing: Packing, length: int) -> Shape:
         fitting = packing.shape(1, 1, self.prompt_length, length)

@@ -123,9 +123,9 @@ def test_only_what_is_come_to_is_measured(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("cuda", "tried", "chosen"),
     [
-        (False, None, (False, 2048)),  # without checkpoints as long as the machine is kept busy
+        (False, None, (False, 1024)),  # without checkpoints as long as the machine is kept busy
         (True, None, (True, 16_384)),  # the largest there is, if only with checkpoints
-        (True, 13 * 2**30, (False, 8192)),  # which took more than reckoned, so the next largest, without
+        (True, 13 * 2**30, (False, 4096)),  # which took more than reckoned, so the next largest, without
     ],
 )
 def test_the_order_of_micro_batches_that_are_tried(cuda: bool, tried: int | None, chosen: tuple[bool, int]) -> None:

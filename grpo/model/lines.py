@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -136,6 +136,10 @@ class LineKeys:
             sees = sees & (positions[..., :, None] - positions[..., None, :] < window)
         return sees
 
+    def inside(self, layer: nn.Module) -> AbstractContextManager[None]:
+        """What a layer must be computed in, for gradient checkpointing."""
+        return by_token(layer)
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return keys, values
 
@@ -157,6 +161,8 @@ def by_token(model: nn.Module) -> Iterator[None]:
 
 def _turns(module: nn.Module) -> bool:
     """Whether it is a rotary embedding, of whatever architecture: it is called with an `offset`, and has no parts."""
+    if isinstance(module, _ByToken):
+        return False  # in a block inside a block
     return not module.children() and "offset" in inspect.signature(type(module).__call__).parameters
 
 

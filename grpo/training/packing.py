@@ -143,7 +143,7 @@ class Packing:
     def in_lines(self, lines: int, width: int, rows: int) -> Shape:
         """The shape of a micro-batch of so many lines with so many rows."""
         fitting = lines * max(1, width // SHORTEST)
-        usual = 1 << max(0, self.rows - 1).bit_length()
+        usual = 1 << max(0, self.rows * self.parts - 1).bit_length()
         columns = min(fitting, usual) if rows <= usual else fitting
         return Shape(columns, width, columns, width, lines, width)
 

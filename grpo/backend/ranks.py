@@ -9,10 +9,12 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -62,6 +64,12 @@ class Ranks:
     def own(self) -> tuple[int, ...]:
         """What sets this process's random draws apart from the others'; nothing if there are none."""
         return () if self.size == 1 else (self.rank,)
+
+    @cached_property
+    def neighbours(self) -> int:
+        """How many of the processes share this machine, itself included. All of them must ask, the first time."""
+        name = socket.gethostname()
+        return self.gather(name).count(name)
 
     def share(self, items: Sequence[Item]) -> list[Item]:
         """This process's part of what all of them hold."""

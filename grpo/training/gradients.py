@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from grpo.backend.device import compiled
+from grpo.backend.lanes import Lanes, lanes_for
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig
 from grpo.model.dropout import dropping
@@ -22,6 +23,10 @@ from grpo.training.batches import batch_logprobs
 from grpo.training.custom import guarded
 from grpo.training.optimizer import grouped
 from grpo.types import Batch, Progress
+
+MOST_GRADIENT = 2**26
+"""Bytes of a gradient that there may be one of for each lane. A larger one is of a model whose products keep the cores
+busy, and would take more memory than lanes save time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class Gradients:
         self.policy, self.loss, self.custom = policy, loss, custom
         self.ranks = ranks or Ranks()
         self.progress: Progress | None = None
+        self.lanes = Lanes()
         self._loss_and_grad = nn.value_and_grad(policy.model, self._loss)
         self._accumulate = compiled(self._accumulated, policy.model.state) if compiles else self._accumulated
 
@@ -60,24 +66,18 @@ class Gradients:
 
         With a key (uint32 `[2]`) the adapter's dropout is on, and each batch has masks of its own.
         """
-        tree: Any = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
+        total: list[Any] = [tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())]
         parts: list[dict[str, float]] = []
         loss, seen = 0.0, []
         self._tell(0, len(batches))  # the first one may take long: a GPU builds its kernels
-        for number, batch in enumerate(batches):
-            # An input, or the compiled function would draw the same masks for ever.
-            key = None if dropout_key is None else mx.random.split(dropout_key, len(batches))[number]
-            with self.policy.training():
-                tree, value, metrics, logprobs = self._accumulate(tree, batch.arrays(), key)
-            mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time
+        for batch, (value, metrics, logprobs) in zip(batches, self._added(total, batches, dropout_key), strict=True):
             loss += cast(float, value.item())
             parts.append({name: cast(float, metric.item()) for name, metric in metrics.items()})
             seen.append(batch if batch.anchor is not None else replace(batch, anchor=logprobs))
             self._tell(len(seen), len(batches))
         everyone = self.ranks.gather((loss, parts))
         every_part = [part for _, theirs in everyone for part in theirs]
-        arrays: dict[str, mx.array] = tree_flatten(tree, destination={})
-        del tree
+        arrays: dict[str, mx.array] = tree_flatten(total.pop(), destination={})
         for paths in grouped(arrays):  # a sum over processes is another array: for a few at a time
             arrays |= zip(paths, self.ranks.sum([arrays.pop(path) for path in paths]), strict=True)
         return Gradient(arrays, sum(one for one, _ in everyone), combine_metrics(every_part), seen)
@@ -85,6 +85,34 @@ class Gradients:
     def _tell(self, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress("update", done, total)
+
+    def _added(
+        self, total: list[Any], batches: Sequence[Batch], dropout_key: mx.array | None
+    ) -> Iterator[tuple[mx.array, Metrics, mx.array]]:
+        """Add each batch's gradient to the only tree in `total`, in order, and yield its loss, metrics and logprobs."""
+        # Keys are inputs, or the compiled function would draw the same masks for ever.
+        keys = [None] * len(batches) if dropout_key is None else mx.random.split(dropout_key, len(batches))
+        inputs = [(batch.arrays(), key) for batch, key in zip(batches, keys, strict=True)]
+        number = lanes_for(len(batches), self.ranks) if _bytes(total[0]) <= MOST_GRADIENT else 1
+        if number == 1:
+            for arrays, key in inputs:
+                with self.policy.training():
+                    tree, *measured = self._accumulate(total.pop(), arrays, key)
+                total.append(tree)
+                del tree
+                mx.eval(total, measured)  # one micro-batch's activations at a time
+                yield measured[0], measured[1], measured[2]
+            return
+        made = self.lanes.each(self._of_one, inputs, number, self.policy.model.state)
+        for (loss, (metrics, logprobs)), gradient in made:
+            total.append(tree_map(mx.add, total.pop(), gradient))  # in the same order, whichever lane was faster
+            mx.eval(total)
+            yield loss, metrics, logprobs
+
+    def _of_one(self, given: tuple[dict[str, mx.array], mx.array | None]) -> Any:
+        arrays, dropout_key = given
+        with self.policy.training():
+            return self._loss_and_grad(Batch.of(arrays), dropout_key)
 
     def _accumulated(
         self, tree: Any, arrays: dict[str, mx.array], dropout_key: mx.array | None
@@ -99,3 +127,7 @@ class Gradients:
         custom = guarded(self.custom) if self.custom else None
         loss, metrics = policy_loss(logprobs, batch, self.loss, entropies, custom)
         return loss, (metrics, mx.stop_gradient(logprobs))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(tree))

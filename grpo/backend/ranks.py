@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,13 +30,20 @@ PATIENCE = 1800.0
 
 
 class Ranks:
-    """This process among `size`. Alone (rank 0 of 1), which is the default, every exchange is a no-op."""
+    """This process among `size`. Alone (rank 0 of 1), which is the default, every exchange is a no-op.
+
+    `neighbours` of the processes are on this machine, itself included.
+    """
+
+    neighbours = 1
 
     def __init__(self, group: mx.distributed.Group | None = None) -> None:
         self._group = group
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
         self.patience = _patience()
+        name = socket.gethostname()
+        self.neighbours = self.gather(name).count(name)
 
     @classmethod
     def launched(cls) -> Ranks:
@@ -64,12 +70,6 @@ class Ranks:
     def own(self) -> tuple[int, ...]:
         """What sets this process's random draws apart from the others'; nothing if there are none."""
         return () if self.size == 1 else (self.rank,)
-
-    @cached_property
-    def neighbours(self) -> int:
-        """How many of the processes share this machine, itself included. All of them must ask, the first time."""
-        name = socket.gethostname()
-        return self.gather(name).count(name)
 
     def share(self, items: Sequence[Item]) -> list[Item]:
         """This process's part of what all of them hold."""

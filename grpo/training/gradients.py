@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from grpo.backend.device import compiled
-from grpo.backend.lanes import Lanes, lanes_for
+from grpo.backend.lanes import side_by_side
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig
 from grpo.model.dropout import dropping
@@ -21,12 +21,9 @@ from grpo.objective.loss import CustomLoss
 from grpo.objective.measures import Metrics
 from grpo.training.batches import batch_logprobs
 from grpo.training.custom import guarded
+from grpo.training.lanes import tokens_of, update_lanes
 from grpo.training.optimizer import grouped
 from grpo.types import Batch, Progress
-
-MOST_GRADIENT = 2**26
-"""Bytes of a gradient that there may be one of for each lane. A larger one is of a model whose products keep the cores
-busy, and would take more memory than lanes save time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +54,6 @@ class Gradients:
         self.policy, self.loss, self.custom = policy, loss, custom
         self.ranks = ranks or Ranks()
         self.progress: Progress | None = None
-        self.lanes = Lanes()
         self._loss_and_grad = nn.value_and_grad(policy.model, self._loss)
         self._accumulate = compiled(self._accumulated, policy.model.state) if compiles else self._accumulated
 
@@ -93,17 +89,18 @@ class Gradients:
         # Keys are inputs, or the compiled function would draw the same masks for ever.
         keys = [None] * len(batches) if dropout_key is None else mx.random.split(dropout_key, len(batches))
         inputs = [(batch.arrays(), key) for batch, key in zip(batches, keys, strict=True)]
-        number = lanes_for(len(batches), self.ranks) if _bytes(total[0]) <= MOST_GRADIENT else 1
+        tokens = max((tokens_of(arrays) for arrays, _ in inputs), default=0)
+        number = update_lanes(self.policy.model, tokens, len(batches), self.ranks)
         if number == 1:
             for arrays, key in inputs:
                 with self.policy.training():
-                    tree, *measured = self._accumulate(total.pop(), arrays, key)
+                    tree, loss, metrics, logprobs = self._accumulate(total.pop(), arrays, key)
                 total.append(tree)
                 del tree
-                mx.eval(total, measured)  # one micro-batch's activations at a time
-                yield measured[0], measured[1], measured[2]
+                mx.eval(total, loss, metrics, logprobs)  # one micro-batch's activations at a time
+                yield loss, metrics, logprobs
             return
-        made = self.lanes.each(self._of_one, inputs, number, self.policy.model.state)
+        made = side_by_side(self._of_one, inputs, number, self.policy.model.state)
         for (loss, (metrics, logprobs)), gradient in made:
             total.append(tree_map(mx.add, total.pop(), gradient))  # in the same order, whichever lane was faster
             mx.eval(total)
@@ -127,7 +124,3 @@ class Gradients:
         custom = guarded(self.custom) if self.custom else None
         loss, metrics = policy_loss(logprobs, batch, self.loss, entropies, custom)
         return loss, (metrics, mx.stop_gradient(logprobs))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(tree))

@@ -111,7 +111,7 @@ def test_a_pass_may_leave_out_batches_and_change_columns(monkeypatch) -> None:
 
 def test_the_reference_and_the_anchor_take_no_entropies(make_policy, monkeypatch) -> None:
     """Nobody reads them. With dropout the anchor's are read."""
-    policy, cfg = make_policy().policy, sections(loss={"beta": 0.1}, optim={"num_minibatches": 3})
+    policy, cfg = make_policy().policy, sections(loss={"beta": 0.1}, optim={"num_minibatches": 2})
     minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
     computed: list[bool] = []
     monkeypatch.setattr(

@@ -95,6 +95,9 @@ class Always:
 
     def __init__(self, width: int) -> None:
         self.drafts, self.tally, self._width = Drafts(), Tally(), width
+        self.description = (
+            f"every step feeds a row {width - 1} draft{'s' if width > 2 else ''} (rollout.speculate: {width - 1})"
+        )
 
     def width(self, rows: Sequence[Row | None]) -> int:  # noqa: ARG002  the same for all
         return self._width
@@ -121,6 +124,7 @@ class Automatic(Always):
 
     def __init__(self) -> None:
         super().__init__(1)
+        self.description = "drafts where they pay, by the times of steps on this machine (rollout.speculate: auto)"
         self._plans: dict[Case, Plan] = {}
         self._times: dict[tuple[Case, int], Times] = {}
         self._last: dict[Case, tuple[int, int]] = {}  # slots and width of the step before

@@ -68,7 +68,15 @@ class Generator:
     def describe(self) -> list[str]:
         """How the model is decoded, and why not by the ways that would be faster, for a person."""
         slower = [f"decoding does not go by {reason}" for reason in self.decoding.refused]
-        return [f"decoding: {self.decoding.description}", *slower]
+        return [f"decoding: {self.decoding.description}", *slower, *self._on_speculation()]
+
+    def drafted(self) -> dict[str, float]:
+        """What speculation has counted since this was last asked: the sums of a `Tally`. Nothing without it."""
+        if self.speculation is None or self.decoding.narrow:
+            return {}
+        counts = self.speculation.tally.counts()
+        self.speculation.tally.clear()
+        return counts
 
     def generate(
         self,
@@ -123,6 +131,13 @@ class Generator:
                 yield Event(token.token_id, text[shown:until], token.finish_reason)
                 shown = max(shown, until)
 
+    def _on_speculation(self) -> list[str]:
+        if self.speculation is None:
+            return []
+        if self.decoding.narrow:
+            return [f"speculation: off, because {self.decoding.narrow}"]
+        return [f"speculation: {self.speculation.description}"]
+
     def open(self) -> Engine:
         """Open an engine, whose rows can be submitted, parked and extended at any step."""
         return Engine(
@@ -132,7 +147,7 @@ class Generator:
             self._stream,
             self._largest,
             self.kept_bytes,
-            self.speculation,
+            None if self.decoding.narrow else self.speculation,
         )
 
     def _find_decoding(self) -> None:

@@ -72,7 +72,9 @@ def _behind(texts: list[list[int]], context: list[int]) -> set[int]:
     """What came behind the longest end of `context` that anything came behind, in any of the texts."""
     for start in range(len(context)):
         end = context[start:]
-        found = {text[i + len(end)] for text in texts for i in range(len(text) - len(end)) if text[i:][: len(end)] == end}
+        found = {
+            text[i + len(end)] for text in texts for i in range(len(text) - len(end)) if text[i:][: len(end)] == end
+        }
         if found:
             return found
     return set()

@@ -116,7 +116,7 @@ class Decoding(Protocol):
 class SharedPrefix:
     """Decoding in which a group's rows share the keys and values of their prompt."""
 
-    narrow = None
+    narrow: str | None = None
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.generation.choice import find_decoding
+from grpo.generation.controller import Always
 from grpo.generation.decoding import Decoding
 from grpo.generation.engine import Engine
 from grpo.generation.progress import TokenProgress
@@ -72,7 +73,7 @@ class Generator:
 
     def drafted(self) -> dict[str, float]:
         """What speculation has counted since this was last asked: the sums of a `Tally`. Nothing without it."""
-        if self.speculation is None or self.decoding.narrow:
+        if not isinstance(self.speculation, Always) or self.decoding.narrow:
             return {}
         counts = self.speculation.tally.counts()
         self.speculation.tally.clear()
@@ -132,7 +133,7 @@ class Generator:
                 shown = max(shown, until)
 
     def _on_speculation(self) -> list[str]:
-        if self.speculation is None:
+        if not isinstance(self.speculation, Always):
             return []
         if self.decoding.narrow:
             return [f"speculation: off, because {self.decoding.narrow}"]

@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from grpo.generation.rows import Row
-from grpo.generation.tally import Tally
 
 
 class Speculation(Protocol):
     """What decides how many tokens a step feeds, and drafts them. S slots."""
-
-    tally: Tally
-    description: str
 
     def width(self, rows: Sequence[Row | None]) -> int:
         """How many tokens to feed each row at the next step: 1 for a plain step. Asked at every step."""

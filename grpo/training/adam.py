@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 
 
 class _Prepared:
-    """Put before one of MLX's classes: the same numbers, by way of `factors`."""
+    """Put before one of MLX's classes: the same numbers, by way of `factors` where they are in its state."""
 
     def factors(self: Any, shared: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """What `apply_single` will look for in the optimizer's state: scalars, from the state before the step.
@@ -31,7 +31,9 @@ class _Prepared:
 
     def apply_single(self: Any, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         """What a float32 parameter becomes. Writes the new moments into `state`."""
-        (first, second), factors = self.betas, self.state
+        if "rate" not in (factors := self.state):
+            return super().apply_single(gradient, parameter, state)  # type: ignore[misc,no-any-return]
+        first, second = self.betas
         state["m"] = first * state["m"] + (1 - first) * gradient
         state["v"] = second * state["v"] + (1 - second) * mx.square(gradient)
         if getattr(self, "weight_decay", 0.0):

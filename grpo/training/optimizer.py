@@ -127,7 +127,6 @@ class Float32Optimizer:
         factors = self._optimizer.factors(shared) if hasattr(self._optimizer, "factors") else {}
         for paths in grouped(gradients):
             mx.eval(self._move(model, paths, gradients, scale, shared | factors))
-        self._shared = {name: self._shared[name] for name in shared}
 
     def _move(
         self, model: nn.Module, paths: Sequence[str], gradients: ByPath, scale: mx.array | float, shared: ByPath
@@ -143,7 +142,7 @@ class Float32Optimizer:
             self._precise.update(zip(paths, moved, strict=True))
         own = state.pop(OWN)
         self._own.update(zip(paths, own, strict=True))
-        self._shared = state
+        self._shared = {name: state[name] for name in self._shared}  # without the factors
         return [moved, rounded, own, state]
 
     def _stepped(self, gradients: Any, scale: Any, precise: Any, parameters: Any, state: Any) -> tuple[Any, Any, Any]:

@@ -18,11 +18,12 @@ from grpo.backend.maths import silu
 from grpo.generation.attention import Attention
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import Layer
+from grpo.generation.products import fewest_rows
 from grpo.generation.slots import View, Where
 
 
 class Decoder(Protocol):
-    """S slots, V tokens in the vocabulary."""
+    """S slots of W tokens each, V tokens in the vocabulary."""
 
     def refresh(self) -> None:
         """Take over what the model's arrays are now."""
@@ -33,7 +34,7 @@ class Decoder(Protocol):
         ...
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
-        """Feed one token to each slot, `[S]`, and return `[S, V]` of the model's dtype."""
+        """Feed W tokens to each slot, `[S, W]`, and return `[S, W, V]` of the model's dtype."""
         ...
 
 
@@ -69,11 +70,12 @@ class BlockDecoder:
         return traced
 
     def _logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View | Where) -> mx.array:
-        blocks = self.blocks
-        hidden = blocks.embed(tokens)
+        blocks, rows = self.blocks, tokens.size
+        # All layers but attention see rows of tokens, whichever slots they are from.
+        hidden = blocks.embed(_at_least(fewest_rows(), tokens.flatten()))
         for block, layer in zip(blocks.layers, layers, strict=True):
             hidden = self._layer(block, hidden, layer, attention, view)
-        return blocks.head(blocks.norm(hidden))
+        return blocks.head(blocks.norm(hidden))[:rows].reshape(*tokens.shape, -1)
 
     def _layer(
         self, block: Block, hidden: mx.array, layer: Layer, attention: Attention, view: View | Where
@@ -97,21 +99,30 @@ class ModelDecoder:
         """Nothing to do: no array is held."""
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
-        cache = [_LayerCache(layer, attention, view) for layer in layers]
+        slots, width = tokens.shape
+        padded = _at_least(-(-fewest_rows() // width), tokens)
+        cache = [_LayerCache(layer, attention, view, len(padded)) for layer in layers]
         with _attention_through_caches(self.model):
-            logits: mx.array = self.model(tokens[:, None], cache=cache)[:, -1]
-        return logits
+            logits: mx.array = self.model(padded, cache=cache)
+        return logits[:slots]
+
+
+def _at_least(rows: int, array: mx.array) -> mx.array:
+    """An array with zeros behind it where it has fewer rows."""
+    missing = rows - len(array)
+    return mx.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing > 0 else array
 
 
 class _LayerCache:
     """One layer's buffers behind the protocol of mlx-lm's caches, for the length of one step."""
 
-    def __init__(self, layer: Layer, attention: Attention, view: View) -> None:
-        self._layer, self._attention, self._view = layer, attention, view
+    def __init__(self, layer: Layer, attention: Attention, view: View, rows: int) -> None:
+        """`rows` go through the model: the first of them are the slots', the others fill a product up."""
+        self._layer, self._attention, self._view, self._rows = layer, attention, view, rows
 
     @property
     def offset(self) -> mx.array:
-        return self._view.positions
+        return _at_least(self._rows, self._view.positions)
 
     def make_mask(self, _n: int, **_kwargs: Any) -> None:
         """None is needed: attention goes through `attend`."""
@@ -120,7 +131,9 @@ class _LayerCache:
         return keys, values
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-        return self._attention.attend(self._layer, queries, keys, values, scale, self._view)
+        slots = len(self._view.place_of)
+        own = (queries[:slots], keys[:slots], values[:slots])
+        return _at_least(self._rows, self._attention.attend(self._layer, *own, scale, self._view))
 
 
 @contextmanager

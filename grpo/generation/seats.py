@@ -28,7 +28,11 @@ class Seats:
     of them added up, as the rows that decode would be stalled.
     """
 
-    def __init__(self, find_decoding: Callable[[], Decoding], most_slots: int, parking: Parking) -> None:
+    def __init__(
+        self, find_decoding: Callable[[], Decoding], most_slots: int, parking: Parking, ahead: int = 0
+    ) -> None:
+        """`ahead` says how many tokens a step may feed that are behind a row's last."""
+        self._ahead = ahead
         self._find_decoding, self._most_slots, self.parking = find_decoding, most_slots, parking
         self.rows: list[Row | None] = []
         self.queue: deque[Row] = deque()
@@ -108,12 +112,28 @@ class Seats:
         elif self._is_tail(free):
             self._shrink()
 
+    @property
+    def widest(self) -> int:
+        """See `Session.widest`."""
+        return self._session.widest if self._opened is not None else 1
+
     def draw(self) -> Drawn:
         """Build the graph that draws one more token for every slot."""
         decoded = self._session.decoded()
         drawn = self._samplers.draw(self._session.logits(self._tokens), decoded, self._logprobs)
         self._tokens = drawn.tokens
         return drawn
+
+    def draw_wide(self, fed: list[list[int]]) -> Drawn:
+        """Build the graph that draws behind each of the W tokens of every slot: `[S · W]`. `take` must follow."""
+        tokens, decoded = mx.array(fed, mx.uint32), self._session.decoded()
+        return self._samplers.draw_wide(self._session.wide(tokens), tokens, decoded, self._logprobs)
+
+    def take(self, taken: Sequence[Sequence[int]]) -> None:
+        """Say which of the drawn tokens each slot has taken: so many of those that were fed are kept."""
+        self._session.accept([len(tokens) for tokens in taken])
+        self._samplers.take(taken)
+        self._tokens = mx.array([tokens[-1] if tokens else 0 for tokens in taken], mx.uint32)
 
     def close(self) -> None:
         """Free all buffers."""
@@ -164,7 +184,8 @@ class Seats:
         rows = [row for row in (*self.rows, *self.queue) if row is not None]
         slots, prompts = min(self._most_slots, len(rows)), dict.fromkeys(row.prompt for row in rows)
         prefix = max(len(prompt.ids) for prompt in prompts) - 1
-        return Size(slots, min(len(prompts), slots), prefix, max(row.longest for row in rows))
+        columns = max(row.longest for row in rows) + self._ahead
+        return Size(slots, min(len(prompts), slots), prefix, columns)
 
     def _fit(self) -> None:
         size, self._unfit = self._size(), False

@@ -59,7 +59,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         dropout = cfg.adapter.dropout > 0
         self.passes = passes_of(PassSettings(cfg.loss, dropout, self.ranks))
-        self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout), self.ranks)
+        self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout, self.ranks.size), self.ranks)
         self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first)
         self.before = Before(policy.adapters, cfg.adapter.type == "full")
         self.update = Updater(

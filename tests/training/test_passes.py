@@ -35,11 +35,11 @@ class Two(Ranks):
     [
         ({}, Ranks(), ["with_reference", "with_anchor"]),
         ({"kl_in": "reward", "beta": 0.1}, Ranks(), ["with_anchor"]),
-        ({"top_entropy_quantile": 0.5}, Two(), ["with_top_entropy", "shared", "with_reference", "with_anchor"]),
+        ({"top_entropy_quantile": 0.5}, Two(), ["shared", "with_top_entropy", "with_reference", "with_anchor"]),
     ],
 )
 def test_the_recipe_decides_which_passes_there_are(loss: dict, ranks: Ranks, expected: list[str]) -> None:
-    """The quantile is of the whole step, so it comes before the step is divided."""
+    """With several processes each looks at its share alone."""
     settings = replace(pass_settings(sections(loss=loss)), ranks=ranks)
     assert [enrich.__name__ for needed, enrich in PASSES if needed(settings)] == expected
     assert len(passes.passes_of(settings)) == len(expected)

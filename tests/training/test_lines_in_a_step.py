@@ -202,6 +202,10 @@ def test_processes_get_micro_batches_of_the_same_shapes() -> None:
     assert [shape for _, shape in first] == [shape for _, shape in second]
     assert sorted(i for part, _ in parts for i in part) == list(range(64))
     assert all(len(part) <= shape.rows for part, shape in parts)
+    one, other = (
+        sum(len(rows[i][1].trajectory.token_ids) for part, _ in share for i in part) for share in (first, second)
+    )
+    assert 0.7 < one / other < 1.5
 
 
 @pytest.mark.parametrize("changed", [{"pack_completions": False}, {"share_prompts": False}])

@@ -105,7 +105,7 @@ class Ranks:
             start += array.size
         return tree_unflatten(parts)
 
-    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, float]:
+    def sum_counts(self, counts: Mapping[str, float]) -> dict[str, float]:
         """The sums over processes of counts by name."""
         everyone = self.gather(dict(counts))
         return {name: float(sum(theirs[name] for theirs in everyone)) for name in counts}

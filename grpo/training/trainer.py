@@ -14,6 +14,7 @@ from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
 from grpo.data.source import Source, checked_source
+from grpo.generation.tally import speculation_metrics
 from grpo.model.policy import Policy
 from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
@@ -79,6 +80,7 @@ class Trainer:
         Inside `wholly`, an error leaves the policy as it was before the step.
         """
         clock, beta = Clock(), penalty_weight(self.cfg.loss, self.cfg.optim.steps, n)
+        self.engine.generator.drafted()  # what evaluations have counted
         self.scorer.begin(n)
         sampled, groups = self.sample(n, clock)
         self.tasks.observe(sampled)
@@ -159,6 +161,7 @@ class Trainer:
             "peak_memory_gb": mx.get_peak_memory() / 2**30,
             **self.tasks.metrics(),
             "steps_without_signal": float(self.update.steps_without_signal),
+            **speculation_metrics(self.ranks.sum_counts(self.engine.generator.drafted())),
             **self.scorer.metrics(),
             **self.ranks.sum_counts(
                 {f"rewards/{name}/failures": count for name, count in self.scorer.failures.items()}

@@ -25,7 +25,8 @@ class FixedEntropies:
         self.model = nn.Module()
         self.model.layers = []
 
-    def group_logprobs(self, prompts, lengths, index, completions, gradient):
+    def group_logprobs(self, prompts, lengths, index, completions, gradient, entropies):
+        assert entropies
         del prompts, lengths, index, gradient
         first, place = completions[:, :1], mx.arange(completions.shape[1])[None]
         return mx.zeros(completions.shape), ((first * 37 + place * 101) % 499).astype(mx.float32)

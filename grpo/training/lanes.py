@@ -13,8 +13,9 @@ MOST_MULTIPLICATIONS = 2**27
 """Of a matrix product, beyond which a CPU's cores are all busy with it. Measured on two cores: micro-batches of 1,280
 tokens through matrices of 128 × 384 were 1.2 × as fast in two lanes, those of 576 tokens through 512 × 1,280 no faster,
 and they took 0.67 GB instead of 0.41."""
-MOST_GRADIENT = 2**26
-"""Bytes of a gradient that there may be one of for each lane."""
+MOST_GRADIENT = 2**23
+"""Bytes of a gradient that there may be one of for each lane: an adapter's, or a small model's whose weights all train.
+Larger models are promised one gradient."""
 
 
 def update_lanes(model: nn.Module, tokens: int, parts: int, ranks: Ranks | None = None) -> int:

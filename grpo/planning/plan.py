@@ -256,7 +256,7 @@ def _chosen(
     load: Workload,
     footprint: Callable[[bool], Footprint],
     body: Callable[[bool, Shape], float] | None,
-    lanes: Callable[[int, int], int],
+    lanes: Callable[[int, int], int] = lambda *_: 1,
 ) -> _Chosen:
     """What the recipe says, or for `auto` what fits and pays.
 

@@ -27,8 +27,9 @@ from grpo.planning.footprint import Footprint
 from grpo.planning.plan import make_plan
 from grpo.recipes import with_settings
 from grpo.training.batches import make_batches
+from grpo.training.lanes import lanes_worth
 from grpo.training.optimizer import MOST_AT_WORK
-from grpo.training.packing import Packing, Shape, lanes_worth, pack
+from grpo.training.packing import Packing, Shape, pack
 from grpo.types import Group
 
 PROMPT, LENGTH = 96, 160
@@ -55,7 +56,7 @@ def peak_of_an_update(policy: Policy, cfg, prompt: int = PROMPT) -> int:
         rows = [row(prompt, cfg.rollout.max_completion_length, number) for _ in range(4)]
         groups.append(Group(rows[0][0], tuple(rollout for _, rollout in rows)))
     update = updater(policy, cfg)
-    minibatches = make_minibatches(groups, cfg, lanes_worth(cfg.loss))
+    minibatches = make_minibatches(groups, cfg, lanes_worth(policy.model, cfg.loss))
     update(minibatches, 1)
     gc.collect()
     mx.clear_cache()

@@ -69,6 +69,7 @@ class Gradients:
             key = None if dropout_key is None else mx.random.split(dropout_key, len(batches))[number]
             with self.policy.training():
                 tree, logprobs, entropies = self._accumulate(tree, batch.arrays(), key)
+            mx.async_eval(tree, logprobs, entropies)  # type: ignore[no-untyped-call]
             value, metrics = self._measured(logprobs, batch, entropies)
             mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time
             loss += cast(float, value.item())

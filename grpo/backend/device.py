@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.backend import blas
+from grpo.backend import blas, kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,13 +23,15 @@ MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def preset() -> None:
-    """Tell MLX, before it is imported, how much a batch of operations on CUDA may read and write.
+    """Tell MLX, before it is imported, how much a batch of operations on CUDA may read and write, and where to keep
+    the kernels that it builds there (`kernels.keep`).
 
-    All of it is held until the batch has ended, and unless MLX is told otherwise that is gigabytes: this takes a third
+    All of a batch is held until the batch has ended, and unless MLX is told otherwise that is gigabytes: this takes a third
     of the memory for an update, and no more time. (Metal has a limit of its own, by machine.)
     """
     if sys.platform == "linux":
         os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", BATCH_MEGABYTES)
+        kernels.keep()
 
 
 def on_gpu() -> bool:

@@ -23,10 +23,9 @@ MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def preset() -> None:
-    """Tell MLX, before it is imported, how much a batch of operations on CUDA may read and write, and where to keep
-    the kernels that it builds there (`kernels.keep`).
+    """Tell MLX, before it is imported, how much a batch of operations on CUDA may do, and where to keep its kernels.
 
-    All of a batch is held until the batch has ended, and unless MLX is told otherwise that is gigabytes: this takes a third
+    What a batch reads and writes is held until the batch has ended, and unless MLX is told otherwise that is gigabytes: this takes a third
     of the memory for an update, and no more time. (Metal has a limit of its own, by machine.)
     """
     if sys.platform == "linux":

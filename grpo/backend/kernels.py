@@ -18,12 +18,14 @@ RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 def keep() -> None:
     """Set MLX's variable, unless it is set. Nothing happens without an NVIDIA GPU, or where the folder is read-only."""
-    if VARIABLE in os.environ or (folder := _folder()) is None:
+    if VARIABLE in os.environ:
         return
     try:
+        if (folder := _folder()) is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         _tidy(folder)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where a user has no home
         return
     if os.access(folder, os.W_OK):
         os.environ[VARIABLE] = str(folder)

@@ -39,6 +39,8 @@ AT_RISK = 0.01
 """The part of all decoding time that trials may lose."""
 WATCHED = 0.005, 0.03
 """The part of all decoding time that replays may take, and the seconds that they may take besides."""
+FEWEST = 16
+"""Tokens of a group without which it is not replayed."""
 REPLAYED = 4096
 """Tokens of the rows that are replayed at once, if more than one: of long rows some stand for all."""
 
@@ -129,7 +131,7 @@ class Automatic(Always):
         self._times: dict[tuple[Case, int], Times] = {}
         self._last: dict[tuple[Case, int], int] = {}  # the width of the step before, by case and number of slots
         self._taken: dict[tuple[Kind, int], Taken] = {}
-        self._steps = self._turn = 0
+        self._steps = 0
         self._elapsed = self._lost = self._watching = 0.0
         self._cost = 5e-6  # seconds that a replay takes for a token
 
@@ -203,7 +205,7 @@ class Automatic(Always):
             return Plan(1, SAMPLES + 1)
         if former > 1 and self._steps - self._times[case, 1].at > STALE:
             return Plan(1, PROBE)
-        self._watch_rows(case, rows)
+        self._watch(self.drafts.group(rows[0].prompt), [row for row in rows if row.prompt is rows[0].prompt])
         speedups = self._speedups(case, self._expected(case, rows), plain)
         measured = {width: speedup for width, (speedup, known) in speedups.items() if known}
         best = max(measured, key=lambda width: measured[width] * (BETTER if width == former else 1), default=1)
@@ -254,33 +256,24 @@ class Automatic(Always):
         times = self._times.get((case, width))
         return None if times is None or self._steps - times.at > RETRY else times.known
 
-    def _watch_rows(self, case: Case, rows: Sequence[Row]) -> None:
-        """Replay a group in flight if nothing is known of its kind."""
-        prompt = rows[0].prompt
-        group = self.drafts.group(prompt)
-        if self._mean(Kind(case.greedy, group.seen), WIDTHS[0]) is None:
-            self._watch(group, [row for row in rows if row.prompt is prompt])
-
     def _watch(self, group: Group, rows: Sequence[Row]) -> None:
-        """Replay a group, if there is time for it and it has twice the tokens that it had before."""
-        tokens = sum(len(row.token_ids) for row in rows)
-        if tokens < 2 * group.replayed:
+        """Replay a group, in flight or ended, if there is time and it has twice the tokens that it had before."""
+        lengths = {row: len(row.token_ids) for row in rows}
+        tokens, share, besides = sum(lengths.values()), *WATCHED
+        if tokens < max(FEWEST, 2 * sum(group.replayed.values())):
             return
         if tokens > REPLAYED:
             rows = rows[: max(1, len(rows) * REPLAYED // tokens)]
-        kind = Kind(rows[0].stopping.sampling.temperature == 0, group.seen)
-        unknown = [width for width in WIDTHS if self._mean(kind, width) is None]
-        widths = unknown or [WIDTHS[self._turn % len(WIDTHS)]]
-        work = len(widths) * (sum(len(row.token_ids) for row in rows) + len(group.key))
-        share, besides = WATCHED
+        work = len(WIDTHS) * (sum(lengths[row] for row in rows) + len(group.key))
         if self._watching + work * self._cost > besides + share * self._elapsed:
             return
         began = time.perf_counter()
-        for width in widths:
+        for width in WIDTHS:
+            kind = Kind(rows[0].stopping.sampling.temperature == 0, group.seen)
             self._add(kind, width, *replay(group, rows, width))
         spent = time.perf_counter() - began
         self._cost += (spent / work - self._cost) / 4
-        self._watching, self._turn, group.replayed = self._watching + spent, self._turn + 1, tokens
+        self._watching, group.replayed = self._watching + spent, lengths
 
 
 def speculation_of(setting: Literal["auto", "off"] | int) -> Speculation | None:

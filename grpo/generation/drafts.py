@@ -65,7 +65,7 @@ class Group:
 
     `past` has the prompt's completions from before the group began, and `others` those of other prompts, if there were
     none. `states` has the place of each row in the index, and how many of its tokens are in there. `ended` are the rows
-    whose turns have ended, and `replayed` is how many tokens they had when the group was last replayed (`replay`).
+    whose turns have ended, and `replayed` says how many tokens rows had when they were last replayed (`replay`).
     """
 
     key: tuple[int, ...]
@@ -75,7 +75,7 @@ class Group:
     index: SuffixAutomaton | None = None
     prompt_state: int = ROOT
     ended: dict[Row, None] = field(default_factory=dict)
-    replayed: int = 8
+    replayed: dict[Row, int] = field(default_factory=dict)
 
     @property
     def seen(self) -> bool:

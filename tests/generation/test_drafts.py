@@ -149,6 +149,16 @@ def test_a_replay_does_not_count_what_was_not_sampled() -> None:
     assert replay(drafts.group(again.prompt), [again], 4) == (2, 2)
 
 
+def test_a_further_replay_counts_what_is_new() -> None:
+    drafts, prompt = Drafts(), SharedPrompt(PROMPT)
+    row = row_of(prompt, [10, 11, 12, 10])
+    group = drafts.group(prompt)
+    assert replay(group, [row], 2) == (4, 4)
+    group.replayed = {row: 4}
+    row.token_ids += [11, 12]
+    assert replay(group, [row], 2) == (2, 1)
+
+
 def test_old_turns_count_less() -> None:
     taken = Taken()
     assert taken.mean is None

@@ -14,7 +14,7 @@ import mlx.core as mx
 from grpo.backend.maths import exp
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import Layer
-from grpo.generation.products import product
+from grpo.generation.products import padded, product
 from grpo.generation.slots import View, Where
 
 MASKED = -1e30
@@ -65,9 +65,7 @@ class StockAttention:
         queries_keys = _rotated(queries_keys, blocks, view)
         queries, keys = queries_keys[:, : blocks.query_heads], queries_keys[:, blocks.query_heads :]
         out = self.attend(layer, queries, keys, rows[:, turned:], blocks.scale, view)
-        out = out.swapaxes(1, 2).reshape(slots * tokens, -1)
-        missing = len(qkv) - len(out)
-        return mx.pad(out, [(0, missing), (0, 0)]) if missing else out
+        return padded(out.swapaxes(1, 2).reshape(slots * tokens, -1), len(qkv), 0)
 
     def attend(
         self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View

@@ -71,7 +71,7 @@ class BatchCachesSession:
             if not row.prompt.unstarted:
                 self._ready.pop(row.prompt, None)
 
-    def take(self, slot: int) -> Kept:
+    def take(self, slot: int, most: int) -> Kept:  # noqa: ARG002  these caches cannot be cut
         batch, row = next((b, b.slots.index(slot)) for b in self._batches if slot in b.slots)
         caches = [cache.extract(row) for cache in batch.caches]
         for cache in caches:

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.backend.blame import cause
+from grpo.generation.products import fewest_columns, padded
 from grpo.model.head import Head, Unsplit, split_head
 
 PARTS = {
@@ -134,7 +135,8 @@ def _joined_lora(layers: Sequence[nn.Module], dtype: mx.Dtype) -> dict[str, mx.a
         for i, layer in enumerate(layers)
         if "lora_a" in layer
     ]
-    return {"a": a.astype(dtype), "b": mx.concatenate(rows).astype(dtype)}
+    a, b = padded(a, fewest_columns(), 1), padded(mx.concatenate(rows), fewest_columns(), 0)
+    return {"a": a.astype(dtype), "b": b.astype(dtype)}
 
 
 class Norm:

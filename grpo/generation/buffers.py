@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.generation.products import fewest_columns, padded
 from grpo.generation.slots import Size, View
 
 KeysValues = tuple[mx.array, mx.array]
@@ -129,7 +130,8 @@ def cache_shapes(model: nn.Module) -> list[CacheShape] | None:
 def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[KeysValues]:
     """Keys and values `[m, heads, P, D]` of prompts without their last tokens, a pair for each layer.
 
-    Prompts are padded on the right, which causal attention does not see, and go through the model in chunks.
+    Prompts are padded on the right, which causal attention does not see, and go through the model in chunks. On a CPU
+    they are padded far enough for a prompt's keys and values to be the same to the bit beside any others.
     """
     from grpo.model.mlxlm import make_prompt_cache
 
@@ -138,7 +140,7 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[KeysValu
         return []
     cache: list[Any] = make_prompt_cache(model)
     rows = mx.array([[*ids[:-1], *[0] * (width + 1 - len(ids))] for ids in prompts])
-    feed_caches(model, cache, rows[:, :width])
+    feed_caches(model, cache, padded(rows, fewest_columns(), 1))
     return [(layer.keys[:, :, :width], layer.values[:, :, :width]) for layer in cache]
 
 

@@ -18,7 +18,7 @@ from grpo.backend.maths import silu
 from grpo.generation.attention import Attention
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import Layer
-from grpo.generation.products import fewest_rows
+from grpo.generation.products import fewest_rows, padded
 from grpo.generation.slots import View, Where
 
 
@@ -72,7 +72,7 @@ class BlockDecoder:
     def _logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View | Where) -> mx.array:
         blocks, rows = self.blocks, tokens.size
         # All layers but attention see rows of tokens, whichever slots they are from.
-        hidden = blocks.embed(_at_least(fewest_rows(), tokens.flatten()))
+        hidden = blocks.embed(padded(tokens.flatten(), fewest_rows(), 0))
         for block, layer in zip(blocks.layers, layers, strict=True):
             hidden = self._layer(block, hidden, layer, attention, view)
         return blocks.head(blocks.norm(hidden))[:rows].reshape(*tokens.shape, -1)
@@ -100,17 +100,11 @@ class ModelDecoder:
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
         slots, width = tokens.shape
-        padded = _at_least(-(-fewest_rows() // width), tokens)
-        cache = [_LayerCache(layer, attention, view, len(padded)) for layer in layers]
+        filled = padded(tokens, -(-fewest_rows() // width), 0)
+        cache = [_LayerCache(layer, attention, view, len(filled)) for layer in layers]
         with _attention_through_caches(self.model):
-            logits: mx.array = self.model(padded, cache=cache)
+            logits: mx.array = self.model(filled, cache=cache)
         return logits[:slots]
-
-
-def _at_least(rows: int, array: mx.array) -> mx.array:
-    """An array with zeros behind it where it has fewer rows."""
-    missing = rows - len(array)
-    return mx.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing > 0 else array
 
 
 class _LayerCache:
@@ -122,7 +116,7 @@ class _LayerCache:
 
     @property
     def offset(self) -> mx.array:
-        return _at_least(self._rows, self._view.positions)
+        return padded(self._view.positions, self._rows, 0)
 
     def make_mask(self, _n: int, **_kwargs: Any) -> None:
         """None is needed: attention goes through `attend`."""
@@ -133,7 +127,7 @@ class _LayerCache:
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         slots = len(self._view.place_of)
         own = (queries[:slots], keys[:slots], values[:slots])
-        return _at_least(self._rows, self._attention.attend(self._layer, *own, scale, self._view))
+        return padded(self._attention.attend(self._layer, *own, scale, self._view), self._rows, 0)
 
 
 @contextmanager

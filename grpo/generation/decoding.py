@@ -50,8 +50,8 @@ class Session(Protocol):
         """
         ...
 
-    def take(self, slot: int) -> Kept:
-        """Copy what a slot's row needs to continue later."""
+    def take(self, slot: int, most: int) -> Kept:
+        """Copy what a slot's row needs to continue later, without what was fed beyond `most` tokens if it can be."""
         ...
 
     def release(self, slot: int) -> None:

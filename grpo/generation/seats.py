@@ -37,7 +37,7 @@ class Seats:
         self.rows: list[Row | None] = []
         self.queue: deque[Row] = deque()
         self.away = 0
-        self._leaving: list[tuple[int, Row]] = []
+        self._leaving: list[tuple[int, Row, int]] = []
         self._stall = 0.0  # seconds that letting rows enter took of late
         self._holding: bool | None = None  # whether the queue waits at this step, once that is decided
         self._unfit = False  # rows have come that the buffers were not made to fit
@@ -72,7 +72,7 @@ class Seats:
         if (slot := blank(self.rows, row)) is None:
             return
         if keep:
-            self._leaving.append((slot, row))
+            self._leaving.append((slot, row, len(row.token_ids)))
         else:
             self._session.release(slot)
             self.spare(row.prompt)
@@ -160,9 +160,10 @@ class Seats:
         return not waiting and len(self.rows) > len(free) >= (len(self.rows) + 1) // 2
 
     def _take_out(self) -> None:
-        for slot, row in self._leaving:
+        for slot, row, tokens in self._leaving:
             if row.state != "released":
-                self.parking.put(row, self._session.take(slot))
+                # Without the row's last token, which a step under way may have fed or not.
+                self.parking.put(row, self._session.take(slot, tokens))
             self._session.release(slot)
         self._leaving.clear()
 

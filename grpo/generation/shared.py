@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.device import on_gpu
 from grpo.generation.attention import Attention
 from grpo.generation.buffers import PREFILL_TOKENS, CacheShape, KeysValues, prefill
 from grpo.generation.caches import extended, filled
@@ -73,8 +74,8 @@ class SharedPrefixSession:
             self._seated[slot] = row.prompt
         self._bring([(slot, row) for slot, row in zip(slots, rows, strict=True) if row.token_ids])
 
-    def take(self, slot: int) -> Kept:
-        columns = self._slots.own(slot)
+    def take(self, slot: int, most: int) -> Kept:
+        columns = min(self._slots.own(slot), most)
         state = [layer.take(slot, columns) for layer in self._layers]
         mx.eval(state)
         size = sum(array.nbytes for keys_values in state for array in keys_values)
@@ -137,7 +138,8 @@ class SharedPrefixSession:
         for start in range(0, len(entering), at_once):
             part = entering[start : start + at_once]
             pending = [row.pending for _, row in part]
-            together = sum(map(bool, pending)) > 1 and self._extends_together()
+            # On a CPU a row's keys and values would differ in their last bits with the rows that come beside it.
+            together = sum(map(bool, pending)) > 1 and on_gpu() and self._extends_together()
             held = [filled(self._model, self._held(row)) for _, row in part]
             for (slot, row), caches in zip(part, extended(self._model, held, pending, together), strict=True):
                 prompt = len(row.prompt.ids) - 1

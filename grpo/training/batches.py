@@ -60,6 +60,26 @@ def make_batches(
     return [replace(batch, weights=weight, beta=penalty) for batch, weight in zip(batches, weights, strict=True)]
 
 
+def useful_tokens(
+    groups: Sequence[Group], minibatches: Sequence[MiniBatch], loss: LossConfig, shares: bool
+) -> dict[str, float]:
+    """The metric of that name: of the tokens that go through the model in an iteration of the update, the share that is
+    no padding and no repetition. A prompt counts once. Empty if nothing goes through."""
+    through = sum(_places(batch, shares) for batches in minibatches for batch in batches)
+    rows = [(task, rollout) for task, rollout in rows_of(groups) if learns(rollout, loss)]
+    real = sum(len(rollout.trajectory.token_ids) for _, rollout in rows)
+    real += sum(map(len, {task.prompt_ids for task, _ in rows}))
+    return {"update/useful_tokens": real / through} if through else {}
+
+
+def _places(batch: Batch, shares: bool) -> int:
+    """The tokens of a batch that go through the model, padding included."""
+    if batch.lines is not None:
+        return batch.lines[0].size
+    (rows, length), (prompts, before) = batch.token_ids.shape, batch.prompt_ids.shape
+    return rows * length + (prompts if shares else rows) * before
+
+
 def by_row(
     rows: Sequence[Sample], packing: Packing, measure: Callable[[Batch], mx.array], ranks: Ranks | None = None
 ) -> list[Any]:

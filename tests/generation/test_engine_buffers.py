@@ -111,7 +111,8 @@ def test_what_a_row_keeps_is_its_own(way: str) -> None:
     for other in others:
         engine._run.seats.parking.drop(other)
     assert row.kept.nbytes <= held() - before < row.kept.nbytes + 20_000
-    assert row.kept.fed == len(row.token_ids) + 1  # the step that was under way has fed its last token
+    fed_last = way == "recurrent state"  # by the step that was under way; such caches cannot be cut
+    assert row.kept.fed == len(row.token_ids) + fed_last
 
 
 def test_rows_that_go_on_together_are_what_they_are_alone() -> None:

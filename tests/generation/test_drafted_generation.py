@@ -70,15 +70,6 @@ def test_a_row_that_a_tool_answers_is_drafted_from_that(generator) -> None:
     assert sum(map(len, speculation.drafts.memory.of((9, 10, 11)))) == 2 * len(plain[2])
 
 
-def test_a_stream_is_the_same_text(generator) -> None:
-    def text() -> list[int]:
-        return [event.token_id for event in generator.stream(REQUESTS[0], GREEDY, mx.random.key(0))]
-
-    plain = text()
-    generator.speculation = Always(8)
-    assert (text(), text()) == (plain, plain)
-
-
 def test_it_is_said_how_tokens_are_drafted(generator) -> None:
     assert not any("speculation" in line for line in generator.describe())
     assert generator.drafted() == {}

@@ -68,7 +68,8 @@ class Gradients:
             # An input, or the compiled function would draw the same masks for ever.
             key = None if dropout_key is None else mx.random.split(dropout_key, len(batches))[number]
             with self.policy.training():
-                tree, value, metrics, logprobs = self._accumulate(tree, batch.arrays(), key)
+                tree, logprobs, entropies = self._accumulate(tree, batch.arrays(), key)
+            value, metrics = self._measured(logprobs, batch, entropies)
             mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time
             loss += cast(float, value.item())
             parts.append({name: cast(float, metric.item()) for name, metric in metrics.items()})
@@ -88,14 +89,22 @@ class Gradients:
 
     def _accumulated(
         self, tree: Any, arrays: dict[str, mx.array], dropout_key: mx.array | None
-    ) -> tuple[Any, mx.array, Metrics, mx.array]:
-        """The float32 tree with the batch's gradient added, the batch's loss, its metrics and its logprobs."""
-        (value, (metrics, logprobs)), gradient = self._loss_and_grad(Batch.of(arrays), dropout_key)
-        return tree_map(mx.add, tree, gradient), value, metrics, logprobs
+    ) -> tuple[Any, mx.array, mx.array]:
+        """The float32 tree with the batch's gradient added, the batch's logprobs and its entropies."""
+        (_, (logprobs, entropies)), gradient = self._loss_and_grad(Batch.of(arrays), dropout_key)
+        return tree_map(mx.add, tree, gradient), logprobs, entropies
 
-    def _loss(self, batch: Batch, dropout_key: mx.array | None) -> tuple[mx.array, tuple[Metrics, mx.array]]:
+    def _loss(self, batch: Batch, dropout_key: mx.array | None) -> tuple[mx.array, tuple[mx.array, mx.array]]:
         with dropping(dropout_key):
             logprobs, entropies = batch_logprobs(self.policy, batch, self.loss.entropy_coef > 0)
+        loss, _ = self._measured(logprobs, batch, entropies)
+        return loss, (mx.stop_gradient(logprobs), mx.stop_gradient(entropies))
+
+    def _measured(self, logprobs: mx.array, batch: Batch, entropies: mx.array) -> tuple[mx.array, Metrics]:
+        """The batch's loss and its metrics.
+
+        They are computed outside the compiled function: inside, each of some twenty metrics would be a kernel of its
+        own, which a CUDA machine takes seconds to build and which saves microseconds.
+        """
         custom = guarded(self.custom) if self.custom else None
-        loss, metrics = policy_loss(logprobs, batch, self.loss, entropies, custom)
-        return loss, (metrics, mx.stop_gradient(logprobs))
+        return policy_loss(logprobs, batch, self.loss, entropies, custom)

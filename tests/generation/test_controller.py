@@ -9,7 +9,7 @@ from spoken import row_of
 from grpo.generation import controller
 from grpo.generation.controller import Always, Automatic, speculation_of
 from grpo.generation.rows import SharedPrompt
-from grpo.generation.steptimes import Case, StepTimes
+from grpo.generation.steptimes import Case
 
 Cost = Callable[[int, int], float]
 """Seconds of a step, by slots and width."""

@@ -124,7 +124,7 @@ class Automatic(Always):
         super().ended(row)
         group = self.drafts.group(row.prompt)
         group.ended[row] = None
-        if len(group.ended) == row.prompt.n:
+        if len(group.ended) >= row.prompt.n:
             self._watch(group, list(group.ended))
 
     def _expected(self, case: Case, rows: Sequence[Row]) -> dict[int, float]:

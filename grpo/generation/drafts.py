@@ -118,14 +118,21 @@ class Drafts:
         return group.likely(row, most)
 
     def group(self, prompt: SharedPrompt) -> Group:
-        """What is known of a prompt's group. With a new one, groups whose rows have all left are forgotten."""
+        """What is known of a prompt's group, which prompts in flight with the same ids share: lanes divide a group.
+
+        With a new one, groups whose rows have all left are forgotten.
+        """
         group = self._groups.get(prompt)
         if group is None:
             self._groups = {other: known for other, known in self._groups.items() if other.left > 0}
-            key = tuple(prompt.ids)
-            past = self.memory.of(key)
-            group = self._groups[prompt] = Group(key, past, [] if past else self.memory.others())
+            group = self._groups[prompt] = self._new_group(tuple(prompt.ids))
         return group
+
+    def _new_group(self, key: tuple[int, ...]) -> Group:
+        if shared := [group for group in self._groups.values() if group.key == key]:
+            return shared[0]
+        past = self.memory.of(key)
+        return Group(key, past, [] if past else self.memory.others())
 
     def remember(self, row: Row) -> None:
         """Keep the completion of a row whose turn has ended."""

@@ -61,7 +61,16 @@ def test_a_group_does_not_draft_from_what_came_after_it_began() -> None:
     drafts.group(prompt)
     drafts.remember(first)
     assert drafts.group(prompt).past == []
+    prompt.left = 0
     assert drafts.group(SharedPrompt(PROMPT)).seen
+
+
+def test_the_parts_of_a_group_in_two_lanes_know_one_another() -> None:
+    drafts = Drafts()
+    here, there = row_of(SharedPrompt(PROMPT), [10, 11, 12]), row_of(SharedPrompt(PROMPT), [10])
+    drafts.propose(here, 2)
+    assert drafts.propose(there, 2) == [11, 12]
+    assert drafts.group(here.prompt) is drafts.group(there.prompt)
 
 
 def test_groups_whose_rows_have_left_are_forgotten() -> None:

@@ -139,4 +139,5 @@ class Drafts:
         self.memory.add(self.group(row.prompt).key, row.token_ids)
 
     def _full(self) -> bool:
-        return sum(len(group.index) for group in self._groups.values() if group.index is not None) >= INDEXED
+        indices = {id(group): group.index for group in self._groups.values() if group.index is not None}
+        return sum(map(len, indices.values())) >= INDEXED

@@ -21,10 +21,12 @@ def test_a_sibling_that_is_ahead_is_followed() -> None:
     ahead, behind = row_of(prompt, [10, 11, 12, 13]), row_of(prompt, [10])
     drafts.propose(ahead, 3)
     assert drafts.propose(behind, 3) == [11, 12, 13]
+    before = len(drafts.group(prompt).index)
     ahead.token_ids += [14, 15]
     behind.token_ids += [11, 12, 13]
     drafts.propose(ahead, 3)
     assert drafts.propose(behind, 3) == [14, 15]
+    assert len(drafts.group(prompt).index) == before + 2  # only what is new was taken in
 
 
 def test_what_a_tool_returned_is_followed() -> None:

@@ -14,10 +14,13 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.cuda import available
 from grpo.backend.maths import silu
 from grpo.generation.attention import Attention
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import Layer
+from grpo.generation.cuda_attention import CudaAttention
+from grpo.generation.cuda_layers import add_and_norm, gated
 from grpo.generation.slots import View, Where
 
 
@@ -42,6 +45,7 @@ class BlockDecoder:
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
+        self._halved = available() and blocks.halve()
         self._compiled: Callable[..., mx.array] | None = None
 
     def refresh(self) -> None:
@@ -65,15 +69,34 @@ class BlockDecoder:
         def logits(tokens: mx.array, buffers: list[list[mx.array]], where: Where) -> mx.array:
             return self._logits(tokens, [Layer(*arrays) for arrays in buffers], attention, where)
 
-        traced: Callable[..., mx.array] = mx.compile(logits, inputs=[p.lora for p in self.blocks.products])
+        # A trace keeps the arrays that it was made with, but for its inputs.
+        weights = [p.joined for p in self.blocks.products] if self.blocks.train else []
+        traced: Callable[..., mx.array] = mx.compile(logits, inputs=[[p.lora for p in self.blocks.products], weights])
         return traced
 
     def _logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View | Where) -> mx.array:
         blocks = self.blocks
         hidden = blocks.embed(tokens)
+        if self._halved and isinstance(attention, CudaAttention):
+            return self._logits_by_kernels(hidden, layers, attention, view)
         for block, layer in zip(blocks.layers, layers, strict=True):
             hidden = self._layer(block, hidden, layer, attention, view)
         return blocks.head(blocks.norm(hidden))
+
+    def _logits_by_kernels(
+        self, hidden: mx.array, layers: Sequence[Layer], attention: CudaAttention, view: View | Where
+    ) -> mx.array:
+        """`hidden` is `[S, H]`, or `[S, W, H]` of a step of several tokens a row. Eight kernels a layer."""
+        blocks, shape = self.blocks, hidden.shape
+        hidden = hidden.reshape(-1, shape[-1])
+        norms = [*(block.before_attention for block in blocks.layers[1:]), blocks.norm]
+        normed = blocks.layers[0].before_attention(hidden)
+        for block, layer, norm in zip(blocks.layers, layers, norms, strict=True):
+            attended = attention.attend_half(layer, block.qkv.half(normed), block, blocks, view)
+            hidden, normed = add_and_norm(hidden, block.out.half(attended), block.before_mlp)
+            inner = gated(block.gate_up.half(normed), block.gate_up.outs[0])
+            hidden, normed = add_and_norm(hidden, block.down.half(inner), norm)
+        return blocks.head(normed.reshape(shape))
 
     def _layer(
         self, block: Block, hidden: mx.array, layer: Layer, attention: Attention, view: View | Where

@@ -101,7 +101,9 @@ class Blocks:
 
     def halve(self) -> bool:
         """Prepare for kernels that apply B, if all computes in one dtype: whether it does."""
-        norms = {norm.weight.dtype for b in self.layers for norm in (b.before_attention, b.before_mlp, b.qk_norm) if norm}
+        norms = {
+            norm.weight.dtype for b in self.layers for norm in (b.before_attention, b.before_mlp, b.qk_norm) if norm
+        }
         alike = len(norms | {self.norm.weight.dtype} | {product.dtype for product in self.products}) == 1
         if alike:
             for product in self.products:
@@ -205,4 +207,3 @@ def _rotation(rope: Any) -> tuple[mx.array, bool]:
     if type(rope).__name__ == "Llama3RoPE":
         return 1.0 / rope._freqs, bool(rope.traditional)
     raise Unread("this architecture has another rotary embedding")
-

@@ -23,7 +23,8 @@ COMMON = """
     constexpr int AT_ONCE = 4, WARPS = THREADS / 32;
     __shared__ float shared[WARPS];
     int row = blockIdx.x / PARTS, size = logits_shape[1], warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int share = (size / PARTS + 4) / 4 * 4, start = min(size, blockIdx.x % PARTS * share), stop = min(size, start + share);
+    int part = blockIdx.x % PARTS, share = (size / PARTS + 4) / 4 * 4;
+    int start = min(size, part * share), stop = min(size, start + share);
     const T* from = logits + (size_t)row * size;
     auto plain = [&](int at) { return UNIT ? (float)from[at] : (float)from[at] / temperature[0]; };
     auto shaped = [&](int at) {
@@ -180,9 +181,9 @@ DRAW = (
     if (threadIdx.x) return;
     for (int w = 1; w < WARPS; ++w)
         if (bests[w] > best || (bests[w] == best && winners[w] < winner)) { best = bests[w]; winner = winners[w]; }
-    float* part = parts + (size_t)blockIdx.x * 8;
-    part[0] = best; part[1] = plain_top; part[2] = all; part[3] = shaped_top; part[4] = kept;
-    if (best > -INFINITY) { part[5] = plain(winner); part[6] = shaped(winner); }
+    float* mine = parts + (size_t)blockIdx.x * 8;
+    mine[0] = best; mine[1] = plain_top; mine[2] = all; mine[3] = shaped_top; mine[4] = kept;
+    if (best > -INFINITY) { mine[5] = plain(winner); mine[6] = shaped(winner); }
     winners_of[blockIdx.x] = winner;
 """
 )

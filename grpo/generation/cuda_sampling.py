@@ -160,7 +160,7 @@ DRAW = (
                 all += __expf((PENALISED || EARLY ? plain(at) : x) - whole_top);
                 if ((FILTERED || PENALISED || EARLY) && x >= cut) kept += __expf(x - shaped_top);
             }
-            // A Gumbel number is -log(-log(1 - u)), and -log(1 - u) >= u: most tokens are seen to lose without logarithms.
+            // A Gumbel number is -log(-log(1 - u)), and -log(1 - u) >= u: most tokens lose without a logarithm.
             float uniform = ((float)random[u] + 0.5f) * 0x1p-32f;
             if (x < cut || x == -INFINITY || uniform > 1.001f * __expf(x - best)) continue;
             // -log(1 - u) keeps its precision where it counts: small exponentials, which are large Gumbels.

@@ -33,6 +33,11 @@ def scalar(value: float) -> mx.array:
     return mx.array([value], mx.float32)
 
 
+def constant(name: str, value: float) -> str:
+    """A line of a kernel's source that gives a number its name."""
+    return f"    constexpr float {name} = {float(value)!r}f;\n"
+
+
 OVERWRITE = """
     size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, width = matrix_shape[1];
     if (at < rows_shape[0] * width) const_cast<T*>(matrix)[first[0] * width + at] = rows[at];

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.backend.blame import cause
-from grpo.generation.products import LastSeen, Products, Unread
+from grpo.generation.joined import LastSeen, Products, Unread
 from grpo.model.head import Head, Unsplit, split_head
 
 PARTS = {
@@ -41,8 +41,14 @@ class Norm:
             raise Unread("this architecture norms all heads at once")
         self._modules, self._repeats = modules, repeats
         self._memory = LastSeen()
+        self.held: dict[str, mx.array] = {}
+        """The weight, by that name; always the same dictionary."""
         self.eps = float(modules[0].eps)
         self.refresh()
+
+    @property
+    def weight(self) -> mx.array:
+        return self.held["weight"]
 
     def refresh(self) -> bool:
         """Take over the modules' weights, and say whether they have changed."""
@@ -50,9 +56,9 @@ class Norm:
         if not self._memory.changed(weights):
             return False
         if self._repeats is None:
-            (self.weight,) = weights
+            (self.held["weight"],) = weights
         else:
-            self.weight = mx.stack([w for w, n in zip(weights, self._repeats, strict=True) for _ in range(n)])
+            self.held["weight"] = mx.stack([w for w, n in zip(weights, self._repeats, strict=True) for _ in range(n)])
         return True
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -99,6 +105,17 @@ class Blocks:
     def products(self) -> list[Products]:
         return [product for b in self.layers for product in (b.qkv, b.out, b.gate_up, b.down)]
 
+    @property
+    def norms(self) -> list[Norm]:
+        norms = [norm for b in self.layers for norm in (b.before_attention, b.before_mlp, b.qk_norm) if norm]
+        return [*norms, self.norm]
+
+    @property
+    def arrays(self) -> list[Any]:
+        """All that a step computes with: trees of arrays that stay the same objects while their arrays are replaced."""
+        parts = [tree for product in self.products for tree in (product.joined, product.lora)]
+        return [*parts, *(norm.held for norm in self.norms), *self.ends]
+
     def halve(self) -> bool:
         """Prepare for kernels that apply B, if all computes in one dtype: whether it does."""
         norms = {
@@ -117,11 +134,10 @@ class Blocks:
 
     def refresh(self) -> bool:
         """Take over what the model holds now, and say whether more than adapters has changed."""
-        norms = [norm for b in self.layers for norm in (b.before_attention, b.before_mlp, b.qk_norm) if norm]
         changed = [self.memory.changed([a for end in self.ends for _, a in tree_flatten(end.parameters())])]
-        changed += [norm.refresh() for norm in (*norms, self.norm)]
+        changed += [norm.refresh() for norm in self.norms]
         changed += [product.refresh(self.norm.weight.dtype) for product in self.products]
-        mx.eval([product.lora for product in self.products], [norm.weight for norm in norms])
+        mx.eval([product.lora for product in self.products], [norm.weight for norm in self.norms])
         return any(changed)
 
     def forget(self) -> None:

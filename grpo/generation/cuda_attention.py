@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from grpo.backend.cuda import available, kernel, scalar
+from grpo.backend.cuda import available, constant, kernel
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import CacheShape, Layer
 from grpo.generation.cuda_sources import (
@@ -23,11 +23,12 @@ from grpo.generation.cuda_sources import (
     PLAIN,
     PLAIN_BEGIN,
     PREPARED,
+    ROWS,
     TENSOR,
     TENSOR_BEGIN,
     TOGETHER,
 )
-from grpo.generation.products import Half
+from grpo.generation.joined import Half
 from grpo.generation.slots import View, Where
 
 WARPS = 4
@@ -54,14 +55,22 @@ class CudaAttention:
 
     def __init__(self) -> None:
         self._counters: dict[int, mx.array] = {}
+        self._placed: tuple[Where, int, mx.array] | None = None
 
     def attend(
         self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View | Where
     ) -> mx.array:
         rows, query_heads, wide, width = queries.shape
-        inputs = {"queries": queries, "keys": keys, "values": values, "scale": scalar(scale)}
+        inputs = {"queries": queries, "keys": keys, "values": values}
         out = self._run(
-            "grpo_attend", PREPARED, inputs, [], layer, view, (rows, wide, query_heads, keys.shape[1], width)
+            "grpo_attend",
+            constant("SCALE", scale),
+            PREPARED,
+            inputs,
+            [],
+            layer,
+            view,
+            (rows, wide, query_heads, keys.shape[1], width),
         )
         return out.reshape(rows, wide, query_heads, width).swapaxes(1, 2)
 
@@ -74,18 +83,18 @@ class CudaAttention:
         inputs = {
             **half_inputs(qkv),
             "weight": norm.weight if norm else blocks.norm.weight,
-            "eps": scalar(norm.eps if norm else 0.0),
             "frequencies": blocks.frequencies,
-            "scale": scalar(blocks.scale),
         }
+        constants = constant("SCALE", blocks.scale) + constant("EPS", norm.eps if norm else 0.0)
         ranks = zip(("RQ", "RK", "RV"), qkv.ranks, strict=True)
         template = [*half_template(qkv), *ranks, ("NORM", norm is not None), ("TRADITIONAL", blocks.traditional)]
         sizes = rows, qkv.base.shape[0] // rows, blocks.query_heads, blocks.heads, blocks.width
-        return self._run("grpo_attend_joined", JOINED, inputs, template, layer, view, sizes)
+        return self._run("grpo_attend_joined", constants, JOINED, inputs, template, layer, view, sizes)
 
     def _run(
         self,
         name: str,
+        constants: str,
         prepare: str,
         inputs: dict[str, mx.array],
         template: list[tuple[str, Any]],
@@ -101,17 +110,20 @@ class CudaAttention:
         groups = rows * heads * -(-wide // positions)
         splits = min(MOST_SPLITS, max(1, BLOCKS // groups)) if tensor else 1
         warps = WARPS if tensor else PLAIN_WARPS
-        inputs = {**inputs, **_inputs(layer, view.where)}
+        names = ("prefix_keys", "prefix_values", "own_keys", "own_values")
+        buffers = dict(zip(names, layer.arrays(), strict=True))
+        inputs = {**inputs, **buffers, "rows": self._rows(view.where, layer, wide)}
         outputs, shapes, dtypes = ["out"], [(rows * wide, query_heads * width)], [dtype]
         if splits > 1:
             inputs["arrived"] = self._counter(groups)
             outputs += ["parts", "marks"]
             shapes += [(groups * splits, repeats * positions * width), (groups * splits, repeats * positions * 2)]
             dtypes += [mx.float32, mx.float32]
-        source = BEGIN + TENSOR_BEGIN + prepare + TENSOR if tensor else BEGIN + PLAIN_BEGIN + prepare + PLAIN
+        body = TENSOR_BEGIN + prepare + TENSOR if tensor else PLAIN_BEGIN + prepare + PLAIN
+        source = constants + BEGIN + body
         if tensor:
             source += TOGETHER if splits > 1 else ALONE
-        return kernel(name, tuple(inputs), tuple(outputs), source, HEADER if tensor else "")(
+        out: mx.array = kernel(name, tuple(inputs), tuple(outputs), source, HEADER if tensor else "")(
             inputs=list(inputs.values()),
             template=[
                 *template, ("T", dtype), ("D", width), ("HK", heads), ("REPEATS", repeats), ("WIDE", wide),
@@ -122,6 +134,23 @@ class CudaAttention:
             output_shapes=shapes,
             output_dtypes=dtypes,
         )[0]  # fmt: skip
+        return out
+
+    def _rows(self, where: Where, layer: Layer, wide: int) -> mx.array:
+        """Where all rows are at one step, `[S, 4]` int32: made once for all layers."""
+        if self._placed is None or self._placed[0] is not where or self._placed[1] != wide:
+            inputs = {**where._asdict(), "own_keys": layer.keys}
+            rows = where.place_of.shape[0]
+            (placed,) = kernel("grpo_rows", tuple(inputs), ("rows",), ROWS)(
+                inputs=list(inputs.values()),
+                template=[("WIDE", wide)],
+                grid=(-(-rows // 64) * 64, 1, 1),
+                threadgroup=(64, 1, 1),
+                output_shapes=[(rows, 4)],
+                output_dtypes=[mx.int32],
+            )
+            self._placed = where, wide, placed
+        return self._placed[2]
 
     def _counter(self, groups: int) -> mx.array:
         """A zero for each group of blocks that share columns, which they leave at zero."""
@@ -139,12 +168,6 @@ def half_inputs(half: Half) -> dict[str, mx.array]:
 
 def half_template(half: Half) -> list[tuple[str, Any]]:
     return [("LOW", half.first), ("BIAS", half.bias is not None)]
-
-
-def _inputs(layer: Layer, where: Where) -> dict[str, mx.array]:
-    names = ("prefix_keys", "prefix_values", "own_keys", "own_values")
-    buffers = dict(zip(names, layer.arrays(), strict=True))
-    return {**buffers, **where._asdict()}
 
 
 def serves(shapes: Sequence[CacheShape], query_heads: int) -> bool:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from grpo.backend.cuda import kernel, scalar
+from grpo.backend.cuda import constant, kernel
 from grpo.generation.blocks import Norm
 from grpo.generation.cuda_attention import half_inputs, half_template
-from grpo.generation.products import Half
+from grpo.generation.joined import Half
 
 THREADS = 256
 
 ADD_AND_NORM = """
     // One block for each row: hidden + x @ W + x @ A @ B, and its norm.
-    constexpr int EACH = (H + THREADS * VECTOR - 1) / (THREADS * VECTOR), WARPS = THREADS / 32;
+    constexpr int BATCH = 16, EACH = (H + THREADS * VECTOR - 1) / (THREADS * VECTOR), WARPS = THREADS / 32;
     struct alignas(sizeof(T) * VECTOR) Vector { T x[VECTOR]; };
     __shared__ float squares[WARPS];
     size_t row = blockIdx.x;
@@ -26,11 +26,18 @@ ADD_AND_NORM = """
         Vector one = *(const Vector*)(product + row * product_shape[1] + at);
         Vector other = *(const Vector*)(hidden + row * H + at), sum;
         for (int i = 0; i < VECTOR; ++i) kept[e][i] = (float)one.x[i] + (BIAS ? (float)bias[at + i] : 0.f);
-        #pragma unroll 16
-        for (int r = 0; r < R; ++r) {
-            float half = (float)halves[r];
-            Vector line = *(const Vector*)(b + (size_t)r * H + at);
-            for (int i = 0; i < VECTOR; ++i) kept[e][i] += half * (float)line.x[i];
+        for (int begin = 0; begin < R; begin += BATCH) {
+            Vector lines[BATCH];
+            float factors[BATCH];
+            #pragma unroll
+            for (int u = 0; u < BATCH; ++u) {
+                int r = min(begin + u, R - 1);
+                lines[u] = *(const Vector*)(b + (size_t)r * H + at);
+                factors[u] = begin + u < R ? (float)halves[r] : 0.f;
+            }
+            #pragma unroll
+            for (int u = 0; u < BATCH; ++u)
+                for (int i = 0; i < VECTOR; ++i) kept[e][i] += factors[u] * (float)lines[u].x[i];
         }
         for (int i = 0; i < VECTOR; ++i) {
             sum.x[i] = (T)(kept[e][i] + (float)other.x[i]);
@@ -44,7 +51,7 @@ ADD_AND_NORM = """
     __syncthreads();
     square = 0.f;
     for (int w = 0; w < WARPS; ++w) square += squares[w];
-    float inverse = rsqrtf(square / H + eps[0]);
+    float inverse = rsqrtf(square / H + EPS);
     #pragma unroll
     for (int e = 0; e < EACH; ++e) {
         int at = (e * THREADS + threadIdx.x) * VECTOR;
@@ -57,7 +64,7 @@ ADD_AND_NORM = """
 
 GATED = """
     // A thread takes VECTOR columns of ROWS rows: silu(gate) · up of x @ W + x @ A @ B.
-    constexpr int ACROSS = (I + THREADS * VECTOR - 1) / (THREADS * VECTOR);
+    constexpr int BATCH = 16, ACROSS = (I + THREADS * VECTOR - 1) / (THREADS * VECTOR);
     struct alignas(sizeof(T) * VECTOR) Vector { T x[VECTOR]; };
     int at = (blockIdx.x % ACROSS * THREADS + threadIdx.x) * VECTOR, begin = blockIdx.x / ACROSS * ROWS;
     if (at >= I) return;
@@ -72,14 +79,21 @@ GATED = """
             for (int i = 0; i < VECTOR; ++i)
                 sums[half][n][i] = (float)line.x[i] + (BIAS ? (float)bias[column + i] : 0.f);
         }
-        #pragma unroll 16
-        for (int r = 0; r < (half ? RU : RG); ++r) {
-            Vector line = *(const Vector*)(b + (size_t)r * 2 * I + column);
+        int ranks = half ? RU : RG;
+        for (int first = 0; first < ranks; first += BATCH) {
+            Vector lines[BATCH];
+            #pragma unroll
+            for (int u = 0; u < BATCH; ++u)
+                lines[u] = *(const Vector*)(b + (size_t)min(first + u, ranks - 1) * 2 * I + column);
             #pragma unroll
             for (int n = 0; n < ROWS; ++n) {
                 size_t row = min(begin + n, product_shape[0] - 1);
-                float factor = (float)low[row * low_shape[1] + LOW + (half ? RG : 0) + r];
-                for (int i = 0; i < VECTOR; ++i) sums[half][n][i] += factor * (float)line.x[i];
+                const T* halves = low + row * low_shape[1] + LOW + (half ? RG : 0);
+                #pragma unroll
+                for (int u = 0; u < BATCH; ++u) {
+                    float factor = first + u < ranks ? (float)halves[first + u] : 0.f;
+                    for (int i = 0; i < VECTOR; ++i) sums[half][n][i] += factor * (float)lines[u].x[i];
+                }
             }
         }
     }
@@ -99,10 +113,11 @@ GATED = """
 def add_and_norm(hidden: mx.array, half: Half, norm: Norm) -> tuple[mx.array, mx.array]:
     """`hidden` `[N, H]` plus a product, and the sum's norm, both `[N, H]` of its dtype."""
     rows, width = hidden.shape
-    inputs = {"hidden": hidden, **half_inputs(half), "weight": norm.weight, "eps": scalar(norm.eps)}
+    inputs = {"hidden": hidden, **half_inputs(half), "weight": norm.weight}
+    source = constant("EPS", norm.eps) + ADD_AND_NORM
     added: mx.array
     normed: mx.array
-    added, normed = kernel("grpo_add_and_norm", tuple(inputs), ("added", "normed"), ADD_AND_NORM)(
+    added, normed = kernel("grpo_add_and_norm", tuple(inputs), ("added", "normed"), source)(
         inputs=list(inputs.values()),
         template=[
             *half_template(half), ("T", hidden.dtype), ("H", width), ("R", half.ranks[0]),

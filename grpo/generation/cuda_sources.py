@@ -1,7 +1,20 @@
 """The source of the kernels for decode attention, in parts that `grpo.generation.cuda_attention` puts together.
 
 A block attends for one row, one head of keys, and as many of the step's positions as it has room for (`POSITIONS` of
-`WIDE`); `SPLITS` blocks share the columns where there are too few rows to fill the device.
+`WIDE`); `SPLITS` blocks share the columns where there are too few rows to fill the device. Single numbers are written
+into the source: MLX keeps arrays of up to 8 bytes in the host's memory, which blocks would wait for.
+"""
+
+ROWS = """
+    // What every block needs to know of a row, side by side: its prefix place, the tokens there, the columns it has
+    // filled, and how many tokens it has decoded.
+    int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= place_of_shape[0]) return;
+    int decoded = step[0] - starts[row];
+    rows[4 * row] = place_of[row];
+    rows[4 * row + 1] = lengths[place_of[row]];
+    rows[4 * row + 2] = max(0, min(decoded, own_keys_shape[2] - WIDE));
+    rows[4 * row + 3] = decoded;
 """
 
 HEADER = """
@@ -50,14 +63,14 @@ __device__ inline unsigned packed(float low, float high) {
 
 BEGIN = """
     constexpr int EACH = D / 32, THREADS = WARPS * 32, QUERIES = REPEATS * POSITIONS;
-    constexpr int CHUNKS = (WIDE + POSITIONS - 1) / POSITIONS;
+    constexpr int BATCH = 16, CHUNKS = (WIDE + POSITIONS - 1) / POSITIONS;
     struct alignas(sizeof(T) * EACH) Vector { T x[EACH]; };
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int split = blockIdx.x % SPLITS, chunk = blockIdx.x / SPLITS % CHUNKS;
     int head = blockIdx.x / (SPLITS * CHUNKS) % HK, row = blockIdx.x / (SPLITS * CHUNKS * HK);
     int room = own_keys_shape[2], prefix = prefix_keys_shape[2];
-    int place = place_of[row], prompt = lengths[place];
-    int fed = max(0, min(step[0] - starts[row], room - WIDE));
+    int4 of_row = ((const int4*)rows)[row];
+    int place = of_row.x, prompt = of_row.y, fed = of_row.z;
     int from = chunk * POSITIONS, to = min(WIDE, from + POSITIONS), columns = prompt + fed + to;
     size_t in_own = ((size_t)row * HK + head) * room * D, in_prefix = ((size_t)place * HK + head) * prefix * D;
     T* row_keys = const_cast<T*>(own_keys) + in_own;
@@ -98,11 +111,18 @@ JOINED = """
         if (RQ + RK + RV > 0) {
             const T* halves = low + n * low_shape[1] + LOW + (is_query ? 0 : is_value ? RQ + RK : RQ);
             int ranks = is_query ? RQ : is_value ? RV : RK;
-            #pragma unroll 16
-            for (int r = 0; r < ranks; ++r) {
-                float half = (float)halves[r];
-                Vector line = *(const Vector*)(b + (size_t)r * ((HK * REPEATS + 2 * HK) * D) + column);
-                for (int i = 0; i < EACH; ++i) x[i] += half * (float)line.x[i];
+            for (int begin = 0; begin < ranks; begin += BATCH) {
+                Vector lines[BATCH];
+                float factors[BATCH];
+                #pragma unroll
+                for (int u = 0; u < BATCH; ++u) {
+                    int r = min(begin + u, ranks - 1);
+                    lines[u] = *(const Vector*)(b + (size_t)r * ((HK * REPEATS + 2 * HK) * D) + column);
+                    factors[u] = begin + u < ranks ? (float)halves[r] : 0.f;
+                }
+                #pragma unroll
+                for (int u = 0; u < BATCH; ++u)
+                    for (int i = 0; i < EACH; ++i) x[i] += factors[u] * (float)lines[u].x[i];
             }
         }
         if (is_value) {
@@ -114,7 +134,7 @@ JOINED = """
         if (NORM) {
             for (int i = 0; i < EACH; ++i) square += x[i] * x[i];
             for (int offset = 16; offset; offset >>= 1) square += __shfl_xor_sync(0xffffffffu, square, offset);
-            float inverse = rsqrtf(square / D + eps[0]);
+            float inverse = rsqrtf(square / D + EPS);
             for (int i = 0; i < EACH; ++i) x[i] *= inverse * (float)weight[column + i];
         }
         float* mine = staged[warp];
@@ -140,7 +160,7 @@ JOINED = """
 PLAIN_BEGIN = """
     __shared__ float query[QUERIES][D];
     constexpr bool writes = true;
-    auto set_query = [&](int m, int d, float x) { query[m][d] = x * scale[0]; };
+    auto set_query = [&](int m, int d, float x) { query[m][d] = x * SCALE; };
 """
 
 PLAIN = """
@@ -221,7 +241,7 @@ TENSOR = """
     constexpr int PARTS = D / 32, HALVES = D / 64;
     constexpr float NOTHING = -1e30f;
     int g = lane / 4, t = lane % 4;
-    float factor = scale[0] * 1.44269504f;
+    constexpr float factor = SCALE * 1.44269504f;
     uint4 q[TILES][PARTS];
     float total[TILES][HALVES][4][4], highest[TILES][2], sums[TILES][2];
     int limits[TILES][2];

@@ -49,13 +49,12 @@ class BlockDecoder:
         self._compiled: Callable[..., mx.array] | None = None
 
     def refresh(self) -> None:
-        if self.blocks.refresh():
-            self._compiled = None  # a trace keeps the weights that it was made with, but for the adapters
+        if self.blocks.refresh() and not self.blocks.train:
+            self._compiled = None  # a trace keeps the weights that it was made with, unless they train
 
     def forget(self) -> None:
         if self.blocks.train:
             self.blocks.forget()
-            self._compiled = None
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
         if not attention.overlaps:
@@ -70,8 +69,9 @@ class BlockDecoder:
             return self._logits(tokens, [Layer(*arrays) for arrays in buffers], attention, where)
 
         # A trace keeps the arrays that it was made with, but for its inputs.
-        weights = [p.joined for p in self.blocks.products] if self.blocks.train else []
-        traced: Callable[..., mx.array] = mx.compile(logits, inputs=[[p.lora for p in self.blocks.products], weights])
+        blocks = self.blocks
+        inputs = blocks.arrays if blocks.train else [product.lora for product in blocks.products]
+        traced: Callable[..., mx.array] = mx.compile(logits, inputs=inputs)
         return traced
 
     def _logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View | Where) -> mx.array:

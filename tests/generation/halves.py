@@ -14,7 +14,7 @@ from grpo.generation.attention import StockAttention
 from grpo.generation.blocks import Block, Blocks, Norm
 from grpo.generation.buffers import Layer
 from grpo.generation.cuda_attention import CudaAttention
-from grpo.generation.products import Half
+from grpo.generation.joined import Half
 from grpo.generation.slots import View
 
 

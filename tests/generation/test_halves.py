@@ -12,7 +12,7 @@ from grpo.generation.buffers import cache_shapes
 from grpo.generation.choice import _fault, _teacher_forced
 from grpo.generation.decoders import BlockDecoder
 from grpo.generation.decoding import SharedPrefix
-from grpo.generation.products import MOST_RANKS, Products
+from grpo.generation.joined import MOST_RANKS, Products
 
 RANKS = [(4, 4), (0, 0), (0, 3), (5, 0), (2, 9)]
 

@@ -302,6 +302,9 @@ class Batch:
 
     beta `[]` float32 is the weight of the KL penalty at this step, None if the loss has no penalty now.
 
+    lines and starts, int32, say how the rows stand behind one another as they go through the model: `[5, R, W]` and
+    `[B]`, of which `grpo.model.lines` tells. None: each row goes through by itself, behind its prompt.
+
     All logprobs are at the sampling temperature. Where `trained` is 0 they may hold anything, NaN included.
     """
 
@@ -318,6 +321,8 @@ class Batch:
     reference: mx.array | None = None
     beta: mx.array | None = None
     entropies: mx.array | None = None
+    lines: mx.array | None = None
+    starts: mx.array | None = None
 
     def arrays(self) -> dict[str, mx.array]:
         """The arrays by field name, without those that are None: `mx.compile` takes dicts, but no dataclasses."""

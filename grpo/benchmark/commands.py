@@ -30,7 +30,7 @@ def _writable(path: Path | None) -> Path | None:
 
 
 OPTIONS: dict[str, Any] = {
-    "shape": Annotated[str, typer.Option(help="Random weights: qwen3-tiny, -1m, -25m, -0.6b, -1.7b or -moe-2m.")],
+    "shape": Annotated[str, typer.Option(help="Random weights: qwen3-tiny, -1m, -25m, -0.6b, -1.7b, -4b or -moe-2m.")],
     "model": Annotated[str | None, typer.Option(help="A real model instead: a Hub repository, folder or built-in.")],
     "lora": Annotated[
         bool, typer.Option(help="Sample with a LoRA of rank 16 on every linear layer; what trains has one.")
@@ -39,11 +39,30 @@ OPTIONS: dict[str, Any] = {
     "completions": Annotated[int, typer.Option(min=1, help="Of each prompt.")],
     "prompt_length": Annotated[int, typer.Option(min=1, help="In tokens.")],
     "completion_length": Annotated[int, typer.Option(min=1, help="In tokens.")],
+    "lengths": Annotated[
+        str,
+        typer.Option(
+            help="How completions' lengths vary, up to --completion-length: fixed, exponential:MEAN, log-normal:MEAN."
+        ),
+    ],
+    "slots": Annotated[int | None, typer.Option(min=1, help="Rows decoded at once. Default: all of them.")],
+    "peer_slots": Annotated[
+        int | None, typer.Option(min=1, help="Rows that mlx-lm decodes at once. Default: as many as slots.")
+    ],
+    "peer_prompts_once": Annotated[
+        bool,
+        typer.Option(
+            "--peer-prompts-once",
+            help="Give mlx-lm the cache of each prompt, computed once and copied for its completions, which "
+            "`batch_generate` does not do by itself.",
+        ),
+    ],
     "runs": Annotated[int, typer.Option(min=1, help="Runs of each side, after one warm-up.")],
 }
 """A `Setting`'s fields, as a command takes them that gives them a default."""
 COMMON = {"shape": "qwen3-1m", "model": None, "runs": 5}
 LOAD = {"prompts": 8, "completions": 8, "prompt_length": 128, "completion_length": 128}
+VARIED = {"lengths": "fixed", "slots": None, "peer_slots": None, "peer_prompts_once": False}
 
 JsonOption = Annotated[
     Path | None, typer.Option("--json", callback=_writable, help="Write machine, versions and rows to this file.")
@@ -84,17 +103,23 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-@command(**LOAD, lora=True)
+@command(**LOAD, **VARIED, lora=True)
 def rollout(
     setting: "Setting",
     wheel_blas: Annotated[
         bool, typer.Option("--wheel-blas", help="Leave mlx-lm the BLAS of MLX's wheel: it runs in its own process.")
     ] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Leave mlx-lm out.")] = False,
 ) -> Measurements:
     """The generator against mlx-lm's `BatchGenerator`, or its `stream_generate` for one row: tok/s and peak memory."""
     from grpo.benchmark.peer import against_wheel
-    from grpo.benchmark.rollout import against_mlx_lm
+    from grpo.benchmark.rollout import against_mlx_lm, by_itself
+    from grpo.errors import UserError
 
+    if alone and (wheel_blas or setting.peer_slots or setting.peer_prompts_once):
+        raise UserError("--alone: options of mlx-lm's side mean nothing without it")
+    if alone:
+        return by_itself(setting)
     return (against_wheel if wheel_blas else against_mlx_lm)(setting)
 
 
@@ -108,27 +133,60 @@ def train(
     minutes: Annotated[float, typer.Option(help="With --update: warm up no further variant after this time.")] = 7.0,
     peer_python: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Python of an environment with mlx-lm-lora: measure it too."),
+        typer.Option(
+            exists=True, dir_okay=False, help="Python of an environment with another toolkit: measure it too."
+        ),
     ] = None,
+    peer: Annotated[
+        str, typer.Option(help="With --peer-python: which toolkit, mlx-lm-lora or unsloth.")
+    ] = "mlx-lm-lora",
+    peer_options: Annotated[
+        str, typer.Option(help="With --peer-python: options of its script in scripts/benchmarks, in one string.")
+    ] = "",
     blas: Annotated[
         bool, typer.Option("--blas", help="With --peer-python: give the peer the BLAS that grpo loads (MKL).")
     ] = False,
 ) -> Measurements:
-    """A whole GRPO step (rollout, reward, logprobs, update) beside mlx-lm-lora's, or the update in its variants.
+    """A whole GRPO step (rollout, reward, logprobs, update) beside another toolkit's, or the update in its variants.
 
     With --update the shared way's gradient is first held against the plain way's.
     """
+    from grpo.benchmark.peers import Toolkit
     from grpo.benchmark.train import compare_steps
     from grpo.benchmark.updates import compare_updates, variant_names
     from grpo.errors import UserError
 
     if update and (peer_python or blas):
         raise UserError("--peer-python and --blas are for whole steps: leave --update out")
-    if (variants and not update) or (blas and not peer_python):
-        raise UserError("--variants means nothing without --update, nor --blas without --peer-python")
+    if (variants and not update) or ((blas or peer_options) and not peer_python):
+        raise UserError(
+            "--variants means nothing without --update, nor --blas and --peer-options without --peer-python"
+        )
     if update:
         return compare_updates(setting, variant_names(variants), 60 * minutes)
-    return compare_steps(setting, peer_python, blas)
+    toolkit = Toolkit(peer, peer_python, blas, peer_options) if peer_python else None
+    return compare_steps(setting, toolkit)
+
+
+@command(**LOAD, lora=True)
+def speculate(
+    setting: "Setting",
+    accepted: Annotated[
+        str, typer.Option(help="Drafts that are accepted at every step, of random weights: a side for each number.")
+    ] = "1,2,3,4",
+    recipe: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Instead: the steps of this recipe, over epochs.")
+    ] = None,
+    pool: Annotated[int, typer.Option(min=1, help="With --recipe: its first prompts, which make an epoch.")] = 16,
+    ways: Annotated[str, typer.Option(help="With --recipe: values of rollout.speculate, held against off.")] = "auto",
+) -> Measurements:
+    """What speculation adds: by the drafts that are accepted, or over a recipe's epochs. Tokens are compared."""
+    from grpo.benchmark.epochs import epochs_of
+    from grpo.benchmark.speculation import counts, speculation_gains
+
+    if recipe is not None:
+        return epochs_of(recipe, pool, ways.split(","), setting.runs)
+    return speculation_gains(setting, counts(accepted))
 
 
 @command(prompts=4, completions=8, prompt_length=128, completion_length=128, runs=2)

@@ -75,7 +75,7 @@ def _steps(decoding: Decoding, context: int, vocabulary: int) -> Callable[[], Va
     prompt = [1 + i % (vocabulary - 1) for i in range(context)]
 
     def run() -> Values:
-        session = decoding.open(Size(slots=1, places=1, prefix=context - 1, ring=DECODED))
+        session = decoding.open(Size(slots=1, places=1, prefix=context - 1, columns=DECODED))
         session.admit([0], [Line(SharedPrompt(prompt))])
         tokens = mx.array([1], mx.uint32)
 

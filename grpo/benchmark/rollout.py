@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -10,6 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend.random import derive_key
+from grpo.benchmark.distributions import FIXED
+from grpo.benchmark.forced import sample
 from grpo.benchmark.models import model_for, vocabulary_of
 from grpo.benchmark.protocol import Measurement, Side, Values, alternate
 from grpo.benchmark.setting import Setting
@@ -17,13 +20,18 @@ from grpo.errors import RunError
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 from grpo.model.drawn import NoTokenizer
-from grpo.model.mlxlm import BatchGenerator, generate_step, make_sampler
+from grpo.model.mlxlm import BatchGenerator, generate_step, make_prompt_cache, make_sampler
 
 
 def against_mlx_lm(setting: Setting) -> list[Measurement]:
     """This generator against mlx-lm's: its loop for one row, or its batched generator."""
     model = model_for(setting)
     return alternate(str(setting), [mlx_lm(model, setting), ours(model, setting)], setting.runs)
+
+
+def by_itself(setting: Setting) -> list[Measurement]:
+    """This generator without another beside it."""
+    return alternate(str(setting), [ours(model_for(setting), setting)], setting.runs)
 
 
 def mlx_lm(model: nn.Module, setting: Setting) -> Side:
@@ -53,39 +61,62 @@ def requests_of(setting: Setting, model: nn.Module) -> list[Request]:
 def ours(
     model: nn.Module, setting: Setting, sampling: Sampling | None = None, logprobs: bool = True, name: str = "grpo"
 ) -> Side:
-    """This project's generator with a slot for every row."""
-    generator, requests = untold(model, setting.rows), requests_of(setting, model)
-    sampling = sampling or Sampling(max_tokens=setting.completion_length)
+    """This project's generator, whose rows have the setting's lengths."""
+    generator, requests = untold(model, setting.at_once), requests_of(setting, model)
+    sampling, lengths = sampling or Sampling(max_tokens=setting.completion_length), setting.completion_lengths
 
-    def run() -> Values:
-        return timed(lambda: generator.generate(requests, sampling, derive_key(0, "draw"), logprobs), setting.tokens)
+    def work() -> None:
+        if setting.lengths == FIXED:
+            generator.generate(requests, sampling, derive_key(0, "draw"), logprobs)
+        else:
+            sample(generator, requests, lengths, sampling, logprobs)
 
-    return Side(name, run)
+    return Side(name, lambda: timed(work, sum(lengths)))
 
 
 def mlx_lm_batched(model: nn.Module, setting: Setting) -> Side:
-    """mlx-lm's `BatchGenerator` with a row for every completion, logprobs read as `batch_generate` does."""
-    prompts = [ids for ids in setting.draw(vocabulary_of(model)) for _ in range(setting.completions)]
-    return Side("mlx-lm", lambda: timed(lambda: _batch_generate(model, prompts, setting), setting.tokens))
+    """mlx-lm's `BatchGenerator`, which lets rows in as others end, logprobs read as `batch_generate` does."""
+    prompts, lengths = setting.draw(vocabulary_of(model)), setting.completion_lengths
+    return Side("mlx-lm", lambda: timed(lambda: _batch_generate(model, prompts, lengths, setting), sum(lengths)))
 
 
-def _batch_generate(model: nn.Module, prompts: Sequence[list[int]], setting: Setting) -> list[list[float]]:
+def _batch_generate(
+    model: nn.Module, prompts: Sequence[list[int]], lengths: Sequence[int], setting: Setting
+) -> list[list[float]]:
+    rows = setting.peer_slots or setting.at_once
     generator = BatchGenerator(
         model,
-        max_tokens=setting.completion_length,
         sampler=make_sampler(1.0),
-        completion_batch_size=setting.rows,
-        prefill_batch_size=setting.rows,  # its fastest: by default prompts go in eight at a time
+        completion_batch_size=rows,
+        prefill_batch_size=rows,  # its fastest: by default prompts go in eight at a time
     )
-    uids = generator.insert(prompts)
+    inputs = [ids for ids in prompts for _ in range(setting.completions)]
+    caches = None
+    if setting.peer_prompts_once:
+        with mx.stream(generator.stream):
+            caches = [copy.deepcopy(cache) for cache in _prefilled(model, prompts) for _ in range(setting.completions)]
+        inputs = [ids[-1:] for ids in inputs]
+    uids = generator.insert(inputs, list(lengths), caches=caches)
     logprobs: dict[int, list[float]] = {uid: [] for uid in uids}
     while responses := generator.next_generated():
         for response in responses:
             logprobs[response.uid].append(response.logprobs[response.token].item())
     generator.close()
-    if any(len(found) != setting.completion_length for found in logprobs.values()):
+    if [len(found) for found in logprobs.values()] != list(lengths):
         raise RunError("mlx-lm has not sampled what it was asked for: its speed would mean nothing")
     return [logprobs[uid] for uid in uids]
+
+
+def _prefilled(model: nn.Module, prompts: Sequence[list[int]]) -> list[list[Any]]:
+    """For each prompt mlx-lm's caches of all its tokens but the last."""
+    found = []
+    for ids in prompts:
+        caches: list[Any] = make_prompt_cache(model)
+        if ids[:-1]:
+            model(mx.array([ids[:-1]]), cache=caches)
+            mx.eval([cache.state for cache in caches])
+        found.append(caches)
+    return found
 
 
 def mlx_lm_stream(model: nn.Module, setting: Setting) -> Side:
@@ -93,7 +124,7 @@ def mlx_lm_stream(model: nn.Module, setting: Setting) -> Side:
     (prompt,) = setting.draw(vocabulary_of(model))
 
     def work() -> None:
-        steps = generate_step(mx.array(prompt), model, max_tokens=setting.completion_length, sampler=make_sampler(1.0))
+        steps = generate_step(mx.array(prompt), model, max_tokens=setting.tokens, sampler=make_sampler(1.0))
         for _ in steps:
             pass
 

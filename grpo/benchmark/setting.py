@@ -8,13 +8,17 @@ from typing import Any, cast
 import mlx.core as mx
 
 from grpo.backend.random import derive_key
+from grpo.benchmark.distributions import FIXED, draw_lengths
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
     """A model (by `model`, or one of this `shape` with random weights), and prompts × completions of these lengths.
 
-    Lengths are in tokens; `runs` are turns after the warm-up. A benchmark looks at what means something to it.
+    Lengths are in tokens; `runs` are turns after the warm-up. `completion_length` is every completion's, unless
+    `lengths` says how they vary: then it is the most. At most `slots` rows decode at once (None: all of them), of
+    mlx-lm `peer_slots` (None: as many); with `peer_prompts_once` mlx-lm gets each prompt's cache computed once for all
+    its completions. A benchmark looks at what means something to it.
     """
 
     shape: str = "qwen3-1m"
@@ -25,10 +29,18 @@ class Setting:
     prompt_length: int = 1
     completion_length: int = 1
     runs: int = 1
+    lengths: str = FIXED
+    slots: int | None = None
+    peer_slots: int | None = None
+    peer_prompts_once: bool = False
 
     def __str__(self) -> str:
         load = f"{self.prompts}x{self.completions} {self.prompt_length}+{self.completion_length}"
-        return f"{self.name} {load}"
+        lengths = "" if self.lengths == FIXED else f" ({self.lengths})"
+        slots = "" if self.slots is None else f", {self.slots} slots"
+        peers = "" if self.peer_slots is None else f", mlx-lm {self.peer_slots} rows at once"
+        once = ", mlx-lm's prompts computed once" if self.peer_prompts_once else ""
+        return f"{self.name} {load}{lengths}{slots}{peers}{once}"
 
     @property
     def name(self) -> str:
@@ -40,9 +52,19 @@ class Setting:
         return self.prompts * self.completions
 
     @property
+    def at_once(self) -> int:
+        """Rows that decode at once, at most."""
+        return min(self.rows, self.slots or self.rows)
+
+    @property
+    def completion_lengths(self) -> list[int]:
+        """Of every completion, prompt by prompt: the same at every call."""
+        return draw_lengths(self.lengths, self.rows, self.completion_length)
+
+    @property
     def tokens(self) -> int:
         """That are sampled."""
-        return self.rows * self.completion_length
+        return sum(self.completion_lengths)
 
     def draw(self, vocabulary: int) -> list[list[int]]:
         """The prompts, the same at every call."""

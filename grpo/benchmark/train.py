@@ -1,24 +1,19 @@
-"""`grpo bench train`: a whole GRPO step against mlx-lm-lora's."""
+"""`grpo bench train`: a whole GRPO step against other toolkits'."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import tempfile
 import time
-from pathlib import Path
 
 import mlx.core as mx
 
 from grpo.backend.ranks import Ranks
-from grpo.benchmark.models import base_model, write_model
+from grpo.benchmark.models import base_model
+from grpo.benchmark.peers import Toolkit, running
 from grpo.benchmark.protocol import Measurement, Side, Values, alternate
+from grpo.benchmark.resident import watch_resident
 from grpo.benchmark.rollout import untold
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.work import Prompts, policy_of, recipe, synthetic
-from grpo.config import ModelConfig
-from grpo.errors import RunError, UserError
-from grpo.model.load import model_folder
 from grpo.model.widehead import widen_head
 from grpo.planning.plan import make_plan
 from grpo.planning.workload import Workload
@@ -55,60 +50,21 @@ def step_side(setting: Setting) -> Side:
     def run() -> Values:
         mx.clear_cache()
         mx.reset_peak_memory()
+        resident = watch_resident()
         start = time.perf_counter()
         values = trainer.step(next(steps)).values
         total = time.perf_counter() - start
         phases = {f"s {phase}": values[f"time/{phase}"] for phase in PHASES}
         other = {"s other": total - sum(phases.values())}
-        return {"s": total, **phases, **other, "GB": mx.get_peak_memory() / 1e9}
+        return {"s": total, **phases, **other, "GB": mx.get_peak_memory() / 1e9, **resident()}
 
     return Side("grpo", run)
 
 
-def compare_steps(setting: Setting, peer_python: Path | None, blas: bool) -> list[Measurement]:
-    """A whole step, this trainer's and, with `peer_python`, mlx-lm-lora's: the same weights, prompts and lengths.
-
-    `peer_python` is the Python of an environment in which mlx-lm-lora is installed. With `blas` the peer gets the BLAS
-    that this project loads for itself.
-    """
-    sides = [step_side(setting)]
-    if peer_python is None:
-        return alternate(f"step, {setting}", sides, setting.runs)
-    with tempfile.TemporaryDirectory() as folder:
-        peer = _mlx_lm_lora(peer_python, Path(folder), setting, blas)
-        return alternate(f"step, {setting}", [peer, *sides], setting.runs)
-
-
-PEER = Path(__file__).parents[2] / "scripts/benchmarks/mlx_lm_lora_steps.py"
-PEER_STEPS = 6
-"""Iterations of the peer in one run, of which the first half warms up."""
-
-
-def _mlx_lm_lora(python: Path, folder: Path, setting: Setting, blas: bool) -> Side:
-    if not PEER.is_file():
-        raise UserError(f"--peer-python: {PEER} is not there: it comes with the repository, and not with the package")
-    model = model_folder(ModelConfig(name=setting.model)) if setting.model else folder / "model"
-    if not setting.model:
-        write_model(setting, model)
-    rows = [json.dumps({"prompt": "?", "answer": "1", "system": "?"})] * max(64, setting.prompts)  # its place is taken
-    (folder / "data").mkdir()
-    (folder / "data/train.jsonl").write_text("\n".join(rows) + "\n")
-    sizes = (setting.prompts, setting.completions, setting.prompt_length, setting.completion_length)
-    command = [python, PEER, model, folder / "data", PEER_STEPS, *sizes, *(["--blas"] if blas else [])]
-
-    def run() -> Values:
-        return _last_line(list(map(str, command)), folder)
-
-    return Side(f"mlx-lm-lora{', same BLAS' if blas else ''}", run)
-
-
-def _last_line(command: list[str], folder: Path) -> Values:
-    """What a process measured and printed last. Raises RunError where it has not."""
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-        if ran.returncode == 0:
-            measured: Values = json.loads(ran.stdout.strip().rpartition("\n")[2])
-            return measured
-    except (OSError, ValueError) as error:
-        raise RunError(f"mlx-lm-lora by {command[0]} failed: {error}") from error
-    raise RunError(f"mlx-lm-lora by {command[0]} failed: {ran.stderr.strip()[-500:]}")
+def compare_steps(setting: Setting, toolkit: Toolkit | None) -> list[Measurement]:
+    """A whole step, this trainer's and, if there is a `toolkit`, its own: the same weights, prompts and lengths."""
+    case = f"step, {setting}"
+    if toolkit is None:
+        return alternate(case, [step_side(setting)], setting.runs)
+    with running(toolkit, setting) as peer:
+        return alternate(case, [peer.side(), step_side(setting)], setting.runs)

@@ -50,6 +50,10 @@ class OptimConfig(Section):
     share_prompts: bool = True
     """Run a prompt once for all its completions in training, where the model allows it. Changes memory and speed, not
     the gradient, unless `adapter.dropout` is on: then the completions of a prompt share what is dropped of it."""
+    pack_completions: bool = True
+    """On a GPU, send completions through the model behind one another in training, where that leaves less padding and
+    the model allows it (it needs `share_prompts`). Changes memory and speed, not the gradient, unless `adapter.dropout`
+    is on: which numbers it drops depends on it."""
     compile: bool = True
     """Compile the update on a GPU (a CPU never does): a third faster, after minutes spent at the first step."""
     max_skipped_updates: Positive = 3

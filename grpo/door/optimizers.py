@@ -23,6 +23,7 @@ OF_THE_LOOP = {
     "micro_batch_tokens",
     "gradient_checkpointing",
     "share_prompts",
+    "pack_completions",
     "num_minibatches",
     "max_logp_difference",
 }

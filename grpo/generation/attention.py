@@ -1,4 +1,4 @@
-"""Attention of one token a row over its prompt and over what it has decoded.
+"""Attention of a row's newest tokens over its prompt and over what it has decoded.
 
 `StockAttention` is made of stock MLX operations and is right everywhere; `FusedRowAttention` takes MLX's fused
 attention for a row that is alone; `grpo.generation.cuda_attention` has kernels. All go by the same interface, and each
@@ -14,6 +14,7 @@ import mlx.core as mx
 from grpo.backend.maths import exp
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import Layer
+from grpo.generation.products import padded, product
 from grpo.generation.slots import View, Where
 
 MASKED = -1e30
@@ -21,7 +22,8 @@ MASKED = -1e30
 
 
 class Attention(Protocol):
-    """How decoding reads and writes the buffers. S slots, HQ query heads, H heads of keys and values."""
+    """How decoding reads and writes the buffers. S slots of W tokens, HQ query heads, H heads of keys
+    and values."""
 
     overlaps: bool
     """Whether a step may be launched while the one before it still runs, without MLX copying the buffers."""
@@ -29,23 +31,23 @@ class Attention(Protocol):
     def attend(
         self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View
     ) -> mx.array:
-        """Write this step's keys and values into the ring, and attend over prompt and ring.
+        """Write this step's keys and values into the slots' columns, and attend over the prompt and them.
 
-        queries `[S, HQ, 1, D]`, keys `[S, H, 1, D]`, values `[S, H, 1, E]`; returns `[S, HQ, 1, E]` of the queries'
+        queries `[S, HQ, W, D]`, keys `[S, H, W, D]`, values `[S, H, W, E]`; returns `[S, HQ, W, E]` of the queries'
         dtype.
         """
         ...
 
     def attend_joined(self, layer: Layer, qkv: mx.array, block: Block, blocks: Blocks, view: View | Where) -> mx.array:
-        """The same from a block's product `[S, (HQ + 2H) · D]`, which is normed and rotated first: `[S, HQ · D]`.
+        """The same from a block's product `[S · W, (HQ + 2H) · D]`, normed and rotated first: `[S · W, HQ · D]`.
 
-        Kernels that overlap steps are content with a `Where`.
+        Rows behind those, if there are any, come back as zeros. Kernels that overlap steps are content with a `Where`.
         """
         ...
 
 
 class StockAttention:
-    """By stock operations: the prompt's part as one product for each group, the ring's part for each slot.
+    """By stock operations: the prompt's part as one product for each group, the rest for each slot.
 
     The parts are put together by their maxima and sums (flash decoding, arXiv 2205.14135), so that no prompt is ever
     repeated for its rows.
@@ -55,33 +57,35 @@ class StockAttention:
 
     def attend_joined(self, layer: Layer, qkv: mx.array, block: Block, blocks: Blocks, view: View | Where) -> mx.array:
         assert isinstance(view, View)
-        turned = blocks.query_heads + blocks.heads
-        rows = qkv.reshape(qkv.shape[0], turned + blocks.heads, 1, blocks.width)
+        slots, tokens, turned = len(view.place_of), view.fed, blocks.query_heads + blocks.heads
+        rows = qkv[: slots * tokens].reshape(slots, tokens, turned + blocks.heads, blocks.width).swapaxes(1, 2)
         queries_keys = rows[:, :turned]
         if block.qk_norm is not None:
             queries_keys = block.qk_norm(queries_keys)
         queries_keys = _rotated(queries_keys, blocks, view)
         queries, keys = queries_keys[:, : blocks.query_heads], queries_keys[:, blocks.query_heads :]
-        return self.attend(layer, queries, keys, rows[:, turned:], blocks.scale, view).flatten(1)
+        out = self.attend(layer, queries, keys, rows[:, turned:], blocks.scale, view)
+        return padded(out.swapaxes(1, 2).reshape(slots * tokens, -1), len(qkv), 0)
 
     def attend(
         self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View
     ) -> mx.array:
-        slots, query_heads, _, width = queries.shape
+        slots, query_heads, tokens, width = queries.shape
         heads = keys.shape[1]
-        layer.write(view.column, keys, values)
-        queries = (queries * scale).reshape(slots, heads, query_heads // heads, width)
-        part = _partial(queries, layer.keys[:, :, : view.width], layer.values[:, :, : view.width], view.own)
+        repeats = query_heads // heads
+        layer.write(view, keys, values)
+        grouped = (queries * scale).reshape(slots, heads, repeats * tokens, width)
+        part = _partial(grouped, layer.keys[:, :, : view.width], layer.values[:, :, : view.width], view.own(repeats))
         if view.prefix:
-            part = _together(part, _over_prompts(layer, queries, view))
-        return (part.total / part.weight).astype(queries.dtype).reshape(slots, query_heads, 1, -1)
+            part = _together(part, _over_prompts(layer, grouped, view))
+        return (part.total / part.weight).astype(queries.dtype).reshape(slots, query_heads, tokens, -1)
 
 
 class FusedRowAttention(StockAttention):
     """By MLX's fused attention where a row is alone, by the stock way otherwise.
 
-    One row needs no mask, and without one `mx.fast.scaled_dot_product_attention` stays fused on a GPU. Its prompt and
-    its ring are put one behind the other for that, which copies one row's keys and values.
+    One row needs no array as a mask, and without one `mx.fast.scaled_dot_product_attention` stays fused on a GPU. Its
+    prompt and its own columns are put one behind the other for that, which copies one row's keys and values.
     """
 
     def attend(
@@ -89,20 +93,20 @@ class FusedRowAttention(StockAttention):
     ) -> mx.array:
         if queries.shape[0] > 1:
             return super().attend(layer, queries, keys, values, scale, view)
-        layer.write(view.column, keys, values)
+        layer.write(view, keys, values)
         row = view.first_row
 
-        def joined(prefix: mx.array, ring: mx.array) -> mx.array:
-            first, last = row.start % view.ring, view.column + 1
-            own = [ring[:, :, first:last]] if first < last else [ring[:, :, first:], ring[:, :, :last]]
-            return mx.concatenate([prefix[row.place : row.place + 1, :, : row.length], *own], axis=2)
+        def joined(prefix: mx.array, own: mx.array) -> mx.array:
+            prompt = prefix[row.place : row.place + 1, :, : row.length]
+            return mx.concatenate([prompt, own[:, :, : row.decoded + view.fed]], axis=2)
 
         everything = joined(layer.prefix_keys, layer.keys), joined(layer.prefix_values, layer.values)
-        return mx.fast.scaled_dot_product_attention(queries, *everything, scale=scale)
+        mask = "causal" if view.fed > 1 else None
+        return mx.fast.scaled_dot_product_attention(queries, *everything, scale=scale, mask=mask)
 
 
 def _rotated(x: mx.array, blocks: Blocks, view: View) -> mx.array:
-    """Rotary embedding (RoFormer, arXiv 2104.09864) of `[S, heads, 1, D]`, in fp32."""
+    """Rotary embedding (RoFormer, arXiv 2104.09864) of `[S, heads, W, D]`, in fp32."""
     cos, sin = view.rotation(blocks.frequencies)
     turned = 2 * blocks.frequencies.shape[0]
     first, second = (
@@ -126,11 +130,11 @@ class _Part(NamedTuple):
 
 
 def _partial(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> _Part:
-    """queries `[N, H, r, D]`, keys and values `[N, H, W, D]`, visible `[N, 1, 1, W]`."""
-    scores = mx.where(visible, (queries @ keys.swapaxes(-1, -2)).astype(mx.float32), MASKED)
+    """queries `[N, H, r, D]`, keys and values `[N, H, C, D]`, visible `[N, 1, 1 or r, C]`."""
+    scores = mx.where(visible, product(queries, keys.swapaxes(-1, -2)).astype(mx.float32), MASKED)
     highest = scores.max(axis=-1, keepdims=True)
     weights = exp(scores - highest)
-    return _Part(highest, weights.sum(axis=-1, keepdims=True), weights.astype(values.dtype) @ values)
+    return _Part(highest, weights.sum(axis=-1, keepdims=True), product(weights.astype(values.dtype), values))
 
 
 def _over_prompts(layer: Layer, queries: mx.array, view: View) -> _Part:

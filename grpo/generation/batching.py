@@ -1,10 +1,11 @@
-"""Continuous batching: a row takes a free slot, gets one token a step, and leaves its slot when it ends."""
+"""Continuous batching: a row takes a free slot, gets a token or more a step, and leaves its slot when it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -14,15 +15,27 @@ from grpo.generation.parking import Parking
 from grpo.generation.rows import Row
 from grpo.generation.sampling import Drawn
 from grpo.generation.seats import Seats, blank
+from grpo.generation.slots import WIDEST
+from grpo.generation.speculation import Speculation
 from grpo.types import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step that the device computes: its draws, and the row of each slot. A row that left is None."""
+    """A step that the device computes: its draws, and the row of each slot. A row that left is None.
+
+    `fed` is None where each slot was fed its last token. A wide step was fed several, of which all but the first are
+    drafts: what is drawn behind a draft counts as long as all drafts before it were what was drawn.
+    """
 
     rows: list[Row | None]
     drawn: Drawn
+    began: float
+    fed: list[list[int]] | None = None
+
+    @property
+    def width(self) -> int:
+        return len(self.fed[0]) if self.fed else 1
 
     def launch(self) -> None:
         mx.async_eval(self.drawn.arrays())  # type: ignore[no-untyped-call]
@@ -31,11 +44,20 @@ class _Step:
 class Run:
     """Moves rows through the slots and reads their tokens. Frees all buffers once no row can decode any more.
 
-    One step is computed on the device (`_flying`) while the host prepares the next.
+    One step is computed on the device (`_flying`) while the host prepares the next. What a wide step is fed depends on
+    the tokens before it, so that step is prepared only when the one before has been read.
     """
 
-    def __init__(self, find_decoding: Callable[[], Decoding], most_slots: int, parking: Parking) -> None:
-        self.seats = Seats(find_decoding, most_slots, parking)
+    def __init__(
+        self,
+        find_decoding: Callable[[], Decoding],
+        most_slots: int,
+        parking: Parking,
+        speculation: Speculation | None = None,
+    ) -> None:
+        self._speculation = speculation
+        self.seats = Seats(find_decoding, most_slots, parking, ahead=WIDEST - 1 if speculation else 0)
+        self._read_at = 0.0
         self._live: dict[Row, None] = {}
         self._flying: _Step | None = None
 
@@ -90,21 +112,28 @@ class Run:
 
         The host reads one step behind the device. If the session `overlaps`, the next step is launched before the
         running one has been read. Otherwise a second step in flight would make MLX copy the buffers, so the host only
-        builds its graph, and launches it after the read.
+        builds its graph, and launches it after the read. Before a wide step and behind it, the host reads first.
         """
         events = None
         while events is None:
-            if self._flying is not None and self.seats.overlaps and self.seats.will_rearrange():
+            if self._flying is not None and self._flying.width > 1:
+                events = self.drain()
+            elif self._flying is not None and self.seats.overlaps and self.seats.will_rearrange():
                 return self.drain()
+            width = self._next_width()
+            if width > 1 and self._flying is not None:
+                events = self.drain()
             self.seats.arrange()
-            step = self._next_step()
-            if step is not None and self.seats.overlaps:
-                step.launch()
+            step = self._next_step(width)
             flying, self._flying = self._flying, step
-            events = self._read(flying) if flying is not None else None
+            at_once = flying is None or self.seats.overlaps
+            if step is not None and at_once:
+                step.launch()
+            if flying is not None:
+                events = self._read(flying)
             if step is None:
                 break
-            if not self.seats.overlaps:
+            if not at_once:
                 step.launch()
         if not self._live and self._flying is None:
             self.seats.close()
@@ -115,12 +144,20 @@ class Run:
         flying, self._flying = self._flying, None
         return self._read(flying) if flying is not None else Events()
 
-    def _next_step(self) -> _Step | None:
-        """Build the graph that draws one more token for every slot. None if no slot has a row."""
-        rows = self.seats.rows
+    def _next_width(self) -> int:
+        """How many tokens the next step is to feed each row."""
+        if self._speculation is None or self.seats.widest == 1 or not any(self.seats.rows):
+            return 1
+        return min(self._speculation.width(self.seats.rows), self.seats.widest)
+
+    def _next_step(self, width: int) -> _Step | None:
+        """Build the graph that draws the next token for every slot, or several. None if no slot has a row."""
+        rows, began = self.seats.rows, time.perf_counter()
         if not any(rows):
             return None
-        step = _Step(list(rows), self.seats.draw())
+        if fed := self._fed(width):
+            return _Step(list(rows), self.seats.draw_wide(fed), began, fed)
+        step = _Step(list(rows), self.seats.draw(), began)
         for row in step.rows:
             if row is not None:
                 row.launched += 1
@@ -128,25 +165,53 @@ class Run:
                     self.seats.leave(row, keep=False)
         return step
 
+    def _fed(self, width: int) -> list[list[int]]:
+        """What a wide step feeds each slot: the row's last token, and drafts. Nothing where there are no drafts."""
+        if self._speculation is None or width == 1:
+            return []
+        rows = self.seats.rows
+        drafts = self._speculation.propose(rows, width)
+        while width > 1 and 1 + max(map(len, drafts)) <= width // 2:  # as wide as the drafts need
+            width //= 2
+        if width == 1:
+            return []
+        lasts = [row.last if row is not None else 0 for row in rows]
+        fed = [[last, *draft[: width - 1]] for last, draft in zip(lasts, drafts, strict=True)]
+        return [[*ids, *[ids[-1]] * (width - len(ids))] for ids in fed]
+
     def _read(self, step: _Step) -> Events:
         """Wait for a step, append its tokens to their rows, and end the rows that stop here."""
-        drawn: list[Any] = [a.tolist() if a is not None else None for a in
-                            (step.drawn.tokens, step.drawn.logprobs, step.drawn.sampler_logprobs)]  # fmt: skip
-        tokens, logprobs, sampler_logprobs = drawn
+        tokens, logprobs, theirs = (_by_slot(a, step.width) for a in
+                                    (step.drawn.tokens, step.drawn.logprobs, step.drawn.sampler_logprobs))  # fmt: skip
         ended: dict[Row, FinishReason] = {}
         for slot, row in enumerate(step.rows):
             if row is None:
+                tokens[slot] = []
                 continue
-            row.token_ids.append(tokens[slot])
+            taken, reason = _follow(row, tokens[slot], step.fed[slot] if step.fed else ())
+            for column in filter(None, (tokens, logprobs, theirs)):
+                del column[slot][taken:]
             if row.wants_logprobs:
-                row.logprobs.append(logprobs[slot])
+                row.logprobs += logprobs[slot]
             if row.wants_sampler_logprobs:
-                row.sampler_logprobs.append(sampler_logprobs[slot])
-            reason = row.stopping.reason(row.token_ids)
+                row.sampler_logprobs += theirs[slot]
             if reason is not None:
                 row.finish_reason = ended[row] = reason
-                self._end(row)
-        return Events(step.rows, tokens, logprobs, sampler_logprobs, ended)
+        if step.fed:
+            self.seats.take(tokens)
+        self._tell(step, tokens, ended)
+        for row in ended:
+            self._end(row)
+        return Events(step.rows, tokens, logprobs or None, theirs or None, ended)
+
+    def _tell(self, step: _Step, tokens: Sequence[Sequence[int]], ended: Iterable[Row]) -> None:
+        if self._speculation is None:
+            return
+        now = time.perf_counter()
+        spent, self._read_at = now - max(step.began, self._read_at), now
+        self._speculation.stepped(step.rows, step.width, list(map(len, tokens)), spent)
+        for row in ended:
+            self._speculation.ended(row)
 
     def _end(self, row: Row) -> None:
         waits = row.keep and row.room > 0
@@ -160,3 +225,24 @@ class Run:
         if self._flying is not None:
             blank(self._flying.rows, row)
         self.seats.leave(row, keep)
+
+
+def _follow(row: Row, drawn: Sequence[int], fed: Sequence[int]) -> tuple[int, FinishReason | None]:
+    """Append what was drawn to a row, as long as the row goes on and the next token that was fed is what was drawn.
+
+    Returns how many tokens that are, and why the row ends with the last of them, if it does.
+    """
+    for taken, token in enumerate(drawn, start=1):
+        row.token_ids.append(token)
+        reason = row.stopping.reason(row.token_ids)
+        if reason is not None or taken == len(drawn) or fed[taken] != token:
+            break
+    if fed:
+        row.launched = len(row.token_ids)
+    return taken, reason
+
+
+def _by_slot(array: mx.array | None, width: int) -> list[list[Any]]:
+    """`[S · W]` as a list of W for each slot; nothing where there is no array."""
+    values = [] if array is None else cast(list[Any], array.tolist())
+    return [values[start : start + width] for start in range(0, len(values), width)]

@@ -28,6 +28,7 @@ class BatchCachesSession:
     """See `grpo.generation.decoding.Session`."""
 
     overlaps = False
+    widest = 1  # recurrent states and sliding windows do not give tokens back
 
     def __init__(self, model: nn.Module, slots: int, joined: bool) -> None:
         self._model, self._joined = model, joined
@@ -70,7 +71,7 @@ class BatchCachesSession:
             if not row.prompt.unstarted:
                 self._ready.pop(row.prompt, None)
 
-    def take(self, slot: int) -> Kept:
+    def take(self, slot: int, most: int) -> Kept:  # noqa: ARG002  these caches cannot be cut
         batch, row = next((b, b.slots.index(slot)) for b in self._batches if slot in b.slots)
         caches = [cache.extract(row) for cache in batch.caches]
         for cache in caches:
@@ -122,6 +123,12 @@ class BatchCachesSession:
         self._step += 1
         row_of = {slot: row for row, slot in enumerate(slot for batch in self._batches for slot in batch.slots)}
         return found[mx.array([row_of.get(slot, 0) for slot in range(len(self._starts))])]
+
+    def wide(self, tokens: mx.array) -> mx.array:
+        raise NotImplementedError("these caches cannot give tokens back, so a step feeds one to each row")
+
+    def accept(self, kept: Sequence[int]) -> None:
+        raise NotImplementedError("these caches cannot give tokens back")
 
     def _drop_released(self) -> None:
         for batch in self._batches:

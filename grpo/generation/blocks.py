@@ -118,11 +118,8 @@ class Blocks:
 
     def halve(self) -> bool:
         """Prepare for kernels that apply B, if all computes in one dtype: whether it does."""
-        norms = {
-            norm.weight.dtype for b in self.layers for norm in (b.before_attention, b.before_mlp, b.qk_norm) if norm
-        }
-        alike = len(norms | {self.norm.weight.dtype} | {product.dtype for product in self.products}) == 1
-        if alike:
+        dtypes = {norm.weight.dtype for norm in self.norms} | {product.dtype for product in self.products}
+        if alike := len(dtypes) == 1:
             for product in self.products:
                 product.halve()
         return alike

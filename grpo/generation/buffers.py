@@ -1,4 +1,4 @@
-"""Keys and values: prompts' in prefix places, which a group's rows share, and each slot's own in its ring."""
+"""Keys and values: prompts' in prefix places, which a group's rows share, and each slot's own in its columns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from grpo.generation.slots import Size
+from grpo.generation.products import fewest_columns, padded
+from grpo.generation.slots import Size, View
 
 KeysValues = tuple[mx.array, mx.array]
 
@@ -21,7 +22,7 @@ PREFILL_TOKENS = 16_384
 
 @dataclass(slots=True)
 class Layer:
-    """One layer's buffers: prefix `[M, heads, P, D]` and ring `[S, heads, R, D]`, of keys and of values."""
+    """One layer's buffers: prefix `[M, heads, P, D]` and slots' `[S, heads, C, D]`, of keys and of values."""
 
     prefix_keys: mx.array
     prefix_values: mx.array
@@ -37,42 +38,38 @@ class Layer:
         self.prefix_keys[places, :, :length] = prompts[0]
         self.prefix_values[places, :, :length] = prompts[1]
 
-    def write(self, column: int, keys: mx.array, values: mx.array) -> None:
-        """Put one step's keys and values, `[S, heads, 1, D]`, into a column of the ring."""
-        self.keys[:, :, column : column + 1] = keys
-        self.values[:, :, column : column + 1] = values
+    def write(self, view: View, keys: mx.array, values: mx.array) -> None:
+        """Put a step's keys and values, `[S, heads, W, D]`, into their columns."""
+        if view.level is not None:  # the same everywhere: a slice is faster than a scatter
+            columns = slice(view.level, view.level + view.fed)
+            self.keys[:, :, columns], self.values[:, :, columns] = keys, values
+            return
+        self.keys = _scattered(self.keys, view.columns, keys)
+        self.values = _scattered(self.values, view.columns, values)
 
     def grow(self, size: Size) -> None:
         """Take a larger size. There are new columns behind the others."""
         prefix = max(1, size.prefix)
         self.prefix_keys = _padded(self.prefix_keys, size.places, prefix)
         self.prefix_values = _padded(self.prefix_values, size.places, prefix)
-        self.keys = _padded(self.keys, size.slots, size.ring)
-        self.values = _padded(self.values, size.slots, size.ring)
-
-    def move(self, order: mx.array) -> None:
-        """Let the ring's columns come from `order`."""
-        self.keys, self.values = self.keys[:, :, order], self.values[:, :, order]
+        self.keys = _padded(self.keys, size.slots, size.columns)
+        self.values = _padded(self.values, size.slots, size.columns)
 
     def prompt(self, place: int, length: int) -> KeysValues:
         """A prompt's keys and values, `[1, heads, length, D]`."""
         where = slice(place, place + 1), slice(None), slice(0, length)
         return self.prefix_keys[where], self.prefix_values[where]
 
-    def take(self, slot: int, columns: Sequence[slice]) -> KeysValues:
-        """A copy of what these columns of a slot's ring hold, `[1, heads, n, D]`."""
-        index = mx.array([column for part in columns for column in range(part.start, part.stop)])
-        # By an index, not by slices: a slice may be a view, and kernels write into the ring.
+    def take(self, slot: int, columns: int) -> KeysValues:
+        """A copy of the first columns of a slot, `[1, heads, n, D]`."""
+        # By an index, not by a slice: a slice may be a view, and kernels write into the buffer.
+        index = mx.arange(columns)
         return self.keys[slot : slot + 1, :, index], self.values[slot : slot + 1, :, index]
 
-    def put(self, slot: int, columns: Sequence[slice], row: KeysValues) -> None:
-        """Put a row's keys and values, `[1, heads, n, D]`, into columns of a slot's ring."""
-        begin = 0
-        for part in columns:
-            end = begin + part.stop - part.start
-            self.keys[slot : slot + 1, :, part] = row[0][:, :, begin:end]
-            self.values[slot : slot + 1, :, part] = row[1][:, :, begin:end]
-            begin = end
+    def put(self, slot: int, row: KeysValues) -> None:
+        """Put a row's keys and values, `[1, heads, n, D]`, into the first columns of a slot."""
+        columns = slice(0, row[0].shape[2])
+        self.keys[slot : slot + 1, :, columns], self.values[slot : slot + 1, :, columns] = row
 
     def keep(self, slots: mx.array, places: mx.array) -> None:
         """Drop all slots and prefix places but these."""
@@ -82,6 +79,11 @@ class Layer:
 
 def _padded(buffer: mx.array, rows: int, columns: int) -> mx.array:
     return mx.pad(buffer, [(0, rows - buffer.shape[0]), (0, 0), (0, columns - buffer.shape[2]), (0, 0)])
+
+
+def _scattered(buffer: mx.array, columns: mx.array, new: mx.array) -> mx.array:
+    """The buffer with `new` `[S, heads, W, D]` in these columns `[S, W]`."""
+    return mx.put_along_axis(buffer, mx.broadcast_to(columns[:, None, :, None], new.shape), new, axis=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,8 @@ class CacheShape:
         return Layer(
             empty(size.places, prefix, self.key_width),
             empty(size.places, prefix, self.value_width),
-            empty(size.slots, size.ring, self.key_width),
-            empty(size.slots, size.ring, self.value_width),
+            empty(size.slots, size.columns, self.key_width),
+            empty(size.slots, size.columns, self.value_width),
         )
 
 
@@ -128,7 +130,8 @@ def cache_shapes(model: nn.Module) -> list[CacheShape] | None:
 def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[KeysValues]:
     """Keys and values `[m, heads, P, D]` of prompts without their last tokens, a pair for each layer.
 
-    Prompts are padded on the right, which causal attention does not see, and go through the model in chunks.
+    Prompts are padded on the right, which causal attention does not see, and go through the model in chunks. On a CPU
+    they are padded far enough for a prompt's keys and values to be the same to the bit beside any others.
     """
     from grpo.model.mlxlm import make_prompt_cache
 
@@ -137,7 +140,7 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[KeysValu
         return []
     cache: list[Any] = make_prompt_cache(model)
     rows = mx.array([[*ids[:-1], *[0] * (width + 1 - len(ids))] for ids in prompts])
-    feed_caches(model, cache, rows[:, :width])
+    feed_caches(model, cache, padded(rows, fewest_columns(), 1))
     return [(layer.keys[:, :, :width], layer.values[:, :, :width]) for layer in cache]
 
 

@@ -98,7 +98,7 @@ def _fault(decoding: Decoding, expected: mx.array, dtype: mx.Dtype) -> str | Non
     prompts = [[token % decoding.vocabulary for token in prompt] for prompt in PROMPTS]
     fed = mx.array([[prompt[-1], *forced[:-1]] for prompt, forced in zip(PROMPTS, FORCED, strict=True)])
     try:
-        session = decoding.open(Size(slots=2, places=2, prefix=max(map(len, prompts)) - 1, ring=3))
+        session = decoding.open(Size(slots=2, places=2, prefix=max(map(len, prompts)) - 1, columns=3))
         session.admit([0, 1], [Line(SharedPrompt(prompt)) for prompt in prompts])
         steps = []
         for step in range(3):

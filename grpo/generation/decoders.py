@@ -19,13 +19,17 @@ from grpo.backend.maths import silu
 from grpo.generation.attention import Attention
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import Layer
-from grpo.generation.cuda_attention import CudaAttention
-from grpo.generation.cuda_layers import add_and_norm, gated
+        blocks, rows = self.blocks, tokens.size
+        # All layers but attention see rows of tokens, whichever slots they are from.
+        hidden = blocks.embed(padded(tokens.flatten(), fewest_rows(), 0))
+        if self._halved and isinstance(attention, CudaAttention):
+            hidden = self._through_kernels(hidden, layers, attention, view)
+            return blocks.head(hidden)[:rows].reshape(*tokens.shape, -1)
 from grpo.generation.slots import View, Where
 
 
 class Decoder(Protocol):
-    """S slots, V tokens in the vocabulary."""
+    """S slots of W tokens each, V tokens in the vocabulary."""
 
     def refresh(self) -> None:
         """Take over what the model's arrays are now."""
@@ -36,7 +40,7 @@ class Decoder(Protocol):
         ...
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
-        """Feed one token to each slot, `[S]`, and return `[S, V]` of the model's dtype."""
+        """Feed W tokens to each slot, `[S, W]`, and return `[S, W, V]` of the model's dtype."""
         ...
 
 
@@ -75,20 +79,25 @@ class BlockDecoder:
         return traced
 
     def _logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View | Where) -> mx.array:
+<<<<<<< HEAD
         blocks = self.blocks
         hidden = blocks.embed(tokens)
         if self._halved and isinstance(attention, CudaAttention):
             return self._logits_by_kernels(hidden, layers, attention, view)
+=======
+        blocks, rows = self.blocks, tokens.size
+        # All layers but attention see rows of tokens, whichever slots they are from.
+        hidden = blocks.embed(padded(tokens.flatten(), fewest_rows(), 0))
+>>>>>>> main
         for block, layer in zip(blocks.layers, layers, strict=True):
             hidden = self._layer(block, hidden, layer, attention, view)
-        return blocks.head(blocks.norm(hidden))
+        return blocks.head(blocks.norm(hidden))[:rows].reshape(*tokens.shape, -1)
 
-    def _logits_by_kernels(
+    def _through_kernels(
         self, hidden: mx.array, layers: Sequence[Layer], attention: CudaAttention, view: View | Where
     ) -> mx.array:
-        """`hidden` is `[S, H]`, or `[S, W, H]` of a step of several tokens a row. Eight kernels a layer."""
-        blocks, shape = self.blocks, hidden.shape
-        hidden = hidden.reshape(-1, shape[-1])
+        """All layers and the last norm, in eight kernels a layer: `[S · W, H]`."""
+        blocks = self.blocks
         norms = [*(block.before_attention for block in blocks.layers[1:]), blocks.norm]
         normed = blocks.layers[0].before_attention(hidden)
         for block, layer, norm in zip(blocks.layers, layers, norms, strict=True):
@@ -96,7 +105,7 @@ class BlockDecoder:
             hidden, normed = add_and_norm(hidden, block.out.half(attended), block.before_mlp)
             inner = gated(block.gate_up.half(normed), block.gate_up.outs[0])
             hidden, normed = add_and_norm(hidden, block.down.half(inner), norm)
-        return blocks.head(normed.reshape(shape))
+        return normed
 
     def _layer(
         self, block: Block, hidden: mx.array, layer: Layer, attention: Attention, view: View | Where
@@ -120,21 +129,24 @@ class ModelDecoder:
         """Nothing to do: no array is held."""
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
-        cache = [_LayerCache(layer, attention, view) for layer in layers]
+        slots, width = tokens.shape
+        filled = padded(tokens, -(-fewest_rows() // width), 0)
+        cache = [_LayerCache(layer, attention, view, len(filled)) for layer in layers]
         with _attention_through_caches(self.model):
-            logits: mx.array = self.model(tokens[:, None], cache=cache)[:, -1]
-        return logits
+            logits: mx.array = self.model(filled, cache=cache)
+        return logits[:slots]
 
 
 class _LayerCache:
     """One layer's buffers behind the protocol of mlx-lm's caches, for the length of one step."""
 
-    def __init__(self, layer: Layer, attention: Attention, view: View) -> None:
-        self._layer, self._attention, self._view = layer, attention, view
+    def __init__(self, layer: Layer, attention: Attention, view: View, rows: int) -> None:
+        """`rows` go through the model: the first of them are the slots', the others fill a product up."""
+        self._layer, self._attention, self._view, self._rows = layer, attention, view, rows
 
     @property
     def offset(self) -> mx.array:
-        return self._view.positions
+        return padded(self._view.positions, self._rows, 0)
 
     def make_mask(self, _n: int, **_kwargs: Any) -> None:
         """None is needed: attention goes through `attend`."""
@@ -143,7 +155,9 @@ class _LayerCache:
         return keys, values
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-        return self._attention.attend(self._layer, queries, keys, values, scale, self._view)
+        slots = len(self._view.place_of)
+        own = (queries[:slots], keys[:slots], values[:slots])
+        return padded(self._attention.attend(self._layer, *own, scale, self._view), self._rows, 0)
 
 
 @contextmanager

@@ -28,6 +28,8 @@ class Session(Protocol):
 
     overlaps: bool
     """Whether a step may be launched while the one before it runs."""
+    widest: int
+    """How many tokens at most a step can feed to each slot: 1 where nothing can be taken back."""
 
     def refresh(self) -> None:
         """Take over what the model's arrays are now."""
@@ -48,8 +50,8 @@ class Session(Protocol):
         """
         ...
 
-    def take(self, slot: int) -> Kept:
-        """Copy what a slot's row needs to continue later."""
+    def take(self, slot: int, most: int) -> Kept:
+        """Copy what a slot's row needs to continue later, without what was fed beyond `most` tokens if it can be."""
         ...
 
     def release(self, slot: int) -> None:
@@ -70,6 +72,17 @@ class Session(Protocol):
 
     def logits(self, tokens: mx.array) -> mx.array:
         """Feed one token to each slot, `[S]`: the logits of the next, `[S, V]`. Goes on to the next step."""
+        ...
+
+    def wide(self, tokens: mx.array) -> mx.array:
+        """Feed W tokens to each slot, `[S, W]`: the logits of the tokens behind each, `[S, W, V]`.
+
+        W is at most `widest`, and the slots have room for that many. `accept` must follow before anything else changes.
+        """
+        ...
+
+    def accept(self, kept: Sequence[int]) -> None:
+        """Say how many of the tokens that `wide` has fed each slot keeps, and go on to the next step."""
         ...
 
 

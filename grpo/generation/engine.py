@@ -16,6 +16,7 @@ from grpo.generation.events import Events
 from grpo.generation.parking import Parking
 from grpo.generation.rows import Row, SharedPrompt, Submission
 from grpo.generation.sampling import Sampling
+from grpo.generation.speculation import Speculation
 from grpo.generation.stopping import Stopping
 
 SMALL_PRODUCT = 64 * 2**20
@@ -46,13 +47,14 @@ class Engine:
         stream: mx.Stream,
         largest_product: int,
         kept_bytes: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """`rules` gives the stop rules of a `Sampling`; `largest_product` is the size of the model's largest weight.
 
         `find_decoding` returns the current way to decode the model. It is called when rows enter and no slot is taken.
         """
         self._rules, self._stream, self._largest_product = rules, stream, largest_product
-        self._run = Run(find_decoding, slots, Parking(kept_bytes))
+        self._run = Run(find_decoding, slots, Parking(kept_bytes), speculation)
         self._events: deque[Events] = deque()
 
     @property
@@ -82,7 +84,7 @@ class Engine:
         return rows
 
     def step(self) -> Events:
-        """Decode one token for each row in a slot. Returns no events if the engine is not `busy`."""
+        """Decode one token or more for each row in a slot. Returns no events if the engine is not `busy`."""
         if self._events:
             return self._events.popleft()
         with self._at_work():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import NamedTuple
 
 from grpo.generation.rows import Row
@@ -22,20 +23,26 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """One token for each row, by slot, and the rows that `ended`, with the reason. An empty slot has None in `rows`.
+    """The new tokens of each slot's row, and the rows that `ended`, with the reason. An empty slot has None in `rows`.
 
-    The tokens are in the rows already. Iterating yields each `Token`.
+    A row has one token or more, and as many logprobs. The tokens are in the rows already. Iterating yields each
+    `Token`, a row's in their order.
     """
 
     rows: Sequence[Row | None] = ()
-    token_ids: Sequence[int] = ()
-    logprobs: Sequence[float] | None = None
-    sampler_logprobs: Sequence[float] | None = None
+    token_ids: Sequence[Sequence[int]] = ()
+    logprobs: Sequence[Sequence[float]] | None = None
+    sampler_logprobs: Sequence[Sequence[float]] | None = None
     ended: Mapping[Row, FinishReason] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Token]:
+        nothing: Iterable[None] = repeat(None)
         for slot, row in enumerate(self.rows):
-            if row is not None:
-                logprob = self.logprobs[slot] if self.logprobs and row.wants_logprobs else None
-                sampler = self.sampler_logprobs[slot] if self.sampler_logprobs and row.wants_sampler_logprobs else None
-                yield Token(row, self.token_ids[slot], logprob, sampler, self.ended.get(row))
+            if row is None:
+                continue
+            logprobs = self.logprobs[slot] if self.logprobs and row.wants_logprobs else nothing
+            theirs = self.sampler_logprobs[slot] if self.sampler_logprobs and row.wants_sampler_logprobs else nothing
+            *before, _ = tokens = self.token_ids[slot]
+            reasons = [*[None] * len(before), self.ended.get(row)]
+            for token, logprob, sampler, reason in zip(tokens, logprobs, theirs, reasons, strict=False):
+                yield Token(row, token, logprob, sampler, reason)

@@ -17,6 +17,7 @@ from grpo.generation.engine import Engine
 from grpo.generation.progress import TokenProgress
 from grpo.generation.rows import Row, Submission
 from grpo.generation.sampling import Sampling
+from grpo.generation.speculation import Speculation
 from grpo.generation.stopping import Stopping
 from grpo.types import BEHAVIOUR, SAMPLER, FinishReason, Progress, Trajectory
 
@@ -55,6 +56,8 @@ class Generator:
         self.slots = slots
         self.kept_bytes: int | None = None
         """Bytes that rows may keep out of their slots, None for no bound. See `Engine`."""
+        self.speculation: Speculation | None = None
+        """What drafts tokens, so that a step can bring several; None for one token a step."""
         self.progress: Progress | None = None
         self.stop_ids = frozenset(tokenizer.eos_token_ids)
         layers = [array.size for layer in model.layers for _, array in tree_flatten(layer.parameters())]
@@ -122,7 +125,15 @@ class Generator:
 
     def open(self) -> Engine:
         """Open an engine, whose rows can be submitted, parked and extended at any step."""
-        return Engine(self._current_decoding, self._stopping, self.slots, self._stream, self._largest, self.kept_bytes)
+        return Engine(
+            self._current_decoding,
+            self._stopping,
+            self.slots,
+            self._stream,
+            self._largest,
+            self.kept_bytes,
+            self.speculation,
+        )
 
     def _find_decoding(self) -> None:
         self._modules = [module for _, module in self.model.named_modules()]

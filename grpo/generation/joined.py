@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.backend.cuda import available, overwrite_rows
+from grpo.generation.products import fewest_columns, padded
 
 WEIGHTS = ("weight", "scales", "biases", "bias")
 """What a linear layer holds, quantised or not, with a row for each output."""
@@ -216,7 +217,8 @@ def _joined_lora(layers: Sequence[Any], outs: Sequence[int], dtype: mx.Dtype) ->
         for i, layer in enumerate(layers)
         if "lora_a" in layer
     ]
-    return {"a": a.astype(dtype), "b": mx.concatenate(rows).astype(dtype)}
+    a, b = padded(a, fewest_columns(), 1), padded(mx.concatenate(rows), fewest_columns(), 0)
+    return {"a": a.astype(dtype), "b": b.astype(dtype)}
 
 
 def _stacked_b(layers: Sequence[Any], outs: Sequence[int], ranks: int, dtype: mx.Dtype) -> mx.array:

@@ -54,9 +54,22 @@ class Samplers:
 
     def draw(self, logits: mx.array, decoded: mx.array, logprobs: bool) -> Drawn:
         """See `TokenSampler.draw`. Sampler logprobs mean nothing for rows whose distribution is the model's own."""
-        first, *others = (sampler.draw(logits, decoded, logprobs) for sampler in self._of.values())
+        return self._put_together([sampler.draw(logits, decoded, logprobs) for sampler in self._of.values()], 1)
+
+    def draw_wide(self, logits: mx.array, fed: mx.array, decoded: mx.array, logprobs: bool) -> Drawn:
+        """See `TokenSampler.draw_wide`."""
+        drawn = [sampler.draw_wide(logits, fed, decoded, logprobs) for sampler in self._of.values()]
+        return self._put_together(drawn, fed.shape[1])
+
+    def take(self, taken: Sequence[Sequence[int]]) -> None:
+        """See `TokenSampler.take`."""
+        for sampler in self._of.values():
+            sampler.take(taken)
+
+    def _put_together(self, draws: Sequence[Drawn], width: int) -> Drawn:
+        first, *others = draws
         for drawn, chosen in zip(others, self._chosen[1:], strict=False):
-            first = _either(chosen, drawn, first)
+            first = _either(mx.repeat(chosen, width) if width > 1 else chosen, drawn, first)
         return first
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -67,6 +68,28 @@ class Drawn:
 _categorical = mx.vmap(lambda logits, key: mx.random.categorical(logits, key=key))
 
 
+class _Places(NamedTuple):
+    """Where N tokens are drawn: logits `[N, V]`, tokens `decoded` `[N]`, keys `[N, 2]`, tokens `seen` `[N, V]`."""
+
+    logits: mx.array
+    decoded: mx.array
+    keys: mx.array
+    seen: mx.array | None
+
+
+def _random(logits: mx.array, places: _Places) -> mx.array:
+    counters = mx.stack([mx.zeros_like(places.decoded), places.decoded], axis=1).astype(mx.uint32)
+    return _categorical(logits, places.keys + counters)
+
+
+def _seen_behind(seen: mx.array, fed: mx.array) -> mx.array:
+    """What a slot has seen `[S, V]`, and of what is fed `[S, W]` the tokens up to each: `[S · W, V]`."""
+    rows = [seen]  # the first was drawn before
+    for place in range(1, fed.shape[1]):
+        rows.append(mx.put_along_axis(rows[-1], fed[:, place : place + 1], mx.array(True), axis=-1))
+    return mx.stack(rows, axis=1).flatten(0, 1)
+
+
 class TokenSampler:
     """Draws for all slots at once. Where a penalty needs it, the device keeps which tokens each slot has seen."""
 
@@ -105,42 +128,58 @@ class TokenSampler:
         logits `[S, V]` of the model's dtype; decoded `[S]`, how many tokens each row has already: with the row's own
         key it says what is drawn, whatever other rows there are. Greedy choices have their logprobs at temperature 1.
         """
-        by_kernel = cuda.available() and self.sampling.temperature > 0
-        drawn = (self._draw_on_cuda if by_kernel else self._draw)(logits, decoded, logprobs)
+        drawn = self._drawn(_Places(logits, decoded, self.keys, self._seen), logprobs)
         if self._seen is not None:
             self._seen = mx.put_along_axis(self._seen, drawn.tokens[:, None], mx.array(True), axis=-1)
         return drawn
 
-    def _draw(self, logits: mx.array, decoded: mx.array, logprobs: bool) -> Drawn:
-        plain = scaled(logits, self.sampling.temperature or 1.0)
-        shaped = self._reshaped(logits, decoded) if self.sampling.reshaped else plain
-        tokens = mx.argmax(shaped, axis=-1) if self.sampling.temperature == 0 else self._random(shaped, decoded)
+    def draw_wide(self, logits: mx.array, fed: mx.array, decoded: mx.array, logprobs: bool) -> Drawn:
+        """Choose a token behind each that was fed, as `draw` would if those before it had been drawn: `[S · W]`.
+
+        logits `[S, W, V]`, fed `[S, W]`. Which of them a slot has drawn is for `take` to say.
+        """
+        width = fed.shape[1]
+        at = (decoded[:, None] + mx.arange(width)).flatten()
+        seen = None if self._seen is None else _seen_behind(self._seen, fed)
+        places = _Places(logits.flatten(0, 1), at, mx.repeat(self.keys, width, axis=0), seen)
+        return self._drawn(places, logprobs)
+
+    def take(self, taken: Sequence[Sequence[int]]) -> None:
+        """After `draw_wide`: the tokens that each slot has drawn."""
+        slots = [slot for slot, tokens in enumerate(taken) for _ in tokens]
+        if self._seen is not None and slots:
+            self._seen[mx.array(slots), mx.array([token for tokens in taken for token in tokens])] = True
+
+    def _drawn(self, places: _Places, logprobs: bool) -> Drawn:
+        by_kernel = cuda.available() and self.sampling.temperature > 0
+        return (self._draw_on_cuda if by_kernel else self._draw)(places, logprobs)
+
+    def _draw(self, places: _Places, logprobs: bool) -> Drawn:
+        plain = scaled(places.logits, self.sampling.temperature or 1.0)
+        shaped = self._reshaped(places) if self.sampling.reshaped else plain
+        tokens = mx.argmax(shaped, axis=-1) if self.sampling.temperature == 0 else _random(shaped, places)
         if not logprobs:
             return Drawn(tokens, None, None)
         theirs = token_logprobs(shaped, tokens) if self.sampling.reshaped else None
         return Drawn(tokens, token_logprobs(plain, tokens), theirs)
 
-    def _draw_on_cuda(self, values: mx.array, decoded: mx.array, logprobs: bool) -> Drawn:
+    def _draw_on_cuda(self, places: _Places, logprobs: bool) -> Drawn:
         s = self.sampling
         logits = cuda_sampling.Logits(
-            values, s.temperature, decoded, self._stops, s.min_tokens, self._seen, s.repetition_penalty
+            places.logits, s.temperature, places.decoded, self._stops, s.min_tokens, places.seen, s.repetition_penalty
         )
         lowest = cuda_sampling.threshold(logits, s.top_k, s.top_p, s.min_p) if s.filtered else None
-        tokens, theirs, sampled = cuda_sampling.draw(logits, lowest, self.keys, logprobs)
+        tokens, theirs, sampled = cuda_sampling.draw(logits, lowest, places.keys, logprobs)
         return Drawn(tokens, theirs if logprobs else None, sampled if logprobs and s.reshaped else None)
 
-    def _random(self, logits: mx.array, decoded: mx.array) -> mx.array:
-        counters = mx.stack([mx.zeros_like(decoded), decoded], axis=1).astype(mx.uint32)
-        return _categorical(logits, self.keys + counters)
-
-    def _reshaped(self, logits: mx.array, decoded: mx.array) -> mx.array:
+    def _reshaped(self, places: _Places) -> mx.array:
         """Logits of the distribution to sample from, fp32, -inf where nothing may be drawn."""
-        sampling, logits = self.sampling, logits.astype(mx.float32)
-        if self._seen is not None:
-            logits = repetition_penalised(logits, self._seen, sampling.repetition_penalty)
+        sampling, logits = self.sampling, places.logits.astype(mx.float32)
+        if places.seen is not None:
+            logits = repetition_penalised(logits, places.seen, sampling.repetition_penalty)
         logits = scaled(logits, sampling.temperature or 1.0)
         if sampling.min_tokens:
-            early = (decoded < sampling.min_tokens)[:, None]
+            early = (places.decoded < sampling.min_tokens)[:, None]
             logits = mx.where(early & self._stops, -math.inf, logits)
         if not sampling.filtered:
             return logits

@@ -28,12 +28,16 @@ class Seats:
     of them added up, as the rows that decode would be stalled.
     """
 
-    def __init__(self, find_decoding: Callable[[], Decoding], most_slots: int, parking: Parking) -> None:
+    def __init__(
+        self, find_decoding: Callable[[], Decoding], most_slots: int, parking: Parking, ahead: int = 0
+    ) -> None:
+        """`ahead` says how many tokens a step may feed that are behind a row's last."""
+        self._ahead = ahead
         self._find_decoding, self._most_slots, self.parking = find_decoding, most_slots, parking
         self.rows: list[Row | None] = []
         self.queue: deque[Row] = deque()
         self.away = 0
-        self._leaving: list[tuple[int, Row]] = []
+        self._leaving: list[tuple[int, Row, int]] = []
         self._stall = 0.0  # seconds that letting rows enter took of late
         self._holding: bool | None = None  # whether the queue waits at this step, once that is decided
         self._unfit = False  # rows have come that the buffers were not made to fit
@@ -68,7 +72,7 @@ class Seats:
         if (slot := blank(self.rows, row)) is None:
             return
         if keep:
-            self._leaving.append((slot, row))
+            self._leaving.append((slot, row, len(row.token_ids)))
         else:
             self._session.release(slot)
             self.spare(row.prompt)
@@ -108,12 +112,28 @@ class Seats:
         elif self._is_tail(free):
             self._shrink()
 
+    @property
+    def widest(self) -> int:
+        """See `Session.widest`."""
+        return self._session.widest if self._opened is not None else 1
+
     def draw(self) -> Drawn:
         """Build the graph that draws one more token for every slot."""
         decoded = self._session.decoded()
         drawn = self._samplers.draw(self._session.logits(self._tokens), decoded, self._logprobs)
         self._tokens = drawn.tokens
         return drawn
+
+    def draw_wide(self, fed: list[list[int]]) -> Drawn:
+        """Build the graph that draws behind each of the W tokens of every slot: `[S · W]`. `take` must follow."""
+        tokens, decoded = mx.array(fed, mx.uint32), self._session.decoded()
+        return self._samplers.draw_wide(self._session.wide(tokens), tokens, decoded, self._logprobs)
+
+    def take(self, taken: Sequence[Sequence[int]]) -> None:
+        """Say which of the drawn tokens each slot has taken: so many of those that were fed are kept."""
+        self._session.accept([len(tokens) for tokens in taken])
+        self._samplers.take(taken)
+        self._tokens = mx.array([tokens[-1] if tokens else 0 for tokens in taken], mx.uint32)
 
     def close(self) -> None:
         """Free all buffers."""
@@ -140,9 +160,10 @@ class Seats:
         return not waiting and len(self.rows) > len(free) >= (len(self.rows) + 1) // 2
 
     def _take_out(self) -> None:
-        for slot, row in self._leaving:
+        for slot, row, tokens in self._leaving:
             if row.state != "released":
-                self.parking.put(row, self._session.take(slot))
+                # Without the row's last token, which a step under way may have fed or not.
+                self.parking.put(row, self._session.take(slot, tokens))
             self._session.release(slot)
         self._leaving.clear()
 
@@ -164,7 +185,8 @@ class Seats:
         rows = [row for row in (*self.rows, *self.queue) if row is not None]
         slots, prompts = min(self._most_slots, len(rows)), dict.fromkeys(row.prompt for row in rows)
         prefix = max(len(prompt.ids) for prompt in prompts) - 1
-        return Size(slots, min(len(prompts), slots), prefix, max(row.longest for row in rows))
+        columns = max(row.longest for row in rows) + self._ahead
+        return Size(slots, min(len(prompts), slots), prefix, columns)
 
     def _fit(self) -> None:
         size, self._unfit = self._size(), False

@@ -1,4 +1,4 @@
-"""A session whose rows share the keys and values of their prompts, in prefix places; each has a ring of its own."""
+"""A session whose rows share the keys and values of their prompts, in prefix places; each has columns of its own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.device import on_gpu
 from grpo.generation.attention import Attention
 from grpo.generation.buffers import PREFILL_TOKENS, CacheShape, KeysValues, prefill
 from grpo.generation.caches import extended, filled
 from grpo.generation.decoders import Decoder
 from grpo.generation.rows import Kept, Line, SharedPrompt
-from grpo.generation.slots import Size, Slots
+from grpo.generation.slots import WIDEST, Size, Slots
 
 
 class SharedPrefixSession:
@@ -34,7 +35,7 @@ class SharedPrefixSession:
     ) -> None:
         """`extends_together` says whether several rows may be extended in one batch."""
         self._extends_together = extends_together
-        self.overlaps = attention.overlaps
+        self.overlaps, self.widest = attention.overlaps, WIDEST
         self._model, self._decoder, self._attention = model, decoder, attention
         self._slots = Slots(size)
         self._layers = [shape.layer(size) for shape in shapes]
@@ -53,7 +54,7 @@ class SharedPrefixSession:
         size = former.covering(size)
         if size == former:
             return
-        self._move(self._slots.grow(size))
+        self._slots.grow(size)
         for layer in self._layers:
             layer.grow(size)
             mx.eval(layer.arrays())  # one layer at a time, so that only one is held twice
@@ -68,21 +69,21 @@ class SharedPrefixSession:
         self._prefill(new)
         lengths = [len(row.prompt.ids) - 1 for row in rows]
         fed = [len(row.token_ids) for row in rows]
-        self._move(self._slots.make_room(max(fed), whole=self.overlaps))
         self._slots.admit(slots, [self._place[row.prompt] for row in rows], lengths, fed)
         for slot, row in zip(slots, rows, strict=True):
             self._seated[slot] = row.prompt
         self._bring([(slot, row) for slot, row in zip(slots, rows, strict=True) if row.token_ids])
 
-    def take(self, slot: int) -> Kept:
-        columns = self._slots.own(slot)
+    def take(self, slot: int, most: int) -> Kept:
+        columns = min(self._slots.own(slot), most)
         state = [layer.take(slot, columns) for layer in self._layers]
         mx.eval(state)
         size = sum(array.nbytes for keys_values in state for array in keys_values)
-        return Kept(sum(part.stop - part.start for part in columns), state, size)
+        return Kept(columns, state, size)
 
     def release(self, slot: int) -> None:
         self._seated[slot] = None
+        self._slots.vacate(slot)
 
     def forget(self, prompt: SharedPrompt) -> None:
         if (place := self._place.pop(prompt, None)) is not None:
@@ -100,21 +101,18 @@ class SharedPrefixSession:
             mx.eval(layer.arrays())  # one layer at a time, so that only one is held twice
 
     def decoded(self) -> mx.array:
-        return self._slots.view().decoded
+        return self._slots.decoded()
 
     def logits(self, tokens: mx.array) -> mx.array:
-        logits = self._decoder.logits(tokens, self._layers, self._attention, self._slots.view())
+        logits = self.wide(tokens[:, None])[:, 0]
         self._slots.advance()
         return logits
 
-    def _move(self, columns: list[int] | None) -> None:
-        """Let the rings' columns come from these."""
-        if columns is None:
-            return
-        order = mx.array(columns)
-        for layer in self._layers:
-            layer.move(order)
-            mx.eval(layer.arrays())
+    def wide(self, tokens: mx.array) -> mx.array:
+        return self._decoder.logits(tokens, self._layers, self._attention, self._slots.view(tokens.shape[1]))
+
+    def accept(self, kept: Sequence[int]) -> None:
+        self._slots.accept(kept)
 
     def _free_place(self, entering: dict[SharedPrompt, None]) -> int:
         if self._free:
@@ -140,13 +138,14 @@ class SharedPrefixSession:
         for start in range(0, len(entering), at_once):
             part = entering[start : start + at_once]
             pending = [row.pending for _, row in part]
-            together = sum(map(bool, pending)) > 1 and self._extends_together()
+            # On a CPU a row's keys and values would differ in their last bits with the rows that come beside it.
+            together = sum(map(bool, pending)) > 1 and on_gpu() and self._extends_together()
             held = [filled(self._model, self._held(row)) for _, row in part]
             for (slot, row), caches in zip(part, extended(self._model, held, pending, together), strict=True):
-                columns, prompt = self._slots.own(slot), len(row.prompt.ids) - 1
+                prompt = len(row.prompt.ids) - 1
                 for layer, cache in zip(self._layers, caches, strict=True):
                     keys, values = cache.keys_and_values()
-                    layer.put(slot, columns, (keys[:, :, prompt:], values[:, :, prompt:]))
+                    layer.put(slot, (keys[:, :, prompt:], values[:, :, prompt:]))
             mx.eval([layer.arrays() for layer in self._layers])
 
     def _held(self, row: Line) -> list[KeysValues]:

@@ -1,14 +1,14 @@
 """Which row sits where: the bookkeeping that all layers share, and what follows from it for one step.
 
 A slot is a place for a row that is being decoded, a prefix place one for a prompt's keys and values, which all rows
-of its group read. A slot writes what it decodes into a ring of columns. All slots write the same column at a step,
-whatever their rows' lengths, so that a write is one slice of a buffer; which columns are a row's own follows from the
-step at which it started. Rotary positions are applied before keys come here, so where a key lies does not matter.
+of its group read. What a slot decodes lies in columns of its own: column i has the token i places after the prompt's
+last. Which column is next follows from the step at which the row started. Rotary positions are applied before keys
+come here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -16,17 +16,19 @@ from typing import NamedTuple
 import mlx.core as mx
 
 WIDTH_STEP = 64
-"""Stock operations read the ring in multiples of this many columns."""
+"""Stock operations read a multiple of this many columns."""
+WIDEST = 8
+"""The most tokens of a row that a step feeds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How many slots with rings of `ring` columns, and how many prefix places of `prefix` columns."""
+    """How many slots with `columns` columns each, and how many prefix places of `prefix` columns."""
 
     slots: int
     places: int
     prefix: int
-    ring: int
+    columns: int
 
     def covering(self, other: Size) -> Size:
         """The smallest size that is at least either."""
@@ -38,6 +40,7 @@ class Slots:
 
     `starts` and `place_of` have one entry a slot: the step at which its row began, and the row's prefix place.
     `lengths` has one entry a place: the tokens of the prompt there, without its last, which decoding feeds first.
+    A slot whose row has left goes on at every step, in its last column if need be; nobody reads what it computes.
     """
 
     def __init__(self, size: Size) -> None:
@@ -45,6 +48,7 @@ class Slots:
         self.lengths = [0] * size.places
         self.starts = [0] * size.slots
         self.place_of = [0] * size.slots
+        self._taken: set[int] = set()
         self._device: dict[str, mx.array] = {}
         self._changed()
 
@@ -53,50 +57,28 @@ class Slots:
     ) -> None:
         """Let rows begin in slots at this step, each from a prefix place with a prompt of this length.
 
-        `fed` says how many columns of their own they bring: those before this step's, for which there is room.
+        `fed` says how many columns of their own they bring.
         """
         for slot, place, length, own in zip(slots, places, lengths, fed or [0] * len(slots), strict=True):
             self.starts[slot], self.place_of[slot], self.lengths[place] = self.step - own, place, length
+        self._taken.update(slots)
         self._changed()
 
-    def own(self, slot: int) -> list[slice]:
-        """Where a slot's row has its columns in the ring, before this step's: one part, or two around its end."""
-        count, first = self.step - self.starts[slot], self.starts[slot] % self.size.ring
-        behind = first + count - self.size.ring
-        return [slice(first, first + count)] if behind <= 0 else [slice(first, self.size.ring), slice(0, behind)]
+    def vacate(self, slot: int) -> None:
+        """The slot's row has left: its columns need not be read any more."""
+        self._taken.discard(slot)
 
-    def grow(self, size: Size) -> list[int] | None:
-        """Take another size, larger in every way: where the ring's columns come from, oldest first.
+    def own(self, slot: int) -> int:
+        """How many columns a slot's row has filled."""
+        return self.step - self.starts[slot]
 
-        None if they stay where they are. A longer ring begins with what the former one held.
-        """
+    def grow(self, size: Size) -> None:
+        """Take another size, larger in every way."""
         former, self.size = self.size, size
         self.lengths += [0] * (size.places - former.places)
         self.starts += [self.step] * (size.slots - former.slots)
         self.place_of += [0] * (size.slots - former.slots)
-        order = None
-        if size.ring > former.ring and self.step > former.ring:
-            order = [column % former.ring for column in range(self.step - former.ring, self.step)]
-            self.starts = [max(0, start - self.step + former.ring) for start in self.starts]
-            self.step = former.ring
         self._changed()
-        return order
-
-    def make_room(self, fed: int, whole: bool) -> list[int] | None:
-        """Let there be so many columns before this step's: where the ring's columns come from then.
-
-        None if they stay where they are. Steps are counted on, by `whole` rounds of the ring if need be. Otherwise a
-        ring that is not full yet is moved, so that stock operations need not read all of it from now on.
-        """
-        ring, more = self.size.ring, fed - self.step
-        if more <= 0:
-            return None
-        step = -(-fed // WIDTH_STEP) * WIDTH_STEP
-        whole = whole or self.step >= ring or step >= ring
-        more = -(-more // ring) * ring if whole else step - self.step
-        self.step += more
-        self.starts = [start + more for start in self.starts]
-        return None if whole else [(column - more) % ring for column in range(ring)]
 
     def keep(self, kept: Sequence[int], places: Sequence[int]) -> None:
         """Drop all slots and prefix places but these, which are numbered anew from 0."""
@@ -105,32 +87,42 @@ class Slots:
         self.lengths = [self.lengths[place] for place in places]
         self.starts = [self.starts[slot] for slot in kept]
         self.place_of = [renumbered.get(self.place_of[slot], 0) for slot in kept]
+        self._taken = {number for number, slot in enumerate(kept) if slot in self._taken}
         self._changed()
 
     def advance(self) -> None:
-        """Go on to the next step."""
+        """Go on to the next step, with one more column filled in every slot."""
         self.step += 1
+
+    def accept(self, kept: Sequence[int]) -> None:
+        """Go on to the next step, with so many more columns filled in each slot."""
+        self.step += 1
+        self.starts = [start + 1 - more for start, more in zip(self.starts, kept, strict=True)]
+        self._device["starts"] = mx.array(self.starts, mx.int32)
 
     def _changed(self) -> None:
         self._layout = Layout(self.place_of, len(self.lengths))
         names = ("lengths", "starts", "place_of")
         self._device = {name: mx.array(getattr(self, name), mx.int32) for name in names}
 
-    def _first_row(self) -> RowPlace:
-        place = self.place_of[0]
-        return RowPlace(place, self.lengths[place], self.starts[0])
+    def decoded(self) -> mx.array:
+        """How many columns each slot has filled, `[S]` int32."""
+        return self.step - self._device["starts"]
 
-    def view(self) -> View:
-        """This step's arrays."""
-        return View(self.step, self.size.prefix, self.size.ring, self._layout, self._first_row(), **self._device)
+    def view(self, fed: int = 1) -> View:
+        """The arrays of a step that feeds so many tokens to each slot."""
+        filled = {self.own(slot) for slot in self._taken}
+        place = self.place_of[0]
+        first = RowPlace(place, self.lengths[place], self.own(0))
+        return View(self.step, fed, self.size, self._layout, first, filled, **self._device)
 
 
 class RowPlace(NamedTuple):
-    """Where one row is, as the host knows it: its prefix place, the tokens there, and the step at which it began."""
+    """Where a row is, as the host knows it: its prefix place, the tokens there, and the columns it has filled."""
 
     place: int
     length: int
-    start: int
+    decoded: int
 
 
 class Where(NamedTuple):
@@ -148,27 +140,34 @@ class Where(NamedTuple):
 
 
 class View:
-    """What the layers need to know at one step: `starts` and `place_of` `[S]`, `lengths` `[M]`, int32."""
+    """What the layers need to know at a step that feeds W tokens to each of S slots.
+
+    `starts` and `place_of` `[S]`, `lengths` `[M]`, int32. Token j of a slot goes into the column behind the `decoded`
+    that the slot has filled and the j before it, and sees the columns up to its own.
+    """
 
     def __init__(
         self,
         step: int,
-        prefix: int,
-        ring: int,
+        fed: int,
+        size: Size,
         layout: Layout,
         first_row: RowPlace,
+        filled: Collection[int],
         lengths: mx.array,
         starts: mx.array,
         place_of: mx.array,
     ) -> None:
-        self.step, self.prefix, self.ring, self.layout = step, prefix, ring, layout
+        """`fed` is W; `filled` has the numbers of columns that rows in slots have filled."""
+        self.step, self.fed, self.prefix, self.layout = step, fed, size.prefix, layout
         self.lengths, self.starts, self.place_of = lengths, starts, place_of
-        self.first_row = first_row
-        self.column = step % ring
-        """Of the ring, where this step's keys and values go."""
-        self.width = min(ring, -(-(step + 1) // WIDTH_STEP) * WIDTH_STEP)
-        """Columns of the ring that hold anything yet, rounded up."""
+        self.first_row, self._last = first_row, size.columns - 1
+        self.level = next(iter(filled)) if len(filled) == 1 else None
+        """The first column that this step fills, where all rows fill the same."""
+        self.width = min(size.columns, -(-(max(filled, default=0) + fed) // WIDTH_STEP) * WIDTH_STEP)
+        """How many columns rows see at most, rounded up."""
         self._rotation: tuple[mx.array, mx.array] | None = None
+        self._own: dict[int, mx.array] = {}
 
     @cached_property
     def where(self) -> Where:
@@ -176,26 +175,35 @@ class View:
 
     @cached_property
     def decoded(self) -> mx.array:
-        """How many tokens each row has decoded before this step."""
+        """How many columns each slot has filled before this step."""
         return self.step - self.starts
 
     @cached_property
     def positions(self) -> mx.array:
-        """The rotary position of each row's token."""
+        """The rotary position of each slot's first token of this step."""
         return self.lengths[self.place_of] + self.decoded
 
+    @cached_property
+    def columns(self) -> mx.array:
+        """Where this step's keys and values go: `[S, W]`. A slot whose row has left may be at its end."""
+        return mx.minimum(self.decoded[:, None] + mx.arange(self.fed), self._last)
+
     def rotation(self, frequencies: mx.array) -> tuple[mx.array, mx.array]:
-        """Cosine and sine of each row's rotary angles, `[S, 1, 1, rotary / 2]` fp32."""
+        """Cosine and sine of each token's rotary angles, `[S, 1, W, rotary / 2]` fp32."""
         if self._rotation is None:
-            angles = self.positions[:, None, None, None] * frequencies
+            positions = self.positions[:, None] + mx.arange(self.fed)
+            angles = positions[:, None, :, None] * frequencies
             self._rotation = mx.cos(angles), mx.sin(angles)
         return self._rotation
 
-    @cached_property
-    def own(self) -> mx.array:
-        """Which columns of the ring are a row's own, this step's included: `[S, 1, 1, width]`."""
-        age = (self.step - mx.arange(self.width)) % self.ring
-        return (age[None] <= self.decoded[:, None])[:, None, None]
+    def own(self, repeats: int) -> mx.array:
+        """Which columns each token sees, for so many query heads in turn: `[S, 1, repeats · W or 1, width]`."""
+        repeats = repeats if self.fed > 1 else 1
+        if repeats not in self._own:
+            last = self.decoded[:, None] + mx.arange(self.fed)
+            seen = mx.arange(self.width) <= last[:, :, None]
+            self._own[repeats] = mx.tile(seen, (1, repeats, 1))[:, None]
+        return self._own[repeats]
 
     @cached_property
     def prompt(self) -> mx.array:

@@ -7,7 +7,7 @@ keys and values of a cache) would lose its gradient without a word, and so is ha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -54,11 +54,12 @@ class _Checkpointed:
         plain = super().__call__  # type: ignore[misc]  # the layer's own
         cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "bind")), None)
         key = dropout_key()  # the backward pass comes when another is set, or none
+        inside = next((a.inside for a in (*args, *kwargs.values()) if hasattr(a, "inside")), nullcontext)  # and so here
 
         def call(x: mx.array, inputs: list[mx.array]) -> Any:
             if cache is not None:
                 cache.bind(inputs)
-            with dropping(key):
+            with dropping(key), inside(self):
                 out = plain(x, *args, **kwargs)
             return out, cache.outputs() if cache is not None else []
 

@@ -25,12 +25,14 @@ SHAPES: dict[str, dict[str, Any]] = {
                   "head_dim": 64, "intermediate_size": 1280, "vocab_size": 6144},
     "qwen3-0.6b": CONFIGS["Qwen/Qwen3-0.6B"],
     "qwen3-1.7b": CONFIGS["Qwen/Qwen3-1.7B"],
+    "qwen3-4b": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+                 "head_dim": 128, "intermediate_size": 9728, "vocab_size": 151936},
     "qwen3-moe-2m": {"model_type": "qwen3_moe", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
                      "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 384, "vocab_size": 2048,
                      "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
                      "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
 }  # fmt: skip
-"""Qwen3 by its dimensions; 0.6b and 1.7b are the published models', the others small ones of the same kind."""
+"""Qwen3 by its dimensions; 0.6b, 1.7b and 4b are the published models', the others small ones of the same kind."""
 
 
 RANK = 16

@@ -53,12 +53,14 @@ def chunked_logprobs(
     chunk: int,
     entropy_gradient: bool = False,
     module: nn.Module | None = None,
-) -> tuple[mx.array, mx.array]:
+    entropies: bool = True,
+) -> tuple[mx.array, ...]:
     """Logprobs and entropies of tokens from hidden states, without ever holding all the logits.
 
     hidden `[B, T, D]` of the model's dtype, tokens `[B, T]` integers; returns two `[B, T]` fp32 arrays. Logits
     live for `chunk` tokens at a time, in the backward pass too, which computes them again. The entropies carry a
-    gradient only if `entropy_gradient`. Trainable parameters that the head reads must be `module`'s.
+    gradient only if `entropy_gradient`; without `entropies` only logprobs are computed and returned. Trainable
+    parameters that the head reads must be `module`'s.
     """
     rows, length, _ = hidden.shape
     flat_tokens = tokens.reshape(-1)
@@ -67,27 +69,30 @@ def chunked_logprobs(
     parameters = tree_flatten(head_parameters(module))
     paths, weights = [path for path, _ in parameters], [array for _, array in parameters]
 
-    def project(start: int, states: mx.array, *given: mx.array) -> Pair:
+    def project(start: int, states: mx.array, *given: mx.array) -> tuple[mx.array, ...]:
         module.update(tree_unflatten(list(zip(paths, given, strict=True))))
         try:
             logits = scaled(head(states), temperature)
         finally:
             module.update(tree_unflatten(parameters))
-        chosen, entropy = logprobs_and_entropies(logits, flat_tokens[start : start + chunk])
+        own = flat_tokens[start : start + chunk]
+        if not entropies:
+            return (token_logprobs(logits, own),)
+        chosen, entropy = logprobs_and_entropies(logits, own)
         return chosen, entropy if entropy_gradient else mx.stop_gradient(entropy)
 
     # A function with a backward pass of its own, because MLX would compute independent chunks side by side: here each
     # waits for the one before it.
     @mx.custom_function
-    def everywhere(states: mx.array, given: list[mx.array]) -> Pair:
-        parts: list[Pair] = []
+    def everywhere(states: mx.array, given: list[mx.array]) -> tuple[mx.array, ...]:
+        parts: list[tuple[mx.array, ...]] = []
         for start in starts:
             after = mx.depends(states[start : start + chunk], list(parts[-1])) if parts else states[:chunk]
             parts.append(project(start, after, *given))
-        return mx.concatenate([part[0] for part in parts]), mx.concatenate([part[1] for part in parts])
+        return tuple(mx.concatenate(list(of_chunks)) for of_chunks in zip(*parts, strict=True))
 
     @everywhere.vjp
-    def backward(primals: Any, cotangents: Pair, _outputs: Pair) -> tuple[mx.array, list[mx.array]]:
+    def backward(primals: Any, cotangents: Any, _outputs: Any) -> tuple[mx.array, list[mx.array]]:
         states, given = primals
         found: list[mx.array] = []
         sums: list[mx.array] = [mx.zeros(array.shape) for array in given]  # float32: there may be many chunks
@@ -100,5 +105,5 @@ def chunked_logprobs(
             sums = [total + part for total, part in zip(sums, rest, strict=True)]
         return mx.concatenate(found), [total.astype(array.dtype) for total, array in zip(sums, given, strict=True)]
 
-    logprobs, entropy = cast(Pair, everywhere(hidden.reshape(rows * length, -1), weights))
-    return logprobs.reshape(rows, length), entropy.reshape(rows, length)
+    found = cast(tuple[mx.array, ...], everywhere(hidden.reshape(rows * length, -1), weights))
+    return tuple(values.reshape(rows, length) for values in found)

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from grpo.model.adapters import Adapters, dtype_of
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import Body, Head, Unsplit, split_head
+from grpo.model.lines import Lines, Unpacked, at_rows, check_lines, line_hidden
 from grpo.model.logprobs import chunk_tokens, chunked_logprobs, logprobs_and_entropies, scaled
 from grpo.model.promptcaches import Kind
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
@@ -42,6 +43,7 @@ class Policy:
         except Unsplit as reason:
             self.slow.append(f"logprobs go through full logits, because the head cannot be split off: {reason}")
         self._layers: list[Kind] = []
+        self._lines: bool | None = None
         self.share_prompts = share_prompts and self._can_share()
 
     def _can_share(self) -> bool:
@@ -52,6 +54,22 @@ class Policy:
         except Unshared as reason:
             self.slow.append(f"each completion trains with a prompt of its own, not its group's: {reason}")
         return bool(self._layers)
+
+    @property
+    def packs(self) -> bool:
+        """Whether completions may go through the model behind one another (`line_logprobs`): tried when first asked."""
+        if self._lines is None:
+            self._lines = self.share_prompts and self._can_pack()
+        return self._lines
+
+    def _can_pack(self) -> bool:
+        assert self.split is not None, "prompts could not be shared without"
+        try:
+            check_lines(self.model, self.split[0], self._layers, self.dtype)
+        except Unpacked as reason:
+            self.slow.append(f"each completion trains in a row of its own, not behind others: {reason}")
+            return False
+        return True
 
     def use(self, state: str) -> AbstractContextManager[None]:
         """Be another state of the adapter (`"reference"`: the base model) inside a `with` block."""
@@ -73,20 +91,26 @@ class Policy:
         return dtype_of(self.model)
 
     def logprobs(
-        self, tokens: mx.array, prompt_lengths: mx.array, completion_ids: mx.array, entropy_gradient: bool = False
-    ) -> tuple[mx.array, mx.array]:
+        self,
+        tokens: mx.array,
+        prompt_lengths: mx.array,
+        completion_ids: mx.array,
+        entropy_gradient: bool = False,
+        entropies: bool = True,
+    ) -> tuple[mx.array, ...]:
         """Logprobs and entropies of completions, teacher-forced, at the sampling temperature.
 
         tokens `[B, L]` prompt and completion, padded on the right (a causal model does not see what comes later,
         so no mask is needed); prompt_lengths `[B]`; completion_ids `[B, T]`. Returns two fp32 `[B, T]` arrays;
-        what they hold on padding is finite and means nothing. Entropies carry a gradient if `entropy_gradient`.
+        what they hold on padding is finite and means nothing. Entropies carry a gradient if `entropy_gradient`; without
+        `entropies` they are not computed, and the logprobs are all that is returned.
         """
         hidden = self._hidden(tokens, prompt_lengths, completion_ids)
         if self.split is not None:
-            return self._projected(hidden, completion_ids, entropy_gradient)
-        logits = scaled(hidden, self.temperature)
-        logprobs, entropy = logprobs_and_entropies(logits, completion_ids)
-        return logprobs, entropy if entropy_gradient else mx.stop_gradient(entropy)
+            return self._projected(hidden, completion_ids, entropy_gradient, entropies)
+        logprobs, entropy = logprobs_and_entropies(scaled(hidden, self.temperature), completion_ids)
+        entropy = entropy if entropy_gradient else mx.stop_gradient(entropy)
+        return (logprobs, entropy) if entropies else (logprobs,)
 
     def group_logprobs(
         self,
@@ -95,16 +119,33 @@ class Policy:
         prompt_index: mx.array,
         completion_ids: mx.array,
         entropy_gradient: bool = False,
-    ) -> tuple[mx.array, mx.array]:
+        entropies: bool = True,
+    ) -> tuple[mx.array, ...]:
         """The same for completions `[B, T]` of prompts `[P, L]`, row b's being `prompt_index[b]`.
 
         With `share_prompts` each prompt goes through the model once, or else once for each of its completions.
         """
         if self.split is None:
             tokens, lengths = whole_sequences(prompt_ids, prompt_lengths, prompt_index, completion_ids)
-            return self.logprobs(tokens, lengths, completion_ids, entropy_gradient)
+            return self.logprobs(tokens, lengths, completion_ids, entropy_gradient, entropies)
         hidden = self.group_hidden(prompt_ids, prompt_lengths, prompt_index, completion_ids)
-        return self._projected(hidden, completion_ids, entropy_gradient)
+        return self._projected(hidden, completion_ids, entropy_gradient, entropies)
+
+    def line_logprobs(
+        self, lines: mx.array, starts: mx.array, length: int, entropy_gradient: bool = False, entropies: bool = True
+    ) -> tuple[mx.array, ...]:
+        """The same for completions that stand behind one another: `lines` `[5, R, W]` as `grpo.model.lines` lays them
+        out, `starts` `[B]` the place of each row's first token. Returns `[B, length]`."""
+        laid = Lines(*lines)
+        found = self._projected(self.line_hidden(laid), laid.targets, entropy_gradient, entropies)
+        return tuple(at_rows(values, starts, length) for values in found)
+
+    def line_hidden(self, lines: Lines) -> mx.array:
+        """The hidden states of all places of the lines, `[R, W, D]`."""
+        assert self.packs
+        assert self.split is not None
+        with checkpointed_layers(self.model.layers, self.gradient_checkpointing):
+            return line_hidden(self.model, self.split[0], len(self._layers), lines, self.dtype)
 
     def group_hidden(
         self, prompt_ids: mx.array, prompt_lengths: mx.array, prompt_index: mx.array, completion_ids: mx.array
@@ -122,8 +163,10 @@ class Policy:
         with checkpointed_layers(self.model.layers, self.gradient_checkpointing):
             return hidden_at(body(tokens, cache=None), prompt_lengths, completion_ids.shape[1])
 
-    def _projected(self, hidden: mx.array, tokens: mx.array, entropy_gradient: bool) -> tuple[mx.array, mx.array]:
+    def _projected(
+        self, hidden: mx.array, tokens: mx.array, entropy_gradient: bool, entropies: bool
+    ) -> tuple[mx.array, ...]:
         assert self.split is not None
         head = self.split[1]
         chunk = chunk_tokens(head(hidden[:1, :1]).shape[-1])  # the shape alone: nothing of it is computed
-        return chunked_logprobs(hidden, tokens, head, self.temperature, chunk, entropy_gradient, self.model)
+        return chunked_logprobs(hidden, tokens, head, self.temperature, chunk, entropy_gradient, self.model, entropies)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
+import numpy as np
 
 
 def top_entropy_mask(entropies: mx.array, mask: mx.array, quantile: float) -> mx.array:
@@ -12,13 +13,16 @@ def top_entropy_mask(entropies: mx.array, mask: mx.array, quantile: float) -> mx
 
     Of n valid tokens it keeps ⌈quantile · n⌉, and more where entropies tie with the last of these.
     """
-    valid = int(mask.sum().astype(mx.int32))
-    if valid == 0 or quantile >= 1:
-        return mask
-    count = max(1, math.ceil(quantile * valid - 1e-9))
-    ranked = mx.sort(mx.where(mask > 0, entropies, -mx.inf).reshape(-1))
-    threshold = ranked[ranked.size - count]
+    threshold = top_entropy_threshold(np.array(entropies)[np.array(mask) > 0], quantile)
     return mx.where((entropies >= threshold) & (mask > 0), mask, 0.0)
+
+
+def top_entropy_threshold(entropies: np.ndarray, quantile: float) -> float:
+    """The lowest entropy that `top_entropy_mask` keeps, of those of all valid tokens, `[n]`; -∞ if it keeps all."""
+    if entropies.size == 0 or quantile >= 1:
+        return -math.inf
+    count = max(1, math.ceil(quantile * entropies.size - 1e-9))
+    return float(np.partition(entropies, -count)[-count])
 
 
 def soft_overlong_punishment(length: int, longest: int, cache: int) -> float:

@@ -6,7 +6,7 @@ or over ranks, so the sum of the parts' gradients does not depend on the split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -51,7 +51,12 @@ def token_weights(
             return trained / (totals.rows * max_completion_length)
 
 
-def weights_of_chosen(weights: Sequence[mx.array], chosen: Sequence[mx.array], cfg: LossConfig) -> list[mx.array]:
+def weights_of_chosen(
+    weights: Sequence[mx.array],
+    chosen: Sequence[mx.array],
+    cfg: LossConfig,
+    everywhere: Callable[[mx.array], mx.array] = lambda sums: sums,
+) -> list[mx.array]:
     """Move the weights of a minibatch's micro-batches to the chosen tokens, a mask for each: `[B, T]` float32.
 
     Denominators that count tokens then count the chosen tokens; N stays the number of sampled completions. So this sum
@@ -61,7 +66,8 @@ def weights_of_chosen(weights: Sequence[mx.array], chosen: Sequence[mx.array], c
         token                   over the minibatch
         micro_batch             over each micro-batch
 
-    `sequence_sum` and `constant` count no tokens, so there the weight of the other tokens is lost.
+    `sequence_sum` and `constant` count no tokens, so there the weight of the other tokens is lost. `everywhere` adds an
+    array up over the processes that share the minibatch.
     """
     kept = [mx.where(part > 0, weight, 0.0) for weight, part in zip(weights, chosen, strict=True)]
     match cfg.preset.normalize:
@@ -71,7 +77,8 @@ def weights_of_chosen(weights: Sequence[mx.array], chosen: Sequence[mx.array], c
             totals, lefts = ([part.sum() for part in parts] for parts in (weights, kept))
         case "token":
             zero = mx.array(0.0)
-            totals, lefts = ([sum((part.sum() for part in parts), zero)] * len(kept) for parts in (weights, kept))
+            sums = everywhere(mx.stack([sum((part.sum() for part in parts), zero) for parts in (weights, kept)]))
+            totals, lefts = ([one] * len(kept) for one in sums)
         case "sequence_sum" | "constant":
             return kept
     return [_scaled(part, total, left) for part, total, left in zip(kept, totals, lefts, strict=True)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from grpo.backend.device import on_gpu
 from grpo.model.dropout import dropping
 from grpo.model.head import head_parameters
+from grpo.model.lines import Lines
 from grpo.model.logprobs import chunk_tokens
 from grpo.model.policy import Policy
 from grpo.model.widehead import bytes_at_work
@@ -57,7 +58,7 @@ class Footprint:
         if body is None:
             tokens, pairs = _extent(shape, self.shares, self.checkpointing)
             body = self.token * tokens + self.pair * pairs
-        projected = shape.rows * shape.length
+        projected = shape.lines * shape.width or shape.rows * shape.length
         copies = min(MOST_COPIES, LOGIT_COPIES * -(-projected // self.chunk))
         head = self.head + copies * self.logits * min(self.chunk, projected)
         return int(self.fixed + max(body, KEPT[self.checkpointing] * body + head))
@@ -101,7 +102,9 @@ def _extent(shape: Shape, shares: bool, checkpointing: bool) -> tuple[int, int]:
 
     Checkpointed layers are computed again one at a time, so the prompts' scores are not there beside the completions'.
     """
-    prompts, prompt_length, rows, length = shape
+    prompts, prompt_length, rows, length, lines, width = shape
+    if lines:
+        return shape.tokens, lines * width**2
     if shares:
         passes = prompts * prompt_length**2, rows * length * (prompt_length + length)
         return shape.tokens, max(passes) if checkpointing else sum(passes)
@@ -110,15 +113,13 @@ def _extent(shape: Shape, shares: bool, checkpointing: bool) -> tuple[int, int]:
 
 def _peak(policy: Policy, shape: Shape) -> int:
     """Bytes above what was there, of the gradient of a function of the hidden states."""
-    prompts = mx.zeros((shape.prompts, shape.prompt_length), mx.int32)
-    lengths = mx.full((shape.prompts,), shape.prompt_length)
-    index, completions = mx.zeros((shape.rows,), mx.int32), mx.zeros((shape.rows, shape.length), mx.int32)
+    given, hidden = _going_through(policy, shape)
 
     def loss(_: nn.Module) -> mx.array:
         with dropping(mx.random.key(0)):  # what is dropped, if anything is, is kept beside what is not
-            return policy.group_hidden(prompts, lengths, index, completions).astype(mx.float32).sum()
+            return hidden(*given).astype(mx.float32).sum()
 
-    mx.eval(prompts, lengths, index, completions)
+    mx.eval(given)
     trained: int = sum(array.nbytes for _, array in tree_flatten(policy.model.trainable_parameters()))
     resting = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -126,6 +127,16 @@ def _peak(policy: Policy, shape: Shape) -> int:
         value, gradient = nn.value_and_grad(policy.model, loss)(policy.model)
     mx.eval(value, gradient)
     return max(0, mx.get_peak_memory() - resting - trained)
+
+
+def _going_through(policy: Policy, shape: Shape) -> tuple[list[mx.array], Callable[..., mx.array]]:
+    """What goes through the policy in a micro-batch of this shape, and the function that makes hidden states of it."""
+    if shape.lines:
+        return [mx.zeros((5, shape.lines, shape.width), mx.int32)], lambda lines: policy.line_hidden(Lines(*lines))
+    prompts = mx.zeros((shape.prompts, shape.prompt_length), mx.int32)
+    lengths = mx.full((shape.prompts,), shape.prompt_length)
+    index, completions = mx.zeros((shape.rows,), mx.int32), mx.zeros((shape.rows, shape.length), mx.int32)
+    return [prompts, lengths, index, completions], policy.group_hidden
 
 
 def _vocabulary(policy: Policy) -> int:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -22,9 +24,9 @@ from grpo.generation.generator import Request
 from grpo.generation.sampling import Sampling
 from grpo.model.policy import Policy
 from grpo.rollout import RolloutEngine
-from grpo.training.batches import batch_logprobs, collate, rows_of
+from grpo.training.batches import by_row, forced, rows_of
 from grpo.training.gap import gap_bound
-from grpo.training.packing import Packing, pack_in_order
+from grpo.training.packing import Packing
 from grpo.types import Group, Rollout, Task
 
 TOKENS, GENERATIONS = 16, 2
@@ -149,13 +151,9 @@ def _decoded(policy: Policy, engine: RolloutEngine, tasks: Sequence[Task], seed:
 def _forced(policy: Policy, groups: Sequence[Group], packing: Packing | None) -> list[float]:
     """The update's logprobs of all trained tokens, one after the other."""
     rows = rows_of(groups)
-    found: list[float] = []
-    for positions, shape in pack_in_order(rows, packing or _together(policy, rows)):
-        part = [rows[i] for i in positions]
-        logprobs: Any = batch_logprobs(policy, collate(part, shape))[0].tolist()
-        for (_, rollout), values in zip(part, logprobs, strict=False):  # rows of padding may follow
-            found += rollout.trajectory.of_trained(values)
-    return found
+    logprobs = by_row(rows, packing or _together(policy, rows), partial(forced, policy))
+    each = (rollout.trajectory.of_trained(values) for (_, rollout), values in zip(rows, logprobs, strict=True))
+    return list(chain.from_iterable(each))
 
 
 def _together(policy: Policy, rows: Sequence[Any]) -> Packing:

@@ -27,7 +27,8 @@ from grpo.training.packing import Shape
 
 AUTO_TOKENS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)
 FEW_TOKENS = 2_048
-"""Below so many tokens at once a GPU is not kept busy; a CPU is with a quarter of them, and with 4,096 at most."""
+"""Below so many tokens at once a GPU is not kept busy, or with half of them where completions go behind one another and
+fill them; a CPU is with a quarter of them, and with 4,096 at most."""
 FREE = 0.9
 """Of the memory, what may be planned with."""
 MOST_ACTIVATIONS, MOST_ON_CUDA = 3 * 2**30, 12 * 2**30
@@ -100,8 +101,10 @@ def make_plan(load: Workload, policy: Policy, decoding: Decoding) -> tuple[Plan,
     Raises TooLargeError for what cannot fit.
     """
     machine = Machine(memory_bytes(), on_gpu(), cuda.available())
-    shares = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
-    load = replace(load, optim=with_settings(load.optim, shares))
+    can = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
+    if machine.gpu and load.optim.pack_completions:
+        can["pack_completions"] = policy.packs
+    load = replace(load, optim=with_settings(load.optim, can))
     states = len(policy.adapters.names) - 1
     footprint = partial(measure_footprint, policy)
 
@@ -257,7 +260,7 @@ def _chosen(
     busy, or not even the longest row. CUDA waits for launches, so there the largest micro-batch comes first.
     """
     comfortable = min(machine.memory // 8, MOST_ON_CUDA if machine.cuda else MOST_ACTIVATIONS)
-    few = FEW_TOKENS if machine.gpu else FEW_TOKENS // 4
+    few = FEW_TOKENS // ((1 + load.packs) if machine.gpu else 4)
     asked, tokens = load.optim.gradient_checkpointing, load.optim.micro_batch_tokens
     ways = (False, True) if asked == "auto" else (bool(asked),)
     sizes = AUTO_TOKENS[0 if machine.gpu else 2 :] if tokens == "auto" else (tokens,)
@@ -265,17 +268,18 @@ def _chosen(
     footprint_of = cache(footprint)  # seconds to measure: of the ways that are come to
     best: _Chosen | None = None
     for checkpointing, size in order:
-        largest = load.largest(size, machine.gpu)
-        needed = footprint_of(checkpointing).bytes(largest)
+        largest = load.largest(size, machine.gpu, machine.cuda)
+        needed = max(footprint_of(checkpointing).bytes(shape) for shape in largest)
         if body is not None and needed <= comfortable:
-            needed = footprint_of(checkpointing).bytes(largest, body(checkpointing, largest))
+            tried = ((shape, body(checkpointing, shape)) for shape in largest)
+            needed = max(footprint_of(checkpointing).bytes(shape, found) for shape, found in tried)
         optim = with_settings(load.optim, {"micro_batch_tokens": size, "gradient_checkpointing": checkpointing})
         best = _Chosen(optim, size, checkpointing, needed)
         enough = (
             asked != "auto"
             or checkpointing
             or size >= few
-            or largest.tokens == load.largest(2 * size, machine.gpu).tokens
+            or largest[0].tokens == load.largest(2 * size, machine.gpu, machine.cuda)[0].tokens
         )
         if needed <= comfortable and enough:
             return best

@@ -8,6 +8,7 @@ from grpo.config import AdapterConfig, EvalConfig, OptimConfig, RolloutConfig
 from grpo.generation.memory import Need
 from grpo.recipes import with_settings
 from grpo.rollout import sampling_of
+from grpo.training.binning import most_lines
 from grpo.training.packing import Packing, Shape
 
 
@@ -40,6 +41,11 @@ class Workload:
         """Tokens of a step at most: each completion with a prompt of its own."""
         return self.rows * (self.prompt_length + self.rollout.max_completion_length)
 
+    @property
+    def packs(self) -> bool:
+        """Whether completions may go through the model behind one another, if it is on a GPU."""
+        return self.optim.pack_completions and self.optim.share_prompts
+
     def need(self) -> Need:
         """What is sampled at once: the larger of a step's completions and an evaluation's."""
         prompts, sampled = self.rollout.prompts_per_step, self.rows
@@ -49,10 +55,23 @@ class Workload:
         reshaped = sampling_of(self.rollout).reshaped
         return Need(sampled, prompts, self.longest, self.own + self.rollout.max_completion_length, reshaped, self.waits)
 
-    def largest(self, tokens: int, gpu: bool) -> Shape:
-        """The largest micro-batch of at most `tokens`: the longest prompts, each with all its longest completions."""
+    def largest(self, tokens: int, gpu: bool, cuda: bool = False) -> list[Shape]:
+        """The largest micro-batches of at most `tokens`: the longest prompts, each with all its longest completions,
+        and the widest lines where completions may go behind one another. `gpu`, `cuda`: what the machine has."""
         optim = with_settings(self.optim, {"micro_batch_tokens": tokens})
-        packing, length = Packing.of(optim, self.rollout, gpu=gpu), self.own + self.rollout.max_completion_length
+        packing = Packing.of(optim, self.rollout, gpu=gpu, on_cuda=cuda)
+        length = self.own + self.rollout.max_completion_length
+        return [self._in_rows(packing, length), *self._in_lines(packing, length)]
+
+    def _in_lines(self, packing: Packing, length: int) -> list[Shape]:
+        if not packing.packs:
+            return []
+        width, before = max(packing.widths(self.prompt_length - 1 + length)), self.prompt_length - 1
+        together = max(1, (width - before) // length)
+        needed = 1 << (-(-packing.rows // together) - 1).bit_length()
+        return [packing.in_lines(min(needed, most_lines(packing.tokens, width)), width, packing.rows)]
+
+    def _in_rows(self, packing: Packing, length: int) -> Shape:
         fitting = packing.shape(1, 1, self.prompt_length, length)
         for rows in range(2, packing.rows + 1):
             shape = packing.shape(-(-rows // packing.group), rows, self.prompt_length, length)

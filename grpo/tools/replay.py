@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, METRICS, check_is_run
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import as_planned, changes, context_now
 from grpo.runs.revisions import pinned
-from grpo.training.batches import batch_logprobs, of_completions, row_batches, rows_of
+from grpo.training.batches import by_row, forced, of_completions, rows_of
 from grpo.training.packing import Packing
 from grpo.training.trainer import Trainer
 from grpo.types import Group, StepMetrics
@@ -97,10 +98,9 @@ def _begin(trainer: Trainer, run: Path, step: int) -> tuple[int, list[str]]:
 
 def _logprobs(policy: Policy, groups: Sequence[Group], packing: Packing) -> list[list[float]]:
     """The logprob of every completion's trained tokens under the policy as it is."""
-    found: list[list[float]] = []
-    for rows, batch in row_batches(rows_of(groups), packing):
-        logprobs: Any = batch_logprobs(policy, batch)[0].tolist()
-        found += [r.trajectory.of_trained(values) for (_, r), values in zip(rows, logprobs, strict=False)]  # no padding
+    rows = rows_of(groups)
+    logprobs = by_row(rows, packing, partial(forced, policy))
+    found = [rollout.trajectory.of_trained(values) for (_, rollout), values in zip(rows, logprobs, strict=True)]
     return [list(chain.from_iterable(parts)) for parts in of_completions(groups, found)]
 
 

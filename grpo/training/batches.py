@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig
+from grpo.model.lines import laid_out
 from grpo.model.policy import Policy
 from grpo.objective import token_weights
-from grpo.training.packing import Packing, Sample, Shape, pack, pack_in_order
+from grpo.training.packing import Packing, Sample, Shape, pack
 from grpo.types import SAMPLER, Batch, Group, Rollout, Totals, Trajectory, Value
 
 MiniBatch = list[Batch]
-Number = TypeVar("Number", int, float)
 
 
 def make_minibatches(
@@ -58,14 +60,40 @@ def make_batches(
     return [replace(batch, weights=weight, beta=penalty) for batch, weight in zip(batches, weights, strict=True)]
 
 
-def row_batches(rows: Sequence[Sample], packing: Packing) -> Iterator[tuple[list[Sample], Batch]]:
-    """Yield the rows in their order as micro-batches for a forward pass, each together with its rows.
+def useful_tokens(
+    groups: Sequence[Group], minibatches: Sequence[MiniBatch], loss: LossConfig, shares: bool
+) -> dict[str, float]:
+    """The metric of that name: of the tokens that go through the model in an iteration of the update, the share that is
+    no padding and no repetition. A prompt counts once. Empty if nothing goes through."""
+    through = sum(_places(batch, shares) for batches in minibatches for batch in batches)
+    rows = [(task, rollout) for task, rollout in rows_of(groups) if learns(rollout, loss)]
+    real = sum(len(rollout.trajectory.token_ids) for _, rollout in rows)
+    real += sum(map(len, {task.prompt_ids for task, _ in rows}))
+    return {"update/useful_tokens": real / through} if through else {}
 
-    A batch may end with padding rows, in which no token is trained.
+
+def _places(batch: Batch, shares: bool) -> int:
+    """The tokens of a batch that go through the model, padding included."""
+    if batch.lines is not None:
+        return batch.lines[0].size
+    (rows, length), (prompts, before) = batch.token_ids.shape, batch.prompt_ids.shape
+    return rows * length + (prompts if shares else rows) * before
+
+
+def by_row(
+    rows: Sequence[Sample], packing: Packing, measure: Callable[[Batch], mx.array], ranks: Ranks | None = None
+) -> list[Any]:
+    """What a forward pass finds of each row: `measure` of its micro-batch, one value or list of values for a row.
+
+    The ranks divide the micro-batches among themselves, and all get every value.
     """
-    for positions, shape in pack_in_order(rows, packing):
-        part = [rows[i] for i in positions]
-        yield part, collate(part, shape)
+    ranks, parts = ranks or Ranks(), pack(rows, packing)
+    mine: list[Any] = [measure(collate([rows[i] for i in part], shape)).tolist() for part, shape in ranks.share(parts)]
+    found: list[Any] = [None] * len(rows)
+    for (part, _), values in zip(parts, ranks.merge(mine), strict=True):
+        for position, value in zip(part, values, strict=False):  # rows of padding may follow
+            found[position] = value
+    return found
 
 
 def rows_of(groups: Sequence[Group]) -> list[Sample]:
@@ -92,7 +120,7 @@ def _parts(rollout: Rollout) -> Iterator[Rollout]:
 
 
 def collate(rows: Sequence[Sample], shape: Shape) -> Batch:
-    """Pad rows to one batch of the given shape. Every trained token has weight 1."""
+    """Pad rows to one batch of the given shape, in lines if it has any. Every trained token has weight 1."""
     prompts = list(dict.fromkeys(task.prompt_ids for task, _ in rows))
     place = {prompt: position for position, prompt in enumerate(prompts)}
     fill = shape.rows - len(rows)
@@ -100,16 +128,23 @@ def collate(rows: Sequence[Sample], shape: Shape) -> Batch:
     lengths = [len(prompt) for prompt in prompts] + [1] * (shape.prompts - len(prompts))
     trained, behaviour = _trained(trajectories, shape), _column([t.behaviour for t in trajectories], shape)
     assert behaviour is not None, "training needs rollouts with logprobs"
+    lines, starts = None, None
+    if shape.lines:
+        ids = [(task.prompt_ids, rollout.trajectory.token_ids) for task, rollout in rows]
+        lines, begun = laid_out(ids, shape.lines, shape.width)
+        starts = mx.array(begun + [0] * fill)
     return Batch(
-        prompt_ids=mx.array(_padded(prompts, shape.prompts, shape.prompt_length, 0)),
+        prompt_ids=_padded(prompts, shape.prompts, shape.prompt_length, np.int32),
         prompt_lengths=mx.array(lengths),
         prompt_index=mx.array([place[task.prompt_ids] for task, _ in rows] + [0] * fill),
-        token_ids=mx.array(_padded([t.token_ids for t in trajectories], shape.rows, shape.length, 0)),
+        token_ids=_padded([t.token_ids for t in trajectories], shape.rows, shape.length, np.int32),
         trained=trained,
         weights=trained,
         advantages=mx.where(trained > 0, _advantages([rollout for _, rollout in rows], shape), 0.0),
         behaviour=behaviour,
         sampler=_column([t.sampler for t in trajectories], shape),
+        lines=lines,
+        starts=starts,
     )
 
 
@@ -132,21 +167,35 @@ def _all_rows_count(loss: LossConfig) -> bool:
     return kl_penalty or dppo_penalty or shared_weights or loss.entropy_coef > 0 or loss.use is not None
 
 
-def forced(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
-    """`batch_logprobs`, evaluated now: the active adapter state may change before a lazy result is read."""
-    result = batch_logprobs(policy, batch)
-    mx.eval(result)
-    return result
+def forced(policy: Policy, batch: Batch) -> mx.array:
+    """The logprobs of `batch_logprobs`, evaluated now: the active adapter state may change before they are read.
+
+    No entropies are computed, which takes the head a softmax less.
+    """
+    (logprobs,) = batch_logprobs(policy, batch, entropies=False)
+    mx.eval(logprobs)
+    return logprobs
 
 
-def batch_logprobs(policy: Policy, batch: Batch, entropy_gradient: bool = False) -> tuple[mx.array, mx.array]:
+def forced_with_entropies(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
+    """`batch_logprobs`, evaluated now."""
+    logprobs, entropies = batch_logprobs(policy, batch)
+    mx.eval(logprobs, entropies)
+    return logprobs, entropies
+
+
+def batch_logprobs(
+    policy: Policy, batch: Batch, entropy_gradient: bool = False, entropies: bool = True
+) -> tuple[mx.array, ...]:
     """Logprobs and entropies (nats) of a batch's tokens under the active adapter state: `[B, T]` float32 each.
 
-    With `entropy_gradient` the entropies are differentiable.
+    With `entropy_gradient` the entropies are differentiable; without `entropies` there are only logprobs.
     """
-    return policy.group_logprobs(
-        batch.prompt_ids, batch.prompt_lengths, batch.prompt_index, batch.token_ids, entropy_gradient
-    )
+    if batch.lines is not None and batch.starts is not None:
+        length = batch.token_ids.shape[1]
+        return policy.line_logprobs(batch.lines, batch.starts, length, entropy_gradient, entropies)
+    prompts = batch.prompt_ids, batch.prompt_lengths, batch.prompt_index
+    return policy.group_logprobs(*prompts, batch.token_ids, entropy_gradient, entropies)
 
 
 def _with_samplers(groups: Sequence[Group]) -> Sequence[Group]:
@@ -173,15 +222,14 @@ def _trained(trajectories: Sequence[Trajectory], shape: Shape) -> mx.array:
     if all(all(trajectory.trained) for trajectory in trajectories):  # lengths alone give the mask: no Python lists
         lengths = mx.array([len(t.token_ids) for t in trajectories] + [0] * (shape.rows - len(trajectories)))
         return (mx.arange(shape.length)[None] < lengths[:, None]).astype(mx.float32)
-    masks = [[float(trained) for trained in trajectory.trained] for trajectory in trajectories]
-    return mx.array(_padded(masks, shape.rows, shape.length, 0.0))
+    return _padded([trajectory.trained for trajectory in trajectories], shape.rows, shape.length)
 
 
 def _advantages(rollouts: Sequence[Rollout], shape: Shape) -> mx.array:
     """The advantage of each token that may be trained: `[B, 1]` float32, or `[B, T]` where turns have their own."""
     if all(rollout.turn_advantages is None for rollout in rollouts):
         return mx.array([rollout.advantage for rollout in rollouts] + [0.0] * (shape.rows - len(rollouts)))[:, None]
-    return mx.array(_padded([_by_token(rollout) for rollout in rollouts], shape.rows, shape.length, 0.0))
+    return _padded([_by_token(rollout) for rollout in rollouts], shape.rows, shape.length)
 
 
 def _by_token(rollout: Rollout) -> list[float]:
@@ -195,10 +243,12 @@ def _by_token(rollout: Rollout) -> list[float]:
 def _column(values: Sequence[tuple[float, ...] | None], shape: Shape) -> mx.array | None:
     """A column of the rows, `[B, T]` float32; None unless every row has it."""
     present = [row for row in values if row is not None]
-    return None if len(present) < len(values) else mx.array(_padded(present, shape.rows, shape.length, 0.0))
+    return None if len(present) < len(values) else _padded(present, shape.rows, shape.length)
 
 
-def _padded(values: Sequence[Sequence[Number]], rows: int, length: int, filler: Number) -> list[list[Number]]:
-    """The values padded with `filler` to `rows` lists of `length`."""
-    filled = [list(row) + [filler] * (length - len(row)) for row in values]
-    return filled + [[filler] * length for _ in range(rows - len(values))]
+def _padded(values: Sequence[Sequence[float]], rows: int, length: int, dtype: type = np.float32) -> mx.array:
+    """The values padded with 0: `[rows, length]`."""
+    filled: Any = np.zeros((rows, length), dtype)
+    for row, own in zip(filled, values, strict=False):
+        row[: len(own)] = own
+    return mx.array(filled)

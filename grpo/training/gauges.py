@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 
@@ -14,7 +13,7 @@ from grpo.config import LossConfig
 from grpo.model.adapters import REFERENCE
 from grpo.model.policy import Policy
 from grpo.objective.kl import kl_estimate
-from grpo.training.batches import forced, learns, of_completions, row_batches, rows_of
+from grpo.training.batches import by_row, forced, forced_with_entropies, learns, of_completions, rows_of
 from grpo.training.packing import Packing
 from grpo.training.update import Update
 from grpo.types import Batch, Group, Totals
@@ -50,26 +49,26 @@ class Gauges:
         surprise = -sum(sum(trajectory.of_trained(trajectory.behaviour or ())) for trajectory in left)
         if math.isfinite(surprise) and not any(trajectory.sampler for trajectory in left):
             return Entropy(surprise, tokens)
-        mine = self.ranks.share([batch for _, batch in row_batches(rows, self.packing)])
-        total = sum(float(mx.where(batch.trained > 0, forced(self.policy, batch)[1], 0.0).sum()) for batch in mine)
-        return Entropy(sum(self.ranks.gather(total)), tokens)
+        return Entropy(sum(by_row(rows, self.packing, self._entropies, self.ranks)), tokens)
 
     def divergences(self, groups: Sequence[Group]) -> list[float]:
         """The KL estimate of each completion, summed over its trained tokens, between `behaviour` and the reference.
 
         One forward pass under the reference.
         """
-        mine = self.ranks.share(list(row_batches(rows_of(groups), self.packing)))
         with self.policy.use(REFERENCE):
-            found = [self._sums(len(rows), batch, forced(self.policy, batch)[0]) for rows, batch in mine]
-        of_rows = [total for sums in self.ranks.merge(found) for total in sums]
+            of_rows = by_row(rows_of(groups), self.packing, self._divergences, self.ranks)
         return [sum(totals) for totals in of_completions(groups, of_rows)]
 
-    def _sums(self, rows: int, batch: Batch, reference: mx.array) -> list[float]:
+    def _entropies(self, batch: Batch) -> mx.array:
+        """Of each row the sum over trained tokens: `[B]`."""
+        return mx.where(batch.trained > 0, forced_with_entropies(self.policy, batch)[1], 0.0).sum(axis=1)
+
+    def _divergences(self, batch: Batch) -> mx.array:
+        """Of each row the sum over trained tokens: `[B]`."""
         assert batch.behaviour is not None, "training needs rollouts with logprobs"
-        estimate = kl_estimate(batch.behaviour, reference, self.loss.kl_estimator)
-        sums: Any = mx.where(batch.trained > 0, estimate, 0.0).sum(axis=1).tolist()
-        return list(sums[:rows])
+        estimate = kl_estimate(batch.behaviour, forced(self.policy, batch), self.loss.kl_estimator)
+        return mx.where(batch.trained > 0, estimate, 0.0).sum(axis=1)
 
 
 def with_all_entropy(update: Update, rest: Entropy, totals: Totals) -> Update:

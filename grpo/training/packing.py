@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from grpo.backend import cuda
 from grpo.backend.device import on_gpu
 from grpo.config import OptimConfig, RolloutConfig
+from grpo.model.lines import room
+from grpo.training.binning import SHORTEST, filled, most_lines, portions
 from grpo.types import Rollout, Task
 
 Sample = tuple[Task, Rollout]
@@ -15,19 +18,36 @@ Sample = tuple[Task, Rollout]
 GPU_MULTIPLE = 128
 """Lengths on a GPU are multiples of this: the update is compiled once for each shape, and CUDA's fused attention has a
 backward pass for such lengths alone."""
+WIDE = 4096
+"""The widest lines on CUDA, unless a longer row needs wider ones. There attention keeps no scores; elsewhere lines are
+as narrow as the longest row allows, because scores take memory."""
+FINE = 8
+"""From so many multiples on, lines come in more widths: a line that is a third wider than its longest row wastes more
+than another shape costs."""
+KEYS = 8192
+"""A token that attends to so many keys costs twice a token that attends to none: fitted to an H200 (0.6B shape), where
+an update spends 22 µs on a token, and attention with a mask 25 ms on 16,384 tokens of 16,384 keys in each layer."""
+EACH = 1024
+"""Tokens that a micro-batch costs beside its own, for launches and small products."""
 
 
 class Shape(NamedTuple):
-    """A micro-batch's shape, padding included: prompts × their length, and rows × their completions' length."""
+    """A micro-batch's shape, padding included: prompts × their length, and rows × their completions' length.
+
+    With `lines`, prompts and completions go through the model behind one another, in so many lines of `width`. The
+    other sizes are then of the columns alone.
+    """
 
     prompts: int
     prompt_length: int
     rows: int
     length: int
+    lines: int = 0
+    width: int = 0
 
     @property
     def tokens(self) -> int:
-        return self.prompts * self.prompt_length + self.rows * self.length
+        return self.lines * self.width or self.prompts * self.prompt_length + self.rows * self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +58,9 @@ class Packing:
 
     With a `multiple` above 1 there is one shape for each pair of padded lengths, so that their number is bounded:
     lengths are padded to 1, 2, 3, 4, 6, 8, 12, … times it, and rows and prompts to what fills the tokens.
+
+    With `packs`, completions also stand behind one another in lines, where that costs less: as wide as the longest row
+    needs, or up to `wide`. All `parts` processes get micro-batches of the same shapes.
     """
 
     tokens: int
@@ -45,21 +68,35 @@ class Packing:
     group: int
     multiple: int = 1
     shares: bool = True
+    packs: bool = False
+    wide: int = 0
+    parts: int = 1
 
     @classmethod
-    def of(cls, optim: OptimConfig, rollout: RolloutConfig, parts: int = 1, gpu: bool | None = None) -> Packing:
+    def of(
+        cls,
+        optim: OptimConfig,
+        rollout: RolloutConfig,
+        parts: int = 1,
+        gpu: bool | None = None,
+        on_cuda: bool | None = None,
+    ) -> Packing:
         """The packing of a run whose `micro_batch_tokens` has been decided, into at least `parts` micro-batches.
 
-        `gpu`: whether it is for one; None: whether this machine computes on one.
+        `gpu`, `on_cuda`: whether it is for a GPU, and for one of CUDA; None: whether this machine computes on one.
         """
         assert optim.micro_batch_tokens != "auto", "the plan decides this before a batch is made"
         rows = rollout.prompts_per_step * rollout.num_generations // optim.num_minibatches
+        gpu = on_gpu() if gpu is None else gpu
         return cls(
             optim.micro_batch_tokens,
             -(-rows // parts),
             rollout.num_generations,
-            GPU_MULTIPLE if (on_gpu() if gpu is None else gpu) else 1,
+            GPU_MULTIPLE if gpu else 1,
             optim.share_prompts,
+            gpu and optim.share_prompts and optim.pack_completions,
+            WIDE if (cuda.available() if on_cuda is None else on_cuda) else 0,
+            parts,
         )
 
     def shape(self, prompts: int, rows: int, prompt_length: int, length: int) -> Shape | None:
@@ -77,7 +114,38 @@ class Packing:
 
     def through(self, shape: Shape) -> int:
         """The tokens of a micro-batch of this shape that go through the model, padding included."""
-        return shape.tokens if self.shares else shape.rows * (shape.prompt_length + shape.length)
+        if self.shares or shape.lines:
+            return shape.tokens
+        return shape.rows * (shape.prompt_length + shape.length)
+
+    def cost(self, shapes: Sequence[Shape]) -> float:
+        """What micro-batches of these shapes cost, in tokens that attend to nothing."""
+        return sum(self._cost(shape) for shape in shapes)
+
+    def _cost(self, shape: Shape) -> float:
+        if shape.lines:
+            return EACH + _attending(shape.tokens, shape.width)
+        keys = shape.prompt_length + shape.length
+        if not self.shares:
+            return EACH + _attending(shape.rows * keys, keys)
+        prompts = _attending(shape.prompts * shape.prompt_length, shape.prompt_length)
+        return 2 * EACH + prompts + _attending(shape.rows * shape.length, keys)  # two passes
+
+    def widths(self, longest: int) -> list[int]:
+        """Widths to try for lines of which the longest row needs so many places."""
+        least = self._padded(longest)
+        if least > FINE * self.multiple:  # in quarters of a power of two, and not in halves
+            step = self.multiple * _power_of_two(-(-longest // self.multiple)) // 4
+            least = -(-longest // step) * step
+        wider = (self.multiple << power for power in range(self.wide.bit_length()))
+        return [least, *(width for width in wider if least < width <= min(self.wide, self.tokens))]
+
+    def in_lines(self, lines: int, width: int, rows: int) -> Shape:
+        """The shape of a micro-batch of so many lines with so many rows."""
+        fitting = lines * max(1, width // SHORTEST)
+        usual = 1 << max(0, self.rows * self.parts - 1).bit_length()
+        columns = min(fitting, usual) if rows <= usual else fitting
+        return Shape(columns, width, columns, width, lines, width)
 
     def _padded(self, length: int) -> int:
         units = -(-length // self.multiple)
@@ -88,8 +156,8 @@ class Packing:
 def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shape]]:
     """Micro-batches as positions in `rows`, with their shapes.
 
-    Rows are taken from the longest to the shortest, group by group or all together, whichever makes fewer tokens:
-    groups share prompts, and equal lengths share padding.
+    Rows are taken from the longest to the shortest, group by group or all together, whichever costs less: groups share
+    prompts, and equal lengths share padding. Or completions stand behind one another, where that costs less still.
     """
     longest: dict[tuple[int, ...], int] = {}
     for task, rollout in rows:
@@ -101,13 +169,28 @@ def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shap
     def by_length(row: Sample) -> tuple[object, ...]:
         return (-_length(row[1]), row[0].prompt_ids)
 
-    packed = (_in_order(rows, _ordered(rows, order), packing) for order in (by_group, by_length))
-    return min(packed, key=lambda parts: sum(packing.through(shape) for _, shape in parts))
+    packed = [_in_order(rows, _ordered(rows, order), packing) for order in (by_group, by_length)]
+    if not packing.packs or not rows:
+        return min(packed, key=lambda parts: sum(packing.through(shape) for _, shape in parts))
+    longest_row = max(room(task.prompt_ids, rollout.trajectory.token_ids) for task, rollout in rows)
+    packed += [_in_lines(rows, width, packing) for width in packing.widths(longest_row)]
+    return min(packed, key=lambda parts: packing.cost([shape for _, shape in parts]))
 
 
-def pack_in_order(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shape]]:
-    """Micro-batches of the rows as they come."""
-    return _in_order(rows, list(range(len(rows))), packing)
+def _in_lines(rows: Sequence[Sample], width: int, packing: Packing) -> list[tuple[list[int], Shape]]:
+    """Micro-batches of lines. With several processes each has the same shapes, as far as there are lines."""
+    lines = filled([(task.prompt_ids, _length(rollout)) for task, rollout in rows], width)
+    made, begun = [], 0
+    for portion in portions(-(-len(lines) // packing.parts), most_lines(packing.tokens, width), EACH / width):
+        for _ in range(packing.parts):
+            if held := [row for line in lines[begun : begun + portion] for row in line]:
+                made.append((held, packing.in_lines(portion, width, len(held))))
+            begun += portion
+    return made
+
+
+def _attending(tokens: int, keys: int) -> float:
+    return tokens * (1 + keys / KEYS)
 
 
 def _ordered(rows: Sequence[Sample], order: Callable[[Sample], tuple[object, ...]]) -> list[int]:

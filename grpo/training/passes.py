@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig
@@ -18,8 +18,8 @@ from grpo.errors import RunError
 from grpo.model.adapters import REFERENCE
 from grpo.model.policy import Policy
 from grpo.objective import weights_of_chosen
-from grpo.objective.masks import top_entropy_mask
-from grpo.training.batches import MiniBatch, forced
+from grpo.objective.masks import top_entropy_threshold
+from grpo.training.batches import MiniBatch, forced, forced_with_entropies
 from grpo.types import Batch
 
 
@@ -32,7 +32,7 @@ class PassSettings:
     ranks: Ranks = field(default_factory=Ranks)
 
 
-_OF_TOKENS = frozenset(Batch.__slots__) - {"prompt_ids", "prompt_lengths", "prompt_index", "beta"}
+_OF_TOKENS = frozenset(Batch.__slots__) - {"prompt_ids", "prompt_lengths", "prompt_index", "beta", "lines", "starts"}
 Condition = Callable[[PassSettings], bool]
 Enrich = Callable[[Policy, Sequence[MiniBatch], PassSettings], list[MiniBatch]]
 Pass = Callable[[Policy, Sequence[MiniBatch]], list[MiniBatch]]
@@ -72,21 +72,26 @@ def with_top_entropy(policy: Policy, minibatches: Sequence[MiniBatch], settings:
     """Keep weight only on the tokens of highest entropy, out of all trained tokens of the step (arXiv 2506.01939).
 
     The number of completions in the denominators stays what `make_batches` counted. `trained` stays too, so that
-    sequence ratios and metrics still cover whole completions.
+    sequence ratios and metrics still cover whole completions. Each process looks at its own share, and all agree on the
+    lowest entropy that counts.
     """
-    everything = [batch for batches in minibatches for batch in batches]
-    if not everything:
-        return list(minibatches)
-    entropies = mx.concatenate([forced(policy, batch)[1].reshape(-1) for batch in everything])
-    trained = mx.concatenate([batch.trained.reshape(-1) for batch in everything])
-    ends = list(accumulate(batch.trained.size for batch in everything))
-    parts = mx.split(top_entropy_mask(entropies, trained, settings.loss.top_entropy_quantile), ends[:-1])
-    chosen = iter(part.reshape(batch.trained.shape) for part, batch in zip(parts, everything, strict=True))
-    return [_with_weights(batches, [next(chosen) for _ in batches], settings.loss) for batches in minibatches]
+    entropies = [[forced_with_entropies(policy, batch)[1] for batch in batches] for batches in minibatches]
+    pairs = [pair for both in zip(minibatches, entropies, strict=True) for pair in zip(*both, strict=True)]
+    mine = [np.array(found)[np.array(batch.trained) > 0] for batch, found in pairs]
+    everyone = settings.ranks.gather(np.concatenate([np.zeros(0, np.float32), *mine]))
+    least = top_entropy_threshold(np.concatenate(everyone), settings.loss.top_entropy_quantile)
+    return [
+        _with_weights(
+            batches,
+            [(values >= least) & (batch.trained > 0) for batch, values in zip(batches, found, strict=True)],
+            settings,
+        )
+        for batches, found in zip(minibatches, entropies, strict=True)
+    ]
 
 
 def shared(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
-    """Keep this rank's share of every minibatch. Earlier passes see the whole step, later passes only the share."""
+    """Keep this rank's share of every minibatch, which is all that the passes behind this one look at."""
     del policy
     return [settings.ranks.share(batches) for batches in minibatches]
 
@@ -97,7 +102,7 @@ def with_reference(policy: Policy, minibatches: Sequence[MiniBatch], settings: P
     if not any(batch.beta is not None for batches in minibatches for batch in batches):
         return list(minibatches)
     with policy.use(REFERENCE):
-        return [[replace(batch, reference=forced(policy, batch)[0]) for batch in batches] for batches in minibatches]
+        return [[replace(batch, reference=forced(policy, batch)) for batch in batches] for batches in minibatches]
 
 
 def with_anchor(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
@@ -109,25 +114,25 @@ def with_anchor(policy: Policy, minibatches: Sequence[MiniBatch], settings: Pass
     """
     if settings.dropout:
         return [[_without_dropout(policy, batch) for batch in batches] for batches in minibatches]
-    others = [[replace(b, anchor=forced(policy, b)[0]) for b in batches] for batches in minibatches[1:]]
+    others = [[replace(b, anchor=forced(policy, b)) for b in batches] for batches in minibatches[1:]]
     return [*minibatches[:1], *others]
 
 
 def _without_dropout(policy: Policy, batch: Batch) -> Batch:
-    logprobs, entropies = forced(policy, batch)
+    logprobs, entropies = forced_with_entropies(policy, batch)
     return replace(batch, anchor=logprobs, entropies=entropies)
 
 
 PASSES: list[tuple[Condition, Enrich]] = [
-    (lambda settings: settings.loss.top_entropy_quantile < 1, with_top_entropy),
     (lambda settings: settings.ranks.size > 1, shared),
+    (lambda settings: settings.loss.top_entropy_quantile < 1, with_top_entropy),
     (lambda settings: settings.loss.kl_in == "loss", with_reference),
     (lambda _: True, with_anchor),
 ]
 """The condition of each pass, and the pass, in the order in which a step makes them."""
 
 
-def _with_weights(batches: MiniBatch, chosen: Sequence[mx.array], loss: LossConfig) -> MiniBatch:
+def _with_weights(batches: MiniBatch, chosen: Sequence[mx.array], settings: PassSettings) -> MiniBatch:
     """Move a minibatch's weights to the chosen tokens: a mask `[B, T]` for each batch."""
-    moved = weights_of_chosen([batch.weights for batch in batches], chosen, loss)
+    moved = weights_of_chosen([batch.weights for batch in batches], chosen, settings.loss, settings.ranks.sum)
     return [replace(batch, weights=weights) for batch, weights in zip(batches, moved, strict=True)]

@@ -20,7 +20,7 @@ from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine, with_policy_step
 from grpo.scoring.own import rewarding_steps
 from grpo.scoring.scorer import Scorer
-from grpo.training.batches import MiniBatch, make_minibatches
+from grpo.training.batches import MiniBatch, make_minibatches, useful_tokens
 from grpo.training.before import Before
 from grpo.training.clock import Clock
 from grpo.training.gap import GapWatch
@@ -59,7 +59,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         dropout = cfg.adapter.dropout > 0
         self.passes = passes_of(PassSettings(cfg.loss, dropout, self.ranks))
-        self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout), self.ranks)
+        self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout, self.ranks.size), self.ranks)
         self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first)
         self.before = Before(policy.adapters, cfg.adapter.type == "full")
         self.update = Updater(
@@ -87,6 +87,7 @@ class Trainer:
         groups, penalty_metrics = self.penalised(groups, totals, beta)
         groups = with_advantages(groups, self.scorer.weights, self.cfg.advantage, self.cfg.loss.preset)
         minibatches = self.batched(groups, beta)  # fixes the token weights, before anything is split
+        useful = useful_tokens(groups, minibatches, self.cfg.loss, self.policy.share_prompts)
         for enrich in self.passes:  # entropy mask, this rank's share, reference, anchor: see `PASSES`
             minibatches = enrich(self.policy, minibatches)
         kl_metrics = self.measured(groups, totals, n)
@@ -96,7 +97,7 @@ class Trainer:
         self.before.move()  # even if no update was applied: the step counts
         clock.lap("update")
         self.policy.adapters.sync_reference(self.cfg.adapter, n)
-        status = self.status(n, beta) | penalty_metrics | kl_metrics
+        status = self.status(n, beta) | penalty_metrics | kl_metrics | useful
         metrics = step_metrics(n, sampled, update, status, clock.laps, self.scorer.has_tools)
         return replace(metrics, groups=(*groups, *sampled[len(groups) :]))
 

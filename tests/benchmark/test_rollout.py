@@ -21,7 +21,7 @@ def test_both_sides_sample_the_same_prompts_and_lengths() -> None:
     prompts = TINY.draw(256)
     assert [len(ids) for ids in prompts] == [3, 3]
     assert prompts == TINY.draw(256)
-    theirs = rollout._batch_generate(model_for(TINY), [ids for ids in prompts for _ in range(2)], TINY)
+    theirs = rollout._batch_generate(model_for(TINY), prompts, [4] * 4, TINY)
     assert [len(logprobs) for logprobs in theirs] == [4] * 4
     assert all(-30 < logprob < 0 for logprobs in theirs for logprob in logprobs)
 
@@ -35,6 +35,10 @@ def test_the_generator_is_held_against_mlx_lm_s(setting: Setting) -> None:
     assert rows[2].ratios == tuple(a / b for a, b in zip(rows[2].runs, rows[0].runs, strict=True))
     assert rows[3].ratios == tuple(b / a for a, b in zip(rows[3].runs, rows[1].runs, strict=True))
     assert {len(row.runs) for row in rows} == {setting.runs}
+
+
+def test_mlx_lm_can_be_left_out() -> None:
+    assert [(row.side, row.unit) for row in rollout.by_itself(TINY)] == [("grpo", "tok/s"), ("grpo", "GB")]
 
 
 def test_one_row_is_mlx_lm_s_own_loop_in_its_own_process_too(monkeypatch) -> None:
@@ -52,13 +56,13 @@ def test_a_peer_that_samples_less_is_not_measured(monkeypatch) -> None:
 
     monkeypatch.setattr(BatchGenerator, "next_generated", lambda _: [])
     with pytest.raises(RunError, match="has not sampled what it was asked for"):
-        rollout._batch_generate(model_for(ALONE), [[5, 6]], ALONE)
+        rollout._batch_generate(model_for(ALONE), [[5, 6]], [4], ALONE)
 
 
 @pytest.mark.skipif(not blas.loaded(), reason="grpo has loaded no BLAS here")
 def test_mlx_lm_on_its_wheel_s_blas_runs_in_a_process_of_its_own() -> None:
     rows = peer.against_wheel(ALONE)
-    assert [row.side for row in rows[::2]] == ["mlx-lm, its wheel's BLAS", "grpo"]
+    assert [row.side for row in rows if row.unit == "tok/s"] == ["mlx-lm, its wheel's BLAS", "grpo"]
     assert all(row.mean > 0 for row in rows)
 
 
@@ -77,6 +81,8 @@ def test_without_a_blas_of_our_own_there_is_nothing_to_tell_apart(monkeypatch) -
         (["--json", "/nowhere/at/all.json"], "cannot be written"),
         (["--check", OURS, "--runs", 1], "--runs 5"),
         (["--check", "nope.toml"], "nope.toml: cannot be read"),
+        (["--alone", "--wheel-blas"], "--alone: options of mlx-lm's side mean nothing without it"),
+        (["--alone", "--peer-slots", 3], "--alone: options of mlx-lm's side mean nothing without it"),
         (["--check", OURS, "--shape", "qwen3-tiny"], "nothing of `bench rollout` is bounded here"),
     ],
 )

@@ -157,7 +157,7 @@ def test_what_mlx_lm_s_caches_will_hold_is_known(name: str) -> None:
     """The caches' own size, of rows that are all of full length."""
     decoding = find_decoding(FOREIGN[name])
     prompts = [[5 + i] * 300 for i in range(2)]
-    session = decoding.open(Size(slots=4, places=2, prefix=299, ring=300))
+    session = decoding.open(Size(slots=4, places=2, prefix=299, columns=300))
     first, second = (SharedPrompt(prompt, 2) for prompt in prompts)
     session.admit([0, 1, 2, 3], [Line(first), Line(first), Line(second), Line(second)])
     held = sum(cache.nbytes for batch in session._batches for cache in batch.caches)

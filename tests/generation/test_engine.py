@@ -56,7 +56,7 @@ def test_neither_order_nor_lateness_nor_neighbors_change_a_row(way: str, slots: 
         assert [sampled(rows[number]) for number in range(3)] == expected
 
 
-def test_a_row_that_wraps_around_its_ring_goes_on_when_the_ring_grows(way: str) -> None:
+def test_rows_go_on_when_buffers_grow_after_many_rows(way: str) -> None:
     generator = generator_of(way, 2)
     generator.stop_ids = frozenset()
     short = [asked((9, 10), seed, sampling=Sampling(1.0, 12)) for seed in range(4)]
@@ -64,7 +64,7 @@ def test_a_row_that_wraps_around_its_ring_goes_on_when_the_ring_grows(way: str) 
     expected = alone(generator, [*short, longer])
     engine = generator.open()
     rows = [engine.submit(submission) for submission in short]
-    for _ in range(20):  # of rings of 12 columns
+    for _ in range(20):  # more than a slot has columns
         engine.step()
     rows.append(engine.submit(longer))
     finish(engine)

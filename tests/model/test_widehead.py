@@ -151,7 +151,7 @@ def test_every_way_of_decoding_and_training_meets_the_same_head(kind: str) -> No
     cast(reference := half_model(kind, mx.bfloat16, wide=False, sharpness=8), mx.float32)
     exact = halves(reference)[1](body(mx.array([[1, 2, 3, 4]]), cache=None).astype(mx.float32))[0, -1]
     for way in ways:
-        session = way.open(Size(slots=1, places=1, prefix=3, ring=2))
+        session = way.open(Size(slots=1, places=1, prefix=3, columns=2))
         session.admit([0], [Line(SharedPrompt([1, 2, 3, 4]))])
         logits = session.logits(mx.array([4], mx.uint32))
         assert logits.dtype == mx.float32

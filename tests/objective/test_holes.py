@@ -226,7 +226,16 @@ def test_a_researchers_loss_sees_zeros_where_nothing_is_trained() -> None:
     (batch,) = seen
     assert isinstance(batch, Batch)
     for field in fields(batch):
-        if field.name not in ("prompt_ids", "prompt_lengths", "prompt_index", "token_ids", "beta", "entropies"):
+        if field.name not in (
+            "prompt_ids",
+            "prompt_lengths",
+            "prompt_index",
+            "token_ids",
+            "beta",
+            "entropies",
+            "lines",
+            "starts",
+        ):
             column = np.array(getattr(batch, field.name))
             assert column.shape == TRAINED.shape
             assert not column[TRAINED == 0].any(), field.name

@@ -39,15 +39,15 @@ def test_what_is_sampled_at_once_is_the_larger_of_a_step_and_an_evaluation(evalu
 def test_the_largest_micro_batch_shares_prompts_as_far_as_its_tokens_go() -> None:
     """A prompt of 100 tokens with eight completions of 64 is 612; the next completion brings a prompt with it."""
     load = workload(asked(), 100)
-    assert load.largest(612, gpu=False) == Shape(1, 100, 8, 64)
-    assert load.largest(611, gpu=False) == Shape(1, 100, 7, 64)
-    assert load.largest(612 + 164, gpu=False) == Shape(2, 100, 9, 64)
-    assert load.largest(10**6, gpu=False) == Shape(4, 100, 32, 64)
+    assert load.largest(612, gpu=False) == [Shape(1, 100, 8, 64)]
+    assert load.largest(611, gpu=False) == [Shape(1, 100, 7, 64)]
+    assert load.largest(612 + 164, gpu=False) == [Shape(2, 100, 9, 64)]
+    assert load.largest(10**6, gpu=False) == [Shape(4, 100, 32, 64)]
 
 
 def test_what_environments_add_to_prompts_is_each_completion_s_own() -> None:
     load = replace(workload(asked(), 100), own=20)
     assert load.need() == Need(32, 4, 100, 84, False)
     assert load.tokens == 32 * (100 + 64)  # the longest prompt has it already
-    assert load.largest(100 + 8 * 84, gpu=False) == Shape(1, 100, 8, 84)
-    assert load.largest(100 + 8 * 84 - 1, gpu=False) == Shape(1, 100, 7, 84)
+    assert load.largest(100 + 8 * 84, gpu=False) == [Shape(1, 100, 8, 84)]
+    assert load.largest(100 + 8 * 84 - 1, gpu=False) == [Shape(1, 100, 7, 84)]

@@ -13,8 +13,9 @@ from grpo.backend import device
 from grpo.config import Recipe
 from grpo.recipes import with_settings
 from grpo.training import packing
+from grpo.training.batches import by_row
 from grpo.training.gradients import Gradients
-from grpo.training.packing import Packing, Shape, pack, pack_in_order
+from grpo.training.packing import Packing, Shape, pack
 from grpo.types import Group, Rollout, Task, Trajectory
 
 
@@ -71,10 +72,12 @@ def test_a_row_that_is_too_long_goes_alone() -> None:
     assert (part, shape) == ([0], Shape(1, 50, 1, 60))
 
 
-def test_rows_keep_their_order_where_it_matters() -> None:
+def test_what_a_forward_pass_finds_comes_in_the_order_of_the_rows() -> None:
     rows = [row(5, length, name) for name, length in enumerate([3, 9, 1, 7])]
-    packed = pack_in_order(rows, Packing(tokens=30, rows=4, group=2))
-    assert [i for part, _ in packed for i in part] == [0, 1, 2, 3]
+    found = by_row(rows, Packing(tokens=30, rows=4, group=2), lambda batch: batch.trained.sum(axis=1))
+    assert found == [3, 9, 1, 7]
+    found = by_row(rows, Packing(16, 4, 2, 8, packs=True), lambda batch: batch.trained)
+    assert [sum(values) for values in found] == [3, 9, 1, 7]
 
 
 @pytest.mark.parametrize("multiple", [1, 16])

@@ -8,9 +8,11 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -71,6 +73,15 @@ def launch(n: int, *command: object, timeout: float = 120, **environment: str) -
     )
 
 
+def flat(values: Any) -> Iterator[float]:
+    """The numbers in lists of lists."""
+    if isinstance(values, list):
+        for value in values:
+            yield from flat(value)
+    else:
+        yield values
+
+
 def test_two_processes_give_the_loss_gradient_and_step_of_one(tmp_path) -> None:
     found = []
     for n in (1, 2):
@@ -86,6 +97,16 @@ def test_two_processes_give_the_loss_gradient_and_step_of_one(tmp_path) -> None:
     for name, value in alone.items():
         if name not in ("batches", "size", "told"):
             assert first[name] == second[name] == pytest.approx(value, abs=1e-6), name
+    (alone,), both = (
+        [json.loads((tmp_path / f"{n}/measures-{rank}.json").read_text()) for rank in range(n)] for n in (1, 2)
+    )
+    rows = alone.pop("rows")
+    looked = [own.pop("rows") for own in both]
+    assert sum(looked) == rows  # each looked at its own alone
+    assert min(looked) > 0
+    for own in both:
+        for name, value in alone.items():
+            assert list(flat(own[name])) == pytest.approx(list(flat(value)), rel=1e-6, abs=1e-6), name
     for kind in ("gradient", "policy"):
         expected = mx.load(str(tmp_path / f"1/{kind}-0.safetensors"))
         for rank in range(2):

@@ -1,0 +1,115 @@
+"""`grpo bench speculate --recipe`: a recipe's own steps over epochs, with speculation and without, in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from grpo.backend.device import on_gpu
+from grpo.benchmark.protocol import Measurement, Side, Values, alternate
+from grpo.data.stream import TaskStream
+from grpo.errors import RunError, UserError
+from grpo.recipes import load_recipe
+from grpo.runs.given import Given
+from grpo.runs.prepare import prepare
+from grpo.training.trainer import Trainer
+from grpo.types import Group, Task
+
+TOLD = ("accepted", "width", "gain")
+"""What a step's metrics tell of speculation, if it was on: see `speculation/…` there."""
+Tokens = list[tuple[int, ...]]
+
+
+class Pool:
+    """The first `size` tasks of a stream, in order, again and again: a data set with short epochs."""
+
+    def __init__(self, stream: TaskStream, size: int) -> None:
+        self._tasks, self._cursor = stream.take(size), 0
+
+    def take(self, n: int) -> list[Task]:
+        places = range(self._cursor, self._cursor + n)
+        self._cursor += n
+        return [self._tasks[place % len(self._tasks)] for place in places]
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        """Nothing: the order is fixed."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, int]:
+        return {"cursor": self._cursor}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._cursor = state["cursor"]
+
+
+@dataclass
+class _Training:
+    """A run of the recipe, step by step. `tokens` has what each step sampled."""
+
+    trainer: Trainer
+    tokens: list[Tokens] = field(default_factory=list)
+
+    def step(self) -> Values:
+        start = time.perf_counter()
+        metrics = self.trainer.step(len(self.tokens) + 1)
+        values = {"s": time.perf_counter() - start, "s rollout": metrics.values["time/rollout"]}
+        self.tokens.append([r.trajectory.token_ids for group in metrics.groups for r in group.rollouts])
+        told = {name: metrics.values.get(f"speculation/{name}", 0.0) for name in TOLD}
+        return {**values, "tokens": sum(map(len, self.tokens[-1])), **told}
+
+
+def epochs_of(recipe: Path, pool: int, speculate: Sequence[str], runs: int) -> Iterator[Measurement]:
+    """Steps of a recipe over its first `pool` prompts, without speculation and as `speculate` says, in turns.
+
+    The first epoch, whose prompts nobody has answered yet, and later ones are told apart. The first step warms up.
+    Raises UserError for a pool without a second epoch, and on a CPU RunError where tokens differ.
+    """
+    with ExitStack() as opened:
+        trainings = {name: _training(recipe, pool, name, runs + 1, opened) for name in ("off", *speculate)}
+        rows = trainings["off"].trainer.cfg.rollout.prompts_per_step
+        first = -(-pool // rows)  # steps of an epoch
+        if pool < rows or runs < first:
+            epoch = f"an epoch is {first} steps of {rows} prompts"
+            raise UserError(f"--pool {pool}, --runs {runs}: {epoch}, and so many runs end before the second")
+        sides = [Side(name, training.step) for name, training in trainings.items()]
+        measured = alternate(f"steps of {recipe.stem}, {pool} prompts", sides, runs)
+        yield from _parted(measured, first - 1)
+        yield from _same(trainings, measured[0].case)
+
+
+def _training(recipe: Path, pool: int, speculate: str, steps: int, opened: ExitStack) -> _Training:
+    cfg = load_recipe(recipe, [f"rollout.speculate={speculate}", f"optim.steps={steps}"])
+    prepared = prepare(cfg, Given(source=lambda stream: Pool(stream, pool)))
+    opened.enter_context(prepared.opened)
+    return _Training(prepared.trainer)
+
+
+def _parted(rows: Sequence[Measurement], first: int) -> Iterator[Measurement]:
+    """The measurements of the first so many turns, and of the others."""
+    for name, part in (("first epoch", slice(None, first)), ("later epochs", slice(first, None))):
+        for row in rows:
+            if row.runs[part]:
+                yield replace(row, case=f"{row.case}: {name}", runs=row.runs[part], ratios=row.ratios[part])
+
+
+def _same(trainings: Mapping[str, _Training], case: str) -> Iterator[Measurement]:
+    """For each step the share of rows that have the tokens of the run without speculation."""
+    plain = trainings["off"].tokens
+    for name, training in trainings.items():
+        shares = [_share(mine, theirs) for mine, theirs in zip(training.tokens, plain, strict=True)]
+        if min(shares) < 1 and not on_gpu():
+            raise RunError(
+                f"speculate {name}: {100 * (1 - fmean(shares)):.1f} % of the rows have other tokens than without"
+            )
+        yield Measurement(case, name, "same rows", tuple(shares[1:]), shares[0])
+
+
+def _share(mine: Tokens, theirs: Tokens) -> float:
+    return fmean(a == b for a, b in zip(mine, theirs, strict=True))

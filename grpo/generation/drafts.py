@@ -1,0 +1,135 @@
+"""Guesses of what rows say next, from what was said before: drafts that cost no model.
+
+They come from the row's group, its prompt, its earlier turns and what tools returned (prompt lookup), and this prompt's
+earlier completions, of evaluations too. A prompt that is new begins with completions of other prompts.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from grpo.generation.rows import Row, SharedPrompt
+from grpo.generation.suffixes import ROOT, SuffixAutomaton
+
+REMEMBERED = 4 * 2**20
+"""Tokens of earlier completions that are kept, 4 bytes each; beyond that the prompts unused for longest go."""
+OF_A_PROMPT = 8
+"""The newest completions of a prompt that are kept. 16 and 32 were no better: the policy changes."""
+OF_OTHERS = 32
+"""Completions of other prompts that a new prompt begins with."""
+INDEXED = 2**18
+"""States in the indices of all groups in flight, some 300 bytes each; beyond that a new group gets no drafts."""
+LEAD = 8
+"""Tokens of another prompt's end that stand before its completions."""
+
+Other = tuple[tuple[int, ...], "array[int]"]
+"""A completion of another prompt, behind the last tokens of that."""
+
+
+class Memory:
+    """Completions by the ids of their prompts."""
+
+    def __init__(self, tokens: int = REMEMBERED) -> None:
+        self._most, self._held = tokens, 0
+        self._of: OrderedDict[tuple[int, ...], list[array[int]]] = OrderedDict()
+        self._newest: deque[Other] = deque(maxlen=OF_OTHERS)
+
+    def of(self, prompt: tuple[int, ...]) -> list[array[int]]:
+        """A prompt's completions, oldest first."""
+        return self._of.get(prompt, [])
+
+    def others(self) -> list[Other]:
+        """The newest completions of any prompts, oldest first."""
+        return list(self._newest)
+
+    def add(self, prompt: tuple[int, ...], completion: Sequence[int]) -> None:
+        """Keep a completion. One that goes on where another has ended (in a further turn) takes its place."""
+        tokens, former = array("I", completion), self._of.get(prompt, [])
+        kept = [one for one in former if not (len(one) < len(tokens) and tokens[: len(one)] == one)]
+        kept = [*kept, tokens][-OF_A_PROMPT:]
+        self._held += sum(map(len, kept)) - sum(map(len, former))
+        self._of[prompt] = kept
+        self._of.move_to_end(prompt)
+        self._newest.append((prompt[-LEAD:], tokens))
+        while self._held > self._most:
+            _, gone = self._of.popitem(last=False)
+            self._held -= sum(map(len, gone))
+
+
+@dataclass(slots=True)
+class Group:
+    """The rows of a prompt that are in flight, and the index that they are guessed from, once that is asked for.
+
+    `past` has the prompt's completions from before the group began, and `others` those of other prompts, if there were
+    none. `states` has the place of each row in the index, and how many of its tokens are in there. `ended` are the rows
+    whose turns have ended, and `replayed` is how many tokens they had when the group was last replayed (`replay`).
+    """
+
+    key: tuple[int, ...]
+    past: list[array[int]]
+    others: list[Other]
+    states: dict[Row, tuple[int, int]] = field(default_factory=dict)
+    index: SuffixAutomaton | None = None
+    prompt_state: int = ROOT
+    ended: dict[Row, None] = field(default_factory=dict)
+    replayed: int = 8
+
+    @property
+    def seen(self) -> bool:
+        """Whether there were completions of this prompt before."""
+        return bool(self.past)
+
+    def new_index(self) -> tuple[SuffixAutomaton, int]:
+        """An index of all but the group's own rows, and the state of the prompt in it."""
+        index = SuffixAutomaton()
+        for lead, completion in self.others:
+            index.extend(index.extend(ROOT, lead), completion)
+        prompt = index.extend(ROOT, self.key)
+        for completion in self.past:
+            index.extend(prompt, completion)
+        return index, prompt
+
+    def likely(self, row: Row, most: int) -> list[int]:
+        """Tokens that may follow a row's last. Takes in what the row has said since it was last asked."""
+        if self.index is None:
+            self.index, self.prompt_state = self.new_index()
+        state, known = self.states.get(row, (self.prompt_state, 0))
+        if known < len(row.token_ids):
+            state = self.index.extend(state, row.token_ids[known:])
+            self.states[row] = state, len(row.token_ids)
+        return self.index.likely(state, most)
+
+
+class Drafts:
+    """Drafts for rows, and the memory behind them. Nothing is indexed before drafts of a group are asked for."""
+
+    def __init__(self) -> None:
+        self.memory = Memory()
+        self._groups: dict[SharedPrompt, Group] = {}
+
+    def propose(self, row: Row, most: int) -> list[int]:
+        """Up to `most` tokens that may follow a row's last."""
+        group = self.group(row.prompt)
+        if group.index is None and self._full():
+            return []
+        return group.likely(row, most)
+
+    def group(self, prompt: SharedPrompt) -> Group:
+        """What is known of a prompt's group. With a new one, groups whose rows have all left are forgotten."""
+        group = self._groups.get(prompt)
+        if group is None:
+            self._groups = {other: known for other, known in self._groups.items() if other.left > 0}
+            key = tuple(prompt.ids)
+            past = self.memory.of(key)
+            group = self._groups[prompt] = Group(key, past, [] if past else self.memory.others())
+        return group
+
+    def remember(self, row: Row) -> None:
+        """Keep the completion of a row whose turn has ended."""
+        self.memory.add(self.group(row.prompt).key, row.token_ids)
+
+    def _full(self) -> bool:
+        return sum(len(group.index) for group in self._groups.values() if group.index is not None) >= INDEXED

@@ -1,0 +1,97 @@
+"""A suffix automaton of token sequences: where has this been said before, and what mostly came next?
+
+The online construction is Blumer et al.'s (1985), for several sequences that grow at the same time. Drafts from such
+an index of earlier outputs: SuffixDecoding (arXiv 2411.04975); of earlier rollouts of a policy: DAS (arXiv 2511.13841).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+COUNTED = 8
+"""Contexts of a token, from the longest down, in which it is counted. All would be as many as there are tokens."""
+ROOT = 0
+"""The state behind nothing."""
+
+
+class SuffixAutomaton:
+    """Sequences of tokens, and for each context in them how often each token came behind it.
+
+    A state stands for contexts that always end at the same places. A sequence is known by its state: begin at `ROOT`,
+    or at the state of another sequence to branch off there. States are numbers and rows of lists, since Python's
+    garbage collector does not look into dicts of numbers.
+    """
+
+    def __init__(self) -> None:
+        self._next: list[dict[int, int]] = [{}]
+        self._link, self._length, self._count = [-1], [0], [0]
+
+    def __len__(self) -> int:
+        """The number of states: at most two for each token."""
+        return len(self._link)
+
+    def extend(self, state: int, tokens: Iterable[int]) -> int:
+        """Append tokens to the sequence of a state. Returns the longer sequence's state."""
+        link, count = self._link, self._count
+        for token in tokens:
+            state = self._append(state, token)
+            shorter = state
+            for _ in range(COUNTED):
+                if shorter <= ROOT:
+                    break
+                count[shorter] += 1
+                shorter = link[shorter]
+        return state
+
+    def likely(self, state: int, most: int) -> list[int]:
+        """Up to `most` tokens that may follow a sequence.
+
+        Each is the token seen most often behind the longest context that was seen with a token behind it; of equally
+        frequent tokens the newest. Behind an empty context nothing is guessed.
+        """
+        following, link, count = self._next, self._link, self._count
+        tokens: list[int] = []
+        while len(tokens) < most:
+            while state != ROOT and not following[state]:
+                state = link[state]
+            if state == ROOT:
+                break
+            behind = following[state]
+            if len(behind) == 1:
+                ((token, state),) = behind.items()
+            else:
+                token, state = max(reversed(behind.items()), key=lambda item: count[item[1]])
+            tokens.append(token)
+        return tokens
+
+    def _append(self, last: int, token: int) -> int:
+        following, length = self._next, self._length
+        known = following[last].get(token)
+        if known is not None:  # another sequence has come this way
+            return known if length[known] == length[last] + 1 else self._split(last, token, known)
+        state = self._new({}, length[last] + 1, ROOT, 0)
+        at = last
+        while at >= ROOT and token not in following[at]:
+            following[at][token] = state
+            at = self._link[at]
+        if at >= ROOT:
+            shorter = following[at][token]
+            is_whole = length[shorter] == length[at] + 1
+            self._link[state] = shorter if is_whole else self._split(at, token, shorter)
+        return state
+
+    def _split(self, at: int, token: int, state: int) -> int:
+        """Give the shorter contexts of `state`, those that go through `at`, a state of their own."""
+        own = self._new(dict(self._next[state]), self._length[at] + 1, self._link[state], self._count[state])
+        self._link[state] = own
+        while at >= ROOT and self._next[at].get(token) == state:
+            self._next[at][token] = own
+            at = self._link[at]
+        return own
+
+    def _new(self, following: dict[int, int], length: int, link: int, count: int) -> int:
+        self._next.append(following)
+        self._length.append(length)
+        self._link.append(link)
+        self._count.append(count)
+        return len(self._link) - 1

@@ -1,0 +1,53 @@
+"""What speculation did, for metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the steps so far, which can be added up over processes. A turn is one step of one row."""
+
+    turns: float = 0.0
+    fed: float = 0.0
+    wide_turns: float = 0.0
+    wide_tokens: float = 0.0
+    seconds: float = 0.0
+    plain_seconds: float = 0.0
+    """What plain decoding would have taken for the same tokens."""
+
+    def add(self, width: int, rows: int, taken: int, seconds: float, plain: float | None = None) -> None:
+        """Count a step. `plain` is the time of a plain step, if it is known; otherwise a wide step is not timed."""
+        if not rows:
+            return
+        self.turns += rows
+        self.fed += rows * width
+        if width > 1:
+            self.wide_turns += rows
+            self.wide_tokens += taken
+        if width == 1 or plain is not None:
+            self.seconds += seconds
+            self.plain_seconds += seconds if plain is None else plain * taken / rows
+
+    def counts(self) -> dict[str, float]:
+        """The sums by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def clear(self) -> None:
+        """Begin again."""
+        for field in fields(self):
+            setattr(self, field.name, 0.0)
+
+
+def speculation_metrics(counts: Mapping[str, float]) -> dict[str, float]:
+    """A step's metrics, from the sums of all processes. None where nothing was decoded."""
+    sums = Tally(**counts)
+    if not sums.turns:
+        return {}
+    beyond = (sums.wide_tokens - sums.wide_turns) / sums.wide_turns if sums.wide_turns else 0.0
+    metrics = {"speculation/accepted": beyond, "speculation/width": sums.fed / sums.turns}
+    if sums.seconds:
+        metrics["speculation/gain"] = sums.plain_seconds / sums.seconds
+    return metrics

@@ -19,12 +19,9 @@ from grpo.backend.maths import silu
 from grpo.generation.attention import Attention
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import Layer
-        blocks, rows = self.blocks, tokens.size
-        # All layers but attention see rows of tokens, whichever slots they are from.
-        hidden = blocks.embed(padded(tokens.flatten(), fewest_rows(), 0))
-        if self._halved and isinstance(attention, CudaAttention):
-            hidden = self._through_kernels(hidden, layers, attention, view)
-            return blocks.head(hidden)[:rows].reshape(*tokens.shape, -1)
+from grpo.generation.cuda_attention import CudaAttention
+from grpo.generation.cuda_layers import add_and_norm, gated
+from grpo.generation.products import fewest_rows, padded
 from grpo.generation.slots import View, Where
 
 
@@ -79,16 +76,12 @@ class BlockDecoder:
         return traced
 
     def _logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View | Where) -> mx.array:
-<<<<<<< HEAD
-        blocks = self.blocks
-        hidden = blocks.embed(tokens)
-        if self._halved and isinstance(attention, CudaAttention):
-            return self._logits_by_kernels(hidden, layers, attention, view)
-=======
         blocks, rows = self.blocks, tokens.size
         # All layers but attention see rows of tokens, whichever slots they are from.
         hidden = blocks.embed(padded(tokens.flatten(), fewest_rows(), 0))
->>>>>>> main
+        if self._halved and isinstance(attention, CudaAttention):
+            hidden = self._through_kernels(hidden, layers, attention, view)
+            return blocks.head(hidden)[:rows].reshape(*tokens.shape, -1)
         for block, layer in zip(blocks.layers, layers, strict=True):
             hidden = self._layer(block, hidden, layer, attention, view)
         return blocks.head(blocks.norm(hidden))[:rows].reshape(*tokens.shape, -1)

@@ -37,7 +37,9 @@ PLAIN_WARPS = 8
 """Warps of a block that computes in fp32."""
 MOST_QUERIES = 16
 """Query heads times positions that a block takes together, for heads of up to 128 numbers; half of it for wider."""
-BLOCKS = 264
+MOST_TOGETHER = 8
+"""Query heads times positions times rows of one prompt that a block takes together."""
+BLOCKS = 528
 """Blocks that fill a device. Where there are fewer, several share the columns of a row."""
 MOST_SPLITS = 16
 WIDTHS = (32, 64, 128, 256)
@@ -55,7 +57,7 @@ class CudaAttention:
 
     def __init__(self) -> None:
         self._counters: dict[int, mx.array] = {}
-        self._placed: tuple[Where, int, mx.array] | None = None
+        self._placed: tuple[Where, tuple[int, int], tuple[mx.array, mx.array]] | None = None
 
     def attend(
         self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View | Where
@@ -107,17 +109,21 @@ class CudaAttention:
         dtype, repeats = layer.keys.dtype, query_heads // heads
         tensor = dtype != mx.float32 and width % 64 == 0
         positions = min(wide, max(1, (MOST_QUERIES if width <= 128 else MOST_QUERIES // 2) // repeats)) if tensor else 1
-        groups = rows * heads * -(-wide // positions)
-        splits = min(MOST_SPLITS, max(1, BLOCKS // groups)) if tensor else 1
+        together = max(1, MOST_TOGETHER // (positions * repeats)) if tensor and positions == wide else 1
+        placed, tiles = self._rows(view.where, layer, wide, together)
+        groups = (len(tiles) if together > 1 else rows) * heads * -(-wide // positions)
+        full = -(-rows // together) * heads * -(-wide // positions)  # groups, if all tiles are full
+        splits = min(MOST_SPLITS, max(1, BLOCKS // full)) if tensor else 1
         warps = WARPS if tensor else PLAIN_WARPS
         names = ("prefix_keys", "prefix_values", "own_keys", "own_values")
         buffers = dict(zip(names, layer.arrays(), strict=True))
-        inputs = {**inputs, **buffers, "rows": self._rows(view.where, layer, wide)}
+        inputs = {**inputs, **buffers, "rows": placed, "tiles": tiles}
         outputs, shapes, dtypes = ["out"], [(rows * wide, query_heads * width)], [dtype]
         if splits > 1:
             inputs["arrived"] = self._counter(groups)
             outputs += ["parts", "marks"]
-            shapes += [(groups * splits, repeats * positions * width), (groups * splits, repeats * positions * 2)]
+            shapes += [(groups * splits, together * repeats * positions * width)]
+            shapes += [(groups * splits, together * repeats * positions * 2)]
             dtypes += [mx.float32, mx.float32]
         body = TENSOR_BEGIN + prepare + TENSOR if tensor else PLAIN_BEGIN + prepare + PLAIN
         source = constants + BEGIN + body
@@ -127,7 +133,7 @@ class CudaAttention:
             inputs=list(inputs.values()),
             template=[
                 *template, ("T", dtype), ("D", width), ("HK", heads), ("REPEATS", repeats), ("WIDE", wide),
-                ("POSITIONS", positions), ("SPLITS", splits), ("WARPS", warps),
+                ("POSITIONS", positions), ("TOGETHER", together), ("SPLITS", splits), ("WARPS", warps),
             ],
             grid=(groups * splits * warps * 32, 1, 1),
             threadgroup=(warps * 32, 1, 1),
@@ -136,20 +142,26 @@ class CudaAttention:
         )[0]  # fmt: skip
         return out
 
-    def _rows(self, where: Where, layer: Layer, wide: int) -> mx.array:
-        """Where all rows are at one step, `[S, 4]` int32: made once for all layers."""
-        if self._placed is None or self._placed[0] is not where or self._placed[1] != wide:
+    def _rows(self, where: Where, layer: Layer, wide: int, together: int) -> tuple[mx.array, mx.array]:
+        """Where all rows are at one step, `[S, 4]` int32, and tiles of rows of one prompt, `[n, together]`.
+
+        They are made once for all layers.
+        """
+        if self._placed is None or self._placed[0] is not where or self._placed[1] != (wide, together):
             inputs = {**where._asdict(), "own_keys": layer.keys}
-            rows = where.place_of.shape[0]
-            (placed,) = kernel("grpo_rows", tuple(inputs), ("rows",), ROWS)(
+            rows, places = where.place_of.shape[0], where.lengths.shape[0]
+            tiles = rows // together + min(rows, places)  # a tile may be filled in part for each prompt
+            made = kernel("grpo_rows", tuple(inputs), ("rows", "tiles"), ROWS)(
                 inputs=list(inputs.values()),
-                template=[("WIDE", wide)],
-                grid=(-(-rows // 64) * 64, 1, 1),
-                threadgroup=(64, 1, 1),
-                output_shapes=[(rows, 4)],
-                output_dtypes=[mx.int32],
-            )
-            self._placed = where, wide, placed
+                template=[
+                    ("WIDE", wide), ("TOGETHER", together), ("TILES", tiles), ("SLOTS", rows), ("PLACES", places),
+                ],
+                grid=(256, 1, 1),
+                threadgroup=(256, 1, 1),
+                output_shapes=[(rows, 4), (tiles, together)],
+                output_dtypes=[mx.int32, mx.int32],
+            )  # fmt: skip
+            self._placed = where, (wide, together), (made[0], made[1])
         return self._placed[2]
 
     def _counter(self, groups: int) -> mx.array:

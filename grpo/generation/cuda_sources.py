@@ -1,20 +1,39 @@
 """The source of the kernels for decode attention, in parts that `grpo.generation.cuda_attention` puts together.
 
-A block attends for one row, one head of keys, and as many of the step's positions as it has room for (`POSITIONS` of
-`WIDE`); `SPLITS` blocks share the columns where there are too few rows to fill the device. Single numbers are written
+A block attends for one head of keys, for `TOGETHER` rows of one prompt, which it reads once for them, and for as many
+of the step's positions as it has room for (`POSITIONS` of `WIDE`); `SPLITS` blocks share the columns where there are
+too few rows to fill the device. Single numbers are written
 into the source: MLX keeps arrays of up to 8 bytes in the host's memory, which blocks would wait for.
 """
 
 ROWS = """
-    // What every block needs to know of a row, side by side: its prefix place, the tokens there, the columns it has
-    // filled, and how many tokens it has decoded.
-    int row = blockIdx.x * blockDim.x + threadIdx.x;
-    if (row >= place_of_shape[0]) return;
-    int decoded = step[0] - starts[row];
-    rows[4 * row] = place_of[row];
-    rows[4 * row + 1] = lengths[place_of[row]];
-    rows[4 * row + 2] = max(0, min(decoded, own_keys_shape[2] - WIDE));
-    rows[4 * row + 3] = decoded;
+    // What every block needs to know, by one block: of each row its prefix place, the tokens there, and the columns it
+    // has filled; and the rows sorted by place into tiles of TOGETHER, with -1 where a tile has fewer.
+    __shared__ int counts[PLACES], begins[PLACES], place_at[SLOTS];
+    for (int place = threadIdx.x; place < PLACES; place += blockDim.x) counts[place] = 0;
+    for (int i = threadIdx.x; i < TILES * TOGETHER; i += blockDim.x) tiles[i] = -1;
+    __syncthreads();
+    for (int row = threadIdx.x; row < SLOTS; row += blockDim.x) {
+        int place = place_of[row];
+        rows[4 * row] = place;
+        rows[4 * row + 1] = lengths[place];
+        rows[4 * row + 2] = max(0, min(step[0] - starts[row], own_keys_shape[2] - WIDE));
+        rows[4 * row + 3] = 0;
+        place_at[row] = place;
+        atomicAdd(&counts[place], 1);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0)
+        for (int place = 0, begin = 0; place < PLACES; ++place) {
+            begins[place] = begin;
+            begin += (counts[place] + TOGETHER - 1) / TOGETHER;
+        }
+    __syncthreads();
+    for (int row = threadIdx.x; row < SLOTS; row += blockDim.x) {
+        int place = place_at[row], rank = 0;
+        for (int other = 0; other < row; ++other) rank += place_at[other] == place;
+        tiles[begins[place] * TOGETHER + rank] = row;
+    }
 """
 
 HEADER = """
@@ -62,34 +81,54 @@ __device__ inline unsigned packed(float low, float high) {
 """
 
 BEGIN = """
-    constexpr int EACH = D / 32, THREADS = WARPS * 32, QUERIES = REPEATS * POSITIONS;
+    constexpr int EACH = D / 32, THREADS = WARPS * 32, QUERIES = TOGETHER * POSITIONS * REPEATS;
     constexpr int BATCH = 16, CHUNKS = (WIDE + POSITIONS - 1) / POSITIONS;
     struct alignas(sizeof(T) * EACH) Vector { T x[EACH]; };
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int split = blockIdx.x % SPLITS, chunk = blockIdx.x / SPLITS % CHUNKS;
-    int head = blockIdx.x / (SPLITS * CHUNKS) % HK, row = blockIdx.x / (SPLITS * CHUNKS * HK);
+    int head = blockIdx.x / (SPLITS * CHUNKS) % HK, group = blockIdx.x / (SPLITS * CHUNKS * HK);
     int room = own_keys_shape[2], prefix = prefix_keys_shape[2];
-    int4 of_row = ((const int4*)rows)[row];
-    int place = of_row.x, prompt = of_row.y, fed = of_row.z;
-    int from = chunk * POSITIONS, to = min(WIDE, from + POSITIONS), columns = prompt + fed + to;
-    size_t in_own = ((size_t)row * HK + head) * room * D, in_prefix = ((size_t)place * HK + head) * prefix * D;
-    T* row_keys = const_cast<T*>(own_keys) + in_own;
-    T* row_values = const_cast<T*>(own_values) + in_own;
-    const T* prompt_keys = prefix_keys + in_prefix;
-    const T* prompt_values = prefix_values + in_prefix;
+    int from = chunk * POSITIONS, to = min(WIDE, from + POSITIONS);
+    // The rows of this block, how many columns each has filled, and where its tiles of 16 columns begin, behind the
+    // prompt's.
+    __shared__ int slots[TOGETHER], filled[TOGETHER], begins[TOGETHER + 2];
+    int4 of_first = ((const int4*)rows)[TOGETHER > 1 ? max(0, tiles[group * TOGETHER]) : group];
+    int place = of_first.x, prompt = of_first.y;
+    if (threadIdx.x < TOGETHER) {
+        int slot = TOGETHER > 1 ? tiles[group * TOGETHER + threadIdx.x] : group;
+        slots[threadIdx.x] = slot;
+        filled[threadIdx.x] = slot < 0 ? -to : ((const int4*)rows)[slot].z;
+    }
+    __syncthreads();
+    if (TOGETHER > 1 && slots[0] < 0) return;
+    if (threadIdx.x == 0) {
+        begins[0] = 0;
+        begins[1] = (prompt + 15) / 16;
+        for (int r = 0; r < TOGETHER; ++r) begins[r + 2] = begins[r + 1] + (filled[r] + to + 15) / 16;
+    }
+    __syncthreads();
+    int first = begins[TOGETHER + 1] * split / SPLITS, last = begins[TOGETHER + 1] * (split + 1) / SPLITS;
+    const T* prompt_keys = prefix_keys + ((size_t)place * HK + head) * prefix * D;
+    const T* prompt_values = prefix_values + ((size_t)place * HK + head) * prefix * D;
+    auto own = [&](const T* all, int r) { return const_cast<T*>(all) + ((size_t)slots[r] * HK + head) * room * D; };
+    // Whoever reads a row's newest columns has written them.
+    auto writes = [&](int r) { return first < begins[r + 2] && last > begins[r + 1] + filled[r] / 16; };
 """
 
 PREPARED = """
     // Queries, keys and values come ready, as [S, heads, WIDE, D].
-    for (int x = threadIdx.x; x < REPEATS * (to - from) * D; x += THREADS) {
-        int m = x / D, position = from + m / REPEATS;
-        size_t which = ((size_t)row * HK + head) * REPEATS + m % REPEATS;
-        set_query(m, x % D, (float)queries[(which * WIDE + position) * D + x % D]);
-    }
-    for (int x = threadIdx.x; writes && x < to * D; x += THREADS) {
-        size_t at = ((size_t)row * HK + head) * WIDE * D + x;
-        row_keys[(size_t)fed * D + x] = keys[at];
-        row_values[(size_t)fed * D + x] = values[at];
+    for (int r = 0; r < TOGETHER; ++r) {
+        if (slots[r] < 0) continue;
+        size_t of_head = (size_t)slots[r] * HK + head;
+        for (int x = threadIdx.x; x < REPEATS * (to - from) * D; x += THREADS) {
+            int m = x / D, position = from + m / REPEATS;
+            size_t which = of_head * REPEATS + m % REPEATS;
+            set_query(r * POSITIONS * REPEATS + m, x % D, (float)queries[(which * WIDE + position) * D + x % D]);
+        }
+        for (int x = threadIdx.x; writes(r) && x < to * D; x += THREADS) {
+            own(own_keys, r)[(size_t)filled[r] * D + x] = keys[of_head * WIDE * D + x];
+            own(own_values, r)[(size_t)filled[r] * D + x] = values[of_head * WIDE * D + x];
+        }
     }
 """
 
@@ -97,14 +136,15 @@ JOINED = """
     // Queries, keys and values come as one product, to which B is still to be applied; a warp takes one head of one
     // position, adds x @ A @ B, norms and rotates.
     __shared__ float staged[WARPS][D];
-    int pairs = frequencies_shape[0], queries = REPEATS * (to - from);
-    int items = queries + (writes ? 2 * to : 0);
-    for (int item = warp; item < items; item += WARPS) {
-        bool is_query = item < queries, is_value = item >= queries + to;
-        int position = is_query ? from + item / REPEATS : (item - queries) % to;
-        int which = is_query ? head * REPEATS + item % REPEATS : HK * REPEATS + head + (is_value ? HK : 0);
+    int pairs = frequencies_shape[0], queries = REPEATS * (to - from), items = queries + 2 * to;
+    for (int item = warp; item < TOGETHER * items; item += WARPS) {
+        int r = item / items, what = item % items;
+        bool is_query = what < queries, is_value = what >= queries + to;
+        if (slots[r] < 0 || !(is_query || writes(r))) continue;
+        int position = is_query ? from + what / REPEATS : (what - queries) % to;
+        int which = is_query ? head * REPEATS + what % REPEATS : HK * REPEATS + head + (is_value ? HK : 0);
         int dim = lane * EACH, column = which * D + dim;
-        size_t n = (size_t)row * WIDE + position;
+        size_t n = (size_t)slots[r] * WIDE + position;
         Vector from_product = *(const Vector*)(product + n * product_shape[1] + column);
         float x[EACH], square = 0.f;
         for (int i = 0; i < EACH; ++i) x[i] = (float)from_product.x[i] + (BIAS ? (float)bias[column + i] : 0.f);
@@ -116,19 +156,19 @@ JOINED = """
                 float factors[BATCH];
                 #pragma unroll
                 for (int u = 0; u < BATCH; ++u) {
-                    int r = min(begin + u, ranks - 1);
-                    lines[u] = *(const Vector*)(b + (size_t)r * ((HK * REPEATS + 2 * HK) * D) + column);
-                    factors[u] = begin + u < ranks ? (float)halves[r] : 0.f;
+                    int rank = min(begin + u, ranks - 1);
+                    lines[u] = *(const Vector*)(b + (size_t)rank * ((HK * REPEATS + 2 * HK) * D) + column);
+                    factors[u] = begin + u < ranks ? (float)halves[rank] : 0.f;
                 }
                 #pragma unroll
                 for (int u = 0; u < BATCH; ++u)
                     for (int i = 0; i < EACH; ++i) x[i] += factors[u] * (float)lines[u].x[i];
             }
         }
+        T* to_keys = own(own_keys, r) + (size_t)(filled[r] + position) * D + dim;
+        T* to_values = own(own_values, r) + (size_t)(filled[r] + position) * D + dim;
         if (is_value) {
-            Vector done;
-            for (int i = 0; i < EACH; ++i) done.x[i] = (T)x[i];
-            *(Vector*)(row_values + (size_t)(fed + position) * D + dim) = done;
+            for (int i = 0; i < EACH; ++i) to_values[i] = (T)x[i];
             continue;
         }
         if (NORM) {
@@ -141,25 +181,25 @@ JOINED = """
         __syncwarp();
         for (int i = 0; i < EACH; ++i) mine[dim + i] = x[i];
         __syncwarp();
-        float angle = (float)(prompt + fed + position);
+        float angle = (float)(prompt + filled[r] + position);
         for (int pair = lane; pair < pairs; pair += 32) {
             int one = TRADITIONAL ? 2 * pair : pair, other = TRADITIONAL ? 2 * pair + 1 : pair + pairs;
-            float cosine, sine, first = mine[one], second = mine[other];
+            float cosine, sine, left = mine[one], right = mine[other];
             sincosf(angle * frequencies[pair], &sine, &cosine);
-            mine[one] = first * cosine - second * sine;
-            mine[other] = first * sine + second * cosine;
+            mine[one] = left * cosine - right * sine;
+            mine[other] = left * sine + right * cosine;
         }
         __syncwarp();
         for (int i = 0; i < EACH; ++i) {
-            if (is_query) set_query(item, dim + i, mine[dim + i]);
-            else row_keys[(size_t)(fed + position) * D + dim + i] = (T)mine[dim + i];
+            if (is_query) set_query(r * POSITIONS * REPEATS + what, dim + i, mine[dim + i]);
+            else to_keys[i] = (T)mine[dim + i];
         }
     }
 """
 
 PLAIN_BEGIN = """
     __shared__ float query[QUERIES][D];
-    constexpr bool writes = true;
+    static_assert(TOGETHER == 1 && SPLITS == 1 && POSITIONS == 1, "one query of each head");
     auto set_query = [&](int m, int d, float x) { query[m][d] = x * SCALE; };
 """
 
@@ -167,6 +207,9 @@ PLAIN = """
     // In fp32, or for narrow heads: warps stride over the prompt's columns and the row's own, four at a time, each with
     // a running softmax for every query head, and are put together at the end.
     constexpr int AT_ONCE = 4;
+    int columns = prompt + filled[0] + to;
+    const T* row_keys = own(own_keys, 0);
+    const T* row_values = own(own_values, 0);
     __syncthreads();
     float mine[REPEATS][EACH], total[REPEATS][EACH], highest[REPEATS], sums[REPEATS];
     for (int r = 0; r < REPEATS; ++r) {
@@ -217,7 +260,7 @@ PLAIN = """
             all += weights[w][r] * fade;
             sum += totals[w][r][d] * fade;
         }
-        out[((((size_t)row * WIDE + from) * HK + head) * REPEATS + r) * D + d] = (T)(sum / all);
+        out[((((size_t)group * WIDE + from) * HK + head) * REPEATS + r) * D + d] = (T)(sum / all);
     }
 """
 
@@ -226,8 +269,6 @@ TENSOR_BEGIN = """
     using grpo_kernels::packed;
     using grpo_kernels::transposed;
     constexpr int TILES = (QUERIES + 7) / 8;
-    int tiles = (columns + 15) / 16, first = tiles * split / SPLITS, last = tiles * (split + 1) / SPLITS;
-    bool writes = min(last * 16, columns) > prompt + fed;
     __shared__ alignas(16) T query[TILES * 8][D + 8];
     for (int x = threadIdx.x; x < TILES * 8 * (D + 8); x += THREADS) (&query[0][0])[x] = (T)0.f;
     __syncthreads();
@@ -244,7 +285,7 @@ TENSOR = """
     constexpr float factor = SCALE * 1.44269504f;
     uint4 q[TILES][PARTS];
     float total[TILES][HALVES][4][4], highest[TILES][2], sums[TILES][2];
-    int limits[TILES][2];
+    int owner[TILES][2], limits[TILES][2];
     #pragma unroll
     for (int n = 0; n < TILES; ++n) {
         #pragma unroll
@@ -253,24 +294,29 @@ TENSOR = """
         for (int i = 0; i < 2; ++i) {
             highest[n][i] = NOTHING;
             sums[n][i] = 0.f;
-            limits[n][i] = min(columns, prompt + fed + from + (n * 8 + 2 * t + i) / REPEATS + 1);
+            int m = n * 8 + 2 * t + i;
+            owner[n][i] = m / (POSITIONS * REPEATS);
+            limits[n][i] = owner[n][i] < TOGETHER ? filled[owner[n][i]] + from + m / REPEATS % POSITIONS + 1 : 0;
         }
         #pragma unroll
         for (int x = 0; x < HALVES * 16; ++x) total[n][x / 16][x / 4 % 4][x % 4] = 0.f;
     }
     for (int tile = first + warp; tile < last; tile += WARPS) {
         uint4 k[2][PARTS], v[4][HALVES];
+        int segment = 0;
+        while (tile >= begins[segment + 1]) ++segment;
+        int r = segment - 1, base = (tile - begins[segment]) * 16, end = segment ? min(room, filled[r] + to) : prompt;
+        const T* some_keys = segment ? own(own_keys, r) : prompt_keys;
+        const T* some_values = segment ? own(own_values, r) : prompt_values;
         #pragma unroll
         for (int u = 0; u < 2; ++u) {
-            int at = min(tile * 16 + g + 8 * u, columns - 1);
-            const T* source = at < prompt ? prompt_keys + (size_t)at * D : row_keys + (size_t)(at - prompt) * D;
+            const T* source = some_keys + (size_t)min(base + g + 8 * u, end - 1) * D;
             #pragma unroll
             for (int c = 0; c < PARTS; ++c) k[u][c] = *(const uint4*)(source + 32 * c + 8 * t);
         }
         #pragma unroll
         for (int u = 0; u < 4; ++u) {
-            int at = min(tile * 16 + 2 * t + u % 2 + 8 * (u / 2), columns - 1);
-            const T* source = at < prompt ? prompt_values + (size_t)at * D : row_values + (size_t)(at - prompt) * D;
+            const T* source = some_values + (size_t)min(base + 2 * t + u % 2 + 8 * (u / 2), end - 1) * D;
             #pragma unroll
             for (int h = 0; h < HALVES; ++h) v[u][h] = *(const uint4*)(source + 64 * h + 8 * g);
         }
@@ -285,9 +331,9 @@ TENSOR = """
             }
             #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                int column = tile * 16 + g;
-                float one = column < limits[n][i] ? s[i] * factor : NOTHING;
-                float other = column + 8 < limits[n][i] ? s[i + 2] * factor : NOTHING;
+                int limit = segment == 0 ? prompt : owner[n][i] == r ? limits[n][i] : 0;
+                float one = base + g < limit ? s[i] * factor : NOTHING;
+                float other = base + g + 8 < limit ? s[i + 2] * factor : NOTHING;
                 float now = fmaxf(one, other);
                 for (int offset = 4; offset < 32; offset <<= 1)
                     now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, offset));
@@ -330,8 +376,9 @@ TENSOR = """
     }
     __syncthreads();
     size_t block = (size_t)blockIdx.x * QUERIES;
-    for (int x = threadIdx.x; x < REPEATS * (to - from) * D; x += THREADS) {
-        int m = x / D, d = x % D;
+    for (int x = threadIdx.x; x < QUERIES * D; x += THREADS) {
+        int m = x / D, d = x % D, slot = slots[m / (POSITIONS * REPEATS)], position = from + m / REPEATS % POSITIONS;
+        if (slot < 0 || position >= to) continue;
         float top = NOTHING, all = 0.f, sum = 0.f;
         for (int w = 0; w < WARPS; ++w) top = fmaxf(top, highests[w][m]);
         for (int w = 0; w < WARPS; ++w) {
@@ -342,7 +389,7 @@ TENSOR = """
 """
 
 ALONE = """
-        size_t n = (size_t)row * WIDE + from + m / REPEATS;
+        size_t n = (size_t)slot * WIDE + position;
         out[((n * HK + head) * REPEATS + m % REPEATS) * D + d] = (T)(sum / all);
     }
 """
@@ -364,8 +411,9 @@ TOGETHER = """
     if (!latest) return;
     __threadfence();
     block -= (size_t)split * QUERIES;
-    for (int x = threadIdx.x; x < REPEATS * (to - from) * D; x += THREADS) {
-        int m = x / D, d = x % D;
+    for (int x = threadIdx.x; x < QUERIES * D; x += THREADS) {
+        int m = x / D, d = x % D, slot = slots[m / (POSITIONS * REPEATS)], position = from + m / REPEATS % POSITIONS;
+        if (slot < 0 || position >= to) continue;
         float top = NOTHING, all = 0.f, sum = 0.f;
         for (int s = 0; s < SPLITS; ++s) top = fmaxf(top, __ldcg(marks + 2 * (block + s * QUERIES + m)));
         for (int s = 0; s < SPLITS; ++s) {
@@ -374,7 +422,7 @@ TOGETHER = """
             all += __ldcg(marks + 2 * at + 1) * fade;
             sum += __ldcg(parts + at * D + d) * fade;
         }
-        size_t n = (size_t)row * WIDE + from + m / REPEATS;
+        size_t n = (size_t)slot * WIDE + position;
         out[((n * HK + head) * REPEATS + m % REPEATS) * D + d] = (T)(sum / all);
     }
 """

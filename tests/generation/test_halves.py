@@ -5,6 +5,7 @@ import mlx.nn as nn
 import pytest
 from generation.halves import StockKernels, stock_kernels
 from generation.ways import VOCABULARY, model_of
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from grpo.generation.blocks import read
@@ -82,6 +83,10 @@ def test_the_base_is_held_once() -> None:
 
 def adapted(architecture: str, **changes: object) -> nn.Module:
     model = model_of(architecture, **changes)
+    norms = {
+        path: 1 + 0.3 * mx.random.normal(a.shape) for path, a in tree_flatten(model.parameters()) if "norm" in path
+    }
+    model.update(tree_unflatten(list(norms.items())))
     for number, layer in enumerate(model.layers):
         for part, name in ((layer.self_attn, "q_proj"), (layer.self_attn, "o_proj"), (layer.mlp, "up_proj")):
             if number or name != "o_proj":

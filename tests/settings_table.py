@@ -65,6 +65,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "rollout.stop_token_ids": (str(list(range(20, 50))),),
     "rollout.max_repeats": ("2", "rollout.max_completion_length=24"),
     "rollout.max_concurrency": ("1",),
+    "rollout.speculate": ("off",),
     "rollout.dynamic_sampling": ("1", "rewards.0.use=grades.py:rarely"),
     "environment.use": ("talk.py:Twice",),
     "environment.name": ("mine", *TALK),
@@ -141,6 +142,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "optim.micro_batch_tokens": ("256",),
     "optim.gradient_checkpointing": ("true",),
     "optim.share_prompts": ("false",),
+    "optim.pack_completions": ("false",),
     "optim.compile": ("false",),
     "optim.max_skipped_updates": ("1", "loss.use=loss.py:nothing"),
     "optim.max_logp_difference": ("1", "optim.max_grad_norm=0.9"),  # a run of its own: nothing else has this norm

@@ -40,6 +40,7 @@ from grpo.runs.revisions import revisions_of
 from grpo.runs.signals import StopRequest
 from grpo.telemetry.loggers import open_loggers
 from grpo.training import gap, optimizer
+from grpo.training.packing import Packing
 
 
 def leaves() -> set[str]:
@@ -260,6 +261,7 @@ def left_behind(*overrides: str) -> dict[str, Any]:
         written = context(cfg, adapter, plan_of(run.trainer), commits, run.rows)
         told |= {"plan": run.plan.lines(), "slots": run.plan.slots}  # its notes only talk of settings
         told["shared"] = run.trainer.policy.share_prompts
+        told["packed"] = Packing.of(run.trainer.cfg.optim, run.trainer.cfg.rollout, gpu=True).packs
         folder = stack.enter_context(start.folder())
         log = open_loggers(stack, cfg, folder, Console(quiet=True), state.run_id)
         try:

@@ -67,4 +67,4 @@ def compare_steps(setting: Setting, toolkit: Toolkit | None) -> list[Measurement
     if toolkit is None:
         return alternate(case, [step_side(setting)], setting.runs)
     with running(toolkit, setting) as peer:
-        return alternate(case, [peer.side(), step_side(setting)], setting.runs)
+        return alternate(f"{case}, against {toolkit}", [peer.side(), step_side(setting)], setting.runs)

@@ -53,7 +53,7 @@ class AdapterConfig(Section):
     logprobs and the reference come from the whole adapter. So the ratio of a step's first update is not exactly 1, and
     each step takes one more forward pass. `kl` and the clip fractions of the loss are the dropped network's; `entropy`
     is the whole network's. The masks depend on how a step is split (`optim.micro_batch_tokens`,
-    `optim.share_prompts`)."""
+    `optim.share_prompts`, `optim.pack_completions`)."""
     targets: Literal["all-linear"] | OneTarget | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """`all-linear` (each linear layer of each block, experts included, what routes to them and the head excluded), or
     one name or a list of names such as `q_proj` (every layer so called) and `self_attn.q_proj`."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from grpo.config.section import MANY, NonNegative, Positive, Section, Tokens
+
+
+def _word(given: Any) -> Any:
+    """YAML reads the words `off` and `on` as false and true, and Python takes true for 1."""
+    return {False: "off", True: "on"}[given] if isinstance(given, bool) else given
+
+
+Speculate = Annotated[Literal["auto", "off", 1, 3, 7], BeforeValidator(_word)]
 
 
 class RolloutConfig(Section):
@@ -36,6 +44,10 @@ class RolloutConfig(Section):
     """End a completion that repeats its last token, or n-gram of up to 16, so many times in a row. 0: never."""
     max_concurrency: Positive = 64
     """Slots of the generator: rows decoded at once. Fewer are used where memory wants it."""
+    speculate: Speculate = "auto"
+    """Tokens that each step guesses for each row (drafts), feeds behind the row's last, and keeps as far as they are
+    what is drawn: same tokens, fewer steps. Drafts are what this prompt's completions, the group or the prompt said
+    before. `auto`: as many as pay, by measurement, and none where none do; `off`: none. Of evaluation too."""
     dynamic_sampling: NonNegative = 0
     """How often to sample fresh prompts in the place of groups without variance, until the step is full (DAPO, arXiv
     2503.14476)."""

@@ -20,6 +20,7 @@ from grpo.door.optimizers import PolicyOptimizer
 from grpo.door.tasks import TaskLists
 from grpo.environments.environment import Environment
 from grpo.errors import UserError
+from grpo.generation.controller import speculation_of
 from grpo.generation.generator import Generator
 from grpo.model.adapters import REFERENCE, Adapters
 from grpo.model.load import load as load_model
@@ -45,7 +46,7 @@ def load(name: str | Path, *, seed: int = 0, **settings: Any) -> LoadedPolicy:
     of a recipe's sections `model` (`dtype`, `quantize`, `revision`, `head_dtype`) and `adapter` (`rank` (16), `scale`
     (2.0: the update is scale × B A), `type` ("lora", "dora" or "full"), `targets`, `layers`, `dropout`, `use_rslora`,
     `path`: a saved adapter to go on from), and `temperature` (1.0: of sampling and of all logprobs), `max_concurrency`
-    (64: rows decoded at once), `chat_template` ("auto") and `chat_template_kwargs`. A fresh adapter (LoRA,
+    (64: rows decoded at once), `speculate` ("auto": guess tokens where it pays; same tokens), `chat_template` ("auto") and `chat_template_kwargs`. A fresh adapter (LoRA,
     arXiv 2106.09685) is drawn from `seed`, and changes nothing before its first update.
 
     Raises UserError for a model that cannot be had, a setting that does not exist or is out of bounds, and an adapter
@@ -68,7 +69,7 @@ def load(name: str | Path, *, seed: int = 0, **settings: Any) -> LoadedPolicy:
     return LoadedPolicy(*taken, seed=seed)
 
 
-_ALSO = ({"temperature", "max_concurrency"}, {"chat_template", "chat_template_kwargs"})
+_ALSO = ({"temperature", "max_concurrency", "speculate"}, {"chat_template", "chat_template_kwargs"})
 """Settings of `rollout` and of `data` that belong to a policy."""
 OF_SAMPLING = {
     *("top_k", "top_p", "min_p", "repetition_penalty"),
@@ -89,6 +90,7 @@ class LoadedPolicy:
         adapters = Adapters(self.model, adapter, derive_key(seed, "adapter"))
         self.inner = Policy(self.model, adapters, rollout.temperature)
         self.generator = Generator(self.model, self.tokenizer, rollout.max_concurrency)
+        self.generator.speculation = speculation_of(rollout.speculate)
         self.dropout_seed = seed if adapter.dropout > 0 else None
         self._gradients: dict[tuple[str, CustomLoss | None], Gradients] = {}
 

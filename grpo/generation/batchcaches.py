@@ -22,6 +22,8 @@ class BatchCaches:
     Unless `joined`, rows go through the model one by one: some models (Gemma 2) take no masks of several rows.
     """
 
+    narrow: str | None = "caches of this kind cannot take tokens back that turn out wrong"
+
     def __init__(
         self, model: nn.Module, vocabulary: int, joined: bool = True, why: str = "", refused: tuple[str, ...] = ()
     ) -> None:

@@ -95,6 +95,9 @@ class Always:
 
     def __init__(self, width: int) -> None:
         self.drafts, self.tally, self._width = Drafts(), Tally(), width
+        self.description = (
+            f"every step feeds a row {width - 1} draft{'s' if width > 2 else ''} (rollout.speculate: {width - 1})"
+        )
 
     def width(self, rows: Sequence[Row | None]) -> int:  # noqa: ARG002  the same for all
         return self._width
@@ -121,9 +124,10 @@ class Automatic(Always):
 
     def __init__(self) -> None:
         super().__init__(1)
+        self.description = "drafts where they pay, by the times of steps on this machine (rollout.speculate: auto)"
         self._plans: dict[Case, Plan] = {}
         self._times: dict[tuple[Case, int], Times] = {}
-        self._last: dict[Case, tuple[int, int]] = {}  # slots and width of the step before
+        self._last: dict[tuple[Case, int], int] = {}  # the width of the step before, by case and number of slots
         self._taken: dict[tuple[Kind, int], Taken] = {}
         self._steps = self._turn = 0
         self._elapsed = self._lost = self._watching = 0.0
@@ -145,13 +149,13 @@ class Automatic(Always):
             return
         count = len(rows) - rows.count(None)
         self._steps, self._elapsed = self._steps + 1, self._elapsed + seconds
-        if self._last.get(case) == (len(rows), width):
+        if self._last.get((case, len(rows))) == width:
             times = self._times.get((case, width))
             if times is None:
                 times = self._times[case, width] = Times()
             times.seconds.append(seconds)
             times.at = self._steps
-        self._last[case] = len(rows), width
+        self._last[case, len(rows)] = width
         plain = self._plain(case) if width > 1 else None
         self.tally.add(width, count, sum(taken), seconds, plain)
         if width > 1:

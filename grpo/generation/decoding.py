@@ -93,6 +93,8 @@ class Decoding(Protocol):
     description: str
     refused: tuple[str, ...]
     """The faster ways that were tried before this one, each with the reason why it does not serve."""
+    narrow: str | None
+    """Why a step can feed a row only one token, where that is so (`Session.widest` is 1)."""
 
     def open(self, size: Size) -> Session:
         """Begin, with so many slots."""
@@ -113,6 +115,8 @@ class Decoding(Protocol):
 
 class SharedPrefix:
     """Decoding in which a group's rows share the keys and values of their prompt."""
+
+    narrow: str | None = None
 
     def __init__(
         self,

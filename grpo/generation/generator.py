@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.generation.choice import find_decoding
+from grpo.generation.controller import Always
 from grpo.generation.decoding import Decoding
 from grpo.generation.engine import Engine
 from grpo.generation.progress import TokenProgress
@@ -68,7 +69,15 @@ class Generator:
     def describe(self) -> list[str]:
         """How the model is decoded, and why not by the ways that would be faster, for a person."""
         slower = [f"decoding does not go by {reason}" for reason in self.decoding.refused]
-        return [f"decoding: {self.decoding.description}", *slower]
+        return [f"decoding: {self.decoding.description}", *slower, *self._on_speculation()]
+
+    def drafted(self) -> dict[str, float]:
+        """What speculation has counted since this was last asked: the sums of a `Tally`. Nothing without it."""
+        if not isinstance(self.speculation, Always) or self.decoding.narrow:
+            return {}
+        counts = self.speculation.tally.counts()
+        self.speculation.tally.clear()
+        return counts
 
     def generate(
         self,
@@ -123,6 +132,13 @@ class Generator:
                 yield Event(token.token_id, text[shown:until], token.finish_reason)
                 shown = max(shown, until)
 
+    def _on_speculation(self) -> list[str]:
+        if not isinstance(self.speculation, Always):
+            return []
+        if self.decoding.narrow:
+            return [f"speculation: off, because {self.decoding.narrow}"]
+        return [f"speculation: {self.speculation.description}"]
+
     def open(self) -> Engine:
         """Open an engine, whose rows can be submitted, parked and extended at any step."""
         return Engine(
@@ -132,7 +148,7 @@ class Generator:
             self._stream,
             self._largest,
             self.kept_bytes,
-            self.speculation,
+            None if self.decoding.narrow else self.speculation,
         )
 
     def _find_decoding(self) -> None:

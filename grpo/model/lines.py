@@ -25,7 +25,7 @@ from grpo.model.head import Body
 from grpo.model.promptcaches import Kind, PromptKeys
 from grpo.model.sharing import hidden_at, whole_sequences
 
-Ids = Sequence[int]
+_Ids = Sequence[int]
 
 
 class Unpacked(ValueError):
@@ -49,18 +49,18 @@ class Lines(NamedTuple):
     rows: mx.array
 
 
-def room(prompt: Ids, completion: Ids) -> int:
+def room(prompt: _Ids, completion: _Ids) -> int:
     """The places that a completion takes in a line of its own."""
     return len(prompt) - 1 + len(completion)
 
 
-def in_lines(rows: Sequence[tuple[Ids, Ids]], width: int) -> list[list[int]]:
+def in_lines(rows: Sequence[tuple[_Ids, _Ids]], width: int) -> list[list[int]]:
     """Prompts with completions, in their order, as lines of `width` places: which rows each line holds.
 
     A new line begins where a row does not fit any more. Each row must fit in a line of its own.
     """
     lines: list[list[int]] = []
-    free, held = -1, set[Ids]()
+    free, held = -1, set[_Ids]()
     for number, (prompt, completion) in enumerate(rows):
         needed = len(completion) if prompt in held else room(prompt, completion)
         if needed > free:
@@ -72,12 +72,12 @@ def in_lines(rows: Sequence[tuple[Ids, Ids]], width: int) -> list[list[int]]:
     return lines
 
 
-def laid_out(rows: Sequence[tuple[Ids, Ids]], count: int, width: int) -> tuple[mx.array, list[int]]:
+def laid_out(rows: Sequence[tuple[_Ids, _Ids]], count: int, width: int) -> tuple[mx.array, list[int]]:
     """The rows of `in_lines` as arrays of `count` lines: those of `Lines` in one, `[5, R, W]` int32, and for each row
     the first of its places, counted over all lines."""
     made, starts = np.zeros((5, count, width), np.int32), []
     for line, numbers in enumerate(in_lines(rows, width)):
-        end, held = 0, dict[Ids, int]()
+        end, held = 0, dict[_Ids, int]()
         for number in numbers:
             prompt, completion = rows[number]
             before, length = len(prompt) - 1, len(completion)

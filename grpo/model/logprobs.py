@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from grpo.backend.maths import logsumexp, logsumexp_and_softmax
+from grpo.backend.maths import chosen, logsumexp, logsumexp_and_softmax
 from grpo.model.head import Head, head_parameters
 
 Pair = tuple[mx.array, mx.array]
@@ -29,15 +29,19 @@ def scaled(logits: mx.array, temperature: float) -> mx.array:
 
 def token_logprobs(scaled_logits: mx.array, tokens: mx.array) -> mx.array:
     """`log_softmax(scaled_logits)` at `tokens`: `[..., V]` fp32 and `[...]` integers in, `[...]` fp32 out."""
-    chosen = mx.take_along_axis(scaled_logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - logsumexp(scaled_logits)
+    return chosen(scaled_logits, tokens) - logsumexp(scaled_logits)
 
 
 def logprobs_and_entropies(scaled_logits: mx.array, tokens: mx.array) -> Pair:
     """The same, and the entropy in nats over the whole vocabulary: two `[...]` fp32 arrays."""
-    chosen = mx.take_along_axis(scaled_logits, tokens[..., None], axis=-1)[..., 0]
     total, probabilities = logsumexp_and_softmax(scaled_logits)
-    return chosen - total, total - (probabilities * scaled_logits).sum(axis=-1)
+    return chosen(scaled_logits, tokens) - total, total - (probabilities * scaled_logits).sum(axis=-1)
+
+
+def with_entropies(scaled_logits: mx.array, tokens: mx.array, gradient: bool) -> Pair:
+    """The same; the entropies carry a gradient only if `gradient`."""
+    logprobs, entropy = logprobs_and_entropies(scaled_logits, tokens)
+    return logprobs, entropy if gradient else mx.stop_gradient(entropy)
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -76,10 +80,7 @@ def chunked_logprobs(
         finally:
             module.update(tree_unflatten(parameters))
         own = flat_tokens[start : start + chunk]
-        if not entropies:
-            return (token_logprobs(logits, own),)
-        chosen, entropy = logprobs_and_entropies(logits, own)
-        return chosen, entropy if entropy_gradient else mx.stop_gradient(entropy)
+        return with_entropies(logits, own, entropy_gradient) if entropies else (token_logprobs(logits, own),)
 
     # A function with a backward pass of its own, because MLX would compute independent chunks side by side: here each
     # waits for the one before it.

@@ -14,6 +14,9 @@ import mlx.core as mx
 
 from grpo.model.mlxlm import ArraysCache, KVCache, RotatingKVCache, create_causal_mask
 
+NOWHERE = 2**30
+"""A place behind every token."""
+
 
 class RowPrompts:
     """Which prompt each row goes on from, and what it sees."""
@@ -34,19 +37,20 @@ class RowPrompts:
         return self._biases[window]
 
     def mask(self, n: int, window: int | None) -> mx.array:
-        """`[B, 1, n, prompt width + n]` bool: the row's own prompt, and its completion up to each token itself."""
+        """`[B, 1, n, prompt width + n]` bool: the row's own prompt, and its completion up to each token itself.
+
+        It is one expression of columns, so that a compiled function makes it, and the bias, by one kernel.
+        """
         if window not in self._masks:
-            prompt, own = mx.arange(self._width), mx.arange(n)
-            here = self.lengths[:, None, None] + own[None, :, None]  # positions of queries
-            sees_prompt = mx.broadcast_to(
-                prompt[None, None] < self.lengths[:, None, None], (*here.shape[:2], self._width)
-            )
-            sees_own = own[:, None] >= own[None]
+            lengths, query = self.lengths[:, None, None, None], mx.arange(n)[:, None]
+            # Of each column its place in the prompt and in the completion; where it has none, one that nobody sees.
+            prompt = mx.concatenate([mx.arange(self._width), mx.full((n,), NOWHERE)])
+            own = mx.concatenate([mx.full((self._width,), NOWHERE), mx.arange(n)])
+            sees_prompt, sees_own = prompt < lengths, own <= query
             if window:
-                sees_prompt = sees_prompt & (here - prompt[None, None] < window)
-                sees_own = sees_own & (own[:, None] - own[None] < window)
-            sees_own = mx.broadcast_to(sees_own[None], (here.shape[0], n, n))
-            self._masks[window] = mx.concatenate([sees_prompt, sees_own], axis=2)[:, None]
+                sees_prompt = sees_prompt & (lengths + query - prompt < window)
+                sees_own = sees_own & (query - own < window)
+            self._masks[window] = sees_prompt | sees_own
         return self._masks[window]
 
 
@@ -105,7 +109,7 @@ class MoreKeys:
         return self._rows.mask(n, window_size) if return_array else self._rows.bias(n, window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        prompt_keys, prompt_values = (_for_rows(array, self._rows.index) for array in self._prompt)
+        prompt_keys, prompt_values = (for_rows(array, self._rows.index) for array in self._prompt)
         return mx.concatenate([prompt_keys, keys], axis=2), mx.concatenate([prompt_values, values], axis=2)
 
     def inputs(self) -> list[mx.array]:
@@ -173,7 +177,7 @@ class MoreState:
     def __getitem__(self, number: int) -> mx.array | None:
         if number in self._own or number not in self._prompt:
             return self._own.get(number)
-        return _for_rows(self._prompt[number], self._rows.index)
+        return for_rows(self._prompt[number], self._rows.index)
 
     def __setitem__(self, number: int, array: mx.array) -> None:
         self._own[number] = array
@@ -198,7 +202,7 @@ class MoreState:
         pass
 
 
-def _for_rows(prompts: mx.array, index: mx.array) -> mx.array:
+def for_rows(prompts: mx.array, index: mx.array) -> mx.array:
     """Of `[P, ...]` the one that each row goes on from, `[B, ...]`.
 
     Indexing moves one element at a time, so these are made as wide as they get. The gradient is a product with the

@@ -18,7 +18,7 @@ from grpo.backend.blame import cause, is_ours
 from grpo.model.dropout import second_pass
 from grpo.model.head import Body
 from grpo.model.mlxlm import make_prompt_cache
-from grpo.model.promptcaches import Kind, RowPrompts, kinds
+from grpo.model.promptcaches import Kind, RowPrompts, for_rows, kinds
 
 
 class Unshared(ValueError):
@@ -40,8 +40,10 @@ def shared_hidden(
     """
     prompts = [kind(prompt_lengths) for kind in layers]
     hidden = body(prompt_ids, cache=prompts)
-    last = mx.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[index]
-    rows = RowPrompts(prompt_lengths, index, prompt_ids.shape[1], hidden.dtype)
+    width = prompt_ids.shape[1]
+    ends = mx.arange(-1, prompt_ids.size - 1, width) + prompt_lengths  # of prompts laid end to end
+    last = for_rows(hidden.reshape(prompt_ids.size, -1), ends[index])[:, None]
+    rows = RowPrompts(prompt_lengths, index, width, hidden.dtype)
     with second_pass():
         own = body(completion_ids, cache=[prompt.continued(rows) for prompt in prompts])
     return mx.concatenate([last, own[:, :-1]], axis=1)

@@ -19,6 +19,7 @@ from grpo.data.stream import TaskStream, first_tasks
 from grpo.environments.conversations import Conversations
 from grpo.errors import UserError
 from grpo.evaluation.evaluator import Evaluator
+from grpo.generation.controller import speculation_of
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
@@ -98,6 +99,7 @@ def _prepared(
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
     policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
+    generator.speculation = speculation_of(cfg.rollout.speculate)
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
     renderer, *eval_renderers = [
         PromptRenderer(data, tokenizer, vocabulary, name, partners.tools, partners.resets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -162,9 +162,17 @@ def _numbers(record: StepMetrics) -> str:
     silent = values.get("updates_without_signal", 0) > 0 and values.get("grad_norm") == 0
     return (
         f"reward {reward}{kl}  length {values['completions/mean_length']:.0f}"
-        f"  {values['rollout_tokens_per_second']:,.0f} tok/s"
+        f"  {values['rollout_tokens_per_second']:,.0f} tok/s{_drafts(values)}"
         f"{'  no signal, weights unchanged' if silent else ''}"
     )
+
+
+def _drafts(values: Mapping[str, float]) -> str:
+    """How much faster drafts made the rollout, and how many of them a row took at a wide step, where there was one."""
+    if values.get("speculation/width", 1.0) <= 1:
+        return ""
+    gain = f" {values['speculation/gain']:.2f} ×," if "speculation/gain" in values else ""
+    return f" (drafts:{gain} +{values['speculation/accepted']:.1f} a wide step)"
 
 
 def before_and_after(before: EvalMetrics, after: EvalMetrics, started: str = "before") -> Group:

@@ -15,11 +15,10 @@ from grpo.environments.conversations import Conversations
 from grpo.environments.shown import asked as asked_of
 from grpo.environments.shown import end_of, said_in
 from grpo.errors import UserError
-from grpo.generation.generator import Generator
 from grpo.rollout import RolloutEngine
 from grpo.runs.given import NOTHING
 from grpo.runs.partners import Partners, invite
-from grpo.tools.generate import Answering, loaded, row_of
+from grpo.tools.generate import Answering, generator_of, loaded, row_of
 from grpo.types import Message, Rollout, Task
 
 Narrator = Callable[[str], object]
@@ -52,7 +51,7 @@ def converse(
         if isinstance(environment, Conversations):
             environment.tables = {name: replace(table, tell=told) for name, table in environment.tables.items()}
         sampling = replace(found.sampling, **{name: value for name, value in asked.items() if name != "temperature"})
-        engine = RolloutEngine(Generator(model, tokenizer, slots=1), sampling, environment)
+        engine = RolloutEngine(generator_of(found, model, tokenizer), sampling, environment)
         at = asked.get("temperature", 0.0)
         ((rollout,),) = (
             group.rollouts for group in engine.rollout([task], 1, at, derive_key(seed, "generate"), logprobs=False)

@@ -13,6 +13,7 @@ from grpo.backend.random import derive_key
 from grpo.config import DataConfig, EnvironmentConfig, ModelConfig, RolloutConfig, ToolConfig
 from grpo.data.prompts import PromptRenderer
 from grpo.errors import UserError
+from grpo.generation.controller import speculation_of
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import load_adapter
@@ -84,10 +85,17 @@ def answer(found: Answering, prompt: str, asked: Mapping[str, Any], seed: int) -
     renderer = PromptRenderer(found.data, tokenizer)
     task = renderer.task(0, row_of(prompt, renderer.columns))
     assert task is not None
-    generator = Generator(model, tokenizer, slots=1)
+    generator = generator_of(found, model, tokenizer)
     sampling = replace(at_temperature(found.sampling, asked.get("temperature", 0.0)), **asked)
     events = generator.stream(Request(task.prompt_ids), sampling, derive_key(seed, "generate"))
     yield from (event.text for event in events)
+
+
+def generator_of(found: Answering, model: Any, tokenizer: Any) -> Generator:
+    """What decodes one answer at a time, with drafts as the run had them."""
+    generator = Generator(model, tokenizer, slots=1)
+    generator.speculation = speculation_of((found.rollout or RolloutConfig()).speculate)
+    return generator
 
 
 def loaded(found: Answering) -> tuple[Any, Any]:

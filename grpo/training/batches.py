@@ -9,11 +9,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from grpo.backend.lanes import side_by_side
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig
 from grpo.model.lines import laid_out
 from grpo.model.policy import Policy
 from grpo.objective import token_weights
+from grpo.training.lanes import tokens_of, update_lanes
 from grpo.training.packing import Packing, Sample, Shape, pack
 from grpo.types import SAMPLER, Batch, Group, Rollout, Totals, Trajectory, Value
 
@@ -58,6 +60,26 @@ def make_batches(
         for batch, of_completion in zip(batches, lengths, strict=True)
     )
     return [replace(batch, weights=weight, beta=penalty) for batch, weight in zip(batches, weights, strict=True)]
+
+
+def useful_tokens(
+    groups: Sequence[Group], minibatches: Sequence[MiniBatch], loss: LossConfig, shares: bool
+) -> dict[str, float]:
+    """The metric of that name: of the tokens that go through the model in an iteration of the update, the share that is
+    no padding and no repetition. A prompt counts once. Empty if nothing goes through."""
+    through = sum(_places(batch, shares) for batches in minibatches for batch in batches)
+    rows = [(task, rollout) for task, rollout in rows_of(groups) if learns(rollout, loss)]
+    real = sum(len(rollout.trajectory.token_ids) for _, rollout in rows)
+    real += sum(map(len, {task.prompt_ids for task, _ in rows}))
+    return {"update/useful_tokens": real / through} if through else {}
+
+
+def _places(batch: Batch, shares: bool) -> int:
+    """The tokens of a batch that go through the model, padding included."""
+    if batch.lines is not None:
+        return batch.lines[0].size
+    (rows, length), (prompts, before) = batch.token_ids.shape, batch.prompt_ids.shape
+    return rows * length + (prompts if shares else rows) * before
 
 
 def by_row(
@@ -152,16 +174,36 @@ def forced(policy: Policy, batch: Batch) -> mx.array:
 
     No entropies are computed, which takes the head a softmax less.
     """
-    (logprobs,) = batch_logprobs(policy, batch, entropies=False)
-    mx.eval(logprobs)
-    return logprobs
+    return forced_each(policy, [batch])[0]
+
+
+def forced_each(policy: Policy, batches: Sequence[Batch], ranks: Ranks | None = None) -> list[mx.array]:
+    """The same of each batch, side by side on a CPU."""
+    return [logprobs for (logprobs,) in _forced(policy, batches, False, ranks)]
 
 
 def forced_with_entropies(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
     """`batch_logprobs`, evaluated now."""
-    logprobs, entropies = batch_logprobs(policy, batch)
-    mx.eval(logprobs, entropies)
-    return logprobs, entropies
+    return forced_each_with_entropies(policy, [batch])[0]
+
+
+def forced_each_with_entropies(
+    policy: Policy, batches: Sequence[Batch], ranks: Ranks | None = None
+) -> list[tuple[mx.array, mx.array]]:
+    """The same of each batch, side by side on a CPU."""
+    return [(logprobs, entropies) for logprobs, entropies in _forced(policy, batches, True, ranks)]
+
+
+def _forced(
+    policy: Policy, batches: Sequence[Batch], entropies: bool, ranks: Ranks | None
+) -> Iterator[tuple[mx.array, ...]]:
+    def of(arrays: dict[str, mx.array]) -> tuple[mx.array, ...]:
+        return batch_logprobs(policy, Batch.of(arrays), entropies=entropies)
+
+    arrays = [batch.arrays() for batch in batches]
+    tokens = max(map(tokens_of, arrays), default=0)
+    number = update_lanes(policy.model, tokens, len(batches), ranks)
+    return side_by_side(of, arrays, number, policy.model.state)
 
 
 def batch_logprobs(

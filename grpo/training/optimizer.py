@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from grpo.backend.device import compiled
 from grpo.config import OptimConfig
 from grpo.errors import UserError
+from grpo.training.adam import Adam, AdamW
 
 ByPath = dict[str, Any]
 """Arrays by path or name."""
@@ -26,8 +27,8 @@ MOST_AT_WORK = 28
 OWN, PRECISE = "own", "precise"
 
 CLASSES: dict[str, Any] = {
-    "adamw": optim.AdamW,
-    "adam": optim.Adam,
+    "adamw": AdamW,
+    "adam": Adam,
     "adamax": optim.Adamax,
     "sgd": optim.SGD,
     "lion": optim.Lion,
@@ -123,8 +124,9 @@ class Float32Optimizer:
         way, so that gradients which nobody else holds make room as they are used.
         """
         shared = self._shared
+        factors = self._optimizer.factors(shared) if hasattr(self._optimizer, "factors") else {}
         for paths in grouped(gradients):
-            mx.eval(self._move(model, paths, gradients, scale, shared))
+            mx.eval(self._move(model, paths, gradients, scale, shared | factors))
 
     def _move(
         self, model: nn.Module, paths: Sequence[str], gradients: ByPath, scale: mx.array | float, shared: ByPath
@@ -140,7 +142,7 @@ class Float32Optimizer:
             self._precise.update(zip(paths, moved, strict=True))
         own = state.pop(OWN)
         self._own.update(zip(paths, own, strict=True))
-        self._shared = state
+        self._shared = {name: state[name] for name in self._shared}  # without the factors
         return [moved, rounded, own, state]
 
     def _stepped(self, gradients: Any, scale: Any, precise: Any, parameters: Any, state: Any) -> tuple[Any, Any, Any]:

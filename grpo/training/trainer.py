@@ -14,19 +14,20 @@ from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
 from grpo.data.source import Source, checked_source
+from grpo.generation.tally import speculation_metrics
 from grpo.model.policy import Policy
 from grpo.objective.groups import has_variance, with_advantages, with_rewards
 from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine, with_policy_step
 from grpo.scoring.own import rewarding_steps
 from grpo.scoring.scorer import Scorer
-from grpo.training.batches import MiniBatch, make_minibatches
+from grpo.training.batches import MiniBatch, make_minibatches, useful_tokens
 from grpo.training.before import Before
 from grpo.training.clock import Clock
 from grpo.training.gap import GapWatch
 from grpo.training.gauges import Gauges, mean_kl, with_all_entropy
 from grpo.training.metrics import step_metrics
-from grpo.training.packing import Packing
+from grpo.training.packing import Packing, lanes_worth
 from grpo.training.passes import PassSettings, passes_of
 from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
@@ -79,6 +80,7 @@ class Trainer:
         Inside `wholly`, an error leaves the policy as it was before the step.
         """
         clock, beta = Clock(), penalty_weight(self.cfg.loss, self.cfg.optim.steps, n)
+        self.engine.generator.drafted()  # what evaluations have counted
         self.scorer.begin(n)
         sampled, groups = self.sample(n, clock)
         self.tasks.observe(sampled)
@@ -87,6 +89,7 @@ class Trainer:
         groups, penalty_metrics = self.penalised(groups, totals, beta)
         groups = with_advantages(groups, self.scorer.weights, self.cfg.advantage, self.cfg.loss.preset)
         minibatches = self.batched(groups, beta)  # fixes the token weights, before anything is split
+        useful = useful_tokens(groups, minibatches, self.cfg.loss, self.policy.share_prompts)
         for enrich in self.passes:  # entropy mask, this rank's share, reference, anchor: see `PASSES`
             minibatches = enrich(self.policy, minibatches)
         kl_metrics = self.measured(groups, totals, n)
@@ -96,7 +99,7 @@ class Trainer:
         self.before.move()  # even if no update was applied: the step counts
         clock.lap("update")
         self.policy.adapters.sync_reference(self.cfg.adapter, n)
-        status = self.status(n, beta) | penalty_metrics | kl_metrics
+        status = self.status(n, beta) | penalty_metrics | kl_metrics | useful
         metrics = step_metrics(n, sampled, update, status, clock.laps, self.scorer.has_tools)
         return replace(metrics, groups=(*groups, *sampled[len(groups) :]))
 
@@ -141,7 +144,7 @@ class Trainer:
 
     def batched(self, groups: list[Group], beta: float) -> list[MiniBatch]:
         """One minibatch for each update of an iteration, with at least one micro-batch for each rank if rows allow."""
-        packing = Packing.of(self.cfg.optim, self.cfg.rollout, self.ranks.size)
+        packing = Packing.of(self.cfg.optim, self.cfg.rollout, self.ranks.size * lanes_worth(self.cfg.loss))
         longest, number = self.cfg.rollout.max_completion_length, self.cfg.optim.num_minibatches
         return make_minibatches(groups, self.cfg.loss, packing, longest, number, beta)
 
@@ -158,6 +161,7 @@ class Trainer:
             "peak_memory_gb": mx.get_peak_memory() / 2**30,
             **self.tasks.metrics(),
             "steps_without_signal": float(self.update.steps_without_signal),
+            **speculation_metrics(self.ranks.sum_counts(self.engine.generator.drafted())),
             **self.scorer.metrics(),
             **self.ranks.sum_counts(
                 {f"rewards/{name}/failures": count for name, count in self.scorer.failures.items()}

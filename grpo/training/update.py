@@ -12,7 +12,6 @@ from typing import cast
 
 import mlx.core as mx
 
-from grpo.backend.device import compiled
 from grpo.backend.hub import one_line
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
@@ -80,7 +79,6 @@ class Updater:
         self.inspect: Path | None = None
         self.skipped_in_a_row = 0
         self.steps_without_signal = 0
-        self._squares = compiled(_squares) if cfg.compile else _squares
 
     def __call__(self, minibatches: Sequence[MiniBatch], step: int) -> Update:
         """Make `optim.num_iterations` passes over the minibatches, with one update for each. Returns their means.
@@ -134,7 +132,8 @@ class Updater:
         """The Euclidean norm of all gradients together, a few of them at a time."""
         total = mx.array(0.0)
         for paths in grouped(gradients):
-            total = self._squares(total, [gradients[path] for path in paths])
+            together = mx.concatenate([gradients[path].reshape(-1) for path in paths])  # one sum, not one an array
+            total = total + together.square().sum()
             mx.eval(total)
         return mx.sqrt(total)
 
@@ -174,13 +173,6 @@ class Updater:
     @progress.setter
     def progress(self, progress: Progress | None) -> None:
         self.gradients.progress = progress
-
-
-def _squares(total: mx.array, arrays: list[mx.array]) -> mx.array:
-    """The total with the squares of all numbers added."""
-    for array in arrays:
-        total = total + array.square().sum()
-    return total
 
 
 def _together(updates: Sequence[Update]) -> Update:

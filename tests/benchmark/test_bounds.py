@@ -86,19 +86,40 @@ def test_where_a_bound_applies(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "promised"),
+    ("benchmark", "promised", "count"),
     [
-        ("rollout", {"prompts": 8, "completions": 8, "prompt_length": 128, "completion_length": 128}),
-        ("train", {"prompts": 2, "completions": 8, "prompt_length": 64, "completion_length": 64}),
+        ("rollout", {"prompts": 8, "completions": 8, "prompt_length": 128, "completion_length": 128}, 1),
+        ("train", {"prompts": 2, "completions": 8, "prompt_length": 64, "completion_length": 64}, 4),
+        ("train", {"prompts": 4, "completions": 8, "prompt_length": 256, "completion_length": 128}, 2),
     ],
 )
-def test_a_speed_up_is_bounded_at_its_own_load(benchmark: str, promised: dict[str, int], monkeypatch) -> None:
+def test_a_speed_up_is_bounded_at_its_own_load(
+    benchmark: str, promised: dict[str, int], count: int, monkeypatch
+) -> None:
     monkeypatch.setattr(bounds, "machine_words", lambda: frozenset({"CPU"}))
     table = read_bounds(OURS)
-    assert len(bounds_for(table, benchmark, Setting(**promised))) == 1
+    assert len(bounds_for(table, benchmark, Setting(**promised))) == count
     assert bounds_for(table, benchmark, Setting(**promised, model="mine")) == []  # random weights were promised for
     for name in promised:
         assert bounds_for(table, benchmark, Setting(**{**promised, name: 1})) == []
+
+
+@pytest.mark.parametrize(
+    ("peer", "judged"),
+    [
+        ("mlx-lm-lora", [15.0]),
+        ("mlx-lm-lora, same BLAS", [8.0]),
+        ("unsloth, same BLAS, --no-checkpointing", [5.0, 1.0, 1.0]),
+        ("unsloth", []),
+    ],
+)
+def test_a_step_is_bounded_by_the_toolkit_that_it_is_held_against(peer: str, judged: list[float], monkeypatch) -> None:
+    monkeypatch.setattr(bounds, "machine_words", lambda: frozenset({"CPU"}))
+    setting = Setting(prompts=2, completions=8, prompt_length=64, completion_length=64)
+    case = f"step, {setting}, against {peer}"
+    rows = [Measurement(case, "grpo", unit, (1.0,) * 5, 1.0, (2.0,) * 5) for unit in ("s", "GB", "GB resident")]
+    verdicts = judge(bounds_for(read_bounds(OURS), "train", setting), rows)
+    assert [verdict.bound.least for verdict in verdicts] == judged
 
 
 def test_a_file_that_cannot_be_written_after_all_is_said(tmp_path) -> None:
@@ -112,7 +133,7 @@ def test_the_table_names_what_is_there(run_cli) -> None:
         assert one.benchmark in commands
         assert one.why
     assert [one.unit for one in table if one.benchmark == "context"] == [GROWTH]
-    assert len(table) == 17
+    assert len(table) == 31
 
 
 GOOD = """[[bound]]

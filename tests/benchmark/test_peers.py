@@ -90,6 +90,7 @@ def test_a_toolkit_is_given_the_same_model_and_sizes_and_held_against_ours(tmp_p
     by = {(row.side, row.unit): row for row in rows}
     theirs, ours = by["unsloth, same BLAS, --an option", "s"], by["grpo", "s"]
     assert theirs.runs == (3600,)
+    assert ours.case == f"step, {SMALL}, against {theirs.side}"
     assert ours.ratio == 3600 / ours.mean
 
 

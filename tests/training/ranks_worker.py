@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 from conftest import make_model, shaken
 from test_update import groups, recipe
+from training.measured import measures
 from training.sections import make_batches, updater, with_advantages
 
 from grpo.backend.ranks import Ranks
@@ -49,3 +50,4 @@ mx.save_safetensors(str(out / f"policy-{ranks.rank}.safetensors"), adapters.stat
 (out / f"facts-{ranks.rank}.json").write_text(
     json.dumps({"loss": found.loss, "batches": len(mine), "told": told, "size": ranks.size, **found.metrics})
 )
+(out / f"measures-{ranks.rank}.json").write_text(json.dumps(measures(policy, ranks)))

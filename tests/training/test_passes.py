@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from training.sections import pass_settings
+from training.sections import make_minibatches, pass_settings, with_advantages
+from training.test_update import groups
 from training.test_update import recipe as sections
 
 from grpo.backend.ranks import Ranks
 from grpo.errors import RunError
+from grpo.model.logprobs import logprobs_and_entropies as both
 from grpo.model.policy import Policy
 from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
@@ -105,3 +107,22 @@ def test_a_pass_may_leave_out_batches_and_change_columns(monkeypatch) -> None:
     monkeypatch.setattr(passes, "PASSES", [(lambda _: True, lambda *_: changed)])
     (made,) = passes.passes_of(pass_settings(sections()))
     assert made(None, [[batch()], [batch()]]) is changed
+
+
+def test_the_reference_and_the_anchor_take_no_entropies(make_policy, monkeypatch) -> None:
+    """Nobody reads them. With dropout the anchor's are read."""
+    policy, cfg = make_policy().policy, sections(loss={"beta": 0.1}, optim={"num_minibatches": 2})
+    minibatches = make_minibatches(with_advantages(groups(policy), cfg), cfg)
+    computed: list[bool] = []
+    monkeypatch.setattr(
+        "grpo.model.logprobs.logprobs_and_entropies", lambda *given: computed.append(True) or both(*given)
+    )
+    first, *others = passes.with_anchor(
+        policy, passes.with_reference(policy, minibatches, pass_settings(cfg)), pass_settings(cfg)
+    )
+    assert all(batch.reference is not None for batch in first)
+    assert all(batch.anchor is not None for batches in others for batch in batches)
+    assert not computed
+    dropped = replace(pass_settings(cfg), dropout=True)
+    assert passes.with_anchor(policy, minibatches, dropped)[0][0].entropies is not None
+    assert computed

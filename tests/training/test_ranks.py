@@ -8,9 +8,11 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -25,6 +27,7 @@ from grpo.planning.plan import make_plan
 from grpo.recipes import load_recipe
 from grpo.runs.prepare import _together, prepare
 from grpo.runs.resume import find_start
+from grpo.training.trainer import Trainer
 
 HERE = Path(__file__).parent
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
@@ -71,6 +74,15 @@ def launch(n: int, *command: object, timeout: float = 120, **environment: str) -
     )
 
 
+def flat(values: Any) -> Iterator[float]:
+    """The numbers in lists of lists."""
+    if isinstance(values, list):
+        for value in values:
+            yield from flat(value)
+    else:
+        yield values
+
+
 def test_two_processes_give_the_loss_gradient_and_step_of_one(tmp_path) -> None:
     found = []
     for n in (1, 2):
@@ -86,11 +98,35 @@ def test_two_processes_give_the_loss_gradient_and_step_of_one(tmp_path) -> None:
     for name, value in alone.items():
         if name not in ("batches", "size", "told"):
             assert first[name] == second[name] == pytest.approx(value, abs=1e-6), name
+    (alone,), both = (
+        [json.loads((tmp_path / f"{n}/measures-{rank}.json").read_text()) for rank in range(n)] for n in (1, 2)
+    )
+    rows = alone.pop("rows")
+    looked = [own.pop("rows") for own in both]
+    assert sum(looked) == rows  # each looked at its own alone
+    assert min(looked) > 0
+    for own in both:
+        for name, value in alone.items():
+            assert list(flat(own[name])) == pytest.approx(list(flat(value)), rel=1e-6, abs=1e-6), name
     for kind in ("gradient", "policy"):
         expected = mx.load(str(tmp_path / f"1/{kind}-0.safetensors"))
         for rank in range(2):
             got = mx.load(str(tmp_path / f"2/{kind}-{rank}.safetensors"))
             assert max(mx.abs(got[path] - array).max().item() for path, array in expected.items()) < 1e-6
+
+
+def test_measurements_are_divided_even_where_all_rows_would_fit_at_once(recipe) -> None:
+    class Two(Ranks):
+        size = 2
+
+        def __init__(self) -> None:
+            self.rank = 0
+
+    trainer = prepare(load_recipe(recipe)).trainer
+    parts = trainer.cfg, trainer.policy, trainer.tasks, trainer.engine, trainer.scorer
+    assert Trainer(*parts).gauges.packing.parts == 1
+    assert Trainer(*parts, ranks=Two()).gauges.packing.parts == 2
+    trainer.scorer.close()
 
 
 def test_a_run_of_two_processes_is_one_run(recipe) -> None:

@@ -1,0 +1,187 @@
+"""The controller on machines that are made up: what a step costs is a formula, and time is what it says."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from spoken import row_of
+
+from grpo.generation import controller
+from grpo.generation.controller import Always, Automatic, speculation_of
+from grpo.generation.rows import SharedPrompt
+
+Cost = Callable[[int, int], float]
+"""Seconds of a step, by slots and width."""
+
+
+@dataclass
+class Machine:
+    """Says what it is told to say, as the generator would: as many tokens a step as the drafts get right."""
+
+    speculation: Automatic | Always | None
+    cost: Cost
+    widths: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def run(self, sayings: Sequence[tuple[Sequence[int], Sequence[int]]], **how: object) -> None:
+        """Decode a row for each prompt and saying, all at once."""
+        rows = [row_of(SharedPrompt(prompt), **how) for prompt, _ in sayings]  # type: ignore[arg-type]
+        slots = list(rows)
+        while any(slots):
+            width = self.speculation.width(slots) if self.speculation else 1
+            drafts = self.speculation.propose(slots, width) if self.speculation else []
+            taken = [self._take(row, said, drafts[n] if drafts else []) if row else 0
+                     for n, (row, (_, said)) in enumerate(zip(slots, sayings, strict=True))]  # fmt: skip
+            spent = self.cost(len(slots), width)
+            self.seconds += spent
+            self.widths.append(width)
+            if self.speculation:
+                self.speculation.stepped(slots, width, taken, spent)
+            for n, (row, (_, said)) in enumerate(zip(list(slots), sayings, strict=True)):
+                if row is not None and len(row.token_ids) == len(said):
+                    if self.speculation:
+                        self.speculation.ended(row)
+                    row.prompt.left = 0
+                    slots[n] = None
+
+    @staticmethod
+    def _take(row, said, drafts) -> int:
+        place, taken = len(row.token_ids), 1
+        for draft in drafts:
+            if draft != said[place + taken - 1] or place + taken == len(said):
+                break
+            taken += 1
+        row.token_ids += said[place : place + taken]
+        return taken
+
+
+def epochs(speculation: Automatic | Always | None, cost: Cost, count: int, same: bool = True) -> Machine:
+    """So many epochs over the same four prompts, with the same answers each time, or others."""
+    machine = Machine(speculation, cost)
+    for epoch in range(count):
+        base = 0 if same else 1000 * epoch
+        machine.run([((n, 7), [base + 100 * n + i for i in range(60)]) for n in range(4)])
+    return machine
+
+
+def flat(_slots: int, width: int) -> float:
+    return 0.01 * (1 + 0.02 * (width - 1))
+
+
+def proportional(_slots: int, width: int) -> float:
+    return 0.01 * width
+
+
+def test_where_width_is_free_and_answers_come_back_it_decodes_widely() -> None:
+    machine, plain = epochs(Automatic(), flat, 12), epochs(None, flat, 12)
+    assert machine.widths[-5:] == [8] * 5
+    assert plain.seconds / machine.seconds > 3
+    gain = machine.speculation.tally.plain_seconds / machine.speculation.tally.seconds
+    assert gain == pytest.approx(plain.seconds / machine.seconds, rel=0.05)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_where_width_costs_what_it_brings_next_to_nothing_is_lost(same: bool) -> None:
+    def dear(_slots: int, width: int) -> float:
+        return 0.01 * width * 1.2
+
+    machine, plain = epochs(Automatic(), dear, 30, same), epochs(None, dear, 30, same)
+    assert machine.seconds < 1.03 * plain.seconds * 1.2 / 1.2 + 0.2 * 0.012  # the last trial may be under way
+
+
+def test_where_nothing_comes_back_no_wide_step_is_tried() -> None:
+    machine = epochs(Automatic(), flat, 10, same=False)
+    assert set(machine.widths) == {1}
+
+
+def test_of_two_widths_that_pay_the_better_is_taken() -> None:
+    def costs(_slots: int, width: int) -> float:
+        return 0.01 * {1: 1.0, 2: 1.1, 4: 1.3, 8: 6.0}[width]
+
+    assert epochs(Automatic(), costs, 20).widths[-1] == 4
+
+
+def test_it_goes_back_when_answers_change() -> None:
+    speculation = Automatic()
+    machine = epochs(speculation, flat, 10)
+    assert machine.widths[-1] == 8
+
+    def wide_is_dear(_slots: int, width: int) -> float:
+        return 0.01 * (1 + 0.5 * (width - 1))
+
+    machine = epochs(speculation, wide_is_dear, 60, same=False)
+    assert machine.widths[-1] == 1
+
+
+def test_what_building_a_kernel_costs_is_no_time_of_a_step() -> None:
+    built: set[int] = set()
+
+    def costs(slots: int, width: int) -> float:
+        new = width not in built
+        built.add(width)
+        return flat(slots, width) + (0.5 if new else 0.0)
+
+    assert epochs(Automatic(), costs, 40).widths[-1] == 8
+
+
+def test_trials_wait_until_the_time_for_them_is_there() -> None:
+    """A wide step that takes a second is tried once, and then not before a hundred seconds."""
+
+    def costs(_slots: int, width: int) -> float:
+        return 0.01 if width == 1 else 1.0
+
+    machine = epochs(Automatic(), costs, 60)
+    assert sum(width > 1 for width in machine.widths) <= controller.PROBE
+
+
+def test_evaluation_and_training_are_cases_of_their_own() -> None:
+    """Greedy rows say what they said before, sampled ones never do."""
+    speculation = Automatic()
+    machine = Machine(speculation, flat)
+    for epoch in range(25):
+        machine.run([((n, 7), [100 * n + i for i in range(60)]) for n in range(4)], temperature=0.0, logprobs=False)
+        greedy = machine.widths[-1]
+        machine.run([((n, 8), [10**4 * (epoch + 1) + 100 * n + i for i in range(60)]) for n in range(4)])
+        sampled = machine.widths[-1]
+    assert (greedy, sampled) == (8, 1)
+
+
+def test_rows_of_prompts_that_are_new_do_not_count_as_rows_that_come_back() -> None:
+    speculation = Automatic()
+    epochs(speculation, proportional, 3)
+    known, new = row_of(SharedPrompt((0, 7))), row_of(SharedPrompt((50, 51)))
+    case = controller.Case.of([known])
+    assert case is not None
+    assert speculation._expected(case, [known])[8] > 5
+    assert speculation._expected(case, [new])[8] == pytest.approx(1, abs=0.3)
+    mixed = speculation._expected(case, [known, new])[8]
+    assert mixed == pytest.approx((speculation._expected(case, [known])[8] + speculation._expected(case, [new])[8]) / 2)
+
+
+def test_a_long_row_in_flight_is_enough_to_begin() -> None:
+    """A single row that quotes itself, as `grpo generate` decodes it."""
+    machine = Machine(Automatic(), flat)
+    machine.run([((1, 2), list(range(40)) * 10)])
+    assert machine.widths[-1] > 1
+
+
+def test_plain_decoding_is_timed_again_now_and_then() -> None:
+    machine = Machine(Automatic(), flat)
+    machine.run([((1, 2), list(range(40)) * 300)])
+    wide = machine.widths.index(8)
+    later = machine.widths[wide + controller.STALE :]
+    assert 1 in later
+    assert later.count(1) < len(later) / 50
+
+
+def test_empty_slots_count_for_nothing() -> None:
+    speculation = Automatic()
+    assert speculation.width([None, None]) == 1
+    speculation.stepped([None, None], 1, [0, 0], 0.1)
+    assert speculation.tally.turns == 0
+
+
+def test_a_fixed_number_of_drafts_is_always_fed() -> None:
+    assert set(epochs(speculation_of(3), proportional, 3).widths) == {4}
+    assert speculation_of("off") is None
+    assert isinstance(speculation_of("auto"), Automatic)

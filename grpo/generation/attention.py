@@ -16,7 +16,7 @@ from grpo.backend.maths import exp
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import Layer
 from grpo.generation.products import few_rows, padded, product
-from grpo.generation.slots import View, Where
+from grpo.generation.slots import WIDEST, View, Where
 
 MASKED = -1e30
 """Score of what a row may not see. Finite, so that a row without any prompt gives no NaN."""
@@ -28,6 +28,8 @@ class Attention(Protocol):
 
     overlaps: bool
     """Whether a step may be launched while the one before it still runs, without MLX copying the buffers."""
+    widest: int
+    """The most tokens of a row that a step may feed."""
 
     def attend(
         self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View
@@ -55,6 +57,7 @@ class StockAttention:
     """
 
     overlaps = False  # MLX writes into a buffer only when no step in flight holds it
+    widest = WIDEST
 
     def attend_joined(self, layer: Layer, qkv: mx.array, block: Block, blocks: Blocks, view: View | Where) -> mx.array:
         assert isinstance(view, View)

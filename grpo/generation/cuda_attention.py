@@ -153,7 +153,7 @@ ATTEND = """
 class CudaAttention:
     """See `grpo.generation.attention.Attention`."""
 
-    overlaps = True
+    overlaps, widest = True, 1
 
     def attend(
         self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View | Where

@@ -113,9 +113,9 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize("way", SHARED)
+@pytest.mark.parametrize("way", ["joined layers", *(pytest.param(way, marks=pytest.mark.slow) for way in SHARED[1:])])
 @pytest.mark.parametrize("how", SAMPLINGS)
-@pytest.mark.parametrize("most", [2, 16])
+@pytest.mark.parametrize("most", [2, pytest.param(16, marks=pytest.mark.slow)])
 def test_drafts_change_nothing(way: str, how: str, most: int) -> None:
     """Prompts are shared by two rows each; there are fewer slots than rows, or slots for all."""
     generator = generator_of(way, most)
@@ -163,7 +163,7 @@ def test_few_rows_are_the_same_to_the_bit(way: str, count: int) -> None:
 def test_caches_that_give_nothing_back_are_decoded_plainly(way: str) -> None:
     generator = generator_of(way, 3)
     drafter = both(generator, [asked(PROMPTS[0], 1, n=4, keep=False, sampling=Sampling(1.0, 9))], "right", [8])
-    assert {width for width, _ in drafter.steps} == {1}
+    assert "cannot take tokens back" in (generator.decoding.narrow or "")
     assert not drafter.asked
 
 

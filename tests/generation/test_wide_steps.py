@@ -165,6 +165,7 @@ def test_caches_that_give_nothing_back_are_decoded_plainly(way: str) -> None:
     drafter = both(generator, [asked(PROMPTS[0], 1, n=4, keep=False, sampling=Sampling(1.0, 9))], "right", [8])
     assert "cannot take tokens back" in (generator.decoding.narrow or "")
     assert not drafter.asked
+    assert not drafter.steps
 
 
 def test_a_step_is_as_wide_as_its_drafts() -> None:

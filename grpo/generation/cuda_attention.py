@@ -29,7 +29,7 @@ from grpo.generation.cuda_sources import (
     TOGETHER,
 )
 from grpo.generation.joined import Half
-from grpo.generation.slots import View, Where
+from grpo.generation.slots import WIDEST, View, Where
 
 WARPS = 4
 """Warps of a block on tensor cores."""
@@ -53,7 +53,7 @@ SHARED_BYTES = 48 * 1024
 class CudaAttention:
     """See `grpo.generation.attention.Attention`."""
 
-    overlaps = True
+    overlaps, widest = True, WIDEST
 
     def __init__(self) -> None:
         self._counters: dict[int, mx.array] = {}

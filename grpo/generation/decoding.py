@@ -116,8 +116,6 @@ class Decoding(Protocol):
 class SharedPrefix:
     """Decoding in which a group's rows share the keys and values of their prompt."""
 
-    narrow: str | None = None
-
     def __init__(
         self,
         model: nn.Module,
@@ -132,6 +130,7 @@ class SharedPrefix:
         self._query_heads = int(getattr(model.args, "num_attention_heads", shapes[0].heads))
         self.decoder, self.attention, self.shapes = decoder, attention, shapes
         self.vocabulary, self.description, self.refused = vocabulary, description, refused
+        self.narrow = None if attention.widest > 1 else "its attention takes one token of a row at a step"
 
     def open(self, size: Size) -> Session:
         self.decoder.refresh()

@@ -13,7 +13,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 GPU_BUILDS = ("mlx-cuda-12", "mlx-cuda-13")
@@ -38,18 +38,32 @@ def loaded() -> bool:
     return bool(_loaded)
 
 
+def most_threads() -> int:
+    """How many threads MKL takes for a product at most; 1 without it."""
+    return int(_loaded[0].MKL_Get_Max_Threads()) if _is_mkl() else 1
+
+
+def _is_mkl() -> bool:
+    return bool(_loaded) and hasattr(_loaded[0], "MKL_Set_Num_Threads")
+
+
 @contextmanager
-def one_thread(wanted: bool = True) -> Iterator[None]:
-    """Let MKL, if it is there, compute with one thread inside the block: faster where products are many and small."""
-    if not wanted or not _loaded or not hasattr(_loaded[0], "MKL_Set_Num_Threads"):
+def threads(number: int) -> Iterator[None]:
+    """Let MKL, if it is there, compute with so many threads for a product inside the block."""
+    if not _is_mkl():
         yield
         return
     former = _loaded[0].MKL_Get_Max_Threads()
-    _loaded[0].MKL_Set_Num_Threads(1)
+    _loaded[0].MKL_Set_Num_Threads(number)
     try:
         yield
     finally:
         _loaded[0].MKL_Set_Num_Threads(former)
+
+
+def one_thread(wanted: bool = True) -> AbstractContextManager[None]:
+    """One thread inside the block: faster where products are many and small."""
+    return threads(1) if wanted else nullcontext()
 
 
 def _preload() -> str:

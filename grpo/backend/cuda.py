@@ -17,9 +17,13 @@ def available() -> bool:
 
 
 @cache
-def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Callable[..., Any]:
+def kernel(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = ""
+) -> Callable[..., Any]:
     """The body of a kernel as a function; see `mx.fast.cuda_kernel` for its arguments."""
-    made: Any = mx.fast.cuda_kernel(name=name, input_names=list(inputs), output_names=list(outputs), source=source)
+    made: Any = mx.fast.cuda_kernel(
+        name=name, input_names=list(inputs), output_names=list(outputs), source=source, header=header
+    )
     return cast("Callable[..., Any]", made)
 
 
@@ -27,3 +31,32 @@ def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source:
 def scalar(value: float) -> mx.array:
     """A number as a kernel takes it: `[1]` fp32."""
     return mx.array([value], mx.float32)
+
+
+def constant(name: str, value: float) -> str:
+    """A line of a kernel's source that gives a number its name."""
+    return f"    constexpr float {name} = {float(value)!r}f;\n"
+
+
+OVERWRITE = """
+    size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, width = matrix_shape[1];
+    if (at < rows_shape[0] * width) const_cast<T*>(matrix)[first[0] * width + at] = rows[at];
+    if (at == 0) done[0] = 1;
+"""
+
+
+def overwrite_rows(matrix: mx.array, first: int, rows: mx.array) -> mx.array:
+    """Write rows `[n, D]` into a matrix `[N, D]` of the same dtype from row `first` on, behind MLX's back.
+
+    Returns an array to evaluate: the rows are written then. Nobody may read them meanwhile.
+    """
+    done: mx.array
+    (done,) = kernel("grpo_overwrite_rows", ("matrix", "rows", "first"), ("done",), OVERWRITE)(
+        inputs=[matrix, rows, mx.array([first], mx.int32)],
+        template=[("T", matrix.dtype)],
+        grid=(rows.size, 1, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[(1,)],
+        output_dtypes=[mx.int32],
+    )
+    return done

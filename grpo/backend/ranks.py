@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,13 +30,20 @@ PATIENCE = 1800.0
 
 
 class Ranks:
-    """This process among `size`. Alone (rank 0 of 1), which is the default, every exchange is a no-op."""
+    """This process among `size`. Alone (rank 0 of 1), which is the default, every exchange is a no-op.
+
+    `neighbours` of the processes are on this machine, itself included.
+    """
+
+    neighbours = 1
 
     def __init__(self, group: mx.distributed.Group | None = None) -> None:
         self._group = group
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
         self.patience = _patience()
+        name = socket.gethostname()
+        self.neighbours = self.gather(name).count(name)
 
     @classmethod
     def launched(cls) -> Ranks:

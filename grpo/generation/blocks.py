@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.backend.blame import cause
-from grpo.generation.products import fewest_columns, padded
+from grpo.generation.joined import LastSeen, Products, Unread
 from grpo.model.head import Head, Unsplit, split_head
 
 PARTS = {
@@ -25,118 +25,6 @@ PARTS = {
     "input_layernorm", "post_attention_layernorm",
 }  # fmt: skip
 """Everything that may hold parameters in a layer."""
-WEIGHTS = ("weight", "scales", "biases", "bias")
-"""What a linear layer holds, quantised or not, with a row for each output."""
-
-
-class Unread(ValueError):
-    """Why a model cannot be read as blocks."""
-
-
-class LastSeen:
-    """Remembers arrays, to tell when others have taken their place."""
-
-    def __init__(self) -> None:
-        self._held: list[mx.array] = []
-
-    def changed(self, arrays: Sequence[mx.array]) -> bool:
-        """Whether these are not the very arrays of the last time."""
-        former, self._held = self._held, list(arrays)
-        return len(former) != len(arrays) or any(a is not b for a, b in zip(arrays, former, strict=True))
-
-    def forget(self) -> None:
-        """Hold none: the next arrays will be others."""
-        self._held = []
-
-
-class Products:
-    """Several linear layers of one input as one product, their LoRA as another: `x` `[S, in]` to `[S, sum of outs]`.
-
-    The layers' own weights become views of the joined matrix, so that nothing is held twice.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        """Raises Unread for a layer that is not linear, or quantised otherwise than its neighbours."""
-        self._layers = layers
-        self._bases = [layer.linear if "lora_a" in layer else layer for layer in layers]
-        kinds = {(type(base), getattr(base, "bits", 0), getattr(base, "group_size", 0)) for base in self._bases}
-        if len(kinds) > 1 or not isinstance(self._bases[0], (nn.Linear, nn.QuantizedLinear)):
-            raise Unread("the layers of one input are not linear, or not quantised alike")
-        if any("m" in layer for layer in layers):
-            raise Unread("adapters with magnitudes (DoRA) are not joined")
-        if len({"bias" in base for base in self._bases}) > 1:
-            raise Unread("only some of the layers of one input have a bias")
-        self._joined: dict[str, mx.array] = {}
-        self._weights, self._adapters = LastSeen(), LastSeen()
-        self.lora: dict[str, mx.array] = {}
-        """`a` `[in, ranks]` and `b` `[ranks, sum of outs]` where there are adapters; always the same dictionary."""
-
-    def refresh(self, dtype: mx.Dtype) -> bool:
-        """Take over what the layers hold now, and say whether more than adapters has changed."""
-        adapters = [layer[name] for layer in self._layers for name in ("lora_a", "lora_b") if name in layer]
-        if adapters and self._adapters.changed(adapters):
-            self.lora.update(_joined_lora(self._layers, dtype))
-        if not self._weights.changed(self._held()):
-            return False
-        self._join()
-        self._weights.changed(self._held())
-        return True
-
-    @property
-    def train(self) -> bool:
-        """Whether the layers' own weights train, and not adapters alone."""
-        return any(tree_flatten(base.trainable_parameters()) for base in self._bases)
-
-    def forget(self) -> None:
-        """Let go of the joined matrix, until `refresh` makes the next."""
-        self._joined = {}
-        self._weights.forget()
-
-    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
-        """The product, added to `onto` if that is given."""
-        y = self._base(x, onto)
-        if "bias" in self._joined:
-            y = y + self._joined["bias"]
-        return mx.addmm(y, x @ self.lora["a"], self.lora["b"]) if self.lora else y
-
-    def _base(self, x: mx.array, onto: mx.array | None) -> mx.array:
-        weight = self._joined["weight"]
-        first = self._bases[0]
-        if not isinstance(first, nn.QuantizedLinear):
-            return x @ weight.T if onto is None else mx.addmm(onto, x, weight.T)
-        y = mx.quantized_matmul(
-            x, weight, self._joined["scales"], self._joined.get("biases"),
-            transpose=True, group_size=first.group_size, bits=first.bits, mode=first.mode,
-        )  # fmt: skip
-        return y if onto is None else onto + y
-
-    def _held(self) -> list[mx.array]:
-        return [base[name] for base in self._bases for name in WEIGHTS if name in base]
-
-    def _join(self) -> None:
-        names = [name for name in WEIGHTS if name in self._bases[0]]
-        self._joined = {name: mx.concatenate([base[name] for base in self._bases]) for name in names}
-        mx.eval(self._joined)
-        start = 0
-        for base in self._bases:
-            end = start + base.weight.shape[0]
-            for name in names:
-                base[name] = self._joined[name][start:end]
-            start = end
-        mx.eval(self._held())
-
-
-def _joined_lora(layers: Sequence[nn.Module], dtype: mx.Dtype) -> dict[str, mx.array]:
-    """A `[in, ranks]` of the layers that have one, and their B, scaled, on the diagonal of `[ranks, outs]`."""
-    a = mx.concatenate([layer.lora_a for layer in layers if "lora_a" in layer], axis=1)
-    outs = [_outputs(layer) for layer in layers]
-    rows = [
-        mx.pad(layer.lora_b * layer.scale, [(0, 0), (sum(outs[:i]), sum(outs[i + 1 :]))])
-        for i, layer in enumerate(layers)
-        if "lora_a" in layer
-    ]
-    a, b = padded(a, fewest_columns(), 1), padded(mx.concatenate(rows), fewest_columns(), 0)
-    return {"a": a.astype(dtype), "b": b.astype(dtype)}
 
 
 class Norm:
@@ -153,8 +41,14 @@ class Norm:
             raise Unread("this architecture norms all heads at once")
         self._modules, self._repeats = modules, repeats
         self._memory = LastSeen()
+        self.held: dict[str, mx.array] = {}
+        """The weight, by that name; always the same dictionary."""
         self.eps = float(modules[0].eps)
         self.refresh()
+
+    @property
+    def weight(self) -> mx.array:
+        return self.held["weight"]
 
     def refresh(self) -> bool:
         """Take over the modules' weights, and say whether they have changed."""
@@ -162,9 +56,9 @@ class Norm:
         if not self._memory.changed(weights):
             return False
         if self._repeats is None:
-            (self.weight,) = weights
+            (self.held["weight"],) = weights
         else:
-            self.weight = mx.stack([w for w, n in zip(weights, self._repeats, strict=True) for _ in range(n)])
+            self.held["weight"] = mx.stack([w for w, n in zip(weights, self._repeats, strict=True) for _ in range(n)])
         return True
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -212,17 +106,35 @@ class Blocks:
         return [product for b in self.layers for product in (b.qkv, b.out, b.gate_up, b.down)]
 
     @property
+    def norms(self) -> list[Norm]:
+        norms = [norm for b in self.layers for norm in (b.before_attention, b.before_mlp, b.qk_norm) if norm]
+        return [*norms, self.norm]
+
+    @property
+    def arrays(self) -> list[Any]:
+        """All that a step computes with: trees of arrays that stay the same objects while their arrays are replaced."""
+        parts = [tree for product in self.products for tree in (product.joined, product.lora)]
+        return [*parts, *(norm.held for norm in self.norms), *self.ends]
+
+    def halve(self) -> bool:
+        """Prepare for kernels that apply B, if all computes in one dtype: whether it does."""
+        dtypes = {norm.weight.dtype for norm in self.norms} | {product.dtype for product in self.products}
+        if alike := len(dtypes) == 1:
+            for product in self.products:
+                product.halve()
+        return alike
+
+    @property
     def train(self) -> bool:
         """Whether weights of the layers' own train, and not adapters alone."""
         return any(product.train for product in self.products)
 
     def refresh(self) -> bool:
         """Take over what the model holds now, and say whether more than adapters has changed."""
-        norms = [norm for b in self.layers for norm in (b.before_attention, b.before_mlp, b.qk_norm) if norm]
         changed = [self.memory.changed([a for end in self.ends for _, a in tree_flatten(end.parameters())])]
-        changed += [norm.refresh() for norm in (*norms, self.norm)]
+        changed += [norm.refresh() for norm in self.norms]
         changed += [product.refresh(self.norm.weight.dtype) for product in self.products]
-        mx.eval([product.lora for product in self.products], [norm.weight for norm in norms])
+        mx.eval([product.lora for product in self.products], [norm.weight for norm in self.norms])
         return any(changed)
 
     def forget(self) -> None:
@@ -253,7 +165,7 @@ def _read(model: nn.Module, head: Head) -> Blocks:
         if flag != traditional or not mx.array_equal(other, frequencies):
             raise Unread("this architecture's layers rotate differently")
     heads, query_heads = int(attention.n_kv_heads), int(attention.n_heads)
-    width = _outputs(attention.q_proj) // query_heads
+    width = sum(layers[0].qkv.outs[:1]) // query_heads
     scale = float(attention.scale)
     norm = Norm([body.norm])
     ends = [body.embed_tokens, *([model.lm_head] if "lm_head" in model else [])]
@@ -308,7 +220,3 @@ def _rotation(rope: Any) -> tuple[mx.array, bool]:
     if type(rope).__name__ == "Llama3RoPE":
         return 1.0 / rope._freqs, bool(rope.traditional)
     raise Unread("this architecture has another rotary embedding")
-
-
-def _outputs(layer: Any) -> int:
-    return int((layer.linear if "lora_a" in layer else layer).weight.shape[0])

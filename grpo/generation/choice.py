@@ -16,11 +16,12 @@ from grpo.backend.blame import cause
 from grpo.backend.device import on_gpu
 from grpo.generation.attention import Attention, FusedRowAttention, StockAttention
 from grpo.generation.batchcaches import BatchCaches
-from grpo.generation.blocks import Blocks, Unread, read
+from grpo.generation.blocks import Blocks, read
 from grpo.generation.buffers import CacheShape, cache_shapes
 from grpo.generation.cuda_attention import CudaAttention, serves
 from grpo.generation.decoders import BlockDecoder, Decoder, ModelDecoder
 from grpo.generation.decoding import Decoding, SharedPrefix
+from grpo.generation.joined import Unread
 from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.slots import Size
 from grpo.model.adapters import dtype_of

@@ -1,8 +1,8 @@
 """Decode attention as CUDA kernels.
 
 MLX writes into a buffer only when no step in flight holds it, so a pipelined loop of stock operations copies all keys
-and values at every step. The kernels write them into their ring themselves instead, behind MLX's back: nobody else may
-write those buffers while a step is in flight.
+and values at every step. The kernels write them into their columns themselves instead, behind MLX's back: nobody else
+may write those buffers while a step is in flight.
 """
 
 from __future__ import annotations
@@ -12,12 +12,36 @@ from typing import Any
 
 import mlx.core as mx
 
-from grpo.backend.cuda import available, kernel, scalar
+from grpo.backend.cuda import available, constant, kernel
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import CacheShape, Layer
+from grpo.generation.cuda_sources import (
+    ALONE,
+    BEGIN,
+    HEADER,
+    JOINED,
+    PLAIN,
+    PLAIN_BEGIN,
+    PREPARED,
+    ROWS,
+    TENSOR,
+    TENSOR_BEGIN,
+    TOGETHER,
+)
+from grpo.generation.joined import Half
 from grpo.generation.slots import View, Where
 
-WARPS = 8
+WARPS = 4
+"""Warps of a block on tensor cores."""
+PLAIN_WARPS = 8
+"""Warps of a block that computes in fp32."""
+MOST_QUERIES = 16
+"""Query heads times positions that a block takes together, for heads of up to 128 numbers; half of it for wider."""
+MOST_TOGETHER = 8
+"""Query heads times positions times rows of one prompt that a block takes together."""
+BLOCKS = 528
+"""Blocks that fill a device. Where there are fewer, several share the columns of a row."""
+MOST_SPLITS = 16
 WIDTHS = (32, 64, 128, 256)
 """Widths of a head that a warp reads in vectors."""
 MOST_REPEATS = 8
@@ -25,190 +49,137 @@ MOST_REPEATS = 8
 SHARED_BYTES = 48 * 1024
 """Shared memory that a block may declare."""
 
-PREPARED = """
-    // Queries, keys and values come ready.
-    for (int x = threadIdx.x; x < REPEATS * D; x += THREADS)
-        (&query[0][0])[x] = (float)queries[((size_t)row * HK + head) * REPEATS * D + x] * scale[0];
-    for (int i = threadIdx.x; i < D; i += THREADS) {
-        own_keys[(size_t)column * D + i] = keys[((size_t)row * HK + head) * D + i];
-        own_values[(size_t)column * D + i] = values[((size_t)row * HK + head) * D + i];
-    }
-"""
-
-JOINED = """
-    // Queries, keys and values come as one row of a product; a warp norms and rotates one head.
-    int pairs = frequencies_shape[0];
-    float position = (float)(prompt + step[0] - start);
-    for (int item = warp; item < REPEATS + 2; item += WARPS) {
-        bool is_key = item == REPEATS, is_value = item > REPEATS;
-        int which = item < REPEATS ? head * REPEATS + item : HK * REPEATS + head + (is_value ? HK : 0);
-        const T* from = qkv + ((size_t)row * (HK * REPEATS + 2 * HK) + which) * D;
-        T* to = is_key ? own_keys + (size_t)column * D : own_values + (size_t)column * D;
-        if (is_value) {
-            for (int i = lane; i < D; i += 32) to[i] = from[i];
-            continue;
-        }
-        float* normed = is_key ? key : query[item];
-        float square = 0.f;
-        for (int i = lane; i < D; i += 32) {
-            float x = (float)from[i];
-            normed[i] = x;
-            square += x * x;
-        }
-        if (NORM) {
-            for (int offset = 16; offset; offset >>= 1) square += __shfl_xor_sync(0xffffffffu, square, offset);
-            float inverse = rsqrtf(square / D + eps[0]);
-            for (int i = lane; i < D; i += 32) normed[i] *= inverse * (float)weight[which * D + i];
-        }
-        __syncwarp();
-        for (int pair = lane; pair < pairs; pair += 32) {
-            int one = TRADITIONAL ? 2 * pair : pair, other = TRADITIONAL ? 2 * pair + 1 : pair + pairs;
-            float cosine, sine, x = normed[one], y = normed[other];
-            sincosf(position * frequencies[pair], &sine, &cosine);
-            normed[one] = x * cosine - y * sine;
-            normed[other] = x * sine + y * cosine;
-        }
-        __syncwarp();
-        for (int i = lane; i < D; i += 32) {
-            if (is_key) to[i] = (T)normed[i];
-            else normed[i] *= scale[0];
-        }
-    }
-"""
-
-BEGIN = """
-    // One block for each row and head of keys.
-    constexpr int EACH = D / 32, AT_ONCE = 4, THREADS = WARPS * 32;
-    struct alignas(sizeof(T) * EACH) Vector { T x[EACH]; };
-    __shared__ float query[REPEATS][D], key[D];
-    int row = blockIdx.x / HK, head = blockIdx.x % HK, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int ring = ring_keys_shape[2], prefix = prefix_keys_shape[2];
-    int place = place_of[row], prompt = lengths[place], start = starts[row];
-    int own = min(step[0] - start + 1, ring), column = step[0] % ring, first = start % ring;
-    size_t in_ring = ((size_t)row * HK + head) * ring * D, in_prefix = ((size_t)place * HK + head) * prefix * D;
-    T* own_keys = const_cast<T*>(ring_keys) + in_ring;
-    T* own_values = const_cast<T*>(ring_values) + in_ring;
-"""
-
-ATTEND = """
-    // Its warps stride over the prompt's columns and the row's own, four at a time, each with a running softmax for
-    // every query head, and are put together at the end.
-    __syncthreads();
-    float mine[REPEATS][EACH], total[REPEATS][EACH], highest[REPEATS], sums[REPEATS];
-    for (int r = 0; r < REPEATS; ++r) {
-        highest[r] = -1e30f;
-        sums[r] = 0.f;
-        for (int i = 0; i < EACH; ++i) { mine[r][i] = query[r][lane * EACH + i]; total[r][i] = 0.f; }
-    }
-    int columns = prompt + own;
-    for (int begin = warp * AT_ONCE; begin < columns; begin += WARPS * AT_ONCE) {
-        Vector k[AT_ONCE], v[AT_ONCE];
-        for (int u = 0; u < AT_ONCE; ++u) {
-            int at = min(begin + u, columns - 1), in_row = first + at - prompt;
-            bool of_prompt = at < prompt;
-            size_t offset = (size_t)(of_prompt ? at : in_row < ring ? in_row : in_row - ring) * D + lane * EACH;
-            k[u] = *(const Vector*)((of_prompt ? prefix_keys + in_prefix : own_keys) + offset);
-            v[u] = *(const Vector*)((of_prompt ? prefix_values + in_prefix : own_values) + offset);
-        }
-        for (int r = 0; r < REPEATS; ++r) {
-            float score[AT_ONCE], now = highest[r];
-            for (int u = 0; u < AT_ONCE; ++u) {
-                float dot = 0.f;
-                for (int i = 0; i < EACH; ++i) dot += mine[r][i] * (float)k[u].x[i];
-                for (int offset = 16; offset; offset >>= 1) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-                score[u] = begin + u < columns ? dot : -1e30f;
-                now = fmaxf(now, score[u]);
-            }
-            float fade = __expf(highest[r] - now);
-            highest[r] = now;
-            sums[r] *= fade;
-            for (int i = 0; i < EACH; ++i) total[r][i] *= fade;
-            for (int u = 0; u < AT_ONCE; ++u) {
-                float share = begin + u < columns ? __expf(score[u] - now) : 0.f;
-                sums[r] += share;
-                for (int i = 0; i < EACH; ++i) total[r][i] += share * (float)v[u].x[i];
-            }
-        }
-    }
-    __shared__ float highests[WARPS][REPEATS], weights[WARPS][REPEATS], totals[WARPS][REPEATS][D];
-    for (int r = 0; r < REPEATS; ++r) {
-        if (lane == 0) { highests[warp][r] = highest[r]; weights[warp][r] = sums[r]; }
-        for (int i = 0; i < EACH; ++i) totals[warp][r][lane * EACH + i] = total[r][i];
-    }
-    __syncthreads();
-    for (int x = threadIdx.x; x < REPEATS * D; x += THREADS) {
-        int r = x / D, d = x % D;
-        float top = -1e30f, all = 0.f, sum = 0.f;
-        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, highests[w][r]);
-        for (int w = 0; w < WARPS; ++w) {
-            float fade = __expf(highests[w][r] - top);
-            all += weights[w][r] * fade;
-            sum += totals[w][r][d] * fade;
-        }
-        out[(((size_t)row * HK + head) * REPEATS + r) * D + d] = (T)(sum / all);
-    }
-"""
-
 
 class CudaAttention:
     """See `grpo.generation.attention.Attention`."""
 
     overlaps = True
 
+    def __init__(self) -> None:
+        self._counters: dict[int, mx.array] = {}
+        self._placed: tuple[Where, tuple[int, int], tuple[mx.array, mx.array]] | None = None
+
     def attend(
         self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View | Where
     ) -> mx.array:
-        rows, query_heads, _, width = queries.shape
-        heads = keys.shape[1]
-        inputs = {
-            "queries": queries,
-            "keys": keys,
-            "values": values,
-            **_inputs(layer, view.where),
-            "scale": scalar(scale),
-        }
-        template = [("T", queries.dtype), ("D", width), ("HK", heads), ("REPEATS", query_heads // heads)]
-        out = _run("grpo_attend", BEGIN + PREPARED + ATTEND, inputs, template, rows * heads, queries.dtype)
-        return out.reshape(queries.shape)
+        rows, query_heads, wide, width = queries.shape
+        inputs = {"queries": queries, "keys": keys, "values": values}
+        out = self._run(
+            "grpo_attend",
+            constant("SCALE", scale),
+            PREPARED,
+            inputs,
+            [],
+            layer,
+            view,
+            (rows, wide, query_heads, keys.shape[1], width),
+        )
+        return out.reshape(rows, wide, query_heads, width).swapaxes(1, 2)
 
     def attend_joined(self, layer: Layer, qkv: mx.array, block: Block, blocks: Blocks, view: View | Where) -> mx.array:
-        norm, heads = block.qk_norm, blocks.heads
+        return self.attend_half(layer, Half(qkv, qkv, 0, qkv, (0, 0, 0), None), block, blocks, view)
+
+    def attend_half(self, layer: Layer, qkv: Half, block: Block, blocks: Blocks, view: View | Where) -> mx.array:
+        """Attention from a block's product to which its adapters are applied by half: `[S · W, HQ · D]`."""
+        norm, rows = block.qk_norm, view.where.place_of.shape[0]
         inputs = {
-            "qkv": qkv,
+            **half_inputs(qkv),
             "weight": norm.weight if norm else blocks.norm.weight,
-            "eps": scalar(norm.eps if norm else 0.0),
             "frequencies": blocks.frequencies,
-            **_inputs(layer, view.where),
-            "scale": scalar(blocks.scale),
         }
-        template = [
-            ("T", qkv.dtype), ("D", blocks.width), ("HK", heads), ("REPEATS", blocks.query_heads // heads),
-            ("NORM", norm is not None), ("TRADITIONAL", blocks.traditional),
-        ]  # fmt: skip
-        return _run("grpo_attend_joined", BEGIN + JOINED + ATTEND, inputs, template, qkv.shape[0] * heads, qkv.dtype)
+        constants = constant("SCALE", blocks.scale) + constant("EPS", norm.eps if norm else 0.0)
+        ranks = zip(("RQ", "RK", "RV"), qkv.ranks, strict=True)
+        template = [*half_template(qkv), *ranks, ("NORM", norm is not None), ("TRADITIONAL", blocks.traditional)]
+        sizes = rows, qkv.base.shape[0] // rows, blocks.query_heads, blocks.heads, blocks.width
+        return self._run("grpo_attend_joined", constants, JOINED, inputs, template, layer, view, sizes)
+
+    def _run(
+        self,
+        name: str,
+        constants: str,
+        prepare: str,
+        inputs: dict[str, mx.array],
+        template: list[tuple[str, Any]],
+        layer: Layer,
+        view: View | Where,
+        sizes: tuple[int, int, int, int, int],
+    ) -> mx.array:
+        """`sizes` are rows, positions of each, heads of queries and of keys, and their width."""
+        rows, wide, query_heads, heads, width = sizes
+        dtype, repeats = layer.keys.dtype, query_heads // heads
+        tensor = dtype != mx.float32 and width % 64 == 0
+        positions = min(wide, max(1, (MOST_QUERIES if width <= 128 else MOST_QUERIES // 2) // repeats)) if tensor else 1
+        together = max(1, MOST_TOGETHER // (positions * repeats)) if tensor and positions == wide else 1
+        placed, tiles = self._rows(view.where, layer, wide, together)
+        groups = (len(tiles) if together > 1 else rows) * heads * -(-wide // positions)
+        full = -(-rows // together) * heads * -(-wide // positions)  # groups, if all tiles are full
+        splits = min(MOST_SPLITS, max(1, BLOCKS // full)) if tensor else 1
+        warps = WARPS if tensor else PLAIN_WARPS
+        names = ("prefix_keys", "prefix_values", "own_keys", "own_values")
+        buffers = dict(zip(names, layer.arrays(), strict=True))
+        inputs = {**inputs, **buffers, "rows": placed, "tiles": tiles}
+        outputs, shapes, dtypes = ["out"], [(rows * wide, query_heads * width)], [dtype]
+        if splits > 1:
+            inputs["arrived"] = self._counter(groups)
+            outputs += ["parts", "marks"]
+            shapes += [(groups * splits, together * repeats * positions * width)]
+            shapes += [(groups * splits, together * repeats * positions * 2)]
+            dtypes += [mx.float32, mx.float32]
+        body = TENSOR_BEGIN + prepare + TENSOR if tensor else PLAIN_BEGIN + prepare + PLAIN
+        source = constants + BEGIN + body
+        if tensor:
+            source += TOGETHER if splits > 1 else ALONE
+        out: mx.array = kernel(name, tuple(inputs), tuple(outputs), source, HEADER if tensor else "")(
+            inputs=list(inputs.values()),
+            template=[
+                *template, ("T", dtype), ("D", width), ("HK", heads), ("REPEATS", repeats), ("WIDE", wide),
+                ("POSITIONS", positions), ("TOGETHER", together), ("SPLITS", splits), ("WARPS", warps),
+            ],
+            grid=(groups * splits * warps * 32, 1, 1),
+            threadgroup=(warps * 32, 1, 1),
+            output_shapes=shapes,
+            output_dtypes=dtypes,
+        )[0]  # fmt: skip
+        return out
+
+    def _rows(self, where: Where, layer: Layer, wide: int, together: int) -> tuple[mx.array, mx.array]:
+        """Where all rows are at one step, `[S, 4]` int32, and tiles of rows of one prompt, `[n, together]`.
+
+        They are made once for all layers.
+        """
+        if self._placed is None or self._placed[0] is not where or self._placed[1] != (wide, together):
+            inputs = {**where._asdict(), "own_keys": layer.keys}
+            rows, places = where.place_of.shape[0], where.lengths.shape[0]
+            tiles = rows // together + min(rows, places)  # a tile may be filled in part for each prompt
+            made = kernel("grpo_rows", tuple(inputs), ("rows", "tiles"), ROWS)(
+                inputs=list(inputs.values()),
+                template=[
+                    ("WIDE", wide), ("TOGETHER", together), ("TILES", tiles), ("SLOTS", rows), ("PLACES", places),
+                ],
+                grid=(256, 1, 1),
+                threadgroup=(256, 1, 1),
+                output_shapes=[(rows, 4), (tiles, together)],
+                output_dtypes=[mx.int32, mx.int32],
+            )  # fmt: skip
+            self._placed = where, (wide, together), (made[0], made[1])
+        return self._placed[2]
+
+    def _counter(self, groups: int) -> mx.array:
+        """A zero for each group of blocks that share columns, which they leave at zero."""
+        if groups not in self._counters:
+            self._counters[groups] = mx.zeros(groups, mx.int32)
+            mx.eval(self._counters[groups])
+        return self._counters[groups]
 
 
-def _inputs(layer: Layer, where: Where) -> dict[str, mx.array]:
-    names = ("prefix_keys", "prefix_values", "ring_keys", "ring_values")
-    buffers = dict(zip(names, layer.arrays(), strict=True))
-    return {**buffers, **where._asdict()}
+def half_inputs(half: Half) -> dict[str, mx.array]:
+    """What kernels that apply B read."""
+    bias = half.b if half.bias is None else half.bias
+    return {"product": half.base, "low": half.low, "b": half.b, "bias": bias}
 
 
-def _run(
-    name: str, source: str, inputs: dict[str, mx.array], template: list[tuple[str, Any]], blocks: int, dtype: mx.Dtype
-) -> mx.array:
-    """One block for each row and head of keys; out comes `[S, HQ · D]`."""
-    sizes = dict(template)
-    out: mx.array
-    (out,) = kernel(name, tuple(inputs), ("out",), source)(
-        inputs=list(inputs.values()),
-        template=[*template, ("WARPS", WARPS)],
-        grid=(blocks * WARPS * 32, 1, 1),
-        threadgroup=(WARPS * 32, 1, 1),
-        output_shapes=[(blocks // sizes["HK"], sizes["HK"] * sizes["REPEATS"] * sizes["D"])],
-        output_dtypes=[dtype],
-    )
-    return out
+def half_template(half: Half) -> list[tuple[str, Any]]:
+    return [("LOW", half.first), ("BIAS", half.bias is not None)]
 
 
 def serves(shapes: Sequence[CacheShape], query_heads: int) -> bool:
@@ -224,4 +195,4 @@ def serves(shapes: Sequence[CacheShape], query_heads: int) -> bool:
 
 def _shared_bytes(repeats: int, width: int) -> int:
     """What `query`, `key`, `totals`, `highests` and `weights` take."""
-    return 4 * (repeats * width + width + WARPS * repeats * width + 2 * WARPS * repeats)
+    return 4 * (repeats * width + width + PLAIN_WARPS * repeats * width + 2 * PLAIN_WARPS * repeats)

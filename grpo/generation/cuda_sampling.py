@@ -1,6 +1,7 @@
-"""Sampling in two CUDA kernels, which read the logits where they are: no fp32 copy of `[S, V]` is ever made.
+"""Sampling in CUDA kernels, which read the logits where they are: no fp32 copy of `[S, V]` is ever made.
 
-The first finds the threshold of the filters, the second draws by the Gumbel trick and says with what probability.
+One finds the threshold of the filters. One draws by the Gumbel trick from parts of the vocabulary, and one compares the
+parts' draws and says with what probability the token was drawn.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ import mlx.core as mx
 from grpo.backend.cuda import kernel, scalar
 
 THREADS = 512
+BLOCKS = 528
+"""Blocks that fill a device. Where there are fewer rows, several blocks share a row's vocabulary."""
+MOST_PARTS, LEAST_TOKENS = 16, 4096
+"""Of a row's vocabulary: parts at most, and tokens in each at least."""
 
 COMMON = """
     constexpr int AT_ONCE = 4, WARPS = THREADS / 32;
     __shared__ float shared[WARPS];
-    int row = blockIdx.x, size = logits_shape[1], warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int row = blockIdx.x / PARTS, size = logits_shape[1], warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int part = blockIdx.x % PARTS, share = (size / PARTS + 4) / 4 * 4;
+    int start = min(size, part * share), stop = min(size, start + share);
     const T* from = logits + (size_t)row * size;
     auto plain = [&](int at) { return UNIT ? (float)from[at] : (float)from[at] / temperature[0]; };
     auto shaped = [&](int at) {
@@ -40,11 +47,11 @@ COMMON = """
     auto smaller = [](float a, float b) { return fminf(a, b); };
     auto sum = [](float a, float b) { return a + b; };
     auto each = [&](auto value, auto visit) {
-        for (int begin = threadIdx.x; begin < size; begin += THREADS * AT_ONCE) {
+        for (int begin = start + threadIdx.x; begin < stop; begin += THREADS * AT_ONCE) {
             float now[AT_ONCE];
             for (int u = 0; u < AT_ONCE; ++u) {
                 int at = begin + u * THREADS;
-                now[u] = at < size ? value(at) : -INFINITY;
+                now[u] = at < stop ? value(at) : -INFINITY;
             }
             for (int u = 0; u < AT_ONCE; ++u) visit(now[u], begin + u * THREADS);
         }
@@ -140,21 +147,25 @@ DRAW = (
         each(plain, [&](float x, int) { plain_top = fmaxf(plain_top, x); });
         plain_top = reduced(plain_top, larger, -INFINITY);
     }
-    for (int place = threadIdx.x; place * 4 < size; place += THREADS) {
+    // A part without a token that may be drawn has no top, and draws nothing.
+    float shaped_top = top > -INFINITY ? top : 0.f, whole_top = plain_top > -INFINITY ? plain_top : 0.f;
+    for (int place = start / 4 + threadIdx.x; place * 4 < stop; place += THREADS) {
         unsigned random[4];
         philox(place, random);
         for (int u = 0; u < 4; ++u) {
             int at = place * 4 + u;
-            if (at >= size) break;
+            if (at >= stop) break;
             float x = shaped(at);
             if (LOGPROBS) {
-                all += __expf((PENALISED || EARLY ? plain(at) : x) - plain_top);
-                if ((FILTERED || PENALISED || EARLY) && x >= cut) kept += __expf(x - top);
+                all += __expf((PENALISED || EARLY ? plain(at) : x) - whole_top);
+                if ((FILTERED || PENALISED || EARLY) && x >= cut) kept += __expf(x - shaped_top);
             }
+            // A Gumbel number is -log(-log(1 - u)), and -log(1 - u) >= u: most tokens lose without a logarithm.
+            float uniform = ((float)random[u] + 0.5f) * 0x1p-32f;
+            if (x < cut || x == -INFINITY || uniform > 1.001f * __expf(x - best)) continue;
             // -log(1 - u) keeps its precision where it counts: small exponentials, which are large Gumbels.
-            float exponential = -log1pf(-((float)random[u] + 0.5f) * 0x1p-32f);
-            float gumbel = x - logf(exponential);
-            if (x >= cut && x > -INFINITY && gumbel > best) { best = gumbel; winner = at; }
+            float gumbel = x - logf(-log1pf(-uniform));
+            if (gumbel > best) { best = gumbel; winner = at; }
         }
     }
     __shared__ float bests[WARPS];
@@ -170,13 +181,33 @@ DRAW = (
     if (threadIdx.x) return;
     for (int w = 1; w < WARPS; ++w)
         if (bests[w] > best || (bests[w] == best && winners[w] < winner)) { best = bests[w]; winner = winners[w]; }
-    tokens[row] = winner;
-    if (LOGPROBS) {
-        logprobs[row] = plain(winner) - plain_top - logf(all);
-        sampler_logprobs[row] = shaped(winner) - top - logf(kept);
-    }
+    float* mine = parts + (size_t)blockIdx.x * 8;
+    mine[0] = best; mine[1] = plain_top; mine[2] = all; mine[3] = shaped_top; mine[4] = kept;
+    if (best > -INFINITY) { mine[5] = plain(winner); mine[6] = shaped(winner); }
+    winners_of[blockIdx.x] = winner;
 """
 )
+
+COMPARE = """
+    // A thread for each row: the best of its parts' draws, and what all parts weigh.
+    int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= winners_of_shape[0] / PARTS) return;
+    const float* of = parts + (size_t)row * PARTS * 8;
+    int first = 0;
+    float plain_top = -INFINITY, top = -INFINITY, all = 0.f, kept = 0.f;
+    for (int p = 0; p < PARTS; ++p) {
+        if (of[8 * p] > of[8 * first]) first = p;
+        plain_top = fmaxf(plain_top, of[8 * p + 1]);
+        if (of[8 * p] > -INFINITY) top = fmaxf(top, of[8 * p + 3]);
+    }
+    for (int p = 0; p < PARTS; ++p) {
+        if (of[8 * p + 1] > -INFINITY) all += of[8 * p + 2] * __expf(of[8 * p + 1] - plain_top);
+        if (of[8 * p] > -INFINITY) kept += of[8 * p + 4] * __expf(of[8 * p + 3] - top);
+    }
+    tokens[row] = winners_of[row * PARTS + first];
+    logprobs[row] = of[8 * first + 5] - plain_top - logf(all);
+    sampler_logprobs[row] = of[8 * first + 6] - top - logf(kept);
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +249,7 @@ def threshold(logits: Logits, top_k: int, top_p: float, min_p: float) -> mx.arra
     lowest: mx.array
     (lowest,) = kernel("grpo_threshold", tuple(inputs), ("out",), THRESHOLD)(
         inputs=list(inputs.values()),
-        template=[*logits.template(), ("K", top_k), ("P", top_p < 1)],
+        template=[*logits.template(), ("PARTS", 1), ("K", top_k), ("P", top_p < 1)],
         grid=(rows * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
         output_shapes=[(rows, 1)],
@@ -235,13 +266,23 @@ def draw(
     With `logprobs` also theirs at the temperature and under the distribution drawn from, `[S]` fp32 both; without,
     those two are not computed and mean nothing.
     """
-    rows = logits.values.shape[0]
+    rows, size = logits.values.shape
+    parts = max(1, min(MOST_PARTS, BLOCKS // rows, size // LEAST_TOKENS))
     inputs = {**logits.inputs(), "keys": keys, "lowest": scalar(0.0) if lowest is None else lowest}
-    tokens, theirs, sampled = kernel("grpo_draw", tuple(inputs), ("tokens", "logprobs", "sampler_logprobs"), DRAW)(
+    drawn = kernel("grpo_draw", tuple(inputs), ("parts", "winners_of"), DRAW)(
         inputs=list(inputs.values()),
-        template=[*logits.template(), ("FILTERED", lowest is not None), ("LOGPROBS", logprobs)],
-        grid=(rows * THREADS, 1, 1),
+        template=[*logits.template(), ("PARTS", parts), ("FILTERED", lowest is not None), ("LOGPROBS", logprobs)],
+        grid=(rows * parts * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
+        output_shapes=[(rows * parts, 8), (rows * parts,)],
+        output_dtypes=[mx.float32, mx.int32],
+    )
+    outputs = ("tokens", "logprobs", "sampler_logprobs")
+    tokens, theirs, sampled = kernel("grpo_compare_draws", ("parts", "winners_of"), outputs, COMPARE)(
+        inputs=drawn,
+        template=[("PARTS", parts)],
+        grid=(-(-rows // 32) * 32, 1, 1),
+        threadgroup=(32, 1, 1),
         output_shapes=[(rows,), (rows,), (rows,)],
         output_dtypes=[mx.uint32, mx.float32, mx.float32],
     )

@@ -14,10 +14,13 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.cuda import available
 from grpo.backend.maths import silu
 from grpo.generation.attention import Attention
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import Layer
+from grpo.generation.cuda_attention import CudaAttention
+from grpo.generation.cuda_layers import add_and_norm, gated
 from grpo.generation.products import fewest_rows, padded
 from grpo.generation.slots import View, Where
 
@@ -43,16 +46,16 @@ class BlockDecoder:
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
+        self._halved = available() and blocks.halve()
         self._compiled: Callable[..., mx.array] | None = None
 
     def refresh(self) -> None:
-        if self.blocks.refresh():
-            self._compiled = None  # a trace keeps the weights that it was made with, but for the adapters
+        if self.blocks.refresh() and not self.blocks.train:
+            self._compiled = None  # a trace keeps the weights that it was made with, unless they train
 
     def forget(self) -> None:
         if self.blocks.train:
             self.blocks.forget()
-            self._compiled = None
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
         if not attention.overlaps:
@@ -66,16 +69,36 @@ class BlockDecoder:
         def logits(tokens: mx.array, buffers: list[list[mx.array]], where: Where) -> mx.array:
             return self._logits(tokens, [Layer(*arrays) for arrays in buffers], attention, where)
 
-        traced: Callable[..., mx.array] = mx.compile(logits, inputs=[p.lora for p in self.blocks.products])
+        # A trace keeps the arrays that it was made with, but for its inputs.
+        blocks = self.blocks
+        inputs = blocks.arrays if blocks.train else [product.lora for product in blocks.products]
+        traced: Callable[..., mx.array] = mx.compile(logits, inputs=inputs)
         return traced
 
     def _logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View | Where) -> mx.array:
         blocks, rows = self.blocks, tokens.size
         # All layers but attention see rows of tokens, whichever slots they are from.
         hidden = blocks.embed(padded(tokens.flatten(), fewest_rows(), 0))
+        if self._halved and isinstance(attention, CudaAttention):
+            hidden = self._through_kernels(hidden, layers, attention, view)
+            return blocks.head(hidden)[:rows].reshape(*tokens.shape, -1)
         for block, layer in zip(blocks.layers, layers, strict=True):
             hidden = self._layer(block, hidden, layer, attention, view)
         return blocks.head(blocks.norm(hidden))[:rows].reshape(*tokens.shape, -1)
+
+    def _through_kernels(
+        self, hidden: mx.array, layers: Sequence[Layer], attention: CudaAttention, view: View | Where
+    ) -> mx.array:
+        """All layers and the last norm, in eight kernels a layer: `[S · W, H]`."""
+        blocks = self.blocks
+        norms = [*(block.before_attention for block in blocks.layers[1:]), blocks.norm]
+        normed = blocks.layers[0].before_attention(hidden)
+        for block, layer, norm in zip(blocks.layers, layers, norms, strict=True):
+            attended = attention.attend_half(layer, block.qkv.half(normed), block, blocks, view)
+            hidden, normed = add_and_norm(hidden, block.out.half(attended), block.before_mlp)
+            inner = gated(block.gate_up.half(normed), block.gate_up.outs[0])
+            hidden, normed = add_and_norm(hidden, block.down.half(inner), norm)
+        return normed
 
     def _layer(
         self, block: Block, hidden: mx.array, layer: Layer, attention: Attention, view: View | Where

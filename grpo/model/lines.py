@@ -14,18 +14,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from grpo.backend.blame import cause, is_ours
+from grpo.backend.device import apart
 from grpo.model.head import Body
 from grpo.model.promptcaches import Kind, PromptKeys
 from grpo.model.sharing import hidden_at, whole_sequences
 
-Ids = Sequence[int]
+_Ids = Sequence[int]
 
 
 class Unpacked(ValueError):
@@ -49,18 +50,18 @@ class Lines(NamedTuple):
     rows: mx.array
 
 
-def room(prompt: Ids, completion: Ids) -> int:
+def room(prompt: _Ids, completion: _Ids) -> int:
     """The places that a completion takes in a line of its own."""
     return len(prompt) - 1 + len(completion)
 
 
-def in_lines(rows: Sequence[tuple[Ids, Ids]], width: int) -> list[list[int]]:
+def in_lines(rows: Sequence[tuple[_Ids, _Ids]], width: int) -> list[list[int]]:
     """Prompts with completions, in their order, as lines of `width` places: which rows each line holds.
 
     A new line begins where a row does not fit any more. Each row must fit in a line of its own.
     """
     lines: list[list[int]] = []
-    free, held = -1, set[Ids]()
+    free, held = -1, set[_Ids]()
     for number, (prompt, completion) in enumerate(rows):
         needed = len(completion) if prompt in held else room(prompt, completion)
         if needed > free:
@@ -72,12 +73,12 @@ def in_lines(rows: Sequence[tuple[Ids, Ids]], width: int) -> list[list[int]]:
     return lines
 
 
-def laid_out(rows: Sequence[tuple[Ids, Ids]], count: int, width: int) -> tuple[mx.array, list[int]]:
+def laid_out(rows: Sequence[tuple[_Ids, _Ids]], count: int, width: int) -> tuple[mx.array, list[int]]:
     """The rows of `in_lines` as arrays of `count` lines: those of `Lines` in one, `[5, R, W]` int32, and for each row
     the first of its places, counted over all lines."""
     made, starts = np.zeros((5, count, width), np.int32), []
     for line, numbers in enumerate(in_lines(rows, width)):
-        end, held = 0, dict[Ids, int]()
+        end, held = 0, dict[_Ids, int]()
         for number in numbers:
             prompt, completion = rows[number]
             before, length = len(prompt) - 1, len(completion)
@@ -96,10 +97,32 @@ def laid_out(rows: Sequence[tuple[Ids, Ids]], count: int, width: int) -> tuple[m
     return mx.array(made), starts
 
 
-def at_rows(values: mx.array, starts: mx.array, length: int) -> mx.array:
-    """Values of places, `[R, W]`, as rows of completions: `[B, length]`. Behind a row's end they mean nothing."""
-    places = mx.minimum(starts[:, None] + mx.arange(length)[None], values.size - 1)
-    return values.reshape(-1)[places]
+def at_rows(values: mx.array, starts: mx.array, length: int, rows: mx.array) -> mx.array:
+    """Float32 values of places, `[R, W]`, as rows of completions: `[B, length]`. Behind a row's end they mean nothing.
+
+    `rows` `[R, W]` says whose place each is, as in `Lines`. So the gradient is looked up as well, by the same kernel
+    for integers: a CUDA machine takes seconds to build another, and to build what scatters.
+    """
+
+    @mx.custom_function
+    def taken(values: mx.array) -> mx.array:
+        places = mx.add(*apart(starts[:, None], mx.arange(length)[None]))
+        return _looked_up(values, mx.minimum(*apart(places, mx.array(values.size - 1))))
+
+    @taken.vjp
+    def given_back(values: mx.array, slopes: mx.array, _: mx.array) -> mx.array:
+        nobody, owners = mx.array([slopes.size]), rows.reshape(-1)
+        begins = mx.concatenate([nobody, mx.arange(0, slopes.size, length)])[owners]  # of the place's row in slopes
+        first = mx.concatenate([mx.array([0]), starts])[owners]
+        (within,) = apart(mx.arange(values.size) - first)
+        padded = mx.concatenate([slopes.reshape(-1), mx.zeros(1)])
+        return _looked_up(padded, mx.minimum(*apart(begins + within, nobody))).reshape(values.shape)
+
+    return cast(mx.array, taken(values))
+
+
+def _looked_up(values: mx.array, places: mx.array) -> mx.array:
+    return values.reshape(-1).view(mx.int32)[places].view(mx.float32)
 
 
 class LineKeys:

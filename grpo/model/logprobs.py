@@ -38,6 +38,12 @@ def logprobs_and_entropies(scaled_logits: mx.array, tokens: mx.array) -> Pair:
     return chosen(scaled_logits, tokens) - total, total - (probabilities * scaled_logits).sum(axis=-1)
 
 
+def with_entropies(scaled_logits: mx.array, tokens: mx.array, gradient: bool) -> Pair:
+    """The same; the entropies carry a gradient only if `gradient`."""
+    logprobs, entropy = logprobs_and_entropies(scaled_logits, tokens)
+    return logprobs, entropy if gradient else mx.stop_gradient(entropy)
+
+
 def chunk_tokens(vocabulary: int) -> int:
     """How many tokens to project at once, so that their logits fill no more than `LOGITS`."""
     return max(16, LOGITS // vocabulary // 16 * 16)
@@ -74,10 +80,7 @@ def chunked_logprobs(
         finally:
             module.update(tree_unflatten(parameters))
         own = flat_tokens[start : start + chunk]
-        if not entropies:
-            return (token_logprobs(logits, own),)
-        logprobs, entropy = logprobs_and_entropies(logits, own)
-        return logprobs, entropy if entropy_gradient else mx.stop_gradient(entropy)
+        return with_entropies(logits, own, entropy_gradient) if entropies else (token_logprobs(logits, own),)
 
     # A function with a backward pass of its own, because MLX would compute independent chunks side by side: here each
     # waits for the one before it.

@@ -12,7 +12,7 @@ from grpo.model.adapters import Adapters, dtype_of
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import Body, Head, Unsplit, split_head
 from grpo.model.lines import Lines, Unpacked, at_rows, check_lines, line_hidden
-from grpo.model.logprobs import chunk_tokens, chunked_logprobs, logprobs_and_entropies, scaled
+from grpo.model.logprobs import chunk_tokens, chunked_logprobs, scaled, token_logprobs, with_entropies
 from grpo.model.promptcaches import Kind
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
 
@@ -108,9 +108,10 @@ class Policy:
         hidden = self._hidden(tokens, prompt_lengths, completion_ids)
         if self.split is not None:
             return self._projected(hidden, completion_ids, entropy_gradient, entropies)
-        logprobs, entropy = logprobs_and_entropies(scaled(hidden, self.temperature), completion_ids)
-        entropy = entropy if entropy_gradient else mx.stop_gradient(entropy)
-        return (logprobs, entropy) if entropies else (logprobs,)
+        logits = scaled(hidden, self.temperature)
+        if not entropies:
+            return (token_logprobs(logits, completion_ids),)
+        return with_entropies(logits, completion_ids, entropy_gradient)
 
     def group_logprobs(
         self,
@@ -138,7 +139,7 @@ class Policy:
         out, `starts` `[B]` the place of each row's first token. Returns `[B, length]`."""
         laid = Lines(*lines)
         found = self._projected(self.line_hidden(laid), laid.targets, entropy_gradient, entropies)
-        return tuple(at_rows(values, starts, length) for values in found)
+        return tuple(at_rows(values, starts, length, laid.rows) for values in found)
 
     def line_hidden(self, lines: Lines) -> mx.array:
         """The hidden states of all places of the lines, `[R, W, D]`."""

@@ -22,6 +22,7 @@ from grpo.model.widehead import bytes_at_work
 from grpo.planning.footprint import Footprint, measure_body, measure_footprint
 from grpo.planning.workload import Workload
 from grpo.recipes import with_settings
+from grpo.training.lanes import update_lanes
 from grpo.training.optimizer import Float32Optimizer, bytes_of_a_group
 from grpo.training.packing import Shape
 
@@ -32,6 +33,8 @@ fill them; a CPU is with a quarter of them, and with 4,096 at most."""
 FREE = 0.9
 """Of the memory, what may be planned with."""
 MOST_ACTIVATIONS, MOST_ON_CUDA = 3 * 2**30, 12 * 2**30
+ENOUGH_ON_CPU = 2**29
+"""Bytes of activations beyond which a CPU gains nothing: what it computes at once leaves its caches all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,7 @@ def plan_on(
         slots = slots_beside_waiting(decoding, need, load.rollout.max_concurrency, available)
     except TooLargeError as error:
         too_large = error
-    chosen = _chosen(machine, load, footprint, body)
+    chosen = _chosen(machine, load, footprint, body, partial(update_lanes, model))
     decoded, waiting = need.bytes(decoding, slots), need.waiting(decoding)
     room = max(0, available - decoded)
     plan = Plan(
@@ -252,12 +255,14 @@ def _chosen(
     load: Workload,
     footprint: Callable[[bool], Footprint],
     body: Callable[[bool, Shape], float] | None,
+    lanes: Callable[[int, int], int],
 ) -> _Chosen:
     """What the recipe says, or for `auto` what fits and pays.
 
     A micro-batch takes an eighth of the memory, up to `MOST_ACTIVATIONS` (`MOST_ON_CUDA`): beyond that a larger one
     with its layers checkpointed is faster. Layers are checkpointed where that leaves too few tokens to keep the machine
-    busy, or not even the longest row. CUDA waits for launches, so there the largest micro-batch comes first.
+    busy, or not even the longest row. CUDA waits for launches, so there the largest micro-batch comes first. A CPU is
+    as fast with small ones: it takes the largest below `ENOUGH_ON_CPU`. As many as it has `lanes` are there at once.
     """
     comfortable = min(machine.memory // 8, MOST_ON_CUDA if machine.cuda else MOST_ACTIVATIONS)
     few = FEW_TOKENS // ((1 + load.packs) if machine.gpu else 4)
@@ -269,7 +274,8 @@ def _chosen(
     best: _Chosen | None = None
     for checkpointing, size in order:
         largest = load.largest(size, machine.gpu, machine.cuda)
-        needed = max(footprint_of(checkpointing).bytes(shape) for shape in largest)
+        at_once = 1 if machine.gpu else lanes(largest[0].tokens, -(-load.rows // largest[0].rows))
+        needed = at_once * max(footprint_of(checkpointing).bytes(shape) for shape in largest)
         if body is not None and needed <= comfortable:
             tried = ((shape, body(checkpointing, shape)) for shape in largest)
             needed = max(footprint_of(checkpointing).bytes(shape, found) for shape, found in tried)
@@ -281,7 +287,8 @@ def _chosen(
             or size >= few
             or largest[0].tokens == load.largest(2 * size, machine.gpu, machine.cuda)[0].tokens
         )
-        if needed <= comfortable and enough:
+        smaller_will_do = not machine.gpu and needed > ENOUGH_ON_CPU and size > few and size != sizes[-1]
+        if needed <= comfortable and enough and not smaller_will_do:
             return best
     assert best is not None
     return best

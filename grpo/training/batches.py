@@ -9,11 +9,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from grpo.backend.lanes import side_by_side
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig
 from grpo.model.lines import laid_out
 from grpo.model.policy import Policy
 from grpo.objective import token_weights
+from grpo.training.lanes import tokens_of, update_lanes
 from grpo.training.packing import Packing, Sample, Shape, pack
 from grpo.types import SAMPLER, Batch, Group, Rollout, Totals, Trajectory, Value
 
@@ -172,16 +174,36 @@ def forced(policy: Policy, batch: Batch) -> mx.array:
 
     No entropies are computed, which takes the head a softmax less.
     """
-    (logprobs,) = batch_logprobs(policy, batch, entropies=False)
-    mx.eval(logprobs)
-    return logprobs
+    return forced_each(policy, [batch])[0]
+
+
+def forced_each(policy: Policy, batches: Sequence[Batch], ranks: Ranks | None = None) -> list[mx.array]:
+    """The same of each batch, side by side on a CPU."""
+    return [logprobs for (logprobs,) in _forced(policy, batches, False, ranks)]
 
 
 def forced_with_entropies(policy: Policy, batch: Batch) -> tuple[mx.array, mx.array]:
     """`batch_logprobs`, evaluated now."""
-    logprobs, entropies = batch_logprobs(policy, batch)
-    mx.eval(logprobs, entropies)
-    return logprobs, entropies
+    return forced_each_with_entropies(policy, [batch])[0]
+
+
+def forced_each_with_entropies(
+    policy: Policy, batches: Sequence[Batch], ranks: Ranks | None = None
+) -> list[tuple[mx.array, mx.array]]:
+    """The same of each batch, side by side on a CPU."""
+    return [(logprobs, entropies) for logprobs, entropies in _forced(policy, batches, True, ranks)]
+
+
+def _forced(
+    policy: Policy, batches: Sequence[Batch], entropies: bool, ranks: Ranks | None
+) -> Iterator[tuple[mx.array, ...]]:
+    def of(arrays: dict[str, mx.array]) -> tuple[mx.array, ...]:
+        return batch_logprobs(policy, Batch.of(arrays), entropies=entropies)
+
+    arrays = [batch.arrays() for batch in batches]
+    tokens = max(map(tokens_of, arrays), default=0)
+    number = update_lanes(policy.model, tokens, len(batches), ranks)
+    return side_by_side(of, arrays, number, policy.model.state)
 
 
 def batch_logprobs(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-Ids = tuple[int, ...]
+_Ids = tuple[int, ...]
 
 SHORTEST = 16
 """Lines have room for completions of so many tokens in the mean. It bounds how many rows a micro-batch has."""
 
 
-def filled(rows: Sequence[tuple[Ids, int]], width: int) -> list[list[int]]:
+def filled(rows: Sequence[tuple[_Ids, int]], width: int) -> list[list[int]]:
     """Rows, as prompts and completions' lengths, in lines of `width` places: positions in `rows`, line by line.
 
     Groups are taken from the largest to the smallest. Each goes to the line where it leaves the fewest places free, as
     many of its completions as there is room for, and what is left of it to the next. A line holds the prompt once.
     """
-    groups: dict[Ids, list[tuple[int, int]]] = {}
+    groups: dict[_Ids, list[tuple[int, int]]] = {}
     for number, (prompt, length) in enumerate(rows):
         groups.setdefault(prompt, []).append((length, number))
     lines: list[tuple[int, list[int]]] = []  # places that are free, and rows
@@ -37,7 +37,7 @@ def filled(rows: Sequence[tuple[Ids, int]], width: int) -> list[list[int]]:
     return [held for _, held in lines]
 
 
-def _places(prompt: Ids, members: Iterable[tuple[int, int]]) -> int:
+def _places(prompt: _Ids, members: Iterable[tuple[int, int]]) -> int:
     return len(prompt) - 1 + sum(length for length, _ in members)
 
 

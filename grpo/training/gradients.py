@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from grpo.backend.device import compiled
+from grpo.backend.lanes import side_by_side
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig
 from grpo.model.dropout import dropping
@@ -20,6 +22,7 @@ from grpo.objective.loss import CustomLoss
 from grpo.objective.measures import Metrics
 from grpo.training.batches import batch_logprobs
 from grpo.training.custom import guarded
+from grpo.training.lanes import tokens_of, update_lanes
 from grpo.training.optimizer import grouped
 from grpo.types import Batch, Progress
 
@@ -60,25 +63,19 @@ class Gradients:
 
         With a key (uint32 `[2]`) the adapter's dropout is on, and each batch has masks of its own.
         """
-        tree: Any = tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())
+        total: list[Any] = [tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())]
         parts: list[dict[str, float]] = []
         loss, seen = 0.0, []
         self._tell(0, len(batches))  # the first one may take long: a GPU builds its kernels
-        for number, batch in enumerate(batches):
-            # An input, or the compiled function would draw the same masks for ever.
-            key = None if dropout_key is None else mx.random.split(dropout_key, len(batches))[number]
-            with self.policy.training():
-                tree, logprobs, entropies = self._accumulate(tree, batch.arrays(), key)
-            value, metrics = self._measured(logprobs, batch, entropies)
-            mx.eval(tree, value, metrics, logprobs)  # one micro-batch's activations at a time
-            loss += cast(float, value.item())
-            parts.append({name: cast(float, metric.item()) for name, metric in metrics.items()})
-            seen.append(batch if batch.anchor is not None else replace(batch, anchor=logprobs))
-            self._tell(len(seen), len(batches))
+        with closing(self._added(total, batches, dropout_key)) as added:
+            for batch, (value, metrics, logprobs) in zip(batches, added, strict=True):
+                loss += cast(float, value.item())
+                parts.append({name: cast(float, metric.item()) for name, metric in metrics.items()})
+                seen.append(batch if batch.anchor is not None else replace(batch, anchor=logprobs))
+                self._tell(len(seen), len(batches))
         everyone = self.ranks.gather((loss, parts))
         every_part = [part for _, theirs in everyone for part in theirs]
-        arrays: dict[str, mx.array] = tree_flatten(tree, destination={})
-        del tree
+        arrays: dict[str, mx.array] = tree_flatten(total.pop(), destination={})
         for paths in grouped(arrays):  # a sum over processes is another array: for a few at a time
             arrays |= zip(paths, self.ranks.sum([arrays.pop(path) for path in paths]), strict=True)
         return Gradient(arrays, sum(one for one, _ in everyone), combine_metrics(every_part), seen)
@@ -86,6 +83,40 @@ class Gradients:
     def _tell(self, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress("update", done, total)
+
+    def _added(
+        self, total: list[Any], batches: Sequence[Batch], dropout_key: mx.array | None
+    ) -> Generator[tuple[mx.array, Metrics, mx.array], None, None]:
+        """Add each batch's gradient to the only tree in `total`, in order, and yield its loss, metrics and logprobs."""
+        # Keys are inputs, or the compiled function would draw the same masks for ever.
+        keys = [None] * len(batches) if dropout_key is None else mx.random.split(dropout_key, len(batches))
+        inputs = [(batch.arrays(), key) for batch, key in zip(batches, keys, strict=True)]
+        tokens = max((tokens_of(arrays) for arrays, _ in inputs), default=0)
+        number = update_lanes(self.policy.model, tokens, len(batches), self.ranks)
+        if number == 1:
+            for batch, (arrays, key) in zip(batches, inputs, strict=True):
+                with self.policy.training():
+                    tree, logprobs, entropies = self._accumulate(total.pop(), arrays, key)
+                total.append(tree)
+                del tree
+                mx.async_eval(total, logprobs, entropies)  # type: ignore[no-untyped-call]  # while Python builds the rest
+                loss, metrics = self._measured(logprobs, batch, entropies)
+                mx.eval(total, loss, metrics, logprobs)  # one micro-batch's activations at a time
+                yield loss, metrics, logprobs
+            return
+        made = side_by_side(self._of_one, inputs, number, self.policy.model.state)
+        for gradient, loss, metrics, logprobs in made:
+            total.append(tree_map(mx.add, total.pop(), gradient))  # in the same order, whichever lane was faster
+            del gradient
+            mx.eval(total)
+            yield loss, metrics, logprobs
+
+    def _of_one(self, given: tuple[dict[str, mx.array], mx.array | None]) -> tuple[Any, mx.array, Metrics, mx.array]:
+        """The gradient of a batch by its arrays, its loss, its metrics and its logprobs."""
+        batch, dropout_key = Batch.of(given[0]), given[1]
+        with self.policy.training():
+            (_, (logprobs, entropies)), gradient = self._loss_and_grad(batch, dropout_key)
+        return gradient, *self._measured(logprobs, batch, entropies), logprobs
 
     def _accumulated(
         self, tree: Any, arrays: dict[str, mx.array], dropout_key: mx.array | None

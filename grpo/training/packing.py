@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from grpo.backend import cuda
 from grpo.backend.device import on_gpu
-from grpo.config import OptimConfig, RolloutConfig
+from grpo.config import LossConfig, OptimConfig, RolloutConfig
 from grpo.model.lines import room
 from grpo.training.binning import SHORTEST, filled, most_lines, portions
 from grpo.types import Rollout, Task
@@ -27,6 +27,9 @@ than another shape costs."""
 KEYS = 8192
 """A token that attends to so many keys costs twice a token that attends to none: fitted to an H200 (0.6B shape), where
 an update spends 22 µs on a token, and attention with a mask 25 ms on 16,384 tokens of 16,384 keys in each layer."""
+SIDE_BY_SIDE = 2
+"""Micro-batches of an update on a CPU are a multiple of this, so that they can be computed side by side. It does not
+depend on the machine's cores, and so neither do the sums."""
 EACH = 1024
 """Tokens that a micro-batch costs beside its own, for launches and small products."""
 
@@ -61,6 +64,8 @@ class Packing:
 
     With `packs`, completions also stand behind one another in lines, where that costs less: as wide as the longest row
     needs, or up to `wide`. All `parts` processes get micro-batches of the same shapes.
+
+    On a CPU `parts` are what is computed side by side, `SIDE_BY_SIDE` in each process.
     """
 
     tokens: int
@@ -153,6 +158,14 @@ class Packing:
         return self.multiple * next(size for size in (power, power * 3 // 2, power * 2) if size >= units)
 
 
+def lanes_worth(loss: LossConfig) -> int:
+    """Into how many micro-batches at least a process's part of an update is cut.
+
+    One on a GPU, and where a loss is averaged over each micro-batch by itself, so that it depends on their number.
+    """
+    return 1 if on_gpu() or loss.preset.normalize == "micro_batch" else SIDE_BY_SIDE
+
+
 def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shape]]:
     """Micro-batches as positions in `rows`, with their shapes.
 
@@ -169,12 +182,21 @@ def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shap
     def by_length(row: Sample) -> tuple[object, ...]:
         return (-_length(row[1]), row[0].prompt_ids)
 
-    packed = [_in_order(rows, _ordered(rows, order), packing) for order in (by_group, by_length)]
+    packed = [_balanced(rows, _ordered(rows, order), packing) for order in (by_group, by_length)]
     if not packing.packs or not rows:
         return min(packed, key=lambda parts: sum(packing.through(shape) for _, shape in parts))
     longest_row = max(room(task.prompt_ids, rollout.trajectory.token_ids) for task, rollout in rows)
     packed += [_in_lines(rows, width, packing) for width in packing.widths(longest_row)]
     return min(packed, key=lambda parts: packing.cost([shape for _, shape in parts]))
+
+
+def _balanced(rows: Sequence[Sample], order: Sequence[int], packing: Packing) -> list[tuple[list[int], Shape]]:
+    """As few micro-batches as fit. Where there is no padding to few shapes, `packing.parts` get about as many rows."""
+    made = _in_order(rows, order, packing)
+    if packing.parts == 1 or packing.multiple > 1 or not rows:
+        return made
+    number = -(-len(made) // packing.parts) * packing.parts
+    return _in_order(rows, order, replace(packing, rows=min(packing.rows, -(-len(rows) // number))))
 
 
 def _in_lines(rows: Sequence[Sample], width: int, packing: Packing) -> list[tuple[list[int], Shape]]:

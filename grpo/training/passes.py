@@ -5,9 +5,9 @@ To add a pass, write a function `(policy, minibatches, settings) -> minibatches`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ from grpo.model.adapters import REFERENCE
 from grpo.model.policy import Policy
 from grpo.objective import weights_of_chosen
 from grpo.objective.masks import top_entropy_threshold
-from grpo.training.batches import MiniBatch, forced, forced_with_entropies
+from grpo.training.batches import MiniBatch, forced_each, forced_each_with_entropies
 from grpo.types import Batch
 
 
@@ -33,6 +33,7 @@ class PassSettings:
 
 
 _OF_TOKENS = frozenset(Batch.__slots__) - {"prompt_ids", "prompt_lengths", "prompt_index", "beta", "lines", "starts"}
+Found = TypeVar("Found")
 Condition = Callable[[PassSettings], bool]
 Enrich = Callable[[Policy, Sequence[MiniBatch], PassSettings], list[MiniBatch]]
 Pass = Callable[[Policy, Sequence[MiniBatch]], list[MiniBatch]]
@@ -75,7 +76,10 @@ def with_top_entropy(policy: Policy, minibatches: Sequence[MiniBatch], settings:
     sequence ratios and metrics still cover whole completions. Each process looks at its own share, and all agree on the
     lowest entropy that counts.
     """
-    entropies = [[forced_with_entropies(policy, batch)[1] for batch in batches] for batches in minibatches]
+    entropies = [
+        [entropies for _, entropies in forced_each_with_entropies(policy, batches, settings.ranks)]
+        for batches in minibatches
+    ]
     pairs = [pair for both in zip(minibatches, entropies, strict=True) for pair in zip(*both, strict=True)]
     mine = [np.array(found)[np.array(batch.trained) > 0] for batch, found in pairs]
     everyone = settings.ranks.gather(np.concatenate([np.zeros(0, np.float32), *mine]))
@@ -98,11 +102,13 @@ def shared(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSetti
 
 def with_reference(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
     """Add the column `reference`, unless the weight of the KL penalty is 0 at this step."""
-    del settings
     if not any(batch.beta is not None for batches in minibatches for batch in batches):
         return list(minibatches)
     with policy.use(REFERENCE):
-        return [[replace(batch, reference=forced(policy, batch)) for batch in batches] for batches in minibatches]
+        return [
+            [replace(b, reference=reference) for b, reference in _with(forced_each, policy, batches, settings)]
+            for batches in minibatches
+        ]
 
 
 def with_anchor(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
@@ -113,14 +119,25 @@ def with_anchor(policy: Policy, minibatches: Sequence[MiniBatch], settings: Pass
     from a pass without dropout.
     """
     if settings.dropout:
-        return [[_without_dropout(policy, batch) for batch in batches] for batches in minibatches]
-    others = [[replace(b, anchor=forced(policy, b)) for b in batches] for batches in minibatches[1:]]
+        return [
+            [
+                replace(b, anchor=logprobs, entropies=entropies)
+                for b, (logprobs, entropies) in _with(forced_each_with_entropies, policy, batches, settings)
+            ]
+            for batches in minibatches
+        ]
+    others = [
+        [replace(b, anchor=anchor) for b, anchor in _with(forced_each, policy, batches, settings)]
+        for batches in minibatches[1:]
+    ]
     return [*minibatches[:1], *others]
 
 
-def _without_dropout(policy: Policy, batch: Batch) -> Batch:
-    logprobs, entropies = forced_with_entropies(policy, batch)
-    return replace(batch, anchor=logprobs, entropies=entropies)
+def _with(
+    measure: Callable[[Policy, MiniBatch, Ranks], list[Found]], policy: Policy, batches: MiniBatch, to: PassSettings
+) -> Iterator[tuple[Batch, Found]]:
+    """Each batch with what was measured of it."""
+    return zip(batches, measure(policy, batches, to.ranks), strict=True)
 
 
 PASSES: list[tuple[Condition, Enrich]] = [

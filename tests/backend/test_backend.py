@@ -1,6 +1,7 @@
 """The machine: which BLAS serves, and random keys."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -103,3 +104,18 @@ def test_batches_on_cuda_are_limited_before_mlx_is_imported_unless_the_user_did(
     show = "import grpo, os, sys; assert 'mlx.core' not in sys.modules; print(os.environ['MLX_MAX_MB_PER_BUFFER'])"
     assert python(show) == device.BATCH_MEGABYTES
     assert python(show, MLX_MAX_MB_PER_BUFFER="7") == "7"
+
+
+@pytest.mark.skipif(not LINUX_CPU or platform.libc_ver()[0] != "glibc", reason="glibc keeps what MLX frees on a CPU")
+def test_memory_that_is_freed_serves_the_next_arrays() -> None:
+    """Counts page faults of six arrays at a time, each of 24 MB or 6,144 pages."""
+    code = (
+        "import grpo, resource, mlx.core as mx; from grpo.backend.device import setup; {setup}\n"
+        "def work():\n"
+        "    for _ in range(3): mx.eval([mx.zeros((3, 2**21)) + i for i in range(6)])\n"
+        "work(); before = resource.getrusage(0).ru_minflt; work()\n"
+        "print(resource.getrusage(0).ru_minflt - before)"
+    )
+    kept, given_back = int(python(code.format(setup="setup()"))), int(python(code.format(setup="")))
+    assert kept < 1000
+    assert given_back > 10_000

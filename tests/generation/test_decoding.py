@@ -9,12 +9,13 @@ from grpo.backend.random import derive_key
 from grpo.generation import choice
 from grpo.generation.attention import FusedRowAttention, StockAttention
 from grpo.generation.batchcaches import BatchCaches
-from grpo.generation.blocks import Unread, read
+from grpo.generation.blocks import read
 from grpo.generation.buffers import cache_shapes
 from grpo.generation.choice import find_decoding
 from grpo.generation.decoders import BlockDecoder, ModelDecoder
 from grpo.generation.decoding import SharedPrefix
 from grpo.generation.generator import Generator, Request
+from grpo.generation.joined import Unread
 from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.sampling import Sampling
 from grpo.generation.slots import Size

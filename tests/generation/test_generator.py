@@ -207,10 +207,10 @@ def test_between_calls_joined_weights_are_held_unless_they_train(toy, kind: str)
     generator = Generator(model, tokenizer, 2)
     products = generator.decoding.decoder.blocks.products
     generator.generate([Request([5, 6], 1)], Sampling(1.0, 3), KEY)
-    first = [product._joined.get("weight") for product in products]
+    first = [product.joined.get("weight") for product in products]
     assert all((weight is None) == (kind == "full") for weight in first)
     generator.generate([Request([5, 6], 1)], Sampling(1.0, 3), KEY)
-    assert all(product._joined.get("weight") is weight for product, weight in zip(products, first, strict=True))
+    assert all(product.joined.get("weight") is weight for product, weight in zip(products, first, strict=True))
 
 
 def test_the_policy_forward_is_the_same_after_its_weights_were_joined(toy) -> None:

@@ -26,8 +26,9 @@ from grpo.planning import plan as planning
 from grpo.planning.footprint import Footprint
 from grpo.planning.plan import make_plan
 from grpo.recipes import with_settings
+from grpo.training.batches import make_batches
 from grpo.training.optimizer import MOST_AT_WORK
-from grpo.training.packing import Shape
+from grpo.training.packing import Packing, Shape, pack
 from grpo.types import Group
 
 PROMPT, LENGTH = 96, 160
@@ -84,6 +85,28 @@ def test_the_plan_is_near_the_measured_peak(kind: str, adapter: str, optim: dict
     policy, cfg, plan = planned(kind, adapter, **optim)
     peak = peak_of_an_update(policy, cfg, optim.get("lengths", (PROMPT,))[0])
     assert plan.phases["update"] == pytest.approx(peak, rel=0.25)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_lines_take_is_near_the_measured_peak(checkpointing: bool) -> None:
+    """Completions of four lengths behind one another, two lines at once; nothing but the shape is known before."""
+    policy, cfg, _ = planned(gradient_checkpointing=checkpointing)
+    made = [row(PROMPT, length, number) for number in range(4) for length in (LENGTH, 96, 64, 32)]
+    groups = [Group(made[at][0], tuple(rollout for _, rollout in made[at : at + 4])) for at in range(0, 16, 4)]
+    rule = Packing(tokens=1024, rows=16, group=4, multiple=256, packs=True)
+    shapes = [shape for _, shape in pack(made, rule)]
+    assert [(shape.lines, shape.width) for shape in shapes] == [(4, 256), (4, 256), (2, 256)]
+    batches = make_batches(groups, cfg.loss, rule, LENGTH)
+    peaks = []
+    for _ in range(2):
+        gc.collect()
+        mx.clear_cache()
+        resting = mx.get_active_memory()
+        mx.reset_peak_memory()
+        updater(policy, cfg).gradient(batches)
+        peaks.append(mx.get_peak_memory() - resting)
+    footprint = planning.measure_footprint(policy, checkpointing)
+    assert max(map(footprint.bytes, shapes)) == pytest.approx(peaks[1], rel=0.3)
 
 
 @pytest.mark.parametrize(("name", "arrays"), [("adamw", 2), ("lion", 1), ("adafactor", 0.3)])
@@ -247,3 +270,14 @@ def test_what_a_head_with_float32_logits_holds_is_planned() -> None:
     assert wider.phases["rollout"] == narrow.phases["rollout"] + matrix
     assert wider.phases["update"] - narrow.phases["update"] > matrix / 2  # what is measured varies
     assert wider.stays == narrow.stays
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_a_model_that_cannot_go_in_lines_is_planned_so_on_a_gpu(monkeypatch, can: bool) -> None:
+    policy, cfg, _ = planned(pack_completions=True)
+    policy._lines = can  # as it says of itself
+    assert make_plan(workload(cfg, PROMPT), policy, find_decoding(policy.model))[
+        1
+    ].pack_completions  # a CPU asks nothing
+    monkeypatch.setattr(planning, "on_gpu", lambda: True)
+    assert make_plan(workload(cfg, PROMPT), policy, find_decoding(policy.model))[1].pack_completions is can

@@ -45,6 +45,22 @@ def test_the_largest_micro_batch_shares_prompts_as_far_as_its_tokens_go() -> Non
     assert load.largest(10**6, gpu=False) == [Shape(4, 100, 32, 64)]
 
 
+def test_the_widest_lines_are_planned_too_where_completions_go_behind_one_another() -> None:
+    """A prompt of 100 and a completion of 64 take 163 places: lines of 256 on a Mac, and up to 4,096 on CUDA.
+
+    32 rows are all there are: 3 of them in a line of 256, 62 in a line of 4,096.
+    """
+    load = workload(asked(), 100)
+    assert load.largest(2048, gpu=True)[1:] == [Shape(32, 256, 32, 256, lines=8, width=256)]
+    assert load.largest(2**14, gpu=True)[1:] == [Shape(32, 256, 32, 256, lines=16, width=256)]
+    assert load.largest(2**14, gpu=True, cuda=True)[1:] == [Shape(32, 4096, 32, 4096, lines=1, width=4096)]
+    assert load.largest(1024, gpu=True, cuda=True)[1:] == [Shape(32, 1024, 32, 1024, lines=1, width=1024)]
+    for changed in ({"pack_completions": False}, {"share_prompts": False}):
+        apart = replace(load, optim=load.optim.model_copy(update=changed))
+        assert not apart.packs
+        assert len(apart.largest(2**14, gpu=True)) == 1
+
+
 def test_what_environments_add_to_prompts_is_each_completion_s_own() -> None:
     load = replace(workload(asked(), 100), own=20)
     assert load.need() == Need(32, 4, 100, 84, False)

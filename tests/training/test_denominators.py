@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import product
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from objective.oracle import highest_entropy, weights
@@ -20,7 +21,12 @@ LONGEST, TRUNCATED = 8, {(0, 1), (0, 2), (2, 0)}
 class FixedEntropies:
     """In a policy's place: an entropy for each token of the toy groups, no two of them equal."""
 
-    def group_logprobs(self, prompts, lengths, index, completions, gradient):
+    def __init__(self) -> None:
+        self.model = nn.Module()
+        self.model.layers = []
+
+    def group_logprobs(self, prompts, lengths, index, completions, gradient, entropies):
+        assert entropies
         del prompts, lengths, index, gradient
         first, place = completions[:, :1], mx.arange(completions.shape[1])[None]
         return mx.zeros(completions.shape), ((first * 37 + place * 101) % 499).astype(mx.float32)

@@ -195,13 +195,18 @@ def test_portions_by_hand() -> None:
     assert portions(0, 4, each=1) == []
 
 
-def test_processes_get_micro_batches_of_the_same_shapes() -> None:
-    rows = a_step("exponential", random.Random(1), 8, 8, 130, 200, 512)
+@pytest.mark.parametrize("seed", range(4))
+def test_processes_get_micro_batches_of_the_same_shapes(seed: int) -> None:
+    rows = a_step("exponential", random.Random(seed), 8, 8, 130, 200, 512)
     parts = pack(rows, Packing(16_384, 32, 8, GPU_MULTIPLE, packs=True, wide=WIDE, parts=2))
     first, second = parts[::2], parts[1::2]
-    assert [shape for _, shape in first] == [shape for _, shape in second]
+    assert len(first) - len(second) in (0, 1)  # one line may be left over
+    assert [shape for _, shape in first[: len(second)]] == [shape for _, shape in second]
     assert sorted(i for part, _ in parts for i in part) == list(range(64))
     assert all(len(part) <= shape.rows for part, shape in parts)
+    lengths = [len(rollout.trajectory.token_ids) for _, rollout in rows]
+    one, other = (sum(lengths[i] for part, _ in share for i in part) for share in (first, second))
+    assert 0.6 < one / other < 1.7
 
 
 @pytest.mark.parametrize("changed", [{"pack_completions": False}, {"share_prompts": False}])

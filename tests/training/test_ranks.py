@@ -27,6 +27,7 @@ from grpo.planning.plan import make_plan
 from grpo.recipes import load_recipe
 from grpo.runs.prepare import _together, prepare
 from grpo.runs.resume import find_start
+from grpo.training.trainer import Trainer
 
 HERE = Path(__file__).parent
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
@@ -112,6 +113,20 @@ def test_two_processes_give_the_loss_gradient_and_step_of_one(tmp_path) -> None:
         for rank in range(2):
             got = mx.load(str(tmp_path / f"2/{kind}-{rank}.safetensors"))
             assert max(mx.abs(got[path] - array).max().item() for path, array in expected.items()) < 1e-6
+
+
+def test_measurements_are_divided_even_where_all_rows_would_fit_at_once(recipe) -> None:
+    class Two(Ranks):
+        size = 2
+
+        def __init__(self) -> None:
+            self.rank = 0
+
+    trainer = prepare(load_recipe(recipe)).trainer
+    parts = trainer.cfg, trainer.policy, trainer.tasks, trainer.engine, trainer.scorer
+    assert Trainer(*parts).gauges.packing.parts == 1
+    assert Trainer(*parts, ranks=Two()).gauges.packing.parts == 2
+    trainer.scorer.close()
 
 
 def test_a_run_of_two_processes_is_one_run(recipe) -> None:

@@ -1,0 +1,89 @@
+"""Lanes: streams of a CPU that compute side by side, each with its share of the cores.
+
+On a CPU MLX uses several cores for large matrix products alone, and one core for everything else. So work that falls
+into independent parts goes through several streams at once. What comes out does not depend on how many there are, nor
+on which of them is faster: a part is computed by one lane, and results are handed back in the order of the parts.
+
+The caller's thread builds the graphs and a thread for each lane evaluates them, while Python builds the next.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+from grpo.backend import blas
+from grpo.backend.device import cpu_cores, on_gpu
+from grpo.backend.ranks import Ranks
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def lanes_for(parts: int, ranks: Ranks | None = None) -> int:
+    """How many lanes pay for so many independent parts: one on a GPU, and on a CPU one for each core at most.
+
+    Several processes on one machine share its cores evenly.
+    """
+    return 1 if on_gpu() else max(1, min(parts, _cores(ranks)))
+
+
+def _cores(ranks: Ranks | None) -> int:
+    return cpu_cores() // (ranks.neighbours if ranks else 1)
+
+
+def side_by_side(
+    build: Callable[[Item], Made], items: Sequence[Item], number: int, state: Any = None
+) -> Iterator[Made]:
+    """Yield `build(item)`, an array or a tree of arrays, evaluated, for each item in order, by so many lanes.
+
+    With one lane each is evaluated before the next is built. `state` is a tree of arrays that several graphs read. It
+    is evaluated first, as items are, because two lanes must not compute the same array.
+    """
+    if number == 1:
+        for item in items:
+            made = build(item)
+            mx.eval(made)
+            yield made
+        return
+    mx.eval(state, items)
+    with blas.threads(max(1, blas.most_threads() // number)):
+        yield from _in_lanes(build, items, number)
+
+
+def _in_lanes(build: Callable[[Item], Made], items: Sequence[Item], number: int) -> Iterator[Made]:
+    free = [_stream(lane) for lane in reversed(range(number))]
+    under_way: deque[tuple[Future[None], mx.Stream, list[Made]]] = deque()
+
+    def oldest() -> Made:
+        evaluated, stream, held = under_way.popleft()
+        evaluated.result()
+        free.append(stream)
+        return held.pop()
+
+    try:
+        for item in items:
+            if not free:
+                yield oldest()
+            with mx.stream(stream := free.pop()):
+                held = [build(item)]
+            under_way.append((_threads().submit(mx.eval, held), stream, held))
+        while under_way:
+            yield oldest()
+    finally:
+        wait([evaluated for evaluated, _, _ in under_way])  # after an error too: nothing goes on behind the caller
+
+
+@cache
+def _stream(_lane: int) -> mx.Stream:
+    return mx.new_thread_unsafe_stream(mx.cpu)  # graphs are built in one thread and evaluated in another
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(cpu_cores(), thread_name_prefix="lane")

@@ -1,0 +1,232 @@
+"""Linear layers of one input as one product, their low-rank adapters with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from grpo.backend.cuda import available, overwrite_rows
+from grpo.generation.products import fewest_columns, padded
+
+WEIGHTS = ("weight", "scales", "biases", "bias")
+"""What a linear layer holds, quantised or not, with a row for each output."""
+ALIGNMENT = 16
+"""Rows below a matrix come in multiples of this, so that every row of the product is aligned."""
+MOST_RANKS = 64
+"""Ranks of an adapter whose second half is applied by the kernel that reads the product."""
+
+
+class Unread(ValueError):
+    """Why a model cannot be read as blocks."""
+
+
+class LastSeen:
+    """Remembers arrays, to tell when others have taken their place."""
+
+    def __init__(self) -> None:
+        self._held: list[mx.array] = []
+
+    def changed(self, arrays: Sequence[mx.array]) -> bool:
+        """Whether these are not the very arrays of the last time."""
+        former, self._held = self._held, list(arrays)
+        return len(former) != len(arrays) or any(a is not b for a, b in zip(arrays, former, strict=True))
+
+    def forget(self) -> None:
+        """Hold none: the next arrays will be others."""
+        self._held = []
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """A product of N rows whose adapters are applied by half: B is still to come.
+
+    base `[N, ≥ outs]` is the product with the weights, without its bias; low `[N, ≥ first + sum of ranks]` holds
+    x @ A of each layer, one behind the other, from column `first` on; b `[most ranks, outs]` has each layer's B,
+    scaled, in the columns of its outputs; `ranks` has one entry a layer, 0 without an adapter; bias `[outs]` or None.
+    """
+
+    base: mx.array
+    low: mx.array
+    first: int
+    b: mx.array
+    ranks: tuple[int, ...]
+    bias: mx.array | None
+
+    def whole(self, outs: Sequence[int]) -> mx.array:
+        """With B and bias, `[N, outs]`, by stock operations: what kernels compute in their first lines."""
+        parts, begin, low = [], 0, self.first
+        for width, ranks in zip(outs, self.ranks, strict=True):
+            part, end = self.base[..., begin : begin + width], begin + width
+            if ranks:
+                part = mx.addmm(part, self.low[..., low : low + ranks], self.b[:ranks, begin:end])
+            parts.append(part if self.bias is None else part + self.bias[begin:end])
+            begin, low = end, low + ranks
+        return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+
+
+class Products:
+    """Several linear layers of one input as one product, their LoRA as another: `x` `[S, in]` to `[S, sum of outs]`.
+
+    The layers' own weights become views of the joined matrix, so that nothing is held twice. Where kernels apply B
+    (`halve`), A lies as rows below that matrix, so that one product gives both.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        """Raises Unread for a layer that is not linear, or quantised otherwise than its neighbours."""
+        self._layers = layers
+        self._bases = [layer.linear if "lora_a" in layer else layer for layer in layers]
+        kinds = {(type(base), getattr(base, "bits", 0), getattr(base, "group_size", 0)) for base in self._bases}
+        if len(kinds) > 1 or not isinstance(self._bases[0], (nn.Linear, nn.QuantizedLinear)):
+            raise Unread("the layers of one input are not linear, or not quantised alike")
+        if any("m" in layer for layer in layers):
+            raise Unread("adapters with magnitudes (DoRA) are not joined")
+        if len({"bias" in base for base in self._bases}) > 1:
+            raise Unread("only some of the layers of one input have a bias")
+        self.outs = tuple(int(base.weight.shape[0]) for base in self._bases)
+        self.ranks = tuple(int(layer.lora_b.shape[0]) if "lora_a" in layer else 0 for layer in layers)
+        self._halved = False
+        self._weights, self._adapters = LastSeen(), LastSeen()
+        self.joined: dict[str, mx.array] = {}
+        """The joined matrix and what belongs to it, by their names in a layer; always the same dictionary."""
+        self.lora: dict[str, mx.array] = {}
+        """`a` `[in, ranks]` and `b` where there are adapters, `b` alone where A lies below the matrix; always the same
+        dictionary. `b` is `[ranks, sum of outs]`, or `[most ranks, sum of outs]` where kernels apply it."""
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What the product computes in."""
+        first = self._bases[0]
+        return first.scales.dtype if isinstance(first, nn.QuantizedLinear) else first.weight.dtype  # type: ignore[no-any-return]
+
+    def halve(self) -> None:
+        """From the next `refresh` on, prepare for kernels that apply B."""
+        self._halved = max(self.ranks) <= MOST_RANKS
+        self._weights.forget()
+        self._adapters.forget()
+
+    @property
+    def _below(self) -> int:
+        """Rows below the joined matrix."""
+        if not self._halved or isinstance(self._bases[0], nn.QuantizedLinear):
+            return 0
+        return -(-sum(self.ranks) // ALIGNMENT) * ALIGNMENT
+
+    def refresh(self, dtype: mx.Dtype) -> bool:
+        """Take over what the layers hold now, and say whether more than adapters has changed."""
+        joined = self._weights.changed(self._held())
+        if joined:
+            self._join()
+            self._weights.changed(self._held())
+        adapters = [layer[name] for layer in self._layers for name in ("lora_a", "lora_b") if name in layer]
+        if adapters and (self._adapters.changed(adapters) or (joined and self._below)):
+            self._take_adapters(dtype)
+        return joined
+
+    @property
+    def train(self) -> bool:
+        """Whether the layers' own weights train, and not adapters alone."""
+        return any(tree_flatten(base.trainable_parameters()) for base in self._bases)
+
+    def forget(self) -> None:
+        """Let go of the joined matrix, until `refresh` makes the next."""
+        self.joined.clear()
+        self._weights.forget()
+
+    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
+        """The product, added to `onto` if that is given."""
+        if self._halved:
+            y = self.half(x).whole(self.outs)
+            return y if onto is None else onto + y
+        y = self._base(x, onto)
+        if "bias" in self.joined:
+            y = y + self.joined["bias"]
+        return mx.addmm(y, x @ self.lora["a"], self.lora["b"]) if self.lora else y
+
+    def half(self, x: mx.array) -> Half:
+        """The product of `[N, in]`, with B left to whoever reads it, unless it has more ranks than kernels take."""
+        bias = self.joined.get("bias")
+        if not self._halved:
+            y = self(x)
+            return Half(y, y, 0, y, (0,) * len(self.outs), None)
+        y = self._base(x, None)
+        if not self.lora:
+            return Half(y, y, 0, y, self.ranks, bias)
+        low, first = (x @ self.lora["a"], 0) if "a" in self.lora else (y, sum(self.outs))
+        return Half(y, low, first, self.lora["b"], self.ranks, bias)
+
+    def _base(self, x: mx.array, onto: mx.array | None) -> mx.array:
+        weight = self.joined["weight"]
+        first = self._bases[0]
+        if not isinstance(first, nn.QuantizedLinear):
+            return x @ weight.T if onto is None else mx.addmm(onto, x, weight.T)
+        y = mx.quantized_matmul(
+            x, weight, self.joined["scales"], self.joined.get("biases"),
+            transpose=True, group_size=first.group_size, bits=first.bits, mode=first.mode,
+        )  # fmt: skip
+        return y if onto is None else onto + y
+
+    def _held(self) -> list[mx.array]:
+        return [base[name] for base in self._bases for name in WEIGHTS if name in base]
+
+    def _join(self) -> None:
+        names = [name for name in WEIGHTS if name in self._bases[0]]
+        parts = {name: [base[name] for base in self._bases] for name in names}
+        if self._below:
+            weight = self._bases[0].weight
+            parts["weight"].append(mx.zeros((self._below, weight.shape[1]), weight.dtype))
+        self.joined.update({name: mx.concatenate(arrays) for name, arrays in parts.items()})
+        del parts
+        mx.eval(self.joined)
+        start = 0
+        for base, outs in zip(self._bases, self.outs, strict=True):
+            for name in names:
+                base[name] = self.joined[name][start : start + outs]
+            start += outs
+        mx.eval(self._held())
+
+    def _take_adapters(self, dtype: mx.Dtype) -> None:
+        if not self._halved:
+            self.lora.update(_joined_lora(self._layers, self.outs, dtype))
+            return
+        a = mx.concatenate([layer.lora_a for layer in self._layers if "lora_a" in layer], axis=1)
+        self.lora["b"] = _stacked_b(self._layers, self.outs, max(self.ranks), dtype)
+        if not self._below:
+            self.lora["a"] = a.astype(dtype)
+        elif available():
+            mx.eval(overwrite_rows(self.joined["weight"], sum(self.outs), a.T.astype(dtype)))
+        else:
+            self._rejoin(a.T.astype(dtype))
+
+    def _rejoin(self, below: mx.array) -> None:
+        """Write rows below the matrix where no kernel can: by a new matrix."""
+        end = sum(self.outs)
+        self.joined["weight"][end : end + below.shape[0]] = below
+        mx.eval(self.joined)
+
+
+def _joined_lora(layers: Sequence[Any], outs: Sequence[int], dtype: mx.Dtype) -> dict[str, mx.array]:
+    """A `[in, ranks]` of the layers that have one, and their B, scaled, on the diagonal of `[ranks, outs]`."""
+    a = mx.concatenate([layer.lora_a for layer in layers if "lora_a" in layer], axis=1)
+    rows = [
+        mx.pad(layer.lora_b * layer.scale, [(0, 0), (sum(outs[:i]), sum(outs[i + 1 :]))])
+        for i, layer in enumerate(layers)
+        if "lora_a" in layer
+    ]
+    a, b = padded(a, fewest_columns(), 1), padded(mx.concatenate(rows), fewest_columns(), 0)
+    return {"a": a.astype(dtype), "b": b.astype(dtype)}
+
+
+def _stacked_b(layers: Sequence[Any], outs: Sequence[int], ranks: int, dtype: mx.Dtype) -> mx.array:
+    """Each layer's B, scaled, side by side: `[ranks, outs]`, zeros where a layer has fewer ranks or no adapter."""
+    columns = [
+        mx.pad(layer.lora_b * layer.scale, [(0, ranks - layer.lora_b.shape[0]), (0, 0)])
+        if "lora_a" in layer
+        else mx.zeros((ranks, width))
+        for layer, width in zip(layers, outs, strict=True)
+    ]
+    return mx.concatenate(columns, axis=1).astype(dtype)

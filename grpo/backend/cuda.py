@@ -22,9 +22,16 @@ def kernel(
 ) -> Callable[..., Any]:
     """The body of a kernel as a function; see `mx.fast.cuda_kernel` for its arguments."""
     made: Any = mx.fast.cuda_kernel(
-        name=name, input_names=list(inputs), output_names=list(outputs), source=source, header=header
-    )
+        name=name, input_names=list(inputs), output_names=list(outputs), source=_shortened(source),
+        header=_shortened(header),
+    )  # fmt: skip
     return cast("Callable[..., Any]", made)
+
+
+def _shortened(source: str) -> str:
+    """Source without comments and indentation: MLX reads all of it at every launch, to find the kernel."""
+    lines = (line.split("//")[0].strip() for line in source.splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 @cache

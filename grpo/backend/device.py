@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.backend import blas
+from grpo.backend import blas, kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import mlx.core as mx
 
 
 BATCH_MEGABYTES = "100"
@@ -25,13 +27,14 @@ MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def preset() -> None:
-    """Tell MLX, before it is imported, how much a batch of operations on CUDA may read and write.
+    """Tell MLX, before it is imported, how much a batch of operations on CUDA may do, and where to keep its kernels.
 
-    All of it is held until the batch has ended, and unless MLX is told otherwise that is gigabytes: this takes a third
-    of the memory for an update, and no more time. (Metal has a limit of its own, by machine.)
+    What a batch reads and writes is held until it has ended, and unless MLX is told otherwise that is gigabytes: this
+    takes a third of the memory for an update, and no more time. (Metal has a limit of its own, by machine.)
     """
     if sys.platform == "linux":
         os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", BATCH_MEGABYTES)
+        kernels.keep()
 
 
 def on_gpu() -> bool:
@@ -74,6 +77,20 @@ def compiled(function: Callable[..., Any], state: Any = None) -> Callable[..., A
     import mlx.core as mx
 
     return mx.compile(function, inputs=state, outputs=state) if on_gpu() else function
+
+
+def apart(*arrays: mx.array) -> Any:
+    """The arrays, broadcast against each other, so that a compiled function does not fuse what reads them with them.
+
+    For small arrays that are made once an update: MLX has a kernel for each operation, and a fused one would save
+    microseconds that a CUDA machine pays for with seconds, when it builds it.
+    """
+    import mlx.core as mx
+
+    if not on_gpu():
+        return arrays
+    together = mx.broadcast_arrays(*arrays)
+    return mx.depends(together, together)
 
 
 def describe() -> str:

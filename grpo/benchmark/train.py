@@ -14,6 +14,7 @@ from grpo.benchmark.resident import watch_resident
 from grpo.benchmark.rollout import untold
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.work import Prompts, policy_of, recipe, synthetic
+from grpo.generation.controller import speculation_of
 from grpo.model.widehead import widen_head
 from grpo.planning.plan import make_plan
 from grpo.planning.workload import Workload
@@ -37,6 +38,7 @@ def step_trainer(setting: Setting, ranks: Ranks | None = None, scorer: Scorer | 
     plan, optim = make_plan(workload, policy, generator.decoding)
     cfg = with_settings(cfg, {"optim": optim})
     generator.slots = plan.slots
+    generator.speculation = speculation_of(cfg.rollout.speculate)
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     tasks = [group.task for group in synthetic(setting, policy.model)]
     even = {"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]}

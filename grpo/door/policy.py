@@ -46,8 +46,9 @@ def load(name: str | Path, *, seed: int = 0, **settings: Any) -> LoadedPolicy:
     of a recipe's sections `model` (`dtype`, `quantize`, `revision`, `head_dtype`) and `adapter` (`rank` (16), `scale`
     (2.0: the update is scale × B A), `type` ("lora", "dora" or "full"), `targets`, `layers`, `dropout`, `use_rslora`,
     `path`: a saved adapter to go on from), and `temperature` (1.0: of sampling and of all logprobs), `max_concurrency`
-    (64: rows decoded at once), `speculate` ("auto": guess tokens where it pays; same tokens), `chat_template` ("auto") and `chat_template_kwargs`. A fresh adapter (LoRA,
-    arXiv 2106.09685) is drawn from `seed`, and changes nothing before its first update.
+    (64: rows decoded at once), `speculate` ("auto": tokens are guessed where that pays, and are the same),
+    `chat_template` ("auto") and `chat_template_kwargs`. A fresh adapter (LoRA, arXiv 2106.09685) is drawn from `seed`,
+    and changes nothing before its first update.
 
     Raises UserError for a model that cannot be had, a setting that does not exist or is out of bounds, and an adapter
     that does not fit.

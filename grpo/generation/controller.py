@@ -6,16 +6,16 @@ Speculation changes no token and no logprob, only how long they take. So all tha
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import fmean, median
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 from grpo.generation.drafts import Drafts, Group
 from grpo.generation.replay import Taken, replay
 from grpo.generation.rows import Row
 from grpo.generation.speculation import Speculation
+from grpo.generation.steptimes import SAMPLES, Case, StepTimes
 from grpo.generation.tally import Tally
 
 WIDTHS = (2, 4, 8)
@@ -24,43 +24,21 @@ WIDTHS = (2, 4, 8)
 PLAN = 16
 """Steps for which a decision holds."""
 PROBE = 4
-"""Steps of a trial. The first one may build kernels, or come out of step with the device: its time is not counted."""
-SAMPLES = 3
-"""Measured steps without which nothing is known of a width."""
+"""Steps of a trial."""
 STALE = 512
 """Steps after which plain decoding is timed again while it is not used."""
-RETRY = 4096
-"""Steps after which the time of another width is no longer believed."""
 WORTH, BETTER = 1.05, 1.03
 """How much faster a width must be than plain decoding, and how much faster than another one to replace it."""
 HOPED = 1.1
 """How much faster an untried width must promise to be."""
-AT_RISK = 0.01
+AT_RISK = 0.02
 """The part of all decoding time that trials may lose."""
 WATCHED = 0.005, 0.03
 """The part of all decoding time that replays may take, and the seconds that they may take besides."""
+FEWEST = 16
+"""Tokens of a group without which it is not replayed."""
 REPLAYED = 4096
 """Tokens of the rows that are replayed at once, if more than one: of long rows some stand for all."""
-
-
-class Case(NamedTuple):
-    """What steps are alike: greedy or not, with logprobs or not, and the number of slots, by powers of two."""
-
-    greedy: bool
-    logprobs: bool
-    slots: int
-
-    @classmethod
-    def of(cls, rows: Sequence[Row | None]) -> Case | None:
-        """The case of the rows in slots; None without any."""
-        row = next(filter(None, rows), None)
-        if row is None:
-            return None
-        return cls(row.stopping.sampling.temperature == 0, row.wants_logprobs, (len(rows) - 1).bit_length())
-
-    def unlike(self, other: Case) -> float:
-        """How far another case is from this one: by the slots first."""
-        return abs(self.slots - other.slots) + (self.greedy != other.greedy) / 2 + (self.logprobs != other.logprobs) / 4
 
 
 class Kind(NamedTuple):
@@ -68,18 +46,6 @@ class Kind(NamedTuple):
 
     greedy: bool
     seen: bool
-
-
-@dataclass(slots=True)
-class Times:
-    """The times of steps of one width in one case, in seconds, newest last."""
-
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=9))
-    at: int = 0
-
-    @property
-    def known(self) -> float | None:
-        return median(self.seconds) if len(self.seconds) >= SAMPLES else None
 
 
 @dataclass(slots=True)
@@ -126,10 +92,8 @@ class Automatic(Always):
         super().__init__(1)
         self.description = "drafts where they pay, by the times of steps on this machine (rollout.speculate: auto)"
         self._plans: dict[Case, Plan] = {}
-        self._times: dict[tuple[Case, int], Times] = {}
-        self._last: dict[tuple[Case, int], int] = {}  # the width of the step before, by case and number of slots
+        self._times = StepTimes()
         self._taken: dict[tuple[Kind, int], Taken] = {}
-        self._steps = self._turn = 0
         self._elapsed = self._lost = self._watching = 0.0
         self._cost = 5e-6  # seconds that a replay takes for a token
 
@@ -148,15 +112,9 @@ class Automatic(Always):
         if case is None:
             return
         count = len(rows) - rows.count(None)
-        self._steps, self._elapsed = self._steps + 1, self._elapsed + seconds
-        if self._last.get((case, len(rows))) == width:
-            times = self._times.get((case, width))
-            if times is None:
-                times = self._times[case, width] = Times()
-            times.seconds.append(seconds)
-            times.at = self._steps
-        self._last[case, len(rows)] = width
-        plain = self._plain(case) if width > 1 else None
+        self._elapsed += seconds
+        self._times.add(case, len(rows), width, seconds)
+        plain = self._times.plain(case) if width > 1 else None
         self.tally.add(width, count, sum(taken), seconds, plain)
         if width > 1:
             self._lost += seconds - (plain or 0.0) * sum(taken) / count
@@ -166,7 +124,7 @@ class Automatic(Always):
         super().ended(row)
         group = self.drafts.group(row.prompt)
         group.ended[row] = None
-        if len(group.ended) == row.prompt.n:
+        if len(group.ended) >= row.prompt.n:
             self._watch(group, list(group.ended))
 
     def _expected(self, case: Case, rows: Sequence[Row]) -> dict[int, float]:
@@ -197,14 +155,13 @@ class Automatic(Always):
         self._taken.setdefault((kind, width), Taken()).add(tokens, turns)
 
     def _decide(self, case: Case, rows: Sequence[Row]) -> Plan:
-        plain = self._plain(case)
         former = self._plans[case].width if case in self._plans else 1
-        if plain is None:
+        if self._times.plain(case) is None:
             return Plan(1, SAMPLES + 1)
-        if former > 1 and self._steps - self._times[case, 1].at > STALE:
+        if former > 1 and self._times.plain_age(case) > STALE:
             return Plan(1, PROBE)
-        self._watch_rows(case, rows)
-        speedups = self._speedups(case, self._expected(case, rows), plain)
+        self._watch(self.drafts.group(rows[0].prompt), [row for row in rows if row.prompt is rows[0].prompt])
+        speedups = self._speedups(case, self._expected(case, rows))
         measured = {width: speedup for width, (speedup, known) in speedups.items() if known}
         best = max(measured, key=lambda width: measured[width] * (BETTER if width == former else 1), default=1)
         best = best if measured.get(best, 0.0) >= WORTH else 1
@@ -214,73 +171,43 @@ class Automatic(Always):
             return Plan(trial, PROBE)
         return Plan(best, PLAN)
 
-    def _speedups(self, case: Case, tokens: Mapping[int, float], plain: float) -> dict[int, tuple[float, bool]]:
+    def _speedups(self, case: Case, tokens: Mapping[int, float]) -> dict[int, tuple[float, bool]]:
         """For each width how many times as fast as plain decoding it would be, and whether its time is measured.
 
-        What was not measured is expected to cost, relative to a plain step, what it costs in the case that is most like
-        this one; else what follows from the next narrower width; and a width of which nothing is known, nothing. Of the
-        widths that are expected from others alone, only the narrowest is tried.
+        A time that is not measured is what it may be at best by other cases; else what follows from the next narrower
+        width, and nothing where that is not known either. Of widths that only a narrower one says something of, the
+        narrowest is enough for a trial.
         """
         speedups: dict[int, tuple[float, bool]] = {}
         cost, narrower = 1.0, 1
         for width in WIDTHS:
-            seconds = self._believed(case, width)
-            elsewhere = None if seconds is not None else self._cost_elsewhere(case, width)
-            if seconds is not None:
-                cost, narrower = seconds / plain, width
-            elif elsewhere is not None:
-                cost, narrower = elsewhere, width
-            else:
-                guessed = 1 + max(0.0, cost - 1) * (width - 1) / max(narrower - 1, 1)
-                speedups[width] = tokens[width] / guessed, False
+            measured = self._times.cost(case, width)
+            known = self._times.likely_cost(case, width) if measured is None else measured
+            if known is None:
+                speedups[width] = tokens[width] / (1 + (cost - 1) * (width - 1) / max(narrower - 1, 1)), False
                 break
-            speedups[width] = tokens[width] / cost, seconds is not None
+            cost, narrower = max(1.0, known), width
+            speedups[width] = tokens[width] / known, measured is not None
         return speedups
 
-    def _cost_elsewhere(self, case: Case, width: int) -> float | None:
-        """The time of a wide step as a multiple of a plain one, in the most similar case in which it is known."""
-        known = [
-            (case.unlike(other), times.known / plain)
-            for (other, wide), times in self._times.items()
-            if wide == width and times.known is not None and (plain := self._plain(other)) is not None
-        ]
-        return min(known)[1] if known else None
-
-    def _plain(self, case: Case) -> float | None:
-        times = self._times.get((case, 1))
-        return times.known if times is not None else None
-
-    def _believed(self, case: Case, width: int) -> float | None:
-        times = self._times.get((case, width))
-        return None if times is None or self._steps - times.at > RETRY else times.known
-
-    def _watch_rows(self, case: Case, rows: Sequence[Row]) -> None:
-        """Replay a group in flight if nothing is known of its kind."""
-        prompt = rows[0].prompt
-        group = self.drafts.group(prompt)
-        if self._mean(Kind(case.greedy, group.seen), WIDTHS[0]) is None:
-            self._watch(group, [row for row in rows if row.prompt is prompt])
-
     def _watch(self, group: Group, rows: Sequence[Row]) -> None:
-        """Replay a group, if there is time for it and it has twice the tokens that it had before."""
-        tokens = sum(len(row.token_ids) for row in rows)
-        if tokens < 2 * group.replayed:
+        """Replay a group, in flight or ended, if there is time and it has twice the tokens that it had before."""
+        lengths = {row: len(row.token_ids) for row in rows}
+        tokens, share, besides = sum(lengths.values()), *WATCHED
+        if tokens < max(FEWEST, 2 * sum(group.replayed.values())):
             return
         if tokens > REPLAYED:
             rows = rows[: max(1, len(rows) * REPLAYED // tokens)]
-        kind = Kind(rows[0].stopping.sampling.temperature == 0, group.seen)
-        unknown = [width for width in WIDTHS if self._mean(kind, width) is None]
-        widths = unknown or [WIDTHS[self._turn % len(WIDTHS)]]
-        work = len(widths) * (sum(len(row.token_ids) for row in rows) + len(group.key))
-        share, besides = WATCHED
+        work = len(WIDTHS) * (sum(lengths[row] for row in rows) + len(group.key))
         if self._watching + work * self._cost > besides + share * self._elapsed:
             return
         began = time.perf_counter()
-        for width in widths:
+        for width in WIDTHS:
+            kind = Kind(rows[0].stopping.sampling.temperature == 0, group.seen)
             self._add(kind, width, *replay(group, rows, width))
         spent = time.perf_counter() - began
         self._cost += (spent / work - self._cost) / 4
-        self._watching, self._turn, group.replayed = self._watching + spent, self._turn + 1, tokens
+        self._watching, group.replayed = self._watching + spent, lengths
 
 
 def speculation_of(setting: Literal["auto", "off"] | int) -> Speculation | None:

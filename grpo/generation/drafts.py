@@ -65,7 +65,7 @@ class Group:
 
     `past` has the prompt's completions from before the group began, and `others` those of other prompts, if there were
     none. `states` has the place of each row in the index, and how many of its tokens are in there. `ended` are the rows
-    whose turns have ended, and `replayed` is how many tokens they had when the group was last replayed (`replay`).
+    whose turns have ended, and `replayed` says how many tokens rows had when they were last replayed (`replay`).
     """
 
     key: tuple[int, ...]
@@ -75,7 +75,7 @@ class Group:
     index: SuffixAutomaton | None = None
     prompt_state: int = ROOT
     ended: dict[Row, None] = field(default_factory=dict)
-    replayed: int = 8
+    replayed: dict[Row, int] = field(default_factory=dict)
 
     @property
     def seen(self) -> bool:
@@ -118,18 +118,26 @@ class Drafts:
         return group.likely(row, most)
 
     def group(self, prompt: SharedPrompt) -> Group:
-        """What is known of a prompt's group. With a new one, groups whose rows have all left are forgotten."""
+        """What is known of a prompt's group, which prompts in flight with the same ids share: lanes divide a group.
+
+        With a new one, groups whose rows have all left are forgotten.
+        """
         group = self._groups.get(prompt)
         if group is None:
             self._groups = {other: known for other, known in self._groups.items() if other.left > 0}
-            key = tuple(prompt.ids)
-            past = self.memory.of(key)
-            group = self._groups[prompt] = Group(key, past, [] if past else self.memory.others())
+            group = self._groups[prompt] = self._new_group(tuple(prompt.ids))
         return group
+
+    def _new_group(self, key: tuple[int, ...]) -> Group:
+        if shared := [group for group in self._groups.values() if group.key == key]:
+            return shared[0]
+        past = self.memory.of(key)
+        return Group(key, past, [] if past else self.memory.others())
 
     def remember(self, row: Row) -> None:
         """Keep the completion of a row whose turn has ended."""
         self.memory.add(self.group(row.prompt).key, row.token_ids)
 
     def _full(self) -> bool:
-        return sum(len(group.index) for group in self._groups.values() if group.index is not None) >= INDEXED
+        indices = {id(group): group.index for group in self._groups.values() if group.index is not None}
+        return sum(map(len, indices.values())) >= INDEXED

@@ -34,8 +34,8 @@ class Taken:
 def replay(group: Group, rows: Sequence[Row], width: int) -> tuple[int, int]:
     """Decode the rows of a group once more with steps of `width` tokens, all from their beginnings side by side.
 
-    Returns the tokens that were sampled, and in how many turns of a row. Drafts come from what the rows had said by
-    then, and from what was known before them.
+    Returns the tokens that were sampled, and in how many turns of a row, without the tokens of an earlier replay.
+    Drafts come from what the rows had said by then, and from what was known before them.
     """
     index, prompt = group.new_index()
     states, places = [prompt] * len(rows), [0] * len(rows)
@@ -47,7 +47,8 @@ def replay(group: Group, rows: Sequence[Row], width: int) -> tuple[int, int]:
             end = next((span.stop for span in row.injected if span.start <= place < span.stop), None)
             if end is None:
                 end = place + _agreeing(row, place, index.likely(states[number], width - 1))
-                sampled, turns = sampled + end - place, turns + 1
+                if place >= group.replayed.get(row, 0):
+                    sampled, turns = sampled + end - place, turns + 1
             states[number] = index.extend(states[number], row.token_ids[place:end])
             places[number] = end
         alive = [number for number in alive if places[number] < len(rows[number].token_ids)]

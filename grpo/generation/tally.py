@@ -14,12 +14,14 @@ class Tally:
     fed: float = 0.0
     wide_turns: float = 0.0
     wide_tokens: float = 0.0
+    untimed: float = 0.0
+    """Wide turns of which nobody knows what plain decoding would have taken."""
     seconds: float = 0.0
     plain_seconds: float = 0.0
     """What plain decoding would have taken for the same tokens."""
 
     def add(self, width: int, rows: int, taken: int, seconds: float, plain: float | None = None) -> None:
-        """Count a step. `plain` is the time of a plain step, if it is known; otherwise a wide step is not timed."""
+        """Count a step. `plain` is the time of a plain step, if it is known."""
         if not rows:
             return
         self.turns += rows
@@ -27,9 +29,9 @@ class Tally:
         if width > 1:
             self.wide_turns += rows
             self.wide_tokens += taken
-        if width == 1 or plain is not None:
-            self.seconds += seconds
-            self.plain_seconds += seconds if plain is None else plain * taken / rows
+            self.untimed += rows * (plain is None)
+        self.seconds += seconds
+        self.plain_seconds += seconds if plain is None else plain * taken / rows
 
     def counts(self) -> dict[str, float]:
         """The sums by name."""
@@ -48,6 +50,6 @@ def speculation_metrics(counts: Mapping[str, float]) -> dict[str, float]:
         return {}
     beyond = (sums.wide_tokens - sums.wide_turns) / sums.wide_turns if sums.wide_turns else 0.0
     metrics = {"speculation/accepted": beyond, "speculation/width": sums.fed / sums.turns}
-    if sums.seconds:
+    if sums.seconds and not sums.untimed:
         metrics["speculation/gain"] = sums.plain_seconds / sums.seconds
     return metrics

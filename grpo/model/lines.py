@@ -14,13 +14,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from grpo.backend.blame import cause, is_ours
+from grpo.backend.device import apart
 from grpo.model.head import Body
 from grpo.model.promptcaches import Kind, PromptKeys
 from grpo.model.sharing import hidden_at, whole_sequences
@@ -96,10 +97,32 @@ def laid_out(rows: Sequence[tuple[_Ids, _Ids]], count: int, width: int) -> tuple
     return mx.array(made), starts
 
 
-def at_rows(values: mx.array, starts: mx.array, length: int) -> mx.array:
-    """Values of places, `[R, W]`, as rows of completions: `[B, length]`. Behind a row's end they mean nothing."""
-    places = mx.minimum(starts[:, None] + mx.arange(length)[None], values.size - 1)
-    return values.reshape(-1)[places]
+def at_rows(values: mx.array, starts: mx.array, length: int, rows: mx.array) -> mx.array:
+    """Float32 values of places, `[R, W]`, as rows of completions: `[B, length]`. Behind a row's end they mean nothing.
+
+    `rows` `[R, W]` says whose place each is, as in `Lines`. So the gradient is looked up as well, by the same kernel
+    for integers: a CUDA machine takes seconds to build another, and to build what scatters.
+    """
+
+    @mx.custom_function
+    def taken(values: mx.array) -> mx.array:
+        places = mx.add(*apart(starts[:, None], mx.arange(length)[None]))
+        return _looked_up(values, mx.minimum(*apart(places, mx.array(values.size - 1))))
+
+    @taken.vjp
+    def given_back(values: mx.array, slopes: mx.array, _: mx.array) -> mx.array:
+        nobody, owners = mx.array([slopes.size]), rows.reshape(-1)
+        begins = mx.concatenate([nobody, mx.arange(0, slopes.size, length)])[owners]  # of the place's row in slopes
+        first = mx.concatenate([mx.array([0]), starts])[owners]
+        (within,) = apart(mx.arange(values.size) - first)
+        padded = mx.concatenate([slopes.reshape(-1), mx.zeros(1)])
+        return _looked_up(padded, mx.minimum(*apart(begins + within, nobody))).reshape(values.shape)
+
+    return cast(mx.array, taken(values))
+
+
+def _looked_up(values: mx.array, places: mx.array) -> mx.array:
+    return values.reshape(-1).view(mx.int32)[places].view(mx.float32)
 
 
 class LineKeys:

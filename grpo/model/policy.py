@@ -139,7 +139,7 @@ class Policy:
         out, `starts` `[B]` the place of each row's first token. Returns `[B, length]`."""
         laid = Lines(*lines)
         found = self._projected(self.line_hidden(laid), laid.targets, entropy_gradient, entropies)
-        return tuple(at_rows(values, starts, length) for values in found)
+        return tuple(at_rows(values, starts, length, laid.rows) for values in found)
 
     def line_hidden(self, lines: Lines) -> mx.array:
         """The hidden states of all places of the lines, `[R, W, D]`."""

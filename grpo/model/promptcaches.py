@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from grpo.backend.device import apart
 from grpo.model.mlxlm import ArraysCache, KVCache, RotatingKVCache, create_causal_mask
 
 NOWHERE = 2**30
@@ -33,24 +34,21 @@ class RowPrompts:
         """The mask as what is added to scores. MLX on CUDA would make it of booleans in every layer, for every head."""
         if window not in self._biases:
             nothing, everything = mx.array(0, self._dtype), mx.array(mx.finfo(self._dtype).min, self._dtype)
-            self._biases[window] = mx.where(self.mask(n, window), nothing, everything)
+            self._biases[window] = mx.where(*apart(self.mask(n, window), nothing, everything))
         return self._biases[window]
 
     def mask(self, n: int, window: int | None) -> mx.array:
-        """`[B, 1, n, prompt width + n]` bool: the row's own prompt, and its completion up to each token itself.
-
-        It is one expression of columns, so that a compiled function makes it, and the bias, by one kernel.
-        """
+        """`[B, 1, n, prompt width + n]` bool: the row's own prompt, and its completion up to each token itself."""
         if window not in self._masks:
             lengths, query = self.lengths[:, None, None, None], mx.arange(n)[:, None]
             # Of each column its place in the prompt and in the completion; where it has none, one that nobody sees.
             prompt = mx.concatenate([mx.arange(self._width), mx.full((n,), NOWHERE)])
             own = mx.concatenate([mx.full((self._width,), NOWHERE), mx.arange(n)])
-            sees_prompt, sees_own = prompt < lengths, own <= query
+            sees_prompt, sees_own = mx.less(*apart(prompt, lengths)), mx.less_equal(*apart(own, query))
             if window:
                 sees_prompt = sees_prompt & (lengths + query - prompt < window)
                 sees_own = sees_own & (query - own < window)
-            self._masks[window] = sees_prompt | sees_own
+            self._masks[window] = mx.bitwise_or(*apart(sees_prompt, sees_own))
         return self._masks[window]
 
 
@@ -216,9 +214,10 @@ def for_rows(prompts: mx.array, index: mx.array) -> mx.array:
         return mx.contiguous(prompts).view(mx.uint64)[index].view(prompts.dtype)
 
     @spread.vjp
-    def collected(prompts: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        places = (mx.arange(prompts.shape[0])[:, None] == index[None]).astype(cotangent.dtype)
-        return (places @ cotangent.reshape(index.size, -1)).reshape(prompts.shape)
+    def together(prompts: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        (places,) = apart(mx.equal(*apart(mx.arange(prompts.shape[0])[:, None], index[None])))
+        collected: mx.array = places.astype(cotangent.dtype) @ cotangent.reshape(index.size, -1)
+        return collected.reshape(prompts.shape)
 
     return cast(mx.array, spread(prompts))
 

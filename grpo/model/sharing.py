@@ -55,7 +55,8 @@ def whole_sequences(
     """Prompt and completion in one row: token ids `[B, L + T]`, padded on the right, and prompt lengths `[B]`."""
     lengths = prompt_lengths[index]
     column = mx.arange(prompt_ids.shape[1] + completion_ids.shape[1])[None] - lengths[:, None]
-    own = mx.take_along_axis(completion_ids, mx.clip(column, 0, completion_ids.shape[1] - 1), axis=1)
+    begins = mx.arange(0, completion_ids.size, completion_ids.shape[1])[:, None]
+    own = completion_ids.reshape(-1)[begins + mx.clip(column, 0, completion_ids.shape[1] - 1)]
     prompts = mx.pad(prompt_ids[index], [(0, 0), (0, completion_ids.shape[1])])
     return mx.where(column < 0, prompts, own), lengths
 
@@ -76,7 +77,9 @@ def shared_layers(model: nn.Module, body: Body) -> list[Kind]:
     try:
         shared = shared_hidden(body, layers, prompts, lengths, index, completions)
         body_dtype, shared = shared.dtype, shared.astype(mx.float32)
-        whole = hidden_at(body(tokens, cache=None), starts, 2).astype(mx.float32)
+        every = body(tokens, cache=None)  # [3, L, D], of which each row's two are looked at
+        ends = mx.arange(0, tokens.size, tokens.shape[1])[:, None] + _predicting(starts, 2, tokens.shape[1])
+        whole = for_rows(every.reshape(tokens.size, -1), ends.reshape(-1)).reshape(shared.shape).astype(mx.float32)
         gap: Any = (mx.linalg.norm(shared - whole) / mx.linalg.norm(whole)).item()
     except Exception as error:  # whatever the model's own code raises, or ours
         what = "the trial failed" if is_ours(error) else "this architecture does not take positions and masks by row"
@@ -89,6 +92,9 @@ def shared_layers(model: nn.Module, body: Body) -> list[Kind]:
 
 def hidden_at(hidden: mx.array, prompt_lengths: mx.array, length: int) -> mx.array:
     """Of whole sequences' hidden states `[B, L, D]` those that predict completion tokens, `[B, length, D]`."""
-    # The one that predicts completion token t is that of the token before it.
-    positions = mx.minimum(prompt_lengths[:, None] - 1 + mx.arange(length)[None], hidden.shape[1] - 1)
-    return mx.take_along_axis(hidden, positions[..., None], axis=1)
+    return mx.take_along_axis(hidden, _predicting(prompt_lengths, length, hidden.shape[1])[..., None], axis=1)
+
+
+def _predicting(prompt_lengths: mx.array, length: int, width: int) -> mx.array:
+    """Where the tokens before each row's completion tokens stand, `[B, length]`, in rows of `width` tokens."""
+    return mx.minimum(prompt_lengths[:, None] - 1 + mx.arange(length)[None], width - 1)

@@ -99,6 +99,7 @@ class Gradients:
                     tree, logprobs, entropies = self._accumulate(total.pop(), arrays, key)
                 total.append(tree)
                 del tree
+                mx.async_eval(total, logprobs, entropies)  # type: ignore[no-untyped-call]  # while Python builds the rest
                 loss, metrics = self._measured(logprobs, batch, entropies)
                 mx.eval(total, loss, metrics, logprobs)  # one micro-batch's activations at a time
                 yield loss, metrics, logprobs

@@ -9,6 +9,7 @@ from spoken import row_of
 from grpo.generation import controller
 from grpo.generation.controller import Always, Automatic, speculation_of
 from grpo.generation.rows import SharedPrompt
+from grpo.generation.steptimes import Case
 
 Cost = Callable[[int, int], float]
 """Seconds of a step, by slots and width."""
@@ -150,7 +151,7 @@ def test_rows_of_prompts_that_are_new_do_not_count_as_rows_that_come_back() -> N
     speculation = Automatic()
     epochs(speculation, proportional, 3)
     known, new = row_of(SharedPrompt((0, 7))), row_of(SharedPrompt((50, 51)))
-    case = controller.Case.of([known])
+    case = Case.of([known])
     assert case is not None
     assert speculation._expected(case, [known])[8] > 5
     assert speculation._expected(case, [new])[8] == pytest.approx(1, abs=0.3)

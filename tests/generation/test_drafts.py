@@ -21,10 +21,12 @@ def test_a_sibling_that_is_ahead_is_followed() -> None:
     ahead, behind = row_of(prompt, [10, 11, 12, 13]), row_of(prompt, [10])
     drafts.propose(ahead, 3)
     assert drafts.propose(behind, 3) == [11, 12, 13]
+    before = len(drafts.group(prompt).index)
     ahead.token_ids += [14, 15]
     behind.token_ids += [11, 12, 13]
     drafts.propose(ahead, 3)
     assert drafts.propose(behind, 3) == [14, 15]
+    assert len(drafts.group(prompt).index) == before + 2  # only what is new was taken in
 
 
 def test_what_a_tool_returned_is_followed() -> None:
@@ -61,7 +63,16 @@ def test_a_group_does_not_draft_from_what_came_after_it_began() -> None:
     drafts.group(prompt)
     drafts.remember(first)
     assert drafts.group(prompt).past == []
+    prompt.left = 0
     assert drafts.group(SharedPrompt(PROMPT)).seen
+
+
+def test_the_parts_of_a_group_in_two_lanes_know_one_another() -> None:
+    drafts = Drafts()
+    here, there = row_of(SharedPrompt(PROMPT), [10, 11, 12]), row_of(SharedPrompt(PROMPT), [10])
+    drafts.propose(here, 2)
+    assert drafts.propose(there, 2) == [11, 12]
+    assert drafts.group(here.prompt) is drafts.group(there.prompt)
 
 
 def test_groups_whose_rows_have_left_are_forgotten() -> None:
@@ -147,6 +158,16 @@ def test_a_replay_does_not_count_what_was_not_sampled() -> None:
     again.token_ids += [30]
     # The draft behind 20 is what the tool returns: no row draws that.
     assert replay(drafts.group(again.prompt), [again], 4) == (2, 2)
+
+
+def test_a_further_replay_counts_what_is_new() -> None:
+    drafts, prompt = Drafts(), SharedPrompt(PROMPT)
+    row = row_of(prompt, [10, 11, 12, 10])
+    group = drafts.group(prompt)
+    assert replay(group, [row], 2) == (4, 4)
+    group.replayed = {row: 4}
+    row.token_ids += [11, 12]
+    assert replay(group, [row], 2) == (2, 1)
 
 
 def test_old_turns_count_less() -> None:

@@ -24,6 +24,13 @@ def test_tokens_follow_one_another_as_they_did_before() -> None:
     assert index.likely(index.extend(ROOT, [4]), 9)[:2] == [5, 6]
 
 
+def test_what_followed_a_shorter_context_does_not_count_for_a_longer() -> None:
+    index = SuffixAutomaton()
+    index.extend(ROOT, [9, 1, 2, 3])
+    index.extend(ROOT, [1, 2, 7])
+    assert index.likely(index.extend(ROOT, [9, 1, 2]), 1) == [3]
+
+
 def test_nothing_is_guessed_behind_what_was_never_said() -> None:
     index = SuffixAutomaton()
     assert index.likely(ROOT, 3) == []

@@ -27,6 +27,7 @@ def test_plain_decoding_gains_nothing() -> None:
 
 def test_a_gain_over_what_was_never_timed_is_not_told() -> None:
     tally = Tally()
+    tally.add(1, rows=2, taken=2, seconds=1.0)
     tally.add(4, rows=2, taken=6, seconds=1.0)
     assert set(speculation_metrics(tally.counts())) == {"speculation/accepted", "speculation/width"}
 

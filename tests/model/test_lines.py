@@ -36,7 +36,7 @@ def test_lines_by_hand() -> None:
     assert lines.prompts == [[1, 1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 2, 0, 0], [0] * 7]
     assert lines.rows == [[0, 0, 1, 1, 2, 3, 3], [0, 4, 0, 0, 5, 0, 0], [0] * 7]
     assert starts == [2, 4, 5, 8, 11]
-    found = at_rows(laid[1], mx.array(starts), 2).tolist()
+    found = at_rows(laid[1].astype(mx.float32), mx.array(starts), 2, laid[4]).tolist()
     assert [found[0], found[2]] == [[10, 11], [13, 14]]
     assert [row[0] for row in found] == [10, 12, 13, 15, 16]
 

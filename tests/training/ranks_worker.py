@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 from conftest import make_model, shaken
 from test_update import groups, recipe
-from training.measured import measures
+from training.ranks_measures import measures
 from training.sections import make_batches, updater, with_advantages
 
 from grpo.backend.ranks import Ranks

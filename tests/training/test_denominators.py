@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import product
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from objective.oracle import highest_entropy, weights
@@ -19,6 +20,10 @@ LONGEST, TRUNCATED = 8, {(0, 1), (0, 2), (2, 0)}
 
 class FixedEntropies:
     """In a policy's place: an entropy for each token of the toy groups, no two of them equal."""
+
+    def __init__(self) -> None:
+        self.model = nn.Module()
+        self.model.layers = []
 
     def group_logprobs(self, prompts, lengths, index, completions, gradient, entropies):
         assert entropies

@@ -1,0 +1,102 @@
+"""How long steps take: by the slots, by the tokens that they feed each row, and by what they compute of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import NamedTuple
+
+from grpo.generation.rows import Row
+
+SAMPLES = 3
+"""Measured steps without which nothing is known of a width."""
+RETRY = 4096
+"""Steps after which the time of a wide step is no longer believed."""
+
+
+class Case(NamedTuple):
+    """What steps are alike: greedy or not, with logprobs or not, and the number of slots, by powers of two."""
+
+    greedy: bool
+    logprobs: bool
+    slots: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row | None]) -> Case | None:
+        """The case of the rows in slots; None without any."""
+        row = next(filter(None, rows), None)
+        if row is None:
+            return None
+        return cls(row.stopping.sampling.temperature == 0, row.wants_logprobs, (len(rows) - 1).bit_length())
+
+    def unlike(self, other: Case) -> float:
+        """How far another case is from this one: by the slots first."""
+        return abs(self.slots - other.slots) + (self.greedy != other.greedy) / 2 + (self.logprobs != other.logprobs) / 4
+
+
+@dataclass(slots=True)
+class _Times:
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=9))
+    at: int = 0
+
+    @property
+    def known(self) -> float | None:
+        return median(self.seconds) if len(self.seconds) >= SAMPLES else None
+
+
+class StepTimes:
+    """The median time of the newest steps, by case and width.
+
+    A step after one of another width is not counted: it may build kernels, and it comes out of step with the device.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._times: dict[tuple[Case, int], _Times] = {}
+        self._last: dict[tuple[Case, int], int] = {}  # the width of the step before, by case and number of slots
+
+    def add(self, case: Case, slots: int, width: int, seconds: float) -> None:
+        """Count a step."""
+        self.steps += 1
+        if self._last.get((case, slots)) == width:
+            times = self._times.get((case, width))
+            if times is None:
+                times = self._times[case, width] = _Times()
+            times.seconds.append(seconds)
+            times.at = self.steps
+        self._last[case, slots] = width
+
+    def plain(self, case: Case) -> float | None:
+        """Seconds of a plain step, if they are known."""
+        times = self._times.get((case, 1))
+        return times.known if times is not None else None
+
+    def plain_age(self, case: Case) -> int:
+        """Steps since a plain one was timed."""
+        return self.steps - self._times[case, 1].at
+
+    def cost(self, case: Case, width: int) -> float | None:
+        """The time of a wide step, measured in plain ones. None if it was not measured of late."""
+        times, plain = self._times.get((case, width)), self.plain(case)
+        if times is None or plain is None or times.known is None or self.steps - times.at > RETRY:
+            return None
+        return times.known / plain
+
+    def likely_cost(self, case: Case, width: int) -> float | None:
+        """What `cost` may be at best, from other cases. None if they say nothing.
+
+        It may be what it is in the case that is most like this one, or what as many slots cost as this step feeds
+        tokens.
+        """
+        known = [
+            (case.unlike(other), times.known / plain)
+            for (other, wide), times in self._times.items()
+            if wide == width and times.known is not None and (plain := self.plain(other)) is not None
+        ]
+        costs = [min(known)[1]] if known else []
+        here, more = self.plain(case), self.plain(case._replace(slots=case.slots + width.bit_length() - 1))
+        if here is not None and more is not None:
+            costs.append(more / here)
+        return min(costs, default=None)

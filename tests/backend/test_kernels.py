@@ -1,0 +1,66 @@
+"""Where the kernels that MLX builds for an NVIDIA GPU are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from grpo.backend import kernels
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch) -> Path:
+    """A machine with two GPUs and MLX for CUDA, whose user has a cache folder."""
+    for number in range(2):
+        (tmp_path / f"gpus/{number}").mkdir(parents=True)
+        (tmp_path / f"gpus/{number}/information").write_text("Model: \t\t NVIDIA H200\nIRQ: 7\n")
+    monkeypatch.setattr(kernels, "GPUS", tmp_path / "gpus")
+    monkeypatch.setattr(kernels, "_version", lambda wheel: f"{wheel}-1.2" if wheel == "mlx-cuda-12" else None)
+    for name in (kernels.VARIABLE, *kernels.RANKS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_each_version_kind_of_gpu_and_process_has_a_folder_of_its_own(home: Path, monkeypatch) -> None:
+    kernels.keep()
+    folder = Path(os.environ[kernels.VARIABLE])
+    assert folder == home / "grpo/kernels/mlx-cuda-12-1.2/NVIDIA-H200/0"
+    assert folder.is_dir()
+    monkeypatch.delenv(kernels.VARIABLE)
+    monkeypatch.setenv("MLX_RANK", "3")
+    kernels.keep()
+    assert os.environ[kernels.VARIABLE] == str(folder.with_name("3"))
+
+
+def test_a_folder_that_the_user_has_set_stays(home: Path, monkeypatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, "/elsewhere")
+    kernels.keep()
+    assert os.environ[kernels.VARIABLE] == "/elsewhere"
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("lacking", ["gpu", "wheel", "room"])
+def test_elsewhere_mlx_decides(home: Path, monkeypatch, lacking: str) -> None:
+    if lacking == "gpu":
+        monkeypatch.setattr(kernels, "GPUS", home / "nowhere")
+    elif lacking == "wheel":
+        monkeypatch.setattr(kernels, "_version", lambda wheel: None)
+    else:
+        home.write_text("a file, where the folder would be")
+    kernels.keep()
+    assert kernels.VARIABLE not in os.environ
+
+
+def test_kernels_that_were_not_written_to_the_end_are_removed(home: Path) -> None:
+    folder = home / "grpo/kernels/mlx-cuda-12-1.2/NVIDIA-H200/0"
+    (folder / "long").mkdir(parents=True)
+    for name in ("whole", "cut", "full", "long/name"):
+        (folder / f"{name}.ptx").write_text("code")
+    (folder / "whole.cu").write_text("source")
+    (folder / "full.cu").touch()
+    (folder / "long/name.cu").write_text("source")
+    kernels.keep()
+    assert sorted(path.stem for path in folder.rglob("*.ptx")) == ["name", "whole"]

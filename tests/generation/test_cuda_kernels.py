@@ -95,6 +95,22 @@ def test_attention_of_several_tokens_a_row_is_stock_attention(dtype, width: int,
     assert mx.array_equal(attention.attend_half(step.layer, qkv, step.block, step.blocks, view), found)
 
 
+@pytest.mark.parametrize(("dtype", "width"), [(mx.float32, 64), (mx.bfloat16, 128)])
+@pytest.mark.parametrize(("rows", "tokens"), [(11, 1), (5, 2)])
+def test_attention_of_queries_that_come_ready_is_stock_attention(dtype, width: int, rows: int, tokens: int) -> None:
+    step = Step(rows, tokens, width, dtype)
+    queries = drawn(rows, QUERY_HEADS, tokens, width, dtype=dtype)
+    keys, values = (drawn(rows, HEADS, tokens, width, dtype=dtype) for _ in range(2))
+    own = Layer(*(a + 0 for a in step.layer.arrays()))
+    view = step.slots.view(tokens)
+    expected = StockAttention().attend(own, queries, keys, values, 0.1, view)
+    found = CudaAttention().attend(step.layer, queries, keys, values, 0.1, view)
+    mx.eval(found, own.arrays())
+    assert_near(found, expected)
+    assert_near(step.layer.keys, own.keys)
+    assert_near(step.layer.values, own.values)
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize(("rows", "width", "apart"), [(3, 64, False), (300, 1032, False), (5, 30, True)])
 def test_sums_and_gates_are_those_of_stock_operations(dtype, rows: int, width: int, apart: bool) -> None:

@@ -40,6 +40,11 @@ def scalar(value: float) -> mx.array:
     return mx.array([value], mx.float32)
 
 
+def power_of_two(least: int) -> int:
+    """The smallest power of two that is at least this. A kernel is compiled for each size that is written into it."""
+    return 1 << max(0, least - 1).bit_length()
+
+
 def constant(name: str, value: float) -> str:
     """A line of a kernel's source that gives a number its name."""
     return f"    constexpr float {name} = {float(value)!r}f;\n"

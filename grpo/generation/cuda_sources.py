@@ -9,11 +9,12 @@ into the source: MLX keeps arrays of up to 8 bytes in the host's memory, which b
 ROWS = """
     // What every block needs to know, by one block: of each row its prefix place, the tokens there, and the columns it
     // has filled; and the rows sorted by place into tiles of TOGETHER, with -1 where a tile has fewer.
-    __shared__ int counts[PLACES], begins[PLACES], place_at[SLOTS];
-    for (int place = threadIdx.x; place < PLACES; place += blockDim.x) counts[place] = 0;
-    for (int i = threadIdx.x; i < TILES * TOGETHER; i += blockDim.x) tiles[i] = -1;
+    __shared__ int counts[MOST], begins[MOST], place_at[MOST];
+    int slots = place_of_shape[0], places = lengths_shape[0], all_tiles = slots / TOGETHER + min(slots, places);
+    for (int place = threadIdx.x; place < places; place += blockDim.x) counts[place] = 0;
+    for (int i = threadIdx.x; i < all_tiles * TOGETHER; i += blockDim.x) tiles[i] = -1;
     __syncthreads();
-    for (int row = threadIdx.x; row < SLOTS; row += blockDim.x) {
+    for (int row = threadIdx.x; row < slots; row += blockDim.x) {
         int place = place_of[row];
         rows[4 * row] = place;
         rows[4 * row + 1] = lengths[place];
@@ -24,12 +25,12 @@ ROWS = """
     }
     __syncthreads();
     if (threadIdx.x == 0)
-        for (int place = 0, begin = 0; place < PLACES; ++place) {
+        for (int place = 0, begin = 0; place < places; ++place) {
             begins[place] = begin;
             begin += (counts[place] + TOGETHER - 1) / TOGETHER;
         }
     __syncthreads();
-    for (int row = threadIdx.x; row < SLOTS; row += blockDim.x) {
+    for (int row = threadIdx.x; row < slots; row += blockDim.x) {
         int place = place_at[row], rank = 0;
         for (int other = 0; other < row; ++other) rank += place_at[other] == place;
         tiles[begins[place] * TOGETHER + rank] = row;

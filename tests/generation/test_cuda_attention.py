@@ -37,3 +37,7 @@ def test_kernels_are_compiled_without_comments_and_indentation() -> None:
     a += 2;
     """
     assert cuda._shortened(source) == "int a = 1;\n#pragma unroll\na += 2;"
+
+
+def test_sizes_in_kernels_are_few() -> None:
+    assert [cuda.power_of_two(size) for size in (0, 1, 2, 3, 5, 64, 65)] == [1, 1, 2, 4, 8, 64, 128]

@@ -15,19 +15,8 @@ import mlx.core as mx
 from grpo.backend.cuda import available, constant, kernel, power_of_two
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import CacheShape, Layer
-from grpo.generation.cuda_sources import (
-    ALONE,
-    BEGIN,
-    HEADER,
-    JOINED,
-    PLAIN,
-    PLAIN_BEGIN,
-    PREPARED,
-    ROWS,
-    TENSOR,
-    TENSOR_BEGIN,
-    TOGETHER,
-)
+from grpo.generation.cuda_queries import BEGIN, JOINED, PREPARED, ROWS
+from grpo.generation.cuda_sources import ALONE, HEADER, PLAIN, PLAIN_BEGIN, TENSOR, TENSOR_BEGIN, TOGETHER
 from grpo.generation.joined import Half
 from grpo.generation.slots import View, Where
 

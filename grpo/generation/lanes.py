@@ -77,7 +77,7 @@ class _Common:
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding, self._lock, self._open = decoding, Lock(), 0
-        self.vocabulary, self.side_by_side = decoding.vocabulary, decoding.side_by_side
+        self.vocabulary, self.side_by_side, self.narrow = decoding.vocabulary, decoding.side_by_side, decoding.narrow
         self.description, self.refused = decoding.description, decoding.refused
         self.refresh, self.memory, self.outside = decoding.refresh, decoding.memory, decoding.outside
 

@@ -43,7 +43,7 @@ class Turns:
             print(json.dumps(values), file=sys.__stdout__, flush=True)
         if self._steps >= WARM_UP and not sys.stdin.readline():
             os._exit(0)  # no toolkit has its way with the end of its training
-        self._steps, self._parts = self._steps + 1, {}
+        self._steps, self._parts, self._scored = self._steps + 1, {}, None
         mx.clear_cache()
         mx.reset_peak_memory()
         self._start = time.perf_counter()

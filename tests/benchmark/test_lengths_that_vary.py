@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,22 @@ def test_mlx_lm_samples_the_same_lengths(peer_slots: int | None, once: bool) -> 
     assert [len(row) for row in logprobs] == lengths
 
 
+def test_mlx_lm_gets_prompts_that_were_computed_once(monkeypatch) -> None:
+    given: list[tuple[list[list[int]], Any]] = []
+    insert = BatchGenerator.insert
+
+    def spy(self, prompts, max_tokens=None, caches=None):
+        given.append((prompts, caches and [cache[0].offset for cache in caches]))
+        return insert(self, prompts, max_tokens, caches)
+
+    monkeypatch.setattr(BatchGenerator, "insert", spy)
+    prompts = VARIED.draw(256)
+    for setting in (VARIED, replace(VARIED, peer_prompts_once=True)):
+        rollout._batch_generate(model_for(setting), prompts, setting.completion_lengths, setting)
+    rows = [ids for ids in prompts for _ in range(2)]
+    assert given == [(rows, None), ([ids[-1:] for ids in rows], [3] * 6)]
+
+
 def test_mlx_lm_s_settings_are_those_that_were_asked_for(monkeypatch) -> None:
     asked: list[dict[str, object]] = []
 
@@ -81,6 +98,17 @@ def test_mlx_lm_s_settings_are_those_that_were_asked_for(monkeypatch) -> None:
     for setting in (VARIED, replace(VARIED, peer_slots=2)):
         rollout._batch_generate(model_for(setting), setting.draw(256), setting.completion_lengths, setting)
     assert [one["completion_batch_size"] for one in asked] == [4, 2]
+
+
+def test_both_sides_count_the_tokens_that_they_sample_and_ours_has_the_slots(monkeypatch) -> None:
+    counted: list[int] = []
+    slots: list[int] = []
+    untold = rollout.untold
+    monkeypatch.setattr(rollout, "timed", lambda _, tokens: counted.append(tokens) or {"tok/s": 1.0})
+    monkeypatch.setattr(rollout, "untold", lambda model, at_once: slots.append(at_once) or untold(model, at_once))
+    rollout.against_mlx_lm(VARIED)
+    assert set(counted) == {VARIED.tokens}
+    assert slots == [4]
 
 
 def test_sides_are_measured_by_the_tokens_that_they_sampled(run_cli) -> None:

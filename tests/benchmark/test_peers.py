@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.benchmark import peers
+from grpo.benchmark import peers, process
 from grpo.benchmark.peers import Toolkit, running
 from grpo.benchmark.process import Peer
 from grpo.benchmark.protocol import alternate
@@ -68,6 +68,19 @@ def test_a_toolkit_s_steps_are_served_one_by_one() -> None:
         rows = {row.unit: row for row in alternate("case", [peer.side()], runs=2)}
     assert rows.keys() - {RESIDENT} == {"s", "s rollout", "s update", "GB"}
     assert rows["s"].mean >= rows["s rollout"].mean + rows["s update"].mean > 0
+
+
+def test_steps_that_warm_a_toolkit_up_are_not_told() -> None:
+    program = TOOLKIT.format(scripts=str(SCRIPTS), tokens=24).replace("turns.scored()", "step < 2 and turns.scored()")
+    with answering(program) as peer:
+        assert "s update" not in peer.side().run()
+
+
+def test_resident_memory_is_the_process_s_own(monkeypatch) -> None:
+    watched: list[int] = []
+    monkeypatch.setattr(process, "watch_resident", lambda pid: watched.append(pid) or dict)
+    with answering("input()\nimport os\nprint('{\"s\": %d}' % os.getpid())") as peer:
+        assert peer.side().run() == {"s": watched[0]}
 
 
 def test_a_toolkit_that_samples_fewer_tokens_is_not_measured() -> None:

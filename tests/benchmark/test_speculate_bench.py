@@ -74,6 +74,19 @@ def test_more_accepted_drafts_are_measured_as_such_and_tokens_stay() -> None:
     assert rows["3 accepted", "accepted"] == pytest.approx(3, abs=0.4)  # a row's last step has fewer
 
 
+def test_on_a_gpu_drafts_are_what_wide_steps_draw(monkeypatch) -> None:
+    """Wide steps may round otherwise than narrow ones there: drafts by what narrow ones drew would not be accepted."""
+    monkeypatch.setattr(speculation, "on_gpu", lambda: True)
+    bench = speculation._Bench(SMALL)
+    plain = bench.sample(None, ())
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        bench, "sample", lambda drafts, truth: asked.append((drafts.accepted, drafts.fed)) or [[drafts.fed]]
+    )
+    assert [bench._truth(Known(count, 256), plain) for count in (1, 2, 3, 4)] == [[[2]], [[4]], [[4]], [[8]]]
+    assert asked == [(0, 2), (0, 4), (0, 8)]
+
+
 def test_other_tokens_are_an_error_on_a_cpu(monkeypatch) -> None:
     sample = speculation._Bench.sample
 
@@ -124,6 +137,8 @@ def test_steps_with_speculation_and_without_sample_the_same(recipe) -> None:
     later = {(row.side, row.unit): row for row in rows if row.case.endswith("later epochs")}
     assert len(later["auto", "s"].ratios) == 2
     assert later["off", "tokens"].runs == later["3", "tokens"].runs
+    assert later["off", "width"].mean == 0
+    assert later["3", "width"].mean > 1
 
 
 def test_runs_that_differ_are_an_error_on_a_cpu() -> None:

@@ -27,6 +27,10 @@ def test_a_whole_step_is_measured_in_its_parts() -> None:
     assert rows.get("GB resident", 1) > 0
 
 
+def test_a_measured_step_has_drafts_as_a_run_s_step_has_them() -> None:
+    assert train.step_trainer(SMALL).engine.generator.speculation is not None
+
+
 def test_variants_of_the_update_are_held_against_the_first(capsys) -> None:
     names = ["plain", "shared"]
     rows = updates.compare_updates(SMALL, names, seconds=600)

@@ -78,7 +78,7 @@ class _Common:
     def __init__(self, decoding: Decoding) -> None:
         self.decoding, self._lock, self._open = decoding, Lock(), 0
         self.vocabulary, self.side_by_side = decoding.vocabulary, decoding.side_by_side
-        self.description, self.refused = decoding.description, decoding.refused
+        self.description, self.refused, self.narrow = decoding.description, decoding.refused, decoding.narrow
         self.refresh, self.memory, self.outside = decoding.refresh, decoding.memory, decoding.outside
 
     def open(self, size: Size) -> Session:

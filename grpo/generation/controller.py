@@ -202,8 +202,9 @@ class Automatic(Always):
         if self._watching + work * self._cost > besides + share * self._elapsed:
             return
         began = time.perf_counter()
-        for width in WIDTHS:
-            kind = Kind(rows[0].stopping.sampling.temperature == 0, group.seen)
+        kind = Kind(rows[0].stopping.sampling.temperature == 0, group.seen)
+        used = {plan.width for case, plan in self._plans.items() if case.greedy == kind.greedy}
+        for width in set(WIDTHS) - used:  # of those, steps themselves say it
             self._add(kind, width, *replay(group, rows, width))
         spent = time.perf_counter() - began
         self._cost += (spent / work - self._cost) / 4

@@ -22,15 +22,27 @@ def kernel(
 ) -> Callable[..., Any]:
     """The body of a kernel as a function; see `mx.fast.cuda_kernel` for its arguments."""
     made: Any = mx.fast.cuda_kernel(
-        name=name, input_names=list(inputs), output_names=list(outputs), source=source, header=header
-    )
+        name=name, input_names=list(inputs), output_names=list(outputs), source=_shortened(source),
+        header=_shortened(header),
+    )  # fmt: skip
     return cast("Callable[..., Any]", made)
+
+
+def _shortened(source: str) -> str:
+    """Source without comments and indentation: MLX reads all of it at every launch, to find the kernel."""
+    lines = (line.split("//")[0].strip() for line in source.splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 @cache
 def scalar(value: float) -> mx.array:
     """A number as a kernel takes it: `[1]` fp32."""
     return mx.array([value], mx.float32)
+
+
+def power_of_two(least: int) -> int:
+    """The smallest power of two that is at least this. A kernel is compiled for each size that is written into it."""
+    return 1 << max(0, least - 1).bit_length()
 
 
 def constant(name: str, value: float) -> str:

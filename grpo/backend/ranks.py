@@ -42,8 +42,9 @@ class Ranks:
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
         self.patience = _patience()
-        name = socket.gethostname()
-        self.neighbours = self.gather(name).count(name)
+        if group:
+            name = socket.gethostname()
+            self.neighbours = self.gather(name).count(name)
 
     @classmethod
     def launched(cls) -> Ranks:

@@ -75,7 +75,7 @@ def _sides(setting: Setting, names: Sequence[str], model: nn.Module, adapters: A
 def update_side(name: str, policy: Policy, cfg: Recipe, setting: Setting) -> Side:
     """One update of synthetic completions, batches made anew each time."""
     groups = with_advantages(synthetic(setting, policy.model), WEIGHTS, cfg.advantage, cfg.loss.preset)
-    update, packing = Updater(policy, cfg.optim, cfg.loss), Packing.of(cfg.optim, cfg.rollout)
+    update, packing = Updater(policy, cfg.optim, cfg.loss), packing_of(policy, cfg)
     footprint = measure_footprint(policy, policy.gradient_checkpointing)
     planned = mx.get_active_memory() + max(footprint.bytes(shape) for shape in shapes(groups, packing))
 
@@ -87,6 +87,12 @@ def update_side(name: str, policy: Policy, cfg: Recipe, setting: Setting) -> Sid
         return {"s": time.perf_counter() - start, "GB": mx.get_peak_memory() / 1e9, "GB planned": planned / 1e9}
 
     return Side(name, run)
+
+
+def packing_of(policy: Policy, cfg: Recipe) -> Packing:
+    """The packing of a recipe for a model that may be unable to read completions behind one another."""
+    rule = Packing.of(cfg.optim, cfg.rollout)
+    return replace(rule, packs=rule.packs and policy.packs)
 
 
 def shapes(groups: Sequence[Group], packing: Packing) -> list[Shape]:
@@ -114,7 +120,7 @@ def parity(setting: Setting) -> str:
         adapters = policy.adapters
         drawn = {path: mx.random.normal(a.shape, key=mx.random.key(5)) * 0.01 for path, a in adapters.state().items()}
         adapters.load_state({path: array.astype(policy.dtype) for path, array in drawn.items()})
-        batches = make_batches(groups, cfg.loss, Packing.of(cfg.optim, cfg.rollout), setting.completion_length)
+        batches = make_batches(groups, cfg.loss, packing_of(policy, cfg), setting.completion_length)
         found.append(Updater(policy, cfg.optim, cfg.loss).gradient(batches).arrays)
     plain, *others = found
     norm = _norm(plain)

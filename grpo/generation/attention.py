@@ -7,6 +7,7 @@ is tried against the model before it is used.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
@@ -14,8 +15,8 @@ import mlx.core as mx
 from grpo.backend.maths import exp
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import Layer
-from grpo.generation.products import padded, product
-from grpo.generation.slots import View, Where
+from grpo.generation.products import few_rows, padded, product
+from grpo.generation.slots import WIDEST, View, Where
 
 MASKED = -1e30
 """Score of what a row may not see. Finite, so that a row without any prompt gives no NaN."""
@@ -27,6 +28,8 @@ class Attention(Protocol):
 
     overlaps: bool
     """Whether a step may be launched while the one before it still runs, without MLX copying the buffers."""
+    widest: int
+    """The most tokens of a row that a step may feed."""
 
     def attend(
         self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View
@@ -54,31 +57,36 @@ class StockAttention:
     """
 
     overlaps = False  # MLX writes into a buffer only when no step in flight holds it
+    widest = WIDEST
 
     def attend_joined(self, layer: Layer, qkv: mx.array, block: Block, blocks: Blocks, view: View | Where) -> mx.array:
         assert isinstance(view, View)
-        slots, tokens, turned = len(view.place_of), view.fed, blocks.query_heads + blocks.heads
-        rows = qkv[: slots * tokens].reshape(slots, tokens, turned + blocks.heads, blocks.width).swapaxes(1, 2)
-        queries_keys = rows[:, :turned]
+        slots, heads = len(view.place_of), blocks.query_heads + 2 * blocks.heads
+        rows = _by_head(qkv, slots, view.fed, heads)
+        queries_keys = rows[:, : -blocks.heads]
         if block.qk_norm is not None:
             queries_keys = block.qk_norm(queries_keys)
         queries_keys = _rotated(queries_keys, blocks, view)
         queries, keys = queries_keys[:, : blocks.query_heads], queries_keys[:, blocks.query_heads :]
-        out = self.attend(layer, queries, keys, rows[:, turned:], blocks.scale, view)
-        return padded(out.swapaxes(1, 2).reshape(slots * tokens, -1), len(qkv), 0)
+        out = self.attend(layer, queries, keys, rows[:, -blocks.heads :], blocks.scale, view)
+        return padded(out.swapaxes(1, 2).flatten(0, 1).flatten(1), len(qkv), 0)
 
     def attend(
         self, layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, scale: float, view: View
     ) -> mx.array:
         slots, query_heads, tokens, width = queries.shape
-        heads = keys.shape[1]
-        repeats = query_heads // heads
+        heads, repeats = keys.shape[1], query_heads // keys.shape[1]
         layer.write(view, keys, values)
-        grouped = (queries * scale).reshape(slots, heads, repeats * tokens, width)
-        part = _partial(grouped, layer.keys[:, :, : view.width], layer.values[:, :, : view.width], view.own(repeats))
+        few = few_rows(repeats)
+        # Products of few rows, the same ones however many tokens there are: [S, H, W · repeats / few, few, D].
+        grouped = (queries * scale).reshape(slots, heads, repeats, tokens, width)
+        grouped = grouped.swapaxes(2, 3).reshape(slots, heads, -1, few, width)
+        own = layer.keys[:, :, None, : view.width], layer.values[:, :, None, : view.width]
+        part = _partial(grouped, *own, view.own(repeats // few), mx.matmul)
         if view.prefix:
             part = _together(part, _over_prompts(layer, grouped, view))
-        return (part.total / part.weight).astype(queries.dtype).reshape(slots, query_heads, tokens, -1)
+        out = (part.total / part.weight).astype(queries.dtype).reshape(slots, heads, tokens, repeats, -1)
+        return out.swapaxes(2, 3).reshape(slots, query_heads, tokens, -1)
 
 
 class FusedRowAttention(StockAttention):
@@ -129,26 +137,41 @@ class _Part(NamedTuple):
     total: mx.array
 
 
-def _partial(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> _Part:
-    """queries `[N, H, r, D]`, keys and values `[N, H, C, D]`, visible `[N, 1, 1 or r, C]`."""
-    scores = mx.where(visible, product(queries, keys.swapaxes(-1, -2)).astype(mx.float32), MASKED)
+def _by_head(rows: mx.array, slots: int, tokens: int, heads: int) -> mx.array:
+    """`[≥ S · W, heads · D]` as `[S, heads, W, D]`."""
+    if len(rows) > slots * tokens:
+        rows = rows[: slots * tokens]
+    if tokens == 1:
+        return rows.reshape(slots, heads, 1, -1)
+    return rows.reshape(slots, tokens, heads, -1).swapaxes(1, 2)
+
+
+def _partial(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    visible: mx.array,
+    multiply: Callable[[mx.array, mx.array], mx.array],
+) -> _Part:
+    """queries `[…, r, D]`, keys and values `[…, C, D]`, visible `[…, 1, C]`."""
+    scores = mx.where(visible, multiply(queries, keys.swapaxes(-1, -2)).astype(mx.float32), MASKED)
     highest = scores.max(axis=-1, keepdims=True)
     weights = exp(scores - highest)
-    return _Part(highest, weights.sum(axis=-1, keepdims=True), product(weights.astype(values.dtype), values))
+    return _Part(highest, weights.sum(axis=-1, keepdims=True), multiply(weights.astype(values.dtype), values))
 
 
 def _over_prompts(layer: Layer, queries: mx.array, view: View) -> _Part:
-    """The part of the prefix places, for all slots: queries `[S, H, r, D]` go to their group's place and back."""
-    _, heads, repeats, width = queries.shape
-    layout = view.layout
+    """The part of the prefix places, for all slots: queries `[S, H, p, few, D]` go to their group's place and back."""
+    _, heads, parts, few, width = queries.shape
+    layout, rows = view.layout, parts * few
     gridded = queries if layout.grid is None else queries[layout.grid]
-    gridded = gridded.reshape(layout.places, layout.rows, heads, repeats, width).swapaxes(1, 2)
-    gridded = gridded.reshape(layout.places, heads, layout.rows * repeats, width)
-    part = _partial(gridded, layer.prefix_keys, layer.prefix_values, view.prompt)
+    gridded = gridded.reshape(layout.places, layout.rows, heads, rows, width).swapaxes(1, 2)
+    gridded = gridded.reshape(layout.places, heads, layout.rows * rows, width)
+    part = _partial(gridded, layer.prefix_keys, layer.prefix_values, view.prompt, product)
 
     def back(array: mx.array) -> mx.array:
-        array = array.reshape(layout.places, heads, layout.rows, repeats, -1).swapaxes(1, 2)
-        array = array.reshape(layout.places * layout.rows, heads, repeats, -1)
+        array = array.reshape(layout.places, heads, layout.rows, rows, -1).swapaxes(1, 2)
+        array = array.reshape(layout.places * layout.rows, heads, parts, few, -1)
         return array if layout.cells is None else array[layout.cells]
 
     return _Part(*map(back, part))

@@ -35,6 +35,12 @@ class BatchCaches:
         self.description = f"mlx-lm's batch caches{one_by_one}{why and f' ({why})'}: slower"
         self.refused = refused
 
+    side_by_side = False
+    """It runs the model's own code, which may keep things of its own between two layers."""
+
+    def refresh(self) -> None:
+        """Nothing to do: the model is what it is."""
+
     def open(self, size: Size) -> Session:
         return BatchCachesSession(self.model, size.slots, self.joined)
 

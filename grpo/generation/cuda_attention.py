@@ -12,24 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from grpo.backend.cuda import available, constant, kernel
+from grpo.backend.cuda import available, constant, kernel, power_of_two
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import CacheShape, Layer
-from grpo.generation.cuda_sources import (
-    ALONE,
-    BEGIN,
-    HEADER,
-    JOINED,
-    PLAIN,
-    PLAIN_BEGIN,
-    PREPARED,
-    ROWS,
-    TENSOR,
-    TENSOR_BEGIN,
-    TOGETHER,
-)
+from grpo.generation.cuda_queries import BEGIN, JOINED, PREPARED, ROWS
+from grpo.generation.cuda_sources import ALONE, HEADER, PLAIN, PLAIN_BEGIN, TENSOR, TENSOR_BEGIN, TOGETHER
 from grpo.generation.joined import Half
-from grpo.generation.slots import View, Where
+from grpo.generation.slots import WIDEST, View, Where
 
 WARPS = 4
 """Warps of a block on tensor cores."""
@@ -53,7 +42,7 @@ SHARED_BYTES = 48 * 1024
 class CudaAttention:
     """See `grpo.generation.attention.Attention`."""
 
-    overlaps = True
+    overlaps, widest = True, WIDEST
 
     def __init__(self) -> None:
         self._counters: dict[int, mx.array] = {}
@@ -113,7 +102,7 @@ class CudaAttention:
         placed, tiles = self._rows(view.where, layer, wide, together)
         groups = (len(tiles) if together > 1 else rows) * heads * -(-wide // positions)
         full = -(-rows // together) * heads * -(-wide // positions)  # groups, if all tiles are full
-        splits = min(MOST_SPLITS, max(1, BLOCKS // full)) if tensor else 1
+        splits = min(MOST_SPLITS, power_of_two(BLOCKS // full + 1) // 2) if tensor and full <= BLOCKS else 1
         warps = WARPS if tensor else PLAIN_WARPS
         names = ("prefix_keys", "prefix_values", "own_keys", "own_values")
         buffers = dict(zip(names, layer.arrays(), strict=True))
@@ -154,7 +143,7 @@ class CudaAttention:
             made = kernel("grpo_rows", tuple(inputs), ("rows", "tiles"), ROWS)(
                 inputs=list(inputs.values()),
                 template=[
-                    ("WIDE", wide), ("TOGETHER", together), ("TILES", tiles), ("SLOTS", rows), ("PLACES", places),
+                    ("WIDE", wide), ("TOGETHER", together), ("MOST", power_of_two(max(64, rows, places))),
                 ],
                 grid=(256, 1, 1),
                 threadgroup=(256, 1, 1),
@@ -194,5 +183,5 @@ def serves(shapes: Sequence[CacheShape], query_heads: int) -> bool:
 
 
 def _shared_bytes(repeats: int, width: int) -> int:
-    """What `query`, `key`, `totals`, `highests` and `weights` take."""
-    return 4 * (repeats * width + width + PLAIN_WARPS * repeats * width + 2 * PLAIN_WARPS * repeats)
+    """What `query`, `staged`, `totals`, `highests` and `weights` take in a block that computes in fp32."""
+    return 4 * (repeats * width + PLAIN_WARPS * width + PLAIN_WARPS * repeats * width + 2 * PLAIN_WARPS * repeats)

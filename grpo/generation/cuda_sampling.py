@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from grpo.backend.cuda import kernel, scalar
+from grpo.backend.cuda import kernel, power_of_two, scalar
 
 THREADS = 512
 BLOCKS = 528
@@ -267,7 +267,8 @@ def draw(
     those two are not computed and mean nothing.
     """
     rows, size = logits.values.shape
-    parts = max(1, min(MOST_PARTS, BLOCKS // rows, size // LEAST_TOKENS))
+    most = max(1, min(MOST_PARTS, BLOCKS // rows, size // LEAST_TOKENS))
+    parts = power_of_two(most + 1) // 2
     inputs = {**logits.inputs(), "keys": keys, "lowest": scalar(0.0) if lowest is None else lowest}
     drawn = kernel("grpo_draw", tuple(inputs), ("parts", "winners_of"), DRAW)(
         inputs=list(inputs.values()),

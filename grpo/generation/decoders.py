@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -114,9 +115,11 @@ class ModelDecoder:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._files: list[ModuleType] = []
 
     def refresh(self) -> None:
-        """Nothing to do: the model is what it is."""
+        """Find the files that the model's modules come from; its arrays are what they are."""
+        self._files = _attending(self.model)
 
     def forget(self) -> None:
         """Nothing to do: no array is held."""
@@ -125,7 +128,7 @@ class ModelDecoder:
         slots, width = tokens.shape
         filled = padded(tokens, -(-fewest_rows() // width), 0)
         cache = [_LayerCache(layer, attention, view, len(filled)) for layer in layers]
-        with _attention_through_caches(self.model):
+        with _attention_through_caches(self._files):
             logits: mx.array = self.model(filled, cache=cache)
         return logits[:slots]
 
@@ -153,18 +156,24 @@ class _LayerCache:
         return padded(self._attention.attend(self._layer, *own, scale, self._view), self._rows, 0)
 
 
-@contextmanager
-def _attention_through_caches(model: nn.Module) -> Iterator[None]:
-    """Let the model's attention ask our caches, inside the block.
+ATTENTION = "scaled_dot_product_attention"
+"""mlx-lm's models all call one function, by the name under which their file has imported it."""
 
-    mlx-lm's models all call one function, by the name under which their file has imported it: that name is what is
-    replaced, in the files that this model's modules come from.
-    """
+
+def _attending(model: nn.Module) -> list[ModuleType]:
+    """The files of this model's modules that have imported mlx-lm's attention."""
     from grpo.model import mlxlm
 
-    name, original = "scaled_dot_product_attention", mlxlm.scaled_dot_product_attention
     files = {sys.modules[type(module).__module__] for module in model.modules()}
-    patched = [file for file in files if getattr(file, name, None) is original]
+    return [file for file in files if getattr(file, ATTENTION, None) is mlxlm.scaled_dot_product_attention]
+
+
+@contextmanager
+def _attention_through_caches(files: Sequence[ModuleType]) -> Iterator[None]:
+    """Let the attention in these files ask our caches, inside the block."""
+    from grpo.model import mlxlm
+
+    original = mlxlm.scaled_dot_product_attention
 
     def attend(
         queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, **others: Any
@@ -176,10 +185,10 @@ def _attention_through_caches(model: nn.Module) -> Iterator[None]:
         out: mx.array = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
         return out
 
-    for file in patched:
-        setattr(file, name, attend)
+    for file in files:
+        setattr(file, ATTENTION, attend)
     try:
         yield
     finally:
-        for file in patched:
-            setattr(file, name, original)
+        for file in files:
+            setattr(file, ATTENTION, original)

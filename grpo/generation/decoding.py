@@ -9,10 +9,11 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.device import on_gpu
 from grpo.generation.attention import Attention
 from grpo.generation.buffers import PREFILL_CHUNK, PREFILL_TOKENS, CacheShape
 from grpo.generation.caches import extends_together
-from grpo.generation.decoders import Decoder
+from grpo.generation.decoders import BlockDecoder, Decoder
 from grpo.generation.rows import Kept, Line, SharedPrompt
 from grpo.generation.shared import SharedPrefixSession
 from grpo.generation.slots import Size
@@ -21,6 +22,10 @@ from grpo.model.logprobs import ROUNDING
 
 SCORES_HELD = 3
 """Copies of attention scores, in fp32, that stock operations hold at once."""
+
+MOST_LANES = 2
+"""Sessions that threads step side by side on a CPU (`grpo.generation.lanes`). MLX lets ten tasks of ten operations be
+in flight, of all streams together, so more would starve one another."""
 
 
 class Session(Protocol):
@@ -96,6 +101,13 @@ class Decoding(Protocol):
     narrow: str | None
     """Why a step can feed a row only one token, where that is so (`Session.widest` is 1)."""
 
+    side_by_side: bool
+    """Whether sessions may be stepped in several threads at once: nothing that they share changes at a step."""
+
+    def refresh(self) -> None:
+        """Take over what the model's arrays are now, computed to the end."""
+        ...
+
     def open(self, size: Size) -> Session:
         """Begin, with so many slots."""
         ...
@@ -116,8 +128,6 @@ class Decoding(Protocol):
 class SharedPrefix:
     """Decoding in which a group's rows share the keys and values of their prompt."""
 
-    narrow: str | None = None
-
     def __init__(
         self,
         model: nn.Module,
@@ -132,6 +142,13 @@ class SharedPrefix:
         self._query_heads = int(getattr(model.args, "num_attention_heads", shapes[0].heads))
         self.decoder, self.attention, self.shapes = decoder, attention, shapes
         self.vocabulary, self.description, self.refused = vocabulary, description, refused
+        self.narrow = None if attention.widest > 1 else "its attention takes one token of a row at a step"
+        # The model's own forward pass is patched while it runs, which another thread would see.
+        self.side_by_side = isinstance(decoder, BlockDecoder) and not attention.overlaps and not on_gpu()
+
+    def refresh(self) -> None:
+        self.decoder.refresh()
+        mx.eval(self.model.parameters())
 
     def open(self, size: Size) -> Session:
         self.decoder.refresh()
@@ -150,6 +167,8 @@ class SharedPrefix:
 
     def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
         token = sum(shape.bytes_per_token for shape in self.shapes)
+        if self.side_by_side:  # a prompt may lie in each lane
+            places = min(slots, MOST_LANES * places)
         at_once = min(places * prompt, max(prompt, PREFILL_TOKENS))
         cached = token * (slots * completion + places * prompt + at_once)
         if self.attention.overlaps:

@@ -13,6 +13,7 @@ from grpo.backend.random import derive_key
 from grpo.generation.batching import Run
 from grpo.generation.decoding import Decoding
 from grpo.generation.events import Events
+from grpo.generation.lanes import Lanes
 from grpo.generation.parking import Parking
 from grpo.generation.rows import Row, SharedPrompt, Submission
 from grpo.generation.sampling import Sampling
@@ -48,13 +49,19 @@ class Engine:
         largest_product: int,
         kept_bytes: int | None = None,
         speculation: Speculation | None = None,
+        lanes: int = 1,
     ) -> None:
         """`rules` gives the stop rules of a `Sampling`; `largest_product` is the size of the model's largest weight.
+        With several `lanes`, rows decode in so many threads, each with its share of the slots.
 
         `find_decoding` returns the current way to decode the model. It is called when rows enter and no slot is taken.
         """
         self._rules, self._stream, self._largest_product = rules, stream, largest_product
-        self._run = Run(find_decoding, slots, Parking(kept_bytes), speculation)
+        self._run: Run | Lanes = (
+            Lanes(lanes, find_decoding, slots, kept_bytes, speculation)
+            if lanes > 1
+            else Run(find_decoding, slots, Parking(kept_bytes), speculation)
+        )
         self._events: deque[Events] = deque()
 
     @property
@@ -139,7 +146,7 @@ class Engine:
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """Use the engine's own stream, and one BLAS thread if the products are small."""
-        small = self._run.seats.count * self._largest_product < SMALL_PRODUCT
+        small = isinstance(self._run, Lanes) or self._run.seats.count * self._largest_product < SMALL_PRODUCT
         with mx.stream(self._stream), blas.one_thread(small):
             yield
 

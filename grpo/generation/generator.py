@@ -15,6 +15,7 @@ from grpo.generation.choice import find_decoding
 from grpo.generation.controller import Always
 from grpo.generation.decoding import Decoding
 from grpo.generation.engine import Engine
+from grpo.generation.lanes import lanes_for
 from grpo.generation.progress import TokenProgress
 from grpo.generation.rows import Row, Submission
 from grpo.generation.sampling import Sampling
@@ -59,6 +60,8 @@ class Generator:
         """Bytes that rows may keep out of their slots, None for no bound. See `Engine`."""
         self.speculation: Speculation | None = None
         """What drafts tokens, so that a step can bring several; None for one token a step."""
+        self.lanes: int | None = None
+        """How many threads decode side by side, each with its share of the slots; None for as many as pay here."""
         self.progress: Progress | None = None
         self.stop_ids = frozenset(tokenizer.eos_token_ids)
         layers = [array.size for layer in model.layers for _, array in tree_flatten(layer.parameters())]
@@ -149,7 +152,13 @@ class Generator:
             self._largest,
             self.kept_bytes,
             None if self.decoding.narrow else self.speculation,
+            self._lanes(),
         )
+
+    def _lanes(self) -> int:
+        if not self.decoding.side_by_side:
+            return 1
+        return min(self.slots, lanes_for(self.slots, self._largest) if self.lanes is None else self.lanes)
 
     def _find_decoding(self) -> None:
         self._modules = [module for _, module in self.model.named_modules()]

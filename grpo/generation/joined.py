@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.backend.cuda import available, overwrite_rows
+from grpo.generation import cuda_products
 from grpo.generation.products import fewest_columns, padded
 
 WEIGHTS = ("weight", "scales", "biases", "bias")
@@ -87,7 +88,7 @@ class Products:
             raise Unread("adapters with magnitudes (DoRA) are not joined")
         if len({"bias" in base for base in self._bases}) > 1:
             raise Unread("only some of the layers of one input have a bias")
-        self.outs = tuple(int(base.weight.shape[0]) for base in self._bases)
+        self.outs = tuple(_outputs(layer) for layer in layers)
         self.ranks = tuple(int(layer.lora_b.shape[0]) if "lora_a" in layer else 0 for layer in layers)
         self._halved = False
         self._weights, self._adapters = LastSeen(), LastSeen()
@@ -163,6 +164,8 @@ class Products:
         weight = self.joined["weight"]
         first = self._bases[0]
         if not isinstance(first, nn.QuantizedLinear):
+            if self._halved and onto is None and cuda_products.serves(x, weight):
+                return cuda_products.product(x, weight)
             return x @ weight.T if onto is None else mx.addmm(onto, x, weight.T)
         y = mx.quantized_matmul(
             x, weight, self.joined["scales"], self.joined.get("biases"),
@@ -191,7 +194,7 @@ class Products:
 
     def _take_adapters(self, dtype: mx.Dtype) -> None:
         if not self._halved:
-            self.lora.update(_joined_lora(self._layers, self.outs, dtype))
+            self.lora.update(_joined_lora(self._layers, dtype))
             return
         a = mx.concatenate([layer.lora_a for layer in self._layers if "lora_a" in layer], axis=1)
         self.lora["b"] = _stacked_b(self._layers, self.outs, max(self.ranks), dtype)
@@ -209,9 +212,10 @@ class Products:
         mx.eval(self.joined)
 
 
-def _joined_lora(layers: Sequence[Any], outs: Sequence[int], dtype: mx.Dtype) -> dict[str, mx.array]:
+def _joined_lora(layers: Sequence[Any], dtype: mx.Dtype) -> dict[str, mx.array]:
     """A `[in, ranks]` of the layers that have one, and their B, scaled, on the diagonal of `[ranks, outs]`."""
     a = mx.concatenate([layer.lora_a for layer in layers if "lora_a" in layer], axis=1)
+    outs = [_outputs(layer) for layer in layers]
     rows = [
         mx.pad(layer.lora_b * layer.scale, [(0, 0), (sum(outs[:i]), sum(outs[i + 1 :]))])
         for i, layer in enumerate(layers)
@@ -230,3 +234,7 @@ def _stacked_b(layers: Sequence[Any], outs: Sequence[int], ranks: int, dtype: mx
         for layer, width in zip(layers, outs, strict=True)
     ]
     return mx.concatenate(columns, axis=1).astype(dtype)
+
+
+def _outputs(layer: Any) -> int:
+    return int((layer.linear if "lora_a" in layer else layer).weight.shape[0])

@@ -2,7 +2,8 @@
 
 How many tokens go through a product follows from which rows happen to be in the slots and how wide a step is. On a CPU
 MKL takes other kernels for fewer than four rows, and for fewer than 24 columns, which round otherwise. Without those,
-what is decoded depends on neither.
+what is decoded depends on neither. With fewer than four rows, on the other hand, a sum does not depend on the zeros
+behind it, which more rows are told apart by: they add up in blocks of the whole length.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ def fewest_rows() -> int:
 def fewest_columns() -> int:
     """How many columns a matrix needs at least."""
     return 1 if on_gpu() else FEWEST_COLUMNS
+
+
+def few_rows(rows: int) -> int:
+    """How many rows to take at a time where products are added up over a length that varies; it divides `rows`."""
+    return rows if on_gpu() else next(few for few in (3, 2, 1) if rows % few == 0)
 
 
 def padded(array: mx.array, least: int, axis: int) -> mx.array:

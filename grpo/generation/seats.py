@@ -16,6 +16,9 @@ from grpo.generation.samplers import Samplers
 from grpo.generation.sampling import Drawn
 from grpo.generation.slots import Size
 
+COLUMN_STEP = 8
+"""Slots have a multiple of this many columns: sums over an odd number of them round otherwise."""
+
 
 class Seats:
     """At most `most_slots` slots, with the buffers and samplers behind them.
@@ -186,7 +189,7 @@ class Seats:
         slots, prompts = min(self._most_slots, len(rows)), dict.fromkeys(row.prompt for row in rows)
         prefix = max(len(prompt.ids) for prompt in prompts) - 1
         columns = max(row.longest for row in rows) + self._ahead
-        return Size(slots, min(len(prompts), slots), prefix, columns)
+        return Size(slots, min(len(prompts), slots), prefix, -(-columns // COLUMN_STEP) * COLUMN_STEP)
 
     def _fit(self) -> None:
         size, self._unfit = self._size(), False

@@ -13,7 +13,7 @@ from grpo.generation.buffers import PREFILL_TOKENS, CacheShape, KeysValues, pref
 from grpo.generation.caches import extended, filled
 from grpo.generation.decoders import Decoder
 from grpo.generation.rows import Kept, Line, SharedPrompt
-from grpo.generation.slots import WIDEST, Size, Slots
+from grpo.generation.slots import Size, Slots
 
 
 class SharedPrefixSession:
@@ -35,7 +35,7 @@ class SharedPrefixSession:
     ) -> None:
         """`extends_together` says whether several rows may be extended in one batch."""
         self._extends_together = extends_together
-        self.overlaps, self.widest = attention.overlaps, WIDEST
+        self.overlaps, self.widest = attention.overlaps, attention.widest
         self._model, self._decoder, self._attention = model, decoder, attention
         self._slots = Slots(size)
         self._layers = [shape.layer(size) for shape in shapes]

@@ -197,12 +197,11 @@ class View:
         return self._rotation
 
     def own(self, repeats: int) -> mx.array:
-        """Which columns each token sees, for so many query heads in turn: `[S, 1, repeats · W or 1, width]`."""
-        repeats = repeats if self.fed > 1 else 1
+        """Which columns each token sees, each token so many times in turn: `[S, 1, W · repeats, 1, width]`."""
         if repeats not in self._own:
             last = self.decoded[:, None] + mx.arange(self.fed)
-            seen = mx.arange(self.width) <= last[:, :, None]
-            self._own[repeats] = mx.tile(seen, (1, repeats, 1))[:, None]
+            last = mx.repeat(last, repeats, axis=1) if repeats > 1 else last
+            self._own[repeats] = (mx.arange(self.width) <= last[:, :, None])[:, None, :, None]
         return self._own[repeats]
 
     @cached_property

@@ -33,8 +33,9 @@ fill them; a CPU is with a quarter of them, and with 4,096 at most."""
 FREE = 0.9
 """Of the memory, what may be planned with."""
 MOST_ACTIVATIONS, MOST_ON_CUDA = 3 * 2**30, 12 * 2**30
-ENOUGH_ON_CPU = 2**29
-"""Bytes of activations beyond which a CPU gains nothing: what it computes at once leaves its caches all the same."""
+ENOUGH_ON_CPU, ENOUGH_TOKENS = 2**28, 1_024
+"""A CPU is as fast with micro-batches of no more bytes, but below so many tokens prompts go through too often.
+`qwen3-25m`, 4 × 8 × (64 + 64): 2.42 s and 0.41 GB in four, 2.56 s and 1.27 GB in one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +256,7 @@ def _chosen(
     load: Workload,
     footprint: Callable[[bool], Footprint],
     body: Callable[[bool, Shape], float] | None,
-    lanes: Callable[[int, int], int],
+    lanes: Callable[[int, int], int] = lambda *_: 1,
 ) -> _Chosen:
     """What the recipe says, or for `auto` what fits and pays.
 
@@ -287,7 +288,9 @@ def _chosen(
             or size >= few
             or largest[0].tokens == load.largest(2 * size, machine.gpu, machine.cuda)[0].tokens
         )
-        smaller_will_do = not machine.gpu and needed > ENOUGH_ON_CPU and size > few and size != sizes[-1]
+        smaller_will_do = (
+            not machine.gpu and tokens == "auto" and needed > at_once * ENOUGH_ON_CPU and size > ENOUGH_TOKENS
+        )
         if needed <= comfortable and enough and not smaller_will_do:
             return best
     assert best is not None

@@ -9,7 +9,7 @@ from grpo.generation.memory import Need
 from grpo.recipes import with_settings
 from grpo.rollout import sampling_of
 from grpo.training.binning import most_lines
-from grpo.training.packing import SIDE_BY_SIDE, Packing, Shape
+from grpo.training.packing import Packing, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Workload:
         """The largest micro-batches of at most `tokens`: the longest prompts, each with all its longest completions,
         and the widest lines where completions may go behind one another. `gpu`, `cuda`: what the machine has."""
         optim = with_settings(self.optim, {"micro_batch_tokens": tokens})
-        packing = Packing.of(optim, self.rollout, 1 if gpu else SIDE_BY_SIDE, gpu=gpu, on_cuda=cuda)
+        packing = Packing.of(optim, self.rollout, gpu=gpu, on_cuda=cuda)
         length = self.own + self.rollout.max_completion_length
         return [self._in_rows(packing, length), *self._in_lines(packing, length)]
 

@@ -6,23 +6,39 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from grpo.backend.device import on_gpu
 from grpo.backend.lanes import lanes_for
 from grpo.backend.ranks import Ranks
+from grpo.config import LossConfig
 
 MOST_MULTIPLICATIONS = 2**27
 """Of a matrix product, beyond which a CPU's cores are all busy with it. Measured on two cores: micro-batches of 1,280
 tokens through matrices of 128 × 384 were 1.2 × as fast in two lanes, those of 576 tokens through 512 × 1,280 no faster,
 and they took 0.67 GB instead of 0.41."""
-MOST_GRADIENT = 2**26
-"""Bytes of a gradient that there may be one of for each lane."""
+MOST_GRADIENT = 2**23
+"""Bytes of a gradient that there may be one of for each lane: an adapter's, or a small model's whose weights all train.
+Larger models are promised one gradient."""
+
+
+def lanes_worth(model: nn.Module, loss: LossConfig) -> int:
+    """Into how many micro-batches at least a process's part of an update is cut.
+
+    One on a GPU, where the gradient is large, and where a loss is averaged over each micro-batch by itself, so that it
+    depends on their number. Otherwise two: not as many as there are cores, so that the sums are the same everywhere.
+    """
+    return 1 if on_gpu() or _gradient(model) > MOST_GRADIENT or loss.preset.normalize == "micro_batch" else 2
 
 
 def update_lanes(model: nn.Module, tokens: int, parts: int, ranks: Ranks | None = None) -> int:
     """Lanes for so many micro-batches of up to so many tokens: one where the products keep the cores busy, or where a
     gradient for each lane would take more memory than the lanes are worth."""
-    trained: int = sum(4 * array.size for _, array in tree_flatten(model.trainable_parameters()))
     busy = _largest_matrix(model) * tokens > MOST_MULTIPLICATIONS
-    return 1 if parts < 2 or busy or trained > MOST_GRADIENT else lanes_for(parts, ranks)
+    return 1 if parts < 2 or busy or _gradient(model) > MOST_GRADIENT else lanes_for(parts, ranks)
+
+
+def _gradient(model: nn.Module) -> int:
+    """Its bytes."""
+    return sum(4 * array.size for _, array in tree_flatten(model.trainable_parameters()))
 
 
 def _largest_matrix(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from grpo.backend import cuda
 from grpo.backend.device import on_gpu
-from grpo.config import LossConfig, OptimConfig, RolloutConfig
+from grpo.config import OptimConfig, RolloutConfig
 from grpo.model.lines import room
 from grpo.training.binning import SHORTEST, filled, most_lines, portions
 from grpo.types import Rollout, Task
@@ -27,9 +27,6 @@ than another shape costs."""
 KEYS = 8192
 """A token that attends to so many keys costs twice a token that attends to none: fitted to an H200 (0.6B shape), where
 an update spends 22 µs on a token, and attention with a mask 25 ms on 16,384 tokens of 16,384 keys in each layer."""
-SIDE_BY_SIDE = 2
-"""Micro-batches of an update on a CPU are a multiple of this, so that they can be computed side by side. It does not
-depend on the machine's cores, and so neither do the sums."""
 EACH = 1024
 """Tokens that a micro-batch costs beside its own, for launches and small products."""
 
@@ -65,7 +62,7 @@ class Packing:
     With `packs`, completions also stand behind one another in lines, where that costs less: as wide as the longest row
     needs, or up to `wide`. All `parts` processes get micro-batches of the same shapes.
 
-    On a CPU `parts` are what is computed side by side, `SIDE_BY_SIDE` in each process.
+    On a CPU `parts` counts what each process computes side by side, too (`grpo.training.lanes`).
     """
 
     tokens: int
@@ -156,14 +153,6 @@ class Packing:
         units = -(-length // self.multiple)
         power = _power_of_two(units)
         return self.multiple * next(size for size in (power, power * 3 // 2, power * 2) if size >= units)
-
-
-def lanes_worth(loss: LossConfig) -> int:
-    """Into how many micro-batches at least a process's part of an update is cut.
-
-    One on a GPU, and where a loss is averaged over each micro-batch by itself, so that it depends on their number.
-    """
-    return 1 if on_gpu() or loss.preset.normalize == "micro_batch" else SIDE_BY_SIDE
 
 
 def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shape]]:

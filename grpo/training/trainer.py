@@ -26,8 +26,9 @@ from grpo.training.before import Before
 from grpo.training.clock import Clock
 from grpo.training.gap import GapWatch
 from grpo.training.gauges import Gauges, mean_kl, with_all_entropy
+from grpo.training.lanes import lanes_worth
 from grpo.training.metrics import step_metrics
-from grpo.training.packing import Packing, lanes_worth
+from grpo.training.packing import Packing
 from grpo.training.passes import PassSettings, passes_of
 from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
@@ -144,7 +145,8 @@ class Trainer:
 
     def batched(self, groups: list[Group], beta: float) -> list[MiniBatch]:
         """One minibatch for each update of an iteration, with at least one micro-batch for each rank if rows allow."""
-        packing = Packing.of(self.cfg.optim, self.cfg.rollout, self.ranks.size * lanes_worth(self.cfg.loss))
+        parts = self.ranks.size * lanes_worth(self.policy.model, self.cfg.loss)
+        packing = Packing.of(self.cfg.optim, self.cfg.rollout, parts)
         longest, number = self.cfg.rollout.max_completion_length, self.cfg.optim.num_minibatches
         return make_minibatches(groups, self.cfg.loss, packing, longest, number, beta)
 

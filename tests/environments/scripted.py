@@ -20,7 +20,7 @@ VOCABULARY, STOPS = 80, frozenset(range(8))
 class Session:
     """Sure of each token: its logprob is 0."""
 
-    overlaps = False
+    overlaps, widest = False, 1
 
     def __init__(self, script: Mapping[Any, Sequence[Any]], size: Size, vocabulary: int) -> None:
         self.script, self.left, self.vocabulary = script, [iter(())] * size.slots, vocabulary
@@ -46,7 +46,7 @@ class Session:
             self.left[slot] = iter(self.script[before[-1]][len(row.turn) :])
             self.fed[slot] = len(row.token_ids)
 
-    def take(self, slot: int) -> Kept:
+    def take(self, slot: int, most: int) -> Kept:
         return Kept(self.fed[slot], None, 0)
 
     def keep(self, slots: Sequence[int]) -> None:

@@ -34,7 +34,7 @@ class NoText:
 
 @pytest.fixture
 def generator(zoo, monkeypatch):
-    """Makes a generator with so many slots, whose steps overlap or not, on small rings and chunks."""
+    """Makes a generator with so many slots, whose steps overlap or not, on few columns and small chunks."""
     monkeypatch.setattr(slots, "WIDTH_STEP", 4)
     monkeypatch.setattr(buffers, "PREFILL_CHUNK", 5)
     monkeypatch.setattr(shared, "PREFILL_TOKENS", 40)

@@ -135,6 +135,44 @@ def test_trials_wait_until_the_time_for_them_is_there() -> None:
     assert sum(width > 1 for width in machine.widths) <= controller.PROBE
 
 
+def test_nothing_is_tried_while_trials_have_lost_too_much() -> None:
+    speculation = Automatic()
+    speculation._lost = 10.0
+    assert set(epochs(speculation, flat, 10).widths) == {1}
+
+
+def test_drafts_that_turn_out_wrong_are_given_up() -> None:
+    """Replays promise what does not come true."""
+
+    class Misled(Automatic):
+        def propose(self, rows, width):
+            return [[10**6] * (width - 1)] * len(rows)
+
+    def free(_slots: int, _width: int) -> float:
+        return 0.01
+
+    machine = epochs(Misled(), free, 40)
+    assert set(machine.widths) > {1}
+    assert machine.widths[-1] == 1
+
+
+def test_replays_wait_until_the_time_for_them_is_there() -> None:
+    speculation = Automatic()
+    speculation._cost = 10.0  # seconds a token
+    assert set(epochs(speculation, flat, 10).widths) == {1}
+    assert speculation._watching == 0
+
+
+def test_what_is_known_of_one_case_is_tried_first_in_another() -> None:
+    """Width 8 was best, so that a case in which nothing was tried yet begins with it."""
+    speculation = Automatic()
+    assert epochs(speculation, flat, 12).widths[-1] == 8
+    machine = Machine(speculation, flat)
+    for _ in range(4):
+        machine.run([((n, 7), [100 * n + i for i in range(60)]) for n in range(4)], temperature=0.0)
+    assert next(width for width in machine.widths if width > 1) == 8
+
+
 def test_evaluation_and_training_are_cases_of_their_own() -> None:
     """Greedy rows say what they said before, sampled ones never do."""
     speculation = Automatic()

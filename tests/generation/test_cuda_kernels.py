@@ -11,6 +11,7 @@ from generation import halves
 from mlx_lm.tuner.lora import LoRALinear
 
 from grpo.backend import cuda
+from grpo.generation import cuda_products
 from grpo.generation.attention import StockAttention
 from grpo.generation.blocks import Norm
 from grpo.generation.buffers import CacheShape, Layer
@@ -95,6 +96,22 @@ def test_attention_of_several_tokens_a_row_is_stock_attention(dtype, width: int,
     assert mx.array_equal(attention.attend_half(step.layer, qkv, step.block, step.blocks, view), found)
 
 
+@pytest.mark.parametrize(("dtype", "width"), [(mx.float32, 64), (mx.bfloat16, 128)])
+@pytest.mark.parametrize(("rows", "tokens"), [(11, 1), (5, 2)])
+def test_attention_of_queries_that_come_ready_is_stock_attention(dtype, width: int, rows: int, tokens: int) -> None:
+    step = Step(rows, tokens, width, dtype)
+    queries = drawn(rows, QUERY_HEADS, tokens, width, dtype=dtype)
+    keys, values = (drawn(rows, HEADS, tokens, width, dtype=dtype) for _ in range(2))
+    own = Layer(*(a + 0 for a in step.layer.arrays()))
+    view = step.slots.view(tokens)
+    expected = StockAttention().attend(own, queries, keys, values, 0.1, view)
+    found = CudaAttention().attend(step.layer, queries, keys, values, 0.1, view)
+    mx.eval(found, own.arrays())
+    assert_near(found, expected)
+    assert_near(step.layer.keys, own.keys)
+    assert_near(step.layer.values, own.values)
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize(("rows", "width", "apart"), [(3, 64, False), (300, 1032, False), (5, 30, True)])
 def test_sums_and_gates_are_those_of_stock_operations(dtype, rows: int, width: int, apart: bool) -> None:
@@ -119,3 +136,19 @@ def test_adapters_are_written_below_the_matrix_in_its_place() -> None:
     assert products.joined["weight"] is matrix
     x = mx.random.normal((5, 64))
     assert_near(products(x), mx.concatenate([layer(x) for layer in layers], axis=-1))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize(("rows", "width", "outs"), [(1, 64, 20), (8, 1024, 1040), (33, 96, 4112), (64, 3072, 1040)])
+def test_products_of_few_rows_are_those_of_stock_operations(dtype, rows: int, width: int, outs: int) -> None:
+    x, matrix = drawn(rows, width, dtype=dtype), drawn(outs, width, dtype=dtype)
+    assert cuda_products.serves(x, matrix)
+    assert_near(cuda_products.product(x, matrix), x @ matrix.T)
+
+
+def test_products_of_many_rows_or_in_float32_are_left_to_stock_operations() -> None:
+    x, matrix = mx.zeros((64, 64), mx.bfloat16), mx.zeros((8, 64), mx.bfloat16)
+    assert cuda_products.serves(x, matrix)
+    assert not cuda_products.serves(mx.zeros((65, 64), mx.bfloat16), matrix)
+    assert not cuda_products.serves(x.astype(mx.float32), matrix.astype(mx.float32))
+    assert not cuda_products.serves(x[:, :48], matrix[:, :48])

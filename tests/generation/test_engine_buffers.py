@@ -67,10 +67,10 @@ def test_buffers_follow_the_load(generator: Generator) -> None:
     engine = generator.open()
     engine.submit(asked((5, 6), n=2, keep=False, sampling=Sampling(1.0, 60)))
     engine.step()
-    assert size() == Size(2, 1, 1, 60)
+    assert size() == Size(2, 1, 1, 64)
     rows = engine.submit(asked(LONG, n=9, keep=False, sampling=Sampling(1.0, 20)))
     engine.step()
-    assert size() == Size(8, 2, 24, 60)  # no more slots than there may be, nor longer rings than are needed
+    assert size() == Size(8, 2, 24, 64)  # no more slots than there may be, nor more columns than are needed
     while any(row.finish_reason is None for row in rows):
         engine.step()
     engine.step()

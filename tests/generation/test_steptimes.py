@@ -27,6 +27,12 @@ def test_rows_make_a_case() -> None:
     assert Case.of([None]) is None
 
 
+def test_cases_are_alike_by_slots_first_and_then_by_what_is_drawn() -> None:
+    others = [SMALL._replace(logprobs=False), SMALL._replace(greedy=True), SMALL._replace(slots=4), LARGE]
+    assert sorted(others, key=SMALL.unlike) == others
+    assert len({SMALL.unlike(other) for other in others}) == 4
+
+
 def test_a_cost_is_in_plain_steps_without_the_first_of_a_width() -> None:
     times = timed((SMALL, 1, 2.0), (SMALL, 4, 3.0))
     assert times.plain(SMALL) == 2

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import mlx.core as mx
 import pytest
-from ways import LONG, WAYS, asked, finish, generator_of, sampled
+from ways import LONG, WAYS, asked, finish, generator_of, model_of, sampled
 
 from grpo.generation import buffers, slots
 from grpo.generation.attention import FusedRowAttention
 from grpo.generation.engine import Engine
 from grpo.generation.generator import Generator
-from grpo.generation.rows import Row, Submission
+from grpo.generation.rows import Line, Row, SharedPrompt, Submission
 from grpo.generation.sampling import Sampling
+from grpo.generation.slots import Size
 
 SHARED = [way for way in WAYS if "cache" not in way and WAYS[way][1].__qualname__.startswith("shared")]
 PROMPTS = [(9, 10, 11), (12,), LONG]
@@ -111,9 +113,9 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize("way", SHARED)
+@pytest.mark.parametrize("way", ["joined layers", *(pytest.param(way, marks=pytest.mark.slow) for way in SHARED[1:])])
 @pytest.mark.parametrize("how", SAMPLINGS)
-@pytest.mark.parametrize("most", [2, 16])
+@pytest.mark.parametrize("most", [2, pytest.param(16, marks=pytest.mark.slow)])
 def test_drafts_change_nothing(way: str, how: str, most: int) -> None:
     """Prompts are shared by two rows each; there are fewer slots than rows, or slots for all."""
     generator = generator_of(way, most)
@@ -161,6 +163,7 @@ def test_few_rows_are_the_same_to_the_bit(way: str, count: int) -> None:
 def test_caches_that_give_nothing_back_are_decoded_plainly(way: str) -> None:
     generator = generator_of(way, 3)
     drafter = both(generator, [asked(PROMPTS[0], 1, n=4, keep=False, sampling=Sampling(1.0, 9))], "right", [8])
+    assert "cannot take tokens back" in (generator.decoding.narrow or "")
     assert not drafter.asked
     assert not drafter.steps
 
@@ -213,3 +216,30 @@ def test_turns_go_on_after_drafts(way: str, kind: str) -> None:
     same(plain, drafted, generator)
     for i in (1, 2, 3, 4):  # those that were neither parked nor released early
         assert cut[i].token_ids == plain[i].token_ids[: len(cut[i].token_ids)]
+
+
+@pytest.mark.parametrize("way", ["joined layers", "the model's layers"])
+@pytest.mark.parametrize(("heads", "shared"), [(4, 1), (4, 2), (4, 4)])
+def test_neither_width_nor_neighbors_nor_columns_change_a_bit(way: str, heads: int, shared: int) -> None:
+    """For as many tokens as MKL's sums need to be split in several ways, of which each head reads its own part."""
+    if mx.default_device() != mx.cpu:
+        pytest.skip("a GPU rounds by its own rules")
+    model = model_of("qwen3", num_attention_heads=heads, num_key_value_heads=shared, head_dim=32)
+    decoding, tokens = WAYS[way][1](model), [38, *(7 * i % 120 for i in range(280))]
+
+    def logits(widths: Sequence[int], count: int, columns: int, ahead: int) -> mx.array:
+        session, prompt = decoding.open(Size(count, 1, 29, columns)), SharedPrompt(tuple(range(9, 39)))
+        session.admit(list(range(count)), [Line(prompt) for _ in range(count)])
+        session._slots.starts[-1] -= ahead  # a neighbor that has decoded more
+        found, begin, turns = [], 0, itertools.cycle(widths)
+        while begin < len(tokens):
+            part = tokens[begin : begin + next(turns)]
+            found.append(session.wide(mx.array([part] * count))[0])
+            mx.eval(found)
+            session.accept([len(part)] * count)
+            begin += len(part)
+        return mx.concatenate(found)
+
+    expected = logits([1], 5, 600, 0)
+    assert mx.array_equal(logits([8], 1, 288, 0), expected)
+    assert mx.array_equal(logits([1, 2, 4, 8], 3, 600, 290), expected)

@@ -133,7 +133,7 @@ def _generator(way: str) -> Generator:
 def generator_of(way: str, slots: int) -> Generator:
     """The generator that decodes in one of the WAYS."""
     generator = _generator(way)
-    generator.slots, generator.stop_ids, generator.kept_bytes = slots, STOPS, None
+    generator.slots, generator.stop_ids, generator.kept_bytes, generator.lanes = slots, STOPS, None, 1
     return generator
 
 

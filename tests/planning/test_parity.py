@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from conftest import shaken
 
-import grpo.generation.blocks as blocks
+import grpo.generation.joined as joined_layers
 import grpo.planning.parity as parity
 from grpo.config import AdapterConfig
 from grpo.errors import RunError, UserError
@@ -134,7 +134,7 @@ def ignoring_keys(layers, dtype):
     return joined
 
 
-JOINED = blocks._joined_lora
+JOINED = joined_layers._joined_lora
 FAULTS = {
     "no adapter": lambda layers, dtype: {name: array * (name == "a") for name, array in JOINED(layers, dtype).items()},
     "no scale": dropping_the_scale,
@@ -145,7 +145,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_decoder_that_gets_the_adapter_wrong_is_refused(zoo, monkeypatch, fault: str) -> None:
     policy, engine = made(zoo)
-    monkeypatch.setattr(blocks, "_joined_lora", FAULTS[fault])
+    monkeypatch.setattr(joined_layers, "_joined_lora", FAULTS[fault])
     with pytest.raises(RunError, match="would not be sound"):
         check_parity(policy, engine, TASKS, 0)
 
@@ -159,7 +159,7 @@ def test_a_stale_b_is_refused(zoo, monkeypatch, trained: bool) -> None:
     check_parity(policy, engine, TASKS, 0)
     for product in engine.generator.decoding.decoder.blocks.products:
         product.refresh(mx.float32)  # takes over the policy's own B, once more
-    monkeypatch.setattr(blocks.LastSeen, "changed", lambda *_: False)
+    monkeypatch.setattr(joined_layers.LastSeen, "changed", lambda *_: False)
     with pytest.raises(RunError, match="would not be sound"):
         check_parity(policy, engine, TASKS, 0)
 

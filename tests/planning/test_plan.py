@@ -27,6 +27,7 @@ from grpo.planning.footprint import Footprint
 from grpo.planning.plan import make_plan
 from grpo.recipes import with_settings
 from grpo.training.batches import make_batches
+from grpo.training.lanes import lanes_worth
 from grpo.training.optimizer import MOST_AT_WORK
 from grpo.training.packing import Packing, Shape, pack
 from grpo.types import Group
@@ -55,7 +56,7 @@ def peak_of_an_update(policy: Policy, cfg, prompt: int = PROMPT) -> int:
         rows = [row(prompt, cfg.rollout.max_completion_length, number) for _ in range(4)]
         groups.append(Group(rows[0][0], tuple(rollout for _, rollout in rows)))
     update = updater(policy, cfg)
-    minibatches = make_minibatches(groups, cfg)
+    minibatches = make_minibatches(groups, cfg, lanes_worth(policy.model, cfg.loss))
     update(minibatches, 1)
     gc.collect()
     mx.clear_cache()
@@ -166,7 +167,7 @@ def test_the_order_of_micro_batches_that_are_tried(cuda: bool, tried: int | None
         return tried if checkpointing else 10 * 2**30
 
     machine = planning.Machine(128 * 2**30, True, cuda)
-    found = planning._chosen(machine, workload(cfg, 128), footprint, body if tried else None)
+    found = planning._chosen(machine, workload(cfg, 128), footprint, body if tried else None, lambda *_: 1)
     assert (found.checkpointing, found.tokens) == chosen
     if tried:
         columns = 512, 4096, 512, 4096

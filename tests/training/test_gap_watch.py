@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 from runs.driver import run
 
-import grpo.generation.blocks as blocks
+import grpo.generation.joined as joined_layers
 from grpo.errors import RunError
 from grpo.recipes import load_recipe
 from grpo.runs.folder import recipe_text
@@ -133,14 +133,14 @@ def test_a_decoder_that_forgets_the_adapter_in_the_run_is_stopped_and_the_step_b
 ) -> None:
     def forgetting(trainer, _stop) -> None:
         """From step 2 on the adapter is there for the update alone."""
-        step, joined = trainer.step, blocks._joined_lora
+        step, joined = trainer.step, joined_layers._joined_lora
 
         def counted(n: int):
             if n == 2:
                 kept = {path: 5 + 0 * a if path.endswith("lora_b") else a for path, a in state(trainer).items()}
                 trainer.policy.adapters.load_state(kept)
                 forget = lambda layers, dtype: {k: a * (k == "a") for k, a in joined(layers, dtype).items()}  # noqa: E731
-                monkeypatch.setattr(blocks, "_joined_lora", forget)
+                monkeypatch.setattr(joined_layers, "_joined_lora", forget)
             return step(n)
 
         trainer.step = counted

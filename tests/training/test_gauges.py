@@ -130,7 +130,6 @@ class Halves(Ranks):
     """One of two processes, of which the other has found the same sums for other rows."""
 
     def __init__(self, rank: int, others: dict) -> None:
-        super().__init__()
         self.rank, self.size, self.others = rank, 2, others
 
     def gather(self, mine):

@@ -79,8 +79,8 @@ def test_each_step_pass_minibatch_micro_batch_and_process_draws_its_own_masks(po
 
     def keys(rank: int, steps: tuple[int, ...]) -> list[tuple[int, ...]]:
         update, seen = updater(policy, cfg), []
-        accumulate = update.gradients._accumulate
-        update.gradients._accumulate = lambda tree, arrays, key: seen.append(key) or accumulate(tree, arrays, key)
+        of_batch = update.gradients._loss_and_grad
+        update.gradients._loss_and_grad = lambda batch, key: seen.append(key) or of_batch(batch, key)
         update.ranks = Share(rank)
         for step in steps:
             update(minibatches, step)

@@ -9,8 +9,10 @@ from runs.driver import run
 
 from grpo.config import RolloutConfig
 from grpo.errors import UserError
+from grpo.generation import controller
 from grpo.recipes import load_recipe
 from grpo.telemetry.console import _numbers
+from grpo.training import trainer
 from grpo.types import StepMetrics
 
 EVAL = "eval: {split: train, every: 2, prompts: 2, samples: 2}\ncheckpoint: {every: 2}\n"
@@ -50,6 +52,16 @@ def _without(path: Path) -> list[dict[str, object]]:
     clocked = ("time/", "step_time", "rollout_tokens_per_second", "peak_memory_gb", "speculation/")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith(clocked)} for line in lines]
+
+
+def test_a_step_tells_of_its_own_rollout_alone(four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations come between steps, and have drafts as well."""
+    monkeypatch.setattr(controller, "HOPED", float("inf"))  # all steps stay plain: a turn is a token
+    told: list[dict[str, float]] = []
+    monkeypatch.setattr(trainer, "speculation_metrics", lambda counts: told.append(counts) or {})
+    run(four, "output_dir=run")
+    lines = [json.loads(line) for line in Path("run", "metrics.jsonl").read_text().splitlines()]
+    assert [counts["turns"] for counts in told] == [line["num_tokens"] for line in lines]
 
 
 @pytest.mark.parametrize(("given", "meant"), [("off", "off"), ("auto", "auto"), ("7", 7)])

@@ -17,8 +17,9 @@ from grpo.config import AdapterConfig, ModelConfig
 from grpo.model.adapters import Adapters
 from grpo.model.load import load
 from grpo.model.policy import Policy
-from grpo.training import lanes, packing
-from grpo.training.packing import SIDE_BY_SIDE, Packing, lanes_worth, pack
+from grpo.training import lanes
+from grpo.training.lanes import lanes_worth
+from grpo.training.packing import Packing, pack
 from grpo.training.update import Gradient
 
 KINDS: dict[str, dict[str, object]] = {
@@ -110,18 +111,23 @@ def test_passes_in_lanes_give_what_they_give_alone(toy_folder, in_lanes) -> None
 def test_a_step_is_cut_for_two_lanes_with_the_same_gradient(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(optim={"micro_batch_tokens": 999})
     scored = with_advantages(groups(policy), cfg)
-    whole, cut = make_batches(scored, cfg), make_batches(scored, cfg, lanes_worth(cfg.loss))
+    whole, cut = make_batches(scored, cfg), make_batches(scored, cfg, lanes_worth(policy.model, cfg.loss))
     assert (len(whole), len(cut)) == (1, 2)
     assert [batch.token_ids.shape[0] for batch in cut] == [6, 6]
     update = updater(policy, cfg)
     assert difference(update.gradient(whole).arrays, update.gradient(cut).arrays) < 1e-6
 
 
-def test_a_loss_that_depends_on_the_micro_batches_and_a_gpu_are_not_cut(monkeypatch) -> None:
-    assert lanes_worth(recipe().loss) == SIDE_BY_SIDE == 2
-    assert lanes_worth(recipe(loss={"type": "bnpo"}).loss) == 1
-    monkeypatch.setattr(packing, "on_gpu", lambda: True)
-    assert lanes_worth(recipe().loss) == 1
+def test_what_is_not_cut(toy_folder, monkeypatch) -> None:
+    """A loss that depends on the micro-batches, a large gradient, and an update on a GPU."""
+    model = policy_of(toy_folder, "lora").model
+    assert lanes_worth(model, recipe().loss) == 2
+    assert lanes_worth(model, recipe(loss={"type": "bnpo"}).loss) == 1
+    monkeypatch.setattr(lanes, "MOST_GRADIENT", 1)
+    assert lanes_worth(model, recipe().loss) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(lanes, "on_gpu", lambda: True)
+    assert lanes_worth(model, recipe().loss) == 1
 
 
 def test_micro_batches_side_by_side_have_about_equal_numbers_of_rows() -> None:

@@ -194,7 +194,7 @@ class Lanes:
         busy = [lane for lane, run in enumerate(self.runs) if run.busy]
         if not any(any(run.seats.rows) for run in self.runs):
             self._settle()
-        return _merged(self._each(busy, Run.step))
+        return _merged(self._each(busy, lambda run: run.step()))
 
     def drain(self) -> Events:
         """Read the steps in flight, if there are any, without launching others."""

@@ -92,7 +92,7 @@ class Gradients:
         keys = [None] * len(batches) if dropout_key is None else mx.random.split(dropout_key, len(batches))
         inputs = [(batch.arrays(), key) for batch, key in zip(batches, keys, strict=True)]
         tokens = max((tokens_of(arrays) for arrays, _ in inputs), default=0)
-        # A loss of the user's own may read arrays that exist but are not computed, which two lanes must not both compute.
+        # A user's own loss may read arrays that are not computed yet, which two lanes must not both compute.
         number = 1 if self.custom else update_lanes(self.policy.model, tokens, len(batches), self.ranks)
         if number == 1:
             for batch, (arrays, key) in zip(batches, inputs, strict=True):

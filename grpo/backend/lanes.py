@@ -21,8 +21,8 @@ from grpo.backend import blas
 from grpo.backend.device import cpu_cores, on_gpu
 from grpo.backend.ranks import Ranks
 
-Item = TypeVar("Item")
-Made = TypeVar("Made")
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
 
 
 def lanes_for(parts: int, ranks: Ranks | None = None) -> int:
@@ -38,8 +38,8 @@ def _cores(ranks: Ranks | None) -> int:
 
 
 def side_by_side(
-    build: Callable[[Item], Made], items: Sequence[Item], number: int, state: Any = None
-) -> Iterator[Made]:
+    build: Callable[[_Item], _Made], items: Sequence[_Item], number: int, state: Any = None
+) -> Iterator[_Made]:
     """Yield `build(item)`, an array or a tree of arrays, evaluated, for each item in order, by so many lanes.
 
     With one lane each is evaluated before the next is built. `state` is a tree of arrays that several graphs read. It
@@ -56,11 +56,11 @@ def side_by_side(
         yield from _in_lanes(build, items, number)
 
 
-def _in_lanes(build: Callable[[Item], Made], items: Sequence[Item], number: int) -> Iterator[Made]:
+def _in_lanes(build: Callable[[_Item], _Made], items: Sequence[_Item], number: int) -> Iterator[_Made]:
     free = [_stream(lane) for lane in reversed(range(number))]
-    under_way: deque[tuple[Future[None], mx.Stream, list[Made]]] = deque()
+    under_way: deque[tuple[Future[None], mx.Stream, list[_Made]]] = deque()
 
-    def oldest() -> Made:
+    def oldest() -> _Made:
         evaluated, stream, held = under_way.popleft()
         evaluated.result()
         free.append(stream)

@@ -22,10 +22,10 @@ from grpo.generation.sampling import Sampling
 
 WIDTHS = (2, 4, 8)
 """Tokens that a wide step may feed each row: the last one, and the drafts."""
-Tokens = Sequence[Sequence[int]]
+TokenRows = Sequence[Sequence[int]]
 
 
-class Known:
+class KnownDrafts:
     """A `Speculation` of which so many drafts are accepted at every step, as long as rows draw what they drew before.
 
     With `accepted` 0 every draft is wrong.
@@ -37,7 +37,7 @@ class Known:
         self.turns = self.taken = 0
         self._truth: dict[Row, Sequence[int]] = {}
 
-    def know(self, rows: Sequence[Row], truth: Tokens) -> None:
+    def know(self, rows: Sequence[Row], truth: TokenRows) -> None:
         """What these rows will draw. Counts begin anew."""
         self._truth, self.turns, self.taken = dict(zip(rows, truth, strict=True)), 0, 0
 
@@ -93,31 +93,31 @@ class _Bench:
         self._model = model_for(setting)
         self._generator, self._requests = untold(self._model, setting.at_once), requests_of(setting, self._model)
         self._sampling, self._lengths = Sampling(max_tokens=setting.completion_length), setting.completion_lengths
-        self._wide: dict[int, Tokens] = {}
+        self._wide: dict[int, TokenRows] = {}
 
-    def sides(self, accepted: Sequence[int], plain: Tokens) -> Iterator[Side]:
+    def sides(self, accepted: Sequence[int], plain: TokenRows) -> Iterator[Side]:
         yield Side("plain", lambda: self._measured(None, plain, plain))
         for count in accepted:
-            drafts = Known(count, vocabulary_of(self._model))
+            drafts = KnownDrafts(count, vocabulary_of(self._model))
             truth = self._truth(drafts, plain)
             yield Side(f"{count} accepted", partial(self._measured, drafts, truth, plain))
 
-    def sample(self, drafts: Known | None, truth: Tokens) -> list[list[int]]:
+    def sample(self, drafts: KnownDrafts | None, truth: TokenRows) -> list[list[int]]:
         """The tokens of every row, which `drafts` knows to be these."""
         self._generator.speculation = drafts
         know = None if drafts is None else lambda rows: drafts.know(rows, truth)
         rows = sample(self._generator, self._requests, self._lengths, self._sampling, logprobs=True, queued=know)
         return [list(row.token_ids) for row in rows]
 
-    def _truth(self, drafts: Known, plain: Tokens) -> Tokens:
+    def _truth(self, drafts: KnownDrafts, plain: TokenRows) -> TokenRows:
         """What steps as wide as these draw, which on a GPU is what narrow ones do but for rounding."""
         if not on_gpu():
             return plain
         if drafts.fed not in self._wide:
-            self._wide[drafts.fed] = self.sample(Known(0, vocabulary_of(self._model), drafts.fed), plain)
+            self._wide[drafts.fed] = self.sample(KnownDrafts(0, vocabulary_of(self._model), drafts.fed), plain)
         return self._wide[drafts.fed]
 
-    def _measured(self, drafts: Known | None, truth: Tokens, plain: Tokens) -> Values:
+    def _measured(self, drafts: KnownDrafts | None, truth: TokenRows, plain: TokenRows) -> Values:
         drawn: list[list[int]] = []
         values = timed(lambda: drawn.extend(self.sample(drafts, truth)), sum(self._lengths))
         same = fmean(mine == theirs for mine, theirs in zip(drawn, plain, strict=True))

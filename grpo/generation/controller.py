@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, NamedTuple
 
-from grpo.generation.drafts import Drafts, Group
+from grpo.generation.drafts import Drafts, Siblings
 from grpo.generation.replay import Taken, replay
 from grpo.generation.rows import Row
 from grpo.generation.speculation import Speculation
 from grpo.generation.steptimes import SAMPLES, Case, StepTimes
-from grpo.generation.tally import Tally
+from grpo.generation.tally import DraftTally
 
 WIDTHS = (2, 4, 8)
 """Tokens that a wide step feeds each row: powers of two, because each is a trace of its own on a GPU."""
@@ -41,7 +41,7 @@ REPLAYED = 4096
 """Tokens of the rows that are replayed at once, if more than one: of long rows some stand for all."""
 
 
-class Kind(NamedTuple):
+class DraftKind(NamedTuple):
     """What rows are guessed alike: greedy or not, and whether their prompt was seen before."""
 
     greedy: bool
@@ -49,7 +49,7 @@ class Kind(NamedTuple):
 
 
 @dataclass(slots=True)
-class Plan:
+class WidthPlan:
     """The width of the next `left` steps of a case."""
 
     width: int
@@ -60,7 +60,7 @@ class Always:
     """Speculation with steps of one width."""
 
     def __init__(self, width: int) -> None:
-        self.drafts, self.tally, self._width = Drafts(), Tally(), width
+        self.drafts, self.tally, self._width = Drafts(), DraftTally(), width
         self.description = (
             f"every step feeds a row {width - 1} draft{'s' if width > 2 else ''} (rollout.speculate: {width - 1})"
         )
@@ -91,9 +91,9 @@ class Automatic(Always):
     def __init__(self) -> None:
         super().__init__(1)
         self.description = "drafts where they pay, by the times of steps on this machine (rollout.speculate: auto)"
-        self._plans: dict[Case, Plan] = {}
+        self._plans: dict[Case, WidthPlan] = {}
         self._times = StepTimes()
-        self._taken: dict[tuple[Kind, int], Taken] = {}
+        self._taken: dict[tuple[DraftKind, int], Taken] = {}
         self._elapsed = self._lost = self._watching = 0.0
         self._cost = 5e-6  # seconds that a replay takes for a token
 
@@ -130,13 +130,13 @@ class Automatic(Always):
     def _expected(self, case: Case, rows: Sequence[Row]) -> dict[int, float]:
         """Tokens that these rows would take in a step of each width, on average. 1 where nothing is known."""
         seen = fmean(self.drafts.group(row.prompt).seen for row in rows)
-        old, new = (Kind(case.greedy, seen) for seen in (True, False))
+        old, new = (DraftKind(case.greedy, seen) for seen in (True, False))
         return {
             width: seen * (self._mean(old, width) or 1.0) + (1 - seen) * (self._mean(new, width) or 1.0)
             for width in WIDTHS
         }
 
-    def _mean(self, kind: Kind, width: int) -> float | None:
+    def _mean(self, kind: DraftKind, width: int) -> float | None:
         taken = self._taken.get((kind, width))
         return taken.mean if taken is not None else None
 
@@ -149,17 +149,17 @@ class Automatic(Always):
                 of[1] += 1
         for seen, (tokens, turns) in sums.items():
             if turns:
-                self._add(Kind(case.greedy, seen), width, tokens, turns)
+                self._add(DraftKind(case.greedy, seen), width, tokens, turns)
 
-    def _add(self, kind: Kind, width: int, tokens: int, turns: int) -> None:
+    def _add(self, kind: DraftKind, width: int, tokens: int, turns: int) -> None:
         self._taken.setdefault((kind, width), Taken()).add(tokens, turns)
 
-    def _decide(self, case: Case, rows: Sequence[Row]) -> Plan:
+    def _decide(self, case: Case, rows: Sequence[Row]) -> WidthPlan:
         former = self._plans[case].width if case in self._plans else 1
         if self._times.plain(case) is None:
-            return Plan(1, SAMPLES + 1)
+            return WidthPlan(1, SAMPLES + 1)
         if former > 1 and self._times.plain_age(case) > STALE:
-            return Plan(1, PROBE)
+            return WidthPlan(1, PROBE)
         self._watch(self.drafts.group(rows[0].prompt), [row for row in rows if row.prompt is rows[0].prompt])
         speedups = self._speedups(case, self._expected(case, rows))
         measured = {width: speedup for width, (speedup, known) in speedups.items() if known}
@@ -168,8 +168,8 @@ class Automatic(Always):
         hoped = {width: speedup for width, (speedup, known) in speedups.items() if not known}
         trial = max(hoped, key=lambda width: hoped[width], default=1)
         if hoped.get(trial, 0.0) >= HOPED * measured.get(best, 1.0) and self._lost <= AT_RISK * self._elapsed:
-            return Plan(trial, PROBE)
-        return Plan(best, PLAN)
+            return WidthPlan(trial, PROBE)
+        return WidthPlan(best, PLAN)
 
     def _speedups(self, case: Case, tokens: Mapping[int, float]) -> dict[int, tuple[float, bool]]:
         """For each width how many times as fast as plain decoding it would be, and whether its time is measured.
@@ -190,7 +190,7 @@ class Automatic(Always):
             speedups[width] = tokens[width] / known, measured is not None
         return speedups
 
-    def _watch(self, group: Group, rows: Sequence[Row]) -> None:
+    def _watch(self, group: Siblings, rows: Sequence[Row]) -> None:
         """Replay a group, in flight or ended, if there is time and it has twice the tokens that it had before."""
         lengths = {row: len(row.token_ids) for row in rows}
         tokens, share, besides = sum(lengths.values()), *WATCHED
@@ -202,8 +202,9 @@ class Automatic(Always):
         if self._watching + work * self._cost > besides + share * self._elapsed:
             return
         began = time.perf_counter()
-        for width in WIDTHS:
-            kind = Kind(rows[0].stopping.sampling.temperature == 0, group.seen)
+        kind = DraftKind(rows[0].stopping.sampling.temperature == 0, group.seen)
+        used = {plan.width for case, plan in self._plans.items() if case.greedy == kind.greedy}
+        for width in set(WIDTHS) - used:  # of those, steps themselves say it
             self._add(kind, width, *replay(group, rows, width))
         spent = time.perf_counter() - began
         self._cost += (spent / work - self._cost) / 4

@@ -29,7 +29,7 @@ Other = tuple[tuple[int, ...], "array[int]"]
 """A completion of another prompt, behind the last tokens of that."""
 
 
-class Memory:
+class History:
     """Completions by the ids of their prompts."""
 
     def __init__(self, tokens: int = REMEMBERED) -> None:
@@ -60,7 +60,7 @@ class Memory:
 
 
 @dataclass(slots=True)
-class Group:
+class Siblings:
     """The rows of a prompt that are in flight, and the index that they are guessed from, once that is asked for.
 
     `past` has the prompt's completions from before the group began, and `others` those of other prompts, if there were
@@ -107,8 +107,8 @@ class Drafts:
     """Drafts for rows, and the memory behind them. Nothing is indexed before drafts of a group are asked for."""
 
     def __init__(self) -> None:
-        self.memory = Memory()
-        self._groups: dict[SharedPrompt, Group] = {}
+        self.memory = History()
+        self._groups: dict[SharedPrompt, Siblings] = {}
 
     def propose(self, row: Row, most: int) -> list[int]:
         """Up to `most` tokens that may follow a row's last."""
@@ -117,7 +117,7 @@ class Drafts:
             return []
         return group.likely(row, most)
 
-    def group(self, prompt: SharedPrompt) -> Group:
+    def group(self, prompt: SharedPrompt) -> Siblings:
         """What is known of a prompt's group, which prompts in flight with the same ids share: lanes divide a group.
 
         With a new one, groups whose rows have all left are forgotten.
@@ -128,11 +128,11 @@ class Drafts:
             group = self._groups[prompt] = self._new_group(tuple(prompt.ids))
         return group
 
-    def _new_group(self, key: tuple[int, ...]) -> Group:
+    def _new_group(self, key: tuple[int, ...]) -> Siblings:
         if shared := [group for group in self._groups.values() if group.key == key]:
             return shared[0]
         past = self.memory.of(key)
-        return Group(key, past, [] if past else self.memory.others())
+        return Siblings(key, past, [] if past else self.memory.others())
 
     def remember(self, row: Row) -> None:
         """Keep the completion of a row whose turn has ended."""

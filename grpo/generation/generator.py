@@ -75,7 +75,7 @@ class Generator:
         return [f"decoding: {self.decoding.description}", *slower, *self._on_speculation()]
 
     def drafted(self) -> dict[str, float]:
-        """What speculation has counted since this was last asked: the sums of a `Tally`. Nothing without it."""
+        """What speculation has counted since this was last asked: the sums of a `DraftTally`. Nothing without it."""
         if not isinstance(self.speculation, Always) or self.decoding.narrow:
             return {}
         counts = self.speculation.tally.counts()

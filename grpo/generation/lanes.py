@@ -27,7 +27,7 @@ from grpo.generation.rows import Row, SharedPrompt
 from grpo.generation.slots import Size
 from grpo.generation.speculation import Speculation
 
-Made = TypeVar("Made")
+_Made = TypeVar("_Made")
 
 FEWEST_ROWS = 4
 """A lane with fewer rows costs about as much as one with four."""
@@ -58,8 +58,8 @@ class _Worker:
         self._pool = ThreadPoolExecutor(1, name)
         self._stream = self._pool.submit(lambda: mx.new_stream(mx.cpu)).result()
 
-    def begin(self, work: Callable[[], Made]) -> Future[Made]:
-        def on_the_stream() -> Made:
+    def begin(self, work: Callable[[], _Made]) -> Future[_Made]:
+        def on_the_stream() -> _Made:
             with mx.stream(self._stream):
                 return work()
 
@@ -194,7 +194,7 @@ class Lanes:
         busy = [lane for lane, run in enumerate(self.runs) if run.busy]
         if not any(any(run.seats.rows) for run in self.runs):
             self._settle()
-        return _merged(self._each(busy, Run.step))
+        return _merged(self._each(busy, lambda run: run.step()))
 
     def drain(self) -> Events:
         """Read the steps in flight, if there are any, without launching others."""
@@ -207,7 +207,7 @@ class Lanes:
             self._common = _Common(decoding)
         self._common.refresh()
 
-    def _each(self, lanes: Iterable[int], work: Callable[[Run], Made]) -> list[Made]:
+    def _each(self, lanes: Iterable[int], work: Callable[[Run], _Made]) -> list[_Made]:
         """Do this in each of the lanes, side by side. Raises the first lane's error, once no lane is at work."""
         begun = []
         for lane in lanes:
@@ -218,7 +218,7 @@ class Lanes:
             future.exception()
         return [future.result() for future in begun]
 
-    def _in_lane(self, lane: int, work: Callable[[Run], Made]) -> Made:
+    def _in_lane(self, lane: int, work: Callable[[Run], _Made]) -> _Made:
         return self._each([lane], work)[0]
 
     def _deal(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grpo.generation.drafts import Group
+from grpo.generation.drafts import Siblings
 from grpo.generation.rows import Row
 
 
@@ -31,7 +31,7 @@ class Taken:
         return self.tokens / self.turns if self.turns else None
 
 
-def replay(group: Group, rows: Sequence[Row], width: int) -> tuple[int, int]:
+def replay(group: Siblings, rows: Sequence[Row], width: int) -> tuple[int, int]:
     """Decode the rows of a group once more with steps of `width` tokens, all from their beginnings side by side.
 
     Returns the tokens that were sampled, and in how many turns of a row, without the tokens of an earlier replay.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 
 @dataclass(slots=True)
-class Tally:
+class DraftTally:
     """Sums over the steps so far, which can be added up over processes. A turn is one step of one row."""
 
     turns: float = 0.0
@@ -45,7 +45,7 @@ class Tally:
 
 def speculation_metrics(counts: Mapping[str, float]) -> dict[str, float]:
     """A step's metrics, from the sums of all processes. None where nothing was decoded."""
-    sums = Tally(**counts)
+    sums = DraftTally(**counts)
     if not sums.turns:
         return {}
     beyond = (sums.wide_tokens - sums.wide_turns) / sums.wide_turns if sums.wide_turns else 0.0

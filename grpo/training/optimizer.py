@@ -154,14 +154,17 @@ class Float32Optimizer:
         return moved, [new.astype(old.dtype) for new, old in zip(moved, parameters, strict=True)], state
 
 
-def grouped(arrays: Mapping[str, mx.array]) -> list[list[str]]:
-    """Paths in their order, in groups whose arrays have `GROUP` numbers at most, or are a single larger array."""
+def grouped(arrays: Mapping[str, mx.array], numbers: int | None = None) -> list[list[str]]:
+    """Paths in their order, in groups whose arrays have so many `numbers` at most, or are a single larger array.
+
+    None: `GROUP`.
+    """
+    most, room = numbers or GROUP, 0
     groups: list[list[str]] = []
-    room = 0
     for path, array in arrays.items():
         if not groups or array.size > room:
             groups.append([])
-            room = GROUP
+            room = most
         groups[-1].append(path)
         room -= array.size
     return groups

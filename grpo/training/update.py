@@ -28,6 +28,9 @@ from grpo.types import Batch, Progress
 
 log = logging.getLogger(__name__)
 
+SUMMED = 2**18
+"""Numbers of small gradients, at most, that are copied together to be summed at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Update:
@@ -131,7 +134,7 @@ class Updater:
     def _norm(self, gradients: dict[str, mx.array]) -> mx.array:
         """The Euclidean norm of all gradients together, a few of them at a time."""
         total = mx.array(0.0)
-        for paths in grouped(gradients):
+        for paths in grouped(gradients, SUMMED):
             together = mx.concatenate([gradients[path].reshape(-1) for path in paths])  # one sum, not one an array
             total = total + together.square().sum()
             mx.eval(total)

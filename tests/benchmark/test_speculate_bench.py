@@ -13,7 +13,7 @@ from grpo.benchmark import epochs, speculation
 from grpo.benchmark.epochs import Pool, epochs_of
 from grpo.benchmark.protocol import Measurement
 from grpo.benchmark.setting import Setting
-from grpo.benchmark.speculation import Known, counts, speculation_gains
+from grpo.benchmark.speculation import KnownDrafts, counts, speculation_gains
 from grpo.errors import RunError, UserError
 
 SMALL = Setting("qwen3-tiny", prompts=2, completions=2, prompt_length=4, completion_length=24, runs=1)
@@ -27,8 +27,8 @@ class Said:
     token_ids: list[int] = field(default_factory=list)
 
 
-def known(accepted: int, *truths: list[int]) -> tuple[Known, list[Any]]:
-    drafts, rows = Known(accepted, vocabulary=10), [Said() for _ in truths]
+def known(accepted: int, *truths: list[int]) -> tuple[KnownDrafts, list[Any]]:
+    drafts, rows = KnownDrafts(accepted, vocabulary=10), [Said() for _ in truths]
     drafts.know(rows, truths)  # type: ignore[arg-type]
     return drafts, rows
 
@@ -46,7 +46,7 @@ def test_so_many_drafts_are_right_and_the_next_is_wrong() -> None:
 
 @pytest.mark.parametrize(("accepted", "fed"), [(0, 2), (1, 2), (2, 4), (3, 4), (4, 8), (7, 8)])
 def test_steps_are_as_wide_as_the_drafts_ask_for(accepted: int, fed: int) -> None:
-    assert Known(accepted, 10).fed == fed
+    assert KnownDrafts(accepted, 10).fed == fed
 
 
 def test_what_was_accepted_is_counted_at_wide_steps() -> None:
@@ -83,7 +83,7 @@ def test_on_a_gpu_drafts_are_what_wide_steps_draw(monkeypatch) -> None:
     monkeypatch.setattr(
         bench, "sample", lambda drafts, truth: asked.append((drafts.accepted, drafts.fed)) or [[drafts.fed]]
     )
-    assert [bench._truth(Known(count, 256), plain) for count in (1, 2, 3, 4)] == [[[2]], [[4]], [[4]], [[8]]]
+    assert [bench._truth(KnownDrafts(count, 256), plain) for count in (1, 2, 3, 4)] == [[[2]], [[4]], [[4]], [[8]]]
     assert asked == [(0, 2), (0, 4), (0, 8)]
 
 
@@ -102,7 +102,7 @@ def test_other_tokens_are_an_error_on_a_cpu(monkeypatch) -> None:
 
 
 def test_a_model_without_wide_steps_is_said_to_have_none(monkeypatch) -> None:
-    monkeypatch.setattr(Known, "width", lambda *_: 1)
+    monkeypatch.setattr(KnownDrafts, "width", lambda *_: 1)
     with pytest.raises(RunError, match="decoded one token at a time"):
         speculation_gains(SMALL, [1])
 

@@ -141,21 +141,6 @@ def test_nothing_is_tried_while_trials_have_lost_too_much() -> None:
     assert set(epochs(speculation, flat, 10).widths) == {1}
 
 
-def test_drafts_that_turn_out_wrong_are_given_up() -> None:
-    """Replays promise what does not come true."""
-
-    class Misled(Automatic):
-        def propose(self, rows, width):
-            return [[10**6] * (width - 1)] * len(rows)
-
-    def free(_slots: int, _width: int) -> float:
-        return 0.01
-
-    machine = epochs(Misled(), free, 40)
-    assert set(machine.widths) > {1}
-    assert machine.widths[-1] == 1
-
-
 def test_replays_wait_until_the_time_for_them_is_there() -> None:
     speculation = Automatic()
     speculation._cost = 10.0  # seconds a token

@@ -4,7 +4,7 @@ import pytest
 from spoken import ended, row_of
 
 from grpo.generation import drafts as module
-from grpo.generation.drafts import Drafts, Memory
+from grpo.generation.drafts import Drafts, History
 from grpo.generation.replay import Taken, replay
 from grpo.generation.rows import SharedPrompt
 
@@ -84,14 +84,14 @@ def test_groups_whose_rows_have_left_are_forgotten() -> None:
 
 
 def test_memory_keeps_the_newest_completions_of_a_prompt() -> None:
-    memory = Memory()
+    memory = History()
     for number in range(12):
         memory.add(PROMPT, [number, 5])
     assert [list(one) for one in memory.of(PROMPT)] == [[number, 5] for number in range(4, 12)]
 
 
 def test_a_further_turn_takes_the_place_of_the_former() -> None:
-    memory = Memory()
+    memory = History()
     memory.add(PROMPT, [1, 2])
     memory.add(PROMPT, [1, 2, 3, 4])
     memory.add(PROMPT, [1, 2, 3, 4])  # another row that said the same
@@ -99,7 +99,7 @@ def test_a_further_turn_takes_the_place_of_the_former() -> None:
 
 
 def test_memory_forgets_the_prompts_unused_for_longest() -> None:
-    memory = Memory(tokens=10)
+    memory = History(tokens=10)
     memory.add((1,), [0] * 4)
     memory.add((2,), [0] * 4)
     memory.add((1,), [1])

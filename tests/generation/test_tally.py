@@ -2,11 +2,11 @@
 
 import pytest
 
-from grpo.generation.tally import Tally, speculation_metrics
+from grpo.generation.tally import DraftTally, speculation_metrics
 
 
 def test_metrics_by_hand() -> None:
-    tally = Tally()
+    tally = DraftTally()
     tally.add(1, rows=4, taken=4, seconds=1.0)
     tally.add(4, rows=4, taken=12, seconds=1.5, plain=1.0)
     metrics = speculation_metrics(tally.counts())
@@ -16,7 +16,7 @@ def test_metrics_by_hand() -> None:
 
 
 def test_plain_decoding_gains_nothing() -> None:
-    tally = Tally()
+    tally = DraftTally()
     tally.add(1, rows=4, taken=4, seconds=1.0)
     assert speculation_metrics(tally.counts()) == {
         "speculation/accepted": 0.0,
@@ -26,14 +26,14 @@ def test_plain_decoding_gains_nothing() -> None:
 
 
 def test_a_gain_over_what_was_never_timed_is_not_told() -> None:
-    tally = Tally()
+    tally = DraftTally()
     tally.add(1, rows=2, taken=2, seconds=1.0)
     tally.add(4, rows=2, taken=6, seconds=1.0)
     assert set(speculation_metrics(tally.counts())) == {"speculation/accepted", "speculation/width"}
 
 
 def test_sums_of_processes_add_up() -> None:
-    one, other = Tally(), Tally()
+    one, other = DraftTally(), DraftTally()
     one.add(2, rows=2, taken=4, seconds=1.0, plain=1.0)
     other.add(2, rows=6, taken=6, seconds=1.0, plain=1.0)
     counts = {name: value + other.counts()[name] for name, value in one.counts().items()}
@@ -41,7 +41,7 @@ def test_sums_of_processes_add_up() -> None:
 
 
 def test_nothing_decoded_is_nothing_told() -> None:
-    tally = Tally()
+    tally = DraftTally()
     tally.add(1, rows=0, taken=0, seconds=1.0)
     assert speculation_metrics(tally.counts()) == {}
     tally.add(1, rows=1, taken=1, seconds=1.0)

@@ -6,7 +6,8 @@ Speculation changes no token and no logprob, only how long they take. So all tha
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -36,7 +37,7 @@ AT_RISK = 0.02
 WATCHED = 0.005, 0.03
 """The part of all decoding time that replays may take, and the seconds that they may take besides."""
 FEWEST = 16
-"""Tokens of a group without which it is not replayed."""
+"""Tokens of a group without which it is not replayed, and turns without which wide steps say nothing."""
 REPLAYED = 4096
 """Tokens of the rows that are replayed at once, if more than one: of long rows some stand for all."""
 
@@ -93,7 +94,8 @@ class Automatic(Always):
         self.description = "drafts where they pay, by the times of steps on this machine (rollout.speculate: auto)"
         self._plans: dict[Case, WidthPlan] = {}
         self._times = StepTimes()
-        self._taken: dict[tuple[DraftKind, int], Taken] = {}
+        self._taken: defaultdict[tuple[DraftKind, int], Taken] = defaultdict(Taken)  # at wide steps
+        self._promised: defaultdict[tuple[DraftKind, int], Taken] = defaultdict(Taken)  # by replays
         self._elapsed = self._lost = self._watching = 0.0
         self._cost = 5e-6  # seconds that a replay takes for a token
 
@@ -127,18 +129,19 @@ class Automatic(Always):
         if len(group.ended) >= row.prompt.n:
             self._watch(group, list(group.ended))
 
-    def _expected(self, case: Case, rows: Sequence[Row]) -> dict[int, float]:
-        """Tokens that these rows would take in a step of each width, on average. 1 where nothing is known."""
-        seen = fmean(self.drafts.group(row.prompt).seen for row in rows)
-        old, new = (DraftKind(case.greedy, seen) for seen in (True, False))
-        return {
-            width: seen * (self._mean(old, width) or 1.0) + (1 - seen) * (self._mean(new, width) or 1.0)
-            for width in WIDTHS
-        }
+    def _expected(self, case: Case, rows: Sequence[Row], width: int) -> float:
+        """Tokens that each of these rows takes at a step of this width, on average.
 
-    def _mean(self, kind: DraftKind, width: int) -> float | None:
-        taken = self._taken.get((kind, width))
-        return taken.mean if taken is not None else None
+        Wide steps say it where this case has had them of late; before that, replays do.
+        """
+        tried = self._times.cost(case, width) is not None
+        seen = fmean(self.drafts.group(row.prompt).seen for row in rows)
+        old, new = (self._mean(DraftKind(case.greedy, seen), width, tried) for seen in (True, False))
+        return seen * old + (1 - seen) * new
+
+    def _mean(self, kind: DraftKind, width: int, tried: bool) -> float:
+        taken = self._taken[kind, width]
+        return (taken if tried and taken.turns >= FEWEST else self._promised[kind, width]).mean
 
     def _count(self, case: Case, rows: Sequence[Row | None], width: int, taken: Sequence[int]) -> None:
         sums = {True: [0, 0], False: [0, 0]}
@@ -149,10 +152,7 @@ class Automatic(Always):
                 of[1] += 1
         for seen, (tokens, turns) in sums.items():
             if turns:
-                self._add(DraftKind(case.greedy, seen), width, tokens, turns)
-
-    def _add(self, kind: DraftKind, width: int, tokens: int, turns: int) -> None:
-        self._taken.setdefault((kind, width), Taken()).add(tokens, turns)
+                self._taken[DraftKind(case.greedy, seen), width].add(tokens, turns)
 
     def _decide(self, case: Case, rows: Sequence[Row]) -> WidthPlan:
         former = self._plans[case].width if case in self._plans else 1
@@ -161,34 +161,31 @@ class Automatic(Always):
         if former > 1 and self._times.plain_age(case) > STALE:
             return WidthPlan(1, PROBE)
         self._watch(self.drafts.group(rows[0].prompt), [row for row in rows if row.prompt is rows[0].prompt])
-        speedups = self._speedups(case, self._expected(case, rows))
-        measured = {width: speedup for width, (speedup, known) in speedups.items() if known}
+        measured, hoped = self._speedups(case, rows)
         best = max(measured, key=lambda width: measured[width] * (BETTER if width == former else 1), default=1)
         best = best if measured.get(best, 0.0) >= WORTH else 1
-        hoped = {width: speedup for width, (speedup, known) in speedups.items() if not known}
-        trial = max(hoped, key=lambda width: hoped[width], default=1)
-        if hoped.get(trial, 0.0) >= HOPED * measured.get(best, 1.0) and self._lost <= AT_RISK * self._elapsed:
-            return WidthPlan(trial, PROBE)
+        trials = [width for width in hoped if hoped[width] >= HOPED * measured.get(best, 1.0)]
+        if trials and self._lost <= AT_RISK * self._elapsed:
+            for seen in (True, False):  # what it took long ago says nothing
+                self._taken.pop((DraftKind(case.greedy, seen), trials[0]), None)
+            return WidthPlan(trials[0], PROBE)
         return WidthPlan(best, PLAN)
 
-    def _speedups(self, case: Case, tokens: Mapping[int, float]) -> dict[int, tuple[float, bool]]:
-        """For each width how many times as fast as plain decoding it would be, and whether its time is measured.
+    def _speedups(self, case: Case, rows: Sequence[Row]) -> tuple[dict[int, float], dict[int, float]]:
+        """How many times as fast as plain decoding each width is, where its time is measured, and may be elsewhere.
 
-        A time that is not measured is what it may be at best by other cases; else what follows from the next narrower
-        width, and nothing where that is not known either. Of widths that only a narrower one says something of, the
-        narrowest is enough for a trial.
+        A time that is not measured is taken to grow with the width as it does up to the next narrower width.
         """
-        speedups: dict[int, tuple[float, bool]] = {}
-        cost, narrower = 1.0, 1
+        measured: dict[int, float] = {}
+        hoped: dict[int, float] = {}
+        slope = 0.0
         for width in WIDTHS:
-            measured = self._times.cost(case, width)
-            known = self._times.likely_cost(case, width) if measured is None else measured
-            if known is None:
-                speedups[width] = tokens[width] / (1 + (cost - 1) * (width - 1) / max(narrower - 1, 1)), False
-                break
-            cost, narrower = max(1.0, known), width
-            speedups[width] = tokens[width] / known, measured is not None
-        return speedups
+            tokens, cost = self._expected(case, rows, width), self._times.cost(case, width)
+            if cost is None:
+                hoped[width] = tokens / (1 + slope * (width - 1))
+            else:
+                measured[width], slope = tokens / cost, max(0.0, cost - 1) / (width - 1)
+        return measured, hoped
 
     def _watch(self, group: Siblings, rows: Sequence[Row]) -> None:
         """Replay a group, in flight or ended, if there is time and it has twice the tokens that it had before."""
@@ -203,9 +200,8 @@ class Automatic(Always):
             return
         began = time.perf_counter()
         kind = DraftKind(rows[0].stopping.sampling.temperature == 0, group.seen)
-        used = {plan.width for case, plan in self._plans.items() if case.greedy == kind.greedy}
-        for width in set(WIDTHS) - used:  # of those, steps themselves say it
-            self._add(kind, width, *replay(group, rows, width))
+        for width in WIDTHS:
+            self._promised[kind, width].add(*replay(group, rows, width))
         spent = time.perf_counter() - began
         self._cost += (spent / work - self._cost) / 4
         self._watching, group.replayed = self._watching + spent, lengths

@@ -26,9 +26,9 @@ class Taken:
             self.tokens, self.turns = self.tokens / 2, self.turns / 2
 
     @property
-    def mean(self) -> float | None:
-        """Tokens a turn, if any is known."""
-        return self.tokens / self.turns if self.turns else None
+    def mean(self) -> float:
+        """Tokens a turn: 1, as in plain decoding, before any is known."""
+        return self.tokens / self.turns if self.turns else 1.0
 
 
 def replay(group: Siblings, rows: Sequence[Row], width: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from spoken import row_of
 
-from grpo.generation import controller
+from grpo.generation import controller, steptimes
 from grpo.generation.controller import Always, Automatic, speculation_of
 from grpo.generation.rows import SharedPrompt
 from grpo.generation.steptimes import Case
@@ -141,21 +141,51 @@ def test_nothing_is_tried_while_trials_have_lost_too_much() -> None:
     assert set(epochs(speculation, flat, 10).widths) == {1}
 
 
+class Misled(Automatic):
+    """Replays promise what does not come true, while `wrong`."""
+
+    wrong = True
+
+    def propose(self, rows, width):
+        return [[10**6] * (width - 1)] * len(rows) if self.wrong else super().propose(rows, width)
+
+
+def free(_slots: int, _width: int) -> float:
+    return 0.01
+
+
+def test_drafts_that_turn_out_wrong_are_given_up() -> None:
+    speculation = Misled()
+    machine = epochs(speculation, free, 40)
+    assert 1 < sum(width > 1 for width in machine.widths) <= len(controller.WIDTHS) * controller.PROBE
+    assert machine.widths[-1] == 1
+
+
+def test_drafts_that_were_wrong_once_are_tried_again_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steptimes, "RETRY", 600)
+    speculation = Misled()
+    epochs(speculation, free, 8)
+    speculation.wrong = False
+    assert set(epochs(speculation, free, 1).widths) == {1}
+    assert epochs(speculation, free, 10).widths[-1] == 8
+
+
+def test_wide_steps_count_by_whether_the_prompts_were_seen() -> None:
+    speculation = Automatic()
+    epochs(speculation, proportional, 2)
+    known, new = row_of(SharedPrompt((0, 7))), row_of(SharedPrompt((50, 51)))
+    speculation.stepped([known, None, new, known], 8, [7, 0, 1, 4], 0.01)
+    counts = {
+        kind.seen: (taken.tokens, taken.turns) for (kind, width), taken in speculation._taken.items() if width == 8
+    }
+    assert counts == {True: (11, 2), False: (1, 1)}
+
+
 def test_replays_wait_until_the_time_for_them_is_there() -> None:
     speculation = Automatic()
     speculation._cost = 10.0  # seconds a token
     assert set(epochs(speculation, flat, 10).widths) == {1}
     assert speculation._watching == 0
-
-
-def test_what_is_known_of_one_case_is_tried_first_in_another() -> None:
-    """Width 8 was best, so that a case in which nothing was tried yet begins with it."""
-    speculation = Automatic()
-    assert epochs(speculation, flat, 12).widths[-1] == 8
-    machine = Machine(speculation, flat)
-    for _ in range(4):
-        machine.run([((n, 7), [100 * n + i for i in range(60)]) for n in range(4)], temperature=0.0)
-    assert next(width for width in machine.widths if width > 1) == 8
 
 
 def test_evaluation_and_training_are_cases_of_their_own() -> None:
@@ -176,10 +206,10 @@ def test_rows_of_prompts_that_are_new_do_not_count_as_rows_that_come_back() -> N
     known, new = row_of(SharedPrompt((0, 7))), row_of(SharedPrompt((50, 51)))
     case = Case.of([known])
     assert case is not None
-    assert speculation._expected(case, [known])[8] > 5
-    assert speculation._expected(case, [new])[8] == pytest.approx(1, abs=0.3)
-    mixed = speculation._expected(case, [known, new])[8]
-    assert mixed == pytest.approx((speculation._expected(case, [known])[8] + speculation._expected(case, [new])[8]) / 2)
+    of_known, of_new = (speculation._expected(case, [row], 8) for row in (known, new))
+    assert of_known > 5
+    assert of_new == pytest.approx(1, abs=0.3)
+    assert speculation._expected(case, [known, new], 8) == pytest.approx((of_known + of_new) / 2)
 
 
 def test_a_long_row_in_flight_is_enough_to_begin() -> None:

@@ -26,8 +26,8 @@ PLAN = 16
 """Steps for which a decision holds."""
 PROBE = 4
 """Steps of a trial."""
-STALE = 512
-"""Steps after which plain decoding is timed again while it is not used."""
+STALE = 128
+"""Steps after which plain decoding is timed again while it is not used: machines change their speed."""
 WORTH, BETTER = 1.05, 1.03
 """How much faster a width must be than plain decoding, and how much faster than another one to replace it."""
 HOPED = 1.1
@@ -117,6 +117,7 @@ class Automatic(Always):
         self._elapsed += seconds
         self._times.add(case, len(rows), width, seconds)
         plain = self._times.plain(case) if width > 1 else None
+        plain = min(plain, seconds) if plain is not None else None  # a plain step would not have taken longer
         self.tally.add(width, count, sum(taken), seconds, plain)
         if width > 1:
             self._lost += seconds - (plain or 0.0) * sum(taken) / count

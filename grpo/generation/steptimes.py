@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 @dataclass(slots=True)
 class _Times:
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=9))
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     at: int = 0
 
     @property

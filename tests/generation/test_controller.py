@@ -165,6 +165,8 @@ def test_drafts_that_were_wrong_once_are_tried_again_in_time(monkeypatch: pytest
     monkeypatch.setattr(steptimes, "RETRY", 600)
     speculation = Misled()
     epochs(speculation, free, 8)
+    for taken in speculation._taken.values():
+        taken.tokens = taken.turns = 20000  # as if for long
     speculation.wrong = False
     assert set(epochs(speculation, free, 1).widths) == {1}
     assert epochs(speculation, free, 10).widths[-1] == 8
@@ -225,7 +227,30 @@ def test_plain_decoding_is_timed_again_now_and_then() -> None:
     wide = machine.widths.index(8)
     later = machine.widths[wide + controller.STALE :]
     assert 1 in later
-    assert later.count(1) < len(later) / 50
+    assert later.count(1) < len(later) / 30
+
+
+def test_a_machine_that_becomes_faster_is_no_gain() -> None:
+    """Nor is any machine's gain more than the tokens of a row at a step."""
+    speculation = Automatic()
+    machine = epochs(speculation, flat, 12)
+    speculation.tally.clear()
+    machine = epochs(speculation, lambda slots, width: flat(slots, width) / 3, 1)
+    tally, tokens = speculation.tally, 4 * 60
+    assert set(machine.widths) == {8}
+    assert tally.plain_seconds / tally.seconds == pytest.approx(tokens / tally.turns)
+
+
+def test_plain_steps_now_and_then_tell_of_a_machine_that_becomes_slower() -> None:
+    speculation = Automatic()
+    machine = Machine(speculation, flat)
+    machine.run([((1, 2), list(range(40)) * 60)])
+    machine.cost = lambda slots, width: flat(slots, width) * 3
+    machine.run([((1, 2), list(range(40)) * 60)])
+    case = Case.of([row_of(SharedPrompt((1, 2)))])
+    assert machine.widths[-1] == 8
+    assert case is not None
+    assert speculation._times.plain(case) == pytest.approx(0.03)
 
 
 def test_empty_slots_count_for_nothing() -> None:

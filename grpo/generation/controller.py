@@ -196,13 +196,15 @@ class Automatic(Always):
             return
         if tokens > REPLAYED:
             rows = rows[: max(1, len(rows) * REPLAYED // tokens)]
-        work = len(WIDTHS) * (sum(lengths[row] for row in rows) + len(group.key))
-        if self._watching + work * self._cost > besides + share * self._elapsed:
+        work = len(WIDTHS) * (sum(lengths[row] for row in rows) + group.background)
+        left = besides + share * self._elapsed - self._watching
+        if work * self._cost > left:
             return
         began = time.perf_counter()
         kind = DraftKind(rows[0].stopping.sampling.temperature == 0, group.seen)
         for width in WIDTHS:
-            self._promised[kind, width].add(*replay(group, rows, width))
+            if time.perf_counter() < began + left:
+                self._promised[kind, width].add(*replay(group, rows, width, began + left))
         spent = time.perf_counter() - began
         self._cost += (spent / work - self._cost) / 4
         self._watching, group.replayed = self._watching + spent, lengths

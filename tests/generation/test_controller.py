@@ -1,5 +1,6 @@
 """The controller on machines that are made up: what a step costs is a formula, and time is what it says."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -54,6 +55,26 @@ class Machine:
             taken += 1
         row.token_ids += said[place : place + taken]
         return taken
+
+
+@dataclass
+class Clock:
+    """A clock that goes on by so many seconds each time it is read."""
+
+    tick: float = 1e-6
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What replays look at."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
 
 
 def epochs(speculation: Automatic | Always | None, cost: Cost, count: int, same: bool = True) -> Machine:
@@ -188,6 +209,22 @@ def test_replays_wait_until_the_time_for_them_is_there() -> None:
     speculation._cost = 10.0  # seconds a token
     assert set(epochs(speculation, flat, 10).widths) == {1}
     assert speculation._watching == 0
+
+
+def test_replays_take_no_more_than_their_time_even_if_they_are_slower_than_thought(clock: Clock) -> None:
+    clock.tick = 0.001
+    speculation = Automatic()
+    speculation._cost = 0.0
+    epochs(speculation, proportional, 3)
+    share, besides = controller.WATCHED
+    reads = 6  # after its time is over
+    assert besides < speculation._watching <= besides + share * speculation._elapsed + reads * clock.tick
+
+
+def test_no_replay_begins_when_the_time_for_it_is_over(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "replay", lambda *_: pytest.fail("this takes time"))
+    clock.tick = 10.0
+    epochs(Automatic(), flat, 2)
 
 
 def test_evaluation_and_training_are_cases_of_their_own() -> None:

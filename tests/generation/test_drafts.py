@@ -1,5 +1,7 @@
 """Where drafts come from, and that their memory has bounds."""
 
+import time
+
 import pytest
 from spoken import ended, row_of
 
@@ -135,6 +137,18 @@ def test_a_replay_takes_what_speculation_would() -> None:
     same = row_of(prompt, [10, 11, 12, 13, 14, 15])
     assert replay(group, [same], 8) == (6, 1)
     assert replay(group, [same], 4) == (6, 2)
+
+
+def test_a_replay_that_takes_too_long_breaks_off() -> None:
+    row = row_of(SharedPrompt(PROMPT), [10, 11, 12])
+    assert replay(Drafts().group(row.prompt), [row], 2, until=time.perf_counter()) == (0, 0)
+
+
+def test_an_index_begins_with_what_was_said_before() -> None:
+    drafts = Drafts()
+    ended([10, 11, 12], (1, 2), drafts)
+    assert drafts.group(SharedPrompt((1, 2))).background == 5
+    assert drafts.group(SharedPrompt((3,))).background == 6  # the other prompt and what followed, and its own
 
 
 def test_in_a_replay_rows_learn_from_the_rows_beside_them() -> None:

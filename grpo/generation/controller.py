@@ -1,6 +1,15 @@
 """How many tokens a step feeds: always the same number, or what pays on this machine with these rows, by measurement.
 
 Speculation changes no token and no logprob, only how long they take. So all that is measured here may depend on time.
+
+`auto` decides every `PLAN` steps, for steps that are alike (`Case`):
+1. A width pays if its steps take more tokens a row than they cost time, both against plain steps.
+2. The time is the median of the newest steps. While wide steps run, a few plain ones now and then renew theirs.
+3. The tokens are what wide steps took of late. Before there are any, they are what replays promise: now and then a
+   group that was decoded is decoded again, from its tokens alone (`replay`), in a small part of the time.
+4. A width without a time of late is tried for `PROBE` steps if it promises to be `HOPED` times as fast as the best,
+   unless wide steps have lost more than `AT_RISK` of the time so far.
+5. The fastest width runs, or plain steps where none is `WORTH` times as fast as they are.
 """
 
 from __future__ import annotations
@@ -81,13 +90,7 @@ class Always:
 
 
 class Automatic(Always):
-    """Speculation where it pays.
-
-    A width pays if a step takes more tokens than it costs time, both against a plain step. Times are those of the steps
-    themselves. How many tokens a width would take is known before it is tried: now and then a group that has been
-    decoded is decoded once more from its tokens (`replay`). A width that promises enough is tried for a few steps, as
-    long as all trials together have lost no more than `AT_RISK` of the time.
-    """
+    """Speculation where it pays, as the head of this file tells."""
 
     def __init__(self) -> None:
         super().__init__(1)

@@ -22,7 +22,7 @@ from grpo.types import Group, Task
 
 TOLD = ("accepted", "width", "gain")
 """What a step's metrics tell of speculation, if it was on: see `speculation/…` there."""
-Tokens = list[tuple[int, ...]]
+_Tokens = list[tuple[int, ...]]
 
 
 class Pool:
@@ -54,7 +54,7 @@ class _Training:
     """A run of the recipe, step by step. `tokens` has what each step sampled."""
 
     trainer: Trainer
-    tokens: list[Tokens] = field(default_factory=list)
+    tokens: list[_Tokens] = field(default_factory=list)
 
     def step(self) -> Values:
         start = time.perf_counter()
@@ -111,5 +111,5 @@ def _same(trainings: Mapping[str, _Training], case: str) -> Iterator[Measurement
         yield Measurement(case, name, "same rows", tuple(shares[1:]), shares[0])
 
 
-def _share(mine: Tokens, theirs: Tokens) -> float:
+def _share(mine: _Tokens, theirs: _Tokens) -> float:
     return fmean(a == b for a, b in zip(mine, theirs, strict=True))

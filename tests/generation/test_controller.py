@@ -32,6 +32,8 @@ class Machine:
         while any(slots):
             width = self.speculation.width(slots) if self.speculation else 1
             drafts = self.speculation.propose(slots, width) if self.speculation else []
+            while width > 1 and 1 + max(map(len, drafts)) <= width // 2:  # as wide as the drafts need
+                width //= 2
             taken = [self._take(row, said, drafts[n] if drafts else []) if row else 0
                      for n, (row, (_, said)) in enumerate(zip(slots, sayings, strict=True))]  # fmt: skip
             spent = self.cost(len(slots), width)
@@ -298,6 +300,7 @@ def test_empty_slots_count_for_nothing() -> None:
 
 
 def test_a_fixed_number_of_drafts_is_always_fed() -> None:
-    assert set(epochs(speculation_of(3), proportional, 3).widths) == {4}
+    assert set(epochs(speculation_of(3), proportional, 3).widths) == {1, 4}  # 1: there were no drafts
+    assert speculation_of(3).width([row_of(SharedPrompt((1,)))]) == 4
     assert speculation_of("off") is None
     assert isinstance(speculation_of("auto"), Automatic)

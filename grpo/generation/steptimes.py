@@ -31,14 +31,10 @@ class Case(NamedTuple):
             return None
         return cls(row.stopping.sampling.temperature == 0, row.wants_logprobs, (len(rows) - 1).bit_length())
 
-    def unlike(self, other: Case) -> float:
-        """How far another case is from this one: by the slots first."""
-        return abs(self.slots - other.slots) + (self.greedy != other.greedy) / 2 + (self.logprobs != other.logprobs) / 4
-
 
 @dataclass(slots=True)
 class _Times:
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=9))
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     at: int = 0
 
     @property
@@ -83,20 +79,3 @@ class StepTimes:
         if times is None or plain is None or times.known is None or self.steps - times.at > RETRY:
             return None
         return times.known / plain
-
-    def likely_cost(self, case: Case, width: int) -> float | None:
-        """What `cost` may be at best, from other cases. None if they say nothing.
-
-        It may be what it is in the case that is most like this one, or what as many slots cost as this step feeds
-        tokens.
-        """
-        known = [
-            (case.unlike(other), times.known / plain)
-            for (other, wide), times in self._times.items()
-            if wide == width and times.known is not None and (plain := self.plain(other)) is not None
-        ]
-        costs = [min(known)[1]] if known else []
-        here, more = self.plain(case), self.plain(case._replace(slots=case.slots + width.bit_length() - 1))
-        if here is not None and more is not None:
-            costs.append(more / here)
-        return min(costs, default=None)

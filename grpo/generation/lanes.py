@@ -123,7 +123,7 @@ class Lanes:
     Rows that have not begun wait here, in the order in which they came, and go to a lane as it has room: while lanes
     have as many rows, the first lane is served first. A lane takes a row of a prompt that it has, or else of a prompt
     that no lane has, or else the first. So a prompt's rows are together unless a lane would be left with less to do.
-    A row that has begun stays in its lane.
+    A row that has begun stays in its lane, and rows that are submitted beside it go there too.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Lanes:
         self._waiting: deque[Row] = deque()
         self._lane: dict[Row, int] = {}
         self._pieces: list[dict[SharedPrompt, SharedPrompt]] = [{} for _ in self.runs]
-        self._whole: dict[SharedPrompt, SharedPrompt] = {}
+        self._home: dict[SharedPrompt, int] = {}  # the lane of each piece
 
     @property
     def busy(self) -> bool:
@@ -153,7 +153,10 @@ class Lanes:
     def begin(self, row: Row) -> None:
         """Queue a new row."""
         mx.eval(row.key)  # in the thread that has made it
-        row.prompt = self._whole.get(row.prompt, row.prompt)
+        if (lane := self._home.get(row.prompt)) is not None:  # it shares the prompt of a row that has begun
+            self._lane[row] = lane
+            self.runs[lane].begin(row)
+            return
         row.state = "queued"
         self._waiting.append(row)
 
@@ -254,7 +257,7 @@ class Lanes:
         """The prompt as this lane has it, for one row more: what is counted there are the lane's own rows."""
         piece = self._pieces[lane].setdefault(whole, SharedPrompt(whole.ids, 0))
         piece.join(1)
-        self._whole[piece] = whole
+        self._home[piece] = lane
         return piece
 
 

@@ -17,7 +17,10 @@ class Memory(Protocol):
     @property
     def vocabulary(self) -> int: ...
 
-    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int: ...
+    @property
+    def narrow(self) -> str | None: ...
+
+    def memory(self, slots: int, places: int, prompt: int, completion: int, fed: int = 1) -> int: ...
 
     def outside(self, prompt: int, completion: int) -> int: ...
 
@@ -27,7 +30,8 @@ class Need:
     """The most that is decoded at once: so many rows, of so many prompts, of at most these lengths in tokens.
 
     `reshaped`: whether filters or a penalty take part in sampling. `waits`: whether rows leave their slots while they
-    wait for an environment, and come back.
+    wait for an environment, and come back. `fed`: the most tokens that a step feeds a row, where the way of decoding
+    takes several.
     """
 
     rows: int
@@ -36,13 +40,14 @@ class Need:
     completion_length: int
     reshaped: bool = False
     waits: bool = False
+    fed: int = 1
 
     def bytes(self, decoding: Memory, slots: int) -> int:
         """What the generator holds for it, with so many slots."""
-        slots = min(slots, self.rows)
-        cached = decoding.memory(slots, min(slots, self.prompts), self.prompt_length, self.completion_length)
+        slots, fed = min(slots, self.rows), 1 if decoding.narrow else self.fed
+        cached = decoding.memory(slots, min(slots, self.prompts), self.prompt_length, self.completion_length, fed)
         held = FILTERED_HELD if self.reshaped else LOGITS_HELD
-        return cached + held * 4 * slots * decoding.vocabulary
+        return cached + held * 4 * slots * fed * decoding.vocabulary
 
     def waiting(self, decoding: Memory) -> int:
         """What rows keep outside the slots at the most: all of them, when all wait at once."""

@@ -32,8 +32,10 @@ def lanes_worth(model: nn.Module, loss: LossConfig) -> int:
 def update_lanes(model: nn.Module, tokens: int, parts: int, ranks: Ranks | None = None) -> int:
     """Lanes for so many micro-batches of up to so many tokens: one where the products keep the cores busy, or where a
     gradient for each lane would take more memory than the lanes are worth."""
+    if (number := lanes_for(parts, ranks)) == 1:
+        return 1  # before anything walks through the model's modules, which takes milliseconds
     busy = _largest_matrix(model) * tokens > MOST_MULTIPLICATIONS
-    return 1 if parts < 2 or busy or _gradient(model) > MOST_GRADIENT else lanes_for(parts, ranks)
+    return 1 if busy or _gradient(model) > MOST_GRADIENT else number
 
 
 def _gradient(model: nn.Module) -> int:

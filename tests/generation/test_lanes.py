@@ -119,6 +119,25 @@ def test_a_row_that_waits_goes_where_there_is_room_and_to_its_prompt() -> None:
     assert not engine.busy
 
 
+def test_a_row_beside_another_goes_to_its_lane_and_is_counted_once() -> None:
+    def begun_anew(lanes: int):
+        engine = opened(lanes)
+        rows = engine.submit(asked((9, 10, 11), n=8, sampling=Sampling(1.0, 8)))
+        while any(row.finish_reason is None for row in rows):
+            engine.step()
+        again = [engine.submit(asked((9, 10, 11), i, beside=row, keep=False))[0] for i, row in enumerate(rows)]
+        for row in rows:
+            engine.release(row)
+        finish(engine)
+        return engine, rows, again
+
+    engine, rows, again = begun_anew(2)
+    lanes = engine._run._lane
+    assert [lanes[row] for row in again] == [lanes[row] for row in rows]
+    assert {row.prompt.left for row in again} == {0}
+    assert numbers(again) == numbers(begun_anew(1)[2])
+
+
 @pytest.mark.parametrize("most", [0, 6_000])
 def test_what_rows_keep_is_bounded_over_all_lanes(most: int) -> None:
     expected, _, _ = conversation(1, slots=18)

@@ -185,8 +185,7 @@ def free(_slots: int, _width: int) -> float:
 
 
 def test_drafts_that_turn_out_wrong_are_given_up() -> None:
-    speculation = Misled()
-    machine = epochs(speculation, free, 40)
+    machine = epochs(Misled(), free, steptimes.RETRY // 60)
     assert 1 < sum(width > 1 for width in machine.widths) <= len(controller.WIDTHS) * controller.PROBE
     assert machine.widths[-1] == 1
 

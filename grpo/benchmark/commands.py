@@ -172,21 +172,42 @@ def train(
 def speculate(
     setting: "Setting",
     accepted: Annotated[
-        str, typer.Option(help="Drafts that are accepted at every step, of random weights: a side for each number.")
-    ] = "1,2,3,4",
+        str | None,
+        typer.Option(
+            help="Drafts that are accepted at every step, of random weights: a side for each number. Default: 1,2,3,4."
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Instead: the steps of this recipe, over epochs.")
     ] = None,
-    pool: Annotated[int, typer.Option(min=1, help="With --recipe: its first prompts, which make an epoch.")] = 16,
-    ways: Annotated[str, typer.Option(help="With --recipe: values of rollout.speculate, held against off.")] = "auto",
+    pool: Annotated[
+        int | None, typer.Option(min=1, help="With --recipe: its first prompts, which make an epoch. Default: 16.")
+    ] = None,
+    ways: Annotated[
+        str | None,
+        typer.Option(
+            help="With --recipe: values of rollout.speculate to hold against off, as in auto,3. Default: auto."
+        ),
+    ] = None,
 ) -> Measurements:
     """What speculation adds: by the drafts that are accepted, or over a recipe's epochs. Tokens are compared."""
-    from grpo.benchmark.epochs import epochs_of
-    from grpo.benchmark.speculation import counts, speculation_gains
+    from dataclasses import replace
 
-    if recipe is not None:
-        return epochs_of(recipe, pool, ways.split(","), setting.runs)
-    return speculation_gains(setting, counts(accepted))
+    from grpo.benchmark.epochs import epochs_of, ways_of
+    from grpo.benchmark.speculation import counts, speculation_gains
+    from grpo.errors import UserError
+
+    if recipe is None:
+        if pool is not None or ways is not None:
+            raise UserError("--pool and --ways mean nothing without --recipe")
+        return speculation_gains(setting, counts("1,2,3,4" if accepted is None else accepted))
+    if accepted is not None:
+        raise UserError("--accepted means nothing with --recipe: there drafts are accepted as they are right")
+    if replace(setting, runs=COMMON["runs"]) != type(setting)(**{**COMMON, **LOAD}):
+        raise UserError(
+            "--recipe FILE says which model, prompts and lengths: of the options for these, only --runs counts"
+        )
+    return epochs_of(recipe, pool or 16, ways_of("auto" if ways is None else ways), setting.runs)
 
 
 @command(prompts=4, completions=8, prompt_length=128, completion_length=128, runs=2)

@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 from grpo.backend.device import on_gpu
 from grpo.benchmark.protocol import Measurement, Side, Values, alternate
+from grpo.config.rollout import Speculate
 from grpo.data.stream import TaskStream
 from grpo.errors import RunError, UserError
 from grpo.recipes import load_recipe
@@ -65,6 +66,15 @@ class _Training:
         return {**values, "tokens": sum(map(len, self.tokens[-1])), **told}
 
 
+def ways_of(text: str) -> list[str]:
+    """Values of `rollout.speculate`, separated by commas. Raises UserError for others, and for `off`: it is there."""
+    known = [str(value) for value in get_args(get_args(Speculate)[0]) if value != "off"]
+    found = [way.strip() for way in text.split(",")]
+    if not set(found) <= set(known):
+        raise UserError(f"--ways {text}: expected some of {', '.join(known)}, with commas between them")
+    return found
+
+
 def epochs_of(recipe: Path, pool: int, speculate: Sequence[str], runs: int) -> Iterator[Measurement]:
     """Steps of a recipe over its first `pool` prompts, without speculation and as `speculate` says, in turns.
 
@@ -75,9 +85,13 @@ def epochs_of(recipe: Path, pool: int, speculate: Sequence[str], runs: int) -> I
         trainings = {name: _training(recipe, pool, name, runs + 1, opened) for name in ("off", *speculate)}
         rows = trainings["off"].trainer.cfg.rollout.prompts_per_step
         first = -(-pool // rows)  # steps of an epoch
-        if pool < rows or runs < first:
+        if pool < rows:
+            raise UserError(
+                f"--pool {pool}: a step of this recipe takes {rows} prompts, so an epoch has at least {rows}"
+            )
+        if runs < first:
             epoch = f"an epoch is {first} steps of {rows} prompts"
-            raise UserError(f"--pool {pool}, --runs {runs}: {epoch}, and so many runs end before the second")
+            raise UserError(f"--pool {pool}, --runs {runs}: {epoch}, and the second one begins with --runs {first}")
         sides = [Side(name, training.step) for name, training in trainings.items()]
         measured = alternate(f"steps of {recipe.stem}, {pool} prompts", sides, runs)
         yield from _parted(measured, first - 1)

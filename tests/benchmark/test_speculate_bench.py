@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from grpo.benchmark import epochs, speculation
-from grpo.benchmark.epochs import Pool, epochs_of
+from grpo.benchmark.commands import app
+from grpo.benchmark.epochs import Pool, epochs_of, ways_of
 from grpo.benchmark.protocol import Measurement
 from grpo.benchmark.setting import Setting
 from grpo.benchmark.speculation import KnownDrafts, counts, speculation_gains
@@ -126,8 +128,33 @@ def test_the_first_epoch_is_told_apart() -> None:
 
 
 def test_a_pool_without_a_second_epoch_is_refused(recipe) -> None:
-    with pytest.raises(UserError, match=r"--pool 4, --runs 1: an epoch is 2 steps of 2 prompts"):
+    with pytest.raises(UserError, match=r"--runs 1: an epoch is 2 steps of 2 prompts, .* begins with --runs 2"):
         list(epochs_of(recipe, 4, ["auto"], runs=1))
+    with pytest.raises(UserError, match=r"--pool 1: a step of this recipe takes 2 prompts"):
+        list(epochs_of(recipe, 1, ["auto"], runs=9))
+
+
+def test_ways_to_speculate_are_read() -> None:
+    assert ways_of("auto, 1,3,7") == ["auto", "1", "3", "7"]
+    for text in ("2", "", "on", "off", "auto,"):
+        with pytest.raises(UserError, match=rf"--ways {text}: expected some of auto, 1, 3, 7, with"):
+            ways_of(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--pool", "4"], "nothing without --recipe"),
+        (["--ways", "3"], "nothing without --recipe"),
+        (["--recipe", str(RECIPES / "sorting.yaml"), "--accepted", "2"], "--accepted means nothing with --recipe"),
+        (["--recipe", str(RECIPES / "sorting.yaml"), "--prompts", "4"], "only --runs counts"),
+        (["--recipe", str(RECIPES / "sorting.yaml"), "--no-lora"], "only --runs counts"),
+    ],
+)
+def test_options_of_the_other_protocol_are_refused(given, said) -> None:
+    result = CliRunner().invoke(app, ["speculate", *given])
+    assert isinstance(result.exception, UserError)
+    assert said in str(result.exception)
 
 
 def test_steps_with_speculation_and_without_sample_the_same(recipe) -> None:

@@ -43,7 +43,7 @@ def replay(group: Siblings, rows: Sequence[Row], width: int, until: float = math
     index, prompt = group.new_index()
     states, places = [prompt] * len(rows), [0] * len(rows)
     sampled = turns = 0
-    alive = list(range(len(rows)))
+    alive = [number for number, row in enumerate(rows) if row.token_ids]  # a row that has just begun has none
     while alive and time.perf_counter() < until:
         for number in alive:
             row, place = rows[number], places[number]

@@ -159,6 +159,12 @@ def test_in_a_replay_rows_learn_from_the_rows_beside_them() -> None:
     assert turns < 10
 
 
+def test_a_replay_leaves_out_a_row_that_has_said_nothing_yet() -> None:
+    prompt = SharedPrompt(PROMPT, n=2)
+    rows = [row_of(prompt, [10, 11]), row_of(prompt)]
+    assert replay(Drafts().group(prompt), rows, 2) == (2, 2)
+
+
 def test_a_replay_does_not_count_what_was_not_sampled() -> None:
     drafts, prompt = Drafts(), SharedPrompt(PROMPT)
     row = row_of(prompt, [20])

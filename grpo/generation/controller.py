@@ -37,8 +37,8 @@ PROBE = 4
 """Steps of a trial."""
 STALE = 128
 """Steps after which plain decoding is timed again while it is not used: machines change their speed."""
-WORTH, BETTER = 1.05, 1.03
-"""How much faster a width must be than plain decoding, and how much faster than another one to replace it."""
+WORTH = 1.05
+"""How much faster a width must be than plain decoding."""
 HOPED = 1.1
 """How much faster an untried width must promise to be."""
 AT_RISK = 0.02
@@ -166,7 +166,7 @@ class Automatic(Always):
             return WidthPlan(1, PROBE)
         self._watch(self.drafts.group(rows[0].prompt), [row for row in rows if row.prompt is rows[0].prompt])
         measured, hoped = self._speedups(case, rows)
-        best = max(measured, key=lambda width: measured[width] * (BETTER if width == former else 1), default=1)
+        best = max(measured, key=lambda width: measured[width], default=1)
         best = best if measured.get(best, 0.0) >= WORTH else 1
         trials = [width for width in hoped if hoped[width] >= HOPED * measured.get(best, 1.0)]
         if trials and self._lost <= AT_RISK * self._elapsed:

@@ -12,7 +12,7 @@ from grpo.generation.rows import Row
 
 SAMPLES = 3
 """Measured steps without which nothing is known of a width."""
-RETRY = 4096
+RETRY = 1024
 """Steps after which the time of a wide step is no longer believed."""
 
 
@@ -34,17 +34,18 @@ class Case(NamedTuple):
 
 @dataclass(slots=True)
 class _Times:
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
+    newest: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     at: int = 0
 
     @property
     def known(self) -> float | None:
-        return median(self.seconds) if len(self.seconds) >= SAMPLES else None
+        return median(self.newest) if len(self.newest) >= SAMPLES else None
 
 
 class StepTimes:
     """The median time of the newest steps, by case and width.
 
+    Those of wide steps are in plain steps of the same time, because machines change their speed.
     A step after one of another width is not counted: it may build kernels, and it comes out of step with the device.
     """
 
@@ -56,11 +57,12 @@ class StepTimes:
     def add(self, case: Case, slots: int, width: int, seconds: float) -> None:
         """Count a step."""
         self.steps += 1
-        if self._last.get((case, slots)) == width:
+        plain = 1.0 if width == 1 else self.plain(case)
+        if self._last.get((case, slots)) == width and plain is not None:
             times = self._times.get((case, width))
             if times is None:
                 times = self._times[case, width] = _Times()
-            times.seconds.append(seconds)
+            times.newest.append(seconds / plain)
             times.at = self.steps
         self._last[case, slots] = width
 
@@ -75,7 +77,5 @@ class StepTimes:
 
     def cost(self, case: Case, width: int) -> float | None:
         """The time of a wide step, measured in plain ones. None if it was not measured of late."""
-        times, plain = self._times.get((case, width)), self.plain(case)
-        if times is None or plain is None or times.known is None or self.steps - times.at > RETRY:
-            return None
-        return times.known / plain
+        times = self._times.get((case, width))
+        return times.known if times is not None and self.steps - times.at <= RETRY else None

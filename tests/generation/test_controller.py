@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 from spoken import row_of
@@ -148,14 +149,20 @@ def test_what_building_a_kernel_costs_is_no_time_of_a_step() -> None:
     assert epochs(Automatic(), costs, 40).widths[-1] == 8
 
 
-def test_trials_wait_until_the_time_for_them_is_there() -> None:
-    """A wide step that takes a second is tried once, and then not before a hundred seconds."""
+def test_trials_wait_until_the_time_for_them_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wide step that takes a second is tried once, and then not before there are two hundred seconds."""
+    monkeypatch.setattr(steptimes, "RETRY", 50)
 
     def costs(_slots: int, width: int) -> float:
         return 0.01 if width == 1 else 1.0
 
-    machine = epochs(Automatic(), costs, 60)
-    assert sum(width > 1 for width in machine.widths) <= controller.PROBE
+    machine = epochs(Automatic(), costs, 30)
+    assert sum(width > 1 for width in machine.widths) == controller.PROBE
+
+
+def test_a_width_that_does_not_promise_enough_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "HOPED", 9.0)  # times as fast: no width can be
+    assert set(epochs(Automatic(), free, 10).widths) == {1}
 
 
 def test_nothing_is_tried_while_trials_have_lost_too_much() -> None:
@@ -178,8 +185,7 @@ def free(_slots: int, _width: int) -> float:
 
 
 def test_drafts_that_turn_out_wrong_are_given_up() -> None:
-    speculation = Misled()
-    machine = epochs(speculation, free, 40)
+    machine = epochs(Misled(), free, steptimes.RETRY // 60)
     assert 1 < sum(width > 1 for width in machine.widths) <= len(controller.WIDTHS) * controller.PROBE
     assert machine.widths[-1] == 1
 
@@ -219,8 +225,19 @@ def test_replays_take_no_more_than_their_time_even_if_they_are_slower_than_thoug
     speculation._cost = 0.0
     epochs(speculation, proportional, 3)
     share, besides = controller.WATCHED
+    assert speculation._cost > 0
     reads = 6  # after its time is over
     assert besides < speculation._watching <= besides + share * speculation._elapsed + reads * clock.tick
+
+
+def test_a_row_in_flight_is_replayed_each_time_that_it_is_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    monkeypatch.setattr(controller, "replay", lambda _, rows, *__: (0, lengths.append(len(rows[0].token_ids)) or 0))
+    Machine(Automatic(), flat).run([((1, 2), list(range(400)))])
+    times = lengths[:: len(controller.WIDTHS)]
+    assert times[0] < 2 * controller.FEWEST
+    assert len(times) >= 4
+    assert all(2 * former <= later for former, later in pairwise(times))
 
 
 def test_no_replay_begins_when_the_time_for_it_is_over(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,17 @@ def test_a_cost_is_in_plain_steps_without_the_first_of_a_width() -> None:
     assert times.plain(LARGE) is None
 
 
+def test_a_cost_is_in_plain_steps_of_its_own_time() -> None:
+    """The machine is twice as fast afterwards, which is no news of the wide steps."""
+    times = timed((SMALL, 1, 2.0), (SMALL, 4, 3.0), (SMALL, 1, 1.0), (SMALL, 1, 1.0))
+    assert times.plain(SMALL) == 1
+    assert times.cost(SMALL, 4) == 1.5
+
+
+def test_without_plain_steps_there_are_no_costs() -> None:
+    assert timed((SMALL, 4, 3.0)).cost(SMALL, 4) is None
+
+
 def test_too_few_steps_say_nothing() -> None:
     times = StepTimes()
     for _ in range(steptimes.SAMPLES):

@@ -47,7 +47,7 @@ class BatchCaches:
     def forget(self) -> None:
         """Nothing to do: no weight is held."""
 
-    def memory(self, slots: int, places: int, prompt: int, completion: int, fed: int = 1) -> int:  # noqa: ARG002
+    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
         """From what one row holds at two lengths: each row has its own, and each prompt that waits for its rows."""
         fixed, per_token = self._sizes
         return int((slots + places) * fixed + (slots * (prompt + completion) + places * prompt) * per_token)

@@ -218,8 +218,3 @@ def speculation_of(setting: Literal["auto", "off"] | int) -> Speculation | None:
     if setting == "off":
         return None
     return Automatic() if setting == "auto" else Always(int(setting) + 1)
-
-
-def widest_of(setting: Literal["auto", "off"] | int) -> int:
-    """The most tokens that a step feeds a row with this `rollout.speculate`."""
-    return {"auto": WIDTHS[-1], "off": 1}[setting] if isinstance(setting, str) else setting + 1

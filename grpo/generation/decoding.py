@@ -26,6 +26,8 @@ SCORES_HELD = 3
 MOST_LANES = 2
 """Sessions that threads step side by side on a CPU (`grpo.generation.lanes`). MLX lets ten tasks of ten operations be
 in flight, of all streams together, so more would starve one another."""
+LANES_FROM = 64
+"""Slots from which on there may be several lanes."""
 
 
 class Session(Protocol):
@@ -116,9 +118,8 @@ class Decoding(Protocol):
         """Hold no weight that trains: an update may replace it, and the old one would stay in memory beside the new."""
         ...
 
-    def memory(self, slots: int, places: int, prompt: int, completion: int, fed: int = 1) -> int:
-        """Bytes of keys and values for so many slots and prompts at once, of at most these lengths in tokens, and of
-        what steps hold that feed each row so many."""
+    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
+        """Bytes of keys and values for so many slots and prompts at once, of at most these lengths in tokens."""
         ...
 
     def outside(self, prompt: int, completion: int) -> int:
@@ -166,16 +167,16 @@ class SharedPrefix:
     def forget(self) -> None:
         self.decoder.forget()
 
-    def memory(self, slots: int, places: int, prompt: int, completion: int, fed: int = 1) -> int:
+    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
         token = sum(shape.bytes_per_token for shape in self.shapes)
-        if self.side_by_side:  # a prompt may lie in each lane
+        if self.side_by_side and slots >= LANES_FROM:  # a prompt may lie in each lane
             places = min(slots, MOST_LANES * places)
         at_once = min(places * prompt, max(prompt, PREFILL_TOKENS))
-        cached = token * (slots * (completion + fed - 1) + places * prompt + at_once)
+        cached = token * (slots * completion + places * prompt + at_once)
         if self.attention.overlaps:
             return cached
         # Stock attention holds its scores: of one layer's step, or of a chunk of prompts.
-        scores = max(slots * fed * (prompt + completion), at_once * min(prompt, PREFILL_CHUNK))
+        scores = max(slots * (prompt + completion), at_once * min(prompt, PREFILL_CHUNK))
         return cached + SCORES_HELD * 4 * self._query_heads * scores
 
     def outside(self, prompt: int, completion: int) -> int:  # noqa: ARG002  its prompt's are in a prefix place

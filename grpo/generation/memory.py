@@ -17,10 +17,7 @@ class Memory(Protocol):
     @property
     def vocabulary(self) -> int: ...
 
-    @property
-    def narrow(self) -> str | None: ...
-
-    def memory(self, slots: int, places: int, prompt: int, completion: int, fed: int = 1) -> int: ...
+    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int: ...
 
     def outside(self, prompt: int, completion: int) -> int: ...
 
@@ -30,8 +27,7 @@ class Need:
     """The most that is decoded at once: so many rows, of so many prompts, of at most these lengths in tokens.
 
     `reshaped`: whether filters or a penalty take part in sampling. `waits`: whether rows leave their slots while they
-    wait for an environment, and come back. `fed`: the most tokens that a step feeds a row, where the way of decoding
-    takes several.
+    wait for an environment, and come back.
     """
 
     rows: int
@@ -40,14 +36,13 @@ class Need:
     completion_length: int
     reshaped: bool = False
     waits: bool = False
-    fed: int = 1
 
     def bytes(self, decoding: Memory, slots: int) -> int:
         """What the generator holds for it, with so many slots."""
-        slots, fed = min(slots, self.rows), 1 if decoding.narrow else self.fed
-        cached = decoding.memory(slots, min(slots, self.prompts), self.prompt_length, self.completion_length, fed)
+        slots = min(slots, self.rows)
+        cached = decoding.memory(slots, min(slots, self.prompts), self.prompt_length, self.completion_length)
         held = FILTERED_HELD if self.reshaped else LOGITS_HELD
-        return cached + held * 4 * slots * fed * decoding.vocabulary
+        return cached + held * 4 * slots * decoding.vocabulary
 
     def waiting(self, decoding: Memory) -> int:
         """What rows keep outside the slots at the most: all of them, when all wait at once."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grpo.config import AdapterConfig, EvalConfig, OptimConfig, RolloutConfig
-from grpo.generation.controller import widest_of
 from grpo.generation.memory import Need
 from grpo.recipes import with_settings
 from grpo.rollout import sampling_of
@@ -54,8 +53,7 @@ class Workload:
             held_out = self.evaluation.prompts
             prompts, sampled = max(prompts, held_out), max(sampled, held_out * self.evaluation.samples)
         reshaped = sampling_of(self.rollout).reshaped
-        longest, fed = self.own + self.rollout.max_completion_length, widest_of(self.rollout.speculate)
-        return Need(sampled, prompts, self.longest, longest, reshaped, self.waits, fed)
+        return Need(sampled, prompts, self.longest, self.own + self.rollout.max_completion_length, reshaped, self.waits)
 
     def largest(self, tokens: int, gpu: bool, cuda: bool = False) -> list[Shape]:
         """The largest micro-batches of at most `tokens`: the longest prompts, each with all its longest completions,

@@ -21,12 +21,17 @@ Larger models are promised one gradient."""
 
 
 def lanes_worth(model: nn.Module, loss: LossConfig) -> int:
-    """Into how many micro-batches at least a process's part of an update is cut.
+    """Into how many micro-batches at least a process's part of an update is cut: one where the gradient is large."""
+    return 1 if _gradient(model) > MOST_GRADIENT else parts_for(loss)
 
-    One on a GPU, where the gradient is large, and where a loss is averaged over each micro-batch by itself, so that it
-    depends on their number. Otherwise two: not as many as there are cores, so that the sums are the same everywhere.
+
+def parts_for(loss: LossConfig) -> int:
+    """Into how many micro-batches at least rows are cut for this loss, whatever the model.
+
+    One on a GPU, and where a loss is averaged over each micro-batch by itself, so that it depends on their number.
+    Otherwise two: not as many as there are cores, so that the sums are the same everywhere.
     """
-    return 1 if on_gpu() or _gradient(model) > MOST_GRADIENT or loss.preset.normalize == "micro_batch" else 2
+    return 1 if on_gpu() or loss.preset.normalize == "micro_batch" else 2
 
 
 def update_lanes(model: nn.Module, tokens: int, parts: int, ranks: Ranks | None = None) -> int:

@@ -6,18 +6,15 @@ from generation.ways import generator_of
 
 from grpo.backend.random import derive_key
 from grpo.errors import UserError
-from grpo.generation.controller import Always
 from grpo.generation.generator import Request
 from grpo.generation.memory import FILTERED_HELD, LOGITS_HELD, Need, slots_beside_waiting, slots_that_fit
 from grpo.generation.rows import Submission
 from grpo.generation.sampling import Sampling, TokenSampler
 
 
-@pytest.mark.parametrize("fed", [1, 8])
-def test_the_estimate_is_what_a_rollout_takes(make_policy, fed: int) -> None:
+def test_the_estimate_is_what_a_rollout_takes(make_policy) -> None:
     toy = make_policy()
     toy.generator.stop_ids = frozenset()
-    toy.generator.speculation = Always(fed) if fed > 1 else None
     requests = [Request([1 + i, *range(5, 204)], 4) for i in range(4)]
     toy.generator.generate(requests, Sampling(1.0, 200), derive_key(0, "warm"))
     mx.clear_cache()
@@ -25,7 +22,7 @@ def test_the_estimate_is_what_a_rollout_takes(make_policy, fed: int) -> None:
     before = mx.get_active_memory()
     toy.generator.generate(requests, Sampling(1.0, 200), derive_key(0, "test"))
     measured = mx.get_peak_memory() - before
-    planned = Need(16, 4, 200, 200, fed=fed).bytes(toy.generator.decoding, 16)
+    planned = Need(16, 4, 200, 200).bytes(toy.generator.decoding, 16)
     assert 0.5 * planned < measured < 1.25 * planned
 
 
@@ -48,15 +45,6 @@ def test_the_estimate_covers_what_sampling_takes(dtype: mx.Dtype, sampling: Samp
     taken = mx.get_peak_memory() - before + logits.nbytes
     planned = 4 * rows * vocabulary * (FILTERED_HELD if sampling.reshaped else LOGITS_HELD)
     assert planned / 3 < taken < planned
-
-
-def test_wide_steps_are_reckoned_where_caches_take_tokens_back() -> None:
-    for way, places in (("joined layers", 8), ("batch caches", 1)):
-        decoding = generator_of(way, 4).decoding
-        plain, wide = (Need(4, 2, 25, 60, fed=fed).bytes(decoding, 4) for fed in (1, 8))
-        logits = LOGITS_HELD * 4 * 4 * decoding.vocabulary
-        assert wide - plain >= (places - 1) * logits
-        assert (wide == plain) == (places == 1)
 
 
 def test_slots_are_as_many_as_fit(make_policy) -> None:
@@ -93,9 +81,9 @@ def test_what_a_waiting_row_keeps_is_reckoned(way: str) -> None:
 class Counted:
     """A way of decoding of which a slot takes 10 bytes and a place 1, and a row outside its slot 8."""
 
-    vocabulary, narrow = 0, None
+    vocabulary = 0
 
-    def memory(self, slots: int, places: int, prompt: int, completion: int, fed: int = 1) -> int:
+    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
         return 10 * slots + places
 
     def outside(self, prompt: int, completion: int) -> int:

@@ -20,7 +20,7 @@ import mlx.core as mx
 from grpo.backend.device import cpu_cores, on_gpu
 from grpo.backend.ranks import LAUNCHED
 from grpo.generation.batching import Run
-from grpo.generation.decoding import MOST_LANES, Decoding, Session
+from grpo.generation.decoding import LANES_FROM, MOST_LANES, Decoding, Session
 from grpo.generation.events import Events
 from grpo.generation.parking import Parking
 from grpo.generation.rows import Row, SharedPrompt
@@ -31,8 +31,8 @@ Made = TypeVar("Made")
 
 FEWEST_ROWS = 4
 """A lane with fewer rows costs about as much as one with four."""
-MANY_SLOTS, LARGE_STEP = 64, 12 * 2**20
-"""From so many slots on, and multiplications of a step's largest matrix product, two lanes are faster than one."""
+LARGE_STEP = 12 * 2**20
+"""From so many multiplications of a step's largest matrix product on, two lanes are faster than one."""
 MOST_CORES = 3
 """With more, BLAS's own threads may use them better: that was not measured."""
 
@@ -45,7 +45,7 @@ def lanes_for(slots: int, largest_product: int) -> int:
     """
     cores = cpu_cores()
     shared = any(name in os.environ for name in LAUNCHED)  # the processes of one machine share its cores
-    worth = slots >= MANY_SLOTS and slots * largest_product >= LARGE_STEP
+    worth = slots >= LANES_FROM and slots * largest_product >= LARGE_STEP
     if on_gpu() or shared or not worth or cores < MOST_LANES or cores > MOST_CORES:
         return 1
     return MOST_LANES

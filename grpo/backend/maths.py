@@ -25,6 +25,16 @@ def exp(x: mx.array) -> mx.array:
     return mx.exp(x) if on_gpu() else mx.power(2.0, x * LOG2_E)
 
 
+def exponents_unit() -> float:
+    """What to multiply numbers by before `exp_of`: beforehand, where there are fewer of them."""
+    return 1.0 if on_gpu() else LOG2_E
+
+
+def exp_of(x: mx.array) -> mx.array:
+    """e to the power of `x / exponents_unit()`, elementwise."""
+    return mx.exp(x) if on_gpu() else mx.power(2.0, x)
+
+
 def silu(x: mx.array) -> mx.array:
     """x times its sigmoid, elementwise."""
     return nn.silu(x) if on_gpu() else x / (1.0 + exp(-x))

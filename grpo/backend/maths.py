@@ -50,10 +50,16 @@ def logsumexp_and_softmax(x: mx.array) -> tuple[mx.array, mx.array]:
     if on_gpu():
         total = mx.logsumexp(x, axis=-1)
         return total, mx.exp(x - total[..., None])
+    total, powers, summed = logsumexp_and_powers(x)
+    return total, powers / summed
+
+
+def logsumexp_and_powers(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """log Σ exp over the last axis `[...]`, exp relative to the greatest `[..., V]`, and the sum of that `[..., 1]`."""
     highest = mx.stop_gradient(x.max(axis=-1, keepdims=True))
     powers = exp(x - highest)
-    total = powers.sum(axis=-1, keepdims=True)
-    return (mx.log(total) + highest)[..., 0], powers / total
+    summed = powers.sum(axis=-1, keepdims=True)
+    return (mx.log(summed) + highest)[..., 0], powers, summed
 
 
 def chosen(x: mx.array, index: mx.array) -> mx.array:

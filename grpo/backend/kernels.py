@@ -6,14 +6,21 @@ to build, so here it is the user's cache folder.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import os
+from itertools import count
 from pathlib import Path
+from typing import TextIO
+
+from grpo.backend.cache import cache_folder
+from grpo.backend.ranks import LAUNCHED
 
 VARIABLE = "MLX_PTX_CACHE_DIR"
 WHEELS = ("mlx-cuda-13", "mlx-cuda-12")
 GPUS = Path("/proc/driver/nvidia/gpus")
-RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_locks: list[TextIO] = []
+"""Open for as long as this process runs."""
 
 
 def keep() -> None:
@@ -21,14 +28,12 @@ def keep() -> None:
     if VARIABLE in os.environ:
         return
     try:
-        if (folder := _folder()) is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        _tidy(folder)
+        if (folder := _folder()) is not None:
+            folder = _unused(folder)
+            _tidy(folder)
+            os.environ[VARIABLE] = str(folder)
     except (OSError, RuntimeError):  # the latter where a user has no home
         return
-    if os.access(folder, os.W_OK):
-        os.environ[VARIABLE] = str(folder)
 
 
 def _folder() -> Path | None:
@@ -43,10 +48,31 @@ def _folder() -> Path | None:
     wheel = next((found for name in WHEELS if (found := _version(name))), None)
     if not models or wheel is None:
         return None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kind = "+".join("-".join(model.partition(":")[2].split()) for model in models)
-    rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
-    return cache / "grpo" / "kernels" / wheel / kind / rank
+    rank = next((os.environ[name] for name in LAUNCHED if name in os.environ), "0")
+    return cache_folder().absolute() / "kernels" / wheel / kind / rank
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, made and locked, or the first of `0-1`, `0-2`, and so on, that no running process has locked.
+
+    Two runs on one machine may build the same kernel at once, and MLX fails on a kernel that is half written.
+    """
+    for number in count():
+        place = folder.with_name(f"{folder.name}-{number}") if number else folder
+        place.mkdir(parents=True, exist_ok=True)
+        lock = (place / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        except OSError:  # a file system without locks
+            lock.close()
+            return place
+        _locks.append(lock)
+        return place
+    raise AssertionError("numbers do not end")
 
 
 def _version(wheel: str) -> str | None:

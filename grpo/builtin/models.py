@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from grpo.backend.cache import cache_folder
 from grpo.builtin.student import NewModel, Student, make
 from grpo.errors import UserError
 
@@ -33,13 +34,6 @@ ASIDE = ".making-"
 """How folders begin in which models are made; `_aside` says what follows."""
 DAY = 86400.0
 """In seconds: a folder that has not changed for so long has no maker, whatever process has that id now."""
-
-
-def cache_folder() -> Path:
-    """Where made models are kept: `$GRPO_CACHE`, or `grpo` in the user's cache folder."""
-    if chosen := os.environ.get("GRPO_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo"
 
 
 def folder(name: str, new_model: NewModel) -> Path:

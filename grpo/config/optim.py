@@ -55,7 +55,7 @@ class OptimConfig(Section):
     the model allows it (it needs `share_prompts`). Changes memory and speed, not the gradient, unless `adapter.dropout`
     is on: which numbers it drops depends on it."""
     compile: bool = True
-    """Compile the update on a GPU (a CPU never does): a third faster, after minutes spent at the first step."""
+    """Compile the update on a GPU (a CPU never does): a third faster, after some seconds more at the first step."""
     max_skipped_updates: Positive = 3
     """An update whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
     max_logp_difference: Annotated[float, Field(ge=1)] | None = 30.0

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from grpo.builtin.models import cache_folder
+from grpo.backend.cache import cache_folder
 from grpo.data.fingerprint import fingerprint
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from grpo.builtin.models import cache_folder
+from grpo.backend.cache import cache_folder
 from grpo.doctor.finding import Finding, gigabytes
 from grpo.errors import UserError
 from grpo.plugins import bundled

@@ -17,6 +17,7 @@ from grpo.errors import UserError
 from grpo.objective.advantages import advantages as advantages_of
 from grpo.recipes import with_settings
 from grpo.training.batches import make_batches
+from grpo.training.lanes import parts_for
 from grpo.training.packing import GPU_MULTIPLE, Packing
 from grpo.types import Batch, Group
 
@@ -132,7 +133,9 @@ def batches(
     if loss.preset.normalize == "constant" and max_completion_length is None:
         raise UserError(f"grpo.batches: {loss.type} divides by a constant: give max_completion_length, in tokens")
     size = max((len(group.rollouts) for group in groups), default=1)
-    packing = Packing(micro_batch_tokens, max(1, len(rollouts)), size, GPU_MULTIPLE if on_gpu() else 1)
+    parts = parts_for(loss)
+    rows = -(-max(1, len(rollouts)) // parts)
+    packing = Packing(micro_batch_tokens, rows, size, GPU_MULTIPLE if on_gpu() else 1, parts=parts)
     return BatchList(tuple(make_batches(groups, loss, packing, max_completion_length or 0, beta=loss.beta)), loss)
 
 

@@ -20,7 +20,7 @@ from grpo.generation.blocks import Blocks, read
 from grpo.generation.buffers import CacheShape, cache_shapes
 from grpo.generation.cuda_attention import CudaAttention, serves
 from grpo.generation.decoders import BlockDecoder, Decoder, ModelDecoder
-from grpo.generation.decoding import Decoding, SharedPrefix
+from grpo.generation.decoding import Decoding, Session, SharedPrefix
 from grpo.generation.joined import Unread
 from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.slots import Size
@@ -36,7 +36,8 @@ FOREIGN = "this architecture keeps more than plain keys and values"
 def find_decoding(model: nn.Module) -> Decoding:
     """The fastest way of decoding this model that agrees with its forward pass.
 
-    Its `refused` says why the faster ways do not serve: an exception, or what the architecture has that they lack.
+    Its `refused` says why the faster ways do not serve: an exception, or what the architecture has that they lack. A
+    model's own code may do otherwise with several tokens of a row: if it does, steps feed one (`narrow`).
     """
     vocabulary = int(model(mx.array([[0]])).shape[-1])
     expected = _teacher_forced(model, vocabulary)
@@ -45,6 +46,8 @@ def find_decoding(model: nn.Module) -> Decoding:
     for decoder, attention, description in _candidates(model, shapes, refused) if shapes else ():
         decoding = SharedPrefix(model, decoder, attention, shapes, vocabulary, description, tuple(refused))
         if (why := _fault(decoding, *expected)) is None:
+            if isinstance(decoder, ModelDecoder) and (why := _fault(decoding, *expected, wide=True)):
+                decoding.narrow = decoding.narrow or f"steps of several tokens do not serve this model: {why}"
             return decoding
         refused.append(f"{description}: {why}")
     why = refused.pop()  # the last reason is in the description
@@ -93,24 +96,38 @@ def _teacher_forced(model: nn.Module, vocabulary: int) -> tuple[mx.array, mx.Dty
     return _normalised(mx.stack(rows).astype(mx.float32)), dtype_of(model)
 
 
-def _fault(decoding: Decoding, expected: mx.array, dtype: mx.Dtype) -> str | None:
-    """Why a way of decoding does not serve, if it does not: the exception, or its gap from the forward pass."""
+def _fault(decoding: Decoding, expected: mx.array, dtype: mx.Dtype, wide: bool = False) -> str | None:
+    """Why a way of decoding does not serve, if it does not: the exception, or its gap from the forward pass.
+
+    It is tried by plain steps, or by a `wide` one.
+    """
     prompts = [[token % decoding.vocabulary for token in prompt] for prompt in PROMPTS]
     fed = mx.array([[prompt[-1], *forced[:-1]] for prompt, forced in zip(PROMPTS, FORCED, strict=True)])
     try:
         session = decoding.open(Size(slots=2, places=2, prefix=max(map(len, prompts)) - 1, columns=3))
         session.admit([0, 1], [Line(SharedPrompt(prompt)) for prompt in prompts])
-        steps = []
-        for step in range(3):
-            steps.append(session.logits((fed % decoding.vocabulary)[:, step]).astype(mx.float32))
-            mx.eval(steps[-1])
-        gap: Any = mx.abs(_normalised(mx.stack(steps, axis=1)) - expected).mean().item()
+        found = (_wide_step if wide else _steps)(session, fed % decoding.vocabulary)
+        gap: Any = mx.abs(_normalised(found) - expected[:, : found.shape[1]]).mean().item()
     except Exception as error:  # whatever the model's own code raises, or ours
         return cause(error)
     bound = ROUNDING.get(dtype, min(ROUNDING.values()))
     if gap <= bound:
         return None
     return f"its logprobs are {gap:.2g} from those of the model's forward pass (bound {bound:.1g})"
+
+
+def _steps(session: Session, fed: mx.array) -> mx.array:
+    """The logits behind each of these tokens `[S, W]`, fed one by one: `[S, W, V]` fp32."""
+    steps = []
+    for column in range(fed.shape[1]):
+        steps.append(session.logits(fed[:, column]).astype(mx.float32))
+        mx.eval(steps[-1])
+    return mx.stack(steps, axis=1)
+
+
+def _wide_step(session: Session, fed: mx.array) -> mx.array:
+    """Those behind the first two, fed together: kernels are made for 2, 4 and 8."""
+    return session.wide(fed[:, :2]).astype(mx.float32)
 
 
 def _normalised(logits: mx.array) -> mx.array:

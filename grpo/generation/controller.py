@@ -1,12 +1,22 @@
 """How many tokens a step feeds: always the same number, or what pays on this machine with these rows, by measurement.
 
 Speculation changes no token and no logprob, only how long they take. So all that is measured here may depend on time.
+
+`auto` decides every `PLAN` steps, for steps that are alike (`Case`):
+1. A width pays if its steps take more tokens a row than they cost time, both against plain steps.
+2. The time is the median of the newest steps. While wide steps run, a few plain ones now and then renew theirs.
+3. The tokens are what wide steps took of late. Before there are any, they are what replays promise: now and then a
+   group that was decoded is decoded again, from its tokens alone (`replay`), in a small part of the time.
+4. A width without a time of late is tried for `PROBE` steps if it promises to be `HOPED` times as fast as the best,
+   unless wide steps have lost more than `AT_RISK` of the time so far.
+5. The fastest width runs, or plain steps where none is `WORTH` times as fast as they are.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -25,10 +35,10 @@ PLAN = 16
 """Steps for which a decision holds."""
 PROBE = 4
 """Steps of a trial."""
-STALE = 512
-"""Steps after which plain decoding is timed again while it is not used."""
-WORTH, BETTER = 1.05, 1.03
-"""How much faster a width must be than plain decoding, and how much faster than another one to replace it."""
+STALE = 128
+"""Steps after which plain decoding is timed again while it is not used: machines change their speed."""
+WORTH = 1.05
+"""How much faster a width must be than plain decoding."""
 HOPED = 1.1
 """How much faster an untried width must promise to be."""
 AT_RISK = 0.02
@@ -36,7 +46,7 @@ AT_RISK = 0.02
 WATCHED = 0.005, 0.03
 """The part of all decoding time that replays may take, and the seconds that they may take besides."""
 FEWEST = 16
-"""Tokens of a group without which it is not replayed."""
+"""Tokens of a group without which it is not replayed, and turns without which wide steps say nothing."""
 REPLAYED = 4096
 """Tokens of the rows that are replayed at once, if more than one: of long rows some stand for all."""
 
@@ -80,20 +90,15 @@ class Always:
 
 
 class Automatic(Always):
-    """Speculation where it pays.
-
-    A width pays if a step takes more tokens than it costs time, both against a plain step. Times are those of the steps
-    themselves. How many tokens a width would take is known before it is tried: now and then a group that has been
-    decoded is decoded once more from its tokens (`replay`). A width that promises enough is tried for a few steps, as
-    long as all trials together have lost no more than `AT_RISK` of the time.
-    """
+    """Speculation where it pays, as the head of this file tells."""
 
     def __init__(self) -> None:
         super().__init__(1)
         self.description = "drafts where they pay, by the times of steps on this machine (rollout.speculate: auto)"
         self._plans: dict[Case, WidthPlan] = {}
         self._times = StepTimes()
-        self._taken: dict[tuple[DraftKind, int], Taken] = {}
+        self._taken: defaultdict[tuple[DraftKind, int], Taken] = defaultdict(Taken)  # at wide steps
+        self._promised: defaultdict[tuple[DraftKind, int], Taken] = defaultdict(Taken)  # by replays
         self._elapsed = self._lost = self._watching = 0.0
         self._cost = 5e-6  # seconds that a replay takes for a token
 
@@ -115,6 +120,7 @@ class Automatic(Always):
         self._elapsed += seconds
         self._times.add(case, len(rows), width, seconds)
         plain = self._times.plain(case) if width > 1 else None
+        plain = min(plain, seconds) if plain is not None else None  # a plain step would not have taken longer
         self.tally.add(width, count, sum(taken), seconds, plain)
         if width > 1:
             self._lost += seconds - (plain or 0.0) * sum(taken) / count
@@ -127,18 +133,19 @@ class Automatic(Always):
         if len(group.ended) >= row.prompt.n:
             self._watch(group, list(group.ended))
 
-    def _expected(self, case: Case, rows: Sequence[Row]) -> dict[int, float]:
-        """Tokens that these rows would take in a step of each width, on average. 1 where nothing is known."""
-        seen = fmean(self.drafts.group(row.prompt).seen for row in rows)
-        old, new = (DraftKind(case.greedy, seen) for seen in (True, False))
-        return {
-            width: seen * (self._mean(old, width) or 1.0) + (1 - seen) * (self._mean(new, width) or 1.0)
-            for width in WIDTHS
-        }
+    def _expected(self, case: Case, rows: Sequence[Row], width: int) -> float:
+        """Tokens that each of these rows takes at a step of this width, on average.
 
-    def _mean(self, kind: DraftKind, width: int) -> float | None:
-        taken = self._taken.get((kind, width))
-        return taken.mean if taken is not None else None
+        Wide steps say it where this case has had them of late; before that, replays do.
+        """
+        tried = self._times.cost(case, width) is not None
+        seen = fmean(self.drafts.group(row.prompt).seen for row in rows)
+        old, new = (self._mean(DraftKind(case.greedy, seen), width, tried) for seen in (True, False))
+        return seen * old + (1 - seen) * new
+
+    def _mean(self, kind: DraftKind, width: int, tried: bool) -> float:
+        taken = self._taken[kind, width]
+        return (taken if tried and taken.turns >= FEWEST else self._promised[kind, width]).mean
 
     def _count(self, case: Case, rows: Sequence[Row | None], width: int, taken: Sequence[int]) -> None:
         sums = {True: [0, 0], False: [0, 0]}
@@ -149,10 +156,7 @@ class Automatic(Always):
                 of[1] += 1
         for seen, (tokens, turns) in sums.items():
             if turns:
-                self._add(DraftKind(case.greedy, seen), width, tokens, turns)
-
-    def _add(self, kind: DraftKind, width: int, tokens: int, turns: int) -> None:
-        self._taken.setdefault((kind, width), Taken()).add(tokens, turns)
+                self._taken[DraftKind(case.greedy, seen), width].add(tokens, turns)
 
     def _decide(self, case: Case, rows: Sequence[Row]) -> WidthPlan:
         former = self._plans[case].width if case in self._plans else 1
@@ -161,34 +165,31 @@ class Automatic(Always):
         if former > 1 and self._times.plain_age(case) > STALE:
             return WidthPlan(1, PROBE)
         self._watch(self.drafts.group(rows[0].prompt), [row for row in rows if row.prompt is rows[0].prompt])
-        speedups = self._speedups(case, self._expected(case, rows))
-        measured = {width: speedup for width, (speedup, known) in speedups.items() if known}
-        best = max(measured, key=lambda width: measured[width] * (BETTER if width == former else 1), default=1)
+        measured, hoped = self._speedups(case, rows)
+        best = max(measured, key=lambda width: measured[width], default=1)
         best = best if measured.get(best, 0.0) >= WORTH else 1
-        hoped = {width: speedup for width, (speedup, known) in speedups.items() if not known}
-        trial = max(hoped, key=lambda width: hoped[width], default=1)
-        if hoped.get(trial, 0.0) >= HOPED * measured.get(best, 1.0) and self._lost <= AT_RISK * self._elapsed:
-            return WidthPlan(trial, PROBE)
+        trials = [width for width in hoped if hoped[width] >= HOPED * measured.get(best, 1.0)]
+        if trials and self._lost <= AT_RISK * self._elapsed:
+            for seen in (True, False):  # what it took long ago says nothing
+                self._taken.pop((DraftKind(case.greedy, seen), trials[0]), None)
+            return WidthPlan(trials[0], PROBE)
         return WidthPlan(best, PLAN)
 
-    def _speedups(self, case: Case, tokens: Mapping[int, float]) -> dict[int, tuple[float, bool]]:
-        """For each width how many times as fast as plain decoding it would be, and whether its time is measured.
+    def _speedups(self, case: Case, rows: Sequence[Row]) -> tuple[dict[int, float], dict[int, float]]:
+        """How many times as fast as plain decoding each width is, where its time is measured, and may be elsewhere.
 
-        A time that is not measured is what it may be at best by other cases; else what follows from the next narrower
-        width, and nothing where that is not known either. Of widths that only a narrower one says something of, the
-        narrowest is enough for a trial.
+        A time that is not measured is taken to grow with the width as it does up to the next narrower width.
         """
-        speedups: dict[int, tuple[float, bool]] = {}
-        cost, narrower = 1.0, 1
+        measured: dict[int, float] = {}
+        hoped: dict[int, float] = {}
+        slope = 0.0
         for width in WIDTHS:
-            measured = self._times.cost(case, width)
-            known = self._times.likely_cost(case, width) if measured is None else measured
-            if known is None:
-                speedups[width] = tokens[width] / (1 + (cost - 1) * (width - 1) / max(narrower - 1, 1)), False
-                break
-            cost, narrower = max(1.0, known), width
-            speedups[width] = tokens[width] / known, measured is not None
-        return speedups
+            tokens, cost = self._expected(case, rows, width), self._times.cost(case, width)
+            if cost is None:
+                hoped[width] = tokens / (1 + slope * (width - 1))
+            else:
+                measured[width], slope = tokens / cost, max(0.0, cost - 1) / (width - 1)
+        return measured, hoped
 
     def _watch(self, group: Siblings, rows: Sequence[Row]) -> None:
         """Replay a group, in flight or ended, if there is time and it has twice the tokens that it had before."""
@@ -198,14 +199,15 @@ class Automatic(Always):
             return
         if tokens > REPLAYED:
             rows = rows[: max(1, len(rows) * REPLAYED // tokens)]
-        work = len(WIDTHS) * (sum(lengths[row] for row in rows) + len(group.key))
-        if self._watching + work * self._cost > besides + share * self._elapsed:
+        work = len(WIDTHS) * (sum(lengths[row] for row in rows) + group.background)
+        left = besides + share * self._elapsed - self._watching
+        if work * self._cost > left:
             return
         began = time.perf_counter()
         kind = DraftKind(rows[0].stopping.sampling.temperature == 0, group.seen)
-        used = {plan.width for case, plan in self._plans.items() if case.greedy == kind.greedy}
-        for width in set(WIDTHS) - used:  # of those, steps themselves say it
-            self._add(kind, width, *replay(group, rows, width))
+        for width in WIDTHS:
+            if time.perf_counter() < began + left:
+                self._promised[kind, width].add(*replay(group, rows, width, began + left))
         spent = time.perf_counter() - began
         self._cost += (spent / work - self._cost) / 4
         self._watching, group.replayed = self._watching + spent, lengths

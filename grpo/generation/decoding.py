@@ -26,6 +26,8 @@ SCORES_HELD = 3
 MOST_LANES = 2
 """Sessions that threads step side by side on a CPU (`grpo.generation.lanes`). MLX lets ten tasks of ten operations be
 in flight, of all streams together, so more would starve one another."""
+LANES_FROM = 64
+"""Slots from which on there may be several lanes."""
 
 
 class Session(Protocol):
@@ -167,7 +169,7 @@ class SharedPrefix:
 
     def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
         token = sum(shape.bytes_per_token for shape in self.shapes)
-        if self.side_by_side:  # a prompt may lie in each lane
+        if self.side_by_side and slots >= LANES_FROM:  # a prompt may lie in each lane
             places = min(slots, MOST_LANES * places)
         at_once = min(places * prompt, max(prompt, PREFILL_TOKENS))
         cached = token * (slots * completion + places * prompt + at_once)

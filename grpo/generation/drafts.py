@@ -82,6 +82,12 @@ class Siblings:
         """Whether there were completions of this prompt before."""
         return bool(self.past)
 
+    @property
+    def background(self) -> int:
+        """Tokens that an index begins with."""
+        others = sum(len(lead) + len(completion) for lead, completion in self.others)
+        return others + len(self.key) + sum(map(len, self.past))
+
     def new_index(self) -> tuple[SuffixAutomaton, int]:
         """An index of all but the group's own rows, and the state of the prompt in it."""
         index = SuffixAutomaton()

@@ -20,7 +20,7 @@ import mlx.core as mx
 from grpo.backend.device import cpu_cores, on_gpu
 from grpo.backend.ranks import LAUNCHED
 from grpo.generation.batching import Run
-from grpo.generation.decoding import MOST_LANES, Decoding, Session
+from grpo.generation.decoding import LANES_FROM, MOST_LANES, Decoding, Session
 from grpo.generation.events import Events
 from grpo.generation.parking import Parking
 from grpo.generation.rows import Row, SharedPrompt
@@ -31,8 +31,8 @@ _Made = TypeVar("_Made")
 
 FEWEST_ROWS = 4
 """A lane with fewer rows costs about as much as one with four."""
-MANY_SLOTS, LARGE_STEP = 64, 12 * 2**20
-"""From so many slots on, and multiplications of a step's largest matrix product, two lanes are faster than one."""
+LARGE_STEP = 12 * 2**20
+"""From so many multiplications of a step's largest matrix product on, two lanes are faster than one."""
 MOST_CORES = 3
 """With more, BLAS's own threads may use them better: that was not measured."""
 
@@ -45,7 +45,7 @@ def lanes_for(slots: int, largest_product: int) -> int:
     """
     cores = cpu_cores()
     shared = any(name in os.environ for name in LAUNCHED)  # the processes of one machine share its cores
-    worth = slots >= MANY_SLOTS and slots * largest_product >= LARGE_STEP
+    worth = slots >= LANES_FROM and slots * largest_product >= LARGE_STEP
     if on_gpu() or shared or not worth or cores < MOST_LANES or cores > MOST_CORES:
         return 1
     return MOST_LANES
@@ -123,7 +123,7 @@ class Lanes:
     Rows that have not begun wait here, in the order in which they came, and go to a lane as it has room: while lanes
     have as many rows, the first lane is served first. A lane takes a row of a prompt that it has, or else of a prompt
     that no lane has, or else the first. So a prompt's rows are together unless a lane would be left with less to do.
-    A row that has begun stays in its lane.
+    A row that has begun stays in its lane, and rows that are submitted beside it go there too.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Lanes:
         self._waiting: deque[Row] = deque()
         self._lane: dict[Row, int] = {}
         self._pieces: list[dict[SharedPrompt, SharedPrompt]] = [{} for _ in self.runs]
-        self._whole: dict[SharedPrompt, SharedPrompt] = {}
+        self._home: dict[SharedPrompt, int] = {}  # the lane of each piece
 
     @property
     def busy(self) -> bool:
@@ -153,7 +153,10 @@ class Lanes:
     def begin(self, row: Row) -> None:
         """Queue a new row."""
         mx.eval(row.key)  # in the thread that has made it
-        row.prompt = self._whole.get(row.prompt, row.prompt)
+        if (lane := self._home.get(row.prompt)) is not None:  # it shares the prompt of a row that has begun
+            self._lane[row] = lane
+            self.runs[lane].begin(row)
+            return
         row.state = "queued"
         self._waiting.append(row)
 
@@ -254,7 +257,7 @@ class Lanes:
         """The prompt as this lane has it, for one row more: what is counted there are the lane's own rows."""
         piece = self._pieces[lane].setdefault(whole, SharedPrompt(whole.ids, 0))
         piece.join(1)
-        self._whole[piece] = whole
+        self._home[piece] = lane
         return piece
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,22 +28,23 @@ class Taken:
             self.tokens, self.turns = self.tokens / 2, self.turns / 2
 
     @property
-    def mean(self) -> float | None:
-        """Tokens a turn, if any is known."""
-        return self.tokens / self.turns if self.turns else None
+    def mean(self) -> float:
+        """Tokens a turn: 1, as in plain decoding, before any is known."""
+        return self.tokens / self.turns if self.turns else 1.0
 
 
-def replay(group: Siblings, rows: Sequence[Row], width: int) -> tuple[int, int]:
+def replay(group: Siblings, rows: Sequence[Row], width: int, until: float = math.inf) -> tuple[int, int]:
     """Decode the rows of a group once more with steps of `width` tokens, all from their beginnings side by side.
 
     Returns the tokens that were sampled, and in how many turns of a row, without the tokens of an earlier replay.
-    Drafts come from what the rows had said by then, and from what was known before them.
+    Drafts come from what the rows had said by then, and from what was known before them. It breaks off when the clock
+    (`time.perf_counter`) says `until`.
     """
     index, prompt = group.new_index()
     states, places = [prompt] * len(rows), [0] * len(rows)
     sampled = turns = 0
     alive = list(range(len(rows)))
-    while alive:
+    while alive and time.perf_counter() < until:
         for number in alive:
             row, place = rows[number], places[number]
             end = next((span.stop for span in row.injected if span.start <= place < span.stop), None)

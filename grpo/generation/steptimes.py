@@ -12,7 +12,7 @@ from grpo.generation.rows import Row
 
 SAMPLES = 3
 """Measured steps without which nothing is known of a width."""
-RETRY = 4096
+RETRY = 1024
 """Steps after which the time of a wide step is no longer believed."""
 
 
@@ -31,24 +31,21 @@ class Case(NamedTuple):
             return None
         return cls(row.stopping.sampling.temperature == 0, row.wants_logprobs, (len(rows) - 1).bit_length())
 
-    def unlike(self, other: Case) -> float:
-        """How far another case is from this one: by the slots first."""
-        return abs(self.slots - other.slots) + (self.greedy != other.greedy) / 2 + (self.logprobs != other.logprobs) / 4
-
 
 @dataclass(slots=True)
 class _Times:
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=9))
+    newest: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     at: int = 0
 
     @property
     def known(self) -> float | None:
-        return median(self.seconds) if len(self.seconds) >= SAMPLES else None
+        return median(self.newest) if len(self.newest) >= SAMPLES else None
 
 
 class StepTimes:
     """The median time of the newest steps, by case and width.
 
+    Those of wide steps are in plain steps of the same time, because machines change their speed.
     A step after one of another width is not counted: it may build kernels, and it comes out of step with the device.
     """
 
@@ -60,11 +57,12 @@ class StepTimes:
     def add(self, case: Case, slots: int, width: int, seconds: float) -> None:
         """Count a step."""
         self.steps += 1
-        if self._last.get((case, slots)) == width:
+        plain = 1.0 if width == 1 else self.plain(case)
+        if self._last.get((case, slots)) == width and plain is not None:
             times = self._times.get((case, width))
             if times is None:
                 times = self._times[case, width] = _Times()
-            times.seconds.append(seconds)
+            times.newest.append(seconds / plain)
             times.at = self.steps
         self._last[case, slots] = width
 
@@ -79,24 +77,5 @@ class StepTimes:
 
     def cost(self, case: Case, width: int) -> float | None:
         """The time of a wide step, measured in plain ones. None if it was not measured of late."""
-        times, plain = self._times.get((case, width)), self.plain(case)
-        if times is None or plain is None or times.known is None or self.steps - times.at > RETRY:
-            return None
-        return times.known / plain
-
-    def likely_cost(self, case: Case, width: int) -> float | None:
-        """What `cost` may be at best, from other cases. None if they say nothing.
-
-        It may be what it is in the case that is most like this one, or what as many slots cost as this step feeds
-        tokens.
-        """
-        known = [
-            (case.unlike(other), times.known / plain)
-            for (other, wide), times in self._times.items()
-            if wide == width and times.known is not None and (plain := self.plain(other)) is not None
-        ]
-        costs = [min(known)[1]] if known else []
-        here, more = self.plain(case), self.plain(case._replace(slots=case.slots + width.bit_length() - 1))
-        if here is not None and more is not None:
-            costs.append(more / here)
-        return min(costs, default=None)
+        times = self._times.get((case, width))
+        return times.known if times is not None and self.steps - times.at <= RETRY else None

@@ -197,8 +197,8 @@ class _ByToken:
         if not isinstance(offset, mx.array) or offset.ndim < 2:
             return turn(x, offset, *args, **kwargs)
         batch, heads, length, width = x.shape
-        apart = x.swapaxes(1, 2).reshape(batch * length, heads, 1, width)
-        turned = turn(apart, offset.reshape(-1), *args, **kwargs)
+        tokens = x.swapaxes(1, 2).reshape(batch * length, heads, 1, width)
+        turned = turn(tokens, offset.reshape(-1), *args, **kwargs)
         return turned.reshape(batch, length, heads, width).swapaxes(1, 2)
 
 

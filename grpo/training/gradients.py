@@ -92,7 +92,8 @@ class Gradients:
         keys = [None] * len(batches) if dropout_key is None else mx.random.split(dropout_key, len(batches))
         inputs = [(batch.arrays(), key) for batch, key in zip(batches, keys, strict=True)]
         tokens = max((tokens_of(arrays) for arrays, _ in inputs), default=0)
-        number = update_lanes(self.policy.model, tokens, len(batches), self.ranks)
+        # A user's own loss may read arrays that are not computed yet, which two lanes must not both compute.
+        number = 1 if self.custom else update_lanes(self.policy.model, tokens, len(batches), self.ranks)
         if number == 1:
             for batch, (arrays, key) in zip(batches, inputs, strict=True):
                 with self.policy.training():

@@ -21,19 +21,26 @@ Larger models are promised one gradient."""
 
 
 def lanes_worth(model: nn.Module, loss: LossConfig) -> int:
-    """Into how many micro-batches at least a process's part of an update is cut.
+    """Into how many micro-batches at least a process's part of an update is cut: one where the gradient is large."""
+    return 1 if _gradient(model) > MOST_GRADIENT else parts_for(loss)
 
-    One on a GPU, where the gradient is large, and where a loss is averaged over each micro-batch by itself, so that it
-    depends on their number. Otherwise two: not as many as there are cores, so that the sums are the same everywhere.
+
+def parts_for(loss: LossConfig) -> int:
+    """Into how many micro-batches at least rows are cut for this loss, whatever the model.
+
+    One on a GPU, and where a loss is averaged over each micro-batch by itself, so that it depends on their number.
+    Otherwise two: not as many as there are cores, so that the sums are the same everywhere.
     """
-    return 1 if on_gpu() or _gradient(model) > MOST_GRADIENT or loss.preset.normalize == "micro_batch" else 2
+    return 1 if on_gpu() or loss.preset.normalize == "micro_batch" else 2
 
 
 def update_lanes(model: nn.Module, tokens: int, parts: int, ranks: Ranks | None = None) -> int:
     """Lanes for so many micro-batches of up to so many tokens: one where the products keep the cores busy, or where a
     gradient for each lane would take more memory than the lanes are worth."""
+    if (number := lanes_for(parts, ranks)) == 1:
+        return 1  # before anything walks through the model's modules, which takes milliseconds
     busy = _largest_matrix(model) * tokens > MOST_MULTIPLICATIONS
-    return 1 if parts < 2 or busy or _gradient(model) > MOST_GRADIENT else lanes_for(parts, ranks)
+    return 1 if busy or _gradient(model) > MOST_GRADIENT else number
 
 
 def _gradient(model: nn.Module) -> int:

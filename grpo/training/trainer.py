@@ -144,7 +144,7 @@ class Trainer:
         return with_penalties(groups, totals, beta, cache, longest, self.gauges)
 
     def batched(self, groups: list[Group], beta: float) -> list[MiniBatch]:
-        """One minibatch for each update of an iteration, with at least one micro-batch for each rank if rows allow."""
+        """One minibatch for each update of an iteration, with a micro-batch for each rank and lane if rows allow."""
         parts = self.ranks.size * lanes_worth(self.policy.model, self.cfg.loss)
         packing = Packing.of(self.cfg.optim, self.cfg.rollout, parts)
         longest, number = self.cfg.rollout.max_completion_length, self.cfg.optim.num_minibatches

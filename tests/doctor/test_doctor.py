@@ -152,8 +152,8 @@ def test_a_gap_beyond_the_bound_is_noticed() -> None:
         logprobs = policy.group_logprobs
 
         def shifted(*args):
-            found, entropies = logprobs(*args)
-            return found + 2e-3, entropies
+            found, *entropies = logprobs(*args)
+            return found + 2e-3, *entropies
 
         policy.group_logprobs = shifted
         return policy, engine

@@ -1,5 +1,7 @@
 """Where drafts come from, and that their memory has bounds."""
 
+import time
+
 import pytest
 from spoken import ended, row_of
 
@@ -137,6 +139,18 @@ def test_a_replay_takes_what_speculation_would() -> None:
     assert replay(group, [same], 4) == (6, 2)
 
 
+def test_a_replay_that_takes_too_long_breaks_off() -> None:
+    row = row_of(SharedPrompt(PROMPT), [10, 11, 12])
+    assert replay(Drafts().group(row.prompt), [row], 2, until=time.perf_counter()) == (0, 0)
+
+
+def test_an_index_begins_with_what_was_said_before() -> None:
+    drafts = Drafts()
+    ended([10, 11, 12], (1, 2), drafts)
+    assert drafts.group(SharedPrompt((1, 2))).background == 5
+    assert drafts.group(SharedPrompt((3,))).background == 6  # the other prompt and what followed, and its own
+
+
 def test_in_a_replay_rows_learn_from_the_rows_beside_them() -> None:
     prompt = SharedPrompt(PROMPT, n=2)
     rows = [row_of(prompt, [10, 11, 12, 10, 11, 12]), row_of(prompt, [20, 10, 11, 12])]
@@ -172,7 +186,7 @@ def test_a_further_replay_counts_what_is_new() -> None:
 
 def test_old_turns_count_less() -> None:
     taken = Taken()
-    assert taken.mean is None
+    assert taken.mean == 1
     taken.add(3000, 1000)
     assert taken.mean == 3
     for _ in range(10):

@@ -119,16 +119,38 @@ def test_a_row_that_waits_goes_where_there_is_room_and_to_its_prompt() -> None:
     assert not engine.busy
 
 
-@pytest.mark.parametrize("most", [0, 6_000])
+def test_a_row_beside_another_goes_to_its_lane_and_is_counted_once() -> None:
+    def begun_anew(lanes: int):
+        engine = opened(lanes)
+        rows = engine.submit(asked((9, 10, 11), n=8, sampling=Sampling(1.0, 8)))
+        while any(row.finish_reason is None for row in rows):
+            engine.step()
+        again = [engine.submit(asked((9, 10, 11), i, beside=row, keep=False))[0] for i, row in enumerate(rows)]
+        for row in rows:
+            engine.release(row)
+        finish(engine)
+        return engine, rows, again
+
+    engine, rows, again = begun_anew(2)
+    lanes = engine._run._lane
+    assert [lanes[row] for row in again] == [lanes[row] for row in rows]
+    assert {row.prompt.left for row in again} == {0}
+    assert numbers(again) == numbers(begun_anew(1)[2])
+
+
+@pytest.mark.parametrize("most", [0, 40_000])
 def test_what_rows_keep_is_bounded_over_all_lanes(most: int) -> None:
     expected, _, _ = conversation(1, slots=18)
     found, _, _ = conversation(2, slots=18, kept_bytes=most)
     assert [ids for ids, _, _ in found] == [ids for ids, _, _ in expected]
     engine = opened(2, 18, most)
     rows = engine.submit(asked(LONG, n=12))
+    held = []
     while any(row.finish_reason is None for row in rows):
         engine.step()
-        assert sum(run.seats.parking.nbytes for run in engine._run.runs) <= most
+        held.append(sum(run.seats.parking.nbytes for run in engine._run.runs))
+    assert max(held) <= most
+    assert sum(row.state == "waiting" for row in rows) > 6  # more than there is room for
     engine.close()
 
 
@@ -233,3 +255,10 @@ def test_lanes_are_for_large_steps_on_a_machine_of_its_own(monkeypatch) -> None:
     monkeypatch.setattr(lanes_module, "cpu_cores", lambda: 2)
     monkeypatch.setenv("MLX_RANK", "0")
     assert lanes_for(64, 512 * 1280) == 1
+
+
+def test_memory_is_planned_for_prompts_in_each_lane() -> None:
+    decoding = generator_of("joined layers", 1).decoding
+    token = sum(shape.bytes_per_token for shape in decoding.shapes)
+    # 8 places more of 100 tokens, of which as many are prefilled at once.
+    assert decoding.memory(64, 8, 100, 10) >= decoding.memory(63, 8, 100, 10) + 2 * 8 * 100 * token

@@ -84,6 +84,19 @@ def test_a_way_that_computes_something_else_says_how_far_off(zoo, monkeypatch) -
     assert "from those of the model's forward pass (bound 0.001)" in reason
 
 
+def test_a_model_that_does_otherwise_with_several_tokens_is_fed_one_at_a_step(zoo, monkeypatch) -> None:
+    assert find_decoding(zoo("moe")).narrow is None
+    logits = decoders.ModelDecoder.logits
+
+    def other(self, tokens: mx.array, *rest: Any) -> mx.array:
+        return tokens.shape[1] * logits(self, tokens, *rest)
+
+    monkeypatch.setattr(decoders.ModelDecoder, "logits", other)
+    decoding = find_decoding(zoo("moe"))
+    assert decoding.description.startswith("the model's layers")
+    assert (decoding.narrow or "").startswith("steps of several tokens do not serve this model: its logprobs are ")
+
+
 @pytest.mark.parametrize(
     ("kind", "way", "reasons"),
     [

@@ -27,18 +27,23 @@ def test_rows_make_a_case() -> None:
     assert Case.of([None]) is None
 
 
-def test_cases_are_alike_by_slots_first_and_then_by_what_is_drawn() -> None:
-    others = [SMALL._replace(logprobs=False), SMALL._replace(greedy=True), SMALL._replace(slots=4), LARGE]
-    assert sorted(others, key=SMALL.unlike) == others
-    assert len({SMALL.unlike(other) for other in others}) == 4
-
-
 def test_a_cost_is_in_plain_steps_without_the_first_of_a_width() -> None:
     times = timed((SMALL, 1, 2.0), (SMALL, 4, 3.0))
     assert times.plain(SMALL) == 2
     assert times.cost(SMALL, 4) == 1.5
     assert times.cost(SMALL, 2) is None
     assert times.plain(LARGE) is None
+
+
+def test_a_cost_is_in_plain_steps_of_its_own_time() -> None:
+    """The machine is twice as fast afterwards, which is no news of the wide steps."""
+    times = timed((SMALL, 1, 2.0), (SMALL, 4, 3.0), (SMALL, 1, 1.0), (SMALL, 1, 1.0))
+    assert times.plain(SMALL) == 1
+    assert times.cost(SMALL, 4) == 1.5
+
+
+def test_without_plain_steps_there_are_no_costs() -> None:
+    assert timed((SMALL, 4, 3.0)).cost(SMALL, 4) is None
 
 
 def test_too_few_steps_say_nothing() -> None:
@@ -59,18 +64,6 @@ def test_steps_of_another_number_of_slots_come_between_without_harm() -> None:
     assert times.plain(SMALL) == 1
 
 
-def test_an_unknown_cost_may_be_that_of_the_case_most_like_it() -> None:
-    greedy = SMALL._replace(greedy=True)
-    times = timed((SMALL, 1, 1.0), (greedy, 1, 2.0), (greedy, 8, 6.0), (LARGE, 1, 3.0), (LARGE, 8, 30.0))
-    assert times.likely_cost(SMALL, 8) == 3
-    assert times.likely_cost(SMALL, 2) is None
-
-
-def test_an_unknown_cost_may_be_that_of_as_many_slots_as_tokens() -> None:
-    times = timed((SMALL, 1, 1.0), (LARGE, 1, 2.5), (LARGE, 4, 10.0))
-    assert times.likely_cost(SMALL, 4) == 2.5  # eight rows of four tokens are 32; by the other width's price it were 4
-
-
 def test_a_cost_is_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steptimes, "RETRY", 3)
     times = timed((SMALL, 1, 1.0), (SMALL, 4, 3.0))
@@ -78,5 +71,4 @@ def test_a_cost_is_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(4):
         times.add(SMALL, 8, 1, 1.0)
     assert times.cost(SMALL, 4) is None
-    assert times.likely_cost(SMALL, 4) == 3
     assert times.plain_age(SMALL) == 0

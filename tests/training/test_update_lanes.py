@@ -12,6 +12,7 @@ from training.sections import make_batches, updater, with_advantages, with_ancho
 from training.test_packing import row
 from training.test_update import difference, groups, recipe
 
+from grpo.backend import blas
 from grpo.backend import lanes as streams
 from grpo.config import AdapterConfig, ModelConfig
 from grpo.model.adapters import Adapters
@@ -135,3 +136,40 @@ def test_micro_batches_side_by_side_have_about_equal_numbers_of_rows() -> None:
     rule = Packing(tokens=150, rows=16, group=8, parts=2)
     assert [len(part) for part, _ in pack(rows, rule)] == [8, 8, 8, 8]
     assert [len(part) for part, _ in pack(rows, replace(rule, parts=1))] == [15, 9, 8]  # as many as fit
+
+
+def test_a_loss_of_the_users_own_goes_through_one_lane(toy_folder, in_lanes) -> None:
+    """It may read what is not computed yet, as this factor: two lanes must not both compute that."""
+    policy, cfg = policy_of(toy_folder, "lora"), recipe(optim={"micro_batch_tokens": 40})
+    used = in_lanes(2)
+    factor = mx.exp(-mx.arange(4)).sum()
+    batches = make_batches(with_advantages(groups(policy), cfg), cfg)
+    updater(policy, cfg, custom=lambda current, batch, _: -factor * batch.advantages * current).gradient(batches)
+    assert len(batches) > 2
+    assert used == []
+
+
+def test_an_error_in_the_midst_of_lanes_leaves_everything_as_it_was(toy_folder, in_lanes, monkeypatch) -> None:
+    policy = policy_of(toy_folder, "dropout")
+    cfg = recipe(optim={"micro_batch_tokens": 40}, adapter={"dropout": 0.4})
+    in_lanes(2)
+    update = updater(policy, cfg)
+    batches = make_batches(with_advantages(groups(policy), cfg), cfg)
+    key, stream, threads = mx.random.key(3), mx.default_stream(mx.cpu), blas.most_threads()
+    before, expected = policy.adapters.state(), update.gradient(batches, key).arrays
+    genuine, calls = update.gradients._of_one, []
+
+    def failing(given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return genuine(given)
+
+    monkeypatch.setattr(update.gradients, "_of_one", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        update([batches], 1)
+    assert (mx.default_stream(mx.cpu), blas.most_threads()) == (stream, threads)
+    assert all(mx.array_equal(array, before[path]) for path, array in policy.adapters.state().items())
+    assert update.optimizer.state["step"].item() == 0
+    found = update.gradient(batches, key).arrays  # the third call is over
+    assert all(mx.array_equal(found[path], array) for path, array in expected.items())

@@ -25,6 +25,16 @@ def exp(x: mx.array) -> mx.array:
     return mx.exp(x) if on_gpu() else mx.power(2.0, x * LOG2_E)
 
 
+def exponents_unit() -> float:
+    """What to multiply numbers by before `exp_of`: beforehand, where there are fewer of them."""
+    return 1.0 if on_gpu() else LOG2_E
+
+
+def exp_of(x: mx.array) -> mx.array:
+    """e to the power of `x / exponents_unit()`, elementwise."""
+    return mx.exp(x) if on_gpu() else mx.power(2.0, x)
+
+
 def silu(x: mx.array) -> mx.array:
     """x times its sigmoid, elementwise."""
     return nn.silu(x) if on_gpu() else x / (1.0 + exp(-x))
@@ -40,10 +50,16 @@ def logsumexp_and_softmax(x: mx.array) -> tuple[mx.array, mx.array]:
     if on_gpu():
         total = mx.logsumexp(x, axis=-1)
         return total, mx.exp(x - total[..., None])
+    total, powers, summed = logsumexp_and_powers(x)
+    return total, powers / summed
+
+
+def logsumexp_and_powers(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """log Σ exp over the last axis `[...]`, exp relative to the greatest `[..., V]`, and the sum of that `[..., 1]`."""
     highest = mx.stop_gradient(x.max(axis=-1, keepdims=True))
     powers = exp(x - highest)
-    total = powers.sum(axis=-1, keepdims=True)
-    return (mx.log(total) + highest)[..., 0], powers / total
+    summed = powers.sum(axis=-1, keepdims=True)
+    return (mx.log(summed) + highest)[..., 0], powers, summed
 
 
 def chosen(x: mx.array, index: mx.array) -> mx.array:

@@ -7,16 +7,15 @@ is tried against the model before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 
-from grpo.backend.maths import exp
+from grpo.backend.maths import exp_of, exponents_unit
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import Layer
 from grpo.generation.products import few_rows, padded, product
-from grpo.generation.slots import WIDEST, View, Where
+from grpo.generation.slots import WIDEST, Layout, View, Where
 
 MASKED = -1e30
 """Score of what a row may not see. Finite, so that a row without any prompt gives no NaN."""
@@ -52,8 +51,8 @@ class Attention(Protocol):
 class StockAttention:
     """By stock operations: the prompt's part as one product for each group, the rest for each slot.
 
-    The parts are put together by their maxima and sums (flash decoding, arXiv 2205.14135), so that no prompt is ever
-    repeated for its rows.
+    Both take their exponentials relative to one maximum, so that they are put together by adding them and no prompt is
+    ever repeated for its rows.
     """
 
     overlaps = False  # MLX writes into a buffer only when no step in flight holds it
@@ -79,13 +78,10 @@ class StockAttention:
         layer.write(view, keys, values)
         few = few_rows(repeats)
         # Products of few rows, the same ones however many tokens there are: [S, H, W · repeats / few, few, D].
-        grouped = (queries * scale).reshape(slots, heads, repeats, tokens, width)
+        grouped = (queries * (scale * exponents_unit())).reshape(slots, heads, repeats, tokens, width)
         grouped = grouped.swapaxes(2, 3).reshape(slots, heads, -1, few, width)
-        own = layer.keys[:, :, None, : view.width], layer.values[:, :, None, : view.width]
-        part = _partial(grouped, *own, view.own(repeats // few), mx.matmul)
-        if view.prefix:
-            part = _together(part, _over_prompts(layer, grouped, view))
-        out = (part.total / part.weight).astype(queries.dtype).reshape(slots, heads, tokens, repeats, -1)
+        total, weight = _weighed(layer, grouped, view, view.own(repeats // few))
+        out = (total / weight).astype(queries.dtype).reshape(slots, heads, tokens, repeats, -1)
         return out.swapaxes(2, 3).reshape(slots, query_heads, tokens, -1)
 
 
@@ -129,14 +125,6 @@ def _rotated(x: mx.array, blocks: Blocks, view: View) -> mx.array:
     )
 
 
-class _Part(NamedTuple):
-    """Attention over some of the columns: `total` is not divided by `weight` yet, both are relative to e^`highest`."""
-
-    highest: mx.array
-    weight: mx.array
-    total: mx.array
-
-
 def _by_head(rows: mx.array, slots: int, tokens: int, heads: int) -> mx.array:
     """`[≥ S · W, heads · D]` as `[S, heads, W, D]`."""
     if len(rows) > slots * tokens:
@@ -146,38 +134,46 @@ def _by_head(rows: mx.array, slots: int, tokens: int, heads: int) -> mx.array:
     return rows.reshape(slots, tokens, heads, -1).swapaxes(1, 2)
 
 
-def _partial(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    visible: mx.array,
-    multiply: Callable[[mx.array, mx.array], mx.array],
-) -> _Part:
-    """queries `[…, r, D]`, keys and values `[…, C, D]`, visible `[…, 1, C]`."""
-    scores = mx.where(visible, multiply(queries, keys.swapaxes(-1, -2)).astype(mx.float32), MASKED)
+def _weighed(layer: Layer, queries: mx.array, view: View, visible: mx.array) -> tuple[mx.array, mx.array]:
+    """The values of all that a token sees by their weights, and the sum of these, fp32: `[S, H, p, few, E or 1]`.
+
+    queries `[S, H, p, few, D]` are scaled and in units of `exp_of`; visible `[S, 1, p or 1, 1, width]`. A token
+    always sees its own column, so that the greatest score is never a masked one.
+    """
+    keys, values = layer.keys[:, :, None, : view.width], layer.values[:, :, None, : view.width]
+    scores = _scores(queries @ keys.swapaxes(-1, -2), visible)
     highest = scores.max(axis=-1, keepdims=True)
-    weights = exp(scores - highest)
-    return _Part(highest, weights.sum(axis=-1, keepdims=True), multiply(weights.astype(values.dtype), values))
+    if not view.prefix:
+        weights = exp_of(scores - highest)
+        return weights.astype(values.dtype) @ values, weights.sum(axis=-1, keepdims=True)
+    grid = _Grid(view.layout, queries)
+    prompts = _scores(product(grid.to(queries), layer.prefix_keys.swapaxes(-1, -2)), view.prompt)
+    highest = mx.maximum(highest, grid.back(prompts.max(axis=-1, keepdims=True)))
+    weights, theirs = exp_of(scores - highest), exp_of(prompts - grid.to(highest))
+    total = weights.astype(values.dtype) @ values
+    of_prompts = product(theirs.astype(values.dtype), layer.prefix_values)
+    weight = weights.sum(axis=-1, keepdims=True) + grid.back(theirs.sum(axis=-1, keepdims=True))
+    return total + grid.back(of_prompts), weight
 
 
-def _over_prompts(layer: Layer, queries: mx.array, view: View) -> _Part:
-    """The part of the prefix places, for all slots: queries `[S, H, p, few, D]` go to their group's place and back."""
-    _, heads, parts, few, width = queries.shape
-    layout, rows = view.layout, parts * few
-    gridded = queries if layout.grid is None else queries[layout.grid]
-    gridded = gridded.reshape(layout.places, layout.rows, heads, rows, width).swapaxes(1, 2)
-    gridded = gridded.reshape(layout.places, heads, layout.rows * rows, width)
-    part = _partial(gridded, layer.prefix_keys, layer.prefix_values, view.prompt, product)
+def _scores(scores: mx.array, visible: mx.array) -> mx.array:
+    return mx.where(visible, scores.astype(mx.float32), MASKED)
 
-    def back(array: mx.array) -> mx.array:
-        array = array.reshape(layout.places, heads, layout.rows, rows, -1).swapaxes(1, 2)
+
+class _Grid:
+    """Takes what slots have, `[S, H, p, few, n]`, to their groups' places, `[M, H, G · p · few, n]`, and back."""
+
+    def __init__(self, layout: Layout, queries: mx.array) -> None:
+        self._layout, self._shape = layout, queries.shape[1:4]
+
+    def to(self, array: mx.array) -> mx.array:
+        layout, (heads, parts, few) = self._layout, self._shape
+        gridded = array if layout.grid is None else array[layout.grid]
+        gridded = gridded.reshape(layout.places, layout.rows, heads, parts * few, -1).swapaxes(1, 2)
+        return gridded.reshape(layout.places, heads, layout.rows * parts * few, -1)
+
+    def back(self, array: mx.array) -> mx.array:
+        layout, (heads, parts, few) = self._layout, self._shape
+        array = array.reshape(layout.places, heads, layout.rows, parts * few, -1).swapaxes(1, 2)
         array = array.reshape(layout.places * layout.rows, heads, parts, few, -1)
         return array if layout.cells is None else array[layout.cells]
-
-    return _Part(*map(back, part))
-
-
-def _together(one: _Part, other: _Part) -> _Part:
-    highest = mx.maximum(one.highest, other.highest)
-    left, right = exp(one.highest - highest), exp(other.highest - highest)
-    return _Part(highest, one.weight * left + other.weight * right, one.total * left + other.total * right)

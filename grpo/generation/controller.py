@@ -43,7 +43,7 @@ HOPED = 1.1
 """How much faster an untried width must promise to be."""
 AT_RISK = 0.02
 """The part of all decoding time that trials may lose."""
-WATCHED = 0.005, 0.03
+WATCHED = 0.005, 0.01
 """The part of all decoding time that replays may take, and the seconds that they may take besides."""
 FEWEST = 16
 """Tokens of a group without which it is not replayed, and turns without which wide steps say nothing."""

@@ -7,13 +7,15 @@ same numbers to the bit.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cache
-from threading import Lock
-from typing import TypeVar
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -52,18 +54,36 @@ def lanes_for(slots: int, largest_product: int) -> int:
 
 
 class _Worker:
-    """A thread that has an MLX stream: MLX lets no other thread evaluate what is computed there."""
+    """A thread that has an MLX stream: MLX lets no other thread evaluate what is computed there.
+
+    It gives the stream back before the process ends: one that MLX still finds then may abort the process.
+    """
 
     def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(1, name)
-        self._stream = self._pool.submit(lambda: mx.new_stream(mx.cpu)).result()
+        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._thread = Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
 
     def begin(self, work: Callable[[], _Made]) -> Future[_Made]:
-        def on_the_stream() -> _Made:
-            with mx.stream(self._stream):
-                return work()
+        future: Future[_Made] = Future()
+        self._work.put((future, work))
+        return future
 
-        return self._pool.submit(on_the_stream)
+    def _run(self) -> None:
+        with mx.stream(mx.new_stream(mx.cpu)):
+            while (item := self._work.get()) is not None:
+                future, work = item
+                try:
+                    future.set_result(work())
+                except BaseException as error:  # raised again by whoever asks for the result
+                    future.set_exception(error)
+                del item, future, work  # or the last step's arrays would live until the next
+        mx.clear_streams()
+
+    def _end(self) -> None:
+        self._work.put(None)
+        self._thread.join()
 
 
 @cache

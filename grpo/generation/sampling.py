@@ -10,6 +10,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from grpo.backend import cuda
+from grpo.backend.device import on_gpu
+from grpo.backend.maths import chosen, logsumexp, logsumexp_and_powers
 from grpo.generation import cuda_sampling
 from grpo.generation.filters import cut, repetition_penalised, threshold
 from grpo.model.logprobs import scaled, token_logprobs
@@ -66,6 +68,7 @@ class Drawn:
 
 
 _categorical = mx.vmap(lambda logits, key: mx.random.categorical(logits, key=key))
+_uniform = mx.vmap(lambda logits, key: mx.random.uniform(shape=logits.shape, key=key))
 
 
 class _Places(NamedTuple):
@@ -77,9 +80,15 @@ class _Places(NamedTuple):
     seen: mx.array | None
 
 
-def _random(logits: mx.array, places: _Places) -> mx.array:
+def _random(logits: mx.array, places: _Places) -> tuple[mx.array, mx.array]:
+    """Tokens drawn by the exponentials of logits `[N, V]` fp32, and the logarithms of their sums: two `[N]`."""
     counters = mx.stack([mx.zeros_like(places.decoded), places.decoded], axis=1).astype(mx.uint32)
-    return _categorical(logits, places.keys + counters)
+    keys = places.keys + counters
+    if on_gpu():
+        return _categorical(logits, keys), logsumexp(logits)
+    # x - log(-log u) is greatest where e^x / log u is least: one logarithm less, and the exponentials serve twice.
+    total, powers, _ = logsumexp_and_powers(logits)
+    return mx.argmin(powers / mx.log(_uniform(logits, keys)), axis=-1), total
 
 
 def _seen_behind(seen: mx.array, fed: mx.array) -> mx.array:
@@ -157,11 +166,16 @@ class TokenSampler:
     def _draw(self, places: _Places, logprobs: bool) -> Drawn:
         plain = scaled(places.logits, self.sampling.temperature or 1.0)
         shaped = self._reshaped(places) if self.sampling.reshaped else plain
-        tokens = mx.argmax(shaped, axis=-1) if self.sampling.temperature == 0 else _random(shaped, places)
+        if self.sampling.temperature == 0:
+            tokens, total = mx.argmax(shaped, axis=-1), logsumexp(shaped)
+        else:
+            tokens, total = _random(shaped, places)
         if not logprobs:
             return Drawn(tokens, None, None)
-        theirs = token_logprobs(shaped, tokens) if self.sampling.reshaped else None
-        return Drawn(tokens, token_logprobs(plain, tokens), theirs)
+        sampled = chosen(shaped, tokens) - total
+        if not self.sampling.reshaped:
+            return Drawn(tokens, sampled, None)
+        return Drawn(tokens, token_logprobs(plain, tokens), sampled)
 
     def _draw_on_cuda(self, places: _Places, logprobs: bool) -> Drawn:
         s = self.sampling

@@ -47,6 +47,13 @@ def test_the_estimate_covers_what_sampling_takes(dtype: mx.Dtype, sampling: Samp
     assert planned / 3 < taken < planned
 
 
+def test_prompts_are_planned_twice_only_where_there_may_be_two_lanes() -> None:
+    decoding = generator_of("joined layers", 4).decoding
+    few, many = (decoding.memory(slots, 2, 100, 0) for slots in (63, 64))
+    if decoding.side_by_side:
+        assert many > 1.9 * few
+
+
 def test_slots_are_as_many_as_fit(make_policy) -> None:
     decoding = make_policy().generator.decoding
     need = Need(64, 8, 100, 100)

@@ -84,7 +84,8 @@ def test_logprobs_are_the_model_s_and_the_sampler_s(sampling: Sampling) -> None:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.5)], ids=str)
 def test_without_logprobs_the_graph_holds_none(sampling: Sampling, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("grpo.backend.maths.on_gpu", lambda: True)  # where logsumexp is one operation
+    for file in ("backend.maths", "generation.sampling"):  # on a GPU logsumexp is one operation
+        monkeypatch.setattr(f"grpo.{file}.on_gpu", lambda: True)
     graphs = {}
     for wanted in (True, False):
         path = tmp_path / f"{wanted}.dot"

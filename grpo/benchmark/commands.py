@@ -191,8 +191,6 @@ def speculate(
     ] = None,
 ) -> Measurements:
     """What speculation adds: by the drafts that are accepted, or over a recipe's epochs. Tokens are compared."""
-    from dataclasses import replace
-
     from grpo.benchmark.epochs import epochs_of, ways_of
     from grpo.benchmark.speculation import counts, speculation_gains
     from grpo.errors import UserError
@@ -203,7 +201,8 @@ def speculate(
         return speculation_gains(setting, counts("1,2,3,4" if accepted is None else accepted))
     if accepted is not None:
         raise UserError("--accepted means nothing with --recipe: there drafts are accepted as they are right")
-    if replace(setting, runs=COMMON["runs"]) != type(setting)(**{**COMMON, **LOAD}):
+    usual: dict[str, Any] = {**COMMON, **LOAD, "runs": setting.runs}
+    if setting != type(setting)(**usual):
         raise UserError(
             "--recipe FILE says which model, prompts and lengths: of the options for these, only --runs counts"
         )

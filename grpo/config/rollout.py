@@ -11,7 +11,7 @@ from grpo.config.section import MANY, NonNegative, Positive, Section, Tokens
 
 def _word(given: Any) -> Any:
     """YAML reads the words `off` and `on` as false and true, and Python takes true for 1."""
-    return {False: "off", True: "on"}[given] if isinstance(given, bool) else given
+    return {False: "off", True: "true (on)"}[given] if isinstance(given, bool) else given
 
 
 Speculate = Annotated[Literal["auto", "off", 1, 3, 7], BeforeValidator(_word)]
@@ -45,9 +45,10 @@ class RolloutConfig(Section):
     max_concurrency: Positive = 64
     """Slots of the generator: rows decoded at once. Fewer are used where memory wants it."""
     speculate: Speculate = "auto"
-    """Tokens that each step guesses for each row (drafts), feeds behind the row's last, and keeps as far as they are
-    what is drawn: same tokens, fewer steps. Drafts are what this prompt's completions, the group or the prompt said
-    before. `auto`: as many as pay, by measurement, and none where none do; `off`: none. Of evaluation too."""
+    """How many tokens a step guesses for each row (drafts). The model gets them behind the row's last token, and those
+    that it would have drawn stay: the same tokens in fewer steps. Drafts come from earlier completions of this prompt,
+    from its group and from the prompt itself. `auto`: as many as pay, by measurement, and none where none do; `off`:
+    none. Evaluations and `grpo generate` do the same."""
     dynamic_sampling: NonNegative = 0
     """How often to sample fresh prompts in the place of groups without variance, until the step is full (DAPO, arXiv
     2503.14476)."""

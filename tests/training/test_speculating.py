@@ -71,7 +71,7 @@ def test_what_can_be_asked_for(recipe: Path, given: str, meant: object) -> None:
 
 @pytest.mark.parametrize("given", ["2", "8", "on", "true", "fast"])
 def test_what_cannot_be_asked_for_is_told(recipe: Path, given: str) -> None:
-    with pytest.raises(UserError, match=r"rollout\.speculate.*auto"):
+    with pytest.raises(UserError, match=rf"rollout\.speculate.*auto.* got .*{given}"):
         load_recipe(recipe, [f"rollout.speculate={given}"])
 
 

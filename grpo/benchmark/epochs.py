@@ -21,8 +21,8 @@ from grpo.runs.prepare import prepare
 from grpo.training.trainer import Trainer
 from grpo.types import Group, Task
 
-TOLD = ("accepted", "width", "gain")
-"""What a step's metrics tell of speculation, if it was on: see `speculation/…` there."""
+TOLD = ("accepted", "width")
+"""What a step's metrics tell of speculation, if it was on: see `speculation/…` there. The gain is measured here."""
 _Tokens = list[tuple[int, ...]]
 
 

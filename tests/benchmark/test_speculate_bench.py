@@ -166,6 +166,7 @@ def test_steps_with_speculation_and_without_sample_the_same(recipe) -> None:
     assert later["off", "tokens"].runs == later["3", "tokens"].runs
     assert later["off", "width"].mean == 0
     assert later["3", "width"].mean > 1
+    assert not any(row.unit == "gain" for row in rows)  # steps do not always know it, and it would count as 0
 
 
 def test_runs_that_differ_are_an_error_on_a_cpu() -> None:

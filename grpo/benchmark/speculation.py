@@ -33,6 +33,7 @@ class KnownDrafts:
 
     def __init__(self, accepted: int, vocabulary: int, width: int | None = None) -> None:
         self.accepted, self._vocabulary = accepted, vocabulary
+        self.most = WIDTHS[-1]
         self.fed = width or next(width for width in WIDTHS if width > accepted)
         self.turns = self.taken = 0
         self._truth: dict[Row, Sequence[int]] = {}

@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 from grpo.generation.drafts import Drafts, Siblings
 from grpo.generation.replay import Taken, replay
 from grpo.generation.rows import Row
+from grpo.generation.slots import WIDEST
 from grpo.generation.speculation import Speculation
 from grpo.generation.steptimes import SAMPLES, Case, StepTimes
 from grpo.generation.tally import DraftTally
@@ -71,12 +72,14 @@ class Always:
 
     def __init__(self, width: int) -> None:
         self.drafts, self.tally, self._width = Drafts(), DraftTally(), width
+        self.most = WIDEST
+        """Tokens that a step may feed a row at the most: as many as there is memory for."""
         self.description = (
             f"every step feeds a row {width - 1} draft{'s' if width > 2 else ''} (rollout.speculate: {width - 1})"
         )
 
     def width(self, rows: Sequence[Row | None]) -> int:  # noqa: ARG002  the same for all
-        return self._width
+        return min(self._width, self.most)
 
     def propose(self, rows: Sequence[Row | None], width: int) -> list[list[int]]:
         return [[] if row is None else self.drafts.propose(row, width - 1) for row in rows]
@@ -183,7 +186,7 @@ class Automatic(Always):
         measured: dict[int, float] = {}
         hoped: dict[int, float] = {}
         slope = 0.0
-        for width in WIDTHS:
+        for width in self._widths():
             tokens, cost = self._expected(case, rows, width), self._times.cost(case, width)
             if cost is None:
                 hoped[width] = tokens / (1 + slope * (width - 1))
@@ -191,21 +194,24 @@ class Automatic(Always):
                 measured[width], slope = tokens / cost, max(0.0, cost - 1) / (width - 1)
         return measured, hoped
 
+    def _widths(self) -> list[int]:
+        return [width for width in WIDTHS if width <= self.most]
+
     def _watch(self, group: Siblings, rows: Sequence[Row]) -> None:
         """Replay a group, in flight or ended, if there is time and it has twice the tokens that it had before."""
         lengths = {row: len(row.token_ids) for row in rows}
         tokens, share, besides = sum(lengths.values()), *WATCHED
-        if tokens < max(FEWEST, 2 * sum(group.replayed.values())):
+        if not self._widths() or tokens < max(FEWEST, 2 * sum(group.replayed.values())):
             return
         if tokens > REPLAYED:
             rows = rows[: max(1, len(rows) * REPLAYED // tokens)]
-        work = len(WIDTHS) * (sum(lengths[row] for row in rows) + group.background)
+        work = len(self._widths()) * (sum(lengths[row] for row in rows) + group.background)
         left = besides + share * self._elapsed - self._watching
         if work * self._cost > left:
             return
         began = time.perf_counter()
         kind = DraftKind(rows[0].stopping.sampling.temperature == 0, group.seen)
-        for width in WIDTHS:
+        for width in self._widths():
             if time.perf_counter() < began + left:
                 self._promised[kind, width].add(*replay(group, rows, width, began + left))
         spent = time.perf_counter() - began

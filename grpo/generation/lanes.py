@@ -117,7 +117,7 @@ class _InTurn:
     """Speculation that lanes share: one of them at a time."""
 
     def __init__(self, speculation: Speculation) -> None:
-        self._speculation, self._lock = speculation, Lock()
+        self._speculation, self._lock, self.most = speculation, Lock(), speculation.most
 
     def width(self, rows: Sequence[Row | None]) -> int:
         with self._lock:

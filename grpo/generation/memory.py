@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from grpo.errors import TooLargeError
+from grpo.generation.slots import WIDEST
 
 LOGITS_HELD, FILTERED_HELD = 4, 12
 """Copies of a step's logits, in fp32, that sampling holds at once at the most: without filters and with."""
@@ -41,8 +42,18 @@ class Need:
         """What the generator holds for it, with so many slots."""
         slots = min(slots, self.rows)
         cached = decoding.memory(slots, min(slots, self.prompts), self.prompt_length, self.completion_length)
-        held = FILTERED_HELD if self.reshaped else LOGITS_HELD
-        return cached + held * 4 * slots * decoding.vocabulary
+        return cached + self._logits(decoding, slots)
+
+    def wider(self, decoding: Memory, slots: int, fed: int) -> int:
+        """What a step that feeds each row so many tokens holds beside a plain step: logits, and columns for drafts."""
+        slots, places = min(slots, self.rows), min(slots, self.rows, self.prompts)
+        columns = [
+            decoding.memory(slots, places, self.prompt_length, self.completion_length + more) for more in (0, fed - 1)
+        ]
+        return columns[1] - columns[0] + (fed - 1) * self._logits(decoding, slots)
+
+    def _logits(self, decoding: Memory, slots: int) -> int:
+        return (FILTERED_HELD if self.reshaped else LOGITS_HELD) * 4 * slots * decoding.vocabulary
 
     def waiting(self, decoding: Memory) -> int:
         """What rows keep outside the slots at the most: all of them, when all wait at once."""
@@ -75,3 +86,9 @@ def slots_beside_waiting(decoding: Memory, need: Need, slots: int, available: in
     """
     left = max(0, available - need.bytes(decoding, 1))
     return slots_that_fit(decoding, need, slots, available - min(need.waiting(decoding), left // 2))
+
+
+def widest_that_fits(decoding: Memory, need: Need, slots: int, spare: int) -> int:
+    """The most tokens that a step may feed each row, where `spare` bytes are left beside plain steps: 1, 2, 4 or 8."""
+    widths = [width for width in (8, 4, 2) if width <= WIDEST]
+    return next((width for width in widths if need.wider(decoding, slots, width) <= spare), 1)

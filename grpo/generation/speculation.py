@@ -11,6 +11,9 @@ from grpo.generation.rows import Row
 class Speculation(Protocol):
     """What decides how many tokens a step feeds, and drafts them. S slots."""
 
+    most: int
+    """Tokens that a step may feed a row at the most: as many as there is memory for."""
+
     def width(self, rows: Sequence[Row | None]) -> int:
         """How many tokens to feed each row at the next step: 1 for a plain step. Asked at every step."""
         ...

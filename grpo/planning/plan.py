@@ -16,7 +16,7 @@ from grpo.backend.device import memory_bytes, on_gpu
 from grpo.config import AdapterConfig, OptimConfig
 from grpo.errors import TooLargeError
 from grpo.generation.decoding import Decoding
-from grpo.generation.memory import Memory, slots_beside_waiting
+from grpo.generation.memory import Memory, slots_beside_waiting, widest_that_fits
 from grpo.model.policy import Policy
 from grpo.model.widehead import bytes_at_work
 from grpo.planning.footprint import Footprint, measure_body, measure_footprint
@@ -51,6 +51,7 @@ class Machine:
 class Plan:
     """Counts, and bytes by what they are for.
 
+    `fed` is the most tokens that a decoding step may feed a row, as memory allows it (`rollout.speculate`).
     `kept_bytes` are left of the memory during a rollout for rows outside the slots; `waiting` is what rows that wait
     for environments keep there at the most. As much of it as there is room for is in the rollout's phase.
     """
@@ -69,6 +70,7 @@ class Plan:
     checkpointing: bool
     kept_bytes: int
     waiting: int = 0
+    fed: int = 1
 
     @property
     def total(self) -> int:
@@ -147,6 +149,7 @@ def plan_on(
     chosen = _chosen(machine, load, footprint, body, partial(update_lanes, model))
     decoded, waiting = need.bytes(decoding, slots), need.waiting(decoding)
     room = max(0, available - decoded)
+    fed = 1 if load.rollout.speculate == "off" else widest_that_fits(decoding, need, slots, room)
     plan = Plan(
         steps=load.optim.steps,
         prompts=load.rollout.prompts_per_step,
@@ -164,7 +167,8 @@ def plan_on(
         slots=slots,
         micro_batch=chosen.tokens,
         checkpointing=chosen.checkpointing,
-        kept_bytes=room,
+        kept_bytes=room - (need.wider(decoding, slots, fed) if fed > 1 else 0),
+        fed=fed,
         waiting=waiting,
     )
     if too_large or plan.total > machine.memory:

@@ -131,6 +131,8 @@ def _prepared(
     plan, optim = _together(ranks, policy, *make_plan(workload, policy, generator.decoding))
     cfg = with_settings(cfg, {"optim": optim})
     generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
+    if generator.speculation is not None:
+        generator.speculation.most = plan.fed
     trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks)
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]

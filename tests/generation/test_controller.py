@@ -321,3 +321,11 @@ def test_a_fixed_number_of_drafts_is_always_fed() -> None:
     assert speculation_of(3).width([row_of(SharedPrompt((1,)))]) == 4
     assert speculation_of("off") is None
     assert isinstance(speculation_of("auto"), Automatic)
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_no_step_is_wider_than_memory_allows(most: int) -> None:
+    free, fixed = Automatic(), speculation_of(7)
+    for speculation in (free, fixed):
+        speculation.most = most
+        assert max(epochs(speculation, flat, 12).widths) == most

@@ -7,9 +7,17 @@ from generation.ways import generator_of
 from grpo.backend.random import derive_key
 from grpo.errors import UserError
 from grpo.generation.generator import Request
-from grpo.generation.memory import FILTERED_HELD, LOGITS_HELD, Need, slots_beside_waiting, slots_that_fit
+from grpo.generation.memory import (
+    FILTERED_HELD,
+    LOGITS_HELD,
+    Need,
+    slots_beside_waiting,
+    slots_that_fit,
+    widest_that_fits,
+)
 from grpo.generation.rows import Submission
 from grpo.generation.sampling import Sampling, TokenSampler
+from grpo.generation.slots import WIDEST
 
 
 def test_the_estimate_is_what_a_rollout_takes(make_policy) -> None:
@@ -52,6 +60,19 @@ def test_prompts_are_planned_twice_only_where_there_may_be_two_lanes() -> None:
     few, many = (decoding.memory(slots, 2, 100, 0) for slots in (63, 64))
     if decoding.side_by_side:
         assert many > 1.9 * few
+
+
+def test_steps_are_as_wide_as_memory_allows(make_policy) -> None:
+    decoding = make_policy().generator.decoding
+    for need in (Need(64, 8, 100, 100), Need(64, 8, 100, 100, reshaped=True)):
+        held = FILTERED_HELD if need.reshaped else LOGITS_HELD
+        for fed, wider in ((2, 4), (4, 8)):
+            room = need.wider(decoding, 16, fed)
+            assert room >= (fed - 1) * held * 4 * 16 * decoding.vocabulary
+            assert widest_that_fits(decoding, need, 16, room) == fed
+            assert widest_that_fits(decoding, need, 16, need.wider(decoding, 16, wider) - 1) == fed
+        assert widest_that_fits(decoding, need, 16, need.wider(decoding, 16, 2) - 1) == 1
+        assert widest_that_fits(decoding, need, 16, 10**12) == WIDEST
 
 
 def test_slots_are_as_many_as_fit(make_policy) -> None:

@@ -216,6 +216,29 @@ def test_what_waiting_completions_keep_has_room_in_the_plan() -> None:
     assert [line for line in short.lines() if "wait" in line] == [said + there]
 
 
+@pytest.mark.parametrize("speculate", ["auto", "off"])
+def test_steps_are_as_wide_as_what_the_slots_leave(speculate: str) -> None:
+    model = make_model("tied")
+    adapters = Adapters(model, AdapterConfig(rank=2), mx.random.key(0))
+    rollout = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 500, "speculate": speculate}
+    load, decoding = workload(recipe(rollout=rollout), PROMPT), find_decoding(adapters.model)
+
+    def plan(memory: int) -> planning.Plan:
+        small = Footprint(0, 1, 0, 1, 1, True, False)
+        machine = planning.Machine(memory, False, False)
+        return planning.plan_on(machine, load, model, 0, decoding, lambda _: small)[0]
+
+    ample = plan(2**40)
+    assert ample.fed == (8 if speculate == "auto" else 1)
+    if speculate == "auto":
+        beside = sum(ample.stays.values()) + ample.phases["rollout"]
+        for fed in (1, 2, 4):
+            more = load.need().wider(decoding, ample.slots, 2 * fed) - 1
+            short = plan(int((beside + more) / planning.FREE))
+            assert (short.slots, short.fed) == (ample.slots, fed)
+            assert 0 <= short.kept_bytes < more
+
+
 def test_auto_decides_and_the_decision_is_in_the_recipe() -> None:
     policy, cfg, plan = planned()
     assert cfg.optim.micro_batch_tokens == plan.micro_batch

@@ -33,6 +33,8 @@ fill them; a CPU is with a quarter of them, and with 4,096 at most."""
 FREE = 0.9
 """Of the memory, what may be planned with."""
 MOST_ACTIVATIONS, MOST_ON_CUDA = 3 * 2**30, 12 * 2**30
+KEPT_NUMBERS = 3.5
+"""What an update keeps of a token, for each number that a layer's matrices make of it."""
 ENOUGH_ON_CPU, ENOUGH_TOKENS = 2**28, 1_024
 """A CPU is as fast with micro-batches of no more bytes, but below so many tokens prompts go through too often.
 `qwen3-25m`, 4 × 8 × (64 + 64): 2.42 s and 0.41 GB in four, 2.56 s and 1.27 GB in one."""
@@ -146,7 +148,7 @@ def plan_on(
         slots = slots_beside_waiting(decoding, need, load.rollout.max_concurrency, available)
     except TooLargeError as error:
         too_large = error
-    chosen = _chosen(machine, load, footprint, body, partial(update_lanes, model))
+    chosen = _chosen(machine, load, footprint, body, partial(update_lanes, model), partial(_reckoned, model))
     decoded, waiting = need.bytes(decoding, slots), need.waiting(decoding)
     room = max(0, available - decoded)
     fed = 1 if load.rollout.speculate == "off" else widest_that_fits(decoding, need, slots, room)
@@ -255,19 +257,30 @@ class _Chosen:
     bytes: int
 
 
+def _reckoned(model: nn.Module, shape: Shape) -> float:
+    """Bytes of a micro-batch's activations, roughly, from sizes alone: float32, no layer checkpointed, scores held."""
+    modules = [module for layer in model.layers for module in layer.modules()]
+    outputs: int = sum(m["weight"].shape[-2] for m in modules if "weight" in m and m["weight"].ndim > 1)
+    scores = 0.75 * int(getattr(model.args, "num_attention_heads", 1)) * (len(model.layers) + 1)
+    pairs = shape.rows * shape.length * (shape.prompt_length + shape.length)
+    return 4 * (KEPT_NUMBERS * outputs * shape.tokens + scores * pairs)
+
+
 def _chosen(
     machine: Machine,
     load: Workload,
     footprint: Callable[[bool], Footprint],
     body: Callable[[bool, Shape], float] | None,
     lanes: Callable[[int, int], int] = lambda *_: 1,
+    reckoned: Callable[[Shape], float] = lambda _: 0.0,
 ) -> _Chosen:
     """What the recipe says, or for `auto` what fits and pays.
 
     A micro-batch takes an eighth of the memory, up to `MOST_ACTIVATIONS` (`MOST_ON_CUDA`): beyond that a larger one
     with its layers checkpointed is faster. Layers are checkpointed where that leaves too few tokens to keep the machine
     busy, or not even the longest row. CUDA waits for launches, so there the largest micro-batch comes first. A CPU is
-    as fast with small ones: it takes the largest below `ENOUGH_ON_CPU`. As many as it has `lanes` are there at once.
+    as fast with small ones: it takes the largest that is `reckoned` below `ENOUGH_ON_CPU`, because what is measured
+    varies a little, and the same recipe must choose the same. As many as it has `lanes` are there at once.
     """
     comfortable = min(machine.memory // 8, MOST_ON_CUDA if machine.cuda else MOST_ACTIVATIONS)
     few = FEW_TOKENS // ((1 + load.packs) if machine.gpu else 4)
@@ -292,9 +305,8 @@ def _chosen(
             or size >= few
             or largest[0].tokens == load.largest(2 * size, machine.gpu, machine.cuda)[0].tokens
         )
-        smaller_will_do = (
-            not machine.gpu and tokens == "auto" and needed > at_once * ENOUGH_ON_CPU and size > ENOUGH_TOKENS
-        )
+        large = not machine.gpu and reckoned(largest[0]) > ENOUGH_ON_CPU
+        smaller_will_do = large and tokens == "auto" and size > ENOUGH_TOKENS
         if needed <= comfortable and enough and not smaller_will_do:
             return best
     assert best is not None

@@ -239,6 +239,24 @@ def test_steps_are_as_wide_as_what_the_slots_leave(speculate: str) -> None:
             assert 0 <= short.kept_bytes < more
 
 
+def test_a_cpu_chooses_small_micro_batches_by_sizes_and_not_by_what_was_measured(monkeypatch) -> None:
+    model = make_model("tied")
+    adapters = Adapters(model, AdapterConfig(rank=2), mx.random.key(0))
+    optim = {"micro_batch_tokens": "auto"}
+    cfg = recipe(rollout={"prompts_per_step": 16, "num_generations": 16, "max_completion_length": 60}, optim=optim)
+    load, decoding = workload(cfg, 40), find_decoding(adapters.model)
+
+    def chosen(token: float) -> int:
+        found = Footprint(0, token, 0.0, 1, 1, True, False)
+        machine = planning.Machine(2**40, False, False)
+        return planning.plan_on(machine, load, model, 0, decoding, lambda _: found)[0].micro_batch
+
+    assert chosen(100.0) == chosen(5e4) == 4_096
+    (largest,) = load.largest(2_048, False)
+    monkeypatch.setattr(planning, "ENOUGH_ON_CPU", planning._reckoned(model, largest))
+    assert chosen(100.0) == chosen(5e4) == 2_048
+
+
 def test_auto_decides_and_the_decision_is_in_the_recipe() -> None:
     policy, cfg, plan = planned()
     assert cfg.optim.micro_batch_tokens == plan.micro_batch

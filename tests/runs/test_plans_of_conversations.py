@@ -28,7 +28,7 @@ def test_the_plan_counts_longer_prompts_and_completions_that_wait(recipe: Path) 
     (recipe.parent / "talk.py").write_text(TALK)
     runs = []
     for overrides in ([], ["environment.use=talk.py:Mute"], ["environment.use=talk.py:Talk"]):
-        runs.append(prepare(load_recipe(recipe, ["data.max_prompt_length=100", *overrides])))
+        runs.append(prepare(load_recipe(recipe, ["data.max_prompt_length=100", "rollout.speculate=off", *overrides])))
         runs[-1].opened.close()
     lengths = [len(task.prompt_ids) for task in runs[0].tasks]
     assert [run.plan.tokens for run in runs] == [8 * (longest + 8) for longest in (max(lengths), max(lengths), 100)]

@@ -108,7 +108,7 @@ def test_parity_is_measured_and_a_gap_stops_the_run(recipe, monkeypatch) -> None
 
 
 def test_the_plan_counts_what_there_is(recipe) -> None:
-    run = prepare(load_recipe(recipe))
+    run = prepare(load_recipe(recipe, ["rollout.speculate=off"]))
     plan = run.plan
     assert (plan.steps, plan.prompts, plan.rows) == (2, 2, 8)
     longest = max(len(task.prompt_ids) for task in run.tasks)
@@ -120,6 +120,9 @@ def test_the_plan_counts_what_there_is(recipe) -> None:
     assert plan.slots == run.trainer.engine.generator.slots == 8
     beside = sum(plan.stays.values()) + plan.phases["rollout"]
     assert plan.kept_bytes == run.trainer.engine.generator.kept_bytes == int(0.9 * plan.memory) - beside > 0
+    drafting = prepare(load_recipe(recipe))
+    assert drafting.trainer.engine.generator.speculation.most == drafting.plan.fed == 8
+    assert 0 < drafting.plan.kept_bytes < plan.kept_bytes  # wide steps have room, too
 
 
 def test_each_step_samples_anew(recipe) -> None:

@@ -19,9 +19,8 @@ from grpo.benchmark.setting import Setting
 from grpo.errors import RunError, UserError
 from grpo.generation.rows import Row
 from grpo.generation.sampling import Sampling
+from grpo.generation.slots import WIDTHS
 
-WIDTHS = (2, 4, 8)
-"""Tokens that a wide step may feed each row: the last one, and the drafts."""
 TokenRows = Sequence[Sequence[int]]
 
 

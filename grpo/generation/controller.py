@@ -24,13 +24,10 @@ from typing import Literal, NamedTuple
 from grpo.generation.drafts import Drafts, Siblings
 from grpo.generation.replay import Taken, replay
 from grpo.generation.rows import Row
-from grpo.generation.slots import WIDEST
+from grpo.generation.slots import WIDEST, WIDTHS
 from grpo.generation.speculation import Speculation
 from grpo.generation.steptimes import SAMPLES, Case, StepTimes
 from grpo.generation.tally import DraftTally
-
-WIDTHS = (2, 4, 8)
-"""Tokens that a wide step feeds each row: powers of two, because each is a trace of its own on a GPU."""
 
 PLAN = 16
 """Steps for which a decision holds."""

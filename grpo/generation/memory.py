@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from grpo.errors import TooLargeError
-from grpo.generation.slots import WIDEST
+from grpo.generation.slots import WIDTHS
 
 LOGITS_HELD, FILTERED_HELD = 4, 12
 """Copies of a step's logits, in fp32, that sampling holds at once at the most: without filters and with."""
@@ -90,5 +90,4 @@ def slots_beside_waiting(decoding: Memory, need: Need, slots: int, available: in
 
 def widest_that_fits(decoding: Memory, need: Need, slots: int, spare: int) -> int:
     """The most tokens that a step may feed each row, where `spare` bytes are left beside plain steps: 1, 2, 4 or 8."""
-    widths = [width for width in (8, 4, 2) if width <= WIDEST]
-    return next((width for width in widths if need.wider(decoding, slots, width) <= spare), 1)
+    return next((width for width in reversed(WIDTHS) if need.wider(decoding, slots, width) <= spare), 1)

@@ -17,7 +17,9 @@ import mlx.core as mx
 
 WIDTH_STEP = 64
 """Stock operations read a multiple of this many columns."""
-WIDEST = 8
+WIDTHS = (2, 4, 8)
+"""Tokens that a wide step feeds each row: powers of two, because each is a trace of its own on a GPU."""
+WIDEST = WIDTHS[-1]
 """The most tokens of a row that a step feeds."""
 
 

@@ -79,3 +79,8 @@ def chosen(x: mx.array, index: mx.array) -> mx.array:
         return mx.where(here, slopes[..., None], mx.array(0, x.dtype))
 
     return cast(mx.array, picked(x))
+
+
+def largest_power_of_two(most: int) -> int:
+    """The largest power of two that is not above `most`, and at least 1."""
+    return 1 << max(0, most.bit_length() - 1)

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from grpo.backend.cuda import available, constant, kernel, power_of_two
+from grpo.backend.maths import largest_power_of_two
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import CacheShape, Layer
 from grpo.generation.cuda_queries import BEGIN, JOINED, PREPARED, ROWS
@@ -102,7 +103,7 @@ class CudaAttention:
         placed, tiles = self._rows(view.where, layer, wide, together)
         groups = (len(tiles) if together > 1 else rows) * heads * -(-wide // positions)
         full = -(-rows // together) * heads * -(-wide // positions)  # groups, if all tiles are full
-        splits = min(MOST_SPLITS, power_of_two(BLOCKS // full + 1) // 2) if tensor and full <= BLOCKS else 1
+        splits = min(MOST_SPLITS, largest_power_of_two(BLOCKS // full)) if tensor and full <= BLOCKS else 1
         warps = WARPS if tensor else PLAIN_WARPS
         names = ("prefix_keys", "prefix_values", "own_keys", "own_values")
         buffers = dict(zip(names, layer.arrays(), strict=True))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from grpo.backend.cuda import kernel, power_of_two, scalar
+from grpo.backend.cuda import kernel, scalar
+from grpo.backend.maths import largest_power_of_two
 
 THREADS = 512
 BLOCKS = 528
@@ -268,7 +269,7 @@ def draw(
     """
     rows, size = logits.values.shape
     most = max(1, min(MOST_PARTS, BLOCKS // rows, size // LEAST_TOKENS))
-    parts = power_of_two(most + 1) // 2
+    parts = largest_power_of_two(most)
     inputs = {**logits.inputs(), "keys": keys, "lowest": scalar(0.0) if lowest is None else lowest}
     drawn = kernel("grpo_draw", tuple(inputs), ("parts", "winners_of"), DRAW)(
         inputs=list(inputs.values()),

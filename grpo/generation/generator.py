@@ -15,7 +15,7 @@ from grpo.generation.choice import find_decoding
 from grpo.generation.controller import Always
 from grpo.generation.decoding import Decoding
 from grpo.generation.engine import Engine
-from grpo.generation.lanes import lanes_for
+from grpo.generation.lanes import rollout_lanes
 from grpo.generation.progress import TokenProgress
 from grpo.generation.rows import Row, Submission
 from grpo.generation.sampling import Sampling
@@ -158,7 +158,7 @@ class Generator:
     def _lanes(self) -> int:
         if not self.decoding.side_by_side:
             return 1
-        return min(self.slots, lanes_for(self.slots, self._largest) if self.lanes is None else self.lanes)
+        return min(self.slots, rollout_lanes(self.slots, self._largest) if self.lanes is None else self.lanes)
 
     def _find_decoding(self) -> None:
         self._modules = [module for _, module in self.model.named_modules()]

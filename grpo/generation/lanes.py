@@ -39,7 +39,7 @@ MOST_CORES = 3
 """With more, BLAS's own threads may use them better: that was not measured."""
 
 
-def lanes_for(slots: int, largest_product: int) -> int:
+def rollout_lanes(slots: int, largest_product: int) -> int:
     """How many lanes pay on this machine, for a model whose largest weight has so many numbers.
 
     Two, seen on two cores: 1.2 to 1.3 times faster at 256 slots of a model of 1 M parameters and 64 of 25 M; no faster

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from grpo.backend import cuda
 from grpo.backend.device import on_gpu
+from grpo.backend.maths import largest_power_of_two
 from grpo.config import OptimConfig, RolloutConfig
 from grpo.model.lines import room
 from grpo.training.binning import SHORTEST, filled, most_lines, portions
@@ -107,7 +108,7 @@ class Packing:
             shape = Shape(prompts, prompt_length, rows, length)
             return shape if rows == 1 or (self.through(shape) <= self.tokens and rows <= self.rows) else None
         prompt_length, length = self._padded(prompt_length), self._padded(length)
-        capacity = 2 * _power_of_two(self.rows - 1) if self.rows > 1 else 1
+        capacity = 2 * largest_power_of_two(self.rows - 1) if self.rows > 1 else 1
         while True:
             shape = Shape(-(-capacity // self.group), prompt_length, capacity, length)
             if capacity == 1 or self.through(shape) <= self.tokens:
@@ -137,7 +138,7 @@ class Packing:
         """Widths to try for lines of which the longest row needs so many places."""
         least = self._padded(longest)
         if least > FINE * self.multiple:  # in quarters of a power of two, and not in halves
-            step = self.multiple * _power_of_two(-(-longest // self.multiple)) // 4
+            step = self.multiple * largest_power_of_two(-(-longest // self.multiple)) // 4
             least = -(-longest // step) * step
         wider = (self.multiple << power for power in range(self.wide.bit_length()))
         return [least, *(width for width in wider if least < width <= min(self.wide, self.tokens))]
@@ -151,7 +152,7 @@ class Packing:
 
     def _padded(self, length: int) -> int:
         units = -(-length // self.multiple)
-        power = _power_of_two(units)
+        power = largest_power_of_two(units)
         return self.multiple * next(size for size in (power, power * 3 // 2, power * 2) if size >= units)
 
 
@@ -228,8 +229,3 @@ def _shape(rows: Sequence[Sample], packing: Packing) -> Shape | None:
 
 def _length(rollout: Rollout) -> int:
     return len(rollout.trajectory.token_ids)
-
-
-def _power_of_two(most: int) -> int:
-    """The largest power of two that is not above `most`, and at least 1."""
-    return 1 << max(0, most.bit_length() - 1)

@@ -9,7 +9,7 @@ from ways import LONG, STOPS, asked, finish, generator_of, sampled
 from grpo.generation import lanes as lanes_module
 from grpo.generation.batching import Run
 from grpo.generation.events import Events
-from grpo.generation.lanes import Lanes, _merged, lanes_for
+from grpo.generation.lanes import Lanes, _merged, rollout_lanes
 from grpo.generation.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(mx.default_device().type == mx.DeviceType.gpu, reason="a GPU decodes in one lane")
@@ -248,13 +248,13 @@ def test_who_cannot_be_stepped_side_by_side_has_one_lane(monkeypatch) -> None:
 def test_lanes_are_for_large_steps_on_a_machine_of_its_own(monkeypatch) -> None:
     monkeypatch.setattr(lanes_module, "cpu_cores", lambda: 2)
     monkeypatch.delenv("MLX_RANK", raising=False)
-    assert lanes_for(64, 512 * 1280) == lanes_for(256, 128 * 384) == 2
-    assert lanes_for(64, 128 * 384) == lanes_for(16, 512 * 1280) == 1
+    assert rollout_lanes(64, 512 * 1280) == rollout_lanes(256, 128 * 384) == 2
+    assert rollout_lanes(64, 128 * 384) == rollout_lanes(16, 512 * 1280) == 1
     monkeypatch.setattr(lanes_module, "cpu_cores", lambda: 1)
-    assert lanes_for(64, 512 * 1280) == 1
+    assert rollout_lanes(64, 512 * 1280) == 1
     monkeypatch.setattr(lanes_module, "cpu_cores", lambda: 2)
     monkeypatch.setenv("MLX_RANK", "0")
-    assert lanes_for(64, 512 * 1280) == 1
+    assert rollout_lanes(64, 512 * 1280) == 1
 
 
 def test_memory_is_planned_for_prompts_in_each_lane() -> None:

@@ -49,7 +49,7 @@ def _is_mkl() -> bool:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let MKL, if it is there, compute with so many threads for a product inside the block."""
+    """Let MKL, if it is there, use this number of threads for each product inside the block."""
     if not _is_mkl():
         yield
         return

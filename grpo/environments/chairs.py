@@ -7,6 +7,7 @@ number (`id`) that its answer has too.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -38,11 +39,12 @@ class Chairs:
         self._rewards = HostedRewards(self._loop)
 
     def close(self) -> None:
-        """End the threads that can be ended."""
+        """End the threads that can be ended. Closing again does nothing."""
         for thread in (*(chair.thread for chair in (*self._seats.values(), *self._free)), self._office):
             thread.end()
             thread.interrupt()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        with contextlib.suppress(RuntimeError):  # the loop was closed before
+            self._loop.call_soon_threadsafe(self._loop.stop)
 
     def hello(self, name: str | None) -> dict[str, Any]:
         """What the environment and its tools are, found out from the first objects, which will serve.

@@ -141,7 +141,7 @@ class EnvironmentHost:
             self._output.begin()
         place = group % len(self._homes)
         home = self._homes[place]
-        if home.retired or home.lost is not None:
+        if home.retired or home.gone:
             home = self._homes[place] = self._home()
             self._loading = [asyncio.ensure_future(self._load_again(home, reward)) for reward in self._rewards]
         seats = [HostSeat(self, home, next(self._numbers)) for _ in range(n)]

@@ -206,14 +206,15 @@ def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:
 
 
 def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> tuple[Plan, OptimConfig]:
-    """One plan for all processes: that of the one with the least room, but for the slots.
+    """One plan for all processes: that of the one with the least room, but for what each decodes with.
 
     They share out the micro-batches that each of them makes, so these must be the same.
     """
     plans = ranks.gather((plan, optim))
     least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, not planned[0].checkpointing))
     policy.gradient_checkpointing = least.checkpointing
-    return replace(least, slots=plan.slots, kept_bytes=plan.kept_bytes), optim
+    own = {name: getattr(plan, name) for name in ("slots", "kept_bytes", "fed", "drafts")}
+    return replace(least, **own), optim
 
 
 def data_of(cfg: Recipe) -> dict[str, DataConfig]:

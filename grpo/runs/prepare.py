@@ -33,6 +33,7 @@ from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite
+from grpo.runs.rewarding import check_rewarded
 from grpo.scoring.scorer import Scorer
 from grpo.training.optimizer import make_optimizer
 from grpo.training.trainer import Trainer
@@ -76,12 +77,12 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
         groups = -(-cfg.rollout.prompts_per_step // ranks.size)
         partners = invite(cfg.conversations, cfg.tools, given, groups, files)
         opened.callback(partners.close)
-        if partners.own is not None:
-            _check_rewarded(cfg)
+        rewarding = check_rewarded(cfg.rewards, cfg.advantage, partners)
         hosts = list(partners.hosts.values())
         scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions, hosts)
         opened.callback(scorer.close)
-        return _prepared(cfg, given, ranks, partners, scorer, opened)
+        prepared = _prepared(cfg, given, ranks, partners, scorer, opened)
+        return replace(prepared, notes=[*prepared.notes, *rewarding])
 
 
 def _prepared(
@@ -142,15 +143,6 @@ def _prepared(
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, evaluator, plan, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
-
-
-def _check_rewarded(cfg: Recipe) -> None:
-    """Raise UserError where an environment that makes trajectories by itself would have to reward them."""
-    why = "the environment makes trajectories by itself (it has a method rollout)"
-    if not any(reward.weight for reward in cfg.rewards):
-        raise UserError(f"rewards: a run needs one with a weight: {why}, and gives no rewards")
-    if cfg.advantage.turns == "turn":
-        raise UserError(f"advantage.turns: turn does nothing: {why}, and its turns have no rewards of their own")
 
 
 def _evaluator(

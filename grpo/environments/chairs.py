@@ -60,7 +60,8 @@ class Chairs:
         self._free.append(chair)
         schemas = [self._schema(chair, name) for name in chair.tools]
         owners = {name: tool.owner for name, tool in chair.tools.items()}
-        return {"description": asdict(describe(name, chair.environment, schemas)), "owners": owners}
+        functions = {name: tool.function for name, tool in chair.tools.items()}
+        return {"description": asdict(describe(name, chair.environment, schemas, functions)), "owners": owners}
 
     def handle(self, request: Mapping[str, Any]) -> None:
         """Begin what is asked for. The answer comes when it is done."""

@@ -68,7 +68,7 @@ class Walk(Base):
         """Show it."""
         return [{"type": "text", "text": "é\ud800"}]
 
-    def scored(self) -> str:
+    def scored(self) -> Step:
         """Say it with a reward."""
         return Step("well", 0.5, True)
 

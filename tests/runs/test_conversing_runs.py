@@ -40,6 +40,7 @@ def gone(within: float = 20.0) -> bool:
 def test_stopped_and_resumed_is_never_stopped(conversing: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """To the bit, with an environment and tools that draw random numbers, in two processes."""
     monkeypatch.setattr(scheduler, "GRACE", 600.0)  # on a busy machine too
+    conversing.write_text(conversing.read_text().replace("workers: 1", "workers: 2"))
     run(conversing, "output_dir=whole")
     run(conversing, "output_dir=parts", change=interrupt_in(3, "rollout"))
     run(conversing, "output_dir=parts", resume=True)

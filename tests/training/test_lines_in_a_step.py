@@ -160,9 +160,9 @@ def a_step(
     ],
 )
 def test_most_of_what_goes_through_a_gpu_is_no_padding(kind: str, sizes: tuple[int, ...], least: float) -> None:
-    """In 20 steps, each prompt counted once; and in no more than twice the shapes of completions one by one."""
+    """In 10 steps, each prompt counted once; and in no more than twice the shapes of completions one by one."""
     draw, shapes, real, through = random.Random(0), {True: set(), False: set()}, 0, 0
-    for _ in range(20):
+    for _ in range(10):
         rows = a_step(kind, draw, *sizes)
         real += sum(len(rollout.trajectory.token_ids) for _, rollout in rows)
         real += sum(map(len, {task.prompt_ids for task, _ in rows}))

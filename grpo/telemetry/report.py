@@ -95,7 +95,7 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
         rewarding = [config for config in own if _rewarded(run, config)]
         graded = [
             *((one.use, one.weight) for one in cfg.rewards),
-            *((one.use or "", one.weight) for one in own if _rewarded(run, one)),
+            *((one.use or "", one.weight) for one in rewarding),
         ]
         rewards = ", ".join(f"{short_name(use)} × {weight:g}" for use, weight in graded)
         size = f"{cfg.rollout.prompts_per_step} × {cfg.rollout.num_generations}"

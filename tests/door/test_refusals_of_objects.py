@@ -164,7 +164,7 @@ def test_one_batch_with_its_loss_is_an_update(policy, ready) -> None:
         (lambda: grpo.Trainer("quickstart", reward_funcs=[digits]), "TRL's reward_funcs is rewards here"),
         (
             lambda: grpo.Trainer("quickstart", peft_config=None),
-            r"argument 'peft_config': TRL's peft_config is adapter.type here .* A recipe has such settings: grpo.recipe",
+            r"argument 'peft_config': TRL's peft_config is adapter.type here .* A recipe has such settings",
         ),
         (
             lambda: grpo.Trainer("quickstart", reward=[digits]),

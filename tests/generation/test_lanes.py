@@ -262,8 +262,9 @@ def test_processes_that_share_the_machine_share_its_cores(monkeypatch) -> None:
     monkeypatch.setattr(backend_lanes, "cpu_cores", lambda: 2)
     monkeypatch.setattr(lanes_module, "LARGE_STEP", 0)
     generator = generator_of("joined layers", 64)
+    generator.lanes = None
     assert isinstance(generator.open()._run, Lanes)
-    generator.neighbours = 2
+    monkeypatch.setattr(generator, "neighbours", 2)
     assert isinstance(generator.open()._run, Run)
 
 

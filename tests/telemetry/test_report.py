@@ -135,6 +135,6 @@ def test_an_environment_that_never_gave_a_reward_is_not_listed_as_one(recipe: Pa
         ({"rewards/Made/failures": 0.0, "rewards/Made/mean": 0.5}, True),  # by a function that makes objects
     )
     for values, rewards in cases:
-        steps = [StepMetrics(1, values, ())] if values else []
+        steps = [StepMetrics(1, {"time/rollout": 1.0, **values}, ())] if values else []
         page = report.report([RecordedRun(tmp_path, cfg, steps, [])])
         assert ("Room × 1" in page, "Room</td>" in page) == (rewards, True)

@@ -140,6 +140,8 @@ class Generator:
             return []
         if self.decoding.narrow:
             return [f"speculation: off, because {self.decoding.narrow}"]
+        if self.speculation.most == 1:
+            return ["speculation: off, because memory has no room for steps of several tokens"]
         return [f"speculation: {self.speculation.description}"]
 
     def open(self) -> Engine:

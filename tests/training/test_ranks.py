@@ -259,13 +259,14 @@ def test_a_start_is_compared(recipe, monkeypatch) -> None:
 def test_all_processes_take_the_plan_of_the_one_with_least_room(make_policy, tokens: int, checkpointing: bool) -> None:
     policy, other = make_policy().policy, make_policy().policy
     mine, theirs = plan_of(policy, 4096), plan_of(other, tokens, checkpointing)
-    theirs = replace(theirs[0], slots=1, kept_bytes=1), theirs[1]
+    theirs = replace(theirs[0], slots=1, kept_bytes=1, fed=2, drafts=1), theirs[1]
     plan, optim = _together(Two(theirs), policy, *mine)
     least = min(4096, tokens), checkpointing and tokens <= 4096
     assert (plan.micro_batch, plan.checkpointing) == least
     assert (optim.micro_batch_tokens, optim.gradient_checkpointing) == least
     assert policy.gradient_checkpointing is least[1]
     assert (plan.slots, plan.kept_bytes) == (mine[0].slots, mine[0].kept_bytes)
+    assert (plan.fed, plan.drafts) == (mine[0].fed, mine[0].drafts) == (8, mine[0].drafts)
 
 
 def plan_of(policy, tokens: int, checkpointing: bool = False):

@@ -101,27 +101,19 @@ def _fault(decoding: Decoding, expected: mx.array, dtype: mx.Dtype, wide: bool =
 
     It is tried by plain steps, or by a `wide` one.
     """
+    prompts = [[token % decoding.vocabulary for token in prompt] for prompt in PROMPTS]
+    fed = mx.array([[prompt[-1], *forced[:-1]] for prompt, forced in zip(PROMPTS, FORCED, strict=True)])
     try:
-        gap = _gap(decoding, expected, wide)
+        session = decoding.open(Size(slots=2, places=2, prefix=max(map(len, prompts)) - 1, columns=3))
+        session.admit([0, 1], [Line(SharedPrompt(prompt)) for prompt in prompts])
+        found = (_wide_step if wide else _steps)(session, fed % decoding.vocabulary)
+        gap: Any = mx.abs(_normalised(found) - expected[:, : found.shape[1]]).mean().item()
     except Exception as error:  # whatever the model's own code raises, or ours
         return cause(error)
-    finally:
-        decoding.forget()
     bound = ROUNDING.get(dtype, min(ROUNDING.values()))
     if gap <= bound:
         return None
     return f"its logprobs are {gap:.2g} from those of the model's forward pass (bound {bound:.1g})"
-
-
-def _gap(decoding: Decoding, expected: mx.array, wide: bool) -> float:
-    """How far its log-probabilities are from these in the mean, in nats."""
-    prompts = [[token % decoding.vocabulary for token in prompt] for prompt in PROMPTS]
-    fed = mx.array([[prompt[-1], *forced[:-1]] for prompt, forced in zip(PROMPTS, FORCED, strict=True)])
-    session = decoding.open(Size(slots=2, places=2, prefix=max(map(len, prompts)) - 1, columns=3))
-    session.admit([0, 1], [Line(SharedPrompt(prompt)) for prompt in prompts])
-    found = (_wide_step if wide else _steps)(session, fed % decoding.vocabulary)
-    gap: Any = mx.abs(_normalised(found) - expected[:, : found.shape[1]]).mean().item()
-    return float(gap)
 
 
 def _steps(session: Session, fed: mx.array) -> mx.array:

@@ -93,24 +93,21 @@ def _worker(lane: int) -> _Worker:
 
 
 class _Common:
-    """A decoding that lanes share. It is opened by one lane at a time, and let go of when the last has closed."""
+    """A decoding that lanes share, opened and let go of by one lane at a time."""
 
     def __init__(self, decoding: Decoding) -> None:
-        self.decoding, self._lock, self._open = decoding, Lock(), 0
+        self.decoding, self._lock = decoding, Lock()
         self.vocabulary, self.side_by_side, self.narrow = decoding.vocabulary, decoding.side_by_side, decoding.narrow
         self.description, self.refused = decoding.description, decoding.refused
         self.refresh, self.memory, self.outside = decoding.refresh, decoding.memory, decoding.outside
 
     def open(self, size: Size) -> Session:
         with self._lock:
-            self._open += 1
             return self.decoding.open(size)
 
     def forget(self) -> None:
         with self._lock:
-            self._open -= 1
-            if not self._open:
-                self.decoding.forget()
+            self.decoding.forget()
 
 
 class _InTurn:

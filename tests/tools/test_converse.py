@@ -28,8 +28,8 @@ class Twice:
 def test_a_conversation_is_told_as_it_goes(conversing: Path, run_cli) -> None:  # noqa: F811
     run(conversing, "optim.steps=1")
     asked = ["generate", "runs/toy", "What is 9+9?", "--temperature", "1", "--max-tokens", "200"]
-    found = [run_cli(*asked, "--seed", str(seed)).out for seed in (1, 2, 3, 3)]
-    assert found[2] == found[3]
+    found = [run_cli(*asked, "--seed", str(seed)).out for seed in (1, 3, 3)]
+    assert found[1] == found[2]
     for out in found:
         prompt, *lines, last = out.splitlines()
         assert prompt.startswith("prompt: What is 9+9? Begin with ")

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import ranks_worker
 import test_update
 from planning.loads import workload
 from runs.driver import run, timeless
@@ -84,14 +85,14 @@ def flat(values: Any) -> Iterator[float]:
 
 
 def test_two_processes_give_the_loss_gradient_and_step_of_one(tmp_path) -> None:
-    found = []
     for n in (1, 2):
-        out = tmp_path / str(n)
-        out.mkdir()
-        ran = launch(n, HERE / "ranks_worker.py", "gradient", out)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        found.append([json.loads((out / f"facts-{rank}.json").read_text()) for rank in range(n)])
-    (alone,), (first, second) = found
+        (tmp_path / str(n)).mkdir()
+    ranks_worker.gradient(Ranks(), tmp_path / "1")
+    ran = launch(2, HERE / "ranks_worker.py", "gradient", tmp_path / "2")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (alone,), (first, second) = (
+        [json.loads((tmp_path / f"{n}/facts-{rank}.json").read_text()) for rank in range(n)] for n in (1, 2)
+    )
     assert first["batches"] + second["batches"] == alone["batches"] > 1
     assert first["size"] == 2
     assert first["told"] == second["told"] == ["a", "b", "c"]

@@ -13,11 +13,12 @@ from dataclasses import asdict
 from typing import Any
 
 from grpo.environments import results
-from grpo.environments.chair import Chair, Makers, Thread
+from grpo.environments.chair import Chair, Thread
 from grpo.environments.describe import describe, reset_problem, schema_of
 from grpo.environments.hosted import HostedRewards
 from grpo.environments.loops import run_in_thread, stop
 from grpo.environments.seats import Reply
+from grpo.environments.toolbox import Makers, ToolEntryError
 from grpo.errors import UserError
 
 Reporter = Callable[[dict[str, Any]], None]
@@ -47,15 +48,17 @@ class Chairs:
         """What the environment and its tools are, found out from the first objects, which will serve.
 
         `owners` holds for each tool its place among the recipe's tools, or None for the environment's. Raises UserError
-        if they cannot be made, and for tools without a schema.
+        if they cannot be made, and for tools without a schema (ToolEntryError for mistakes in `tools`).
         """
         chair = Chair(self._makers, self._loop)
         made: Future[None] = Future()
         chair.thread.submit(lambda: _try(made, chair.make))
         try:
             made.result()
+        except ToolEntryError:
+            raise
         except BaseException as error:  # SystemExit, too
-            said = results.of_exception(error, tool=isinstance(error, ValueError)).error
+            said = results.of_exception(error, tool=False).error
             raise UserError(f"it cannot be made: {said}") from error
         self._free.append(chair)
         schemas = [self._schema(chair, name) for name in chair.tools]

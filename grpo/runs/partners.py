@@ -118,7 +118,10 @@ class Partners:
             try:
                 added = talks.begin_once(task)
             except UserError as error:
-                raise UserError(f"{which}: it cannot begin with row {task.index} of {task.source}: {error}") from error
+                said = str(error)
+                if said.startswith("tools."):  # of a tool's own reset
+                    raise UserError(f"{said}, with row {task.index} of {task.source}") from error
+                raise UserError(f"{which}: it cannot begin with row {task.index} of {task.source}: {said}") from error
             if not last_text(task.prompt).strip() and "prompt" not in task.columns and _is_empty(added):
                 raise UserError(
                     f"data.prompt: the rows have no column 'prompt' (there is {', '.join(task.columns)}), and the "

@@ -282,6 +282,9 @@ class Picky:
     def reset(self, question):
         return question
 
+    def look(self) -> str:
+        """Look."""
+
 
 class OwnLoop:
     async def rollout(self, task, sampler):

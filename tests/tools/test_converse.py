@@ -59,6 +59,16 @@ def test_an_environment_that_needs_more_columns(conversing: Path, run_cli) -> No
         assert run_cli("generate", "runs/toy", *given).out.startswith("prompt: What is 2+2? (It is 4.)\n")
 
 
+def test_broken_json_is_not_taken_as_text(conversing: Path, run_cli) -> None:  # noqa: F811
+    run(conversing, "optim.steps=1")
+    refused = run_cli("generate", "runs/toy", '{"question": "What is 2+2?" "answer": "4"}')
+    assert (refused.code, refused.out) == (2, "")
+    assert "begins with { as a JSON object does, and is none: Expecting ',' delimiter: line 1 column 29" in refused.err
+    assert """given as '{"question": "{..."}'""" in refused.err
+    told = run_cli("generate", "runs/toy", '{"question": "{x} is what?"}')
+    assert told.out.startswith("prompt: {x} is what? Begin with ")
+
+
 def test_an_environment_that_samples_by_itself_has_the_text_of_all_turns(conversing: Path, run_cli) -> None:  # noqa: F811
     Path("room.py").write_text(TWICE)
     run(conversing, "optim.steps=1", "environment={use: 'room.py:Twice'}", "rollout.max_completion_length=16")

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from training.holes import made as with_holes
 from training.sections import gauges, make_minibatches, updater, with_anchor, with_reference, with_top_entropy
-from training.test_holes_in_a_step import made as with_holes
 from training.test_turn_advantages import with_turns
 from training.test_update import difference, groups, recipe
 

@@ -146,14 +146,14 @@ def _weighed(layer: Layer, queries: mx.array, view: View, visible: mx.array) -> 
     if not view.prefix:
         weights = exp_of(scores - highest)
         return weights.astype(values.dtype) @ values, weights.sum(axis=-1, keepdims=True)
+    # Only products go through the grid: where groups differ in size, most of its cells are empty.
     grid = _Grid(view.layout, queries)
-    prompts = _scores(product(grid.to(queries), layer.prefix_keys.swapaxes(-1, -2)), view.prompt)
-    highest = mx.maximum(highest, grid.back(prompts.max(axis=-1, keepdims=True)))
-    weights, theirs = exp_of(scores - highest), exp_of(prompts - grid.to(highest))
+    prompts = _scores(grid.back(product(grid.to(queries), layer.prefix_keys.swapaxes(-1, -2))), view.prompt)
+    highest = mx.maximum(highest, prompts.max(axis=-1, keepdims=True))
+    weights, theirs = exp_of(scores - highest), exp_of(prompts - highest)
     total = weights.astype(values.dtype) @ values
-    of_prompts = product(theirs.astype(values.dtype), layer.prefix_values)
-    weight = weights.sum(axis=-1, keepdims=True) + grid.back(theirs.sum(axis=-1, keepdims=True))
-    return total + grid.back(of_prompts), weight
+    of_prompts = grid.back(product(grid.to(theirs.astype(values.dtype)), layer.prefix_values))
+    return total + of_prompts, weights.sum(axis=-1, keepdims=True) + theirs.sum(axis=-1, keepdims=True)
 
 
 def _scores(scores: mx.array, visible: mx.array) -> mx.array:

@@ -25,6 +25,7 @@ from grpo.config import AdapterConfig
 from grpo.errors import UserError, did_you_mean
 from grpo.model.dropout import add_dropout
 from grpo.model.lora import fold
+from grpo.model.materialize import materialize
 from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear, linear_to_lora_layers, load_adapters
 from grpo.model.saved import CONFIG, WEIGHTS, SavedAdapter, is_peft, read_adapter
 
@@ -152,7 +153,7 @@ class Adapters:
 
         Quantised layers are quantised again, as mlx-lm's `fuse` does. No states are left.
         """
-        mx.eval(merge(self.model).parameters())
+        materialize(merge(self.model))
         self._slots, self._parked, self._start = {}, {}, {}
         return self.model
 

@@ -18,6 +18,7 @@ from grpo.builtin import models as builtin_models
 from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.adapters import dtype_of
+from grpo.model.materialize import materialize
 from grpo.model.mlxlm import TokenizerWrapper, load_model, load_tokenizer, new_model, quantize
 from grpo.model.widehead import wide_head, widen_head
 
@@ -51,7 +52,7 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
         model = _quantized(model, config, cfg)
     _choose_head(model, cfg)
     model.freeze()
-    mx.eval(model.parameters())
+    materialize(model)
     return model, tokenizer
 
 

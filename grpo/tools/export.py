@@ -19,6 +19,7 @@ from grpo.config import AdapterConfig, ModelConfig
 from grpo.errors import UserError
 from grpo.model.adapters import load_adapter, merge
 from grpo.model.load import QUANTIZED_GROUP, cast, is_local, load, model_folder
+from grpo.model.materialize import materialize
 from grpo.model.mlxlm import (
     MultiLinear,
     QuantizedMultiLinear,
@@ -202,11 +203,13 @@ def _write_fused(folder: Path, cfg: ModelConfig, checkpoint: Path, bits: int | N
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
     cast(model, _stored_dtype(config))
+    materialize(model)
     notes = (
         ["the base was quantised; these weights are not, so that nothing of the adapter is lost"] if quantized else []
     )
     if bits is not None:
         model, config = quantize(model, config, _group_size(model), bits)
+        materialize(model)
         notes = [f"quantised to {bits} bits after the adapter was added: the adapter is rounded with the weights"]
     gap: Any = (mx.exp(before) * (before - _logprobs(model, probe))).sum(axis=-1).mean().item()
     notes.append(

@@ -115,7 +115,7 @@ def test_a_run_on_prefilled_messages_answers_a_question(recipe, run_cli) -> None
     prefilled = [{"role": "user", "content": "What is 3+3?"}, {"role": "assistant", "content": "It is"}]
     Path("chat.jsonl").write_text(json.dumps({"messages": prefilled, "answer": "6"}) + "\n")
     data = ["data.source=chat.jsonl", "data.prompt=messages", "data.continue_final_message=true"]
-    more = ["rewards.0.completions=text", "optim.steps=1", "rollout.prompts_per_step=1"]
+    more = ["rewards.0.completions=text", "optim.steps=1", "rollout.prompts_per_step=1", "rollout.num_generations=16"]
     ran = run_cli("train", recipe, *data, *more)
     assert ran.code in (0, 1), ran.err  # 1 where its one group taught nothing
     assert "'What is 3+3?'" in ran.out

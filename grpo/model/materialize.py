@@ -7,18 +7,19 @@ each array is made of makes room for the next.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 
-def materialize(model: nn.Module) -> None:
-    """Compute the model's arrays one after another: beside the finished ones, only one is in the making.
+def materialize(parameters: Any) -> None:
+    """Compute a model's arrays one after another: beside the finished ones, only one is in the making.
 
     What stands outside the layers (the embedding and the head, often ten times a layer's largest matrix) comes first,
     while there is nothing else. Nobody else must hold what the arrays are made of.
     """
-    arrays = tree_flatten(model.parameters())
+    arrays = tree_flatten(parameters)
     arrays.sort(key=lambda found: "layers" in found[0].split("."))
     for _, array in arrays:
         mx.eval(array)

@@ -15,7 +15,7 @@ from grpo.config import ModelConfig
 from grpo.model.load import load
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 1024, "num_hidden_layers": 12}
-LARGEST = {"tied": 512 * 256, "moe": 4 * 256 * 256}
+LARGEST = {"untied": 512 * 256, "moe": 4 * 256 * 256}
 """Numbers of a layer's largest array. The embedding is as large or larger, and is made while there is nothing else."""
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 256}
 
@@ -30,7 +30,7 @@ def stored(folder: Path, kind: str, dtype: mx.Dtype) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["tied", "moe"])
+@pytest.mark.parametrize("kind", ["untied", "moe"])
 @pytest.mark.parametrize(
     ("source", "settings"),
     [

@@ -21,7 +21,7 @@ from grpo.model.adapters import Adapters
 from grpo.model.drawn import NoTokenizer
 from grpo.model.load import load
 from grpo.model.merging import merge
-from grpo.model.mlxlm import QuantizedSwitchLinear, quantize
+from grpo.model.mlxlm import QuantizedSwitchLinear, new_model, quantize
 from grpo.model.outline import costs_of, costs_of_config
 from grpo.model.quantized import FORMATS, check_computes, dequantized, quantization, quantized_like
 from grpo.model.widehead import wide_head
@@ -88,6 +88,30 @@ def test_an_adapter_trains_decodes_and_merges(tmp_path, name: str, kind: str, ad
     adapted = model(TOKENS)
     assert mx.abs(adapted - before).max() > 0.01
     assert mx.allclose(merge(model, dequantize=True)(TOKENS), adapted, atol=1e-4)
+
+
+GPT_OSS = {
+    **COMMON, "model_type": "gpt_oss", "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": False,
+    "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                     "original_max_position_embeddings": 4096},
+}  # fmt: skip
+
+
+def test_experts_that_are_stored_in_mxfp4_train(tmp_path) -> None:
+    """As OpenAI stores gpt-oss: the config names the way as transformers does, and only experts are quantised."""
+    model = new_model(GPT_OSS)
+    nn.quantize(model, mode="mxfp4", class_predicate=lambda path, m: "experts" in path and hasattr(m, "to_quantized"))
+    write_weights(model, {**GPT_OSS, "quantization_config": {"quant_method": "mxfp4"}}, tmp_path / "m")
+    loaded, _ = load(ModelConfig(name=str(tmp_path / "m")))
+    assert {type(module) for module in loaded.modules() if "scales" in module} == {QuantizedSwitchLinear}
+    assert mx.allclose(loaded(TOKENS), model(TOKENS), atol=1e-4)
+    adapters = Adapters(loaded, AdapterConfig(rank=4), mx.random.key(0))
+    adapters.load_state(shaken(adapters.state()))
+    slopes = nn.value_and_grad(loaded, lambda: nn.losses.cross_entropy(loaded(TOKENS), TOKENS).sum())()[1]
+    assert all(array.any().item() for _, array in tree_flatten(slopes))
+    adapted = loaded(TOKENS)
+    assert mx.allclose(merge(loaded, dequantize=True)(TOKENS), adapted, atol=1e-4)
 
 
 def test_merging_keeps_the_format(tmp_path) -> None:

@@ -24,8 +24,8 @@ from grpo.generation.decoding import Decoding, Session, SharedPrefix
 from grpo.generation.joined import Unread
 from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.slots import Size
-from grpo.model.adapters import dtype_of
 from grpo.model.logprobs import ROUNDING
+from grpo.model.quantized import dtype_of
 
 PROMPTS, FORCED = ([1, 2, 3], [4, 5, 6, 7, 8]), ([9, 10, 11], [12, 13, 14])
 

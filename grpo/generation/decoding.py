@@ -18,8 +18,8 @@ from grpo.generation.decoders import BlockDecoder, Decoder
 from grpo.generation.rows import Kept, Line, SharedPrompt
 from grpo.generation.shared import SharedPrefixSession
 from grpo.generation.slots import Size
-from grpo.model.adapters import dtype_of
 from grpo.model.logprobs import ROUNDING
+from grpo.model.quantized import dtype_of
 
 SCORES_HELD = 3
 """Copies of attention scores, in fp32, that stock operations hold at once."""

@@ -28,6 +28,7 @@ from grpo.generation.decoding import SharedPrefix
 from grpo.model.costs import Costs
 from grpo.model.known import CONFIGS
 from grpo.model.outline import costs_of, outline
+from grpo.model.quantized import quantization
 from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.planning import calibration
 from grpo.planning.activations import reckoned_footprint
@@ -83,7 +84,7 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
     """The estimate for one recipe on one machine. Raises TooLargeError if it cannot fit."""
     dtype = None if cfg.model.dtype == "auto" else getattr(mx, cfg.model.dtype)
     if cfg.model.quantize is not None:
-        config = {**config, "quantization": {"group_size": 64, "bits": cfg.model.quantize}}
+        config = {**config, "quantization": quantization(cfg.model.quantize).config}
     model = outline(config, cfg.adapter, dtype)
     if cfg.model.head_dtype != "model":
         widen_head(model)

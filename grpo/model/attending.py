@@ -161,6 +161,17 @@ class InTiles:
         with forward.under_way():
             yield forward
 
+    def fault(self, model: nn.Module) -> str | None:
+        """Why attention keeps its scores all the same, if it does: tried on three tokens, and nothing is computed."""
+        with self.begun() as forward:
+            model(mx.array([[1, 2, 3]]), cache=None)
+        if forward.declined:
+            return "this architecture adds scores of its own"
+        masks = any(
+            hasattr(sys.modules[type(module).__module__], "create_attention_mask") for module in model.modules()
+        )
+        return "this architecture computes it itself" if masks and not forward.answered else None
+
 
 _NOW: ContextVar[Forward | None] = ContextVar("the forward pass that is under way", default=None)
 

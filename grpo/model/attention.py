@@ -66,7 +66,8 @@ class _Call:
 
     def __init__(self, arrays: Sequence[mx.array], index: mx.array | None, scale: float, sight: Sight) -> None:
         self._arrays, self._index = arrays, index
-        queries, self._keys, self._values, *others = arrays
+        queries, *others = arrays
+        self._keys, self._values, *others = (mx.contiguous(array) for array in others)
         self._prompts = others[:2] if index is not None else []
         self._sinks = others[-1] if len(others) % 2 else None
         (rows, heads, length, width), groups = queries.shape, self._keys.shape[1]
@@ -82,8 +83,8 @@ class _Call:
         """What comes out, `[B, HQ, T, E]`, the logarithms of the sums of exponentials, `[B, H, G, T, 1]`, and the
         weights that are kept."""
         outs, sums, kept, after = list[mx.array](), list[mx.array](), list[mx.array](), list[mx.array]()
-        for chunk in self._chunks():
-            out, sum_, weights = chunk.forward(after)
+        for rows, heads in self._cuts:
+            out, sum_, weights = self._chunk(rows, heads, after).forward(after)
             outs, sums, kept, after = [*outs, out], [*sums, sum_], [*kept, *weights], [out]
         return self._together(outs).flatten(1, 2), self._together(sums), *kept
 
@@ -92,13 +93,14 @@ class _Call:
         slopes, out = self._by_head(slopes), self._by_head(out)
         found, theirs, waiting = [], dict[int, list[mx.array]](), list(kept)
         after = list[mx.array]()
-        for chunk, (rows, heads) in zip(self._chunks(), self._cuts, strict=True):
+        for rows, heads in self._cuts:
             given = Given(*(array[rows, heads] for array in (slopes, out, sums)))
-            of_queries, own, of_prompts = chunk.backward(given, waiting, after)
+            of_queries, own, of_prompts = self._chunk(rows, heads, after).backward(given, waiting, after)
             found.append([of_queries, *own])
             after = found[-1]
             if of_prompts:
-                theirs[heads.start] = after = self._summed(theirs.get(heads.start), of_prompts, rows)
+                theirs[heads.start] = self._summed(theirs.get(heads.start), of_prompts, rows)
+                after = [*after, *theirs[heads.start]]
         result = [self._together(list(arrays)) for arrays in zip(*found, strict=True)]
         result += [mx.concatenate(list(arrays), axis=1) for arrays in zip(*theirs.values(), strict=True)]
         if self._sinks is not None:
@@ -108,19 +110,19 @@ class _Call:
             array.reshape(given.shape).astype(given.dtype) for array, given in zip(result, self._arrays, strict=True)
         )
 
-    def _chunks(self) -> list[Chunk]:
-        keys, values, *before = (mx.contiguous(array) for array in (self._keys, self._values, *self._prompts))
-        made = []
-        for rows, heads in self._cuts:
-            prompts = [self._of_rows(array[:, heads], rows) for array in before]
-            sinks = None if self._sinks is None else self._by_row(self._sinks)[heads]
-            own = [array[rows, heads] for array in (keys, values)]
-            made.append(Chunk(self._plan, rows, self._queries[rows, heads], own, prompts, sinks))
-        return made
+    def _chunk(self, rows: slice, heads: slice, after: list[mx.array]) -> Chunk:
+        """Its prompts are looked up when `after` is computed: not all rows' at once."""
+        prompts = [self._of_rows(array[:, heads], rows, after) for array in self._prompts]
+        sinks = None if self._sinks is None else self._by_row(self._sinks)[heads]
+        own = [array[rows, heads] for array in (self._keys, self._values)]
+        return Chunk(self._plan, rows, self._queries[rows, heads], own, prompts, sinks)
 
-    def _of_rows(self, prompts: mx.array, rows: slice) -> mx.array:
+    def _of_rows(self, prompts: mx.array, rows: slice, after: list[mx.array]) -> mx.array:
         """Those of the rows' prompts; a single prompt is not repeated."""
-        return prompts if prompts.shape[0] == 1 else looked_up(prompts, cast(mx.array, self._index)[rows])
+        if prompts.shape[0] == 1:
+            return prompts
+        index = cast(mx.array, self._index)[rows]
+        return looked_up(prompts, mx.depends(index, after) if after else index)
 
     def _summed(self, sofar: list[mx.array] | None, found: Sequence[mx.array], rows: slice) -> list[mx.array]:
         """The gradients of prompts' keys and values: of all rows so far and of these."""

@@ -18,6 +18,8 @@ from grpo.model.logprobs import chunk_tokens, chunked_logprobs, scaled, token_lo
 from grpo.model.promptcaches import Kind
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
 
+KEEPS = "attention keeps its scores for the backward pass, which take memory by the square of the length"
+
 
 class Policy:
     """A model with its adapters, and the logprobs it gives to completions.
@@ -45,6 +47,8 @@ class Policy:
         except Unsplit as reason:
             self.slow.append(f"logprobs go through full logits, because the head cannot be split off: {reason}")
         self._in_tiles: InTiles | None = InTiles(model)
+        if fault := self._in_tiles.fault(model):
+            self.slow.append(f"{KEEPS}: {fault}")
         self._layers: list[Kind] = []
         self._lines: bool | None = None
         self.share_prompts = share_prompts and self._can_share()
@@ -69,7 +73,7 @@ class Policy:
             except Unshared:
                 self._in_tiles = in_tiles  # it is not to blame
                 raise
-            self.slow.append(f"attention keeps its scores for the backward pass: {reason}")
+            self.slow.append(f"{KEEPS}: {reason}")
             return layers
 
     @property

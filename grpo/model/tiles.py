@@ -80,7 +80,7 @@ class _Softmax(NamedTuple):
 
     highest: mx.array
     weight: mx.array
-    total: mx.array | float = 0.0
+    total: mx.array
 
 
 Pair = list[mx.array]
@@ -115,10 +115,12 @@ class Chunk:
             for tiles in self._together(block):
                 queries = mx.depends(queries, after) if after else queries
                 state, weights = _with_tiles(state, queries, tiles, self._plan.keeps)
-                after = [array for array in state if isinstance(array, mx.array)]  # values too, or all weights would wait
+                after = [
+                    array for array in state if isinstance(array, mx.array)
+                ]  # values too, or all weights would wait
             assert state is not None, "every query sees a key"
             total = state.total if self._plan.keeps else state.total / state.weight
-            outs.append(self._by_head(mx.array(total).astype(queries.dtype), block))
+            outs.append(self._by_head(total.astype(queries.dtype), block))
             sums.append(self._by_head(state.highest + mx.log(state.weight) * exponents_unit(), block))
             kept += weights
         return mx.concatenate(outs, axis=3), mx.concatenate(sums, axis=3), kept
@@ -187,7 +189,7 @@ class Chunk:
             return None
         shape = len(self._queries), *self._sinks.shape[:2], len(block)
         highest = mx.broadcast_to(self._sinks * exponents_unit(), shape).flatten(2)[..., None]
-        return _Softmax(highest, mx.ones(highest.shape))
+        return _Softmax(highest, mx.ones(highest.shape), mx.zeros((*highest.shape[:3], self._values.shape[-1])))
 
     def _joined(self, of_tiles: dict[int, Pair], places: range) -> Pair:
         """The gradients of keys and values by those of their tiles, some of which nobody may see."""
@@ -214,14 +216,14 @@ def _with_tiles(
     highest = _all(mx.maximum, tops if state is None else [state.highest, *tops])
     powers = [exp_of(part - highest) for part in scores]
     weight = _all(mx.add, [part.sum(axis=-1, keepdims=True) for part in powers])
-    less = None if state is None else exp_of(state.highest - highest)
-    if state is not None and less is not None:
+    if state is not None:
+        less = exp_of(state.highest - highest)
         weight = weight + state.weight * less
     if keeps:
         powers = [part / weight for part in powers]
     totals = [part.astype(tile.values.dtype) @ tile.values for part, tile in zip(powers, tiles, strict=True)]
     total = _all(mx.add, [part.astype(mx.float32) for part in totals])
-    if state is not None and less is not None and isinstance(state.total, mx.array):
+    if state is not None:
         total = total + state.total * less
     return _Softmax(highest, weight, total), powers if keeps else []
 

@@ -65,7 +65,7 @@ def gradient(policy: Policy, logprobs: Any) -> dict[str, mx.array]:
     return {"logprobs": found, **dict(tree_flatten(tree))}
 
 
-@pytest.mark.parametrize("kind", ["tied", "dense", "moe", "quantised", "gemma3_text", "cohere"])
+@pytest.mark.parametrize("kind", ["tied", "moe", "gemma3_text"])
 @pytest.mark.parametrize("way", ["plain", "shared", "checkpointed", "lines"])
 def test_a_policy_s_gradient_is_that_of_mlx_lm_s_attention(kind: str, way: str, monkeypatch) -> None:
     policy = policy_of(kind, share_prompts=way != "plain", gradient_checkpointing=way == "checkpointed")
@@ -76,7 +76,9 @@ def test_a_policy_s_gradient_is_that_of_mlx_lm_s_attention(kind: str, way: str, 
     monkeypatch.setattr(Forward, "under_way", _recorded(forwards))
     tiled = gradient(policy, logprobs)
     assert forwards
-    assert all(forward.answered and not forward.declined for forward in forwards)
+    passes = {"plain": 1, "lines": 1, "shared": 2, "checkpointed": 4}[way]  # of which two in the backward pass
+    assert sum(forward.answered for forward in set(forwards)) == passes * len(policy.model.layers)
+    assert not any(forward.declined for forward in forwards)
     policy._in_tiles = None
     expected = gradient(policy, logprobs)
     largest = max(mx.abs(array).max().item() for path, array in expected.items() if path != "logprobs")

@@ -250,12 +250,17 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 def recipe(tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe of two quick steps over a file of four questions, with the working directory in a fresh folder."""
     monkeypatch.chdir(tmp_path)
+    return write_recipe(tmp_path, toy_folder)
+
+
+def write_recipe(folder: Path, toy_folder: Path) -> Path:
+    """Write the recipe `recipe` into a folder, with its rows and its reward."""
     rows = [{"question": f"What is {i}+{i}?", "answer": str(2 * i)} for i in range(1, 5)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "digits.py").write_text(
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "digits.py").write_text(
         "def reward(completions, **columns):\n    return [sum(c.isdigit() for c in text) / 8 for text in completions]\n"
     )
-    path = tmp_path / "toy.yaml"
+    path = folder / "toy.yaml"
     path.write_text(
         f"""
 model: {{name: {toy_folder}}}

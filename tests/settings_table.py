@@ -72,7 +72,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "environment.kwargs": ("{doubt: Really}", *TALK),
     "environment.weight": ("2", *TALK),
     "environment.max_turns": ("1", *TALK),
-    "environment.max_tool_calls": ("1", *TOOL),
+    "environment.max_tool_calls": ("1", *TOOL, "rollout.max_completion_length=128"),
     "environment.max_turn_tokens": ("5", *TALK),
     "environment.thinking": ("drop", "model.name=thinker", *TALK),
     "environment.rollout_timeout": ("0.01", *TALK),

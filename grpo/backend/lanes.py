@@ -30,11 +30,12 @@ def lanes_for(parts: int, ranks: Ranks | None = None) -> int:
 
     Several processes on one machine share its cores evenly.
     """
-    return 1 if on_gpu() else max(1, min(parts, _cores(ranks)))
+    return 1 if on_gpu() else max(1, min(parts, own_cores(ranks.neighbours if ranks else 1)))
 
 
-def _cores(ranks: Ranks | None) -> int:
-    return cpu_cores() // (ranks.neighbours if ranks else 1)
+def own_cores(neighbours: int) -> int:
+    """The cores that are this process's share, where so many processes run on this machine (`Ranks.neighbours`)."""
+    return cpu_cores() // neighbours
 
 
 def side_by_side(

@@ -10,6 +10,7 @@ product with log2(e) costs |x| · 6e-8 of relative error.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import cast
 
 import mlx.core as mx
@@ -70,16 +71,28 @@ def logsumexp_and_softmax(x: mx.array) -> tuple[mx.array, mx.array]:
     if on_gpu():
         total = mx.logsumexp(x, axis=-1)
         return total, mx.exp(x - total[..., None])
-    total, powers, summed = logsumexp_and_powers(x)
-    return total, powers / summed
+    total, powers, sums = logsumexp_and_powers(x)
+    return total, powers / sums.sum(axis=-1, keepdims=True)
 
 
 def logsumexp_and_powers(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """log Σ exp over the last axis `[...]`, exp relative to the greatest `[..., V]`, and the sum of that `[..., 1]`."""
+    """log Σ exp over the last axis `[...]`, exp relative to the greatest `[..., V]`, and its sums by block `[..., B]`.
+
+    A CPU adds one number after another, and rounding grows with their count: of the sum of 151,936 exponentials it took
+    2e-4. So B equal blocks of V are summed, and then their sums: the error is below (B + V / B) · 6e-8 of the sum.
+    """
+    *rows, size = x.shape
+    blocks = equal_blocks(size)
     highest = mx.stop_gradient(x.max(axis=-1, keepdims=True))
     powers = exp(x - highest)
-    summed = powers.sum(axis=-1, keepdims=True)
-    return (mx.log(summed) + highest)[..., 0], powers, summed
+    sums = powers.reshape(*rows, blocks, size // blocks).sum(axis=-1)
+    return mx.log(sums.sum(axis=-1)) + highest[..., 0], powers, sums
+
+
+@cache
+def equal_blocks(size: int) -> int:
+    """The largest number of equal blocks that is not above the square root of `size`: 1 if `size` is prime."""
+    return next(blocks for blocks in range(math.isqrt(size), 0, -1) if size % blocks == 0)
 
 
 def chosen(x: mx.array, index: mx.array) -> mx.array:

@@ -138,8 +138,8 @@ def train(
         ),
     ] = None,
     peer: Annotated[
-        str, typer.Option(help="With --peer-python: which toolkit, mlx-lm-lora or unsloth.")
-    ] = "mlx-lm-lora",
+        str | None, typer.Option(help="With --peer-python: which toolkit, unsloth or (the default) mlx-lm-lora.")
+    ] = None,
     peer_options: Annotated[
         str, typer.Option(help="With --peer-python: options of its script in scripts/benchmarks, in one string.")
     ] = "",
@@ -158,13 +158,13 @@ def train(
 
     if update and (peer_python or blas):
         raise UserError("--peer-python and --blas are for whole steps: leave --update out")
-    if (variants and not update) or ((blas or peer_options) and not peer_python):
+    if (variants and not update) or ((peer or blas or peer_options) and not peer_python):
         raise UserError(
-            "--variants means nothing without --update, nor --blas and --peer-options without --peer-python"
+            "--variants means nothing without --update, nor --peer, --blas and --peer-options without --peer-python"
         )
     if update:
         return compare_updates(setting, variant_names(variants), 60 * minutes)
-    toolkit = Toolkit(peer, peer_python, blas, peer_options) if peer_python else None
+    toolkit = Toolkit(peer or "mlx-lm-lora", peer_python, blas, peer_options) if peer_python else None
     return compare_steps(setting, toolkit)
 
 

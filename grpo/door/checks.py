@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from inspect import Signature
 from typing import Any
 
 from grpo.errors import UserError, did_you_mean
+from grpo.trl import answer
 from grpo.types import Batch, Group
 
 OTHER_NAMES = {
@@ -40,6 +42,17 @@ def unknown_setting(said_by: str, name: str, known: Iterable[str], beside: Itera
     else:
         hint = did_you_mean(name, [*known, *beside])
     return UserError(f"{said_by}: unknown setting {name}; there is {', '.join(known)}.{hint}")
+
+
+def unknown_argument(said_by: str, name: str, signature: Signature, trls: Mapping[str, str]) -> UserError:
+    """The error for an argument that is not in a signature. `trls` are TRL's names, and what they are called there."""
+    there = f"{said_by}: there is no argument {name!r}"
+    if name in trls:
+        return UserError(f"{there}: TRL's {name} is {trls[name]} here, as {said_by}(..., {trls[name]}=...)")
+    if (found := answer(name)) is not None:
+        return UserError(f"{there}: {found.sentence(name)} A recipe has such settings: grpo.recipe(...)")
+    known = [one.name for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    return UserError(f"{there}; there is {', '.join(known)}.{did_you_mean(name, known)}")
 
 
 def whole_number(value: Any, what: str) -> int:

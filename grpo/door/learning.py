@@ -115,6 +115,9 @@ def batches(
     goes alone). Rows that can have no gradient are left out; the denominators count them. `max_completion_length`, in
     tokens, is what a loss that averages over a constant ("dr_grpo") divides by.
 
+    Each completion has a row of its own. On a GPU `grpo.Trainer` may send several behind one another instead
+    (`optim.pack_completions`): the same gradient but for rounding, with less padding.
+
     Arrays of a batch are `[B, T]`, B rows of T tokens, float32 but for int32 `token_ids`; see `grpo.Batch`.
 
     Raises UserError for groups sampled without logprobs (at another temperature than the policy's), for groups without

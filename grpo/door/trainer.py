@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import signal
 import weakref
@@ -9,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 from rich.console import Console
 
 from grpo.config import Recipe
-from grpo.door.checks import kind_of
+from grpo.door.checks import kind_of, unknown_argument
 from grpo.door.handing import handed
 from grpo.door.opening import How, Opening
 from grpo.door.policy import save_adapter
@@ -39,6 +40,15 @@ FLAGS = {
 }
 """What the options of `grpo train`, which messages name, are called here."""
 
+
+TRLS = {
+    "args": "recipe",
+    "reward_funcs": "rewards",
+    "train_dataset": "data",
+    "eval_dataset": "eval_data",
+    "environment_factory": "environment",
+}
+"""What arguments of TRL's `GRPOTrainer` are called here; `grpo.trl` knows those that are settings of a recipe."""
 
 Why = Literal["finished", "stopped"]
 ENDS: dict[bool, Why] = {True: "finished", False: "stopped"}
@@ -110,7 +120,10 @@ class Trainer:
         tools: Sequence[Any] | None = None,
         callbacks: StepCallback | Sequence[StepCallback] = (),
         quiet: bool = False,
+        **unknown: Never,
     ) -> None:
+        if unknown:
+            raise unknown_argument("grpo.Trainer", next(iter(unknown)), inspect.signature(Trainer), TRLS)
         self.callbacks = _callbacks(callbacks)
         cfg = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
         self.recipe, self._given = handed(cfg, rewards, data, eval_data, loss, source, environment, environments, tools)

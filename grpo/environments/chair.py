@@ -10,52 +10,17 @@ import pickle
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpo.environments import results
-from grpo.environments.describe import EnvironmentKind, kind_of, methods_of, place_of, takes
+from grpo.environments.describe import EnvironmentKind, kind_of, place_of, takes
 from grpo.environments.seats import Reply
 from grpo.environments.streams import CURRENT, Streams
+from grpo.environments.toolbox import CLOSE, Maker, Makers, Tool, of_entry, tools_of
 from grpo.errors import UserError
 
 Errand = Callable[[], None]
-CLOSE = "close"
-"""The method of a tool's class that is called when a conversation is over. (Of an environment it would be a tool.)"""
-
-
-@dataclass(frozen=True, slots=True)
-class Maker:
-    """A class or function, and the recipe's arguments for it. `name` is how a tool that is a function is called."""
-
-    make: Callable[..., Any]
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    name: str = ""
-
-    @property
-    def makes_objects(self) -> bool:
-        return inspect.isclass(self.make)
-
-
-@dataclass(frozen=True, slots=True)
-class Makers:
-    """What each conversation's objects are made of: an environment, if there is one, and tools."""
-
-    environment: Maker | None
-    tools: Sequence[Maker] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """What a name that the model may call stands for.
-
-    `owner` is the place among the recipe's tools, or None for the environment; `given` are the recipe's arguments.
-    """
-
-    function: Callable[..., Any]
-    owner: int | None
-    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Thread:
@@ -126,16 +91,16 @@ class Chair:
         return [(place, one) for place, one in [("", self.environment), *owned] if one is not None]
 
     def make(self) -> None:
-        """Make the objects, if they are not there. Raises what their code raises; ValueError for a clash of names."""
+        """Make the objects, if they are not there. Raises what the environment raises; ToolEntryError for the tools."""
         if self._owned is not None:
             return
         made = self._makers.environment
         environment = None if made is None else self._made(made)
         owned = [
-            self._made(tool, f"tools.{place}: ") if tool.makes_objects else None
+            self._made_tool(place, tool) if tool.makes_objects else None
             for place, tool in enumerate(self._makers.tools)
         ]
-        self.tools = _tools(environment, self._makers.tools, owned)
+        self.tools = tools_of(environment, self._makers.tools, owned)
         self.environment, self._owned, self._kind = environment, owned, kind_of(environment)
 
     def reset(self, columns: bytes | Mapping[str, Any], seed: int) -> Reply:
@@ -144,9 +109,10 @@ class Chair:
             self.make()
             self._streams.seed(seed)
             assert self._owned is not None
-            for owned in self._owned:  # a tool that is a class begins anew, too, and has nothing to say to the prompt
+            for place, owned in enumerate(self._owned):  # they begin anew, too, and have nothing to say to the prompt
                 if hasattr(owned, "reset"):
-                    self._reset(owned, given, seed)
+                    with of_entry(place, "reset: "):
+                        self._reset(owned, given, seed)
             return results.of_reset(self._reset(self.environment, given, seed))
         except BaseException:
             self.discard()
@@ -195,7 +161,11 @@ class Chair:
         finally:
             self._awaited = None
 
-    def _made(self, maker: Maker, place: str = "") -> Any:
+    def _made_tool(self, place: int, maker: Maker) -> Any:
+        with of_entry(place, "it cannot be made: "):
+            return self._made(maker)
+
+    def _made(self, maker: Maker) -> Any:
         """An object. Raises UserError where it is called with other arguments than it has, and shows it."""
         try:
             return self.run(maker.make, maker.kwargs)
@@ -203,12 +173,12 @@ class Chair:
             if traceback.extract_tb(error.__traceback__)[-1].filename != __file__:  # its own code raised this
                 raise
             advice = "it is called with what the recipe gives it in `kwargs`"
-            if not place and inspect.isroutine(maker.make):
+            if inspect.isroutine(maker.make):
                 advice = (
                     "a function here makes the object that the model talks to. A function for the model to call "
                     "belongs in `tools`"
                 )
-            raise UserError(f"{place}{error}{place_of(maker.make)}: {advice}") from None
+            raise UserError(f"{error}{place_of(maker.make)}: {advice}") from None
 
     def _reset(self, instance: Any, columns: Mapping[str, Any], seed: int) -> Any:
         """What `reset` returns; it gets `seed` if it names that, and the dataset has no column of this name."""
@@ -216,20 +186,3 @@ class Chair:
         if reset is None:
             return None
         return self.run(reset, {"seed": seed, **columns} if takes(reset, "seed") else columns)
-
-
-def _tools(environment: Any, makers: Sequence[Maker], owned: Sequence[Any]) -> dict[str, Tool]:
-    """By name: those of the recipe first, as TRL has it, then the environment's methods."""
-    found: list[tuple[str, Tool]] = []
-    for place, (maker, instance) in enumerate(zip(makers, owned, strict=True)):
-        if instance is None:
-            found.append((maker.name, Tool(maker.make, place, maker.kwargs)))
-        else:
-            methods = [name for name in methods_of(instance) if name != CLOSE]
-            found += [(name, Tool(getattr(instance, name), place)) for name in methods]
-    if environment is not None:
-        found += [(name, Tool(getattr(environment, name), None)) for name in methods_of(environment)]
-    names = [name for name, _ in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two tools are called {twice[0]!r}, and a model could not tell them apart: rename one")
-    return dict(found)

@@ -7,17 +7,18 @@ number (`id`) that its answer has too.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
 from grpo.environments import results
-from grpo.environments.chair import Chair, Makers, Thread
+from grpo.environments.chair import Chair, Thread
 from grpo.environments.describe import describe, reset_problem, schema_of
 from grpo.environments.hosted import HostedRewards
+from grpo.environments.loops import run_in_thread, stop
 from grpo.environments.seats import Reply
+from grpo.environments.toolbox import Makers, ToolEntryError
 from grpo.errors import UserError
 
 Reporter = Callable[[dict[str, Any]], None]
@@ -30,38 +31,40 @@ class Chairs:
 
     def __init__(self, makers: Makers, answer: Reporter) -> None:
         self._makers, self._answer = makers, answer
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=_run, args=[self._loop], name="asynchronous calls", daemon=True).start()
+        self._loop, self._looping = run_in_thread("asynchronous calls")
         self._seats: dict[int, Chair] = {}
         self._free: list[Chair] = []
         self._office = Thread("rewards")
         self._rewards = HostedRewards(self._loop)
 
     def close(self) -> None:
-        """End the threads that can be ended."""
+        """End the threads that can be ended. Closing again does nothing."""
         for thread in (*(chair.thread for chair in (*self._seats.values(), *self._free)), self._office):
             thread.end()
             thread.interrupt()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        stop(self._loop, self._looping, 0)
 
     def hello(self, name: str | None) -> dict[str, Any]:
         """What the environment and its tools are, found out from the first objects, which will serve.
 
         `owners` holds for each tool its place among the recipe's tools, or None for the environment's. Raises UserError
-        if they cannot be made, and for tools without a schema.
+        if they cannot be made, and for tools without a schema (ToolEntryError for mistakes in `tools`).
         """
         chair = Chair(self._makers, self._loop)
         made: Future[None] = Future()
         chair.thread.submit(lambda: _try(made, chair.make))
         try:
             made.result()
+        except ToolEntryError:
+            raise
         except BaseException as error:  # SystemExit, too
-            said = results.of_exception(error, tool=isinstance(error, ValueError)).error
+            said = results.of_exception(error, tool=False).error
             raise UserError(f"it cannot be made: {said}") from error
         self._free.append(chair)
         schemas = [self._schema(chair, name) for name in chair.tools]
         owners = {name: tool.owner for name, tool in chair.tools.items()}
-        return {"description": asdict(describe(name, chair.environment, schemas)), "owners": owners}
+        functions = {name: tool.function for name, tool in chair.tools.items()}
+        return {"description": asdict(describe(name, chair.environment, schemas, functions)), "owners": owners}
 
     def handle(self, request: Mapping[str, Any]) -> None:
         """Begin what is asked for. The answer comes when it is done."""
@@ -147,16 +150,6 @@ class Chairs:
         tool = chair.tools[name]
         owner = "" if tool.owner is None else f"tools.{tool.owner}"
         return schema_of(name, tool.function, tuple(tool.given), owner)
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    """Run a loop until it is stopped."""
-    loop.run_forever()
-    for task in (tasks := asyncio.all_tasks(loop)):
-        task.cancel()
-    if tasks:
-        loop.run_until_complete(asyncio.wait(tasks, timeout=GLANCE))
-    loop.close()
 
 
 def _try(future: Future[None], function: Callable[[], None]) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping
-from types import FunctionType, MethodType
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import FunctionType, MethodType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from grpo.environments.seats import Description
 from grpo.errors import UserError
@@ -144,10 +144,14 @@ def reset_problem(reset: Callable[..., Any], columns: Collection[str]) -> str | 
     return None
 
 
-def describe(name: str | None, environment: Any, schemas: list[dict[str, Any]]) -> Description:
-    """What is told of an environment, which is None if there are tools alone."""
+def describe(
+    name: str | None, environment: Any, schemas: list[dict[str, Any]], tools: Mapping[str, Callable[..., Any]]
+) -> Description:
+    """What is told of an environment, which is None if there are tools alone. `tools` are the functions by name."""
+    called = {**tools, "step": environment.step} if kind_of(environment) in ANSWERS.values() else tools
+    steps = [which for which, function in called.items() if may_return_step(function)]
     if environment is None:
-        return Description(name or "tools", "tools", schemas)
+        return Description(name or "tools", "tools", schemas, steps=steps)
     return Description(
         name or type(environment).__name__,
         kind_of(environment),
@@ -155,7 +159,26 @@ def describe(name: str | None, environment: Any, schemas: list[dict[str, Any]]) 
         callable(getattr(environment, "get_reward", None)),
         callable(getattr(environment, "reset", None)),
         _withheld(environment),
+        steps,
     )
+
+
+PLAIN = (str, int, float, complex, bool, bytes, list, tuple, set, dict, type(None), None)
+"""Types of results that are no `Step`."""
+
+
+def may_return_step(function: Callable[..., Any]) -> bool:
+    """Whether a function may return a `Step`: its return annotation does not name plain types alone."""
+    try:
+        hint: Any = inspect.get_annotations(inspect.unwrap(function), eval_str=True)["return"]
+    except Exception:  # there is none, or it cannot be resolved
+        return True
+    parts: Sequence[Any] = get_args(hint) if _is_union(get_origin(hint)) else [hint]
+    return any((get_origin(part) or part) not in PLAIN for part in parts)
+
+
+def _is_union(origin: Any) -> bool:
+    return origin is Union or origin is UnionType
 
 
 def _withheld(environment: Any) -> list[str]:

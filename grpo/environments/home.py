@@ -40,6 +40,8 @@ class Home:
         self.ready = asyncio.Event()
         self.hello: Mapping[str, Any] = {}
         self.problem: str | None = None
+        self.gone = False
+        """Whether nothing answers here any more. How it ended takes a while to find out: then all seats are lost."""
         self.lost: Reply | None = None
         self.retired = False
         """Whether it takes no new seats: something in it hangs."""
@@ -50,7 +52,10 @@ class Home:
         self._numbers = itertools.count()
 
     async def ask(self, request: Mapping[str, Any], seconds: float) -> Any:
-        """The answer. Raises TimeoutError after `seconds` from when it is ready, LostError if it ends before."""
+        """The answer. Raises TimeoutError after `seconds` from when it is ready, LostError if it ends before.
+
+        If it is `gone` by then, this waits for `lose`, which says how it ended.
+        """
         await self.ready.wait()
         if self.lost is not None:
             raise LostError(self.lost)
@@ -58,7 +63,10 @@ class Home:
         self._waiting[number] = future = asyncio.get_running_loop().create_future()
         try:
             self.send({**request, "id": number})
-            return await asyncio.wait_for(future, seconds)
+            await asyncio.wait([future], timeout=seconds)
+            if not future.done() and not self.gone:
+                raise TimeoutError
+            return await future
         finally:
             self._waiting.pop(number, None)
 
@@ -94,7 +102,7 @@ class Home:
     def leave(self, seat: int | None) -> None:
         """A seat is over. The last one to leave a retired home ends it."""
         self.seats -= {seat}
-        if self.retired and not self.seats and self.lost is None:
+        if self.retired and not self.seats and not self.gone:
             self._ending = asyncio.ensure_future(self.end(CLOSED))
 
     def release(self, seat: int) -> None:
@@ -105,6 +113,7 @@ class Home:
 
     def lose(self, reply: Reply) -> None:
         """All seats are lost, and whoever waits is told."""
+        self.gone = True
         self.lost = self.lost or reply
         self.ready.set()
         for future in self._waiting.values():

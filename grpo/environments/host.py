@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import threading
+import weakref
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from grpo.environments import hosted
 from grpo.environments.home import CLOSED, Home, LostError
+from grpo.environments.loops import run_in_thread, stop
 from grpo.environments.process import START_SECONDS
 from grpo.environments.seat import HostSeat
 from grpo.environments.seats import Description, HostedReward, LoadedReward, Seat
@@ -20,6 +21,8 @@ from grpo.errors import UserError
 from grpo.processes.output import Output
 
 Returned = TypeVar("Returned")
+STOP_SECONDS = 5.0
+"""For the thread of a host to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +49,8 @@ class EnvironmentHost:
         """Starts all homes, and does not wait for them. `make_home(True)` makes one that says what it is when ready."""
         self.terms = terms
         self._make_home, self._output = make_home, output
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name=terms.what, daemon=True)
-        self._thread.start()
+        self.loop, thread = run_in_thread(terms.what)
+        self._stop = weakref.finalize(self, stop, self.loop, thread, STOP_SECONDS)  # at the end of Python, too
         self._closed = False
         self._rewards: list[HostedReward] = []
         self._hello: Mapping[str, Any] = {}
@@ -91,9 +93,7 @@ class EnvironmentHost:
             return
         self._closed = True
         asyncio.run_coroutine_threadsafe(self._end(), self.loop).result()
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
+        self._stop()
         if self._output is not None:
             self._output.close()
 
@@ -141,7 +141,7 @@ class EnvironmentHost:
             self._output.begin()
         place = group % len(self._homes)
         home = self._homes[place]
-        if home.retired or home.lost is not None:
+        if home.retired or home.gone:
             home = self._homes[place] = self._home()
             self._loading = [asyncio.ensure_future(self._load_again(home, reward)) for reward in self._rewards]
         seats = [HostSeat(self, home, next(self._numbers)) for _ in range(n)]

@@ -10,11 +10,11 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from grpo.environments.chair import Makers
 from grpo.environments.chairs import Chairs
 from grpo.environments.home import Home
 from grpo.environments.seats import Reply
 from grpo.environments.streams import install
+from grpo.environments.toolbox import Makers
 from grpo.errors import UserError
 
 

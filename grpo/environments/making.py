@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config.environment import EnvironmentConfig, ToolConfig
-from grpo.environments.chair import Maker, Makers
 from grpo.environments.home import Home
 from grpo.environments.host import EnvironmentHost, HostTerms
 from grpo.environments.inline import InlineHome
 from grpo.environments.process import ProcessHome, ProcessTerms
+from grpo.environments.toolbox import Maker, Makers
 from grpo.errors import UserError
 from grpo.plugins import Function, Located, locate_tool
 from grpo.processes.output import Output

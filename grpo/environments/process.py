@@ -91,6 +91,7 @@ class ProcessHome(Home):
             while True:
                 self.answered(await _receive(reader))
         except TimeoutError:  # an OSError, too
+            self._disconnect()
             self.problem = await asyncio.to_thread(killed, process, START_SECONDS, when)
             await self._over(process, Reply("crash", error=self.problem))
         except _NOISE as error:
@@ -108,6 +109,8 @@ class ProcessHome(Home):
         await asyncio.to_thread(process.kill)
 
     def _disconnect(self) -> None:
+        """Speak to it no more, before its process is ended: that closes a descriptor which the loop still watches."""
+        self.gone = True
         if self._writer is not None:
             self._writer.transport.abort()
 

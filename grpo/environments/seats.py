@@ -43,6 +43,8 @@ class Description:
                `rollout`: it makes trajectories by itself, by `async def rollout(self, task, sampler)`
     tools      the JSON schemas of all tools, as chat templates take them (`{"type": "function", "function": {...}}`)
     rewards    whether it has `get_reward`
+    steps      the calls whose result may be a `Step`, which may reward: `step` where that answers the model, and those
+               of the tools whose return annotation does not rule it out
     resets     whether it has `reset`, which may add to the prompt
     withheld   public methods with a docstring that are no tools, because `step(text)` is spoken to in text alone
     """
@@ -53,6 +55,12 @@ class Description:
     rewards: bool = False
     resets: bool = False
     withheld: Sequence[str] = ()
+    steps: Sequence[str] = ()
+
+    @property
+    def may_reward(self) -> bool:
+        """Whether a conversation can have a reward from it at all."""
+        return self.rewards or bool(self.steps)
 
 
 @dataclass(frozen=True, slots=True)

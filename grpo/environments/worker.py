@@ -67,8 +67,8 @@ def _load(setup: dict[str, Any], reply: _Replies) -> tuple[Any, dict[str, Any]]:
     from grpo.environments.streams import install
 
     install()  # before their files are imported
-    from grpo.environments.chair import Maker, Makers
     from grpo.environments.chairs import Chairs
+    from grpo.environments.toolbox import Maker, Makers
 
     environment, tools = setup["environment"], setup["tools"]
     made = environment and Maker(environment[0].load(), environment[1])

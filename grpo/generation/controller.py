@@ -71,9 +71,14 @@ class Always:
         self.drafts, self.tally, self._width = Drafts(), DraftTally(), width
         self.most = WIDEST
         """Tokens that a step may feed a row at the most: as many as there is memory for."""
-        self.description = (
-            f"every step feeds a row {width - 1} draft{'s' if width > 2 else ''} (rollout.speculate: {width - 1})"
-        )
+
+    @property
+    def description(self) -> str:
+        """What it does, for a person."""
+        drafts = min(self._width, self.most) - 1
+        every = f"every step feeds a row {drafts} draft{'s' if drafts > 1 else ''}"
+        short = ", because memory has no room for more" if self.most < self._width else ""
+        return f"{every}{short} (rollout.speculate: {self._width - 1})"
 
     def width(self, rows: Sequence[Row | None]) -> int:  # noqa: ARG002  the same for all
         return min(self._width, self.most)
@@ -94,13 +99,16 @@ class Automatic(Always):
 
     def __init__(self) -> None:
         super().__init__(1)
-        self.description = "drafts where they pay, by the times of steps on this machine (rollout.speculate: auto)"
         self._plans: dict[Case, WidthPlan] = {}
         self._times = StepTimes()
         self._taken: defaultdict[tuple[DraftKind, int], Taken] = defaultdict(Taken)  # at wide steps
         self._promised: defaultdict[tuple[DraftKind, int], Taken] = defaultdict(Taken)  # by replays
         self._elapsed = self._lost = self._watching = 0.0
         self._cost = 5e-6  # seconds that a replay takes for a token
+
+    @property
+    def description(self) -> str:
+        return "drafts where they pay, by the times of steps on this machine (rollout.speculate: auto)"
 
     def width(self, rows: Sequence[Row | None]) -> int:
         case = Case.of(rows)
@@ -216,8 +224,13 @@ class Automatic(Always):
         self._watching, group.replayed = self._watching + spent, lengths
 
 
+def widest_of(setting: Literal["auto", "off"] | int) -> int:
+    """The most tokens that a step feeds a row as `rollout.speculate` asks for it."""
+    return {"off": 1, "auto": WIDEST}[setting] if isinstance(setting, str) else setting + 1
+
+
 def speculation_of(setting: Literal["auto", "off"] | int) -> Speculation | None:
     """What a recipe's `rollout.speculate` asks for: `auto`, `off`, or so many drafts at every step."""
     if setting == "off":
         return None
-    return Automatic() if setting == "auto" else Always(int(setting) + 1)
+    return Automatic() if setting == "auto" else Always(widest_of(setting))

@@ -28,12 +28,15 @@ from grpo.model.attending import asking_caches, attends
 class Decoder(Protocol):
     """S slots of W tokens each, V tokens in the vocabulary."""
 
+    copied: int
+    """Bytes that are held beside the model's own weights from `refresh` to `forget`."""
+
     def refresh(self) -> None:
         """Take over what the model's arrays are now."""
         ...
 
     def forget(self) -> None:
-        """Hold no weight that trains until the next `refresh`: it may be replaced."""
+        """Hold no weight that trains until the next `refresh`, because it may be replaced, and no copy of any."""
         ...
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
@@ -47,6 +50,7 @@ class BlockDecoder:
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
         self._halved = available() and blocks.halve()
+        self.copied = 0 if self._halved else blocks.merge()
         self._compiled: Callable[..., mx.array] | None = None
 
     def refresh(self) -> None:
@@ -54,8 +58,7 @@ class BlockDecoder:
             self._compiled = None  # a trace keeps the weights that it was made with, unless they train
 
     def forget(self) -> None:
-        if self.blocks.train:
-            self.blocks.forget()
+        self.blocks.forget()
 
     def logits(self, tokens: mx.array, layers: Sequence[Layer], attention: Attention, view: View) -> mx.array:
         if not attention.overlaps:
@@ -111,6 +114,8 @@ class BlockDecoder:
 
 class ModelDecoder:
     """Any model with plain keys and values, by its own forward pass."""
+
+    copied = 0
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

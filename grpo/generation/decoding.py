@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Protocol
+from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -115,11 +116,14 @@ class Decoding(Protocol):
         ...
 
     def forget(self) -> None:
-        """Hold no weight that trains: an update may replace it, and the old one would stay in memory beside the new."""
+        """Hold no weight that trains, and no copy of any, unless a session is open.
+
+        An update may replace such a weight, and the old one would stay in memory beside the new.
+        """
         ...
 
     def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
-        """Bytes of keys and values for so many slots and prompts at once, of at most these lengths in tokens."""
+        """Bytes that are held to decode so many slots and prompts at once, of at most these lengths in tokens."""
         ...
 
     def outside(self, prompt: int, completion: int) -> int:
@@ -145,6 +149,7 @@ class SharedPrefix:
         self.decoder, self.attention, self.shapes = decoder, attention, shapes
         self.vocabulary, self.description, self.refused = vocabulary, description, refused
         self.narrow = None if attention.widest > 1 else "its attention takes one token of a row at a step"
+        self._sessions: WeakSet[Session] = WeakSet()  # a session whose engine was dropped is not open any more
         # The model's own forward pass is patched while it runs, which another thread would see.
         self.side_by_side = isinstance(decoder, BlockDecoder) and not attention.overlaps and not on_gpu()
 
@@ -154,9 +159,11 @@ class SharedPrefix:
 
     def open(self, size: Size) -> Session:
         self.decoder.refresh()
-        return SharedPrefixSession(
+        session = SharedPrefixSession(
             self.model, self.decoder, self.attention, self.shapes, lambda: self._extends_together, size
         )
+        self._sessions.add(session)
+        return session
 
     @cached_property
     def _extends_together(self) -> bool:
@@ -165,14 +172,15 @@ class SharedPrefix:
         return extends_together(self.model, ROUNDING.get(dtype, min(ROUNDING.values())))
 
     def forget(self) -> None:
-        self.decoder.forget()
+        if not self._sessions:
+            self.decoder.forget()
 
     def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
         token = sum(shape.bytes_per_token for shape in self.shapes)
         if self.side_by_side and slots >= LANES_FROM:  # a prompt may lie in each lane
             places = min(slots, MOST_LANES * places)
         at_once = min(places * prompt, max(prompt, PREFILL_TOKENS))
-        cached = token * (slots * completion + places * prompt + at_once)
+        cached = self.decoder.copied + token * (slots * completion + places * prompt + at_once)
         if self.attention.overlaps:
             return cached
         # Stock attention holds its scores: of one layer's step, or of a chunk of prompts.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from grpo.generation.rows import Row, SharedPrompt
 from grpo.generation.suffixes import ROOT, SuffixAutomaton
@@ -21,10 +22,14 @@ OF_A_PROMPT = 8
 OF_OTHERS = 32
 """Completions of other prompts that a new prompt begins with."""
 INDEXED = 2**18
-"""States in the indices of all groups in flight, some 300 bytes each; beyond that a new group gets no drafts."""
+"""States in the indices of all groups in flight, some 330 bytes each. Beyond that indices grow no more, and a new group
+gets no drafts."""
+STATES = 2
+"""States that a token adds to an index at the most."""
 LEAD = 8
 """Tokens of another prompt's end that stand before its completions."""
 
+T = TypeVar("T")
 Other = tuple[tuple[int, ...], "array[int]"]
 """A completion of another prompt, behind the last tokens of that."""
 
@@ -59,13 +64,14 @@ class History:
             self._held -= sum(map(len, gone))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Siblings:
     """The rows of a prompt that are in flight, and the index that they are guessed from, once that is asked for.
 
     `past` has the prompt's completions from before the group began, and `others` those of other prompts, if there were
-    none. `states` has the place of each row in the index, and how many of its tokens are in there. `ended` are the rows
-    whose turns have ended, and `replayed` says how many tokens rows had when they were last replayed (`replay`).
+    none. `states` has the place of each row in the index, and how many of its tokens led there. `ended` are the rows
+    whose turns have ended, and `replayed` says how many tokens rows had when they were last replayed (`replay`). An
+    index that `grows` no more still knows where rows are, by what was said before.
     """
 
     key: tuple[int, ...]
@@ -76,6 +82,12 @@ class Siblings:
     prompt_state: int = ROOT
     ended: dict[Row, None] = field(default_factory=dict)
     replayed: dict[Row, int] = field(default_factory=dict)
+    grows: bool = True
+
+    @property
+    def size(self) -> int:
+        """States of the index."""
+        return 0 if self.index is None else len(self.index)
 
     @property
     def seen(self) -> bool:
@@ -98,13 +110,21 @@ class Siblings:
             index.extend(prompt, completion)
         return index, prompt
 
-    def likely(self, row: Row, most: int) -> list[int]:
-        """Tokens that may follow a row's last. Takes in what the row has said since it was last asked."""
+    def likely(self, row: Row, most: int, room: int) -> list[int]:
+        """Tokens that may follow a row's last. Takes in what the row has said since it was last asked.
+
+        The index takes in no more than there is `room` for, in states, and is not made where it would not fit.
+        """
         if self.index is None:
+            if STATES * self.background >= room:
+                return []
             self.index, self.prompt_state = self.new_index()
+            room -= self.size
         state, known = self.states.get(row, (self.prompt_state, 0))
-        if known < len(row.token_ids):
-            state = self.index.extend(state, row.token_ids[known:])
+        if new := row.token_ids[known:]:
+            # What was left out once has a gap behind it: nothing may be appended there.
+            self.grows = self.grows and STATES * len(new) <= room
+            state = self.index.extend(state, new) if self.grows else self.index.follow(state, new)
             self.states[row] = state, len(row.token_ids)
         return self.index.likely(state, most)
 
@@ -115,13 +135,15 @@ class Drafts:
     def __init__(self) -> None:
         self.memory = History()
         self._groups: dict[SharedPrompt, Siblings] = {}
+        self._indexed = 0
 
     def propose(self, row: Row, most: int) -> list[int]:
         """Up to `most` tokens that may follow a row's last."""
         group = self.group(row.prompt)
-        if group.index is None and self._full():
-            return []
-        return group.likely(row, most)
+        before = group.size
+        tokens = group.likely(row, most, INDEXED - self._indexed)
+        self._indexed += group.size - before
+        return tokens
 
     def group(self, prompt: SharedPrompt) -> Siblings:
         """What is known of a prompt's group, which prompts in flight with the same ids share: lanes divide a group.
@@ -131,6 +153,7 @@ class Drafts:
         group = self._groups.get(prompt)
         if group is None:
             self._groups = {other: known for other, known in self._groups.items() if other.left > 0}
+            self._indexed = sum(known.size for known in set(self._groups.values()))
             group = self._groups[prompt] = self._new_group(tuple(prompt.ids))
         return group
 
@@ -138,12 +161,21 @@ class Drafts:
         if shared := [group for group in self._groups.values() if group.key == key]:
             return shared[0]
         past = self.memory.of(key)
-        return Siblings(key, past, [] if past else self.memory.others())
+        others = [] if past else self.memory.others()
+        room = (INDEXED - self._indexed) // 2 // STATES - len(key)  # half is for what rows say, and for other groups
+        return Siblings(key, _newest(past, len, room), _newest(others, lambda other: sum(map(len, other)), room))
 
     def remember(self, row: Row) -> None:
         """Keep the completion of a row whose turn has ended."""
         self.memory.add(self.group(row.prompt).key, row.token_ids)
 
-    def _full(self) -> bool:
-        indices = {id(group): group.index for group in self._groups.values() if group.index is not None}
-        return sum(map(len, indices.values())) >= INDEXED
+
+def _newest(said: list[T], size: Callable[[T], int], room: int) -> list[T]:
+    """The newest of these that together have room, oldest first. `size` and `room` are in tokens."""
+    taken: list[T] = []
+    for one in reversed(said):
+        room -= size(one)
+        if room < 0:
+            break
+        taken.append(one)
+    return taken[::-1]

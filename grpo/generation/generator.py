@@ -62,6 +62,8 @@ class Generator:
         """What drafts tokens, so that a step can bring several; None for one token a step."""
         self.lanes: int | None = None
         """How many threads decode side by side, each with its share of the slots; None for as many as pay here."""
+        self.neighbours = 1
+        """Processes on this machine that share its cores, this one included (`Ranks.neighbours`)."""
         self.progress: Progress | None = None
         self.stop_ids = frozenset(tokenizer.eos_token_ids)
         layers = [array.size for layer in model.layers for _, array in tree_flatten(layer.parameters())]
@@ -140,6 +142,8 @@ class Generator:
             return []
         if self.decoding.narrow:
             return [f"speculation: off, because {self.decoding.narrow}"]
+        if self.speculation.most == 1:
+            return ["speculation: off, because memory has no room for steps of several tokens"]
         return [f"speculation: {self.speculation.description}"]
 
     def open(self) -> Engine:
@@ -158,7 +162,8 @@ class Generator:
     def _lanes(self) -> int:
         if not self.decoding.side_by_side:
             return 1
-        return min(self.slots, rollout_lanes(self.slots, self._largest) if self.lanes is None else self.lanes)
+        pay = rollout_lanes(self.slots, self._largest, self.neighbours) if self.lanes is None else self.lanes
+        return min(self.slots, pay)
 
     def _find_decoding(self) -> None:
         self._modules = [module for _, module in self.model.named_modules()]

@@ -89,13 +89,18 @@ class Products:
             raise Unread("only some of the layers of one input have a bias")
         self.outs = tuple(_outputs(layer) for layer in layers)
         self.ranks = tuple(int(layer.lora_b.shape[0]) if "lora_a" in layer else 0 for layer in layers)
-        self._halved = False
+        self._halved = self._merges = False
         self._weights, self._adapters = LastSeen(), LastSeen()
         self.joined: dict[str, mx.array] = {}
         """The joined matrix and what belongs to it, by their names in a layer; always the same dictionary."""
         self.lora: dict[str, mx.array] = {}
         """`a` `[in, ranks]` and `b` where there are adapters, `b` alone where A lies below the matrix; always the same
-        dictionary. `b` is `[ranks, sum of outs]`, or `[most ranks, sum of outs]` where kernels apply it."""
+        dictionary. `b` is `[ranks, sum of outs]`, or `[most ranks, sum of outs]` where kernels apply it. Where adapters
+        are merged, `merged` `[sum of outs, in]` alone: a copy of the joined matrix with all of them added."""
+
+    @property
+    def quantised(self) -> bool:
+        return isinstance(self._bases[0], nn.QuantizedLinear)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -109,10 +114,20 @@ class Products:
         self._weights.forget()
         self._adapters.forget()
 
+    def merge(self) -> None:
+        """From the next `refresh` on, compute with a copy of the matrix that has the adapters in it."""
+        self._merges = True
+        self._adapters.forget()
+
+    @property
+    def copied(self) -> int:
+        """Bytes of the copy that merging the adapters takes: 0 where there are none."""
+        return sum(base.weight.nbytes for base in self._bases) if any(self.ranks) else 0
+
     @property
     def _below(self) -> int:
         """Rows below the joined matrix."""
-        if not self._halved or isinstance(self._bases[0], nn.QuantizedLinear):
+        if not self._halved or self.quantised:
             return 0
         return -(-sum(self.ranks) // ALIGNMENT) * ALIGNMENT
 
@@ -123,7 +138,7 @@ class Products:
             self._join()
             self._weights.changed(self._held())
         adapters = [layer[name] for layer in self._layers for name in ("lora_a", "lora_b") if name in layer]
-        if adapters and (self._adapters.changed(adapters) or (joined and self._below)):
+        if adapters and (self._adapters.changed(adapters) or (joined and (self._below or self._merges))):
             self._take_adapters(dtype)
         return joined
 
@@ -133,9 +148,13 @@ class Products:
         return any(tree_flatten(base.trainable_parameters()) for base in self._bases)
 
     def forget(self) -> None:
-        """Let go of the joined matrix, until `refresh` makes the next."""
-        self.joined.clear()
-        self._weights.forget()
+        """Let go of what an update replaces, until `refresh` makes the next: a matrix that trains, a merged copy."""
+        if self.train:
+            self.joined.clear()
+            self._weights.forget()
+        if self._merges:
+            self.lora.clear()
+            self._adapters.forget()
 
     def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         """The product, added to `onto` if that is given."""
@@ -145,7 +164,7 @@ class Products:
         y = self._base(x, onto)
         if "bias" in self.joined:
             y = y + self.joined["bias"]
-        return mx.addmm(y, x @ self.lora["a"], self.lora["b"]) if self.lora else y
+        return mx.addmm(y, x @ self.lora["a"], self.lora["b"]) if "a" in self.lora else y
 
     def half(self, x: mx.array) -> Half:
         """The product of `[N, in]`, with B left to whoever reads it, unless it has more ranks than kernels take."""
@@ -160,7 +179,7 @@ class Products:
         return Half(y, low, first, self.lora["b"], self.ranks, bias)
 
     def _base(self, x: mx.array, onto: mx.array | None) -> mx.array:
-        weight = self.joined["weight"]
+        weight = self.lora.get("merged", self.joined["weight"])
         first = self._bases[0]
         if not isinstance(first, nn.QuantizedLinear):
             return x @ weight.T if onto is None else mx.addmm(onto, x, weight.T)
@@ -191,7 +210,10 @@ class Products:
 
     def _take_adapters(self, dtype: mx.Dtype) -> None:
         if not self._halved:
-            self.lora.update(_joined_lora(self._layers, dtype))
+            lora = _joined_lora(self._layers, dtype)
+            if self._merges:
+                lora = {"merged": mx.addmm(self.joined["weight"], lora["b"].T, lora["a"].T)}
+            self.lora.update(lora)
             return
         a = mx.concatenate([layer.lora_a for layer in self._layers if "lora_a" in layer], axis=1)
         self.lora["b"] = _stacked_b(self._layers, self.outs, max(self.ranks), dtype)

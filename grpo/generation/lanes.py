@@ -8,7 +8,6 @@ same numbers to the bit.
 from __future__ import annotations
 
 import atexit
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -19,8 +18,8 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from grpo.backend.device import cpu_cores, on_gpu
-from grpo.backend.ranks import LAUNCHED
+from grpo.backend.device import on_gpu
+from grpo.backend.lanes import own_cores
 from grpo.generation.batching import Run
 from grpo.generation.decoding import LANES_FROM, MOST_LANES, Decoding, Session
 from grpo.generation.events import Events
@@ -39,16 +38,17 @@ MOST_CORES = 3
 """With more, BLAS's own threads may use them better: that was not measured."""
 
 
-def rollout_lanes(slots: int, largest_product: int) -> int:
+def rollout_lanes(slots: int, largest_product: int, neighbours: int = 1) -> int:
     """How many lanes pay on this machine, for a model whose largest weight has so many numbers.
+
+    `neighbours` processes share its cores (`Ranks.neighbours`).
 
     Two, seen on two cores: 1.2 to 1.3 times faster at 256 slots of a model of 1 M parameters and 64 of 25 M; no faster
     at 64 slots of 1 M, and slower below, where the host's work for each operation is most of a step.
     """
-    cores = cpu_cores()
-    shared = any(name in os.environ for name in LAUNCHED)  # the processes of one machine share its cores
+    cores = own_cores(neighbours)
     worth = slots >= LANES_FROM and slots * largest_product >= LARGE_STEP
-    if on_gpu() or shared or not worth or cores < MOST_LANES or cores > MOST_CORES:
+    if on_gpu() or not worth or cores < MOST_LANES or cores > MOST_CORES:
         return 1
     return MOST_LANES
 
@@ -93,24 +93,21 @@ def _worker(lane: int) -> _Worker:
 
 
 class _Common:
-    """A decoding that lanes share. It is opened by one lane at a time, and let go of when the last has closed."""
+    """A decoding that lanes share, opened and let go of by one lane at a time."""
 
     def __init__(self, decoding: Decoding) -> None:
-        self.decoding, self._lock, self._open = decoding, Lock(), 0
+        self.decoding, self._lock = decoding, Lock()
         self.vocabulary, self.side_by_side, self.narrow = decoding.vocabulary, decoding.side_by_side, decoding.narrow
         self.description, self.refused = decoding.description, decoding.refused
         self.refresh, self.memory, self.outside = decoding.refresh, decoding.memory, decoding.outside
 
     def open(self, size: Size) -> Session:
         with self._lock:
-            self._open += 1
             return self.decoding.open(size)
 
     def forget(self) -> None:
         with self._lock:
-            self._open -= 1
-            if not self._open:
-                self.decoding.forget()
+            self.decoding.forget()
 
 
 class _InTurn:

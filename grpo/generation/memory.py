@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from grpo.errors import TooLargeError
-from grpo.generation.slots import WIDTHS
+from grpo.generation.slots import WIDEST, WIDTHS
 
 LOGITS_HELD, FILTERED_HELD = 4, 12
 """Copies of a step's logits, in fp32, that sampling holds at once at the most: without filters and with."""
@@ -17,6 +17,9 @@ class Memory(Protocol):
 
     @property
     def vocabulary(self) -> int: ...
+
+    @property
+    def narrow(self) -> str | None: ...
 
     def memory(self, slots: int, places: int, prompt: int, completion: int) -> int: ...
 
@@ -88,6 +91,10 @@ def slots_beside_waiting(decoding: Memory, need: Need, slots: int, available: in
     return slots_that_fit(decoding, need, slots, available - min(need.waiting(decoding), left // 2))
 
 
-def widest_that_fits(decoding: Memory, need: Need, slots: int, spare: int) -> int:
-    """The most tokens that a step may feed each row, where `spare` bytes are left beside plain steps: 1, 2, 4 or 8."""
-    return next((width for width in reversed(WIDTHS) if need.wider(decoding, slots, width) <= spare), 1)
+def widest_that_fits(decoding: Memory, need: Need, slots: int, spare: int, most: int = WIDEST) -> int:
+    """The most tokens that a step may feed each row, where `spare` bytes are left beside plain steps: 1, 2, 4 or 8.
+
+    At most as many as are asked for (`most`).
+    """
+    asked = [width for width in reversed(WIDTHS) if width <= most]
+    return next((width for width in asked if need.wider(decoding, slots, width) <= spare), 1)

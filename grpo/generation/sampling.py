@@ -13,6 +13,7 @@ from grpo.backend import cuda
 from grpo.backend.device import on_gpu
 from grpo.backend.maths import chosen, logsumexp, logsumexp_and_powers
 from grpo.generation import cuda_sampling
+from grpo.generation.blockwise import drawn_by_blocks
 from grpo.generation.filters import cut, repetition_penalised, threshold
 from grpo.model.logprobs import scaled, token_logprobs
 
@@ -68,7 +69,6 @@ class Drawn:
 
 
 _categorical = mx.vmap(lambda logits, key: mx.random.categorical(logits, key=key))
-_uniform = mx.vmap(lambda logits, key: mx.random.uniform(shape=logits.shape, key=key))
 
 
 class _Places(NamedTuple):
@@ -81,14 +81,16 @@ class _Places(NamedTuple):
 
 
 def _random(logits: mx.array, places: _Places) -> tuple[mx.array, mx.array]:
-    """Tokens drawn by the exponentials of logits `[N, V]` fp32, and the logarithms of their sums: two `[N]`."""
+    """Tokens drawn by the exponentials of logits `[N, V]` fp32, and the logarithms of their sums: two `[N]`.
+
+    A CPU and a GPU draw different tokens by the same keys.
+    """
     counters = mx.stack([mx.zeros_like(places.decoded), places.decoded], axis=1).astype(mx.uint32)
     keys = places.keys + counters
     if on_gpu():
         return _categorical(logits, keys), logsumexp(logits)
-    # x - log(-log u) is greatest where e^x / log u is least: one logarithm less, and the exponentials serve twice.
-    total, powers, _ = logsumexp_and_powers(logits)
-    return mx.argmin(powers / mx.log(_uniform(logits, keys)), axis=-1), total
+    total, powers, sums = logsumexp_and_powers(logits)
+    return drawn_by_blocks(powers, sums, keys), total
 
 
 def _seen_behind(seen: mx.array, fed: mx.array) -> mx.array:

@@ -141,8 +141,8 @@ class Seats:
     def close(self) -> None:
         """Free all buffers."""
         if self._opened is not None:
-            self._opened.forget()
             del self._session, self._samplers, self._tokens
+            self._opened.forget()
         self.rows, self._leaving, self._opened = [], [], None
 
     def _holds(self) -> bool:

@@ -43,6 +43,15 @@ class SuffixAutomaton:
                 shorter = link[shorter]
         return state
 
+    def follow(self, state: int, tokens: Iterable[int]) -> int:
+        """The state behind a sequence and more tokens, which are not taken in: of the longest context that is known."""
+        following, link = self._next, self._link
+        for token in tokens:
+            while state != ROOT and token not in following[state]:
+                state = link[state]
+            state = following[state].get(token, ROOT)
+        return state
+
     def likely(self, state: int, most: int) -> list[int]:
         """Up to `most` tokens that may follow a sequence.
 

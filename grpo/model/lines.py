@@ -57,7 +57,7 @@ def room(prompt: _Ids, completion: _Ids) -> int:
     return len(prompt) - 1 + len(completion)
 
 
-def in_lines(rows: Sequence[tuple[_Ids, _Ids]], width: int) -> list[list[int]]:
+def rows_by_line(rows: Sequence[tuple[_Ids, _Ids]], width: int) -> list[list[int]]:
     """Prompts with completions, in their order, as lines of `width` places: which rows each line holds.
 
     A new line begins where a row does not fit any more. Each row must fit in a line of its own.
@@ -76,10 +76,10 @@ def in_lines(rows: Sequence[tuple[_Ids, _Ids]], width: int) -> list[list[int]]:
 
 
 def laid_out(rows: Sequence[tuple[_Ids, _Ids]], count: int, width: int) -> tuple[mx.array, list[int]]:
-    """The rows of `in_lines` as arrays of `count` lines: those of `Lines` in one, `[5, R, W]` int32, and for each row
-    the first of its places, counted over all lines."""
+    """Rows as arrays of `count` lines (see `rows_by_line`): those of `Lines` in one, `[5, R, W]` int32, and for each
+    row the first of its places, counted over all lines."""
     made, starts = np.zeros((5, count, width), np.int32), []
-    for line, numbers in enumerate(in_lines(rows, width)):
+    for line, numbers in enumerate(rows_by_line(rows, width)):
         end, held = 0, dict[_Ids, int]()
         for number in numbers:
             prompt, completion = rows[number]

@@ -15,6 +15,7 @@ from grpo.backend import cuda
 from grpo.backend.device import memory_bytes, on_gpu
 from grpo.config import AdapterConfig, OptimConfig
 from grpo.errors import TooLargeError
+from grpo.generation.controller import widest_of
 from grpo.generation.decoding import Decoding
 from grpo.generation.memory import Memory, slots_beside_waiting, widest_that_fits
 from grpo.model.policy import Policy
@@ -53,9 +54,10 @@ class Machine:
 class Plan:
     """Counts, and bytes by what they are for.
 
-    `fed` is the most tokens that a decoding step may feed a row, as memory allows it (`rollout.speculate`).
-    `kept_bytes` are left of the memory during a rollout for rows outside the slots; `waiting` is what rows that wait
-    for environments keep there at the most. As much of it as there is room for is in the rollout's phase.
+    `fed` is the most tokens that a decoding step may feed a row, as memory allows it (`rollout.speculate`), and
+    `drafts` what such a step takes beside a plain one: of memory that nothing else needs. `kept_bytes` are left of the
+    memory during a rollout for rows outside the slots; `waiting` is what rows that wait for environments keep there at
+    the most. As much of it as there is room for is in the rollout's phase.
     """
 
     steps: int
@@ -73,6 +75,7 @@ class Plan:
     kept_bytes: int
     waiting: int = 0
     fed: int = 1
+    drafts: int = 0
 
     @property
     def total(self) -> int:
@@ -80,18 +83,30 @@ class Plan:
         return sum(self.stays.values()) + max(self.phases.values())
 
     def lines(self) -> list[str]:
-        stays = ", ".join(f"{name} {_size(size)}" for name, size in self.stays.items() if size)
-        *phases, last = (f"{name} {_size(size)}" for name, size in self.phases.items())
-        largest = f"the largest of {', '.join(phases)} and {last}"
-        memory = f"memory about {_size(self.total)} of {_size(self.memory)}: {stays}, and {largest}"
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         return [
             f"{steps} of {self.prompts} prompts, {self.rows} completions, at most {self.tokens:,} tokens",
             f"trains {self.trained:,} of {self.parameters:,} parameters",
+            *self.needs(),
+            *self._of_drafts(),
+        ]
+
+    def needs(self) -> list[str]:
+        """The lines that say what the run takes of the memory, whatever else it does with what is left."""
+        stays = ", ".join(f"{name} {_size(size)}" for name, size in self.stays.items() if size)
+        *phases, last = (f"{name} {_size(size)}" for name, size in self.phases.items())
+        largest = f"the largest of {', '.join(phases)} and {last}"
+        memory = f"memory about {_size(self.total)} of {_size(self.memory)}: {stays}, and {largest}"
+        return [
             memory,
             *self._of_waiting(),
             f"updates of {self.micro_batch:,} tokens at once{', layers checkpointed' if self.checkpointing else ''}",
         ]
+
+    def _of_drafts(self) -> list[str]:
+        if self.fed == 1:
+            return []
+        return [f"drafts may take {_size(self.drafts)} more, for steps of up to {self.fed} tokens a row"]
 
     def _of_waiting(self) -> list[str]:
         if not self.waiting:
@@ -151,7 +166,8 @@ def plan_on(
     chosen = _chosen(machine, load, footprint, body, partial(update_lanes, model), partial(_reckoned, model))
     decoded, waiting = need.bytes(decoding, slots), need.waiting(decoding)
     room = max(0, available - decoded)
-    fed = 1 if load.rollout.speculate == "off" else widest_that_fits(decoding, need, slots, room)
+    fed = 1 if decoding.narrow else widest_that_fits(decoding, need, slots, room, widest_of(load.rollout.speculate))
+    drafts = need.wider(decoding, slots, fed) if fed > 1 else 0
     plan = Plan(
         steps=load.optim.steps,
         prompts=load.rollout.prompts_per_step,
@@ -169,8 +185,9 @@ def plan_on(
         slots=slots,
         micro_batch=chosen.tokens,
         checkpointing=chosen.checkpointing,
-        kept_bytes=room - (need.wider(decoding, slots, fed) if fed > 1 else 0),
+        kept_bytes=room - drafts,
         fed=fed,
+        drafts=drafts,
         waiting=waiting,
     )
     if too_large or plan.total > machine.memory:
@@ -180,7 +197,7 @@ def plan_on(
 
 def _what_would_help(plan: Plan) -> str:
     return (
-        f"this cannot fit: {'; '.join(plan.lines()[2:])}. A smaller or quantized model (model.quantize), shorter "
+        f"this cannot fit: {'; '.join(plan.needs())}. A smaller or quantized model (model.quantize), shorter "
         "prompts (data.max_prompt_length) or completions, fewer slots (rollout.max_concurrency) or "
         "optim.gradient_checkpointing=true would help"
     )

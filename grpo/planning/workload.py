@@ -61,15 +61,15 @@ class Workload:
         optim = with_settings(self.optim, {"micro_batch_tokens": tokens})
         packing = Packing.of(optim, self.rollout, gpu=gpu, on_cuda=cuda)
         length = self.own + self.rollout.max_completion_length
-        return [self._in_rows(packing, length), *self._in_lines(packing, length)]
+        return [self._in_rows(packing, length), *self._shapes_of_lines(packing, length)]
 
-    def _in_lines(self, packing: Packing, length: int) -> list[Shape]:
+    def _shapes_of_lines(self, packing: Packing, length: int) -> list[Shape]:
         if not packing.packs:
             return []
         width, before = max(packing.widths(self.prompt_length - 1 + length)), self.prompt_length - 1
         together = max(1, (width - before) // length)
         needed = 1 << (-(-packing.rows // together) - 1).bit_length()
-        return [packing.in_lines(min(needed, most_lines(packing.tokens, width)), width, packing.rows)]
+        return [packing.shape_of_lines(min(needed, most_lines(packing.tokens, width)), width, packing.rows)]
 
     def _in_rows(self, packing: Packing, length: int) -> Shape:
         fitting = packing.shape(1, 1, self.prompt_length, length)

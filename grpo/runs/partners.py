@@ -82,7 +82,7 @@ class Partners:
                 templated=templated,
                 stop_ids=rollout.stop_token_ids,
             )
-            anew = _anew(_place(name), chat) if config.thinking == "drop" else None
+            anew = _anew(place_of(name), chat) if config.thinking == "drop" else None
             tables[name] = Table(host, chat, limits_of(config), keeps_seats, anew)
             said = [DROPS if anew and note.startswith(KEEPS) else note for note in chat.notes]
             notes += [described(told), *said]
@@ -118,7 +118,10 @@ class Partners:
             try:
                 added = talks.begin_once(task)
             except UserError as error:
-                raise UserError(f"{which}: it cannot begin with row {task.index} of {task.source}: {error}") from error
+                said = str(error)
+                if said.startswith("tools."):  # of a tool's own reset
+                    raise UserError(f"{said}, with row {task.index} of {task.source}") from error
+                raise UserError(f"{which}: it cannot begin with row {task.index} of {task.source}: {said}") from error
             if not last_text(task.prompt).strip() and "prompt" not in task.columns and _is_empty(added):
                 raise UserError(
                     f"data.prompt: the rows have no column 'prompt' (there is {', '.join(task.columns)}), and the "
@@ -157,7 +160,7 @@ def invite(
             made = given.functions.get(config.use or "")
             if (made or any(objects)) and (idle := sorted(config.changed & IN_PROCESSES)):
                 raise UserError(
-                    f"{_place(name)}.{idle[0]} does nothing for objects: they live in the trainer's process"
+                    f"{place_of(name)}.{idle[0]} does nothing for objects: they live in the trainer's process"
                 )
             host: Host = make_host(config, tools, bool(name), workers, made, objects, rewards)
             stack.callback(host.close)
@@ -165,7 +168,7 @@ def invite(
         for name, (host, config) in hosts.items():  # they start side by side
             if host.description.kind == "rollout":
                 return _alone(name, config, conversations, tools, given)
-            _check_terms(_place(name), config, host.description)
+            _check_terms(place_of(name), config, host.description)
         stack.pop_all()
         return Partners(hosts)
 
@@ -195,7 +198,7 @@ def _alone(
     given: Given,
 ) -> Partners:
     """The environment that makes trajectories by itself, in this process. Raises UserError for what it does not do."""
-    place, why = _place(name), "its class makes trajectories by itself (it has a method rollout)"
+    place, why = place_of(name), "its class makes trajectories by itself (it has a method rollout)"
     if len(conversations) > 1:
         raise UserError(f"{place}: {why}, and then it is the only environment of a run")
     if tools:
@@ -244,7 +247,8 @@ def _is_empty(added: Content | None) -> bool:
     return not (added.strip() if isinstance(added, str) else added)
 
 
-def _place(name: str) -> str:
+def place_of(name: str) -> str:
+    """The section of an environment, by its name."""
     return f"environments.{name}" if name else "environment"
 
 

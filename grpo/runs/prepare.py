@@ -33,6 +33,7 @@ from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite
+from grpo.runs.rewarding import check_rewarded
 from grpo.scoring.scorer import Scorer
 from grpo.training.optimizer import make_optimizer
 from grpo.training.trainer import Trainer
@@ -76,12 +77,12 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
         groups = -(-cfg.rollout.prompts_per_step // ranks.size)
         partners = invite(cfg.conversations, cfg.tools, given, groups, files)
         opened.callback(partners.close)
-        if partners.own is not None:
-            _check_rewarded(cfg)
+        rewarding = check_rewarded(cfg.rewards, cfg.advantage, partners)
         hosts = list(partners.hosts.values())
         scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions, hosts)
         opened.callback(scorer.close)
-        return _prepared(cfg, given, ranks, partners, scorer, opened)
+        prepared = _prepared(cfg, given, ranks, partners, scorer, opened)
+        return replace(prepared, notes=[*prepared.notes, *rewarding])
 
 
 def _prepared(
@@ -99,7 +100,7 @@ def _prepared(
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
     policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
-    generator.speculation = speculation_of(cfg.rollout.speculate)
+    generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
     renderer, *eval_renderers = [
         PromptRenderer(data, tokenizer, vocabulary, name, partners.tools, partners.resets)
@@ -142,15 +143,6 @@ def _prepared(
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, evaluator, plan, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
-
-
-def _check_rewarded(cfg: Recipe) -> None:
-    """Raise UserError where an environment that makes trajectories by itself would have to reward them."""
-    why = "the environment makes trajectories by itself (it has a method rollout)"
-    if not any(reward.weight for reward in cfg.rewards):
-        raise UserError(f"rewards: a run needs one with a weight: {why}, and gives no rewards")
-    if cfg.advantage.turns == "turn":
-        raise UserError(f"advantage.turns: turn does nothing: {why}, and its turns have no rewards of their own")
 
 
 def _evaluator(
@@ -206,14 +198,15 @@ def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:
 
 
 def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> tuple[Plan, OptimConfig]:
-    """One plan for all processes: that of the one with the least room, but for the slots.
+    """One plan for all processes: that of the one with the least room, but for what each decodes with.
 
     They share out the micro-batches that each of them makes, so these must be the same.
     """
     plans = ranks.gather((plan, optim))
     least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, not planned[0].checkpointing))
     policy.gradient_checkpointing = least.checkpointing
-    return replace(least, slots=plan.slots, kept_bytes=plan.kept_bytes), optim
+    own = {name: getattr(plan, name) for name in ("slots", "kept_bytes", "fed", "drafts")}
+    return replace(least, **own), optim
 
 
 def data_of(cfg: Recipe) -> dict[str, DataConfig]:

@@ -146,6 +146,17 @@ def find_start(
     return Start(cfg, state, checkpoint, goes_on, overwrite, tuple(notes), plan, written.revisions)
 
 
+WITHOUT_INFLUENCE = (
+    "output_dir",
+    "rollout.speculate",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "log.wandb",
+    "log.tensorboard",
+    "log.completions",
+)
+"""Settings that change neither what is sampled nor what is learned. A resumed run may have others without leave."""
+
 COMPARED = ("model.", "data.", "rewards.", "rollout.", "environment", "tools", "code of ", "contents of ")
 """How the differences begin after which the rewards of earlier and later steps cannot be compared."""
 
@@ -202,7 +213,10 @@ def context_now(cfg: Recipe, written: Context, given: Given = NOTHING) -> Contex
 
 
 def changes(old: Context, new: Context) -> list[str]:
-    """What a run would go on with that its checkpoint was not written with, a line for each."""
+    """What a run would go on with that its checkpoint was not written with, a line for each.
+
+    Settings without influence on the run's numbers are left out.
+    """
     was, now = dict(_settings(old)), dict(_settings(new))
     return [
         f"{name}: {was.get(name, 'not set')} → {now.get(name, 'not set')}"
@@ -213,12 +227,15 @@ def changes(old: Context, new: Context) -> list[str]:
 
 def _settings(written: Context) -> Iterator[tuple[str, Any]]:
     recipe = _with_defaults(yaml.safe_load(written.recipe))
-    recipe.pop("output_dir")  # a run may be moved
-    yield from _flat(recipe, "")
+    yield from ((name, value) for name, value in _flat(recipe, "") if not _without_influence(name))
     for use, digest in written.sources.items():
         yield f"code of {use}", digest[:12]
     for setting, digest in written.inputs.items():
         yield f"contents of {setting}", digest[:12]
+
+
+def _without_influence(setting: str) -> bool:
+    return f"{setting}.".startswith(tuple(f"{name}." for name in WITHOUT_INFLUENCE))
 
 
 def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,8 @@ def hosted(
             f"{what}, and beside tools alone there are none. Name an environment (environment.use), or let the reward "
             "do without: it reads the calls and their results in `completions`"
         )
+    if config.isolation == "inline" and function is None:
+        raise UserError(f"{what}, so it runs in their processes, and isolation: inline would do nothing: leave it out")
     if unread := config.changed & {"env", "memory_gb"}:
         setting = min(unread)
         raise UserError(

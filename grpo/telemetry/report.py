@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from statistics import fmean
 
+from grpo.config import EnvironmentConfig
 from grpo.data.prompts import last_text
 from grpo.environments.shown import asked, told
 from grpo.runs.completions import read_completions, stored_steps
@@ -91,7 +92,11 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
     for run in runs:
         cfg = run.recipe
         own = [config for config in cfg.conversations.values() if config.use]
-        graded = [*((one.use, one.weight) for one in cfg.rewards), *((one.use or "", one.weight) for one in own)]
+        rewarding = [config for config in own if _rewarded(run, config)]
+        graded = [
+            *((one.use, one.weight) for one in cfg.rewards),
+            *((one.use or "", one.weight) for one in rewarding),
+        ]
         rewards = ", ".join(f"{short_name(use)} × {weight:g}" for use, weight in graded)
         size = f"{cfg.rollout.prompts_per_step} × {cfg.rollout.num_generations}"
         silent = max(_values(run, "steps_without_signal"), default=0.0)
@@ -104,6 +109,13 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
         rows.append([*what, size, loss, steps])
     heads = ["run", "model", "data", "environments and tools", "rewards", "prompts × completions", "loss", "steps"]
     return _table(heads, rows)
+
+
+def _rewarded(run: RecordedRun, environment: EnvironmentConfig) -> bool:
+    """Whether a step on record has a reward from an environment; where that cannot be told, it has."""
+    name = environment.name or str(environment.use).rpartition(":")[2]
+    known = {metric for record in run.steps for metric in record.values if metric.startswith(f"rewards/{name}/")}
+    return not known or f"rewards/{name}/mean" in known
 
 
 def _evaluation(runs: Sequence[RecordedRun]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -18,7 +17,7 @@ from grpo.errors import UserError
 from grpo.rollout import RolloutEngine
 from grpo.runs.given import NOTHING
 from grpo.runs.partners import Partners, invite
-from grpo.tools.generate import Answering, generator_of, loaded, row_of
+from grpo.tools.generate import Answering, generator_of, loaded, object_of, row_of
 from grpo.types import Message, Rollout, Task
 
 Narrator = Callable[[str], object]
@@ -101,11 +100,8 @@ def _row(found: Answering, row: int | None) -> Mapping[str, Any]:
 def _columns(prompt: str, renderer: PromptRenderer) -> Mapping[str, Any]:
     """The columns that were given: as JSON, or the only one that prompts are made of."""
     wanted = renderer.columns
-    try:
-        given = json.loads(prompt)
-    except ValueError:
-        given = None
-    if isinstance(given, dict) and (renderer.supplied or set(wanted) <= set(given)):
+    given = object_of(prompt, wanted)
+    if given is not None and (renderer.supplied or set(wanted) <= set(given)):
         return given
     return row_of(prompt, wanted)
 

@@ -120,14 +120,29 @@ def row_of(prompt: str, columns: Sequence[str]) -> dict[str, Any]:
     """The columns that prompts are made of, filled from what was given: text for one, a JSON object for several."""
     if len(columns) == 1:
         return {columns[0]: prompt}
-    try:
-        row = json.loads(prompt)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or not set(columns) <= set(row):
+    row = object_of(prompt, columns)
+    if row is None or not set(columns) <= set(row):
         wanted = json.dumps(dict.fromkeys(columns, "..."))
         raise UserError(
             f"the run's template has {len(columns)} columns: give the prompt as {wanted!r}, or give all of it with "
             "--no-template"
         )
+    return row
+
+
+def object_of(prompt: str, columns: Sequence[str]) -> dict[str, Any] | None:
+    """The JSON object that was given as a prompt; None for other text.
+
+    Raises UserError for text that begins like one and cannot be read.
+    """
+    if not prompt.lstrip().startswith("{"):
+        return None
+    try:
+        row: dict[str, Any] = json.loads(prompt)
+    except ValueError as error:
+        as_text = json.dumps({columns[0] if columns else "prompt": "{..."})
+        raise UserError(
+            f"the prompt begins with {{ as a JSON object does, and is none: {error}. Mend it; a text that begins so is "
+            f"given as {as_text!r}"
+        ) from None
     return row

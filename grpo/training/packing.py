@@ -143,7 +143,7 @@ class Packing:
         wider = (self.multiple << power for power in range(self.wide.bit_length()))
         return [least, *(width for width in wider if least < width <= min(self.wide, self.tokens))]
 
-    def in_lines(self, lines: int, width: int, rows: int) -> Shape:
+    def shape_of_lines(self, lines: int, width: int, rows: int) -> Shape:
         """The shape of a micro-batch of so many lines with so many rows."""
         fitting = lines * max(1, width // SHORTEST)
         usual = 1 << max(0, self.rows * self.parts - 1).bit_length()
@@ -176,7 +176,7 @@ def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shap
     if not packing.packs or not rows:
         return min(packed, key=lambda parts: sum(packing.through(shape) for _, shape in parts))
     longest_row = max(room(task.prompt_ids, rollout.trajectory.token_ids) for task, rollout in rows)
-    packed += [_in_lines(rows, width, packing) for width in packing.widths(longest_row)]
+    packed += [_packed_in_lines(rows, width, packing) for width in packing.widths(longest_row)]
     return min(packed, key=lambda parts: packing.cost([shape for _, shape in parts]))
 
 
@@ -189,14 +189,14 @@ def _balanced(rows: Sequence[Sample], order: Sequence[int], packing: Packing) ->
     return _in_order(rows, order, replace(packing, rows=min(packing.rows, -(-len(rows) // number))))
 
 
-def _in_lines(rows: Sequence[Sample], width: int, packing: Packing) -> list[tuple[list[int], Shape]]:
+def _packed_in_lines(rows: Sequence[Sample], width: int, packing: Packing) -> list[tuple[list[int], Shape]]:
     """Micro-batches of lines. With several processes each has the same shapes, as far as there are lines."""
     lines = filled([(task.prompt_ids, _length(rollout)) for task, rollout in rows], width)
     made, begun = [], 0
     for portion in portions(-(-len(lines) // packing.parts), most_lines(packing.tokens, width), EACH / width):
         for _ in range(packing.parts):
             if held := [row for line in lines[begun : begun + portion] for row in line]:
-                made.append((held, packing.in_lines(portion, width, len(held))))
+                made.append((held, packing.shape_of_lines(portion, width, len(held))))
             begun += portion
     return made
 

@@ -73,8 +73,9 @@ def test_a_group_of_one_is_no_group() -> None:
     ("arguments", "said"),
     [
         (["--variants", "plain"], "--variants means nothing without --update"),
-        (["--blas"], "nor --blas and --peer-options without --peer-python"),
-        (["--peer-options", "--no-cce"], "nor --blas and --peer-options without --peer-python"),
+        (["--peer", "unsloth"], "nor --peer, --blas and --peer-options without --peer-python"),
+        (["--blas"], "nor --peer, --blas and --peer-options without --peer-python"),
+        (["--peer-options", "--no-cce"], "nor --peer, --blas and --peer-options without --peer-python"),
         (["--peer-python", sys.executable, "--peer", "nope"], "--peer nope: expected mlx-lm-lora or unsloth"),
         (["--update", "--blas"], "leave --update out"),
         (["--peer-python", "/nowhere/python"], "does not exist"),

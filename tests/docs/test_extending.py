@@ -34,9 +34,9 @@ def written(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return recipe
 
 
-def run(folder: str, source: type, *callbacks, resume: bool = False, **settings) -> grpo.Trainer:
+def run(folder: str, source: type, *callbacks, resume: bool = False, steps: int = 4, **settings) -> grpo.Trainer:
     pieces = {"rewards": [{"use": "brevity.py:reward"}], "log": {"use": ["notes.py:log"]}, "max_completion_length": 24}
-    cfg = grpo.recipe("toy.yaml", steps=4, output_dir=folder, **pieces, **settings)
+    cfg = grpo.recipe("toy.yaml", steps=steps, output_dir=folder, **pieces, **settings)
     trainer = grpo.Trainer(cfg, source=source, callbacks=callbacks, quiet=True)
     trainer.train(resume=resume)
     trainer.close()
@@ -103,10 +103,10 @@ def test_an_environment_is_named_or_given(written: Path) -> None:
 
     twice = imported("twice.py").Twice
     easy = imported("easy.py").Easy
-    named = run("named", easy, count, **{"environment.use": "twice.py:Twice"})
+    named = run("named", easy, count, steps=2, **{"environment.use": "twice.py:Twice"})
     assert any(untrained > 0 for untrained in turns[0])
     assert all(" Sure?" in text for text in texts)  # what the reward was given
-    cfg = grpo.recipe("toy.yaml", steps=4, output_dir="given", max_completion_length=24)
+    cfg = grpo.recipe("toy.yaml", steps=2, output_dir="given", max_completion_length=24)
     given = grpo.Trainer(cfg, rewards=["brevity.py:reward"], source=easy, environment=twice(), quiet=True)
     given.train()
     given.close()

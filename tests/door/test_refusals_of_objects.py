@@ -156,6 +156,20 @@ def test_one_batch_with_its_loss_is_an_update(policy, ready) -> None:
         (lambda: grpo.tasks([{"prompt": "Hi?"}], n="2"), "grpo.tasks: n: expected a whole number"),
         (lambda: grpo.tasks(Path("nope.jsonl")), "nope.jsonl: there is no such file"),
         (lambda: grpo.recipe({"seed": 1}), "grpo.recipe: expected a recipe's name or file, got a dict"),
+        (
+            lambda: grpo.Trainer("quickstart", environment_factory=Echo),
+            r"grpo.Trainer: there is no argument 'environment_factory': TRL's environment_factory is environment here, "
+            r"as grpo.Trainer\(..., environment=...\)",
+        ),
+        (lambda: grpo.Trainer("quickstart", reward_funcs=[digits]), "TRL's reward_funcs is rewards here"),
+        (
+            lambda: grpo.Trainer("quickstart", peft_config=None),
+            r"argument 'peft_config': TRL's peft_config is adapter.type here .* A recipe has such settings",
+        ),
+        (
+            lambda: grpo.Trainer("quickstart", reward=[digits]),
+            r"argument 'reward'; there is recipe, rewards, data, .*, quiet. Did you mean 'rewards'\?",
+        ),
         (lambda: grpo.Trainer({"seed": 1}), "expected a recipe's name or file, got a dict"),
         (lambda: grpo.recipe("quickstart", lr=1e-3), "unknown key lr. Did you mean optim.learning_rate"),
         (lambda: grpo.optimizer(lr=1e-3), "unknown key optim.lr. Did you mean optim.learning_rate"),

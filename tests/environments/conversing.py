@@ -1,4 +1,5 @@
-"""Stand-ins for a conversation's others: a host whose environments are functions, and a chat whose text is numbers."""
+"""Stand-ins for a conversation's others (a host whose environments are functions, a chat whose text is numbers), and
+conversations with them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,15 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo.environments.seats import Description, Reply
+import mlx.core as mx
+from environments.scripted import Scripted
+
+from grpo.environments.conversations import Conversations
+from grpo.environments.play import Table
+from grpo.environments.seats import ConversationLimits, Description, Reply
+from grpo.generation.sampling import Sampling
+from grpo.rollout import RolloutEngine
+from grpo.types import Group, Task, Trajectory
 
 
 class Numbers:
@@ -127,3 +136,48 @@ class Host:
         made = [Seat(self, group, number) for number in range(n)]
         self.all += made
         return made
+
+
+ASKED = [{"role": "user", "content": "20 21"}]
+TASK = Task(4, ASKED, (11, 20, 21), {"answer": "42"})
+CALL, OTHER, END, NO_END = 60, 61, 1, 2  # tokens: calls of two tools, a turn's end, and an end that is none
+SCRIPT = {21: [30, CALL, END], 42: [31, OTHER, CALL, END], 43: [32, END]}
+"""A call, then two, then an answer."""
+
+
+def calls(*tokens: int) -> list[dict]:
+    return [{"type": "function", "function": {"name": f"t{token}", "arguments": {"x": token}}} for token in tokens]
+
+
+def said(content: str, *called: int) -> dict:
+    return {"role": "assistant", "content": content} | ({"tool_calls": calls(*called)} if called else {})
+
+
+def result(content: str, name: str = "t60") -> dict:
+    return {"role": "tool", "name": name, "content": content}
+
+
+def numbered(seat, name, arguments) -> str:
+    """42 for the first call, 50 for the second, 43 for the third."""
+    return ("42", "50", "43")[sum(what[0] == "tool" for what in seat.asked) - 1]
+
+
+def play(
+    host: Host,
+    script: dict = SCRIPT,
+    limits: ConversationLimits = ConversationLimits(),  # noqa: B008
+    most: int = 40,
+    n: int = 1,
+    task: Task = TASK,
+    longest: int = 99,
+    **table,
+) -> Group:
+    conversations = Conversations({"": Table(host, Numbers(), limits, **table)}, 7, longest)
+    engine = RolloutEngine(Scripted(script), Sampling(1.0, most), conversations)
+    (group,) = engine.rollout([task], n, 1.0, mx.random.key(0))
+    return group
+
+
+def one(*given, **named) -> Trajectory:
+    (rollout,) = play(*given, **named).rollouts
+    return rollout.trajectory

@@ -68,7 +68,7 @@ class Walk(Base):
         """Show it."""
         return [{"type": "text", "text": "é\ud800"}]
 
-    def scored(self) -> str:
+    def scored(self) -> Step:
         """Say it with a reward."""
         return Step("well", 0.5, True)
 
@@ -180,12 +180,10 @@ class Stuck:
         """Hang."""
         time.sleep(1000)
 
-    turns = 0
-
     def spin(self) -> str:
         """Hang in Python."""
         while True:
-            type(self).turns += 1
+            pass
 
     def tell(self) -> str:
         """Tell."""
@@ -216,16 +214,20 @@ class Notebook:
 class Crowd:
     """Counts how many wait at once."""
 
-    now = most = 0
+    now = 0
 
-    async def wait(self) -> int:
-        """Wait for the others."""
+    async def wait(self, others: int) -> int:
+        """Wait for the others.
+
+        Args:
+            others: How many.
+        """
         kind = type(self)
         kind.now += 1
-        kind.most = max(kind.most, kind.now)
-        await asyncio.sleep(0.2)
-        kind.now -= 1
-        return kind.most
+        deadline = time.monotonic() + 20
+        while kind.now < others and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        return kind.now
 
 
 def search(query: str, limit: int, key: str = "") -> str:
@@ -279,6 +281,9 @@ class NoObject:
 class Picky:
     def reset(self, question):
         return question
+
+    def look(self) -> str:
+        """Look."""
 
 
 class OwnLoop:

@@ -1,11 +1,16 @@
 """Hosts for tests: of the environments and tools in `games.py`."""
 
+import contextlib
+import os
+import signal
+import time
 from pathlib import Path
 
 import games
 
 from grpo.config.environment import EnvironmentConfig, ToolConfig
 from grpo.environments.making import make_host
+from grpo.processes.tree import descendants
 
 GAMES = Path(games.__file__)
 
@@ -46,3 +51,39 @@ def seat_of(host, seed: int = 0, **columns):
 
 def names(description) -> list[str]:
     return [tool["function"]["name"] for tool in description.tools]
+
+
+def kill(seat) -> None:
+    """Kill the process in which a seat lives, as the kernel does: its keeper and its host have to notice.
+
+    `ChildProcess.kill` is not for other threads than the host's: it closes a descriptor that the event loop watches.
+    """
+    (worker,) = descendants(seat.home._process.pid)
+    os.kill(worker, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def slow_keeper(seat):
+    """The keeper of a seat's process says nothing of its end until the block is left."""
+    keeper = seat.home._process.pid
+    os.kill(keeper, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(keeper, signal.SIGCONT)
+
+
+def begin(call, seat):
+    """The future of a call that is under way, and not only asked for."""
+    future = call()
+    until(seat._turn.locked)
+    return future
+
+
+def until(condition, seconds: float = 20.0) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)

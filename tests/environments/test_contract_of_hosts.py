@@ -1,5 +1,9 @@
 """TRL's contract for environments and tools, in a process and in this one."""
 
+import inspect
+from operator import attrgetter
+
+import games
 import pytest
 from hosting import GAMES, Hosts, names, seat_of
 
@@ -8,6 +12,12 @@ from grpo.environments.making import make_host
 from grpo.errors import UserError
 
 HERE = pytest.mark.parametrize("inline", [False, True], ids=["process", "inline"])
+
+
+def place(name: str) -> str:
+    """A pattern for where something in `games.py` is."""
+    _, line = inspect.getsourcelines(attrgetter(name)(games))
+    return rf"\(.*games\.py:{line}\)"
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +134,17 @@ def test_the_column_that_chose_is_not_passed(host) -> None:
     [
         (
             "NoHints",
-            r"the tool 'jump' \(.*games.py:261\) has no schema: Argument far is missing a type hint",
+            rf"the tool 'jump' {place('NoHints.jump')} has no schema: Argument far is missing a type hint",
         ),
         (
             "NoWords",
-            r"^environment 'NoWords': the tool 'jump' \(.*games.py:270\) .* no description for the argument",
+            rf"^environment 'NoWords': the tool 'jump' {place('NoWords.jump')} .* no description for the argument",
         ),
         (
             "NoWords",
             "`far: The far to look up.`. If the model is not to call it, let its name begin with an under",
         ),
-        ("search", r"search\(\) missing 2 required .* \(.*games.py:231\): .* the model to call belongs in `tools`$"),
+        ("search", rf"search\(\) missing 2 required .* {place('search')}: .* the model to call belongs in `tools`$"),
         ("NoObject", r"it cannot be made: RuntimeError: no board \(.*games.py:\d+\)"),
     ],
 )
@@ -145,16 +155,20 @@ def test_what_cannot_be_is_said_before_the_run(host, name: str, said: str, inlin
 
 @HERE
 def test_arguments_that_a_class_does_not_have(host, inline: bool) -> None:
-    said = r"'Guess': it cannot be made: Guess\(\) takes no arguments \(.*games.py:91\): it is called with"
+    said = rf"'Guess': it cannot be made: Guess\(\) takes no arguments {place('Guess')}: it is called with"
     with pytest.raises(UserError, match=said):
         _ = host("Guess", inline=inline, kwargs={"sise": 3}).description
-    with pytest.raises(UserError, match=r"it cannot be made: tools.0: .* 'sise' \(.*games.py:241\): it is called with"):
+    with pytest.raises(
+        UserError, match=rf"^tools.0: it cannot be made: .* 'sise' {place('Counter')}: it is called with"
+    ):
         _ = host(None, [("Counter", {"sise": 3})], inline=inline).description
 
 
 @HERE
 def test_tools_are_told_of_by_their_places(host, inline: bool) -> None:
-    with pytest.raises(UserError, match=r"^tools.0: the tool 'jump' \(.*games.py:270\) has no schema: .*look up.`$"):
+    with pytest.raises(
+        UserError, match=rf"^tools.0: the tool 'jump' {place('NoWords.jump')} has no schema: .*look up.`$"
+    ):
         _ = host(None, [("NoWords", {})], inline=inline).description
     tools = host(None, [("Picky", {})], inline=inline)
     assert tools.problem(["prompt"]).startswith("tools.0 (Picky): reset: missing a required argument: ")
@@ -163,12 +177,6 @@ def test_tools_are_told_of_by_their_places(host, inline: bool) -> None:
 def test_a_name_that_means_nothing(host) -> None:
     with pytest.raises(UserError, match="no class 'Wlak' there"):
         _ = make_host(EnvironmentConfig(use=f"{GAMES}:Wlak")).description
-
-
-@HERE
-def test_two_tools_of_one_name(host, inline: bool) -> None:
-    with pytest.raises(UserError, match="two tools are called 'add'"):
-        _ = host(None, [("Counter", {}), ("Counter", {})], inline).description
 
 
 @HERE

@@ -10,6 +10,7 @@ import pytest
 from grpo.config.environment import EnvironmentConfig
 from grpo.environments import home, process
 from grpo.environments.making import make_host
+from grpo.processes import endings
 from grpo.processes.tree import descendants
 
 HOSTILE = Path(__file__).with_name("enemies.py")
@@ -240,9 +241,19 @@ def test_a_closed_host_answers() -> None:
 
 
 def test_one_that_hangs_when_imported(host, tmp_path, monkeypatch) -> None:
+    """The event loop has let go of its descriptor by then: the number may soon be another process's."""
+    watched = []
+
+    def killed(child, *arguments):
+        watched.extend(key.fd for key in slow.loop._selector.get_map().values() if key.fd == channel)
+        return endings.killed(child, *arguments)
+
     monkeypatch.setattr(process, "START_SECONDS", 0.5)
+    monkeypatch.setattr(process, "killed", killed)
     (tmp_path / "slow.py").write_text("import time\ntime.sleep(1000)")
     slow = make_host(EnvironmentConfig(use=f"{tmp_path}/slow.py:Game"))
+    channel = slow._homes[0]._process.channel.fileno()
     with pytest.raises(Exception, match=r"no answer in 0\.5 s when imported, so its process was killed"):
         _ = slow.description
+    assert watched == []
     slow.close()

@@ -35,7 +35,7 @@ class NoText:
 @pytest.fixture
 def generator(zoo, monkeypatch):
     """Makes a generator with so many slots, whose steps overlap or not, on few columns and small chunks."""
-    monkeypatch.setattr(slots, "WIDTH_STEP", 4)
+    monkeypatch.setattr(slots, "width_step", lambda: 4)
     monkeypatch.setattr(buffers, "PREFILL_CHUNK", 5)
     monkeypatch.setattr(shared, "PREFILL_TOKENS", 40)
     model = zoo("untied", num_hidden_layers=2)

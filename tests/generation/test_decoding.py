@@ -265,6 +265,8 @@ def test_buffers_are_written_in_place() -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    ((completion,),) = generator.generate([Request([5, 6, 7], seed=3)], Sampling(1.0, ring, stop_ids=(9,)), KEY)
+    ((completion,),) = generator.generate(
+        [Request([5, 6, 7], seed=3)], Sampling(1.0, ring, min_tokens=11, stop_ids=(9,)), KEY
+    )
     assert len(completion.token_ids) > 10
     assert mx.get_peak_memory() - before < 1.1 * own

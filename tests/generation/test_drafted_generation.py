@@ -81,6 +81,12 @@ def test_it_is_said_how_tokens_are_drafted(generator) -> None:
     assert generator.describe()[-1] == "speculation: every step feeds a row 1 draft (rollout.speculate: 1)"
     generator.speculation = Automatic()
     assert generator.describe()[-1].startswith("speculation: drafts where they pay")
+    generator.speculation.most = 1
+    assert generator.describe()[-1] == "speculation: off, because memory has no room for steps of several tokens"
+    generator.speculation = Always(8)
+    generator.speculation.most = 4
+    said = "speculation: every step feeds a row 3 drafts, because memory has no room for more (rollout.speculate: 7)"
+    assert generator.describe()[-1] == said
 
 
 def test_caches_that_cannot_take_tokens_back_decode_without_drafts_and_say_so() -> None:

@@ -1,11 +1,9 @@
-"""Where drafts come from, and that their memory has bounds."""
+"""Where drafts come from, and what is remembered for them."""
 
 import time
 
-import pytest
 from spoken import ended, row_of
 
-from grpo.generation import drafts as module
 from grpo.generation.drafts import Drafts, History
 from grpo.generation.replay import Taken, replay
 from grpo.generation.rows import SharedPrompt
@@ -111,17 +109,6 @@ def test_memory_forgets_the_prompts_unused_for_longest() -> None:
     assert not any(memory.of((number,)) for number in range(5))
     memory.add((5,), [0] * 10)
     assert memory.of((5,))
-
-
-def test_indices_have_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "INDEXED", 5)
-    drafts = Drafts()
-    first, second = row_of(SharedPrompt((1, 2, 3, 4, 5)), [1]), row_of(SharedPrompt((6, 7, 8)), [6])
-    assert drafts.propose(first, 2) == [2, 3]
-    assert drafts.propose(second, 2) == []  # no room for its index
-    first.prompt.left = 0
-    drafts.group(SharedPrompt((9,)))
-    assert drafts.propose(second, 2) == [7, 8]
 
 
 def test_a_replay_takes_what_speculation_would() -> None:

@@ -15,7 +15,7 @@ PROMPTS = [(9, 10, 11), (12,), LONG]
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch) -> None:
     """Edges of chunks and of widths are crossed by short rows."""
-    monkeypatch.setattr(slots, "WIDTH_STEP", 8)
+    monkeypatch.setattr(slots, "width_step", lambda: 8)
     monkeypatch.setattr(buffers, "PREFILL_CHUNK", 16)
 
 
@@ -92,7 +92,7 @@ def test_an_extended_row_is_a_fresh_one_with_all_as_its_prompt(
                 turns += 1
     assert turns >= 3
     assert [sampled(others)] == neighbors
-    for row in rows:
+    for row in [row for row in rows if row.injected]:  # not those that the first turn filled
         other = fresh(generator, row, PROMPTS[0])
         cut = row.injected[-1].stop
         assert row.token_ids[cut:] == other.token_ids
@@ -123,7 +123,7 @@ def test_a_parked_row_loses_nothing(way: str) -> None:
     parked = 0
     for step in range(100):
         row = rows[step % 5]
-        if row.state in ("queued", "decoding"):
+        if row.state in ("queued", "decoding") and row.room > 1:  # a step in flight may bring the last token
             engine.park(row)
             parked += row.state == "parked"
             if row.state == "parked" and step % 3 == 0:  # at once

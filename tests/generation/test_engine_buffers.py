@@ -7,6 +7,7 @@ from ways import LONG, asked, exact_buffers, finish, fresh, generator_of, held, 
 from grpo.backend import cuda
 from grpo.generation import generator as generator_module
 from grpo.generation import shared
+from grpo.generation import slots as slots_module
 from grpo.generation.batchcaches import BatchCaches
 from grpo.generation.caches import empty, extended, extends_together
 from grpo.generation.generator import Generator
@@ -176,7 +177,8 @@ def test_a_model_of_other_modules_is_decoded_anew(make_policy, monkeypatch) -> N
     assert fresh(toy.generator, row, (5, 6, 7)).token_ids == row.token_ids[row.injected[0].stop :]
 
 
-def test_only_the_columns_up_to_the_longest_row_are_read() -> None:
+def test_only_the_columns_up_to_the_longest_row_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots_module, "width_step", lambda: 64)
     slots = Slots(Size(3, 1, 4, 1024))
     slots.step = 1000
     slots.admit([0, 1], [0, 0], [4, 4], [100, 5])

@@ -50,7 +50,7 @@ def test_prompts_longer_than_a_prefill_chunk(make_policy, monkeypatch) -> None:
 
 
 def test_completions_longer_than_a_width_step_and_rows_that_reuse_the_ring(make_policy, monkeypatch) -> None:
-    monkeypatch.setattr(slots_module, "WIDTH_STEP", 4)
+    monkeypatch.setattr(slots_module, "width_step", lambda: 4)
     toy = make_policy(slots=2)
     groups = toy.generator.generate([Request(ids, 3) for ids in MIXED], Sampling(1.0, 9), KEY)
     assert max(gaps(toy.policy, MIXED, groups)) < 1e-4

@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 from ways import LONG, STOPS, asked, finish, generator_of, sampled
 
+from grpo.backend import lanes as backend_lanes
 from grpo.generation import lanes as lanes_module
 from grpo.generation.batching import Run
 from grpo.generation.events import Events
@@ -246,15 +247,25 @@ def test_who_cannot_be_stepped_side_by_side_has_one_lane(monkeypatch) -> None:
 
 
 def test_lanes_are_for_large_steps_on_a_machine_of_its_own(monkeypatch) -> None:
-    monkeypatch.setattr(lanes_module, "cpu_cores", lambda: 2)
-    monkeypatch.delenv("MLX_RANK", raising=False)
+    monkeypatch.setattr(backend_lanes, "cpu_cores", lambda: 2)
     assert rollout_lanes(64, 512 * 1280) == rollout_lanes(256, 128 * 384) == 2
     assert rollout_lanes(64, 128 * 384) == rollout_lanes(16, 512 * 1280) == 1
-    monkeypatch.setattr(lanes_module, "cpu_cores", lambda: 1)
+    assert rollout_lanes(64, 512 * 1280, neighbours=2) == 1
+    monkeypatch.setattr(backend_lanes, "cpu_cores", lambda: 1)
     assert rollout_lanes(64, 512 * 1280) == 1
-    monkeypatch.setattr(lanes_module, "cpu_cores", lambda: 2)
-    monkeypatch.setenv("MLX_RANK", "0")
-    assert rollout_lanes(64, 512 * 1280) == 1
+    monkeypatch.setattr(backend_lanes, "cpu_cores", lambda: 4)
+    assert rollout_lanes(64, 512 * 1280) == 1  # BLAS has the cores
+    assert rollout_lanes(64, 512 * 1280, neighbours=2) == 2
+
+
+def test_processes_that_share_the_machine_share_its_cores(monkeypatch) -> None:
+    monkeypatch.setattr(backend_lanes, "cpu_cores", lambda: 2)
+    monkeypatch.setattr(lanes_module, "LARGE_STEP", 0)
+    generator = generator_of("joined layers", 64)
+    generator.lanes = None
+    assert isinstance(generator.open()._run, Lanes)
+    monkeypatch.setattr(generator, "neighbours", 2)
+    assert isinstance(generator.open()._run, Run)
 
 
 def test_memory_is_planned_for_prompts_in_each_lane() -> None:

@@ -92,3 +92,33 @@ def test_a_row_that_repeats_itself_costs_no_more_than_another() -> None:
     state = index.extend(ROOT, [3] * 5000)
     assert len(index) == 5001
     assert index.likely(state, 4) == [3] * 4
+
+
+def test_a_sequence_that_is_followed_is_where_it_would_be_and_adds_nothing() -> None:
+    index = SuffixAutomaton()
+    index.extend(ROOT, [1, 2, 3, 4, 2, 5])
+    states = len(index)
+    assert index.follow(ROOT, [1, 2, 3]) == index.extend(ROOT, [1, 2, 3])
+    assert index.likely(index.follow(ROOT, [7, 3]), 2) == [4, 2]  # behind 3 alone
+    assert index.likely(index.follow(index.follow(ROOT, [1, 2]), [3]), 1) == [4]
+    assert index.follow(ROOT, [1, 2, 9]) == ROOT
+    assert len(index) == states
+
+
+def test_what_is_followed_is_likely_what_counting_by_hand_says() -> None:
+    """Behind the longest end of a sequence that was said before: what came there most often."""
+    draw = random.Random(1)
+    said = [draw.randrange(3) for _ in range(60)]
+    index = SuffixAutomaton()
+    index.extend(ROOT, said)
+    for _ in range(200):
+        sequence = [draw.randrange(4) for _ in range(draw.randrange(1, 9))]
+        guessed = index.likely(index.follow(ROOT, sequence), 1)
+        behind: list[int] = []
+        for start in range(len(sequence)):
+            end = sequence[start:]
+            behind = [said[at + len(end)] for at in range(60 - len(end)) if said[at : at + len(end)] == end]
+            if behind:
+                break
+        assert bool(guessed) == bool(behind)
+        assert set(guessed) <= set(behind)

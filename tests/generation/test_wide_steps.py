@@ -23,7 +23,7 @@ PROMPTS = [(9, 10, 11), (12,), LONG]
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch) -> None:
-    monkeypatch.setattr(slots, "WIDTH_STEP", 8)
+    monkeypatch.setattr(slots, "width_step", lambda: 8)
     monkeypatch.setattr(buffers, "PREFILL_CHUNK", 16)
 
 

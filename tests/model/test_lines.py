@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from model.test_sharing import COMPLETIONS, INDEX, LENGTHS, PROMPTS, WEIGHTS, difference, policy_of
 
 from grpo.model.dropout import add_dropout, dropping
-from grpo.model.lines import Lines, at_rows, by_token, in_lines, laid_out
+from grpo.model.lines import Lines, at_rows, by_token, laid_out, rows_by_line
 from grpo.model.policy import Policy
 
 ENDS = [7, 2, 5, 1, 7, 6]
@@ -25,9 +25,9 @@ LINES, STARTS = laid_out(ROWS, 4, 18)  # two lines are full of padding
 def test_lines_by_hand() -> None:
     a, b, c = (1, 2, 3), (4,), (5, 6)
     rows = [(a, (10, 11)), (a, (12,)), (b, (13, 14)), (c, (15,)), (a, (16,))]
-    assert in_lines(rows, 7) == [[0, 1, 2], [3, 4]]
-    assert in_lines(rows, 8) == [[0, 1, 2], [3, 4]]
-    assert in_lines(rows, 10) == [[0, 1, 2, 3, 4]]  # the prompt is there already
+    assert rows_by_line(rows, 7) == [[0, 1, 2], [3, 4]]
+    assert rows_by_line(rows, 8) == [[0, 1, 2], [3, 4]]
+    assert rows_by_line(rows, 10) == [[0, 1, 2, 3, 4]]  # the prompt is there already
     laid, starts = laid_out(rows, 3, 7)
     lines = Lines(*laid.tolist())
     assert lines.token_ids == [[1, 2, 3, 10, 3, 4, 13], [5, 6, 1, 2, 3, 0, 0], [0] * 7]

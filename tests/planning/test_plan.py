@@ -217,8 +217,8 @@ def test_what_waiting_completions_keep_has_room_in_the_plan() -> None:
     assert [line for line in short.lines() if "wait" in line] == [said + there]
 
 
-@pytest.mark.parametrize("speculate", ["auto", "off"])
-def test_steps_are_as_wide_as_what_the_slots_leave(speculate: str) -> None:
+@pytest.mark.parametrize(("speculate", "widest"), [("auto", 8), (7, 8), (1, 2), ("off", 1)])
+def test_steps_are_as_wide_as_is_asked_for_and_the_slots_leave(speculate: str | int, widest: int) -> None:
     model = make_model("tied")
     adapters = Adapters(model, AdapterConfig(rank=2), mx.random.key(0))
     rollout = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 500, "speculate": speculate}
@@ -230,14 +230,27 @@ def test_steps_are_as_wide_as_what_the_slots_leave(speculate: str) -> None:
         return planning.plan_on(machine, load, model, 0, decoding, lambda _: small)[0]
 
     ample = plan(2**40)
-    assert ample.fed == (8 if speculate == "auto" else 1)
-    if speculate == "auto":
+    assert ample.fed == widest
+    if widest == 1:
+        assert ample.drafts == 0
+        assert not any("drafts" in line for line in ample.lines())
+    else:
+        assert ample.drafts == load.need().wider(decoding, ample.slots, widest) > 0
+        said = f"drafts may take {planning._size(ample.drafts)} more, for steps of up to {widest} tokens a row"
+        assert ample.lines()[-1] == said
+    decoding.narrow = "it cannot"
+    assert (plan(2**40).fed, plan(2**40).drafts) == (1, 0)
+    assert plan(2**40).kept_bytes == ample.kept_bytes + ample.drafts
+    decoding.narrow = None
+    if widest == 8:
         beside = sum(ample.stays.values()) + ample.phases["rollout"]
         for fed in (1, 2, 4):
             more = load.need().wider(decoding, ample.slots, 2 * fed) - 1
             short = plan(int((beside + more) / planning.FREE))
             assert (short.slots, short.fed) == (ample.slots, fed)
             assert 0 <= short.kept_bytes < more
+            assert short.drafts == (load.need().wider(decoding, short.slots, fed) if fed > 1 else 0)
+            assert any("drafts" in line for line in short.lines()) == (fed > 1)
 
 
 def test_a_cpu_chooses_small_micro_batches_by_sizes_and_not_by_what_was_measured(monkeypatch) -> None:

@@ -116,6 +116,6 @@ def conversing(recipe: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) 
         .replace(str(toy_folder), "talker")
         .replace("max_completion_length: 8", "max_completion_length: 64")
         .replace("steps: 2", "steps: 4")
-        + 'environment: {use: "room.py:Room", max_turns: 3, workers: 2}\n'
+        + 'environment: {use: "room.py:Room", max_turns: 3, workers: 1}\n'
     )
     return recipe

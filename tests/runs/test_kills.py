@@ -95,7 +95,9 @@ def test_killed_in_a_write_it_ends_as_if_never_stopped(long) -> None:
     same_end(Path("whole"), Path("parts"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_it_in_order_and_it_goes_on(long, number: int, code: int) -> None:
     process = start(long, 0, "output_dir=parts", "optim.steps=100000")
     metrics, deadline = Path("parts/metrics.jsonl"), time.monotonic() + 120

@@ -107,7 +107,7 @@ def test_methods_that_look_like_tools_beside_text_are_told_of() -> None:
         def price(self):
             """The price."""
 
-    assert [describe(None, one, []).withheld for one in (Shop(), Other(), None)] == [["price"], [], ()]
+    assert [describe(None, one, [], {}).withheld for one in (Shop(), Other(), None)] == [["price"], [], ()]
 
 
 def test_rows_say_which_environment_and_have_the_columns_that_it_needs() -> None:

@@ -49,6 +49,15 @@ def test_reset_is_tried_on_the_first_row_before_the_first_step(conversing: Path,
         prepare(load_recipe(conversing, []))
 
 
+def test_a_tool_whose_reset_fails_on_the_first_row_is_named(conversing: Path) -> None:  # noqa: F811
+    Path("room.py").write_text("class Room:\n    def reset(self, **row): ...\n    def step(self, text): ...\n")
+    Path("lost.py").write_text(
+        "class Lost:\n    def reset(self, **row): raise KeyError('x')\n    def go(self) -> str:\n        'Goes.'\n"
+    )
+    with pytest.raises(UserError, match=r"^tools\.0: reset: KeyError: 'x' \(.*lost\.py:2\), with row 0 of data$"):
+        prepare(load_recipe(conversing, ["environment={use: 'room.py:Room'}", "tools=['lost.py:Lost']"]))
+
+
 def test_a_prompt_that_the_data_leaves_empty_is_the_data_s_own(conversing: Path) -> None:  # noqa: F811
     Path("train.jsonl").write_text('{"prompt": ""}\n' * 2)
     Path("room.py").write_text("class Room:\n    def reset(self, **row): ...\n    def step(self, text): ...\n")

@@ -1,12 +1,14 @@
 """A run that was stopped goes on to the numbers of the run that was not."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from conftest import write_recipe
 from runs.driver import run, same_end, timeless
 
 from grpo.errors import RunError, UserError
@@ -14,6 +16,7 @@ from grpo.planning import plan
 from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import checkpoints, load_checkpoint, step_of
 from grpo.runs.completions import stored_steps
+from grpo.runs.loop import Outcome
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import find_start
 from grpo.runs.signals import Stopped
@@ -25,6 +28,29 @@ EVAL = "eval: {split: train, every: 2, prompts: 2, samples: 2}\n"
 def six(recipe) -> Path:
     """Six steps with everything that has a state: warm-up, momentum, several updates a step, dynamic sampling, beta's
     schedule, evaluations."""
+    return lengthened(recipe)
+
+
+@pytest.fixture(scope="module")
+def ended(toy_folder, tmp_path_factory) -> tuple[Path, Outcome]:
+    """The recipe `six` in a folder of its own, beside its whole run in `whole`; how that ended."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        recipe = lengthened(write_recipe(folder, toy_folder))
+        return recipe, run(recipe, "output_dir=whole")
+
+
+@pytest.fixture
+def beside(ended, monkeypatch) -> Path:
+    """The recipe `six` in the folder where `whole` is; what a test leaves in `parts` there is gone after it."""
+    recipe, _ = ended
+    monkeypatch.chdir(recipe.parent)
+    yield recipe
+    shutil.rmtree("parts", ignore_errors=True)
+
+
+def lengthened(recipe: Path) -> Path:
     recipe.write_text(
         recipe.read_text()
         .replace("optim: {steps: 2", "optim: {steps: 6, warmup_steps: 2, num_minibatches: 2, weight_decay: 0.01")
@@ -63,12 +89,11 @@ def interrupt_in(step: int, where: str):
 
 @pytest.mark.parametrize("where", ["rollout", "update"])
 @pytest.mark.parametrize("at", [1, 4])
-def test_stopped_in_a_step_and_resumed_is_never_stopped(six, where: str, at: int) -> None:
-    run(six, "output_dir=whole")
-    stopped = run(six, "output_dir=parts", change=interrupt_in(at, where))
+def test_stopped_in_a_step_and_resumed_is_never_stopped(beside, where: str, at: int) -> None:
+    stopped = run(beside, "output_dir=parts", change=interrupt_in(at, where))
     assert (stopped.state.step, stopped.stopped_by) == (at - 1, signal.SIGTERM)
     assert (stopped.checkpoint is None) == (at == 1)
-    ended = run(six, "output_dir=parts", resume=True)
+    ended = run(beside, "output_dir=parts", resume=True)
     assert ended.state.step == 6
     same_end(Path("whole"), Path("parts"))
 
@@ -108,8 +133,8 @@ def test_a_saved_adapter_is_gone_on_from_and_resumed(six) -> None:
     assert (Path("parts/checkpoints/step-000006") / "reference.safetensors").is_file()
 
 
-def test_a_checkpoint_holds_the_whole_state(six) -> None:
-    ended = run(six)
+def test_a_checkpoint_holds_the_whole_state(beside, ended) -> None:
+    _, ended = ended
     state, context = load_checkpoint(ended.checkpoint)
     assert json.dumps(state.plain()) == json.dumps(ended.state.plain())
     assert set(state.trainer.arrays) == {"adapters", "optimizer"}
@@ -124,37 +149,35 @@ def test_a_checkpoint_holds_the_whole_state(six) -> None:
     assert state.step == step_of(ended.checkpoint) == 6
 
 
-def test_a_log_is_cut_back_to_the_checkpoint(six) -> None:
-    run(six, "output_dir=whole")
-    run(six, "output_dir=parts", change=interrupt_in(6, "rollout"))
+def test_a_log_is_cut_back_to_the_checkpoint(beside) -> None:
+    run(beside, "output_dir=parts", change=interrupt_in(6, "rollout"))
     folder = Path("parts")
     with (folder / "metrics.jsonl").open("a") as file:  # of a process that was killed in its next step
         file.write(json.dumps({"step": 6, "reward": 9.0}) + "\n" + '{"step": 7, "rew')
     (folder / "completions/step-000006.parquet").write_text("")
-    run(six, "output_dir=parts", resume=True, change=interrupt_in(6, "rollout"))
+    run(beside, "output_dir=parts", resume=True, change=interrupt_in(6, "rollout"))
     assert [line["step"] for line in timeless(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert [path.stem for path in stored_steps(folder / "completions")][-1] == "step-000005"
-    run(six, "output_dir=parts", resume=True)
+    run(beside, "output_dir=parts", resume=True)
     same_end(Path("whole"), folder)
 
 
-def test_an_earlier_checkpoint_takes_the_run_back(six) -> None:
-    run(six)
-    folder = Path("runs/toy")
+def test_an_earlier_checkpoint_takes_the_run_back(beside) -> None:
+    folder = shutil.copytree("whole", Path("parts"))
     before = timeless(folder / "metrics.jsonl")
-    ended = run(six, checkpoint=folder / "checkpoints/step-000002", change=interrupt_in(4, "rollout"))
+    back = folder / "checkpoints/step-000002"
+    ended = run(beside, "output_dir=parts", checkpoint=back, change=interrupt_in(4, "rollout"))
     assert ended.state.step == 3
     assert [step_of(path) for path in checkpoints(folder / "checkpoints")] == [2, 3]
     assert timeless(folder / "metrics.jsonl") == before[:3]
-    run(six, resume=True)
+    run(beside, "output_dir=parts", resume=True)
     assert timeless(folder / "metrics.jsonl") == before
 
 
-def test_a_checkpoint_may_branch_off_into_a_new_folder(six) -> None:
-    first = run(six)
-    ended = run(six, "output_dir=branch", checkpoint=Path("runs/toy/checkpoints/step-000004"))
-    assert ended.state.run_id != first.state.run_id
-    assert timeless(Path("branch/metrics.jsonl")) == timeless(Path("runs/toy/metrics.jsonl"))[4:]
+def test_a_checkpoint_may_branch_off_into_a_new_folder(beside, ended) -> None:
+    branch = run(beside, "output_dir=parts", checkpoint=Path("whole/checkpoints/step-000004"))
+    assert branch.state.run_id != ended[1].state.run_id
+    assert timeless(Path("parts/metrics.jsonl")) == timeless(Path("whole/metrics.jsonl"))[4:]
 
 
 def test_a_changed_recipe_or_reward_is_listed_and_needs_leave(six) -> None:
@@ -172,17 +195,16 @@ def test_a_changed_recipe_or_reward_is_listed_and_needs_leave(six) -> None:
     assert run(six, *overrides, resume=True).state.step == 6  # the recipe is the run's from now on
 
 
-def test_a_resumed_run_keeps_its_plan(six, monkeypatch) -> None:
+def test_a_resumed_run_keeps_its_plan(beside, monkeypatch) -> None:
     """The plan is a measurement, and another one cuts the micro-batches otherwise."""
-    run(six, "output_dir=whole")
-    run(six, "output_dir=parts", change=interrupt_in(4, "rollout"))
+    run(beside, "output_dir=parts", change=interrupt_in(4, "rollout"))
     monkeypatch.setattr(plan, "AUTO_TOKENS", (16, 16, 16))  # as if memory had been short
-    run(six, "output_dir=parts", resume=True)
+    run(beside, "output_dir=parts", resume=True)
     same_end(Path("whole"), Path("parts"))
-    changed = find_start(load_recipe(six, ["output_dir=parts", "optim.steps=7"]), changed=True)
+    changed = find_start(load_recipe(beside, ["output_dir=parts", "optim.steps=7"]), changed=True)
     assert changed.planned.optim.micro_batch_tokens == "auto"
     asked = ["output_dir=parts", "optim.micro_batch_tokens=64"]
-    assert find_start(load_recipe(six, asked), changed=True).planned.optim.micro_batch_tokens == 64
+    assert find_start(load_recipe(beside, asked), changed=True).planned.optim.micro_batch_tokens == 64
 
 
 def test_a_longer_run_goes_on_where_the_shorter_ended(six) -> None:
@@ -192,33 +214,29 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(six) -> None:
     assert ended.state.before.step == 0
 
 
-def test_another_adapter_does_not_fit(six) -> None:
-    run(six, "optim.steps=2", "optim.warmup_steps=0")
+def test_another_adapter_does_not_fit(beside) -> None:
     with pytest.raises(UserError, match="the checkpoint's adapters: other arrays or shapes"):
-        run(six, "adapter.rank=2", changed=True)
+        run(beside, "output_dir=whole", "adapter.rank=2", changed=True)
 
 
-def test_a_run_without_a_checkpoint_begins_anew(six) -> None:
-    run(six, "output_dir=whole")
-    run(six, "output_dir=parts", change=interrupt_in(1, "rollout"))
+def test_a_run_without_a_checkpoint_begins_anew(beside) -> None:
+    run(beside, "output_dir=parts", change=interrupt_in(1, "rollout"))
     assert not Path("parts").exists()
-    start = find_start(load_recipe(six, ["output_dir=parts"]), resume=True)
+    start = find_start(load_recipe(beside, ["output_dir=parts"]), resume=True)
     assert start.notes == ("no checkpoint to go on from: begins at step 0",)
-    run(six, "output_dir=parts", resume=True)
+    run(beside, "output_dir=parts", resume=True)
     same_end(Path("whole"), Path("parts"))
 
 
-def test_a_finished_run_has_nothing_left_to_do(six) -> None:
-    first = run(six)
-    before = {path: path.read_bytes() for path in Path("runs/toy").rglob("*") if path.is_file()}
-    again = run(six, resume=True)
-    assert again.checkpoint.resolve() == first.checkpoint.resolve()
-    assert {path: path.read_bytes() for path in Path("runs/toy").rglob("*") if path.is_file()} == before
+def test_a_finished_run_has_nothing_left_to_do(beside, ended) -> None:
+    before = {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()}
+    again = run(beside, "output_dir=whole", resume=True)
+    assert again.checkpoint.resolve() == ended[1].checkpoint.resolve()
+    assert {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("at", [2, 6])
-def test_a_stop_in_an_evaluation_leaves_the_evaluation_to_do(six, at: int) -> None:
-    run(six, "output_dir=whole")
+def test_a_stop_in_an_evaluation_leaves_the_evaluation_to_do(beside, at: int) -> None:
 
     def interrupted(measure, stop):
         def evaluate(step: int):
@@ -229,10 +247,10 @@ def test_a_stop_in_an_evaluation_leaves_the_evaluation_to_do(six, at: int) -> No
 
         return evaluate
 
-    stopped = run(six, "output_dir=parts", evaluate=interrupted)
+    stopped = run(beside, "output_dir=parts", evaluate=interrupted)
     assert stopped.state.step == at
     assert stopped.state.after.step == at - 2
-    run(six, "output_dir=parts", resume=True)
+    run(beside, "output_dir=parts", resume=True)
     same_end(Path("whole"), Path("parts"))
 
 
@@ -268,9 +286,9 @@ def test_the_best_is_kept_beside_the_newest(six, monkeypatch) -> None:
     assert [step_of(path) for path in checkpoints(Path("runs/toy/checkpoints"))] == [2, 6]
 
 
-def test_every_part_of_the_state_is_restored(six) -> None:
-    ended = run(six)
-    cfg = load_recipe(six)
+def test_every_part_of_the_state_is_restored(beside, ended) -> None:
+    _, ended = ended
+    cfg = load_recipe(beside)
     fresh = prepare(cfg).trainer
     fresh.load_state(ended.state.trainer)
     again = fresh.state()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 from scoring.hosts import FakeHost, group, scorer_of, talk
@@ -216,3 +217,11 @@ def test_beside_tools_alone_it_is_refused() -> None:
     tools = [(FakeHost("tools"), EnvironmentConfig())]
     with pytest.raises(UserError, match=r"reward 'own' takes `environments`, and beside tools alone there are none"):
         Scorer.of([config], functions={USE: own}, hosts=tools)
+
+
+def test_isolation_inline_would_do_nothing_where_environments_live(tmp_path: Path) -> None:
+    use = f"{tmp_path}/mine.py:seen"
+    Path(tmp_path, "mine.py").write_text("def seen(completions, environments, **_): return [1.0] * len(completions)\n")
+    with pytest.raises(UserError, match=r"'seen' takes `environments`, so .* isolation: inline would do nothing"):
+        scorer_of(FakeHost(), rewards=[RewardConfig(use=use, isolation="inline")])
+    scorer_of(FakeHost(), rewards=[RewardConfig(use=use)]).close()

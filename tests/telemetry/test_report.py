@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from grpo.recipes import load_recipe
 from grpo.telemetry import report
 from grpo.telemetry.plots import curves
-from grpo.telemetry.recorded import read_run
-from grpo.types import Group, Rollout, Task, Trajectory
+from grpo.telemetry.recorded import RecordedRun, read_run
+from grpo.types import Group, Rollout, StepMetrics, Task, Trajectory
 
 SECTIONS = ["setup", "reward", "kl", "length", "entropy", "clip", "evaluation", "time", "memory", "failures"]
 SECTIONS += ["completions"]
@@ -122,3 +123,18 @@ def test_what_changed_is_a_task_and_not_a_prompt() -> None:
 
     assert "most changed, +1.000: 2+2?" in report._changed([(1, group(0, 0.0)), (2, group(0, 1.0))])
     assert "most changed" not in report._changed([(1, group(0, 0.0)), (2, group(1, 1.0))])
+
+
+def test_an_environment_that_never_gave_a_reward_is_not_listed_as_one(recipe: Path, tmp_path: Path) -> None:
+    cfg = load_recipe(recipe, ["environment={use: 'room.py:Room'}"])
+    cases = (
+        ({}, True),  # no step is on record
+        ({"rewards/Room/failures": 0.0}, False),
+        ({"rewards/Room/failures": 1.0, "rewards/Room/error_rate": 0.1}, False),
+        ({"rewards/Room/failures": 0.0, "rewards/Room/mean": 0.5}, True),
+        ({"rewards/Made/failures": 0.0, "rewards/Made/mean": 0.5}, True),  # by a function that makes objects
+    )
+    for values, rewards in cases:
+        steps = [StepMetrics(1, {"time/rollout": 1.0, **values}, ())] if values else []
+        page = report.report([RecordedRun(tmp_path, cfg, steps, [])])
+        assert ("Room × 1" in page, "Room</td>" in page) == (rewards, True)

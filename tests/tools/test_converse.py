@@ -28,8 +28,8 @@ class Twice:
 def test_a_conversation_is_told_as_it_goes(conversing: Path, run_cli) -> None:  # noqa: F811
     run(conversing, "optim.steps=1")
     asked = ["generate", "runs/toy", "What is 9+9?", "--temperature", "1", "--max-tokens", "200"]
-    found = [run_cli(*asked, "--seed", str(seed)).out for seed in (1, 2, 3, 3)]
-    assert found[2] == found[3]
+    found = [run_cli(*asked, "--seed", str(seed)).out for seed in (1, 3, 3)]
+    assert found[1] == found[2]
     for out in found:
         prompt, *lines, last = out.splitlines()
         assert prompt.startswith("prompt: What is 9+9? Begin with ")
@@ -57,6 +57,16 @@ def test_an_environment_that_needs_more_columns(conversing: Path, run_cli) -> No
     assert "as a JSON object in the place of the prompt, or a row of the run's data: --row 0" in refused.err
     for given in (["--row", "1"], [json.dumps({"question": "What is 2+2?", "answer": "4"})]):
         assert run_cli("generate", "runs/toy", *given).out.startswith("prompt: What is 2+2? (It is 4.)\n")
+
+
+def test_broken_json_is_not_taken_as_text(conversing: Path, run_cli) -> None:  # noqa: F811
+    run(conversing, "optim.steps=1")
+    refused = run_cli("generate", "runs/toy", '{"question": "What is 2+2?" "answer": "4"}')
+    assert (refused.code, refused.out) == (2, "")
+    assert "begins with { as a JSON object does, and is none: Expecting ',' delimiter: line 1 column 29" in refused.err
+    assert """given as '{"question": "{..."}'""" in refused.err
+    told = run_cli("generate", "runs/toy", '{"question": "{x} is what?"}')
+    assert told.out.startswith("prompt: {x} is what? Begin with ")
 
 
 def test_an_environment_that_samples_by_itself_has_the_text_of_all_turns(conversing: Path, run_cli) -> None:  # noqa: F811

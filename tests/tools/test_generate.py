@@ -115,8 +115,9 @@ def test_a_run_on_prefilled_messages_answers_a_question(recipe, run_cli) -> None
     prefilled = [{"role": "user", "content": "What is 3+3?"}, {"role": "assistant", "content": "It is"}]
     Path("chat.jsonl").write_text(json.dumps({"messages": prefilled, "answer": "6"}) + "\n")
     data = ["data.source=chat.jsonl", "data.prompt=messages", "data.continue_final_message=true"]
-    more = ["rewards.0.completions=text", "optim.steps=1", "rollout.prompts_per_step=1"]
-    ran = run_cli("train", recipe, *data, *more)
-    assert ran.code in (0, 1), ran.err  # 1 where its one group taught nothing
+    Path("order.py").write_text("def reward(completions, **columns):\n    return list(range(len(completions)))\n")
+    one = ["rewards=[{use: order.py, completions: text}]", "optim.steps=1", "rollout.prompts_per_step=1"]
+    ran = run_cli("train", recipe, *data, *one)  # whatever is drawn, its one group has a signal
+    assert ran.code == 0, ran.err
     assert "'What is 3+3?'" in ran.out
     assert run_cli("generate", "runs/toy", "What is 3+3?", "--max-tokens", "2").code == 0

@@ -148,9 +148,9 @@ def quantised(source: Path, folder: Path, bits: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("when", ["before", "when loaded"])
+@pytest.mark.parametrize(
+    ("kind", "bits", "when"), [("lora", 4, "before"), ("dora", 4, "when loaded"), ("dora", 8, "before")]
+)
 def test_packed_weights_are_bit_identical_after_fifty_steps(
     toy_folder, tmp_path, kind: str, bits: int, when: str
 ) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import ranks_worker
 import test_update
 from planning.loads import workload
 from runs.driver import run, timeless
@@ -84,14 +85,14 @@ def flat(values: Any) -> Iterator[float]:
 
 
 def test_two_processes_give_the_loss_gradient_and_step_of_one(tmp_path) -> None:
-    found = []
     for n in (1, 2):
-        out = tmp_path / str(n)
-        out.mkdir()
-        ran = launch(n, HERE / "ranks_worker.py", "gradient", out)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        found.append([json.loads((out / f"facts-{rank}.json").read_text()) for rank in range(n)])
-    (alone,), (first, second) = found
+        (tmp_path / str(n)).mkdir()
+    ranks_worker.gradient(Ranks(), tmp_path / "1")
+    ran = launch(2, HERE / "ranks_worker.py", "gradient", tmp_path / "2")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (alone,), (first, second) = (
+        [json.loads((tmp_path / f"{n}/facts-{rank}.json").read_text()) for rank in range(n)] for n in (1, 2)
+    )
     assert first["batches"] + second["batches"] == alone["batches"] > 1
     assert first["size"] == 2
     assert first["told"] == second["told"] == ["a", "b", "c"]
@@ -259,13 +260,14 @@ def test_a_start_is_compared(recipe, monkeypatch) -> None:
 def test_all_processes_take_the_plan_of_the_one_with_least_room(make_policy, tokens: int, checkpointing: bool) -> None:
     policy, other = make_policy().policy, make_policy().policy
     mine, theirs = plan_of(policy, 4096), plan_of(other, tokens, checkpointing)
-    theirs = replace(theirs[0], slots=1, kept_bytes=1), theirs[1]
+    theirs = replace(theirs[0], slots=1, kept_bytes=1, fed=2, drafts=1), theirs[1]
     plan, optim = _together(Two(theirs), policy, *mine)
     least = min(4096, tokens), checkpointing and tokens <= 4096
     assert (plan.micro_batch, plan.checkpointing) == least
     assert (optim.micro_batch_tokens, optim.gradient_checkpointing) == least
     assert policy.gradient_checkpointing is least[1]
     assert (plan.slots, plan.kept_bytes) == (mine[0].slots, mine[0].kept_bytes)
+    assert (plan.fed, plan.drafts) == (mine[0].fed, mine[0].drafts) == (8, mine[0].drafts)
 
 
 def plan_of(policy, tokens: int, checkpointing: bool = False):

@@ -339,7 +339,7 @@ def test_time_may_be_up_before_a_new_row_has_said_anything(make_policy, monkeypa
     groups, empty = sampled(make_policy()), 0
     for row in (rollout.trajectory for group in groups for rollout in group.rollouts):
         assert row.turns == len(row.conversation.turn_rewards)
-        assert (row.finish_reason == "rollout_timeout") is not row.trained[-1]
+        assert row.trained[-1] or row.finish_reason == "rollout_timeout"  # a token in flight may still have come
         empty += not any(row.parts[-1].trained)
     assert empty
     learning = make_batches(with_advantages(scored(groups), recipe()), recipe())

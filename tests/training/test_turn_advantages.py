@@ -7,8 +7,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from training.holes import made
 from training.sections import gauges, make_batches, make_minibatches, updater, with_top_entropy
-from training.test_holes_in_a_step import made
 from training.test_update import recipe
 
 from grpo.config.log import CompletionsConfig

@@ -1,0 +1,71 @@
+"""Who rewards what the model does: found out before the run, as far as descriptions of environments tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grpo.config import AdvantageConfig, RewardConfig
+from grpo.environments.seats import Description
+from grpo.errors import UserError
+from grpo.runs.partners import ANSWERING, Partners, place_of
+
+REMEDY = (
+    "give it a get_reward, or let a call return a grpo.Step with a reward (and say so where its result is annotated: "
+    "-> str | grpo.Step)"
+)
+
+
+def check_rewarded(rewards: Sequence[RewardConfig], advantage: AdvantageConfig, partners: Partners) -> list[str]:
+    """Notes on environments of which only a run can show whether they reward.
+
+    Raises UserError where nothing can reward the model, and for weights of rewards that do not exist.
+    """
+    by_functions = any(reward.weight for reward in rewards)
+    if partners.own is not None:
+        _check_alone(advantage, by_functions)
+    for name, (host, config) in partners.hosts.items():
+        if "weight" in config.changed and not host.description.may_reward:
+            raise UserError(
+                f"{place_of(name)}.weight does nothing: {_lacks(host.description)}. Leave it out, or {REMEDY}"
+            )
+    if by_functions or not partners.hosts:
+        return []
+    weighed = [host.description for host, config in partners.hosts.values() if config.weight]
+    if not any(told.may_reward for told in weighed):
+        lacks = "; ".join(_lacks(told) for told in weighed)
+        raise UserError(
+            f"rewards: nothing would reward the model: the recipe names no reward with a weight, and {lacks}. Name a "
+            f"reward, as rewards: [{{use: math_answer}}], or {REMEDY}"
+        )
+    return [_unsure(told) for told in weighed if not told.rewards]
+
+
+def _check_alone(advantage: AdvantageConfig, by_functions: bool) -> None:
+    """Raise UserError where an environment that makes trajectories by itself would have to reward them."""
+    why = "the environment makes trajectories by itself (it has a method rollout)"
+    if not by_functions:
+        raise UserError(f"rewards: a run needs one with a weight: {why}, and gives no rewards")
+    if advantage.turns == "turn":
+        raise UserError(f"advantage.turns: turn does nothing: {why}, and its turns have no rewards of their own")
+
+
+def _lacks(told: Description) -> str:
+    """Why an environment gives no reward."""
+    tools = [str(tool["function"]["name"]) for tool in told.tools]
+    called = [*tools, *(["step"] if told.kind in ANSWERING else [])]
+    steps = (
+        f"by {'their' if len(called) > 1 else 'its'} annotation{'s' if len(called) > 1 else ''} "
+        f"{' and '.join(called)} return{'' if len(called) > 1 else 's'} no grpo.Step"
+        if called
+        else "the model can call nothing of it"
+    )
+    return f"{told.name} gives no reward: it has no get_reward, and {steps}"
+
+
+def _unsure(told: Description) -> str:
+    if not told.may_reward:
+        return f"rewards: the recipe names none, so conversations with {told.name} teach nothing: {_lacks(told)}"
+    return (
+        f"rewards: the recipe names none, and {told.name} has no get_reward: only a grpo.Step that "
+        f"{' or '.join(told.steps)} returns can reward the model"
+    )

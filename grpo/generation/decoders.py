@@ -6,9 +6,7 @@ through mlx-lm's `scaled_dot_product_attention`.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -24,6 +22,7 @@ from grpo.generation.cuda_attention import CudaAttention
 from grpo.generation.cuda_layers import add_and_norm, gated
 from grpo.generation.products import fewest_rows, padded
 from grpo.generation.slots import View, Where
+from grpo.model.attending import asking_caches, attends
 
 
 class Decoder(Protocol):
@@ -124,7 +123,7 @@ class ModelDecoder:
 
     def refresh(self) -> None:
         """Find the files that the model's modules come from; its arrays are what they are."""
-        self._files = _attending(self.model)
+        self._files = attends(self.model)
 
     def forget(self) -> None:
         """Nothing to do: no array is held."""
@@ -133,7 +132,7 @@ class ModelDecoder:
         slots, width = tokens.shape
         filled = padded(tokens, -(-fewest_rows() // width), 0)
         cache = [_LayerCache(layer, attention, view, len(filled)) for layer in layers]
-        with _attention_through_caches(self._files):
+        with asking_caches(self._files):
             logits: mx.array = self.model(filled, cache=cache)
         return logits[:slots]
 
@@ -155,45 +154,13 @@ class _LayerCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return keys, values
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any, sinks: mx.array | None
+    ) -> mx.array:
+        if sinks is not None:
+            raise ValueError("attention with sinks")
+        if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+            raise ValueError("attention with scores of the model's own")
         slots = len(self._view.place_of)
         own = (queries[:slots], keys[:slots], values[:slots])
         return padded(self._attention.attend(self._layer, *own, scale, self._view), self._rows, 0)
-
-
-ATTENTION = "scaled_dot_product_attention"
-"""mlx-lm's models all call one function, by the name under which their file has imported it."""
-
-
-def _attending(model: nn.Module) -> list[ModuleType]:
-    """The files of this model's modules that have imported mlx-lm's attention."""
-    from grpo.model import mlxlm
-
-    files = {sys.modules[type(module).__module__] for module in model.modules()}
-    return [file for file in files if getattr(file, ATTENTION, None) is mlxlm.scaled_dot_product_attention]
-
-
-@contextmanager
-def _attention_through_caches(files: Sequence[ModuleType]) -> Iterator[None]:
-    """Let the attention in these files ask our caches, inside the block."""
-    from grpo.model import mlxlm
-
-    original = mlxlm.scaled_dot_product_attention
-
-    def attend(
-        queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, **others: Any
-    ) -> mx.array:
-        if isinstance(cache, _LayerCache) and not any(value is not None for value in others.values()):
-            if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
-                raise ValueError("attention with scores of the model's own")
-            return cache.attend(queries, keys, values, scale)
-        out: mx.array = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
-        return out
-
-    for file in files:
-        setattr(file, ATTENTION, attend)
-    try:
-        yield
-    finally:
-        for file in files:
-            setattr(file, ATTENTION, original)

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.model.attending import as_now
 from grpo.model.dropout import dropout_key, dropping
 
 
@@ -54,12 +55,13 @@ class _Checkpointed:
         plain = super().__call__  # type: ignore[misc]  # the layer's own
         cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "bind")), None)
         key = dropout_key()  # the backward pass comes when another is set, or none
+        attention = as_now()
         inside = next((a.inside for a in (*args, *kwargs.values()) if hasattr(a, "inside")), nullcontext)  # and so here
 
         def call(x: mx.array, inputs: list[mx.array]) -> Any:
             if cache is not None:
                 cache.bind(inputs)
-            with dropping(key), inside(self):
+            with dropping(key), attention(), inside(self):
                 out = plain(x, *args, **kwargs)
             return out, cache.outputs() if cache is not None else []
 

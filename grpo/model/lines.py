@@ -22,9 +22,11 @@ import numpy as np
 
 from grpo.backend.blame import cause, is_ours
 from grpo.backend.device import apart
+from grpo.model.attending import meaning
 from grpo.model.head import Body
 from grpo.model.promptcaches import Kind, PromptKeys
 from grpo.model.sharing import hidden_at, whole_sequences
+from grpo.model.sight import InLine
 
 _Ids = Sequence[int]
 
@@ -147,7 +149,8 @@ class LineKeys:
             sees = self._sees(window_size)
             nothing, everything = mx.array(0, self._dtype), mx.array(mx.finfo(self._dtype).min, self._dtype)
             self._masks[key] = sees if return_array else mx.where(sees, nothing, everything)
-        return self._masks[key]
+        lines = self._lines
+        return meaning(self._masks[key], InLine(lines.positions, lines.prompts, lines.rows, window_size))
 
     def _sees(self, window: int | None) -> mx.array:
         """Its own prompt and its own row up to itself, and of these what is in the window. Padding sees padding."""

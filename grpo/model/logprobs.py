@@ -20,6 +20,9 @@ LOGITS = 2**25
 """Logits in a chunk, 128 MB in float32, of however many tokens that is: the loss's memory does not depend on the
 vocabulary. MLX has some ten operations in flight, each of which may hold as much."""
 
+CHUNK = 1024
+"""Tokens in a chunk, at most: their product is large enough, whatever the vocabulary."""
+
 
 def scaled(logits: mx.array, temperature: float) -> mx.array:
     """Logits in fp32 at the sampling temperature: `[..., V]` of any dtype in, fp32 out."""
@@ -45,8 +48,8 @@ def with_entropies(scaled_logits: mx.array, tokens: mx.array, gradient: bool) ->
 
 
 def chunk_tokens(vocabulary: int) -> int:
-    """How many tokens to project at once, so that their logits fill no more than `LOGITS`."""
-    return max(16, LOGITS // vocabulary // 16 * 16)
+    """How many tokens to project at once, so that their logits fill no more than `LOGITS`, and `CHUNK` at most."""
+    return min(CHUNK, max(16, LOGITS // vocabulary // 16 * 16))
 
 
 def chunked_logprobs(

@@ -19,6 +19,7 @@ from grpo.backend.versions import changed
 try:
     with unseen("wandb"):  # mlx-lm's own training would import it: half a second at the start of every command
         from mlx_lm.generate import BatchGenerator, generate_step
+        from mlx_lm.models.activations import swiglu
         from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
         from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
         from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
@@ -63,6 +64,7 @@ __all__ = [
     "quantize",
     "save_model",
     "scaled_dot_product_attention",
+    "swiglu",
 ]
 
 

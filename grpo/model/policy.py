@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.device import on_gpu
 from grpo.model.adapters import Adapters
+from grpo.model.attending import InTiles
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import Body, Head, Unsplit, split_head
 from grpo.model.lines import Lines, Unpacked, at_rows, check_lines, line_hidden
@@ -16,6 +18,8 @@ from grpo.model.logprobs import chunk_tokens, chunked_logprobs, scaled, token_lo
 from grpo.model.promptcaches import Kind
 from grpo.model.quantized import dtype_of
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
+
+KEEPS = "attention keeps its scores for the backward pass, which take memory by the square of the length"
 
 
 class Policy:
@@ -43,6 +47,9 @@ class Policy:
             self.split = split_head(model)
         except Unsplit as reason:
             self.slow.append(f"logprobs go through full logits, because the head cannot be split off: {reason}")
+        self._in_tiles: InTiles | None = InTiles(model)
+        if fault := self._in_tiles.fault(model):
+            self.slow.append(f"{KEEPS}: {fault}")
         self._layers: list[Kind] = []
         self._lines: bool | None = None
         self.share_prompts = share_prompts and self._can_share()
@@ -51,10 +58,24 @@ class Policy:
         if self.split is None:
             return False
         try:
-            self._layers = shared_layers(self.model, self.split[0])
+            self._layers = self._shared_layers(self.split[0])
         except Unshared as reason:
             self.slow.append(f"each completion trains with a prompt of its own, not its group's: {reason}")
         return bool(self._layers)
+
+    def _shared_layers(self, body: Body) -> list[Kind]:
+        try:
+            with self._attention():
+                return shared_layers(self.model, body)
+        except Unshared as reason:
+            in_tiles, self._in_tiles = self._in_tiles, None
+            try:
+                layers = shared_layers(self.model, body)
+            except Unshared:
+                self._in_tiles = in_tiles  # it is not to blame
+                raise
+            self.slow.append(f"{KEEPS}: {reason}")
+            return layers
 
     @property
     def packs(self) -> bool:
@@ -66,7 +87,8 @@ class Policy:
     def _can_pack(self) -> bool:
         assert self.split is not None, "prompts could not be shared without"
         try:
-            check_lines(self.model, self.split[0], self._layers, self.dtype)
+            with self._attention():
+                check_lines(self.model, self.split[0], self._layers, self.dtype)
         except Unpacked as reason:
             self.slow.append(f"each completion trains in a row of its own, not behind others: {reason}")
             return False
@@ -75,6 +97,22 @@ class Policy:
     def use(self, state: str) -> AbstractContextManager[None]:
         """Be another state of the adapter (`"reference"`: the base model) inside a `with` block."""
         return self.adapters.use(state)
+
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        """Compute attention in tiles inside the block. MLX on a GPU has a fused forward pass: where there is to be no
+        gradient, it serves."""
+        if self._in_tiles is None or (on_gpu() and not self.model.training):
+            yield
+            return
+        with self._in_tiles.begun():
+            yield
+
+    @contextmanager
+    def _through_layers(self) -> Iterator[None]:
+        """In what hidden states are computed."""
+        with self._attention(), checkpointed_layers(self.model.layers, self.gradient_checkpointing):
+            yield
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -146,7 +184,7 @@ class Policy:
         """The hidden states of all places of the lines, `[R, W, D]`."""
         assert self.packs
         assert self.split is not None
-        with checkpointed_layers(self.model.layers, self.gradient_checkpointing):
+        with self._through_layers():
             return line_hidden(self.model, self.split[0], len(self._layers), lines, self.dtype)
 
     def group_hidden(
@@ -157,12 +195,12 @@ class Policy:
             tokens, lengths = whole_sequences(prompt_ids, prompt_lengths, prompt_index, completion_ids)
             return self._hidden(tokens, lengths, completion_ids)
         assert self.split is not None
-        with checkpointed_layers(self.model.layers, self.gradient_checkpointing):
+        with self._through_layers():
             return shared_hidden(self.split[0], self._layers, prompt_ids, prompt_lengths, prompt_index, completion_ids)
 
     def _hidden(self, tokens: mx.array, prompt_lengths: mx.array, completion_ids: mx.array) -> mx.array:
         body = self.model if self.split is None else self.split[0]
-        with checkpointed_layers(self.model.layers, self.gradient_checkpointing):
+        with self._through_layers():
             return hidden_at(body(tokens, cache=None), prompt_lengths, completion_ids.shape[1])
 
     def _projected(

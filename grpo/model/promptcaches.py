@@ -13,7 +13,11 @@ from typing import Any, cast
 import mlx.core as mx
 
 from grpo.backend.device import apart
+from grpo.model.attending import meaning, mlx_lms, under_way
+from grpo.model.attention import Prompts, attention
 from grpo.model.mlxlm import ArraysCache, KVCache, RotatingKVCache, create_causal_mask
+from grpo.model.promptrows import looked_up, summed_by_prompt
+from grpo.model.sight import Causal
 
 NOWHERE = 2**30
 """A place behind every token."""
@@ -63,7 +67,7 @@ class PromptKeys:
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> Any:
         if return_array or (window_size and n > window_size):
-            return create_causal_mask(n, window_size=window_size)
+            return meaning(create_causal_mask(n, window_size=window_size), Causal(window_size))
         return "causal"
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -104,9 +108,34 @@ class MoreKeys:
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> mx.array:
         """What each token sees: as booleans where the model asks for an array (to use it itself), or to be added."""
-        return self._rows.mask(n, window_size) if return_array else self._rows.bias(n, window_size)
+        rows = self._rows
+        mask = rows.mask(n, window_size) if return_array else rows.bias(n, window_size)
+        return meaning(mask, Causal(window_size, rows.lengths))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """The rows' own alone, if `attend` is asked for attention."""
+        return (keys, values) if under_way() is not None else self._behind_prompts(keys, values)
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: mx.array | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Attention over the row's prompt and the row itself, in the place of mlx-lm's."""
+        now = under_way()
+        if now is None:
+            return mlx_lms(queries, keys, values, scale, mask, sinks)
+        sight = now.sight(queries, keys, values, mask)
+        if not isinstance(sight, Causal):
+            return mlx_lms(queries, *self._behind_prompts(keys, values), scale, mask, sinks)
+        prompts = Prompts(self._prompt[0], self._prompt[1], self._rows.index)
+        return attention(queries, keys, values, scale, sight, prompts, sinks)
+
+    def _behind_prompts(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         prompt_keys, prompt_values = (for_rows(array, self._rows.index) for array in self._prompt)
         return mx.concatenate([prompt_keys, keys], axis=2), mx.concatenate([prompt_values, values], axis=2)
 
@@ -201,23 +230,15 @@ class MoreState:
 
 
 def for_rows(prompts: mx.array, index: mx.array) -> mx.array:
-    """Of `[P, ...]` the one that each row goes on from, `[B, ...]`.
-
-    Indexing moves one element at a time, so these are made as wide as they get. The gradient is a product with the
-    rows' places, one-hot: as that of an indexing it would be scattered, element by element.
-    """
+    """Of `[P, ...]` the one that each row goes on from, `[B, ...]`. Its gradient is a sum by prompts."""
 
     @mx.custom_function
     def spread(prompts: mx.array) -> mx.array:
-        if prompts.shape[-1] * prompts.itemsize % mx.uint64.size:
-            return prompts[index]
-        return mx.contiguous(prompts).view(mx.uint64)[index].view(prompts.dtype)
+        return looked_up(prompts, index)
 
     @spread.vjp
     def together(prompts: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        (places,) = apart(mx.equal(*apart(mx.arange(prompts.shape[0])[:, None], index[None])))
-        collected: mx.array = places.astype(cotangent.dtype) @ cotangent.reshape(index.size, -1)
-        return collected.reshape(prompts.shape)
+        return summed_by_prompt(cotangent, index, prompts.shape[0])
 
     return cast(mx.array, spread(prompts))
 

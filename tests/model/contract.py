@@ -36,7 +36,8 @@ NEEDED = {
     "new_model": "model/outline (grpo recipes costs), model/drawn and the built-in students",
     "quantize": "model/load (model.quantize) and tools/export (--quantize)",
     "save_model": "tools/export, for --format fused",
-    "scaled_dot_product_attention": "generation/decoders, which puts its own attention in its place",
+    "scaled_dot_product_attention": "model/attending, for decoding and training, which put their own in its place",
+    "swiglu": "model/attending, which puts a faster one in its place on a CPU",
 }
 
 HELD: set[str] = set()

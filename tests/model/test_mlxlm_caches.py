@@ -173,3 +173,22 @@ def test_attention_is_one_function_that_each_file_calls_by_its_name(kind: str, m
     assert len(calls) == len(model.layers)
     assert all(heads == 4 and mask == "causal" and not any(others.values()) for heads, _, mask, others in calls)
     assert {asked for cache in caches for asked in cache.asked} <= {(3, False, None)}
+
+
+@holds("swiglu")
+@pytest.mark.parametrize("kind", ["tied", "llama", "moe", "cohere", "granite"])
+def test_a_gated_layer_s_activation_is_one_function_that_each_file_calls_by_its_name(kind: str, monkeypatch) -> None:
+    model, calls = make_model(kind), []
+    files = {sys.modules[type(module).__module__] for module in model.modules()}
+    calling = [file for file in files if hasattr(file, "swiglu")]
+    assert all(file.swiglu is mlxlm.swiglu for file in calling)
+
+    def gated(gate: mx.array, x: mx.array) -> mx.array:
+        calls.append(gate.shape == x.shape)
+        return nn.silu(gate) * x
+
+    expected = model(mx.array([PROMPTS[0]]))
+    for file in calling:
+        monkeypatch.setattr(file, "swiglu", gated)
+    assert mx.allclose(model(mx.array([PROMPTS[0]])), expected, atol=1e-5)
+    assert calls == [True] * len(model.layers)

@@ -86,7 +86,8 @@ def peak_of_an_update(policy: Policy, cfg, prompt: int = PROMPT) -> int:
 def test_the_plan_is_near_the_measured_peak(kind: str, adapter: str, optim: dict) -> None:
     policy, cfg, plan = planned(kind, adapter, **optim)
     peak = peak_of_an_update(policy, cfg, optim.get("lengths", (PROMPT,))[0])
-    assert plan.phases["update"] == pytest.approx(peak, rel=0.25)
+    # Attention keeps weights of short rows alone, and what is planned goes by the short ones that were tried.
+    assert 0.75 * peak < plan.phases["update"] < (1.5 if "lengths" in optim else 1.25) * peak
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

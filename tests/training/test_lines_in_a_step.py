@@ -82,7 +82,7 @@ def test_the_gradient_and_the_metrics_are_those_of_one_by_one(make_policy, in_li
     expected = gradient(policy, cfg, rows, lines=False)
     in_lines()
     found = gradient(policy, cfg, rows, lines=True)
-    assert max(mx.abs(found.arrays[path] - array).max().item() for path, array in expected.arrays.items()) < 1e-6
+    assert max(mx.abs(found.arrays[path] - array).max().item() for path, array in expected.arrays.items()) < 2e-6
     assert found.loss == pytest.approx(expected.loss, rel=1e-5, abs=1e-6)
     assert found.metrics == pytest.approx(expected.metrics, rel=1e-4, abs=1e-5)
 

@@ -1,0 +1,154 @@
+"""Attention for training in tiles: memory grows with the tokens, not with their square.
+
+MLX's own attention keeps the scores of every layer for the backward pass, `[B, heads, T, T]`, wherever it has no fused
+backward pass: on a CPU and on Metal. Here the forward pass keeps what comes out and one number a query, and the
+backward pass computes the scores again, a tile at a time (FlashAttention-2, arXiv 2307.08691, in stock operations).
+Only where there are few scores they are kept, because that is faster. `grpo.model.tiles` has the loops; here the work
+is cut into chunks of rows and heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+
+from grpo.backend.maths import exp_of, exponents_unit
+from grpo.model.promptrows import looked_up, summed_by_prompt
+from grpo.model.sight import Sight
+from grpo.model.tiles import Chunk, Given, Plan, ranges
+
+KEPT = 2**22
+"""Scores of one call, at most, that are kept for the backward pass: 16 MB."""
+
+
+class Prompts(NamedTuple):
+    """Keys `[P, H, L, D]` and values `[P, H, L, E]` of prompts; row b goes on from prompt `rows[b]`."""
+
+    keys: mx.array
+    values: mx.array
+    rows: mx.array
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    sight: Sight,
+    prompts: Prompts | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Softmax attention with a gradient for every array: `[B, HQ, T, E]` of the queries' dtype.
+
+    queries `[B, HQ, T, D]`, keys `[B, H, K, D]`, values `[B, H, K, E]`, where HQ is a multiple of H. `sight` says what
+    each query sees. The rows' `prompts` stand before their keys. `sinks` `[HQ]` are scores that take weight and give
+    nothing (arXiv 2309.17453).
+    """
+    index = None if prompts is None else prompts.rows
+    given = [queries, keys, values, *(prompts[:2] if prompts else ()), *([] if sinks is None else [sinks])]
+
+    @mx.custom_function
+    def attend(*arrays: mx.array) -> tuple[mx.array, ...]:
+        return _Call(arrays, index, scale, sight).forward()
+
+    @attend.vjp
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        return _Call(primals, index, scale, sight).backward(cotangents[0], *outputs)
+
+    out, *_ = cast(tuple[mx.array, ...], attend(*given))
+    return out
+
+
+class _Call:
+    """The arrays of one call, and the chunks that they are cut into."""
+
+    def __init__(self, arrays: Sequence[mx.array], index: mx.array | None, scale: float, sight: Sight) -> None:
+        self._arrays, self._index = arrays, index
+        queries, *others = arrays
+        self._keys, self._values, *others = (mx.contiguous(array) for array in others)
+        self._prompts = others[:2] if index is not None else []
+        self._sinks = others[-1] if len(others) % 2 else None
+        (rows, heads, length, width), groups = queries.shape, self._keys.shape[1]
+        self._repeats = heads // groups
+        before = self._prompts[0].shape[2] if self._prompts else 0
+        keys = before + self._keys.shape[2]
+        self._plan = Plan.of(scale, sight, length, self._keys.shape[2], before, heads * rows * length * keys <= KEPT)
+        copied = before * (width + self._values.shape[-1]) if before and self._prompts[0].shape[0] > 1 else 0
+        self._cuts = _cut(rows, groups, max(self._plan.scores(self._repeats), copied), self._plan.most)
+        self._queries = self._by_head(queries)
+
+    def forward(self) -> tuple[mx.array, ...]:
+        """What comes out, `[B, HQ, T, E]`, the logarithms of the sums of exponentials, `[B, H, G, T, 1]`, and the
+        weights that are kept."""
+        outs, sums, kept, after = list[mx.array](), list[mx.array](), list[mx.array](), list[mx.array]()
+        for rows, heads in self._cuts:
+            out, sum_, weights = self._chunk(rows, heads, after).forward(after)
+            outs, sums, kept, after = [*outs, out], [*sums, sum_], [*kept, *weights], [out]
+        return self._together(outs).flatten(1, 2), self._together(sums), *kept
+
+    def backward(self, slopes: mx.array, out: mx.array, sums: mx.array, *kept: mx.array) -> tuple[mx.array, ...]:
+        """The gradients of all arrays, from the gradient of `out` and what `forward` returned."""
+        slopes, out = self._by_head(slopes), self._by_head(out)
+        found, theirs, waiting = [], dict[int, list[mx.array]](), list(kept)
+        after = list[mx.array]()
+        for rows, heads in self._cuts:
+            given = Given(*(array[rows, heads] for array in (slopes, out, sums)))
+            of_queries, own, of_prompts = self._chunk(rows, heads, after).backward(given, waiting, after)
+            found.append([of_queries, *own])
+            after = found[-1]
+            if of_prompts:
+                theirs[heads.start] = self._summed(theirs.get(heads.start), of_prompts, rows)
+                after = [*after, *theirs[heads.start]]
+        result = [self._together(list(arrays)) for arrays in zip(*found, strict=True)]
+        result += [mx.concatenate(list(arrays), axis=1) for arrays in zip(*theirs.values(), strict=True)]
+        if self._sinks is not None:
+            weights = exp_of(self._by_row(self._sinks)[..., None] * exponents_unit() - sums)
+            result.append(-(weights * slopes.astype(mx.float32) * out).sum(axis=(0, 3, 4)))
+        return tuple(
+            array.reshape(given.shape).astype(given.dtype) for array, given in zip(result, self._arrays, strict=True)
+        )
+
+    def _chunk(self, rows: slice, heads: slice, after: list[mx.array]) -> Chunk:
+        """Its prompts are looked up when `after` is computed: not all rows' at once."""
+        prompts = [self._of_rows(array[:, heads], rows, after) for array in self._prompts]
+        sinks = None if self._sinks is None else self._by_row(self._sinks)[heads]
+        own = [array[rows, heads] for array in (self._keys, self._values)]
+        return Chunk(self._plan, rows, self._queries[rows, heads], own, prompts, sinks)
+
+    def _of_rows(self, prompts: mx.array, rows: slice, after: list[mx.array]) -> mx.array:
+        """Those of the rows' prompts; a single prompt is not repeated."""
+        if prompts.shape[0] == 1:
+            return prompts
+        index = cast(mx.array, self._index)[rows]
+        return looked_up(prompts, mx.depends(index, after) if after else index)
+
+    def _summed(self, sofar: list[mx.array] | None, found: Sequence[mx.array], rows: slice) -> list[mx.array]:
+        """The gradients of prompts' keys and values: of all rows so far and of these."""
+        index, number = cast(mx.array, self._index)[rows], self._prompts[0].shape[0]
+        sums = [summed_by_prompt(array, index, number) for array in found]
+        return sums if sofar is None else [total + more for total, more in zip(sofar, sums, strict=True)]
+
+    def _by_head(self, array: mx.array) -> mx.array:
+        """`[B, HQ, …]` as `[B, H, G, …]`: query heads by the keys that they share."""
+        return mx.unflatten(array, 1, (-1, self._repeats))
+
+    def _by_row(self, sinks: mx.array) -> mx.array:
+        """`[HQ]` as `[H, G, 1]` in float32."""
+        return sinks.astype(mx.float32).reshape(-1, self._repeats, 1)
+
+    def _together(self, arrays: list[mx.array]) -> mx.array:
+        """Arrays of all chunks as one, `[B, H, …]`."""
+        each = sum(rows.start == 0 for rows, _ in self._cuts)
+        whole = [mx.concatenate(arrays[i : i + each], axis=1) for i in range(0, len(arrays), each)]
+        return mx.concatenate(whole)
+
+
+def _cut(rows: int, heads: int, size: int, most: int) -> list[tuple[slice, slice]]:
+    """Rows with all their heads, or some heads of one row. Each head of a row counts for `size` out of `most`."""
+    fitting = max(1, most // size)
+    if fitting >= heads:
+        return [(slice(part.start, part.stop), slice(0, heads)) for part in ranges(rows, fitting // heads)]
+    parts = [slice(part.start, part.stop) for part in ranges(heads, fitting)]
+    return [(slice(row, row + 1), part) for row in range(rows) for part in parts]

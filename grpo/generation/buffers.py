@@ -48,12 +48,12 @@ class Layer:
         self.values = _scattered(self.values, view.columns, values)
 
     def grow(self, size: Size) -> None:
-        """Take a larger size. There are new columns behind the others."""
+        """Take a larger size, one array after the other. There are new columns behind the others."""
         prefix = max(1, size.prefix)
-        self.prefix_keys = _padded(self.prefix_keys, size.places, prefix)
-        self.prefix_values = _padded(self.prefix_values, size.places, prefix)
-        self.keys = _padded(self.keys, size.slots, size.columns)
-        self.values = _padded(self.values, size.slots, size.columns)
+        self.prefix_keys = _grown(self.prefix_keys, size.places, prefix)
+        self.prefix_values = _grown(self.prefix_values, size.places, prefix)
+        self.keys = _grown(self.keys, size.slots, size.columns)
+        self.values = _grown(self.values, size.slots, size.columns)
 
     def prompt(self, place: int, length: int) -> KeysValues:
         """A prompt's keys and values, `[1, heads, length, D]`."""
@@ -72,13 +72,23 @@ class Layer:
         self.keys[slot : slot + 1, :, columns], self.values[slot : slot + 1, :, columns] = row
 
     def keep(self, slots: mx.array, places: mx.array) -> None:
-        """Drop all slots and prefix places but these."""
-        self.prefix_keys, self.prefix_values = self.prefix_keys[places], self.prefix_values[places]
-        self.keys, self.values = self.keys[slots], self.values[slots]
+        """Drop all slots and prefix places but these, one array after the other."""
+        self.prefix_keys = _made(self.prefix_keys[places])
+        self.prefix_values = _made(self.prefix_values[places])
+        self.keys = _made(self.keys[slots])
+        self.values = _made(self.values[slots])
 
 
-def _padded(buffer: mx.array, rows: int, columns: int) -> mx.array:
-    return mx.pad(buffer, [(0, rows - buffer.shape[0]), (0, 0), (0, columns - buffer.shape[2]), (0, 0)])
+def _grown(buffer: mx.array, rows: int, columns: int) -> mx.array:
+    """The buffer with zeros behind its rows and columns, which attention reads before anything is written there."""
+    more = rows - buffer.shape[0], columns - buffer.shape[2]
+    return _made(mx.pad(buffer, [(0, more[0]), (0, 0), (0, more[1]), (0, 0)])) if any(more) else buffer
+
+
+def _made(array: mx.array) -> mx.array:
+    """The array, computed: what it was made from is not held any more."""
+    mx.eval(array)
+    return array
 
 
 def _scattered(buffer: mx.array, columns: mx.array, new: mx.array) -> mx.array:

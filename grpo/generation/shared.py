@@ -57,7 +57,6 @@ class SharedPrefixSession:
         self._slots.grow(size)
         for layer in self._layers:
             layer.grow(size)
-            mx.eval(layer.arrays())  # one layer at a time, so that only one is held twice
         self._free += range(former.places, size.places)
         self._seated += [None] * (size.slots - former.slots)
 
@@ -98,7 +97,6 @@ class SharedPrefixSession:
         kept, left = mx.array(list(slots)), mx.array(places)
         for layer in self._layers:
             layer.keep(kept, left)
-            mx.eval(layer.arrays())  # one layer at a time, so that only one is held twice
 
     def decoded(self) -> mx.array:
         return self._slots.decoded()

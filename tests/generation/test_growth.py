@@ -90,8 +90,9 @@ def same(rows: Sequence[Row], others: Sequence[Row]) -> None:
 
 
 @pytest.mark.usefixtures("small_steps")
-@pytest.mark.parametrize("way", SHARED)
-@pytest.mark.parametrize("slots_", [2, 5, 16])
+@pytest.mark.parametrize(
+    ("way", "slots_"), [("joined layers", 2), ("joined layers", 16), *((way, 5) for way in SHARED)]
+)
 def test_when_buffers_grow_changes_no_bit(way: str, slots_: int, monkeypatch, grown: list[Size]) -> None:
     generator = generator_of(way, slots_)
     found = conversations(generator)
@@ -218,3 +219,13 @@ def test_rows_that_end_early_take_no_more_than_they_have() -> None:
     taken = peak()
     assert taken < 3 * token * 16 * 64
     assert taken < token * 16 * 2048 / 8
+
+
+def test_the_plan_counts_the_array_that_is_held_twice() -> None:
+    """Where that is more than what prompts and scores take."""
+    model = model_of("qwen3")
+    shapes = cache_shapes(model)
+    decoding = SharedPrefix(model, ModelDecoder(model), Overlapping(), shapes, 128, "")
+    token, array = sum(shape.bytes_per_token for shape in shapes), 2 * 16 * 4
+    assert decoding.memory(16, 1, 2, 4096) == token * (16 * 4096 + 2) + 16 * 4096 * array
+    assert decoding.memory(1, 1, 4096, 2) == token * (2 + 2 * 4096)

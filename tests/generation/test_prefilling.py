@@ -84,7 +84,21 @@ def test_company_changes_no_bit_of_a_prompt(monkeypatch, length: int) -> None:
     """The last chunk is short, and a product of fewer than four rows rounds otherwise."""
     monkeypatch.setattr(buffers, "PREFILL_CHUNK", 32)
     prompt, other = [7 * i % 120 for i in range(length + 1)], [11 * i % 120 for i in range(length + 1)]
-    alone, beside = filled([prompt], [1]), filled([prompt, other, other], [1, 0, 2])
+    alone, beside = filled([prompt], [1]), filled([prompt, other, other, other], [1, 0, 2, 3])
     for one, two in zip(alone, beside, strict=True):
         assert mx.array_equal(one.prompt(1, length)[0], two.prompt(1, length)[0])
         assert mx.array_equal(one.prompt(1, length)[1], two.prompt(1, length)[1])
+
+
+@exact_buffers
+def test_a_cpu_holds_the_scores_of_few_tokens() -> None:
+    if mx.default_device() != mx.cpu:
+        pytest.skip("a GPU takes more of them at once")
+    model = model_of("qwen3")
+    layers = [shape.layer(Size(1, 1, 1024, 8)) for shape in cache_shapes(model)]
+    mx.eval([layer.arrays() for layer in layers])
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    prefill(model, [[7 * i % 120 for i in range(1025)]], layers, [0])
+    scores = 4 * 256 * 1024 * 4  # of four heads in fp32
+    assert mx.get_peak_memory() - before < 2 * scores

@@ -52,6 +52,7 @@ def test_a_step_weighs_tokens_by_the_difference(recipe: Path) -> None:
     assert steps[4][WEIGHT] > 1.001
 
 
+@pytest.mark.slow  # three runs
 def test_a_run_evaluates_and_resumes(recipe: Path) -> None:
     recipe.write_text(recipe.read_text() + "eval: {split: train, every: 1, prompts: 2, samples: 2}\n")
     how = ("rollout.kv_bits=4", CORRECTED, "checkpoint.every=1")

@@ -123,8 +123,7 @@ class PackedLayer(Layer):
         return [Layer.take(self, *where), self.scales.take(*where), self.biases.take(*where)]
 
     def put(self, slot: int, row: KeysValues, first: int = 0) -> None:
-        if row[0].shape[2]:
-            self._put(slot, self._packed(row), first)
+        self._put(slot, self._packed(row), first)
 
     def put_back(self, slot: int, taken: Sequence[KeysValues]) -> None:
         self._put(slot, taken, 0)

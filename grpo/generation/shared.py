@@ -145,7 +145,8 @@ class SharedPrefixSession:
                     if row.kept is not None:
                         layer.put_back(slot, row.kept.state[number])
                     keys, values = cache.keys_and_values()
-                    layer.put(slot, (keys[:, :, first:], values[:, :, first:]), kept)
+                    if keys.shape[2] > first:
+                        layer.put(slot, (keys[:, :, first:], values[:, :, first:]), kept)
             mx.eval([layer.arrays() for layer in self._layers])
 
     def _held(self, row: Line) -> list[KeysValues]:

@@ -131,7 +131,7 @@ def test_peft_s_names_are_those_of_transformers(measured: Measure, name: str, pr
 @pytest.mark.parametrize("name", ["Mixtral", "GLM-4.5-Air", "DeepSeek-V3, Kimi K2"])
 def test_a_model_that_is_stored_in_3_bits_trains(measured: Measure, name: str) -> None:
     model = measured(name)
-    stored = export(model.run, "fused", model.run.with_name(f"{model.run.name}-stored"), bits=3)
+    stored = export(model.run, "fused", model.run.with_name(f"{model.run.name}-stored"), to_quantize=3)
     assert Measured(stored.folder, None).trains
 
 

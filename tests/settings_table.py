@@ -65,6 +65,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "rollout.stop_token_ids": (str(list(range(20, 50))),),
     "rollout.max_repeats": ("2", "rollout.max_completion_length=24"),
     "rollout.max_concurrency": ("1",),
+    "rollout.kv_bits": ("4", "loss.importance_sampling_correction=token_truncate"),
     "rollout.speculate": ("off",),
     "rollout.dynamic_sampling": ("1", "rewards.0.use=grades.py:rarely"),
     "environment.use": ("talk.py:Twice",),

@@ -14,8 +14,8 @@ from grpo.benchmark.setting import Setting
 from grpo.benchmark.updates import update_side
 from grpo.benchmark.work import policy_of, recipe
 from grpo.errors import UserError
-from grpo.model.adapters import dtype_of
 from grpo.model.load import cast
+from grpo.model.quantized import dtype_of
 from grpo.model.widehead import widen_head
 
 HEADS = {"model": False, "float32": True}

@@ -20,7 +20,8 @@ from grpo.benchmark.rollout import ours
 from grpo.benchmark.setting import Setting
 from grpo.config import ModelConfig
 from grpo.model.drawn import trained_adapters
-from grpo.model.load import QUANTIZED_GROUP, load, model_folder
+from grpo.model.load import load, model_folder
+from grpo.model.quantized import quantization
 
 BITS: Literal[4] = 4
 
@@ -52,7 +53,7 @@ def _stored(setting: Setting) -> Iterator[tuple[Path, Path]]:
             write_model(setting, plain)
         model, _ = load(ModelConfig(name=str(plain), quantize=BITS))
         config = json.loads((plain / "config.json").read_text())
-        write_weights(model, {**config, "quantization": {"group_size": QUANTIZED_GROUP, "bits": BITS}}, quantized)
+        write_weights(model, {**config, "quantization": quantization(BITS).config}, quantized)
         yield plain, quantized
 
 

@@ -15,13 +15,16 @@ class ExportFormat(StrEnum):
     fused = "fused"
 
 
-class Bits(StrEnum):
+class Quantized(StrEnum):
     two = "2"
     three = "3"
     four = "4"
     five = "5"
     six = "6"
     eight = "8"
+    mxfp4 = "mxfp4"
+    nvfp4 = "nvfp4"
+    mxfp8 = "mxfp8"
 
 
 def export(
@@ -29,14 +32,17 @@ def export(
     format: Annotated[ExportFormat, typer.Option(help="An adapter for mlx-lm or PEFT, or the model with it fused in.")],
     to: Annotated[Path | None, typer.Option(help="Folder to write. Default: RUN/export-FORMAT.")] = None,
     checkpoint: Annotated[str, typer.Option(help="newest, best, or a step.")] = "newest",
-    quantize: Annotated[Bits | None, typer.Option(help="Bits of the fused model's weights.")] = None,
+    quantize: Annotated[
+        Quantized | None, typer.Option(help="Bits of the fused model's weights, or the name of their format.")
+    ] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload it to the Hub as well.")] = None,
 ) -> None:
     """Write a run's adapter for others to use, with a model card."""
     from grpo.tools.export import export as write
     from grpo.tools.export import push
 
-    made = write(run, format.value, to, checkpoint, int(quantize.value) if quantize else None, push_to_hub)
+    asked = None if quantize is None else int(quantize) if quantize.isdecimal() else quantize.value
+    made = write(run, format.value, to, checkpoint, asked, push_to_hub)
     for line in [*made.notes, str(made.folder)]:
         print(line)
     if push_to_hub:

@@ -21,8 +21,9 @@ class ModelConfig(Section):
     """Branch, tag or commit of a Hub repository."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights. `auto`: float32 on a CPU (where nothing else is fast), as stored on a GPU."""
-    quantize: Literal[2, 3, 4, 5, 6, 8] | None = None
-    """Quantise the weights to so many bits when they are loaded, in groups of 64. Default: they stay as stored."""
+    quantize: Literal[2, 3, 4, 5, 6, 8, "mxfp4", "nvfp4", "mxfp8"] | None = None
+    """Quantise the weights when they are loaded: to so many bits, in groups of 64, or to small floating point numbers
+    (`mxfp4` and `mxfp8` in groups of 32, `nvfp4` of 16), where MLX computes with them. Default: they stay as stored."""
     head_dtype: Literal["auto", "float32", "model"] = "auto"
     """What the head of a 16-bit model computes logits in, for sampling and training alike. In the `model`'s own dtype
     logprobs are up to 0.08 nats off. In `float32` they are exact for the hidden states, which costs passes over a copy

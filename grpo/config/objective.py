@@ -105,6 +105,11 @@ class LossConfig(Section):
         given: dict[str, Any] = {name: value for name, value in {**axes, **bounds}.items() if value is not None}
         return replace(preset, **given)
 
+    @property
+    def corrects_samplers(self) -> bool:
+        """Whether the loss counts with a sampler that is not the policy."""
+        return self.importance_sampling_correction != "none" or (self.use is None and self.preset.surrogate == "dppo")
+
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> LossConfig:
         surrogate = self.preset.surrogate

@@ -103,6 +103,11 @@ class Recipe(Section):
                 f"rollout.num_generations × rollout.prompts_per_step are {rows:,} completions in a step, and at most "
                 f"{MANY:,} are possible"
             )
+        if self.rollout.kv_bits and not self.loss.corrects_samplers:
+            raise ValueError(
+                "rollout.kv_bits: with quantised keys and values completions are not quite the policy's own. Set "
+                "loss.importance_sampling_correction, which weighs tokens by the difference: token_truncate, say"
+            )
         penalised = self.loss.kl_in == "reward" or self.advantage.soft_overlong_cache is not None
         if penalised and self.baseline in ("gdpo", "maxrl"):
             raise ValueError(f"advantage.baseline {self.baseline} has no meaning for penalties in the reward")

@@ -14,7 +14,7 @@ import mlx.core as mx
 from grpo.backend.maths import exp_of, exponents_unit
 from grpo.generation.blocks import Block, Blocks
 from grpo.generation.buffers import Layer
-from grpo.generation.products import few_rows, padded, product
+from grpo.generation.products import few_rows, padded
 from grpo.generation.slots import WIDEST, Layout, View, Where
 
 MASKED = -1e30
@@ -140,20 +140,18 @@ def _weighed(layer: Layer, queries: mx.array, view: View, visible: mx.array) -> 
     queries `[S, H, p, few, D]` are scaled and in units of `exp_of`; visible `[S, 1, p or 1, 1, width]`. A token
     always sees its own column, so that the greatest score is never a masked one.
     """
-    keys, values = layer.keys[:, :, None, : view.width], layer.values[:, :, None, : view.width]
-    scores = _scores(queries @ keys.swapaxes(-1, -2), visible)
+    scores = _scores(layer.scores(queries, view.width), visible)
     highest = scores.max(axis=-1, keepdims=True)
     if not view.prefix:
         weights = exp_of(scores - highest)
-        return weights.astype(values.dtype) @ values, weights.sum(axis=-1, keepdims=True)
+        return layer.weighed(weights), weights.sum(axis=-1, keepdims=True)
+    # Only products go through the grid: where groups differ in size, most of its cells are empty.
     grid = _Grid(view.layout, queries)
-    prompts = _scores(product(grid.to(queries), layer.prefix_keys.swapaxes(-1, -2)), view.prompt)
-    highest = mx.maximum(highest, grid.back(prompts.max(axis=-1, keepdims=True)))
-    weights, theirs = exp_of(scores - highest), exp_of(prompts - grid.to(highest))
-    total = weights.astype(values.dtype) @ values
-    of_prompts = product(theirs.astype(values.dtype), layer.prefix_values)
-    weight = weights.sum(axis=-1, keepdims=True) + grid.back(theirs.sum(axis=-1, keepdims=True))
-    return total + grid.back(of_prompts), weight
+    prompts = _scores(grid.back(layer.prompt_scores(grid.to(queries))), view.prompt)
+    highest = mx.maximum(highest, prompts.max(axis=-1, keepdims=True))
+    weights, theirs = exp_of(scores - highest), exp_of(prompts - highest)
+    total = layer.weighed(weights) + grid.back(layer.prompts_weighed(grid.to(theirs)))
+    return total, weights.sum(axis=-1, keepdims=True) + theirs.sum(axis=-1, keepdims=True)
 
 
 def _scores(scores: mx.array, visible: mx.array) -> mx.array:

@@ -122,7 +122,8 @@ class Blocks:
 
     @property
     def _dtypes(self) -> set[mx.Dtype]:
-        return {norm.weight.dtype for norm in self.norms} | {product.dtype for product in self.products}
+        products = {product.dtype for product in self.products}
+        return {norm.weight.dtype for norm in self.norms} | {dtype for dtype in products if dtype is not None}
 
     def halve(self) -> bool:
         """Prepare for kernels that apply B, if all computes in one dtype: whether it does."""

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from grpo.backend.blame import cause
 from grpo.backend.device import on_gpu
+from grpo.errors import UserError
 from grpo.generation.attention import Attention, FusedRowAttention, StockAttention
 from grpo.generation.batchcaches import BatchCaches
 from grpo.generation.blocks import Blocks, read
@@ -22,19 +23,24 @@ from grpo.generation.cuda_attention import CudaAttention, serves
 from grpo.generation.decoders import BlockDecoder, Decoder, ModelDecoder
 from grpo.generation.decoding import Decoding, Session, SharedPrefix
 from grpo.generation.joined import Unread
+from grpo.generation.packed import packed
 from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.slots import Size
-from grpo.model.adapters import dtype_of
-from grpo.model.logprobs import ROUNDING
+from grpo.model.logprobs import rounding
+from grpo.model.quantized import dtype_of
 
 PROMPTS, FORCED = ([1, 2, 3], [4, 5, 6, 7, 8]), ([9, 10, 11], [12, 13, 14])
 
 FOREIGN = "this architecture keeps more than plain keys and values"
 """Why prompts are not shared where a layer has another cache than mlx-lm's `KVCache`."""
+UNPACKED = "they read no quantised keys and values (rollout.kv_bits)"
+"""Why CUDA kernels do not serve."""
 
 
-def find_decoding(model: nn.Module) -> Decoding:
-    """The fastest way of decoding this model that agrees with its forward pass.
+def find_decoding(model: nn.Module, kv_bits: int | None = None) -> Decoding:
+    """The fastest way of decoding this model that agrees with its forward pass, with keys and values in so many bits.
+
+    Raises UserError for a model whose keys and values cannot be quantised.
 
     Its `refused` says why the faster ways do not serve: an exception, or what the architecture has that they lack. A
     model's own code may do otherwise with several tokens of a row: if it does, steps feed one (`narrow`).
@@ -43,14 +49,21 @@ def find_decoding(model: nn.Module) -> Decoding:
     expected = _teacher_forced(model, vocabulary)
     refused: list[str] = []
     shapes = _shapes(model, refused)
-    for decoder, attention, description in _candidates(model, shapes, refused) if shapes else ():
+    kept = packed(shapes, kv_bits) if kv_bits else shapes
+    for decoder, attention, description in _candidates(model, shapes, refused, kv_bits) if shapes else ():
         decoding = SharedPrefix(model, decoder, attention, shapes, vocabulary, description, tuple(refused))
-        if (why := _fault(decoding, *expected)) is None:
+        if (why := _fault(decoding, *expected)) is None and kv_bits:
+            description += f", keys and values in {kv_bits} bits"
+            decoding = SharedPrefix(model, decoder, attention, kept, vocabulary, description, tuple(refused))
+            why = _fault(decoding, *expected, kv_bits=kv_bits)
+        if why is None:
             if isinstance(decoder, ModelDecoder) and (why := _fault(decoding, *expected, wide=True)):
                 decoding.narrow = decoding.narrow or f"steps of several tokens do not serve this model: {why}"
             return decoding
         refused.append(f"{description}: {why}")
     why = refused.pop()  # the last reason is in the description
+    if kv_bits:
+        raise UserError(f"rollout.kv_bits: the keys and values of this model cannot be quantised: {why}")
     together = BatchCaches(model, vocabulary, True, why, tuple(refused))
     if (fault := _fault(together, *expected)) is None:
         return together
@@ -69,18 +82,20 @@ def _shapes(model: nn.Module, refused: list[str]) -> list[CacheShape]:
 
 
 def _candidates(
-    model: nn.Module, shapes: Sequence[CacheShape], refused: list[str]
+    model: nn.Module, shapes: Sequence[CacheShape], refused: list[str], kv_bits: int | None
 ) -> Iterator[tuple[Decoder, Attention, str]]:
     blocks: Blocks | None = None
     try:
         blocks = read(model)
     except Unread as reason:
         refused.append(f"joined layers: {reason}")
-    attentions: list[tuple[Attention, str]] = [
-        (FusedRowAttention() if on_gpu() else StockAttention(), "stock operations")
-    ]
+    fused = on_gpu() and not kv_bits
+    attentions: list[tuple[Attention, str]] = [(FusedRowAttention() if fused else StockAttention(), "stock operations")]
     if serves(shapes, int(getattr(model.args, "num_attention_heads", 0))):
-        attentions.insert(0, (CudaAttention(), "CUDA kernels"))
+        if kv_bits:
+            refused.append(f"CUDA kernels: {UNPACKED}")
+        else:
+            attentions.insert(0, (CudaAttention(), "CUDA kernels"))
     for attention, name in attentions:
         if blocks is not None:
             yield BlockDecoder(blocks), attention, f"joined layers, shared prompts, {name}"
@@ -96,10 +111,12 @@ def _teacher_forced(model: nn.Module, vocabulary: int) -> tuple[mx.array, mx.Dty
     return _normalised(mx.stack(rows).astype(mx.float32)), dtype_of(model)
 
 
-def _fault(decoding: Decoding, expected: mx.array, dtype: mx.Dtype, wide: bool = False) -> str | None:
+def _fault(
+    decoding: Decoding, expected: mx.array, dtype: mx.Dtype, wide: bool = False, kv_bits: int | None = None
+) -> str | None:
     """Why a way of decoding does not serve, if it does not: the exception, or its gap from the forward pass.
 
-    It is tried by plain steps, or by a `wide` one.
+    It is tried by plain steps, or by a `wide` one, and may keep keys and values in so many bits.
     """
     prompts = [[token % decoding.vocabulary for token in prompt] for prompt in PROMPTS]
     fed = mx.array([[prompt[-1], *forced[:-1]] for prompt, forced in zip(PROMPTS, FORCED, strict=True)])
@@ -110,7 +127,7 @@ def _fault(decoding: Decoding, expected: mx.array, dtype: mx.Dtype, wide: bool =
         gap: Any = mx.abs(_normalised(found) - expected[:, : found.shape[1]]).mean().item()
     except Exception as error:  # whatever the model's own code raises, or ours
         return cause(error)
-    bound = ROUNDING.get(dtype, min(ROUNDING.values()))
+    bound = rounding(dtype, kv_bits)
     if gap <= bound:
         return None
     return f"its logprobs are {gap:.2g} from those of the model's forward pass (bound {bound:.1g})"

@@ -11,15 +11,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend.device import on_gpu
-from grpo.generation.attention import Attention
-from grpo.generation.buffers import PREFILL_CHUNK, PREFILL_TOKENS, CacheShape
+from grpo.generation.attention import Attention, FusedRowAttention
+from grpo.generation.buffers import PREFILL_CHUNK, PREFILL_TOKENS, CacheShape, prefill_chunk
 from grpo.generation.caches import extends_together
 from grpo.generation.decoders import BlockDecoder, Decoder
 from grpo.generation.rows import Kept, Line, SharedPrompt
 from grpo.generation.shared import SharedPrefixSession
 from grpo.generation.slots import Size
-from grpo.model.adapters import dtype_of
-from grpo.model.logprobs import ROUNDING
+from grpo.model.logprobs import rounding
+from grpo.model.quantized import dtype_of
 
 SCORES_HELD = 3
 """Copies of attention scores, in fp32, that stock operations hold at once."""
@@ -168,8 +168,7 @@ class SharedPrefix:
     @cached_property
     def _extends_together(self) -> bool:
         """Tried when it is first asked for: as a rule rows are not extended."""
-        dtype = dtype_of(self.model)
-        return extends_together(self.model, ROUNDING.get(dtype, min(ROUNDING.values())))
+        return extends_together(self.model, rounding(dtype_of(self.model)))
 
     def forget(self) -> None:
         if not self._sessions:
@@ -180,12 +179,18 @@ class SharedPrefix:
         if self.side_by_side and slots >= LANES_FROM:  # a prompt may lie in each lane
             places = min(slots, MOST_LANES * places)
         at_once = min(places * prompt, max(prompt, PREFILL_TOKENS))
-        cached = self.decoder.copied + token * (slots * completion + places * prompt + at_once)
-        if self.attention.overlaps:
-            return cached
-        # Stock attention holds its scores: of one layer's step, or of a chunk of prompts.
-        scores = max(slots * (prompt + completion), at_once * min(prompt, PREFILL_CHUNK))
-        return cached + SCORES_HELD * 4 * self._query_heads * scores
+        cached = self.decoder.copied + token * (slots * completion + places * prompt)
+        held = at_once * sum(shape.numbers for shape in self.shapes)
+        if not self.attention.overlaps:
+            # Stock attention holds its scores: of one layer's step, or of a chunk of prompts.
+            scores = max(slots * (prompt + completion), at_once * min(prompt, self._chunk))
+            held += SCORES_HELD * 4 * self._query_heads * scores
+        return cached + max(held, slots * completion * max(shape.at_work for shape in self.shapes))
+
+    @property
+    def _chunk(self) -> int:
+        """Tokens of a prompt that are prefilled at once, where this decodes: a plan may be for another machine."""
+        return PREFILL_CHUNK if isinstance(self.attention, FusedRowAttention) else prefill_chunk()
 
     def outside(self, prompt: int, completion: int) -> int:  # noqa: ARG002  its prompt's are in a prefix place
         return completion * sum(shape.bytes_per_token for shape in self.shapes)

@@ -52,8 +52,10 @@ class Event:
 class Generator:
     """Samples completions from a model through a fixed number of slots."""
 
-    def __init__(self, model: nn.Module, tokenizer: TokenizerWrapper, slots: int) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, tokenizer: TokenizerWrapper, slots: int, kv_bits: int | None = None) -> None:
+        """`kv_bits`: keep keys and values in 4 or 8 bits a number; None for the model's dtype. Raises UserError for a
+        model whose keys and values cannot be quantised."""
+        self.model, self.kv_bits = model, kv_bits
         self.tokenizer = tokenizer
         self.slots = slots
         self.kept_bytes: int | None = None
@@ -168,7 +170,7 @@ class Generator:
     def _find_decoding(self) -> None:
         self._modules = [module for _, module in self.model.named_modules()]
         with mx.stream(self._stream):
-            self.decoding = find_decoding(self.model)
+            self.decoding = find_decoding(self.model, self.kv_bits)
 
     def _current_decoding(self) -> Decoding:
         """Found again if modules were replaced, as merging or loading an adapter does."""

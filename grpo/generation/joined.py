@@ -15,6 +15,8 @@ from grpo.generation.products import fewest_columns, padded
 
 WEIGHTS = ("weight", "scales", "biases", "bias")
 """What a linear layer holds, quantised or not, with a row for each output."""
+QUANTIZATION = ("mode", "bits", "group_size")
+"""What layers that are quantised alike have in common."""
 ALIGNMENT = 16
 """Rows below a matrix come in multiples of this, so that every row of the product is aligned."""
 MOST_RANKS = 64
@@ -80,7 +82,7 @@ class Products:
         """Raises Unread for a layer that is not linear, or quantised otherwise than its neighbours."""
         self._layers = layers
         self._bases = [layer.linear if "lora_a" in layer else layer for layer in layers]
-        kinds = {(type(base), getattr(base, "bits", 0), getattr(base, "group_size", 0)) for base in self._bases}
+        kinds = {(type(base), *(getattr(base, name, None) for name in QUANTIZATION)) for base in self._bases}
         if len(kinds) > 1 or not isinstance(self._bases[0], (nn.Linear, nn.QuantizedLinear)):
             raise Unread("the layers of one input are not linear, or not quantised alike")
         if any("m" in layer for layer in layers):
@@ -103,10 +105,10 @@ class Products:
         return isinstance(self._bases[0], nn.QuantizedLinear)
 
     @property
-    def dtype(self) -> mx.Dtype:
-        """What the product computes in."""
-        first = self._bases[0]
-        return first.scales.dtype if isinstance(first, nn.QuantizedLinear) else first.weight.dtype  # type: ignore[no-any-return]
+    def dtype(self) -> mx.Dtype | None:
+        """What the product computes in; None where that is its input's dtype (scales of one byte say nothing)."""
+        held: mx.Dtype = self._bases[0].scales.dtype if self.quantised else self._bases[0].weight.dtype
+        return held if mx.issubdtype(held, mx.floating) else None
 
     def halve(self) -> None:
         """From the next `refresh` on, prepare for kernels that apply B."""

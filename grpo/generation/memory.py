@@ -77,7 +77,8 @@ def slots_that_fit(decoding: Memory, need: Need, slots: int, available: int) -> 
         raise TooLargeError(
             f"one completion of {need.completion_length} tokens after a prompt of {need.prompt_length} needs "
             f"{one:.1f} GB for its keys and values, and {left:.1f} GB are left beside the model: shorten "
-            "rollout.max_completion_length or data.max_prompt_length, or take a smaller or quantized model"
+            "rollout.max_completion_length or data.max_prompt_length, keep keys and values in fewer bits "
+            "(rollout.kv_bits), or take a smaller or quantized model"
         )
     return low
 

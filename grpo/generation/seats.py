@@ -10,21 +10,20 @@ from itertools import islice
 import mlx.core as mx
 
 from grpo.generation.decoding import Decoding, Session
+from grpo.generation.growth import columns_for
 from grpo.generation.parking import Parking
 from grpo.generation.rows import Row, SharedPrompt
 from grpo.generation.samplers import Samplers
 from grpo.generation.sampling import Drawn
 from grpo.generation.slots import Size
 
-COLUMN_STEP = 8
-"""Slots have a multiple of this many columns: sums over an odd number of them round otherwise."""
-
 
 class Seats:
     """At most `most_slots` slots, with the buffers and samplers behind them.
 
-    Buffers are opened when the first rows enter, and grow with the rows in flight. `rows` has the row of each slot, or
-    None. `away` counts the rows that may come back: slots are not dropped while there are any.
+    Buffers are opened when the first rows enter, and grow with the rows in flight: in slots as rows come, in columns as
+    the longest row gets longer. `rows` has the row of each slot, or None. `away` counts the rows that may come back:
+    slots are not dropped while there are any.
 
     Rows whose tokens have to go through the model first stall those that decode. Where the device works ahead of the
     host (`Session.overlaps`) such a stall costs many steps, so rows enter together: when they have waited as long, all
@@ -44,6 +43,7 @@ class Seats:
         self._stall = 0.0  # seconds that letting rows enter took of late
         self._holding: bool | None = None  # whether the queue waits at this step, once that is decided
         self._unfit = False  # rows have come that the buffers were not made to fit
+        self._columns = 0  # that each slot has
         self._opened: Decoding | None = None
         self._session: Session
         self._samplers: Samplers
@@ -88,7 +88,7 @@ class Seats:
 
     def will_rearrange(self) -> bool:
         """Whether `arrange` will change buffers that a step in flight may read."""
-        if self._leaving:
+        if self._leaving or self._outgrown():
             return True
         self._holding = self._holds()
         if self._holding:
@@ -100,10 +100,13 @@ class Seats:
         return self._is_tail(free) or self._session.needs_prefill(entering)
 
     def arrange(self) -> None:
-        """Move queued rows into free slots. If none are queued and at least half the slots are free, drop those."""
+        """Move queued rows into free slots, and let columns grow. If no rows will come, drop free slots: once they are
+        half of all, and before columns grow."""
         self._take_out()
         if self.queue and not any(self.rows):
             self._begin()
+        if self._outgrown():
+            self._grow()
         holds, self._holding = self._holds() if self._holding is None else self._holding, None
         if holds:
             return
@@ -159,8 +162,12 @@ class Seats:
 
     def _is_tail(self, free: Sequence[int]) -> bool:
         """Whether at least half the slots are empty and no row will enter them, so that fewer slots are faster."""
-        waiting = self.queue or self.away
-        return not waiting and len(self.rows) > len(free) >= (len(self.rows) + 1) // 2
+        return not self._more_come and len(self.rows) > len(free) >= (len(self.rows) + 1) // 2
+
+    @property
+    def _more_come(self) -> bool:
+        """Whether rows may still enter slots."""
+        return bool(self.queue or self.away)
 
     def _take_out(self) -> None:
         for slot, row, tokens in self._leaving:
@@ -181,18 +188,34 @@ class Seats:
         self._opened, self._session = decoding, decoding.open(size)
         self._samplers = Samplers(size.slots, decoding.vocabulary)
         self._tokens = mx.zeros(size.slots, mx.uint32)
-        self.rows, self._unfit = [None] * size.slots, False
+        self.rows, self._unfit, self._columns = [None] * size.slots, False, size.columns
 
     def _size(self) -> Size:
-        """The size that the rows in slots and in the queue need."""
+        """The size that the rows in slots and in the queue need now."""
         rows = [row for row in (*self.rows, *self.queue) if row is not None]
         slots, prompts = min(self._most_slots, len(rows)), dict.fromkeys(row.prompt for row in rows)
         prefix = max(len(prompt.ids) for prompt in prompts) - 1
-        columns = max(row.longest for row in rows) + self._ahead
-        return Size(slots, min(len(prompts), slots), prefix, -(-columns // COLUMN_STEP) * COLUMN_STEP)
+        columns = columns_for(self._needed(rows), max(row.longest for row in rows) + self._ahead)
+        return Size(slots, min(len(prompts), slots), prefix, columns)
+
+    def _needed(self, rows: Sequence[Row]) -> int:
+        """How many columns the next step of these rows needs."""
+        return max(max(row.launched, len(row.token_ids)) for row in rows) + 1 + self._ahead
+
+    def _outgrown(self) -> bool:
+        """Whether the next step needs more columns than there are."""
+        rows = [row for row in self.rows if row is not None]
+        return bool(rows) and self._needed(rows) > self._columns
+
+    def _grow(self) -> None:
+        """Make more columns. Slots that stay free are dropped first, so that no columns are made for them."""
+        if None in self.rows and not self._more_come:
+            self._shrink()
+        self._fit()
 
     def _fit(self) -> None:
         size, self._unfit = self._size(), False
+        self._columns = max(self._columns, size.columns)
         self._session.fit(size)
         more = size.slots - len(self.rows)
         if more > 0:

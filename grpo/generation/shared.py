@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from grpo.backend.device import on_gpu
 from grpo.generation.attention import Attention
-from grpo.generation.buffers import PREFILL_TOKENS, CacheShape, KeysValues, prefill
+from grpo.generation.buffers import PREFILL_TOKENS, CacheShape, KeysValues
 from grpo.generation.caches import extended, filled
 from grpo.generation.decoders import Decoder
+from grpo.generation.prefilling import prefill
 from grpo.generation.rows import Kept, Line, SharedPrompt
 from grpo.generation.slots import Size, Slots
 
@@ -57,7 +59,6 @@ class SharedPrefixSession:
         self._slots.grow(size)
         for layer in self._layers:
             layer.grow(size)
-            mx.eval(layer.arrays())  # one layer at a time, so that only one is held twice
         self._free += range(former.places, size.places)
         self._seated += [None] * (size.slots - former.slots)
 
@@ -78,8 +79,7 @@ class SharedPrefixSession:
         columns = min(self._slots.own(slot), most)
         state = [layer.take(slot, columns) for layer in self._layers]
         mx.eval(state)
-        size = sum(array.nbytes for keys_values in state for array in keys_values)
-        return Kept(columns, state, size)
+        return Kept(columns, state, sum(array.nbytes for _, array in tree_flatten(state)))
 
     def release(self, slot: int) -> None:
         self._seated[slot] = None
@@ -98,7 +98,6 @@ class SharedPrefixSession:
         kept, left = mx.array(list(slots)), mx.array(places)
         for layer in self._layers:
             layer.keep(kept, left)
-            mx.eval(layer.arrays())  # one layer at a time, so that only one is held twice
 
     def decoded(self) -> mx.array:
         return self._slots.decoded()
@@ -125,11 +124,9 @@ class SharedPrefixSession:
         at_once = max(1, PREFILL_TOKENS // width)
         for start in range(0, len(new), at_once):
             part = new[start : start + at_once]
-            places = mx.array([self._place[prompt] for prompt in part])
-            prompts = prefill(self._model, [prompt.ids for prompt in part])
-            for layer, keys_values in zip(self._layers, prompts, strict=False):  # one-token prompts have none
-                layer.insert(places, keys_values)
-            mx.eval([layer.arrays()[:2] for layer in self._layers])
+            prefill(
+                self._model, [prompt.ids for prompt in part], self._layers, [self._place[prompt] for prompt in part]
+            )
 
     def _bring(self, entering: Sequence[tuple[int, Line]]) -> None:
         """Put rows' own keys and values into their slots: what they have kept, and what is computed here."""
@@ -142,10 +139,14 @@ class SharedPrefixSession:
             together = sum(map(bool, pending)) > 1 and on_gpu() and self._extends_together()
             held = [filled(self._model, self._held(row)) for _, row in part]
             for (slot, row), caches in zip(part, extended(self._model, held, pending, together), strict=True):
-                prompt = len(row.prompt.ids) - 1
-                for layer, cache in zip(self._layers, caches, strict=True):
+                kept = row.kept.fed if row.kept is not None else 0
+                first = len(row.prompt.ids) - 1 + kept
+                for number, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
+                    if row.kept is not None:
+                        layer.put_back(slot, row.kept.state[number])
                     keys, values = cache.keys_and_values()
-                    layer.put(slot, (keys[:, :, prompt:], values[:, :, prompt:]))
+                    if keys.shape[2] > first:
+                        layer.put(slot, (keys[:, :, first:], values[:, :, first:]), kept)
             mx.eval([layer.arrays() for layer in self._layers])
 
     def _held(self, row: Line) -> list[KeysValues]:
@@ -154,7 +155,8 @@ class SharedPrefixSession:
         prompts = [layer.prompt(place, length) for layer in self._layers]
         if row.kept is None:
             return prompts
+        kept = [layer.numbers(taken) for layer, taken in zip(self._layers, row.kept.state, strict=True)]
         return [
             (mx.concatenate([prompt[0], own[0]], axis=2), mx.concatenate([prompt[1], own[1]], axis=2))
-            for prompt, own in zip(prompts, row.kept.state, strict=True)
+            for prompt, own in zip(prompts, kept, strict=True)
         ]

@@ -218,8 +218,9 @@ class View:
 
     @cached_property
     def prompt(self) -> mx.array:
-        """Which columns of a prefix place its prompt fills: `[M, 1, 1, prefix]`."""
-        return (mx.arange(self.prefix)[None] < self.lengths[:, None])[:, None, None]
+        """Which columns of its prefix place the prompt of each slot fills: `[S, 1, 1, 1, prefix]`."""
+        lengths = self.lengths[self.place_of]
+        return (mx.arange(self.prefix)[None] < lengths[:, None])[:, None, None, None]
 
 
 class Layout:

@@ -23,9 +23,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from grpo.backend.hub import one_line
 from grpo.config import AdapterConfig
 from grpo.errors import UserError, did_you_mean
+from grpo.model.dora import fold_magnitudes
 from grpo.model.dropout import add_dropout
 from grpo.model.lora import fold
+from grpo.model.materialize import materialize
+from grpo.model.merging import merge
 from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear, linear_to_lora_layers, load_adapters
+from grpo.model.quantized import dtype_of
 from grpo.model.saved import CONFIG, WEIGHTS, SavedAdapter, is_peft, read_adapter
 
 AdapterState = Mapping[str, mx.array]
@@ -54,7 +58,8 @@ class Adapters:
         self.model = model
         self._settings = cfg
         self.config = make_trainable(model, cfg, key)
-        mx.eval(model.trainable_parameters())
+        materialize(model.trainable_parameters())  # a magnitude is made of a whole matrix
+        mx.eval(model.state)
         self.active = POLICY
         self._slots = _slots(model)
         self._parked: dict[str, AdapterState] = {}
@@ -152,7 +157,7 @@ class Adapters:
 
         Quantised layers are quantised again, as mlx-lm's `fuse` does. No states are left.
         """
-        mx.eval(merge(self.model).parameters())
+        materialize(merge(self.model).parameters())
         self._slots, self._parked, self._start = {}, {}, {}
         return self.model
 
@@ -261,13 +266,6 @@ def _add_saved(model: nn.Module, saved: SavedAdapter) -> None:
     model.load_weights(list(arrays.items()), strict=False)
 
 
-def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
-    """Put the adapter's layers into the weights below them, which stay quantised unless asked. Returns the model."""
-    fused = [(path, m.fuse(dequantize=dequantize)) for path, m in model.named_modules() if hasattr(m, "fuse")]
-    model.update_modules(tree_unflatten(fused))
-    return model
-
-
 def linear_layers(model: nn.Module) -> list[str]:
     """The linear layers of the model's blocks by their path in a block, in order and once each."""
     kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
@@ -361,6 +359,7 @@ def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None
         why = f"{one_line(error)} Take lora, or name adapter.targets without it"
         raise UserError(f"adapter.type: {config['fine_tune_type']}: {why}") from None
     fold(model)
+    fold_magnitudes(model)
     if (dropout := config["lora_parameters"]["dropout"]) > 0:
         add_dropout(model, dropout)
     fresh = tree_flatten(model.trainable_parameters())
@@ -368,12 +367,6 @@ def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None
     drawn = [(path, _redraw(path, array, k)) for (path, array), k in zip(fresh, keys, strict=True)]
     # In the model's dtype, or every layer's inputs would be made float32 to meet them; the optimizer keeps float32.
     model.update(tree_unflatten([(path, a.astype(dtype) if "lora_" in path else a) for path, a in drawn]))
-
-
-def dtype_of(model: nn.Module) -> mx.Dtype:
-    """What a model computes in: the dtype of its norms, which are never quantised."""
-    norms = (m["weight"].dtype for path, m in model.named_modules() if "norm" in path and "weight" in m)
-    return next(norms, mx.float32)
 
 
 def _redraw(path: str, array: mx.array, key: mx.array) -> mx.array:

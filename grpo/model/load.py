@@ -17,12 +17,10 @@ from grpo.backend.hub import Repository, fetch, one_line
 from grpo.builtin import models as builtin_models
 from grpo.config import ModelConfig
 from grpo.errors import UserError
-from grpo.model.adapters import dtype_of
+from grpo.model.materialize import materialize
 from grpo.model.mlxlm import TokenizerWrapper, load_model, load_tokenizer, new_model, quantize
+from grpo.model.quantized import check_computes, dtype_of, quantization, type_embeddings
 from grpo.model.widehead import wide_head, widen_head
-
-QUANTIZED_GROUP = 64
-"""Weights that share a scale and an offset."""
 
 MOST_LAYERS = 2_000
 
@@ -49,9 +47,11 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
         cast(model, dtype)
     if cfg.quantize is not None:
         model = _quantized(model, config, cfg)
+    type_embeddings(model, dtype_of(model))
+    check_computes(model, cfg.name, dtype_of(model))
     _choose_head(model, cfg)
     model.freeze()
-    mx.eval(model.parameters())
+    materialize(model.parameters())
     return model, tokenizer
 
 
@@ -117,7 +117,7 @@ def _quantized(model: nn.Module, config: dict[str, Any], cfg: ModelConfig) -> nn
     assert cfg.quantize is not None
     if "quantization" in config:
         raise UserError(f"model.quantize: {cfg.name} is quantised already, to {config['quantization']['bits']} bits")
-    return quantize(model, config, QUANTIZED_GROUP, cfg.quantize)[0]
+    return quantize(model, config, **quantization(cfg.quantize).config)[0]
 
 
 def is_local(cfg: ModelConfig) -> bool:

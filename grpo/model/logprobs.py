@@ -16,12 +16,20 @@ Pair = tuple[mx.array, mx.array]
 
 ROUNDING = {mx.float32: 1e-3, mx.bfloat16: 3e-2, mx.float16: 1e-2}
 """Mean gap in nats that rounding explains between two ways to the same logprobs, by dtype (on CUDA float32 is TF32)."""
+KV_ROUNDING = {8: 2e-2, 4: 3e-1}
+"""The same for keys and values in so many bits (`rollout.kv_bits`): ten times what models with random weights show,
+whatever their heads' width (2e-3 and 3e-2), and about what they show with weights three times as large."""
 LOGITS = 2**25
 """Logits in a chunk, 128 MB in float32, of however many tokens that is: the loss's memory does not depend on the
 vocabulary. MLX has some ten operations in flight, each of which may hold as much."""
 
 CHUNK = 1024
 """Tokens in a chunk, at most: their product is large enough, whatever the vocabulary."""
+
+
+def rounding(dtype: mx.Dtype, kv_bits: int | None = None) -> float:
+    """The mean gap that rounding explains, in nats: in this dtype, and with keys and values of so many bits."""
+    return ROUNDING.get(dtype, min(ROUNDING.values())) + (KV_ROUNDING[kv_bits] if kv_bits else 0.0)
 
 
 def scaled(logits: mx.array, temperature: float) -> mx.array:

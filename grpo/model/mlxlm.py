@@ -26,9 +26,10 @@ try:
         from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
         from mlx_lm.sample_utils import make_sampler
         from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+        from mlx_lm.tuner.dora import DoRALinear
         from mlx_lm.tuner.lora import LoRALinear
         from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
-        from mlx_lm.utils import _get_classes, dequantize_model, load_config, load_model, load_tokenizer, quantize_model
+        from mlx_lm.utils import _get_classes, load_config, load_model, load_tokenizer, quantize_model
         from mlx_lm.utils import save as save_model
 except ImportError as error:
     if (error.name or "").startswith("mlx_lm."):
@@ -40,6 +41,7 @@ __all__ = [
     "BPEStreamingDetokenizer",
     "BatchGenerator",
     "CacheList",
+    "DoRALinear",
     "KVCache",
     "LoRALinear",
     "MultiLinear",
@@ -50,7 +52,6 @@ __all__ = [
     "SwitchLinear",
     "TokenizerWrapper",
     "create_causal_mask",
-    "dequantize_model",
     "generate_step",
     "linear_to_lora_layers",
     "load_adapters",
@@ -77,9 +78,9 @@ def new_model(config: Mapping[str, Any]) -> nn.Module:
 
 
 def quantize(
-    model: nn.Module, config: Mapping[str, Any], group_size: int, bits: int
+    model: nn.Module, config: Mapping[str, Any], group_size: int, bits: int, mode: str = "affine"
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model (changed in place) with its linear layers and embeddings quantized, and the config that says so."""
     with redirect_stdout(StringIO()):  # it prints the bits per weight
-        model, config = quantize_model(model, dict(config), group_size, bits)
+        model, config = quantize_model(model, dict(config), group_size, bits, mode)
     return model, dict(config)

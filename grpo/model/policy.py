@@ -9,13 +9,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend.device import on_gpu
-from grpo.model.adapters import Adapters, dtype_of
+from grpo.model.adapters import Adapters
 from grpo.model.attending import InTiles
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import Body, Head, Unsplit, split_head
 from grpo.model.lines import Lines, Unpacked, at_rows, check_lines, line_hidden
 from grpo.model.logprobs import chunk_tokens, chunked_logprobs, scaled, token_logprobs, with_entropies
 from grpo.model.promptcaches import Kind
+from grpo.model.quantized import dtype_of
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
 
 KEEPS = "attention keeps its scores for the backward pass, which take memory by the square of the length"

@@ -20,6 +20,7 @@ import mlx.nn as nn
 
 from grpo.backend.device import on_gpu
 from grpo.model.head import talking
+from grpo.model.quantized import AFFINE, TypedEmbedding
 
 CHUNK = 2**24
 """Numbers of the matrix that are float32 at a time: 64 MB."""
@@ -111,12 +112,21 @@ class WideQuantizedEmbedding(nn.QuantizedEmbedding):  # type: ignore[misc]
         return _quantized_project(self, x)
 
 
+class WideTypedEmbedding(WideQuantizedEmbedding, TypedEmbedding):
+    """The same of one in small floating point numbers."""
+
+
 WIDE: dict[type, type] = {
     nn.Linear: WideLinear,
     nn.QuantizedLinear: WideQuantizedLinear,
     nn.Embedding: WideEmbedding,
     nn.QuantizedEmbedding: WideQuantizedEmbedding,
+    TypedEmbedding: WideTypedEmbedding,
 }
+
+
+HEADS = (nn.Linear, nn.QuantizedLinear)
+"""Those that stand beside the body; the others are in it."""
 
 
 def widen_head(model: nn.Module) -> bool:
@@ -129,8 +139,8 @@ def widen_head(model: nn.Module) -> bool:
     if _logits_dtype(model) == mx.float32:
         return False
     outer = talking(model)
-    linear = [module for module in outer.children().values() if type(module) in (nn.Linear, nn.QuantizedLinear)]
-    embeddings = [module for module in model.modules() if type(module) in (nn.Embedding, nn.QuantizedEmbedding)]
+    linear = [module for module in outer.children().values() if type(module) in HEADS]
+    embeddings = [module for module in model.modules() if type(module) in WIDE and type(module) not in HEADS]
     for module in (*linear, *embeddings):
         narrow = type(module)
         module.__class__ = WIDE[narrow]  # in place: whoever holds this module holds the head
@@ -168,7 +178,8 @@ def bytes_at_work(model: nn.Module, gpu: bool) -> int:
     if head is None:
         return 0
     if "scales" in head:
-        return sum(4 * int(head[name].size) for name in ("scales", "biases") if head.get(name) is not None)
+        copied = [head[name] for name in ("scales", "biases") if head.get(name) is not None and head.mode == AFFINE]
+        return sum(4 * int(array.size) for array in copied)
     numbers: int = head["weight"].size
     return 4 * min(numbers, (HELD if gpu else HELD_ON_CPU) * CHUNK)
 

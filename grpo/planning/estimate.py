@@ -25,9 +25,11 @@ from grpo.generation.buffers import CacheShape
 from grpo.generation.cuda_attention import CudaAttention
 from grpo.generation.decoders import ModelDecoder
 from grpo.generation.decoding import SharedPrefix
+from grpo.generation.packed import packed
 from grpo.model.costs import Costs
 from grpo.model.known import CONFIGS
 from grpo.model.outline import costs_of, outline
+from grpo.model.quantized import quantization
 from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.planning import calibration
 from grpo.planning.activations import reckoned_footprint
@@ -83,7 +85,7 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
     """The estimate for one recipe on one machine. Raises TooLargeError if it cannot fit."""
     dtype = None if cfg.model.dtype == "auto" else getattr(mx, cfg.model.dtype)
     if cfg.model.quantize is not None:
-        config = {**config, "quantization": {"group_size": 64, "bits": cfg.model.quantize}}
+        config = {**config, "quantization": quantization(cfg.model.quantize).config}
     model = outline(config, cfg.adapter, dtype)
     if cfg.model.head_dtype != "model":
         widen_head(model)
@@ -97,7 +99,7 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
         load,
         model,
         states,
-        _decoding(chip, model, costs),
+        _decoding(chip, model, costs, cfg.rollout.kv_bits),
         partial(reckoned_footprint, costs, fused=chip.backend == "cuda", head=bytes_at_work(model, gpu=True)),
     )
     step = _sampling(chip, costs, load, plan, plan.prompts, plan.rows) + _updates(chip, costs, cfg, plan)
@@ -109,11 +111,12 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
     return Estimate(chip, plan.total, step, step * cfg.optim.steps + evaluations)
 
 
-def _decoding(chip: Chip, model: nn.Module, costs: Costs) -> SharedPrefix:
+def _decoding(chip: Chip, model: nn.Module, costs: Costs, kv_bits: int | None) -> SharedPrefix:
     """The way of decoding that would be chosen on that machine; the plan asks it how much memory it holds."""
-    attention: Attention = CudaAttention() if chip.backend == "cuda" else FusedRowAttention()
-    shape = CacheShape(costs.kv_heads, costs.head_dim, costs.head_dim, mx.bfloat16)
-    return SharedPrefix(model, ModelDecoder(model), attention, [shape] * costs.depth, costs.head.outputs, "")
+    attention: Attention = CudaAttention() if chip.backend == "cuda" and not kv_bits else FusedRowAttention()
+    shapes = [CacheShape(costs.kv_heads, costs.head_dim, costs.head_dim, mx.bfloat16)] * costs.depth
+    shapes = packed(shapes, kv_bits) if kv_bits else shapes
+    return SharedPrefix(model, ModelDecoder(model), attention, shapes, costs.head.outputs, "")
 
 
 def _sampling(chip: Chip, costs: Costs, load: Workload, plan: Plan, prompts: int, rows: int) -> float:

@@ -61,19 +61,20 @@ def check_parity(
     from 1 with no change of policy, and training would follow the difference. Raises UserError for a model that cannot
     be decoded.
     """
+    bits = engine.generator.kv_bits
     if not any(path.endswith("lora_b") for path in policy.adapters.state()):
-        return _verdict(_measured(policy, engine, tasks, seed, packing, None), policy)
+        return _verdict(_measured(policy, engine, tasks, seed, packing, None), policy, bits)
     shortest = min(tasks, key=lambda task: len(task.prompt_ids))
-    size = _size_of_b(policy, lambda size: _measured(policy, engine, [shortest], seed, packing, size).moved)
-    return _verdict(_measured(policy, engine, tasks, seed, packing, size), policy)
+    size = _size_of_b(policy, lambda size: _measured(policy, engine, [shortest], seed, packing, size).moved, bits)
+    return _verdict(_measured(policy, engine, tasks, seed, packing, size), policy, bits)
 
 
-def _size_of_b(policy: Policy, moved: Callable[[float], float | None]) -> float:
+def _size_of_b(policy: Policy, moved: Callable[[float], float | None], kv_bits: int | None = None) -> float:
     """The deviation at which a random B moves logprobs as far as it is to: `moved` says how far it does.
 
     It hardly moves those of a model that is sure of itself, and then all at once: hence a bisection.
     """
-    least, most = _window(policy)
+    least, most = _window(policy, kv_bits)
     scale: float = policy.adapters.config["lora_parameters"]["scale"]
     size, low, high = FIRST_B / scale, 0.0, math.inf
     for _ in range(TRIES):
@@ -89,10 +90,11 @@ def _size_of_b(policy: Policy, moved: Callable[[float], float | None]) -> float:
     return size
 
 
-def _window(policy: Policy) -> tuple[float, float]:
-    """By how many nats, at least and at most, the random B is to move logprobs."""
+def _window(policy: Policy, kv_bits: int | None) -> tuple[float, float]:
+    """By how many nats, at least and at most, the random B is to move logprobs: no more than is seen beside what
+    quantised keys and values explain, which a model of larger numbers rounds more."""
     nats, times, most = SHOWN
-    least = max(nats, times * gap_bound(policy))
+    least = max(nats, times * gap_bound(policy), 3 * gap_bound(policy, kv_bits))
     return least, max(most, 3 * least)
 
 
@@ -160,8 +162,8 @@ def _together(policy: Policy, rows: Sequence[Any]) -> Packing:
     return Packing(2**31, len(rows), GENERATIONS, shares=policy.share_prompts)
 
 
-def _verdict(measured: _Measured, policy: Policy) -> str:
-    mean, worst, bound = fmean(measured.gaps), max(measured.gaps), gap_bound(policy)
+def _verdict(measured: _Measured, policy: Policy, kv_bits: int | None) -> str:
+    mean, worst, bound = fmean(measured.gaps), max(measured.gaps), gap_bound(policy, kv_bits)
     line = (
         f"decoded against teacher-forced logprobs: mean gap {mean:.1e}, max {worst:.1e} (bound on the mean {bound:.0e})"
     )
@@ -170,8 +172,18 @@ def _verdict(measured: _Measured, policy: Policy) -> str:
         if not measured.moved >= 3 * bound:
             line += ": too little to see whether decoding follows the adapter"
     if not mean <= bound:
-        raise RunError(
-            f"{line}. This model decodes something else than it trains on: its cache, its positions or its adapter are "
-            "handled wrongly for batched decoding. Please report the model; training on it would not be sound."
-        )
+        raise RunError(f"{line}. {_why(kv_bits)}")
     return line
+
+
+def _why(kv_bits: int | None) -> str:
+    """What a gap beyond the bound means."""
+    if kv_bits:
+        return (
+            f"Keys and values in {kv_bits} bits round this model too much (rollout.kv_bits): take "
+            f"{'8 bits, or ' if kv_bits < 8 else ''}none. If the gap stays without any, please report the model."
+        )
+    return (
+        "This model decodes something else than it trains on: its cache, its positions or its adapter are handled "
+        "wrongly for batched decoding. Please report the model; training on it would not be sound."
+    )

@@ -99,7 +99,7 @@ def _prepared(
     ]
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
     policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
-    generator = Generator(model, tokenizer, cfg.rollout.max_concurrency)
+    generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
     renderer, *eval_renderers = [

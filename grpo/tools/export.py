@@ -17,16 +17,12 @@ from grpo.backend.device import setup
 from grpo.backend.hub import send
 from grpo.config import AdapterConfig, ModelConfig
 from grpo.errors import UserError
-from grpo.model.adapters import load_adapter, merge
-from grpo.model.load import QUANTIZED_GROUP, cast, is_local, load, model_folder
-from grpo.model.mlxlm import (
-    MultiLinear,
-    QuantizedMultiLinear,
-    dequantize_model,
-    load_config,
-    quantize,
-    save_model,
-)
+from grpo.model.adapters import load_adapter
+from grpo.model.load import cast, is_local, load, model_folder
+from grpo.model.materialize import materialize
+from grpo.model.merging import merge
+from grpo.model.mlxlm import load_config, quantize, save_model
+from grpo.model.quantized import Quantization, dequantized, dtype_of, quantization, type_embeddings, words
 from grpo.model.saved import CONFIG, PEFT_WEIGHTS, WEIGHTS, read_adapter
 from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
@@ -53,16 +49,17 @@ def export(
     form: Format,
     to: Path | None = None,
     which: str = "newest",
-    bits: int | None = None,
+    to_quantize: int | str | None = None,
     repo: str | None = None,
 ) -> Exported:
     """Write a run's adapter as `form` into the folder `to` (`<run>/export-<form>` unless named), with a model card.
 
-    `bits` quantises fused weights; `repo` is the Hub repository that the card is written for. Raises UserError for what
-    is no run, a folder that is there, and what cannot be had in that form.
+    `to_quantize` is what fused weights are quantised to, as `model.quantize` says it; `repo` is the Hub repository that
+    the card is written for. Raises UserError for what is no run, a folder that is there, and what cannot be had in that
+    form.
     """
     check_is_run(run)
-    if bits is not None and form != "fused":
+    if to_quantize is not None and form != "fused":
         raise UserError(f"--quantize is for --format fused; a {form} adapter goes with the base as it is")
     checkpoint = find_checkpoint(run, which)
     cfg = pinned(load_recipe(run / RECIPE), checkpoint)
@@ -73,7 +70,7 @@ def export(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        notes = _write(aside, form, cfg.model, cfg.adapter, checkpoint, bits, repo)
+        notes = _write(aside, form, cfg.model, cfg.adapter, checkpoint, to_quantize, repo)
         (aside / "README.md").write_text(model_card(cfg, checkpoint, form, notes, repo), encoding="utf-8")
         aside.rename(folder)
     except OSError as error:
@@ -89,11 +86,11 @@ def _write(
     model: ModelConfig,
     adapter: AdapterConfig,
     checkpoint: Path,
-    bits: int | None,
+    to_quantize: int | str | None,
     repo: str | None,
 ) -> list[str]:
     if form == "fused":
-        return _write_fused(folder, model, checkpoint, bits)
+        return _write_fused(folder, model, checkpoint, to_quantize)
     if form == "peft":
         _write_peft(folder, model, adapter, checkpoint, _base_elsewhere(model, repo))
     else:
@@ -107,10 +104,10 @@ def _of_the_base(form: Format, cfg: ModelConfig) -> list[str]:
     """What there is to say about the base that an adapter goes with."""
     if form == "mlx" and cfg.quantize is None:  # it is there, quantised or not, as it was in training
         return []
-    if _quantization(cfg) is None:
+    if not _was_quantized(cfg):
         return []
-    if form == "mlx":
-        same = f"quantise it likewise (mlx_lm.convert -q --q-bits {cfg.quantize} --q-group-size {QUANTIZED_GROUP})"
+    if form == "mlx" and cfg.quantize is not None:
+        same = f"quantise it likewise (mlx_lm.convert {quantization(cfg.quantize).arguments})"
         return [f"the base was quantised when it was loaded: {same}, or this adapter computes something else"]
     return [
         "the base in training was quantised: on a base of other weights this adapter computes something else; "
@@ -186,28 +183,33 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     return config, weights
 
 
-def _write_fused(folder: Path, cfg: ModelConfig, checkpoint: Path, bits: int | None) -> list[str]:
+def _write_fused(folder: Path, cfg: ModelConfig, checkpoint: Path, to_quantize: int | str | None) -> list[str]:
     """The model with the adapter in its weights, as mlx-lm saves models, and what that has changed.
 
     A quantised base is written without quantisation: to quantise the sum again would round most of an adapter away.
     """
     setup()
-    source, quantized = model_folder(cfg), _quantization(cfg)
+    source, quantized = model_folder(cfg), _was_quantized(cfg)
     config = load_config(source)
     model, tokenizer = load(cfg)
     load_adapter(model, checkpoint)
     probe = mx.array([tokenizer.encode(PROBE)])
     before = _logprobs(model, probe)
-    model = _dequantized(merge(model, dequantize=True))
+    model = _whole(merge(model, dequantize=True))
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
     cast(model, _stored_dtype(config))
+    materialize(model.parameters())
     notes = (
         ["the base was quantised; these weights are not, so that nothing of the adapter is lost"] if quantized else []
     )
-    if bits is not None:
-        model, config = quantize(model, config, _group_size(model), bits)
-        notes = [f"quantised to {bits} bits after the adapter was added: the adapter is rounded with the weights"]
+    if to_quantize is not None:
+        model, config = quantize(model, config, **_fitting(model, to_quantize).config)
+        materialize(model.parameters())
+        type_embeddings(model, dtype_of(model))
+        notes = [
+            f"quantised to {words(to_quantize)} after the adapter was added: the adapter is rounded with the weights"
+        ]
     gap: Any = (mx.exp(before) * (before - _logprobs(model, probe))).sum(axis=-1).mean().item()
     notes.append(
         f"against the base with its adapter: KL divergence {max(gap, 0.0):.1e} nats a token, on a line of arithmetic"
@@ -216,19 +218,12 @@ def _write_fused(folder: Path, cfg: ModelConfig, checkpoint: Path, bits: int | N
     return notes
 
 
-def _dequantized(model: nn.Module) -> nn.Module:
-    """As mlx-lm does it, and the projections of latent attention, which it leaves as they are."""
-    whole = []
-    for path, module in model.named_modules():
-        if isinstance(module, QuantizedMultiLinear):
-            weight = mx.dequantize(
-                module.weight, module.scales, module.biases, module.group_size, module.bits, module.mode
-            )
-            heads, outputs, inputs = weight.shape
-            whole.append((path, MultiLinear(inputs, outputs, heads)))
-            whole[-1][1].weight = weight
-    model.update_modules(tree_unflatten(whole))
-    return dequantize_model(model)
+def _whole(model: nn.Module) -> nn.Module:
+    """The model (in place) with nothing quantised, experts and the projections of latent attention included."""
+    dtype = dtype_of(model)
+    found = [(path, module) for path, module in model.named_modules() if "scales" in module]
+    model.update_modules(tree_unflatten([(path, dequantized(module, dtype)) for path, module in found]))
+    return model
 
 
 def _logprobs(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -238,12 +233,10 @@ def _logprobs(model: nn.Module, tokens: mx.array) -> mx.array:
     return logprobs
 
 
-def _quantization(cfg: ModelConfig) -> Any:
-    """How the base's weights were quantised in training, by the recipe or as they are stored; None if they were not."""
-    if cfg.quantize is not None:
-        return {"bits": cfg.quantize, "group_size": QUANTIZED_GROUP}
+def _was_quantized(cfg: ModelConfig) -> bool:
+    """Whether the base's weights were quantised in training, by the recipe or as they are stored."""
     config = json.loads((model_folder(cfg) / "config.json").read_text(encoding="utf-8"))
-    return config.get("quantization") or config.get("quantization_config")
+    return cfg.quantize is not None or bool(config.get("quantization") or config.get("quantization_config"))
 
 
 def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
@@ -254,12 +247,15 @@ def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
     return dtype
 
 
-def _group_size(model: nn.Module) -> int:
-    """The largest group of weights that divides every linear layer's inputs: 64, or 32 for small models."""
+def _fitting(model: nn.Module, asked: int | str) -> Quantization:
+    """How to quantise: bits in the largest groups that divide every linear layer's inputs (64, or 32 for small models),
+    a format in its own. Raises UserError where the groups do not divide them."""
     widths = [m.weight.shape[-1] for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    fitting = [size for size in (64, 32) if all(width % size == 0 for width in widths)]
+    possible = [quantization(asked, size) for size in (64, 32)]
+    fitting = [way for way in possible if all(width % way.group_size == 0 for width in widths)]
     if not fitting:
-        raise UserError("--quantize: this model's layers are not divisible into groups of 32 weights")
+        least = possible[-1].group_size
+        raise UserError(f"--quantize: this model's layers are not divisible into groups of {least} weights")
     return fitting[0]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from grpo.errors import RunError
-from grpo.model.logprobs import ROUNDING
+from grpo.model.logprobs import rounding
 from grpo.model.policy import Policy
 from grpo.objective.measures import LOGP_DIFFERENCE, UNFILTERED_LOGP_DIFFERENCE
 
@@ -19,19 +19,23 @@ WARN_FROM = 3.0
 """A gap of at least this many times the bound is reported."""
 
 
-def gap_bound(policy: Policy) -> float:
-    """The mean gap of logprobs, in nats, that rounding explains at the policy's dtype and temperature."""
-    return ROUNDING.get(policy.dtype, min(ROUNDING.values())) / min(1.0, policy.temperature)
+def gap_bound(policy: Policy, kv_bits: int | None = None) -> float:
+    """The mean gap of logprobs, in nats, that rounding explains at the policy's dtype and temperature, with keys and
+    values of so many bits."""
+    return rounding(policy.dtype, kv_bits) / min(1.0, policy.temperature)
 
 
 class GapWatch:
     """Warns of a step whose gap is larger than rounding explains, and stops the run if it is much larger."""
 
-    def __init__(self, policy: Policy, most: float | None, tells: bool = True) -> None:
-        """`most` is `optim.max_logp_difference`. With several processes only one `tells`, but all stop."""
-        self._bound, self._most, self._tells = gap_bound(policy), most, tells
-        self._dtype = str(policy.dtype).rpartition(".")[2]
+    def __init__(self, policy: Policy, most: float | None, tells: bool = True, kv_bits: int | None = None) -> None:
+        """`most` is `optim.max_logp_difference`. With several processes only one `tells`, but all stop. The sampler has
+        keys and values of `kv_bits`."""
+        self._bound, self._most, self._tells = gap_bound(policy, kv_bits), most, tells
+        self._rounding = f"rounding in {str(policy.dtype).rpartition('.')[2]}"
+        self._rounding += f" and in keys and values of {kv_bits} bits (rollout.kv_bits)" if kv_bits else ""
         finer = "" if policy.dtype == mx.float32 else "model.dtype: float32, and "
+        finer = f"no rollout.kv_bits, {finer}" if kv_bits else finer
         self._help = f"Where rounding is the cause, {finer}MLX_ENABLE_TF32=0 on CUDA would make it smaller."
         self._told = 0.0
 
@@ -60,5 +64,5 @@ class GapWatch:
             return f"step {step}: the sampler gave NaN for the logprobs of some tokens."
         return (
             f"step {step}: the sampler's logprobs are {gap:.2g} nats from the trainer's in the mean, "
-            f"{gap / self._bound:.1f} times what rounding in {self._dtype} explains ({self._bound:.1g})."
+            f"{gap / self._bound:.1f} times what {self._rounding} explains ({self._bound:.1g})."
         )

@@ -62,7 +62,7 @@ class Trainer:
         dropout = cfg.adapter.dropout > 0
         self.passes = passes_of(PassSettings(cfg.loss, dropout, self.ranks))
         self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout, self.ranks.size), self.ranks)
-        self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first)
+        self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first, cfg.rollout.kv_bits)
         self.before = Before(policy.adapters, cfg.adapter.type == "full")
         self.update = Updater(
             policy,

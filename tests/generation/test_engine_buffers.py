@@ -24,7 +24,9 @@ def generator() -> Generator:
 def test_a_group_s_prompt_is_prefilled_once_for_all_turns(generator: Generator, monkeypatch) -> None:
     seen: list = []
     prefill = shared.prefill
-    monkeypatch.setattr(shared, "prefill", lambda model, ids: (seen.extend(map(tuple, ids)), prefill(model, ids))[1])
+    monkeypatch.setattr(
+        shared, "prefill", lambda model, ids, *to: (seen.extend(map(tuple, ids)), prefill(model, ids, *to))[1]
+    )
     engine = generator.open()
     rows = [row for i in range(3) for row in engine.submit(asked((*LONG, 50 + i), i, n=3))]
     for _ in range(3):
@@ -40,7 +42,9 @@ def test_a_prompt_whose_place_was_given_away_is_prefilled_again(generator: Gener
     """One slot has one prefix place, for which two prompts take turns."""
     seen: list = []
     prefill = shared.prefill
-    monkeypatch.setattr(shared, "prefill", lambda model, ids: (seen.extend(map(tuple, ids)), prefill(model, ids))[1])
+    monkeypatch.setattr(
+        shared, "prefill", lambda model, ids, *to: (seen.extend(map(tuple, ids)), prefill(model, ids, *to))[1]
+    )
 
     def conversation(slots: int):
         generator.slots = slots
@@ -167,7 +171,7 @@ def test_a_model_of_other_modules_is_decoded_anew(make_policy, monkeypatch) -> N
     engine.step()
     assert row.kept is not None
     other = BatchCaches(toy.policy.model, toy.generator.decoding.vocabulary)
-    monkeypatch.setattr(generator_module, "find_decoding", lambda _: other)
+    monkeypatch.setattr(generator_module, "find_decoding", lambda *_: other)
     layer = toy.policy.model.layers[0].self_attn
     layer.o_proj = type(layer.o_proj).from_base(layer.o_proj.linear)
     engine.extend(row, [9, 10])

@@ -5,7 +5,7 @@ import pytest
 
 from grpo.backend.random import derive_key
 from grpo.config import AdapterConfig
-from grpo.generation import buffers, shared
+from grpo.generation import buffers, prefilling, shared
 from grpo.generation import slots as slots_module
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
@@ -109,9 +109,9 @@ def test_all_rows_stop_at_once(make_policy) -> None:
 def test_each_prompt_is_prefilled_once(make_policy, monkeypatch) -> None:
     seen: list[list[int]] = []
 
-    def counting(model, prompts):
+    def counting(model, prompts, *places):
         seen.extend(map(list, prompts))
-        return buffers.prefill(model, prompts)
+        return prefilling.prefill(model, prompts, *places)
 
     toy = make_policy(slots=3)
     monkeypatch.setattr(shared, "prefill", counting)

@@ -63,3 +63,32 @@ def test_one_trace_serves_weights_that_train_and_another_is_made_for_weights_tha
         decoder.forget()
         assert len(compiles) == (1 if train else update + 1)
         after_an_update(model)
+
+
+class AddsColumns(NoAttention):
+    """Adds the mean of all columns to the queries, which tells how many there are and what they hold."""
+
+    def attend_joined(self, layer, qkv: mx.array, _block, blocks, _view) -> mx.array:
+        return qkv[:, : blocks.query_heads * blocks.width] + layer.keys.mean() - layer.values.mean()
+
+
+@pytest.mark.slow  # compiling calls a C++ compiler
+def test_a_trace_follows_buffers_that_grow(compiles) -> None:
+    model = qwen()
+    decoder = BlockDecoder(read(model))
+    decoder.refresh()
+    slots = Slots(Size(4, 1, 1, 8))
+    layers = [shape.layer(slots.size) for shape in cache_shapes(model)]
+    for number, layer in enumerate(layers):
+        layer.keys, layer.values = layer.keys + 1 + number, layer.values - number
+    tokens, found = mx.array([[5], [6], [7], [9]]), []
+    for columns in (8, 16, 16, 24):
+        size = Size(4, 1, 1, columns)
+        slots.grow(size)
+        for layer in layers:
+            layer.grow(size)
+        found.append(decoder.logits(tokens, layers, AddsColumns(), slots.view()))
+        assert mx.allclose(found[-1], decoder._logits(tokens, layers, AddsColumns(), slots.view()), atol=1e-5)
+    assert mx.array_equal(found[1], found[2])
+    assert not mx.allclose(found[0], found[1], atol=1e-3)
+    assert len(compiles) == 1

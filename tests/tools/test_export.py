@@ -11,9 +11,11 @@ from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load
+from grpo.model.mlxlm import load_model
+from grpo.model.quantized import Quantization, quantization
 from grpo.recipes import load_recipe, with_settings
 from grpo.tools import card
-from grpo.tools.export import _group_size, export, peft_name
+from grpo.tools.export import _fitting, export, peft_name
 
 TOKENS = [[1, 5, 9, 3, 7, 2, 8, 4]]
 
@@ -86,14 +88,14 @@ def test_fused_weights_are_a_model(trained, toy_folder) -> None:
 
 def test_quantised_fused_weights_say_what_it_cost(trained, toy_folder) -> None:
     gaps = {}
-    for bits in (4, 8):
-        made = export(trained, "fused", Path(f"q{bits}"), bits=bits)
+    for asked, bits, said in ((4, 4, "4 bits"), (8, 8, "8 bits"), ("mxfp8", 8, "mxfp8")):
+        made = export(trained, "fused", Path(f"q{asked}"), to_quantize=asked)
         config = json.loads((made.folder / "config.json").read_text())
-        assert config["quantization"]["bits"] == bits
-        load(ModelConfig(name=str(made.folder)))
-        assert f"quantised to {bits} bits" in made.notes[0]
-        gaps[bits] = float(made.notes[1].split("divergence ")[1].split()[0])
-    assert gaps[4] > gaps[8] > 0
+        assert (config["quantization"]["bits"], config["quantization"]["mode"]) == (bits, quantization(asked).mode)
+        load_model(made.folder)  # as mlx-lm does
+        assert f"quantised to {said} after" in made.notes[0]
+        gaps[asked] = float(made.notes[1].split("divergence ")[1].split()[0])
+    assert gaps[4] > gaps["mxfp8"] > gaps[8] > 0
 
 
 def test_a_quantised_base_is_fused_without_loss(recipe, run_cli, toy_folder) -> None:
@@ -288,7 +290,10 @@ def test_an_upload_that_fails_is_one_line_that_says_where_the_export_is(trained,
 
 def test_layers_that_do_not_divide_into_groups_cannot_be_quantised(toy_folder) -> None:
     model, _ = load(ModelConfig(name=str(toy_folder)))
-    assert _group_size(model) == 64
+    assert _fitting(model, 4) == Quantization(64, 4)
+    assert _fitting(model, "nvfp4") == Quantization(16, 4, "nvfp4")
     model.model.layers[0].mlp.up_proj.weight = mx.zeros((4, 30))
     with pytest.raises(UserError, match="not divisible into groups of 32"):
-        _group_size(model)
+        _fitting(model, 4)
+    with pytest.raises(UserError, match="not divisible into groups of 16"):
+        _fitting(model, "nvfp4")

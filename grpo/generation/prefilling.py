@@ -1,0 +1,57 @@
+"""Prompts go through the model, and their keys and values straight into prefix places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from grpo.generation.buffers import KeysValues, Layer, feed_caches, prefill_chunk
+from grpo.generation.products import fewest_columns, padded
+
+
+class PlaceCache:
+    """Some prefix places of a layer behind the protocol of mlx-lm's `KVCache`.
+
+    A chunk of tokens sees its own keys and values as they were computed, and those of earlier chunks as they are kept.
+    """
+
+    def __init__(self, layer: Layer, places: mx.array) -> None:
+        self._layer, self._places, self.offset = layer, places, 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        first, self.offset = self.offset, self.offset + keys.shape[2]
+        seen = keys, values
+        if first:
+            earlier = self._layer.prompts(self._places, first)
+            seen = mx.concatenate([earlier[0], keys], axis=2), mx.concatenate([earlier[1], values], axis=2)
+        self._layer.insert(self._places, (keys, values), first)
+        return seen
+
+    def make_mask(self, *tokens: Any, **settings: Any) -> Any:
+        from grpo.model.mlxlm import KVCache
+
+        return KVCache.make_mask(self, *tokens, **settings)
+
+    @property
+    def state(self) -> list[mx.array]:
+        """What is to be computed after each chunk."""
+        return self._layer.arrays()
+
+
+def prefill(model: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence[Layer], places: Sequence[int]) -> None:
+    """Put the keys and values of prompts, without their last tokens, into prefix places.
+
+    Prompts are padded on the right, which causal attention does not see, and go through the model in chunks. On a CPU
+    they are padded far enough for a prompt's keys and values to be the same to the bit beside any others.
+    """
+    width = max(map(len, prompts)) - 1
+    if width == 0:
+        return
+    rows = mx.array([[*ids[:-1], *[0] * (width + 1 - len(ids))] for ids in prompts])
+    caches = [PlaceCache(layer, mx.array(list(places))) for layer in layers]
+    chunk = prefill_chunk()
+    least = width - width % chunk + fewest_columns() if width % chunk else width  # in the last chunk, too
+    feed_caches(model, caches, padded(rows, least, 1), width)

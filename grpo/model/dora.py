@@ -1,0 +1,71 @@
+"""mlx-lm's DoRA layer without the whole matrix: y = m / |W + s (A B)ᵀ| ∘ (x Wᵀ + s x A B), arXiv 2402.09353.
+
+Its own code makes the sum W + s (A B)ᵀ at every call to take the norms of its rows, and of a quantised W a copy in
+float besides, which the backward pass keeps: in the update all layers' copies are there at once, as much as the model
+was before it was quantised. A row's norm needs neither: |w + s d|² = |w|² + 2 s w·d + s² |d|², where d is a row of
+(A B)ᵀ, w·d comes from the product W A, and |d|² from A's own products.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from grpo.errors import UserError
+from grpo.model.mlxlm import DoRALinear
+from grpo.model.quantized import inputs_of
+
+
+class FoldedDoRALinear(DoRALinear):  # type: ignore[misc]  # untyped
+    """A `DoRALinear` over a base that does not train. Parameters and files are mlx-lm's."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """`[..., in]` to `[..., out]`, in the dtype of `x`."""
+        a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        y = mx.addmm(_product(self.linear, flat), self.dropout(flat) @ a, b, alpha=self.scale)
+        y = (self.m / self._norms()).astype(x.dtype) * y
+        if "bias" in self.linear:
+            y = y + self.linear.bias
+        out: mx.array = y.reshape(*x.shape[:-1], y.shape[-1])
+        return out
+
+    def _norms(self) -> mx.array:
+        """The norms of the rows of W + s (A B)ᵀ, `[out]` float32. As in the paper they have no gradient."""
+        a, b = (mx.stop_gradient(array).astype(mx.float32) for array in (self.lora_a, self.lora_b))
+        across = _product(self.linear, mx.stop_gradient(self.lora_a).T).astype(mx.float32)  # (W A)ᵀ
+        own = (a.T @ a) @ b
+        squares = self._squares + (b * (2 * self.scale * across + self.scale**2 * own)).sum(axis=0)
+        return mx.sqrt(squares)
+
+
+def _product(base: nn.Module, x: mx.array) -> mx.array:
+    """x Wᵀ without a bias."""
+    if "scales" not in base:
+        plain: mx.array = x @ base.weight.T
+        return plain
+    product: mx.array = mx.quantized_matmul(
+        x, base["weight"], base["scales"], base.get("biases"),
+        transpose=True, group_size=base.group_size, bits=base.bits, mode=base.mode,
+    )  # fmt: skip
+    return product
+
+
+def _check_inputs(model: nn.Module) -> None:
+    """Raise UserError where mlx-lm has miscounted a quantised layer's inputs, as its DoRA does of 3, 5 and 6 bits."""
+    for path, module in model.named_modules():
+        base = module.get("linear") if "lora_a" in module else None
+        if isinstance(base, nn.QuantizedLinear) and module.lora_a.shape[0] != inputs_of(base):
+            raise UserError(
+                f"adapter.type: dora: mlx-lm's DoRA does not fit {path}, whose weights have {base.bits} bits: take "
+                "lora, or a model of 2, 4 or 8 bits"
+            )
+
+
+def fold_magnitudes(model: nn.Module) -> None:
+    """Have every DoRA layer, fresh from mlx-lm and so with the norms of W for magnitudes, compute so."""
+    _check_inputs(model)
+    for module in model.modules():
+        if type(module) is DoRALinear:
+            module.__class__ = FoldedDoRALinear
+            module._squares = mx.square(module.m)  # |w|² of each row; no parameter by its name

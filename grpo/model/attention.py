@@ -84,7 +84,7 @@ class _Call:
         weights that are kept."""
         outs, sums, kept, after = list[mx.array](), list[mx.array](), list[mx.array](), list[mx.array]()
         for rows, heads in self._cuts:
-            out, sum_, weights = self._chunk(rows, heads, after).forward(after)
+            out, sum_, weights = self._chunk(rows, heads).forward(after)
             outs, sums, kept, after = [*outs, out], [*sums, sum_], [*kept, *weights], [out]
         return self._together(outs).flatten(1, 2), self._together(sums), *kept
 
@@ -95,7 +95,7 @@ class _Call:
         after = list[mx.array]()
         for rows, heads in self._cuts:
             given = Given(*(array[rows, heads] for array in (slopes, out, sums)))
-            of_queries, own, of_prompts = self._chunk(rows, heads, after).backward(given, waiting, after)
+            of_queries, own, of_prompts = self._chunk(rows, heads).backward(given, waiting, after)
             found.append([of_queries, *own])
             after = found[-1]
             if of_prompts:
@@ -110,19 +110,15 @@ class _Call:
             array.reshape(given.shape).astype(given.dtype) for array, given in zip(result, self._arrays, strict=True)
         )
 
-    def _chunk(self, rows: slice, heads: slice, after: list[mx.array]) -> Chunk:
-        """Its prompts are looked up when `after` is computed: not all rows' at once."""
-        prompts = [self._of_rows(array[:, heads], rows, after) for array in self._prompts]
+    def _chunk(self, rows: slice, heads: slice) -> Chunk:
+        prompts = [self._of_rows(array[:, heads], rows) for array in self._prompts]
         sinks = None if self._sinks is None else self._by_row(self._sinks)[heads]
         own = [array[rows, heads] for array in (self._keys, self._values)]
         return Chunk(self._plan, rows, self._queries[rows, heads], own, prompts, sinks)
 
-    def _of_rows(self, prompts: mx.array, rows: slice, after: list[mx.array]) -> mx.array:
-        """Those of the rows' prompts; a single prompt is not repeated."""
-        if prompts.shape[0] == 1:
-            return prompts
-        index = cast(mx.array, self._index)[rows]
-        return looked_up(prompts, mx.depends(index, after) if after else index)
+    def _of_rows(self, prompts: mx.array, rows: slice) -> mx.array:
+        """Those of the rows' prompts, for as long as these rows are computed; a single prompt is not repeated."""
+        return prompts if prompts.shape[0] == 1 else looked_up(prompts, cast(mx.array, self._index)[rows])
 
     def _summed(self, sofar: list[mx.array] | None, found: Sequence[mx.array], rows: slice) -> list[mx.array]:
         """The gradients of prompts' keys and values: of all rows so far and of these."""

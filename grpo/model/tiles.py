@@ -115,9 +115,7 @@ class Chunk:
             for tiles in self._together(block):
                 queries = mx.depends(queries, after) if after else queries
                 state, weights = _with_tiles(state, queries, tiles, self._plan.keeps)
-                after = [
-                    array for array in state if isinstance(array, mx.array)
-                ]  # values too, or all weights would wait
+                after = [state.weight, state.total]  # without the latter all blocks' weights would wait for it
             assert state is not None, "every query sees a key"
             total = state.total if self._plan.keeps else state.total / state.weight
             outs.append(self._by_head(total.astype(queries.dtype), block))

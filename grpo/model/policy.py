@@ -26,7 +26,7 @@ class Policy:
     """A model with its adapters, and the logprobs it gives to completions.
 
     `slow` says for what reasons, if any, training goes a slower way with this model. `share_prompts` and
-    `gradient_checkpointing` change memory and speed, not what comes out.
+    `gradient_checkpointing` (all layers, none, or how many from the first) change memory and speed, not what comes out.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Policy:
         adapters: Adapters,
         temperature: float,
         share_prompts: bool = True,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
     ) -> None:
         self.model = model
         self.adapters = adapters

@@ -145,6 +145,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "optim.share_prompts": ("false",),
     "optim.pack_completions": ("false",),
     "optim.compile": ("false",),
+    "memory.limit_gb": ("1",),
     "optim.max_skipped_updates": ("1", "loss.use=loss.py:nothing"),
     "optim.max_logp_difference": ("1", "optim.max_grad_norm=0.9"),  # a run of its own: nothing else has this norm
     "eval.source": ("more.jsonl", *EVAL),

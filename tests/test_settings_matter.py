@@ -29,7 +29,7 @@ from grpo.config.describe import settings
 from grpo.environments import scheduler
 from grpo.environments.chat import Chat
 from grpo.errors import RunError, UserError
-from grpo.planning import plan
+from grpo.planning import planner
 from grpo.planning.footprint import measure_footprint
 from grpo.processes.sandbox.runner import missing
 from grpo.recipes import load_recipe
@@ -229,7 +229,7 @@ def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 footprints[checkpointing] = measure_footprint(policy, checkpointing)
             return footprints[checkpointing]
 
-        patch.setattr(plan, "measure_footprint", measured)
+        patch.setattr(planner, "measure_footprint", measured)
         left_behind("optim.learning_rate=0.01")
         shutil.copytree(folder / "run/checkpoints/step-000002", folder / "saved")
         yield cache(left_behind)

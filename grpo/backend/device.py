@@ -123,6 +123,26 @@ def _limits() -> list[int]:
     return [int(text) for text in said if text.isdigit()]  # or "max"
 
 
+def limit_memory(limit: int | None) -> None:
+    """Have MLX keep arrays and its cache of freed ones within so many bytes; None: within what it chose by itself.
+
+    A GPU's allocator gives up cached memory where both together would be more. A CPU has no cache.
+    """
+    import mlx.core as mx
+
+    if limit is not None:
+        _former.append((mx.set_memory_limit(limit), mx.set_cache_limit(limit)))
+    elif _former:
+        memory, cache = _former[0]  # what MLX chose
+        mx.set_memory_limit(memory)
+        mx.set_cache_limit(cache)
+        _former.clear()
+
+
+_former: list[tuple[int, int]] = []
+"""MLX's limits, of memory and of its cache, before each that was set."""
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether MLX raised this because the memory did not suffice. It has no class of its own for that."""
     return any(words in str(error).lower() for words in OUT_OF_MEMORY)

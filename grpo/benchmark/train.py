@@ -16,7 +16,7 @@ from grpo.benchmark.setting import Setting
 from grpo.benchmark.work import Prompts, policy_of, recipe, synthetic
 from grpo.generation.controller import speculation_of
 from grpo.model.widehead import widen_head
-from grpo.planning.plan import make_plan
+from grpo.planning.planner import make_plan
 from grpo.planning.workload import Workload
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of

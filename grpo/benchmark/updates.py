@@ -76,7 +76,7 @@ def update_side(name: str, policy: Policy, cfg: Recipe, setting: Setting) -> Sid
     """One update of synthetic completions, batches made anew each time."""
     groups = with_advantages(synthetic(setting, policy.model), WEIGHTS, cfg.advantage, cfg.loss.preset)
     update, packing = Updater(policy, cfg.optim, cfg.loss), packing_of(policy, cfg)
-    footprint = measure_footprint(policy, policy.gradient_checkpointing)
+    footprint = measure_footprint(policy, policy.gradient_checkpointing is True)
     planned = mx.get_active_memory() + max(footprint.bytes(shape) for shape in shapes(groups, packing))
 
     def run() -> Values:

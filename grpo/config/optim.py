@@ -44,9 +44,10 @@ class OptimConfig(Section):
     """Tokens, padding included, that go through the model together in the update. Changes memory and speed, not the
     gradient, unless `adapter.dropout` is on: which numbers it drops depends on the split. `auto`: as many as fit and
     pay, from the plan."""
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Compute each layer's inside again in the backward pass: much less memory, a third more time. `auto`: where the
-    plan finds that memory is short without."""
+    gradient_checkpointing: bool | Positive | Literal["auto"] = "auto"
+    """Compute each layer's inside again in the backward pass: much less memory, a third more time. A number does so
+    with that many layers, from the first on. `auto`: where the plan finds that memory is short without; with
+    `memory.limit_gb` for as few layers as fit."""
     share_prompts: bool = True
     """Run a prompt once for all its completions in training, where the model allows it. Changes memory and speed, not
     the gradient, unless `adapter.dropout` is on: then the completions of a prompt share what is dropped of it."""

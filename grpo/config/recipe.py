@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from grpo.config.data import DataConfig, EvalConfig, check_hub_only
 from grpo.config.environment import EnvironmentConfig, ToolEntry
 from grpo.config.log import CheckpointConfig, LogConfig
+from grpo.config.memory import MemoryConfig
 from grpo.config.model import AdapterConfig, ModelConfig
 from grpo.config.objective import AdvantageConfig, LossConfig
 from grpo.config.optim import OptimConfig
@@ -51,6 +52,8 @@ class Recipe(Section):
     """What is made of advantages: the variant of GRPO, the KL penalty, corrections."""
     optim: OptimConfig
     """How many steps, how large, and how they go through the machine."""
+    memory: MemoryConfig = MemoryConfig()
+    """How much memory all of that may take."""
     eval: EvalConfig | None = None
     """Held-out prompts. Without this section nothing is evaluated."""
     checkpoint: CheckpointConfig = CheckpointConfig()

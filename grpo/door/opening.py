@@ -91,8 +91,10 @@ class Opening:
         console.print(parity, highlight=False, soft_wrap=True)
 
     def rehearse(self) -> None:
-        """Call each reward once, on made-up completions, and print what came of it."""
+        """Print where memory goes, call each reward once, on made-up completions, and print what came of it."""
         trainer = self.run.trainer
+        for line in self.run.planner.report(self.run.plan):
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         for note in rehearse(trainer.scorer, self.run.tasks, trainer.engine.generator.tokenizer.encode):
             self.console.print(note, highlight=False, markup=False, soft_wrap=True)
 

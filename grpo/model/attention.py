@@ -23,6 +23,11 @@ KEPT = 2**22
 """Scores of one call, at most, that are kept for the backward pass: 16 MB."""
 
 
+def most_pairs(heads: int) -> int:
+    """Pairs of tokens whose scores a call with so many query heads keeps, at most: of more it keeps none."""
+    return KEPT // heads
+
+
 class Prompts(NamedTuple):
     """Keys `[P, H, L, D]` and values `[P, H, L, E]` of prompts; row b goes on from prompt `rows[b]`."""
 

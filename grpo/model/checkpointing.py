@@ -35,12 +35,17 @@ def checkpointed(module: nn.Module, parameters: Any, function: Callable[..., Any
 
 
 @contextmanager
-def checkpointed_layers(layers: Sequence[nn.Module], on: bool = True) -> Iterator[None]:
-    """Inside the block each of these layers is checkpointed; outside, in generation, they are what they were."""
+def checkpointed_layers(layers: Sequence[nn.Module], on: bool | int = True) -> Iterator[None]:
+    """Inside the block these layers are checkpointed; outside, in generation, they are what they were.
+
+    `on` is True (all), False (none), or how many of them, from the first: the backward pass comes to the last layers
+    first, so what those keep is gone when a layer before them is computed again.
+    """
+    layers = layers if on is True else layers[: int(on)]
     former = [type(layer) for layer in layers]
     kinds = {kind: type(kind.__name__, (_Checkpointed, kind), {}) for kind in set(former)}
     try:
-        for layer, kind in zip(layers, former, strict=True) if on else ():
+        for layer, kind in zip(layers, former, strict=True):
             layer.__class__ = kinds[kind]
         yield
     finally:

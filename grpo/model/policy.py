@@ -11,6 +11,7 @@ import mlx.nn as nn
 from grpo.backend.device import on_gpu
 from grpo.model.adapters import Adapters
 from grpo.model.attending import InTiles
+from grpo.model.attention import most_pairs
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import Body, Head, Unsplit, split_head
 from grpo.model.lines import Lines, Unpacked, at_rows, check_lines, line_hidden
@@ -26,7 +27,7 @@ class Policy:
     """A model with its adapters, and the logprobs it gives to completions.
 
     `slow` says for what reasons, if any, training goes a slower way with this model. `share_prompts` and
-    `gradient_checkpointing` change memory and speed, not what comes out.
+    `gradient_checkpointing` (all layers, none, or how many from the first) change memory and speed, not what comes out.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Policy:
         adapters: Adapters,
         temperature: float,
         share_prompts: bool = True,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
     ) -> None:
         self.model = model
         self.adapters = adapters
@@ -48,8 +49,9 @@ class Policy:
         except Unsplit as reason:
             self.slow.append(f"logprobs go through full logits, because the head cannot be split off: {reason}")
         self._in_tiles: InTiles | None = InTiles(model)
-        if fault := self._in_tiles.fault(model):
-            self.slow.append(f"{KEEPS}: {fault}")
+        self._fault = self._in_tiles.fault(model)
+        if self._fault:
+            self.slow.append(f"{KEEPS}: {self._fault}")
         self._layers: list[Kind] = []
         self._lines: bool | None = None
         self.share_prompts = share_prompts and self._can_share()
@@ -76,6 +78,13 @@ class Policy:
                 raise
             self.slow.append(f"{KEEPS}: {reason}")
             return layers
+
+    @property
+    def most_pairs(self) -> int | None:
+        """Pairs of tokens whose scores each pass keeps for the backward pass, at most; None where all are kept."""
+        if self._in_tiles is None or self._fault:
+            return None
+        return most_pairs(int(getattr(self.model.args, "num_attention_heads", 1)))
 
     @property
     def packs(self) -> bool:

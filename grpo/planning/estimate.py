@@ -33,8 +33,9 @@ from grpo.model.quantized import quantization
 from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.planning import calibration
 from grpo.planning.activations import reckoned_footprint
-from grpo.planning.machines import CHIPS, Chip, Known
-from grpo.planning.plan import Machine, Plan, plan_on
+from grpo.planning.drafting import plan_on
+from grpo.planning.machines import CHIPS, Chip, Known, Machine
+from grpo.planning.plan import Plan
 from grpo.planning.workload import Workload
 
 WORDS: dict[Known, str] = {"measured": "about", "scaled": "roughly", "bound": "over"}
@@ -77,7 +78,9 @@ def _line(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> str:
         return estimate(chip, cfg, config).line()
     except TooLargeError as error:
         largest, size = max(error.parts.items(), key=lambda part: part[1])
-        short = f"{_size(error.needed)} needed, {_size(error.needed - chip.memory)} more than there are"
+        memory = _machine(chip, cfg).memory
+        there = "more than there are" if memory == chip.memory else "more than memory.limit_gb"
+        short = f"{_size(error.needed)} needed, {_size(error.needed - memory)} {there}"
         return f"{chip.name:<18}does not fit: {short}; the largest part is {largest}, {_size(size)}"
 
 
@@ -95,7 +98,7 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
     waits = bool(cfg.conversations)
     load = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, prompt, prompt, waits=waits)
     plan, _ = plan_on(
-        Machine(chip.memory, gpu=True, cuda=chip.backend == "cuda"),
+        _machine(chip, cfg),
         load,
         model,
         states,
@@ -109,6 +112,14 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
         often = cfg.optim.steps // cfg.eval.every + 1
         evaluations = often * _sampling(chip, costs, load, plan, cfg.eval.prompts, rows)
     return Estimate(chip, plan.total, step, step * cfg.optim.steps + evaluations)
+
+
+def _machine(chip: Chip, cfg: Recipe) -> Machine:
+    """With the recipe's own limit of memory, where the machine has more."""
+    limit = None if cfg.memory.limit_gb is None else int(cfg.memory.limit_gb * 2**30)
+    limited = limit is not None and limit <= chip.memory
+    memory = limit if limited and limit is not None else chip.memory
+    return Machine(memory, gpu=True, cuda=chip.backend == "cuda", limited=limited)
 
 
 def _decoding(chip: Chip, model: nn.Module, costs: Costs, kv_bits: int | None) -> SharedPrefix:
@@ -141,7 +152,7 @@ def _updates(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan) -> float:
     old = passes * cfg.optim.num_minibatches > 1 or cfg.adapter.dropout > 0  # logprobs from before the first update
     chosen = cfg.loss.top_entropy_quantile < 1
     others = cfg.has_penalty + old + chosen + (1 / cfg.kl_every if cfg.kl_every else 0)
-    update, logprobs = costs.update(*sizes) + costs.forward(*sizes) * plan.checkpointing, costs.logprobs(*sizes)
+    update, logprobs = costs.update(*sizes) + costs.forward(*sizes) * plan.recomputed, costs.logprobs(*sizes)
     if chip.times == "bound":
         return (update * passes + logprobs * others).seconds(chip.flops, chip.bandwidth)
     tokens = plan.prompts * cfg.data.max_prompt_length + plan.rows * rollout.max_completion_length

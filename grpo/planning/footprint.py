@@ -2,6 +2,7 @@
 
 Formulas for activations are of one architecture, one backend and one way of attending; a measurement is of whatever
 will run. What is measured is a line: bytes for each token, and bytes for each pair of tokens that attention scores.
+`grpo.planning.rehearsal` measures one micro-batch as it will be, which is exact and costs more.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from grpo.backend.device import on_gpu
 from grpo.model.dropout import dropping
@@ -27,21 +29,22 @@ from grpo.training.packing import Shape
 LOGIT_COPIES, MOST_COPIES = 4, 12
 """Arrays of the size of a chunk's logits, float32, that the loss holds for a chunk, and at most, as measured."""
 
-PEEKS = 3
-"""Times that each of the gradients is measured."""
-KEPT = {False: 2 / 3, True: 1 / 3}
-"""Of the peak without a head, how much is there when the backward pass begins, by whether layers are checkpointed, as
-measured."""
+PEEKS, PEEKS_ON_CPU = 3, 1
+"""Times that each of the gradients is measured. On a CPU the peak varies by less than a hundredth."""
+KEPT_CHECKPOINTED = 1 / 3
+"""Of the peak without a head, how much is there when the backward pass begins, if layers are checkpointed, as measured.
+Without checkpoints all layers' activations are there, beside which the peak has about as much as one layer's."""
 HEAD_SUMS = 8
 """Bytes for each number of a head that trains, where its gradient is summed over chunks: two float32 sums at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes that a gradient needs beside the weights: fixed, a token, a pair of tokens, and a row of logits.
+    """Bytes that a gradient needs beside the weights: fixed (the sum of gradients), a token, a pair, a row of logits.
 
-    Of the tokens' bytes a part (`KEPT`) waits while the loss is computed; the rest comes after it. `head` is what the
-    head holds beside its logits: float32 pieces of its matrix, and the sums of its gradient if it trains.
+    Of the tokens' bytes a part (`kept`) waits while the loss is computed; the rest comes after it. `head` is what the
+    head holds beside its logits: float32 pieces of its matrix, and the sums of its gradient if it trains. `depth` is
+    how many layers the model has. Of a pass with more than `most_pairs` no scores are kept (None: all are).
     """
 
     fixed: int
@@ -52,81 +55,112 @@ class Footprint:
     shares: bool
     checkpointing: bool
     head: int = 0
+    depth: int = 2
+    most_pairs: int | None = None
+
+    @property
+    def kept(self) -> float:
+        return KEPT_CHECKPOINTED if self.checkpointing else self.depth / (self.depth + 1)
 
     def bytes(self, shape: Shape, body: float | None = None) -> int:
         """Of one micro-batch of this shape; `body` is what `measure_body` found of it, if that was asked."""
         if body is None:
-            tokens, pairs = _extent(shape, self.shares, self.checkpointing)
+            tokens, pairs = extent(shape, self.shares, self.checkpointing, self.most_pairs)
             body = self.token * tokens + self.pair * pairs
         projected = shape.lines * shape.width or shape.rows * shape.length
         copies = min(MOST_COPIES, LOGIT_COPIES * -(-projected // self.chunk))
         head = self.head + copies * self.logits * min(self.chunk, projected)
-        return int(self.fixed + max(body, KEPT[self.checkpointing] * body + head))
+        return int(self.fixed + max(body, self.kept * body + head))
 
 
-def measure_body(policy: Policy, checkpointing: bool, shapes: Sequence[Shape]) -> list[float]:
-    """Bytes that the hidden states of micro-batches of these shapes, and their gradients, take at most."""
+def measure_body(policy: Policy, checkpointing: bool | int, shapes: Sequence[Shape]) -> list[float]:
+    """Bytes that the hidden states of micro-batches of these shapes, and their gradients, take at most.
+
+    The gradient is added up as in an update, so what counts of it is what is there when the peak is reached: the peak
+    comes early in the backward pass, when most of the gradient does not exist yet.
+    """
     gc.collect()  # or what others have left behind would go while this is measured
     former, policy.gradient_checkpointing = policy.gradient_checkpointing, checkpointing
     try:
-        _peak(policy, shapes[0])  # kernels and constants that are made once
+        if on_gpu():
+            _peak(policy, shapes[0])  # kernels and constants that are made once
         # In the middle of a few: what is in flight at once varies with what else the machine does.
-        return [statistics.median(_peak(policy, shape) for _ in range(PEEKS)) for shape in shapes]
+        peeks = PEEKS if on_gpu() else PEEKS_ON_CPU
+        return [statistics.median(_peak(policy, shape) for _ in range(peeks)) for shape in shapes]
     finally:
         policy.gradient_checkpointing = former
 
 
+def probes(unit: int) -> tuple[Shape, Shape]:
+    """Many short rows, whose tokens score few others, and one long row: about as many tokens, and many more pairs.
+
+    So the difference is the pairs', and what is constant does not look like pairs.
+    """
+    return Shape(2, unit, 8, unit), Shape(1, unit, 1, 15 * unit)
+
+
 def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     """The footprint of this policy's gradient, with or without gradient checkpointing."""
-    unit = 128 if on_gpu() else 32
-    shapes = Shape(1, unit, 2, unit), Shape(2, 2 * unit, 4, 2 * unit)
-    first, second = measure_body(policy, checkpointing, shapes)
-    (tokens, pairs), (more_tokens, more_pairs) = (
-        _extent(shape, policy.share_prompts, checkpointing) for shape in shapes
+    shapes = probes(128 if on_gpu() else 32)
+    token, pair = line_through(
+        [extent(shape, policy.share_prompts, checkpointing) for shape in shapes],
+        measure_body(policy, checkpointing, shapes),
     )
-    # Two lines in two unknowns; a fused attention has none of the second kind.
-    pair = max(0.0, (second - first * more_tokens / tokens) / (more_pairs - pairs * more_tokens / tokens))
-    token = max(0.0, (second - pair * more_pairs) / more_tokens)
     vocabulary = _vocabulary(policy)
-    trained = [array for _, array in tree_flatten(policy.model.trainable_parameters())]
-    # The sum of gradients so far, and of a micro-batch's own gradients those that are being added to it.
-    fixed = sum(4 * array.size for array in trained) + max(array.nbytes for array in trained)
+    fixed = sum(4 * array.size for _, array in tree_flatten(policy.model.trainable_parameters()))
     head = bytes_at_work(policy.model, on_gpu())
     head += sum(HEAD_SUMS * array.size for _, array in tree_flatten(head_parameters(policy.model)))
     rows = 4 * vocabulary, chunk_tokens(vocabulary)
-    return Footprint(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head)
+    depth = len(policy.model.layers)
+    return Footprint(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head, depth, policy.most_pairs)
 
 
-def _extent(shape: Shape, shares: bool, checkpointing: bool) -> tuple[int, int]:
-    """Tokens that go through the model, and pairs of them whose scores are held at once.
+def line_through(extents: Sequence[tuple[int, int]], found: Sequence[float]) -> tuple[float, float]:
+    """Bytes a token and a pair, neither below 0, by two extents (tokens and pairs) and what was found of them.
+
+    Two lines in two unknowns; a fused attention has none of the second kind.
+    """
+    (tokens, pairs), (more_tokens, more_pairs) = extents
+    first, second = found
+    pair = max(0.0, (second - first * more_tokens / tokens) / (more_pairs - pairs * more_tokens / tokens))
+    return max(0.0, (second - pair * more_pairs) / more_tokens), pair
+
+
+def extent(shape: Shape, shares: bool, checkpointing: bool, most: int | None = None) -> tuple[int, int]:
+    """Tokens that go through the model, and pairs of them whose scores are held at once, `most` of each pass.
 
     Checkpointed layers are computed again one at a time, so the prompts' scores are not there beside the completions'.
     """
     prompts, prompt_length, rows, length, lines, width = shape
+    tokens = shape.tokens if lines or shares else rows * (prompt_length + length)
     if lines:
-        return shape.tokens, lines * width**2
-    if shares:
-        passes = prompts * prompt_length**2, rows * length * (prompt_length + length)
-        return shape.tokens, max(passes) if checkpointing else sum(passes)
-    return rows * (prompt_length + length), rows * (prompt_length + length) ** 2
+        passes = [lines * width**2]
+    elif shares:
+        passes = [prompts * prompt_length**2, rows * length * (prompt_length + length)]
+    else:
+        passes = [rows * (prompt_length + length) ** 2]
+    held = passes if most is None else [min(most, pairs) for pairs in passes]
+    return tokens, max(held) if checkpointing else sum(held)
 
 
 def _peak(policy: Policy, shape: Shape) -> int:
-    """Bytes above what was there, of the gradient of a function of the hidden states."""
+    """Bytes above what was there, of adding the gradient of a function of the hidden states to a sum of gradients."""
     given, hidden = _going_through(policy, shape)
 
     def loss(_: nn.Module) -> mx.array:
         with dropping(mx.random.key(0)):  # what is dropped, if anything is, is kept beside what is not
             return hidden(*given).astype(mx.float32).sum()
 
-    mx.eval(given)
-    trained: int = sum(array.nbytes for _, array in tree_flatten(policy.model.trainable_parameters()))
+    total: list[Any] = [tree_map(lambda p: mx.zeros(p.shape), policy.model.trainable_parameters())]
+    mx.eval(given, total)
     resting = mx.get_active_memory()
     mx.reset_peak_memory()
     with policy.training():
         value, gradient = nn.value_and_grad(policy.model, loss)(policy.model)
-    mx.eval(value, gradient)
-    return max(0, mx.get_peak_memory() - resting - trained)
+    summed = tree_map(mx.add, total.pop(), gradient)  # nothing else holds a part that is added
+    del gradient
+    mx.eval(summed, value)
+    return max(0, mx.get_peak_memory() - resting)
 
 
 def _going_through(policy: Policy, shape: Shape) -> tuple[list[mx.array], Callable[..., mx.array]]:

@@ -14,6 +14,30 @@ GB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
+class Machine:
+    """What a plan must know of where it will run: bytes of memory, whether that is a GPU's, and one of CUDA.
+
+    `limited`: the memory is what the recipe allows (`memory.limit_gb`), so all of it may be planned with.
+    """
+
+    memory: int
+    gpu: bool
+    cuda: bool
+    limited: bool = False
+
+    @property
+    def usable(self) -> int:
+        """Bytes that may be planned with."""
+        return int((OF_A_LIMIT if self.limited else FREE) * self.memory)
+
+
+FREE = 0.9
+"""Of a machine's memory, what may be planned with: the rest is for whatever else runs there."""
+OF_A_LIMIT = 0.97
+"""Of a recipe's own limit, what may be planned with: what is measured varies a little."""
+
+
+@dataclass(frozen=True, slots=True)
 class Chip:
     """A machine: the bytes that MLX may use, memory bandwidth in bytes per second, and the operations per second of its
     fastest matrix products.

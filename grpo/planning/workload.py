@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grpo.config import AdapterConfig, EvalConfig, OptimConfig, RolloutConfig
 from grpo.generation.memory import Need
@@ -10,6 +10,9 @@ from grpo.recipes import with_settings
 from grpo.rollout import sampling_of
 from grpo.training.binning import most_lines
 from grpo.training.packing import Packing, Shape
+
+MANY_ROWS = 4_096
+"""Rows of an update from which on what repeats itself is not counted out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,7 @@ class Workload:
     `evaluation` is None where nothing is evaluated. `prompt_length` is the longest prompt that is trained on, `longest`
     the longest that is sampled from, held-out prompts included. `own` is how much of it each completion may have for
     itself, where environments add to prompts: keys and values of that are not shared. `waits`: whether completions wait
-    for environments.
+    for environments. `parts`: into how many micro-batches an update is cut at least.
     """
 
     optim: OptimConfig
@@ -30,6 +33,7 @@ class Workload:
     longest: int
     own: int = 0
     waits: bool = False
+    parts: int = 1
 
     @property
     def rows(self) -> int:
@@ -59,7 +63,7 @@ class Workload:
         """The largest micro-batches of at most `tokens`: the longest prompts, each with all its longest completions,
         and the widest lines where completions may go behind one another. `gpu`, `cuda`: what the machine has."""
         optim = with_settings(self.optim, {"micro_batch_tokens": tokens})
-        packing = Packing.of(optim, self.rollout, gpu=gpu, on_cuda=cuda)
+        packing = Packing.of(optim, self.rollout, self.parts, gpu=gpu, on_cuda=cuda)
         length = self.own + self.rollout.max_completion_length
         return [self._in_rows(packing, length), *self._shapes_of_lines(packing, length)]
 
@@ -72,11 +76,34 @@ class Workload:
         return [packing.shape_of_lines(min(needed, most_lines(packing.tokens, width)), width, packing.rows)]
 
     def _in_rows(self, packing: Packing, length: int) -> Shape:
-        fitting = packing.shape(1, 1, self.prompt_length, length)
-        for rows in range(2, packing.rows + 1):
-            shape = packing.shape(-(-rows // packing.group), rows, self.prompt_length, length)
-            if shape is None:
-                break
-            fitting = shape
-        assert fitting is not None, "a single row always fits"
-        return fitting
+        """The largest of the micro-batches that `packing.pack` makes of an update's rows, all of them the longest."""
+        made = self._in_order(packing, length)
+        if packing.parts > 1 and packing.multiple == 1:  # as there, where each part gets about as many rows
+            number = -(-len(made) // packing.parts) * packing.parts
+            rows = min(packing.rows, -(-self._updated // number))
+            made = self._in_order(replace(packing, rows=rows), length)
+        return max(made, key=packing.through)
+
+    @property
+    def _updated(self) -> int:
+        """Rows of an update."""
+        return -(-self.rollout.prompts_per_step // self.optim.num_minibatches) * self.rollout.num_generations
+
+    def _in_order(self, packing: Packing, length: int) -> list[Shape]:
+        made: list[Shape] = []
+        begun = 0
+        while begun < self._updated:
+            rows = 1
+            fitting = packing.shape(1, 1, self.prompt_length, length)
+            assert fitting is not None, "a single row always fits"
+            while begun + rows < self._updated:
+                prompts = (begun + rows) // packing.group - begun // packing.group + 1
+                shape = packing.shape(prompts, rows + 1, self.prompt_length, length)
+                if shape is None:
+                    break
+                fitting, rows = shape, rows + 1
+            made.append(fitting)
+            begun += rows
+            if begun % packing.group == 0 and self._updated > MANY_ROWS:  # the next ones are as these
+                return made * -(-self._updated // begun)
+        return made

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo.backend.device import setup
+from grpo.backend.device import limit_memory, setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import DataConfig, OptimConfig, Recipe, RolloutConfig
@@ -25,7 +25,8 @@ from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
 from grpo.model.policy import Policy
 from grpo.planning.notes import filter_note, notes_on
-from grpo.planning.plan import Plan, make_plan
+from grpo.planning.plan import Plan
+from grpo.planning.planner import Planner, allowed
 from grpo.planning.positions import position_note
 from grpo.planning.workload import Workload
 from grpo.plugins import file_in
@@ -45,7 +46,7 @@ PEEK = 64
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run that may start: its trainer, evaluator (None without `eval`), plan, first tasks, notes, and data.
+    """A run that may start: its trainer, evaluator (None without `eval`), plan, planner, first tasks, notes, and data.
 
     `rows` are those of `data` and `eval`, as far as there are any, by the section's name. `opened` ends the processes
     of rewards and environments when it is closed.
@@ -54,6 +55,7 @@ class Prepared:
     trainer: Trainer
     evaluator: Evaluator | None
     plan: Plan
+    planner: Planner
     tasks: list[Task]
     notes: list[str]
     rows: Mapping[str, Rows]
@@ -68,6 +70,7 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
     setup()
+    limit_memory(None if cfg.memory.limit_gb is None else allowed(cfg.memory.limit_gb))
     ranks = Ranks.launched()
     if cfg.rollout.prompts_per_step < ranks.size:
         raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
@@ -128,8 +131,10 @@ def _prepared(
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     waits = environment is not None
-    workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, longest, longest_of_all, own, waits)
-    plan, optim = _together(ranks, policy, *make_plan(workload, policy, generator.decoding))
+    sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
+    workload = Workload(*sections, longest, longest_of_all, own, waits, ranks.size)
+    planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss)
+    plan, optim = _together(ranks, policy, *planner.plan())
     cfg = with_settings(cfg, {"optim": optim})
     generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
     if generator.speculation is not None:
@@ -142,7 +147,7 @@ def _prepared(
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.slow]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     rows = dict(zip(named, tables, strict=True))
-    return Prepared(trainer, evaluator, plan, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+    return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
 
 
 def _evaluator(
@@ -203,7 +208,7 @@ def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> t
     They share out the micro-batches that each of them makes, so these must be the same.
     """
     plans = ranks.gather((plan, optim))
-    least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, not planned[0].checkpointing))
+    least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, -planned[0].recomputed))
     policy.gradient_checkpointing = least.checkpointing
     own = {name: getattr(plan, name) for name in ("slots", "kept_bytes", "fed", "drafts")}
     return replace(least, **own), optim

@@ -22,9 +22,9 @@ backward pass for such lengths alone."""
 WIDE = 4096
 """The widest lines on CUDA, unless a longer row needs wider ones. There attention keeps no scores; elsewhere lines are
 as narrow as the longest row allows, because scores take memory."""
-FINE = 8
-"""From so many multiples on, lines come in more widths: a line that is a third wider than its longest row wastes more
-than another shape costs."""
+FINE, FINEST = 8, 64
+"""From so many multiples on, lines come in more widths, and from so many on lengths and widths come in eighths of a
+power of two: what is a third longer than its longest row wastes more than another shape costs."""
 KEYS = 8192
 """A token that attends to so many keys costs twice a token that attends to none: fitted to an H200 (0.6B shape), where
 an update spends 22 µs on a token, and attention with a mask 25 ms on 16,384 tokens of 16,384 keys in each layer."""
@@ -58,7 +58,7 @@ class Packing:
     With `shares` a prompt goes through once, else with each of its rows.
 
     With a `multiple` above 1 there is one shape for each pair of padded lengths, so that their number is bounded:
-    lengths are padded to 1, 2, 3, 4, 6, 8, 12, … times it, and rows and prompts to what fills the tokens.
+    lengths are padded to 1, 2, 3, 4, 6, 8, 12, …, 64, 72, 80, … times it, rows and prompts to what fills the tokens.
 
     With `packs`, completions also stand behind one another in lines, where that costs less: as wide as the longest row
     needs, or up to `wide`. All `parts` processes get micro-batches of the same shapes.
@@ -138,7 +138,8 @@ class Packing:
         """Widths to try for lines of which the longest row needs so many places."""
         least = self._padded(longest)
         if least > FINE * self.multiple:  # in quarters of a power of two, and not in halves
-            step = self.multiple * largest_power_of_two(-(-longest // self.multiple)) // 4
+            units = -(-longest // self.multiple)
+            step = self.multiple * largest_power_of_two(units) // (8 if units > FINEST else 4)
             least = -(-longest // step) * step
         wider = (self.multiple << power for power in range(self.wide.bit_length()))
         return [least, *(width for width in wider if least < width <= min(self.wide, self.tokens))]
@@ -153,6 +154,8 @@ class Packing:
     def _padded(self, length: int) -> int:
         units = -(-length // self.multiple)
         power = largest_power_of_two(units)
+        if units > FINEST:
+            return self.multiple * -(-units // (power // 8)) * (power // 8)
         return self.multiple * next(size for size in (power, power * 3 // 2, power * 2) if size >= units)
 
 

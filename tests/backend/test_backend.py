@@ -99,6 +99,20 @@ def test_memory_is_the_containers_where_it_has_less(monkeypatch, tmp_path, said:
     assert device.memory_bytes() == (allowed or machine)
 
 
+def test_a_limit_of_memory_holds_until_there_is_none() -> None:
+    own = mx.set_memory_limit(2**33), mx.set_cache_limit(2**32)
+    try:
+        device.limit_memory(None)  # nothing was set
+        device.limit_memory(2**31)
+        device.limit_memory(2**30)
+        assert (mx.set_memory_limit(2**30), mx.set_cache_limit(2**30)) == (2**30, 2**30)
+        device.limit_memory(None)
+        assert (mx.set_memory_limit(2**33), mx.set_cache_limit(2**32)) == (2**33, 2**32)
+    finally:
+        mx.set_memory_limit(own[0])
+        mx.set_cache_limit(own[1])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Metal has a limit of its own")
 def test_batches_on_cuda_are_limited_before_mlx_is_imported_unless_the_user_did() -> None:
     show = "import grpo, os, sys; assert 'mlx.core' not in sys.modules; print(os.environ['MLX_MAX_MB_PER_BUFFER'])"

@@ -62,6 +62,17 @@ def test_that_nobody_is_logged_in_to_wandb_is_said(run_cli, recipe, monkeypatch)
         assert "W&B" not in run_cli("train", recipe, quiet, "--dry-run").out
 
 
+def test_it_says_what_takes_memory_and_how_long_completions_may_be(run_cli, recipe) -> None:
+    said = run_cli("train", recipe, "--dry-run", "memory.limit_gb=0.5").out
+    assert "peak " in said
+    assert "of 512 MB (memory.limit_gb): what stays, and the " in said
+    assert "longest completion that would fit: " in said
+    refused = run_cli("train", recipe, "--dry-run", "memory.limit_gb=0.001")
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert "memory.limit_gb allows 1 MB" in refused.err
+    assert "longest completion" not in run_cli("train", recipe).out
+
+
 def test_parity_is_part_of_it(run_cli, recipe) -> None:
     assert "mean gap" in run_cli("train", recipe, "--dry-run").out
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from grpo.planning import plan
+from grpo.planning import planner
 from grpo.planning.footprint import measure_footprint
 from grpo.recipes import dump_recipe, load_recipe
 
@@ -54,7 +54,7 @@ def try_mutants(run_cli: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch, cou
             footprints[checkpointing] = measure_footprint(policy, checkpointing)
         return footprints[checkpointing]
 
-    monkeypatch.setattr(plan, "measure_footprint", measured)
+    monkeypatch.setattr(planner, "measure_footprint", measured)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     random_, good, wrong = random.Random(seed), 0, []
     before = {path.name for path in Path().iterdir()}

@@ -24,11 +24,12 @@ from grpo.model.load import load
 from grpo.model.outline import costs_of, costs_of_config, outline
 from grpo.model.policy import Policy
 from grpo.planning.activations import reckoned_footprint
+from grpo.planning.drafting import plan_on
 from grpo.planning.estimate import LEGEND, estimate, estimates, model_config
 from grpo.planning.footprint import measure_footprint
-from grpo.planning.machines import CHIPS, described
+from grpo.planning.machines import CHIPS, Machine, described
 from grpo.planning.machines import cuda as card
-from grpo.planning.plan import Machine, make_plan, plan_on
+from grpo.planning.planner import make_plan
 from grpo.plugins import bundled
 from grpo.recipes import load_recipe, recipe_of
 from grpo.training.packing import Shape
@@ -95,7 +96,7 @@ def test_the_plan_of_an_outline_is_that_of_the_model(toy_folder: Path) -> None:
     drawn = outline(model_config(cfg.model), cfg.adapter, mx.float32)
     reckon = partial(reckoned_footprint, costs_of(drawn), fused=False)
     there = Machine(real.memory, on_gpu(), cuda.available())
-    reckoned, _ = plan_on(there, workload(cfg, 64), drawn, 1, decoding, reckon)
+    reckoned, _ = plan_on(there, replace(workload(cfg, 64), parts=2), drawn, 1, decoding, reckon)
     update = {"phases": {**real.phases, "update": reckoned.phases["update"]}, "micro_batch": reckoned.micro_batch}
     assert reckoned == replace(real, **update)
 
@@ -180,6 +181,16 @@ def test_memory_is_the_plans_and_a_small_machine_decodes_fewer_rows_at_once() ->
     assert small.bytes < NAMED["M4 16 GB"].memory
     whole = estimate(H200, recipe(adapter={"type": "full"}), config)
     assert whole.bytes > (2 + 12) * 596_049_920  # weights, float32 copies and two moments
+
+
+def test_a_recipes_own_limit_holds_on_a_larger_machine() -> None:
+    config = CONFIGS["Qwen/Qwen3-0.6B"]
+    free = estimate(H200, recipe(), config).bytes
+    for limit in (4.0, 3.0):
+        assert estimate(H200, recipe(memory={"limit_gb": limit}), config).bytes <= limit * 2**30 < free
+    (line,) = estimates(recipe(memory={"limit_gb": 1.0}), [H200])
+    assert "2.5 GB needed, 1.5 GB more than memory.limit_gb; the largest part is update" in line
+    assert estimate(H200, recipe(memory={"limit_gb": 1_000.0}), config).bytes == free
 
 
 def test_what_cannot_fit_is_said_with_what_is_missing_and_what_binds() -> None:

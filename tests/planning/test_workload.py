@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 from planning.loads import workload
+from training.test_packing import row
 
 from grpo.config import Recipe
 from grpo.generation.memory import Need
-from grpo.training.packing import Shape
+from grpo.training.packing import Packing, Shape, pack
 
 
 def asked(**sections) -> Recipe:
@@ -37,10 +38,13 @@ def test_what_is_sampled_at_once_is_the_larger_of_a_step_and_an_evaluation(evalu
 
 
 def test_the_largest_micro_batch_shares_prompts_as_far_as_its_tokens_go() -> None:
-    """A prompt of 100 tokens with eight completions of 64 is 612; the next completion brings a prompt with it."""
+    """A prompt of 100 tokens with eight completions of 64 is 612; the next completion brings a prompt with it.
+
+    Where only seven fit, the eighth begins the next micro-batch, with five of the next prompt: 584 tokens.
+    """
     load = workload(asked(), 100)
     assert load.largest(612, gpu=False) == [Shape(1, 100, 8, 64)]
-    assert load.largest(611, gpu=False) == [Shape(1, 100, 7, 64)]
+    assert load.largest(611, gpu=False) == [Shape(2, 100, 6, 64)]
     assert load.largest(612 + 164, gpu=False) == [Shape(2, 100, 9, 64)]
     assert load.largest(10**6, gpu=False) == [Shape(4, 100, 32, 64)]
 
@@ -66,4 +70,25 @@ def test_what_environments_add_to_prompts_is_each_completion_s_own() -> None:
     assert load.need() == Need(32, 4, 100, 84, False)
     assert load.tokens == 32 * (100 + 64)  # the longest prompt has it already
     assert load.largest(100 + 8 * 84, gpu=False) == [Shape(1, 100, 8, 84)]
-    assert load.largest(100 + 8 * 84 - 1, gpu=False) == [Shape(1, 100, 7, 84)]
+    assert load.largest(100 + 8 * 84 - 1, gpu=False) == [Shape(2, 100, 6, 84)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize(("groups", "prompt", "length"), [((4, 8), 100, 64), ((8, 4), 65, 25), ((8, 3), 120, 8)])
+@pytest.mark.parametrize("tokens", [150, 400, 512, 611, 900, 5_000])
+def test_the_largest_is_what_packing_makes_of_rows_that_are_all_the_longest(
+    parts: int, minibatches: int, groups: tuple[int, int], prompt: int, length: int, tokens: int
+) -> None:
+    prompts, completions = groups
+    rollout = {"prompts_per_step": prompts, "num_generations": completions, "max_completion_length": length}
+    cfg = asked(rollout=rollout, optim={"steps": 1, "num_minibatches": minibatches, "micro_batch_tokens": tokens})
+    rows = [row(prompt, length, number) for number in range(prompts // minibatches) for _ in range(completions)]
+    made = [shape for _, shape in pack(rows, Packing.of(cfg.optim, cfg.rollout, parts, gpu=False))]
+    found = replace(workload(cfg, prompt), parts=parts).largest(tokens, gpu=False)
+    assert found == [max(made, key=lambda shape: shape.tokens)]
+
+
+def test_of_very_many_rows_the_first_ones_are_enough() -> None:
+    rollout = {"prompts_per_step": 4_000, "num_generations": 8, "max_completion_length": 64}
+    assert workload(asked(rollout=rollout), 100).largest(612, gpu=False) == [Shape(1, 100, 8, 64)]

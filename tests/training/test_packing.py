@@ -174,3 +174,16 @@ def test_there_are_micro_batches_for_every_process(make_policy) -> None:
     (whole,), parted = make_batches(groups, cfg), make_batches(groups, cfg, parts=4)
     assert len(parted) == 4
     assert sum(map(real_rows, parted)) == real_rows(whole) == 16
+
+
+@pytest.mark.parametrize(
+    ("longest", "padded"),
+    [(128, 128), (640, 768), (6_145, 8_192), (8_192, 8_192), (8_193, 9_216), (16_384, 16_384), (16_385, 18_432),
+     (40_000, 40_960), (65_537, 73_728)],
+)  # fmt: skip
+def test_lengths_come_in_halves_of_a_power_of_two_and_long_ones_in_eighths(longest: int, padded: int) -> None:
+    """A row that is a third longer than its tokens wastes memory that decides whether it can train."""
+    packing = Packing(tokens=2**17, rows=1, group=1, multiple=128)
+    assert packing.shape(1, 1, 128, longest) == Shape(1, 128, 1, padded)
+    if longest > 8_192:
+        assert packing.widths(longest)[0] == padded

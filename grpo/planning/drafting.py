@@ -1,0 +1,99 @@
+"""A plan for any machine, from a model's shapes and what an update needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from grpo.config import OptimConfig
+from grpo.errors import TooLargeError
+from grpo.generation.controller import widest_of
+from grpo.generation.memory import Memory, slots_beside_waiting, widest_that_fits
+from grpo.model.widehead import bytes_at_work
+from grpo.planning.choosing import Choice, Tried, reckoned
+from grpo.planning.footprint import Footprint
+from grpo.planning.held import count_weights, optimizer_step, what_stays
+from grpo.planning.machines import Machine
+from grpo.planning.plan import Plan, ways_out, why_not
+from grpo.planning.workload import Workload
+from grpo.training.lanes import update_lanes
+
+
+def plan_on(
+    machine: Machine,
+    load: Workload,
+    model: nn.Module,
+    states: int,
+    decoding: Memory,
+    footprint: Callable[[bool], Footprint],
+    tried: Tried = lambda *_: None,
+) -> tuple[Plan, OptimConfig]:
+    """The plan of a run, and its `optim` section with what was `auto` decided.
+
+    The model's shapes and dtypes are enough: none of its arrays is computed. `states` are the adapter's besides the
+    policy, `footprint` what an update needs without and with checkpointing, and `tried` what micro-batches were seen to
+    take, where that is to be tried. Raises TooLargeError for what cannot fit.
+    """
+    plan, optim = draft_on(machine, load, model, states, decoding, footprint, tried)
+    if not plan.fits:
+        needed, parts = plan.least
+        help = "; ".join(ways_out(plan, load))
+        raise TooLargeError(f"{why_not(plan, needed, parts)} What would help: {help}.", needed, parts)
+    return plan, optim
+
+
+def draft_on(
+    machine: Machine,
+    load: Workload,
+    model: nn.Module,
+    states: int,
+    decoding: Memory,
+    footprint: Callable[[bool], Footprint],
+    tried: Tried = lambda *_: None,
+) -> tuple[Plan, OptimConfig]:
+    """The same whether it fits or not: what does not has as little of everything as there can be."""
+    numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+    stays, need = what_stays(load.optim, load.adapter, model, states), load.need()
+    head = bytes_at_work(model, machine.gpu)
+    room = machine.usable - sum(stays.values())
+    try:
+        slots = slots_beside_waiting(decoding, need, load.rollout.max_concurrency, room - head)
+    except TooLargeError:
+        slots = 0
+    lanes, sizes = partial(update_lanes, model), partial(reckoned, model)
+    chosen = Choice(machine, load, room, len(model.layers), footprint, tried, lanes, sizes).make()
+    decoded, waiting = need.bytes(decoding, max(1, slots)), need.waiting(decoding)
+    left = max(0, room - head - decoded)
+    most = widest_of(load.rollout.speculate)
+    fed = 1 if decoding.narrow or not slots else widest_that_fits(decoding, need, slots, left, most)
+    drafts = need.wider(decoding, slots, fed) if fed > 1 else 0
+    plan = Plan(
+        steps=load.optim.steps,
+        prompts=load.rollout.prompts_per_step,
+        rows=load.rows,
+        tokens=load.tokens,
+        parameters=count_weights(model) - (numbers if load.adapter.type != "full" else 0),
+        trained=numbers,
+        stays=stays,
+        phases={
+            "rollout": decoded + head + min(waiting, left),
+            "update": chosen.bytes,
+            "optimizer's step": optimizer_step(load.optim, load.adapter, model, stays["optimizer"]),
+        },
+        memory=machine.memory,
+        slots=slots,
+        micro_batch=chosen.tokens,
+        checkpointing=chosen.checkpointing,
+        kept_bytes=left - drafts,
+        fed=fed,
+        drafts=drafts,
+        waiting=waiting,
+        depth=len(model.layers),
+        shape=chosen.shape,
+        lanes=chosen.lanes,
+        limited=machine.limited,
+    )
+    return plan, chosen.optim

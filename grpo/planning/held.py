@@ -1,0 +1,60 @@
+"""What a run holds all the time, and while the optimizer steps: counted, not measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from grpo.config import AdapterConfig, OptimConfig
+from grpo.training.optimizer import Float32Optimizer, bytes_of_a_group
+
+
+def what_stays(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, states: int) -> dict[str, int]:
+    """Bytes that are held all the time, by what they are for."""
+    trained = model.trainable_parameters()
+    optimizer = _bytes(Float32Optimizer(optim, trained).state)  # nothing of it is computed
+    several = _holds_former(adapter) and _several(optim)
+    return {
+        "weights": _bytes(model.parameters()),
+        "optimizer": optimizer,
+        "other states": states * _bytes(trained),
+        "the state before the step": several * (_bytes(trained) + optimizer),
+    }
+
+
+def _holds_former(adapter: AdapterConfig) -> bool:
+    """Whether the arrays of before a step are held until it is done, as `Trainer.wholly` does."""
+    return adapter.type != "full"
+
+
+def _several(optim: OptimConfig) -> bool:
+    """Whether a step has more than one update."""
+    return optim.num_iterations * optim.num_minibatches > 1
+
+
+def optimizer_step(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, optimizer: int) -> int:
+    """Bytes beside what stays: the gradient, and a group at work.
+
+    The state of an adapter before a step is held until the step is done: what the step makes takes the gradient's place
+    beside it. (Of several updates that state is counted among what stays.) Whole weights are made in their own place.
+    """
+    trained = model.trainable_parameters()
+    numbers: int = sum(array.size for _, array in tree_flatten(trained))
+    made = _bytes(trained) + optimizer if _holds_former(adapter) and not _several(optim) else 0
+    return max(4 * numbers, made) + bytes_of_a_group(optim.optimizer, trained)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(tree))
+
+
+def count_weights(model: nn.Module) -> int:
+    """How many parameters there are; of a quantised layer its weights, not the words that they are packed into."""
+    count: int = sum(array.size for _, array in tree_flatten(model.parameters()))
+    for module in model.modules():
+        if hasattr(module, "bits"):
+            scales = [module[name].size for name in ("scales", "biases") if name in module]
+            count += module.weight.size * 32 // module.bits - module.weight.size - sum(scales)
+    return count

@@ -1,0 +1,41 @@
+"""The plan as a table: what takes memory, how much, and why."""
+
+from __future__ import annotations
+
+from grpo.planning.plan import Plan, size_of
+from grpo.planning.workload import Workload
+
+
+def table(plan: Plan, load: Workload) -> list[str]:
+    """A line for everything that takes memory, and the peak of all."""
+    rows = [(name, size, _why_it_stays(name, plan, load)) for name, size in plan.stays.items() if size]
+    rows += [(name, size, _why_it_comes(name, plan, load)) for name, size in plan.phases.items()]
+    largest = max(plan.phases, key=lambda name: plan.phases[name])
+    whose = "memory.limit_gb" if plan.limited else "this machine"
+    rows.append(("peak", plan.total, f"of {size_of(plan.memory)} ({whose}): what stays, and the {largest}"))
+    width = max(len(name) for name, _, _ in rows)
+    return [f"{name:<{width}}  {size_of(size):>8}  {why}" for name, size, why in rows]
+
+
+def _why_it_stays(name: str, plan: Plan, load: Workload) -> str:
+    match name:
+        case "weights":
+            return f"{plan.parameters:,} parameters" + ("" if load.adapter.type == "full" else " and the adapter")
+        case "optimizer":
+            return f"{load.optim.optimizer} for {plan.trained:,} trained parameters, in float32"
+        case "other states":
+            return "the reference"
+        case _:
+            return "what a failed step is taken back to"
+
+
+def _why_it_comes(name: str, plan: Plan, load: Workload) -> str:
+    match name:
+        case "rollout":
+            length = load.own + load.rollout.max_completion_length
+            slots = f"{plan.slots} slots" if plan.slots != 1 else "1 slot"
+            return f"{slots} of {load.longest:,} + {length:,} tokens: keys, values and logits"
+        case "update":
+            return f"activations: {plan.rows_at_once}{plan.checkpointed}"
+        case _:
+            return "the gradient, and parameters at work"

@@ -1,0 +1,255 @@
+"""Draw random settings, plan each, make a step of it, and report the peak of memory over what was planned.
+
+    python scripts/benchmarks/plan.py [--count 200] [--first 0] [--seconds 600]
+
+Models have random weights and sizes up to those of `qwen3-1m`. Rows, lengths, adapters, checkpointing, micro-batches
+and the memory's limit are drawn too. Every completion has its greatest length, as the plan assumes. Each setting's line
+is JSON: what was drawn, bytes planned and seen, in all and by phase. A setting that the plan refuses, because the limit
+is too small, is told and not counted. The last line is a summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpo  # isort: skip  # noqa: F401  before mlx, so that the BLAS is in place
+
+import mlx.core as mx
+
+from grpo.backend.device import setup
+from grpo.benchmark.rollout import untold
+from grpo.benchmark.work import Prompts
+from grpo.config import Recipe
+from grpo.errors import TooLargeError
+from grpo.generation.controller import speculation_of
+from grpo.model.adapters import Adapters
+from grpo.model.mlxlm import new_model
+from grpo.model.policy import Policy
+from grpo.planning.plan import Plan
+from grpo.planning.planner import make_plan
+from grpo.planning.workload import Workload
+from grpo.recipes import with_settings
+from grpo.rollout import RolloutEngine, sampling_of
+from grpo.scoring.scorer import Scorer
+from grpo.training.trainer import Trainer
+from grpo.types import Task
+
+MOST_WORK = 2e11
+"""Multiplications of a step, at most: some seconds."""
+SCORE = 200
+"""Multiplications that take as long as what is done to a score."""
+MOST_TURNS = 10_000
+"""Layers that decoding goes through, one row after another, at most."""
+NEAR = 0.05
+"""How far a peak may be from its plan."""
+
+
+def drawn(number: int) -> dict[str, Any]:
+    """The setting of this number: the same at every call."""
+    while True:
+        choose = random.Random(number)
+        number += 1_000_003  # where a step would take too long, another takes its place
+        heads = choose.choice([2, 4])
+        setting: dict[str, Any] = {
+            "depth": choose.choice([2, 3, 4, 8, 12]),
+            "hidden": choose.choice([64, 128, 192]),
+            "inner": choose.choice([64, 192, 384]),
+            "heads": heads,
+            "kv_heads": choose.choice([1, heads // 2, heads]),
+            "head_dim": choose.choice([16, 32]),
+            "vocabulary": choose.choice([256, 2048, 8192]),
+            "tied": choose.random() < 0.7,
+            "prompts": choose.choice([1, 2, 4, 8]),
+            "completions": choose.choice([2, 4, 8, 16]),
+            "prompt_length": int(2 ** choose.uniform(3, 9)),
+            "completion_length": int(2 ** choose.uniform(3, 10)),
+            "adapter": choose.choice(["lora", "lora", "lora", "dora", "full"]),
+            "rank": choose.choice([4, 16, 32]),
+            "checkpointing": choose.choice(["auto", "auto", True, False]),
+            "micro_batch_tokens": choose.choice(["auto", "auto", "auto", 256, 1024, 4096]),
+            "share_prompts": choose.random() < 0.75,
+            "beta": choose.choice([0.0, 0.0, 0.05]),
+            "iterations": choose.choice([1, 1, 1, 2]),
+            "slots": choose.choice([4, 16, 64]),
+            "limit": choose.choice([None, choose.uniform(0.5, 1.0)]),
+        }
+        if setting["limit"] is not None:  # or most of what is fixed could not be met
+            setting |= {"checkpointing": "auto", "micro_batch_tokens": "auto"}
+        layer = setting["hidden"] * (setting["inner"] * 3 + setting["head_dim"] * heads * 4)
+        numbers = setting["depth"] * layer + setting["hidden"] * setting["vocabulary"]
+        rows = setting["prompts"] * setting["completions"]
+        length = setting["prompt_length"] + setting["completion_length"]
+        attended = setting["depth"] * heads * (setting["head_dim"] + SCORE) * length
+        turns = -(-rows // setting["slots"]) * setting["completion_length"] * setting["depth"]
+        if 4 * rows * length * (numbers + attended) < MOST_WORK and turns < MOST_TURNS:
+            return setting
+
+
+def recipe_of(setting: dict[str, Any], limit: float | None) -> Recipe:
+    full = setting["adapter"] == "full"
+    return Recipe.model_validate(
+        {
+            "model": {"name": "drawn"},
+            "adapter": {"type": setting["adapter"], **({} if full else {"rank": setting["rank"]})},
+            "data": {"source": "drawn"},
+            "rewards": [{"use": "drawn"}],
+            "loss": {"beta": setting["beta"]},
+            "rollout": {
+                "prompts_per_step": setting["prompts"],
+                "num_generations": setting["completions"],
+                "max_completion_length": setting["completion_length"],
+                "max_concurrency": setting["slots"],
+            },
+            "optim": {
+                "steps": 999,
+                "num_iterations": setting["iterations"],
+                "gradient_checkpointing": setting["checkpointing"],
+                "micro_batch_tokens": setting["micro_batch_tokens"],
+                "share_prompts": setting["share_prompts"],
+            },
+            **({} if limit is None else {"memory": {"limit_gb": limit}}),
+        },
+        strict=False,
+    )
+
+
+def policy_of(setting: dict[str, Any], cfg: Recipe) -> Policy:
+    model = new_model(
+        {
+            "model_type": "qwen3",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 40960,
+            "tie_word_embeddings": setting["tied"],
+            "hidden_size": setting["hidden"],
+            "num_hidden_layers": setting["depth"],
+            "num_attention_heads": setting["heads"],
+            "num_key_value_heads": setting["kv_heads"],
+            "head_dim": setting["head_dim"],
+            "intermediate_size": setting["inner"],
+            "vocab_size": setting["vocabulary"],
+        }
+    )
+    model.freeze()
+    mx.eval(model.parameters())
+    adapters = Adapters(model, cfg.adapter, mx.random.key(0), cfg.needs_reference)
+    return Policy(model, adapters, 1.0, cfg.optim.share_prompts)
+
+
+def planned_trainer(setting: dict[str, Any], cfg: Recipe) -> tuple[Trainer, Plan]:
+    """A trainer as its plan decides, whose completions all have their greatest length. Raises TooLargeError."""
+    policy = policy_of(setting, cfg)
+    generator = untold(policy.model, cfg.rollout.max_concurrency)
+    length = setting["prompt_length"]
+    load = Workload(cfg.optim, cfg.rollout, cfg.adapter, None, length, length)
+    plan, optim = make_plan(load, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss)
+    cfg = with_settings(cfg, {"optim": optim})
+    generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
+    generator.speculation = speculation_of(cfg.rollout.speculate)
+    if generator.speculation is not None:
+        generator.speculation.most = plan.fed
+    engine = RolloutEngine(generator, sampling_of(cfg.rollout))
+    draw = random.Random(0)
+    ids = [tuple(draw.randrange(1, setting["vocabulary"]) for _ in range(length)) for _ in range(setting["prompts"])]
+    tasks = [Task(number, "", prompt, {}) for number, prompt in enumerate(ids)]
+    # No two rewards are equal: a row whose advantage is 0 would be left out of the update.
+    scorer = Scorer({"drawn": lambda completion_ids, **_: [random.Random(str(ids)).random() for ids in completion_ids]})
+    return Trainer(cfg, policy, Prompts(tasks), engine, scorer), plan
+
+
+@contextmanager
+def watching(trainer: Trainer, peaks: dict[str, int]) -> Iterator[None]:
+    """Note the peak of each phase of a step."""
+
+    def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*given: Any, **named: Any) -> Any:
+            before = mx.get_peak_memory()
+            peaks["rest"] = max(peaks.get("rest", 0), before)
+            mx.reset_peak_memory()
+            made = call(*given, **named)
+            peaks[name] = max(peaks.get(name, 0), mx.get_peak_memory())
+            mx.reset_peak_memory()
+            return made
+
+        return called
+
+    places = [(trainer.engine, "rollout", "rollout"), (trainer.update, "gradient", "update"),
+              (trainer.update, "apply", "optimizer's step")]  # fmt: skip
+    for thing, attribute, name in places:
+        setattr(thing, attribute, watched(name, getattr(thing, attribute)))
+    mx.reset_peak_memory()
+    yield
+    peaks["rest"] = max(peaks.get("rest", 0), mx.get_peak_memory())
+
+
+def measured(setting: dict[str, Any]) -> dict[str, Any]:
+    """What a setting was planned to take and took, in bytes."""
+    gc.collect()
+    mx.clear_cache()
+    others = mx.get_active_memory()
+    begun = time.perf_counter()
+    limit = None
+    if setting["limit"] is not None:
+        free = planned_trainer(setting, recipe_of(setting, None))[1].total
+        limit = setting["limit"] * free / 2**30
+        gc.collect()
+    try:
+        trainer, plan = planned_trainer(setting, recipe_of(setting, limit))
+    except TooLargeError as error:
+        return {"refused": str(error)}
+    planning = time.perf_counter() - begun
+    states = [trainer.policy.adapters.state(name) for name in trainer.policy.adapters.names]
+    mx.eval(trainer.update.optimizer.state, states)  # zeros that the first update would be the first to compute
+    peaks: dict[str, int] = {}
+    with watching(trainer, peaks), trainer.wholly():
+        trainer.step(1)
+    peaks = {name: peak - others for name, peak in peaks.items()}
+    stays = sum(plan.stays.values())
+    phases = {name: [(stays + size), peaks.get(name, 0)] for name, size in plan.phases.items()}
+    peak = max(peaks.values())
+    return {
+        "over": round(peak / plan.total, 4),
+        "peak": peak,
+        "planned": plan.total,
+        "limit": None if limit is None else int(limit * 2**30),
+        "rest": peaks["rest"],
+        "phases": phases,
+        "chosen": [plan.micro_batch, plan.checkpointing, plan.slots, plan.fed, plan.lanes],
+        "s": [round(planning, 2), round(time.perf_counter() - begun - planning, 2)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=600)
+    asked = parser.parse_args()
+    setup()
+    found, begun = [], time.perf_counter()
+    for number in range(asked.first, asked.first + asked.count):
+        if time.perf_counter() - begun > asked.seconds:
+            break
+        setting = drawn(number)
+        found.append(measured(setting))
+        print(json.dumps({"number": number, **found[-1], "setting": setting}), flush=True)
+    ratios = sorted(one["over"] for one in found if "over" in one)
+    limited = [one["peak"] / one["limit"] for one in found if one.get("limit")]
+    near = sum(abs(ratio - 1) <= NEAR for ratio in ratios) / max(1, len(ratios))
+    summary = {"settings": len(ratios), "refused": len(found) - len(ratios), "within 5 %": round(near, 3)}
+    if ratios:
+        summary |= {"least": ratios[0], "middle": ratios[len(ratios) // 2], "most": ratios[-1]}
+    if limited:
+        summary["most of a limit"] = round(max(limited), 3)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

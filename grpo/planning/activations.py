@@ -27,8 +27,8 @@ class _Widths:
 
 
 def reckoned_footprint(costs: Costs, checkpointing: bool, fused: bool, head: int = 0) -> Footprint:
-    """As `measure_footprint` finds it. `fused`: attention keeps no scores at all, which is so on CUDA; elsewhere it keeps
-    them for short rows. `head`: bytes that a head with float32 logits holds beside them."""
+    """As `measure_footprint` finds it. `fused`: attention keeps no scores at all, which is so on CUDA; elsewhere it
+    keeps them for short rows. `head`: bytes that a head with float32 logits holds beside them."""
     inner = max(product.used * product.outputs for product in costs.products)
     widths = _Widths(costs.hidden, costs.heads * costs.head_dim, costs.kv_heads * costs.head_dim, inner)
     numbers = _checkpointed(costs.depth, widths) if checkpointing else _kept(costs.depth, widths)

@@ -38,3 +38,9 @@ def test_a_merged_dora_layers_rows_are_as_long_as_their_magnitudes() -> None:
     magnitudes = model.layer.m
     rows = mx.linalg.norm(merge(model).layer.weight.astype(mx.float32), axis=1)
     assert mx.abs(rows / magnitudes - 1).max().item() < 5e-4
+
+
+def test_weights_of_another_dtype_than_the_norms_keep_it() -> None:
+    model = adapted(quantized=False)
+    model.norm.set_dtype(mx.float32)
+    assert merge(model).layer.weight.dtype == mx.bfloat16

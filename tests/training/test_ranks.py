@@ -256,6 +256,16 @@ def test_a_start_is_compared(recipe, monkeypatch) -> None:
     assert compared[0][1]["rewards"][0]["use"].endswith("digits.py:reward")
 
 
+def test_a_plan_that_does_not_fit_in_one_process_ends_all(recipe, monkeypatch) -> None:
+    """The others would wait for its plan for ever: its refusal is said to them, and so is a limit beyond its memory."""
+    said = []
+    monkeypatch.setattr(Ranks, "gather", lambda _, mine: said.append(mine) or [mine])
+    for limit, words in [(1e-6, "this cannot fit"), (1e6, "more than this machine has")]:
+        with pytest.raises(UserError, match=words):
+            prepare(load_recipe(recipe, [f"memory.limit_gb={limit}"]))
+        assert words in said[-1]
+
+
 @pytest.mark.parametrize(("tokens", "checkpointing"), [(512, False), (4096, True), (4096, False), (8192, False)])
 def test_all_processes_take_the_plan_of_the_one_with_least_room(make_policy, tokens: int, checkpointing: bool) -> None:
     policy, other = make_policy().policy, make_policy().policy

@@ -47,7 +47,8 @@ class RolloutConfig(Section):
     kv_bits: Literal[4, 8] | None = None
     """Keep keys and values in so many bits a number while completions are sampled. Default: in the model's dtype. Of 16
     bits that leaves 0.53 (8) or 0.28 (4). Completions are then not quite the policy's own, so that
-    `loss.importance_sampling_correction` has to weigh their tokens."""
+    `loss.importance_sampling_correction` has to weigh their tokens. Evaluations sample in the same way; `grpo generate`
+    keeps the model's dtype."""
     speculate: Speculate = "auto"
     """How many tokens a step guesses for each row (drafts). The model gets them behind the row's last token, and those
     that it would have drawn stay: the same tokens in fewer steps. Drafts come from earlier completions of this prompt,

@@ -23,5 +23,9 @@ def _fused(layer: Any, dequantize: bool, dtype: mx.Dtype) -> nn.Module:
     """A layer with its adapter in its weights, which are added up in `dtype` whatever they are stored in."""
     base = layer.linear
     layer.linear = dequantized(base, dtype)
+    stored = layer.linear.weight.dtype
+    if "m" in layer:  # DoRA: mlx-lm takes the norms of rows in the dtype of the weights, and training in float32
+        layer.linear.weight = layer.linear.weight.astype(mx.float32)
     made: nn.Module = layer.fuse()
+    made.weight = made.weight.astype(stored)
     return made if dequantize or "scales" not in base else quantized_like(made, base)

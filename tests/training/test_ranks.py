@@ -24,7 +24,7 @@ from runs.driver import run, timeless
 from grpo.backend.ranks import Ranks
 from grpo.errors import RunError, UserError
 from grpo.generation.choice import find_decoding
-from grpo.planning.plan import make_plan
+from grpo.planning.planner import make_plan
 from grpo.recipes import load_recipe
 from grpo.runs.prepare import _together, prepare
 from grpo.runs.resume import find_start

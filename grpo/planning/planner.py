@@ -85,7 +85,7 @@ class Planner:
 
     def report(self, plan: Plan) -> list[str]:
         """The plan as a table, the longest completion that would fit, and what to change for longer ones."""
-        length = self.longest()
+        length = max(self.longest(), self.load.rollout.max_completion_length)  # which was tried, and fits
         more = replace(self.load, rollout=self._of_length(length + max(1, length // 8)))
         draft, _ = self._draft(more)
         if draft.fits:
@@ -95,7 +95,7 @@ class Planner:
         return [*table(plan, self.load), f"longest completion that would fit: {length:,} tokens; for longer: {ways}"]
 
     def _what_fits(self) -> str:
-        length = self.longest()
+        length = min(self.longest(), self.load.rollout.max_completion_length - 1)  # which was tried, and does not fit
         if not length:
             return "Not even completions of one token would fit."
         return f"Completions of up to {length:,} tokens would fit."

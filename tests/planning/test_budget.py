@@ -158,6 +158,20 @@ def test_the_report_says_what_takes_memory_and_what_bounds_the_length(one_lane) 
     assert found[2] == "a smaller or quantized model (model.quantize); a higher memory.limit_gb"
 
 
+def test_what_is_said_of_lengths_does_not_contradict_the_plan(one_lane) -> None:
+    """What was tried and what is reckoned differ: the length of the recipe fits, or not, as it was tried."""
+    total = 1.2 * planner(None, micro_batch_tokens=256, gradient_checkpointing=True).plan()[0].total
+    refused = planner(total / 2**30)
+    assert refused.longest() > LENGTH
+    refused._tried = lambda *_: int(1.1 * total)
+    with pytest.raises(TooLargeError, match=rf"Completions of up to {LENGTH - 1} tokens would fit"):
+        refused.plan()
+    tight = planner(total / 2**30)
+    plan, _ = tight.plan()
+    tight.longest = lambda: LENGTH // 2
+    assert tight.report(plan)[-1].startswith(f"longest completion that would fit: {LENGTH} tokens; ")
+
+
 def choice(room: int, asked: bool | int | str = "auto", limited: bool = True) -> Choice:
     cfg = recipe(
         rollout={"prompts_per_step": 16, "num_generations": 8, "max_completion_length": 128},

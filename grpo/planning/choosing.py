@@ -131,6 +131,8 @@ class Choice:
             seen = tried(way, shape)
             needed[shape] = lanes * (by_footprints(footprint, way, self.depth, shape) if seen is None else seen)
         shape = max(needed, key=lambda shape: needed[shape])
+        if self.machine.limited and self.load.optim.micro_batch_tokens == "auto":
+            size = min(size, self.load.through(largest))  # or shorter rows would be more tokens than these shapes have
         optim = with_settings(self.load.optim, {"micro_batch_tokens": size, "gradient_checkpointing": way})
         return Chosen(optim, size, way, needed[shape], shape, lanes)
 

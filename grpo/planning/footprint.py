@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from grpo.backend import cuda
 from grpo.backend.device import on_gpu
 from grpo.model.dropout import dropping
 from grpo.model.head import head_parameters
@@ -34,6 +35,8 @@ PEEKS, PEEKS_ON_CPU = 3, 1
 KEPT_CHECKPOINTED = 1 / 3
 """Of the peak without a head, how much is there when the backward pass begins, if layers are checkpointed, as measured.
 Without checkpoints all layers' activations are there, beside which the peak has about as much as one layer's."""
+SHORTEST = 8
+"""Tokens of the shortest rows that are measured."""
 HEAD_SUMS = 8
 """Bytes for each number of a head that trains, where its gradient is summed over chunks: two float32 sums at a time."""
 
@@ -99,9 +102,22 @@ def probes(unit: int) -> tuple[Shape, Shape]:
     return Shape(2, unit, 8, unit), Shape(1, unit, 1, 15 * unit)
 
 
+def _unit(most: int | None) -> int:
+    """The length for `probes`: short enough that both of them keep their scores, where `most` pairs are kept.
+
+    On CUDA attention is fused for multiples of 128 alone, and then keeps no scores.
+    """
+    if cuda.available():
+        return 128
+    unit = 128 if on_gpu() else 32
+    while most is not None and unit > SHORTEST and extent(probes(unit)[1], True, True)[1] > most:
+        unit //= 2
+    return unit
+
+
 def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     """The footprint of this policy's gradient, with or without gradient checkpointing."""
-    shapes = probes(128 if on_gpu() else 32)
+    shapes = probes(_unit(policy.most_pairs))
     token, pair = line_through(
         [extent(shape, policy.share_prompts, checkpointing) for shape in shapes],
         measure_body(policy, checkpointing, shapes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from grpo.config import AdapterConfig, EvalConfig, OptimConfig, RolloutConfig
@@ -66,6 +67,11 @@ class Workload:
         packing = Packing.of(optim, self.rollout, self.parts, gpu=gpu, on_cuda=cuda)
         length = self.own + self.rollout.max_completion_length
         return [self._in_rows(packing, length), *self._shapes_of_lines(packing, length)]
+
+    def through(self, shapes: Sequence[Shape]) -> int:
+        """The tokens that go through the model in the largest of these micro-batches, padding included."""
+        packing = Packing(1, 1, 1, shares=self.optim.share_prompts)
+        return max(packing.through(shape) for shape in shapes)
 
     def _shapes_of_lines(self, packing: Packing, length: int) -> list[Shape]:
         if not packing.packs:

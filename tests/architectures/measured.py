@@ -24,7 +24,7 @@ from grpo.generation.sampling import Sampling
 from grpo.model.adapters import Adapters, load_adapter, routers
 from grpo.model.load import load
 from grpo.model.policy import Policy
-from grpo.planning import plan
+from grpo.planning import planner
 from grpo.planning.footprint import Footprint
 from grpo.recipes import load_recipe
 from grpo.rollout import RolloutEngine
@@ -69,7 +69,7 @@ def train(model: Path, bits: int | None, run: Path, *overrides: str) -> Path:
     recipe.write_text(RECIPE.format(**places, bits=bits or "null"))
     cfg = load_recipe(recipe, overrides)
     start = find_start(cfg)
-    with patch.object(plan, "measure_footprint", return_value=NO_FOOTPRINT):  # it takes longer than all the rest
+    with patch.object(planner, "measure_footprint", return_value=NO_FOOTPRINT):  # it takes longer than all the rest
         prepared = prepare(start.planned)
     trainer = prepared.trainer
     state = start.load(trainer)

@@ -22,7 +22,7 @@ zeros fill the head up. Groups of 32 round a tenth less than groups of 64, for h
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
+class BitPacking:
     """How the numbers of heads of one width are quantised: bits of each, and how many share a scale and a bias."""
 
     bits: int
@@ -30,7 +30,7 @@ class Packing:
     width: int
 
     @classmethod
-    def of(cls, width: int, bits: int) -> Packing:
+    def of(cls, width: int, bits: int) -> BitPacking:
         return cls(bits, next((group for group in GROUPS if width % group == 0), GROUPS[-1]), width)
 
     @property
@@ -82,8 +82,8 @@ class PackedLayer(Layer):
 
     scales: Layer
     biases: Layer
-    of_keys: Packing
-    of_values: Packing
+    of_keys: BitPacking
+    of_values: BitPacking
 
     def arrays(self) -> list[mx.array]:
         return [*Layer.arrays(self), *self.scales.arrays(), *self.biases.arrays()]
@@ -177,8 +177,8 @@ class PackedShape(CacheShape):
         return self.heads * max(packing.filled for packing in self._packings) * self.bits // 8
 
     @property
-    def _packings(self) -> tuple[Packing, Packing]:
-        return Packing.of(self.key_width, self.bits), Packing.of(self.value_width, self.bits)
+    def _packings(self) -> tuple[BitPacking, BitPacking]:
+        return BitPacking.of(self.key_width, self.bits), BitPacking.of(self.value_width, self.bits)
 
     def layer(self, size: Size) -> PackedLayer:
         keys, values = self._packings

@@ -17,7 +17,7 @@ import mlx.core as mx
 from grpo.backend.maths import exp_of, exponents_unit
 from grpo.model.promptrows import looked_up, summed_by_prompt
 from grpo.model.sight import Sight
-from grpo.model.tiles import Chunk, Given, Plan, ranges
+from grpo.model.tiles import BackwardInputs, Chunk, Tiling, ranges
 
 KEPT = 2**22
 """Scores of one call, at most, that are kept for the backward pass: 16 MB."""
@@ -28,7 +28,7 @@ def most_pairs(heads: int) -> int:
     return KEPT // heads
 
 
-class Prompts(NamedTuple):
+class PromptKeysValues(NamedTuple):
     """Keys `[P, H, L, D]` and values `[P, H, L, E]` of prompts; row b goes on from prompt `rows[b]`."""
 
     keys: mx.array
@@ -42,7 +42,7 @@ def attention(
     values: mx.array,
     scale: float,
     sight: Sight,
-    prompts: Prompts | None = None,
+    prompts: PromptKeysValues | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
     """Softmax attention with a gradient for every array: `[B, HQ, T, E]` of the queries' dtype.
@@ -79,9 +79,11 @@ class _Call:
         self._repeats = heads // groups
         before = self._prompts[0].shape[2] if self._prompts else 0
         keys = before + self._keys.shape[2]
-        self._plan = Plan.of(scale, sight, length, self._keys.shape[2], before, heads * rows * length * keys <= KEPT)
+        self._tiling = Tiling.of(
+            scale, sight, length, self._keys.shape[2], before, heads * rows * length * keys <= KEPT
+        )
         copied = before * (width + self._values.shape[-1]) if before and self._prompts[0].shape[0] > 1 else 0
-        self._cuts = _cut(rows, groups, max(self._plan.scores(self._repeats), copied), self._plan.most)
+        self._cuts = _cut(rows, groups, max(self._tiling.scores(self._repeats), copied), self._tiling.most)
         self._queries = self._by_head(queries)
 
     def forward(self) -> tuple[mx.array, ...]:
@@ -99,7 +101,7 @@ class _Call:
         found, theirs, waiting = [], dict[int, list[mx.array]](), list(kept)
         after = list[mx.array]()
         for rows, heads in self._cuts:
-            given = Given(*(array[rows, heads] for array in (slopes, out, sums)))
+            given = BackwardInputs(*(array[rows, heads] for array in (slopes, out, sums)))
             of_queries, own, of_prompts = self._chunk(rows, heads).backward(given, waiting, after)
             found.append([of_queries, *own])
             after = found[-1]
@@ -119,7 +121,7 @@ class _Call:
         prompts = [self._of_rows(array[:, heads], rows) for array in self._prompts]
         sinks = None if self._sinks is None else self._by_row(self._sinks)[heads]
         own = [array[rows, heads] for array in (self._keys, self._values)]
-        return Chunk(self._plan, rows, self._queries[rows, heads], own, prompts, sinks)
+        return Chunk(self._tiling, rows, self._queries[rows, heads], own, prompts, sinks)
 
     def _of_rows(self, prompts: mx.array, rows: slice) -> mx.array:
         """Those of the rows' prompts, for as long as these rows are computed; a single prompt is not repeated."""

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from grpo.backend.device import apart
 from grpo.model.attending import meaning, mlx_lms, under_way
-from grpo.model.attention import Prompts, attention
+from grpo.model.attention import PromptKeysValues, attention
 from grpo.model.mlxlm import ArraysCache, KVCache, RotatingKVCache, create_causal_mask
 from grpo.model.promptrows import looked_up, summed_by_prompt
 from grpo.model.sight import Causal
@@ -132,7 +132,7 @@ class MoreKeys:
         sight = now.sight(queries, keys, values, mask)
         if not isinstance(sight, Causal):
             return mlx_lms(queries, *self._behind_prompts(keys, values), scale, mask, sinks)
-        prompts = Prompts(self._prompt[0], self._prompt[1], self._rows.index)
+        prompts = PromptKeysValues(self._prompt[0], self._prompt[1], self._rows.index)
         return attention(queries, keys, values, scale, sight, prompts, sinks)
 
     def _behind_prompts(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -28,7 +28,7 @@ SCORES = {False: 2**18, True: 2**24}
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Tiling:
     """What all chunks of a call share.
 
     `blocks` of queries; `tiles`, blocks of keys, of which the first `before` are of prompts; whether the backward pass
@@ -44,7 +44,7 @@ class Plan:
     most: int
 
     @classmethod
-    def of(cls, scale: float, sight: Sight, queries: int, keys: int, prompts: int, keeps: bool) -> Plan:
+    def of(cls, scale: float, sight: Sight, queries: int, keys: int, prompts: int, keeps: bool) -> Tiling:
         """For so many queries, keys of their own, and keys of prompts."""
         gpu = on_gpu()
         # A quarter of the tokens: the smaller a tile, the less is computed that nobody sees.
@@ -66,7 +66,7 @@ class _Tile(NamedTuple):
     bias: mx.array | None
 
 
-class Given(NamedTuple):
+class BackwardInputs(NamedTuple):
     """What a backward pass begins with: the gradient of what came out, `[R, N, G, T, E]`, what came out, and the
     logarithms of the sums of exponentials `[R, N, G, T, 1]`."""
 
@@ -83,7 +83,7 @@ class _Softmax(NamedTuple):
     total: mx.array
 
 
-Pair = list[mx.array]
+Slopes = list[mx.array]
 
 
 class Chunk:
@@ -95,41 +95,43 @@ class Chunk:
 
     def __init__(
         self,
-        plan: Plan,
+        tiling: Tiling,
         rows: slice,
         queries: mx.array,
         own: Sequence[mx.array],
         prompts: Sequence[mx.array],
         sinks: mx.array | None,
     ) -> None:
-        self._plan, self._rows, self._queries, self._sinks = plan, rows, queries, sinks
+        self._tiling, self._rows, self._queries, self._sinks = tiling, rows, queries, sinks
         (self._keys, self._values), self._prompts = own, prompts
 
     def forward(self, after: list[mx.array]) -> tuple[mx.array, mx.array, list[mx.array]]:
         """What comes out `[R, N, G, T, E]`, the logarithms of the sums of exponentials `[R, N, G, T, 1]`, and the
         weights that are kept. Begins when `after` is computed."""
         outs, sums, kept = [], [], list[mx.array]()
-        for block in self._plan.blocks:
+        for block in self._tiling.blocks:
             queries = self._scaled(block)
             state, weights = self._begun(block), list[mx.array]()
             for tiles in self._together(block):
                 queries = mx.depends(queries, after) if after else queries
-                state, weights = _with_tiles(state, queries, tiles, self._plan.keeps)
+                state, weights = _with_tiles(state, queries, tiles, self._tiling.keeps)
                 after = [state.weight, state.total]  # without the latter all blocks' weights would wait for it
             assert state is not None, "every query sees a key"
-            total = state.total if self._plan.keeps else state.total / state.weight
+            total = state.total if self._tiling.keeps else state.total / state.weight
             outs.append(self._by_head(total.astype(queries.dtype), block))
             sums.append(self._by_head(state.highest + mx.log(state.weight) * exponents_unit(), block))
             kept += weights
         return mx.concatenate(outs, axis=3), mx.concatenate(sums, axis=3), kept
 
-    def backward(self, given: Given, kept: list[mx.array], after: list[mx.array]) -> tuple[mx.array, Pair, Pair]:
+    def backward(
+        self, given: BackwardInputs, kept: list[mx.array], after: list[mx.array]
+    ) -> tuple[mx.array, Slopes, Slopes]:
         """The gradients of queries, of keys and values, and of the prompts' keys and values for each row.
 
         `kept` begins with this chunk's weights, which are taken from it.
         """
-        of_queries, of_tiles = [], dict[int, Pair]()
-        for block in self._plan.blocks:
+        of_queries, of_tiles = [], dict[int, Slopes]()
+        for block in self._tiling.blocks:
             queries = self._scaled(block)
             slope, out, log = (_flat(array, block) for array in given)
             product = (slope.astype(mx.float32) * out).sum(axis=-1, keepdims=True)
@@ -137,7 +139,7 @@ class Chunk:
             for tile in self._seen(block):
                 if after:
                     slope, queries = mx.depends([slope, queries], after)
-                weights = kept.pop(0) if self._plan.keeps else exp_of(_scores(queries, tile) - log)
+                weights = kept.pop(0) if self._tiling.keeps else exp_of(_scores(queries, tile) - log)
                 of_weights = (slope @ tile.values.swapaxes(-1, -2)).astype(mx.float32)
                 of_scores = (weights * (of_weights - product)).astype(queries.dtype)
                 pair = [
@@ -148,35 +150,35 @@ class Chunk:
                 (found,) = _added(None if found is None else [found], [of_scores @ tile.keys])
                 after = [*of_tiles[tile.place], found]
             assert found is not None, "every query sees a key"
-            of_queries.append(self._by_head(found * self._plan.scale, block))
-        before = self._plan.before
+            of_queries.append(self._by_head(found * self._tiling.scale, block))
+        before = self._tiling.before
         prompts = self._joined(of_tiles, range(before)) if before else []
         return (
             mx.concatenate(of_queries, axis=3),
-            self._joined(of_tiles, range(before, len(self._plan.tiles))),
+            self._joined(of_tiles, range(before, len(self._tiling.tiles))),
             prompts,
         )
 
     def _seen(self, block: range) -> Iterator[_Tile]:
         """The tiles of which some query of the block may see something."""
-        plan = self._plan
-        for place, tile in enumerate(plan.tiles):
+        tiling = self._tiling
+        for place, tile in enumerate(tiling.tiles):
             part = slice(tile.start, tile.stop)
-            if place < plan.before:
+            if place < tiling.before:
                 keys, values = (array[:, :, part] for array in self._prompts)
-                yield _Tile(place, keys, values, plan.sight.of_prompts(self._rows, block, tile))
-            elif plan.sight.any(block, tile):
-                bias = plan.sight.bias(self._rows, block, tile)
+                yield _Tile(place, keys, values, tiling.sight.of_prompts(self._rows, block, tile))
+            elif tiling.sight.any(block, tile):
+                bias = tiling.sight.bias(self._rows, block, tile)
                 yield _Tile(place, self._keys[:, :, part], self._values[:, :, part], bias)
 
     def _together(self, block: range) -> list[list[_Tile]]:
         """The same, one at a time; all at once if weights are kept, which are relative to the greatest score of all."""
         tiles = list(self._seen(block))
-        return [tiles] if self._plan.keeps else [[tile] for tile in tiles]
+        return [tiles] if self._tiling.keeps else [[tile] for tile in tiles]
 
     def _scaled(self, block: range) -> mx.array:
         """The block's queries, `[R, N, G · block, D]`."""
-        return _flat(self._queries, block) * (self._plan.scale * exponents_unit())
+        return _flat(self._queries, block) * (self._tiling.scale * exponents_unit())
 
     def _by_head(self, array: mx.array, block: range) -> mx.array:
         return mx.unflatten(array, 2, (-1, len(block)))
@@ -189,13 +191,13 @@ class Chunk:
         highest = mx.broadcast_to(self._sinks * exponents_unit(), shape).flatten(2)[..., None]
         return _Softmax(highest, mx.ones(highest.shape), mx.zeros((*highest.shape[:3], self._values.shape[-1])))
 
-    def _joined(self, of_tiles: dict[int, Pair], places: range) -> Pair:
+    def _joined(self, of_tiles: dict[int, Slopes], places: range) -> Slopes:
         """The gradients of keys and values by those of their tiles, some of which nobody may see."""
         rows, heads = self._keys.shape[:2]
         pieces = []
         for place in places:
             shapes = [
-                (rows, heads, len(self._plan.tiles[place]), array.shape[-1]) for array in (self._keys, self._values)
+                (rows, heads, len(self._tiling.tiles[place]), array.shape[-1]) for array in (self._keys, self._values)
             ]
             pieces.append(of_tiles.get(place) or [mx.zeros(shape) for shape in shapes])
         of_keys, of_values = (mx.concatenate(list(arrays), axis=2) for arrays in zip(*pieces, strict=True))
@@ -247,7 +249,7 @@ def _flat(array: mx.array, block: range) -> mx.array:
     return array[:, :, :, block.start : block.stop].flatten(2, 3)
 
 
-def _added(sofar: Pair | None, more: Pair) -> Pair:
+def _added(sofar: Slopes | None, more: Slopes) -> Slopes:
     """In float32."""
     more = [array.astype(mx.float32) for array in more]
     return more if sofar is None else [total + array for total, array in zip(sofar, more, strict=True)]

@@ -32,9 +32,9 @@ change the choice."""
 WORTH_TRYING = 1.2
 """Of the room, what a micro-batch may need by the line, for it to be tried whether it fits."""
 
-Way = bool | int
+Checkpointing = bool | int
 """Which layers are checkpointed: all (True), none (False), or how many from the first."""
-Tried = Callable[[Way, Shape], int | None]
+Rehearsed = Callable[[Checkpointing, Shape], int | None]
 """Bytes that a micro-batch of this shape was seen to take; None where that was not tried."""
 
 
@@ -44,7 +44,7 @@ class Chosen:
 
     optim: OptimConfig
     tokens: int
-    checkpointing: Way
+    checkpointing: Checkpointing
     bytes: int
     shape: Shape
     lanes: int = 1
@@ -64,7 +64,7 @@ class Choice:
     room: int
     depth: int
     footprint: Callable[[bool], Footprint]
-    tried: Tried = lambda *_: None
+    tried: Rehearsed = lambda *_: None
     lanes: Callable[[int, int], int] = lambda *_: 1
     reckoned: Callable[[Shape], float] = lambda _: 0.0
 
@@ -120,10 +120,10 @@ class Choice:
     def _found(
         self,
         footprint: Callable[[bool], Footprint],
-        way: Way,
+        way: Checkpointing,
         size: int,
         largest: Sequence[Shape],
-        tried: Tried = lambda *_: None,
+        tried: Rehearsed = lambda *_: None,
     ) -> Chosen:
         lanes = 1 if self.machine.gpu else self.lanes(largest[0].tokens, -(-self.load.rows // largest[0].rows))
         needed = {}
@@ -136,7 +136,7 @@ class Choice:
         optim = with_settings(self.load.optim, {"micro_batch_tokens": size, "gradient_checkpointing": way})
         return Chosen(optim, size, way, needed[shape], shape, lanes)
 
-    def _fewest(self, footprint: Callable[[bool], Footprint], largest: Sequence[Shape], lanes: int) -> Way:
+    def _fewest(self, footprint: Callable[[bool], Footprint], largest: Sequence[Shape], lanes: int) -> Checkpointing:
         """How few layers have to be checkpointed for these shapes: True for all."""
         step = -(-self.depth // PARTS_OF_DEPTH)
         for number in range(step, self.depth, step):
@@ -149,7 +149,7 @@ class Choice:
 
 
 def by_footprints(
-    footprint: Callable[[bool], Footprint], way: Way, depth: int, shape: Shape, body: float | None = None
+    footprint: Callable[[bool], Footprint], way: Checkpointing, depth: int, shape: Shape, body: float | None = None
 ) -> int:
     """Bytes of a micro-batch; where some of `depth` layers are checkpointed, by their share. `body` is what was seen of
     its hidden states, if that was tried."""

@@ -13,7 +13,7 @@ from grpo.errors import TooLargeError
 from grpo.generation.controller import widest_of
 from grpo.generation.memory import Memory, slots_beside_waiting, widest_that_fits
 from grpo.model.widehead import bytes_at_work
-from grpo.planning.choosing import Choice, Tried, reckoned
+from grpo.planning.choosing import Choice, Rehearsed, reckoned
 from grpo.planning.footprint import Footprint
 from grpo.planning.held import count_weights, optimizer_step, what_stays
 from grpo.planning.machines import Machine
@@ -29,7 +29,7 @@ def plan_on(
     states: int,
     decoding: Memory,
     footprint: Callable[[bool], Footprint],
-    tried: Tried = lambda *_: None,
+    tried: Rehearsed = lambda *_: None,
 ) -> tuple[Plan, OptimConfig]:
     """The plan of a run, and its `optim` section with what was `auto` decided.
 
@@ -52,7 +52,7 @@ def draft_on(
     states: int,
     decoding: Memory,
     footprint: Callable[[bool], Footprint],
-    tried: Tried = lambda *_: None,
+    tried: Rehearsed = lambda *_: None,
 ) -> tuple[Plan, OptimConfig]:
     """The same whether it fits or not: what does not has as little of everything as there can be."""
     numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))

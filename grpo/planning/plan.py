@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grpo.planning.choosing import Way
+from grpo.planning.choosing import Checkpointing
 from grpo.planning.machines import FREE, OF_A_LIMIT
 from grpo.planning.workload import Workload
 from grpo.training.packing import Shape
@@ -34,7 +34,7 @@ class Plan:
     memory: int
     slots: int
     micro_batch: int
-    checkpointing: Way
+    checkpointing: Checkpointing
     kept_bytes: int
     waiting: int = 0
     fed: int = 1

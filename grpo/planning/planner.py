@@ -12,7 +12,7 @@ from grpo.config import LossConfig, OptimConfig, RolloutConfig
 from grpo.errors import TooLargeError, UserError
 from grpo.generation.decoding import Decoding
 from grpo.model.policy import Policy
-from grpo.planning.choosing import Way, by_footprints
+from grpo.planning.choosing import Checkpointing, by_footprints
 from grpo.planning.drafting import draft_on, plan_on
 from grpo.planning.footprint import measure_body, measure_footprint
 from grpo.planning.machines import Machine
@@ -113,7 +113,7 @@ class Planner:
     def _states(self) -> int:
         return len(self.policy.adapters.names) - 1
 
-    def _tried(self, way: Way, shape: Shape) -> int | None:
+    def _tried(self, way: Checkpointing, shape: Shape) -> int | None:
         """Bytes that were seen: on a CPU of the whole gradient where that is cheap, on CUDA of the hidden states', for
         which there is more in flight than a line knows."""
         if self.machine.cuda:

@@ -21,7 +21,7 @@ from grpo.generation.buffers import CacheShape, KeysValues, Layer, cache_shapes
 from grpo.generation.decoders import BlockDecoder, ModelDecoder
 from grpo.generation.decoding import SharedPrefix
 from grpo.generation.generator import Generator
-from grpo.generation.packed import PackedLayer, Packing, packed
+from grpo.generation.packed import BitPacking, PackedLayer, packed
 from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.sampling import Sampling
 from grpo.generation.slots import Size, View
@@ -106,7 +106,7 @@ def test_the_gap_is_what_so_many_bits_explain(bits: int, least: float, most: flo
 @pytest.mark.parametrize(("width", "group", "filled"), [(16, 32, 32), (64, 64, 64), (80, 32, 96), (96, 32, 96)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_any_width_of_heads_is_packed(bits: int, width: int, group: int, filled: int) -> None:
-    packing = Packing.of(width, bits)
+    packing = BitPacking.of(width, bits)
     assert (packing.group, packing.filled) == (group, filled)
     x, numbers = mx.random.normal((2, 3, 1, width)), mx.random.normal((2, 3, 7, width))
     words, scales, biases = in_bits = packing.packed(numbers)
@@ -189,7 +189,7 @@ def test_models_of_other_caches_are_refused() -> None:
 
 
 def test_a_wrong_one_is_found_out(monkeypatch) -> None:
-    monkeypatch.setattr(Packing, "times", lambda self, x, in_bits: 3 * (x @ self.numbers(in_bits)))
+    monkeypatch.setattr(BitPacking, "times", lambda self, x, in_bits: 3 * (x @ self.numbers(in_bits)))
     with pytest.raises(UserError, match=r"rollout\.kv_bits: .* its logprobs are .* \(bound 0\.02\)"):
         choice.find_decoding(model(), 8)
 

@@ -9,7 +9,7 @@ import pytest
 
 from grpo.model import attention as module
 from grpo.model import tiles
-from grpo.model.attention import Prompts, attention
+from grpo.model.attention import PromptKeysValues, attention
 from grpo.model.sight import Causal, InLine, Masked, Sight
 
 HEADS, GROUPS, WIDTH, VALUES = 2, 3, 8, 12  # of keys, of queries that share them, of keys and of values
@@ -55,7 +55,7 @@ def assert_the_same(
     slopes = mx.random.normal((rows, HEADS * GROUPS, length, VALUES), key=mx.random.key(9))
 
     def tiled(*given: mx.array) -> mx.array:
-        prompts = None if index is None else Prompts(given[3], given[4], index)
+        prompts = None if index is None else PromptKeysValues(given[3], given[4], index)
         return attention(*given[:3], SCALE, sight, prompts, given[-1] if sinks else None)
 
     pair: Any = [
@@ -99,7 +99,9 @@ def test_a_prompt_that_no_row_goes_on_from_has_no_gradient() -> None:
     given, index = arrays(2, 5, 3, 4), mx.array([2, 0])
 
     def loss(*given: mx.array) -> mx.array:
-        return attention(*given[:3], SCALE, Causal(None, mx.array([4, 4])), Prompts(given[3], given[4], index)).sum()
+        return attention(
+            *given[:3], SCALE, Causal(None, mx.array([4, 4])), PromptKeysValues(given[3], given[4], index)
+        ).sum()
 
     of_keys, of_values = mx.grad(loss, [3, 4])(*given)
     assert not of_keys[1].any()

@@ -9,7 +9,7 @@ import pytest
 
 from grpo.model import attention as module
 from grpo.model import tiles
-from grpo.model.attention import Prompts, attention
+from grpo.model.attention import PromptKeysValues, attention
 from grpo.model.sight import Causal
 
 HEADS, WIDTH = 2, 8
@@ -29,7 +29,7 @@ def peak(rows: int, length: int, before: int = 0, backward: bool = True, prompts
     index, lengths = mx.arange(rows) % prompts, mx.full((rows,), before)
 
     def loss(*given: mx.array) -> mx.array:
-        shared = Prompts(given[3], given[4], index) if before else None
+        shared = PromptKeysValues(given[3], given[4], index) if before else None
         return attention(*given[:3], 1.0, Causal(None, lengths), shared).sum()
 
     function: Any = mx.grad(loss, list(range(len(given)))) if backward else loss

@@ -22,7 +22,7 @@ from grpo.generation.choice import find_decoding
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
 from grpo.planning import planner as planning
-from grpo.planning.choosing import Choice, Way
+from grpo.planning.choosing import Checkpointing, Choice
 from grpo.planning.footprint import Footprint, extent, measure_body, measure_footprint, probes
 from grpo.planning.machines import OF_A_LIMIT, Machine
 from grpo.planning.planner import Planner, longest
@@ -171,7 +171,7 @@ def choice(room: int, asked: bool | int | str = "auto", limited: bool = True) ->
 
 
 @pytest.mark.parametrize(("spare", "layers"), [(1_000, True), (2_000, 7), (4_999, 5), (5_000, 4), (8_000, 1)])
-def test_as_few_layers_are_checkpointed_as_fit(spare: int, layers: Way) -> None:
+def test_as_few_layers_are_checkpointed_as_fit(spare: int, layers: Checkpointing) -> None:
     """By hand: a token takes 9,000 bytes without checkpoints, and 1,000 less for each of the eight layers.
 
     A micro-batch of 16,384 tokens has room for 64 of the rows and their 8 prompts: 9,216 tokens.
@@ -198,7 +198,7 @@ def test_a_number_of_layers_is_taken_as_it_is() -> None:
 def test_a_way_that_took_more_than_reckoned_is_left_for_one_that_did_not() -> None:
     tried = []
 
-    def seen(way: Way, shape: Shape) -> int:
+    def seen(way: Checkpointing, shape: Shape) -> int:
         tried.append(way)
         return 2**40 if len(tried) < 3 else 1_000
 
@@ -213,7 +213,7 @@ def test_a_limit_is_planned_with_almost_whole_and_a_machine_with_room_for_others
 
 
 @pytest.mark.parametrize("way", [False, True, 2])
-def test_the_rehearsal_is_the_update(one_lane, way: Way) -> None:
+def test_the_rehearsal_is_the_update(one_lane, way: Checkpointing) -> None:
     policy = policy_of()
     shape = Shape(2, PROMPT, 8, LENGTH)
     (body,) = measure_body(policy, way, [shape])

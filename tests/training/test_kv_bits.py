@@ -11,7 +11,7 @@ from runs.driver import run
 from grpo.config import AdapterConfig
 from grpo.errors import RunError, UserError
 from grpo.generation.generator import Generator
-from grpo.generation.packed import Packing
+from grpo.generation.packed import BitPacking
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import Adapters
 from grpo.model.drawn import NoTokenizer
@@ -95,7 +95,7 @@ def test_the_check_before_a_run_sees_the_adapter(zoo, bits: int, least: float) -
 
 def test_a_model_that_so_few_bits_spoil_is_refused(zoo, monkeypatch) -> None:
     made = quantised(zoo, 4)
-    numbers = Packing.numbers
-    monkeypatch.setattr(Packing, "numbers", lambda packing, in_bits: -numbers(packing, in_bits))
+    numbers = BitPacking.numbers
+    monkeypatch.setattr(BitPacking, "numbers", lambda packing, in_bits: -numbers(packing, in_bits))
     with pytest.raises(RunError, match=r"Keys and values in 4 bits round this model too much .* take 8 bits, or none"):
         check_parity(*made, TASKS, 0)

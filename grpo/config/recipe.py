@@ -75,10 +75,13 @@ class Recipe(Section):
             raise ValueError(
                 "rewards: a run needs at least one, as rewards: [{use: math_answer}], or an environment that gives them"
             )
-        weights = [*(reward.weight for reward in self.rewards), *(one.weight for one in own.values() if one.use)]
-        if all(weight == 0 for weight in weights):
+        weights = {f"rewards.{place}.weight": reward.weight for place, reward in enumerate(self.rewards)}
+        for name, one in own.items():
+            if one.use:
+                weights[f"environments.{name}.weight" if name else "environment.weight"] = one.weight
+        if not any(weights.values()):
             raise ValueError(
-                "rewards.0.weight: every reward has weight 0, so nothing would be learnt: give one a weight"
+                f"{next(iter(weights))}: every reward has weight 0, so nothing would be learnt: give one a weight"
             )
         if self.advantage.turns == "turn" and not own:
             raise ValueError("advantage.turns: turn does nothing without environment or tools")

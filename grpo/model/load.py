@@ -166,11 +166,13 @@ def _fetch(cfg: ModelConfig) -> Path:
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Make the weights of this dtype, but for those that the model wants to keep as they are (biases of routers)."""
+    """Make the weights of this dtype, but for those that the model wants to keep as they are (biases of routers), and
+    scales of whole matrices, which MLX takes in float32 alone."""
     wanted = getattr(model, "cast_predicate", lambda _path: True)
 
     def one(path: str, array: mx.array) -> mx.array:
-        return array.astype(dtype) if wanted(path) and mx.issubdtype(array.dtype, mx.floating) else array
+        kept = path.endswith(".global_scale") or not wanted(path)
+        return array if kept or not mx.issubdtype(array.dtype, mx.floating) else array.astype(dtype)
 
     model.update(tree_map_with_path(one, model.parameters()))
 

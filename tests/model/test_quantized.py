@@ -19,7 +19,7 @@ from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import Adapters
 from grpo.model.drawn import NoTokenizer
-from grpo.model.load import load
+from grpo.model.load import cast, load
 from grpo.model.merging import merge
 from grpo.model.mlxlm import QuantizedSwitchLinear, new_model, quantize
 from grpo.model.outline import costs_of, costs_of_config
@@ -134,6 +134,19 @@ def test_experts_with_a_scale_of_their_own_go_back_and_forth() -> None:
     again = quantized_like(whole, former)
     assert mx.allclose(again.global_scale, former.global_scale, rtol=1e-3)
     assert mx.allclose(dequantized(again, mx.float32).weight, whole.weight, atol=1e-4)
+
+
+def test_scales_of_experts_stay_in_float32() -> None:
+    """MLX takes them in no other dtype."""
+    model = make_model("moe", **WIDE_EXPERTS)
+    quantize_model(model, {}, 16, 4, "nvfp4", global_scale=True)
+    cast(model, mx.bfloat16)
+    layer = model.layers[0]
+    assert layer.mlp.switch_mlp.up_proj.global_scale.dtype == mx.float32
+    assert layer.input_layernorm.weight.dtype == mx.bfloat16
+    experts = layer.mlp.switch_mlp.up_proj
+    again = quantized_like(dequantized(experts, mx.bfloat16), experts)
+    assert again.global_scale.dtype == mx.float32
 
 
 def test_experts_with_a_scale_of_their_own_need_a_gpu() -> None:

@@ -190,3 +190,16 @@ def test_which_results_may_reward(hint: object, may: bool) -> None:
     assert may_return_step(call)
     call.__annotations__["return"] = hint
     assert may_return_step(call) is may
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("environment: {use: rooms.py:Scoring, weight: 0}\n", "environment.weight"),
+        ("environments: {a: {use: rooms.py:Scoring, weight: 0}}\n", "environments.a.weight"),
+    ],
+)
+def test_the_weight_that_is_0_is_named(text: str, place: str) -> None:
+    Path("recipe.yaml").write_text(HEAD + text)
+    with pytest.raises(UserError, match=rf"recipe.yaml:4: {place}: every reward has weight 0"):
+        load_recipe(Path("recipe.yaml"))

@@ -110,7 +110,8 @@ class Planner:
         return self._draft(replace(self.load, rollout=self._of_length(length)))[0].fits
 
     def _of_length(self, length: int) -> RolloutConfig:
-        return self.load.rollout.model_copy(update={"max_completion_length": length})
+        shortest = min(self.load.rollout.min_completion_length, length - 1)
+        return with_settings(self.load.rollout, {"max_completion_length": length, "min_completion_length": shortest})
 
     def _draft(self, load: Workload) -> tuple[Plan, OptimConfig]:
         return draft_on(self.machine, load, self.policy.model, self._states, self.decoding, self._footprint)

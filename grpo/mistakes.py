@@ -131,7 +131,7 @@ def _remedy(path: Keys, detail: ErrorDetails, expected: str) -> str:
         return f" Write {dotted(path)}: [{item}]"
     if isinstance(value, dict) and path == ("rewards",):
         return " Write a dash before each reward, or rewards: [{use: …}]"
-    among = "number" in expected or value in re.findall(r"[\d']+", expected)
+    among = re.search(r"\b(number|integer)\b", expected) or value in re.findall(r"[\d']+", expected)
     if isinstance(value, str) and among and _is_number(value):
         return " Write it without quotes."
     if isinstance(value, float) and value.is_integer() and "integer" in expected:

@@ -139,6 +139,10 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, li
             "optim.gradient_checkpointing=0",
             "optim.gradient_checkpointing: expected true, false, a number greater than 0 or 'auto', got 0.\n",
         ),
+        (
+            "optim.gradient_checkpointing='4'",
+            "expected true, false, a valid integer or 'auto', got \"4\". Write it without quotes.\n",
+        ),
         ("rollout.kv_bits=8", "rollout.kv_bits makes completions that are not quite the policy's own. Set also"),
     ],
 )

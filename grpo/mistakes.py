@@ -61,10 +61,17 @@ def _one_per_place(errors: Iterable[ErrorDetails], data: Any) -> dict[Keys, Erro
 def _merged(details: Sequence[ErrorDetails]) -> ErrorDetails:
     """One error for what every member of a union refuses: all that was expected, or that a list is empty."""
     short = next((detail for detail in details if detail["type"] == "too_short"), None)
-    wanted = list(dict.fromkeys(detail["msg"].removeprefix("Input should be ") for detail in details))
+    wanted = list(dict.fromkeys(_wanted(detail["msg"].removeprefix("Input should be ")) for detail in details))
     if short is not None or len(wanted) == 1:
         return short or details[0]
     return {**details[0], "msg": f"Input should be {', '.join(wanted[:-1])} or {wanted[-1]}"}
+
+
+def _wanted(expected: str) -> str:
+    """What one member of a union takes, in words that stand beside those of the others."""
+    if expected == "a valid boolean":
+        return "true, false"
+    return f"a number {expected}" if expected.startswith(("greater ", "less ")) else expected
 
 
 def _keys(detail: ErrorDetails, data: Any) -> Keys:
@@ -124,12 +131,21 @@ def _remedy(path: Keys, detail: ErrorDetails, expected: str) -> str:
         return f" Write {dotted(path)}: [{item}]"
     if isinstance(value, dict) and path == ("rewards",):
         return " Write a dash before each reward, or rewards: [{use: …}]"
-    if isinstance(value, str) and "number" in expected:
+    among = re.search(r"\b(number|integer)\b", expected) or value in re.findall(r"[\d']+", expected)
+    if isinstance(value, str) and among and _is_number(value):
         return " Write it without quotes."
     if isinstance(value, float) and value.is_integer() and "integer" in expected:
         written = f"Write {int(value)}." if abs(value) < 1e15 else ""
         return f" {_outside(path, int(value)) or written}".rstrip()
     return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _outside(path: Keys, value: int) -> str | None:
@@ -159,6 +175,7 @@ FORMS = {
     "tools": "[calculator]",
     "rewards": "{use: math_answer}",
     "optim": "{steps: 500}",
+    "memory": "{limit_gb: 16}",
     "log.wandb": "{project: grpo}",
 }
 """How a section is written, where that may not be plain from the names of its keys."""

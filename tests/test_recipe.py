@@ -131,13 +131,25 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, li
         ("data.source=[]", "data.source: expected at least one, got []"),
         ("optim.optimizer=AdamW", "Did you mean 'adamw'?"),
         ("data.chat_template_kwargs=3", "data.chat_template_kwargs: expected keys and values, got 3."),
-        ("loss.beta=x", 'command line: loss.beta: expected a valid number, got "x"'),
+        ("loss.beta=x", 'command line: loss.beta: expected a valid number, got "x".\n'),
+        ("memory.limit_gb=8GB", 'memory.limit_gb: expected a valid number, got "8GB".\n'),
+        ("memory=8", "memory: expected keys and values, got 8. Write {limit_gb: 16}\n"),
+        ("rollout.kv_bits='8'", 'rollout.kv_bits: expected 4 or 8, got "8". Write it without quotes.\n'),
+        (
+            "optim.gradient_checkpointing=0",
+            "optim.gradient_checkpointing: expected true, false, a number greater than 0 or 'auto', got 0.\n",
+        ),
+        (
+            "optim.gradient_checkpointing='4'",
+            "expected true, false, a valid integer or 'auto', got \"4\". Write it without quotes.\n",
+        ),
+        ("rollout.kv_bits=8", "rollout.kv_bits makes completions that are not quite the policy's own. Set also"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(tmp_path: Path, override: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         load_recipe(write(tmp_path, GOOD), [override])
-    assert said in str(error.value)
+    assert said in f"{error.value}\n"
 
 
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ class Recipe(Section):
             )
         if self.rollout.kv_bits and not self.loss.corrects_samplers:
             raise ValueError(
-                "rollout.kv_bits: with quantised keys and values completions are not quite the policy's own. Set "
-                "loss.importance_sampling_correction, which weighs tokens by the difference: token_truncate, say"
+                "rollout.kv_bits makes completions that are not quite the policy's own. Set also "
+                "loss.importance_sampling_correction, to token_truncate, say: it weighs tokens by the difference"
             )
         penalised = self.loss.kl_in == "reward" or self.advantage.soft_overlong_cache is not None
         if penalised and self.baseline in ("gdpo", "maxrl"):

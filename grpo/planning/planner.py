@@ -84,27 +84,34 @@ class Planner:
         return longest(self._fits, min(most, LONGEST))
 
     def report(self, plan: Plan) -> list[str]:
-        """The plan as a table, the longest completion that would fit, and what to change for longer ones."""
-        length = self.longest()
+        """The plan as a table, the longest completion that would fit, and what to change for longer ones.
+
+        The plan's own length fits, though what was reckoned and not tried may say less.
+        """
+        length = max(self.longest(), self.load.rollout.max_completion_length)
         more = replace(self.load, rollout=self._of_length(length + max(1, length // 8)))
         draft, _ = self._draft(more)
         if draft.fits:
             why = "more is beyond the model's positions" if length < LONGEST else "longer was not looked for"
             return [*table(plan, self.load), f"longest completion that would fit: {length:,} tokens; {why}"]
         ways = "; ".join(way for way in ways_out(draft, more) if "max_completion_length" not in way)
-        return [*table(plan, self.load), f"longest completion that would fit: {length:,} tokens; for longer: {ways}"]
+        return [
+            *table(plan, self.load),
+            f"longest completion that would fit: about {length:,} tokens; for longer: {ways}",
+        ]
 
     def _what_fits(self) -> str:
-        length = self.longest()
+        length = min(self.longest(), self.load.rollout.max_completion_length - 1)
         if not length:
             return "Not even completions of one token would fit."
-        return f"Completions of up to {length:,} tokens would fit."
+        return f"Completions of up to about {length:,} tokens would fit."
 
     def _fits(self, length: int) -> bool:
         return self._draft(replace(self.load, rollout=self._of_length(length)))[0].fits
 
     def _of_length(self, length: int) -> RolloutConfig:
-        return self.load.rollout.model_copy(update={"max_completion_length": length})
+        shortest = min(self.load.rollout.min_completion_length, length - 1)
+        return with_settings(self.load.rollout, {"max_completion_length": length, "min_completion_length": shortest})
 
     def _draft(self, load: Workload) -> tuple[Plan, OptimConfig]:
         return draft_on(self.machine, load, self.policy.model, self._states, self.decoding, self._footprint)

@@ -34,7 +34,9 @@ def _why_it_comes(name: str, plan: Plan, load: Workload) -> str:
         case "rollout":
             length = load.own + load.rollout.max_completion_length
             slots = f"{plan.slots} slots" if plan.slots != 1 else "1 slot"
-            return f"{slots} of {load.longest:,} + {length:,} tokens: keys, values and logits"
+            bits = load.rollout.kv_bits
+            kept = f"keys and values in {bits} bits, and logits" if bits else "keys, values and logits"
+            return f"{slots} of {load.longest:,} + {length:,} tokens: {kept}"
         case "update":
             return f"activations: {plan.rows_at_once}{plan.checkpointed}"
         case _:

@@ -70,8 +70,8 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
     setup()
-    limit_memory(None if cfg.memory.limit_gb is None else allowed(cfg.memory.limit_gb))
     ranks = Ranks.launched()
+    limit_memory(ranks.checked(lambda: None if cfg.memory.limit_gb is None else allowed(cfg.memory.limit_gb)))
     if cfg.rollout.prompts_per_step < ranks.size:
         raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
@@ -134,7 +134,7 @@ def _prepared(
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, waits, ranks.size)
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss)
-    plan, optim = _together(ranks, policy, *planner.plan())
+    plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})
     generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
     if generator.speculation is not None:

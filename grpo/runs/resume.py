@@ -219,10 +219,15 @@ def changes(old: Context, new: Context) -> list[str]:
     """
     was, now = dict(_settings(old)), dict(_settings(new))
     return [
-        f"{name}: {was.get(name, 'not set')} → {now.get(name, 'not set')}"
+        f"{name}: {_written(was.get(name, 'not set'))} → {_written(now.get(name, 'not set'))}"
         for name in dict.fromkeys([*was, *now])
         if was.get(name, "not set") != now.get(name, "not set")
     ]
+
+
+def _written(value: Any) -> str:
+    """A value as a recipe has it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _settings(written: Context) -> Iterator[tuple[str, Any]]:

@@ -60,7 +60,7 @@ def export(
     """
     check_is_run(run)
     if to_quantize is not None and form != "fused":
-        raise UserError(f"--quantize is for --format fused; a {form} adapter goes with the base as it is")
+        raise UserError(f"--quantize is for --format fused; an adapter ({form}) goes with the base as it is")
     checkpoint = find_checkpoint(run, which)
     cfg = pinned(load_recipe(run / RECIPE), checkpoint)
     folder = to or run / f"export-{form}"

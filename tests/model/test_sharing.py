@@ -47,8 +47,8 @@ def difference(one: dict[str, mx.array], other: dict[str, mx.array]) -> float:
 
 
 @pytest.mark.parametrize("kind", ["dense", "tied", "untied", "moe", "quantised", "gemma3_text", "cohere", "granite"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_shared_prompts_give_the_plain_ways_loss_and_gradient(zoo, kind: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True, 1])
+def test_shared_prompts_give_the_plain_ways_loss_and_gradient(zoo, kind: str, checkpointing: bool | int) -> None:
     policy = policy_of(zoo(kind))
     assert policy.share_prompts
     assert policy.slow == []

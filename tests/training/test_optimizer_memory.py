@@ -20,7 +20,7 @@ from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
 from grpo.model.drawn import NoTokenizer
 from grpo.model.policy import Policy
-from grpo.planning.plan import make_plan
+from grpo.planning.planner import make_plan
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.runs.checkpoint import Context
 from grpo.runs.loop import Loop

@@ -24,7 +24,7 @@ from runs.driver import run, timeless
 from grpo.backend.ranks import Ranks
 from grpo.errors import RunError, UserError
 from grpo.generation.choice import find_decoding
-from grpo.planning.plan import make_plan
+from grpo.planning.planner import make_plan
 from grpo.recipes import load_recipe
 from grpo.runs.prepare import _together, prepare
 from grpo.runs.resume import find_start
@@ -254,6 +254,16 @@ def test_a_start_is_compared(recipe, monkeypatch) -> None:
     find_start(cfg).load(trainer)
     assert compared[1] == ("the step to go on after", 0)
     assert compared[0][1]["rewards"][0]["use"].endswith("digits.py:reward")
+
+
+def test_a_plan_that_does_not_fit_in_one_process_ends_all(recipe, monkeypatch) -> None:
+    """The others would wait for its plan for ever: its refusal is said to them, and so is a limit beyond its memory."""
+    said = []
+    monkeypatch.setattr(Ranks, "gather", lambda _, mine: said.append(mine) or [mine])
+    for limit, words in [(1e-6, "this cannot fit"), (1e6, "more than this machine has")]:
+        with pytest.raises(UserError, match=words):
+            prepare(load_recipe(recipe, [f"memory.limit_gb={limit}"]))
+        assert words in said[-1]
 
 
 @pytest.mark.parametrize(("tokens", "checkpointing"), [(512, False), (4096, True), (4096, False), (8192, False)])

@@ -63,7 +63,9 @@ def find_decoding(model: nn.Module, kv_bits: int | None = None) -> Decoding:
         refused.append(f"{description}: {why}")
     why = refused.pop()  # the last reason is in the description
     if kv_bits:
-        raise UserError(f"rollout.kv_bits: the keys and values of this model cannot be quantised: {why}")
+        raise UserError(
+            f"rollout.kv_bits: the keys and values of this model cannot be quantised: {why}. Leave the setting out"
+        )
     together = BatchCaches(model, vocabulary, True, why, tuple(refused))
     if (fault := _fault(together, *expected)) is None:
         return together

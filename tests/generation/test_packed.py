@@ -183,7 +183,8 @@ def test_it_is_chosen_and_said(bits: int) -> None:
 
 
 def test_models_of_other_caches_are_refused() -> None:
-    with pytest.raises(UserError, match=r"rollout\.kv_bits: .* cannot be quantised: .*more than plain keys and values"):
+    said = r"rollout\.kv_bits: .* cannot be quantised: .*more than plain keys and values\. Leave the setting out"
+    with pytest.raises(UserError, match=said):
         choice.find_decoding(sliding(), 8)
     assert isinstance(choice.find_decoding(sliding()), BatchCaches)
 

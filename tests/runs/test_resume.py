@@ -12,7 +12,7 @@ from conftest import write_recipe
 from runs.driver import run, same_end, timeless
 
 from grpo.errors import RunError, UserError
-from grpo.planning import plan
+from grpo.planning import choosing
 from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import checkpoints, load_checkpoint, step_of
 from grpo.runs.completions import stored_steps
@@ -198,7 +198,7 @@ def test_a_changed_recipe_or_reward_is_listed_and_needs_leave(six) -> None:
 def test_a_resumed_run_keeps_its_plan(beside, monkeypatch) -> None:
     """The plan is a measurement, and another one cuts the micro-batches otherwise."""
     run(beside, "output_dir=parts", change=interrupt_in(4, "rollout"))
-    monkeypatch.setattr(plan, "AUTO_TOKENS", (16, 16, 16))  # as if memory had been short
+    monkeypatch.setattr(choosing, "AUTO_TOKENS", (16, 16, 16))  # as if memory had been short
     run(beside, "output_dir=parts", resume=True)
     same_end(Path("whole"), Path("parts"))
     changed = find_start(load_recipe(beside, ["output_dir=parts", "optim.steps=7"]), changed=True)

@@ -28,7 +28,7 @@ MEAN, WEIGHT = "sampling/sampling_logp_difference/mean", "sampling/importance_sa
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_it_wants_a_correction(recipe: Path, bits: int) -> None:
-    with pytest.raises(UserError, match=r"rollout\.kv_bits: .* Set loss\.importance_sampling_correction"):
+    with pytest.raises(UserError, match=r"rollout\.kv_bits=\d: .* Set also loss\.importance_sampling_correction"):
         load_recipe(recipe, [f"rollout.kv_bits={bits}"])
     for loss in (CORRECTED, "loss.type=dppo"):  # whose ratio is to the sampler
         assert load_recipe(recipe, [f"rollout.kv_bits={bits}", loss]).rollout.kv_bits == bits

@@ -48,7 +48,7 @@ def test_loading_takes_the_model_and_what_one_array_is_made_of(tmp_path, kind: s
     model, _ = load(ModelConfig(name=str(folder), **settings))
     arrays = tree_flatten(model.parameters())
     result = sum(array.nbytes for _, array in arrays)
-    assert mx.get_active_memory() - before < 1.03 * result
+    assert mx.get_active_memory() - before < 1.05 * result
     # An array as stored and as cast: at most 6 bytes a number where the result has half a byte.
     made_of = LARGEST[kind] * (source.size + getattr(mx, settings.get("dtype", "float32")).size)
-    assert mx.get_peak_memory() - before < 1.01 * result + made_of
+    assert mx.get_peak_memory() - before < 1.05 * result + made_of

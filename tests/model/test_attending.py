@@ -10,11 +10,11 @@ import mlx.nn as nn
 import pytest
 from conftest import make_model, shaken
 from mlx.utils import tree_flatten
+from model.tiling import shrink_tiles
 
 from grpo.backend.maths import swiglu
 from grpo.config import AdapterConfig
-from grpo.model import attention as attention_module
-from grpo.model import mlxlm, tiles
+from grpo.model import mlxlm
 from grpo.model.adapters import Adapters
 from grpo.model.attending import Forward, InTiles, asking_caches, attends
 from grpo.model.lines import laid_out
@@ -30,10 +30,7 @@ FILE, NAME = "mlx_lm.models.qwen3", "scaled_dot_product_attention"
 
 @pytest.fixture(autouse=True, params=["kept", "computed again"])
 def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "NARROWEST", 4)
-    monkeypatch.setattr(tiles, "WIDEST", {False: 4})
-    monkeypatch.setattr(tiles, "SCORES", {False: 200})
-    monkeypatch.setattr(attention_module, "KEPT", 2**22 if request.param == "kept" else 0)
+    shrink_tiles(monkeypatch, 4, 200, request.param == "kept")
 
 
 def policy_of(kind: str, **settings: Any) -> Policy:

@@ -6,9 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from model.tiling import shrink_tiles
 
-from grpo.model import attention as module
-from grpo.model import tiles
 from grpo.model.attention import PromptKeysValues, attention
 from grpo.model.sight import Causal, InLine, Masked, Sight
 
@@ -18,11 +17,7 @@ SCALE = WIDTH**-0.5
 
 @pytest.fixture(autouse=True, params=["kept", "computed again"])
 def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 4 to 8 tokens, of few rows and heads; with weights that are kept, or not."""
-    monkeypatch.setattr(tiles, "NARROWEST", 4)
-    monkeypatch.setattr(tiles, "WIDEST", {False: 8})
-    monkeypatch.setattr(tiles, "SCORES", {False: 300})
-    monkeypatch.setattr(module, "KEPT", 2**22 if request.param == "kept" else 0)
+    shrink_tiles(monkeypatch, 8, 300, request.param == "kept")
 
 
 def arrays(rows: int, length: int, prompts: int = 0, before: int = 0, sinks: bool = False) -> list[mx.array]:

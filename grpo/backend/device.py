@@ -124,7 +124,7 @@ def _limits() -> list[int]:
 
 
 def limit_memory(limit: int | None) -> None:
-    """Have MLX keep arrays and its cache of freed ones within so many bytes; None: within what it chose by itself.
+    """Limit the bytes of MLX's arrays, and of its cache of freed arrays. None restores the limits that MLX chose.
 
     A GPU's allocator gives up cached memory where both together would be more. A CPU has no cache.
     """

@@ -34,7 +34,7 @@ def lanes_for(parts: int, ranks: Ranks | None = None) -> int:
 
 
 def own_cores(neighbours: int) -> int:
-    """The cores that are this process's share, where so many processes run on this machine (`Ranks.neighbours`)."""
+    """This process's share of the cores, with so many processes on this machine (`Ranks.neighbours`)."""
     return cpu_cores() // neighbours
 
 

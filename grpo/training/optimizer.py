@@ -1,4 +1,5 @@
-"""The optimizer: one of MLX's by its name, with float32 state and weights whatever the model's dtype is."""
+"""The optimizer: one of MLX's by its name, with float32 weights and, unless they are to be in 8 bits, float32 moments,
+whatever the model's dtype is."""
 
 from __future__ import annotations
 
@@ -9,12 +10,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from grpo.backend.device import compiled
 from grpo.config import OptimConfig
 from grpo.errors import UserError
 from grpo.training.adam import Adam, AdamW
+from grpo.training.moments import MAPS, forms_of, maps_of, packed, unpacked
 
 ByPath = dict[str, Any]
 """Arrays by path or name."""
@@ -48,7 +50,8 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 def make_optimizer(cfg: OptimConfig) -> Any:
-    """MLX's optimizer of that name. Raises UserError for arguments that it does not have."""
+    """MLX's optimizer of that name. Raises UserError for arguments or moments that it does not have."""
+    maps_of(cfg)
     kind = CLASSES[cfg.optimizer]
     # Adamax hands on to Adam, but has a signature of its own.
     known = [name for name in inspect.signature(kind).parameters if name not in ("learning_rate", "weight_decay")]
@@ -78,17 +81,21 @@ class Float32Optimizer:
     were before: MLX writes the new ones over the old ones. So a step holds one set of weights, copies and moments
     (16 bytes a parameter for AdamW in float32, gradients included; 18 in bfloat16), not two. Where somebody holds what
     was before, as a run does with an adapter (`Trainer.wholly`), that is there besides.
+
+    With `moments: int8` moments are packed in 8 bits between steps (10 and 12 bytes a parameter for AdamW), and only
+    those of the group at work are float32.
     """
 
     def __init__(self, cfg: OptimConfig, parameters: Any) -> None:
-        self._optimizer = make_optimizer(cfg)
+        self._name, self._optimizer, self._maps = cfg.optimizer, make_optimizer(cfg), maps_of(cfg)
         flat: ByPath = tree_flatten(parameters, destination={})
         self._precise: ByPath | None = None
         if any(array.dtype != mx.float32 for array in flat.values()):
             self._precise = {path: array.astype(mx.float32) for path, array in flat.items()}
         self._optimizer.init({OWN: [array.astype(mx.float32) for array in flat.values()]})
         self._shared = self._optimizer.state
-        self._own: dict[str, ByPath] = dict(zip(flat, self._shared.pop(OWN), strict=True))
+        empty = [self._packed(own, self._shared["step"]) for own in self._shared.pop(OWN)]
+        self._own: dict[str, ByPath] = dict(zip(flat, empty, strict=True))
         self._step = compiled(self._stepped) if cfg.compile else self._stepped  # a kernel an array, not fifteen
 
     @property
@@ -147,11 +154,30 @@ class Float32Optimizer:
 
     def _stepped(self, gradients: Any, scale: Any, precise: Any, parameters: Any, state: Any) -> tuple[Any, Any, Any]:
         """What parameters become, rounded and not, and the optimizer's state, as functions of nothing else."""
-        self._optimizer.state = tree_map(lambda array: array, state)  # dictionaries of its own, to be written into
+        own = [unpacked(one, self._maps) for one in state[OWN]]
+        self._optimizer.state = {**state, OWN: own}  # dictionaries of its own, to be written into
         scaled = {OWN: [gradient * scale for gradient in gradients]}
         moved = self._optimizer.apply_gradients(scaled, {OWN: precise})[OWN]
         state, self._optimizer.state = self._optimizer.state, {}
+        state[OWN] = [self._packed(one, state["step"]) for one in state[OWN]]
         return moved, [new.astype(old.dtype) for new, old in zip(moved, parameters, strict=True)], state
+
+    def _packed(self, own: ByPath, step: mx.array) -> ByPath:
+        """A parameter's state as it is kept between steps."""
+        return packed(own, self._maps, step)
+
+    def fitted(self, saved: Mapping[str, mx.array]) -> ByPath:
+        """A saved state, flat, with its moments in the form in which this optimizer keeps them.
+
+        So a run may go on with other `moments`. What is no state of such an optimizer comes back as it is.
+        """
+        fitted = dict(saved)
+        for path, own in self._own.items():
+            theirs = {key: fitted.pop(f"{path}.{key}") for key in forms_of(own) if f"{path}.{key}" in fitted}
+            if theirs.keys() != own.keys() and "step" in saved:
+                theirs = self._packed(unpacked(theirs, MAPS[self._name]), saved["step"])
+            fitted.update({f"{path}.{key}": array for key, array in theirs.items()})
+        return fitted
 
 
 def grouped(arrays: Mapping[str, mx.array], numbers: int | None = None) -> list[list[str]]:
@@ -170,8 +196,8 @@ def grouped(arrays: Mapping[str, mx.array], numbers: int | None = None) -> list[
     return groups
 
 
-def bytes_of_a_group(optimizer: str, parameters: Any) -> int:
+def bytes_of_a_group(cfg: OptimConfig, parameters: Any) -> int:
     """What a step holds beside gradients, weights and state: for its largest group."""
     flat: ByPath = tree_flatten(parameters, destination={})
     largest = max((sum(flat[path].size for path in paths) for paths in grouped(flat)), default=0)
-    return AT_WORK.get(optimizer, MOST_AT_WORK) * largest
+    return AT_WORK.get(cfg.optimizer, MOST_AT_WORK) * largest

@@ -1,17 +1,19 @@
 """Moments in 8 bits: a byte for each number, and a float32 scale for each block of 256 numbers.
 
-This is the block-wise quantization of optimizer state of arXiv 2110.02861, in stock MLX operations. Three things differ
-from that paper, all of them chosen by the error of AdamW's update against float32 moments:
+This is the block-wise quantization of an optimizer's state of arXiv 2110.02861, in stock MLX operations. Three things
+differ from the paper:
 
-- A number is stored as a root of its size instead of as its place in a table: operations on single elements, which MLX
-  fuses on every device. It also resolves small numbers more finely.
-- A moment that something is divided by never becomes 0. Adam divides by the root of its second moment: where blocks
-  held numbers of very different sizes, the paper's map rounded some to 0, and updates were 1,000 times too large.
-- Rounding is dithered: a number between two codes goes up as often as it is closer to the upper code, over the steps.
-  Rounded to the nearest code, a second moment of `beta_2` 0.999 changes by less than a code in a step, and so never.
+- A code is a root of a number's size, not its place in a table: operations on single elements, which MLX fuses on every
+  device. Small numbers are told apart more finely.
+- A moment that something is divided by never becomes 0. Adam divides by the root of its second moment: in blocks whose
+  numbers differ by many orders of magnitude, the paper's table rounds some to 0, and updates came out 1,000 times too
+  large.
+- Rounding is dithered: a number between two codes becomes either, over the steps in proportion to how near they are. A
+  second moment with a beta of 0.999 changes by less than a code in a step, and rounded to the nearest it would stay.
 
-With gradients whose sizes differ by parameter and drift over 600 steps, the update was off by 11 % (0.39 of its norm
-with the paper's map in the same blocks, 0.13 with blocks of 2,048 numbers).
+With the gradients of a small model's first 200 steps, AdamW's update is off by 6.9 % of its norm, and the root of the
+second moment by 5.7 %. With the paper's table these are 8.4 % and 20 % in blocks of 256 numbers, and 14 % and 60 % in
+its blocks of 2,048; with blocks of 64 numbers here 5.9 % and 4.5 %, for 3 % more memory.
 """
 
 from __future__ import annotations
@@ -83,24 +85,38 @@ def maps_of(cfg: OptimConfig) -> dict[str, Map]:
     """The moments that are kept in 8 bits, by name. Raises UserError for an optimizer that has none."""
     if cfg.moments == "float32":
         return {}
-    needed = ONLY_WITH.get(cfg.optimizer)
-    if needed and not cfg.optimizer_args.get(needed):
+    if not has_moments(cfg):
         raise UserError(
             f"optim.moments: int8 does nothing with {cfg.optimizer}, which keeps no moment of each parameter unless "
-            f"optim.optimizer_args sets {needed}. Leave moments out, or choose another optimizer"
+            f"optim.optimizer_args sets {ONLY_WITH[cfg.optimizer]}. Leave moments out, or choose another optimizer"
         )
     return MAPS[cfg.optimizer]
 
 
+def has_moments(cfg: OptimConfig) -> bool:
+    """Whether the optimizer keeps arrays of the parameters' size."""
+    return cfg.optimizer not in ONLY_WITH or bool(cfg.optimizer_args.get(ONLY_WITH[cfg.optimizer]))
+
+
+def large(own: Mapping[str, mx.array], maps: Mapping[str, Map]) -> dict[str, Map]:
+    """Those of the maps whose moments are large enough in a parameter's state, all of it float32."""
+    return {name: how for name, how in maps.items() if own[name].size >= SMALLEST}
+
+
+def those_packed(own: Mapping[str, mx.array], maps: Mapping[str, Map]) -> dict[str, Map]:
+    """Those of the maps whose moments are in 8 bits in a parameter's state."""
+    return {name: how for name, how in maps.items() if f"{name}.{CODES}" in own}
+
+
 def packed(own: Mapping[str, mx.array], maps: Mapping[str, Map], step: mx.array) -> dict[str, mx.array]:
-    """A parameter's state with its large moments in 8 bits. `step`, a uint64 scalar, decides how numbers are rounded.
+    """A parameter's state with these moments in 8 bits. `step`, a uint64 scalar, decides how numbers are rounded.
 
     An array `m` of float32 becomes `m.codes`, 8-bit integers of its shape, and `m.scales`, float32 `[blocks]`. The last
     block may be shorter than the others.
     """
     state: dict[str, mx.array] = {}
     for name, array in own.items():
-        if name in maps and array.size >= SMALLEST:
+        if name in maps:
             state[f"{name}.{CODES}"], state[f"{name}.{SCALES}"] = _packed(array, maps[name], step)
         else:
             state[name] = array

@@ -192,5 +192,5 @@ class EvaluationRecipe(Recipe):
     """A recipe by which a model is evaluated and never trained: what only training needs may be missing."""
 
     @model_validator(mode="after")
-    def _what_training_needs(self) -> Recipe:
+    def _what_training_needs(self) -> EvaluationRecipe:
         return self

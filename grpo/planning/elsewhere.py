@@ -25,6 +25,7 @@ from grpo.model.costs import Costs
 from grpo.model.known import CONFIGS
 from grpo.model.outline import costs_of, outline
 from grpo.model.quantized import quantization
+from grpo.model.stored import stored
 from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.planning.activations import reckoned_footprint
 from grpo.planning.drafting import draft_on, plan_on
@@ -94,6 +95,9 @@ class Elsewhere:
 def _model(cfg: Recipe, config: Mapping[str, Any]) -> nn.Module:
     dtype = None if cfg.model.dtype == "auto" else getattr(mx, cfg.model.dtype)
     if cfg.model.quantize is not None:
+        if (former := stored(config)) is not None:
+            bits = former.settings["bits"]
+            raise UserError(f"model.quantize: {cfg.model.name} is quantised already, to {bits} bits")
         config = {**config, "quantization": quantization(cfg.model.quantize).config}
     model = outline(config, cfg.adapter, dtype)
     if cfg.model.head_dtype != "model":

@@ -21,7 +21,6 @@ from grpo.errors import TooLargeError, UserError
 from grpo.generation.choice import find_decoding
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
-from grpo.planning import planner as planning
 from grpo.planning.choosing import Checkpointing, Choice
 from grpo.planning.footprint import Footprint, extent, measure_body, measure_footprint, probes
 from grpo.planning.lengths import LONGEST, Lengths, longest

@@ -8,7 +8,7 @@ import pytest
 from planning.test_estimate import recipe
 
 from grpo.config import Recipe
-from grpo.errors import TooLargeError
+from grpo.errors import TooLargeError, UserError
 from grpo.model.known import CONFIGS
 from grpo.planning.elsewhere import Elsewhere
 from grpo.planning.estimate import RECKONED, machine_of, report
@@ -21,7 +21,7 @@ ANY_LENGTH = {**CONFIGS[EIGHT_B], "rope_scaling": {"rope_type": "yarn", "factor"
 
 def of_8b(length: int = 1024, **sections) -> Recipe:
     rollout = {"prompts_per_step": 1, "num_generations": 8, "max_completion_length": length}
-    return recipe(EIGHT_B, rollout=rollout, data={"source": "x", "max_prompt_length": 512}, **sections)
+    return recipe(EIGHT_B, **{"rollout": rollout, "data": {"source": "x", "max_prompt_length": 512}, **sections})
 
 
 def there(gigabytes: float, backend: Backend = "cuda", cfg: Recipe | None = None) -> Elsewhere:
@@ -87,6 +87,11 @@ def test_a_limit_above_what_the_machine_has_is_refused(run_cli) -> None:
     assert [("memory.limit_gb: 32 GB are more" in line) for line in ran.out.splitlines()[:9]] == [
         False, True, True, False, False, False, True, True, True,
     ]  # fmt: skip
+
+
+def test_a_model_that_is_quantised_already_is_refused_as_when_it_is_loaded() -> None:
+    with pytest.raises(UserError, match=r"model\.quantize: .* is quantised already, to 4 bits"):
+        report(of_8b(model={"name": EIGHT_B, "quantize": 4}), 80 * GB, "cuda")
 
 
 def test_metal_lends_a_process_a_part_of_a_macs_memory() -> None:

@@ -23,6 +23,7 @@ from grpo.generation.controller import speculation_of
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
+from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
 from grpo.planning.notes import filter_note, notes_on
 from grpo.planning.plan import Plan
@@ -101,7 +102,8 @@ def _prepared(
         for (name, data), rows in zip(named.items(), local, strict=True)
     ]
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
-    policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
+    vault = vault_of(cfg.optim.offload_activations)
+    policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts, vault=vault)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)

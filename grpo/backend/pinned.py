@@ -22,6 +22,8 @@ PIECE = 64 * 2**20
 """Bytes that are locked at a time."""
 MOST = 2**42
 """Addresses that are set aside, in bytes: more than any machine has memory. They take none before they are locked."""
+NO_RESERVE = 0x4000
+"""Linux's flag for memory that is not counted before it is used; Python has no name for it before 3.13."""
 ALIGNED = 256
 LEAST = 2**30
 """Bytes of the machine's memory that are left to others: Linux ends a process that locks the last of them."""
@@ -30,6 +32,9 @@ BLOCKS, THREADS = 64, 512
 """Of a copy: enough to keep the bus busy, and few enough to leave the device to what is computed meanwhile."""
 PORTABLE = 1
 """The driver's flag for memory that is locked for all contexts of this process."""
+
+SAME_ADDRESSES = 91
+"""The driver's number for whether a device reads and writes locked memory by the host's addresses."""
 
 COPY = """
     size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, step = (size_t)gridDim.x * blockDim.x;
@@ -51,9 +56,10 @@ class Arena:
         self._taken = 0
         self._library = _driver()
         try:
-            self._map = mmap.mmap(-1, MOST, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+            self._map = mmap.mmap(-1, MOST, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
         except OSError as error:
             raise UserError(f"{SETTING}: the system sets no addresses aside: {error.strerror}. Leave it out") from None
+        self._map.madvise(mmap.MADV_DONTFORK)  # Linux would copy what is locked for each process that is started
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def begin(self) -> None:
@@ -89,14 +95,15 @@ def arena() -> Arena:
     return Arena()
 
 
-def available() -> int:
-    """Bytes of the machine's memory, or of as much of it as the container has, that nobody uses."""
-    said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+def available(root: Path = Path("/")) -> int:
+    """Bytes of the machine's memory, or of as much of it as the container has, that nobody needs. On Linux."""
+    said = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
     free = 1024 * int(said["MemAvailable"].split()[0])
-    group = Path("/sys/fs/cgroup")
-    most, used = ((group / name) for name in ("memory.max", "memory.current"))
-    if most.is_file() and used.is_file() and (limit := most.read_text().strip()).isdigit():
-        free = min(free, int(limit) - int(used.read_text()))
+    group = root / "sys/fs/cgroup"
+    limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
+    if limit.isdigit():
+        files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["file"]
+        free = min(free, int(limit) - int((group / "memory.current").read_text()) + int(files))
     return free
 
 
@@ -137,8 +144,14 @@ def _driver() -> ctypes.CDLL:
     code = library.cuInit(0) or library.cuCtxGetCurrent(ctypes.byref(context))
     if not code and not context.value:
         code = library.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) or library.cuCtxSetCurrent(context)
+    same = ctypes.c_int()
+    code = code or library.cuDeviceGetAttribute(ctypes.byref(same), SAME_ADDRESSES, 0)
     if code:
         raise UserError(f"{SETTING}: CUDA's driver gives no context: {_name(library, code)}")
+    if not same.value:
+        raise UserError(
+            f"{SETTING}: this device does not reach the machine's memory by its own addresses. Leave it out"
+        )
     return library
 
 

@@ -48,7 +48,10 @@ def checkpointed_layers(
     """
     layers = layers if on is True else layers[: int(on)]
     former = [type(layer) for layer in layers]
-    kinds = {kind: type(kind.__name__, (_Checkpointed, kind), {"checkpoint": staticmethod(checkpoint)}) for kind in set(former)}
+    kinds = {
+        kind: type(kind.__name__, (_Checkpointed, kind), {"checkpoint": staticmethod(checkpoint)})
+        for kind in set(former)
+    }
     try:
         for layer, kind in zip(layers, former, strict=True):
             layer.__class__ = kinds[kind]

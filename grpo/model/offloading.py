@@ -31,6 +31,9 @@ class Vault(Protocol):
     def put(self, x: mx.array) -> tuple[mx.array, Taking]:
         """A small array, which is there when `x` is put away, and what makes `x` of that array again."""
 
+    def note(self) -> str:
+        """What it takes, in a line."""
+
 
 class OnHost:
     """A vault in the host's memory, for CUDA. Raises RunError where the driver gives none."""
@@ -44,6 +47,10 @@ class OnHost:
     def put(self, x: mx.array) -> tuple[mx.array, Taking]:
         address = self._arena.take(x.nbytes)
         return pinned.put(x, address), partial(pinned.get, address=address, shape=x.shape, dtype=x.dtype)
+
+    def note(self) -> str:
+        held = f"{self._arena.bytes / 2**30:.1f} GB"
+        return f"the inputs of checkpointed layers lie in the machine's memory, not the device's: {held} of it"
 
 
 def vault_of(offloads: bool) -> Vault | None:
@@ -81,14 +88,14 @@ def _kept(vault: Vault, function: Callable[..., Any], parameters: Any, x: mx.arr
     given = parameters, rest
     how: list[Taking] = []
 
-    @mx.custom_function  # type: ignore[untyped-decorator]
+    @mx.custom_function
     def forward(x: mx.array, given: Any) -> tuple[mx.array, Any]:
         done, taking = vault.put(x)
         how.append(taking)
         parameters, rest = given
         return done, function(parameters, x, *rest)  # both at once: the layers after this one wait for the copy
 
-    @forward.vjp  # type: ignore[untyped-decorator]
+    @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         """As `mx.checkpoint` has it, but that `x` is not the one that went in: nothing holds that one."""
         given, after = primals[1], _leaves(cotangents[1])
@@ -98,7 +105,7 @@ def _kept(vault: Vault, function: Callable[..., Any], parameters: Any, x: mx.arr
             parameters, rest = _filled(given, arrays)
             return _leaves(function(parameters, x, *rest))
 
-        _, (of_x, *others) = mx.vjp(again, [how[0](done), *arrays], after)
+        of_x, *others = mx.vjp(again, [how[0](done), *arrays], after)[1]
         return of_x, _filled(given, others)
 
     return forward(x, given)[1]

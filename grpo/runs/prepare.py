@@ -76,6 +76,7 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
     if cfg.rollout.prompts_per_step < ranks.size:
         raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
+    vault_of(cfg.optim.offload_activations)  # refuses machines where it has no use
     with ExitStack() as opened:
         files = [Path(file) for reward in cfg.rewards if (file := file_in(reward.use))]
         groups = -(-cfg.rollout.prompts_per_step // ranks.size)
@@ -147,6 +148,7 @@ def _prepared(
     prompts = _prompts(lengths, tables[0], renderer, partners.resets)
     head = filter(None, [positions, head_note(model, cfg.model)])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.slow]
+    notes += [] if policy.vault is None else [policy.vault.note()]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())

@@ -153,5 +153,7 @@ def test_what_a_micro_batch_takes_of_the_host() -> None:
 
 def test_machines_with_one_memory_are_told_so() -> None:
     assert vault_of(False) is None
-    with pytest.raises(UserError, match="offload_activations: this run is on a CPU, which computes in the machine's own"):
+    with pytest.raises(
+        UserError, match="offload_activations: this run is on a CPU, which computes in the machine's own"
+    ):
         vault_of(True)

@@ -8,46 +8,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from architectures.small import COMMON, SMALL
 from mlx.utils import tree_flatten
 from model.test_attending import lines_logprobs, rows_logprobs
-from model.test_mlxlm_caches import recurrent
 from model.test_sharing import COMPLETIONS, INDEX, LENGTHS, PROMPTS, policy_of
+from model.vaults import Doubled, Emptied
 
 from grpo.backend import pinned
 from grpo.errors import UserError
+from grpo.model import mlxlm
 from grpo.model.dropout import add_dropout, dropping
-from grpo.model.offloading import Taking, host_bytes, keeping_in, vault_of
+from grpo.model.offloading import host_bytes, keeping_in, vault_of
 from grpo.model.policy import Policy
-
-
-class Doubled:
-    """A vault that keeps twice of what it is given and gives back the half of it: exact, and not the array itself."""
-
-    def __init__(self) -> None:
-        self.begun, self.stored, self.taken = 0, list[mx.array](), 0
-
-    def begin(self) -> None:
-        self.begun += 1
-        self.stored, self.taken = [], 0
-
-    def put(self, x: mx.array) -> tuple[mx.array, Taking]:
-        self.stored.append(x)
-        return 2 * x, self._take
-
-    def _take(self, kept: mx.array) -> mx.array:
-        self.taken += 1
-        return kept / 2
-
-
-class Emptied:
-    """A vault that keeps nothing and gives back zeros: as a host's memory, it takes none of the device's."""
-
-    def begin(self) -> None:
-        pass
-
-    def put(self, x: mx.array) -> tuple[mx.array, Taking]:
-        shape, dtype = x.shape, x.dtype
-        return x.sum(), lambda done: mx.zeros(shape, dtype) + 0 * done.astype(dtype)
 
 
 def gradient(policy: Policy, logprobs: Callable[[Policy], mx.array]) -> dict[str, mx.array]:
@@ -79,7 +51,7 @@ def offloaded(policy: Policy, logprobs: Callable[[Policy], mx.array], layers: bo
 
 @pytest.mark.parametrize("kind", ["tied", "moe", "quantised", "gemma3_text", "recurrent"])
 def test_the_gradient_is_the_same_to_the_bit(zoo, kind: str) -> None:
-    policy = policy_of(recurrent() if kind == "recurrent" else zoo(kind))
+    policy = policy_of(mlxlm.new_model({**COMMON, **SMALL["Qwen3-Next"]}) if kind == "recurrent" else zoo(kind))
     vault = offloaded(policy, rows_logprobs)
     passes = 2 if policy.share_prompts else 1
     assert len(vault.stored) == passes * len(policy.model.layers)
@@ -144,6 +116,28 @@ def test_no_layers_input_stays_on_the_device() -> None:
     inputs = 4 * TOKENS * WIDTH * LAYERS
     assert stacked(mx.checkpoint) > inputs
     assert stacked(keeping_in(Emptied())) < inputs / 2  # some are on their way
+
+
+@pytest.mark.slow  # a C++ compiler at work
+def test_a_compiled_gradient_is_the_same() -> None:
+    weights = [mx.random.normal((16, 16), key=key) / 4 for key in mx.random.split(mx.random.key(0), 3)]
+    x = mx.random.normal((32, 16), key=mx.random.key(1))
+    layer = keeping_in(Doubled())(lambda given, x: x + mx.tanh(x @ given["weight"]))
+
+    def loss(weights: list[mx.array]) -> mx.array:
+        hidden = x
+        for weight in weights:
+            hidden = layer({"weight": weight}, hidden)
+        return hidden.square().sum()
+
+    expected = mx.grad(loss)(weights)
+    mx.enable_compile()
+    try:
+        made = mx.compile(mx.grad(loss))
+        for found in (made(weights), made(weights)):
+            assert all(mx.allclose(one, other, 1e-6, 1e-6).item() for one, other in zip(found, expected, strict=True))
+    finally:
+        mx.disable_compile()
 
 
 def test_what_a_micro_batch_takes_of_the_host() -> None:

@@ -105,7 +105,8 @@ def _kept(vault: Vault, function: Callable[..., Any], parameters: Any, x: mx.arr
             parameters, rest = _filled(given, arrays)
             return _leaves(function(parameters, x, *rest))
 
-        of_x, *others = mx.vjp(again, [how[0](done), *arrays], after)[1]
+        found: Any = mx.vjp(again, [how[0](done), *arrays], after)
+        _, (of_x, *others) = found
         return of_x, _filled(given, others)
 
     return forward(x, given)[1]

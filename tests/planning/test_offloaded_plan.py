@@ -28,14 +28,14 @@ def test_auto_checkpoints_layers_where_their_inputs_are_offloaded(
         return Footprint(0, 1_000 if checkpointing else 9_000, 0.0, 0, 1, True, checkpointing)
 
     found = Choice(Machine(2**40, True, True, limited), workload(cfg, 128), 2**40, 8, footprint).make()
-    assert found.checkpointing is layers or found.checkpointing == layers != 0
+    assert repr(found.checkpointing) == repr(layers)  # True is 1
     assert found.optim.gradient_checkpointing == layers
 
 
 def test_what_is_measured_leaves_layers_inputs_out() -> None:
-    policy, shape = policy_of(24, hidden_size=64, intermediate_size=64), Shape(2, 24, 16, 100)
+    policy, shape = policy_of(16, hidden_size=64, intermediate_size=64), Shape(1, 24, 8, 60)
     (held,) = measure_body(policy, True, [shape])
     policy.vault = Emptied()
     (offloaded,) = measure_body(policy, True, [shape])
-    inputs = 24 * shape.tokens * 64 * mx.float32.size
+    inputs = 16 * shape.tokens * 64 * mx.float32.size
     assert held - offloaded > inputs / 2

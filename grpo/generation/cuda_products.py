@@ -1,8 +1,8 @@
 """A product of few rows by a CUDA kernel of our own.
 
-MLX asks cuBLAS for an algorithm at every product, which takes the host longer than the device takes for a few rows. Here
-the order of a row's sums does not depend on how many rows there are, so a row's product is the same to the bit in steps
-of one token and of several, up to `MOST_ROWS`.
+MLX asks cuBLAS for an algorithm at every product, which takes the host longer than the device takes for a few rows.
+Here the order of a row's sums does not depend on how many rows there are, so a row's product is the same to the bit in
+steps of one token and of several, up to `MOST_ROWS`.
 """
 
 from __future__ import annotations

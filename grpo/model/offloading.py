@@ -105,11 +105,11 @@ def _kept(vault: Vault, function: Callable[..., Any], parameters: Any, x: mx.arr
             parameters, rest = _filled(given, arrays)
             return _leaves(function(parameters, x, *rest))
 
-        found: Any = mx.vjp(again, [how[0](done), *arrays], after)
-        _, (of_x, *others) = found
+        _, (of_x, *others) = mx.vjp(again, [how[0](done), *arrays], after)
         return of_x, _filled(given, others)
 
-    return forward(x, given)[1]
+    made: Any = forward(x, given)
+    return made[1]
 
 
 def _leaves(tree: Any) -> list[mx.array]:

@@ -85,6 +85,11 @@ class Policy:
             return layers
 
     @property
+    def notes(self) -> list[str]:
+        """What there is to say of how training goes."""
+        return self.slow if self.vault is None else [*self.slow, self.vault.note()]
+
+    @property
     def most_pairs(self) -> int | None:
         """Pairs of tokens whose scores each pass keeps for the backward pass, at most; None where all are kept."""
         if self._in_tiles is None or self._fault:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
+
 from grpo.backend.device import limit_memory, setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
@@ -102,9 +104,7 @@ def _prepared(
         given.rows(name, data) if rows is None else rows
         for (name, data), rows in zip(named.items(), local, strict=True)
     ]
-    adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
-    vault = vault_of(cfg.optim.offload_activations)
-    policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts, vault=vault)
+    policy = _policy(cfg, model)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
@@ -147,11 +147,17 @@ def _prepared(
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
     prompts = _prompts(lengths, tables[0], renderer, partners.resets)
     head = filter(None, [positions, head_note(model, cfg.model)])
-    notes = [*talk, *prompts, *generator.describe(), *head, *policy.slow]
-    notes += [] if policy.vault is None else [policy.vault.note()]
+    notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+
+
+def _policy(cfg: Recipe, model: nn.Module) -> Policy:
+    """The policy over a model, which gets its adapter."""
+    adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
+    vault = vault_of(cfg.optim.offload_activations)
+    return Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts, vault=vault)
 
 
 def _evaluator(

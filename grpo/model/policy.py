@@ -19,9 +19,12 @@ from grpo.model.logprobs import chunk_tokens, chunked_logprobs, scaled, token_lo
 from grpo.model.offloading import Checkpoint, Vault, keeping_in
 from grpo.model.promptcaches import Kind
 from grpo.model.quantized import dtype_of
+from grpo.model.rowwise import RowWise
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
 
 KEEPS = "attention keeps its scores for the backward pass, which take memory by the square of the length"
+
+ALL_TOKENS = "a checkpointed layer's MLP is computed for all tokens at once in the backward pass"
 
 
 class Policy:
@@ -57,6 +60,9 @@ class Policy:
         self._fault = self._in_tiles.fault(model)
         if self._fault:
             self.slow.append(f"{KEEPS}: {self._fault}")
+        self._row_wise = RowWise(model)
+        if self._row_wise.fault:
+            self.slow.append(f"{ALL_TOKENS}: {self._row_wise.fault}")
         self._layers: list[Kind] = []
         self._lines: bool | None = None
         self.share_prompts = share_prompts and self._can_share()
@@ -130,7 +136,8 @@ class Policy:
     @contextmanager
     def _through_layers(self) -> Iterator[None]:
         """In what hidden states are computed."""
-        with self._attention(), checkpointed_layers(self.model.layers, self.gradient_checkpointing, self._checkpoint):
+        layers, on = self.model.layers, self.gradient_checkpointing
+        with self._attention(), checkpointed_layers(layers, on, self._row_wise, self._checkpoint):
             yield
 
     @contextmanager

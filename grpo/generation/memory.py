@@ -21,7 +21,7 @@ class Memory(Protocol):
     @property
     def narrow(self) -> str | None: ...
 
-    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int: ...
+    def memory(self, slots: int, places: int, prompt: int, completion: int, entering: int | None = None) -> int: ...
 
     def outside(self, prompt: int, completion: int) -> int: ...
 
@@ -40,16 +40,25 @@ class Need:
     completion_length: int
     reshaped: bool = False
     waits: bool = False
+    group: int = 1
 
-    def bytes(self, decoding: Memory, slots: int) -> int:
-        """What the generator holds for it, with so many slots."""
-        slots = min(slots, self.rows)
-        cached = decoding.memory(slots, min(slots, self.prompts), self.prompt_length, self.completion_length)
+    def bytes(self, decoding: Memory, slots: int, entering: int | None = None) -> int:
+        """What the generator holds for it, with so many slots. `entering`: see `Decoding.memory`."""
+        slots, places = min(slots, self.rows), self.places(slots)
+        cached = decoding.memory(slots, places, self.prompt_length, self.completion_length, entering)
         return cached + self._logits(decoding, slots)
+
+    def entering(self, slots: int) -> int:
+        """How many prompts enter so many empty slots at once, a prompt with all its rows behind the other."""
+        return min(self.places(slots), -(-slots // self.group))
+
+    def places(self, slots: int) -> int:
+        """How many prompts are decoded at once, with so many slots."""
+        return min(slots, self.rows, self.prompts)
 
     def wider(self, decoding: Memory, slots: int, fed: int) -> int:
         """What a step that feeds each row so many tokens holds beside a plain step: logits, and columns for drafts."""
-        slots, places = min(slots, self.rows), min(slots, self.rows, self.prompts)
+        slots, places = min(slots, self.rows), self.places(slots)
         columns = [
             decoding.memory(slots, places, self.prompt_length, self.completion_length + more) for more in (0, fed - 1)
         ]

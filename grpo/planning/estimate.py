@@ -33,7 +33,7 @@ from grpo.model.quantized import quantization
 from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.planning import calibration
 from grpo.planning.activations import reckoned_footprint
-from grpo.planning.drafting import plan_on
+from grpo.planning.drafting import Case, plan_on
 from grpo.planning.machines import CHIPS, Chip, Known, Machine
 from grpo.planning.plan import Plan
 from grpo.planning.workload import Workload
@@ -97,14 +97,9 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
     prompt = cfg.data.max_prompt_length
     waits = bool(cfg.conversations)
     load = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, prompt, prompt, waits=waits)
-    plan, _ = plan_on(
-        _machine(chip, cfg),
-        load,
-        model,
-        states,
-        _decoding(chip, model, costs, cfg.rollout.kv_bits),
-        partial(reckoned_footprint, costs, fused=chip.backend == "cuda", head=bytes_at_work(model, gpu=True)),
-    )
+    decoding = _decoding(chip, model, costs, cfg.rollout.kv_bits)
+    footprint = partial(reckoned_footprint, costs, fused=chip.backend == "cuda", head=bytes_at_work(model, gpu=True))
+    plan, _ = plan_on(Case(_machine(chip, cfg), load, model, states, decoding, footprint))
     step = _sampling(chip, costs, load, plan, plan.prompts, plan.rows) + _updates(chip, costs, cfg, plan)
     evaluations = 0.0
     if cfg.eval is not None:

@@ -26,7 +26,7 @@ from grpo.model.widehead import widen_head
 from grpo.planning import choosing, planner
 from grpo.planning import plan as planning
 from grpo.planning.choosing import Choice
-from grpo.planning.drafting import plan_on
+from grpo.planning.drafting import Case, plan_on
 from grpo.planning.footprint import Footprint, measure_footprint
 from grpo.planning.machines import FREE, Machine
 from grpo.planning.planner import make_plan
@@ -211,7 +211,7 @@ def test_what_waiting_completions_keep_has_room_in_the_plan() -> None:
 
     def plan(memory: int, waits: bool) -> planning.Plan:
         machine, small = Machine(memory, False, False), Footprint(0, 1, 0, 1, 1, True, False)
-        return plan_on(machine, replace(load, waits=waits), model, 0, decoding, lambda _: small)[0]
+        return plan_on(Case(machine, replace(load, waits=waits), model, 0, decoding, lambda _: small))[0]
 
     ample = 2**40
     without, with_all = plan(ample, False), plan(ample, True)
@@ -242,7 +242,7 @@ def test_steps_are_as_wide_as_is_asked_for_and_the_slots_leave(speculate: str | 
     def plan(memory: int) -> planning.Plan:
         small = Footprint(0, 1, 0, 1, 1, True, False)
         machine = Machine(memory, False, False)
-        return plan_on(machine, load, model, 0, decoding, lambda _: small)[0]
+        return plan_on(Case(machine, load, model, 0, decoding, lambda _: small))[0]
 
     ample = plan(2**40)
     assert ample.fed == widest
@@ -278,7 +278,7 @@ def test_a_cpu_chooses_small_micro_batches_by_sizes_and_not_by_what_was_measured
     def chosen(token: float) -> int:
         found = Footprint(0, token, 0.0, 1, 1, True, False)
         machine = Machine(2**40, False, False)
-        return plan_on(machine, load, model, 0, decoding, lambda _: found)[0].micro_batch
+        return plan_on(Case(machine, load, model, 0, decoding, lambda _: found))[0].micro_batch
 
     assert chosen(100.0) == chosen(5e4) == 4_096
     (largest,) = load.largest(2_048, False)

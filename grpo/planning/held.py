@@ -47,7 +47,7 @@ def optimizer_step(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module,
     trained = model.trainable_parameters()
     numbers: int = sum(array.size for _, array in tree_flatten(trained))
     made = _bytes(trained) + optimizer if _holds_former(adapter) and not _several(optim) else 0
-    moving = max(4 * numbers, made) + bytes_of_a_group(optim.optimizer, trained, gpu)
+    moving = max(4 * numbers, made) + bytes_of_a_group(optim, trained, gpu)
     return max(moving, 4 * numbers + bytes_of_a_norm(trained))
 
 

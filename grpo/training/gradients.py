@@ -23,7 +23,7 @@ from grpo.objective.measures import Metrics
 from grpo.training.batches import batch_logprobs
 from grpo.training.custom import guarded
 from grpo.training.lanes import tokens_of, update_lanes
-from grpo.training.optimizer import GPU_GROUP, grouped
+from grpo.training.optimizer import grouped
 from grpo.types import Batch, Progress
 
 
@@ -79,7 +79,7 @@ class Gradients:
         everyone = self.ranks.gather((loss, parts))
         every_part = [part for _, theirs in everyone for part in theirs]
         arrays: dict[str, mx.array] = tree_flatten(total.pop(), destination={})
-        for paths in grouped(arrays, GPU_GROUP):  # a sum over processes is another array: for a few at a time
+        for paths in grouped(arrays):  # a sum over processes is another array: for a few at a time
             arrays |= zip(paths, self.ranks.sum([arrays.pop(path) for path in paths]), strict=True)
         return Gradient(arrays, sum(one for one, _ in everyone), combine_metrics(every_part), seen)
 

@@ -115,14 +115,16 @@ class Choice:
                 continue
             fills = self.machine.limited and way is True and asked == "auto"
             fewest = self._fewest(footprint, largest, best.lanes) if fills else way
+            worse = self._worse(footprint, way, size, largest[0])
             for fewer in (fewest,) if fewest is way else (fewest, way):
-                best = self._found(footprint, fewer, size, largest, alone, self.tried)
+                best = self._found(footprint, fewer, size, [*largest, *worse], alone, self.tried)
                 if best.bytes <= self.comfortable:
                     return best
         assert best is not None
         if best.bytes > WORTH_TRYING * self.room:
             return best  # trying it might take more memory than there is
-        return self._found(footprint, best.checkpointing, best.tokens, largest, best.alone, self.tried)
+        worse = self._worse(footprint, best.checkpointing, best.tokens, largest[0])
+        return self._found(footprint, best.checkpointing, best.tokens, [*largest, *worse], best.alone, self.tried)
 
     @property
     def comfortable(self) -> int:
@@ -150,6 +152,16 @@ class Choice:
             size = min(size, self.load.through(largest))  # or shorter rows would be more tokens than these shapes have
         optim = with_settings(self.load.optim, {"micro_batch_tokens": size, "gradient_checkpointing": way})
         return Chosen(optim, size, way, needed[shape], shape, lanes, alone)
+
+    def _worse(
+        self, footprint: Callable[[bool], Footprint], way: Checkpointing, size: int, longest: Shape
+    ) -> list[Shape]:
+        """A micro-batch of shorter completions, if one takes more than the longest: attention keeps no scores of these,
+        but of those. A line counts as if all did, so it matters where micro-batches are tried for a limit of memory."""
+        if self.machine.gpu or not self.machine.limited or footprint(bool(way)).keeps_scores(longest):
+            return []
+        shorter = filter(footprint(bool(way)).keeps_scores, self.load.shorter(size, self.machine.gpu))
+        return sorted(shorter, key=lambda shape: by_footprints(footprint, way, self.depth, shape))[-1:]
 
     def _side_by_side(self, largest: Sequence[Shape]) -> int:
         """How many micro-batches of these shapes are computed side by side where memory allows it."""

@@ -69,6 +69,17 @@ class Workload:
         length = self.own + self.rollout.max_completion_length
         return [self._in_rows(packing, length), *self._shapes_of_lines(packing, length)]
 
+    def shorter(self, tokens: int, gpu: bool) -> list[Shape]:
+        """The largest micro-batches of at most `tokens` whose completions are not the longest: each a fifth shorter
+        than the one before it. They may take more: attention keeps the scores of short rows alone."""
+        packing = Packing.of(
+            with_settings(self.optim, {"micro_batch_tokens": tokens}), self.rollout, self.parts, gpu=gpu, on_cuda=False
+        )
+        length, found = self.own + self.rollout.max_completion_length, list[Shape]()
+        while (length := 4 * length // 5) > 0:
+            found.append(self._in_rows(packing, length))
+        return found
+
     def through(self, shapes: Sequence[Shape]) -> int:
         """The tokens that go through the model in the largest of these micro-batches, padding included."""
         packing = Packing(1, 1, 1, shares=self.optim.share_prompts)

@@ -3,7 +3,8 @@
     python scripts/benchmarks/plan.py [--count 200] [--first 0] [--seconds 600]
 
 Models have random weights and sizes up to those of `qwen3-1m`. Rows, lengths, adapters, checkpointing, micro-batches
-and the memory's limit are drawn too. Every completion has its greatest length, as the plan assumes. Each setting's line
+and the memory's limit are drawn too. Every completion is as long as in the micro-batch that takes the most, as planned:
+as a rule of its greatest length, or shorter where attention keeps the scores of shorter rows alone. Each setting's line
 is JSON: what was drawn, bytes planned and seen, in all and by phase. A setting that the plan refuses, because the limit
 is too small, is told and not counted. The last line is a summary.
 
@@ -154,7 +155,9 @@ def planned_trainer(setting: dict[str, Any], cfg: Recipe) -> tuple[Trainer, Plan
     length = setting["prompt_length"]
     load = Workload(cfg.optim, cfg.rollout, cfg.adapter, None, length, length)
     plan, optim = make_plan(load, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss)
-    cfg = with_settings(cfg, {"optim": optim})
+    assert plan.shape is not None
+    rollout = with_settings(cfg.rollout, {"max_completion_length": plan.shape.length})
+    cfg = with_settings(cfg, {"optim": optim, "rollout": rollout})
     generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
     generator.speculation = speculation_of(cfg.rollout.speculate)
     if generator.speculation is not None:

@@ -29,6 +29,8 @@ ENOUGH_ON_CPU, ENOUGH_TOKENS = 2**28, 1_024
 PARTS_OF_DEPTH = 8
 """Layers are checkpointed in so many steps from none to all, so that what varies a little in a measurement does not
 change the choice."""
+MUCH = 8
+"""Times its reckoned bytes, a micro-batch fits in any case: lanes, logits and the gradient included."""
 WORTH_TRYING = 1.2
 """Of the room, what a micro-batch may need by the line, for it to be tried whether it fits."""
 
@@ -102,7 +104,8 @@ class Choice:
             largest = load.largest(size, machine.gpu, machine.cuda)
             if alone and self._side_by_side(largest) == 1:
                 continue  # and came to nothing before
-            best = self._found(footprint, way, size, largest, alone)
+            small = self._is_small(largest)
+            best = best if small else self._found(footprint, way, size, largest, alone)
             enough = (
                 asked != "auto"
                 or way is not False
@@ -111,10 +114,11 @@ class Choice:
             )
             large = not machine.gpu and self.reckoned(largest[0]) > ENOUGH_ON_CPU
             smaller_will_do = large and tokens == "auto" and size > ENOUGH_TOKENS
-            if best.bytes > self.comfortable or not enough or smaller_will_do:
+            fits = small or (best is not None and best.bytes <= self.comfortable)
+            if not fits or not enough or smaller_will_do:
                 continue
             fills = self.machine.limited and way is True and asked == "auto"
-            fewest = self._fewest(footprint, largest, best.lanes) if fills else way
+            fewest = self._fewest(footprint, largest, alone) if fills else way
             worse = self._worse(footprint, way, size, largest[0])
             for fewer in (fewest,) if fewest is way else (fewest, way):
                 best = self._found(footprint, fewer, size, [*largest, *worse], alone, self.tried)
@@ -167,8 +171,15 @@ class Choice:
         """How many micro-batches of these shapes are computed side by side where memory allows it."""
         return 1 if self.machine.gpu else self.lanes(largest[0].tokens, -(-self.load.rows // largest[0].rows))
 
-    def _fewest(self, footprint: Callable[[bool], Footprint], largest: Sequence[Shape], lanes: int) -> Checkpointing:
+    def _is_small(self, largest: Sequence[Shape]) -> bool:
+        """Whether these shapes fit by far, so that they can be tried and no line through small gradients is asked."""
+        if self.machine.gpu or self.machine.limited:
+            return False
+        return MUCH * max(map(self.reckoned, largest)) <= self.comfortable
+
+    def _fewest(self, footprint: Callable[[bool], Footprint], largest: Sequence[Shape], alone: bool) -> Checkpointing:
         """How few layers have to be checkpointed for these shapes: True for all."""
+        lanes = 1 if alone else self._side_by_side(largest)
         step = -(-self.depth // PARTS_OF_DEPTH)
         for number in range(step, self.depth, step):
             if (

@@ -17,6 +17,7 @@ from grpo.generation.choice import find_decoding
 from grpo.generation.memory import Need
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
+from grpo.planning import choosing
 from grpo.planning import planner as planning
 from grpo.planning.held import FORMER
 from grpo.planning.planner import Planner
@@ -83,3 +84,17 @@ def test_a_rollout_has_not_yet_what_a_failed_step_is_taken_back_to(monkeypatch) 
     former = twice.stays[FORMER]
     assert former > once.stays[FORMER] == 0
     assert twice.phases["rollout"] == once.phases["rollout"] - former
+
+
+def test_what_fits_by_far_is_tried_and_no_line_is_measured(monkeypatch) -> None:
+    """A line takes two small gradients, which is most of what planning a toy would cost."""
+    measured = []
+    genuine = planning.measure_footprint
+    monkeypatch.setattr(planning, "measure_footprint", lambda *given: measured.append(given) or genuine(*given))
+    plan, _ = planner().plan()
+    assert not measured
+    assert not plan.checkpointing
+    monkeypatch.setattr(choosing, "MUCH", 10**6)
+    again, _ = planner().plan()
+    assert len(measured) == 1
+    assert (again.micro_batch, again.shape) == (plan.micro_batch, plan.shape)

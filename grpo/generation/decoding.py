@@ -180,7 +180,7 @@ class SharedPrefix:
     def memory(self, slots: int, places: int, prompt: int, completion: int, entering: int | None = None) -> int:
         token = sum(shape.bytes_per_token for shape in self.shapes)
         if self.side_by_side and slots >= LANES_FROM:  # a prompt may lie in each lane
-            places, entering = min(slots, MOST_LANES * places), None
+            places, entering = min(slots, MOST_LANES * places), None if entering else entering
         cached = self.decoder.copied + token * (slots * completion + places * prompt)
         grown = slots * completion * max(shape.at_work for shape in self.shapes)
         entering = self._entering(places, prompt) if entering is None else entering

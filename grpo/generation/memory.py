@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from grpo.errors import TooLargeError
+from grpo.generation.growth import columns_for
 from grpo.generation.slots import WIDEST, WIDTHS
 
 LOGITS_HELD, FILTERED_HELD = 4, 12
@@ -43,10 +44,18 @@ class Need:
     group: int = 1
 
     def bytes(self, decoding: Memory, slots: int, entering: int | None = None) -> int:
-        """What the generator holds for it, with so many slots. `entering`: see `Decoding.memory`."""
-        slots, places = min(slots, self.rows), self.places(slots)
-        cached = decoding.memory(slots, places, self.prompt_length, self.completion_length, entering)
-        return cached + self._logits(decoding, slots)
+        """What the generator holds for it, with so many slots. `entering`: see `Decoding.memory`.
+
+        Where there is a slot for each row, prompts enter before any completion has more than its first columns.
+        """
+        slots, length, at_first = min(slots, self.rows), self.completion_length, self.completion_length
+        if slots == self.rows and not self.waits:
+            at_first = min(length, columns_for(1, length))
+        entered, decoded = (
+            decoding.memory(slots, self.places(slots), self.prompt_length, columns, besides)
+            for columns, besides in ((at_first, entering), (length, 0))
+        )
+        return max(entered, decoded) + self._logits(decoding, slots)
 
     def entering(self, slots: int) -> int:
         """How many prompts enter so many empty slots at once, a prompt with all its rows behind the other."""

@@ -173,6 +173,16 @@ def planned_trainer(setting: dict[str, Any], cfg: Recipe) -> tuple[Trainer, Plan
     return trainer, plan
 
 
+def as_after_an_update(trainer: Trainer) -> None:
+    """Let all be there that a run holds from its first update on.
+
+    An optimizer's zeros are not computed before it, and an adapter's states have their arrays in common.
+    """
+    adapters = trainer.policy.adapters
+    adapters.load_state({path: array + 0 for path, array in adapters.state().items()})
+    mx.eval(trainer.update.optimizer.state, [adapters.state(name) for name in adapters.names])
+
+
 @contextmanager
 def watching(trainer: Trainer, peaks: dict[str, int]) -> Iterator[None]:
     """Note the peak of each phase of a step."""
@@ -214,8 +224,7 @@ def measured(setting: dict[str, Any]) -> dict[str, Any]:
     except TooLargeError as error:
         return {"refused": str(error)}
     planning = time.perf_counter() - begun
-    states = [trainer.policy.adapters.state(name) for name in trainer.policy.adapters.names]
-    mx.eval(trainer.update.optimizer.state, states)  # zeros that the first update would be the first to compute
+    as_after_an_update(trainer)
     peaks: dict[str, int] = {}
     with watching(trainer, peaks), trainer.wholly():
         trainer.step(1)

@@ -21,7 +21,8 @@ class Plan:
     the most. As much of it as there is room for is in the rollout's phase.
 
     `checkpointing`: all layers (True), none (False), or how many of `depth`. `shape` is the largest micro-batch, of
-    which `lanes` are computed side by side. `limited`: `memory` is the recipe's own limit.
+    which `lanes` are computed side by side; `alone`: more than one would not fit. `limited`: `memory` is the recipe's
+    own limit.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Plan:
     depth: int = 0
     shape: Shape | None = None
     lanes: int = 1
+    alone: bool = False
     limited: bool = False
 
     @property
@@ -76,7 +78,7 @@ class Plan:
             f"trains {self.trained:,} of {self.parameters:,} parameters",
             f"memory about {size_of(self.total)} of {size_of(self.memory)}: {stays}, and {largest}",
             *self._of_waiting(),
-            f"updates of {self.micro_batch:,} tokens at once{self.checkpointed}",
+            f"updates of {self.micro_batch:,} tokens at once{self.checkpointed}{ALONE if self.alone else ''}",
             *self._of_drafts(),
         ]
 
@@ -116,6 +118,9 @@ class Plan:
         if self.waiting <= self.kept_bytes:
             return [keep]
         return [f"{keep}; {size_of(self.kept_bytes)} are there, and beyond that the oldest are computed again"]
+
+
+ALONE = ", one after the other: two side by side do not fit"
 
 
 def why_not(plan: Plan, needed: int, parts: dict[str, int]) -> str:

@@ -143,6 +143,7 @@ def _prepared(
     if generator.speculation is not None:
         generator.speculation.most = plan.fed
     trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks)
+    trainer.update.gradients.alone = plan.alone
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
     prompts = _prompts(lengths, tables[0], renderer, partners.resets)
@@ -221,7 +222,8 @@ def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> t
     least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, -planned[0].recomputed))
     policy.gradient_checkpointing = least.checkpointing
     own = {name: getattr(plan, name) for name in ("slots", "kept_bytes", "fed", "drafts")}
-    return replace(least, **own), optim
+    alone = any(plan.alone for plan, _ in plans)
+    return replace(least, **own, alone=alone, lanes=1 if alone else least.lanes), optim
 
 
 def data_of(cfg: Recipe) -> dict[str, DataConfig]:

@@ -231,13 +231,13 @@ def test_the_rehearsal_is_the_update(one_lane, way: Checkpointing) -> None:
     policy = policy_of()
     shape = Shape(2, PROMPT, 8, LENGTH)
     (body,) = measure_body(policy, way, [shape])
-    assert rehearsed(policy, LossConfig(), way, shape) == pytest.approx(body, rel=0.3)  # the vocabulary is tiny
+    assert rehearsed(policy, LossConfig(), way, shape, 2) == pytest.approx(body, rel=0.3)  # the vocabulary is tiny
     assert policy.gradient_checkpointing is False
 
 
 def test_checkpointing_more_layers_takes_less() -> None:
     policy, shape = policy_of(6), Shape(2, PROMPT, 8, LENGTH)
-    found = [rehearsed(policy, LossConfig(), way, shape) for way in (False, 2, 4, True)]
+    found = [rehearsed(policy, LossConfig(), way, shape, 2) for way in (False, 2, 4, True)]
     assert found[0] > 1.1 * found[1] > 1.2 * found[2]
     assert found[3] < 1.15 * found[2]
     assert found[3] < 0.5 * found[0]

@@ -15,9 +15,9 @@ class Plan:
     """Counts, and bytes by what they are for.
 
     `fed` is the most tokens that a decoding step may feed a row, as memory allows it (`rollout.speculate`), and
-    `drafts` what such a step takes beside a plain one: of memory that nothing else needs. `kept_bytes` are left of the
-    memory during a rollout for rows outside the slots; `waiting` is what rows that wait for environments keep there at
-    the most. As much of it as there is room for is in the rollout's phase.
+    `drafts` what such a step takes beside a plain one. `kept_bytes` are left of the memory during a rollout for rows
+    outside the slots, beside the widest drafts that fit, whether they are asked for or not; `waiting` is what rows that
+    wait for environments keep there at the most. As much of it as there is room for is in the rollout's phase.
 
     `checkpointing`: all layers (True), none (False), or how many of `depth`. `shape` is the largest micro-batch, of
     which `lanes` are computed side by side. `limited`: `memory` is the recipe's own limit.

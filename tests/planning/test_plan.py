@@ -232,6 +232,32 @@ def test_what_waiting_completions_keep_has_room_in_the_plan() -> None:
     assert [line for line in short.lines() if "wait" in line] == [said + there]
 
 
+def test_speculation_has_no_say_in_what_waiting_rows_may_keep() -> None:
+    """A row whose keys and values are dropped is computed again, which rounds otherwise."""
+    model = make_model("tied")
+    adapters = Adapters(model, AdapterConfig(rank=2), mx.random.key(0))
+    decoding, small = find_decoding(adapters.model), Footprint(0, 1, 0, 1, 1, True, False)
+    decoding.vocabulary = 20_000  # wide steps need much: logits for every token of theirs
+
+    def plan(memory: int, speculate: str | int) -> planning.Plan:
+        rollout = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 5000, "speculate": speculate}
+        load = replace(workload(recipe(rollout=rollout), PROMPT), waits=True)
+        return plan_on(Machine(memory, False, False), load, model, 0, decoding, lambda _: small)[0]
+
+    ample = plan(2**40, "auto")
+    beside = sum(ample.stays.values()) + ample.phases["rollout"] - ample.waiting
+    widths = []
+    for part in (0.1, 1.0, 1.2, 2.0):
+        memory = int((beside + part * ample.waiting) / FREE)
+        plans = [plan(memory, speculate) for speculate in ("off", 1, 3, 7, "auto")]
+        assert len({(one.kept_bytes, one.slots, one.phases["rollout"]) for one in plans}) == 1
+        assert [one.fed for one in plans] == [min(plans[-1].fed, most) for most in (1, 2, 4, 8, 8)]
+        both = plans[-1].kept_bytes + plans[-1].drafts
+        assert plans[-1].kept_bytes >= min(ample.waiting, 3 * both // 4) > 0
+        widths.append(plans[-1].fed)
+    assert widths == [4, 2, 4, 8]
+
+
 @pytest.mark.parametrize(("speculate", "widest"), [("auto", 8), (7, 8), (1, 2), ("off", 1)])
 def test_steps_are_as_wide_as_is_asked_for_and_the_slots_leave(speculate: str | int, widest: int) -> None:
     model = make_model("tied")
@@ -255,7 +281,8 @@ def test_steps_are_as_wide_as_is_asked_for_and_the_slots_leave(speculate: str | 
         assert ample.lines()[-1] == said
     decoding.narrow = "it cannot"
     assert (plan(2**40).fed, plan(2**40).drafts) == (1, 0)
-    assert plan(2**40).kept_bytes == ample.kept_bytes + ample.drafts
+    aside = load.need().wider(decoding, ample.slots, 8)
+    assert plan(2**40).kept_bytes == ample.kept_bytes + aside
     decoding.narrow = None
     if widest == 8:
         beside = sum(ample.stays.values()) + ample.phases["rollout"]

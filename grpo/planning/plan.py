@@ -75,7 +75,7 @@ class Plan:
             f"trains {self.trained:,} of {self.parameters:,} parameters",
             f"memory about {size_of(self.total)} of {size_of(self.memory)}: {stays}, and {largest}",
             *self._of_waiting(),
-            f"updates of {self.micro_batch:,} tokens at once{self.checkpointed}",
+            f"updates of up to {self.micro_batch:,} tokens at once{self._alone}{self.checkpointed}",
             *self._of_drafts(),
         ]
 
@@ -83,6 +83,12 @@ class Plan:
         if self.fed == 1:
             return []
         return [f"drafts may take {size_of(self.drafts)} more, for steps of up to {self.fed} tokens a row"]
+
+    @property
+    def _alone(self) -> str:
+        """That there are rows of more tokens than a micro-batch may have, if there are."""
+        longer = self.shape is not None and self.shape.rows == 1 and self.shape.tokens > self.micro_batch
+        return f", longer completions alone (up to {self.shape.tokens:,})" if longer and self.shape else ""
 
     @property
     def recomputed(self) -> float:
@@ -154,4 +160,6 @@ def ways_out(plan: Plan, load: Workload) -> list[str]:
 
 
 def size_of(count: int) -> str:
-    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"
+    if count >= 2**30:
+        return f"{count / 2**30:.1f} GB"
+    return f"{count / 2**20:.0f} MB" if count >= 2**20 else f"{count / 2**10:.0f} kB"

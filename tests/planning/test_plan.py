@@ -317,7 +317,24 @@ def test_auto_decides_and_the_decision_is_in_the_recipe() -> None:
     policy, cfg, plan = planned()
     assert cfg.optim.micro_batch_tokens == plan.micro_batch
     assert cfg.optim.gradient_checkpointing is policy.gradient_checkpointing is plan.checkpointing is False
-    assert any(f"updates of {plan.micro_batch:,} tokens at once" in line for line in plan.lines())
+    assert any(f"updates of up to {plan.micro_batch:,} tokens at once" in line for line in plan.lines())
+
+
+def test_a_bound_is_said_to_be_one_and_rows_beyond_it_are_named() -> None:
+    plan = planned()[2]
+    within = replace(plan, micro_batch=600, shape=Shape(1, 40, 1, 500), checkpointing=False)
+    assert "updates of up to 600 tokens at once" in within.lines()
+    beyond = replace(within, micro_batch=256, checkpointing=True)
+    said = "updates of up to 256 tokens at once, longer completions alone (up to 540), layers checkpointed"
+    assert said in beyond.lines()
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(1_024, "1 kB"), (475_000, "464 kB"), (2**20, "1 MB"), (138 * 2**20, "138 MB"), (3 * 2**29, "1.5 GB")],
+)
+def test_sizes_are_told_in_units_that_show_them(size: int, said: str) -> None:
+    assert planning.size_of(size) == said
 
 
 def test_layers_are_checkpointed_where_memory_is_short(monkeypatch) -> None:

@@ -14,6 +14,7 @@ from generation.ways import Numbers, asked, recurrent
 
 from grpo.backend.random import derive_key
 from grpo.environments.driver import Driver
+from grpo.generation.batching import Run
 from grpo.generation.batchsession import BatchCachesSession
 from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
@@ -108,6 +109,14 @@ def test_copies_are_gone_where_buffers_cannot_be_made(monkeypatch) -> None:
         patch.setattr(SharedPrefixSession, "__init__", unmade)
         with pytest.raises(Failed):
             generated(generator)
+    assert not any(product.lora for product in generator.decoding.decoder.blocks.products)  # type: ignore[attr-defined]
+
+
+def test_copies_that_lanes_share_are_gone_where_no_lane_has_begun() -> None:
+    generator = Generator(adapted(), Text(), 8)  # type: ignore[arg-type]
+    generator.lanes = 2
+    with failing(Run, "step", 1, Failed), pytest.raises(Failed):
+        generated(generator)
     assert not any(product.lora for product in generator.decoding.decoder.blocks.products)  # type: ignore[attr-defined]
 
 

@@ -44,6 +44,9 @@ class BatchCaches:
     def open(self, size: Size) -> Session:
         return BatchCachesSession(self.model, size.slots, self.joined)
 
+    def close(self, session: Session) -> None:
+        session.close()
+
     def forget(self) -> None:
         """Nothing to do: no weight is held."""
 

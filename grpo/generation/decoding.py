@@ -74,6 +74,10 @@ class Session(Protocol):
         """Keep only these slots, renumbered from 0."""
         ...
 
+    def close(self) -> None:
+        """Free all buffers, whoever still holds the session: an error's traceback may. Nothing else may follow."""
+        ...
+
     def decoded(self) -> mx.array:
         """How many tokens each row has behind its prompt: `[S]` int32."""
         ...
@@ -113,6 +117,10 @@ class Decoding(Protocol):
 
     def open(self, size: Size) -> Session:
         """Begin, with so many slots."""
+        ...
+
+    def close(self, session: Session) -> None:
+        """End a session, and `forget`."""
         ...
 
     def forget(self) -> None:
@@ -161,12 +169,21 @@ class SharedPrefix:
         mx.eval(self.model.parameters())
 
     def open(self, size: Size) -> Session:
-        self.decoder.refresh()
-        session = SharedPrefixSession(
-            self.model, self.decoder, self.attention, self.shapes, lambda: self._extends_together, size
-        )
+        try:
+            self.decoder.refresh()
+            session = SharedPrefixSession(
+                self.model, self.decoder, self.attention, self.shapes, lambda: self._extends_together, size
+            )
+        except BaseException:  # no memory for it, say
+            self.forget()
+            raise
         self._sessions.add(session)
         return session
+
+    def close(self, session: Session) -> None:
+        session.close()
+        self._sessions.discard(session)
+        self.forget()
 
     @cached_property
     def _extends_together(self) -> bool:

@@ -22,6 +22,10 @@ from grpo.planning.plan import Plan, ways_out, why_not
 from grpo.planning.workload import Workload
 from grpo.training.lanes import update_lanes
 
+OF_DRAFTS = 4
+"""Drafts may have what waiting rows leave, and where that is less, one part in so many of what both could have: a row
+whose keys and values are dropped goes through the model again, which costs more than drafts save."""
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -73,9 +77,11 @@ def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
     entering = case.entering(need.entering(slots), need.prompt_length) if slots else None
     decoded, waiting = need.bytes(decoding, max(1, slots), entering), need.waiting(decoding)
     left = max(0, spare - decoded)
-    most = widest_of(load.rollout.speculate)
-    fed = 1 if decoding.narrow or not slots else widest_that_fits(decoding, need, slots, left, most)
-    drafts = need.wider(decoding, slots, fed) if fed > 1 else 0
+    # The same is set aside whatever rollout.speculate asks for, which then has no say in what waiting rows may keep.
+    unused = max(left - waiting, left // OF_DRAFTS)
+    widest = 1 if decoding.narrow or not slots else widest_that_fits(decoding, need, slots, unused)
+    fed = min(widest, widest_of(load.rollout.speculate))
+    aside, drafts = (need.wider(decoding, slots, width) if width > 1 else 0 for width in (widest, fed))
     plan = Plan(
         steps=load.optim.steps,
         prompts=load.rollout.prompts_per_step,
@@ -93,7 +99,7 @@ def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
         slots=slots,
         micro_batch=chosen.tokens,
         checkpointing=chosen.checkpointing,
-        kept_bytes=left - drafts,
+        kept_bytes=left - aside,
         fed=fed,
         drafts=drafts,
         waiting=waiting,

@@ -242,6 +242,32 @@ def test_what_waiting_completions_keep_has_room_in_the_plan() -> None:
     assert [line for line in short.lines() if "wait" in line] == [said + there]
 
 
+def test_speculation_has_no_say_in_what_waiting_rows_may_keep() -> None:
+    """A row whose keys and values are dropped is computed again, which rounds otherwise."""
+    model = make_model("tied")
+    adapters = Adapters(model, AdapterConfig(rank=2), mx.random.key(0))
+    decoding, small = find_decoding(adapters.model), Footprint(0, 1, 0, 1, 1, True, False)
+    decoding.vocabulary = 20_000  # wide steps need much: logits for every token of theirs
+
+    def plan(memory: int, speculate: str | int) -> planning.Plan:
+        rollout = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 5000, "speculate": speculate}
+        load = replace(workload(recipe(rollout=rollout), PROMPT), waits=True)
+        return plan_on(Machine(memory, False, False), load, model, 0, decoding, lambda _: small)[0]
+
+    ample = plan(2**40, "auto")
+    beside = sum(ample.stays.values()) + ample.phases["rollout"] - ample.waiting
+    widths = []
+    for part in (0.1, 1.0, 1.2, 2.0):
+        memory = int((beside + part * ample.waiting) / FREE)
+        plans = [plan(memory, speculate) for speculate in ("off", 1, 3, 7, "auto")]
+        assert len({(one.kept_bytes, one.slots, one.phases["rollout"]) for one in plans}) == 1
+        assert [one.fed for one in plans] == [min(plans[-1].fed, most) for most in (1, 2, 4, 8, 8)]
+        both = plans[-1].kept_bytes + plans[-1].drafts
+        assert plans[-1].kept_bytes >= min(ample.waiting, 3 * both // 4) > 0
+        widths.append(plans[-1].fed)
+    assert widths == [4, 2, 4, 8]
+
+
 @pytest.mark.parametrize(("speculate", "widest"), [("auto", 8), (7, 8), (1, 2), ("off", 1)])
 def test_steps_are_as_wide_as_is_asked_for_and_the_slots_leave(speculate: str | int, widest: int) -> None:
     model = make_model("tied")
@@ -265,7 +291,8 @@ def test_steps_are_as_wide_as_is_asked_for_and_the_slots_leave(speculate: str | 
         assert ample.lines()[-1] == said
     decoding.narrow = "it cannot"
     assert (plan(2**40).fed, plan(2**40).drafts) == (1, 0)
-    assert plan(2**40).kept_bytes == ample.kept_bytes + ample.drafts
+    aside = load.need().wider(decoding, ample.slots, 8)
+    assert plan(2**40).kept_bytes == ample.kept_bytes + aside
     decoding.narrow = None
     if widest == 8:
         beside = sum(ample.stays.values()) + ample.phases["rollout"]
@@ -300,7 +327,24 @@ def test_auto_decides_and_the_decision_is_in_the_recipe() -> None:
     policy, cfg, plan = planned()
     assert cfg.optim.micro_batch_tokens == plan.micro_batch
     assert cfg.optim.gradient_checkpointing is policy.gradient_checkpointing is plan.checkpointing is False
-    assert any(f"updates of {plan.micro_batch:,} tokens at once" in line for line in plan.lines())
+    assert any(f"updates of up to {plan.micro_batch:,} tokens at once" in line for line in plan.lines())
+
+
+def test_a_bound_is_said_to_be_one_and_rows_beyond_it_are_named() -> None:
+    plan = planned()[2]
+    within = replace(plan, micro_batch=600, shape=Shape(1, 40, 1, 500), checkpointing=False)
+    assert "updates of up to 600 tokens at once" in within.lines()
+    beyond = replace(within, micro_batch=256, checkpointing=True)
+    said = "updates of up to 256 tokens at once, longer completions alone (up to 540), layers checkpointed"
+    assert said in beyond.lines()
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(1_024, "1 kB"), (475_000, "464 kB"), (2**20, "1 MB"), (138 * 2**20, "138 MB"), (3 * 2**29, "1.5 GB")],
+)
+def test_sizes_are_told_in_units_that_show_them(size: int, said: str) -> None:
+    assert planning.size_of(size) == said
 
 
 def test_layers_are_checkpointed_where_memory_is_short(monkeypatch) -> None:

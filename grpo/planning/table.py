@@ -22,7 +22,8 @@ def _why_it_stays(name: str, plan: Plan, load: Workload) -> str:
         case "weights":
             return f"{plan.parameters:,} parameters" + ("" if load.adapter.type == "full" else " and the adapter")
         case "optimizer":
-            return f"{load.optim.optimizer} for {plan.trained:,} trained parameters, in float32"
+            kept = "moments in 8 bits" if load.optim.moments == "int8" else "in float32"
+            return f"{load.optim.optimizer} for {plan.trained:,} trained parameters, {kept}"
         case "other states":
             return "the reference"
         case _:

@@ -68,7 +68,13 @@ class Elsewhere:
             costs,
             int(cfg.needs_reference or cfg.adapter.type != "full"),  # the reference
             _decoding(machine, model, costs, cfg.rollout.kv_bits),
-            partial(reckoned_footprint, costs, fused=machine.cuda, head=head),
+            partial(
+                reckoned_footprint,
+                costs,
+                fused=machine.cuda,
+                head=head,
+                offloads=cfg.optim.offload_activations,
+            ),
         )
 
     def plan(self) -> Plan:

@@ -11,8 +11,9 @@ from grpo.door.checks import kind_of
 from grpo.errors import UserError
 from grpo.objective.loss import CustomLoss
 from grpo.recipes import with_settings
+from grpo.training.algorithms import make_optimizer
 from grpo.training.gradients import Gradient
-from grpo.training.optimizer import Float32Optimizer, make_optimizer
+from grpo.training.optimizer import Float32Optimizer
 from grpo.training.update import Update, Updater
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite
 from grpo.runs.rewarding import check_rewarded
 from grpo.scoring.scorer import Scorer
-from grpo.training.optimizer import make_optimizer
+from grpo.training.algorithms import make_optimizer
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 

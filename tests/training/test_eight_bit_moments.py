@@ -18,8 +18,9 @@ from grpo.config import OptimConfig
 from grpo.errors import UserError
 from grpo.training import moments
 from grpo.training import optimizer as optimizers
+from grpo.training.algorithms import CLASSES, make_optimizer
 from grpo.training.moments import BLOCK, MAPS, POSITIVE, SIGNED, SMALLEST, large, packed, unpacked
-from grpo.training.optimizer import CLASSES, Float32Optimizer, make_optimizer
+from grpo.training.optimizer import Float32Optimizer
 
 ARGS = {"sgd": {"momentum": 0.9}, "adafactor": {"beta_1": 0.9}}
 """What gives an optimizer moments that has none by itself."""

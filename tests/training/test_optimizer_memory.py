@@ -28,9 +28,10 @@ from grpo.runs.signals import StopRequest
 from grpo.runs.state import RunState
 from grpo.scoring.scorer import Scorer
 from grpo.training import optimizer as optimizers
+from grpo.training.algorithms import CLASSES, make_optimizer
 from grpo.training.inplace import parts_of
 from grpo.training.moments import MAPS
-from grpo.training.optimizer import CLASSES, WHOLE, Float32Optimizer, bytes_of_a_group, grouped, make_optimizer
+from grpo.training.optimizer import WHOLE, Float32Optimizer, bytes_of_a_group, grouped
 from grpo.training.trainer import Trainer
 from grpo.types import Group, Task
 

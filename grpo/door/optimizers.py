@@ -23,6 +23,7 @@ SAID_BY = "grpo.optimizer"
 OF_THE_LOOP = {
     "micro_batch_tokens",
     "gradient_checkpointing",
+    "offload_activations",
     "share_prompts",
     "pack_completions",
     "num_minibatches",

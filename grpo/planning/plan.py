@@ -120,7 +120,7 @@ class Plan:
 
 def why_not(plan: Plan, needed: int, parts: dict[str, int]) -> str:
     """What cannot fit into what, and the parts of what is needed."""
-    what = "memory.limit_gb allows" if plan.limited else "this machine has"
+    what = "memory.limit_gb allows" if plan.limited else "the machine has"
     *stays, (phase, size) = parts.items()
     held = ", ".join(f"{name} {size_of(held)}" for name, held in stays if held)
     return (

@@ -3,7 +3,7 @@ whatever the model's dtype is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +24,7 @@ GROUP = 2**22
 AT_WORK = {"muon": 64}
 """Bytes for each number of a group while it moves, at most, as measured; `MOST_AT_WORK` for the others."""
 MOST_AT_WORK = 28
-PACKING = 24
+PACKING = 26
 """The same for each moment that is packed into 8 bits on the way, besides."""
 IN_PARTS = 12
 """The same for the parts of a large array, whose memory the new numbers cannot take before they are computed."""
@@ -103,15 +103,22 @@ class Float32Optimizer:
         shared = self._shared
         factors = self._optimizer.factors(shared) if hasattr(self._optimizer, "factors") else {}
         for paths in grouped(gradients, numbers_at_once(self._maps)):
-            if self._name not in WHOLE and gradients[paths[0]].size > numbers_at_once(self._maps):
-                self._move_in_place(model, paths[0], gradients.pop(paths[0]), scale, shared | factors)
-            else:
-                mx.eval(self._move(model, paths, gradients, scale, shared | factors))
+            mine = {path: gradients.pop(path) for path in paths}
+            self._move(model, mine, scale, shared | factors)
 
-    def _move(
-        self, model: nn.Module, paths: Sequence[str], gradients: ByPath, scale: mx.array | float, shared: ByPath
+    def _move(self, model: nn.Module, gradients: ByPath, scale: mx.array | float, shared: ByPath) -> None:
+        """Move a group, or a parameter that is larger than one. Empties `gradients`."""
+        path = next(iter(gradients))
+        if self._name not in WHOLE and gradients[path].size > numbers_at_once(self._maps):
+            self._move_in_place(model, path, gradients.pop(path), scale, shared)
+        else:
+            mx.eval(self._moved_together(model, gradients, scale, shared))
+
+    def _moved_together(
+        self, model: nn.Module, gradients: ByPath, scale: mx.array | float, shared: ByPath
     ) -> list[Any]:
         """Put what a group becomes in the place of what it is, and return that, not yet computed."""
+        paths = list(gradients)
         parameters: ByPath = tree_flatten(model.trainable_parameters(), destination={})
         old = [parameters[path] for path in paths]
         precise = old if self._precise is None else [self._precise[path] for path in paths]

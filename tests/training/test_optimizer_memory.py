@@ -250,10 +250,9 @@ def test_a_run_of_whole_weights_holds_them_once(tmp_path, dtype: mx.Dtype, optim
     peak, count = max(peaks[1:]), numbers(policy.model)
     # A group at work, or a few activations, are there beside; what was before a step is not.
     assert bytes_each < peak / count < bytes_each + 1
-    if "moments" in optim:  # the optimizer's step is the peak then; the plan reckons more for the update
-        assert peak == pytest.approx(sum(plan.stays.values()) + plan.phases["optimizer's step"], rel=0.03)
-    else:
-        assert peak == pytest.approx(plan.total, rel=0.06)
+    # The optimizer's step is the peak; of the update the plan reckons a little more.
+    assert peak == pytest.approx(sum(plan.stays.values()) + plan.phases["optimizer's step"], rel=0.03)
+    assert peak == pytest.approx(plan.total, rel=0.1)
 
 
 def test_decoding_does_not_keep_the_weights_of_before_an_update() -> None:

@@ -142,12 +142,17 @@ def forms_of(own: Mapping[str, mx.array]) -> list[str]:
 
 def _packed(array: mx.array, how: Map, dither: mx.array) -> tuple[mx.array, mx.array]:
     blocks = _blocks(array)
-    sizes = mx.abs(blocks)
-    scales = sizes.max(axis=1)
-    sizes = sizes / mx.where(scales > 0, scales, 1.0)[:, None]
+    sizes, scales = scaled(blocks)
     codes = how.codes(sizes, dither)
     codes = mx.sign(blocks) * codes if how.signed else mx.maximum(codes, sizes > 0)  # a divisor is not 0
     return _arranged(codes.astype(how.dtype), array.shape), scales
+
+
+def scaled(blocks: mx.array) -> tuple[mx.array, mx.array]:
+    """The sizes of numbers as parts of their block's largest, in [0, 1], and the largest: `[blocks]`."""
+    sizes = mx.abs(blocks)
+    scales = sizes.max(axis=1)
+    return sizes / mx.where(scales > 0, scales, 1.0)[:, None], scales
 
 
 def _unpacked(codes: mx.array, scales: mx.array, how: Map) -> mx.array:

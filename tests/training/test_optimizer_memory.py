@@ -182,6 +182,19 @@ def test_parts_of_a_large_array_change_nothing(name: str, dtype: mx.Dtype) -> No
         assert mx.array_equal(state[path], array), path
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (28 + 12) * GROUP + 4 * 2**18),  # a group at work, and a copy of the array
+        ({"moments": "int8"}, (28 + 2 * 26 + 12) * GROUP // 2 + 4 * 2**18),
+        ({"optimizer": "adafactor"}, 28 * 2**18),  # which moves arrays whole
+    ],
+)
+def test_a_large_array_takes_what_a_group_takes(settings: dict, expected: int) -> None:
+    parameters = {"weight": mx.zeros((2**10, 2**8))}
+    assert bytes_of_a_group(OptimConfig(steps=1, **settings), parameters) == expected
+
+
 def test_parts_are_whole_blocks_and_all_of_an_array() -> None:
     for numbers, most in [(2**23 + 5, 2**22), (2077, 600), (257, 256), (10_000, 999)]:
         parts = parts_of(numbers, most)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from io import StringIO
 from typing import Any
 
 import mlx.core as mx
@@ -81,6 +83,11 @@ def test_nor_does_a_pass_without_a_gradient(zoo) -> None:
     vault = policy.vault = Doubled()
     mx.eval(policy.group_logprobs(PROMPTS, LENGTHS, INDEX, COMPLETIONS))
     assert vault.stored == []
+    gradient(policy, rows_logprobs)
+    before = len(vault.stored)
+    assert before > 0
+    mx.eval(policy.group_logprobs(PROMPTS, LENGTHS, INDEX, COMPLETIONS))
+    assert len(vault.stored) == before
 
 
 def test_the_backward_pass_reads_the_vault_alone(zoo) -> None:
@@ -116,6 +123,18 @@ def test_no_layers_input_stays_on_the_device() -> None:
     inputs = 4 * TOKENS * WIDTH * LAYERS
     assert stacked(mx.checkpoint) > inputs
     assert stacked(keeping_in(Emptied())) < inputs / 2  # some are on their way
+
+
+def test_an_input_comes_back_when_the_gradient_of_what_was_made_of_it_is_there() -> None:
+    """Or MLX might fetch it as soon as it was put away."""
+    layer = keeping_in(Doubled())(lambda weight, x: x @ weight)
+    drawing = StringIO()
+    mx.export_to_dot(drawing, mx.grad(lambda weight: layer(weight, mx.ones((2, 2))).sum())(mx.ones((2, 2))))
+    drawn = drawing.getvalue()
+    (taking,) = re.findall(r"(\d+) \[label =\"Divide\"", drawn)
+    (waiting,) = re.findall(r"(\d+) \[label =\"Depends\"", drawn)
+    (waited,) = re.findall(rf'^"(\w+)" -> {taking}$', drawn, re.MULTILINE)[:1]
+    assert waited in re.findall(rf'^{waiting} -> "(\w+)"$', drawn, re.MULTILINE)
 
 
 @pytest.mark.slow  # a C++ compiler at work

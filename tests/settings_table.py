@@ -134,6 +134,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "optim.learning_rate": ("0.1",),
     "optim.optimizer": ("sgd",),
     "optim.optimizer_args": ("{betas: [0.5, 0.9]}",),
+    "optim.moments": ("int8", "adapter.type=full"),
     "optim.lr_scheduler_type": ("linear",),
     "optim.warmup_steps": ("1", "optim.steps=3", "optim.lr_scheduler_type=cosine"),
     "optim.weight_decay": ("1",),
@@ -212,5 +213,6 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
         ("optim.gradient_checkpointing=false",),
     ),
     ("optim.weight_decay=1", "optim.weight_decay does nothing with adam", ("optim.optimizer=adam",)),
+    ("optim.moments=int8", "optim.moments: int8 does nothing with sgd", ("optim.optimizer=sgd",)),
     ("advantage.scale_rewards=none", "does nothing with the batch baseline", ("advantage.baseline=batch",)),
 ]

@@ -23,9 +23,15 @@ class OptimConfig(Section):
     learning_rate: Above0 = 1e-5
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"
-    """One of mlx.optimizers. Its state, and the weights it moves, are float32 whatever the model's dtype."""
+    """One of mlx.optimizers. Its state (but for `moments`), and the weights it moves, are float32 whatever the model's
+    dtype."""
     optimizer_args: dict[str, bool | int | float | list[float]] = {}
     """The optimizer's own arguments, such as `betas: [0.9, 0.99]` or `momentum: 0.9`."""
+    moments: Literal["float32", "int8"] = "float32"
+    """How the optimizer keeps its moments between steps. `int8`: in 8 bits, with a scale for every block of 256 numbers
+    (arXiv 2110.02861); whole weights by AdamW take 6 bytes a parameter less. Arrays below 4,096 numbers stay float32.
+    What other programs call `adamw_8bit` is `optimizer: adamw` with this: it goes with every optimizer that has
+    moments."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: constant, or down on a line or half a cosine, to reach 0 one step after the last (as in
     transformers: the last step of `linear` has 1/(steps - warmup_steps) of the peak)."""

@@ -146,7 +146,7 @@ def _prepared(
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
     prompts = _prompts(lengths, tables[0], renderer, partners.resets)
-    head = filter(None, [positions, head_note(model, cfg.model)])
+    head = filter(None, [positions, head_note(model, cfg.model), trainer.update.optimizer.note])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     rows = dict(zip(named, tables, strict=True))

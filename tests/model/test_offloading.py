@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from architectures.small import COMMON, SMALL
+from backend.locking import copying, locking
 from mlx.utils import tree_flatten
 from model.test_attending import lines_logprobs, rows_logprobs
 from model.test_sharing import COMPLETIONS, INDEX, LENGTHS, PROMPTS, policy_of
@@ -20,7 +21,7 @@ from grpo.backend import pinned
 from grpo.errors import UserError
 from grpo.model import mlxlm
 from grpo.model.dropout import add_dropout, dropping
-from grpo.model.offloading import host_bytes, keeping_in, vault_of
+from grpo.model.offloading import OnHost, host_bytes, keeping_in, vault_of
 from grpo.model.policy import Policy
 
 
@@ -95,6 +96,23 @@ def test_the_backward_pass_reads_the_vault_alone(zoo) -> None:
     expected = gradient(policy, rows_logprobs)
     policy.vault = Emptied()
     assert not same(expected, gradient(policy, rows_logprobs))
+
+
+def test_the_host_s_memory_gives_back_what_was_put_there(zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next gradient is written over it."""
+    driver, arena = locking(monkeypatch), pinned.Arena()
+    monkeypatch.setattr(pinned, "arena", lambda: arena)
+    monkeypatch.setattr(pinned, "kernel", copying)
+    policy = policy_of(zoo("tied", num_hidden_layers=3), gradient_checkpointing=True)
+    expected = [gradient(policy, logprobs) for logprobs in (rows_logprobs, lines_logprobs)]
+    policy.vault = OnHost()
+    for _ in range(2):
+        assert same(expected[0], gradient(policy, rows_logprobs))
+        assert same(expected[1], gradient(policy, lines_logprobs))
+    assert [size for _, size in driver.locked] == [pinned.PIECE]
+    assert policy.notes == [
+        "the inputs of checkpointed layers lie in the machine's memory, not the device's: 0.1 GB of it"
+    ]
 
 
 LAYERS, TOKENS, WIDTH = 160, 512, 16

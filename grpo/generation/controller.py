@@ -2,7 +2,7 @@
 
 Speculation changes no token and no logprob, only how long they take. So all that is measured here may depend on time.
 
-`auto` decides every `PLAN` steps, for steps that are alike (`Case`):
+`auto` decides every `PLAN` steps, for steps that are alike (`StepKind`):
 1. A width pays if its steps take more tokens a row than they cost time, both against plain steps.
 2. The time is the median of the newest steps. While wide steps run, a few plain ones now and then renew theirs.
 3. The tokens are what wide steps took of late. Before there are any, they are what replays promise: now and then a
@@ -26,7 +26,7 @@ from grpo.generation.replay import Taken, replay
 from grpo.generation.rows import Row
 from grpo.generation.slots import WIDEST, WIDTHS
 from grpo.generation.speculation import Speculation
-from grpo.generation.steptimes import SAMPLES, Case, StepTimes
+from grpo.generation.steptimes import SAMPLES, StepKind, StepTimes
 from grpo.generation.tally import DraftTally
 
 PLAN = 16
@@ -99,7 +99,7 @@ class Automatic(Always):
 
     def __init__(self) -> None:
         super().__init__(1)
-        self._plans: dict[Case, WidthPlan] = {}
+        self._plans: dict[StepKind, WidthPlan] = {}
         self._times = StepTimes()
         self._taken: defaultdict[tuple[DraftKind, int], Taken] = defaultdict(Taken)  # at wide steps
         self._promised: defaultdict[tuple[DraftKind, int], Taken] = defaultdict(Taken)  # by replays
@@ -111,7 +111,7 @@ class Automatic(Always):
         return "drafts where they pay, by the times of steps on this machine (rollout.speculate: auto)"
 
     def width(self, rows: Sequence[Row | None]) -> int:
-        case = Case.of(rows)
+        case = StepKind.of(rows)
         if case is None:
             return 1
         plan = self._plans.get(case)
@@ -121,7 +121,7 @@ class Automatic(Always):
         return plan.width
 
     def stepped(self, rows: Sequence[Row | None], width: int, taken: Sequence[int], seconds: float) -> None:
-        case = Case.of(rows)
+        case = StepKind.of(rows)
         if case is None:
             return
         count = len(rows) - rows.count(None)
@@ -141,7 +141,7 @@ class Automatic(Always):
         if len(group.ended) >= row.prompt.n:
             self._watch(group, list(group.ended))
 
-    def _expected(self, case: Case, rows: Sequence[Row], width: int) -> float:
+    def _expected(self, case: StepKind, rows: Sequence[Row], width: int) -> float:
         """Tokens that each of these rows takes at a step of this width, on average.
 
         Wide steps say it where this case has had them of late; before that, replays do.
@@ -155,7 +155,7 @@ class Automatic(Always):
         taken = self._taken[kind, width]
         return (taken if tried and taken.turns >= FEWEST else self._promised[kind, width]).mean
 
-    def _count(self, case: Case, rows: Sequence[Row | None], width: int, taken: Sequence[int]) -> None:
+    def _count(self, case: StepKind, rows: Sequence[Row | None], width: int, taken: Sequence[int]) -> None:
         sums = {True: [0, 0], False: [0, 0]}
         for row, tokens in zip(rows, taken, strict=True):
             if row is not None:
@@ -166,7 +166,7 @@ class Automatic(Always):
             if turns:
                 self._taken[DraftKind(case.greedy, seen), width].add(tokens, turns)
 
-    def _decide(self, case: Case, rows: Sequence[Row]) -> WidthPlan:
+    def _decide(self, case: StepKind, rows: Sequence[Row]) -> WidthPlan:
         former = self._plans[case].width if case in self._plans else 1
         if self._times.plain(case) is None:
             return WidthPlan(1, SAMPLES + 1)
@@ -183,7 +183,7 @@ class Automatic(Always):
             return WidthPlan(trials[0], PROBE)
         return WidthPlan(best, PLAN)
 
-    def _speedups(self, case: Case, rows: Sequence[Row]) -> tuple[dict[int, float], dict[int, float]]:
+    def _speedups(self, case: StepKind, rows: Sequence[Row]) -> tuple[dict[int, float], dict[int, float]]:
         """How many times as fast as plain decoding each width is, where its time is measured, and may be elsewhere.
 
         A time that is not measured is taken to grow with the width as it does up to the next narrower width.

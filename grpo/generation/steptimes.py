@@ -16,7 +16,7 @@ RETRY = 1024
 """Steps after which the time of a wide step is no longer believed."""
 
 
-class Case(NamedTuple):
+class StepKind(NamedTuple):
     """What steps are alike: greedy or not, with logprobs or not, and the number of slots, by powers of two."""
 
     greedy: bool
@@ -24,7 +24,7 @@ class Case(NamedTuple):
     slots: int
 
     @classmethod
-    def of(cls, rows: Sequence[Row | None]) -> Case | None:
+    def of(cls, rows: Sequence[Row | None]) -> StepKind | None:
         """The case of the rows in slots; None without any."""
         row = next(filter(None, rows), None)
         if row is None:
@@ -51,10 +51,10 @@ class StepTimes:
 
     def __init__(self) -> None:
         self.steps = 0
-        self._times: dict[tuple[Case, int], _Times] = {}
-        self._last: dict[tuple[Case, int], int] = {}  # the width of the step before, by case and number of slots
+        self._times: dict[tuple[StepKind, int], _Times] = {}
+        self._last: dict[tuple[StepKind, int], int] = {}  # the width of the step before, by case and number of slots
 
-    def add(self, case: Case, slots: int, width: int, seconds: float) -> None:
+    def add(self, case: StepKind, slots: int, width: int, seconds: float) -> None:
         """Count a step."""
         self.steps += 1
         plain = 1.0 if width == 1 else self.plain(case)
@@ -66,16 +66,16 @@ class StepTimes:
             times.at = self.steps
         self._last[case, slots] = width
 
-    def plain(self, case: Case) -> float | None:
+    def plain(self, case: StepKind) -> float | None:
         """Seconds of a plain step, if they are known."""
         times = self._times.get((case, 1))
         return times.known if times is not None else None
 
-    def plain_age(self, case: Case) -> int:
+    def plain_age(self, case: StepKind) -> int:
         """Steps since a plain one was timed."""
         return self.steps - self._times[case, 1].at
 
-    def cost(self, case: Case, width: int) -> float | None:
+    def cost(self, case: StepKind, width: int) -> float | None:
         """The time of a wide step, measured in plain ones. None if it was not measured of late."""
         times = self._times.get((case, width))
         return times.known if times is not None and self.steps - times.at <= RETRY else None

@@ -11,7 +11,7 @@ from spoken import row_of
 from grpo.generation import controller, steptimes
 from grpo.generation.controller import Always, Automatic, speculation_of
 from grpo.generation.rows import SharedPrompt
-from grpo.generation.steptimes import Case
+from grpo.generation.steptimes import StepKind
 
 Cost = Callable[[int, int], float]
 """Seconds of a step, by slots and width."""
@@ -262,7 +262,7 @@ def test_rows_of_prompts_that_are_new_do_not_count_as_rows_that_come_back() -> N
     speculation = Automatic()
     epochs(speculation, proportional, 3)
     known, new = row_of(SharedPrompt((0, 7))), row_of(SharedPrompt((50, 51)))
-    case = Case.of([known])
+    case = StepKind.of([known])
     assert case is not None
     of_known, of_new = (speculation._expected(case, [row], 8) for row in (known, new))
     assert of_known > 5
@@ -303,7 +303,7 @@ def test_plain_steps_now_and_then_tell_of_a_machine_that_becomes_slower() -> Non
     machine.run([((1, 2), list(range(40)) * 60)])
     machine.cost = lambda slots, width: flat(slots, width) * 3
     machine.run([((1, 2), list(range(40)) * 60)])
-    case = Case.of([row_of(SharedPrompt((1, 2)))])
+    case = StepKind.of([row_of(SharedPrompt((1, 2)))])
     assert machine.widths[-1] == 8
     assert case is not None
     assert speculation._times.plain(case) == pytest.approx(0.03)

@@ -5,10 +5,10 @@ from spoken import row_of
 
 from grpo.generation import steptimes
 from grpo.generation.rows import SharedPrompt
-from grpo.generation.steptimes import Case, StepTimes
+from grpo.generation.steptimes import StepKind, StepTimes
 
 
-def timed(*steps: tuple[Case, int, float]) -> StepTimes:
+def timed(*steps: tuple[StepKind, int, float]) -> StepTimes:
     """Four steps of each case and width, of which the first is not counted."""
     times = StepTimes()
     for case, width, seconds in steps:
@@ -17,14 +17,14 @@ def timed(*steps: tuple[Case, int, float]) -> StepTimes:
     return times
 
 
-SMALL, LARGE = Case(greedy=False, logprobs=True, slots=3), Case(greedy=False, logprobs=True, slots=5)
+SMALL, LARGE = StepKind(greedy=False, logprobs=True, slots=3), StepKind(greedy=False, logprobs=True, slots=5)
 
 
 def test_rows_make_a_case() -> None:
     row = row_of(SharedPrompt((1,)), temperature=0.0, logprobs=False)
-    assert Case.of([None, row, None]) == Case(greedy=True, logprobs=False, slots=2)
-    assert Case.of([row] * 8) == Case(greedy=True, logprobs=False, slots=3)
-    assert Case.of([None]) is None
+    assert StepKind.of([None, row, None]) == StepKind(greedy=True, logprobs=False, slots=2)
+    assert StepKind.of([row] * 8) == StepKind(greedy=True, logprobs=False, slots=3)
+    assert StepKind.of([None]) is None
 
 
 def test_a_cost_is_in_plain_steps_without_the_first_of_a_width() -> None:

@@ -118,11 +118,13 @@ def test_the_plan_counts_what_there_is(recipe) -> None:
     keys_and_values = 2 * 2 * 16 * 2 * 4  # two heads of 16, of each, in each of two layers, four bytes each
     assert plan.phases["rollout"] > 8 * 8 * keys_and_values + 2 * longest * keys_and_values
     assert plan.slots == run.trainer.engine.generator.slots == 8
-    beside = sum(plan.stays.values()) + plan.phases["rollout"]
-    assert plan.kept_bytes == run.trainer.engine.generator.kept_bytes == int(0.9 * plan.memory) - beside > 0
     drafting = prepare(load_recipe(recipe))
     assert drafting.trainer.engine.generator.speculation.most == drafting.plan.fed == 8
-    assert 0 < drafting.plan.kept_bytes < plan.kept_bytes  # wide steps have room, too
+    assert plan.drafts == 0 < drafting.plan.drafts
+    for one in (run, drafting):  # wide steps have room, whether they are asked for or not
+        beside = sum(one.plan.stays.values()) + one.plan.phases["rollout"] + drafting.plan.drafts
+        kept = one.trainer.engine.generator.kept_bytes
+        assert one.plan.kept_bytes == kept == int(0.9 * one.plan.memory) - beside > 0
 
 
 def test_each_step_samples_anew(recipe) -> None:

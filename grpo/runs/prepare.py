@@ -126,8 +126,7 @@ def _prepared(
         ranks.checked(lambda: partners.check_beginnings(environment, tasks))
     lengths = measure_lengths(tables[0], renderer)
     ranks.check_same("the prompts of data", lengths)
-    longest = cfg.data.max_prompt_length if lengths is None or partners.resets else lengths.longest
-    own = longest - (lengths.shortest if lengths else 0) if partners.resets else 0
+    longest, own = _longest(cfg.data.max_prompt_length, lengths, partners.resets)
     own += environment.tail(tasks[0]) if isinstance(environment, Conversations) else 0
     stream = TaskStream(tables[0], renderer, cfg.seed)
     source = stream if given.source is None else given.source(stream)
@@ -206,6 +205,15 @@ def _check_stop_ids(rollout: RolloutConfig, vocabulary: int) -> None:
     """Raise UserError for a token that the model cannot sample."""
     if odd := [token for token in rollout.stop_token_ids if token >= vocabulary]:
         raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the vocabulary of {vocabulary}")
+
+
+def _longest(limit: int, lengths: Lengths | None, resets: bool) -> tuple[int, int]:
+    """Tokens of the longest prompt that is trained on, and how many of them may be a row's own.
+
+    `limit` is taken where lengths are not known, or not to be relied on because environments' `resets` add to prompts.
+    """
+    longest = limit if lengths is None or resets else lengths.longest
+    return longest, longest - (lengths.shortest if lengths else 0) if resets else 0
 
 
 def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:

@@ -133,18 +133,21 @@ def test_a_step_holds_nothing_twice(name: str, dtype: mx.Dtype, layers: int, kep
 @pytest.mark.skipif(on_gpu(), reason="what is in flight on a GPU varies")
 @pytest.mark.parametrize("name", sorted(set(CLASSES) - {"sgd"}))  # it moves a parameter in its own place
 def test_what_one_array_takes_while_it_moves_is_as_planned(name: str) -> None:
-    model = nn.Linear(256, 256, bias=False)
+    """How many operations are in flight varies: the most is never above the plan, and is seen within a few steps."""
+    model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(2)])  # each moves by itself
     cfg = OptimConfig(steps=1, optimizer=name)
     optimizer = Float32Optimizer(cfg, model.parameters())
     mx.eval(model.parameters())
-    peaks = []
-    for step in range(3):
+    expected, peak = bytes_of_a_group(cfg, model.parameters(), gpu=False), 0
+    for step in range(40):
         gradients = drawn(tree_flatten(model.parameters(), destination={}), step)
         mx.eval(optimizer.state)
         before = resting()
         optimizer.update(model, gradients)
-        peaks.append(mx.get_peak_memory() - before)
-    assert max(peaks) == pytest.approx(bytes_of_a_group(cfg, model.parameters(), gpu=False), rel=0.05)
+        peak = max(peak, mx.get_peak_memory() - before)
+        if step >= 2 and peak >= 0.95 * expected:
+            break
+    assert peak == pytest.approx(expected, rel=0.05)
 
 
 def test_what_a_norm_takes_is_as_planned() -> None:
@@ -213,16 +216,20 @@ def test_parts_of_a_large_array_change_nothing(name: str, dtype: mx.Dtype) -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "cpu", "gpu"),
     [
-        ({}, (28 + 12) * GROUP + 4 * 2**18),  # a group at work, and a copy of the array
-        ({"moments": "int8"}, (28 + 2 * 26 + 12) * GROUP // 2 + 4 * 2**18),
-        ({"optimizer": "adafactor"}, 28 * 2**18),  # which moves arrays whole
+        # A group at work, and a copy of the array.
+        ({}, (16 + 12) * GROUP + 4 * 2**18, (28 + 12) * GROUP + 4 * 2**18),
+        ({"moments": "int8"}, *[(28 + 2 * 27 + 12) * GROUP // 2 + 4 * 2**18] * 2),
+        ({"optimizer": "lion", "moments": "int8"}, *[(28 + 27 + 12) * GROUP // 2 + 4 * 2**18] * 2),
+        ({"optimizer": "adafactor"}, 16 * 2**18, 28 * 2**18),  # which moves arrays whole
+        ({"optimizer": "muon"}, 80 * 2**18, 80 * 2**18),
+        ({"optimizer": "muon", "moments": "int8"}, (80 + 27) * 2**18, (80 + 27) * 2**18),
     ],
 )
-def test_a_large_array_takes_what_a_group_takes(settings: dict, expected: int) -> None:
-    parameters = {"weight": mx.zeros((2**10, 2**8))}
-    assert bytes_of_a_group(OptimConfig(steps=1, **settings), parameters) == expected
+def test_a_large_array_takes_what_a_group_takes(settings: dict, cpu: int, gpu: int) -> None:
+    parameters, cfg = {"weight": mx.zeros((2**10, 2**8))}, OptimConfig(steps=1, **settings)
+    assert [bytes_of_a_group(cfg, parameters, where) for where in (False, True)] == [cpu, gpu]
 
 
 def test_parts_are_whole_blocks_and_all_of_an_array() -> None:

@@ -40,18 +40,18 @@ def checkpointed(
 
 @contextmanager
 def checkpointed_layers(
-    layers: Sequence[nn.Module], row_wise: RowWise, on: bool | int = True, checkpoint: Checkpoint = mx.checkpoint
+    layers: Sequence[nn.Module], on: bool | int, row_wise: RowWise, checkpoint: Checkpoint = mx.checkpoint
 ) -> Iterator[None]:
     """Inside the block these layers are checkpointed; outside, in generation, they are what they were.
 
     `on` is True (all), False (none), or how many of them, from the first: the backward pass comes to the last layers
-    first, so what those keep is gone when a layer before them is computed again. `checkpoint` takes the place of MLX's.
-    The layers' `row_wise` parts are computed in tiles of tokens.
+    first, so what those keep is gone when a layer before them is computed again. `row_wise` parts go by tiles of
+    tokens. `checkpoint` takes the place of MLX's.
     """
     layers = layers if on is True else layers[: int(on)]
     former = [type(layer) for layer in layers]
-    how = {"row_wise": row_wise, "checkpoint": staticmethod(checkpoint)}
-    kinds = {kind: type(kind.__name__, (_Checkpointed, kind), how) for kind in set(former)}
+    own = {"row_wise": row_wise, "checkpoint": staticmethod(checkpoint)}
+    kinds = {kind: type(kind.__name__, (_Checkpointed, kind), own) for kind in set(former)}
     try:
         for layer, kind in zip(layers, former, strict=True):
             layer.__class__ = kinds[kind]
@@ -65,6 +65,7 @@ class _Checkpointed:
     """Put before a layer's own class: the same layer, its inside computed again in the backward pass."""
 
     row_wise: RowWise
+    checkpoint: Checkpoint
 
     def __call__(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         plain = super().__call__  # type: ignore[misc]  # the layer's own

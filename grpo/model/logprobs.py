@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.device import on_gpu
 from grpo.backend.maths import chosen, logsumexp, logsumexp_and_softmax
 from grpo.model.head import Head, head_parameters
 from grpo.model.pieces import in_pieces
@@ -16,12 +17,13 @@ ROUNDING = {mx.float32: 1e-3, mx.bfloat16: 3e-2, mx.float16: 1e-2}
 KV_ROUNDING = {8: 2e-2, 4: 3e-1}
 """The same for keys and values in so many bits (`rollout.kv_bits`): ten times what models with random weights show,
 whatever their heads' width (2e-3 and 3e-2), and about what they show with weights three times as large."""
-LOGITS = 2**25
-"""Logits in a chunk, 128 MB in float32, of however many tokens that is: the loss's memory does not depend on the
-vocabulary. MLX has some ten operations in flight, each of which may hold as much."""
+LOGITS = {False: 2**19, True: 2**25}
+"""Logits in a chunk on a CPU, 2 MB in float32, which its cache holds, and on a GPU, 128 MB, of however many tokens that
+is: the loss's memory does not depend on the vocabulary. MLX has some ten operations in flight, each of which may hold
+as much. On a CPU fewer logits took less time, too."""
 
-CHUNK = 1024
-"""Tokens in a chunk, at most: their product is large enough, whatever the vocabulary."""
+LEAST, CHUNK = 32, 1024
+"""Tokens in a chunk, at least and at most: their product is large enough, whatever the vocabulary."""
 
 
 def rounding(dtype: mx.Dtype, kv_bits: int | None = None) -> float:
@@ -53,8 +55,8 @@ def with_entropies(scaled_logits: mx.array, tokens: mx.array, gradient: bool) ->
 
 
 def chunk_tokens(vocabulary: int) -> int:
-    """How many tokens to project at once, so that their logits fill no more than `LOGITS`, and `CHUNK` at most."""
-    return min(CHUNK, max(16, LOGITS // vocabulary // 16 * 16))
+    """How many tokens to project at once, so that their logits are `LOGITS` at most, within `LEAST` and `CHUNK`."""
+    return min(CHUNK, max(LEAST, LOGITS[on_gpu()] // vocabulary // 16 * 16))
 
 
 def chunked_logprobs(

@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.blame import cause
 from grpo.backend.device import on_gpu
+from grpo.errors import UserError
 from grpo.model.adapters import Adapters
-from grpo.model.attending import InTiles
+from grpo.model.attending import InTiles, Untiled
 from grpo.model.attention import most_pairs
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import Body, Head, Unsplit, split_head
@@ -44,6 +46,7 @@ class Policy:
         gradient_checkpointing: bool | int = False,
         vault: Vault | None = None,
     ) -> None:
+        """Raises UserError for a model that cannot be called without a cache, as training calls it."""
         self.model = model
         self.adapters = adapters
         self.temperature = temperature
@@ -56,8 +59,12 @@ class Policy:
             self.split = split_head(model)
         except Unsplit as reason:
             self.slow.append(f"logprobs go through full logits, because the head cannot be split off: {reason}")
+            _check_called(model)
         self._in_tiles: InTiles | None = InTiles(model)
-        self._fault = self._in_tiles.fault(model)
+        try:
+            self._fault = self._in_tiles.fault(model if self.split is None else self.split[0])
+        except Untiled as reason:
+            self._in_tiles, self._fault = None, str(reason)
         if self._fault:
             self.slow.append(f"{KEEPS}: {self._fault}")
         self._row_wise = RowWise(model)
@@ -136,8 +143,8 @@ class Policy:
     @contextmanager
     def _through_layers(self) -> Iterator[None]:
         """In what hidden states are computed."""
-        layers = checkpointed_layers(self.model.layers, self._row_wise, self.gradient_checkpointing, self._checkpoint)
-        with self._attention(), layers:
+        layers, on = self.model.layers, self.gradient_checkpointing
+        with self._attention(), checkpointed_layers(layers, on, self._row_wise, self._checkpoint):
             yield
 
     @contextmanager
@@ -243,3 +250,14 @@ class Policy:
         head = self.split[1]
         chunk = chunk_tokens(head(hidden[:1, :1]).shape[-1])  # the shape alone: nothing of it is computed
         return chunked_logprobs(hidden, tokens, head, self.temperature, chunk, entropy_gradient, self.model, entropies)
+
+
+def _check_called(model: nn.Module) -> None:
+    """Raise UserError for a model that cannot be called as training calls it. Nothing is computed."""
+    try:
+        model(mx.array([[1, 2, 3]]), cache=None)
+    except Exception as error:  # whatever the model's own code raises
+        raise UserError(
+            "this model cannot be trained: training calls it on whole sequences as model(tokens, cache=None), without "
+            f"a cache, and it raises {cause(error)}. Let its __call__ take that"
+        ) from error

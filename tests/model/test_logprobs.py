@@ -95,9 +95,19 @@ def peak_of_the_loss(vocabulary: int) -> int:
     return mx.get_peak_memory() - resting
 
 
+@pytest.mark.parametrize(
+    ("gpu", "vocabulary", "tokens"),
+    [(False, 2048, 256), (False, 6144, 80), (False, 151936, 32), (True, 2048, 1024), (True, 151936, 208)],
+)
+def test_a_chunk_has_as_many_tokens_as_the_machine_takes_well(monkeypatch, gpu, vocabulary, tokens) -> None:
+    monkeypatch.setattr(logprobs, "on_gpu", lambda: gpu)
+    assert chunk_tokens(vocabulary) == tokens
+
+
 @pytest.mark.slow
 def test_memory_of_the_loss_is_flat_in_the_vocabulary(monkeypatch) -> None:
-    monkeypatch.setattr(logprobs, "LOGITS", 2**22)  # smaller than it is, so that there are chunks to speak of
+    most = 2**23  # more than `LEAST` tokens of any of them
+    monkeypatch.setattr(logprobs, "LOGITS", {False: most, True: most})
     peaks = [peak_of_the_loss(vocabulary) for vocabulary in (1_000, 20_000, 150_000)]
-    assert all(peak < 15 * 4 * logprobs.LOGITS for peak in peaks)  # 150,000 × 2,048 logits alone would be 1.2 GB
+    assert all(peak < 15 * 4 * most for peak in peaks)  # 150,000 × 2,048 logits alone would be 1.2 GB
     assert peaks[2] < 1.1 * peaks[1]

@@ -15,6 +15,7 @@ from grpo.generation.products import fewest_columns, padded
 from grpo.model.attending import InTiles, mlx_lms
 from grpo.model.attention import PromptKeysValues, attention
 from grpo.model.sight import Causal
+from grpo.model.tiles import NARROWEST
 
 
 class PlaceCache:
@@ -71,7 +72,7 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence
         return
     rows = mx.array([[*ids[:-1], *[0] * (width + 1 - len(ids))] for ids in prompts])
     caches = [PlaceCache(layer, mx.array(list(places))) for layer in layers]
-    chunk = prefill_chunk()
-    least = width - width % chunk + fewest_columns() if width % chunk else width  # in the last chunk, too
+    last = width % prefill_chunk() % NARROWEST  # of the last chunk the last tile
+    least = width - last + fewest_columns() if last else width
     with nullcontext() if on_gpu() else InTiles(model).begun():
         feed_caches(model, caches, padded(rows, least, 1), width)

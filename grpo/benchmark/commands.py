@@ -30,7 +30,9 @@ def _writable(path: Path | None) -> Path | None:
 
 
 OPTIONS: dict[str, Any] = {
-    "shape": Annotated[str, typer.Option(help="Random weights: qwen3-tiny, -1m, -25m, -0.6b, -1.7b, -4b or -moe-2m.")],
+    "shape": Annotated[
+        str, typer.Option(help="Random weights: qwen3-tiny, -1m, -25m, -0.6b, -1.7b, -4b, -8b or -moe-2m.")
+    ],
     "model": Annotated[str | None, typer.Option(help="A real model instead: a Hub repository, folder or built-in.")],
     "lora": Annotated[
         bool, typer.Option(help="Sample with a LoRA of rank 16 on every linear layer; what trains has one.")
@@ -56,6 +58,12 @@ OPTIONS: dict[str, Any] = {
             help="Give mlx-lm the cache of each prompt, computed once and copied for its completions, which "
             "`batch_generate` does not do by itself.",
         ),
+    ],
+    "bits": Annotated[
+        int | None, typer.Option(min=2, max=8, help="Of a shape's quantized matrices. Default: not quantized.")
+    ],
+    "limit": Annotated[
+        float | None, typer.Option(help="Plan for so many GB of memory (memory.limit_gb). Default: this machine's.")
     ],
     "runs": Annotated[int, typer.Option(min=1, help="Runs of each side, after one warm-up.")],
 }
@@ -123,7 +131,7 @@ def rollout(
     return (against_wheel if wheel_blas else against_mlx_lm)(setting)
 
 
-@command(prompts=2, completions=8, prompt_length=64, completion_length=64)
+@command(prompts=2, completions=8, prompt_length=64, completion_length=64, bits=None, limit=None)
 def train(
     setting: "Setting",
     update: Annotated[bool, typer.Option("--update", help="The update alone, in its variants.")] = False,
@@ -162,6 +170,10 @@ def train(
         raise UserError(
             "--variants means nothing without --update, nor --peer, --blas and --peer-options without --peer-python"
         )
+    if setting.limit is not None and update:
+        raise UserError("--limit means nothing with --update, which plans nothing")
+    if setting.bits is not None and (setting.model or peer_python):
+        raise UserError("--bits is for a shape's random weights, and not beside another toolkit's")
     if update:
         return compare_updates(setting, variant_names(variants), 60 * minutes)
     toolkit = Toolkit(peer or "mlx-lm-lora", peer_python, blas, peer_options) if peer_python else None
@@ -178,7 +190,10 @@ def speculate(
         ),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Instead: the steps of this recipe, over epochs.")
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME", help="Instead: the steps of this recipe (a file, or a bundled one), over epochs."
+        ),
     ] = None,
     pool: Annotated[
         int | None, typer.Option(min=1, help="With --recipe: its first prompts, which make an epoch. Default: 16.")
@@ -194,6 +209,7 @@ def speculate(
     from grpo.benchmark.epochs import epochs_of, ways_of
     from grpo.benchmark.speculation import counts, speculation_gains
     from grpo.errors import UserError
+    from grpo.plugins import find_recipe
 
     if recipe is None:
         if pool is not None or ways is not None:
@@ -203,10 +219,8 @@ def speculate(
         raise UserError("--accepted means nothing with --recipe: there drafts are accepted as they are right")
     usual: dict[str, Any] = {**COMMON, **LOAD, "runs": setting.runs}
     if setting != type(setting)(**usual):
-        raise UserError(
-            "--recipe FILE says which model, prompts and lengths: of the options for these, only --runs counts"
-        )
-    return epochs_of(recipe, pool or 16, ways_of("auto" if ways is None else ways), setting.runs)
+        raise UserError("--recipe says which model, prompts and lengths: of the options for these, only --runs counts")
+    return epochs_of(find_recipe(recipe), pool or 16, ways_of("auto" if ways is None else ways), setting.runs)
 
 
 @command(prompts=4, completions=8, prompt_length=128, completion_length=128, runs=2)

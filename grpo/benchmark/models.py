@@ -37,7 +37,9 @@ def base_model(setting: Setting) -> nn.Module:
     """
     setup()
     return (
-        load(ModelConfig(name=setting.model, head_dtype="model"))[0] if setting.model else random_model(setting.shape)
+        load(ModelConfig(name=setting.model, head_dtype="model"))[0]
+        if setting.model
+        else random_model(setting.shape, setting.bits)
     )
 
 

@@ -18,7 +18,8 @@ class Setting:
     Lengths are in tokens; `runs` are turns after the warm-up. `completion_length` is every completion's, unless
     `lengths` says how they vary: then it is the most. At most `slots` rows decode at once (None: all of them), of
     mlx-lm `peer_slots` (None: as many); with `peer_prompts_once` mlx-lm gets each prompt's cache computed once for all
-    its completions. A benchmark looks at what means something to it.
+    its completions. A random model's matrices have so many `bits` (None: not quantized), and training is planned for
+    `limit` GB of memory (None: this machine's). A benchmark looks at what means something to it.
     """
 
     shape: str = "qwen3-1m"
@@ -33,6 +34,8 @@ class Setting:
     slots: int | None = None
     peer_slots: int | None = None
     peer_prompts_once: bool = False
+    bits: int | None = None
+    limit: float | None = None
 
     def __str__(self) -> str:
         load = f"{self.prompts}x{self.completions} {self.prompt_length}+{self.completion_length}"
@@ -40,12 +43,13 @@ class Setting:
         slots = "" if self.slots is None else f", {self.slots} slots"
         peers = "" if self.peer_slots is None else f", mlx-lm {self.peer_slots} rows at once"
         once = ", mlx-lm's prompts computed once" if self.peer_prompts_once else ""
-        return f"{self.name} {load}{lengths}{slots}{peers}{once}"
+        limit = "" if self.limit is None else f", memory.limit_gb {self.limit:g}"
+        return f"{self.name} {load}{lengths}{slots}{peers}{once}{limit}"
 
     @property
     def name(self) -> str:
         """Of the model that is measured."""
-        return self.model or self.shape
+        return self.model or self.shape + ("" if self.bits is None else f" in {self.bits} bits")
 
     @property
     def rows(self) -> int:

@@ -6,6 +6,7 @@ import time
 
 import mlx.core as mx
 
+from grpo.backend.device import limit_memory
 from grpo.backend.ranks import Ranks
 from grpo.benchmark.models import base_model
 from grpo.benchmark.peers import Toolkit, running
@@ -16,7 +17,7 @@ from grpo.benchmark.setting import Setting
 from grpo.benchmark.work import Prompts, policy_of, recipe, synthetic
 from grpo.generation.controller import speculation_of
 from grpo.model.widehead import widen_head
-from grpo.planning.planner import make_plan
+from grpo.planning.planner import allowed, make_plan
 from grpo.planning.workload import Workload
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
@@ -29,16 +30,21 @@ PHASES = ("rollout", "reward", "logprobs", "update")
 def step_trainer(setting: Setting, ranks: Ranks | None = None, scorer: Scorer | None = None) -> Trainer:
     """A trainer as its plan decides, whose completions all have their full length. Even tokens are rewarded, unless a
     scorer with another reward is given."""
+    limit_memory(None if setting.limit is None else allowed(setting.limit))
     cfg = recipe(setting, {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"})
     model = base_model(setting)
     widen_head(model)  # as a run does, unless it is float32
     policy = policy_of(model, cfg.optim)
     generator = untold(policy.model, setting.rows)
     workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, setting.prompt_length, setting.prompt_length)
-    plan, optim = make_plan(workload, policy, generator.decoding)
+    plan, optim = make_plan(workload, policy, generator.decoding, setting.limit)
     cfg = with_settings(cfg, {"optim": optim})
-    generator.slots = plan.slots
+    generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
     generator.speculation = speculation_of(cfg.rollout.speculate)
+    if generator.speculation is not None:
+        generator.speculation.most = plan.fed
+    if setting.limit is not None:
+        print("\n".join(plan.lines()), flush=True)
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     tasks = [group.task for group in synthetic(setting, policy.model)]
     even = {"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]}

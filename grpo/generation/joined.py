@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.backend.cuda import available, overwrite_rows
+from grpo.generation import cuda_products
 from grpo.generation.products import fewest_columns, padded
 
 WEIGHTS = ("weight", "scales", "biases", "bias")
@@ -184,6 +185,8 @@ class Products:
         weight = self.lora.get("merged", self.joined["weight"])
         first = self._bases[0]
         if not isinstance(first, nn.QuantizedLinear):
+            if self._halved and onto is None and cuda_products.serves(x, weight):
+                return cuda_products.product(x, weight)
             return x @ weight.T if onto is None else mx.addmm(onto, x, weight.T)
         y = mx.quantized_matmul(
             x, weight, self.joined["scales"], self.joined.get("biases"),

@@ -50,8 +50,8 @@ def attention(
 
     queries `[B, HQ, T, D]`, keys `[B, H, K, D]`, values `[B, H, K, E]`, where HQ is a multiple of H. `sight` says what
     each query sees. The rows' `prompts` stand before their keys. `sinks` `[HQ]` are scores that take weight and give
-    nothing (arXiv 2309.17453). Without a `gradient` no score is kept, and a row's numbers do not depend on how many
-    rows there are.
+    nothing (arXiv 2309.17453). Without a `gradient` no score is kept, and what comes out of a row does not depend on
+    how many rows there are.
     """
     index = None if prompts is None else prompts.rows
     given = [queries, keys, values, *(prompts[:2] if prompts else ()), *([] if sinks is None else [sinks])]

@@ -27,12 +27,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-1.7b": CONFIGS["Qwen/Qwen3-1.7B"],
     "qwen3-4b": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
                  "head_dim": 128, "intermediate_size": 9728, "vocab_size": 151936},
+    "qwen3-8b": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+                 "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False},
     "qwen3-moe-2m": {"model_type": "qwen3_moe", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
                      "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 384, "vocab_size": 2048,
                      "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
                      "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
 }  # fmt: skip
-"""Qwen3 by its dimensions; 0.6b, 1.7b and 4b are the published models', the others small ones of the same kind."""
+"""Qwen3 by its dimensions; 0.6b, 1.7b, 4b and 8b are the published models', the others small ones of the same kind."""
 
 
 RANK = 16
@@ -47,12 +49,17 @@ def config_of(shape: str) -> dict[str, Any]:
     return {**fixed, **SHAPES[shape]}
 
 
-def random_model(shape: str) -> nn.Module:
-    """A frozen model of a shape: bfloat16 on a GPU, float32 on a CPU; the same weights each time."""
+def random_model(shape: str, bits: int | None = None) -> nn.Module:
+    """A frozen model of a shape: bfloat16 on a GPU, float32 on a CPU; the same weights each time.
+
+    `bits`: those of its quantized matrices, in groups of 64; None for none.
+    """
     mx.random.seed(0)
     model = new_model(config_of(shape))
     dtype = mx.bfloat16 if on_gpu() else mx.float32
     model.update(tree_map(lambda a: a.astype(dtype), model.parameters()))
+    if bits is not None:
+        nn.quantize(model, bits=bits)
     model.freeze()
     mx.eval(model.parameters())
     return model

@@ -21,6 +21,7 @@ from grpo.model.adapters import make_trainable
 from grpo.model.costs import Costs, Product
 from grpo.model.load import check_config
 from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear, new_model
+from grpo.model.stored import Stored, stored
 
 USED_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
 """How many experts a token meets, by the names that architectures have for it."""
@@ -75,22 +76,25 @@ def outline(config: Mapping[str, Any], adapter: AdapterConfig | None, dtype: mx.
     except Exception as error:  # whatever a config that is not what it should be makes mlx-lm's code raise
         raise UserError(f"config.json: not a model that mlx-lm knows: {one_line(error)}") from error
     model.set_dtype(dtype or _dtype_of(config))
-    if (quantization := config.get("quantization")) is not None:
-        _quantize(model, quantization)
+    if (how := stored(config)) is not None:
+        _quantize(model, how)
     model.freeze()
     if adapter is not None:
         make_trainable(model, adapter, mx.random.key(0))
     return model
 
 
-def _quantize(model: nn.Module, settings: Mapping[str, Any]) -> None:
+def _quantize(model: nn.Module, how: Stored) -> None:
     """As mlx-lm's loader does: by the settings of a path where it has its own, or else by those of all."""
+    settings = how.settings
     size = settings["group_size"]
 
     def chosen(path: str, module: nn.Module) -> Any:
         own = settings.get(path)
-        fits = hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0
-        return fits if own is None else own
+        if own is not None:
+            return own
+        kept = how.keeps(path) or (isinstance(module, nn.Embedding) and not how.embeddings)
+        return not kept and hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0
 
     nn.quantize(model, size, settings["bits"], mode=settings.get("mode", "affine"), class_predicate=chosen)
 

@@ -16,6 +16,7 @@ from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import Body, Head, Unsplit, split_head
 from grpo.model.lines import Lines, Unpacked, at_rows, check_lines, line_hidden
 from grpo.model.logprobs import chunk_tokens, chunked_logprobs, scaled, token_logprobs, with_entropies
+from grpo.model.offloading import Checkpoint, Vault, keeping_in
 from grpo.model.promptcaches import Kind
 from grpo.model.quantized import dtype_of
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
@@ -28,6 +29,7 @@ class Policy:
 
     `slow` says for what reasons, if any, training goes a slower way with this model. `share_prompts` and
     `gradient_checkpointing` (all layers, none, or how many from the first) change memory and speed, not what comes out.
+    So does a `vault`, where checkpointed layers' inputs lie until the backward pass.
     """
 
     def __init__(
@@ -37,11 +39,14 @@ class Policy:
         temperature: float,
         share_prompts: bool = True,
         gradient_checkpointing: bool | int = False,
+        vault: Vault | None = None,
     ) -> None:
         self.model = model
         self.adapters = adapters
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
+        self.vault = vault
+        self._checkpoint: Checkpoint = mx.checkpoint
         self.slow: list[str] = []
         self.split: tuple[Body, Head] | None = None
         try:
@@ -78,6 +83,11 @@ class Policy:
                 raise
             self.slow.append(f"{KEEPS}: {reason}")
             return layers
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say of how training goes."""
+        return self.slow if self.vault is None else [*self.slow, self.vault.note()]
 
     @property
     def most_pairs(self) -> int | None:
@@ -120,18 +130,25 @@ class Policy:
     @contextmanager
     def _through_layers(self) -> Iterator[None]:
         """In what hidden states are computed."""
-        with self._attention(), checkpointed_layers(self.model.layers, self.gradient_checkpointing):
+        with self._attention(), checkpointed_layers(self.model.layers, self.gradient_checkpointing, self._checkpoint):
             yield
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Take gradients inside this block: outside, some models (recurrent ones) use kernels that have none."""
+        """Take a gradient inside this block: outside, some models (recurrent ones) use kernels that have none.
+
+        With a vault, a gradient must have been evaluated before the next block begins.
+        """
         former = self.model.training
         self.model.train()
+        if self.vault is not None:
+            self.vault.begin()
+            self._checkpoint = keeping_in(self.vault)  # elsewhere there is no backward pass to give anything back to
         try:
             yield
         finally:
             self.model.train(former)
+            self._checkpoint = mx.checkpoint
 
     @property
     def dtype(self) -> mx.Dtype:

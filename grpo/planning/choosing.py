@@ -83,7 +83,8 @@ class Choice:
         machine, load, footprint = self.machine, self.load, cache(self.footprint)  # seconds to measure: if come to
         few = FEW_TOKENS // ((1 + load.packs) if machine.gpu else 4)
         asked, tokens = load.optim.gradient_checkpointing, load.optim.micro_batch_tokens
-        ways = (False, True) if asked == "auto" else (asked,)
+        auto = (True,) if load.optim.offload_activations else (False, True)
+        ways = auto if asked == "auto" else (asked,)
         sizes = AUTO_TOKENS[0 if machine.gpu else 2 :] if tokens == "auto" else (tokens,)
         order = [(way, size) for size in sizes for way in ways] if machine.cuda else list(product(ways, sizes))
         best: Chosen | None = None

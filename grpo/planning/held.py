@@ -43,7 +43,7 @@ def optimizer_step(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module,
     trained = model.trainable_parameters()
     numbers: int = sum(array.size for _, array in tree_flatten(trained))
     made = _bytes(trained) + optimizer if _holds_former(adapter) and not _several(optim) else 0
-    return max(4 * numbers, made) + bytes_of_a_group(optim.optimizer, trained)
+    return max(4 * numbers, made) + bytes_of_a_group(optim, trained)
 
 
 def _bytes(tree: Any) -> int:

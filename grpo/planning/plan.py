@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from grpo.planning.choosing import Checkpointing
 from grpo.planning.machines import FREE, OF_A_LIMIT
 from grpo.planning.workload import Workload
+from grpo.training.moments import has_moments
 from grpo.training.packing import Shape
 
 
@@ -119,7 +120,7 @@ class Plan:
 
 def why_not(plan: Plan, needed: int, parts: dict[str, int]) -> str:
     """What cannot fit into what, and the parts of what is needed."""
-    what = "memory.limit_gb allows" if plan.limited else "this machine has"
+    what = "memory.limit_gb allows" if plan.limited else "the machine has"
     *stays, (phase, size) = parts.items()
     held = ", ".join(f"{name} {size_of(held)}" for name, held in stays if held)
     return (
@@ -146,6 +147,8 @@ def ways_out(plan: Plan, load: Workload) -> list[str]:
     if phase != "optimizer's step":
         ways.append("a smaller rollout.max_completion_length or data.max_prompt_length")
     if load.adapter.type == "full":
+        if load.optim.moments == "float32" and has_moments(load.optim):
+            ways.append("optim.moments: int8")
         ways.append("adapter.type: lora")
     ways.append("a smaller or quantized model (model.quantize)")
     if plan.limited:

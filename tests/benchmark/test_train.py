@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
+import mlx.nn as nn
 import pytest
 
+from grpo.backend.device import limit_memory
 from grpo.benchmark import train, updates
 from grpo.benchmark.models import write_model
 from grpo.benchmark.protocol import alternate
 from grpo.benchmark.setting import Setting
 from grpo.config import ModelConfig
-from grpo.errors import RunError, UserError
+from grpo.errors import RunError, TooLargeError, UserError
 from grpo.model.load import load
 
 SMALL = Setting("qwen3-tiny", prompts=2, completions=2, prompt_length=8, completion_length=6)
@@ -29,6 +32,16 @@ def test_a_whole_step_is_measured_in_its_parts() -> None:
 
 def test_a_measured_step_has_drafts_as_a_run_s_step_has_them() -> None:
     assert train.step_trainer(SMALL).engine.generator.speculation is not None
+
+
+def test_a_step_is_planned_for_a_limit_and_for_a_quantized_base(capsys) -> None:
+    free = train.step_trainer(replace(SMALL, bits=4))
+    assert sum(isinstance(module, nn.QuantizedLinear) for module in free.policy.model.modules()) == 14
+    with pytest.raises(TooLargeError, match=r"memory\.limit_gb allows 1 MB"):
+        train.step_trainer(replace(SMALL, bits=4, limit=0.001))
+    train.step_trainer(replace(SMALL, bits=4, limit=0.01))
+    assert "of 10 MB: weights" in capsys.readouterr().out
+    limit_memory(None)
 
 
 def test_variants_of_the_update_are_held_against_the_first(capsys) -> None:
@@ -78,6 +91,9 @@ def test_a_group_of_one_is_no_group() -> None:
         (["--peer-options", "--no-cce"], "nor --peer, --blas and --peer-options without --peer-python"),
         (["--peer-python", sys.executable, "--peer", "nope"], "--peer nope: expected mlx-lm-lora or unsloth"),
         (["--update", "--blas"], "leave --update out"),
+        (["--update", "--limit", "1"], "--limit means nothing with --update"),
+        (["--bits", "4", "--model", "tiny"], "--bits is for a shape's random weights"),
+        (["--bits", "4", "--peer-python", sys.executable], "not beside another toolkit's"),
         (["--peer-python", "/nowhere/python"], "does not exist"),
     ],
 )

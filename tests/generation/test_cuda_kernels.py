@@ -11,6 +11,7 @@ from generation import halves
 from mlx_lm.tuner.lora import LoRALinear
 
 from grpo.backend import cuda
+from grpo.generation import cuda_products
 from grpo.generation.attention import StockAttention
 from grpo.generation.blocks import Norm
 from grpo.generation.buffers import CacheShape, Layer
@@ -135,3 +136,26 @@ def test_adapters_are_written_below_the_matrix_in_its_place() -> None:
     assert products.joined["weight"] is matrix
     x = mx.random.normal((5, 64))
     assert_near(products(x), mx.concatenate([layer(x) for layer in layers], axis=-1))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize(("rows", "width", "outs"), [(1, 64, 20), (8, 1024, 1040), (33, 96, 4112), (64, 3072, 1040)])
+def test_products_of_few_rows_are_those_of_stock_operations(dtype, rows: int, width: int, outs: int) -> None:
+    x, matrix = drawn(rows, width, dtype=dtype), drawn(outs, width, dtype=dtype)
+    assert cuda_products.serves(x, matrix)
+    assert_near(cuda_products.product(x, matrix), x @ matrix.T)
+
+
+def test_a_rows_product_does_not_depend_on_the_rows_beside_it() -> None:
+    x, matrix = drawn(64, 1024, dtype=mx.bfloat16), drawn(4112, 1024, dtype=mx.bfloat16)
+    together = cuda_products.product(x, matrix)
+    for rows in (1, 8, 17, 32):
+        assert mx.array_equal(cuda_products.product(x[:rows], matrix), together[:rows])
+
+
+def test_products_of_many_rows_or_in_float32_are_left_to_stock_operations() -> None:
+    x, matrix = mx.zeros((64, 64), mx.bfloat16), mx.zeros((8, 64), mx.bfloat16)
+    assert cuda_products.serves(x, matrix)
+    assert not cuda_products.serves(mx.zeros((65, 64), mx.bfloat16), matrix)
+    assert not cuda_products.serves(x.astype(mx.float32), matrix.astype(mx.float32))
+    assert not cuda_products.serves(x[:, :48], matrix[:, :48])

@@ -316,7 +316,7 @@ def test_what_cannot_fit_is_refused_with_numbers(monkeypatch) -> None:
     monkeypatch.setattr(planner, "memory_bytes", lambda: 12 * 2**20)
     with pytest.raises(
         UserError,
-        match=r"needs \d+ MB, and this machine has 12 MB\. weights \d+ MB, .* stay in memory, and the update \(2 × "
+        match=r"needs \d+ MB, and the machine has 12 MB\. weights \d+ MB, .* stay in memory, and the update \(2 × "
         r"\(1 × 160 tokens after 1 × 96\), layers checkpointed\) takes \d+ MB\. What would help: a smaller rollout",
     ):
         planned()

@@ -260,7 +260,7 @@ def test_a_plan_that_does_not_fit_in_one_process_ends_all(recipe, monkeypatch) -
     """The others would wait for its plan for ever: its refusal is said to them, and so is a limit beyond its memory."""
     said = []
     monkeypatch.setattr(Ranks, "gather", lambda _, mine: said.append(mine) or [mine])
-    for limit, words in [(1e-6, "this cannot fit"), (1e6, "more than this machine has")]:
+    for limit, words in [(1e-6, "this cannot fit"), (1e6, "more than the machine has")]:
         with pytest.raises(UserError, match=words):
             prepare(load_recipe(recipe, [f"memory.limit_gb={limit}"]))
         assert words in said[-1]

@@ -32,7 +32,8 @@ class PlaceCache:
         self._own = self._seen = keys, values
         self._earlier: KeysValues | None = None
         if first:
-            earlier = self._earlier = self._layer.prompts(self._places, first)
+            places = mx.depends(self._places, [keys])  # or those of all layers would be looked up at once
+            earlier = self._earlier = self._layer.prompts(places, first)
             self._seen = mx.concatenate([earlier[0], keys], axis=2), mx.concatenate([earlier[1], values], axis=2)
         self._layer.insert(self._places, (keys, values), first)
         return self._seen

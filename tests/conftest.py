@@ -27,6 +27,7 @@ import mlx.nn as nn
 import pytest
 from hub.layouts import gsm8k, sharded_model
 from hub.server import Hub
+from measuring import once
 
 from grpo.backend.device import setup
 from grpo.builtin import models
@@ -38,6 +39,7 @@ from grpo.model.adapters import Adapters
 from grpo.model.load import load
 from grpo.model.mlxlm import new_model
 from grpo.model.policy import Policy
+from grpo.planning import planner
 
 setup()
 
@@ -57,6 +59,25 @@ def lengths_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _lengths_of_this_session(lengths_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is known of prompts from former sessions, when the code was another."""
     monkeypatch.setattr("grpo.data.lengths.cache_folder", lambda: lengths_folder)
+
+
+@pytest.fixture(scope="session")
+def found_by_planners() -> dict[object, object]:
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def measured_once(
+    request: pytest.FixtureRequest, found_by_planners: dict[object, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is planned by what was measured of the same policy earlier in this session. See `measuring`.
+
+    Where planning is tested, every plan measures for itself.
+    """
+    if "planning" in request.path.parts:
+        return
+    for measure in ("measure_footprint", "rehearsed"):
+        monkeypatch.setattr(planner, measure, once(getattr(planner, measure), found_by_planners))
 
 
 @pytest.fixture(scope="session", autouse=True)

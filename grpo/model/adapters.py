@@ -38,6 +38,8 @@ Snapshot = tuple[str, AdapterState, Mapping[str, AdapterState]]
 """Which state is active, its arrays, and the others by name."""
 
 POLICY, REFERENCE = "policy", "reference"
+EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
+LINEAR = (nn.Linear, nn.QuantizedLinear, *EXPERTS)
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 """What chooses a token's experts, by its path in a block that has some. In many models it is no linear layer at all."""
 
@@ -279,16 +281,14 @@ def _places(model: nn.Module, kind: str) -> set[str]:
 
 def linear_layers(model: nn.Module) -> list[str]:
     """The linear layers of the model's blocks by their path in a block, in order and once each."""
-    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
-    paths = [path for block in model.layers for path, module in block.named_modules() if isinstance(module, kinds)]
+    paths = [path for block in model.layers for path, module in block.named_modules() if isinstance(module, LINEAR)]
     return list(dict.fromkeys(sorted(paths)))
 
 
 def routers(model: nn.Module) -> set[str]:
     """Those linear layers that choose experts: not trained unless named, so that what is sampled goes where it went."""
     blocks = [dict(block.named_modules()) for block in model.layers]
-    experts = (SwitchLinear, QuantizedSwitchLinear)
-    sparse = [block for block in blocks if any(isinstance(module, experts) for module in block.values())]
+    sparse = [block for block in blocks if any(isinstance(module, EXPERTS) for module in block.values())]
     return {path for block in sparse for path in block if ROUTER.search(path)}
 
 

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from grpo.model.attending import as_now
 from grpo.model.dropout import dropout_key, dropping
 from grpo.model.offloading import Checkpoint
+from grpo.model.rowwise import RowWise
 
 
 def checkpointed(
@@ -39,19 +40,18 @@ def checkpointed(
 
 @contextmanager
 def checkpointed_layers(
-    layers: Sequence[nn.Module], on: bool | int = True, checkpoint: Checkpoint = mx.checkpoint
+    layers: Sequence[nn.Module], on: bool | int, row_wise: RowWise, checkpoint: Checkpoint = mx.checkpoint
 ) -> Iterator[None]:
     """Inside the block these layers are checkpointed; outside, in generation, they are what they were.
 
     `on` is True (all), False (none), or how many of them, from the first: the backward pass comes to the last layers
-    first, so what those keep is gone when a layer before them is computed again. `checkpoint` takes the place of MLX's.
+    first, so what those keep is gone when a layer before them is computed again. `row_wise` parts go by tiles of
+    tokens. `checkpoint` takes the place of MLX's.
     """
     layers = layers if on is True else layers[: int(on)]
     former = [type(layer) for layer in layers]
-    kinds = {
-        kind: type(kind.__name__, (_Checkpointed, kind), {"checkpoint": staticmethod(checkpoint)})
-        for kind in set(former)
-    }
+    own = {"row_wise": row_wise, "checkpoint": staticmethod(checkpoint)}
+    kinds = {kind: type(kind.__name__, (_Checkpointed, kind), own) for kind in set(former)}
     try:
         for layer, kind in zip(layers, former, strict=True):
             layer.__class__ = kinds[kind]
@@ -64,17 +64,20 @@ def checkpointed_layers(
 class _Checkpointed:
     """Put before a layer's own class: the same layer, its inside computed again in the backward pass."""
 
+    row_wise: RowWise
+    checkpoint: Checkpoint
+
     def __call__(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         plain = super().__call__  # type: ignore[misc]  # the layer's own
         cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "bind")), None)
         key = dropout_key()  # the backward pass comes when another is set, or none
-        attention = as_now()
+        attention, in_tiles = as_now(), self.row_wise.inside
         inside = next((a.inside for a in (*args, *kwargs.values()) if hasattr(a, "inside")), nullcontext)  # and so here
 
         def call(x: mx.array, inputs: list[mx.array]) -> Any:
             if cache is not None:
                 cache.bind(inputs)
-            with dropping(key), attention(), inside(self):
+            with dropping(key), attention(), inside(self), in_tiles(self):
                 out = plain(x, *args, **kwargs)
             return out, cache.outputs() if cache is not None else []
 

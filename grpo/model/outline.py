@@ -17,10 +17,10 @@ from mlx.utils import tree_flatten
 from grpo.backend.hub import one_line
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
-from grpo.model.adapters import make_trainable
+from grpo.model.adapters import LINEAR, make_trainable
 from grpo.model.costs import Costs, Product
 from grpo.model.load import check_config
-from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear, new_model
+from grpo.model.mlxlm import new_model
 from grpo.model.stored import Stored, stored
 
 USED_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
@@ -108,7 +108,7 @@ def _dtype_of(config: Mapping[str, Any]) -> mx.Dtype:
 
 def _products(model: nn.Module, module: nn.Module) -> list[Product]:
     """What tokens are multiplied with in a module itself; the layer inside an adapter's is a module of its own."""
-    if isinstance(module, nn.Linear | nn.QuantizedLinear | SwitchLinear | QuantizedSwitchLinear):
+    if isinstance(module, LINEAR):
         return [_matrix(model, module)]
     if "lora_a" not in module:
         return []
@@ -117,7 +117,7 @@ def _products(model: nn.Module, module: nn.Module) -> list[Product]:
         (inputs, rank), outputs = a.shape, b.shape[1]
         return [Product(inputs, rank, a.nbytes, True), Product(rank, outputs, b.nbytes, True)]
     experts, outputs, rank = b.shape
-    met = experts, _used(model)
+    met = experts, used_experts(model)
     return [Product(a.shape[-1], rank, a.nbytes, True, *met), Product(rank, outputs, b.nbytes, True, *met)]
 
 
@@ -128,7 +128,7 @@ def _matrix(model: nn.Module, module: nn.Module) -> Product:
     trains = "weight" in module.trainable_parameters()
     if not experts:
         return Product(inputs, outputs, nbytes, trains)
-    return Product(inputs, outputs, nbytes, trains, experts[0], _used(model))
+    return Product(inputs, outputs, nbytes, trains, experts[0], used_experts(model))
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
@@ -145,8 +145,9 @@ def _numbers(module: nn.Module) -> int:
     return sum(a.size for a in own.values())
 
 
-def _used(model: nn.Module) -> int:
-    return _argument(model, *USED_EXPERTS)
+def used_experts(model: nn.Module, default: int | None = None) -> int:
+    """How many experts a token meets. Raises UserError where its config does not say so and there is no `default`."""
+    return _argument(model, *USED_EXPERTS, default=default)
 
 
 def _argument(model: nn.Module, *names: str, default: int | None = None) -> int:

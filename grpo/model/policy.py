@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.blame import cause
 from grpo.backend.device import on_gpu
+from grpo.errors import UserError
 from grpo.model.adapters import Adapters
-from grpo.model.attending import InTiles
+from grpo.model.attending import InTiles, Untiled
 from grpo.model.attention import most_pairs
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import Body, Head, Unsplit, split_head
@@ -19,9 +21,12 @@ from grpo.model.logprobs import chunk_tokens, chunked_logprobs, scaled, token_lo
 from grpo.model.offloading import Checkpoint, Vault, keeping_in
 from grpo.model.promptcaches import Kind
 from grpo.model.quantized import dtype_of
+from grpo.model.rowwise import RowWise
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
 
 KEEPS = "attention keeps its scores for the backward pass, which take memory by the square of the length"
+
+ALL_TOKENS = "a checkpointed layer's MLP is computed for all tokens at once in the backward pass"
 
 
 class Policy:
@@ -41,6 +46,7 @@ class Policy:
         gradient_checkpointing: bool | int = False,
         vault: Vault | None = None,
     ) -> None:
+        """Raises UserError for a model that cannot be called without a cache, as training calls it."""
         self.model = model
         self.adapters = adapters
         self.temperature = temperature
@@ -53,10 +59,17 @@ class Policy:
             self.split = split_head(model)
         except Unsplit as reason:
             self.slow.append(f"logprobs go through full logits, because the head cannot be split off: {reason}")
+            _check_called(model)
         self._in_tiles: InTiles | None = InTiles(model)
-        self._fault = self._in_tiles.fault(model)
+        try:
+            self._fault = self._in_tiles.fault(model if self.split is None else self.split[0])
+        except Untiled as reason:
+            self._in_tiles, self._fault = None, str(reason)
         if self._fault:
             self.slow.append(f"{KEEPS}: {self._fault}")
+        self._row_wise = RowWise(model)
+        if self._row_wise.fault:
+            self.slow.append(f"{ALL_TOKENS}: {self._row_wise.fault}")
         self._layers: list[Kind] = []
         self._lines: bool | None = None
         self.share_prompts = share_prompts and self._can_share()
@@ -130,7 +143,8 @@ class Policy:
     @contextmanager
     def _through_layers(self) -> Iterator[None]:
         """In what hidden states are computed."""
-        with self._attention(), checkpointed_layers(self.model.layers, self.gradient_checkpointing, self._checkpoint):
+        layers, on = self.model.layers, self.gradient_checkpointing
+        with self._attention(), checkpointed_layers(layers, on, self._row_wise, self._checkpoint):
             yield
 
     @contextmanager
@@ -236,3 +250,14 @@ class Policy:
         head = self.split[1]
         chunk = chunk_tokens(head(hidden[:1, :1]).shape[-1])  # the shape alone: nothing of it is computed
         return chunked_logprobs(hidden, tokens, head, self.temperature, chunk, entropy_gradient, self.model, entropies)
+
+
+def _check_called(model: nn.Module) -> None:
+    """Raise UserError for a model that cannot be called as training calls it. Nothing is computed."""
+    try:
+        model(mx.array([[1, 2, 3]]), cache=None)
+    except Exception as error:  # whatever the model's own code raises
+        raise UserError(
+            "this model cannot be trained: training calls it on whole sequences as model(tokens, cache=None), without "
+            f"a cache, and it raises {cause(error)}. Let its __call__ take that"
+        ) from error

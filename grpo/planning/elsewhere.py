@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from grpo.model.quantized import quantization
 from grpo.model.stored import stored
 from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.planning.activations import reckoned_footprint
-from grpo.planning.drafting import draft_on, plan_on
+from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import Footprint
-from grpo.planning.lengths import Lengths
+from grpo.planning.lengths import FittingLengths
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of, position_note
@@ -68,21 +68,31 @@ class Elsewhere:
             costs,
             int(cfg.needs_reference or cfg.adapter.type != "full"),  # the reference
             _decoding(machine, model, costs, cfg.rollout.kv_bits),
-            partial(reckoned_footprint, costs, fused=machine.cuda, head=head),
+            partial(
+                reckoned_footprint,
+                costs,
+                fused=machine.cuda,
+                head=head,
+                offloads=cfg.optim.offload_activations,
+            ),
         )
 
     def plan(self) -> Plan:
         """The plan that would be made there. Raises TooLargeError for what cannot fit."""
-        return plan_on(self.machine, self.load, self.model, self.states, self.decoding, self.footprint)[0]
+        return plan_on(self._case)[0]
 
     @property
-    def lengths(self) -> Lengths:
+    def _case(self) -> Case:
+        return Case(self.machine, self.load, self.model, self.states, self.decoding, self.footprint)
+
+    @property
+    def lengths(self) -> FittingLengths:
         """The lengths of completions that would fit there."""
-        return Lengths(self.load, self.draft, limit_of(self.model))
+        return FittingLengths(self.load, self.draft, limit_of(self.model))
 
     def draft(self, load: Workload) -> Plan:
         """The plan of another load there, whether it fits or not."""
-        return draft_on(self.machine, load, self.model, self.states, self.decoding, self.footprint)[0]
+        return draft_on(replace(self._case, load=load))[0]
 
     def position_note(self) -> str | None:
         """What a run would say, or be refused with, where its longest sequences are beyond the model's positions."""

@@ -103,8 +103,13 @@ def report(cfg: Recipe, memory: int, backend: Backend) -> list[str]:
 def machine_of(memory: int, backend: Backend, cfg: Recipe) -> Machine:
     """What a plan must know of a machine of so many bytes, with the recipe's own limit.
 
-    Raises UserError for a limit above what the machine has.
+    Raises UserError for a limit above what the machine has, and for layers' inputs that a Mac is to offload.
     """
+    if backend == "metal" and cfg.optim.offload_activations:
+        raise UserError(
+            "optim.offload_activations: a Mac's GPU computes in the machine's own memory: there is no other to move "
+            "layers' inputs to. It is for CUDA"
+        )
     limit = cfg.memory.limit_gb
     return Machine(within(memory, limit), gpu=True, cuda=backend == "cuda", limited=limit is not None)
 

@@ -12,13 +12,13 @@ from grpo.errors import TooLargeError
 from grpo.generation.decoding import Decoding
 from grpo.model.policy import Policy
 from grpo.planning.choosing import Checkpointing, by_footprints
-from grpo.planning.drafting import draft_on, plan_on
+from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import measure_body, measure_footprint
-from grpo.planning.lengths import Lengths
+from grpo.planning.lengths import FittingLengths
 from grpo.planning.machines import Machine, within
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of
-from grpo.planning.rehearsal import is_cheap, rehearsed
+from grpo.planning.rehearsal import entering, is_cheap, rehearsed
 from grpo.planning.workload import Workload
 from grpo.recipes import with_settings
 from grpo.training.lanes import lanes_worth
@@ -61,21 +61,19 @@ class Planner:
         Raises TooLargeError for what cannot fit: what it needs, why, and what to change.
         """
         try:
-            plan, optim = plan_on(
-                self.machine, self.load, self.policy.model, self._states, self.decoding, self._footprint, self._tried
-            )
+            plan, optim = plan_on(replace(self._case, tried=self._tried, entering=self._entering))
         except TooLargeError as error:
             raise TooLargeError(f"{error} {self.lengths.what_fits()}", error.needed, error.parts) from None
         self.policy.gradient_checkpointing = plan.checkpointing
         return plan, optim
 
     @property
-    def lengths(self) -> Lengths:
+    def lengths(self) -> FittingLengths:
         """The lengths of completions that fit here."""
-        return Lengths(self.load, lambda load: self._draft(load)[0], limit_of(self.policy.model))
+        return FittingLengths(self.load, lambda load: self._draft(load)[0], limit_of(self.policy.model))
 
     def longest(self) -> int:
-        """Tokens of the longest completion that would fit. See `Lengths`."""
+        """Tokens of the longest completion that would fit. See `FittingLengths`."""
         return self.lengths.longest()
 
     def report(self, plan: Plan) -> list[str]:
@@ -83,11 +81,13 @@ class Planner:
         return self.lengths.report(plan)
 
     def _draft(self, load: Workload) -> tuple[Plan, OptimConfig]:
-        return draft_on(self.machine, load, self.policy.model, self._states, self.decoding, self._footprint)
+        return draft_on(replace(self._case, load=load))
 
     @property
-    def _states(self) -> int:
-        return len(self.policy.adapters.names) - 1
+    def _case(self) -> Case:
+        """What is planned, where nothing is tried."""
+        states = len(self.policy.adapters.names) - 1
+        return Case(self.machine, self.load, self.policy.model, states, self.decoding, self._footprint)
 
     def _tried(self, way: Checkpointing, shape: Shape) -> int | None:
         """Bytes that were seen: on a CPU of the whole gradient where that is cheap, on CUDA of the hidden states', for
@@ -97,7 +97,14 @@ class Planner:
             return by_footprints(self._footprint, way, len(self.policy.model.layers), shape, body)
         if self.machine.gpu or not is_cheap(self.policy.model, shape, self.policy.share_prompts):
             return None
-        return rehearsed(self.policy, self.loss, way, shape)
+        number = -(-self.load.updated // shape.rows)
+        return rehearsed(self.policy, self.loss, way, shape, number)
+
+    def _entering(self, prompts: int, length: int) -> int | None:
+        """Bytes that were seen of prompts on their way through the model: on a CPU, where that is cheap."""
+        if self.machine.gpu or not is_cheap(self.policy.model, Shape(prompts, length, prompts, 1), shares=True):
+            return None
+        return entering(self.decoding, prompts, length)
 
 
 def allowed(limit: float | None) -> int:

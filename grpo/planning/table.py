@@ -39,6 +39,7 @@ def _why_it_comes(name: str, plan: Plan, load: Workload) -> str:
             kept = f"keys and values in {bits} bits, and logits" if bits else "keys, values and logits"
             return f"{slots} of {load.longest:,} + {length:,} tokens: {kept}"
         case "update":
-            return f"activations: {plan.rows_at_once}{plan.checkpointed}"
+            together = ", if both are at their peaks at once" if plan.lanes == 2 else ""
+            return f"activations: {plan.rows_at_once}{plan.checkpointed}{together}"
         case _:
             return "the gradient, and parameters at work"

@@ -27,7 +27,7 @@ from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
-from grpo.planning.notes import filter_note, notes_on
+from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
 from grpo.planning.planner import Planner, allowed
 from grpo.planning.positions import position_note
@@ -39,7 +39,7 @@ from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite
 from grpo.runs.rewarding import check_rewarded
 from grpo.scoring.scorer import Scorer
-from grpo.training.optimizer import make_optimizer
+from grpo.training.algorithms import make_optimizer
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 
@@ -143,12 +143,14 @@ def _prepared(
     if generator.speculation is not None:
         generator.speculation.most = plan.fed
     trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks)
+    trainer.update.gradients.alone = plan.alone
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
     prompts = _prompts(lengths, tables[0], renderer, partners.resets)
-    head = filter(None, [positions, head_note(model, cfg.model), trainer.update.optimizer.note])
+    head = filter(None, [positions, head_note(model, cfg.model)])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
+    notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
 
@@ -221,7 +223,8 @@ def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> t
     least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, -planned[0].recomputed))
     policy.gradient_checkpointing = least.checkpointing
     own = {name: getattr(plan, name) for name in ("slots", "kept_bytes", "fed", "drafts")}
-    return replace(least, **own), optim
+    alone = any(plan.alone for plan, _ in plans)
+    return replace(least, **own, alone=alone, lanes=1 if alone else least.lanes), optim
 
 
 def data_of(cfg: Recipe) -> dict[str, DataConfig]:

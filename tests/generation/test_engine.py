@@ -71,8 +71,7 @@ def test_rows_go_on_when_buffers_grow_after_many_rows(way: str) -> None:
     assert [sampled(row) for row in rows] == expected
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("added", [1, 70])
+@pytest.mark.parametrize(("temperature", "added"), [(0.0, 1), (1.0, 70)])
 def test_an_extended_row_is_a_fresh_one_with_all_as_its_prompt(
     way: str, temperature: float, added: int, monkeypatch
 ) -> None:

@@ -23,7 +23,7 @@ from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
 from grpo.planning.choosing import Checkpointing, Choice
 from grpo.planning.footprint import Footprint, extent, measure_body, measure_footprint, probes
-from grpo.planning.lengths import LONGEST, Lengths, longest
+from grpo.planning.lengths import LONGEST, FittingLengths, longest
 from grpo.planning.machines import OF_A_LIMIT, Machine
 from grpo.planning.planner import Planner
 from grpo.planning.rehearsal import is_cheap, rehearsed
@@ -70,7 +70,7 @@ def test_less_memory_means_smaller_micro_batches_and_checkpoints_and_then_a_refu
     with pytest.raises(TooLargeError) as refused:
         planner(0.02 * ample.total / 2**30).plan()
     said = re.search(
-        r"needs \d+ MB, and memory\.limit_gb allows \d+ MB\. .* a higher memory\.limit_gb\.", str(refused.value)
+        r"needs \d+ [kM]B, and memory\.limit_gb allows \d+ [kM]B\. .* a higher memory\.limit_gb\.", str(refused.value)
     )
     assert said
     assert refused.value.needed > 0.02 * ample.total
@@ -168,7 +168,7 @@ def test_what_is_said_of_lengths_does_not_contradict_the_plan(one_lane, monkeypa
         refused.plan()
     tight = planner(total / 2**30)
     plan, _ = tight.plan()
-    monkeypatch.setattr(Lengths, "longest", lambda _: LENGTH // 2)
+    monkeypatch.setattr(FittingLengths, "longest", lambda _: LENGTH // 2)
     assert tight.report(plan)[-1].startswith(f"longest completion that would fit: {LENGTH} tokens; ")
 
 
@@ -231,13 +231,13 @@ def test_the_rehearsal_is_the_update(one_lane, way: Checkpointing) -> None:
     policy = policy_of()
     shape = Shape(2, PROMPT, 8, LENGTH)
     (body,) = measure_body(policy, way, [shape])
-    assert rehearsed(policy, LossConfig(), way, shape) == pytest.approx(body, rel=0.3)  # the vocabulary is tiny
+    assert rehearsed(policy, LossConfig(), way, shape, 2) == pytest.approx(body, rel=0.3)  # the vocabulary is tiny
     assert policy.gradient_checkpointing is False
 
 
 def test_checkpointing_more_layers_takes_less() -> None:
     policy, shape = policy_of(6), Shape(2, PROMPT, 8, LENGTH)
-    found = [rehearsed(policy, LossConfig(), way, shape) for way in (False, 2, 4, True)]
+    found = [rehearsed(policy, LossConfig(), way, shape, 2) for way in (False, 2, 4, True)]
     assert found[0] > 1.1 * found[1] > 1.2 * found[2]
     assert found[3] < 1.15 * found[2]
     assert found[3] < 0.5 * found[0]

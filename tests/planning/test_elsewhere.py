@@ -94,6 +94,16 @@ def test_a_model_that_is_quantised_already_is_refused_as_when_it_is_loaded() -> 
         report(of_8b(model={"name": EIGHT_B, "quantize": 4}), 80 * GB, "cuda")
 
 
+def test_offloaded_inputs_of_layers_take_no_memory_of_the_device() -> None:
+    offloads = of_8b(optim={"steps": 1, "offload_activations": True})
+    held, offloaded = there(24).footprint(True), there(24, cfg=offloads).footprint(True)
+    assert held.token - offloaded.token == pytest.approx(1.05 * (36 - 2) * 4096 * 2)  # of 36 layers, in bfloat16
+    assert there(24).footprint(False) == there(24, cfg=offloads).footprint(False)
+    assert there(24, cfg=offloads).lengths.longest() > 1.3 * there(24).lengths.longest()
+    with pytest.raises(UserError, match="a Mac's GPU computes in the machine's own memory"):
+        there(24, "metal", offloads)
+
+
 def test_metal_lends_a_process_a_part_of_a_macs_memory() -> None:
     assert [memory_of(size, "metal") for size in (24, 36, 48)] == [16 * GB, 24 * GB, 36 * GB]
     assert memory_of(24, "cuda") == 24 * GB

@@ -24,7 +24,7 @@ from grpo.model.load import load
 from grpo.model.outline import costs_of, costs_of_config, outline
 from grpo.model.policy import Policy
 from grpo.planning.activations import reckoned_footprint
-from grpo.planning.drafting import plan_on
+from grpo.planning.drafting import Case, plan_on
 from grpo.planning.elsewhere import model_config
 from grpo.planning.estimate import LEGEND, estimate, estimates
 from grpo.planning.footprint import measure_footprint
@@ -97,7 +97,7 @@ def test_the_plan_of_an_outline_is_that_of_the_model(toy_folder: Path) -> None:
     drawn = outline(model_config(cfg.model), cfg.adapter, mx.float32)
     reckon = partial(reckoned_footprint, costs_of(drawn), fused=False)
     there = Machine(real.memory, on_gpu(), cuda.available())
-    reckoned, _ = plan_on(there, replace(workload(cfg, 64), parts=2), drawn, 1, decoding, reckon)
+    reckoned, _ = plan_on(Case(there, replace(workload(cfg, 64), parts=2), drawn, 1, decoding, reckon))
     update = {"phases": {**real.phases, "update": reckoned.phases["update"]}, "micro_batch": reckoned.micro_batch}
     assert reckoned == replace(real, **update)
 

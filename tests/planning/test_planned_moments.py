@@ -10,10 +10,12 @@ from planning.loads import workload
 from planning.test_plan import planned
 from training.test_update import recipe
 
+from grpo.backend.device import on_gpu
 from grpo.config import AdapterConfig, OptimConfig
 from grpo.planning.held import what_stays
 from grpo.planning.plan import ways_out
 from grpo.planning.table import table
+from grpo.training.optimizer import bytes_of_a_group
 
 
 @pytest.mark.parametrize(("dtype", "copies"), [(mx.float32, 0), (mx.bfloat16, 4)])
@@ -32,8 +34,9 @@ def test_the_bytes_of_packed_moments_are_exact(dtype: mx.Dtype, copies: int) -> 
 
 
 def test_the_plan_counts_what_packing_takes() -> None:
-    _, cfg, plan = planned("untied", "full", moments="int8")
-    assert plan.phases["optimizer's step"] == (4 + 28 + 2 * 24) * plan.trained  # a single group
+    policy, cfg, plan = planned("untied", "full", moments="int8")
+    at_work = bytes_of_a_group(cfg.optim, policy.model.trainable_parameters(), on_gpu())
+    assert plan.phases["optimizer's step"] == 4 * plan.trained + at_work
     assert any("moments in 8 bits" in line for line in table(plan, workload(cfg, 16)))
 
 

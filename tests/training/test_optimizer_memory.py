@@ -15,6 +15,7 @@ from training.sections import make_minibatches, updater
 from training.test_packing import row
 from training.test_update import recipe
 
+from grpo.backend.device import on_gpu
 from grpo.config import AdapterConfig, OptimConfig
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
@@ -28,10 +29,12 @@ from grpo.runs.signals import StopRequest
 from grpo.runs.state import RunState
 from grpo.scoring.scorer import Scorer
 from grpo.training import optimizer as optimizers
+from grpo.training.algorithms import CLASSES, make_optimizer
 from grpo.training.inplace import parts_of
 from grpo.training.moments import MAPS
-from grpo.training.optimizer import CLASSES, WHOLE, Float32Optimizer, bytes_of_a_group, grouped, make_optimizer
+from grpo.training.optimizer import WHOLE, Float32Optimizer, bytes_of_a_group, grouped
 from grpo.training.trainer import Trainer
+from grpo.training.update import Updater, bytes_of_a_norm
 from grpo.types import Group, Task
 
 WIDE = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 32, "vocab_size": 512, "num_hidden_layers": 12}
@@ -124,7 +127,35 @@ def test_a_step_holds_nothing_twice(name: str, dtype: mx.Dtype, layers: int, kep
     assert not gradients
     # Beside what stays and the gradients: what is at work of one group, an eighth of the parameters here.
     at_work = (mx.get_peak_memory() - before) / count - held - 4
-    assert at_work < bytes_of_a_group(cfg, model.parameters()) / count
+    assert at_work <= 1.01 * bytes_of_a_group(cfg, model.parameters(), on_gpu()) / count
+
+
+@pytest.mark.skipif(on_gpu(), reason="what is in flight on a GPU varies")
+@pytest.mark.parametrize("name", sorted(set(CLASSES) - {"sgd"}))  # it moves a parameter in its own place
+def test_what_one_array_takes_while_it_moves_is_as_planned(name: str) -> None:
+    model = nn.Linear(256, 256, bias=False)
+    cfg = OptimConfig(steps=1, optimizer=name)
+    optimizer = Float32Optimizer(cfg, model.parameters())
+    mx.eval(model.parameters())
+    peaks = []
+    for step in range(3):
+        gradients = drawn(tree_flatten(model.parameters(), destination={}), step)
+        mx.eval(optimizer.state)
+        before = resting()
+        optimizer.update(model, gradients)
+        peaks.append(mx.get_peak_memory() - before)
+    assert max(peaks) == pytest.approx(bytes_of_a_group(cfg, model.parameters(), gpu=False), rel=0.05)
+
+
+def test_what_a_norm_takes_is_as_planned() -> None:
+    """Small arrays are put behind one another and squared, a large one is squared alone."""
+    for small, large in ((40, 0), (0, 1), (40, 1)):
+        arrays = {f"small.{i}": mx.zeros((64, 32)) for i in range(small)}
+        arrays |= {f"large.{i}": mx.zeros((1024, 512)) for i in range(large)}
+        mx.eval(arrays)
+        before = resting()
+        Updater._norm(None, arrays)  # type: ignore[arg-type]  # it asks nothing of the updater
+        assert mx.get_peak_memory() - before == pytest.approx(bytes_of_a_norm(arrays), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
@@ -179,6 +210,19 @@ def test_parts_of_a_large_array_change_nothing(name: str, dtype: mx.Dtype) -> No
     assert state["step"].item() == 3
     for path, array in tree_flatten(theirs.state):
         assert mx.array_equal(state[path], array), path
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (28 + 12) * GROUP + 4 * 2**18),  # a group at work, and a copy of the array
+        ({"moments": "int8"}, (28 + 2 * 26 + 12) * GROUP // 2 + 4 * 2**18),
+        ({"optimizer": "adafactor"}, 28 * 2**18),  # which moves arrays whole
+    ],
+)
+def test_a_large_array_takes_what_a_group_takes(settings: dict, expected: int) -> None:
+    parameters = {"weight": mx.zeros((2**10, 2**8))}
+    assert bytes_of_a_group(OptimConfig(steps=1, **settings), parameters) == expected
 
 
 def test_parts_are_whole_blocks_and_all_of_an_array() -> None:
@@ -249,10 +293,9 @@ def test_a_run_of_whole_weights_holds_them_once(tmp_path, dtype: mx.Dtype, optim
     peak, count = max(peaks[1:]), numbers(policy.model)
     # A group at work, or a few activations, are there beside; what was before a step is not.
     assert bytes_each < peak / count < bytes_each + 1
-    if "moments" in optim:  # the optimizer's step is the peak then; the plan reckons more for the update
-        assert peak == pytest.approx(sum(plan.stays.values()) + plan.phases["optimizer's step"], rel=0.03)
-    else:
-        assert peak == pytest.approx(plan.total, rel=0.06)
+    # The optimizer's step is the peak; of the update the plan reckons a little more.
+    assert peak == pytest.approx(sum(plan.stays.values()) + plan.phases["optimizer's step"], rel=0.03)
+    assert peak == pytest.approx(plan.total, rel=0.1)
 
 
 def test_decoding_does_not_keep_the_weights_of_before_an_update() -> None:

@@ -33,9 +33,17 @@ def quantised(mode: str, **adapter) -> Policy:
     return Policy(model, adapters, 1.0)
 
 
-@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("adapter", [{}, {"type": "dora"}, {"use_rslora": True}])
+@pytest.mark.parametrize(
+    ("mode", "checkpointing", "adapter"),  # every pair of them
+    [
+        ("affine", False, {}),
+        ("mxfp4", True, {}),
+        ("affine", True, {"type": "dora"}),
+        ("mxfp4", False, {"type": "dora"}),
+        ("affine", False, {"use_rslora": True}),
+        ("mxfp4", True, {"use_rslora": True}),
+    ],
+)
 def test_an_update_makes_no_float_copy_of_the_base(mode: str, checkpointing: bool, adapter: dict) -> None:
     policy = quantised(mode, **adapter)
     cfg = recipe(adapter=adapter, optim={"micro_batch_tokens": 999})

@@ -280,6 +280,15 @@ def test_all_processes_take_the_plan_of_the_one_with_least_room(make_policy, tok
     assert (plan.fed, plan.drafts) == (mine[0].fed, mine[0].drafts) == (8, mine[0].drafts)
 
 
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_where_one_process_has_room_for_one_micro_batch_at_a_time_all_go_one_by_one(make_policy, where: str) -> None:
+    mine, theirs = plan_of(make_policy().policy, 4096), plan_of(make_policy().policy, 4096)
+    roomy, short = (replace(mine[0], lanes=2), mine[1]), (replace(theirs[0], lanes=1, alone=True), theirs[1])
+    pair = (short, roomy) if where == "here" else (roomy, short)
+    plan, _ = _together(Two(pair[1]), make_policy().policy, *pair[0])
+    assert (plan.lanes, plan.alone) == (1, True)
+
+
 def plan_of(policy, tokens: int, checkpointing: bool = False):
     cfg = test_update.recipe(optim={"micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing})
     return make_plan(workload(cfg, 8), policy, find_decoding(policy.model))

@@ -29,26 +29,25 @@ class PlaceCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
         first, self.offset = self.offset, self.offset + keys.shape[2]
-        self._own = self._seen = keys, values
-        self._earlier: KeysValues | None = None
+        seen, earlier = (keys, values), None
         if first:
-            places = mx.depends(self._places, [keys])  # or those of all layers would be looked up at once
-            earlier = self._earlier = self._layer.prompts(places, first)
-            self._seen = mx.concatenate([earlier[0], keys], axis=2), mx.concatenate([earlier[1], values], axis=2)
+            earlier = self._layer.prompts(self._places, first)
+            seen = mx.concatenate([earlier[0], keys], axis=2), mx.concatenate([earlier[1], values], axis=2)
         self._layer.insert(self._places, (keys, values), first)
-        return self._seen
+        self._last = seen, earlier, (keys, values)
+        return seen
 
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any, sinks: mx.array | None
     ) -> mx.array:
         """In tiles, in the place of mlx-lm's attention, where that is causal attention over what is seen."""
+        seen, earlier, own = self._last
+        del self._last  # or each layer's would be held until the next chunk
         causal = mask is None if queries.shape[2] == 1 else isinstance(mask, str) and mask == "causal"
-        if not causal or keys is not self._seen[0] or values is not self._seen[1]:
+        if not causal or keys is not seen[0] or values is not seen[1]:
             return mlx_lms(queries, keys, values, scale, mask, sinks)
-        earlier = None
-        if self._earlier is not None:
-            earlier = PromptKeysValues(*self._earlier, mx.arange(len(queries)))
-        return attention(queries, *self._own, scale, Causal(), earlier, sinks, gradient=False)
+        prompts = None if earlier is None else PromptKeysValues(*earlier, mx.arange(len(queries)))
+        return attention(queries, *own, scale, Causal(), prompts, sinks, gradient=False)
 
     def make_mask(self, *tokens: Any, **settings: Any) -> Any:
         from grpo.model.mlxlm import KVCache

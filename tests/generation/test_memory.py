@@ -87,6 +87,15 @@ def test_slots_are_as_many_as_fit(make_policy) -> None:
     assert slots_that_fit(decoding, need, 200, 10**12) == 64  # no more than there are rows
 
 
+def test_a_slot_for_every_row_may_need_less_than_fewer_slots(make_policy) -> None:
+    """With fewer slots, prompts enter while other completions are long."""
+    decoding, need = make_policy().generator.decoding, Need(16, 4, 100, 500)
+    all_at_once, fewer = need.bytes(decoding, 16), need.bytes(decoding, 15)
+    assert all_at_once < fewer
+    assert slots_that_fit(decoding, need, 16, all_at_once) == 16
+    assert 1 < slots_that_fit(decoding, need, 16, all_at_once - 1) < 15
+
+
 def test_what_cannot_fit_is_refused_with_numbers(make_policy) -> None:
     decoding = make_policy().generator.decoding
     with pytest.raises(UserError, match=r"one completion of 100000 tokens after a prompt of 50 needs .* GB .* 0\.0 GB"):

@@ -27,8 +27,9 @@ from grpo.model.policy import Policy
 from grpo.model.widehead import bytes_at_work
 from grpo.training.packing import Shape
 
-LOGIT_COPIES, MOST_COPIES = 4, 12
-"""Arrays of the size of a chunk's logits, float32, that the loss holds for a chunk, and at most, as measured."""
+LOGIT_COPIES, MOST_COPIES = 4, {False: 10, True: 12}
+"""Arrays of the size of a chunk's logits, float32, that the loss holds for a chunk, and for several of them at most, on
+a CPU and on a GPU, as measured."""
 
 PEEKS, PEEKS_ON_CPU = 3, 1
 """Times that each of the gradients is measured. On a CPU the peak varies by less than a hundredth."""
@@ -47,7 +48,8 @@ class Footprint:
 
     Of the tokens' bytes a part (`kept`) waits while the loss is computed; the rest comes after it. `head` is what the
     head holds beside its logits: float32 pieces of its matrix, and the sums of its gradient if it trains. `depth` is
-    how many layers the model has. Of a pass with more than `most_pairs` no scores are kept (None: all are).
+    how many layers the model has. Of a pass with more than `most_pairs` no scores are kept (None: all are). The head
+    holds `most_copies` of a chunk's logits at once.
     """
 
     fixed: int
@@ -60,6 +62,7 @@ class Footprint:
     head: int = 0
     depth: int = 2
     most_pairs: int | None = None
+    most_copies: int = MOST_COPIES[True]
 
     def keeps_scores(self, shape: Shape) -> bool:
         """Whether attention keeps the scores of all passes of this shape for the backward pass."""
@@ -72,7 +75,7 @@ class Footprint:
 
     def in_chunks(self, logits: int) -> Footprint:
         """The same where so many logits are there at once."""
-        return replace(self, chunk=chunk_tokens(self.logits // 4, logits))
+        return replace(self, chunk=chunk_tokens(max(1, self.logits // 4), logits))
 
     def bytes(self, shape: Shape, body: float | None = None) -> int:
         """Of one micro-batch of this shape; `body` is what `measure_body` found of it, if that was asked."""
@@ -80,7 +83,7 @@ class Footprint:
             tokens, pairs = extent(shape, self.shares, self.checkpointing, self.most_pairs)
             body = self.token * tokens + self.pair * pairs
         projected = shape.lines * shape.width or shape.rows * shape.length
-        copies = min(MOST_COPIES, LOGIT_COPIES * -(-projected // self.chunk))
+        copies = min(self.most_copies, LOGIT_COPIES * -(-projected // self.chunk))
         head = self.head + copies * self.logits * min(self.chunk, projected)
         return int(self.fixed + max(body, self.kept * body + head))
 
@@ -137,7 +140,8 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     head += sum(HEAD_SUMS * array.size for _, array in tree_flatten(head_parameters(policy.model)))
     rows = 4 * vocabulary, chunk_tokens(vocabulary, policy.logits)
     depth = len(policy.model.layers)
-    return Footprint(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head, depth, policy.most_pairs)
+    limits = policy.most_pairs, MOST_COPIES[on_gpu()]
+    return Footprint(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head, depth, *limits)
 
 
 def line_through(extents: Sequence[tuple[int, int]], found: Sequence[float]) -> tuple[float, float]:

@@ -164,6 +164,7 @@ def test_what_a_step_of_several_updates_can_be_taken_back_to_is_counted() -> Non
 
 def test_only_what_is_come_to_is_measured(monkeypatch) -> None:
     measured, measure = [], planner.measure_footprint
+    monkeypatch.setattr(choosing, "MUCH", 10**6)  # the toy would fit by far
     monkeypatch.setattr(planner, "measure_footprint", lambda *asked: measured.append(asked[1]) or measure(*asked))
     assert not planned()[2].checkpointing
     assert measured == [False]

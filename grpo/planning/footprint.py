@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -69,6 +69,10 @@ class Footprint:
     @property
     def kept(self) -> float:
         return KEPT_CHECKPOINTED if self.checkpointing else self.depth / (self.depth + 1)
+
+    def in_chunks(self, logits: int) -> Footprint:
+        """The same where so many logits are there at once."""
+        return replace(self, chunk=chunk_tokens(self.logits // 4, logits))
 
     def bytes(self, shape: Shape, body: float | None = None) -> int:
         """Of one micro-batch of this shape; `body` is what `measure_body` found of it, if that was asked."""

@@ -87,6 +87,8 @@ def slots_that_fit(decoding: Memory, need: Need, slots: int, available: int) -> 
     Raises TooLargeError, with the numbers, where not even one fits.
     """
     low, high = 0, min(slots, need.rows)
+    if need.bytes(decoding, high) <= available:
+        return high  # which may take less than one slot fewer, beside which rows wait
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if need.bytes(decoding, middle) <= available else (low, middle - 1)

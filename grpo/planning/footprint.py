@@ -72,7 +72,7 @@ class Footprint:
 
     def in_chunks(self, logits: int) -> Footprint:
         """The same where so many logits are there at once."""
-        return replace(self, chunk=chunk_tokens(self.logits // 4, logits))
+        return replace(self, chunk=chunk_tokens(max(1, self.logits // 4), logits))
 
     def bytes(self, shape: Shape, body: float | None = None) -> int:
         """Of one micro-batch of this shape; `body` is what `measure_body` found of it, if that was asked."""

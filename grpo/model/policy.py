@@ -52,7 +52,7 @@ class Policy:
         self.adapters = adapters
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
-        self.vault, self.logits = vault, LOGITS
+        self.vault, self.logits = vault, LOGITS[on_gpu()]
         self._checkpoint: Checkpoint = mx.checkpoint
         self.slow: list[str] = []
         self.split: tuple[Body, Head] | None = None

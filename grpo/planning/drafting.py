@@ -67,8 +67,9 @@ def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
 
     Within a limit of the recipe's own, the head has fewer logits at once where more do not fit.
     """
-    made = _draft(case, LOGITS)
-    return made if made[0].fits or not case.machine.limited else _draft(case, FEW_LOGITS)
+    most = LOGITS[case.machine.gpu]
+    made = _draft(case, most)
+    return made if made[0].fits or not case.machine.limited or most <= FEW_LOGITS else _draft(case, FEW_LOGITS)
 
 
 def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:

@@ -135,7 +135,7 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     fixed = sum(4 * array.size for _, array in tree_flatten(policy.model.trainable_parameters()))
     head = bytes_at_work(policy.model, on_gpu())
     head += sum(HEAD_SUMS * array.size for _, array in tree_flatten(head_parameters(policy.model)))
-    rows = 4 * vocabulary, chunk_tokens(vocabulary)
+    rows = 4 * vocabulary, chunk_tokens(vocabulary, policy.logits)
     depth = len(policy.model.layers)
     return Footprint(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head, depth, policy.most_pairs)
 

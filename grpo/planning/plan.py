@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grpo.model.logprobs import LOGITS
 from grpo.planning.choosing import Checkpointing
 from grpo.planning.machines import FREE, OF_A_LIMIT
 from grpo.planning.workload import Workload
@@ -46,7 +45,7 @@ class Plan:
     shape: Shape | None = None
     lanes: int = 1
     alone: bool = False
-    logits: int = LOGITS
+    logits: int = 0
     limited: bool = False
 
     @property

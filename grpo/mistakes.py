@@ -217,7 +217,7 @@ def _meant(path: Keys) -> str | None:
     if found := _answer(path):
         keys = found[1].keys
         return keys[0] if keys else None
-    if len(name) > LONGEST_SHOWN:
+    if len(name) > LONGEST_SHOWN or name in OPTIMIZER_ARGS:  # momentum is no slip for moments
         return None
     for candidates, similarity in ((_keys_beside(path), 0.6), (list(_all_keys(Recipe)), 0.8)):
         by_name = {key.rpartition(".")[2]: key for key in candidates}

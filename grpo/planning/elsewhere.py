@@ -30,7 +30,7 @@ from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.planning.activations import reckoned_footprint
 from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import Footprint
-from grpo.planning.lengths import Lengths
+from grpo.planning.lengths import FittingLengths
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of, position_note
@@ -86,9 +86,9 @@ class Elsewhere:
         return Case(self.machine, self.load, self.model, self.states, self.decoding, self.footprint)
 
     @property
-    def lengths(self) -> Lengths:
+    def lengths(self) -> FittingLengths:
         """The lengths of completions that would fit there."""
-        return Lengths(self.load, self.draft, limit_of(self.model))
+        return FittingLengths(self.load, self.draft, limit_of(self.model))
 
     def draft(self, load: Workload) -> Plan:
         """The plan of another load there, whether it fits or not."""

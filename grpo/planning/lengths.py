@@ -16,7 +16,7 @@ LONGEST = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
+class FittingLengths:
     """The lengths that fit where a workload runs.
 
     `draft` plans a workload, whether it fits or not. `positions` are those that the model was made for (None: no number
@@ -30,7 +30,7 @@ class Lengths:
     def longest(self) -> int:
         """Tokens of the longest completion that would fit, as far as the model's positions go; 0 where none fits.
 
-        Found by bisection over plans. Lengths that nobody has tried are reckoned by the footprint.
+        Found by bisection over plans. FittingLengths that nobody has tried are reckoned by the footprint.
         """
         most = LONGEST if self.positions is None else self.positions - self.load.longest
         return longest(lambda length: self.draft(self._of(length)).fits, min(most, LONGEST))

@@ -14,7 +14,7 @@ from grpo.model.policy import Policy
 from grpo.planning.choosing import Checkpointing, by_footprints
 from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import measure_body, measure_footprint
-from grpo.planning.lengths import Lengths
+from grpo.planning.lengths import FittingLengths
 from grpo.planning.machines import Machine, within
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of
@@ -68,12 +68,12 @@ class Planner:
         return plan, optim
 
     @property
-    def lengths(self) -> Lengths:
+    def lengths(self) -> FittingLengths:
         """The lengths of completions that fit here."""
-        return Lengths(self.load, lambda load: self._draft(load)[0], limit_of(self.policy.model))
+        return FittingLengths(self.load, lambda load: self._draft(load)[0], limit_of(self.policy.model))
 
     def longest(self) -> int:
-        """Tokens of the longest completion that would fit. See `Lengths`."""
+        """Tokens of the longest completion that would fit. See `FittingLengths`."""
         return self.lengths.longest()
 
     def report(self, plan: Plan) -> list[str]:

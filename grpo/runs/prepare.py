@@ -27,7 +27,7 @@ from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
-from grpo.planning.notes import filter_note, notes_on
+from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
 from grpo.planning.planner import Planner, allowed
 from grpo.planning.positions import position_note
@@ -39,7 +39,7 @@ from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite
 from grpo.runs.rewarding import check_rewarded
 from grpo.scoring.scorer import Scorer
-from grpo.training.optimizer import make_optimizer
+from grpo.training.algorithms import make_optimizer
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 
@@ -147,9 +147,10 @@ def _prepared(
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
     prompts = _prompts(lengths, tables[0], renderer, partners.resets)
-    head = filter(None, [positions, head_note(model, cfg.model), trainer.update.optimizer.note])
+    head = filter(None, [positions, head_note(model, cfg.model)])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
+    notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
 

@@ -58,7 +58,7 @@ class Map:
         rooted = sizes
         for _ in range(self.roots):
             rooted = rooted.sqrt()
-        lower = mx.minimum(mx.floor(rooted * self.levels), self.levels - 1)
+        lower = (rooted * self.levels).astype(mx.uint8).astype(mx.float32)  # as floor does, five times as fast on a CPU
         below, above = self.values(lower), self.values(lower + 1)
         return lower + (sizes - below > dither * (above - below))
 
@@ -114,12 +114,11 @@ def packed(own: Mapping[str, mx.array], maps: Mapping[str, Map], step: mx.array)
     An array `m` of float32 becomes `m.codes`, 8-bit integers of its shape, and `m.scales`, float32 `[blocks]`. The last
     block may be shorter than the others.
     """
-    state: dict[str, mx.array] = {}
-    for name, array in own.items():
-        if name in maps:
-            state[f"{name}.{CODES}"], state[f"{name}.{SCALES}"] = _packed(array, maps[name], step)
-        else:
-            state[name] = array
+    state = {name: array for name, array in own.items() if name not in maps}
+    if maps:
+        dither = _dither(-(-own[min(maps)].size // BLOCK), step)  # all of them have the parameter's size
+    for name, how in maps.items():
+        state[f"{name}.{CODES}"], state[f"{name}.{SCALES}"] = _packed(own[name], how, dither)
     return state
 
 
@@ -141,20 +140,25 @@ def forms_of(own: Mapping[str, mx.array]) -> list[str]:
     return [key for name in names for key in (name, f"{name}.{CODES}", f"{name}.{SCALES}")]
 
 
-def _packed(array: mx.array, how: Map, step: mx.array) -> tuple[mx.array, mx.array]:
+def _packed(array: mx.array, how: Map, dither: mx.array) -> tuple[mx.array, mx.array]:
     blocks = _blocks(array)
+    sizes, scales = scaled(blocks)
+    codes = how.codes(sizes, dither)
+    codes = mx.sign(blocks) * codes if how.signed else mx.maximum(codes, sizes > 0)  # a divisor is not 0
+    return _arranged(codes.astype(how.dtype), array.shape), scales
+
+
+def scaled(blocks: mx.array) -> tuple[mx.array, mx.array]:
+    """The sizes of numbers as parts of their block's largest, in [0, 1], and the largest: `[blocks]`."""
     sizes = mx.abs(blocks)
     scales = sizes.max(axis=1)
-    sizes = sizes / mx.where(scales > 0, scales, 1.0)[:, None]
-    codes = how.codes(sizes, _dither(blocks.shape[0], step))
-    codes = mx.where(blocks < 0, -codes, codes) if how.signed else mx.maximum(codes, sizes > 0)  # a divisor is not 0
-    return _arranged(codes.astype(how.dtype), array.shape), scales
+    return sizes / mx.where(scales > 0, scales, 1.0)[:, None], scales
 
 
 def _unpacked(codes: mx.array, scales: mx.array, how: Map) -> mx.array:
     blocks = _blocks(codes).astype(mx.float32)
     values = how.values(blocks) * scales[:, None]
-    return _arranged(mx.where(blocks < 0, -values, values) if how.signed else values, codes.shape)
+    return _arranged(mx.sign(blocks) * values if how.signed else values, codes.shape)
 
 
 def _blocks(array: mx.array) -> mx.array:
@@ -178,8 +182,14 @@ FINEST = 12
 def _dither(blocks: int, step: mx.array) -> mx.array:
     """Numbers in (0, 1), `[blocks, BLOCK]`: of each position a Weyl sequence, spread evenly over any run of steps."""
     over = step.astype(mx.uint32) * mx.array(GOLDEN, mx.uint32)
-    across = mx.arange(blocks, dtype=mx.uint32)[:, None] * mx.array(ACROSS, mx.uint32)
+    across = mx.arange(blocks, dtype=mx.uint32) * mx.array(ACROSS, mx.uint32)
     along = mx.arange(BLOCK, dtype=mx.uint32) * mx.array(ALONG, mx.uint32)
-    drawn = (over + across + along) >> (32 - FINEST)
-    dither: mx.array = (drawn.astype(mx.float32) + 0.5) / 2**FINEST
+    both = _fractions(over + across)[:, None] + (_fractions(along) + 0.5 / 2**FINEST)
+    dither: mx.array = both - both.astype(mx.uint8)
     return dither
+
+
+def _fractions(integers: mx.array) -> mx.array:
+    """The first bits of uint32 integers, as fractions in [0, 1): exact in float32, and so are their sums."""
+    fractions: mx.array = (integers >> (32 - FINEST)).astype(mx.float32) / 2**FINEST
+    return fractions

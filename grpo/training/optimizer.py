@@ -3,19 +3,16 @@ whatever the model's dtype is."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from grpo.backend.device import compiled, on_gpu
 from grpo.config import OptimConfig
-from grpo.errors import UserError
-from grpo.training.adam import Adam, AdamW
+from grpo.training.algorithms import make_optimizer
 from grpo.training.inplace import InPlace, parts_of
 from grpo.training.moments import MAPS, SMALLEST, Map, forms_of, large, maps_of, packed, those_packed, unpacked
 
@@ -31,56 +28,13 @@ AT_WORK = {"muon": 80, "adadelta": 24, "rmsprop": 12, "adagrad": 12}
 MOST_AT_WORK, MOST_ON_GPU = 16, 28
 """Bytes for each number of a group while it moves, at most, as measured on a CPU, of optimizers that `AT_WORK` does not
 name; on a GPU, which has more in flight, of all that have fewer there than `MOST_ON_GPU`."""
-PACKING = 40
+PACKING = 26
 """The same for each moment that is packed into 8 bits on the way, besides."""
 IN_PARTS = 12
 """The same for the parts of a large array, whose memory the new numbers cannot take before they are computed."""
 WHOLE = frozenset({"adafactor", "muon"})
 """Optimizers that look at rows and columns, and so at whole arrays; all others at each number by itself."""
 OWN, PRECISE, WEIGHT = "own", "precise", "weight"
-
-CLASSES: dict[str, Any] = {
-    "adamw": AdamW,
-    "adam": Adam,
-    "adamax": optim.Adamax,
-    "sgd": optim.SGD,
-    "lion": optim.Lion,
-    "adafactor": optim.Adafactor,
-    "muon": optim.Muon,
-    "rmsprop": optim.RMSprop,
-    "adagrad": optim.Adagrad,
-    "adadelta": optim.AdaDelta,
-}
-
-OURS: dict[str, dict[str, Any]] = {
-    "adam": {"bias_correction": True},
-    "adamw": {"bias_correction": True},
-    "adafactor": {"relative_step": False, "scale_parameter": False},  # or it would not heed the learning rate
-}
-"""What differs from MLX's defaults: what the algorithms' papers say."""
-
-
-def make_optimizer(cfg: OptimConfig) -> Any:
-    """MLX's optimizer of that name. Raises UserError for arguments or moments that it does not have."""
-    maps_of(cfg)
-    kind = CLASSES[cfg.optimizer]
-    # Adamax hands on to Adam, but has a signature of its own.
-    known = [name for name in inspect.signature(kind).parameters if name not in ("learning_rate", "weight_decay")]
-    for name in cfg.optimizer_args:
-        if name not in known:
-            where = (
-                "that is optim." + name if name in ("learning_rate", "weight_decay") else "it has " + ", ".join(known)
-            )
-            raise UserError(f"optim.optimizer_args: {cfg.optimizer} takes no {name!r} here; {where}")
-    arguments = {"learning_rate": cfg.learning_rate, **OURS.get(cfg.optimizer, {}), **cfg.optimizer_args}
-    if "weight_decay" in inspect.signature(kind).parameters:
-        arguments["weight_decay"] = cfg.weight_decay
-    elif cfg.weight_decay:
-        raise UserError(f"optim.weight_decay does nothing with {cfg.optimizer}, which has none")
-    try:
-        return kind(**arguments)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"optim.optimizer_args: {error}") from None
 
 
 class Float32Optimizer:
@@ -153,15 +107,22 @@ class Float32Optimizer:
         shared = self._shared
         factors = self._optimizer.factors(shared) if hasattr(self._optimizer, "factors") else {}
         for paths in grouped(gradients, together(self._maps, on_gpu())):
-            if self._name not in WHOLE and gradients[paths[0]].size > numbers_at_once(self._maps):
-                self._move_in_place(model, paths[0], gradients.pop(paths[0]), scale, shared | factors)
-            else:
-                mx.eval(self._move(model, paths, gradients, scale, shared | factors))
+            mine = {path: gradients.pop(path) for path in paths}
+            self._move(model, mine, scale, shared | factors)
 
-    def _move(
-        self, model: nn.Module, paths: Sequence[str], gradients: ByPath, scale: mx.array | float, shared: ByPath
+    def _move(self, model: nn.Module, gradients: ByPath, scale: mx.array | float, shared: ByPath) -> None:
+        """Move a group, or a parameter that is larger than one. Empties `gradients`."""
+        path = next(iter(gradients))
+        if self._name not in WHOLE and gradients[path].size > numbers_at_once(self._maps):
+            self._move_in_place(model, path, gradients.pop(path), scale, shared)
+        else:
+            mx.eval(self._moved_together(model, gradients, scale, shared))
+
+    def _moved_together(
+        self, model: nn.Module, gradients: ByPath, scale: mx.array | float, shared: ByPath
     ) -> list[Any]:
         """Put what a group becomes in the place of what it is, and return that, not yet computed."""
+        paths = list(gradients)
         parameters: ByPath = tree_flatten(model.trainable_parameters(), destination={})
         old = [parameters[path] for path in paths]
         precise = old if self._precise is None else [self._precise[path] for path in paths]

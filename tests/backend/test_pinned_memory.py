@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
-from typing import Any
 
 import pytest
+from backend.locking import Driver, locking
 
 from grpo.backend import pinned
 from grpo.errors import UserError
 
 
-class Driver:
-    """Locks `room` bytes at most."""
-
-    def __init__(self, room: int) -> None:
-        self.room, self.locked = room, list[tuple[int, int]]()
-
-    def cuMemHostRegister_v2(self, place: ctypes.c_void_p, size: ctypes.c_size_t, flags: int) -> int:
-        if sum(one for _, one in self.locked) + size.value > self.room:
-            return 2
-        assert place.value is not None
-        self.locked.append((place.value, size.value))
-        return 0
-
-    def cuGetErrorName(self, code: int, name: Any) -> None:
-        name._obj.value = b"CUDA_ERROR_OUT_OF_MEMORY"
-
-
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    made = Driver(3 * pinned.PIECE)
-    monkeypatch.setattr(pinned, "_driver", lambda: made)
-    monkeypatch.setattr(pinned, "MOST", 8 * pinned.PIECE)
-    monkeypatch.setattr(pinned, "available", lambda: 2 * pinned.LEAST)
-    return made
+    return locking(monkeypatch)
 
 
 def test_memory_is_locked_in_pieces_that_follow_one_another_and_never_move(driver: Driver) -> None:

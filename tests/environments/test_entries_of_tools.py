@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from environments.looking import LOOK
 
 from grpo.config import EnvironmentConfig, ToolConfig
 from grpo.environments.host import EnvironmentHost
@@ -45,22 +46,13 @@ class Lost:
 
 class Empty:
     def reset(self, **row): ...
-
-def look(query: str) -> str:
-    """
-    Looks something up.
-
-    Args:
-        query: What.
-    """
-    return query
 '''
 
 
 @pytest.fixture(autouse=True)
 def rooms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("rooms.py").write_text(CODE)
+    Path("rooms.py").write_text(CODE + LOOK)
 
 
 @pytest.fixture(params=["in a process", "in this process"])

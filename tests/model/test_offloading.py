@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from io import StringIO
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from architectures.small import COMMON, SMALL
+from backend.locking import copying, locking
 from mlx.utils import tree_flatten
 from model.test_attending import lines_logprobs, rows_logprobs
 from model.test_sharing import COMPLETIONS, INDEX, LENGTHS, PROMPTS, policy_of
@@ -18,7 +21,7 @@ from grpo.backend import pinned
 from grpo.errors import UserError
 from grpo.model import mlxlm
 from grpo.model.dropout import add_dropout, dropping
-from grpo.model.offloading import host_bytes, keeping_in, vault_of
+from grpo.model.offloading import OnHost, host_bytes, keeping_in, vault_of
 from grpo.model.policy import Policy
 
 
@@ -81,6 +84,11 @@ def test_nor_does_a_pass_without_a_gradient(zoo) -> None:
     vault = policy.vault = Doubled()
     mx.eval(policy.group_logprobs(PROMPTS, LENGTHS, INDEX, COMPLETIONS))
     assert vault.stored == []
+    gradient(policy, rows_logprobs)
+    before = len(vault.stored)
+    assert before > 0
+    mx.eval(policy.group_logprobs(PROMPTS, LENGTHS, INDEX, COMPLETIONS))
+    assert len(vault.stored) == before
 
 
 def test_the_backward_pass_reads_the_vault_alone(zoo) -> None:
@@ -88,6 +96,23 @@ def test_the_backward_pass_reads_the_vault_alone(zoo) -> None:
     expected = gradient(policy, rows_logprobs)
     policy.vault = Emptied()
     assert not same(expected, gradient(policy, rows_logprobs))
+
+
+def test_the_host_s_memory_gives_back_what_was_put_there(zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next gradient is written over it."""
+    driver, arena = locking(monkeypatch), pinned.Arena()
+    monkeypatch.setattr(pinned, "arena", lambda: arena)
+    monkeypatch.setattr(pinned, "kernel", copying)
+    policy = policy_of(zoo("tied", num_hidden_layers=3), gradient_checkpointing=True)
+    expected = [gradient(policy, logprobs) for logprobs in (rows_logprobs, lines_logprobs)]
+    policy.vault = OnHost()
+    for _ in range(2):
+        assert same(expected[0], gradient(policy, rows_logprobs))
+        assert same(expected[1], gradient(policy, lines_logprobs))
+    assert [size for _, size in driver.locked] == [pinned.PIECE]
+    assert policy.notes == [
+        "the inputs of checkpointed layers lie in the machine's memory, not the device's: 0.1 GB of it"
+    ]
 
 
 LAYERS, TOKENS, WIDTH = 160, 512, 16
@@ -116,6 +141,18 @@ def test_no_layers_input_stays_on_the_device() -> None:
     inputs = 4 * TOKENS * WIDTH * LAYERS
     assert stacked(mx.checkpoint) > inputs
     assert stacked(keeping_in(Emptied())) < inputs / 2  # some are on their way
+
+
+def test_an_input_comes_back_when_the_gradient_of_what_was_made_of_it_is_there() -> None:
+    """Or MLX might fetch it as soon as it was put away."""
+    layer = keeping_in(Doubled())(lambda weight, x: x @ weight)
+    drawing = StringIO()
+    mx.export_to_dot(drawing, mx.grad(lambda weight: layer(weight, mx.ones((2, 2))).sum())(mx.ones((2, 2))))
+    drawn = drawing.getvalue()
+    (taking,) = re.findall(r"(\d+) \[label =\"Divide\"", drawn)
+    (waiting,) = re.findall(r"(\d+) \[label =\"Depends\"", drawn)
+    (waited,) = re.findall(rf'^"(\w+)" -> {taking}$', drawn, re.MULTILINE)[:1]
+    assert waited in re.findall(rf'^{waiting} -> "(\w+)"$', drawn, re.MULTILINE)
 
 
 @pytest.mark.slow  # a C++ compiler at work

@@ -23,7 +23,7 @@ from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
 from grpo.planning.choosing import Checkpointing, Choice
 from grpo.planning.footprint import Footprint, extent, measure_body, measure_footprint, probes
-from grpo.planning.lengths import LONGEST, Lengths, longest
+from grpo.planning.lengths import LONGEST, FittingLengths, longest
 from grpo.planning.machines import OF_A_LIMIT, Machine
 from grpo.planning.planner import Planner
 from grpo.planning.rehearsal import is_cheap, rehearsed
@@ -168,7 +168,7 @@ def test_what_is_said_of_lengths_does_not_contradict_the_plan(one_lane, monkeypa
         refused.plan()
     tight = planner(total / 2**30)
     plan, _ = tight.plan()
-    monkeypatch.setattr(Lengths, "longest", lambda _: LENGTH // 2)
+    monkeypatch.setattr(FittingLengths, "longest", lambda _: LENGTH // 2)
     assert tight.report(plan)[-1].startswith(f"longest completion that would fit: {LENGTH} tokens; ")
 
 

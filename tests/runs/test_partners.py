@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from environments.looking import LOOK
 
 from grpo.config import EnvironmentConfig, ToolConfig
 from grpo.environments.describe import describe
@@ -12,7 +13,7 @@ from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import described, invite
 from grpo.types import Task
 
-ROOMS = '''
+ROOMS = """
 class Silent:
     def reset(self, question, **row):
         pass
@@ -26,22 +27,13 @@ class Text:
 class Own:
     async def rollout(self, task, sampler):
         return await sampler.sample(task.prompt_ids, sampler.n)
-
-def look(query: str) -> str:
-    """
-    Looks something up.
-
-    Args:
-        query: What.
-    """
-    return query
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
 def rooms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("rooms.py").write_text(ROOMS)
+    Path("rooms.py").write_text(ROOMS + LOOK)
 
 
 def config(name: str | None, **settings) -> EnvironmentConfig:

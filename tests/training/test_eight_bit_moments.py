@@ -18,8 +18,9 @@ from grpo.config import OptimConfig
 from grpo.errors import UserError
 from grpo.training import moments
 from grpo.training import optimizer as optimizers
-from grpo.training.moments import BLOCK, MAPS, POSITIVE, SIGNED, SMALLEST, large, packed, unpacked
-from grpo.training.optimizer import CLASSES, Float32Optimizer, make_optimizer
+from grpo.training.algorithms import CLASSES, make_optimizer
+from grpo.training.moments import BLOCK, MAPS, POSITIVE, SIGNED, SMALLEST, large, packed, scaled, unpacked
+from grpo.training.optimizer import Float32Optimizer
 
 ARGS = {"sgd": {"momentum": 0.9}, "adafactor": {"beta_1": 0.9}}
 """What gives an optimizer moments that has none by itself."""
@@ -88,6 +89,8 @@ def test_the_error_is_less_than_a_code(name: str, how: moments.Map, bound: float
 def test_blocks_of_zeros_stay_zeros() -> None:
     own = {"m": mx.zeros((64, 64)), "v": mx.zeros((64, 64))}
     assert all(mx.array_equal(array, own[name]) for name, array in again(own).items())
+    sizes, scales = scaled(mx.array([[0.0, 0.0], [-4.0, 1.0]]))  # or NaN, which devices round to what they like
+    assert (sizes.tolist(), scales.tolist()) == ([[0.0, 0.0], [1.0, 0.25]], [0.0, 4.0])
 
 
 def test_a_second_moment_never_becomes_0() -> None:
@@ -101,7 +104,7 @@ def test_a_second_moment_never_becomes_0() -> None:
 @pytest.mark.parametrize("shape", [(4097,), (67, 131), (3, 37, 41), (4096,), (1, 5000)])
 def test_sizes_that_blocks_do_not_divide(shape: tuple[int, ...]) -> None:
     values = mx.random.normal(shape, key=mx.random.key(1))
-    state = packed({"m": values}, ADAMW, step(1))
+    state = packed({"m": values}, {"m": SIGNED}, step(1))
     assert state["m.codes"].shape == shape
     assert state["m.scales"].shape == (math.ceil(values.size / BLOCK),)
     last = values.reshape(-1)[(values.size - 1) // BLOCK * BLOCK :]
@@ -171,6 +174,27 @@ def test_training_goes_as_with_float32_moments(name: str) -> None:
         assert precise[-1] < 0.99 * precise[0]
         assert coarse[-1] == pytest.approx(precise[-1], rel=0.05)
         assert coarse[1:] != precise[1:]  # moments were packed
+
+
+@pytest.mark.parametrize("group", [2**22, 2048])  # whole arrays, or in parts
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_moments_are_those_of_float32_but_for_a_code(name: str, group: int, monkeypatch) -> None:
+    """Signs, places and scales: gradients of both signs, whose sizes differ from block to block."""
+    monkeypatch.setattr(optimizers, "GROUP", group)
+    states = {}
+    for kept in ("float32", "int8"):
+        model = square()
+        cfg = OptimConfig(steps=1, optimizer=name, optimizer_args=ARGS.get(name, {}), moments=kept)
+        optimizer = Float32Optimizer(cfg, model.trainable_parameters())
+        for n in range(2):
+            slopes = mx.random.normal((64, 64), key=mx.random.key(n)) * mx.exp(mx.linspace(-3, 3, 64))[:, None]
+            optimizer.update(model, {"weight": slopes, "bias": mx.ones(64)})
+        own = {path.removeprefix("weight."): a for path, a in tree_flatten(optimizer.state) if "weight." in path}
+        states[kept] = unpacked(own, MAPS[name])
+    for moment in MAPS[name]:
+        fine, coarse = (states[kept][moment].reshape(-1, BLOCK) for kept in ("float32", "int8"))
+        errors = mx.abs(coarse - fine).max(axis=1) / mx.abs(fine).max(axis=1)
+        assert 0 < errors.max().item() < 0.08, moment
 
 
 @pytest.mark.parametrize("group", [2**22, 2048])  # whole arrays, or in parts

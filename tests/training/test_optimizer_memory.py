@@ -29,9 +29,10 @@ from grpo.runs.signals import StopRequest
 from grpo.runs.state import RunState
 from grpo.scoring.scorer import Scorer
 from grpo.training import optimizer as optimizers
+from grpo.training.algorithms import CLASSES, make_optimizer
 from grpo.training.inplace import parts_of
 from grpo.training.moments import MAPS
-from grpo.training.optimizer import CLASSES, WHOLE, Float32Optimizer, bytes_of_a_group, grouped, make_optimizer
+from grpo.training.optimizer import WHOLE, Float32Optimizer, bytes_of_a_group, grouped
 from grpo.training.trainer import Trainer
 from grpo.training.update import Updater, bytes_of_a_norm
 from grpo.types import Group, Task
@@ -211,6 +212,19 @@ def test_parts_of_a_large_array_change_nothing(name: str, dtype: mx.Dtype) -> No
         assert mx.array_equal(state[path], array), path
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (28 + 12) * GROUP + 4 * 2**18),  # a group at work, and a copy of the array
+        ({"moments": "int8"}, (28 + 2 * 26 + 12) * GROUP // 2 + 4 * 2**18),
+        ({"optimizer": "adafactor"}, 28 * 2**18),  # which moves arrays whole
+    ],
+)
+def test_a_large_array_takes_what_a_group_takes(settings: dict, expected: int) -> None:
+    parameters = {"weight": mx.zeros((2**10, 2**8))}
+    assert bytes_of_a_group(OptimConfig(steps=1, **settings), parameters) == expected
+
+
 def test_parts_are_whole_blocks_and_all_of_an_array() -> None:
     for numbers, most in [(2**23 + 5, 2**22), (2077, 600), (257, 256), (10_000, 999)]:
         parts = parts_of(numbers, most)
@@ -279,10 +293,9 @@ def test_a_run_of_whole_weights_holds_them_once(tmp_path, dtype: mx.Dtype, optim
     peak, count = max(peaks[1:]), numbers(policy.model)
     # A group at work, or a few activations, are there beside; what was before a step is not.
     assert bytes_each < peak / count < bytes_each + 1
-    if "moments" in optim:  # the optimizer's step is the peak then; the plan reckons more for the update
-        assert peak == pytest.approx(sum(plan.stays.values()) + plan.phases["optimizer's step"], rel=0.03)
-    else:
-        assert peak == pytest.approx(plan.total, rel=0.06)
+    # The optimizer's step is the peak; of the update the plan reckons a little more.
+    assert peak == pytest.approx(sum(plan.stays.values()) + plan.phases["optimizer's step"], rel=0.03)
+    assert peak == pytest.approx(plan.total, rel=0.1)
 
 
 def test_decoding_does_not_keep_the_weights_of_before_an_update() -> None:

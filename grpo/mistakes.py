@@ -124,6 +124,8 @@ def _explain(path: Keys, detail: ErrorDetails, place: str) -> str:
 def _remedy(path: Keys, detail: ErrorDetails, expected: str) -> str:
     """What to write in the place of a value of the wrong kind, where that can be told."""
     value = detail["input"]
+    if path[-1:] == ("optimizer",) and isinstance(value, str) and re.search("_?8bit", value):
+        return " Moments in 8 bits are a setting of their own, for each of these: optim.moments: int8."
     if detail["type"] == "literal_error" and (close := _similar(value, re.findall(r"'([^']*)'", expected))):
         return f" Did you mean {close!r}?"
     if isinstance(value, str) and "a list" in expected:
@@ -215,7 +217,7 @@ def _meant(path: Keys) -> str | None:
     if found := _answer(path):
         keys = found[1].keys
         return keys[0] if keys else None
-    if len(name) > LONGEST_SHOWN:
+    if len(name) > LONGEST_SHOWN or name in OPTIMIZER_ARGS:  # momentum is no slip for moments
         return None
     for candidates, similarity in ((_keys_beside(path), 0.6), (list(_all_keys(Recipe)), 0.8)):
         by_name = {key.rpartition(".")[2]: key for key in candidates}

@@ -28,28 +28,32 @@ S = TypeVar("S", bound=Section)
 U = TypeVar("U", RewardConfig, EnvironmentConfig, ToolConfig)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), said_by: str = COMMAND_LINE) -> Recipe:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), said_by: str = COMMAND_LINE, kind: type[Recipe] = Recipe
+) -> Recipe:
     """The recipe in `path` with `key.sub=value` overrides applied; `said_by` says in errors where those come from.
+
+    It is of this `kind` and checked as such.
 
     Raises UserError for a file that is not there or is not YAML, an unknown key, a key given twice, a value of
     a wrong type or out of bounds; the message names file, line, key, what was given and what was expected.
     Files and folders that the recipe names are looked for beside it, then in the working directory.
     """
-    return _resolved(_checked(read_document(path), overrides, said_by), path)
+    return _resolved(_checked(read_document(path), overrides, kind, said_by), path)
 
 
-def recipe_of(data: dict[str, Any], what: str, overrides: Sequence[str] = ()) -> Recipe:
+def recipe_of(data: dict[str, Any], what: str, overrides: Sequence[str] = (), kind: type[Recipe] = Recipe) -> Recipe:
     """A recipe that is in no file, as `load_recipe` would give it. Errors are said to be of `what`."""
-    return _resolved(_checked(Document(data, {(): what}), overrides), Path(what))
+    return _resolved(_checked(Document(data, {(): what}), overrides, kind), Path(what))
 
 
-def _checked(document: Document, overrides: Sequence[str], said_by: str = COMMAND_LINE) -> Recipe:
+def _checked(document: Document, overrides: Sequence[str], kind: type[Recipe], said_by: str = COMMAND_LINE) -> Recipe:
     for text in overrides:
         override(document, text, said_by)
     data = without_single_turn(document.data)
     try:
         # Through JSON, because there strict means "no coercion" and yet lists may fill tuples.
-        return Recipe.model_validate_json(json.dumps(data))
+        return kind.model_validate_json(json.dumps(data))
     except ValidationError as error:
         raise UserError("\n".join(explanations(error, data, document.locate))) from None
 

@@ -67,8 +67,15 @@ def found_by_planners() -> dict[object, object]:
 
 
 @pytest.fixture(autouse=True)
-def measured_once(found_by_planners: dict[object, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run is planned by what was measured of the same policy earlier in this session. See `measuring`."""
+def measured_once(
+    request: pytest.FixtureRequest, found_by_planners: dict[object, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is planned by what was measured of the same policy earlier in this session. See `measuring`.
+
+    Where planning is tested, every plan measures for itself.
+    """
+    if "planning" in request.path.parts:
+        return
     for measure in ("measure_footprint", "rehearsed"):
         monkeypatch.setattr(planner, measure, once(getattr(planner, measure), found_by_planners))
 

@@ -134,6 +134,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "optim.learning_rate": ("0.1",),
     "optim.optimizer": ("sgd",),
     "optim.optimizer_args": ("{betas: [0.5, 0.9]}",),
+    "optim.moments": ("int8", "adapter.type=full"),
     "optim.lr_scheduler_type": ("linear",),
     "optim.warmup_steps": ("1", "optim.steps=3", "optim.lr_scheduler_type=cosine"),
     "optim.weight_decay": ("1",),
@@ -205,6 +206,13 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("adapter.sync_reference_every=1", "does nothing while loss.beta is 0", ()),
     ("checkpoint.metric_for_best_model=greedy", "does nothing without an eval section", ()),
     ("rewards.0.timeout=2", "rewards.0: timeout does nothing with isolation: inline", ()),
+    ("optim.offload_activations=true", "optim.offload_activations: this run is on a CPU", ()),
+    (
+        "optim.offload_activations=true",
+        "offload_activations does nothing with gradient_checkpointing: false",
+        ("optim.gradient_checkpointing=false",),
+    ),
     ("optim.weight_decay=1", "optim.weight_decay does nothing with adam", ("optim.optimizer=adam",)),
+    ("optim.moments=int8", "optim.moments: int8 does nothing with sgd", ("optim.optimizer=sgd",)),
     ("advantage.scale_rewards=none", "does nothing with the batch baseline", ("advantage.baseline=batch",)),
 ]

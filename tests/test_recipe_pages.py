@@ -35,7 +35,9 @@ def keys_in(text: str) -> set[str]:
     return {one for one in found if re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)+", one) and one.split(".")[0] in SECTIONS}
 
 
-@pytest.mark.parametrize("name", ["README.md", "FROM_TRL.md", "TROUBLESHOOTING.md", "ENVIRONMENTS.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "FROM_TRL.md", "TROUBLESHOOTING.md", "ENVIRONMENTS.md", "LONG_COMPLETIONS.md"]
+)
 def test_every_key_on_a_page_is_one(name: str) -> None:
     assert keys_in(page(name)) - KEYS == set()
 

@@ -23,6 +23,8 @@ KEPT = {-3: 32 * 2**20, -1: 512 * 2**20, -2: 16 * 2**20}
 `M_TRIM_THRESHOLD`, how much may be free at the heap's end; `M_TOP_PAD`, by how much more the heap grows."""
 OUT_OF_MEMORY = ("out of memory", "insufficient memory", "unable to allocate", "attempting to allocate", "[malloc")
 """What CUDA, Metal and MLX's allocators say."""
+GPU_MEMORY = ("max_recommended_working_set_size", "memory_size", "total_memory")
+"""The words of `mx.device_info` for a GPU's memory: Metal's for what a process may use and for all, and CUDA's."""
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -109,11 +111,15 @@ def cpu_cores() -> int:
 
 
 def memory_bytes() -> int:
-    """Memory that MLX may use: the GPU's, or the machine's or as much of it as the container has."""
+    """Memory that MLX may use: the GPU's, or the machine's or as much of it as the container has.
+
+    Of a Mac's memory Metal lets a process use two thirds or three quarters, unless its owner has allowed more (`sysctl
+    iogpu.wired_limit_mb`).
+    """
     import mlx.core as mx
 
     info = mx.device_info() if on_gpu() else {}
-    size = info.get("memory_size", info.get("total_memory"))  # Metal's word for it, and CUDA's
+    size = next((info[word] for word in GPU_MEMORY if info.get(word)), None)
     return int(size) if size else min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
 
 

@@ -190,7 +190,10 @@ def speculate(
         ),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Instead: the steps of this recipe, over epochs.")
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME", help="Instead: the steps of this recipe (a file, or a bundled one), over epochs."
+        ),
     ] = None,
     pool: Annotated[
         int | None, typer.Option(min=1, help="With --recipe: its first prompts, which make an epoch. Default: 16.")
@@ -206,6 +209,7 @@ def speculate(
     from grpo.benchmark.epochs import epochs_of, ways_of
     from grpo.benchmark.speculation import counts, speculation_gains
     from grpo.errors import UserError
+    from grpo.plugins import find_recipe
 
     if recipe is None:
         if pool is not None or ways is not None:
@@ -215,10 +219,8 @@ def speculate(
         raise UserError("--accepted means nothing with --recipe: there drafts are accepted as they are right")
     usual: dict[str, Any] = {**COMMON, **LOAD, "runs": setting.runs}
     if setting != type(setting)(**usual):
-        raise UserError(
-            "--recipe FILE says which model, prompts and lengths: of the options for these, only --runs counts"
-        )
-    return epochs_of(recipe, pool or 16, ways_of("auto" if ways is None else ways), setting.runs)
+        raise UserError("--recipe says which model, prompts and lengths: of the options for these, only --runs counts")
+    return epochs_of(find_recipe(recipe), pool or 16, ways_of("auto" if ways is None else ways), setting.runs)
 
 
 @command(prompts=4, completions=8, prompt_length=128, completion_length=128, runs=2)

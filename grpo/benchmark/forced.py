@@ -50,12 +50,12 @@ def sample(
 
     Raises RunError where one has another length: its speed would mean nothing.
     """
-    engine = generator.open()
-    rows = submit(engine, requests, lengths, sampling, logprobs)
-    if queued is not None:
-        queued(rows)
-    while engine.busy:
-        engine.step()
+    with generator.open() as engine:
+        rows = submit(engine, requests, lengths, sampling, logprobs)
+        if queued is not None:
+            queued(rows)
+        while engine.busy:
+            engine.step()
     if [len(row.token_ids) for row in rows] != list(lengths):
         raise RunError("the generator has not sampled the lengths that it was asked for")
     return rows

@@ -48,7 +48,9 @@ def step_trainer(setting: Setting, ranks: Ranks | None = None, scorer: Scorer | 
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     tasks = [group.task for group in synthetic(setting, policy.model)]
     even = {"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]}
-    return Trainer(cfg, policy, Prompts(tasks), engine, scorer or Scorer(even), ranks=ranks)
+    trainer = Trainer(cfg, policy, Prompts(tasks), engine, scorer or Scorer(even), ranks=ranks)
+    trainer.update.gradients.alone = plan.alone
+    return trainer
 
 
 def step_side(setting: Setting) -> Side:

@@ -86,26 +86,32 @@ def costs(
         float | None, typer.Option(min=1, max=MOST, help="Of another machine: gigabytes, as it is sold.")
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(min=1, max=MOST, help="With --memory: gigabytes a second from it.")
+        float | None, typer.Option(min=1, max=MOST, help="With --memory: gigabytes a second from it, for the times.")
     ] = None,
     tflops: Annotated[
         float | None,
         typer.Option(
-            min=0.1, max=MOST, help="With --memory: dense bfloat16 Tflop/s. Default: 75 per TB/s on CUDA, 30 on Metal."
+            min=0.1,
+            max=MOST,
+            help="With --bandwidth: dense bfloat16 Tflop/s. Default: 75 per TB/s on CUDA, 30 on Metal.",
         ),
     ] = None,
     backend: Annotated[ChipBackend, typer.Option(help="With --memory: an NVIDIA card, or a Mac.")] = ChipBackend.cuda,
 ) -> None:
-    """Estimate a recipe's memory and time on common machines, or on one that you describe. No weights are fetched."""
-    from grpo.planning.estimate import estimates, legend
-    from grpo.planning.machines import CHIPS, described
+    """Estimate a recipe's memory and time on common machines, or on one that you describe, with the longest completion
+    that would fit there. No weights are fetched."""
+    from grpo.planning.estimate import estimates, legend, report
+    from grpo.planning.machines import CHIPS, described, memory_of
 
-    if (memory is None) is not (bandwidth is None):
-        raise UserError("costs: --memory and --bandwidth describe a machine together: give both, or neither")
-    chips = list(CHIPS)
+    if memory is None and (bandwidth is not None or backend is not ChipBackend.cuda):
+        raise UserError("costs: --bandwidth and --backend describe a machine together with --memory: give that, too")
+    if bandwidth is None and tflops is not None:
+        raise UserError("costs: --tflops does nothing without --bandwidth: give that, too")
+    cfg = load_recipe(find_recipe(recipe), overrides or [])
+    chips = list(CHIPS) if memory is None else []
     if memory is not None and bandwidth is not None:
         chips = [described(memory, bandwidth, tflops, backend.value)]
-    elif tflops is not None or backend is not ChipBackend.cuda:
-        raise UserError("costs: --tflops and --backend do nothing without --memory and --bandwidth")
-    cfg = load_recipe(find_recipe(recipe), overrides or [])
-    print("\n".join([*estimates(cfg, chips), *legend(chips)]))
+    lines = [*estimates(cfg, chips), *legend(chips)]
+    if memory is not None:
+        lines += report(cfg, memory_of(memory, backend.value), backend.value)
+    print("\n".join(lines))

@@ -19,6 +19,7 @@ from grpo.config.model import ModelConfig as ModelConfig
 from grpo.config.objective import AdvantageConfig as AdvantageConfig
 from grpo.config.objective import LossConfig as LossConfig
 from grpo.config.optim import OptimConfig as OptimConfig
+from grpo.config.recipe import EvaluationRecipe as EvaluationRecipe
 from grpo.config.recipe import Recipe as Recipe
 from grpo.config.rewards import RewardConfig as RewardConfig
 from grpo.config.rollout import RolloutConfig as RolloutConfig

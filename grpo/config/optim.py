@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from grpo.config.section import MANY, Above0, AtLeast0, NonNegative, Positive, Section, Tokens
 
@@ -23,9 +23,15 @@ class OptimConfig(Section):
     learning_rate: Above0 = 1e-5
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"
-    """One of mlx.optimizers. Its state, and the weights it moves, are float32 whatever the model's dtype."""
+    """One of mlx.optimizers. Its state (but for `moments`), and the weights it moves, are float32 whatever the model's
+    dtype."""
     optimizer_args: dict[str, bool | int | float | list[float]] = {}
     """The optimizer's own arguments, such as `betas: [0.9, 0.99]` or `momentum: 0.9`."""
+    moments: Literal["float32", "int8"] = "float32"
+    """How the optimizer keeps its moments between steps. `int8`: in 8 bits, with a scale for every block of 256 numbers
+    (arXiv 2110.02861); whole weights by AdamW take 6 bytes a parameter less. Arrays below 4,096 numbers stay float32.
+    What other programs call `adamw_8bit` is `optimizer: adamw` with this: it goes with every optimizer that has
+    moments."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: constant, or down on a line or half a cosine, to reach 0 one step after the last (as in
     transformers: the last step of `linear` has 1/(steps - warmup_steps) of the peak)."""
@@ -48,6 +54,10 @@ class OptimConfig(Section):
     """Compute each layer's inside again in the backward pass: much less memory, a third more time. A number does so
     with that many layers, from the first on. `auto`: where the plan finds that memory is short without; with
     `memory.limit_gb` for as few layers as fit."""
+    offload_activations: bool = False
+    """On CUDA, keep checkpointed layers' inputs in the machine's memory until the backward pass asks for them: of long
+    completions they are most of what an update takes on the device (8B: 295 KB a token). Changes memory and speed, not
+    the gradient. `gradient_checkpointing: auto` then means all layers, or with `memory.limit_gb` as few as fit."""
     share_prompts: bool = True
     """Run a prompt once for all its completions in training, where the model allows it. Changes memory and speed, not
     the gradient, unless `adapter.dropout` is on: then the completions of a prompt share what is dropped of it."""
@@ -63,6 +73,15 @@ class OptimConfig(Section):
     """Stop the run when the sampler's logprobs differ from the trainer's, in a step's mean, by more than this many
     times what rounding explains (0.001 nats in float32, 0.01 in float16, 0.03 in bfloat16; divided by a temperature
     below 1). From 3 times on there is a warning. null: never stop."""
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> OptimConfig:
+        if self.offload_activations and self.gradient_checkpointing is False:
+            raise ValueError(
+                "offload_activations does nothing with gradient_checkpointing: false: it moves the inputs of "
+                "checkpointed layers"
+            )
+        return self
 
     @property
     def warmup(self) -> int:

@@ -109,11 +109,6 @@ class Recipe(Section):
                 f"rollout.num_generations × rollout.prompts_per_step are {rows:,} completions in a step, and at most "
                 f"{MANY:,} are possible"
             )
-        if self.rollout.kv_bits and not self.loss.corrects_samplers:
-            raise ValueError(
-                "rollout.kv_bits makes completions that are not quite the policy's own. Set also "
-                "loss.importance_sampling_correction, to token_truncate, say: it weighs tokens by the difference"
-            )
         penalised = self.loss.kl_in == "reward" or self.advantage.soft_overlong_cache is not None
         if penalised and self.baseline in ("gdpo", "maxrl"):
             raise ValueError(f"advantage.baseline {self.baseline} has no meaning for penalties in the reward")
@@ -132,6 +127,15 @@ class Recipe(Section):
             raise ValueError(f"loss.type {self.loss.type} has no ratio: num_iterations and num_minibatches stay 1")
         if "scale_rewards" in self.advantage.changed and self.baseline not in ("group", "leave_one_out"):
             raise ValueError(f"advantage.scale_rewards does nothing with the {self.baseline} baseline")
+        return self
+
+    @model_validator(mode="after")
+    def _what_training_needs(self) -> Recipe:
+        if self.rollout.kv_bits and not self.loss.corrects_samplers:
+            raise ValueError(
+                "rollout.kv_bits makes completions that are not quite the policy's own. Set also "
+                "loss.importance_sampling_correction, to token_truncate, say: it weighs tokens by the difference"
+            )
         return self
 
     @property
@@ -182,3 +186,11 @@ class Recipe(Section):
     def baseline(self) -> Baseline:
         """What advantages are relative to: `advantage.baseline`, or what `loss.type` brings."""
         return self.advantage.baseline or self.loss.preset.baseline
+
+
+class EvaluationRecipe(Recipe):
+    """A recipe by which a model is evaluated and never trained: what only training needs may be missing."""
+
+    @model_validator(mode="after")
+    def _what_training_needs(self) -> EvaluationRecipe:
+        return self

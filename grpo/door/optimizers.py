@@ -11,8 +11,9 @@ from grpo.door.checks import kind_of
 from grpo.errors import UserError
 from grpo.objective.loss import CustomLoss
 from grpo.recipes import with_settings
+from grpo.training.algorithms import make_optimizer
 from grpo.training.gradients import Gradient
-from grpo.training.optimizer import Float32Optimizer, make_optimizer
+from grpo.training.optimizer import Float32Optimizer
 from grpo.training.update import Update, Updater
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ SAID_BY = "grpo.optimizer"
 OF_THE_LOOP = {
     "micro_batch_tokens",
     "gradient_checkpointing",
+    "offload_activations",
     "share_prompts",
     "pack_completions",
     "num_minibatches",
@@ -34,8 +36,9 @@ def optimizer(name: Optimizer = "adamw", **settings: Any) -> PolicyOptimizer:
     """An optimizer: one of `mlx.optimizers` by its name, with float32 weights and state for models of any dtype.
 
     `settings` are those of a recipe's section `optim`: `learning_rate` (1e-5), `weight_decay` (0), `max_grad_norm`
-    (1.0: the gradient is scaled down to this norm), `optimizer_args`, `num_iterations` (1: passes over the batches in
-    each `policy.update`), and `lr_scheduler_type` or `warmup_steps`, which need `steps`, the number of updates to come.
+    (1.0: the gradient is scaled down to this norm), `optimizer_args`, `moments` ("float32"; "int8": in 8 bits between
+    updates, for arrays of 4,096 numbers or more), `num_iterations` (1: passes over the batches in each
+    `policy.update`), and `lr_scheduler_type` or `warmup_steps`, which need `steps`, the number of updates to come.
 
     Raises UserError for an unknown name or setting, and for an argument that the optimizer does not have.
 

@@ -29,8 +29,10 @@ class Driver:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.jobs.close()
-        if error is None:  # or what has failed or was interrupted would go on for another step
+        if error is None:
             self.engine.close()
+        else:
+            self.engine.abandon()
 
     async def ended(self, row: Row, until: float | None = None) -> FinishReason:
         """Wait until a row has ended its turn, and say why; not at all if it has.

@@ -44,13 +44,17 @@ class BatchCaches:
     def open(self, size: Size) -> Session:
         return BatchCachesSession(self.model, size.slots, self.joined)
 
+    def close(self, session: Session) -> None:
+        session.close()
+
     def forget(self) -> None:
         """Nothing to do: no weight is held."""
 
-    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
+    def memory(self, slots: int, places: int, prompt: int, completion: int, entering: int | None = None) -> int:
         """From what one row holds at two lengths: each row has its own, and each prompt that waits for its rows."""
         fixed, per_token = self._sizes
-        return int((slots + places) * fixed + (slots * (prompt + completion) + places * prompt) * per_token)
+        held = (slots + places) * fixed + (slots * (prompt + completion) + places * prompt) * per_token
+        return int(held) + (entering or 0)
 
     def outside(self, prompt: int, completion: int) -> int:
         fixed, per_token = self._sizes

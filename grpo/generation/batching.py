@@ -107,6 +107,14 @@ class Run:
         for row in list(self._live):
             self.release(row)
 
+    def abandon(self) -> None:
+        """Release all rows where they are, and free all buffers, without reading the step in flight."""
+        self._flying = None
+        for row in self._live:
+            row.state = "released"
+        self._live.clear()
+        self.seats.abandon()
+
     def step(self) -> Events:
         """Decode until one step has been read: its tokens are in their rows, and in the events. No events if idle.
 

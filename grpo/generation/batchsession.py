@@ -113,6 +113,10 @@ class BatchCachesSession:
             batch.slots = [list(slots).index(slot) for slot in batch.slots]
         self._starts = [self._starts[slot] for slot in slots]
 
+    def close(self) -> None:
+        self._batches.clear()
+        self._ready.clear()
+
     def decoded(self) -> mx.array:
         return self._step - mx.array(self._starts, mx.int32)
 

@@ -74,6 +74,10 @@ class Session(Protocol):
         """Keep only these slots, renumbered from 0."""
         ...
 
+    def close(self) -> None:
+        """Free all buffers, whoever still holds the session: an error's traceback may. Nothing else may follow."""
+        ...
+
     def decoded(self) -> mx.array:
         """How many tokens each row has behind its prompt: `[S]` int32."""
         ...
@@ -115,6 +119,10 @@ class Decoding(Protocol):
         """Begin, with so many slots."""
         ...
 
+    def close(self, session: Session) -> None:
+        """End a session, and `forget`."""
+        ...
+
     def forget(self) -> None:
         """Hold no weight that trains, and no copy of any, unless a session is open.
 
@@ -122,8 +130,11 @@ class Decoding(Protocol):
         """
         ...
 
-    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
-        """Bytes that are held to decode so many slots and prompts at once, of at most these lengths in tokens."""
+    def memory(self, slots: int, places: int, prompt: int, completion: int, entering: int | None = None) -> int:
+        """Bytes that are held to decode so many slots and prompts at once, of at most these lengths in tokens.
+
+        `entering`: what prompts were seen to take besides while they go through the model, if that was tried.
+        """
         ...
 
     def outside(self, prompt: int, completion: int) -> int:
@@ -158,12 +169,21 @@ class SharedPrefix:
         mx.eval(self.model.parameters())
 
     def open(self, size: Size) -> Session:
-        self.decoder.refresh()
-        session = SharedPrefixSession(
-            self.model, self.decoder, self.attention, self.shapes, lambda: self._extends_together, size
-        )
+        try:
+            self.decoder.refresh()
+            session = SharedPrefixSession(
+                self.model, self.decoder, self.attention, self.shapes, lambda: self._extends_together, size
+            )
+        except BaseException:  # no memory for it, say
+            self.forget()
+            raise
         self._sessions.add(session)
         return session
+
+    def close(self, session: Session) -> None:
+        session.close()
+        self._sessions.discard(session)
+        self.forget()
 
     @cached_property
     def _extends_together(self) -> bool:
@@ -174,18 +194,24 @@ class SharedPrefix:
         if not self._sessions:
             self.decoder.forget()
 
-    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int:
+    def memory(self, slots: int, places: int, prompt: int, completion: int, entering: int | None = None) -> int:
         token = sum(shape.bytes_per_token for shape in self.shapes)
         if self.side_by_side and slots >= LANES_FROM:  # a prompt may lie in each lane
-            places = min(slots, MOST_LANES * places)
-        at_once = min(places * prompt, max(prompt, PREFILL_TOKENS))
+            places, entering = min(slots, MOST_LANES * places), None if entering else entering
         cached = self.decoder.copied + token * (slots * completion + places * prompt)
-        held = at_once * sum(shape.numbers for shape in self.shapes)
-        if not self.attention.overlaps:
-            # Stock attention holds its scores: of one layer's step, or of a chunk of prompts.
-            scores = max(slots * (prompt + completion), at_once * min(prompt, self._chunk))
-            held += SCORES_HELD * 4 * self._query_heads * scores
-        return cached + max(held, slots * completion * max(shape.at_work for shape in self.shapes))
+        grown = slots * completion * max(shape.at_work for shape in self.shapes)
+        entering = self._entering(places, prompt) if entering is None else entering
+        return cached + max(entering, grown, self._scores(slots * (prompt + completion)))
+
+    def _entering(self, places: int, prompt: int) -> int:
+        """What prompts take while they go through the model: their keys and values as they are computed, and scores."""
+        at_once = min(places * prompt, max(prompt, PREFILL_TOKENS))
+        numbers = at_once * sum(shape.numbers for shape in self.shapes)
+        return numbers + self._scores(at_once * min(prompt, self._chunk))
+
+    def _scores(self, pairs: int) -> int:
+        """Of one layer's step, or of a chunk of prompts: stock attention holds them."""
+        return 0 if self.attention.overlaps else SCORES_HELD * 4 * self._query_heads * pairs
 
     @property
     def _chunk(self) -> int:

@@ -143,6 +143,22 @@ class Engine:
         with self._at_work():
             self._run.close()
 
+    def abandon(self) -> None:
+        """The same after an error: the steps under way are not read. Whoever holds the error does not hold buffers."""
+        self._events.clear()
+        with self._at_work():
+            self._run.abandon()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Release all rows, however the block ended."""
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """Use the engine's own stream, and one BLAS thread if the products are small."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -100,14 +99,15 @@ class Generator:
         request has a seed: not on `n`, on how many requests there are, or on the number of slots. Without `logprobs`
         none are computed. `progress` is told the `phase`, the tokens so far, and the most that there can be.
         """
-        engine, call, told = self.open(), seed_of(key), TokenProgress(self.progress, phase)
-        groups = [
-            engine.submit(_submission(request, sampling, call, number, request.n, logprobs))
-            for number, request in enumerate(requests)
-        ]
-        while engine.busy:
-            engine.step()
-            told.now_and_then(groups)
+        call, told = seed_of(key), TokenProgress(self.progress, phase)
+        with self.open() as engine:
+            groups = [
+                engine.submit(_submission(request, sampling, call, number, request.n, logprobs))
+                for number, request in enumerate(requests)
+            ]
+            while engine.busy:
+                engine.step()
+                told.now_and_then(groups)
         told.tell(groups)
         return [[trajectory_of(row) for row in rows] for rows in groups]
 
@@ -117,7 +117,7 @@ class Generator:
         The texts add up to the completion's. Text that may begin a stop string is held back until that is decided.
         Whoever stops early closes the iterator: that frees the buffers.
         """
-        with closing(self.open()) as engine:
+        with self.open() as engine:
             (row,) = engine.submit(_submission(request, sampling, seed_of(key), 0, n=1, logprobs=False))
             yield from self._streamed(engine, row)
 

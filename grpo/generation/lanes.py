@@ -105,6 +105,10 @@ class _Common:
         with self._lock:
             return self.decoding.open(size)
 
+    def close(self, session: Session) -> None:
+        with self._lock:
+            self.decoding.close(session)
+
     def forget(self) -> None:
         with self._lock:
             self.decoding.forget()
@@ -207,6 +211,14 @@ class Lanes:
             row.state = "released"
         self._waiting.clear()
         self._each(range(len(self.runs)), Run.close)
+
+    def abandon(self) -> None:
+        """Release all rows, and free all buffers, once no lane is at work."""
+        for row in self._waiting:
+            row.state = "released"
+        self._waiting.clear()
+        self._each(range(len(self.runs)), Run.abandon)
+        self._common.forget()  # what was taken over before a lane began
 
     def step(self) -> Events:
         """Let each lane decode until one step of its own has been read. No events if all are idle."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from grpo.errors import TooLargeError
+from grpo.generation.growth import columns_for
 from grpo.generation.slots import WIDEST, WIDTHS
 
 LOGITS_HELD, FILTERED_HELD = 4, 12
@@ -21,7 +22,7 @@ class Memory(Protocol):
     @property
     def narrow(self) -> str | None: ...
 
-    def memory(self, slots: int, places: int, prompt: int, completion: int) -> int: ...
+    def memory(self, slots: int, places: int, prompt: int, completion: int, entering: int | None = None) -> int: ...
 
     def outside(self, prompt: int, completion: int) -> int: ...
 
@@ -40,16 +41,33 @@ class Need:
     completion_length: int
     reshaped: bool = False
     waits: bool = False
+    group: int = 1
 
-    def bytes(self, decoding: Memory, slots: int) -> int:
-        """What the generator holds for it, with so many slots."""
-        slots = min(slots, self.rows)
-        cached = decoding.memory(slots, min(slots, self.prompts), self.prompt_length, self.completion_length)
-        return cached + self._logits(decoding, slots)
+    def bytes(self, decoding: Memory, slots: int, entering: int | None = None) -> int:
+        """What the generator holds for it, with so many slots. `entering`: see `Decoding.memory`.
+
+        Where there is a slot for each row, prompts enter before any completion has more than its first columns.
+        """
+        slots, length, at_first = min(slots, self.rows), self.completion_length, self.completion_length
+        if slots == self.rows and not self.waits:
+            at_first = min(length, columns_for(1, length))
+        entered, decoded = (
+            decoding.memory(slots, self.places(slots), self.prompt_length, columns, besides)
+            for columns, besides in ((at_first, entering), (length, 0))
+        )
+        return max(entered, decoded) + self._logits(decoding, slots)
+
+    def entering(self, slots: int) -> int:
+        """How many prompts enter so many empty slots at once, a prompt with all its rows behind the other."""
+        return min(self.places(slots), -(-slots // self.group))
+
+    def places(self, slots: int) -> int:
+        """How many prompts are decoded at once, with so many slots."""
+        return min(slots, self.rows, self.prompts)
 
     def wider(self, decoding: Memory, slots: int, fed: int) -> int:
         """What a step that feeds each row so many tokens holds beside a plain step: logits, and columns for drafts."""
-        slots, places = min(slots, self.rows), min(slots, self.rows, self.prompts)
+        slots, places = min(slots, self.rows), self.places(slots)
         columns = [
             decoding.memory(slots, places, self.prompt_length, self.completion_length + more) for more in (0, fed - 1)
         ]

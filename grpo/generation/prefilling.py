@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.device import on_gpu
 from grpo.generation.buffers import KeysValues, Layer, feed_caches, prefill_chunk
 from grpo.generation.products import fewest_columns, padded
+from grpo.model.attending import InTiles, mlx_lms
+from grpo.model.attention import PromptKeysValues, attention
+from grpo.model.sight import Causal
 
 
 class PlaceCache:
@@ -23,12 +28,25 @@ class PlaceCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
         first, self.offset = self.offset, self.offset + keys.shape[2]
-        seen = keys, values
+        self._own = self._seen = keys, values
+        self._earlier: KeysValues | None = None
         if first:
-            earlier = self._layer.prompts(self._places, first)
-            seen = mx.concatenate([earlier[0], keys], axis=2), mx.concatenate([earlier[1], values], axis=2)
+            earlier = self._earlier = self._layer.prompts(self._places, first)
+            self._seen = mx.concatenate([earlier[0], keys], axis=2), mx.concatenate([earlier[1], values], axis=2)
         self._layer.insert(self._places, (keys, values), first)
-        return seen
+        return self._seen
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any, sinks: mx.array | None
+    ) -> mx.array:
+        """In tiles, in the place of mlx-lm's attention, where that is causal attention over what is seen."""
+        causal = mask is None if queries.shape[2] == 1 else isinstance(mask, str) and mask == "causal"
+        if not causal or keys is not self._seen[0] or values is not self._seen[1]:
+            return mlx_lms(queries, keys, values, scale, mask, sinks)
+        earlier = None
+        if self._earlier is not None:
+            earlier = PromptKeysValues(*self._earlier, mx.arange(len(queries)))
+        return attention(queries, *self._own, scale, Causal(), earlier, sinks, gradient=False)
 
     def make_mask(self, *tokens: Any, **settings: Any) -> Any:
         from grpo.model.mlxlm import KVCache
@@ -45,7 +63,8 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence
     """Put the keys and values of prompts, without their last tokens, into prefix places.
 
     Prompts are padded on the right, which causal attention does not see, and go through the model in chunks. On a CPU
-    they are padded far enough for a prompt's keys and values to be the same to the bit beside any others.
+    they are padded far enough for a prompt's keys and values to be the same to the bit beside any others, and attention
+    and gated layers are computed as in training.
     """
     width = max(map(len, prompts)) - 1
     if width == 0:
@@ -54,4 +73,5 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence
     caches = [PlaceCache(layer, mx.array(list(places))) for layer in layers]
     chunk = prefill_chunk()
     least = width - width % chunk + fewest_columns() if width % chunk else width  # in the last chunk, too
-    feed_caches(model, caches, padded(rows, least, 1), width)
+    with nullcontext() if on_gpu() else InTiles(model).begun():
+        feed_caches(model, caches, padded(rows, least, 1), width)

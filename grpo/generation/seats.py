@@ -144,9 +144,16 @@ class Seats:
     def close(self) -> None:
         """Free all buffers."""
         if self._opened is not None:
+            self._opened.close(self._session)
             del self._session, self._samplers, self._tokens
-            self._opened.forget()
         self.rows, self._leaving, self._opened = [], [], None
+
+    def abandon(self) -> None:
+        """Free all buffers, and everything that rows have kept outside of them; no row will come back."""
+        self.queue.clear()
+        self.parking.clear()
+        self.away = 0
+        self.close()
 
     def _holds(self) -> bool:
         """Whether queued rows wait for others to enter with them."""
@@ -185,9 +192,8 @@ class Seats:
             return
         self.parking.clear()  # another way of decoding cannot use what is kept
         size = self._size()
+        self._samplers, self._tokens = Samplers(size.slots, decoding.vocabulary), mx.zeros(size.slots, mx.uint32)
         self._opened, self._session = decoding, decoding.open(size)
-        self._samplers = Samplers(size.slots, decoding.vocabulary)
-        self._tokens = mx.zeros(size.slots, mx.uint32)
         self.rows, self._unfit, self._columns = [None] * size.slots, False, size.columns
 
     def _size(self) -> Size:

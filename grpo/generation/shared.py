@@ -99,6 +99,10 @@ class SharedPrefixSession:
         for layer in self._layers:
             layer.keep(kept, left)
 
+    def close(self) -> None:
+        self._layers.clear()  # which a frame that has failed may hold, too
+        self._place.clear()
+
     def decoded(self) -> mx.array:
         return self._slots.decoded()
 

@@ -28,9 +28,9 @@ from grpo.model.dropout import add_dropout
 from grpo.model.lora import fold
 from grpo.model.materialize import materialize
 from grpo.model.merging import merge
-from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear, linear_to_lora_layers, load_adapters
+from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear, linear_to_lora_layers
 from grpo.model.quantized import dtype_of
-from grpo.model.saved import CONFIG, WEIGHTS, SavedAdapter, is_peft, read_adapter
+from grpo.model.saved import CONFIG, WEIGHTS, SavedAdapter, read_adapter
 
 AdapterState = Mapping[str, mx.array]
 
@@ -38,6 +38,8 @@ Snapshot = tuple[str, AdapterState, Mapping[str, AdapterState]]
 """Which state is active, its arrays, and the others by name."""
 
 POLICY, REFERENCE = "policy", "reference"
+EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
+LINEAR = (nn.Linear, nn.QuantizedLinear, *EXPERTS)
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 """What chooses a token's experts, by its path in a block that has some. In many models it is no linear layer at all."""
 
@@ -243,41 +245,50 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Put a saved adapter, in mlx-lm's format or PEFT's, into `model`. Raises UserError where it does not fit."""
     saved = read_adapter(folder)  # refuses what no model should be given
     try:
-        if is_peft(folder):
-            _add_saved(model, saved)
-        else:
-            load_adapters(model, str(folder))
+        _add_saved(model, saved)
     except Exception as error:  # whatever a file that is not what it should be makes the loader raise
         why = f"it wants an adapter as mlx-lm writes them: {one_line(error)}"
         raise UserError(f"adapter {folder}: cannot be loaded; {why}") from error
-    model.eval()  # mlx-lm's layers come with dropout on, where an adapter was trained with dropout
+    model.eval()  # mlx-lm's layers come with dropout on
 
 
 def _add_saved(model: nn.Module, saved: SavedAdapter) -> None:
-    """Add exactly those layers that a saved adapter has arrays for. Raises ValueError for what the model has not."""
-    modules = {f"{path}.{part}" for path, _ in model.named_modules() for part in ("lora_a", "lora_b", "m")}
-    arrays = saved.fitted(modules)
-    keys = {path.rpartition(".")[0] for path in arrays}
-    parameters = {"rank": saved.rank, "scale": saved.scale, "dropout": 0.0, "keys": keys}
-    linear_to_lora_layers(model, 0, parameters, use_dora=saved.kind == "dora")
-    added = {path: array.shape for path, array in tree_flatten(model.parameters()) if path in arrays}
-    if odd := [path for path, array in arrays.items() if added.get(path) != array.shape]:
+    """Add exactly those layers that a saved adapter has arrays for, as training computes them, with these arrays.
+
+    Whole weights take the place of the model's. Raises ValueError for what the model has not.
+    """
+    arrays = saved.fitted(_places(model, saved.kind))
+    if saved.kind != "full":
+        if saved.rank is None:
+            raise ValueError(f"there is no {CONFIG}, which says rank and scale")
+        keys = {path.rpartition(".")[0] for path in arrays}
+        parameters = {"rank": saved.rank, "scale": saved.scale, "dropout": 0.0, "keys": keys}
+        linear_to_lora_layers(model, 0, parameters, use_dora=saved.kind == "dora")
+        fold(model)
+        fold_magnitudes(model)  # while magnitudes are still the norms of the model's own weights
+    there = {path: array.shape for path, array in tree_flatten(model.parameters()) if path in arrays}
+    if odd := [path for path, array in arrays.items() if there.get(path) != array.shape]:
         raise ValueError(f"this model has no {odd[0]} of shape {arrays[odd[0]].shape}")
     model.load_weights(list(arrays.items()), strict=False)
 
 
+def _places(model: nn.Module, kind: str) -> set[str]:
+    """The paths of all arrays that a saved adapter of this kind may have."""
+    if kind == "full":
+        return {path for path, _ in tree_flatten(model.parameters())}
+    return {f"{path}.{part}" for path, _ in model.named_modules() for part in ("lora_a", "lora_b", "m")}
+
+
 def linear_layers(model: nn.Module) -> list[str]:
     """The linear layers of the model's blocks by their path in a block, in order and once each."""
-    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
-    paths = [path for block in model.layers for path, module in block.named_modules() if isinstance(module, kinds)]
+    paths = [path for block in model.layers for path, module in block.named_modules() if isinstance(module, LINEAR)]
     return list(dict.fromkeys(sorted(paths)))
 
 
 def routers(model: nn.Module) -> set[str]:
     """Those linear layers that choose experts: not trained unless named, so that what is sampled goes where it went."""
     blocks = [dict(block.named_modules()) for block in model.layers]
-    experts = (SwitchLinear, QuantizedSwitchLinear)
-    sparse = [block for block in blocks if any(isinstance(module, experts) for module in block.values())]
+    sparse = [block for block in blocks if any(isinstance(module, EXPERTS) for module in block.values())]
     return {path for block in sparse for path in block if ROUTER.search(path)}
 
 

@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend import cuda
+from grpo.backend.blame import cause
 from grpo.backend.device import on_gpu
 from grpo.backend.maths import swiglu
 from grpo.model import mlxlm
@@ -148,11 +149,17 @@ class Forward:
         return Causal() if causal and queries == keys else None
 
 
+class Untiled(ValueError):
+    """Why a model cannot be run with its attention in tiles."""
+
+
 class InTiles:
     """Makes forward passes of a model in which attention is computed in tiles."""
 
     def __init__(self, model: nn.Module) -> None:
         self._attending, self._gating = attends(model), [] if on_gpu() else _calling(model, "swiglu")
+        files = (sys.modules[type(module).__module__] for module in model.modules())
+        self._masks = any(hasattr(file, "create_attention_mask") for file in files)
 
     @contextmanager
     def begun(self) -> Iterator[Forward]:
@@ -161,16 +168,19 @@ class InTiles:
         with forward.under_way():
             yield forward
 
-    def fault(self, model: nn.Module) -> str | None:
-        """Why attention keeps its scores all the same, if it does: tried on three tokens, and nothing is computed."""
-        with self.begun() as forward:
-            model(mx.array([[1, 2, 3]]), cache=None)
+    def fault(self, body: Callable[..., mx.array]) -> str | None:
+        """Why attention keeps its scores all the same, if it does: tried on three tokens, and nothing is computed.
+
+        `body` is what training calls. Raises Untiled where it cannot be run so.
+        """
+        try:
+            with self.begun() as forward:
+                body(mx.array([[1, 2, 3]]), cache=None)
+        except Exception as error:  # whatever the model's own code raises, or ours
+            raise Untiled(f"the trial failed: {cause(error)}") from error
         if forward.declined:
             return "this architecture adds scores of its own"
-        masks = any(
-            hasattr(sys.modules[type(module).__module__], "create_attention_mask") for module in model.modules()
-        )
-        return "this architecture computes it itself" if masks and not forward.answered else None
+        return "this architecture computes it itself" if self._masks and not forward.answered else None
 
 
 _NOW: ContextVar[Forward | None] = ContextVar("the forward pass that is under way", default=None)

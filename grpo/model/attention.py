@@ -44,23 +44,27 @@ def attention(
     sight: Sight,
     prompts: PromptKeysValues | None = None,
     sinks: mx.array | None = None,
+    gradient: bool = True,
 ) -> mx.array:
     """Softmax attention with a gradient for every array: `[B, HQ, T, E]` of the queries' dtype.
 
     queries `[B, HQ, T, D]`, keys `[B, H, K, D]`, values `[B, H, K, E]`, where HQ is a multiple of H. `sight` says what
     each query sees. The rows' `prompts` stand before their keys. `sinks` `[HQ]` are scores that take weight and give
-    nothing (arXiv 2309.17453).
+    nothing (arXiv 2309.17453). Without a `gradient` no score is kept, and what comes out of a row does not depend on
+    how many rows there are.
     """
     index = None if prompts is None else prompts.rows
     given = [queries, keys, values, *(prompts[:2] if prompts else ()), *([] if sinks is None else [sinks])]
+    if not gradient:
+        return _Call(given, index, scale, sight, most_kept=0).forward()[0]
 
     @mx.custom_function
     def attend(*arrays: mx.array) -> tuple[mx.array, ...]:
-        return _Call(arrays, index, scale, sight).forward()
+        return _Call(arrays, index, scale, sight, KEPT).forward()
 
     @attend.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
-        return _Call(primals, index, scale, sight).backward(cotangents[0], *outputs)
+        return _Call(primals, index, scale, sight, KEPT).backward(cotangents[0], *outputs)
 
     out, *_ = cast(tuple[mx.array, ...], attend(*given))
     return out
@@ -69,7 +73,9 @@ def attention(
 class _Call:
     """The arrays of one call, and the chunks that they are cut into."""
 
-    def __init__(self, arrays: Sequence[mx.array], index: mx.array | None, scale: float, sight: Sight) -> None:
+    def __init__(
+        self, arrays: Sequence[mx.array], index: mx.array | None, scale: float, sight: Sight, most_kept: int
+    ) -> None:
         self._arrays, self._index = arrays, index
         queries, *others = arrays
         self._keys, self._values, *others = (mx.contiguous(array) for array in others)
@@ -80,7 +86,7 @@ class _Call:
         before = self._prompts[0].shape[2] if self._prompts else 0
         keys = before + self._keys.shape[2]
         self._tiling = Tiling.of(
-            scale, sight, length, self._keys.shape[2], before, heads * rows * length * keys <= KEPT
+            scale, sight, length, self._keys.shape[2], before, heads * rows * length * keys <= most_kept
         )
         copied = before * (width + self._values.shape[-1]) if before and self._prompts[0].shape[0] > 1 else 0
         self._cuts = _cut(rows, groups, max(self._tiling.scores(self._repeats), copied), self._tiling.most)

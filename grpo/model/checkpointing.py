@@ -15,12 +15,16 @@ import mlx.nn as nn
 
 from grpo.model.attending import as_now
 from grpo.model.dropout import dropout_key, dropping
+from grpo.model.offloading import Checkpoint
+from grpo.model.rowwise import RowWise
 
 
-def checkpointed(module: nn.Module, parameters: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+def checkpointed(
+    module: nn.Module, parameters: Any, function: Callable[..., Any], checkpoint: Checkpoint = mx.checkpoint
+) -> Callable[..., Any]:
     """`function` under `mx.checkpoint`, with `parameters` (a tree of `module`'s) as inputs too.
 
-    Arguments must be arrays, or trees of them, that can have a gradient.
+    Arguments must be arrays, or trees of them, that can have a gradient. `checkpoint` takes the place of MLX's own.
     """
 
     def inner(given: Any, *arrays: Any) -> Any:
@@ -30,20 +34,24 @@ def checkpointed(module: nn.Module, parameters: Any, function: Callable[..., Any
         finally:
             module.update(parameters)
 
-    call = mx.checkpoint(inner)
+    call = checkpoint(inner)
     return lambda *arrays: call(parameters, *arrays)
 
 
 @contextmanager
-def checkpointed_layers(layers: Sequence[nn.Module], on: bool | int = True) -> Iterator[None]:
+def checkpointed_layers(
+    layers: Sequence[nn.Module], on: bool | int, row_wise: RowWise, checkpoint: Checkpoint = mx.checkpoint
+) -> Iterator[None]:
     """Inside the block these layers are checkpointed; outside, in generation, they are what they were.
 
     `on` is True (all), False (none), or how many of them, from the first: the backward pass comes to the last layers
-    first, so what those keep is gone when a layer before them is computed again.
+    first, so what those keep is gone when a layer before them is computed again. `row_wise` parts go by tiles of
+    tokens. `checkpoint` takes the place of MLX's.
     """
     layers = layers if on is True else layers[: int(on)]
     former = [type(layer) for layer in layers]
-    kinds = {kind: type(kind.__name__, (_Checkpointed, kind), {}) for kind in set(former)}
+    own = {"row_wise": row_wise, "checkpoint": staticmethod(checkpoint)}
+    kinds = {kind: type(kind.__name__, (_Checkpointed, kind), own) for kind in set(former)}
     try:
         for layer, kind in zip(layers, former, strict=True):
             layer.__class__ = kinds[kind]
@@ -56,22 +64,25 @@ def checkpointed_layers(layers: Sequence[nn.Module], on: bool | int = True) -> I
 class _Checkpointed:
     """Put before a layer's own class: the same layer, its inside computed again in the backward pass."""
 
+    row_wise: RowWise
+    checkpoint: Checkpoint
+
     def __call__(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         plain = super().__call__  # type: ignore[misc]  # the layer's own
         cache = next((a for a in (*args, *kwargs.values()) if hasattr(a, "bind")), None)
         key = dropout_key()  # the backward pass comes when another is set, or none
-        attention = as_now()
+        attention, in_tiles = as_now(), self.row_wise.inside
         inside = next((a.inside for a in (*args, *kwargs.values()) if hasattr(a, "inside")), nullcontext)  # and so here
 
         def call(x: mx.array, inputs: list[mx.array]) -> Any:
             if cache is not None:
                 cache.bind(inputs)
-            with dropping(key), attention(), inside(self):
+            with dropping(key), attention(), inside(self), in_tiles(self):
                 out = plain(x, *args, **kwargs)
             return out, cache.outputs() if cache is not None else []
 
         inputs = cache.inputs() if cache is not None else []
-        out, left = checkpointed(self, self.trainable_parameters(), call)(x, inputs)
+        out, left = checkpointed(self, self.trainable_parameters(), call, self.checkpoint)(x, inputs)
         if cache is not None:
             cache.bind(inputs)
             cache.keep(left)

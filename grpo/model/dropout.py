@@ -14,7 +14,10 @@ from contextvars import ContextVar
 import mlx.core as mx
 import mlx.nn as nn
 
-_KEY: ContextVar[mx.array | None] = ContextVar("dropout's key", default=None)
+BLOCK = 256
+"""Rows whose mask comes from one key, whether all rows are there at once or a few blocks of them."""
+
+_KEY: ContextVar[tuple[mx.array | None, int]] = ContextVar("dropout's key, and the first row", default=(None, 0))
 
 
 class LoRADropout(nn.Module):  # type: ignore[misc]  # untyped
@@ -31,19 +34,32 @@ class LoRADropout(nn.Module):  # type: ignore[misc]  # untyped
         """`x` itself where no key is set."""
         if (key := dropout_key()) is None:
             return x
-        kept = mx.random.bernoulli(1 - self.p, x.shape, _changed(key, 1, self.number))
+        kept = self._kept(x.size // x.shape[-1], x.shape[-1], _changed(key, 1, self.number)).reshape(x.shape)
         return mx.where(kept, x * (1 / (1 - self.p)), 0)
+
+    def _kept(self, rows: int, width: int, key: mx.array) -> mx.array:
+        """Booleans `[rows, width]`."""
+        _, first = _KEY.get()
+        if first == 0 and rows <= BLOCK:
+            return mx.random.bernoulli(1 - self.p, (rows, width), key)
+        blocks = range(first // BLOCK, -(-(first + rows) // BLOCK))
+        keys = mx.stack([_changed(key, 0, 2 * number) for number in blocks])  # a second pass changes the last bit
+        drawn = mx.vmap(lambda key: mx.random.bernoulli(1 - self.p, (BLOCK, width), key))(keys)
+        return drawn.reshape(-1, width)[:rows]
 
 
 def dropout_key() -> mx.array | None:
     """The key that is set, uint32 `[2]`; None where nothing is dropped."""
-    return _KEY.get()
+    return _KEY.get()[0]
 
 
 @contextmanager
-def dropping(key: mx.array | None) -> Iterator[None]:
-    """Draw masks from `key` inside the block; with None drop nothing there."""
-    token = _KEY.set(key)
+def dropping(key: mx.array | None, first: int = 0) -> Iterator[None]:
+    """Draw masks from `key` inside the block; with None drop nothing there.
+
+    `first` is the number of the first row that layers are called with, a multiple of `BLOCK`.
+    """
+    token = _KEY.set((key, first))
     try:
         yield
     finally:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, cast
-
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 
 from grpo.backend.maths import chosen, logsumexp, logsumexp_and_softmax
 from grpo.model.head import Head, head_parameters
+from grpo.model.pieces import in_pieces
 
 Pair = tuple[mx.array, mx.array]
 
@@ -77,45 +74,14 @@ def chunked_logprobs(
     gradient only if `entropy_gradient`; without `entropies` only logprobs are computed and returned. Trainable
     parameters that the head reads must be `module`'s.
     """
-    rows, length, _ = hidden.shape
+    rows, length, width = hidden.shape
     flat_tokens = tokens.reshape(-1)
-    starts = range(0, rows * length, chunk)
     module = module or nn.Module()
-    parameters = tree_flatten(head_parameters(module))
-    paths, weights = [path for path, _ in parameters], [array for _, array in parameters]
 
-    def project(start: int, states: mx.array, *given: mx.array) -> tuple[mx.array, ...]:
-        module.update(tree_unflatten(list(zip(paths, given, strict=True))))
-        try:
-            logits = scaled(head(states), temperature)
-        finally:
-            module.update(tree_unflatten(parameters))
-        own = flat_tokens[start : start + chunk]
+    def project(start: int, states: mx.array) -> tuple[mx.array, ...]:
+        logits = scaled(head(states), temperature)
+        own = flat_tokens[start : start + len(states)]
         return with_entropies(logits, own, entropy_gradient) if entropies else (token_logprobs(logits, own),)
 
-    # A function with a backward pass of its own, because MLX would compute independent chunks side by side: here each
-    # waits for the one before it.
-    @mx.custom_function
-    def everywhere(states: mx.array, given: list[mx.array]) -> tuple[mx.array, ...]:
-        parts: list[tuple[mx.array, ...]] = []
-        for start in starts:
-            after = mx.depends(states[start : start + chunk], list(parts[-1])) if parts else states[:chunk]
-            parts.append(project(start, after, *given))
-        return tuple(mx.concatenate(list(of_chunks)) for of_chunks in zip(*parts, strict=True))
-
-    @everywhere.vjp
-    def backward(primals: Any, cotangents: Any, _outputs: Any) -> tuple[mx.array, list[mx.array]]:
-        states, given = primals
-        found: list[mx.array] = []
-        sums: list[mx.array] = [mx.zeros(array.shape) for array in given]  # float32: there may be many chunks
-        for start in starts:
-            own = slice(start, start + chunk)
-            after = mx.depends(states[own], [found[-1], *sums]) if found else states[own]
-            slopes = [cotangent[own] for cotangent in cotangents]
-            _, (gradient, *rest) = mx.vjp(partial(project, start), [after, *given], slopes)
-            found.append(gradient)
-            sums = [total + part for total, part in zip(sums, rest, strict=True)]
-        return mx.concatenate(found), [total.astype(array.dtype) for total, array in zip(sums, given, strict=True)]
-
-    found = cast(tuple[mx.array, ...], everywhere(hidden.reshape(rows * length, -1), weights))
+    found = in_pieces(project, hidden.reshape(rows * length, width), chunk, module, head_parameters(module))
     return tuple(values.reshape(rows, length) for values in found)

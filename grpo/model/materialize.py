@@ -17,7 +17,10 @@ def materialize(parameters: Any) -> None:
     """Compute a model's arrays one after another: beside the finished ones, only one is in the making.
 
     What stands outside the layers (the embedding and the head, often ten times a layer's largest matrix) comes first,
-    while there is nothing else. Nobody else must hold what the arrays are made of.
+    while there is nothing else. So the peak is the finished model, or what the embedding is made of, if that is more: 6
+    bytes a number where bfloat16 is cast to float32 and then quantised (a CPU), 2 where it is quantised as it is. A
+    small model of 4 bits with a vocabulary of 150,000 tokens takes more while it is loaded than afterwards. Nobody else
+    must hold what the arrays are made of.
     """
     arrays = tree_flatten(parameters)
     arrays.sort(key=lambda found: "layers" in found[0].split("."))

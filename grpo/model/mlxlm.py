@@ -28,7 +28,7 @@ try:
         from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
         from mlx_lm.tuner.dora import DoRALinear
         from mlx_lm.tuner.lora import LoRALinear
-        from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+        from mlx_lm.tuner.utils import linear_to_lora_layers
         from mlx_lm.utils import _get_classes, load_config, load_model, load_tokenizer, quantize_model
         from mlx_lm.utils import save as save_model
 except ImportError as error:
@@ -54,7 +54,6 @@ __all__ = [
     "create_causal_mask",
     "generate_step",
     "linear_to_lora_layers",
-    "load_adapters",
     "load_config",
     "load_model",
     "load_tokenizer",

@@ -17,10 +17,11 @@ from mlx.utils import tree_flatten
 from grpo.backend.hub import one_line
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
-from grpo.model.adapters import make_trainable
+from grpo.model.adapters import LINEAR, make_trainable
 from grpo.model.costs import Costs, Product
 from grpo.model.load import check_config
-from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear, new_model
+from grpo.model.mlxlm import new_model
+from grpo.model.stored import Stored, stored
 
 USED_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
 """How many experts a token meets, by the names that architectures have for it."""
@@ -75,22 +76,25 @@ def outline(config: Mapping[str, Any], adapter: AdapterConfig | None, dtype: mx.
     except Exception as error:  # whatever a config that is not what it should be makes mlx-lm's code raise
         raise UserError(f"config.json: not a model that mlx-lm knows: {one_line(error)}") from error
     model.set_dtype(dtype or _dtype_of(config))
-    if (quantization := config.get("quantization")) is not None:
-        _quantize(model, quantization)
+    if (how := stored(config)) is not None:
+        _quantize(model, how)
     model.freeze()
     if adapter is not None:
         make_trainable(model, adapter, mx.random.key(0))
     return model
 
 
-def _quantize(model: nn.Module, settings: Mapping[str, Any]) -> None:
+def _quantize(model: nn.Module, how: Stored) -> None:
     """As mlx-lm's loader does: by the settings of a path where it has its own, or else by those of all."""
+    settings = how.settings
     size = settings["group_size"]
 
     def chosen(path: str, module: nn.Module) -> Any:
         own = settings.get(path)
-        fits = hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0
-        return fits if own is None else own
+        if own is not None:
+            return own
+        kept = how.keeps(path) or (isinstance(module, nn.Embedding) and not how.embeddings)
+        return not kept and hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0
 
     nn.quantize(model, size, settings["bits"], mode=settings.get("mode", "affine"), class_predicate=chosen)
 
@@ -104,7 +108,7 @@ def _dtype_of(config: Mapping[str, Any]) -> mx.Dtype:
 
 def _products(model: nn.Module, module: nn.Module) -> list[Product]:
     """What tokens are multiplied with in a module itself; the layer inside an adapter's is a module of its own."""
-    if isinstance(module, nn.Linear | nn.QuantizedLinear | SwitchLinear | QuantizedSwitchLinear):
+    if isinstance(module, LINEAR):
         return [_matrix(model, module)]
     if "lora_a" not in module:
         return []
@@ -113,7 +117,7 @@ def _products(model: nn.Module, module: nn.Module) -> list[Product]:
         (inputs, rank), outputs = a.shape, b.shape[1]
         return [Product(inputs, rank, a.nbytes, True), Product(rank, outputs, b.nbytes, True)]
     experts, outputs, rank = b.shape
-    met = experts, _used(model)
+    met = experts, used_experts(model)
     return [Product(a.shape[-1], rank, a.nbytes, True, *met), Product(rank, outputs, b.nbytes, True, *met)]
 
 
@@ -124,7 +128,7 @@ def _matrix(model: nn.Module, module: nn.Module) -> Product:
     trains = "weight" in module.trainable_parameters()
     if not experts:
         return Product(inputs, outputs, nbytes, trains)
-    return Product(inputs, outputs, nbytes, trains, experts[0], _used(model))
+    return Product(inputs, outputs, nbytes, trains, experts[0], used_experts(model))
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
@@ -141,8 +145,9 @@ def _numbers(module: nn.Module) -> int:
     return sum(a.size for a in own.values())
 
 
-def _used(model: nn.Module) -> int:
-    return _argument(model, *USED_EXPERTS)
+def used_experts(model: nn.Module, default: int | None = None) -> int:
+    """How many experts a token meets. Raises UserError where its config does not say so and there is no `default`."""
+    return _argument(model, *USED_EXPERTS, default=default)
 
 
 def _argument(model: nn.Module, *names: str, default: int | None = None) -> int:

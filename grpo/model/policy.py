@@ -8,19 +8,25 @@ from contextlib import AbstractContextManager, contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.backend.blame import cause
 from grpo.backend.device import on_gpu
+from grpo.errors import UserError
 from grpo.model.adapters import Adapters
-from grpo.model.attending import InTiles
+from grpo.model.attending import InTiles, Untiled
 from grpo.model.attention import most_pairs
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import Body, Head, Unsplit, split_head
 from grpo.model.lines import Lines, Unpacked, at_rows, check_lines, line_hidden
 from grpo.model.logprobs import chunk_tokens, chunked_logprobs, scaled, token_logprobs, with_entropies
+from grpo.model.offloading import Checkpoint, Vault, keeping_in
 from grpo.model.promptcaches import Kind
 from grpo.model.quantized import dtype_of
+from grpo.model.rowwise import RowWise
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
 
 KEEPS = "attention keeps its scores for the backward pass, which take memory by the square of the length"
+
+ALL_TOKENS = "a checkpointed layer's MLP is computed for all tokens at once in the backward pass"
 
 
 class Policy:
@@ -28,6 +34,7 @@ class Policy:
 
     `slow` says for what reasons, if any, training goes a slower way with this model. `share_prompts` and
     `gradient_checkpointing` (all layers, none, or how many from the first) change memory and speed, not what comes out.
+    So does a `vault`, where checkpointed layers' inputs lie until the backward pass.
     """
 
     def __init__(
@@ -37,21 +44,32 @@ class Policy:
         temperature: float,
         share_prompts: bool = True,
         gradient_checkpointing: bool | int = False,
+        vault: Vault | None = None,
     ) -> None:
+        """Raises UserError for a model that cannot be called without a cache, as training calls it."""
         self.model = model
         self.adapters = adapters
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
+        self.vault = vault
+        self._checkpoint: Checkpoint = mx.checkpoint
         self.slow: list[str] = []
         self.split: tuple[Body, Head] | None = None
         try:
             self.split = split_head(model)
         except Unsplit as reason:
             self.slow.append(f"logprobs go through full logits, because the head cannot be split off: {reason}")
+            _check_called(model)
         self._in_tiles: InTiles | None = InTiles(model)
-        self._fault = self._in_tiles.fault(model)
+        try:
+            self._fault = self._in_tiles.fault(model if self.split is None else self.split[0])
+        except Untiled as reason:
+            self._in_tiles, self._fault = None, str(reason)
         if self._fault:
             self.slow.append(f"{KEEPS}: {self._fault}")
+        self._row_wise = RowWise(model)
+        if self._row_wise.fault:
+            self.slow.append(f"{ALL_TOKENS}: {self._row_wise.fault}")
         self._layers: list[Kind] = []
         self._lines: bool | None = None
         self.share_prompts = share_prompts and self._can_share()
@@ -78,6 +96,11 @@ class Policy:
                 raise
             self.slow.append(f"{KEEPS}: {reason}")
             return layers
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say of how training goes."""
+        return self.slow if self.vault is None else [*self.slow, self.vault.note()]
 
     @property
     def most_pairs(self) -> int | None:
@@ -120,18 +143,26 @@ class Policy:
     @contextmanager
     def _through_layers(self) -> Iterator[None]:
         """In what hidden states are computed."""
-        with self._attention(), checkpointed_layers(self.model.layers, self.gradient_checkpointing):
+        layers, on = self.model.layers, self.gradient_checkpointing
+        with self._attention(), checkpointed_layers(layers, on, self._row_wise, self._checkpoint):
             yield
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Take gradients inside this block: outside, some models (recurrent ones) use kernels that have none."""
+        """Take a gradient inside this block: outside, some models (recurrent ones) use kernels that have none.
+
+        With a vault, a gradient must have been evaluated before the next block begins.
+        """
         former = self.model.training
         self.model.train()
+        if self.vault is not None:
+            self.vault.begin()
+            self._checkpoint = keeping_in(self.vault)  # elsewhere there is no backward pass to give anything back to
         try:
             yield
         finally:
             self.model.train(former)
+            self._checkpoint = mx.checkpoint
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -219,3 +250,14 @@ class Policy:
         head = self.split[1]
         chunk = chunk_tokens(head(hidden[:1, :1]).shape[-1])  # the shape alone: nothing of it is computed
         return chunked_logprobs(hidden, tokens, head, self.temperature, chunk, entropy_gradient, self.model, entropies)
+
+
+def _check_called(model: nn.Module) -> None:
+    """Raise UserError for a model that cannot be called as training calls it. Nothing is computed."""
+    try:
+        model(mx.array([[1, 2, 3]]), cache=None)
+    except Exception as error:  # whatever the model's own code raises
+        raise UserError(
+            "this model cannot be trained: training calls it on whole sequences as model(tokens, cache=None), without "
+            f"a cache, and it raises {cause(error)}. Let its __call__ take that"
+        ) from error

@@ -98,11 +98,6 @@ def weights_file(folder: Path) -> Path | None:
     return next((file for name in (WEIGHTS, PEFT_WEIGHTS) if (file := folder / name).is_file()), None)
 
 
-def is_peft(folder: Path) -> bool:
-    """Whether a folder holds an adapter in PEFT's format, and none in mlx-lm's."""
-    return weights_file(folder) == folder / PEFT_WEIGHTS
-
-
 def check_format(folder: Path) -> None:
     """Raise UserError for a folder that holds no adapter, and say what it holds instead."""
     if weights_file(folder) is not None:

@@ -32,7 +32,7 @@ class Sight(Protocol):
 class Causal:
     """Each token sees itself and what stands before it, within the last `window` tokens if there is one.
 
-    `lengths` `[B]` are of the rows' prompts, where these are shared.
+    `lengths` `[B]` are of the rows' prompts, where these are shared; without them every prompt is seen whole.
     """
 
     def __init__(self, window: int | None = None, lengths: mx.array | None = None) -> None:
@@ -54,7 +54,9 @@ class Causal:
         return self._made[shape]
 
     def of_prompts(self, rows: slice, queries: range, keys: range) -> mx.array | None:
-        assert self._lengths is not None, "only rows with shared prompts are asked"
+        if self._lengths is None:
+            assert not self._window, "a window begins at a distance from the prompt's end"
+            return None
         lengths, places = self._lengths[rows, None, None], mx.arange(keys.start, keys.stop)
         sees = places < lengths
         if self._window:

@@ -15,6 +15,9 @@ from grpo.model.costs import Costs
 from grpo.model.logprobs import chunk_tokens
 from grpo.planning.footprint import HEAD_SUMS, Footprint
 
+INPUTS_ON_THEIR_WAY = 2
+"""Layers whose inputs are on the device at once where inputs are offloaded: one that goes or comes, and one at work."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Widths:
@@ -26,12 +29,19 @@ class _Widths:
     inner: int
 
 
-def reckoned_footprint(costs: Costs, checkpointing: bool, fused: bool, head: int = 0) -> Footprint:
-    """As `measure_footprint` finds it. `fused`: attention keeps no scores at all, which is so on CUDA; elsewhere it
-    keeps them for short rows. `head`: bytes that a head with float32 logits holds beside them."""
+def reckoned_footprint(
+    costs: Costs, checkpointing: bool, fused: bool, head: int = 0, offloads: bool = False
+) -> Footprint:
+    """As `measure_footprint` finds it.
+
+    `fused`: attention keeps no scores at all, which is so on CUDA; elsewhere it keeps them for short rows. `head`:
+    bytes that a head with float32 logits holds beside them. `offloads`: the inputs of checkpointed layers are in the
+    host's memory (`optim.offload_activations`).
+    """
     inner = max(product.used * product.outputs for product in costs.products)
     widths = _Widths(costs.hidden, costs.heads * costs.head_dim, costs.kv_heads * costs.head_dim, inner)
-    numbers = _checkpointed(costs.depth, widths) if checkpointing else _kept(costs.depth, widths)
+    inputs = min(costs.depth, INPUTS_ON_THEIR_WAY) if offloads else costs.depth
+    numbers = _checkpointed(inputs, widths) if checkpointing else _kept(costs.depth, widths)
     scores = costs.heads * (2.86 if checkpointing else 1.06 * (costs.depth + 1))
     return Footprint(
         # The sum of gradients so far, in float32, and a micro-batch's own.
@@ -54,6 +64,7 @@ def _kept(depth: int, width: _Widths) -> float:
     return depth * each + 4.2 * (width.hidden + width.queries + width.inner)
 
 
-def _checkpointed(depth: int, width: _Widths) -> float:
-    """All layers' inputs, and one layer's activations."""
-    return 1.05 * depth * width.hidden + 6.4 * (width.queries + 2 * width.keys) + 10.1 * width.inner + 10 * width.hidden
+def _checkpointed(inputs: int, width: _Widths) -> float:
+    """The inputs of so many layers, and one layer's activations."""
+    layer = 6.4 * (width.queries + 2 * width.keys) + 10.1 * width.inner + 10 * width.hidden
+    return 1.05 * inputs * width.hidden + layer

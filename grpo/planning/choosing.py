@@ -29,6 +29,8 @@ ENOUGH_ON_CPU, ENOUGH_TOKENS = 2**28, 1_024
 PARTS_OF_DEPTH = 8
 """Layers are checkpointed in so many steps from none to all, so that what varies a little in a measurement does not
 change the choice."""
+MUCH = 8
+"""Times its reckoned bytes, a micro-batch fits in any case: lanes, logits and the gradient included."""
 WORTH_TRYING = 1.2
 """Of the room, what a micro-batch may need by the line, for it to be tried whether it fits."""
 
@@ -40,7 +42,10 @@ Rehearsed = Callable[[Checkpointing, Shape], int | None]
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Micro-batches, the largest shape among them, and what they need, so many side by side (`lanes`)."""
+    """Micro-batches, the largest shape among them, and what they need, so many side by side (`lanes`).
+
+    `alone`: they go one after the other because memory does not suffice for more.
+    """
 
     optim: OptimConfig
     tokens: int
@@ -48,6 +53,7 @@ class Chosen:
     bytes: int
     shape: Shape
     lanes: int = 1
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +84,28 @@ class Choice:
 
         CUDA waits for launches, so there the largest micro-batch comes first. A CPU is as fast with small ones: it
         takes the largest that is `reckoned` below `ENOUGH_ON_CPU`, because what is measured varies a little, and the
-        same recipe must choose the same. As many as it has `lanes` may be at their peak at once.
+        same recipe must choose the same. As many as it has `lanes` may be at their peak at once, so they count with all
+        that they take alone. Where they do not fit, one goes after the other: that takes 1.2 × as long at most, where
+        checkpointing takes 1.3 ×.
         """
         machine, load, footprint = self.machine, self.load, cache(self.footprint)  # seconds to measure: if come to
         few = FEW_TOKENS // ((1 + load.packs) if machine.gpu else 4)
         asked, tokens = load.optim.gradient_checkpointing, load.optim.micro_batch_tokens
-        ways = (False, True) if asked == "auto" else (asked,)
+        auto = (True,) if load.optim.offload_activations else (False, True)
+        ways = auto if asked == "auto" else (asked,)
         sizes = AUTO_TOKENS[0 if machine.gpu else 2 :] if tokens == "auto" else (tokens,)
-        order = [(way, size) for size in sizes for way in ways] if machine.cuda else list(product(ways, sizes))
+        order = (
+            [(way, False, size) for size in sizes for way in ways]
+            if machine.cuda
+            else list(product(ways, (False, True), sizes))
+        )
         best: Chosen | None = None
-        for way, size in order:
+        for way, alone, size in order:
             largest = load.largest(size, machine.gpu, machine.cuda)
-            best = self._found(footprint, way, size, largest)
+            if alone and self._side_by_side(largest) == 1:
+                continue  # and came to nothing before
+            small = self._is_small(largest)
+            best = best if small else self._found(footprint, way, size, largest, alone)
             enough = (
                 asked != "auto"
                 or way is not False
@@ -98,18 +114,21 @@ class Choice:
             )
             large = not machine.gpu and self.reckoned(largest[0]) > ENOUGH_ON_CPU
             smaller_will_do = large and tokens == "auto" and size > ENOUGH_TOKENS
-            if best.bytes > self.comfortable or not enough or smaller_will_do:
+            fits = small or (best is not None and best.bytes <= self.comfortable)
+            if not fits or not enough or smaller_will_do:
                 continue
             fills = self.machine.limited and way is True and asked == "auto"
-            fewest = self._fewest(footprint, largest, best.lanes) if fills else way
+            fewest = self._fewest(footprint, largest, alone) if fills else way
+            worse = self._worse(footprint, way, size, largest[0])
             for fewer in (fewest,) if fewest is way else (fewest, way):
-                best = self._found(footprint, fewer, size, largest, self.tried)
+                best = self._found(footprint, fewer, size, [*largest, *worse], alone, self.tried)
                 if best.bytes <= self.comfortable:
                     return best
         assert best is not None
         if best.bytes > WORTH_TRYING * self.room:
             return best  # trying it might take more memory than there is
-        return self._found(footprint, best.checkpointing, best.tokens, largest, self.tried)
+        worse = self._worse(footprint, best.checkpointing, best.tokens, largest[0])
+        return self._found(footprint, best.checkpointing, best.tokens, [*largest, *worse], best.alone, self.tried)
 
     @property
     def comfortable(self) -> int:
@@ -123,9 +142,11 @@ class Choice:
         way: Checkpointing,
         size: int,
         largest: Sequence[Shape],
+        alone: bool,
         tried: Rehearsed = lambda *_: None,
     ) -> Chosen:
-        lanes = 1 if self.machine.gpu else self.lanes(largest[0].tokens, -(-self.load.rows // largest[0].rows))
+        """What micro-batches of these shapes need: `alone`, one after the other, or in as many lanes as pay."""
+        lanes = 1 if alone else self._side_by_side(largest)
         needed = {}
         for shape in largest:
             seen = tried(way, shape)
@@ -134,10 +155,31 @@ class Choice:
         if self.machine.limited and self.load.optim.micro_batch_tokens == "auto":
             size = min(size, self.load.through(largest))  # or shorter rows would be more tokens than these shapes have
         optim = with_settings(self.load.optim, {"micro_batch_tokens": size, "gradient_checkpointing": way})
-        return Chosen(optim, size, way, needed[shape], shape, lanes)
+        return Chosen(optim, size, way, needed[shape], shape, lanes, alone)
 
-    def _fewest(self, footprint: Callable[[bool], Footprint], largest: Sequence[Shape], lanes: int) -> Checkpointing:
+    def _worse(
+        self, footprint: Callable[[bool], Footprint], way: Checkpointing, size: int, longest: Shape
+    ) -> list[Shape]:
+        """A micro-batch of shorter completions, if one takes more than the longest: attention keeps no scores of these,
+        but of those. A line counts as if all did, so it matters where micro-batches are tried for a limit of memory."""
+        if self.machine.gpu or not self.machine.limited or footprint(bool(way)).keeps_scores(longest):
+            return []
+        shorter = filter(footprint(bool(way)).keeps_scores, self.load.shorter(size, self.machine.gpu))
+        return sorted(shorter, key=lambda shape: by_footprints(footprint, way, self.depth, shape))[-1:]
+
+    def _side_by_side(self, largest: Sequence[Shape]) -> int:
+        """How many micro-batches of these shapes are computed side by side where memory allows it."""
+        return 1 if self.machine.gpu else self.lanes(largest[0].tokens, -(-self.load.rows // largest[0].rows))
+
+    def _is_small(self, largest: Sequence[Shape]) -> bool:
+        """Whether these shapes fit by far, so that they can be tried and no line through small gradients is asked."""
+        if self.machine.gpu or self.machine.limited:
+            return False
+        return MUCH * max(map(self.reckoned, largest)) <= self.comfortable
+
+    def _fewest(self, footprint: Callable[[bool], Footprint], largest: Sequence[Shape], alone: bool) -> Checkpointing:
         """How few layers have to be checkpointed for these shapes: True for all."""
+        lanes = 1 if alone else self._side_by_side(largest)
         step = -(-self.depth // PARTS_OF_DEPTH)
         for number in range(step, self.depth, step):
             if (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.nn as nn
@@ -15,61 +16,72 @@ from grpo.generation.memory import Memory, slots_beside_waiting, widest_that_fit
 from grpo.model.widehead import bytes_at_work
 from grpo.planning.choosing import Choice, Rehearsed, reckoned
 from grpo.planning.footprint import Footprint
-from grpo.planning.held import count_weights, optimizer_step, what_stays
+from grpo.planning.held import FORMER, count_weights, optimizer_step, what_stays
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan, ways_out, why_not
 from grpo.planning.workload import Workload
 from grpo.training.lanes import update_lanes
 
+OF_DRAFTS = 4
+"""Drafts may have what waiting rows leave, and where that is less, one part in so many of what both could have: a row
+whose keys and values are dropped goes through the model again, which costs more than drafts save."""
 
-def plan_on(
-    machine: Machine,
-    load: Workload,
-    model: nn.Module,
-    states: int,
-    decoding: Memory,
-    footprint: Callable[[bool], Footprint],
-    tried: Rehearsed = lambda *_: None,
-) -> tuple[Plan, OptimConfig]:
-    """The plan of a run, and its `optim` section with what was `auto` decided.
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a plan is made from.
 
     The model's shapes and dtypes are enough: none of its arrays is computed. `states` are the adapter's besides the
-    policy, `footprint` what an update needs without and with checkpointing, and `tried` what micro-batches were seen to
-    take, where that is to be tried. Raises TooLargeError for what cannot fit.
+    policy, and `footprint` what an update needs without and with checkpointing. `tried` is what a micro-batch was seen
+    to take, and `entering` what so many prompts of a length were seen to take on their way through the model: None
+    where that is not tried.
     """
-    plan, optim = draft_on(machine, load, model, states, decoding, footprint, tried)
+
+    machine: Machine
+    load: Workload
+    model: nn.Module
+    states: int
+    decoding: Memory
+    footprint: Callable[[bool], Footprint]
+    tried: Rehearsed = lambda *_: None
+    entering: Callable[[int, int], int | None] = lambda *_: None
+
+
+def plan_on(case: Case) -> tuple[Plan, OptimConfig]:
+    """The plan of a run, and its `optim` section with what was `auto` decided.
+
+    Raises TooLargeError for what cannot fit.
+    """
+    plan, optim = draft_on(case)
     if not plan.fits:
         needed, parts = plan.least
-        help = "; ".join(ways_out(plan, load))
+        help = "; ".join(ways_out(plan, case.load))
         raise TooLargeError(f"{why_not(plan, needed, parts)} What would help: {help}.", needed, parts)
     return plan, optim
 
 
-def draft_on(
-    machine: Machine,
-    load: Workload,
-    model: nn.Module,
-    states: int,
-    decoding: Memory,
-    footprint: Callable[[bool], Footprint],
-    tried: Rehearsed = lambda *_: None,
-) -> tuple[Plan, OptimConfig]:
+def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
     """The same whether it fits or not: what does not has as little of everything as there can be."""
+    machine, load, model, decoding = case.machine, case.load, case.model, case.decoding
     numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
-    stays, need = what_stays(load.optim, load.adapter, model, states), load.need()
+    stays, need = what_stays(load.optim, load.adapter, model, case.states), load.need()
     head = bytes_at_work(model, machine.gpu)
     room = machine.usable - sum(stays.values())
+    spare = room - head + stays[FORMER]  # there is nothing of that yet
     try:
-        slots = slots_beside_waiting(decoding, need, load.rollout.max_concurrency, room - head)
+        slots = slots_beside_waiting(decoding, need, load.rollout.max_concurrency, spare)
     except TooLargeError:
         slots = 0
     lanes, sizes = partial(update_lanes, model), partial(reckoned, model)
-    chosen = Choice(machine, load, room, len(model.layers), footprint, tried, lanes, sizes).make()
-    decoded, waiting = need.bytes(decoding, max(1, slots)), need.waiting(decoding)
-    left = max(0, room - head - decoded)
-    most = widest_of(load.rollout.speculate)
-    fed = 1 if decoding.narrow or not slots else widest_that_fits(decoding, need, slots, left, most)
-    drafts = need.wider(decoding, slots, fed) if fed > 1 else 0
+    chosen = Choice(machine, load, room, len(model.layers), case.footprint, case.tried, lanes, sizes).make()
+    entering = case.entering(need.entering(slots), need.prompt_length) if slots else None
+    decoded, waiting = need.bytes(decoding, max(1, slots), entering), need.waiting(decoding)
+    left = max(0, spare - decoded)
+    # The same is set aside whatever rollout.speculate asks for, which then has no say in what waiting rows may keep.
+    unused = max(left - waiting, left // OF_DRAFTS)
+    widest = 1 if decoding.narrow or not slots else widest_that_fits(decoding, need, slots, unused)
+    fed = min(widest, widest_of(load.rollout.speculate))
+    aside, drafts = (need.wider(decoding, slots, width) if width > 1 else 0 for width in (widest, fed))
     plan = Plan(
         steps=load.optim.steps,
         prompts=load.rollout.prompts_per_step,
@@ -79,21 +91,22 @@ def draft_on(
         trained=numbers,
         stays=stays,
         phases={
-            "rollout": decoded + head + min(waiting, left),
+            "rollout": max(0, decoded + head + min(waiting, left) - stays[FORMER]),
             "update": chosen.bytes,
-            "optimizer's step": optimizer_step(load.optim, load.adapter, model, stays["optimizer"]),
+            "optimizer's step": optimizer_step(load.optim, load.adapter, model, stays["optimizer"], machine.gpu),
         },
         memory=machine.memory,
         slots=slots,
         micro_batch=chosen.tokens,
         checkpointing=chosen.checkpointing,
-        kept_bytes=left - drafts,
+        kept_bytes=left - aside,
         fed=fed,
         drafts=drafts,
         waiting=waiting,
         depth=len(model.layers),
         shape=chosen.shape,
         lanes=chosen.lanes,
+        alone=chosen.alone,
         limited=machine.limited,
     )
     return plan, chosen.optim

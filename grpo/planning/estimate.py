@@ -7,34 +7,16 @@ measured: its bandwidth and arithmetic give a lower bound.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-
-from grpo.backend.hub import Repository, fetch, one_line
-from grpo.config import ModelConfig, Recipe
+from grpo.config import Recipe
 from grpo.errors import TooLargeError, UserError
-from grpo.generation.attention import Attention, FusedRowAttention
-from grpo.generation.buffers import CacheShape
-from grpo.generation.cuda_attention import CudaAttention
-from grpo.generation.decoders import ModelDecoder
-from grpo.generation.decoding import SharedPrefix
-from grpo.generation.packed import packed
 from grpo.model.costs import Costs
-from grpo.model.known import CONFIGS
-from grpo.model.outline import costs_of, outline
-from grpo.model.quantized import quantization
-from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.planning import calibration
-from grpo.planning.activations import reckoned_footprint
-from grpo.planning.drafting import plan_on
-from grpo.planning.machines import CHIPS, Chip, Known, Machine
+from grpo.planning.elsewhere import Elsewhere, model_config
+from grpo.planning.machines import CHIPS, Backend, Chip, Known, Machine, within
 from grpo.planning.plan import Plan
 from grpo.planning.workload import Workload
 
@@ -45,6 +27,11 @@ LEGEND: dict[Known, str] = {
     "scaled": "roughly: scaled from an H200 by bandwidth and operations; not measured",
     "bound": "over: a lower bound, what bandwidth and operations allow at most; not measured",
 }
+
+RECKONED = (
+    "reckoned from the model's sizes, for prompts of data.max_prompt_length tokens; on the machine itself "
+    "`grpo train RECIPE --dry-run` tries what it plans"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,36 +62,23 @@ def legend(chips: Sequence[Chip]) -> list[str]:
 
 def _line(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> str:
     try:
+        machine = machine_of(chip.memory, chip.backend, cfg)
+    except UserError as error:
+        return f"{chip.name:<18}{error}"
+    try:
         return estimate(chip, cfg, config).line()
     except TooLargeError as error:
         largest, size = max(error.parts.items(), key=lambda part: part[1])
-        memory = _machine(chip, cfg).memory
-        there = "more than there are" if memory == chip.memory else "more than memory.limit_gb"
-        short = f"{_size(error.needed)} needed, {_size(error.needed - memory)} {there}"
+        there = "more than memory.limit_gb" if machine.limited else "more than there are"
+        short = f"{_size(error.needed)} needed, {_size(error.needed - machine.memory)} {there}"
         return f"{chip.name:<18}does not fit: {short}; the largest part is {largest}, {_size(size)}"
 
 
 def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
-    """The estimate for one recipe on one machine. Raises TooLargeError if it cannot fit."""
-    dtype = None if cfg.model.dtype == "auto" else getattr(mx, cfg.model.dtype)
-    if cfg.model.quantize is not None:
-        config = {**config, "quantization": quantization(cfg.model.quantize).config}
-    model = outline(config, cfg.adapter, dtype)
-    if cfg.model.head_dtype != "model":
-        widen_head(model)
-    costs = costs_of(model)
-    states = int(cfg.needs_reference or cfg.adapter.type != "full")  # the reference
-    prompt = cfg.data.max_prompt_length
-    waits = bool(cfg.conversations)
-    load = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, prompt, prompt, waits=waits)
-    plan, _ = plan_on(
-        _machine(chip, cfg),
-        load,
-        model,
-        states,
-        _decoding(chip, model, costs, cfg.rollout.kv_bits),
-        partial(reckoned_footprint, costs, fused=chip.backend == "cuda", head=bytes_at_work(model, gpu=True)),
-    )
+    """The estimate for one recipe on one machine. Raises TooLargeError if it cannot fit, and UserError for a
+    `memory.limit_gb` above what the machine has."""
+    there = Elsewhere.of(cfg, config, machine_of(chip.memory, chip.backend, cfg))
+    plan, costs, load = there.plan(), there.costs, there.load
     step = _sampling(chip, costs, load, plan, plan.prompts, plan.rows) + _updates(chip, costs, cfg, plan)
     evaluations = 0.0
     if cfg.eval is not None:
@@ -114,20 +88,30 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
     return Estimate(chip, plan.total, step, step * cfg.optim.steps + evaluations)
 
 
-def _machine(chip: Chip, cfg: Recipe) -> Machine:
-    """With the recipe's own limit of memory, where the machine has more."""
-    limit = None if cfg.memory.limit_gb is None else int(cfg.memory.limit_gb * 2**30)
-    limited = limit is not None and limit <= chip.memory
-    memory = limit if limited and limit is not None else chip.memory
-    return Machine(memory, gpu=True, cuda=chip.backend == "cuda", limited=limited)
+def report(cfg: Recipe, memory: int, backend: Backend) -> list[str]:
+    """What `grpo train --dry-run` would say of memory on a machine of so many bytes, in lines: what takes how much, and
+    the longest completion that would fit. Raises UserError for a `memory.limit_gb` above what the machine has."""
+    there = Elsewhere.of(cfg, model_config(cfg.model), machine_of(memory, backend, cfg))
+    lengths, note = there.lengths, there.position_note()
+    try:
+        lines = lengths.report(there.plan())
+    except TooLargeError as error:
+        lines = [f"{error} {lengths.what_fits()}"]
+    return [*lines, *([note] if note else []), RECKONED]
 
 
-def _decoding(chip: Chip, model: nn.Module, costs: Costs, kv_bits: int | None) -> SharedPrefix:
-    """The way of decoding that would be chosen on that machine; the plan asks it how much memory it holds."""
-    attention: Attention = CudaAttention() if chip.backend == "cuda" and not kv_bits else FusedRowAttention()
-    shapes = [CacheShape(costs.kv_heads, costs.head_dim, costs.head_dim, mx.bfloat16)] * costs.depth
-    shapes = packed(shapes, kv_bits) if kv_bits else shapes
-    return SharedPrefix(model, ModelDecoder(model), attention, shapes, costs.head.outputs, "")
+def machine_of(memory: int, backend: Backend, cfg: Recipe) -> Machine:
+    """What a plan must know of a machine of so many bytes, with the recipe's own limit.
+
+    Raises UserError for a limit above what the machine has, and for layers' inputs that a Mac is to offload.
+    """
+    if backend == "metal" and cfg.optim.offload_activations:
+        raise UserError(
+            "optim.offload_activations: a Mac's GPU computes in the machine's own memory: there is no other to move "
+            "layers' inputs to. It is for CUDA"
+        )
+    limit = cfg.memory.limit_gb
+    return Machine(within(memory, limit), gpu=True, cuda=backend == "cuda", limited=limit is not None)
 
 
 def _sampling(chip: Chip, costs: Costs, load: Workload, plan: Plan, prompts: int, rows: int) -> float:
@@ -158,30 +142,6 @@ def _updates(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan) -> float:
     tokens = plan.prompts * cfg.data.max_prompt_length + plan.rows * rollout.max_completion_length
     updates = passes * calibration.update(chip, costs, tokens, update)
     return updates + others * calibration.forward(chip, costs, tokens, logprobs)
-
-
-def model_config(cfg: ModelConfig) -> dict[str, Any]:
-    """The `config.json` of a model: one of the known configs, from its folder, or from the Hub."""
-    if cfg.name in CONFIGS:
-        return CONFIGS[cfg.name]
-    if cfg.name.startswith("builtin:"):
-        raise UserError(f"model {cfg.name} is made where it is used: `grpo train ... --dry-run` has its plan")
-    file = Path(cfg.name).expanduser() / "config.json"
-    file = file if file.is_file() else _fetched(cfg)
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"model {cfg.name}: its config.json is not JSON: {one_line(error)}") from error
-    return config
-
-
-def _fetched(model: ModelConfig) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    def download(cached: bool) -> str:
-        return hf_hub_download(model.name, "config.json", revision=model.revision, local_files_only=cached)
-
-    return Path(fetch(Repository("model", model.name, model.revision), download))
 
 
 def _size(count: int) -> str:

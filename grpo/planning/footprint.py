@@ -61,6 +61,11 @@ class Footprint:
     depth: int = 2
     most_pairs: int | None = None
 
+    def keeps_scores(self, shape: Shape) -> bool:
+        """Whether attention keeps the scores of all passes of this shape for the backward pass."""
+        passes = passes_of(shape, self.shares)
+        return self.most_pairs is None or max(passes) <= self.most_pairs
+
     @property
     def kept(self) -> float:
         return KEPT_CHECKPOINTED if self.checkpointing else self.depth / (self.depth + 1)
@@ -147,16 +152,20 @@ def extent(shape: Shape, shares: bool, checkpointing: bool, most: int | None = N
 
     Checkpointed layers are computed again one at a time, so the prompts' scores are not there beside the completions'.
     """
-    prompts, prompt_length, rows, length, lines, width = shape
-    tokens = shape.tokens if lines or shares else rows * (prompt_length + length)
-    if lines:
-        passes = [lines * width**2]
-    elif shares:
-        passes = [prompts * prompt_length**2, rows * length * (prompt_length + length)]
-    else:
-        passes = [rows * (prompt_length + length) ** 2]
+    tokens = shape.tokens if shape.lines or shares else shape.rows * (shape.prompt_length + shape.length)
+    passes = passes_of(shape, shares)
     held = passes if most is None else [min(most, pairs) for pairs in passes]
     return tokens, max(held) if checkpointing else sum(held)
+
+
+def passes_of(shape: Shape, shares: bool) -> list[int]:
+    """Pairs of tokens that attention scores, in each pass of a layer."""
+    prompts, prompt_length, rows, length, lines, width = shape
+    if lines:
+        return [lines * width**2]
+    if shares:
+        return [prompts * prompt_length**2, rows * length * (prompt_length + length)]
+    return [rows * (prompt_length + length) ** 2]
 
 
 def _peak(policy: Policy, shape: Shape) -> int:

@@ -9,6 +9,10 @@ from mlx.utils import tree_flatten
 
 from grpo.config import AdapterConfig, OptimConfig
 from grpo.training.optimizer import Float32Optimizer, bytes_of_a_group
+from grpo.training.update import bytes_of_a_norm
+
+FORMER = "the state before the step"
+"""Held from a step's first update on; counted among what stays, though a rollout does not have it beside it."""
 
 
 def what_stays(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, states: int) -> dict[str, int]:
@@ -20,7 +24,7 @@ def what_stays(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, sta
         "weights": _bytes(model.parameters()),
         "optimizer": optimizer,
         "other states": states * _bytes(trained),
-        "the state before the step": several * (_bytes(trained) + optimizer),
+        FORMER: several * (_bytes(trained) + optimizer),
     }
 
 
@@ -34,8 +38,8 @@ def _several(optim: OptimConfig) -> bool:
     return optim.num_iterations * optim.num_minibatches > 1
 
 
-def optimizer_step(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, optimizer: int) -> int:
-    """Bytes beside what stays: the gradient, and a group at work.
+def optimizer_step(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, optimizer: int, gpu: bool) -> int:
+    """Bytes beside what stays: the gradient, and a group at work, or before that what its norm is computed from.
 
     The state of an adapter before a step is held until the step is done: what the step makes takes the gradient's place
     beside it. (Of several updates that state is counted among what stays.) Whole weights are made in their own place.
@@ -43,7 +47,8 @@ def optimizer_step(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module,
     trained = model.trainable_parameters()
     numbers: int = sum(array.size for _, array in tree_flatten(trained))
     made = _bytes(trained) + optimizer if _holds_former(adapter) and not _several(optim) else 0
-    return max(4 * numbers, made) + bytes_of_a_group(optim.optimizer, trained)
+    moving = max(4 * numbers, made) + bytes_of_a_group(optim, trained, gpu)
+    return max(moving, 4 * numbers + bytes_of_a_norm(trained))
 
 
 def _bytes(tree: Any) -> int:

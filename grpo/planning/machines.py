@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from grpo.errors import UserError
+
 Backend = Literal["cuda", "metal"]
 Known = Literal["measured", "scaled", "bound"]
 """How a time is known: `measured` (fitted to measurements on this machine), `scaled` (from another machine's
@@ -31,6 +33,21 @@ class Machine:
         return int((OF_A_LIMIT if self.limited else FREE) * self.memory)
 
 
+def within(there: int, limit: float | None) -> int:
+    """Bytes that a run may take of those that are there: the recipe's limit (in GB), or all.
+
+    Raises UserError for a limit above what is there.
+    """
+    if limit is None:
+        return there
+    if limit * GB > there:
+        raise UserError(
+            f"memory.limit_gb: {limit:g} GB are more than the machine has for MLX ({there / GB:.1f} GB): lower it, or "
+            "leave it out to plan with all there is"
+        )
+    return int(limit * GB)
+
+
 FREE = 0.9
 """Of a machine's memory, what may be planned with: the rest is for whatever else runs there."""
 OF_A_LIMIT = 0.97
@@ -55,13 +72,20 @@ class Chip:
 
 def cuda(name: str, gigabytes: float, bandwidth: float, teraflops: float, times: Known = "scaled") -> Chip:
     """A graphics card, from GiB of memory, GB/s, and teraflops of dense bfloat16 products summed in float32."""
-    return Chip(name, "cuda", int(gigabytes * GB), bandwidth * 1e9, teraflops * 1e12, times)
+    return Chip(name, "cuda", memory_of(gigabytes, "cuda"), bandwidth * 1e9, teraflops * 1e12, times)
 
 
 def metal(name: str, gigabytes: float, bandwidth: float, teraflops: float) -> Chip:
-    """A Mac. Metal lets a process use two thirds of its memory, or three quarters if it has more than 36 GB."""
-    lent = int(gigabytes * GB * 3 / 4) if gigabytes > 36 else int(gigabytes * GB) * 2 // 3
-    return Chip(name, "metal", lent, bandwidth * 1e9, teraflops * 1e12, "bound")
+    """A Mac, from the gigabytes that it is sold with."""
+    return Chip(name, "metal", memory_of(gigabytes, "metal"), bandwidth * 1e9, teraflops * 1e12, "bound")
+
+
+def memory_of(gigabytes: float, backend: Backend) -> int:
+    """Bytes that MLX may use of a machine's: of a card's all, of a Mac's what Metal lets a process use, which is two
+    thirds, or three quarters if it has more than 36 GB."""
+    if backend == "cuda":
+        return int(gigabytes * GB)
+    return int(gigabytes * GB * 3 / 4) if gigabytes > 36 else int(gigabytes * GB) * 2 // 3
 
 
 CHIPS = (

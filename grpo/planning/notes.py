@@ -39,6 +39,16 @@ def notes_on(optim: OptimConfig, adapter: AdapterConfig, loss: LossConfig) -> It
         )
 
 
+def layers_note(optim: OptimConfig, layers: int) -> str | None:
+    """What to say where more layers are to be checkpointed than the model has; None otherwise."""
+    asked = optim.gradient_checkpointing
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked <= layers:
+        return None
+    return (
+        f"optim.gradient_checkpointing: {asked} is more than this model's {layers} layers: all of them are checkpointed"
+    )
+
+
 def filter_note(loss: LossConfig) -> str:
     """What sampling from a filtered or penalised distribution means for a loss."""
     sampled = "completions are sampled from another distribution than the policy's (rollout.top_k and the like)"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from grpo.planning.choosing import Checkpointing
 from grpo.planning.machines import FREE, OF_A_LIMIT
 from grpo.planning.workload import Workload
+from grpo.training.moments import has_moments
 from grpo.training.packing import Shape
 
 
@@ -15,12 +16,13 @@ class Plan:
     """Counts, and bytes by what they are for.
 
     `fed` is the most tokens that a decoding step may feed a row, as memory allows it (`rollout.speculate`), and
-    `drafts` what such a step takes beside a plain one: of memory that nothing else needs. `kept_bytes` are left of the
-    memory during a rollout for rows outside the slots; `waiting` is what rows that wait for environments keep there at
-    the most. As much of it as there is room for is in the rollout's phase.
+    `drafts` what such a step takes beside a plain one. `kept_bytes` are left of the memory during a rollout for rows
+    outside the slots, beside the widest drafts that fit, whether they are asked for or not; `waiting` is what rows that
+    wait for environments keep there at the most. As much of it as there is room for is in the rollout's phase.
 
     `checkpointing`: all layers (True), none (False), or how many of `depth`. `shape` is the largest micro-batch, of
-    which `lanes` are computed side by side. `limited`: `memory` is the recipe's own limit.
+    which `lanes` are computed side by side; `alone`: more than one would not fit. `limited`: `memory` is the recipe's
+    own limit.
     """
 
     steps: int
@@ -42,6 +44,7 @@ class Plan:
     depth: int = 0
     shape: Shape | None = None
     lanes: int = 1
+    alone: bool = False
     limited: bool = False
 
     @property
@@ -75,7 +78,8 @@ class Plan:
             f"trains {self.trained:,} of {self.parameters:,} parameters",
             f"memory about {size_of(self.total)} of {size_of(self.memory)}: {stays}, and {largest}",
             *self._of_waiting(),
-            f"updates of {self.micro_batch:,} tokens at once{self.checkpointed}",
+            f"updates of up to {self.micro_batch:,} tokens at once{self._longer}{self.checkpointed}"
+            f"{ALONE if self.alone else ''}",
             *self._of_drafts(),
         ]
 
@@ -83,6 +87,12 @@ class Plan:
         if self.fed == 1:
             return []
         return [f"drafts may take {size_of(self.drafts)} more, for steps of up to {self.fed} tokens a row"]
+
+    @property
+    def _longer(self) -> str:
+        """That there are rows of more tokens than a micro-batch may have, if there are."""
+        longer = self.shape is not None and self.shape.rows == 1 and self.shape.tokens > self.micro_batch
+        return f", longer completions alone (up to {self.shape.tokens:,})" if longer and self.shape else ""
 
     @property
     def recomputed(self) -> float:
@@ -117,9 +127,12 @@ class Plan:
         return [f"{keep}; {size_of(self.kept_bytes)} are there, and beyond that the oldest are computed again"]
 
 
+ALONE = ", one after the other: two side by side do not fit"
+
+
 def why_not(plan: Plan, needed: int, parts: dict[str, int]) -> str:
     """What cannot fit into what, and the parts of what is needed."""
-    what = "memory.limit_gb allows" if plan.limited else "this machine has"
+    what = "memory.limit_gb allows" if plan.limited else "the machine has"
     *stays, (phase, size) = parts.items()
     held = ", ".join(f"{name} {size_of(held)}" for name, held in stays if held)
     return (
@@ -146,6 +159,8 @@ def ways_out(plan: Plan, load: Workload) -> list[str]:
     if phase != "optimizer's step":
         ways.append("a smaller rollout.max_completion_length or data.max_prompt_length")
     if load.adapter.type == "full":
+        if load.optim.moments == "float32" and has_moments(load.optim):
+            ways.append("optim.moments: int8")
         ways.append("adapter.type: lora")
     ways.append("a smaller or quantized model (model.quantize)")
     if plan.limited:
@@ -154,4 +169,6 @@ def ways_out(plan: Plan, load: Workload) -> list[str]:
 
 
 def size_of(count: int) -> str:
-    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"
+    if count >= 2**30:
+        return f"{count / 2**30:.1f} GB"
+    return f"{count / 2**20:.0f} MB" if count >= 2**20 else f"{count / 2**10:.0f} kB"

@@ -12,6 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.config import LossConfig
+from grpo.generation.decoding import Decoding
+from grpo.generation.growth import COLUMN_STEP
+from grpo.generation.rows import Line, SharedPrompt
+from grpo.generation.slots import Size
 from grpo.model.policy import Policy
 from grpo.planning.footprint import extent
 from grpo.training.gradients import Gradients
@@ -21,26 +25,45 @@ from grpo.types import Batch
 MOST_WORK = 6e10
 """Multiplications, or what takes as long, that a rehearsal may cost: some seconds on two cores."""
 TIMES = 3
-"""Micro-batches that are rehearsed one after the other: the peak of a later one may be a little higher, and how many
-operations are in flight at once varies a little."""
+"""Micro-batches that are rehearsed one after the other, at most: a later one has the sum of gradients beside it, and
+how many operations are in flight at once varies a little."""
 EACH_NUMBER, EACH_SCORE = 500, 600
 """What an update does to a number that a matrix makes of a token, and to a score, in multiplications that take as
 long."""
 
 
-def rehearsed(policy: Policy, loss: LossConfig, checkpointing: bool | int, shape: Shape) -> int:
-    """Bytes above what is there that the gradient of a micro-batch of this shape takes."""
+def rehearsed(policy: Policy, loss: LossConfig, checkpointing: bool | int, shape: Shape, number: int) -> int:
+    """Bytes above what is there that the gradient of so many micro-batches of this shape takes.
+
+    One goes before them that does not count: it touches memory that the system has to clear, so that more operations
+    are in flight than ever after.
+    """
     gc.collect()  # or what others have left behind would go while this is measured
     former, policy.gradient_checkpointing = policy.gradient_checkpointing, checkpointing
     try:
         resting = mx.get_active_memory()
-        batches = [made_up(shape, loss) for _ in range(TIMES)]
+        batches = [made_up(shape, loss) for _ in range(min(TIMES, number))]
         mx.eval([batch.arrays() for batch in batches])
+        gradients = Gradients(policy, loss, compiles=False, alone=True)
+        gradients(batches[:1])
         mx.reset_peak_memory()
-        Gradients(policy, loss, compiles=False, lanes=1)(batches)
+        gradients(batches)
         return mx.get_peak_memory() - resting
     finally:
         policy.gradient_checkpointing = former
+
+
+def entering(decoding: Decoding, places: int, length: int) -> int:
+    """Bytes beside what stays of them that so many prompts of this length take on their way through the model."""
+    gc.collect()
+    session = decoding.open(Size(places, places, max(1, length - 1), COLUMN_STEP))
+    prompts = [SharedPrompt([0] * length) for _ in range(places)]
+    mx.reset_peak_memory()
+    session.admit(range(places), [Line(prompt) for prompt in prompts])
+    seen = mx.get_peak_memory() - mx.get_active_memory()
+    del session
+    decoding.forget()
+    return seen
 
 
 def made_up(shape: Shape, loss: LossConfig) -> Batch:

@@ -11,7 +11,7 @@ def table(plan: Plan, load: Workload) -> list[str]:
     rows = [(name, size, _why_it_stays(name, plan, load)) for name, size in plan.stays.items() if size]
     rows += [(name, size, _why_it_comes(name, plan, load)) for name, size in plan.phases.items()]
     largest = max(plan.phases, key=lambda name: plan.phases[name])
-    whose = "memory.limit_gb" if plan.limited else "this machine"
+    whose = "memory.limit_gb" if plan.limited else "the machine"
     rows.append(("peak", plan.total, f"of {size_of(plan.memory)} ({whose}): what stays, and the {largest}"))
     width = max(len(name) for name, _, _ in rows)
     return [f"{name:<{width}}  {size_of(size):>8}  {why}" for name, size, why in rows]
@@ -22,7 +22,8 @@ def _why_it_stays(name: str, plan: Plan, load: Workload) -> str:
         case "weights":
             return f"{plan.parameters:,} parameters" + ("" if load.adapter.type == "full" else " and the adapter")
         case "optimizer":
-            return f"{load.optim.optimizer} for {plan.trained:,} trained parameters, in float32"
+            kept = "moments in 8 bits" if load.optim.moments == "int8" else "in float32"
+            return f"{load.optim.optimizer} for {plan.trained:,} trained parameters, {kept}"
         case "other states":
             return "the reference"
         case _:
@@ -38,6 +39,7 @@ def _why_it_comes(name: str, plan: Plan, load: Workload) -> str:
             kept = f"keys and values in {bits} bits, and logits" if bits else "keys, values and logits"
             return f"{slots} of {load.longest:,} + {length:,} tokens: {kept}"
         case "update":
-            return f"activations: {plan.rows_at_once}{plan.checkpointed}"
+            together = ", if both are at their peaks at once" if plan.lanes == 2 else ""
+            return f"activations: {plan.rows_at_once}{plan.checkpointed}{together}"
         case _:
             return "the gradient, and parameters at work"

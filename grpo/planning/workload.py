@@ -53,12 +53,13 @@ class Workload:
 
     def need(self) -> Need:
         """What is sampled at once: the larger of a step's completions and an evaluation's."""
-        prompts, sampled = self.rollout.prompts_per_step, self.rows
+        prompts, sampled, group = self.rollout.prompts_per_step, self.rows, self.rollout.num_generations
         if self.evaluation is not None:
             held_out = self.evaluation.prompts
             prompts, sampled = max(prompts, held_out), max(sampled, held_out * self.evaluation.samples)
-        reshaped = sampling_of(self.rollout).reshaped
-        return Need(sampled, prompts, self.longest, self.own + self.rollout.max_completion_length, reshaped, self.waits)
+            group = 1  # greedy answers
+        reshaped, length = sampling_of(self.rollout).reshaped, self.own + self.rollout.max_completion_length
+        return Need(sampled, prompts, self.longest, length, reshaped, self.waits, group)
 
     def largest(self, tokens: int, gpu: bool, cuda: bool = False) -> list[Shape]:
         """The largest micro-batches of at most `tokens`: the longest prompts, each with all its longest completions,
@@ -67,6 +68,17 @@ class Workload:
         packing = Packing.of(optim, self.rollout, self.parts, gpu=gpu, on_cuda=cuda)
         length = self.own + self.rollout.max_completion_length
         return [self._in_rows(packing, length), *self._shapes_of_lines(packing, length)]
+
+    def shorter(self, tokens: int, gpu: bool) -> list[Shape]:
+        """The largest micro-batches of at most `tokens` whose completions are not the longest: each a fifth shorter
+        than the one before it. They may take more: attention keeps the scores of short rows alone."""
+        packing = Packing.of(
+            with_settings(self.optim, {"micro_batch_tokens": tokens}), self.rollout, self.parts, gpu=gpu, on_cuda=False
+        )
+        length, found = self.own + self.rollout.max_completion_length, list[Shape]()
+        while (length := 4 * length // 5) > 0:
+            found.append(self._in_rows(packing, length))
+        return found
 
     def through(self, shapes: Sequence[Shape]) -> int:
         """The tokens that go through the model in the largest of these micro-batches, padding included."""
@@ -86,23 +98,23 @@ class Workload:
         made = self._in_order(packing, length)
         if packing.parts > 1 and packing.multiple == 1:  # as there, where each part gets about as many rows
             number = -(-len(made) // packing.parts) * packing.parts
-            rows = min(packing.rows, -(-self._updated // number))
+            rows = min(packing.rows, -(-self.updated // number))
             made = self._in_order(replace(packing, rows=rows), length)
         return max(made, key=packing.through)
 
     @property
-    def _updated(self) -> int:
+    def updated(self) -> int:
         """Rows of an update."""
         return -(-self.rollout.prompts_per_step // self.optim.num_minibatches) * self.rollout.num_generations
 
     def _in_order(self, packing: Packing, length: int) -> list[Shape]:
         made: list[Shape] = []
         begun = 0
-        while begun < self._updated:
+        while begun < self.updated:
             rows = 1
             fitting = packing.shape(1, 1, self.prompt_length, length)
             assert fitting is not None, "a single row always fits"
-            while begun + rows < self._updated:
+            while begun + rows < self.updated:
                 prompts = (begun + rows) // packing.group - begun // packing.group + 1
                 shape = packing.shape(prompts, rows + 1, self.prompt_length, length)
                 if shape is None:
@@ -110,6 +122,6 @@ class Workload:
                 fitting, rows = shape, rows + 1
             made.append(fitting)
             begun += rows
-            if begun % packing.group == 0 and self._updated > MANY_ROWS:  # the next ones are as these
-                return made * -(-self._updated // begun)
+            if begun % packing.group == 0 and self.updated > MANY_ROWS:  # the next ones are as these
+                return made * -(-self.updated // begun)
         return made

@@ -29,6 +29,7 @@ class Outcome:
     """How a run ended: its state, the checkpoint of it (none before the first step), and the signal that stopped it.
 
     `untrained` says why a run that made all its steps has trained nothing, `worse` that it made the model worse.
+    `began` is the step that it went on after.
     """
 
     state: RunState
@@ -36,6 +37,7 @@ class Outcome:
     stopped_by: int | None
     untrained: str | None = None
     worse: str | None = None
+    began: int = 0
 
 
 class Loop:
@@ -63,7 +65,7 @@ class Loop:
         self.tell, self.stop = tell, stop
         self.cfg = trainer.cfg
         self.state = replace(start, trainer=replace(start.trainer, arrays={}))
-        self._saved, self._is_saved = checkpoint, True
+        self._saved, self._is_saved, self._began = checkpoint, True, start.step
         self.ranks = trainer.ranks
         trainer.update.inspect = folder / NOT_FINITE
         trainer.before.hold = stop.hold
@@ -91,13 +93,13 @@ class Loop:
         self._save_last()
         if self.stop.signal is not None:
             self._note_end("stopped")
-            return Outcome(self._whole_state(), self._saved, self.stop.signal)
+            return Outcome(self._whole_state(), self._saved, self.stop.signal, began=self._began)
         state = self._whole_state()
         scorer = self.trainer.scorer
         untrained = trained_on_nothing(state, self.cfg.loss, scorer.weights, scorer.environments)
         worse = made_worse(state, self.cfg)
         self._note_end(UNTRAINED if untrained else WORSE if worse else "finished")
-        return Outcome(state, self._saved, None, untrained, worse)
+        return Outcome(state, self._saved, None, untrained, worse, self._began)
 
     def _step(self) -> None:
         step = self.state.step + 1

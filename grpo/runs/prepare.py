@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
+
 from grpo.backend.device import limit_memory, setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
@@ -23,8 +25,9 @@ from grpo.generation.controller import speculation_of
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
+from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
-from grpo.planning.notes import filter_note, notes_on
+from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
 from grpo.planning.planner import Planner, allowed
 from grpo.planning.positions import position_note
@@ -36,7 +39,7 @@ from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite
 from grpo.runs.rewarding import check_rewarded
 from grpo.scoring.scorer import Scorer
-from grpo.training.optimizer import make_optimizer
+from grpo.training.algorithms import make_optimizer
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 
@@ -75,6 +78,7 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
     if cfg.rollout.prompts_per_step < ranks.size:
         raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
+    vault_of(cfg.optim.offload_activations)  # refuses machines where it has no use
     with ExitStack() as opened:
         files = [Path(file) for reward in cfg.rewards if (file := file_in(reward.use))]
         groups = -(-cfg.rollout.prompts_per_step // ranks.size)
@@ -100,8 +104,7 @@ def _prepared(
         given.rows(name, data) if rows is None else rows
         for (name, data), rows in zip(named.items(), local, strict=True)
     ]
-    adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
-    policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts)
+    policy = _policy(cfg, model)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
@@ -140,14 +143,23 @@ def _prepared(
     if generator.speculation is not None:
         generator.speculation.most = plan.fed
     trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks)
+    trainer.update.gradients.alone = plan.alone
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
     prompts = _prompts(lengths, tables[0], renderer, partners.resets)
     head = filter(None, [positions, head_note(model, cfg.model)])
-    notes = [*talk, *prompts, *generator.describe(), *head, *policy.slow]
+    notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
+    notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+
+
+def _policy(cfg: Recipe, model: nn.Module) -> Policy:
+    """The policy over a model, which gets its adapter."""
+    adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
+    vault = vault_of(cfg.optim.offload_activations)
+    return Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts, vault=vault)
 
 
 def _evaluator(
@@ -211,7 +223,8 @@ def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> t
     least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, -planned[0].recomputed))
     policy.gradient_checkpointing = least.checkpointing
     own = {name: getattr(plan, name) for name in ("slots", "kept_bytes", "fed", "drafts")}
-    return replace(least, **own), optim
+    alone = any(plan.alone for plan, _ in plans)
+    return replace(least, **own, alone=alone, lanes=1 if alone else least.lanes), optim
 
 
 def data_of(cfg: Recipe) -> dict[str, DataConfig]:

@@ -140,7 +140,7 @@ def find_start(
         state = replace(state, rewards=(), start=None)
     if not goes_on:  # a branch off another run
         state = replace(state, run_id=_new_id(), first=state.step + 1)
-    notes += [f"goes on after step {state.step} from {checkpoint}", *(f"changed: {line}" for line in differences)]
+    notes += [_goes_on(cfg.optim.steps, state.step, checkpoint), *(f"changed: {line}" for line in differences)]
     plan = {} if differences else written.plan
     notes += _newer(checkpoint)
     return Start(cfg, state, checkpoint, goes_on, overwrite, tuple(notes), plan, written.revisions)
@@ -159,6 +159,17 @@ WITHOUT_INFLUENCE = (
 
 COMPARED = ("model.", "data.", "rewards.", "rollout.", "environment", "tools", "code of ", "contents of ")
 """How the differences begin after which the rewards of earlier and later steps cannot be compared."""
+
+
+def _goes_on(steps: int, made: int, checkpoint: Path) -> str:
+    """What is said of a run of so many steps that goes on from a checkpoint with so many made."""
+    if made < steps:
+        return f"goes on after step {made} from {checkpoint}"
+    return (
+        f"no step is left to train: optim.steps is {steps}, and {checkpoint} is after step {made}. To train further, "
+        "set optim.steps to more (it counts from the run's first step) and take --resume-changed, or changed=True in "
+        "Python"
+    )
 
 
 def _check_named(checkpoint: Path) -> None:

@@ -65,12 +65,7 @@ def print_outcome(
     state = outcome.state
     if state.before and state.after and state.after.step > state.before.step:
         console.print(before_and_after(state.before, state.after))
-    what = "stopped" if outcome.stopped_by is not None else "finished, untrained," if outcome.untrained else "finished"
-    lines = [
-        *failures,
-        *filter(None, [outcome.worse]),
-        f"{what} after step {state.step}" if state.step else f"{what} before the first step",
-    ]
+    lines = [*failures, *filter(None, [outcome.worse]), _ended(outcome)]
     if outcome.checkpoint and not outcome.untrained:
         lines.append(f"adapter  {outcome.checkpoint}")
         if example is not None:
@@ -79,3 +74,12 @@ def print_outcome(
             lines.append(f"go on    {go_on}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _ended(outcome: Outcome) -> str:
+    step = outcome.state.step
+    if outcome.stopped_by is None and step and outcome.began == step:
+        untrained = ", untrained" if outcome.untrained else ""
+        return f"nothing was trained: the run had finished after step {step}{untrained}"
+    what = "stopped" if outcome.stopped_by is not None else "finished, untrained," if outcome.untrained else "finished"
+    return f"{what} after step {step}" if step else f"{what} before the first step"

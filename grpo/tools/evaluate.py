@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo.config import Recipe, RewardConfig
+from grpo.config import EvaluationRecipe, Recipe, RewardConfig
 from grpo.data.files import is_one_split
 from grpo.data.fingerprint import fingerprint
 from grpo.data.rows import Rows
@@ -144,11 +144,11 @@ def _is_recipe(target: str) -> bool:
 def _graded(path: Path, asked: EvalOptions, overrides: Sequence[str]) -> Recipe:
     """The recipe with what is asked for. A reward that it has already comes first, to grade, with the settings that it
     has; another takes the first one's place, and that of one of the same name."""
-    own = load_recipe(path, overrides).rewards
+    own = load_recipe(path, overrides, kind=EvaluationRecipe).rewards
     if asked.reward is not None and not own:  # the environment's own is all that there is
         overrides = [*overrides, f"rewards=[{{use: {json.dumps(asked.reward)}}}]"]
         asked = replace(asked, reward=None)
-    cfg = load_recipe(path, [*asked.settings(), *overrides])
+    cfg = load_recipe(path, [*asked.settings(), *overrides], kind=EvaluationRecipe)
     if asked.reward is None:
         return cfg
     first, *others = cfg.rewards
@@ -179,4 +179,4 @@ def _for_model(name: str, asked: EvalOptions, settings: Sequence[str]) -> Recipe
         "rewards": [{"use": "math_answer"}],
         "optim": {"steps": 1},
     }
-    return recipe_of(fixed, f"eval {name}", settings)
+    return recipe_of(fixed, f"eval {name}", settings, EvaluationRecipe)

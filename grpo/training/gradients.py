@@ -50,14 +50,14 @@ class Gradients:
         custom: CustomLoss | None = None,
         ranks: Ranks | None = None,
         compiles: bool = True,
-        lanes: int | None = None,
+        alone: bool = False,
     ) -> None:
-        """With `compiles` the computation is compiled, where that pays. `lanes` is how many micro-batches a CPU
-        computes side by side, None: as many as pay."""
+        """With `compiles` the computation is compiled, where that pays. `alone`: micro-batches go one after the other,
+        where a CPU would compute as many side by side as pay."""
         self.policy, self.loss, self.custom = policy, loss, custom
         self.ranks = ranks or Ranks()
         self.progress: Progress | None = None
-        self._lanes = lanes
+        self.alone = alone
         self._loss_and_grad = nn.value_and_grad(policy.model, self._loss)
         self._accumulate = compiled(self._accumulated, policy.model.state) if compiles else self._accumulated
 
@@ -96,8 +96,8 @@ class Gradients:
         inputs = [(batch.arrays(), key) for batch, key in zip(batches, keys, strict=True)]
         tokens = max((tokens_of(arrays) for arrays, _ in inputs), default=0)
         # A user's own loss may read arrays that are not computed yet, which two lanes must not both compute.
-        paying = self._lanes or update_lanes(self.policy.model, tokens, len(batches), self.ranks)
-        number = 1 if self.custom else paying
+        alone = self.alone or self.custom is not None
+        number = 1 if alone else update_lanes(self.policy.model, tokens, len(batches), self.ranks)
         if number == 1:
             for batch, (arrays, key) in zip(batches, inputs, strict=True):
                 with self.policy.training():

@@ -1,72 +1,40 @@
-"""The optimizer: one of MLX's by its name, with float32 state and weights whatever the model's dtype is."""
+"""The optimizer: one of MLX's by its name, with float32 weights and, unless they are to be in 8 bits, float32 moments,
+whatever the model's dtype is."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from grpo.backend.device import compiled
+from grpo.backend.device import compiled, on_gpu
 from grpo.config import OptimConfig
-from grpo.errors import UserError
-from grpo.training.adam import Adam, AdamW
+from grpo.training.algorithms import make_optimizer
+from grpo.training.inplace import InPlace, parts_of
+from grpo.training.moments import MAPS, SMALLEST, Map, forms_of, large, maps_of, packed, those_packed, unpacked
 
 ByPath = dict[str, Any]
 """Arrays by path or name."""
 
 GROUP = 2**22
 """Numbers that move together: 16 MB of each kind of array. A LoRA is a few groups, whole weights are hundreds."""
-AT_WORK = {"muon": 64}
-"""Bytes for each number of a group while it moves, at most, as measured; `MOST_AT_WORK` for the others."""
-MOST_AT_WORK = 28
-OWN, PRECISE = "own", "precise"
-
-CLASSES: dict[str, Any] = {
-    "adamw": AdamW,
-    "adam": Adam,
-    "adamax": optim.Adamax,
-    "sgd": optim.SGD,
-    "lion": optim.Lion,
-    "adafactor": optim.Adafactor,
-    "muon": optim.Muon,
-    "rmsprop": optim.RMSprop,
-    "adagrad": optim.Adagrad,
-    "adadelta": optim.AdaDelta,
-}
-
-OURS: dict[str, dict[str, Any]] = {
-    "adam": {"bias_correction": True},
-    "adamw": {"bias_correction": True},
-    "adafactor": {"relative_step": False, "scale_parameter": False},  # or it would not heed the learning rate
-}
-"""What differs from MLX's defaults: what the algorithms' papers say."""
-
-
-def make_optimizer(cfg: OptimConfig) -> Any:
-    """MLX's optimizer of that name. Raises UserError for arguments that it does not have."""
-    kind = CLASSES[cfg.optimizer]
-    # Adamax hands on to Adam, but has a signature of its own.
-    known = [name for name in inspect.signature(kind).parameters if name not in ("learning_rate", "weight_decay")]
-    for name in cfg.optimizer_args:
-        if name not in known:
-            where = (
-                "that is optim." + name if name in ("learning_rate", "weight_decay") else "it has " + ", ".join(known)
-            )
-            raise UserError(f"optim.optimizer_args: {cfg.optimizer} takes no {name!r} here; {where}")
-    arguments = {"learning_rate": cfg.learning_rate, **OURS.get(cfg.optimizer, {}), **cfg.optimizer_args}
-    if "weight_decay" in inspect.signature(kind).parameters:
-        arguments["weight_decay"] = cfg.weight_decay
-    elif cfg.weight_decay:
-        raise UserError(f"optim.weight_decay does nothing with {cfg.optimizer}, which has none")
-    try:
-        return kind(**arguments)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"optim.optimizer_args: {error}") from None
+TOGETHER = 2**14
+"""The same for small arrays on a CPU, which waits for no launches: four arrays of 1 MB took 3.0 ms one by one, with 4
+MB at work, and 8.0 ms together, with 17 MB at work."""
+AT_WORK = {"muon": 80, "adadelta": 24, "rmsprop": 12, "adagrad": 12}
+MOST_AT_WORK, MOST_ON_GPU = 16, 28
+"""Bytes for each number of a group while it moves, at most, as measured on a CPU, of optimizers that `AT_WORK` does not
+name; on a GPU, which has more in flight, of all that have fewer there than `MOST_ON_GPU`."""
+PACKING = 26
+"""The same for each moment that is packed into 8 bits on the way, besides."""
+IN_PARTS = 12
+"""The same for the parts of a large array, whose memory the new numbers cannot take before they are computed."""
+WHOLE = frozenset({"adafactor", "muon"})
+"""Optimizers that look at rows and columns, and so at whole arrays; all others at each number by itself."""
+OWN, PRECISE, WEIGHT = "own", "precise", "weight"
 
 
 class Float32Optimizer:
@@ -78,17 +46,23 @@ class Float32Optimizer:
     were before: MLX writes the new ones over the old ones. So a step holds one set of weights, copies and moments
     (16 bytes a parameter for AdamW in float32, gradients included; 18 in bfloat16), not two. Where somebody holds what
     was before, as a run does with an adapter (`Trainer.wholly`), that is there besides.
+
+    With `moments: int8` moments are packed in 8 bits between steps (10 and 12 bytes a parameter for AdamW), and only
+    those of the group at work are float32.
+
+    A parameter that is larger than a group moves in parts, each written into the parameter's own memory.
     """
 
     def __init__(self, cfg: OptimConfig, parameters: Any) -> None:
-        self._optimizer = make_optimizer(cfg)
+        self._name, self._optimizer, self._maps = cfg.optimizer, make_optimizer(cfg), maps_of(cfg)
         flat: ByPath = tree_flatten(parameters, destination={})
         self._precise: ByPath | None = None
         if any(array.dtype != mx.float32 for array in flat.values()):
             self._precise = {path: array.astype(mx.float32) for path, array in flat.items()}
         self._optimizer.init({OWN: [array.astype(mx.float32) for array in flat.values()]})
         self._shared = self._optimizer.state
-        self._own: dict[str, ByPath] = dict(zip(flat, self._shared.pop(OWN), strict=True))
+        empty = [packed(own, large(own, self._maps), self._shared["step"]) for own in self._shared.pop(OWN)]
+        self._own: dict[str, ByPath] = dict(zip(flat, empty, strict=True))
         self._step = compiled(self._stepped) if cfg.compile else self._stepped  # a kernel an array, not fifteen
 
     @property
@@ -98,6 +72,13 @@ class Float32Optimizer:
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
         self._shared = {**self._shared, "learning_rate": mx.array(value, mx.float32)}
+
+    @property
+    def note(self) -> str | None:
+        """What to say where moments are to be in 8 bits and none is, because everything that trains is small."""
+        if not self._maps or any(those_packed(own, self._maps) for own in self._own.values()):
+            return None
+        return f"optim.moments: int8 does nothing here: every array that trains has fewer than {SMALLEST:,} numbers"
 
     @property
     def state(self) -> dict[str, Any]:
@@ -125,13 +106,23 @@ class Float32Optimizer:
         """
         shared = self._shared
         factors = self._optimizer.factors(shared) if hasattr(self._optimizer, "factors") else {}
-        for paths in grouped(gradients):
-            mx.eval(self._move(model, paths, gradients, scale, shared | factors))
+        for paths in grouped(gradients, together(self._maps, on_gpu())):
+            mine = {path: gradients.pop(path) for path in paths}
+            self._move(model, mine, scale, shared | factors)
 
-    def _move(
-        self, model: nn.Module, paths: Sequence[str], gradients: ByPath, scale: mx.array | float, shared: ByPath
+    def _move(self, model: nn.Module, gradients: ByPath, scale: mx.array | float, shared: ByPath) -> None:
+        """Move a group, or a parameter that is larger than one. Empties `gradients`."""
+        path = next(iter(gradients))
+        if self._name not in WHOLE and gradients[path].size > numbers_at_once(self._maps):
+            self._move_in_place(model, path, gradients.pop(path), scale, shared)
+        else:
+            mx.eval(self._moved_together(model, gradients, scale, shared))
+
+    def _moved_together(
+        self, model: nn.Module, gradients: ByPath, scale: mx.array | float, shared: ByPath
     ) -> list[Any]:
         """Put what a group becomes in the place of what it is, and return that, not yet computed."""
+        paths = list(gradients)
         parameters: ByPath = tree_flatten(model.trainable_parameters(), destination={})
         old = [parameters[path] for path in paths]
         precise = old if self._precise is None else [self._precise[path] for path in paths]
@@ -145,13 +136,59 @@ class Float32Optimizer:
         self._shared = {name: state[name] for name in self._shared}  # without the factors
         return [moved, rounded, own, state]
 
+    def _move_in_place(
+        self, model: nn.Module, path: str, gradient: mx.array, scale: mx.array | float, shared: ByPath
+    ) -> None:
+        """Move a parameter that is larger than a group, part by part. The model lacks it meanwhile."""
+        held: ByPath = {**self._own.pop(path), WEIGHT: tree_flatten(model.trainable_parameters(), destination={})[path]}
+        if self._precise is not None:
+            held[PRECISE] = self._precise.pop(path)
+        model.update(tree_unflatten([(path, mx.zeros(1, held[WEIGHT].dtype))]))
+        whole, slopes = InPlace(held), gradient.reshape(-1)
+        try:
+            for where in parts_of(gradient.size, numbers_at_once(self._maps)):
+                whole.write(where, self._moved(slopes[where], scale, whole.part(where), shared))
+        finally:
+            held = whole.arrays()
+            model.update(tree_unflatten([(path, held.pop(WEIGHT))]))
+            if self._precise is not None:
+                self._precise[path] = held.pop(PRECISE)
+            self._own[path] = held
+
+    def _moved(self, gradient: mx.array, scale: mx.array | float, part: ByPath, shared: ByPath) -> ByPath:
+        """What a part of a parameter and of its state becomes, computed."""
+        weight = part.pop(WEIGHT)
+        precise = part.pop(PRECISE, weight)
+        moved, rounded, state = self._step([gradient], scale, [precise], [weight], {**shared, OWN: [part]})
+        mx.eval(moved, rounded, state)
+        (own,) = state.pop(OWN)
+        self._shared = {name: state[name] for name in self._shared}
+        return {**own, WEIGHT: rounded[0], **({} if self._precise is None else {PRECISE: moved[0]})}
+
     def _stepped(self, gradients: Any, scale: Any, precise: Any, parameters: Any, state: Any) -> tuple[Any, Any, Any]:
         """What parameters become, rounded and not, and the optimizer's state, as functions of nothing else."""
-        self._optimizer.state = tree_map(lambda array: array, state)  # dictionaries of its own, to be written into
+        coarse = state[OWN]
+        own = [unpacked(one, self._maps) for one in coarse]
+        self._optimizer.state = {**state, OWN: own}  # dictionaries of its own, to be written into
         scaled = {OWN: [gradient * scale for gradient in gradients]}
         moved = self._optimizer.apply_gradients(scaled, {OWN: precise})[OWN]
         state, self._optimizer.state = self._optimizer.state, {}
+        pairs = zip(state[OWN], coarse, strict=True)
+        state[OWN] = [packed(own, those_packed(before, self._maps), state["step"]) for own, before in pairs]
         return moved, [new.astype(old.dtype) for new, old in zip(moved, parameters, strict=True)], state
+
+    def fitted(self, saved: Mapping[str, mx.array]) -> ByPath:
+        """A saved state, flat, with its moments in the form in which this optimizer keeps them.
+
+        So a run may go on with other `moments`. What is no state of such an optimizer comes back as it is.
+        """
+        fitted = dict(saved)
+        for path, own in self._own.items():
+            theirs = {key: fitted.pop(f"{path}.{key}") for key in forms_of(own) if f"{path}.{key}" in fitted}
+            if theirs.keys() != own.keys() and "step" in saved:
+                theirs = packed(unpacked(theirs, MAPS[self._name]), those_packed(own, self._maps), saved["step"])
+            fitted.update({f"{path}.{key}": array for key, array in theirs.items()})
+        return fitted
 
 
 def grouped(arrays: Mapping[str, mx.array], numbers: int | None = None) -> list[list[str]]:
@@ -170,8 +207,27 @@ def grouped(arrays: Mapping[str, mx.array], numbers: int | None = None) -> list[
     return groups
 
 
-def bytes_of_a_group(optimizer: str, parameters: Any) -> int:
-    """What a step holds beside gradients, weights and state: for its largest group."""
+def numbers_at_once(maps: Mapping[str, Map]) -> int:
+    """The numbers of a group: half as many where moments are packed, which takes more for each."""
+    return GROUP // 2 if maps else GROUP
+
+
+def together(maps: Mapping[str, Map], gpu: bool) -> int:
+    """The numbers of small arrays that move together."""
+    return numbers_at_once(maps) if gpu else min(TOGETHER, numbers_at_once(maps))
+
+
+def bytes_of_a_group(cfg: OptimConfig, parameters: Any, gpu: bool) -> int:
+    """What a step holds beside gradients, weights and state: for its largest group. `gpu`: whether a GPU moves it.
+
+    A parameter that moves in parts may have to be copied first, where decoding has joined it to others.
+    """
     flat: ByPath = tree_flatten(parameters, destination={})
-    largest = max((sum(flat[path].size for path in paths) for paths in grouped(flat)), default=0)
-    return AT_WORK.get(optimizer, MOST_AT_WORK) * largest
+    maps = maps_of(cfg)
+    most, groups = numbers_at_once(maps), grouped(flat, together(maps, gpu))
+    each = max(AT_WORK.get(cfg.optimizer, MOST_AT_WORK), MOST_ON_GPU if gpu else 0) + PACKING * len(maps)
+    largest: int = max((sum(flat[path].size for path in paths) for paths in groups), default=0)
+    if cfg.optimizer in WHOLE or largest <= most:
+        return each * largest
+    copied: int = max(array.nbytes for array in flat.values())
+    return (each + IN_PARTS) * most + copied

@@ -197,8 +197,11 @@ class Trainer:
     def load_state(self, state: TrainerState) -> None:
         """Continue from the state of a trainer with the same recipe.
 
-        Raises UserError if the arrays differ from this trainer's in names or shapes.
+        Moments may be in another form than this trainer's (`optim.moments`). Raises UserError if the arrays differ
+        otherwise in names or shapes.
         """
+        optimizer = self.update.optimizer.fitted(state.arrays.get("optimizer", {}))
+        state = replace(state, arrays={**state.arrays, "optimizer": optimizer})
         state.check_fits(self.state())
         self.policy.adapters.load_state(state.arrays["adapters"])
         if "reference" in state.arrays:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from grpo.backend.hub import one_line
 from grpo.backend.random import derive_key
@@ -176,6 +177,15 @@ class Updater:
     @progress.setter
     def progress(self, progress: Progress | None) -> None:
         self.gradients.progress = progress
+
+
+def bytes_of_a_norm(parameters: Any) -> int:
+    """What the norm of a gradient of these parameters holds beside the gradient: copies of some arrays, and squares."""
+    sizes: dict[str, mx.array] = tree_flatten(parameters, destination={})
+    groups = grouped(sizes, SUMMED)
+    return max(
+        (4 * sum(sizes[path].size for path in paths) * (1 if len(paths) == 1 else 2) for paths in groups), default=0
+    )
 
 
 def _together(updates: Sequence[Update]) -> Update:

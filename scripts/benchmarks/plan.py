@@ -3,9 +3,14 @@
     python scripts/benchmarks/plan.py [--count 200] [--first 0] [--seconds 600]
 
 Models have random weights and sizes up to those of `qwen3-1m`. Rows, lengths, adapters, checkpointing, micro-batches
-and the memory's limit are drawn too. Every completion has its greatest length, as the plan assumes. Each setting's line
+and the memory's limit are drawn too. Every completion is as long as in the micro-batch that takes the most, as planned:
+as a rule of its greatest length, or shorter where attention keeps the scores of shorter rows alone. Each setting's line
 is JSON: what was drawn, bytes planned and seen, in all and by phase. A setting that the plan refuses, because the limit
 is too small, is told and not counted. The last line is a summary.
+
+Where a CPU computes two micro-batches side by side, the plan is a bound: what both take if they are at their peaks at
+once, which happens by chance. Such settings are summed up apart, unless another phase takes the most. `taskset -c 0`
+shows what one core does, without any of them.
 """
 
 from __future__ import annotations
@@ -150,7 +155,9 @@ def planned_trainer(setting: dict[str, Any], cfg: Recipe) -> tuple[Trainer, Plan
     length = setting["prompt_length"]
     load = Workload(cfg.optim, cfg.rollout, cfg.adapter, None, length, length)
     plan, optim = make_plan(load, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss)
-    cfg = with_settings(cfg, {"optim": optim})
+    assert plan.shape is not None
+    rollout = with_settings(cfg.rollout, {"max_completion_length": plan.shape.length})
+    cfg = with_settings(cfg, {"optim": optim, "rollout": rollout})
     generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
     generator.speculation = speculation_of(cfg.rollout.speculate)
     if generator.speculation is not None:
@@ -161,7 +168,19 @@ def planned_trainer(setting: dict[str, Any], cfg: Recipe) -> tuple[Trainer, Plan
     tasks = [Task(number, "", prompt, {}) for number, prompt in enumerate(ids)]
     # No two rewards are equal: a row whose advantage is 0 would be left out of the update.
     scorer = Scorer({"drawn": lambda completion_ids, **_: [random.Random(str(ids)).random() for ids in completion_ids]})
-    return Trainer(cfg, policy, Prompts(tasks), engine, scorer), plan
+    trainer = Trainer(cfg, policy, Prompts(tasks), engine, scorer)
+    trainer.update.gradients.alone = plan.alone
+    return trainer, plan
+
+
+def as_after_an_update(trainer: Trainer) -> None:
+    """Let all be there that a run holds from its first update on.
+
+    An optimizer's zeros are not computed before it, and an adapter's states have their arrays in common.
+    """
+    adapters = trainer.policy.adapters
+    adapters.load_state({path: array + 0 for path, array in adapters.state().items()})
+    mx.eval(trainer.update.optimizer.state, [adapters.state(name) for name in adapters.names])
 
 
 @contextmanager
@@ -205,8 +224,7 @@ def measured(setting: dict[str, Any]) -> dict[str, Any]:
     except TooLargeError as error:
         return {"refused": str(error)}
     planning = time.perf_counter() - begun
-    states = [trainer.policy.adapters.state(name) for name in trainer.policy.adapters.names]
-    mx.eval(trainer.update.optimizer.state, states)  # zeros that the first update would be the first to compute
+    as_after_an_update(trainer)
     peaks: dict[str, int] = {}
     with watching(trainer, peaks), trainer.wholly():
         trainer.step(1)
@@ -221,6 +239,7 @@ def measured(setting: dict[str, Any]) -> dict[str, Any]:
         "limit": None if limit is None else int(limit * 2**30),
         "rest": peaks["rest"],
         "phases": phases,
+        "bound": plan.lanes > 1 and max(phases, key=lambda name: phases[name][0]) == "update",
         "chosen": [plan.micro_batch, plan.checkpointing, plan.slots, plan.fed, plan.lanes],
         "s": [round(planning, 2), round(time.perf_counter() - begun - planning, 2)],
     }
@@ -240,15 +259,29 @@ def main() -> None:
         setting = drawn(number)
         found.append(measured(setting))
         print(json.dumps({"number": number, **found[-1], "setting": setting}), flush=True)
-    ratios = sorted(one["over"] for one in found if "over" in one)
-    limited = [one["peak"] / one["limit"] for one in found if one.get("limit")]
-    near = sum(abs(ratio - 1) <= NEAR for ratio in ratios) / max(1, len(ratios))
-    summary = {"settings": len(ratios), "refused": len(found) - len(ratios), "within 5 %": round(near, 3)}
-    if ratios:
-        summary |= {"least": ratios[0], "middle": ratios[len(ratios) // 2], "most": ratios[-1]}
+    print(json.dumps(summed_up(found)))
+
+
+def summed_up(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all settings: how many peaks were near their plans, and how far off the others were."""
+    planned = [one for one in found if "over" in one]
+    exact = sorted(one["over"] for one in planned if not one["bound"])
+    bounds = sorted(one["over"] for one in planned if one["bound"])
+    limited = [one["peak"] / one["limit"] for one in planned if one["limit"]]
+    summary: dict[str, Any] = {"settings": len(exact), "refused": len(found) - len(planned)}
+    if exact:
+        near = sum(abs(ratio - 1) <= NEAR for ratio in exact)
+        summary |= {"within 5 %": round(near / len(exact), 3)} | spread(exact)
+    if bounds:
+        summary["two lanes"] = {"settings": len(bounds)} | spread(bounds)
     if limited:
         summary["most of a limit"] = round(max(limited), 3)
-    print(json.dumps(summary))
+    return summary
+
+
+def spread(ratios: list[float]) -> dict[str, float]:
+    """Of ratios in their order."""
+    return {"least": ratios[0], "middle": ratios[len(ratios) // 2], "most": ratios[-1]}
 
 
 if __name__ == "__main__":

@@ -90,6 +90,13 @@ def test_memory_is_the_gpus_where_there_is_one(monkeypatch, word: str) -> None:
     assert device.memory_bytes() == 24 * 2**30
 
 
+def test_of_a_macs_memory_counts_what_metal_lends(monkeypatch) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    said = {"memory_size": 16 * 2**30, "max_recommended_working_set_size": 11 * 2**30}
+    monkeypatch.setattr(mx, "device_info", lambda: said)
+    assert device.memory_bytes() == 11 * 2**30
+
+
 @pytest.mark.parametrize(("said", "allowed"), [(str(2**28), 2**28), ("max", None), (str(2**62), None)])
 def test_memory_is_the_containers_where_it_has_less(monkeypatch, tmp_path, said: str, allowed: int | None) -> None:
     monkeypatch.setattr(device, "on_gpu", lambda: False)

@@ -157,6 +157,21 @@ def test_options_of_the_other_protocol_are_refused(given, said) -> None:
     assert said in str(result.exception)
 
 
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml"])
+def test_a_bundled_recipe_is_known_by_its_name(name, monkeypatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(epochs, "epochs_of", lambda recipe, *_: asked.append(recipe) or [])
+    result = CliRunner().invoke(app, ["speculate", "--recipe", name])
+    assert (result.exit_code, [recipe.name for recipe in asked]) == (0, ["quickstart.yaml"])
+    assert asked[0].is_file()
+
+
+def test_a_recipe_that_is_not_there_is_named() -> None:
+    result = CliRunner().invoke(app, ["speculate", "--recipe", "quickstat"])
+    assert isinstance(result.exception, UserError)
+    assert "quickstat: there is no such recipe. Did you mean" in str(result.exception)
+
+
 def test_steps_with_speculation_and_without_sample_the_same(recipe) -> None:
     rows = list(epochs_of(recipe, 4, ["auto", "3"], runs=3))
     same = [row for row in rows if row.unit == "same rows"]

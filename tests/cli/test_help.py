@@ -114,6 +114,10 @@ def test_an_option_that_is_none_stays_one(run_cli) -> None:
         ),
         ("momentum=0.9", "Did you mean optim.optimizer_args.momentum?"),
         ("loss.momentum=0.9", "unknown key loss.momentum. Valid here: "),
+        (
+            "optim.optimizer=adamw_8bit",
+            "Moments in 8 bits are a setting of their own, for each of these: optim.moments",
+        ),
         ("log.report=true", "unknown key log.report. Valid here: wandb, tensorboard, use, completions, kl.\n"),
     ],
 )

@@ -43,6 +43,22 @@ def test_a_dry_run_ends_with_its_result(recipe, run_cli) -> None:
     assert "1 score for 4 completions; a reward returns one for each" in failed.err
 
 
+def test_a_finished_run_that_is_resumed_says_how_to_train_further(recipe, run_cli) -> None:
+    assert run_cli("train", recipe).code == 0
+    again = run_cli("train", recipe, "--resume")
+    assert again.code == 0
+    assert "no step is left to train: optim.steps is 2, and" in again.out
+    assert "set optim.steps to more" in again.out
+    assert "nothing was trained: the run had finished after step 2\n" in again.out
+    assert "goes on after" not in again.out
+    further = run_cli("train", recipe, "optim.steps=3", "--resume-changed")
+    assert "goes on after step 2 from" in further.out
+    assert "finished after step 3\n" in further.out
+    fewer = run_cli("train", recipe, "optim.steps=1", "--resume-changed")
+    assert "no step is left to train: optim.steps is 1, and" in fewer.out
+    assert "is after step 3" in fewer.out
+
+
 def test_best_is_step_0_where_no_adapter_was_as_good(recipe, run_cli) -> None:
     recipe.write_text(recipe.read_text() + "eval: {split: train, every: 9, prompts: 2, samples: 2}\n")
     assert run_cli("train", recipe, "optim.steps=1").code == 0

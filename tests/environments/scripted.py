@@ -70,7 +70,7 @@ class Scripted:
         self.slots, self.stops = slots, STOPS
         self.tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)))
         self.decoding = SimpleNamespace(
-            vocabulary=VOCABULARY, open=lambda size: Session(script, size, VOCABULARY), forget=lambda: None
+            vocabulary=VOCABULARY, open=lambda size: Session(script, size, VOCABULARY), close=lambda session: None
         )
 
     def open(self) -> Engine:

@@ -27,7 +27,6 @@ NEEDED = {
     "create_causal_mask": "model/promptcaches, for models that ask for a mask as an array",
     "generate_step": "benchmark/rollout, which measures it",
     "linear_to_lora_layers": "model/adapters, which adds every adapter with it",
-    "load_adapters": "model/adapters, for saved adapters",
     "load_config": "tools/export, for --format fused",
     "load_model": "model/load",
     "load_tokenizer": "model/load",

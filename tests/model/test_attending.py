@@ -14,6 +14,7 @@ from model.tiling import shrink_tiles
 
 from grpo.backend.maths import swiglu
 from grpo.config import AdapterConfig
+from grpo.errors import UserError
 from grpo.model import mlxlm
 from grpo.model.adapters import Adapters
 from grpo.model.attending import Forward, InTiles, asking_caches, attends
@@ -137,6 +138,46 @@ def test_outside_a_forward_pass_attention_is_mlx_lm_s(monkeypatch) -> None:
 
 def test_a_model_with_attention_of_its_own_is_named() -> None:
     assert any("this architecture computes it itself" in reason for reason in policy_of("gemma2").slow)
+
+
+def test_attention_that_cannot_be_computed_in_tiles_is_left_alone(monkeypatch) -> None:
+    """An error of ours in the trial is no reason not to train."""
+
+    def broken(*_: Any, **__: Any) -> mx.array:
+        raise ArithmeticError("no tiles today")
+
+    monkeypatch.setattr("grpo.model.attending.attention", broken)
+    policy = policy_of("tied")
+    assert any(
+        "attention keeps its scores" in reason and "the trial failed: ArithmeticError" in reason
+        for reason in policy.slow
+    )
+    assert policy.most_pairs is None
+    tokens = mx.array([[1, 2, 3, 4]])
+    policy.logprobs(tokens, mx.array([2]), tokens[:, 2:])
+
+
+class _OwnModel(nn.Module):
+    """A model of one's own, in one piece; `cached` if it cannot do without a cache."""
+
+    def __init__(self, cached: bool) -> None:
+        super().__init__()
+        self.cached, self.layers, self.embed = cached, [nn.Linear(8, 8)], nn.Embedding(16, 8)
+
+    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        offset = cache[0].offset if self.cached else 0
+        return self.embed.as_linear(self.layers[0](self.embed(tokens) + offset))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_model_that_needs_a_cache_is_refused_in_a_sentence(cached: bool) -> None:
+    model = _OwnModel(cached)
+    adapters = Adapters(model, AdapterConfig(type="full"), mx.random.key(0))
+    if not cached:
+        assert Policy(model, adapters, 0.9).slow
+        return
+    with pytest.raises(UserError, match=r"without a cache, and it raises TypeError in .*test_attending\.py:\d+: "):
+        Policy(model, adapters, 0.9)
 
 
 def test_attention_that_tiles_get_wrong_is_left_alone(monkeypatch) -> None:

@@ -201,24 +201,6 @@ def test_experts_take_lora_and_refuse_dora() -> None:
         added(use_dora=True)
 
 
-@holds("load_adapters", "linear_to_lora_layers")
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_an_adapter_s_two_files_are_read(tmp_path: Path, kind: str) -> None:
-    parameters = {"rank": 2, "scale": 3.0, "dropout": 0.0, "keys": ["self_attn.v_proj", "mlp.up_proj"]}
-    config = {"fine_tune_type": kind, "num_layers": 3, "lora_parameters": parameters}
-    model = make_model("tied")
-    mlxlm.linear_to_lora_layers(model, 3, parameters, use_dora=kind == "dora")
-    arrays = {path: a + 0.1 for path, a in tree_flatten(model.trainable_parameters())}
-    assert {path.rpartition(".")[2] for path in arrays} == {"lora_a", "lora_b", *(["m"] if kind == "dora" else [])}
-    model.load_weights(list(arrays.items()), strict=False)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), arrays)
-    loaded = make_model("tied")
-    mlxlm.load_adapters(loaded, str(tmp_path))
-    assert mx.array_equal(loaded(TOKENS), model(TOKENS))
-    assert not mx.allclose(make_model("tied")(TOKENS), model(TOKENS), atol=1e-3)
-
-
 @holds("quantize", "QuantizedSwitchLinear")
 def test_weights_are_quantized_in_place(capsys) -> None:
     model = make_model("moe", moe_intermediate_size=64)

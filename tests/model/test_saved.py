@@ -7,12 +7,17 @@ import math
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import shaken
 
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
+from grpo.model import mlxlm
 from grpo.model.adapters import Adapters, load_adapter
+from grpo.model.dora import FoldedDoRALinear
+from grpo.model.lora import FoldedLoRALinear
 from grpo.model.saved import SavedAdapter, read_adapter
 
 TOKENS = mx.array([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -85,6 +90,49 @@ def test_a_peft_adapter_computes_what_peft_computes(zoo, tmp_path, how: dict, sc
     again = zoo("tied")
     load_adapter(again, tmp_path)
     assert mx.allclose(again(TOKENS), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(("kind", "folded"), [("lora", FoldedLoRALinear), ("dora", FoldedDoRALinear)])
+@pytest.mark.parametrize("form", ["mlx-lm", "peft"])
+def test_a_loaded_adapter_has_the_layers_that_training_has(
+    zoo, tmp_path, kind: str, folded: type, form: str, bits: int | None
+) -> None:
+    """And not mlx-lm's, which make a layer's whole matrix at every call for DoRA."""
+
+    def base() -> nn.Module:
+        model = zoo("tied")
+        if bits is not None:
+            nn.quantize(model, 32, bits)
+        return model
+
+    if form == "peft":
+        peft_folder(tmp_path, dora=kind == "dora")
+    else:
+        model = base()
+        adapters = Adapters(model, AdapterConfig(type=kind, rank=RANK, targets=("q_proj",)), mx.random.key(0))
+        adapters.load_state(shaken(adapters.state()))
+        adapters.save(tmp_path)
+    loaded = base()
+    load_adapter(loaded, tmp_path)
+    assert {type(module) for module in loaded.modules() if "lora_a" in module} == {folded}
+    theirs = base()
+    arrays = read_adapter(tmp_path)
+    parameters = {"rank": RANK, "scale": arrays.scale, "dropout": 0.0}
+    keys = {path.rpartition(".")[0] for path in arrays.arrays}
+    mlxlm.linear_to_lora_layers(theirs, 0, {**parameters, "keys": keys}, use_dora=kind == "dora")
+    theirs.load_weights(list(arrays.arrays.items()), strict=False)
+    expected = theirs.eval()(TOKENS)
+    assert mx.allclose(loaded(TOKENS), expected, atol=1e-4)
+    assert mx.abs(expected - base()(TOKENS)).max() > 0.01
+
+
+def test_an_adapter_without_a_config_is_refused(zoo, tmp_path) -> None:
+    adapters = Adapters(zoo("tied"), AdapterConfig(rank=RANK), mx.random.key(0))
+    adapters.save(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"there is no adapter_config\.json, which says rank and scale"):
+        load_adapter(zoo("tied"), tmp_path)
 
 
 def test_a_recipe_that_does_not_fit_is_told_what_to_say(zoo, tmp_path) -> None:

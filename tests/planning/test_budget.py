@@ -21,11 +21,11 @@ from grpo.errors import TooLargeError, UserError
 from grpo.generation.choice import find_decoding
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
-from grpo.planning import planner as planning
 from grpo.planning.choosing import Checkpointing, Choice
 from grpo.planning.footprint import Footprint, extent, measure_body, measure_footprint, probes
+from grpo.planning.lengths import LONGEST, FittingLengths, longest
 from grpo.planning.machines import OF_A_LIMIT, Machine
-from grpo.planning.planner import Planner, longest
+from grpo.planning.planner import Planner
 from grpo.planning.rehearsal import is_cheap, rehearsed
 from grpo.recipes import with_settings
 from grpo.training.lanes import lanes_worth
@@ -70,7 +70,7 @@ def test_less_memory_means_smaller_micro_batches_and_checkpoints_and_then_a_refu
     with pytest.raises(TooLargeError) as refused:
         planner(0.02 * ample.total / 2**30).plan()
     said = re.search(
-        r"needs \d+ MB, and memory\.limit_gb allows \d+ MB\. .* a higher memory\.limit_gb\.", str(refused.value)
+        r"needs \d+ [kM]B, and memory\.limit_gb allows \d+ [kM]B\. .* a higher memory\.limit_gb\.", str(refused.value)
     )
     assert said
     assert refused.value.needed > 0.02 * ample.total
@@ -104,7 +104,7 @@ def test_a_step_stays_within_the_limit(one_lane, share: float) -> None:
 
 def test_a_limit_beyond_the_machine_is_refused() -> None:
     more = memory_bytes() / 2**30 + 1
-    with pytest.raises(UserError, match=r"memory\.limit_gb: \d+\.?\d* GB are more than this machine has"):
+    with pytest.raises(UserError, match=r"memory\.limit_gb: \d+\.?\d* GB are more than the machine has"):
         planner(more)
 
 
@@ -147,7 +147,7 @@ def test_the_report_says_what_takes_memory_and_what_bounds_the_length(one_lane) 
     assert [line.split("  ")[0] for line in lines[:-1]] == what
     most = "488 tokens; more is beyond the model's positions"  # of 512
     assert lines[-1] == f"longest completion that would fit: {most}"
-    assert "this machine" in lines[-2]
+    assert "the machine" in lines[-2]
     total = 1.2 * planner(None, micro_batch_tokens=256, gradient_checkpointing=True).plan()[0].total
     tight = planner(total / 2**30)
     lines = tight.report(tight.plan()[0])
@@ -158,7 +158,7 @@ def test_the_report_says_what_takes_memory_and_what_bounds_the_length(one_lane) 
     assert found[2] == "a smaller or quantized model (model.quantize); a higher memory.limit_gb"
 
 
-def test_what_is_said_of_lengths_does_not_contradict_the_plan(one_lane) -> None:
+def test_what_is_said_of_lengths_does_not_contradict_the_plan(one_lane, monkeypatch) -> None:
     """What was tried and what is reckoned differ: the length of the recipe fits, or not, as it was tried."""
     total = 1.2 * planner(None, micro_batch_tokens=256, gradient_checkpointing=True).plan()[0].total
     refused = planner(total / 2**30)
@@ -168,7 +168,7 @@ def test_what_is_said_of_lengths_does_not_contradict_the_plan(one_lane) -> None:
         refused.plan()
     tight = planner(total / 2**30)
     plan, _ = tight.plan()
-    tight.longest = lambda: LENGTH // 2
+    monkeypatch.setattr(FittingLengths, "longest", lambda _: LENGTH // 2)
     assert tight.report(plan)[-1].startswith(f"longest completion that would fit: {LENGTH} tokens; ")
 
 
@@ -231,13 +231,13 @@ def test_the_rehearsal_is_the_update(one_lane, way: Checkpointing) -> None:
     policy = policy_of()
     shape = Shape(2, PROMPT, 8, LENGTH)
     (body,) = measure_body(policy, way, [shape])
-    assert rehearsed(policy, LossConfig(), way, shape) == pytest.approx(body, rel=0.3)  # the vocabulary is tiny
+    assert rehearsed(policy, LossConfig(), way, shape, 2) == pytest.approx(body, rel=0.3)  # the vocabulary is tiny
     assert policy.gradient_checkpointing is False
 
 
 def test_checkpointing_more_layers_takes_less() -> None:
     policy, shape = policy_of(6), Shape(2, PROMPT, 8, LENGTH)
-    found = [rehearsed(policy, LossConfig(), way, shape) for way in (False, 2, 4, True)]
+    found = [rehearsed(policy, LossConfig(), way, shape, 2) for way in (False, 2, 4, True)]
     assert found[0] > 1.1 * found[1] > 1.2 * found[2]
     assert found[3] < 1.15 * found[2]
     assert found[3] < 0.5 * found[0]
@@ -247,7 +247,7 @@ def test_only_what_is_cheap_is_rehearsed() -> None:
     model = policy_of().model
     assert is_cheap(model, Shape(1, PROMPT, 4, LENGTH), True)
     assert not is_cheap(model, Shape(1, PROMPT, 1, 100_000), True)
-    assert planning.LONGEST > 100_000
+    assert LONGEST > 100_000
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

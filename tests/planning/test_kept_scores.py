@@ -7,12 +7,16 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from conftest import make_model
+from planning.loads import workload
+from training.test_update import recipe
 
 from grpo.config import AdapterConfig
 from grpo.model import attention
 from grpo.model.adapters import Adapters
 from grpo.model.policy import Policy
-from grpo.planning.footprint import Footprint, extent, measure_body, measure_footprint
+from grpo.planning.choosing import Choice
+from grpo.planning.footprint import Footprint, extent, measure_body, measure_footprint, passes_of
+from grpo.planning.machines import Machine
 from grpo.training.packing import Shape
 
 
@@ -62,3 +66,33 @@ def test_scores_that_are_kept_are_in_the_line_whatever_the_number_of_heads(heads
     (seen,) = measure_body(policy, False, [shape])
     tokens, pairs = extent(shape, True, False, policy.most_pairs)
     assert footprint.token * tokens + footprint.pair * pairs == pytest.approx(seen, rel=0.25)
+
+
+@pytest.mark.parametrize(("limited", "most"), [(True, 50_000), (False, 50_000), (True, None), (True, 10**7)])
+def test_within_a_limit_shorter_rows_whose_scores_are_kept_are_tried_too(limited: bool, most: int | None) -> None:
+    """Of rows of 24 + 600 tokens no scores are kept, of 16 rows of 24 + some 30 tokens they are."""
+    cfg = recipe(
+        rollout={"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 600},
+        optim={"micro_batch_tokens": "auto", "gradient_checkpointing": False},
+    )
+    tried: list[Shape] = []
+
+    def footprint(checkpointing: bool) -> Footprint:
+        return Footprint(0, 1.0, 1.0, 0, 1, True, checkpointing, most_pairs=most)
+
+    def seen(_, shape: Shape) -> int:
+        tried.append(shape)
+        return sum(passes_of(shape, True)) if shape.length < 600 else 1
+
+    machine = Machine(2**40, False, False, limited=limited)
+    found = Choice(machine, workload(cfg, 24), 2**40, 2, footprint, seen).make()
+    longest, *worse = tried
+    assert longest.length == 600
+    if not limited or most != 50_000:
+        assert not worse
+        assert found.shape == longest
+        return
+    (shape,) = worse
+    assert 0.6 * most < max(passes_of(shape, True)) <= most < max(passes_of(longest, True))
+    assert found.shape == shape
+    assert found.bytes == sum(passes_of(shape, True))

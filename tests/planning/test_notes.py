@@ -5,10 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from grpo.config import LossConfig
+from grpo.config import LossConfig, OptimConfig
 from grpo.objective.surrogates import Terms, vespo
-from grpo.planning.notes import filter_note, notes_on
+from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.recipes import load_recipe
+from grpo.runs.prepare import prepare
 from grpo.training.schedule import learning_rate
 
 RATIOS = "each rollout has one update, and its ratios are 1: loss.{} wait for optim.num_iterations or optim.num_minib"
@@ -91,3 +92,16 @@ def test_what_noise_makes_of_vespos_weights() -> None:
     assert weights == pytest.approx([0.70, 0.50], abs=0.01)
     silent = vespo(Terms(ones, zeros, zeros, ones, ones), cfg)
     assert mx.allclose(silent, -ones)
+
+
+@pytest.mark.parametrize(("asked", "said"), [(True, False), (False, False), (2, False), (3, True)])
+def test_more_checkpointed_layers_than_there_are_are_said(asked: bool | int, said: bool) -> None:
+    note = layers_note(OptimConfig(steps=1, gradient_checkpointing=asked), 2)
+    expected = "optim.gradient_checkpointing: 3 is more than this model's 2 layers: all of them are checkpointed"
+    assert note == (expected if said else None)
+
+
+def test_a_run_says_what_its_model_has_too_few_layers_for(recipe) -> None:
+    prepared = prepare(load_recipe(recipe, ["optim.gradient_checkpointing=999"]))
+    with prepared.opened:
+        assert any("gradient_checkpointing: 999 is more than this model's" in note for note in prepared.notes)

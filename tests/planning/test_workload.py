@@ -33,7 +33,8 @@ def asked(**sections) -> Recipe:
 )
 def test_what_is_sampled_at_once_is_the_larger_of_a_step_and_an_evaluation(evaluation, rows, prompts) -> None:
     load = workload(asked(eval=evaluation), 100, 120)
-    assert load.need() == Need(rows, prompts, 120, 64, False)
+    group = 8 if evaluation is None else 1  # greedy answers are one for each prompt
+    assert load.need() == Need(rows, prompts, 120, 64, False, group=group)
     assert (load.rows, load.tokens) == (32, 32 * (100 + 64))  # an evaluation trains on nothing
 
 
@@ -67,7 +68,7 @@ def test_the_widest_lines_are_planned_too_where_completions_go_behind_one_anothe
 
 def test_what_environments_add_to_prompts_is_each_completion_s_own() -> None:
     load = replace(workload(asked(), 100), own=20)
-    assert load.need() == Need(32, 4, 100, 84, False)
+    assert load.need() == Need(32, 4, 100, 84, False, group=8)
     assert load.tokens == 32 * (100 + 64)  # the longest prompt has it already
     assert load.largest(100 + 8 * 84, gpu=False) == [Shape(1, 100, 8, 84)]
     assert load.largest(100 + 8 * 84 - 1, gpu=False) == [Shape(2, 100, 6, 84)]

@@ -60,6 +60,12 @@ def at_step(n: int, does):
     return change
 
 
+@pytest.fixture(autouse=True)
+def one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All parameters of the toy move together, as on a GPU."""
+    monkeypatch.setattr(optimizers, "TOGETHER", optimizers.GROUP)
+
+
 def breaks_at_update(number: int, does):
     """A change of a run that calls `does(stop)` in the middle of the optimizer's so-manieth call."""
 
@@ -150,7 +156,7 @@ def test_a_signal_in_the_middle_of_an_update_waits_for_the_step_which_is_kept(re
 @pytest.mark.parametrize("settings", [(TWICE,), ("loss.beta=0.1", "adapter.sync_reference_every=1")])
 def test_an_adapter_is_put_back_when_its_update_breaks(recipe, settings, monkeypatch) -> None:
     run(recipe, *settings, *STEPS, EVERY, "output_dir=whole")
-    monkeypatch.setattr(optimizers, "GROUP", 1)  # an array a group
+    monkeypatch.setattr(optimizers, "TOGETHER", 1)  # an array a group
     arrays = 28  # of the toy's adapter
     updates = 2 if TWICE in settings else 1
     with pytest.raises(RuntimeError, match="out of memory"):

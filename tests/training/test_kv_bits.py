@@ -20,6 +20,8 @@ from grpo.planning.parity import check_parity
 from grpo.recipes import load_recipe
 from grpo.rollout import RolloutEngine
 from grpo.runs.prepare import prepare
+from grpo.tools import evaluate
+from grpo.tools.evaluate import EvalOptions, measure
 from grpo.training.gap import GapWatch
 
 CORRECTED = "loss.importance_sampling_correction=token_truncate"
@@ -32,6 +34,19 @@ def test_it_wants_a_correction(recipe: Path, bits: int) -> None:
         load_recipe(recipe, [f"rollout.kv_bits={bits}"])
     for loss in (CORRECTED, "loss.type=dppo"):  # whose ratio is to the sampler
         assert load_recipe(recipe, [f"rollout.kv_bits={bits}", loss]).rollout.kv_bits == bits
+
+
+@pytest.mark.parametrize("target", ["recipe", "model"])
+def test_an_evaluation_wants_none(recipe: Path, toy_folder: Path, target: str, monkeypatch) -> None:
+    """Nothing is trained, so no token has to be weighed."""
+    bits = []
+    monkeypatch.setattr(evaluate, "prepare", lambda cfg: bits.append(prepare(cfg)) or bits[-1])
+    asked = EvalOptions(data="train.jsonl", prompt="{question}", reward="digits.py:reward", samples=1, prompts=2)
+    found = measure(str({"recipe": recipe, "model": toy_folder}[target]), asked, ["rollout.kv_bits=4"])
+    assert set(found.before.values) >= {"greedy", "avg@1"}
+    assert bits[0].trainer.engine.generator.kv_bits == 4
+    with pytest.raises(UserError, match=r"rollout\.kv_bits: expected 4 or 8"):
+        measure(str(recipe), asked, ["rollout.kv_bits=3"])
 
 
 @pytest.mark.parametrize("given", ["3", "16", "true"])

@@ -21,7 +21,8 @@ from grpo.errors import UserError
 from grpo.model.adapters import Adapters
 from grpo.model.load import load
 from grpo.model.policy import Policy
-from grpo.training.optimizer import CLASSES, Float32Optimizer, make_optimizer
+from grpo.training.algorithms import CLASSES, make_optimizer
+from grpo.training.optimizer import Float32Optimizer
 
 
 def one_weight(value: float, dtype: mx.Dtype) -> nn.Module:

@@ -15,6 +15,7 @@ from training.sections import make_minibatches, updater
 from training.test_packing import row
 from training.test_update import recipe
 
+from grpo.backend.device import on_gpu
 from grpo.config import AdapterConfig, OptimConfig
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
@@ -28,8 +29,12 @@ from grpo.runs.signals import StopRequest
 from grpo.runs.state import RunState
 from grpo.scoring.scorer import Scorer
 from grpo.training import optimizer as optimizers
-from grpo.training.optimizer import CLASSES, Float32Optimizer, bytes_of_a_group, grouped, make_optimizer
+from grpo.training.algorithms import CLASSES, make_optimizer
+from grpo.training.inplace import parts_of
+from grpo.training.moments import MAPS
+from grpo.training.optimizer import WHOLE, Float32Optimizer, bytes_of_a_group, grouped
 from grpo.training.trainer import Trainer
+from grpo.training.update import Updater, bytes_of_a_norm
 from grpo.types import Group, Task
 
 WIDE = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 32, "vocab_size": 512, "num_hidden_layers": 12}
@@ -91,29 +96,66 @@ STATE_BYTES = {"adamw": 8, "adam": 8, "adamax": 8, "sgd": 4, "lion": 4, "adafact
                "adagrad": 4, "adadelta": 8}  # fmt: skip
 
 
+PACKED_ARGS = {"sgd": {"momentum": 0.9}, "adafactor": {"beta_1": 0.9}}
+
+
+@pytest.mark.parametrize("kept", ["float32", "int8"])
+@pytest.mark.parametrize("layers", [16, 4])  # of half a group each, or of two groups
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("name", sorted(CLASSES))
-def test_a_step_holds_nothing_twice(name: str, dtype: mx.Dtype) -> None:
+def test_a_step_holds_nothing_twice(name: str, dtype: mx.Dtype, layers: int, kept: str) -> None:
     model = nn.Module()
-    model.layers = [nn.Linear(256, 256, bias=False) for _ in range(16)]
+    model.layers = [nn.Linear(256, 4096 // layers, bias=False) for _ in range(layers)]
     model.update(tree_map(lambda a: a.astype(dtype), model.parameters()))
     parameters = tree_flatten(model.parameters(), destination={})
     mx.eval(parameters)
     count = numbers(model)
     before = resting()
-    optimizer = Float32Optimizer(OptimConfig(steps=1, optimizer=name), model.parameters())
+    arguments = PACKED_ARGS.get(name, {}) if kept == "int8" else {}
+    cfg = OptimConfig(steps=1, optimizer=name, moments=kept, optimizer_args=arguments)
+    optimizer = Float32Optimizer(cfg, model.parameters())
     optimizer.update(model, drawn(parameters, 1))
     del parameters
     copies = 0 if dtype == mx.float32 else 4
     held = (resting() - before) / count
-    assert held == pytest.approx(STATE_BYTES[name] + copies, abs=0.05)
+    # A byte a moment, and a scale of 4 bytes for 256 of them; the rest of adafactor's are a row and a column.
+    packed = len(MAPS[name]) * (1 + 4 / 256) + (0.03 if name == "adafactor" else 0)
+    assert held == pytest.approx((STATE_BYTES[name] if kept == "float32" else packed) + copies, abs=0.05)
     gradients = drawn(tree_flatten(model.parameters(), destination={}), 2)
     mx.reset_peak_memory()
     optimizer.update(model, gradients)
     assert not gradients
     # Beside what stays and the gradients: what is at work of one group, an eighth of the parameters here.
     at_work = (mx.get_peak_memory() - before) / count - held - 4
-    assert at_work < bytes_of_a_group(name, model.parameters()) / count
+    assert at_work <= 1.01 * bytes_of_a_group(cfg, model.parameters(), on_gpu()) / count
+
+
+@pytest.mark.skipif(on_gpu(), reason="what is in flight on a GPU varies")
+@pytest.mark.parametrize("name", sorted(set(CLASSES) - {"sgd"}))  # it moves a parameter in its own place
+def test_what_one_array_takes_while_it_moves_is_as_planned(name: str) -> None:
+    model = nn.Linear(256, 256, bias=False)
+    cfg = OptimConfig(steps=1, optimizer=name)
+    optimizer = Float32Optimizer(cfg, model.parameters())
+    mx.eval(model.parameters())
+    peaks = []
+    for step in range(3):
+        gradients = drawn(tree_flatten(model.parameters(), destination={}), step)
+        mx.eval(optimizer.state)
+        before = resting()
+        optimizer.update(model, gradients)
+        peaks.append(mx.get_peak_memory() - before)
+    assert max(peaks) == pytest.approx(bytes_of_a_group(cfg, model.parameters(), gpu=False), rel=0.05)
+
+
+def test_what_a_norm_takes_is_as_planned() -> None:
+    """Small arrays are put behind one another and squared, a large one is squared alone."""
+    for small, large in ((40, 0), (0, 1), (40, 1)):
+        arrays = {f"small.{i}": mx.zeros((64, 32)) for i in range(small)}
+        arrays |= {f"large.{i}": mx.zeros((1024, 512)) for i in range(large)}
+        mx.eval(arrays)
+        before = resting()
+        Updater._norm(None, arrays)  # type: ignore[arg-type]  # it asks nothing of the updater
+        assert mx.get_peak_memory() - before == pytest.approx(bytes_of_a_norm(arrays), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
@@ -140,6 +182,57 @@ def test_groups_change_nothing(name: str, dtype: mx.Dtype) -> None:
         assert mx.array_equal(state[path], array), path
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("name", sorted(set(CLASSES) - WHOLE))
+def test_parts_of_a_large_array_change_nothing(name: str, dtype: mx.Dtype) -> None:
+    """MLX's own optimizer on the whole array gives the same numbers to the bit, and what others hold stays."""
+    optimizers.GROUP = 600
+    model = nn.Linear(67, 31)
+    model.update(tree_map(lambda a: a.astype(dtype), model.parameters()))
+    cfg = OptimConfig(steps=1, optimizer=name, learning_rate=0.03)
+    ours, theirs = Float32Optimizer(cfg, model.trainable_parameters()), make_optimizer(cfg)
+    held, copy = dict(model.trainable_parameters()), {path: a + 0 for path, a in model.trainable_parameters().items()}
+    expected = {path: a.astype(mx.float32) for path, a in tree_flatten(model.trainable_parameters())}
+    assert len(parts_of(expected["weight"].size, 600)) == 3
+    for step in range(3):
+        gradients = drawn(expected, step)
+        expected = theirs.apply_gradients(gradients, expected)
+        before = tree_flatten(ours.state, destination={})
+        was = {path: a + 0 for path, a in before.items()}
+        mx.eval(was)
+        ours.update(model, gradients)
+        assert all(mx.array_equal(array, was[path]) for path, array in before.items())
+    assert all(mx.array_equal(array, copy[path]) for path, array in held.items())
+    for path, array in tree_flatten(model.trainable_parameters()):
+        assert mx.array_equal(array, expected[path].astype(dtype)), path
+        assert array.shape == expected[path].shape
+    state = dict(tree_flatten(ours.state))
+    assert state["step"].item() == 3
+    for path, array in tree_flatten(theirs.state):
+        assert mx.array_equal(state[path], array), path
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (28 + 12) * GROUP + 4 * 2**18),  # a group at work, and a copy of the array
+        ({"moments": "int8"}, (28 + 2 * 26 + 12) * GROUP // 2 + 4 * 2**18),
+        ({"optimizer": "adafactor"}, 28 * 2**18),  # which moves arrays whole
+    ],
+)
+def test_a_large_array_takes_what_a_group_takes(settings: dict, expected: int) -> None:
+    parameters = {"weight": mx.zeros((2**10, 2**8))}
+    assert bytes_of_a_group(OptimConfig(steps=1, **settings), parameters) == expected
+
+
+def test_parts_are_whole_blocks_and_all_of_an_array() -> None:
+    for numbers, most in [(2**23 + 5, 2**22), (2077, 600), (257, 256), (10_000, 999)]:
+        parts = parts_of(numbers, most)
+        assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+        assert parts[-1].stop == numbers
+        assert all(part.start % 256 == 0 and 0 < part.stop - part.start < most + 256 for part in parts)
+
+
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_an_update_of_whole_weights_takes_at_most_eighteen_bytes_a_parameter(micro_batches: int) -> None:
     others = resting()
@@ -164,8 +257,11 @@ def test_an_update_of_whole_weights_takes_at_most_eighteen_bytes_a_parameter(mic
         (mx.float32, {}, 16),  # weights 4, gradient 4, moments 8
         pytest.param(mx.float32, {"num_iterations": 2, "num_minibatches": 2}, 16, marks=pytest.mark.slow),
         pytest.param(mx.float32, {"optimizer": "lion"}, 12, marks=pytest.mark.slow),
+        # moments 2, and their scales
+        (mx.float32, {"moments": "int8"}, 10.03),
         # weights 2, their float32 copies 4, gradient 4, moments 8; a CPU multiplies bfloat16 slowly
         pytest.param(mx.bfloat16, {}, 18, marks=pytest.mark.slow),
+        pytest.param(mx.bfloat16, {"moments": "int8"}, 12.03, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_of_whole_weights_holds_them_once(tmp_path, dtype: mx.Dtype, optim: dict, bytes_each: int) -> None:
@@ -197,7 +293,9 @@ def test_a_run_of_whole_weights_holds_them_once(tmp_path, dtype: mx.Dtype, optim
     peak, count = max(peaks[1:]), numbers(policy.model)
     # A group at work, or a few activations, are there beside; what was before a step is not.
     assert bytes_each < peak / count < bytes_each + 1
-    assert peak == pytest.approx(plan.total, rel=0.06)
+    # The optimizer's step is the peak; of the update the plan reckons a little more.
+    assert peak == pytest.approx(sum(plan.stays.values()) + plan.phases["optimizer's step"], rel=0.03)
+    assert peak == pytest.approx(plan.total, rel=0.1)
 
 
 def test_decoding_does_not_keep_the_weights_of_before_an_update() -> None:

@@ -260,7 +260,7 @@ def test_a_plan_that_does_not_fit_in_one_process_ends_all(recipe, monkeypatch) -
     """The others would wait for its plan for ever: its refusal is said to them, and so is a limit beyond its memory."""
     said = []
     monkeypatch.setattr(Ranks, "gather", lambda _, mine: said.append(mine) or [mine])
-    for limit, words in [(1e-6, "this cannot fit"), (1e6, "more than this machine has")]:
+    for limit, words in [(1e-6, "this cannot fit"), (1e6, "more than the machine has")]:
         with pytest.raises(UserError, match=words):
             prepare(load_recipe(recipe, [f"memory.limit_gb={limit}"]))
         assert words in said[-1]
@@ -278,6 +278,15 @@ def test_all_processes_take_the_plan_of_the_one_with_least_room(make_policy, tok
     assert policy.gradient_checkpointing is least[1]
     assert (plan.slots, plan.kept_bytes) == (mine[0].slots, mine[0].kept_bytes)
     assert (plan.fed, plan.drafts) == (mine[0].fed, mine[0].drafts) == (8, mine[0].drafts)
+
+
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_where_one_process_has_room_for_one_micro_batch_at_a_time_all_go_one_by_one(make_policy, where: str) -> None:
+    mine, theirs = plan_of(make_policy().policy, 4096), plan_of(make_policy().policy, 4096)
+    roomy, short = (replace(mine[0], lanes=2), mine[1]), (replace(theirs[0], lanes=1, alone=True), theirs[1])
+    pair = (short, roomy) if where == "here" else (roomy, short)
+    plan, _ = _together(Two(pair[1]), make_policy().policy, *pair[0])
+    assert (plan.lanes, plan.alone) == (1, True)
 
 
 def plan_of(policy, tokens: int, checkpointing: bool = False):

@@ -92,6 +92,17 @@ def test_one_lane_where_the_products_or_the_gradient_are_large(toy_folder, in_la
     assert gradients(policy, 2, in_lanes)[1] == []
 
 
+def test_micro_batches_go_one_after_the_other_if_told_so(toy_folder, in_lanes) -> None:
+    policy, cfg = policy_of(toy_folder, "lora"), recipe(optim={"micro_batch_tokens": 24})
+    used, update = in_lanes(2), updater(policy, cfg)
+    batches = make_batches(with_advantages(groups(policy), cfg), cfg)
+    update.gradient(batches)
+    assert used == [2]
+    update.gradients.alone = True
+    update.gradient(batches)
+    assert used == [2]
+
+
 def test_passes_in_lanes_give_what_they_give_alone(toy_folder, in_lanes) -> None:
     policy = policy_of(toy_folder, "lora")
     cfg = recipe(loss={"top_entropy_quantile": 0.5}, adapter={"dropout": 0.1}, optim={"micro_batch_tokens": 40})

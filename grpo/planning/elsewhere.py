@@ -1,0 +1,147 @@
+"""Plans for machines that are not at hand: from a model's config, with activations reckoned by sizes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from grpo.backend.hub import Repository, fetch, one_line
+from grpo.config import ModelConfig, Recipe
+from grpo.errors import UserError
+from grpo.generation.attention import Attention, FusedRowAttention
+from grpo.generation.buffers import CacheShape
+from grpo.generation.cuda_attention import CudaAttention
+from grpo.generation.decoders import ModelDecoder
+from grpo.generation.decoding import SharedPrefix
+from grpo.generation.packed import packed
+from grpo.model.costs import Costs
+from grpo.model.known import CONFIGS
+from grpo.model.outline import costs_of, outline
+from grpo.model.quantized import quantization
+from grpo.model.stored import stored
+from grpo.model.widehead import bytes_at_work, widen_head
+from grpo.planning.activations import reckoned_footprint
+from grpo.planning.drafting import Case, draft_on, plan_on
+from grpo.planning.footprint import Footprint
+from grpo.planning.lengths import FittingLengths
+from grpo.planning.machines import Machine
+from grpo.planning.plan import Plan
+from grpo.planning.positions import limit_of, position_note
+from grpo.planning.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A recipe's run on another machine. The model has shapes and dtypes alone.
+
+    `states` are the adapter's besides the policy, `decoding` the way that would be chosen there, and `footprint` what
+    an update needs without and with checkpointing.
+    """
+
+    machine: Machine
+    load: Workload
+    model: nn.Module
+    costs: Costs
+    states: int
+    decoding: SharedPrefix
+    footprint: Callable[[bool], Footprint]
+
+    @classmethod
+    def of(cls, cfg: Recipe, config: Mapping[str, Any], machine: Machine) -> Elsewhere:
+        """For a recipe whose model has this `config.json`. Raises UserError for a model that mlx-lm does not know."""
+        model = _model(cfg, config)
+        costs = costs_of(model)
+        prompt = cfg.data.max_prompt_length
+        waits = bool(cfg.conversations)
+        head = bytes_at_work(model, machine.gpu)
+        return cls(
+            machine,
+            Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, prompt, prompt, waits=waits),
+            model,
+            costs,
+            int(cfg.needs_reference or cfg.adapter.type != "full"),  # the reference
+            _decoding(machine, model, costs, cfg.rollout.kv_bits),
+            partial(
+                reckoned_footprint,
+                costs,
+                fused=machine.cuda,
+                head=head,
+                offloads=cfg.optim.offload_activations,
+            ),
+        )
+
+    def plan(self) -> Plan:
+        """The plan that would be made there. Raises TooLargeError for what cannot fit."""
+        return plan_on(self._case)[0]
+
+    @property
+    def _case(self) -> Case:
+        return Case(self.machine, self.load, self.model, self.states, self.decoding, self.footprint)
+
+    @property
+    def lengths(self) -> FittingLengths:
+        """The lengths of completions that would fit there."""
+        return FittingLengths(self.load, self.draft, limit_of(self.model))
+
+    def draft(self, load: Workload) -> Plan:
+        """The plan of another load there, whether it fits or not."""
+        return draft_on(replace(self._case, load=load))[0]
+
+    def position_note(self) -> str | None:
+        """What a run would say, or be refused with, where its longest sequences are beyond the model's positions."""
+        try:
+            return position_note(self.model, self.load.longest, self.load.rollout.max_completion_length)
+        except UserError as error:
+            return str(error)
+
+
+def _model(cfg: Recipe, config: Mapping[str, Any]) -> nn.Module:
+    dtype = None if cfg.model.dtype == "auto" else getattr(mx, cfg.model.dtype)
+    if cfg.model.quantize is not None:
+        if (former := stored(config)) is not None:
+            bits = former.settings["bits"]
+            raise UserError(f"model.quantize: {cfg.model.name} is quantised already, to {bits} bits")
+        config = {**config, "quantization": quantization(cfg.model.quantize).config}
+    model = outline(config, cfg.adapter, dtype)
+    if cfg.model.head_dtype != "model":
+        widen_head(model)
+    return model
+
+
+def _decoding(machine: Machine, model: nn.Module, costs: Costs, kv_bits: int | None) -> SharedPrefix:
+    """The way of decoding that would be chosen on that machine; the plan asks it how much memory it holds."""
+    attention: Attention = CudaAttention() if machine.cuda and not kv_bits else FusedRowAttention()
+    shapes = [CacheShape(costs.kv_heads, costs.head_dim, costs.head_dim, mx.bfloat16)] * costs.depth
+    shapes = packed(shapes, kv_bits) if kv_bits else shapes
+    return SharedPrefix(model, ModelDecoder(model), attention, shapes, costs.head.outputs, "")
+
+
+def model_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The `config.json` of a model: one of the known configs, from its folder, or from the Hub."""
+    if cfg.name in CONFIGS:
+        return CONFIGS[cfg.name]
+    if cfg.name.startswith("builtin:"):
+        raise UserError(f"model {cfg.name} is made where it is used: `grpo train ... --dry-run` has its plan")
+    file = Path(cfg.name).expanduser() / "config.json"
+    file = file if file.is_file() else _fetched(cfg)
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"model {cfg.name}: its config.json is not JSON: {one_line(error)}") from error
+    return config
+
+
+def _fetched(model: ModelConfig) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    def download(cached: bool) -> str:
+        return hf_hub_download(model.name, "config.json", revision=model.revision, local_files_only=cached)
+
+    return Path(fetch(Repository("model", model.name, model.revision), download))

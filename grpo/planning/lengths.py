@@ -1,0 +1,79 @@
+"""How long completions may get: the longest that would fit, everything else being as the recipe has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from grpo.config import RolloutConfig
+from grpo.planning.plan import Plan, ways_out
+from grpo.planning.table import table
+from grpo.planning.workload import Workload
+from grpo.recipes import with_settings
+
+LONGEST = 2**20
+"""Tokens of the longest completion that is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class FittingLengths:
+    """The lengths that fit where a workload runs.
+
+    `draft` plans a workload, whether it fits or not. `positions` are those that the model was made for (None: no number
+    says how many).
+    """
+
+    load: Workload
+    draft: Callable[[Workload], Plan]
+    positions: int | None
+
+    def longest(self) -> int:
+        """Tokens of the longest completion that would fit, as far as the model's positions go; 0 where none fits.
+
+        Found by bisection over plans. FittingLengths that nobody has tried are reckoned by the footprint.
+        """
+        most = LONGEST if self.positions is None else self.positions - self.load.longest
+        return longest(lambda length: self.draft(self._of(length)).fits, min(most, LONGEST))
+
+    def report(self, plan: Plan) -> list[str]:
+        """The plan as a table, the longest completion that would fit, and what to change for longer ones.
+
+        The plan's own length fits, though what was reckoned and not tried may say less.
+        """
+        length = max(self.longest(), self.load.rollout.max_completion_length)
+        return [*table(plan, self.load), f"longest completion that would fit: {self._words(length)}"]
+
+    def what_fits(self) -> str:
+        """What may be said beside a refusal of the load: which shorter completions would fit."""
+        length = min(self.longest(), self.load.rollout.max_completion_length - 1)
+        if not length:
+            return "Not even completions of one token would fit."
+        return f"Completions of up to about {length:,} tokens would fit."
+
+    def _words(self, length: int) -> str:
+        more = self._of(length + max(1, length // 8))
+        draft = self.draft(more)
+        if draft.fits:
+            why = "more is beyond the model's positions" if length < LONGEST else "longer was not looked for"
+            return f"{length:,} tokens; {why}"
+        ways = "; ".join(way for way in ways_out(draft, more) if "max_completion_length" not in way)
+        return f"about {length:,} tokens; for longer: {ways}"
+
+    def _of(self, length: int) -> Workload:
+        """The same load, but for the length of its completions."""
+        shortest = min(self.load.rollout.min_completion_length, length - 1)
+        lengths = {"max_completion_length": length, "min_completion_length": shortest}
+        rollout: RolloutConfig = with_settings(self.load.rollout, lengths)
+        return replace(self.load, rollout=rollout)
+
+
+def longest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest length from 1 to `most` that `fits`, where no longer one fits if a shorter one does not; or 0."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

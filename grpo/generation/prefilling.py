@@ -15,6 +15,7 @@ from grpo.generation.products import fewest_columns, padded
 from grpo.model.attending import InTiles, mlx_lms
 from grpo.model.attention import PromptKeysValues, attention
 from grpo.model.sight import Causal
+from grpo.model.tiles import NARROWEST
 
 
 class PlaceCache:
@@ -28,25 +29,25 @@ class PlaceCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
         first, self.offset = self.offset, self.offset + keys.shape[2]
-        self._own = self._seen = keys, values
-        self._earlier: KeysValues | None = None
+        seen, earlier = (keys, values), None
         if first:
-            earlier = self._earlier = self._layer.prompts(self._places, first)
-            self._seen = mx.concatenate([earlier[0], keys], axis=2), mx.concatenate([earlier[1], values], axis=2)
+            earlier = self._layer.prompts(self._places, first)
+            seen = mx.concatenate([earlier[0], keys], axis=2), mx.concatenate([earlier[1], values], axis=2)
         self._layer.insert(self._places, (keys, values), first)
-        return self._seen
+        self._last = seen, earlier, (keys, values)
+        return seen
 
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any, sinks: mx.array | None
     ) -> mx.array:
         """In tiles, in the place of mlx-lm's attention, where that is causal attention over what is seen."""
+        seen, earlier, own = self._last
+        del self._last  # or each layer's would be held until the next chunk
         causal = mask is None if queries.shape[2] == 1 else isinstance(mask, str) and mask == "causal"
-        if not causal or keys is not self._seen[0] or values is not self._seen[1]:
+        if not causal or keys is not seen[0] or values is not seen[1]:
             return mlx_lms(queries, keys, values, scale, mask, sinks)
-        earlier = None
-        if self._earlier is not None:
-            earlier = PromptKeysValues(*self._earlier, mx.arange(len(queries)))
-        return attention(queries, *self._own, scale, Causal(), earlier, sinks, gradient=False)
+        prompts = None if earlier is None else PromptKeysValues(*earlier, mx.arange(len(queries)))
+        return attention(queries, *own, scale, Causal(), prompts, sinks, gradient=False)
 
     def make_mask(self, *tokens: Any, **settings: Any) -> Any:
         from grpo.model.mlxlm import KVCache
@@ -71,7 +72,7 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence
         return
     rows = mx.array([[*ids[:-1], *[0] * (width + 1 - len(ids))] for ids in prompts])
     caches = [PlaceCache(layer, mx.array(list(places))) for layer in layers]
-    chunk = prefill_chunk()
-    least = width - width % chunk + fewest_columns() if width % chunk else width  # in the last chunk, too
+    last = width % prefill_chunk() % NARROWEST  # of the last chunk the last tile
+    least = width - last + fewest_columns() if last else width
     with nullcontext() if on_gpu() else InTiles(model).begun():
         feed_caches(model, caches, padded(rows, least, 1), width)

@@ -49,8 +49,8 @@ class OnHost:
         return pinned.put(x, address), partial(pinned.get, address=address, shape=x.shape, dtype=x.dtype)
 
     def note(self) -> str:
-        held = f"{self._arena.bytes / 2**30:.1f} GB"
-        return f"the inputs of checkpointed layers lie in the machine's memory, not the device's: {held} of it"
+        held = f": {self._arena.bytes / 2**30:.1f} GB of it" if self._arena.bytes else ""  # nothing was measured
+        return f"the inputs of checkpointed layers lie in the machine's memory, not the device's{held}"
 
 
 def vault_of(offloads: bool) -> Vault | None:

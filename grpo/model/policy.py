@@ -17,7 +17,7 @@ from grpo.model.attention import most_pairs
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import Body, Head, Unsplit, split_head
 from grpo.model.lines import Lines, Unpacked, at_rows, check_lines, line_hidden
-from grpo.model.logprobs import chunk_tokens, chunked_logprobs, scaled, token_logprobs, with_entropies
+from grpo.model.logprobs import LOGITS, chunk_tokens, chunked_logprobs, scaled, token_logprobs, with_entropies
 from grpo.model.offloading import Checkpoint, Vault, keeping_in
 from grpo.model.promptcaches import Kind
 from grpo.model.quantized import dtype_of
@@ -34,7 +34,8 @@ class Policy:
 
     `slow` says for what reasons, if any, training goes a slower way with this model. `share_prompts` and
     `gradient_checkpointing` (all layers, none, or how many from the first) change memory and speed, not what comes out.
-    So does a `vault`, where checkpointed layers' inputs lie until the backward pass.
+    So do a `vault`, where checkpointed layers' inputs lie until the backward pass, and `logits`, the most that are
+    there at once.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Policy:
         self.adapters = adapters
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
-        self.vault = vault
+        self.vault, self.logits = vault, LOGITS[on_gpu()]
         self._checkpoint: Checkpoint = mx.checkpoint
         self.slow: list[str] = []
         self.split: tuple[Body, Head] | None = None
@@ -248,7 +249,7 @@ class Policy:
     ) -> tuple[mx.array, ...]:
         assert self.split is not None
         head = self.split[1]
-        chunk = chunk_tokens(head(hidden[:1, :1]).shape[-1])  # the shape alone: nothing of it is computed
+        chunk = chunk_tokens(head(hidden[:1, :1]).shape[-1], self.logits)  # the shape alone: nothing is computed
         return chunked_logprobs(hidden, tokens, head, self.temperature, chunk, entropy_gradient, self.model, entropies)
 
 

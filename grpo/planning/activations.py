@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from grpo.model.attention import most_pairs
 from grpo.model.costs import Costs
-from grpo.model.logprobs import chunk_tokens
+from grpo.model.logprobs import LOGITS, chunk_tokens
 from grpo.planning.footprint import HEAD_SUMS, Footprint
 
 INPUTS_ON_THEIR_WAY = 2
@@ -49,7 +49,7 @@ def reckoned_footprint(
         token=costs.itemsize * numbers,
         pair=0.0 if fused else costs.itemsize * scores,
         logits=4 * costs.head.outputs,
-        chunk=chunk_tokens(costs.head.outputs),
+        chunk=chunk_tokens(costs.head.outputs, LOGITS[True]),
         shares=True,
         checkpointing=checkpointing,
         head=head + costs.head.trains * HEAD_SUMS * costs.head.inputs * costs.head.outputs,

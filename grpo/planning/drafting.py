@@ -13,14 +13,16 @@ from grpo.config import OptimConfig
 from grpo.errors import TooLargeError
 from grpo.generation.controller import widest_of
 from grpo.generation.memory import Memory, slots_beside_waiting, widest_that_fits
+from grpo.model.logprobs import FEW_LOGITS, LOGITS
 from grpo.model.widehead import bytes_at_work
-from grpo.planning.choosing import Choice, Rehearsed, reckoned
+from grpo.planning.choosing import Checkpointing, Choice, reckoned
 from grpo.planning.footprint import Footprint
 from grpo.planning.held import FORMER, count_weights, optimizer_step, what_stays
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan, ways_out, why_not
 from grpo.planning.workload import Workload
 from grpo.training.lanes import update_lanes
+from grpo.training.packing import Shape
 
 OF_DRAFTS = 4
 """Drafts may have what waiting rows leave, and where that is less, one part in so many of what both could have: a row
@@ -43,7 +45,7 @@ class Case:
     states: int
     decoding: Memory
     footprint: Callable[[bool], Footprint]
-    tried: Rehearsed = lambda *_: None
+    tried: Callable[[Checkpointing, Shape, int], int | None] = lambda *_: None
     entering: Callable[[int, int], int | None] = lambda *_: None
 
 
@@ -61,7 +63,16 @@ def plan_on(case: Case) -> tuple[Plan, OptimConfig]:
 
 
 def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
-    """The same whether it fits or not: what does not has as little of everything as there can be."""
+    """The same whether it fits or not: what does not has as little of everything as there can be.
+
+    Within a limit of the recipe's own, the head has fewer logits at once where more do not fit.
+    """
+    most = LOGITS[case.machine.gpu]
+    made = _draft(case, most)
+    return made if made[0].fits or not case.machine.limited or most <= FEW_LOGITS else _draft(case, FEW_LOGITS)
+
+
+def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     machine, load, model, decoding = case.machine, case.load, case.model, case.decoding
     numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
     stays, need = what_stays(load.optim, load.adapter, model, case.states), load.need()
@@ -73,7 +84,16 @@ def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
     except TooLargeError:
         slots = 0
     lanes, sizes = partial(update_lanes, model), partial(reckoned, model)
-    chosen = Choice(machine, load, room, len(model.layers), case.footprint, case.tried, lanes, sizes).make()
+    chosen = Choice(
+        machine,
+        load,
+        room,
+        len(model.layers),
+        lambda way: case.footprint(way).in_chunks(logits),
+        lambda way, shape: case.tried(way, shape, logits),
+        lanes,
+        sizes,
+    ).make()
     entering = case.entering(need.entering(slots), need.prompt_length) if slots else None
     decoded, waiting = need.bytes(decoding, max(1, slots), entering), need.waiting(decoding)
     left = max(0, spare - decoded)
@@ -108,5 +128,6 @@ def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
         lanes=chosen.lanes,
         alone=chosen.alone,
         limited=machine.limited,
+        logits=logits,
     )
     return plan, chosen.optim

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -69,6 +69,10 @@ class Footprint:
     @property
     def kept(self) -> float:
         return KEPT_CHECKPOINTED if self.checkpointing else self.depth / (self.depth + 1)
+
+    def in_chunks(self, logits: int) -> Footprint:
+        """The same where so many logits are there at once."""
+        return replace(self, chunk=chunk_tokens(self.logits // 4, logits))
 
     def bytes(self, shape: Shape, body: float | None = None) -> int:
         """Of one micro-batch of this shape; `body` is what `measure_body` found of it, if that was asked."""
@@ -131,7 +135,7 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     fixed = sum(4 * array.size for _, array in tree_flatten(policy.model.trainable_parameters()))
     head = bytes_at_work(policy.model, on_gpu())
     head += sum(HEAD_SUMS * array.size for _, array in tree_flatten(head_parameters(policy.model)))
-    rows = 4 * vocabulary, chunk_tokens(vocabulary)
+    rows = 4 * vocabulary, chunk_tokens(vocabulary, policy.logits)
     depth = len(policy.model.layers)
     return Footprint(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head, depth, policy.most_pairs)
 

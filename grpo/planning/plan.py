@@ -21,8 +21,8 @@ class Plan:
     wait for environments keep there at the most. As much of it as there is room for is in the rollout's phase.
 
     `checkpointing`: all layers (True), none (False), or how many of `depth`. `shape` is the largest micro-batch, of
-    which `lanes` are computed side by side; `alone`: more than one would not fit. `limited`: `memory` is the recipe's
-    own limit.
+    which `lanes` are computed side by side; `alone`: more than one would not fit. Of the head, so many `logits` are
+    there at once. `limited`: `memory` is the recipe's own limit.
     """
 
     steps: int
@@ -45,6 +45,7 @@ class Plan:
     shape: Shape | None = None
     lanes: int = 1
     alone: bool = False
+    logits: int = 0
     limited: bool = False
 
     @property

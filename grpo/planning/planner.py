@@ -64,7 +64,7 @@ class Planner:
             plan, optim = plan_on(replace(self._case, tried=self._tried, entering=self._entering))
         except TooLargeError as error:
             raise TooLargeError(f"{error} {self.lengths.what_fits()}", error.needed, error.parts) from None
-        self.policy.gradient_checkpointing = plan.checkpointing
+        self.policy.gradient_checkpointing, self.policy.logits = plan.checkpointing, plan.logits
         return plan, optim
 
     @property
@@ -89,12 +89,14 @@ class Planner:
         states = len(self.policy.adapters.names) - 1
         return Case(self.machine, self.load, self.policy.model, states, self.decoding, self._footprint)
 
-    def _tried(self, way: Checkpointing, shape: Shape) -> int | None:
+    def _tried(self, way: Checkpointing, shape: Shape, logits: int) -> int | None:
         """Bytes that were seen: on a CPU of the whole gradient where that is cheap, on CUDA of the hidden states', for
         which there is more in flight than a line knows."""
+        self.policy.logits = logits
         if self.machine.cuda:
             (body,) = measure_body(self.policy, way, [shape])
-            return by_footprints(self._footprint, way, len(self.policy.model.layers), shape, body)
+            depth = len(self.policy.model.layers)
+            return by_footprints(lambda way: self._footprint(way).in_chunks(logits), way, depth, shape, body)
         if self.machine.gpu or not is_cheap(self.policy.model, shape, self.policy.share_prompts):
             return None
         number = -(-self.load.updated // shape.rows)

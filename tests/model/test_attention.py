@@ -104,6 +104,17 @@ def test_a_prompt_that_no_row_goes_on_from_has_no_gradient() -> None:
     assert of_values[0].any()
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_without_a_gradient_it_is_the_same(sinks: bool) -> None:
+    """Prompts without lengths are seen whole."""
+    given, index = arrays(3, 9, 2, 5, sinks=sinks), mx.array([1, 0, 0])
+    prompts, sink = PromptKeysValues(given[3], given[4], index), given[5] if sinks else None
+    lengths = mx.array([5, 5, 5])
+    expected = attention(*given[:3], SCALE, Causal(None, lengths), prompts, sink)
+    found = attention(*given[:3], SCALE, Causal(), prompts, sink, gradient=False)
+    assert mx.allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_sinks_take_weight_and_give_nothing(shared: bool) -> None:
     index, places = mx.array([1, 0, 0]), mx.arange(9)

@@ -20,7 +20,9 @@ from grpo.config import AdapterConfig, LossConfig
 from grpo.errors import TooLargeError, UserError
 from grpo.generation.choice import find_decoding
 from grpo.model.adapters import Adapters
+from grpo.model.logprobs import LOGITS
 from grpo.model.policy import Policy
+from grpo.planning import drafting
 from grpo.planning.choosing import Checkpointing, Choice
 from grpo.planning.footprint import Footprint, extent, measure_body, measure_footprint, probes
 from grpo.planning.lengths import LONGEST, FittingLengths, longest
@@ -100,6 +102,22 @@ def test_a_step_stays_within_the_limit(one_lane, share: float) -> None:
     peak = mx.get_peak_memory() - resting
     assert plan.phases["update"] == pytest.approx(peak, rel=0.15)  # of some MB, one array more or less
     assert peak + sum(plan.stays.values()) <= 1.02 * limit
+
+
+def test_where_memory_is_short_fewer_logits_are_there_at_once(one_lane, monkeypatch) -> None:
+    most, few = 2**20, 2**16
+    monkeypatch.setitem(LOGITS, False, most)
+    monkeypatch.setattr(drafting, "FEW_LOGITS", few)
+
+    def wide() -> Policy:
+        return policy_of(vocab_size=2_000)
+
+    ample = planner(1, wide())
+    assert ample.plan()[0].logits == ample.policy.logits == most
+    with pytest.raises(TooLargeError) as refused:
+        planner(0.001, wide()).plan()
+    short = planner(refused.value.needed * 1.1 / 2**30, wide())
+    assert short.plan()[0].logits == short.policy.logits == few
 
 
 def test_a_limit_beyond_the_machine_is_refused() -> None:

@@ -73,7 +73,9 @@ def least(setting: Setting) -> None:
     print(json.dumps(told | {"lines": plan.lines()}), flush=True)
 
 
-def length(setting: Setting, kv_bits: int | None, tokens: int | None, whole: bool, batches: int | None) -> None:
+def length(
+    setting: Setting, kv_bits: int | None, tokens: int | None, whole: bool, batches: int | None, tries: bool
+) -> None:
     assert setting.limit is not None
     limit_memory(allowed(setting.limit))
     model = base_model(setting)
@@ -84,7 +86,10 @@ def length(setting: Setting, kv_bits: int | None, tokens: int | None, whole: boo
     longest = planner_of(setting, cfg, policy, generator, setting.limit).longest()
     print(json.dumps({"by the plan": longest, "s": round(time.perf_counter() - begun, 1)}), flush=True)
     cfg = with_settings(cfg, {"rollout.max_completion_length": tokens or longest})
-    plan, optim = planner_of(setting, cfg, policy, generator, setting.limit).plan()
+    planner = planner_of(setting, cfg, policy, generator, setting.limit)
+    if not tries:
+        planner._tried = lambda *_: None  # type: ignore[method-assign]
+    plan, optim = planner.plan()
     cfg = with_settings(cfg, {"optim": optim})
     told = {"tokens": tokens or longest, "planned GB": plan.total / 1e9, "slots": plan.slots, "lines": plan.lines()}
     print(json.dumps(told | {"s": round(time.perf_counter() - begun, 1)}), flush=True)
@@ -144,6 +149,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--batches", type=int)
+    parser.add_argument("--untried", action="store_true", help="let the plan reckon, and not try the longest row")
     asked = parser.parse_args()
     if asked.what == "length" and asked.limit is None:
         parser.error("length needs --limit")
@@ -153,7 +159,7 @@ def main() -> None:
     if asked.what == "least":
         least(setting)
     else:
-        length(setting, asked.kv_bits, asked.tokens, asked.whole, asked.batches)
+        length(setting, asked.kv_bits, asked.tokens, asked.whole, asked.batches, not asked.untried)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,15 @@ ROUNDING = {mx.float32: 1e-3, mx.bfloat16: 3e-2, mx.float16: 1e-2}
 KV_ROUNDING = {8: 2e-2, 4: 3e-1}
 """The same for keys and values in so many bits (`rollout.kv_bits`): ten times what models with random weights show,
 whatever their heads' width (2e-3 and 3e-2), and about what they show with weights three times as large."""
-LOGITS = 2**25
-"""Logits in a chunk, 128 MB in float32, of however many tokens that is: the loss's memory does not depend on the
-vocabulary. MLX has some ten operations in flight, each of which may hold as much."""
+LOGITS = {False: 2**19, True: 2**25}
+"""Logits in a chunk on a CPU, 2 MB in float32, which its cache holds, and on a GPU, 128 MB, of however many tokens that
+is: the loss's memory does not depend on the vocabulary. MLX has some ten operations in flight, each of which may hold
+as much. On a CPU fewer logits took less time, too."""
+FEW_LOGITS = 2**23
+"""The same where memory is short: 32 MB. One H200, the 0.6B shape: an update takes 1.2 times as long."""
 
-CHUNK = 1024
-"""Tokens in a chunk, at most: their product is large enough, whatever the vocabulary."""
+LEAST, CHUNK = 32, 1024
+"""Tokens in a chunk, at least and at most: their product is large enough, whatever the vocabulary."""
 
 
 def rounding(dtype: mx.Dtype, kv_bits: int | None = None) -> float:
@@ -52,9 +55,9 @@ def with_entropies(scaled_logits: mx.array, tokens: mx.array, gradient: bool) ->
     return logprobs, entropy if gradient else mx.stop_gradient(entropy)
 
 
-def chunk_tokens(vocabulary: int) -> int:
-    """How many tokens to project at once, so that their logits fill no more than `LOGITS`, and `CHUNK` at most."""
-    return min(CHUNK, max(16, LOGITS // vocabulary // 16 * 16))
+def chunk_tokens(vocabulary: int, logits: int) -> int:
+    """How many tokens to project at once, so that they have no more `logits`, within `LEAST` and `CHUNK`."""
+    return min(CHUNK, max(LEAST, logits // vocabulary // 16 * 16))
 
 
 def chunked_logprobs(

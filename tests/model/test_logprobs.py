@@ -5,9 +5,8 @@ import math
 import mlx.core as mx
 import pytest
 
-from grpo.model import logprobs
 from grpo.model.head import Unsplit, split_head
-from grpo.model.logprobs import chunk_tokens, chunked_logprobs, logprobs_and_entropies, scaled, token_logprobs
+from grpo.model.logprobs import LOGITS, chunk_tokens, chunked_logprobs, logprobs_and_entropies, scaled, token_logprobs
 
 
 def test_by_hand() -> None:
@@ -80,13 +79,13 @@ def test_padding_on_the_right_changes_nothing(make_policy) -> None:
     assert mx.isfinite(padded).all().item()
 
 
-def peak_of_the_loss(vocabulary: int) -> int:
+def peak_of_the_loss(vocabulary: int, logits: int) -> int:
     """Bytes that the loss of 2,048 tokens takes in both passes, beside the head's weights and its inputs."""
     hidden, weight = mx.random.normal((2, 1024, 16)), mx.random.normal((16, vocabulary))
-    tokens = mx.zeros((2, 1024), mx.int32)
+    tokens, chunk = mx.zeros((2, 1024), mx.int32), chunk_tokens(vocabulary, logits)
 
     def loss(states: mx.array) -> mx.array:
-        return chunked_logprobs(states, tokens, lambda h: h @ weight, 1.0, chunk_tokens(vocabulary))[0].sum()
+        return chunked_logprobs(states, tokens, lambda h: h @ weight, 1.0, chunk)[0].sum()
 
     mx.eval(hidden, weight, tokens)
     resting = mx.get_active_memory()
@@ -95,9 +94,17 @@ def peak_of_the_loss(vocabulary: int) -> int:
     return mx.get_peak_memory() - resting
 
 
+@pytest.mark.parametrize(
+    ("gpu", "vocabulary", "tokens"),
+    [(False, 2048, 256), (False, 6144, 80), (False, 151936, 32), (True, 2048, 1024), (True, 151936, 208)],
+)
+def test_a_chunk_has_as_many_tokens_as_the_machine_takes_well(gpu, vocabulary, tokens) -> None:
+    assert chunk_tokens(vocabulary, LOGITS[gpu]) == tokens
+
+
 @pytest.mark.slow
-def test_memory_of_the_loss_is_flat_in_the_vocabulary(monkeypatch) -> None:
-    monkeypatch.setattr(logprobs, "LOGITS", 2**22)  # smaller than it is, so that there are chunks to speak of
-    peaks = [peak_of_the_loss(vocabulary) for vocabulary in (1_000, 20_000, 150_000)]
-    assert all(peak < 15 * 4 * logprobs.LOGITS for peak in peaks)  # 150,000 × 2,048 logits alone would be 1.2 GB
+def test_memory_of_the_loss_is_flat_in_the_vocabulary() -> None:
+    most = 2**23  # more than `LEAST` tokens of any of them
+    peaks = [peak_of_the_loss(vocabulary, most) for vocabulary in (1_000, 20_000, 150_000)]
+    assert all(peak < 15 * 4 * most for peak in peaks)  # 150,000 × 2,048 logits alone would be 1.2 GB
     assert peaks[2] < 1.1 * peaks[1]

@@ -60,8 +60,8 @@ class ChildProcess:
         self.pid = self._popen.pid
         self.kill = weakref.finalize(self, _kill, self._popen, self.channel, folder)
 
-    def end(self, seconds: float = 1.0) -> tuple[int | None, bool]:
-        """The exit code of a process that should be ending, None if it had to be killed; whether memory ended it."""
+    def end(self, seconds: float) -> tuple[int | None, bool]:
+        """The exit code of a process that ends in `seconds`, None if it had to be killed; whether memory ended it."""
         code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._popen.wait(seconds)

@@ -21,10 +21,11 @@ def ended(
 
     `error` is what came of reading its next message.
     """
-    code, out_of_memory = process.end()
+    gone = isinstance(error, ConnectionError | EOFError)
+    code, out_of_memory = process.end(1.0 if gone else 0.0)  # what answers, if with nonsense, is not about to end
     if out_of_memory:
         return True, f"it used more than memory_gb ({memory_gb:g}) {when}, so its process was killed"
     time.sleep(0.02)  # for its last words to arrive
-    if isinstance(error, ConnectionError | EOFError) and code is not None:
+    if gone and code is not None:
         return False, f"its process ended {when} ({ending(code)}){output.tail()}"
     return False, f"its process made no sense {when} ({type(error).__name__}: {error})"

@@ -1,5 +1,7 @@
 """Memory: what is planned is what is held, and slots are as many as fit."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from generation.ways import generator_of
@@ -159,3 +161,7 @@ def test_prompts_enter_before_completions_are_long_where_each_row_has_a_slot() -
     # Prompts of rows that wait for slots, or come back, enter beside long completions.
     assert all_seated.bytes(Entered(), 4) == 3 * 4 * 1_000 + 1_000
     assert waits.bytes(Entered(), 8, 500) == 3 * 8 * 1_000 + 500
+    # So all slots may fit where one fewer does not.
+    assert all_seated.bytes(Entered(), 8) < 24_500 < 3 * 8 * 1_000 + 1_000
+    assert slots_that_fit(Entered(), replace(all_seated, rows=8), 8, 24_000) == 8
+    assert slots_that_fit(Entered(), replace(all_seated, rows=9), 8, 24_000) == 7

@@ -1,6 +1,7 @@
 """What leaves a run: adapters and weights that others read, and that compute the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,11 +22,16 @@ TOKENS = [[1, 5, 9, 3, 7, 2, 8, 4]]
 
 
 @pytest.fixture
-def trained(recipe, run_cli) -> Path:
-    """A run whose adapter has moved far."""
+def trained(recipe, run_cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, in the working directory, of a run whose adapter has moved far."""
     recipe.write_text(recipe.read_text() + "eval: {split: train, prompts: 2, samples: 2}\n")
-    ran = run_cli("train", recipe, "optim.learning_rate=0.05", "optim.steps=3", "adapter.rank=4")
-    assert ran.code == 0, ran.err
+    kept = tmp_path_factory.getbasetemp() / "run-to-export"
+    if not kept.exists():
+        ran = run_cli("train", recipe, "optim.learning_rate=0.05", "optim.steps=3", "adapter.rank=4")
+        assert ran.code == 0, ran.err
+        shutil.copytree("runs/toy", kept)
+    else:
+        shutil.copytree(kept, "runs/toy")
     return Path("runs/toy")
 
 

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from grpo.config import OptimConfig
 from grpo.errors import TooLargeError
 from grpo.generation.controller import widest_of
-from grpo.generation.memory import Memory, slots_beside_waiting, widest_that_fits
+from grpo.generation.memory import Memory, Need, slots_beside_waiting, widest_that_fits
 from grpo.model.logprobs import FEW_LOGITS, LOGITS
 from grpo.model.widehead import bytes_at_work
 from grpo.planning.choosing import Checkpointing, Choice, reckoned
@@ -79,10 +79,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     head = bytes_at_work(model, machine.gpu)
     room = machine.usable - sum(stays.values())
     spare = room - head + stays[FORMER]  # there is nothing of that yet
-    try:
-        slots = slots_beside_waiting(decoding, need, load.rollout.max_concurrency, spare)
-    except TooLargeError:
-        slots = 0
+    slots, entering = _slots(case, need, spare)
     lanes, sizes = partial(update_lanes, model), partial(reckoned, model)
     chosen = Choice(
         machine,
@@ -94,7 +91,6 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         lanes,
         sizes,
     ).make()
-    entering = case.entering(need.entering(slots), need.prompt_length) if slots else None
     decoded, waiting = need.bytes(decoding, max(1, slots), entering), need.waiting(decoding)
     left = max(0, spare - decoded)
     # The same is set aside whatever rollout.speculate asks for, which then has no say in what waiting rows may keep.
@@ -131,3 +127,21 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         logits=logits,
     )
     return plan, chosen.optim
+
+
+def _slots(case: Case, need: Need, spare: int) -> tuple[int, int | None]:
+    """How many slots fit, and what was seen of the prompts that enter them, if that was tried.
+
+    Where that is more than is reckoned, there are half as many slots, and so on down to one; 0 where not even one fits.
+    """
+    most, seen = case.load.rollout.max_concurrency, None
+    while most:
+        try:
+            slots = slots_beside_waiting(case.decoding, need, most, spare)
+        except TooLargeError:
+            return 0, None
+        seen = case.entering(need.entering(slots), need.prompt_length)
+        if need.bytes(case.decoding, slots, seen) <= spare:
+            return slots, seen
+        most = slots // 2
+    return 0, seen

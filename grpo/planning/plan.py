@@ -126,7 +126,7 @@ class Plan:
             return ""
         prompts, before, rows, length, lines, width = self.shape
         rows_alone = f"{rows} × {length:,} tokens after {prompts} × {before:,}"
-        at_once = f"{lines} lines of {width:,} tokens" if lines else rows_alone
+        at_once = f"{lines} {'line' if lines == 1 else 'lines'} of {width:,} tokens" if lines else rows_alone
         return f"{self.lanes} × ({at_once})" if self.lanes > 1 else at_once
 
     def _of_waiting(self) -> list[str]:

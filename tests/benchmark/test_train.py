@@ -94,6 +94,9 @@ def test_a_group_of_one_is_no_group() -> None:
         (["--update", "--limit", "1"], "--limit means nothing with --update"),
         (["--bits", "4", "--model", "tiny"], "--bits is for a shape's random weights"),
         (["--bits", "4", "--peer-python", sys.executable], "not beside another toolkit's"),
+        (["--bits", "7"], "MLX quantizes to 2, 3, 4, 5, 6 or 8 bits"),
+        (["--limit", "nan"], "less than or equal to 1000000"),
+        (["--limit", "0"], "greater than or equal to 0.001"),
         (["--peer-python", "/nowhere/python"], "does not exist"),
     ],
 )

@@ -13,6 +13,7 @@ from planning.loads import workload
 from training.test_update import recipe
 
 from grpo.config import AdapterConfig
+from grpo.errors import TooLargeError
 from grpo.generation.choice import find_decoding
 from grpo.generation.memory import Need
 from grpo.model.adapters import Adapters
@@ -24,12 +25,12 @@ from grpo.planning.planner import Planner
 from grpo.planning.rehearsal import entering
 
 
-def planner(**optim) -> Planner:
+def planner(limit: float | None = None, **optim) -> Planner:
     model = make_model("tied")
     policy = Policy(model, Adapters(model, AdapterConfig(rank=2), mx.random.key(0)), 1.0)
     rollout = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 16}
     cfg = recipe(rollout=rollout, optim={"micro_batch_tokens": "auto", **optim})
-    return Planner(workload(cfg, 24), policy, find_decoding(model), None, cfg.loss)
+    return Planner(workload(cfg, 24), policy, find_decoding(model), limit, cfg.loss)
 
 
 def test_what_stays_of_prompts_is_not_counted_among_what_they_take_besides() -> None:
@@ -52,6 +53,13 @@ def test_what_stays_of_prompts_is_not_counted_among_what_they_take_besides() -> 
     seen = entering(SimpleNamespace(open=opens, forget=lambda: forgotten.append(True)), 3, 50)
     assert 1_000_000 <= seen < 1_020_000
     assert (opened, forgotten) == ([(3, 3, 49)], [True])
+
+
+def test_a_refusal_says_how_many_rows_are_decoded_at_once(monkeypatch) -> None:
+    """The slots fit as reckoned, and not with what their prompts were seen to take: fewer slots would."""
+    monkeypatch.setattr(planning, "entering", lambda *_: 10**8)
+    with pytest.raises(TooLargeError, match=r"decoding 16 completions at once .* a smaller rollout\.max_concurrency;"):
+        planner(limit=0.05).plan()
 
 
 def test_what_was_seen_of_prompts_takes_the_place_of_what_is_reckoned(monkeypatch) -> None:

@@ -126,7 +126,8 @@ class Plan:
             return ""
         prompts, before, rows, length, lines, width = self.shape
         rows_alone = f"{rows} × {length:,} tokens after {prompts} × {before:,}"
-        at_once = f"{lines} {'line' if lines == 1 else 'lines'} of {width:,} tokens" if lines else rows_alone
+        of_lines = "1 line" if lines == 1 else f"{lines} lines"
+        at_once = f"{of_lines} of {width:,} tokens" if lines else rows_alone
         return f"{self.lanes} × ({at_once})" if self.lanes > 1 else at_once
 
     def _of_waiting(self) -> list[str]:
@@ -151,14 +152,15 @@ def why_not(plan: Plan, needed: int, parts: dict[str, int]) -> str:
         )
     *stays, (phase, size) = parts.items()
     held = ", ".join(f"{name} {size_of(held)}" for name, held in stays if held)
+    rows = "one completion" if plan.slots <= 1 else f"{plan.slots} completions at once"
     return (
         f"this cannot fit: it needs {size_of(needed)}, and {what} {size_of(plan.memory)}. {held} stay in memory, and "
-        f"{NEEDS[phase].format(plan=plan, shape=plan.rows_at_once)} takes {size_of(size)}."
+        f"{NEEDS[phase].format(plan=plan, shape=plan.rows_at_once, rows=rows)} takes {size_of(size)}."
     )
 
 
 NEEDS = {
-    "rollout": "decoding one completion",
+    "rollout": "decoding {rows}",
     "update": "the update ({shape}{plan.checkpointed})",
     "optimizer's step": "the optimizer's step",
 }
@@ -182,6 +184,8 @@ def ways_out(plan: Plan, load: Workload) -> list[str]:
         ways.append("optim.offload_activations: true")
     if phase == "rollout" and load.rollout.kv_bits != 4:
         ways.append(PACKED if load.rollout.kv_bits is None else "rollout.kv_bits: 4")
+    if plan.slots > 1 and sum(plan.stays.values()) + plan.phases["rollout"] > plan.memory:
+        ways.append("a smaller rollout.max_concurrency")
     if phase != "optimizer's step":
         ways.append("a smaller rollout.max_completion_length or data.max_prompt_length")
     if phase == OFFLOADED:

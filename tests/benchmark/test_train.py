@@ -92,11 +92,11 @@ def test_a_group_of_one_is_no_group() -> None:
         (["--peer-python", sys.executable, "--peer", "nope"], "--peer nope: expected mlx-lm-lora or unsloth"),
         (["--update", "--blas"], "leave --update out"),
         (["--update", "--limit", "1"], "--limit means nothing with --update"),
+        (["--limit", "0"], "--limit: expected a number above 0, got 0"),
+        (["--bits", "7"], "--bits: MLX quantizes to 2, 3, 4, 5, 6 or 8 bits"),
         (["--bits", "4", "--model", "tiny"], "--bits is for a shape's random weights"),
         (["--bits", "4", "--peer-python", sys.executable], "not beside another toolkit's"),
-        (["--bits", "7"], "MLX quantizes to 2, 3, 4, 5, 6 or 8 bits"),
         (["--limit", "nan"], "less than or equal to 1000000"),
-        (["--limit", "0"], "greater than or equal to 0.001"),
         (["--peer-python", "/nowhere/python"], "does not exist"),
     ],
 )

@@ -44,7 +44,7 @@ def step_trainer(setting: Setting, ranks: Ranks | None = None, scorer: Scorer | 
     if generator.speculation is not None:
         generator.speculation.most = plan.fed
     if setting.limit is not None:
-        print("\n".join(plan.lines()), flush=True)
+        print("\n".join(plan.lines()[1:]), flush=True)  # the first says for how many steps, which here is no number
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     tasks = [group.task for group in synthetic(setting, policy.model)]
     even = {"even": lambda completion_ids, **_: [sum(i % 2 == 0 for i in ids) for ids in completion_ids]}

@@ -17,7 +17,7 @@ from grpo.benchmark.setting import Setting
 from grpo.benchmark.work import Prompts, policy_of, recipe, synthetic
 from grpo.generation.controller import speculation_of
 from grpo.model.widehead import widen_head
-from grpo.planning.planner import allowed, make_plan
+from grpo.planning.planner import allowed, decode_as_planned, make_plan
 from grpo.planning.workload import Workload
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
@@ -39,10 +39,8 @@ def step_trainer(setting: Setting, ranks: Ranks | None = None, scorer: Scorer | 
     workload = Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, setting.prompt_length, setting.prompt_length)
     plan, optim = make_plan(workload, policy, generator.decoding, setting.limit)
     cfg = with_settings(cfg, {"optim": optim})
-    generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
     generator.speculation = speculation_of(cfg.rollout.speculate)
-    if generator.speculation is not None:
-        generator.speculation.most = plan.fed
+    decode_as_planned(generator, plan)
     if setting.limit is not None:
         print("\n".join(plan.lines()[1:]), flush=True)  # the first says for how many steps, which here is no number
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))

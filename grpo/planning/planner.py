@@ -10,6 +10,7 @@ from grpo.backend.device import memory_bytes, on_gpu
 from grpo.config import LossConfig, OptimConfig
 from grpo.errors import TooLargeError
 from grpo.generation.decoding import Decoding
+from grpo.generation.generator import Generator
 from grpo.model.policy import Policy
 from grpo.planning.choosing import Checkpointing, by_footprints
 from grpo.planning.drafting import Case, draft_on, plan_on
@@ -108,6 +109,13 @@ class Planner:
         if self.machine.gpu or not is_cheap(self.policy.model, Shape(prompts, length, prompts, 1), shares=True):
             return None
         return entering(self.decoding, prompts, length)
+
+
+def decode_as_planned(generator: Generator, plan: Plan) -> None:
+    """Give a generator the slots, the drafts and the memory for waiting rows that the plan has for them."""
+    generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
+    if generator.speculation is not None:
+        generator.speculation.most = plan.fed
 
 
 def allowed(limit: float | None) -> int:

@@ -29,7 +29,7 @@ from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
 from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
-from grpo.planning.planner import Planner, allowed
+from grpo.planning.planner import Planner, allowed, decode_as_planned
 from grpo.planning.positions import position_note
 from grpo.planning.workload import Workload
 from grpo.plugins import file_in
@@ -138,7 +138,7 @@ def _prepared(
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})
-    _decode_as_planned(generator, plan)
+    decode_as_planned(generator, plan)
     trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks)
     trainer.update.gradients.alone = plan.alone
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
@@ -157,12 +157,6 @@ def _policy(cfg: Recipe, model: nn.Module) -> Policy:
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
     vault = vault_of(cfg.optim.offload_activations)
     return Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts, vault=vault)
-
-
-def _decode_as_planned(generator: Generator, plan: Plan) -> None:
-    generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
-    if generator.speculation is not None:
-        generator.speculation.most = plan.fed
 
 
 def _evaluator(

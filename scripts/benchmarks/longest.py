@@ -35,7 +35,7 @@ from grpo.generation.generator import Generator, Request
 from grpo.model.drawn import NoTokenizer
 from grpo.model.policy import Policy
 from grpo.objective.groups import with_advantages
-from grpo.planning.planner import Planner, allowed
+from grpo.planning.planner import Planner, allowed, decode_as_planned
 from grpo.planning.workload import Workload
 from grpo.recipes import with_settings
 from grpo.rollout import sampling_of
@@ -94,7 +94,7 @@ def length(
     cfg = with_settings(cfg, {"optim": optim})
     told = {"tokens": tokens, "planned GB": plan.total / 1e9, "slots": plan.slots, "lines": plan.lines()}
     print(json.dumps(told | {"s": round(time.perf_counter() - begun, 1)}), flush=True)
-    generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
+    decode_as_planned(generator, plan)
     for part in (lambda: updated(setting, cfg, policy, batches), lambda: decoded(setting, cfg, generator, whole)):
         mx.clear_cache()
         mx.reset_peak_memory()

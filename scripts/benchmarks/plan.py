@@ -38,7 +38,7 @@ from grpo.model.adapters import Adapters
 from grpo.model.mlxlm import new_model
 from grpo.model.policy import Policy
 from grpo.planning.plan import Plan
-from grpo.planning.planner import make_plan
+from grpo.planning.planner import decode_as_planned, make_plan
 from grpo.planning.workload import Workload
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
@@ -158,10 +158,8 @@ def planned_trainer(setting: dict[str, Any], cfg: Recipe) -> tuple[Trainer, Plan
     assert plan.shape is not None
     rollout = with_settings(cfg.rollout, {"max_completion_length": plan.shape.length})
     cfg = with_settings(cfg, {"optim": optim, "rollout": rollout})
-    generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
     generator.speculation = speculation_of(cfg.rollout.speculate)
-    if generator.speculation is not None:
-        generator.speculation.most = plan.fed
+    decode_as_planned(generator, plan)
     engine = RolloutEngine(generator, sampling_of(cfg.rollout))
     draw = random.Random(0)
     ids = [tuple(draw.randrange(1, setting["vocabulary"]) for _ in range(length)) for _ in range(setting["prompts"])]

@@ -8,32 +8,20 @@ from io import StringIO
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from architectures.small import COMMON, SMALL
 from backend.locking import copying, locking
-from mlx.utils import tree_flatten
 from model.test_attending import lines_logprobs, rows_logprobs
 from model.test_sharing import COMPLETIONS, INDEX, LENGTHS, PROMPTS, policy_of
+from model.test_some_layers import gradient
 from model.vaults import Doubled, Emptied
 
 from grpo.backend import pinned
 from grpo.errors import UserError
 from grpo.model import mlxlm
-from grpo.model.dropout import add_dropout, dropping
+from grpo.model.dropout import add_dropout
 from grpo.model.offloading import OnHost, host_bytes, keeping_in, vault_of
 from grpo.model.policy import Policy
-
-
-def gradient(policy: Policy, logprobs: Callable[[Policy], mx.array]) -> dict[str, mx.array]:
-    def loss(_: nn.Module) -> mx.array:
-        with dropping(mx.random.key(5)):
-            return logprobs(policy).sum()
-
-    with policy.training():
-        found = dict(tree_flatten(nn.value_and_grad(policy.model, loss)(policy.model)[1]))
-    mx.eval(found)
-    return found
 
 
 def same(one: dict[str, mx.array], other: dict[str, mx.array]) -> bool:

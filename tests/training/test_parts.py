@@ -13,6 +13,7 @@ from grpo.config import OptimConfig
 from grpo.errors import RunError
 from grpo.generation.slots import View
 from grpo.planning.parity import check_parity
+from grpo.planning.planner import decode_as_planned
 from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.scoring.scorer import Scorer
@@ -105,6 +106,13 @@ def test_parity_is_measured_and_a_gap_stops_the_run(recipe, monkeypatch) -> None
     monkeypatch.setattr(View, "positions", property(lambda self: self.lengths[self.place_of] + self.decoded - 1))
     with pytest.raises(RunError, match="training on it would not be sound"):
         check_parity(policy, engine, run.tasks, 0)
+
+
+def test_a_generator_takes_what_its_plan_has_for_it(recipe) -> None:
+    run = prepare(load_recipe(recipe))
+    generator = run.trainer.engine.generator
+    decode_as_planned(generator, replace(run.plan, slots=3, kept_bytes=1_000, fed=2))
+    assert (generator.slots, generator.kept_bytes, generator.speculation.most) == (3, 1_000, 2)
 
 
 def test_the_plan_counts_what_there_is(recipe) -> None:

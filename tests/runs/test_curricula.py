@@ -116,5 +116,5 @@ def test_a_sampler_that_is_none_is_refused_before_the_first_step(recipe, code: s
 def test_a_source_that_is_given_takes_the_place_of_a_sampler_and_not_of_a_curriculum(recipe) -> None:
     given = Given(source=lambda stream: stream)
     assert isinstance(prepare(load_recipe(recipe, ["data.sampler=away.py:Gone"]), given).trainer.tasks, TaskStream)
-    with pytest.raises(UserError, match="data.curriculum does nothing beside source"):
+    with pytest.raises(UserError, match=r"data\.curriculum does nothing beside source"):
         prepare(load_recipe(recipe, ["data.curriculum={}"]), given)

@@ -18,6 +18,7 @@ WANDB = ("log.wandb={mode: offline}",)
 MADE = ("data.source=null", "data.use=rows.py:rows")
 SUMS = ("data.source=builtin:arithmetic",)
 POOLED = ("data.curriculum={}",)
+TWO = "rewards=[{use: 'grades.py:varied'}, {use: 'grades.py:letters'}]"
 RATED = (*POOLED, "data.solve_rates=rates.jsonl")  # a task in each pool
 LONG = ("rollout.max_completion_length=48",)
 BRIEF = ("optim.steps=1", "rollout.num_generations=2", *LONG)
@@ -62,7 +63,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "data.curriculum.unseen": ("100", *RATED),
     "data.curriculum.hard_threshold": ("0.6", *RATED),
     "data.curriculum.easy_threshold": ("1", *RATED),
-    "data.curriculum.reward": ("letters", *RATED, "rewards=['grades.py:varied', 'grades.py:letters']"),
+    "data.curriculum.reward": ("letters", *RATED, TWO),
     "data.curriculum.best": ("0.25", *RATED),
     "data.sampler": ("choose.py:Last",),
     "rollout.prompts_per_step": ("3",),

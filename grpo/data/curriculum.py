@@ -85,6 +85,7 @@ class Curriculum:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where a curriculum over the same rows was. After another kind of source, or over another number of
         rows, it goes on as a curriculum that begins: these rates are not of its tasks."""
+        self._drawn, self._observed = Counter(), False  # a step that was broken off is made anew
         if state.get("tasks") == len(self._pools) and "solve_rates" in state:
             self._draws = state["draws"]
             self._pools.load(state["solve_rates"])

@@ -73,6 +73,18 @@ def test_the_ends_of_the_line_are_tasks_with_a_weight() -> None:
     assert (made.draw(0.0), made.draw(1 - 2**-53)) == (1, CHUNK)
 
 
+def test_a_sum_that_was_rounded_down_still_ends_in_a_task() -> None:
+    """Ten times 0.2 are 2, and added up one by one 1.9999999999999998."""
+    assert pools(10, dict.fromkeys(range(10), 0.0)).draw(1 - 2**-53) == 9
+
+
+def test_each_task_of_a_later_chunk_has_its_place() -> None:
+    size = 3 * CHUNK
+    assert [Pools(size, DEFAULT).draw((i + 0.5) / size) for i in range(CHUNK - 2, size, 97)] == [
+        *range(CHUNK - 2, size, 97)
+    ]
+
+
 def test_what_was_packed_draws_the_same_whatever_the_order_it_came_in() -> None:
     rates = {7: 1 / 3, 2000: 1.0, 2001: 0.0, 5: LEFT_OUT, 1023: 0.7}
     made = pools(3000, {7: 0.9} | rates)

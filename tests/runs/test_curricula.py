@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from runs.driver import run, same_end
 
+from grpo.data.loading import load_rows
+from grpo.data.rates import SolveRates
 from grpo.data.stream import TaskStream
 from grpo.errors import UserError
 from grpo.recipes import load_recipe
 from grpo.runs.given import Given
 from grpo.runs.prepare import prepare
-from grpo.runs.resume import context, context_now
+from grpo.runs.resume import changes, context, context_now
 
 POOLED = ("data.curriculum={hard: 0.5, hard_threshold: 0.1, easy_threshold: 0.2}", "optim.steps=5")
 
@@ -118,3 +120,19 @@ def test_a_source_that_is_given_takes_the_place_of_a_sampler_and_not_of_a_curric
     assert isinstance(prepare(load_recipe(recipe, ["data.sampler=away.py:Gone"]), given).trainer.tasks, TaskStream)
     with pytest.raises(UserError, match=r"data\.curriculum does nothing beside source"):
         prepare(load_recipe(recipe, ["data.curriculum={}"]), given)
+
+
+def test_what_training_leaves_out_is_still_evaluated_and_a_changed_file_of_rates_is_noticed(recipe) -> None:
+    rows = load_rows(load_recipe(recipe).data)
+    SolveRates.of({0: 0.0, 2: 0.5, 3: 1.0}, rows, {}).write(Path("rates.jsonl"))
+    chosen = ["data.solve_rates=rates.jsonl", "data.solve_rate=[0.4, 1]", "data.curriculum={}"]
+    cfg = load_recipe(recipe, [*chosen, "eval={split: train, samples: 2}"])
+    run = prepare(cfg)
+    assert {task.prompt for task in run.trainer.tasks.take(20)} == {"What is 3+3?", "What is 4+4?"}
+    assert len(run.evaluator.tasks) == 4
+    assert run.trainer.step(1).values["curriculum/unseen"] == 0  # both began with a rate
+    written = context(cfg, {}, {}, {}, run.rows)
+    assert changes(written, context_now(cfg, written)) == []
+    SolveRates.of({0: 0.0, 2: 0.5, 3: 0.9}, rows, {}).write(Path("rates.jsonl"))  # the same rows are kept
+    (line,) = changes(written, context_now(cfg, written))
+    assert line.startswith("contents of data.solve_rates")

@@ -34,6 +34,11 @@ PAYING = 2
 TRIED = mx.array([[1, 2, 3]])
 
 
+def tile_tokens(numbers: int, gpu: bool) -> int:
+    """Tokens of a tile, where the products inside a part give so many numbers for each token."""
+    return max(1, NUMBERS[gpu] // numbers // BLOCK) * BLOCK
+
+
 class RowWise:
     """The row-wise parts of a model's layers. `fault` says why some part is none, though it is called like one."""
 
@@ -98,7 +103,7 @@ class RowWise:
             if isinstance(module, LINEAR):
                 met = used_experts(self._model, default=1) if isinstance(module, EXPERTS) else 1
                 numbers += met * module.weight.shape[-2]
-        return max(1, NUMBERS[on_gpu()] // numbers // BLOCK) * BLOCK
+        return tile_tokens(numbers, on_gpu())
 
 
 class _Call(NamedTuple):

@@ -105,7 +105,7 @@ def known_rates(cfg: DataConfig) -> dict[int, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class SomeRows:
     """Some of the rows, by their places."""
 
     rows: Rows
@@ -121,7 +121,7 @@ class Chosen:
 def _chosen(rows: Rows, places: Sequence[int]) -> Rows:
     from datasets import Dataset
 
-    found: Any = rows.select(places) if isinstance(rows, Dataset) else Chosen(rows, places)
+    found: Any = rows.select(places) if isinstance(rows, Dataset) else SomeRows(rows, places)
     chosen: Rows = found
     return chosen
 

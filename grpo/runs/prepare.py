@@ -35,7 +35,7 @@ from grpo.planning.workload import Workload
 from grpo.plugins import file_in
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
-from grpo.runs.choosing import chosen_note, source_of
+from grpo.runs.drawing import chosen_note, source_of
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite
 from grpo.runs.rewarding import check_rewarded
@@ -130,7 +130,7 @@ def _prepared(
     longest, own = _longest(cfg.data.max_prompt_length, lengths, partners.resets)
     own += environment.tail(tasks[0]) if isinstance(environment, Conversations) else 0
     stream = TaskStream(tables[0], renderer, cfg.seed)
-    source = source_of(cfg, given, stream, scorer)
+    source = source_of(cfg.data, given, stream, scorer, cfg.seed)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     waits = environment is not None

@@ -27,7 +27,7 @@ from grpo.runs.checkpoint import (
     restore_replaced,
     versions,
 )
-from grpo.runs.choosing import rates_hash
+from grpo.runs.drawing import rates_hash
 from grpo.runs.folder import (
     CHECKPOINTS,
     check_run_folder,

@@ -21,7 +21,7 @@ from grpo.model.saved import read_adapter
 from grpo.plugins import find_recipe, locate_reward
 from grpo.recipes import load_recipe, recipe_of, with_settings
 from grpo.runs.checkpoint import RECIPE, STATE, read_state, step_of
-from grpo.runs.choosing import solved_by
+from grpo.runs.drawing import solved_by
 from grpo.runs.folder import find_checkpoint, is_run
 from grpo.runs.prepare import NOT_CHOSEN, data_of, prepare
 from grpo.runs.revisions import checkpoint_of, pinned_to_run

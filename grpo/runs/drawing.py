@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.backend.hub import one_line
-from grpo.config import CurriculumConfig, DataConfig, Recipe
+from grpo.config import CurriculumConfig, DataConfig
 from grpo.data.curriculum import Curriculum
 from grpo.data.rates import known_rates
 from grpo.data.solved import Solved
@@ -19,13 +19,12 @@ from grpo.runs.given import Given
 from grpo.scoring.scorer import Scorer
 
 
-def source_of(cfg: Recipe, given: Given, stream: TaskStream, scorer: Scorer) -> Source:
-    """The source of a run's tasks. What is `given` takes the place of `data.sampler`.
+def source_of(data: DataConfig, given: Given, stream: TaskStream, scorer: Scorer, seed: int) -> Source:
+    """The source of a run's tasks, which draws from the seed. What is `given` takes the place of `data.sampler`.
 
     Raises UserError for a sampler that cannot be had, or is no source, and for a reward of `data.curriculum` that the
     run has not.
     """
-    data = cfg.data
     if given.source is not None:
         if data.curriculum is not None:
             raise UserError("data.curriculum does nothing beside source=..., which chooses all tasks: leave out one")
@@ -34,7 +33,7 @@ def source_of(cfg: Recipe, given: Given, stream: TaskStream, scorer: Scorer) -> 
         return _own(data.sampler, stream)
     if data.curriculum is None:
         return stream
-    return Curriculum(stream, data.curriculum, solved_by(scorer, data.curriculum), cfg.seed, known_rates(data))
+    return Curriculum(stream, data.curriculum, solved_by(scorer, data.curriculum), seed, known_rates(data))
 
 
 def solved_by(scorer: Scorer, cfg: CurriculumConfig | None = None) -> Solved:

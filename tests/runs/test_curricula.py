@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from runs.driver import run, same_end
 
+import grpo
 from grpo.data.loading import load_rows
 from grpo.data.rates import SolveRates
 from grpo.data.stream import TaskStream
@@ -136,3 +137,28 @@ def test_what_training_leaves_out_is_still_evaluated_and_a_changed_file_of_rates
     SolveRates.of({0: 0.0, 2: 0.5, 3: 0.9}, rows, {}).write(Path("rates.jsonl"))  # the same rows are kept
     (line,) = changes(written, context_now(cfg, written))
     assert line.startswith("contents of data.solve_rates")
+
+
+TALK = """
+class Half:
+    def reset(self, **row):
+        return " Sure?"
+    def step(self, text):
+        return None
+    def get_reward(self):
+        return 0.5
+"""
+
+
+def test_an_environment_s_own_reward_says_how_far_a_task_is_solved(recipe) -> None:
+    Path("talk.py").write_text(TALK)
+    overrides = ["rewards=[]", "environment={use: 'talk.py:Half', workers: 1}", "rollout.max_completion_length=48"]
+    run_ = prepare(load_recipe(recipe, [*overrides, "data.curriculum={}"]))
+    with run_.opened:
+        values = run_.trainer.step(1).values
+    assert values["curriculum/normal"] == 4 - values["curriculum/unseen"] > 0
+
+
+def test_tasks_without_a_run_have_no_curriculum() -> None:
+    with pytest.raises(UserError, match=r"grpo\.tasks: curriculum learns from scores"):
+        grpo.tasks([{"prompt": "2+2?"}], curriculum={})

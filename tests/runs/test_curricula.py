@@ -11,9 +11,11 @@ from runs.driver import run, same_end
 import grpo
 from grpo.data.loading import load_rows
 from grpo.data.rates import SolveRates
+from grpo.data.solved import Solved
 from grpo.data.stream import TaskStream
 from grpo.errors import UserError
 from grpo.recipes import load_recipe
+from grpo.runs.drawing import solved_by
 from grpo.runs.given import Given
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import changes, context, context_now
@@ -131,7 +133,8 @@ def test_what_training_leaves_out_is_still_evaluated_and_a_changed_file_of_rates
     run = prepare(cfg)
     assert {task.prompt for task in run.trainer.tasks.take(20)} == {"What is 3+3?", "What is 4+4?"}
     assert len(run.evaluator.tasks) == 4
-    assert run.trainer.step(1).values["curriculum/unseen"] == 0  # both began with a rate
+    sizes = run.trainer.tasks.metrics()
+    assert [sizes[f"curriculum/{pool}"] for pool in ("hard", "normal", "easy", "unseen")] == [0, 1, 1, 0]
     written = context(cfg, {}, {}, {}, run.rows)
     assert changes(written, context_now(cfg, written)) == []
     SolveRates.of({0: 0.0, 2: 0.5, 3: 0.9}, rows, {}).write(Path("rates.jsonl"))  # the same rows are kept
@@ -157,6 +160,17 @@ def test_an_environment_s_own_reward_says_how_far_a_task_is_solved(recipe) -> No
     with run_.opened:
         values = run_.trainer.step(1).values
     assert values["curriculum/normal"] == 4 - values["curriculum/unseen"] > 0
+    assert solved_by(run_.trainer.scorer) == Solved(("Half",), own=True)
+
+
+def test_a_reward_that_does_not_apply_leaves_a_task_where_it_is(recipe) -> None:
+    Path("two.py").write_text(
+        "def one(completions, **columns):\n    return [1.0] * len(completions)\n"
+        "def none(completions, **columns):\n    return [None] * len(completions)\n"
+    )
+    rewards = "rewards=[{use: 'two.py:none'}, {use: 'two.py:one'}]"
+    trainer = prepare(load_recipe(recipe, ["data.curriculum={}", rewards])).trainer
+    assert trainer.step(1).values["curriculum/unseen"] == 4
 
 
 def test_tasks_without_a_run_have_no_curriculum() -> None:

@@ -144,10 +144,13 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         found = tuple(map(beside, source)) if isinstance(source, tuple) else source and beside(source)
         return {"source": found, "use": section.use and function_path(section.use)}
 
+    data = located(recipe.data)
+    data["sampler"] = recipe.data.sampler and function_path(recipe.data.sampler)
+    data["solve_rates"] = recipe.data.solve_rates and beside(recipe.data.solve_rates)
     settings: dict[str, Any] = {
         "output_dir": recipe.output_dir or f"runs/{path.stem}{_trial()}",
         "model.name": beside(recipe.model.name),
-        "data": with_settings(recipe.data, located(recipe.data), str(path)),
+        "data": with_settings(recipe.data, data, str(path)),
         "rewards": tuple(map(used, recipe.rewards)),
         "log.use": tuple(function_path(use) for use in recipe.log.use),
         "adapter.path": recipe.adapter.path and beside(recipe.adapter.path),

@@ -17,6 +17,9 @@ SAVING = ("optim.steps=3", "checkpoint.every=1", "optim.learning_rate=0.02")
 WANDB = ("log.wandb={mode: offline}",)
 MADE = ("data.source=null", "data.use=rows.py:rows")
 SUMS = ("data.source=builtin:arithmetic",)
+POOLED = ("data.curriculum={}",)
+TWO = "rewards=[{use: 'grades.py:varied'}, {use: 'grades.py:letters'}]"
+RATED = (*POOLED, "data.solve_rates=rates.jsonl")  # a task in each pool
 LONG = ("rollout.max_completion_length=48",)
 BRIEF = ("optim.steps=1", "rollout.num_generations=2", *LONG)
 TALK = ("environment={use: 'talk.py:Doubts', workers: 1}", *LONG)
@@ -52,6 +55,17 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "data.chat_template": ("never",),
     "data.chat_template_kwargs": ("{tone: rude}", "model.name=other"),
     "data.max_prompt_length": ("18", "data.prompt=hint"),
+    "data.solve_rates": ("others.jsonl", *RATED, "data.solve_rate=[0.4, 1]"),
+    "data.solve_rate": ("[0.4, 0.6]", *RATED, "data.curriculum={}"),
+    "data.curriculum.hard": ("100", *RATED),
+    "data.curriculum.normal": ("100", *RATED),
+    "data.curriculum.easy": ("100", *RATED),
+    "data.curriculum.unseen": ("100", *RATED),
+    "data.curriculum.hard_threshold": ("0.6", *RATED),
+    "data.curriculum.easy_threshold": ("1", *RATED),
+    "data.curriculum.reward": ("letters", *RATED, TWO),
+    "data.curriculum.best": ("0.25", *RATED),
+    "data.sampler": ("choose.py:Last",),
     "rollout.prompts_per_step": ("3",),
     "rollout.num_generations": ("3",),
     "rollout.max_completion_length": ("5",),
@@ -187,6 +201,14 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("data.revision=main", "data.revision is for Hub datasets", ()),
     ("data.use=rows.py:rows", "data.use and data.source both say where rows come from", ()),
     ("data.kwargs={n: 1}", "data.kwargs does nothing without data.use", ()),
+    ("data.shuffle=false", "data.shuffle: false does nothing with data.curriculum", POOLED),
+    ("data.sampler=choose.py:Last", "data.curriculum does nothing beside data.sampler", POOLED),
+    ("data.curriculum.hard_threshold=0.8", "hard_threshold (0.8) is above easy_threshold (0.75)", POOLED),
+    ("data.curriculum.unseen=0", "every weight is 0", ("data.curriculum={hard: 0, normal: 0, easy: 0}",)),
+    ("data.curriculum.reward=mine", "the run has no reward 'mine'; there is varied", POOLED),
+    ("data.solve_rates=rates.jsonl", "data.solve_rates does nothing by itself", ()),
+    ("data.solve_rate=[0.1, 0.9]", "data.solve_rate needs data.solve_rates", ()),
+    ("data.solve_rate=[0.9, 0.1]", "has the higher rate first", ("data.solve_rates=rates.jsonl",)),
     ("data.continue_final_message=true", "data.continue_final_message does nothing with a template", ()),
     ("eval.kwargs={n: 1}", "eval.kwargs does nothing without eval.use", EVAL),
     ("eval.config=main", "eval.config is for Hub datasets", EVAL),

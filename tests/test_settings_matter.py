@@ -25,7 +25,10 @@ from runs.driver import timeless
 from settings_table import EVAL, FILTERED, KL, MATTERS, REFUSED, SAVING, TALK, TOOL, WANDB
 
 from grpo.backend import device
+from grpo.config import DataConfig
 from grpo.config.describe import settings
+from grpo.data.loading import load_rows
+from grpo.data.rates import SolveRates
 from grpo.environments import scheduler
 from grpo.environments.chat import Chat
 from grpo.errors import RunError, UserError
@@ -181,6 +184,19 @@ def pause(query: str) -> str:
     time.sleep(0.3)
     return query
 """
+CHOOSING = """
+class Last:
+    def __init__(self, stream):
+        self.stream = stream
+    def take(self, n):
+        return [self.stream.task(len(self.stream) - 1)] * n
+    def observe(self, groups): ...
+    def metrics(self):
+        return {}
+    def state(self):
+        return {}
+    def load_state(self, state): ...
+"""
 LOSS = """
 def halved(logprobs, batch, cfg):
     return -0.5 * logprobs * batch.advantages
@@ -205,6 +221,9 @@ def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (folder / "grades.py").write_text(GRADES)
     (folder / "loss.py").write_text(LOSS)
     (folder / "talk.py").write_text(TALKS)
+    (folder / "choose.py").write_text(CHOOSING)
+    for name, rates in (("rates.jsonl", {0: 0.0, 1: 0.5, 2: 1.0}), ("others.jsonl", {0: 0.5, 3: 1.0})):
+        SolveRates.of(rates, load_rows(DataConfig(source=str(folder / "train.jsonl"))), {}).write(folder / name)
     folder.chmod(0o755)  # the sandbox has a user of its own
     other_model(toy_folder, folder / "other")
     talker(toy_folder, folder / "talker")

@@ -30,11 +30,18 @@ def evaluate(
     checkpoint: Annotated[
         str | None, typer.Option(help="A run's checkpoint: newest (the default), best, or a step.")
     ] = None,
+    solve_rates: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write how often each prompt was solved: for data.solve_rates of a recipe."),
+    ] = None,
 ) -> None:
     """Measure greedy, avg@k, pass@k and maj@k on held-out prompts, with 95 % intervals.
 
     Of a run: its newest checkpoint beside what it started from (its base model, or the adapter of adapter.path), on the
     same prompts. Of a recipe or a model: the model, and beside it an adapter if one is named.
+
+    With --solve-rates, the rates are of the samples of the adapter, or of the model where there is no adapter. To
+    choose training prompts by them, measure the training split: --split train --prompts 10000.
     """
     from rich.console import Console
 
@@ -42,7 +49,7 @@ def evaluate(
     from grpo.telemetry.console import before_and_after, single
     from grpo.tools.evaluate import EvalOptions, measure
 
-    asked = EvalOptions(data, split, prompt, reward, samples, prompts, adapter, checkpoint)
+    asked = EvalOptions(data, split, prompt, reward, samples, prompts, adapter, checkpoint, solve_rates)
     ranks = Ranks.launched()
     found = measure(target, asked, overrides or [])
     table = before_and_after(found.before, found.after, found.started) if found.after else single(found.before)
@@ -50,4 +57,6 @@ def evaluate(
     for note in found.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     console.print(table)
+    if solve_rates is not None:
+        console.print(f"solve rates: {solve_rates}", highlight=False, markup=False, soft_wrap=True)
     ranks.wait()  # a launcher ends the others, the first one before it has said it, when one is gone

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from grpo.config.section import Name, Positive, Section, Tokens
+from grpo.config.curriculum import CurriculumConfig
+from grpo.config.section import Fraction, Name, Positive, Section, Tokens
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Endings of data files, and the reader of `datasets` for each."""
@@ -64,6 +65,30 @@ def check_hub_only(setting: str, source: Origin | None, use: str | None) -> None
         raise ValueError(f"{setting} is for Hub datasets; this source has none")
 
 
+def check_choice(cfg: DataConfig) -> None:
+    """Raise ValueError where the settings that choose tasks do not go together."""
+    if cfg.curriculum is not None and cfg.sampler is not None:
+        raise ValueError("data.curriculum does nothing beside data.sampler, which chooses all tasks: leave out one")
+    if cfg.curriculum is not None and not cfg.shuffle:
+        raise ValueError(
+            "data.shuffle: false does nothing with data.curriculum, which draws each task by its solve rate: leave out "
+            "one of them"
+        )
+    if cfg.solve_rate is not None and cfg.solve_rates is None:
+        raise ValueError(
+            "data.solve_rate needs data.solve_rates: a file with the solve rate of each task, from grpo eval "
+            "--solve-rates FILE"
+        )
+    if cfg.solve_rates is not None and cfg.solve_rate is None and cfg.curriculum is None:
+        raise ValueError(
+            "data.solve_rates does nothing by itself: add data.solve_rate, [0.1, 0.9] say, to keep the tasks between, "
+            "or data.curriculum, which then begins with these rates"
+        )
+    if cfg.solve_rate is not None and cfg.solve_rate[0] > cfg.solve_rate[1]:
+        low, high = cfg.solve_rate
+        raise ValueError(f"data.solve_rate: [{low:g}, {high:g}] has the higher rate first: write [{high:g}, {low:g}]")
+
+
 class DataConfig(Section):
     source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """Where rows come from: a .jsonl, .json, .csv or .parquet file, a list of such files or a pattern such as
@@ -104,6 +129,18 @@ class DataConfig(Section):
     """Handed to the chat template, such as `enable_thinking: false`."""
     max_prompt_length: Tokens = 1024
     """In tokens. Longer prompts are dropped and counted, never cut."""
+    solve_rates: Name | None = None
+    """A file that `grpo eval --solve-rates` wrote for these rows: how often a model solved each task. `solve_rate`
+    chooses tasks by it, and with `curriculum` tasks begin in the pools that it says."""
+    solve_rate: tuple[Fraction, Fraction] | None = None
+    """Keep the tasks whose rate in `solve_rates` is between these two, both included: `[0.1, 0.9]`. Tasks without a
+    rate in the file are left out."""
+    curriculum: CurriculumConfig | None = None
+    """Draw tasks by how often they were solved when they were last sampled, with replacement, in the place of epochs.
+    `{}` is the defaults: few hard tasks, few easy ones."""
+    sampler: str | None = None
+    """A class of yours that chooses the tasks of each step, `file.py:Class` or `package.module:Class`: see
+    `grpo.data.source.Source`. It is made with the stream of these rows."""
 
     @property
     def label(self) -> str:
@@ -123,6 +160,7 @@ class DataConfig(Section):
             check_hub_only(f"data.{min(unread)}", self.source, self.use)
         if self.continue_final_message and "{" in self.prompt:
             raise ValueError("data.continue_final_message does nothing with a template: it is for chat messages")
+        check_choice(self)
         ours = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
         if ours := ours & set(self.chat_template_kwargs):
             raise ValueError(f"data.chat_template_kwargs: {', '.join(sorted(ours))} is not yours to set")

@@ -140,10 +140,10 @@ class Recipe(Section):
 
     @property
     def uses(self) -> list[str]:
-        """The code that the recipe names: its rewards, its loss, its environments and tools, and its loggers."""
+        """The code that the recipe names: its rewards, loss, sampler of tasks, environments, tools and loggers."""
         environments = [config.use for config in self.conversations.values()]
         tools = [tool.use for tool in self.tools]
-        named = filter(None, [self.loss.use, *environments, *tools])
+        named = filter(None, [self.loss.use, self.data.sampler, *environments, *tools])
         return [*(reward.use for reward in self.rewards), *named, *self.log.use]
 
     @property

@@ -14,6 +14,7 @@ from grpo.config import FILE_TYPES, DataConfig
 from grpo.config.data import Origin, is_builtin, is_files
 from grpo.data.files import is_saved, load_files, load_saved
 from grpo.data.function import load_function
+from grpo.data.rates import with_solve_rate
 from grpo.data.rows import Rows, renamed
 from grpo.errors import UserError
 
@@ -31,9 +32,13 @@ def load_rows(cfg: DataConfig) -> Rows:
 
 
 def prepared_rows(rows: Rows, cfg: DataConfig) -> Rows:
-    """Rows of the source that `cfg` names, with `cfg.columns` added. Raises UserError where there are none."""
+    """Rows of the source that `cfg` names, of which `cfg.solve_rate` may keep a part, with `cfg.columns` added.
+
+    Raises UserError where there are none.
+    """
     if len(rows) == 0:
         raise UserError(f"data {cfg.label}: split {cfg.split!r} has no rows")
+    rows = with_solve_rate(rows, cfg)
     return renamed(rows, cfg) if cfg.columns else rows
 
 

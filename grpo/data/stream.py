@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 from grpo.backend.random import derive_seed
 from grpo.data.prompts import PromptReader
@@ -34,20 +35,38 @@ class TaskStream:
         tasks: list[Task] = []
         misses = 0
         while len(tasks) < n:
-            task = self._next()
-            if task is not None and self._renderer.fits(task):
+            task = self.kept(self._next())
+            if task is not None:
                 tasks.append(task)
                 misses = 0
                 continue
             self.dropped += 1
             misses += 1
             if misses > 2 * len(self._rows):  # more than an epoch, wherever in one it began
-                raise all_too_long(self._renderer)
+                raise self.nothing_fits()
         return tasks
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self._rows)
+
+    @property
+    def source(self) -> str:
+        """The name of the source that its tasks are of."""
+        return self._renderer.source
 
     def task(self, index: int) -> Task | None:
         """The task of a row, whatever is next; None for a row whose prompt is null."""
         return self._renderer.task(index, self._rows[index])
+
+    def kept(self, index: int) -> Task | None:
+        """The task of a row; None for a row whose prompt is null or too long."""
+        task = self.task(index)
+        return task if task is not None and self._renderer.fits(task) else None
+
+    def nothing_fits(self) -> UserError:
+        """What to raise where no row has a prompt that fits."""
+        return all_too_long(self._renderer)
 
     def observe(self, groups: Sequence[Group]) -> None:
         """Nothing: the order of the rows does not depend on what became of them."""
@@ -59,16 +78,17 @@ class TaskStream:
         """Where the stream is: what `load_state` takes."""
         return {"cursor": self.cursor, "dropped": self.dropped}
 
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on where a stream of the same rows and seed was."""
-        self.cursor, self.dropped = state["cursor"], state["dropped"]
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where a stream of the same rows and seed was; at the start of the rows after another kind of source."""
+        self.cursor, self.dropped = state.get("cursor", 0), state.get("dropped", 0)
 
-    def _next(self) -> Task | None:
+    def _next(self) -> int:
+        """The row that is next."""
         epoch, position = divmod(self.cursor, len(self._rows))
         if self._order[0] != epoch:
             self._order = (epoch, self._order_of(epoch))
         self.cursor += 1
-        return self.task(self._order[1][position])
+        return self._order[1][position]
 
     def _order_of(self, epoch: int) -> list[int]:
         order = list(range(len(self._rows)))

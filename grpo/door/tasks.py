@@ -50,6 +50,8 @@ def tasks(data: Any, *, prompt: str = "prompt", n: int = 8, seed: int = 0, **set
             "leave out long prompts by len(policy.encode(task.prompt))" if "length" in name else "give it to grpo.load"
         )
         raise UserError(f"{SAID_BY}: {name} needs a tokenizer, which tasks have not: {how}")
+    if wrong := {"curriculum", "sampler"} & set(settings):
+        raise UserError(f"{SAID_BY}: {min(wrong)} learns from scores, which only a run has: it is for grpo.Trainer")
     n = whole_number(n, f"{SAID_BY}: n")
     if n < 1:
         raise UserError(f"{SAID_BY}: n is {n}; a list has 1 task or more")

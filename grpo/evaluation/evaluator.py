@@ -52,7 +52,7 @@ class Evaluator:
         """`temperature` is that of the samples (greedy answers are measured besides); draws come from `seed`."""
         self.samples, self.temperature, self.seed = cfg.samples, temperature, seed
         self.tasks, self.engine, self.scorer = tasks, engine, scorer
-        self.graders = list(scorer.rewards)[:1] or list(scorer.environments)
+        self.graders = scorer.graders
         self.grader = " or ".join(self.graders)
         self.ranks = ranks or Ranks()
 
@@ -69,6 +69,10 @@ class Evaluator:
 
     def __call__(self, step: int) -> EvalMetrics:
         """Measure the policy as it is, before (0) or after `step`. The draws are the same at every step."""
+        return self.measured(step)[0]
+
+    def measured(self, step: int) -> tuple[EvalMetrics, list[Group]]:
+        """The same, and the groups that were sampled at the temperature, scored."""
         greedy = self._sampled(1, 0.0)
         sampled = self._sampled(self.samples, self.temperature)
         right = [graded for group in sampled if (graded := self._graded(group))]
@@ -89,7 +93,7 @@ class Evaluator:
             what = "environment's own reward" if self._own else "first reward"
             raise RunError(f"evaluation: the {what}, {self.grader!r}, scored no completion: {self._why_none(rollouts)}")
         measured = {name: values for name, values in measured.items() if values}
-        return EvalMetrics(
+        metrics = EvalMetrics(
             step=step,
             n=len(measured["greedy"]),
             grader=self.grader,
@@ -97,6 +101,7 @@ class Evaluator:
             intervals={name: interval(values, self.seed) for name, values in measured.items()},
             failed_gradings=sum(map(self._failed, rollouts)),
         )
+        return metrics, sampled
 
     def _why_none(self, rollouts: Sequence[Rollout]) -> str:
         """What the grader did with completions of which none counts, and what to do."""

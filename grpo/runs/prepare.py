@@ -35,6 +35,7 @@ from grpo.planning.workload import Workload
 from grpo.plugins import file_in
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
+from grpo.runs.drawing import chosen_note, source_of
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite
 from grpo.runs.rewarding import check_rewarded
@@ -129,7 +130,7 @@ def _prepared(
     longest, own = _longest(cfg.data.max_prompt_length, lengths, partners.resets)
     own += environment.tail(tasks[0]) if isinstance(environment, Conversations) else 0
     stream = TaskStream(tables[0], renderer, cfg.seed)
-    source = stream if given.source is None else given.source(stream)
+    source = source_of(cfg.data, given, stream, scorer, cfg.seed)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     waits = environment is not None
@@ -143,7 +144,7 @@ def _prepared(
     trainer.update.gradients.alone = plan.alone
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
-    prompts = _prompts(lengths, tables[0], renderer, partners.resets)
+    prompts = chosen_note(cfg.data, len(tables[0])) + _prompts(lengths, tables[0], renderer, partners.resets)
     head = filter(None, [positions, head_note(model, cfg.model)])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
@@ -233,12 +234,16 @@ def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> t
     return replace(least, **own, alone=alone, lanes=1 if alone else least.lanes), optim
 
 
+NOT_CHOSEN: Mapping[str, Any] = {"solve_rates": None, "solve_rate": None, "curriculum": None, "sampler": None}
+"""The settings by which rows are chosen for training, as they are where all rows are taken."""
+
+
 def data_of(cfg: Recipe) -> dict[str, DataConfig]:
     """Where a recipe's rows come from, by its sections: `data`, and `eval` if there is one."""
     if cfg.eval is None:
         return {"data": cfg.data}
     data, own = cfg.data, cfg.eval
-    held_out: dict[str, Any] = {"split": own.split}
+    held_out: dict[str, Any] = {"split": own.split, **NOT_CHOSEN}
     if own.source is not None or own.use is not None:
         held_out |= {"source": own.source, "use": own.use, "kwargs": own.kwargs}
         if own.source != data.source:

@@ -27,6 +27,7 @@ from grpo.runs.checkpoint import (
     restore_replaced,
     versions,
 )
+from grpo.runs.drawing import rates_hash
 from grpo.runs.folder import (
     CHECKPOINTS,
     check_run_folder,
@@ -214,7 +215,8 @@ def context(
     named = data_of(cfg)
     inputs = {name: fingerprint(table) for name, table in rows.items() if given.is_local(name, named[name])}
     sources = source_hashes(cfg.uses) | given.sources()
-    return Context(recipe_text(cfg), sources, adapter, plan, revisions, inputs | starting_hash(cfg.adapter))
+    inputs |= starting_hash(cfg.adapter) | rates_hash(cfg.data)
+    return Context(recipe_text(cfg), sources, adapter, plan, revisions, inputs)
 
 
 def context_now(cfg: Recipe, written: Context, given: Given = NOTHING) -> Context:

@@ -76,6 +76,11 @@ class Scorer:
         self._by_steps: set[str] = set()  # the environments of which a step has given a reward
         self.progress: Progress | None = None
 
+    @property
+    def graders(self) -> list[str]:
+        """Whose score says whether a completion is right: the first reward's, or the environments' where none is."""
+        return list(self.rewards)[:1] or list(self.environments)
+
     @classmethod
     def of(
         cls,

@@ -40,12 +40,12 @@ def evaluations(runs: Sequence[RecordedRun], names: Sequence[str]) -> str | None
     return _svg(axes, figure)
 
 
-def stacked(seconds: Mapping[str, Sequence[float]], steps: Sequence[int]) -> str | None:
-    """How much of each step each phase takes."""
-    axes, figure = _axes("seconds")
+def stacked(parts: Mapping[str, Sequence[float]], steps: Sequence[int], unit: str = "seconds") -> str | None:
+    """What each step is made of: the parts on top of each other, such as how long each phase takes."""
+    axes, figure = _axes(unit)
     if steps:
-        colours = [COLOURS[i % len(COLOURS)] for i in range(len(seconds))]
-        axes.stackplot(steps, *seconds.values(), labels=list(seconds), colors=colours, alpha=0.8)
+        colours = [COLOURS[i % len(COLOURS)] for i in range(len(parts))]
+        axes.stackplot(steps, *parts.values(), labels=list(parts), colors=colours, alpha=0.8)
     return _svg(axes, figure)
 
 

@@ -13,6 +13,7 @@ from grpo.environments.shown import asked, told
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.folder import COMPLETIONS
 from grpo.telemetry.plots import curves, evaluations, stacked
+from grpo.telemetry.pools import pools_of
 from grpo.telemetry.recorded import RecordedRun
 from grpo.tools.card import short_name
 from grpo.types import EvalMetrics, Group, Rollout, Task
@@ -68,6 +69,7 @@ def report(runs: Sequence[RecordedRun]) -> str:
         PagePart("entropy", "Entropy", curves(runs, ["entropy"])),
         PagePart("clip", "Clipped fractions", curves(runs, ["clip_ratio/low_mean", "clip_ratio/high_mean"])),
         PagePart("evaluation", "Evaluation, with 95 % intervals", _evaluation(runs)),
+        *([PagePart("curriculum", "Curriculum: tasks by solve rate", drawn)] if (drawn := pools_of(runs)) else []),
         PagePart("time", "Where the time goes", _time(runs)),
         PagePart("memory", "Peak memory, GB", curves(runs, ["peak_memory_gb"])),
         PagePart("failures", "Reward failures", _failures(runs)),

@@ -12,17 +12,20 @@ from typing import Any
 from grpo.config import EvaluationRecipe, Recipe, RewardConfig
 from grpo.data.files import is_one_split
 from grpo.data.fingerprint import fingerprint
+from grpo.data.rates import SolveRates
 from grpo.data.rows import Rows
-from grpo.errors import UserError
+from grpo.data.solved import Solved
+from grpo.errors import RunError, UserError
 from grpo.model.load import looks_like_path, similar
 from grpo.model.saved import read_adapter
 from grpo.plugins import find_recipe, locate_reward
 from grpo.recipes import load_recipe, recipe_of, with_settings
 from grpo.runs.checkpoint import RECIPE, STATE, read_state, step_of
+from grpo.runs.drawing import solved_by
 from grpo.runs.folder import find_checkpoint, is_run
-from grpo.runs.prepare import data_of, prepare
+from grpo.runs.prepare import NOT_CHOSEN, data_of, prepare
 from grpo.runs.revisions import checkpoint_of, pinned_to_run
-from grpo.types import EvalMetrics
+from grpo.types import EvalMetrics, Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class EvalOptions:
     prompts: int | None = None
     adapter: Path | None = None
     checkpoint: str | None = None
+    solve_rates: Path | None = None
+    """Where the solve rate of each task is to be written."""
 
     def settings(self) -> list[str]:
         """The same as overrides of a recipe."""
@@ -72,8 +77,9 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
     """The evaluation of what a run started from (a recipe's or a model's base) and, if there is one, of the adapter.
 
     `target` is a run's folder (the adapter is its newest checkpoint, unless another is named), a recipe, or a model.
-    Raises UserError where there is nothing to evaluate on.
+    Raises UserError where there is nothing to evaluate on, and RunError where the solve rates cannot be written.
     """
+    _check_room(asked.solve_rates)
     folder, settings = Path(target), [*asked.settings(), *overrides]
     adapter = asked.adapter
     if is_run(folder):
@@ -91,18 +97,59 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
     if asked.adapter is not None:  # a run's own has the shape that its recipe says
         shape = {**read_adapter(asked.adapter).section(), "path": None}
         cfg = with_settings(cfg, {f"adapter.{name}": value for name, value in shape.items()})
+    curriculum = cfg.data.curriculum
+    cfg = with_settings(cfg, {f"data.{name}": value for name, value in NOT_CHOSEN.items()})  # it does not train
     prepared = prepare(cfg)
     notes = _changed_since(folder, adapter, cfg, prepared.rows["eval"]) if is_run(folder) else ()
     trainer, evaluator = prepared.trainer, prepared.evaluator
     with closing(prepared.opened):
         assert evaluator is not None
         started = "base" if cfg.adapter.path is None else "start (adapter.path)"
-        before = evaluator(0)
-        if adapter is None:
-            return Measured(started, before, None, notes)
-        trainer.policy.adapters.load(adapter)
-        after = evaluator(step_of(adapter) if (adapter / STATE).is_file() else 0)
+        before, sampled = evaluator.measured(0)
+        after: EvalMetrics | None = None
+        if adapter is not None:
+            trainer.policy.adapters.load(adapter)
+            after, sampled = evaluator.measured(step_of(adapter) if (adapter / STATE).is_file() else 0)
+        if asked.solve_rates is not None and trainer.ranks.first:
+            solved = solved_by(trainer.scorer, curriculum)
+            rates = SolveRates.of(_solve_rates(sampled, solved), prepared.rows["eval"], _about(cfg, adapter, solved))
+            _write(rates, asked.solve_rates)
         return Measured(started, before, after, notes)
+
+
+def _solve_rates(groups: Sequence[Group], solved: Solved) -> dict[int, float]:
+    """The solve rate of each task that has a score, by its row."""
+    rates = {group.task.index: solved.rate(group.rollouts) for group in groups}
+    return {index: rate for index, rate in rates.items() if rate is not None}
+
+
+def _check_room(path: Path | None) -> None:
+    """Raise UserError, before anything is measured, for a file that could not be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise UserError(f"--solve-rates {path}: {what}; name a file, such as rates.jsonl")
+
+
+def _about(cfg: Recipe, adapter: Path | None, solved: Solved) -> dict[str, Any]:
+    """What solve rates are of, for whoever reads the file."""
+    assert cfg.eval is not None
+    data = data_of(cfg)["eval"]
+    return {
+        "data": data.label,
+        "split": data.split,
+        "model": cfg.model.name,
+        "adapter": adapter and str(adapter),
+        "reward": " or ".join(solved.graders),
+        "samples": cfg.eval.samples,
+        "temperature": cfg.rollout.temperature,
+    }
+
+
+def _write(rates: SolveRates, path: Path) -> None:
+    try:
+        rates.write(path)
+    except OSError as error:
+        raise RunError(f"--solve-rates {path}: cannot be written: {error.strerror or error}") from error
 
 
 ORIGIN = ("source", "use", "kwargs", "config", "split", "columns")

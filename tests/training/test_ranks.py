@@ -337,3 +337,35 @@ def test_one_clear_message_when_nothing_is_heard() -> None:
     assert ran.returncode == 1
     assert ran.stderr.count("\n") == 1
     assert "nothing from the others" in ran.stderr
+
+
+DRAWN = """
+import json, sys
+from pathlib import Path
+from grpo.training.trainer import Trainer
+step = Trainer.step
+def stepped(self, n):
+    made = step(self, n)
+    Path(f"drawn-{self.ranks.rank}-{n}.json").write_text(json.dumps(self.tasks.state()))
+    return made
+Trainer.step = stepped
+from grpo.cli import main; main()
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_draw_by_the_solve_rates_of_all_groups(recipe, run_cli) -> None:
+    """And the file of solve rates is the same as one process writes."""
+    pooled = ["data.curriculum={hard_threshold: 0.1}", "optim.steps=3"]
+    ran = launch(2, "-c", DRAWN, "train", recipe, *pooled)
+    assert "finished after step 3" in ran.stdout + ran.stderr, ran.stdout + ran.stderr
+    for step in (1, 2, 3):
+        first, second = (json.loads(Path(f"drawn-{rank}-{step}.json").read_text()) for rank in range(2))
+        assert first == second
+        assert first["draws"] == 2 * step
+    assert first["solve_rates"] != [""]
+    settings = ["--data", "train.jsonl", "--samples", "2", "--solve-rates"]
+    ran = launch(2, "-c", "from grpo.cli import main; main()", "eval", recipe, *settings, "two.jsonl")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert run_cli("eval", recipe, *settings, "one.jsonl").code == 0
+    assert Path("two.jsonl").read_text() == Path("one.jsonl").read_text()

@@ -1,0 +1,112 @@
+"""The solve rate of each task and the pool that it puts the task in: drawn from by weight, kept in few bytes."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from array import array
+from base64 import b64decode, b64encode
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+from grpo.config import CurriculumConfig
+
+POOLS = ("hard", "normal", "easy", "unseen")
+UNSEEN, LEFT_OUT = -1.0, -2.0
+"""What stands in the place of the rate of a task that nobody has tried, and of a row that makes no task."""
+_UNSEEN, _LEFT_OUT = 3, 4
+"""Their numbers. The pools with rates are 0, 1 and 2, as in `POOLS`."""
+CHUNK = 1024
+"""Rows whose rates are packed together. A draw looks at the weights of all chunks, and at the rows of one."""
+
+
+class Pools:
+    """The solve rates of `size` tasks, by index, in [0, 1] as float32, and a draw by the weights of their pools.
+
+    What is drawn depends on the rates alone, not on the order in which they came: so a table that was packed and
+    loaded draws what this one would. 4 bytes a task, and the packed text, which is less than 6.
+    """
+
+    def __init__(self, size: int, cfg: CurriculumConfig) -> None:
+        self._rates = array("f", [UNSEEN]) * size
+        # The thresholds are rounded like the rates: 3 of 10 are not above 0.3.
+        self._edges = tuple(array("f", [cfg.hard_threshold, cfg.easy_threshold]))
+        self._weights = (cfg.hard, cfg.normal, cfg.easy, cfg.unseen, 0.0)
+        starts = range(0, size, CHUNK)
+        self._counts = [[0, 0, 0, min(CHUNK, size - start), 0] for start in starts]
+        self._packed: list[str | None] = ["" for _ in starts]  # None: not packed since it was changed
+        self._sums: list[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rates)
+
+    def sizes(self) -> dict[str, int]:
+        """How many tasks are in each pool. Rows that make no task are in none."""
+        return {pool: sum(counts[number] for counts in self._counts) for number, pool in enumerate(POOLS)}
+
+    @property
+    def left_out(self) -> int:
+        """How many rows make no task."""
+        return sum(counts[_LEFT_OUT] for counts in self._counts)
+
+    def rate(self, index: int) -> float | None:
+        """A task's solve rate, None for one without."""
+        return None if (rate := self._rates[index]) < 0 else rate
+
+    def pool(self, index: int) -> str:
+        """The pool that a task is in."""
+        return POOLS[self._number(self._rates[index])]
+
+    def put(self, index: int, rate: float) -> None:
+        """Give a task a solve rate, or `LEFT_OUT`."""
+        chunk = index // CHUNK
+        counts = self._counts[chunk]
+        counts[self._number(self._rates[index])] -= 1
+        self._rates[index] = rate
+        counts[self._number(self._rates[index])] += 1
+        self._packed[chunk] = self._sums = None
+
+    def draw(self, at: float) -> int | None:
+        """The task at the place `at`, from 0 to less than 1, of all weights laid end to end; None where all are 0."""
+        if self._sums is None:
+            self._sums = list(accumulate(map(self._weight, self._counts)))
+        if not self._sums[-1]:
+            return None
+        place = at * self._sums[-1]
+        chunk = _at(self._sums, place)
+        rates = self._rates[chunk * CHUNK : (chunk + 1) * CHUNK]
+        rows = list(accumulate(self._weights[self._number(rate)] for rate in rates))
+        return chunk * CHUNK + _at(rows, place - (self._sums[chunk - 1] if chunk else 0.0))
+
+    def packed(self) -> list[str]:
+        """All rates as text, chunk by chunk, "" for a chunk of unseen tasks. Only what has changed is packed anew."""
+        packed = [self._pack(chunk) if text is None else text for chunk, text in enumerate(self._packed)]
+        self._packed = [*packed]
+        return packed
+
+    def load(self, packed: Sequence[str]) -> None:
+        """Take the rates of a table of the same size, as `packed` gave them."""
+        for chunk, text in enumerate(packed):
+            start, size = chunk * CHUNK, sum(self._counts[chunk])
+            rates = array("f", zlib.decompress(b64decode(text))) if text else array("f", [UNSEEN]) * size
+            self._rates[start : start + size] = rates
+            numbers = [self._number(rate) for rate in rates]
+            self._counts[chunk] = [numbers.count(number) for number in range(_LEFT_OUT + 1)]
+        self._packed, self._sums = [*packed], None
+
+    def _pack(self, chunk: int) -> str:
+        return b64encode(zlib.compress(self._rates[chunk * CHUNK : (chunk + 1) * CHUNK].tobytes())).decode()
+
+    def _weight(self, counts: Sequence[int]) -> float:
+        return sum(weight * count for weight, count in zip(self._weights, counts, strict=True))
+
+    def _number(self, rate: float) -> int:
+        if rate < 0:
+            return _UNSEEN if rate == UNSEEN else _LEFT_OUT
+        return bisect_left(self._edges, rate)
+
+
+def _at(sums: Sequence[float], place: float) -> int:
+    """The first position whose running sum is above `place`: always one with a weight, also where sums were rounded."""
+    return bisect_right(sums, min(place, math.nextafter(sums[-1], 0.0)))

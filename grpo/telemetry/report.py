@@ -182,10 +182,15 @@ def _completions(runs: Sequence[RecordedRun]) -> str | None:
         if not paths:
             continue
         chosen = sorted({round(i * (len(paths) - 1) / max(1, STEPS - 1)) for i in range(STEPS)})
-        steps = [read_completions(paths[place]) for place in chosen]
+        steps = [_sampled(*read_completions(paths[place])) for place in chosen]
         parts.append(f"<h3>{escape(run.folder.name)}</h3>" + _changed(steps))
         parts += [_of_step(step, groups) for step, groups in steps]
     return '<p><input id="filter" placeholder="only those with…"></p>' + "".join(parts) if parts else None
+
+
+def _sampled(step: int, groups: Sequence[Group]) -> tuple[int, list[Group]]:
+    """A stored step with the groups that it sampled itself: those that it replayed are in an earlier step's file."""
+    return step, [group for group in groups if group.lag == 0]
 
 
 def _of_step(step: int, groups: Sequence[Group]) -> str:

@@ -101,6 +101,8 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
         size = f"{cfg.rollout.prompts_per_step} × {cfg.rollout.num_generations}"
         silent = max(_values(run, "steps_without_signal"), default=0.0)
         steps = f"{run.step} of {cfg.optim.steps}, {run.state}" + (f", {silent:.0f} without a signal" if silent else "")
+        replayed = sum(_values(run, "reuse/groups"))
+        steps += f", {replayed:.0f} older groups replayed" if replayed else ""
         loss = f"{cfg.loss.type}, beta {cfg.loss.beta:g}, lr {cfg.optim.learning_rate:g}"
         talks = ", ".join(
             short_name(use) for use in (*(one.use for one in own), *(one.use for one in cfg.tools)) if use

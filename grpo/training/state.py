@@ -29,6 +29,10 @@ class TrainerState:
     arrays: Mapping[str, Arrays]
     counts: Mapping[str, Any]
 
+    def without(self, name: str) -> TrainerState:
+        """The same without the arrays of that name."""
+        return TrainerState({key: arrays for key, arrays in self.arrays.items() if key != name}, self.counts)
+
     def check_fits(self, other: TrainerState) -> None:
         """Raise UserError if this is not a state of the trainer that `other` is a state of.
 

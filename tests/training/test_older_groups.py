@@ -95,7 +95,15 @@ def test_fresh_prompts_come_before_older_groups(recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [[], ["loss.type=gspo"], ["loss.type=vespo"], ["loss.type=dppo"], ["loss.beta=0.1"]]
+    "settings",
+    [
+        ["loss.beta=0.1", "loss.top_entropy_quantile=0.5"],
+        ["loss.type=gspo", "optim.micro_batch_tokens=64"],
+        ["loss.type=vespo"],
+        ["loss.type=dppo"],
+        ["rollout.top_k=5", "loss.importance_sampling_correction=token_truncate"],
+    ],
+    ids=" ".join,
 )
 def test_every_update_of_a_step_is_the_oracles(recipe, settings: list[str]) -> None:
     """Two minibatches, of which one mixes fresh and stale rows, twice; the policy moves far in between."""
@@ -128,8 +136,10 @@ def test_every_update_of_a_step_is_the_oracles(recipe, settings: list[str]) -> N
             known = {"mask": np.array(batch.trained), "weights": np.array(batch.weights, np.float64), "anchor": anchor}
             known |= {"advantages": np.array(batch.advantages)[:, 0], "behaviour": behaviour}
             known |= {} if batch.reference is None else {"reference": np.array(batch.reference, np.float64)}
+            known |= {} if batch.sampler is None else {"sampler": np.array(batch.sampler, np.float64)}
             cfg = trainer.cfg.loss
-            expected += loss_and_gradient(cfg.type, lp, known, {"beta": cfg.beta})[0]
+            chosen = {"beta": cfg.beta, "importance_sampling_correction": cfg.importance_sampling_correction}
+            expected += loss_and_gradient(cfg.type, lp, known, chosen)[0]
         assert found.loss == pytest.approx(expected, abs=1e-6, rel=2e-6), number
     assert max(moved) > 0.05
     assert any(batch.stale is not None for pairs, _ in made for batch, _ in pairs)

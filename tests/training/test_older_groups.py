@@ -52,6 +52,7 @@ def test_an_older_group_takes_the_place_of_one_that_teaches_nothing(recipe) -> N
     _, replayed, left = second.groups
     assert replayed.rollouts[0].trajectory in [group.rollouts[0].trajectory for group in first.groups]
     assert all(rollout.has_advantage for rollout in replayed.rollouts)
+    assert sorted(rollout.reward for rollout in replayed.rollouts) == [0, 1, 1, 1]
     assert not any(rollout.has_advantage for rollout in left.rollouts)
     assert len(second.sampled) == 2
 

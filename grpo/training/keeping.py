@@ -23,7 +23,7 @@ ABOUT, IDS, TRAINED, VALUES = "about", "ids", "trained", "values"
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class OlderGroup:
     """A group as it was scored, and how often it was replayed.
 
     `policy_step` is that of its policy. `about` is JSON: texts, scores and lengths. The arrays follow one another
@@ -42,7 +42,7 @@ class Kept:
     values: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, group: Group) -> Kept:
+    def of(cls, group: Group) -> OlderGroup:
         """A group whose completions are all of one policy, in this form."""
         trajectories = [rollout.trajectory for rollout in group.rollouts]
         (policy_step,) = {trajectory.policy_step for trajectory in trajectories}
@@ -68,7 +68,7 @@ class Kept:
         return Group(Task(prompt_ids=prompt_ids, **task), rollouts)
 
 
-def pack(kept: Sequence[Kept]) -> dict[str, mx.array]:
+def pack(kept: Sequence[OlderGroup]) -> dict[str, mx.array]:
     """The groups as four arrays, none if there are no groups. Floats are kept as the int32 of their bits: what a NaN
     at an untrained token means, no reader of the file has to know."""
     if not kept:
@@ -92,7 +92,7 @@ def pack(kept: Sequence[Kept]) -> dict[str, mx.array]:
     }
 
 
-def unpack(arrays: Arrays) -> tuple[Kept, ...]:
+def unpack(arrays: Arrays) -> tuple[OlderGroup, ...]:
     """The inverse of `pack`."""
     if not arrays:
         return ()
@@ -100,7 +100,7 @@ def unpack(arrays: Arrays) -> tuple[Kept, ...]:
     ids, trained = _Reader(np.array(arrays[IDS])), _Reader(np.array(arrays[TRAINED]))
     values = _Reader(np.array(arrays[VALUES]).view(np.float32))
     return tuple(
-        Kept(one["policy_step"], one["replays"], one["about"], *_cut(one["sizes"], ids, trained, values))
+        OlderGroup(one["policy_step"], one["replays"], one["about"], *_cut(one["sizes"], ids, trained, values))
         for one in about
     )
 

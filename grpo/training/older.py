@@ -14,7 +14,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from grpo.training.keeping import Kept, pack, unpack
+from grpo.training.keeping import OlderGroup, pack, unpack
 from grpo.training.state import Arrays
 from grpo.types import Group
 
@@ -28,7 +28,7 @@ class OlderGroups:
     """
 
     most: int
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[OlderGroup, ...] = ()
 
     def replayed(self, missing: int, step: int) -> tuple[list[Group], OlderGroups]:
         """At most `missing` groups for step `step`, each with its `lag`, and what is kept with these counted.
@@ -50,7 +50,7 @@ class OlderGroups:
         """
         oldest = step - self.most  # of policies: the next step learns with the policy after `step` steps
         recent = [one for one in self.kept if one.policy_step >= oldest]
-        fresh = [Kept.of(group) for group in groups if _has_anchor(group)] if self.most else []
+        fresh = [OlderGroup.of(group) for group in groups if _has_anchor(group)] if self.most else []
         return replace(self, kept=(*recent, *fresh))
 
     def arrays(self) -> dict[str, mx.array]:

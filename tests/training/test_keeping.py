@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from grpo.training.keeping import Kept, pack, unpack
+from grpo.training.keeping import OlderGroup, pack, unpack
 from grpo.types import BEHAVIOUR, SAMPLER, Conversation, Failure, Group, Rollout, Task, Trajectory
 
 TALK = Conversation(
@@ -48,14 +48,14 @@ def group(step: int = 3) -> Group:
 
 
 def test_a_group_comes_back_as_it_was() -> None:
-    kept = Kept.of(group())
+    kept = OlderGroup.of(group())
     assert kept.group() == group()
     assert (kept.policy_step, kept.replays) == (3, 0)
     assert [array.dtype for array in (kept.ids, kept.trained, kept.values)] == [np.int32, np.uint8, np.float32]
 
 
 def test_several_groups_come_back_from_arrays(tmp_path) -> None:
-    kept = (Kept.of(group(1)), replace(Kept.of(group(2)), replays=2))
+    kept = (OlderGroup.of(group(1)), replace(OlderGroup.of(group(2)), replays=2))
     mx.save_safetensors(str(tmp_path / "kept.safetensors"), pack(kept))
     again = unpack(mx.load(str(tmp_path / "kept.safetensors")))
     assert [one.group() for one in again] == [group(1), group(2)]
@@ -70,7 +70,7 @@ def test_what_stands_at_untrained_tokens_stays_to_the_bit(tmp_path) -> None:
     """NaN too: a checkpoint with a NaN among its floats would be refused."""
     holed = group().rollouts[1]
     nan = replace(holed.trajectory, columns={BEHAVIOUR: f32(-1, math.nan, -2), SAMPLER: f32(-1, -math.inf, 0)})
-    arrays = pack([Kept.of(Group(group().task, (replace(holed, trajectory=nan),)))])
+    arrays = pack([OlderGroup.of(Group(group().task, (replace(holed, trajectory=nan),)))])
     assert not any(mx.issubdtype(array.dtype, mx.floating) for array in arrays.values())
     columns = unpack(arrays)[0].group().rollouts[0].trajectory.columns
     assert math.isnan(columns[BEHAVIOUR][1])
@@ -82,6 +82,6 @@ def test_a_secret_that_a_tool_quoted_is_not_kept(monkeypatch: pytest.MonkeyPatch
     said = replace(TALK, messages=({"role": "tool", "name": "env", "content": "hunter2hunter2"},))
     first, second = group().rollouts
     talking = replace(second, trajectory=replace(second.trajectory, conversation=said))
-    kept = Kept.of(Group(group().task, (replace(first, extras={"env": "hunter2hunter2"}), talking)))
+    kept = OlderGroup.of(Group(group().task, (replace(first, extras={"env": "hunter2hunter2"}), talking)))
     assert "hunter2" not in kept.about
     assert kept.about.count("[SOME_API_KEY]") == 2

@@ -63,7 +63,8 @@ OPTIONS: dict[str, Any] = {
         int | None, typer.Option(min=2, max=8, help="Of a shape's quantized matrices. Default: not quantized.")
     ],
     "limit": Annotated[
-        float | None, typer.Option(help="Plan for so many GB of memory (memory.limit_gb). Default: this machine's.")
+        float | None,
+        typer.Option(max=1e6, help="Plan for so many GB of memory (memory.limit_gb). Default: this machine's."),
     ],
     "runs": Annotated[int, typer.Option(min=1, help="Runs of each side, after one warm-up.")],
 }
@@ -172,6 +173,10 @@ def train(
         )
     if setting.limit is not None and update:
         raise UserError("--limit means nothing with --update, which plans nothing")
+    if setting.limit is not None and setting.limit <= 0:
+        raise UserError(f"--limit: expected a number above 0, got {setting.limit:g}")
+    if setting.bits == 7:
+        raise UserError("--bits: MLX quantizes to 2, 3, 4, 5, 6 or 8 bits, not to 7")
     if setting.bits is not None and (setting.model or peer_python):
         raise UserError("--bits is for a shape's random weights, and not beside another toolkit's")
     if update:

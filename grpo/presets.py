@@ -1,7 +1,8 @@
 """Published variants of GRPO, each a point on three axes, under the names of papers and TRL.
 
 Loss = ratio × surrogate × normaliser. With lp the current and anchor the anchor's logprobs of a completion's tokens
-(the policy before the step's first update), A its advantage and m the mask over its trained tokens:
+(the policy before the step's first update; for a group that `rollout.reuse` replays, the policy that sampled it), A its
+advantage and m the mask over its trained tokens:
 
     ratio       token            r = exp(lp - anchor)
                 sequence         s = exp(Σ m (lp - anchor) / Σ m), one for the whole completion

@@ -235,6 +235,8 @@ class Rollout:
     advantage   0 until the objective sets it
     turn_advantages   with `advantage.turns: turn`, the advantage of each of the model's turns, which take the place of
                 `advantage`; that is then the first of them, in which all rewards of the conversation are
+    lag         training steps between the policy that sampled and the policy that learns from it; above 0 only where
+                `rollout.reuse` replays an older group
     """
 
     trajectory: Trajectory
@@ -247,6 +249,7 @@ class Rollout:
     penalty: float = 0.0
     advantage: float = 0.0
     turn_advantages: tuple[float, ...] | None = None
+    lag: int = 0
 
     @property
     def has_advantage(self) -> bool:
@@ -260,6 +263,11 @@ class Group:
 
     task: Task
     rollouts: tuple[Rollout, ...]
+
+    @property
+    def lag(self) -> int:
+        """Training steps between the policy that sampled the group and the policy that learns from it."""
+        return max((rollout.lag for rollout in self.rollouts), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,8 +303,10 @@ class Batch:
         advantages   the row's advantage, or that of the turn, on each trained token; 0 elsewhere
         behaviour    log p under the policy that sampled
         sampler      log p under the distribution that was drawn from; None unless filters changed it
+        stale        1 on the tokens that an earlier step's policy sampled, else 0; None: this step's policy sampled
+                     all of them. The loss takes `behaviour` for the anchor of stale tokens, whatever `anchor` holds.
         anchor       log p under the policy before this step's first update, the denominator of the ratios. None: the
-                     current policy is still that policy, and all ratios are 1.
+                     current policy is still that policy, and the ratios of tokens that are not stale are 1.
         reference    log p under the reference policy; None if no KL penalty needs it
         entropies    of the anchor, in nats, without dropout; None unless the update applies dropout
 
@@ -317,6 +327,7 @@ class Batch:
     advantages: mx.array
     behaviour: mx.array | None = None
     sampler: mx.array | None = None
+    stale: mx.array | None = None
     anchor: mx.array | None = None
     reference: mx.array | None = None
     beta: mx.array | None = None
@@ -339,12 +350,18 @@ class Batch:
 class StepMetrics:
     """The metrics of one training step, under TRL's names, and every group that it sampled.
 
-    The groups that the step trained on come first in `groups`, with their advantages.
+    The groups that the step trained on come first in `groups`, with their advantages. Older groups, which the step
+    trained on and did not sample, are among them: their `lag` is above 0.
     """
 
     step: int
     values: Mapping[str, float]
     groups: tuple[Group, ...] = ()
+
+    @property
+    def sampled(self) -> tuple[Group, ...]:
+        """The groups that the step itself sampled, without older ones that it replayed."""
+        return tuple(group for group in self.groups if group.lag == 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "rollout.kv_bits": ("4", "loss.importance_sampling_correction=token_truncate"),
     "rollout.speculate": ("off",),
     "rollout.dynamic_sampling": ("1", "rewards.0.use=grades.py:rarely"),
+    "rollout.reuse": ("3", "rewards.0.use=grades.py:rarely", "optim.steps=3"),
     "environment.use": ("talk.py:Twice",),
     "environment.name": ("mine", *TALK),
     "environment.kwargs": ("{doubt: Really}", *TALK),

@@ -114,6 +114,7 @@ class Recipe(Section):
             raise ValueError(f"advantage.baseline {self.baseline} has no meaning for penalties in the reward")
         if self.rollout.dynamic_sampling and self.baseline in ("batch", "gdpo"):
             raise ValueError(f"rollout.dynamic_sampling: with the {self.baseline} baseline uniform groups teach too")
+        self._check_reuse()
         if (self.advantage.soft_overlong_cache or 0) >= self.rollout.max_completion_length:
             raise ValueError("advantage.soft_overlong_cache is not below rollout.max_completion_length")
         if "kl" in self.log.changed and self.has_penalty:
@@ -128,6 +129,23 @@ class Recipe(Section):
         if "scale_rewards" in self.advantage.changed and self.baseline not in ("group", "leave_one_out"):
             raise ValueError(f"advantage.scale_rewards does nothing with the {self.baseline} baseline")
         return self
+
+    def _check_reuse(self) -> None:
+        """Raise ValueError where an older group would be learnt from as if this step's policy had sampled it."""
+        if not self.rollout.reuse:
+            return
+        if self.baseline in ("batch", "gdpo"):
+            raise ValueError(f"rollout.reuse: with the {self.baseline} baseline uniform groups teach too")
+        if self.loss.use is None and self.loss.preset.surrogate == "reinforce":
+            raise ValueError(
+                f"rollout.reuse: loss.type {self.loss.type} has no ratio, so it would learn from older completions as "
+                "if the policy of now had sampled them. Take a loss with a ratio, such as dapo"
+            )
+        if self.loss.kl_in == "reward":
+            raise ValueError(
+                "rollout.reuse: loss.kl_in: reward would take off an older completion's reward the KL of the policy "
+                "that sampled it, not of the policy of now. Use kl_in: loss"
+            )
 
     @model_validator(mode="after")
     def _what_training_needs(self) -> Recipe:

@@ -57,6 +57,11 @@ class RolloutConfig(Section):
     dynamic_sampling: NonNegative = 0
     """How often to sample fresh prompts in the place of groups without variance, until the step is full (DAPO, arXiv
     2503.14476)."""
+    reuse: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Replay groups with variance of up to so many steps ago in the place of groups without (0: none). Each group
+    comes once a step at most, the least replayed first, of these the newest. The ratios of an older group are to the
+    policy that sampled it. With `dynamic_sampling` fresh prompts come first, and older groups fill what is missing
+    after that."""
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> RolloutConfig:

@@ -16,7 +16,7 @@ from grpo.objective.corrections import (
     sampling_log_ratios,
 )
 from grpo.objective.kl import kl_estimate
-from grpo.objective.measures import Metrics, clip_metrics, mean, sampler_metrics
+from grpo.objective.measures import Metrics, clip_metrics, counts, mean, sampler_metrics
 from grpo.objective.ratios import bounded_exp, log_ratios
 from grpo.objective.surrogates import SURROGATES, Terms
 from grpo.types import Batch
@@ -43,6 +43,8 @@ def policy_loss(
     None. The batch must have `trained`, `weights` and `advantages`. The other columns are used as follows:
 
         anchor     denominator of the ratios, except dppo's. None: the current policy is the anchor, every ratio is 1.
+        stale      where it is 1, `behaviour` is the anchor: of ratios, bounds and corrections. A stale token's ratio is
+                   never 1 by construction.
         behaviour  read by the correction, the off-policy mask, dppo and the `sampling/` metrics
         sampler    replaces `behaviour` in the correction and in dppo if filters changed what was drawn from. The
                    off-policy mask compares two policies, and keeps `behaviour`.
@@ -63,7 +65,7 @@ def policy_loss(
     correction = _correction(batch, cfg)
     surrogate = None if custom else cfg.preset.surrogate
     terms = _terms(current, batch, cfg, sampled_from(batch) if surrogate == "dppo" else _anchor(batch), correction)
-    metrics = {"tokens": batch.trained.sum(), **sampler_metrics(batch), **clip_metrics(terms, cfg, surrogate)}
+    metrics = {**counts(batch), **sampler_metrics(batch), **clip_metrics(terms, cfg, surrogate)}
     per_token = custom(current, batch, cfg) if custom else SURROGATES[cfg.preset.surrogate](terms, cfg)
     if correction is not None and surrogate != "vespo":
         per_token = per_token * correction
@@ -75,7 +77,7 @@ def policy_loss(
 
 
 def _on_trained(batch: Batch, current: mx.array) -> Batch:
-    """The batch with 0 at untrained tokens in every column, and the current policy as its anchor if it has none."""
+    """The batch with 0 at untrained tokens in every column, and with an anchor: see `_anchored`."""
     trained = batch.trained.astype(mx.float32)
 
     def masked(column: mx.array | None) -> mx.array | None:
@@ -88,10 +90,21 @@ def _on_trained(batch: Batch, current: mx.array) -> Batch:
         advantages=mx.where(trained > 0, batch.advantages, 0.0),
         behaviour=masked(batch.behaviour),
         sampler=masked(batch.sampler),
-        anchor=mx.stop_gradient(current) if batch.anchor is None else masked(batch.anchor),
+        stale=masked(batch.stale),
+        anchor=masked(_anchored(batch, current)),
         reference=masked(batch.reference),
         entropies=masked(batch.entropies),
     )
+
+
+def _anchored(batch: Batch, current: mx.array) -> mx.array:
+    """What ratios are to: the batch's anchor, the current policy if there is none, and `behaviour` for stale tokens."""
+    anchor = mx.stop_gradient(current) if batch.anchor is None else batch.anchor
+    if batch.stale is None:
+        return anchor
+    if batch.behaviour is None:
+        raise ValueError("stale tokens need the column `behaviour` in the batch: it is their anchor")
+    return mx.where(batch.stale > 0, batch.behaviour, anchor)
 
 
 def _anchor(batch: Batch) -> mx.array:

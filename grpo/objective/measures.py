@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from grpo.config import LossConfig
 from grpo.objective.corrections import drawn_from, effective_sample_size, sampling_log_ratios
+from grpo.objective.metrics import FRESH, TOKENS
 from grpo.objective.ratios import bounded_exp, mean_over_tokens
 from grpo.objective.surrogates import BOUNDED, Terms
 from grpo.presets import Surrogate
@@ -21,6 +22,17 @@ UNFILTERED_LOGP_DIFFERENCE = "sampling/unfiltered_logp_difference/mean"
 def mean(values: mx.array, trained: mx.array) -> mx.array:
     """The mean of `[B, T]` over trained tokens; 0 without any."""
     return (values * trained).sum() / mx.maximum(trained.sum(), 1)
+
+
+def counts(batch: Batch) -> Metrics:
+    """How many tokens the batch trains on, and where some are stale, how many of them are not."""
+    tokens = {TOKENS: batch.trained.sum()}
+    return tokens if batch.stale is None else {**tokens, FRESH: _fresh(batch).sum()}
+
+
+def _fresh(batch: Batch) -> mx.array:
+    """The mask of the trained tokens that this step's policy sampled: `[B, T]` float32."""
+    return batch.trained if batch.stale is None else batch.trained * (1 - batch.stale)
 
 
 def clip_metrics(terms: Terms, cfg: LossConfig, surrogate: Surrogate | None) -> Metrics:
@@ -45,14 +57,15 @@ def sampler_metrics(batch: Batch) -> Metrics:
     """How far the logprobs of the distribution that was drawn from are from the anchor's. Ratios are not truncated.
 
     The anchor is the policy that sampled, as the update computes it. So the difference shows where decoding and the
-    update disagree, and what filters changed.
+    update disagree, and what filters changed. Stale tokens have no part in it: the anchor of these is what the sampler
+    said, and would hide a gap.
     """
     sampler = drawn_from(batch)
     if sampler is None:
         return {}
     assert batch.anchor is not None
     assert batch.behaviour is not None
-    anchor, trained = batch.anchor, batch.trained
+    anchor, trained = batch.anchor, _fresh(batch)
     token, sequence = sampling_log_ratios(mx.stop_gradient(anchor), sampler, trained)
     unfiltered: Metrics = {}
     if batch.sampler is not None:

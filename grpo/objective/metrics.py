@@ -4,21 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-TOKENS, RATIO, SAMPLE_SIZE = "tokens", "sampling/importance_sampling_ratio/mean", "sampling/effective_sample_size"
+TOKENS, FRESH, SAMPLING = "tokens", "fresh_tokens", "sampling/"
+"""Metrics under `sampling/` are of the fresh tokens; where no `fresh_tokens` are counted, all tokens are fresh."""
+RATIO, SAMPLE_SIZE = "sampling/importance_sampling_ratio/mean", "sampling/effective_sample_size"
 
 
 def combine_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     """One set of metrics from those of several batches, as `policy_loss` gives them, numbers instead of arrays.
 
-    Means are weighted by tokens, `min` and `max` taken, tokens added. No parts give no metrics.
+    Means are weighted by tokens, `min` and `max` taken, tokens added. What is of fresh tokens alone is left out where
+    there are none. No parts give no metrics.
     """
-    if not parts:
-        return {}
-    tokens = [part[TOKENS] for part in parts]
-    combined = {name: _combine(name, [part[name] for part in parts], tokens) for name in parts[0]}
+    fresh = [part for part in parts if part.get(FRESH, 1.0) > 0]
+    names = dict.fromkeys(name for part in parts for name in part if name != FRESH)
+    combined = {}
+    for name in names:
+        of, count = (fresh, _fresh) if name.startswith(SAMPLING) else (parts, _tokens)
+        if of:
+            combined[name] = _combine(name, [part[name] for part in of], [count(part) for part in of])
+    if any(FRESH in part for part in parts):
+        combined[FRESH] = sum(map(_fresh, parts))
     if SAMPLE_SIZE in combined:
-        combined[SAMPLE_SIZE] = _sample_size(parts, tokens)
+        combined[SAMPLE_SIZE] = _sample_size(fresh, [_fresh(part) for part in fresh])
     return combined
+
+
+def _tokens(part: dict[str, float]) -> float:
+    return part[TOKENS]
+
+
+def _fresh(part: dict[str, float]) -> float:
+    return part.get(FRESH, part[TOKENS])
 
 
 def _combine(name: str, values: Sequence[float], tokens: Sequence[float]) -> float:

@@ -23,8 +23,9 @@ class Terms:
     """The inputs of a surrogate, all `[B, T]` float32, 0 at untrained tokens.
 
     `current` is log p under the current policy. `denominator` is log p under the anchor (the policy before this step's
-    first update), for dppo under the distribution that was drawn from. `log_ratio` is the log of their ratio, per token
-    or sequence as the loss says. `correction` has the importance weights anchor / sampler, None without a correction.
+    first update; for stale tokens the policy that sampled), for dppo under the distribution that was drawn from.
+    `log_ratio` is the log of their ratio, per token or sequence as the loss says. `correction` has the importance
+    weights anchor / sampler, None without a correction.
     """
 
     current: mx.array

@@ -44,6 +44,7 @@ from grpo.runs.revisions import with_revisions
 from grpo.runs.sources import source_hashes
 from grpo.runs.starting import starting_hash, with_kept
 from grpo.runs.state import RunState
+from grpo.training.state import OLDER
 from grpo.training.trainer import Trainer
 
 
@@ -138,7 +139,7 @@ def find_start(
         what = "was written with another recipe, other code or other data"
         raise UserError(f"{checkpoint} {what}; --resume-changed goes on all the same:\n{listed}")
     if any(line.startswith(COMPARED) for line in differences):
-        state = replace(state, rewards=(), start=None)
+        state = replace(state, rewards=(), start=None, trainer=state.trainer.without(OLDER))
     if not goes_on:  # a branch off another run
         state = replace(state, run_id=_new_id(), first=state.step + 1)
     notes += [_goes_on(cfg.optim.steps, state.step, checkpoint), *(f"changed: {line}" for line in differences)]
@@ -159,7 +160,8 @@ WITHOUT_INFLUENCE = (
 """Settings that change neither what is sampled nor what is learned. A resumed run may have others without leave."""
 
 COMPARED = ("model.", "data.", "rewards.", "rollout.", "environment", "tools", "code of ", "contents of ")
-"""How the differences begin after which the rewards of earlier and later steps cannot be compared."""
+"""How the differences begin after which the rewards of earlier and later steps cannot be compared, and after which
+older groups are not what this run would have sampled."""
 
 
 def _goes_on(steps: int, made: int, checkpoint: Path) -> str:

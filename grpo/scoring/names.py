@@ -34,7 +34,18 @@ _STEP = (
 )
 _EVALUATION = ("n", "grader", "failed_gradings", "greedy", r"(avg|pass|maj)@\d+", r".*_interval")
 _CONVERSATIONS = ("turns/mean", "tools/(call|failure)_frequency", "stop/.*", "environment/failures/.*")
-_FOLDERS = ("rewards", "completions", "curriculum", "clip_ratio", "sampling", "speculation", "time", "update")
+_FOLDERS = (
+    "rewards",
+    "completions",
+    "curriculum",
+    "clip_ratio",
+    "sampling",
+    "speculation",
+    "time",
+    "update",
+    "policy_lag",
+    "reuse",
+)
 """Whatever comes under them (`time/rollout`) is the run's own."""
 
 _OWN = (*_STEP, *_EVALUATION, *_CONVERSATIONS, *(f"{folder}/.*" for folder in _FOLDERS))

@@ -103,6 +103,8 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
         size = f"{cfg.rollout.prompts_per_step} × {cfg.rollout.num_generations}"
         silent = max(_values(run, "steps_without_signal"), default=0.0)
         steps = f"{run.step} of {cfg.optim.steps}, {run.state}" + (f", {silent:.0f} without a signal" if silent else "")
+        replayed = sum(_values(run, "reuse/groups"))
+        steps += f", {replayed:.0f} older groups replayed" if replayed else ""
         loss = f"{cfg.loss.type}, beta {cfg.loss.beta:g}, lr {cfg.optim.learning_rate:g}"
         talks = ", ".join(
             short_name(use) for use in (*(one.use for one in own), *(one.use for one in cfg.tools)) if use
@@ -184,10 +186,15 @@ def _completions(runs: Sequence[RecordedRun]) -> str | None:
         if not paths:
             continue
         chosen = sorted({round(i * (len(paths) - 1) / max(1, STEPS - 1)) for i in range(STEPS)})
-        steps = [read_completions(paths[place]) for place in chosen]
+        steps = [_sampled(*read_completions(paths[place])) for place in chosen]
         parts.append(f"<h3>{escape(run.folder.name)}</h3>" + _changed(steps))
         parts += [_of_step(step, groups) for step, groups in steps]
     return '<p><input id="filter" placeholder="only those with…"></p>' + "".join(parts) if parts else None
+
+
+def _sampled(step: int, groups: Sequence[Group]) -> tuple[int, list[Group]]:
+    """A stored step with the groups that it sampled itself: those that it replayed are in an earlier step's file."""
+    return step, [group for group in groups if group.lag == 0]
 
 
 def _of_step(step: int, groups: Sequence[Group]) -> str:

@@ -14,6 +14,6 @@ def named_numbers(record: StepMetrics | EvalMetrics) -> dict[str, float]:
 
 
 def best_of(record: StepMetrics) -> tuple[Task, Rollout] | None:
-    """The completion with the highest reward of a step, with its task; None if none has a reward."""
-    rated = [(g.task, r) for g in record.groups for r in g.rollouts if r.reward is not None]
+    """The completion with the highest reward that a step sampled, with its task; None if none has a reward."""
+    rated = [(g.task, r) for g in record.sampled for r in g.rollouts if r.reward is not None]
     return max(rated, key=lambda pair: pair[1].reward or 0.0, default=None)

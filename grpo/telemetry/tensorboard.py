@@ -32,7 +32,7 @@ class TensorboardLogger:
         for name, value in named_numbers(record).items():
             self._writer.add_scalar(name, value, record.step)
         if isinstance(record, StepMetrics) and record.groups:
-            rollouts = [rollout for group in record.groups for rollout in group.rollouts]
+            rollouts = [rollout for group in record.sampled for rollout in group.rollouts]
             lengths = [rollout.trajectory.trained_tokens for rollout in rollouts]
             rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
             for name, values in (("completion_length", lengths), ("reward", rewards)):

@@ -88,7 +88,7 @@ class WandbLogger:
         """Histograms of rewards and lengths, and some rows of the table of completions."""
         import wandb
 
-        rollouts = [rollout for group in record.groups for rollout in group.rollouts]
+        rollouts = [rollout for group in record.sampled for rollout in group.rollouts]
         rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
         made: dict[str, Any] = {
             "histograms/completion_length": wandb.Histogram([rollout.trajectory.trained_tokens for rollout in rollouts])
@@ -97,7 +97,7 @@ class WandbLogger:
             made["histograms/reward"] = wandb.Histogram(rewards)
         rows = (
             [record.step, asked(group.task, r.trajectory), transcript(r), r.reward, r.advantage]
-            for group in record.groups
+            for group in record.sampled
             for r in group.rollouts
         )
         if self._cfg.completions:

@@ -76,7 +76,10 @@ def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
         completions: list[Rescored] = []
         groups = other_best = 0
         for path in paths:
-            step, stored = read_completions(path)
+            step, groups_of_step = read_completions(path)
+            stored = [group for group in groups_of_step if group.lag == 0]  # the others are in their own step's file
+            if not stored:
+                continue
             column = _column(stored, name, against)
             if not completions:
                 scorer.check(list(stored[0].task.columns))

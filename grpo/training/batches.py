@@ -145,6 +145,7 @@ def collate(rows: Sequence[Sample], shape: Shape) -> Batch:
         advantages=mx.where(trained > 0, _advantages([rollout for _, rollout in rows], shape), 0.0),
         behaviour=behaviour,
         sampler=_column([t.sampler for t in trajectories], shape),
+        stale=_stale([rollout for _, rollout in rows], trained),
         lines=lines,
         starts=starts,
     )
@@ -245,6 +246,14 @@ def _trained(trajectories: Sequence[Trajectory], shape: Shape) -> mx.array:
         lengths = mx.array([len(t.token_ids) for t in trajectories] + [0] * (shape.rows - len(trajectories)))
         return (mx.arange(shape.length)[None] < lengths[:, None]).astype(mx.float32)
     return _padded([trajectory.trained for trajectory in trajectories], shape.rows, shape.length)
+
+
+def _stale(rollouts: Sequence[Rollout], trained: mx.array) -> mx.array | None:
+    """1 on the trained tokens that an earlier step's policy sampled: `[B, T]` float32; None if there are none."""
+    if not any(rollout.lag for rollout in rollouts):
+        return None
+    older = [float(rollout.lag > 0) for rollout in rollouts]
+    return trained * mx.array(older + [0.0] * (len(trained) - len(older)))[:, None]
 
 
 def _advantages(rollouts: Sequence[Rollout], shape: Shape) -> mx.array:

@@ -41,14 +41,16 @@ class Gauges:
 
         Leaving them out of the metric would bias it: most belong to prompts that the policy is sure of. Entropy is the
         expectation of -log p, so the mean of -`behaviour` estimates it without bias and at no cost. If filters changed
-        the distribution that was drawn from, this does not hold, and a forward pass of each completion is made.
+        the distribution that was drawn from, this does not hold, and a forward pass of each completion is made. The
+        same goes for completions of an older policy, whose `behaviour` tells of that policy.
         """
         rows = [row for row in rows_of(groups) if not learns(row[1], self.loss)]
-        left = [rollout.trajectory for _, rollout in rows]
-        tokens = sum(trajectory.trained_tokens for trajectory in left)
-        surprise = -sum(sum(trajectory.of_trained(trajectory.behaviour or ())) for trajectory in left)
-        if math.isfinite(surprise) and not any(trajectory.sampler for trajectory in left):
-            return Entropy(surprise, tokens)
+        tokens = sum(rollout.trajectory.trained_tokens for _, rollout in rows)
+        fresh = [rollout.trajectory for _, rollout in rows if not rollout.lag]
+        surprise = -sum(sum(trajectory.of_trained(trajectory.behaviour or ())) for trajectory in fresh)
+        if math.isfinite(surprise) and not any(trajectory.sampler for trajectory in fresh):
+            older = [row for row in rows if row[1].lag]
+            return Entropy(surprise + sum(by_row(older, self.packing, self._entropies, self.ranks)), tokens)
         return Entropy(sum(by_row(rows, self.packing, self._entropies, self.ranks)), tokens)
 
     def divergences(self, groups: Sequence[Group]) -> list[float]:

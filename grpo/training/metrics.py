@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import get_args
 
-from grpo.objective.metrics import TOKENS
+from grpo.objective.metrics import FRESH, TOKENS
 from grpo.training.update import Update
 from grpo.types import FAILURES, FinishReason, Group, StepMetrics
 
@@ -37,7 +37,7 @@ def step_metrics(
         "skipped_updates": float(update.skipped),
         "updates_without_signal": float(update.without_signal),
         **({"loss": update.loss, "grad_norm": update.grad_norm} if math.isfinite(update.loss) else {}),
-        **{name: value for name, value in update.metrics.items() if name != TOKENS},
+        **{name: value for name, value in update.metrics.items() if name not in (TOKENS, FRESH)},
         "num_prompts": float(len(groups)),
         "num_tokens": float(sum(lengths)),
         "rollout_tokens_per_second": sum(lengths) / seconds["rollout"],

@@ -18,7 +18,8 @@ def with_penalties(
 
     `cache` is `advantage.soft_overlong_cache`: the penalty on length begins this many tokens before `longest`, the
     limit on a completion. `beta` weighs the KL that `loss.kl_in: reward` subtracts. The metrics are the mean penalty
-    and the mean KL. This is no pass of `passes.py`, because it needs groups, before there are batches.
+    of what this step sampled, and the mean KL. This is no pass of `passes.py`, because it needs groups, before there
+    are batches.
     """
     in_reward = gauges.loss.kl_in == "reward"
     if not in_reward and cache is None:
@@ -35,4 +36,5 @@ def with_penalties(
         replace(group, rollouts=tuple(replace(rollout, penalty=next(each)) for rollout in group.rollouts))
         for group in groups
     ]
-    return penalised, {"reward_penalty": fmean(penalties), **metrics}
+    fresh = [rollout.penalty for group in penalised for rollout in group.rollouts if not rollout.lag]
+    return penalised, {"reward_penalty": fmean(fresh), **metrics} if fresh else metrics

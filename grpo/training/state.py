@@ -13,17 +13,25 @@ from grpo.model.adapters import REFERENCE
 
 Arrays = Mapping[str, mx.array]
 
+OLDER = "older_groups"
+"""The arrays of what `rollout.reuse` keeps: absent while nothing is kept, and of any size."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
     """What training changes.
 
-    `arrays` by file and path, in the dtypes they train in: `adapters`, and the `optimizer`'s step and moments. `counts`
-    is what rooms count, as JSON holds it: the `tasks`' cursor, and what the `scorer` has seen of failures.
+    `arrays` by file and path, in the dtypes they train in: `adapters`, the `optimizer`'s step and moments, and the
+    older groups that are kept. `counts` is what rooms count, as JSON holds it: the `tasks`' cursor, and what the
+    `scorer` has seen of failures.
     """
 
     arrays: Mapping[str, Arrays]
     counts: Mapping[str, Any]
+
+    def without(self, name: str) -> TrainerState:
+        """The same without the arrays of that name."""
+        return TrainerState({key: arrays for key, arrays in self.arrays.items() if key != name}, self.counts)
 
     def check_fits(self, other: TrainerState) -> None:
         """Raise UserError if this is not a state of the trainer that `other` is a state of.
@@ -31,7 +39,7 @@ class TrainerState:
         It may lack the reference: a run that never asked for it has not moved it, so it is what it was at the start.
         """
         for name, arrays in other.arrays.items():
-            if name == REFERENCE and name not in self.arrays:
+            if name == OLDER or (name == REFERENCE and name not in self.arrays):
                 continue
             shapes = {path: array.shape for path, array in self.arrays.get(name, {}).items()}
             if shapes != {path: array.shape for path, array in arrays.items()}:

@@ -28,11 +28,12 @@ from grpo.training.gap import GapWatch
 from grpo.training.gauges import Gauges, mean_kl, with_all_entropy
 from grpo.training.lanes import lanes_worth
 from grpo.training.metrics import step_metrics
+from grpo.training.older import OlderGroups, lag_metrics
 from grpo.training.packing import Packing
 from grpo.training.passes import PassSettings, passes_of
 from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
-from grpo.training.state import Arrays, TrainerState
+from grpo.training.state import OLDER, Arrays, TrainerState
 from grpo.training.update import Updater
 from grpo.types import Group, StepMetrics, Totals
 
@@ -64,6 +65,7 @@ class Trainer:
         self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout, self.ranks.size), self.ranks)
         self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first, cfg.rollout.kv_bits)
         self.before = Before(policy.adapters, cfg.adapter.type == "full")
+        self.older = OlderGroups(cfg.rollout.reuse)
         self.update = Updater(
             policy,
             cfg.optim,
@@ -83,8 +85,9 @@ class Trainer:
         clock, beta = Clock(), penalty_weight(self.cfg.loss, self.cfg.optim.steps, n)
         self.engine.generator.drafted()  # what evaluations have counted
         self.scorer.begin(n)
-        sampled, groups = self.sample(n, clock)
+        sampled, fresh = self.sample(n, clock)
         self.tasks.observe(sampled)
+        groups, older = self.with_older(fresh, n)
         self.before.remember(self.update.optimizer)
         totals = Totals.of(groups)
         groups, penalty_metrics = self.penalised(groups, totals, beta)
@@ -93,16 +96,18 @@ class Trainer:
         useful = useful_tokens(groups, minibatches, self.cfg.loss, self.policy.share_prompts)
         for enrich in self.passes:  # entropy mask, this rank's share, reference, anchor: see `PASSES`
             minibatches = enrich(self.policy, minibatches)
-        kl_metrics = self.measured(groups, totals, n)
+        kl_metrics = self.measured(fresh, n)
         rest = self.gauges.entropy_left_out(groups)
         clock.lap("logprobs")
         update = with_all_entropy(self.update(minibatches, n), rest, totals)
         self.before.move()  # even if no update was applied: the step counts
         clock.lap("update")
         self.policy.adapters.sync_reference(self.cfg.adapter, n)
-        status = self.status(n, beta) | penalty_metrics | kl_metrics | useful
+        status = self.status(n, beta) | penalty_metrics | kl_metrics | useful | self.lags(groups)
         metrics = step_metrics(n, sampled, update, status, clock.laps, self.scorer.has_tools)
-        return replace(metrics, groups=(*groups, *sampled[len(groups) :]))
+        self.older = older  # the last change: what fails before it leaves the older groups as they were
+        learnt = sum(group.lag == 0 for group in groups)
+        return replace(metrics, groups=(*groups, *sampled[learnt:]))
 
     def wholly(self) -> AbstractContextManager[None]:
         """A context for `step`: if it raises, the arrays are put back as they were. `Before` has the exceptions."""
@@ -110,6 +115,7 @@ class Trainer:
 
     def sample(self, n: int, clock: Clock) -> tuple[list[Group], list[Group]]:
         """Sample and score the step's groups. Returns all of them, those to train on first, and those to train on.
+        With `rollout.dynamic_sampling` or `rollout.reuse`, those with differing rewards come first.
 
         With `rollout.dynamic_sampling: k`, groups whose rewards are all equal are replaced by groups of new tasks, up
         to k times. If some are still missing then, equal groups fill the step.
@@ -131,8 +137,23 @@ class Trainer:
                 scored = self.scorer.score(with_policy_step(groups, n - 1), scoring)
             sampled += with_rewards(self.ranks.merge(scored), self.scorer.weights)
             clock.lap("reward")
-        varied_first = sorted(sampled, key=self.teaches, reverse=True) if cfg.rollout.dynamic_sampling else sampled
+        chooses = cfg.rollout.dynamic_sampling or cfg.rollout.reuse
+        varied_first = sorted(sampled, key=self.teaches, reverse=True) if chooses else sampled
         return varied_first, varied_first[: cfg.rollout.prompts_per_step]
+
+    def with_older(self, fresh: list[Group], n: int) -> tuple[list[Group], OlderGroups]:
+        """The groups to train on, and the older ones to keep: with `rollout.reuse`, older groups take the place of the
+        last of the `fresh`, which teach nothing. The number of groups stays."""
+        if not self.cfg.rollout.reuse:
+            return fresh, self.older
+        teaching = [group for group in fresh if self.teaches(group)]
+        replayed, older = self.older.replayed(len(fresh) - len(teaching), n)
+        replayed = with_rewards(replayed, self.scorer.weights) if replayed else []
+        return [*fresh[: len(fresh) - len(replayed)], *replayed], older.after(n, teaching)
+
+    def lags(self, groups: list[Group]) -> dict[str, float]:
+        """The metrics of how old the groups are that were trained on, where some may be older ones."""
+        return lag_metrics(groups) if self.cfg.rollout.reuse else {}
 
     def teaches(self, group: Group) -> bool:
         """Whether the rewards of a group differ: of its completions, or of their turns, whichever advantages are of."""
@@ -150,10 +171,10 @@ class Trainer:
         longest, number = self.cfg.rollout.max_completion_length, self.cfg.optim.num_minibatches
         return make_minibatches(groups, self.cfg.loss, packing, longest, number, beta)
 
-    def measured(self, groups: list[Group], totals: Totals, n: int) -> dict[str, float]:
+    def measured(self, groups: list[Group], n: int) -> dict[str, float]:
         """`kl` at the steps that `log.kl` names, for a run whose loss and rewards do not compute it."""
         every = self.cfg.kl_every
-        return {} if every is None or n % every else {"kl": mean_kl(self.gauges.divergences(groups), totals)}
+        return {} if every is None or n % every else {"kl": mean_kl(self.gauges.divergences(groups), Totals.of(groups))}
 
     def status(self, n: int, beta: float) -> dict[str, float]:
         """The metrics that neither the groups nor the update provide."""
@@ -183,6 +204,7 @@ class Trainer:
             "adapters": adapters.state(),
             **({"reference": adapters.state("reference")} if kept else {}),
             "optimizer": tree_flatten(self.update.optimizer.state, destination={}),
+            **({OLDER: older} if (older := self.older.arrays()) else {}),
         }
 
     def counts(self) -> dict[str, Any]:
@@ -207,6 +229,7 @@ class Trainer:
         if "reference" in state.arrays:
             self.policy.adapters.add("reference", state.arrays["reference"])
         self.update.optimizer.state = tree_unflatten(dict(state.arrays["optimizer"]))
+        self.older = self.older.loaded(state.arrays.get(OLDER, {})) if self.older.most else self.older
         self.update.skipped_in_a_row = state.counts["skipped_in_a_row"]
         self.update.steps_without_signal = state.counts.get("steps_without_signal", 0)  # older checkpoints lack it
         self.tasks.load_state(state.counts["tasks"])

@@ -222,7 +222,8 @@ def test_a_researchers_loss_sees_zeros_where_nothing_is_trained() -> None:
 
     named = {name: np.where(TRAINED > 0, column, np.nan) for name, column in columns().items()}
     current, batch, _ = given(LossConfig(), named)
-    policy_loss(current, replace(batch, anchor=None), LossConfig(), custom=loss)
+    stale = array(np.where(TRAINED > 0, 0.0, np.nan))
+    policy_loss(current, replace(batch, anchor=None, stale=stale), LossConfig(), custom=loss)
     (batch,) = seen
     assert isinstance(batch, Batch)
     for field in fields(batch):

@@ -59,6 +59,7 @@ def test_the_schema(tmp_path: Path) -> None:
         "logprobs": pa.list_(pa.float32()),
         "finish_reason": text,
         "policy_step": pa.int32(),
+        "lag": pa.int32(),
         "reward": double,
         "penalty": double,
         "advantage": double,

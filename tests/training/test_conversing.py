@@ -113,6 +113,25 @@ def test_turns_that_differ_teach_where_completions_do_not(recipe) -> None:
     assert taught.values["frac_reward_zero_std"] == 1
 
 
+def test_a_conversation_is_replayed_with_the_advantages_of_its_turns(recipe) -> None:
+    class Dull(Playing):
+        def played(self, row: Trajectory, fails: bool) -> Trajectory:
+            played = super().played(row, False)
+            return replace(played, conversation=replace(played.conversation, turn_rewards=()))
+
+    trainer = trainer_of(recipe, Playing(), "rollout.reuse=1", **{"advantage.turns": "turn"})
+    first = trainer.step(1)
+    trainer.engine.environment = Dull()
+    second = trainer.step(2)
+    assert [group.lag for group in second.groups] == [1, 1, 0, 0]
+    assert second.values["grad_norm"] > 0
+    advantages = [[r.turn_advantages for r in group.rollouts] for group in first.groups]
+    assert [[r.turn_advantages for r in group.rollouts] for group in second.groups[:2]] == advantages[::-1]
+    talks = [r.trajectory.conversation for group in first.groups[::-1] for r in group.rollouts]
+    assert [r.trajectory.conversation for group in second.groups[:2] for r in group.rollouts] == talks
+    assert second.values["environment/failures/timeout"] == first.values["environment/failures/timeout"]  # once
+
+
 def told(*groups: Group, has_tools: bool = True) -> dict[str, float]:
     scored = with_rewards(Scorer({}, environments={"Game": OwnTerms()}).score(groups), {"Game": 1.0})
     return dict(step_metrics(1, scored, Update(0.0, 0.0, {}), {}, {"rollout": 1.0}, has_tools).values)

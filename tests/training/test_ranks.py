@@ -141,6 +141,37 @@ def test_a_run_of_two_processes_is_one_run(recipe) -> None:
     assert Path("runs/toy/checkpoints/step-000003/adapters.safetensors").exists()
 
 
+OLDER = """
+from grpo.training.trainer import Trainer
+step = Trainer.step
+def told(self, n):
+    metrics = step(self, n)
+    lags = [group.lag for group in metrics.groups]
+    weights = sum(array.sum().item() for array in self.policy.adapters.state().values())
+    with open(f"told-{self.ranks.rank}", "a") as file:
+        print(n, lags, [one.about for one in self.older.kept], weights, file=file)
+    return metrics
+Trainer.step = told
+from grpo.cli import main; main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_replay_the_same_groups(recipe) -> None:
+    Path("rare.py").write_text(
+        "def reward(completions, **columns):\n"
+        "    return [float(sum(map(ord, text)) % 9 == 0) for text in completions]\n"
+    )
+    sizes = "rollout={prompts_per_step: 4, num_generations: 4, max_completion_length: 8, reuse: 3}"
+    settings = ["optim.steps=5", "optim.learning_rate=0.01", sizes, "rewards=[{use: 'rare.py:reward'}]"]
+    ran = launch(2, "-c", OLDER, "train", recipe, *settings)
+    assert "finished after step 5" in ran.stdout + ran.stderr, ran.stdout + ran.stderr
+    first, second = (Path(f"told-{rank}").read_text() for rank in range(2))
+    assert first == second
+    steps = [json.loads(line) for line in Path("runs/toy/metrics.jsonl").read_text().splitlines()]
+    assert max(step["reuse/groups"] for step in steps) > 0
+
+
 STOPPED = """
 import os, signal
 from grpo.training.trainer import Trainer

@@ -1,0 +1,83 @@
+"""Older groups, kept to be learnt from again where a step's own groups teach nothing: `rollout.reuse`.
+
+Such experience replay is off-policy: the loss has the logprobs of the policy that sampled as the anchor of these rows
+(`Batch.stale`), so that ratios, bounds and corrections are to that policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import cast
+
+import mlx.core as mx
+
+from grpo.training.keeping import OlderGroup, pack, unpack
+from grpo.training.state import Arrays
+from grpo.types import Group
+
+
+@dataclass(frozen=True, slots=True)
+class OlderGroups:
+    """The groups with signal of the last `most` steps, oldest first. A value: a step makes the next from it.
+
+    All processes of a run hold the same, because they hold the same groups after scoring. Every group is replayed at
+    most once in a step, and so `most` times in all.
+    """
+
+    most: int
+    kept: tuple[OlderGroup, ...] = ()
+
+    def replayed(self, missing: int, step: int) -> tuple[list[Group], OlderGroups]:
+        """At most `missing` groups for step `step`, each with its `lag`, and what is kept with these counted.
+
+        Those that were replayed least often come first, and of these the newest.
+        """
+        order = sorted(range(len(self.kept)), key=lambda place: (self.kept[place].replays, -place))
+        chosen = set(order[: max(missing, 0)])
+        groups = [lagging(self.kept[place].group(), step) for place in order if place in chosen]
+        counted = (
+            replace(one, replays=one.replays + 1) if place in chosen else one for place, one in enumerate(self.kept)
+        )
+        return groups, replace(self, kept=tuple(counted))
+
+    def after(self, step: int, groups: Iterable[Group]) -> OlderGroups:
+        """What is kept after step `step`, which sampled these `groups` with signal: none too old for the next step.
+
+        A group whose sampler gave NaN for a token is not kept: a stale row has no other anchor.
+        """
+        oldest = step - self.most  # of policies: the next step learns with the policy after `step` steps
+        recent = [one for one in self.kept if one.policy_step >= oldest]
+        fresh = [OlderGroup.of(group) for group in groups if _has_anchor(group)] if self.most else []
+        return replace(self, kept=(*recent, *fresh))
+
+    def arrays(self) -> dict[str, mx.array]:
+        """All of it for a checkpoint, to the bit; none if nothing is kept."""
+        return pack(self.kept)
+
+    def loaded(self, arrays: Arrays) -> OlderGroups:
+        """The same from `arrays`; nothing is kept if there are none."""
+        return replace(self, kept=unpack(arrays))
+
+
+def lagging(group: Group, step: int) -> Group:
+    """The group as step `step` learns from it, whose policy has made `step - 1` steps."""
+    rollouts = (replace(one, lag=step - 1 - cast(int, one.trajectory.policy_step)) for one in group.rollouts)
+    return replace(group, rollouts=tuple(rollouts))
+
+
+def lag_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """How old the groups that a step learns from are: mean and maximum over completions, in steps, and how many of
+    the groups were replayed."""
+    lags = [rollout.lag for group in groups for rollout in group.rollouts]
+    replayed = sum(group.lag > 0 for group in groups)
+    return {"policy_lag/mean": fmean(lags), "policy_lag/max": float(max(lags)), "reuse/groups": float(replayed)}
+
+
+def _has_anchor(group: Group) -> bool:
+    """Whether the policy that sampled gave a number for every trained token."""
+    trajectories = [rollout.trajectory for rollout in group.rollouts]
+    known = all(trajectory.behaviour is not None for trajectory in trajectories)
+    return known and all(math.isfinite(p) for t in trajectories for p in t.of_trained(t.behaviour or ()))

@@ -19,6 +19,7 @@ from grpo.objective.kl import kl_estimate
 from grpo.objective.measures import Metrics, clip_metrics, mean, sampler_metrics
 from grpo.objective.ratios import bounded_exp, log_ratios
 from grpo.objective.surrogates import SURROGATES, Terms
+from grpo.objective.teaching import sampled_kl
 from grpo.types import Batch
 
 CustomLoss = Callable[[mx.array, Batch, LossConfig], mx.array]
@@ -31,22 +32,25 @@ def policy_loss(
     cfg: LossConfig,
     entropies: mx.array | None = None,
     custom: CustomLoss | None = None,
+    divergence: mx.array | None = None,
 ) -> tuple[mx.array, Metrics]:
     """The loss of a micro-batch, to be minimized, and its metrics.
 
-        loss = Σ weights · (keep · w · surrogate(ratio, A) + β · KL - c · entropy)
+        loss = Σ weights · (keep · w · surrogate(ratio, A) + β · KL - c · entropy + d · KL to the teacher)
 
     over trained tokens. keep is the off-policy mask and w the correction for the sampler (vespo puts w into its own
     weight instead). grpo/presets.py has the formulas.
 
     current `[B, T]` float32 is log p under the current policy, differentiable. entropies `[B, T]` float32, in nats, or
-    None. The batch must have `trained`, `weights` and `advantages`. The other columns are used as follows:
+    None. divergence `[B, T]` float32 is the KL to a teacher in nats, differentiable, where the batch has the weight d
+    (`teacher_coef`). The batch must have `trained`, `weights` and `advantages`. The other columns are used as follows:
 
         anchor     denominator of the ratios, except dppo's. None: the current policy is the anchor, every ratio is 1.
         behaviour  read by the correction, the off-policy mask, dppo and the `sampling/` metrics
         sampler    replaces `behaviour` in the correction and in dppo if filters changed what was drawn from. The
                    off-policy mask compares two policies, and keeps `behaviour`.
         reference  required if the KL penalty has a weight above 0
+        teacher    read by the metric `teacher/kl` alone: what it gives is in `advantages` already
         beta       replaces `cfg.beta` as that weight
         entropies  replaces the argument `entropies` in the metric `entropy`: with dropout, the values without it
 
@@ -70,6 +74,8 @@ def policy_loss(
     for add in (_off_policy_mask, _penalty, _entropy_bonus):
         per_token, measured = add(per_token, terms, batch, cfg, entropies)
         metrics |= measured
+    per_token, measured = _teaching(per_token, batch, divergence)
+    metrics |= measured
     loss = mx.where(batch.trained > 0, batch.weights * per_token, 0.0).sum()
     return loss, {name: mx.stop_gradient(value) for name, value in metrics.items()}
 
@@ -90,6 +96,7 @@ def _on_trained(batch: Batch, current: mx.array) -> Batch:
         sampler=masked(batch.sampler),
         anchor=mx.stop_gradient(current) if batch.anchor is None else masked(batch.anchor),
         reference=masked(batch.reference),
+        teacher=masked(batch.teacher),
         entropies=masked(batch.entropies),
     )
 
@@ -158,3 +165,15 @@ def _entropy_bonus(
     if cfg.entropy_coef > 0:
         per_token = per_token - cfg.entropy_coef * entropies
     return per_token, {"entropy": mean(entropies if batch.entropies is None else batch.entropies, terms.trained)}
+
+
+def _teaching(per_token: mx.array, batch: Batch, divergence: mx.array | None) -> tuple[mx.array, Metrics]:
+    """Add d · KL(policy ‖ teacher) of each token, if it is a term of the loss. Both ways it is measured."""
+    if batch.teacher_coef is not None:
+        if divergence is None:
+            raise ValueError("teacher_coef needs the divergence from the teacher")
+        divergence = mx.where(batch.trained > 0, divergence, 0.0)
+        return per_token + batch.teacher_coef * divergence, {"teacher/kl": mean(divergence, batch.trained)}
+    if batch.teacher is None or batch.behaviour is None:
+        return per_token, {}
+    return per_token, {"teacher/kl": mean(sampled_kl(batch.behaviour, batch.teacher), batch.trained)}

@@ -134,7 +134,7 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
         [extent(shape, policy.share_prompts, checkpointing) for shape in shapes],
         measure_body(policy, checkpointing, shapes),
     )
-    vocabulary = _vocabulary(policy)
+    vocabulary = policy.vocabulary
     fixed = sum(4 * array.size for _, array in tree_flatten(policy.model.trainable_parameters()))
     head = bytes_at_work(policy.model, on_gpu())
     head += sum(HEAD_SUMS * array.size for _, array in tree_flatten(head_parameters(policy.model)))
@@ -204,8 +204,3 @@ def _going_through(policy: Policy, shape: Shape) -> tuple[list[mx.array], Callab
     lengths = mx.full((shape.prompts,), shape.prompt_length)
     index, completions = mx.zeros((shape.rows,), mx.int32), mx.zeros((shape.rows, shape.length), mx.int32)
     return [prompts, lengths, index, completions], policy.group_hidden
-
-
-def _vocabulary(policy: Policy) -> int:
-    size: int = policy.model(mx.array([[0]])).shape[-1]  # the shape alone: nothing is computed
-    return size

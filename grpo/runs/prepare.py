@@ -38,6 +38,7 @@ from grpo.rollout import RolloutEngine, sampling_of
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite
 from grpo.runs.rewarding import check_rewarded
+from grpo.runs.teachers import teacher_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.algorithms import make_optimizer
 from grpo.training.trainer import Trainer
@@ -84,7 +85,7 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
         groups = -(-cfg.rollout.prompts_per_step // ranks.size)
         partners = invite(cfg.conversations, cfg.tools, given, groups, files)
         opened.callback(partners.close)
-        rewarding = check_rewarded(cfg.rewards, cfg.advantage, partners)
+        rewarding = check_rewarded(cfg.rewards, cfg.advantage, partners, taught=cfg.teacher is not None)
         hosts = list(partners.hosts.values())
         scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions, hosts)
         opened.callback(scorer.close)
@@ -105,6 +106,7 @@ def _prepared(
         for (name, data), rows in zip(named.items(), local, strict=True)
     ]
     policy = _policy(cfg, model)
+    teacher = teacher_of(cfg, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
@@ -139,7 +141,7 @@ def _prepared(
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})
     _decode_as_planned(generator, plan)
-    trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks)
+    trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks, teacher)
     trainer.update.gradients.alone = plan.alone
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]

@@ -311,7 +311,7 @@ class Batch:
         teacher_coef      `[]` float32: the weight of the divergence from the teacher
         teacher_hidden    `[B, T, D]` of the teacher's dtype: its hidden states, which its head projects (exact)
         teacher_ids       `[B, T, k]` int32: its likeliest tokens at each place (top_k)
-        teacher_logprobs  `[B, T, k]` float32: log p of these under the teacher
+        teacher_logprobs  `[B, T, k + 1]` float32: log p of these under the teacher, and of all others together
 
     lines and starts, int32, say how the rows stand behind one another as they go through the model: `[5, R, W]` and
     `[B]`, of which `grpo.model.lines` tells. None: each row goes through by itself, behind its prompt.

@@ -92,7 +92,12 @@ def chunked_logprobs(
         own = slice(start, start + len(states))
         tokens = flat_tokens[own]
         found = with_entropies(logits, tokens, entropy_gradient) if entropies else (token_logprobs(logits, tokens),)
-        return found if beside is None else (*found, beside(own, logits))
+        if beside is None:
+            return found
+        # Before the entropies: `mx.vjp` passes over outputs behind `stop_gradient`, and would give those after them the
+        # slopes of others.
+        return (found[0], beside(own, logits), *found[1:])
 
     found = in_pieces(project, hidden.reshape(rows * length, width), chunk, module, head_parameters(module))
-    return tuple(values.reshape(rows, length) for values in found)
+    logprobs, *others = (values.reshape(rows, length) for values in found)
+    return (logprobs, *others) if beside is None else (logprobs, *others[1:], others[0])

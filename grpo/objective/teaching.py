@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from grpo.backend.maths import logsumexp
 
-MOST = 1 - 1e-6
-"""Of the probability of the teacher's likeliest tokens, what counts at most: the rest keeps a logarithm."""
+NEVER = -1e30
+"""The logit of what is left out of a sum of exponentials."""
 
 
 def teacher_advantages(advantages: mx.array, behaviour: mx.array, teacher: mx.array, coef: float) -> mx.array:
@@ -43,31 +43,41 @@ def exact_kl(logits: mx.array, teacher: mx.array) -> mx.array:
 
 
 def likeliest(teacher: mx.array, k: int, vocabulary: int) -> tuple[mx.array, mx.array]:
-    """The teacher's `k` likeliest of the first `vocabulary` tokens: their ids (int32) and logprobs, `[..., k]` each.
+    """The teacher's `k` likeliest of the first `vocabulary` tokens, and all others as one.
 
-    teacher `[..., V]` float32 are logits at the sampling temperature. In no order; fewer if there are not so many.
+    teacher `[..., V]` float32 are logits at the sampling temperature. Returns the tokens' ids, `[..., k]` int32, in no
+    order, and their logprobs with that of the others behind them, `[..., k + 1]` float32. At least one is left over.
     """
-    logprobs = _log_softmax(teacher[..., :vocabulary])
-    k = min(k, logprobs.shape[-1])
-    ids = mx.argpartition(-logprobs, k - 1, axis=-1)[..., :k]
-    return ids.astype(mx.int32), mx.take_along_axis(logprobs, ids, axis=-1)
+    logits = teacher[..., :vocabulary]
+    k = min(k, logits.shape[-1] - 1)
+    ids = mx.argpartition(-logits, k - 1, axis=-1)[..., :k].astype(mx.int32)
+    return ids, _with_others(logits, ids)
 
 
 def top_k_kl(logits: mx.array, ids: mx.array, teacher: mx.array) -> mx.array:
-    """The reverse KL in nats over k tokens, and all others as one: `[..., V]` and twice `[..., k]` in, `[...]` out.
+    """The reverse KL in nats over k tokens, and all others as one.
 
-    logits float32 are the policy's at the sampling temperature. `ids` are those tokens and `teacher` their logprobs
-    under the teacher. With q and p the probabilities under policy and teacher, and Q and P their sums over the k tokens:
+    logits `[..., V]` float32 are the policy's at the sampling temperature. `ids` `[..., k]` and
+    `teacher` `[..., k + 1]` are what `likeliest` gives. Returns `[...]`. With q and p the probabilities under policy
+    and teacher, and Q and P their sums over the k tokens:
 
         Σ_k q (log q - log p) + (1 - Q) (log (1 - Q) - log (1 - P))
 
-    It is never negative, never above the exact KL, and the exact KL if no more than one token is left over. The
-    gradient is `logits`'.
+    It is never negative, never above the exact KL, and the exact KL if one token alone is left over. The gradient is
+    `logits`'.
     """
-    policy = mx.take_along_axis(logits, ids, axis=-1) - logsumexp(logits)[..., None]
-    inside, theirs = (mx.minimum(mx.exp(logprobs).sum(axis=-1), MOST) for logprobs in (policy, teacher))
-    rest = (1 - inside) * (mx.log1p(-inside) - mx.log1p(-theirs))
-    return (mx.exp(policy) * (policy - teacher)).sum(axis=-1) + rest
+    policy = _with_others(logits, ids)
+    return (mx.exp(policy) * (policy - mx.stop_gradient(teacher))).sum(axis=-1)
+
+
+def _with_others(logits: mx.array, ids: mx.array) -> mx.array:
+    """The logprobs of these tokens, and behind them that of all others together: `[..., k + 1]`.
+
+    The others are summed: 1 - Q would lose the digits of a probability near 0.
+    """
+    others = mx.put_along_axis(logits, ids, mx.array(NEVER), axis=-1)
+    found = mx.concatenate([mx.take_along_axis(logits, ids, axis=-1), logsumexp(others)[..., None]], axis=-1)
+    return found - logsumexp(logits)[..., None]
 
 
 def _log_softmax(logits: mx.array) -> mx.array:

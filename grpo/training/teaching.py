@@ -64,7 +64,7 @@ class Teacher:
         return replace(batch, teacher=logprobs, advantages=mx.where(batch.trained > 0, advantages, 0.0))
 
     def _likeliest(self, teacher: Policy, hidden: mx.array, vocabulary: int) -> tuple[mx.array, ...]:
-        """The ids and logprobs, `[B, T, k]` each, of the teacher's likeliest tokens, by its hidden states."""
+        """The ids and logprobs that `likeliest` gives, `[B, T, …]`, by the teacher's hidden states."""
         head, chunk = _head(teacher), chunk_tokens(teacher.vocabulary, teacher.logits)
 
         def found(_: int, states: mx.array) -> tuple[mx.array, ...]:

@@ -226,4 +226,4 @@ def test_the_teacher_sees_no_dropout_and_every_update_of_a_step_has_it(policy) -
         assert batch.teacher_ids.shape == (*batch.token_ids.shape, 5)
         assert batch.teacher_logprobs is not None
         assert batch.teacher_logprobs.shape == (*batch.token_ids.shape, 6)
-    assert [[batch.anchor is None for batch in of_one][0] for of_one in batches] == [True, False]
+    assert [next(batch.anchor is None for batch in of_one) for of_one in batches] == [True, False]

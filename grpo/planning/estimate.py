@@ -135,7 +135,8 @@ def _updates(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan) -> float:
     sizes = plan.prompts, cfg.data.max_prompt_length, rollout.num_generations, rollout.max_completion_length
     old = passes * cfg.optim.num_minibatches > 1 or cfg.adapter.dropout > 0  # logprobs from before the first update
     chosen = cfg.loss.top_entropy_quantile < 1
-    others = cfg.has_penalty + old + chosen + (1 / cfg.kl_every if cfg.kl_every else 0)
+    by_adapter = cfg.teacher is not None and cfg.teacher.adapter is not None  # a second model's time is not counted
+    others = cfg.has_penalty + old + chosen + by_adapter + (1 / cfg.kl_every if cfg.kl_every else 0)
     update, logprobs = costs.update(*sizes) + costs.forward(*sizes) * plan.recomputed, costs.logprobs(*sizes)
     if chip.times == "bound":
         return (update * passes + logprobs * others).seconds(chip.flops, chip.bandwidth)

@@ -49,7 +49,7 @@ class Footprint:
     Of the tokens' bytes a part (`kept`) waits while the loss is computed; the rest comes after it. `head` is what the
     head holds beside its logits: float32 pieces of its matrix, and the sums of its gradient if it trains. `depth` is
     how many layers the model has. Of a pass with more than `most_pairs` no scores are kept (None: all are). The head
-    holds `most_copies` of a chunk's logits at once.
+    holds `logit_copies` of a chunk's logits, and `most_copies` at once.
     """
 
     fixed: int
@@ -63,6 +63,7 @@ class Footprint:
     depth: int = 2
     most_pairs: int | None = None
     most_copies: int = MOST_COPIES[True]
+    logit_copies: int = LOGIT_COPIES
 
     def keeps_scores(self, shape: Shape) -> bool:
         """Whether attention keeps the scores of all passes of this shape for the backward pass."""
@@ -83,7 +84,7 @@ class Footprint:
             tokens, pairs = extent(shape, self.shares, self.checkpointing, self.most_pairs)
             body = self.token * tokens + self.pair * pairs
         projected = shape.lines * shape.width or shape.rows * shape.length
-        copies = min(self.most_copies, LOGIT_COPIES * -(-projected // self.chunk))
+        copies = min(self.most_copies, self.logit_copies * -(-projected // self.chunk))
         head = self.head + copies * self.logits * min(self.chunk, projected)
         return int(self.fixed + max(body, self.kept * body + head))
 

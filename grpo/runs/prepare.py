@@ -27,6 +27,7 @@ from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
+from grpo.planning.lesson import Lesson
 from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
 from grpo.planning.planner import Planner, allowed
@@ -106,7 +107,7 @@ def _prepared(
         for (name, data), rows in zip(named.items(), local, strict=True)
     ]
     policy = _policy(cfg, model)
-    teacher = teacher_of(cfg, policy, tokenizer)
+    teacher = teacher_of(cfg.teacher, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
@@ -134,10 +135,10 @@ def _prepared(
     source = stream if given.source is None else given.source(stream)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
-    waits = environment is not None
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
-    workload = Workload(*sections, longest, longest_of_all, own, waits, ranks.size)
-    planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss)
+    workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
+    lesson = Lesson.of(cfg.teacher, model, teacher and teacher.model)
+    planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})
     _decode_as_planned(generator, plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from grpo.config import Recipe, TeacherConfig
+from grpo.config import AdapterConfig, TeacherConfig
 from grpo.errors import UserError
 from grpo.model.adapters import TEACHER, NoAdapters
 from grpo.model.load import load
@@ -13,21 +13,21 @@ from grpo.model.policy import Policy
 from grpo.training.teaching import Teacher
 
 
-def teacher_of(cfg: Recipe, policy: Policy, tokenizer: Any) -> Teacher | None:
+def teacher_of(cfg: TeacherConfig | None, adapter: AdapterConfig, policy: Policy, tokenizer: Any) -> Teacher | None:
     """The recipe's teacher: a state of the policy's adapters, which is added to them, or a second model.
 
     None without one. Raises UserError for an adapter that does not fit the model, a model with another tokenizer, and
     where its KL cannot be a term of the loss.
     """
-    if cfg.teacher is None:
+    if cfg is None:
         return None
-    if cfg.teacher.adapter is not None:
-        _add_state(policy, Path(cfg.teacher.adapter))
-        teacher = Teacher(cfg.teacher)
+    if cfg.adapter is not None:
+        _add_state(policy, Path(cfg.adapter))
+        teacher = Teacher(cfg)
     else:
-        teacher = Teacher(cfg.teacher, _second(cfg.teacher, policy, tokenizer))
-    if cfg.teacher.in_loss:
-        _check_heads(cfg, policy, teacher)
+        teacher = Teacher(cfg, _second(cfg, policy, tokenizer))
+    if cfg.in_loss:
+        _check_heads(teacher, adapter, policy)
     return teacher
 
 
@@ -62,17 +62,16 @@ def _difference(mine: dict[str, int], other: dict[str, int]) -> str | None:
     return f"token {token!r} is {ids[0]} here and {ids[1]} there"
 
 
-def _check_heads(cfg: Recipe, policy: Policy, teacher: Teacher) -> None:
+def _check_heads(teacher: Teacher, adapter: AdapterConfig, policy: Policy) -> None:
     """Raise UserError where the KL cannot be computed from hidden states, some tokens at a time."""
-    assert cfg.teacher is not None
     sampled = "Take teacher.kl: sampled"
     if policy.split is None or (teacher.second is not None and teacher.second.split is None):
         whose = "the model" if policy.split is None else "the teacher"
         raise UserError(
-            f"teacher.kl: {cfg.teacher.kl} projects hidden states, and {whose} has no head that can be "
+            f"teacher.kl: {teacher.cfg.kl} projects hidden states, and {whose} has no head that can be "
             f"split off. {sampled}"
         )
-    if cfg.teacher.kl == "exact" and teacher.second is None and cfg.adapter.type == "full":
+    if teacher.cfg.kl == "exact" and teacher.second is None and adapter.type == "full":
         raise UserError(
             "teacher.kl: exact with teacher.adapter needs a head that does not train, and adapter.type: "
             f"full may train it. {sampled}, or top_k"

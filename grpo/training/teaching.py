@@ -28,6 +28,11 @@ class Teacher:
     cfg: TeacherConfig
     second: Policy | None = None
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The second model, if there is one."""
+        return None if self.second is None else self.second.model
+
     @contextmanager
     def of(self, policy: Policy) -> Iterator[Policy]:
         """The policy's teacher inside a `with` block. The policy is not to be used in it."""
@@ -86,11 +91,7 @@ class Teacher:
         states, teacher = _flat(batch.teacher_hidden), self.second or policy
         head, temperature = _head(teacher), policy.temperature
 
-        def exact(own: slice, logits: mx.array) -> mx.array:
-            (theirs,) = mx.depends([states[own]], [mx.stop_gradient(logits)])  # not before this chunk is at work
-            return exact_kl(logits, scaled(head(theirs), temperature))
-
-        return exact
+        return lambda own, logits: exact_kl(logits, scaled(head(states[own]), temperature))
 
 
 def taught(groups: Sequence[Group]) -> list[Group]:

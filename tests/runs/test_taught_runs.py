@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import shaken
+from mlx.utils import tree_flatten
 
 from grpo.config import ModelConfig
 from grpo.errors import UserError
@@ -44,7 +45,7 @@ def prepared(recipe: Path, *overrides: str) -> Prepared:
 def test_a_run_without_rewards_learns_from_an_adapter(taught: Path, kl: str) -> None:
     """The policy begins as the base model, and its divergence from the teacher shrinks in steps of one batch."""
     run = prepared(
-        taught, ALONE, f"teacher={{adapter: teacher, kl: {kl}}}", "optim.learning_rate=0.02", "optim.steps=6"
+        taught, ALONE, f"teacher={{adapter: teacher, kl: {kl}}}", "optim.learning_rate=0.003", "optim.steps=6"
     )
     assert TEACHER in run.trainer.policy.adapters.names
     steps = [run.trainer.step(n).values for n in range(1, 7)]
@@ -58,14 +59,13 @@ def test_a_run_without_rewards_learns_from_an_adapter(taught: Path, kl: str) -> 
 def test_a_second_model_is_in_the_plan(taught: Path, toy_folder: Path) -> None:
     alone = prepared(taught)
     run = prepared(taught, f"teacher.model={toy_folder}", "teacher.kl=exact")
-    model, _ = load(ModelConfig(name=str(toy_folder)))
-    assert run.plan.stays["teacher"] > run.plan.stays["weights"] / 2
+    second = sum(array.nbytes for _, array in tree_flatten(load(ModelConfig(name=str(toy_folder)))[0].parameters()))
+    assert run.plan.stays["teacher"] == second + 8 * 8 * 4 * 64  # float32 hidden states of 8 completions of 8 tokens
     assert "teacher" not in alone.plan.stays
     assert run.plan.total > alone.plan.total
     values = run.trainer.step(1).values
     assert values["teacher/kl"] == pytest.approx(0, abs=1e-5)  # it is the policy's own base
     assert "reward" in values
-    del model
 
 
 def test_a_model_with_another_tokenizer_is_refused(taught: Path, toy_folder: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_model_with_another_tokenizer_is_refused(taught: Path, toy_folder: Pat
 def test_an_adapter_that_does_not_fit_is_refused(taught: Path) -> None:
     with pytest.raises(UserError, match=r"teacher.adapter .*To learn from it, a recipe says adapter: \{rank: 16"):
         prepared(taught, "teacher.adapter=teacher", "adapter.rank=4")
-    with pytest.raises(UserError, match="teacher.adapter nowhere"):
+    with pytest.raises(UserError, match=r"teacher.adapter nowhere"):
         prepared(taught, "teacher.adapter=nowhere")
 
 

@@ -41,7 +41,7 @@ from grpo.runs.prepare import data_of
 from grpo.runs.publishing import check_no_secrets
 from grpo.runs.revisions import with_revisions
 from grpo.runs.sources import source_hashes
-from grpo.runs.starting import starting_hash, with_kept
+from grpo.runs.starting import adapter_hashes, with_kept
 from grpo.runs.state import RunState
 from grpo.training.trainer import Trainer
 
@@ -214,7 +214,7 @@ def context(
     named = data_of(cfg)
     inputs = {name: fingerprint(table) for name, table in rows.items() if given.is_local(name, named[name])}
     sources = source_hashes(cfg.uses) | given.sources()
-    return Context(recipe_text(cfg), sources, adapter, plan, revisions, inputs | starting_hash(cfg.adapter))
+    return Context(recipe_text(cfg), sources, adapter, plan, revisions, inputs | adapter_hashes(cfg))
 
 
 def context_now(cfg: Recipe, written: Context, given: Given = NOTHING) -> Context:

@@ -191,7 +191,7 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("model.revision=main", "model.revision is for Hub repositories", ()),
     ("model.revision=main", "model.revision does nothing with builtin:", ("model.name=builtin:arithmetic-student",)),
     ("model.head_dtype=model", "model.head_dtype does nothing with model.dtype: float32", ("model.dtype=float32",)),
-    ("teacher.model={name: other, revision: main}", "model.revision is for Hub repositories", ()),
+    ("teacher.model.revision=main", "model.revision is for Hub repositories", ("teacher.model.name=other",)),
     ("rollout.dynamic_sampling=1", "does nothing with a teacher", ("teacher.adapter=saved",)),
     ("data.config=main", "data.config is for Hub datasets", ()),
     ("data.revision=main", "data.revision is for Hub datasets", ()),

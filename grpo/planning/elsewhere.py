@@ -43,7 +43,8 @@ class Elsewhere:
     """A recipe's run on another machine. The model has shapes and dtypes alone.
 
     `states` are the adapter's besides the policy, `decoding` the way that would be chosen there, and `footprint` what
-    an update needs without and with checkpointing.
+    an update needs without and with checkpointing. `lesson` is what a teacher takes, and `teacher` what a second model
+    computes.
     """
 
     machine: Machine
@@ -54,6 +55,7 @@ class Elsewhere:
     decoding: SharedPrefix
     footprint: Callable[[bool], Footprint]
     lesson: Lesson = NONE
+    teacher: Costs | None = None
 
     @classmethod
     def of(cls, cfg: Recipe, config: Mapping[str, Any], machine: Machine) -> Elsewhere:
@@ -62,7 +64,7 @@ class Elsewhere:
         costs = costs_of(model)
         prompt = cfg.data.max_prompt_length
         waits = bool(cfg.conversations)
-        head = bytes_at_work(model, machine.gpu)
+        head, second = bytes_at_work(model, machine.gpu), _second(cfg)
         return cls(
             machine,
             Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, prompt, prompt, waits=waits),
@@ -78,7 +80,8 @@ class Elsewhere:
                 head=head,
                 offloads=cfg.optim.offload_activations,
             ),
-            Lesson.of(cfg.teacher, model, _second(cfg)),
+            Lesson.of(cfg.teacher, model, second),
+            None if second is None else costs_of(second),
         )
 
     def plan(self) -> Plan:

@@ -34,7 +34,7 @@ def with_kept(cfg: Recipe, run: Path) -> Recipe:
 
 def adapter_hashes(cfg: Recipe) -> dict[str, str]:
     """A SHA-256 of the adapter that a run begins from, and of its teacher's, by the settings' names."""
-    named = {"adapter.path": cfg.adapter.path, "teacher.adapter": cfg.teacher and cfg.teacher.adapter}
+    named = {"adapter.path": cfg.adapter.path, "teacher.adapter": cfg.teacher.adapter if cfg.teacher else None}
     files = {name: weights_file(Path(path)) for name, path in named.items() if path is not None}
     return {name: hash_of(weights) for name, weights in files.items() if weights is not None}
 

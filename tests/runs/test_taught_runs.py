@@ -102,3 +102,28 @@ def test_settings_that_do_nothing_together(recipe: Path, overrides: tuple[str, .
     with pytest.raises(UserError, match=said):
         load_recipe(recipe, list(overrides))
     load_recipe(recipe, ["teacher={adapter: a, kl: exact}", "loss.type=gspo", ALONE])
+
+
+@pytest.mark.parametrize("kl", ["sampled", "top_k"])
+def test_a_resumed_run_is_the_run(taught: Path, run_cli, kl: str) -> None:
+    """By command, without rewards and with dropout and two minibatches: to the bit; another adapter in the teacher's
+    folder is noticed."""
+    more = [ALONE, f"teacher={{adapter: teacher, kl: {kl}}}", "adapter.dropout=0.1", "optim.num_minibatches=2"]
+    more += ["checkpoint.every=1", "optim.learning_rate=0.02"]
+    whole = run_cli("train", taught, "output_dir=whole", *more)
+    assert whole.code == 0, whole.err
+    assert "nothing was learned" not in whole.out + whole.err
+    parts = Path("parts")
+    shutil.copytree("whole", parts)
+    shutil.rmtree(parts / "checkpoints/step-000002")
+    resumed = run_cli("train", taught, "output_dir=parts", "--resume", *more)
+    assert resumed.code == 0, resumed.err
+    files = [Path(run, "checkpoints/step-000002/adapters.safetensors") for run in ("whole", "parts")]
+    one, other = (mx.load(str(file)) for file in files)
+    assert all(mx.array_equal(array, other[path]) for path, array in one.items())
+    weights = mx.load("teacher/adapters.safetensors")
+    mx.save_safetensors("teacher/adapters.safetensors", {path: 2 * array for path, array in weights.items()})
+    shutil.rmtree(parts / "checkpoints/step-000002")
+    refused = run_cli("train", taught, "output_dir=parts", "--resume", *more)
+    assert refused.code != 0
+    assert "contents of teacher.adapter" in refused.err

@@ -109,8 +109,11 @@ _Loader.yaml_constructors = {tag: how for tag, how in yaml.SafeLoader.yaml_const
 _Loader.add_constructor(None, _Loader.construct_unknown)
 
 
-class Dumper(yaml.SafeDumper):
-    """Writes what is read here: a text that looks like one of its numbers is quoted."""
+class Dumper(yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper):  # type: ignore[misc]
+    """Writes what is read here: a text that looks like one of its numbers is quoted.
+
+    With libyaml it is four times as fast: a run writes its recipe twice.
+    """
 
 
 Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers

@@ -17,7 +17,7 @@ def trained(run_cli, folder: Path, *overrides: str) -> tuple[dict, dict]:
 @pytest.mark.skipif(sys.platform == "darwin", reason="measured for the CPU")
 def test_a_short_quickstart_learns(run_cli, cache, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("GRPO_CACHE", str(cache))
-    short = ["optim.steps=30", "eval.every=30", "eval.prompts=128", "eval.samples=4"]
+    short = ["optim.steps=24", "eval.every=24", "eval.prompts=64", "eval.samples=4"]
     before, after = trained(run_cli, tmp_path / "run", *short)
     assert before["greedy"] < 0.5
     assert after["greedy"] > before["greedy"] + 0.25

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from grpo.document import Dumper, value_of
 from grpo.errors import UserError
 from grpo.plugins import bundled
 from grpo.presets import PRESETS
@@ -175,3 +177,32 @@ def test_every_variants_recipe_reads_back(tmp_path: Path, kind: str, more: list[
 def test_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match="a recipe is a mapping"):
         load_recipe(write(tmp_path, text))
+
+
+class PurePython(yaml.SafeDumper):
+    """What `Dumper` is without libyaml."""
+
+    yaml_implicit_resolvers = Dumper.yaml_implicit_resolvers
+
+
+def test_libyaml_writes_where_it_is() -> None:
+    assert issubclass(Dumper, yaml.CSafeDumper) == yaml.__with_libyaml__
+
+
+@pytest.mark.parametrize("writer", [Dumper, PurePython])
+def test_any_text_is_read_back_with_libyaml_and_without(writer: type[Dumper | PurePython]) -> None:
+    for text in (
+        "1e-5",
+        ".5",
+        "null",
+        "yes",
+        "#a",
+        "a: b",
+        " lead",
+        "a\n b\n\n c ",
+        "\x85\u2028\ufeff",
+        "é😀" * 60,
+        "",
+    ):
+        written = yaml.dump({"a": [text]}, Dumper=writer, sort_keys=False)
+        assert value_of(written) == {"a": [text]}

@@ -231,6 +231,7 @@ def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
         patch.setattr(planner, "measure_footprint", measured)
         patch.setattr(planner.Planner, "_tried", lambda *_: None)  # what is seen of memory differs from run to run
+        patch.setattr(planner.Planner, "_entering", lambda *_: None)
         left_behind("optim.learning_rate=0.01")
         shutil.copytree(folder / "run/checkpoints/step-000002", folder / "saved")
         yield cache(left_behind)

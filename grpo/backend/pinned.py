@@ -66,6 +66,11 @@ class Arena:
         """What was taken so far may be taken again. Nobody may still want to read it."""
         self._taken = 0
 
+    @property
+    def room(self) -> int:
+        """Bytes that may be taken as things are, whatever is locked already included."""
+        return max(self.bytes, self.bytes + available() - LEAST)
+
     def take(self, size: int) -> int:
         """The address of so many bytes. Raises UserError if the system does not give them."""
         address = self._start + self._taken

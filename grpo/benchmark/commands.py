@@ -172,6 +172,10 @@ def train(
         )
     if setting.limit is not None and update:
         raise UserError("--limit means nothing with --update, which plans nothing")
+    if setting.limit is not None and setting.limit <= 0:
+        raise UserError(f"--limit: expected a number above 0, got {setting.limit:g}")
+    if setting.bits == 7:
+        raise UserError("--bits: MLX quantizes to 2, 3, 4, 5, 6 or 8 bits, not to 7")
     if setting.bits is not None and (setting.model or peer_python):
         raise UserError("--bits is for a shape's random weights, and not beside another toolkit's")
     if update:

@@ -31,6 +31,9 @@ class Vault(Protocol):
     def put(self, x: mx.array) -> tuple[mx.array, Taking]:
         """A small array, which is there when `x` is put away, and what makes `x` of that array again."""
 
+    def room(self) -> int:
+        """Bytes of layers' inputs that it may hold."""
+
     def note(self) -> str:
         """What it takes, in a line."""
 
@@ -47,6 +50,9 @@ class OnHost:
     def put(self, x: mx.array) -> tuple[mx.array, Taking]:
         address = self._arena.take(x.nbytes)
         return pinned.put(x, address), partial(pinned.get, address=address, shape=x.shape, dtype=x.dtype)
+
+    def room(self) -> int:
+        return self._arena.room
 
     def note(self) -> str:
         held = f": {self._arena.bytes / 2**30:.1f} GB of it" if self._arena.bytes else ""  # nothing was measured

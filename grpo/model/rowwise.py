@@ -32,6 +32,13 @@ PAYING = 2
 """With fewer tiles than this, all tokens are computed at once."""
 
 TRIED = mx.array([[1, 2, 3]])
+TINY = 1e-30
+"""In the place of a norm of 0: the last matrix of a layer that was put into a model to grow begins as zeros."""
+
+
+def tile_tokens(numbers: int, gpu: bool) -> int:
+    """Tokens of a tile, where the products inside a part give so many numbers for each token."""
+    return max(1, NUMBERS[gpu] // numbers // BLOCK) * BLOCK
 
 
 class RowWise:
@@ -82,7 +89,7 @@ class RowWise:
         try:
             alone = mx.concatenate([module(call.x[:, i : i + 1]) for i in range(TRIED.size)], axis=1)
             out, alone = call.out.astype(mx.float32), alone.astype(mx.float32)
-            gap: Any = (mx.linalg.norm(alone - out) / mx.linalg.norm(out)).item()
+            gap: Any = (mx.linalg.norm(alone - out) / mx.maximum(mx.linalg.norm(out), TINY)).item()
         except Exception as error:  # whatever the model's own code raises, or ours
             self.fault = f"{type(module).__name__}: {cause(error)}"
             return False
@@ -98,7 +105,7 @@ class RowWise:
             if isinstance(module, LINEAR):
                 met = used_experts(self._model, default=1) if isinstance(module, EXPERTS) else 1
                 numbers += met * module.weight.shape[-2]
-        return max(1, NUMBERS[on_gpu()] // numbers // BLOCK) * BLOCK
+        return tile_tokens(numbers, on_gpu())
 
 
 class _Call(NamedTuple):

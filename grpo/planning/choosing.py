@@ -62,7 +62,7 @@ class Choice:
 
     `room` is what an update may take beside what stays. `footprint` is what it needs without and with checkpointing,
     `lanes` how many of so many micro-batches of so many tokens a CPU computes side by side, and `reckoned` the bytes of
-    a shape by sizes alone.
+    a shape by sizes alone. `offloaded` is what goes to another memory, which `machine.host` bounds.
     """
 
     machine: Machine
@@ -73,6 +73,7 @@ class Choice:
     tried: Rehearsed = lambda *_: None
     lanes: Callable[[int, int], int] = lambda *_: 1
     reckoned: Callable[[Shape], float] = lambda _: 0.0
+    offloaded: Callable[[Checkpointing, Shape], int] = lambda *_: 0
 
     def make(self) -> Chosen:
         """What the recipe says, or for `auto` what fits and pays.
@@ -115,7 +116,7 @@ class Choice:
             large = not machine.gpu and self.reckoned(largest[0]) > ENOUGH_ON_CPU
             smaller_will_do = large and tokens == "auto" and size > ENOUGH_TOKENS
             fits = small or (best is not None and best.bytes <= self.comfortable)
-            if not fits or not enough or smaller_will_do:
+            if not fits or not enough or smaller_will_do or not self._holds(way, largest):
                 continue
             fills = self.machine.limited and way is True and asked == "auto"
             fewest = self._fewest(footprint, largest, alone) if fills else way
@@ -170,6 +171,11 @@ class Choice:
     def _side_by_side(self, largest: Sequence[Shape]) -> int:
         """How many micro-batches of these shapes are computed side by side where memory allows it."""
         return 1 if self.machine.gpu else self.lanes(largest[0].tokens, -(-self.load.rows // largest[0].rows))
+
+    def _holds(self, way: Checkpointing, largest: Sequence[Shape]) -> bool:
+        """Whether the other memory has room for what these shapes offload."""
+        host = self.machine.host
+        return host is None or max(self.offloaded(way, shape) for shape in largest) <= host
 
     def _is_small(self, largest: Sequence[Shape]) -> bool:
         """Whether these shapes fit by far, so that they can be tried and no line through small gradients is asked."""

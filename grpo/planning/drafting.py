@@ -12,8 +12,10 @@ from mlx.utils import tree_flatten
 from grpo.config import OptimConfig
 from grpo.errors import TooLargeError
 from grpo.generation.controller import widest_of
-from grpo.generation.memory import Memory, slots_beside_waiting, widest_that_fits
+from grpo.generation.memory import Memory, Need, slots_beside_waiting, widest_that_fits
 from grpo.model.logprobs import FEW_LOGITS, LOGITS
+from grpo.model.offloading import host_bytes
+from grpo.model.quantized import dtype_of
 from grpo.model.widehead import bytes_at_work
 from grpo.planning.choosing import Checkpointing, Choice, reckoned
 from grpo.planning.footprint import Footprint
@@ -71,7 +73,7 @@ def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
     """
     most = LOGITS[case.machine.gpu]
     made = _draft(case, most)
-    return made if made[0].fits or not case.machine.limited or most <= FEW_LOGITS else _draft(case, FEW_LOGITS)
+    return made if made[0].fits_device or not case.machine.limited or most <= FEW_LOGITS else _draft(case, FEW_LOGITS)
 
 
 def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
@@ -82,11 +84,10 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     head = bytes_at_work(model, machine.gpu)
     room = machine.usable - sum(stays.values())
     spare = room - head + stays[FORMER]  # there is nothing of that yet
-    try:
-        slots = slots_beside_waiting(decoding, need, load.rollout.max_concurrency, spare)
-    except TooLargeError:
-        slots = 0
+    slots, entering = _slots(case, need, spare)
     lanes, sizes = partial(update_lanes, model), partial(reckoned, model)
+    offloads = load.optim.offload_activations
+    offloaded: Callable[[Checkpointing, Shape], int] = partial(_offloaded, model) if offloads else lambda *_: 0
     chosen = Choice(
         machine,
         load,
@@ -96,8 +97,8 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         lambda way, shape: case.tried(way, shape, logits),
         lanes,
         sizes,
+        offloaded,
     ).make()
-    entering = case.entering(need.entering(slots), need.prompt_length) if slots else None
     decoded, waiting = need.bytes(decoding, max(1, slots), entering), need.waiting(decoding)
     left = max(0, spare - decoded)
     # The same is set aside whatever rollout.speculate asks for, which then has no say in what waiting rows may keep.
@@ -132,5 +133,34 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         alone=chosen.alone,
         limited=machine.limited,
         logits=logits,
+        cuda=machine.cuda,
+        quantized=any(hasattr(module, "bits") for module in model.modules()),
+        offloaded=offloaded(chosen.checkpointing, chosen.shape),
+        host=machine.host,
     )
     return plan, chosen.optim
+
+
+def _offloaded(model: nn.Module, way: Checkpointing, shape: Shape) -> int:
+    """Bytes of another memory that the inputs of a micro-batch's checkpointed layers take."""
+    depth = len(model.layers)
+    layers = depth * way if isinstance(way, bool) else min(way, depth)
+    return host_bytes(layers, shape.tokens, int(getattr(model.args, "hidden_size", 0)), dtype_of(model).size)
+
+
+def _slots(case: Case, need: Need, spare: int) -> tuple[int, int | None]:
+    """How many slots fit, and what was seen of the prompts that enter them, if that was tried.
+
+    Where that is more than is reckoned, there are half as many slots, and so on down to one; 0 where not even one fits.
+    """
+    most, seen = case.load.rollout.max_concurrency, None
+    while most:
+        try:
+            slots = slots_beside_waiting(case.decoding, need, most, spare)
+        except TooLargeError:
+            return 0, None
+        seen = case.entering(need.entering(slots), need.prompt_length)
+        if need.bytes(case.decoding, slots, seen) <= spare:
+            return slots, seen
+        most = slots // 2
+    return 0, seen

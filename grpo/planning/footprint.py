@@ -48,8 +48,10 @@ class Footprint:
 
     Of the tokens' bytes a part (`kept`) waits while the loss is computed; the rest comes after it. `head` is what the
     head holds beside its logits: float32 pieces of its matrix, and the sums of its gradient if it trains. `depth` is
-    how many layers the model has. Of a pass with more than `most_pairs` no scores are kept (None: all are). The head
-    holds `logit_copies` of a chunk's logits, and `most_copies` at once.
+    how many layers the model has. A pass with more than `most_pairs` keeps no scores (None: all do), but counts as if
+    it kept the most: a micro-batch of as many tokens in shorter rows keeps them. The head holds `logit_copies` of a
+    chunk's logits, and `most_copies` at once. `inside`: bytes a token, of at most `most_inside` tokens, for what a
+    checkpointed layer computes in tiles of tokens (`grpo.model.rowwise`).
     """
 
     fixed: int
@@ -63,6 +65,8 @@ class Footprint:
     depth: int = 2
     most_pairs: int | None = None
     most_copies: int = MOST_COPIES[True]
+    inside: float = 0.0
+    most_inside: int = 0
     logit_copies: int = LOGIT_COPIES
 
     def keeps_scores(self, shape: Shape) -> bool:
@@ -80,13 +84,15 @@ class Footprint:
 
     def bytes(self, shape: Shape, body: float | None = None) -> int:
         """Of one micro-batch of this shape; `body` is what `measure_body` found of it, if that was asked."""
+        tokens, pairs = extent(shape, self.shares, self.checkpointing, self.most_pairs)
+        outside = self.token * tokens + self.pair * pairs
         if body is None:
-            tokens, pairs = extent(shape, self.shares, self.checkpointing, self.most_pairs)
-            body = self.token * tokens + self.pair * pairs
+            body = outside + self.inside * min(tokens, self.most_inside)
+        waits = min(body, self.kept * max(body, outside + self.inside * tokens))  # tiles do not make that less
         projected = shape.lines * shape.width or shape.rows * shape.length
         copies = min(self.most_copies, self.logit_copies * -(-projected // self.chunk))
         head = self.head + copies * self.logits * min(self.chunk, projected)
-        return int(self.fixed + max(body, self.kept * body + head))
+        return int(self.fixed + max(body, waits + head))
 
 
 def measure_body(policy: Policy, checkpointing: bool | int, shapes: Sequence[Shape]) -> list[float]:

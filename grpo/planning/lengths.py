@@ -32,8 +32,7 @@ class FittingLengths:
 
         Found by bisection over plans. FittingLengths that nobody has tried are reckoned by the footprint.
         """
-        most = LONGEST if self.positions is None else self.positions - self.load.longest
-        return longest(lambda length: self.draft(self._of(length)).fits, min(most, LONGEST))
+        return longest(lambda length: self.draft(self._of(length)).fits, self._most)
 
     def report(self, plan: Plan) -> list[str]:
         """The plan as a table, the longest completion that would fit, and what to change for longer ones.
@@ -50,10 +49,15 @@ class FittingLengths:
             return "Not even completions of one token would fit."
         return f"Completions of up to about {length:,} tokens would fit."
 
+    @property
+    def _most(self) -> int:
+        """Tokens of the longest completion that is looked for: as far as the model's positions go."""
+        return LONGEST if self.positions is None else min(self.positions - self.load.longest, LONGEST)
+
     def _words(self, length: int) -> str:
         more = self._of(length + max(1, length // 8))
         draft = self.draft(more)
-        if draft.fits:
+        if draft.fits or length >= self._most:
             why = "more is beyond the model's positions" if length < LONGEST else "longer was not looked for"
             return f"{length:,} tokens; {why}"
         ways = "; ".join(way for way in ways_out(draft, more) if "max_completion_length" not in way)

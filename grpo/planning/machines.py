@@ -19,13 +19,15 @@ GB = 2**30
 class Machine:
     """What a plan must know of where it will run: bytes of memory, whether that is a GPU's, and one of CUDA.
 
-    `limited`: the memory is what the recipe allows (`memory.limit_gb`), so all of it may be planned with.
+    `limited`: the memory is what the recipe allows (`memory.limit_gb`), so all of it may be planned with. `host`: bytes
+    of another memory that offloaded inputs of layers may take (None: no number says how many).
     """
 
     memory: int
     gpu: bool
     cuda: bool
     limited: bool = False
+    host: int | None = None
 
     @property
     def usable(self) -> int:

@@ -62,11 +62,30 @@ def check_parity(
     be decoded.
     """
     bits = engine.generator.kv_bits
+
+    def measured(of: Sequence[Task], size: float | None) -> _Measured:
+        return _measured(policy, engine, of, seed, packing, size)
+
     if not any(path.endswith("lora_b") for path in policy.adapters.state()):
-        return _verdict(_measured(policy, engine, tasks, seed, packing, None), policy, bits)
+        return _verdict(measured(tasks, None), policy, bits)
+    first = measured(tasks, _first_b(policy))
+    if _shows(first.moved, policy, bits):
+        return _verdict(first, policy, bits)
     shortest = min(tasks, key=lambda task: len(task.prompt_ids))
-    size = _size_of_b(policy, lambda size: _measured(policy, engine, [shortest], seed, packing, size).moved, bits)
-    return _verdict(_measured(policy, engine, tasks, seed, packing, size), policy, bits)
+    size = _size_of_b(policy, lambda size: measured([shortest], size).moved, bits)
+    return _verdict(measured(tasks, size), policy, bits)
+
+
+def _first_b(policy: Policy) -> float:
+    """The deviation of B that is tried first, which moves most models' logprobs as far as B is to move them."""
+    scale: float = policy.adapters.config["lora_parameters"]["scale"]
+    return FIRST_B / scale
+
+
+def _shows(moved: float | None, policy: Policy, kv_bits: int | None) -> bool:
+    """Whether B moved logprobs far enough to be seen, and not too far."""
+    least, most = _window(policy, kv_bits)
+    return moved is not None and least <= moved <= most
 
 
 def _size_of_b(policy: Policy, moved: Callable[[float], float | None], kv_bits: int | None = None) -> float:
@@ -75,8 +94,7 @@ def _size_of_b(policy: Policy, moved: Callable[[float], float | None], kv_bits: 
     It hardly moves those of a model that is sure of itself, and then all at once: hence a bisection.
     """
     least, most = _window(policy, kv_bits)
-    scale: float = policy.adapters.config["lora_parameters"]["scale"]
-    size, low, high = FIRST_B / scale, 0.0, math.inf
+    size, low, high = _first_b(policy), 0.0, math.inf
     for _ in range(TRIES):
         found = moved(size)
         assert found is not None

@@ -22,7 +22,8 @@ class Plan:
 
     `checkpointing`: all layers (True), none (False), or how many of `depth`. `shape` is the largest micro-batch, of
     which `lanes` are computed side by side; `alone`: more than one would not fit. Of the head, so many `logits` are
-    there at once. `limited`: `memory` is the recipe's own limit.
+    there at once. `limited`: `memory` is the recipe's own limit. `cuda`: it will run there. `quantized`: the model is.
+    Of layers' inputs `offloaded` bytes lie in another memory, which has room for `host` (None: not known).
     """
 
     steps: int
@@ -47,6 +48,10 @@ class Plan:
     alone: bool = False
     logits: int = 0
     limited: bool = False
+    cuda: bool = False
+    quantized: bool = False
+    offloaded: int = 0
+    host: int | None = None
 
     @property
     def total(self) -> int:
@@ -55,6 +60,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        return self.fits_device and (self.host is None or self.offloaded <= self.host)
+
+    @property
+    def fits_device(self) -> bool:
+        """Whether it fits but for what is offloaded."""
         return self.slots > 0 and self.total <= self.memory
 
     @property
@@ -116,7 +126,8 @@ class Plan:
             return ""
         prompts, before, rows, length, lines, width = self.shape
         rows_alone = f"{rows} × {length:,} tokens after {prompts} × {before:,}"
-        at_once = f"{lines} lines of {width:,} tokens" if lines else rows_alone
+        of_lines = "1 line" if lines == 1 else f"{lines} lines"
+        at_once = f"{of_lines} of {width:,} tokens" if lines else rows_alone
         return f"{self.lanes} × ({at_once})" if self.lanes > 1 else at_once
 
     def _of_waiting(self) -> list[str]:
@@ -134,36 +145,59 @@ ALONE = ", one after the other: two side by side do not fit"
 def why_not(plan: Plan, needed: int, parts: dict[str, int]) -> str:
     """What cannot fit into what, and the parts of what is needed."""
     what = "memory.limit_gb allows" if plan.limited else "the machine has"
+    if plan.fits_device:
+        return (
+            f"this cannot fit: optim.offload_activations moves {size_of(plan.offloaded)} of layers' inputs to the "
+            f"machine's own memory, which has {size_of(plan.host or 0)} for them."
+        )
     *stays, (phase, size) = parts.items()
     held = ", ".join(f"{name} {size_of(held)}" for name, held in stays if held)
+    rows = "one completion" if plan.slots <= 1 else f"{plan.slots} completions at once"
     return (
         f"this cannot fit: it needs {size_of(needed)}, and {what} {size_of(plan.memory)}. {held} stay in memory, and "
-        f"{NEEDS[phase].format(plan=plan, shape=plan.rows_at_once)} takes {size_of(size)}."
+        f"{NEEDS[phase].format(plan=plan, shape=plan.rows_at_once, rows=rows)} takes {size_of(size)}."
     )
 
 
 NEEDS = {
-    "rollout": "decoding one completion",
+    "rollout": "decoding {rows}",
     "update": "the update ({shape}{plan.checkpointed})",
     "optimizer's step": "the optimizer's step",
 }
 
 
+OFFLOADED = "offloaded inputs"
+"""What binds where the device has room."""
+PACKED = "rollout.kv_bits: 8 with loss.importance_sampling_correction: token_truncate"
+
+
 def ways_out(plan: Plan, load: Workload) -> list[str]:
     """What to change so that less is needed: settings that do not yet take the least, then what they cannot change."""
-    *_, phase = plan.least[1]
+    *_, phase = [OFFLOADED] if plan.fits_device and not plan.fits else plan.least[1]
     ways = []
     if phase == "update" and plan.recomputed < 1:
         ways.append("optim.gradient_checkpointing: true")
-    if phase == "update" and load.optim.micro_batch_tokens != "auto" and plan.shape is not None and plan.shape.rows > 1:
+    several = plan.shape is not None and plan.shape.rows > 1
+    if phase in ("update", OFFLOADED) and load.optim.micro_batch_tokens != "auto" and several:
         ways.append("optim.micro_batch_tokens: auto")
+    if phase == "update" and plan.cuda and not load.optim.offload_activations:
+        ways.append("optim.offload_activations: true")
+    if phase == "rollout" and load.rollout.kv_bits != 4:
+        ways.append(PACKED if load.rollout.kv_bits is None else "rollout.kv_bits: 4")
+    if plan.slots > 1 and sum(plan.stays.values()) + plan.phases["rollout"] > plan.memory:
+        ways.append("a smaller rollout.max_concurrency")
     if phase != "optimizer's step":
         ways.append("a smaller rollout.max_completion_length or data.max_prompt_length")
+    if phase == OFFLOADED:
+        return [*ways, "a smaller model"]
     if load.adapter.type == "full":
         if load.optim.moments == "float32" and has_moments(load.optim):
             ways.append("optim.moments: int8")
         ways.append("adapter.type: lora")
-    ways.append("a smaller or quantized model (model.quantize)")
+    fewer = (
+        "a smaller model or one in fewer bits" if plan.quantized else "a smaller or quantized model (model.quantize)"
+    )
+    ways.append(fewer)
     if plan.limited:
         ways.append("a higher memory.limit_gb")
     return ways

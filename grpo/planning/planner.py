@@ -55,7 +55,8 @@ class Planner:
         self.policy, self.decoding, self.loss, self.lesson = policy, decoding, loss or LossConfig(), lesson
         parts = load.parts * lanes_worth(policy.model, self.loss)
         self.load = replace(load, optim=with_settings(load.optim, can), parts=parts)
-        self.machine = Machine(allowed(limit), on_gpu(), cuda.available(), limit is not None)
+        host = None if policy.vault is None else policy.vault.room()
+        self.machine = Machine(allowed(limit), on_gpu(), cuda.available(), limit is not None, host)
         self._footprint = cache(partial(measure_footprint, policy))
 
     def plan(self) -> tuple[Plan, OptimConfig]:

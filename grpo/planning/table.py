@@ -13,6 +13,9 @@ def table(plan: Plan, load: Workload) -> list[str]:
     largest = max(plan.phases, key=lambda name: plan.phases[name])
     whose = "memory.limit_gb" if plan.limited else "the machine"
     rows.append(("peak", plan.total, f"of {size_of(plan.memory)} ({whose}): what stays, and the {largest}"))
+    if plan.offloaded:
+        there = "" if plan.host is None else f"of {size_of(plan.host)} "
+        rows.append(("offloaded", plan.offloaded, f"{there}in the machine's own memory: checkpointed layers' inputs"))
     width = max(len(name) for name, _, _ in rows)
     return [f"{name:<{width}}  {size_of(size):>8}  {why}" for name, size, why in rows]
 

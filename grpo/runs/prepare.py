@@ -236,8 +236,8 @@ def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> t
     """
     plans = ranks.gather((plan, optim))
     least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, -planned[0].recomputed))
-    policy.gradient_checkpointing, policy.logits = least.checkpointing, least.logits
-    own = {name: getattr(plan, name) for name in ("slots", "kept_bytes", "fed", "drafts")}
+    policy.gradient_checkpointing, policy.logits = least.checkpointing, plan.logits
+    own = {name: getattr(plan, name) for name in ("slots", "kept_bytes", "fed", "drafts", "logits")}
     alone = any(plan.alone for plan, _ in plans)
     return replace(least, **own, alone=alone, lanes=1 if alone else least.lanes), optim
 

@@ -58,7 +58,7 @@ def find_answering(target: str, adapter: Path | None, base: bool, template: bool
     chat template with its system message. Raises UserError for a recipe, and for what is none of these.
     """
     if Path(target).suffix in (".yaml", ".yml") or target in bundled_names("recipes", ".yaml"):
-        raise UserError(f"{target} is a recipe; to generate takes a run's folder or a model, such as the recipe's")
+        raise UserError(f"{target} is a recipe: generate takes a run's folder, or a model (the recipe's model.name)")
     if not Path(target).exists() and looks_like_path(target):
         raise UserError(f"{target}: there is no such folder{similar(Path(target))}")
     _check_no_run_or_adapter(Path(target))

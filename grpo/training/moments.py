@@ -136,8 +136,12 @@ def unpacked(own: Mapping[str, mx.array], maps: Mapping[str, Map]) -> dict[str, 
 
 def forms_of(own: Mapping[str, mx.array]) -> list[str]:
     """The keys that a parameter's state may have, whichever of its moments are in 8 bits."""
-    names = dict.fromkeys(key.partition(".")[0] for key in own)
-    return [key for name in names for key in (name, f"{name}.{CODES}", f"{name}.{SCALES}")]
+    return [key for name in sorted(names_of(own)) for key in (name, f"{name}.{CODES}", f"{name}.{SCALES}")]
+
+
+def names_of(own: Mapping[str, mx.array]) -> set[str]:
+    """The names of what a parameter's state holds, whichever of its moments are in 8 bits."""
+    return {key.partition(".")[0] for key in own}
 
 
 def _packed(array: mx.array, how: Map, dither: mx.array) -> tuple[mx.array, mx.array]:

@@ -14,7 +14,18 @@ from grpo.backend.device import compiled, on_gpu
 from grpo.config import OptimConfig
 from grpo.training.algorithms import make_optimizer
 from grpo.training.inplace import InPlace, parts_of
-from grpo.training.moments import MAPS, SMALLEST, Map, forms_of, large, maps_of, packed, those_packed, unpacked
+from grpo.training.moments import (
+    MAPS,
+    SMALLEST,
+    Map,
+    forms_of,
+    large,
+    maps_of,
+    names_of,
+    packed,
+    those_packed,
+    unpacked,
+)
 
 ByPath = dict[str, Any]
 """Arrays by path or name."""
@@ -186,7 +197,8 @@ class Float32Optimizer:
         fitted = dict(saved)
         for path, own in self._own.items():
             theirs = {key: fitted.pop(f"{path}.{key}") for key in forms_of(own) if f"{path}.{key}" in fitted}
-            if theirs.keys() != own.keys() and "step" in saved:
+            other_form = theirs.keys() != own.keys() and names_of(theirs) == names_of(own)
+            if other_form and "step" in saved:
                 theirs = packed(unpacked(theirs, MAPS[self._name]), those_packed(own, self._maps), saved["step"])
             fitted.update({f"{path}.{key}": array for key, array in theirs.items()})
         return fitted

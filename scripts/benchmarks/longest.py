@@ -83,18 +83,19 @@ def length(
     policy = policy_of(model, cfg.optim)
     generator = Generator(policy.model, NoTokenizer(), setting.at_once, kv_bits)  # type: ignore[arg-type]
     begun = time.perf_counter()
-    longest = planner_of(setting, cfg, policy, generator, setting.limit).longest()
-    print(json.dumps({"by the plan": longest, "s": round(time.perf_counter() - begun, 1)}), flush=True)
-    cfg = with_settings(cfg, {"rollout.max_completion_length": tokens or longest})
+    if tokens is None:
+        tokens = planner_of(setting, cfg, policy, generator, setting.limit).longest()
+        print(json.dumps({"by the plan": tokens, "s": round(time.perf_counter() - begun, 1)}), flush=True)
+    cfg = with_settings(cfg, {"rollout.max_completion_length": tokens})
     planner = planner_of(setting, cfg, policy, generator, setting.limit)
     if not tries:
         planner._tried = lambda *_: None  # type: ignore[method-assign]
     plan, optim = planner.plan()
     cfg = with_settings(cfg, {"optim": optim})
-    told = {"tokens": tokens or longest, "planned GB": plan.total / 1e9, "slots": plan.slots, "lines": plan.lines()}
+    told = {"tokens": tokens, "planned GB": plan.total / 1e9, "slots": plan.slots, "lines": plan.lines()}
     print(json.dumps(told | {"s": round(time.perf_counter() - begun, 1)}), flush=True)
     generator.slots, generator.kept_bytes = plan.slots, plan.kept_bytes
-    for part in (lambda: decoded(setting, cfg, generator, whole), lambda: updated(setting, cfg, policy, batches)):
+    for part in (lambda: updated(setting, cfg, policy, batches), lambda: decoded(setting, cfg, generator, whole)):
         mx.clear_cache()
         mx.reset_peak_memory()
         begun = time.perf_counter()

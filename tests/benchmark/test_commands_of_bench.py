@@ -161,7 +161,7 @@ def test_a_shape_s_model_is_what_its_config_costs(shape: str) -> None:
 
 
 def test_shapes_are_as_large_as_their_names_say() -> None:
-    sizes = {"1m": 1, "2m": 2, "25m": 25, "0.6b": 600, "1.7b": 1700, "4b": 4000}
+    sizes = {"1m": 1, "2m": 2, "25m": 25, "0.6b": 600, "1.7b": 1700, "4b": 4000, "8b": 8000}
     for shape in SHAPES.keys() - {"qwen3-tiny"}:
         millions = costs_of_config(config_of(shape)).parameters / 1e6
         assert millions == pytest.approx(sizes[shape.rpartition("-")[2]], rel=0.2)

@@ -37,8 +37,8 @@ def test_a_measured_step_has_drafts_as_a_run_s_step_has_them() -> None:
 def test_a_step_is_planned_for_a_limit_and_for_a_quantized_base(capsys) -> None:
     free = train.step_trainer(replace(SMALL, bits=4))
     assert sum(isinstance(module, nn.QuantizedLinear) for module in free.policy.model.modules()) == 14
-    with pytest.raises(TooLargeError, match=r"memory\.limit_gb allows 1 MB"):
-        train.step_trainer(replace(SMALL, bits=4, limit=0.001))
+    with pytest.raises(TooLargeError, match=r"memory\.limit_gb allows"):
+        train.step_trainer(replace(SMALL, bits=4, limit=0.0001))
     train.step_trainer(replace(SMALL, bits=4, limit=0.01))
     assert "of 10 MB: weights" in capsys.readouterr().out
     limit_memory(None)
@@ -92,6 +92,8 @@ def test_a_group_of_one_is_no_group() -> None:
         (["--peer-python", sys.executable, "--peer", "nope"], "--peer nope: expected mlx-lm-lora or unsloth"),
         (["--update", "--blas"], "leave --update out"),
         (["--update", "--limit", "1"], "--limit means nothing with --update"),
+        (["--limit", "0"], "--limit: expected a number above 0, got 0"),
+        (["--bits", "7"], "--bits: MLX quantizes to 2, 3, 4, 5, 6 or 8 bits"),
         (["--bits", "4", "--model", "tiny"], "--bits is for a shape's random weights"),
         (["--bits", "4", "--peer-python", sys.executable], "not beside another toolkit's"),
         (["--peer-python", "/nowhere/python"], "does not exist"),

@@ -156,7 +156,7 @@ def test_what_is_named_in_the_wrong_place_is_called_what_it_is(run_cli, recipe, 
     newest = "runs/toy/checkpoints/step-000002"
     evaluate = ["eval", toy_folder, "--data", "train.jsonl", "--prompt", "{question}", "--adapter"]
     for args, said in (
-        (["generate", recipe, "hi"], "is a recipe; to generate takes a run's folder or a model"),
+        (["generate", recipe, "hi"], "is a recipe: generate takes a run's folder, or a model"),
         (["generate", "quickstart", "hi"], "quickstart is a recipe"),
         (["train", recipe, "--resume-from", "runs/nosuch"], "--resume-from runs/nosuch: there is no such folder"),
         (["train", recipe, "--resume-from", "runs/toy"], f"is a run; name its checkpoint, such as {newest}"),

@@ -11,6 +11,7 @@ from grpo.generation.buffers import KeysValues, Layer, cache_shapes
 from grpo.generation.packed import packed
 from grpo.generation.prefilling import PlaceCache, prefill
 from grpo.generation.slots import Size
+from grpo.model import attention as attending_in_tiles
 from grpo.model.mlxlm import make_prompt_cache
 from grpo.model.sight import MASKED
 
@@ -107,6 +108,20 @@ def test_longer_company_changes_no_bit_of_a_prompt(length: int) -> None:
 
 
 @on_cpu
+def test_company_changes_no_bit_where_training_would_keep_the_scores_of_few_rows(monkeypatch) -> None:
+    monkeypatch.setattr(attending_in_tiles, "KEPT", 4 * 128 * 128)  # of one prompt, not of two
+    prompt, other = [7 * i % 120 for i in range(129)], [11 * i % 120 for i in range(129)]
+    kept = list[bool]()
+    tiling = attending_in_tiles.Tiling.of
+    monkeypatch.setattr(attending_in_tiles.Tiling, "of", lambda *given: kept.append(given[-1]) or tiling(*given))
+    alone, beside = filled([prompt], [1]), filled([prompt, other], [1, 0])
+    for one, two in zip(alone, beside, strict=True):
+        assert mx.array_equal(one.prompt(1, 128)[0], two.prompt(1, 128)[0])
+        assert mx.array_equal(one.prompt(1, 128)[1], two.prompt(1, 128)[1])
+    assert set(kept) == {False}
+
+
+@on_cpu
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
 def test_a_cpu_attends_in_tiles(monkeypatch, architecture: str) -> None:
     chunks = list[tuple[int, bool]]()
@@ -136,14 +151,24 @@ def attended(given: str) -> tuple[mx.array, mx.array]:
     if given == "other keys":
         keys = keys * 2
         seen = keys, seen[1]
+    if given == "other values":
+        values = values * 2
+        seen = seen[0], values
     if given == "window":
         sees = sees & (mx.tri(64, 64, -9)[34:] == 0)
-    found = cache.attend(queries[:, :, 34:], *seen, 0.2, sees if given == "window" else "causal", None)
+    if given == "everything":
+        sees = mx.ones_like(sees)
+    mask = {"window": sees, "everything": None}.get(given, "causal")
+    sinks = mx.arange(1.0, heads + 1) if given == "sinks" else None
+    found = cache.attend(queries[:, :, 34:], *seen, 0.2, mask, sinks)
     scores = queries[:, :, 34:] @ keys.swapaxes(-1, -2) * 0.2 + mx.where(sees, 0.0, MASKED)
+    if sinks is not None:
+        column = mx.broadcast_to(sinks[:, None, None], (2, heads, 30, 1))
+        return found, mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1)[..., :-1] @ values
     return found, mx.softmax(scores, axis=-1) @ values
 
 
-@pytest.mark.parametrize("given", ["causal", "window", "other keys"])
+@pytest.mark.parametrize("given", ["causal", "window", "other keys", "other values", "everything", "sinks"])
 def test_a_chunk_attends_over_what_the_model_gives_it(given: str) -> None:
     found, expected = attended(given)
     assert mx.allclose(found, expected, atol=1e-5)

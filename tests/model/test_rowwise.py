@@ -13,8 +13,9 @@ import pytest
 from conftest import shaken
 from mlx.utils import tree_flatten, tree_unflatten
 
+from grpo.backend.maths import swiglu
 from grpo.config import AdapterConfig
-from grpo.model import dropout, rowwise
+from grpo.model import attending, dropout, rowwise
 from grpo.model.adapters import Adapters
 from grpo.model.dropout import LoRADropout, dropping, second_pass
 from grpo.model.lines import laid_out
@@ -176,19 +177,40 @@ def test_memory_grows_with_the_tile_and_not_with_the_tokens(monkeypatch: pytest.
     x = mx.random.normal((1, 4096, 16), key=KEY)
 
     def peak(inside: AbstractContextManager[None]) -> int:
-        def loss(x: mx.array) -> mx.array:
+        given = part.trainable_parameters()
+
+        def loss(given: Any, x: mx.array) -> mx.array:
+            part.update(given)
             with inside:
                 return part(x).sum()
 
-        mx.eval(x)
+        mx.eval(given, x)
         resting = mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(mx.grad(loss)(x))
+        mx.eval(mx.grad(loss, argnums=(0, 1))(given, x))
+        part.update(given)
         return mx.get_peak_memory() - resting
 
     inner = 4096 * 1024 * 4  # bytes of what is inside, once
     assert peak(nullcontext()) > 3 * inner
     assert peak(policy._row_wise.inside(layer)) < inner
+
+
+def test_the_backward_pass_gates_as_the_forward_pass_does(zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes to a tile when the forward pass through the model is over."""
+    calls = list[int]()
+
+    def counted(gate: mx.array, x: mx.array) -> mx.array:
+        calls.append(gate.shape[1])
+        return swiglu(gate, x)
+
+    monkeypatch.setitem(attending.OURS, "swiglu", counted)
+    policy = policy_of(zoo("tied"), "lora", 0.0)
+    calls.clear()
+    gradient(policy, True)
+    tokens = [4, 4, 4, 3, 4, 4]  # of completions and of prompts
+    passes = 3  # forward, the layer again, the tile again
+    assert sorted(calls) == sorted(tokens * passes * len(policy.model.layers))
 
 
 def test_experts_that_drop_numbers_stay_whole(zoo, tiles) -> None:
@@ -226,6 +248,18 @@ class Mean(Twice):
         return super().__call__(x.mean(axis=1, keepdims=True) + 0 * x)
 
 
+class Nothing(Twice):
+    """A block that was put into a model to grow: its last matrix begins as zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(8, 8, bias=False)
+        self.second.weight = mx.zeros((8, 8))
+
+    def __call__(self, x: mx.array) -> mx.array:  # type: ignore[override]
+        return super().__call__(x)
+
+
 class Narrow(Twice):
     """Not made for a single token."""
 
@@ -254,6 +288,16 @@ def test_what_is_called_with_tokens_alone_and_takes_each_by_itself_is_in_tiles()
     assert type(layer.part) is Twice
 
 
+def test_fewer_tokens_than_two_tiles_are_computed_at_once(tiles) -> None:
+    model = Model(Twice())
+    layer = model.layers[0]
+    with RowWise(model).inside(layer):
+        layer.part(mx.ones((1, 2 * BLOCK - 1, 8)))
+        assert tiles == []
+        layer.part(mx.ones((2, BLOCK, 8)))
+    assert tiles == [("Twice", 2 * BLOCK)]
+
+
 def test_what_mixes_tokens_is_not() -> None:
     model = Model(Mean())
     found = RowWise(model)
@@ -261,6 +305,11 @@ def test_what_mixes_tokens_is_not() -> None:
     assert "Mean gives a token something else among others" in found.fault
     assert len(found) == 0
     assert type(model.layers[0].part) is Mean
+
+
+def test_what_gives_zeros_is_tried_as_any_other() -> None:
+    found = RowWise(Model(Nothing()))
+    assert (found.fault, len(found)) == (None, 1)
 
 
 def test_a_trial_that_fails_says_why() -> None:

@@ -176,6 +176,19 @@ def test_the_report_says_what_takes_memory_and_what_bounds_the_length(one_lane) 
     assert found[2] == "a smaller or quantized model (model.quantize); a higher memory.limit_gb"
 
 
+def test_the_positions_bound_the_length_where_a_longer_completion_would_not_fit_either(one_lane) -> None:
+    """All positions are used, and an eighth more would be too much for memory as well."""
+    free = planner(None)
+    plan = free.plan()[0]
+    lengths = FittingLengths(free.load, lambda load: replace(plan, memory=plan.total - (_length(load) > 100)), 0)
+    lengths = replace(lengths, positions=free.load.longest + 100)
+    assert lengths.report(plan)[-1].endswith(": 100 tokens; more is beyond the model's positions")
+
+
+def _length(load) -> int:
+    return load.rollout.max_completion_length
+
+
 def test_what_is_said_of_lengths_does_not_contradict_the_plan(one_lane, monkeypatch) -> None:
     """What was tried and what is reckoned differ: the length of the recipe fits, or not, as it was tried."""
     total = 1.2 * planner(None, micro_batch_tokens=256, gradient_checkpointing=True).plan()[0].total

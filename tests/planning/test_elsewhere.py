@@ -56,7 +56,9 @@ def test_a_machine_is_told_what_a_dry_run_would_say_there(run_cli) -> None:
     what = ["weights", "optimizer", "other states", "rollout", "update", "optimizer's step", "peak"]
     assert [line.split("  ")[0] for line in lines] == what
     assert "of 10.7 GB (the machine)" in lines[-1]
-    assert re.match(r"longest completion that would fit: about [\d,]+ tokens; for longer: a smaller or", longest)
+    assert re.match(
+        r"longest completion that would fit: about [\d,]+ tokens; for longer: a smaller model or one in fewer", longest
+    )
     assert said == RECKONED
 
 

@@ -13,6 +13,7 @@ from planning.loads import workload
 from training.test_update import recipe
 
 from grpo.config import AdapterConfig
+from grpo.errors import TooLargeError
 from grpo.generation.choice import find_decoding
 from grpo.generation.memory import Need
 from grpo.model.adapters import Adapters
@@ -24,12 +25,12 @@ from grpo.planning.planner import Planner
 from grpo.planning.rehearsal import entering
 
 
-def planner(**optim) -> Planner:
+def planner(limit: float | None = None, **optim) -> Planner:
     model = make_model("tied")
     policy = Policy(model, Adapters(model, AdapterConfig(rank=2), mx.random.key(0)), 1.0)
     rollout = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 16}
     cfg = recipe(rollout=rollout, optim={"micro_batch_tokens": "auto", **optim})
-    return Planner(workload(cfg, 24), policy, find_decoding(model), None, cfg.loss)
+    return Planner(workload(cfg, 24), policy, find_decoding(model), limit, cfg.loss)
 
 
 def test_what_stays_of_prompts_is_not_counted_among_what_they_take_besides() -> None:
@@ -54,6 +55,13 @@ def test_what_stays_of_prompts_is_not_counted_among_what_they_take_besides() -> 
     assert (opened, forgotten) == ([(3, 3, 49)], [True])
 
 
+def test_a_refusal_says_how_many_rows_are_decoded_at_once(monkeypatch) -> None:
+    """The slots fit as reckoned, and not with what their prompts were seen to take: fewer slots would."""
+    monkeypatch.setattr(planning, "entering", lambda *_: 10**8)
+    with pytest.raises(TooLargeError, match=r"decoding 16 completions at once .* a smaller rollout\.max_concurrency;"):
+        planner(limit=0.05).plan()
+
+
 def test_what_was_seen_of_prompts_takes_the_place_of_what_is_reckoned(monkeypatch) -> None:
     asked = []
 
@@ -69,6 +77,23 @@ def test_what_was_seen_of_prompts_takes_the_place_of_what_is_reckoned(monkeypatc
     monkeypatch.setattr(planning, "is_cheap", lambda *_, **__: False)
     assert planner().plan()[0].phases["rollout"] < 10**8
     assert len(asked) == 1
+
+
+def test_fewer_slots_are_taken_where_prompts_take_more_than_is_reckoned(monkeypatch) -> None:
+    """10 MB for each prompt: four enter sixteen slots or eight, and two of them with room for no more."""
+    asked = []
+
+    def seen(_, prompts: int, length: int) -> int:
+        asked.append(prompts)
+        return prompts * 10_000_000
+
+    monkeypatch.setattr(planning, "entering", seen)
+    plan, _ = planner(35e6 / 2**30).plan()
+    assert (plan.slots, asked) == (8, [4, 2])
+    assert plan.fits
+    assert 20_000_000 < plan.phases["rollout"] < 30_000_000
+    with pytest.raises(TooLargeError, match="decoding one completion takes"):
+        planner(9e6 / 2**30).plan()
 
 
 @pytest.mark.parametrize(("slots", "prompts"), [(1, 1), (4, 1), (5, 2), (16, 4), (64, 8)])

@@ -219,6 +219,42 @@ def test_an_adapter_that_cannot_show_is_told_of(zoo, monkeypatch) -> None:
     assert "too little to see whether decoding follows" in check_parity(policy, engine, TASKS, 0)
 
 
+def decoded(monkeypatch, engine: RolloutEngine) -> list[list[int]]:
+    """The lengths of the prompts of each decoding from here on."""
+    seen, generate = [], engine.generator.generate
+
+    def counted(requests: Any, *rest: Any) -> Any:
+        seen.append([len(request.prompt_ids) for request in requests])
+        return generate(requests, *rest)
+
+    monkeypatch.setattr(engine.generator, "generate", counted)
+    return seen
+
+
+def test_a_first_size_that_shows_is_checked_once(zoo, monkeypatch) -> None:
+    policy, engine = made(zoo)
+    seen = decoded(monkeypatch, engine)
+    assert 0.1 <= moved(check_parity(policy, engine, TASKS, 0)) <= 3
+    assert seen == [[3, 17, 40, 9]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least", "most"),
+    [("FIRST_B", 1e-5, 0.1, 3), ("SHOWN", (0.01, 10.0, 0.02), 0.01, 0.03)],
+    ids=["too small to be seen", "too large"],
+)
+def test_another_size_is_searched_with_the_shortest_prompt_and_then_checked_with_all(
+    zoo, monkeypatch, name: str, value: Any, least: float, most: float
+) -> None:
+    monkeypatch.setattr(parity, name, value)
+    policy, engine = made(zoo)
+    seen = decoded(monkeypatch, engine)
+    assert 0.5 * least <= moved(check_parity(policy, engine, TASKS, 0)) <= 2 * most
+    assert seen[0] == seen[-1] == [3, 17, 40, 9]
+    assert len(seen) > 3
+    assert all(lengths == [3] for lengths in seen[1:-1])
+
+
 @pytest.mark.parametrize(
     "moves",
     [

@@ -59,6 +59,13 @@ def test_a_run_goes_on_with_other_moments_by_leave(recipe, before: str, after: s
     assert optimizer_of("run", 2)["step"].item() == 2
 
 
+def test_another_optimizer_is_refused_in_words(recipe) -> None:
+    settings = ("adapter.type=full", "checkpoint.every=1", "output_dir=run", INT8)
+    run(recipe, *settings, "optim.steps=1", "optim.optimizer=lion")
+    with pytest.raises(UserError, match="resume: the checkpoint's optimizer: other arrays or shapes"):
+        run(recipe, *settings, "optim.steps=2", "optim.optimizer=adamw", changed=True)
+
+
 def test_moments_that_are_all_too_small_are_said(recipe) -> None:
     said = "optim.moments: int8 does nothing here: every array that trains has fewer than 4,096 numbers"
     for rank, notes in ((2, 1), (64, 0)):

@@ -247,6 +247,18 @@ def test_a_saved_state_fits_an_optimizer_with_other_moments(before: str, after: 
         assert all(mx.array_equal(array, fitted[path]) for path, array in there.items())
 
 
+@pytest.mark.parametrize("kept", ["float32", "int8"])
+@pytest.mark.parametrize(("before", "after"), [("lion", "adamw"), ("muon", "adamw")])
+def test_another_optimizers_state_comes_back_as_it_is(before: str, after: str, kept: str) -> None:
+    """So that the trainer refuses it in words."""
+    cfg, own = OptimConfig(steps=1, optimizer=after, moments="int8"), square().parameters()
+    theirs = Float32Optimizer(OptimConfig(steps=1, optimizer=before, moments=kept), own)
+    saved = tree_flatten(theirs.state, destination={})
+    fitted = Float32Optimizer(cfg, own).fitted(saved)
+    assert fitted.keys() == saved.keys()
+    assert all(mx.array_equal(array, saved[path]) for path, array in fitted.items())
+
+
 @pytest.mark.parametrize(("name", "needs"), [("sgd", "momentum"), ("adafactor", "beta_1")])
 def test_an_optimizer_without_moments_refuses(name: str, needs: str) -> None:
     with pytest.raises(UserError, match=f"int8 does nothing with {name}, .* unless optim.optimizer_args sets {needs}"):

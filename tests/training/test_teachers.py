@@ -167,6 +167,8 @@ def test_tokens_of_an_environment_teach_nothing(policy, kl: str) -> None:
     """They are read, by the teacher too, and have no divergence."""
     cfg = recipe(kl, rewards=False)
     teacher, made = teacher_of(cfg, policy, False), with_holes(policy)
+    for batch in enriched(policy, cfg, teacher, made)[0]:
+        assert not mx.where(batch.trained > 0, 0.0, batch.advantages).any()
     found, wanted = gradient(policy, cfg, teacher, made), expected(policy, teacher, cfg, made)
     assert difference(found.arrays, wanted) < 1e-5
 

@@ -63,7 +63,8 @@ OPTIONS: dict[str, Any] = {
         int | None, typer.Option(min=2, max=8, help="Of a shape's quantized matrices. Default: not quantized.")
     ],
     "limit": Annotated[
-        float | None, typer.Option(help="Plan for so many GB of memory (memory.limit_gb). Default: this machine's.")
+        float | None,
+        typer.Option(max=1e6, help="Plan for so many GB of memory (memory.limit_gb). Default: this machine's."),
     ],
     "runs": Annotated[int, typer.Option(min=1, help="Runs of each side, after one warm-up.")],
 }

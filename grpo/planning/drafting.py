@@ -85,9 +85,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     room = machine.usable - sum(stays.values())
     spare = room - head + stays[FORMER]  # there is nothing of that yet
     slots, entering = _slots(case, need, spare)
-    lanes, sizes = partial(update_lanes, model), partial(reckoned, model)
-    offloads = load.optim.offload_activations
-    offloaded: Callable[[Checkpointing, Shape], int] = partial(_offloaded, model) if offloads else lambda *_: 0
+    offloaded = partial(_offloaded, case)
     chosen = Choice(
         machine,
         load,
@@ -95,8 +93,8 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         len(model.layers),
         lambda way: case.lesson.beside(case.footprint(way)).in_chunks(logits),
         lambda way, shape: case.tried(way, shape, logits),
-        lanes,
-        sizes,
+        partial(update_lanes, model),
+        partial(reckoned, model),
         offloaded,
     ).make()
     decoded, waiting = need.bytes(decoding, max(1, slots), entering), need.waiting(decoding)
@@ -141,9 +139,11 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     return plan, chosen.optim
 
 
-def _offloaded(model: nn.Module, way: Checkpointing, shape: Shape) -> int:
+def _offloaded(case: Case, way: Checkpointing, shape: Shape) -> int:
     """Bytes of another memory that the inputs of a micro-batch's checkpointed layers take."""
-    depth = len(model.layers)
+    if not case.load.optim.offload_activations:
+        return 0
+    model, depth = case.model, len(case.model.layers)
     layers = depth * way if isinstance(way, bool) else min(way, depth)
     return host_bytes(layers, shape.tokens, int(getattr(model.args, "hidden_size", 0)), dtype_of(model).size)
 

@@ -96,6 +96,7 @@ def test_a_group_of_one_is_no_group() -> None:
         (["--bits", "7"], "--bits: MLX quantizes to 2, 3, 4, 5, 6 or 8 bits"),
         (["--bits", "4", "--model", "tiny"], "--bits is for a shape's random weights"),
         (["--bits", "4", "--peer-python", sys.executable], "not beside another toolkit's"),
+        (["--limit", "nan"], "less than or equal to 1000000"),
         (["--peer-python", "/nowhere/python"], "does not exist"),
     ],
 )

@@ -55,13 +55,6 @@ def test_what_stays_of_prompts_is_not_counted_among_what_they_take_besides() -> 
     assert (opened, forgotten) == ([(3, 3, 49)], [True])
 
 
-def test_a_refusal_says_how_many_rows_are_decoded_at_once(monkeypatch) -> None:
-    """The slots fit as reckoned, and not with what their prompts were seen to take: fewer slots would."""
-    monkeypatch.setattr(planning, "entering", lambda *_: 10**8)
-    with pytest.raises(TooLargeError, match=r"decoding 16 completions at once .* a smaller rollout\.max_concurrency;"):
-        planner(limit=0.05).plan()
-
-
 def test_what_was_seen_of_prompts_takes_the_place_of_what_is_reckoned(monkeypatch) -> None:
     asked = []
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from grpo.config import DataConfig, EnvironmentConfig, EvalConfig, Recipe, RewardConfig, ToolConfig
+from grpo.config import DataConfig, EnvironmentConfig, EvalConfig, Recipe, RewardConfig, TeacherConfig, ToolConfig
 from grpo.config.data import is_pattern
 from grpo.config.section import Section
 from grpo.document import Document, Dumper, read_document
@@ -144,6 +144,12 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         found = tuple(map(beside, source)) if isinstance(source, tuple) else source and beside(source)
         return {"source": found, "use": section.use and function_path(section.use)}
 
+    def taught_by(teacher: TeacherConfig) -> dict[str, Any]:
+        """What a teacher is named by: `model.name` or `adapter`."""
+        if teacher.model is not None:
+            return {"model.name": beside(teacher.model.name)}
+        return {"adapter": teacher.adapter and beside(teacher.adapter)}
+
     data = located(recipe.data)
     data["sampler"] = recipe.data.sampler and function_path(recipe.data.sampler)
     data["solve_rates"] = recipe.data.solve_rates and beside(recipe.data.solve_rates)
@@ -154,6 +160,7 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         "rewards": tuple(map(used, recipe.rewards)),
         "log.use": tuple(function_path(use) for use in recipe.log.use),
         "adapter.path": recipe.adapter.path and beside(recipe.adapter.path),
+        "teacher": recipe.teacher and with_settings(recipe.teacher, taught_by(recipe.teacher), str(path)),
         "loss.use": recipe.loss.use and function_path(recipe.loss.use),
         "environment": recipe.environment and used(recipe.environment),
         "environments": {name: used(config) for name, config in recipe.environments.items()},

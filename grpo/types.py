@@ -233,6 +233,7 @@ class Rollout:
     reward      the weighted sum of the scores; None if no reward scored the completion, or if `failed`
     penalty     subtracted from the reward before advantages are computed
     advantage   0 until the objective sets it
+    taught      whether a teacher gives its tokens a signal of their own, whatever the advantage
     turn_advantages   with `advantage.turns: turn`, the advantage of each of the model's turns, which take the place of
                 `advantage`; that is then the first of them, in which all rewards of the conversation are
     lag         training steps between the policy that sampled and the policy that learns from it; above 0 only where
@@ -248,6 +249,7 @@ class Rollout:
     reward: float | None = None
     penalty: float = 0.0
     advantage: float = 0.0
+    taught: bool = False
     turn_advantages: tuple[float, ...] | None = None
     lag: int = 0
 
@@ -308,9 +310,18 @@ class Batch:
         anchor       log p under the policy before this step's first update, the denominator of the ratios. None: the
                      current policy is still that policy, and the ratios of tokens that are not stale are 1.
         reference    log p under the reference policy; None if no KL penalty needs it
+        teacher      log p under the teacher; None unless it gives advantages (`teacher.kl: sampled`), which are part of
+                     `advantages` then
         entropies    of the anchor, in nats, without dropout; None unless the update applies dropout
 
     beta `[]` float32 is the weight of the KL penalty at this step, None if the loss has no penalty now.
+
+    What the loss takes of a teacher (`teacher.kl: exact`, `top_k`) is None without one:
+
+        teacher_coef      `[]` float32: the weight of the divergence from the teacher
+        teacher_hidden    `[B, T, D]` of the teacher's dtype: its hidden states, which its head projects (exact)
+        teacher_ids       `[B, T, k]` int32: its likeliest tokens at each place (top_k)
+        teacher_logprobs  `[B, T, k + 1]` float32: log p of these under the teacher, and of all others together
 
     lines and starts, int32, say how the rows stand behind one another as they go through the model: `[5, R, W]` and
     `[B]`, of which `grpo.model.lines` tells. None: each row goes through by itself, behind its prompt.
@@ -330,10 +341,15 @@ class Batch:
     stale: mx.array | None = None
     anchor: mx.array | None = None
     reference: mx.array | None = None
+    teacher: mx.array | None = None
     beta: mx.array | None = None
     entropies: mx.array | None = None
     lines: mx.array | None = None
     starts: mx.array | None = None
+    teacher_coef: mx.array | None = None
+    teacher_hidden: mx.array | None = None
+    teacher_ids: mx.array | None = None
+    teacher_logprobs: mx.array | None = None
 
     def arrays(self) -> dict[str, mx.array]:
         """The arrays by field name, without those that are None: `mx.compile` takes dicts, but no dataclasses."""

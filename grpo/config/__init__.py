@@ -24,3 +24,4 @@ from grpo.config.recipe import EvaluationRecipe as EvaluationRecipe
 from grpo.config.recipe import Recipe as Recipe
 from grpo.config.rewards import RewardConfig as RewardConfig
 from grpo.config.rollout import RolloutConfig as RolloutConfig
+from grpo.config.teacher import TeacherConfig as TeacherConfig

@@ -16,12 +16,13 @@ from grpo.config.optim import OptimConfig
 from grpo.config.rewards import RewardConfig
 from grpo.config.rollout import RolloutConfig
 from grpo.config.section import MANY, Name, Section
+from grpo.config.teacher import TeacherConfig
 from grpo.presets import Baseline
 
 
 class Recipe(Section):
     """A whole run. `data`, `model` and `optim.steps` have no default; `rewards` neither, unless an environment gives
-    them.
+    them, or a teacher is enough.
 
     Files and folders are looked for beside the recipe, then in the working directory.
     """
@@ -46,6 +47,8 @@ class Recipe(Section):
     """Functions that the model may call, beside its environment's. A text is the tool's `use`."""
     rewards: tuple[RewardConfig, ...] = ()
     """What a completion is worth: the weighted sum of these, and of the environment's own reward."""
+    teacher: TeacherConfig | None = None
+    """A model to learn from, beside rewards or without any. Default: none."""
     advantage: AdvantageConfig = AdvantageConfig()
     """What a reward is compared with."""
     loss: LossConfig = LossConfig()
@@ -71,15 +74,13 @@ class Recipe(Section):
         if self.environment is not None and self.environment.use is None and not self.tools:
             raise ValueError("environment.use: name a class, or give tools that the model may call")
         own = self.conversations
-        if not self.rewards and not any(config.use for config in own.values()):
+        weights = self._weights
+        if not weights and self.teacher is None:
             raise ValueError(
-                "rewards: a run needs at least one, as rewards: [{use: math_answer}], or an environment that gives them"
+                "rewards: a run needs at least one, as rewards: [{use: math_answer}], or an environment that gives "
+                "them, or a teacher"
             )
-        weights = {f"rewards.{place}.weight": reward.weight for place, reward in enumerate(self.rewards)}
-        for name, one in own.items():
-            if one.use:
-                weights[f"environments.{name}.weight" if name else "environment.weight"] = one.weight
-        if not any(weights.values()):
+        if not any(weights.values()) and self.teacher is None:
             raise ValueError(
                 f"{next(iter(weights))}: every reward has weight 0, so nothing would be learnt: give one a weight"
             )
@@ -148,6 +149,33 @@ class Recipe(Section):
             )
 
     @model_validator(mode="after")
+    def _teacher_agrees(self) -> Recipe:
+        if self.teacher is None:
+            return self
+        if self.rollout.dynamic_sampling:
+            raise ValueError(
+                "rollout.dynamic_sampling does nothing with a teacher: groups whose rewards are all equal teach too"
+            )
+        if self.teacher.kl == "sampled" and self.loss.use is None and self.loss.preset.shares_gradient:
+            raise ValueError(
+                f"teacher.kl: sampled gives each token its own advantage, and through the ratio of loss.type "
+                f"{self.loss.type}, of a whole completion, every token learns from their mean. Use a loss with ratios "
+                "of tokens (dapo, gspo_token), or teacher.kl: exact"
+            )
+        if any(self._weights.values()):
+            return self
+        if self.advantage.changed:
+            raise ValueError(f"advantage.{min(self.advantage.changed)} does nothing without a reward that has a weight")
+        if self.loss.kl_in == "reward" and self.has_penalty:
+            raise ValueError("loss.kl_in: reward does nothing without a reward that has a weight: leave it at loss")
+        if self.eval is not None and not self._weights:
+            raise ValueError(
+                "eval needs a reward to measure. One of weight 0 is measured and not learnt from, as rewards: [{use: "
+                "math_answer, weight: 0}]"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _what_training_needs(self) -> Recipe:
         if self.rollout.kv_bits and not self.loss.corrects_samplers:
             raise ValueError(
@@ -155,6 +183,15 @@ class Recipe(Section):
                 "loss.importance_sampling_correction, to token_truncate, say: it weighs tokens by the difference"
             )
         return self
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        """The weight of each reward, environments' own included, by the setting that gives it."""
+        weights = {f"rewards.{place}.weight": reward.weight for place, reward in enumerate(self.rewards)}
+        for name, one in self.conversations.items():
+            if one.use:
+                weights[f"environments.{name}.weight" if name else "environment.weight"] = one.weight
+        return weights
 
     @property
     def uses(self) -> list[str]:

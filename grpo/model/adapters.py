@@ -37,7 +37,7 @@ AdapterState = Mapping[str, mx.array]
 Snapshot = tuple[str, AdapterState, Mapping[str, AdapterState]]
 """Which state is active, its arrays, and the others by name."""
 
-POLICY, REFERENCE = "policy", "reference"
+POLICY, REFERENCE, TEACHER = "policy", "reference", "teacher"
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 LINEAR = (nn.Linear, nn.QuantizedLinear, *EXPERTS)
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
@@ -192,11 +192,15 @@ class Adapters:
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
 
     def load(self, folder: Path) -> None:
-        """Make a saved adapter, in mlx-lm's format or PEFT's, the policy's state.
+        """Make a saved adapter, in mlx-lm's format or PEFT's, the policy's state. Raises UserError as `read` does."""
+        assert self.active == POLICY
+        self.load_state(self.read(folder))
+
+    def read(self, folder: Path, purpose: str = "go on from it") -> AdapterState:
+        """A saved adapter, in mlx-lm's format or PEFT's, as a state. `purpose` says in errors what it is wanted for.
 
         Raises UserError if it does not fit the model, or was multiplied by another scale.
         """
-        assert self.active == POLICY
         saved, mine = read_adapter(folder), self.state()
         arrays = saved.fitted(mine)
         if {path: array.shape for path, array in arrays.items()} != {path: array.shape for path, array in mine.items()}:
@@ -204,14 +208,22 @@ class Adapters:
             odd = f"is of type {saved.kind}, and adapter.type is {cfg.type}"
             why = odd if saved.kind != cfg.type else "has other layers or another rank than this recipe's adapter"
             section = _as_section(saved.section(len(self.model.layers)), cfg)
-            raise UserError(f"adapter {folder}: {why}. To go on from it, a recipe says {section}")
+            raise UserError(f"adapter {folder}: {why}. To {purpose}, a recipe says {section}")
         ours = self.config.get("lora_parameters", {}).get("scale")
         if ours is not None and saved.scale is not None and not math.isclose(saved.scale, ours, rel_tol=1e-6):
             raise UserError(
                 f"adapter {folder}: was trained with B A times {saved.scale:g}, and this recipe multiplies it by "
                 f"{ours:g}: set adapter.scale to {saved.scale * self._settings.scale / ours:g}"
             )
-        self.load_state({path: array.astype(mine[path].dtype) for path, array in arrays.items()})
+        return {path: array.astype(mine[path].dtype) for path, array in arrays.items()}
+
+
+class NoAdapters(Adapters):
+    """Those of a model in which nothing trains: its only state has no arrays."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.active, self.config = model, POLICY, {}
+        self._slots, self._parked, self._start = {}, {}, {}
 
 
 def _as_section(section: Mapping[str, Any], cfg: AdapterConfig) -> str:

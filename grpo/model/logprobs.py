@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -10,6 +12,9 @@ from grpo.model.head import Head, head_parameters
 from grpo.model.pieces import in_pieces
 
 Pair = tuple[mx.array, mx.array]
+Beside = Callable[[slice, mx.array], mx.array]
+"""What is computed of a chunk's logits besides: which tokens they are of, and logits `[n, V]` float32 at the sampling
+temperature, to an array `[n]` float32."""
 
 ROUNDING = {mx.float32: 1e-3, mx.bfloat16: 3e-2, mx.float16: 1e-2}
 """Mean gap in nats that rounding explains between two ways to the same logprobs, by dtype (on CUDA float32 is TF32)."""
@@ -69,13 +74,14 @@ def chunked_logprobs(
     entropy_gradient: bool = False,
     module: nn.Module | None = None,
     entropies: bool = True,
+    beside: Beside | None = None,
 ) -> tuple[mx.array, ...]:
     """Logprobs and entropies of tokens from hidden states, without ever holding all the logits.
 
     hidden `[B, T, D]` of the model's dtype, tokens `[B, T]` integers; returns two `[B, T]` fp32 arrays. Logits
     live for `chunk` tokens at a time, in the backward pass too, which computes them again. The entropies carry a
-    gradient only if `entropy_gradient`; without `entropies` only logprobs are computed and returned. Trainable
-    parameters that the head reads must be `module`'s.
+    gradient only if `entropy_gradient`; without `entropies` only logprobs are computed and returned. What
+    `beside` computes comes last, `[B, T]`, differentiable. Trainable parameters that the head reads must be `module`'s.
     """
     rows, length, width = hidden.shape
     flat_tokens = tokens.reshape(-1)
@@ -83,8 +89,15 @@ def chunked_logprobs(
 
     def project(start: int, states: mx.array) -> tuple[mx.array, ...]:
         logits = scaled(head(states), temperature)
-        own = flat_tokens[start : start + len(states)]
-        return with_entropies(logits, own, entropy_gradient) if entropies else (token_logprobs(logits, own),)
+        own = slice(start, start + len(states))
+        tokens = flat_tokens[own]
+        found = with_entropies(logits, tokens, entropy_gradient) if entropies else (token_logprobs(logits, tokens),)
+        if beside is None:
+            return found
+        # Before the entropies: `mx.vjp` passes over outputs behind `stop_gradient`, and would give those after them the
+        # slopes of others.
+        return (found[0], beside(own, logits), *found[1:])
 
     found = in_pieces(project, hidden.reshape(rows * length, width), chunk, module, head_parameters(module))
-    return tuple(values.reshape(rows, length) for values in found)
+    logprobs, *others = (values.reshape(rows, length) for values in found)
+    return (logprobs, *others) if beside is None else (logprobs, *others[1:], others[0])

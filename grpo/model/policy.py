@@ -17,7 +17,15 @@ from grpo.model.attention import most_pairs
 from grpo.model.checkpointing import checkpointed_layers
 from grpo.model.head import Body, Head, Unsplit, split_head
 from grpo.model.lines import Lines, Unpacked, at_rows, check_lines, line_hidden
-from grpo.model.logprobs import LOGITS, chunk_tokens, chunked_logprobs, scaled, token_logprobs, with_entropies
+from grpo.model.logprobs import (
+    LOGITS,
+    Beside,
+    chunk_tokens,
+    chunked_logprobs,
+    scaled,
+    token_logprobs,
+    with_entropies,
+)
 from grpo.model.offloading import Checkpoint, Vault, keeping_in
 from grpo.model.promptcaches import Kind
 from grpo.model.quantized import dtype_of
@@ -166,6 +174,12 @@ class Policy:
             self._checkpoint = mx.checkpoint
 
     @property
+    def vocabulary(self) -> int:
+        """How many logits a token has."""
+        size: int = self.model(mx.array([[0]])).shape[-1]  # the shape alone: nothing is computed
+        return size
+
+    @property
     def dtype(self) -> mx.Dtype:
         """What the model computes in."""
         return dtype_of(self.model)
@@ -221,6 +235,12 @@ class Policy:
         found = self._projected(self.line_hidden(laid), laid.targets, entropy_gradient, entropies)
         return tuple(at_rows(values, starts, length, laid.rows) for values in found)
 
+    def hidden_logprobs(
+        self, hidden: mx.array, tokens: mx.array, entropy_gradient: bool, beside: Beside
+    ) -> tuple[mx.array, ...]:
+        """The same from hidden states `[B, T, D]` that predict tokens `[B, T]`, and what is computed `beside`."""
+        return self._projected(hidden, tokens, entropy_gradient, True, beside)
+
     def line_hidden(self, lines: Lines) -> mx.array:
         """The hidden states of all places of the lines, `[R, W, D]`."""
         assert self.packs
@@ -245,12 +265,19 @@ class Policy:
             return hidden_at(body(tokens, cache=None), prompt_lengths, completion_ids.shape[1])
 
     def _projected(
-        self, hidden: mx.array, tokens: mx.array, entropy_gradient: bool, entropies: bool
+        self,
+        hidden: mx.array,
+        tokens: mx.array,
+        entropy_gradient: bool,
+        entropies: bool,
+        beside: Beside | None = None,
     ) -> tuple[mx.array, ...]:
         assert self.split is not None
         head = self.split[1]
         chunk = chunk_tokens(head(hidden[:1, :1]).shape[-1], self.logits)  # the shape alone: nothing is computed
-        return chunked_logprobs(hidden, tokens, head, self.temperature, chunk, entropy_gradient, self.model, entropies)
+        return chunked_logprobs(
+            hidden, tokens, head, self.temperature, chunk, entropy_gradient, self.model, entropies, beside
+        )
 
 
 def _check_called(model: nn.Module) -> None:

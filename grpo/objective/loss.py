@@ -19,6 +19,7 @@ from grpo.objective.kl import kl_estimate
 from grpo.objective.measures import Metrics, clip_metrics, counts, mean, sampler_metrics
 from grpo.objective.ratios import bounded_exp, log_ratios
 from grpo.objective.surrogates import SURROGATES, Terms
+from grpo.objective.teaching import sampled_kl
 from grpo.types import Batch
 
 CustomLoss = Callable[[mx.array, Batch, LossConfig], mx.array]
@@ -31,16 +32,18 @@ def policy_loss(
     cfg: LossConfig,
     entropies: mx.array | None = None,
     custom: CustomLoss | None = None,
+    divergence: mx.array | None = None,
 ) -> tuple[mx.array, Metrics]:
     """The loss of a micro-batch, to be minimized, and its metrics.
 
-        loss = Σ weights · (keep · w · surrogate(ratio, A) + β · KL - c · entropy)
+        loss = Σ weights · (keep · w · surrogate(ratio, A) + β · KL - c · entropy + d · KL to the teacher)
 
     over trained tokens. keep is the off-policy mask and w the correction for the sampler (vespo puts w into its own
     weight instead). grpo/presets.py has the formulas.
 
     current `[B, T]` float32 is log p under the current policy, differentiable. entropies `[B, T]` float32, in nats, or
-    None. The batch must have `trained`, `weights` and `advantages`. The other columns are used as follows:
+    None. divergence `[B, T]` float32 is the KL to a teacher in nats, differentiable, where the batch has the weight d
+    (`teacher_coef`). The batch must have `trained`, `weights` and `advantages`. The other columns are used as follows:
 
         anchor     denominator of the ratios, except dppo's. None: the current policy is the anchor, every ratio is 1.
         stale      where it is 1, `behaviour` is the anchor: of ratios, bounds and corrections. A stale token's ratio is
@@ -49,6 +52,7 @@ def policy_loss(
         sampler    replaces `behaviour` in the correction and in dppo if filters changed what was drawn from. The
                    off-policy mask compares two policies, and keeps `behaviour`.
         reference  required if the KL penalty has a weight above 0
+        teacher    read by the metric `teacher/kl` alone: what it gives is in `advantages` already
         beta       replaces `cfg.beta` as that weight
         entropies  replaces the argument `entropies` in the metric `entropy`: with dropout, the values without it
 
@@ -72,6 +76,8 @@ def policy_loss(
     for add in (_off_policy_mask, _penalty, _entropy_bonus):
         per_token, measured = add(per_token, terms, batch, cfg, entropies)
         metrics |= measured
+    per_token, measured = _teaching(per_token, batch, divergence)
+    metrics |= measured
     loss = mx.where(batch.trained > 0, batch.weights * per_token, 0.0).sum()
     return loss, {name: mx.stop_gradient(value) for name, value in metrics.items()}
 
@@ -93,6 +99,7 @@ def _on_trained(batch: Batch, current: mx.array) -> Batch:
         stale=masked(batch.stale),
         anchor=masked(_anchored(batch, current)),
         reference=masked(batch.reference),
+        teacher=masked(batch.teacher),
         entropies=masked(batch.entropies),
     )
 
@@ -171,3 +178,15 @@ def _entropy_bonus(
     if cfg.entropy_coef > 0:
         per_token = per_token - cfg.entropy_coef * entropies
     return per_token, {"entropy": mean(entropies if batch.entropies is None else batch.entropies, terms.trained)}
+
+
+def _teaching(per_token: mx.array, batch: Batch, divergence: mx.array | None) -> tuple[mx.array, Metrics]:
+    """Add d · KL(policy ‖ teacher) of each token, if it is a term of the loss. Both ways it is measured."""
+    if batch.teacher_coef is not None:
+        if divergence is None:
+            raise ValueError("teacher_coef needs the divergence from the teacher")
+        divergence = mx.where(batch.trained > 0, divergence, 0.0)
+        return per_token + batch.teacher_coef * divergence, {"teacher/kl": mean(divergence, batch.trained)}
+    if batch.teacher is None or batch.behaviour is None:
+        return per_token, {}
+    return per_token, {"teacher/kl": mean(sampled_kl(batch.behaviour, batch.teacher), batch.trained)}

@@ -20,6 +20,7 @@ from grpo.model.widehead import bytes_at_work
 from grpo.planning.choosing import Checkpointing, Choice, reckoned
 from grpo.planning.footprint import Footprint
 from grpo.planning.held import FORMER, count_weights, optimizer_step, what_stays
+from grpo.planning.lesson import NONE, Lesson
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan, ways_out, why_not
 from grpo.planning.workload import Workload
@@ -38,7 +39,7 @@ class Case:
     The model's shapes and dtypes are enough: none of its arrays is computed. `states` are the adapter's besides the
     policy, and `footprint` what an update needs without and with checkpointing. `tried` is what a micro-batch was seen
     to take, and `entering` what so many prompts of a length were seen to take on their way through the model: None
-    where that is not tried.
+    where that is not tried. `lesson` is what a teacher takes.
     """
 
     machine: Machine
@@ -49,6 +50,7 @@ class Case:
     footprint: Callable[[bool], Footprint]
     tried: Callable[[Checkpointing, Shape, int], int | None] = lambda *_: None
     entering: Callable[[int, int], int | None] = lambda *_: None
+    lesson: Lesson = NONE
 
 
 def plan_on(case: Case) -> tuple[Plan, OptimConfig]:
@@ -78,6 +80,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     machine, load, model, decoding = case.machine, case.load, case.model, case.decoding
     numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
     stays, need = what_stays(load.optim, load.adapter, model, case.states), load.need()
+    stays |= case.lesson.stays(load)
     head = bytes_at_work(model, machine.gpu)
     room = machine.usable - sum(stays.values())
     spare = room - head + stays[FORMER]  # there is nothing of that yet
@@ -88,7 +91,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         load,
         room,
         len(model.layers),
-        lambda way: case.footprint(way).in_chunks(logits),
+        lambda way: case.lesson.beside(case.footprint(way)).in_chunks(logits),
         lambda way, shape: case.tried(way, shape, logits),
         partial(update_lanes, model),
         partial(reckoned, model),

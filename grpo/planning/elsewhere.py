@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend.hub import Repository, fetch, one_line
-from grpo.config import ModelConfig, Recipe
+from grpo.config import AdapterConfig, ModelConfig, Recipe
 from grpo.errors import UserError
 from grpo.generation.attention import Attention, FusedRowAttention
 from grpo.generation.buffers import CacheShape
@@ -31,6 +31,7 @@ from grpo.planning.activations import reckoned_footprint
 from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import Footprint
 from grpo.planning.lengths import FittingLengths
+from grpo.planning.lesson import NONE, Lesson
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of, position_note
@@ -42,7 +43,8 @@ class Elsewhere:
     """A recipe's run on another machine. The model has shapes and dtypes alone.
 
     `states` are the adapter's besides the policy, `decoding` the way that would be chosen there, and `footprint` what
-    an update needs without and with checkpointing.
+    an update needs without and with checkpointing. `lesson` is what a teacher takes, and `teacher` what a second model
+    computes.
     """
 
     machine: Machine
@@ -52,21 +54,24 @@ class Elsewhere:
     states: int
     decoding: SharedPrefix
     footprint: Callable[[bool], Footprint]
+    lesson: Lesson = NONE
+    teacher: Costs | None = None
 
     @classmethod
     def of(cls, cfg: Recipe, config: Mapping[str, Any], machine: Machine) -> Elsewhere:
         """For a recipe whose model has this `config.json`. Raises UserError for a model that mlx-lm does not know."""
-        model = _model(cfg, config)
+        model = _model(cfg.model, config, cfg.adapter)
         costs = costs_of(model)
         prompt = cfg.data.max_prompt_length
         waits = bool(cfg.conversations)
-        head = bytes_at_work(model, machine.gpu)
+        head, second = bytes_at_work(model, machine.gpu), _second(cfg)
         return cls(
             machine,
             Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, prompt, prompt, waits=waits),
             model,
             costs,
-            int(cfg.needs_reference or cfg.adapter.type != "full"),  # the reference
+            int(cfg.needs_reference or cfg.adapter.type != "full")  # the reference
+            + int(cfg.teacher is not None and cfg.teacher.adapter is not None),
             _decoding(machine, model, costs, cfg.rollout.kv_bits),
             partial(
                 reckoned_footprint,
@@ -75,6 +80,8 @@ class Elsewhere:
                 head=head,
                 offloads=cfg.optim.offload_activations,
             ),
+            Lesson.of(cfg.teacher, model, second),
+            None if second is None else costs_of(second),
         )
 
     def plan(self) -> Plan:
@@ -83,7 +90,7 @@ class Elsewhere:
 
     @property
     def _case(self) -> Case:
-        return Case(self.machine, self.load, self.model, self.states, self.decoding, self.footprint)
+        return Case(self.machine, self.load, self.model, self.states, self.decoding, self.footprint, lesson=self.lesson)
 
     @property
     def lengths(self) -> FittingLengths:
@@ -102,17 +109,24 @@ class Elsewhere:
             return str(error)
 
 
-def _model(cfg: Recipe, config: Mapping[str, Any]) -> nn.Module:
-    dtype = None if cfg.model.dtype == "auto" else getattr(mx, cfg.model.dtype)
-    if cfg.model.quantize is not None:
+def _model(cfg: ModelConfig, config: Mapping[str, Any], adapter: AdapterConfig | None) -> nn.Module:
+    dtype = None if cfg.dtype == "auto" else getattr(mx, cfg.dtype)
+    if cfg.quantize is not None:
         if (former := stored(config)) is not None:
             bits = former.settings["bits"]
-            raise UserError(f"model.quantize: {cfg.model.name} is quantised already, to {bits} bits")
-        config = {**config, "quantization": quantization(cfg.model.quantize).config}
-    model = outline(config, cfg.adapter, dtype)
-    if cfg.model.head_dtype != "model":
+            raise UserError(f"model.quantize: {cfg.name} is quantised already, to {bits} bits")
+        config = {**config, "quantization": quantization(cfg.quantize).config}
+    model = outline(config, adapter, dtype)
+    if cfg.head_dtype != "model":
         widen_head(model)
     return model
+
+
+def _second(cfg: Recipe) -> nn.Module | None:
+    """The teacher, if it is a second model."""
+    if cfg.teacher is None or cfg.teacher.model is None:
+        return None
+    return _model(cfg.teacher.model, model_config(cfg.teacher.model), None)
 
 
 def _decoding(machine: Machine, model: nn.Module, costs: Costs, kv_bits: int | None) -> SharedPrefix:

@@ -80,6 +80,7 @@ def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
     there = Elsewhere.of(cfg, config, machine_of(chip.memory, chip.backend, cfg))
     plan, costs, load = there.plan(), there.costs, there.load
     step = _sampling(chip, costs, load, plan, plan.prompts, plan.rows) + _updates(chip, costs, cfg, plan)
+    step += 0.0 if there.teacher is None else _asking(chip, there.teacher, cfg, plan)
     evaluations = 0.0
     if cfg.eval is not None:
         rows = cfg.eval.prompts * (cfg.eval.samples + 1)  # and the greedy one
@@ -135,13 +136,23 @@ def _updates(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan) -> float:
     sizes = plan.prompts, cfg.data.max_prompt_length, rollout.num_generations, rollout.max_completion_length
     old = passes * cfg.optim.num_minibatches > 1 or cfg.adapter.dropout > 0  # logprobs from before the first update
     chosen = cfg.loss.top_entropy_quantile < 1
-    others = cfg.has_penalty + old + chosen + (1 / cfg.kl_every if cfg.kl_every else 0)
+    by_adapter = cfg.teacher is not None and cfg.teacher.adapter is not None
+    others = cfg.has_penalty + old + chosen + by_adapter + (1 / cfg.kl_every if cfg.kl_every else 0)
     update, logprobs = costs.update(*sizes) + costs.forward(*sizes) * plan.recomputed, costs.logprobs(*sizes)
     if chip.times == "bound":
         return (update * passes + logprobs * others).seconds(chip.flops, chip.bandwidth)
     tokens = plan.prompts * cfg.data.max_prompt_length + plan.rows * rollout.max_completion_length
     updates = passes * calibration.update(chip, costs, tokens, update)
     return updates + others * calibration.forward(chip, costs, tokens, logprobs)
+
+
+def _asking(chip: Chip, teacher: Costs, cfg: Recipe, plan: Plan) -> float:
+    """Seconds of a second model's forward pass over a step's completions."""
+    prompt, length = cfg.data.max_prompt_length, cfg.rollout.max_completion_length
+    work = teacher.logprobs(plan.prompts, prompt, cfg.rollout.num_generations, length)
+    if chip.times == "bound":
+        return work.seconds(chip.flops, chip.bandwidth)
+    return calibration.forward(chip, teacher, plan.prompts * prompt + plan.rows * length, work)
 
 
 def _size(count: int) -> str:

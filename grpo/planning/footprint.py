@@ -49,9 +49,9 @@ class Footprint:
     Of the tokens' bytes a part (`kept`) waits while the loss is computed; the rest comes after it. `head` is what the
     head holds beside its logits: float32 pieces of its matrix, and the sums of its gradient if it trains. `depth` is
     how many layers the model has. A pass with more than `most_pairs` keeps no scores (None: all do), but counts as if
-    it kept the most: a micro-batch of as many tokens in shorter rows keeps them. The head holds `most_copies` of a
-    chunk's logits at once. `inside`: bytes a token, of at most `most_inside` tokens, for what a checkpointed layer
-    computes in tiles of tokens (`grpo.model.rowwise`).
+    it kept the most: a micro-batch of as many tokens in shorter rows keeps them. The head holds `logit_copies` of a
+    chunk's logits, and `most_copies` at once. `inside`: bytes a token, of at most `most_inside` tokens, for what a
+    checkpointed layer computes in tiles of tokens (`grpo.model.rowwise`).
     """
 
     fixed: int
@@ -67,6 +67,7 @@ class Footprint:
     most_copies: int = MOST_COPIES[True]
     inside: float = 0.0
     most_inside: int = 0
+    logit_copies: int = LOGIT_COPIES
 
     def keeps_scores(self, shape: Shape) -> bool:
         """Whether attention keeps the scores of all passes of this shape for the backward pass."""
@@ -89,7 +90,7 @@ class Footprint:
             body = outside + self.inside * min(tokens, self.most_inside)
         waits = min(body, self.kept * max(body, outside + self.inside * tokens))  # tiles do not make that less
         projected = shape.lines * shape.width or shape.rows * shape.length
-        copies = min(self.most_copies, LOGIT_COPIES * -(-projected // self.chunk))
+        copies = min(self.most_copies, self.logit_copies * -(-projected // self.chunk))
         head = self.head + copies * self.logits * min(self.chunk, projected)
         return int(self.fixed + max(body, waits + head))
 
@@ -140,7 +141,7 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
         [extent(shape, policy.share_prompts, checkpointing) for shape in shapes],
         measure_body(policy, checkpointing, shapes),
     )
-    vocabulary = _vocabulary(policy)
+    vocabulary = policy.vocabulary
     fixed = sum(4 * array.size for _, array in tree_flatten(policy.model.trainable_parameters()))
     head = bytes_at_work(policy.model, on_gpu())
     head += sum(HEAD_SUMS * array.size for _, array in tree_flatten(head_parameters(policy.model)))
@@ -210,8 +211,3 @@ def _going_through(policy: Policy, shape: Shape) -> tuple[list[mx.array], Callab
     lengths = mx.full((shape.prompts,), shape.prompt_length)
     index, completions = mx.zeros((shape.rows,), mx.int32), mx.zeros((shape.rows, shape.length), mx.int32)
     return [prompts, lengths, index, completions], policy.group_hidden
-
-
-def _vocabulary(policy: Policy) -> int:
-    size: int = policy.model(mx.array([[0]])).shape[-1]  # the shape alone: nothing is computed
-    return size

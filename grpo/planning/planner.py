@@ -16,6 +16,7 @@ from grpo.planning.choosing import Checkpointing, by_footprints
 from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import measure_body, measure_footprint
 from grpo.planning.lengths import FittingLengths
+from grpo.planning.lesson import NONE, Lesson
 from grpo.planning.machines import Machine, within
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of
@@ -36,7 +37,8 @@ def make_plan(
 class Planner:
     """Plans a workload for a policy: what the update needs is measured, the rest is counted.
 
-    `limit` is the recipe's own, in GB. Raises UserError for one that this machine does not have.
+    `limit` is the recipe's own, in GB, and `lesson` what a teacher takes. Raises UserError for a limit that this
+    machine does not have.
     """
 
     def __init__(
@@ -46,11 +48,12 @@ class Planner:
         decoding: Decoding,
         limit: float | None = None,
         loss: LossConfig | None = None,
+        lesson: Lesson = NONE,
     ) -> None:
         can = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
         if on_gpu() and load.optim.pack_completions:
             can["pack_completions"] = policy.packs
-        self.policy, self.decoding, self.loss = policy, decoding, loss or LossConfig()
+        self.policy, self.decoding, self.loss, self.lesson = policy, decoding, loss or LossConfig(), lesson
         parts = load.parts * lanes_worth(policy.model, self.loss)
         self.load = replace(load, optim=with_settings(load.optim, can), parts=parts)
         host = None if policy.vault is None else policy.vault.room()
@@ -89,17 +92,25 @@ class Planner:
     def _case(self) -> Case:
         """What is planned, where nothing is tried."""
         states = len(self.policy.adapters.names) - 1
-        return Case(self.machine, self.load, self.policy.model, states, self.decoding, self._footprint)
+        return Case(
+            self.machine, self.load, self.policy.model, states, self.decoding, self._footprint, lesson=self.lesson
+        )
 
     def _tried(self, way: Checkpointing, shape: Shape, logits: int) -> int | None:
         """Bytes that were seen: on a CPU of the whole gradient where that is cheap, on CUDA of the hidden states', for
-        which there is more in flight than a line knows."""
+        which there is more in flight than a line knows. A teacher's KL is not tried, but counted."""
         self.policy.logits = logits
         if self.machine.cuda:
             (body,) = measure_body(self.policy, way, [shape])
             depth = len(self.policy.model.layers)
-            return by_footprints(lambda way: self._footprint(way).in_chunks(logits), way, depth, shape, body)
-        if self.machine.gpu or not is_cheap(self.policy.model, shape, self.policy.share_prompts):
+            return by_footprints(
+                lambda way: self.lesson.beside(self._footprint(way)).in_chunks(logits), way, depth, shape, body
+            )
+        if (
+            self.machine.gpu
+            or self.lesson.copies > 1
+            or not is_cheap(self.policy.model, shape, self.policy.share_prompts)
+        ):
             return None
         number = -(-self.load.updated // shape.rows)
         return rehearsed(self.policy, self.loss, way, shape, number)

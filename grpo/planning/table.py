@@ -27,6 +27,8 @@ def _why_it_stays(name: str, plan: Plan, load: Workload) -> str:
         case "optimizer":
             kept = "moments in 8 bits" if load.optim.moments == "int8" else "in float32"
             return f"{load.optim.optimizer} for {plan.trained:,} trained parameters, {kept}"
+        case "teacher":
+            return "its weights, if it is a second model, and what it says of a step's tokens"
         case "other states":
             return "the reference"
         case _:

@@ -219,6 +219,8 @@ def _why_none(
 
 def _of_rewards(metrics: StepMetrics, weights: Mapping[str, float], environments: Collection[str]) -> list[str]:
     values = metrics.values
+    if any(rollout.taught for group in metrics.groups for rollout in group.rollouts):
+        return []  # a teacher gives every token something to learn
     if "reward" not in values:
         rates = tuple(f"/{kind}_rate" for kind in FAILURES)
         failed = any(value for name, value in values.items() if name.endswith(rates))

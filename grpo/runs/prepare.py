@@ -27,6 +27,7 @@ from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
+from grpo.planning.lesson import Lesson
 from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
 from grpo.planning.planner import Planner, allowed, decode_as_planned
@@ -39,6 +40,7 @@ from grpo.runs.drawing import chosen_note, source_of
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite
 from grpo.runs.rewarding import check_rewarded
+from grpo.runs.teachers import teacher_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.algorithms import make_optimizer
 from grpo.training.trainer import Trainer
@@ -85,7 +87,7 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
         groups = -(-cfg.rollout.prompts_per_step // ranks.size)
         partners = invite(cfg.conversations, cfg.tools, given, groups, files)
         opened.callback(partners.close)
-        rewarding = check_rewarded(cfg.rewards, cfg.advantage, partners)
+        rewarding = check_rewarded(cfg.rewards, cfg.advantage, partners, taught=cfg.teacher is not None)
         hosts = list(partners.hosts.values())
         scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions, hosts)
         opened.callback(scorer.close)
@@ -106,6 +108,7 @@ def _prepared(
         for (name, data), rows in zip(named.items(), local, strict=True)
     ]
     policy = _policy(cfg, model)
+    teacher = teacher_of(cfg.teacher, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
@@ -133,14 +136,14 @@ def _prepared(
     source = source_of(cfg.data, given, stream, scorer, cfg.seed)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
-    waits = environment is not None
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
-    workload = Workload(*sections, longest, longest_of_all, own, waits, ranks.size)
-    planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss)
+    workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
+    lesson = Lesson.of(cfg.teacher, model, teacher and teacher.model)
+    planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})
     decode_as_planned(generator, plan)
-    trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks)
+    trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks, teacher)
     trainer.update.gradients.alone = plan.alone
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]

@@ -42,7 +42,7 @@ from grpo.runs.prepare import data_of
 from grpo.runs.publishing import check_no_secrets
 from grpo.runs.revisions import with_revisions
 from grpo.runs.sources import source_hashes
-from grpo.runs.starting import starting_hash, with_kept
+from grpo.runs.starting import adapter_hashes, with_kept
 from grpo.runs.state import RunState
 from grpo.training.state import OLDER
 from grpo.training.trainer import Trainer
@@ -217,7 +217,7 @@ def context(
     named = data_of(cfg)
     inputs = {name: fingerprint(table) for name, table in rows.items() if given.is_local(name, named[name])}
     sources = source_hashes(cfg.uses) | given.sources()
-    inputs |= starting_hash(cfg.adapter) | rates_hash(cfg.data)
+    inputs |= adapter_hashes(cfg) | rates_hash(cfg.data)
     return Context(recipe_text(cfg), sources, adapter, plan, revisions, inputs)
 
 

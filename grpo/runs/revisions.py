@@ -16,8 +16,10 @@ from grpo.runs.prepare import data_of
 
 
 def revisions_of(cfg: Recipe) -> dict[str, str]:
-    """The commits that the recipe's model, data and held-out data were loaded at, by their names on the Hub."""
+    """The commits that the recipe's models, data and held-out data were loaded at, by their names on the Hub."""
     found = {f"model {cfg.model.name}": _model_commit(cfg.model)}
+    if cfg.teacher is not None and cfg.teacher.model is not None:
+        found[f"teacher {cfg.teacher.model.name}"] = _model_commit(cfg.teacher.model)
     found |= {_key(section, data): _data_commit(data) for section, data in data_of(cfg).items()}
     return {name: commit for name, commit in found.items() if commit is not None}
 
@@ -27,6 +29,8 @@ def with_revisions(cfg: Recipe, revisions: Mapping[str, str]) -> Recipe:
     commits = {}
     if cfg.model.revision is None:
         commits["model.revision"] = revisions.get(f"model {cfg.model.name}")
+    if cfg.teacher is not None and cfg.teacher.model is not None and cfg.teacher.model.revision is None:
+        commits["teacher.model.revision"] = revisions.get(f"teacher {cfg.teacher.model.name}")
     if cfg.data.revision is None:
         commits["data.revision"] = revisions.get(_key("data", cfg.data))
     if cfg.eval is not None and cfg.eval.revision is None:

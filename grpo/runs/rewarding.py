@@ -15,20 +15,23 @@ REMEDY = (
 )
 
 
-def check_rewarded(rewards: Sequence[RewardConfig], advantage: AdvantageConfig, partners: Partners) -> list[str]:
+def check_rewarded(
+    rewards: Sequence[RewardConfig], advantage: AdvantageConfig, partners: Partners, taught: bool = False
+) -> list[str]:
     """Notes on environments of which only a run can show whether they reward.
 
-    Raises UserError where nothing can reward the model, and for weights of rewards that do not exist.
+    Raises UserError where nothing can reward the model, unless a teacher does (`taught`), and for weights of rewards
+    that do not exist.
     """
     by_functions = any(reward.weight for reward in rewards)
     if partners.own is not None:
-        _check_alone(advantage, by_functions)
+        _check_alone(advantage, by_functions or taught)
     for name, (host, config) in partners.hosts.items():
         if "weight" in config.changed and not host.description.may_reward:
             raise UserError(
                 f"{place_of(name)}.weight does nothing: {_lacks(host.description)}. Leave it out, or {REMEDY}"
             )
-    if by_functions or not partners.hosts:
+    if by_functions or taught or not partners.hosts:
         return []
     weighed = [host.description for host, config in partners.hosts.values() if config.weight]
     if not any(told.may_reward for told in weighed):

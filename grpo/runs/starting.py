@@ -32,10 +32,11 @@ def with_kept(cfg: Recipe, run: Path) -> Recipe:
     return _begins_from(cfg, str(kept.resolve()))
 
 
-def starting_hash(cfg: AdapterConfig) -> dict[str, str]:
-    """A SHA-256 of the adapter that a run begins from, by the setting's name; nothing for a fresh one."""
-    weights = weights_file(Path(cfg.path)) if cfg.path is not None else None
-    return {"adapter.path": hash_of(weights)} if weights is not None else {}
+def adapter_hashes(cfg: Recipe) -> dict[str, str]:
+    """A SHA-256 of the adapter that a run begins from, and of its teacher's, by the settings' names."""
+    named = {"adapter.path": cfg.adapter.path, "teacher.adapter": cfg.teacher.adapter if cfg.teacher else None}
+    files = {name: weights_file(Path(path)) for name, path in named.items() if path is not None}
+    return {name: hash_of(weights) for name, weights in files.items() if weights is not None}
 
 
 def keep_starting(cfg: AdapterConfig, run: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from grpo.backend.lanes import side_by_side
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig
-from grpo.model.lines import laid_out
+from grpo.model.lines import Lines, laid_out
 from grpo.model.policy import Policy
 from grpo.objective import token_weights
 from grpo.training.lanes import tokens_of, update_lanes
@@ -20,6 +20,7 @@ from grpo.training.packing import Packing, Sample, Shape, pack
 from grpo.types import SAMPLER, Batch, Group, Rollout, Totals, Trajectory, Value
 
 MiniBatch = list[Batch]
+Found = TypeVar("Found")
 
 
 def make_minibatches(
@@ -153,7 +154,7 @@ def collate(rows: Sequence[Sample], shape: Shape) -> Batch:
 
 def learns(rollout: Rollout, loss: LossConfig) -> bool:
     """Whether a completion can contribute to the gradient, so that the update needs it."""
-    return _counted(rollout, loss) > 0 and (rollout.has_advantage or _all_rows_count(loss))
+    return _counted(rollout, loss) > 0 and (rollout.has_advantage or rollout.taught or _all_rows_count(loss))
 
 
 def _counted(rollout: Rollout, loss: LossConfig) -> int:
@@ -195,11 +196,22 @@ def forced_each_with_entropies(
     return [(logprobs, entropies) for logprobs, entropies in _forced(policy, batches, True, ranks)]
 
 
+def hidden_each(policy: Policy, batches: Sequence[Batch], ranks: Ranks | None = None) -> list[mx.array]:
+    """The hidden states of each batch that predict its tokens, `[B, T, D]`, evaluated now; side by side on a CPU."""
+    return list(_each(policy, batches, lambda batch: batch_hidden(policy, batch), ranks))
+
+
 def _forced(
     policy: Policy, batches: Sequence[Batch], entropies: bool, ranks: Ranks | None
 ) -> Iterator[tuple[mx.array, ...]]:
-    def of(arrays: dict[str, mx.array]) -> tuple[mx.array, ...]:
-        return batch_logprobs(policy, Batch.of(arrays), entropies=entropies)
+    return _each(policy, batches, lambda batch: batch_logprobs(policy, batch, entropies=entropies), ranks)
+
+
+def _each(
+    policy: Policy, batches: Sequence[Batch], measure: Callable[[Batch], Found], ranks: Ranks | None
+) -> Iterator[Found]:
+    def of(arrays: dict[str, mx.array]) -> Found:
+        return measure(Batch.of(arrays))
 
     arrays = [batch.arrays() for batch in batches]
     tokens = max(map(tokens_of, arrays), default=0)
@@ -219,6 +231,19 @@ def batch_logprobs(
         return policy.line_logprobs(batch.lines, batch.starts, length, entropy_gradient, entropies)
     prompts = batch.prompt_ids, batch.prompt_lengths, batch.prompt_index
     return policy.group_logprobs(*prompts, batch.token_ids, entropy_gradient, entropies)
+
+
+def batch_hidden(policy: Policy, batch: Batch) -> mx.array:
+    """The hidden states that predict a batch's tokens, under the active adapter state: `[B, T, D]`.
+
+    Of a policy whose head can be split off. What they are behind a row's end means nothing.
+    """
+    if batch.lines is None or batch.starts is None:
+        return policy.group_hidden(batch.prompt_ids, batch.prompt_lengths, batch.prompt_index, batch.token_ids)
+    hidden = policy.line_hidden(Lines(*batch.lines))
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    places = batch.starts[:, None] + mx.arange(batch.token_ids.shape[1])[None]
+    return flat[mx.minimum(places, len(flat) - 1)]
 
 
 def _with_samplers(groups: Sequence[Group]) -> Sequence[Group]:

@@ -20,10 +20,11 @@ from grpo.model.policy import Policy
 from grpo.objective import combine_metrics, policy_loss
 from grpo.objective.loss import CustomLoss
 from grpo.objective.measures import Metrics
-from grpo.training.batches import batch_logprobs
+from grpo.training.batches import batch_hidden, batch_logprobs
 from grpo.training.custom import guarded
 from grpo.training.lanes import tokens_of, update_lanes
 from grpo.training.optimizer import grouped
+from grpo.training.teaching import Teacher
 from grpo.types import Batch, Progress
 
 
@@ -51,13 +52,14 @@ class Gradients:
         ranks: Ranks | None = None,
         compiles: bool = True,
         alone: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
         """With `compiles` the computation is compiled, where that pays. `alone`: micro-batches go one after the other,
         where a CPU would compute as many side by side as pay."""
         self.policy, self.loss, self.custom = policy, loss, custom
         self.ranks = ranks or Ranks()
         self.progress: Progress | None = None
-        self.alone = alone
+        self.alone, self.teacher = alone, teacher
         self._loss_and_grad = nn.value_and_grad(policy.model, self._loss)
         self._accumulate = compiled(self._accumulated, policy.model.state) if compiles else self._accumulated
 
@@ -101,13 +103,13 @@ class Gradients:
         if number == 1:
             for batch, (arrays, key) in zip(batches, inputs, strict=True):
                 with self.policy.training():
-                    tree, logprobs, entropies = self._accumulate(total.pop(), arrays, key)
+                    tree, found = self._accumulate(total.pop(), arrays, key)
                 total.append(tree)
                 del tree
-                mx.async_eval(total, logprobs, entropies)  # type: ignore[no-untyped-call]  # while Python builds the rest
-                loss, metrics = self._measured(logprobs, batch, entropies)
-                mx.eval(total, loss, metrics, logprobs)  # one micro-batch's activations at a time
-                yield loss, metrics, logprobs
+                mx.async_eval(total, *found)  # type: ignore[no-untyped-call]  # while Python builds the rest
+                loss, metrics = self._measured(batch, *found)
+                mx.eval(total, loss, metrics, found)  # one micro-batch's activations at a time
+                yield loss, metrics, found[0]
             return
         made = side_by_side(self._of_one, inputs, number, self.policy.model.state)
         for gradient, loss, metrics, logprobs in made:
@@ -120,27 +122,39 @@ class Gradients:
         """The gradient of a batch by its arrays, its loss, its metrics and its logprobs."""
         batch, dropout_key = Batch.of(given[0]), given[1]
         with self.policy.training():
-            (_, (logprobs, entropies)), gradient = self._loss_and_grad(batch, dropout_key)
-        return gradient, *self._measured(logprobs, batch, entropies), logprobs
+            (_, found), gradient = self._loss_and_grad(batch, dropout_key)
+        return gradient, *self._measured(batch, *found), found[0]
 
     def _accumulated(
         self, tree: Any, arrays: dict[str, mx.array], dropout_key: mx.array | None
-    ) -> tuple[Any, mx.array, mx.array]:
-        """The float32 tree with the batch's gradient added, the batch's logprobs and its entropies."""
-        (_, (logprobs, entropies)), gradient = self._loss_and_grad(Batch.of(arrays), dropout_key)
-        return tree_map(mx.add, tree, gradient), logprobs, entropies
+    ) -> tuple[Any, tuple[mx.array, ...]]:
+        """The float32 tree with the batch's gradient added, and what `_forward` finds of the batch."""
+        (_, found), gradient = self._loss_and_grad(Batch.of(arrays), dropout_key)
+        return tree_map(mx.add, tree, gradient), found
 
-    def _loss(self, batch: Batch, dropout_key: mx.array | None) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+    def _loss(self, batch: Batch, dropout_key: mx.array | None) -> tuple[mx.array, tuple[mx.array, ...]]:
         with dropping(dropout_key):
-            logprobs, entropies = batch_logprobs(self.policy, batch, self.loss.entropy_coef > 0)
-        loss, _ = self._measured(logprobs, batch, entropies)
-        return loss, (mx.stop_gradient(logprobs), mx.stop_gradient(entropies))
+            found = self._forward(batch)
+        loss, _ = self._measured(batch, *found)
+        return loss, tuple(map(mx.stop_gradient, found))
 
-    def _measured(self, logprobs: mx.array, batch: Batch, entropies: mx.array) -> tuple[mx.array, Metrics]:
+    def _forward(self, batch: Batch) -> tuple[mx.array, ...]:
+        """Logprobs and entropies of the batch's tokens, and their KL to a teacher whose KL is in the loss: `[B, T]`
+        float32 each."""
+        bonus = self.loss.entropy_coef > 0
+        if batch.teacher_coef is None:
+            return batch_logprobs(self.policy, batch, bonus)
+        assert self.teacher is not None, "the batch has what one has said"
+        hidden, beside = batch_hidden(self.policy, batch), self.teacher.beside(self.policy, batch)
+        return self.policy.hidden_logprobs(hidden, batch.token_ids, bonus, beside)
+
+    def _measured(
+        self, batch: Batch, logprobs: mx.array, entropies: mx.array, divergence: mx.array | None = None
+    ) -> tuple[mx.array, Metrics]:
         """The batch's loss and its metrics.
 
         They are computed outside the compiled function: inside, each of some twenty metrics would be a kernel of its
         own, which a CUDA machine takes seconds to build and which saves microseconds.
         """
         custom = guarded(self.custom) if self.custom else None
-        return policy_loss(logprobs, batch, self.loss, entropies, custom)
+        return policy_loss(logprobs, batch, self.loss, entropies, custom, divergence)

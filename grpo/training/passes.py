@@ -20,19 +20,23 @@ from grpo.model.policy import Policy
 from grpo.objective import weights_of_chosen
 from grpo.objective.masks import top_entropy_threshold
 from grpo.training.batches import MiniBatch, forced_each, forced_each_with_entropies
+from grpo.training.teaching import Teacher
 from grpo.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
 class PassSettings:
-    """What the passes depend on. `dropout`: whether the update applies dropout to the adapter's inputs."""
+    """What the passes depend on. `dropout`: whether the update applies dropout to the adapter's inputs. `teacher`: None
+    for a run without one."""
 
     loss: LossConfig
     dropout: bool = False
     ranks: Ranks = field(default_factory=Ranks)
+    teacher: Teacher | None = None
 
 
 _OF_TOKENS = frozenset(Batch.__slots__) - {"prompt_ids", "prompt_lengths", "prompt_index", "beta", "lines", "starts"}
+_OF_TOKENS -= {"teacher_coef", "teacher_hidden", "teacher_ids", "teacher_logprobs"}
 Found = TypeVar("Found")
 Condition = Callable[[PassSettings], bool]
 Enrich = Callable[[Policy, Sequence[MiniBatch], PassSettings], list[MiniBatch]]
@@ -111,6 +115,13 @@ def with_reference(policy: Policy, minibatches: Sequence[MiniBatch], settings: P
         ]
 
 
+def with_teacher(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
+    """Add what the teacher says of the batches' tokens: the column `teacher` and its advantages, or what the loss needs
+    for the KL over its vocabulary."""
+    assert settings.teacher is not None, "by the pass's condition"
+    return [settings.teacher.teach(policy, batches, settings.ranks) for batches in minibatches]
+
+
 def with_anchor(policy: Policy, minibatches: Sequence[MiniBatch], settings: PassSettings) -> list[MiniBatch]:
     """Add the column `anchor`: logprobs under the policy as it is before the step's first update.
 
@@ -144,6 +155,7 @@ PASSES: list[tuple[Condition, Enrich]] = [
     (lambda settings: settings.ranks.size > 1, shared),
     (lambda settings: settings.loss.top_entropy_quantile < 1, with_top_entropy),
     (lambda settings: settings.loss.kl_in == "loss", with_reference),
+    (lambda settings: settings.teacher is not None, with_teacher),
     (lambda _: True, with_anchor),
 ]
 """The condition of each pass, and the pass, in the order in which a step makes them."""

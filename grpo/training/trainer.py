@@ -34,6 +34,7 @@ from grpo.training.passes import PassSettings, passes_of
 from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
 from grpo.training.state import OLDER, Arrays, TrainerState
+from grpo.training.teaching import Teacher, taught
 from grpo.training.update import Updater
 from grpo.types import Group, StepMetrics, Totals
 
@@ -53,6 +54,7 @@ class Trainer:
         scorer: Scorer,
         custom_loss: CustomLoss | None = None,
         ranks: Ranks | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.cfg = cfg
         self.policy = policy
@@ -61,7 +63,7 @@ class Trainer:
         self.scorer = scorer
         self.ranks = ranks or Ranks()
         dropout = cfg.adapter.dropout > 0
-        self.passes = passes_of(PassSettings(cfg.loss, dropout, self.ranks))
+        self.passes = passes_of(PassSettings(cfg.loss, dropout, self.ranks, teacher))
         self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout, self.ranks.size), self.ranks)
         self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first, cfg.rollout.kv_bits)
         self.before = Before(policy.adapters, cfg.adapter.type == "full")
@@ -75,6 +77,7 @@ class Trainer:
             dropout_seed=cfg.seed if dropout else None,
             check=self.gap.check,
             moving=self.before.move,
+            teacher=teacher,
         )
 
     def step(self, n: int) -> StepMetrics:
@@ -92,9 +95,10 @@ class Trainer:
         totals = Totals.of(groups)
         groups, penalty_metrics = self.penalised(groups, totals, beta)
         groups = with_advantages(groups, self.scorer.weights, self.cfg.advantage, self.cfg.loss.preset)
+        groups = taught(groups) if self.cfg.teacher else groups
         minibatches = self.batched(groups, beta)  # fixes the token weights, before anything is split
         useful = useful_tokens(groups, minibatches, self.cfg.loss, self.policy.share_prompts)
-        for enrich in self.passes:  # entropy mask, this rank's share, reference, anchor: see `PASSES`
+        for enrich in self.passes:  # entropy mask, this rank's share, reference, teacher, anchor: see `PASSES`
             minibatches = enrich(self.policy, minibatches)
         kl_metrics = self.measured(fresh, n)
         rest = self.gauges.entropy_left_out(groups)

@@ -25,6 +25,7 @@ from grpo.training.batches import MiniBatch
 from grpo.training.gradients import Gradient, Gradients
 from grpo.training.optimizer import Float32Optimizer, grouped
 from grpo.training.schedule import learning_rate
+from grpo.training.teaching import Teacher
 from grpo.types import Batch, Progress
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Updater:
         check: Callable[[int, Mapping[str, float]], None] = lambda *_: None,
         moving: Callable[[], None] = lambda: None,
         optimizer: Float32Optimizer | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         """`dropout_seed` is what the adapter's dropout draws from, None without dropout.
 
@@ -78,7 +80,7 @@ class Updater:
         self.dropout_seed = dropout_seed
         self.ranks = ranks or Ranks()
         self.check, self.moving = check, moving
-        self.gradients = Gradients(policy, loss, custom, self.ranks, cfg.compile)
+        self.gradients = Gradients(policy, loss, custom, self.ranks, cfg.compile, teacher=teacher)
         self.optimizer = optimizer or Float32Optimizer(cfg, policy.model.trainable_parameters())
         self.inspect: Path | None = None
         self.skipped_in_a_row = 0

@@ -48,6 +48,8 @@ def whole_hub(hub: Hub, qwen3_folder: Path, tmp_path: Path) -> Hub:
     (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template(SHOP)}))
     for recipe in RECIPES.values():
         hub.add_model(recipe.model.name, model)
+        if recipe.teacher is not None and recipe.teacher.model is not None:
+            hub.add_model(recipe.teacher.model.name, model)
     for name, splits in DATASETS.items():
         hub.add_dataset(name, write(splits, tmp_path / "shelves" / name))
     return hub

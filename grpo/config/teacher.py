@@ -1,0 +1,48 @@
+"""The section `teacher`: a model whose probabilities the policy learns from, on the completions that it samples."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from grpo.config.model import ModelConfig
+from grpo.config.section import Above0, Name, Section
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+TeacherModel = Annotated[ModelConfig, BeforeValidator(_named, json_schema_input_type=str | ModelConfig)]
+"""A text is the model's `name`."""
+
+
+class TeacherConfig(Section):
+    model: TeacherModel | None = None
+    """A second model, with the same tokenizer. A text is its `name`."""
+    adapter: Name | None = None
+    """The folder of a saved adapter of the model that is trained, with the rank, scale and targets of the section
+    `adapter`. It takes no memory beyond its own arrays."""
+    coef: Above0 = 1.0
+    """Weight of the divergence from the teacher, beside rewards of weight 1."""
+    kl: Literal["sampled", "exact", "top_k"] = "sampled"
+    """How the reverse KL, KL(policy ‖ teacher), of each token is taken. `sampled`: log p(teacher) - log p(policy) of
+    the sampled token is added to its advantage, times `coef` (on-policy distillation). `exact`: the KL over the whole
+    vocabulary is a term of the loss, times `coef` (arXiv 2306.13649). `top_k`: the same over the teacher's `top_k`
+    likeliest tokens, with all others taken together as one."""
+    top_k: Annotated[int, Field(ge=1, le=1024)] = 64
+    """How many of the teacher's tokens `kl: top_k` looks at."""
+
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> TeacherConfig:
+        if (self.model is None) == (self.adapter is None):
+            raise ValueError("teacher: name either teacher.model, a second model, or teacher.adapter, a saved adapter")
+        if "top_k" in self.changed and self.kl != "top_k":
+            raise ValueError(f"teacher.top_k does nothing with teacher.kl: {self.kl}: it is for top_k")
+        return self
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether the divergence is a term of the loss, and not part of the advantages."""
+        return self.kl != "sampled"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,17 @@ def source_of(data: DataConfig, given: Given, stream: TaskStream, scorer: Scorer
         return _own(data.sampler, stream)
     if data.curriculum is None:
         return stream
-    return Curriculum(stream, data.curriculum, solved_by(scorer, data.curriculum), seed, known_rates(data))
+    return Curriculum(stream, data.curriculum, solved_by(scorer, data.curriculum), seed, known_rates(data, stream.rows))
 
 
 def solved_by(scorer: Scorer, cfg: CurriculumConfig | None = None) -> Solved:
     """What a solve rate is in a run with these rewards. Raises UserError for a reward that it has not."""
     cfg = cfg or CurriculumConfig()
+    if not scorer.weights:
+        raise UserError(
+            "a solve rate is of a reward, and the run has none: a teacher alone does not say which completions are "
+            "right. Name a reward (with weight: 0 it only measures), or leave data.curriculum or --solve-rates out"
+        )
     if cfg.reward is None:
         return Solved(tuple(scorer.graders), not scorer.rewards, cfg.best)
     if cfg.reward not in scorer.weights:
@@ -57,12 +63,20 @@ def chosen_note(data: DataConfig, rows: int) -> list[str]:
 
 
 def rates_hash(data: DataConfig) -> dict[str, str]:
-    """A SHA-256 of the file of solve rates that a run chooses its tasks by, by the setting's name.
+    """A SHA-256 of the file of solve rates that says which rows a run trains on, by the setting's name.
 
-    Where the file has gone there is none: a run that goes on needs it for `solve_rate`, and that will say so.
+    Where `data.solve_rate` keeps all rows there is none: a run that goes on has the rates of its checkpoint. Nor is
+    there where the file has gone: a run that goes on needs it, and that will say so.
     """
     file = data.solve_rates and Path(data.solve_rates).expanduser()
-    return {"data.solve_rates": hash_of(file)} if file and file.is_file() else {}
+    return {"data.solve_rates": hash_of(file)} if file and data.solve_rate is not None and file.is_file() else {}
+
+
+def rates_have_gone(data: DataConfig, state: Mapping[str, Any]) -> bool:
+    """Whether the file of `data.solve_rates` is not there and not needed, because a source's `state` has the rates."""
+    if data.solve_rates is None or data.solve_rate is not None or "solve_rates" not in state:
+        return False
+    return not Path(data.solve_rates).expanduser().exists()
 
 
 def _own(use: str, stream: TaskStream) -> Source:

@@ -27,7 +27,7 @@ from grpo.runs.checkpoint import (
     restore_replaced,
     versions,
 )
-from grpo.runs.drawing import rates_hash
+from grpo.runs.drawing import rates_hash, rates_have_gone
 from grpo.runs.folder import (
     CHECKPOINTS,
     check_run_folder,
@@ -64,8 +64,11 @@ class Start:
 
     @property
     def planned(self) -> Recipe:
-        """The recipe, with what was decided of it when the run that goes on began."""
-        return as_planned(with_revisions(self.cfg, self.revisions), self.plan)
+        """The recipe, with what was decided of it when the run that goes on began, and without a file of solve rates
+        that has gone and is not needed."""
+        gone = self.state is not None and rates_have_gone(self.cfg.data, self.state.trainer.counts["tasks"])
+        cfg = with_settings(self.cfg, {"data.solve_rates": None}) if gone else self.cfg
+        return as_planned(with_revisions(cfg, self.revisions), self.plan)
 
     def load(self, trainer: Trainer) -> RunState:
         """The state to start from, which is the trainer's from now on.

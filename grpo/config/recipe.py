@@ -152,9 +152,11 @@ class Recipe(Section):
     def _teacher_agrees(self) -> Recipe:
         if self.teacher is None:
             return self
-        if self.rollout.dynamic_sampling:
+        replaces = [name for name in ("dynamic_sampling", "reuse") if getattr(self.rollout, name)]
+        if replaces:
             raise ValueError(
-                "rollout.dynamic_sampling does nothing with a teacher: groups whose rewards are all equal teach too"
+                f"rollout.{replaces[0]} replaces groups whose rewards are all equal, because they teach nothing. With "
+                "a teacher they teach as much as the others: leave it out"
             )
         if self.teacher.kl == "sampled" and self.loss.use is None and self.loss.preset.shares_gradient:
             raise ValueError(

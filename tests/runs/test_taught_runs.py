@@ -89,7 +89,11 @@ def test_an_adapter_that_does_not_fit_is_refused(taught: Path) -> None:
         (("teacher={}",), "name either teacher.model"),
         (("teacher={model: m, adapter: a}",), "name either teacher.model"),
         (("teacher={adapter: a, top_k: 3}",), "teacher.top_k does nothing with teacher.kl: sampled"),
-        (("teacher={adapter: a}", "rollout.dynamic_sampling=2"), "dynamic_sampling does nothing with a teacher"),
+        (("teacher={adapter: a}", "rollout.dynamic_sampling=2"), "rollout.dynamic_sampling replaces groups whose rew"),
+        (
+            ("teacher={adapter: a}", "rollout.reuse=2"),
+            "rollout.reuse replaces groups whose rewards .* teach nothing. W",
+        ),
         (("teacher={adapter: a}", "loss.type=gspo"), "teacher.kl: sampled gives each token its own advantage"),
         (("teacher={adapter: a}", ALONE, "advantage.baseline=batch"), "advantage.baseline does nothing"),
         (("teacher={adapter: a}", ALONE, "loss={beta: 0.1, kl_in: reward}"), "kl_in: reward does nothing"),

@@ -1,5 +1,7 @@
-"""The adapters that a run began from (`adapter.path`) and learns from (`teacher.adapter`): the run keeps copies, so that
-neither can go away, or change, before the run goes on."""
+"""The adapters that a run began from (`adapter.path`) and learns from (`teacher.adapter`): the run keeps copies.
+
+So neither can go away, or change, before the run goes on.
+"""
 
 from __future__ import annotations
 

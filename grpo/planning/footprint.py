@@ -175,7 +175,7 @@ def extent(shape: Shape, shares: bool, checkpointing: bool, most: int | None = N
 
 def passes_of(shape: Shape, shares: bool) -> list[int]:
     """Pairs of tokens that attention scores, in each pass of a layer."""
-    prompts, prompt_length, rows, length, lines, width = shape
+    prompts, prompt_length, rows, length, lines, width, _ = shape
     if lines:
         return [lines * width**2]
     if shares:
@@ -206,7 +206,8 @@ def _peak(policy: Policy, shape: Shape) -> int:
 def _going_through(policy: Policy, shape: Shape) -> tuple[list[mx.array], Callable[..., mx.array]]:
     """What goes through the policy in a micro-batch of this shape, and the function that makes hidden states of it."""
     if shape.lines:
-        return [mx.zeros((5, shape.lines, shape.width), mx.int32)], lambda lines: policy.line_hidden(Lines(*lines))
+        laid = mx.zeros((3 if shape.alone else 5, shape.lines, shape.width), mx.int32)
+        return [laid], lambda lines: policy.line_hidden(Lines(*lines))
     prompts = mx.zeros((shape.prompts, shape.prompt_length), mx.int32)
     lengths = mx.full((shape.prompts,), shape.prompt_length)
     index, completions = mx.zeros((shape.rows,), mx.int32), mx.zeros((shape.rows, shape.length), mx.int32)

@@ -33,6 +33,8 @@ a CPU and on a GPU, as measured."""
 
 PEEKS, PEEKS_ON_CPU = 3, 1
 """Times that each of the gradients is measured. On a CPU the peak varies by less than a hundredth."""
+LONG = 8192
+"""From so many tokens on a gradient is measured once: it takes seconds, and what varies is a small part of it."""
 KEPT_CHECKPOINTED = 1 / 3
 """Of the peak without a head, how much is there when the backward pass begins, if layers are checkpointed, as measured.
 Without checkpoints all layers' activations are there, beside which the peak has about as much as one layer's."""
@@ -104,11 +106,14 @@ def measure_body(policy: Policy, checkpointing: bool | int, shapes: Sequence[Sha
     gc.collect()  # or what others have left behind would go while this is measured
     former, policy.gradient_checkpointing = policy.gradient_checkpointing, checkpointing
     try:
-        if on_gpu():
+        if on_gpu() and shapes[0].tokens < LONG:
             _peak(policy, shapes[0])  # kernels and constants that are made once
         # In the middle of a few: what is in flight at once varies with what else the machine does.
-        peeks = PEEKS if on_gpu() else PEEKS_ON_CPU
-        return [statistics.median(_peak(policy, shape) for _ in range(peeks)) for shape in shapes]
+        peeks = [PEEKS if on_gpu() and shape.tokens < LONG else PEEKS_ON_CPU for shape in shapes]
+        return [
+            statistics.median(_peak(policy, shape) for _ in range(number))
+            for shape, number in zip(shapes, peeks, strict=True)
+        ]
     finally:
         policy.gradient_checkpointing = former
 

@@ -170,6 +170,11 @@ class Recipe(Section):
             raise ValueError(f"advantage.{min(self.advantage.changed)} does nothing without a reward that has a weight")
         if self.loss.kl_in == "reward" and self.has_penalty:
             raise ValueError("loss.kl_in: reward does nothing without a reward that has a weight: leave it at loss")
+        if self.data.curriculum is not None and not self._weights:
+            raise ValueError(
+                "data.curriculum needs a reward to tell what is solved. One of weight 0 is measured and not learnt "
+                "from, as rewards: [{use: math_answer, weight: 0}]"
+            )
         if self.eval is not None and not self._weights:
             raise ValueError(
                 "eval needs a reward to measure. One of weight 0 is measured and not learnt from, as rewards: [{use: "

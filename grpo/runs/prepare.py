@@ -10,7 +10,8 @@ from typing import Any
 
 import mlx.nn as nn
 
-from grpo.backend.device import limit_memory, setup
+from grpo.backend import cuda
+from grpo.backend.device import limit_memory, on_gpu, setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import DataConfig, OptimConfig, Recipe, RolloutConfig, TeacherConfig
@@ -146,7 +147,7 @@ def _prepared(
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
-    lesson = Lesson.of(taught_by, model, teacher and teacher.model)
+    lesson = Lesson.of(taught_by, model, teacher and teacher.model, on_gpu(), cuda.available())
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})

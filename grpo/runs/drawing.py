@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from grpo.errors import UserError
 from grpo.plugins import find_function
 from grpo.runs.checkpoint import hash_of
 from grpo.runs.given import Given
+from grpo.runs.state import RunState
 from grpo.scoring.scorer import Scorer
 
 
@@ -40,11 +40,6 @@ def source_of(data: DataConfig, given: Given, stream: TaskStream, scorer: Scorer
 def solved_by(scorer: Scorer, cfg: CurriculumConfig | None = None) -> Solved:
     """What a solve rate is in a run with these rewards. Raises UserError for a reward that it has not."""
     cfg = cfg or CurriculumConfig()
-    if not scorer.weights:
-        raise UserError(
-            "a solve rate is of a reward, and the run has none: a teacher alone does not say which completions are "
-            "right. Name a reward (with weight: 0 it only measures), or leave data.curriculum or --solve-rates out"
-        )
     if cfg.reward is None:
         return Solved(tuple(scorer.graders), not scorer.rewards, cfg.best)
     if cfg.reward not in scorer.weights:
@@ -72,11 +67,10 @@ def rates_hash(data: DataConfig) -> dict[str, str]:
     return {"data.solve_rates": hash_of(file)} if file and data.solve_rate is not None and file.is_file() else {}
 
 
-def rates_have_gone(data: DataConfig, state: Mapping[str, Any]) -> bool:
-    """Whether the file of `data.solve_rates` is not there and not needed, because a source's `state` has the rates."""
-    if data.solve_rates is None or data.solve_rate is not None or "solve_rates" not in state:
-        return False
-    return not Path(data.solve_rates).expanduser().exists()
+def rates_have_gone(data: DataConfig, state: RunState) -> bool:
+    """Whether the file of `data.solve_rates` is not there and not needed, because a run's state has the rates."""
+    needed = data.solve_rate is not None or "solve_rates" not in state.trainer.counts["tasks"]
+    return data.solve_rates is not None and not needed and not Path(data.solve_rates).expanduser().exists()
 
 
 def _own(use: str, stream: TaskStream) -> Source:

@@ -59,7 +59,7 @@ def test_it_is_a_source_whose_draws_come_from_the_seed(curriculum) -> None:
 
 def test_tasks_move_between_pools_as_they_are_solved(curriculum) -> None:
     source = curriculum()
-    source.observe([tried(source, 0, 0, 0, 0, 1), tried(source, 1, 0, 1), tried(source, 2, 1, 1)])
+    source.observe([tried(source, 0, *[0] * 15, 1), tried(source, 1, 0, 1), tried(source, 2, 1, 1)])
     assert counts(source) == {"hard": 1, "normal": 1, "easy": 1, "unseen": 3, "dropped_prompts": 0}
     source.observe([tried(source, 0, 1, 1)])
     assert counts(source) == {"hard": 0, "normal": 1, "easy": 2, "unseen": 3, "dropped_prompts": 0}
@@ -151,7 +151,7 @@ def test_100_000_draws_follow_the_weights_of_single_tasks(curriculum) -> None:
     rows = [{"question": f"{n}+2?"} for n in range(40)]
     rates = {n: n / 29 for n in range(30)}
     source = curriculum(rows, rates)
-    weights = [0.2 if n / 29 <= 0.25 or n / 29 > 0.75 else 1 for n in range(30)] + [1] * 10
+    weights = [0.1 if n / 29 <= 0.1 else 1 if n / 29 <= 0.9 else 0.2 for n in range(30)] + [1] * 10
     drawn = Counter(source._draw() for _ in range(100_000))
     expected = [100_000 * weight / sum(weights) for weight in weights]
     assert sum((drawn[n] - e) ** 2 / e for n, e in enumerate(expected)) < 72.05

@@ -46,7 +46,8 @@ def indices(source: Curriculum, n: int) -> list[int]:
 
 
 def counts(source: Curriculum) -> dict[str, float]:
-    return {name.removeprefix("curriculum/"): value for name, value in source.metrics().items() if "drawn" not in name}
+    told = {name.removeprefix("curriculum/"): value for name, value in source.metrics().items()}
+    return {name: value for name, value in told.items() if "/" not in name}
 
 
 def test_it_is_a_source_whose_draws_come_from_the_seed(curriculum) -> None:
@@ -135,6 +136,13 @@ def test_other_weights_and_thresholds_take_the_rates_over(curriculum) -> None:
     source.load_state(former.state())
     assert counts(source) == {"hard": 1, "normal": 0, "easy": 1, "unseen": 4, "dropped_prompts": 0}
     assert 0 not in indices(source, 100)
+
+
+def test_the_metrics_have_the_histogram(curriculum) -> None:
+    told = curriculum(rates={0: 0.0, 1: 0.25, 2: 1.0, 3: 0.9}).metrics()
+    rates = {name.rpartition("/")[2]: value for name, value in told.items() if "solve_rate" in name}
+    assert {name: value for name, value in rates.items() if value} == {"00": 1, "20": 1, "90": 2}
+    assert list(rates) == [f"{percent:02}" for percent in range(0, 100, 10)]
 
 
 def test_a_checkpoint_s_rates_take_the_place_of_the_file_s(curriculum) -> None:

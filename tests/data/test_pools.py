@@ -113,6 +113,12 @@ def test_beginning_with_rates_is_putting_each() -> None:
     assert [begun.draw(k / 997) for k in range(997)] == [put.draw(k / 997) for k in range(997)]
 
 
+def test_the_histogram_has_tenths_and_a_rate_between_two_is_in_the_higher() -> None:
+    rates = [0, 0.05, 0.1, 0.3, 0.6, 0.7, 0.95, 1]
+    made = pools(12, {n: rate for n, rate in enumerate(rates)} | {9: LEFT_OUT})
+    assert made.histogram() == [2, 1, 0, 1, 0, 0, 1, 1, 0, 2]
+
+
 def test_what_was_packed_stays_as_it_was() -> None:
     made = pools(4, {0: 0.5})
     before = made.packed()

@@ -68,7 +68,8 @@ class Workload:
         optim = with_settings(self.optim, {"micro_batch_tokens": tokens})
         packing = Packing.of(optim, self.rollout, self.parts, gpu=gpu, on_cuda=cuda)
         length = self.own + self.rollout.max_completion_length
-        return [self._in_rows(packing, length), *self._shapes_of_lines(packing, length)]
+        behind_prompts = min(length, WIDE) if packing.packs else length  # longer ones have lines of their own
+        return [self._in_rows(packing, behind_prompts), *self._shapes_of_lines(packing, length)]
 
     def shorter(self, tokens: int, gpu: bool) -> list[Shape]:
         """The largest micro-batches of at most `tokens` whose completions are not the longest: each a fifth shorter

@@ -80,7 +80,7 @@ class Elsewhere:
                 head=head,
                 offloads=cfg.optim.offload_activations,
             ),
-            Lesson.of(cfg.teacher, model, second),
+            Lesson.of(cfg.teacher, model, second, machine.gpu, machine.cuda),
             None if second is None else costs_of(second),
         )
 

@@ -115,7 +115,8 @@ class Planner:
         ):
             return None
         number = -(-self.load.updated // shape.rows)
-        return rehearsed(self.policy, self.loss, way, shape, number)
+        asking = 0 if self.lesson.asking is None else self.lesson.asking.in_chunks(logits).bytes(shape)
+        return max(asking, rehearsed(self.policy, self.loss, way, shape, number))
 
     def _entering(self, prompts: int, length: int) -> int | None:
         """Bytes that were seen of prompts on their way through the model: on a CPU, where that is cheap."""

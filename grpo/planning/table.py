@@ -30,7 +30,7 @@ def _why_it_stays(name: str, plan: Plan, load: Workload) -> str:
         case "teacher":
             return "its weights, if it is a second model, and what it says of a step's tokens"
         case "other states":
-            return "the reference"
+            return "the reference" + (", and the teacher if it is an adapter" if "teacher" in plan.stays else "")
         case _:
             return "what a failed step is taken back to"
 

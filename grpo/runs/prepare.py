@@ -10,10 +10,11 @@ from typing import Any
 
 import mlx.nn as nn
 
-from grpo.backend.device import limit_memory, setup
+from grpo.backend import cuda
+from grpo.backend.device import limit_memory, on_gpu, setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
-from grpo.config import DataConfig, OptimConfig, Recipe, RolloutConfig
+from grpo.config import DataConfig, OptimConfig, Recipe, RolloutConfig, TeacherConfig
 from grpo.data.lengths import Lengths, measure_lengths
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows, rows_with_null
@@ -68,10 +69,11 @@ class Prepared:
     opened: ExitStack
 
 
-def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
+def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepared:
     """Resolve rewards, data and model, and make them into a trainer. Writes nothing.
 
-    What is `given` takes the place of what the recipe names.
+    What is `given` takes the place of what the recipe names. Without `trains` the run is only measured: no teacher is
+    loaded, and the trainer cannot make steps.
 
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
@@ -91,12 +93,19 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
         hosts = list(partners.hosts.values())
         scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions, hosts)
         opened.callback(scorer.close)
-        prepared = _prepared(cfg, given, ranks, partners, scorer, opened)
+        teacher = cfg.teacher if trains else None
+        prepared = _prepared(cfg, given, ranks, partners, scorer, opened, teacher)
         return replace(prepared, notes=[*prepared.notes, *rewarding])
 
 
 def _prepared(
-    cfg: Recipe, given: Given, ranks: Ranks, partners: Partners, scorer: Scorer, opened: ExitStack
+    cfg: Recipe,
+    given: Given,
+    ranks: Ranks,
+    partners: Partners,
+    scorer: Scorer,
+    opened: ExitStack,
+    taught_by: TeacherConfig | None,
 ) -> Prepared:
     """The rest of `prepare`. What is `opened` stays open, and is the result's."""
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
@@ -108,7 +117,7 @@ def _prepared(
         for (name, data), rows in zip(named.items(), local, strict=True)
     ]
     policy = _policy(cfg, model)
-    teacher = teacher_of(cfg.teacher, cfg.adapter, policy, tokenizer)
+    teacher = teacher_of(taught_by, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
@@ -138,7 +147,7 @@ def _prepared(
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
-    lesson = Lesson.of(cfg.teacher, model, teacher and teacher.model)
+    lesson = Lesson.of(taught_by, model, teacher and teacher.model, on_gpu(), cuda.available())
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})
@@ -149,7 +158,8 @@ def _prepared(
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
     prompts = chosen_note(cfg.data, len(tables[0])) + _prompts(lengths, tables[0], renderer, partners.resets)
     head = filter(None, [positions, head_note(model, cfg.model)])
-    notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
+    taught = [] if taught_by is None else [taught_by.describe()]
+    notes = [*taught, *talk, *prompts, *generator.describe(), *head, *policy.notes]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     rows = dict(zip(named, tables, strict=True))

@@ -99,7 +99,7 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
         cfg = with_settings(cfg, {f"adapter.{name}": value for name, value in shape.items()})
     curriculum = cfg.data.curriculum
     cfg = with_settings(cfg, {f"data.{name}": value for name, value in NOT_CHOSEN.items()})  # it does not train
-    prepared = prepare(cfg)
+    prepared = prepare(cfg, trains=False)
     notes = _changed_since(folder, adapter, cfg, prepared.rows["eval"]) if is_run(folder) else ()
     trainer, evaluator = prepared.trainer, prepared.evaluator
     with closing(prepared.opened):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from grpo.config import AdapterConfig, LossConfig, OptimConfig
+from grpo.config import AdapterConfig, LossConfig, OptimConfig, RolloutConfig
 
 OF_RATIOS = ("epsilon", "epsilon_high", "delta", "off_policy_mask_threshold")
 OF_SAMPLERS = ("epsilon", "epsilon_high")
 """What dppo reads of a ratio to the sampler, which is not 1 even in the first update."""
 
 
-def notes_on(optim: OptimConfig, adapter: AdapterConfig, loss: LossConfig) -> Iterator[str]:
+def notes_on(optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig, loss: LossConfig) -> Iterator[str]:
     """A line for each setting that will do less than it says, or other than it should."""
     every = adapter.sync_reference_every
     steps = "1 step" if optim.steps == 1 else f"{optim.steps} steps"
@@ -30,6 +30,7 @@ def notes_on(optim: OptimConfig, adapter: AdapterConfig, loss: LossConfig) -> It
     if (
         updates == 1
         and adapter.dropout == 0
+        and not rollout.reuse
         and loss.use is None
         and (unread := [f"loss.{name}" for name in of_ratios if name in loss.changed])
     ):

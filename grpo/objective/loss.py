@@ -83,13 +83,13 @@ def policy_loss(
 
 
 def _on_trained(batch: Batch, current: mx.array) -> Batch:
-    """The batch with 0 at untrained tokens in every column, and with an anchor: see `_anchored`."""
+    """The batch with 0 at untrained tokens in every column, as `current` has it, and with an anchor: see `_anchored`."""
     trained = batch.trained.astype(mx.float32)
 
     def masked(column: mx.array | None) -> mx.array | None:
         return None if column is None else mx.where(trained > 0, column, 0.0)
 
-    return replace(
+    columns = replace(
         batch,
         trained=trained,
         weights=mx.where(trained > 0, batch.weights, 0.0),
@@ -97,11 +97,12 @@ def _on_trained(batch: Batch, current: mx.array) -> Batch:
         behaviour=masked(batch.behaviour),
         sampler=masked(batch.sampler),
         stale=masked(batch.stale),
-        anchor=masked(_anchored(batch, current)),
+        anchor=masked(batch.anchor),
         reference=masked(batch.reference),
         teacher=masked(batch.teacher),
         entropies=masked(batch.entropies),
     )
+    return replace(columns, anchor=_anchored(columns, current))
 
 
 def _anchored(batch: Batch, current: mx.array) -> mx.array:

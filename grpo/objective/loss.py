@@ -83,7 +83,7 @@ def policy_loss(
 
 
 def _on_trained(batch: Batch, current: mx.array) -> Batch:
-    """The batch with 0 at untrained tokens in every column, as `current` has it, and with an anchor: see `_anchored`."""
+    """The batch with 0 at untrained tokens in every column, as `current` is, and with an anchor: see `_anchored`."""
     trained = batch.trained.astype(mx.float32)
 
     def masked(column: mx.array | None) -> mx.array | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from grpo.planning import workload
 from grpo.planning.plan import Plan, size_of
 from grpo.planning.workload import Workload
 
@@ -29,6 +30,9 @@ def _why_it_stays(name: str, plan: Plan, load: Workload) -> str:
             return f"{load.optim.optimizer} for {plan.trained:,} trained parameters, {kept}"
         case "teacher":
             return "its weights, if it is a second model, and what it says of a step's tokens"
+        case workload.OLDER:
+            steps = "the last step" if load.rollout.reuse == 1 else f"the last {load.rollout.reuse} steps"
+            return f"groups of {steps} (rollout.reuse), at their longest"
         case "other states":
             return "the reference"
         case _:

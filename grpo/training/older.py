@@ -14,9 +14,14 @@ from typing import cast
 
 import mlx.core as mx
 
+from grpo.config import RolloutConfig
+from grpo.rollout import sampling_of
 from grpo.training.keeping import OlderGroup, pack, unpack
 from grpo.training.state import Arrays
 from grpo.types import Group
+
+TOKEN = 4 + 5
+"""Bytes of a token in a kept group: its id, and its characters in the text, which are five or so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,16 @@ class OlderGroups:
     def loaded(self, arrays: Arrays) -> OlderGroups:
         """The same from `arrays`; nothing is kept if there are none."""
         return replace(self, kept=unpack(arrays))
+
+
+def bytes_kept(rollout: RolloutConfig, prompt: int, length: int) -> int:
+    """Bytes that the groups of a run take at most, with prompts of so many tokens and completions of `length`.
+
+    Counted without the dataset's columns. A filter, such as top_p, gives tokens one more column.
+    """
+    columns = 1 + sampling_of(rollout).reshaped
+    of_group = TOKEN * prompt + rollout.num_generations * length * (TOKEN + 1 + 4 * columns)
+    return rollout.reuse * rollout.prompts_per_step * of_group
 
 
 def lagging(group: Group, step: int) -> Group:

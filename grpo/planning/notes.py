@@ -19,6 +19,8 @@ def notes_on(optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig,
         yield f"optim.warmup_steps: cut from {optim.warmup_steps} to {optim.warmup}, because the run has {steps}"
     if every is not None and every >= optim.steps:
         yield f"adapter.sync_reference_every: {every} does nothing: the run has {steps}, so the reference stays"
+    if rollout.reuse and optim.steps == 1:
+        yield f"rollout.reuse: {rollout.reuse} does nothing: the run has 1 step, and no group is older"
     if adapter.dropout > 0 and loss.use is None and loss.preset.surrogate == "vespo":
         yield (
             "adapter.dropout with loss.type vespo: its weight is of the product of a completion's ratios, to which "

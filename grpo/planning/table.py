@@ -31,8 +31,7 @@ def _why_it_stays(name: str, plan: Plan, load: Workload) -> str:
         case "teacher":
             return "its weights, if it is a second model, and what it says of a step's tokens"
         case workload.OLDER:
-            steps = "the last step" if load.rollout.reuse == 1 else f"the last {load.rollout.reuse} steps"
-            return f"groups of {steps} (rollout.reuse), at their longest"
+            return f"groups of up to {load.rollout.reuse} steps ago (rollout.reuse), at their longest"
         case "other states":
             return "the reference"
         case _:

@@ -52,7 +52,8 @@ class Workload:
 
     def stays(self, cuda: bool) -> dict[str, int]:
         """Bytes that `rollout.reuse` holds at most. With CUDA they lie in another memory than the model."""
-        older = bytes_kept(self.rollout, self.prompt_length, self.own + self.rollout.max_completion_length)
+        length = self.own + self.rollout.max_completion_length
+        older = bytes_kept(self.rollout, self.optim.steps, self.prompt_length, length)
         return {OLDER: older} if older and not cuda else {}
 
     @property

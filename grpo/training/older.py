@@ -67,14 +67,14 @@ class OlderGroups:
         return replace(self, kept=unpack(arrays))
 
 
-def bytes_kept(rollout: RolloutConfig, prompt: int, length: int) -> int:
-    """Bytes that the groups of a run take at most, with prompts of so many tokens and completions of `length`.
+def bytes_kept(rollout: RolloutConfig, steps: int, prompt: int, length: int) -> int:
+    """Bytes that a run of so many steps keeps at most, with prompts of `prompt` tokens and completions of `length`.
 
     Counted without the dataset's columns. A filter, such as top_p, gives tokens one more column.
     """
     columns = 1 + sampling_of(rollout).reshaped
     of_group = TOKEN * prompt + rollout.num_generations * length * (TOKEN + 1 + 4 * columns)
-    return rollout.reuse * rollout.prompts_per_step * of_group
+    return min(rollout.reuse, steps) * rollout.prompts_per_step * of_group
 
 
 def lagging(group: Group, step: int) -> Group:

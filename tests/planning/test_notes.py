@@ -40,6 +40,7 @@ RATIOS = "each rollout has one update, and its ratios are 1: loss.{} wait for op
         (["loss.epsilon=0.1", "optim.num_iterations=2"], []),
         (["loss.epsilon=0.1", "optim.num_minibatches=2"], []),
         (["loss.epsilon=0.1", "rollout.reuse=2"], []),
+        (["optim.steps=1", "rollout.reuse=2"], ["rollout.reuse: 2 does nothing: the run has 1 step"]),
     ],
 )
 def test_notes(recipe, overrides: list[str], notes: list[str]) -> None:

@@ -41,12 +41,10 @@ class OlderGroups:
         Those that were replayed least often come first, and of these the newest.
         """
         order = sorted(range(len(self.kept)), key=lambda place: (self.kept[place].replays, -place))
-        chosen = set(order[: max(missing, 0)])
-        groups = [lagging(self.kept[place].group(), step) for place in order if place in chosen]
-        counted = (
-            replace(one, replays=one.replays + 1) if place in chosen else one for place, one in enumerate(self.kept)
-        )
-        return groups, replace(self, kept=tuple(counted))
+        chosen, counted = order[:missing], list(self.kept)
+        for place in chosen:
+            counted[place] = replace(counted[place], replays=counted[place].replays + 1)
+        return [lagging(self.kept[place].group(), step) for place in chosen], replace(self, kept=tuple(counted))
 
     def after(self, step: int, groups: Iterable[Group]) -> OlderGroups:
         """What is kept after step `step`, which sampled these `groups` with signal: none too old for the next step.
@@ -93,6 +91,5 @@ def lag_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def _has_anchor(group: Group) -> bool:
     """Whether the policy that sampled gave a number for every trained token."""
-    trajectories = [rollout.trajectory for rollout in group.rollouts]
-    known = all(trajectory.behaviour is not None for trajectory in trajectories)
-    return known and all(math.isfinite(p) for t in trajectories for p in t.of_trained(t.behaviour or ()))
+    trajectories = (rollout.trajectory for rollout in group.rollouts)
+    return all(math.isfinite(p) for each in trajectories for p in each.of_trained(each.behaviour or ()))

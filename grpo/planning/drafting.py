@@ -80,7 +80,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     machine, load, model, decoding = case.machine, case.load, case.model, case.decoding
     numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
     stays, need = what_stays(load.optim, load.adapter, model, case.states), load.need()
-    stays |= case.lesson.stays(load)
+    stays |= case.lesson.stays(load) | load.stays(machine.cuda)
     head = bytes_at_work(model, machine.gpu)
     room = machine.usable - sum(stays.values())
     spare = room - head + stays[FORMER]  # there is nothing of that yet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from grpo.planning import workload
 from grpo.planning.plan import Plan, size_of
 from grpo.planning.workload import Workload
 
@@ -29,6 +30,8 @@ def _why_it_stays(name: str, plan: Plan, load: Workload) -> str:
             return f"{load.optim.optimizer} for {plan.trained:,} trained parameters, {kept}"
         case "teacher":
             return "its weights, if it is a second model, and what it says of a step's tokens"
+        case workload.OLDER:
+            return f"groups of up to {load.rollout.reuse} steps ago (rollout.reuse), at their longest"
         case "other states":
             return "the reference" + (", and the teacher if it is an adapter" if "teacher" in plan.stays else "")
         case _:

@@ -27,7 +27,7 @@ import mlx.nn as nn
 import pytest
 from hub.layouts import gsm8k, sharded_model
 from hub.server import Hub
-from measuring import once
+from measuring import entering_once, once
 
 from grpo.backend.device import setup
 from grpo.builtin import models
@@ -78,6 +78,7 @@ def measured_once(
         return
     for measure in ("measure_footprint", "rehearsed"):
         monkeypatch.setattr(planner, measure, once(getattr(planner, measure), found_by_planners))
+    monkeypatch.setattr(planner.Planner, "_entering", entering_once(found_by_planners))
 
 
 @pytest.fixture(scope="session", autouse=True)

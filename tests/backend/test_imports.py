@@ -39,6 +39,19 @@ print("training holds wandb:", any(name.split(".")[0] == "wandb" for name in sys
 """
 
 
+WORKER = """
+import sys
+import grpo.scoring.worker, grpo.scoring.loading, grpo.scoring.casefile
+print([name for name in ("mlx", "numpy", "asyncio", "importlib.metadata", "ctypes.util") if name in sys.modules])
+"""
+
+
+def test_the_process_of_a_reward_function_starts_with_little() -> None:
+    """Each takes a tenth of its start and more, and a run waits for one for each of its reward functions."""
+    ran = subprocess.run([sys.executable, "-P", "-c", WORKER], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
 def test_help_imports_nothing_heavy_and_training_no_wandb() -> None:
     """Each costs every command half a second or more."""
     ran = subprocess.run([sys.executable, "-c", HEAVY], capture_output=True, text=True, check=True)

@@ -7,7 +7,6 @@ a wheel; bundled tools lie in `grpo/builtin/tools/`. Ours enter by the same door
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 import traceback
@@ -171,6 +170,8 @@ def named_tools() -> list[Located]:
 
 
 def _entry_points(group: str) -> list[Located]:
+    import importlib.metadata
+
     return [
         Located(point.name, point.value, f"of package {point.dist.name}" if point.dist else "of a package")
         for point in importlib.metadata.entry_points(group=group)

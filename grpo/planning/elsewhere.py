@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.planning.activations import reckoned_footprint
 from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import Footprint
+from grpo.planning.held import Held
 from grpo.planning.lengths import FittingLengths
 from grpo.planning.lesson import NONE, Lesson
 from grpo.planning.machines import Machine
@@ -38,7 +39,7 @@ from grpo.planning.positions import limit_of, position_note
 from grpo.planning.workload import Workload
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Elsewhere:
     """A recipe's run on another machine. The model has shapes and dtypes alone.
 
@@ -58,9 +59,12 @@ class Elsewhere:
     teacher: Costs | None = None
 
     @classmethod
-    def of(cls, cfg: Recipe, config: Mapping[str, Any], machine: Machine) -> Elsewhere:
-        """For a recipe whose model has this `config.json`. Raises UserError for a model that mlx-lm does not know."""
-        model = _model(cfg.model, config, cfg.adapter)
+    def of(cls, cfg: Recipe, config: Mapping[str, Any], machine: Machine, model: nn.Module | None = None) -> Elsewhere:
+        """For a recipe whose model has this `config.json`. `model` is its outline, if there is one already.
+
+        Raises UserError for a model that mlx-lm does not know.
+        """
+        model = outline_of(cfg, config) if model is None else model
         costs = costs_of(model)
         prompt = cfg.data.max_prompt_length
         waits = bool(cfg.conversations)
@@ -73,12 +77,14 @@ class Elsewhere:
             int(cfg.needs_reference or cfg.adapter.type != "full")  # the reference
             + int(cfg.teacher is not None and cfg.teacher.adapter is not None),
             _decoding(machine, model, costs, cfg.rollout.kv_bits),
-            partial(
-                reckoned_footprint,
-                costs,
-                fused=machine.cuda,
-                head=head,
-                offloads=cfg.optim.offload_activations,
+            cache(
+                partial(
+                    reckoned_footprint,
+                    costs,
+                    fused=machine.cuda,
+                    head=head,
+                    offloads=cfg.optim.offload_activations,
+                )
             ),
             Lesson.of(cfg.teacher, model, second, machine.gpu, machine.cuda),
             None if second is None else costs_of(second),
@@ -90,7 +96,20 @@ class Elsewhere:
 
     @property
     def _case(self) -> Case:
-        return Case(self.machine, self.load, self.model, self.states, self.decoding, self.footprint, lesson=self.lesson)
+        return Case(
+            self.machine,
+            self.load,
+            self.model,
+            self.states,
+            self.decoding,
+            self.footprint,
+            lesson=self.lesson,
+            held=self._held,
+        )
+
+    @cached_property
+    def _held(self) -> Held:
+        return Held.of(self.load.optim, self.load.adapter, self.model, self.states, self.machine.gpu)
 
     @property
     def lengths(self) -> FittingLengths:
@@ -107,6 +126,11 @@ class Elsewhere:
             return position_note(self.model, self.load.longest, self.load.rollout.max_completion_length)
         except UserError as error:
             return str(error)
+
+
+def outline_of(cfg: Recipe, config: Mapping[str, Any]) -> nn.Module:
+    """The shapes and dtypes of a recipe's model with its adapter: the same for every machine."""
+    return _model(cfg.model, config, cfg.adapter)
 
 
 def _model(cfg: ModelConfig, config: Mapping[str, Any], adapter: AdapterConfig | None) -> nn.Module:

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.nn as nn
+
 from grpo.config import Recipe
 from grpo.errors import TooLargeError, UserError
 from grpo.model.costs import Costs
 from grpo.planning import calibration
-from grpo.planning.elsewhere import Elsewhere, model_config
+from grpo.planning.elsewhere import Elsewhere, model_config, outline_of
 from grpo.planning.machines import CHIPS, Backend, Chip, Known, Machine, within
 from grpo.planning.plan import Plan
 from grpo.planning.workload import Workload
@@ -52,7 +54,8 @@ class Estimate:
 def estimates(cfg: Recipe, chips: Sequence[Chip] = CHIPS) -> list[str]:
     """A line for each machine. Raises UserError for a model whose config cannot be found."""
     config = model_config(cfg.model)
-    return [_line(chip, cfg, config) for chip in chips]
+    model = outline_of(cfg, config)
+    return [_line(chip, cfg, config, model) for chip in chips]
 
 
 def legend(chips: Sequence[Chip]) -> list[str]:
@@ -60,13 +63,13 @@ def legend(chips: Sequence[Chip]) -> list[str]:
     return [meaning for known, meaning in LEGEND.items() if any(chip.times == known for chip in chips)]
 
 
-def _line(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> str:
+def _line(chip: Chip, cfg: Recipe, config: Mapping[str, Any], model: nn.Module) -> str:
     try:
         machine = machine_of(chip.memory, chip.backend, cfg)
     except UserError as error:
         return f"{chip.name:<18}{error}"
     try:
-        return estimate(chip, cfg, config).line()
+        return estimate(chip, cfg, config, model).line()
     except TooLargeError as error:
         largest, size = max(error.parts.items(), key=lambda part: part[1])
         there = "more than memory.limit_gb" if machine.limited else "more than there are"
@@ -74,10 +77,10 @@ def _line(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> str:
         return f"{chip.name:<18}does not fit: {short}; the largest part is {largest}, {_size(size)}"
 
 
-def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
-    """The estimate for one recipe on one machine. Raises TooLargeError if it cannot fit, and UserError for a
-    `memory.limit_gb` above what the machine has."""
-    there = Elsewhere.of(cfg, config, machine_of(chip.memory, chip.backend, cfg))
+def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any], model: nn.Module | None = None) -> Estimate:
+    """The estimate for one recipe on one machine. `model` is its outline, if there is one. Raises TooLargeError if it
+    cannot fit, and UserError for a `memory.limit_gb` above what the machine has."""
+    there = Elsewhere.of(cfg, config, machine_of(chip.memory, chip.backend, cfg), model)
     plan, costs, load = there.plan(), there.costs, there.load
     step = _sampling(chip, costs, load, plan, plan.prompts, plan.rows) + _updates(chip, costs, cfg, plan)
     step += 0.0 if there.teacher is None else _asking(chip, there.teacher, cfg, plan)

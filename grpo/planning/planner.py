@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 from grpo.backend import cuda
 from grpo.backend.device import memory_bytes, on_gpu
@@ -15,6 +15,7 @@ from grpo.model.policy import Policy
 from grpo.planning.choosing import Checkpointing, by_footprints
 from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import measure_body, measure_footprint
+from grpo.planning.held import Held
 from grpo.planning.lengths import FittingLengths
 from grpo.planning.lesson import NONE, Lesson
 from grpo.planning.machines import Machine, within
@@ -91,10 +92,24 @@ class Planner:
     @property
     def _case(self) -> Case:
         """What is planned, where nothing is tried."""
-        states = len(self.policy.adapters.names) - 1
         return Case(
-            self.machine, self.load, self.policy.model, states, self.decoding, self._footprint, lesson=self.lesson
+            self.machine,
+            self.load,
+            self.policy.model,
+            self._states,
+            self.decoding,
+            self._footprint,
+            lesson=self.lesson,
+            held=self._held,
         )
+
+    @property
+    def _states(self) -> int:
+        return len(self.policy.adapters.names) - 1
+
+    @cached_property
+    def _held(self) -> Held:
+        return Held.of(self.load.optim, self.load.adapter, self.policy.model, self._states, self.machine.gpu)
 
     def _tried(self, way: Checkpointing, shape: Shape, logits: int) -> int | None:
         """Bytes that were seen: on a CPU of the whole gradient where that is cheap, on CUDA of the hidden states', for

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from grpo.config import Recipe
 from grpo.data.fingerprint import fingerprint
 from grpo.data.rows import Rows
+from grpo.document import read_written
 from grpo.errors import UserError
 from grpo.recipes import with_settings, without_single_turn
 from grpo.runs.checkpoint import (
@@ -260,7 +260,7 @@ def _written(value: Any) -> str:
 
 
 def _settings(written: Context) -> Iterator[tuple[str, Any]]:
-    recipe = _with_defaults(yaml.safe_load(written.recipe))
+    recipe = _with_defaults(read_written(written.recipe))
     yield from ((name, value) for name, value in _flat(recipe, "") if not _without_influence(name))
     for use, digest in written.sources.items():
         yield f"code of {use}", digest[:12]

@@ -19,6 +19,7 @@ from grpo.model.quantized import dtype_of
 from grpo.model.widehead import bytes_at_work
 from grpo.planning.choosing import Checkpointing, Choice, reckoned
 from grpo.planning.footprint import Footprint
+from grpo.planning.graders import UNGRADED, Graders
 from grpo.planning.held import FORMER, count_weights, optimizer_step, what_stays
 from grpo.planning.lesson import NONE, Lesson
 from grpo.planning.machines import Machine
@@ -39,7 +40,7 @@ class Case:
     The model's shapes and dtypes are enough: none of its arrays is computed. `states` are the adapter's besides the
     policy, and `footprint` what an update needs without and with checkpointing. `tried` is what a micro-batch was seen
     to take, and `entering` what so many prompts of a length were seen to take on their way through the model: None
-    where that is not tried. `lesson` is what a teacher takes.
+    where that is not tried. `lesson` is what a teacher takes, and `graders` what reward models take.
     """
 
     machine: Machine
@@ -51,6 +52,13 @@ class Case:
     tried: Callable[[Checkpointing, Shape, int], int | None] = lambda *_: None
     entering: Callable[[int, int], int | None] = lambda *_: None
     lesson: Lesson = NONE
+    graders: Graders = UNGRADED
+
+    def stays(self) -> dict[str, int]:
+        """Bytes that are held all the time, by what they are for."""
+        load = self.load
+        own = what_stays(load.optim, load.adapter, self.model, self.states)
+        return {**own, **self.lesson.stays(load), **self.graders.stays()}
 
 
 def plan_on(case: Case) -> tuple[Plan, OptimConfig]:
@@ -79,8 +87,7 @@ def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
 def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     machine, load, model, decoding = case.machine, case.load, case.model, case.decoding
     numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
-    stays, need = what_stays(load.optim, load.adapter, model, case.states), load.need()
-    stays |= case.lesson.stays(load)
+    stays, need = case.stays(), load.need()
     head = bytes_at_work(model, machine.gpu)
     room = machine.usable - sum(stays.values())
     spare = room - head + stays[FORMER]  # there is nothing of that yet
@@ -114,6 +121,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         stays=stays,
         phases={
             "rollout": max(0, decoded + head + min(waiting, left) - stays[FORMER]),
+            **case.graders.phases(load),
             "update": chosen.bytes,
             "optimizer's step": optimizer_step(load.optim, load.adapter, model, stays["optimizer"], machine.gpu),
         },

@@ -15,6 +15,7 @@ from grpo.model.policy import Policy
 from grpo.planning.choosing import Checkpointing, by_footprints
 from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import measure_body, measure_footprint
+from grpo.planning.graders import UNGRADED, Graders
 from grpo.planning.lengths import FittingLengths
 from grpo.planning.lesson import NONE, Lesson
 from grpo.planning.machines import Machine, within
@@ -37,8 +38,8 @@ def make_plan(
 class Planner:
     """Plans a workload for a policy: what the update needs is measured, the rest is counted.
 
-    `limit` is the recipe's own, in GB, and `lesson` what a teacher takes. Raises UserError for a limit that this
-    machine does not have.
+    `limit` is the recipe's own, in GB, and `lesson` what a teacher takes, and `graders` what reward models
+    take. Raises UserError for a limit that this machine does not have.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class Planner:
         limit: float | None = None,
         loss: LossConfig | None = None,
         lesson: Lesson = NONE,
+        graders: Graders = UNGRADED,
     ) -> None:
         can = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
         if on_gpu() and load.optim.pack_completions:
             can["pack_completions"] = policy.packs
         self.policy, self.decoding, self.loss, self.lesson = policy, decoding, loss or LossConfig(), lesson
+        self.graders = graders
         parts = load.parts * lanes_worth(policy.model, self.loss)
         self.load = replace(load, optim=with_settings(load.optim, can), parts=parts)
         host = None if policy.vault is None else policy.vault.room()
@@ -93,7 +96,14 @@ class Planner:
         """What is planned, where nothing is tried."""
         states = len(self.policy.adapters.names) - 1
         return Case(
-            self.machine, self.load, self.policy.model, states, self.decoding, self._footprint, lesson=self.lesson
+            self.machine,
+            self.load,
+            self.policy.model,
+            states,
+            self.decoding,
+            self._footprint,
+            lesson=self.lesson,
+            graders=self.graders,
         )
 
     def _tried(self, way: Checkpointing, shape: Shape, logits: int) -> int | None:

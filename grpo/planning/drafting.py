@@ -92,7 +92,6 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     room = machine.usable - sum(stays.values())
     spare = room - head + stays[FORMER]  # there is nothing of that yet
     slots, entering = _slots(case, need, spare)
-    offloaded = partial(_offloaded, case)
     chosen = Choice(
         machine,
         load,
@@ -102,7 +101,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         lambda way, shape: case.tried(way, shape, logits),
         partial(update_lanes, model),
         partial(reckoned, model),
-        offloaded,
+        partial(_offloaded, case),
     ).make()
     decoded, waiting = need.bytes(decoding, max(1, slots), entering), need.waiting(decoding)
     left = max(0, spare - decoded)
@@ -141,7 +140,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         logits=logits,
         cuda=machine.cuda,
         quantized=any(hasattr(module, "bits") for module in model.modules()),
-        offloaded=offloaded(chosen.checkpointing, chosen.shape),
+        offloaded=_offloaded(case, chosen.checkpointing, chosen.shape),
         host=machine.host,
     )
     return plan, chosen.optim

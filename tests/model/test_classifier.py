@@ -14,7 +14,7 @@ from model.classifiers import KINDS, VOCABULARY, config_of, reward_model, save, 
 from grpo.backend import cuda
 from grpo.config import ModelConfig
 from grpo.errors import UserError
-from grpo.model.classifier import Classifier, batches, load_classifier
+from grpo.model.classifier import Classifier, batches, check_labels, load_classifier
 
 DRAW = random.Random(0)
 ROWS = [[DRAW.randrange(VOCABULARY) for _ in range(length)] for length in (7, 1, 31, 12, 30)]
@@ -115,6 +115,8 @@ def refused(folder: Path) -> str:
 def test_what_is_no_reward_model_is_refused(tmp_path: Path, tokenizer: Path) -> None:
     several = reward_model(tmp_path / "several", tokenizer, id2label={"0": "a", "1": "b", "2": "c"}, labels=3)
     assert "has 3 labels, and a reward model has one: the score itself" in refused(several)
+    with pytest.raises(UserError, match="has 3 labels"):  # known from the config, before any weights are fetched
+        check_labels(json.loads((several / "config.json").read_text()), "org/several")
     quiet = reward_model(tmp_path / "quiet", tokenizer, labels=2)
     assert "has 2 labels" in refused(quiet)
     assert "is a Qwen3ForCausalLM, and a reward model is a sequence classifier" in refused(

@@ -15,8 +15,9 @@ from grpo.config.rewardmodel import RewardModelConfig
 from grpo.errors import TooLargeError, UserError
 from grpo.model.classifier import new_classifier
 from grpo.planning.elsewhere import Elsewhere
-from grpo.planning.estimate import estimates, machine_of
+from grpo.planning.estimate import estimate, machine_of
 from grpo.planning.graders import Graders
+from grpo.planning.machines import CHIPS
 from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 
@@ -85,7 +86,10 @@ def test_other_machines_reckon_with_it(graded: Path, toy_folder: Path) -> None:
     assert stays["reward models"] == 2 * count  # bfloat16, no head of a vocabulary
     assert grader.pair == 0  # fused there
     assert "reward models" not in there[0].plan().stays
-    assert len(estimates(beside)) == len(estimates(plain))
+    for chip in CHIPS:
+        without, with_it = (estimate(chip, cfg, config) for cfg in (plain, beside))
+        assert with_it.step > without.step
+        assert with_it.run - without.run == pytest.approx(2 * (with_it.step - without.step))
 
 
 def test_a_pass_is_reckoned_by_the_longest_and_by_how_many_go_together(graded: Path) -> None:

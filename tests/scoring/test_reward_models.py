@@ -59,6 +59,29 @@ def test_prompt_and_completion_are_read_whole_in_the_model_s_own_template(judge_
     assert scorer.failures == {"judge": 0}
 
 
+def test_a_token_that_begins_texts_is_the_template_s_business(judge_folder: Path) -> None:
+    """A tokenizer that puts one before every text would put a second one before a template's."""
+    scorer = Scorer.of([config(judge_folder)])
+    (before,) = scorer.score([group("It is 2.")])
+    file = judge_folder / "tokenizer.json"
+    tokens = json.loads(file.read_text())
+    name = tokens["added_tokens"][0]["content"]
+    begins = {"SpecialToken": {"id": name, "type_id": 0}}
+    tokens["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begins, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [begins, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [tokens["added_tokens"][0]["id"]], "tokens": [name]}},
+    }
+    file.write_text(json.dumps(tokens))
+    begun = Scorer.of([config(judge_folder)])
+    (grader,) = begun.rewards.values()
+    tokenizer = grader.model.tokenizer
+    assert len(tokenizer.encode("2")) == len(tokenizer.encode("2", add_special_tokens=False)) + 1
+    (after,) = begun.score([group("It is 2.")])
+    assert after.rollouts[0].scores == before.rollouts[0].scores
+
+
 def test_of_a_conversation_all_turns_are_read(judge_folder: Path) -> None:
     turns = (
         {"role": "assistant", "content": "Let me look."},

@@ -110,6 +110,8 @@ class Planner:
         """Bytes that were seen: on a CPU of the whole gradient where that is cheap, on CUDA of the hidden states', for
         which there is more in flight than a line knows. A teacher's KL is not tried, but counted."""
         self.policy.logits = logits
+        if shape.alone and way and self._footprint(True).alone is not None:
+            return None  # the line through two such rows is near, and a longer row takes minutes
         if self.machine.cuda:
             (body,) = measure_body(self.policy, way, [shape])
             depth = len(self.policy.model.layers)

@@ -161,6 +161,7 @@ def why_not(plan: Plan, needed: int, parts: dict[str, int]) -> str:
 
 NEEDS = {
     "rollout": "decoding {rows}",
+    "reward models' pass": "a pass of a reward model over completions",
     "update": "the update ({shape}{plan.checkpointed})",
     "optimizer's step": "the optimizer's step",
 }
@@ -184,6 +185,8 @@ def ways_out(plan: Plan, load: Workload) -> list[str]:
         ways.append("optim.offload_activations: true")
     if phase == "rollout" and load.rollout.kv_bits != 4:
         ways.append(PACKED if load.rollout.kv_bits is None else "rollout.kv_bits: 4")
+    if phase == "reward models' pass":
+        ways.append("a smaller batch_tokens in the reward model's kwargs")
     if plan.slots > 1 and sum(plan.stays.values()) + plan.phases["rollout"] > plan.memory:
         ways.append("a smaller rollout.max_concurrency")
     if plan.stays.get(OLDER, 0) > plan.memory // 20:

@@ -172,7 +172,7 @@ def _with_former_rates(cfg: Recipe, state: RunState, written: Context) -> Recipe
     """The recipe with the whole name that a file of solve rates had when it was there, if it has gone and is not
     needed: only files that are there are found beside a recipe."""
     name = cfg.data.solve_rates
-    former = yaml.safe_load(written.recipe)["data"].get("solve_rates")
+    former = read_written(written.recipe)["data"].get("solve_rates")
     if name is None or former is None or not rates_have_gone(cfg.data, state) or not Path(former).match(name):
         return cfg
     return with_settings(cfg, {"data.solve_rates": former})

@@ -188,7 +188,13 @@ def pools(_: Comparison, seed: int, into: Path) -> list[Arm]:
     file = into / f"pools-{seed}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*tasks[:30], *hopeless]))
     held_out = ("eval.source=builtin:arithmetic", "eval.split=test")
-    settings = (f"data.source={file}", *held_out, "rollout.prompts_per_step=1", "rollout.num_generations=8", "optim.learning_rate=7e-5")
+    settings = (
+        f"data.source={file}",
+        *held_out,
+        "rollout.prompts_per_step=1",
+        "rollout.num_generations=8",
+        "optim.learning_rate=7e-5",
+    )
     return [
         Arm("epochs", settings),
         Arm("pools", (*settings, "data.curriculum={}")),

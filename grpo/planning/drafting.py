@@ -38,8 +38,8 @@ class Case:
     The model's shapes and dtypes are enough: none of its arrays is computed. `states` are the adapter's besides the
     policy, and `footprint` what an update needs without and with checkpointing. `tried` is what a micro-batch was seen
     to take, and `entering` what so many prompts of a length were seen to take on their way through the model: None
-    where that is not tried. `lesson` is what a teacher takes, `graders` what reward models take. `held` is what does not
-    depend on the lengths of `load`, where it is counted already.
+    where that is not tried. `lesson` is what a teacher takes, `graders` what reward models take. `held` does not depend
+    on the lengths of `load`: given where it is counted already.
     """
 
     machine: Machine

@@ -28,6 +28,7 @@ from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
+from grpo.planning.graders import Graders
 from grpo.planning.lesson import Lesson
 from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
@@ -148,7 +149,8 @@ def _prepared(
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
     lesson = Lesson.of(taught_by, model, teacher and teacher.model, on_gpu(), cuda.available())
-    planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson)
+    graders = Graders.of([(one.classifier.model, one.cfg) for one in scorer.models.values()], cuda.available())
+    planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson, graders)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})
     decode_as_planned(generator, plan)
@@ -160,7 +162,7 @@ def _prepared(
     head = filter(None, [positions, head_note(model, cfg.model)])
     taught = [] if taught_by is None else [taught_by.describe()]
     notes = [*taught, *talk, *prompts, *generator.describe(), *head, *policy.notes]
-    notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
+    notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss), *filter(None, nulls)]
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from grpo.config import Recipe
 from grpo.data.fingerprint import fingerprint
 from grpo.data.rows import Rows
+from grpo.document import read_written
 from grpo.errors import UserError
 from grpo.recipes import with_settings, without_single_turn
 from grpo.runs.checkpoint import (
@@ -172,7 +172,7 @@ def _with_former_rates(cfg: Recipe, state: RunState, written: Context) -> Recipe
     """The recipe with the whole name that a file of solve rates had when it was there, if it has gone and is not
     needed: only files that are there are found beside a recipe."""
     name = cfg.data.solve_rates
-    former = yaml.safe_load(written.recipe)["data"].get("solve_rates")
+    former = read_written(written.recipe)["data"].get("solve_rates")
     if name is None or former is None or not rates_have_gone(cfg.data, state) or not Path(former).match(name):
         return cfg
     return with_settings(cfg, {"data.solve_rates": former})
@@ -260,7 +260,7 @@ def _written(value: Any) -> str:
 
 
 def _settings(written: Context) -> Iterator[tuple[str, Any]]:
-    recipe = _with_defaults(yaml.safe_load(written.recipe))
+    recipe = _with_defaults(read_written(written.recipe))
     yield from ((name, value) for name, value in _flat(recipe, "") if not _without_influence(name))
     for use, digest in written.sources.items():
         yield f"code of {use}", digest[:12]

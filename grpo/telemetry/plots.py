@@ -51,7 +51,7 @@ def stacked(
     if steps:
         chosen = [colours[i % len(colours)] for i in range(len(parts))]
         axes.stackplot(steps, *parts.values(), labels=list(parts), colors=chosen, alpha=0.8)
-    return _svg(axes, figure, beside=len(parts) > len(COLOURS))
+    return _svg(axes, figure, beside=True)
 
 
 def _axes(unit: str = "") -> tuple[Any, Any]:
@@ -70,7 +70,7 @@ def _axes(unit: str = "") -> tuple[Any, Any]:
 
 
 def _svg(axes: Any, figure: Any, beside: bool = False) -> str | None:
-    """The figure, None if it is empty. The legend of many entries is `beside` it, first entry lowest."""
+    """The figure, None if it is empty. The legend is in it, or `beside` it with the first entry lowest."""
     import matplotlib
 
     if not axes.has_data():

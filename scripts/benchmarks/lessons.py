@@ -179,8 +179,8 @@ def pools(_: Comparison, seed: int, into: Path) -> list[Arm]:
     """Sums of which 70 % have an answer that nobody finds, in the order of epochs and drawn by difficulty.
 
     The 30 tasks with right answers and the 70 without are others for each seed. A step is one prompt × 8 completions,
-    so a task without a signal costs a step, and small, so that tasks come up several times before the target: nothing
-    is known of a task before its first time.
+    so a task without a signal costs a step. Steps are small, so that tasks come up several times before the target:
+    nothing is known of a task before its first time.
     """
     from grpo.builtin.tasks import rows
 

@@ -20,7 +20,7 @@ from grpo.model.widehead import bytes_at_work
 from grpo.planning.choosing import Checkpointing, Choice, reckoned
 from grpo.planning.footprint import Footprint
 from grpo.planning.held import FORMER, count_weights, optimizer_step, what_stays
-from grpo.planning.lesson import NONE, Lesson
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan, ways_out, why_not
 from grpo.planning.workload import Workload
@@ -50,7 +50,7 @@ class Case:
     footprint: Callable[[bool], Footprint]
     tried: Callable[[Checkpointing, Shape, int], int | None] = lambda *_: None
     entering: Callable[[int, int], int | None] = lambda *_: None
-    lesson: Lesson = NONE
+    lesson: TeacherNeeds = NONE
 
 
 def plan_on(case: Case) -> tuple[Plan, OptimConfig]:

@@ -31,7 +31,7 @@ from grpo.planning.activations import reckoned_footprint
 from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import Footprint
 from grpo.planning.lengths import FittingLengths
-from grpo.planning.lesson import NONE, Lesson
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of, position_note
@@ -54,7 +54,7 @@ class Elsewhere:
     states: int
     decoding: SharedPrefix
     footprint: Callable[[bool], Footprint]
-    lesson: Lesson = NONE
+    lesson: TeacherNeeds = NONE
     teacher: Costs | None = None
 
     @classmethod
@@ -80,7 +80,7 @@ class Elsewhere:
                 head=head,
                 offloads=cfg.optim.offload_activations,
             ),
-            Lesson.of(cfg.teacher, model, second, machine.gpu, machine.cuda),
+            TeacherNeeds.of(cfg.teacher, model, second, machine.gpu, machine.cuda),
             None if second is None else costs_of(second),
         )
 

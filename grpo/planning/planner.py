@@ -16,7 +16,7 @@ from grpo.planning.choosing import Checkpointing, by_footprints
 from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import measure_body, measure_footprint
 from grpo.planning.lengths import FittingLengths
-from grpo.planning.lesson import NONE, Lesson
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.machines import Machine, within
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of
@@ -48,7 +48,7 @@ class Planner:
         decoding: Decoding,
         limit: float | None = None,
         loss: LossConfig | None = None,
-        lesson: Lesson = NONE,
+        lesson: TeacherNeeds = NONE,
     ) -> None:
         can = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
         if on_gpu() and load.optim.pack_completions:

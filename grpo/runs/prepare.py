@@ -28,7 +28,7 @@ from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
-from grpo.planning.lesson import Lesson
+from grpo.planning.lesson import TeacherNeeds
 from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
 from grpo.planning.planner import Planner, allowed, decode_as_planned
@@ -147,7 +147,7 @@ def _prepared(
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
-    lesson = Lesson.of(taught_by, model, teacher and teacher.model, on_gpu(), cuda.available())
+    lesson = TeacherNeeds.of(taught_by, model, teacher and teacher.model, on_gpu(), cuda.available())
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})

@@ -104,14 +104,14 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
     trainer, evaluator = prepared.trainer, prepared.evaluator
     with closing(prepared.opened):
         assert evaluator is not None
+        solved = None if asked.solve_rates is None else solved_by(trainer.scorer, curriculum)
         started = "base" if cfg.adapter.path is None else "start (adapter.path)"
         before, sampled = evaluator.measured(0)
         after: EvalMetrics | None = None
         if adapter is not None:
             trainer.policy.adapters.load(adapter)
             after, sampled = evaluator.measured(step_of(adapter) if (adapter / STATE).is_file() else 0)
-        if asked.solve_rates is not None and trainer.ranks.first:
-            solved = solved_by(trainer.scorer, curriculum)
+        if asked.solve_rates is not None and solved is not None and trainer.ranks.first:
             rates = SolveRates.of(_solve_rates(sampled, solved), prepared.rows["eval"], _about(cfg, adapter, solved))
             _write(rates, asked.solve_rates)
         return Measured(started, before, after, notes)

@@ -175,7 +175,37 @@ def teacher(comparison: Comparison, seed: int, into: Path) -> list[Arm]:
     ]
 
 
-COMPARISONS = {"teacher": Comparison("quickstart", 0.9, 80, 1, teacher, ("eval.prompts=128",))}
+def pools(_: Comparison, seed: int, into: Path) -> list[Arm]:
+    """Sums of which 70 % have an answer that nobody finds, in the order of epochs and drawn by difficulty.
+
+    There are 20 tasks with right answers, other ones for each seed, and steps are small, so that most tasks come up
+    several times before the target: pools know nothing of a task before its first time.
+    """
+    from grpo.builtin.tasks import rows
+
+    tasks = random.Random(seed).sample(rows("builtin:arithmetic", "train"), 100)
+    hopeless = [{**row, "answer": str(100 + int(row["answer"]))} for row in tasks[30:]]  # sums are below 37
+    file = into / f"pools-{seed}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*tasks[:30], *hopeless]))
+    held_out = ("eval.source=builtin:arithmetic", "eval.split=test")
+    settings = (
+        f"data.source={file}",
+        *held_out,
+        "rollout.prompts_per_step=1",
+        "rollout.num_generations=8",
+        "optim.learning_rate=7e-5",
+    )
+    return [
+        Arm("epochs", settings),
+        Arm("pools", (*settings, "data.curriculum={}")),
+        Arm("pools, hard: 0.05", (*settings, "data.curriculum={hard: 0.05}")),
+    ]
+
+
+COMPARISONS = {
+    "teacher": Comparison("quickstart", 0.9, 80, 1, teacher, ("eval.prompts=128",)),
+    "pools": Comparison("quickstart", 0.9, 600, 8, pools, ("eval.prompts=128",)),
+}
 
 
 def _compare(name: str, seeds: Sequence[int], out: Path) -> None:

@@ -29,7 +29,7 @@ from grpo.model.load import head_note, load
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
 from grpo.planning.graders import Graders
-from grpo.planning.lesson import TeacherNeeds
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
 from grpo.planning.planner import Planner, allowed, decode_as_planned
@@ -45,6 +45,7 @@ from grpo.runs.rewarding import check_rewarded
 from grpo.runs.teachers import teacher_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.algorithms import make_optimizer
+from grpo.training.teaching import Teacher
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 
@@ -142,9 +143,7 @@ def _prepared(
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
-    lesson = TeacherNeeds.of(
-        teacher.cfg if teacher else None, model, teacher and teacher.model, on_gpu(), cuda.available()
-    )
+    lesson = _needs(teacher, model)
     graders = Graders.of([(one.classifier.model, one.cfg) for one in scorer.models.values()], cuda.available())
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson, graders)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
@@ -161,6 +160,13 @@ def _prepared(
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+
+
+def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
+    """What a teacher takes of this machine's memory."""
+    if teacher is None:
+        return NONE
+    return TeacherNeeds.of(teacher.cfg, model, teacher.model, on_gpu(), cuda.available())
 
 
 def _policy(cfg: Recipe, model: nn.Module) -> Policy:

@@ -1,12 +1,12 @@
 """How much sooner a run learns by one setting more: steps and rollouts to the same held-out accuracy, over seeds.
 
     python scripts/benchmarks/lessons.py teacher --seeds 0-7 --out lessons.jsonl
-    python scripts/benchmarks/lessons.py summary --out lessons.jsonl
+    python scripts/benchmarks/lessons.py summary --out lessons.jsonl [--against ARM]
 
 A comparison has several arms: one recipe with different settings, the first of them the plain one. Each arm trains from
 each seed until its greedy accuracy on held-out prompts reaches the target, or its steps are used up. FILE gets a line
-of JSON for every run, and a run that it has is not repeated. The summary has the ratio of each arm to the first, seed
-by seed: its median, and the 95 % bootstrap interval of the median.
+of JSON for every run, and a run that it has is not repeated. The summary has the ratio of each arm to the first (or to
+another: --against), seed by seed: its median, and the 95 % bootstrap interval of the median.
 
 A process keeps to one core, so processes for other seeds can run beside it. Nothing needs a network.
 """
@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 
 RESAMPLES = 10_000
-COLUMNS = ("arm", "seeds", "steps", "rollouts", "steps / first", "rollouts / first")
+COLUMNS = ("arm", "seeds", "steps", "rollouts", "ratio of steps", "ratio of rollouts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +114,13 @@ def measured(name: str, arm: Arm, seed: int) -> Run:
     return Run(name, arm.name, seed, comparison.target, reached, [*steps], [*rollouts], [*greedy], seconds)
 
 
-def summary(runs: Sequence[Run]) -> str:
-    """A Markdown table of one comparison: medians over seeds, and of the ratios to the first arm their intervals."""
+def summary(runs: Sequence[Run], against: str | None = None) -> str:
+    """A Markdown table of one comparison: medians over seeds, and of the ratios to one arm their intervals."""
     arms = list(dict.fromkeys(run.arm for run in runs))
-    first = {run.seed: run for run in runs if run.arm == arms[0]}
+    plain = against or arms[0]
+    first = {run.seed: run for run in runs if run.arm == plain}
     rows = [_row(arm, [run for run in runs if run.arm == arm and run.seed in first], first) for arm in arms]
-    title = f"{runs[0].comparison}: to a greedy accuracy of {runs[0].target:g}"
+    title = f"{runs[0].comparison}: to a greedy accuracy of {runs[0].target:g}; ratios are to {plain}"
     return "\n".join([title, "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *rows]) + "\n"
 
 
@@ -137,7 +138,8 @@ def _row(arm: str, runs: Sequence[Run], first: dict[int, Run]) -> str:
 def needed(run: Run, count: Callable[[Run], int]) -> float:
     """The steps or rollouts to the target: infinitely many where the run ended before.
 
-    (The first arm counts with what it used, also where it ended before: the ratio is then too high, never too low.)
+    (The arm that others are compared with counts with what it used, also where it ended before: the ratio is then too
+    high, never too low.)
     """
     return count(run) if run.reached else inf
 
@@ -225,6 +227,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("comparison", choices=(*COMPARISONS, "summary"))
     parser.add_argument("--seeds", type=_seeds, default=range(8), metavar="A-B", help="from A to B; 0-7")
     parser.add_argument("--out", type=Path, default=Path("lessons.jsonl"), metavar="FILE", help="lessons.jsonl")
+    parser.add_argument("--against", metavar="ARM", help="of a summary: what the others are compared with")
     return parser.parse_args()
 
 
@@ -245,7 +248,7 @@ def main() -> None:
     if asked.comparison == "summary":
         runs = read(asked.out)
         for name in dict.fromkeys(run.comparison for run in runs):
-            print(summary([run for run in runs if run.comparison == name]))
+            print(summary([run for run in runs if run.comparison == name], asked.against))
         return
     _keep_to_one_core(8 * list(COMPARISONS).index(asked.comparison) + asked.seeds[0])
     _compare(asked.comparison, asked.seeds, asked.out)

@@ -180,8 +180,9 @@ def teacher(comparison: Comparison, seed: int, into: Path) -> list[Arm]:
 def pools(_: Comparison, seed: int, into: Path) -> list[Arm]:
     """Sums of which 70 % have an answer that nobody finds, in the order of epochs and drawn by difficulty.
 
-    There are 20 tasks with right answers, other ones for each seed, and steps are small, so that most tasks come up
-    several times before the target: pools know nothing of a task before its first time.
+    The 30 tasks with right answers and the 70 without are others for each seed. A step is one prompt × 8 completions,
+    so a task without a signal costs a step. Steps are small, so that tasks come up several times before the target:
+    nothing is known of a task before its first time.
     """
     from grpo.builtin.tasks import rows
 
@@ -190,17 +191,13 @@ def pools(_: Comparison, seed: int, into: Path) -> list[Arm]:
     file = into / f"pools-{seed}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*tasks[:30], *hopeless]))
     held_out = ("eval.source=builtin:arithmetic", "eval.split=test")
-    settings = (
-        f"data.source={file}",
-        *held_out,
-        "rollout.prompts_per_step=1",
-        "rollout.num_generations=8",
-        "optim.learning_rate=7e-5",
-    )
+    small = ("rollout.prompts_per_step=1", "rollout.num_generations=8", "optim.learning_rate=7e-5")
+    settings = (f"data.source={file}", *held_out, *small)
+    wider = "data.curriculum={hard: 0.2, hard_threshold: 0.25, easy_threshold: 0.75}"
     return [
         Arm("epochs", settings),
         Arm("pools", (*settings, "data.curriculum={}")),
-        Arm("pools, hard: 0.05", (*settings, "data.curriculum={hard: 0.05}")),
+        Arm("pools, bounds 0.25 and 0.75", (*settings, wider)),
     ]
 
 

@@ -36,7 +36,7 @@ from grpo.planning.footprint import Footprint
 from grpo.planning.graders import UNGRADED, Graders
 from grpo.planning.held import Held
 from grpo.planning.lengths import FittingLengths
-from grpo.planning.lesson import NONE, Lesson
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of, position_note
@@ -59,7 +59,7 @@ class Elsewhere:
     states: int
     decoding: SharedPrefix
     footprint: Callable[[bool], Footprint]
-    lesson: Lesson = NONE
+    lesson: TeacherNeeds = NONE
     teacher: Costs | None = None
     graders: Graders = UNGRADED
 
@@ -91,7 +91,7 @@ class Elsewhere:
                     offloads=cfg.optim.offload_activations,
                 )
             ),
-            Lesson.of(cfg.teacher, model, second, machine.gpu, machine.cuda),
+            TeacherNeeds.of(cfg.teacher, model, second, machine.gpu, machine.cuda),
             None if second is None else costs_of(second),
             _graders(cfg, machine),
         )

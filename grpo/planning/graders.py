@@ -15,7 +15,7 @@ from grpo.planning.workload import Workload
 OF_HIDDEN, OF_QUERIES, OF_KEYS, OF_INNER, OF_SCORES = 5.1, 7.7, 5.2, 3.0, 1.1
 """Numbers that are there at once for each number of a layer's input, queries, keys, and the inside of its feed-forward
 part, and for each score of attention where it is not fused. Fitted to measurements of Qwen3 shapes on a CPU, of 2 and 6
-layers (the depth changes nothing), rows of 16 to 1,024 tokens: 5 shapes, all within a tenth."""
+layers (the depth changes nothing), rows of 16 to 1,024 tokens: 5 shapes, all within a twentieth."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from grpo.backend import cuda
 from grpo.backend.device import limit_memory, on_gpu, setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
-from grpo.config import DataConfig, OptimConfig, Recipe, RolloutConfig, TeacherConfig
+from grpo.config import DataConfig, OptimConfig, Recipe, RolloutConfig
 from grpo.data.lengths import Lengths, measure_lengths
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows, rows_with_null
@@ -29,7 +29,7 @@ from grpo.model.load import head_note, load
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
 from grpo.planning.graders import Graders
-from grpo.planning.lesson import Lesson
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
 from grpo.planning.planner import Planner, allowed, decode_as_planned
@@ -45,6 +45,7 @@ from grpo.runs.rewarding import check_rewarded
 from grpo.runs.teachers import teacher_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.algorithms import make_optimizer
+from grpo.training.teaching import Teacher
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 
@@ -94,19 +95,13 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepare
         hosts = list(partners.hosts.values())
         scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions, hosts)
         opened.callback(scorer.close)
-        teacher = cfg.teacher if trains else None
-        prepared = _prepared(cfg, given, ranks, partners, scorer, opened, teacher)
-        return replace(prepared, notes=[*prepared.notes, *rewarding])
+        prepared = _prepared(cfg, given, ranks, partners, scorer, opened, trains)
+        taught = [cfg.teacher.describe()] if cfg.teacher and trains else []
+        return replace(prepared, notes=[*taught, *prepared.notes, *rewarding])
 
 
 def _prepared(
-    cfg: Recipe,
-    given: Given,
-    ranks: Ranks,
-    partners: Partners,
-    scorer: Scorer,
-    opened: ExitStack,
-    taught_by: TeacherConfig | None,
+    cfg: Recipe, given: Given, ranks: Ranks, partners: Partners, scorer: Scorer, opened: ExitStack, trains: bool
 ) -> Prepared:
     """The rest of `prepare`. What is `opened` stays open, and is the result's."""
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
@@ -118,7 +113,7 @@ def _prepared(
         for (name, data), rows in zip(named.items(), local, strict=True)
     ]
     policy = _policy(cfg, model)
-    teacher = teacher_of(taught_by, cfg.adapter, policy, tokenizer)
+    teacher = teacher_of(cfg.teacher if trains else None, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
@@ -148,7 +143,7 @@ def _prepared(
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
-    lesson = Lesson.of(taught_by, model, teacher and teacher.model, on_gpu(), cuda.available())
+    lesson = _needs(teacher, model)
     graders = Graders.of([(one.classifier.model, one.cfg) for one in scorer.models.values()], cuda.available())
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson, graders)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
@@ -160,12 +155,18 @@ def _prepared(
     nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
     prompts = chosen_note(cfg.data, len(tables[0])) + _prompts(lengths, tables[0], renderer, partners.resets)
     head = filter(None, [positions, head_note(model, cfg.model)])
-    taught = [] if taught_by is None else [taught_by.describe()]
-    notes = [*taught, *talk, *prompts, *generator.describe(), *head, *policy.notes]
+    notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss), *filter(None, nulls)]
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+
+
+def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
+    """What a teacher takes of this machine's memory."""
+    if teacher is None:
+        return NONE
+    return TeacherNeeds.of(teacher.cfg, model, teacher.model, on_gpu(), cuda.available())
 
 
 def _policy(cfg: Recipe, model: nn.Module) -> Policy:

@@ -17,8 +17,9 @@ from grpo.model.offloading import host_bytes
 from grpo.model.quantized import dtype_of
 from grpo.planning.choosing import Checkpointing, Choice, reckoned
 from grpo.planning.footprint import Footprint
+from grpo.planning.graders import UNGRADED, Graders
 from grpo.planning.held import FORMER, Held
-from grpo.planning.lesson import NONE, Lesson
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan, ways_out, why_not
 from grpo.planning.workload import Workload
@@ -37,8 +38,8 @@ class Case:
     The model's shapes and dtypes are enough: none of its arrays is computed. `states` are the adapter's besides the
     policy, and `footprint` what an update needs without and with checkpointing. `tried` is what a micro-batch was seen
     to take, and `entering` what so many prompts of a length were seen to take on their way through the model: None
-    where that is not tried. `lesson` is what a teacher takes. `held` is what does not depend on the lengths of `load`,
-    where it is counted already.
+    where that is not tried. `lesson` is what a teacher takes, `graders` what reward models take. `held` does not depend
+    on the lengths of `load`: given where it is counted already.
     """
 
     machine: Machine
@@ -49,7 +50,8 @@ class Case:
     footprint: Callable[[bool], Footprint]
     tried: Callable[[Checkpointing, Shape, int], int | None] = lambda *_: None
     entering: Callable[[int, int], int | None] = lambda *_: None
-    lesson: Lesson = NONE
+    lesson: TeacherNeeds = NONE
+    graders: Graders = UNGRADED
     held: Held | None = None
 
 
@@ -79,11 +81,10 @@ def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
 def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     machine, load, model, decoding = case.machine, case.load, case.model, case.decoding
     held = case.held or Held.of(load.optim, load.adapter, model, case.states, machine.gpu)
-    stays, need = held.stays | case.lesson.stays(load), load.need()
+    stays, need = _stays(case, held), load.need()
     room = machine.usable - sum(stays.values())
     spare = room - held.head + stays[FORMER]  # there is nothing of that yet
     slots, entering = _slots(case, need, spare)
-    offloaded = partial(_offloaded, case)
     chosen = Choice(
         machine,
         load,
@@ -93,7 +94,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         lambda way, shape: case.tried(way, shape, logits),
         partial(update_lanes, model),
         partial(reckoned, model),
-        offloaded,
+        partial(_offloaded, case),
     ).make()
     decoded, waiting = need.bytes(decoding, max(1, slots), entering), need.waiting(decoding)
     left = max(0, spare - decoded)
@@ -112,6 +113,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         stays=stays,
         phases={
             "rollout": max(0, decoded + held.head + min(waiting, left) - stays[FORMER]),
+            **case.graders.phases(load),
             "update": chosen.bytes,
             "optimizer's step": held.step,
         },
@@ -131,10 +133,16 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         logits=logits,
         cuda=machine.cuda,
         quantized=held.quantized,
-        offloaded=offloaded(chosen.checkpointing, chosen.shape),
+        offloaded=_offloaded(case, chosen.checkpointing, chosen.shape),
         host=machine.host,
     )
     return plan, chosen.optim
+
+
+def _stays(case: Case, held: Held) -> dict[str, int]:
+    """Bytes that are held all the time, by what they are for."""
+    beside = case.lesson.stays(case.load), case.load.stays(case.machine.cuda), case.graders.stays()
+    return {name: size for parts in (held.stays, *beside) for name, size in parts.items()}
 
 
 def _offloaded(case: Case, way: Checkpointing, shape: Shape) -> int:

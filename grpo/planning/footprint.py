@@ -57,7 +57,8 @@ class Footprint:
     it kept the most: a micro-batch of as many tokens in shorter rows keeps them. The head holds `logit_copies` of a
     chunk's logits, and `most_copies` at once. `inside`: bytes a token, of at most `most_inside` tokens, for what a
     checkpointed layer computes in tiles of tokens (`grpo.model.rowwise`). `alone`: bytes, and bytes a token, of the
-    hidden states of rows in lines of their own, where those were measured.
+    hidden states of rows in lines of their own, where those were measured. `also`: another model's forward pass over
+    the same micro-batch, which is over when the update begins: whichever takes more counts.
     """
 
     fixed: int
@@ -75,6 +76,7 @@ class Footprint:
     most_inside: int = 0
     logit_copies: int = LOGIT_COPIES
     alone: tuple[float, float] | None = None
+    also: Footprint | None = None
 
     def keeps_scores(self, shape: Shape) -> bool:
         """Whether attention keeps the scores of all passes of this shape for the backward pass."""
@@ -87,7 +89,8 @@ class Footprint:
 
     def in_chunks(self, logits: int) -> Footprint:
         """The same where so many logits are there at once."""
-        return replace(self, chunk=chunk_tokens(max(1, self.logits // 4), logits))
+        also = self.also and self.also.in_chunks(logits)
+        return replace(self, chunk=chunk_tokens(max(1, self.logits // 4), logits), also=also)
 
     def bytes(self, shape: Shape, body: float | None = None) -> int:
         """Of one micro-batch of this shape; `body` is what `measure_body` found of it, if that was asked."""
@@ -102,7 +105,8 @@ class Footprint:
         projected = shape.lines * shape.width or shape.rows * shape.length
         copies = min(self.most_copies, self.logit_copies * -(-projected // self.chunk))
         head = self.head + copies * self.logits * min(self.chunk, projected)
-        return int(self.fixed + max(body, waits + head))
+        also = 0 if self.also is None else self.also.bytes(shape)
+        return max(also, int(self.fixed + max(body, waits + head)))
 
 
 def measure_body(policy: Policy, checkpointing: bool | int, shapes: Sequence[Shape]) -> list[float]:

@@ -15,9 +15,10 @@ from grpo.model.policy import Policy
 from grpo.planning.choosing import Checkpointing, by_footprints
 from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import measure_body, measure_footprint
+from grpo.planning.graders import UNGRADED, Graders
 from grpo.planning.held import Held
 from grpo.planning.lengths import FittingLengths
-from grpo.planning.lesson import NONE, Lesson
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.machines import Machine, within
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of
@@ -38,8 +39,8 @@ def make_plan(
 class Planner:
     """Plans a workload for a policy: what the update needs is measured, the rest is counted.
 
-    `limit` is the recipe's own, in GB, and `lesson` what a teacher takes. Raises UserError for a limit that this
-    machine does not have.
+    `limit` is the recipe's own, in GB, and `lesson` what a teacher takes, and `graders` what reward models
+    take. Raises UserError for a limit that this machine does not have.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Planner:
         decoding: Decoding,
         limit: float | None = None,
         loss: LossConfig | None = None,
-        lesson: Lesson = NONE,
+        lesson: TeacherNeeds = NONE,
+        graders: Graders = UNGRADED,
     ) -> None:
         can = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
         if on_gpu() and load.optim.pack_completions:
             can["pack_completions"] = policy.packs
         self.policy, self.decoding, self.loss, self.lesson = policy, decoding, loss or LossConfig(), lesson
+        self.graders = graders
         parts = load.parts * lanes_worth(policy.model, self.loss)
         self.load = replace(load, optim=with_settings(load.optim, can), parts=parts)
         host = None if policy.vault is None else policy.vault.room()
@@ -100,6 +103,7 @@ class Planner:
             self.decoding,
             self._footprint,
             lesson=self.lesson,
+            graders=self.graders,
             held=self._held,
         )
 
@@ -130,7 +134,8 @@ class Planner:
         ):
             return None
         number = -(-self.load.updated // shape.rows)
-        return rehearsed(self.policy, self.loss, way, shape, number)
+        asking = 0 if self.lesson.asking is None else self.lesson.asking.in_chunks(logits).bytes(shape)
+        return max(asking, rehearsed(self.policy, self.loss, way, shape, number))
 
     def _entering(self, prompts: int, length: int) -> int | None:
         """Bytes that were seen of prompts on their way through the model: on a CPU, where that is cheap."""

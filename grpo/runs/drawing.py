@@ -16,6 +16,7 @@ from grpo.errors import UserError
 from grpo.plugins import find_function
 from grpo.runs.checkpoint import hash_of
 from grpo.runs.given import Given
+from grpo.runs.state import RunState
 from grpo.scoring.scorer import Scorer
 
 
@@ -33,7 +34,7 @@ def source_of(data: DataConfig, given: Given, stream: TaskStream, scorer: Scorer
         return _own(data.sampler, stream)
     if data.curriculum is None:
         return stream
-    return Curriculum(stream, data.curriculum, solved_by(scorer, data.curriculum), seed, known_rates(data))
+    return Curriculum(stream, data.curriculum, solved_by(scorer, data.curriculum), seed, known_rates(data, stream.rows))
 
 
 def solved_by(scorer: Scorer, cfg: CurriculumConfig | None = None) -> Solved:
@@ -57,12 +58,19 @@ def chosen_note(data: DataConfig, rows: int) -> list[str]:
 
 
 def rates_hash(data: DataConfig) -> dict[str, str]:
-    """A SHA-256 of the file of solve rates that a run chooses its tasks by, by the setting's name.
+    """A SHA-256 of the file of solve rates that says which rows a run trains on, by the setting's name.
 
-    Where the file has gone there is none: a run that goes on needs it for `solve_rate`, and that will say so.
+    Where `data.solve_rate` keeps all rows there is none: a run that goes on has the rates of its checkpoint. Nor is
+    there where the file has gone: a run that goes on needs it, and that will say so.
     """
     file = data.solve_rates and Path(data.solve_rates).expanduser()
-    return {"data.solve_rates": hash_of(file)} if file and file.is_file() else {}
+    return {"data.solve_rates": hash_of(file)} if file and data.solve_rate is not None and file.is_file() else {}
+
+
+def rates_have_gone(data: DataConfig, state: RunState) -> bool:
+    """Whether the file of `data.solve_rates` is not there and not needed, because a run's state has the rates."""
+    needed = data.solve_rate is not None or "solve_rates" not in state.trainer.counts["tasks"]
+    return data.solve_rates is not None and not needed and not Path(data.solve_rates).expanduser().exists()
 
 
 def _own(use: str, stream: TaskStream) -> Source:

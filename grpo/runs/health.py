@@ -219,13 +219,15 @@ def _why_none(
 
 def _of_rewards(metrics: StepMetrics, weights: Mapping[str, float], environments: Collection[str]) -> list[str]:
     values = metrics.values
-    if any(rollout.taught for group in metrics.groups for rollout in group.rollouts):
+    taught = any(rollout.taught for group in metrics.groups for rollout in group.rollouts)
+    if taught and ("reward" in values or not any(weights.values())):
         return []  # a teacher gives every token something to learn
     if "reward" not in values:
         rates = tuple(f"/{kind}_rate" for kind in FAILURES)
         failed = any(value for name, value in values.items() if name.endswith(rates))
         why = _why_none(weights, environments, failed, metrics.groups)
-        return [f"step 1: no completion has a reward, so nothing was learned. {why}"]
+        learned = "only the teacher was learned from" if taught else "nothing was learned"
+        return [f"step 1: no completion has a reward, so {learned}. {why}"]
     advantages = any(rollout.has_advantage for group in metrics.groups for rollout in group.rollouts)
     if values["frac_reward_zero_std"] < 1 or advantages:  # of turns, or by a penalty
         return []

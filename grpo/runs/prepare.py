@@ -10,7 +10,8 @@ from typing import Any
 
 import mlx.nn as nn
 
-from grpo.backend.device import limit_memory, setup
+from grpo.backend import cuda
+from grpo.backend.device import limit_memory, on_gpu, setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import DataConfig, OptimConfig, Recipe, RolloutConfig
@@ -27,7 +28,8 @@ from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
-from grpo.planning.lesson import Lesson
+from grpo.planning.graders import Graders
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
 from grpo.planning.planner import Planner, allowed, decode_as_planned
@@ -43,6 +45,7 @@ from grpo.runs.rewarding import check_rewarded
 from grpo.runs.teachers import teacher_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.algorithms import make_optimizer
+from grpo.training.teaching import Teacher
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 
@@ -68,10 +71,11 @@ class Prepared:
     opened: ExitStack
 
 
-def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
+def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepared:
     """Resolve rewards, data and model, and make them into a trainer. Writes nothing.
 
-    What is `given` takes the place of what the recipe names.
+    What is `given` takes the place of what the recipe names. Without `trains` the run is only measured: no teacher is
+    loaded, and the trainer cannot make steps.
 
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
@@ -91,12 +95,13 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
         hosts = list(partners.hosts.values())
         scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions, hosts)
         opened.callback(scorer.close)
-        prepared = _prepared(cfg, given, ranks, partners, scorer, opened)
-        return replace(prepared, notes=[*prepared.notes, *rewarding])
+        prepared = _prepared(cfg, given, ranks, partners, scorer, opened, trains)
+        taught = [cfg.teacher.describe()] if cfg.teacher and trains else []
+        return replace(prepared, notes=[*taught, *prepared.notes, *rewarding])
 
 
 def _prepared(
-    cfg: Recipe, given: Given, ranks: Ranks, partners: Partners, scorer: Scorer, opened: ExitStack
+    cfg: Recipe, given: Given, ranks: Ranks, partners: Partners, scorer: Scorer, opened: ExitStack, trains: bool
 ) -> Prepared:
     """The rest of `prepare`. What is `opened` stays open, and is the result's."""
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
@@ -108,7 +113,7 @@ def _prepared(
         for (name, data), rows in zip(named.items(), local, strict=True)
     ]
     policy = _policy(cfg, model)
-    teacher = teacher_of(cfg.teacher, cfg.adapter, policy, tokenizer)
+    teacher = teacher_of(cfg.teacher if trains else None, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
@@ -138,8 +143,9 @@ def _prepared(
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
-    lesson = Lesson.of(cfg.teacher, model, teacher and teacher.model)
-    planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson)
+    lesson = _needs(teacher, model)
+    graders = Graders.of([(one.classifier.model, one.cfg) for one in scorer.models.values()], cuda.available())
+    planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson, graders)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})
     decode_as_planned(generator, plan)
@@ -150,10 +156,17 @@ def _prepared(
     prompts = chosen_note(cfg.data, len(tables[0])) + _prompts(lengths, tables[0], renderer, partners.resets)
     head = filter(None, [positions, head_note(model, cfg.model)])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
-    notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
+    notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss), *filter(None, nulls)]
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     rows = dict(zip(named, tables, strict=True))
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+
+
+def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
+    """What a teacher takes of this machine's memory."""
+    if teacher is None:
+        return NONE
+    return TeacherNeeds.of(teacher.cfg, model, teacher.model, on_gpu(), cuda.available())
 
 
 def _policy(cfg: Recipe, model: nn.Module) -> Policy:

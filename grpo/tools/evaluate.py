@@ -99,19 +99,19 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
         cfg = with_settings(cfg, {f"adapter.{name}": value for name, value in shape.items()})
     curriculum = cfg.data.curriculum
     cfg = with_settings(cfg, {f"data.{name}": value for name, value in NOT_CHOSEN.items()})  # it does not train
-    prepared = prepare(cfg)
+    prepared = prepare(cfg, trains=False)
     notes = _changed_since(folder, adapter, cfg, prepared.rows["eval"]) if is_run(folder) else ()
     trainer, evaluator = prepared.trainer, prepared.evaluator
     with closing(prepared.opened):
         assert evaluator is not None
+        solved = None if asked.solve_rates is None else solved_by(trainer.scorer, curriculum)
         started = "base" if cfg.adapter.path is None else "start (adapter.path)"
         before, sampled = evaluator.measured(0)
         after: EvalMetrics | None = None
         if adapter is not None:
             trainer.policy.adapters.load(adapter)
             after, sampled = evaluator.measured(step_of(adapter) if (adapter / STATE).is_file() else 0)
-        if asked.solve_rates is not None and trainer.ranks.first:
-            solved = solved_by(trainer.scorer, curriculum)
+        if asked.solve_rates is not None and solved is not None and trainer.ranks.first:
             rates = SolveRates.of(_solve_rates(sampled, solved), prepared.rows["eval"], _about(cfg, adapter, solved))
             _write(rates, asked.solve_rates)
         return Measured(started, before, after, notes)

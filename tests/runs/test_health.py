@@ -387,3 +387,15 @@ def test_a_run_that_made_the_model_worse_says_so(recipe, run_cli) -> None:
     assert "worse" in listed
     again = run_cli("train", recipe, "optim.steps=2", "rewards.0.isolation=inline", "--resume")
     assert ("this run made the model worse" in again.out, read_run(Path("runs/toy")).state) == (True, "worse")
+
+
+def test_beside_a_teacher_rewards_that_never_score_are_told() -> None:
+    """Not that nothing was learned; and nothing at all where no reward has a weight, or rewards are equal."""
+    answer = Trajectory.sampled((5,), (-0.5,), "four", "stop")
+    group = Group(Task(0, "?", (1,), {}), (Rollout(answer, {"exact": None}, taught=True),))
+    silent = StepMetrics(1, {"completions/clipped_ratio": 0.0, "frac_reward_zero_std": 1.0}, (group,))
+    (line,) = warnings_of_first(silent, config().rollout, WEIGHTS)
+    assert "no completion has a reward, so only the teacher was learned from. exact returned None" in line
+    assert warnings_of_first(silent, config().rollout, {"exact": 0.0}) == []
+    equal = replace(silent, values={**silent.values, "reward": 1.0})
+    assert warnings_of_first(equal, config().rollout, WEIGHTS) == []

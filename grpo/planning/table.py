@@ -32,7 +32,7 @@ def _why_it_stays(name: str, plan: Plan, load: Workload) -> str:
         case "reward models":
             return "their weights"
         case "other states":
-            return "the reference"
+            return "the reference, and other frozen copies of what trains"
         case _:
             return "what a failed step is taken back to"
 

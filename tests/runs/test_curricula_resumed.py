@@ -14,6 +14,7 @@ from grpo.errors import UserError
 from grpo.recipes import load_recipe
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import find_start
+from grpo.tools.replay import replay
 
 FILE = Path("rates.jsonl")
 POOLED = ("data.solve_rates=rates.jsonl", "data.curriculum={hard: 0.5, hard_threshold: 0.1, easy_threshold: 0.2}")
@@ -35,6 +36,9 @@ def test_a_file_that_only_began_the_curriculum_may_go(rated) -> None:
     FILE.unlink()
     run(rated, "output_dir=parts", *settings, resume=True)
     same_end(Path("whole"), Path("parts"))
+    assert "its completions are those that the run stored" in replay(Path("parts"), 3).notes
+    with pytest.raises(UserError, match=r"data\.solve_rates .*rates\.jsonl: No such file"):
+        replay(Path("whole"), 3)  # no checkpoint has the rates: one was written after step 4
     with pytest.raises(UserError, match=r"data\.solve_rates .*rates\.jsonl: No such file"):
         prepare(load_recipe(rated, settings))  # a run that begins needs it
 

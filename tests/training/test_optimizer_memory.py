@@ -50,8 +50,8 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def drawn(arrays: dict[str, mx.array], seed: int, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
     keys = mx.random.split(mx.random.key(seed), len(arrays))
-    found = {
-        path: mx.random.normal(a.shape, dtype, key=key) for (path, a), key in zip(arrays.items(), keys, strict=True)
+    found = {  # a quarter of the work of normal numbers
+        path: mx.random.uniform(-2, 2, a.shape, dtype, key) for (path, a), key in zip(arrays.items(), keys, strict=True)
     }
     mx.eval(found)
     return found

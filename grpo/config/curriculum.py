@@ -26,8 +26,8 @@ class CurriculumConfig(Section):
     of `rewards`, or the environment's own reward where there are none."""
     best: Above0 = 1.0
     """The score of that reward for a task that is wholly solved. A task's solve rate is the mean, over the completions
-    of its latest group, of score / best, where less than 0 counts as 0 and more than 1 as 1. A reward without a highest score, such as a
-    reward model's, says nothing of this kind: name another by `reward`."""
+    of its latest group, of score / best, where less than 0 counts as 0 and more than 1 as 1. The scores of a reward
+    model have no best: name another reward by `reward`."""
 
     @model_validator(mode="after")
     def _something_is_drawn(self) -> CurriculumConfig:

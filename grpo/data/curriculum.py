@@ -12,7 +12,7 @@ from grpo.backend.random import derive_seed
 from grpo.config import CurriculumConfig
 from grpo.data.fingerprint import fingerprint
 from grpo.data.pools import BINS, LEFT_OUT, POOLS, Pools
-from grpo.data.rates import Known
+from grpo.data.rates import RateTable
 from grpo.data.solved import Solved
 from grpo.data.stream import TaskStream
 from grpo.errors import UserError
@@ -37,7 +37,7 @@ class Curriculum:
         cfg: CurriculumConfig,
         solved: Solved,
         seed: int,
-        rates: Known | None = None,
+        rates: RateTable | None = None,
     ) -> None:
         """`stream` has the rows. `rates` are solve rates that are known from before, float64 `[rows]`, NaN where none
         is."""

@@ -26,6 +26,7 @@ from grpo.generation.controller import speculation_of
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
+from grpo.model.mlxlm import TokenizerWrapper
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
 from grpo.planning.graders import Graders
@@ -144,7 +145,7 @@ def _prepared(
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
     lesson = _needs(teacher, model)
-    graders = Graders.of([(one.classifier.model, one.cfg) for one in scorer.models.values()], cuda.available())
+    graders = _graders(scorer, policy, tokenizer)
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson, graders)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})
@@ -174,6 +175,17 @@ def _policy(cfg: Recipe, model: nn.Module) -> Policy:
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
     vault = vault_of(cfg.optim.offload_activations)
     return Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts, vault=vault)
+
+
+def _graders(scorer: Scorer, policy: Policy, tokenizer: TokenizerWrapper) -> Graders:
+    """The models among the rewards, as the plan knows them. Judges grade by the model as it is now.
+
+    Raises UserError for labels that the tokenizer does not tell apart.
+    """
+    for judge in scorer.judges:
+        judge.bind(policy, tokenizer)
+    models = [(one.classifier.model, one.cfg) for one in scorer.models.values()]
+    return Graders.of([*models, *((policy.model, judge.cfg) for judge in scorer.judges)], cuda.available())
 
 
 def _evaluator(

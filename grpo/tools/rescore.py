@@ -18,6 +18,7 @@ from grpo.runs.checkpoint import RECIPE
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.folder import COMPLETIONS, check_is_run
 from grpo.scoring.hosted import NoEnvironmentsError
+from grpo.scoring.judge import SELF
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout
 
@@ -94,6 +95,8 @@ def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
 
 
 def _scorer(config: RewardConfig, system: str | None) -> Scorer:
+    if config.judges:
+        raise UserError(SELF)
     try:
         return Scorer.of([config], system=system)
     except NoEnvironmentsError as error:

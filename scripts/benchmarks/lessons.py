@@ -201,9 +201,29 @@ def pools(_: Comparison, seed: int, into: Path) -> list[Arm]:
     ]
 
 
+def replay(comparison: Comparison, seed: int, into: Path) -> list[Arm]:
+    """The tasks of `pools`, of which 70 % have no signal, with older groups in the place of groups without.
+
+    A step is 4 prompts × 4 completions, so that about one of its groups teaches. All arms train at the best of the
+    learning rates 5e-4, 1e-3 and 2e-3 for the first.
+    """
+    small = ("rollout.prompts_per_step=4", "rollout.num_generations=4", "optim.learning_rate=1e-3")
+    settings = (*pools(comparison, seed, into)[0].settings, *small)
+    again = "rollout.dynamic_sampling=2"
+    return [
+        Arm("no replay", settings),
+        Arm("reuse 2", (*settings, "rollout.reuse=2")),
+        Arm("reuse 4", (*settings, "rollout.reuse=4")),
+        Arm("reuse 8", (*settings, "rollout.reuse=8")),
+        Arm("dynamic sampling 2", (*settings, again)),
+        Arm("dynamic sampling 2, reuse 4", (*settings, again, "rollout.reuse=4")),
+    ]
+
+
 COMPARISONS = {
     "teacher": Comparison("quickstart", 0.9, 80, 1, teacher, ("eval.prompts=128",)),
     "pools": Comparison("quickstart", 0.9, 600, 8, pools, ("eval.prompts=128",)),
+    "replay": Comparison("quickstart", 0.9, 120, 2, replay, ("eval.prompts=128",)),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from runs.driver import run
 from scoring.hosts import talk
 
-from grpo.config import Recipe
+from grpo.config import CurriculumConfig, Recipe
 from grpo.evaluation.evaluator import interval
 from grpo.recipes import with_settings
 from grpo.runs.checkpoint import load_checkpoint, newest_whole
@@ -272,10 +272,14 @@ def test_the_first_steps_lower_end_by_hand() -> None:
 
 
 def test_where_a_lower_reward_says_nothing() -> None:
-    """Rows that come in their own order may get harder; with evaluations, these are what counts."""
+    """Rows that come in their own order may get harder, and a curriculum draws what is solved less and less; with
+    evaluations, these are what counts."""
     state = RunState("id", TrainerState({}, {}), step=10, rewards=(*NOISY, 0.0, 0.0, 0.0, 0.0, 0.0))
     ordered = with_settings(config(), {"data.shuffle": False})
-    assert [made_worse(state, cfg) is None for cfg in (config(), ordered, evaluated())] == [False, True, True]
+    pooled = with_settings(config(), {"data.curriculum": CurriculumConfig()})
+    own = with_settings(config(), {"data.sampler": "mine.py:Mine"})
+    said = [made_worse(state, cfg) is None for cfg in (config(), ordered, pooled, own, evaluated())]
+    assert said == [False, True, True, True, True]
 
 
 def test_noise_alone_is_hardly_ever_a_fall() -> None:

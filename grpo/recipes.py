@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from grpo.config import DataConfig, EnvironmentConfig, EvalConfig, Recipe, RewardConfig, TeacherConfig, ToolConfig
+from grpo.config import (
+    DataConfig,
+    EnvironmentConfig,
+    EvalConfig,
+    Recipe,
+    RewardConfig,
+    SourceConfig,
+    TeacherConfig,
+    ToolConfig,
+)
 from grpo.config.data import is_pattern
 from grpo.config.section import Section
 from grpo.document import Document, Dumper, read_document
@@ -138,11 +147,20 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         """A section whose code is found."""
         return with_settings(section, {"use": section.use and function_path(section.use)}, str(path))
 
-    def located(section: DataConfig | EvalConfig) -> dict[str, Any]:
+    def located(section: DataConfig | SourceConfig | EvalConfig) -> dict[str, Any]:
         """Where the rows of a section come from."""
         source = section.source
         found = tuple(map(beside, source)) if isinstance(source, tuple) else source and beside(source)
         return {"source": found, "use": section.use and function_path(section.use)}
+
+    def chosen(section: DataConfig | SourceConfig) -> dict[str, Any]:
+        """What chooses the rows of a section."""
+        sampler, rates = section.sampler, section.solve_rates
+        return {"sampler": sampler and function_path(sampler), "solve_rates": rates and beside(rates)}
+
+    def placed(source: SourceConfig) -> SourceConfig:
+        """One of several sources, whose files are found."""
+        return with_settings(source, {**located(source), **chosen(source)}, str(path))
 
     def taught_by(teacher: TeacherConfig) -> dict[str, Any]:
         """What a teacher is named by: `model.name` or `adapter`."""
@@ -150,9 +168,7 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
             return {"model.name": beside(teacher.model.name)}
         return {"adapter": teacher.adapter and beside(teacher.adapter)}
 
-    data = located(recipe.data)
-    data["sampler"] = recipe.data.sampler and function_path(recipe.data.sampler)
-    data["solve_rates"] = recipe.data.solve_rates and beside(recipe.data.solve_rates)
+    data = {**located(recipe.data), **chosen(recipe.data), "sources": tuple(map(placed, recipe.data.sources))}
     settings: dict[str, Any] = {
         "output_dir": recipe.output_dir or f"runs/{path.stem}{_trial()}",
         "model.name": beside(recipe.model.name),

@@ -24,4 +24,5 @@ from grpo.config.recipe import EvaluationRecipe as EvaluationRecipe
 from grpo.config.recipe import Recipe as Recipe
 from grpo.config.rewards import RewardConfig as RewardConfig
 from grpo.config.rollout import RolloutConfig as RolloutConfig
+from grpo.config.sources import SourceConfig as SourceConfig
 from grpo.config.teacher import TeacherConfig as TeacherConfig

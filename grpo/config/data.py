@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from grpo.config.curriculum import CurriculumConfig
 from grpo.config.section import Fraction, Name, Positive, Section, Tokens
+from grpo.config.sources import SourceConfig, check_sources
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Endings of data files, and the reader of `datasets` for each."""
@@ -141,14 +142,37 @@ class DataConfig(Section):
     sampler: str | None = None
     """A class of yours that chooses the tasks of each step, `file.py:Class` or `package.module:Class`: see
     `grpo.data.source.Source`. It is made with the stream of these rows."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several sources in the place of `source`, each with a `ratio`. What a source leaves out, such as `prompt`, it has
+    from this section."""
 
     @property
     def label(self) -> str:
-        """The name of the data in messages: what `source` or `use` says; of many files the first and how many."""
+        """The name of the data in messages: what `source` or `use` says; of many files the first and how many; of
+        several sources each."""
+        if self.sources:
+            return " and ".join(data_label(one.source, one.use) for one in self.sources)
         return data_label(self.source, self.use)
+
+    @property
+    def parts(self) -> dict[str, DataConfig]:
+        """Where tasks come from, by the name of the source that they say: this section by the name `data`, or what each
+        of `sources` comes to."""
+        if not self.sources:
+            return {"data": self}
+        shared = {name: getattr(self, name) for name in self.changed - {"sources"}}
+        return {one.called: DataConfig(**{**shared, **one.settings}) for one in self.sources}
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that any source may have."""
+        return max(part.max_prompt_length for part in self.parts.values())
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> DataConfig:
+        if self.sources:
+            check_sources(self)
+            return self
         check_origin("data", self.source, self.use, self.kwargs)
         if self.source is None and self.use is None:
             raise ValueError("data.source is missing: name a file, a Hub dataset or a built-in task (or data.use)")
@@ -169,7 +193,9 @@ class DataConfig(Section):
 
 class EvalConfig(Section):
     source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
-    """Where held-out prompts come from, in all forms of `data.source`. Default: where training prompts do."""
+    """Where held-out prompts come from, in all forms of `data.source`. Default: where training prompts do, and with
+    `data.sources` where those of the first source do. Rows of the same place as a source's are prompted and rewarded as
+    that source's, others as `data` says."""
     use: str | None = None
     """Instead of `source`: a function that returns the held-out rows, as `data.use`."""
     kwargs: dict[str, Any] = {}

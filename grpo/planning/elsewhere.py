@@ -62,7 +62,7 @@ class Elsewhere:
         """For a recipe whose model has this `config.json`. Raises UserError for a model that mlx-lm does not know."""
         model = _model(cfg.model, config, cfg.adapter)
         costs = costs_of(model)
-        prompt = cfg.data.max_prompt_length
+        prompt = cfg.data.longest_prompt
         waits = bool(cfg.conversations)
         head, second = bytes_at_work(model, machine.gpu), _second(cfg)
         return cls(

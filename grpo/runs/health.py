@@ -103,7 +103,7 @@ def _reward_fell(rewards: Sequence[float], start: float | None, cfg: Recipe) -> 
     get harder, so that nothing follows from a lower reward.
     """
     part = max(SHORTEST, len(rewards) // 5)
-    if len(rewards) < 2 * part or not cfg.data.shuffle:
+    if len(rewards) < 2 * part or not all(data.shuffle for data in cfg.data.parts.values()):
         return None
     first, last = rewards[:part], rewards[-part:]
     (before, off), (after, also_off) = ((fmean(part_), _half_width(part_)) for part_ in (first, last))

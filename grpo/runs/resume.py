@@ -38,9 +38,9 @@ from grpo.runs.folder import (
     run_folder,
 )
 from grpo.runs.given import NOTHING, Given
-from grpo.runs.prepare import data_of
 from grpo.runs.publishing import check_no_secrets
 from grpo.runs.revisions import with_revisions
+from grpo.runs.sections import data_of
 from grpo.runs.sources import source_hashes
 from grpo.runs.starting import adapter_hashes, with_kept
 from grpo.runs.state import RunState

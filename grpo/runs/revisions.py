@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from grpo.backend.hub import Repository, cached_commit
 from grpo.config import DataConfig, ModelConfig, Recipe
@@ -12,7 +13,7 @@ from grpo.model.load import is_local as is_local_model
 from grpo.recipes import with_settings
 from grpo.runs.checkpoint import newest_whole, read_state
 from grpo.runs.folder import CHECKPOINTS
-from grpo.runs.prepare import data_of
+from grpo.runs.sections import data_of
 
 
 def revisions_of(cfg: Recipe) -> dict[str, str]:
@@ -26,12 +27,17 @@ def revisions_of(cfg: Recipe) -> dict[str, str]:
 
 def with_revisions(cfg: Recipe, revisions: Mapping[str, str]) -> Recipe:
     """The recipe with these commits where it names a model or data of theirs without a revision."""
-    commits = {}
+    commits: dict[str, Any] = {}
     if cfg.model.revision is None:
         commits["model.revision"] = revisions.get(f"model {cfg.model.name}")
     if cfg.teacher is not None and cfg.teacher.model is not None and cfg.teacher.model.revision is None:
         commits["teacher.model.revision"] = revisions.get(f"teacher {cfg.teacher.model.name}")
-    if cfg.data.revision is None:
+    if cfg.data.sources:
+        commits["data.sources"] = tuple(
+            with_settings(one, {"revision": one.revision or revisions.get(_key(name, data))})
+            for one, (name, data) in zip(cfg.data.sources, cfg.data.parts.items(), strict=True)
+        )
+    elif cfg.data.revision is None:
         commits["data.revision"] = revisions.get(_key("data", cfg.data))
     if cfg.eval is not None and cfg.eval.revision is None:
         commits["eval.revision"] = revisions.get(_key("eval", data_of(cfg)["eval"]))

@@ -23,8 +23,9 @@ from grpo.recipes import load_recipe, recipe_of, with_settings
 from grpo.runs.checkpoint import RECIPE, STATE, read_state, step_of
 from grpo.runs.drawing import solved_by
 from grpo.runs.folder import find_checkpoint, is_run
-from grpo.runs.prepare import NOT_CHOSEN, data_of, prepare
+from grpo.runs.prepare import prepare
 from grpo.runs.revisions import checkpoint_of, pinned_to_run
+from grpo.runs.sections import data_of, read_as, without_choice
 from grpo.types import EvalMetrics, Group
 
 
@@ -97,8 +98,9 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
     if asked.adapter is not None:  # a run's own has the shape that its recipe says
         shape = {**read_adapter(asked.adapter).section(), "path": None}
         cfg = with_settings(cfg, {f"adapter.{name}": value for name, value in shape.items()})
-    curriculum = cfg.data.curriculum
-    cfg = with_settings(cfg, {f"data.{name}": value for name, value in NOT_CHOSEN.items()})  # it does not train
+    like = read_as(cfg)
+    curriculum = (cfg.data if like is None else cfg.data.parts[like]).curriculum
+    cfg = without_choice(cfg)  # it does not train
     prepared = prepare(cfg)
     notes = _changed_since(folder, adapter, cfg, prepared.rows["eval"]) if is_run(folder) else ()
     trainer, evaluator = prepared.trainer, prepared.evaluator
@@ -111,7 +113,7 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
             trainer.policy.adapters.load(adapter)
             after, sampled = evaluator.measured(step_of(adapter) if (adapter / STATE).is_file() else 0)
         if asked.solve_rates is not None and trainer.ranks.first:
-            solved = solved_by(trainer.scorer, curriculum)
+            solved = solved_by(trainer.scorer, curriculum, "eval")
             rates = SolveRates.of(_solve_rates(sampled, solved), prepared.rows["eval"], _about(cfg, adapter, solved))
             _write(rates, asked.solve_rates)
         return Measured(started, before, after, notes)

@@ -1,0 +1,108 @@
+"""A source of a run's tasks before the first step: its rows, its prompts and their lengths, and what to say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+
+from grpo.config import Recipe
+from grpo.data.lengths import Lengths, measure_lengths
+from grpo.data.prompts import PromptRenderer
+from grpo.data.rows import Rows, rows_with_null
+from grpo.data.stream import TaskStream, first_tasks
+from grpo.errors import UserError
+from grpo.runs.drawing import chosen_note
+from grpo.runs.sections import read_as
+from grpo.scoring.applying import Applying
+from grpo.types import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """The rows of a source, and what makes tasks of them."""
+
+    name: str
+    rows: Rows
+    renderer: PromptRenderer
+
+    def first(self, n: int) -> list[Task]:
+        """The first `n` tasks in the rows' own order. Raises UserError where there are none."""
+        return first_tasks(self.rows, self.renderer, n)
+
+    def lengths(self) -> Lengths | None:
+        """How long its prompts are; None where that is too much to measure. Raises UserError as `measure_lengths`."""
+        return measure_lengths(self.rows, self.renderer)
+
+    def stream(self, seed: int) -> TaskStream:
+        """Its tasks without end."""
+        return TaskStream(self.rows, self.renderer, seed)
+
+    def notes(self, lengths: Lengths | None, resets: bool) -> list[str]:
+        """How long the prompts are that the plan is made for, and the rows that are left out.
+
+        `resets`: whether environments may add to them.
+        """
+        cfg, name, rows = self.renderer.cfg, self.name, self.rows
+        limit = f"{name}.max_prompt_length ({cfg.max_prompt_length:,} tokens)"
+        chosen, prompts = chosen_note(cfg, len(rows), name), "prompts" if name == "data" else f"prompts of {name}"
+        if lengths is None:
+            many = (
+                f"{prompts}: planned for {limit}, because {len(rows):,} rows are too much text to measure at the start"
+            )
+            return [*chosen, many, *filter(None, [self.null_prompts()])]
+        where, total = f"data {cfg.label}, {cfg.split}", f"{lengths.rows:,} rows"
+        added = f"; planned for {limit}, because an environment's reset may add to them" if resets else ""
+        notes = [*chosen, f"{prompts}: at most {lengths.longest:,} tokens, measured over all {total}{added}"]
+        if lengths.too_long:
+            notes.append(f"{where}: {lengths.too_long:,} of {total} are longer than {limit} and are left out")
+        if lengths.null:
+            notes.append(f"{where}: {lengths.null:,} of {total} have a null prompt and are left out")
+        return notes
+
+    def null_prompts(self) -> str | None:
+        """What there is to say of rows without a prompt."""
+        cfg, count = self.renderer.cfg, rows_with_null(self.rows, self.renderer.columns)
+        if not count:
+            return None
+        return (
+            f"data {cfg.label}, {cfg.split}: {count:,} of {len(self.rows):,} rows have a null prompt and are left out"
+        )
+
+
+def interleaved(lists: Sequence[Sequence[Task]], n: int) -> list[Task]:
+    """Up to `n` tasks: the first of each list, then the second of each, and so on."""
+    return [task for task in chain.from_iterable(zip_longest(*lists)) if task is not None][:n]
+
+
+def longest_of(feeds: Sequence[Feed], lengths: Sequence[Lengths | None], resets: bool) -> tuple[int, int]:
+    """Tokens of the longest prompt that is trained on, and how many of them may be a row's own.
+
+    The limit is taken where lengths are not known, or not to be relied on because environments' `resets` add to
+    prompts.
+    """
+    limits = [feed.renderer.cfg.max_prompt_length for feed in feeds]
+    found = zip(limits, lengths, strict=True)
+    longest = max(limit if known is None or resets else known.longest for limit, known in found)
+    shortest = min(known.shortest if known else 0 for known in lengths)
+    return longest, longest - shortest if resets else 0
+
+
+def applying_of(cfg: Recipe, names: Sequence[str]) -> Applying:
+    """Which of a recipe's rewards, by these names, score the tasks of which source; held-out tasks those of the source
+    that they are read as.
+
+    Raises UserError for a name that no reward has, and for a reward that scores nothing.
+    """
+    only: dict[str, Sequence[str]] = {one.called: one.rewards for one in cfg.data.sources if one.rewards is not None}
+    like = None if cfg.eval is None else read_as(cfg)
+    applying = Applying({**only, **({"eval": only[like]} if like in only else {})})
+    applying.check(names)
+    sections: Mapping[str, object] = {**cfg.data.parts, **({} if cfg.eval is None else {"eval": None})}
+    for name in names:
+        if not any(applying(name, section) for section in sections):
+            raise UserError(
+                f"reward {name!r} does nothing: each of data.sources names its rewards, and none of them this one. "
+                "Name it there, or leave it out"
+            )
+    return applying

@@ -323,8 +323,9 @@ class Batch:
         teacher_ids       `[B, T, k]` int32: its likeliest tokens at each place (top_k)
         teacher_logprobs  `[B, T, k + 1]` float32: log p of these under the teacher, and of all others together
 
-    lines and starts, int32, say how the rows stand behind one another as they go through the model: `[5, R, W]` and
-    `[B]`, of which `grpo.model.lines` tells. None: each row goes through by itself, behind its prompt.
+    lines and starts, int32, say how the rows stand behind one another as they go through the model: `[5, R, W]` (where
+    each line holds one row, `[3, R, W]`) and `[B]`, of which `grpo.model.lines` tells. None: each row goes through by
+    itself, behind its prompt.
 
     All logprobs are at the sampling temperature. Where `trained` is 0 they may hold anything, NaN included.
     """

@@ -5,6 +5,9 @@ completions, and so on. A mask keeps them apart, and each token has the position
 what comes out is what whole sequences would give. With lengths that differ, lines leave far less padding than rows of
 one completion each.
 
+A mask takes memory by the square of a line's width. A line that holds a single row needs none: the row sees what stands
+before each of its tokens, and nobody reads what comes out of the padding behind it.
+
 A completion of T tokens takes T places: before its first token stands its prompt's last token, which predicts it, and
 its own last token is left out, because it predicts nothing. So each place predicts one token.
 """
@@ -24,7 +27,7 @@ from grpo.backend.blame import cause, is_ours
 from grpo.backend.device import apart
 from grpo.model.attending import meaning
 from grpo.model.head import Body
-from grpo.model.promptcaches import Kind, PromptKeys
+from grpo.model.promptcaches import Kind, PromptKeys, causal_mask
 from grpo.model.sharing import hidden_at, whole_sequences
 from grpo.model.sight import InLine
 
@@ -40,16 +43,18 @@ class Lines(NamedTuple):
 
     token_ids   what the model reads
     targets     the token that the place predicts, 0 in a prompt
+    rows        which row of the batch, counted from 1; 0 in a prompt
     positions   the place of the token in its own sequence
     prompts     which prompt of this line the token belongs to, counted from 1
-    rows        which row of the batch, counted from 1; 0 in a prompt
+
+    Without `positions` and `prompts` each line holds a single row, which begins where the line does.
     """
 
     token_ids: mx.array
     targets: mx.array
-    positions: mx.array
-    prompts: mx.array
     rows: mx.array
+    positions: mx.array | None = None
+    prompts: mx.array | None = None
 
 
 def room(prompt: _Ids, completion: _Ids) -> int:
@@ -75,11 +80,13 @@ def rows_by_line(rows: Sequence[tuple[_Ids, _Ids]], width: int) -> list[list[int
     return lines
 
 
-def laid_out(rows: Sequence[tuple[_Ids, _Ids]], count: int, width: int) -> tuple[mx.array, list[int]]:
+def laid_out(
+    rows: Sequence[tuple[_Ids, _Ids]], count: int, width: int, alone: bool = False
+) -> tuple[mx.array, list[int]]:
     """Rows as arrays of `count` lines (see `rows_by_line`): those of `Lines` in one, `[5, R, W]` int32, and for each
-    row the first of its places, counted over all lines."""
+    row the first of its places, counted over all lines. With each row `alone` in a line they are `[3, R, W]`."""
     made, starts = np.zeros((5, count, width), np.int32), []
-    for line, numbers in enumerate(rows_by_line(rows, width)):
+    for line, numbers in enumerate([[number] for number in range(len(rows))] if alone else rows_by_line(rows, width)):
         end, held = 0, dict[_Ids, int]()
         for number in numbers:
             prompt, completion = rows[number]
@@ -87,16 +94,16 @@ def laid_out(rows: Sequence[tuple[_Ids, _Ids]], count: int, width: int) -> tuple
             if prompt not in held:
                 held[prompt] = len(held) + 1
                 place = slice(end, end + before)
-                made[0, line, place], made[2, line, place] = prompt[:-1], np.arange(before)
-                made[3, line, place] = held[prompt]
+                made[0, line, place], made[3, line, place] = prompt[:-1], np.arange(before)
+                made[4, line, place] = held[prompt]
                 end += before
             place = slice(end, end + length)
             made[0, line, place], made[1, line, place] = (prompt[-1], *completion[:-1]), completion
-            made[2, line, place] = np.arange(before, before + length)
-            made[3, line, place], made[4, line, place] = held[prompt], number + 1
+            made[2, line, place], made[4, line, place] = number + 1, held[prompt]
+            made[3, line, place] = np.arange(before, before + length)
             starts.append(line * width + end)
             end += length
-    return mx.array(made), starts
+    return mx.array(made[:3] if alone else made), starts
 
 
 def at_rows(values: mx.array, starts: mx.array, length: int, rows: mx.array) -> mx.array:
@@ -135,26 +142,29 @@ class LineKeys:
         self._masks: dict[tuple[bool, int | None], mx.array] = {}
 
     @property
-    def offset(self) -> mx.array:
-        """The position of each token, `[R, W]`: for `by_token`."""
-        return self._lines.positions
+    def offset(self) -> mx.array | int:
+        """The position of each token, `[R, W]`: for `by_token`. Where each line holds one row, that of the first."""
+        return 0 if self._lines.positions is None else self._lines.positions
 
-    def make_mask(self, _n: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> mx.array:
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> Any:
         """What each token sees, `[R, 1, W, W]`: booleans where the model asks for an array, or what is added to scores.
+        Of a line with a single row, as of any sequence.
 
         MLX on CUDA would make the latter of booleans in every layer, for every head.
         """
+        lines = self._lines
+        if lines.positions is None or lines.prompts is None:
+            return causal_mask(n, return_array, window_size)
         key = return_array, window_size
         if key not in self._masks:
             sees = self._sees(window_size)
             nothing, everything = mx.array(0, self._dtype), mx.array(mx.finfo(self._dtype).min, self._dtype)
             self._masks[key] = sees if return_array else mx.where(sees, nothing, everything)
-        lines = self._lines
         return meaning(self._masks[key], InLine(lines.positions, lines.prompts, lines.rows, window_size))
 
     def _sees(self, window: int | None) -> mx.array:
         """Its own prompt and its own row up to itself, and of these what is in the window. Padding sees padding."""
-        _, _, positions, prompts, rows = (array[:, None] for array in self._lines)
+        rows, positions, prompts = (cast(mx.array, array)[:, None] for array in self._lines[2:])
         place = mx.arange(positions.shape[-1])
         sees = (place[:, None] >= place[None]) & (prompts[..., :, None] == prompts[..., None, :])
         sees = sees & ((rows[..., None, :] == 0) | (rows[..., None, :] == rows[..., :, None]))

@@ -229,8 +229,8 @@ class Policy:
     def line_logprobs(
         self, lines: mx.array, starts: mx.array, length: int, entropy_gradient: bool = False, entropies: bool = True
     ) -> tuple[mx.array, ...]:
-        """The same for completions that stand behind one another: `lines` `[5, R, W]` as `grpo.model.lines` lays them
-        out, `starts` `[B]` the place of each row's first token. Returns `[B, length]`."""
+        """The same for completions that stand behind one another: `lines` `[5 or 3, R, W]` as `grpo.model.lines` lays
+        them out, `starts` `[B]` the place of each row's first token. Returns `[B, length]`."""
         laid = Lines(*lines)
         found = self._projected(self.line_hidden(laid), laid.targets, entropy_gradient, entropies)
         return tuple(at_rows(values, starts, length, laid.rows) for values in found)

@@ -66,9 +66,7 @@ class PromptKeys:
         self.values: mx.array | None = None
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> Any:
-        if return_array or (window_size and n > window_size):
-            return meaning(create_causal_mask(n, window_size=window_size), Causal(window_size))
-        return "causal"
+        return causal_mask(n, return_array, window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys, self.values = keys, values
@@ -227,6 +225,13 @@ class MoreState:
 
     def keep(self, outputs: list[mx.array]) -> None:
         pass
+
+
+def causal_mask(n: int, return_array: bool, window: int | None) -> Any:
+    """What a model gets for the mask of `n` tokens, each of which sees what stands before it, within its window."""
+    if return_array or (window and n > window):
+        return meaning(create_causal_mask(n, window_size=window), Causal(window))
+    return "causal"
 
 
 def for_rows(prompts: mx.array, index: mx.array) -> mx.array:

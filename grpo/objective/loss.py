@@ -89,6 +89,7 @@ def _on_trained(batch: Batch, current: mx.array) -> Batch:
     def masked(column: mx.array | None) -> mx.array | None:
         return None if column is None else mx.where(trained > 0, column, 0.0)
 
+    anchor = _anchored(batch, current)
     return replace(
         batch,
         trained=trained,
@@ -97,18 +98,18 @@ def _on_trained(batch: Batch, current: mx.array) -> Batch:
         behaviour=masked(batch.behaviour),
         sampler=masked(batch.sampler),
         stale=masked(batch.stale),
-        anchor=masked(_anchored(batch, current)),
+        anchor=mx.stop_gradient(current) if anchor is None else masked(anchor),
         reference=masked(batch.reference),
         teacher=masked(batch.teacher),
         entropies=masked(batch.entropies),
     )
 
 
-def _anchored(batch: Batch, current: mx.array) -> mx.array:
-    """What ratios are to: the batch's anchor, the current policy if there is none, and `behaviour` for stale tokens."""
-    anchor = mx.stop_gradient(current) if batch.anchor is None else batch.anchor
+def _anchored(batch: Batch, current: mx.array) -> mx.array | None:
+    """What ratios are to, if that is not the current policy: the batch's anchor, and `behaviour` for stale tokens."""
     if batch.stale is None:
-        return anchor
+        return batch.anchor
+    anchor = mx.stop_gradient(current) if batch.anchor is None else batch.anchor
     if batch.behaviour is None:
         raise ValueError("stale tokens need the column `behaviour` in the batch: it is their anchor")
     return mx.where(batch.stale > 0, batch.behaviour, anchor)

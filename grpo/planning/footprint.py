@@ -33,6 +33,8 @@ a CPU and on a GPU, as measured."""
 
 PEEKS, PEEKS_ON_CPU = 3, 1
 """Times that each of the gradients is measured. On a CPU the peak varies by less than a hundredth."""
+LONG = 8192
+"""From so many tokens on a gradient is measured once: it takes seconds, and what varies is a small part of it."""
 KEPT_CHECKPOINTED = 1 / 3
 """Of the peak without a head, how much is there when the backward pass begins, if layers are checkpointed, as measured.
 Without checkpoints all layers' activations are there, beside which the peak has about as much as one layer's."""
@@ -104,11 +106,14 @@ def measure_body(policy: Policy, checkpointing: bool | int, shapes: Sequence[Sha
     gc.collect()  # or what others have left behind would go while this is measured
     former, policy.gradient_checkpointing = policy.gradient_checkpointing, checkpointing
     try:
-        if on_gpu():
+        if on_gpu() and shapes[0].tokens < LONG:
             _peak(policy, shapes[0])  # kernels and constants that are made once
         # In the middle of a few: what is in flight at once varies with what else the machine does.
-        peeks = PEEKS if on_gpu() else PEEKS_ON_CPU
-        return [statistics.median(_peak(policy, shape) for _ in range(peeks)) for shape in shapes]
+        peeks = [PEEKS if on_gpu() and shape.tokens < LONG else PEEKS_ON_CPU for shape in shapes]
+        return [
+            statistics.median(_peak(policy, shape) for _ in range(number))
+            for shape, number in zip(shapes, peeks, strict=True)
+        ]
     finally:
         policy.gradient_checkpointing = former
 
@@ -175,7 +180,7 @@ def extent(shape: Shape, shares: bool, checkpointing: bool, most: int | None = N
 
 def passes_of(shape: Shape, shares: bool) -> list[int]:
     """Pairs of tokens that attention scores, in each pass of a layer."""
-    prompts, prompt_length, rows, length, lines, width = shape
+    prompts, prompt_length, rows, length, lines, width, _ = shape
     if lines:
         return [lines * width**2]
     if shares:
@@ -206,7 +211,8 @@ def _peak(policy: Policy, shape: Shape) -> int:
 def _going_through(policy: Policy, shape: Shape) -> tuple[list[mx.array], Callable[..., mx.array]]:
     """What goes through the policy in a micro-batch of this shape, and the function that makes hidden states of it."""
     if shape.lines:
-        return [mx.zeros((5, shape.lines, shape.width), mx.int32)], lambda lines: policy.line_hidden(Lines(*lines))
+        laid = mx.zeros((3 if shape.alone else 5, shape.lines, shape.width), mx.int32)
+        return [laid], lambda lines: policy.line_hidden(Lines(*lines))
     prompts = mx.zeros((shape.prompts, shape.prompt_length), mx.int32)
     lengths = mx.full((shape.prompts,), shape.prompt_length)
     index, completions = mx.zeros((shape.rows,), mx.int32), mx.zeros((shape.rows, shape.length), mx.int32)

@@ -124,7 +124,7 @@ class Plan:
         """The largest micro-batch in words."""
         if self.shape is None:
             return ""
-        prompts, before, rows, length, lines, width = self.shape
+        prompts, before, rows, length, lines, width, _ = self.shape
         rows_alone = f"{rows} × {length:,} tokens after {prompts} × {before:,}"
         of_lines = "1 line" if lines == 1 else f"{lines} lines"
         at_once = f"{of_lines} of {width:,} tokens" if lines else rows_alone

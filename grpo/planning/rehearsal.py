@@ -68,7 +68,7 @@ def entering(decoding: Decoding, places: int, length: int) -> int:
 
 def made_up(shape: Shape, loss: LossConfig) -> Batch:
     """A batch of this shape with all the columns that this loss reads."""
-    prompts, prompt_length, rows, length, lines, _ = shape
+    prompts, prompt_length, rows, length, lines, *_ = shape
     assert not lines, "completions behind one another have lines, which this does not make up"
     column = mx.zeros((rows, length))
     penalty = loss.kl_in == "loss" and (loss.beta > 0 or bool(loss.beta_end))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from grpo.backend.maths import largest_power_of_two
 from grpo.config import AdapterConfig, EvalConfig, OptimConfig, RolloutConfig
 from grpo.generation.memory import Need
 from grpo.recipes import with_settings
 from grpo.rollout import sampling_of
 from grpo.training.binning import most_lines
-from grpo.training.packing import Packing, Shape
+from grpo.training.packing import WIDE, Packing, Shape
 
 MANY_ROWS = 4_096
 """Rows of an update from which on what repeats itself is not counted out."""
@@ -88,10 +89,17 @@ class Workload:
     def _shapes_of_lines(self, packing: Packing, length: int) -> list[Shape]:
         if not packing.packs:
             return []
-        width, before = max(packing.widths(self.prompt_length - 1 + length)), self.prompt_length - 1
-        together = max(1, (width - before) // length)
-        needed = 1 << (-(-packing.rows // together) - 1).bit_length()
-        return [packing.shape_of_lines(min(needed, most_lines(packing.tokens, width)), width, packing.rows)]
+        before = self.prompt_length - 1
+        found, longest = list[Shape](), before + length
+        for width in packing.widths(longest)[-1:]:
+            together = max(1, (width - before) // length)
+            needed = 1 << (-(-packing.rows // together) - 1).bit_length()
+            found.append(packing.shape_of_lines(min(needed, most_lines(packing.tokens, width)), width, packing.rows))
+        if longest > WIDE:
+            width = packing.width(longest)
+            lines = min(most_lines(packing.tokens, width), largest_power_of_two(packing.rows))
+            found.append(packing.shape_of_rows(lines, width))
+        return found
 
     def _in_rows(self, packing: Packing, length: int) -> Shape:
         """The largest of the micro-batches that `packing.pack` makes of an update's rows, all of them the longest."""

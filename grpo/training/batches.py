@@ -134,7 +134,7 @@ def collate(rows: Sequence[Sample], shape: Shape) -> Batch:
     lines, starts = None, None
     if shape.lines:
         ids = [(task.prompt_ids, rollout.trajectory.token_ids) for task, rollout in rows]
-        lines, begun = laid_out(ids, shape.lines, shape.width)
+        lines, begun = laid_out(ids, shape.lines, shape.width, shape.alone)
         starts = mx.array(begun + [0] * fill)
     return Batch(
         prompt_ids=_padded(prompts, shape.prompts, shape.prompt_length, np.int32),

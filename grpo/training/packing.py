@@ -21,7 +21,10 @@ GPU_MULTIPLE = 128
 backward pass for such lengths alone."""
 WIDE = 4096
 """The widest lines on CUDA, unless a longer row needs wider ones. There attention keeps no scores; elsewhere lines are
-as narrow as the longest row allows, because scores take memory."""
+as narrow as the longest row allows, because scores take memory. Rows that need more places than this may stand in lines
+of their own, without a mask."""
+WIDEST = 2 * WIDE
+"""The widest lines of several rows: their mask takes memory by the square of the width, 200 MB here."""
 FINE, FINEST = 8, 64
 """From so many multiples on, lines come in more widths, and from so many on lengths and widths come in eighths of a
 power of two: what is a third longer than its longest row wastes more than another shape costs."""
@@ -35,8 +38,8 @@ EACH = 1024
 class Shape(NamedTuple):
     """A micro-batch's shape, padding included: prompts × their length, and rows × their completions' length.
 
-    With `lines`, prompts and completions go through the model behind one another, in so many lines of `width`. The
-    other sizes are then of the columns alone.
+    With `lines`, prompts and completions go through the model behind one another, in so many lines of `width`, or each
+    completion `alone` in a line. The other sizes are then of the columns alone.
     """
 
     prompts: int
@@ -45,6 +48,7 @@ class Shape(NamedTuple):
     length: int
     lines: int = 0
     width: int = 0
+    alone: bool = False
 
     @property
     def tokens(self) -> int:
@@ -127,7 +131,7 @@ class Packing:
 
     def _cost(self, shape: Shape) -> float:
         if shape.lines:
-            return EACH + _attending(shape.tokens, shape.width)
+            return EACH + _attending(shape.tokens, shape.width // 2 if shape.alone else shape.width)
         keys = shape.prompt_length + shape.length
         if not self.shares:
             return EACH + _attending(shape.rows * keys, keys)
@@ -135,14 +139,20 @@ class Packing:
         return 2 * EACH + prompts + _attending(shape.rows * shape.length, keys)  # two passes
 
     def widths(self, longest: int) -> list[int]:
-        """Widths to try for lines of which the longest row needs so many places."""
+        """Widths to try for lines of several rows, the longest of which needs so many places."""
+        wider = (self.multiple << power for power in range(self.wide.bit_length()))
+        least = self.width(longest)
+        found = [least, *(width for width in wider if least < width <= min(self.wide, self.tokens))]
+        return [width for width in found if width <= WIDEST]
+
+    def width(self, longest: int) -> int:
+        """The width of lines of which the longest row needs so many places, if none is wasted."""
         least = self._padded(longest)
         if least > FINE * self.multiple:  # in quarters of a power of two, and not in halves
             units = -(-longest // self.multiple)
             step = self.multiple * largest_power_of_two(units) // (8 if units > FINEST else 4)
             least = -(-longest // step) * step
-        wider = (self.multiple << power for power in range(self.wide.bit_length()))
-        return [least, *(width for width in wider if least < width <= min(self.wide, self.tokens))]
+        return least
 
     def shape_of_lines(self, lines: int, width: int, rows: int) -> Shape:
         """The shape of a micro-batch of so many lines with so many rows."""
@@ -150,6 +160,10 @@ class Packing:
         usual = 1 << max(0, self.rows * self.parts - 1).bit_length()
         columns = min(fitting, usual) if rows <= usual else fitting
         return Shape(columns, width, columns, width, lines, width)
+
+    def shape_of_rows(self, lines: int, width: int) -> Shape:
+        """The shape of a micro-batch of so many rows, each in a line of its own."""
+        return Shape(lines, width, lines, width, lines, width, alone=True)
 
     def _padded(self, length: int) -> int:
         units = -(-length // self.multiple)
@@ -163,8 +177,21 @@ def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shap
     """Micro-batches as positions in `rows`, with their shapes.
 
     Rows are taken from the longest to the shortest, group by group or all together, whichever costs less: groups share
-    prompts, and equal lengths share padding. Or completions stand behind one another, where that costs less still.
+    prompts, and equal lengths share padding. Or completions stand behind one another, where that costs less still, and
+    those that are too long for it in lines of their own.
     """
+    ways = [_together(rows, packing)]
+    places = [room(task.prompt_ids, rollout.trajectory.token_ids) for task, rollout in rows]
+    if packing.packs and max(places, default=0) > WIDE:
+        long = sorted((n for n, needed in enumerate(places) if needed > WIDE), key=lambda n: -places[n])
+        rest = [n for n, needed in enumerate(places) if needed <= WIDE]
+        others = [([rest[n] for n in held], shape) for held, shape in _together([rows[n] for n in rest], packing)]
+        ways.append([*_one_by_one(long, places, packing), *others])
+    return min(ways, key=lambda parts: packing.cost([shape for _, shape in parts]))
+
+
+def _together(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shape]]:
+    """The cheapest of the ways in which no row has a line of its own."""
     longest: dict[tuple[int, ...], int] = {}
     for task, rollout in rows:
         longest[task.prompt_ids] = max(longest.get(task.prompt_ids, 0), _length(rollout))
@@ -181,6 +208,21 @@ def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shap
     longest_row = max(room(task.prompt_ids, rollout.trajectory.token_ids) for task, rollout in rows)
     packed += [_packed_in_lines(rows, width, packing) for width in packing.widths(longest_row)]
     return min(packed, key=lambda parts: packing.cost([shape for _, shape in parts]))
+
+
+def _one_by_one(order: Sequence[int], places: Sequence[int], packing: Packing) -> list[tuple[list[int], Shape]]:
+    """Rows in lines of their own, in this order, from the row that needs the most places on. Processes that compute
+    side by side have the same shapes."""
+    made, begun = list[tuple[list[int], Shape]](), 0
+    while begun < len(order):
+        width = packing.width(places[order[begun]])
+        share = -(-(len(order) - begun) // packing.parts)
+        lines = min(most_lines(packing.tokens, width), largest_power_of_two(share))
+        for _ in range(packing.parts):
+            if held := list(order[begun : begun + lines]):
+                made.append((held, packing.shape_of_rows(lines, width)))
+            begun += lines
+    return made
 
 
 def _balanced(rows: Sequence[Sample], order: Sequence[int], packing: Packing) -> list[tuple[list[int], Shape]]:

@@ -223,7 +223,7 @@ def test_a_researchers_loss_sees_zeros_where_nothing_is_trained() -> None:
     named = {name: np.where(TRAINED > 0, column, np.nan) for name, column in columns().items()}
     current, batch, _ = given(LossConfig(), named)
     stale = array(np.where(TRAINED > 0, 0.0, np.nan))
-    policy_loss(current, replace(batch, anchor=None, stale=stale), LossConfig(), custom=loss)
+    policy_loss(current, replace(batch, anchor=None, stale=stale, teacher=batch.reference), LossConfig(), custom=loss)
     (batch,) = seen
     assert isinstance(batch, Batch)
     for field in fields(batch):
@@ -236,6 +236,10 @@ def test_a_researchers_loss_sees_zeros_where_nothing_is_trained() -> None:
             "entropies",
             "lines",
             "starts",
+            "teacher_coef",
+            "teacher_hidden",
+            "teacher_ids",
+            "teacher_logprobs",
         ):
             column = np.array(getattr(batch, field.name))
             assert column.shape == TRAINED.shape

@@ -60,6 +60,9 @@ def test_the_widest_lines_are_planned_too_where_completions_go_behind_one_anothe
     assert load.largest(2**14, gpu=True)[1:] == [Shape(32, 256, 32, 256, lines=16, width=256)]
     assert load.largest(2**14, gpu=True, cuda=True)[1:] == [Shape(32, 4096, 32, 4096, lines=1, width=4096)]
     assert load.largest(1024, gpu=True, cuda=True)[1:] == [Shape(32, 1024, 32, 1024, lines=1, width=1024)]
+    long = workload(asked(rollout={"max_completion_length": 20_000}), 100)
+    alone = Shape(1, 20_480, 1, 20_480, lines=1, width=20_480, alone=True)
+    assert long.largest(2**14, gpu=True, cuda=True)[1:] == [alone]  # and no line of several rows is as wide
     for changed in ({"pack_completions": False}, {"share_prompts": False}):
         apart = replace(load, optim=load.optim.model_copy(update=changed))
         assert not apart.packs

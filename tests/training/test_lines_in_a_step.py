@@ -15,6 +15,7 @@ from training.test_turn_advantages import with_turns
 from training.test_update import difference, groups, recipe
 
 from grpo.config import Recipe
+from grpo.model.lines import LineKeys, laid_out
 from grpo.objective.groups import with_advantages, with_rewards
 from grpo.planning.parity import _forced
 from grpo.training import packing
@@ -96,6 +97,31 @@ def test_nor_does_it_depend_on_how_many_lines_go_at_once(
     in_lines()
     policy.gradient_checkpointing = checkpointing
     assert difference(expected, gradient(policy, cfg, groups(policy), lines=True).arrays) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("tokens", "checkpointing", "wide"), [(8, False, 1), (24, True, 1), (999, True, 1), (8, True, 7), (24, False, 9)]
+)
+def test_long_rows_have_lines_of_their_own(
+    make_policy, in_lines, monkeypatch: pytest.MonkeyPatch, tokens: int, checkpointing: bool, wide: int
+) -> None:
+    """Without a mask, and beside lines of several rows: the gradient is that of one by one."""
+    policy, cfg = make_policy().policy, recipe(optim={"micro_batch_tokens": tokens}, loss={"entropy_coef": 0.1})
+    expected = gradient(policy, cfg, with_holes(policy), lines=False).arrays
+    in_lines()
+    monkeypatch.setattr(packing, "WIDE", wide)
+    monkeypatch.setattr(packing, "WIDEST", 0)  # several rows never share one
+    monkeypatch.setattr(packing, "EACH", 0)  # nor are they few micro-batches for the sake of launches
+    assert policy.packs
+    masks, plain = list[int](), LineKeys._sees
+    monkeypatch.setattr(LineKeys, "_sees", lambda *given: masks.append(1) or plain(*given))
+    policy.gradient_checkpointing = checkpointing
+    batches = make_minibatches(scored(with_holes(policy), cfg), cfg)[-1]
+    apart = [batch for batch in batches if batch.lines is not None]
+    assert apart, "some are longer than that"
+    assert all(len(batch.lines) == 3 for batch in apart)
+    assert difference(expected, updater(policy, cfg).gradient(batches).arrays) < 1e-6
+    assert not masks
 
 
 def test_what_passes_measure_is_the_same(make_policy, in_lines) -> None:
@@ -187,6 +213,39 @@ def test_every_row_of_a_line_has_its_prompt_there_once() -> None:
             used = sum(rows[i][1] for i in line) + sum(len(prompt) - 1 for prompt in {rows[i][0] for i in line})
             assert used <= 48
             assert len(line) <= 48 // SHORTEST
+
+
+def behind(prompt: int, *lengths: int) -> list[tuple[Task, Rollout]]:
+    """Completions of these lengths behind one prompt."""
+    task = Task(0, "", (5,) * prompt, {})
+    return [(task, Rollout(Trajectory.sampled((1,) * size, (0.0,) * size, "", "stop"))) for size in lengths]
+
+
+def test_long_rows_by_hand() -> None:
+    """Rows above 4,096 places go alone, each in a line about as wide as it is, and the others as ever."""
+    rows = behind(101, 20_000, 90, 5_000, 6_000, 80)
+    found = pack(rows, Packing(4_096, 5, 5, GPU_MULTIPLE, packs=True, wide=WIDE))
+    own = [(part, shape) for part, shape in found if shape.alone]
+    assert [(part, shape.lines, shape.width) for part, shape in own] == [
+        ([0], 1, 20_480),
+        ([3], 1, 6_144),
+        ([2], 1, 5_120),
+    ]
+    ((part, shape),) = [(part, shape) for part, shape in found if not shape.alone]
+    assert sorted(part) == [1, 4]
+    assert shape.width <= WIDE
+    laid, starts = laid_out([((1, 2, 3), (4, 5)), ((1, 2, 3), (6,))], 2, 6, alone=True)
+    assert laid.tolist() == [
+        [[1, 2, 3, 4, 0, 0], [1, 2, 3, 0, 0, 0]],
+        [[0, 0, 4, 5, 0, 0], [0, 0, 6, 0, 0, 0]],
+        [[0, 0, 1, 1, 0, 0], [0, 0, 2, 0, 0, 0]],
+    ]
+    assert starts == [2, 8]
+
+
+def test_a_long_prompt_is_not_computed_for_each_of_its_rows() -> None:
+    found = pack(behind(6_001, *[100] * 8), Packing(2**14, 8, 8, GPU_MULTIPLE, packs=True, wide=WIDE))
+    assert [shape.alone for _, shape in found] == [False]
 
 
 def test_portions_by_hand() -> None:

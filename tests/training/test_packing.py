@@ -186,4 +186,4 @@ def test_lengths_come_in_halves_of_a_power_of_two_and_long_ones_in_eighths(longe
     packing = Packing(tokens=2**17, rows=1, group=1, multiple=128)
     assert packing.shape(1, 1, 128, longest) == Shape(1, 128, 1, padded)
     if longest > 8_192:
-        assert packing.widths(longest)[0] == padded
+        assert packing.width(longest) == padded

@@ -94,7 +94,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "data.sources.0.curriculum.hard": ("100", *MIXED_RATED),
     "data.sources.0.curriculum.normal": ("100", *MIXED_RATED),
     "data.sources.0.curriculum.easy": ("100", *MIXED_RATED),
-    "data.sources.0.curriculum.unseen": ("100", *MIXED_RATED),
+    "data.sources.0.curriculum.unseen": ("0", *MIXED_RATED),
     "data.sources.0.curriculum.hard_threshold": ("0.6", *MIXED_RATED),
     "data.sources.0.curriculum.easy_threshold": ("1", *MIXED_RATED),
     "data.sources.0.curriculum.reward": ("letters", *MIXED_RATED, TWO),

@@ -122,7 +122,7 @@ def small(recipe: Recipe) -> list[str]:
         "log.wandb=null": recipe.log.wandb is not None,
         **dict.fromkeys(["eval.prompts=2", "eval.samples=2"], recipe.eval is not None),
     }
-    prompts = recipe.optim.num_minibatches
+    prompts = max(recipe.optim.num_minibatches, 4 * len(recipe.data.sources))  # of each source some
     lengths = ["rollout.num_generations=2", "rollout.max_completion_length=8"]
     steps = ["optim.steps=1", "optim.warmup_steps=0", f"rollout.prompts_per_step={prompts}"]
     return [*steps, *lengths, *(setting for setting, applies in optional.items() if applies)]

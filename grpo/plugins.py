@@ -7,7 +7,6 @@ a wheel; bundled tools lie in `grpo/builtin/tools/`. Ours enter by the same door
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 import traceback
@@ -88,6 +87,15 @@ def file_in(use: str) -> str:
     return place if place.endswith(".py") else ""
 
 
+MODEL = "model:"
+"""What a reward's `use` begins with where a model grades: a Hub repository or a folder comes after it."""
+
+
+def model_in(use: str) -> str:
+    """The model in `model:org/name` or `model:FOLDER`; "" for a reward that is a function."""
+    return use.removeprefix(MODEL) if use.startswith(MODEL) else ""
+
+
 def find_reward(use: str) -> tuple[str, Function]:
     """A reward's name and callable. Raises UserError, as `locate_reward` and `find_function` do."""
     located = locate_reward(use)
@@ -96,12 +104,14 @@ def find_reward(use: str) -> tuple[str, Function]:
 
 def locate_reward(use: str) -> Located:
     """What `use` names: a bundled reward, an entry point in the group `grpo.rewards`, `file.py:function`, `file.py`
-    (its `reward`) or `package.module:function`.
+    (its `reward`), `package.module:function` or a reward model, `model:NAME`.
 
-    A function called `reward` goes by its file's or module's name. Raises UserError for a name that means nothing, or
-    two things.
+    A function called `reward` goes by its file's or module's name, a model by the last part of its own. Raises
+    UserError for a name that means nothing, or two things.
     """
     what = f"reward {use!r}"
+    if model := model_in(use):
+        return Located(Path(model).name or model, use, "reward model")
     if use.endswith(".py"):
         return Located(Path(use).stem, f"{use}:reward", "reward")
     place, colon, function = use.rpartition(":")
@@ -171,6 +181,8 @@ def named_tools() -> list[Located]:
 
 
 def _entry_points(group: str) -> list[Located]:
+    import importlib.metadata
+
     return [
         Located(point.name, point.value, f"of package {point.dist.name}" if point.dist else "of a package")
         for point in importlib.metadata.entry_points(group=group)
@@ -185,6 +197,8 @@ def find_function(use: str, kind: str, classes: bool = False) -> Function:
     Raises UserError for a function that cannot be imported, and says why.
     """
     what, noun = f"{kind} {use!r}", _noun(kind, classes)
+    if kind.startswith("reward") and model_in(use):
+        raise UserError(f"{what}: is a model, and not a function")
     if use.endswith(".py"):
         return _only(what, _load_beside(what, Path(use)), use, noun)
     place, colon, function = use.rpartition(":")
@@ -227,6 +241,8 @@ def source_file(use: str, named: Callable[[], list[Located]] = named_rewards) ->
 
     `named` are those that have names of their own: rewards, or for the `use` of a tool `named_tools`.
     """
+    if model_in(use):
+        return None
     if ":" not in use and not use.endswith(".py"):
         use = next((one.where for one in named() if one.name == use), use)
     place = use if use.endswith(".py") else use.rpartition(":")[0]

@@ -32,6 +32,7 @@ from grpo.document import Document, Dumper, read_document
 from grpo.errors import UserError
 from grpo.mistakes import explanations, keys_of
 from grpo.overrides import COMMAND_LINE, override
+from grpo.plugins import MODEL, model_in
 
 S = TypeVar("S", bound=Section)
 U = TypeVar("U", RewardConfig, EnvironmentConfig, ToolConfig)
@@ -140,6 +141,8 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         return name
 
     def function_path(use: str) -> str:
+        if model := model_in(use):
+            return MODEL + beside(model)
         file, colon, function = use.partition(":")
         return beside(file) + colon + function if file.endswith(".py") else use
 

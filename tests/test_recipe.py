@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo.document import Dumper, value_of
+from grpo.document import Dumper, read_written, value_of
 from grpo.errors import UserError
 from grpo.plugins import bundled
 from grpo.presets import PRESETS
@@ -193,6 +193,7 @@ def test_libyaml_writes_where_it_is() -> None:
 def test_any_text_is_read_back_with_libyaml_and_without(writer: type[Dumper | PurePython]) -> None:
     for text in (
         "1e-5",
+        "2026-11-30",
         ".5",
         "null",
         "yes",
@@ -205,4 +206,4 @@ def test_any_text_is_read_back_with_libyaml_and_without(writer: type[Dumper | Pu
         "",
     ):
         written = yaml.dump({"a": [text]}, Dumper=writer, sort_keys=False)
-        assert value_of(written) == {"a": [text]}
+        assert value_of(written) == read_written(written) == {"a": [text]}

@@ -8,12 +8,10 @@ there is no MKL) is opened here with `RTLD_GLOBAL`. This module imports nothing 
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
-import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 GPU_BUILDS = ("mlx-cuda-12", "mlx-cuda-13")
@@ -69,7 +67,7 @@ def one_thread(wanted: bool = True) -> AbstractContextManager[None]:
 def _preload() -> str:
     if sys.platform != "linux":
         return "Accelerate (macOS)"
-    if any(installed(name) for name in GPU_BUILDS):
+    if any(_record(name) for name in GPU_BUILDS):
         return "none needed (CUDA build of MLX)"
     if os.environ.get("GRPO_BLAS", "").lower() == "off":
         return "the one in MLX's wheel (GRPO_BLAS=off)"
@@ -94,22 +92,41 @@ def _preload() -> str:
 def _candidates() -> Iterator[tuple[str, str]]:
     yield from (("MKL", path) for path in _mkl_paths())
     # Looked for only where MKL does not serve: it runs `ldconfig` or a compiler, most of the time of `import grpo`.
-    if openblas := ctypes.util.find_library("openblas"):
+    from ctypes.util import find_library
+
+    if openblas := find_library("openblas"):
         yield "OpenBLAS", openblas
 
 
 def _mkl_paths() -> list[str]:
-    try:
-        files = importlib.metadata.files("mkl") or []
-    except importlib.metadata.PackageNotFoundError:
+    """MKL as its wheel has it."""
+    record = _record("mkl")
+    if record is None or not record.is_file():
         return []
-    return [str(f.locate()) for f in files if f.name.startswith("libmkl_rt.so")]
+    paths = [line.partition(",")[0] for line in record.read_text(encoding="utf-8").splitlines()]
+    return [str(record.parents[1] / path) for path in paths if path.rpartition("/")[2].startswith("libmkl_rt.so")]
 
 
 def installed(distribution: str) -> bool:
     """Whether a package is installed, by its name on the package index."""
+    import importlib.metadata
+
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _record(distribution: str) -> Path | None:
+    """The list of an installed wheel's files; None where there is no such wheel.
+
+    To import `importlib.metadata` for it takes longer than all else of `import grpo`, which each worker waits for.
+    """
+    start = f"{distribution.replace('-', '_')}-"
+    for folder in sys.path:
+        with suppress(OSError):
+            for name in os.listdir(folder or "."):
+                if name.startswith(start) and name.endswith(".dist-info"):
+                    return Path(folder, name, "RECORD")
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -97,6 +96,8 @@ def apart(*arrays: mx.array) -> Any:
 
 def describe() -> str:
     """One line: device, memory, MLX version, BLAS."""
+    import importlib.metadata
+
     import mlx.core as mx
 
     info = mx.device_info()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
 
 
 @contextmanager
@@ -21,3 +25,29 @@ def unseen(name: str) -> Iterator[None]:
         yield
     finally:
         sys.modules.pop(name, None)
+
+
+def alone(name: str) -> ModuleType:
+    """The module `name`, without what the packages around it import when they are imported.
+
+    Afterward nothing of the outermost package is in `sys.modules`: it can be imported as always, and has a module of
+    its own for this one. Where it is there already, or the module cannot do without it, the import is a usual one.
+    """
+    packages = [name[:end] for end, letter in enumerate(name) if letter == "."]
+    outermost = packages[0]
+    if outermost in sys.modules or (spec := importlib.util.find_spec(outermost)) is None or not spec.origin:
+        return importlib.import_module(name)
+    try:
+        for package in packages:
+            sys.modules[package] = bare = ModuleType(package)
+            bare.__path__ = [str(Path(spec.origin).parent.joinpath(*package.split(".")[1:]))]
+        with suppress(Exception):
+            return importlib.import_module(name)
+    finally:
+        _forget(outermost)
+    return importlib.import_module(name)
+
+
+def _forget(package: str) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]

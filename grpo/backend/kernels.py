@@ -7,7 +7,6 @@ to build, so here it is the user's cache folder.
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import os
 from itertools import count
 from pathlib import Path
@@ -45,8 +44,8 @@ def _folder() -> Path | None:
     models = sorted(
         {line for path in GPUS.glob("*/information") for line in path.read_text().splitlines() if "Model" in line}
     )
-    wheel = next((found for name in WHEELS if (found := _version(name))), None)
-    if not models or wheel is None:
+    wheel = next((found for name in WHEELS if (found := _version(name))), None) if models else None
+    if wheel is None:
         return None
     kind = "+".join("-".join(model.partition(":")[2].split()) for model in models)
     rank = next((os.environ[name] for name in LAUNCHED if name in os.environ), "0")
@@ -76,6 +75,8 @@ def _unused(folder: Path) -> Path:
 
 
 def _version(wheel: str) -> str | None:
+    import importlib.metadata
+
     try:
         return f"{wheel}-{importlib.metadata.version(wheel)}"
     except importlib.metadata.PackageNotFoundError:

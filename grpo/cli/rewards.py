@@ -35,7 +35,7 @@ def list_() -> None:
 @app.command("test")
 def try_(
     reward: Annotated[
-        str, typer.Argument(metavar="FILE_OR_NAME", help="A name, file.py, file.py:function, pkg.mod:fn.")
+        str, typer.Argument(metavar="FILE_OR_NAME", help="A name, file.py, file.py:function, pkg.mod:fn, model:NAME.")
     ],
     kwarg: Kwargs = None,
     column: Annotated[
@@ -76,7 +76,7 @@ def try_(
 @app.command("score")
 def score(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    reward: Annotated[str, typer.Option("--reward", help="A name, file.py, file.py:function, pkg.mod:fn.")],
+    reward: Annotated[str, typer.Option("--reward", help="A name, file.py, file.py:function, pkg.mod:fn, model:NAME.")],
     kwarg: Kwargs = None,
     env: Env = None,
     against: Annotated[str | None, typer.Option(help="The stored reward to compare with. Default: see above.")] = None,
@@ -90,10 +90,12 @@ def score(
     from rich.console import Console
 
     from grpo.config import RewardConfig
+    from grpo.recipes import with_settings
     from grpo.tools.rescore import rescore, rescore_table
 
     kwargs = _values("--kwarg", kwarg)
-    config = RewardConfig(use=reward, weight=0.0, kwargs=kwargs, timeout=timeout, env=tuple(env or ()))
+    terms = {"weight": 0.0, "kwargs": kwargs, "timeout": timeout, "env": tuple(env or ())}
+    config = with_settings(RewardConfig(use=reward), terms, "grpo rewards score")
     result = rescore(run, config, against)
     console = Console()
     console.print(rescore_table(result))

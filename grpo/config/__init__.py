@@ -22,6 +22,7 @@ from grpo.config.objective import LossConfig as LossConfig
 from grpo.config.optim import OptimConfig as OptimConfig
 from grpo.config.recipe import EvaluationRecipe as EvaluationRecipe
 from grpo.config.recipe import Recipe as Recipe
+from grpo.config.rewardmodel import RewardModelConfig as RewardModelConfig
 from grpo.config.rewards import RewardConfig as RewardConfig
 from grpo.config.rollout import RolloutConfig as RolloutConfig
 from grpo.config.sources import SourceConfig as SourceConfig

@@ -14,14 +14,18 @@ OneTarget = Annotated[str, Field(min_length=1), AfterValidator(lambda name: (nam
 """The name of layers; it becomes a list of one."""
 
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal[2, 3, 4, 5, 6, 8, "mxfp4", "nvfp4", "mxfp8"]
+
+
 class ModelConfig(Section):
     name: Name
     """A folder, a Hub repository, or a built-in task's student, such as `builtin:arithmetic-student`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the weights. `auto`: float32 on a CPU (where nothing else is fast), as stored on a GPU."""
-    quantize: Literal[2, 3, 4, 5, 6, 8, "mxfp4", "nvfp4", "mxfp8"] | None = None
+    quantize: Quantize | None = None
     """Quantise the weights when they are loaded: to so many bits, in groups of 64, or to small floating point numbers
     (`mxfp4` and `mxfp8` in groups of 32, `nvfp4` of 16), where MLX computes with them. Default: they stay as stored."""
     head_dtype: Literal["auto", "float32", "model"] = "auto"

@@ -45,7 +45,7 @@ class OptimConfig(Section):
     num_iterations: Positive = 1
     """Passes over each rollout. The ratio is to the logprobs before the first update."""
     num_minibatches: Positive = 1
-    """Updates in each pass: the step's prompts are divided among them (GSPO: 4)."""
+    """Updates in each pass: the step's prompts are dealt out to them (GSPO: 4)."""
     micro_batch_tokens: Tokens | Literal["auto"] = "auto"
     """Tokens, padding included, that go through the model together in the update. Changes memory and speed, not the
     gradient, unless `adapter.dropout` is on: which numbers it drops depends on the split. `auto`: as many as fit and

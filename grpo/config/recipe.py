@@ -152,9 +152,11 @@ class Recipe(Section):
     def _teacher_agrees(self) -> Recipe:
         if self.teacher is None:
             return self
-        if self.rollout.dynamic_sampling:
+        replaces = [name for name in ("dynamic_sampling", "reuse") if getattr(self.rollout, name)]
+        if replaces:
             raise ValueError(
-                "rollout.dynamic_sampling does nothing with a teacher: groups whose rewards are all equal teach too"
+                f"rollout.{replaces[0]} replaces groups whose rewards are all equal, because they teach nothing. With "
+                "a teacher they teach as much as the others: leave it out"
             )
         if self.teacher.kl == "sampled" and self.loss.use is None and self.loss.preset.shares_gradient:
             raise ValueError(
@@ -168,6 +170,11 @@ class Recipe(Section):
             raise ValueError(f"advantage.{min(self.advantage.changed)} does nothing without a reward that has a weight")
         if self.loss.kl_in == "reward" and self.has_penalty:
             raise ValueError("loss.kl_in: reward does nothing without a reward that has a weight: leave it at loss")
+        if self.data.curriculum is not None and not self._weights:
+            raise ValueError(
+                "data.curriculum needs a reward to tell what is solved. One of weight 0 is measured and not learnt "
+                "from, as rewards: [{use: math_answer, weight: 0}]"
+            )
         if self.eval is not None and not self._weights:
             raise ValueError(
                 "eval needs a reward to measure. One of weight 0 is measured and not learnt from, as rewards: [{use: "

@@ -1,4 +1,4 @@
-"""One entry of `rewards`: a function that grades completions, and the terms on which it runs."""
+"""One entry of `rewards`: a function or a model that grades completions, and the terms on which it runs."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from grpo.config.rewardmodel import reward_model_of
 from grpo.config.section import LARGE, Above0, Fraction, Name, Section
+from grpo.plugins import MODEL, model_in
 
 DAY = 86_400
 """Seconds."""
 
 
+OF_FUNCTIONS = {"completions", "isolation", "timeout", "env", "memory_gb", "calls"}
+"""The settings that only a function has."""
+
+
 class RewardConfig(Section):
     use: Name
     """A bundled name, the name of an installed package's entry point (group `grpo.rewards`), `file.py:function`,
-    `file.py` (its function `reward`), or `package.module:function`."""
+    `file.py` (its function `reward`), `package.module:function`, or a reward model: `model:` and a Hub repository or a
+    folder with a sequence classifier of one label."""
     weight: Annotated[float, Field(ge=-LARGE, le=LARGE)] = 1.0
     """Weight in the sum of rewards. 0 makes it a metric only."""
     name: str | None = None
     """What its metrics go by. Default: the function's name, or its file's if that is `reward`."""
     kwargs: dict[str, Any] = {}
-    """Arguments for the function, or for what makes it: a class, or a function that takes no completions."""
+    """Arguments for the function, or for what makes it: a class, or a function that takes no completions. A reward
+    model takes `revision`, `dtype`, `quantize`, `max_length`, `batch_tokens` and `sigmoid`."""
     completions: Literal["text", "messages"] | None = None
     """The form of completions and prompts that the function reads: texts, or lists of chat messages. Default: what its
     annotations say (`list[str]`, `list[list[dict]]`), or else what the dataset has; a function that then fails at
@@ -47,8 +55,21 @@ class RewardConfig(Section):
     """Stop the run when it failed on more than this fraction of the completions of its last three scorings. 1: never.
     A reward of weight 0 never stops a run."""
 
+    @property
+    def model(self) -> str:
+        """The reward model, or "" where a function grades."""
+        return model_in(self.use)
+
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> RewardConfig:
+        if self.use == MODEL:
+            raise ValueError("use: model: needs a name after it, such as model:org/name or model:./folder")
+        if self.model:
+            reward_model_of(self.kwargs)
+            if unread := self.changed & OF_FUNCTIONS:
+                raise ValueError(
+                    f"{min(unread)} does nothing for a reward model, which reads messages in the trainer's own process"
+                )
         if self.isolation == "inline" and (unread := self.changed & {"timeout", "env", "memory_gb"}):
             raise ValueError(f"{min(unread)} does nothing with isolation: inline, in the trainer's own process")
         if self.weight == 0 and "max_failure_rate" in self.changed:

@@ -20,10 +20,11 @@ TeacherModel = Annotated[ModelConfig, BeforeValidator(_named, json_schema_input_
 
 class TeacherConfig(Section):
     model: TeacherModel | None = None
-    """A second model, with the same tokenizer. A text is its `name`."""
+    """A second model, with the same tokenizer. A text is its `name`. With a teacher every group teaches, also one of
+    equal rewards: `rollout.dynamic_sampling` and `rollout.reuse` have nothing to replace."""
     adapter: Name | None = None
     """The folder of a saved adapter of the model that is trained, with the rank, scale and targets of the section
-    `adapter`. It takes no memory beyond its own arrays."""
+    `adapter`. It takes no memory beyond its own arrays. A run keeps a copy of it."""
     coef: Above0 = 1.0
     """Weight of the divergence from the teacher, beside rewards of weight 1."""
     kl: Literal["sampled", "exact", "top_k"] = "sampled"
@@ -41,6 +42,12 @@ class TeacherConfig(Section):
         if "top_k" in self.changed and self.kl != "top_k":
             raise ValueError(f"teacher.top_k does nothing with teacher.kl: {self.kl}: it is for top_k")
         return self
+
+    def describe(self) -> str:
+        """Who teaches, and how, in a few words."""
+        who = f"adapter {self.adapter}" if self.model is None else self.model.name
+        kl = f"top {self.top_k}" if self.kl == "top_k" else self.kl
+        return f"teacher {who}, {kl} KL × {self.coef:g}"
 
     @property
     def in_loss(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,15 @@ from typing import Any
 
 from grpo.backend.random import derive_seed
 from grpo.config import CurriculumConfig
+from grpo.data.fingerprint import fingerprint
 from grpo.data.pools import LEFT_OUT, POOLS, Pools
+from grpo.data.rates import Known
 from grpo.data.solved import Solved
 from grpo.data.stream import TaskStream
 from grpo.errors import UserError
 from grpo.types import Group, Rollout, Task
+
+log = logging.getLogger(__name__)
 
 
 class Curriculum:
@@ -29,16 +34,23 @@ class Curriculum:
         cfg: CurriculumConfig,
         solved: Solved,
         seed: int,
-        rates: Mapping[int, float] | None = None,
+        rates: Known | None = None,
     ) -> None:
-        """`stream` has the rows. `rates` are solve rates that are known from before, by row."""
+        """`stream` has the rows. `rates` are solve rates that are known from before, float64 `[rows]`, NaN where none
+        is."""
         self._stream, self._cfg, self._solved, self._seed = stream, cfg, solved, seed
         self._pools = Pools(len(stream), cfg)
         self._draws = 0
         self._drawn: Counter[str] = Counter()
         self._observed = False
-        for index, rate in (rates or {}).items():
-            self._pools.put(index, rate)
+        if rates is not None:
+            self._pools.begin(rates)
+        self._of = {
+            "rows": fingerprint(stream.rows),
+            "prompts": stream.settings,
+            "reward": list(solved.graders),
+            "best": solved.best,
+        }
 
     def take(self, n: int) -> list[Task]:
         """The next `n` tasks. Raises UserError where every prompt is too long, or all pools that are left weigh 0."""
@@ -79,16 +91,20 @@ class Curriculum:
         }
 
     def state(self) -> dict[str, Any]:
-        """How many draws there were, and the solve rate of every task."""
-        return {"draws": self._draws, "tasks": len(self._pools), "solve_rates": self._pools.packed()}
+        """How many draws there were, the solve rate of every task, and what the rates are of."""
+        return {"draws": self._draws, "of": self._of, "solve_rates": self._pools.packed()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where a curriculum over the same rows was. After another kind of source, or over another number of
-        rows, it goes on as a curriculum that begins: these rates are not of its tasks."""
+        """Go on where a curriculum over the same tasks was. After another kind of source, and where rows, prompts or
+        the reward are others, it goes on as a curriculum that begins: those rates are not of its tasks."""
         self._drawn, self._observed = Counter(), False  # a step that was broken off is made anew
-        if state.get("tasks") == len(self._pools) and "solve_rates" in state:
-            self._draws = state["draws"]
-            self._pools.load(state["solve_rates"])
+        if "solve_rates" not in state:
+            return
+        if others := [name for name, value in self._of.items() if state["of"].get(name) != value]:
+            log.warning("data.curriculum: its solve rates are of other %s, so it begins anew", " and ".join(others))
+            return
+        self._draws = state["draws"]
+        self._pools.load(state["solve_rates"])
 
     def _draw(self) -> int:
         at = random.Random(derive_seed(self._seed, "curriculum", self._draws)).random()

@@ -10,6 +10,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
+
 from grpo.config import CurriculumConfig
 
 POOLS = ("hard", "normal", "easy", "unseen")
@@ -33,9 +36,9 @@ class Pools:
         # The thresholds are rounded like the rates: 3 of 10 are not above 0.3.
         self._edges = tuple(array("f", [cfg.hard_threshold, cfg.easy_threshold]))
         self._weights = (cfg.hard, cfg.normal, cfg.easy, cfg.unseen, 0.0)
-        starts = range(0, size, CHUNK)
-        self._counts = [[0, 0, 0, min(CHUNK, size - start), 0] for start in starts]
-        self._packed: list[str | None] = ["" for _ in starts]  # None: not packed since it was changed
+        chunks = -(-size // CHUNK)
+        self._counts = self._counted(self._rates)
+        self._packed: list[str | None] = [""] * chunks  # None: not packed since it was changed
         self._sums: list[float] | None = None
 
     def __len__(self) -> int:
@@ -67,6 +70,11 @@ class Pools:
         counts[self._number(self._rates[index])] += 1
         self._packed[chunk] = self._sums = None
 
+    def begin(self, rates: npt.NDArray[np.float64]) -> None:
+        """Give all tasks their rates, NaN to those that nobody has tried."""
+        self._take(np.where(np.isnan(rates), UNSEEN, rates).astype(np.float32))
+        self._packed = [None] * len(self._packed)
+
     def draw(self, at: float) -> int | None:
         """The task at the place `at`, from 0 to less than 1, of all weights laid end to end; None where all are 0."""
         if self._sums is None:
@@ -87,13 +95,24 @@ class Pools:
 
     def load(self, packed: Sequence[str]) -> None:
         """Take the rates of a table of the same size, as `packed` gave them."""
-        for chunk, text in enumerate(packed):
-            start, size = chunk * CHUNK, sum(self._counts[chunk])
-            rates = array("f", zlib.decompress(b64decode(text))) if text else array("f", [UNSEEN]) * size
-            self._rates[start : start + size] = rates
-            numbers = [self._number(rate) for rate in rates]
-            self._counts[chunk] = [numbers.count(number) for number in range(_LEFT_OUT + 1)]
-        self._packed, self._sums = [*packed], None
+        unseen = np.full(CHUNK, UNSEEN, np.float32)
+        parts = [np.frombuffer(zlib.decompress(b64decode(text)), np.float32) if text else unseen for text in packed]
+        self._take(np.concatenate(parts)[: len(self)])  # the last chunk is shorter
+        self._packed = [*packed]
+
+    def _take(self, rates: npt.NDArray[np.float32]) -> None:
+        self._rates = array("f", rates.tobytes())
+        self._counts, self._sums = self._counted(self._rates), None
+
+    def _counted(self, rates: array[float]) -> list[list[int]]:
+        """How many tasks of each chunk are in each pool: `[chunks][5]`."""
+        table = np.frombuffer(rates, np.float32)
+        numbers = np.searchsorted(np.array(self._edges, np.float32), table)  # as `_number` does it, for all
+        numbers = np.where(table >= 0, numbers, np.where(table == UNSEEN, _UNSEEN, _LEFT_OUT))
+        kinds, chunks = _LEFT_OUT + 1, -(-len(table) // CHUNK)
+        places = np.arange(len(table)) // CHUNK * kinds + numbers
+        counted: list[list[int]] = np.bincount(places, minlength=chunks * kinds).reshape(chunks, kinds).tolist()
+        return counted
 
     def _pack(self, chunk: int) -> str:
         return b64encode(zlib.compress(self._rates[chunk * CHUNK : (chunk + 1) * CHUNK].tobytes())).decode()

@@ -3,105 +3,112 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from grpo.config import DataConfig
 from grpo.data.fingerprint import fingerprint
 from grpo.data.rows import Renamed, Rows
 from grpo.errors import UserError
 
+Known = npt.NDArray[np.float64]
+"""Solve rates by row, NaN for a row without one."""
+
 
 @dataclass(frozen=True, slots=True)
 class SolveRates:
-    """The solve rates of tasks, by row, and the rows that they are of: how many, and their fingerprint.
+    """The solve rate of every row, float64 `[rows]`, NaN for a row without one; and the fingerprint of the rows.
 
     `about` says in the file what else they are of: data, split, model, reward, samples.
     """
 
-    rates: Mapping[int, float]
-    rows: int
+    rates: Known
     fingerprint: str
     about: Mapping[str, Any]
 
     @classmethod
     def of(cls, rates: Mapping[int, float], rows: Rows, about: Mapping[str, Any]) -> SolveRates:
-        """Rates of these rows."""
+        """Rates of some of these rows, by row."""
         rows = _plain(rows)
-        return cls(rates, len(rows), fingerprint(rows), about)
+        return cls(_table(len(rows), list(rates), list(rates.values())), fingerprint(rows), about)
 
     def write(self, path: Path) -> None:
         """A line of JSON about the rows, then a line for each task. Raises OSError where it cannot be written."""
-        head = {**self.about, "rows": self.rows, "fingerprint": self.fingerprint}
-        lines = [head, *({"index": index, "solve_rate": rate} for index, rate in sorted(self.rates.items()))]
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        head = {**self.about, "rows": len(self.rates), "fingerprint": self.fingerprint}
+        with path.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(head, ensure_ascii=False) + "\n")
+            for index in np.flatnonzero(~np.isnan(self.rates)).tolist():
+                file.write(json.dumps({"index": index, "solve_rate": float(self.rates[index])}) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> SolveRates:
         """What `write` wrote. Raises UserError for a file that is not there, or is none of these."""
-        place = "its first line"
+        path = path.expanduser()
         try:
-            with path.expanduser().open(encoding="utf-8") as file:
-                about = json.loads(next(file))
+            with path.open("rb") as file:
+                about = json.loads(file.readline())
                 rows, print_ = int(about.pop("rows")), str(about.pop("fingerprint"))
-                rates: dict[int, float] = {}
-                for number, line in enumerate(file, start=2):
-                    place = f"line {number}"
-                    entry = json.loads(line)
-                    rates[_within(int(entry["index"]), 0, rows - 1)] = _within(float(entry["solve_rate"]), 0.0, 1.0)
+                rates = _read(file.read(), rows)
         except OSError as error:
             raise UserError(f"data.solve_rates {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"data.solve_rates {path}: {place} is not what grpo eval --solve-rates writes: first a line with "
-                'rows and fingerprint, then lines of {"index": 0, "solve_rate": 0.5} with rates from 0 to 1'
+                f"data.solve_rates {path}: {_wrong_place(path)} is not what grpo eval --solve-rates writes: first a "
+                'line with rows and fingerprint, then lines of {"index": 0, "solve_rate": 0.5} with rates from 0 to 1'
             ) from error
-        return cls(rates, rows, print_, about)
+        return cls(rates, print_, about)
 
     def check(self, rows: Rows, cfg: DataConfig) -> None:
         """Raise UserError unless these rates are of `rows`."""
         rows = _plain(rows)
-        if self.rows != len(rows) or self.fingerprint != fingerprint(rows):
-            was = f"{self.about.get('data', 'other data')}, split {self.about.get('split', '?')}: {self.rows:,} rows"
+        if len(self.rates) != len(rows) or self.fingerprint != fingerprint(rows):
+            known = f"{len(self.rates):,} rows"
+            was = f"{self.about.get('data', 'other data')}, split {self.about.get('split', '?')}: {known}"
             raise UserError(
                 f"data.solve_rates {cfg.solve_rates}: these rates are of other rows ({was}) than data {cfg.label}, "
                 f"split {cfg.split} ({len(rows):,} rows). Measure these: grpo eval RECIPE --split {cfg.split} "
                 f"--prompts {len(rows)} --solve-rates FILE"
             )
 
-    def between(self, low: float, high: float) -> list[int]:
+    def between(self, low: float, high: float) -> npt.NDArray[np.int64]:
         """The rows whose rate is within these bounds, in order."""
-        return [index for index, rate in sorted(self.rates.items()) if low <= rate <= high]
+        return np.flatnonzero((self.rates >= low) & (self.rates <= high))
 
 
 def with_solve_rate(rows: Rows, cfg: DataConfig) -> Rows:
     """The rows that `data.solve_rate` keeps. Raises UserError for rates of other rows, and where it keeps none."""
-    if cfg.solve_rates is None:
+    if cfg.solve_rates is None or cfg.solve_rate is None:
         return rows
     known = SolveRates.read(Path(cfg.solve_rates))
     known.check(rows, cfg)
-    if cfg.solve_rate is None:
-        return rows
     places = known.between(*cfg.solve_rate)
-    if not places:
+    if not len(places):
         low, high = cfg.solve_rate
         raise UserError(
-            f"data.solve_rate: none of the {len(known.rates):,} tasks in {cfg.solve_rates} has a solve rate from "
-            f"{low:g} to {high:g}"
+            f"data.solve_rate: none of the {np.count_nonzero(~np.isnan(known.rates)):,} tasks in {cfg.solve_rates} has "
+            f"a solve rate from {low:g} to {high:g}"
         )
     return _chosen(rows, places)
 
 
-def known_rates(cfg: DataConfig) -> dict[int, float]:
-    """The rates of a section's file, by the rows that `with_solve_rate` leaves."""
+def known_rates(cfg: DataConfig, rows: Rows) -> Known | None:
+    """The rates in a section's file of `rows`, which are those that `with_solve_rate` left; None without a file.
+
+    Raises UserError for rates of other rows.
+    """
     if cfg.solve_rates is None:
-        return {}
+        return None
     known = SolveRates.read(Path(cfg.solve_rates))
-    if cfg.solve_rate is None:
-        return dict(known.rates)
-    return {place: known.rates[index] for place, index in enumerate(known.between(*cfg.solve_rate))}
+    if cfg.solve_rate is not None:  # `with_solve_rate` has checked them
+        return known.rates[known.between(*cfg.solve_rate)]
+    known.check(rows, cfg)
+    return known.rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +125,10 @@ class SomeRows:
         return self.rows[self.places[index]]
 
 
-def _chosen(rows: Rows, places: Sequence[int]) -> Rows:
+def _chosen(rows: Rows, places: npt.NDArray[np.int64]) -> Rows:
     from datasets import Dataset
 
-    found: Any = rows.select(places) if isinstance(rows, Dataset) else SomeRows(rows, places)
+    found: Any = rows.select(places) if isinstance(rows, Dataset) else SomeRows(rows, places.tolist())
     chosen: Rows = found
     return chosen
 
@@ -131,7 +138,40 @@ def _plain(rows: Rows) -> Rows:
     return rows.rows if isinstance(rows, Renamed) else rows
 
 
-def _within(value: Any, low: float, high: float) -> Any:
-    if not low <= value <= high:
-        raise ValueError(f"{value} is not from {low} to {high}")
-    return value
+def _table(rows: int, indices: Any, rates: Any) -> Known:
+    """The rates of all rows. Raises ValueError for an index that is no row's, and for a rate that is none."""
+    indices, rates = np.asarray(indices, np.int64), np.asarray(rates, np.float64)
+    if not (((indices >= 0) & (indices < rows)).all() and ((rates >= 0) & (rates <= 1)).all()):
+        raise ValueError("an index or a rate is out of bounds")
+    table = np.full(rows, np.nan)
+    table[indices] = rates
+    return table
+
+
+def _read(lines: bytes, rows: int) -> Known:
+    """The table of the lines after the first. Arrow reads a million of them in less than a second."""
+    import pyarrow as pa
+    from pyarrow import json as reader
+
+    if not lines.strip():
+        return _table(rows, [], [])
+    schema = pa.schema([("index", pa.int64()), ("solve_rate", pa.float64())])
+    read = reader.read_json(pa.BufferReader(lines), parse_options=reader.ParseOptions(explicit_schema=schema))
+    return _table(rows, *(read[name].combine_chunks().to_numpy(zero_copy_only=True) for name in schema.names))
+
+
+def _wrong_place(path: Path) -> str:
+    """Which line of a file that cannot be read is to blame."""
+    with path.open("rb") as file:
+        try:
+            rows = int(json.loads(file.readline())["rows"])
+        except (ValueError, KeyError, TypeError):
+            return "its first line"
+        for number, line in enumerate(file, start=2):
+            try:
+                if line.strip():
+                    entry = json.loads(line)
+                    _table(rows, [operator.index(entry["index"])], [float(entry["solve_rate"])])
+            except (ValueError, KeyError, TypeError):
+                return f"line {number}"
+    return "its first line"

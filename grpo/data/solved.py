@@ -30,14 +30,16 @@ class Solved:
         score = next((score for name in self.graders if (score := rollout.scores.get(name)) is not None), None)
         if score is not None:
             return min(1.0, max(0.0, score / self.best))
-        return 0.0 if self.own and not self._failed(rollout) else None
+        return 0.0 if self._unrewarded(rollout) else None
 
     def rate(self, rollouts: Iterable[Rollout]) -> float | None:
         """The solve rate of a task, of its completions: their mean share; None where none has one."""
         shares = [share for rollout in rollouts if (share := self.share(rollout)) is not None]
         return fmean(shares) if shares else None
 
-    def _failed(self, rollout: Rollout) -> bool:
+    def _unrewarded(self, rollout: Rollout) -> bool:
+        """Whether it is a conversation, whole, of an environment that grades here and did not reward it."""
         conversation = rollout.trajectory.conversation
-        broke = conversation is not None and conversation.failure is not None
-        return broke or any(name in rollout.failures for name in self.graders)
+        if not self.own or conversation is None or conversation.environment not in self.graders:
+            return False
+        return conversation.failure is None and not any(name in rollout.failures for name in self.graders)

@@ -13,6 +13,16 @@ from grpo.data.rows import Rows
 from grpo.errors import UserError
 from grpo.types import Group, Task
 
+PROMPTS = (
+    "prompt",
+    "system",
+    "chat_template",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "max_prompt_length",
+)
+"""The settings of `data` that say which prompt a row has, and whether it fits."""
+
 
 class TaskStream:
     """The `Source` that a recipe's `data` section makes: endless tasks from rows. Each epoch visits every row once, in
@@ -54,6 +64,16 @@ class TaskStream:
     def source(self) -> str:
         """The name of the source that its tasks are of."""
         return self._renderer.source
+
+    @property
+    def rows(self) -> Rows:
+        """The rows."""
+        return self._rows
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `data` says in `PROMPTS`."""
+        return self._renderer.cfg.model_dump(mode="json", include={*PROMPTS})
 
     def task(self, index: int) -> Task | None:
         """The task of a row, whatever is next; None for a row whose prompt is null."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import FunctionType, MethodType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from grpo.backend.imports import alone
 from grpo.environments.seats import Description
 from grpo.errors import UserError
 
@@ -97,15 +98,16 @@ def place_of(code: Callable[..., Any]) -> str:
 
 @functools.cache
 def _schema_maker() -> Callable[[Callable[..., Any]], dict[str, Any]]:
-    """The function of transformers, imported without its advice to install PyTorch: schemas do not need that."""
+    """The function of transformers, imported without its advice to install PyTorch, which schemas do not need, and in a
+    third of the time: a process of environments starts with it."""
     quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     was_set = quiet in os.environ
     os.environ.setdefault(quiet, "1")
-    from transformers.utils.chat_template_utils import get_json_schema
-
+    maker: Callable[[Callable[..., Any]], dict[str, Any]]
+    maker = alone("transformers.utils.chat_template_utils").get_json_schema
     if not was_set:
         del os.environ[quiet]
-    return get_json_schema
+    return maker
 
 
 def _without(function: Callable[..., Any], hidden: Collection[str]) -> Callable[..., Any]:

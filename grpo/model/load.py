@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from grpo.builtin import models as builtin_models
 from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.materialize import materialize
-from grpo.model.mlxlm import TokenizerWrapper, load_model, load_tokenizer, new_model, quantize
+from grpo.model.mlxlm import TokenizerWrapper, load_model, load_tokenizer, model_classes, new_model, quantize
 from grpo.model.quantized import check_computes, dtype_of, quantization, type_embeddings
 from grpo.model.widehead import wide_head, widen_head
 
@@ -37,9 +37,23 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
     architecture that mlx-lm does not know, and weights that do not match it.
     """
     folder = model_folder(cfg)
-    _check_files(cfg, folder)
+    check_files(cfg, folder)
+    model, tokenizer = read(cfg, folder)
+    _choose_head(model, cfg)
+    return settled(model), tokenizer
+
+
+Classes = Callable[[Mapping[str, Any]], tuple[type[nn.Module], Any]]
+"""What a config's model is made of: its class, and that of its arguments."""
+
+
+def read(cfg: ModelConfig, folder: Path, classes: Classes = model_classes) -> tuple[nn.Module, TokenizerWrapper]:
+    """The model in a folder, in `cfg.dtype` and quantised as `cfg` says, and its tokenizer. Nothing is computed yet.
+
+    Raises UserError for what the loaders refuse.
+    """
     try:
-        model, config = load_model(folder, lazy=True)
+        model, config = load_model(folder, lazy=True, get_model_classes=classes)
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # whatever a file that is not what it should be makes the loaders raise
         raise UserError(f"model {cfg.name}: {one_line(error)} (in {folder})") from error
@@ -49,10 +63,14 @@ def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
         model = _quantized(model, config, cfg)
     type_embeddings(model, dtype_of(model))
     check_computes(model, cfg.name, dtype_of(model))
-    _choose_head(model, cfg)
+    return model, tokenizer
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """The model, frozen, with all its arrays computed."""
     model.freeze()
     materialize(model.parameters())
-    return model, tokenizer
+    return model
 
 
 def _choose_head(model: nn.Module, cfg: ModelConfig) -> None:
@@ -83,7 +101,7 @@ def head_note(model: nn.Module, cfg: ModelConfig) -> str | None:
     return f"logits are rounded to {dtype}, {why}: logprobs are up to 0.08 nats off"
 
 
-def _check_files(cfg: ModelConfig, folder: Path) -> None:
+def check_files(cfg: ModelConfig, folder: Path) -> None:
     """Raise UserError for a folder without what a model needs. (Without a tokenizer an empty one would be made.)"""
     if not (folder / "config.json").is_file():
         raise UserError(f"model {cfg.name}: no config.json in {folder}: not a model folder in Hub layout")

@@ -59,6 +59,7 @@ __all__ = [
     "load_tokenizer",
     "make_prompt_cache",
     "make_sampler",
+    "model_classes",
     "new_model",
     "quantize",
     "save_model",
@@ -67,12 +68,21 @@ __all__ = [
 ]
 
 
+def model_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:
+    """The class of the model that a `config.json` describes, and that of its arguments, which has `from_dict`.
+
+    Raises ValueError for an architecture that mlx-lm does not know.
+    """
+    made: tuple[type[nn.Module], Any] = _get_classes(dict(config))
+    return made
+
+
 def new_model(config: Mapping[str, Any]) -> nn.Module:
     """The model that a `config.json` describes, its weights drawn from MLX's global random state and not yet computed.
 
     Raises ValueError for an architecture that mlx-lm does not know.
     """
-    model_class, arguments = _get_classes(dict(config))
+    model_class, arguments = model_classes(config)
     return model_class(arguments.from_dict(dict(config)))
 
 

@@ -7,7 +7,7 @@ mlx-lm knows can be counted exactly, with its biases, experts and quantisation, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -68,11 +68,19 @@ def costs_of(model: nn.Module) -> Costs:
     )
 
 
-def outline(config: Mapping[str, Any], adapter: AdapterConfig | None, dtype: mx.Dtype | None) -> nn.Module:
-    """mlx-lm's model of a config, none of whose arrays has been computed: shapes and dtypes alone mean something."""
+def outline(
+    config: Mapping[str, Any],
+    adapter: AdapterConfig | None,
+    dtype: mx.Dtype | None,
+    make: Callable[[Mapping[str, Any]], nn.Module] = new_model,
+) -> nn.Module:
+    """mlx-lm's model of a config, none of whose arrays has been computed: shapes and dtypes alone mean something.
+
+    `make` makes it of the config.
+    """
     check_config(config)
     try:
-        model = new_model(config)
+        model = make(config)
     except Exception as error:  # whatever a config that is not what it should be makes mlx-lm's code raise
         raise UserError(f"config.json: not a model that mlx-lm knows: {one_line(error)}") from error
     model.set_dtype(dtype or _dtype_of(config))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from grpo.config import OptimConfig
 from grpo.errors import TooLargeError
@@ -16,10 +15,10 @@ from grpo.generation.memory import Memory, Need, slots_beside_waiting, widest_th
 from grpo.model.logprobs import FEW_LOGITS, LOGITS
 from grpo.model.offloading import host_bytes
 from grpo.model.quantized import dtype_of
-from grpo.model.widehead import bytes_at_work
 from grpo.planning.choosing import Checkpointing, Choice, reckoned
 from grpo.planning.footprint import Footprint
-from grpo.planning.held import FORMER, count_weights, optimizer_step, what_stays
+from grpo.planning.graders import UNGRADED, Graders
+from grpo.planning.held import FORMER, Held
 from grpo.planning.lesson import NONE, Lesson
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan, ways_out, why_not
@@ -39,7 +38,8 @@ class Case:
     The model's shapes and dtypes are enough: none of its arrays is computed. `states` are the adapter's besides the
     policy, and `footprint` what an update needs without and with checkpointing. `tried` is what a micro-batch was seen
     to take, and `entering` what so many prompts of a length were seen to take on their way through the model: None
-    where that is not tried. `lesson` is what a teacher takes.
+    where that is not tried. `lesson` is what a teacher takes, `graders` what reward models take. `held` does not depend
+    on the lengths of `load`: given where it is counted already.
     """
 
     machine: Machine
@@ -51,6 +51,8 @@ class Case:
     tried: Callable[[Checkpointing, Shape, int], int | None] = lambda *_: None
     entering: Callable[[int, int], int | None] = lambda *_: None
     lesson: Lesson = NONE
+    graders: Graders = UNGRADED
+    held: Held | None = None
 
 
 def plan_on(case: Case) -> tuple[Plan, OptimConfig]:
@@ -78,14 +80,11 @@ def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
 
 def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     machine, load, model, decoding = case.machine, case.load, case.model, case.decoding
-    numbers = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
-    stays, need = what_stays(load.optim, load.adapter, model, case.states), load.need()
-    stays |= case.lesson.stays(load)
-    head = bytes_at_work(model, machine.gpu)
+    held = case.held or Held.of(load.optim, load.adapter, model, case.states, machine.gpu)
+    stays, need = _stays(case, held), load.need()
     room = machine.usable - sum(stays.values())
-    spare = room - head + stays[FORMER]  # there is nothing of that yet
+    spare = room - held.head + stays[FORMER]  # there is nothing of that yet
     slots, entering = _slots(case, need, spare)
-    offloaded = partial(_offloaded, case)
     chosen = Choice(
         machine,
         load,
@@ -95,7 +94,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         lambda way, shape: case.tried(way, shape, logits),
         partial(update_lanes, model),
         partial(reckoned, model),
-        offloaded,
+        partial(_offloaded, case),
     ).make()
     decoded, waiting = need.bytes(decoding, max(1, slots), entering), need.waiting(decoding)
     left = max(0, spare - decoded)
@@ -109,13 +108,14 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         prompts=load.rollout.prompts_per_step,
         rows=load.rows,
         tokens=load.tokens,
-        parameters=count_weights(model) - (numbers if load.adapter.type != "full" else 0),
-        trained=numbers,
+        parameters=held.parameters,
+        trained=held.trained,
         stays=stays,
         phases={
-            "rollout": max(0, decoded + head + min(waiting, left) - stays[FORMER]),
+            "rollout": max(0, decoded + held.head + min(waiting, left) - stays[FORMER]),
+            **case.graders.phases(load),
             "update": chosen.bytes,
-            "optimizer's step": optimizer_step(load.optim, load.adapter, model, stays["optimizer"], machine.gpu),
+            "optimizer's step": held.step,
         },
         memory=machine.memory,
         slots=slots,
@@ -132,11 +132,17 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         limited=machine.limited,
         logits=logits,
         cuda=machine.cuda,
-        quantized=any(hasattr(module, "bits") for module in model.modules()),
-        offloaded=offloaded(chosen.checkpointing, chosen.shape),
+        quantized=held.quantized,
+        offloaded=_offloaded(case, chosen.checkpointing, chosen.shape),
         host=machine.host,
     )
     return plan, chosen.optim
+
+
+def _stays(case: Case, held: Held) -> dict[str, int]:
+    """Bytes that are held all the time, by what they are for."""
+    beside = case.lesson.stays(case.load), case.load.stays(case.machine.cuda), case.graders.stays()
+    return {name: size for parts in (held.stays, *beside) for name, size in parts.items()}
 
 
 def _offloaded(case: Case, way: Checkpointing, shape: Shape) -> int:

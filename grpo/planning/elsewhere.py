@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from grpo.backend.hub import Repository, fetch, one_line
 from grpo.config import AdapterConfig, ModelConfig, Recipe
+from grpo.config.rewardmodel import reward_model_of
 from grpo.errors import UserError
 from grpo.generation.attention import Attention, FusedRowAttention
 from grpo.generation.buffers import CacheShape
@@ -21,8 +22,10 @@ from grpo.generation.cuda_attention import CudaAttention
 from grpo.generation.decoders import ModelDecoder
 from grpo.generation.decoding import SharedPrefix
 from grpo.generation.packed import packed
+from grpo.model.classifier import check_labels, new_classifier
 from grpo.model.costs import Costs
 from grpo.model.known import CONFIGS
+from grpo.model.mlxlm import new_model
 from grpo.model.outline import costs_of, outline
 from grpo.model.quantized import quantization
 from grpo.model.stored import stored
@@ -30,6 +33,8 @@ from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.planning.activations import reckoned_footprint
 from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import Footprint
+from grpo.planning.graders import UNGRADED, Graders
+from grpo.planning.held import Held
 from grpo.planning.lengths import FittingLengths
 from grpo.planning.lesson import NONE, Lesson
 from grpo.planning.machines import Machine
@@ -38,13 +43,13 @@ from grpo.planning.positions import limit_of, position_note
 from grpo.planning.workload import Workload
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Elsewhere:
     """A recipe's run on another machine. The model has shapes and dtypes alone.
 
     `states` are the adapter's besides the policy, `decoding` the way that would be chosen there, and `footprint` what
-    an update needs without and with checkpointing. `lesson` is what a teacher takes, and `teacher` what a second model
-    computes.
+    an update needs without and with checkpointing. `lesson` is what a teacher takes, `teacher` what a second model
+    computes, and `graders` are the reward models.
     """
 
     machine: Machine
@@ -56,11 +61,15 @@ class Elsewhere:
     footprint: Callable[[bool], Footprint]
     lesson: Lesson = NONE
     teacher: Costs | None = None
+    graders: Graders = UNGRADED
 
     @classmethod
-    def of(cls, cfg: Recipe, config: Mapping[str, Any], machine: Machine) -> Elsewhere:
-        """For a recipe whose model has this `config.json`. Raises UserError for a model that mlx-lm does not know."""
-        model = _model(cfg.model, config, cfg.adapter)
+    def of(cls, cfg: Recipe, config: Mapping[str, Any], machine: Machine, model: nn.Module | None = None) -> Elsewhere:
+        """For a recipe whose model has this `config.json`. `model` is its outline, if there is one already.
+
+        Raises UserError for a model that mlx-lm does not know.
+        """
+        model = outline_of(cfg, config) if model is None else model
         costs = costs_of(model)
         prompt = cfg.data.longest_prompt
         waits = bool(cfg.conversations)
@@ -73,15 +82,18 @@ class Elsewhere:
             int(cfg.needs_reference or cfg.adapter.type != "full")  # the reference
             + int(cfg.teacher is not None and cfg.teacher.adapter is not None),
             _decoding(machine, model, costs, cfg.rollout.kv_bits),
-            partial(
-                reckoned_footprint,
-                costs,
-                fused=machine.cuda,
-                head=head,
-                offloads=cfg.optim.offload_activations,
+            cache(
+                partial(
+                    reckoned_footprint,
+                    costs,
+                    fused=machine.cuda,
+                    head=head,
+                    offloads=cfg.optim.offload_activations,
+                )
             ),
-            Lesson.of(cfg.teacher, model, second),
+            Lesson.of(cfg.teacher, model, second, machine.gpu, machine.cuda),
             None if second is None else costs_of(second),
+            _graders(cfg, machine),
         )
 
     def plan(self) -> Plan:
@@ -90,7 +102,21 @@ class Elsewhere:
 
     @property
     def _case(self) -> Case:
-        return Case(self.machine, self.load, self.model, self.states, self.decoding, self.footprint, lesson=self.lesson)
+        return Case(
+            self.machine,
+            self.load,
+            self.model,
+            self.states,
+            self.decoding,
+            self.footprint,
+            lesson=self.lesson,
+            graders=self.graders,
+            held=self._held,
+        )
+
+    @cached_property
+    def _held(self) -> Held:
+        return Held.of(self.load.optim, self.load.adapter, self.model, self.states, self.machine.gpu)
 
     @property
     def lengths(self) -> FittingLengths:
@@ -109,15 +135,25 @@ class Elsewhere:
             return str(error)
 
 
-def _model(cfg: ModelConfig, config: Mapping[str, Any], adapter: AdapterConfig | None) -> nn.Module:
+def outline_of(cfg: Recipe, config: Mapping[str, Any]) -> nn.Module:
+    """The shapes and dtypes of a recipe's model with its adapter: the same for every machine."""
+    return _model(cfg.model, config, cfg.adapter)
+
+
+def _model(
+    cfg: ModelConfig,
+    config: Mapping[str, Any],
+    adapter: AdapterConfig | None,
+    make: Callable[[Mapping[str, Any]], nn.Module] = new_model,
+) -> nn.Module:
     dtype = None if cfg.dtype == "auto" else getattr(mx, cfg.dtype)
     if cfg.quantize is not None:
         if (former := stored(config)) is not None:
             bits = former.settings["bits"]
             raise UserError(f"model.quantize: {cfg.name} is quantised already, to {bits} bits")
         config = {**config, "quantization": quantization(cfg.quantize).config}
-    model = outline(config, adapter, dtype)
-    if cfg.head_dtype != "model":
+    model = outline(config, adapter, dtype, make)
+    if cfg.head_dtype != "model" and make is new_model:
         widen_head(model)
     return model
 
@@ -127,6 +163,18 @@ def _second(cfg: Recipe) -> nn.Module | None:
     if cfg.teacher is None or cfg.teacher.model is None:
         return None
     return _model(cfg.teacher.model, model_config(cfg.teacher.model), None)
+
+
+def _graders(cfg: Recipe, machine: Machine) -> Graders:
+    """The reward models of a recipe, by their configs."""
+    found = []
+    for reward in cfg.rewards:
+        if reward.model:
+            settings = reward_model_of(reward.kwargs)
+            named = settings.model(reward.model)
+            check_labels(config := model_config(named), named.name)
+            found.append((_model(named, config, None, new_classifier), settings))
+    return Graders.of(found, machine.cuda)
 
 
 def _decoding(machine: Machine, model: nn.Module, costs: Costs, kv_bits: int | None) -> SharedPrefix:

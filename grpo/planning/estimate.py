@@ -1,8 +1,8 @@
 """Estimates of what a recipe needs on another machine: memory from the plan, time from measurements or limits.
 
 Every prompt and completion counts with its greatest length, dynamic sampling counts as one round, and rewards take no
-time. Times on CUDA are fitted to measurements on one H200 (`calibration`) and scaled to other cards. No Mac has been
-measured: its bandwidth and arithmetic give a lower bound.
+time, unless they are models. Times on CUDA are fitted to measurements on one H200 (`calibration`) and scaled to other
+cards. No Mac has been measured: its bandwidth and arithmetic give a lower bound.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.nn as nn
+
 from grpo.config import Recipe
 from grpo.errors import TooLargeError, UserError
 from grpo.model.costs import Costs
 from grpo.planning import calibration
-from grpo.planning.elsewhere import Elsewhere, model_config
+from grpo.planning.elsewhere import Elsewhere, model_config, outline_of
+from grpo.planning.graders import RewardModelCosts
 from grpo.planning.machines import CHIPS, Backend, Chip, Known, Machine, within
 from grpo.planning.plan import Plan
 from grpo.planning.workload import Workload
@@ -52,7 +55,8 @@ class Estimate:
 def estimates(cfg: Recipe, chips: Sequence[Chip] = CHIPS) -> list[str]:
     """A line for each machine. Raises UserError for a model whose config cannot be found."""
     config = model_config(cfg.model)
-    return [_line(chip, cfg, config) for chip in chips]
+    model = outline_of(cfg, config)
+    return [_line(chip, cfg, config, model) for chip in chips]
 
 
 def legend(chips: Sequence[Chip]) -> list[str]:
@@ -60,13 +64,13 @@ def legend(chips: Sequence[Chip]) -> list[str]:
     return [meaning for known, meaning in LEGEND.items() if any(chip.times == known for chip in chips)]
 
 
-def _line(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> str:
+def _line(chip: Chip, cfg: Recipe, config: Mapping[str, Any], model: nn.Module) -> str:
     try:
         machine = machine_of(chip.memory, chip.backend, cfg)
     except UserError as error:
         return f"{chip.name:<18}{error}"
     try:
-        return estimate(chip, cfg, config).line()
+        return estimate(chip, cfg, config, model).line()
     except TooLargeError as error:
         largest, size = max(error.parts.items(), key=lambda part: part[1])
         there = "more than memory.limit_gb" if machine.limited else "more than there are"
@@ -74,18 +78,20 @@ def _line(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> str:
         return f"{chip.name:<18}does not fit: {short}; the largest part is {largest}, {_size(size)}"
 
 
-def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any]) -> Estimate:
-    """The estimate for one recipe on one machine. Raises TooLargeError if it cannot fit, and UserError for a
-    `memory.limit_gb` above what the machine has."""
-    there = Elsewhere.of(cfg, config, machine_of(chip.memory, chip.backend, cfg))
+def estimate(chip: Chip, cfg: Recipe, config: Mapping[str, Any], model: nn.Module | None = None) -> Estimate:
+    """The estimate for one recipe on one machine. `model` is its outline, if there is one. Raises TooLargeError if it
+    cannot fit, and UserError for a `memory.limit_gb` above what the machine has."""
+    there = Elsewhere.of(cfg, config, machine_of(chip.memory, chip.backend, cfg), model)
     plan, costs, load = there.plan(), there.costs, there.load
     step = _sampling(chip, costs, load, plan, plan.prompts, plan.rows) + _updates(chip, costs, cfg, plan)
     step += 0.0 if there.teacher is None else _asking(chip, there.teacher, cfg, plan)
+    step += sum(_grading(chip, one, load, plan.rows) for one in there.graders.models)
     evaluations = 0.0
     if cfg.eval is not None:
         rows = cfg.eval.prompts * (cfg.eval.samples + 1)  # and the greedy one
         often = cfg.optim.steps // cfg.eval.every + 1
-        evaluations = often * _sampling(chip, costs, load, plan, cfg.eval.prompts, rows)
+        each = _sampling(chip, costs, load, plan, cfg.eval.prompts, rows)
+        evaluations = often * (each + sum(_grading(chip, one, load, rows) for one in there.graders.models))
     return Estimate(chip, plan.total, step, step * cfg.optim.steps + evaluations)
 
 
@@ -153,6 +159,15 @@ def _asking(chip: Chip, teacher: Costs, cfg: Recipe, plan: Plan) -> float:
     if chip.times == "bound":
         return work.seconds(chip.flops, chip.bandwidth)
     return calibration.forward(chip, teacher, plan.prompts * prompt + plan.rows * length, work)
+
+
+def _grading(chip: Chip, grader: RewardModelCosts, load: Workload, rows: int) -> float:
+    """Seconds of a reward model's pass over so many conversations, each with a prompt of its own."""
+    length = grader.longest(load)
+    work = grader.costs.forward(rows, length, 0, 0)
+    if chip.times == "bound":
+        return work.seconds(chip.flops, chip.bandwidth)
+    return calibration.forward(chip, grader.costs, rows * length, work)
 
 
 def _size(count: int) -> str:

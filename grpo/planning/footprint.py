@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from grpo.backend import cuda
-from grpo.backend.device import on_gpu
+from grpo.backend.device import memory_bytes, on_gpu
 from grpo.model.dropout import dropping
 from grpo.model.head import head_parameters
 from grpo.model.lines import Lines
@@ -33,8 +33,11 @@ a CPU and on a GPU, as measured."""
 
 PEEKS, PEEKS_ON_CPU = 3, 1
 """Times that each of the gradients is measured. On a CPU the peak varies by less than a hundredth."""
-LONG = 8192
+LONG = 4096
 """From so many tokens on a gradient is measured once: it takes seconds, and what varies is a small part of it."""
+LONG_ROWS = 5_120, 10_240
+"""Lengths of two rows that are measured in lines of their own, on CUDA with checkpointed layers. What such layers
+compute in tiles of tokens is there for a tile, so that short rows take more for each of their tokens."""
 KEPT_CHECKPOINTED = 1 / 3
 """Of the peak without a head, how much is there when the backward pass begins, if layers are checkpointed, as measured.
 Without checkpoints all layers' activations are there, beside which the peak has about as much as one layer's."""
@@ -53,7 +56,9 @@ class Footprint:
     how many layers the model has. A pass with more than `most_pairs` keeps no scores (None: all do), but counts as if
     it kept the most: a micro-batch of as many tokens in shorter rows keeps them. The head holds `logit_copies` of a
     chunk's logits, and `most_copies` at once. `inside`: bytes a token, of at most `most_inside` tokens, for what a
-    checkpointed layer computes in tiles of tokens (`grpo.model.rowwise`).
+    checkpointed layer computes in tiles of tokens (`grpo.model.rowwise`). `alone`: bytes, and bytes a token, of the
+    hidden states of rows in lines of their own, where those were measured. `also`: another model's forward pass over
+    the same micro-batch, which is over when the update begins: whichever takes more counts.
     """
 
     fixed: int
@@ -70,6 +75,8 @@ class Footprint:
     inside: float = 0.0
     most_inside: int = 0
     logit_copies: int = LOGIT_COPIES
+    alone: tuple[float, float] | None = None
+    also: Footprint | None = None
 
     def keeps_scores(self, shape: Shape) -> bool:
         """Whether attention keeps the scores of all passes of this shape for the backward pass."""
@@ -82,7 +89,8 @@ class Footprint:
 
     def in_chunks(self, logits: int) -> Footprint:
         """The same where so many logits are there at once."""
-        return replace(self, chunk=chunk_tokens(max(1, self.logits // 4), logits))
+        also = self.also and self.also.in_chunks(logits)
+        return replace(self, chunk=chunk_tokens(max(1, self.logits // 4), logits), also=also)
 
     def bytes(self, shape: Shape, body: float | None = None) -> int:
         """Of one micro-batch of this shape; `body` is what `measure_body` found of it, if that was asked."""
@@ -90,11 +98,15 @@ class Footprint:
         outside = self.token * tokens + self.pair * pairs
         if body is None:
             body = outside + self.inside * min(tokens, self.most_inside)
+            if shape.alone and self.alone is not None:
+                constant, each = self.alone
+                body = constant + each * tokens
         waits = min(body, self.kept * max(body, outside + self.inside * tokens))  # tiles do not make that less
         projected = shape.lines * shape.width or shape.rows * shape.length
         copies = min(self.most_copies, self.logit_copies * -(-projected // self.chunk))
         head = self.head + copies * self.logits * min(self.chunk, projected)
-        return int(self.fixed + max(body, waits + head))
+        also = 0 if self.also is None else self.also.bytes(shape)
+        return max(also, int(self.fixed + max(body, waits + head)))
 
 
 def measure_body(policy: Policy, checkpointing: bool | int, shapes: Sequence[Shape]) -> list[float]:
@@ -153,7 +165,19 @@ def measure_footprint(policy: Policy, checkpointing: bool) -> Footprint:
     rows = 4 * vocabulary, chunk_tokens(vocabulary, policy.logits)
     depth = len(policy.model.layers)
     limits = policy.most_pairs, MOST_COPIES[on_gpu()]
-    return Footprint(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head, depth, *limits)
+    found = Footprint(fixed, token, pair, *rows, policy.share_prompts, checkpointing, head, depth, *limits)
+    return replace(found, alone=_of_long_rows(policy, token)) if checkpointing else found
+
+
+def _of_long_rows(policy: Policy, token: float) -> tuple[float, float] | None:
+    """The line through what two long rows take, where attention keeps no scores and there is room for them."""
+    longest = mx.get_active_memory() + token * LONG_ROWS[1]
+    if not (cuda.available() and policy.packs) or longest > memory_bytes():
+        return None
+    shapes = [Shape(1, length, 1, length, lines=1, width=length, alone=True) for length in LONG_ROWS]
+    less, more = measure_body(policy, True, shapes)
+    each = max(0.0, (more - less) / (LONG_ROWS[1] - LONG_ROWS[0]))
+    return max(0.0, less - each * LONG_ROWS[0]), each
 
 
 def line_through(extents: Sequence[tuple[int, int]], found: Sequence[float]) -> tuple[float, float]:

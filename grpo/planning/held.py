@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.config import AdapterConfig, OptimConfig
+from grpo.model.widehead import bytes_at_work
 from grpo.training.optimizer import Float32Optimizer, bytes_of_a_group
 from grpo.training.update import bytes_of_a_norm
 
 FORMER = "the state before the step"
 """Held from a step's first update on; counted among what stays, though a rollout does not have it beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What does not depend on lengths. It is counted once, though many lengths are planned to find the longest.
+
+    Numbers of parameters (`trained`, and `parameters` without an adapter's), and bytes: what `stays`, what is held
+    while the optimizer is at its `step`, and what a widened `head` holds at work.
+    """
+
+    parameters: int
+    trained: int
+    stays: dict[str, int]
+    step: int
+    head: int
+    quantized: bool
+
+    @classmethod
+    def of(cls, optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, states: int, gpu: bool) -> Held:
+        """Counted by the shapes of a model's arrays. `states` are the adapter's besides the policy."""
+        trained: int = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+        stays = what_stays(optim, adapter, model, states)
+        return cls(
+            parameters=count_weights(model) - (trained if adapter.type != "full" else 0),
+            trained=trained,
+            stays=stays,
+            step=optimizer_step(optim, adapter, model, stays["optimizer"], gpu),
+            head=bytes_at_work(model, gpu),
+            quantized=any(hasattr(module, "bits") for module in model.modules()),
+        )
 
 
 def what_stays(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, states: int) -> dict[str, int]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from grpo.config import AdapterConfig, LossConfig, OptimConfig
+from grpo.config import AdapterConfig, LossConfig, OptimConfig, RolloutConfig
 
 OF_RATIOS = ("epsilon", "epsilon_high", "delta", "off_policy_mask_threshold")
 OF_SAMPLERS = ("epsilon", "epsilon_high")
 """What dppo reads of a ratio to the sampler, which is not 1 even in the first update."""
 
 
-def notes_on(optim: OptimConfig, adapter: AdapterConfig, loss: LossConfig) -> Iterator[str]:
+def notes_on(optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig, loss: LossConfig) -> Iterator[str]:
     """A line for each setting that will do less than it says, or other than it should."""
     every = adapter.sync_reference_every
     steps = "1 step" if optim.steps == 1 else f"{optim.steps} steps"
@@ -19,6 +19,8 @@ def notes_on(optim: OptimConfig, adapter: AdapterConfig, loss: LossConfig) -> It
         yield f"optim.warmup_steps: cut from {optim.warmup_steps} to {optim.warmup}, because the run has {steps}"
     if every is not None and every >= optim.steps:
         yield f"adapter.sync_reference_every: {every} does nothing: the run has {steps}, so the reference stays"
+    if rollout.reuse and optim.steps == 1:
+        yield f"rollout.reuse: {rollout.reuse} does nothing: the run has 1 step, and no group is older"
     if adapter.dropout > 0 and loss.use is None and loss.preset.surrogate == "vespo":
         yield (
             "adapter.dropout with loss.type vespo: its weight is of the product of a completion's ratios, to which "
@@ -30,6 +32,7 @@ def notes_on(optim: OptimConfig, adapter: AdapterConfig, loss: LossConfig) -> It
     if (
         updates == 1
         and adapter.dropout == 0
+        and not rollout.reuse
         and loss.use is None
         and (unread := [f"loss.{name}" for name in of_ratios if name in loss.changed])
     ):

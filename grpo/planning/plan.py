@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from grpo.planning.choosing import Checkpointing
 from grpo.planning.machines import FREE, OF_A_LIMIT
-from grpo.planning.workload import Workload
+from grpo.planning.workload import OLDER, Workload
 from grpo.training.moments import has_moments
 from grpo.training.packing import Shape
 
@@ -161,6 +161,7 @@ def why_not(plan: Plan, needed: int, parts: dict[str, int]) -> str:
 
 NEEDS = {
     "rollout": "decoding {rows}",
+    "reward models' pass": "a pass of a reward model over completions",
     "update": "the update ({shape}{plan.checkpointed})",
     "optimizer's step": "the optimizer's step",
 }
@@ -184,8 +185,12 @@ def ways_out(plan: Plan, load: Workload) -> list[str]:
         ways.append("optim.offload_activations: true")
     if phase == "rollout" and load.rollout.kv_bits != 4:
         ways.append(PACKED if load.rollout.kv_bits is None else "rollout.kv_bits: 4")
+    if phase == "reward models' pass":
+        ways.append("a smaller batch_tokens in the reward model's kwargs")
     if plan.slots > 1 and sum(plan.stays.values()) + plan.phases["rollout"] > plan.memory:
         ways.append("a smaller rollout.max_concurrency")
+    if plan.stays.get(OLDER, 0) > plan.memory // 20:
+        ways.append("a smaller rollout.reuse")
     if phase != "optimizer's step":
         ways.append("a smaller rollout.max_completion_length or data.max_prompt_length")
     if phase == OFFLOADED:

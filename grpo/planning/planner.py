@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 from grpo.backend import cuda
 from grpo.backend.device import memory_bytes, on_gpu
@@ -15,6 +15,8 @@ from grpo.model.policy import Policy
 from grpo.planning.choosing import Checkpointing, by_footprints
 from grpo.planning.drafting import Case, draft_on, plan_on
 from grpo.planning.footprint import measure_body, measure_footprint
+from grpo.planning.graders import UNGRADED, Graders
+from grpo.planning.held import Held
 from grpo.planning.lengths import FittingLengths
 from grpo.planning.lesson import NONE, Lesson
 from grpo.planning.machines import Machine, within
@@ -37,8 +39,8 @@ def make_plan(
 class Planner:
     """Plans a workload for a policy: what the update needs is measured, the rest is counted.
 
-    `limit` is the recipe's own, in GB, and `lesson` what a teacher takes. Raises UserError for a limit that this
-    machine does not have.
+    `limit` is the recipe's own, in GB, and `lesson` what a teacher takes, and `graders` what reward models
+    take. Raises UserError for a limit that this machine does not have.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class Planner:
         limit: float | None = None,
         loss: LossConfig | None = None,
         lesson: Lesson = NONE,
+        graders: Graders = UNGRADED,
     ) -> None:
         can = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
         if on_gpu() and load.optim.pack_completions:
             can["pack_completions"] = policy.packs
         self.policy, self.decoding, self.loss, self.lesson = policy, decoding, loss or LossConfig(), lesson
+        self.graders = graders
         parts = load.parts * lanes_worth(policy.model, self.loss)
         self.load = replace(load, optim=with_settings(load.optim, can), parts=parts)
         host = None if policy.vault is None else policy.vault.room()
@@ -91,15 +95,32 @@ class Planner:
     @property
     def _case(self) -> Case:
         """What is planned, where nothing is tried."""
-        states = len(self.policy.adapters.names) - 1
         return Case(
-            self.machine, self.load, self.policy.model, states, self.decoding, self._footprint, lesson=self.lesson
+            self.machine,
+            self.load,
+            self.policy.model,
+            self._states,
+            self.decoding,
+            self._footprint,
+            lesson=self.lesson,
+            graders=self.graders,
+            held=self._held,
         )
+
+    @property
+    def _states(self) -> int:
+        return len(self.policy.adapters.names) - 1
+
+    @cached_property
+    def _held(self) -> Held:
+        return Held.of(self.load.optim, self.load.adapter, self.policy.model, self._states, self.machine.gpu)
 
     def _tried(self, way: Checkpointing, shape: Shape, logits: int) -> int | None:
         """Bytes that were seen: on a CPU of the whole gradient where that is cheap, on CUDA of the hidden states', for
         which there is more in flight than a line knows. A teacher's KL is not tried, but counted."""
         self.policy.logits = logits
+        if shape.alone and way and self._footprint(True).alone is not None:
+            return None  # the line through two such rows is near, and a longer row takes minutes
         if self.machine.cuda:
             (body,) = measure_body(self.policy, way, [shape])
             depth = len(self.policy.model.layers)
@@ -113,7 +134,8 @@ class Planner:
         ):
             return None
         number = -(-self.load.updated // shape.rows)
-        return rehearsed(self.policy, self.loss, way, shape, number)
+        asking = 0 if self.lesson.asking is None else self.lesson.asking.in_chunks(logits).bytes(shape)
+        return max(asking, rehearsed(self.policy, self.loss, way, shape, number))
 
     def _entering(self, prompts: int, length: int) -> int | None:
         """Bytes that were seen of prompts on their way through the model: on a CPU, where that is cheap."""

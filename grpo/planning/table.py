@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from grpo.planning import workload
 from grpo.planning.plan import Plan, size_of
 from grpo.planning.workload import Workload
 
@@ -29,8 +30,12 @@ def _why_it_stays(name: str, plan: Plan, load: Workload) -> str:
             return f"{load.optim.optimizer} for {plan.trained:,} trained parameters, {kept}"
         case "teacher":
             return "its weights, if it is a second model, and what it says of a step's tokens"
+        case workload.OLDER:
+            return f"groups of up to {load.rollout.reuse} steps ago (rollout.reuse), at their longest"
+        case "reward models":
+            return "their weights"
         case "other states":
-            return "the reference"
+            return "the reference" + (", and the teacher if it is an adapter" if "teacher" in plan.stays else "")
         case _:
             return "what a failed step is taken back to"
 
@@ -43,6 +48,8 @@ def _why_it_comes(name: str, plan: Plan, load: Workload) -> str:
             bits = load.rollout.kv_bits
             kept = f"keys and values in {bits} bits, and logits" if bits else "keys, values and logits"
             return f"{slots} of {load.longest:,} + {length:,} tokens: {kept}"
+        case "reward models' pass":
+            return "activations of one batch of completions (kwargs.batch_tokens)"
         case "update":
             together = ", if both are at their peaks at once" if plan.lanes == 2 else ""
             return f"activations: {plan.rows_at_once}{plan.checkpointed}{together}"

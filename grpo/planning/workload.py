@@ -11,8 +11,11 @@ from grpo.generation.memory import Need
 from grpo.recipes import with_settings
 from grpo.rollout import sampling_of
 from grpo.training.binning import most_lines
+from grpo.training.older import bytes_kept
 from grpo.training.packing import WIDE, Packing, Shape
 
+OLDER = "older groups"
+"""What a plan calls the groups that `rollout.reuse` keeps."""
 MANY_ROWS = 4_096
 """Rows of an update from which on what repeats itself is not counted out."""
 
@@ -47,6 +50,12 @@ class Workload:
         """Tokens of a step at most: each completion with a prompt of its own."""
         return self.rows * (self.prompt_length + self.rollout.max_completion_length)
 
+    def stays(self, cuda: bool) -> dict[str, int]:
+        """Bytes that `rollout.reuse` holds at most. With CUDA they lie in another memory than the model."""
+        length = self.own + self.rollout.max_completion_length
+        older = bytes_kept(self.rollout, self.optim.steps, self.prompt_length, length)
+        return {OLDER: older} if older and not cuda else {}
+
     @property
     def packs(self) -> bool:
         """Whether completions may go through the model behind one another, if it is on a GPU."""
@@ -68,7 +77,8 @@ class Workload:
         optim = with_settings(self.optim, {"micro_batch_tokens": tokens})
         packing = Packing.of(optim, self.rollout, self.parts, gpu=gpu, on_cuda=cuda)
         length = self.own + self.rollout.max_completion_length
-        return [self._in_rows(packing, length), *self._shapes_of_lines(packing, length)]
+        behind_prompts = min(length, WIDE) if packing.packs else length  # longer ones have lines of their own
+        return [self._in_rows(packing, behind_prompts), *self._shapes_of_lines(packing, length)]
 
     def shorter(self, tokens: int, gpu: bool) -> list[Shape]:
         """The largest micro-batches of at most `tokens` whose completions are not the longest: each a fifth shorter

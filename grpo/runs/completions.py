@@ -16,11 +16,10 @@ from grpo.backend.random import derive_seed
 from grpo.backend.secrets import masked
 from grpo.config.log import CompletionsConfig
 from grpo.data.messages import text_of
+from grpo.environments.written import conversation, written
 from grpo.errors import UserError
-from grpo.types import BEHAVIOUR, FAILURES, Conversation, Failure, Group, Prompt, Rollout, Task, Trajectory
+from grpo.types import BEHAVIOUR, FAILURES, Failure, Group, Prompt, Rollout, Task, Trajectory
 
-TOLD = ("environment", "prompt", "messages", "turn_rewards", "outcome", "calls", "failed_calls")
-"""The fields of a conversation that are stored as they are."""
 PROMPT = "prompt"
 """In the `columns` of a row: the prompt as rewards saw it, a text or messages."""
 
@@ -166,7 +165,7 @@ def _row(step: int, group: int, index: int, task: Task, rollout: Rollout, learnt
         "penalty": rollout.penalty,
         "advantage": rollout.advantage if learnt else None,
         "turn_advantages": rollout.turn_advantages if learnt else None,
-        "conversation": None if trajectory.conversation is None else _written(trajectory.conversation),
+        "conversation": written(trajectory.conversation),
         "columns": json.dumps({**task.columns, PROMPT: task.prompt}, default=str),
         **{f"reward/{_valid(name)}": score for name, score in rollout.scores.items()},
         **{f"failure/{_valid(name)}": _failed(rollout, name) for name in rollout.scores},
@@ -178,23 +177,6 @@ def _prompt(task: Task, trajectory: Trajectory) -> Prompt:
     """The prompt as the model saw it."""
     talk = trajectory.conversation
     return task.prompt if talk is None else list(talk.prompt)
-
-
-def _written(talk: Conversation) -> str:
-    """A conversation as JSON, without its home."""
-    plain = {name: getattr(talk, name) for name in TOLD}
-    failure = None if talk.failure is None else {"kind": talk.failure.kind, "error": talk.failure.error}
-    return masked(json.dumps({**plain, "failure": failure}, default=str))
-
-
-def _conversation(text: str | None) -> Conversation | None:
-    """The inverse of `_written`. Fields of later versions are left out."""
-    if text is None:
-        return None
-    said = json.loads(text)
-    failure = None if said["failure"] is None else Failure(**said["failure"])
-    lists = {name: tuple(said[name]) for name in ("prompt", "messages", "turn_rewards")}
-    return Conversation(**{name: said[name] for name in TOLD if name in said} | lists, failure=failure)
 
 
 def _failed(rollout: Rollout, name: str) -> str | None:
@@ -243,7 +225,7 @@ def _trajectory(row: dict[str, Any]) -> Trajectory:
         row["completion"],
         row["finish_reason"],
         row.get("policy_step"),
-        _conversation(row.get("conversation")),
+        conversation(row.get("conversation")),
         tuple(row.get("begins") or ()),
     )
 

@@ -18,6 +18,7 @@ from grpo.errors import UserError
 from grpo.plugins import find_function
 from grpo.runs.checkpoint import hash_of
 from grpo.runs.given import Given
+from grpo.runs.state import RunState
 from grpo.scoring.scorer import Scorer
 
 
@@ -49,7 +50,8 @@ def _of_one(data: DataConfig, name: str, stream: TaskStream, scorer: Scorer, see
         return _own(data.sampler, stream)
     if data.curriculum is None:
         return stream
-    return Curriculum(stream, data.curriculum, solved_by(scorer, data.curriculum, name), seed, known_rates(data))
+    solved = solved_by(scorer, data.curriculum, name)
+    return Curriculum(stream, data.curriculum, solved, seed, known_rates(data, stream.rows))
 
 
 def solved_by(scorer: Scorer, cfg: CurriculumConfig | None = None, source: str = "data") -> Solved:
@@ -80,12 +82,21 @@ def chosen_note(data: DataConfig, rows: int, name: str = "data") -> list[str]:
 
 
 def rates_hash(data: DataConfig) -> dict[str, str]:
-    """A SHA-256 of each file of solve rates that a run chooses its tasks by, by the source's name and the setting's.
+    """A SHA-256 of each file of solve rates that says which rows a run trains on, by the source's name and the
+    setting's.
 
-    Where the file has gone there is none: a run that goes on needs it for `solve_rate`, and that will say so.
+    Where `data.solve_rate` keeps all rows there is none: a run that goes on has the rates of its checkpoint. Nor is
+    there where the file has gone: a run that goes on needs it, and that will say so.
     """
-    files = {name: Path(part.solve_rates).expanduser() for name, part in data.parts.items() if part.solve_rates}
+    parts = {name: part for name, part in data.parts.items() if part.solve_rates and part.solve_rate is not None}
+    files = {name: Path(str(part.solve_rates)).expanduser() for name, part in parts.items()}
     return {f"{name}.solve_rates": hash_of(file) for name, file in files.items() if file.is_file()}
+
+
+def rates_have_gone(data: DataConfig, state: RunState) -> bool:
+    """Whether the file of `data.solve_rates` is not there and not needed, because a run's state has the rates."""
+    needed = data.solve_rate is not None or "solve_rates" not in state.trainer.counts["tasks"]
+    return data.solve_rates is not None and not needed and not Path(data.solve_rates).expanduser().exists()
 
 
 def _own(use: str, stream: TaskStream) -> Source:

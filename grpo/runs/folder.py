@@ -26,13 +26,12 @@ from grpo.runs.checkpoint import (
 )
 from grpo.runs.records import replace_text, rewind
 from grpo.runs.starting import (
-    PARTIAL,
-    PUT_ASIDE,
-    STARTING,
-    copy_starting,
-    keep_starting,
+    COPIES,
+    copy_adapters,
+    drop_partial,
+    keep_adapters,
     named_as_kept,
-    put_starting,
+    put_copies,
 )
 
 METRICS, EVALUATIONS, CHECKPOINTS = "metrics.jsonl", "eval.jsonl", "checkpoints"
@@ -49,7 +48,7 @@ WORSE = "worse"
 """That word where a run made all its steps and its last evaluation is far below its first."""
 WRITTEN = (
     *(METRICS, EVALUATIONS, CHECKPOINTS, COMPLETIONS, NOT_FINITE, "tensorboard", "wandb", "report.html", ENDED),
-    *(STARTING, PUT_ASIDE, NOW, RECIPE),
+    *(*COPIES, NOW, RECIPE),
 )
 """What a run writes into its folder, and all that `--overwrite` deletes there.
 
@@ -95,13 +94,13 @@ def _begin(cfg: Recipe, folder: Path) -> None:
     """Put a former run aside and write the new one's recipe, or leave everything as it was."""
     former = folder / FORMER
     try:
-        starting = copy_starting(cfg.adapter, folder)  # it may be of the run that is put aside
+        copies = copy_adapters(cfg, folder)  # they may be of the run that is put aside
         _move_run(folder, former)
         (folder / FAILED).unlink(missing_ok=True)
         (folder / RECIPE).write_text(recipe_text(cfg), encoding="utf-8")
-        put_starting(starting, folder)
+        put_copies(copies, folder)
     except BaseException as error:
-        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        drop_partial(folder)
         if former.is_dir():
             (folder / RECIPE).unlink(missing_ok=True)
             _move_run(former, folder)
@@ -122,7 +121,7 @@ def resumed_folder(cfg: Recipe, step: int, evaluated: int, first: int = 1) -> It
     with _locked(folder):
         try:
             _forget_after(folder, range(first, step + 1), evaluated)
-            keep_starting(cfg.adapter, folder)
+            keep_adapters(cfg, folder)
             replace_text(folder / RECIPE, recipe_text(cfg))
         except OSError as error:
             raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
@@ -147,7 +146,7 @@ def restore_folder(folder: Path, recipe: str, cfg: Recipe) -> None:
         log.warning("%s has vanished; it is made anew, without what was in it", folder)
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / RECIPE, recipe)
-        keep_starting(cfg.adapter, folder)
+        keep_adapters(cfg, folder)
 
 
 def recipe_text(cfg: Recipe) -> str:

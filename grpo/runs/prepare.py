@@ -9,10 +9,11 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from grpo.backend.device import limit_memory, setup
+from grpo.backend import cuda
+from grpo.backend.device import limit_memory, on_gpu, setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
-from grpo.config import OptimConfig, Recipe, RolloutConfig
+from grpo.config import OptimConfig, Recipe, RolloutConfig, TeacherConfig
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows
 from grpo.environments.conversations import Conversations
@@ -24,6 +25,7 @@ from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
+from grpo.planning.graders import Graders
 from grpo.planning.lesson import Lesson
 from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
@@ -67,10 +69,11 @@ class Prepared:
     opened: ExitStack
 
 
-def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
+def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepared:
     """Resolve rewards, data and model, and make them into a trainer. Writes nothing.
 
-    What is `given` takes the place of what the recipe names.
+    What is `given` takes the place of what the recipe names. Without `trains` the run is only measured: no teacher is
+    loaded, and the trainer cannot make steps.
 
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
@@ -92,12 +95,19 @@ def prepare(cfg: Recipe, given: Given = NOTHING) -> Prepared:
         system, steps = text_system(cfg), cfg.optim.steps
         scorer = Scorer.of(cfg.rewards, steps, system, given.functions, hosts, applies)
         opened.callback(scorer.close)
-        prepared = _prepared(cfg, given, ranks, partners, scorer, opened)
+        teacher = cfg.teacher if trains else None
+        prepared = _prepared(cfg, given, ranks, partners, scorer, opened, teacher)
         return replace(prepared, notes=[*prepared.notes, *rewarding])
 
 
 def _prepared(
-    cfg: Recipe, given: Given, ranks: Ranks, partners: Partners, scorer: Scorer, opened: ExitStack
+    cfg: Recipe,
+    given: Given,
+    ranks: Ranks,
+    partners: Partners,
+    scorer: Scorer,
+    opened: ExitStack,
+    taught_by: TeacherConfig | None,
 ) -> Prepared:
     """The rest of `prepare`. What is `opened` stays open, and is the result's."""
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
@@ -106,7 +116,7 @@ def _prepared(
     model, tokenizer = load(cfg.model)
     rows = {name: local[name] if name in local else given.rows(name, data) for name, data in named.items()}
     policy = _policy(cfg, model)
-    teacher = teacher_of(cfg.teacher, cfg.adapter, policy, tokenizer)
+    teacher = teacher_of(taught_by, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
@@ -139,8 +149,9 @@ def _prepared(
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
-    lesson = Lesson.of(cfg.teacher, model, teacher and teacher.model)
-    planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson)
+    lesson = Lesson.of(taught_by, model, teacher and teacher.model, on_gpu(), cuda.available())
+    graders = Graders.of([(one.classifier.model, one.cfg) for one in scorer.models.values()], cuda.available())
+    planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson, graders)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})
     decode_as_planned(generator, plan)
@@ -150,8 +161,9 @@ def _prepared(
     nulls = [feed.null_prompts() for feed in held_out]
     prompts = [note for feed, known in zip(feeds, lengths, strict=True) for note in feed.notes(known, partners.resets)]
     head = filter(None, [positions, head_note(model, cfg.model)])
-    notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
-    notes += [*refiltered, *notes_on(cfg.optim, cfg.adapter, cfg.loss), *filter(None, nulls)]
+    taught = [] if taught_by is None else [taught_by.describe()]
+    notes = [*taught, *talk, *prompts, *generator.describe(), *head, *policy.notes]
+    notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss), *filter(None, nulls)]
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from grpo.config import Recipe
 from grpo.data.fingerprint import fingerprint
 from grpo.data.rows import Rows
+from grpo.document import read_written
 from grpo.errors import UserError
 from grpo.recipes import with_settings, without_single_turn
 from grpo.runs.checkpoint import (
@@ -27,7 +27,7 @@ from grpo.runs.checkpoint import (
     restore_replaced,
     versions,
 )
-from grpo.runs.drawing import rates_hash
+from grpo.runs.drawing import rates_hash, rates_have_gone
 from grpo.runs.folder import (
     CHECKPOINTS,
     check_run_folder,
@@ -64,8 +64,11 @@ class Start:
 
     @property
     def planned(self) -> Recipe:
-        """The recipe, with what was decided of it when the run that goes on began."""
-        return as_planned(with_revisions(self.cfg, self.revisions), self.plan)
+        """The recipe, with what was decided of it when the run that goes on began, and without a file of solve rates
+        that has gone and is not needed."""
+        gone = self.state is not None and rates_have_gone(self.cfg.data, self.state)
+        cfg = with_settings(self.cfg, {"data.solve_rates": None}) if gone else self.cfg
+        return as_planned(with_revisions(cfg, self.revisions), self.plan)
 
     def load(self, trainer: Trainer) -> RunState:
         """The state to start from, which is the trainer's from now on.
@@ -133,6 +136,7 @@ def find_start(
             notes = [f"{folder} holds a run: training takes --resume, --overwrite or another output_dir"]
         return Start(cfg, goes_on=goes_on, overwrite=overwrite, notes=tuple(notes))
     state, written = load_checkpoint(checkpoint)
+    cfg = _with_former_rates(cfg, state, written)
     differences = changes(written, context_now(cfg, written, given))
     if differences and not changed:
         listed = "\n".join(f"  {line}" for line in differences)
@@ -162,6 +166,16 @@ WITHOUT_INFLUENCE = (
 COMPARED = ("model.", "data.", "rewards.", "rollout.", "environment", "tools", "code of ", "contents of ")
 """How the differences begin after which the rewards of earlier and later steps cannot be compared, and after which
 older groups are not what this run would have sampled."""
+
+
+def _with_former_rates(cfg: Recipe, state: RunState, written: Context) -> Recipe:
+    """The recipe with the whole name that a file of solve rates had when it was there, if it has gone and is not
+    needed: only files that are there are found beside a recipe."""
+    name = cfg.data.solve_rates
+    former = read_written(written.recipe)["data"].get("solve_rates")
+    if name is None or former is None or not rates_have_gone(cfg.data, state) or not Path(former).match(name):
+        return cfg
+    return with_settings(cfg, {"data.solve_rates": former})
 
 
 def _goes_on(steps: int, made: int, checkpoint: Path) -> str:
@@ -246,7 +260,7 @@ def _written(value: Any) -> str:
 
 
 def _settings(written: Context) -> Iterator[tuple[str, Any]]:
-    recipe = _with_defaults(yaml.safe_load(written.recipe))
+    recipe = _with_defaults(read_written(written.recipe))
     yield from ((name, value) for name, value in _flat(recipe, "") if not _without_influence(name))
     for use, digest in written.sources.items():
         yield f"code of {use}", digest[:12]

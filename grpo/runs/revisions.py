@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo.backend.hub import Repository, cached_commit
-from grpo.config import DataConfig, ModelConfig, Recipe
+from grpo.config import DataConfig, ModelConfig, Recipe, RewardConfig
+from grpo.config.rewardmodel import reward_model_of
 from grpo.data.loading import is_local as is_local_data
 from grpo.model.load import is_local as is_local_model
 from grpo.recipes import with_settings
@@ -21,6 +22,7 @@ def revisions_of(cfg: Recipe) -> dict[str, str]:
     found = {f"model {cfg.model.name}": _model_commit(cfg.model)}
     if cfg.teacher is not None and cfg.teacher.model is not None:
         found[f"teacher {cfg.teacher.model.name}"] = _model_commit(cfg.teacher.model)
+    found |= {f"reward model {cfg.name}": _model_commit(cfg) for cfg in map(_reward_model, cfg.rewards) if cfg}
     found |= {_key(section, data): _data_commit(data) for section, data in data_of(cfg).items()}
     return {name: commit for name, commit in found.items() if commit is not None}
 
@@ -32,6 +34,7 @@ def with_revisions(cfg: Recipe, revisions: Mapping[str, str]) -> Recipe:
         commits["model.revision"] = revisions.get(f"model {cfg.model.name}")
     if cfg.teacher is not None and cfg.teacher.model is not None and cfg.teacher.model.revision is None:
         commits["teacher.model.revision"] = revisions.get(f"teacher {cfg.teacher.model.name}")
+    commits["rewards"] = tuple(_with_revision(reward, revisions) for reward in cfg.rewards)
     if cfg.data.sources:
         commits["data.sources"] = tuple(
             with_settings(one, {"revision": one.revision or revisions.get(_key(name, data))})
@@ -69,6 +72,18 @@ def checkpoint_of(run: Path, adapter: Path | None = None) -> Path | None:
 def _key(section: str, data: DataConfig) -> str:
     """The name of a commit of data. Both sections may name one repository, at different revisions."""
     return f"{section} {data.source}"
+
+
+def _reward_model(reward: RewardConfig) -> ModelConfig | None:
+    """The model that grades, if one does."""
+    return reward_model_of(reward.kwargs).model(reward.model) if reward.model else None
+
+
+def _with_revision(reward: RewardConfig, revisions: Mapping[str, str]) -> RewardConfig:
+    """The reward with the commit of its model, if it has a model without a revision."""
+    model = _reward_model(reward)
+    commit = revisions.get(f"reward model {model.name}") if model is not None and model.revision is None else None
+    return reward if commit is None else with_settings(reward, {"kwargs": {**reward.kwargs, "revision": commit}})
 
 
 def _model_commit(cfg: ModelConfig) -> str | None:

@@ -15,14 +15,16 @@ from grpo.plugins import Located, load_file
 FORMS = "a list of cases, or a dictionary of such lists by function"
 
 
-def find_cases(function: Callable[..., Any], located: Located, file: str | None) -> tuple[list[Any], Callable[[], Any]]:
-    """The cases of `function`, and the context manager that gives them arguments.
+def find_cases(
+    function: Callable[..., Any] | None, located: Located, file: str | None
+) -> tuple[list[Any], Callable[[], Any]]:
+    """The cases of `function` (None: of a model), and the context manager that gives them arguments.
 
     They are the `CASES` of its own module, or those of `file`: Python with `CASES`, JSON, or JSON lines. Cases that
     belong to one of several functions name it: as keys of a dictionary of lists, or each under `reward`. Raises
     UserError for a file that has none, and for a name that is no function of the module.
     """
-    own = sys.modules.get(function.__module__)
+    own = None if function is None else sys.modules.get(function.__module__)
     if file is None:
         given, module = getattr(own, "CASES", []), own
     else:

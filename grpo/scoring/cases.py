@@ -10,21 +10,24 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.errors import UserError
-from grpo.plugins import Located
+from grpo.plugins import Located, model_in
 from grpo.scoring.arguments import GIVEN
 from grpo.scoring.forms import as_messages
-from grpo.scoring.grader import Isolated, ScoringRequest
-from grpo.scoring.process import Worker, WorkerTerms
+from grpo.scoring.grader import ScoringRequest
+from grpo.scoring.process import WorkerTerms
+from grpo.scoring.trying import SHORT, cases_of, grader_of
 
 TOGETHER = 4
 """Completions of the fuzz that are given in one call: most mistakes in how many scores are returned show only there."""
+EXACT, CLOSE = 1e-9, 0.01
+"""How far a score may be from what a case says: of a function, and of a model, whose dtype decides its last digits."""
 OUR_KEYS = ("completion", "score", "kwargs")
 
 
@@ -80,17 +83,17 @@ def try_out(located: Located, trial: Trial) -> Report:
 
     Raises UserError for a function that cannot be had or called so, and for a trial that would try nothing.
     """
-    with closing(Worker(located, None, trial.terms, trial.cases)) as host:  # keeps what the cases run against
-        host.wait_ready()
-        cases = [_whole(case, host.case_kwargs, trial) for case in host.cases]
+    with cases_of(located, trial.terms, trial.cases) as (found, case_kwargs):
+        cases = [_whole(case, case_kwargs, trial) for case in found]
         if not cases and not trial.fuzz:
             raise UserError(f"reward {located.name!r}: it has no cases, and without the fuzz there is nothing to try")
         by_place: dict[int, Tried] = {}
         for places in _by_kwargs(cases):
             by_place |= zip(places, _tried(located, [cases[at] for at in places], trial), strict=True)
-        first: dict[str, Any] = cases[0] if cases else {"completion": "", "kwargs": host.case_kwargs, **trial.columns}
+        first: dict[str, Any] = cases[0] if cases else {"completion": "", "kwargs": case_kwargs, **trial.columns}
         first = {**first, "kwargs": {**first["kwargs"], **trial.kwargs}}
-        texts = fuzz_texts() if trial.fuzz else ()
+        most = SHORT if model_in(located.where) else sys.maxsize
+        texts = [text for text in fuzz_texts() if len(text) <= most] if trial.fuzz else []
         fuzz = [{**first, "completion": _in_form(text, first, trial), "completion_ids": _ids(text)} for text in texts]
         fuzzed = _called(located, fuzz, trial.terms, None) if fuzz else []
         can_tell = fuzz and all(tried.wrong is None for tried in fuzzed[:TOGETHER])
@@ -136,9 +139,8 @@ def _called(
     located: Located, cases: Sequence[Mapping[str, Any]], terms: WorkerTerms, expected: Sequence[float | None] | None
 ) -> list[Tried]:
     """Each of `cases`, which share their kwargs, in a call of its own."""
-    with closing(Isolated(located, cases[0]["kwargs"], terms, calls="completion")) as grader:
+    with grader_of(located, cases[0]["kwargs"], terms, "completion") as grader:
         names = _columns_of(cases)
-        grader.wait_ready()
         if grader.takes_environments:
             raise UserError(
                 f"reward {located.name!r}: it takes `environments`, so it needs conversations that have taken place, "
@@ -153,7 +155,7 @@ def _called(
         score, wrong = answer.values[0], answer.failures.get(0)
         if wrong is not None:
             wrong = f"{answer.kind}: {wrong}"
-        elif expected is not None and not _same(score, expected[place]):
+        elif expected is not None and not _same(score, expected[place], CLOSE if model_in(located.where) else EXACT):
             wrong = f"expected {expected[place]}, got {score}"
         tried.append(Tried(request.columns["completions"][place], score, answer.seconds, wrong))
     return tried
@@ -164,8 +166,7 @@ def _wrong_together(located: Located, cases: Sequence[Mapping[str, Any]], terms:
 
     Only what is wrong with every one of them is said; a reward that takes one completion a call has nothing to try.
     """
-    with closing(Isolated(located, cases[0]["kwargs"], terms)) as grader:
-        grader.wait_ready()
+    with grader_of(located, cases[0]["kwargs"], terms) as grader:
         if grader.calls == "completion":
             return None
         ((_, answer),) = grader.score(_request(cases, _columns_of(cases), [len(cases)]))
@@ -233,7 +234,7 @@ def _in_form(text: str, like: Mapping[str, Any], trial: Trial) -> Any:
     return text if is_text else as_messages(text, "assistant")
 
 
-def _same(score: float | None, expected: float | None) -> bool:
+def _same(score: float | None, expected: float | None, tolerance: float) -> bool:
     if score is None or expected is None:
         return score is expected
-    return math.isclose(score, expected, rel_tol=1e-6, abs_tol=1e-9)
+    return math.isclose(score, expected, rel_tol=1e-6, abs_tol=tolerance)

@@ -7,7 +7,6 @@ imports nothing heavy.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import json
@@ -18,13 +17,16 @@ import traceback
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.scoring.arguments import GIVEN, HOOKS, check_kwargs, is_factory, made, taker
 from grpo.scoring.forms import ROLES, AskedForMessages, Form, Probe, declared_form, expects_messages, in_form
 from grpo.scoring.names import check_column, check_metric
 from grpo.scoring.text import counted
 from grpo.types import FailureKind
+
+if TYPE_CHECKING:
+    import asyncio
 
 Columns = Mapping[str, Sequence[Any]]
 """A value for each completion, by name."""
@@ -83,7 +85,7 @@ class Reward:
         self._system = system
         self._has_answered = False
         self._takes = taker(function)
-        runner = functools.cache(asyncio.Runner)  # one event loop for all calls: clients and locks belong to one
+        runner = functools.cache(_runner)  # one event loop for all calls: clients and locks belong to one
         self._run = run or (lambda coroutine: runner().run(coroutine))
 
     def problem(self, columns: Collection[str]) -> str | None:
@@ -229,6 +231,12 @@ def _raised(error: BaseException) -> str:
         inner = inner.tb_next
     what = "".join(traceback.format_exception_only(error)).strip()[:LONGEST_MESSAGE]
     return f"{what}\n{''.join(traceback.format_tb(inner, limit=-FRAMES))}".rstrip()
+
+
+def _runner() -> asyncio.Runner:
+    import asyncio  # a fifth of a worker's start, which few functions need
+
+    return asyncio.Runner()
 
 
 async def _awaited(answer: Any) -> Any:

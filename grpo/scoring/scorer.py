@@ -24,6 +24,7 @@ from grpo.scoring.contract import Answer
 from grpo.scoring.grader import Inline, Isolated, ScoringRequest, make_grader
 from grpo.scoring.hints import column_hint
 from grpo.scoring.hosted import Hosted, hosted
+from grpo.scoring.modeled import Modeled, RewardModel
 from grpo.scoring.own import OwnTerms, own_answers, rewarding_steps, terms_of, without_home
 from grpo.scoring.records import ConversationRecord, Placed, RewardRecord, failures_by_kind
 from grpo.scoring.session import Grader, Scoring, columns_of, request_of
@@ -105,7 +106,7 @@ class Scorer:
         functions = functions or {}
         rewards: dict[str, Grader] = {}
         for config in configs:
-            grader = make_grader(config, system, functions.get(config.use))
+            grader = _grader(config, system, functions.get(config.use))
             if grader.name in rewards:
                 raise UserError(
                     f"rewards: two of them are called {grader.name!r}; metrics need one name each: give one a name of "
@@ -129,6 +130,11 @@ class Scorer:
             has_tools=any(host.description.tools for host, _ in hosts),
             applies=applies,
         )
+
+    @property
+    def models(self) -> dict[str, RewardModel]:
+        """The reward models among the rewards, by the rewards' names."""
+        return {name: reward.model for name, reward in self.rewards.items() if isinstance(reward, Modeled)}
 
     @property
     def lends_environments(self) -> bool:
@@ -269,6 +275,13 @@ class Scorer:
                 last_said(first[0].prompt, first[1].trajectory),
                 record.first_error,
             )
+
+
+def _grader(config: RewardConfig, system: str | None, function: Function | None) -> Inline | Isolated:
+    """The reward of a recipe's line: a model, or a function."""
+    if config.model:
+        return Modeled(config, system)
+    return make_grader(config, system, function)
 
 
 def _masked(answer: Answer) -> Answer:

@@ -65,6 +65,7 @@ def report(runs: Sequence[RecordedRun]) -> str:
         PagePart("setup", "What was trained on what", _setup(runs)),
         PagePart("reward", "Reward", curves(runs, ["reward"])),
         PagePart("kl", "KL to the reference", curves(runs, ["kl"])),
+        *([PagePart("teacher", "KL to the teacher", taught)] if (taught := curves(runs, ["teacher/kl"])) else []),
         PagePart("length", "Completion length", curves(runs, ["completions/mean_length", "completions/max_length"])),
         PagePart("entropy", "Entropy", curves(runs, ["entropy"])),
         PagePart("clip", "Clipped fractions", curves(runs, ["clip_ratio/low_mean", "clip_ratio/high_mean"])),
@@ -106,6 +107,7 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
         replayed = sum(_values(run, "reuse/groups"))
         steps += f", {replayed:.0f} older groups replayed" if replayed else ""
         loss = f"{cfg.loss.type}, beta {cfg.loss.beta:g}, lr {cfg.optim.learning_rate:g}"
+        loss += f", {cfg.teacher.describe()}" if cfg.teacher else ""
         talks = ", ".join(
             short_name(use) for use in (*(one.use for one in own), *(one.use for one in cfg.tools)) if use
         )

@@ -101,19 +101,19 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
     like = read_as(cfg)
     curriculum = (cfg.data if like is None else cfg.data.parts[like]).curriculum
     cfg = without_choice(cfg)  # it does not train
-    prepared = prepare(cfg)
+    prepared = prepare(cfg, trains=False)
     notes = _changed_since(folder, adapter, cfg, prepared.rows["eval"]) if is_run(folder) else ()
     trainer, evaluator = prepared.trainer, prepared.evaluator
     with closing(prepared.opened):
         assert evaluator is not None
+        solved = None if asked.solve_rates is None else solved_by(trainer.scorer, curriculum, "eval")
         started = "base" if cfg.adapter.path is None else "start (adapter.path)"
         before, sampled = evaluator.measured(0)
         after: EvalMetrics | None = None
         if adapter is not None:
             trainer.policy.adapters.load(adapter)
             after, sampled = evaluator.measured(step_of(adapter) if (adapter / STATE).is_file() else 0)
-        if asked.solve_rates is not None and trainer.ranks.first:
-            solved = solved_by(trainer.scorer, curriculum, "eval")
+        if asked.solve_rates is not None and solved is not None and trainer.ranks.first:
             rates = SolveRates.of(_solve_rates(sampled, solved), prepared.rows["eval"], _about(cfg, adapter, solved))
             _write(rates, asked.solve_rates)
         return Measured(started, before, after, notes)

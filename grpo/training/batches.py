@@ -26,11 +26,14 @@ Found = TypeVar("Found")
 def make_minibatches(
     groups: Sequence[Group], loss: LossConfig, packing: Packing, longest: int, number: int = 1, beta: float = 0.0
 ) -> list[MiniBatch]:
-    """Split the step's groups into `number` minibatches, one for each update of an iteration. See `make_batches`."""
-    groups, size = _with_samplers(groups), -(-len(groups) // number)
+    """Deal the step's groups out to `number` minibatches, one for each update of an iteration. See `make_batches`.
+
+    Groups that teach come first in a step, then those that do not, then older ones: dealt out like cards, each update
+    has about its share of every kind.
+    """
+    groups = _with_samplers(groups)
     return [
-        make_batches(groups[start : start + size], loss, packing, longest, beta)
-        for start in range(0, len(groups), size)
+        make_batches(groups[first::number], loss, packing, longest, beta) for first in range(min(number, len(groups)))
     ]
 
 

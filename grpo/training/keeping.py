@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from grpo.backend.secrets import masked
+from grpo.environments.written import conversation, written
 from grpo.training.state import Arrays
-from grpo.types import Conversation, Failure, Group, Rollout, Task, Trajectory
+from grpo.types import Failure, Group, Rollout, Task, Trajectory
 
-TALK = tuple(field.name for field in fields(Conversation) if field.name not in ("failure", "home"))
 ABOUT, IDS, TRAINED, VALUES = "about", "ids", "trained", "values"
 
 
@@ -148,21 +148,12 @@ def _about(rollout: Rollout) -> dict[str, Any]:
         "text": trajectory.text,
         "finish_reason": trajectory.finish_reason,
         "begins": trajectory.begins,
-        "conversation": _about_talk(trajectory.conversation),
+        "conversation": written(trajectory.conversation),
         "scores": dict(rollout.scores),
         "failures": {name: _about_failure(failure) for name, failure in rollout.failures.items()},
         "extras": masked(json.dumps(dict(rollout.extras), default=str)),
         "failed": rollout.failed,
     }
-
-
-def _about_talk(talk: Conversation | None) -> str | None:
-    """A conversation as JSON without its home and without secrets: what tools answer may quote anything."""
-    if talk is None:
-        return None
-    plain = {name: getattr(talk, name) for name in TALK}
-    failure = talk.failure and _about_failure(talk.failure)
-    return masked(json.dumps({**plain, "failure": failure}, default=str))
 
 
 def _about_failure(failure: Failure) -> dict[str, str]:
@@ -178,7 +169,7 @@ def _rollout(about: Mapping[str, Any], policy_step: int, ids: _Reader, trained: 
         about["text"],
         about["finish_reason"],
         policy_step,
-        _talk(about["conversation"]),
+        conversation(about["conversation"]),
         tuple(about["begins"]),
     )
     return Rollout(
@@ -188,12 +179,3 @@ def _rollout(about: Mapping[str, Any], policy_step: int, ids: _Reader, trained: 
         json.loads(about["extras"]),
         failed=about["failed"],
     )
-
-
-def _talk(text: str | None) -> Conversation | None:
-    if text is None:
-        return None
-    said = json.loads(text)
-    lists = {name: tuple(said[name]) for name in ("prompt", "messages", "turn_rewards")}
-    failure = said.pop("failure")
-    return Conversation(**said | lists, failure=None if failure is None else Failure(**failure))

@@ -14,9 +14,14 @@ from typing import cast
 
 import mlx.core as mx
 
+from grpo.config import RolloutConfig
+from grpo.rollout import sampling_of
 from grpo.training.keeping import OlderGroup, pack, unpack
 from grpo.training.state import Arrays
 from grpo.types import Group
+
+TOKEN = 4 + 5
+"""Bytes of a token in a kept group: its id, and its characters in the text, which are five or so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +41,10 @@ class OlderGroups:
         Those that were replayed least often come first, and of these the newest.
         """
         order = sorted(range(len(self.kept)), key=lambda place: (self.kept[place].replays, -place))
-        chosen = set(order[: max(missing, 0)])
-        groups = [lagging(self.kept[place].group(), step) for place in order if place in chosen]
-        counted = (
-            replace(one, replays=one.replays + 1) if place in chosen else one for place, one in enumerate(self.kept)
-        )
-        return groups, replace(self, kept=tuple(counted))
+        chosen, counted = order[:missing], list(self.kept)
+        for place in chosen:
+            counted[place] = replace(counted[place], replays=counted[place].replays + 1)
+        return [lagging(self.kept[place].group(), step) for place in chosen], replace(self, kept=tuple(counted))
 
     def after(self, step: int, groups: Iterable[Group]) -> OlderGroups:
         """What is kept after step `step`, which sampled these `groups` with signal: none too old for the next step.
@@ -62,6 +65,16 @@ class OlderGroups:
         return replace(self, kept=unpack(arrays))
 
 
+def bytes_kept(rollout: RolloutConfig, steps: int, prompt: int, length: int) -> int:
+    """Bytes that a run of so many steps keeps at most, with prompts of `prompt` tokens and completions of `length`.
+
+    Counted without the dataset's columns. A filter, such as top_p, gives tokens one more column.
+    """
+    columns = 1 + sampling_of(rollout).reshaped
+    of_group = TOKEN * prompt + rollout.num_generations * length * (TOKEN + 1 + 4 * columns)
+    return min(rollout.reuse, steps) * rollout.prompts_per_step * of_group
+
+
 def lagging(group: Group, step: int) -> Group:
     """The group as step `step` learns from it, whose policy has made `step - 1` steps."""
     rollouts = (replace(one, lag=step - 1 - cast(int, one.trajectory.policy_step)) for one in group.rollouts)
@@ -78,6 +91,5 @@ def lag_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def _has_anchor(group: Group) -> bool:
     """Whether the policy that sampled gave a number for every trained token."""
-    trajectories = [rollout.trajectory for rollout in group.rollouts]
-    known = all(trajectory.behaviour is not None for trajectory in trajectories)
-    return known and all(math.isfinite(p) for t in trajectories for p in t.of_trained(t.behaviour or ()))
+    trajectories = (rollout.trajectory for rollout in group.rollouts)
+    return all(math.isfinite(p) for each in trajectories for p in each.of_trained(each.behaviour or ()))

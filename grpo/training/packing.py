@@ -177,17 +177,25 @@ def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shap
     """Micro-batches as positions in `rows`, with their shapes.
 
     Rows are taken from the longest to the shortest, group by group or all together, whichever costs less: groups share
-    prompts, and equal lengths share padding. Or completions stand behind one another, where that costs less still, and
-    those that are too long for it in lines of their own.
+    prompts, and equal lengths share padding. Or completions stand behind one another, where that costs less still. What
+    does not fit into a line with others may have a line of its own, and the longest completions always have.
     """
-    ways = [_together(rows, packing)]
+    if not packing.packs:
+        return _together(rows, packing)
     places = [room(task.prompt_ids, rollout.trajectory.token_ids) for task, rollout in rows]
-    if packing.packs and max(places, default=0) > WIDE:
-        long = sorted((n for n, needed in enumerate(places) if needed > WIDE), key=lambda n: -places[n])
-        rest = [n for n, needed in enumerate(places) if needed <= WIDE]
-        others = [([rest[n] for n in held], shape) for held, shape in _together([rows[n] for n in rest], packing)]
-        ways.append([*_one_by_one(long, places, packing), *others])
+    lengths = [_length(rollout) for _, rollout in rows]
+    ways = [_with_some_alone(rows, places, [n > WIDE for n in needed], packing) for needed in (lengths, places)]
     return min(ways, key=lambda parts: packing.cost([shape for _, shape in parts]))
+
+
+def _with_some_alone(
+    rows: Sequence[Sample], places: Sequence[int], alone: Sequence[bool], packing: Packing
+) -> list[tuple[list[int], Shape]]:
+    """Some rows in lines of their own, and the others in the cheapest way."""
+    apart = sorted((n for n, single in enumerate(alone) if single), key=lambda n: -places[n])
+    rest = [n for n, single in enumerate(alone) if not single]
+    others = [([rest[n] for n in held], shape) for held, shape in _together([rows[n] for n in rest], packing)]
+    return [*_one_by_one(apart, places, packing), *others]
 
 
 def _together(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shape]]:

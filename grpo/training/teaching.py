@@ -37,6 +37,7 @@ class Teacher:
     def of(self, policy: Policy) -> Iterator[Policy]:
         """The policy's teacher inside a `with` block. The policy is not to be used in it."""
         if self.second is not None:
+            self.second.logits = policy.logits  # as few at once as the plan has for the policy
             yield self.second
             return
         with policy.use(TEACHER):

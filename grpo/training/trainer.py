@@ -107,7 +107,7 @@ class Trainer:
         self.before.move()  # even if no update was applied: the step counts
         clock.lap("update")
         self.policy.adapters.sync_reference(self.cfg.adapter, n)
-        status = self.status(n, beta) | penalty_metrics | kl_metrics | useful | self.lags(groups)
+        status = self.status(n, groups, beta) | penalty_metrics | kl_metrics | useful
         sources, scorer = [one.called for one in self.cfg.data.sources], self.scorer
         metrics = step_metrics(n, sampled, update, status, clock.laps, scorer.has_tools, sources, scorer.applies)
         self.older = older  # the last change: what fails before it leaves the older groups as they were
@@ -156,10 +156,6 @@ class Trainer:
         replayed = with_rewards(replayed, self.scorer.weights) if replayed else []
         return [*fresh[: len(fresh) - len(replayed)], *replayed], older.after(n, teaching)
 
-    def lags(self, groups: list[Group]) -> dict[str, float]:
-        """The metrics of how old the groups are that were trained on, where some may be older ones."""
-        return lag_metrics(groups) if self.cfg.rollout.reuse else {}
-
     def teaches(self, group: Group) -> bool:
         """Whether the rewards of a group differ: of its completions, or of their turns, whichever advantages are of."""
         return has_variance(group, self.scorer.weights if self.cfg.advantage.turns == "turn" else None)
@@ -181,8 +177,8 @@ class Trainer:
         every = self.cfg.kl_every
         return {} if every is None or n % every else {"kl": mean_kl(self.gauges.divergences(groups), Totals.of(groups))}
 
-    def status(self, n: int, beta: float) -> dict[str, float]:
-        """The metrics that neither the groups nor the update provide."""
+    def status(self, n: int, groups: list[Group], beta: float) -> dict[str, float]:
+        """The metrics that neither what was sampled nor the update provide. The `groups` are those learnt from."""
         status = {
             "learning_rate": learning_rate(self.cfg.optim, n),
             **({} if (delta := self.policy.adapters.delta()) is None else {"adapter_delta": delta}),
@@ -196,6 +192,7 @@ class Trainer:
                 | {f"environment/failures/{kind}": count for kind, count in self.scorer.failures_by_kind.items()}
             ),
         }
+        status |= lag_metrics(groups) if self.cfg.rollout.reuse else {}
         return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 
     def state(self) -> TrainerState:

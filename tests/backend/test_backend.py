@@ -1,5 +1,7 @@
 """The machine: which BLAS serves, and random keys."""
 
+import ctypes.util
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -57,15 +59,24 @@ def test_coming_too_late_is_said() -> None:
 def test_openblas_is_not_looked_for_where_mkl_is(monkeypatch) -> None:
     """To look for it runs other programs: `import grpo` would wait for them."""
     monkeypatch.setattr(blas, "_mkl_paths", lambda: ["libmkl_rt.so"])
-    monkeypatch.setattr(blas.ctypes.util, "find_library", lambda _: pytest.fail("it was looked for"))
+    monkeypatch.setattr(ctypes.util, "find_library", lambda _: pytest.fail("it was looked for"))
     assert next(iter(blas._candidates())) == ("MKL", "libmkl_rt.so")
+
+
+@pytest.mark.parametrize("name", ["mkl", "mlx", "mlx-lm", "mlx-cuda-12", "no-such-package"])
+def test_the_files_of_a_wheel_are_found_without_importing_what_reads_them(name: str) -> None:
+    record = blas._record(name)
+    assert (record is not None) == blas.installed(name)
+    if record is not None:
+        listed = {str(path) for path in importlib.metadata.files(name) or []}
+        assert {line.partition(",")[0] for line in record.read_text().splitlines()} == listed
 
 
 def test_none_to_be_had_is_said(monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "mlx.core")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(blas, "_candidates", lambda: [("MKL", "/nowhere/libmkl_rt.so")])
-    monkeypatch.setattr(blas, "installed", lambda _: False)
+    monkeypatch.setattr(blas, "_record", lambda _: None)
     monkeypatch.delenv("GRPO_BLAS", raising=False)
     assert "install grpo-mlx[cpu]" in blas._preload()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.backend.imports import unseen
+from grpo.backend.imports import alone, unseen
 
 MODULE = "grpo_test_unseen"
 
@@ -21,6 +21,42 @@ def test_an_unseen_package_is_as_if_not_installed_and_then_there_again(tmp_path:
     with unseen(MODULE):
         assert importlib.import_module(MODULE) is found
     del sys.modules[MODULE]
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch) -> str:
+    """A package that counts how often it is imported, with a module `deep.one`, and `deep.needy`, which needs it."""
+    name = "grpo_test_heavy"
+    for place, text in (
+        ("", "import sys\nsys.imported = getattr(sys, 'imported', 0) + 1\nheavy = 'heavy'\n"),
+        ("deep", "from .. import heavy\n"),
+        ("deep/one", "from .two import two\none = two - 1\n"),
+        ("deep/two", "two = 2\n"),
+        ("deep/needy", "from .. import heavy\n"),
+    ):
+        file = tmp_path / name / f"{place}.py" if "/" in place else tmp_path / name / place / "__init__.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "imported", 0, raising=False)
+    yield name
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        del sys.modules[module]
+
+
+def test_a_module_alone_imports_no_package_and_leaves_none_behind(package: str) -> None:
+    assert alone(f"{package}.deep.one").one == 1
+    assert sys.imported == 0
+    assert not any(name.startswith(package) for name in sys.modules)
+    assert importlib.import_module(f"{package}.deep").heavy == "heavy"
+    assert alone(f"{package}.deep.one") is sys.modules[f"{package}.deep.one"]  # it is there already
+    assert sys.imported == 1
+
+
+def test_a_module_that_needs_its_package_is_imported_as_always(package: str) -> None:
+    assert alone(f"{package}.deep.needy").heavy == "heavy"
+    assert sys.imported == 1
+    assert sys.modules[package].heavy == "heavy"
 
 
 HEAVY = """
@@ -37,6 +73,19 @@ print("help holds", held())
 import grpo.runs.prepare
 print("training holds wandb:", any(name.split(".")[0] == "wandb" for name in sys.modules))
 """
+
+
+WORKER = """
+import sys
+import grpo.scoring.worker, grpo.scoring.loading, grpo.scoring.casefile
+print([name for name in ("mlx", "numpy", "asyncio", "importlib.metadata", "ctypes.util") if name in sys.modules])
+"""
+
+
+def test_the_process_of_a_reward_function_starts_with_little() -> None:
+    """Each takes a tenth of its start and more, and a run waits for one for each of its reward functions."""
+    ran = subprocess.run([sys.executable, "-P", "-c", WORKER], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
 
 
 def test_help_imports_nothing_heavy_and_training_no_wandb() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -37,19 +38,24 @@ def test_tasks_between_are_kept_the_bounds_included(file, kind, columns) -> None
     assert [rows[place]["gold"] for place in range(len(rows))] == [1, 2, 4]
     if columns:
         assert rows[2]["answer"] == 4
-    assert known_rates(cfg) == {0: 0.1, 1: 0.5, 2: 0.9}
+    assert known_rates(cfg, rows).tolist() == [0.1, 0.5, 0.9]
 
 
 def test_for_a_curriculum_alone_all_rows_stay(file) -> None:
     cfg = config(curriculum={})
-    assert (len(prepared_rows(ROWS, cfg)), known_rates(cfg)) == (6, RATES)
-    assert known_rates(DataConfig(source="rows")) == {}
+    rows = prepared_rows(ROWS, cfg)
+    known = known_rates(cfg, rows)
+    assert len(rows) == len(known) == 6
+    assert {index: rate for index, rate in enumerate(known.tolist()) if rate == rate} == RATES
+    assert known_rates(DataConfig(source="rows"), rows) is None
 
 
 @pytest.mark.parametrize("rows", [ROWS[:5], [*ROWS[:5], {"question": "other?", "gold": 5}], ROWS[::-1]])
 def test_rates_of_other_rows_are_refused(file, rows) -> None:
     with pytest.raises(UserError, match=r"rates are of other rows \(mine, split train: 6 rows\).*--split train"):
-        prepared_rows(rows, config(curriculum={}))
+        known_rates(config(curriculum={}), rows)
+    with pytest.raises(UserError, match=r"rates are of other rows"):
+        prepared_rows(rows, config(solve_rate=(0, 1)))
 
 
 def test_nothing_between_is_said(file) -> None:
@@ -73,10 +79,25 @@ def test_nothing_between_is_said(file) -> None:
 def test_what_is_no_such_file_is_said(file, text: str, said: str) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=f"rates.jsonl: {said} is not what grpo eval --solve-rates writes"):
-        prepared_rows(ROWS, config(curriculum={}))
+        known_rates(config(curriculum={}), ROWS)
     file.unlink()
     with pytest.raises(UserError, match=r"rates.jsonl: No such file"):
-        prepared_rows(ROWS, config(curriculum={}))
+        prepared_rows(ROWS, config(solve_rate=(0, 1)))
+
+
+def test_the_line_to_blame_is_named_among_many_and_the_last_rate_of_a_row_counts(file) -> None:
+    file.write_text(file.read_text() + '{"index": 1, "solve_rate": 1}\n\n')
+    assert known_rates(config(curriculum={}), ROWS)[1] == 1
+    file.write_text(file.read_text().replace('"index": 5', '"index": 5.5'))
+    with pytest.raises(UserError, match="line 6 is not"):
+        known_rates(config(curriculum={}), ROWS)
+
+
+def test_a_file_in_which_no_task_has_a_rate_keeps_none_and_begins_with_none(file) -> None:
+    SolveRates.of({}, ROWS, {}).write(file)
+    assert np.isnan(known_rates(config(curriculum={}), ROWS)).all()
+    with pytest.raises(UserError, match="none of the 0 tasks"):
+        prepared_rows(ROWS, config(solve_rate=(0, 1)))
 
 
 def test_eval_measures_training_rows_and_training_keeps_those_between(recipe, run_cli) -> None:

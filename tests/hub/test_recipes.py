@@ -142,3 +142,19 @@ def test_every_recipe_trains_a_small_step(whole_hub: Hub, judge: str) -> None:
         assert set(rates.values()) <= {0}, (name, rates)
         assert ("turns/mean" in step) is bool(RECIPES[name].conversations), name
         assert (folder / "checkpoints/step-000001/adapters.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_older_groups_come_again_in_the_recipe_that_replays_them(whole_hub: Hub) -> None:
+    """With a reward that few completions get; those of the recipe's own are all 0 here."""
+    (whole_hub.home.parent / "rare.py").write_text(
+        "def reward(completions, **columns):\n"
+        "    return [float(sum(map(ord, text)) % 9 == 0) for text in completions]\n"
+    )
+    lengths = ["rollout.num_generations=4", "rollout.max_completion_length=8", "rollout.prompts_per_step=4"]
+    several = ["optim.steps=5", "optim.warmup_steps=0", "log.wandb=null", "rewards=[{use: 'rare.py:reward'}]"]
+    run(whole_hub, {"replay": [*lengths, *several]})
+    metrics = whole_hub.home.parent / "runs" / "replay" / "metrics.jsonl"
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert max(step["reuse/groups"] for step in steps) > 0
+    assert max(step["policy_lag/max"] for step in steps) <= 4

@@ -71,6 +71,19 @@ def test_what_keeps_its_dtype_is_told_by_cast_predicate() -> None:
     assert kept == {"e_score_correction_bias"}
 
 
+@holds("model_classes", "load_model")
+def test_a_model_may_be_loaded_as_another_class(toy_folder: Path) -> None:
+    base, arguments = mlxlm.model_classes(mlxlm.load_config(toy_folder))
+
+    class Mine(base):
+        def sanitize(self, weights: dict) -> dict:
+            return {name: 0 * array for name, array in super().sanitize(weights).items()}
+
+    model, _ = mlxlm.load_model(toy_folder, lazy=True, get_model_classes=lambda config: (Mine, arguments))
+    assert isinstance(model, Mine)
+    assert not any(array.any().item() for _, array in tree_flatten(model.parameters()))
+
+
 @holds("load_model", "load_config", "save_model")
 def test_a_folder_is_loaded_and_saved(toy_folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"

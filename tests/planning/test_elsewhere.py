@@ -12,6 +12,7 @@ from grpo.errors import TooLargeError, UserError
 from grpo.model.known import CONFIGS
 from grpo.planning.elsewhere import Elsewhere
 from grpo.planning.estimate import RECKONED, machine_of, report
+from grpo.planning.held import Held
 from grpo.planning.machines import GB, Backend, memory_of
 from grpo.recipes import with_settings
 
@@ -34,6 +35,15 @@ def test_the_longest_completion_fits_and_a_longer_one_does_not() -> None:
     there(16, cfg=of_8b(length)).plan()
     with pytest.raises(TooLargeError):
         there(16, cfg=of_8b(length + 1)).plan()
+
+
+def test_what_does_not_depend_on_lengths_is_counted_once(monkeypatch) -> None:
+    held, counted = Held.of, []
+    monkeypatch.setattr(Held, "of", lambda *given: counted.append(given) or held(*given))
+    at_hand = there(16)
+    assert at_hand.plan().stays == held(*counted[0]).stays
+    at_hand.lengths.longest()
+    assert len(counted) == 1
 
 
 def test_more_memory_gives_longer_completions() -> None:

@@ -39,11 +39,13 @@ RATIOS = "each rollout has one update, and its ratios are 1: loss.{} wait for op
         (["loss.type=vespo"], []),
         (["loss.epsilon=0.1", "optim.num_iterations=2"], []),
         (["loss.epsilon=0.1", "optim.num_minibatches=2"], []),
+        (["loss.epsilon=0.1", "rollout.reuse=2"], []),
+        (["optim.steps=1", "rollout.reuse=2"], ["rollout.reuse: 2 does nothing: the run has 1 step"]),
     ],
 )
 def test_notes(recipe, overrides: list[str], notes: list[str]) -> None:
     cfg = load_recipe(recipe, overrides)
-    found = list(notes_on(cfg.optim, cfg.adapter, cfg.loss))
+    found = list(notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss))
     assert len(found) == len(notes)
     assert all(note.startswith(said) for note, said in zip(found, notes, strict=True))
 

@@ -4,11 +4,17 @@ from dataclasses import replace
 
 import pytest
 from planning.loads import workload
+from planning.test_elsewhere import of_8b, there
 from training.test_packing import row
 
-from grpo.config import Recipe
+from grpo.config import OptimConfig, Recipe
 from grpo.generation.memory import Need
+from grpo.planning.plan import ways_out
+from grpo.planning.table import table
+from grpo.planning.workload import OLDER
+from grpo.training.keeping import OlderGroup
 from grpo.training.packing import Packing, Shape, pack
+from grpo.types import Group, Rollout, Task, Trajectory
 
 
 def asked(**sections) -> Recipe:
@@ -96,3 +102,38 @@ def test_the_largest_is_what_packing_makes_of_rows_that_are_all_the_longest(
 def test_of_very_many_rows_the_first_ones_are_enough() -> None:
     rollout = {"prompts_per_step": 4_000, "num_generations": 8, "max_completion_length": 64}
     assert workload(asked(rollout=rollout), 100).largest(612, gpu=False) == [Shape(1, 100, 8, 64)]
+
+
+def test_older_groups_are_held_where_memory_is_one() -> None:
+    """Two steps of 4 prompts of 100 tokens with 8 completions of 64: 5 + 9 bytes a token, and 4 more with a filter.
+
+    Of these, a group's arrays take exactly what is not its text, about 5 bytes a token.
+    """
+    asks = {"prompts_per_step": 4, "num_generations": 8, "max_completion_length": 64}
+    for filters, columns in (({}, {"behaviour"}), ({"top_p": 0.9}, {"behaviour", "sampler"})):
+        load = workload(asked(rollout={**asks, **filters, "reuse": 2}, optim={"steps": 9}), 100)
+        values = {name: (-1.0,) * 64 for name in columns}
+        sampled = Trajectory((5,) * 64, (True,) * 64, values, "", "length", policy_step=0)
+        kept = OlderGroup.of(Group(Task(0, "", (3,) * 100, {}), (Rollout(sampled),) * 8))
+        arrays = kept.ids.nbytes + kept.trained.nbytes + kept.values.nbytes
+        assert load.stays(cuda=False) == {"older groups": 2 * 4 * (arrays + 5 * (100 + 8 * 64))}
+        assert load.stays(cuda=True) == {}
+        short = replace(load, optim=OptimConfig(steps=1))  # no more than it samples
+        assert short.stays(cuda=False)["older groups"] == load.stays(cuda=False)["older groups"] / 2
+    assert workload(asked(rollout=asks), 100).stays(cuda=False) == {}
+
+
+def test_the_plan_and_its_table_have_older_groups_and_advise_fewer_where_they_are_many() -> None:
+    long_run = {"optim": {"steps": 500}}
+    rollout = {"prompts_per_step": 64, "num_generations": 16, "max_completion_length": 4096, "reuse": 4}
+    mac = there(64, "metal", of_8b(rollout=rollout, **long_run))
+    plan = mac.draft(mac.load)
+    assert plan.stays[OLDER] == pytest.approx(4 * 64 * 16 * 4096 * 14, rel=0.01)
+    (line,) = [line for line in table(plan, mac.load) if line.startswith(OLDER)]
+    assert " ".join(line.split()) == (
+        "older groups 225 MB groups of up to 4 steps ago (rollout.reuse), at their longest"
+    )
+    assert "a smaller rollout.reuse" not in ways_out(plan, mac.load)
+    many = there(64, "metal", of_8b(rollout={**rollout, "reuse": 400}, **long_run))
+    assert "a smaller rollout.reuse" in ways_out(many.draft(many.load), many.load)
+    assert OLDER not in there(64, "cuda", of_8b(rollout=rollout, **long_run)).draft(mac.load).stays

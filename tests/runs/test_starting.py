@@ -17,13 +17,13 @@ class KilledError(BaseException):
     """In the place of a kill: nothing catches it, nothing tidies up."""
 
 
-def copies(tmp_path: Path) -> tuple[Path, Path]:
+def with_copies(tmp_path: Path) -> Path:
     """A run with an old copy, and a new one that is made aside."""
     folder = tmp_path / "run"
-    for name, text in ((starting.STARTING, "old"), (starting.PARTIAL, "new")):
+    for name, text in ((starting.STARTING, "old"), (starting.partial(starting.STARTING), "new")):
         (folder / name).mkdir(parents=True)
         (folder / name / WEIGHTS).write_text(text)
-    return folder, folder / starting.PARTIAL
+    return folder
 
 
 def beginning(recipe: Path, folder: Path) -> str:
@@ -34,7 +34,7 @@ def beginning(recipe: Path, folder: Path) -> str:
 @pytest.mark.parametrize("calls", range(7))
 def test_a_kill_while_it_is_replaced_leaves_one_of_them(recipe, tmp_path, monkeypatch, calls: int) -> None:
     """Killed before the first, the second, ... call that changes the disk; then it is replaced again."""
-    folder, copy = copies(tmp_path)
+    folder = with_copies(tmp_path)
     left = [calls]
 
     def counted(call):
@@ -51,16 +51,16 @@ def test_a_kill_while_it_is_replaced_leaves_one_of_them(recipe, tmp_path, monkey
         patched.setattr(shutil, "rmtree", counted(shutil.rmtree))
         patched.setattr(starting, "sync", counted(starting.sync))
         try:
-            starting.put_starting(copy, folder)
+            starting.put_copies([starting.STARTING], folder)
             assert calls > 4
         except KilledError:
             assert calls <= 4
     assert beginning(recipe, folder) in ("old", "new")
-    again = folder / starting.PARTIAL
+    again = folder / starting.partial(starting.STARTING)
     shutil.rmtree(again, ignore_errors=True)
     again.mkdir()
     (again / WEIGHTS).write_text("newer")
-    starting.put_starting(again, folder)
+    starting.put_copies([starting.STARTING], folder)
     assert beginning(recipe, folder) == "newer"
     assert [path.name for path in folder.iterdir()] == [starting.STARTING]
 
@@ -71,7 +71,7 @@ def test_a_run_whose_copy_was_put_aside_goes_on(recipe) -> None:
     run(recipe, f"adapter.path={first}", "output_dir=begun")
     shutil.rmtree("first")
     shutil.rmtree(checkpoints(Path("begun/checkpoints"))[-1])
-    Path("begun", starting.STARTING).rename(Path("begun", starting.PUT_ASIDE))
+    Path("begun", starting.STARTING).rename(Path("begun", starting.put_aside(starting.STARTING)))
     assert run(Path("begun/recipe.yaml"), "output_dir=begun", resume=True).state.step == 2
     assert Path("begun", starting.STARTING, WEIGHTS).is_file()
-    assert not Path("begun", starting.PUT_ASIDE).exists()
+    assert not Path("begun", starting.put_aside(starting.STARTING)).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.adapters import TEACHER
 from grpo.model.load import load
+from grpo.model.mlxlm import new_model
 from grpo.recipes import load_recipe
 from grpo.runs.prepare import Prepared, prepare
 
@@ -89,7 +91,11 @@ def test_an_adapter_that_does_not_fit_is_refused(taught: Path) -> None:
         (("teacher={}",), "name either teacher.model"),
         (("teacher={model: m, adapter: a}",), "name either teacher.model"),
         (("teacher={adapter: a, top_k: 3}",), "teacher.top_k does nothing with teacher.kl: sampled"),
-        (("teacher={adapter: a}", "rollout.dynamic_sampling=2"), "dynamic_sampling does nothing with a teacher"),
+        (("teacher={adapter: a}", "rollout.dynamic_sampling=2"), "rollout.dynamic_sampling replaces groups whose rew"),
+        (
+            ("teacher={adapter: a}", "rollout.reuse=2"),
+            "rollout.reuse replaces groups whose rewards .* teach nothing. W",
+        ),
         (("teacher={adapter: a}", "loss.type=gspo"), "teacher.kl: sampled gives each token its own advantage"),
         (("teacher={adapter: a}", ALONE, "advantage.baseline=batch"), "advantage.baseline does nothing"),
         (("teacher={adapter: a}", ALONE, "loss={beta: 0.1, kl_in: reward}"), "kl_in: reward does nothing"),
@@ -127,3 +133,51 @@ def test_a_resumed_run_is_the_run(taught: Path, run_cli, kl: str) -> None:
     refused = run_cli("train", taught, "output_dir=parts", "--resume", *more)
     assert refused.code != 0
     assert "contents of teacher.adapter" in refused.err
+
+
+def test_the_forward_pass_of_a_much_wider_teacher_is_in_the_plan(taught: Path, toy_folder: Path) -> None:
+    """Beside its weights and what it says: here it takes more than the update of the student."""
+    wide = json.loads((toy_folder / "config.json").read_text()) | {"intermediate_size": 4096}
+    folder = shutil.copytree(toy_folder, "wide")
+    (Path(folder) / "config.json").write_text(json.dumps(wide))
+    model = new_model(wide)
+    for file in Path(folder).glob("*.safetensors*"):
+        file.unlink()
+    mx.save_safetensors("wide/model.safetensors", tree_flatten(model.parameters(), destination={}))
+    narrow, run = (prepared(taught, f"teacher.model={name}") for name in (toy_folder, "wide"))
+    shape = run.plan.shape
+    assert run.plan.phases["update"] > narrow.plan.phases["update"]
+    assert run.plan.phases["update"] >= shape.tokens * 4 * 4 * 4096  # four arrays of its inside, in float32
+    for one in (narrow, run):
+        one.opened.close()
+
+
+def close(one: list[tuple[float, ...]], other: list[tuple[float, ...]]) -> bool:
+    """Whether these logprobs are the same but for rounding; other tokens have others."""
+    return all(mine == pytest.approx(theirs, abs=1e-4) for mine, theirs in zip(one, other, strict=True))
+
+
+def test_an_evaluation_is_of_the_student(taught: Path) -> None:
+    """Nothing that samples has the teacher's adapter, whatever came before it; a step leaves the policy in place."""
+    run = prepared(taught, "teacher={adapter: teacher, kl: exact}", "optim.learning_rate=1e-12", "eval={split: train}")
+    adapters = run.trainer.policy.adapters
+
+    def answers() -> list[tuple[float, ...]]:
+        groups = run.trainer.engine.rollout(run.tasks, 1, 1.0, mx.random.key(0))
+        return [rollout.trajectory.behaviour for group in groups for rollout in group.rollouts]
+
+    before, measured = answers(), run.evaluator(0).values
+    run.trainer.step(1)
+    assert close(answers(), before)
+    assert run.evaluator(1).values == measured
+    with adapters.use(TEACHER):
+        assert not close(answers(), before)
+    run.opened.close()
+
+
+def test_a_curriculum_without_rewards_is_refused(recipe: Path) -> None:
+    """Nothing would say what is solved; a reward of weight 0 does."""
+    teacher = "teacher={adapter: a}"
+    with pytest.raises(UserError, match=r"data\.curriculum needs a reward .* weight: 0"):
+        load_recipe(recipe, [teacher, ALONE, "data.curriculum={}"])
+    load_recipe(recipe, [teacher, "rewards.0.weight=0", "data.curriculum={}"])

@@ -1,7 +1,7 @@
 """Groups in the form in which they are kept, and back: nothing that training or the stored completions need is lost."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import mlx.core as mx
 import numpy as np
@@ -52,6 +52,28 @@ def test_a_group_comes_back_as_it_was() -> None:
     assert kept.group() == group()
     assert (kept.policy_step, kept.replays) == (3, 0)
     assert [array.dtype for array in (kept.ids, kept.trained, kept.values)] == [np.int32, np.uint8, np.float32]
+
+
+def test_every_field_is_kept_or_made_anew() -> None:
+    """A new field is to be put on one of the sides: silently lost, it would be another value after a replay."""
+    anew = {"logged", "reward", "penalty", "advantage", "taught", "turn_advantages", "lag"}
+    known = {
+        Task: {"index", "prompt", "prompt_ids", "columns", "source"},
+        Trajectory: {
+            "token_ids",
+            "trained",
+            "columns",
+            "text",
+            "finish_reason",
+            "policy_step",
+            "conversation",
+            "begins",
+        },
+        Rollout: {"trajectory", "scores", "failures", "extras", "failed", *anew},
+        Failure: {"kind", "error"},
+        Group: {"task", "rollouts"},
+    }
+    assert {kind: {field.name for field in fields(kind)} for kind in known} == known
 
 
 def test_several_groups_come_back_from_arrays(tmp_path) -> None:

@@ -91,19 +91,21 @@ def traced(policy: Policy, batch: Batch, cfg: Any) -> set[str]:
     return operations(updater(policy, cfg).gradients._accumulate(tree, batch.arrays(), None))
 
 
+@pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("kind", KERNELS)
-def test_an_updates_gradient_needs_few_kernels(on_a_gpu: Policy, lines: bool, kind: str) -> None:
+def test_an_updates_gradient_needs_few_kernels(on_a_gpu: Policy, lines: bool, kind: str, stale: bool) -> None:
     penalty = 0.1 if kind == "grpo" else 0.0
     optim = {"micro_batch_tokens": 200, "pack_completions": lines}
     cfg = recipe(optim=optim, loss={"type": kind, "beta": penalty})
     mx.disable_compile()
     batch = make_batches(with_advantages(groups(on_a_gpu), cfg), cfg)[0]
     batch = replace(batch, reference=batch.behaviour if penalty else None)
+    batch = replace(batch, stale=batch.trained if stale else None)
     mx.enable_compile()
     assert (batch.lines is not None) == lines
     names = traced(on_a_gpu, batch, cfg)
-    assert 3 < len(fused(names)) <= KERNELS[kind] + lines
+    assert 3 < len(fused(names)) <= KERNELS[kind] + lines + stale
     assert not names & BUILT
 
 

@@ -243,6 +243,14 @@ def test_long_rows_by_hand() -> None:
     assert starts == [2, 8]
 
 
+def test_completions_longer_than_that_are_always_alone() -> None:
+    """Whatever the prompt: behind a shared prompt their mask would take as much as in a shared line."""
+    for tokens in (256, 2**16):
+        found = pack(behind(6_001, 4_097, 4_096, 100), Packing(tokens, 3, 3, GPU_MULTIPLE, packs=True, wide=WIDE))
+        assert 0 in next(part for part, shape in found if shape.alone)
+        assert all(shape.length <= WIDE for part, shape in found if not shape.alone)
+
+
 def test_a_long_prompt_is_not_computed_for_each_of_its_rows() -> None:
     found = pack(behind(6_001, *[100] * 8), Packing(2**14, 8, 8, GPU_MULTIPLE, packs=True, wide=WIDE))
     assert [shape.alone for _, shape in found] == [False]

@@ -61,6 +61,19 @@ def test_a_source_observes_each_step_once_with_all_that_was_sampled(prepared) ->
     assert "dropped_prompts" not in metrics.values
 
 
+def test_a_replayed_group_is_not_observed_again(prepared) -> None:
+    """The second step's own groups are uniform: it learns from those of the first, and has sampled its own."""
+    trainer = prepared("rollout.reuse=2")
+    calls = iter([[1, 0, 1, 1, 0, 0, 0, 1], [1] * 8])
+    trainer.scorer = Scorer({"digits": lambda **_: next(calls)})
+    trainer.step(1)
+    assert trainer.step(2).values["reuse/groups"] == 2
+    assert [[group.rollouts[0].trajectory.policy_step for group in groups] for groups in trainer.tasks.observed] == [
+        [0, 0],
+        [1, 1],
+    ]
+
+
 def test_its_state_is_in_the_trainers(prepared) -> None:
     trainer, again = prepared(), prepared()
     trainer.step(1)

@@ -160,6 +160,8 @@ def test_micro_batches_and_few_logits_at_once_change_nothing(policy, kl: str) ->
     cut = gradient(policy, recipe(kl, optim={"micro_batch_tokens": 16}), teacher, made, parts=3)
     assert difference(whole.arrays, cut.arrays) < 1e-6
     assert cut.metrics["teacher/kl"] == pytest.approx(whole.metrics["teacher/kl"], abs=1e-5)
+    with teacher.of(policy) as asked:
+        assert asked.logits == policy.logits  # a second model, too, holds no more at once than the plan has
 
 
 @pytest.mark.parametrize("kl", FORMS)

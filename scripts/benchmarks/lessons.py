@@ -1,0 +1,258 @@
+"""How much sooner a run learns by one setting more: steps and rollouts to the same held-out accuracy, over seeds.
+
+    python scripts/benchmarks/lessons.py teacher --seeds 0-7 --out lessons.jsonl
+    python scripts/benchmarks/lessons.py summary --out lessons.jsonl
+
+A comparison has several arms: one recipe with different settings, the first of them the plain one. Each arm trains from
+each seed until its greedy accuracy on held-out prompts reaches the target, or its steps are used up. FILE gets a line
+of JSON for every run, and a run that it has is not repeated. The summary has the ratio of each arm to the first, seed
+by seed: its median, and the 95 % bootstrap interval of the median.
+
+A process keeps to one core, so processes for other seeds can run beside it. Nothing needs a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from math import inf
+from pathlib import Path
+from statistics import median
+
+RESAMPLES = 10_000
+COLUMNS = ("arm", "seeds", "steps", "rollouts", "steps / first", "rollouts / first")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to train: its name, and its settings over those of the comparison."""
+
+    name: str
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Arms to compare on one recipe. `arms` makes them for a seed, with a folder for what they need.
+
+    Each trains at most `steps` steps and is measured before the first and after every `every` of them, until its greedy
+    accuracy is `target`.
+    """
+
+    recipe: str
+    target: float
+    steps: int
+    every: int
+    arms: Callable[[Comparison, int, Path], list[Arm]]
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one arm learnt from one seed: greedy accuracy after `steps`, when so many `rollouts` had been sampled.
+
+    The last entry is the one that reached `target`, if `reached`.
+    """
+
+    comparison: str
+    arm: str
+    seed: int
+    target: float
+    reached: bool
+    steps: list[int]
+    rollouts: list[int]
+    greedy: list[float]
+    seconds: float
+
+
+def train(
+    comparison: Comparison, arm: Arm, seed: int, until: float = inf, keep: Path | None = None
+) -> Iterator[tuple[int, int, float]]:
+    """Train one arm. Yields steps, rollouts and greedy accuracy at each evaluation, until that is `until`.
+
+    At the end the adapter is saved in the folder `keep`, if there is one.
+    """
+    from grpo.plugins import bundled
+    from grpo.recipes import load_recipe
+    from grpo.runs.prepare import prepare
+
+    settings = (f"seed={seed}", f"optim.steps={comparison.steps}", "eval.samples=1")
+    cfg = load_recipe(
+        bundled("recipes") / f"{comparison.recipe}.yaml", [*settings, *comparison.settings, *arm.settings]
+    )
+    run = prepare(cfg)
+    assert run.evaluator is not None, "the recipe has an eval section"
+    with closing(run.opened):
+        rollouts = 0
+        for step in range(comparison.steps + 1):
+            if step > 0:
+                rollouts += sum(len(group.rollouts) for group in run.trainer.step(step).sampled)
+            if step % comparison.every == 0:
+                greedy = run.evaluator(step).values["greedy"]
+                yield step, rollouts, greedy
+                if greedy >= until:
+                    break
+        if keep is not None:
+            keep.mkdir(parents=True)
+            run.trainer.policy.adapters.save(keep)
+
+
+def measured(name: str, arm: Arm, seed: int) -> Run:
+    """Train one arm of the comparison of this name until it reaches the target."""
+    comparison, began = COMPARISONS[name], time.perf_counter()
+    steps, rollouts, greedy = zip(*train(comparison, arm, seed, comparison.target), strict=True)
+    seconds = round(time.perf_counter() - began, 1)
+    reached = greedy[-1] >= comparison.target
+    return Run(name, arm.name, seed, comparison.target, reached, [*steps], [*rollouts], [*greedy], seconds)
+
+
+def summary(runs: Sequence[Run]) -> str:
+    """A Markdown table of one comparison: medians over seeds, and of the ratios to the first arm their intervals."""
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    first = {run.seed: run for run in runs if run.arm == arms[0]}
+    rows = [_row(arm, [run for run in runs if run.arm == arm and run.seed in first], first) for arm in arms]
+    title = f"{runs[0].comparison}: to a greedy accuracy of {runs[0].target:g}"
+    return "\n".join([title, "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *rows]) + "\n"
+
+
+def _row(arm: str, runs: Sequence[Run], first: dict[int, Run]) -> str:
+    cells = [arm, str(len(runs))]
+    counts: tuple[Callable[[Run], int], ...] = (lambda run: run.steps[-1], lambda run: run.rollouts[-1])
+    cells += [f"{median(needed(run, count) for run in runs):g}" for count in counts]
+    for count in counts:
+        ratios = [needed(run, count) / count(first[run.seed]) for run in runs]
+        low, high = interval(ratios)
+        cells.append(f"{median(ratios):.2f} ({low:.2f} to {high:.2f})")
+    return f"| {' | '.join(cells)} |"
+
+
+def needed(run: Run, count: Callable[[Run], int]) -> float:
+    """The steps or rollouts to the target: infinitely many where the run ended before.
+
+    (The first arm counts with what it used, also where it ended before: the ratio is then too high, never too low.)
+    """
+    return count(run) if run.reached else inf
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the median."""
+    draw = random.Random(0)
+    medians = sorted(median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    return medians[RESAMPLES // 40], medians[-RESAMPLES // 40]
+
+
+def read(file: Path) -> list[Run]:
+    """The runs of a file of JSON lines; none where there is no file yet."""
+    return [Run(**json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def teacher(comparison: Comparison, seed: int, into: Path) -> list[Arm]:
+    """A student with GRPO alone and with a teacher, which is an adapter of a longer run of GRPO from another seed.
+
+    A step is small, 2 prompts × 4 completions: there rewards say little and a teacher as much as ever. GRPO alone
+    trains at the best of the learning rates 5e-4, 1e-3 and 2e-3 for it (1e-3), and at that of the other arms, too.
+    """
+    folder, small = into / f"teacher-{seed}", ("rollout.prompts_per_step=2", "rollout.num_generations=4")
+    longer = replace(comparison, steps=60, every=60)
+    *_, (_, _, greedy) = train(longer, Arm("teacher"), 1000 + seed, keep=folder)
+    print(f"teacher of seed {seed}: greedy {greedy:.1%}", flush=True)
+    fast, adapter = "optim.learning_rate=2e-3", f"teacher.adapter={folder}"
+    alone = "rewards.0.weight=0"
+    return [
+        Arm("GRPO", (*small, "optim.learning_rate=1e-3")),
+        Arm("GRPO, twice the rate", (*small, fast)),
+        Arm("GRPO and exact KL", (*small, fast, adapter, "teacher.kl=exact")),
+        Arm("exact KL alone", (*small, fast, adapter, "teacher.kl=exact", alone)),
+        Arm("sampled KL alone", (*small, fast, adapter, "teacher.kl=sampled", alone)),
+    ]
+
+
+def pools(_: Comparison, seed: int, into: Path) -> list[Arm]:
+    """Sums of which 70 % have an answer that nobody finds, in the order of epochs and drawn by difficulty.
+
+    There are 20 tasks with right answers, other ones for each seed, and steps are small, so that most tasks come up
+    several times before the target: pools know nothing of a task before its first time.
+    """
+    from grpo.builtin.tasks import rows
+
+    tasks = random.Random(seed).sample(rows("builtin:arithmetic", "train"), 100)
+    hopeless = [{**row, "answer": str(100 + int(row["answer"]))} for row in tasks[30:]]  # sums are below 37
+    file = into / f"pools-{seed}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*tasks[:30], *hopeless]))
+    held_out = ("eval.source=builtin:arithmetic", "eval.split=test")
+    settings = (
+        f"data.source={file}",
+        *held_out,
+        "rollout.prompts_per_step=1",
+        "rollout.num_generations=8",
+        "optim.learning_rate=7e-5",
+    )
+    return [
+        Arm("epochs", settings),
+        Arm("pools", (*settings, "data.curriculum={}")),
+        Arm("pools, hard: 0.05", (*settings, "data.curriculum={hard: 0.05}")),
+    ]
+
+
+COMPARISONS = {
+    "teacher": Comparison("quickstart", 0.9, 80, 1, teacher, ("eval.prompts=128",)),
+    "pools": Comparison("quickstart", 0.9, 600, 8, pools, ("eval.prompts=128",)),
+}
+
+
+def _compare(name: str, seeds: Sequence[int], out: Path) -> None:
+    """Make the runs of a comparison that are not yet in the file."""
+    known = {(run.comparison, run.arm, run.seed) for run in read(out)}
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as into:
+            for arm in COMPARISONS[name].arms(COMPARISONS[name], seed, Path(into)):
+                if (name, arm.name, seed) in known:
+                    continue
+                run = measured(name, arm, seed)
+                with out.open("a") as file:
+                    file.write(json.dumps(asdict(run)) + "\n")
+                end = "reached" if run.reached else "not reached"
+                print(f"{arm.name}, seed {seed}: {end} after {run.steps[-1]} steps, {run.seconds} s", flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("comparison", choices=(*COMPARISONS, "summary"))
+    parser.add_argument("--seeds", type=_seeds, default=range(8), metavar="A-B", help="from A to B; 0-7")
+    parser.add_argument("--out", type=Path, default=Path("lessons.jsonl"), metavar="FILE", help="lessons.jsonl")
+    return parser.parse_args()
+
+
+def _seeds(text: str) -> range:
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def _keep_to_one_core(number: int) -> None:
+    """Before MLX is imported: this process, and every thread that it starts, runs on one core of those it may use."""
+    if sys.platform == "linux":
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
+def main() -> None:
+    asked = _arguments()
+    if asked.comparison == "summary":
+        runs = read(asked.out)
+        for name in dict.fromkeys(run.comparison for run in runs):
+            print(summary([run for run in runs if run.comparison == name]))
+        return
+    _keep_to_one_core(8 * list(COMPARISONS).index(asked.comparison) + asked.seeds[0])
+    _compare(asked.comparison, asked.seeds, asked.out)
+
+
+if __name__ == "__main__":
+    main()

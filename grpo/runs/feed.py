@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
-from grpo.config import Recipe
+from grpo.backend.ranks import Ranks
 from grpo.data.lengths import Lengths, measure_lengths
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows, rows_with_null
 from grpo.data.stream import TaskStream, first_tasks
-from grpo.errors import UserError
 from grpo.runs.drawing import chosen_note
-from grpo.runs.sections import read_as
-from grpo.scoring.applying import Applying
+from grpo.runs.partners import Partners
+from grpo.scoring.scorer import Scorer
 from grpo.types import Task
 
 
@@ -70,9 +69,24 @@ class Feed:
         )
 
 
-def interleaved(lists: Sequence[Sequence[Task]], n: int) -> list[Task]:
-    """Up to `n` tasks: the first of each list, then the second of each, and so on."""
-    return [task for task in chain.from_iterable(zip_longest(*lists)) if task is not None][:n]
+def first_of(feeds: Sequence[Feed], n: int, scorer: Scorer, partners: Partners) -> list[Task]:
+    """The first `n` tasks of all sources, one of each in turn.
+
+    Raises UserError where a source has none, and for rewards and environments that cannot be called with its columns.
+    """
+    first = [feed.first(n) for feed in feeds]
+    for feed, tasks in zip(feeds, first, strict=True):
+        scorer.check(tasks[0].columns, feed.name)
+        partners.check(feed.name, tasks)
+    return [task for task in chain.from_iterable(zip_longest(*first)) if task is not None][:n]
+
+
+def lengths_of(feeds: Sequence[Feed], ranks: Ranks) -> list[Lengths | None]:
+    """How long the prompts of each source are: the same in all processes, or it is an error."""
+    lengths = [feed.lengths() for feed in feeds]
+    for feed, measured in zip(feeds, lengths, strict=True):
+        ranks.check_same(f"the prompts of {feed.name}", measured)
+    return lengths
 
 
 def longest_of(feeds: Sequence[Feed], lengths: Sequence[Lengths | None], resets: bool) -> tuple[int, int]:
@@ -86,23 +100,3 @@ def longest_of(feeds: Sequence[Feed], lengths: Sequence[Lengths | None], resets:
     longest = max(limit if known is None or resets else known.longest for limit, known in found)
     shortest = min(known.shortest if known else 0 for known in lengths)
     return longest, longest - shortest if resets else 0
-
-
-def applying_of(cfg: Recipe, names: Sequence[str]) -> Applying:
-    """Which of a recipe's rewards, by these names, score the tasks of which source; held-out tasks those of the source
-    that they are read as.
-
-    Raises UserError for a name that no reward has, and for a reward that scores nothing.
-    """
-    only: dict[str, Sequence[str]] = {one.called: one.rewards for one in cfg.data.sources if one.rewards is not None}
-    like = None if cfg.eval is None else read_as(cfg)
-    applying = Applying({**only, **({"eval": only[like]} if like in only else {})})
-    applying.check(names)
-    sections: Mapping[str, object] = {**cfg.data.parts, **({} if cfg.eval is None else {"eval": None})}
-    for name in names:
-        if not any(applying(name, section) for section in sections):
-            raise UserError(
-                f"reward {name!r} does nothing: each of data.sources names its rewards, and none of them this one. "
-                "Name it there, or leave it out"
-            )
-    return applying

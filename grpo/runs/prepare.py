@@ -36,11 +36,11 @@ from grpo.plugins import file_in, locate_reward
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
 from grpo.runs.drawing import source_of
-from grpo.runs.feed import Feed, applying_of, interleaved, longest_of
+from grpo.runs.feed import Feed, first_of, lengths_of, longest_of
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite
 from grpo.runs.rewarding import check_rewarded
-from grpo.runs.sections import data_of, text_system
+from grpo.runs.sections import applying_of, data_of, text_system
 from grpo.runs.teachers import teacher_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.algorithms import make_optimizer
@@ -120,28 +120,20 @@ def _prepared(
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
-    chats, shown = text_system(cfg) is None, (partners.tools, partners.resets)
-    fed = [
-        Feed(name, rows[name], PromptRenderer(data, tokenizer, vocabulary, name, *shown, chats))
-        for name, data in named.items()
-    ]
-    feeds, held_out = fed[: len(cfg.data.parts)], fed[len(cfg.data.parts) :]
-    first = {feed.name: feed.first(PEEK) for feed in feeds}
-    for name, some in first.items():
-        scorer.check(some[0].columns, name)
-        partners.check(name, some)
-    tasks = interleaved(list(first.values()), PEEK)
+    shown = partners.tools, partners.resets, text_system(cfg) is None
+    readers = {name: PromptRenderer(data, tokenizer, vocabulary, name, *shown) for name, data in named.items()}
+    feeds = [Feed(name, rows[name], readers[name]) for name in cfg.data.parts]
+    held_out = Feed("eval", rows["eval"], readers["eval"]) if cfg.eval is not None else None
+    tasks = first_of(feeds, PEEK, scorer, partners)
     keeps, renderer = scorer.lends_environments, feeds[0].renderer
     environment, talk = partners.environment(tokenizer, renderer, tasks[0], cfg.rollout, cfg.seed, keeps)
     engine = RolloutEngine(generator, sampling_of(cfg.rollout), environment)
-    evaluator = _evaluator(cfg, held_out[0], engine, scorer, ranks) if held_out else None
+    evaluator = _evaluator(cfg, held_out, engine, scorer, ranks) if held_out else None
     if evaluator is not None:
         partners.check("eval", evaluator.tasks)
     if isinstance(environment, Conversations):
         ranks.checked(lambda: partners.check_beginnings(environment, tasks))
-    lengths = [feed.lengths() for feed in feeds]
-    for feed, measured in zip(feeds, lengths, strict=True):
-        ranks.check_same(f"the prompts of {feed.name}", measured)
+    lengths = lengths_of(feeds, ranks)
     longest, own = longest_of(feeds, lengths, partners.resets)
     own += environment.tail(tasks[0]) if isinstance(environment, Conversations) else 0
     source = source_of(cfg.data, given, {feed.name: feed.stream(cfg.seed) for feed in feeds}, scorer, cfg.seed)
@@ -158,12 +150,12 @@ def _prepared(
     trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks, teacher)
     trainer.update.gradients.alone = plan.alone
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
-    nulls = [feed.null_prompts() for feed in held_out]
     prompts = [note for feed, known in zip(feeds, lengths, strict=True) for note in feed.notes(known, partners.resets)]
     head = filter(None, [positions, head_note(model, cfg.model)])
     taught = [] if taught_by is None else [taught_by.describe()]
     notes = [*taught, *talk, *prompts, *generator.describe(), *head, *policy.notes]
-    notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss), *filter(None, nulls)]
+    notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)]
+    notes += filter(None, [held_out.null_prompts() if held_out else None])
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
 

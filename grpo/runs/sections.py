@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo.config import DataConfig, Recipe
+from grpo.errors import UserError
 from grpo.recipes import with_settings
+from grpo.scoring.applying import Applying
 
 NOT_CHOSEN: Mapping[str, Any] = {"solve_rates": None, "solve_rate": None, "curriculum": None, "sampler": None}
 """The settings by which rows are chosen for training, as they are where all rows are taken."""
@@ -52,3 +54,22 @@ def _held_out(cfg: Recipe) -> DataConfig:
             settings |= {"config": None, "revision": None}
     settings |= {name: getattr(own, name) for name in own.changed & {"config", "revision"}}
     return with_settings(data, settings)
+
+
+def applying_of(cfg: Recipe, names: Sequence[str]) -> Applying:
+    """Which of a recipe's rewards, by these names, score the tasks of which source; held-out tasks those of the source
+    that they are read as.
+
+    Raises UserError for a name that no reward has, and for a reward that scores nothing.
+    """
+    only: dict[str, Sequence[str]] = {one.called: one.rewards for one in cfg.data.sources if one.rewards is not None}
+    like = None if cfg.eval is None else read_as(cfg)
+    applying = Applying({**only, **({"eval": only[like]} if like in only else {})})
+    applying.check(names)
+    for name in names:
+        if not any(applying(name, section) for section in data_of(cfg)):
+            raise UserError(
+                f"reward {name!r} does nothing: each of data.sources names its rewards, and none of them this one. "
+                "Name it there, or leave it out"
+            )
+    return applying

@@ -90,6 +90,23 @@ def check_choice(cfg: DataConfig) -> None:
         raise ValueError(f"data.solve_rate: [{low:g}, {high:g}] has the higher rate first: write [{high:g}, {low:g}]")
 
 
+def check_streaming(cfg: DataConfig) -> None:
+    """Raise ValueError where rows cannot be read as they are needed, or settings do nothing with such rows."""
+    if not cfg.streaming:
+        if "window" in cfg.changed:
+            raise ValueError("data.window does nothing without data.streaming: all rows are shuffled")
+        return
+    if cfg.source is None or is_builtin(cfg.source):
+        raise ValueError("data.streaming is for files and Hub datasets; these rows are made here, all at once")
+    if "window" in cfg.changed and not cfg.shuffle:
+        raise ValueError("data.window does nothing with data.shuffle: false: the rows keep their order")
+    if beside := sorted(cfg.changed & {"curriculum", "sampler", "solve_rate", "solve_rates"}):
+        raise ValueError(
+            f"data.{beside[0]} needs all rows, and with data.streaming nobody knows more of them than a window: leave "
+            "out one of them"
+        )
+
+
 class DataConfig(Section):
     source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """Where rows come from: a .jsonl, .json, .csv or .parquet file, a list of such files or a pattern such as
@@ -111,6 +128,12 @@ class DataConfig(Section):
     """Split to train on. Files are one split, `train`."""
     shuffle: bool = True
     """Visit the rows of each epoch in a new order, drawn from the seed. false: in their own order, every epoch."""
+    streaming: bool = False
+    """Read rows as they are needed, in the place of all before the first step: for Hub datasets and files of many
+    gigabytes. Prompts are then planned for by `max_prompt_length`, and rows that cannot be used are found as they
+    come."""
+    window: Positive = 10_000
+    """With `streaming`, the rows that are held at once: so many in a row are shuffled, each window by itself."""
     columns: dict[str, str] = {}
     """Names for columns that prompt and rewards want under another: `{answer: solution}` reads `solution` as `answer`,
     `{answer: reward_model.ground_truth}` a field inside one, `{example: tests.0}` the first item of a list."""
@@ -185,6 +208,7 @@ class DataConfig(Section):
         if self.continue_final_message and "{" in self.prompt:
             raise ValueError("data.continue_final_message does nothing with a template: it is for chat messages")
         check_choice(self)
+        check_streaming(self)
         ours = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
         if ours := ours & set(self.chat_template_kwargs):
             raise ValueError(f"data.chat_template_kwargs: {', '.join(sorted(ours))} is not yours to set")

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from grpo.config.curriculum import CurriculumConfig
-from grpo.config.section import Above0, Fraction, Name, Section, Tokens
+from grpo.config.section import Above0, Fraction, Name, Positive, Section, Tokens
 
 if TYPE_CHECKING:
     from grpo.config.data import DataConfig
@@ -50,6 +50,10 @@ class SourceConfig(Section):
     """Split to train on. Default: `data.split`."""
     shuffle: bool | None = None
     """Whether its rows come in a new order each epoch. Default: `data.shuffle`."""
+    streaming: bool | None = None
+    """Read its rows as they are needed. Default: `data.streaming`."""
+    window: Positive | None = None
+    """With `streaming`, the rows of it that are held at once. Default: `data.window`."""
     columns: dict[str, str] | None = None
     """Names for its columns, in the place of `data.columns`. Default: `data.columns`."""
     prompt: str | None = None

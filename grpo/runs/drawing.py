@@ -14,6 +14,7 @@ from grpo.data.rates import known_rates
 from grpo.data.solved import Solved
 from grpo.data.source import Source, checked_source
 from grpo.data.stream import TaskStream
+from grpo.data.streaming import WindowStream
 from grpo.errors import UserError
 from grpo.plugins import find_function
 from grpo.runs.checkpoint import hash_of
@@ -22,7 +23,9 @@ from grpo.runs.state import RunState
 from grpo.scoring.scorer import Scorer
 
 
-def source_of(data: DataConfig, given: Given, streams: Mapping[str, TaskStream], scorer: Scorer, seed: int) -> Source:
+def source_of(
+    data: DataConfig, given: Given, streams: Mapping[str, TaskStream | WindowStream], scorer: Scorer, seed: int
+) -> Source:
     """The source of a run's tasks, which draws from the seed, over the streams of its rows by name. What is `given`
     takes the place of `data.sampler`.
 
@@ -37,15 +40,20 @@ def source_of(data: DataConfig, given: Given, streams: Mapping[str, TaskStream],
             )
         if data.curriculum is not None:
             raise UserError("data.curriculum does nothing beside source=..., which chooses all tasks: leave out one")
-        return given.source(streams["data"])
+        stream = streams["data"]
+        if isinstance(stream, WindowStream):
+            raise UserError("data.streaming does nothing beside source=..., which may ask for any row: leave out one")
+        return given.source(stream)
     parts = {name: _of_one(part, name, streams[name], scorer, seed) for name, part in data.parts.items()}
     if not data.sources:
         return parts["data"]
     return Mixture(parts, {one.called: one.ratio for one in data.sources}, seed)
 
 
-def _of_one(data: DataConfig, name: str, stream: TaskStream, scorer: Scorer, seed: int) -> Source:
+def _of_one(data: DataConfig, name: str, stream: TaskStream | WindowStream, scorer: Scorer, seed: int) -> Source:
     """The source of tasks from the rows of one stream."""
+    if isinstance(stream, WindowStream):  # nothing chooses among rows that are not known
+        return stream
     if data.sampler is not None:
         return _own(data.sampler, stream)
     if data.curriculum is None:

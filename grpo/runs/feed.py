@@ -11,6 +11,7 @@ from grpo.data.lengths import Lengths, measure_lengths
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows, rows_with_null
 from grpo.data.stream import TaskStream, first_tasks
+from grpo.data.streaming import Streamed, WindowStream, first_streamed
 from grpo.runs.drawing import chosen_note
 from grpo.runs.partners import Partners
 from grpo.scoring.scorer import Scorer
@@ -22,19 +23,24 @@ class Feed:
     """The rows of a source, and what makes tasks of them."""
 
     name: str
-    rows: Rows
+    rows: Rows | Streamed
     renderer: PromptRenderer
 
-    def first(self, n: int) -> list[Task]:
-        """The first `n` tasks in the rows' own order. Raises UserError where there are none."""
+    def first(self, n: int, most: int | None = None) -> list[Task]:
+        """The first `n` tasks in the rows' own order; of streamed rows fewer where the first `most` have no more.
+        Raises UserError where there are none."""
+        if isinstance(self.rows, Streamed):
+            return first_streamed(self.rows, self.renderer, n, most)
         return first_tasks(self.rows, self.renderer, n)
 
     def lengths(self) -> Lengths | None:
         """How long its prompts are; None where that is too much to measure. Raises UserError as `measure_lengths`."""
-        return measure_lengths(self.rows, self.renderer)
+        return None if isinstance(self.rows, Streamed) else measure_lengths(self.rows, self.renderer)
 
-    def stream(self, seed: int) -> TaskStream:
+    def stream(self, seed: int) -> TaskStream | WindowStream:
         """Its tasks without end."""
+        if isinstance(self.rows, Streamed):
+            return WindowStream(self.rows, self.renderer, seed)
         return TaskStream(self.rows, self.renderer, seed)
 
     def notes(self, lengths: Lengths | None, resets: bool) -> list[str]:
@@ -44,7 +50,11 @@ class Feed:
         """
         cfg, name, rows = self.renderer.cfg, self.name, self.rows
         limit = f"{name}.max_prompt_length ({cfg.max_prompt_length:,} tokens)"
-        chosen, prompts = chosen_note(cfg, len(rows), name), "prompts" if name == "data" else f"prompts of {name}"
+        prompts = "prompts" if name == "data" else f"prompts of {name}"
+        if isinstance(rows, Streamed):
+            order = f"shuffled in windows of {cfg.window:,}" if cfg.shuffle else "taken in their own order"
+            return [f"{prompts}: planned for {limit}, because rows are read as they come; they are {order}"]
+        chosen = chosen_note(cfg, len(rows), name)
         if lengths is None:
             many = (
                 f"{prompts}: planned for {limit}, because {len(rows):,} rows are too much text to measure at the start"
@@ -60,7 +70,9 @@ class Feed:
         return notes
 
     def null_prompts(self) -> str | None:
-        """What there is to say of rows without a prompt."""
+        """What there is to say of rows without a prompt; of streamed rows nobody knows."""
+        if isinstance(self.rows, Streamed):
+            return None
         cfg, count = self.renderer.cfg, rows_with_null(self.rows, self.renderer.columns)
         if not count:
             return None
@@ -74,7 +86,7 @@ def first_of(feeds: Sequence[Feed], n: int, scorer: Scorer, partners: Partners) 
 
     Raises UserError where a source has none, and for rewards and environments that cannot be called with its columns.
     """
-    first = [feed.first(n) for feed in feeds]
+    first = [feed.first(n, feed.renderer.cfg.window) for feed in feeds]
     for feed, tasks in zip(feeds, first, strict=True):
         scorer.check(tasks[0].columns, feed.name)
         partners.check(feed.name, tasks)

@@ -16,6 +16,7 @@ from grpo.backend.ranks import Ranks
 from grpo.config import OptimConfig, Recipe, RolloutConfig, TeacherConfig
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows
+from grpo.data.streaming import Streamed
 from grpo.environments.conversations import Conversations
 from grpo.errors import UserError
 from grpo.evaluation.evaluator import Evaluator
@@ -65,7 +66,7 @@ class Prepared:
     planner: Planner
     tasks: list[Task]
     notes: list[str]
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, Rows | Streamed]
     opened: ExitStack
 
 

@@ -10,6 +10,7 @@ from grpo.errors import UserError
 from grpo.recipes import with_settings
 from grpo.scoring.applying import Applying
 
+WINDOW = DataConfig.model_fields["window"].default
 NOT_CHOSEN: Mapping[str, Any] = {"solve_rates": None, "solve_rate": None, "curriculum": None, "sampler": None}
 """The settings by which rows are chosen for training, as they are where all rows are taken."""
 
@@ -51,7 +52,7 @@ def _held_out(cfg: Recipe) -> DataConfig:
     if own.source is not None or own.use is not None:
         settings |= {"source": own.source, "use": own.use, "kwargs": own.kwargs}
         if own.source != data.source:
-            settings |= {"config": None, "revision": None}
+            settings |= {"config": None, "revision": None, "streaming": False, "window": WINDOW}
     settings |= {name: getattr(own, name) for name in own.changed & {"config", "revision"}}
     return with_settings(data, settings)
 

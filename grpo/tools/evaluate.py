@@ -15,6 +15,7 @@ from grpo.data.fingerprint import fingerprint
 from grpo.data.rates import SolveRates
 from grpo.data.rows import Rows
 from grpo.data.solved import Solved
+from grpo.data.streaming import Streamed
 from grpo.errors import RunError, UserError
 from grpo.model.load import looks_like_path, similar
 from grpo.model.saved import read_adapter
@@ -101,6 +102,11 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
     like = read_as(cfg)
     curriculum = (cfg.data if like is None else cfg.data.parts[like]).curriculum
     cfg = without_choice(cfg)  # it does not train
+    if asked.solve_rates is not None and data_of(cfg)["eval"].streaming:
+        raise UserError(
+            "--solve-rates is of all rows, and with data.streaming nobody knows how many there are: add "
+            "data.streaming=false"
+        )
     prepared = prepare(cfg, trains=False)
     notes = _changed_since(folder, adapter, cfg, prepared.rows["eval"]) if is_run(folder) else ()
     trainer, evaluator = prepared.trainer, prepared.evaluator
@@ -114,7 +120,9 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
             trainer.policy.adapters.load(adapter)
             after, sampled = evaluator.measured(step_of(adapter) if (adapter / STATE).is_file() else 0)
         if asked.solve_rates is not None and solved is not None and trainer.ranks.first:
-            rates = SolveRates.of(_solve_rates(sampled, solved), prepared.rows["eval"], _about(cfg, adapter, solved))
+            rows = prepared.rows["eval"]
+            assert not isinstance(rows, Streamed), "refused above"
+            rates = SolveRates.of(_solve_rates(sampled, solved), rows, _about(cfg, adapter, solved))
             _write(rates, asked.solve_rates)
         return Measured(started, before, after, notes)
 
@@ -158,7 +166,7 @@ ORIGIN = ("source", "use", "kwargs", "config", "split", "columns")
 """The settings that say which rows there are."""
 
 
-def _changed_since(run: Path, adapter: Path | None, cfg: Recipe, rows: Rows) -> tuple[str, ...]:
+def _changed_since(run: Path, adapter: Path | None, cfg: Recipe, rows: Rows | Streamed) -> tuple[str, ...]:
     """A warning where the run's own held-out rows are not the rows that it was trained beside.
 
     Nothing where other rows were asked for, and for rows on the Hub, which are pinned to their commit.

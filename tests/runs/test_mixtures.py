@@ -135,8 +135,9 @@ def test_a_source_without_a_task_in_a_step_has_a_share_of_nothing(mixed: Path) -
         ("data.curriculum={hard_threshold: 0.1, easy_threshold: 0.2}",),
         ("rollout.dynamic_sampling=1",),
         ("rollout.reuse=3", "data.sources.1.curriculum={hard_threshold: 0.1, easy_threshold: 0.2}"),
+        ("data.sources.1.streaming=true", "data.sources.1.window=2"),
     ],
-    ids=["plain", "pools", "dynamic", "reuse"],
+    ids=["plain", "pools", "dynamic", "reuse", "streamed"],
 )
 def test_a_resumed_run_draws_and_learns_as_if_it_had_never_stopped(mixed: Path, settings: tuple[str, ...]) -> None:
     settings = (*settings, "optim.steps=4", "checkpoint.every=9", "rollout.prompts_per_step=3")
@@ -154,6 +155,20 @@ def test_a_file_of_a_source_that_has_changed_is_noticed(mixed: Path) -> None:
     assert changes(written, context_now(cfg, written)) == []
     with Path("spell.jsonl").open("a") as file:
         file.write('{"word": "fox"}\n')
+    (line,) = changes(written, context_now(cfg, written))
+    assert line.startswith("contents of spell: ")
+
+
+def test_rows_that_are_streamed_are_planned_for_by_their_limit_and_watched_too(mixed: Path) -> None:
+    overrides = ["data.sources.1.streaming=true", "data.sources.1.max_prompt_length=77", "data.sources.1.window=2"]
+    run, cfg = prepared(mixed, *overrides), load_recipe(mixed, overrides)
+    assert run.plan.tokens == 8 * (77 + 8)
+    (note,) = [note for note in run.notes if "as they come" in note]
+    assert note.startswith("prompts of spell: planned for spell.max_prompt_length (77 tokens)")
+    assert note.endswith("they are shuffled in windows of 2")
+    written = context(cfg, {}, {}, {}, run.rows)
+    assert changes(written, context_now(cfg, written)) == []
+    Path("spell.jsonl").write_text('{"word": "fox"}\n')
     (line,) = changes(written, context_now(cfg, written))
     assert line.startswith("contents of spell: ")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from grpo.errors import UserError
 from grpo.types import Group, Task
 
 Row = Mapping[str, Any]
+AT_ONCE = 1000
+"""Rows that are converted at once, at most."""
 BLOCK, BLOCKS = 2**16, 64
 """Bytes, and how many blocks of so many are read of a file for its fingerprint, evenly spread."""
 
@@ -58,15 +61,18 @@ class Reading(Iterator[tuple[int, Row]]):
 
     def __init__(self, rows: Streamed, place: Mapping[str, Any] | None, first: int) -> None:
         self._label, self._cfg, self.number = rows.cfg.label, rows.cfg, first
-        self._dataset = rows.opened()
+        self._dataset = rows.opened().with_format("arrow")
         self._dataset.load_state_dict(place or {})
-        self._rows = iter(self._dataset)
+        # Many rows at once are 30 times as fast; a window has to end where some of these end.
+        tables = self._dataset.iter(batch_size=math.gcd(rows.cfg.window, AT_ONCE))
+        self._rows = (row for table in tables for row in table.to_pylist())
         self._begun, self._place = False, place
         self._names: Names | None = None
 
     @property
     def place(self) -> Any:
-        """Where the next row is, as JSON holds it: what `Streamed.read` takes. None at the start."""
+        """Where the next row is, as JSON holds it: what `Streamed.read` takes. To be asked for between two windows.
+        None at the start."""
         return self._dataset.state_dict() if self._begun else self._place
 
     def __next__(self) -> tuple[int, Row]:

@@ -158,3 +158,15 @@ def test_older_groups_come_again_in_the_recipe_that_replays_them(whole_hub: Hub)
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert max(step["reuse/groups"] for step in steps) > 0
     assert max(step["policy_lag/max"] for step in steps) <= 4
+
+
+@pytest.mark.slow
+def test_a_dataset_of_the_hub_is_streamed_and_goes_on_where_it_was(whole_hub: Hub) -> None:
+    settings = [*small(RECIPES["qwen3-math"]), "data.streaming=true", "data.window=5", "rollout.prompts_per_step=3"]
+    said = run(whole_hub, {"qwen3-math": settings}, untrained=True)
+    assert "because rows are read as they come; they are shuffled in windows of 5" in said
+    whole_hub.grpo("train", "qwen3-math", *settings, "optim.steps=3", "--resume-changed")  # ends with 1: all rewards 0
+    folder = whole_hub.home.parent / "runs" / "qwen3-math"
+    state = json.loads((folder / "checkpoints/step-000003/state.json").read_text())
+    assert state["counts"]["tasks"]["window"] * 5 + state["counts"]["tasks"]["taken"] == 9
+    assert any(name.startswith("data openai/gsm8k") for name in state["revisions"])

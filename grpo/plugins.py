@@ -91,6 +91,10 @@ MODEL = "model:"
 """What a reward's `use` begins with where a model grades: a Hub repository or a folder comes after it."""
 
 
+JUDGE = "judge"
+"""The `use` of the reward that asks the model which is trained, as it was when the run began."""
+
+
 def model_in(use: str) -> str:
     """The model in `model:org/name` or `model:FOLDER`; "" for a reward that is a function."""
     return use.removeprefix(MODEL) if use.startswith(MODEL) else ""
@@ -104,12 +108,14 @@ def find_reward(use: str) -> tuple[str, Function]:
 
 def locate_reward(use: str) -> Located:
     """What `use` names: a bundled reward, an entry point in the group `grpo.rewards`, `file.py:function`, `file.py`
-    (its `reward`), `package.module:function` or a reward model, `model:NAME`.
+    (its `reward`), `package.module:function`, a reward model (`model:NAME`) or `judge`.
 
     A function called `reward` goes by its file's or module's name, a model by the last part of its own. Raises
     UserError for a name that means nothing, or two things.
     """
     what = f"reward {use!r}"
+    if use == JUDGE:
+        return Located(JUDGE, JUDGE, "judge")
     if model := model_in(use):
         return Located(Path(model).name or model, use, "reward model")
     if use.endswith(".py"):
@@ -197,7 +203,7 @@ def find_function(use: str, kind: str, classes: bool = False) -> Function:
     Raises UserError for a function that cannot be imported, and says why.
     """
     what, noun = f"{kind} {use!r}", _noun(kind, classes)
-    if kind.startswith("reward") and model_in(use):
+    if kind.startswith(("reward", JUDGE)) and (use == JUDGE or model_in(use)):
         raise UserError(f"{what}: is a model, and not a function")
     if use.endswith(".py"):
         return _only(what, _load_beside(what, Path(use)), use, noun)
@@ -241,7 +247,7 @@ def source_file(use: str, named: Callable[[], list[Located]] = named_rewards) ->
 
     `named` are those that have names of their own: rewards, or for the `use` of a tool `named_tools`.
     """
-    if model_in(use):
+    if use == JUDGE or model_in(use):
         return None
     if ":" not in use and not use.endswith(".py"):
         use = next((one.where for one in named() if one.name == use), use)

@@ -227,8 +227,7 @@ class Rollout:
     scores      the raw score of each reward, by the reward's name, and of each environment; None where there is none
     failures    the rewards that failed on this completion, and the environment if that failed, with the reason
     extras      values that rewards recorded with `log_extra`
-    logged      values that rewards recorded with `log_metric` when called for this completion alone; the mean if a
-                name was recorded several times
+    logged      values that rewards recorded with `log_metric` for this completion alone; of several, their mean
     failed      whether a reward with a weight other than 0 failed, or the environment
     reward      the weighted sum of the scores; None if no reward scored the completion, or if `failed`
     penalty     subtracted from the reward before advantages are computed
@@ -236,8 +235,7 @@ class Rollout:
     taught      whether a teacher gives its tokens a signal of their own, whatever the advantage
     turn_advantages   with `advantage.turns: turn`, the advantage of each of the model's turns, which take the place of
                 `advantage`; that is then the first of them, in which all rewards of the conversation are
-    lag         training steps between the policy that sampled and the policy that learns from it; above 0 only where
-                `rollout.reuse` replays an older group
+    lag         steps between the policy that sampled and the policy that learns: 0 but for groups of `rollout.reuse`
     """
 
     trajectory: Trajectory
@@ -274,10 +272,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """How many completions were sampled, and how many trained tokens they have.
-
-    Counted once, before any filter removes rows or tokens; denominators and metrics use these numbers.
-    """
+    """How many completions and trained tokens were sampled, before any filter: denominators and metrics use these."""
 
     rows: int
     tokens: int
@@ -310,23 +305,16 @@ class Batch:
         anchor       log p under the policy before this step's first update, the denominator of the ratios. None: the
                      current policy is still that policy, and the ratios of tokens that are not stale are 1.
         reference    log p under the reference policy; None if no KL penalty needs it
-        teacher      log p under the teacher; None unless it gives advantages (`teacher.kl: sampled`), which are part of
-                     `advantages` then
+        teacher      log p under the teacher, whose advantages are in `advantages`; None unless `kl: sampled`
         entropies    of the anchor, in nats, without dropout; None unless the update applies dropout
 
-    beta `[]` float32 is the weight of the KL penalty at this step, None if the loss has no penalty now.
-
-    What the loss takes of a teacher (`teacher.kl: exact`, `top_k`) is None without one:
-
-        teacher_coef      `[]` float32: the weight of the divergence from the teacher
-        teacher_hidden    `[B, T, D]` of the teacher's dtype: its hidden states, which its head projects (exact)
-        teacher_ids       `[B, T, k]` int32: its likeliest tokens at each place (top_k)
-        teacher_logprobs  `[B, T, k + 1]` float32: log p of these under the teacher, and of all others together
+    beta `[]` float32 is the weight of the KL penalty at this step, None if the loss has no penalty now. What the loss
+    takes of a teacher is None without one: `teacher_coef` `[]` float32, the weight of its KL; `teacher_hidden`
+    `[B, T, D]`, its hidden states (`kl: exact`); `teacher_ids` `[B, T, k]` int32 and `teacher_logprobs` `[B, T, k + 1]`
+    float32, its likeliest tokens, and log p of these and of all others together (`kl: top_k`).
 
     lines and starts, int32, say how the rows stand behind one another as they go through the model: `[5, R, W]` (where
-    each line holds one row, `[3, R, W]`) and `[B]`, of which `grpo.model.lines` tells. None: each row goes through by
-    itself, behind its prompt.
-
+    each line holds one row, `[3, R, W]`) and `[B]` (`grpo.model.lines`). None: each goes by itself, behind its prompt.
     All logprobs are at the sampling temperature. Where `trained` is 0 they may hold anything, NaN included.
     """
 

@@ -97,8 +97,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first: several cores then end together."""
-    items.sort(key=lambda item: "test_a_short_quickstart_learns" not in item.nodeid)
+    """The longest test first: several cores then end together. Then the tests of settings, whose runs one process
+    makes once; at the end several processes would share these tests and make the same runs."""
+    first = "test_a_short_quickstart_learns", "test_settings_matter.py"
+    items.sort(key=lambda item: next((place for place, name in enumerate(first) if name in item.nodeid), len(first)))
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from grpo.config.data import DataConfig as DataConfig
 from grpo.config.data import EvalConfig as EvalConfig
 from grpo.config.environment import EnvironmentConfig as EnvironmentConfig
 from grpo.config.environment import ToolConfig as ToolConfig
+from grpo.config.judge import JudgeConfig as JudgeConfig
 from grpo.config.log import CheckpointConfig as CheckpointConfig
 from grpo.config.log import CompletionsConfig as CompletionsConfig
 from grpo.config.log import LogConfig as LogConfig

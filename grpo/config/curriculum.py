@@ -8,24 +8,26 @@ from grpo.config.section import Above0, AtLeast0, Fraction, Section
 
 
 class CurriculumConfig(Section):
-    hard: AtLeast0 = 0.2
-    """How often a hard task is drawn, compared with a task of another pool: 0.2 is a fifth as often as 1. 0: never."""
+    hard: AtLeast0 = 0.1
+    """How often a hard task is drawn, compared with a task of another pool: 0.1 is a tenth as often as 1. 0: never."""
     normal: AtLeast0 = 1.0
     """The same of a task that is neither hard nor easy."""
     easy: AtLeast0 = 0.2
     """The same of an easy task."""
     unseen: AtLeast0 = 1.0
     """The same of a task that has no solve rate yet."""
-    hard_threshold: Fraction = 0.25
-    """A task is hard up to this solve rate, from 0 (no completion solved it) to 1 (all did)."""
-    easy_threshold: Fraction = 0.75
+    hard_threshold: Fraction = 0.1
+    """A task is hard up to this solve rate, from 0 (no completion solved it) to 1 (all did). The default leaves a task
+    that one of eight completions solved to the normal ones: its group's rewards differ, so it teaches."""
+    easy_threshold: Fraction = 0.9
     """A task is easy above this solve rate."""
     reward: str | None = None
     """The name of the reward that solve rates are of. Default: the reward that grades evaluations, which is the first
     of `rewards`, or the environment's own reward where there are none."""
     best: Above0 = 1.0
     """The score of that reward for a task that is wholly solved. A task's solve rate is the mean, over the completions
-    of its latest group, of score / best, where less than 0 counts as 0 and more than 1 as 1."""
+    of its latest group, of score / best, where less than 0 counts as 0 and more than 1 as 1. The scores of a reward
+    model have no best: name another reward by `reward`."""
 
     @model_validator(mode="after")
     def _something_is_drawn(self) -> CurriculumConfig:

@@ -155,7 +155,8 @@ class DataConfig(Section):
     """In tokens. Longer prompts are dropped and counted, never cut."""
     solve_rates: Name | None = None
     """A file that `grpo eval --solve-rates` wrote for these rows: how often a model solved each task. `solve_rate`
-    chooses tasks by it, and with `curriculum` tasks begin in the pools that it says."""
+    chooses tasks by it, and with `curriculum` tasks begin in the pools that it says. A run that goes on with a
+    curriculum has the rates of its checkpoint instead."""
     solve_rate: tuple[Fraction, Fraction] | None = None
     """Keep the tasks whose rate in `solve_rates` is between these two, both included: `[0.1, 0.9]`. Tasks without a
     rate in the file are left out."""

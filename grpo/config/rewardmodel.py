@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
+from grpo.config.kwargs import settings_of
 from grpo.config.model import Dtype, ModelConfig, Quantize
 from grpo.config.section import Section, Tokens
 
@@ -35,18 +32,4 @@ class RewardModelConfig(Section):
 
 def reward_model_of(kwargs: Mapping[str, Any]) -> RewardModelConfig:
     """A reward model's settings. Raises ValueError for an unknown one, and for a value of another type."""
-    try:
-        return RewardModelConfig.model_validate_json(json.dumps(dict(kwargs), default=str))
-    except ValidationError as error:
-        raise ValueError("; ".join(map(_said, error.errors()))) from None
-
-
-def _said(detail: Any) -> str:
-    name = str(detail["loc"][0])
-    if detail["type"] != "extra_forbidden":
-        expected = detail["msg"].replace("Input should be", "expected", 1)
-        return f"kwargs.{name}: {expected}, got {json.dumps(detail['input'], default=str)}"
-    known = list(RewardModelConfig.model_fields)
-    close = difflib.get_close_matches(name, known, n=1)
-    meant = f"Did you mean {close[0]!r}?" if close else f"A reward model takes {', '.join(known)}."
-    return f"kwargs.{name}: there is no such argument. {meant}"
+    return settings_of(RewardModelConfig, kwargs, "A reward model")

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from grpo.config.judge import judge_of
 from grpo.config.rewardmodel import reward_model_of
 from grpo.config.section import LARGE, Above0, Fraction, Name, Section
-from grpo.plugins import MODEL, model_in
+from grpo.plugins import JUDGE, MODEL, model_in
 
 DAY = 86_400
 """Seconds."""
@@ -22,14 +23,15 @@ class RewardConfig(Section):
     use: Name
     """A bundled name, the name of an installed package's entry point (group `grpo.rewards`), `file.py:function`,
     `file.py` (its function `reward`), `package.module:function`, or a reward model: `model:` and a Hub repository or a
-    folder with a sequence classifier of one label."""
+    folder with a sequence classifier of one label. `judge`: the model itself, as it was when the run began."""
     weight: Annotated[float, Field(ge=-LARGE, le=LARGE)] = 1.0
     """Weight in the sum of rewards. 0 makes it a metric only."""
     name: str | None = None
     """What its metrics go by. Default: the function's name, or its file's if that is `reward`."""
     kwargs: dict[str, Any] = {}
     """Arguments for the function, or for what makes it: a class, or a function that takes no completions. A reward
-    model takes `revision`, `dtype`, `quantize`, `max_length`, `batch_tokens` and `sigmoid`."""
+    model takes `revision`, `dtype`, `quantize`, `max_length`, `batch_tokens` and `sigmoid`; the judge `prompt`,
+    `system`, `labels`, `chat_template_kwargs`, `max_length` and `batch_tokens`."""
     completions: Literal["text", "messages"] | None = None
     """The form of completions and prompts that the function reads: texts, or lists of chat messages. Default: what its
     annotations say (`list[str]`, `list[list[dict]]`), or else what the dataset has; a function that then fails at
@@ -60,15 +62,21 @@ class RewardConfig(Section):
         """The reward model, or "" where a function grades."""
         return model_in(self.use)
 
+    @property
+    def judges(self) -> bool:
+        """Whether the model that is trained grades, as it was when the run began."""
+        return self.use == JUDGE
+
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> RewardConfig:
         if self.use == MODEL:
             raise ValueError("use: model: needs a name after it, such as model:org/name or model:./folder")
-        if self.model:
-            reward_model_of(self.kwargs)
+        if self.model or self.judges:
+            _ = reward_model_of(self.kwargs) if self.model else judge_of(self.kwargs)
             if unread := self.changed & OF_FUNCTIONS:
+                what = "a reward model" if self.model else "the judge"
                 raise ValueError(
-                    f"{min(unread)} does nothing for a reward model, which reads messages in the trainer's own process"
+                    f"{min(unread)} does nothing for {what}, which reads a whole step in the trainer's own process"
                 )
         if self.isolation == "inline" and (unread := self.changed & {"timeout", "env", "memory_gb"}):
             raise ValueError(f"{min(unread)} does nothing with isolation: inline, in the trainer's own process")

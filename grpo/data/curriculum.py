@@ -11,14 +11,17 @@ from typing import Any
 from grpo.backend.random import derive_seed
 from grpo.config import CurriculumConfig
 from grpo.data.fingerprint import fingerprint
-from grpo.data.pools import LEFT_OUT, POOLS, Pools
-from grpo.data.rates import Known
+from grpo.data.pools import BINS, LEFT_OUT, POOLS, Pools
+from grpo.data.rates import RateTable
 from grpo.data.solved import Solved
 from grpo.data.stream import TaskStream
 from grpo.errors import UserError
 from grpo.types import Group, Rollout, Task
 
 log = logging.getLogger(__name__)
+
+TENTHS = tuple(f"curriculum/solve_rate/{100 * place // BINS:02}" for place in range(BINS))
+"""The metrics of the histogram of solve rates, by the per cent that each bar begins at."""
 
 
 class Curriculum:
@@ -34,7 +37,7 @@ class Curriculum:
         cfg: CurriculumConfig,
         solved: Solved,
         seed: int,
-        rates: Known | None = None,
+        rates: RateTable | None = None,
     ) -> None:
         """`stream` has the rows. `rates` are solve rates that are known from before, float64 `[rows]`, NaN where none
         is."""
@@ -82,11 +85,13 @@ class Curriculum:
         self._observed = True
 
     def metrics(self) -> dict[str, float]:
-        """How many tasks are in each pool now, and which share of the step's draws came from each pool."""
+        """How many tasks are in each pool now, how many have a solve rate in each tenth from 0 to 1, and which share
+        of the step's draws came from each pool."""
         drawn = self._drawn.total()
         return {
             "dropped_prompts": float(self._pools.left_out),
             **{f"curriculum/{pool}": float(size) for pool, size in self._pools.sizes().items()},
+            **dict(zip(TENTHS, map(float, self._pools.histogram()), strict=True)),
             **{f"curriculum/drawn/{pool}": self._drawn[pool] / drawn for pool in POOLS if drawn},
         }
 

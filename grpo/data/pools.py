@@ -20,6 +20,8 @@ UNSEEN, LEFT_OUT = -1.0, -2.0
 """What stands in the place of the rate of a task that nobody has tried, and of a row that makes no task."""
 _UNSEEN, _LEFT_OUT = 3, 4
 """Their numbers. The pools with rates are 0, 1 and 2, as in `POOLS`."""
+BINS = 10
+"""Bars of the histogram of solve rates."""
 CHUNK = 1024
 """Rows whose rates are packed together. A draw looks at the weights of all chunks, and at the rows of one."""
 
@@ -47,6 +49,13 @@ class Pools:
     def sizes(self) -> dict[str, int]:
         """How many tasks are in each pool. Rows that make no task are in none."""
         return {pool: sum(counts[number] for counts in self._counts) for number, pool in enumerate(POOLS)}
+
+    def histogram(self) -> list[int]:
+        """How many tasks have a solve rate in each tenth from 0 to 1. A rate between two counts in the higher one."""
+        rates = np.frombuffer(self._rates, np.float32)
+        tenths = (rates[rates >= 0] * BINS + 1e-4).astype(np.int64)  # the rates are rounded: 0.7 is a little less
+        counted: list[int] = np.bincount(np.minimum(tenths, BINS - 1), minlength=BINS).tolist()
+        return counted
 
     @property
     def left_out(self) -> int:

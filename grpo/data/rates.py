@@ -17,7 +17,7 @@ from grpo.data.fingerprint import fingerprint
 from grpo.data.rows import Renamed, Rows
 from grpo.errors import UserError
 
-Known = npt.NDArray[np.float64]
+RateTable = npt.NDArray[np.float64]
 """Solve rates by row, NaN for a row without one."""
 
 
@@ -28,13 +28,13 @@ class SolveRates:
     `about` says in the file what else they are of: data, split, model, reward, samples.
     """
 
-    rates: Known
+    rates: RateTable
     fingerprint: str
     about: Mapping[str, Any]
 
     @classmethod
     def of(cls, rates: Mapping[int, float], rows: Rows, about: Mapping[str, Any]) -> SolveRates:
-        """Rates of some of these rows, by row."""
+        """RateTable of some of these rows, by row."""
         rows = _plain(rows)
         return cls(_table(len(rows), list(rates), list(rates.values())), fingerprint(rows), about)
 
@@ -97,7 +97,7 @@ def with_solve_rate(rows: Rows, cfg: DataConfig) -> Rows:
     return _chosen(rows, places)
 
 
-def known_rates(cfg: DataConfig, rows: Rows) -> Known | None:
+def known_rates(cfg: DataConfig, rows: Rows) -> RateTable | None:
     """The rates in a section's file of `rows`, which are those that `with_solve_rate` left; None without a file.
 
     Raises UserError for rates of other rows.
@@ -138,7 +138,7 @@ def _plain(rows: Rows) -> Rows:
     return rows.rows if isinstance(rows, Renamed) else rows
 
 
-def _table(rows: int, indices: Any, rates: Any) -> Known:
+def _table(rows: int, indices: Any, rates: Any) -> RateTable:
     """The rates of all rows. Raises ValueError for an index that is no row's, and for a rate that is none."""
     indices, rates = np.asarray(indices, np.int64), np.asarray(rates, np.float64)
     if not (((indices >= 0) & (indices < rows)).all() and ((rates >= 0) & (rates <= 1)).all()):
@@ -148,7 +148,7 @@ def _table(rows: int, indices: Any, rates: Any) -> Known:
     return table
 
 
-def _read(lines: bytes, rows: int) -> Known:
+def _read(lines: bytes, rows: int) -> RateTable:
     """The table of the lines after the first. Arrow reads a million of them in less than a second."""
     import pyarrow as pa
     from pyarrow import json as reader

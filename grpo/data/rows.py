@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import isnan
 from typing import Any, Protocol
 
 from grpo.config import DataConfig
 from grpo.errors import UserError
+
+BLOCK = 50_000
+"""Rows of a table that are looked at together: a selection of rows is copied out to be looked at."""
 
 
 class Rows(Protocol):
@@ -99,9 +103,17 @@ def rows_with_null(rows: Rows, columns: Sequence[str]) -> int:
         rows = rows.rows
     if not isinstance(rows, Dataset):
         return sum(_has_null(rows[index], columns) for index in range(len(rows)))
-    arrow = rows.with_format("arrow")
-    found = [arrow[name][:].is_null(nan_is_null=True) for name in columns if name in rows.column_names]
-    return sum(any(row) for row in zip(*(nulls.to_pylist() for nulls in found), strict=True))
+    named = [name for name in columns if name in rows.column_names]
+    tables = rows.select_columns(named).with_format("arrow").iter(BLOCK) if named else ()
+    return sum(_rows_with_null(table, named) for table in tables)
+
+
+def _rows_with_null(table: Any, columns: Sequence[str]) -> int:
+    """The same of a table of Arrow."""
+    from pyarrow import compute
+
+    nulls = (compute.is_null(table[name], nan_is_null=True) for name in columns)
+    return int(compute.sum(reduce(compute.or_, nulls)).as_py() or 0)
 
 
 def _has_null(row: Mapping[str, Any], columns: Sequence[str]) -> bool:

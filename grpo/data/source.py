@@ -58,3 +58,21 @@ def checked_source(source: Source) -> Source:
             "checkpoints keep of it; one that has nothing to keep returns {} and ignores what it is given"
         )
     return source
+
+
+def taken(source: Source, n: int) -> list[Task]:
+    """The source's next `n` tasks. Raises UserError where what it gives are not so many tasks."""
+    tasks: Any = source.take(n)
+    name, wanted = type(source).__name__, f"take({n}) has to return a list of {n} tasks (grpo.types.Task)"
+    if not isinstance(tasks, list | tuple):
+        raise UserError(f"source {name}: {wanted}, and it returned {type(tasks).__name__}")
+    if odd := [task for task in tasks if not isinstance(task, Task)]:
+        raise UserError(
+            f"source {name}: {wanted}, and there is {type(odd[0]).__name__} among them: a stream gives None for a row "
+            "whose prompt is null or too long"
+        )
+    if len(tasks) != n:
+        raise UserError(
+            f"source {name}: {wanted}, and it returned {len(tasks)}: begin anew where the tasks are used up"
+        )
+    return [*tasks]

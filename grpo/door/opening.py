@@ -83,7 +83,8 @@ class Opening:
         """
         run, cfg, console = self.run, self.cfg, self.console
         notes = [*run.notes, *self._start.notes, *_unsent(cfg.log)]
-        print_plan(console, cfg.model, cfg.data, cfg.rewards, device.describe(), run.plan, notes)
+        converses = bool(cfg.conversations)
+        print_plan(console, cfg.model, cfg.data, cfg.rewards, device.describe(), run.plan, notes, converses)
         self.load()
         policy, engine = run.trainer.policy, run.trainer.engine
         packing = Packing.of(run.trainer.cfg.optim, run.trainer.cfg.rollout)

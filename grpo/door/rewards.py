@@ -14,6 +14,7 @@ from grpo.plugins import SESSION, Function, called, locate_reward
 from grpo.recipes import with_settings
 from grpo.runs.given import name_of
 from grpo.scoring.grader import Inline
+from grpo.scoring.judge import SELF
 from grpo.scoring.modeled import Modeled
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group
@@ -113,6 +114,8 @@ def score(groups: Sequence[Group], rewards: Sequence[Rewardable]) -> list[Group]
 def _inline(given: WeightedReward) -> Inline:
     """The reward in this process, wherever its function comes from."""
     config, function = given.config, given.function
+    if config.judges:
+        raise UserError(SELF)
     if config.model:
         return Modeled(config)
     located = locate_reward(config.use)

@@ -37,7 +37,7 @@ AdapterState = Mapping[str, mx.array]
 Snapshot = tuple[str, AdapterState, Mapping[str, AdapterState]]
 """Which state is active, its arrays, and the others by name."""
 
-POLICY, REFERENCE, TEACHER = "policy", "reference", "teacher"
+POLICY, REFERENCE, TEACHER, JUDGE = "policy", "reference", "teacher", "judge"
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 LINEAR = (nn.Linear, nn.QuantizedLinear, *EXPERTS)
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")

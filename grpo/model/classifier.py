@@ -15,17 +15,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from grpo.backend import cuda
 from grpo.backend.hub import one_line
 from grpo.config import ModelConfig
 from grpo.errors import UserError
+from grpo.model.batched import in_batches
 from grpo.model.load import check_files, model_folder, read, settled
 from grpo.model.mlxlm import TokenizerWrapper, model_classes
 
 SCORE = "score.weight"
 KIND = "ForSequenceClassification"
-FUSED = 128
-"""On CUDA attention is fused for multiples of so many tokens alone: elsewhere it would hold the scores of all pairs."""
 
 
 class Score(nn.Module):  # type: ignore[misc]  # untyped
@@ -51,16 +49,10 @@ class Classifier:
 
         At most `most` tokens go through the model at once, padding included, or else one row.
         """
-        found = [0.0] * len(rows)
-        for places in batches([len(row) for row in rows], most):
-            for place, score in zip(places, self._of([rows[place] for place in places]), strict=True):
-                found[place] = score
-        return found
+        return in_batches(rows, most, self._of)
 
-    def _of(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """The scores of rows that go through together, padded on the right, where a causal model does not look."""
-        width = padded(max(map(len, rows)))
-        tokens = mx.array([[*row, *[0] * (width - len(row))] for row in rows])
+    def _of(self, tokens: mx.array, rows: Sequence[Sequence[int]]) -> list[float]:
+        """The scores of rows that go through together."""
         last = mx.array([self._last(row) for row in rows])
         hidden = self.model.model(tokens, cache=None)
         at_last = mx.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
@@ -71,22 +63,6 @@ class Classifier:
         """The place of the last token that is not the padding's: transformers looks for it so, wherever it stands."""
         places = (place for place in reversed(range(len(row))) if row[place] != self.padding)
         return next(places, 0)
-
-
-def batches(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """The places of rows that go through together, the longest first: at most `most` tokens with padding, or a row."""
-    made: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
-        if made and padded(lengths[made[-1][0]]) * (len(made[-1]) + 1) <= most:
-            made[-1].append(place)
-        else:
-            made.append([place])
-    return made
-
-
-def padded(length: int) -> int:
-    """The length to which rows of this length are padded."""
-    return -(-length // FUSED) * FUSED if cuda.available() else length
 
 
 def load_classifier(cfg: ModelConfig) -> tuple[Classifier, TokenizerWrapper]:

@@ -23,6 +23,10 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-7B": _QWEN2 | _sizes(3584, 28, 28, 4, 18944) | {"vocab_size": 152064, "tie_word_embeddings": False},
     "Qwen/Qwen3-0.6B": _QWEN3 | _sizes(1024, 28, 16, 8, 3072),
     "Qwen/Qwen3-1.7B": _QWEN3 | _sizes(2048, 28, 16, 8, 6144),
+    "Skywork/Skywork-Reward-V2-Qwen3-0.6B": (
+        _QWEN3 | _sizes(1024, 28, 16, 8, 3072)
+        | {"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    ),
     "mlx-community/Qwen3-8B-4bit": (
         _QWEN3 | _sizes(4096, 36, 32, 8, 12288) | _FOUR_BITS | {"tie_word_embeddings": False}
     ),

@@ -259,6 +259,15 @@ class Policy:
         with self._through_layers():
             return shared_hidden(self.split[0], self._layers, prompt_ids, prompt_lengths, prompt_index, completion_ids)
 
+    def next_logits(self, tokens: mx.array, last: mx.array) -> mx.array:
+        """The logits of the token after place `last` `[B]` of each row of tokens `[B, L]`: `[B, V]`, float32, at
+        temperature 1. Rows are padded on the right."""
+        body, head = (self.model, None) if self.split is None else self.split
+        with self._attention():
+            states = body(tokens, cache=None)
+        states = mx.take_along_axis(states, last[:, None, None], axis=1)
+        return scaled(states if head is None else head(states), 1.0)[:, 0]
+
     def _hidden(self, tokens: mx.array, prompt_lengths: mx.array, completion_ids: mx.array) -> mx.array:
         body = self.model if self.split is None else self.split[0]
         with self._through_layers():

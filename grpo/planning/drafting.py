@@ -19,7 +19,7 @@ from grpo.planning.choosing import Checkpointing, Choice, reckoned
 from grpo.planning.footprint import Footprint
 from grpo.planning.graders import UNGRADED, Graders
 from grpo.planning.held import FORMER, Held
-from grpo.planning.lesson import NONE, Lesson
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan, ways_out, why_not
 from grpo.planning.workload import Workload
@@ -50,7 +50,7 @@ class Case:
     footprint: Callable[[bool], Footprint]
     tried: Callable[[Checkpointing, Shape, int], int | None] = lambda *_: None
     entering: Callable[[int, int], int | None] = lambda *_: None
-    lesson: Lesson = NONE
+    lesson: TeacherNeeds = NONE
     graders: Graders = UNGRADED
     held: Held | None = None
 

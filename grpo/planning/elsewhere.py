@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend.hub import Repository, fetch, one_line
-from grpo.config import AdapterConfig, ModelConfig, Recipe
+from grpo.config import AdapterConfig, JudgeConfig, ModelConfig, Recipe, RewardModelConfig
+from grpo.config.judge import judge_of
 from grpo.config.rewardmodel import reward_model_of
 from grpo.errors import UserError
 from grpo.generation.attention import Attention, FusedRowAttention
@@ -36,7 +37,7 @@ from grpo.planning.footprint import Footprint
 from grpo.planning.graders import UNGRADED, Graders
 from grpo.planning.held import Held
 from grpo.planning.lengths import FittingLengths
-from grpo.planning.lesson import NONE, Lesson
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of, position_note
@@ -59,7 +60,7 @@ class Elsewhere:
     states: int
     decoding: SharedPrefix
     footprint: Callable[[bool], Footprint]
-    lesson: Lesson = NONE
+    lesson: TeacherNeeds = NONE
     teacher: Costs | None = None
     graders: Graders = UNGRADED
 
@@ -80,7 +81,8 @@ class Elsewhere:
             model,
             costs,
             int(cfg.needs_reference or cfg.adapter.type != "full")  # the reference
-            + int(cfg.teacher is not None and cfg.teacher.adapter is not None),
+            + int(cfg.teacher is not None and cfg.teacher.adapter is not None)
+            + int(any(reward.judges for reward in cfg.rewards)),
             _decoding(machine, model, costs, cfg.rollout.kv_bits),
             cache(
                 partial(
@@ -91,9 +93,9 @@ class Elsewhere:
                     offloads=cfg.optim.offload_activations,
                 )
             ),
-            Lesson.of(cfg.teacher, model, second, machine.gpu, machine.cuda),
+            TeacherNeeds.of(cfg.teacher, model, second, machine.gpu, machine.cuda),
             None if second is None else costs_of(second),
-            _graders(cfg, machine),
+            _graders(cfg, model, machine),
         )
 
     def plan(self) -> Plan:
@@ -165,10 +167,12 @@ def _second(cfg: Recipe) -> nn.Module | None:
     return _model(cfg.teacher.model, model_config(cfg.teacher.model), None)
 
 
-def _graders(cfg: Recipe, machine: Machine) -> Graders:
-    """The reward models of a recipe, by their configs."""
-    found = []
+def _graders(cfg: Recipe, policy: nn.Module, machine: Machine) -> Graders:
+    """The reward models of a recipe, by their configs, and its judges, by the policy's model."""
+    found: list[tuple[nn.Module, RewardModelConfig | JudgeConfig]] = []
     for reward in cfg.rewards:
+        if reward.judges:
+            found.append((policy, judge_of(reward.kwargs)))
         if reward.model:
             settings = reward_model_of(reward.kwargs)
             named = settings.model(reward.model)

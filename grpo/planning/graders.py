@@ -1,4 +1,4 @@
-"""What reward models take of memory: their weights during the whole run, and activations while a step is scored."""
+"""What models among the rewards take of memory: weights during the whole run, activations while a step is scored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.nn as nn
 
-from grpo.config import RewardModelConfig
+from grpo.config import JudgeConfig, RewardModelConfig
 from grpo.model.costs import Costs
 from grpo.model.outline import costs_of
 from grpo.planning.workload import Workload
@@ -15,37 +15,49 @@ from grpo.planning.workload import Workload
 OF_HIDDEN, OF_QUERIES, OF_KEYS, OF_INNER, OF_SCORES = 5.1, 7.7, 5.2, 3.0, 1.1
 """Numbers that are there at once for each number of a layer's input, queries, keys, and the inside of its feed-forward
 part, and for each score of attention where it is not fused. Fitted to measurements of Qwen3 shapes on a CPU, of 2 and 6
-layers (the depth changes nothing), rows of 16 to 1,024 tokens: 5 shapes, all within a tenth."""
+layers (the depth changes nothing), rows of 16 to 1,024 tokens: 5 shapes, all within a twentieth."""
+
+COPIES = 3
+"""Arrays of the size of a judge's logits, float32, that are there at once."""
+ASKED_TOKENS = 64
+"""Tokens of a judge's question beside prompt and completion, about."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardModelCosts:
-    """One reward model: bytes of its weights, of a token on its way, and of a pair of tokens that attention scores."""
+    """One reward model, or the judge: bytes of weights of its own, of a token on its way, of a pair of tokens that
+    attention scores, and of a row's logits."""
 
-    cfg: RewardModelConfig
+    cfg: RewardModelConfig | JudgeConfig
     costs: Costs
+    weights: int
     token: float
     pair: float
+    row: int
 
     @classmethod
-    def of(cls, model: nn.Module, cfg: RewardModelConfig, fused: bool) -> RewardModelCosts:
-        """By a classifier's shapes and dtypes. `fused`: attention keeps no scores, which is so on CUDA."""
+    def of(cls, model: nn.Module, cfg: RewardModelConfig | JudgeConfig, fused: bool) -> RewardModelCosts:
+        """By a model's shapes and dtypes: a classifier's, or for a judge the policy's. `fused`: attention keeps no
+        scores, which is so on CUDA."""
         costs = costs_of(model)
         inner = max(product.used * product.outputs for product in costs.products)
         queries, keys = costs.heads * costs.head_dim, costs.kv_heads * costs.head_dim
         token = OF_HIDDEN * costs.hidden + OF_QUERIES * queries + OF_KEYS * keys + OF_INNER * inner
-        return cls(cfg, costs, costs.itemsize * token, 0.0 if fused else costs.itemsize * OF_SCORES * costs.heads)
+        pair = 0.0 if fused else costs.itemsize * OF_SCORES * costs.heads
+        weights, row = (0, COPIES * 4 * costs.head.outputs) if isinstance(cfg, JudgeConfig) else (costs.weight_bytes, 0)
+        return cls(cfg, costs, weights, costs.itemsize * token, pair, row)
 
     def longest(self, load: Workload) -> int:
         """Tokens of the longest conversation, as the policy's tokenizer counts them; the classifier may differ."""
-        length = load.longest + load.own + load.rollout.max_completion_length
+        asked = ASKED_TOKENS if isinstance(self.cfg, JudgeConfig) else 0
+        length = asked + load.longest + load.own + load.rollout.max_completion_length
         return min(length, self.cfg.max_length or length)
 
     def at_once(self, load: Workload) -> int:
         """Bytes of the largest batch: of the longest conversations, as many as fit, or one."""
         length = self.longest(load)
         rows = min(load.need().rows, max(1, self.cfg.batch_tokens // length))
-        return int(rows * length * (self.token + self.pair * length))
+        return int(rows * (length * (self.token + self.pair * length) + self.row))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +67,13 @@ class Graders:
     models: tuple[RewardModelCosts, ...] = ()
 
     @classmethod
-    def of(cls, models: Iterable[tuple[nn.Module, RewardModelConfig]], fused: bool) -> Graders:
+    def of(cls, models: Iterable[tuple[nn.Module, RewardModelConfig | JudgeConfig]], fused: bool) -> Graders:
         return cls(tuple(RewardModelCosts.of(model, cfg, fused) for model, cfg in models))
 
     def stays(self) -> dict[str, int]:
         """Bytes that are held all the time."""
-        return {"reward models": sum(one.costs.weight_bytes for one in self.models)} if self.models else {}
+        weights = sum(one.weights for one in self.models)
+        return {"reward models": weights} if weights else {}
 
     def phases(self, load: Workload) -> dict[str, int]:
         """Bytes beside them while completions are scored: one model after the other, between rollout and update."""

@@ -23,7 +23,7 @@ MORE_COPIES = {"sampled": 1.0, "exact": 1.5, "top_k": 1.25}
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class TeacherNeeds:
     """Bytes of a second model's weights, and of what a teacher says of each token; how many times the copies of logits.
 
     `asking` is a second model's forward pass. Another state of the adapter counts among the states, and not here: its
@@ -43,7 +43,7 @@ class Lesson:
         second: nn.Module | None = None,
         gpu: bool = True,
         fused: bool = False,
-    ) -> Lesson:
+    ) -> TeacherNeeds:
         """By a recipe's teacher, the model that is trained, and the second model if there is one: shapes are enough.
 
         `gpu`, `fused`: whether the machine has a GPU, and attention on it keeps no scores.
@@ -67,7 +67,7 @@ class Lesson:
         return replace(footprint, most_copies=most, logit_copies=chunk, also=self.asking)
 
 
-NONE = Lesson()
+NONE = TeacherNeeds()
 
 
 def _asking(second: nn.Module, gpu: bool, fused: bool) -> Footprint | None:

@@ -18,7 +18,7 @@ from grpo.planning.footprint import measure_body, measure_footprint
 from grpo.planning.graders import UNGRADED, Graders
 from grpo.planning.held import Held
 from grpo.planning.lengths import FittingLengths
-from grpo.planning.lesson import NONE, Lesson
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.machines import Machine, within
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of
@@ -50,7 +50,7 @@ class Planner:
         decoding: Decoding,
         limit: float | None = None,
         loss: LossConfig | None = None,
-        lesson: Lesson = NONE,
+        lesson: TeacherNeeds = NONE,
         graders: Graders = UNGRADED,
     ) -> None:
         can = {"share_prompts": policy.share_prompts}  # not every model that is asked to can

@@ -35,7 +35,7 @@ def _why_it_stays(name: str, plan: Plan, load: Workload) -> str:
         case "reward models":
             return "their weights"
         case "other states":
-            return "the reference" + (", and the teacher if it is an adapter" if "teacher" in plan.stays else "")
+            return "the reference, and other frozen copies of what trains"
         case _:
             return "what a failed step is taken back to"
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, cast
 
-from grpo.config import LossConfig, Recipe, RolloutConfig
+from grpo.config import DataConfig, LossConfig, Recipe, RolloutConfig
 from grpo.environments.failedcalls import first_failed
 from grpo.evaluation.evaluator import wilson_interval
 from grpo.runs.state import RunState
@@ -99,11 +99,11 @@ def _reward_fell(rewards: Sequence[float], start: float | None, cfg: Recipe) -> 
 
     The first fifth of the steps is compared with the last, at least 5 steps each: Student's 95 % intervals of their
     means must not overlap. A model that breaks within the first steps spreads their rewards, so the last fifth is also
-    compared with `start`, the lower end for the first step alone. Rows in their own order (`data.shuffle: false`) may
-    get harder, so that nothing follows from a lower reward.
+    compared with `start`, the lower end for the first step alone. Where later steps may have harder tasks, nothing
+    follows from a lower reward.
     """
     part = max(SHORTEST, len(rewards) // 5)
-    if len(rewards) < 2 * part or not all(data.shuffle for data in cfg.data.parts.values()):
+    if len(rewards) < 2 * part or not all(map(_alike, cfg.data.parts.values())):
         return None
     first, last = rewards[:part], rewards[-part:]
     (before, off), (after, also_off) = ((fmean(part_), _half_width(part_)) for part_ in (first, last))
@@ -118,6 +118,12 @@ def _reward_fell(rewards: Sequence[float], start: float | None, cfg: Recipe) -> 
         f"to {after:.3f} ± {also_off:.3f} (95 %) in the last {part}. {_advice(cfg)}. An eval section would "
         "measure it on held-out prompts, and keep the best checkpoint"
     )
+
+
+def _alike(data: DataConfig) -> bool:
+    """Whether early and late steps have tasks that are as hard on average: not where rows come in their own order, and
+    not where they are drawn by what became of them, so that what is solved comes up less and less."""
+    return data.shuffle and data.curriculum is None and data.sampler is None
 
 
 def lowest_mean(groups: Sequence[Group]) -> float | None:
@@ -219,13 +225,15 @@ def _why_none(
 
 def _of_rewards(metrics: StepMetrics, weights: Mapping[str, float], environments: Collection[str]) -> list[str]:
     values = metrics.values
-    if any(rollout.taught for group in metrics.groups for rollout in group.rollouts):
+    taught = any(rollout.taught for group in metrics.groups for rollout in group.rollouts)
+    if taught and ("reward" in values or not any(weights.values())):
         return []  # a teacher gives every token something to learn
     if "reward" not in values:
         rates = tuple(f"/{kind}_rate" for kind in FAILURES)
         failed = any(value for name, value in values.items() if name.endswith(rates))
         why = _why_none(weights, environments, failed, metrics.groups)
-        return [f"step 1: no completion has a reward, so nothing was learned. {why}"]
+        learned = "only the teacher was learned from" if taught else "nothing was learned"
+        return [f"step 1: no completion has a reward, so {learned}. {why}"]
     advantages = any(rollout.has_advantage for group in metrics.groups for rollout in group.rollouts)
     if values["frac_reward_zero_std"] < 1 or advantages:  # of turns, or by a penalty
         return []

@@ -13,7 +13,7 @@ from grpo.backend import cuda
 from grpo.backend.device import limit_memory, on_gpu, setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
-from grpo.config import OptimConfig, Recipe, RolloutConfig, TeacherConfig
+from grpo.config import OptimConfig, Recipe, RolloutConfig
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows
 from grpo.data.streaming import Streamed
@@ -24,10 +24,11 @@ from grpo.generation.controller import speculation_of
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
 from grpo.model.load import head_note, load
+from grpo.model.mlxlm import TokenizerWrapper
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
 from grpo.planning.graders import Graders
-from grpo.planning.lesson import Lesson
+from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.notes import filter_note, layers_note, notes_on
 from grpo.planning.plan import Plan
 from grpo.planning.planner import Planner, allowed, decode_as_planned
@@ -45,6 +46,7 @@ from grpo.runs.sections import applying_of, data_of, text_system
 from grpo.runs.teachers import teacher_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.algorithms import make_optimizer
+from grpo.training.teaching import Teacher
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 
@@ -96,19 +98,13 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepare
         system, steps = text_system(cfg), cfg.optim.steps
         scorer = Scorer.of(cfg.rewards, steps, system, given.functions, hosts, applies)
         opened.callback(scorer.close)
-        teacher = cfg.teacher if trains else None
-        prepared = _prepared(cfg, given, ranks, partners, scorer, opened, teacher)
-        return replace(prepared, notes=[*prepared.notes, *rewarding])
+        prepared = _prepared(cfg, given, ranks, partners, scorer, opened, trains)
+        taught = [cfg.teacher.describe()] if cfg.teacher and trains else []
+        return replace(prepared, notes=[*taught, *prepared.notes, *rewarding])
 
 
 def _prepared(
-    cfg: Recipe,
-    given: Given,
-    ranks: Ranks,
-    partners: Partners,
-    scorer: Scorer,
-    opened: ExitStack,
-    taught_by: TeacherConfig | None,
+    cfg: Recipe, given: Given, ranks: Ranks, partners: Partners, scorer: Scorer, opened: ExitStack, trains: bool
 ) -> Prepared:
     """The rest of `prepare`. What is `opened` stays open, and is the result's."""
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
@@ -117,7 +113,7 @@ def _prepared(
     model, tokenizer = load(cfg.model)
     rows = {name: local[name] if name in local else given.rows(name, data) for name, data in named.items()}
     policy = _policy(cfg, model)
-    teacher = teacher_of(taught_by, cfg.adapter, policy, tokenizer)
+    teacher = teacher_of(cfg.teacher if trains else None, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
@@ -142,8 +138,8 @@ def _prepared(
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
-    lesson = Lesson.of(taught_by, model, teacher and teacher.model, on_gpu(), cuda.available())
-    graders = Graders.of([(one.classifier.model, one.cfg) for one in scorer.models.values()], cuda.available())
+    lesson = _needs(teacher, model)
+    graders = _graders(scorer, policy, tokenizer)
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson, graders)
     plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
     cfg = with_settings(cfg, {"optim": optim})
@@ -153,12 +149,18 @@ def _prepared(
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     prompts = [note for feed, known in zip(feeds, lengths, strict=True) for note in feed.notes(known, partners.resets)]
     head = filter(None, [positions, head_note(model, cfg.model)])
-    taught = [] if taught_by is None else [taught_by.describe()]
-    notes = [*taught, *talk, *prompts, *generator.describe(), *head, *policy.notes]
+    notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)]
     notes += filter(None, [held_out.null_prompts() if held_out else None])
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+
+
+def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
+    """What a teacher takes of this machine's memory."""
+    if teacher is None:
+        return NONE
+    return TeacherNeeds.of(teacher.cfg, model, teacher.model, on_gpu(), cuda.available())
 
 
 def _policy(cfg: Recipe, model: nn.Module) -> Policy:
@@ -166,6 +168,17 @@ def _policy(cfg: Recipe, model: nn.Module) -> Policy:
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
     vault = vault_of(cfg.optim.offload_activations)
     return Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts, vault=vault)
+
+
+def _graders(scorer: Scorer, policy: Policy, tokenizer: TokenizerWrapper) -> Graders:
+    """The models among the rewards, as the plan knows them. Judges grade by the model as it is now.
+
+    Raises UserError for labels that the tokenizer does not tell apart.
+    """
+    for judge in scorer.judges:
+        judge.bind(policy, tokenizer)
+    models = [(one.classifier.model, one.cfg) for one in scorer.models.values()]
+    return Graders.of([*models, *((policy.model, judge.cfg) for judge in scorer.judges)], cuda.available())
 
 
 def _evaluator(cfg: Recipe, feed: Feed, engine: RolloutEngine, scorer: Scorer, ranks: Ranks) -> Evaluator:

@@ -24,6 +24,7 @@ from grpo.scoring.contract import Answer
 from grpo.scoring.grader import Inline, Isolated, ScoringRequest, make_grader
 from grpo.scoring.hints import column_hint
 from grpo.scoring.hosted import Hosted, hosted
+from grpo.scoring.judge import Judge, Judged
 from grpo.scoring.modeled import Modeled, RewardModel
 from grpo.scoring.own import OwnTerms, own_answers, rewarding_steps, terms_of, without_home
 from grpo.scoring.records import ConversationRecord, Placed, RewardRecord, failures_by_kind
@@ -135,6 +136,11 @@ class Scorer:
     def models(self) -> dict[str, RewardModel]:
         """The reward models among the rewards, by the rewards' names."""
         return {name: reward.model for name, reward in self.rewards.items() if isinstance(reward, Modeled)}
+
+    @property
+    def judges(self) -> list[Judge]:
+        """The judges among the rewards: they grade once they are bound to the policy."""
+        return [reward.judge for reward in self.rewards.values() if isinstance(reward, Judged)]
 
     @property
     def lends_environments(self) -> bool:
@@ -278,9 +284,11 @@ class Scorer:
 
 
 def _grader(config: RewardConfig, system: str | None, function: Function | None) -> Inline | Isolated:
-    """The reward of a recipe's line: a model, or a function."""
+    """The reward of a recipe's line: a model, the judge, or a function."""
     if config.model:
         return Modeled(config, system)
+    if config.judges:
+        return Judged(config, system)
     return make_grader(config, system, function)
 
 

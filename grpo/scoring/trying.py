@@ -9,7 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from grpo.config import RewardConfig
-from grpo.plugins import Located, model_in
+from grpo.errors import UserError
+from grpo.plugins import JUDGE, Located, model_in
 from grpo.recipes import with_settings
 from grpo.scoring.casefile import find_cases
 from grpo.scoring.grader import Inline, Isolated
@@ -25,6 +26,10 @@ def cases_of(located: Located, terms: WorkerTerms, file: str | None) -> Iterator
 
     Raises UserError where the function or the file cannot be had.
     """
+    if located.where == JUDGE:
+        from grpo.scoring.judge import SELF
+
+        raise UserError(SELF)
     if model_in(located.where):
         yield ([] if file is None else find_cases(None, located, file)[0]), {}
         return

@@ -158,6 +158,7 @@ def _sample(record: StepMetrics) -> list[Text]:
 def _numbers(record: StepMetrics) -> str:
     values = record.values
     kl = f"  kl {values['kl']:.4f}" if "kl" in values else ""
+    kl += f"  teacher kl {values['teacher/kl']:.4f}" if "teacher/kl" in values else ""
     reward = f"{values['reward']:.3f}" if "reward" in values else "none"
     silent = values.get("updates_without_signal", 0) > 0 and values.get("grad_norm") == 0
     return (

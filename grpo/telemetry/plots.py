@@ -40,13 +40,18 @@ def evaluations(runs: Sequence[RecordedRun], names: Sequence[str]) -> str | None
     return _svg(axes, figure)
 
 
-def stacked(parts: Mapping[str, Sequence[float]], steps: Sequence[int], unit: str = "seconds") -> str | None:
+def stacked(
+    parts: Mapping[str, Sequence[float]],
+    steps: Sequence[int],
+    unit: str = "seconds",
+    colours: Sequence[str] = COLOURS,
+) -> str | None:
     """What each step is made of: the parts on top of each other, such as how long each phase takes."""
     axes, figure = _axes(unit)
     if steps:
-        colours = [COLOURS[i % len(COLOURS)] for i in range(len(parts))]
-        axes.stackplot(steps, *parts.values(), labels=list(parts), colors=colours, alpha=0.8)
-    return _svg(axes, figure)
+        chosen = [colours[i % len(colours)] for i in range(len(parts))]
+        axes.stackplot(steps, *parts.values(), labels=list(parts), colors=chosen, alpha=0.8)
+    return _svg(axes, figure, beside=True)
 
 
 def _axes(unit: str = "") -> tuple[Any, Any]:
@@ -64,12 +69,14 @@ def _axes(unit: str = "") -> tuple[Any, Any]:
     return axes, figure
 
 
-def _svg(axes: Any, figure: Any) -> str | None:
+def _svg(axes: Any, figure: Any, beside: bool = False) -> str | None:
+    """The figure, None if it is empty. The legend is in it, or `beside` it with the first entry lowest."""
     import matplotlib
 
     if not axes.has_data():
         return None
-    axes.legend(fontsize="small", frameon=False)
+    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "reverse": True} if beside else {}
+    axes.legend(fontsize="small", frameon=False, **place)
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "grpo"}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from grpo.config import CurriculumConfig
+from grpo.data.curriculum import TENTHS
 from grpo.data.pools import POOLS
 from grpo.telemetry.plots import stacked
 from grpo.telemetry.recorded import RecordedRun
 
 FOLDER = "curriculum/"
+SHADES = ("#ddaa33", "#d4b04a", "#c9b562", "#bab97b", "#a8bb92", "#93b9a5", "#7bb2b1", "#62a5b5", "#4c94af", "#3a80a2")
+"""From no solved completion to all of them."""
+UNSEEN_SHADE = "#dddddd"
 
 
 def pools_of(runs: Sequence[RecordedRun]) -> str | None:
@@ -19,27 +23,31 @@ def pools_of(runs: Sequence[RecordedRun]) -> str | None:
 
 
 def _of(run: RecordedRun) -> str:
-    steps = [record.step for record in run.steps if f"{FOLDER}unseen" in record.values]
-    if not steps or run.recipe.data.curriculum is None:
+    recorded = [record for record in run.steps if f"{FOLDER}unseen" in record.values]
+    if not recorded or run.recipe.data.curriculum is None:
         return ""
-    names = _labels(run.recipe.data.curriculum)
-    plots = [
-        f"<p>{escape(said)}</p>{stacked(_parts(run, names, prefix), steps, unit)}"
-        for said, prefix, unit in (
-            ("Tasks by the solve rate of their latest group:", FOLDER, "tasks"),
-            ("Where the tasks of each step were drawn from:", f"{FOLDER}drawn/", "share"),
-        )
-    ]
-    return f"<h3>{escape(run.folder.name)}</h3>{''.join(plots)}"
+    steps, values = [record.step for record in recorded], [record.values for record in recorded]
+    drawn = {f"{FOLDER}drawn/{pool}": said for pool, said in _pools(run.recipe.data.curriculum).items()}
+    rates = stacked(_parts(values, _rates()), steps, "tasks", (*SHADES, UNSEEN_SHADE))
+    draws = stacked(_parts(values, drawn), steps, "share")
+    return (
+        f"<h3>{escape(run.folder.name)}</h3><p>Tasks by the solve rate of their latest group:</p>{rates}"
+        f"<p>Where the tasks of each step were drawn from:</p>{draws}"
+    )
 
 
-def _parts(run: RecordedRun, names: dict[str, str], prefix: str) -> dict[str, list[float]]:
-    """What the metrics under a prefix say of each pool at each step."""
-    recorded = [record.values for record in run.steps if f"{FOLDER}unseen" in record.values]
-    return {label: [values.get(f"{prefix}{pool}", 0.0) for values in recorded] for pool, label in names.items()}
+def _parts(values: Sequence[Mapping[str, float]], names: Mapping[str, str]) -> dict[str, list[float]]:
+    """Metrics at each step, by what is said of them; 0 where a step has none."""
+    return {said: [one.get(name, 0.0) for one in values] for name, said in names.items()}
 
 
-def _labels(cfg: CurriculumConfig) -> dict[str, str]:
+def _rates() -> dict[str, str]:
+    """The metrics of the histogram, and which rates each counts."""
+    said = {name: f"{place / len(TENTHS):g} to {(place + 1) / len(TENTHS):g}" for place, name in enumerate(TENTHS)}
+    return {**said, f"{FOLDER}unseen": "no rate yet"}
+
+
+def _pools(cfg: CurriculumConfig) -> dict[str, str]:
     """The pools with the solve rates that each is for."""
     low, high = f"{cfg.hard_threshold:g}", f"{cfg.easy_threshold:g}"
     bounds = {"hard": f"0 to {low}", "normal": f"above {low}, to {high}", "easy": f"above {high}, to 1"}

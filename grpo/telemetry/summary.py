@@ -31,9 +31,11 @@ def print_plan(
     device: str,
     plan: Plan,
     notes: Sequence[str],
+    converses: bool = True,
 ) -> None:
-    """Machine, model, data, and what the run will do and need."""
-    weighted = ", ".join(f"{reward.use} × {reward.weight:g}" for reward in rewards) or "the environment's own"
+    """Machine, model, data, and what the run will do and need. `converses`: whether there are environments or tools."""
+    own = "the environment's own" if converses else "none"
+    weighted = ", ".join(f"{reward.use} × {reward.weight:g}" for reward in rewards) or own
     lines = [device, f"{model.name} on {data.label}, rewards: {weighted}", *plan.lines(), *notes]
     for line in lines:
         print_wrapped(console, line)

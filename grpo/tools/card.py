@@ -25,12 +25,13 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], r
     """The text of the `README.md` beside an export, for people and for the Hub, where it goes to `repo`."""
     state = read_state(checkpoint)
     rewards = ", ".join(f"`{short_name(reward.use)}` × {reward.weight:g}" for reward in cfg.rewards)
-    rewards = rewards or "the environment's own"
+    rewards = rewards or ("the environment's own" if cfg.conversations else "none")
     lines = [
         f"---\n{yaml.safe_dump(_front_matter(cfg, form), sort_keys=False)}---",
         f"# {Path(cfg.output_dir or 'run').name}",
         f"{_kind(cfg, form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300), loss "
         f"`{cfg.loss.type}`, for {state['step']} steps on {_rows(cfg)}. Rewards: {rewards}.",
+        *_teacher(cfg),
         *_conversations(cfg),
         *(f"Note: {note}." for note in notes),
         *_use(cfg, form, repo),
@@ -46,6 +47,14 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], r
 def _rows(cfg: Recipe) -> str:
     """The names of the data."""
     return " and ".join(f"`{name}`" for name in data_names(cfg))
+
+
+def _teacher(cfg: Recipe) -> list[str]:
+    """Whom it learnt from, if it had a teacher."""
+    if cfg.teacher is None:
+        return []
+    who = "another adapter of that model" if cfg.teacher.model is None else f"`{short_name(cfg.teacher.model.name)}`"
+    return [f"Its teacher was {who}: on-policy distillation (`teacher.kl: {cfg.teacher.kl}`, arXiv 2306.13649)."]
 
 
 def _conversations(cfg: Recipe) -> list[str]:

@@ -19,6 +19,7 @@ from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.folder import COMPLETIONS, check_is_run
 from grpo.runs.sections import text_system
 from grpo.scoring.hosted import NoEnvironmentsError
+from grpo.scoring.judge import SELF
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout
 
@@ -95,6 +96,8 @@ def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
 
 
 def _scorer(config: RewardConfig, system: str | None) -> Scorer:
+    if config.judges:
+        raise UserError(SELF)
     try:
         return Scorer.of([config], system=system)
     except NoEnvironmentsError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ from grpo.model.adapters import REFERENCE
 from grpo.model.policy import Policy
 from grpo.objective import weights_of_chosen
 from grpo.objective.masks import top_entropy_threshold
-from grpo.training.batches import MiniBatch, forced_each, forced_each_with_entropies
+from grpo.training.batches import Found, MiniBatch, forced_each, forced_each_with_entropies
 from grpo.training.teaching import Teacher
 from grpo.types import Batch
 
@@ -37,7 +37,6 @@ class PassSettings:
 
 _OF_TOKENS = frozenset(Batch.__slots__) - {"prompt_ids", "prompt_lengths", "prompt_index", "beta", "lines", "starts"}
 _OF_TOKENS -= {"teacher_coef", "teacher_hidden", "teacher_ids", "teacher_logprobs"}
-Found = TypeVar("Found")
 Condition = Callable[[PassSettings], bool]
 Enrich = Callable[[Policy, Sequence[MiniBatch], PassSettings], list[MiniBatch]]
 Pass = Callable[[Policy, Sequence[MiniBatch]], list[MiniBatch]]

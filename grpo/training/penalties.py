@@ -18,8 +18,8 @@ def with_penalties(
 
     `cache` is `advantage.soft_overlong_cache`: the penalty on length begins this many tokens before `longest`, the
     limit on a completion. `beta` weighs the KL that `loss.kl_in: reward` subtracts. The metrics are the mean penalty
-    of what this step sampled, and the mean KL. This is no pass of `passes.py`, because it needs groups, before there
-    are batches.
+    of those that are not replayed, and the mean KL. This is no pass of `passes.py`, because it needs groups, before
+    there are batches.
     """
     in_reward = gauges.loss.kl_in == "reward"
     if not in_reward and cache is None:

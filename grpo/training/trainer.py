@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import Recipe
-from grpo.data.source import Source, checked_source
+from grpo.data.source import Source, checked_source, taken
 from grpo.generation.tally import speculation_metrics
 from grpo.model.policy import Policy
 from grpo.objective.groups import has_variance, with_advantages, with_rewards
@@ -133,7 +133,7 @@ class Trainer:
             if missing == 0:
                 break
             key = derive_key(cfg.seed, "rollout", n, attempt, *self.ranks.own)
-            tasks = self.tasks.take(missing)
+            tasks = taken(self.tasks, missing)
             mine, n_each, temperature = self.ranks.share(tasks), cfg.rollout.num_generations, cfg.rollout.temperature
             with self.scorer.open(mine) as scoring:  # each group is scored while others decode
                 groups = self.engine.rollout(mine, n_each, temperature, key, whole=scoring.add)

@@ -1,12 +1,12 @@
 """How much sooner a run learns by one setting more: steps and rollouts to the same held-out accuracy, over seeds.
 
     python scripts/benchmarks/lessons.py teacher --seeds 0-7 --out lessons.jsonl
-    python scripts/benchmarks/lessons.py summary --out lessons.jsonl
+    python scripts/benchmarks/lessons.py summary --out lessons.jsonl [--against ARM]
 
 A comparison has several arms: one recipe with different settings, the first of them the plain one. Each arm trains from
 each seed until its greedy accuracy on held-out prompts reaches the target, or its steps are used up. FILE gets a line
-of JSON for every run, and a run that it has is not repeated. The summary has the ratio of each arm to the first, seed
-by seed: its median, and the 95 % bootstrap interval of the median.
+of JSON for every run, and a run that it has is not repeated. The summary has the ratio of each arm to the first (or to
+another: --against), seed by seed: its median, and the 95 % bootstrap interval of the median.
 
 A process keeps to one core, so processes for other seeds can run beside it. Nothing needs a network.
 """
@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 
 RESAMPLES = 10_000
-COLUMNS = ("arm", "seeds", "steps", "rollouts", "steps / first", "rollouts / first")
+COLUMNS = ("arm", "seeds", "steps", "rollouts", "ratio of steps", "ratio of rollouts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +114,13 @@ def measured(name: str, arm: Arm, seed: int) -> Run:
     return Run(name, arm.name, seed, comparison.target, reached, [*steps], [*rollouts], [*greedy], seconds)
 
 
-def summary(runs: Sequence[Run]) -> str:
-    """A Markdown table of one comparison: medians over seeds, and of the ratios to the first arm their intervals."""
+def summary(runs: Sequence[Run], against: str | None = None) -> str:
+    """A Markdown table of one comparison: medians over seeds, and of the ratios to one arm their intervals."""
     arms = list(dict.fromkeys(run.arm for run in runs))
-    first = {run.seed: run for run in runs if run.arm == arms[0]}
+    plain = against or arms[0]
+    first = {run.seed: run for run in runs if run.arm == plain}
     rows = [_row(arm, [run for run in runs if run.arm == arm and run.seed in first], first) for arm in arms]
-    title = f"{runs[0].comparison}: to a greedy accuracy of {runs[0].target:g}"
+    title = f"{runs[0].comparison}: to a greedy accuracy of {runs[0].target:g}; ratios are to {plain}"
     return "\n".join([title, "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *rows]) + "\n"
 
 
@@ -137,7 +138,8 @@ def _row(arm: str, runs: Sequence[Run], first: dict[int, Run]) -> str:
 def needed(run: Run, count: Callable[[Run], int]) -> float:
     """The steps or rollouts to the target: infinitely many where the run ended before.
 
-    (The first arm counts with what it used, also where it ended before: the ratio is then too high, never too low.)
+    (The arm that others are compared with counts with what it used, also where it ended before: the ratio is then too
+    high, never too low.)
     """
     return count(run) if run.reached else inf
 
@@ -178,8 +180,9 @@ def teacher(comparison: Comparison, seed: int, into: Path) -> list[Arm]:
 def pools(_: Comparison, seed: int, into: Path) -> list[Arm]:
     """Sums of which 70 % have an answer that nobody finds, in the order of epochs and drawn by difficulty.
 
-    There are 20 tasks with right answers, other ones for each seed, and steps are small, so that most tasks come up
-    several times before the target: pools know nothing of a task before its first time.
+    The 30 tasks with right answers and the 70 without are others for each seed. A step is one prompt × 8 completions,
+    so a task without a signal costs a step. Steps are small, so that tasks come up several times before the target:
+    nothing is known of a task before its first time.
     """
     from grpo.builtin.tasks import rows
 
@@ -188,23 +191,42 @@ def pools(_: Comparison, seed: int, into: Path) -> list[Arm]:
     file = into / f"pools-{seed}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*tasks[:30], *hopeless]))
     held_out = ("eval.source=builtin:arithmetic", "eval.split=test")
-    settings = (
-        f"data.source={file}",
-        *held_out,
-        "rollout.prompts_per_step=1",
-        "rollout.num_generations=8",
-        "optim.learning_rate=7e-5",
-    )
+    small = ("rollout.prompts_per_step=1", "rollout.num_generations=8", "optim.learning_rate=7e-5")
+    settings = (f"data.source={file}", *held_out, *small)
+    wider = "data.curriculum={hard: 0.2, hard_threshold: 0.25, easy_threshold: 0.75}"
     return [
         Arm("epochs", settings),
         Arm("pools", (*settings, "data.curriculum={}")),
-        Arm("pools, hard: 0.05", (*settings, "data.curriculum={hard: 0.05}")),
+        Arm("pools, bounds 0.25 and 0.75", (*settings, wider)),
+    ]
+
+
+def replay(comparison: Comparison, seed: int, into: Path) -> list[Arm]:
+    """The tasks of `pools`, of which 70 % have no signal, with older groups in the place of groups without.
+
+    A step is 4 prompts × 4 completions, so that about one of its groups teaches. Replay makes more of a small learning
+    rate, so the arms train at the best of 5e-4, 1e-3 and 2e-3 for the first (2e-3), and two of them at half of it, too.
+    """
+    slow, fast = "optim.learning_rate=1e-3", "optim.learning_rate=2e-3"
+    small = ("rollout.prompts_per_step=4", "rollout.num_generations=4")
+    settings = (*pools(comparison, seed, into)[0].settings, *small)
+    again = "rollout.dynamic_sampling=2"
+    return [
+        Arm("no replay", (*settings, fast)),
+        Arm("reuse 2", (*settings, fast, "rollout.reuse=2")),
+        Arm("reuse 4", (*settings, fast, "rollout.reuse=4")),
+        Arm("reuse 8", (*settings, fast, "rollout.reuse=8")),
+        Arm("dynamic sampling 2", (*settings, fast, again)),
+        Arm("dynamic sampling 2, reuse 4", (*settings, fast, again, "rollout.reuse=4")),
+        Arm("no replay, half the rate", (*settings, slow)),
+        Arm("reuse 4, half the rate", (*settings, slow, "rollout.reuse=4")),
     ]
 
 
 COMPARISONS = {
     "teacher": Comparison("quickstart", 0.9, 80, 1, teacher, ("eval.prompts=128",)),
     "pools": Comparison("quickstart", 0.9, 600, 8, pools, ("eval.prompts=128",)),
+    "replay": Comparison("quickstart", 0.9, 120, 2, replay, ("eval.prompts=128",)),
 }
 
 
@@ -228,6 +250,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("comparison", choices=(*COMPARISONS, "summary"))
     parser.add_argument("--seeds", type=_seeds, default=range(8), metavar="A-B", help="from A to B; 0-7")
     parser.add_argument("--out", type=Path, default=Path("lessons.jsonl"), metavar="FILE", help="lessons.jsonl")
+    parser.add_argument("--against", metavar="ARM", help="of a summary: what the others are compared with")
     return parser.parse_args()
 
 
@@ -248,7 +271,7 @@ def main() -> None:
     if asked.comparison == "summary":
         runs = read(asked.out)
         for name in dict.fromkeys(run.comparison for run in runs):
-            print(summary([run for run in runs if run.comparison == name]))
+            print(summary([run for run in runs if run.comparison == name], asked.against))
         return
     _keep_to_one_core(8 * list(COMPARISONS).index(asked.comparison) + asked.seeds[0])
     _compare(asked.comparison, asked.seeds, asked.out)

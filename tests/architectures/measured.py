@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,14 @@ def reward(completion_ids, **columns):
 """
 
 
+@contextmanager
+def untried() -> Iterator[None]:
+    """Let a plan be made without gradients and prompts that are tried: they take longer than all the rest."""
+    seen = {"_tried": lambda *_: None, "_entering": lambda *_: None}
+    with patch.object(planner, "measure_footprint", return_value=NO_FOOTPRINT), patch.multiple(planner.Planner, **seen):
+        yield
+
+
 def train(model: Path, bits: int | None, run: Path, *overrides: str) -> Path:
     """One step of a run of this model, as `grpo train` does it. Returns its checkpoint."""
     beside = run.parent
@@ -69,7 +77,7 @@ def train(model: Path, bits: int | None, run: Path, *overrides: str) -> Path:
     recipe.write_text(RECIPE.format(**places, bits=bits or "null"))
     cfg = load_recipe(recipe, overrides)
     start = find_start(cfg)
-    with patch.object(planner, "measure_footprint", return_value=NO_FOOTPRINT):  # it takes longer than all the rest
+    with untried():
         prepared = prepare(start.planned)
     trainer = prepared.trainer
     state = start.load(trainer)

@@ -46,7 +46,8 @@ def indices(source: Curriculum, n: int) -> list[int]:
 
 
 def counts(source: Curriculum) -> dict[str, float]:
-    return {name.removeprefix("curriculum/"): value for name, value in source.metrics().items() if "drawn" not in name}
+    told = {name.removeprefix("curriculum/"): value for name, value in source.metrics().items()}
+    return {name: value for name, value in told.items() if "/" not in name}
 
 
 def test_it_is_a_source_whose_draws_come_from_the_seed(curriculum) -> None:
@@ -59,7 +60,7 @@ def test_it_is_a_source_whose_draws_come_from_the_seed(curriculum) -> None:
 
 def test_tasks_move_between_pools_as_they_are_solved(curriculum) -> None:
     source = curriculum()
-    source.observe([tried(source, 0, 0, 0, 0, 1), tried(source, 1, 0, 1), tried(source, 2, 1, 1)])
+    source.observe([tried(source, 0, *[0] * 15, 1), tried(source, 1, 0, 1), tried(source, 2, 1, 1)])
     assert counts(source) == {"hard": 1, "normal": 1, "easy": 1, "unseen": 3, "dropped_prompts": 0}
     source.observe([tried(source, 0, 1, 1)])
     assert counts(source) == {"hard": 0, "normal": 1, "easy": 2, "unseen": 3, "dropped_prompts": 0}
@@ -137,6 +138,13 @@ def test_other_weights_and_thresholds_take_the_rates_over(curriculum) -> None:
     assert 0 not in indices(source, 100)
 
 
+def test_the_metrics_have_the_histogram(curriculum) -> None:
+    told = curriculum(rates={0: 0.0, 1: 0.25, 2: 1.0, 3: 0.9}).metrics()
+    rates = {name.rpartition("/")[2]: value for name, value in told.items() if "solve_rate" in name}
+    assert {name: value for name, value in rates.items() if value} == {"00": 1, "20": 1, "90": 2}
+    assert list(rates) == [f"{percent:02}" for percent in range(0, 100, 10)]
+
+
 def test_a_checkpoint_s_rates_take_the_place_of_the_file_s(curriculum) -> None:
     known = {n: 1.0 for n in range(3)}
     whole, source = curriculum(rates=known), curriculum(rates=known)
@@ -151,7 +159,7 @@ def test_100_000_draws_follow_the_weights_of_single_tasks(curriculum) -> None:
     rows = [{"question": f"{n}+2?"} for n in range(40)]
     rates = {n: n / 29 for n in range(30)}
     source = curriculum(rows, rates)
-    weights = [0.2 if n / 29 <= 0.25 or n / 29 > 0.75 else 1 for n in range(30)] + [1] * 10
+    weights = [0.1 if n / 29 <= 0.1 else 1 if n / 29 <= 0.9 else 0.2 for n in range(30)] + [1] * 10
     drawn = Counter(source._draw() for _ in range(100_000))
     expected = [100_000 * weight / sum(weights) for weight in weights]
     assert sum((drawn[n] - e) ** 2 / e for n, e in enumerate(expected)) < 72.05

@@ -24,7 +24,7 @@ def pools(size: int, rates: dict[int, float], cfg: CurriculumConfig = DEFAULT) -
 
 @pytest.mark.parametrize(
     ("rate", "pool"),
-    [(0.0, "hard"), (0.25, "hard"), (0.26, "normal"), (0.75, "normal"), (0.76, "easy"), (1.0, "easy")],
+    [(0.0, "hard"), (0.1, "hard"), (1 / 8, "normal"), (0.9, "normal"), (15 / 16, "easy"), (1.0, "easy")],
 )
 def test_thresholds_are_of_the_pool_below(rate: float, pool: str) -> None:
     made = pools(2, {1: rate})
@@ -40,9 +40,9 @@ def test_a_rate_at_a_threshold_that_has_no_exact_float_is_not_above_it(of: int, 
 
 def test_draws_follow_the_weights_of_single_tasks() -> None:
     """χ² of 100,000 draws over ten tasks in all pools: 9 degrees of freedom, 27.88 at a chance of 0.001."""
-    rates = {0: 0.0, 1: 0.1, 2: 0.2, 3: 0.5, 4: 0.6, 5: 0.9, 6: 1.0, 7: LEFT_OUT}
+    rates = {0: 0.0, 1: 0.1, 2: 0.1, 3: 0.2, 4: 0.9, 5: 0.95, 6: 1.0, 7: LEFT_OUT}
     made = pools(11, rates)
-    weights = [0.2, 0.2, 0.2, 1, 1, 0.2, 0.2, 0, 1, 1, 1]
+    weights = [0.1, 0.1, 0.1, 1, 1, 0.2, 0.2, 0, 1, 1, 1]
     generator = random.Random(0)
     drawn = Counter(made.draw(generator.random()) for _ in range(100_000))
     expected = [100_000 * weight / sum(weights) for weight in weights]
@@ -54,7 +54,7 @@ def test_draws_reach_across_chunks_by_weight() -> None:
     """Three chunks, of which the last is short; the weights of the pools, 255 degrees of freedom merged to 4."""
     size = 2 * CHUNK + 10
     made = pools(size, {i: 0.0 for i in range(CHUNK)} | {i: 0.5 for i in range(2 * CHUNK, size)})
-    weights = {"hard": 0.2 * CHUNK, "unseen": CHUNK, "normal": 10}
+    weights = {"hard": 0.1 * CHUNK, "unseen": CHUNK, "normal": 10}
     drawn = Counter(made.pool(made.draw((k + 0.5) / 5_000)) for k in range(5_000))
     total = sum(weights.values())
     assert {name: drawn[name] / 5_000 for name in weights} == pytest.approx(
@@ -75,7 +75,7 @@ def test_the_ends_of_the_line_are_tasks_with_a_weight() -> None:
 
 
 def test_a_sum_that_was_rounded_down_still_ends_in_a_task() -> None:
-    """Ten times 0.2 are 2, and added up one by one 1.9999999999999998."""
+    """Ten times 0.1 are 1, and added up one by one 0.9999999999999999."""
     assert pools(10, dict.fromkeys(range(10), 0.0)).draw(1 - 2**-53) == 9
 
 
@@ -111,6 +111,12 @@ def test_beginning_with_rates_is_putting_each() -> None:
     begun.put(5, LEFT_OUT)
     assert (begun.sizes(), begun.left_out, begun.packed()) == (put.sizes(), put.left_out, put.packed())
     assert [begun.draw(k / 997) for k in range(997)] == [put.draw(k / 997) for k in range(997)]
+
+
+def test_the_histogram_has_tenths_and_a_rate_between_two_is_in_the_higher() -> None:
+    rates = [0, 0.05, 0.1, 0.3, 0.6, 0.7, 0.95, 1]
+    made = pools(12, {n: rate for n, rate in enumerate(rates)} | {9: LEFT_OUT})
+    assert made.histogram() == [2, 1, 0, 1, 0, 0, 1, 1, 0, 2]
 
 
 def test_what_was_packed_stays_as_it_was() -> None:

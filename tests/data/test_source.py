@@ -4,8 +4,9 @@ import pytest
 
 from grpo.config import DataConfig
 from grpo.data.prompts import PromptRenderer
-from grpo.data.source import METHODS, Source, checked_source
+from grpo.data.source import METHODS, Source, checked_source, taken
 from grpo.data.stream import TaskStream, first_tasks
+from grpo.errors import UserError
 
 ROWS = [{"question": "2+2?", "answer": answer} for answer in ("4", "four", "4")]
 
@@ -51,3 +52,22 @@ def test_rows_with_one_prompt_are_as_many_tasks(stream) -> None:
 def test_held_out_rows_are_other_tasks(toy) -> None:
     renderer = PromptRenderer(DataConfig(source="rows", prompt="question"), toy[1], source="eval")
     assert [task.identity for task in first_tasks(ROWS, renderer, 2)] == [("eval", 0), ("eval", 1)]
+
+
+@pytest.mark.parametrize(
+    ("give", "said"),
+    [
+        (lambda tasks: None, r"source Own: take\(3\) has to return a list of 3 tasks .*, and it returned NoneType"),
+        (lambda tasks: tasks[:2], "and it returned 2: begin anew where the tasks are used up"),
+        (lambda tasks: [*tasks, *tasks], "and it returned 6"),
+        (lambda tasks: [*tasks[:2], None], "there is NoneType among them: a stream gives None"),
+    ],
+)
+def test_what_a_source_gives_are_as_many_tasks_as_were_asked_for(stream, give, said) -> None:
+    class Own:
+        def take(self, n: int):
+            return give(stream().take(n))
+
+    with pytest.raises(UserError, match=said):
+        taken(Own(), 3)
+    assert taken(stream(), 3) == stream().take(3)

@@ -34,7 +34,7 @@ def written(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return recipe
 
 
-def run(folder: str, source: type, *callbacks, resume: bool = False, steps: int = 4, **settings) -> grpo.Trainer:
+def run(folder: str, source: type | None, *callbacks, resume: bool = False, steps: int = 4, **settings) -> grpo.Trainer:
     pieces = {"rewards": [{"use": "brevity.py:reward"}], "log": {"use": ["notes.py:log"]}, "max_completion_length": 24}
     cfg = grpo.recipe("toy.yaml", steps=steps, output_dir=folder, **pieces, **settings)
     trainer = grpo.Trainer(cfg, source=source, callbacks=callbacks, quiet=True)
@@ -91,6 +91,9 @@ def test_the_source_gives_tasks_again_and_goes_on_where_it_was(written: Path) ->
     run("parts", easy, once, **same)
     run("parts", easy, resume=True, **same)
     same_end(Path("whole"), Path("parts"))
+    named = run("named", None, **same, **{"data.sampler": "easy.py:Easy"})
+    assert [step["tasks_again"] for step in named.history] == [step["tasks_again"] for step in whole.history]
+    assert [step["reward"] for step in named.history] == [step["reward"] for step in whole.history]
 
 
 def test_an_environment_is_named_or_given(written: Path) -> None:

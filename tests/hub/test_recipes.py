@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hub.server import Hub
 from hub.shelves import DATASETS, write
+from model.classifiers import reward_model
 
 from grpo.builtin.shop import SHOP
 from grpo.builtin.template import template
@@ -50,6 +51,8 @@ def whole_hub(hub: Hub, qwen3_folder: Path, tmp_path: Path) -> Hub:
         hub.add_model(recipe.model.name, model)
         if recipe.teacher is not None and recipe.teacher.model is not None:
             hub.add_model(recipe.teacher.model.name, model)
+        for grader in filter(None, (reward.model for reward in recipe.rewards)):
+            hub.add_model(grader, reward_model(tmp_path / "shelves" / "graders" / grader, qwen3_folder))
     for name, splits in DATASETS.items():
         hub.add_dataset(name, write(splits, tmp_path / "shelves" / name))
     return hub

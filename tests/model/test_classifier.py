@@ -14,7 +14,8 @@ from model.classifiers import KINDS, VOCABULARY, config_of, reward_model, save, 
 from grpo.backend import cuda
 from grpo.config import ModelConfig
 from grpo.errors import UserError
-from grpo.model.classifier import Classifier, batches, check_labels, load_classifier
+from grpo.model.batched import batches
+from grpo.model.classifier import Classifier, check_labels, load_classifier
 
 DRAW = random.Random(0)
 ROWS = [[DRAW.randrange(VOCABULARY) for _ in range(length)] for length in (7, 1, 31, 12, 30)]

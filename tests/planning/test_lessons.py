@@ -14,7 +14,7 @@ from grpo.model.outline import costs_of
 from grpo.model.policy import Policy
 from grpo.planning.activations import forward_footprint
 from grpo.planning.footprint import Footprint, _going_through
-from grpo.planning.lesson import Lesson
+from grpo.planning.lesson import TeacherNeeds
 from grpo.training.packing import Shape
 
 
@@ -48,15 +48,15 @@ def test_a_forward_pass_takes_about_what_is_reckoned(layers: int, shape: Shape) 
 @pytest.mark.parametrize("kl", ["sampled", "exact", "top_k"])
 def test_the_larger_of_a_second_models_pass_and_the_update_counts(kl: str) -> None:
     cfg, shape = TeacherConfig(model="m", kl=kl), Shape(2, 32, 16, 32)
-    lesson = Lesson.of(cfg, make_model("tied"), wide(), gpu=False)
+    lesson = TeacherNeeds.of(cfg, make_model("tied"), wide(), gpu=False)
     assert lesson.asking is not None
     small, large = Footprint(0, 1.0, 0.0, 512, 32, True, True), Footprint(0, 1e6, 0.0, 512, 32, True, True)
     asked = lesson.asking.in_chunks(2**12).bytes(shape)
     assert lesson.beside(small).in_chunks(2**12).bytes(shape) == asked > small.bytes(shape)
     assert lesson.beside(large).bytes(shape) == large.bytes(shape) > asked
-    fused = Lesson.of(cfg, make_model("tied"), wide(), gpu=True, fused=True).asking
+    fused = TeacherNeeds.of(cfg, make_model("tied"), wide(), gpu=True, fused=True).asking
     assert fused is not None
     assert fused.bytes(shape, body=None) < lesson.asking.bytes(shape) + 1
-    by_adapter = Lesson.of(TeacherConfig(adapter="a", kl=kl), make_model("tied"))
+    by_adapter = TeacherNeeds.of(TeacherConfig(adapter="a", kl=kl), make_model("tied"))
     assert by_adapter.asking is None
     assert by_adapter.weights == 0

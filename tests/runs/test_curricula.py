@@ -59,6 +59,8 @@ def test_a_resumed_run_draws_and_learns_as_if_it_had_never_stopped(recipe, run_c
     page = (Path("whole") / "report.html").read_text()
     assert '<section id="curriculum">' in page
     assert "normal (above 0.1, to 0.2)" in page
+    assert "0.1 to 0.2" in page
+    assert sum(value for name, value in told("whole")[-1].items() if "solve_rate" in name) == 4 - pools[-1]
 
 
 def test_groups_that_dynamic_sampling_replaces_are_observed(recipe) -> None:

@@ -10,7 +10,7 @@ import pytest
 from runs.driver import run
 from scoring.hosts import talk
 
-from grpo.config import Recipe
+from grpo.config import CurriculumConfig, Recipe
 from grpo.evaluation.evaluator import interval
 from grpo.recipes import with_settings
 from grpo.runs.checkpoint import load_checkpoint, newest_whole
@@ -272,10 +272,14 @@ def test_the_first_steps_lower_end_by_hand() -> None:
 
 
 def test_where_a_lower_reward_says_nothing() -> None:
-    """Rows that come in their own order may get harder; with evaluations, these are what counts."""
+    """Rows that come in their own order may get harder, and a curriculum draws what is solved less and less; with
+    evaluations, these are what counts."""
     state = RunState("id", TrainerState({}, {}), step=10, rewards=(*NOISY, 0.0, 0.0, 0.0, 0.0, 0.0))
     ordered = with_settings(config(), {"data.shuffle": False})
-    assert [made_worse(state, cfg) is None for cfg in (config(), ordered, evaluated())] == [False, True, True]
+    pooled = with_settings(config(), {"data.curriculum": CurriculumConfig()})
+    own = with_settings(config(), {"data.sampler": "mine.py:Mine"})
+    said = [made_worse(state, cfg) is None for cfg in (config(), ordered, pooled, own, evaluated())]
+    assert said == [False, True, True, True, True]
 
 
 def test_noise_alone_is_hardly_ever_a_fall() -> None:
@@ -387,3 +391,15 @@ def test_a_run_that_made_the_model_worse_says_so(recipe, run_cli) -> None:
     assert "worse" in listed
     again = run_cli("train", recipe, "optim.steps=2", "rewards.0.isolation=inline", "--resume")
     assert ("this run made the model worse" in again.out, read_run(Path("runs/toy")).state) == (True, "worse")
+
+
+def test_beside_a_teacher_rewards_that_never_score_are_told() -> None:
+    """Not that nothing was learned; and nothing at all where no reward has a weight, or rewards are equal."""
+    answer = Trajectory.sampled((5,), (-0.5,), "four", "stop")
+    group = Group(Task(0, "?", (1,), {}), (Rollout(answer, {"exact": None}, taught=True),))
+    silent = StepMetrics(1, {"completions/clipped_ratio": 0.0, "frac_reward_zero_std": 1.0}, (group,))
+    (line,) = warnings_of_first(silent, config().rollout, WEIGHTS)
+    assert "no completion has a reward, so only the teacher was learned from. exact returned None" in line
+    assert warnings_of_first(silent, config().rollout, {"exact": 0.0}) == []
+    equal = replace(silent, values={**silent.values, "reward": 1.0})
+    assert warnings_of_first(equal, config().rollout, WEIGHTS) == []

@@ -205,7 +205,8 @@ class Recipe(Section):
         """The code that the recipe names: its rewards, loss, sampler of tasks, environments, tools and loggers."""
         environments = [config.use for config in self.conversations.values()]
         tools = [tool.use for tool in self.tools]
-        named = filter(None, [self.loss.use, self.data.sampler, *environments, *tools])
+        samplers = dict.fromkeys(data.sampler for data in self.data.parts.values())
+        named = filter(None, [self.loss.use, *samplers, *environments, *tools])
         return [*(reward.use for reward in self.rewards), *named, *self.log.use]
 
     @property

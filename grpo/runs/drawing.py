@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from grpo.backend.hub import one_line
 from grpo.config import CurriculumConfig, DataConfig
 from grpo.data.curriculum import Curriculum
+from grpo.data.mixture import Mixture
 from grpo.data.rates import known_rates
 from grpo.data.solved import Solved
 from grpo.data.source import Source, checked_source
 from grpo.data.stream import TaskStream
+from grpo.data.streaming import WindowStream
 from grpo.errors import UserError
 from grpo.plugins import find_function
 from grpo.runs.checkpoint import hash_of
@@ -20,51 +23,82 @@ from grpo.runs.state import RunState
 from grpo.scoring.scorer import Scorer
 
 
-def source_of(data: DataConfig, given: Given, stream: TaskStream, scorer: Scorer, seed: int) -> Source:
-    """The source of a run's tasks, which draws from the seed. What is `given` takes the place of `data.sampler`.
+def source_of(
+    data: DataConfig, given: Given, streams: Mapping[str, TaskStream | WindowStream], scorer: Scorer, seed: int
+) -> Source:
+    """The source of a run's tasks, which draws from the seed, over the streams of its rows by name. What is `given`
+    takes the place of `data.sampler`.
 
     Raises UserError for a sampler that cannot be had, or is no source, and for a reward of `data.curriculum` that the
-    run has not.
+    run has not, or that does not score those tasks.
     """
     if given.source is not None:
+        if data.sources:
+            raise UserError(
+                "data.sources does nothing beside source=..., which is made of the stream of one source: leave out one "
+                "of them, or name a class for each source by its sampler"
+            )
         if data.curriculum is not None:
             raise UserError("data.curriculum does nothing beside source=..., which chooses all tasks: leave out one")
+        stream = streams["data"]
+        if isinstance(stream, WindowStream):
+            raise UserError("data.streaming does nothing beside source=..., which may ask for any row: leave out one")
         return given.source(stream)
+    parts = {name: _of_one(part, name, streams[name], scorer, seed) for name, part in data.parts.items()}
+    if not data.sources:
+        return parts["data"]
+    return Mixture(parts, {one.called: one.ratio for one in data.sources}, seed)
+
+
+def _of_one(data: DataConfig, name: str, stream: TaskStream | WindowStream, scorer: Scorer, seed: int) -> Source:
+    """The source of tasks from the rows of one stream."""
+    if isinstance(stream, WindowStream):  # nothing chooses among rows that are not known
+        return stream
     if data.sampler is not None:
         return _own(data.sampler, stream)
     if data.curriculum is None:
         return stream
-    return Curriculum(stream, data.curriculum, solved_by(scorer, data.curriculum), seed, known_rates(data, stream.rows))
+    solved = solved_by(scorer, data.curriculum, name)
+    return Curriculum(stream, data.curriculum, solved, seed, known_rates(data, stream.rows))
 
 
-def solved_by(scorer: Scorer, cfg: CurriculumConfig | None = None) -> Solved:
-    """What a solve rate is in a run with these rewards. Raises UserError for a reward that it has not."""
+def solved_by(scorer: Scorer, cfg: CurriculumConfig | None = None, source: str = "data") -> Solved:
+    """What a solve rate of a source's tasks is in a run with these rewards. Raises UserError for a reward that the run
+    has not, or that does not score these tasks."""
     cfg = cfg or CurriculumConfig()
     if cfg.reward is None:
-        return Solved(tuple(scorer.graders), not scorer.rewards, cfg.best)
+        graders = scorer.graders(source)
+        return Solved(tuple(graders), not set(graders) & set(scorer.rewards), cfg.best)
     if cfg.reward not in scorer.weights:
         raise UserError(
             f"data.curriculum.reward: the run has no reward {cfg.reward!r}; there is {', '.join(scorer.weights)}"
         )
+    if cfg.reward in scorer.rewards and not scorer.applies(cfg.reward, source):
+        raise UserError(
+            f"data.curriculum.reward: {cfg.reward!r} does not score tasks of the source {source!r} (its rewards do not "
+            "name it): give that source a curriculum of its own"
+        )
     return Solved((cfg.reward,), cfg.reward in scorer.environments, cfg.best)
 
 
-def chosen_note(data: DataConfig, rows: int) -> list[str]:
-    """What there is to say of tasks that are not simply all rows."""
+def chosen_note(data: DataConfig, rows: int, name: str = "data") -> list[str]:
+    """What there is to say of tasks of a source that are not simply all rows."""
     if data.solve_rate is None:
         return []
     low, high = data.solve_rate
-    return [f"data.solve_rate: {rows:,} tasks have a solve rate from {low:g} to {high:g} and are trained on"]
+    return [f"{name}.solve_rate: {rows:,} tasks have a solve rate from {low:g} to {high:g} and are trained on"]
 
 
 def rates_hash(data: DataConfig) -> dict[str, str]:
-    """A SHA-256 of the file of solve rates that says which rows a run trains on, by the setting's name.
+    """A SHA-256 of each file of solve rates that says which rows a run trains on, by the source's name and the
+    setting's.
 
     Where `data.solve_rate` keeps all rows there is none: a run that goes on has the rates of its checkpoint. Nor is
     there where the file has gone: a run that goes on needs it, and that will say so.
     """
-    file = data.solve_rates and Path(data.solve_rates).expanduser()
-    return {"data.solve_rates": hash_of(file)} if file and data.solve_rate is not None and file.is_file() else {}
+    parts = {name: part for name, part in data.parts.items() if part.solve_rates and part.solve_rate is not None}
+    files = {name: Path(str(part.solve_rates)).expanduser() for name, part in parts.items()}
+    return {f"{name}.solve_rates": hash_of(file) for name, file in files.items() if file.is_file()}
 
 
 def rates_have_gone(data: DataConfig, state: RunState) -> bool:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from grpo.config import Recipe
 from grpo.data.fingerprint import fingerprint
 from grpo.data.rows import Rows
+from grpo.data.streaming import Streamed
 from grpo.document import read_written
 from grpo.errors import UserError
 from grpo.recipes import with_settings, without_single_turn
@@ -38,9 +39,9 @@ from grpo.runs.folder import (
     run_folder,
 )
 from grpo.runs.given import NOTHING, Given
-from grpo.runs.prepare import data_of
 from grpo.runs.publishing import check_no_secrets
 from grpo.runs.revisions import with_revisions
+from grpo.runs.sections import data_of
 from grpo.runs.sources import source_hashes
 from grpo.runs.starting import adapter_hashes, with_kept
 from grpo.runs.state import RunState
@@ -224,7 +225,7 @@ def context(
     adapter: Mapping[str, Any],
     plan: Mapping[str, Any],
     revisions: Mapping[str, str],
-    rows: Mapping[str, Rows],
+    rows: Mapping[str, Rows | Streamed],
     given: Given = NOTHING,
 ) -> Context:
     """What this recipe's checkpoints say about their run. `rows` of the Hub are known by their revision."""

@@ -17,6 +17,7 @@ from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.folder import COMPLETIONS, check_is_run
+from grpo.runs.sections import text_system
 from grpo.scoring.hosted import NoEnvironmentsError
 from grpo.scoring.judge import SELF
 from grpo.scoring.scorer import Scorer
@@ -71,7 +72,7 @@ def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
     paths = stored_steps(run / COMPLETIONS)
     if not paths:
         raise UserError(f"{run}: the run has stored no completions (see log.completions in its recipe)")
-    system = load_recipe(run / RECIPE).data.system
+    system = text_system(load_recipe(run / RECIPE))
     with closing(_scorer(config, system)) as scorer:
         (name,) = scorer.rewards
         completions: list[Rescored] = []

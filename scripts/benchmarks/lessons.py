@@ -204,19 +204,22 @@ def pools(_: Comparison, seed: int, into: Path) -> list[Arm]:
 def replay(comparison: Comparison, seed: int, into: Path) -> list[Arm]:
     """The tasks of `pools`, of which 70 % have no signal, with older groups in the place of groups without.
 
-    A step is 4 prompts × 4 completions, so that about one of its groups teaches. All arms train at the best of the
-    learning rates 5e-4, 1e-3 and 2e-3 for the first.
+    A step is 4 prompts × 4 completions, so that about one of its groups teaches. Replay makes more of a small learning
+    rate, so the arms train at the best of 5e-4, 1e-3 and 2e-3 for the first (2e-3), and two of them at half of it, too.
     """
-    small = ("rollout.prompts_per_step=4", "rollout.num_generations=4", "optim.learning_rate=1e-3")
+    slow, fast = "optim.learning_rate=1e-3", "optim.learning_rate=2e-3"
+    small = ("rollout.prompts_per_step=4", "rollout.num_generations=4")
     settings = (*pools(comparison, seed, into)[0].settings, *small)
     again = "rollout.dynamic_sampling=2"
     return [
-        Arm("no replay", settings),
-        Arm("reuse 2", (*settings, "rollout.reuse=2")),
-        Arm("reuse 4", (*settings, "rollout.reuse=4")),
-        Arm("reuse 8", (*settings, "rollout.reuse=8")),
-        Arm("dynamic sampling 2", (*settings, again)),
-        Arm("dynamic sampling 2, reuse 4", (*settings, again, "rollout.reuse=4")),
+        Arm("no replay", (*settings, fast)),
+        Arm("reuse 2", (*settings, fast, "rollout.reuse=2")),
+        Arm("reuse 4", (*settings, fast, "rollout.reuse=4")),
+        Arm("reuse 8", (*settings, fast, "rollout.reuse=8")),
+        Arm("dynamic sampling 2", (*settings, fast, again)),
+        Arm("dynamic sampling 2, reuse 4", (*settings, fast, again, "rollout.reuse=4")),
+        Arm("no replay, half the rate", (*settings, slow)),
+        Arm("reuse 4, half the rate", (*settings, slow, "rollout.reuse=4")),
     ]
 
 

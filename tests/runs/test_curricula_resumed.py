@@ -8,13 +8,17 @@ import pytest
 from runs.driver import run, same_end
 from runs.test_curricula import stop_after, told
 
+from grpo.config import DataConfig
 from grpo.data.loading import load_rows
 from grpo.data.rates import SolveRates
 from grpo.errors import UserError
 from grpo.recipes import load_recipe
+from grpo.runs.drawing import rates_have_gone
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import find_start
+from grpo.runs.state import RunState
 from grpo.tools.replay import replay
+from grpo.training.state import TrainerState
 
 FILE = Path("rates.jsonl")
 POOLED = ("data.solve_rates=rates.jsonl", "data.curriculum={hard: 0.5, hard_threshold: 0.1, easy_threshold: 0.2}")
@@ -66,3 +70,15 @@ def test_changed_settings_of_pools_keep_what_was_learnt(rated) -> None:
     after = told("parts")[-1]
     assert before["curriculum/easy"] > 0 == after["curriculum/easy"]
     assert after["curriculum/unseen"] <= before["curriculum/unseen"]
+
+
+def test_when_a_file_is_not_needed() -> None:
+    """Only a state that has the rates stands in for the file, and it does not say which rows are trained on."""
+    learnt, stream = (
+        RunState("id", TrainerState({}, {"tasks": tasks})) for tasks in ({"solve_rates": []}, {"cursor": 0})
+    )
+    pooled = DataConfig(source="rows", solve_rates="gone.jsonl", curriculum={})
+    chosen = DataConfig(source="rows", solve_rates="gone.jsonl", solve_rate=(0, 1), curriculum={})
+    there = DataConfig(source="rows", solve_rates=__file__, curriculum={})
+    assert rates_have_gone(pooled, learnt)
+    assert not any((rates_have_gone(pooled, stream), rates_have_gone(chosen, learnt), rates_have_gone(there, learnt)))

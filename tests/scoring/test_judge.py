@@ -88,13 +88,15 @@ def test_what_is_too_long_fails_alone(make_policy) -> None:
 
 def test_a_system_message_and_the_template_s_arguments_are_given(make_policy) -> None:
     toy = make_policy(trained=False)
-    scores = []
-    for kwargs in ({}, {"system": "You are strict."}):
+    template = "{{ tone }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    toy.tokenizer._tokenizer.chat_template = template
+    scores = set()
+    for kwargs in ({}, {"system": "You are strict."}, {"chat_template_kwargs": {"tone": "Well, "}}):
         scorer = Scorer.of([config(**kwargs)])
         scorer.judges[0].bind(toy.policy, toy.tokenizer)
         (scored,) = scorer.score([group("2")])
-        scores.append(scored.rollouts[0].scores["judge"])
-    assert scores[0] != scores[1]
+        scores.add(round(scored.rollouts[0].scores["judge"], 5))
+    assert len(scores) == 3
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,7 @@ def test_a_system_message_and_the_template_s_arguments_are_given(make_policy) ->
         ({"prompt": "{completion} {0}"}, r"kwargs.prompt holds names alone, \{like_this\}, and \{0\} is none"),
         ({"labels": {"Yes": 1.0}}, "kwargs.labels: .*at least 2"),
         ({"labels": {"Yes": "much", "No": 0}}, "kwargs.labels.Yes: expected a valid number"),
+        ({"labels": {True: 1, False: 0}}, "labels has false: YAML reads Yes, No"),
         ({"label": {}}, "kwargs.label: there is no such argument. Did you mean 'labels'"),
         ({"temperature": 1}, "A judge takes prompt, system, labels"),
     ],

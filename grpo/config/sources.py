@@ -1,0 +1,123 @@
+"""One entry of `data.sources`: some of a run's tasks, and how often they are drawn."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from grpo.config.curriculum import CurriculumConfig
+from grpo.config.section import Above0, Fraction, Name, Positive, Section, Tokens
+
+if TYPE_CHECKING:
+    from grpo.config.data import DataConfig
+
+TAKEN = ("data", "eval")
+"""Names that no source may have: tasks of the only source, and held-out tasks, go by them."""
+
+
+def _source_name(name: str) -> str:
+    if name in TAKEN or not name or any(character in name for character in "/\\\n"):
+        raise PydanticCustomError(
+            "not_a_source_name", "expected a name without slashes, other than {taken}", {"taken": " and ".join(TAKEN)}
+        )
+    return name
+
+
+class SourceConfig(Section):
+    name: Annotated[str, AfterValidator(_source_name)] | None = None
+    """What its metrics go by, `sources/<name>/reward`. Default: the last part of `source` or `use`, without an
+    ending."""
+    ratio: Above0 = 1.0
+    """How often its tasks are drawn, compared with those of the other sources: each task is drawn from this source with
+    the chance ratio / sum of all ratios."""
+    rewards: tuple[str, ...] | None = None
+    """The names of the recipe's `rewards` that score its completions. The others are not called for them and give no
+    score. Default: all of them."""
+    source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """Where its rows come from, in all forms of `data.source`."""
+    use: str | None = None
+    """Instead of `source`: a function that returns its rows, as `data.use`."""
+    kwargs: dict[str, Any] = {}
+    """Arguments for the function in `use`."""
+    config: str | None = None
+    """Configuration of a Hub dataset. Default: its only one, or `main` where there are several."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset."""
+    split: str | None = None
+    """Split to train on. Default: `data.split`."""
+    shuffle: bool | None = None
+    """Whether its rows come in a new order each epoch. Default: `data.shuffle`."""
+    streaming: bool | None = None
+    """Read its rows as they are needed. Default: `data.streaming`."""
+    window: Positive | None = None
+    """With `streaming`, the rows of it that are held at once. Default: `data.window`."""
+    columns: dict[str, str] | None = None
+    """Names for its columns, in the place of `data.columns`. Default: `data.columns`."""
+    prompt: str | None = None
+    """A column or a template of its own. Default: `data.prompt`."""
+    continue_final_message: bool | None = None
+    """Whether its chat prompts may end with a message of the assistant. Default: `data.continue_final_message`."""
+    system: str | None = None
+    """A system message of its own. Default: `data.system`. Where sources differ in it, rewards see text prompts with a
+    system message as messages."""
+    chat_template: Literal["auto", "always", "never"] | None = None
+    """Whether its text prompts go through the chat template. Default: `data.chat_template`."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Handed to the chat template, in the place of `data.chat_template_kwargs`. Default: those."""
+    max_prompt_length: Tokens | None = None
+    """In tokens. Longer prompts are dropped and counted. Default: `data.max_prompt_length`."""
+    solve_rates: Name | None = None
+    """A file that `grpo eval --solve-rates` wrote for its rows."""
+    solve_rate: tuple[Fraction, Fraction] | None = None
+    """Keep the tasks whose rate in `solve_rates` is between these two, both included."""
+    curriculum: CurriculumConfig | None = None
+    """Draw its tasks by how often they were solved. Default: `data.curriculum`."""
+    sampler: str | None = None
+    """A class of yours that chooses its tasks, as `data.sampler`. Default: none."""
+
+    @property
+    def called(self) -> str:
+        """Its name: `name`, or what `source` or `use` is called without folders and ending."""
+        if self.name is not None:
+            return self.name
+        origin = self.source[0] if isinstance(self.source, tuple) else self.source or self.use or ""
+        file, _, function = origin.partition(":")
+        parts = [part for part in (function or file).split("/") if part and not set("*?[") & set(part)]
+        return re.sub(r"\.(jsonl?|csv|parquet|py)$", "", parts[-1]) if parts else origin
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it says of its rows and prompts, by the settings of `data`."""
+        given = {name: getattr(self, name) for name in self.changed - OF_A_SOURCE}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+OF_A_SOURCE = frozenset({"name", "ratio", "rewards"})
+"""Settings that only one of several sources has."""
+OF_ONE = frozenset({"source", "use", "kwargs", "config", "revision", "solve_rates", "solve_rate", "sampler"})
+"""Settings that say where the rows of one source come from, or which of them are taken."""
+
+
+def check_sources(cfg: DataConfig) -> None:
+    """Raise ValueError for several sources whose settings do not go together, or not with those of `data`."""
+    if beside := sorted(cfg.changed & OF_ONE):
+        raise ValueError(
+            f"data.{beside[0]} does nothing beside data.sources, where each source has its own: leave out one of them"
+        )
+    for place, source in enumerate(cfg.sources):
+        if source.called in (called := [one.called for one in cfg.sources[:place]]):
+            raise ValueError(
+                f"data.sources.{place} is called {source.called!r}, as data.sources.{called.index(source.called)} is; "
+                "metrics need one name each: give one a name of its own (name: ...)"
+            )
+        if source.called in TAKEN:
+            raise ValueError(f"data.sources.{place} would be called {source.called!r}: give it a name (name: ...)")
+        alone = cfg.model_copy(update={"sources": (source,)})
+        try:
+            _ = alone.parts
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(re.sub(r"\bdata\.(?=\w)", f"data.sources.{place}.", said)) from None

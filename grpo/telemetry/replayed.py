@@ -17,6 +17,7 @@ SHOWN = (
     "grad_norm",
     "entropy",
     "kl",
+    "teacher/kl",
     "clip_ratio/region_mean",
     "completions/mean_length",
 )

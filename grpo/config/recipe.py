@@ -19,6 +19,9 @@ from grpo.config.section import MANY, Name, Section
 from grpo.config.teacher import TeacherConfig
 from grpo.presets import Baseline
 
+WRITTEN_ALIKE = ("system", "chat_template", "chat_template_kwargs", "max_prompt_length")
+"""Settings of `data` that conversations have once for all sources."""
+
 
 class Recipe(Section):
     """A whole run. `data`, `model` and `optim.steps` have no default; `rewards` neither, unless an environment gives
@@ -180,6 +183,26 @@ class Recipe(Section):
                 "eval needs a reward to measure. One of weight 0 is measured and not learnt from, as rewards: [{use: "
                 "math_answer, weight: 0}]"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_and_environments_agree(self) -> Recipe:
+        parts = self.data.parts
+        for place, (name, data) in enumerate(parts.items()):
+            setting = "data.environment" if name == "data" else f"data.sources.{place}.environment"
+            if data.environment is not None and not self.environments:
+                raise ValueError(f"{setting} does nothing without `environments`, of which it names one")
+            if data.environment is not None and data.environment not in self.environments:
+                raise ValueError(
+                    f"{setting}: there is no environment {data.environment!r} in `environments`; there is "
+                    f"{', '.join(self.environments)}"
+                )
+        for setting in WRITTEN_ALIKE if self.conversations else ():
+            if len({repr(getattr(data, setting)) for data in parts.values()}) > 1:
+                raise ValueError(
+                    f"data.sources: with environments or tools {setting} has to be the same for all sources, because "
+                    f"all conversations are written alike: give it once, as data.{setting}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -149,6 +149,17 @@ def test_a_resumed_run_draws_and_learns_as_if_it_had_never_stopped(mixed: Path, 
     assert ("curriculum/spell/unseen" in told[0]) is any("curriculum" in setting for setting in settings)
 
 
+def test_the_report_shows_the_curriculum_of_each_source_that_has_one(mixed: Path, run_cli: Any) -> None:
+    run(mixed, "output_dir=whole", "data.sources.1.curriculum={}", "optim.steps=2")
+    assert run_cli("report", "whole").code == 0
+    page = Path("whole/report.html").read_text()
+    part = page[page.index('<section id="curriculum">') :].partition("</section>")[0]
+    assert part.count("<h3>") == 1
+    assert "<h3>whole, source spell</h3>" in part
+    assert part.count("<svg") == 2
+    assert "0.1 to 0.2" in part
+
+
 def test_a_file_of_a_source_that_has_changed_is_noticed(mixed: Path) -> None:
     cfg = load_recipe(mixed)
     written = context(cfg, {}, {}, {}, prepared(mixed).rows)

@@ -22,7 +22,7 @@ from grpo.types import Group, Task
 
 log = logging.getLogger(__name__)
 
-Row = Mapping[str, Any]
+SourceRow = Mapping[str, Any]
 AT_ONCE = 1000
 """Rows that are converted at once, at most."""
 BLOCK, BLOCKS = 2**16, 64
@@ -59,7 +59,7 @@ class Streamed:
         return hashed.hexdigest()[:16]
 
 
-class Reading(Iterator[tuple[int, Row]]):
+class Reading(Iterator[tuple[int, SourceRow]]):
     """One pass over rows that are read as they come, each with its number."""
 
     def __init__(self, rows: Streamed, place: Mapping[str, Any] | None, first: int) -> None:
@@ -78,7 +78,7 @@ class Reading(Iterator[tuple[int, Row]]):
         None at the start."""
         return self._dataset.state_dict() if self._begun else self._place
 
-    def __next__(self) -> tuple[int, Row]:
+    def __next__(self) -> tuple[int, SourceRow]:
         """Raises UserError for a row that cannot be read, and for a column of `data.columns` that is not there."""
         self._begun = True
         try:
@@ -165,10 +165,10 @@ class WindowStream:
     def _begin(self, epoch: int, number: int, place: Any, first: int) -> None:
         """Be at the beginning of a window, which is read when it is asked for."""
         self._epoch, self._number, self._place, self._first, self._taken = epoch, number, place, first, 0
-        self._window: list[tuple[int, Row]] | None = None
+        self._window: list[tuple[int, SourceRow]] | None = None
         self._reading: Reading | None = None
 
-    def _next(self) -> tuple[int, Row]:
+    def _next(self) -> tuple[int, SourceRow]:
         """The row that is next, with its number."""
         if self._window is None:
             self._window = self._read()
@@ -183,10 +183,10 @@ class WindowStream:
                 raise UserError(f"data {self._reader.cfg.label}: split {self._reader.cfg.split!r} has no rows")
             self._window = self._read()
         self._taken += 1
-        row: tuple[int, Row] = self._window[self._taken - 1]
+        row: tuple[int, SourceRow] = self._window[self._taken - 1]
         return row
 
-    def _read(self) -> list[tuple[int, Row]]:
+    def _read(self) -> list[tuple[int, SourceRow]]:
         """The rows of this window, in the order in which they are taken; none at the end of the epoch."""
         if self._reading is None:
             self._reading = self._rows.read(self._place, self._first)

@@ -47,6 +47,7 @@ _FOLDERS = (
     "update",
     "policy_lag",
     "reuse",
+    "teacher",
 )
 """Whatever comes under them (`time/rollout`) is the run's own."""
 

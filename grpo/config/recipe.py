@@ -19,9 +19,6 @@ from grpo.config.section import MANY, Name, Section
 from grpo.config.teacher import TeacherConfig
 from grpo.presets import Baseline
 
-WRITTEN_ALIKE = ("system", "chat_template", "chat_template_kwargs", "max_prompt_length")
-"""Settings of `data` that conversations have once for all sources."""
-
 
 class Recipe(Section):
     """A whole run. `data`, `model` and `optim.steps` have no default; `rewards` neither, unless an environment gives
@@ -196,12 +193,6 @@ class Recipe(Section):
                 raise ValueError(
                     f"{setting}: there is no environment {data.environment!r} in `environments`; there is "
                     f"{', '.join(self.environments)}"
-                )
-        for setting in WRITTEN_ALIKE if self.conversations else ():
-            if len({repr(getattr(data, setting)) for data in parts.values()}) > 1:
-                raise ValueError(
-                    f"data.sources: with environments or tools {setting} has to be the same for all sources, because "
-                    f"all conversations are written alike: give it once, as data.{setting}"
                 )
         return self
 

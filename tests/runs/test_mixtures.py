@@ -365,10 +365,6 @@ def test_each_source_begins_its_own_environment(mixed: Path) -> None:
             (HOSTS, "data.environment=chess"),
             r"data\.sources\.0\.environment: there is no environment 'chess'.*adds, spells",
         ),
-        (
-            (HOSTS, "data.environment=adds", "data.sources.1.system=Be brief."),
-            r"system has to be the same for all sources.*data\.system",
-        ),
     ],
 )
 def test_environments_that_do_not_fit_the_sources_are_refused(

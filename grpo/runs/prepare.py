@@ -40,7 +40,7 @@ from grpo.rollout import RolloutEngine, sampling_of
 from grpo.runs.drawing import source_of
 from grpo.runs.feed import Feed, first_of, lengths_of, longest_of
 from grpo.runs.given import NOTHING, Given
-from grpo.runs.partners import Partners, invite
+from grpo.runs.partners import Partners, invite, with_sources
 from grpo.runs.rewarding import check_rewarded
 from grpo.runs.sections import applying_of, data_of, text_system
 from grpo.runs.teachers import teacher_of
@@ -129,6 +129,7 @@ def _prepared(
     if evaluator is not None:
         partners.check("eval", evaluator.tasks)
     if isinstance(environment, Conversations):
+        with_sources(environment, readers, text_system(cfg))
         ranks.checked(lambda: partners.check_beginnings(environment, tasks))
     lengths = lengths_of(feeds, ranks)
     longest, own = longest_of(feeds, lengths, partners.resets)

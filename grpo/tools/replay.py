@@ -15,10 +15,10 @@ import mlx.core as mx
 
 from grpo.errors import UserError
 from grpo.model.policy import Policy
-from grpo.recipes import load_recipe, with_settings
+from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, newest_whole, read_state, step_of
 from grpo.runs.completions import UNNAMED, read_completions
-from grpo.runs.drawing import rates_have_gone
+from grpo.runs.drawing import gone_rates, with_rates
 from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, METRICS, check_is_run
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import as_planned, changes, context_now
@@ -55,8 +55,8 @@ def replay(run: Path, step: int) -> Replay:
     whole, _ = newest_whole(run / CHECKPOINTS)
     cfg = as_planned(pinned(cfg, whole), read_state(whole)["plan"]) if whole else cfg
     nearest = _nearest(run, step)
-    if nearest is not None and rates_have_gone(cfg.data, load_checkpoint(nearest)[0]):
-        cfg = with_settings(cfg, {"data.solve_rates": None})
+    if nearest is not None:
+        cfg = with_rates(cfg, dict.fromkeys(gone_rates(cfg.data, load_checkpoint(nearest)[0])))
     prepared = prepare(cfg)
     with closing(prepared.opened):
         return _made(prepared.trainer, run, step, nearest)

@@ -25,9 +25,9 @@ class CurriculumConfig(Section):
     """The name of the reward that solve rates are of. Default: the reward that grades evaluations, which is the first
     of `rewards`, or the environment's own reward where there are none."""
     best: Above0 = 1.0
-    """The score of that reward for a task that is wholly solved. A task's solve rate is the mean, over the completions
-    of its latest group, of score / best, where less than 0 counts as 0 and more than 1 as 1. The scores of a reward
-    model have no best: name another reward by `reward`."""
+    """The score of that reward for a task that is wholly solved. A task's solve rate is the mean of score / best over
+    the completions of its latest group, where less than 0 counts as 0 and more than 1 as 1. A reward model has no best
+    score: name another reward in `reward`."""
 
     @model_validator(mode="after")
     def _something_is_drawn(self) -> CurriculumConfig:

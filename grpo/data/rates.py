@@ -34,7 +34,7 @@ class SolveRates:
 
     @classmethod
     def of(cls, rates: Mapping[int, float], rows: Rows, about: Mapping[str, Any]) -> SolveRates:
-        """RateTable of some of these rows, by row."""
+        """The solve rates of some of these rows, by row."""
         rows = _plain(rows)
         return cls(_table(len(rows), list(rates), list(rates.values())), fingerprint(rows), about)
 

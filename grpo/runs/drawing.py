@@ -10,7 +10,8 @@ from grpo.backend.hub import one_line
 from grpo.config import CurriculumConfig, DataConfig
 from grpo.data.curriculum import Curriculum
 from grpo.data.mixture import Mixture
-from grpo.data.rates import known_rates
+from grpo.data.own import OwnSource
+from grpo.data.rates import SolveRates, known_rates
 from grpo.data.solved import Solved
 from grpo.data.source import Source, checked_source
 from grpo.data.stream import TaskStream
@@ -83,10 +84,15 @@ def solved_by(scorer: Scorer, cfg: CurriculumConfig | None = None, source: str =
 
 def chosen_note(data: DataConfig, rows: int, name: str = "data") -> list[str]:
     """What there is to say of tasks of a source that are not simply all rows."""
-    if data.solve_rate is None:
+    if data.solve_rates is None or not Path(data.solve_rates).expanduser().exists():
         return []
+    known = SolveRates.read(Path(data.solve_rates))
+    rated = f"{known.known:,} of {len(known.rates):,} tasks have a rate in {data.solve_rates}{known.by}"
+    if data.solve_rate is None:
+        return [f"{name}.solve_rates: {rated}"]
     low, high = data.solve_rate
-    return [f"{name}.solve_rate: {rows:,} tasks have a solve rate from {low:g} to {high:g} and are trained on"]
+    chosen = f"{rows:,} tasks have a solve rate from {low:g} to {high:g} and are trained on"
+    return [f"{name}.solve_rate: {chosen}; {rated}"]
 
 
 def rates_hash(data: DataConfig) -> dict[str, str]:
@@ -118,4 +124,6 @@ def _own(use: str, stream: TaskStream) -> Source:
         raise UserError(f"data.{what}: it cannot be made with the stream of tasks: {one_line(error)}") from error
     if made is None:
         raise UserError(f"data.{what}: it returned None; it has to return a source of tasks, or be the class of one")
-    return checked_source(made)
+    own = OwnSource(checked_source(made), f"data.{what}")
+    own.state()  # one that no checkpoint can hold is said before the first step
+    return own

@@ -53,12 +53,17 @@ def step_metrics(
 
 
 def _rewards_of(groups: Sequence[Group]) -> dict[str, float]:
-    """The mean reward of groups, if they have any, and how the rewards differ within each."""
+    """The mean reward of groups, and how the rewards differ within each. Without any reward there is only to say that
+    they do not differ: nobody knows whether anything was solved."""
     rewards_G = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
     everything = [reward for rewards in rewards_G for reward in rewards]
-    return ({"reward": fmean(everything)} if everything else {}) | {
+    alike = {"frac_reward_zero_std": fmean(len(set(rewards)) <= 1 for rewards in rewards_G)}
+    if not everything:
+        return alike
+    return {
+        "reward": fmean(everything),
         "reward_std": fmean(stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in rewards_G),
-        "frac_reward_zero_std": fmean(len(set(rewards)) <= 1 for rewards in rewards_G),
+        **alike,
         "solved_all": fmean(bool(rewards) and min(rewards) >= SOLVED for rewards in rewards_G),
         "solved_none": fmean(all(reward < SOLVED for reward in rewards) for rewards in rewards_G),
         "mixed": fmean(any(r >= SOLVED for r in rewards) and min(rewards) < SOLVED for rewards in rewards_G),

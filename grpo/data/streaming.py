@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from grpo.data.prompts import PromptReader
 from grpo.data.rows import Names
 from grpo.errors import UserError
 from grpo.types import Group, Task
+
+log = logging.getLogger(__name__)
 
 SourceRow = Mapping[str, Any]
 AT_ONCE = 1000
@@ -104,6 +107,7 @@ class WindowStream:
     def __init__(self, rows: Streamed, reader: PromptReader, seed: int) -> None:
         self._rows, self._reader, self._seed = rows, reader, seed
         self._size = reader.cfg.window
+        self._of = {"window": self._size, "rows": rows.fingerprint()}
         self.dropped = 0
         self._begin(0, 0, None, 0)
 
@@ -131,8 +135,10 @@ class WindowStream:
         return {"dropped_prompts": float(self.dropped), "epoch": float(self._epoch)}
 
     def state(self) -> dict[str, Any]:
-        """The epoch, the window with its first row and where that is in the rows, and the rows taken of it."""
+        """The epoch, the window with its first row and where that is in the rows, the rows taken of it, and which rows
+        and windows these are."""
         return {
+            "of": self._of,
             "epoch": self._epoch,
             "window": self._number,
             "place": self._place,
@@ -142,9 +148,17 @@ class WindowStream:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where a stream of the same rows and seed was; at the start after another kind of source."""
+        """Go on where a stream of the same rows and seed was; at the start after another kind of source. With other
+        rows, or windows of another size, the epoch begins again: a place is of these alone."""
         self.dropped = state.get("dropped", 0)
         known = state if "window" in state else {}
+        if others := [name for name, value in self._of.items() if known and known["of"].get(name) != value]:
+            log.warning(
+                "data.streaming: the checkpoint's place in the rows is of another %s, so epoch %d begins again",
+                " and ".join({"window": "data.window", "rows": "file"}[name] for name in others),
+                known["epoch"],
+            )
+            known = {"epoch": known["epoch"]}
         self._begin(known.get("epoch", 0), known.get("window", 0), known.get("place"), known.get("first", 0))
         self._taken = known.get("taken", 0)
 
@@ -158,7 +172,7 @@ class WindowStream:
         """The row that is next, with its number."""
         if self._window is None:
             self._window = self._read()
-        while self._taken == len(self._window):
+        while self._taken >= len(self._window):  # beyond it where rows on the Hub are fewer than they were
             if self._window:
                 assert self._reading is not None
                 self._number, self._taken = self._number + 1, 0

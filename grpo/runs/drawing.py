@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.backend.hub import one_line
-from grpo.config import CurriculumConfig, DataConfig
+from grpo.config import CurriculumConfig, DataConfig, Recipe
 from grpo.data.curriculum import Curriculum
 from grpo.data.mixture import Mixture
 from grpo.data.own import OwnSource
@@ -18,6 +18,7 @@ from grpo.data.stream import TaskStream
 from grpo.data.streaming import WindowStream
 from grpo.errors import UserError
 from grpo.plugins import find_function
+from grpo.recipes import with_settings
 from grpo.runs.checkpoint import hash_of
 from grpo.runs.given import Given
 from grpo.runs.state import RunState
@@ -49,6 +50,14 @@ def source_of(
     if not data.sources:
         return parts["data"]
     return Mixture(parts, {one.called: one.ratio for one in data.sources}, seed)
+
+
+def check_begins(source: Source) -> None:
+    """Raise UserError where a curriculum has no task to begin with: before an evaluation, which takes minutes, and in a
+    run that only rehearses."""
+    for one in source.sources.values() if isinstance(source, Mixture) else [source]:
+        if isinstance(one, Curriculum):
+            one.check()
 
 
 def _of_one(data: DataConfig, name: str, stream: TaskStream | WindowStream, scorer: Scorer, seed: int) -> Source:
@@ -107,10 +116,25 @@ def rates_hash(data: DataConfig) -> dict[str, str]:
     return {f"{name}.solve_rates": hash_of(file) for name, file in files.items() if file.is_file()}
 
 
-def rates_have_gone(data: DataConfig, state: RunState) -> bool:
-    """Whether the file of `data.solve_rates` is not there and not needed, because a run's state has the rates."""
-    needed = data.solve_rate is not None or "solve_rates" not in state.trainer.counts["tasks"]
-    return data.solve_rates is not None and not needed and not Path(data.solve_rates).expanduser().exists()
+def gone_rates(data: DataConfig, state: RunState) -> list[str]:
+    """The names of the sources whose file of `solve_rates` is not there and not needed, because a run's state has the
+    rates."""
+    tasks = state.trainer.counts["tasks"]
+    states = tasks.get("sources", {}) if data.sources else {"data": tasks}
+    files = {name: part.solve_rates for name, part in data.parts.items() if part.solve_rate is None}
+    known = {name: file for name, file in files.items() if file and "solve_rates" in states.get(name, {})}
+    return [name for name, file in known.items() if not Path(file).expanduser().exists()]
+
+
+def with_rates(cfg: Recipe, files: Mapping[str, str | None]) -> Recipe:
+    """The recipe with these files of solve rates, by the name of the source."""
+    if not cfg.data.sources:
+        return with_settings(cfg, {"data.solve_rates": files["data"]}) if files else cfg
+    sources = [
+        with_settings(one, {"solve_rates": files[one.called]}) if one.called in files else one
+        for one in cfg.data.sources
+    ]
+    return with_settings(cfg, {"data.sources": tuple(sources)})
 
 
 def _own(use: str, stream: TaskStream) -> Source:

@@ -40,7 +40,7 @@ from grpo.rollout import RolloutEngine, sampling_of
 from grpo.runs.drawing import source_of
 from grpo.runs.feed import Feed, first_of, lengths_of, longest_of
 from grpo.runs.given import NOTHING, Given
-from grpo.runs.partners import Partners, invite
+from grpo.runs.partners import Partners, invite, with_sources
 from grpo.runs.rewarding import check_rewarded
 from grpo.runs.sections import applying_of, data_of, text_system
 from grpo.runs.teachers import teacher_of
@@ -129,6 +129,7 @@ def _prepared(
     if evaluator is not None:
         partners.check("eval", evaluator.tasks)
     if isinstance(environment, Conversations):
+        with_sources(environment, readers, text_system(cfg))
         ranks.checked(lambda: partners.check_beginnings(environment, tasks))
     lengths = lengths_of(feeds, ranks)
     longest, own = longest_of(feeds, lengths, partners.resets)
@@ -136,7 +137,7 @@ def _prepared(
     source = source_of(cfg.data, given, {feed.name: feed.stream(cfg.seed) for feed in feeds}, scorer, cfg.seed)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
-    sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
+    sections = _readable(cfg.optim, teacher), cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
     lesson = _needs(teacher, model)
     graders = _graders(scorer, policy, tokenizer)
@@ -153,6 +154,7 @@ def _prepared(
     notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)]
     notes += filter(None, [held_out.null_prompts() if held_out else None])
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
+    notes += [] if teacher is None else teacher.notes
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
 
 
@@ -161,6 +163,14 @@ def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
     if teacher is None:
         return NONE
     return TeacherNeeds.of(teacher.cfg, model, teacher.model, on_gpu(), cuda.available())
+
+
+def _readable(optim: OptimConfig, teacher: Teacher | None) -> OptimConfig:
+    """The section without completions behind one another where a teacher cannot read them so: in rows, a batch that is
+    made for lines would be many times as large."""
+    if not (on_gpu() and optim.pack_completions) or teacher is None or teacher.packs:
+        return optim
+    return with_settings(optim, {"pack_completions": False})
 
 
 def _policy(cfg: Recipe, model: nn.Module) -> Policy:

@@ -57,6 +57,11 @@ def _held_out(cfg: Recipe) -> DataConfig:
     return with_settings(data, settings)
 
 
+def only_of(cfg: Recipe) -> dict[str, Sequence[str]]:
+    """The names of the rewards that score the tasks of a source, for each source that names its own."""
+    return {one.called: one.rewards for one in cfg.data.sources if one.rewards is not None}
+
+
 def applying_of(cfg: Recipe, names: Sequence[str]) -> Applying:
     """Which of a recipe's rewards, by these names, score the tasks of which source; held-out tasks those of the source
     that they are read as.
@@ -64,7 +69,7 @@ def applying_of(cfg: Recipe, names: Sequence[str]) -> Applying:
     Raises UserError for a name that no reward has, for a reward that scores nothing, and for a source that nothing is
     learned from.
     """
-    only: dict[str, Sequence[str]] = {one.called: one.rewards for one in cfg.data.sources if one.rewards is not None}
+    only = only_of(cfg)
     like = None if cfg.eval is None else read_as(cfg)
     applying = Applying({**only, **({"eval": only[like]} if like in only else {})})
     applying.check(names)

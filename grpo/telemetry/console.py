@@ -157,28 +157,17 @@ def _sample(record: StepMetrics) -> list[Text]:
 
 def _numbers(record: StepMetrics) -> str:
     values = record.values
-    kl = f"  kl {values['kl']:.4f}" if "kl" in values else ""
-    kl += f"  teacher kl {values['teacher/kl']:.4f}" if "teacher/kl" in values else ""
+    kl = f"kl {values['kl']:.4f}  " if "kl" in values else ""
+    kl += f"teacher kl {values['teacher/kl']:.4f}  " if "teacher/kl" in values else ""
+    reward = f"reward {values['reward']:.3f}  " if "reward" in values else ""
+    if not reward and "teacher/kl" not in values:
+        reward = "reward none  "
     silent = values.get("updates_without_signal", 0) > 0 and values.get("grad_norm") == 0
-    told = (
-        f"{_worth(values)}{kl}  length {values['completions/mean_length']:.0f}"
+    return (
+        f"{reward}{kl}length {values['completions/mean_length']:.0f}"
         f"  {values['rollout_tokens_per_second']:,.0f} tok/s{_drafts(values)}"
         f"{'  no signal, weights unchanged' if silent else ''}"
     )
-    return told.lstrip()
-
-
-def _worth(values: Mapping[str, float]) -> str:
-    """The mean reward; where there is none, the first score that is only measured; nothing for a teacher alone."""
-    if "reward" in values:
-        return f"reward {values['reward']:.3f}"
-    own = [name for name in values if name.startswith("rewards/")]
-    if "teacher/kl" not in values:
-        return "reward none"
-    measured = next((name for name in own if name.endswith("/mean")), None)
-    if measured is not None:
-        return f"{measured.removeprefix('rewards/').removesuffix('/mean')} {values[measured]:.3f}"
-    return "reward none" if own else ""
 
 
 def _drafts(values: Mapping[str, float]) -> str:

@@ -53,17 +53,16 @@ def step_metrics(
 
 
 def _rewards_of(groups: Sequence[Group]) -> dict[str, float]:
-    """The mean reward of groups, and how the rewards differ within each. Without any reward there is only to say that
-    they do not differ: nobody knows whether anything was solved."""
+    """The mean reward of groups, and how the rewards differ within each; nothing where no completion has a reward, as
+    in a run that learns from a teacher alone."""
     rewards_G = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
     everything = [reward for rewards in rewards_G for reward in rewards]
-    alike = {"frac_reward_zero_std": fmean(len(set(rewards)) <= 1 for rewards in rewards_G)}
     if not everything:
-        return alike
+        return {}
     return {
         "reward": fmean(everything),
         "reward_std": fmean(stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in rewards_G),
-        **alike,
+        "frac_reward_zero_std": fmean(len(set(rewards)) <= 1 for rewards in rewards_G),
         "solved_all": fmean(bool(rewards) and min(rewards) >= SOLVED for rewards in rewards_G),
         "solved_none": fmean(all(reward < SOLVED for reward in rewards) for rewards in rewards_G),
         "mixed": fmean(any(r >= SOLVED for r in rewards) and min(rewards) < SOLVED for rewards in rewards_G),

@@ -151,6 +151,15 @@ def test_a_sampler_s_tasks_have_to_be_of_its_source() -> None:
         mixture(code=Odd([])).take(20)
 
 
+def test_a_sampler_is_told_of_its_own_groups_alone() -> None:
+    heard: list[object] = []
+    own = Odd([])
+    own.observe = heard.extend  # type: ignore[method-assign, assignment]
+    groups = [group(Task(0, "a", (), {}, name), 1.0) for name in ("math", "code", "chat")]
+    mixture(code=own).observe(groups)
+    assert heard == groups[1:2]
+
+
 def test_a_mixture_is_a_source() -> None:
     source = mixture()
     assert checked_source(source) is source

@@ -62,6 +62,7 @@ def test_each_epoch_visits_every_row_once_window_by_window(source: object) -> No
         windows = [seen[:10], seen[10:20], seen[20:]]
         assert [sorted(window) for window in windows] == [[*range(10)], [*range(10, 20)], [*range(20, 25)]]
         assert all(window != sorted(window) for window in windows)
+        assert [n % 10 for n in windows[0]] != [n % 10 for n in windows[1]], "each window has an order of its own"
         assert rows.metrics()["epoch"] == epoch
     again, other = stream(config(source, window=10)), stream(config(source, window=10), seed=1)
     first, second = indices(again.take(ROWS)), indices(again.take(ROWS))
@@ -88,6 +89,27 @@ def test_a_stream_goes_on_from_a_state_to_the_row(source: object, taken: int) ->
     assert (after.state(), after.metrics()) == (whole.state(), whole.metrics())
     after.load_state({"cursor": 7, "dropped": 0})  # of a run that had all rows
     assert after.take(3) == tasks[:3]
+
+
+@pytest.mark.parametrize(
+    ("window", "rows", "said"), [(4, ROWS, "data.window"), (20, ROWS, "data.window"), (10, 13, "file"), (10, 3, "file")]
+)
+def test_with_another_window_or_file_the_epoch_begins_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, window: int, rows: int, said: str
+) -> None:
+    """As with --resume-changed: a place in other windows, or beyond the end of a file, is none."""
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"question": f"q{n}"}) + "\n" for n in range(ROWS)]
+    path.write_text("".join(lines))
+    before = stream(config(str(path), window=10))
+    before.take(ROWS + 18)
+    state = json.loads(json.dumps(before.state()))
+    path.write_text("".join(lines[:rows]))
+    after = stream(config(str(path), window=window))
+    after.load_state(state)
+    assert f"is of another {said}, so epoch 1 begins again" in caplog.text
+    assert sorted(indices(after.take(rows))) == [*range(rows)]
+    assert after.state()["epoch"] == 1
 
 
 def test_no_more_than_a_window_is_read_ahead(tmp_path: Path) -> None:

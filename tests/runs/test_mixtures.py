@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 from runs.driver import run, same_end
 
+from grpo.config import RewardConfig
 from grpo.data.mixture import Mixture
 from grpo.errors import UserError
 from grpo.recipes import load_recipe
+from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.prepare import Prepared, prepare
 from grpo.runs.resume import changes, context, context_now
 from grpo.runs.sections import data_of, read_as, text_system
+from grpo.tools.rescore import rescore
 from grpo.types import StepMetrics
 
 REWARDS = """
@@ -147,6 +150,30 @@ def test_a_resumed_run_draws_and_learns_as_if_it_had_never_stopped(mixed: Path, 
     same_end(Path("whole"), Path("parts"))
     told = [json.loads(line) for line in Path("whole/metrics.jsonl").read_text().splitlines()]
     assert ("curriculum/spell/unseen" in told[0]) is any("curriculum" in setting for setting in settings)
+
+
+def test_what_is_scored_again_is_what_the_reward_is_for(mixed: Path) -> None:
+    """A new reward is tried on all completions, and its columns are checked for each source."""
+    run(mixed, "output_dir=whole", "optim.steps=2", "rollout.prompts_per_step=4")
+    stored = [group for path in stored_steps(Path("whole/completions")) for group in read_completions(path)[1]]
+    spelled = sum(len(group.rollouts) for group in stored if group.task.source == "spell")
+    again = rescore(Path("whole"), RewardConfig(use="grades.py:words"), None)
+    assert 0 < len(again.completions) == spelled < 2 * 4 * 4
+    assert all(one.before == one.now is not None for one in again.completions)
+    assert len(rescore(Path("whole"), RewardConfig(use="grades.py:length", name="new"), None).completions) == 2 * 4 * 4
+    with pytest.raises(UserError, match=r"'word'.*columns of the source 'sums'"):
+        rescore(Path("whole"), RewardConfig(use="grades.py:words", name="new"), None)
+
+
+def test_the_report_shows_the_curriculum_of_each_source_that_has_one(mixed: Path, run_cli: Any) -> None:
+    run(mixed, "output_dir=whole", "data.sources.1.curriculum={}", "optim.steps=2")
+    assert run_cli("report", "whole").code == 0
+    page = Path("whole/report.html").read_text()
+    part = page[page.index('<section id="curriculum">') :].partition("</section>")[0]
+    assert part.count("<h3>") == 1
+    assert "<h3>whole, source spell</h3>" in part
+    assert part.count("<svg") == 2
+    assert "0.1 to 0.2" in part
 
 
 def test_a_file_of_a_source_that_has_changed_is_noticed(mixed: Path) -> None:
@@ -293,3 +320,56 @@ def test_a_mixture_of_one_is_the_source_alone(mixed: Path) -> None:
     )
     stream = prepared(mixed).trainer.tasks
     assert [task.index for task in mixture.take(20)] == [task.index for task in stream.take(20)]
+
+
+TALK = """
+class Adds:
+    reward = 0.0
+    def reset(self, question, answer, **columns):
+        self.right = answer
+    def step(self, text):
+        self.reward = float(str(self.right) in text)
+    def get_reward(self):
+        return self.reward
+
+class Spells:
+    reward = 0.0
+    def reset(self, word, **columns):
+        self.word = word
+    def step(self, text):
+        self.reward = float(self.word in text)
+    def get_reward(self):
+        return self.reward
+"""
+HOSTS = "environments={adds: {use: 'talk.py:Adds', workers: 1}, spells: {use: 'talk.py:Spells', workers: 1}}"
+
+
+def test_each_source_begins_its_own_environment(mixed: Path) -> None:
+    (mixed.parent / "talk.py").write_text(TALK)
+    own = ("data.sources.0.environment=adds", "data.sources.1.environment=spells")
+    length = ("rewards=[{use: 'grades.py:length'}]", "data.sources.0.rewards=null", "data.sources.1.rewards=null")
+    metrics = step(mixed, HOSTS, *own, *length, "rollout.prompts_per_step=8", "rollout.max_completion_length=40")
+    named = {group.task.source: group.task.columns["environment"] for group in metrics.groups}
+    assert named == {"sums": "adds", "spell": "spells"}
+    for group in metrics.groups:
+        for rollout in group.rollouts:
+            assert rollout.trajectory.conversation.environment == named[group.task.source].title()
+            assert not rollout.failures
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("data.sources.0.environment=adds",), r"data\.sources\.0\.environment does nothing without `environments`"),
+        (
+            (HOSTS, "data.environment=chess"),
+            r"data\.sources\.0\.environment: there is no environment 'chess'.*adds, spells",
+        ),
+    ],
+)
+def test_environments_that_do_not_fit_the_sources_are_refused(
+    mixed: Path, settings: tuple[str, ...], said: str
+) -> None:
+    (mixed.parent / "talk.py").write_text(TALK)
+    with pytest.raises(UserError, match=said):
+        load_recipe(mixed, settings)

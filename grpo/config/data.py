@@ -188,10 +188,12 @@ class DataConfig(Section):
     def parts(self) -> dict[str, DataConfig]:
         """Where tasks come from, by the name of the source that they say: this section by the name `data`, or what each
         of `sources` comes to."""
-        if not self.sources:
-            return {"data": self}
+        return {one.called: self.part(one) for one in self.sources} if self.sources else {"data": self}
+
+    def part(self, source: SourceConfig) -> DataConfig:
+        """What one of `sources` comes to, with what it leaves out."""
         shared = {name: getattr(self, name) for name in self.changed - {"sources"}}
-        return {one.called: DataConfig(**{**shared, **one.settings}) for one in self.sources}
+        return DataConfig(**{**shared, **source.settings})
 
     @property
     def longest_prompt(self) -> int:

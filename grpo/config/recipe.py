@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from grpo.config.curriculum import check_graders
 from grpo.config.data import DataConfig, EvalConfig, check_hub_only
 from grpo.config.environment import EnvironmentConfig, ToolEntry
 from grpo.config.log import CheckpointConfig, LogConfig
@@ -114,7 +115,7 @@ class Recipe(Section):
         if penalised and self.baseline in ("gdpo", "maxrl"):
             raise ValueError(f"advantage.baseline {self.baseline} has no meaning for penalties in the reward")
         if self.rollout.dynamic_sampling and self.baseline in ("batch", "gdpo"):
-            raise ValueError(f"rollout.dynamic_sampling: with the {self.baseline} baseline uniform groups teach too")
+            raise ValueError(self._all_teach("dynamic_sampling"))
         self._check_reuse()
         if (self.advantage.soft_overlong_cache or 0) >= self.rollout.max_completion_length:
             raise ValueError("advantage.soft_overlong_cache is not below rollout.max_completion_length")
@@ -131,12 +132,21 @@ class Recipe(Section):
             raise ValueError(f"advantage.scale_rewards does nothing with the {self.baseline} baseline")
         return self
 
+    def _all_teach(self, setting: str) -> str:
+        """Why there are no groups that a setting of `rollout` could replace."""
+        by = "" if self.advantage.baseline else f" (which loss.type {self.loss.type} brings)"
+        return (
+            f"rollout.{setting} replaces groups whose rewards are all equal, because they teach nothing. With "
+            f"advantage.baseline: {self.baseline}{by} they teach as the others do: leave it out, or take another "
+            "advantage.baseline, such as group"
+        )
+
     def _check_reuse(self) -> None:
         """Raise ValueError where an older group would be learnt from as if this step's policy had sampled it."""
         if not self.rollout.reuse:
             return
         if self.baseline in ("batch", "gdpo"):
-            raise ValueError(f"rollout.reuse: with the {self.baseline} baseline uniform groups teach too")
+            raise ValueError(self._all_teach("reuse"))
         if self.loss.use is None and self.loss.preset.surrogate == "reinforce":
             raise ValueError(
                 f"rollout.reuse: loss.type {self.loss.type} has no ratio, so it would learn from older completions as "
@@ -147,6 +157,11 @@ class Recipe(Section):
                 "rollout.reuse: loss.kl_in: reward would take off an older completion's reward the KL of the policy "
                 "that sampled it, not of the policy of now. Use kl_in: loss"
             )
+
+    @model_validator(mode="after")
+    def _solve_rates_mean_something(self) -> Recipe:
+        check_graders(self.data, self.rewards)
+        return self
 
     @model_validator(mode="after")
     def _teacher_agrees(self) -> Recipe:

@@ -118,9 +118,8 @@ def check_sources(cfg: DataConfig) -> None:
             )
         if source.called in TAKEN:
             raise ValueError(f"data.sources.{place} would be called {source.called!r}: give it a name (name: ...)")
-        alone = cfg.model_copy(update={"sources": (source,)})
         try:
-            _ = alone.parts
+            cfg.part(source)
         except ValidationError as error:
             said = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ValueError(re.sub(r"\bdata\.(?=\w)", f"data.sources.{place}.", said)) from None

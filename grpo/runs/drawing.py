@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from grpo.backend.hub import one_line
-from grpo.config import CurriculumConfig, DataConfig, Recipe
+from grpo.config import CurriculumConfig, DataConfig
 from grpo.data.curriculum import Curriculum
 from grpo.data.mixture import Mixture
-from grpo.data.rates import known_rates
+from grpo.data.own import OwnSource
+from grpo.data.rates import SolveRates, known_rates
 from grpo.data.solved import Solved
 from grpo.data.source import Source, checked_source
 from grpo.data.stream import TaskStream
 from grpo.data.streaming import WindowStream
 from grpo.errors import UserError
 from grpo.plugins import find_function
-from grpo.recipes import with_settings
 from grpo.runs.checkpoint import hash_of
 from grpo.runs.given import Given
 from grpo.runs.state import RunState
@@ -92,10 +92,15 @@ def solved_by(scorer: Scorer, cfg: CurriculumConfig | None = None, source: str =
 
 def chosen_note(data: DataConfig, rows: int, name: str = "data") -> list[str]:
     """What there is to say of tasks of a source that are not simply all rows."""
-    if data.solve_rate is None:
+    if data.solve_rates is None or not Path(data.solve_rates).expanduser().exists():
         return []
+    known = SolveRates.read(Path(data.solve_rates))
+    rated = f"{known.known:,} of {len(known.rates):,} tasks have a rate in {data.solve_rates}{known.by}"
+    if data.solve_rate is None:
+        return [f"{name}.solve_rates: {rated}"]
     low, high = data.solve_rate
-    return [f"{name}.solve_rate: {rows:,} tasks have a solve rate from {low:g} to {high:g} and are trained on"]
+    chosen = f"{rows:,} tasks have a solve rate from {low:g} to {high:g} and are trained on"
+    return [f"{name}.solve_rate: {chosen}; {rated}"]
 
 
 def rates_hash(data: DataConfig) -> dict[str, str]:
@@ -120,17 +125,6 @@ def gone_rates(data: DataConfig, state: RunState) -> list[str]:
     return [name for name, file in known.items() if not Path(file).expanduser().exists()]
 
 
-def with_rates(cfg: Recipe, files: Mapping[str, str | None]) -> Recipe:
-    """The recipe with these files of solve rates, by the name of the source."""
-    if not cfg.data.sources:
-        return with_settings(cfg, {"data.solve_rates": files["data"]}) if files else cfg
-    sources = [
-        with_settings(one, {"solve_rates": files[one.called]}) if one.called in files else one
-        for one in cfg.data.sources
-    ]
-    return with_settings(cfg, {"data.sources": tuple(sources)})
-
-
 def _own(use: str, stream: TaskStream) -> Source:
     what = f"sampler {use!r}"
     make = find_function(use, "sampler", classes=True)
@@ -142,4 +136,6 @@ def _own(use: str, stream: TaskStream) -> Source:
         raise UserError(f"data.{what}: it cannot be made with the stream of tasks: {one_line(error)}") from error
     if made is None:
         raise UserError(f"data.{what}: it returned None; it has to return a source of tasks, or be the class of one")
-    return checked_source(made)
+    own = OwnSource(checked_source(made), f"data.{what}")
+    own.state()  # one that no checkpoint can hold is said before the first step
+    return own

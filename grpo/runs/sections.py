@@ -44,6 +44,17 @@ def without_choice(cfg: Recipe) -> Recipe:
     return with_settings(cfg, {"data": with_settings(cfg.data, {**NOT_CHOSEN, "sources": sources})})
 
 
+def with_rates(cfg: Recipe, files: Mapping[str, str | None]) -> Recipe:
+    """The recipe with these files of solve rates, by the name of the source."""
+    if not cfg.data.sources:
+        return with_settings(cfg, {"data.solve_rates": files["data"]}) if files else cfg
+    sources = [
+        with_settings(one, {"solve_rates": files[one.called]}) if one.called in files else one
+        for one in cfg.data.sources
+    ]
+    return with_settings(cfg, {"data.sources": tuple(sources)})
+
+
 def _held_out(cfg: Recipe) -> DataConfig:
     assert cfg.eval is not None
     name, own = read_as(cfg), cfg.eval
@@ -66,7 +77,8 @@ def applying_of(cfg: Recipe, names: Sequence[str]) -> Applying:
     """Which of a recipe's rewards, by these names, score the tasks of which source; held-out tasks those of the source
     that they are read as.
 
-    Raises UserError for a name that no reward has, and for a reward that scores nothing.
+    Raises UserError for a name that no reward has, for a reward that scores nothing, and for a source that nothing is
+    learned from.
     """
     only = only_of(cfg)
     like = None if cfg.eval is None else read_as(cfg)
@@ -77,5 +89,14 @@ def applying_of(cfg: Recipe, names: Sequence[str]) -> Applying:
             raise UserError(
                 f"reward {name!r} does nothing: each of data.sources names its rewards, and none of them this one. "
                 "Name it there, or leave it out"
+            )
+    weighty = [name for name, reward in zip(names, cfg.rewards, strict=True) if reward.weight]
+    if not weighty or cfg.teacher is not None or cfg.conversations:
+        return applying
+    for source in only:
+        if not any(applying(name, source) for name in weighty):
+            raise UserError(
+                f"data.sources, {source!r}: no reward that has a weight scores its completions, so nothing would be "
+                f"learned from them. Name one in its rewards, such as [{weighty[0]}], or leave rewards out: then all do"
             )
     return applying

@@ -20,7 +20,7 @@ from grpo.config import JudgeConfig, RewardConfig
 from grpo.config.judge import judge_of
 from grpo.data.rendering import rendered_ids
 from grpo.data.rows import is_null
-from grpo.errors import UserError
+from grpo.errors import UserError, closest
 from grpo.model.adapters import JUDGE, POLICY
 from grpo.model.batched import in_batches
 from grpo.model.mlxlm import TokenizerWrapper
@@ -130,7 +130,8 @@ class Judged(Inline):
         """Why it could not be asked of a dataset with these columns; None if it can be."""
         there = {*columns, "prompt", "completion"}
         if missing := [name for name in self.judge.cfg.columns if name not in there]:
-            return f"kwargs.prompt names {{{missing[0]}}}, and the dataset has no such column"
+            meant = f" (did you mean {{{close}}}?)" if (close := closest(missing[0], there)) else ""
+            return f"kwargs.prompt names {{{missing[0]}}}, and the dataset has no such column{meant}"
         return None
 
 

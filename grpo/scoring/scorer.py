@@ -239,18 +239,21 @@ class Scorer:
         tasks."""
         for name, reward in self.rewards.items():
             if self.applies(name, source) and (problem := reward.problem(columns)):
-                raise UserError(f"reward {name!r}: {problem}.{column_hint(problem, columns)}{self._unless(source)}")
+                one = None if source in TAKEN else source
+                hint = column_hint(problem, columns, one)
+                raise UserError(f"reward {name!r}: {problem}.{hint}{self._unless(source, '.' if hint else '')}")
 
     def close(self) -> None:
         """Leave no worker behind."""
         for reward in self.rewards.values():
             reward.close()
 
-    def _unless(self, source: str) -> str:
-        """What else to do about a reward that does not fit the columns of one of several sources."""
+    def _unless(self, source: str, stop: str) -> str:
+        """What else to do about a reward that does not fit the columns of one of several sources; `stop` ends what
+        was said before."""
         if source in TAKEN:
             return ""
-        return f" These are columns of the source {source!r}: if the reward is not for it, name its rewards there"
+        return f"{stop} These are columns of the source {source!r}: if the reward is not for it, name its rewards there"
 
     def _told_apart(self, name: str, answer: Answer) -> Answer:
         """The answer with `NAME/column` for a column of `log_extra` that another reward logged before this one."""

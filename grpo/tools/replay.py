@@ -18,11 +18,12 @@ from grpo.model.policy import Policy
 from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, newest_whole, read_state, step_of
 from grpo.runs.completions import UNNAMED, read_completions
-from grpo.runs.drawing import gone_rates, with_rates
+from grpo.runs.drawing import gone_rates
 from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, METRICS, check_is_run
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import as_planned, changes, context_now
 from grpo.runs.revisions import pinned
+from grpo.runs.sections import with_rates
 from grpo.training.batches import by_row, forced, of_completions, rows_of
 from grpo.training.packing import Packing
 from grpo.training.trainer import Trainer

@@ -103,6 +103,8 @@ def test_columns_are_checked_for_the_rewards_of_their_source(scorer: Scorer) -> 
     scorer.check(["tests"], "code")
     with pytest.raises(UserError, match=r"reward 'of_code'.*'tests'.*These are columns of the source 'code'"):
         scorer.check(["answer"], "code")
+    with pytest.raises(UserError, match=r"write columns: \{tests: THAT_NAME\} in the source 'code'\. These are"):
+        scorer.check(["answer"], "code")
 
 
 def test_a_name_that_no_reward_has_is_refused() -> None:

@@ -106,6 +106,7 @@ def test_a_system_message_and_the_template_s_arguments_are_given(make_policy) ->
         ({"prompt": "{completion} {"}, "kwargs.prompt is no template"),
         ({"prompt": "{completion} {0}"}, r"kwargs.prompt holds names alone, \{like_this\}, and \{0\} is none"),
         ({"labels": {"Yes": 1.0}}, "kwargs.labels: .*at least 2"),
+        ({"labels": ["Yes", "No"]}, "kwargs.labels: expected keys and values, got"),
         ({"labels": {"Yes": "much", "No": 0}}, "kwargs.labels.Yes: expected a valid number"),
         ({"labels": {True: 1, False: 0}}, "labels has false: YAML reads Yes, No"),
         ({"label": {}}, "kwargs.label: there is no such argument. Did you mean 'labels'"),

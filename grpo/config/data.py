@@ -185,7 +185,7 @@ class DataConfig(Section):
         if not self.sources:
             return {"data": self}
         shared = {name: getattr(self, name) for name in self.changed - {"sources"}}
-        return {one.called: DataConfig(**{**shared, **one.settings}) for one in self.sources}
+        return {one.called: DataConfig(**one.among(shared)) for one in self.sources}
 
     @property
     def longest_prompt(self) -> int:

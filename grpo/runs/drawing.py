@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.backend.hub import one_line
-from grpo.config import CurriculumConfig, DataConfig, Recipe
+from grpo.config import CurriculumConfig, DataConfig
 from grpo.data.curriculum import Curriculum
 from grpo.data.mixture import Mixture
 from grpo.data.rates import known_rates
@@ -17,7 +17,6 @@ from grpo.data.stream import TaskStream
 from grpo.data.streaming import WindowStream
 from grpo.errors import UserError
 from grpo.plugins import find_function
-from grpo.recipes import with_settings
 from grpo.runs.checkpoint import hash_of
 from grpo.runs.given import Given
 from grpo.runs.state import RunState
@@ -110,17 +109,6 @@ def gone_rates(data: DataConfig, state: RunState) -> list[str]:
     files = {name: part.solve_rates for name, part in data.parts.items() if part.solve_rate is None}
     known = {name: file for name, file in files.items() if file and "solve_rates" in states.get(name, {})}
     return [name for name, file in known.items() if not Path(file).expanduser().exists()]
-
-
-def with_rates(cfg: Recipe, files: Mapping[str, str | None]) -> Recipe:
-    """The recipe with these files of solve rates, by the name of the source."""
-    if not cfg.data.sources:
-        return with_settings(cfg, {"data.solve_rates": files["data"]}) if files else cfg
-    sources = [
-        with_settings(one, {"solve_rates": files[one.called]}) if one.called in files else one
-        for one in cfg.data.sources
-    ]
-    return with_settings(cfg, {"data.sources": tuple(sources)})
 
 
 def _own(use: str, stream: TaskStream) -> Source:

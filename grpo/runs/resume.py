@@ -28,7 +28,7 @@ from grpo.runs.checkpoint import (
     restore_replaced,
     versions,
 )
-from grpo.runs.drawing import gone_rates, rates_hash, with_rates
+from grpo.runs.drawing import gone_rates, rates_hash
 from grpo.runs.folder import (
     CHECKPOINTS,
     check_run_folder,
@@ -41,7 +41,7 @@ from grpo.runs.folder import (
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.publishing import check_no_secrets
 from grpo.runs.revisions import with_revisions
-from grpo.runs.sections import data_of
+from grpo.runs.sections import data_of, with_rates
 from grpo.runs.sources import source_hashes
 from grpo.runs.starting import adapter_hashes, with_kept
 from grpo.runs.state import RunState

@@ -44,6 +44,17 @@ def without_choice(cfg: Recipe) -> Recipe:
     return with_settings(cfg, {"data": with_settings(cfg.data, {**NOT_CHOSEN, "sources": sources})})
 
 
+def with_rates(cfg: Recipe, files: Mapping[str, str | None]) -> Recipe:
+    """The recipe with these files of solve rates, by the name of the source."""
+    if not cfg.data.sources:
+        return with_settings(cfg, {"data.solve_rates": files["data"]}) if files else cfg
+    sources = [
+        with_settings(one, {"solve_rates": files[one.called]}) if one.called in files else one
+        for one in cfg.data.sources
+    ]
+    return with_settings(cfg, {"data.sources": tuple(sources)})
+
+
 def _held_out(cfg: Recipe) -> DataConfig:
     assert cfg.eval is not None
     name, own = read_as(cfg), cfg.eval

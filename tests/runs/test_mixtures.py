@@ -241,6 +241,10 @@ def test_the_first_tasks_are_of_all_sources(mixed: Path) -> None:
         ("data.sources.1.rewards=[word]", r"'spell': the recipe has no reward 'word'; .*Did you mean 'words'"),
         ("data.sources.1.rewards=null", r"reward 'sums'.*'answer'.*columns of the source 'spell'"),
         ("data.sources.1.rewards=[length]", r"reward 'words' does nothing: each of data\.sources names its rewards"),
+        (
+            "data={prompt: '{word}', sources: [{source: spell.jsonl, rewards: []}, {source: spell.jsonl, name: two}]}",
+            r"nothing rewards the tasks of 'spell', so they teach nothing",
+        ),
         ("data.sources.1.prompt={noun}", r"no column 'noun' in row 0 of .*spell\.jsonl"),
         ("data.sources.1.source=away.jsonl", r"away\.jsonl: there is no such file"),
         ("data.source=sums.jsonl", r"data\.source does nothing beside data\.sources"),

@@ -31,6 +31,10 @@ MIXED_RATED = (
 )
 LONG = ("rollout.max_completion_length=48",)
 BRIEF = ("optim.steps=1", "rollout.num_generations=2", *LONG)
+TWO_TALK = (
+    "environments={doubts: {use: 'talk.py:Doubts', workers: 1}, late: {use: 'talk.py:Slow', workers: 1}}",
+    *LONG,
+)
 TALK = ("environment={use: 'talk.py:Doubts', workers: 1}", *LONG)
 HOSTILE = "environment={use: 'talk.py:%s', workers: 1, max_failure_rate: 1}"
 TOOL = ("model.name=talker", "tools=['talk.py:look']", "environment.workers=1", *LONG)
@@ -64,6 +68,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "data.prompt": ("hint",),
     "data.system": ("Be brief.",),
     "data.chat_template": ("never",),
+    "data.environment": ("late", *TWO_TALK, "data.environment=doubts"),
     "data.chat_template_kwargs": ("{tone: rude}", "model.name=other"),
     "data.max_prompt_length": ("18", "data.prompt=hint"),
     "data.solve_rates": ("others.jsonl", *RATED, "data.solve_rate=[0.4, 1]"),
@@ -94,6 +99,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
         "rollout.prompts_per_step=4",
     ),
     "data.sources.0.columns": ("{question: hint}", *MIXED),
+    "data.sources.0.environment": ("late", *MIXED, *TWO_TALK, "data.environment=doubts"),
     "data.sources.0.prompt": ("hint", *MIXED),
     "data.sources.0.system": ("Be brief.", *MIXED),
     "data.sources.0.chat_template": ("never", *MIXED),

@@ -107,6 +107,10 @@ def check_streaming(cfg: DataConfig) -> None:
         )
 
 
+SELECTED_BY = "environment"
+"""The column whose value names the environment of a row."""
+
+
 class DataConfig(Section):
     source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """Where rows come from: a .jsonl, .json, .csv or .parquet file, a list of such files or a pattern such as
@@ -137,6 +141,8 @@ class DataConfig(Section):
     columns: dict[str, str] = {}
     """Names for columns that prompt and rewards want under another: `{answer: solution}` reads `solution` as `answer`,
     `{answer: reward_model.ground_truth}` a field inside one, `{example: tests.0}` the first item of a list."""
+    environment: Name | None = None
+    """Which of the recipe's `environments` all tasks begin. Default: the column `environment` of each row says it."""
     prompt: str = "prompt"
     """A column of text or of chat messages, or a template over columns of text and numbers: `"{question} Think
     first."`."""

@@ -183,6 +183,20 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _sources_and_environments_agree(self) -> Recipe:
+        parts = self.data.parts
+        for place, (name, data) in enumerate(parts.items()):
+            setting = "data.environment" if name == "data" else f"data.sources.{place}.environment"
+            if data.environment is not None and not self.environments:
+                raise ValueError(f"{setting} does nothing without `environments`, of which it names one")
+            if data.environment is not None and data.environment not in self.environments:
+                raise ValueError(
+                    f"{setting}: there is no environment {data.environment!r} in `environments`; there is "
+                    f"{', '.join(self.environments)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _what_training_needs(self) -> Recipe:
         if self.rollout.kv_bits and not self.loss.corrects_samplers:
             raise ValueError(

@@ -44,6 +44,9 @@ class SourceConfig(Section):
     rewards: tuple[str, ...] | None = None
     """The names of the recipe's `rewards` that score its completions. The others are not called for them and give no
     score. Default: all of them."""
+    environment: Name | None = None
+    """Which of the recipe's `environments` its tasks begin, in the place of its column `environment`. Default:
+    `data.environment`."""
     source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """Where its rows come from, in all forms of `data.source`."""
     use: str | None = None

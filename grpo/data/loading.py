@@ -54,14 +54,15 @@ def open_stream(cfg: DataConfig) -> Streamed:
 
 
 def prepared_rows(rows: Rows, cfg: DataConfig) -> Rows:
-    """Rows of the source that `cfg` names, of which `cfg.solve_rate` may keep a part, with `cfg.columns` added.
+    """Rows of the source that `cfg` names, of which `cfg.solve_rate` may keep a part, with `cfg.columns` and
+    `cfg.environment` added.
 
     Raises UserError where there are none.
     """
     if len(rows) == 0:
         raise UserError(f"data {cfg.label}: split {cfg.split!r} has no rows")
     rows = with_solve_rate(rows, cfg)
-    return renamed(rows, cfg) if cfg.columns else rows
+    return renamed(rows, cfg) if cfg.columns or cfg.environment else rows
 
 
 def is_local(cfg: DataConfig) -> bool:

@@ -29,8 +29,9 @@ class Mixture:
 
     def __init__(self, sources: Mapping[str, Source], ratios: Mapping[str, float], seed: int) -> None:
         """`sources` by name, as their tasks say it (`Task.source`); `ratios` by the same names."""
-        self._sources, self._seed = dict(sources), seed
-        self._names = list(self._sources)
+        self.sources: Mapping[str, Source] = dict(sources)
+        self._seed = seed
+        self._names = list(self.sources)
         self._sums = list(accumulate(ratios[name] for name in self._names))
         self._draws = 0
 
@@ -42,13 +43,13 @@ class Mixture:
 
     def observe(self, groups: Sequence[Group]) -> None:
         """Tell each source of the groups of its tasks; of none, where it has none in this step."""
-        for name, source in self._sources.items():
+        for name, source in self.sources.items():
             source.observe([group for group in groups if group.task.source == name])
 
     def metrics(self) -> dict[str, float]:
         """What each source tells, `sources/<name>/epoch` say, `curriculum/<name>/hard` of a curriculum; and
         `dropped_prompts` of all together."""
-        told = {name: source.metrics() for name, source in self._sources.items()}
+        told = {name: source.metrics() for name, source in self.sources.items()}
         dropped = sum(metrics.get(SUMMED, 0.0) for metrics in told.values())
         return {SUMMED: dropped} | {
             _named(metric, name): value for name, metrics in told.items() for metric, value in metrics.items()
@@ -56,14 +57,14 @@ class Mixture:
 
     def state(self) -> dict[str, Any]:
         """How many draws there were, and the state of each source by its name."""
-        return {"draws": self._draws, "sources": {name: dict(one.state()) for name, one in self._sources.items()}}
+        return {"draws": self._draws, "sources": {name: dict(one.state()) for name, one in self.sources.items()}}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where a mixture of the same sources was. A source that the state does not know begins, and so do all
         after another kind of source."""
         known: Mapping[str, Any] = state.get("sources", {})
         self._draws = state["draws"] if known else 0
-        for name, source in self._sources.items():
+        for name, source in self.sources.items():
             if name in known:
                 source.load_state(known[name])
 
@@ -75,7 +76,7 @@ class Mixture:
 
     def _taken(self, name: str, count: int) -> list[Task]:
         """The next tasks of a source. Raises UserError for tasks that go by another name."""
-        tasks = self._sources[name].take(count)
+        tasks = self.sources[name].take(count)
         if odd := [task.source for task in tasks if task.source != name]:
             raise UserError(
                 f"data.sources: the sampler of {name!r} gave a task of the source {odd[0]!r}. Where there are several "

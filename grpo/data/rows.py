@@ -9,6 +9,7 @@ from math import isnan
 from typing import Any, Protocol
 
 from grpo.config import DataConfig
+from grpo.config.data import SELECTED_BY
 from grpo.errors import UserError
 
 BLOCK = 50_000
@@ -36,8 +37,11 @@ class Names:
         return cls(cfg, {name: (old,) if old in first else tuple(old.split(".")) for name, old in cfg.columns.items()})
 
     def added(self, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row under all names. Raises UserError for a column that it does not have."""
-        return {**row, **{name: self._column(index, row, name) for name in self.paths}}
+        """The row under all names, and with the environment that the recipe says. Raises UserError for a column that it
+        does not have."""
+        named = {name: self._column(index, row, name) for name in self.paths}
+        environment = {} if self.cfg.environment is None else {SELECTED_BY: self.cfg.environment}
+        return {**row, **named, **environment}
 
     def _column(self, index: int, row: Mapping[str, Any], name: str) -> Any:
         try:

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo.backend.random import derive_seed
+from grpo.config.data import SELECTED_BY
 from grpo.environments.openings import messages_of, with_added
 from grpo.environments.play import Play, Table
 from grpo.environments.sampler import Sampler
 from grpo.environments.seats import Content
 from grpo.errors import UserError, did_you_mean
 from grpo.types import Task, Trajectory
-
-SELECTED_BY = "environment"
-"""The column of the dataset that selects a row's environment where there are several."""
 
 
 class Conversations:

@@ -50,6 +50,14 @@ def source_of(
     return Mixture(parts, {one.called: one.ratio for one in data.sources}, seed)
 
 
+def check_begins(source: Source) -> None:
+    """Raise UserError where a curriculum has no task to begin with: before an evaluation, which takes minutes, and in a
+    run that only rehearses."""
+    for one in source.sources.values() if isinstance(source, Mixture) else [source]:
+        if isinstance(one, Curriculum):
+            one.check()
+
+
 def _of_one(data: DataConfig, name: str, stream: TaskStream | WindowStream, scorer: Scorer, seed: int) -> Source:
     """The source of tasks from the rows of one stream."""
     if isinstance(stream, WindowStream):  # nothing chooses among rows that are not known

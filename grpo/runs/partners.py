@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo.config import EnvironmentConfig, RolloutConfig, ToolConfig
+from grpo.config.data import SELECTED_BY
 from grpo.data.prompts import PromptRenderer, Tools, last_text
 from grpo.environments.anew import Anew
 from grpo.environments.chat import DROPS, KEEPS, Chat
-from grpo.environments.conversations import SELECTED_BY, Conversations
+from grpo.environments.conversations import Conversations
 from grpo.environments.environment import Environment
 from grpo.environments.making import make_host
 from grpo.environments.play import Table

@@ -138,7 +138,7 @@ def _prepared(
     source = source_of(cfg.data, given, {feed.name: feed.stream(cfg.seed) for feed in feeds}, scorer, cfg.seed)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
-    sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
+    sections = _readable(cfg.optim, teacher), cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
     lesson = _needs(teacher, model)
     graders = _graders(scorer, policy, tokenizer)
@@ -155,6 +155,7 @@ def _prepared(
     notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)]
     notes += filter(None, [held_out.null_prompts() if held_out else None])
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
+    notes += [] if teacher is None else teacher.notes
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
 
 
@@ -163,6 +164,14 @@ def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
     if teacher is None:
         return NONE
     return TeacherNeeds.of(teacher.cfg, model, teacher.model, on_gpu(), cuda.available())
+
+
+def _readable(optim: OptimConfig, teacher: Teacher | None) -> OptimConfig:
+    """The section without completions behind one another where a teacher cannot read them so: in rows, a batch that is
+    made for lines would be many times as large."""
+    if not (on_gpu() and optim.pack_completions) or teacher is None or teacher.packs:
+        return optim
+    return with_settings(optim, {"pack_completions": False})
 
 
 def _policy(cfg: Recipe, model: nn.Module) -> Policy:

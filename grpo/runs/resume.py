@@ -28,7 +28,7 @@ from grpo.runs.checkpoint import (
     restore_replaced,
     versions,
 )
-from grpo.runs.drawing import gone_rates, rates_hash
+from grpo.runs.drawing import check_begins, gone_rates, rates_hash
 from grpo.runs.folder import (
     CHECKPOINTS,
     check_run_folder,
@@ -74,11 +74,13 @@ class Start:
     def load(self, trainer: Trainer) -> RunState:
         """The state to start from, which is the trainer's from now on.
 
-        Raises UserError where it does not fit, or where one of several processes would start from another.
+        Raises UserError where it does not fit, where there is no task to begin with, or where one of several processes
+        would start from another.
         """
         trainer.ranks.check_same("the recipe", trainer.cfg.model_dump(exclude={"output_dir"}))
         trainer.ranks.check_same("the step to go on after", self.state.step if self.state else 0)
         if self.state is None:
+            check_begins(trainer.tasks)
             return RunState(run_id=_new_id(), trainer=trainer.state())
         trainer.load_state(self.state.trainer)
         return self.state

@@ -53,10 +53,14 @@ def step_metrics(
 
 
 def _rewards_of(groups: Sequence[Group]) -> dict[str, float]:
-    """The mean reward of groups, if they have any, and how the rewards differ within each."""
+    """The mean reward of groups, and how the rewards differ within each; nothing where no completion has a reward, as
+    in a run that learns from a teacher alone."""
     rewards_G = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
     everything = [reward for rewards in rewards_G for reward in rewards]
-    return ({"reward": fmean(everything)} if everything else {}) | {
+    if not everything:
+        return {}
+    return {
+        "reward": fmean(everything),
         "reward_std": fmean(stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in rewards_G),
         "frac_reward_zero_std": fmean(len(set(rewards)) <= 1 for rewards in rewards_G),
         "solved_all": fmean(bool(rewards) and min(rewards) >= SOLVED for rewards in rewards_G),

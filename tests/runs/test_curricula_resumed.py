@@ -17,6 +17,7 @@ from grpo.runs.drawing import gone_rates
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import find_start
 from grpo.runs.state import RunState
+from grpo.tools.replay import replay
 from grpo.training.state import TrainerState
 
 FILE = Path("rates.jsonl")
@@ -39,6 +40,9 @@ def test_a_file_that_only_began_the_curriculum_may_go(rated) -> None:
     FILE.unlink()
     run(rated, "output_dir=parts", *settings, resume=True)
     same_end(Path("whole"), Path("parts"))
+    assert "its completions are those that the run stored" in replay(Path("parts"), 3).notes
+    with pytest.raises(UserError, match=r"data\.solve_rates .*rates\.jsonl: No such file"):
+        replay(Path("whole"), 3)  # no checkpoint has the rates: one was written after step 4
     with pytest.raises(UserError, match=r"data\.solve_rates .*rates\.jsonl: No such file"):
         prepare(load_recipe(rated, settings))  # a run that begins needs it
 

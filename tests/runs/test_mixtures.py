@@ -341,3 +341,56 @@ def test_a_mixture_of_one_is_the_source_alone(mixed: Path) -> None:
     )
     stream = prepared(mixed).trainer.tasks
     assert [task.index for task in mixture.take(20)] == [task.index for task in stream.take(20)]
+
+
+TALK = """
+class Adds:
+    reward = 0.0
+    def reset(self, question, answer, **columns):
+        self.right = answer
+    def step(self, text):
+        self.reward = float(str(self.right) in text)
+    def get_reward(self):
+        return self.reward
+
+class Spells:
+    reward = 0.0
+    def reset(self, word, **columns):
+        self.word = word
+    def step(self, text):
+        self.reward = float(self.word in text)
+    def get_reward(self):
+        return self.reward
+"""
+HOSTS = "environments={adds: {use: 'talk.py:Adds', workers: 1}, spells: {use: 'talk.py:Spells', workers: 1}}"
+
+
+def test_each_source_begins_its_own_environment(mixed: Path) -> None:
+    (mixed.parent / "talk.py").write_text(TALK)
+    own = ("data.sources.0.environment=adds", "data.sources.1.environment=spells")
+    length = ("rewards=[{use: 'grades.py:length'}]", "data.sources.0.rewards=null", "data.sources.1.rewards=null")
+    metrics = step(mixed, HOSTS, *own, *length, "rollout.prompts_per_step=8", "rollout.max_completion_length=40")
+    named = {group.task.source: group.task.columns["environment"] for group in metrics.groups}
+    assert named == {"sums": "adds", "spell": "spells"}
+    for group in metrics.groups:
+        for rollout in group.rollouts:
+            assert rollout.trajectory.conversation.environment == named[group.task.source].title()
+            assert not rollout.failures
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("data.sources.0.environment=adds",), r"data\.sources\.0\.environment does nothing without `environments`"),
+        (
+            (HOSTS, "data.environment=chess"),
+            r"data\.sources\.0\.environment: there is no environment 'chess'.*adds, spells",
+        ),
+    ],
+)
+def test_environments_that_do_not_fit_the_sources_are_refused(
+    mixed: Path, settings: tuple[str, ...], said: str
+) -> None:
+    (mixed.parent / "talk.py").write_text(TALK)
+    with pytest.raises(UserError, match=said):
+        load_recipe(mixed, settings)

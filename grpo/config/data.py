@@ -193,7 +193,7 @@ class DataConfig(Section):
     def part(self, source: SourceConfig) -> DataConfig:
         """What one of `sources` comes to, with what it leaves out."""
         shared = {name: getattr(self, name) for name in self.changed - {"sources"}}
-        return DataConfig(**{**shared, **source.settings})
+        return DataConfig(**source.among(shared))
 
     @property
     def longest_prompt(self) -> int:

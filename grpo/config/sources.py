@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
@@ -18,10 +19,17 @@ TAKEN = ("data", "eval")
 """Names that no source may have: tasks of the only source, and held-out tasks, go by them."""
 
 
+def _fits(name: str) -> bool:
+    """Whether metrics can go by this name of a source."""
+    return name not in TAKEN and bool(name.strip()) and name.isprintable() and not set("/\\") & set(name)
+
+
 def _source_name(name: str) -> str:
-    if name in TAKEN or not name or any(character in name for character in "/\\\n"):
+    if not _fits(name):
         raise PydanticCustomError(
-            "not_a_source_name", "expected a name without slashes, other than {taken}", {"taken": " and ".join(TAKEN)}
+            "not_a_source_name",
+            "expected a name in one line, without slashes, other than {taken}",
+            {"taken": " and ".join(TAKEN)},
         )
     return name
 
@@ -97,6 +105,14 @@ class SourceConfig(Section):
         given = {name: getattr(self, name) for name in self.changed - OF_A_SOURCE}
         return {name: value for name, value in given.items() if value is not None}
 
+    def among(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of `data` that its rows and prompts have, where these are `shared` by all sources: its own come
+        first, and a window is for those that have a use for it."""
+        given = {**shared, **self.settings}
+        if not (given.get("streaming") and given.get("shuffle", True)) and "window" not in self.settings:
+            given.pop("window", None)
+        return given
+
 
 OF_A_SOURCE = frozenset({"name", "ratio", "rewards"})
 """Settings that only one of several sources has."""
@@ -116,10 +132,21 @@ def check_sources(cfg: DataConfig) -> None:
                 f"data.sources.{place} is called {source.called!r}, as data.sources.{called.index(source.called)} is; "
                 "metrics need one name each: give one a name of its own (name: ...)"
             )
-        if source.called in TAKEN:
+        if not _fits(source.called):
             raise ValueError(f"data.sources.{place} would be called {source.called!r}: give it a name (name: ...)")
         try:
             cfg.part(source)
         except ValidationError as error:
-            said = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ValueError(re.sub(r"\bdata\.(?=\w)", f"data.sources.{place}.", said)) from None
+            raise ValueError(_of_source(error.errors()[0]["msg"], place, cfg.changed - source.changed)) from None
+    if "window" in cfg.changed and not any("window" in part.changed for part in cfg.parts.values()):
+        raise ValueError("data.window does nothing: it is for sources with streaming whose rows are shuffled")
+
+
+def _of_source(said: str, place: int, shared: Collection[str]) -> str:
+    """What is wrong with a source, with the places of its settings: those that are `shared` stand in `data`."""
+
+    def setting(found: re.Match[str]) -> str:
+        return found[0] if found[1] in shared else f"data.sources.{place}.{found[1]}"
+
+    said = re.sub(r"\bdata\.(\w+)", setting, said.removeprefix("Value error, "))
+    return said if f"data.sources.{place}" in said else f"{said} (data.sources.{place})"

@@ -41,7 +41,7 @@ from grpo.runs.drawing import source_of
 from grpo.runs.feed import Feed, first_of, lengths_of, longest_of
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite, with_sources
-from grpo.runs.rewarding import check_rewarded
+from grpo.runs.rewarding import check_rewarded, check_sources_rewarded
 from grpo.runs.sections import applying_of, data_of, text_system
 from grpo.runs.teachers import teacher_of
 from grpo.scoring.scorer import Scorer
@@ -98,6 +98,7 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepare
         system, steps = text_system(cfg), cfg.optim.steps
         scorer = Scorer.of(cfg.rewards, steps, system, given.functions, hosts, applies)
         opened.callback(scorer.close)
+        check_sources_rewarded(list(cfg.data.parts), scorer, taught=cfg.teacher is not None)
         prepared = _prepared(cfg, given, ranks, partners, scorer, opened, trains)
         taught = [cfg.teacher.describe()] if cfg.teacher and trains else []
         return replace(prepared, notes=[*taught, *prepared.notes, *rewarding])

@@ -241,6 +241,10 @@ def test_the_first_tasks_are_of_all_sources(mixed: Path) -> None:
         ("data.sources.1.rewards=[word]", r"'spell': the recipe has no reward 'word'; .*Did you mean 'words'"),
         ("data.sources.1.rewards=null", r"reward 'sums'.*'answer'.*columns of the source 'spell'"),
         ("data.sources.1.rewards=[length]", r"reward 'words' does nothing: each of data\.sources names its rewards"),
+        (
+            "data={prompt: '{word}', sources: [{source: spell.jsonl, rewards: []}, {source: spell.jsonl, name: two}]}",
+            r"nothing rewards the tasks of 'spell', so they teach nothing",
+        ),
         ("data.sources.1.prompt={noun}", r"no column 'noun' in row 0 of .*spell\.jsonl"),
         ("data.sources.1.source=away.jsonl", r"away\.jsonl: there is no such file"),
         ("data.source=sums.jsonl", r"data\.source does nothing beside data\.sources"),
@@ -248,7 +252,14 @@ def test_the_first_tasks_are_of_all_sources(mixed: Path) -> None:
         ("data.sources.1.name=sums", r"data\.sources\.1 is called 'sums', as data\.sources\.0 is"),
         (
             "data.sources.1.name=eval",
-            r"data\.sources\.1\.name: expected a name without slashes, other than data and eval",
+            r"data\.sources\.1\.name: expected a name in one line, without slashes, other than data and eval",
+        ),
+        ("data.sources.1.name=' '", r"data\.sources\.1\.name: expected a name in one line"),
+        ("data.sources.1.source='*/*.jsonl'", r"data\.sources\.1 would be called '\*/\*\.jsonl': give it a name"),
+        ("data.window=5", r"data\.window does nothing: it is for sources with streaming"),
+        (
+            "data.sources.1={streaming: true, source: spell.jsonl, curriculum: {}}",
+            r"data\.sources\.1\.curriculum needs",
         ),
         ("data.sources.1.use=rows.py", r"data\.sources\.1\.use and data\.sources\.1\.source both say"),
         ("data.sources.1.ratio=0", r"data\.sources\.1\.ratio: expected greater than 0"),
@@ -269,6 +280,16 @@ def test_settings_of_data_are_those_of_sources_that_leave_them_out(mixed: Path) 
     assert {name: part.max_prompt_length for name, part in parts.items()} == {"sums": 7, "spell": 99}
     assert {part.system for part in parts.values()} == {"Be brief."}
     assert text_system(cfg) == "Be brief."
+
+
+def test_what_is_wrong_with_a_setting_that_sources_share_is_said_of_it(mixed: Path) -> None:
+    one = ["data.sources.1.streaming=true", "data.window=2"]
+    windows = {name: part.window for name, part in load_recipe(mixed, one).data.parts.items()}
+    assert windows == {"sums": 10_000, "spell": 2}
+    with pytest.raises(UserError, match=r"data\.curriculum needs all rows, and with data\.sources\.1\.streaming"):
+        load_recipe(mixed, [*one, "data.curriculum={}"])
+    with pytest.raises(UserError, match=r"data\.streaming is for files and Hub datasets; .* \(data\.sources\.0\)"):
+        load_recipe(mixed, ["data.streaming=true", "data.sources.0.source=builtin:countdown"])
 
 
 def test_a_system_message_of_one_source_makes_messages_of_its_texts(mixed: Path) -> None:

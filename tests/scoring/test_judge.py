@@ -12,6 +12,7 @@ from grpo.errors import UserError
 from grpo.model.load import load
 from grpo.plugins import find_reward, locate_reward, source_file
 from grpo.recipes import with_settings
+from grpo.scoring.judge import Judged
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout, Task, Trajectory
 
@@ -126,6 +127,13 @@ def test_labels_must_differ_where_they_are_read(make_policy) -> None:
         (judge,) = Scorer.of([config(labels=labels)]).judges
         with pytest.raises(UserError, match="labels must differ there"):
             judge.bind(toy.policy, toy.tokenizer)
+
+
+def test_its_metric_is_not_the_run_s_own() -> None:
+    """Or each completion would fail, once the run is under way."""
+    with pytest.raises(UserError, match=r"reward 'time': a judge tells the metric time/label_mass, .* another name"):
+        Judged(RewardConfig(use="judge", name="time"))
+    assert Judged(RewardConfig(use="judge", name="time_told")).judge.name == "time_told"
 
 
 def test_outside_of_a_run_there_is_no_judge(run_cli) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.backend.hub import one_line
+from grpo.backend.random import derive_seed
 from grpo.config import CurriculumConfig, DataConfig
 from grpo.data.curriculum import Curriculum
 from grpo.data.mixture import Mixture
@@ -45,10 +46,16 @@ def source_of(
         if isinstance(stream, WindowStream):
             raise UserError("data.streaming does nothing beside source=..., which may ask for any row: leave out one")
         return given.source(stream)
-    parts = {name: _of_one(part, name, streams[name], scorer, seed) for name, part in data.parts.items()}
+    parts = {name: _of_one(part, name, streams[name], scorer, seed_of(seed, name)) for name, part in data.parts.items()}
     if not data.sources:
         return parts["data"]
     return Mixture(parts, {one.called: one.ratio for one in data.sources}, seed)
+
+
+def seed_of(data: DataConfig, source: str, seed: int) -> int:
+    """What a source draws from: the run's seed, or one of its own among several sources, so that two of as many rows
+    are not shuffled alike."""
+    return seed if len(data.parts) == 1 else derive_seed(seed, f"source:{source}")
 
 
 def check_begins(source: Source) -> None:

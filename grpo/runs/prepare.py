@@ -37,7 +37,7 @@ from grpo.planning.workload import Workload
 from grpo.plugins import file_in, locate_reward
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
-from grpo.runs.drawing import source_of
+from grpo.runs.drawing import seed_of, source_of
 from grpo.runs.feed import Feed, first_of, lengths_of, longest_of
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite, with_sources
@@ -135,7 +135,8 @@ def _prepared(
     lengths = lengths_of(feeds, ranks)
     longest, own = longest_of(feeds, lengths, partners.resets)
     own += environment.tail(tasks[0]) if isinstance(environment, Conversations) else 0
-    source = source_of(cfg.data, given, {feed.name: feed.stream(cfg.seed) for feed in feeds}, scorer, cfg.seed)
+    streams = {feed.name: feed.stream(seed_of(cfg.data, feed.name, cfg.seed)) for feed in feeds}
+    source = source_of(cfg.data, given, streams, scorer, cfg.seed)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     sections = _readable(cfg.optim, teacher), cfg.rollout, cfg.adapter, cfg.eval

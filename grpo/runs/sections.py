@@ -77,8 +77,7 @@ def applying_of(cfg: Recipe, names: Sequence[str]) -> Applying:
     """Which of a recipe's rewards, by these names, score the tasks of which source; held-out tasks those of the source
     that they are read as.
 
-    Raises UserError for a name that no reward has, for a reward that scores nothing, and for a source that nothing is
-    learned from.
+    Raises UserError for a name that no reward has, and for a reward that scores nothing.
     """
     only = only_of(cfg)
     like = None if cfg.eval is None else read_as(cfg)
@@ -89,14 +88,5 @@ def applying_of(cfg: Recipe, names: Sequence[str]) -> Applying:
             raise UserError(
                 f"reward {name!r} does nothing: each of data.sources names its rewards, and none of them this one. "
                 "Name it there, or leave it out"
-            )
-    weighty = [name for name, reward in zip(names, cfg.rewards, strict=True) if reward.weight]
-    if not weighty or cfg.teacher is not None or cfg.conversations:
-        return applying
-    for source in only:
-        if not any(applying(name, source) for name in weighty):
-            raise UserError(
-                f"data.sources, {source!r}: no reward that has a weight scores its completions, so nothing would be "
-                f"learned from them. Name one in its rewards, such as [{weighty[0]}], or leave rewards out: then all do"
             )
     return applying

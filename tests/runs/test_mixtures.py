@@ -394,3 +394,13 @@ def test_environments_that_do_not_fit_the_sources_are_refused(
     (mixed.parent / "talk.py").write_text(TALK)
     with pytest.raises(UserError, match=said):
         load_recipe(mixed, settings)
+
+
+def test_two_sources_of_the_same_rows_are_not_shuffled_alike(mixed: Path) -> None:
+    settings = ("data.sources.0.name=a", "data.sources.1={source: sums.jsonl, name: b, prompt: '{question}'}")
+    source = prepared(
+        mixed, *settings, "rewards=[{use: 'grades.py:length'}]", "data.sources.0.rewards=null"
+    ).trainer.tasks
+    drawn = source.take(400)
+    orders = [[task.index for task in drawn if task.source == name][:40] for name in ("a", "b")]
+    assert orders[0] != orders[1]

@@ -46,7 +46,9 @@ def source_of(
         if isinstance(stream, WindowStream):
             raise UserError("data.streaming does nothing beside source=..., which may ask for any row: leave out one")
         return given.source(stream)
-    parts = {name: _of_one(part, name, streams[name], scorer, seed_of(seed, name)) for name, part in data.parts.items()}
+    parts = {
+        name: _of_one(part, name, streams[name], scorer, seed_of(data, name, seed)) for name, part in data.parts.items()
+    }
     if not data.sources:
         return parts["data"]
     return Mixture(parts, {one.called: one.ratio for one in data.sources}, seed)

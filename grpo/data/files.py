@@ -48,7 +48,7 @@ def stream_files(source: Origin, split: str) -> tuple[list[Path], Callable[[], A
 
     Raises UserError for a file that is not there or is empty, and for files of several kinds.
     """
-    from datasets import load_dataset
+    load_dataset = _reader()
 
     paths = [path for name in ([source] if isinstance(source, str) else source) for path in _matching(name)]
     for path in paths:
@@ -59,6 +59,16 @@ def stream_files(source: Origin, split: str) -> tuple[list[Path], Callable[[], A
         raise UserError(f"data {paths[0]}: files that are streamed are of one kind, and these are {', '.join(kinds)}")
     names = [glob.escape(str(path)) for path in paths]
     return paths, lambda: load_dataset(FILE_TYPES[kinds[0]], data_files=names, split="train", streaming=True)
+
+
+def _reader() -> Callable[..., Any]:
+    """`datasets.load_dataset`, which would ask the network to count that it was called: for files of this machine, too,
+    and without a network for up to five seconds."""
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    reader: Callable[..., Any] = datasets.load_dataset
+    return reader
 
 
 def is_saved(folder: Path) -> bool:
@@ -157,7 +167,7 @@ def _other_encoding(path: Path, offset: int, line: int) -> str:
 
 def _load(paths: Sequence[Path]) -> Rows:
     """The rows of files of one kind."""
-    from datasets import load_dataset
+    load_dataset = _reader()
 
     try:
         names = [glob.escape(str(path)) for path in paths]

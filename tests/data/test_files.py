@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from grpo.config import DataConfig
-from grpo.data.loading import is_local, load_rows
+from grpo.data.loading import is_local, load_rows, open_stream
 from grpo.errors import UserError
 
 
@@ -32,6 +33,16 @@ def refused(source: object, **settings) -> str:
         questions(source, **settings)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_nobody_is_asked_over_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` counts its calls at its maker's; without a network that takes seconds."""
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **_: asked.append(given) or [])
+    path = write(tmp_path / "own.jsonl", "one", "two")
+    assert questions(str(path)) == ["one", "two"]
+    assert len(list(open_stream(DataConfig(source=str(path), streaming=True)).read())) == 2
+    assert not asked
 
 
 def test_files_of_a_list_come_in_its_order_whatever_their_kinds(tmp_path: Path) -> None:

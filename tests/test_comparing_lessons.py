@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import asdict
 from math import inf
 from pathlib import Path
 
 import pytest
-
-PATH = Path(__file__).parents[1] / "scripts" / "benchmarks" / "lessons.py"
+from benchmark_scripts import script
 
 
 @pytest.fixture(scope="module")
 def lessons():
-    spec = importlib.util.spec_from_file_location("lessons", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["lessons"] = module  # dataclasses look a module up by its name
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["lessons"]
+    with script("lessons") as module:
+        yield module
 
 
 def made(lessons, arm: str, seed: int, steps: int, reached: bool = True):

@@ -1,24 +1,17 @@
 """The script that measures learning: its table, by hand, and that a finished run is not repeated."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-
-PATH = Path(__file__).parents[1] / "scripts" / "benchmarks" / "learning.py"
+from benchmark_scripts import script
 
 
 @pytest.fixture(scope="module")
 def learning():
-    spec = importlib.util.spec_from_file_location("learning", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["learning"] = module  # dataclasses look a module up by its name
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["learning"]
+    with script("learning") as module:
+        yield module
 
 
 def result(learning, loss: str, seed: int, before: float, after: float):

@@ -31,8 +31,8 @@ LOGIT_COPIES, MOST_COPIES = 4, {False: 10, True: 12}
 """Arrays of the size of a chunk's logits, float32, that the loss holds for a chunk, and for several of them at most, on
 a CPU and on a GPU, as measured."""
 
-PEEKS, PEEKS_ON_CPU = 3, 1
-"""Times that each of the gradients is measured. On a CPU the peak varies by less than a hundredth."""
+PEEKS = 3
+"""Times that each of the gradients is measured on a GPU. On a CPU the peak varies by less than a hundredth."""
 LONG = 4096
 """From so many tokens on a gradient is measured once: it takes seconds, and what varies is a small part of it."""
 LONG_ROWS = 5_120, 10_240
@@ -120,14 +120,15 @@ def measure_body(policy: Policy, checkpointing: bool | int, shapes: Sequence[Sha
     try:
         if on_gpu() and shapes[0].tokens < LONG:
             _peak(policy, shapes[0])  # kernels and constants that are made once
-        # In the middle of a few: what is in flight at once varies with what else the machine does.
-        peeks = [PEEKS if on_gpu() and shape.tokens < LONG else PEEKS_ON_CPU for shape in shapes]
-        return [
-            statistics.median(_peak(policy, shape) for _ in range(number))
-            for shape, number in zip(shapes, peeks, strict=True)
-        ]
+        return [statistics.median(_peak(policy, shape) for _ in range(_peeks(shape))) for shape in shapes]
     finally:
         policy.gradient_checkpointing = former
+
+
+def _peeks(shape: Shape) -> int:
+    """How often to measure a shape, for the middle of what is seen: what is in flight at once varies with what else the
+    machine does."""
+    return PEEKS if on_gpu() and shape.tokens < LONG else 1
 
 
 def probes(unit: int) -> tuple[Shape, Shape]:

@@ -101,7 +101,8 @@ class Workload:
             return []
         before = self.prompt_length - 1
         found, longest = list[Shape](), before + length
-        for width in packing.widths(longest)[-1:]:
+        if widths := packing.widths(longest):
+            width = max(widths)
             together = max(1, (width - before) // length)
             needed = 1 << (-(-packing.rows // together) - 1).bit_length()
             found.append(packing.shape_of_lines(min(needed, most_lines(packing.tokens, width)), width, packing.rows))

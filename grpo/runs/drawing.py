@@ -57,7 +57,7 @@ def source_of(
 def seed_of(data: DataConfig, source: str, seed: int) -> int:
     """What a source draws from: the run's seed, or one of its own among several sources, so that two of as many rows
     are not shuffled alike."""
-    return seed if len(data.parts) == 1 else derive_seed(seed, f"source:{source}")
+    return seed if len(data.sources) < 2 else derive_seed(seed, f"source:{source}")
 
 
 def check_begins(source: Source) -> None:

@@ -184,7 +184,8 @@ def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shap
         return _together(rows, packing)
     places = [room(task.prompt_ids, rollout.trajectory.token_ids) for task, rollout in rows]
     lengths = [_length(rollout) for _, rollout in rows]
-    ways = [_with_some_alone(rows, places, [n > WIDE for n in needed], packing) for needed in (lengths, places)]
+    alone = {tuple(size > WIDE for size in sizes) for sizes in (lengths, places)}  # one way where no row is long
+    ways = [_with_some_alone(rows, places, single, packing) for single in sorted(alone)]
     return min(ways, key=lambda parts: packing.cost([shape for _, shape in parts]))
 
 

@@ -83,8 +83,9 @@ def applying_of(cfg: Recipe, names: Sequence[str]) -> Applying:
     like = None if cfg.eval is None else read_as(cfg)
     applying = Applying({**only, **({"eval": only[like]} if like in only else {})})
     applying.check(names)
+    sections = data_of(cfg)
     for name in names:
-        if not any(applying(name, section) for section in data_of(cfg)):
+        if not any(applying(name, section) for section in sections):
             raise UserError(
                 f"reward {name!r} does nothing: each of data.sources names its rewards, and none of them this one. "
                 "Name it there, or leave it out"

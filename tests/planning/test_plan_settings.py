@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+from benchmark_scripts import script
 
 from grpo.backend import lanes
 
-PATH = Path(__file__).parents[2] / "scripts" / "benchmarks" / "plan.py"
-
 
 @pytest.fixture(scope="module")
-def drawing() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan_settings", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def drawing() -> Iterator[ModuleType]:
+    with script("plan") as module:
+        yield module
 
 
 @pytest.mark.slow

@@ -65,7 +65,8 @@ class Reader:
         return without_end(self._voice.chat.parse(token_ids), self._stopping.cut(token_ids))
 
     def delta(self, piece: Piece, whole: Sequence[int]) -> Delta:
-        """What a piece adds; `whole` are all tokens so far, with the piece's. The deltas add up to the message.
+        """What a piece adds; `whole` are all tokens so far, with the piece's. The deltas add up to the message,
+        unless the model ends thinking that it has not begun, or begins it twice: then it was told as something else.
 
         A text that may begin a stop string, or a mark of thinking, waits until that is decided. Where there are tools
         the content waits for the end, since what a call is, is known only then.
@@ -80,8 +81,12 @@ class Reader:
         thinking = self._voice.thinking if self._voice else None
         marks = (*self._stopping.sampling.stop, *((thinking.start, thinking.end) if thinking else ()))
         text = text[: sure(text, marks)]
-        thought, said = thinking.split(text) if thinking else (None, text)
-        return thought or "", "" if self._voice and self._voice.calls else said
+        if self._voice is None or thinking is None:
+            return "", "" if self._voice and self._voice.calls else text
+        thought, said = thinking.split(text)
+        said = self._voice.specials.sub("", said.partition(thinking.start)[0])  # from there on it may be thinking
+        said = "" if self._voice.calls or not said.strip() else said
+        return thought if thought and thought.strip() else "", said
 
     def _advance(self, content: str, reasoning: str) -> Delta:
         """What is new; nothing where it is not what was shown and more."""
@@ -114,8 +119,9 @@ class _Spelled:
         self._ids += token_ids
         before, now = (self._decode(self._ids[self._begin : end]) for end in (self._read, len(self._ids)))
         if not now.endswith(BROKEN):
-            self._text += now[len(before) :]
-            self._begin, self._read = self._read, len(self._ids)
+            if new := now[len(before) :]:
+                self._begin = self._read  # where there is a text: special tokens alone are no beginning
+            self._text, self._read = self._text + new, len(self._ids)
         return self._text
 
     def _decode(self, ids: Sequence[int]) -> str:

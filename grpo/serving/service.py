@@ -81,7 +81,7 @@ class Service:
 
     async def chat(self, asked: ChatRequest) -> Prepared:
         """Raises Refusal."""
-        tools = [] if asked.tool_choice == "none" else [_plain(tool) for tool in asked.tools or ()]
+        tools = [] if asked.tool_choice == "none" else [tool.model_dump() for tool in asked.tools or ()]
 
         def made() -> tuple[Voice, tuple[int, ...]]:
             voice = self._speaker.voice(tools, asked.chat_template_kwargs)
@@ -235,10 +235,3 @@ def _event(told: Json | None) -> bytes:
     if told is None:
         return b""
     return b"data: " + json.dumps(told, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-def _plain(tool: Any) -> dict[str, Any]:
-    """A tool as chat templates take it."""
-    function: dict[str, Any] = tool.function.model_dump(exclude_none=True)
-    given = {"description": "", "parameters": {"type": "object", "properties": {}}, **function}
-    return {"type": "function", "function": given}

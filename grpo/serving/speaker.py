@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,11 +32,13 @@ SAID = ("content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """How a model's turns are read: its chat with the tools, its marks of thinking, and how calls are found."""
+    """How a model's turns are read: its chat with the tools, its marks of thinking, whether calls are looked for, and
+    what finds special tokens in a text."""
 
     chat: Chat
     thinking: Thinking | None
     calls: bool
+    specials: re.Pattern[str]
 
 
 class Speaker:
@@ -60,7 +63,7 @@ class Speaker:
         if not self.tokenizer.has_chat_template:
             raise wrong("messages", "the model has no chat template; use /v1/completions", "no_chat_template")
         settings = {**self._kwargs, **(kwargs or {})}
-        key = json.dumps([tools, settings], sort_keys=True)
+        key = json.dumps([tools, settings])  # in their order, which templates show
         if key not in self._voices:
             try:
                 self._voices[key] = self._new_voice(tools, settings)
@@ -75,7 +78,7 @@ class Speaker:
         template = Template(self.tokenizer, tuple(tools), kwargs, self._stop_ids)
         thinking = Thinking.of(self.tokenizer, template.render([QUESTION], generation=True))
         form = format_of(template, thinking)
-        return Voice(Chat(template, {}, form, thinking), thinking, form is not None)
+        return Voice(Chat(template, {}, form, thinking), thinking, form is not None, template.specials)
 
     def prompt_of(self, voice: Voice, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """The tokens of messages, with the tools and the beginning of the answer. Raises Refusal."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from grpo.config.section import MANY
 from grpo.errors import did_you_mean
@@ -74,16 +74,30 @@ class OpenAIFields(SamplingFields):
     prompt_cache_key: str | None = None
 
 
-class Function(Wire):
+class Function(BaseModel):
+    """What is needed of a tool; the rest, and the order of it all, is between the client and the chat template."""
+
+    model_config = ConfigDict(strict=True)
+
     name: Annotated[str, Field(min_length=1, max_length=128)]
-    description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: Literal[False] | None = None
 
 
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    """The function as it came, with the parameters that templates look for."""
+    try:
+        Function.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{first['loc'][0]}: {MEANT.get(str(first['loc'][0]), first['msg'])}") from None
+    kept = {key: value for key, value in given.items() if key != "strict" and value is not None}
+    return kept if "parameters" in kept else {**kept, "parameters": {"type": "object", "properties": {}}}
+
+
 class Tool(Wire):
     type: Literal["function"]
-    function: Function
+    function: Annotated[dict[str, Any], AfterValidator(_checked)]
 
 
 class TextFormat(Wire):

@@ -57,6 +57,8 @@ def client(toy_folder: Path) -> Iterator[Any]:
         (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "the model decides"),
         (CHAT, {"tools": [TOOL]}, "tools", "does not tell the model of tools"),
         (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function", ""),
+        (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools.0.function", "name: Field required"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0", "not forced"),
         (CHAT, {"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         (CHAT, {"chat_template_kwargs": 3}, "chat_template_kwargs", ""),
         (COMPLETIONS, {"messages": None}, "messages", ""),

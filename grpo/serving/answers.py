@@ -12,14 +12,14 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 from grpo.serving.asks import Piece
-from grpo.serving.choices import BROKEN, Choice, Delta
+from grpo.serving.choices import BROKEN, Completed, Delta
 
 Json = dict[str, Any]
 TextOf = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class AnswerHead:
     """What all answers begin with. `prompts` are the tokens of the prompts, each of which has `n` choices."""
 
     model: str
@@ -28,31 +28,31 @@ class Head:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def usage(self, choices: Sequence[Choice]) -> Json:
+    def usage(self, choices: Sequence[Completed]) -> Json:
         """Tokens, with stop tokens; a prompt counts once for all its choices."""
         asked, said = sum(map(len, self.prompts)), sum(len(choice.token_ids) for choice in choices)
         return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
-    def prompt_of(self, choice: Choice) -> list[int]:
+    def prompt_of(self, choice: Completed) -> list[int]:
         return list(self.prompts[choice.index // self.n])
 
 
-class Form(Protocol):
+class AnswerForm(Protocol):
     """How an endpoint answers."""
 
-    def whole(self, choices: Sequence[Choice], messages: Sequence[Json]) -> Json:
+    def whole(self, choices: Sequence[Completed], messages: Sequence[Json]) -> Json:
         """The answer at once. `messages` are what the choices say."""
         ...
 
-    def opening(self, choice: Choice) -> Json | None:
+    def opening(self, choice: Completed) -> Json | None:
         """What begins a choice in a stream."""
         ...
 
-    def chunk(self, choice: Choice, piece: Piece, delta: Delta) -> Json | None:
+    def chunk(self, choice: Completed, piece: Piece, delta: Delta) -> Json | None:
         """What a piece adds; None for nothing."""
         ...
 
-    def closing(self, choices: Sequence[Choice]) -> Json:
+    def closing(self, choices: Sequence[Completed]) -> Json:
         """The last event of a stream where usage is asked for."""
         ...
 
@@ -61,22 +61,22 @@ class Form(Protocol):
 class ChatForm:
     """`/v1/chat/completions`."""
 
-    head: Head
+    head: AnswerHead
     text: TextOf
     ids: bool
     logprobs: bool
 
-    def whole(self, choices: Sequence[Choice], messages: Sequence[Json]) -> Json:
+    def whole(self, choices: Sequence[Completed], messages: Sequence[Json]) -> Json:
         told = [self._choice(choice, message) for choice, message in zip(choices, messages, strict=True)]
         ids = {"prompt_token_ids": list(self.head.prompts[0])} if self.ids else {}
         return self._object("chat.completion", told) | ids | {"usage": self.head.usage(choices)}
 
-    def opening(self, choice: Choice) -> Json | None:
+    def opening(self, choice: Completed) -> Json | None:
         ids = {"prompt_token_ids": list(self.head.prompts[0])} if self.ids and choice.index == 0 else {}
         delta = {"role": "assistant", "content": ""}
         return self._chunk([{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}]) | ids
 
-    def chunk(self, choice: Choice, piece: Piece, delta: Delta) -> Json | None:
+    def chunk(self, choice: Completed, piece: Piece, delta: Delta) -> Json | None:
         said: Json = {"content": delta.content} if delta.content else {}
         if delta.reasoning:
             said["reasoning_content"] = delta.reasoning
@@ -89,10 +89,10 @@ class ChatForm:
         told = {"index": choice.index, "delta": said, "finish_reason": finish}
         return self._chunk([told | self._tokens(piece.token_ids, piece.logprobs)])
 
-    def closing(self, choices: Sequence[Choice]) -> Json:
+    def closing(self, choices: Sequence[Completed]) -> Json:
         return self._chunk([]) | {"usage": self.head.usage(choices)}
 
-    def _choice(self, choice: Choice, message: Json) -> Json:
+    def _choice(self, choice: Completed, message: Json) -> Json:
         calls = as_calls(message.get("tool_calls") or (), self.head.id, choice)
         said = {**message, "refusal": None}
         if calls:
@@ -122,12 +122,12 @@ class ChatForm:
 class CompletionForm:
     """`/v1/completions`."""
 
-    head: Head
+    head: AnswerHead
     text: TextOf
     ids: bool
     logprobs: bool
 
-    def whole(self, choices: Sequence[Choice], messages: Sequence[Json]) -> Json:
+    def whole(self, choices: Sequence[Completed], messages: Sequence[Json]) -> Json:
         told = []
         for choice, message in zip(choices, messages, strict=True):
             ids = {"prompt_token_ids": self.head.prompt_of(choice)} if self.ids else {}
@@ -136,23 +136,23 @@ class CompletionForm:
             told.append({"index": choice.index, "text": message["content"], "finish_reason": finish} | tokens | ids)
         return self._object(told) | {"usage": self.head.usage(choices)}
 
-    def opening(self, choice: Choice) -> Json | None:
+    def opening(self, choice: Completed) -> Json | None:
         if not self.ids:
             return None
         ids = {"prompt_token_ids": self.head.prompt_of(choice), "token_ids": []}
         return self._object([{"index": choice.index, "text": "", "logprobs": None, "finish_reason": None, **ids}])
 
-    def chunk(self, choice: Choice, piece: Piece, delta: Delta) -> Json | None:
+    def chunk(self, choice: Completed, piece: Piece, delta: Delta) -> Json | None:
         if not delta.content and piece.ended is None and not (self.ids or self.logprobs):
             return None
         finish = choice.finished_by() if piece.ended else None
         told = {"index": choice.index, "text": delta.content, "finish_reason": finish}
         return self._object([told | self._tokens(choice, piece.token_ids, piece.logprobs)])
 
-    def closing(self, choices: Sequence[Choice]) -> Json:
+    def closing(self, choices: Sequence[Completed]) -> Json:
         return self._object([]) | {"usage": self.head.usage(choices)}
 
-    def _tokens(self, choice: Choice, ids: Sequence[int], logprobs: Sequence[float]) -> Json:
+    def _tokens(self, choice: Completed, ids: Sequence[int], logprobs: Sequence[float]) -> Json:
         told: Json | None = None
         if self.logprobs:
             texts = [self.text([token]) for token in ids]
@@ -164,7 +164,7 @@ class CompletionForm:
         return _object(self.head, f"cmpl-{self.head.id}", "text_completion", choices)
 
 
-def tokens_answer(head: Head, choices: Sequence[Choice], logprobs: bool) -> Json:
+def tokens_answer(head: AnswerHead, choices: Sequence[Completed], logprobs: bool) -> Json:
     """`/inference/v1/generate`: tokens alone."""
     told = []
     for choice in choices:
@@ -182,8 +182,8 @@ def tokens_answer(head: Head, choices: Sequence[Choice], logprobs: bool) -> Json
     return {"request_id": head.id, "model": head.model, "choices": told, "prompt_token_ids": prompt, "usage": usage}
 
 
-def as_calls(calls: Sequence[Mapping[str, Any]], answer: str, choice: Choice) -> list[Json]:
-    """Tool calls as OpenAI has them: each with an id, its arguments as JSON in a text."""
+def as_calls(calls: Sequence[Mapping[str, Any]], answer: str, choice: Completed) -> list[Json]:
+    """ToolShown calls as OpenAI has them: each with an id, its arguments as JSON in a text."""
     found = []
     for number, call in enumerate(calls):
         function = call["function"]
@@ -193,5 +193,5 @@ def as_calls(calls: Sequence[Mapping[str, Any]], answer: str, choice: Choice) ->
     return found
 
 
-def _object(head: Head, name: str, kind: str, choices: Sequence[Json]) -> Json:
+def _object(head: AnswerHead, name: str, kind: str, choices: Sequence[Json]) -> Json:
     return {"id": name, "object": kind, "created": head.created, "model": head.model, "choices": list(choices)}

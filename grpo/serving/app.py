@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from grpo.serving.guard import Guard
 from grpo.serving.refusals import Refusal
-from grpo.serving.service import Limits, Prepared, Service
+from grpo.serving.service import Answerable, Service, ServingLimits
 from grpo.serving.wire import ChatRequest, CompletionRequest, GenerateRequest, OpenAIFields, read
 
 log = logging.getLogger("grpo")
@@ -69,7 +69,7 @@ async def _openai(
     service: Service,
     request: Request,
     kind: type[Any],
-    prepare: Callable[[Any], Awaitable[Prepared]],
+    prepare: Callable[[Any], Awaitable[Answerable]],
 ) -> Any:
     asked: OpenAIFields = read(kind, await _body(request, service.limits))
     prepared = await prepare(asked)
@@ -78,7 +78,7 @@ async def _openai(
     return await _stream(service, request, prepared)
 
 
-async def _stream(service: Service, request: Request, prepared: Prepared) -> Any:
+async def _stream(service: Service, request: Request, prepared: Answerable) -> Any:
     """The response, once its first tokens are there: what goes wrong before is refused with a status of its own."""
     async with AsyncExitStack() as opened:
         exchange = opened.enter_context(service.begun(prepared.asks))
@@ -134,7 +134,7 @@ async def _unknown(_: Request, error: Any) -> Any:
     return _refused(Refusal(error.status_code, f"{error.detail}; README.md lists the endpoints", headers=headers))
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
+async def _body(request: Request, limits: ServingLimits) -> bytes:
     """The request's body. Raises Refusal for one that is no JSON by its header, too long, or too slow."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":

@@ -27,7 +27,7 @@ class Delta:
 
 
 @dataclass(slots=True)
-class Choice:
+class Completed:
     """A completion. `index` is its number in the answer; `characters` counts those of the tokens that were told, each
     decoded alone."""
 
@@ -62,7 +62,8 @@ class Reader:
         if there are any, as the environments of a training run read it."""
         if self._voice is None:
             return {"role": "assistant", "content": self._stopping.turn_text(token_ids)}
-        return without_end(self._voice.chat.parse(token_ids), self._stopping.cut(token_ids))
+        said = token_ids[:-1] if token_ids[-1:] and token_ids[-1] in self._stopping.stop_ids else token_ids
+        return without_end(self._voice.chat.parse(said), self._stopping.cut(token_ids))
 
     def delta(self, piece: Piece, whole: Sequence[int]) -> Delta:
         """What a piece adds; `whole` are all tokens so far, with the piece's. The deltas add up to the message,

@@ -29,7 +29,7 @@ PATIENCE = 1.0
 """Seconds after which requests for another adapter keep those for the present one from entering."""
 
 
-class Decoder:
+class DecodingLoop:
     """Answers requests in turns of one adapter each; within a turn rows enter while others decode.
 
     `submit`, `cancel` and `close` may be called from any thread; `run` belongs to the thread that made the generator.
@@ -198,12 +198,12 @@ class DecodingThread:
     MLX lets no other thread evaluate what was begun there, so the model is loaded in this one.
     """
 
-    def __init__(self, make: Callable[[], Decoder]) -> None:
+    def __init__(self, make: Callable[[], DecodingLoop]) -> None:
         self._make = make
-        self._made: Future[Decoder] = Future()
+        self._made: Future[DecodingLoop] = Future()
         self._thread = Thread(target=self._run, name="decoding", daemon=True)
 
-    def __enter__(self) -> Decoder:
+    def __enter__(self) -> DecodingLoop:
         """The decoder, when it is made. Raises what making it raised."""
         self._thread.start()
         return self._made.result()

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from grpo.serving.asks import Ask, Piece, Ticket, Told
-from grpo.serving.choices import Choice
-from grpo.serving.decoder import Decoder
+from grpo.serving.choices import Completed
+from grpo.serving.decoder import DecodingLoop
 from grpo.serving.refusals import Refusal
 
 
 class Exchange:
     """The prompts of one HTTP request, which decode side by side. `choices` are what they have come to."""
 
-    def __init__(self, decoder: Decoder, asks: Sequence[Ask]) -> None:
-        self.choices = [Choice(number) for number in range(sum(ask.n for ask in asks))]
+    def __init__(self, decoder: DecodingLoop, asks: Sequence[Ask]) -> None:
+        self.choices = [Completed(number) for number in range(sum(ask.n for ask in asks))]
         self._decoder, self._loop = decoder, asyncio.get_running_loop()
         self._told: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()
         self._tickets: list[Ticket] = [self._submitted(ask, number * ask.n) for number, ask in enumerate(asks)]
@@ -26,7 +26,7 @@ class Exchange:
         """Whether all choices have ended."""
         return all(choice.ended for choice in self.choices)
 
-    async def next(self) -> list[tuple[Choice, Piece]]:
+    async def next(self) -> list[tuple[Completed, Piece]]:
         """The next tokens, which are in their choices already. Raises Refusal where there will be none."""
         first, told = await self._told.get()
         if isinstance(told, Refusal):
@@ -36,7 +36,7 @@ class Exchange:
             choice.add(piece)
         return found
 
-    async def end(self) -> list[Choice]:
+    async def end(self) -> list[Completed]:
         """All choices, when they have ended."""
         while not self.over:
             await self.next()
@@ -58,7 +58,7 @@ class Exchange:
         return ticket
 
 
-class Gate:
+class Turnstile:
     """Lets so many requests be under way at once, those that wait included."""
 
     def __init__(self, most: int) -> None:

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 from grpo.errors import did_you_mean
 from grpo.generation.sampling import Sampling
-from grpo.serving.answers import ChatForm, CompletionForm, Form, Head, Json, tokens_answer
+from grpo.serving.answers import AnswerForm, AnswerHead, ChatForm, CompletionForm, Json, tokens_answer
 from grpo.serving.asks import Ask, Piece
-from grpo.serving.choices import Choice, Reader
-from grpo.serving.decoder import Decoder
-from grpo.serving.exchange import Exchange, Gate
+from grpo.serving.choices import Completed, Reader
+from grpo.serving.decoder import DecodingLoop
+from grpo.serving.exchange import Exchange, Turnstile
 from grpo.serving.refusals import Refusal, wrong
 from grpo.serving.shelf import Models
 from grpo.serving.speaker import Speaker, Voice
@@ -28,7 +28,7 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ServingLimits:
     """What one client can take from the others.
 
     requests      under way at once, those that wait included; more are refused (429)
@@ -44,11 +44,11 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class Answerable:
     """A request that can be answered: what decodes, and how it is read and told."""
 
     asks: Sequence[Ask]
-    form: Form
+    form: AnswerForm
     voice: Voice | None = None
     usage: bool = False
 
@@ -57,11 +57,16 @@ class Service:
     """Belongs to one event loop. `defaults` is how to sample unless a request says otherwise."""
 
     def __init__(
-        self, decoder: Decoder, speaker: Speaker, models: Models, defaults: Sampling, limits: Limits | None = None
+        self,
+        decoder: DecodingLoop,
+        speaker: Speaker,
+        models: Models,
+        defaults: Sampling,
+        limits: ServingLimits | None = None,
     ) -> None:
-        self.limits = limits or Limits()
+        self.limits = limits or ServingLimits()
         self._decoder, self._speaker, self._models, self._defaults = decoder, speaker, models, defaults
-        self._gate, self._began = Gate(self.limits.requests), int(time.time())
+        self._turnstile, self._began = Turnstile(self.limits.requests), int(time.time())
         self._encoding = ThreadPoolExecutor(1, "encoding")  # long prompts take a while, and others wait meanwhile
 
     def close(self) -> None:
@@ -79,7 +84,7 @@ class Service:
         found = self._found(name)
         return {**self.models()["data"][0], "id": found}
 
-    async def chat(self, asked: ChatRequest) -> Prepared:
+    async def chat(self, asked: ChatRequest) -> Answerable:
         """Raises Refusal."""
         tools = [] if asked.tool_choice == "none" else [tool.model_dump() for tool in asked.tools or ()]
 
@@ -90,7 +95,7 @@ class Service:
         voice, prompt = await self._encoded(made)
         return self._prepared(asked, [prompt], bool(asked.logprobs), ChatForm, voice)
 
-    async def completion(self, asked: CompletionRequest) -> Prepared:
+    async def completion(self, asked: CompletionRequest) -> Answerable:
         """Raises Refusal."""
         speaker = self._speaker
 
@@ -103,7 +108,7 @@ class Service:
         prompts = await self._encoded(made)
         return self._prepared(asked, prompts, asked.logprobs is not None, CompletionForm)
 
-    async def whole(self, prepared: Prepared) -> Json:
+    async def whole(self, prepared: Answerable) -> Json:
         """The answer at once. Raises Refusal."""
         choices = await self._ended(prepared.asks)
         stopping = self._speaker.stopping(prepared.asks[0].sampling)
@@ -117,19 +122,19 @@ class Service:
         prompt = self._speaker.checked(asked.token_ids, "token_ids")
         logprobs = params.logprobs is not None
         ask = self._ask(asked.model, params, prompt, logprobs)
-        return tokens_answer(Head(ask.model, [prompt], ask.n), await self._ended([ask]), logprobs)
+        return tokens_answer(AnswerHead(ask.model, [prompt], ask.n), await self._ended([ask]), logprobs)
 
     @contextmanager
     def begun(self, asks: Sequence[Ask]) -> Iterator[Exchange]:
         """A request under way, until the end of the block. Raises Refusal where too many are."""
-        with self._gate.enter(len(asks)):
+        with self._turnstile.enter(len(asks)):
             exchange = Exchange(self._decoder, asks)
             try:
                 yield exchange
             finally:
                 exchange.close()
 
-    async def events(self, prepared: Prepared, exchange: Exchange) -> AsyncIterator[bytes]:
+    async def events(self, prepared: Answerable, exchange: Exchange) -> AsyncIterator[bytes]:
         """The answer as server-sent events. What goes wrong after the first is the last of them; what goes wrong before
         raises Refusal."""
         form, stopping = prepared.form, self._speaker.stopping(prepared.asks[0].sampling)
@@ -150,7 +155,7 @@ class Service:
             yield _event(form.closing(exchange.choices))
         yield b"data: [DONE]\n\n"
 
-    async def _ended(self, asks: Sequence[Ask]) -> list[Choice]:
+    async def _ended(self, asks: Sequence[Ask]) -> list[Completed]:
         with self.begun(asks) as exchange:
             return await self._in_time(exchange.end(), asyncio.get_running_loop().time() + self.limits.seconds)
 
@@ -173,15 +178,15 @@ class Service:
         logprobs: bool,
         form: type[ChatForm | CompletionForm],
         voice: Voice | None = None,
-    ) -> Prepared:
+    ) -> Answerable:
         gradually = bool(asked.stream)
         if asked.stream_options is not None and not gradually:
             raise wrong("stream_options", "it is for streams: set stream to true, or leave it out")
         asks = [replace(self._ask(asked.model, asked, one, logprobs), gradually=gradually) for one in prompts]
-        head = Head(asks[0].model, prompts, asks[0].n)
+        head = AnswerHead(asks[0].model, prompts, asks[0].n)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         text = lambda ids: self._speaker.text(ids, special=True)  # noqa: E731
-        return Prepared(asks, form(head, text, bool(asked.return_token_ids), logprobs), voice, usage)
+        return Answerable(asks, form(head, text, bool(asked.return_token_ids), logprobs), voice, usage)
 
     def _ask(self, model: str | None, asked: SamplingFields, prompt: tuple[int, ...], logprobs: bool) -> Ask:
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
@@ -189,10 +194,9 @@ class Service:
         return Ask(self._found(model), prompt, sampling, asked.n or 1, seed, logprobs)
 
     def _found(self, name: str | None) -> str:
-        names = self._models.names()
-        found = self._models.find(names[0] if name is None else name)
+        found = self._models.find(self._models.names()[0] if name is None else name)
         if found is None:
-            hint = did_you_mean(name or "", names)
+            hint = did_you_mean(name or "", self._models.names())
             raise Refusal(
                 404, f"there is no model {name!r:.200}.{hint} /v1/models lists all", "model_not_found", "model"
             )
@@ -227,7 +231,7 @@ class Service:
         return asked or (default if room is None else min(default, room))
 
 
-def _chunk(form: Form, reader: Reader, choice: Choice, piece: Piece) -> Json | None:
+def _chunk(form: AnswerForm, reader: Reader, choice: Completed, piece: Piece) -> Json | None:
     return form.chunk(choice, piece, reader.delta(piece, choice.token_ids))
 
 

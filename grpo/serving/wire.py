@@ -74,7 +74,7 @@ class OpenAIFields(SamplingFields):
     prompt_cache_key: str | None = None
 
 
-class Function(BaseModel):
+class ToolFunction(BaseModel):
     """What is needed of a tool; the rest, and the order of it all, is between the client and the chat template."""
 
     model_config = ConfigDict(strict=True)
@@ -87,7 +87,7 @@ class Function(BaseModel):
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
     """The function as it came, with the parameters that templates look for."""
     try:
-        Function.model_validate(given)
+        ToolFunction.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{first['loc'][0]}: {MEANT.get(str(first['loc'][0]), first['msg'])}") from None
@@ -95,7 +95,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     return kept if "parameters" in kept else {**kept, "parameters": {"type": "object", "properties": {}}}
 
 
-class Tool(Wire):
+class ToolShown(Wire):
     type: Literal["function"]
     function: Annotated[dict[str, Any], AfterValidator(_checked)]
 
@@ -111,7 +111,7 @@ class ChatRequest(OpenAIFields):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=0)] = None
-    tools: tuple[Tool, ...] | None = None
+    tools: tuple[ToolShown, ...] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
     response_format: TextFormat | None = None

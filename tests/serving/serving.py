@@ -14,8 +14,8 @@ from grpo.generation.generator import Generator
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import Adapters, NoAdapters
 from grpo.model.load import load
-from grpo.serving.decoder import Decoder, DecodingThread
-from grpo.serving.service import Limits, Service
+from grpo.serving.decoder import DecodingLoop, DecodingThread
+from grpo.serving.service import Service, ServingLimits
 from grpo.serving.shelf import Shelf
 from grpo.serving.speaker import Speaker
 
@@ -39,15 +39,15 @@ class Folders:
 @contextmanager
 def decoding(
     folder: Path, adapters: dict[str, Path] | None = None, slots: int = 8, patience: float = 1.0
-) -> Iterator[tuple[Decoder, Any]]:
+) -> Iterator[tuple[DecodingLoop, Any]]:
     """A decoder of the model in `folder`, in a thread of its own, and its tokenizer."""
     made: list[Any] = []
 
-    def make() -> Decoder:
+    def make() -> DecodingLoop:
         model, tokenizer = load(ModelConfig(name=str(folder)))
         kinds = Adapters(model, AdapterConfig(rank=4), mx.random.key(0)) if adapters else NoAdapters(model)
         made.append(tokenizer)
-        return Decoder(Generator(model, tokenizer, slots), Shelf(kinds, Folders(adapters or {})), patience)
+        return DecodingLoop(Generator(model, tokenizer, slots), Shelf(kinds, Folders(adapters or {})), patience)
 
     with DecodingThread(make) as decoder:
         yield decoder, made[0]
@@ -55,7 +55,11 @@ def decoding(
 
 @contextmanager
 def served(
-    folder: Path, adapters: dict[str, Path] | None = None, limits: Limits | None = None, longest: int = 512, **how: Any
+    folder: Path,
+    adapters: dict[str, Path] | None = None,
+    limits: ServingLimits | None = None,
+    longest: int = 512,
+    **how: Any,
 ) -> Iterator[Any]:
     """A client of the endpoints. `how` goes to `decoding`, `guard` to the application."""
     from starlette.testclient import TestClient

@@ -19,7 +19,7 @@ from grpo.generation.sampling import Sampling
 from grpo.model.adapters import Adapters
 from grpo.model.load import load
 from grpo.serving.asks import Ask
-from grpo.serving.decoder import Decoder, DecodingThread
+from grpo.serving.decoder import DecodingLoop, DecodingThread
 from grpo.serving.refusals import Refusal
 from grpo.serving.shelf import Shelf
 from grpo.types import Trajectory
@@ -51,7 +51,7 @@ class Told:
         return found
 
 
-def answered(decoder: Decoder, ask: Ask) -> list[tuple[list[int], list[float], str]]:
+def answered(decoder: DecodingLoop, ask: Ask) -> list[tuple[list[int], list[float], str]]:
     told = Told()
     decoder.submit(ask, told)
     return told.rows(ask.n)
@@ -218,7 +218,7 @@ def test_closing_refuses_what_is_under_way(toy_folder: Path) -> None:
 
 
 def test_what_cannot_be_made_is_raised_where_it_was_begun() -> None:
-    def make() -> Decoder:
+    def make() -> DecodingLoop:
         raise UserError("there is no such model")
 
     with pytest.raises(UserError, match="no such model"), DecodingThread(make):

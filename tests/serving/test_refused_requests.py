@@ -14,7 +14,7 @@ pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 from serving import served
 
 from grpo.serving.guard import Guard
-from grpo.serving.service import Limits
+from grpo.serving.service import ServingLimits
 
 CHAT, COMPLETIONS, GENERATE = "/v1/chat/completions", "/v1/completions", "/inference/v1/generate"
 ASKED = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -120,14 +120,14 @@ def test_on_loopback_no_other_name_is_answered(client: Any, host: str, status: i
 
 
 def test_a_long_body_is_not_read(toy_folder: Path) -> None:
-    with served(toy_folder, limits=Limits(body_bytes=1000)) as client:
+    with served(toy_folder, limits=ServingLimits(body_bytes=1000)) as client:
         refused = client.post(CHAT, json={"messages": [{"role": "user", "content": "x" * 2000}]})
         assert refused.status_code == 413
         assert client.post(CHAT, json=ASKED).status_code == 200
 
 
 def test_more_requests_than_there_may_be_are_told_to_come_again(toy_folder: Path) -> None:
-    with served(toy_folder, limits=Limits(requests=2)) as client:
+    with served(toy_folder, limits=ServingLimits(requests=2)) as client:
         body = {"prompt": ["a", "b", "c"], "max_tokens": 2}
         for stream in (False, True):
             refused = client.post(COMPLETIONS, json={**body, "stream": stream})
@@ -138,7 +138,7 @@ def test_more_requests_than_there_may_be_are_told_to_come_again(toy_folder: Path
 
 
 def test_an_answer_that_takes_too_long_is_given_up(toy_folder: Path) -> None:
-    with served(toy_folder, limits=Limits(seconds=0.0)) as client:
+    with served(toy_folder, limits=ServingLimits(seconds=0.0)) as client:
         for stream in (False, True):
             refused = client.post(CHAT, json={**ASKED, "stream": stream})
             assert refused.status_code == 504

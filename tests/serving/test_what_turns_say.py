@@ -84,6 +84,18 @@ def test_a_conversation_goes_on_with_what_was_answered() -> None:
     assert list(ask.prompt_ids) == list(expected)
 
 
+def test_a_token_that_ends_the_turn_is_no_part_of_it() -> None:
+    tokenizer = tokenizer_of("qwen2.5")
+    for end in ("<tool_response>", "!"):
+        (token,) = tokenizer.encode(end, add_special_tokens=False)
+        body = asked(stop_token_ids=[token], return_token_ids=True)
+        whole, events, _ = answers(tokenizer, f"Yes{end} and more", body)
+        (choice,) = whole["choices"]
+        assert choice["token_ids"][-1] == token
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("Yes", "stop")
+        assert put_together(events)["content"] == "Yes"
+
+
 def test_template_settings_reach_the_template() -> None:
     tokenizer = tokenizer_of("qwen3")
     _, _, plain = answers(tokenizer, "Yes.<|im_end|>", asked())

@@ -145,20 +145,24 @@ class CompletionRequest(OpenAIFields):
 
 
 class SamplingParams(SamplingFields):
-    """`sampling_params`. The last two say how text is made, and this request answers tokens alone."""
+    """`sampling_params`. The last three change no answer: they say how text is made, and this request answers tokens
+    alone, and what an engine tells of its experts."""
 
     logprobs: Annotated[int | None, Field(ge=0, le=1)] = None
     skip_special_tokens: bool | None = None
     detokenize: bool | None = None
+    routed_experts_prompt_start: int | None = None
 
 
 class GenerateRequest(Wire):
-    """`POST /inference/v1/generate`: tokens in, tokens out."""
+    """`POST /inference/v1/generate`: tokens in, tokens out. The last field is for prompts that engines keep, and changes
+    no answer."""
 
     token_ids: Annotated[tuple[TokenId, ...], Field(min_length=1)]
     sampling_params: SamplingParams = SamplingParams()
     model: str | None = None
     stream: Literal[False] | None = None
+    cache_salt: str | None = None
 
 
 def read(kind: type[Asked], body: bytes) -> Asked:

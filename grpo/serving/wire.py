@@ -155,8 +155,8 @@ class SamplingParams(SamplingFields):
 
 
 class GenerateRequest(Wire):
-    """`POST /inference/v1/generate`: tokens in, tokens out. `cache_salt` is for prompts that engines keep, and changes no
-    answer."""
+    """`POST /inference/v1/generate`: tokens in, tokens out. `cache_salt` is for engines that keep prompts, and changes
+    no answer."""
 
     token_ids: Annotated[tuple[TokenId, ...], Field(min_length=1)]
     sampling_params: SamplingParams = SamplingParams()

@@ -96,6 +96,9 @@ def _subject(keys: Keys, detail: ErrorDetails, locate: Callable[[Keys], str]) ->
         tuple(int(part) if part.isdecimal() else part for part in found.split("."))
         for found in re.findall(r"[a-z_]+(?:\.[a-z0-9_]+)+", detail["msg"])
     ]
+    first = re.match(r"(?:Value error, )?([a-z_]+)", detail["msg"])
+    if not keys and first is not None and first[1] in Recipe.model_fields:  # "rewards: a run needs at least one"
+        named_there.append((first[1],))
     return next((subject for subject in named_there if locate(subject) != locate(())), keys)
 
 
@@ -179,6 +182,9 @@ FORMS = {
     "optim": "{steps: 500}",
     "memory": "{limit_gb: 16}",
     "log.wandb": "{project: grpo}",
+    "data.sources": "{source: questions.jsonl}",
+    "data.curriculum": "{} for the defaults",
+    "teacher": "{model: NAME} or {adapter: FOLDER}",
 }
 """How a section is written, where that may not be plain from the names of its keys."""
 

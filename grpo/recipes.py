@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from grpo.config import DataConfig, EnvironmentConfig, EvalConfig, Recipe, RewardConfig, TeacherConfig, ToolConfig
+from grpo.config import (
+    DataConfig,
+    EnvironmentConfig,
+    EvalConfig,
+    Recipe,
+    RewardConfig,
+    SourceConfig,
+    TeacherConfig,
+    ToolConfig,
+)
 from grpo.config.data import is_pattern
 from grpo.config.section import Section
 from grpo.document import Document, Dumper, read_document
@@ -117,11 +126,16 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
 
 
-def _resolved(recipe: Recipe, path: Path) -> Recipe:
-    """The recipe with a folder for its run, and with files that are found named absolutely."""
+class _Finder:
+    """Finds the files that a recipe names: beside the recipe, then in the working directory."""
 
-    def beside(name: str) -> str:
-        for found in (path.parent / name, Path(name)):
+    def __init__(self, path: Path) -> None:
+        """`path` is the recipe's."""
+        self.path = path
+
+    def beside(self, name: str) -> str:
+        """A file or folder named absolutely, if it is there."""
+        for found in (self.path.parent / name, Path(name)):
             try:
                 if name and found.exists():
                     return str(found.resolve())
@@ -131,44 +145,59 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
                 continue
         return name
 
-    def function_path(use: str) -> str:
+    def code(self, use: str) -> str:
+        """A function or class whose file is found."""
         if model := model_in(use):
-            return MODEL + beside(model)
+            return MODEL + self.beside(model)
         file, colon, function = use.partition(":")
-        return beside(file) + colon + function if file.endswith(".py") else use
+        return self.beside(file) + colon + function if file.endswith(".py") else use
 
-    def used(section: U) -> U:
+    def used(self, section: U) -> U:
         """A section whose code is found."""
-        return with_settings(section, {"use": section.use and function_path(section.use)}, str(path))
+        return with_settings(section, {"use": section.use and self.code(section.use)}, str(self.path))
 
-    def located(section: DataConfig | EvalConfig) -> dict[str, Any]:
+    def taught_by(self, teacher: TeacherConfig) -> TeacherConfig:
+        """A teacher whose model or adapter is found."""
+        if teacher.model is not None:
+            return with_settings(teacher, {"model.name": self.beside(teacher.model.name)}, str(self.path))
+        return with_settings(teacher, {"adapter": teacher.adapter and self.beside(teacher.adapter)}, str(self.path))
+
+    def data(self, data: DataConfig) -> DataConfig:
+        """The section with its files found, and those of its sources."""
+        sources = tuple(
+            with_settings(source, {**self.rows(source), **self._chosen(source)}, str(self.path))
+            for source in data.sources
+        )
+        return with_settings(data, {**self.rows(data), **self._chosen(data), "sources": sources}, str(self.path))
+
+    def rows(self, section: DataConfig | SourceConfig | EvalConfig) -> dict[str, Any]:
         """Where the rows of a section come from."""
         source = section.source
-        found = tuple(map(beside, source)) if isinstance(source, tuple) else source and beside(source)
-        return {"source": found, "use": section.use and function_path(section.use)}
+        found = tuple(map(self.beside, source)) if isinstance(source, tuple) else source and self.beside(source)
+        return {"source": found, "use": section.use and self.code(section.use)}
 
-    def taught_by(teacher: TeacherConfig) -> dict[str, Any]:
-        """What a teacher is named by: `model.name` or `adapter`."""
-        if teacher.model is not None:
-            return {"model.name": beside(teacher.model.name)}
-        return {"adapter": teacher.adapter and beside(teacher.adapter)}
+    def _chosen(self, section: DataConfig | SourceConfig) -> dict[str, Any]:
+        """What chooses the rows of a section."""
+        sampler, rates = section.sampler, section.solve_rates
+        return {"sampler": sampler and self.code(sampler), "solve_rates": rates and self.beside(rates)}
 
-    data = located(recipe.data)
-    data["sampler"] = recipe.data.sampler and function_path(recipe.data.sampler)
-    data["solve_rates"] = recipe.data.solve_rates and beside(recipe.data.solve_rates)
+
+def _resolved(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with a folder for its run, and with files that are found named absolutely."""
+    find = _Finder(path)
     settings: dict[str, Any] = {
         "output_dir": recipe.output_dir or f"runs/{path.stem}{_trial()}",
-        "model.name": beside(recipe.model.name),
-        "data": with_settings(recipe.data, data, str(path)),
-        "rewards": tuple(map(used, recipe.rewards)),
-        "log.use": tuple(function_path(use) for use in recipe.log.use),
-        "adapter.path": recipe.adapter.path and beside(recipe.adapter.path),
-        "teacher": recipe.teacher and with_settings(recipe.teacher, taught_by(recipe.teacher), str(path)),
-        "loss.use": recipe.loss.use and function_path(recipe.loss.use),
-        "environment": recipe.environment and used(recipe.environment),
-        "environments": {name: used(config) for name, config in recipe.environments.items()},
-        "tools": tuple(map(used, recipe.tools)),
-        "eval": recipe.eval and with_settings(recipe.eval, located(recipe.eval), str(path)),
+        "model.name": find.beside(recipe.model.name),
+        "data": find.data(recipe.data),
+        "rewards": tuple(map(find.used, recipe.rewards)),
+        "log.use": tuple(map(find.code, recipe.log.use)),
+        "adapter.path": recipe.adapter.path and find.beside(recipe.adapter.path),
+        "teacher": recipe.teacher and find.taught_by(recipe.teacher),
+        "loss.use": recipe.loss.use and find.code(recipe.loss.use),
+        "environment": recipe.environment and find.used(recipe.environment),
+        "environments": {name: find.used(config) for name, config in recipe.environments.items()},
+        "tools": tuple(map(find.used, recipe.tools)),
+        "eval": recipe.eval and with_settings(recipe.eval, find.rows(recipe.eval), str(path)),
     }
     return with_settings(recipe, settings, str(path))
 

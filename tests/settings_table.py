@@ -20,8 +20,21 @@ SUMS = ("data.source=builtin:arithmetic",)
 POOLED = ("data.curriculum={}",)
 TWO = "rewards=[{use: 'grades.py:varied'}, {use: 'grades.py:letters'}]"
 RATED = (*POOLED, "data.solve_rates=rates.jsonl")  # a task in each pool
+MIXED = ("data.source=null", "data.sources=[{source: train.jsonl}, {source: more.jsonl}]")
+MIXED_MADE = ("data.source=null", "data.sources=[{use: 'rows.py:rows'}, {source: more.jsonl}]")
+MIXED_SUMS = ("data.source=null", "data.sources=[{source: 'builtin:arithmetic'}, {source: more.jsonl}]")
+MIXED_RATED = (
+    *MIXED,
+    "data.sources.0.ratio=99",
+    "data.sources.0.curriculum={}",
+    "data.sources.0.solve_rates=rates.jsonl",
+)
 LONG = ("rollout.max_completion_length=48",)
 BRIEF = ("optim.steps=1", "rollout.num_generations=2", *LONG)
+TWO_TALK = (
+    "environments={doubts: {use: 'talk.py:Doubts', workers: 1}, late: {use: 'talk.py:Slow', workers: 1}}",
+    *LONG,
+)
 TALK = ("environment={use: 'talk.py:Doubts', workers: 1}", *LONG)
 HOSTILE = "environment={use: 'talk.py:%s', workers: 1, max_failure_rate: 1}"
 TOOL = ("model.name=talker", "tools=['talk.py:look']", "environment.workers=1", *LONG)
@@ -49,10 +62,13 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "data.use": ("rows.py:others", *MADE),
     "data.kwargs": ("{n: 2}", *MADE),
     "data.shuffle": ("false",),
+    "data.streaming": ("true",),
+    "data.window": ("1", "data.streaming=true", "rollout.prompts_per_step=4"),
     "data.columns": ("{question: hint}",),
     "data.prompt": ("hint",),
     "data.system": ("Be brief.",),
     "data.chat_template": ("never",),
+    "data.environment": ("late", *TWO_TALK, "data.environment=doubts"),
     "data.chat_template_kwargs": ("{tone: rude}", "model.name=other"),
     "data.max_prompt_length": ("18", "data.prompt=hint"),
     "data.solve_rates": ("others.jsonl", *RATED, "data.solve_rate=[0.4, 1]"),
@@ -66,6 +82,46 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "data.curriculum.reward": ("letters", *RATED, TWO),
     "data.curriculum.best": ("0.25", *RATED),
     "data.sampler": ("choose.py:Last",),
+    "data.sources.0.name": ("sums", *MIXED),
+    "data.sources.0.ratio": ("0.01", *MIXED),
+    "data.sources.0.rewards": ("[letters]", *MIXED, TWO),
+    "data.sources.0.source": ("[more.jsonl, train.jsonl]", *MIXED, "data.sources.0.name=train"),
+    "data.sources.0.use": ("rows.py:others", *MIXED_MADE, "data.sources.0.name=rows"),
+    "data.sources.0.kwargs": ("{n: 2}", *MIXED_MADE),
+    "data.sources.0.split": ("test", *MIXED_SUMS),
+    "data.sources.0.shuffle": ("false", *MIXED),
+    "data.sources.0.streaming": ("true", *MIXED),
+    "data.sources.0.window": (
+        "1",
+        *MIXED,
+        "data.sources.0.ratio=99",
+        "data.sources.0.streaming=true",
+        "rollout.prompts_per_step=4",
+    ),
+    "data.sources.0.columns": ("{question: hint}", *MIXED),
+    "data.sources.0.environment": ("late", *MIXED, *TWO_TALK, "data.environment=doubts"),
+    "data.sources.0.prompt": ("hint", *MIXED),
+    "data.sources.0.system": ("Be brief.", *MIXED),
+    "data.sources.0.chat_template": ("never", *MIXED),
+    "data.sources.0.chat_template_kwargs": ("{tone: rude}", "model.name=other", *MIXED),
+    "data.sources.0.max_prompt_length": (
+        "18",
+        *MIXED,
+        "data.sources.0.ratio=99",
+        "rollout.prompts_per_step=4",
+        "data.sources.0.prompt=hint",
+    ),
+    "data.sources.0.solve_rates": ("others.jsonl", *MIXED_RATED),
+    "data.sources.0.solve_rate": ("[0.4, 0.6]", *MIXED_RATED),
+    "data.sources.0.curriculum.hard": ("100", *MIXED_RATED),
+    "data.sources.0.curriculum.normal": ("100", *MIXED_RATED),
+    "data.sources.0.curriculum.easy": ("100", *MIXED_RATED),
+    "data.sources.0.curriculum.unseen": ("0", *MIXED_RATED),
+    "data.sources.0.curriculum.hard_threshold": ("0.6", *MIXED_RATED),
+    "data.sources.0.curriculum.easy_threshold": ("1", *MIXED_RATED),
+    "data.sources.0.curriculum.reward": ("letters", *MIXED_RATED, TWO),
+    "data.sources.0.curriculum.best": ("0.25", *MIXED_RATED),
+    "data.sources.0.sampler": ("choose.py:Last", *MIXED),
     "teacher.adapter": ("saved",),
     "teacher.coef": ("3", "teacher.adapter=saved"),
     "teacher.kl": ("exact", "teacher.adapter=saved"),
@@ -221,6 +277,19 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("data.solve_rates=rates.jsonl", "data.solve_rates does nothing by itself", ()),
     ("data.solve_rate=[0.1, 0.9]", "data.solve_rate needs data.solve_rates", ()),
     ("data.solve_rate=[0.9, 0.1]", "has the higher rate first", ("data.solve_rates=rates.jsonl",)),
+    ("data.window=5", "data.window does nothing without data.streaming", ()),
+    ("data.curriculum.hard=1", "data.curriculum needs all rows", ("data.streaming=true",)),
+    ("data.sources.0.config=main", "data.sources.0.config is for Hub datasets", MIXED),
+    ("data.sources.0.revision=main", "data.sources.0.revision is for Hub datasets", MIXED),
+    ("data.sources.0.kwargs={n: 1}", "data.sources.0.kwargs does nothing without data.sources.0.use", MIXED),
+    (
+        "data.sources.0.continue_final_message=true",
+        "data.sources.0.continue_final_message does nothing with a template",
+        MIXED,
+    ),
+    ("data.source=train.jsonl", "data.source does nothing beside data.sources", MIXED),
+    ("data.sampler=choose.py:Last", "data.sampler does nothing beside data.sources", MIXED),
+    ("data.solve_rate=[0.1, 0.9]", "data.solve_rate does nothing beside data.sources", MIXED),
     ("data.continue_final_message=true", "data.continue_final_message does nothing with a template", ()),
     ("eval.kwargs={n: 1}", "eval.kwargs does nothing without eval.use", EVAL),
     ("eval.config=main", "eval.config is for Hub datasets", EVAL),

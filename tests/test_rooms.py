@@ -119,7 +119,7 @@ WHOLE_RECIPE = {
     "config/__init__.py config/describe.py recipes.py overrides.py mistakes.py",
     # a run begins with one, writes it down, and compares it when it goes on
     "runs/prepare.py runs/folder.py runs/resume.py runs/revisions.py runs/starting.py",
-    "runs/publishing.py runs/health.py door/opening.py door/handing.py",
+    "runs/publishing.py runs/health.py runs/sections.py door/opening.py door/handing.py",
     # the trainer hands each of its rooms the section that it needs
     "training/trainer.py",
     # commands and tools read one, a run's or their own; a card and W&B show all of it; an estimate is of all of it

@@ -26,10 +26,11 @@ Timeout = Annotated[float, typer.Option(min=0.01, help="Seconds that one call ma
 @app.command("list")
 def list_() -> None:
     """Name each reward, what it grades, the columns it reads and its arguments."""
-    from grpo.scoring.describe import describe
+    from grpo.scoring.describe import describe, describe_models
 
     for located in named_rewards():
         print("\n".join(describe(located)))
+    print("\n".join(describe_models()))
 
 
 @app.command("test")

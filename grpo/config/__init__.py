@@ -26,4 +26,5 @@ from grpo.config.recipe import Recipe as Recipe
 from grpo.config.rewardmodel import RewardModelConfig as RewardModelConfig
 from grpo.config.rewards import RewardConfig as RewardConfig
 from grpo.config.rollout import RolloutConfig as RolloutConfig
+from grpo.config.sources import SourceConfig as SourceConfig
 from grpo.config.teacher import TeacherConfig as TeacherConfig

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from grpo.config.curriculum import CurriculumConfig
 from grpo.config.section import Fraction, Name, Positive, Section, Tokens
+from grpo.config.sources import SourceConfig, check_sources
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Endings of data files, and the reader of `datasets` for each."""
@@ -89,6 +90,27 @@ def check_choice(cfg: DataConfig) -> None:
         raise ValueError(f"data.solve_rate: [{low:g}, {high:g}] has the higher rate first: write [{high:g}, {low:g}]")
 
 
+def check_streaming(cfg: DataConfig) -> None:
+    """Raise ValueError where rows cannot be read as they are needed, or settings do nothing with such rows."""
+    if not cfg.streaming:
+        if "window" in cfg.changed:
+            raise ValueError("data.window does nothing without data.streaming: all rows are shuffled")
+        return
+    if cfg.source is None or is_builtin(cfg.source):
+        raise ValueError("data.streaming is for files and Hub datasets; these rows are made here, all at once")
+    if "window" in cfg.changed and not cfg.shuffle:
+        raise ValueError("data.window does nothing with data.shuffle: false: the rows keep their order")
+    if beside := sorted(cfg.changed & {"curriculum", "sampler", "solve_rate", "solve_rates"}):
+        raise ValueError(
+            f"data.{beside[0]} needs all rows, and with data.streaming nobody knows more of them than a window: leave "
+            "out one of them"
+        )
+
+
+SELECTED_BY = "environment"
+"""The column whose value names the environment of a row."""
+
+
 class DataConfig(Section):
     source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """Where rows come from: a .jsonl, .json, .csv or .parquet file, a list of such files or a pattern such as
@@ -110,9 +132,17 @@ class DataConfig(Section):
     """Split to train on. Files are one split, `train`."""
     shuffle: bool = True
     """Visit the rows of each epoch in a new order, drawn from the seed. false: in their own order, every epoch."""
+    streaming: bool = False
+    """Read rows as they are needed, in the place of all before the first step: for Hub datasets and files of many
+    gigabytes. Prompts are then planned for by `max_prompt_length`, and rows that cannot be used are found as they
+    come."""
+    window: Positive = 10_000
+    """With `streaming`, the rows that are held at once: so many in a row are shuffled, each window by itself."""
     columns: dict[str, str] = {}
     """Names for columns that prompt and rewards want under another: `{answer: solution}` reads `solution` as `answer`,
     `{answer: reward_model.ground_truth}` a field inside one, `{example: tests.0}` the first item of a list."""
+    environment: Name | None = None
+    """Which of the recipe's `environments` all tasks begin. Default: the column `environment` of each row says it."""
     prompt: str = "prompt"
     """A column of text or of chat messages, or a template over columns of text and numbers: `"{question} Think
     first."`."""
@@ -142,14 +172,39 @@ class DataConfig(Section):
     sampler: str | None = None
     """A class of yours that chooses the tasks of each step, `file.py:Class` or `package.module:Class`: see
     `grpo.data.source.Source`. It is made with the stream of these rows."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several sources in the place of `source`, each with a `ratio`. What a source leaves out, such as `prompt`, it has
+    from this section."""
 
     @property
     def label(self) -> str:
-        """The name of the data in messages: what `source` or `use` says; of many files the first and how many."""
+        """The name of the data in messages: what `source` or `use` says; of many files the first and how many; of
+        several sources each."""
+        if self.sources:
+            return " and ".join(data_label(one.source, one.use) for one in self.sources)
         return data_label(self.source, self.use)
+
+    @property
+    def parts(self) -> dict[str, DataConfig]:
+        """Where tasks come from, by the name of the source that they say: this section by the name `data`, or what each
+        of `sources` comes to."""
+        return {one.called: self.part(one) for one in self.sources} if self.sources else {"data": self}
+
+    def part(self, source: SourceConfig) -> DataConfig:
+        """What one of `sources` comes to, with what it leaves out."""
+        shared = {name: getattr(self, name) for name in self.changed - {"sources"}}
+        return DataConfig(**source.among(shared))
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that any source may have."""
+        return max(part.max_prompt_length for part in self.parts.values())
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> DataConfig:
+        if self.sources:
+            check_sources(self)
+            return self
         check_origin("data", self.source, self.use, self.kwargs)
         if self.source is None and self.use is None:
             raise ValueError("data.source is missing: name a file, a Hub dataset or a built-in task (or data.use)")
@@ -162,6 +217,7 @@ class DataConfig(Section):
         if self.continue_final_message and "{" in self.prompt:
             raise ValueError("data.continue_final_message does nothing with a template: it is for chat messages")
         check_choice(self)
+        check_streaming(self)
         ours = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
         if ours := ours & set(self.chat_template_kwargs):
             raise ValueError(f"data.chat_template_kwargs: {', '.join(sorted(ours))} is not yours to set")
@@ -170,7 +226,9 @@ class DataConfig(Section):
 
 class EvalConfig(Section):
     source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
-    """Where held-out prompts come from, in all forms of `data.source`. Default: where training prompts do."""
+    """Where held-out prompts come from, in all forms of `data.source`. Default: where training prompts do, and with
+    `data.sources` where those of the first source do. Rows of the same place as a source's are prompted and rewarded as
+    that source's, others as `data` says."""
     use: str | None = None
     """Instead of `source`: a function that returns the held-out rows, as `data.use`."""
     kwargs: dict[str, Any] = {}

@@ -49,6 +49,15 @@ class JudgeConfig(Section):
         return [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
 
     @model_validator(mode="after")
+    def _labels_are_texts(self) -> JudgeConfig:
+        if odd := sorted({"true", "false", "null"} & self.labels.keys()):
+            raise ValueError(
+                f"labels has {odd[0]}: YAML reads Yes, No, On and Off as true and false where they have no quotes. "
+                'Write labels: {"Yes": 1, "No": 0}'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_template(self) -> JudgeConfig:
         try:
             fields = list(string.Formatter().parse(self.prompt))

@@ -30,7 +30,9 @@ def _said(kind: type[Section], detail: Any, who: str) -> str:
         return f"kwargs.{detail['msg'].removeprefix('Value error, ')}"
     name = ".".join(map(str, detail["loc"]))
     if detail["type"] != "extra_forbidden":
-        expected = detail["msg"].replace("Input should be", "expected", 1)
+        expected = detail["msg"].replace("Input should be", "expected", 1).replace("an object", "keys and values")
+        if detail["type"] == "too_short":
+            expected = f"expected at least {detail['ctx']['min_length']}"
         return f"kwargs.{name}: {expected}, got {json.dumps(detail['input'], default=str)}"
     known = list(kind.model_fields)
     close = difflib.get_close_matches(name, known, n=1)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from grpo.config.curriculum import check_graders
 from grpo.config.data import DataConfig, EvalConfig, check_hub_only
 from grpo.config.environment import EnvironmentConfig, ToolEntry
 from grpo.config.log import CheckpointConfig, LogConfig
@@ -114,7 +115,7 @@ class Recipe(Section):
         if penalised and self.baseline in ("gdpo", "maxrl"):
             raise ValueError(f"advantage.baseline {self.baseline} has no meaning for penalties in the reward")
         if self.rollout.dynamic_sampling and self.baseline in ("batch", "gdpo"):
-            raise ValueError(f"rollout.dynamic_sampling: with the {self.baseline} baseline uniform groups teach too")
+            raise ValueError(self._all_teach("dynamic_sampling"))
         self._check_reuse()
         if (self.advantage.soft_overlong_cache or 0) >= self.rollout.max_completion_length:
             raise ValueError("advantage.soft_overlong_cache is not below rollout.max_completion_length")
@@ -131,12 +132,21 @@ class Recipe(Section):
             raise ValueError(f"advantage.scale_rewards does nothing with the {self.baseline} baseline")
         return self
 
+    def _all_teach(self, setting: str) -> str:
+        """Why there are no groups that a setting of `rollout` could replace."""
+        by = "" if self.advantage.baseline else f" (which loss.type {self.loss.type} brings)"
+        return (
+            f"rollout.{setting} replaces groups whose rewards are all equal, because they teach nothing. With "
+            f"advantage.baseline: {self.baseline}{by} they teach as the others do: leave it out, or take another "
+            "advantage.baseline, such as group"
+        )
+
     def _check_reuse(self) -> None:
         """Raise ValueError where an older group would be learnt from as if this step's policy had sampled it."""
         if not self.rollout.reuse:
             return
         if self.baseline in ("batch", "gdpo"):
-            raise ValueError(f"rollout.reuse: with the {self.baseline} baseline uniform groups teach too")
+            raise ValueError(self._all_teach("reuse"))
         if self.loss.use is None and self.loss.preset.surrogate == "reinforce":
             raise ValueError(
                 f"rollout.reuse: loss.type {self.loss.type} has no ratio, so it would learn from older completions as "
@@ -147,6 +157,11 @@ class Recipe(Section):
                 "rollout.reuse: loss.kl_in: reward would take off an older completion's reward the KL of the policy "
                 "that sampled it, not of the policy of now. Use kl_in: loss"
             )
+
+    @model_validator(mode="after")
+    def _solve_rates_mean_something(self) -> Recipe:
+        check_graders(self.data, self.rewards)
+        return self
 
     @model_validator(mode="after")
     def _teacher_agrees(self) -> Recipe:
@@ -183,6 +198,20 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _sources_and_environments_agree(self) -> Recipe:
+        parts = self.data.parts
+        for place, (name, data) in enumerate(parts.items()):
+            setting = "data.environment" if name == "data" else f"data.sources.{place}.environment"
+            if data.environment is not None and not self.environments:
+                raise ValueError(f"{setting} does nothing without `environments`, of which it names one")
+            if data.environment is not None and data.environment not in self.environments:
+                raise ValueError(
+                    f"{setting}: there is no environment {data.environment!r} in `environments`; there is "
+                    f"{', '.join(self.environments)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _what_training_needs(self) -> Recipe:
         if self.rollout.kv_bits and not self.loss.corrects_samplers:
             raise ValueError(
@@ -205,7 +234,8 @@ class Recipe(Section):
         """The code that the recipe names: its rewards, loss, sampler of tasks, environments, tools and loggers."""
         environments = [config.use for config in self.conversations.values()]
         tools = [tool.use for tool in self.tools]
-        named = filter(None, [self.loss.use, self.data.sampler, *environments, *tools])
+        samplers = dict.fromkeys(data.sampler for data in self.data.parts.values())
+        named = filter(None, [self.loss.use, *samplers, *environments, *tools])
         return [*(reward.use for reward in self.rewards), *named, *self.log.use]
 
     @property

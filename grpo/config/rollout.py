@@ -58,10 +58,10 @@ class RolloutConfig(Section):
     """How often to sample fresh prompts in the place of groups without variance, until the step is full (DAPO, arXiv
     2503.14476)."""
     reuse: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Replay groups with variance of up to so many steps ago in the place of groups without (0: none). Each group
-    comes once a step at most, the least replayed first, of these the newest. The ratios of an older group are to the
-    policy that sampled it. With `dynamic_sampling` fresh prompts come first, and older groups fill what is missing
-    after that."""
+    """Replay groups with variance, from up to so many steps ago, in the place of groups without variance (0: never). A
+    step replays each group at most once. It takes the groups that were replayed least, and of these the newest. The
+    ratios of an older group are to the policy that sampled it. With `dynamic_sampling` fresh prompts come first, and
+    older groups fill what is still missing."""
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> RolloutConfig:

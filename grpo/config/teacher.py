@@ -38,7 +38,11 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> TeacherConfig:
         if (self.model is None) == (self.adapter is None):
-            raise ValueError("teacher: name either teacher.model, a second model, or teacher.adapter, a saved adapter")
+            raise ValueError(
+                "teacher.model and teacher.adapter are two teachers: leave out one"
+                if self.model
+                else "teacher.model is missing: name a second model, or by teacher.adapter a saved adapter of this one"
+            )
         if "top_k" in self.changed and self.kl != "top_k":
             raise ValueError(f"teacher.top_k does nothing with teacher.kl: {self.kl}: it is for top_k")
         return self

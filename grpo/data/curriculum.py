@@ -70,6 +70,11 @@ class Curriculum:
             tasks.append(task)
         return tasks
 
+    def check(self) -> None:
+        """Raise UserError where no task could be drawn now, as `take` would."""
+        if self._pools.draw(0.0) is None:
+            raise self._nothing_left()
+
     def observe(self, groups: Sequence[Group]) -> None:
         """Put each task in the pool of its solve rate now. A task without a score stays where it is.
 

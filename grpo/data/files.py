@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import glob
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,7 @@ def load_files(source: Origin, split: str) -> Rows:
     paths = [path for name in ([source] if isinstance(source, str) else source) for path in _matching(name)]
     for path in paths:
         _check_file(path)
-    if split != "train":
-        what = "a file is" if len(paths) == 1 else "files are"
-        raise UserError(f"data {paths[0]}: {what} one split, 'train'; there is no {split!r}")
+    _check_split(paths, split)
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)  # what its readers have to say is said below
     parts: list[Any] = [_load(list(same)) for _, same in groupby(paths, key=lambda path: FILE_TYPES[path.suffix])]
@@ -43,6 +41,24 @@ def load_files(source: Origin, split: str) -> Rows:
     except ValueError as error:
         raise UserError(f"data {paths[0]} to {paths[-1]}: their columns do not agree: {one_line(error)}") from error
     return rows
+
+
+def stream_files(source: Origin, split: str) -> tuple[list[Path], Callable[[], Any]]:
+    """The files that `source` names, and what opens their rows as a `datasets.IterableDataset`.
+
+    Raises UserError for a file that is not there or is empty, and for files of several kinds.
+    """
+    from datasets import load_dataset
+
+    paths = [path for name in ([source] if isinstance(source, str) else source) for path in _matching(name)]
+    for path in paths:
+        _check_there(path)
+    _check_split(paths, split)
+    kinds = sorted({path.suffix for path in paths})
+    if len({FILE_TYPES[kind] for kind in kinds}) > 1:
+        raise UserError(f"data {paths[0]}: files that are streamed are of one kind, and these are {', '.join(kinds)}")
+    names = [glob.escape(str(path)) for path in paths]
+    return paths, lambda: load_dataset(FILE_TYPES[kinds[0]], data_files=names, split="train", streaming=True)
 
 
 def is_saved(folder: Path) -> bool:
@@ -89,11 +105,21 @@ def _matching(name: str) -> list[Path]:
     return found
 
 
-def _check_file(path: Path) -> None:
+def _check_split(paths: Sequence[Path], split: str) -> None:
+    if split != "train":
+        what = "a file is" if len(paths) == 1 else "files are"
+        raise UserError(f"data {paths[0]}: {what} one split, 'train'; there is no {split!r}")
+
+
+def _check_there(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"data {path}: there is no such file")
     if path.stat().st_size == 0:
         raise UserError(f"data {path}: the file is empty")
+
+
+def _check_file(path: Path) -> None:
+    _check_there(path)
     if FILE_TYPES[path.suffix] != "parquet" and (wrong := _not_utf8(path)):
         raise UserError(f"data {path}: {wrong}")
 

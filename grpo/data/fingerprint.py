@@ -8,17 +8,20 @@ import re
 from typing import Any
 
 from grpo.data.rows import Renamed, Rows
+from grpo.data.streaming import Streamed
 
 MOST_ROWS = 50_000
 """Rows that are read for a fingerprint. Of more rows so many are, evenly spread."""
 
 
-def fingerprint(rows: Rows) -> str:
+def fingerprint(rows: Rows | Streamed) -> str:
     """A hash of the number of rows and of their contents, 16 hexadecimal digits.
 
     It does not depend on paths, times of files or formats of storage. Of more than `MOST_ROWS` rows it sees a part, the
     first and the last included.
     """
+    if isinstance(rows, Streamed):
+        return _digest([rows.fingerprint(), rows.cfg.columns])
     if isinstance(rows, Renamed):
         return _digest([fingerprint(rows.rows), rows.cfg.columns])
     count = len(rows)

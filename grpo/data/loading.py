@@ -12,10 +12,11 @@ from grpo.backend.hub import Repository, cached_commit, fetch, one_line
 from grpo.builtin import tasks as builtin_tasks
 from grpo.config import FILE_TYPES, DataConfig
 from grpo.config.data import Origin, is_builtin, is_files
-from grpo.data.files import is_saved, load_files, load_saved
+from grpo.data.files import is_saved, load_files, load_saved, stream_files
 from grpo.data.function import load_function
 from grpo.data.rates import with_solve_rate
 from grpo.data.rows import Rows, renamed
+from grpo.data.streaming import Streamed
 from grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,15 +32,37 @@ def load_rows(cfg: DataConfig) -> Rows:
     return prepared_rows(_found(cfg), cfg)
 
 
+def open_stream(cfg: DataConfig) -> Streamed:
+    """The rows that `cfg` names, to be read as they are needed. The first is read here.
+
+    Raises UserError as `load_rows` does, as far as the first row tells.
+    """
+    assert cfg.source is not None, "the schema refuses functions"
+    if not is_files(cfg.source):
+        if is_local(cfg):
+            raise UserError(
+                f"data.streaming does nothing with {cfg.source}, a folder that save_to_disk wrote: its rows are read "
+                "where they lie"
+            )
+        rows = Streamed(lambda: _load_hub(cfg, str(cfg.source), streaming=True), cfg)
+    else:
+        files, opened = stream_files(cfg.source, cfg.split)
+        rows = Streamed(opened, cfg, files)
+    if next(rows.read(), None) is None:
+        raise UserError(f"data {cfg.label}: split {cfg.split!r} has no rows")
+    return rows
+
+
 def prepared_rows(rows: Rows, cfg: DataConfig) -> Rows:
-    """Rows of the source that `cfg` names, of which `cfg.solve_rate` may keep a part, with `cfg.columns` added.
+    """Rows of the source that `cfg` names, of which `cfg.solve_rate` may keep a part, with `cfg.columns` and
+    `cfg.environment` added.
 
     Raises UserError where there are none.
     """
     if len(rows) == 0:
         raise UserError(f"data {cfg.label}: split {cfg.split!r} has no rows")
     rows = with_solve_rate(rows, cfg)
-    return renamed(rows, cfg) if cfg.columns else rows
+    return renamed(rows, cfg) if cfg.columns or cfg.environment else rows
 
 
 def is_local(cfg: DataConfig) -> bool:
@@ -72,25 +95,25 @@ def _found(cfg: DataConfig) -> Rows:
         raise UserError(f"data {source}: there is no such file or folder ({', '.join(FILE_TYPES)})")
     if ".py:" in source:
         raise UserError(f"data {source}: a function that returns rows is named by data.use (or eval.use), not source")
-    return _load_hub(cfg, source)
+    rows: Rows = _load_hub(cfg, source)
+    return rows
 
 
 def _is_saved(source: Origin) -> bool:
     return isinstance(source, str) and is_saved(Path(source).expanduser())
 
 
-def _load_hub(cfg: DataConfig, name: str) -> Rows:
+def _load_hub(cfg: DataConfig, name: str, streaming: bool = False) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    def download(cached: bool) -> Rows:
+    def download(cached: bool) -> Any:
         with _offline() if cached else nullcontext():
-            loaded = partial(load_dataset, name, split=cfg.split, revision=cfg.revision)
+            loaded = partial(load_dataset, name, split=cfg.split, revision=cfg.revision, streaming=streaming)
             rows: Any = _with_main(lambda config: loaded(name=config), cfg)
-        if cached and cfg.revision is not None:
+        if cached and cfg.revision is not None and not streaming:
             _check_cached(rows, name, cfg.revision)
-        found: Rows = rows
-        return found
+        return rows
 
     try:
         return fetch(Repository("dataset", name, cfg.revision), download)

@@ -27,7 +27,7 @@ Tools = Sequence[Schema] | Mapping[str, Sequence[Schema]]
 class PromptReader:
     """Reads prompts out of rows, as a recipe's `data` section says: text or messages, without their tokens."""
 
-    supplied = False
+    supplied = chats = False
 
     def __init__(self, cfg: DataConfig, source: str = "data") -> None:
         """`source` is the name of the source that the tasks say they are of."""
@@ -50,6 +50,8 @@ class PromptReader:
         end with the answer.
         """
         prompt = self._prompt(index, row)
+        if isinstance(prompt, str) and self.chats and self.cfg.system is not None:
+            prompt = with_system([{"role": "user", "content": prompt}], self.cfg.system, self._row(index))
         return None if prompt is None else Task(index, prompt, (), row, self.source)
 
     def _prompt(self, index: int, row: Mapping[str, Any]) -> Prompt | None:
@@ -89,15 +91,17 @@ class PromptRenderer(PromptReader):
         source: str = "data",
         tools: Tools = (),
         supplied: bool = False,
+        chats: bool = False,
     ) -> None:
         """`vocabulary` is how many tokens the model knows, where prompts are to be checked for others. `source` is the
         name of the source that the tasks say they are of. `tools` are shown to the model in the prompt. `supplied`:
-        environments add to prompts, so a row without the column `prompt` has an empty message of the user."""
+        environments add to prompts, so a row without the column `prompt` has an empty message of the user.
+        `chats`: with a system message a prompt of text is messages, for rewards and environments too."""
         super().__init__(cfg, source)
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.tools = tools
-        self.supplied = supplied
+        self.supplied, self.chats = supplied, chats
 
     @property
     def identity(self) -> str | None:

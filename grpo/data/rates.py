@@ -34,7 +34,7 @@ class SolveRates:
 
     @classmethod
     def of(cls, rates: Mapping[int, float], rows: Rows, about: Mapping[str, Any]) -> SolveRates:
-        """RateTable of some of these rows, by row."""
+        """The solve rates of some of these rows, by row."""
         rows = _plain(rows)
         return cls(_table(len(rows), list(rates), list(rates.values())), fingerprint(rows), about)
 
@@ -76,6 +76,20 @@ class SolveRates:
                 f"--prompts {len(rows)} --solve-rates FILE"
             )
 
+    @property
+    def known(self) -> int:
+        """How many rows have a rate."""
+        return int(np.count_nonzero(~np.isnan(self.rates)))
+
+    @property
+    def by(self) -> str:
+        """Whose rates they are, by what the file says; an empty text where it does not say it."""
+        about = self.about
+        if not about.get("model") or not about.get("reward"):
+            return ""
+        who = f"{about['model']} with {about['adapter']}" if about.get("adapter") else about["model"]
+        return f" (of {who}, by {about['reward']})"
+
     def between(self, low: float, high: float) -> npt.NDArray[np.int64]:
         """The rows whose rate is within these bounds, in order."""
         return np.flatnonzero((self.rates >= low) & (self.rates <= high))
@@ -91,7 +105,7 @@ def with_solve_rate(rows: Rows, cfg: DataConfig) -> Rows:
     if not len(places):
         low, high = cfg.solve_rate
         raise UserError(
-            f"data.solve_rate: none of the {np.count_nonzero(~np.isnan(known.rates)):,} tasks in {cfg.solve_rates} has "
+            f"data.solve_rate: none of the {known.known:,} tasks in {cfg.solve_rates} has "
             f"a solve rate from {low:g} to {high:g}"
         )
     return _chosen(rows, places)

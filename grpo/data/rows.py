@@ -9,6 +9,7 @@ from math import isnan
 from typing import Any, Protocol
 
 from grpo.config import DataConfig
+from grpo.config.data import SELECTED_BY
 from grpo.errors import UserError
 
 BLOCK = 50_000
@@ -24,19 +25,23 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Renamed:
-    """Rows whose columns go by more names: by name, the path of keys to what it stands for."""
+class Names:
+    """More names for columns: by name, the path of keys to what it stands for."""
 
-    rows: Rows
     cfg: DataConfig
     paths: dict[str, tuple[str, ...]]
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    @classmethod
+    def of(cls, cfg: DataConfig, first: Mapping[str, Any]) -> Names:
+        """The names in `cfg.columns`, for rows such as the `first`. A column may have a dot in its own name."""
+        return cls(cfg, {name: (old,) if old in first else tuple(old.split(".")) for name, old in cfg.columns.items()})
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        return {**row, **{name: self._column(index, row, name) for name in self.paths}}
+    def added(self, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row under all names, and with the environment that the recipe says. Raises UserError for a column that it
+        does not have."""
+        named = {name: self._column(index, row, name) for name in self.paths}
+        environment = {} if self.cfg.environment is None else {SELECTED_BY: self.cfg.environment}
+        return {**row, **named, **environment}
 
     def _column(self, index: int, row: Mapping[str, Any], name: str) -> Any:
         try:
@@ -46,12 +51,33 @@ class Renamed:
             raise UserError(f"data.columns.{name}: no column {old!r} in {where}; there is {', '.join(row)}") from None
 
 
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """Rows whose columns go by more names."""
+
+    rows: Rows
+    names: Names
+
+    @property
+    def cfg(self) -> DataConfig:
+        """The section that names them."""
+        return self.names.cfg
+
+    @property
+    def paths(self) -> dict[str, tuple[str, ...]]:
+        """By name, the path of keys to what it stands for."""
+        return self.names.paths
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.names.added(index, self.rows[index])
+
+
 def renamed(rows: Rows, cfg: DataConfig) -> Rows:
     """The rows with `cfg.columns` added. Raises UserError for a column that the first row does not have."""
-    first = rows[0]
-    # A column may have a dot in its own name.
-    paths = {name: (old,) if old in first else tuple(old.split(".")) for name, old in cfg.columns.items()}
-    found = Renamed(rows, cfg, paths)
+    found = Renamed(rows, Names.of(cfg, rows[0]))
     found[0]  # what is missing from the start is said before a model is loaded
     return found
 

@@ -92,7 +92,7 @@ class TaskStream:
         """Nothing: the order of the rows does not depend on what became of them."""
 
     def metrics(self) -> dict[str, float]:
-        return {"dropped_prompts": float(self.dropped)}
+        return {"dropped_prompts": float(self.dropped), "epoch": self.cursor / len(self._rows)}
 
     def state(self) -> dict[str, int]:
         """Where the stream is: what `load_state` takes."""

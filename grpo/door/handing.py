@@ -102,4 +102,6 @@ def _placed(section: str, data: Any, tables: dict[str, Any]) -> dict[str, Any]:
         if not has_splits(data):  # an iterator can be read once
             tables[section] = rows_from(data, f"{section}: the object given for it", "train")
             place["split"] = "train"
+    if section == "data":
+        place["sources"] = ()
     return {f"{section}.{name}": value for name, value in place.items()}

@@ -15,7 +15,7 @@ from grpo.plugins import find_recipe
 from grpo.recipes import load_recipe
 
 SAID_BY = "grpo.recipe"
-SEVERAL = ("rewards", "tools", "environments")
+SEVERAL = ("rewards", "tools", "environments", "sources")
 """Sections of which a recipe has several: their keys have a number or a name in them."""
 
 

@@ -63,15 +63,13 @@ def reward(use: Callable[..., Any] | str, **settings: Any) -> WeightedReward:
 
 
 def as_rewards(rewards: Sequence[Rewardable]) -> list[WeightedReward]:
-    """Rewards of all forms as one form. Raises UserError where there is none, and for what is no reward."""
+    """Rewards of all forms as one form. Raises UserError for what is no list of rewards."""
     if callable(rewards) or isinstance(rewards, str | WeightedReward) or not isinstance(rewards, Iterable):
         raise UserError(f"rewards: expected a list, such as [my_reward], got {kind_of(rewards)}")
     rewards = list(rewards)
     odd: list[Any] = [given for given in rewards if not (callable(given) or isinstance(given, str | WeightedReward))]
     if odd:
         raise UserError(f"rewards: expected functions, names, or what grpo.reward gives, got {kind_of(odd[0])}")
-    if not rewards:
-        raise UserError("rewards: the list is empty, so there is nothing to learn from")
     return [given if isinstance(given, WeightedReward) else reward(given) for given in rewards]
 
 
@@ -93,6 +91,8 @@ def score(groups: Sequence[Group], rewards: Sequence[Rewardable]) -> list[Group]
     if not groups:
         return []
     known = as_rewards(rewards)
+    if not known:
+        raise UserError("rewards: the list is empty, so nothing would be scored")
     graders = [_inline(given) for given in known]
     configs = {grader.name: given.config for grader, given in zip(graders, known, strict=True)}
     if len(configs) < len(graders):

@@ -11,6 +11,7 @@ from grpo.config.data import Origin
 from grpo.data.messages import with_system
 from grpo.data.prompts import PromptReader
 from grpo.data.stream import TaskStream
+from grpo.data.streaming import Streamed, WindowStream
 from grpo.door.checks import whole_number
 from grpo.errors import UserError
 from grpo.plugins import SESSION
@@ -58,7 +59,9 @@ def tasks(data: Any, *, prompt: str = "prompt", n: int = 8, seed: int = 0, **set
     cfg, given = described(data)
     cfg = with_settings(cfg, {"prompt": prompt, **settings}, SAID_BY)
     reader = _WithSystem(cfg, "data" if cfg.source is None else cfg.label)
-    return TaskLists(TaskStream(given.rows("data", cfg), reader, seed), n)
+    rows = given.rows("data", cfg)
+    stream = WindowStream(rows, reader, seed) if isinstance(rows, Streamed) else TaskStream(rows, reader, seed)
+    return TaskLists(stream, n)
 
 
 def described(data: Any) -> tuple[DataConfig, Given]:
@@ -87,17 +90,17 @@ def source_of(data: Any) -> Origin:
 class TaskLists(Iterator[list[Task]]):
     """Lists of tasks without end. `state` and `load_state` make it go on where another one was."""
 
-    def __init__(self, stream: TaskStream, n: int) -> None:
+    def __init__(self, stream: TaskStream | WindowStream, n: int) -> None:
         self._stream, self.n = stream, n
 
     def __next__(self) -> list[Task]:
         return self._stream.take(self.n)
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Where it is, as JSON holds it: the rows visited so far, and those of them that were left out."""
         return self._stream.state()
 
-    def load_state(self, state: Mapping[str, int]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where an iterator over the same data, with the same seed, gave this state."""
         self._stream.load_state(state)
 

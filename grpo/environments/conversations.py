@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo.backend.random import derive_seed
+from grpo.config.data import SELECTED_BY
 from grpo.environments.openings import messages_of, with_added
 from grpo.environments.play import Play, Table
 from grpo.environments.sampler import Sampler
 from grpo.environments.seats import Content
 from grpo.errors import UserError, did_you_mean
 from grpo.types import Task, Trajectory
-
-SELECTED_BY = "environment"
-"""The column of the dataset that selects a row's environment where there are several."""
 
 
 class Conversations:
@@ -42,16 +40,17 @@ class Conversations:
         """
         self.tables, self.seed = dict(tables), seed
         self.max_prompt_length, self.system = max_prompt_length, system
+        self.limits: dict[str, int] = {}
+        """In the place of `max_prompt_length`, by the source of a task."""
 
     async def rollout(self, task: Task, sampler: Sampler) -> list[Trajectory]:
         table, columns = self.table_of(task), self._columns_of(task)
         prompt = messages_of(task.prompt, self.system)
         plays = [Play(table, seat, sampler, prompt) for seat in table.host.seats(sampler.place, sampler.n)]
+        longest = self.limits.get(task.source, self.max_prompt_length)
         try:
             seeds = [self._seed_of(task, i) for i in range(sampler.n)]
-            await sampler.gather(
-                *(play.reset(columns, seed, self.max_prompt_length) for play, seed in zip(plays, seeds, strict=True))
-            )
+            await sampler.gather(*(play.reset(columns, seed, longest) for play, seed in zip(plays, seeds, strict=True)))
             prompts = [play.prompt_ids if play.failure is None else None for play in plays]
             rows = sampler.begin_after(
                 prompts, table.limits.max_turn_tokens or 0, [play.lasting for play in plays if play.failure is None]

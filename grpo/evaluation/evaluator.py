@@ -52,14 +52,14 @@ class Evaluator:
         """`temperature` is that of the samples (greedy answers are measured besides); draws come from `seed`."""
         self.samples, self.temperature, self.seed = cfg.samples, temperature, seed
         self.tasks, self.engine, self.scorer = tasks, engine, scorer
-        self.graders = scorer.graders
+        self.graders = scorer.graders("eval")
         self.grader = " or ".join(self.graders)
         self.ranks = ranks or Ranks()
 
     @property
     def _own(self) -> bool:
-        """Whether environments grade their own conversations, because there is no reward function."""
-        return not self.scorer.rewards
+        """Whether environments grade their own conversations, because no reward function scores them."""
+        return not set(self.graders) & set(self.scorer.rewards)
 
     @property
     def names(self) -> list[str]:

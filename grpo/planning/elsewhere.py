@@ -72,7 +72,7 @@ class Elsewhere:
         """
         model = outline_of(cfg, config) if model is None else model
         costs = costs_of(model)
-        prompt = cfg.data.max_prompt_length
+        prompt = cfg.data.longest_prompt
         waits = bool(cfg.conversations)
         head, second = bytes_at_work(model, machine.gpu), _second(cfg)
         return cls(

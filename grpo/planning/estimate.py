@@ -139,7 +139,7 @@ def _sampling(chip: Chip, costs: Costs, load: Workload, plan: Plan, prompts: int
 def _updates(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan) -> float:
     """Seconds of the passes after sampling: the updates, and the passes for old, reference and entropy values."""
     rollout, passes = cfg.rollout, cfg.optim.num_iterations
-    sizes = plan.prompts, cfg.data.max_prompt_length, rollout.num_generations, rollout.max_completion_length
+    sizes = plan.prompts, cfg.data.longest_prompt, rollout.num_generations, rollout.max_completion_length
     old = passes * cfg.optim.num_minibatches > 1 or cfg.adapter.dropout > 0  # logprobs from before the first update
     chosen = cfg.loss.top_entropy_quantile < 1
     by_adapter = cfg.teacher is not None and cfg.teacher.adapter is not None
@@ -147,14 +147,14 @@ def _updates(chip: Chip, costs: Costs, cfg: Recipe, plan: Plan) -> float:
     update, logprobs = costs.update(*sizes) + costs.forward(*sizes) * plan.recomputed, costs.logprobs(*sizes)
     if chip.times == "bound":
         return (update * passes + logprobs * others).seconds(chip.flops, chip.bandwidth)
-    tokens = plan.prompts * cfg.data.max_prompt_length + plan.rows * rollout.max_completion_length
+    tokens = plan.prompts * cfg.data.longest_prompt + plan.rows * rollout.max_completion_length
     updates = passes * calibration.update(chip, costs, tokens, update)
     return updates + others * calibration.forward(chip, costs, tokens, logprobs)
 
 
 def _asking(chip: Chip, teacher: Costs, cfg: Recipe, plan: Plan) -> float:
     """Seconds of a second model's forward pass over a step's completions."""
-    prompt, length = cfg.data.max_prompt_length, cfg.rollout.max_completion_length
+    prompt, length = cfg.data.longest_prompt, cfg.rollout.max_completion_length
     work = teacher.logprobs(plan.prompts, prompt, cfg.rollout.num_generations, length)
     if chip.times == "bound":
         return work.seconds(chip.flops, chip.bandwidth)

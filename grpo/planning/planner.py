@@ -39,8 +39,8 @@ def make_plan(
 class Planner:
     """Plans a workload for a policy: what the update needs is measured, the rest is counted.
 
-    `limit` is the recipe's own, in GB, and `lesson` what a teacher takes, and `graders` what reward models
-    take. Raises UserError for a limit that this machine does not have.
+    `limit` is the recipe's own, in GB. `lesson` is what a teacher takes, `graders` what reward models take. Raises
+    UserError for a limit that this machine does not have.
     """
 
     def __init__(

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from grpo.config import DataConfig
-from grpo.data.loading import is_local, load_rows, prepared_rows
+from grpo.data.loading import is_local, load_rows, open_stream, prepared_rows
 from grpo.data.objects import rows_from
 from grpo.data.rows import Rows
 from grpo.data.source import Source
 from grpo.data.stream import TaskStream
+from grpo.data.streaming import Streamed
 from grpo.plugins import SESSION, Function, find_function
 
 if TYPE_CHECKING:
@@ -44,13 +45,13 @@ class Given:
         environment: Environment = find_environment(use, kwargs) if given is None else given
         return environment
 
-    def rows(self, section: str, cfg: DataConfig) -> Rows:
+    def rows(self, section: str, cfg: DataConfig) -> Rows | Streamed:
         """The rows of a section: of the object that was given for it, or else what `cfg` names.
 
         Raises UserError, as `load_rows` does.
         """
         if section not in self.data:
-            return load_rows(cfg)
+            return open_stream(cfg) if cfg.streaming else load_rows(cfg)
         return prepared_rows(rows_from(self.data[section], f"{section}: the object given for it", cfg.split), cfg)
 
     def is_local(self, section: str, cfg: DataConfig) -> bool:

@@ -103,7 +103,7 @@ def _reward_fell(rewards: Sequence[float], start: float | None, cfg: Recipe) -> 
     follows from a lower reward.
     """
     part = max(SHORTEST, len(rewards) // 5)
-    if len(rewards) < 2 * part or not _alike(cfg.data):
+    if len(rewards) < 2 * part or not all(map(_alike, cfg.data.parts.values())):
         return None
     first, last = rewards[:part], rewards[-part:]
     (before, off), (after, also_off) = ((fmean(part_), _half_width(part_)) for part_ in (first, last))

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo.config import EnvironmentConfig, RolloutConfig, ToolConfig
+from grpo.config.data import SELECTED_BY
 from grpo.data.prompts import PromptRenderer, Tools, last_text
 from grpo.environments.anew import Anew
 from grpo.environments.chat import DROPS, KEEPS, Chat
-from grpo.environments.conversations import SELECTED_BY, Conversations
+from grpo.environments.conversations import Conversations
 from grpo.environments.environment import Environment
 from grpo.environments.making import make_host
 from grpo.environments.play import Table
@@ -134,6 +135,27 @@ class Partners:
         """End the processes in which they live."""
         for host, _ in self.hosts.values():
             host.close()
+
+
+def with_sources(talks: Conversations, readers: Mapping[str, PromptRenderer], system: str | None) -> None:
+    """Have conversations begin as the prompts of each source do: with the `system` message that all texts have (None
+    where that differs: then such prompts are messages), and with prompts as long as the source allows.
+
+    Raises UserError where sources differ in how the chat template is used: all conversations are written in one way.
+    """
+    talks.system = system
+    talks.limits = {name: reader.cfg.max_prompt_length for name, reader in readers.items()}
+    (first, like), *others = readers.items()
+    for name, reader in others:
+        same = {
+            "chat_template": reader.wraps_text == like.wraps_text,
+            "chat_template_kwargs": reader.cfg.chat_template_kwargs == like.cfg.chat_template_kwargs,
+        }
+        if differ := [setting for setting, alike in same.items() if not alike]:
+            raise UserError(
+                f"data.sources: {first!r} and {name!r} differ in {differ[0]}, and all conversations with environments "
+                f"are written in one way: set it once, as data.{differ[0]}"
+            )
 
 
 def invite(

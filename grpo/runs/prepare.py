@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.nn as nn
 
@@ -14,11 +13,10 @@ from grpo.backend import cuda
 from grpo.backend.device import limit_memory, on_gpu, setup
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
-from grpo.config import DataConfig, OptimConfig, Recipe, RolloutConfig
-from grpo.data.lengths import Lengths, measure_lengths
+from grpo.config import OptimConfig, Recipe, RolloutConfig
 from grpo.data.prompts import PromptRenderer
-from grpo.data.rows import Rows, rows_with_null
-from grpo.data.stream import TaskStream, first_tasks
+from grpo.data.rows import Rows
+from grpo.data.streaming import Streamed
 from grpo.environments.conversations import Conversations
 from grpo.errors import UserError
 from grpo.evaluation.evaluator import Evaluator
@@ -36,13 +34,15 @@ from grpo.planning.plan import Plan
 from grpo.planning.planner import Planner, allowed, decode_as_planned
 from grpo.planning.positions import position_note
 from grpo.planning.workload import Workload
-from grpo.plugins import file_in
+from grpo.plugins import file_in, locate_reward
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
-from grpo.runs.drawing import chosen_note, source_of
+from grpo.runs.drawing import seed_of, source_of
+from grpo.runs.feed import Feed, first_of, lengths_of, longest_of
 from grpo.runs.given import NOTHING, Given
-from grpo.runs.partners import Partners, invite
-from grpo.runs.rewarding import check_rewarded
+from grpo.runs.partners import Partners, invite, with_sources
+from grpo.runs.rewarding import check_rewarded, check_sources_rewarded
+from grpo.runs.sections import applying_of, data_of, text_system
 from grpo.runs.teachers import teacher_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.algorithms import make_optimizer
@@ -58,8 +58,8 @@ PEEK = 64
 class Prepared:
     """A run that may start: its trainer, evaluator (None without `eval`), plan, planner, first tasks, notes, and data.
 
-    `rows` are those of `data` and `eval`, as far as there are any, by the section's name. `opened` ends the processes
-    of rewards and environments when it is closed.
+    `rows` are those of each source of tasks and of `eval`, as far as there are any, by name (`data_of`). `opened` ends
+    the processes of rewards and environments when it is closed.
     """
 
     trainer: Trainer
@@ -68,7 +68,7 @@ class Prepared:
     planner: Planner
     tasks: list[Task]
     notes: list[str]
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, Rows | Streamed]
     opened: ExitStack
 
 
@@ -94,8 +94,11 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepare
         opened.callback(partners.close)
         rewarding = check_rewarded(cfg.rewards, cfg.advantage, partners, taught=cfg.teacher is not None)
         hosts = list(partners.hosts.values())
-        scorer = Scorer.of(cfg.rewards, cfg.optim.steps, cfg.data.system, given.functions, hosts)
+        applies = applying_of(cfg, [reward.name or locate_reward(reward.use).name for reward in cfg.rewards])
+        system, steps = text_system(cfg), cfg.optim.steps
+        scorer = Scorer.of(cfg.rewards, steps, system, given.functions, hosts, applies)
         opened.callback(scorer.close)
+        check_sources_rewarded(list(cfg.data.parts), scorer, taught=cfg.teacher is not None)
         prepared = _prepared(cfg, given, ranks, partners, scorer, opened, trains)
         taught = [cfg.teacher.describe()] if cfg.teacher and trains else []
         return replace(prepared, notes=[*taught, *prepared.notes, *rewarding])
@@ -107,42 +110,36 @@ def _prepared(
     """The rest of `prepare`. What is `opened` stays open, and is the result's."""
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
     named = data_of(cfg)
-    local = [given.rows(name, data) if given.is_local(name, data) else None for name, data in named.items()]
+    local = {name: given.rows(name, data) for name, data in named.items() if given.is_local(name, data)}
     model, tokenizer = load(cfg.model)
-    tables = [
-        given.rows(name, data) if rows is None else rows
-        for (name, data), rows in zip(named.items(), local, strict=True)
-    ]
+    rows = {name: local[name] if name in local else given.rows(name, data) for name, data in named.items()}
     policy = _policy(cfg, model)
     teacher = teacher_of(cfg.teacher if trains else None, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
-    renderer, *eval_renderers = [
-        PromptRenderer(data, tokenizer, vocabulary, name, partners.tools, partners.resets)
-        for name, data in named.items()
-    ]
-    tasks = first_tasks(tables[0], renderer, PEEK)
-    scorer.check(tasks[0].columns)
-    partners.check("data", tasks)
-    keeps = scorer.lends_environments
+    shown = partners.tools, partners.resets, text_system(cfg) is None
+    readers = {name: PromptRenderer(data, tokenizer, vocabulary, name, *shown) for name, data in named.items()}
+    feeds = [Feed(name, rows[name], readers[name]) for name in cfg.data.parts]
+    held_out = Feed("eval", rows["eval"], readers["eval"]) if cfg.eval is not None else None
+    tasks = first_of(feeds, PEEK, scorer, partners)
+    keeps, renderer = scorer.lends_environments, feeds[0].renderer
     environment, talk = partners.environment(tokenizer, renderer, tasks[0], cfg.rollout, cfg.seed, keeps)
     engine = RolloutEngine(generator, sampling_of(cfg.rollout), environment)
-    held_out = list(zip(tables[1:], eval_renderers, strict=True))
-    evaluator = _evaluator(cfg, *held_out[0], engine, scorer, ranks) if held_out else None
+    evaluator = _evaluator(cfg, held_out, engine, scorer, ranks) if held_out else None
     if evaluator is not None:
         partners.check("eval", evaluator.tasks)
     if isinstance(environment, Conversations):
+        with_sources(environment, readers, text_system(cfg))
         ranks.checked(lambda: partners.check_beginnings(environment, tasks))
-    lengths = measure_lengths(tables[0], renderer)
-    ranks.check_same("the prompts of data", lengths)
-    longest, own = _longest(cfg.data.max_prompt_length, lengths, partners.resets)
+    lengths = lengths_of(feeds, ranks)
+    longest, own = longest_of(feeds, lengths, partners.resets)
     own += environment.tail(tasks[0]) if isinstance(environment, Conversations) else 0
-    stream = TaskStream(tables[0], renderer, cfg.seed)
-    source = source_of(cfg.data, given, stream, scorer, cfg.seed)
+    streams = {feed.name: feed.stream(seed_of(cfg.data, feed.name, cfg.seed)) for feed in feeds}
+    source = source_of(cfg.data, given, streams, scorer, cfg.seed)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
-    sections = cfg.optim, cfg.rollout, cfg.adapter, cfg.eval
+    sections = _readable(cfg.optim, teacher), cfg.rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
     lesson = _needs(teacher, model)
     graders = _graders(scorer, policy, tokenizer)
@@ -153,13 +150,13 @@ def _prepared(
     trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks, teacher)
     trainer.update.gradients.alone = plan.alone
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
-    nulls = [_null_prompts(rows, reader) for rows, reader in held_out]
-    prompts = chosen_note(cfg.data, len(tables[0])) + _prompts(lengths, tables[0], renderer, partners.resets)
+    prompts = [note for feed, known in zip(feeds, lengths, strict=True) for note in feed.notes(known, partners.resets)]
     head = filter(None, [positions, head_note(model, cfg.model)])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
-    notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss), *filter(None, nulls)]
+    notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)]
+    notes += filter(None, [held_out.null_prompts() if held_out else None])
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
-    rows = dict(zip(named, tables, strict=True))
+    notes += [] if teacher is None else teacher.notes
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
 
 
@@ -168,6 +165,14 @@ def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
     if teacher is None:
         return NONE
     return TeacherNeeds.of(teacher.cfg, model, teacher.model, on_gpu(), cuda.available())
+
+
+def _readable(optim: OptimConfig, teacher: Teacher | None) -> OptimConfig:
+    """The section without completions behind one another where a teacher cannot read them so: in rows, a batch that is
+    made for lines would be many times as large."""
+    if not (on_gpu() and optim.pack_completions) or teacher is None or teacher.packs:
+        return optim
+    return with_settings(optim, {"pack_completions": False})
 
 
 def _policy(cfg: Recipe, model: nn.Module) -> Policy:
@@ -188,12 +193,10 @@ def _graders(scorer: Scorer, policy: Policy, tokenizer: TokenizerWrapper) -> Gra
     return Graders.of([*models, *((policy.model, judge.cfg) for judge in scorer.judges)], cuda.available())
 
 
-def _evaluator(
-    cfg: Recipe, rows: Rows, renderer: PromptRenderer, engine: RolloutEngine, scorer: Scorer, ranks: Ranks
-) -> Evaluator:
+def _evaluator(cfg: Recipe, feed: Feed, engine: RolloutEngine, scorer: Scorer, ranks: Ranks) -> Evaluator:
     """What measures the run on held-out rows. Raises UserError where that is not what the best checkpoint goes by."""
     assert cfg.eval is not None
-    tasks = first_tasks(rows, renderer, cfg.eval.prompts)
+    tasks = feed.first(cfg.eval.prompts)
     evaluator = Evaluator(cfg.eval, tasks, engine, scorer, cfg.rollout.temperature, cfg.seed, ranks)
     if cfg.best_metric not in evaluator.names:
         known = ", ".join(evaluator.names)
@@ -201,46 +204,10 @@ def _evaluator(
     return evaluator
 
 
-def _prompts(lengths: Lengths | None, rows: Rows, renderer: PromptRenderer, resets: bool) -> list[str]:
-    """How long the prompts are that the plan is made for, and the rows that are left out.
-
-    `resets`: whether environments may add to them.
-    """
-    limit = f"data.max_prompt_length ({renderer.cfg.max_prompt_length:,} tokens)"
-    if lengths is None:
-        many = f"prompts: planned for {limit}, because {len(rows):,} rows are too much text to measure at the start"
-        return [many, *filter(None, [_null_prompts(rows, renderer)])]
-    where, total = f"data {renderer.cfg.label}, {renderer.cfg.split}", f"{lengths.rows:,} rows"
-    added = f"; planned for {limit}, because an environment's reset may add to them" if resets else ""
-    notes = [f"prompts: at most {lengths.longest:,} tokens, measured over all {total}{added}"]
-    if lengths.too_long:
-        notes.append(f"{where}: {lengths.too_long:,} of {total} are longer than {limit} and are left out")
-    if lengths.null:
-        notes.append(f"{where}: {lengths.null:,} of {total} have a null prompt and are left out")
-    return notes
-
-
-def _null_prompts(rows: Rows, renderer: PromptRenderer) -> str | None:
-    """What there is to say of rows without a prompt."""
-    count, cfg = rows_with_null(rows, renderer.columns), renderer.cfg
-    if not count:
-        return None
-    return f"data {cfg.label}, {cfg.split}: {count:,} of {len(rows):,} rows have a null prompt and are left out"
-
-
 def _check_stop_ids(rollout: RolloutConfig, vocabulary: int) -> None:
     """Raise UserError for a token that the model cannot sample."""
     if odd := [token for token in rollout.stop_token_ids if token >= vocabulary]:
         raise UserError(f"rollout.stop_token_ids: {odd[0]} is not in the vocabulary of {vocabulary}")
-
-
-def _longest(limit: int, lengths: Lengths | None, resets: bool) -> tuple[int, int]:
-    """Tokens of the longest prompt that is trained on, and how many of them may be a row's own.
-
-    `limit` is taken where lengths are not known, or not to be relied on because environments' `resets` add to prompts.
-    """
-    longest = limit if lengths is None or resets else lengths.longest
-    return longest, longest - (lengths.shortest if lengths else 0) if resets else 0
 
 
 def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:
@@ -260,21 +227,3 @@ def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> t
     own = {name: getattr(plan, name) for name in ("slots", "kept_bytes", "fed", "drafts", "logits")}
     alone = any(plan.alone for plan, _ in plans)
     return replace(least, **own, alone=alone, lanes=1 if alone else least.lanes), optim
-
-
-NOT_CHOSEN: Mapping[str, Any] = {"solve_rates": None, "solve_rate": None, "curriculum": None, "sampler": None}
-"""The settings by which rows are chosen for training, as they are where all rows are taken."""
-
-
-def data_of(cfg: Recipe) -> dict[str, DataConfig]:
-    """Where a recipe's rows come from, by its sections: `data`, and `eval` if there is one."""
-    if cfg.eval is None:
-        return {"data": cfg.data}
-    data, own = cfg.data, cfg.eval
-    held_out: dict[str, Any] = {"split": own.split, **NOT_CHOSEN}
-    if own.source is not None or own.use is not None:
-        held_out |= {"source": own.source, "use": own.use, "kwargs": own.kwargs}
-        if own.source != data.source:
-            held_out |= {"config": None, "revision": None}
-    held_out |= {name: getattr(own, name) for name in own.changed & {"config", "revision"}}
-    return {"data": data, "eval": with_settings(data, held_out)}

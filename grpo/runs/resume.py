@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from grpo.config import Recipe
 from grpo.data.fingerprint import fingerprint
 from grpo.data.rows import Rows
+from grpo.data.streaming import Streamed
 from grpo.document import read_written
 from grpo.errors import UserError
 from grpo.recipes import with_settings, without_single_turn
@@ -27,7 +28,7 @@ from grpo.runs.checkpoint import (
     restore_replaced,
     versions,
 )
-from grpo.runs.drawing import rates_hash, rates_have_gone
+from grpo.runs.drawing import check_begins, gone_rates, rates_hash
 from grpo.runs.folder import (
     CHECKPOINTS,
     check_run_folder,
@@ -38,9 +39,9 @@ from grpo.runs.folder import (
     run_folder,
 )
 from grpo.runs.given import NOTHING, Given
-from grpo.runs.prepare import data_of
 from grpo.runs.publishing import check_no_secrets
 from grpo.runs.revisions import with_revisions
+from grpo.runs.sections import data_of, with_rates
 from grpo.runs.sources import source_hashes
 from grpo.runs.starting import adapter_hashes, with_kept
 from grpo.runs.state import RunState
@@ -64,20 +65,22 @@ class Start:
 
     @property
     def planned(self) -> Recipe:
-        """The recipe, with what was decided of it when the run that goes on began, and without a file of solve rates
-        that has gone and is not needed."""
-        gone = self.state is not None and rates_have_gone(self.cfg.data, self.state)
-        cfg = with_settings(self.cfg, {"data.solve_rates": None}) if gone else self.cfg
+        """The recipe, with what was decided of it when the run that goes on began, and without files of solve rates
+        that have gone and are not needed."""
+        gone = [] if self.state is None else gone_rates(self.cfg.data, self.state)
+        cfg = with_rates(self.cfg, dict.fromkeys(gone))
         return as_planned(with_revisions(cfg, self.revisions), self.plan)
 
     def load(self, trainer: Trainer) -> RunState:
         """The state to start from, which is the trainer's from now on.
 
-        Raises UserError where it does not fit, or where one of several processes would start from another.
+        Raises UserError where it does not fit, where there is no task to begin with, or where one of several processes
+        would start from another.
         """
         trainer.ranks.check_same("the recipe", trainer.cfg.model_dump(exclude={"output_dir"}))
         trainer.ranks.check_same("the step to go on after", self.state.step if self.state else 0)
         if self.state is None:
+            check_begins(trainer.tasks)
             return RunState(run_id=_new_id(), trainer=trainer.state())
         trainer.load_state(self.state.trainer)
         return self.state
@@ -169,13 +172,13 @@ older groups are not what this run would have sampled."""
 
 
 def _with_former_rates(cfg: Recipe, state: RunState, written: Context) -> Recipe:
-    """The recipe with the whole name that a file of solve rates had when it was there, if it has gone and is not
-    needed: only files that are there are found beside a recipe."""
-    name = cfg.data.solve_rates
-    former = read_written(written.recipe)["data"].get("solve_rates")
-    if name is None or former is None or not rates_have_gone(cfg.data, state) or not Path(former).match(name):
-        return cfg
-    return with_settings(cfg, {"data.solve_rates": former})
+    """The recipe with the whole names that files of solve rates had when they were there, if they have gone and are
+    not needed: only files that are there are found beside a recipe."""
+    data = read_written(written.recipe)["data"]
+    before = dict(zip(cfg.data.parts, data.get("sources") or [data], strict=False))
+    former = {name: before.get(name, {}).get("solve_rates") for name in gone_rates(cfg.data, state)}
+    named = {name: str(part.solve_rates) for name, part in cfg.data.parts.items()}
+    return with_rates(cfg, {name: file for name, file in former.items() if file and Path(file).match(named[name])})
 
 
 def _goes_on(steps: int, made: int, checkpoint: Path) -> str:
@@ -224,7 +227,7 @@ def context(
     adapter: Mapping[str, Any],
     plan: Mapping[str, Any],
     revisions: Mapping[str, str],
-    rows: Mapping[str, Rows],
+    rows: Mapping[str, Rows | Streamed],
     given: Given = NOTHING,
 ) -> Context:
     """What this recipe's checkpoints say about their run. `rows` of the Hub are known by their revision."""

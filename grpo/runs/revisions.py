@@ -14,7 +14,7 @@ from grpo.model.load import is_local as is_local_model
 from grpo.recipes import with_settings
 from grpo.runs.checkpoint import newest_whole, read_state
 from grpo.runs.folder import CHECKPOINTS
-from grpo.runs.prepare import data_of
+from grpo.runs.sections import data_of
 
 
 def revisions_of(cfg: Recipe) -> dict[str, str]:
@@ -35,7 +35,12 @@ def with_revisions(cfg: Recipe, revisions: Mapping[str, str]) -> Recipe:
     if cfg.teacher is not None and cfg.teacher.model is not None and cfg.teacher.model.revision is None:
         commits["teacher.model.revision"] = revisions.get(f"teacher {cfg.teacher.model.name}")
     commits["rewards"] = tuple(_with_revision(reward, revisions) for reward in cfg.rewards)
-    if cfg.data.revision is None:
+    if cfg.data.sources:
+        commits["data.sources"] = tuple(
+            with_settings(one, {"revision": one.revision or revisions.get(_key(name, data))})
+            for one, (name, data) in zip(cfg.data.sources, cfg.data.parts.items(), strict=True)
+        )
+    elif cfg.data.revision is None:
         commits["data.revision"] = revisions.get(_key("data", cfg.data))
     if cfg.eval is not None and cfg.eval.revision is None:
         commits["eval.revision"] = revisions.get(_key("eval", data_of(cfg)["eval"]))

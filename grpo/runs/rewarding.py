@@ -8,6 +8,7 @@ from grpo.config import AdvantageConfig, RewardConfig
 from grpo.environments.seats import Description
 from grpo.errors import UserError
 from grpo.runs.partners import ANSWERING, Partners, place_of
+from grpo.scoring.scorer import Scorer
 
 REMEDY = (
     "give it a get_reward, or let a call return a grpo.Step with a reward (and say so where its result is annotated: "
@@ -41,6 +42,17 @@ def check_rewarded(
             f"reward, as rewards: [{{use: math_answer}}], or {REMEDY}"
         )
     return [_unsure(told) for told in weighed if not told.rewards]
+
+
+def check_sources_rewarded(sources: Sequence[str], scorer: Scorer, taught: bool) -> None:
+    """Raise UserError for one of several sources whose tasks nothing rewards, unless a teacher does (`taught`)."""
+    for source in sources if len(sources) > 1 and not taught else ():
+        weights = {name: weight for name, weight in scorer.weights.items() if scorer.applies(name, source)}
+        if not any((weights | {name: scorer.weights[name] for name in scorer.environments}).values()):
+            raise UserError(
+                f"data.sources: nothing rewards the tasks of {source!r}, so they teach nothing: name a reward with a "
+                f"weight in its rewards, such as {next(iter(scorer.weights))}, or leave it out"
+            )
 
 
 def _check_alone(advantage: AdvantageConfig, by_functions: bool) -> None:

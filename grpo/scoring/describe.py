@@ -7,6 +7,8 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+from grpo.config.judge import JudgeConfig
+from grpo.config.rewardmodel import RewardModelConfig
 from grpo.errors import UserError
 from grpo.plugins import Function, Located
 from grpo.scoring.arguments import ENVIRONMENTS, GIVEN, HOOKS, is_factory
@@ -32,6 +34,17 @@ def describe(located: Located) -> list[str]:
             f"kwargs: {', '.join(arguments)}", WIDTH, initial_indent=" " * 15, subsequent_indent=" " * 23
         )
     return lines
+
+
+def describe_models() -> list[str]:
+    """What a recipe may also name by `use`, and is no function: models that grade, and the arguments they take."""
+    judge, model = JudgeConfig.model_fields, RewardModelConfig.model_fields
+    return [
+        f"{'judge':<14} The model that trains, as it was at the start: the probability that it says Yes of an answer.",
+        f"{'':<14} kwargs: {', '.join(judge)}",
+        f"{'model:NAME':<14} The score of a reward model: a sequence classifier of one label, of the Hub or a folder.",
+        f"{'':<14} kwargs: {', '.join(model)}",
+    ]
 
 
 def report_lines(report: Report) -> list[str]:

@@ -10,10 +10,11 @@ SYNONYMS = ("answer", "solution", "gold", "target", "label", "ground_truth", "fi
 """Names that datasets and rewards have for what is right."""
 
 
-def column_hint(problem: str, columns: Collection[str]) -> str:
+def column_hint(problem: str, columns: Collection[str], source: str | None = None) -> str:
     """A sentence on `data.columns` for "missing a required argument: 'answer'"; nothing for another problem.
 
-    It names the column that is meant, where one of `columns` has a similar name or one that means the same.
+    It names the column that is meant, where one of `columns` has a similar name or one that means the same. `source`
+    is the one of several sources that has these columns.
     """
     missing = re.match(r"missing a required argument: '(\w+)'", problem)
     if missing is None or not columns:
@@ -22,6 +23,8 @@ def column_hint(problem: str, columns: Collection[str]) -> str:
     same = [name for name in SYNONYMS if name in columns] if wanted in SYNONYMS else []
     inside = [name for name in sorted(columns) if wanted in name]
     found = [*same, *inside, *difflib.get_close_matches(wanted, sorted(columns), n=1, cutoff=0.7)]
-    if found:
-        return f" Is it {found[0]}? Write data.columns: {{{wanted}: {found[0]}}}"
-    return f" If a column holds it under another name, write data.columns: {{{wanted}: THAT_NAME}}"
+    renamed = f"columns: {{{wanted}: {found[0] if found else 'THAT_NAME'}}}"
+    written = f"data.{renamed}" if source is None else f"{renamed} in the source {source!r}"
+    return (
+        f" Is it {found[0]}? Write {written}" if found else f" If a column holds it under another name, write {written}"
+    )

@@ -20,13 +20,14 @@ from grpo.config import JudgeConfig, RewardConfig
 from grpo.config.judge import judge_of
 from grpo.data.rendering import rendered_ids
 from grpo.data.rows import is_null
-from grpo.errors import UserError
+from grpo.errors import UserError, closest
 from grpo.model.adapters import JUDGE, POLICY
 from grpo.model.batched import in_batches
 from grpo.model.mlxlm import TokenizerWrapper
 from grpo.model.policy import Policy
 from grpo.plugins import locate_reward
 from grpo.scoring.grader import Inline
+from grpo.scoring.names import check_metric
 
 SELF = "the judge is the model of a run: it grades in `grpo train` and `grpo eval`, and there is none here"
 
@@ -35,7 +36,15 @@ class Judge:
     """Scores texts by what the policy's model, in its state `JUDGE`, answers when it is asked about them."""
 
     def __init__(self, name: str, cfg: JudgeConfig) -> None:
-        self.name, self.cfg = name, cfg
+        """Raises UserError for a name that the run's own metrics go by."""
+        self.name, self.cfg, self._metric = name, cfg, f"{name}/label_mass"
+        try:
+            check_metric(self._metric)
+        except ValueError:
+            raise UserError(
+                f"reward {name!r}: a judge tells the metric {self._metric}, and the run's own metrics are called "
+                f"{name}/…: give it another name (name: ...)"
+            ) from None
         self._policy: Policy | None = None
 
     def bind(self, policy: Policy, tokenizer: TokenizerWrapper) -> None:
@@ -78,7 +87,7 @@ class Judge:
         with self._policy.use(JUDGE):
             scores = iter(in_batches(rows, self.cfg.batch_tokens, self._of))
         if self._masses:
-            log_metric(f"{self.name}/label_mass", fmean(self._masses))
+            log_metric(self._metric, fmean(self._masses))
         return [next(scores) if isinstance(ids, list) else ids for ids in read]
 
     def _read(self, values: dict[str, Any]) -> list[int] | Exception | None:
@@ -130,7 +139,8 @@ class Judged(Inline):
         """Why it could not be asked of a dataset with these columns; None if it can be."""
         there = {*columns, "prompt", "completion"}
         if missing := [name for name in self.judge.cfg.columns if name not in there]:
-            return f"kwargs.prompt names {{{missing[0]}}}, and the dataset has no such column"
+            meant = f" (did you mean {{{close}}}?)" if (close := closest(missing[0], there)) else ""
+            return f"kwargs.prompt names {{{missing[0]}}}, and the dataset has no such column{meant}"
         return None
 
 

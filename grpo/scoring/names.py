@@ -27,6 +27,7 @@ _STEP = (
     "num_prompts",
     "num_tokens",
     "dropped_prompts",
+    "epoch",
     "peak_memory_gb",
     "rollout_tokens_per_second",
     "step_time",
@@ -42,9 +43,11 @@ _FOLDERS = (
     "sampling",
     "speculation",
     "time",
+    "sources",
     "update",
     "policy_lag",
     "reuse",
+    "teacher",
 )
 """Whatever comes under them (`time/rollout`) is the run's own."""
 

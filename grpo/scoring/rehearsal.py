@@ -25,7 +25,6 @@ def rehearse(scorer: Scorer, tasks: Sequence[Task], encode: Callable[[str], Sequ
     Raises UserError for rewards that something is learnt from and that failed on all: the run would stop at once.
     """
     answers = [Trajectory.sampled(tuple(encode(text)), None, text, "stop") for text in TEXTS]
-    request = scorer.request([_group(task, answers, scorer) for task in tasks[:PROMPTS]])
     notes: list[str] = []
     broken: list[str] = []
     for name, reward in scorer.rewards.items():
@@ -35,6 +34,10 @@ def rehearse(scorer: Scorer, tasks: Sequence[Task], encode: Callable[[str], Sequ
         if isinstance(reward, Hosted):
             notes.append(f"reward {name!r} was not tried: it takes `environments`, and there is none before the run")
             continue
+        applying = [task for task in tasks if scorer.applies(name, task.source)][:PROMPTS]
+        if not applying:  # it is for held-out tasks alone
+            continue
+        request = scorer.request([_group(task, answers, scorer) for task in applying])
         failures = {
             begin + place: error
             for (begin, _), answer in reward.score(request)

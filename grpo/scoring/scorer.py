@@ -15,9 +15,11 @@ from typing import Any
 
 from grpo.backend.secrets import masked
 from grpo.config import EnvironmentConfig, RewardConfig
+from grpo.config.sources import TAKEN
 from grpo.environments.seats import Host
 from grpo.errors import RunError, UserError
 from grpo.plugins import Function, Located, locate_reward
+from grpo.scoring.applying import ALL, Applying
 from grpo.scoring.contract import Answer
 from grpo.scoring.grader import Inline, Isolated, ScoringRequest, make_grader
 from grpo.scoring.hints import column_hint
@@ -56,15 +58,17 @@ class Scorer:
         max_steps: int = 0,
         environments: Mapping[str, OwnTerms] | None = None,
         has_tools: bool = False,
+        applies: Applying = ALL,
     ) -> None:
         """`rewards` that are plain functions run inline. `weights` are theirs, 1 where none is given; a reward of
         weight 0 may fail as it likes, because nothing is learnt from it. `environments` are those that give a reward of
-        their own, by name; `has_tools` says whether the model can call tools."""
+        their own, by name; `has_tools` says whether the model can call tools. `applies` says which rewards score which
+        tasks."""
         self.rewards: dict[str, Grader] = {
             name: reward if isinstance(reward, Inline | Isolated | Hosted) else Inline(name, reward, {})
             for name, reward in rewards.items()
         }
-        self.environments, self.has_tools = dict(environments or {}), has_tools
+        self.environments, self.has_tools, self.applies = dict(environments or {}), has_tools, applies
         given = weights or {}
         self.weights = {name: float(given.get(name, 1.0)) for name in rewards}
         self.weights |= {name: terms.weight for name, terms in self.environments.items()}
@@ -78,10 +82,10 @@ class Scorer:
         self._by_steps: set[str] = set()  # the environments of which a step has given a reward
         self.progress: Progress | None = None
 
-    @property
-    def graders(self) -> list[str]:
-        """Whose score says whether a completion is right: the first reward's, or the environments' where none is."""
-        return list(self.rewards)[:1] or list(self.environments)
+    def graders(self, source: str = "data") -> list[str]:
+        """Whose score says whether a completion of a source's task is right: of the first reward that scores them, or
+        of the environments where there is none."""
+        return [name for name in self.rewards if self.applies(name, source)][:1] or list(self.environments)
 
     @classmethod
     def of(
@@ -91,10 +95,12 @@ class Scorer:
         system: str | None = None,
         functions: Mapping[str, Function] | None = None,
         hosts: Sequence[tuple[Host, EnvironmentConfig]] = (),
+        applies: Applying = ALL,
     ) -> Scorer:
         """The rewards that a recipe names, ready; `system` is the system message of its text prompts. `functions` are
         those that were given as objects, by their `use`. `hosts` are those of the recipe's environments, with their
         sections: their own rewards are scores as well, and functions that take `environments` are called there.
+        `applies` says which rewards score which tasks.
 
         Raises UserError for one that cannot be had, for arguments that do not fit, and for two of one name.
         """
@@ -123,6 +129,7 @@ class Scorer:
             max_steps=max_steps,
             environments=terms_of(hosts),
             has_tools=any(host.description.tools for host, _ in hosts),
+            applies=applies,
         )
 
     @property
@@ -168,7 +175,7 @@ class Scorer:
         return told
 
     def request(self, groups: Sequence[Group]) -> ScoringRequest:
-        """What each reward is given of `groups`."""
+        """What a reward that scores them is given of `groups`."""
         return request_of(groups, columns_of([group.task for group in groups]), self._state)
 
     def steps_reward(self, environments: Iterable[str]) -> None:
@@ -177,7 +184,7 @@ class Scorer:
 
     def open(self, tasks: Sequence[Task]) -> Scoring:
         """A scoring of the groups that these tasks will have: it is given each group as soon as that is whole."""
-        return Scoring(self.rewards, tasks, self._state, self.progress)
+        return Scoring(self.rewards, tasks, self._state, self.progress, self.applies)
 
     def score(self, groups: Sequence[Group], scoring: Scoring | None = None) -> list[Group]:
         """The same groups with `scores`, `failures`, `extras` and `logged` in their rollouts.
@@ -227,16 +234,26 @@ class Scorer:
             if name in state["records"]:
                 record.load_state(state["records"][name])
 
-    def check(self, columns: Collection[str]) -> None:
-        """Raise UserError for a function that cannot be had, or not be called with these columns of the dataset."""
+    def check(self, columns: Collection[str], source: str = "data") -> None:
+        """Raise UserError for a function that cannot be had, or not be called with these columns of a source of
+        tasks."""
         for name, reward in self.rewards.items():
-            if problem := reward.problem(columns):
-                raise UserError(f"reward {name!r}: {problem}.{column_hint(problem, columns)}")
+            if self.applies(name, source) and (problem := reward.problem(columns)):
+                one = None if source in TAKEN else source
+                hint = column_hint(problem, columns, one)
+                raise UserError(f"reward {name!r}: {problem}.{hint}{self._unless(source, '.' if hint else '')}")
 
     def close(self) -> None:
         """Leave no worker behind."""
         for reward in self.rewards.values():
             reward.close()
+
+    def _unless(self, source: str, stop: str) -> str:
+        """What else to do about a reward that does not fit the columns of one of several sources; `stop` ends what
+        was said before."""
+        if source in TAKEN:
+            return ""
+        return f"{stop} These are columns of the source {source!r}: if the reward is not for it, name its rewards there"
 
     def _told_apart(self, name: str, answer: Answer) -> Answer:
         """The answer with `NAME/column` for a column of `log_extra` that another reward logged before this one."""

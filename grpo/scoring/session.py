@@ -10,10 +10,11 @@ wait for it in any case, and what interrupts a run reaches the main thread alone
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from grpo.scoring.applying import ALL, Applying
 from grpo.scoring.grader import Answers, Inline, Isolated, ScoringRequest
 from grpo.scoring.hosted import Hosted
 from grpo.scoring.process import DEATHS, untried
@@ -31,11 +32,17 @@ class Scoring:
     """
 
     def __init__(
-        self, rewards: Rewards, tasks: Sequence[Task], state: Mapping[str, Any], progress: Progress | None = None
+        self,
+        rewards: Rewards,
+        tasks: Sequence[Task],
+        state: Mapping[str, Any],
+        progress: Progress | None = None,
+        applies: Applying = ALL,
     ) -> None:
-        """`state` is what rewards are told of the trainer; `progress` is told how many completions have all scores."""
-        self._rewards, self._state, self._progress = rewards, state, progress
-        self._columns = columns_of(tasks)
+        """`state` is what rewards are told of the trainer; `progress` is told how many completions have all scores;
+        `applies` says which rewards are called for which tasks."""
+        self._rewards, self._state, self._progress, self._applies = rewards, state, progress, applies
+        self._columns = {name: columns_of([t for t in tasks if applies(name, t.source)]) for name in rewards}
         self._early = {
             name: reward
             for name, reward in rewards.items()
@@ -49,10 +56,11 @@ class Scoring:
 
     def add(self, place: int, group: Group) -> None:
         """The group of task number `place` is whole: call the rewards that need not wait for others."""
-        request = self._request([group])
-        running = {name: r.submit(self._call(r, place), request) for name, r in self._early.items()}
+        requests = self._requests(self._early, [group])
+        running = {name: self._early[name].submit(self._call(name, place), one) for name, one in requests.items()}
         self._running[place] = running
-        _when_done([running[n] for n, r in self._early.items() if isinstance(r, Hosted)], lambda: _give_back(group))
+        borrowing = [running[name] for name in running if isinstance(self._early[name], Hosted)]
+        _when_done(borrowing, lambda: _give_back(group))
 
     def answers(self, groups: Sequence[Group]) -> dict[str, Placed]:
         """Every answer, by reward, with the places of its completions among those of all groups.
@@ -68,9 +76,9 @@ class Scoring:
         by_group: list[dict[str, Placed]] = []
         for place, group in enumerate(groups):
             answers = {name: future.result() for name, future in self._running[place].items()}
-            by_group.append({name: _placed(answers[name], [group]) for name in answers})
+            by_group.append({name: _placed(found, [group], [0]) for name, found in answers.items()})
             self._tell(groups, place + 1)
-        done |= {name: _in_order([answers[name] for answers in by_group], groups) for name in self._early}
+        done |= {name: _in_order([answers.get(name, []) for answers in by_group], groups) for name in self._early}
         return {name: done[name] for name in self._rewards}
 
     def __enter__(self) -> Scoring:
@@ -85,16 +93,17 @@ class Scoring:
     def _of_all(self, groups: Sequence[Group]) -> dict[str, Placed]:
         """The answers of the rewards that have to wait for all groups."""
         others = {name: reward for name, reward in self._rewards.items() if name not in self._early}
-        if not others:
-            return {}
-        request = self._request(groups)
-        running = {name: r.submit(r.score, request) for name, r in others.items() if isinstance(r, Isolated)}
-        inline = {name: reward.score(request) for name, reward in others.items() if isinstance(reward, Inline)}
+        requests = self._requests(others, groups)
+        asked = {name: reward for name, reward in others.items() if name in requests}
+        running = {n: r.submit(r.score, requests[n]) for n, r in asked.items() if isinstance(r, Isolated)}
+        inline = {name: r.score(requests[name]) for name, r in asked.items() if isinstance(r, Inline)}
         found = inline | {name: future.result() for name, future in running.items()}
-        return {name: _placed(answers, groups) for name, answers in found.items()}
+        placed = {name: _placed(one, groups, self._applies.groups(name, groups)) for name, one in found.items()}
+        return {name: placed.get(name, []) for name in others}
 
-    def _call(self, reward: Isolated | Hosted, place: int) -> Callable[[ScoringRequest], Answers]:
-        """What the reward's thread does for a group."""
+    def _call(self, name: str, place: int) -> Callable[[ScoringRequest], Answers]:
+        """What a reward's thread does for a group."""
+        reward = self._early[name]
 
         def score(request: ScoringRequest) -> Answers:
             fatal = self._fatal[reward.name]  # touched by this one thread alone
@@ -107,8 +116,19 @@ class Scoring:
 
         return score
 
-    def _request(self, groups: Sequence[Group]) -> ScoringRequest:
-        return request_of(groups, self._columns, self._state)
+    def _requests(self, names: Iterable[str], groups: Sequence[Group]) -> dict[str, ScoringRequest]:
+        """What each reward is given of the groups that it scores; of none, nothing. Rewards that are given the same
+        share one request."""
+        made: dict[tuple[tuple[int, ...], tuple[str, ...]], ScoringRequest] = {}
+        requests = {}
+        for name in names:
+            places, columns = tuple(self._applies.groups(name, groups)), tuple(self._columns[name])
+            if not places:
+                continue
+            if (places, columns) not in made:
+                made[places, columns] = request_of([groups[place] for place in places], columns, self._state)
+            requests[name] = made[places, columns]
+        return requests
 
     def _tell(self, groups: Sequence[Group], scored: int) -> None:
         if self._progress is not None:
@@ -169,10 +189,11 @@ def _broke(trajectory: Trajectory) -> bool:
     return trajectory.conversation is not None and trajectory.conversation.failure is not None
 
 
-def _placed(answers: Answers, groups: Sequence[Group]) -> Placed:
-    """The answers with places among all completions of `groups`, from spans of those that a request has."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    places = [place for place, rollout in enumerate(rollouts) if not _broke(rollout.trajectory)]
+def _placed(answers: Answers, groups: Sequence[Group], asked: Collection[int]) -> Placed:
+    """The answers with places among all completions of `groups`, from spans of those that a request has: of the groups
+    `asked`, the completions that did not break."""
+    rollouts = [(number, rollout) for number, group in enumerate(groups) for rollout in group.rollouts]
+    places = [at for at, (number, one) in enumerate(rollouts) if number in asked and not _broke(one.trajectory)]
     return [(tuple(places[begin:end]), answer) for (begin, end), answer in answers]
 
 

@@ -157,12 +157,14 @@ def _sample(record: StepMetrics) -> list[Text]:
 
 def _numbers(record: StepMetrics) -> str:
     values = record.values
-    kl = f"  kl {values['kl']:.4f}" if "kl" in values else ""
-    kl += f"  teacher kl {values['teacher/kl']:.4f}" if "teacher/kl" in values else ""
-    reward = f"{values['reward']:.3f}" if "reward" in values else "none"
+    kl = f"kl {values['kl']:.4f}  " if "kl" in values else ""
+    kl += f"teacher kl {values['teacher/kl']:.4f}  " if "teacher/kl" in values else ""
+    reward = f"reward {values['reward']:.3f}  " if "reward" in values else ""
+    if not reward and "teacher/kl" not in values:
+        reward = "reward none  "
     silent = values.get("updates_without_signal", 0) > 0 and values.get("grad_norm") == 0
     return (
-        f"reward {reward}{kl}  length {values['completions/mean_length']:.0f}"
+        f"{reward}{kl}length {values['completions/mean_length']:.0f}"
         f"  {values['rollout_tokens_per_second']:,.0f} tok/s{_drafts(values)}"
         f"{'  no signal, weights unchanged' if silent else ''}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from grpo.config import CurriculumConfig
+from grpo.config import CurriculumConfig, DataConfig
 from grpo.data.curriculum import TENTHS
 from grpo.data.pools import POOLS
 from grpo.telemetry.plots import stacked
@@ -18,20 +18,23 @@ UNSEEN_SHADE = "#dddddd"
 
 
 def pools_of(runs: Sequence[RecordedRun]) -> str | None:
-    """For each run with `data.curriculum`, the histogram of its tasks' solve rates over steps, and the step's draws."""
-    return "".join(_of(run) for run in runs) or None
+    """For each run with a curriculum, the histogram of its tasks' solve rates over steps, and the step's draws; with
+    `data.sources` of each source that has one."""
+    return "".join(_of(run, name, data) for run in runs for name, data in run.recipe.data.parts.items()) or None
 
 
-def _of(run: RecordedRun) -> str:
-    recorded = [record for record in run.steps if f"{FOLDER}unseen" in record.values]
-    if not recorded or run.recipe.data.curriculum is None:
+def _of(run: RecordedRun, source: str, data: DataConfig) -> str:
+    folder = f"{FOLDER}{source}/" if run.recipe.data.sources else FOLDER
+    recorded = [record for record in run.steps if f"{folder}unseen" in record.values]
+    if not recorded or data.curriculum is None:
         return ""
     steps, values = [record.step for record in recorded], [record.values for record in recorded]
-    drawn = {f"{FOLDER}drawn/{pool}": said for pool, said in _pools(run.recipe.data.curriculum).items()}
-    rates = stacked(_parts(values, _rates()), steps, "tasks", (*SHADES, UNSEEN_SHADE))
+    drawn = {f"{folder}drawn/{pool}": said for pool, said in _pools(data.curriculum).items()}
+    rates = stacked(_parts(values, _rates(folder)), steps, "tasks", (*SHADES, UNSEEN_SHADE))
     draws = stacked(_parts(values, drawn), steps, "share")
+    heading = f"{run.folder.name}, source {source}" if run.recipe.data.sources else run.folder.name
     return (
-        f"<h3>{escape(run.folder.name)}</h3><p>Tasks by the solve rate of their latest group:</p>{rates}"
+        f"<h3>{escape(heading)}</h3><p>Tasks by the solve rate of their latest group:</p>{rates}"
         f"<p>Where the tasks of each step were drawn from:</p>{draws}"
     )
 
@@ -41,10 +44,11 @@ def _parts(values: Sequence[Mapping[str, float]], names: Mapping[str, str]) -> d
     return {said: [one.get(name, 0.0) for one in values] for name, said in names.items()}
 
 
-def _rates() -> dict[str, str]:
-    """The metrics of the histogram, and which rates each counts."""
-    said = {name: f"{place / len(TENTHS):g} to {(place + 1) / len(TENTHS):g}" for place, name in enumerate(TENTHS)}
-    return {**said, f"{FOLDER}unseen": "no rate yet"}
+def _rates(folder: str) -> dict[str, str]:
+    """The metrics of the histogram, which begin with `folder`, and which rates each counts."""
+    names = [f"{folder}{name.removeprefix(FOLDER)}" for name in TENTHS]
+    said = {name: f"{place / len(names):g} to {(place + 1) / len(names):g}" for place, name in enumerate(names)}
+    return {**said, f"{folder}unseen": "no rate yet"}
 
 
 def _pools(cfg: CurriculumConfig) -> dict[str, str]:

@@ -17,6 +17,7 @@ SHOWN = (
     "grad_norm",
     "entropy",
     "kl",
+    "teacher/kl",
     "clip_ratio/region_mean",
     "completions/mean_length",
 )
@@ -32,7 +33,8 @@ def print_replay(console: Console, replay: Replay, groups: int, tokens: int) -> 
     place = 0
     for number, group in enumerate(metrics.groups):
         if number < groups:
-            older = f" (replayed, sampled {group.lag} steps before)" if group.lag else ""
+            ago = f"{group.lag} step{'s' * (group.lag > 1)}"
+            older = f" (replayed, sampled {ago} before)" if group.lag else ""
             console.print(f"\n[bold]{escape(last_text(group.task.prompt))}[/bold]{older}", highlight=False)
             table = Table("reward", "advantage", "completion", f"ratios of the {tokens} tokens that moved most")
             for i, rollout in enumerate(group.rollouts, start=place):

@@ -15,7 +15,7 @@ from grpo.runs.folder import COMPLETIONS
 from grpo.telemetry.plots import curves, evaluations, stacked
 from grpo.telemetry.pools import pools_of
 from grpo.telemetry.recorded import RecordedRun
-from grpo.tools.card import short_name
+from grpo.tools.card import data_names, short_name
 from grpo.types import EvalMetrics, Group, Rollout, Task
 
 SHOWN = 3
@@ -111,7 +111,13 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
         talks = ", ".join(
             short_name(use) for use in (*(one.use for one in own), *(one.use for one in cfg.tools)) if use
         )
-        what = [run.folder.name, short_name(cfg.model.name), short_name(cfg.data.label), talks or "none", rewards]
+        what = [
+            run.folder.name,
+            short_name(cfg.model.name),
+            " and ".join(data_names(cfg)),
+            talks or "none",
+            rewards,
+        ]
         rows.append([*what, size, loss, steps])
     heads = ["run", "model", "data", "environments and tools", "rewards", "prompts × completions", "loss", "steps"]
     return _table(heads, rows)

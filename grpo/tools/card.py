@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from grpo.builtin import models as builtin_models
-from grpo.config import DataConfig, Recipe
+from grpo.config import DataConfig, EvalConfig, Recipe
 from grpo.config.data import origins
 from grpo.data.loading import is_local
 from grpo.document import Dumper
@@ -30,7 +30,7 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], r
         f"---\n{yaml.safe_dump(_front_matter(cfg, form), sort_keys=False)}---",
         f"# {Path(cfg.output_dir or 'run').name}",
         f"{_kind(cfg, form)} of `{short_name(cfg.model.name)}`, trained with GRPO (arXiv 2402.03300), loss "
-        f"`{cfg.loss.type}`, for {state['step']} steps on `{short_name(cfg.data.label)}`. Rewards: {rewards}.",
+        f"`{cfg.loss.type}`, for {state['step']} steps on {_rows(cfg)}. Rewards: {rewards}.",
         *_teacher(cfg),
         *_conversations(cfg),
         *(f"Note: {note}." for note in notes),
@@ -42,6 +42,11 @@ def model_card(cfg: Recipe, checkpoint: Path, form: str, notes: Sequence[str], r
         ", ".join(f"{name} {version}" for name, version in state["versions"].items()) + ".",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _rows(cfg: Recipe) -> str:
+    """The names of the data."""
+    return " and ".join(f"`{name}`" for name in data_names(cfg))
 
 
 def _teacher(cfg: Recipe) -> list[str]:
@@ -80,14 +85,19 @@ def _front_matter(cfg: Recipe, form: str) -> dict[str, Any]:
     }
     if "/" in cfg.model.name and short_name(cfg.model.name) == cfg.model.name:  # a name on the Hub
         matter["base_model"] = cfg.model.name
-    if _on_the_hub(cfg.data):
-        matter["datasets"] = [cfg.data.source]
+    if named := [data.source for data in cfg.data.parts.values() if _on_the_hub(data)]:
+        matter["datasets"] = named
     return matter
 
 
 def _on_the_hub(cfg: DataConfig) -> bool:
     """Whether rows come from a dataset on the Hub."""
     return not is_local(cfg) and isinstance(cfg.source, str) and not looks_like_path(cfg.source)
+
+
+def data_names(cfg: Recipe) -> list[str]:
+    """The names of the sources of a recipe's tasks, without the folders of this machine."""
+    return [short_name(data.label) for data in cfg.data.parts.values()]
 
 
 def short_name(name: str) -> str:
@@ -100,20 +110,22 @@ def short_name(name: str) -> str:
 def _use(cfg: Recipe, form: str, repo: str | None) -> list[str]:
     """How the export is used, and where its base is, if that is nowhere on the Hub."""
     name, length = cfg.model.name, cfg.rollout.max_completion_length
+    data = next(iter(cfg.data.parts.values()))  # of several sources the prompts of the first
     if form == "fused" or name not in builtin_models.NAMES:
-        return [snippet(form, short_name(name), repo, cfg.model, cfg.data, length)]
+        return [snippet(form, short_name(name), repo, cfg.model, data, length)]
     if repo is None:
         folder = model_folder(cfg.model)
         home = folder.is_relative_to(Path.home())
         base = f"~/{folder.relative_to(Path.home())}" if home else str(folder)
-        return [snippet(form, base, repo, cfg.model, cfg.data, length)]
+        return [snippet(form, base, repo, cfg.model, data, length)]
     made = f"`{BASE}` is a model that `grpo` makes: `grpo generate {name} hi` leaves it in a folder of `~/.cache/grpo`."
-    return [snippet(form, BASE, repo, cfg.model, cfg.data, length), made]
+    return [snippet(form, BASE, repo, cfg.model, data, length), made]
 
 
 def _recipe(cfg: Recipe) -> str:
     """The recipe without where things lie on this machine."""
-    data = [name for section in (cfg.data, cfg.eval) if section for name in origins(section.source, section.use)]
+    sections: list[DataConfig | EvalConfig] = [*cfg.data.parts.values(), *([cfg.eval] if cfg.eval else [])]
+    data = [name for section in sections for name in origins(section.source, section.use)]
     whole = with_settings(cfg, {"output_dir": None}).model_dump(mode="json")
     return yaml.dump(_without_places(whole, {cfg.model.name, *data, *cfg.uses}), Dumper=Dumper, sort_keys=False)
 

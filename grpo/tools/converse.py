@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from grpo.backend.random import derive_key
 from grpo.data.prompts import PromptRenderer
-from grpo.data.rows import Rows
+from grpo.data.streaming import Streamed
 from grpo.environments.conversations import Conversations
 from grpo.environments.shown import asked as asked_of
 from grpo.environments.shown import end_of, said_in
@@ -90,8 +91,12 @@ class _Told:
 
 
 def _row(found: Answering, row: int | None) -> Mapping[str, Any]:
-    rows: Rows = NOTHING.rows("data", found.data)
+    rows = NOTHING.rows("data", found.data)
     assert row is not None
+    if isinstance(rows, Streamed):
+        if (streamed := next(islice(rows.read(), row, None), None)) is None:
+            raise UserError(f"--row {row}: the run's data has fewer rows")
+        return dict(streamed[1])
     if row >= len(rows):
         raise UserError(f"--row {row}: the run's data has {len(rows):,} rows, from 0 on")
     return dict(rows[row])

@@ -15,6 +15,7 @@ from grpo.data.fingerprint import fingerprint
 from grpo.data.rates import SolveRates
 from grpo.data.rows import Rows
 from grpo.data.solved import Solved
+from grpo.data.streaming import Streamed
 from grpo.errors import RunError, UserError
 from grpo.model.load import looks_like_path, similar
 from grpo.model.saved import read_adapter
@@ -23,8 +24,9 @@ from grpo.recipes import load_recipe, recipe_of, with_settings
 from grpo.runs.checkpoint import RECIPE, STATE, read_state, step_of
 from grpo.runs.drawing import solved_by
 from grpo.runs.folder import find_checkpoint, is_run
-from grpo.runs.prepare import NOT_CHOSEN, data_of, prepare
+from grpo.runs.prepare import prepare
 from grpo.runs.revisions import checkpoint_of, pinned_to_run
+from grpo.runs.sections import data_of, read_as, without_choice
 from grpo.types import EvalMetrics, Group
 
 
@@ -97,14 +99,20 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
     if asked.adapter is not None:  # a run's own has the shape that its recipe says
         shape = {**read_adapter(asked.adapter).section(), "path": None}
         cfg = with_settings(cfg, {f"adapter.{name}": value for name, value in shape.items()})
-    curriculum = cfg.data.curriculum
-    cfg = with_settings(cfg, {f"data.{name}": value for name, value in NOT_CHOSEN.items()})  # it does not train
+    like = read_as(cfg)
+    curriculum = (cfg.data if like is None else cfg.data.parts[like]).curriculum
+    cfg = without_choice(cfg)  # it does not train
+    if asked.solve_rates is not None and data_of(cfg)["eval"].streaming:
+        raise UserError(
+            "--solve-rates is of all rows, and with data.streaming nobody knows how many there are: add "
+            "data.streaming=false"
+        )
     prepared = prepare(cfg, trains=False)
     notes = _changed_since(folder, adapter, cfg, prepared.rows["eval"]) if is_run(folder) else ()
     trainer, evaluator = prepared.trainer, prepared.evaluator
     with closing(prepared.opened):
         assert evaluator is not None
-        solved = None if asked.solve_rates is None else solved_by(trainer.scorer, curriculum)
+        solved = None if asked.solve_rates is None else solved_by(trainer.scorer, curriculum, "eval")
         started = "base" if cfg.adapter.path is None else "start (adapter.path)"
         before, sampled = evaluator.measured(0)
         after: EvalMetrics | None = None
@@ -112,7 +120,9 @@ def measure(target: str, asked: EvalOptions, overrides: Sequence[str]) -> Measur
             trainer.policy.adapters.load(adapter)
             after, sampled = evaluator.measured(step_of(adapter) if (adapter / STATE).is_file() else 0)
         if asked.solve_rates is not None and solved is not None and trainer.ranks.first:
-            rates = SolveRates.of(_solve_rates(sampled, solved), prepared.rows["eval"], _about(cfg, adapter, solved))
+            rows = prepared.rows["eval"]
+            assert not isinstance(rows, Streamed), "refused above"
+            rates = SolveRates.of(_solve_rates(sampled, solved), rows, _about(cfg, adapter, solved))
             _write(rates, asked.solve_rates)
         return Measured(started, before, after, notes)
 
@@ -156,7 +166,7 @@ ORIGIN = ("source", "use", "kwargs", "config", "split", "columns")
 """The settings that say which rows there are."""
 
 
-def _changed_since(run: Path, adapter: Path | None, cfg: Recipe, rows: Rows) -> tuple[str, ...]:
+def _changed_since(run: Path, adapter: Path | None, cfg: Recipe, rows: Rows | Streamed) -> tuple[str, ...]:
     """A warning where the run's own held-out rows are not the rows that it was trained beside.
 
     Nothing where other rows were asked for, and for rows on the Hub, which are pinned to their commit.

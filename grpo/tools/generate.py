@@ -68,7 +68,8 @@ def find_answering(target: str, adapter: Path | None, base: bool, template: bool
     if is_run(folder):
         adapter = adapter or (None if base else newest_checkpoint(folder))
         cfg = pinned_to_run(load_recipe(folder / RECIPE), folder, adapter)
-        found = Answering(cfg.model, cfg.data, adapter, cfg.rollout, cfg.conversations, cfg.tools)
+        data = next(iter(cfg.data.parts.values()))  # of several sources the first
+        found = Answering(cfg.model, data, adapter, cfg.rollout, cfg.conversations, cfg.tools)
     data = with_settings(found.data, {"continue_final_message": False})  # the prompt is text
     if not template:
         data = with_settings(data, {"prompt": "prompt"})

@@ -18,10 +18,12 @@ from grpo.model.policy import Policy
 from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE, checkpoints, damage, load_checkpoint, newest_whole, read_state, step_of
 from grpo.runs.completions import UNNAMED, read_completions
+from grpo.runs.drawing import gone_rates
 from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, METRICS, check_is_run
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import as_planned, changes, context_now
 from grpo.runs.revisions import pinned
+from grpo.runs.sections import with_rates
 from grpo.training.batches import by_row, forced, of_completions, rows_of
 from grpo.training.packing import Packing
 from grpo.training.trainer import Trainer
@@ -52,9 +54,19 @@ def replay(run: Path, step: int) -> Replay:
     if step > (made := _steps_made(run)) + 1:  # the one after the last may be what stopped the run
         raise UserError(f"--step {step}: this run has made {made} of its {cfg.optim.steps} steps")
     whole, _ = newest_whole(run / CHECKPOINTS)
-    prepared = prepare(as_planned(pinned(cfg, whole), read_state(whole)["plan"]) if whole else cfg)
+    cfg = as_planned(pinned(cfg, whole), read_state(whole)["plan"]) if whole else cfg
+    nearest = _nearest(run, step)
+    if nearest is not None:
+        cfg = with_rates(cfg, dict.fromkeys(gone_rates(cfg.data, load_checkpoint(nearest)[0])))
+    prepared = prepare(cfg)
     with closing(prepared.opened):
-        return _made(prepared.trainer, run, step)
+        return _made(prepared.trainer, run, step, nearest)
+
+
+def _nearest(run: Path, step: int) -> Path | None:
+    """The nearest checkpoint before a step; None if the step has to be made from the start."""
+    earlier = (path for path in reversed(checkpoints(run / CHECKPOINTS)) if step_of(path) < step)
+    return next((path for path in earlier if damage(path) is None), None)
 
 
 def _steps_made(run: Path) -> int:
@@ -63,8 +75,8 @@ def _steps_made(run: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith(b"\n")), default=0)
 
 
-def _made(trainer: Trainer, run: Path, step: int) -> Replay:
-    begun, notes = _begin(trainer, run, step)
+def _made(trainer: Trainer, run: Path, step: int, nearest: Path | None) -> Replay:
+    begun, notes = _begin(trainer, run, step, nearest)
     for n in range(begun + 1, step):
         trainer.step(n)
     before = trainer.policy.adapters.state()
@@ -83,16 +95,14 @@ def _made(trainer: Trainer, run: Path, step: int) -> Replay:
     return Replay(metrics, ratios, tokens, [*notes, *_compared(run, metrics)])  # type: ignore[arg-type]
 
 
-def _begin(trainer: Trainer, run: Path, step: int) -> tuple[int, list[str]]:
-    """Put the trainer where it was at the nearest checkpoint before a step. Returns that one's step."""
-    cfg = load_recipe(run / RECIPE)
-    earlier = [path for path in reversed(checkpoints(run / CHECKPOINTS)) if damage(path) is None]
-    nearest = next((path for path in earlier if step_of(path) < step), None)
+def _begin(trainer: Trainer, run: Path, step: int, nearest: Path | None) -> tuple[int, list[str]]:
+    """Put the trainer where it was at the checkpoint `nearest` before a step. Returns the checkpoint's step."""
     if nearest is None:
         return 0, [f"made again from the start, {step} steps"]
     state, written = load_checkpoint(nearest)
     trainer.load_state(state.trainer)
-    changed = [f"since then changed: {line}" for line in changes(written, context_now(cfg, written))]
+    now = context_now(load_recipe(run / RECIPE), written)
+    changed = [f"since then changed: {line}" for line in changes(written, now)]
     return state.step, [f"made again from {nearest}", *changed]
 
 

@@ -17,6 +17,8 @@ from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.folder import COMPLETIONS, check_is_run
+from grpo.runs.sections import only_of, text_system
+from grpo.scoring.applying import ALL, Applying
 from grpo.scoring.hosted import NoEnvironmentsError
 from grpo.scoring.judge import SELF
 from grpo.scoring.scorer import Scorer
@@ -64,26 +66,32 @@ class Rescoring:
 def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
     """Call a reward on every stored completion of `run`.
 
-    `against` is the stored reward to compare with: by default that of the same name, or else the weighted sum. Raises
-    UserError for a folder without stored completions, and for a reward that cannot be had or called.
+    `against` is the stored reward to compare with: by default that of the same name, or else the weighted sum. A reward
+    that goes by the name of one of the run's is called for the completions that this scored. Raises UserError for a
+    folder without stored completions, and for a reward that cannot be had or called.
     """
     check_is_run(run)
     paths = stored_steps(run / COMPLETIONS)
     if not paths:
         raise UserError(f"{run}: the run has stored no completions (see log.completions in its recipe)")
-    system = load_recipe(run / RECIPE).data.system
-    with closing(_scorer(config, system)) as scorer:
+    cfg = load_recipe(run / RECIPE)
+    with closing(_scorer(config, text_system(cfg))) as scorer:
         (name,) = scorer.rewards
+        own, checked = Applying(only_of(cfg)), set[str]()
         completions: list[Rescored] = []
         groups = other_best = 0
         for path in paths:
             step, groups_of_step = read_completions(path)
             stored = [group for group in groups_of_step if group.lag == 0]  # the others are in their own step's file
+            applies = own if stored and name in stored[0].rollouts[0].scores else ALL
+            stored = [stored[place] for place in applies.groups(name, stored)]
             if not stored:
                 continue
             column = _column(stored, name, against)
-            if not completions:
-                scorer.check(list(stored[0].task.columns))
+            for task in (group.task for group in stored):
+                if task.source not in checked:
+                    scorer.check(list(task.columns), task.source)
+                    checked.add(task.source)
             for before, now in zip(stored, scorer.score(stored), strict=True):
                 pairs = [
                     _rescored(step, a, b, column, name) for a, b in zip(before.rollouts, now.rollouts, strict=True)
@@ -91,6 +99,8 @@ def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
                 completions += pairs
                 groups += 1
                 other_best += _best([c.before for c in pairs]).isdisjoint(_best([c.now for c in pairs]))
+    if not completions:
+        raise UserError(f"{run}: none of the completions that it stored is of a task that {name!r} scores")
     return Rescoring(column, completions, groups, other_best)
 
 

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import get_args
 
 from grpo.objective.metrics import FRESH, TOKENS
+from grpo.scoring.applying import ALL, Applying
 from grpo.training.update import Update
 from grpo.types import FAILURES, FinishReason, Group, StepMetrics
 
@@ -22,16 +23,20 @@ def step_metrics(
     status: Mapping[str, float],
     seconds: Mapping[str, float],
     has_tools: bool = False,
+    sources: Sequence[str] = (),
+    applies: Applying = ALL,
 ) -> StepMetrics:
     """Everything a step measured, by the definitions in the README.
 
     `groups` are all that were sampled, `status` what the trainer has to add, `seconds` the step's phases; `has_tools`:
-    whether the model can call tools.
+    whether the model can call tools. `sources` are the names of the sources of tasks, where there are several, and
+    `applies` says which rewards score which.
     """
     lengths = [rollout.trajectory.trained_tokens for group in groups for rollout in group.rollouts]
     values = {
         **status,  # first: what rewards log under a name of ours does not count
-        **_reward_metrics(groups),
+        **_reward_metrics(groups, applies),
+        **_source_metrics(groups, sources),
         **_length_metrics(groups, lengths),
         **_conversation_metrics(groups, has_tools),
         "skipped_updates": float(update.skipped),
@@ -47,23 +52,47 @@ def step_metrics(
     return StepMetrics(step, values)
 
 
-def _reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def _rewards_of(groups: Sequence[Group]) -> dict[str, float]:
+    """The mean reward of groups, and how the rewards differ within each; nothing where no completion has a reward, as
+    in a run that learns from a teacher alone."""
     rewards_G = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
     everything = [reward for rewards in rewards_G for reward in rewards]
-    metrics = {"reward": fmean(everything)} if everything else {}
-    metrics |= {
+    if not everything:
+        return {}
+    return {
+        "reward": fmean(everything),
         "reward_std": fmean(stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in rewards_G),
         "frac_reward_zero_std": fmean(len(set(rewards)) <= 1 for rewards in rewards_G),
         "solved_all": fmean(bool(rewards) and min(rewards) >= SOLVED for rewards in rewards_G),
         "solved_none": fmean(all(reward < SOLVED for reward in rewards) for rewards in rewards_G),
         "mixed": fmean(any(r >= SOLVED for r in rewards) and min(rewards) < SOLVED for rewards in rewards_G),
     }
+
+
+def _source_metrics(groups: Sequence[Group], sources: Sequence[str]) -> dict[str, float]:
+    """Each source's share of the step's tasks; and of a source that has some, its rewards and its mean length."""
+    metrics = {}
+    for source in sources:
+        own = [group for group in groups if group.task.source == source]
+        metrics[f"sources/{source}/share"] = len(own) / len(groups)
+        if own:
+            lengths = [rollout.trajectory.trained_tokens for group in own for rollout in group.rollouts]
+            told = {**_rewards_of(own), "mean_length": fmean(lengths)}
+            metrics |= {f"sources/{source}/{name}": value for name, value in told.items()}
+    return metrics
+
+
+def _reward_metrics(groups: Sequence[Group], applies: Applying) -> dict[str, float]:
+    metrics = _rewards_of(groups)
     conversations = (r.trajectory.conversation for group in groups for r in group.rollouts)
     talked = {conversation.environment for conversation in conversations if conversation is not None}
     for name in groups[0].rollouts[0].scores:
-        scores = [rollout.scores[name] for group in groups for rollout in group.rollouts]
+        asked = [group for group in groups if name in talked or applies(name, group.task.source)]
+        scores = [rollout.scores[name] for group in asked for rollout in group.rollouts]
+        if not scores:  # nothing of this step is for this reward
+            continue
         known = [score for score in scores if score is not None]
-        failures = [r.failures[name].kind for group in groups for r in group.rollouts if name in r.failures]
+        failures = [r.failures[name].kind for group in asked for r in group.rollouts if name in r.failures]
         if name in talked and not known and not failures:  # tools, or an environment that is no judge
             continue
         if known:

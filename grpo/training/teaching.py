@@ -15,7 +15,7 @@ from grpo.model.adapters import TEACHER
 from grpo.model.head import Head
 from grpo.model.logprobs import Beside, chunk_tokens, scaled
 from grpo.model.pieces import in_pieces
-from grpo.model.policy import Policy
+from grpo.model.policy import ALL_TOKENS, KEEPS, Policy
 from grpo.objective.teaching import exact_kl, likeliest, teacher_advantages, top_k_kl
 from grpo.training.batches import forced_each, hidden_each
 from grpo.types import Batch, Group
@@ -32,6 +32,17 @@ class Teacher:
     def model(self) -> nn.Module | None:
         """The second model, if there is one."""
         return None if self.second is None else self.second.model
+
+    @property
+    def packs(self) -> bool:
+        """Whether completions may go through it behind one another, wherever they may go so through the policy."""
+        return self.second is None or self.second.packs
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say of how a second model reads completions."""
+        slow = [] if self.second is None else self.second.slow
+        return [f"teacher: {why}" for why in slow if not why.startswith((KEEPS, ALL_TOKENS))]  # it has no backward pass
 
     @contextmanager
     def of(self, policy: Policy) -> Iterator[Policy]:
@@ -51,10 +62,9 @@ class Teacher:
         """
         vocabulary = policy.vocabulary
         with self.of(policy) as teacher:
-            given = [_for(teacher, batch) for batch in batches]
             if self.cfg.kl == "sampled":
-                return list(map(self._advised, batches, forced_each(teacher, given, ranks)))
-            hidden = hidden_each(teacher, given, ranks)
+                return list(map(self._advised, batches, forced_each(teacher, batches, ranks)))
+            hidden = hidden_each(teacher, batches, ranks)
             coef = mx.array(self.cfg.coef)
             if self.cfg.kl == "exact":
                 return [replace(b, teacher_coef=coef, teacher_hidden=h) for b, h in zip(batches, hidden, strict=True)]
@@ -98,11 +108,6 @@ class Teacher:
 def taught(groups: Sequence[Group]) -> list[Group]:
     """The same groups, whose completions all learn, whatever their advantages."""
     return [replace(group, rollouts=tuple(replace(r, taught=True) for r in group.rollouts)) for group in groups]
-
-
-def _for(teacher: Policy, batch: Batch) -> Batch:
-    """The batch as the teacher can read it: in rows, if it has no lines of completions behind one another."""
-    return batch if batch.lines is None or teacher.packs else replace(batch, lines=None, starts=None)
 
 
 def _head(policy: Policy) -> Head:

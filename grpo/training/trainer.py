@@ -108,7 +108,8 @@ class Trainer:
         clock.lap("update")
         self.policy.adapters.sync_reference(self.cfg.adapter, n)
         status = self.status(n, groups, beta) | penalty_metrics | kl_metrics | useful
-        metrics = step_metrics(n, sampled, update, status, clock.laps, self.scorer.has_tools)
+        sources, scorer = [one.called for one in self.cfg.data.sources], self.scorer
+        metrics = step_metrics(n, sampled, update, status, clock.laps, scorer.has_tools, sources, scorer.applies)
         self.older = older  # the last change: what fails before it leaves the older groups as they were
         learnt = sum(group.lag == 0 for group in groups)
         return replace(metrics, groups=(*groups, *sampled[learnt:]))

@@ -22,7 +22,8 @@ def test_list_names_them_all_with_what_they_grade(run_cli) -> None:
     ran = run_cli("rewards", "list")
     assert ran.code == 0
     listed = [line.split()[0] for line in ran.out.splitlines() if not line.startswith(" ")]
-    assert listed == bundled_names("rewards", ".py")
+    assert listed == [*bundled_names("rewards", ".py"), "judge", "model:NAME"]
+    assert "kwargs: prompt, system, labels" in ran.out
     assert "kwargs: tokens, kind='target', cache=0" in ran.out
     assert "columns: answer" in ran.out
 

@@ -115,7 +115,8 @@ def test_eval_measures_training_rows_and_training_keeps_those_between(recipe, ru
     chosen = ("data.solve_rates=rates.jsonl", "data.solve_rate=[0.5, 1]")
     ran = run_cli("train", recipe, *asked, *chosen, "--dry-run")
     assert ran.code == 0, ran.err
-    assert "3 tasks have a solve rate from 0.5 to 1" in ran.out
+    assert "3 tasks have a solve rate from 0.5 to 1 and are trained on; 4 of 4 tasks have a rate in " in ran.out
+    assert "by known)" in ran.out
     again = run_cli("eval", recipe, *asked, *chosen, *held, "--solve-rates", "again.jsonl")  # of all rows again
     assert again.code == 0, again.err
     assert Path("again.jsonl").read_text() == Path("rates.jsonl").read_text()

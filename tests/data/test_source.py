@@ -39,7 +39,7 @@ def test_a_state_that_was_written_before_there_was_a_protocol_loads(stream) -> N
     tasks = old.take(7)
     new.load_state({"cursor": 7, "dropped": 2})
     assert (new.take(2), len(tasks)) == (old.take(2), 7)
-    assert new.metrics() == {"dropped_prompts": 2.0}
+    assert new.metrics() == {"dropped_prompts": 2.0, "epoch": 3.0}
     assert new.state() == {"cursor": 9, "dropped": 2}
 
 

@@ -14,6 +14,7 @@ from runs.driver import same_end, timeless
 
 import grpo
 from grpo.config import EvalConfig, Recipe
+from grpo.types import Group, Task
 
 ROWS = [{"question": f"What is {i}+{i}?", "answer": str(2 * i)} for i in range(1, 5)]
 
@@ -295,11 +296,21 @@ def test_a_notebook_gets_lines_and_not_blocks_of_html(short, monkeypatch: pytest
 
 
 def test_mistakes_are_said_before_a_model_is_loaded(short) -> None:
-    for rewards, said in (([], "the list is empty"), (digits, "expected a list"), ([3], "got an int")):
+    for rewards, said in (([], "a run needs at least one"), (digits, "expected a list"), ([3], "got an int")):
         with pytest.raises(grpo.UserError, match=said):
             grpo.Trainer(short(), rewards=rewards)
     with pytest.raises(grpo.UserError, match="no section eval"):
         grpo.Trainer(grpo.recipe("toy.yaml"), quiet=True).evaluate()
+
+
+def test_a_teacher_is_enough_without_rewards(recipe: Path) -> None:
+    teacher = {"model": grpo.recipe(recipe).model.name, "kl": "exact"}
+    cfg = grpo.recipe(recipe, steps=1, output_dir="run", teacher=teacher)
+    with grpo.Trainer(cfg, rewards=[], quiet=True) as taught:
+        taught.train()
+        assert taught.history[0]["teacher/kl"] == pytest.approx(0, abs=1e-5)  # it is the policy's own base
+    with pytest.raises(grpo.UserError, match="the list is empty, so nothing would be scored"):
+        grpo.score([Group(Task(0, "", (1,), {}), ())], [])
 
 
 def test_lines_of_a_run_are_plain_text(short, capsys) -> None:

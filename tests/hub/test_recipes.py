@@ -125,7 +125,7 @@ def small(recipe: Recipe) -> list[str]:
         "log.wandb=null": recipe.log.wandb is not None,
         **dict.fromkeys(["eval.prompts=2", "eval.samples=2"], recipe.eval is not None),
     }
-    prompts = recipe.optim.num_minibatches
+    prompts = max(recipe.optim.num_minibatches, 4 * len(recipe.data.sources))  # of each source some
     lengths = ["rollout.num_generations=2", "rollout.max_completion_length=8"]
     steps = ["optim.steps=1", "optim.warmup_steps=0", f"rollout.prompts_per_step={prompts}"]
     return [*steps, *lengths, *(setting for setting, applies in optional.items() if applies)]
@@ -161,3 +161,15 @@ def test_older_groups_come_again_in_the_recipe_that_replays_them(whole_hub: Hub)
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert max(step["reuse/groups"] for step in steps) > 0
     assert max(step["policy_lag/max"] for step in steps) <= 4
+
+
+@pytest.mark.slow
+def test_a_dataset_of_the_hub_is_streamed_and_goes_on_where_it_was(whole_hub: Hub) -> None:
+    settings = [*small(RECIPES["qwen3-math"]), "data.streaming=true", "data.window=5", "rollout.prompts_per_step=3"]
+    said = run(whole_hub, {"qwen3-math": settings}, untrained=True)
+    assert "because rows are read as they come; they are shuffled in windows of 5" in said
+    whole_hub.grpo("train", "qwen3-math", *settings, "optim.steps=3", "--resume-changed")  # ends with 1: all rewards 0
+    folder = whole_hub.home.parent / "runs" / "qwen3-math"
+    state = json.loads((folder / "checkpoints/step-000003/state.json").read_text())
+    assert state["counts"]["tasks"]["window"] * 5 + state["counts"]["tasks"]["taken"] == 9
+    assert any(name.startswith("data openai/gsm8k") for name in state["revisions"])

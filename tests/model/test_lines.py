@@ -157,3 +157,15 @@ def test_a_model_that_counts_its_tokens_is_found_out(zoo) -> None:
     policy.split = (lambda tokens, cache=None: body(tokens, cache=cache) * (tokens.shape[1] + 1.0)), head
     assert not policy.packs
     assert "depends on more than positions and masks" in policy.slow[0]
+
+
+@pytest.mark.parametrize("kind", ["tied", "gemma3_text"])
+def test_a_row_alone_in_its_line_is_a_whole_sequence(zoo, kind: str) -> None:
+    """Also where layers see a window: no mask of a line's own has it then."""
+    policy = policy_of(zoo(kind))
+    laid, starts = laid_out(ROWS, len(ROWS) + 1, 18, alone=True)
+    whole, entropies = policy.group_logprobs(PROMPTS, LENGTHS, INDEX, COMPLETIONS)
+    found, also = policy.line_logprobs(laid, mx.array(starts), 7)
+    for row, end in enumerate(ENDS):
+        assert mx.allclose(found[row, :end], whole[row, :end], atol=1e-5)
+        assert mx.allclose(also[row, :end], entropies[row, :end], atol=1e-5)

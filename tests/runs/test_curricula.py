@@ -74,6 +74,16 @@ def test_groups_that_dynamic_sampling_replaces_are_observed(recipe) -> None:
     assert sum(metrics.values[f"curriculum/drawn/{pool}"] for pool in ("hard", "normal", "easy", "unseen")) == 1
 
 
+@pytest.mark.parametrize("where", ["data", "data.sources.0"])
+def test_a_run_without_a_task_to_begin_with_is_refused_by_its_rehearsal(recipe, run_cli, where: str) -> None:
+    """And so before the first evaluation, not at the first step."""
+    sources = "data={sources: [{source: train.jsonl, prompt: '{question}'}]}" if "sources" in where else "optim.steps=2"
+    ran = run_cli("train", recipe, "--dry-run", sources, f"{where}.curriculum={{unseen: 0}}")
+    assert ran.code == 2
+    assert "no task is left to draw: all pools that have tasks (4 unseen) have the weight 0" in ran.err
+    assert "all checks passed" not in ran.out
+
+
 def test_the_first_reward_says_what_is_solved_or_the_one_that_is_named(recipe) -> None:
     Path("two.py").write_text(
         "def one(completions, **columns):\n    return [1.0] * len(completions)\n"

@@ -13,10 +13,11 @@ from grpo.data.loading import load_rows
 from grpo.data.rates import SolveRates
 from grpo.errors import UserError
 from grpo.recipes import load_recipe
-from grpo.runs.drawing import rates_have_gone
+from grpo.runs.drawing import gone_rates
 from grpo.runs.prepare import prepare
 from grpo.runs.resume import find_start
 from grpo.runs.state import RunState
+from grpo.tools.replay import replay
 from grpo.training.state import TrainerState
 
 FILE = Path("rates.jsonl")
@@ -39,6 +40,9 @@ def test_a_file_that_only_began_the_curriculum_may_go(rated) -> None:
     FILE.unlink()
     run(rated, "output_dir=parts", *settings, resume=True)
     same_end(Path("whole"), Path("parts"))
+    assert "its completions are those that the run stored" in replay(Path("parts"), 3).notes
+    with pytest.raises(UserError, match=r"data\.solve_rates .*rates\.jsonl: No such file"):
+        replay(Path("whole"), 3)  # no checkpoint has the rates: one was written after step 4
     with pytest.raises(UserError, match=r"data\.solve_rates .*rates\.jsonl: No such file"):
         prepare(load_recipe(rated, settings))  # a run that begins needs it
 
@@ -76,5 +80,22 @@ def test_when_a_file_is_not_needed() -> None:
     pooled = DataConfig(source="rows", solve_rates="gone.jsonl", curriculum={})
     chosen = DataConfig(source="rows", solve_rates="gone.jsonl", solve_rate=(0, 1), curriculum={})
     there = DataConfig(source="rows", solve_rates=__file__, curriculum={})
-    assert rates_have_gone(pooled, learnt)
-    assert not any((rates_have_gone(pooled, stream), rates_have_gone(chosen, learnt), rates_have_gone(there, learnt)))
+    assert gone_rates(pooled, learnt) == ["data"]
+    assert gone_rates(pooled, stream) == gone_rates(chosen, learnt) == gone_rates(there, learnt) == []
+
+
+def test_the_file_of_one_of_several_sources_may_go_too(rated) -> None:
+    text = rated.read_text().replace(
+        'data: {source: train.jsonl, prompt: "{question}"}',
+        """data: {prompt: "{question}", sources: [
+  {source: train.jsonl, name: plain},
+  {source: train.jsonl, name: pooled, solve_rates: rates.jsonl, curriculum: {hard: 0.5, hard_threshold: 0.1}}]}""",
+    )
+    rated.write_text(text)
+    run(rated, "output_dir=whole", *STEPS)
+    run(rated, "output_dir=parts", *STEPS, change=stop_after(2))
+    FILE.unlink()
+    run(rated, "output_dir=parts", *STEPS, resume=True)
+    same_end(Path("whole"), Path("parts"))
+    with pytest.raises(UserError, match=r"solve_rates .*rates\.jsonl: No such file"):
+        prepare(load_recipe(rated))

@@ -15,8 +15,9 @@ from grpo.data.lengths import Lengths
 from grpo.data.loading import load_rows
 from grpo.errors import UserError
 from grpo.recipes import load_recipe
-from grpo.runs.prepare import Prepared, data_of, prepare
+from grpo.runs.prepare import Prepared, prepare
 from grpo.runs.resume import changes, context, context_now
+from grpo.runs.sections import data_of
 from grpo.tools.card import _recipe, short_name
 from grpo.tools.evaluate import EvalOptions
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,27 @@ def test_reset_is_tried_once_and_may_add_nothing_to_a_prompt(conversing: Path) -
     prepared.opened.close()
     (row,) = Path("rows").read_text().splitlines()
     assert row == str({"prompt": prepared.tasks[0].prompt, **prepared.tasks[0].columns})
+
+
+SOURCES = """{sources: [
+  {name: brief, source: train.jsonl, prompt: "{question}", system: Be brief., max_prompt_length: 90},
+  {name: plain, source: train.jsonl, prompt: "{question}", max_prompt_length: 300}]}"""
+
+
+def test_conversations_of_each_source_begin_with_its_system_message_and_limit(conversing: Path) -> None:  # noqa: F811
+    Path("train.jsonl").write_text(ROWS)
+    room = Path("room.py").read_text()
+    Path("room.py").write_text(room.replace('f" Begin with {self.sum}."', '"x" * 99'))
+    text = conversing.read_text().replace('{source: train.jsonl, prompt: "{question}"}', SOURCES)
+    conversing.write_text(text)
+    run = prepare(load_recipe(conversing, ["rollout.prompts_per_step=8"]))
+    with closing(run.opened):
+        groups = run.trainer.step(1).groups
+    begun = {group.task.source: group.rollouts[0].trajectory.conversation for group in groups}
+    assert [message["role"] for message in begun["plain"].prompt] == ["user"]
+    assert [message["role"] for message in begun["brief"].prompt] == ["system", "user"]
+    assert begun["plain"].failure is None
+    assert "90" in begun["brief"].failure.error
+    conversing.write_text(text.replace("max_prompt_length: 300", "chat_template_kwargs: {a: 1}"))
+    with pytest.raises(UserError, match=r"'brief' and 'plain' differ in chat_template_kwargs, and all conversations"):
+        prepare(load_recipe(conversing, []))

@@ -7,8 +7,8 @@ from huggingface_hub import constants
 
 from grpo.backend.hub import Repository, cached_commit
 from grpo.config import Recipe
-from grpo.runs.prepare import data_of
 from grpo.runs.revisions import revisions_of, with_revisions
+from grpo.runs.sections import data_of
 
 
 def config(data: dict, held_out: dict | None) -> Recipe:

@@ -134,6 +134,17 @@ def test_a_recipe_says_where_a_mistake_is(graded: Path) -> None:
     assert [reward.use for reward in cfg.rewards] == [f"model:{graded.parent / 'judge'}", "model:org/name"]
 
 
+def test_a_curriculum_needs_to_know_which_score_of_a_reward_model_is_solved(graded: Path) -> None:
+    model = "rewards=[{use: 'model:judge', name: liked}, {use: length, weight: 0}]"
+    with pytest.raises(UserError, match=r"data.curriculum: a solve rate is score / best, and the scores of model:"):
+        load_recipe(graded, [model, "data.curriculum={}"])
+    with pytest.raises(UserError, match="numbers of any size"):
+        load_recipe(graded, [model, "data.curriculum={reward: liked}"])
+    for curriculum in ("{best: 4}", "{reward: length}"):
+        load_recipe(graded, [model, f"data.curriculum={curriculum}"])
+    load_recipe(graded, [model.replace("name: liked", "kwargs: {sigmoid: true}"), "data.curriculum={}"])
+
+
 @pytest.mark.slow
 def test_a_run_keeps_to_the_commit_of_its_reward_model(hub: Hub, qwen3_folder: Path, tmp_path: Path) -> None:
     """Another model that is pushed meanwhile is not what a resumed run is graded by."""

@@ -13,9 +13,10 @@ from mlx.utils import tree_flatten
 
 from grpo.config import ModelConfig
 from grpo.errors import UserError
-from grpo.model.adapters import TEACHER
+from grpo.model.adapters import TEACHER, NoAdapters
 from grpo.model.load import load
 from grpo.model.mlxlm import new_model
+from grpo.model.policy import Policy
 from grpo.recipes import load_recipe
 from grpo.runs.prepare import Prepared, prepare
 
@@ -52,7 +53,7 @@ def test_a_run_without_rewards_learns_from_an_adapter(taught: Path, kl: str) -> 
     assert TEACHER in run.trainer.policy.adapters.names
     steps = [run.trainer.step(n).values for n in range(1, 7)]
     assert all("teacher/kl" in values and values["updates_without_signal"] == 0 for values in steps)
-    assert "reward" not in steps[0]
+    assert not {"reward", "reward_std", "frac_reward_zero_std", "solved_all", "solved_none", "mixed"} & set(steps[0])
     if kl != "sampled":
         assert steps[-1]["teacher/kl"] < 0.7 * steps[0]["teacher/kl"]
     run.opened.close()
@@ -68,6 +69,28 @@ def test_a_second_model_is_in_the_plan(taught: Path, toy_folder: Path) -> None:
     values = run.trainer.step(1).values
     assert values["teacher/kl"] == pytest.approx(0, abs=1e-5)  # it is the policy's own base
     assert "reward" in values
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_lines_that_the_teacher_cannot_read_are_not_made(
+    taught: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch, reads: bool
+) -> None:
+    """On a GPU: a batch that is made for lines has a row as wide as a line for each completion that could stand in it,
+    which is many times as much to read in rows."""
+
+    def can_pack(policy: Policy) -> bool:
+        if not reads and isinstance(policy.adapters, NoAdapters):
+            policy.slow.append("each completion trains in a row of its own, not behind others: it is told why")
+            return False
+        return True
+
+    monkeypatch.setattr("grpo.runs.prepare.on_gpu", lambda: True)
+    monkeypatch.setattr(Policy, "_can_pack", can_pack)
+    run = prepared(taught, f"teacher.model={toy_folder}")
+    assert run.trainer.cfg.optim.pack_completions == reads
+    assert any(note.startswith("teacher: ") and note.endswith("it is told why") for note in run.notes) != reads
+    assert not any("backward" in note for note in run.notes if note.startswith("teacher: "))
+    run.opened.close()
 
 
 def test_a_model_with_another_tokenizer_is_refused(taught: Path, toy_folder: Path, tmp_path: Path) -> None:
@@ -88,8 +111,9 @@ def test_an_adapter_that_does_not_fit_is_refused(taught: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("teacher={}",), "name either teacher.model"),
-        (("teacher={model: m, adapter: a}",), "name either teacher.model"),
+        (("teacher={}",), ": teacher.model is missing: name a second model, or by teacher.adapter"),
+        (("teacher={model: m, adapter: a}",), ": teacher.model and teacher.adapter are two teachers: leave out one"),
+        (("teacher=FOLDER",), 'got "FOLDER". Write {model: NAME} or {adapter: FOLDER}'),
         (("teacher={adapter: a, top_k: 3}",), "teacher.top_k does nothing with teacher.kl: sampled"),
         (("teacher={adapter: a}", "rollout.dynamic_sampling=2"), "rollout.dynamic_sampling replaces groups whose rew"),
         (

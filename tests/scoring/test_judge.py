@@ -12,6 +12,7 @@ from grpo.errors import UserError
 from grpo.model.load import load
 from grpo.plugins import find_reward, locate_reward, source_file
 from grpo.recipes import with_settings
+from grpo.scoring.judge import Judged
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout, Task, Trajectory
 
@@ -88,13 +89,15 @@ def test_what_is_too_long_fails_alone(make_policy) -> None:
 
 def test_a_system_message_and_the_template_s_arguments_are_given(make_policy) -> None:
     toy = make_policy(trained=False)
-    scores = []
-    for kwargs in ({}, {"system": "You are strict."}):
+    template = "{{ tone }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    toy.tokenizer._tokenizer.chat_template = template
+    scores = set()
+    for kwargs in ({}, {"system": "You are strict."}, {"chat_template_kwargs": {"tone": "Well, "}}):
         scorer = Scorer.of([config(**kwargs)])
         scorer.judges[0].bind(toy.policy, toy.tokenizer)
         (scored,) = scorer.score([group("2")])
-        scores.append(scored.rollouts[0].scores["judge"])
-    assert scores[0] != scores[1]
+        scores.add(round(scored.rollouts[0].scores["judge"], 5))
+    assert len(scores) == 3
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,9 @@ def test_a_system_message_and_the_template_s_arguments_are_given(make_policy) ->
         ({"prompt": "{completion} {"}, "kwargs.prompt is no template"),
         ({"prompt": "{completion} {0}"}, r"kwargs.prompt holds names alone, \{like_this\}, and \{0\} is none"),
         ({"labels": {"Yes": 1.0}}, "kwargs.labels: .*at least 2"),
+        ({"labels": ["Yes", "No"]}, "kwargs.labels: expected keys and values, got"),
         ({"labels": {"Yes": "much", "No": 0}}, "kwargs.labels.Yes: expected a valid number"),
+        ({"labels": {True: 1, False: 0}}, "labels has false: YAML reads Yes, No"),
         ({"label": {}}, "kwargs.label: there is no such argument. Did you mean 'labels'"),
         ({"temperature": 1}, "A judge takes prompt, system, labels"),
     ],
@@ -122,6 +127,13 @@ def test_labels_must_differ_where_they_are_read(make_policy) -> None:
         (judge,) = Scorer.of([config(labels=labels)]).judges
         with pytest.raises(UserError, match="labels must differ there"):
             judge.bind(toy.policy, toy.tokenizer)
+
+
+def test_its_metric_is_not_the_run_s_own() -> None:
+    """Or each completion would fail, once the run is under way."""
+    with pytest.raises(UserError, match=r"reward 'time': a judge tells the metric time/label_mass, .* another name"):
+        Judged(RewardConfig(use="judge", name="time"))
+    assert Judged(RewardConfig(use="judge", name="time_told")).judge.name == "time_told"
 
 
 def test_outside_of_a_run_there_is_no_judge(run_cli) -> None:

@@ -16,6 +16,10 @@ def test_a_run_that_learns_from_a_teacher_alone(recipe: Path, run_cli) -> None:
     assert "rewards: none" in flat
     assert "top 5 KL × 0.5" in flat
     assert flat.count("teacher kl ") == 2
+    assert "reward none" not in flat
+    again = run_cli("replay", "taught", "--step", "2")
+    assert again.code == 0, again.err
+    assert "teacher/kl " in again.out
     assert run_cli("report", "taught", "--to", "taught.html").code == 0
     page = Path("taught.html").read_text()
     assert "KL to the teacher" in page

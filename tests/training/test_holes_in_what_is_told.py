@@ -209,7 +209,7 @@ def test_a_replay_tells_ratios_of_trained_tokens(recipe, tmp_path: Path) -> None
     trainer.engine.rollout = lambda *args, **_: holed(rollout(*args), math.nan)
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / RECIPE).write_text(recipe.read_text())
-    replay = _made(trainer, tmp_path / "made", 1)
+    replay = _made(trainer, tmp_path / "made", 1, None)
     trainer.scorer.close()
     for (_, r), ratios, tokens in zip(rows(list(replay.metrics.groups)), replay.ratios, replay.tokens, strict=True):
         ids = r.trajectory.token_ids

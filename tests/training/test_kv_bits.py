@@ -40,7 +40,7 @@ def test_it_wants_a_correction(recipe: Path, bits: int) -> None:
 def test_an_evaluation_wants_none(recipe: Path, toy_folder: Path, target: str, monkeypatch) -> None:
     """Nothing is trained, so no token has to be weighed."""
     bits = []
-    monkeypatch.setattr(evaluate, "prepare", lambda cfg: bits.append(prepare(cfg)) or bits[-1])
+    monkeypatch.setattr(evaluate, "prepare", lambda cfg, **given: bits.append(prepare(cfg, **given)) or bits[-1])
     asked = EvalOptions(data="train.jsonl", prompt="{question}", reward="digits.py:reward", samples=1, prompts=2)
     found = measure(str({"recipe": recipe, "model": toy_folder}[target]), asked, ["rollout.kv_bits=4"])
     assert set(found.before.values) >= {"greedy", "avg@1"}

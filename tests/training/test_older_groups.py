@@ -249,7 +249,10 @@ def test_a_group_without_a_number_for_every_token_is_not_kept() -> None:
     ("settings", "said"),
     [
         ({"loss": {"type": "rloo"}}, "rollout.reuse: loss.type rloo has no ratio"),
-        ({"advantage": {"baseline": "gdpo"}}, "rollout.reuse: with the gdpo baseline uniform groups teach too"),
+        (
+            {"advantage": {"baseline": "gdpo"}},
+            "With advantage.baseline: gdpo they teach as the others do: leave it out",
+        ),
         ({"loss": {"beta": 0.1, "kl_in": "reward"}}, "rollout.reuse: loss.kl_in: reward would take off"),
     ],
 )

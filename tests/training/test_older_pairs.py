@@ -7,11 +7,16 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import pytest
+from training.sections import make_minibatches, with_advantages
 from training.test_older_groups import EQUAL, VARIED, lags, trainer_of
+from training.test_update import groups
+from training.test_update import recipe as sections
 
 from grpo.model.adapters import REFERENCE
 from grpo.presets import PRESETS
+from grpo.rollout import with_policy_step
 from grpo.training.batches import forced
+from grpo.training.older import lagging
 from grpo.training.trainer import Trainer
 from grpo.types import Batch
 
@@ -174,3 +179,15 @@ def test_an_older_group_has_the_logprobs_of_its_sampler_in_every_update(recipe, 
     assert lags(trainer.step(2))[:2] == [0, 1]
     assert len(compared) == 4 * 2  # two columns, or two updates
     assert all(compared)
+
+
+@pytest.mark.parametrize("name", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_older_rows_count_in_every_denominator(make_policy, name: str) -> None:
+    """As fresh ones do, so a step's weights do not depend on how many of its groups were replayed."""
+    policy, cfg = make_policy().policy, sections(loss={"type": name}, optim={"micro_batch_tokens": 32})
+    fresh = with_advantages(groups(policy), cfg)
+    older = [lagging(with_policy_step([group], 0)[0], 1 + place) for place, group in enumerate(fresh)]
+    made = [make_minibatches(some, cfg)[0] for some in (fresh, older)]
+    for one, other in zip(*made, strict=True):
+        assert mx.array_equal(one.weights, other.weights)
+    assert sum(stale_rows(batch).sum().item() for batch in made[1]) > 0

@@ -176,16 +176,12 @@ def test_tokens_of_an_environment_teach_nothing(policy, kl: str) -> None:
 
 
 @pytest.mark.parametrize("kl", FORMS)
-@pytest.mark.parametrize("packs", [True, False])
-def test_completions_behind_one_another(policy, kl: str, packs: bool, in_lines) -> None:  # noqa: F811
-    """A teacher that reads each completion in a row of its own says the same."""
+def test_completions_behind_one_another(policy, kl: str, in_lines) -> None:  # noqa: F811
     cfg = recipe(kl)
     teacher, made = teacher_of(cfg, policy, True), scored(policy, cfg)
     alone = gradient(policy, cfg, teacher, made)
     in_lines()
-    assert teacher.second is not None
-    if not packs:
-        teacher.second._lines = False
+    assert teacher.packs
     batches = enriched(policy, cfg, teacher, made)
     assert all(batch.lines is not None for of_one in batches for batch in of_one)
     assert difference(alone.arrays, gradient(policy, cfg, teacher, made).arrays) < 1e-6

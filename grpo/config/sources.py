@@ -1,0 +1,152 @@
+"""One entry of `data.sources`: some of a run's tasks, and how often they are drawn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from grpo.config.curriculum import CurriculumConfig
+from grpo.config.section import Above0, Fraction, Name, Positive, Section, Tokens
+
+if TYPE_CHECKING:
+    from grpo.config.data import DataConfig
+
+TAKEN = ("data", "eval")
+"""Names that no source may have: tasks of the only source, and held-out tasks, go by them."""
+
+
+def _fits(name: str) -> bool:
+    """Whether metrics can go by this name of a source."""
+    return name not in TAKEN and bool(name.strip()) and name.isprintable() and not set("/\\") & set(name)
+
+
+def _source_name(name: str) -> str:
+    if not _fits(name):
+        raise PydanticCustomError(
+            "not_a_source_name",
+            "expected a name in one line, without slashes, other than {taken}",
+            {"taken": " and ".join(TAKEN)},
+        )
+    return name
+
+
+class SourceConfig(Section):
+    name: Annotated[str, AfterValidator(_source_name)] | None = None
+    """What its metrics go by, `sources/<name>/reward`. Default: the last part of `source` or `use`, without an
+    ending."""
+    ratio: Above0 = 1.0
+    """How often its tasks are drawn, compared with those of the other sources: each task is drawn from this source with
+    the chance ratio / sum of all ratios."""
+    rewards: tuple[str, ...] | None = None
+    """The names of the recipe's `rewards` that score its completions. The others are not called for them and give no
+    score. Default: all of them."""
+    environment: Name | None = None
+    """Which of the recipe's `environments` its tasks begin, in the place of its column `environment`. Default:
+    `data.environment`."""
+    source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """Where its rows come from, in all forms of `data.source`."""
+    use: str | None = None
+    """Instead of `source`: a function that returns its rows, as `data.use`."""
+    kwargs: dict[str, Any] = {}
+    """Arguments for the function in `use`."""
+    config: str | None = None
+    """Configuration of a Hub dataset. Default: its only one, or `main` where there are several."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset."""
+    split: str | None = None
+    """Split to train on. Default: `data.split`."""
+    shuffle: bool | None = None
+    """Whether its rows come in a new order each epoch. Default: `data.shuffle`."""
+    streaming: bool | None = None
+    """Read its rows as they are needed. Default: `data.streaming`."""
+    window: Positive | None = None
+    """With `streaming`, the rows of it that are held at once. Default: `data.window`."""
+    columns: dict[str, str] | None = None
+    """Names for its columns, in the place of `data.columns`. Default: `data.columns`."""
+    prompt: str | None = None
+    """A column or a template of its own. Default: `data.prompt`."""
+    continue_final_message: bool | None = None
+    """Whether its chat prompts may end with a message of the assistant. Default: `data.continue_final_message`."""
+    system: str | None = None
+    """A system message of its own. Default: `data.system`. Where sources differ in it, rewards see text prompts with a
+    system message as messages."""
+    chat_template: Literal["auto", "always", "never"] | None = None
+    """Whether its text prompts go through the chat template. Default: `data.chat_template`."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Handed to the chat template, in the place of `data.chat_template_kwargs`. Default: those."""
+    max_prompt_length: Tokens | None = None
+    """In tokens. Longer prompts are dropped and counted. Default: `data.max_prompt_length`."""
+    solve_rates: Name | None = None
+    """A file that `grpo eval --solve-rates` wrote for its rows."""
+    solve_rate: tuple[Fraction, Fraction] | None = None
+    """Keep the tasks whose rate in `solve_rates` is between these two, both included."""
+    curriculum: CurriculumConfig | None = None
+    """Draw its tasks by how often they were solved. Default: `data.curriculum`."""
+    sampler: str | None = None
+    """A class of yours that chooses its tasks, as `data.sampler`. Default: none."""
+
+    @property
+    def called(self) -> str:
+        """Its name: `name`, or what `source` or `use` is called without folders and ending."""
+        if self.name is not None:
+            return self.name
+        origin = self.source[0] if isinstance(self.source, tuple) else self.source or self.use or ""
+        file, _, function = origin.partition(":")
+        parts = [part for part in (function or file).split("/") if part and not set("*?[") & set(part)]
+        return re.sub(r"\.(jsonl?|csv|parquet|py)$", "", parts[-1]) if parts else origin
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it says of its rows and prompts, by the settings of `data`."""
+        given = {name: getattr(self, name) for name in self.changed - OF_A_SOURCE}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def among(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of `data` that its rows and prompts have, where these are `shared` by all sources: its own come
+        first, and a window is for those that have a use for it."""
+        given = {**shared, **self.settings}
+        if not (given.get("streaming") and given.get("shuffle", True)) and "window" not in self.settings:
+            given.pop("window", None)
+        return given
+
+
+OF_A_SOURCE = frozenset({"name", "ratio", "rewards"})
+"""Settings that only one of several sources has."""
+OF_ONE = frozenset({"source", "use", "kwargs", "config", "revision", "solve_rates", "solve_rate", "sampler"})
+"""Settings that say where the rows of one source come from, or which of them are taken."""
+
+
+def check_sources(cfg: DataConfig) -> None:
+    """Raise ValueError for several sources whose settings do not go together, or not with those of `data`."""
+    if beside := sorted(cfg.changed & OF_ONE):
+        raise ValueError(
+            f"data.{beside[0]} does nothing beside data.sources, where each source has its own: leave out one of them"
+        )
+    for place, source in enumerate(cfg.sources):
+        if source.called in (called := [one.called for one in cfg.sources[:place]]):
+            raise ValueError(
+                f"data.sources.{place} is called {source.called!r}, as data.sources.{called.index(source.called)} is; "
+                "metrics need one name each: give one a name of its own (name: ...)"
+            )
+        if not _fits(source.called):
+            raise ValueError(f"data.sources.{place} would be called {source.called!r}: give it a name (name: ...)")
+        try:
+            cfg.part(source)
+        except ValidationError as error:
+            raise ValueError(_of_source(error.errors()[0]["msg"], place, cfg.changed - source.changed)) from None
+    if "window" in cfg.changed and not any("window" in part.changed for part in cfg.parts.values()):
+        raise ValueError("data.window does nothing: it is for sources with streaming whose rows are shuffled")
+
+
+def _of_source(said: str, place: int, shared: Collection[str]) -> str:
+    """What is wrong with a source, with the places of its settings: those that are `shared` stand in `data`."""
+
+    def setting(found: re.Match[str]) -> str:
+        return found[0] if found[1] in shared else f"data.sources.{place}.{found[1]}"
+
+    said = re.sub(r"\bdata\.(\w+)", setting, said.removeprefix("Value error, "))
+    return said if f"data.sources.{place}" in said else f"{said} (data.sources.{place})"

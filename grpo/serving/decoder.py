@@ -17,6 +17,7 @@ from grpo.backend.device import out_of_memory
 from grpo.backend.hub import one_line
 from grpo.errors import UserError
 from grpo.generation.engine import Engine
+from grpo.generation.events import Events
 from grpo.generation.generator import Generator
 from grpo.generation.rows import Row, Submission
 from grpo.serving.asks import Ask, Piece, Ticket, Told
@@ -115,8 +116,7 @@ class DecodingLoop:
             self._admit(engine, name, began)
             if not engine.busy:
                 return
-            engine.step()
-            self._tell()
+            self._tell(engine.step())
             self._take_in()
 
     def _admit(self, engine: Engine, name: str, began: float) -> None:
@@ -146,9 +146,11 @@ class DecodingLoop:
         late = time.monotonic() - self._patience
         return began < late and any(queue[0].arrived < late for other, queue in self._waiting.items() if other != name)
 
-    def _tell(self) -> None:
+    def _tell(self, events: Events) -> None:
         """Tell what the rows have come to."""
-        for ticket in dict.fromkeys(self._live.values()):
+        rows = [row for row in events.rows if row in self._live]
+        heard = [self._live[row] for row in rows if row in events.ended or self._live[row].ask.gradually]
+        for ticket in dict.fromkeys(heard):
             pieces = [piece for row in list(ticket.rows) if (piece := self._piece(ticket, row)) is not None]
             if not ticket.rows:
                 ticket.over = True

@@ -85,7 +85,7 @@ def test_who_goes_away_gives_the_slot_back(toy_folder: Path, stream: bool) -> No
             await client.task
             await others_are_served(service, app)
 
-    asyncio.run(play())
+    asyncio.run(asyncio.wait_for(play(), 60))
 
 
 def test_who_goes_away_while_sending_leaves_nothing(toy_folder: Path) -> None:
@@ -97,7 +97,7 @@ def test_who_goes_away_while_sending_leaves_nothing(toy_folder: Path) -> None:
             await client.task
             await others_are_served(service, app)
 
-    asyncio.run(play())
+    asyncio.run(asyncio.wait_for(play(), 60))
 
 
 def test_who_sends_slowly_or_reads_slowly_is_given_up(toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_who_sends_slowly_or_reads_slowly_is_given_up(toy_folder: Path, monkeypa
             await reader.task
             await others_are_served(service, app)
 
-    asyncio.run(play())
+    asyncio.run(asyncio.wait_for(play(), 60))
 
 
 def test_a_stream_that_takes_too_long_ends_with_an_error(toy_folder: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(toy_folder: Path) -> No
             assert json.loads(last.removeprefix("data: "))["error"]["type"] == "timeout_error"
             await others_are_served(service, app)
 
-    asyncio.run(play())
+    asyncio.run(asyncio.wait_for(play(), 60))
 
 
 VALUES: list[Any] = [None, True, -1, 0, 1, 1e308, 10**30, "", "x", "\0", "x" * 10_000, [], [[]], [None], {}, {"a": 1}]

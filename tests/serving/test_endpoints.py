@@ -181,6 +181,17 @@ def test_defaults_are_the_servers_and_a_request_can_change_each(toy_folder: Path
             assert choice["token_ids"] == list(trainer(prompt, sampling, 1, 4)[0].token_ids)
 
 
+def test_greedy_answers_are_the_models_own(toy_folder: Path, trainer: Any) -> None:
+    prompt = [5, 6, 7]
+    own, other = (trainer(prompt, Sampling(0.0, 12, repetition_penalty=p), 1, 0)[0].token_ids for p in (1.0, 5.0))
+    assert own != other
+    with served(toy_folder, defaults=Sampling(1.0, 12, repetition_penalty=5.0)) as client:
+        for settings, expected in (({}, own), ({"repetition_penalty": 5.0}, other)):
+            body = {"prompt": prompt, "temperature": 0, "return_token_ids": True, **settings}
+            (choice,) = client.post("/v1/completions", json=body).json()["choices"]
+            assert choice["token_ids"] == list(expected)
+
+
 def test_an_answer_ends_where_the_context_does(client: Any) -> None:
     prompt = [5] * 505
     found = client.post("/v1/completions", json={"prompt": prompt}).json()

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from saying import answers, put_together
 
+from grpo.serving.speaker import Speaker
+
 QUESTION = [{"role": "user", "content": "Sun in Paris?"}]
 PARIS = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 CALLS = {
@@ -94,6 +96,18 @@ def test_a_token_that_ends_the_turn_is_no_part_of_it() -> None:
         assert choice["token_ids"][-1] == token
         assert (choice["message"]["content"], choice["finish_reason"]) == ("Yes", "stop")
         assert put_together(events)["content"] == "Yes"
+
+
+def test_a_tool_is_shown_in_the_order_of_its_keys() -> None:
+    tokenizer = tokenizer_of("qwen2.5")
+    speaker = Speaker(tokenizer, 10_000, None)
+    function = TOOLS[1]["function"]
+    turned = [{"type": "function", "function": dict(reversed(function.items()))}]
+    texts = []
+    for tools in ([TOOLS[1]], turned):
+        prompt = speaker.prompt_of(speaker.voice(tools, None), QUESTION)
+        texts.append(tokenizer.decode(list(prompt)))
+    assert [text.index('"name"') < text.index('"description"') for text in texts] == [True, False]
 
 
 def test_template_settings_reach_the_template() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def test_a_run_is_served_by_its_name_and_its_steps(run: Path, toy_folder: Path) 
     ]
     assert [models.find(name) for name in ("toy@3", "toy@", "other", "")] == [None] * 4
     assert models.folder("base") is None
+    shutil.copytree(run / "checkpoints/step-000001", run / "checkpoints/step-000000")
+    assert models.names()[-2:] == ["toy@1", "toy@0"]
     folders = [models.folder(name) for name in ("toy@2", "toy@1")]
     assert folders == [Path(f"runs/toy/checkpoints/step-00000{step}").resolve() for step in (2, 1)]
     (run / "checkpoints/step-000001/adapters.safetensors").write_bytes(b"damaged")
@@ -94,6 +97,7 @@ def test_a_model_has_one_name_and_an_adapter_of_its_own_has_its_folders(run: Pat
     models = served_models(find_answering(name, None, base=False))
     assert models.names() == ["base", name]
     assert models.find("base") == name
+    assert _Loading(find_answering(name, None, base=False), models, Serving()).defaults == Sampling(1.0, 512)
     assert models.folder(name) is None
     kept = Path("kept")
     (run / "checkpoints/step-000002").rename(kept)

@@ -42,7 +42,7 @@ def application(service: Service, guard: Guard) -> Any:
         return JSONResponse(service.model(request.path_params["name"]))
 
     async def health(_: Request) -> Any:
-        return JSONResponse({"status": "ok"})
+        return JSONResponse(service.health())
 
     async def chat(request: Request) -> Any:
         return await _openai(service, request, ChatRequest, service.chat)

@@ -26,6 +26,7 @@ from grpo.serving.shelf import Shelf
 
 log = logging.getLogger("grpo")
 
+ENDED = Refusal(503, "the server is shutting down", "shutting_down")
 PATIENCE = 1.0
 """Seconds after which requests for another adapter keep those for the present one from entering."""
 
@@ -43,12 +44,16 @@ class DecodingLoop:
         self._live: dict[Row, Ticket] = {}
         self._engine: Engine | None = None
         self._closed = False
+        self.ended = False
+        """Whether nothing is decoded any more: all requests are refused."""
         self._entered = 0.0  # the moment at which the last request entered
 
     def submit(self, ask: Ask, tell: Callable[[Told], object]) -> Ticket:
         """Have a request answered. `tell` is called in the decoding thread, and must return at once."""
         ticket = Ticket(ask, tell)
         self._inbox.put(lambda: self._enqueue(ticket))
+        if self.ended:  # nobody may look into the inbox any more
+            tell(ENDED)
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -61,12 +66,16 @@ class DecodingLoop:
 
     def run(self) -> None:
         """Answer requests until `close`."""
-        while not self._closed:
-            self._take_in(wait=not self._waiting)
-            if self._waiting and not self._closed:
-                self._serve(min(self._waiting, key=lambda name: self._waiting[name][0].arrived))
-        for ticket in [*self._live.values(), *(one for queue in self._waiting.values() for one in queue)]:
-            self._refuse(ticket, Refusal(503, "the server is shutting down", "shutting_down"))
+        try:
+            while not self._closed:
+                self._take_in(wait=not self._waiting)
+                if self._waiting and not self._closed:
+                    self._serve(min(self._waiting, key=lambda name: self._waiting[name][0].arrived))
+        finally:
+            self.ended = True
+            self._take_in()
+            for ticket in [*self._live.values(), *(one for queue in self._waiting.values() for one in queue)]:
+                self._refuse(ticket, ENDED)
 
     def _take_in(self, wait: bool = False) -> None:
         """Do what other threads have asked for; `wait` for something if there is nothing."""

@@ -17,7 +17,7 @@ from grpo.generation.sampling import Sampling
 from grpo.serving.answers import AnswerForm, AnswerHead, ChatForm, CompletionForm, Json, tokens_answer
 from grpo.serving.asks import Ask, Piece
 from grpo.serving.choices import Completed, Reader
-from grpo.serving.decoder import DecodingLoop
+from grpo.serving.decoder import ENDED, DecodingLoop
 from grpo.serving.exchange import Exchange, Turnstile
 from grpo.serving.refusals import Refusal, wrong
 from grpo.serving.shelf import Models
@@ -72,6 +72,12 @@ class Service:
     def close(self) -> None:
         """End its own thread."""
         self._encoding.shutdown(wait=False, cancel_futures=True)
+
+    def health(self) -> Json:
+        """Raises Refusal where nothing can be answered."""
+        if self._decoder.ended:
+            raise ENDED
+        return {"status": "ok"}
 
     def models(self) -> Json:
         """`/v1/models`."""

@@ -30,6 +30,14 @@ SAID = ("content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 """What templates are told of a message, besides its role. Clients send back more than that."""
 
 
+_OWN = {
+    *("chat_template", "conversation", "messages", "tools", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "sanitize_control_tokens"),
+}
+"""Arguments of `apply_chat_template` that decide what it returns, and of what."""
+
+
 @dataclass(frozen=True, slots=True)
 class Voice:
     """How a model's turns are read: its chat with the tools, its marks of thinking, whether calls are looked for, and
@@ -62,6 +70,8 @@ class Speaker:
         """How a conversation with these tools is written and read. Raises Refusal where it cannot be."""
         if not self.tokenizer.has_chat_template:
             raise wrong("messages", "the model has no chat template; use /v1/completions", "no_chat_template")
+        if taken := sorted(_OWN & set(kwargs or ())):
+            raise wrong(f"chat_template_kwargs.{taken[0]}", "this is not for the template to know: leave it out")
         settings = {**self._kwargs, **(kwargs or {})}
         key = json.dumps([tools, settings])  # in their order, which templates show
         if key not in self._voices:

@@ -215,6 +215,9 @@ def test_closing_refuses_what_is_under_way(toy_folder: Path) -> None:
     while not told.queue.empty():
         last = told.queue.get()
     assert (last.status, last.code) == (503, "shutting_down")
+    late = Told()
+    decoder.submit(ASK, late)
+    assert (late.queue.get(timeout=60).code, decoder.ended) == ("shutting_down", True)
 
 
 def test_what_cannot_be_made_is_raised_where_it_was_begun() -> None:

@@ -61,6 +61,8 @@ def client(toy_folder: Path) -> Iterator[Any]:
         (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0", "not forced"),
         (CHAT, {"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         (CHAT, {"chat_template_kwargs": 3}, "chat_template_kwargs", ""),
+        (CHAT, {"chat_template_kwargs": {"return_dict": True}}, "chat_template_kwargs.return_dict", "leave it out"),
+        (CHAT, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs.chat_template", ""),
         (COMPLETIONS, {"messages": None}, "messages", ""),
         (COMPLETIONS, {"messages": ..., "prompt": []}, "prompt", ""),
         (COMPLETIONS, {"messages": ..., "prompt": ""}, "prompt", "no tokens"),
@@ -83,7 +85,19 @@ def test_a_mistake_is_named(client: Any, path: str, changes: dict[str, Any], par
     assert said in error["message"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b'{"messages": [' + b"[" * 5000, b"\xff\xfe", b'{"n": NaN}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b'{"messages": [' + b"[" * 5000,
+        b"\xff\xfe",
+        b'{"n": NaN}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    ],
+)
 def test_what_is_no_json_object_is_refused(client: Any, body: bytes) -> None:
     refused = client.post(CHAT, content=body, headers={"content-type": "application/json"})
     assert refused.status_code == 400

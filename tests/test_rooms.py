@@ -16,6 +16,7 @@ ROOMS = [
     "generation",
     "data",
     "environments",
+    "serving",
     "scoring",
     "objective",
     "rollout",

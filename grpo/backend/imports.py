@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
+from grpo.errors import UserError
+
 
 @contextmanager
 def unseen(name: str) -> Iterator[None]:
@@ -25,6 +27,18 @@ def unseen(name: str) -> Iterator[None]:
         yield
     finally:
         sys.modules.pop(name, None)
+
+
+@contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """A block with imports that need the extra `name` of this package. Raises UserError, which says that `what` needs
+    it, where it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "grpo":
+            raise
+        raise UserError(f"{what} needs {error.name}, which is not installed: pip install 'grpo-mlx[{name}]'") from None
 
 
 def alone(name: str) -> ModuleType:

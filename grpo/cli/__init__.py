@@ -11,7 +11,7 @@ from grpo.backend.device import out_of_memory
 from grpo.backend.hub import one_line
 from grpo.backend.secrets import mask_logs, masked, masked_traceback
 from grpo.benchmark import commands as benchmarks
-from grpo.cli import doctor, evaluate, export, generate, recipes, replay, report, rewards, runs, train
+from grpo.cli import doctor, evaluate, export, generate, recipes, replay, report, rewards, runs, serve, train
 from grpo.cli.commands import CommandGroup, TakesSettings
 from grpo.errors import RunError, UserError
 
@@ -30,6 +30,7 @@ app.command("report")(report.report)
 app.command("runs")(runs.runs)
 app.command("replay")(replay.replay)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(rewards.app, name="rewards")

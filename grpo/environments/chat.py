@@ -176,6 +176,11 @@ class Chat:
         return ids if takes else []
 
 
+def without_end(message: Message, end: str) -> Message:
+    """The model's message without the stop string that ended it: no text has that."""
+    return {**message, "content": message["content"].removesuffix(end)}
+
+
 def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
     own = {"id": call["id"]} if "id" in call else {}
     return {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}, **own}

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from grpo.environments.anew import Anew, joined
+from grpo.environments.chat import without_end
 from grpo.environments.failedcalls import as_result
 from grpo.environments.openings import with_added
 from grpo.environments.sampler import Sampler
@@ -145,7 +146,7 @@ class Play:
             reason = await self.sampler.turn(row, self._until)
             if not row.turn:  # time was up before its first token
                 return reason
-            message = _without(row.stopping.cut(row.token_ids), chat.parse(row.turn))
+            message = without_end(chat.parse(row.turn), row.stopping.cut(row.token_ids))
             self._say([message])
             self._turn_rewards.append(None)
             if reason != "stop" or not chat.can_follow("tool" if "tool_calls" in message else "user", row.turn):
@@ -271,11 +272,6 @@ class Play:
         if not keeps:
             self.leave()
         return replace(joined(self._earlier, trajectory_of(self._row, reason)), conversation=conversation)
-
-
-def _without(end: str, message: Message) -> Message:
-    """The model's message without the stop string that ended it: no text has that."""
-    return {**message, "content": message["content"].removesuffix(end)}
 
 
 def _messages_of(said: Any) -> list[Message]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from grpo.generation.sampling import Sampling
@@ -86,8 +86,7 @@ class Stopping:
 
     def sure(self, text: str) -> int:
         """How many characters of an unfinished completion's text do not begin a stop string."""
-        begun = (n for stop in self.sampling.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return len(text) - max(begun, default=0)
+        return sure(text, self.sampling.stop)
 
     def _stopped_by_text(self, token_ids: Sequence[int]) -> bool:
         if not self.sampling.stop or len(token_ids) < self._least:
@@ -101,6 +100,12 @@ class Stopping:
         least = len(self._decode(early)) if early else 0
         found = (text.find(stop, max(0, least - len(stop) + 1)) for stop in self.sampling.stop)
         return min((at for at in found if at >= 0), default=None)
+
+
+def sure(text: str, marks: Iterable[str]) -> int:
+    """How many characters of an unfinished text do not begin a mark."""
+    begun = (n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n]))
+    return len(text) - max(begun, default=0)
 
 
 def repeats(token_ids: Sequence[int], times: int, begin: int = 0) -> bool:

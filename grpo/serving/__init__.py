@@ -1,0 +1,1 @@
+"""A model and its adapters behind an OpenAI-compatible endpoint, decoded by the trainer's own generator."""

@@ -1,0 +1,63 @@
+"""Who may ask: by the key, and by the name under which the server was reached."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.serving.refusals import Refusal
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+OPEN = ("/health",)
+"""What needs no key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """`key`: what clients must send as `Authorization: Bearer KEY`; None for nothing. `hosts`: the names in the header
+    Host that are answered, None for all. On this machine alone, only its own names are: else any page in a browser
+    could let a name of its own mean 127.0.0.1, and read the answers (DNS rebinding)."""
+
+    key: str | None = None
+    hosts: tuple[str, ...] | None = LOOPBACK
+
+    def around(self, app: Any) -> Any:
+        """The ASGI application behind this guard."""
+
+        async def guarded(scope: Any, receive: Any, send: Any) -> None:
+            refusal = self.refusal(scope) if scope["type"] == "http" else None
+            if refusal is None:
+                await app(scope, receive, send)
+                return
+            body = json.dumps(refusal.body()).encode()
+            headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
+            told = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await send({"type": "http.response.start", "status": int(refusal.status), "headers": told})
+            await send({"type": "http.response.body", "body": body})
+
+        return guarded
+
+    def refusal(self, scope: Any) -> Refusal | None:
+        """Why a request is refused, if it is."""
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        host = _name_of(headers.get(b"host", b"").decode("latin-1"))
+        if self.hosts is not None and host not in self.hosts:
+            return Refusal(
+                403, f"this server answers to {', '.join(self.hosts)}, and not to {host!r:.100}", "unknown_host"
+            )
+        if self.key is None or scope["path"] in OPEN:
+            return None
+        kind, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.key.encode()):
+            return None
+        why = "the API key is another" if given else "an API key is needed: Authorization: Bearer KEY"
+        return Refusal(401, why, "invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def _name_of(host: str) -> str:
+    """A host without its port: `[::1]:8000` is `::1`."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower()

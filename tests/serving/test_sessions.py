@@ -97,7 +97,7 @@ def test_the_prompt_that_goes_on_reads_as_the_template_has_it(family: str) -> No
     said = {
         "qwen2.5": "It is so.<|im_end|>",
         "gpt-oss": "<|channel|>final<|message|>It is so.<|return|>",
-        "glm-4": "It is so.<|user|>",
+        "glm-4": "<think></think>It is so.<|user|>",
         "mistral": "It is so.</s>",
     }[family]
     answer = talk.ask(QUESTION, said)

@@ -61,6 +61,10 @@ def turns(client: Client, count: int = 3, most: int = 5) -> float:
     return 0.5
 
 
+def begins(whole: list[int], part: list[int]) -> bool:
+    return whole[: len(part)] == part
+
+
 def client_prompt(client: Client) -> list[int]:
     return [11, 12, 13, 14 + client.columns["place"]]
 
@@ -96,10 +100,9 @@ def test_turns_that_extend_are_one_row(office: Agency) -> None:
             one = rollout.trajectory
             assert one.begins == ()
             assert one.turns == 3
-            (client,) = [c for c in host.clients if c.answers[-1]["prompt_token_ids"] ==
-                         [*group.task.prompt_ids, *one.token_ids][: len(c.answers[-1]["prompt_token_ids"])]]  # fmt: skip
-            whole = [*client.answers[-1]["prompt_token_ids"], *client.answers[-1]["choices"][0]["token_ids"]]
-            assert [*group.task.prompt_ids, *one.token_ids] == whole
+            whole = [*group.task.prompt_ids, *one.token_ids]
+            (client,) = [c for c in host.clients if begins(whole, c.answers[-1]["prompt_token_ids"])]
+            assert whole == [*client.answers[-1]["prompt_token_ids"], *client.answers[-1]["choices"][0]["token_ids"]]
             untrained = [token for token, trained in zip(one.token_ids, one.trained, strict=True) if not trained]
             assert untrained == [20, 21, 21, 21]
             told = [t["logprob"] for a in client.answers for t in a["choices"][0]["logprobs"]["content"]]

@@ -84,7 +84,7 @@ class Frontend:
         service = Service(self.decoder, self._speaker, models, rules.sampling, limits, sessions_only=True)
         at = server.listening("127.0.0.1", 0)
         self._url = server.url_of(at).removesuffix("/v1")
-        self._server = server.made(application(service, Guard(self._key)), drain=0, connections=None)
+        self._server = server.made(application(service, Guard(self._key)), drain=1, connections=None)
         self._thread = Thread(target=self._server.run, args=([at],), name="agents' server", daemon=True)
         self._thread.start()
         until = time.monotonic() + START_SECONDS

@@ -41,21 +41,25 @@ class Client:
     answers: list[dict[str, Any]] = field(default_factory=list)
 
     def post(self, path: str, body: Mapping[str, Any], timeout: float = 20.0) -> tuple[int, Any]:
-        connection, url = self.begun(path, body, timeout)
-        with_answer = connection.getresponse()
-        told = with_answer.status, json.loads(with_answer.read())
+        connection = self.begun(path, body, timeout)
+        answer = connection.getresponse()
+        told = answer.status, json.loads(answer.read())
         connection.close()
-        assert url
         return told
 
-    def begun(self, path: str, body: Mapping[str, Any], timeout: float = 20.0) -> tuple[Any, str]:
+    def begun(self, path: str, body: Mapping[str, Any], timeout: float = 20.0) -> Any:
         """A request whose answer nobody has read yet."""
         at = urlsplit(self.base_url)
         connection = http.client.HTTPConnection(at.hostname or "", at.port, timeout=timeout)
         root = at.path.removesuffix("/v1")
         headers = {"Authorization": f"Bearer {self.api_key}", "Content-Type": "application/json"}
         connection.request("POST", root + path, json.dumps(body), headers)
-        return connection, root
+        return connection
+
+    def refused(self, ids: Sequence[int], **params: Any) -> tuple[int, str]:
+        """Status and code of what these tokens are refused with."""
+        status, told = self.post("/inference/v1/generate", {"token_ids": list(ids), "sampling_params": params})
+        return status, told["error"]["code"]
 
     def tokens(self, ids: Sequence[int], **params: Any) -> dict[str, Any]:
         """The answer to tokens."""

@@ -19,7 +19,7 @@ from grpo.generation.sampling import Sampling
 from grpo.generation.stopping import Stopping
 from grpo.serving.chaining import prompt_after
 from grpo.serving.refusals import wrong
-from grpo.serving.sessions import Said, SessionMemory, marks_of
+from grpo.serving.sessions import Answered, SessionMemory, marks_of
 from grpo.types import Message
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Voice:
 @dataclass(frozen=True, slots=True)
 class Spoken:
     """A prompt: its tokens and its messages; of a chat in a session the voice's settings, and what tells the messages
-    apart (`Said`)."""
+    apart (`Answered`)."""
 
     ids: tuple[int, ...]
     messages: tuple[Message, ...] = ()
@@ -125,7 +125,9 @@ class Speaker:
             given = [*said.messages, said.answer, *given[len(said.messages) + 1 :]]
         return Spoken(found, tuple(given), voice.settings, marks)
 
-    def _after(self, voice: Voice, said: Said, given: list[Message], session: SessionMemory) -> tuple[int, ...] | None:
+    def _after(
+        self, voice: Voice, said: Answered, given: list[Message], session: SessionMemory
+    ) -> tuple[int, ...] | None:
         keep = session.rules is not None and session.rules.keep_thinking
         try:
             return prompt_after(voice.chat, voice.template, voice.thinking, said, given, keep)

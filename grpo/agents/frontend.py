@@ -40,17 +40,12 @@ class Frontend:
         `seconds`: what ends rollouts are their own limits."""
         self.decoder = TrainingDecoder()
         self._speaker, self._model, self._seconds = speaker, model, seconds
+        speaker.refuses_long = False  # a rollout is to know of it
         self._key = secrets.token_urlsafe(24)
         self._service: Service | None = None
         self._server: Any = None
         self._thread: Thread | None = None
         self._url = ""
-
-    def check(self) -> None:
-        """Raise UserError where what serving needs is not installed."""
-        with extra("serve", "environment.agent"):
-            import starlette  # noqa: F401
-            import uvicorn  # noqa: F401
 
     def open(self, inbox: Inbox[Mail], rules: SessionRules) -> SessionDoor:
         """Begin a session, whose requests come to the inbox."""
@@ -75,10 +70,9 @@ class Frontend:
             self._server = self._thread = self._service = None
 
     def _start(self, rules: SessionRules) -> Service:
-        self.check()
-        from grpo.serving import server
-        from grpo.serving.app import application
-
+        with extra("serve", "environment.agent"):
+            from grpo.serving import server
+            from grpo.serving.app import application
         limits = ServingLimits(MOST_REQUESTS, self._seconds)
         models = PolicyModels(self._model)
         service = Service(self.decoder, self._speaker, models, rules.sampling, limits, sessions_only=True)

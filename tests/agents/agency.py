@@ -26,7 +26,7 @@ from grpo.rollout import RolloutEngine
 from grpo.serving.speaker import Speaker
 from grpo.types import Group, Task, Trajectory
 
-SAMPLING = Sampling(1.0, 24)
+SAMPLING, LONGEST = Sampling(1.0, 24), 64
 QUESTION = [{"role": "user", "content": "What is 3+3?"}]
 
 
@@ -138,7 +138,8 @@ class Agency:
         self.model, self.tokenizer = load(ModelConfig(name=str(folder)))
         self.generator = Generator(self.model, self.tokenizer, slots)
         vocabulary = self.generator.decoding.vocabulary
-        self.frontend = Frontend(Speaker(self.tokenizer, vocabulary, None), "toy")
+        self.speaker = Speaker(self.tokenizer, vocabulary, None)
+        self.frontend = Frontend(self.speaker, "toy")
         self.threads = ThreadPoolExecutor(32)
         self.prompt = tuple(self.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False))
 
@@ -155,12 +156,13 @@ class Agency:
         tasks: int = 1,
         sampling: Sampling = SAMPLING,
         limits: ConversationLimits = ConversationLimits(),  # noqa: B008
-        longest: int = 64,
+        longest: int = LONGEST,
         logprobs: bool = True,
         temperature: float | None = None,
     ) -> list[Group]:
         host = agent if isinstance(agent, AgentHost) else self.host(agent)
         environment = Agents(host, self.frontend, limits, 7, longest, sampling)  # type: ignore[arg-type]
+        self.speaker.longest = longest + sampling.max_tokens
         engine = RolloutEngine(self.generator, sampling, environment)
         at = sampling.temperature if temperature is None else temperature
         return engine.rollout(self.tasks(tasks), n, at, mx.random.key(3), logprobs)
@@ -188,4 +190,5 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
 
 
 def servers() -> int:
+    """The servers of this process's agents."""
     return sum(thread.name == "agents' server" for thread in threading.enumerate())

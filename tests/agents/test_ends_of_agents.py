@@ -140,13 +140,14 @@ def test_a_row_has_its_limit(office: Agency) -> None:
         told = client.tokens(PROMPT, max_tokens=4)
         long = after(told, *range(40, 59))
         refused.append(client.refused([*long, 20]))
+        refused.append(client.refused([*long, *range(20, 100)]))
         told = client.tokens(long)
         lengths.append(len(told["choices"][0]["token_ids"]))
         refused.append(client.refused(after(told, 20)))
         return 1.0
 
     one = office.one(agent)
-    assert refused == [(400, "context_length_exceeded")] * 2
+    assert refused == [(400, "context_length_exceeded")] * 3
     assert lengths == [1]
     assert len(one.token_ids) == 24
     assert (one.finish_reason, one.conversation.reward) == ("length", 1.0)
@@ -169,6 +170,11 @@ def test_the_limit_stays_where_a_row_was_let_go(office: Agency) -> None:
     assert len(one.parts) == 8
     assert lengths[0] <= 10
     assert refused == [(400, "context_length_exceeded")]
+
+
+def test_a_prompt_beyond_all_limits_cuts_a_rollout_off_too(office: Agency) -> None:
+    one = office.one(asks(lambda client: client.refused([30, *range(40, 128)]) and 1.0))
+    assert (one.finish_reason, one.conversation.reward) == ("length", 1.0)
 
 
 def test_prompts_have_limits(office: Agency) -> None:
@@ -318,6 +324,7 @@ def test_a_rollout_that_breaks_off_refuses_what_waits(office: Agency) -> None:
             await sampler.outside(office.threads.submit(time.sleep, 1.0))
             raise RuntimeError("broken")
 
+    office.speaker.longest = 100_000
     engine = RolloutEngine(office.generator, Sampling(1.0, 100_000), Breaks())
     with pytest.raises(RuntimeError, match="broken"):
         engine.rollout(office.tasks(2), 2, 1.0, mx.random.key(0))

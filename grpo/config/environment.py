@@ -17,7 +17,6 @@ AGENT_SECONDS = 3600.0
 """`rollout_timeout` of agents where the recipe names none: one that hangs must not hold up a run for ever."""
 IDLE_WITH_AGENTS: Mapping[str, str] = {
     "max_tool_calls": "an agent runs its tools itself",
-    "thinking": "an agent writes each prompt itself, with the thinking that it wants in it",
     "timeout": "an agent is called once, and rollout_timeout is how long that may take",
     "reset_timeout": "an agent has no reset",
     "sandbox": "there is no network in the sandbox, so an agent could not reach the model",
@@ -60,7 +59,8 @@ class EnvironmentConfig(Section):
     """What happens to earlier thinking when the environment answers as the user, with a model whose chat template then
     leaves it out. `keep`: it stays, as it was sampled, and a conversation is one row to train on. `drop`: the model
     does not see it any more, as where the template is used alone, and the conversation goes on in a new row to train
-    on, with the same advantage; what that row reads again is not trained. Results of tools change no thinking."""
+    on, with the same advantage; what that row reads again is not trained. Results of tools change no thinking. Default
+    for agents: `drop`, as of every endpoint; with `keep` what they do not send back stays where it was sampled."""
     rollout_timeout: Seconds | None = None
     """Seconds that a conversation may take. It then ends with what it has. Default: no limit. An agent is given up
     then, and has failed, for it gave no reward. Default for agents: an hour."""
@@ -80,6 +80,15 @@ class EnvironmentConfig(Section):
     Default: no limit."""
     max_failure_rate: Fraction = 0.5
     """Stop the run when it failed in more than this fraction of the conversations of its last three steps. 1: never."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_agents_have_it(cls, given: Any) -> Any:
+        """The default of `thinking` is another with an agent."""
+        if not isinstance(given, dict) or not (given.get("agent") or given.get("command")):
+            return given
+        lists = {name: tuple(given[name]) for name in ("env", "command") if isinstance(given.get(name), list)}
+        return {"thinking": "drop", **given, **lists}  # what comes through here is not JSON any more
 
     @model_validator(mode="after")
     def _has_what_it_is_for(self) -> EnvironmentConfig:

@@ -85,17 +85,18 @@ class EnvironmentConfig(Section):
     @classmethod
     def _as_agents_have_it(cls, given: Any) -> Any:
         """The default of `thinking` is another with an agent."""
-        if not isinstance(given, dict) or not (given.get("agent") or given.get("command")):
+        if not isinstance(given, dict):
             return given
         lists = {name: tuple(given[name]) for name in ("env", "command") if isinstance(given.get(name), list)}
-        return {"thinking": "drop", **given, **lists}  # what comes through here is not JSON any more
+        default = {"thinking": "drop"} if given.get("agent") or given.get("command") else {}
+        return {**default, **given, **lists}  # what comes through here is not JSON any more
 
     @model_validator(mode="after")
     def _has_what_it_is_for(self) -> EnvironmentConfig:
         named = [name for name in ("use", "agent", "command") if getattr(self, name) is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} each say whom the model talks to: choose one")
-        if self.command is not None and not all(self.command[:1]):
+        if self.command is not None and not (self.command and self.command[0]):
             raise ValueError("command: name a program, as in command: [python, agent.py]")
         if self.kwargs and self.command:
             raise ValueError("kwargs does nothing with command: write arguments into the command")

@@ -113,7 +113,7 @@ def serve(target: str, adapter: Path | None, how: Serving, tell: Callable[[str],
         tell(f"models: {', '.join(models.names())}")
         tell(f"serving at {server.url_of(at)}")
         service = Service(decoder, loading.speaker, models, loading.defaults, how.limits)
-        server.run(application(service, guard), at, how.drain)
+        server.run(application(service, guard), at, how.drain, decoder.close)
 
 
 class _Loading:

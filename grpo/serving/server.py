@@ -84,6 +84,8 @@ class Server(uvicorn.Server):  # type: ignore[misc]
         self._leave()
         if self.server_state.tasks:  # which see now that nobody waits for them
             await asyncio.wait(self.server_state.tasks, timeout=LEFT_SECONDS)
+        if self.force_exit:  # or else the application would be cancelled, with a traceback in the log
+            await self.lifespan.shutdown()
 
     def _leave(self) -> None:
         for connection in list(self.server_state.connections):

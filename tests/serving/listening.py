@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -79,7 +80,7 @@ def request(body: Any, path: str = PATH, more: str = "", length: int | None = No
 
 
 def received(made: socket.socket, wholes: int = 0) -> bytes:
-    """What comes until so many whole answers with a Content-Length are there, or until the server hangs up."""
+    """What comes until so many whole answers are there, or until the server hangs up."""
     got = b""
     while not wholes or answers_in(got) < wholes:
         try:
@@ -93,14 +94,22 @@ def received(made: socket.socket, wholes: int = 0) -> bytes:
 
 
 def answers_in(got: bytes) -> int:
-    """How many answers with a Content-Length are whole."""
+    """How many answers are whole."""
     found = 0
     while (end := got.find(b"\r\n\r\n")) >= 0:
-        lengths = [line for line in got[:end].lower().split(b"\r\n") if line.startswith(b"content-length:")]
-        size = int(lengths[0].partition(b":")[2]) if lengths else 0
-        if not lengths or len(got) < end + 4 + size:
-            break
-        found, got = found + 1, got[end + 4 + size :]
+        head, rest = got[:end].lower(), got[end + 4 :]
+        length = re.search(rb"content-length: (\d+)", head)
+        if head.startswith(b"http/1.1 100"):
+            got, found = rest, found - 1
+        elif length:
+            if len(rest) < int(length[1]):
+                break
+            got = rest[int(length[1]) :]
+        else:
+            _, whole, got = (b"\r\n" + rest).partition(b"\r\n0\r\n\r\n")
+            if not whole:
+                break
+        found += 1
     return found
 
 

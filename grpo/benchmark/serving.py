@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import socket
+import string
 import subprocess
 import sys
 import tempfile
@@ -114,7 +115,18 @@ def _model_of(setting: Setting) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as name:
         write_model(setting, folder := Path(name, "model"))
+        _give_words(folder)
         yield folder
+
+
+def _give_words(folder: Path) -> None:
+    """Let all tokens of a model with random weights be words: its tokenizer knows the first of them alone, and an
+    answer would have next to no text."""
+    tokenizer, config = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "config.json"))
+    words = tokenizer["model"]["vocab"]
+    missing = range(max(words.values()) + 1, config["vocab_size"])
+    words |= {"Ġ" + "".join(string.ascii_lowercase[number // 26**k % 26] for k in range(4)): number for number in missing}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def _alone(generator: Generator, asked: Load) -> Side:

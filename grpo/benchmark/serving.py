@@ -125,7 +125,9 @@ def _give_words(folder: Path) -> None:
     tokenizer, config = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "config.json"))
     words = tokenizer["model"]["vocab"]
     missing = range(max(words.values()) + 1, config["vocab_size"])
-    words |= {"Ġ" + "".join(string.ascii_lowercase[number // 26**k % 26] for k in range(4)): number for number in missing}
+    words |= {
+        "Ġ" + "".join(string.ascii_lowercase[number // 26**k % 26] for k in range(4)): number for number in missing
+    }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
@@ -167,7 +169,9 @@ def _asking(name: str, command: Sequence[str]) -> Iterator[Callable[[Bodies], Va
         server = subprocess.Popen([*command, port], stdout=said, stderr=said)
         try:
             _await(name, server, int(port))
-            with Peer(f"clients of {name}", [sys.executable, "-m", "grpo.benchmark.clients", "127.0.0.1", port]) as peer:
+            with Peer(
+                f"clients of {name}", [sys.executable, "-m", "grpo.benchmark.clients", "127.0.0.1", port]
+            ) as peer:
                 yield lambda bodies: peer.answer(json.dumps(bodies))
         finally:
             server.terminate()
@@ -193,5 +197,3 @@ def _mlx_lm(folder: Path, clients: int) -> list[str]:
     begin = "import grpo; from mlx_lm.server import main; main()"
     at_once = ["--decode-concurrency", str(clients), "--prompt-concurrency", str(clients)]
     return [sys.executable, "-c", begin, "--model", str(folder), *at_once, "--log-level", "ERROR", "--port"]
-
-

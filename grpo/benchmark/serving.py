@@ -65,7 +65,7 @@ class Load:
 
     def ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """The tokens that the endpoint makes of messages."""
-        return self.speaker.prompt_of(self.speaker.voice((), None), messages)
+        return self.speaker.prompt_of(self.speaker.voice((), None), messages).ids
 
     def _digits(self, turn: int, client: int, tokens: int) -> str:
         draw = random.Random(f"{turn} {client}")

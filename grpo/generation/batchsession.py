@@ -94,11 +94,12 @@ class BatchCachesSession:
     def forget(self, prompt: SharedPrompt) -> None:
         self._ready.pop(prompt, None)
 
-    def _go_on_from_known(self, prompts: Iterable[SharedPrompt | Line]) -> None:
+    def _go_on_from_known(self, sources: Iterable[SharedPrompt | Line]) -> None:
         """Feed prompts the tokens that their known beginnings lack."""
-        for prompt in prompts:
-            known = prompt.known if isinstance(prompt, SharedPrompt) else None
-            if known is not None and known.by is type(self) and (first := known.usable(prompt.ids)):
+        for prompt in sources:
+            if not isinstance(prompt, SharedPrompt) or (known := prompt.known) is None or known.by is not type(self):
+                continue
+            if first := known.usable(prompt.ids):
                 pending = prompt.ids[first:-1]
                 (self._ready[prompt],) = extended(self._model, [deepcopy(known.state)], [pending], together=False)
 

@@ -64,8 +64,8 @@ class PlaceCache:
 def prefill(
     model: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence[Layer], places: Sequence[int], first: int = 0
 ) -> None:
-    """Put the keys and values of prompts, without their last tokens, into prefix places, which have those of the `first`
-    tokens already.
+    """Put the keys and values of prompts, without their last tokens, into prefix places, where those of the `first`
+    tokens are already.
 
     Prompts are padded on the right, which causal attention does not see, and go through the model in chunks. On a CPU
     they are padded far enough for a prompt's keys and values to be the same to the bit beside any others, and attention

@@ -136,9 +136,9 @@ class Row(Line):
 
     `token_ids` are all tokens after the prompt. `logprobs` and `sampler_logprobs`, if requested, have one entry for
     each, 0 for tokens that were not sampled; `injected` has the ranges of those. There are at most `longest`, with the
-    opening. `finish_reason` is None until the row ends. `computed` is there a step after that, at the latest, if the row
-    was to `remember`. The other fields are the engine's: `launched` counts the tokens
-    whose steps have been launched, and `queued_at` is the moment (`time.perf_counter`) at which the row was queued.
+    opening. `finish_reason` is None until the row ends. Of a row that is to `remember`, `computed` is there one step later
+    at most. The other fields are the engine's: `launched` counts the tokens whose steps have been launched, and
+    `queued_at` is the moment (`time.perf_counter`) at which the row was queued.
     """
 
     key: mx.array

@@ -193,7 +193,7 @@ class SharedPrefixSession:
 
 def _joined(first: KeysValues, second: KeysValues) -> KeysValues:
     """Keys and values of tokens, and of those behind them."""
-    keys, values = (mx.concatenate(pair, axis=2) for pair in zip(first, second, strict=True))
+    keys, values = (mx.concatenate([one, more], axis=2) for one, more in zip(first, second, strict=True))
     return keys, values
 
 

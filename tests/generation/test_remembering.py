@@ -1,4 +1,4 @@
-"""Keys and values that an ended row leaves: a later prompt that begins alike goes on from them, with the same tokens."""
+"""Keys and values that an ended row leaves: a later prompt that begins alike goes on from them, to the same tokens."""
 
 from __future__ import annotations
 

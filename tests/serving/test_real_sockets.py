@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,3 +228,21 @@ def test_beyond_the_most_connections_there_are_some_that_are_told_and_then_none(
         made.close()
     until(found.idle)
     assert statuses(found.answer(WHOLE)) == [200]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("stream", [False, True])
+def test_curl(found: Listening, stream: bool) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": stream})
+    url = f"http://127.0.0.1:{found.port}/v1/chat/completions"
+    command = ["curl", "-sS", "-N", "-w", "%{http_code}", url, "-H", "Content-Type: application/json", "-d", body]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stderr == ""
+    if stream:
+        *events, end = done.stdout.split("\n\n")
+        assert (events.pop(), end) == ("data: [DONE]", "200")
+        deltas = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in events]
+        assert "".join(delta.get("content", "") for delta in deltas) == "Yes."
+    else:
+        assert done.stdout.endswith("200")
+        assert json.loads(done.stdout[:-3])["choices"][0]["message"]["content"] == "Yes."

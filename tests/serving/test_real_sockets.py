@@ -71,7 +71,7 @@ def headed(more: str, body: bytes = b"", line: str = "POST /v1/completions HTTP/
         ([request(ASKED, length=5)], 400),
         ([request(ASKED, length=500)], 408),
         ([headed("Expect: 100-continue\r\nContent-Length: 9\r\n")], 408),
-        ([request(b"x" * 100, more="Content-Type: text/plain\r\n")], 415),
+        ([WHOLE.replace(b"application/json", b"text/plain")], 415),
         ([headed("", line="CONNECT localhost:80 HTTP/1.1")], 404),
         ([headed("", line="PRI * HTTP/2.0")], 404),
     ],

@@ -118,8 +118,12 @@ class LimitedConnection(H11Protocol):  # type: ignore[misc]
         self._hung_up = True
         self._wait_for_head(False)
         self.flow.resume_reading()
-        self.transport.write_eof()
-        self._limit_reading(seconds=LINGER_SECONDS)
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has gone already
+            self.transport.abort()
+        else:
+            self._limit_reading(seconds=LINGER_SECONDS)
 
     def _written(self, refusal: Refusal) -> bytes:
         body = json.dumps(refusal.body()).encode()

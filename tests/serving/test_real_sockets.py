@@ -116,7 +116,7 @@ def test_a_long_body_is_no_request_sent_ahead(found: Listening) -> None:
 
 def test_of_a_client_that_has_gone_nothing_waits(found: Listening) -> None:
     until(found.idle)
-    for sent in (WHOLE, b"POST /v1"):
+    for sent in (WHOLE, b"POST /v1", b"hello\r\n\r\n"):
         with found.connect(sent):
             until(lambda: found.server.server_state.connections)
             (one,) = found.server.server_state.connections
@@ -172,6 +172,20 @@ def test_who_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch, stream: 
             until(lambda: found.server.server_state.connections)
             until(found.idle)
         assert statuses(found.answer(WHOLE)) == [200]
+
+
+def test_who_reads_late_and_then_all_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "READING_SECONDS", 0.5)
+    body = {"prompt": "hi", "max_tokens": 100_000, "return_token_ids": True, "stream": True}
+    with (
+        listening(service_that_says("The sun shines. " * 2000)) as found,
+        found.connect(request(body), room=4096) as made,
+    ):
+        threading.Event().wait(0.2)
+        assert received(made, wholes=1).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        threading.Event().wait(0.6)
+        made.sendall(WHOLE)
+        assert statuses(received(made, wholes=1)) == [200]
 
 
 @pytest.fixture

@@ -75,6 +75,8 @@ class Speaker:
         """`longest` is the most tokens of prompt and completion together, None for no limit. `template_kwargs` go to
         the chat template unless a request has its own."""
         self.tokenizer, self.longest = tokenizer, longest
+        self.refuses_long = True
+        """Whether prompts that leave no room for an answer are refused here, and not by whoever is to answer."""
         self._vocabulary, self._kwargs = vocabulary, dict(template_kwargs or {})
         self._stop_ids = frozenset(tokenizer.eos_token_ids)
         self._voices: OrderedDict[str, Voice] = OrderedDict()
@@ -151,7 +153,7 @@ class Speaker:
             raise wrong(param, "it comes to no tokens, and a prompt needs at least one", "empty_prompt")
         if (highest := max(ids)) >= self._vocabulary:
             raise wrong(param, f"token {highest} is none of the model's {self._vocabulary}", "unknown_token")
-        if self.longest is not None and len(ids) >= self.longest:
+        if self.refuses_long and self.longest is not None and len(ids) >= self.longest:
             raise wrong(
                 param,
                 f"{len(ids)} tokens leave no room for an answer: prompt and answer have {self.longest} at most",

@@ -21,7 +21,9 @@ from grpo.errors import UserError
 from grpo.types import Conversation, Trajectory
 
 
-def test_there_is_one_server_from_the_first_session_to_the_end(toy_folder: Path) -> None:
+def test_there_is_one_server_from_the_first_session_to_the_end(
+    toy_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before, threads = servers(), threading.active_count()
     with agency(toy_folder) as office:
         assert servers() == before
@@ -42,6 +44,7 @@ def test_there_is_one_server_from_the_first_session_to_the_end(toy_folder: Path)
     with pytest.raises(ConnectionRefusedError):
         http.client.HTTPConnection(at.hostname or "", at.port, timeout=2).request("GET", "/health")
     assert threading.active_count() <= threads + 1
+    assert caplog.records == []
 
 
 def test_the_model_s_names(toy_folder: Path) -> None:

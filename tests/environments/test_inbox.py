@@ -90,6 +90,21 @@ def test_a_patient_one_that_loses_its_patience_is_waited_for(monkeypatch: pytest
     assert seen == ["quick"]
 
 
+def test_time_in_which_nothing_decodes_and_nothing_has_come_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that agents may take a while to start: when the first asks, the others are still waited for."""
+    monkeypatch.setattr(scheduler, "GRACE", 0.3)
+    monkeypatch.setattr(scheduler, "SHARE", 0.0)
+    jobs, seen = Scheduler(), []
+    inboxes: list[Inbox] = [Inbox(jobs), Inbox(jobs)]
+    for inbox in inboxes:
+        reading(jobs, inbox, seen, until=2)
+    threading.Timer(0.5, lambda: inboxes[1].put("first")).start()
+    threading.Timer(0.55, lambda: inboxes[0].put("second")).start()
+    jobs.collect(wait=True)
+    jobs.run()
+    assert seen == ["second", "first"]
+
+
 def test_a_closed_one_says_what_was_left_and_takes_nothing() -> None:
     jobs = Scheduler()
     inbox: Inbox = Inbox(jobs)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from runs.agents import COMMAND, asking  # noqa: F401
+from runs.conversing import thinker, thinks
 from runs.driver import run, same_end
 from runs.test_conversing_runs import gone, trajectories
 from runs.test_resume import interrupt_in
 
 from grpo.environments import scheduler
+from grpo.environments.chat import Chat
 from grpo.errors import RunError, UserError
 from grpo.recipes import load_recipe
 from grpo.runs.completions import read_completions, stored_steps
@@ -177,6 +179,22 @@ def test_arguments_of_the_chat_template_are_the_recipes(asking: Path) -> None:  
         engine = prepared.trainer.engine
         (group,) = engine.rollout(prepared.tasks[:1], 2, 1.0, [7])
         assert engine.generator.tokenizer.decode(list(group.task.prompt_ids)).endswith("rude")
+
+
+def test_thinking_that_is_not_sent_back_begins_a_row_unless_it_is_kept(
+    asking: Path,  # noqa: F811
+    toy_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    thinker(toy_folder, Path("thinker"))
+    monkeypatch.setattr(Chat, "parse", thinks)
+    rows = {}
+    for thinking in ("drop", "keep"):
+        prepared = prepare(load_recipe(asking, ["model.name=thinker", f"environment.thinking={thinking}"]))
+        with prepared.opened:
+            (group,) = prepared.trainer.engine.rollout(prepared.tasks[:1], 3, 1.0, [7])
+        rows[thinking] = [1 + len(rollout.trajectory.begins) for rollout in group.rollouts]
+    assert rows == {"drop": [2, 2, 2], "keep": [1, 1, 1]}
 
 
 def test_kwargs_and_metrics_alone(asking: Path) -> None:  # noqa: F811

@@ -20,6 +20,7 @@ from grpo.serving.app import application
 from grpo.serving.asks import Ask, Piece, Ticket
 from grpo.serving.guard import Guard
 from grpo.serving.service import Service
+from grpo.serving.sessions import SessionRules
 from grpo.serving.speaker import Speaker
 
 PROBLEMS = GUESS.problems("test")[:12]
@@ -56,12 +57,14 @@ class Policy(Base):
 
 @contextmanager
 def served_by(folder: Path, says: Plays) -> Iterator[str]:
-    """The base URL of an endpoint whose model says that."""
+    """The base URL of a session at an endpoint whose model says that."""
     tokenizer = load_tokenizer(folder)
     speaker = Speaker(tokenizer, len(tokenizer.get_vocab()), 4096)
-    service = Service(says, speaker, Policy(), Sampling(1.0, 96))  # type: ignore[arg-type]
+    rules = SessionRules(sampling := Sampling(1.0, 96), sampling)
+    service = Service(says, speaker, Policy(), sampling, sessions_only=True)
+    service.open("game", rules)
     with at_a_port(application(service, Guard())) as url:
-        yield url
+        yield url.replace("/v1", "/s/game/v1")
 
 
 def turns_of(folder: Path, problem: Any, way: Manner) -> tuple[list[list[int]], list[list[int]]]:

@@ -66,6 +66,7 @@ class Conversation:
     calls          how many tools were called
     failed_calls   how many of these calls failed: unknown tools, wrong arguments, exceptions
     failure        why the environment failed; None if it did not
+    metrics        what an agent measured of itself, by name
     home           where the environment lives until the completion is scored; None afterwards
     """
 
@@ -77,6 +78,7 @@ class Conversation:
     calls: int = 0
     failed_calls: int = 0
     failure: Failure | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     home: Any = field(default=None, compare=False, repr=False)
 
     @property

@@ -19,7 +19,7 @@ State = Literal["queued", "decoding", "waiting", "parked", "done", "released"]
 class Submission:
     """A prompt of at least one token, and how to sample `n` rows of it.
 
-    The draw of row i at position t depends on (`seed`, `path`, i, t) alone. Positions count all tokens after the
+    The draw of row i, counted from `first`, at position t depends on (`seed`, `path`, i, t) alone. Positions count all tokens after the
     prompt from 0, sampled or not, and `sampling.max_tokens` limits them all. `logprobs` says whether logprobs are
     computed. With `keep`, a row that ends waits to be extended until it is released; otherwise it is freed.
 
@@ -37,6 +37,7 @@ class Submission:
     keep: bool = False
     openings: Sequence[Sequence[int]] = ()
     beside: Row | None = None
+    first: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -63,8 +63,7 @@ class Conversation:
     messages       the messages after the prompt: the model's, tool results and the environment's
     turn_rewards   for each of the model's turns, the reward that its steps gave; None if they gave none
     outcome        what the environment's `get_reward` returned; None if it has none, or did not score
-    calls          how many tools were called
-    failed_calls   how many of these calls failed: unknown tools, wrong arguments, exceptions
+    calls          how many tools were called; `failed_calls` of them failed: unknown, wrong arguments, exceptions
     failure        why the environment failed; None if it did not
     metrics        what an agent measured of itself, by name
     home           where the environment lives until the completion is scored; None afterwards

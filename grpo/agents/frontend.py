@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -16,10 +15,9 @@ from grpo.errors import RunError
 from grpo.serving.guard import Guard
 from grpo.serving.service import Service, ServingLimits
 from grpo.serving.sessions import SessionMemory, SessionRules
+from grpo.serving.shelf import PolicyModels
 from grpo.serving.speaker import Speaker
 
-POLICY = "policy"
-"""What the model that is trained goes by, beside its own name."""
 MOST_REQUESTS = 2**20
 """Requests under way at once: agents are the run's own, and what they ask for waits for a slot."""
 START_SECONDS, END_SECONDS = 30.0, 5.0
@@ -32,22 +30,6 @@ class SessionDoor:
     base_url: str
     api_key: str
     id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _ThePolicy:
-    """The only model. See `grpo.serving.shelf.Models`."""
-
-    name: str
-
-    def names(self) -> list[str]:
-        return list(dict.fromkeys([POLICY, self.name]))
-
-    def find(self, name: str) -> str | None:
-        return POLICY if name in self.names() else None
-
-    def folder(self, name: str) -> Path | None:  # noqa: ARG002
-        return None
 
 
 class Frontend:
@@ -98,7 +80,7 @@ class Frontend:
         from grpo.serving.app import application
 
         limits = ServingLimits(MOST_REQUESTS, self._seconds)
-        models = _ThePolicy(self._model)
+        models = PolicyModels(self._model)
         service = Service(self.decoder, self._speaker, models, rules.sampling, limits, sessions_only=True)
         at = server.listening("127.0.0.1", 0)
         self._url = server.url_of(at).removesuffix("/v1")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from grpo.environments.seats import Reply
-from grpo.types import Failure
+from grpo.types import Failure, Trajectory
 
 NOTHING = "it asked the model nothing: it must use the base_url and the api_key that it is given"
 APART = (
@@ -35,3 +35,9 @@ class Outcome:
             return cls(None if reward is None else float(reward), {name: float(v) for name, v in metrics.items()})
         except (TypeError, ValueError, KeyError, AttributeError):
             return cls(failure=Failure("error", f"its process answered what is no result: {reply.value!r:.200}"))
+
+
+def measured(trajectory: Trajectory) -> dict[str, float]:
+    """What its agent measured of a rollout, by the names that these metrics have in a run."""
+    talk = trajectory.conversation
+    return {} if talk is None else {f"environment/{talk.environment}/{name}": v for name, v in talk.metrics.items()}

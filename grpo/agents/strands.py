@@ -44,7 +44,7 @@ class Strand:
         """Whether a prompt is all of this and at least one token more."""
         at, length = len(self.prompt_ids), self.length
         return (
-            0 < self.answered
+            self.answered > 0
             and length < len(prompt_ids)
             and tuple(prompt_ids[:at]) == self.prompt_ids
             and list(prompt_ids[at:length]) == self.row.token_ids[: self.answered]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import verifiers.v1 as vf
+from twins import ROWS
 
-from grpo.builtin.guess import GUESS, Guess
+from grpo.builtin.guess import Guess
 from grpo.plugins import bundled, find_function
 
 __all__ = ["NumberGame", "Player"]
@@ -33,8 +34,7 @@ class Game(vf.Task[Number]):
 
 class NumberGame(vf.Taskset[Game, vf.TasksetConfig]):
     def load(self) -> list[Game]:
-        rows = [GUESS.row(problem) for problem in GUESS.problems("test")[:8]]
-        return [Game(Number(prompt=row["question"], **row)) for row in rows]
+        return [Game(Number(prompt=row["question"], **row)) for row in ROWS]
 
 
 class Player(vf.Harness[vf.HarnessConfig]):
@@ -49,16 +49,17 @@ class Player(vf.Harness[vf.HarnessConfig]):
         return vf.ProgramResult(0, "", "")
 
 
-async def played(row: int, base_url: str, tokenizer: str) -> vf.Trace:
-    """A game by verifiers' training client, whose model is asked at `base_url`."""
+async def played(number: int, base_url: str, api_key: str, tokenizer: str) -> vf.Trace:
+    """A game of the row with this number by verifiers' training client, whose model is asked at `base_url`."""
     env = vf.SingleAgentEnv(
         vf.SingleAgentEnvConfig(
             taskset=vf.TasksetConfig(id=__name__),
             agent=vf.AgentConfig(harness=vf.HarnessConfig(id=__name__), runtime=vf.SubprocessConfig()),
         )
     )
-    client = vf.TrainClientConfig(base_url=base_url, renderer_model_name=tokenizer)
-    task = next(task for number, task in enumerate(env.taskset) if number == row)
+    authorization = {"Authorization": f"Bearer {api_key}"}
+    client = vf.TrainClientConfig(base_url=base_url, headers=authorization, renderer_model_name=tokenizer)
+    task = next(task for task in env.taskset if task.data.number == number)
     async with env.serving():
         episode = await env.run_episode(task, vf.ModelContext("policy", client))
     assert episode.ok, episode

@@ -65,8 +65,8 @@ class Conversation:
     outcome        what the environment's `get_reward` returned; None if it has none, or did not score
     calls          how many tools were called; `failed_calls` of them failed: unknown, wrong arguments, exceptions
     failure        why the environment failed; None if it did not
-    metrics        what an agent measured of itself, by name
     home           where the environment lives until the completion is scored; None afterwards
+    metrics        what an agent measured of itself, by name
     """
 
     environment: str
@@ -77,8 +77,8 @@ class Conversation:
     calls: int = 0
     failed_calls: int = 0
     failure: Failure | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
     home: Any = field(default=None, compare=False, repr=False)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def reward(self) -> float | None:
@@ -88,7 +88,7 @@ class Conversation:
 
     def __reduce__(self) -> tuple[type[Conversation], tuple[Any, ...]]:
         """What is pickled, for other processes: all but `home`, which is a thing of this one."""
-        return Conversation, tuple(getattr(self, name) for name in self.__slots__ if name != "home")
+        return Conversation, tuple(None if name == "home" else getattr(self, name) for name in self.__slots__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,3 +187,30 @@ def _means(groups: Sequence[Group], of: Callable[[Rollout], Mapping[str, float |
     """Each prompt's mean of what is known of its completions by a name, without the prompts that have nothing."""
     known = [[of(rollout).get(name) for rollout in group.rollouts] for group in groups]
     return [fmean(values) for row in known if (values := [value for value in row if value is not None])]
+
+
+def interval(values: Sequence[float], seed: int) -> tuple[float, float]:
+    """The 95 % interval of a mean over prompts: Wilson's where each value is 0 or 1, else the bootstrap's.
+
+    The bootstrap has no width where all values are equal, such as at 0 and 100 %.
+    """
+    if all(value in (0.0, 1.0) for value in values):
+        return wilson_interval(sum(values), len(values))
+    return bootstrap_interval(values, seed)
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927)."""
+    p, z2 = successes / n, Z**2
+    center = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z / (1 + z2 / n) * sqrt(p * (1 - p) / n + z2 / (4 * n**2))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def bootstrap_interval(
+    values: Sequence[float], seed: int, statistic: Callable[[Sequence[float]], float] = fmean
+) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of a statistic over prompts (Efron 1979)."""
+    generator = random.Random(derive_seed(seed, "bootstrap"))
+    draws = sorted(statistic(generator.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES) - 1]

@@ -107,3 +107,68 @@ def test_turns_that_extend_are_one_row(office: Agency) -> None:
             assert untrained == [20, 21, 21, 21]
             told = [t["logprob"] for a in client.answers for t in a["choices"][0]["logprobs"]["content"]]
             assert one.of_trained(one.behaviour) == told
+
+
+def test_any_other_prompt_begins_a_row(office: Agency) -> None:
+    """A second conversation, an answer that is rewritten; and then the first conversation goes on."""
+
+    def agent(client: Client) -> float:
+        first = client.tokens([30, 31, 32], max_tokens=4)
+        whole = [*first["prompt_token_ids"], *first["choices"][0]["token_ids"]]
+        client.tokens([30, 40], max_tokens=4)
+        client.tokens([*whole[:-1], 50, 51], max_tokens=4)
+        client.tokens([*whole, 52], max_tokens=4)
+        return 1.0
+
+    host = office.host(agent)
+    (group,) = office.roll(host, n=2)
+    assert group.task.prompt_ids == (30,)
+    assert worst_gap(office.model, [group]) < 1e-4
+    told = {tuple(c.answers[0]["choices"][0]["token_ids"]): c.answers for c in host.clients}
+    for rollout in group.rollouts:
+        first, second, third = (part for part in rollout.trajectory.parts)
+        assert (first.turns, second.turns, third.turns) == (2, 1, 1)
+        answers = next(told[ids] for ids in told if first.token_ids[2:][: len(ids)] == ids)
+        for part, last in ((first, answers[3]), (second, answers[1]), (third, answers[2])):
+            assert [30, *part.token_ids] == [*last["prompt_token_ids"], *last["choices"][0]["token_ids"]]
+        assert [part.trained_tokens for part in (second, third)] == [
+            len(answers[at]["choices"][0]["token_ids"]) for at in (1, 2)
+        ]
+
+
+def test_several_choices_are_a_row_each(office: Agency) -> None:
+    def agent(client: Client) -> float:
+        told = client.tokens([30, 31, 32], n=3, max_tokens=4)
+        chosen = told["choices"][1]["token_ids"]
+        client.tokens([30, 31, 32, *chosen, 40], max_tokens=4)
+        return 1.0
+
+    host = office.host(agent)
+    one = office.one(host)
+    (client,) = host.clients
+    choices, last = [choice["token_ids"] for choice in client.answers[0]["choices"]], client.answers[1]
+    assert len({tuple(ids) for ids in choices}) == 3
+    rows = [list(part.token_ids) for part in one.parts]
+    assert sorted(rows) == sorted([choices[0], [*choices[1], 40, *last["choices"][0]["token_ids"]], choices[2]])
+
+
+def test_a_chat_of_an_openai_client(office: Agency) -> None:
+    """Its turns chain as far as the model ends them, and all is told by messages."""
+
+    def agent(client: Client) -> float:
+        messages = list(QUESTION)
+        for number in range(3):
+            told = client.chat(messages, max_tokens=6, stop=["9"])["choices"][0]["message"]
+            messages += [
+                {"role": "assistant", "content": told["content"]},
+                {"role": "user", "content": f"And {number}?"},
+            ]
+        return 0.25
+
+    (group,) = office.roll(agent, n=3)
+    assert worst_gap(office.model, [group]) < 1e-4
+    for rollout in group.rollouts:
+        talk = rollout.trajectory.conversation
+        assert [message["role"] for message in talk.messages] == ["assistant", "user", "assistant", "user", "assistant"]
+        assert [m["content"] for m in talk.messages if m["role"] == "user"] == ["And 0?", "And 1?"]
+        assert talk.prompt == tuple(QUESTION)

@@ -28,7 +28,7 @@ from grpo.model.load import load
 from grpo.model.mlxlm import new_model
 from grpo.rollout import RolloutEngine
 from grpo.serving.speaker import Speaker
-from grpo.types import Group, Rollout, Task
+from grpo.types import Group, Message, Rollout, Task
 
 SEED, LONGEST = 5, 64
 ROWS = [GUESS.row(problem) for problem in GUESS.problems("test")[:3]]
@@ -81,8 +81,8 @@ class Twins:
         ]
 
 
-def check_same(by_environment: Sequence[Rollout], by_agent: Sequence[Rollout]) -> None:
-    """The same tokens, logprobs, rewards, messages and ends."""
+def check_same(by_environment: Sequence[Rollout], by_agent: Sequence[Rollout], messages: bool = True) -> None:
+    """The same tokens, logprobs, rewards and ends; of agents that ask by messages these, too."""
     for ours, theirs in zip(by_environment, by_agent, strict=True):
         mine, agents = ours.trajectory, theirs.trajectory
         assert agents.conversation is not None
@@ -92,7 +92,9 @@ def check_same(by_environment: Sequence[Rollout], by_agent: Sequence[Rollout]) -
         assert agents.finish_reason == mine.finish_reason
         assert mine.conversation is not None
         assert agents.conversation.outcome == mine.conversation.outcome
-        messages = mine.conversation.messages
-        if messages[-1]["role"] == "user":  # what is said when the game is over: an agent has nobody to tell it to
-            messages = messages[:-1]
-        assert agents.conversation.messages == messages
+        assert not messages or agents.conversation.messages == _told_to_the_model(mine.conversation.messages)
+
+
+def _told_to_the_model(messages: Sequence[Message]) -> Sequence[Message]:
+    """All but what is said when the game is over: an agent has nobody to tell it to."""
+    return messages[:-1] if messages[-1]["role"] == "user" else messages

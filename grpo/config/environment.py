@@ -11,6 +11,7 @@ from pydantic import Field, GetJsonSchemaHandler, model_validator
 
 from grpo.config.rewards import DAY
 from grpo.config.section import LARGE, Above0, Fraction, Name, Positive, Section, Tokens
+from grpo.plugins import SESSION
 
 Seconds = Annotated[float, Field(ge=0.01, le=DAY)]
 AGENT_SECONDS = 3600.0
@@ -85,17 +86,18 @@ class EnvironmentConfig(Section):
     @classmethod
     def _as_agents_have_it(cls, given: Any) -> Any:
         """The default of `thinking` is another with an agent."""
-        if not isinstance(given, dict) or not (given.get("agent") or given.get("command")):
+        if not isinstance(given, dict):
             return given
         lists = {name: tuple(given[name]) for name in ("env", "command") if isinstance(given.get(name), list)}
-        return {"thinking": "drop", **given, **lists}  # what comes through here is not JSON any more
+        default = {"thinking": "drop"} if given.get("agent") or given.get("command") else {}
+        return {**default, **given, **lists}  # what comes through here is not JSON any more
 
     @model_validator(mode="after")
     def _has_what_it_is_for(self) -> EnvironmentConfig:
         named = [name for name in ("use", "agent", "command") if getattr(self, name) is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} each say whom the model talks to: choose one")
-        if self.command is not None and not all(self.command[:1]):
+        if self.command is not None and not (self.command and self.command[0]):
             raise ValueError("command: name a program, as in command: [python, agent.py]")
         if self.kwargs and self.command:
             raise ValueError("kwargs does nothing with command: write arguments into the command")
@@ -128,7 +130,7 @@ class EnvironmentConfig(Section):
         if self.command:
             return Path([*filter(looks_like_file, self.command[1:]), self.command[0]][0]).stem
         place, _, function = (self.use or self.agent or "").rpartition(":")
-        if not place or (self.agent and function == "run"):
+        if not place or (self.agent and function == "run" and place != SESSION):
             place = place or function
             return Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
         return function

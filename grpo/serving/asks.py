@@ -63,7 +63,7 @@ class Ticket:
     over: bool = False
 
 
-class Decoder(Protocol):
+class Answerer(Protocol):
     """Answers requests, in a thread of its own. Its methods may be called from any thread."""
 
     @property

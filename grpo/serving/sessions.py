@@ -36,7 +36,7 @@ class SessionRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Answered:
     """An answer that was given: `token_ids` after `prompt_ids`, and the same as messages.
 
     `settings` stands for the tools and the arguments of the chat template; it is None for a prompt of text or tokens,
@@ -65,15 +65,15 @@ class SessionMemory:
     def __init__(self, id: str, rules: SessionRules | None = None, most: int | None = None) -> None:
         self.id, self.rules = id, rules
         self.size = 0
-        self._most, self._said = most, list[Said]()
+        self._most, self._said = most, list[Answered]()
         self._lock, self._over = Lock(), False
 
     @property
-    def said(self) -> tuple[Said, ...]:
+    def said(self) -> tuple[Answered, ...]:
         with self._lock:
             return tuple(self._said)
 
-    def add(self, said: Iterable[Said]) -> None:
+    def add(self, said: Iterable[Answered]) -> None:
         """Remember answers; nothing if the session is over."""
         with self._lock:
             if self._over:
@@ -88,7 +88,7 @@ class SessionMemory:
         with self._lock:
             self._over = True
 
-    def before(self, settings: str, messages: Sequence[Message], marks: Sequence[bytes]) -> Said | None:
+    def before(self, settings: str, messages: Sequence[Message], marks: Sequence[bytes]) -> Answered | None:
         """The longest conversation that these messages go on from: its own, its answer, and at least one more. The
         newest of several.
 
@@ -169,7 +169,7 @@ def _not_open(id: str | None) -> Refusal:
     return Refusal(404, f"session {id!r:.100} is over, or never began: its rollout has ended", "session_over")
 
 
-def _begins(said: Said, messages: Sequence[Message], marks: Sequence[bytes]) -> bool:
+def _begins(said: Answered, messages: Sequence[Message], marks: Sequence[bytes]) -> bool:
     known = len(said.marks)
     if known >= len(marks) or tuple(marks[:known]) != said.marks:
         return False

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from listening import at_a_port
+from listening import listening
 from saying import Base
 from tokenizers import Tokenizer
 
@@ -16,9 +16,7 @@ from grpo.builtin.guess import GUESS, Guess
 from grpo.builtin.student import Student, lesson, make
 from grpo.generation.sampling import Sampling
 from grpo.model.mlxlm import load_tokenizer, new_model
-from grpo.serving.app import application
 from grpo.serving.asks import Ask, Piece, Ticket
-from grpo.serving.guard import Guard
 from grpo.serving.service import Service
 from grpo.serving.sessions import SessionRules
 from grpo.serving.speaker import Speaker
@@ -63,8 +61,8 @@ def served_by(folder: Path, says: Plays) -> Iterator[str]:
     rules = SessionRules(sampling := Sampling(1.0, 96), sampling)
     service = Service(says, speaker, Policy(), sampling, sessions_only=True)
     service.open("game", rules)
-    with at_a_port(application(service, Guard())) as url:
-        yield url.replace("/v1", "/s/game/v1")
+    with listening(service) as there:
+        yield f"{there.url}/s/game/v1"
 
 
 def turns_of(folder: Path, problem: Any, way: Manner) -> tuple[list[list[int]], list[list[int]]]:

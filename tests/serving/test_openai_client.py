@@ -14,12 +14,10 @@ pytest.importorskip("openai")
 
 import openai
 from environments.families import TOOLS, tokenizer_of
-from listening import at_a_port
+from listening import listening
 from saying import Base, Says
 
 from grpo.generation.sampling import Sampling
-from grpo.serving.app import application
-from grpo.serving.guard import Guard
 from grpo.serving.service import Service
 from grpo.serving.speaker import Speaker
 
@@ -36,8 +34,8 @@ def client_of(text: str) -> Iterator[tuple[Any, Says]]:
     speaker = Speaker(tokenizer, max(tokenizer.get_vocab().values()) + 1, 4096)
     service = Service(says, speaker, Base(), Sampling(1.0, 400))  # type: ignore[arg-type]
     with (
-        at_a_port(application(service, Guard("abc"))) as url,
-        openai.OpenAI(base_url=url, api_key="abc", max_retries=0) as client,
+        listening(service, key="abc") as there,
+        openai.OpenAI(base_url=f"{there.url}/v1", api_key="abc", max_retries=0) as client,
     ):
         yield client, says
 

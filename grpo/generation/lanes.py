@@ -284,7 +284,7 @@ class Lanes:
 
     def _piece(self, lane: int, whole: SharedPrompt) -> SharedPrompt:
         """The prompt as this lane has it, for one row more: what is counted there are the lane's own rows."""
-        piece = self._pieces[lane].setdefault(whole, SharedPrompt(whole.ids, 0))
+        piece = self._pieces[lane].setdefault(whole, SharedPrompt(whole.ids, 0, whole.known))
         piece.join(1)
         self._home[piece] = lane
         return piece

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from grpo.backend.device import setup
+from grpo.backend.device import memory_bytes, setup
 from grpo.backend.imports import extra
 from grpo.backend.random import derive_key
 from grpo.config import AdapterConfig, RolloutConfig
@@ -34,6 +34,8 @@ from grpo.serving.speaker import Speaker
 from grpo.tools.generate import Answering, find_answering
 
 BASE = "base"
+KEPT_PART = 8
+"""So much of the memory, one part of so many, is for keys and values of what sessions were answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ class _Loading:
         self.notes += generator.describe()
         if found.data.system is not None:
             self.notes.append("the run's system message is not added: clients send it, as the first of their messages")
-        return DecodingLoop(generator, Shelf(adapters, self._models))
+        return DecodingLoop(generator, Shelf(adapters, self._models), kept_bytes=memory_bytes() // KEPT_PART)
 
 
 def adapters_of(model: nn.Module, folder: Path | None) -> Adapters:

@@ -26,6 +26,9 @@ from grpo.errors import UserError
 from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear
 
 Group = mx.distributed.Group
+TRAINED = "glm4_moe", "gpt_oss", "llama", "ministral3", "qwen2", "qwen3", "qwen3_moe"
+"""The architectures whose gradients were found to be right when they are divided. Of MiniMax's, whose norms are of all
+heads together, they are not, and in latent attention the gradient of what is whole comes out in parts."""
 HEADS = ("num_attention_heads", "num_key_value_heads")
 LINEAR = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 
@@ -130,9 +133,16 @@ def hand_over(layer: nn.Module, by_column: type, by_row: type) -> None:
 
 
 def _check_divides(model: nn.Module, size: int) -> None:
-    if not hasattr(model, "shard"):
+    architecture = type(model).__module__.rpartition(".")[2]
+    if architecture not in TRAINED:
+        why = (
+            "mlx-lm divides it to sample from it, and its gradients are not known to be right then"
+            if hasattr(model, "shard")
+            else "mlx-lm does not divide it"
+        )
         raise UserError(
-            f"model.shard: tensor: mlx-lm does not divide models of type {model.args.model_type}. Leave model.shard out"
+            f"model.shard: tensor: the architecture {architecture}: {why}. Divided models that train are "
+            f"{', '.join(TRAINED)}. Leave model.shard out"
         )
     for name in HEADS:
         heads = getattr(model.args, name, None)
@@ -163,7 +173,7 @@ def _cut(whole: tuple[int, ...], module: Any, size: int) -> int | None:
 def _count_own_heads(model: nn.Module, size: int) -> None:
     """Let the model's arguments say what this process has: memory is reckoned by them."""
     args = copy.copy(model.args)
-    if getattr(args, "head_dim", 0) is None:
+    if getattr(args, "head_dim", None) is None and hasattr(args, "hidden_size"):
         args.head_dim = args.hidden_size // args.num_attention_heads
     for name in HEADS:
         if getattr(args, name, None) is not None:

@@ -125,8 +125,8 @@ def _prepared(
     teacher = teacher_of(cfg.teacher if trains else None, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     timed = is_divided(model) and cfg.rollout.speculate == "auto"
-    generator.speculation = None if timed else speculation_of(cfg.rollout.speculate)
-    generator.neighbours = ranks.neighbours
+    rollout = with_settings(cfg.rollout, {"speculate": "off"}) if timed else cfg.rollout
+    generator.speculation, generator.neighbours = speculation_of(rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
     shown = partners.tools, partners.resets, text_system(cfg) is None
     readers = {name: PromptRenderer(data, tokenizer, vocabulary, name, *shown) for name, data in named.items()}
@@ -149,7 +149,7 @@ def _prepared(
     source = source_of(cfg.data, given, streams, scorer, cfg.seed)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
-    sections = _readable(cfg.optim, teacher), cfg.rollout, cfg.adapter, cfg.eval
+    sections = _readable(cfg.optim, teacher), rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
     lesson = _needs(teacher, model)
     graders = _graders(scorer, policy, tokenizer)
@@ -175,7 +175,8 @@ def _on_shards(ranks: Ranks) -> list[str]:
     """How the model is divided."""
     size, groups = ranks.shard.size, ranks.size
     among = f", {groups} times; the prompts of a step are shared out among these" if groups > 1 else ""
-    return [f"model.shard: tensor: {size} processes hold one model together{among}"]
+    together = f"model.shard: tensor: {size} processes hold one model together{among}"
+    return [f"{together}. Parameters and memory are what one of them has"]
 
 
 def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from architectures.small import COMMON, SMALL
 from conftest import make_model
 from mlx.utils import tree_flatten
 from training.sections import make_batches, updater, with_advantages, with_anchor
@@ -22,6 +23,7 @@ from grpo.generation.choice import find_decoding
 from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.slots import Size
 from grpo.model.adapters import Adapters
+from grpo.model.mlxlm import new_model
 from grpo.model.policy import Policy
 from grpo.model.tensor import divide
 from grpo.model.trial import check_divided
@@ -47,6 +49,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dropout": ("tied", {}, {"dropout": 0.3}),
 }
 """A model of the zoo, what differs in it, and what differs in the adapter."""
+FAMILIES = "Qwen2.5", "Qwen3", "Qwen3-MoE (30B-A3B)", "GLM-4.5-Air", "Llama 3", "Mistral", "gpt-oss", "Ministral 3"
+CASES |= {name: (name, {}, {}) for name in FAMILIES}
+MINISTRAL = {
+    "model_type": "ministral3",
+    "head_dim": 32,
+    "rope_parameters": {
+        "rope_theta": 1e4,
+        "rope_type": "default",
+        "llama_4_scaling_beta": 0.1,
+        "original_max_position_embeddings": 64,
+    },
+}
 
 
 def shaken(adapters: Adapters) -> None:
@@ -64,7 +78,7 @@ def shaken(adapters: Adapters) -> None:
 def make_policy(case: str, ranks: Ranks, **more: Any) -> Policy:
     """The policy of a case, of which `ranks.shard` hold the model together."""
     kind, changes, adapter = CASES[case]
-    model = make_model(kind, **SIZES, **changes)
+    model = small_model(kind) if kind in FAMILIES else make_model(kind, **SIZES, **changes)
     if "bias" in str([path for path, _ in tree_flatten(model.parameters())]) and kind == "llama":
         model.apply_to_modules(_draw_biases)
     divide(model, ranks.shard)
@@ -72,6 +86,15 @@ def make_policy(case: str, ranks: Ranks, **more: Any) -> Policy:
     adapters = Adapters(model, AdapterConfig(rank=4, **adapter), mx.random.key(0), ranks=ranks.shard)
     check_divided(model, ranks.shard)
     return Policy(model, adapters, 1.0, **more)
+
+
+def small_model(name: str) -> nn.Module:
+    """One of the architectures that people train."""
+    mx.random.seed(0)
+    model = new_model({**COMMON, **SMALL.get(name, MINISTRAL)})
+    model.freeze()
+    mx.eval(model.parameters())
+    return model
 
 
 def _draw_biases(path: str, module: nn.Module) -> None:

@@ -14,6 +14,7 @@ import shards_worker
 from test_ranks import HERE, LAUNCH, flat, launch
 
 from grpo.backend.ranks import Ranks
+from grpo.model.tensor import TRAINED
 
 pytestmark = pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed beside this Python")
 
@@ -69,11 +70,21 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     check(QUICK, 2, tmp_path)
 
 
+KINDS = tuple(case for case in shards_worker.CASES if case not in (*QUICK, *shards_worker.FAMILIES))
+
+
 @pytest.mark.slow
 def test_every_kind_of_layer_and_adapter_can_be_divided(tmp_path: Path) -> None:
-    check(tuple(case for case in shards_worker.CASES if case not in QUICK), 2, tmp_path)
+    check(KINDS, 2, tmp_path)
 
 
 @pytest.mark.slow
 def test_four_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
-    check(tuple(shards_worker.CASES), 4, tmp_path)
+    check((*QUICK, *KINDS), 4, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_architecture_that_may_be_divided_is_right(tmp_path: Path) -> None:
+    kinds = {shards_worker.small_model(name).args.model_type for name in shards_worker.FAMILIES}
+    assert kinds - {"mistral"} == set(TRAINED)
+    check(shards_worker.FAMILIES, 2, tmp_path)

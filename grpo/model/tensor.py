@@ -37,12 +37,17 @@ _SILENT: ContextVar[bool] = ContextVar("whether nothing is exchanged", default=F
 
 def scattered(x: mx.array, group: Group) -> mx.array:
     """`x` itself, whose gradient is summed over the group: each process finds the part that comes through its own."""
-    return x if _SILENT.get() else distributed.sum_gradients(group)(x)
+    return distributed.sum_gradients(group)(x) if _speaks(group) else x
 
 
 def summed(x: mx.array, group: Group) -> mx.array:
     """The sum of `x` over the group. Each process has the whole gradient of it already."""
-    return x if _SILENT.get() else mx.distributed.all_sum(x, group=group)
+    return mx.distributed.all_sum(x, group=group) if _speaks(group) else x
+
+
+def _speaks(group: Any) -> bool:
+    """Whether anything is exchanged: not inside `silent`, nor in the outline of a model of which no process is here."""
+    return isinstance(group, Group) and not _SILENT.get()
 
 
 class ByColumn:
@@ -112,6 +117,9 @@ def divide(model: nn.Module, ranks: Ranks) -> None:
             _become_linear(module, OURS[type(module)], ranks)
         if isinstance(module, LINEAR) and (axis := _cut(shapes[path], module, ranks.size)) is not None:
             module.cut = axis
+    if not isinstance(ranks.group, Group):
+        for block, _ in _speaking(model):
+            block.sharding_group = None
     _count_own_heads(model, ranks.size)
 
 
@@ -193,14 +201,18 @@ def silent(model: nn.Module) -> Iterator[None]:
 
     So each process can measure by itself, as often as it likes.
     """
-    blocks = [module for module in model.modules() if getattr(module, "sharding_group", None) is not None]
-    groups = [block.sharding_group for block in blocks]
-    token = _SILENT.set(True)
+    speaking, token = _speaking(model), _SILENT.set(True)
     try:
-        for block in blocks:
+        for block, _ in speaking:
             block.sharding_group = None
         yield
     finally:
         _SILENT.reset(token)
-        for block, group in zip(blocks, groups, strict=True):
+        for block, group in speaking:
             block.sharding_group = group
+
+
+def _speaking(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """The blocks of experts, which mlx-lm lets exchange what they compute, and their groups."""
+    found = [(module, getattr(module, "sharding_group", None)) for module in model.modules()]
+    return [(module, group) for module, group in found if group is not None]

@@ -35,12 +35,15 @@ def records(folder: Path, name: str) -> dict[int, dict[str, Any]]:
     return {(line := json.loads(text))["step"]: line for text in (folder / name).read_text().splitlines()}
 
 
+def tokens(stored: Any) -> list[tuple[int, ...]]:
+    return [rollout.trajectory.token_ids for group in stored[-1] for rollout in group.rollouts]
+
+
 def check_alike(one: Path, other: Path, steps: range) -> None:
     """That two runs sampled the same, learned the same, and measured the same, but for rounding."""
     stored = {path.stem: read_completions(path) for path in stored_steps(one / "completions")}
     for path in stored_steps(other / "completions"):
-        ours, theirs = stored[path.stem], read_completions(path)
-        assert [row["completion"] for row in ours] == [row["completion"] for row in theirs]
+        assert tokens(stored[path.stem]) == tokens(read_completions(path))
     for name, keys in (("metrics.jsonl", ("reward", "loss", "grad_norm", "kl")), ("eval.jsonl", ("avg@2",))):
         alone, divided = records(one, name), records(other, name)
         for step in (step for step in steps if step in alone):

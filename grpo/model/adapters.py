@@ -24,6 +24,7 @@ from grpo.backend.hub import one_line
 from grpo.backend.ranks import Ranks
 from grpo.config import AdapterConfig
 from grpo.errors import UserError, did_you_mean
+from grpo.model.distance import distance
 from grpo.model.dora import fold_magnitudes
 from grpo.model.dropout import add_dropout
 from grpo.model.lora import fold
@@ -186,26 +187,8 @@ class Adapters:
         """
         if REFERENCE not in self.names:
             return None
-        state, started = self.state(), self._start or self.state(REFERENCE)
-
-        def square(path: str) -> mx.array:
-            if not path.endswith("lora_b"):
-                return ((state[path] - started[path]).astype(mx.float32) ** 2).sum()
-            names = (f"{path[:-1]}a", path)
-            a, b = (_as_factor(state[name]) for name in names)
-            if self._start:
-                a, b = _difference(a, b, *(_as_factor(started[name]) for name in names))
-            scale: float = self.config["lora_parameters"]["scale"]
-            return scale**2 * _product_norm(a, b)
-
-        whole, parts = mx.array(0.0), mx.array(0.0)
-        for path in state:
-            if path.endswith("lora_a"):
-                continue
-            divided = any(map(self.shards.divides, (path, f"{path[:-1]}a")))  # a product's columns, or its terms
-            whole, parts = (whole, parts + square(path)) if divided else (whole + square(path), parts)
-        norm: Any = mx.sqrt(mx.maximum(whole + self.shards.ranks.sum([parts])[0], 0)).item()
-        return float(norm)
+        scale = self.config.get("lora_parameters", {}).get("scale", 1.0)
+        return distance(self.state(), self._start or self.state(REFERENCE), bool(self._start), scale, self.shards)
 
     def whole_state(self, name: str | None = None) -> dict[str, mx.array]:
         """A state with whole arrays. Where the model is divided, all of its processes must ask."""
@@ -265,22 +248,6 @@ def _as_section(section: Mapping[str, Any], cfg: AdapterConfig) -> str:
         if value is not None and not (name in defaults and defaults[name] == value == getattr(cfg, name))
     }
     return f"adapter: {json.dumps(told)}".replace('"', "")
-
-
-def _as_factor(array: mx.array) -> mx.array:
-    """A layer's A as `[D, r]` or B as `[r, E]` in float32: experts, with a dimension more, keep both transposed."""
-    array = array.astype(mx.float32)
-    return array.swapaxes(-1, -2) if array.ndim == 3 else array
-
-
-def _difference(a: mx.array, b: mx.array, a0: mx.array, b0: mx.array) -> tuple[mx.array, mx.array]:
-    """AB - A₀B₀ = A (B - B₀) + (A - A₀) B₀ as one product of twice the rank: exactly 0 where nothing has changed."""
-    return mx.concatenate([a, a - a0], axis=-1), mx.concatenate([b - b0, b0], axis=-2)
-
-
-def _product_norm(a: mx.array, b: mx.array) -> mx.array:
-    """|AB|² = Σ (AᵀA) ∘ (BBᵀ), without ever making AB: `[..., D, r]` and `[..., r, E]` in, a scalar out."""
-    return ((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2))).sum()
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:

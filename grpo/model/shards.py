@@ -13,8 +13,6 @@ import mlx.nn as nn
 from grpo.backend.ranks import Ranks
 from grpo.model.tensor import cut_of
 
-Arrays = Mapping[str, mx.array]
-
 OUTPUTS = {"lora_a": None, "lora_b": -1, "m": 0}, {"lora_a": None, "lora_b": -2}
 INPUTS = {"lora_a": 0, "lora_b": None, "m": None}, {"lora_a": -1, "lora_b": None}
 """The axis along which the arrays of an adapter are divided where its layer's outputs are, or its inputs: of a linear
@@ -57,7 +55,7 @@ class Shards:
             shape[axis] *= self.ranks.size
         return tuple(shape)
 
-    def whole(self, arrays: Arrays) -> dict[str, mx.array]:
+    def whole(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """The whole arrays of everybody's parts, by the same names: of what trains, or of an optimizer's state.
 
         All processes of the group must ask, for the same arrays.
@@ -70,7 +68,7 @@ class Shards:
             joined[path] = array if axis is None or not array.ndim else self.ranks.join(array, axis)
         return joined
 
-    def part(self, arrays: Arrays) -> dict[str, mx.array]:
+    def part(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """This process's parts of whole arrays."""
         return {path: self.part_of(path, array) for path, array in arrays.items()}
 

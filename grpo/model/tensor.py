@@ -25,7 +25,7 @@ from grpo.backend.ranks import Ranks
 from grpo.errors import UserError
 from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear
 
-Group = mx.distributed.Group
+Processes = mx.distributed.Group
 TRAINED = "glm4_moe", "gpt_oss", "llama", "ministral3", "qwen2", "qwen3", "qwen3_moe"
 """The architectures whose gradients were found to be right when they are divided. Of MiniMax's, whose norms are of all
 heads together, they are not, and in latent attention the gradient of what is whole comes out in parts."""
@@ -35,25 +35,25 @@ LINEAR = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 _SILENT: ContextVar[bool] = ContextVar("whether nothing is exchanged", default=False)
 
 
-def scattered(x: mx.array, group: Group) -> mx.array:
+def scattered(x: mx.array, group: Processes) -> mx.array:
     """`x` itself, whose gradient is summed over the group: each process finds the part that comes through its own."""
     return distributed.sum_gradients(group)(x) if _speaks(group) else x
 
 
-def summed(x: mx.array, group: Group) -> mx.array:
+def summed(x: mx.array, group: Processes) -> mx.array:
     """The sum of `x` over the group. Each process has the whole gradient of it already."""
     return mx.distributed.all_sum(x, group=group) if _speaks(group) else x
 
 
 def _speaks(group: Any) -> bool:
     """Whether anything is exchanged: not inside `silent`, nor in the outline of a model of which no process is here."""
-    return isinstance(group, Group) and not _SILENT.get()
+    return isinstance(group, Processes) and not _SILENT.get()
 
 
 class ByColumn:
     """Put before a linear layer's class: the layer of some of the outputs."""
 
-    group: Group
+    group: Processes
 
     def __call__(self, x: mx.array) -> mx.array:
         """`[..., in]`, the same in all processes, to `[..., out / n]`."""
@@ -65,7 +65,7 @@ class ByRow:
     """Put before a linear layer's class: the layer of some of the inputs. The first process alone has the bias, the
     others have zeros."""
 
-    group: Group
+    group: Processes
 
     def __call__(self, x: mx.array) -> mx.array:
         """`[..., in / n]` to `[..., out]`, the same in all processes."""
@@ -117,7 +117,7 @@ def divide(model: nn.Module, ranks: Ranks) -> None:
             _become_linear(module, OURS[type(module)], ranks)
         if isinstance(module, LINEAR) and (axis := _cut(shapes[path], module, ranks.size)) is not None:
             module.cut = axis
-    if not isinstance(ranks.group, Group):
+    if not isinstance(ranks.group, Processes):
         for block, _ in _speaking(model):
             block.sharding_group = None
     _count_own_heads(model, ranks.size)

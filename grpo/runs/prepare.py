@@ -27,7 +27,6 @@ from grpo.model.load import head_note, load
 from grpo.model.mlxlm import TokenizerWrapper
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
-from grpo.model.tensor import is_divided
 from grpo.model.trial import check_divided
 from grpo.planning.graders import Graders
 from grpo.planning.lesson import NONE, TeacherNeeds
@@ -125,8 +124,7 @@ def _prepared(
     policy = _policy(cfg, model, ranks)
     teacher = teacher_of(cfg.teacher if trains else None, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
-    timed = is_divided(model) and cfg.rollout.speculate == "auto"
-    rollout = with_settings(cfg.rollout, {"speculate": "off"}) if timed else cfg.rollout
+    rollout = _untimed(cfg.rollout, ranks)
     generator.speculation, generator.neighbours = speculation_of(rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
     shown = partners.tools, partners.resets, text_system(cfg) is None or partners.are_agents
@@ -172,16 +170,25 @@ def _prepared(
     notes += filter(None, [held_out.null_prompts() if held_out else None])
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     notes += [] if teacher is None else teacher.notes
-    notes += [] if ranks.shard.size == 1 else [*_on_shards(ranks), *([UNTIMED] if timed else [])]
+    notes += _on_shards(ranks, cfg.rollout)
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
 
 
-def _on_shards(ranks: Ranks) -> list[str]:
-    """How the model is divided."""
+def _untimed(rollout: RolloutConfig, ranks: Ranks) -> RolloutConfig:
+    """The section without what goes by the clock, where processes that hold a model together must all do the same."""
+    timed = ranks.shard.size > 1 and rollout.speculate == "auto"
+    return with_settings(rollout, {"speculate": "off"}) if timed else rollout
+
+
+def _on_shards(ranks: Ranks, rollout: RolloutConfig) -> list[str]:
+    """How the model is divided, and what that switches off. Nothing where each process has the whole."""
     size, groups = ranks.shard.size, ranks.size
+    if size == 1:
+        return []
     among = f", {groups} times; the prompts of a step are shared out among these" if groups > 1 else ""
     together = f"model.shard: tensor: {size} processes hold one model together{among}"
-    return [f"{together}. Parameters and memory are what one of them has"]
+    off = [UNTIMED] if rollout.speculate == "auto" else []
+    return [f"{together}. Parameters and memory are what one of them has", *off]
 
 
 def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:

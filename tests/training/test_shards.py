@@ -38,9 +38,13 @@ def held_by(n: int, cases: tuple[str, ...], folder: Path) -> Path:
 
 def differing(case: str, one: Path, several: Path, n: int) -> Iterator[tuple[str, float]]:
     """What is measured of a case, and how far any process is from one process with the whole model, relatively."""
-    alone = json.loads((one / f"{case}-0.json").read_text())["facts"]
+    told = json.loads((one / f"{case}-0.json").read_text())
+    alone = told["facts"]
     for rank in range(n):
-        got = json.loads((several / f"{case}-{rank}.json").read_text())["facts"]
+        also = json.loads((several / f"{case}-{rank}.json").read_text())
+        assert also["notes"]["way"] == told["notes"]["way"]  # what does not agree is not taken, without a word
+        assert also["notes"]["bytes"] < 0.75 * told["notes"]["bytes"]
+        got = also["facts"]
         for name, value in alone.items():
             mine, theirs = list(flat([value])), list(flat([got[name]]))
             most = max(map(abs, mine))

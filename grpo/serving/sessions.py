@@ -153,9 +153,12 @@ def marks_of(messages: Iterable[Message]) -> tuple[bytes, ...]:
 
 
 def session_id(segment: str | None, headers: Sequence[str]) -> str | None:
-    """The session that a request names in its URL, or in its headers X-Session-ID; None if it names none. Raises
-    Refusal for two, and for what is no name."""
-    named = list(dict.fromkeys([*([] if segment is None else [segment]), *headers]))
+    """The session that a request names in its URL, or else in its headers X-Session-ID; None if it names none. Raises
+    Refusal for two, and for what is no name.
+
+    Where the URL names one, headers are the client's own: verifiers sends the id of its trace, for routers.
+    """
+    named = [segment] if segment is not None else list(dict.fromkeys(headers))
     if len(named) > 1:
         raise Refusal(400, f"two sessions are named, {named[0]!r:.100} and {named[1]!r:.100}: name one", "two_sessions")
     if named and not (0 < len(named[0]) <= LONGEST_ID and named[0].isprintable()):

@@ -57,10 +57,9 @@ def test_odd_messages_and_tools_are_answered_or_refused(family: str) -> None:
             asked = read(ChatRequest, json.dumps(body(draw)).encode())
             voice = speaker.voice([tool.model_dump() for tool in asked.tools or ()], asked.chat_template_kwargs)
             speaker.prompt_of(voice, asked.messages, session)
-        except Refusal as refusal:
-            assert str(refusal)
-        else:
-            answered += 1
-            said = CALLS.get(family, "Yes.").replace("city", "a")
-            voice.chat.parse(tokenizer.encode(said, add_special_tokens=False))
+        except Refusal:
+            continue
+        answered += 1
+        said = CALLS.get(family, "Yes.").replace("city", "a")
+        voice.chat.parse(tokenizer.encode(said, add_special_tokens=False))
     assert answered > 5 or family in ("plain", "gemma")

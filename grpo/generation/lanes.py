@@ -99,7 +99,7 @@ class _Common:
     def __init__(self, decoding: Decoding) -> None:
         self.decoding, self._lock = decoding, Lock()
         self.vocabulary, self.side_by_side, self.narrow = decoding.vocabulary, decoding.side_by_side, decoding.narrow
-        self.description, self.refused = decoding.description, decoding.refused
+        self.description, self.refused, self.lockstep = decoding.description, decoding.refused, decoding.lockstep
         self.refresh, self.memory, self.outside = decoding.refresh, decoding.memory, decoding.outside
 
     def open(self, size: Size) -> Session:

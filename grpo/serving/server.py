@@ -40,7 +40,6 @@ def url_of(at: socket.socket) -> str:
 def run(app: Any, at: socket.socket, drain: float, refuse: Callable[[], object]) -> None:
     """Serve until SIGINT or SIGTERM. Then no connection is taken any more, and requests under way have `drain` seconds
     to be answered, until `refuse` is called, which refuses them. A second SIGINT ends it without that."""
-    _make_room()
     server = made(app, drain, refuse=refuse)
     with _asked_to_end(server):
         server.run(sockets=[at])
@@ -51,6 +50,7 @@ def made(
 ) -> Server:
     """The server of an application, with so many `connections` at most; see `run`. It can run in any thread, until its
     `should_exit` is set."""
+    _make_room()
     config = uvicorn.Config(
         app,
         http=Connection,

@@ -48,9 +48,9 @@ def test_the_cost_grows_with_the_number_of_tools_and_not_with_its_square(
 
 
 def test_a_tool_whose_call_is_not_read_back_is_found_wherever_it_stands() -> None:
-    tokenizer = tokenizer_of("qwen2.5")
+    tokenizer = tokenizer_of("gpt-oss")
     odd = tools(3)
-    odd[2]["function"]["name"] = "a</tool_call>b"
+    odd[2]["function"]["name"] = "a b"  # it reads a name until the blank
     for given in (odd, odd[::-1]):
         with pytest.raises(UserError, match="reads back"):
             format_of(Template(tokenizer, given, {}, tokenizer.eos_token_ids), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import socket
 import subprocess
@@ -246,3 +247,23 @@ def test_curl(found: Listening, stream: bool) -> None:
     else:
         assert done.stdout.endswith("200")
         assert json.loads(done.stdout[:-3])["choices"][0]["message"]["content"] == "Yes."
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "made"),
+    [
+        (256, 100_000, (2048, 100_000)),
+        (256, 300, (300, 300)),
+        (256, resource.RLIM_INFINITY, (2048, resource.RLIM_INFINITY)),
+        (4096, 100_000, None),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+    ],
+)
+def test_as_many_files_can_be_open_as_there_can_be_connections(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, made: tuple[int, int] | None
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    server._make_room()
+    assert asked == ([] if made is None else [made])

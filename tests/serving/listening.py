@@ -28,6 +28,10 @@ class Listening:
     port: int
     thread: threading.Thread
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
     def connect(self, sent: bytes = b"", room: int | None = None) -> socket.socket:
         """A connection to which these bytes have been written; with so much `room` for what comes back."""
         made = socket.socket()
@@ -55,10 +59,12 @@ class Listening:
 
 
 @contextmanager
-def listening(service: Service, drain: float = 1.0, refuse: Callable[[], object] = lambda: None) -> Iterator[Listening]:
+def listening(
+    service: Service, drain: float = 1.0, refuse: Callable[[], object] = lambda: None, key: str | None = None
+) -> Iterator[Listening]:
     at = server.listening("127.0.0.1", 0)
     at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    made = server.made(application(service, Guard()), drain, refuse=refuse)
+    made = server.made(application(service, Guard(key)), drain, refuse=refuse)
     thread = threading.Thread(target=made.run, args=([at],))
     port = at.getsockname()[1]
     thread.start()
@@ -115,7 +121,7 @@ def answers_in(got: bytes) -> int:
 
 def statuses(got: bytes) -> list[int]:
     """The statuses of all answers in a row."""
-    return [int(line.split()[1]) for line in got.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", got)]
 
 
 def error_in(got: bytes) -> Any:

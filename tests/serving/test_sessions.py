@@ -374,7 +374,7 @@ def test_in_a_session_the_run_decides_how_to_sample() -> None:
     ("path", "headers", "code"),
     [
         ("/s/one" + CHAT, ["one"], None),
-        ("/s/one" + CHAT, ["two"], "two_sessions"),
+        ("/s/one" + CHAT, ["two"], None),
         (CHAT, ["one", "two"], "two_sessions"),
         (CHAT, [""], "invalid_session"),
         (CHAT, ["x" * 300], "invalid_session"),

@@ -45,7 +45,7 @@ def partner_sections(
         raise UserError(f"{said_by}: environment does nothing beside environments: name it there, or leave them out")
     if environment is not None:
         own = _section(environment, functions, f"{said_by}: environment")
-        others = {"use": None, "agent": None, "command": None, "kwargs": {}}  # of the recipe's own
+        others: Sections = {"use": None, "agent": None, "command": None, "kwargs": {}}  # of the recipe's own
         settings |= {f"environment.{name}": value for name, value in {**others, **own}.items()}
         settings["environments"] = {}
     if environments is not None:

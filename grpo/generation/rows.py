@@ -71,7 +71,7 @@ class Computed:
         return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(self.token_ids), len(token_ids)))
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class SharedPrompt:
     """A prompt that `n` rows share. `left` of them may still decode, `unstarted` have not begun. What is `known` of it
     need not be computed."""
@@ -132,14 +132,14 @@ class Line:
         return own[self.kept.fed if self.kept else 0 : -1]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True, weakref_slot=True)
 class Row(Line):
     """A completion in progress, and the handle to extend, park and release it.
 
     `token_ids` are all tokens after the prompt. `logprobs` and `sampler_logprobs`, if requested, have one entry for
     each, 0 for tokens that were not sampled; `injected` has the ranges of those. There are at most `longest`, with the
-    opening. `finish_reason` is None until the row ends. Of a row that is to `remember`, `computed` is there one step later
-    at most. The other fields are the engine's: `launched` counts the tokens whose steps have been launched, and
+    opening. `finish_reason` is None until the row ends. A row that is to `remember` has `computed` one step later at
+    most. The other fields are the engine's: `launched` counts the tokens whose steps have been launched, and
     `queued_at` is the moment (`time.perf_counter`) at which the row was queued.
     """
 

@@ -163,6 +163,8 @@ class Seats:
         entering = list(islice(self.queue, self._most_slots - decoding))
         if not (entering and decoding and self.overlaps and self._session.needs_prefill(entering)):
             return False
+        if self._opened is None or self._opened.lockstep:
+            return False
         now = time.perf_counter()
         return sum(now - row.queued_at for row in entering) < self._stall * decoding
 

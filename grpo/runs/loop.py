@@ -87,7 +87,7 @@ class Loop:
         except Stopped:
             pass
         except BaseException:  # of other people's code too: a logger may raise KeyboardInterrupt
-            self._save_last()
+            self._save_after_error()
             self._note_end("failed")
             raise
         self._save_last()
@@ -127,9 +127,10 @@ class Loop:
 
     def _interrupts(self) -> AbstractContextManager[None]:
         """A block that a stop may leave; of several processes none does so alone, or the others would wait for it."""
-        if self.ranks.size == 1:
+        everyone = self.ranks.everyone
+        if everyone.size == 1:
             return self.stop.interrupts()
-        if asked := [number for number in self.ranks.gather(self.stop.signal) if number is not None]:
+        if asked := [number for number in everyone.gather(self.stop.signal) if number is not None]:
             self.stop.signal = asked[0]  # whichever was asked, the run was stopped
             raise Stopped
         return nullcontext()
@@ -159,7 +160,8 @@ class Loop:
         try:
             self._write()
         except OSError as error:
-            log.warning("%s. Training goes on; the next checkpoint may succeed.", self._unsaved(error))
+            if self.ranks.first:
+                log.warning("%s. Training goes on; the next checkpoint may succeed.", self._unsaved(error))
 
     def _store(self, metrics: StepMetrics) -> None:
         """Keep the step's completions, if there is room for them."""
@@ -203,15 +205,37 @@ class Loop:
             self._note_end("failed")
             raise RunError(f"{self._unsaved(error)}. Make room there and go on with --resume.") from error
 
+    def _save_after_error(self) -> None:
+        """Save what is finished, unless other processes have parts of it: they may be elsewhere, and never answer."""
+        if self.ranks.shard.size == 1:
+            self._save_last()
+        elif not self._is_saved and self.state.step > 0 and self.ranks.first:
+            log.warning(
+                "Step %d is not saved: other processes have parts of the model, and after an error nobody knows "
+                "whether they answer; %s. A smaller checkpoint.every loses fewer steps.",
+                self.state.step,
+                self._newest(),
+            )
+
     def _write(self) -> None:
-        if self._is_saved or self.state.step == 0 or not self.ranks.first:
+        if self._is_saved or self.state.step == 0 or not (self.ranks.first or self.ranks.shard.size > 1):
             return
         if self.trainer.before.halfway:
             log.warning("%s", self._lost())
             return
-        restore_folder(self.folder, self.context.recipe, self.cfg)
-        keep = self.cfg.checkpoint.keep
-        self._saved = save_checkpoint(self.folder / CHECKPOINTS, self._whole_state(), self.context, keep)
+        state = self._whole_state()  # of a divided model all processes have parts
+        error: OSError | None = None
+        try:
+            if self.ranks.first:
+                restore_folder(self.folder, self.context.recipe, self.cfg)
+                keep = self.cfg.checkpoint.keep
+                self._saved = save_checkpoint(self.folder / CHECKPOINTS, state, self.context, keep)
+        except OSError as raised:
+            error = raised
+        if self.ranks.shard.size > 1:  # all of them try again, or none
+            error = self.ranks.everyone.gather(error)[0]
+        if error is not None:
+            raise error
         self._is_saved = True
 
     def _unsaved(self, error: OSError) -> str:

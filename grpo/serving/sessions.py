@@ -64,8 +64,7 @@ class SessionMemory:
 
     def __init__(self, id: str, rules: SessionRules | None = None, most: int | None = None) -> None:
         self.id, self.rules = id, rules
-        self.size = 0
-        self._most, self._said = most, list[Answered]()
+        self._most, self._said, self._sizes = most, list[Answered](), list[int]()
         self._lock, self._over = Lock(), False
 
     @property
@@ -76,12 +75,16 @@ class SessionMemory:
     def add(self, said: Iterable[Answered]) -> None:
         """Remember answers; nothing if the session is over."""
         with self._lock:
-            if self._over:
-                return
-            self._said += said
+            new = () if self._over else tuple(said)
+            self._said += new
             if self._most is not None:
-                del self._said[: -self._most]
-                self.size = sum(one.size for one in self._said)
+                self._sizes += [one.size for one in new]
+                del self._said[: -self._most], self._sizes[: -self._most]
+
+    @property
+    def size(self) -> int:
+        """Characters and tokens, about, where not all answers are kept."""
+        return sum(self._sizes)
 
     def close(self) -> None:
         """Let nothing be added any more."""

@@ -142,9 +142,22 @@ def test_an_evaluation_samples_in_its_own_way_whatever_the_recipe_says(office: A
     assert refused == [(400, "session_decides")]
 
 
+def test_logprobs_that_a_row_does_not_have_begin_another(office: Agency) -> None:
+    def agent(client: Client) -> float:
+        told = client.tokens([30, 31], max_tokens=3, logprobs=None)
+        again = client.tokens([*told["prompt_token_ids"], *told["choices"][0]["token_ids"], 32], max_tokens=3)[
+            "choices"
+        ][0]
+        return float(len(again["logprobs"]["content"]) == len(again["token_ids"]))
+
+    one = office.one(agent, temperature=0.0, logprobs=False)
+    assert (len(one.parts), one.conversation.reward) == (2, 1.0)
+    assert office.one(agent).begins == ()  # in training all rows have them
+
+
 def test_rows_that_record_what_they_were_drawn_from_record_it_for_all_turns(office: Agency) -> None:
     """Filters are the recipe's, for all rows; a minimum of tokens is of a turn, and begins a row where there was none.
-    It holds: at the temperature 0.01 the toy model says little else."""
+    It holds, though half of all tokens would end the turn."""
     lengths = []
 
     def agent(client: Client) -> float:
@@ -153,7 +166,7 @@ def test_rows_that_record_what_they_were_drawn_from_record_it_for_all_turns(offi
         told = client.tokens([*before, 20], max_tokens=9, min_tokens=7)
         before = [*told["prompt_token_ids"], *told["choices"][0]["token_ids"]]
         lengths.append(len(told["choices"][0]["token_ids"]))
-        told = client.tokens([*before, 20], max_tokens=6, min_tokens=6)
+        told = client.tokens([*before, 20], max_tokens=6, min_tokens=6, stop_token_ids=list(range(8, 140)))
         lengths.append(len(told["choices"][0]["token_ids"]))
         return 1.0
 

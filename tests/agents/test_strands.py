@@ -15,8 +15,8 @@ def strand(prompt: list[int], answer: list[int], wave: int = 0, state: str = "wa
 
 
 def test_the_longest_that_a_prompt_goes_on_from() -> None:
-    short, long, other = strand([1, 2], [3]), strand([1, 2], [3, 4, 5]), strand([1, 2], [9, 9, 9, 9])
-    strands = [short, long, other]
+    other, short, long = strand([1, 2], [9, 9, 9]), strand([1, 2], [3]), strand([1, 2], [3, 4, 5])
+    strands = [other, short, long]
     assert gone_on_with(strands, [1, 2, 3, 4, 5, 6]) is long
     assert gone_on_with(strands, [1, 2, 3, 4, 5]) is short  # the same and nothing more is asked for anew
     assert gone_on_with(strands, [1, 2, 3, 7]) is short

@@ -1,26 +1,37 @@
 """Runs whose model is asked by agents: trained, evaluated, told, stopped and resumed, and closed."""
 
 import json
+import shutil
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 from runs.agents import COMMAND, asking  # noqa: F401
+from runs.conversing import thinker, thinks
 from runs.driver import run, same_end
 from runs.test_conversing_runs import gone, trajectories
 from runs.test_resume import interrupt_in
 
 from grpo.environments import scheduler
+from grpo.environments.chat import Chat
 from grpo.errors import RunError, UserError
 from grpo.recipes import load_recipe
+from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.prepare import prepare
+from grpo.types import Conversation
 
 ONE = ("output_dir=run", "optim.steps=1")
 
 
 def metrics(folder: str) -> list[dict]:
     return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def told_of(folder: str) -> list[tuple[str, Conversation]]:
+    """The conversations of a run, each with its task's source."""
+    groups = [group for path in stored_steps(Path(folder) / "completions") for group in read_completions(path)[1]]
+    return [(group.task.source, one.trajectory.conversation) for group in groups for one in group.rollouts]
 
 
 def servers() -> int:
@@ -134,6 +145,56 @@ def test_the_extra_is_asked_for_before_anything_is_loaded(asking: Path, monkeypa
     monkeypatch.setitem(sys.modules, "starlette", None)
     with pytest.raises(UserError, match=r"environment.agent needs starlette.*pip install 'grpo-mlx\[serve\]'"):
         prepare(load_recipe(asking, ["model.name=nowhere/at-all"]))
+
+
+def test_rows_need_no_prompts_and_each_may_be_as_long_as_the_recipe_says(asking: Path) -> None:  # noqa: F811
+    """The plan has room for prompts that agents write: all of a prompt may be a row's own."""
+    asking.write_text(asking.read_text().replace(", prompt: question", ", max_prompt_length: 77"))
+    prepared = prepare(load_recipe(asking))
+    with prepared.opened:
+        assert prepared.tasks[0].prompt == [{"role": "user", "content": ""}]
+        load = prepared.planner.load
+        assert (load.prompt_length, load.own, load.waits) == (77, 77, True)
+
+
+def test_the_limits_and_the_template_of_each_source(asking: Path) -> None:  # noqa: F811
+    """First prompts may be as long as their own source says; the longest by any source is what the endpoint tells."""
+    with Path("play.py").open("a") as file:
+        file.write("\ndef long(base_url, api_key, question):\n")
+        file.write("    ask(base_url, api_key, [{'role': 'user', 'content': question * 9}])\n    return 1.0\n")
+    Path("more.jsonl").write_text(Path("train.jsonl").read_text())
+    sources = "data={prompt: question, sources: [{source: train.jsonl, max_prompt_length: 40}, {source: more.jsonl}]}"
+    run(asking, *ONE, sources, "environment={agent: 'play.py:long', workers: 1, max_failure_rate: 1}")
+    ended = {(name, talk.failure is None) for name, talk in told_of("run")}
+    assert ended == {("train", False), ("more", True)}
+
+
+def test_arguments_of_the_chat_template_are_the_recipes(asking: Path) -> None:  # noqa: F811
+    config = Path("model/tokenizer_config.json")
+    shutil.copytree(load_recipe(asking).model.name, "model")
+    template = json.loads(config.read_text())
+    config.write_text(json.dumps({**template, "chat_template": template["chat_template"] + "{{ tone }}"}))
+    prepared = prepare(load_recipe(asking, ["model.name=model", "data.chat_template_kwargs={tone: rude}"]))
+    with prepared.opened:
+        engine = prepared.trainer.engine
+        (group,) = engine.rollout(prepared.tasks[:1], 2, 1.0, [7])
+        assert engine.generator.tokenizer.decode(list(group.task.prompt_ids)).endswith("rude")
+
+
+def test_thinking_that_is_not_sent_back_begins_a_row_unless_it_is_kept(
+    asking: Path,  # noqa: F811
+    toy_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    thinker(toy_folder, Path("thinker"))
+    monkeypatch.setattr(Chat, "parse", thinks)
+    rows = {}
+    for thinking in ("drop", "keep"):
+        prepared = prepare(load_recipe(asking, ["model.name=thinker", f"environment.thinking={thinking}"]))
+        with prepared.opened:
+            (group,) = prepared.trainer.engine.rollout(prepared.tasks[:1], 3, 1.0, [7])
+        rows[thinking] = [1 + len(rollout.trajectory.begins) for rollout in group.rollouts]
+    assert rows == {"drop": [2, 2, 2], "keep": [1, 1, 1]}
 
 
 def test_kwargs_and_metrics_alone(asking: Path) -> None:  # noqa: F811

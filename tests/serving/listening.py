@@ -121,7 +121,7 @@ def answers_in(got: bytes) -> int:
 
 def statuses(got: bytes) -> list[int]:
     """The statuses of all answers in a row."""
-    return [int(line.split()[1]) for line in got.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", got)]
 
 
 def error_in(got: bytes) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +72,7 @@ def headed(more: str, body: bytes = b"", line: str = "POST /v1/completions HTTP/
         ([request(ASKED, length=5)], 400),
         ([request(ASKED, length=500)], 408),
         ([headed("Expect: 100-continue\r\nContent-Length: 9\r\n")], 408),
-        ([request(b"x" * 100, more="Content-Type: text/plain\r\n")], 415),
+        ([WHOLE.replace(b"application/json", b"text/plain")], 415),
         ([headed("", line="CONNECT localhost:80 HTTP/1.1")], 404),
         ([headed("", line="PRI * HTTP/2.0")], 404),
     ],
@@ -226,3 +229,41 @@ def test_beyond_the_most_connections_there_are_some_that_are_told_and_then_none(
         made.close()
     until(found.idle)
     assert statuses(found.answer(WHOLE)) == [200]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("stream", [False, True])
+def test_curl(found: Listening, stream: bool) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": stream})
+    url = f"http://127.0.0.1:{found.port}/v1/chat/completions"
+    command = ["curl", "-sS", "-N", "-w", "%{http_code}", url, "-H", "Content-Type: application/json", "-d", body]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stderr == ""
+    if stream:
+        *events, end = done.stdout.split("\n\n")
+        assert (events.pop(), end) == ("data: [DONE]", "200")
+        deltas = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in events]
+        assert "".join(delta.get("content", "") for delta in deltas) == "Yes."
+    else:
+        assert done.stdout.endswith("200")
+        assert json.loads(done.stdout[:-3])["choices"][0]["message"]["content"] == "Yes."
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "made"),
+    [
+        (256, 100_000, (2048, 100_000)),
+        (256, 300, (300, 300)),
+        (256, resource.RLIM_INFINITY, (2048, resource.RLIM_INFINITY)),
+        (4096, 100_000, None),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+    ],
+)
+def test_as_many_files_can_be_open_as_there_can_be_connections(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, made: tuple[int, int] | None
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    server._make_room()
+    assert asked == ([] if made is None else [made])

@@ -111,9 +111,10 @@ def test_two_thousand_broken_requests_leave_nothing_and_others_are_served(
             assert (open_files(), threading.active_count()) == (files, threads)
             assert served > 20
     found_statuses = {status for got in answered for status in statuses(got)}
-    assert {200, 400, 404, 408} <= found_statuses <= {100, 200, 400, 403, 404, 408, 413, 415}
+    assert {200, 400, 404, 408} <= found_statuses <= {100, 200, 400, 403, 404, 405, 408, 413, 415}
     assert sum(1 for got in answered if not got) < len(answered) / 50
     for got in answered:
         if statuses(got)[-1:] > [299]:
             assert error_in(got)["message"]
-    assert caplog.records == []
+    told = [record for record in caplog.records if not record.name.startswith("transformers")]  # of long prompts
+    assert told == []

@@ -104,6 +104,10 @@ def test_why_it_hangs_up_is_read_by_who_goes_on_sending(found: Listening) -> Non
     until(found.idle)
 
 
+def test_idle_connections_are_kept_for_longer_than_clients_keep_them(found: Listening) -> None:
+    assert found.server.config.timeout_keep_alive > 5  # httpx's, which openai's client has
+
+
 def test_a_body_that_is_broken_is_not_awaited() -> None:
     with listening(service_that_says("Yes.", body_seconds=1.0)) as found:
         with found.connect(headed(CHUNKED, b"zz\r\n")) as made:

@@ -110,7 +110,10 @@ def test_idle_connections_are_kept_for_longer_than_clients_keep_them(found: List
 
 def test_a_body_that_is_broken_is_not_awaited() -> None:
     with listening(service_that_says("Yes.", body_seconds=1.0)) as found:
-        with found.connect(headed(CHUNKED, b"zz\r\n")) as made:
+        with found.connect(headed(CHUNKED)) as made:
+            until(lambda: found.server.server_state.tasks)
+            threading.Event().wait(0.05)
+            made.sendall(b"zz\r\n")
             assert statuses(received(made)) == [400]
             until(lambda: not found.server.server_state.tasks, seconds=0.5)
         until(found.idle)

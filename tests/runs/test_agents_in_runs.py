@@ -161,7 +161,7 @@ def test_the_limits_and_the_template_of_each_source(asking: Path) -> None:  # no
     """First prompts may be as long as their own source says; the longest by any source is what the endpoint tells."""
     with Path("play.py").open("a") as file:
         file.write("\ndef long(base_url, api_key, question):\n")
-        file.write("    ask(base_url, api_key, [{'role': 'user', 'content': question * 9}])\n    return 1.0\n")
+        file.write("    ask(base_url, api_key, [{'role': 'user', 'content': question * 60}])\n    return 1.0\n")
     Path("more.jsonl").write_text(Path("train.jsonl").read_text())
     sources = "data={prompt: question, sources: [{source: train.jsonl, max_prompt_length: 40}, {source: more.jsonl}]}"
     run(asking, *ONE, sources, "environment={agent: 'play.py:long', workers: 1, max_failure_rate: 1}")

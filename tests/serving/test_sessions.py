@@ -309,8 +309,9 @@ def test_what_was_said_is_remembered_until_the_end() -> None:
         *((1, "c"), (1, "c"), (1, "d")),
     ]
     assert memory.said[1].messages[1] is memory.said[0].answer
-    for one, ask in zip((memory.said[0], memory.said[1], memory.said[3]), talk.says.asks, strict=False):
+    for one, ask in zip((memory.said[0], memory.said[1]), talk.says.asks, strict=False):
         assert one.prompt_ids == tuple(ask.prompt_ids)
+    assert all(one.prompt_ids == one.token_ids == () for one in memory.said[3:])  # no chat goes on from these
     assert memory.said[1].prompt_ids[: len(memory.said[0].prompt_ids)] == memory.said[0].prompt_ids
     texts = [one.messages[0]["content"] for one in memory.said[3:]]
     assert texts == ["a", "b", "b"]
@@ -318,6 +319,25 @@ def test_what_was_said_is_remembered_until_the_end() -> None:
     assert len(memory.said) == 6
     with pytest.raises(KeyError):
         talk.service.end("one")
+    talk.service.close()
+
+
+def test_a_session_keeps_each_token_once() -> None:
+    """However many turns go on from it, and from whichever answer the next one does."""
+    talk = Talk("qwen2.5", sessions_only=True)
+    talk.service.open("one", RULES)
+    messages, asked = list(QUESTION), []
+    for number in range(6):
+        answer = talk.ask(messages, letters(talk, f"The sun shines {number}"))
+        asked.append(tuple(talk.asked.prompt_ids))
+        messages += [answer, {"role": "user", "content": "And then?"}]
+    talk.ask([*messages[:4], {"role": "user", "content": "Or so?"}])
+    known = talk.service.session("one").said[1]  # type: ignore[union-attr]
+    assert talk.asked.prompt_ids[: len(asked[1]) + len(known.token_ids)] == (*asked[1], *known.token_ids)
+    said = talk.service.end("one").said
+    assert [one.prompt_ids for one in said[:6]] == asked
+    assert sum(len(one.own_ids) + len(one.token_ids) for one in said[:6]) == len(asked[5]) + len(said[5].token_ids)
+    assert said[5].marks[0] is said[0].marks[0]
     talk.service.close()
 
 

@@ -89,7 +89,7 @@ def test_what_agents_fail_on_is_told_and_leaves_the_baseline(asking: Path) -> No
 
 
 def test_agents_that_ask_nothing_end_the_run_with_the_reason(asking: Path) -> None:  # noqa: F811
-    with pytest.raises(RunError, match="it asked the model nothing"):
+    with pytest.raises(RunError, match="it asked the model nothing that was answered: it must use the base_url"):
         run(asking, *ONE, "environment.agent=play.py:idle")
     assert servers() == 0
 

@@ -52,9 +52,8 @@ class Completed:
 
 def said_of(prompt: Spoken, choice: Completed, message: Message) -> Answered:
     """A choice that has ended, as sessions remember it. `message` is what it says."""
-    if prompt.settings is None:
-        return Answered(prompt.messages, message, (), ())
-    before, marks = prompt.follows, (*prompt.marks, *marks_of([message]))
+    before = prompt.follows
+    marks = () if prompt.settings is None else (*prompt.marks, *marks_of([message]))
     own = prompt.ids if before is None else prompt.ids[len(before.prompt_ids) + len(before.token_ids) :]
     return Answered(prompt.messages, message, own, tuple(choice.token_ids), prompt.settings, marks, before)
 

@@ -142,10 +142,13 @@ class Speaker:
         self, given: str | Sequence[int], param: str = "prompt", session: SessionMemory | None = None
     ) -> Spoken:
         """The prompt that is a text, encoded as the trainer encodes prompts without a template, or tokens. A session
-        remembers it as a user's message. Raises Refusal."""
+        remembers it as a user's message; where it goes on from an answer, what it adds is one. Raises Refusal."""
         ids = self.checked(self.tokenizer.encode(given) if isinstance(given, str) else given, param)
         if session is None:
             return Spoken(ids)
+        if (said := session.before_tokens(ids)) is not None:
+            added = self.text(ids[len(said.prompt_ids) + len(said.token_ids) :], special=True)
+            return Spoken(ids, (*said.messages, said.answer, {"role": "user", "content": added}), follows=said)
         text = given if isinstance(given, str) else self.text(ids, special=True)
         return Spoken(ids, ({"role": "user", "content": text},))
 

@@ -309,9 +309,8 @@ def test_what_was_said_is_remembered_until_the_end() -> None:
         *((1, "c"), (1, "c"), (1, "d")),
     ]
     assert memory.said[1].messages[1] is memory.said[0].answer
-    for one, ask in zip((memory.said[0], memory.said[1]), talk.says.asks, strict=False):
+    for one, ask in zip((memory.said[0], memory.said[1], memory.said[3]), talk.says.asks, strict=False):
         assert one.prompt_ids == tuple(ask.prompt_ids)
-    assert all(one.prompt_ids == one.token_ids == () for one in memory.said[3:])  # no chat goes on from these
     assert memory.said[1].prompt_ids[: len(memory.said[0].prompt_ids)] == memory.said[0].prompt_ids
     texts = [one.messages[0]["content"] for one in memory.said[3:]]
     assert texts == ["a", "b", "b"]
@@ -338,6 +337,31 @@ def test_a_session_keeps_each_token_once() -> None:
     assert [one.prompt_ids for one in said[:6]] == asked
     assert sum(len(one.own_ids) + len(one.token_ids) for one in said[:6]) == len(asked[5]) + len(said[5].token_ids)
     assert said[5].marks[0] is said[0].marks[0]
+    talk.service.close()
+
+
+def test_what_tokens_add_to_an_answer_is_what_was_said() -> None:
+    """A client that sends tokens sends all of them each time; they are remembered once, as the messages are."""
+    talk = Talk("qwen2.5", sessions_only=True)
+    talk.service.open("one", RULES)
+    path, ids = "/s/one/inference/v1/generate", talk.tokenizer.encode("Count.")
+    for number in range(5):
+        talk.post({"token_ids": ids}, f"said {number}", path)
+        ids = [*ids, *talk.says.ids, *talk.tokenizer.encode(f"heard {number}")]
+    talk.post({"prompt": talk.tokenizer.decode(ids)}, "done", "/s/one/v1/completions")
+    talk.post({"token_ids": ids[:3]}, "else", path)
+    said = talk.service.end("one").said
+    assert [message["content"] for message in said[4].messages] == [
+        "Count.",
+        *(text for number in range(4) for text in (f"said {number}", f"heard {number}")),
+    ]
+    assert said[4].messages[1] is said[0].answer
+    assert [one.prompt_ids for one in said] == [tuple(ask.prompt_ids) for ask in talk.says.asks]
+    assert sum(len(one.own_ids) + len(one.token_ids) for one in said[:5]) == len(said[4].prompt_ids) + len(
+        said[4].token_ids
+    )
+    assert (len(said[5].messages), said[5].messages[-1]["content"]) == (11, "heard 4")
+    assert said[6].messages == ({"role": "user", "content": talk.tokenizer.decode(ids[:3])},)
     talk.service.close()
 
 

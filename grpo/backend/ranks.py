@@ -7,24 +7,31 @@ policy and takes the same decisions from the same numbers; only sampling, scorin
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import pickle
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from grpo.errors import RunError, UserError
+from grpo.backend.links import Door
+from grpo.backend.watch import Lost, Watch, silence
+from grpo.errors import LostRankError, RunError, UserError
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 Item = TypeVar("Item")
 
+log = logging.getLogger(__name__)
+
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+HEARD = 5.0
+"""Seconds in which it is known who was lost, where MLX has noticed that somebody was."""
 PATIENCE = 1800.0
 """Seconds a process waits for the others before it ends the run; `GRPO_RANK_TIMEOUT` changes it."""
 
@@ -36,6 +43,9 @@ class Ranks:
     """
 
     neighbours = 1
+    watch: Watch | None = None
+    watching: ClassVar[Watch | None] = None
+    """The only one of this machine's process, once it was launched as one of several."""
 
     def __init__(self, group: mx.distributed.Group | None = None) -> None:
         self._group = group
@@ -56,11 +66,36 @@ class Ranks:
         try:
             # It waits for ever for a process that never starts, and lets no other thread of Python's have its turn.
             faulthandler.dump_traceback_later(cls().patience, exit=True)
-            return cls(mx.distributed.init(strict=True))
+            ranks = cls(mx.distributed.init(strict=True))
         except RuntimeError as error:
             raise UserError(f"launched as one of several processes, but they cannot be connected: {error}") from error
         finally:
             faulthandler.cancel_dump_traceback_later()
+        ranks.watch = Ranks.watching = Ranks.watching or ranks._linked()
+        return ranks
+
+    def _linked(self) -> Watch | None:
+        """Link the processes, so that each hears whether the others are alive. None where they cannot be linked."""
+        if self.size == 1:
+            return None
+        seconds, door = silence(), Door(self.rank, self.size)
+        members = self.gather(door.member)
+        links, wrong = door.links(members)
+        failed = [(rank, why) for rank, why in enumerate(self.gather(wrong)) if why is not None]
+        if failed:
+            for link in links:
+                link.close()
+            if self.first:
+                log.warning(
+                    "process %d of %d cannot be linked with the others: %s. So the loss of a process is noticed only "
+                    "where MLX notices it, or after %.0f s (GRPO_RANK_TIMEOUT). A firewall that lets MLX's ports alone "
+                    "pass does that.",
+                    *(failed[0][0], self.size, failed[0][1], self.patience),
+                )
+            return None
+        watch = Watch(self.rank, members, links, seconds)
+        watch.start()
+        return watch
 
     @property
     def first(self) -> bool:
@@ -123,6 +158,55 @@ class Ranks:
         """Until every process is here."""
         self.gather(None)
 
+    def finish(self) -> None:
+        """Until every process is here, to end: a launcher ends the others, in the middle of a write, if one is gone."""
+        self.wait()
+        if self.watch is not None:
+            self.watch.done()
+
+    @property
+    def survivor(self) -> bool:
+        """Whether this is the first process of those that are left."""
+        return self.first if self.watch is None else self.watch.survivor
+
+    @contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """A block of a step, which is left as soon as another process is lost. Raises LostRankError then."""
+        if self.watch is None:
+            yield
+            return
+        try:
+            with self.watch.interrupts():
+                yield
+        except Lost:
+            raise self._lost("") from None
+        except RuntimeError as error:  # of an exchange that a layer of a model makes
+            if "[ring]" not in str(error):
+                raise
+            raise self._lost(str(error)) from None
+
+    def hold(self) -> None:
+        """From here on the block of `interrupts` is to be finished, whoever is lost."""
+        if self.watch is not None:
+            self.watch.hold()
+
+    def keeps(self, last_resort: Callable[[], None]) -> AbstractContextManager[None]:
+        """A block that sees to its own end where another process is lost.
+
+        `last_resort` is called, in another thread, where the block is stuck in a computation that cannot be left.
+        """
+        if self.watch is None:
+            return nullcontext()
+        self.watch.last_resort = last_resort
+        return self.watch.keeps()
+
+    def _lost(self, error: str) -> LostRankError:
+        """What is raised where another process was lost, once it is known which."""
+        loss = self.watch.verdict(HEARD) if self.watch is not None else None
+        if loss is not None:
+            return LostRankError(loss.text, self.survivor)
+        return LostRankError(f"process {self.rank} of {self.size}: another process was lost ({error})")
+
     def check_same(self, what: str, mine: Any) -> None:
         """Raise UserError where another process holds something else: they would train past each other."""
         everyone = self.gather(mine)
@@ -150,15 +234,18 @@ class Ranks:
     def _exchange(self, start: Callable[[], mx.array]) -> mx.array:
         import mlx.core as mx
 
+        from grpo.backend.device import out_of_memory
+
+        if self.watch is not None and self.watch.loss is not None:
+            raise self._lost("")
         with self._watched():
             try:
                 result = start()
                 mx.eval(result)
             except RuntimeError as error:  # MLX noticed before the clock did
-                raise RunError(
-                    f"process {self.rank} of {self.size}: another process was lost ({error}). "
-                    "The last checkpoint is intact."
-                ) from None
+                if out_of_memory(error):
+                    raise
+                raise self._lost(str(error)) from None
         return result
 
     @contextmanager
@@ -168,14 +255,20 @@ class Ranks:
         clock.daemon = True
         clock.start()
         try:
-            yield
+            with nullcontext() if self.watch is None else self.watch.exchange():
+                yield
         finally:
             clock.cancel()
 
     def _give_up(self) -> None:
+        watch, seconds = self.watch, f"{self.patience:.0f} s"
+        missing = [] if watch is None else watch.missing()
+        what = "one died or cannot be reached"
+        if watch is not None and missing:
+            what = f"{', '.join(map(watch.name, missing))} is alive and did not come to what all do together"
         print(
-            f"grpo: process {self.rank} of {self.size}: nothing from the others for {self.patience:.0f} s: one died "
-            "or cannot be reached. The last checkpoint is intact. (GRPO_RANK_TIMEOUT sets how long to wait.)",
+            f"grpo: process {self.rank} of {self.size}: nothing from the others for {seconds}: {what}. The last "
+            "checkpoint is intact. (GRPO_RANK_TIMEOUT sets how long to wait.)",
             file=sys.stderr,
             flush=True,
         )

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,6 +172,28 @@ def _locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def taken_over(folder: Path, seconds: float = 10.0) -> Iterator[None]:
+    """Hold the lock of a run whose first process was lost, for a `with` block.
+
+    Raises OSError if that process still holds it after so many seconds: it is alive somewhere, and saves by itself.
+    """
+    until = time.monotonic() + seconds
+    with (folder / LOCK).open("a") as file:
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > until:
+                    raise OSError("the run's first process still holds the folder") from None
+                time.sleep(0.1)
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def is_running(folder: Path) -> bool:

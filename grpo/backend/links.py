@@ -199,6 +199,8 @@ def cut_ring() -> None:
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as sock:
+                if sock.family != socket.AF_INET:
+                    continue
                 ends = (sock.getpeername(), sock.getsockname())
                 if any(f"{end[0]}:{end[1]}" in ring for end in ends):
                     sock.shutdown(socket.SHUT_RDWR)

@@ -165,9 +165,9 @@ class Ranks:
             self.watch.done()
 
     @property
-    def survivor(self) -> bool:
-        """Whether this is the first process of those that are left."""
-        return self.first if self.watch is None else self.watch.survivor
+    def keeper(self) -> bool:
+        """Whether this process saves the run: the first, or where that was lost, the first that is left."""
+        return self.first if self.watch is None else self.watch.heir
 
     @contextmanager
     def interrupts(self) -> Iterator[None]:
@@ -202,9 +202,8 @@ class Ranks:
 
     def _lost(self, error: str) -> LostRankError:
         """What is raised where another process was lost, once it is known which."""
-        loss = self.watch.verdict(HEARD) if self.watch is not None else None
-        if loss is not None:
-            return LostRankError(loss.text, self.survivor)
+        if self.watch is not None and (loss := self.watch.verdict(HEARD)) is not None:
+            return LostRankError(loss.text, self.watch.heir or self.watch.alone)
         return LostRankError(f"process {self.rank} of {self.size}: another process was lost ({error})")
 
     def check_same(self, what: str, mine: Any) -> None:

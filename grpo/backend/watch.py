@@ -86,10 +86,15 @@ class Watch:
         self._thread.start()
 
     @property
-    def survivor(self) -> bool:
-        """Whether this is the first of the processes that are left: it speaks, and keeps the last step."""
-        lost = None if self.loss is None else self.loss.rank
-        return self.rank == next((rank for rank in range(self.size) if rank != lost), self.rank)
+    def alone(self) -> bool:
+        """Whether it is this process that was cut off from the others."""
+        return self.loss is not None and self.loss.rank == self.rank
+
+    @property
+    def heir(self) -> bool:
+        """Whether this is the first of the processes that are left, which keeps the last step."""
+        lost = None if self.loss is None or self.alone else self.loss.rank
+        return self.rank == next(rank for rank in range(self.size) if rank != lost)
 
     def verdict(self, seconds: float) -> Loss | None:
         """Who was lost, as soon as that is known; None if it is not within so many seconds."""
@@ -210,12 +215,16 @@ class Watch:
     def _look(self) -> None:
         """Whether a neighbor has been silent for too long."""
         now = time.monotonic()
-        silent = [link for link in self._links if not link.closed and now - link.heard > self.silence]
-        if not silent:
+        silence = {link.peer: now - link.heard for link in self._links if not link.closed}
+        if max(silence.values(), default=0.0) <= self.silence:
             return
+        # Beats of two neighbors that are cut off at once did not come last at the same time.
+        silent = [link for link in self._links if silence.get(link.peer, 0.0) > self.silence - 2 * BEAT]
         peers = sorted({link.peer for link in silent})
         if len(peers) > 1:
-            self._lose(self.rank, f"hears none of the others for {self.silence:.0f} s: its network is gone, or theirs")
+            self._lose(
+                self.rank, f"has heard none of the others for {self.silence:.0f} s: its network is down, or theirs"
+            )
             return
         what = f"has been silent for {self.silence:.0f} s: it is stopped, or its machine or network is down"
         if _end_stopped(self._members[peers[0]], silent[0], self._members[self.rank]):
@@ -244,7 +253,8 @@ class Watch:
     def _end(self) -> None:
         """See to it that the main thread leaves what it does, or end the process."""
         time.sleep(SETTLE)
-        cut_ring()
+        with suppress(Exception):  # or a way of MLX's that we do not know would keep this process
+            cut_ring()
         until = time.monotonic() + GRACE
         while time.monotonic() < until and not (self._seen and self._mode == "kept"):
             if self._calls and not self._seen:
@@ -253,9 +263,10 @@ class Watch:
         if self._left or (self._seen and self._mode == "kept"):
             return
         assert self.loss is not None
-        if self.survivor:
+        if self.heir:
             with suppress(Exception):
                 self.last_resort()
+        if self.heir or self.alone:
             print(f"grpo: {self.loss.text}", file=sys.stderr, flush=True)
         os._exit(1)
 

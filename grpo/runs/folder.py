@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from grpo.config import Recipe
-from grpo.errors import UserError
+from grpo.errors import RunError, UserError
 from grpo.recipes import dump_recipe
 from grpo.runs.checkpoint import (
     RECIPE,
@@ -175,10 +175,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def taken_over(folder: Path, seconds: float = 10.0) -> Iterator[None]:
+def taken_over(folder: Path, seconds: float = 20.0) -> Iterator[None]:
     """Hold the lock of a run whose first process was lost, for a `with` block.
 
-    Raises OSError if that process still holds it after so many seconds: it is alive somewhere, and saves by itself.
+    Raises RunError if that process still holds it after so many seconds: it is alive somewhere.
     """
     until = time.monotonic() + seconds
     with (folder / LOCK).open("a") as file:
@@ -188,7 +188,7 @@ def taken_over(folder: Path, seconds: float = 10.0) -> Iterator[None]:
                 break
             except OSError:
                 if time.monotonic() > until:
-                    raise OSError("the run's first process still holds the folder") from None
+                    raise RunError(f"{folder}: process 0 still holds it, and is left to save the last step") from None
                 time.sleep(0.1)
         try:
             yield

@@ -103,9 +103,9 @@ class Loop:
         except Stopped:
             pass
         except LostRankError as error:
-            self._save_last()
+            saved = self._saved_after_loss()
             self._note_end("failed")
-            raise LostRankError(f"{error}. {self._go_on()}", error.speaks) from None
+            raise LostRankError(f"{error}. {saved}", error.speaks) from None
         except BaseException:  # of other people's code too: a logger may raise KeyboardInterrupt
             self._save_last()
             self._note_end("failed")
@@ -199,7 +199,7 @@ class Loop:
 
     def _note_end(self, word: str) -> None:
         """Leave a word on how the run ended, for `grpo runs`."""
-        if self.ranks.survivor:
+        if self.ranks.keeper:
             with suppress(OSError):  # the folder may be what is gone
                 (self.folder / ENDED).write_text(f"{word}\n", encoding="utf-8")
 
@@ -231,7 +231,7 @@ class Loop:
     def _write(self) -> None:
         """Save the state, in the first process, or in the first that is left after a loss."""
         with self._writing:
-            if self._is_saved or self.state.step == 0 or not self.ranks.survivor:
+            if self._is_saved or self.state.step == 0 or not self.ranks.keeper:
                 return
             if self.trainer.before.halfway:
                 log.warning("%s", self._lost())
@@ -260,8 +260,12 @@ class Loop:
         newest, _ = newest_whole(self.folder / CHECKPOINTS)
         return f"the newest whole checkpoint is {newest}" if newest else "there is no whole checkpoint yet"
 
-    def _go_on(self) -> str:
-        """What is said of the last step where another process was lost."""
+    def _saved_after_loss(self) -> str:
+        """Save the last step where another process was lost. Returns what is said of that."""
+        try:
+            self._save_last()
+        except RunError as error:
+            return str(error)
         newest, _ = newest_whole(self.folder / CHECKPOINTS)
         if newest is None:
             return "No step is saved: begin again, with --resume or --overwrite"

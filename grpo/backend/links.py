@@ -14,7 +14,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,26 +118,25 @@ class Door:
         """The connection of the process `rank`, as soon as it has said who it is; none if it does not come in time."""
         while (left := until - time.monotonic()) > 0:
             self._listener.settimeout(left)
-            with suppress(OSError, ValueError):
-                sock, _ = self._listener.accept()
+            with suppress(OSError, ValueError), ExitStack() as stack:
+                sock = stack.enter_context(self._listener.accept()[0])
                 sock.settimeout(TRY)
-                said = _line(sock)
-                if said == f"{secret} {rank}":
+                if _line(sock) == f"{secret} {rank}":
                     sock.sendall(b"welcome\n")
+                    stack.pop_all()
                     return [sock]
-                sock.close()
         return []
 
     def _reached(self, member: Member, secret: str, until: float) -> socket.socket | None:
         """A connection to a process, at the first of its addresses that knows the run."""
         while time.monotonic() < until:
             for address in member.addresses:
-                with suppress(OSError, ValueError):
-                    sock = socket.create_connection((address, member.port), timeout=TRY)
+                with suppress(OSError, ValueError), ExitStack() as stack:
+                    sock = stack.enter_context(socket.create_connection((address, member.port), timeout=TRY))
                     sock.sendall(f"{secret} {self.rank}\n".encode())
                     if _line(sock) == "welcome":
+                        stack.pop_all()
                         return sock
-                    sock.close()
             time.sleep(0.1)
         return None
 

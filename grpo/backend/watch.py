@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import select
 import signal
@@ -215,7 +216,10 @@ class Watch:
     def _look(self) -> None:
         """Whether a neighbor has been silent for too long."""
         now = time.monotonic()
-        silence = {link.peer: now - link.heard for link in self._links if not link.closed}
+        silence: dict[int, float] = {}
+        for link in self._links:  # of two processes there are two links, and one that says something will do
+            if not link.closed:
+                silence[link.peer] = min(now - link.heard, silence.get(link.peer, math.inf))
         if max(silence.values(), default=0.0) <= self.silence:
             return
         # Beats of two neighbors that are cut off at once did not come last at the same time.

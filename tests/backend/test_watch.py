@@ -137,19 +137,19 @@ def test_a_process_that_was_itself_stopped_accuses_nobody() -> None:
     (first, second), ended = ring(2), []
     first._end = lambda: ended.append(True)  # type: ignore[method-assign]
     thread = threading.Thread(target=first._run, daemon=True)
-    first.silence = 1.0
+    first.silence = 0.4
 
     def stopped(seconds: float) -> None:
         if not ended and not waited:
             waited.append(True)
-            time.sleep(1.5)  # longer than the silence allowed
+            time.sleep(0.6)  # longer than the silence allowed
         second._tell({"at": second.counts})
         listens(seconds)
 
     waited: list[bool] = []
     listens, first._listen = first._listen, stopped  # type: ignore[method-assign]
     thread.start()
-    time.sleep(2.0)
+    time.sleep(0.9)
     first._left = True
     thread.join(5)
     assert waited
@@ -244,7 +244,8 @@ def test_processes_link_themselves_in_a_ring(size: int, monkeypatch: pytest.Monk
 
 
 def test_a_stranger_does_not_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo.backend.links.PATIENCE", 0.5)
+    monkeypatch.setattr("grpo.backend.links.PATIENCE", 0.2)
+    monkeypatch.setattr("grpo.backend.links.TRY", 0.2)
     doors = [Door(rank, 2) for rank in range(2)]
     known = [door.member._replace(addresses=("127.0.0.1",)) for door in doors]
     with socket.create_connection(("127.0.0.1", known[0].port)) as stranger:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import mlx.core as mx
 import pytest
 import ranks_worker
 import test_update
+from launching import LAUNCH, launch
 from planning.loads import workload
 from runs.driver import run, timeless
 
@@ -31,48 +29,8 @@ from grpo.runs.resume import find_start
 from grpo.training.trainer import Trainer
 
 HERE = Path(__file__).parent
-LAUNCH = Path(sys.executable).with_name("mlx.launch")
 
 pytestmark = pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed beside this Python")
-
-
-def free_ports(n: int) -> int:
-    """The first of `n` ports in a row that nobody listens at.
-
-    The launcher's own are always the same, and processes of two launches at once would connect to each other.
-    """
-    while True:
-        first = random.SystemRandom().randrange(20_000, 32_000)
-        with ExitStack() as stack, suppress(OSError):
-            for port in range(first, first + n):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
-
-
-def launch(n: int, *command: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    passed = {"PYTHONPATH": paths, "MKL_NUM_THREADS": "1", **environment}
-    settings = [argument for name, value in passed.items() for argument in ("--env", f"{name}={value}")]
-    return subprocess.run(
-        [
-            LAUNCH,
-            "-n",
-            str(n),
-            "--backend",
-            "ring",
-            "--starting-port",
-            str(free_ports(n)),
-            *settings,
-            "--",
-            sys.executable,
-            *map(str, command),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
 
 
 def flat(values: Any) -> Iterator[float]:

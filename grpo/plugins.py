@@ -249,6 +249,8 @@ def source_file(use: str, named: Callable[[], list[Located]] = named_rewards) ->
     """
     if use == JUDGE or model_in(use):
         return None
+    if Path(use).is_absolute() and Path(use).suffix[1:].isalpha() and _is_file(Path(use)):  # of a command; no program
+        return Path(use)
     if ":" not in use and not use.endswith(".py"):
         use = next((one.where for one in named() if one.name == use), use)
     place = use if use.endswith(".py") else use.rpartition(":")[0]

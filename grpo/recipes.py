@@ -27,6 +27,7 @@ from grpo.config import (
     ToolConfig,
 )
 from grpo.config.data import is_pattern
+from grpo.config.environment import looks_like_file
 from grpo.config.section import Section
 from grpo.document import Document, Dumper, read_document
 from grpo.errors import UserError
@@ -35,7 +36,7 @@ from grpo.overrides import COMMAND_LINE, override
 from grpo.plugins import MODEL, model_in
 
 S = TypeVar("S", bound=Section)
-U = TypeVar("U", RewardConfig, EnvironmentConfig, ToolConfig)
+U = TypeVar("U", RewardConfig, ToolConfig)
 
 
 def load_recipe(
@@ -156,6 +157,13 @@ class _Finder:
         """A section whose code is found."""
         return with_settings(section, {"use": section.use and self.code(section.use)}, str(self.path))
 
+    def partner(self, section: EnvironmentConfig) -> EnvironmentConfig:
+        """A section whose class, agent or program is found."""
+        found: dict[str, Any] = {name: (use := getattr(section, name)) and self.code(use) for name in ("use", "agent")}
+        if section.command is not None:
+            found["command"] = tuple(self.beside(w) if looks_like_file(w) else w for w in section.command)
+        return with_settings(section, found, str(self.path))
+
     def taught_by(self, teacher: TeacherConfig) -> TeacherConfig:
         """A teacher whose model or adapter is found."""
         if teacher.model is not None:
@@ -194,8 +202,8 @@ def _resolved(recipe: Recipe, path: Path) -> Recipe:
         "adapter.path": recipe.adapter.path and find.beside(recipe.adapter.path),
         "teacher": recipe.teacher and find.taught_by(recipe.teacher),
         "loss.use": recipe.loss.use and find.code(recipe.loss.use),
-        "environment": recipe.environment and find.used(recipe.environment),
-        "environments": {name: find.used(config) for name, config in recipe.environments.items()},
+        "environment": recipe.environment and find.partner(recipe.environment),
+        "environments": {name: find.partner(config) for name, config in recipe.environments.items()},
         "tools": tuple(map(find.used, recipe.tools)),
         "eval": recipe.eval and with_settings(recipe.eval, find.rows(recipe.eval), str(path)),
     }

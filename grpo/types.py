@@ -63,10 +63,10 @@ class Conversation:
     messages       the messages after the prompt: the model's, tool results and the environment's
     turn_rewards   for each of the model's turns, the reward that its steps gave; None if they gave none
     outcome        what the environment's `get_reward` returned; None if it has none, or did not score
-    calls          how many tools were called
-    failed_calls   how many of these calls failed: unknown tools, wrong arguments, exceptions
+    calls          how many tools were called; `failed_calls` of them failed: unknown, wrong arguments, exceptions
     failure        why the environment failed; None if it did not
     home           where the environment lives until the completion is scored; None afterwards
+    metrics        what an agent measured of itself, by name
     """
 
     environment: str
@@ -78,6 +78,7 @@ class Conversation:
     failed_calls: int = 0
     failure: Failure | None = None
     home: Any = field(default=None, compare=False, repr=False)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def reward(self) -> float | None:
@@ -87,7 +88,7 @@ class Conversation:
 
     def __reduce__(self) -> tuple[type[Conversation], tuple[Any, ...]]:
         """What is pickled, for other processes: all but `home`, which is a thing of this one."""
-        return Conversation, tuple(getattr(self, name) for name in self.__slots__ if name != "home")
+        return Conversation, tuple(None if name == "home" else getattr(self, name) for name in self.__slots__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,3 +102,77 @@ def test_recipes_of_earlier_runs_are_read(tmp_path: Path) -> None:
     assert "mine.yaml:5: unknown key rollout.environment. It is environment.use now" in refusal(
         tmp_path, 'rewards: [{use: exact}]\nrollout: {environment: "room.py:Room"}\n'
     )
+
+
+AGENT = 'environment: {agent: "play.py:run"}\n'
+
+
+def test_an_agent_and_a_command_are_found_beside_the_recipe(tmp_path: Path) -> None:
+    for name in ("play.py", "play.js", "python", "-x.py"):
+        (tmp_path / name).write_text("")
+    (alone,) = load(tmp_path, AGENT).conversations.values()
+    assert (alone.agent, alone.called, alone.is_agent) == (f"{tmp_path}/play.py:run", "play", True)
+    cfg = load(tmp_path, 'environments: {a: {command: [python, play.js, "-x.py", gone.js]}, b: {agent: "m.n:go"}}\n')
+    assert cfg.environments["a"].command == ("python", f"{tmp_path}/play.js", "-x.py", "gone.js")
+    assert [one.called for one in cfg.environments.values()] == ["play", "go"]
+    assert cfg.uses == [f"{tmp_path}/play.js", "gone.js", "m.n:go"]
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(cfg))
+    assert load_recipe(again) == cfg
+
+
+@pytest.mark.parametrize(
+    ("section", "called"),
+    [
+        ('{agent: "pkg.play:run"}', "play"),
+        ('{agent: "play.py"}', "play"),
+        ('{agent: "pkg.play:go"}', "go"),
+        ('{agent: "pkg.play:go", name: mine}', "mine"),
+        ("{command: [python, -m, play]}", "python"),
+        ("{command: [./solve, row.json]}", "row"),
+        ("{command: [./solve]}", "solve"),
+    ],
+)
+def test_what_agents_go_by(tmp_path: Path, section: str, called: str) -> None:
+    assert load(tmp_path, f"environment: {section}\n").conversations[""].called == called
+
+
+def test_thinking_is_dropped_with_agents_unless_they_say_otherwise(tmp_path: Path) -> None:
+    """As at every endpoint; environments keep it. What is written down is read back."""
+    agent = load(tmp_path, AGENT)
+    assert agent.conversations[""].thinking == "drop"
+    assert load(tmp_path, AGENT, "environment.env=[A]", "environment.thinking=keep").environment.thinking == "keep"
+    assert load(tmp_path, 'environment: {use: "a.py:A"}\n').conversations[""].thinking == "keep"
+    assert with_settings(agent, {"environment.max_turns": 3}).environment.thinking == "drop"
+
+
+def test_agents_have_an_hour(tmp_path: Path) -> None:
+    assert load(tmp_path, AGENT).environment.agent_seconds == 3600.0
+    assert load(tmp_path, AGENT, "environment.rollout_timeout=5").environment.agent_seconds == 5.0
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("environment.use=a.py:A", "use and agent each say whom the model talks to"),
+        ("environment.command=[a]", "agent and command each say whom the model talks to"),
+        ("environment={command: []}", "command: name a program"),
+        ("environment={command: ['']}", "command: name a program"),
+        ("environment={command: [a], kwargs: {b: 1}}", "kwargs does nothing with command"),
+        ("environment.max_tool_calls=1", "max_tool_calls does nothing with agent: an agent runs its tools itself"),
+        ("environment.timeout=1", "timeout does nothing with agent: an agent is called once"),
+        ("environment.reset_timeout=1", "reset_timeout does nothing with agent: an agent has no reset"),
+        ("environment.sandbox=true", "sandbox does nothing with agent: there is no network in the sandbox"),
+        ("tools=[calculator]", "tools do nothing beside environment: an agent has its own"),
+        ("advantage.turns=turn", "advantage.turns: turn does nothing with an agent"),
+        ("environment.weight=0", "environment.weight: every reward has weight 0"),
+        ("environment.agent=3", "environment.agent: expected a valid string, got 3"),
+    ],
+)
+def test_what_does_nothing_with_agents_is_refused(tmp_path: Path, override: str, said: str) -> None:
+    assert said in refusal(tmp_path, AGENT, override)
+
+
+def test_agents_and_other_environments_do_not_mix(tmp_path: Path) -> None:
+    both = 'environments: {a: {agent: "a.py:run"}, b: {use: "b.py:B"}}\n'
+    assert "environments.a is an agent, and another environment is none" in refusal(tmp_path, both)

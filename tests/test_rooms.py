@@ -17,6 +17,7 @@ ROOMS = [
     "data",
     "environments",
     "serving",
+    "agents",
     "scoring",
     "objective",
     "rollout",

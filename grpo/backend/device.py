@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.backend import blas, kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import mlx.core as mx
+    import mlx.nn as nn
 
 
 BATCH_MEGABYTES = "100"
@@ -70,14 +72,28 @@ def _keep_freed_memory() -> None:
 
 
 def compiled(function: Callable[..., Any], state: Any = None) -> Callable[..., Any]:
-    """`function` compiled where that pays, with `state` (a tree of arrays), if any, going in and out of it.
+    """`function` compiled where that pays. It may read `state`, a tree of arrays, if any, and changes nothing in it.
 
     What is not in `state` or an argument is baked into the trace: adapters are switched by swapping the arrays
-    in `state`, which a trace reads anew at each call.
+    in `state`, which a trace reads anew at each call. A call that makes a trace leaves other Python objects in `state`
+    for the same arrays: see `same_objects`.
     """
     import mlx.core as mx
 
-    return mx.compile(function, inputs=state, outputs=state) if on_gpu() else function
+    return mx.compile(function, inputs=state) if on_gpu() else function
+
+
+@contextmanager
+def same_objects(module: nn.Module) -> Iterator[None]:
+    """Leave the module's arrays, as Python objects, as they were before the block, in which nothing may train.
+
+    Whoever knows weights by their objects, as decoders do, would take others for new weights, and join all layers anew.
+    """
+    before = module.parameters()
+    try:
+        yield
+    finally:
+        module.update(before)
 
 
 def apart(*arrays: mx.array) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetJsonSchemaHandler, model_validator
@@ -10,6 +13,20 @@ from grpo.config.rewards import DAY
 from grpo.config.section import LARGE, Above0, Fraction, Name, Positive, Section, Tokens
 
 Seconds = Annotated[float, Field(ge=0.01, le=DAY)]
+AGENT_SECONDS = 3600.0
+"""`rollout_timeout` of agents where the recipe names none: one that hangs must not hold up a run for ever."""
+IDLE_WITH_AGENTS: Mapping[str, str] = {
+    "max_tool_calls": "an agent runs its tools itself",
+    "timeout": "an agent is called once, and rollout_timeout is how long that may take",
+    "reset_timeout": "an agent has no reset",
+    "sandbox": "there is no network in the sandbox, so an agent could not reach the model",
+}
+"""Settings of `environment` that do nothing with an agent, and why."""
+
+
+def looks_like_file(word: str) -> bool:
+    """Whether a word of a command has the form of a file's name, `agent.py` or `bin/agent`, and of no option."""
+    return not word.startswith("-") and bool("/" in word or Path(word).suffix)
 
 
 class EnvironmentConfig(Section):
@@ -17,14 +34,23 @@ class EnvironmentConfig(Section):
     """A class, or a function that makes an object, as TRL's `environment_factory`: `file.py:Class`,
     `file.py` (of one class) or `package.module:Class`. Default: none; the settings below then hold for `tools`
     alone."""
+    agent: Name | None = None
+    """In the place of `use`, a program that asks the model itself, through an OpenAI-compatible endpoint:
+    `file.py:function` or `package.module:function` of an `async def run(data, base_url, api_key, **columns)`. It
+    returns the reward: a number, a dict with `reward` and metrics, or None. Needs the extra `serve`."""
+    command: tuple[str, ...] | None = None
+    """In the place of `agent`, a program in any language: `[python, agent.py]`. It is started for each completion,
+    finds the endpoint in OPENAI_BASE_URL and OPENAI_API_KEY, reads the row as JSON from standard input, and writes the
+    reward as its last line: a number, or an object with `reward` and metrics, as JSON. Needs the extra `serve`."""
     name: str | None = None
-    """What its reward and its metrics go by. Default: the class's name."""
+    """What its reward and its metrics go by. Default: the class's name; of an agent its function's (of `run` the
+    file's or module's), of a command the name of its file."""
     kwargs: dict[str, Any] = {}
-    """Arguments for the class or function."""
+    """Arguments for the class or function; of `agent`, for each call."""
     weight: Annotated[float, Field(ge=-LARGE, le=LARGE)] = 1.0
     """Weight of its own reward: the rewards of its steps, and what `get_reward` returns. 0 makes it a metric only."""
     max_turns: Positive | None = None
-    """Turns of the model in a conversation. Default: no limit."""
+    """Turns of the model in a conversation; requests that an agent may make. Default: no limit."""
     max_tool_calls: Positive | None = None
     """Tool calls in a conversation. Default: no limit."""
     max_turn_tokens: Tokens | None = None
@@ -33,9 +59,11 @@ class EnvironmentConfig(Section):
     """What happens to earlier thinking when the environment answers as the user, with a model whose chat template then
     leaves it out. `keep`: it stays, as it was sampled, and a conversation is one row to train on. `drop`: the model
     does not see it any more, as where the template is used alone, and the conversation goes on in a new row to train
-    on, with the same advantage; what that row reads again is not trained. Results of tools change no thinking."""
+    on, with the same advantage; what that row reads again is not trained. Results of tools change no thinking. Default
+    for agents: `drop`, as of every endpoint; with `keep` what they do not send back stays where it was sampled."""
     rollout_timeout: Seconds | None = None
-    """Seconds that a conversation may take. It then ends with what it has. Default: no limit."""
+    """Seconds that a conversation may take. It then ends with what it has. Default: no limit. An agent is given up
+    then, and has failed, for it gave no reward. Default for agents: an hour."""
     timeout: Seconds = 30.0
     """Seconds that one call of a method may take. A conversation whose call takes longer fails."""
     reset_timeout: Seconds = 60.0
@@ -53,11 +81,63 @@ class EnvironmentConfig(Section):
     max_failure_rate: Fraction = 0.5
     """Stop the run when it failed in more than this fraction of the conversations of its last three steps. 1: never."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_agents_have_it(cls, given: Any) -> Any:
+        """The default of `thinking` is another with an agent."""
+        if not isinstance(given, dict):
+            return given
+        lists = {name: tuple(given[name]) for name in ("env", "command") if isinstance(given.get(name), list)}
+        default = {"thinking": "drop"} if given.get("agent") or given.get("command") else {}
+        return {**default, **given, **lists}  # what comes through here is not JSON any more
+
     @model_validator(mode="after")
     def _has_what_it_is_for(self) -> EnvironmentConfig:
-        if self.use is None and self.kwargs:
+        named = [name for name in ("use", "agent", "command") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} each say whom the model talks to: choose one")
+        if self.command is not None and not (self.command and self.command[0]):
+            raise ValueError("command: name a program, as in command: [python, agent.py]")
+        if self.kwargs and self.command:
+            raise ValueError("kwargs does nothing with command: write arguments into the command")
+        if self.kwargs and not named:
             raise ValueError("kwargs does nothing without use: a tool has its own, tools.N.kwargs")
+        if self.is_agent and (idle := [name for name in IDLE_WITH_AGENTS if name in self.changed]):
+            raise ValueError(f"{idle[0]} does nothing with {named[0]}: {IDLE_WITH_AGENTS[idle[0]]}")
         return self
+
+    @property
+    def is_agent(self) -> bool:
+        """Whether it asks the model, through the endpoint, in the place of being asked."""
+        return self.agent is not None or self.command is not None
+
+    @property
+    def what(self) -> str | None:
+        """The class, function or command that the section names. None: it is about `tools` alone."""
+        return shlex.join(self.command) if self.command else self.use or self.agent
+
+    @property
+    def code(self) -> list[str]:
+        """The code that it names, as `use` does; of a command the words that look like files."""
+        return [*filter(None, [self.use, self.agent]), *filter(looks_like_file, self.command or ())]
+
+    @property
+    def called(self) -> str:
+        """What it goes by, as far as that is known before its code is loaded."""
+        if self.name is not None:
+            return self.name
+        if self.command:
+            return Path([*filter(looks_like_file, self.command[1:]), self.command[0]][0]).stem
+        place, _, function = (self.use or self.agent or "").rpartition(":")
+        if not place or (self.agent and function == "run"):
+            place = place or function
+            return Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
+        return function
+
+    @property
+    def agent_seconds(self) -> float:
+        """Seconds that an agent may take."""
+        return AGENT_SECONDS if self.rollout_timeout is None else self.rollout_timeout
 
 
 class ToolConfig(Section):

@@ -69,12 +69,13 @@ class Recipe(Section):
     def _someone_scores(self) -> Recipe:
         if self.environment is not None and self.environments:
             raise ValueError("environment does nothing beside environments: name it there, or leave them out")
-        unused = [name for name, config in self.environments.items() if config.use is None]
+        unused = [name for name, config in self.environments.items() if config.what is None]
         if unused:
             raise ValueError(f"environments.{unused[0]}: name its class by `use`")
-        if self.environment is not None and self.environment.use is None and not self.tools:
+        if self.environment is not None and self.environment.what is None and not self.tools:
             raise ValueError("environment.use: name a class, or give tools that the model may call")
         own = self.conversations
+        self._check_agents()
         weights = self._weights
         if not weights and self.teacher is None:
             raise ValueError(
@@ -99,6 +100,22 @@ class Recipe(Section):
                 "gspo_token, which is gspo for advantages that differ"
             )
         return self
+
+    def _check_agents(self) -> None:
+        """Raise ValueError for what does nothing where agents ask the model, and would be told nothing of it."""
+        agents = [
+            f"environments.{name}" if name else "environment"
+            for name, one in self.conversations.items()
+            if one.is_agent
+        ]
+        if agents and len(agents) < len(self.conversations):
+            raise ValueError(
+                f"{agents[0]} is an agent, and another environment is none: a run has one kind or the other"
+            )
+        if agents and self.tools:
+            raise ValueError(f"tools do nothing beside {agents[0]}: an agent has its own")
+        if agents and self.advantage.turns == "turn":
+            raise ValueError("advantage.turns: turn does nothing with an agent: it rewards a whole completion")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
@@ -225,14 +242,14 @@ class Recipe(Section):
         """The weight of each reward, environments' own included, by the setting that gives it."""
         weights = {f"rewards.{place}.weight": reward.weight for place, reward in enumerate(self.rewards)}
         for name, one in self.conversations.items():
-            if one.use:
+            if one.what:
                 weights[f"environments.{name}.weight" if name else "environment.weight"] = one.weight
         return weights
 
     @property
     def uses(self) -> list[str]:
         """The code that the recipe names: its rewards, loss, sampler of tasks, environments, tools and loggers."""
-        environments = [config.use for config in self.conversations.values()]
+        environments = [code for config in self.conversations.values() for code in config.code]
         tools = [tool.use for tool in self.tools]
         samplers = dict.fromkeys(data.sampler for data in self.data.parts.values())
         named = filter(None, [self.loss.use, *samplers, *environments, *tools])

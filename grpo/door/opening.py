@@ -144,7 +144,7 @@ class Opening:
         cfg = self.cfg
         if not cfg.conversations:
             return shlex.quote(last_text(self.run.tasks[0].prompt))
-        uses = [*(talk.use for talk in cfg.conversations.values()), *(tool.use for tool in cfg.tools)]
+        uses = [*(talk.what for talk in cfg.conversations.values()), *(tool.use for tool in cfg.tools)]
         if "data" in self.given.data or any((use or "").startswith(f"{SESSION}:") for use in uses):
             return None
         return "--row 0"

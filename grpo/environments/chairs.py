@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from grpo.environments import results
+from grpo.environments.agent import Agent
 from grpo.environments.chair import Chair, Thread
 from grpo.environments.describe import describe, reset_problem, schema_of
 from grpo.environments.hosted import HostedRewards
@@ -61,7 +62,7 @@ class Chairs:
             said = results.of_exception(error, tool=False).error
             raise UserError(f"it cannot be made: {said}") from error
         self._free.append(chair)
-        schemas = [self._schema(chair, name) for name in chair.tools]
+        schemas = [] if isinstance(chair.environment, Agent) else [self._schema(chair, name) for name in chair.tools]
         owners = {name: tool.owner for name, tool in chair.tools.items()}
         functions = {name: tool.function for name, tool in chair.tools.items()}
         return {"description": asdict(describe(name, chair.environment, schemas, functions)), "owners": owners}
@@ -139,9 +140,11 @@ class Chairs:
         return None if chair is None else chair.environment
 
     def _problem(self, columns: list[str]) -> str | None:
-        """Why a `reset` could not be called with these columns, as far as there are objects to look at."""
+        """Why a `reset` could not be called with these columns, or an agent not run, as far as there are objects."""
         chair = next((chair for chair in (*self._free, *self._seats.values()) if chair.objects), None)
         for owner, one in chair.objects if chair else ():
+            if isinstance(one, Agent):
+                return one.problem(columns)
             if hasattr(one, "reset") and (problem := reset_problem(one.reset, columns)) is not None:
                 return f"{owner} ({type(one).__name__}): {problem}" if owner else problem
         return None

@@ -127,6 +127,13 @@ class Chat:
         except UserError:  # the template has no place for this role
             return False
 
+    def drops(self, role: str) -> bool:
+        """Whether the template leaves out earlier thinking when messages of this role follow.
+
+        Raises UserError where they cannot follow.
+        """
+        return self._joints is not None and self._joint(role).kept
+
     def _joint(self, role: str) -> Joint:
         """How messages of a role follow a turn. Raises UserError where they cannot."""
         assert self._joints is not None

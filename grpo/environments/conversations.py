@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from grpo.backend.random import derive_seed
 from grpo.config.data import SELECTED_BY
-from grpo.environments.openings import messages_of, with_added
+from grpo.environments.openings import begun_with, messages_of, seed_of, with_added
 from grpo.environments.play import Play, Table
 from grpo.environments.sampler import Sampler
 from grpo.environments.seats import Content
@@ -81,13 +80,13 @@ class Conversations:
 
     def _columns_of(self, task: Task) -> dict[str, Any]:
         """What `reset` is called with."""
-        columns = {"prompt": task.prompt, **task.columns}
+        columns = begun_with(task)
         if len(self.tables) > 1 or "" not in self.tables:
             del columns[SELECTED_BY]
         return columns
 
     def _seed_of(self, task: Task, sample: int) -> int:
-        return derive_seed(self.seed, f"environment:{task.source}", task.index, sample)
+        return seed_of(self.seed, task, sample)
 
     def tail(self, task: Task) -> int:
         """How many of a prompt's last tokens each completion has for itself, because rows that begin anew have others.

@@ -13,10 +13,11 @@ from types import FunctionType, MethodType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from grpo.backend.imports import alone
+from grpo.environments.agent import RUN, Agent
 from grpo.environments.seats import Description
 from grpo.errors import UserError
 
-EnvironmentKind = Literal["tools", "messages", "text", "rollout"]
+EnvironmentKind = Literal["tools", "messages", "text", "rollout", "agent"]
 RESERVED = ("reset", "get_reward")
 """Public methods that are no tools."""
 ANSWERS: Mapping[str, EnvironmentKind] = {"message": "messages", "text": "text"}
@@ -25,6 +26,8 @@ ANSWERS: Mapping[str, EnvironmentKind] = {"message": "messages", "text": "text"}
 
 def kind_of(environment: Any) -> EnvironmentKind:
     """Who has the next word in a conversation with this environment."""
+    if isinstance(environment, Agent):
+        return "agent"
     if inspect.iscoroutinefunction(getattr(environment, "rollout", None)):
         return "rollout"
     if "step" not in _public(environment):
@@ -41,6 +44,8 @@ def methods_of(instance: Any) -> list[str]:
     An environment of text is spoken to in text alone: none of its methods is a tool.
     """
     kind = kind_of(instance)
+    if kind == "agent":  # the trainer calls it, and no model
+        return [RUN]
     if kind in ("text", "rollout"):
         return []
     return [name for name in _public(instance) if name not in RESERVED and not (name == "step" and kind != "tools")]
@@ -154,6 +159,8 @@ def describe(
     steps = [which for which, function in called.items() if may_return_step(function)]
     if environment is None:
         return Description(name or "tools", "tools", schemas, steps=steps)
+    if isinstance(environment, Agent):
+        return Description(name or "agent", "agent", rewards=True, resets=True)
     return Description(
         name or type(environment).__name__,
         kind_of(environment),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from grpo.environments.scheduler import Gate, Scheduler
 from grpo.generation.engine import Engine
+from grpo.generation.events import Events
 from grpo.generation.rows import Row
 from grpo.generation.sampling import Sampling
 from grpo.types import FinishReason
@@ -23,6 +24,7 @@ class Driver:
         self.engine, self.jobs = engine, Scheduler()
         self.tokenizer, self.sampling, self.logprobs = tokenizer, sampling, logprobs
         self._ends: dict[Row, Gate] = {}
+        self._watched: dict[Row, Callable[[Row], object]] = {}
 
     def __enter__(self) -> Driver:
         return self
@@ -51,6 +53,15 @@ class Driver:
             row.finish_reason = "rollout_timeout"
         return row.finish_reason
 
+    def watch(self, row: Row, told: Callable[[Row], object]) -> None:
+        """Have `told` called after each step in which the row got tokens, until it has ended its turn."""
+        self._watched[row] = told
+
+    def give_up(self, row: Row) -> None:
+        """Release a row that is watched, wherever it is: nobody is told of it any more."""
+        self._watched.pop(row, None)
+        self.engine.release(row)
+
     def run(self, step_done: Callable[[], object]) -> None:
         """Decode, and let coroutines go on whenever a row ends, until nothing is left to do.
 
@@ -60,10 +71,12 @@ class Driver:
         jobs.run()
         while True:
             if engine.busy:
-                ended = engine.step().ended
-                for row in ended:
+                events = engine.step()
+                for row in events.ended:
                     if (gate := ends.pop(row, None)) is not None:
                         jobs.open(gate)
+                if self._watched:
+                    self._tell(events)
                 step_done()
             elif jobs.waits_outside:
                 jobs.collect(wait=True)
@@ -72,3 +85,11 @@ class Driver:
             jobs.collect()
             jobs.ring()
             jobs.run()
+
+    def _tell(self, events: Events) -> None:
+        """Tell those who watch a row what it has come to."""
+        for row in events.rows:
+            if row is not None and (told := self._watched.get(row)) is not None:
+                if row in events.ended:
+                    del self._watched[row]
+                told(row)

@@ -29,8 +29,8 @@ STOP_SECONDS = 5.0
 class HostTerms:
     """Seconds for a call of a method, for `reset`, and for each of the recipe's tools; how many processes.
 
-    `several`: the column `environment` chose this one, and is not shown to it. `explain` adds to an error what is known
-    of its cause.
+    `several`: the column `environment` chose this one, and is not shown to it. `agent`: its calls run an agent, whose
+    errors are for people and not for the model. `explain` adds to an error what is known of its cause.
     """
 
     what: str
@@ -39,6 +39,7 @@ class HostTerms:
     tool_timeouts: Sequence[float] = ()
     workers: int = 1
     several: bool = False
+    agent: bool = False
     explain: Callable[[str], str] = field(default=lambda error: error)
 
 
@@ -134,7 +135,9 @@ class EnvironmentHost:
 
     def _refused(self, what: str, problem: str) -> UserError:
         said = self.terms.explain(problem)
-        return UserError(said if said.startswith(("environment ", "tool ", "tools.", "reward ")) else f"{what}: {said}")
+        return UserError(
+            said if said.startswith(("environment ", "agent ", "tool ", "tools.", "reward ")) else f"{what}: {said}"
+        )
 
     async def _seats(self, group: int, n: int) -> list[HostSeat]:
         if self._output is not None and not any(home.seats for home in self._homes):

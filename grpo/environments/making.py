@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from grpo.config.environment import EnvironmentConfig, ToolConfig
+from grpo.environments.agent import AgentAt, FunctionAgent
 from grpo.environments.home import Home
 from grpo.environments.host import EnvironmentHost, HostTerms
 from grpo.environments.inline import InlineHome
 from grpo.environments.process import ProcessHome, ProcessTerms
+from grpo.environments.program import ProgramAt
 from grpo.environments.toolbox import Maker, Makers
 from grpo.errors import UserError
 from grpo.plugins import Function, Located, locate_tool
@@ -46,10 +48,13 @@ def make_host(
     sandbox shows, too. Raises UserError for names that mean nothing, for variables in `env` that are not set, and where
     there is no sandbox for `config.sandbox`.
     """
-    located = None if config.use is None else _located(config.use, config.name)
+    located = _located(config)
     what = ALONE if located is None else f"environment {located.name!r}"
     seconds = [tool.timeout for tool in tools]
-    terms = HostTerms(what, config.timeout, config.reset_timeout, seconds, config.workers or workers, several)
+    timeout = config.agent_seconds if config.is_agent else config.timeout
+    terms = HostTerms(
+        what, timeout, config.reset_timeout, seconds, config.workers or workers, several, agent=config.is_agent
+    )
     if given is None and not any(functions):
         named = [(locate_tool(tool.use), tool.kwargs) for tool in tools]
         return _in_processes(config, terms, None if located is None else (located, config.kwargs), named, rewards)
@@ -62,11 +67,24 @@ def make_host(
         _maker(one or locate_tool(tool.use).load(), tool.kwargs) for tool, one in zip(tools, objects, strict=True)
     ]
     made = None if located is None else _maker(given or located.load(), config.kwargs)
-    return EnvironmentHost(lambda _: InlineHome(Makers(made, makers), config.name), replace(terms, workers=1))
+    if made is not None and config.is_agent:
+        made = replace(made, make=partial(FunctionAgent, made.make))
+    name = config.called if config.is_agent else config.name
+    return EnvironmentHost(lambda _: InlineHome(Makers(made, makers), name), replace(terms, workers=1))
 
 
-def _located(use: str, name: str | None) -> Located:
-    return Located(name or (Path(use).stem if use.endswith(".py") else use.rpartition(":")[2]), use, "environment")
+def _located(config: EnvironmentConfig) -> Located | None:
+    """What the section names. A command is in no file of Python's."""
+    if config.what is None:
+        return None
+    return Located(config.called, config.use or config.agent or "", "agent" if config.agent else "environment")
+
+
+def _loadable(config: EnvironmentConfig, located: Located) -> Located | AgentAt | ProgramAt:
+    """What makes, where it is loaded, the object that a process has for a conversation."""
+    if config.command is not None:
+        return ProgramAt(config.command)
+    return AgentAt(located.absolute()) if config.agent is not None else located.absolute()
 
 
 def _maker(function: Function, kwargs: Mapping[str, Any]) -> Maker:
@@ -78,13 +96,15 @@ def _in_processes(
 ) -> EnvironmentHost:
     named = [*([made] if made else []), *tools]
     variables = _variables(terms.what, config.env, named)
+    if config.is_agent:
+        variables |= _without_proxy(variables)
     sandbox = None
     if config.sandbox:
         sandbox = Sandbox.of(terms.what, [Path(located.file) for located, _ in named if located.file], rewards)
     setup = {
         "path": [os.path.abspath(entry) for entry in sys.path],  # the sandbox has a working directory of its own
-        "name": config.name,
-        "environment": made and (made[0].absolute(), made[1]),
+        "name": config.called if config.is_agent else config.name,
+        "environment": made and (_loadable(config, made[0]), made[1]),
         "tools": [(located.absolute(), kwargs) for located, kwargs in tools],
     }
     output = Output(made[0].name if made else ALONE)
@@ -93,8 +113,16 @@ def _in_processes(
         first = pickle.dumps({**setup, "describes": describes})
         return ProcessHome(ProcessTerms(first, variables, config.memory_gb, sandbox), output)
 
-    terms = replace(terms, explain=functools.partial(with_hint, environment=variables))
+    terms = replace(terms, explain=partial(with_hint, environment=variables))
     return EnvironmentHost(make_home, terms, output)
+
+
+def _without_proxy(variables: Mapping[str, str]) -> dict[str, str]:
+    """Variables by which HTTP clients ask this machine itself without the proxy that others may have to go through."""
+    return {
+        name: ",".join(filter(None, [variables.get(name, ""), "127.0.0.1", "localhost"]))
+        for name in ("NO_PROXY", "no_proxy")
+    }
 
 
 def _variables(what: str, env: Sequence[str], named: Sequence[Named]) -> dict[str, str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from grpo.backend.random import derive_seed
 from grpo.environments.seats import Content
-from grpo.types import Message, Prompt
+from grpo.types import Message, Prompt, Task
 
 
 def messages_of(prompt: Prompt, system: str | None = None) -> list[Message]:
@@ -28,3 +29,13 @@ def with_added(messages: Sequence[Message], added: Content) -> tuple[Message, ..
 
 def _blocks(content: Content) -> list[dict[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def begun_with(task: Task) -> dict[str, Any]:
+    """The columns that `reset` is called with."""
+    return {"prompt": task.prompt, **task.columns}
+
+
+def seed_of(seed: int, task: Task, sample: int) -> int:
+    """The seed of an environment, by the run's: the same whenever this sample of this row is played."""
+    return derive_seed(seed, f"environment:{task.source}", task.index, sample)

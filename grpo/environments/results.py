@@ -28,7 +28,7 @@ def of_reset(value: Any) -> Reply:
     if value is None or isinstance(value, str):
         return Reply(value=value if value is None else _text(value))
     if not _is_blocks(value):
-        raise WrongResultError(f"reset returned {_short(value)}: return None, text, or a list of content blocks")
+        raise WrongResultError(f"reset returned {shortened(value)}: return None, text, or a list of content blocks")
     return Reply(value=_plain(value))
 
 
@@ -38,20 +38,20 @@ def of_tool(value: Any) -> Reply:
         return Reply(value=_plain(value) if _is_blocks(value) else _text(value))
     result = value.result
     content = None if result is None else _plain(result) if _is_blocks(result) else _text(result)
-    return Reply(value=content, reward=_number(value.reward, "the reward of a Step"), done=bool(value.done))
+    return Reply(value=content, reward=number_of(value.reward, "the reward of a Step"), done=bool(value.done))
 
 
 def of_step(value: Any) -> Reply:
     """None, or messages: a text or content blocks are a user's message; alone, or in a `Step`."""
     if is_step(value):
-        reward = _number(value.reward, "the reward of a Step")
+        reward = number_of(value.reward, "the reward of a Step")
         return Reply(value=_messages(value.result), reward=reward, done=bool(value.done))
     return Reply(value=_messages(value))
 
 
 def of_reward(value: Any) -> Reply:
     """A number, or None: it does not apply."""
-    return Reply(value=_number(value, "get_reward"))
+    return Reply(value=number_of(value, "get_reward"))
 
 
 def of_exception(error: BaseException, tool: bool) -> Reply:
@@ -84,7 +84,9 @@ def _messages(value: Any) -> list[dict[str, Any]] | None:
         return _plain(value)
     if _is_blocks(value):
         return [{"role": "user", "content": _plain(value)}]
-    raise WrongResultError(f"step returned {_short(value)}: return text, a message, messages, None, or a Step of these")
+    raise WrongResultError(
+        f"step returned {shortened(value)}: return text, a message, messages, None, or a Step of these"
+    )
 
 
 def _is_message(value: Any) -> bool:
@@ -125,7 +127,8 @@ def _encodable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _number(value: Any, what: str) -> float | None:
+def number_of(value: Any, what: str) -> float | None:
+    """A finite number, or None for None. Raises WrongResultError for everything else: `what` is not usable."""
     if value is None:
         return None
     try:
@@ -133,11 +136,12 @@ def _number(value: Any, what: str) -> float | None:
     except Exception:  # an object of other people's
         number = math.nan
     if not abs(number) <= LARGEST:  # NaN too
-        raise WrongResultError(f"{what} is not a usable number: {_short(value)}")
+        raise WrongResultError(f"{what} is not a usable number: {shortened(value)}")
     return number
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value of other people's as an error shows it."""
     try:
         return repr(value)[:80]
     except Exception:  # an object of other people's

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
+from grpo.backend.random import derive_seed
 from grpo.environments.driver import Driver
+from grpo.environments.inbox import Inbox
 from grpo.environments.mistakes import EnvironmentMistake, token_ids_of
 from grpo.environments.scheduler import Result
 from grpo.generation.generator import trajectory_of
 from grpo.generation.rows import Row, Submission
+from grpo.generation.sampling import Sampling
 from grpo.types import FinishReason, Task, Trajectory
 
 
@@ -29,8 +32,20 @@ class Sampler:
         self._driver, self._seed, self._path = driver, seed, path
         self._parts: set[int] = set()
         self._places: dict[Row, tuple[int, int]] = {}
+        self._apart: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._beside: dict[tuple[int, ...], Row] = {}
         self.rows: list[Row] = []
         """All that were begun."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How rows are sampled, unless `begin_apart` says otherwise."""
+        return self._driver.sampling
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether rows have logprobs."""
+        return self._driver.logprobs
 
     @property
     def longest(self) -> int:
@@ -122,6 +137,46 @@ class Sampler:
         self._places[begun] = number + 1, place
         return begun
 
+    def begin_apart(
+        self, prompt_ids: Sequence[int], sample: int, sampling: Sampling, n: int = 1, logprobs: bool = False
+    ) -> tuple[Row, ...]:
+        """Let `n` rows decode after any prompt, for the group's trajectory number `sample`. Such rows are kept.
+
+        What they draw depends on the place of the task, the sample, the prompt, how often it has had that prompt, and
+        the position: not on when they begin. Where it is the task's own prompt, for the first time, they draw what a
+        row of `begin` would. `logprobs` are computed where the rollout needs them, and if this says so. Rows of equal
+        prompts share its keys and values. Once all is known `settle` says what the group's prompt is.
+        """
+        prompt = tuple(prompt_ids)
+        times = self._apart.get((sample, prompt), 0)
+        self._apart[sample, prompt] = times + 1
+        plain = n == 1 and not times and prompt == self.task.prompt_ids
+        digest = derive_seed(0, "prompt", *prompt)
+        beside = self._beside.get(prompt)
+        rows = self._driver.engine.submit(
+            Submission(
+                prompt,
+                sampling,
+                self._seed,
+                self._path if plain else (*self._path, sample, times, digest),  # longer than all other rows' paths
+                n,
+                logprobs=self._driver.logprobs or logprobs,
+                keep=True,
+                beside=beside if beside is not None and beside.prompt.left else None,
+                first=sample if plain else 0,
+            )
+        )
+        self._beside[prompt] = rows[0]
+        self.rows += rows
+        return rows
+
+    def settle(self, prompts: Iterable[Sequence[int]]) -> bool:
+        """Make what all these prompts begin with the group's prompt. Returns whether there is such a beginning."""
+        shared = common_prefix(list(prompts))
+        if shared:
+            self.task = replace(self.task, prompt_ids=shared)
+        return bool(shared)
+
     def _submit(self, submission: Submission) -> tuple[Row, ...]:
         rows = self._driver.engine.submit(replace(submission, logprobs=self._driver.logprobs))
         self.rows += rows
@@ -141,21 +196,33 @@ class Sampler:
         self.go_on(row, token_ids)
         return await self.ended(row)
 
-    def go_on(self, row: Row, token_ids: Sequence[int]) -> None:
-        """`extend` without waiting for the turn's end."""
+    def go_on(self, row: Row, token_ids: Sequence[int], sampling: Sampling | None = None) -> None:
+        """`extend` without waiting for the turn's end. Another `sampling` may have other rules for the turn."""
         ids = token_ids_of(token_ids)
         if not row.keep:
             raise EnvironmentMistake(
                 "it extends a row that was not kept: begin such rows by sampler.begin(task.prompt_ids, n, keep=True)"
             )
         try:
-            self._driver.engine.extend(row, ids)
+            self._driver.engine.extend(row, ids, sampling)
         except ValueError as error:
             raise EnvironmentMistake(f"it extends a row that cannot be: {error}") from error
 
     async def turn(self, row: Row, until: float | None = None) -> FinishReason:
         """Why a row's turn ended, as soon as it has. At the moment `until` of `time.monotonic` it is ended for good."""
         return await self._driver.ended(row, until)
+
+    def watch(self, row: Row, told: Callable[[Row], object]) -> None:
+        """Have `told` called after each step in which the row got tokens, until its turn has ended."""
+        self._driver.watch(row, told)
+
+    def give_up(self, row: Row) -> None:
+        """Release a row that is watched, and may decode: nobody is told of it any more."""
+        self._driver.give_up(row)
+
+    def inbox(self) -> Inbox[Any]:
+        """Where other threads can send things to a coroutine of this rollout."""
+        return Inbox(self._driver.jobs)
 
     def turn_text(self, row: Row) -> str:
         """The text of the last turn alone of a row that has ended, without its stop token or string."""

@@ -45,6 +45,16 @@ class Gate:
             yield self
 
 
+class Outside(Gate):
+    """Opened by another thread or process: `done` there. With `patient` nothing that decodes is held up for it."""
+
+    __slots__ = ("done", "patient")
+
+    def __init__(self, patient: bool = False) -> None:
+        super().__init__()
+        self.done, self.patient = False, patient
+
+
 class Job(Generic[Result]):
     """A coroutine on its way. `await job` waits for its end, and gives its result or raises its error."""
 
@@ -87,9 +97,9 @@ class Scheduler:
     def __init__(self) -> None:
         self._ready: deque[Job[Any]] = deque()
         self._live: dict[Job[Any], bool] = {}
-        self._outside: dict[Gate, bool] = {}
+        self._outside: dict[Outside, None] = {}
         self._punctual, self._waited, self._began = True, 0.0, time.monotonic()
-        self._posted: SimpleQueue[Gate] = SimpleQueue()
+        self._posted: SimpleQueue[Outside] = SimpleQueue()
         self._alarms: list[tuple[float, int, Gate]] = []
         self._numbers = count()
 
@@ -130,31 +140,34 @@ class Scheduler:
     def collect(self, wait: bool = False) -> None:
         """Open the gates of outside work that is done, in the order in which it was begun; `wait` for some if none is.
 
-        As long as work is quick, all of it is waited for. Then rows go on at the same places in every run, and are
-        decoded beside the same others, on which the last bits of their numbers depend.
+        As long as work is quick, all of it is waited for, but for what is `patient`. Then rows go on at the same places
+        in every run, and are decoded beside the same others, on which the last bits of their numbers depend.
         """
         alarm = min((moment for moment, _, gate in self._alarms if not gate.is_open), default=inf)
-        if self._punctual and not all(self._outside.values()):
+        if self._punctual and self._awaits:
             now = time.monotonic()
             late = min(alarm, now + GRACE + SHARE * (now - self._began) - self._waited)
-            while self._punctual and not all(self._outside.values()):
+            while self._punctual and self._awaits:
                 self._note(late)
                 self._punctual = time.monotonic() < late
             self._waited += time.monotonic() - now
-        if wait and not any(self._outside.values()):
+        if wait and not any(gate.done for gate in self._outside):
             self._note(alarm)
         while not self._posted.empty():
             self._note(0)
-        for gate in [gate for gate, done in self._outside.items() if done]:
+        for gate in [gate for gate in self._outside if gate.done]:
             del self._outside[gate]
             self.open(gate)
+
+    @property
+    def _awaits(self) -> bool:
+        """Whether there is outside work that rows wait for as long as it is quick."""
+        return not all(gate.done or gate.patient for gate in self._outside)
 
     def _note(self, until: float) -> None:
         """Note the next outside work that is done, if some is by that moment."""
         with suppress(Empty):
-            gate = self._posted.get(timeout=max(0.0, until - time.monotonic()) if until < inf else None)
-            if gate in self._outside:
-                self._outside[gate] = True
+            self._posted.get(timeout=max(0.0, until - time.monotonic()) if until < inf else None).done = True
 
     def open_at(self, moment: float, gate: Gate) -> None:
         """Let `ring` open the gate at a moment of `time.monotonic`, unless it is open by then."""
@@ -165,7 +178,8 @@ class Scheduler:
         while self._alarms and (self._alarms[0][2].is_open or self._alarms[0][0] <= time.monotonic()):
             gate = heapq.heappop(self._alarms)[2]
             if not gate.is_open:
-                self._outside.pop(gate, None)
+                if isinstance(gate, Outside):
+                    self._outside.pop(gate, None)
                 self.open(gate)
 
     def close(self) -> None:
@@ -186,12 +200,20 @@ class Scheduler:
 
         Raises TimeIsUpError if there is none at the moment `until` of `time.monotonic`; the work goes on unwatched.
         """
-        gate = Gate()
-        self._outside[gate] = False
-        future.add_done_callback(lambda _: self._posted.put(gate))
+        gate = self.expect(Outside())
+        future.add_done_callback(lambda _: self.happened(gate))
         if until is not None:
             self.open_at(until, gate)
         await gate
         if not future.done():
             raise TimeIsUpError
         return future.result()
+
+    def expect(self, gate: Outside) -> Outside:
+        """Let `collect` open the gate once it has `happened`."""
+        self._outside[gate] = None
+        return gate
+
+    def happened(self, gate: Outside) -> None:
+        """Say so, from any thread."""
+        self._posted.put(gate)

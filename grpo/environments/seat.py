@@ -37,7 +37,8 @@ class HostSeat:
 
     def call(self, tool: str, arguments: Mapping[str, Any]) -> Future[Reply]:
         given = {"name": tool, "arguments": dict(arguments)}
-        return self._ask("call", given, self._host.seconds(tool), repr(tool))
+        what = "the agent" if self._host.terms.agent else repr(tool)
+        return self._ask("call", given, self._host.seconds(tool), what)
 
     def step(self, message: Message) -> Future[Reply]:
         return self._ask("step", {"message": dict(message)}, self._host.terms.timeout)
@@ -72,7 +73,7 @@ class HostSeat:
 
     def _explained(self, reply: Reply, op: str) -> Reply:
         """The reply, with a hint in errors that people read; those of tools are for the model."""
-        if reply.kind != "error" or op == "call":
+        if reply.kind != "error" or (op == "call" and not self._host.terms.agent):
             return reply
         return Reply("error", error=self._host.terms.explain(reply.error))
 

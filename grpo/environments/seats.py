@@ -40,17 +40,18 @@ class Description:
 
     name       the class's name, or that which the recipe gives
     kind       `tools`: the model calls methods; `messages`, `text`: `step(message)`, `step(text)` answers as users do;
-               `rollout`: it makes trajectories by itself, by `async def rollout(self, task, sampler)`
+               `rollout`: it makes trajectories by itself, by `async def rollout(self, task, sampler)`; `agent`: it asks
+               the model through an endpoint, when its one method `run` is called, which is no tool
     tools      the JSON schemas of all tools, as chat templates take them (`{"type": "function", "function": {...}}`)
     rewards    whether it has `get_reward`
     steps      the calls whose result may be a `Step`, which may reward: `step` where that answers the model, and those
                of the tools whose return annotation does not rule it out
-    resets     whether it has `reset`, which may add to the prompt
+    resets     whether it has `reset`, which may add to the prompt, or writes its prompts itself, as agents do
     withheld   public methods with a docstring that are no tools, because `step(text)` is spoken to in text alone
     """
 
     name: str
-    kind: Literal["tools", "messages", "text", "rollout"] = "tools"
+    kind: Literal["tools", "messages", "text", "rollout", "agent"] = "tools"
     tools: Sequence[Mapping[str, Any]] = ()
     rewards: bool = False
     resets: bool = False

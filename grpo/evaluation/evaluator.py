@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import comb, sqrt
 from statistics import fmean
-from typing import Literal
 
+from grpo.agents.outcome import measured as told_by_agent
 from grpo.backend.random import derive_seed
 from grpo.backend.ranks import Ranks
 from grpo.config import EvalConfig
@@ -82,9 +82,9 @@ class Evaluator:
             f"avg@{self.samples}": [fmean(marks) for marks in solved],
             **{f"pass@{k}": [pass_at(k, len(marks), sum(marks)) for marks in solved] for k in self._ks()},
             f"maj@{self.samples}": [_voted(graded) for graded in right],
-            **{f"rewards/{name}": _means(sampled, "scores", name) for name in self.scorer.weights},
+            **{f"rewards/{name}": _means(sampled, _scores, name) for name in self.scorer.weights},
         }
-        measured |= {name: _means(sampled, "logged", name) for name in _logged(sampled) if name not in measured}
+        measured |= {name: _means(sampled, _told, name) for name in _logged(sampled) if name not in measured}
         rollouts = [rollout for group in (*greedy, *sampled) for rollout in group.rollouts]
         known = any(self._score(rollout) is not None for rollout in rollouts)
         if not known and self._own and not all(map(self._failed, rollouts)):
@@ -170,13 +170,22 @@ def _voted(graded: Sequence[tuple[Rollout, bool]]) -> float:
 
 
 def _logged(groups: Sequence[Group]) -> list[str]:
-    """The metrics that rewards logged of single completions, as `math_answer` does of strict and lenient matches."""
-    return sorted({name for group in groups for rollout in group.rollouts for name in rollout.logged})
+    """The metrics that rewards logged of single completions, as `math_answer` does of strict and lenient matches, and
+    those of agents."""
+    return sorted({name for group in groups for rollout in group.rollouts for name in _told(rollout)})
 
 
-def _means(groups: Sequence[Group], of: Literal["scores", "logged"], name: str) -> list[float]:
+def _told(rollout: Rollout) -> Mapping[str, float | None]:
+    return {**rollout.logged, **told_by_agent(rollout.trajectory)}
+
+
+def _scores(rollout: Rollout) -> Mapping[str, float | None]:
+    return rollout.scores
+
+
+def _means(groups: Sequence[Group], of: Callable[[Rollout], Mapping[str, float | None]], name: str) -> list[float]:
     """Each prompt's mean of what is known of its completions by a name, without the prompts that have nothing."""
-    known = [[getattr(rollout, of).get(name) for rollout in group.rollouts] for group in groups]
+    known = [[of(rollout).get(name) for rollout in group.rollouts] for group in groups]
     return [fmean(values) for row in known if (values := [value for value in row if value is not None])]
 
 

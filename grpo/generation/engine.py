@@ -81,7 +81,8 @@ class Engine:
         else:
             prompt = submission.beside.prompt
             prompt.join(submission.n)
-        keys = [derive_key(submission.seed, "row", *submission.path, sample) for sample in range(submission.n)]
+        samples = range(submission.first, submission.first + submission.n)
+        keys = [derive_key(submission.seed, "row", *submission.path, sample) for sample in samples]
         wants, keep = submission.logprobs, submission.keep
         rows = tuple(Row(prompt, key=key, stopping=stopping, wants_logprobs=wants, keep=keep) for key in keys)
         for row, opening in zip(rows, submission.openings or [()] * len(rows), strict=True):
@@ -97,11 +98,13 @@ class Engine:
         with self._at_work():
             return self._run.step()
 
-    def extend(self, row: Row, token_ids: Sequence[int]) -> None:
+    def extend(self, row: Row, token_ids: Sequence[int], sampling: Sampling | None = None) -> None:
         """Append tokens that were not sampled, and continue sampling after them in a new turn.
 
-        Only these tokens go through the model. A parked row may continue without any: then its turn goes on. Raises
-        ValueError if the row is queued or decoding, has ended for good, or has no `room` for the tokens.
+        Only these tokens go through the model. A parked row may continue without any: then its turn goes on. The turn
+        is sampled as the one before, unless there is another `sampling`, which differs in the rules for turns alone.
+        Raises ValueError if the row is queued or decoding, has ended for good, has no `room` for the tokens, or was
+        submitted with another limit on all tokens, or another record of what is drawn.
         """
         if row.state in ("queued", "decoding"):
             raise ValueError("this row still decodes, so it cannot be extended: wait until it has ended, or park it")
@@ -113,9 +116,19 @@ class Engine:
                 f"this row has {len(row.token_ids)} tokens after its prompt and may have {row.longest}, one of them "
                 f"still to be sampled: {len(token_ids)} more do not fit, {row.room} would (row.room)"
             )
+        if sampling is not None and token_ids:
+            self._sample_so(row, sampling)
         row.inject([int(token) for token in token_ids])
         row.finish_reason = None
         self._run.go_on(row)
+
+    def _sample_so(self, row: Row, sampling: Sampling) -> None:
+        """Raises ValueError for another limit on all tokens, and where the row does not record what this draws from."""
+        if sampling.max_tokens != row.stopping.sampling.max_tokens:
+            raise ValueError("a row's limit on all its tokens stays what it was when it was submitted")
+        if row.wants_logprobs and sampling.reshaped is not row.wants_sampler_logprobs:
+            raise ValueError("sampling that reshapes the distribution, or does not, stays so for all turns of a row")
+        row.stopping = self._rules(sampling).after_opening(row.opening)
 
     def park(self, row: Row) -> None:
         """Take a row out of its slot or the queue until it is extended. Does nothing to a row that waits already.

@@ -19,9 +19,10 @@ State = Literal["queued", "decoding", "waiting", "parked", "done", "released"]
 class Submission:
     """A prompt of at least one token, and how to sample `n` rows of it.
 
-    The draw of row i at position t depends on (`seed`, `path`, i, t) alone. Positions count all tokens after the
-    prompt from 0, sampled or not, and `sampling.max_tokens` limits them all. `logprobs` says whether logprobs are
-    computed. With `keep`, a row that ends waits to be extended until it is released; otherwise it is freed.
+    The draw of row i, counted from `first`, at position t depends on (`seed`, `path`, i, t) alone. Positions count all
+    tokens after the prompt from 0, sampled or not, and `sampling.max_tokens` limits them all. `logprobs` says whether
+    logprobs are computed. With `keep`, a row that ends waits to be extended until it is released; otherwise it is
+    freed.
 
     `openings` are what each row's own prompt has after the shared one, which may be nothing: no limit counts these
     tokens. Without any, all rows begin after `prompt_ids`. `beside` is a row with the same `prompt_ids`, whose keys and
@@ -37,6 +38,7 @@ class Submission:
     keep: bool = False
     openings: Sequence[Sequence[int]] = ()
     beside: Row | None = None
+    first: int = 0
 
 
 @dataclass(slots=True, eq=False)

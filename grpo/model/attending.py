@@ -31,6 +31,9 @@ from grpo.model.sight import Causal, Masked, Sight
 CUDA_MULTIPLE, CUDA_WIDEST = 128, 128
 """MLX's fused attention on CUDA has a backward pass for queries of a multiple of so many tokens, and for heads as wide
 as this at most."""
+CUDA_QUERIES = 2**27
+"""Numbers in the queries of one call of that, at most. Its backward pass has a workspace of some eight bytes for each,
+and MLX 0.32 counts its bytes in 32 bits: from 2 GiB on it asks for memory that no card has."""
 
 _USERS: Counter[tuple[ModuleType, str]] = Counter()
 _LOCK = Lock()
@@ -95,12 +98,28 @@ def mlx_lms(
     sinks: mx.array | None = None,
     cache: Any = None,
 ) -> mx.array:
-    """The attention that was there before."""
+    """The attention that was there before, in several calls of some heads each where one would be too large."""
+    calls = _calls(queries, keys, mask)
+    if calls > 1:
+        of_heads = (mx.split(array, calls, axis=1) for array in (queries, keys, values))
+        of_sinks = [None] * calls if sinks is None else mx.split(sinks, calls)
+        parts = zip(*of_heads, of_sinks, strict=True)
+        return mx.concatenate([mlx_lms(q, k, v, scale, mask, own, cache) for q, k, v, own in parts], axis=1)
     given = {} if sinks is None else {"sinks": sinks}
     out: mx.array = mlxlm.scaled_dot_product_attention(
         queries, keys, values, cache=cache, scale=scale, mask=mask, **given
     )
     return out
+
+
+def _calls(queries: mx.array, keys: Any, mask: Any) -> int:
+    """In how many calls to compute attention: of as many heads each, with their own keys."""
+    if queries.size <= CUDA_QUERIES or not cuda.available() or not isinstance(keys, mx.array):
+        return 1
+    if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
+        return 1  # each head may have a mask of its own
+    heads = keys.shape[1]
+    return next((n for n in range(1, heads) if heads % n == 0 and queries.size <= n * CUDA_QUERIES), heads)
 
 
 OURS: dict[str, Callable[..., mx.array]] = {"scaled_dot_product_attention": _attend, "swiglu": swiglu}

@@ -1,10 +1,11 @@
 """Stands between the trainer and one worker process, and sees to it that nothing which that one starts outlives it.
 
 Run as a script, by the standard library alone: `keeper.py DESCRIPTOR MEMORY COMMAND...` runs the command, with the
-descriptor, in a session of its own. When that process ends, when standard input does (the trainer has closed it, or is
-gone, however it went), or when everything below it holds more than MEMORY bytes (0: no limit), all of it is killed. On
-Linux that includes processes that have moved into another session and lost their parent: they are adopted here. The
-keeper ends as the worker did, and says on standard output if memory was why.
+descriptor, in a session of its own; of two descriptors, `IN,OUT`, it makes the command's standard input and output.
+When that process ends, when standard input does (the trainer has closed it, or is gone, however it went), or when
+everything below it holds more than MEMORY bytes (0: no limit), all of it is killed. On Linux that includes processes
+that have moved into another session and lost their parent: they are adopted here. The keeper ends as the worker did,
+and says on standard output if memory was why.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ PATIENCE = 5.0
 
 
 def main() -> None:
-    descriptor, limit, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    descriptors, limit, command = [int(one) for one in sys.argv[1].split(",")], int(sys.argv[2]), sys.argv[3:]
     tree.adopt_orphans()
     woken, wake = os.pipe()
     for end in (woken, wake):
@@ -34,8 +35,9 @@ def main() -> None:
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     worker = os.fork()
     if worker == 0:
-        _become(command)
-    os.close(descriptor)  # or the trainer would not see it closed by the worker
+        _become(command, descriptors)
+    for descriptor in descriptors:  # or the trainer would not see it closed by the worker
+        os.close(descriptor)
     status = _watch(worker, limit, woken)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(worker, signal.SIGKILL)
@@ -43,7 +45,7 @@ def main() -> None:
     _end_as(status)
 
 
-def _become(command: list[str]) -> None:
+def _become(command: list[str], descriptors: list[int]) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores some, and that is inherited
         signal.signal(number, signal.SIG_DFL)
@@ -51,7 +53,15 @@ def _become(command: list[str]) -> None:
     tree.die_with_parent()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    os.execv(command[0], command)
+    if len(descriptors) == 2:
+        for standard, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, standard)
+            os.close(descriptor)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        os.write(2, f"{command[0]}: {error.strerror}\n".encode())
+        os._exit(127)
 
 
 def _watch(worker: int, limit: int, woken: int) -> int:

@@ -43,11 +43,8 @@ class Feed:
             return WindowStream(self.rows, self.renderer, seed)
         return TaskStream(self.rows, self.renderer, seed)
 
-    def notes(self, lengths: Lengths | None, resets: bool) -> list[str]:
-        """How long the prompts are that the plan is made for, and the rows that are left out.
-
-        `resets`: whether environments may add to them.
-        """
+    def notes(self, lengths: Lengths | None, partners: Partners) -> list[str]:
+        """How long the prompts are that the plan is made for, and the rows that are left out."""
         cfg, name, rows = self.renderer.cfg, self.name, self.rows
         limit = f"{name}.max_prompt_length ({cfg.max_prompt_length:,} tokens)"
         prompts = "prompts" if name == "data" else f"prompts of {name}"
@@ -61,7 +58,8 @@ class Feed:
             )
             return [*chosen, many, *filter(None, [self.null_prompts()])]
         where, total = f"data {cfg.label}, {cfg.split}", f"{lengths.rows:,} rows"
-        added = f"; planned for {limit}, because an environment's reset may add to them" if resets else ""
+        why = "an agent writes its own" if partners.are_agents else "an environment's reset may add to them"
+        added = f"; planned for {limit}, because {why}" if partners.resets else ""
         notes = [*chosen, f"{prompts}: at most {lengths.longest:,} tokens, measured over all {total}{added}"]
         if lengths.too_long:
             notes.append(f"{where}: {lengths.too_long:,} of {total} are longer than {limit} and are left out")
@@ -101,14 +99,14 @@ def lengths_of(feeds: Sequence[Feed], ranks: Ranks) -> list[Lengths | None]:
     return lengths
 
 
-def longest_of(feeds: Sequence[Feed], lengths: Sequence[Lengths | None], resets: bool) -> tuple[int, int]:
-    """Tokens of the longest prompt that is trained on, and how many of them may be a row's own.
+def longest_of(feeds: Sequence[Feed], lengths: Sequence[Lengths | None], partners: Partners) -> tuple[int, int]:
+    """Tokens of the longest prompt that is trained on, and how many of them may be a row's own: of agents, all.
 
-    The limit is taken where lengths are not known, or not to be relied on because environments' `resets` add to
-    prompts.
+    The limit is taken where lengths are not known, or not to be relied on because environments' `reset` adds to
+    prompts, or agents write them.
     """
     limits = [feed.renderer.cfg.max_prompt_length for feed in feeds]
     found = zip(limits, lengths, strict=True)
-    longest = max(limit if known is None or resets else known.longest for limit, known in found)
-    shortest = min(known.shortest if known else 0 for known in lengths)
-    return longest, longest - shortest if resets else 0
+    longest = max(limit if known is None or partners.resets else known.longest for limit, known in found)
+    shortest = min(known.shortest if known and not partners.are_agents else 0 for known in lengths)
+    return longest, longest - shortest if partners.resets else 0

@@ -20,6 +20,7 @@ from grpo.environments.making import make_host
 from grpo.environments.play import Table
 from grpo.environments.seats import Content, ConversationLimits, Description, Host
 from grpo.errors import UserError
+from grpo.runs.agents import NOTE, agents_of, check_endpoint, endpoint
 from grpo.runs.given import Given
 from grpo.types import Task
 
@@ -39,10 +40,17 @@ class Partners:
     hosts   the host of each environment with the recipe's terms, by the value of the column `environment`; the only
             one goes by the empty name. Empty if a completion is a single answer.
     own     an environment with a method `rollout`, in the place of hosts
+    opened  what else is closed with them: the endpoint of agents
     """
 
     hosts: Mapping[str, tuple[Host, EnvironmentConfig]] = field(default_factory=dict)
     own: Environment | None = None
+    opened: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def are_agents(self) -> bool:
+        """Whether they ask the model, in the place of being asked."""
+        return any(config.is_agent for _, config in self.hosts.values())
 
     @property
     def tools(self) -> Tools:
@@ -52,7 +60,7 @@ class Partners:
 
     @property
     def resets(self) -> bool:
-        """Whether prompts may become longer than the data says, by what `reset` adds."""
+        """Whether prompts may become longer than the data says, by what `reset` adds, or because agents write them."""
         return any(host.description.resets for host, _ in self.hosts.values())
 
     def environment(
@@ -63,14 +71,21 @@ class Partners:
         rollout: RolloutConfig,
         seed: int,
         keeps_seats: bool = False,
+        model: str = "policy",
     ) -> tuple[Environment | None, list[str]]:
         """What makes trajectories (None: single answers), and notes for the plan on how conversations are written.
 
-        `task` is one of those that `renderer` makes, to see whether they are texts or messages. Raises UserError for a
-        chat template that cannot hold such conversations.
+        `task` is one of those that `renderer` makes, to see whether they are texts or messages; agents may ask for the
+        model by the name `model`. Raises UserError for a chat template that cannot hold such conversations.
         """
         if not self.hosts:
             return self.own, []
+        if self.are_agents:
+            assert renderer.vocabulary is not None, "what agents send is checked against it"
+            frontend = endpoint(tokenizer, renderer, renderer.vocabulary, model, rollout)
+            self.opened.callback(frontend.close)
+            said = [described(host.description) for host, _ in self.hosts.values()]
+            return agents_of(self.hosts, frontend, renderer, rollout, seed), [*said, NOTE]
         templated = renderer.wraps_text or not isinstance(task.prompt, str)
         tables, notes = {}, []
         for name, (host, config) in self.hosts.items():
@@ -132,7 +147,8 @@ class Partners:
                 )
 
     def close(self) -> None:
-        """End the processes in which they live."""
+        """End the processes in which they live, and what else was opened for them."""
+        self.opened.close()
         for host, _ in self.hosts.values():
             host.close()
 
@@ -174,12 +190,15 @@ def invite(
     for name, config in conversations.items():
         if config.use is not None and hasattr(given.functions.get(config.use), "rollout"):
             return _alone(name, config, conversations, tools, given)
+    for name, config in conversations.items():
+        if config.is_agent:
+            check_endpoint(f"{place_of(name)}.{'agent' if config.agent else 'command'}")
     objects = [given.functions.get(tool.use) for tool in tools]
     workers = workers_for(groups)
     with ExitStack() as stack:
         hosts: dict[str, tuple[Host, EnvironmentConfig]] = {}
         for name, config in conversations.items():
-            made = given.functions.get(config.use or "")
+            made = given.functions.get(config.use or config.agent or "")
             if (made or any(objects)) and (idle := sorted(config.changed & IN_PROCESSES)):
                 raise UserError(
                     f"{place_of(name)}.{idle[0]} does nothing for objects: they live in the trainer's process"
@@ -232,7 +251,9 @@ def _alone(
 
 
 def _check_terms(place: str, config: EnvironmentConfig, told: Description) -> None:
-    """Raise UserError for settings that do nothing with such an environment."""
+    """Raise UserError for settings that do nothing with such an environment; with agents the schema knows them."""
+    if config.is_agent:
+        return
     if told.kind not in ANSWERING and config.thinking != "keep":
         why = "does not answer as the user, and results of tools leave earlier thinking where it is"
         raise UserError(f"{place}.thinking: {config.thinking} does nothing: {told.name} {why}")
@@ -253,6 +274,8 @@ def _anew(place: str, chat: Chat) -> Anew:
 
 
 def described(told: Description) -> str:
+    if told.kind == "agent":
+        return f"environment {told.name}: an agent; it asks the model itself, and returns the reward"
     names = ", ".join(tool["function"]["name"] for tool in told.tools)
     parts = [f"the model calls {names}" if names else "", "it answers the model" if told.kind in ANSWERING else ""]
     rewards = "it rewards a conversation at its end (get_reward)" if told.rewards else ""

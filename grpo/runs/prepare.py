@@ -37,6 +37,7 @@ from grpo.planning.workload import Workload
 from grpo.plugins import file_in, locate_reward
 from grpo.recipes import with_settings
 from grpo.rollout import RolloutEngine, sampling_of
+from grpo.runs.agents import AgentsByName
 from grpo.runs.drawing import seed_of, source_of
 from grpo.runs.feed import Feed, first_of, lengths_of, longest_of
 from grpo.runs.given import NOTHING, Given
@@ -118,13 +119,15 @@ def _prepared(
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
     generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
-    shown = partners.tools, partners.resets, text_system(cfg) is None
+    shown = partners.tools, partners.resets, text_system(cfg) is None or partners.are_agents
     readers = {name: PromptRenderer(data, tokenizer, vocabulary, name, *shown) for name, data in named.items()}
     feeds = [Feed(name, rows[name], readers[name]) for name in cfg.data.parts]
     held_out = Feed("eval", rows["eval"], readers["eval"]) if cfg.eval is not None else None
     tasks = first_of(feeds, PEEK, scorer, partners)
     keeps, renderer = scorer.lends_environments, feeds[0].renderer
-    environment, talk = partners.environment(tokenizer, renderer, tasks[0], cfg.rollout, cfg.seed, keeps)
+    environment, talk = partners.environment(
+        tokenizer, renderer, tasks[0], cfg.rollout, cfg.seed, keeps, cfg.model.name
+    )
     engine = RolloutEngine(generator, sampling_of(cfg.rollout), environment)
     evaluator = _evaluator(cfg, held_out, engine, scorer, ranks) if held_out else None
     if evaluator is not None:
@@ -132,8 +135,10 @@ def _prepared(
     if isinstance(environment, Conversations):
         with_sources(environment, readers, text_system(cfg))
         ranks.checked(lambda: partners.check_beginnings(environment, tasks))
+    elif isinstance(environment, AgentsByName):
+        environment.prompts_like(readers)
     lengths = lengths_of(feeds, ranks)
-    longest, own = longest_of(feeds, lengths, partners.resets)
+    longest, own = longest_of(feeds, lengths, partners)
     own += environment.tail(tasks[0]) if isinstance(environment, Conversations) else 0
     streams = {feed.name: feed.stream(seed_of(cfg.data, feed.name, cfg.seed)) for feed in feeds}
     source = source_of(cfg.data, given, streams, scorer, cfg.seed)
@@ -150,7 +155,7 @@ def _prepared(
     trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks, teacher)
     trainer.update.gradients.alone = plan.alone
     refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
-    prompts = [note for feed, known in zip(feeds, lengths, strict=True) for note in feed.notes(known, partners.resets)]
+    prompts = [note for feed, known in zip(feeds, lengths, strict=True) for note in feed.notes(known, partners)]
     head = filter(None, [positions, head_note(model, cfg.model)])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
     notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)]

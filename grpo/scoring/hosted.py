@@ -92,6 +92,8 @@ def hosted(
             f"{what}, and there are none here: a recipe with `environment:` or `environments:` gives it those of the "
             "completions' conversations"
         )
+    if any(config.is_agent for _, config in hosts):
+        raise UserError(f"{what}, and an agent shows none: it asks the model itself. Let the reward read `completions`")
     if any(config.use is None for _, config in hosts):
         raise UserError(
             f"{what}, and beside tools alone there are none. Name an environment (environment.use), or let the reward "

@@ -34,7 +34,7 @@ _STEP = (
     "tokens",
 )
 _EVALUATION = ("n", "grader", "failed_gradings", "greedy", r"(avg|pass|maj)@\d+", r".*_interval")
-_CONVERSATIONS = ("turns/mean", "tools/(call|failure)_frequency", "stop/.*", "environment/failures/.*")
+_CONVERSATIONS = ("turns/mean", "tools/(call|failure)_frequency", "stop/.*", "environment/.*")
 _FOLDERS = (
     "rewards",
     "completions",

@@ -12,11 +12,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from grpo.serving.guard import Guard
 from grpo.serving.refusals import Refusal
 from grpo.serving.service import Answerable, Service, ServingLimits
+from grpo.serving.sessions import SessionMemory, session_id
 from grpo.serving.wire import ChatRequest, CompletionRequest, GenerateRequest, OpenAIFields, read
 
 log = logging.getLogger("grpo")
@@ -51,17 +52,18 @@ def application(service: Service, guard: Guard) -> Any:
         return await _openai(service, request, CompletionRequest, service.completion)
 
     async def generate(request: Request) -> Any:
+        session = _session(service, request)
         asked = read(GenerateRequest, await _body(request, service.limits))
-        return JSONResponse(await _while_there(request, service.generate(asked)))
+        return JSONResponse(await _while_there(request, service.generate(asked, session)))
 
-    routes = [
-        Route("/health", _answering(health)),
+    asking = [
         Route("/v1/models", _answering(models)),
         Route("/v1/models/{name:path}", _answering(model)),
         Route("/v1/chat/completions", _answering(chat), methods=["POST"]),
         Route("/v1/completions", _answering(completions), methods=["POST"]),
         Route("/inference/v1/generate", _answering(generate), methods=["POST"]),
     ]
+    routes = [Route("/health", _answering(health)), *asking, Mount("/s/{session}", routes=asking)]
     return guard.around(Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _unknown}))
 
 
@@ -69,13 +71,19 @@ async def _openai(
     service: Service,
     request: Request,
     kind: type[Any],
-    prepare: Callable[[Any], Awaitable[Answerable]],
+    prepare: Callable[[Any, SessionMemory | None], Awaitable[Answerable]],
 ) -> Any:
+    session = _session(service, request)
     asked: OpenAIFields = read(kind, await _body(request, service.limits))
-    prepared = await prepare(asked)
+    prepared = await prepare(asked, session)
     if not asked.stream:
         return JSONResponse(await _while_there(request, service.whole(prepared)))
     return await _stream(service, request, prepared)
+
+
+def _session(service: Service, request: Request) -> SessionMemory | None:
+    """The session that a request belongs to. Raises Refusal."""
+    return service.session(session_id(request.path_params.get("session"), request.headers.getlist("x-session-id")))
 
 
 async def _stream(service: Service, request: Request, prepared: Answerable) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from grpo.generation.rows import Row
 from grpo.generation.sampling import Sampling
@@ -17,7 +18,8 @@ class Ask:
     """`n` completions of a prompt by the model with the adapter `model` (a name that `Models.find` gives).
 
     Completion i draws by (`seed`, i, position) alone, as `Request` says: the trainer's generator gives the same. With
-    `gradually` tokens are told as they come, or else all of a completion's at its end.
+    `gradually` tokens are told as they come, or else all of a completion's at its end. `session` is the id of the
+    session that it belongs to, if it belongs to one.
     """
 
     model: str
@@ -27,6 +29,7 @@ class Ask:
     seed: int
     logprobs: bool
     gradually: bool = False
+    session: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +61,22 @@ class Ticket:
     rows: dict[Row, int] = field(default_factory=dict)
     order: list[Row] = field(default_factory=list)
     over: bool = False
+
+
+class Decoder(Protocol):
+    """Answers requests, in a thread of its own. Its methods may be called from any thread."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is decoded any more: all requests are refused."""
+        ...
+
+    def submit(self, ask: Ask, tell: Callable[[Told], object]) -> Ticket:
+        """Have a request answered. `tell` is called in the decoding thread, or in this one for a refusal, and returns
+        at once: with new tokens, until every completion has ended, or with a Refusal, which is the last that it is
+        told."""
+        ...
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Answer a request no longer; nothing if it is over."""
+        ...

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from grpo.environments.chat import without_end
 from grpo.generation.stopping import Stopping, sure
 from grpo.serving.asks import Piece
-from grpo.serving.speaker import Speaker, Voice
-from grpo.types import FinishReason
+from grpo.serving.sessions import Said, marks_of
+from grpo.serving.speaker import Speaker, Spoken, Voice
+from grpo.types import FinishReason, Message
 
 FinishedBy = Literal["stop", "length", "tool_calls"]
 BROKEN = "\ufffd"
@@ -49,6 +50,12 @@ class Completed:
         return "tool_calls" if calls else "stop"
 
 
+def said_of(prompt: Spoken, choice: Completed, message: Message) -> Said:
+    """A choice that has ended, as sessions remember it. `message` is what it says."""
+    marks = () if prompt.settings is None else (*prompt.marks, *marks_of([message]))
+    return Said(prompt.messages, message, prompt.ids, tuple(choice.token_ids), prompt.settings, marks)
+
+
 class Reader:
     """Reads a completion, piece by piece or at its end. Without a `voice` it is plain text."""
 
@@ -85,7 +92,9 @@ class Reader:
         if self._voice is None or thinking is None:
             return "", "" if self._voice and self._voice.calls else text
         thought, said = thinking.split(text)
-        said = self._voice.specials.sub("", said.partition(thinking.start)[0])  # from there on it may be thinking
+        said = self._voice.template.specials.sub(
+            "", said.partition(thinking.start)[0]
+        )  # from there on it may be thinking
         said = "" if self._voice.calls or not said.strip() else said
         return thought if thought and thought.strip() else "", said
 

@@ -21,12 +21,11 @@ from grpo.generation.events import Events
 from grpo.generation.generator import Generator
 from grpo.generation.rows import Row, Submission
 from grpo.serving.asks import Ask, Piece, Ticket, Told
-from grpo.serving.refusals import Refusal
+from grpo.serving.refusals import ENDED, Refusal
 from grpo.serving.shelf import Shelf
 
 log = logging.getLogger("grpo")
 
-ENDED = Refusal(503, "the server is shutting down", "shutting_down")
 PATIENCE = 1.0
 """Seconds after which requests for another adapter keep those for the present one from entering."""
 

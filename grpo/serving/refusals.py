@@ -40,3 +40,6 @@ class Refusal(Exception):
 def wrong(param: str | None, why: str, code: str | None = None) -> Refusal:
     """The refusal of a request that cannot be answered as it is written."""
     return Refusal(400, f"{param}: {why}" if param else why, code, param)
+
+
+ENDED = Refusal(503, "the server is shutting down", "shutting_down")

@@ -36,6 +36,14 @@ def url_of(at: socket.socket) -> str:
 def run(app: Any, at: socket.socket, drain: float) -> None:
     """Serve until SIGINT or SIGTERM. Then no connection is taken any more, and requests under way have `drain` seconds
     to be answered. A second SIGINT ends it without that."""
+    server = made(app, drain)
+    with _asked_to_end(server):
+        server.run(sockets=[at])
+
+
+def made(app: Any, drain: float, connections: int | None = CONNECTIONS) -> Any:
+    """Uvicorn's server of an application, with so many `connections` at most; see `run`. It can run in any thread,
+    until its `should_exit` is set."""
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -45,13 +53,11 @@ def run(app: Any, at: socket.socket, drain: float) -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=CONNECTIONS,
+        limit_concurrency=connections,
         timeout_graceful_shutdown=math.ceil(drain),
     )
     config.load()
-    server = uvicorn.Server(config)
-    with _asked_to_end(server):
-        server.run(sockets=[at])
+    return uvicorn.Server(config)
 
 
 @contextmanager

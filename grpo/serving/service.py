@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,14 +15,16 @@ from typing import Any, TypeVar
 from grpo.errors import did_you_mean
 from grpo.generation.sampling import Sampling
 from grpo.serving.answers import AnswerForm, AnswerHead, ChatForm, CompletionForm, Json, tokens_answer
-from grpo.serving.asks import Ask, Piece
-from grpo.serving.choices import Completed, Reader
-from grpo.serving.decoder import ENDED, DecodingLoop
+from grpo.serving.asks import Ask, Decoder, Piece
+from grpo.serving.choices import Completed, Reader, said_of
 from grpo.serving.exchange import Exchange, Turnstile
-from grpo.serving.refusals import Refusal, wrong
+from grpo.serving.refusals import ENDED, Refusal, wrong
+from grpo.serving.sessions import SessionMemory, SessionRules, Sessions
 from grpo.serving.shelf import Models
-from grpo.serving.speaker import Speaker, Voice
+from grpo.serving.speaker import Speaker, Spoken, Voice
 from grpo.serving.wire import ChatRequest, CompletionRequest, GenerateRequest, OpenAIFields, SamplingFields
+from grpo.serving.wishes import sampling_of
+from grpo.types import Message
 
 Made = TypeVar("Made")
 
@@ -45,33 +47,61 @@ class ServingLimits:
 
 @dataclass(frozen=True, slots=True)
 class Answerable:
-    """A request that can be answered: what decodes, and how it is read and told."""
+    """A request that can be answered: what decodes, after which prompts, how it is read and told, and the session that
+    remembers it."""
 
     asks: Sequence[Ask]
+    prompts: Sequence[Spoken]
     form: AnswerForm
     voice: Voice | None = None
     usage: bool = False
+    session: SessionMemory | None = None
+
+    def remember(self, ended: Iterable[tuple[Completed, Message]]) -> None:
+        """Let the session know what choices have come to."""
+        if self.session is not None:
+            n = self.asks[0].n
+            self.session.add([said_of(self.prompts[choice.index // n], choice, told) for choice, told in ended])
 
 
 class Service:
-    """Belongs to one event loop. `defaults` is how to sample unless a request says otherwise."""
+    """Belongs to one event loop; `open` and `end` can be called from any thread.
+
+    `defaults` is how to sample unless a request says otherwise. With `sessions_only` requests are refused that belong
+    to no open session.
+    """
 
     def __init__(
         self,
-        decoder: DecodingLoop,
+        decoder: Decoder,
         speaker: Speaker,
         models: Models,
         defaults: Sampling,
         limits: ServingLimits | None = None,
+        sessions_only: bool = False,
     ) -> None:
         self.limits = limits or ServingLimits()
         self._decoder, self._speaker, self._models, self._defaults = decoder, speaker, models, defaults
+        self._sessions = Sessions(sessions_only)
         self._turnstile, self._began = Turnstile(self.limits.requests), int(time.time())
         self._encoding = ThreadPoolExecutor(1, "encoding")  # long prompts take a while, and others wait meanwhile
 
     def close(self) -> None:
         """End its own thread."""
         self._encoding.shutdown(wait=False, cancel_futures=True)
+
+    def open(self, session: str, rules: SessionRules) -> None:
+        """Begin a session. Raises ValueError for one that is open."""
+        self._sessions.open(session, rules)
+
+    def end(self, session: str) -> SessionMemory:
+        """End a session, and give what was said in it; its requests are refused from now on. Those that are under way
+        are the decoder's to refuse. Raises KeyError for a session that is not open."""
+        return self._sessions.end(session)
+
+    def session(self, id: str | None) -> SessionMemory | None:
+        """The session of a request. Raises Refusal, see `Sessions.find`."""
+        return self._sessions.find(id)
 
     def health(self) -> Json:
         """Raises Refusal where nothing can be answered."""
@@ -90,29 +120,23 @@ class Service:
         found = self._found(name)
         return {**self.models()["data"][0], "id": found}
 
-    async def chat(self, asked: ChatRequest) -> Answerable:
+    async def chat(self, asked: ChatRequest, session: SessionMemory | None = None) -> Answerable:
         """Raises Refusal."""
         tools = [] if asked.tool_choice == "none" else [tool.model_dump() for tool in asked.tools or ()]
 
-        def made() -> tuple[Voice, tuple[int, ...]]:
+        def made() -> tuple[Voice, Spoken]:
             voice = self._speaker.voice(tools, asked.chat_template_kwargs)
-            return voice, self._speaker.prompt_of(voice, asked.messages)
+            return voice, self._speaker.prompt_of(voice, asked.messages, session)
 
         voice, prompt = await self._encoded(made)
-        return self._prepared(asked, [prompt], bool(asked.logprobs), ChatForm, voice)
+        return self._prepared(asked, [prompt], bool(asked.logprobs), ChatForm, voice, session)
 
-    async def completion(self, asked: CompletionRequest) -> Answerable:
+    async def completion(self, asked: CompletionRequest, session: SessionMemory | None = None) -> Answerable:
         """Raises Refusal."""
-        speaker = self._speaker
-
-        def made() -> list[tuple[int, ...]]:
-            return [
-                speaker.prompt_of_text(one) if isinstance(one, str) else speaker.checked(one, "prompt")
-                for one in asked.prompts
-            ]
-
-        prompts = await self._encoded(made)
-        return self._prepared(asked, prompts, asked.logprobs is not None, CompletionForm)
+        prompts = await self._encoded(
+            lambda: [self._speaker.prompt_as_it_is(one, "prompt", session) for one in asked.prompts]
+        )
+        return self._prepared(asked, prompts, asked.logprobs is not None, CompletionForm, session=session)
 
     async def whole(self, prepared: Answerable) -> Json:
         """The answer at once. Raises Refusal."""
@@ -120,15 +144,20 @@ class Service:
         stopping = self._speaker.stopping(prepared.asks[0].sampling)
         reader = Reader(self._speaker, stopping, prepared.voice)
         messages = [reader.message(choice.token_ids) for choice in choices]
+        prepared.remember(zip(choices, messages, strict=True))
         return prepared.form.whole(choices, messages)
 
-    async def generate(self, asked: GenerateRequest) -> Json:
+    async def generate(self, asked: GenerateRequest, session: SessionMemory | None = None) -> Json:
         """`/inference/v1/generate`: tokens in, tokens out. Raises Refusal."""
         params = asked.sampling_params
-        prompt = self._speaker.checked(asked.token_ids, "token_ids")
+        prompt = self._speaker.prompt_as_it_is(asked.token_ids, "token_ids", session)
         logprobs = params.logprobs is not None
-        ask = self._ask(asked.model, params, prompt, logprobs)
-        return tokens_answer(AnswerHead(ask.model, [prompt], ask.n), await self._ended([ask]), logprobs)
+        ask = self._ask(asked.model, params, prompt.ids, logprobs, session)
+        choices = await self._ended([ask])
+        if session is not None:
+            reader = Reader(self._speaker, self._speaker.stopping(ask.sampling))
+            session.add([said_of(prompt, choice, reader.message(choice.token_ids)) for choice in choices])
+        return tokens_answer(AnswerHead(ask.model, [prompt.ids], ask.n), choices, logprobs)
 
     @contextmanager
     def begun(self, asks: Sequence[Ask]) -> Iterator[Exchange]:
@@ -150,6 +179,9 @@ class Service:
         yield b"".join(_event(form.opening(choice)) for choice in exchange.choices)
         try:
             while True:
+                prepared.remember(
+                    (choice, readers[choice.index].message(choice.token_ids)) for choice, piece in pieces if piece.ended
+                )
                 yield b"".join(_event(_chunk(form, readers[choice.index], choice, piece)) for choice, piece in pieces)
                 if exchange.over:
                     break
@@ -180,24 +212,35 @@ class Service:
     def _prepared(
         self,
         asked: OpenAIFields,
-        prompts: Sequence[tuple[int, ...]],
+        prompts: Sequence[Spoken],
         logprobs: bool,
         form: type[ChatForm | CompletionForm],
         voice: Voice | None = None,
+        session: SessionMemory | None = None,
     ) -> Answerable:
         gradually = bool(asked.stream)
         if asked.stream_options is not None and not gradually:
             raise wrong("stream_options", "it is for streams: set stream to true, or leave it out")
-        asks = [replace(self._ask(asked.model, asked, one, logprobs), gradually=gradually) for one in prompts]
-        head = AnswerHead(asks[0].model, prompts, asks[0].n)
+        given = [self._ask(asked.model, asked, one.ids, logprobs, session) for one in prompts]
+        asks = [replace(ask, gradually=gradually) for ask in given]
+        head = AnswerHead(asks[0].model, [one.ids for one in prompts], asks[0].n)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         text = lambda ids: self._speaker.text(ids, special=True)  # noqa: E731
-        return Answerable(asks, form(head, text, bool(asked.return_token_ids), logprobs), voice, usage)
+        made = form(head, text, bool(asked.return_token_ids), logprobs)
+        return Answerable(asks, prompts, made, voice, usage, session)
 
-    def _ask(self, model: str | None, asked: SamplingFields, prompt: tuple[int, ...], logprobs: bool) -> Ask:
+    def _ask(
+        self,
+        model: str | None,
+        asked: SamplingFields,
+        prompt: tuple[int, ...],
+        logprobs: bool,
+        session: SessionMemory | None,
+    ) -> Ask:
+        rules, id = (None, None) if session is None else (session.rules, session.id)
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
-        sampling = self._sampling(asked, len(prompt))
-        return Ask(self._found(model), prompt, sampling, asked.n or 1, seed, logprobs)
+        sampling = sampling_of(asked, self._defaults, len(prompt), self._speaker.longest, rules)
+        return Ask(self._found(model), prompt, sampling, asked.n or 1, seed, logprobs, session=id)
 
     def _found(self, name: str | None) -> str:
         found = self._models.find(self._models.names()[0] if name is None else name)
@@ -207,34 +250,6 @@ class Service:
                 404, f"there is no model {name!r:.200}.{hint} /v1/models lists all", "model_not_found", "model"
             )
         return found
-
-    def _sampling(self, asked: SamplingFields, prompt: int) -> Sampling:
-        """How to sample: what was asked for, and otherwise the defaults. At temperature 0 nothing reshapes the answer
-        but what was asked for."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_tokens")
-        given: dict[str, Any] = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
-        if given.get("top_k") == -1:
-            given["top_k"] = 0
-        if asked.stop is not None:
-            given["stop"] = (asked.stop,) if isinstance(asked.stop, str) else asked.stop
-        if asked.stop_token_ids is not None:
-            given["stop_ids"] = asked.stop_token_ids
-        base = self._defaults
-        if given.get("temperature") == 0:
-            base = replace(base, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
-        sampling = replace(base, **given)
-        return replace(sampling, max_tokens=self._max_tokens(asked.length, sampling.max_tokens, prompt))
-
-    def _max_tokens(self, asked: int | None, default: int, prompt: int) -> int:
-        room = None if self._speaker.longest is None else self._speaker.longest - prompt
-        if asked is not None and room is not None and asked > room:
-            raise wrong(
-                "max_tokens",
-                f"{asked} after a prompt of {prompt} tokens is more than the {self._speaker.longest} that both have "
-                "together",
-                "context_length_exceeded",
-            )
-        return asked or (default if room is None else min(default, room))
 
 
 def _chunk(form: AnswerForm, reader: Reader, choice: Completed, piece: Piece) -> Json | None:

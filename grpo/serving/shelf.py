@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from grpo.errors import UserError
 from grpo.model.adapters import Adapters
 
 MOST_KEPT = 8
@@ -28,6 +30,22 @@ class Models(Protocol):
     def folder(self, name: str) -> Path | None:
         """The adapter's folder of what `find` gave; None for no adapter. Raises UserError if it is damaged."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyModels:
+    """See `Models`. The policy of a run in training, by that name, and by its recipe's `name` for the model."""
+
+    name: str
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(["policy", self.name]))
+
+    def find(self, name: str) -> str | None:
+        return "policy" if name in self.names() else None
+
+    def folder(self, name: str) -> Path | None:
+        raise UserError(f"{name} is the model in training: no other adapter can be put in its place")
 
 
 class Shelf:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,9 @@ from grpo.environments.thinking import Thinking
 from grpo.errors import UserError
 from grpo.generation.sampling import Sampling
 from grpo.generation.stopping import Stopping
+from grpo.serving.chaining import prompt_after
 from grpo.serving.refusals import wrong
+from grpo.serving.sessions import Said, SessionMemory, marks_of
 from grpo.types import Message
 
 if TYPE_CHECKING:
@@ -40,13 +41,25 @@ _OWN = {
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """How a model's turns are read: its chat with the tools, its marks of thinking, whether calls are looked for, and
-    what finds special tokens in a text."""
+    """How a model's turns are written and read: its chat with the tools, its marks of thinking, whether calls are
+    looked for, and its template. `settings` stands for the tools and the arguments of the template."""
 
     chat: Chat
     thinking: Thinking | None
     calls: bool
-    specials: re.Pattern[str]
+    template: Template
+    settings: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """A prompt: its tokens and its messages; of a chat in a session the voice's settings, and what tells the messages
+    apart (`Said`)."""
+
+    ids: tuple[int, ...]
+    messages: tuple[Message, ...] = ()
+    settings: str | None = None
+    marks: tuple[bytes, ...] = ()
 
 
 class Speaker:
@@ -76,7 +89,7 @@ class Speaker:
         key = json.dumps([tools, settings])  # in their order, which templates show
         if key not in self._voices:
             try:
-                self._voices[key] = self._new_voice(tools, settings)
+                self._voices[key] = self._new_voice(tools, settings, key)
             except UserError as error:
                 raise wrong("tools" if tools else "messages", str(error), "chat_template") from error
         self._voices.move_to_end(key)
@@ -84,23 +97,51 @@ class Speaker:
             self._voices.popitem(last=False)
         return self._voices[key]
 
-    def _new_voice(self, tools: Sequence[Schema], kwargs: Mapping[str, Any]) -> Voice:
+    def _new_voice(self, tools: Sequence[Schema], kwargs: Mapping[str, Any], key: str) -> Voice:
         template = Template(self.tokenizer, tuple(tools), kwargs, self._stop_ids)
         thinking = Thinking.of(self.tokenizer, template.render([QUESTION], generation=True))
         form = format_of(template, thinking)
-        return Voice(Chat(template, {}, form, thinking), thinking, form is not None, template.specials)
+        return Voice(Chat(template, {}, form, thinking), thinking, form is not None, template, key)
 
-    def prompt_of(self, voice: Voice, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-        """The tokens of messages, with the tools and the beginning of the answer. Raises Refusal."""
+    def prompt_of(
+        self, voice: Voice, messages: Sequence[Mapping[str, Any]], session: SessionMemory | None = None
+    ) -> Spoken:
+        """Messages as the model reads them, with the tools and the beginning of the answer. Where they go on from an
+        answer of the session, its tokens stay as they were sampled. Raises Refusal."""
         given = [_message(number, one) for number, one in enumerate(messages)]
         try:
-            return self.checked(voice.chat.prompt_ids(given), "messages")
+            if session is None:
+                return Spoken(self.checked(voice.chat.prompt_ids(given), "messages"), tuple(given))
+            return self._in_session(voice, given, session)
         except UserError as error:
             raise wrong("messages", str(error), "chat_template") from error
 
-    def prompt_of_text(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text as it is, as the trainer makes them of prompts without a template. Raises Refusal."""
-        return self.checked(self.tokenizer.encode(text), "prompt")
+    def _in_session(self, voice: Voice, given: list[Message], session: SessionMemory) -> Spoken:
+        marks = marks_of(given)
+        said = session.before(voice.settings, given, marks)
+        ids = None if said is None else self._after(voice, said, given, session)
+        found = self.checked(voice.chat.prompt_ids(given) if ids is None else ids, "messages")
+        if said is not None:  # the same objects again, as sessions can be long
+            given = [*said.messages, said.answer, *given[len(said.messages) + 1 :]]
+        return Spoken(found, tuple(given), voice.settings, marks)
+
+    def _after(self, voice: Voice, said: Said, given: list[Message], session: SessionMemory) -> tuple[int, ...] | None:
+        keep = session.rules is not None and session.rules.keep_thinking
+        try:
+            return prompt_after(voice.chat, voice.template, voice.thinking, said, given, keep)
+        except UserError:  # rendered whole they may be taken, or else that says why not
+            return None
+
+    def prompt_as_it_is(
+        self, given: str | Sequence[int], param: str = "prompt", session: SessionMemory | None = None
+    ) -> Spoken:
+        """The prompt that is a text, encoded as the trainer encodes prompts without a template, or tokens. A session
+        remembers it as a user's message. Raises Refusal."""
+        ids = self.checked(self.tokenizer.encode(given) if isinstance(given, str) else given, param)
+        if session is None:
+            return Spoken(ids)
+        text = given if isinstance(given, str) else self.text(ids, special=True)
+        return Spoken(ids, ({"role": "user", "content": text},))
 
     def checked(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
         """The token ids. Raises Refusal for none, for too many, and for one that the model does not know."""

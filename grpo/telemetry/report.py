@@ -94,11 +94,11 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
     rows = []
     for run in runs:
         cfg = run.recipe
-        own = [config for config in cfg.conversations.values() if config.use]
+        own = [config for config in cfg.conversations.values() if config.what]
         rewarding = [config for config in own if _rewarded(run, config)]
         graded = [
             *((one.use, one.weight) for one in cfg.rewards),
-            *((one.use or "", one.weight) for one in rewarding),
+            *((one.what or "", one.weight) for one in rewarding),
         ]
         rewards = ", ".join(f"{short_name(use)} × {weight:g}" for use, weight in graded)
         size = f"{cfg.rollout.prompts_per_step} × {cfg.rollout.num_generations}"
@@ -109,7 +109,7 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
         loss = f"{cfg.loss.type}, beta {cfg.loss.beta:g}, lr {cfg.optim.learning_rate:g}"
         loss += f", {cfg.teacher.describe()}" if cfg.teacher else ""
         talks = ", ".join(
-            short_name(use) for use in (*(one.use for one in own), *(one.use for one in cfg.tools)) if use
+            short_name(use) for use in (*(one.what for one in own), *(one.use for one in cfg.tools)) if use
         )
         what = [
             run.folder.name,
@@ -125,7 +125,7 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
 
 def _rewarded(run: RecordedRun, environment: EnvironmentConfig) -> bool:
     """Whether a step on record has a reward from an environment; where that cannot be told, it has."""
-    name = environment.name or str(environment.use).rpartition(":")[2]
+    name = environment.called
     known = {metric for record in run.steps for metric in record.values if metric.startswith(f"rewards/{name}/")}
     return not known or f"rewards/{name}/mean" in known
 

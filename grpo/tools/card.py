@@ -59,7 +59,7 @@ def _teacher(cfg: Recipe) -> list[str]:
 
 def _conversations(cfg: Recipe) -> list[str]:
     """Whom the model talked to, if it was trained in conversations."""
-    partners = [config.use for config in cfg.conversations.values() if config.use]
+    partners = [config.what for config in cfg.conversations.values() if config.what]
     named = {"environment": partners, "tool": [tool.use for tool in cfg.tools]}
     parts = [
         f"the {kind}{'s' if len(uses) > 1 else ''} {', '.join(f'`{short_name(use)}`' for use in uses)}"

@@ -40,18 +40,20 @@ def converse(
     rows = [_row(found, row)] if prompt is None else []
     with closing(invite(found.conversations, found.tools, NOTHING, 1)) as partners:
         model, tokenizer = loaded(found)
-        renderer = PromptRenderer(found.data, tokenizer, tools=partners.tools, supplied=partners.resets)
+        generator = generator_of(found, model, tokenizer)
+        shown = partners.tools, partners.resets, partners.are_agents
+        renderer = PromptRenderer(found.data, tokenizer, generator.decoding.vocabulary, "data", *shown)
         columns = rows[0] if prompt is None else _columns(prompt, renderer)
         task = renderer.task(row or 0, columns)
         if task is None:
             raise UserError(f"--row {row}: the row has no prompt")
         _check(partners, task)
-        environment, _ = partners.environment(tokenizer, renderer, task, found.rollout, seed)
+        environment, _ = partners.environment(tokenizer, renderer, task, found.rollout, seed, model=found.model.name)
         told = _Told(tell)
         if isinstance(environment, Conversations):
             environment.tables = {name: replace(table, tell=told) for name, table in environment.tables.items()}
         sampling = replace(found.sampling, **{name: value for name, value in asked.items() if name != "temperature"})
-        engine = RolloutEngine(generator_of(found, model, tokenizer), sampling, environment)
+        engine = RolloutEngine(generator, sampling, environment)
         at = asked.get("temperature", 0.0)
         ((rollout,),) = (
             group.rollouts for group in engine.rollout([task], 1, at, derive_key(seed, "generate"), logprobs=False)
@@ -75,14 +77,14 @@ class _Told:
                 self._tell(line)
 
     def end(self, task: Task, rollout: Rollout) -> None:
-        """Tell how it ended, and its rewards; of an environment that samples by itself, all of it."""
+        """Tell how it ended, and its rewards; of agents, and of environments that sample by themselves, all of it."""
         trajectory = rollout.trajectory
         if trajectory.conversation is None:
             self._tell(f"prompt: {asked_of(task)}")
             self._tell(trajectory.text)
             return
         if not self._begun:
-            self(trajectory.conversation.prompt, [])
+            self(trajectory.conversation.prompt, trajectory.conversation.messages)
         given = [reward for reward in trajectory.conversation.turn_rewards if reward is not None]
         if given:
             self._tell(f"(rewards of turns {', '.join(f'{reward:g}' for reward in given)})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from grpo.backend.device import compiled
+from grpo.backend.device import compiled, same_objects
 from grpo.backend.lanes import side_by_side
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig
@@ -62,6 +62,7 @@ class Gradients:
         self.alone, self.teacher = alone, teacher
         self._loss_and_grad = nn.value_and_grad(policy.model, self._loss)
         self._accumulate = compiled(self._accumulated, policy.model.state) if compiles else self._accumulated
+        self._traces = self._accumulate != self._accumulated
 
     def __call__(self, batches: Sequence[Batch], dropout_key: mx.array | None = None) -> Gradient:
         """The gradient of the batches' summed loss; of no batches (nothing to learn from), zeros.
@@ -72,7 +73,8 @@ class Gradients:
         parts: list[dict[str, float]] = []
         loss, seen = 0.0, []
         self._tell(0, len(batches))  # the first one may take long: a GPU builds its kernels
-        with closing(self._added(total, batches, dropout_key)) as added:
+        untouched = same_objects(self.policy.model) if self._traces else nullcontext()
+        with untouched, closing(self._added(total, batches, dropout_key)) as added:
             for batch, (value, metrics, logprobs) in zip(batches, added, strict=True):
                 loss += cast(float, value.item())
                 parts.append({name: cast(float, metric.item()) for name, metric in metrics.items()})

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import get_args
 
+from grpo.agents.outcome import measured
 from grpo.objective.metrics import FRESH, TOKENS
 from grpo.scoring.applying import ALL, Applying
 from grpo.training.update import Update
-from grpo.types import FAILURES, FinishReason, Group, StepMetrics
+from grpo.types import FAILURES, FinishReason, Group, StepMetrics, Trajectory
 
 SOLVED = 1.0
 """A reward from which a completion counts as solved."""
@@ -132,9 +133,19 @@ def _conversation_metrics(groups: Sequence[Group], has_tools: bool) -> dict[str,
     talks = [trajectory for trajectory in trajectories if trajectory.conversation is not None]
     reasons = [trajectory.finish_reason for trajectory in talks]
     metrics = {"turns/mean": fmean(trajectory.turns for trajectory in talks)}
+    metrics |= _agent_metrics(talks)
     metrics |= {f"stop/{reason}": reasons.count(reason) / len(reasons) for reason in get_args(FinishReason)}
     if has_tools:
         calls, failed = (sum(getattr(one, name) for one in conversations) for name in ("calls", "failed_calls"))
         metrics["tools/call_frequency"] = calls / len(trajectories)
         metrics["tools/failure_frequency"] = failed / calls if calls else 0.0
     return metrics
+
+
+def _agent_metrics(talks: Sequence[Trajectory]) -> dict[str, float]:
+    """What agents measured of their rollouts: the mean of those that told."""
+    told: dict[str, list[float]] = {}
+    for talk in talks:
+        for name, value in measured(talk).items():
+            told.setdefault(name, []).append(value)
+    return {name: fmean(values) for name, values in told.items()}

@@ -76,7 +76,7 @@ def rounded(tokens: int) -> str:
 
 def measured() -> dict[tuple[str, str], int]:
     """Measured lengths, by model and machine."""
-    found = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else []
+    found = json.loads(MEASURED.read_text(encoding="utf-8"))
     return {(one["model"], one["machine"]): one["tokens"] for one in found}
 
 
@@ -86,7 +86,8 @@ def table(**rollout: Any) -> str:
     lines = ["| | " + " | ".join(MACHINES) + " |", "|---|" + "---:|" * len(MACHINES)]
     for model in MODELS:
         cells = [
-            f"**{seen[model, machine]:,}**" if (model, machine) in seen else rounded(planned(model, machine, **rollout))
+            rounded(planned(model, machine, **rollout))
+            + (f" (**{seen[model, machine]:,}**)" if (model, machine) in seen else "")
             for machine in MACHINES
         ]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")

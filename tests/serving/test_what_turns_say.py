@@ -106,7 +106,7 @@ def test_a_tool_is_shown_in_the_order_of_its_keys() -> None:
     texts = []
     for tools in ([TOOLS[1]], turned):
         prompt = speaker.prompt_of(speaker.voice(tools, None), QUESTION)
-        texts.append(tokenizer.decode(list(prompt)))
+        texts.append(tokenizer.decode(list(prompt.ids)))
     assert [text.index('"name"') < text.index('"description"') for text in texts] == [True, False]
 
 

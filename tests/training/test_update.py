@@ -195,6 +195,22 @@ def test_compiled_as_on_a_gpu_the_gradient_is_the_same(make_policy, monkeypatch,
         mx.disable_compile()
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="mx.compile on a CPU calls a C++ compiler")
+def test_a_compiled_gradient_leaves_the_very_arrays_that_were_there(make_policy, monkeypatch) -> None:
+    """A decoder knows weights by their objects: of others it would make a second copy of all layers in each step."""
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    mx.enable_compile()
+    try:
+        policy = make_policy().policy
+        before = tree_flatten(policy.model.parameters(), destination={})
+        gradient(policy, recipe())
+        after = tree_flatten(policy.model.parameters(), destination={})
+    finally:
+        mx.disable_compile()
+    assert before.keys() == after.keys()
+    assert [path for path, array in after.items() if array is not before[path]] == []
+
+
 def test_the_reference_is_the_base_model(make_policy) -> None:
     policy, cfg = make_policy().policy, recipe(loss={"beta": 0.5})
     base = make_policy(trained=False).policy

@@ -1,0 +1,64 @@
+"""A chat that goes on from what was answered: its prompt is the tokens of that and a suffix, never encoded again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grpo.environments.chat import Chat
+from grpo.environments.template import Template, with_texts
+from grpo.environments.thinking import Thinking
+from grpo.serving.sessions import Said
+from grpo.types import Message
+
+FOLLOWING = ("tool", "user")
+"""Roles of messages that a sampled turn can be followed by."""
+
+
+def prompt_after(
+    chat: Chat,
+    template: Template,
+    thinking: Thinking | None,
+    said: Said,
+    messages: Sequence[Message],
+    keep_thinking: bool = False,
+) -> tuple[int, ...] | None:
+    """The tokens of `messages`, which go on from what was `said`.
+
+    None where they must be rendered whole: if the turn did not end as the template ends turns, if nothing of the kind
+    can follow it, or if the template leaves out thinking that these tokens hold, unless `keep_thinking`. Raises
+    UserError where the template refuses the messages, or what stands for a turn before them.
+    """
+    at = len(said.messages)
+    answer, new = messages[at], messages[at + 1 :]
+    if any(one["role"] not in FOLLOWING for one in new) or not chat.can_follow(new[0]["role"], said.token_ids):
+        return None
+    linked = _linked(answer, new)
+    suffix = None if linked is None else chat.suffix_ids(said.token_ids, linked)
+    if suffix is None:
+        return None
+    ids = (*said.prompt_ids, *said.token_ids, *suffix)
+    if thinking is None or keep_thinking or not any(chat.drops(one["role"]) for one in new):
+        return ids
+    whole = template.render(with_texts(messages), generation=True)
+    return ids if template.decode(ids).count(thinking.end) <= whole.count(thinking.end) else None
+
+
+def _linked(answer: Message, new: Sequence[Message]) -> list[Message] | None:
+    """The messages that follow an answer, in which results of tools have the tools' names, and no ids: the calls are
+    known by their order. None where the results came in another order, or are more than the calls."""
+    calls = list(answer.get("tool_calls") or ())
+    linked: list[Message] = []
+    for message in new:
+        if message["role"] == "tool":
+            call = calls.pop(0) if calls else None
+            if call is None or _other(call.get("id"), message.get("tool_call_id")):
+                return None
+            message = {"name": call["function"]["name"], **message}
+            message.pop("tool_call_id", None)
+        linked.append(message)
+    return linked
+
+
+def _other(one: str | None, another: str | None) -> bool:
+    """Whether two ids are given, and differ."""
+    return bool(one and another and one != another)

@@ -76,6 +76,7 @@ class Watch:
         self._left = self._done = False
         self._since: float | None = None
         self._told: list[int] = []
+        self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
@@ -163,15 +164,9 @@ class Watch:
             link.close()
 
     def _run(self) -> None:
-        ticked = time.monotonic()
-        beaten = ticked - BEAT
+        beaten = time.monotonic() - BEAT
         while not self._left:
-            now = time.monotonic()
-            if now - ticked > self.silence / 4:  # this process was itself stopped: what the others said is not read yet
-                for link in self._links:
-                    link.heard += now - ticked
-            ticked = now
-            if now - beaten >= BEAT:
+            if (now := time.monotonic()) - beaten >= BEAT:
                 beaten = now
                 self._tell({"at": self.counts})
             self._listen(BEAT / 4)
@@ -215,7 +210,11 @@ class Watch:
 
     def _look(self) -> None:
         """Whether a neighbor has been silent for too long."""
-        now = time.monotonic()
+        now, looked = time.monotonic(), self._looked
+        self._looked = now
+        if now - looked > self.silence / 4:  # this process was itself stopped, and perhaps all of them
+            for link in self._links:
+                link.heard += now - looked
         silence: dict[int, float] = {}
         for link in self._links:  # of two processes there are two links, and one that says something will do
             if not link.closed:

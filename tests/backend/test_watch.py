@@ -122,6 +122,9 @@ def test_a_process_that_hears_nobody_says_so_of_itself(later: float) -> None:
     assert second.loss.text.startswith("process 1 of 3 (host1) has heard none of the others for 10 s")
     assert second.alone
     assert not second.heir  # the others save
+    first = ring(3)[0]
+    first.loss = Loss(0, "cut off")
+    assert first.heir  # it holds the run's folder
 
 
 def test_of_two_each_counts_the_other_as_silent() -> None:
@@ -134,26 +137,40 @@ def test_of_two_each_counts_the_other_as_silent() -> None:
 
 
 def test_a_process_that_was_itself_stopped_accuses_nobody() -> None:
-    (first, second), ended = ring(2), []
-    first._end = lambda: ended.append(True)  # type: ignore[method-assign]
-    thread = threading.Thread(target=first._run, daemon=True)
-    first.silence = 0.4
-
-    def stopped(seconds: float) -> None:
-        if not ended and not waited:
-            waited.append(True)
-            time.sleep(0.6)  # longer than the silence allowed
-        second._tell({"at": second.counts})
-        listens(seconds)
-
-    waited: list[bool] = []
-    listens, first._listen = first._listen, stopped  # type: ignore[method-assign]
-    thread.start()
-    time.sleep(0.9)
-    first._left = True
-    thread.join(5)
-    assert waited
+    """All of them may have been, from a terminal: they go on together."""
+    first, _ = ring(2)
+    for link in first._links:
+        link.heard -= 11.0
+    first._looked -= 11.0
+    first._look()
     assert first.loss is None
+    for link in first._links:
+        link.heard -= 11.0
+    first._look()
+    assert first.loss is not None
+
+
+def test_of_two_links_to_a_process_one_that_is_heard_will_do() -> None:
+    for quiet in (0, 1):
+        first, _ = ring(2)
+        first._links[quiet].heard -= 11.0
+        first._look()
+        assert first.loss is None
+
+
+def test_the_thread_ends_with_the_first_loss_it_sees() -> None:
+    first, second = ring(2)
+    ended = threading.Event()
+    first._end = ended.set  # type: ignore[method-assign]
+    thread = threading.Thread(target=first._run, daemon=True)
+    thread.start()
+    second._links[0].sock.settimeout(5)
+    assert second._links[0].sock.recv(100).startswith(b'{"at": [0, 0]}')  # it beats
+    assert not ended.is_set()
+    close(second)
+    assert ended.wait(5)
+    thread.join(5)
+    assert first.loss is not None
 
 
 def test_a_goodbye_is_no_loss_unless_it_comes_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +280,9 @@ def test_a_message_may_come_in_pieces() -> None:
     assert mine.read() == []
     theirs.sock.send(b'ue}\n{"at": [1]}\n')
     assert mine.read() == [{"bye": True}, {"at": [1]}]
+    theirs.send({"at": [2]})
+    theirs.send({"at": [3]})
+    assert mine.read() == [{"at": [2]}, {"at": [3]}]
     theirs.close()
     with pytest.raises(OSError, match="closed"):
         mine.read()

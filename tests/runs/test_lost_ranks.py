@@ -213,8 +213,9 @@ class Network:
                 self.run(f"-n {space} link set {device} up")
 
     def close(self) -> None:
-        names = [f"netns del {self.name}-{rank}" for rank in range(self.size)]
-        for line in (*names, f"link del {self.name}b"):
+        links = [f"link del {self.name}v{rank}" for rank in range(self.size)]  # a name space goes some time later
+        spaces = [f"netns del {self.name}-{rank}" for rank in range(self.size)]
+        for line in (*links, *spaces, f"link del {self.name}b"):
             subprocess.run(["ip", *line.split()], check=False, capture_output=True)
 
     def within(self, rank: int) -> list[str]:

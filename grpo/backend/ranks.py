@@ -6,11 +6,11 @@ policy and takes the same decisions from the same numbers; only sampling, scorin
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
 import pickle
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 HEARD = 5.0
 """Seconds in which it is known who was lost, where MLX has noticed that somebody was."""
+START = 300.0
+"""Seconds in which all processes must have started; `GRPO_RANK_TIMEOUT` can only shorten it."""
 PATIENCE = 1800.0
 """Seconds a process waits for the others before it ends the run; `GRPO_RANK_TIMEOUT` changes it."""
 
@@ -64,13 +66,10 @@ class Ranks:
         if not any(name in os.environ for name in LAUNCHED) or _launched_alone():
             return cls()
         try:
-            # It waits for ever for a process that never starts, and lets no other thread of Python's have its turn.
-            faulthandler.dump_traceback_later(cls().patience, exit=True)
-            ranks = cls(mx.distributed.init(strict=True))
+            with _in_time(min(START, cls().patience)):
+                ranks = cls(mx.distributed.init(strict=True))
         except RuntimeError as error:
             raise UserError(f"launched as one of several processes, but they cannot be connected: {error}") from error
-        finally:
-            faulthandler.cancel_dump_traceback_later()
         ranks.watch = Ranks.watching = Ranks.watching or ranks._linked()
         return ranks
 
@@ -281,6 +280,29 @@ class Ranks:
             flush=True,
         )
         os._exit(1)
+
+
+CLOCK = """
+import os, select, sys
+seconds, pid, line = sys.argv[1:]
+if not select.select([0], [], [], float(seconds))[0]:
+    print(line, file=sys.stderr, flush=True)
+    os.kill(int(pid), 9)
+"""
+"""A process that ends another after some time, unless that closes its end of a pipe before, or ends by itself."""
+
+
+@contextmanager
+def _in_time(seconds: float) -> Iterator[None]:
+    """End this process if a block takes longer: MLX waits for ever for a process that never starts, and lets no thread
+    of Python's have its turn meanwhile."""
+    line = (
+        f"grpo: process {os.environ.get('MLX_RANK', '')} waited {seconds:.0f} s for the others to start: one of them "
+        "has not, or cannot be reached. `grpo doctor --ranks --hostfile FILE` looks for what is wrong with the hosts."
+    )
+    command = [sys.executable, "-S", "-c", CLOCK, str(seconds), str(os.getpid()), line]
+    with subprocess.Popen(command, stdin=subprocess.PIPE):  # its end closes the pipe
+        yield
 
 
 def _patience() -> float:

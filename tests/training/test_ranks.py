@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import mlx.core as mx
 import pytest
 import ranks_worker
 import test_update
-from launching import LAUNCH, launch
+from launching import LAUNCH, free_ports, launch
 from planning.loads import workload
 from runs.driver import run, timeless
 
@@ -317,6 +318,19 @@ def test_a_patience_that_is_none_is_a_mistake(monkeypatch, said: str) -> None:
     monkeypatch.setenv("GRPO_RANK_TIMEOUT", said)
     with pytest.raises(UserError, match=f"GRPO_RANK_TIMEOUT: '{said}' is no number of seconds above 0"):
         Ranks()
+
+
+def test_a_process_whose_fellows_never_start_says_so_and_ends(tmp_path: Path) -> None:
+    port = free_ports(2)
+    (tmp_path / "hosts").write_text(json.dumps([[f"127.0.0.1:{port}"], [f"127.0.0.1:{port + 1}"]]))
+    about = {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts"), "GRPO_RANK_TIMEOUT": "1"}
+    code = "from grpo.backend.ranks import Ranks; Ranks.launched(); print('together')"
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, env={**os.environ, **about}, capture_output=True, text=True, check=False, timeout=60)
+    assert ran.returncode == -9
+    assert ran.stdout == ""
+    assert ran.stderr.startswith("grpo: process 0 waited 1 s for the others to start: one of them has not")
+    assert ran.stderr.count("\n") == 1
 
 
 def test_one_clear_message_when_nothing_is_heard() -> None:

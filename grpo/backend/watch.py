@@ -259,7 +259,7 @@ class Watch:
         with suppress(Exception):  # or a way of MLX's that we do not know would keep this process
             cut_ring()
         until = time.monotonic() + GRACE
-        while time.monotonic() < until and not (self._seen and self._mode == "kept"):
+        while time.monotonic() < until and not self._left and not (self._seen and self._mode == "kept"):
             if self._calls and not self._seen:
                 signal.pthread_kill(threading.main_thread().ident or 0, CALL)
             time.sleep(BEAT / 4)

@@ -264,6 +264,8 @@ class Loop:
         """Save the last step where another process was lost. Returns what is said of that."""
         try:
             self._save_last()
+        except LostRankError:
+            pass  # a part of the state was with the others
         except RunError as error:
             return str(error)
         newest, _ = newest_whole(self.folder / CHECKPOINTS)

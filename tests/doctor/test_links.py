@@ -136,6 +136,13 @@ def test_slow_links_are_said(monkeypatch, delays, rates, status: str, said: str)
     assert bool(finding.remedy) == (status != "ok")
 
 
+@pytest.mark.parametrize(("other", "remedy"), [(..., "see what else runs on this machine"), ("far", "not Wi-Fi")])
+def test_a_link_within_a_machine_is_not_told_of_cables(monkeypatch, other: Any, remedy: str) -> None:
+    monkeypatch.setattr(of_ranks, "ring_of", lambda: [["a"], ["b"]])
+    monkeypatch.setattr(of_ranks, "_bounced", lambda *_: 0.01)
+    assert remedy in pairs(Several(other)).remedy
+
+
 def test_one_process_has_no_links(run_cli) -> None:
     ran = run_cli("doctor", "--ranks")
     assert ran.code == 2

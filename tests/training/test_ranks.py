@@ -25,6 +25,7 @@ from grpo.errors import RunError, UserError
 from grpo.generation.choice import find_decoding
 from grpo.planning.planner import make_plan
 from grpo.recipes import load_recipe
+from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.prepare import _together, prepare
 from grpo.runs.resume import find_start
 from grpo.training.trainer import Trainer
@@ -98,6 +99,14 @@ def test_a_run_of_two_processes_is_one_run(recipe) -> None:
     assert [step["step"] for step in steps] == [1, 2, 3]
     assert [step["num_prompts"] for step in steps] == [2, 2, 2]
     assert Path("runs/toy/checkpoints/step-000003/adapters.safetensors").exists()
+    run(recipe, "output_dir=alone", "optim.steps=3")
+    assert sampled(Path("runs/toy")) == sampled(Path("alone"))
+
+
+def sampled(folder: Path) -> list[list[tuple[int, ...]]]:
+    """What was sampled, step by step, in the order of the step's prompts."""
+    files = [read_completions(path)[1] for path in stored_steps(folder / "completions")]
+    return [[one.trajectory.token_ids for group in groups for one in group.rollouts] for groups in files]
 
 
 OLDER = """

@@ -2,6 +2,9 @@
 
 `mlx.launch -n 2 ... grpo train` starts them and MLX connects them (ring, NCCL, MPI). Every process holds the same
 policy and takes the same decisions from the same numbers; only sampling, scoring and gradients are divided.
+
+Where a model is divided too (`model.shard`), several processes hold one model between them: a shard group. The work is
+then divided among the groups, and what a group's processes are told, they are told by its first.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from grpo.backend.links import Door
 from grpo.backend.watch import Lost, Watch, silence
@@ -41,20 +44,25 @@ PATIENCE = 1800.0
 class Ranks:
     """This process among `size`. Alone (rank 0 of 1), which is the default, every exchange is a no-op.
 
-    `neighbours` of the processes are on this machine, itself included.
+    `neighbours` of the processes are on this machine, itself included. Where each is one of a shard group (`divided`),
+    `shard` are the processes that hold a model together, and `everyone` all that there are.
     """
 
     neighbours = 1
-    watch: Watch | None = None
     watching: ClassVar[Watch | None] = None
     """The only one of this machine's process, once it was launched as one of several."""
 
-    def __init__(self, group: mx.distributed.Group | None = None) -> None:
-        self._group = group
+    def __init__(self, group: mx.distributed.Group | None = None, everyone: Ranks | None = None) -> None:
+        self.group = group
+        self.everyone: Ranks = everyone or self
+        self.watch: Watch | None = everyone.watch if everyone else None
+        self._shard: Ranks | None = None
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
         self.patience = _patience()
-        if group:
+        if everyone is not None:
+            self.neighbours = everyone.neighbours
+        elif group:
             name = socket.gethostname()
             self.neighbours = self.gather(name).count(name)
 
@@ -96,10 +104,48 @@ class Ranks:
         watch.start()
         return watch
 
+    def divided(self, size: int | None) -> Ranks:
+        """These processes in shard groups of `size` neighbours each (None: one group of them all).
+
+        What comes back shares and merges among the groups; its `shard` is this process's group. Raises UserError where
+        they cannot be grouped so.
+        """
+        if self.size == 1:
+            raise UserError(
+                "model.shard divides a model among processes, and this is one process. Start several, as mlx.launch -n "
+                f"{size or 2} ... grpo train, or leave model.shard out"
+            )
+        size = size or self.size
+        if size > self.size or self.size % size:
+            raise UserError(
+                f"model.shard_size: {size} processes are to hold a model together, and {self.size} processes make no "
+                f"whole number of such groups: start {size} or a multiple of it"
+            )
+        if size == self.size:
+            divided = Ranks(everyone=self)
+            divided._shard = self
+            return divided
+        assert self.group is not None
+        try:
+            groups = self.group.split(self.rank // size), self.group.split(self.rank % size)
+        except RuntimeError as error:
+            raise UserError(
+                f"model.shard_size: {size} of {self.size} processes: this backend of MLX cannot make groups of them "
+                f"({error}). Set model.shard_size to {self.size}, or start the processes by --backend mpi or jaccl"
+            ) from error
+        shard, divided = (Ranks(group, self) for group in groups)
+        divided._shard = shard
+        return divided
+
+    @property
+    def shard(self) -> Ranks:
+        """The processes that hold a model together with this one: this one alone unless the model is divided."""
+        return self._shard or Ranks()
+
     @property
     def first(self) -> bool:
         """Whether this is the process that writes and talks."""
-        return self.rank == 0
+        return self.everyone.rank == 0
 
     @property
     def own(self) -> tuple[int, ...]:
@@ -126,10 +172,10 @@ class Ranks:
         import numpy as np
 
         data = pickle.dumps(mine)
-        lengths: Any = self._exchange(lambda: mx.distributed.all_gather(mx.array([len(data)]), group=self._group))
+        lengths: Any = self._exchange(lambda: mx.distributed.all_gather(mx.array([len(data)]), group=self.group))
         sizes = lengths.tolist()
         padded = mx.array(np.frombuffer(data.ljust(max(sizes), b"\0"), np.uint8))
-        rows = self._exchange(lambda: mx.distributed.all_gather(padded[None], group=self._group))
+        rows = self._exchange(lambda: mx.distributed.all_gather(padded[None], group=self.group))
         return [pickle.loads(np.array(rows[rank])[:size].tobytes()) for rank, size in enumerate(sizes)]
 
     def sum(self, tree: Any) -> Any:
@@ -141,7 +187,7 @@ class Ranks:
 
         paths, arrays = zip(*tree_flatten(tree), strict=True)
         flat = mx.concatenate([array.reshape(-1) for array in arrays])
-        total = self._exchange(lambda: mx.distributed.all_sum(flat, group=self._group))
+        total = self._exchange(lambda: mx.distributed.all_sum(flat, group=self.group))
         parts, start = [], 0
         for path, array in zip(paths, arrays, strict=True):
             parts.append((path, total[start : start + array.size].reshape(array.shape)))
@@ -153,9 +199,18 @@ class Ranks:
         import mlx.core as mx
 
         if self.rank == sender:
-            self._exchange(lambda: mx.distributed.send(mx.zeros(size, mx.uint8), receiver, group=self._group))
+            self._exchange(lambda: mx.distributed.send(mx.zeros(size, mx.uint8), receiver, group=self.group))
         elif self.rank == receiver:
-            self._exchange(lambda: mx.distributed.recv((size,), mx.uint8, sender, group=self._group))
+            self._exchange(lambda: mx.distributed.recv((size,), mx.uint8, sender, group=self.group))
+
+    def join(self, part: mx.array, axis: int) -> mx.array:
+        """The parts of an array that each process has, all of one shape, along `axis` in the order of ranks."""
+        if self.size == 1:
+            return part
+        import mlx.core as mx
+
+        parts = self._exchange(lambda: mx.distributed.all_gather(part[None], group=self.group))
+        return mx.concatenate(list(parts), axis=axis)
 
     def sum_counts(self, counts: Mapping[str, float]) -> dict[str, float]:
         """The sums over processes of counts by name."""
@@ -164,7 +219,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Until every process is here."""
-        self.gather(None)
+        self.everyone.gather(None)
 
     def finish(self) -> None:
         """Until every process is here, to end: a launcher ends the others, in the middle of a write, if one is gone."""
@@ -216,11 +271,11 @@ class Ranks:
 
     def check_same(self, what: str, mine: Any) -> None:
         """Raise UserError where another process holds something else: they would train past each other."""
-        everyone = self.gather(mine)
+        everyone = self.everyone.gather(mine)
         if other := [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]:
             raise UserError(
-                f"{what}: process {other[0]} of {self.size} has another than process 0. All of them must be given the "
-                "same files and arguments, and see the same output_dir (on several hosts: by a shared file system)"
+                f"{what}: process {other[0]} of {len(everyone)} has another than process 0. All of them must be given "
+                "the same files and arguments, and see the same output_dir (on several hosts: by a shared file system)"
             )
 
     def checked(self, check: Callable[[], Item]) -> Item:
@@ -231,12 +286,30 @@ class Ranks:
         try:
             found = check()
         except (UserError, RunError) as error:
-            self.gather(str(error))
+            self.everyone.gather(str(error))
             raise
-        others = [(rank, why) for rank, why in enumerate(self.gather(None)) if why is not None]
+        others = [(rank, why) for rank, why in enumerate(self.everyone.gather(None)) if why is not None]
         if others:
-            raise RunError(f"process {others[0][0]} of {self.size}: {others[0][1]}")
+            raise RunError(f"process {others[0][0]} of {self.everyone.size}: {others[0][1]}")
         return found
+
+    def told(self, make: Callable[[], Item]) -> Item:
+        """What `make` returns in the first process of the shard group, which alone calls it. Its errors are raised in
+        all of them: where it was called as they are, elsewhere as RunError."""
+        if self.shard.size == 1:
+            return make()
+        if self.shard.rank:
+            found, why = self.shard.gather(None)[0]
+            if why is not None:
+                raise RunError(f"process {self.everyone.rank - self.shard.rank} of {self.everyone.size}: {why}")
+            return cast(Item, found)
+        try:
+            made = make()
+        except BaseException as error:
+            self.shard.gather((None, f"{type(error).__name__}: {error}"))
+            raise
+        self.shard.gather((made, None))
+        return made
 
     def _exchange(self, start: Callable[[], mx.array]) -> mx.array:
         import mlx.core as mx
@@ -262,7 +335,7 @@ class Ranks:
         clock.daemon = True
         clock.start()
         try:
-            with nullcontext() if self.watch is None else self.watch.exchange():
+            with nullcontext() if self.watch is None or self.everyone is not self else self.watch.exchange():
                 yield
         finally:
             clock.cancel()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from grpo.config.section import Above0, Name, NonNegative, Positive, Section
+from grpo.config.section import MANY, Above0, Name, NonNegative, Positive, Section
 
 OneTarget = Annotated[str, Field(min_length=1), AfterValidator(lambda name: (name,))]
 """The name of layers; it becomes a list of one."""
@@ -33,11 +33,19 @@ class ModelConfig(Section):
     logprobs are up to 0.08 nats off. In `float32` they are exact for the hidden states, which costs passes over a copy
     of the head's matrix, made in pieces of 64 MB (`grpo bench head` measures it); a quantised head costs nothing more.
     `auto`: float32, unless the head cannot be found. A float32 model has nothing to choose."""
+    shard: Literal["tensor"] | None = None
+    """Divide the model among processes, for a base that does not fit on one device: `tensor` gives each of them a part
+    of every large matrix (as Megatron-LM does, arXiv 1909.08053). For LoRA and DoRA, and completions of one turn.
+    Default: every process holds the whole model."""
+    shard_size: Annotated[int, Field(ge=2, le=MANY)] | None = None
+    """How many processes hold one model together; the step's prompts are shared out among such groups. Default: all."""
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> ModelConfig:
         if self.dtype == "float32" and "head_dtype" in self.changed:
             raise ValueError("model.head_dtype does nothing with model.dtype: float32, whose logits are float32")
+        if self.shard_size is not None and self.shard is None:
+            raise ValueError("model.shard_size does nothing without model.shard, which says how a model is divided")
         if self.revision is not None and self.name.startswith("builtin:"):
             raise ValueError(f"model.revision does nothing with {self.name}: it is for Hub repositories")
         return self

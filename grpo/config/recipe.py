@@ -237,6 +237,40 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _divided_models_can(self) -> Recipe:
+        """Raise ValueError for what a model that is divided among processes does not do."""
+        if self.teacher is not None and self.teacher.model is not None and self.teacher.model.shard is not None:
+            raise ValueError("teacher.model.shard: every process has the whole of a teacher: leave it out")
+        if self.model.shard is None:
+            return self
+        if self.adapter.type == "full":
+            raise ValueError(
+                "model.shard: tensor divides a base that stays as it is, and with adapter.type: full it trains: take "
+                "lora or dora"
+            )
+        if any(reward.use == "judge" for reward in self.rewards):
+            raise ValueError(
+                "rewards: with model.shard: tensor one of several processes scores, and the judge is the model that "
+                "all of them hold together: take another reward"
+            )
+        if self.conversations:
+            raise ValueError(
+                "model.shard: tensor decodes the same in several processes at the same time, and tools and "
+                "environments answer at times of their own: leave one of them out"
+            )
+        if self.optim.optimizer in ("adafactor", "muon"):
+            raise ValueError(
+                f"optim.optimizer: {self.optim.optimizer} looks at whole matrices, and with model.shard: tensor each "
+                "process has parts of them: take adamw, or another that moves each number by itself"
+            )
+        if self.optim.moments != "float32":
+            raise ValueError(
+                f"optim.moments: {self.optim.moments} packs the numbers of whole arrays, and with model.shard: tensor "
+                "each process has parts of them: leave it out"
+            )
+        return self
+
     @property
     def _weights(self) -> dict[str, float]:
         """The weight of each reward, environments' own included, by the setting that gives it."""

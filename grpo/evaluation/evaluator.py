@@ -17,6 +17,7 @@ from grpo.evaluation.votes import final_answer, majority
 from grpo.rollout import RolloutEngine
 from grpo.scoring.own import unrewarded
 from grpo.scoring.scorer import Scorer
+from grpo.scoring.sharing import scoring_once
 from grpo.scoring.text import said_in
 from grpo.training.metrics import SOLVED
 from grpo.types import EvalMetrics, Group, Rollout, Task
@@ -134,9 +135,9 @@ class Evaluator:
         """All groups, scored. A prompt's draws are its own: they depend neither on the shares nor on `eval.prompts`."""
         tasks = self.ranks.share(self.tasks)
         seeds = [derive_seed(self.seed, "eval", n, task.index) for task in tasks]
-        with self.scorer.open(tasks) as scoring:
+        with scoring_once(self.scorer, tasks, self.ranks) as scoring:
             groups = self.engine.rollout(tasks, n, temperature, seeds, False, "evaluation", scoring.add)
-            scored = self.scorer.score(groups, scoring)
+            scored = scoring.scored(groups)
         return self.ranks.merge(scored)
 
     def _graded(self, group: Group) -> list[tuple[Rollout, bool]]:

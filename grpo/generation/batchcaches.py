@@ -14,6 +14,7 @@ from grpo.generation.batchsession import BatchCachesSession
 from grpo.generation.caches import prefilled
 from grpo.generation.decoding import Session
 from grpo.generation.slots import Size
+from grpo.model.tensor import is_divided
 
 
 class BatchCaches:
@@ -34,6 +35,7 @@ class BatchCaches:
         one_by_one = "" if joined else ", row by row"
         self.description = f"mlx-lm's batch caches{one_by_one}{why and f' ({why})'}: slower"
         self.refused = refused
+        self.lockstep = is_divided(model)
 
     side_by_side = False
     """It runs the model's own code, which may keep things of its own between two layers."""

@@ -126,8 +126,11 @@ class Blocks:
         return {norm.weight.dtype for norm in self.norms} | {dtype for dtype in products if dtype is not None}
 
     def halve(self) -> bool:
-        """Prepare for kernels that apply B, if all computes in one dtype: whether it does."""
-        if alike := len(self._dtypes) == 1:
+        """Prepare for kernels that apply B, if all computes in one dtype: whether it does.
+
+        A divided layer is summed over processes before anything else is done with it, which those kernels do not.
+        """
+        if alike := len(self._dtypes) == 1 and not any(product.divided for product in self.products):
             for product in self.products:
                 product.halve()
         return alike

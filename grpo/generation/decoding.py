@@ -15,11 +15,12 @@ from grpo.generation.attention import Attention, FusedRowAttention
 from grpo.generation.buffers import PREFILL_CHUNK, PREFILL_TOKENS, CacheShape, prefill_chunk
 from grpo.generation.caches import extends_together
 from grpo.generation.decoders import BlockDecoder, Decoder
-from grpo.generation.rows import Kept, Line, SharedPrompt
+from grpo.generation.rows import Computed, Kept, Line, SharedPrompt
 from grpo.generation.shared import SharedPrefixSession
 from grpo.generation.slots import Size
 from grpo.model.logprobs import rounding
 from grpo.model.quantized import dtype_of
+from grpo.model.tensor import is_divided
 
 SCORES_HELD = 3
 """Copies of attention scores, in fp32, that stock operations hold at once."""
@@ -60,6 +61,10 @@ class Session(Protocol):
 
     def take(self, slot: int, most: int) -> Kept:
         """Copy what a slot's row needs to continue later, without what was fed beyond `most` tokens if it can be."""
+        ...
+
+    def whole(self, slot: int, row: Line) -> Computed:
+        """Copy keys and values of a slot's row and its prompt, without the row's last token if they can be cut."""
         ...
 
     def release(self, slot: int) -> None:
@@ -110,6 +115,9 @@ class Decoding(Protocol):
 
     side_by_side: bool
     """Whether sessions may be stepped in several threads at once: nothing that they share changes at a step."""
+
+    lockstep: bool
+    """Whether other processes decode the same with the rest of the model, so that nothing may depend on time."""
 
     def refresh(self) -> None:
         """Take over what the model's arrays are now, computed to the end."""
@@ -162,7 +170,9 @@ class SharedPrefix:
         self.narrow = None if attention.widest > 1 else "its attention takes one token of a row at a step"
         self._sessions: WeakSet[Session] = WeakSet()  # a session whose engine was dropped is not open any more
         # The model's own forward pass is patched while it runs, which another thread would see.
-        self.side_by_side = isinstance(decoder, BlockDecoder) and not attention.overlaps and not on_gpu()
+        alone = not attention.overlaps and not on_gpu() and not is_divided(model)
+        self.side_by_side = isinstance(decoder, BlockDecoder) and alone
+        self.lockstep = is_divided(model)
 
     def refresh(self) -> None:
         self.decoder.refresh()

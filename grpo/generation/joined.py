@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from grpo.backend.cuda import available, overwrite_rows
 from grpo.generation import cuda_products
 from grpo.generation.products import fewest_columns, padded
+from grpo.model.tensor import ByRow, summed
 
 WEIGHTS = ("weight", "scales", "biases", "bias")
 """What a linear layer holds, quantised or not, with a row for each output."""
@@ -83,9 +84,13 @@ class Products:
         """Raises Unread for a layer that is not linear, or quantised otherwise than its neighbours."""
         self._layers = layers
         self._bases = [layer.linear if "lora_a" in layer else layer for layer in layers]
-        kinds = {(type(base), *(getattr(base, name, None) for name in QUANTIZATION)) for base in self._bases}
+        kinds = {
+            (isinstance(base, nn.QuantizedLinear), *(getattr(base, name, None) for name in QUANTIZATION))
+            for base in self._bases
+        }
         if len(kinds) > 1 or not isinstance(self._bases[0], (nn.Linear, nn.QuantizedLinear)):
             raise Unread("the layers of one input are not linear, or not quantised alike")
+        self._row = next((layer for layer in (*layers, *self._bases) if isinstance(layer, ByRow)), None)
         if any("m" in layer for layer in layers):
             raise Unread("adapters with magnitudes (DoRA) are not joined")
         if len({"bias" in base for base in self._bases}) > 1:
@@ -102,8 +107,13 @@ class Products:
         are merged, `merged` `[sum of outs, in]` alone: a copy of the joined matrix with all of them added."""
 
     @property
+    def divided(self) -> bool:
+        """Whether other processes have the other inputs, so that the product is a sum over them."""
+        return self._row is not None
+
+    @property
     def quantised(self) -> bool:
-        return isinstance(self._bases[0], nn.QuantizedLinear)
+        return _is_quantised(self._bases[0])
 
     @property
     def dtype(self) -> mx.Dtype | None:
@@ -161,6 +171,12 @@ class Products:
 
     def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         """The product, added to `onto` if that is given."""
+        if self._row is not None:  # other processes have the other inputs
+            y = summed(self._product(x, None), self._row.group)
+            return y if onto is None else onto + y
+        return self._product(x, onto)
+
+    def _product(self, x: mx.array, onto: mx.array | None) -> mx.array:
         if self._halved:
             y = self.half(x).whole(self.outs)
             return y if onto is None else onto + y
@@ -258,6 +274,10 @@ def _stacked_b(layers: Sequence[Any], outs: Sequence[int], ranks: int, dtype: mx
         for layer, width in zip(layers, outs, strict=True)
     ]
     return mx.concatenate(columns, axis=1).astype(dtype)
+
+
+def _is_quantised(base: nn.Module) -> bool:
+    return isinstance(base, nn.QuantizedLinear)
 
 
 def _outputs(layer: Any) -> int:

@@ -15,6 +15,7 @@ from functools import cache
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
@@ -98,7 +99,7 @@ class _Common:
     def __init__(self, decoding: Decoding) -> None:
         self.decoding, self._lock = decoding, Lock()
         self.vocabulary, self.side_by_side, self.narrow = decoding.vocabulary, decoding.side_by_side, decoding.narrow
-        self.description, self.refused = decoding.description, decoding.refused
+        self.description, self.refused, self.lockstep = decoding.description, decoding.refused, decoding.lockstep
         self.refresh, self.memory, self.outside = decoding.refresh, decoding.memory, decoding.outside
 
     def open(self, size: Size) -> Session:
@@ -162,9 +163,10 @@ class Lanes:
         share = None if kept_bytes is None else kept_bytes // count
         self.runs = [Run(lambda: self._common, most, Parking(share), in_turn) for most in self._slots]
         self._waiting: deque[Row] = deque()
-        self._lane: dict[Row, int] = {}
-        self._pieces: list[dict[SharedPrompt, SharedPrompt]] = [{} for _ in self.runs]
-        self._home: dict[SharedPrompt, int] = {}  # the lane of each piece
+        # Weakly, or an engine that serves for days would hold all rows that it has had.
+        self._lane: WeakKeyDictionary[Row, int] = WeakKeyDictionary()
+        self._pieces = [WeakKeyDictionary[SharedPrompt, SharedPrompt]() for _ in self.runs]
+        self._home: WeakKeyDictionary[SharedPrompt, int] = WeakKeyDictionary()  # the lane of each piece
 
     @property
     def busy(self) -> bool:
@@ -284,7 +286,7 @@ class Lanes:
 
     def _piece(self, lane: int, whole: SharedPrompt) -> SharedPrompt:
         """The prompt as this lane has it, for one row more: what is counted there are the lane's own rows."""
-        piece = self._pieces[lane].setdefault(whole, SharedPrompt(whole.ids, 0))
+        piece = self._pieces[lane].setdefault(whole, SharedPrompt(whole.ids, 0, whole.known))
         piece.join(1)
         self._home[piece] = lane
         return piece

@@ -21,8 +21,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from grpo.backend.hub import one_line
+from grpo.backend.ranks import Ranks
 from grpo.config import AdapterConfig
 from grpo.errors import UserError, did_you_mean
+from grpo.model.distance import distance
 from grpo.model.dora import fold_magnitudes
 from grpo.model.dropout import add_dropout
 from grpo.model.lora import fold
@@ -31,6 +33,7 @@ from grpo.model.merging import merge
 from grpo.model.mlxlm import QuantizedSwitchLinear, SwitchLinear, linear_to_lora_layers
 from grpo.model.quantized import dtype_of
 from grpo.model.saved import CONFIG, WEIGHTS, SavedAdapter, read_adapter
+from grpo.model.shards import Shards
 
 AdapterState = Mapping[str, mx.array]
 
@@ -47,19 +50,31 @@ ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 class Adapters:
     """What trains in a model, and its named states: `policy`, which trains, `reference`, and any that are added.
 
-    One state is active: its arrays are the ones in the model.
+    One state is active: its arrays are the ones in the model. Where several processes hold the model together, arrays
+    here are this process's parts (`shards`), and files have the whole.
     """
 
-    def __init__(self, model: nn.Module, cfg: AdapterConfig, key: mx.array, reference: bool = True) -> None:
+    shards = Shards()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cfg: AdapterConfig,
+        key: mx.array,
+        reference: bool = True,
+        ranks: Ranks | None = None,
+    ) -> None:
         """Make `model` (in place) one that trains as `cfg` says and computes what it did: A drawn with `key`, B zero.
 
         The reference is the model as it is. With `cfg.path` that adapter is the policy, and a frozen copy of it the
         reference. Where whole weights train, a reference is a second copy of them: it is kept only if `reference`.
+        `ranks` are the processes that hold the model together.
         Raises UserError if a target is not a linear layer of the model, or where the saved adapter does not fit.
         """
         self.model = model
         self._settings = cfg
-        self.config = make_trainable(model, cfg, key)
+        self.config = make_trainable(model, cfg, key, ranks)
+        self.shards = Shards(model, ranks)
         materialize(model.trainable_parameters())  # a magnitude is made of a whole matrix
         mx.eval(model.state)
         self.active = POLICY
@@ -172,23 +187,20 @@ class Adapters:
         """
         if REFERENCE not in self.names:
             return None
-        state, started, total = self.state(), self._start or self.state(REFERENCE), mx.array(0.0)
-        for path, array in state.items():
-            if path.endswith("lora_a"):
-                names = (path, f"{path[:-1]}b")
-                a, b = (_as_factor(state[name]) for name in names)
-                if self._start:
-                    a, b = _difference(a, b, *(_as_factor(started[name]) for name in names))
-                total = total + self.config["lora_parameters"]["scale"] ** 2 * _product_norm(a, b)
-            elif not path.endswith("lora_b"):
-                total = total + ((array - started[path]).astype(mx.float32) ** 2).sum()
-        norm: Any = mx.sqrt(mx.maximum(total, 0)).item()
-        return float(norm)
+        scale = self.config.get("lora_parameters", {}).get("scale", 1.0)
+        return distance(self.state(), self._start or self.state(REFERENCE), bool(self._start), scale, self.shards)
 
-    def save(self, folder: Path) -> None:
-        """Write the policy's state as mlx-lm reads it (`mlx_lm.generate --adapter-path`)."""
+    def whole_state(self, name: str | None = None) -> dict[str, mx.array]:
+        """A state with whole arrays. Where the model is divided, all of its processes must ask."""
+        return self.shards.whole(self.state(name))
+
+    def save(self, folder: Path, state: AdapterState | None = None) -> None:
+        """Write the policy's state as mlx-lm reads it (`mlx_lm.generate --adapter-path`).
+
+        `state` is its `whole_state`, where that has been asked for already.
+        """
         assert self.active == POLICY
-        mx.save_safetensors(str(folder / WEIGHTS), self.state())
+        mx.save_safetensors(str(folder / WEIGHTS), dict(state or self.whole_state()))
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
 
     def load(self, folder: Path) -> None:
@@ -203,7 +215,8 @@ class Adapters:
         """
         saved, mine = read_adapter(folder), self.state()
         arrays = saved.fitted(mine)
-        if {path: array.shape for path, array in arrays.items()} != {path: array.shape for path, array in mine.items()}:
+        shapes = {path: self.shards.shape(path, array) for path, array in mine.items()}
+        if {path: array.shape for path, array in arrays.items()} != shapes:
             cfg = self._settings
             odd = f"is of type {saved.kind}, and adapter.type is {cfg.type}"
             why = odd if saved.kind != cfg.type else "has other layers or another rank than this recipe's adapter"
@@ -215,7 +228,7 @@ class Adapters:
                 f"adapter {folder}: was trained with B A times {saved.scale:g}, and this recipe multiplies it by "
                 f"{ours:g}: set adapter.scale to {saved.scale * self._settings.scale / ours:g}"
             )
-        return {path: array.astype(mine[path].dtype) for path, array in arrays.items()}
+        return {path: array.astype(mine[path].dtype) for path, array in self.shards.part(arrays).items()}
 
 
 class NoAdapters(Adapters):
@@ -235,22 +248,6 @@ def _as_section(section: Mapping[str, Any], cfg: AdapterConfig) -> str:
         if value is not None and not (name in defaults and defaults[name] == value == getattr(cfg, name))
     }
     return f"adapter: {json.dumps(told)}".replace('"', "")
-
-
-def _as_factor(array: mx.array) -> mx.array:
-    """A layer's A as `[D, r]` or B as `[r, E]` in float32: experts, with a dimension more, keep both transposed."""
-    array = array.astype(mx.float32)
-    return array.swapaxes(-1, -2) if array.ndim == 3 else array
-
-
-def _difference(a: mx.array, b: mx.array, a0: mx.array, b0: mx.array) -> tuple[mx.array, mx.array]:
-    """AB - A₀B₀ = A (B - B₀) + (A - A₀) B₀ as one product of twice the rank: exactly 0 where nothing has changed."""
-    return mx.concatenate([a, a - a0], axis=-1), mx.concatenate([b - b0, b0], axis=-2)
-
-
-def _product_norm(a: mx.array, b: mx.array) -> mx.array:
-    """|AB|² = Σ (AᵀA) ∘ (BBᵀ), without ever making AB: `[..., D, r]` and `[..., r, E]` in, a scalar out."""
-    return ((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2))).sum()
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
@@ -352,9 +349,10 @@ def _slots(model: nn.Module) -> dict[str, tuple[dict[str, mx.array], str]]:
     return held
 
 
-def make_trainable(model: nn.Module, cfg: AdapterConfig, key: mx.array) -> dict[str, Any]:
+def make_trainable(model: nn.Module, cfg: AdapterConfig, key: mx.array, ranks: Ranks | None = None) -> dict[str, Any]:
     """Give the model (in place) what trains, with nothing evaluated; returns what mlx-lm's `adapter_config.json` says.
 
+    `ranks` are the processes that hold the model together: each has its part of what one process would draw.
     Raises UserError if a target is not a linear layer of the model.
     """
     config = _mlx_lm_config(model, cfg)
@@ -362,7 +360,7 @@ def make_trainable(model: nn.Module, cfg: AdapterConfig, key: mx.array) -> dict[
     if cfg.type == "full":
         _unfreeze(model, cfg)
     else:
-        _add_layers(model, config, key)
+        _add_layers(model, config, key, ranks or Ranks())
     return config
 
 
@@ -374,7 +372,7 @@ def _unfreeze(model: nn.Module, cfg: AdapterConfig) -> None:
         part.unfreeze()
 
 
-def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None:
+def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array, ranks: Ranks) -> None:
     dora = config["fine_tune_type"] == "dora"
     try:
         linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=dora)
@@ -384,17 +382,19 @@ def _add_layers(model: nn.Module, config: dict[str, Any], key: mx.array) -> None
     fold(model)
     fold_magnitudes(model)
     if (dropout := config["lora_parameters"]["dropout"]) > 0:
-        add_dropout(model, dropout)
+        add_dropout(model, dropout, ranks.rank, ranks.size)
     fresh = tree_flatten(model.trainable_parameters())
     keys, dtype = mx.random.split(key, len(fresh)), dtype_of(model)
-    drawn = [(path, _redraw(path, array, k)) for (path, array), k in zip(fresh, keys, strict=True)]
+    shards = Shards(model, ranks)
+    drawn = [(path, _redraw(path, array, k, shards)) for (path, array), k in zip(fresh, keys, strict=True)]
     # In the model's dtype, or every layer's inputs would be made float32 to meet them; the optimizer keeps float32.
     model.update(tree_unflatten([(path, a.astype(dtype) if "lora_" in path else a) for path, a in drawn]))
 
 
-def _redraw(path: str, array: mx.array, key: mx.array) -> mx.array:
+def _redraw(path: str, array: mx.array, key: mx.array, shards: Shards) -> mx.array:
     """A layer's A again, uniform in ± 1/√d as mlx-lm draws it, but from a key and not from global state."""
     if not path.endswith("lora_a"):
         return array
-    inputs = array.shape[0] if array.ndim == 2 else array.shape[-1]
-    return mx.random.uniform(-(inputs**-0.5), inputs**-0.5, array.shape, array.dtype, key=key)
+    shape = shards.shape(path, array)
+    inputs = shape[0] if array.ndim == 2 else shape[-1]
+    return shards.part_of(path, mx.random.uniform(-(inputs**-0.5), inputs**-0.5, shape, array.dtype, key=key))

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from grpo.errors import UserError
 from grpo.model.mlxlm import DoRALinear
 from grpo.model.quantized import inputs_of
+from grpo.model.tensor import ByColumn, ByRow, hand_over, summed
 
 
 class FoldedDoRALinear(DoRALinear):  # type: ignore[misc]  # untyped
@@ -36,7 +37,22 @@ class FoldedDoRALinear(DoRALinear):  # type: ignore[misc]  # untyped
         across = _product(self.linear, mx.stop_gradient(self.lora_a).T).astype(mx.float32)  # (W A)ᵀ
         own = (a.T @ a) @ b
         squares = self._squares + (b * (2 * self.scale * across + self.scale**2 * own)).sum(axis=0)
-        return mx.sqrt(squares)
+        return mx.sqrt(self._whole(squares))
+
+    def _whole(self, squares: mx.array) -> mx.array:
+        """Of the squares that were summed over the inputs here, the sum over all inputs."""
+        return squares
+
+
+class ColumnDoRALinear(ByColumn, FoldedDoRALinear):
+    """Over a base by column: A is whole, B `[r, out / n]` and the magnitudes `[out / n]` are parts."""
+
+
+class RowDoRALinear(ByRow, FoldedDoRALinear):
+    """Over a base by row: A `[in / n, r]` is a part, B and the magnitudes are whole."""
+
+    def _whole(self, squares: mx.array) -> mx.array:
+        return summed(squares, self.group)
 
 
 def _product(base: nn.Module, x: mx.array) -> mx.array:
@@ -69,3 +85,5 @@ def fold_magnitudes(model: nn.Module) -> None:
         if type(module) is DoRALinear:
             module.__class__ = FoldedDoRALinear
             module._squares = mx.square(module.m)  # |w|² of each row; no parameter by its name
+            hand_over(module, ColumnDoRALinear, RowDoRALinear)
+            module.m = mx.sqrt(module._whole(module._squares))

@@ -14,6 +14,8 @@ from contextvars import ContextVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from grpo.model.tensor import cut_of
+
 BLOCK = 256
 """Rows whose mask comes from one key, whether all rows are there at once or a few blocks of them."""
 
@@ -26,15 +28,18 @@ class LoRADropout(nn.Module):  # type: ignore[misc]  # untyped
     So PEFT's `lora_dropout` and mlx-lm's `dropout` do it. `number` sets the layer's draws apart from other layers'.
     """
 
-    def __init__(self, p: float, number: int) -> None:
+    def __init__(self, p: float, number: int, part: int = 0, parts: int = 1) -> None:
+        """Of inputs that are divided into `parts` this drops, in number `part`, what is dropped there of the whole."""
         super().__init__()
-        self.p, self.number = p, number
+        self.p, self.number, self.part, self.parts = p, number, part, parts
 
     def __call__(self, x: mx.array) -> mx.array:
         """`x` itself where no key is set."""
         if (key := dropout_key()) is None:
             return x
-        kept = self._kept(x.size // x.shape[-1], x.shape[-1], _changed(key, 1, self.number)).reshape(x.shape)
+        width = x.shape[-1]
+        whole = self._kept(x.size // width, self.parts * width, _changed(key, 1, self.number))
+        kept = whole[:, self.part * width : (self.part + 1) * width].reshape(x.shape)
         return mx.where(kept, x * (1 / (1 - self.p)), 0)
 
     def _kept(self, rows: int, width: int, key: mx.array) -> mx.array:
@@ -74,11 +79,15 @@ def second_pass() -> Iterator[None]:
         yield
 
 
-def add_dropout(model: nn.Module, p: float) -> None:
-    """Give every LoRA or DoRA layer of `model` dropout with probability `p`, in place."""
+def add_dropout(model: nn.Module, p: float, part: int = 0, parts: int = 1) -> None:
+    """Give every LoRA or DoRA layer of `model` dropout with probability `p`, in place.
+
+    Where its inputs are divided into `parts`, this process has number `part`.
+    """
     layers = [module for module in model.modules() if "lora_a" in module]
     for number, layer in enumerate(layers):
-        layer.dropout = LoRADropout(p, number)
+        own = (part, parts) if cut_of(layer) == -1 else (0, 1)
+        layer.dropout = LoRADropout(p, number, *own)
 
 
 def _changed(key: mx.array, place: int, number: int) -> mx.array:

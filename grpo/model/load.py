@@ -14,12 +14,14 @@ from mlx.utils import tree_map_with_path
 
 from grpo.backend.device import on_gpu
 from grpo.backend.hub import Repository, fetch, one_line
+from grpo.backend.ranks import Ranks
 from grpo.builtin import models as builtin_models
 from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.model.materialize import materialize
 from grpo.model.mlxlm import TokenizerWrapper, load_model, load_tokenizer, model_classes, new_model, quantize
 from grpo.model.quantized import check_computes, dtype_of, quantization, type_embeddings
+from grpo.model.tensor import divide
 from grpo.model.widehead import wide_head, widen_head
 
 MOST_LAYERS = 2_000
@@ -30,15 +32,17 @@ FETCHED = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.t
 """What is taken of a repository: weights, tokenizer, and the card, which says the license."""
 
 
-def load(cfg: ModelConfig) -> tuple[nn.Module, TokenizerWrapper]:
+def load(cfg: ModelConfig, ranks: Ranks | None = None) -> tuple[nn.Module, TokenizerWrapper]:
     """The model, its weights in `cfg.dtype` and frozen, and mlx-lm's tokenizer.
 
+    `ranks` are the processes that hold it together: this one gets its part, and never has more than that and a matrix.
     Raises UserError for a model that cannot be fetched, a folder without config, tokenizer or safetensors, an
     architecture that mlx-lm does not know, and weights that do not match it.
     """
     folder = model_folder(cfg)
     check_files(cfg, folder)
     model, tokenizer = read(cfg, folder)
+    divide(model, ranks or Ranks())
     _choose_head(model, cfg)
     return settled(model), tokenizer
 

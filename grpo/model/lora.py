@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.model.mlxlm import LoRALinear
+from grpo.model.tensor import ByColumn, ByRow, hand_over
 
 
 class FoldedLoRALinear(LoRALinear):  # type: ignore[misc]  # untyped
@@ -50,8 +51,17 @@ def _folded(base: nn.Module, scale: float, x: mx.array, a: mx.array, b: mx.array
     return y
 
 
+class ColumnLoRALinear(ByColumn, FoldedLoRALinear):
+    """Over a base by column: A is whole, B `[r, out / n]` is a part."""
+
+
+class RowLoRALinear(ByRow, FoldedLoRALinear):
+    """Over a base by row: A `[in / n, r]` is a part, B is whole, and base and adapter are summed at once."""
+
+
 def fold(model: nn.Module) -> None:
     """Have every LoRA layer over a linear one compute so."""
     for module in model.modules():
         if type(module) is LoRALinear:
             module.__class__ = FoldedLoRALinear
+            hand_over(module, ColumnLoRALinear, RowLoRALinear)

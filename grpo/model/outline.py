@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.backend.hub import one_line
+from grpo.backend.ranks import Ranks
 from grpo.config import AdapterConfig
 from grpo.errors import UserError
 from grpo.model.adapters import LINEAR, make_trainable
@@ -22,6 +23,7 @@ from grpo.model.costs import Costs, Product
 from grpo.model.load import check_config
 from grpo.model.mlxlm import new_model
 from grpo.model.stored import Stored, stored
+from grpo.model.tensor import divide
 
 USED_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
 """How many experts a token meets, by the names that architectures have for it."""
@@ -73,10 +75,12 @@ def outline(
     adapter: AdapterConfig | None,
     dtype: mx.Dtype | None,
     make: Callable[[Mapping[str, Any]], nn.Module] = new_model,
+    ranks: Ranks | None = None,
 ) -> nn.Module:
     """mlx-lm's model of a config, none of whose arrays has been computed: shapes and dtypes alone mean something.
 
-    `make` makes it of the config.
+    `make` makes it of the config. `ranks` are the processes that hold it together, which need not be there: the model
+    is what one of them has.
     """
     check_config(config)
     try:
@@ -86,9 +90,10 @@ def outline(
     model.set_dtype(dtype or _dtype_of(config))
     if (how := stored(config)) is not None:
         _quantize(model, how)
+    divide(model, ranks or Ranks())
     model.freeze()
     if adapter is not None:
-        make_trainable(model, adapter, mx.random.key(0))
+        make_trainable(model, adapter, mx.random.key(0), ranks)
     return model
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from grpo.backend.hub import Repository, fetch, one_line
+from grpo.backend.ranks import Ranks
 from grpo.config import AdapterConfig, JudgeConfig, ModelConfig, Recipe, RewardModelConfig
 from grpo.config.judge import judge_of
 from grpo.config.rewardmodel import reward_model_of
@@ -154,10 +155,42 @@ def _model(
             bits = former.settings["bits"]
             raise UserError(f"model.quantize: {cfg.name} is quantised already, to {bits} bits")
         config = {**config, "quantization": quantization(cfg.quantize).config}
-    model = outline(config, adapter, dtype, make)
+    model = outline(config, adapter, dtype, make, _holders(cfg))
     if cfg.head_dtype != "model" and make is new_model:
         widen_head(model)
     return model
+
+
+@dataclass(frozen=True)
+class _NoGroup:
+    """What MLX asks of a group when it divides a layer."""
+
+    processes: int
+
+    def size(self) -> int:
+        return self.processes
+
+    def rank(self) -> int:
+        return 0
+
+
+class _Holders(Ranks):
+    """Processes that hold a model together on a machine that is not at hand, as their first one sees them."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.group, self.size = _NoGroup(size), size  # type: ignore[assignment]  # and no exchange is made
+
+
+def _holders(cfg: ModelConfig) -> Ranks:
+    if cfg.shard is None:
+        return Ranks()
+    if cfg.shard_size is None:
+        raise UserError(
+            "model.shard: a plan for another machine does not know how many processes will be started: set "
+            "model.shard_size to how many hold the model together"
+        )
+    return _Holders(cfg.shard_size)
 
 
 def _second(cfg: Recipe) -> nn.Module | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 
 from grpo.backend import cuda
 from grpo.backend.device import memory_bytes, on_gpu
@@ -12,9 +12,10 @@ from grpo.errors import TooLargeError
 from grpo.generation.decoding import Decoding
 from grpo.generation.generator import Generator
 from grpo.model.policy import Policy
+from grpo.model.tensor import silent
 from grpo.planning.choosing import Checkpointing, by_footprints
 from grpo.planning.drafting import Case, draft_on, plan_on
-from grpo.planning.footprint import measure_body, measure_footprint
+from grpo.planning.footprint import Footprint, measure_body, measure_footprint
 from grpo.planning.graders import UNGRADED, Graders
 from grpo.planning.held import Held
 from grpo.planning.lengths import FittingLengths
@@ -62,7 +63,7 @@ class Planner:
         self.load = replace(load, optim=with_settings(load.optim, can), parts=parts)
         host = None if policy.vault is None else policy.vault.room()
         self.machine = Machine(allowed(limit), on_gpu(), cuda.available(), limit is not None, host)
-        self._footprint = cache(partial(measure_footprint, policy))
+        self._footprint = cache(self._measured)
 
     def plan(self) -> tuple[Plan, OptimConfig]:
         """The plan; the policy is set to checkpoint as it decides.
@@ -115,6 +116,10 @@ class Planner:
     def _held(self) -> Held:
         return Held.of(self.load.optim, self.load.adapter, self.policy.model, self._states, self.machine.gpu)
 
+    def _measured(self, checkpointing: bool) -> Footprint:
+        with silent(self.policy.model):
+            return measure_footprint(self.policy, checkpointing)
+
     def _tried(self, way: Checkpointing, shape: Shape, logits: int) -> int | None:
         """Bytes that were seen: on a CPU of the whole gradient where that is cheap, on CUDA of the hidden states', for
         which there is more in flight than a line knows. A teacher's KL is not tried, but counted."""
@@ -122,7 +127,8 @@ class Planner:
         if shape.alone and way and self._footprint(True).alone is not None:
             return None  # the line through two such rows is near, and a longer row takes minutes
         if self.machine.cuda:
-            (body,) = measure_body(self.policy, way, [shape])
+            with silent(self.policy.model):
+                (body,) = measure_body(self.policy, way, [shape])
             depth = len(self.policy.model.layers)
             return by_footprints(
                 lambda way: self.lesson.beside(self._footprint(way)).in_chunks(logits), way, depth, shape, body
@@ -135,13 +141,15 @@ class Planner:
             return None
         number = -(-self.load.updated // shape.rows)
         asking = 0 if self.lesson.asking is None else self.lesson.asking.in_chunks(logits).bytes(shape)
-        return max(asking, rehearsed(self.policy, self.loss, way, shape, number))
+        with silent(self.policy.model):
+            return max(asking, rehearsed(self.policy, self.loss, way, shape, number))
 
     def _entering(self, prompts: int, length: int) -> int | None:
         """Bytes that were seen of prompts on their way through the model: on a CPU, where that is cheap."""
         if self.machine.gpu or not is_cheap(self.policy.model, Shape(prompts, length, prompts, 1), shares=True):
             return None
-        return entering(self.decoding, prompts, length)
+        with silent(self.policy.model):
+            return entering(self.decoding, prompts, length)
 
 
 def decode_as_planned(generator: Generator, plan: Plan) -> None:

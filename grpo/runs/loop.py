@@ -107,7 +107,7 @@ class Loop:
             self._note_end("failed")
             raise LostRankError(f"{error}. {saved}", error.speaks) from None
         except BaseException:  # of other people's code too: a logger may raise KeyboardInterrupt
-            self._save_last()
+            self._save_after_error()
             self._note_end("failed")
             raise
         self._save_last()
@@ -147,9 +147,10 @@ class Loop:
 
     def _interrupts(self) -> AbstractContextManager[None]:
         """A block that a stop may leave; of several processes none does so alone, or the others would wait for it."""
-        if self.ranks.size == 1:
+        everyone = self.ranks.everyone
+        if everyone.size == 1:
             return self.stop.interrupts()
-        if asked := [number for number in self.ranks.gather(self.stop.signal) if number is not None]:
+        if asked := [number for number in everyone.gather(self.stop.signal) if number is not None]:
             self.stop.signal = asked[0]  # whichever was asked, the run was stopped
             raise Stopped
         return self.ranks.interrupts()
@@ -184,7 +185,8 @@ class Loop:
         try:
             self._write()
         except OSError as error:
-            log.warning("%s. Training goes on; the next checkpoint may succeed.", self._unsaved(error))
+            if self.ranks.first:
+                log.warning("%s. Training goes on; the next checkpoint may succeed.", self._unsaved(error))
 
     def _store(self, metrics: StepMetrics) -> None:
         """Keep the step's completions, if there is room for them."""
@@ -228,26 +230,52 @@ class Loop:
             self._note_end("failed")
             raise RunError(f"{self._unsaved(error)}. Make room there and go on with --resume.") from error
 
+    def _save_after_error(self) -> None:
+        """Save what is finished, unless other processes have parts of it: they may be elsewhere, and never answer."""
+        if self.ranks.shard.size == 1:
+            self._save_last()
+        elif not self._is_saved and self.state.step > 0 and self.ranks.first:
+            log.warning(
+                "Step %d is not saved: other processes have parts of the model, and after an error nobody knows "
+                "whether they answer; %s. A smaller checkpoint.every loses fewer steps.",
+                self.state.step,
+                self._newest(),
+            )
+
     def _write(self) -> None:
         """Save the state, in the first process, or in the first that is left after a loss."""
         with self._writing:
-            if self._is_saved or self.state.step == 0 or not self.ranks.keeper:
+            divided = self.ranks.shard.size > 1
+            if self._is_saved or self.state.step == 0 or not (self.ranks.keeper or divided):
                 return
             if self.trainer.before.halfway:
                 log.warning("%s", self._lost())
                 return
-            with nullcontext() if self.ranks.first else taken_over(self.folder):
-                self._write_here()
+            state = self._whole_state()  # of a divided model all processes have parts
+            error: OSError | None = None
+            try:
+                if self.ranks.keeper:
+                    self._write_here(state)
+            except OSError as raised:
+                error = raised
+            if divided:  # all of them try again, or none
+                error = self.ranks.everyone.gather(error)[0]
+            if error is not None:
+                raise error
+            self._is_saved = True
 
-    def _write_here(self) -> None:
-        there, step = self.folder / CHECKPOINTS, self.state.step
-        if self.ranks.first or newest_whole(there)[0] != checkpoint_path(there, step):
+    def _write_here(self, state: RunState) -> None:
+        there = self.folder / CHECKPOINTS
+        with nullcontext() if self.ranks.first else taken_over(self.folder):
+            if not self.ranks.first and newest_whole(there)[0] == checkpoint_path(there, state.step):
+                return  # the first process has saved it before it was lost
             restore_folder(self.folder, self.context.recipe, self.cfg)
-            self._saved = save_checkpoint(there, self._whole_state(), self.context, self.cfg.checkpoint.keep)
-        self._is_saved = True
+            self._saved = save_checkpoint(there, state, self.context, self.cfg.checkpoint.keep)
 
     def _last_resort(self) -> None:
         """Save the last finished step while the main thread is stuck in the next one: this process ends after that."""
+        if self.ranks.shard.size > 1:
+            return
         self.trainer.before.put_back(self.trainer.update.optimizer)
         self._write()
         self._note_end("failed")
@@ -263,9 +291,8 @@ class Loop:
     def _saved_after_loss(self) -> str:
         """Save the last step where another process was lost. Returns what is said of that."""
         try:
-            self._save_last()
-        except LostRankError:
-            pass  # a part of the state was with the others
+            if self.ranks.shard.size == 1:  # or a part of the state was with the others
+                self._save_last()
         except RunError as error:
             return str(error)
         newest, _ = newest_whole(self.folder / CHECKPOINTS)

@@ -27,6 +27,7 @@ from grpo.model.load import head_note, load
 from grpo.model.mlxlm import TokenizerWrapper
 from grpo.model.offloading import vault_of
 from grpo.model.policy import Policy
+from grpo.model.trial import check_divided
 from grpo.planning.graders import Graders
 from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.notes import filter_note, layers_note, notes_on
@@ -51,6 +52,10 @@ from grpo.training.teaching import Teacher
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 
+UNTIMED = (
+    "speculation: off, because rollout.speculate: auto goes by the times of steps, and processes that hold a model "
+    "together must all do the same"
+)
 PEEK = 64
 """Prompts from the start of the data that the check of decoding against training is made on."""
 
@@ -84,6 +89,8 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepare
     setup()
     ranks = Ranks.launched()
     limit_memory(ranks.checked(lambda: None if cfg.memory.limit_gb is None else allowed(cfg.memory.limit_gb)))
+    if cfg.model.shard is not None:
+        ranks = ranks.divided(cfg.model.shard_size)
     if cfg.rollout.prompts_per_step < ranks.size:
         raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
@@ -112,12 +119,13 @@ def _prepared(
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
     named = data_of(cfg)
     local = {name: given.rows(name, data) for name, data in named.items() if given.is_local(name, data)}
-    model, tokenizer = load(cfg.model)
+    model, tokenizer = load(cfg.model, ranks.shard)
     rows = {name: local[name] if name in local else given.rows(name, data) for name, data in named.items()}
-    policy = _policy(cfg, model)
+    policy = _policy(cfg, model, ranks)
     teacher = teacher_of(cfg.teacher if trains else None, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
-    generator.speculation, generator.neighbours = speculation_of(cfg.rollout.speculate), ranks.neighbours
+    rollout = _untimed(cfg.rollout, ranks)
+    generator.speculation, generator.neighbours = speculation_of(rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
     shown = partners.tools, partners.resets, text_system(cfg) is None or partners.are_agents
     readers = {name: PromptRenderer(data, tokenizer, vocabulary, name, *shown) for name, data in named.items()}
@@ -144,7 +152,7 @@ def _prepared(
     source = source_of(cfg.data, given, streams, scorer, cfg.seed)
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
-    sections = _readable(cfg.optim, teacher), cfg.rollout, cfg.adapter, cfg.eval
+    sections = _readable(cfg.optim, teacher), rollout, cfg.adapter, cfg.eval
     workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
     lesson = _needs(teacher, model)
     graders = _graders(scorer, policy, tokenizer)
@@ -162,7 +170,25 @@ def _prepared(
     notes += filter(None, [held_out.null_prompts() if held_out else None])
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     notes += [] if teacher is None else teacher.notes
+    notes += _on_shards(ranks, cfg.rollout)
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+
+
+def _untimed(rollout: RolloutConfig, ranks: Ranks) -> RolloutConfig:
+    """The section without what goes by the clock, where processes that hold a model together must all do the same."""
+    timed = ranks.shard.size > 1 and rollout.speculate == "auto"
+    return with_settings(rollout, {"speculate": "off"}) if timed else rollout
+
+
+def _on_shards(ranks: Ranks, rollout: RolloutConfig) -> list[str]:
+    """How the model is divided, and what that switches off. Nothing where each process has the whole."""
+    size, groups = ranks.shard.size, ranks.size
+    if size == 1:
+        return []
+    among = f", {groups} times; the prompts of a step are shared out among these" if groups > 1 else ""
+    together = f"model.shard: tensor: {size} processes hold one model together{among}"
+    off = [UNTIMED] if rollout.speculate == "auto" else []
+    return [f"{together}. Parameters and memory are what one of them has", *off]
 
 
 def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
@@ -180,9 +206,13 @@ def _readable(optim: OptimConfig, teacher: Teacher | None) -> OptimConfig:
     return with_settings(optim, {"pack_completions": False})
 
 
-def _policy(cfg: Recipe, model: nn.Module) -> Policy:
-    """The policy over a model, which gets its adapter."""
-    adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference)
+def _policy(cfg: Recipe, model: nn.Module, ranks: Ranks) -> Policy:
+    """The policy over a model, which gets its adapter.
+
+    Raises UserError for a divided model whose gradients do not come out alike.
+    """
+    adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference, ranks.shard)
+    check_divided(model, ranks.shard)
     vault = vault_of(cfg.optim.offload_activations)
     return Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts, vault=vault)
 
@@ -224,11 +254,15 @@ def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:
 def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> tuple[Plan, OptimConfig]:
     """One plan for all processes: that of the one with the least room, but for what each decodes with.
 
-    They share out the micro-batches that each of them makes, so these must be the same.
+    They share out the micro-batches that each of them makes, so these must be the same. Those that hold a model
+    together decode together, too.
     """
-    plans = ranks.gather((plan, optim))
+    plans = ranks.everyone.gather((plan, optim))
     least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, -planned[0].recomputed))
-    policy.gradient_checkpointing, policy.logits = least.checkpointing, plan.logits
-    own = {name: getattr(plan, name) for name in ("slots", "kept_bytes", "fed", "drafts", "logits")}
+    decodes = "slots", "kept_bytes", "fed", "drafts", "logits"
+    own = {name: getattr(plan, name) for name in decodes}
+    if ranks.shard.size > 1:
+        own = {name: min(getattr(one, name) for one, _ in plans) for name in decodes}
+    policy.gradient_checkpointing, policy.logits = least.checkpointing, own["logits"]
     alone = any(plan.alone for plan, _ in plans)
     return replace(least, **own, alone=alone, lanes=1 if alone else least.lanes), optim

@@ -157,6 +157,8 @@ def find_start(
 
 WITHOUT_INFLUENCE = (
     "output_dir",
+    "model.shard",
+    "model.shard_size",
     "rollout.speculate",
     "checkpoint.every",
     "checkpoint.keep",

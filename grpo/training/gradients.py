@@ -83,6 +83,9 @@ class Gradients:
         everyone = self.ranks.gather((loss, parts))
         every_part = [part for _, theirs in everyone for part in theirs]
         arrays: dict[str, mx.array] = tree_flatten(total.pop(), destination={})
+        shards = self.policy.adapters.shards
+        for paths in grouped({path: arrays[path] for path in arrays if path in shards.sums}):
+            arrays |= zip(paths, shards.ranks.sum([arrays.pop(path) for path in paths]), strict=True)
         for paths in grouped(arrays):  # a sum over processes is another array: for a few at a time
             arrays |= zip(paths, self.ranks.sum([arrays.pop(path) for path in paths]), strict=True)
         return Gradient(arrays, sum(one for one, _ in everyone), combine_metrics(every_part), seen)

@@ -21,6 +21,7 @@ from grpo.objective.loss import CustomLoss
 from grpo.rollout import RolloutEngine, with_policy_step
 from grpo.scoring.own import rewarding_steps
 from grpo.scoring.scorer import Scorer
+from grpo.scoring.sharing import scoring_once
 from grpo.training.batches import MiniBatch, make_minibatches, useful_tokens
 from grpo.training.before import Before
 from grpo.training.clock import Clock
@@ -136,11 +137,11 @@ class Trainer:
             tasks = taken(self.tasks, missing)
             places = self.ranks.share(range(missing))  # so each task draws what it would in a single process
             mine, n_each, temperature = self.ranks.share(tasks), cfg.rollout.num_generations, cfg.rollout.temperature
-            with self.scorer.open(mine) as scoring:  # each group is scored while others decode
+            with scoring_once(self.scorer, mine, self.ranks) as scoring:  # each group is scored while others decode
                 groups = self.engine.rollout(mine, n_each, temperature, key, whole=scoring.add, places=places)
                 clock.lap("rollout")
                 self.scorer.steps_reward(chain(*self.ranks.gather(rewarding_steps(groups))))  # anywhere
-                scored = self.scorer.score(with_policy_step(groups, n - 1), scoring)
+                scored = scoring.scored(with_policy_step(groups, n - 1))
             sampled += with_rewards(self.ranks.merge(scored), self.scorer.weights)
             clock.lap("reward")
         chooses = cfg.rollout.dynamic_sampling or cfg.rollout.reuse
@@ -201,12 +202,15 @@ class Trainer:
         return TrainerState(self.arrays(), self.counts())
 
     def arrays(self) -> dict[str, Arrays]:
-        """The trained arrays as they are now, by checkpoint file and then by path."""
+        """The trained arrays as they are now, whole, by checkpoint file and then by path.
+
+        Where the model is divided, all of its processes must ask.
+        """
         adapters, kept = self.policy.adapters, self.cfg.adapter.moves_reference and self.cfg.needs_reference
         return {
-            "adapters": adapters.state(),
-            **({"reference": adapters.state("reference")} if kept else {}),
-            "optimizer": tree_flatten(self.update.optimizer.state, destination={}),
+            "adapters": adapters.whole_state(),
+            **({"reference": adapters.whole_state("reference")} if kept else {}),
+            "optimizer": adapters.shards.whole(tree_flatten(self.update.optimizer.state, destination={})),
             **({OLDER: older} if (older := self.older.arrays()) else {}),
         }
 
@@ -228,10 +232,12 @@ class Trainer:
         optimizer = self.update.optimizer.fitted(state.arrays.get("optimizer", {}))
         state = replace(state, arrays={**state.arrays, "optimizer": optimizer})
         state.check_fits(self.state())
-        self.policy.adapters.load_state(state.arrays["adapters"])
-        if "reference" in state.arrays:
-            self.policy.adapters.add("reference", state.arrays["reference"])
-        self.update.optimizer.state = tree_unflatten(dict(state.arrays["optimizer"]))
+        adapters = self.policy.adapters
+        parts = {name: adapters.shards.part(arrays) for name, arrays in state.arrays.items() if name != OLDER}
+        adapters.load_state(parts["adapters"])
+        if "reference" in parts:
+            adapters.add("reference", parts["reference"])
+        self.update.optimizer.state = tree_unflatten(list(parts["optimizer"].items()))
         self.older = self.older.loaded(state.arrays.get(OLDER, {})) if self.older.most else self.older
         self.update.skipped_in_a_row = state.counts["skipped_in_a_row"]
         self.update.steps_without_signal = state.counts.get("steps_without_signal", 0)  # older checkpoints lack it

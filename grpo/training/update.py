@@ -125,7 +125,7 @@ class Updater:
             self._skip(gradient, update, step)
             return replace(update, skipped=1)
         self.check(step, update.metrics)
-        if update.grad_norm == 0 and _all_zero(gradient.arrays):  # the norm of tiny numbers underflows
+        if update.grad_norm == 0 and self._all_zero(gradient.arrays):  # the norm of tiny numbers underflows
             return replace(update, without_signal=1)  # and `skipped_in_a_row` stays: nothing was shown to be finite
         self.skipped_in_a_row = 0
         scale = mx.minimum(self.cfg.max_grad_norm / (norm + 1e-6), 1.0)
@@ -136,12 +136,14 @@ class Updater:
 
     def _norm(self, gradients: dict[str, mx.array]) -> mx.array:
         """The Euclidean norm of all gradients together, a few of them at a time."""
-        total = mx.array(0.0)
-        for paths in grouped(gradients, SUMMED):
-            together = mx.concatenate([gradients[path].reshape(-1) for path in paths])  # one sum, not one an array
-            total = total + together.square().sum()
-            mx.eval(total)
-        return mx.sqrt(total)
+        shards = self.policy.adapters.shards
+        parts = {path: array for path, array in gradients.items() if shards.divides(path)}
+        whole = _squares({path: array for path, array in gradients.items() if path not in parts})
+        return mx.sqrt(whole + shards.ranks.sum([_squares(parts)])[0])
+
+    def _all_zero(self, gradients: dict[str, mx.array]) -> bool:
+        """Whether no number of a gradient is anything but 0."""
+        return not any(self.policy.adapters.shards.ranks.gather(any(a.any().item() for a in gradients.values())))
 
     def _skip(self, gradient: Gradient, update: Update, step: int) -> None:
         self.skipped_in_a_row += 1
@@ -157,11 +159,12 @@ class Updater:
         """Write what led to a skipped update into `folder`, if there is room for it. Returns where it is."""
         arrays = {f"{i}.{name}": a for i, batch in enumerate(gradient.batches) for name, a in batch.arrays().items()}
         notes = {"loss": str(update.loss), "grad_norm": str(update.grad_norm), "not_finite": _not_finite(gradient)}
+        state = self.policy.adapters.whole_state()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            mx.save_safetensors(str(folder / f"batches-{self.ranks.rank}.safetensors"), arrays, notes)
+            mx.save_safetensors(str(folder / f"batches-{self.ranks.everyone.rank}.safetensors"), arrays, notes)
             if self.ranks.first:
-                self.policy.adapters.save(folder)
+                self.policy.adapters.save(folder, state)
         except (OSError, RuntimeError) as error:  # MLX's word for a disk that is full is RuntimeError
             log.warning("what led to the skipped update could not be kept in %s: %s", folder, one_line(error))
             return ""
@@ -179,6 +182,16 @@ class Updater:
     @progress.setter
     def progress(self, progress: Progress | None) -> None:
         self.gradients.progress = progress
+
+
+def _squares(gradients: dict[str, mx.array]) -> mx.array:
+    """The sum of all squares, float32, a few arrays at a time."""
+    total = mx.array(0.0)
+    for paths in grouped(gradients, SUMMED):
+        together = mx.concatenate([gradients[path].reshape(-1) for path in paths])  # one sum, not one an array
+        total = total + together.square().sum()
+        mx.eval(total)
+    return total
 
 
 def bytes_of_a_norm(parameters: Any) -> int:
@@ -200,11 +213,6 @@ def _together(updates: Sequence[Update]) -> Update:
         skipped=len(updates) - len(finite),
         without_signal=sum(update.without_signal for update in updates),
     )
-
-
-def _all_zero(arrays: dict[str, mx.array]) -> bool:
-    """Whether no number of a gradient is anything but 0."""
-    return not any(array.any().item() for array in arrays.values())
 
 
 def _not_finite(gradient: Gradient) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+from mlx.utils import tree_flatten
 from planning.test_estimate import recipe
 
 from grpo.config import Recipe
 from grpo.errors import TooLargeError, UserError
 from grpo.model.known import CONFIGS
-from grpo.planning.elsewhere import Elsewhere
+from grpo.planning.elsewhere import Elsewhere, outline_of
 from grpo.planning.estimate import RECKONED, machine_of, report
 from grpo.planning.held import Held
 from grpo.planning.machines import GB, Backend, memory_of
@@ -119,3 +120,30 @@ def test_offloaded_inputs_of_layers_take_no_memory_of_the_device() -> None:
 def test_metal_lends_a_process_a_part_of_a_macs_memory() -> None:
     assert [memory_of(size, "metal") for size in (24, 36, 48)] == [16 * GB, 24 * GB, 36 * GB]
     assert memory_of(24, "cuda") == 24 * GB
+
+
+def test_a_plan_for_a_divided_model_counts_what_one_process_holds() -> None:
+    def weights(**model: object) -> dict[str, int]:
+        cfg = of_8b(model={"name": EIGHT_B, **model})
+        return {path: array.nbytes for path, array in tree_flatten(outline_of(cfg, ANY_LENGTH).parameters())}
+
+    whole, quarter = weights(), weights(shard="tensor", shard_size=4)
+    assert whole.keys() == quarter.keys()
+    divided = {path for path in whole if quarter[path] != whole[path]}
+    assert all(4 * quarter[path] == whole[path] for path in divided)
+    one = "model.layers.7.self_attn.{}_proj.{}".format
+    expected = {one("q", "linear.weight"), one("q", "lora_b"), one("o", "linear.scales"), one("o", "lora_a")}
+    kept = {
+        one("q", "lora_a"),
+        one("o", "lora_b"),
+        "model.embed_tokens.weight",
+        "model.layers.7.input_layernorm.weight",
+    }
+    assert expected <= divided
+    assert not divided & kept
+    cfg = of_8b(model={"name": EIGHT_B, "shard": "tensor", "shard_size": 4})
+    assert there(200, cfg=cfg).plan().stays["weights"] == sum(quarter.values())
+    keys = [there(200, cfg=of).decoding.outside(0, 1) for of in (of_8b(), cfg)]
+    assert keys[0] == 4 * keys[1]
+    with pytest.raises(UserError, match=r"set model\.shard_size to how many"):
+        weights(shard="tensor")

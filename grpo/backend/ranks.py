@@ -49,19 +49,19 @@ class Ranks:
     """
 
     neighbours = 1
+    watch: Watch | None = None
     watching: ClassVar[Watch | None] = None
     """The only one of this machine's process, once it was launched as one of several."""
 
     def __init__(self, group: mx.distributed.Group | None = None, everyone: Ranks | None = None) -> None:
         self.group = group
         self.everyone: Ranks = everyone or self
-        self.watch: Watch | None = everyone.watch if everyone else None
         self._shard: Ranks | None = None
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
         self.patience = _patience()
         if everyone is not None:
-            self.neighbours = everyone.neighbours
+            self.neighbours, self.watch = everyone.neighbours, everyone.watch
         elif group:
             name = socket.gethostname()
             self.neighbours = self.gather(name).count(name)

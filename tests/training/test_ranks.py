@@ -78,10 +78,9 @@ def test_two_processes_give_the_loss_gradient_and_step_of_one(tmp_path) -> None:
 
 def test_measurements_are_divided_even_where_all_rows_would_fit_at_once(recipe) -> None:
     class Two(Ranks):
-        size = 2
-
         def __init__(self) -> None:
-            self.rank = 0
+            super().__init__()
+            self.size = 2
 
     trainer = prepare(load_recipe(recipe)).trainer
     parts = trainer.cfg, trainer.policy, trainer.tasks, trainer.engine, trainer.scorer

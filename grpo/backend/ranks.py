@@ -215,7 +215,8 @@ class Ranks:
         try:
             made = make()
         except BaseException as error:
-            self.shard.gather((None, f"{type(error).__name__}: {error}"))
+            known = isinstance(error, UserError | RunError)
+            self.shard.gather((None, str(error) if known else f"{type(error).__name__}: {error}"))
             raise
         self.shard.gather((made, None))
         return made

@@ -161,8 +161,19 @@ class _Finder:
         """A section whose class, agent or program is found."""
         found: dict[str, Any] = {name: (use := getattr(section, name)) and self.code(use) for name in ("use", "agent")}
         if section.command is not None:
-            found["command"] = tuple(self.beside(w) if looks_like_file(w) else w for w in section.command)
+            found["command"] = tuple(self.word(w) if looks_like_file(w) else w for w in section.command)
         return with_settings(section, found, str(self.path))
+
+    def word(self, word: str) -> str:
+        """A word of a command; a file or folder is named absolutely. Of a link the own name: the Python of a virtual
+        environment is one, and would be another Python by the name that it leads to."""
+        for found in (self.path.parent / word, Path(word)):
+            try:
+                if found.exists():
+                    return os.path.abspath(found)
+            except (OSError, ValueError):  # a name that no file can have
+                continue
+        return word
 
     def taught_by(self, teacher: TeacherConfig) -> TeacherConfig:
         """A teacher whose model or adapter is found."""

@@ -9,6 +9,8 @@ A setting that only the Hub can show enters `REFUSED`, which also holds pairs th
 
 from __future__ import annotations
 
+import sys
+
 TWICE = ("optim.num_iterations=2", "optim.learning_rate=0.02")  # ratios are far from 1 in the second update
 FILTERED = (*TWICE, "rollout.top_k=20")  # the sampler is not the policy
 KL = (*TWICE, "loss.beta=0.1")
@@ -36,6 +38,8 @@ TWO_TALK = (
     *LONG,
 )
 TALK = ("environment={use: 'talk.py:Doubts', workers: 1}", *LONG)
+ASKS = ("environment={agent: 'play.py:run', workers: 1}", *LONG)
+RUNS = (f"environment={{command: [{sys.executable}, play.py], workers: 1}}", *BRIEF)
 HOSTILE = "environment={use: 'talk.py:%s', workers: 1, max_failure_rate: 1}"
 TOOL = ("model.name=talker", "tools=['talk.py:look']", "environment.workers=1", *LONG)
 CORRECTED = (*FILTERED, "loss.importance_sampling_correction=token_mask")
@@ -148,6 +152,8 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "rollout.dynamic_sampling": ("1", "rewards.0.use=grades.py:rarely"),
     "rollout.reuse": ("3", "rewards.0.use=grades.py:rarely", "optim.steps=3"),
     "environment.use": ("talk.py:Twice",),
+    "environment.agent": ("play.py:once", *ASKS),
+    "environment.command": (f"[{sys.executable}, play.py, '1']", *RUNS),
     "environment.name": ("mine", *TALK),
     "environment.kwargs": ("{doubt: Really}", *TALK),
     "environment.weight": ("2", *TALK),
@@ -257,6 +263,11 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("environment.thinking=drop", "environment.thinking: drop drops nothing", TALK),
     ("environment.thinking=drop", "environment.thinking: drop does nothing", TOOL),
     ("environment.kwargs={a: 1}", "kwargs does nothing without use", TOOL),
+    ("environment.kwargs={turns: 1}", "kwargs does nothing with command", RUNS),
+    ("environment.kwargs={turn: 1}", "kwargs.turn: run has no such argument", ASKS),
+    ("environment.timeout=5", "timeout does nothing with agent", ASKS),
+    ("environment.sandbox=true", "sandbox does nothing with command", RUNS),
+    ("environment.use=talk.py:Doubts", "use and agent each say whom the model talks to", ASKS),
     ("environment.weight=2", "does nothing: its class makes trajectories", ("environment.use=talk.py:Twice",)),
     ("advantage.turns=turn", "turn does nothing without environment or tools", ()),
     ("model.revision=main", "model.revision is for Hub repositories", ()),

@@ -121,6 +121,14 @@ def test_an_agent_and_a_command_are_found_beside_the_recipe(tmp_path: Path) -> N
     assert load_recipe(again) == cfg
 
 
+def test_a_link_in_a_command_keeps_its_name(tmp_path: Path) -> None:
+    """The Python of a virtual environment is one, and knows by its name where the packages are."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to("/bin/sh")
+    cfg = load(tmp_path, "environment: {command: [bin/python, ../x.py]}\n")
+    assert cfg.environment.command == (f"{tmp_path}/bin/python", "../x.py")
+
+
 @pytest.mark.parametrize(
     ("section", "called"),
     [

@@ -18,13 +18,6 @@ def result(learning, loss: str, seed: int, before: float, after: float):
     return learning.Result("sorting", loss, seed, [0, 40], [0.1, 1.0], [before, after], 10.0)
 
 
-def test_the_interval_is_students(learning) -> None:
-    assert learning.mean_and_half_width([50.0]) == (50.0, None)
-    mean, half = learning.mean_and_half_width([80.0, 90.0, 100.0])
-    assert mean == 90.0
-    assert half == pytest.approx(4.303 * 10 / 3**0.5)  # deviation 10, three seeds
-
-
 def test_the_table_by_hand(learning) -> None:
     dapo = [result(learning, "dapo", seed, before, after) for seed, before, after in ((0, 0.3, 0.9), (1, 0.4, 0.8))]
     lines = learning.table([*dapo, result(learning, "gspo", 0, 0.25, 0.75)]).splitlines()

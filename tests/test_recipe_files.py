@@ -1,11 +1,14 @@
 """The Python files beside the recipes: a game, a search, and what is made of them."""
 
+import asyncio
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from grpo.config import Recipe
+from grpo.config import EnvironmentConfig, Recipe
 from grpo.environments.making import make_host
 from grpo.plugins import bundled, find_function
 from grpo.recipes import load_recipe
@@ -108,3 +111,50 @@ def test_the_guides_recipe_and_environment_are_what_it_says(tmp_path: Path) -> N
     assert schemas(load_recipe(tmp_path / "shop.yaml")) == ["calculator", "price"]
     learning = load_recipe(RECIPES / "learning" / "shop.yaml")
     assert load_recipe(tmp_path / "shop.yaml").optim == learning.optim
+
+
+def test_the_agent_plays_as_the_environment_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a client that always moves to the left, then says that it has had enough."""
+    agent = loaded("agent_2048.py:run")
+    module = sys.modules[agent.__module__]
+    row = loaded("game_2048.py:boards")("train")[3]
+    asked = []
+
+    class Client:
+        def __init__(self, **_) -> None:
+            self.chat = SimpleNamespace(completions=self)
+
+        async def __aenter__(self):
+            return self
+
+        async def __aexit__(self, *_) -> None: ...
+
+        async def create(self, messages, tools, **_):
+            asked.append(list(messages))
+            called = SimpleNamespace(name="move", arguments='{"direction": "left"}')
+            calls = [SimpleNamespace(id="1", function=called)] if len(asked) < 4 else None
+            message = SimpleNamespace(tool_calls=calls, model_dump=lambda **_: {"role": "assistant"})
+            return SimpleNamespace(choices=[SimpleNamespace(message=message)])
+
+    monkeypatch.setattr(module.openai, "AsyncOpenAI", Client)
+    played = asyncio.run(agent(row, "", ""))
+    game = loaded("game_2048.py:Game2048")()
+    first = row["prompt"][-1]["content"] + game.reset(**row)
+    assert asked[0] == [{"role": "user", "content": first}]
+    said = [message["content"] for message in asked[-1] if message["role"] == "tool"]
+    assert said[0] == module.played(game, SimpleNamespace(name="move", arguments='{"direction": "left"}'))
+    assert played["moves"] == 3
+    assert played["reward"] > 0
+    wrong = SimpleNamespace(name="move", arguments='{"way": 1}')
+    assert "error" in module.played(game, wrong)
+
+
+def test_the_guides_agent_takes_what_it_is_given(tmp_path: Path) -> None:
+    guide = (RECIPES / "ENVIRONMENTS.md").read_text(encoding="utf-8")
+    (tmp_path / "agent.py").write_text(re.findall(r"```python\n(.+?)```", guide, re.DOTALL)[1])
+    host = make_host(EnvironmentConfig(agent=f"{tmp_path}/agent.py:run"))
+    try:
+        assert host.problem(["prompt", "question", "answer"]) is None
+        assert "missing a required argument: 'answer'" in host.problem(["prompt", "question"])
+    finally:
+        host.close()

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import wandb
 from rich.console import Console
+from runs.agents import AGENT
 from runs.conversing import calls_first_tool, talker, thinker
 from runs.driver import timeless
 from settings_table import EVAL, FILTERED, KL, MATTERS, REFUSED, SAVING, TALK, TOOL, WANDB
@@ -222,6 +223,7 @@ def bench(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (folder / "grades.py").write_text(GRADES)
     (folder / "loss.py").write_text(LOSS)
     (folder / "talk.py").write_text(TALKS)
+    (folder / "play.py").write_text(AGENT)
     (folder / "choose.py").write_text(CHOOSING)
     for name, rates in (("rates.jsonl", {0: 0.0, 1: 0.5, 2: 1.0}), ("others.jsonl", {0: 0.5, 3: 1.0})):
         SolveRates.of(rates, load_rows(DataConfig(source=str(folder / "train.jsonl"))), {}).write(folder / name)

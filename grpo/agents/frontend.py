@@ -40,17 +40,12 @@ class Frontend:
         `seconds`: what ends rollouts are their own limits."""
         self.decoder = TrainingDecoder()
         self._speaker, self._model, self._seconds = speaker, model, seconds
+        speaker.refuses_long = False  # a rollout is to know of it
         self._key = secrets.token_urlsafe(24)
         self._service: Service | None = None
         self._server: Any = None
         self._thread: Thread | None = None
         self._url = ""
-
-    def check(self) -> None:
-        """Raise UserError where what serving needs is not installed."""
-        with extra("serve", "environment.agent"):
-            import starlette  # noqa: F401
-            import uvicorn  # noqa: F401
 
     def open(self, inbox: Inbox[Mail], rules: SessionRules) -> SessionDoor:
         """Begin a session, whose requests come to the inbox."""
@@ -75,16 +70,15 @@ class Frontend:
             self._server = self._thread = self._service = None
 
     def _start(self, rules: SessionRules) -> Service:
-        self.check()
-        from grpo.serving import server
-        from grpo.serving.app import application
-
+        with extra("serve", "environment.agent"):
+            from grpo.serving import server
+            from grpo.serving.app import application
         limits = ServingLimits(MOST_REQUESTS, self._seconds)
         models = PolicyModels(self._model)
         service = Service(self.decoder, self._speaker, models, rules.sampling, limits, sessions_only=True)
         at = server.listening("127.0.0.1", 0)
         self._url = server.url_of(at).removesuffix("/v1")
-        self._server = server.made(application(service, Guard(self._key)), drain=0, connections=None)
+        self._server = server.made(application(service, Guard(self._key)), drain=1, connections=None)
         self._thread = Thread(target=self._server.run, args=([at],), name="agents' server", daemon=True)
         self._thread.start()
         until = time.monotonic() + START_SECONDS

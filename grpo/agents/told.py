@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grpo.serving.sessions import Said, marks_of
+from grpo.serving.sessions import Answered, marks_of
 from grpo.types import Message
 
 Told = tuple[tuple[Message, ...], tuple[Message, ...]]
 """The messages before the first answer, and all that came after them."""
 
 
-def conversation_of(said: Sequence[Said]) -> Told:
+def conversation_of(said: Sequence[Answered]) -> Told:
     """The answers of a session in their order, each with what its request added.
 
     A request that goes on from all before has added what is new at its end; any other, such as that of a second agent,

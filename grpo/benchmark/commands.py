@@ -255,6 +255,18 @@ def waiting(
     return waiting_costs(setting, turns, Sleeps(seconds, power))
 
 
+@command(prompt_length=128, completion_length=128, runs=3)
+def serve(
+    setting: "Setting",
+    clients: Annotated[str, typer.Option(help="How many ask at once: a case for each number.")] = "1,8,64",
+    alone: Annotated[bool, typer.Option("--alone", help="Leave mlx-lm's server out.")] = False,
+) -> Measurements:
+    """What clients get from `grpo serve`, whole and streamed, beside the generator alone and mlx_lm.server: tok/s."""
+    from grpo.benchmark.serving import numbers_of, serving_costs
+
+    return serving_costs(setting, numbers_of(clients), peer=not alone)
+
+
 @command(**LOAD, lora=True)
 def sampling(setting: "Setting") -> Measurements:
     """What each sampling filter costs: tok/s of the generator, held against sampling at temperature 1."""

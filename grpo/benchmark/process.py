@@ -51,26 +51,27 @@ class Peer:
 
     def _run(self) -> Values:
         resident = watch_resident(self._process.pid)
-        values = self._answer()
+        values = self.answer()
         return {**{unit: float(value) for unit, value in values.items()}, **resident()}
 
-    def _answer(self) -> Mapping[str, Any]:
-        """Raises RunError, with what the process said last, where it has not measured anything."""
+    def answer(self, line: str = "") -> Mapping[str, Any]:
+        """Send a line, and return what the process measured. Raises RunError, with what the process said last, where it
+        has not measured anything."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        line = ""
+        told = ""
         try:
-            self._process.stdin.write("\n")
+            self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-            values = json.loads(line)
+            told = self._process.stdout.readline()
+            values = json.loads(told)
             if isinstance(values, dict):
                 return values
-            why = f"it answered {line.strip()[-TOLD:]!r}"
+            why = f"it answered {told.strip()[-TOLD:]!r}"
         except BrokenPipeError:
             why = self._said()
         except ValueError as error:
-            why = f"{error}: {line.strip()[-TOLD:]!r}" if line else self._said()
+            why = f"{error}: {told.strip()[-TOLD:]!r}" if told else self._said()
         raise RunError(f"{self.name} by {self._program} failed: {why}")
 
     def _said(self) -> str:

@@ -37,7 +37,8 @@ def serve(
     generator: the same tokens for the same seed. `model` in a request is base, RUN (the newest checkpoint when this
     began) or RUN@STEP. With return_token_ids and logprobs an answer has the token ids, and fp32 logprobs at the
     sampling temperature. What a request leaves out is sampled as in the run's training. SIGTERM and Ctrl-C let requests
-    under way be answered first. Needs pip install 'grpo-mlx[serve]'.
+    under way be answered first, and the exit code is 0; while the model loads they end it at once, with 130 or 143.
+    Needs pip install 'grpo-mlx[serve]'.
     """
     from grpo.serving.service import ServingLimits
     from grpo.tools.serve import Serving

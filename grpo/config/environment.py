@@ -11,6 +11,7 @@ from pydantic import Field, GetJsonSchemaHandler, model_validator
 
 from grpo.config.rewards import DAY
 from grpo.config.section import LARGE, Above0, Fraction, Name, Positive, Section, Tokens
+from grpo.plugins import SESSION
 
 Seconds = Annotated[float, Field(ge=0.01, le=DAY)]
 AGENT_SECONDS = 3600.0
@@ -129,7 +130,7 @@ class EnvironmentConfig(Section):
         if self.command:
             return Path([*filter(looks_like_file, self.command[1:]), self.command[0]][0]).stem
         place, _, function = (self.use or self.agent or "").rpartition(":")
-        if not place or (self.agent and function == "run"):
+        if not place or (self.agent and function == "run" and place != SESSION):
             place = place or function
             return Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
         return function

@@ -45,7 +45,8 @@ def partner_sections(
         raise UserError(f"{said_by}: environment does nothing beside environments: name it there, or leave them out")
     if environment is not None:
         own = _section(environment, functions, f"{said_by}: environment")
-        settings |= {f"environment.{name}": value for name, value in {"kwargs": {}, **own}.items()}
+        others: Sections = {"use": None, "agent": None, "command": None, "kwargs": {}}  # of the recipe's own
+        settings |= {f"environment.{name}": value for name, value in {**others, **own}.items()}
         settings["environments"] = {}
     if environments is not None:
         if not isinstance(environments, Mapping):
@@ -62,14 +63,19 @@ def partner_sections(
     return settings
 
 
-def _section(given: Any, functions: dict[str, Function], what: str, tool: bool = False) -> Sections:
-    """A section of the recipe; an object stands in it by its name, and in `functions`."""
+def _section(
+    given: Any, functions: dict[str, Function], what: str, tool: bool = False, setting: str = "use"
+) -> Sections:
+    """A section of the recipe; an object stands in it by its name, as `setting`, and in `functions`."""
     if isinstance(given, Mapping):
-        if "use" not in given:
+        if not tool and "command" in given:
+            return dict(given)
+        setting = "agent" if not tool and "agent" in given else "use"
+        if setting not in given:
             raise UserError(f"{what}: expected a dict with use, as in a recipe, got one with {', '.join(given)}")
-        return {**given, **_section(given["use"], functions, what, tool)}
+        return {**given, **_section(given[setting], functions, what, tool, setting)}
     if isinstance(given, str):
-        return {"use": given}
+        return {setting: given}
     if not tool and hasattr(given, "rollout"):
         given = as_environment(given, what.partition(":")[0])
         kind: Any = type(given)
@@ -81,4 +87,4 @@ def _section(given: Any, functions: dict[str, Function], what: str, tool: bool =
         raise UserError(f'{what}: expected {wanted}{own}, or a name such as "file.py:name", got {kind_of(given)}')
     use = name_of(kind, functions)
     functions[use] = given
-    return {"use": use}
+    return {setting: use}

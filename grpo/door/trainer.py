@@ -86,7 +86,8 @@ class Trainer:
         source     a function, or a class, that makes the source of tasks from the stream of the recipe's data: a
                    curriculum, say; see `grpo.data.source.Source`
         environment  whom the model talks to in several turns: a class, or a function that makes an object, as TRL's
-                   `environment_factory`; an object with `async def rollout(self, task, sampler)`; or `"file.py:Class"`
+                   `environment_factory`; an object with `async def rollout(self, task, sampler)`; or `"file.py:Class"`.
+                   `{"agent": run}` is a function that asks the model itself, `{"command": [...]}` such a program
         environments  several of them by name, in a dict; the data's column `environment` says which
         tools      a list of functions and classes that the model may call, and names such as `"calculator"`
         callbacks  one function, or a list of functions, that are called, after the run's own logs, with each

@@ -18,6 +18,7 @@ from grpo.environments.host import EnvironmentHost, HostTerms
 from grpo.environments.inline import InlineHome
 from grpo.environments.process import ProcessHome, ProcessTerms
 from grpo.environments.program import ProgramAt
+from grpo.environments.seats import ConversationLimits
 from grpo.environments.toolbox import Maker, Makers
 from grpo.errors import UserError
 from grpo.plugins import Function, Located, locate_tool
@@ -71,6 +72,11 @@ def make_host(
         made = replace(made, make=partial(FunctionAgent, made.make))
     name = config.called if config.is_agent else config.name
     return EnvironmentHost(lambda _: InlineHome(Makers(made, makers), name), replace(terms, workers=1))
+
+
+def limits_of(config: EnvironmentConfig) -> ConversationLimits:
+    """What ends a conversation early, by the recipe."""
+    return ConversationLimits(config.max_turns, config.max_tool_calls, config.max_turn_tokens, config.rollout_timeout)
 
 
 def _located(config: EnvironmentConfig) -> Located | None:

@@ -25,8 +25,10 @@ def format_of(template: Template, thinking: Thinking | None) -> CallFormat | Non
         return HARMONY if {"<|channel|>", "<|message|>"} <= set(template.special) else None
     _check_tools_shown(template)
     examples = [_example(tool) for tool in template.tools]
+    others = [replace(template, tools=(tool,)) for tool in template.tools[1:]]  # all of them each time took seconds
+    shown = [template, *others]
     for one in [*inferred, *FORMATS]:
-        if all(_reads_back(template, one, thinking, [example]) for example in examples):
+        if all(_reads_back(own, one, thinking, [call]) for own, call in zip(shown, examples, strict=True)):
             return one
     if inferred and not _writes(template, examples[0]):
         return replace(inferred[0], name=f"{inferred[0].name}, untested since the chat template writes none")

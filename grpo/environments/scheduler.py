@@ -144,6 +144,8 @@ class Scheduler:
         in every run, and are decoded beside the same others, on which the last bits of their numbers depend.
         """
         alarm = min((moment for moment, _, gate in self._alarms if not gate.is_open), default=inf)
+        if wait and not any(gate.done for gate in self._outside):
+            self._note(alarm)  # nothing is held up meanwhile
         if self._punctual and self._awaits:
             now = time.monotonic()
             late = min(alarm, now + GRACE + SHARE * (now - self._began) - self._waited)
@@ -151,8 +153,6 @@ class Scheduler:
                 self._note(late)
                 self._punctual = time.monotonic() < late
             self._waited += time.monotonic() - now
-        if wait and not any(gate.done for gate in self._outside):
-            self._note(alarm)
         while not self._posted.empty():
             self._note(0)
         for gate in [gate for gate in self._outside if gate.done]:

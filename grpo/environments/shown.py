@@ -92,7 +92,7 @@ def end_of(trajectory: Trajectory) -> list[Said]:
     if talk.failure is not None:
         return [Said("", f"the environment failed: {talk.failure}")]
     ended = "" if reason == "stop" else f"ended by {reason}"
-    outcome = "" if talk.outcome is None else f"get_reward {talk.outcome:g}"
+    outcome = "" if talk.outcome is None else f"rewarded {talk.outcome:g}"
     return [Said("", f"({', '.join(filter(None, [ended, outcome]))})")] if ended or outcome else []
 
 

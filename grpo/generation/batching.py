@@ -127,7 +127,8 @@ class Run:
             if self._flying is not None and self._flying.width > 1:
                 events = self.drain()
             elif self._flying is not None and self.seats.overlaps and self.seats.will_rearrange():
-                return self.drain()
+                events = self.drain()
+                break
             width = self._next_width()
             if width > 1 and self._flying is not None:
                 events = self.drain()

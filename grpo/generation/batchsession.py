@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from grpo.generation.buffers import PREFILL_TOKENS
 from grpo.generation.caches import Caches, copy_states, empty, extended, is_plain, is_recurrent, merged, prefilled
-from grpo.generation.rows import Kept, Line, SharedPrompt
+from grpo.generation.rows import Computed, Kept, Line, SharedPrompt
 from grpo.generation.slots import Size
 
 
@@ -57,6 +57,8 @@ class BatchCachesSession:
             _source(row): [*row.prompt.ids, *row.token_ids] for row in whole
         }
         missing |= {row.prompt: row.prompt.ids for row in rows if row.kept is None and row not in whole}
+        missing = {source: ids for source, ids in missing.items() if source not in self._ready}
+        self._go_on_from_known(missing)
         self._prefill({source: ids for source, ids in missing.items() if source not in self._ready})
         self._extend([row for row in rows if row.kept or (row.token_ids and row not in whole)])
         entering = [(slot, self._ready[_source(row)]) for slot, row in zip(slots, rows, strict=True)]
@@ -79,6 +81,11 @@ class BatchCachesSession:
         mx.eval([cache.state for cache in caches])
         return Kept(self._step - self._starts[slot], caches, sum(cache.nbytes for cache in caches))
 
+    def whole(self, slot: int, row: Line) -> Computed:
+        kept = self.take(slot, len(row.token_ids))
+        ids = (*row.prompt.ids, *row.token_ids)[: len(row.prompt.ids) - 1 + kept.fed]
+        return Computed(ids, kept.state, kept.nbytes, type(self), cuts=False)
+
     def release(self, slot: int) -> None:
         self._released.add(slot)
         if all(other in self._released for batch in self._batches for other in batch.slots):
@@ -86,6 +93,15 @@ class BatchCachesSession:
 
     def forget(self, prompt: SharedPrompt) -> None:
         self._ready.pop(prompt, None)
+
+    def _go_on_from_known(self, sources: Iterable[SharedPrompt | Line]) -> None:
+        """Feed prompts the tokens that their known beginnings lack."""
+        for prompt in sources:
+            if not isinstance(prompt, SharedPrompt) or (known := prompt.known) is None or known.by is not type(self):
+                continue
+            if first := known.usable(prompt.ids):
+                pending = prompt.ids[first:-1]
+                (self._ready[prompt],) = extended(self._model, [deepcopy(known.state)], [pending], together=False)
 
     def _extend(self, rows: Sequence[Line]) -> None:
         """Feed the rows' tokens that their caches, or the prompts', do not hold yet."""

@@ -15,7 +15,7 @@ from grpo.generation.attention import Attention, FusedRowAttention
 from grpo.generation.buffers import PREFILL_CHUNK, PREFILL_TOKENS, CacheShape, prefill_chunk
 from grpo.generation.caches import extends_together
 from grpo.generation.decoders import BlockDecoder, Decoder
-from grpo.generation.rows import Kept, Line, SharedPrompt
+from grpo.generation.rows import Computed, Kept, Line, SharedPrompt
 from grpo.generation.shared import SharedPrefixSession
 from grpo.generation.slots import Size
 from grpo.model.logprobs import rounding
@@ -61,6 +61,10 @@ class Session(Protocol):
 
     def take(self, slot: int, most: int) -> Kept:
         """Copy what a slot's row needs to continue later, without what was fed beyond `most` tokens if it can be."""
+        ...
+
+    def whole(self, slot: int, row: Line) -> Computed:
+        """Copy keys and values of a slot's row and its prompt, without the row's last token if they can be cut."""
         ...
 
     def release(self, slot: int) -> None:

@@ -77,7 +77,7 @@ class Engine:
         _check(submission)
         stopping = self._rules(submission.sampling)
         if submission.beside is None:
-            prompt = SharedPrompt(submission.prompt_ids, submission.n)
+            prompt = SharedPrompt(submission.prompt_ids, submission.n, submission.known)
         else:
             prompt = submission.beside.prompt
             prompt.join(submission.n)
@@ -88,6 +88,7 @@ class Engine:
         for row, opening in zip(rows, submission.openings or [()] * len(rows), strict=True):
             row.open([int(token) for token in opening])
         for row in rows:
+            row.remember = submission.remember
             self._run.begin(row)
         return rows
 

@@ -15,6 +15,7 @@ from functools import cache
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
@@ -162,9 +163,10 @@ class Lanes:
         share = None if kept_bytes is None else kept_bytes // count
         self.runs = [Run(lambda: self._common, most, Parking(share), in_turn) for most in self._slots]
         self._waiting: deque[Row] = deque()
-        self._lane: dict[Row, int] = {}
-        self._pieces: list[dict[SharedPrompt, SharedPrompt]] = [{} for _ in self.runs]
-        self._home: dict[SharedPrompt, int] = {}  # the lane of each piece
+        # Weakly, or an engine that serves for days would hold all rows that it has had.
+        self._lane: WeakKeyDictionary[Row, int] = WeakKeyDictionary()
+        self._pieces = [WeakKeyDictionary[SharedPrompt, SharedPrompt]() for _ in self.runs]
+        self._home: WeakKeyDictionary[SharedPrompt, int] = WeakKeyDictionary()  # the lane of each piece
 
     @property
     def busy(self) -> bool:
@@ -284,7 +286,7 @@ class Lanes:
 
     def _piece(self, lane: int, whole: SharedPrompt) -> SharedPrompt:
         """The prompt as this lane has it, for one row more: what is counted there are the lane's own rows."""
-        piece = self._pieces[lane].setdefault(whole, SharedPrompt(whole.ids, 0))
+        piece = self._pieces[lane].setdefault(whole, SharedPrompt(whole.ids, 0, whole.known))
         piece.join(1)
         self._home[piece] = lane
         return piece

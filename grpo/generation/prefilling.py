@@ -24,8 +24,9 @@ class PlaceCache:
     A chunk of tokens sees its own keys and values as they were computed, and those of earlier chunks as they are kept.
     """
 
-    def __init__(self, layer: Layer, places: mx.array) -> None:
-        self._layer, self._places, self.offset = layer, places, 0
+    def __init__(self, layer: Layer, places: mx.array, offset: int = 0) -> None:
+        """`offset` tokens are there already."""
+        self._layer, self._places, self.offset = layer, places, offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
         first, self.offset = self.offset, self.offset + keys.shape[2]
@@ -60,18 +61,21 @@ class PlaceCache:
         return self._layer.arrays()
 
 
-def prefill(model: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence[Layer], places: Sequence[int]) -> None:
-    """Put the keys and values of prompts, without their last tokens, into prefix places.
+def prefill(
+    model: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence[Layer], places: Sequence[int], first: int = 0
+) -> None:
+    """Put the keys and values of prompts, without their last tokens, into prefix places, where those of the `first`
+    tokens are already.
 
     Prompts are padded on the right, which causal attention does not see, and go through the model in chunks. On a CPU
     they are padded far enough for a prompt's keys and values to be the same to the bit beside any others, and attention
     and gated layers are computed as in training.
     """
-    width = max(map(len, prompts)) - 1
+    width = max(map(len, prompts)) - 1 - first
     if width == 0:
         return
-    rows = mx.array([[*ids[:-1], *[0] * (width + 1 - len(ids))] for ids in prompts])
-    caches = [PlaceCache(layer, mx.array(list(places))) for layer in layers]
+    rows = mx.array([[*ids[first:-1], *[0] * (width + 1 + first - len(ids))] for ids in prompts])
+    caches = [PlaceCache(layer, mx.array(list(places)), first) for layer in layers]
     last = width % prefill_chunk() % NARROWEST  # of the last chunk the last tile
     least = width - last + fewest_columns() if last else width
     with nullcontext() if on_gpu() else InTiles(model).begun():

@@ -27,6 +27,9 @@ class Submission:
     `openings` are what each row's own prompt has after the shared one, which may be nothing: no limit counts these
     tokens. Without any, all rows begin after `prompt_ids`. `beside` is a row with the same `prompt_ids`, whose keys and
     values of the prompt are shared.
+
+    Of the `known` keys and values those are used that belong to the beginning of the prompt. With `remember`, a row
+    that has ended leaves its own in `Row.computed`.
     """
 
     prompt_ids: Sequence[int]
@@ -36,17 +39,46 @@ class Submission:
     n: int = 1
     logprobs: bool = True
     keep: bool = False
+    known: Computed | None = None
+    remember: bool = False
     openings: Sequence[Sequence[int]] = ()
     beside: Row | None = None
     first: int = 0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Keys and values of `token_ids` from the first on, outside of all buffers, for a later prompt that begins alike.
+
+    They are of the weights that computed them. The form of `state` depends on the kind of session that made it, `by`.
+    `cuts` says whether it can be cut: if not, all of it must be in the prompt.
+    """
+
+    token_ids: Sequence[int]
+    state: Any
+    nbytes: int
+    by: type
+    cuts: bool
+
+    def usable(self, prompt_ids: Sequence[int]) -> int:
+        """How many tokens of a prompt it saves, which are all but the last at most."""
+        shared = self.shared(prompt_ids[:-1])
+        return shared if self.cuts or shared == len(self.token_ids) else 0
+
+    def shared(self, token_ids: Sequence[int]) -> int:
+        """How many tokens at the beginning are the same."""
+        pairs = zip(self.token_ids, token_ids, strict=False)
+        return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(self.token_ids), len(token_ids)))
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class SharedPrompt:
-    """A prompt that `n` rows share. `left` of them may still decode, `unstarted` have not begun."""
+    """A prompt that `n` rows share. `left` of them may still decode, `unstarted` have not begun. What is `known` of it
+    need not be computed."""
 
     ids: Sequence[int]
     n: int = 1
+    known: Computed | None = None
     left: int = field(init=False)
     unstarted: int = field(init=False)
 
@@ -100,20 +132,23 @@ class Line:
         return own[self.kept.fed if self.kept else 0 : -1]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True, weakref_slot=True)
 class Row(Line):
     """A completion in progress, and the handle to extend, park and release it.
 
     `token_ids` are all tokens after the prompt. `logprobs` and `sampler_logprobs`, if requested, have one entry for
     each, 0 for tokens that were not sampled; `injected` has the ranges of those. There are at most `longest`, with the
-    opening. `finish_reason` is None until the row ends. The other fields are the engine's: `launched` counts the tokens
-    whose steps have been launched, and `queued_at` is the moment (`time.perf_counter`) at which the row was queued.
+    opening. `finish_reason` is None until the row ends. A row that is to `remember` has `computed` one step later at
+    most. The other fields are the engine's: `launched` counts the tokens whose steps have been launched, and
+    `queued_at` is the moment (`time.perf_counter`) at which the row was queued.
     """
 
     key: mx.array
     stopping: Stopping
     wants_logprobs: bool = True
     keep: bool = False
+    remember: bool = False
+    computed: Computed | None = None
     state: State = "queued"
     logprobs: list[float] = field(default_factory=list)
     sampler_logprobs: list[float] = field(default_factory=list)

@@ -39,7 +39,7 @@ class Seats:
         self.rows: list[Row | None] = []
         self.queue: deque[Row] = deque()
         self.away = 0
-        self._leaving: list[tuple[int, Row, int]] = []
+        self._leaving: list[tuple[int, Row, int, bool]] = []
         self._stall = 0.0  # seconds that letting rows enter took of late
         self._holding: bool | None = None  # whether the queue waits at this step, once that is decided
         self._unfit = False  # rows have come that the buffers were not made to fit
@@ -71,11 +71,11 @@ class Seats:
 
     def leave(self, row: Row, keep: bool) -> None:
         """Take a row out of its slot, if it has one. With `keep`, its keys and values are saved before others overwrite
-        them."""
+        them, as they are of a row that is to remember them."""
         if (slot := blank(self.rows, row)) is None:
             return
-        if keep:
-            self._leaving.append((slot, row, len(row.token_ids)))
+        if keep or row.remember:
+            self._leaving.append((slot, row, len(row.token_ids), keep))
         else:
             self._session.release(slot)
             self.spare(row.prompt)
@@ -144,13 +144,15 @@ class Seats:
     def close(self) -> None:
         """Free all buffers."""
         if self._opened is not None:
+            self._take_out()
             self._opened.close(self._session)
             del self._session, self._samplers, self._tokens
-        self.rows, self._leaving, self._opened = [], [], None
+        self.rows, self._opened = [], None
 
     def abandon(self) -> None:
         """Free all buffers, and everything that rows have kept outside of them; no row will come back."""
         self.queue.clear()
+        self._leaving.clear()
         self.parking.clear()
         self.away = 0
         self.close()
@@ -179,11 +181,15 @@ class Seats:
         return bool(self.queue or self.away)
 
     def _take_out(self) -> None:
-        for slot, row, tokens in self._leaving:
-            if row.state != "released":
+        for slot, row, tokens, keep in self._leaving:
+            if row.remember and row.state != "released":
+                row.computed = self._session.whole(slot, row)
+            if keep and row.state != "released":
                 # Without the row's last token, which a step under way may have fed or not.
                 self.parking.put(row, self._session.take(slot, tokens))
             self._session.release(slot)
+            if not keep:
+                self.spare(row.prompt)
         self._leaving.clear()
 
     def _begin(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,7 @@ from grpo.generation.buffers import PREFILL_TOKENS, CacheShape, KeysValues
 from grpo.generation.caches import extended, filled
 from grpo.generation.decoders import Decoder
 from grpo.generation.prefilling import prefill
-from grpo.generation.rows import Kept, Line, SharedPrompt
+from grpo.generation.rows import Computed, Kept, Line, SharedPrompt
 from grpo.generation.slots import Size, Slots
 
 
@@ -79,7 +80,18 @@ class SharedPrefixSession:
         columns = min(self._slots.own(slot), most)
         state = [layer.take(slot, columns) for layer in self._layers]
         mx.eval(state)
-        return Kept(columns, state, sum(array.nbytes for _, array in tree_flatten(state)))
+        return Kept(columns, state, _bytes(state))
+
+    def whole(self, slot: int, row: Line) -> Computed:
+        columns = min(self._slots.own(slot), len(row.token_ids))
+        place, length = self._place[row.prompt], len(row.prompt.ids) - 1
+        own = [layer.numbers(layer.take(slot, columns)) for layer in self._layers]
+        state = [
+            _joined(layer.prompt(place, length), numbers) for layer, numbers in zip(self._layers, own, strict=True)
+        ]
+        mx.eval(state)
+        ids = (*row.prompt.ids, *row.token_ids)[: length + columns]
+        return Computed(ids, state, _bytes(state), type(self), cuts=True)
 
     def release(self, slot: int) -> None:
         self._seated[slot] = None
@@ -124,6 +136,12 @@ class SharedPrefixSession:
         return self._place.pop(idle)
 
     def _prefill(self, new: Sequence[SharedPrompt]) -> None:
+        """Compute prompts, those with known beginnings one by one from there on."""
+        known = {prompt: self._put_known(prompt) for prompt in new}
+        for prompt, first in known.items():
+            if first:
+                prefill(self._model, [prompt.ids], self._layers, [self._place[prompt]], first)
+        new = [prompt for prompt, first in known.items() if not first]
         width = max(1, self._slots.size.prefix)
         at_once = max(1, PREFILL_TOKENS // width)
         for start in range(0, len(new), at_once):
@@ -131,6 +149,16 @@ class SharedPrefixSession:
             prefill(
                 self._model, [prompt.ids for prompt in part], self._layers, [self._place[prompt] for prompt in part]
             )
+
+    def _put_known(self, prompt: SharedPrompt) -> int:
+        """Put the known beginning of a prompt into its place. Returns how many tokens that are."""
+        known = prompt.known
+        first = known.usable(prompt.ids) if known is not None and known.by is type(self) else 0
+        if known is not None and first:
+            place = mx.array([self._place[prompt]])
+            for layer, (keys, values) in zip(self._layers, known.state, strict=True):
+                layer.insert(place, (keys[:, :, :first], values[:, :, :first]))
+        return first
 
     def _bring(self, entering: Sequence[tuple[int, Line]]) -> None:
         """Put rows' own keys and values into their slots: what they have kept, and what is computed here."""
@@ -160,7 +188,14 @@ class SharedPrefixSession:
         if row.kept is None:
             return prompts
         kept = [layer.numbers(taken) for layer, taken in zip(self._layers, row.kept.state, strict=True)]
-        return [
-            (mx.concatenate([prompt[0], own[0]], axis=2), mx.concatenate([prompt[1], own[1]], axis=2))
-            for prompt, own in zip(prompts, kept, strict=True)
-        ]
+        return [_joined(prompt, own) for prompt, own in zip(prompts, kept, strict=True)]
+
+
+def _joined(first: KeysValues, second: KeysValues) -> KeysValues:
+    """Keys and values of tokens, and of those behind them."""
+    keys, values = (mx.concatenate([one, more], axis=2) for one, more in zip(first, second, strict=True))
+    return keys, values
+
+
+def _bytes(state: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(state))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,9 @@ from grpo.backend.imports import extra
 from grpo.config import EnvironmentConfig, RolloutConfig
 from grpo.config.data import SELECTED_BY
 from grpo.data.prompts import PromptRenderer
+from grpo.environments.making import limits_of
 from grpo.environments.sampler import Sampler
-from grpo.environments.seats import ConversationLimits, Host
+from grpo.environments.seats import Host
 from grpo.rollout import sampling_of
 from grpo.serving.speaker import Speaker
 from grpo.types import Task, Trajectory
@@ -26,18 +28,25 @@ NOTE = "agents ask the model by an endpoint of this process, on this machine alo
 
 @dataclass(frozen=True, slots=True)
 class AgentsByName:
-    """The agents of a run by the value of the column `environment`; the only ones go by the empty name."""
+    """Agents of a run by the value of the column `environment`; the only ones go by the empty name.
+
+    `speaker` writes the prompts of all of them, which `longest_answer` tokens may follow.
+    """
 
     agents: Mapping[str, Agents]
+    speaker: Speaker
+    longest_answer: int
 
     async def rollout(self, task: Task, sampler: Sampler) -> list[Trajectory]:
         name = "" if "" in self.agents else task.columns[SELECTED_BY]
         return await self.agents[name].rollout(task, sampler)
 
     def prompts_like(self, readers: Mapping[str, PromptRenderer]) -> None:
-        """Let first prompts be as long as the prompts of each source may be."""
+        """Let first prompts be as long as those of their source may be."""
+        limits = {name: reader.cfg.max_prompt_length for name, reader in readers.items()}
+        self.speaker.longest = max(limits.values()) + self.longest_answer
         for agents in self.agents.values():
-            agents.limits = {name: reader.cfg.max_prompt_length for name, reader in readers.items()}
+            agents.limits = limits
 
 
 def check_endpoint(place: str) -> None:
@@ -47,38 +56,30 @@ def check_endpoint(place: str) -> None:
         import uvicorn  # noqa: F401
 
 
-def endpoint(
-    tokenizer: TokenizerWrapper, renderer: PromptRenderer, vocabulary: int, model: str, rollout: RolloutConfig
-) -> Frontend:
-    """The server that agents ask, which listens from the first rollout on. `model` is the model's own name.
-
-    Messages become tokens as `renderer` has prompts of messages, by the same arguments of the chat template.
-    """
-    longest = renderer.cfg.max_prompt_length + rollout.max_completion_length
-    return Frontend(Speaker(tokenizer, vocabulary, longest, renderer.cfg.chat_template_kwargs), model)
-
-
 def agents_of(
     hosts: Mapping[str, tuple[Host, EnvironmentConfig]],
-    frontend: Frontend,
+    tokenizer: TokenizerWrapper,
     renderer: PromptRenderer,
     rollout: RolloutConfig,
     seed: int,
+    model: str,
+    closing: ExitStack,
 ) -> AgentsByName:
-    """Who makes trajectories of what agents ask and are answered."""
-    cfg, recipe = renderer.cfg, sampling_of(rollout)
-    return AgentsByName(
-        {
-            name: Agents(
-                host,
-                frontend,
-                ConversationLimits(config.max_turns, None, config.max_turn_tokens, config.rollout_timeout),
-                seed,
-                cfg.max_prompt_length,
-                recipe,
-                cfg.system,
-                config.thinking == "keep",
-            )
-            for name, (host, config) in hosts.items()
-        }
-    )
+    """Who makes trajectories of what agents ask and are answered. `closing` ends the endpoint, which listens from the
+    first rollout on.
+
+    Messages become tokens as `renderer` has prompts of messages, with the same arguments of the chat template. Agents
+    may ask for the model by the name `model`.
+    """
+    assert renderer.vocabulary is not None, "what agents send is checked against it"
+    cfg, recipe, answer = renderer.cfg, sampling_of(rollout), rollout.max_completion_length
+    longest = cfg.max_prompt_length + answer
+    speaker = Speaker(tokenizer, renderer.vocabulary, longest, cfg.chat_template_kwargs)
+    frontend = Frontend(speaker, model)
+    closing.callback(frontend.close)
+    common = seed, cfg.max_prompt_length, recipe, cfg.system
+    agents = {
+        name: Agents(host, frontend, limits_of(config), *common, config.thinking == "keep")
+        for name, (host, config) in hosts.items()
+    }
+    return AgentsByName(agents, speaker, answer)

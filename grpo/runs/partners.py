@@ -16,11 +16,11 @@ from grpo.environments.anew import Anew
 from grpo.environments.chat import DROPS, KEEPS, Chat
 from grpo.environments.conversations import Conversations
 from grpo.environments.environment import Environment
-from grpo.environments.making import make_host
+from grpo.environments.making import limits_of, make_host
 from grpo.environments.play import Table
-from grpo.environments.seats import Content, ConversationLimits, Description, Host
+from grpo.environments.seats import Content, Description, Host
 from grpo.errors import UserError
-from grpo.runs.agents import NOTE, agents_of, check_endpoint, endpoint
+from grpo.runs.agents import NOTE, agents_of, check_endpoint
 from grpo.runs.given import Given
 from grpo.types import Task
 
@@ -81,11 +81,8 @@ class Partners:
         if not self.hosts:
             return self.own, []
         if self.are_agents:
-            assert renderer.vocabulary is not None, "what agents send is checked against it"
-            frontend = endpoint(tokenizer, renderer, renderer.vocabulary, model, rollout)
-            self.opened.callback(frontend.close)
             said = [described(host.description) for host, _ in self.hosts.values()]
-            return agents_of(self.hosts, frontend, renderer, rollout, seed), [*said, NOTE]
+            return agents_of(self.hosts, tokenizer, renderer, rollout, seed, model, self.opened), [*said, NOTE]
         templated = renderer.wraps_text or not isinstance(task.prompt, str)
         tables, notes = {}, []
         for name, (host, config) in self.hosts.items():
@@ -224,11 +221,6 @@ def workers_for(groups: int) -> int:
     some 50 MB.
     """
     return max(1, min(max(os.cpu_count() or 1, MOST_WORKERS), groups))
-
-
-def limits_of(config: EnvironmentConfig) -> ConversationLimits:
-    """What ends a conversation early, by the recipe."""
-    return ConversationLimits(config.max_turns, config.max_tool_calls, config.max_turn_tokens, config.rollout_timeout)
 
 
 def _alone(

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -81,7 +82,7 @@ class ChatForm:
         if delta.reasoning:
             said["reasoning_content"] = delta.reasoning
         if delta.calls:
-            calls = as_calls(delta.calls, self.head.id, choice)
+            calls = as_calls(delta.calls, len(self.head.prompts[0]), choice)
             said["tool_calls"] = [{"index": number, **call} for number, call in enumerate(calls)]
         if not said and piece.ended is None and not (self.ids or self.logprobs):
             return None
@@ -93,7 +94,7 @@ class ChatForm:
         return self._chunk([]) | {"usage": self.head.usage(choices)}
 
     def _choice(self, choice: Completed, message: Json) -> Json:
-        calls = as_calls(message.get("tool_calls") or (), self.head.id, choice)
+        calls = as_calls(message.get("tool_calls") or (), len(self.head.prompts[0]), choice)
         said = {**message, "refusal": None}
         if calls:
             said |= {"content": message["content"] or None, "tool_calls": calls}
@@ -182,13 +183,18 @@ def tokens_answer(head: AnswerHead, choices: Sequence[Completed], logprobs: bool
     return {"request_id": head.id, "model": head.model, "choices": told, "prompt_token_ids": prompt, "usage": usage}
 
 
-def as_calls(calls: Sequence[Mapping[str, Any]], answer: str, choice: Completed) -> list[Json]:
-    """ToolShown calls as OpenAI has them: each with an id, its arguments as JSON in a text."""
-    found = []
+def as_calls(calls: Sequence[Mapping[str, Any]], prompt: int, choice: Completed) -> list[Json]:
+    """Tool calls of a choice as OpenAI has them: each with an id, its arguments as JSON in a text. `prompt` is the
+    number of the prompt's tokens.
+
+    Ids have nine letters or digits, unless the model gave its own: clients send them back, and Mistral's templates
+    refuse all others. They are the same for the same tokens, since a template may show them to the model.
+    """
+    said, found = f"{prompt} {choice.token_ids}", []
     for number, call in enumerate(calls):
         function = call["function"]
         given = {"name": function["name"], "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-        made = f"call_{answer}_{choice.index}_{number}"
+        made = blake2b(f"{number} {said}".encode()).hexdigest()[:9]
         found.append({"id": call.get("id") or made, "type": "function", "function": given})
     return found
 

@@ -53,17 +53,18 @@ Told = Sequence[Piece] | Refusal
 @dataclass(slots=True, eq=False)
 class Ticket:
     """A request under way. `tell` is called in the decoding thread. `rows` are the completions that decode, with how
-    many of their tokens have been told."""
+    many of their tokens have been told; `told` is the moment (`time.monotonic`) of that."""
 
     ask: Ask
     tell: Callable[[Told], object]
     arrived: float = field(default_factory=time.monotonic)
     rows: dict[Row, int] = field(default_factory=dict)
     order: list[Row] = field(default_factory=list)
+    told: float = 0.0
     over: bool = False
 
 
-class Decoder(Protocol):
+class Answerer(Protocol):
     """Answers requests, in a thread of its own. Its methods may be called from any thread."""
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from grpo.environments.chat import Chat
 from grpo.environments.template import Template, with_texts
 from grpo.environments.thinking import Thinking
-from grpo.serving.sessions import Said
+from grpo.serving.sessions import Answered
 from grpo.types import Message
 
 FOLLOWING = ("tool", "user")
@@ -18,7 +18,7 @@ def prompt_after(
     chat: Chat,
     template: Template,
     thinking: Thinking | None,
-    said: Said,
+    said: Answered,
     messages: Sequence[Message],
     keep_thinking: bool = False,
 ) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from grpo.environments.chat import without_end
 from grpo.generation.stopping import Stopping, sure
 from grpo.serving.asks import Piece
-from grpo.serving.sessions import Said, marks_of
+from grpo.serving.sessions import Answered, marks_of
 from grpo.serving.speaker import Speaker, Spoken, Voice
 from grpo.types import FinishReason, Message
 
@@ -50,10 +50,10 @@ class Completed:
         return "tool_calls" if calls else "stop"
 
 
-def said_of(prompt: Spoken, choice: Completed, message: Message) -> Said:
+def said_of(prompt: Spoken, choice: Completed, message: Message) -> Answered:
     """A choice that has ended, as sessions remember it. `message` is what it says."""
     marks = () if prompt.settings is None else (*prompt.marks, *marks_of([message]))
-    return Said(prompt.messages, message, prompt.ids, tuple(choice.token_ids), prompt.settings, marks)
+    return Answered(prompt.messages, message, prompt.ids, tuple(choice.token_ids), prompt.settings, marks)
 
 
 class Reader:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from grpo.serving.asks import Ask, Decoder, Piece, Ticket, Told
+from grpo.serving.asks import Answerer, Ask, Piece, Ticket, Told
 from grpo.serving.choices import Completed
 from grpo.serving.refusals import Refusal
 
@@ -14,7 +14,7 @@ from grpo.serving.refusals import Refusal
 class Exchange:
     """The prompts of one HTTP request, which decode side by side. `choices` are what they have come to."""
 
-    def __init__(self, decoder: Decoder, asks: Sequence[Ask]) -> None:
+    def __init__(self, decoder: Answerer, asks: Sequence[Ask]) -> None:
         self.choices = [Completed(number) for number in range(sum(ask.n for ask in asks))]
         self._decoder, self._loop = decoder, asyncio.get_running_loop()
         self._told: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()

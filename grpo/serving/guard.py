@@ -49,8 +49,8 @@ class Guard:
             )
         if self.key is None or scope["path"] in OPEN:
             return None
-        kind, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.key.encode()):
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.key.encode()):
             return None
         why = "the API key is another" if given else "an API key is needed: Authorization: Bearer KEY"
         return Refusal(401, why, "invalid_api_key", headers={"www-authenticate": "Bearer"})

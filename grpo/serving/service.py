@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from grpo.errors import did_you_mean
 from grpo.generation.sampling import Sampling
 from grpo.serving.answers import AnswerForm, AnswerHead, ChatForm, CompletionForm, Json, tokens_answer
-from grpo.serving.asks import Ask, Decoder, Piece
+from grpo.serving.asks import Answerer, Ask, Piece
 from grpo.serving.choices import Completed, Reader, said_of
 from grpo.serving.exchange import Exchange, Turnstile
 from grpo.serving.refusals import ENDED, Refusal, wrong
@@ -73,7 +73,7 @@ class Service:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Answerer,
         speaker: Speaker,
         models: Models,
         defaults: Sampling,

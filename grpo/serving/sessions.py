@@ -36,7 +36,7 @@ class SessionRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Answered:
     """An answer that was given: `token_ids` after `prompt_ids`, and the same as messages.
 
     `settings` stands for the tools and the arguments of the chat template; it is None for a prompt of text or tokens,
@@ -64,31 +64,34 @@ class SessionMemory:
 
     def __init__(self, id: str, rules: SessionRules | None = None, most: int | None = None) -> None:
         self.id, self.rules = id, rules
-        self.size = 0
-        self._most, self._said = most, list[Said]()
+        self._most, self._said, self._sizes = most, list[Answered](), list[int]()
         self._lock, self._over = Lock(), False
 
     @property
-    def said(self) -> tuple[Said, ...]:
+    def said(self) -> tuple[Answered, ...]:
         with self._lock:
             return tuple(self._said)
 
-    def add(self, said: Iterable[Said]) -> None:
+    def add(self, said: Iterable[Answered]) -> None:
         """Remember answers; nothing if the session is over."""
         with self._lock:
-            if self._over:
-                return
-            self._said += said
+            new = () if self._over else tuple(said)
+            self._said += new
             if self._most is not None:
-                del self._said[: -self._most]
-                self.size = sum(one.size for one in self._said)
+                self._sizes += [one.size for one in new]
+                del self._said[: -self._most], self._sizes[: -self._most]
+
+    @property
+    def size(self) -> int:
+        """Characters and tokens, about, where not all answers are kept."""
+        return sum(self._sizes)
 
     def close(self) -> None:
         """Let nothing be added any more."""
         with self._lock:
             self._over = True
 
-    def before(self, settings: str, messages: Sequence[Message], marks: Sequence[bytes]) -> Said | None:
+    def before(self, settings: str, messages: Sequence[Message], marks: Sequence[bytes]) -> Answered | None:
         """The longest conversation that these messages go on from: its own, its answer, and at least one more. The
         newest of several.
 
@@ -150,9 +153,12 @@ def marks_of(messages: Iterable[Message]) -> tuple[bytes, ...]:
 
 
 def session_id(segment: str | None, headers: Sequence[str]) -> str | None:
-    """The session that a request names in its URL, or in its headers X-Session-ID; None if it names none. Raises
-    Refusal for two, and for what is no name."""
-    named = list(dict.fromkeys([*([] if segment is None else [segment]), *headers]))
+    """The session that a request names in its URL, or else in its headers X-Session-ID; None if it names none. Raises
+    Refusal for two, and for what is no name.
+
+    Where the URL names one, headers are the client's own: verifiers sends the id of its trace, for routers.
+    """
+    named = [segment] if segment is not None else list(dict.fromkeys(headers))
     if len(named) > 1:
         raise Refusal(400, f"two sessions are named, {named[0]!r:.100} and {named[1]!r:.100}: name one", "two_sessions")
     if named and not (0 < len(named[0]) <= LONGEST_ID and named[0].isprintable()):
@@ -166,7 +172,7 @@ def _not_open(id: str | None) -> Refusal:
     return Refusal(404, f"session {id!r:.100} is over, or never began: its rollout has ended", "session_over")
 
 
-def _begins(said: Said, messages: Sequence[Message], marks: Sequence[bytes]) -> bool:
+def _begins(said: Answered, messages: Sequence[Message], marks: Sequence[bytes]) -> bool:
     known = len(said.marks)
     if known >= len(marks) or tuple(marks[:known]) != said.marks:
         return False

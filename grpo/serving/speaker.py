@@ -19,7 +19,7 @@ from grpo.generation.sampling import Sampling
 from grpo.generation.stopping import Stopping
 from grpo.serving.chaining import prompt_after
 from grpo.serving.refusals import wrong
-from grpo.serving.sessions import Said, SessionMemory, marks_of
+from grpo.serving.sessions import Answered, SessionMemory, marks_of
 from grpo.types import Message
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Voice:
 @dataclass(frozen=True, slots=True)
 class Spoken:
     """A prompt: its tokens and its messages; of a chat in a session the voice's settings, and what tells the messages
-    apart (`Said`)."""
+    apart (`Answered`)."""
 
     ids: tuple[int, ...]
     messages: tuple[Message, ...] = ()
@@ -75,6 +75,8 @@ class Speaker:
         """`longest` is the most tokens of prompt and completion together, None for no limit. `template_kwargs` go to
         the chat template unless a request has its own."""
         self.tokenizer, self.longest = tokenizer, longest
+        self.refuses_long = True
+        """Whether prompts that leave no room for an answer are refused here, and not by whoever is to answer."""
         self._vocabulary, self._kwargs = vocabulary, dict(template_kwargs or {})
         self._stop_ids = frozenset(tokenizer.eos_token_ids)
         self._voices: OrderedDict[str, Voice] = OrderedDict()
@@ -125,7 +127,9 @@ class Speaker:
             given = [*said.messages, said.answer, *given[len(said.messages) + 1 :]]
         return Spoken(found, tuple(given), voice.settings, marks)
 
-    def _after(self, voice: Voice, said: Said, given: list[Message], session: SessionMemory) -> tuple[int, ...] | None:
+    def _after(
+        self, voice: Voice, said: Answered, given: list[Message], session: SessionMemory
+    ) -> tuple[int, ...] | None:
         keep = session.rules is not None and session.rules.keep_thinking
         try:
             return prompt_after(voice.chat, voice.template, voice.thinking, said, given, keep)
@@ -149,7 +153,7 @@ class Speaker:
             raise wrong(param, "it comes to no tokens, and a prompt needs at least one", "empty_prompt")
         if (highest := max(ids)) >= self._vocabulary:
             raise wrong(param, f"token {highest} is none of the model's {self._vocabulary}", "unknown_token")
-        if self.longest is not None and len(ids) >= self.longest:
+        if self.refuses_long and self.longest is not None and len(ids) >= self.longest:
             raise wrong(
                 param,
                 f"{len(ids)} tokens leave no room for an answer: prompt and answer have {self.longest} at most",

@@ -10,7 +10,7 @@ from grpo.config.section import MANY
 from grpo.errors import did_you_mean
 from grpo.serving.refusals import Refusal, wrong
 
-MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, LONGEST_STOP = 128, 64, 16, 256
+MOST_CHOICES, MOST_PROMPTS, MOST_TOOLS, MOST_STOPS, LONGEST_STOP = 128, 64, 128, 16, 256
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -111,7 +111,7 @@ class ChatRequest(OpenAIFields):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=0)] = None
-    tools: tuple[ToolShown, ...] | None = None
+    tools: Annotated[tuple[ToolShown, ...] | None, Field(max_length=MOST_TOOLS)] = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
     response_format: TextFormat | None = None

@@ -15,7 +15,7 @@ from grpo.runs.folder import COMPLETIONS
 from grpo.telemetry.plots import curves, evaluations, stacked
 from grpo.telemetry.pools import pools_of
 from grpo.telemetry.recorded import RecordedRun
-from grpo.tools.card import data_names, short_name
+from grpo.tools.card import data_names, short_name, short_what
 from grpo.types import EvalMetrics, Group, Rollout, Task
 
 SHOWN = 3
@@ -97,10 +97,10 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
         own = [config for config in cfg.conversations.values() if config.what]
         rewarding = [config for config in own if _rewarded(run, config)]
         graded = [
-            *((one.use, one.weight) for one in cfg.rewards),
-            *((one.what or "", one.weight) for one in rewarding),
+            *((short_name(one.use), one.weight) for one in cfg.rewards),
+            *((short_what(one), one.weight) for one in rewarding),
         ]
-        rewards = ", ".join(f"{short_name(use)} × {weight:g}" for use, weight in graded)
+        rewards = ", ".join(f"{use} × {weight:g}" for use, weight in graded)
         size = f"{cfg.rollout.prompts_per_step} × {cfg.rollout.num_generations}"
         silent = max(_values(run, "steps_without_signal"), default=0.0)
         steps = f"{run.step} of {cfg.optim.steps}, {run.state}" + (f", {silent:.0f} without a signal" if silent else "")
@@ -108,9 +108,7 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
         steps += f", {replayed:.0f} older groups replayed" if replayed else ""
         loss = f"{cfg.loss.type}, beta {cfg.loss.beta:g}, lr {cfg.optim.learning_rate:g}"
         loss += f", {cfg.teacher.describe()}" if cfg.teacher else ""
-        talks = ", ".join(
-            short_name(use) for use in (*(one.what for one in own), *(one.use for one in cfg.tools)) if use
-        )
+        talks = ", ".join([*map(short_what, own), *(short_name(one.use) for one in cfg.tools)])
         what = [
             run.folder.name,
             short_name(cfg.model.name),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 
 from grpo.builtin import models as builtin_models
-from grpo.config import DataConfig, EvalConfig, Recipe
+from grpo.config import DataConfig, EnvironmentConfig, EvalConfig, Recipe
 from grpo.config.data import origins
 from grpo.data.loading import is_local
 from grpo.document import Dumper
@@ -59,10 +60,10 @@ def _teacher(cfg: Recipe) -> list[str]:
 
 def _conversations(cfg: Recipe) -> list[str]:
     """Whom the model talked to, if it was trained in conversations."""
-    partners = [config.what for config in cfg.conversations.values() if config.what]
-    named = {"environment": partners, "tool": [tool.use for tool in cfg.tools]}
+    partners = [short_what(config) for config in cfg.conversations.values() if config.what]
+    named = {"environment": partners, "tool": [short_name(tool.use) for tool in cfg.tools]}
     parts = [
-        f"the {kind}{'s' if len(uses) > 1 else ''} {', '.join(f'`{short_name(use)}`' for use in uses)}"
+        f"the {kind}{'s' if len(uses) > 1 else ''} {', '.join(f'`{use}`' for use in uses)}"
         for kind, uses in named.items()
         if uses
     ]
@@ -105,6 +106,11 @@ def short_name(name: str) -> str:
     file, colon, function = name.partition(":")
     local = Path(file).is_absolute() or Path(file).exists()  # a pattern of files does not exist itself
     return Path(file).name + colon + function if local else name
+
+
+def short_what(config: EnvironmentConfig) -> str:
+    """The name of whom the model talks to; of a command each word, which may be a file on this machine."""
+    return shlex.join(map(short_name, config.command)) if config.command else short_name(config.what or "")
 
 
 def _use(cfg: Recipe, form: str, repo: str | None) -> list[str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import closing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.nn as nn
 
-from grpo.backend.device import setup
+from grpo.backend.device import memory_bytes, setup
 from grpo.backend.imports import extra
 from grpo.backend.random import derive_key
 from grpo.config import AdapterConfig, RolloutConfig
@@ -31,6 +34,8 @@ from grpo.serving.speaker import Speaker
 from grpo.tools.generate import Answering, find_answering
 
 BASE = "base"
+KEPT_PART = 8
+"""So much of the memory, one part of so many, is for keys and values of what sessions were answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,8 @@ def served_models(found: Answering) -> ServedModels:
 
 
 def serve(target: str, adapter: Path | None, how: Serving, tell: Callable[[str], object]) -> None:
-    """Serve until SIGINT or SIGTERM, and answer what is under way then. `tell` is given lines for a person.
+    """Serve until SIGINT or SIGTERM, and answer what is under way then; while the model loads they end the process.
+    `tell` is given lines for a person.
 
     Raises UserError for what cannot be loaded, a place where it cannot listen, and where the extra is not installed.
     """
@@ -105,6 +111,7 @@ def serve(target: str, adapter: Path | None, how: Serving, tell: Callable[[str],
     found = find_answering(target, adapter, base=False)
     models = served_models(found)
     with (
+        _signals_end_it_at_once(),
         closing(server.listening(how.host, how.port)) as at,
         DecodingThread(loading := _Loading(found, models, how)) as decoder,
     ):
@@ -113,7 +120,7 @@ def serve(target: str, adapter: Path | None, how: Serving, tell: Callable[[str],
         tell(f"models: {', '.join(models.names())}")
         tell(f"serving at {server.url_of(at)}")
         service = Service(decoder, loading.speaker, models, loading.defaults, how.limits)
-        server.run(application(service, guard), at, how.drain)
+        server.run(application(service, guard), at, how.drain, decoder.close)
 
 
 class _Loading:
@@ -141,7 +148,7 @@ class _Loading:
         self.notes += generator.describe()
         if found.data.system is not None:
             self.notes.append("the run's system message is not added: clients send it, as the first of their messages")
-        return DecodingLoop(generator, Shelf(adapters, self._models))
+        return DecodingLoop(generator, Shelf(adapters, self._models), kept_bytes=memory_bytes() // KEPT_PART)
 
 
 def adapters_of(model: nn.Module, folder: Path | None) -> Adapters:
@@ -157,6 +164,23 @@ def adapters_of(model: nn.Module, folder: Path | None) -> Adapters:
     made.read(folder, "serve it")  # what does not fit is found out now
     model.eval()
     return made
+
+
+@contextmanager
+def _signals_end_it_at_once() -> Iterator[None]:
+    """Around what has signals of its own: they end the process with 128 + the signal. Nothing can stop the thread in
+    which a model loads, and Python's own end may crash in it."""
+
+    def end(number: int, _: object) -> None:
+        print("grpo: stopped at once", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    former = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _guard(how: Serving) -> Guard:

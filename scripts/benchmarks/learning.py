@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
+
+from curves import cell
 
 from grpo.config import ModelConfig
 from grpo.model.load import model_folder
@@ -26,8 +28,6 @@ from grpo.telemetry.jsonl import read_evaluations
 TASKS = ("arithmetic", "countdown", "sorting", "format")
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
 COLOURS = dict(zip(LOSSES, ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377"), strict=True))
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""The 97.5 % quantile for the mean of so many seeds, of Student's t with one degree of freedom less."""
 TRAIN = [sys.executable, "-c", "from grpo.cli import main; main()", "train"]
 
 
@@ -120,16 +120,6 @@ def _lines(results: Sequence[Result]) -> str:
     return "[\n" + ",\n".join(json.dumps(asdict(result)) for result in results) + "\n]\n"
 
 
-def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean over seeds, and half of its 95 % interval by Student's t; None for a single seed.
-
-    So wide an interval for three seeds assumes nothing of how much they differ.
-    """
-    if len(values) == 1:
-        return values[0], None
-    return fmean(values), STUDENT_T[len(values)] * stdev(values) / len(values) ** 0.5
-
-
 def table(results: Sequence[Result]) -> str:
     """Markdown: a row for each task and loss, with accuracies in per cent before and after, means over seeds."""
     heads = "| task | loss | sampled before | sampled after | gained | greedy before | greedy after |"
@@ -146,12 +136,7 @@ def _row(task: str, loss: str, results: Sequence[Result]) -> str:
         [result.greedy[0] for result in mine],
         [result.greedy[-1] for result in mine],
     ]
-    return f"| {task} | {loss} | {' | '.join(map(_cell, columns))} |"
-
-
-def _cell(values: Sequence[float]) -> str:
-    mean, half = mean_and_half_width([100 * value for value in values])
-    return f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"
+    return f"| {task} | {loss} | {' | '.join(map(cell, columns))} |"
 
 
 def plot(results: Sequence[Result], path: Path) -> None:

@@ -1,6 +1,7 @@
 """How much sooner a run learns by one setting more: steps and rollouts to the same held-out accuracy, over seeds.
 
     python scripts/benchmarks/lessons.py teacher --seeds 0-7 --out lessons.jsonl
+    python scripts/benchmarks/lessons.py agents --seeds 0-2 --out lessons.jsonl
     python scripts/benchmarks/lessons.py summary --out lessons.jsonl [--against ARM]
 
 A comparison has several arms: one recipe with different settings, the first of them the plain one. Each arm trains from
@@ -27,6 +28,8 @@ from math import inf
 from pathlib import Path
 from statistics import median
 
+from curves import curves
+
 RESAMPLES = 10_000
 COLUMNS = ("arm", "seeds", "steps", "rollouts", "ratio of steps", "ratio of rollouts")
 
@@ -43,21 +46,22 @@ class Arm:
 class Comparison:
     """Arms to compare on one recipe. `arms` makes them for a seed, with a folder for what they need.
 
-    Each trains at most `steps` steps and is measured before the first and after every `every` of them, until its greedy
-    accuracy is `target`.
+    Each trains at most `steps` steps and is measured before the first and after every `every` of them, until its
+    accuracy is `target`, if there is one. `measure` says which accuracy, by its name in evaluations.
     """
 
     recipe: str
-    target: float
+    target: float | None
     steps: int
     every: int
     arms: Callable[[Comparison, int, Path], list[Arm]]
     settings: tuple[str, ...] = ()
+    measure: str = "greedy"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one arm learnt from one seed: greedy accuracy after `steps`, when so many `rollouts` had been sampled.
+    """What one arm learnt from one seed: its accuracy after `steps`, when so many `rollouts` had been sampled.
 
     The last entry is the one that reached `target`, if `reached`.
     """
@@ -65,18 +69,18 @@ class Run:
     comparison: str
     arm: str
     seed: int
-    target: float
+    target: float | None
     reached: bool
     steps: list[int]
     rollouts: list[int]
-    greedy: list[float]
+    accuracy: list[float]
     seconds: float
 
 
 def train(
     comparison: Comparison, arm: Arm, seed: int, until: float = inf, keep: Path | None = None
 ) -> Iterator[tuple[int, int, float]]:
-    """Train one arm. Yields steps, rollouts and greedy accuracy at each evaluation, until that is `until`.
+    """Train one arm. Yields steps, rollouts and accuracy at each evaluation, until that is `until`.
 
     At the end the adapter is saved in the folder `keep`, if there is one.
     """
@@ -96,9 +100,9 @@ def train(
             if step > 0:
                 rollouts += sum(len(group.rollouts) for group in run.trainer.step(step).sampled)
             if step % comparison.every == 0:
-                greedy = run.evaluator(step).values["greedy"]
-                yield step, rollouts, greedy
-                if greedy >= until:
+                accuracy = run.evaluator(step).values[comparison.measure]
+                yield step, rollouts, accuracy
+                if accuracy >= until:
                     break
         if keep is not None:
             keep.mkdir(parents=True)
@@ -108,19 +112,23 @@ def train(
 def measured(name: str, arm: Arm, seed: int) -> Run:
     """Train one arm of the comparison of this name until it reaches the target."""
     comparison, began = COMPARISONS[name], time.perf_counter()
-    steps, rollouts, greedy = zip(*train(comparison, arm, seed, comparison.target), strict=True)
+    until = inf if comparison.target is None else comparison.target
+    steps, rollouts, accuracy = zip(*train(comparison, arm, seed, until), strict=True)
     seconds = round(time.perf_counter() - began, 1)
-    reached = greedy[-1] >= comparison.target
-    return Run(name, arm.name, seed, comparison.target, reached, [*steps], [*rollouts], [*greedy], seconds)
+    reached = accuracy[-1] >= until
+    return Run(name, arm.name, seed, comparison.target, reached, [*steps], [*rollouts], [*accuracy], seconds)
 
 
 def summary(runs: Sequence[Run], against: str | None = None) -> str:
-    """A Markdown table of one comparison: medians over seeds, and of the ratios to one arm their intervals."""
+    """A Markdown table of one comparison: medians over seeds, and of the ratios to one arm their intervals. Of a
+    comparison without a target it has the curves."""
+    if runs[0].target is None:
+        return f"{runs[0].comparison}: accuracy in per cent\n\n{curves(runs)}"
     arms = list(dict.fromkeys(run.arm for run in runs))
     plain = against or arms[0]
     first = {run.seed: run for run in runs if run.arm == plain}
     rows = [_row(arm, [run for run in runs if run.arm == arm and run.seed in first], first) for arm in arms]
-    title = f"{runs[0].comparison}: to a greedy accuracy of {runs[0].target:g}; ratios are to {plain}"
+    title = f"{runs[0].comparison}: to an accuracy of {runs[0].target:g}; ratios are to {plain}"
     return "\n".join([title, "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *rows]) + "\n"
 
 
@@ -223,10 +231,20 @@ def replay(comparison: Comparison, seed: int, into: Path) -> list[Arm]:
     ]
 
 
+def agents(_: Comparison, __: int, ___: Path) -> list[Arm]:
+    """A number to guess in several turns, with the game as an environment, and with the agent that plays it by the
+    OpenAI client: prompts and rewards are the same, so that the curves should differ by draws alone."""
+    from grpo.plugins import bundled
+
+    agent = bundled("recipes").resolve() / "learning" / "guess_agent.py"
+    return [Arm("environment"), Arm("agent", (f"environment={{agent: '{agent}:run', rollout_timeout: 60}}",))]
+
+
 COMPARISONS = {
     "teacher": Comparison("quickstart", 0.9, 80, 1, teacher, ("eval.prompts=128",)),
     "pools": Comparison("quickstart", 0.9, 600, 8, pools, ("eval.prompts=128",)),
     "replay": Comparison("quickstart", 0.9, 120, 2, replay, ("eval.prompts=128",)),
+    "agents": Comparison("learning/guess", None, 30, 5, agents, ("eval.samples=4",), "avg@4"),
 }
 
 
@@ -241,8 +259,8 @@ def _compare(name: str, seeds: Sequence[int], out: Path) -> None:
                 run = measured(name, arm, seed)
                 with out.open("a") as file:
                     file.write(json.dumps(asdict(run)) + "\n")
-                end = "reached" if run.reached else "not reached"
-                print(f"{arm.name}, seed {seed}: {end} after {run.steps[-1]} steps, {run.seconds} s", flush=True)
+                end = f"{run.accuracy[-1]:.1%} after {run.steps[-1]} steps"
+                print(f"{arm.name}, seed {seed}: {end}, {run.seconds} s", flush=True)
 
 
 def _arguments() -> argparse.Namespace:

@@ -26,7 +26,7 @@ from grpo.rollout import RolloutEngine
 from grpo.serving.speaker import Speaker
 from grpo.types import Group, Task, Trajectory
 
-SAMPLING = Sampling(1.0, 24)
+SAMPLING, LONGEST = Sampling(1.0, 24), 64
 QUESTION = [{"role": "user", "content": "What is 3+3?"}]
 
 
@@ -41,21 +41,25 @@ class Client:
     answers: list[dict[str, Any]] = field(default_factory=list)
 
     def post(self, path: str, body: Mapping[str, Any], timeout: float = 20.0) -> tuple[int, Any]:
-        connection, url = self.begun(path, body, timeout)
-        with_answer = connection.getresponse()
-        told = with_answer.status, json.loads(with_answer.read())
+        connection = self.begun(path, body, timeout)
+        answer = connection.getresponse()
+        told = answer.status, json.loads(answer.read())
         connection.close()
-        assert url
         return told
 
-    def begun(self, path: str, body: Mapping[str, Any], timeout: float = 20.0) -> tuple[Any, str]:
+    def begun(self, path: str, body: Mapping[str, Any], timeout: float = 20.0) -> Any:
         """A request whose answer nobody has read yet."""
         at = urlsplit(self.base_url)
         connection = http.client.HTTPConnection(at.hostname or "", at.port, timeout=timeout)
         root = at.path.removesuffix("/v1")
         headers = {"Authorization": f"Bearer {self.api_key}", "Content-Type": "application/json"}
         connection.request("POST", root + path, json.dumps(body), headers)
-        return connection, root
+        return connection
+
+    def refused(self, ids: Sequence[int], **params: Any) -> tuple[int, str]:
+        """Status and code of what these tokens are refused with."""
+        status, told = self.post("/inference/v1/generate", {"token_ids": list(ids), "sampling_params": params})
+        return status, told["error"]["code"]
 
     def tokens(self, ids: Sequence[int], **params: Any) -> dict[str, Any]:
         """The answer to tokens."""
@@ -134,7 +138,8 @@ class Agency:
         self.model, self.tokenizer = load(ModelConfig(name=str(folder)))
         self.generator = Generator(self.model, self.tokenizer, slots)
         vocabulary = self.generator.decoding.vocabulary
-        self.frontend = Frontend(Speaker(self.tokenizer, vocabulary, None), "toy")
+        self.speaker = Speaker(self.tokenizer, vocabulary, None)
+        self.frontend = Frontend(self.speaker, "toy")
         self.threads = ThreadPoolExecutor(32)
         self.prompt = tuple(self.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False))
 
@@ -151,12 +156,13 @@ class Agency:
         tasks: int = 1,
         sampling: Sampling = SAMPLING,
         limits: ConversationLimits = ConversationLimits(),  # noqa: B008
-        longest: int = 64,
+        longest: int = LONGEST,
         logprobs: bool = True,
         temperature: float | None = None,
     ) -> list[Group]:
         host = agent if isinstance(agent, AgentHost) else self.host(agent)
         environment = Agents(host, self.frontend, limits, 7, longest, sampling)  # type: ignore[arg-type]
+        self.speaker.longest = longest + sampling.max_tokens
         engine = RolloutEngine(self.generator, sampling, environment)
         at = sampling.temperature if temperature is None else temperature
         return engine.rollout(self.tasks(tasks), n, at, mx.random.key(3), logprobs)
@@ -184,4 +190,5 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
 
 
 def servers() -> int:
+    """The servers of this process's agents."""
     return sum(thread.name == "agents' server" for thread in threading.enumerate())

@@ -49,6 +49,14 @@ def test_each_environment_grades_its_own() -> None:
     assert {"rewards/Game", "rewards/Quiz"} <= set(made.names)
 
 
+def test_what_agents_measured_is_measured_of_the_policy() -> None:
+    """Each prompt's mean, with an interval."""
+    first = [talk(outcome=1.0, metrics={"moves": 3.0}), talk(outcome=0.0, metrics={"moves": 5.0})]
+    metrics = evaluator(first, [talk(outcome=1.0, metrics={"moves": 8.0})] * 2)(0)
+    assert metrics.values["environment/Game/moves"] == 6.0
+    assert "environment/Game/moves" in metrics.intervals
+
+
 def test_a_function_comes_first() -> None:
     rewards = {"right": lambda completions, **_: [float("7" in c[-1]["content"]) for c in completions]}
     metrics = evaluator([talk("7", outcome=0.0)] * 2, [talk("8", outcome=1.0)] * 2, rewards=rewards)(0)

@@ -230,3 +230,40 @@ def test_closing_releases_all_rows(generator: Generator) -> None:
     assert engine._run.seats._opened is None
     while engine.busy:
         engine.step()
+
+
+@pytest.mark.parametrize("way", ["joined layers", "batch caches"])
+def test_a_turn_may_have_rules_of_its_own(way: str) -> None:
+    """Another number of tokens, and another token that ends it: drawn as if the row had always had them."""
+    generator = generator_of(way, 2)
+    engine = generator.open()
+    first = Sampling(1.0, 60, max_turn_tokens=5)
+    (row,) = engine.submit(asked(LONG, sampling=first))
+    finish(engine)
+    engine.extend(row, [70, 71], Sampling(1.0, 60, max_turn_tokens=9))
+    finish(engine)
+    assert row.finish_reason in ("stop", "max_turn_tokens")
+    other = fresh(generator, row, LONG)
+    assert row.turn == other.token_ids
+    assert row.logprobs[-len(row.turn) :] == pytest.approx(other.logprobs, abs=2e-5)
+    token = row.turn[0]
+    engine.extend(row, [70], Sampling(1.0, 60, stop_ids=(*range(8, 128),)))
+    finish(engine)
+    assert len(row.turn) == 1
+    assert row.finish_reason == "stop"
+    assert token not in STOPS
+    with pytest.raises(ValueError, match="limit on all its tokens stays"):
+        engine.extend(row, [70], Sampling(1.0, 61))
+    with pytest.raises(ValueError, match="reshapes the distribution, or does not, stays so"):
+        engine.extend(row, [70], Sampling(1.0, 60, top_k=3))
+    engine.close()
+
+
+def test_rows_may_be_counted_from_another_number() -> None:
+    generator = generator_of("joined layers", 4)
+    engine = generator.open()
+    rows = engine.submit(asked(LONG, n=3))
+    again = engine.submit(asked(LONG, n=2, first=1))
+    finish(engine)
+    assert sampled(again) == sampled(rows[1:])
+    engine.close()

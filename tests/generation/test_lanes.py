@@ -273,3 +273,20 @@ def test_memory_is_planned_for_prompts_in_each_lane() -> None:
     token = sum(shape.bytes_per_token for shape in decoding.shapes)
     # 8 places more of 100 tokens, of which as many are prefilled at once.
     assert decoding.memory(64, 8, 100, 10) >= decoding.memory(63, 8, 100, 10) + 2 * 8 * 100 * token
+
+
+def test_an_engine_that_stays_open_holds_no_row_that_has_ended() -> None:
+    with opened(2, slots=4, stops=frozenset()) as engine:
+        (busy,) = engine.submit(asked(LONG, sampling=Sampling(1.0, 1000), keep=False))
+        for number in range(12):
+            (row,) = engine.submit(asked((*LONG, number), sampling=Sampling(1.0, 3), keep=False))
+            while row.finish_reason is None:
+                engine.step()
+        del row
+        for _ in range(3):
+            engine.step()
+        lanes = engine._run
+        assert isinstance(lanes, Lanes)
+        held = [len(lanes._lane), len(lanes._home), *map(len, lanes._pieces)]
+        assert busy.state == "decoding"
+        assert max(held) <= 2  # and not all thirteen

@@ -16,7 +16,7 @@ from grpo.telemetry import report
 from grpo.telemetry.console import _sample
 from grpo.telemetry.tensorboard import TensorboardLogger
 from grpo.telemetry.weights_and_biases import WandbLogger
-from grpo.tools.card import _conversations
+from grpo.tools.card import _conversations, _recipe
 from grpo.tools.evaluate import EvalOptions, _graded
 from grpo.types import BEHAVIOUR, Failure, Group, Rollout, StepMetrics, Task, Trajectory
 
@@ -139,6 +139,18 @@ def test_a_card_says_whom_the_model_talked_to(tmp_path: Path) -> None:
         "`package.games:Cards` and the tool `calculator`."
     ]
     assert _conversations(load_recipe(find_recipe("quickstart"))) == []
+
+
+def test_a_card_names_a_program_without_the_folders_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "play.js").write_text("")
+    (tmp_path / "mine.yaml").write_text(
+        "model: {name: some/model}\ndata: {source: some/data}\noptim: {steps: 1}\n"
+        "environment: {command: [node, play.js, --fast]}\n"
+    )
+    cfg = load_recipe(tmp_path / "mine.yaml")
+    said = "It was trained in conversations of several turns, with the environment `node play.js --fast`."
+    assert _conversations(cfg) == [said]
+    assert str(tmp_path) not in _recipe(cfg)
 
 
 def test_a_reward_for_an_evaluation_where_the_environment_s_own_is_the_only_one(tmp_path: Path) -> None:

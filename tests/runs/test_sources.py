@@ -72,3 +72,13 @@ def test_a_hash_for_each_file_of_rewards_loss_environment_tools_and_loggers(reci
     assert {use for use, digest in source_hashes(cfg.uses).items() if digest != found[use]} == {
         f"{here}/{name}, helper.py" for name in ("mine.py:f", "room.py:f", "seen.py:f", "tool.py:f")
     }
+
+
+def test_the_file_of_a_program_counts_and_the_program_that_runs_it_does_not(tmp_path: Path) -> None:
+    for name in ("play.js", "node", "python3.11"):
+        (tmp_path / name).write_text(name)
+    hashes = source_hashes([str(tmp_path / name) for name in ("play.js", "node", "python3.11", "gone.js")])
+    assert list(hashes) == [str(tmp_path / "play.js")]
+    before = dict(hashes)
+    (tmp_path / "play.js").write_text("other")
+    assert source_hashes([str(tmp_path / "play.js")]) != before

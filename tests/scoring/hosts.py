@@ -63,6 +63,7 @@ def talk(
     ended: FinishReason = "stop",
     thing: Any = None,
     turns: int = 1,
+    metrics: Mapping[str, float] | None = None,
 ) -> Rollout:
     """A conversation that the scorer may be given. `calls`: of tools, and how many of them failed."""
     messages = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
@@ -76,6 +77,7 @@ def talk(
         *calls,
         failure,
         None if thing is None else FakeSeat(thing),
+        metrics or {},
     )
     trained = (True, True, False) * (turns - 1) + (True, True)
     ids = tuple(range(len(trained)))

@@ -56,6 +56,7 @@ def client(toy_folder: Path) -> Iterator[Any]:
         (CHAT, {"response_format": {"type": "json_object"}}, "response_format.type", ""),
         (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "the model decides"),
         (CHAT, {"tools": [TOOL]}, "tools", "does not tell the model of tools"),
+        (CHAT, {"tools": [TOOL] * 129}, "tools", "128"),
         (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function", ""),
         (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools.0.function", "name: Field required"),
         (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0", "not forced"),
@@ -123,6 +124,13 @@ def test_the_key_is_asked_for(toy_folder: Path) -> None:
             assert refused.json()["error"]["type"] == "authentication_error"
             assert "secret-key" not in refused.text
         assert client.get("/v1/models", headers={"Authorization": "Bearer secret-key"}).status_code == 200
+
+
+def test_a_key_may_have_any_letters(toy_folder: Path) -> None:
+    with served(toy_folder, guard=Guard("schlüssel")) as client:
+        for key, status in (("schlüssel", 200), ("schlussel", 401)):
+            headers = {b"Authorization": f"Bearer {key}".encode()}
+            assert client.get("/v1/models", headers=headers).status_code == status
 
 
 @pytest.mark.parametrize(

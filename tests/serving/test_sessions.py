@@ -14,8 +14,10 @@ from environments.families import TOOLS, tokenizer_of
 from saying import Base, Says
 from starlette.testclient import TestClient
 
+from grpo.errors import UserError
 from grpo.generation.sampling import Sampling
 from grpo.serving import sessions as sessions_module
+from grpo.serving import speaker as speaker_module
 from grpo.serving.app import application
 from grpo.serving.asks import Ask
 from grpo.serving.guard import Guard
@@ -176,6 +178,69 @@ def test_an_answer_that_was_changed_is_rendered_whole(talk: Talk, change: dict[s
     assert list(talk.asked.prompt_ids[: len(first)]) != first
 
 
+def test_results_without_a_call_and_turns_of_others_are_rendered_whole(talk: Talk) -> None:
+    sampled = letters(talk, "The sun shines")
+    answer = talk.ask(QUESTION, sampled)
+    known = [*talk.asked.prompt_ids, *sampled]
+    user = {"role": "user", "content": "So?"}
+    for more in ([{"role": "tool", "content": "sunny"}], [user, {"role": "assistant", "content": "No."}, user]):
+        talk.ask([*QUESTION, answer, *more])
+        assert list(talk.asked.prompt_ids[: len(known)]) != known
+        assert talk.text().count(more[0]["content"]) == len(more) // 2 + 1
+
+
+def test_changed_arguments_and_names_are_rendered_whole(talk: Talk) -> None:
+    named = [{**QUESTION[0], "name": "Ann"}]
+    message = talk.ask(named, CALLS, tools=TOOLS)
+    known = [*talk.asked.prompt_ids, *talk.says.ids]
+    made = json.dumps({"city": "Rome"})
+    calls = [{**call, "function": {**call["function"], "arguments": made}} for call in message["tool_calls"]]
+    changed = {**message, "tool_calls": calls}
+    for question, answer, kept in ((named, message, True), (QUESTION, message, False), (named, changed, False)):
+        talk.ask([*question, answer, *results(answer)], tools=TOOLS)
+        assert (list(talk.asked.prompt_ids[: len(known)]) == known) is kept
+
+
+def test_the_longest_conversation_goes_on_and_of_two_alike_the_newest(talk: Talk) -> None:
+    user = {"role": "user", "content": "So?"}
+    answer = {"role": "assistant", "content": "The sun shines"}
+    other = talk.tokenizer.encode("The sun shines<|im_end|>", add_special_tokens=False)
+    for sampled in (other, letters(talk, "The sun shines"), other):
+        talk.ask(QUESTION, sampled)
+        talk.ask([*QUESTION, answer, user], letters(talk, "Hello"))
+        assert sampled == list(talk.asked.prompt_ids[len(talk.says.asks[0].prompt_ids) :][: len(sampled)])
+    known = [*talk.asked.prompt_ids, *letters(talk, "Hello")]
+    talk.ask(QUESTION, letters(talk, "The sun shines"))  # the newest, and a shorter beginning of the next
+    talk.ask([*QUESTION, answer, user, {"role": "assistant", "content": "Hello"}, user])
+    assert list(talk.asked.prompt_ids[: len(known)]) == known
+
+
+def test_what_cannot_go_on_is_rendered_whole(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> None:
+        raise UserError("the template refuses a conversation of tools")
+
+    answer = talk.ask(QUESTION)
+    monkeypatch.setattr(speaker_module, "prompt_after", refuses)
+    talk.ask([*QUESTION, answer, {"role": "user", "content": "So?"}])
+    assert "Yes.<|im_end|>" in talk.text()
+
+
+@pytest.mark.parametrize("path", [CHAT, "/s/one" + CHAT])
+def test_a_template_that_insists_on_ids_of_calls_takes_them_back(path: str) -> None:
+    talk = Talk("mistral")
+    calls = '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris"}}]</s>'
+    message = talk.ask(QUESTION, calls, path, tools=TOOLS)
+    (call,) = message["tool_calls"]
+    assert talk.ask(QUESTION, calls, path, tools=TOOLS)["tool_calls"][0]["id"] == call["id"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}
+    talk.ask([*QUESTION, message, result], path=path, tools=TOOLS)
+    shown = call["id"] if path == CHAT else "call00000"  # the model has seen no id of its own call
+    assert f'{{"content": sunny, "call_id": "{shown}"' in talk.text()
+    again = talk.ask([*QUESTION, message, result], calls, path, tools=TOOLS)
+    assert again["tool_calls"][0]["id"] != call["id"]
+    talk.service.close()
+
+
 def test_a_turn_that_was_cut_short_is_rendered_whole(talk: Talk) -> None:
     sampled = letters(talk, "The sun shines", end="!")
     answer = talk.ask(QUESTION, sampled)
@@ -203,8 +268,9 @@ THINKS = "<think>\nHm, so.\n</think>\n\n"
 
 def test_thinking_that_the_template_drops_begins_a_new_row_and_other_turns_go_on() -> None:
     talk = Talk("qwen3")
-    for thought, kept in ((THINKS, False), ("", True)):
-        answer = talk.ask(QUESTION, thought + "Yes.<|im_end|>")
+    thoughts = talk.tokenizer.encode(THINKS, add_special_tokens=False)
+    for thought, kept in ((thoughts, False), ([], True)):
+        answer = talk.ask(QUESTION, [*thought, *letters(talk, "The sun shines")])
         known = [*talk.asked.prompt_ids, *talk.says.ids]
         answer.pop("reasoning_content", None)
         talk.ask([*QUESTION, answer, {"role": "user", "content": "And then?"}])
@@ -297,6 +363,10 @@ def test_in_a_session_the_run_decides_how_to_sample() -> None:
         assert (talk.asked.n, found.temperature, found.top_p) == (3, sampling.temperature, sampling.top_p)
         talk.post({**body, "max_completion_tokens": 10_000}, path=path)
         assert talk.asked.sampling.max_tokens == sampling.max_tokens
+    talk.service.open("long", SessionRules(Sampling(1.0, 5000), Sampling(1.0, 5000)))
+    for more in ({}, {"max_tokens": 4500}):
+        talk.post({**body, **more}, path=f"/s/long{CHAT}")
+        assert talk.asked.sampling.max_tokens == 4000 - len(talk.asked.prompt_ids)
     talk.service.close()
 
 
@@ -304,7 +374,7 @@ def test_in_a_session_the_run_decides_how_to_sample() -> None:
     ("path", "headers", "code"),
     [
         ("/s/one" + CHAT, ["one"], None),
-        ("/s/one" + CHAT, ["two"], "two_sessions"),
+        ("/s/one" + CHAT, ["two"], None),
         (CHAT, ["one", "two"], "two_sessions"),
         (CHAT, [""], "invalid_session"),
         (CHAT, ["x" * 300], "invalid_session"),

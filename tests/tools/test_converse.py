@@ -33,7 +33,7 @@ def test_a_conversation_is_told_as_it_goes(conversing: Path, run_cli) -> None:  
     for out in found:
         prompt, *lines, last = out.splitlines()
         assert prompt.startswith("prompt: What is 9+9? Begin with ")
-        assert "get_reward" in last
+        assert "rewarded" in last
         assert {line[:2] for line in lines} <= {"→ ", "← "}  # the model says nothing beside its calls
     assert any("→ draw(most=" in out and "\n← draw: " in out for out in found)
     row = run_cli("generate", "runs/toy", "--row", "2")

@@ -125,13 +125,14 @@ def test_a_missing_extra_is_named() -> None:
         import grpo.nosuchmodule  # noqa: F401
 
 
+MAIN = "import sys; from grpo.cli import main; sys.argv[0] = 'grpo'; main()"
+
+
 @contextmanager
 def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`grpo serve` in a process of its own, and its URL."""
     pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
-    command = [sys.executable, "-m", "grpo.cli", "serve", "--port", "0", *arguments]
-    code = "import sys; from grpo.cli import main; sys.argv[0] = 'grpo'; main()"
-    command = [sys.executable, "-c", code, *command[3:]]
+    command = [sys.executable, "-c", MAIN, "serve", "--port", "0", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -161,6 +162,35 @@ def test_sigterm_lets_a_request_be_answered_first(toy_folder: Path) -> None:
         assert process.wait(30) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
+
+
+LOADS_LONG = """
+import time
+import grpo.tools.serve as serving
+
+def loads(*_):
+    print("loading", flush=True)
+    time.sleep(60)
+
+serving.load = loads
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_loads_ends_it_at_once(toy_folder: Path, number: signal.Signals) -> None:
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADS_LONG + MAIN, "serve", "--port", "0", str(toy_folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (128 + number, "grpo: stopped at once\n")
 
 
 @pytest.mark.slow

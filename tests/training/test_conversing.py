@@ -154,6 +154,18 @@ def test_what_is_told_of_conversations() -> None:
     assert values["completions/min_terminated_length"] == 4
 
 
+def test_what_agents_measured_is_told_under_their_names() -> None:
+    """The mean of the rollouts that told it."""
+    rows = [
+        group(talk(metrics={"moves": 3.0, "won": 1.0}), talk(metrics={"moves": 4.0})),
+        group(talk(failed="crash"), talk(metrics={"moves": 8.0}, environment="Quiz"), place=1),
+    ]
+    values = told(*rows)
+    assert {n: v for n, v in values.items() if n.startswith(("environment/Game", "environment/Quiz"))} == {
+        "environment/Game/moves": 3.5, "environment/Game/won": 1.0, "environment/Quiz/moves": 8.0,
+    }  # fmt: skip
+
+
 def test_nothing_failed_where_nothing_was_called() -> None:
     values = told(group(talk(), talk()))
     assert (values["tools/call_frequency"], values["tools/failure_frequency"]) == (0.0, 0.0)

@@ -1,0 +1,64 @@
+"""What sessions were answered, as keys and values: their next turns do not compute their history again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from grpo.generation.rows import Computed, Row
+from grpo.serving.asks import Ask
+
+MOST_OF_A_SESSION = 4
+"""Answers of one session that are kept, the newest: a session may go on from an earlier one, or on several ways."""
+
+Key = tuple[str, str]
+"""An adapter's name and a session's id: keys and values belong to the weights that computed them."""
+
+
+class Recall:
+    """Keeps keys and values of at most so many bytes, of the sessions that were used last. For the decoding thread."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes, self.nbytes = most_bytes, 0
+        self._kept: OrderedDict[Key, list[Computed]] = OrderedDict()
+        self._ended: dict[Row, Key] = {}
+
+    def find(self, ask: Ask) -> Computed | None:
+        """What saves most of a request's prompt; None without a session, and where nothing is known."""
+        if (key := _key(ask)) is None or key not in self._kept:
+            return None
+        self._kept.move_to_end(key)
+        best = max(self._kept[key], key=lambda one: one.usable(ask.prompt_ids))
+        return best if best.usable(ask.prompt_ids) else None
+
+    def expect(self, ask: Ask, row: Row) -> None:
+        """A row of this request has ended: its keys and values come with the next `collect`, or with a later one."""
+        if (key := _key(ask)) is not None:
+            self._ended[row] = key
+
+    def collect(self) -> None:
+        """Take over what ended rows have left."""
+        for row in [row for row in self._ended if row.computed is not None]:
+            key, computed, row.computed = self._ended.pop(row), row.computed, None
+            assert computed is not None
+            self._add(key, computed)
+
+    def clear(self) -> None:
+        """Keep nothing, and expect nothing."""
+        self._kept.clear()
+        self._ended.clear()
+        self.nbytes = 0
+
+    def _add(self, key: Key, new: Computed) -> None:
+        others = [one for one in self._kept.pop(key, []) if one.shared(new.token_ids) < len(one.token_ids)]
+        self._kept[key] = [*others, new][-MOST_OF_A_SESSION:]
+        self._count()
+        while self.nbytes > self.most_bytes:
+            self._kept.popitem(last=False)
+            self._count()
+
+    def _count(self) -> None:
+        self.nbytes = sum(one.nbytes for kept in self._kept.values() for one in kept)
+
+
+def _key(ask: Ask) -> Key | None:
+    return None if ask.session is None else (ask.model, ask.session)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -106,13 +106,17 @@ EXAMPLES: dict[str, Any] = {
 def _example(tool: Any) -> dict[str, Any]:
     """A call of a tool, with an argument of each of its parameters."""
     function = tool["function"]
-    properties = (function.get("parameters") or {}).get("properties") or {}
-    arguments = {name: _value(schema) for name, schema in properties.items()}
+    properties = (function.get("parameters") or {}).get("properties")
+    arguments = {name: _value(schema) for name, schema in properties.items()} if isinstance(properties, Mapping) else {}
     return {"name": function["name"], "arguments": arguments}
 
 
 def _value(schema: Any) -> Any:
-    if schema.get("enum"):
+    """A value of what a schema asks for; a text where the schema, which may be a client's, says nothing of a type."""
+    if not isinstance(schema, Mapping):
+        return "x"
+    if isinstance(schema.get("enum"), list) and schema["enum"]:
         return schema["enum"][0]
     kind = schema.get("type")
-    return EXAMPLES.get(kind[0] if isinstance(kind, list) and kind else kind, "x") if kind else "x"
+    kind = kind[0] if isinstance(kind, list) and kind else kind
+    return EXAMPLES.get(kind, "x") if isinstance(kind, str) else "x"

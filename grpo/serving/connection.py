@@ -18,13 +18,15 @@ HEAD_SECONDS = 60.0
 """Seconds from a connection's beginning, or the last answer, until the head of the next request must be there whole."""
 READING_SECONDS = 30.0
 """Seconds in which a client must make room for more of an answer, or take the last of it."""
+LINGER_SECONDS = 2.0
+"""Seconds that a client has to read why the server hangs up."""
 UNTOLD = 64
 """Connections beyond the most that are served which are told so; more are cut."""
 MOST_AHEAD = 2**18
 """Bytes that a client may send ahead while a request of its is being answered."""
 
 
-class Connection(H11Protocol):  # type: ignore[misc]
+class LimitedConnection(H11Protocol):  # type: ignore[misc]
     """Uvicorn's connection, with these limits, and JSON for what is no HTTP.
 
     It goes on reading while a request is answered, also where the client has sent the next one already: or else nobody
@@ -36,7 +38,7 @@ class Connection(H11Protocol):  # type: ignore[misc]
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._head: asyncio.TimerHandle | None = None
         self._reading: asyncio.TimerHandle | None = None
-        self._ahead = 0
+        self._ahead, self._hung_up = 0, False
         super().connection_made(transport)
         self._watch()
         most = self.limit_concurrency
@@ -49,6 +51,8 @@ class Connection(H11Protocol):  # type: ignore[misc]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._hung_up:
+            return
         self._ahead = self._ahead + len(data) if self._answering and not self.cycle.more_body else 0
         super().data_received(data)
         if self._ahead > MOST_AHEAD:
@@ -87,7 +91,7 @@ class Connection(H11Protocol):  # type: ignore[misc]
 
     def _watch(self) -> None:
         """Let the client have its time for the next head: from now on, or from when it has had it."""
-        self._wait_for_head(not self._answering and not self.transport.is_closing())
+        self._wait_for_head(not (self._answering or self._hung_up or self.transport.is_closing()))
 
     def _wait_for_head(self, waits: bool) -> None:
         if waits and self._head is None:
@@ -101,13 +105,25 @@ class Connection(H11Protocol):  # type: ignore[misc]
         self._refuse(Refusal(408, said, "timeout"))
 
     def _refuse(self, refusal: Refusal) -> None:
+        """Answer so, if no answer has begun, and hang up.
+
+        What the client still sends is let go by for a while: to close at once would take back the answer before it is
+        read.
+        """
         if self._answering:  # the request is not awaited any longer
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.write(self._written(refusal))
-        self.transport.close()
-        self._limit_reading()
+        self._hung_up = True
+        self._wait_for_head(False)
+        self.flow.resume_reading()
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has gone already
+            self.transport.abort()
+        else:
+            self._limit_reading(seconds=LINGER_SECONDS)
 
     def _written(self, refusal: Refusal) -> bytes:
         body = json.dumps(refusal.body()).encode()
@@ -117,9 +133,10 @@ class Connection(H11Protocol):  # type: ignore[misc]
         parts = (response, h11.Data(data=body), h11.EndOfMessage())
         return b"".join(self.conn.send(part) or b"" for part in parts)
 
-    def _limit_reading(self, limited: bool = True) -> None:
+    def _limit_reading(self, limited: bool = True, seconds: float | None = None) -> None:
         if limited and self._reading is None:
-            self._reading = self.loop.call_later(READING_SECONDS, self.transport.abort)
+            wait = READING_SECONDS if seconds is None else seconds
+            self._reading = self.loop.call_later(wait, self.transport.abort)
         elif not limited and self._reading is not None:
             self._reading.cancel()
             self._reading = None

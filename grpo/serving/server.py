@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 
 from grpo.errors import UserError
-from grpo.serving.connection import KEEP_ALIVE, Connection
+from grpo.serving.connection import KEEP_ALIVE, LimitedConnection
 
 CONNECTIONS = 1024
 """Connections that are served at once; more are refused (503)."""
@@ -53,7 +53,7 @@ def made(
     _make_room()
     config = uvicorn.Config(
         app,
-        http=Connection,
+        http=LimitedConnection,
         lifespan="on",
         ws="none",
         log_config=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,22 @@ def test_a_chat_of_an_openai_client(office: Agency) -> None:
         assert [message["role"] for message in talk.messages] == ["assistant", "user", "assistant", "user", "assistant"]
         assert [m["content"] for m in talk.messages if m["role"] == "user"] == ["And 0?", "And 1?"]
         assert talk.prompt == tuple(QUESTION)
+
+
+def test_a_stream_tells_tokens_as_they_come(office: Agency) -> None:
+    events: list[dict[str, Any]] = []
+
+    def agent(client: Client) -> float:
+        body = {"messages": QUESTION, "stream": True, "return_token_ids": True, "logprobs": True, "max_tokens": 20}
+        connection = client.begun("/v1/chat/completions", body)
+        lines = connection.getresponse().read().decode().split("\n\n")
+        events.extend(json.loads(line.removeprefix("data: ")) for line in lines if line and not line.endswith("[DONE]"))
+        connection.close()
+        return 1.0
+
+    one = office.one(agent)
+    told = [event["choices"][0] for event in events if event["choices"][0].get("token_ids")]
+    assert [token for choice in told for token in choice["token_ids"]] == list(one.token_ids)
+    assert [t["logprob"] for choice in told for t in choice["logprobs"]["content"]] == list(one.behaviour)
+    assert len(told) > 1
+    assert one.conversation.messages[0]["role"] == "assistant"

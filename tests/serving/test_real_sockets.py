@@ -49,7 +49,8 @@ def found() -> Iterator[Listening]:
 def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Nothing that a client does shows in the log."""
     yield
-    assert [record.getMessage() for record in caplog.records] == []
+    told = [record for record in caplog.get_records("call") if not record.name.startswith("transformers")]
+    assert [record.getMessage() for record in told] == []
 
 
 def headed(more: str, body: bytes = b"", line: str = "POST /v1/completions HTTP/1.1") -> bytes:
@@ -92,6 +93,51 @@ def test_what_comes_after_an_answer_and_is_no_http_ends_the_connection(found: Li
     got = found.answer(WHOLE + b"hello\r\n\r\n", b"")
     assert statuses(got) == [200, 400]
     assert error_in(got)["code"] == "invalid_http"
+
+
+def test_why_it_hangs_up_is_read_by_who_goes_on_sending(found: Listening) -> None:
+    with found.connect(b"hello\r\n\r\n") as made:
+        made.sendall(b"x" * 2**20)
+        threading.Event().wait(0.1)
+        made.sendall(b"x" * 2**20)
+        assert error_in(received(made))["code"] == "invalid_http"
+    until(found.idle)
+
+
+def test_idle_connections_are_kept_for_longer_than_clients_keep_them(found: Listening) -> None:
+    assert found.server.config.timeout_keep_alive > 5  # httpx's, which openai's client has
+
+
+def test_a_body_that_is_broken_is_not_awaited() -> None:
+    with listening(service_that_says("Yes.", body_seconds=1.0)) as found:
+        with found.connect(headed(CHUNKED)) as made:
+            until(lambda: found.server.server_state.tasks)
+            threading.Event().wait(0.05)
+            made.sendall(b"zz\r\n")
+            assert statuses(received(made)) == [400]
+            until(lambda: not found.server.server_state.tasks, seconds=0.5)
+        until(found.idle)
+
+
+def test_who_does_not_go_when_the_server_hangs_up_is_cut_off(found: Listening, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "LINGER_SECONDS", 0.1)
+    with found.connect(b"hello\r\n\r\n"):
+        until(lambda: found.server.server_state.connections)
+        until(found.idle)
+
+
+def test_a_long_body_is_no_request_sent_ahead(found: Listening) -> None:
+    assert statuses(found.answer(request({**ASKED, "user": "x" * 2**20}))) == [200]
+
+
+def test_of_a_client_that_has_gone_nothing_waits(found: Listening) -> None:
+    until(found.idle)
+    for sent in (WHOLE, b"POST /v1", b"hello\r\n\r\n"):
+        with found.connect(sent):
+            until(lambda: found.server.server_state.connections)
+            (one,) = found.server.server_state.connections
+        until(found.idle)
+        assert (one._head, one._reading) == (None, None)
 
 
 def test_requests_sent_ahead_are_answered_in_their_order(found: Listening) -> None:
@@ -142,6 +188,20 @@ def test_who_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch, stream: 
             until(lambda: found.server.server_state.connections)
             until(found.idle)
         assert statuses(found.answer(WHOLE)) == [200]
+
+
+def test_who_reads_late_and_then_all_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "READING_SECONDS", 0.5)
+    body = {"prompt": "hi", "max_tokens": 100_000, "return_token_ids": True, "stream": True}
+    with (
+        listening(service_that_says("The sun shines. " * 2000)) as found,
+        found.connect(request(body), room=4096) as made,
+    ):
+        threading.Event().wait(0.2)
+        assert received(made, wholes=1).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        threading.Event().wait(0.6)
+        made.sendall(WHOLE)
+        assert statuses(received(made, wholes=1)) == [200]
 
 
 @pytest.fixture

@@ -40,11 +40,12 @@ class Ranks:
     """
 
     neighbours = 1
+    _everyone: Ranks | None = None
+    _shard: Ranks | None = None
 
     def __init__(self, group: mx.distributed.Group | None = None, everyone: Ranks | None = None) -> None:
         self.group = group
-        self.everyone: Ranks = everyone or self
-        self._shard: Ranks | None = None
+        self._everyone = everyone
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
         self.patience = _patience()
@@ -102,6 +103,11 @@ class Ranks:
         shard, divided = (Ranks(group, self) for group in groups)
         divided._shard = shard
         return divided
+
+    @property
+    def everyone(self) -> Ranks:
+        """All processes of the run: these, unless the model is divided."""
+        return self._everyone or self
 
     @property
     def shard(self) -> Ranks:

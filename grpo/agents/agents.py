@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from grpo.agents.decoder import Left
 from grpo.agents.frontend import Frontend
-from grpo.agents.outcome import APART, NOTHING, Outcome
+from grpo.agents.outcome import APART, NOTHING, AgentOutcome
 from grpo.agents.session import AgentSession, Room
-from grpo.agents.told import Told, conversation_of
+from grpo.agents.told import Transcript, conversation_of
 from grpo.environments.anew import joined
 from grpo.environments.openings import begun_with, messages_of, seed_of
 from grpo.environments.sampler import Sampler
@@ -27,8 +27,8 @@ class _Played:
     """A rollout that has ended."""
 
     session: AgentSession
-    outcome: Outcome
-    told: Told = field(default=((), ()))
+    outcome: AgentOutcome
+    told: Transcript = field(default=((), ()))
 
 
 class Agents:
@@ -81,7 +81,7 @@ class Agents:
         session, seed = AgentSession(sampler, sample, room), seed_of(self.seed, task, sample)
         reply = await sampler.outside(seat.reset(begun_with(task), seed))
         if reply.kind != "ok":
-            return _Played(session, Outcome.of(reply))
+            return _Played(session, AgentOutcome.of(reply))
         rules = SessionRules(sampler.sampling, self.recipe, self._keep_thinking)
         door = self.frontend.open(session.inbox, rules)
         try:
@@ -91,9 +91,9 @@ class Agents:
             reply = await session.until_it_leaves()
         finally:
             memory = self.frontend.end(door)
-        outcome = Outcome.of(reply)
+        outcome = AgentOutcome.of(reply)
         if outcome.failure is None and not session.answered:
-            outcome = Outcome(failure=Failure("error", NOTHING))
+            outcome = AgentOutcome(failure=Failure("error", NOTHING))
         return _Played(session, outcome, conversation_of(memory.said))
 
     def _trajectory(self, task: Task, sampler: Sampler, played: _Played) -> Trajectory:
@@ -124,7 +124,7 @@ def _settle(sampler: Sampler, played: Sequence[_Played]) -> None:
     prompts = [strand.prompt_ids for one in good for strand in one.session.answered]
     if prompts and not sampler.settle(prompts):
         for one in good:
-            one.outcome = Outcome(failure=one.outcome.failure or Failure("error", APART))
+            one.outcome = AgentOutcome(failure=one.outcome.failure or Failure("error", APART))
 
 
 def _of_failure(failure: Failure) -> FinishReason:

@@ -13,7 +13,7 @@ from grpo.serving.refusals import Refusal
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Posted:
     """A request."""
 
     ticket: Ticket
@@ -33,7 +33,7 @@ class Left:
     reply: Reply
 
 
-Mail = Asked | Cancelled | Left
+Mail = Posted | Cancelled | Left
 """What a session is sent."""
 
 
@@ -67,7 +67,7 @@ class TrainingDecoder:
     def submit(self, ask: Ask, tell: Callable[[Told], object]) -> Ticket:
         """Have a request answered. See `Decoder`."""
         ticket = Ticket(ask, tell)
-        if not self._send(ask, Asked(ticket)):
+        if not self._send(ask, Posted(ticket)):
             ticket.over = True
             tell(session_over())
         return ticket

@@ -17,7 +17,7 @@ APART = (
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class AgentOutcome:
     """The reward, None for none, the agent's own metrics, and why it failed if it did."""
 
     reward: float | None = None
@@ -25,7 +25,7 @@ class Outcome:
     failure: Failure | None = None
 
     @classmethod
-    def of(cls, reply: Reply) -> Outcome:
+    def of(cls, reply: Reply) -> AgentOutcome:
         """What a call of `run` came to: its value is JSON, `{"reward": float | null, "metrics": {name: float}}`."""
         if reply.kind != "ok":
             return cls(failure=Failure(reply.kind, reply.error))

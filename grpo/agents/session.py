@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from grpo.agents.decoder import Asked, Cancelled, Left, Mail, session_over
+from grpo.agents.decoder import Cancelled, Left, Mail, Posted, session_over
 from grpo.agents.strands import Strand, gone_on_with, idle, in_order
 from grpo.environments.inbox import Inbox
 from grpo.environments.sampler import Sampler
@@ -66,7 +66,7 @@ class AgentSession:
                     self._begin(mail.ticket)
             refusal = session_over()
         finally:
-            waiting = [one.ticket for one in self._inbox.close() if isinstance(one, Asked)]
+            waiting = [one.ticket for one in self._inbox.close() if isinstance(one, Posted)]
             for ticket in [*self._under_way, *waiting]:
                 _refuse(ticket, refusal)
         self._end()

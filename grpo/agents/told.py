@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from grpo.serving.sessions import Answered, marks_of
 from grpo.types import Message
 
-Told = tuple[tuple[Message, ...], tuple[Message, ...]]
+Transcript = tuple[tuple[Message, ...], tuple[Message, ...]]
 """The messages before the first answer, and all that came after them."""
 
 
-def conversation_of(said: Sequence[Answered]) -> Told:
+def conversation_of(said: Sequence[Answered]) -> Transcript:
     """The answers of a session in their order, each with what its request added.
 
     A request that goes on from all before has added what is new at its end; any other, such as that of a second agent,

@@ -42,6 +42,12 @@ class Clients:
         asked, sampled = (sum(usage[name] for usage in usages) for name in ("prompt_tokens", "completion_tokens"))
         return {"s": seconds, "prompt tokens": asked, "tokens": sampled}
 
+    async def close(self) -> None:
+        """Close all connections."""
+        for _, writer in self._open:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for _, writer in self._open), return_exceptions=True)
+
     def _request(self, body: Any) -> bytes:
         encoded = json.dumps(body).encode()
         head = (

@@ -94,7 +94,10 @@ def serving_costs(setting: Setting, clients: Sequence[int], peer: bool) -> Itera
         model, tokenizer = load(ModelConfig(name=str(folder)))
         if not tokenizer.has_chat_template:
             raise UserError(f"{setting.name} has no chat template, and clients ask for chats: choose another model")
-        most, speaker = max(clients), Speaker(tokenizer, vocabulary_of(model), None)
+        most, known, vocabulary = max(clients), len(tokenizer.get_vocab()), vocabulary_of(model)
+        if known > vocabulary:
+            raise UserError(f"{setting.name} has {vocabulary} tokens, and its tokenizer {known}: choose a larger shape")
+        speaker = Speaker(tokenizer, vocabulary, None)
         asks = {SERVED: opened.enter_context(_asking(SERVED, _grpo(folder, most)))}
         asks[STREAMED] = asks[SERVED]
         if peer:

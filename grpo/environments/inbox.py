@@ -8,10 +8,10 @@ from typing import Generic, TypeVar
 
 from grpo.environments.scheduler import Outside, Scheduler
 
-Item = TypeVar("Item")
+Letter = TypeVar("Letter")
 
 
-class Inbox(Generic[Item]):
+class Inbox(Generic[Letter]):
     """One job takes from it, in the order in which things came.
 
     While the inbox is `patient`, nothing that decodes is held up for what may still come. It is for jobs of which a row
@@ -20,7 +20,7 @@ class Inbox(Generic[Item]):
 
     def __init__(self, jobs: Scheduler) -> None:
         self._jobs, self._lock = jobs, Lock()
-        self._items: deque[Item] = deque()
+        self._items: deque[Letter] = deque()
         self._gate: Outside | None = None
         self._patient = self._closed = False
 
@@ -34,7 +34,7 @@ class Inbox(Generic[Item]):
         if self._gate is not None:
             self._gate.patient = patient
 
-    def put(self, item: Item) -> bool:
+    def put(self, item: Letter) -> bool:
         """Send something, from any thread. Returns whether the inbox is still open: otherwise nobody will take it."""
         with self._lock:
             if self._closed:
@@ -44,7 +44,7 @@ class Inbox(Generic[Item]):
                 self._jobs.happened(self._gate)
             return True
 
-    async def next(self) -> Item:
+    async def next(self) -> Letter:
         """The next thing, once it has come."""
         with self._lock:
             if self._items:
@@ -55,7 +55,7 @@ class Inbox(Generic[Item]):
             self._gate = None
             return self._items.popleft()
 
-    def close(self) -> list[Item]:
+    def close(self) -> list[Letter]:
         """Take nothing any more. Returns what had come and was not taken."""
         with self._lock:
             self._closed = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from grpo.agents.decoder import Asked, Cancelled, Left, TrainingDecoder
+from grpo.agents.decoder import Cancelled, Left, Posted, TrainingDecoder
 from grpo.agents.session import AgentSession, Room
 from grpo.environments.inbox import Inbox
 from grpo.environments.scheduler import Scheduler
@@ -27,7 +27,7 @@ def test_what_comes_when_the_agent_has_gone_is_refused() -> None:
     told: list[Any] = []
     tickets = [Ticket(ASK, told.append) for _ in range(2)]
     session.inbox.put(Left(Reply(value="{}")))
-    for mail in (Asked(tickets[0]), Cancelled(tickets[1])):
+    for mail in (Posted(tickets[0]), Cancelled(tickets[1])):
         session.inbox.put(mail)
     job = jobs.start(session.until_it_leaves())
     jobs.run()
@@ -44,7 +44,7 @@ def test_a_decoder_refuses_for_sessions_that_are_not_open_and_for_those_that_hav
     decoder.open("one", inbox)
     waiting = decoder.submit(ASK, told.append)
     decoder.cancel(waiting)
-    assert inbox.close() == [Asked(waiting), Cancelled(waiting)]
+    assert inbox.close() == [Posted(waiting), Cancelled(waiting)]
     assert decoder.submit(ASK, told.append).over
     decoder.close("one")
     over = decoder.submit(ASK, told.append)

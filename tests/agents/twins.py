@@ -1,9 +1,10 @@
-"""Rollouts of `builtin:guess` with a small student, by its environment and by agents, and whether they are the same."""
+"""Rollouts of a built-in task with a student, by its environment and by agents, and whether they are the same."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,22 @@ from agency import AgentHost, Client
 
 from grpo.agents.agents import Agents
 from grpo.agents.frontend import Frontend
-from grpo.builtin.guess import GUESS, Guess
+from grpo.builtin.guess import GUESS
 from grpo.builtin.student import Student, make
-from grpo.config import EnvironmentConfig, ModelConfig
+from grpo.builtin.tasks import TASKS
+from grpo.config import ModelConfig
 from grpo.environments.chat import Chat
 from grpo.environments.conversations import Conversations
 from grpo.environments.environment import Environment
 from grpo.environments.making import make_host
 from grpo.environments.play import Table
-from grpo.environments.seats import ConversationLimits
+from grpo.environments.seats import ConversationLimits, Host
 from grpo.generation.generator import Generator
 from grpo.generation.sampling import Sampling
 from grpo.model.load import load
 from grpo.model.mlxlm import new_model
+from grpo.plugins import bundled
+from grpo.recipes import load_recipe
 from grpo.rollout import RolloutEngine
 from grpo.serving.speaker import Speaker
 from grpo.types import Group, Message, Rollout, Task
@@ -40,19 +44,25 @@ def make_student(folder: Path) -> None:
 
 
 class Twins:
-    """The same rows played twice."""
+    """Rows of a task, played twice: of `guess` unless another is named."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, task: str = "guess", rows: Sequence[dict[str, Any]] = ROWS) -> None:
         self.model, self.tokenizer = load(ModelConfig(name=str(folder)))
         self.generator = Generator(self.model, self.tokenizer, 24)
+        self.rows, self._task = rows, TASKS[f"builtin:{task}"]
+        self._cfg = load_recipe(bundled("recipes") / "learning" / f"{task}.yaml")
+        with closing(self._host()) as host:
+            self.tools = list(host.description.tools)
 
     def by_the_environment(self, sampling: Sampling, temperature: float = 1.0, n: int = 8) -> list[Rollout]:
-        host = make_host(EnvironmentConfig(use="grpo.builtin.guess:Guess"), [], given=Guess)
-        table = Table(host, Chat.of(self.tokenizer, [], answers=True))
-        try:
-            return self._rollouts(Conversations({"": table}, SEED, LONGEST), sampling, temperature, n)
-        finally:
-            host.close()
+        with closing(self._host()) as host:
+            chat = Chat.of(self.tokenizer, self.tools, answers=host.description.kind != "tools")
+            talks = Conversations({"": Table(host, chat)}, SEED, LONGEST)
+            return self._rollouts(talks, sampling, temperature, n)
+
+    def _host(self) -> Host:
+        """The environment's, in this process."""
+        return make_host(self._cfg.environment, self._cfg.tools, given=self._task.environment)
 
     def by_the_agent(
         self, play: Callable[[Client], Any], sampling: Sampling, temperature: float = 1.0, n: int = 8
@@ -72,13 +82,11 @@ class Twins:
         return [rollout for group in groups for rollout in group.rollouts]
 
     def _tasks(self) -> list[Task]:
-        prompts = [[{"role": "user", "content": row["question"]}] for row in ROWS]
-        written = [
-            self.tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False) for one in prompts
-        ]
-        return [
-            Task(at, row["question"], tuple(ids), row) for at, (row, ids) in enumerate(zip(ROWS, written, strict=True))
-        ]
+        return [Task(at, row["question"], self._prompt(row["question"]), row) for at, row in enumerate(self.rows)]
+
+    def _prompt(self, question: str) -> tuple[int, ...]:
+        messages, tools = [{"role": "user", "content": question}], self.tools or None
+        return tuple(self.tokenizer.apply_chat_template(messages, tools, add_generation_prompt=True, return_dict=False))
 
 
 def check_same(by_environment: Sequence[Rollout], by_agent: Sequence[Rollout], messages: bool = True) -> None:

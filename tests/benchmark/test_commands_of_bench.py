@@ -35,6 +35,11 @@ ROWS = {
         {"a barrier each turn", "nobody waits", "the longest row alone"},
         {"s"},
     ),
+    "serve": (
+        ["--shape", "qwen3-1m", "--prompt-length", 20, "--completion-length", 3, "--clients", "1,2", "--alone"],
+        {"generator alone", "grpo serve", "grpo serve, streamed"},
+        {"tok/s"},
+    ),
     "sampling": (LOAD, {"plain", *FILTERS}, {"tok/s", "GB"}),
     "logprobs": (LOAD, {"without", "with logprobs"}, {"tok/s", "GB"}),
     "head": ([*LOAD, "--dtype", "bfloat16"], {"model", "float32"}, {"tok/s", "s", "GB", "GB planned"}),

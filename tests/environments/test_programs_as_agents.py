@@ -120,6 +120,7 @@ def test_what_else_it_prints_is_shown(shell, capfd) -> None:
 
 
 def test_a_row_that_json_does_not_hold_is_an_error(shell) -> None:
+    assert "not JSON compliant" in ran(shell, name="number", share=float("nan")).error
     reply = ran(shell, name="number", odd=object())
     assert reply == Reply(
         "error", error="the row cannot be given to a program as JSON: it has a value of the type object"
@@ -177,7 +178,7 @@ def test_nothing_is_left_open_by_many_programs() -> None:
         pytest.skip("descriptors are counted in /proc")
     before = len(list(folder.iterdir()))
     for _ in range(5):
-        ran(host)
+        ran(host, filler="x" * 300_000)  # which it does not read
     assert len(list(folder.iterdir())) == before
     host.close()
 

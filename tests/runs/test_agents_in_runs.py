@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 from runs.agents import COMMAND, asking  # noqa: F401
-from runs.conversing import thinker, thinks
 from runs.driver import run, same_end
 from runs.test_conversing_runs import gone, trajectories
 from runs.test_resume import interrupt_in
 
+from grpo.agents.frontend import Frontend
 from grpo.environments import scheduler
-from grpo.environments.chat import Chat
 from grpo.errors import RunError, UserError
 from grpo.recipes import load_recipe
 from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.prepare import prepare
+from grpo.serving.sessions import SessionRules
 from grpo.types import Conversation
 
 ONE = ("output_dir=run", "optim.steps=1")
@@ -161,7 +161,7 @@ def test_the_limits_and_the_template_of_each_source(asking: Path) -> None:  # no
     """First prompts may be as long as their own source says; the longest by any source is what the endpoint tells."""
     with Path("play.py").open("a") as file:
         file.write("\ndef long(base_url, api_key, question):\n")
-        file.write("    ask(base_url, api_key, [{'role': 'user', 'content': question * 9}])\n    return 1.0\n")
+        file.write("    ask(base_url, api_key, [{'role': 'user', 'content': question * 60}])\n    return 1.0\n")
     Path("more.jsonl").write_text(Path("train.jsonl").read_text())
     sources = "data={prompt: question, sources: [{source: train.jsonl, max_prompt_length: 40}, {source: more.jsonl}]}"
     run(asking, *ONE, sources, "environment={agent: 'play.py:long', workers: 1, max_failure_rate: 1}")
@@ -174,27 +174,30 @@ def test_arguments_of_the_chat_template_are_the_recipes(asking: Path) -> None:  
     shutil.copytree(load_recipe(asking).model.name, "model")
     template = json.loads(config.read_text())
     config.write_text(json.dumps({**template, "chat_template": template["chat_template"] + "{{ tone }}"}))
-    prepared = prepare(load_recipe(asking, ["model.name=model", "data.chat_template_kwargs={tone: rude}"]))
+    prepared = prepare(
+        load_recipe(
+            asking, ["model.name=model", "environment.agent=play.py:once", "data.chat_template_kwargs={tone: rude}"]
+        )
+    )
     with prepared.opened:
         engine = prepared.trainer.engine
         (group,) = engine.rollout(prepared.tasks[:1], 2, 1.0, [7])
         assert engine.generator.tokenizer.decode(list(group.task.prompt_ids)).endswith("rude")
 
 
-def test_thinking_that_is_not_sent_back_begins_a_row_unless_it_is_kept(
-    asking: Path,  # noqa: F811
-    toy_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    thinker(toy_folder, Path("thinker"))
-    monkeypatch.setattr(Chat, "parse", thinks)
-    rows = {}
+def test_sessions_are_ruled_as_the_recipe_says(asking: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    ruled: list[SessionRules] = []
+    opened = Frontend.open
+    monkeypatch.setattr(Frontend, "open", lambda self, inbox, rules: ruled.append(rules) or opened(self, inbox, rules))
     for thinking in ("drop", "keep"):
-        prepared = prepare(load_recipe(asking, ["model.name=thinker", f"environment.thinking={thinking}"]))
+        more = [f"environment.thinking={thinking}", "rollout.top_k=5", "rollout.temperature=0.5"]
+        prepared = prepare(load_recipe(asking, [*more, "loss.importance_sampling_correction=token_mask"]))
         with prepared.opened:
-            (group,) = prepared.trainer.engine.rollout(prepared.tasks[:1], 3, 1.0, [7])
-        rows[thinking] = [1 + len(rollout.trajectory.begins) for rollout in group.rollouts]
-    assert rows == {"drop": [2, 2, 2], "keep": [1, 1, 1]}
+            prepared.trainer.engine.rollout(prepared.tasks[:1], 1, 0.7, [7])  # as an evaluation may
+    assert [rules.keep_thinking for rules in ruled] == [False, True]
+    assert {(rules.recipe.temperature, rules.sampling.temperature, rules.recipe.top_k) for rules in ruled} == {
+        (0.5, 0.7, 5)
+    }
 
 
 def test_kwargs_and_metrics_alone(asking: Path) -> None:  # noqa: F811

@@ -257,3 +257,22 @@ def test_others_are_not_kept_waiting_by_an_adapter_that_is_always_asked_for(
             told.rows(1)
     assert order.index("two") <= 2  # and not after all of the others
     assert order.index("two") < order.index("base")
+
+
+def test_many_streams_are_told_several_tokens_at_once_and_a_lone_one_each(
+    toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpo.serving.decoder.PIECES", 1e-3)  # a piece in a quarter of an hour
+    asked = [replace(ASK, n=1, seed=seed, sampling=Sampling(1.0, 60), gradually=True) for seed in range(8)]
+    with decoding(toy_folder) as (decoder, _):
+        decoder._generator.stop_ids = frozenset()
+        alone, many = Told(), [Told() for _ in asked]
+        decoder.submit(asked[0], alone)
+        rows = alone.rows(1)
+        for one, told in zip(asked, many, strict=True):
+            decoder.submit(one, told)
+        found = [told.rows(1) for told in many]
+    assert alone.times == 60
+    assert found[0] == rows
+    assert [len(ids) for ((ids, _, _),) in found] == [60] * 8
+    assert sorted(told.times for told in many)[4] == 2  # the first tokens at once, and the others with the last

@@ -52,11 +52,12 @@ class Ranks:
     watch: Watch | None = None
     watching: ClassVar[Watch | None] = None
     """The only one of this machine's process, once it was launched as one of several."""
+    _everyone: Ranks | None = None
+    _shard: Ranks | None = None
 
     def __init__(self, group: mx.distributed.Group | None = None, everyone: Ranks | None = None) -> None:
         self.group = group
-        self.everyone: Ranks = everyone or self
-        self._shard: Ranks | None = None
+        self._everyone = everyone
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
         self.patience = _patience()
@@ -136,6 +137,11 @@ class Ranks:
         shard, divided = (Ranks(group, self) for group in groups)
         divided._shard = shard
         return divided
+
+    @property
+    def everyone(self) -> Ranks:
+        """All processes of the run: these, unless the model is divided."""
+        return self._everyone or self
 
     @property
     def shard(self) -> Ranks:
@@ -306,7 +312,8 @@ class Ranks:
         try:
             made = make()
         except BaseException as error:
-            self.shard.gather((None, f"{type(error).__name__}: {error}"))
+            known = isinstance(error, UserError | RunError)
+            self.shard.gather((None, str(error) if known else f"{type(error).__name__}: {error}"))
             raise
         self.shard.gather((made, None))
         return made

@@ -13,14 +13,13 @@ import logging
 import os
 import pickle
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
+from grpo.backend.launched import LAUNCHED, in_time, launched_alone, patience
 from grpo.backend.links import Door
 from grpo.backend.watch import Lost, Watch, silence
 from grpo.errors import LostRankError, RunError, UserError
@@ -32,13 +31,10 @@ Item = TypeVar("Item")
 
 log = logging.getLogger(__name__)
 
-LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 HEARD = 5.0
 """Seconds in which it is known who was lost, where MLX has noticed that somebody was."""
 START = 300.0
 """Seconds in which all processes must have started; `GRPO_RANK_TIMEOUT` can only shorten it."""
-PATIENCE = 1800.0
-"""Seconds a process waits for the others before it ends the run; `GRPO_RANK_TIMEOUT` changes it."""
 
 
 class Ranks:
@@ -60,7 +56,7 @@ class Ranks:
         self._everyone = everyone
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
-        self.patience = _patience()
+        self.patience = patience()
         if everyone is not None:
             self.neighbours, self.watch = everyone.neighbours, everyone.watch
         elif group:
@@ -72,10 +68,10 @@ class Ranks:
         """What a launcher made of this process. Raises UserError if it is to be one of several that cannot connect."""
         import mlx.core as mx
 
-        if not any(name in os.environ for name in LAUNCHED) or _launched_alone():
+        if not any(name in os.environ for name in LAUNCHED) or launched_alone():
             return cls()
         try:
-            with _in_time(min(START, cls().patience)):
+            with in_time(min(START, cls().patience)):
                 ranks = cls(mx.distributed.init(strict=True))
         except RuntimeError as error:
             raise UserError(f"launched as one of several processes, but they cannot be connected: {error}") from error
@@ -360,44 +356,3 @@ class Ranks:
             flush=True,
         )
         os._exit(1)
-
-
-CLOCK = """
-import os, select, sys
-seconds, pid, line = sys.argv[1:]
-if not select.select([0], [], [], float(seconds))[0]:
-    print(line, file=sys.stderr, flush=True)
-    os.kill(int(pid), 9)
-"""
-"""A process that ends another after some time, unless that closes its end of a pipe before, or ends by itself."""
-
-
-@contextmanager
-def _in_time(seconds: float) -> Iterator[None]:
-    """End this process if a block takes longer: MLX waits for ever for a process that never starts, and lets no thread
-    of Python's have its turn meanwhile."""
-    line = (
-        f"grpo: process {os.environ.get('MLX_RANK', '')} waited {seconds:.0f} s for the others to start: one of them "
-        "has not, or cannot be reached. `grpo doctor --ranks --hostfile FILE` looks for what is wrong with the hosts."
-    )
-    command = [sys.executable, "-S", "-c", CLOCK, str(seconds), str(os.getpid()), line]
-    with subprocess.Popen(command, stdin=subprocess.PIPE):  # its end closes the pipe
-        yield
-
-
-def _patience() -> float:
-    """Seconds to wait for others. Raises UserError for what is no number of seconds."""
-    said = os.environ.get("GRPO_RANK_TIMEOUT", str(PATIENCE))
-    try:
-        seconds = float(said)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= threading.TIMEOUT_MAX:
-        raise UserError(f"GRPO_RANK_TIMEOUT: {said!r} is no number of seconds above 0")
-    return seconds
-
-
-def _launched_alone() -> bool:
-    """Whether `mlx.launch` was asked for a single process: its list of hosts is then an empty file."""
-    hosts = os.environ.get("MLX_HOSTFILE")
-    return hosts is not None and os.path.isfile(hosts) and not Path(hosts).read_text().strip()

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class LostRank:
     """Which process was lost, by its number, and a sentence that names it and says what happened."""
 
     rank: int
@@ -64,7 +64,7 @@ class Watch:
 
     def __init__(self, rank: int, members: Sequence[Member], links: Sequence[Link], silence: float = SILENCE) -> None:
         self.rank, self.size, self.silence = rank, len(members), silence
-        self.loss: Loss | None = None
+        self.loss: LostRank | None = None
         self.last_resort: Callable[[], None] = lambda: None
         self.failed = False
         """Whether this process ends by an error, which ends the others too."""
@@ -98,7 +98,7 @@ class Watch:
         lost = None if self.loss is None or self.alone else self.loss.rank
         return self.rank == next(rank for rank in range(self.size) if rank != lost)
 
-    def verdict(self, seconds: float) -> Loss | None:
+    def verdict(self, seconds: float) -> LostRank | None:
         """Who was lost, as soon as that is known; None if it is not within so many seconds."""
         self._known.wait(seconds)
         return self.loss
@@ -249,7 +249,7 @@ class Watch:
         if self.loss is not None or self._left:
             return
         text = what if by is not None else f"{self.name(rank)} {what}"
-        self.loss = Loss(rank, text)
+        self.loss = LostRank(rank, text)
         self._tell({"lost": [rank, text]}, by)
         self._known.set()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from grpo.backend.links import Door, Link, Member, addresses, cut_ring, machine
-from grpo.backend.watch import BEAT, Loss, Lost, Watch, silence
+from grpo.backend.watch import BEAT, Lost, LostRank, Watch, silence
 from grpo.errors import UserError
 
 
@@ -123,7 +123,7 @@ def test_a_process_that_hears_nobody_says_so_of_itself(later: float) -> None:
     assert second.alone
     assert not second.heir  # the others save
     first = ring(3)[0]
-    first.loss = Loss(0, "cut off")
+    first.loss = LostRank(0, "cut off")
     assert first.heir  # it holds the run's folder
 
 
@@ -214,12 +214,12 @@ def test_a_loss_leaves_what_may_be_left_and_nothing_else() -> None:
         watch._called(signal.SIGUSR2, None)
 
     def lose_and_call() -> None:
-        watch.loss = Loss(1, "gone")
+        watch.loss = LostRank(1, "gone")
         call()
 
     with watch.keeps(), watch.interrupts():
         call()  # nobody is lost
-    watch.loss = Loss(1, "gone")
+    watch.loss = LostRank(1, "gone")
     call()  # nothing may be left yet: the process is ended after a while
     assert not watch._seen
     watch.loss = None
@@ -236,7 +236,7 @@ def test_from_hold_on_a_block_is_finished() -> None:
     watch, _ = ring(2)
     with watch.keeps(), watch.interrupts():
         watch.hold()
-        watch.loss = Loss(1, "gone")
+        watch.loss = LostRank(1, "gone")
         watch._called(signal.SIGUSR2, None)
         assert watch._seen
 

@@ -25,7 +25,7 @@ from runs.driver import run
 
 from grpo.backend.links import Member
 from grpo.backend.ranks import Ranks
-from grpo.backend.watch import Loss, Lost, Watch
+from grpo.backend.watch import Lost, LostRank, Watch
 from grpo.errors import LostRankError
 from grpo.runs import loop
 from grpo.runs.completions import read_completions, stored_steps
@@ -181,7 +181,7 @@ def test_an_error_of_the_ring_in_a_layer_is_the_loss_and_other_errors_are_their_
     with pytest.raises(RuntimeError, match=r"^mine$"), ranks.interrupts():
         raise RuntimeError("mine")
     assert ranks.watch is not None
-    ranks.watch.loss = Loss(1, "process 1 of 2 (other) died")
+    ranks.watch.loss = LostRank(1, "process 1 of 2 (other) died")
     ranks.watch._known.set()
     with pytest.raises(LostRankError, match=r"^process 1 of 2 \(other\) died$"):
         ranks._exchange(lambda: pytest.fail("begun though another process is lost"))

@@ -22,6 +22,14 @@ class RunError(Exception):
     """A run that had started cannot go on, and why. Exit code 1."""
 
 
+class LostRankError(RunError):
+    """Another process of the run was lost. Of those that are left one `speaks`, so that it is said once."""
+
+    def __init__(self, message: str, speaks: bool = True) -> None:
+        super().__init__(message)
+        self.speaks = speaks
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'NAME'?` with the known name that is most similar to `name`, or that begins with it.
 

@@ -46,13 +46,16 @@ class RolloutEngine:
         logprobs: bool = True,
         phase: str = "rollout",
         whole: Whole | None = None,
+        places: Sequence[int] | None = None,
     ) -> list[Group]:
         """`n` trajectories of each task at `temperature` (0: greedy), as groups that are not scored yet.
 
         `draws` is a key for all of them, or a seed for each: then what is drawn for a task does not depend on the
-        others. Greedy completions are the policy's own: no penalty reshapes them. `phase` is the name under which
-        progress is told. `whole` is called with each group while others decode, in the order in which they end. Where
-        an environment adds to prompts, a group's task has what its rows' prompts begin with (`Sampler.begin_after`).
+        others. `places` are the tasks' numbers among all that are sampled by that key, here or by other processes: from
+        0 on, unless they are given. Greedy completions are the policy's own: no penalty reshapes them. `phase` is the
+        name under which progress is told. `whole` is called with each group while others decode, in the order in which
+        they end. Where an environment adds to prompts, a group's task has what its rows' prompts begin with
+        (`Sampler.begin_after`).
         """
         if not tasks:  # a process whose share is empty
             return []
@@ -61,7 +64,9 @@ class RolloutEngine:
         told = TokenProgress(generator.progress, phase)
         samplers = [
             Sampler(driver, task, n, seed, path, place)
-            for place, (task, (seed, path)) in enumerate(zip(tasks, _seeds(draws, len(tasks)), strict=True))
+            for place, (task, (seed, path)) in enumerate(
+                zip(tasks, _seeds(draws, places or range(len(tasks))), strict=True)
+            )
         ]
         rows = [sampler.rows for sampler in samplers]
         with driver:
@@ -102,11 +107,11 @@ class RolloutEngine:
             raise
 
 
-def _seeds(draws: mx.array | Sequence[int], count: int) -> list[tuple[int, tuple[int, ...]]]:
+def _seeds(draws: mx.array | Sequence[int], places: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
     """For each task what its draws depend on: one key and the task's place, or a seed of its own."""
     if isinstance(draws, mx.array):
         seed = seed_of(draws)
-        return [(seed, (place,)) for place in range(count)]
+        return [(seed, (place,)) for place in places]
     return [(seed, ()) for seed in draws]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from grpo.backend.cache import cache_folder
-from grpo.backend.ranks import LAUNCHED
+from grpo.backend.launched import LAUNCHED
 
 VARIABLE = "MLX_PTX_CACHE_DIR"
 WHEELS = ("mlx-cuda-13", "mlx-cuda-12")

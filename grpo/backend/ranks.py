@@ -9,27 +9,32 @@ then divided among the groups, and what a group's processes are told, they are t
 
 from __future__ import annotations
 
-import faulthandler
+import logging
 import os
 import pickle
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from grpo.errors import RunError, UserError
+from grpo.backend.launched import LAUNCHED, in_time, launched_alone, patience
+from grpo.backend.links import Door
+from grpo.backend.watch import Lost, Watch, silence
+from grpo.errors import LostRankError, RunError, UserError
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 Item = TypeVar("Item")
 
-LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-PATIENCE = 1800.0
-"""Seconds a process waits for the others before it ends the run; `GRPO_RANK_TIMEOUT` changes it."""
+log = logging.getLogger(__name__)
+
+HEARD = 5.0
+"""Seconds in which it is known who was lost, where MLX has noticed that somebody was."""
+START = 300.0
+"""Seconds in which all processes must have started; `GRPO_RANK_TIMEOUT` can only shorten it."""
 
 
 class Ranks:
@@ -40,16 +45,20 @@ class Ranks:
     """
 
     neighbours = 1
+    watch: Watch | None = None
+    watching: ClassVar[Watch | None] = None
+    """The only one of this machine's process, once it was launched as one of several."""
+    _everyone: Ranks | None = None
+    _shard: Ranks | None = None
 
     def __init__(self, group: mx.distributed.Group | None = None, everyone: Ranks | None = None) -> None:
         self.group = group
-        self.everyone: Ranks = everyone or self
-        self._shard: Ranks | None = None
+        self._everyone = everyone
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
-        self.patience = _patience()
+        self.patience = patience()
         if everyone is not None:
-            self.neighbours = everyone.neighbours
+            self.neighbours, self.watch = everyone.neighbours, everyone.watch
         elif group:
             name = socket.gethostname()
             self.neighbours = self.gather(name).count(name)
@@ -59,16 +68,38 @@ class Ranks:
         """What a launcher made of this process. Raises UserError if it is to be one of several that cannot connect."""
         import mlx.core as mx
 
-        if not any(name in os.environ for name in LAUNCHED) or _launched_alone():
+        if not any(name in os.environ for name in LAUNCHED) or launched_alone():
             return cls()
         try:
-            # It waits for ever for a process that never starts, and lets no other thread of Python's have its turn.
-            faulthandler.dump_traceback_later(cls().patience, exit=True)
-            return cls(mx.distributed.init(strict=True))
+            with in_time(min(START, cls().patience)):
+                ranks = cls(mx.distributed.init(strict=True))
         except RuntimeError as error:
             raise UserError(f"launched as one of several processes, but they cannot be connected: {error}") from error
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+        ranks.watch = Ranks.watching = Ranks.watching or ranks._linked()
+        return ranks
+
+    def _linked(self) -> Watch | None:
+        """Link the processes, so that each hears whether the others are alive. None where they cannot be linked."""
+        if self.size == 1:
+            return None
+        seconds, door = silence(), Door(self.rank, self.size)
+        members = self.gather(door.member)
+        links, wrong = door.links(members)
+        failed = [(rank, why) for rank, why in enumerate(self.gather(wrong)) if why is not None]
+        if failed:
+            for link in links:
+                link.close()
+            if self.first:
+                log.warning(
+                    "process %d of %d cannot be linked with the others: %s. So the loss of a process is noticed only "
+                    "where MLX notices it, or after %.0f s (GRPO_RANK_TIMEOUT). A firewall that lets MLX's ports alone "
+                    "pass does that.",
+                    *(failed[0][0], self.size, failed[0][1], self.patience),
+                )
+            return None
+        watch = Watch(self.rank, members, links, seconds)
+        watch.start()
+        return watch
 
     def divided(self, size: int | None) -> Ranks:
         """These processes in shard groups of `size` neighbours each (None: one group of them all).
@@ -102,6 +133,11 @@ class Ranks:
         shard, divided = (Ranks(group, self) for group in groups)
         divided._shard = shard
         return divided
+
+    @property
+    def everyone(self) -> Ranks:
+        """All processes of the run: these, unless the model is divided."""
+        return self._everyone or self
 
     @property
     def shard(self) -> Ranks:
@@ -160,6 +196,15 @@ class Ranks:
             start += array.size
         return tree_unflatten(parts)
 
+    def passed(self, size: int, sender: int, receiver: int) -> None:
+        """Pass so many bytes from one process to another. Only these two call it."""
+        import mlx.core as mx
+
+        if self.rank == sender:
+            self._exchange(lambda: mx.distributed.send(mx.zeros(size, mx.uint8), receiver, group=self.group))
+        elif self.rank == receiver:
+            self._exchange(lambda: mx.distributed.recv((size,), mx.uint8, sender, group=self.group))
+
     def join(self, part: mx.array, axis: int) -> mx.array:
         """The parts of an array that each process has, all of one shape, along `axis` in the order of ranks."""
         if self.size == 1:
@@ -177,6 +222,54 @@ class Ranks:
     def wait(self) -> None:
         """Until every process is here."""
         self.everyone.gather(None)
+
+    def finish(self) -> None:
+        """Until every process is here, to end: a launcher ends the others, in the middle of a write, if one is gone."""
+        self.wait()
+        if self.watch is not None:
+            self.watch.done()
+
+    @property
+    def keeper(self) -> bool:
+        """Whether this process saves the run: the first, or where that was lost, the first that is left."""
+        return self.first if self.watch is None else self.watch.heir
+
+    @contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """A block of a step, which is left as soon as another process is lost. Raises LostRankError then."""
+        if self.watch is None:
+            yield
+            return
+        try:
+            with self.watch.interrupts():
+                yield
+        except Lost:
+            raise self._lost("") from None
+        except RuntimeError as error:  # of an exchange that a layer of a model makes
+            if "[ring]" not in str(error):
+                raise
+            raise self._lost(str(error)) from None
+
+    def hold(self) -> None:
+        """From here on the block of `interrupts` is to be finished, whoever is lost."""
+        if self.watch is not None:
+            self.watch.hold()
+
+    def keeps(self, last_resort: Callable[[], None]) -> AbstractContextManager[None]:
+        """A block that sees to its own end where another process is lost.
+
+        `last_resort` is called, in another thread, where the block is stuck in a computation that cannot be left.
+        """
+        if self.watch is None:
+            return nullcontext()
+        self.watch.last_resort = last_resort
+        return self.watch.keeps()
+
+    def _lost(self, error: str) -> LostRankError:
+        """What is raised where another process was lost, once it is known which."""
+        if self.watch is not None and (loss := self.watch.verdict(HEARD)) is not None:
+            return LostRankError(loss.text, self.watch.heir or self.watch.alone)
+        return LostRankError(f"process {self.rank} of {self.size}: another process was lost ({error})")
 
     def check_same(self, what: str, mine: Any) -> None:
         """Raise UserError where another process holds something else: they would train past each other."""
@@ -215,7 +308,8 @@ class Ranks:
         try:
             made = make()
         except BaseException as error:
-            self.shard.gather((None, f"{type(error).__name__}: {error}"))
+            known = isinstance(error, UserError | RunError)
+            self.shard.gather((None, str(error) if known else f"{type(error).__name__}: {error}"))
             raise
         self.shard.gather((made, None))
         return made
@@ -223,15 +317,18 @@ class Ranks:
     def _exchange(self, start: Callable[[], mx.array]) -> mx.array:
         import mlx.core as mx
 
+        from grpo.backend.device import out_of_memory
+
+        if self.watch is not None and self.watch.loss is not None:
+            raise self._lost("")
         with self._watched():
             try:
                 result = start()
                 mx.eval(result)
             except RuntimeError as error:  # MLX noticed before the clock did
-                raise RunError(
-                    f"process {self.rank} of {self.size}: another process was lost ({error}). "
-                    "The last checkpoint is intact."
-                ) from None
+                if out_of_memory(error):
+                    raise
+                raise self._lost(str(error)) from None
         return result
 
     @contextmanager
@@ -241,33 +338,21 @@ class Ranks:
         clock.daemon = True
         clock.start()
         try:
-            yield
+            with nullcontext() if self.watch is None or self.everyone is not self else self.watch.exchange():
+                yield
         finally:
             clock.cancel()
 
     def _give_up(self) -> None:
+        watch, seconds = self.watch, f"{self.patience:.0f} s"
+        missing = [] if watch is None else watch.missing()
+        what = "one died or cannot be reached"
+        if watch is not None and missing:
+            what = f"{', '.join(map(watch.name, missing))} is alive and did not come to what all do together"
         print(
-            f"grpo: process {self.rank} of {self.size}: nothing from the others for {self.patience:.0f} s: one died "
-            "or cannot be reached. The last checkpoint is intact. (GRPO_RANK_TIMEOUT sets how long to wait.)",
+            f"grpo: process {self.rank} of {self.size}: nothing from the others for {seconds}: {what}. The last "
+            "checkpoint is intact. (GRPO_RANK_TIMEOUT sets how long to wait.)",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)
-
-
-def _patience() -> float:
-    """Seconds to wait for others. Raises UserError for what is no number of seconds."""
-    said = os.environ.get("GRPO_RANK_TIMEOUT", str(PATIENCE))
-    try:
-        seconds = float(said)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= threading.TIMEOUT_MAX:
-        raise UserError(f"GRPO_RANK_TIMEOUT: {said!r} is no number of seconds above 0")
-    return seconds
-
-
-def _launched_alone() -> bool:
-    """Whether `mlx.launch` was asked for a single process: its list of hosts is then an empty file."""
-    hosts = os.environ.get("MLX_HOSTFILE")
-    return hosts is not None and os.path.isfile(hosts) and not Path(hosts).read_text().strip()

@@ -9,11 +9,13 @@ import typer
 from grpo import __version__
 from grpo.backend.device import out_of_memory
 from grpo.backend.hub import one_line
+from grpo.backend.ranks import Ranks
 from grpo.backend.secrets import mask_logs, masked, masked_traceback
+from grpo.backend.watch import Lost
 from grpo.benchmark import commands as benchmarks
 from grpo.cli import doctor, evaluate, export, generate, recipes, replay, report, rewards, runs, serve, train
 from grpo.cli.commands import CommandGroup, TakesSettings
-from grpo.errors import RunError, UserError
+from grpo.errors import LostRankError, RunError, UserError
 
 app = typer.Typer(
     help="GRPO fine-tuning on one machine with MLX.",
@@ -59,9 +61,24 @@ def main() -> None:
         sys.exit(1)
 
 
-def _run() -> None:
+def _told_to_others() -> None:
+    """The command. If it fails, the other processes of a run, if there are any, hear that this one has ended."""
     try:
         app(prog_name="grpo")
+    except BaseException as error:
+        ended = isinstance(error, SystemExit) and error.code in (None, 0)
+        if Ranks.watching is not None:
+            Ranks.watching.failed = not ended
+        raise
+
+
+def _run() -> None:
+    try:
+        _told_to_others()
+    except (LostRankError, Lost) as error:
+        if getattr(error, "speaks", False):
+            print(f"grpo: {masked(str(error))}", file=sys.stderr)
+        sys.exit(1)
     except UserError as error:
         print(f"grpo: {masked(str(error))}", file=sys.stderr)
         sys.exit(2)

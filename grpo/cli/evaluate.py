@@ -59,4 +59,4 @@ def evaluate(
     console.print(table)
     if solve_rates is not None:
         console.print(f"solve rates: {solve_rates}", highlight=False, markup=False, soft_wrap=True)
-    ranks.wait()  # a launcher ends the others, the first one before it has said it, when one is gone
+    ranks.finish()  # all have said what they have to say

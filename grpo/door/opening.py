@@ -136,7 +136,7 @@ class Opening:
         kinds = {kind: ranks.sum_counts(scorer.failures_of(kind)) for kind in FAILURES}
         failures = failure_lines(kinds, scorer.environments)
         print_outcome(self.console, outcome, self.folder, self._example(), failures, go_on)
-        ranks.wait()  # a launcher ends the others, the first one in the middle of its checkpoint, when one is gone
+        ranks.finish()
 
     def _example(self) -> str | None:
         """What `grpo generate` is given to try the run; None where it cannot converse as the run does, because the

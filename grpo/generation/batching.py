@@ -102,6 +102,11 @@ class Run:
             self.drain()
             self.seats.close()
 
+    @property
+    def lockstep(self) -> bool:
+        """See `Decoding.lockstep`."""
+        return self.seats.lockstep
+
     def close(self) -> None:
         """Release all rows."""
         for row in list(self._live):

@@ -154,8 +154,11 @@ class Engine:
 
     def close(self) -> None:
         """Release all rows. Their tokens stay readable."""
+        lockstep = self._run.lockstep
         with self._at_work():
             self._run.close()
+        if lockstep:  # a last step that nobody reads may be on its way, and would mix with what is exchanged next
+            mx.synchronize(self._stream)
 
     def abandon(self) -> None:
         """The same after an error: the steps under way are not read. Whoever holds the error does not hold buffers."""

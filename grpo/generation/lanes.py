@@ -168,6 +168,9 @@ class Lanes:
         self._pieces = [WeakKeyDictionary[SharedPrompt, SharedPrompt]() for _ in self.runs]
         self._home: WeakKeyDictionary[SharedPrompt, int] = WeakKeyDictionary()  # the lane of each piece
 
+    lockstep = False
+    """A divided model decodes in one lane."""
+
     @property
     def busy(self) -> bool:
         """Whether a row decodes or waits for a slot, or a step has not been read yet."""

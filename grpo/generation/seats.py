@@ -60,6 +60,11 @@ class Seats:
         """See `Session.overlaps`."""
         return self._opened is not None and self._session.overlaps
 
+    @property
+    def lockstep(self) -> bool:
+        """See `Decoding.lockstep`."""
+        return self._opened is not None and self._opened.lockstep
+
     def enqueue(self, row: Row) -> None:
         """Queue a row. A row that continues goes before the rows that have not begun."""
         if row.begun:
@@ -163,7 +168,7 @@ class Seats:
         entering = list(islice(self.queue, self._most_slots - decoding))
         if not (entering and decoding and self.overlaps and self._session.needs_prefill(entering)):
             return False
-        if self._opened is None or self._opened.lockstep:
+        if self.lockstep:
             return False
         now = time.perf_counter()
         return sum(now - row.queued_at for row in entering) < self._stall * decoding

@@ -7,12 +7,13 @@ import fcntl
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from grpo.config import Recipe
-from grpo.errors import UserError
+from grpo.errors import RunError, UserError
 from grpo.recipes import dump_recipe
 from grpo.runs.checkpoint import (
     RECIPE,
@@ -171,6 +172,28 @@ def _locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def taken_over(folder: Path, seconds: float = 20.0) -> Iterator[None]:
+    """Hold the lock of a run whose first process was lost, for a `with` block.
+
+    Raises RunError if that process still holds it after so many seconds: it is alive somewhere.
+    """
+    until = time.monotonic() + seconds
+    with (folder / LOCK).open("a") as file:
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > until:
+                    raise RunError(f"{folder}: process 0 still holds it, and is left to save the last step") from None
+                time.sleep(0.1)
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def is_running(folder: Path) -> bool:

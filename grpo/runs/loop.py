@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grpo.errors import RunError
-from grpo.runs.checkpoint import Context, newest_whole, save_checkpoint
+from grpo.errors import LostRankError, RunError
+from grpo.runs.checkpoint import Context, checkpoint_path, newest_whole, save_checkpoint
 from grpo.runs.completions import store_completions, store_failed
-from grpo.runs.folder import CHECKPOINTS, COMPLETIONS, ENDED, FAILED, NOT_FINITE, UNTRAINED, WORSE, restore_folder
+from grpo.runs.folder import (
+    CHECKPOINTS,
+    COMPLETIONS,
+    ENDED,
+    FAILED,
+    NOT_FINITE,
+    UNTRAINED,
+    WORSE,
+    restore_folder,
+    taken_over,
+)
 from grpo.runs.health import lowest_mean, made_worse, trained_on_nothing, warnings_of_first
 from grpo.runs.signals import Stopped, StopRequest
 from grpo.runs.state import Best, RunState
@@ -66,17 +77,22 @@ class Loop:
         self.cfg = trainer.cfg
         self.state = replace(start, trainer=replace(start.trainer, arrays={}))
         self._saved, self._is_saved, self._began = checkpoint, True, start.step
-        self.ranks = trainer.ranks
+        self.ranks, self._writing = trainer.ranks, threading.Lock()
         trainer.update.inspect = folder / NOT_FINITE
-        trainer.before.hold = stop.hold
+        trainer.before.hold = self._hold
 
     def run(self) -> Outcome:
         """All steps that are left, until the last or until asked to stop.
 
         However it ends, an error included, there is a checkpoint of the last step that was finished (if one was);
         only an error in the middle of a step's updates of whole weights leaves the newest checkpoint as it is, and that
-        is said. Raises RunError where the checkpoint cannot be written.
+        is said. Raises RunError where the checkpoint cannot be written, and LostRankError where another process was
+        lost: the first process that is left has saved the last step.
         """
+        with self.ranks.keeps(self._last_resort):
+            return self._run()
+
+    def _run(self) -> Outcome:
         try:
             self._evaluate()
             while self.state.step < self.cfg.optim.steps:
@@ -86,6 +102,10 @@ class Loop:
                     self._save()
         except Stopped:
             pass
+        except LostRankError as error:
+            saved = self._saved_after_loss()
+            self._note_end("failed")
+            raise LostRankError(f"{error}. {saved}", error.speaks) from None
         except BaseException:  # of other people's code too: a logger may raise KeyboardInterrupt
             self._save_after_error()
             self._note_end("failed")
@@ -133,7 +153,12 @@ class Loop:
         if asked := [number for number in everyone.gather(self.stop.signal) if number is not None]:
             self.stop.signal = asked[0]  # whichever was asked, the run was stopped
             raise Stopped
-        return nullcontext()
+        return self.ranks.interrupts()
+
+    def _hold(self) -> None:
+        """From here on a step is to be finished."""
+        self.stop.hold()
+        self.ranks.hold()
 
     def _evaluate(self) -> None:
         step, evaluate = self.state.step, self.evaluate
@@ -176,7 +201,7 @@ class Loop:
 
     def _note_end(self, word: str) -> None:
         """Leave a word on how the run ended, for `grpo runs`."""
-        if self.ranks.first:
+        if self.ranks.keeper:
             with suppress(OSError):  # the folder may be what is gone
                 (self.folder / ENDED).write_text(f"{word}\n", encoding="utf-8")
 
@@ -218,25 +243,42 @@ class Loop:
             )
 
     def _write(self) -> None:
-        if self._is_saved or self.state.step == 0 or not (self.ranks.first or self.ranks.shard.size > 1):
+        """Save the state, in the first process, or in the first that is left after a loss."""
+        with self._writing:
+            divided = self.ranks.shard.size > 1
+            if self._is_saved or self.state.step == 0 or not (self.ranks.keeper or divided):
+                return
+            if self.trainer.before.halfway:
+                log.warning("%s", self._lost())
+                return
+            state = self._whole_state()  # of a divided model all processes have parts
+            error: OSError | None = None
+            try:
+                if self.ranks.keeper:
+                    self._write_here(state)
+            except OSError as raised:
+                error = raised
+            if divided:  # all of them try again, or none
+                error = self.ranks.everyone.gather(error)[0]
+            if error is not None:
+                raise error
+            self._is_saved = True
+
+    def _write_here(self, state: RunState) -> None:
+        there = self.folder / CHECKPOINTS
+        with nullcontext() if self.ranks.first else taken_over(self.folder):
+            if not self.ranks.first and newest_whole(there)[0] == checkpoint_path(there, state.step):
+                return  # the first process has saved it before it was lost
+            restore_folder(self.folder, self.context.recipe, self.cfg)
+            self._saved = save_checkpoint(there, state, self.context, self.cfg.checkpoint.keep)
+
+    def _last_resort(self) -> None:
+        """Save the last finished step while the main thread is stuck in the next one: this process ends after that."""
+        if self.ranks.shard.size > 1:
             return
-        if self.trainer.before.halfway:
-            log.warning("%s", self._lost())
-            return
-        state = self._whole_state()  # of a divided model all processes have parts
-        error: OSError | None = None
-        try:
-            if self.ranks.first:
-                restore_folder(self.folder, self.context.recipe, self.cfg)
-                keep = self.cfg.checkpoint.keep
-                self._saved = save_checkpoint(self.folder / CHECKPOINTS, state, self.context, keep)
-        except OSError as raised:
-            error = raised
-        if self.ranks.shard.size > 1:  # all of them try again, or none
-            error = self.ranks.everyone.gather(error)[0]
-        if error is not None:
-            raise error
-        self._is_saved = True
+        self.trainer.before.put_back(self.trainer.update.optimizer)
+        self._write()
+        self._note_end("failed")
 
     def _unsaved(self, error: OSError) -> str:
         why = error.strerror or error
@@ -245,6 +287,18 @@ class Loop:
     def _newest(self) -> str:
         newest, _ = newest_whole(self.folder / CHECKPOINTS)
         return f"the newest whole checkpoint is {newest}" if newest else "there is no whole checkpoint yet"
+
+    def _saved_after_loss(self) -> str:
+        """Save the last step where another process was lost. Returns what is said of that."""
+        try:
+            if self.ranks.shard.size == 1:  # or a part of the state was with the others
+                self._save_last()
+        except RunError as error:
+            return str(error)
+        newest, _ = newest_whole(self.folder / CHECKPOINTS)
+        if newest is None:
+            return "No step is saved: begin again, with --resume or --overwrite"
+        return f"Saved is {newest}: --resume goes on after it, with fewer or more processes too"
 
     def _lost(self) -> str:
         """What is said where a step ended in the middle of its updates and the weights before it are gone."""

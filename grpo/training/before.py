@@ -34,18 +34,23 @@ class Before:
         the step that is not finite or breaks a custom loss) sets `halfway`, and the run loses the steps since its
         newest checkpoint.
         """
-        former = self._former = _Former()
+        self._former = _Former()
         try:
             yield
         except BaseException:
-            if former.arrays is not None:
-                adapters, optimizer.state = former.arrays
-                self._adapters.restore(adapters)
-            else:
-                self.halfway = former.moved
+            self.put_back(optimizer)
             raise
         finally:
             self._former = None
+
+    def put_back(self, optimizer: Float32Optimizer) -> None:
+        """Undo what the step that is being made has changed, or note that it cannot be undone."""
+        former = self._former
+        if former is not None and former.arrays is not None:
+            adapters, optimizer.state = former.arrays
+            self._adapters.restore(adapters)
+        elif former is not None:
+            self.halfway = former.moved
 
     def remember(self, optimizer: Float32Optimizer) -> None:
         """Hold the arrays. Call it after sampling, which replaces arrays by equal views of joined weights.

@@ -133,11 +133,12 @@ class Trainer:
             missing = cfg.rollout.prompts_per_step - len(varied)
             if missing == 0:
                 break
-            key = derive_key(cfg.seed, "rollout", n, attempt, *self.ranks.own)
+            key = derive_key(cfg.seed, "rollout", n, attempt)
             tasks = taken(self.tasks, missing)
+            places = self.ranks.share(range(missing))  # so each task draws what it would in a single process
             mine, n_each, temperature = self.ranks.share(tasks), cfg.rollout.num_generations, cfg.rollout.temperature
             with scoring_once(self.scorer, mine, self.ranks) as scoring:  # each group is scored while others decode
-                groups = self.engine.rollout(mine, n_each, temperature, key, whole=scoring.add)
+                groups = self.engine.rollout(mine, n_each, temperature, key, whole=scoring.add, places=places)
                 clock.lap("rollout")
                 self.scorer.steps_reward(chain(*self.ranks.gather(rewarding_steps(groups))))  # anywhere
                 scored = scoring.scored(with_policy_step(groups, n - 1))

@@ -31,7 +31,7 @@ def asked(recipe, toy_folder, run_cli, monkeypatch) -> list[ModelConfig]:
     Path("bare/state.json").unlink()
     asked: list[ModelConfig] = []
 
-    def load(cfg: ModelConfig) -> None:
+    def load(cfg: ModelConfig, *_: object) -> None:
         asked.append(cfg)
         raise UserError("no model today")
 

@@ -6,6 +6,7 @@ import grpo  # noqa: F401  before mlx, so that the BLAS is in place
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from training.test_update import groups, recipe
 
 from grpo.backend.ranks import Ranks
 from grpo.config import AdapterConfig
+from grpo.errors import UserError
 from grpo.generation.choice import find_decoding
 from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.slots import Size
+from grpo.model import tensor
 from grpo.model.adapters import Adapters
 from grpo.model.mlxlm import new_model
 from grpo.model.policy import Policy
-from grpo.model.tensor import divide
+from grpo.model.tensor import TRAINED, divide
 from grpo.model.trial import check_divided
 
 SIZES = {
@@ -49,6 +52,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dropout": ("tied", {}, {"dropout": 0.3}),
 }
 """A model of the zoo, what differs in it, and what differs in the adapter."""
+REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "router": ("moe", {"moe_intermediate_size": 64}, {"targets": ("mlp.gate", "q_proj")}),
+    "latent": ("DeepSeek-V3, Kimi K2", {}, {}),
+}
+CASES |= REFUSED
 FAMILIES = "Qwen2.5", "Qwen3", "Qwen3-MoE (30B-A3B)", "GLM-4.5-Air", "Llama 3", "Mistral", "gpt-oss", "Ministral 3"
 CASES |= {name: (name, {}, {}) for name in FAMILIES}
 MINISTRAL = {
@@ -78,7 +86,9 @@ def shaken(adapters: Adapters) -> None:
 def make_policy(case: str, ranks: Ranks, **more: Any) -> Policy:
     """The policy of a case, of which `ranks.shard` hold the model together."""
     kind, changes, adapter = CASES[case]
-    model = small_model(kind) if kind in FAMILIES else make_model(kind, **SIZES, **changes)
+    if case == "latent":  # as if nobody had looked
+        tensor.TRAINED = (*TRAINED, "deepseek_v3")
+    model = small_model(kind) if kind in (*FAMILIES, *SMALL) else make_model(kind, **SIZES, **changes)
     if "bias" in str([path for path, _ in tree_flatten(model.parameters())]) and kind == "llama":
         model.apply_to_modules(_draw_biases)
     divide(model, ranks.shard)
@@ -154,7 +164,17 @@ def made(case: str, ranks: Ranks, out: Path) -> None:
     (out / f"{case}-{rank}.json").write_text(json.dumps({"facts": facts, "notes": notes}))
 
 
+def refused(case: str, ranks: Ranks, out: Path) -> None:
+    """Write why a case is refused."""
+    with suppress(UserError):
+        try:
+            make_policy(case, ranks)
+        except UserError as error:
+            (out / f"{case}-{ranks.everyone.rank}.txt").write_text(str(error))
+            raise
+
+
 if __name__ == "__main__":
     ranks = Ranks.launched().divided(None)
     for case in sys.argv[2].split(","):
-        made(case, ranks, Path(sys.argv[1]))
+        (refused if case in REFUSED else made)(case, ranks, Path(sys.argv[1]))

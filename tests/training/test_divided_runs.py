@@ -77,6 +77,30 @@ def test_a_divided_run_is_that_of_one_process_and_each_goes_on_with_the_other_s(
     check_alike(one, Path("runs/four"), range(3, 5))
 
 
+@pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed beside this Python")
+@pytest.mark.slow
+def test_two_groups_of_two_processes_are_two_processes(recipe: Path) -> None:
+    brief = [*MORE, "optim.steps=2"]
+    ran = launch(2, *CLI, recipe, *brief, "output_dir=runs/two")
+    assert "finished after step 2" in ran.stdout, ran.stdout + ran.stderr
+    begin = "import standin_groups; standin_groups.install(); from grpo.cli import main; main()"
+    divided = "model.shard=tensor", "model.shard_size=2", "output_dir=runs/four"
+    ran = launch(4, "-c", begin, "train", recipe, *brief, *divided, timeout=400)
+    assert "finished after step 2" in ran.stdout, ran.stdout + ran.stderr
+    assert "2 processes hold one model together, 2 times" in ran.stdout
+    check_alike(Path("runs/two"), Path("runs/four"), range(1, 3))
+
+
+@pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed beside this Python")
+@pytest.mark.slow
+def test_a_ring_makes_no_groups_and_says_so(recipe: Path) -> None:
+    ran = launch(4, *CLI, recipe, "model.shard=tensor", "model.shard_size=2")
+    said = ran.stdout + ran.stderr
+    assert "this backend of MLX cannot make groups of them" in said
+    assert "Set model.shard_size to 4" in said
+    assert "Traceback" not in said
+
+
 class Several(Ranks):
     """Processes that are not there."""
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import mlx.core as mx
 import pytest
 import ranks_worker
 import test_update
+from launching import LAUNCH, free_ports, launch
 from planning.loads import workload
 from runs.driver import run, timeless
 
@@ -26,53 +25,14 @@ from grpo.errors import RunError, UserError
 from grpo.generation.choice import find_decoding
 from grpo.planning.planner import make_plan
 from grpo.recipes import load_recipe
+from grpo.runs.completions import read_completions, stored_steps
 from grpo.runs.prepare import _together, prepare
 from grpo.runs.resume import find_start
 from grpo.training.trainer import Trainer
 
 HERE = Path(__file__).parent
-LAUNCH = Path(sys.executable).with_name("mlx.launch")
 
 pytestmark = pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed beside this Python")
-
-
-def free_ports(n: int) -> int:
-    """The first of `n` ports in a row that nobody listens at.
-
-    The launcher's own are always the same, and processes of two launches at once would connect to each other.
-    """
-    while True:
-        first = random.SystemRandom().randrange(20_000, 32_000)
-        with ExitStack() as stack, suppress(OSError):
-            for port in range(first, first + n):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
-
-
-def launch(n: int, *command: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    passed = {"PYTHONPATH": paths, "MKL_NUM_THREADS": "1", **environment}
-    settings = [argument for name, value in passed.items() for argument in ("--env", f"{name}={value}")]
-    return subprocess.run(
-        [
-            LAUNCH,
-            "-n",
-            str(n),
-            "--backend",
-            "ring",
-            "--starting-port",
-            str(free_ports(n)),
-            *settings,
-            "--",
-            sys.executable,
-            *map(str, command),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
 
 
 def flat(values: Any) -> Iterator[float]:
@@ -118,10 +78,9 @@ def test_two_processes_give_the_loss_gradient_and_step_of_one(tmp_path) -> None:
 
 def test_measurements_are_divided_even_where_all_rows_would_fit_at_once(recipe) -> None:
     class Two(Ranks):
-        size = 2
-
         def __init__(self) -> None:
-            self.rank = 0
+            super().__init__()
+            self.size = 2
 
     trainer = prepare(load_recipe(recipe)).trainer
     parts = trainer.cfg, trainer.policy, trainer.tasks, trainer.engine, trainer.scorer
@@ -139,6 +98,14 @@ def test_a_run_of_two_processes_is_one_run(recipe) -> None:
     assert [step["step"] for step in steps] == [1, 2, 3]
     assert [step["num_prompts"] for step in steps] == [2, 2, 2]
     assert Path("runs/toy/checkpoints/step-000003/adapters.safetensors").exists()
+    run(recipe, "output_dir=alone", "optim.steps=3")
+    assert sampled(Path("runs/toy")) == sampled(Path("alone"))
+
+
+def sampled(folder: Path) -> list[list[tuple[int, ...]]]:
+    """What was sampled, step by step, in the order of the step's prompts."""
+    files = [read_completions(path)[1] for path in stored_steps(folder / "completions")]
+    return [[one.trajectory.token_ids for group in groups for one in group.rollouts] for groups in files]
 
 
 OLDER = """
@@ -340,7 +307,7 @@ def test_failures_before_a_resume_are_counted_once(recipe) -> None:
 def test_a_process_that_is_killed_ends_the_others_in_bounded_time(tmp_path) -> None:
     """MLX notices, long before the clock does. The time to start does not count: on a busy machine it is the most."""
     ran = launch(2, HERE / "ranks_worker.py", "die", tmp_path, timeout=240, GRPO_RANK_TIMEOUT="100")
-    assert "process 0 of 2: another process was lost" in ran.stdout + ran.stderr
+    assert f"process 1 of 2 ({socket.gethostname()}) died" in ran.stderr
     assert float((tmp_path / "waited-0").read_text()) < 20
 
 
@@ -359,6 +326,19 @@ def test_a_patience_that_is_none_is_a_mistake(monkeypatch, said: str) -> None:
     monkeypatch.setenv("GRPO_RANK_TIMEOUT", said)
     with pytest.raises(UserError, match=f"GRPO_RANK_TIMEOUT: '{said}' is no number of seconds above 0"):
         Ranks()
+
+
+def test_a_process_whose_fellows_never_start_says_so_and_ends(tmp_path: Path) -> None:
+    port = free_ports(2)
+    (tmp_path / "hosts").write_text(json.dumps([[f"127.0.0.1:{port}"], [f"127.0.0.1:{port + 1}"]]))
+    about = {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts"), "GRPO_RANK_TIMEOUT": "1"}
+    code = "from grpo.backend.ranks import Ranks; Ranks.launched(); print('together')"
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, env={**os.environ, **about}, capture_output=True, text=True, check=False, timeout=60)
+    assert ran.returncode == -9
+    assert ran.stdout == ""
+    assert ran.stderr.startswith("grpo: process 0 waited 1 s for the others to start: one of them has not")
+    assert ran.stderr.count("\n") == 1
 
 
 def test_one_clear_message_when_nothing_is_heard() -> None:

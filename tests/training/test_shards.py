@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,25 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     check(QUICK, 2, tmp_path)
 
 
-KINDS = tuple(case for case in shards_worker.CASES if case not in (*QUICK, *shards_worker.FAMILIES))
+OTHER = *QUICK, *shards_worker.FAMILIES, *shards_worker.REFUSED
+KINDS = tuple(case for case in shards_worker.CASES if case not in OTHER)
 
 
 @pytest.mark.slow
 def test_every_kind_of_layer_and_adapter_can_be_divided(tmp_path: Path) -> None:
     check(KINDS, 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_what_comes_out_in_parts_where_all_should_have_the_whole_is_refused(tmp_path: Path) -> None:
+    out = held_by(2, tuple(shards_worker.REFUSED), tmp_path)
+    for rank in range(2):
+        assert re.search("adapter.targets: mlp.gate is whole .* in parts: leave it out", said(out, "router", rank))
+        assert re.search("deepseek_v3 .* gradients .before layer 0. come out differently", said(out, "latent", rank))
+
+
+def said(out: Path, case: str, rank: int) -> str:
+    return (out / f"{case}-{rank}.txt").read_text()
 
 
 @pytest.mark.slow

@@ -1,0 +1,304 @@
+"""Watches over the other processes of a run, so that the loss of one ends them all, soon and with its name.
+
+MLX waits for ever for a process that is stopped or cut off, and Python cannot interrupt that. So each process has a
+thread that sends a beat to its two neighbors every second. A compile or a rollout of an hour does not silence a
+thread: only a process that is stopped, or whose machine or network is gone, is silent.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal
+
+from grpo.backend.links import Link, Member, cut_ring
+from grpo.errors import UserError
+
+BEAT = 1.0
+"""Seconds between two beats."""
+SILENCE = 30.0
+"""Seconds without a word after which a process counts as lost; `GRPO_RANK_SILENCE` changes it."""
+SETTLE = 2.0
+"""Seconds in which a process that has heard of a loss may end by itself, with a reason of its own."""
+GRACE = 20.0
+"""Seconds after which a process that computes on, or waits in MLX, is ended where it is."""
+WAITS = 120.0
+"""Seconds after which a process that waits for others says for which."""
+CALL = signal.SIGUSR2
+"""The signal by which the thread calls the main one."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LostRank:
+    """Which process was lost, by its number, and a sentence that names it and says what happened."""
+
+    rank: int
+    text: str
+
+
+class Lost(KeyboardInterrupt):
+    """Raised in the middle of a computation, because another process was lost.
+
+    As a KeyboardInterrupt it passes through other people's `except Exception`, and ends asyncio's loops at once.
+    """
+
+
+class Watch:
+    """The links of this process to its neighbors, and the thread that listens to them.
+
+    `last_resort` is called before a process is ended whose main thread does not come back from a computation.
+    """
+
+    def __init__(self, rank: int, members: Sequence[Member], links: Sequence[Link], silence: float = SILENCE) -> None:
+        self.rank, self.size, self.silence = rank, len(members), silence
+        self.loss: LostRank | None = None
+        self.last_resort: Callable[[], None] = lambda: None
+        self.failed = False
+        """Whether this process ends by an error, which ends the others too."""
+        self.counts = [0] * self.size
+        """How many exchanges each process has begun, as far as is known here."""
+        self._members, self._links = members, list(links)
+        self._known, self._seen, self._calls = threading.Event(), False, False
+        self._mode: Literal["away", "open", "kept"] = "away"
+        self._left = self._done = False
+        self._since: float | None = None
+        self._told: list[int] = []
+        self._looked = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to beat and to listen."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(CALL, self._called)
+            self._calls = True
+        atexit.register(self.leave)
+        self._thread.start()
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is this process that was cut off from the others."""
+        return self.loss is not None and self.loss.rank == self.rank
+
+    @property
+    def heir(self) -> bool:
+        """Whether this is the first of the processes that are left, which keeps the last step."""
+        lost = None if self.loss is None or self.alone else self.loss.rank
+        return self.rank == next(rank for rank in range(self.size) if rank != lost)
+
+    def verdict(self, seconds: float) -> LostRank | None:
+        """Who was lost, as soon as that is known; None if it is not within so many seconds."""
+        self._known.wait(seconds)
+        return self.loss
+
+    def name(self, rank: int) -> str:
+        """A process for a person."""
+        return f"process {rank} of {self.size} ({self._members[rank].host})"
+
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """A block that waits for all processes."""
+        self.counts[self.rank] += 1
+        self._done, self._since = False, time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def done(self) -> None:
+        """From here on this process may end before the others, unless there is another exchange."""
+        self._done = True
+
+    def missing(self) -> list[int]:
+        """The processes that have not begun the exchange which this one waits in, as far as is known."""
+        return [rank for rank, count in enumerate(self.counts) if count < self.counts[self.rank]]
+
+    @contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """A block that is left by `Lost` when a process is lost, until `hold`."""
+        self._mode = "open"
+        try:
+            if self.loss is not None:
+                raise Lost
+            yield
+        finally:
+            self._mode = "kept"
+
+    def hold(self) -> None:
+        """From here on the block of `interrupts` is to be finished."""
+        if self._mode == "open":
+            self._mode = "kept"
+
+    @contextmanager
+    def keeps(self) -> Iterator[None]:
+        """A block that sees to its own end: nothing but `interrupts` within it is interrupted."""
+        former, self._mode = self._mode, "kept"
+        try:
+            yield
+        finally:
+            self._mode = former
+
+    def leave(self) -> None:
+        """Say goodbye, at the end of this process. Without that, and after an error, it counts as lost."""
+        if self._left:
+            return
+        self._left = True
+        failed = self.failed or hasattr(sys, "last_value")  # the second of an error that Python itself has told
+        for link in self._links:
+            if not link.closed:
+                link.send({"bye": self._done or not failed})
+        self._thread.join(2 * BEAT)
+        for link in self._links:
+            link.close()
+
+    def _run(self) -> None:
+        beaten = time.monotonic() - BEAT
+        while not self._left:
+            if (now := time.monotonic()) - beaten >= BEAT:
+                beaten = now
+                self._tell({"at": self.counts})
+            self._listen(BEAT / 4)
+            self._look()
+            self._say_missing()
+            if self.loss is not None:
+                self._end()
+                return
+
+    def _tell(self, message: dict[str, Any], but: Link | None = None) -> None:
+        for link in self._links:
+            if link is not but and not link.closed:
+                link.send(message)
+
+    def _listen(self, seconds: float) -> None:
+        links = [link for link in self._links if not link.closed]
+        if not links:
+            time.sleep(seconds)
+            return
+        for link in select.select(links, [], [], seconds)[0]:
+            try:
+                for message in link.read():
+                    self._hear(link, message)
+            except (OSError, ValueError):
+                link.closed = True
+                self._lose(link.peer, "died: it was killed, as happens where memory runs out, or its machine went down")
+            if link.closed:
+                with suppress(OSError):
+                    link.sock.close()
+
+    def _hear(self, link: Link, message: dict[str, Any]) -> None:
+        if "at" in message:
+            self.counts = [max(pair) for pair in zip(self.counts, message["at"], strict=True)]
+        if "bye" in message:
+            link.closed = True
+            if not message["bye"]:
+                self._lose(link.peer, "has ended before the others, for a reason of its own")
+        if "lost" in message:
+            rank, text = message["lost"]
+            self._lose(rank, text, link)
+
+    def _look(self) -> None:
+        """Whether a neighbor has been silent for too long."""
+        now, looked = time.monotonic(), self._looked
+        self._looked = now
+        if now - looked > self.silence / 4:  # this process was itself stopped, and perhaps all of them
+            for link in self._links:
+                link.heard += now - looked
+        silence: dict[int, float] = {}
+        for link in self._links:  # of two processes there are two links, and one that says something will do
+            if not link.closed:
+                silence[link.peer] = min(now - link.heard, silence.get(link.peer, math.inf))
+        if max(silence.values(), default=0.0) <= self.silence:
+            return
+        # Beats of two neighbors that are cut off at once did not come last at the same time.
+        silent = [link for link in self._links if silence.get(link.peer, 0.0) > self.silence - 2 * BEAT]
+        peers = sorted({link.peer for link in silent})
+        if len(peers) > 1:
+            self._lose(
+                self.rank, f"has heard none of the others for {self.silence:.0f} s: its network is down, or theirs"
+            )
+            return
+        what = f"has been silent for {self.silence:.0f} s: it is stopped, or its machine or network is down"
+        if _end_stopped(self._members[peers[0]], silent[0], self._members[self.rank]):
+            what = f"was stopped, silent for {self.silence:.0f} s, and has been ended"
+        self._lose(peers[0], what)
+
+    def _say_missing(self) -> None:
+        """Say for whom this process waits, if it is the first of those that wait, and it has not been said."""
+        since, missing = self._since, self.missing()
+        if since is None or not missing or missing == self._told or time.monotonic() - since < WAITS:
+            return
+        self._told = missing
+        if self.rank == next(rank for rank in range(self.size) if rank not in missing):
+            names = ", ".join(map(self.name, missing))
+            log.warning("waiting for %s, which is alive and not as far, for %.0f s", names, WAITS)
+
+    def _lose(self, rank: int, what: str, by: Link | None = None) -> None:
+        """Note who was lost, once, and tell the neighbors. `by` is who told, in whole sentences."""
+        if self.loss is not None or self._left:
+            return
+        text = what if by is not None else f"{self.name(rank)} {what}"
+        self.loss = LostRank(rank, text)
+        self._tell({"lost": [rank, text]}, by)
+        self._known.set()
+
+    def _end(self) -> None:
+        """See to it that the main thread leaves what it does, or end the process."""
+        time.sleep(SETTLE)
+        with suppress(Exception):  # or a way of MLX's that we do not know would keep this process
+            cut_ring()
+        until = time.monotonic() + GRACE
+        while time.monotonic() < until and not self._left and not (self._seen and self._mode == "kept"):
+            if self._calls and not self._seen:
+                signal.pthread_kill(threading.main_thread().ident or 0, CALL)
+            time.sleep(BEAT / 4)
+        if self._left or (self._seen and self._mode == "kept"):
+            return
+        assert self.loss is not None
+        if self.heir:
+            with suppress(Exception):
+                self.last_resort()
+        if self.heir or self.alone:
+            print(f"grpo: {self.loss.text}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _called(self, _number: int, _frame: FrameType | None) -> None:
+        """In the main thread: it is alive, and leaves what it does where that may be left."""
+        if self.loss is None or self._mode == "away" or self._seen:
+            return
+        self._seen = True
+        if self._mode == "open":
+            raise Lost
+
+
+def _end_stopped(member: Member, link: Link, mine: Member) -> bool:
+    """End a silent process of this machine, which could not end itself. Returns whether there was one to end."""
+    if member.machine != mine.machine or not link.local:
+        return False
+    with suppress(OSError):
+        os.kill(member.pid, signal.SIGKILL)
+        return True
+    return False
+
+
+def silence() -> float:
+    """Seconds without a word after which a process is lost. Raises UserError for what is no number of seconds."""
+    said = os.environ.get("GRPO_RANK_SILENCE", str(SILENCE))
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0.0
+    if not 3 * BEAT <= seconds <= threading.TIMEOUT_MAX:
+        raise UserError(f"GRPO_RANK_SILENCE: {said!r} is no number of seconds from {3 * BEAT:.0f} on")
+    return seconds

@@ -1,0 +1,44 @@
+"""`grpo doctor --ranks`: by a hostfile it starts the processes, and started as one of them it tries the links."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from grpo.backend.ranks import Ranks
+from grpo.doctor.checks import examine, report
+from grpo.doctor.hostfile import hostfile as check_hostfile
+from grpo.doctor.ranks import checks_of
+from grpo.errors import UserError
+
+COMMAND = 'mlx.launch -n 2 -- "$(which grpo)" doctor --ranks'
+
+
+def report_ranks(hostfile: Path | None, as_json: bool) -> int:
+    """Print what is found of a hostfile and of the processes' links. Returns the exit code.
+
+    Raises UserError where there is neither a hostfile nor a launcher.
+    """
+    if hostfile is not None:
+        failed = report([lambda: check_hostfile(hostfile)], as_json)
+        return failed or _launched(hostfile, as_json)
+    ranks = Ranks.launched()
+    if ranks.size == 1:
+        raise UserError(f"--ranks tries the links between several processes, and this is one: {COMMAND}, or --hostfile")
+    checks, code = checks_of(ranks), 0
+    if ranks.first:
+        code = report(checks, as_json)
+    else:
+        list(examine(checks))
+    ranks.finish()
+    return code
+
+
+def _launched(hostfile: Path, as_json: bool) -> int:
+    """Start the processes of a hostfile, to try their links. Returns the launcher's exit code."""
+    launcher = Path(sys.executable).with_name("mlx.launch")
+    grpo = Path(sys.executable).with_name("grpo")
+    options = ["--json"] if as_json else []
+    command = [str(launcher), "--hostfile", str(hostfile), "--", str(grpo), "doctor", "--ranks", *options]
+    return subprocess.run(command, check=False).returncode

@@ -226,6 +226,16 @@ def test_an_agent_that_a_limit_stops_has_lost(office: Agency, again: Any, limits
     assert one.trained_tokens > 0
 
 
+@pytest.mark.parametrize("kind", ["timeout", "crash"])
+def test_an_agent_that_hangs_or_dies_at_a_limit_has_failed(office: Agency, kind: Any) -> None:
+    def agent(client: Client) -> Reply:
+        client.refused(after(client.tokens(PROMPT, max_tokens=4), 40))
+        return Reply(kind, error="gone")
+
+    one = office.one(agent, limits=ConversationLimits(max_turns=1))
+    assert one.conversation.failure == Failure(kind, "gone")
+
+
 def test_what_an_agent_raises_after_it_knew_of_the_limit_is_its_failure(office: Agency) -> None:
     def agent(client: Client) -> float:
         told = client.tokens(PROMPT, max_tokens=4)

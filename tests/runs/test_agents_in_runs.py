@@ -127,8 +127,9 @@ def test_agents_that_return_nothing_are_told_to(asking: Path, caplog: pytest.Log
 
 
 def test_a_rollout_that_fails_when_told_is_an_error(asking: Path, run_cli) -> None:  # noqa: F811
-    ended = run_cli("train", asking, *ONE, "environment.agent=play.py:fails", "environment.max_failure_rate=1")
-    assert "agent 'fails' failed in " in ended.out
+    fails = "environment={agent: 'play.py:fails', workers: 1, max_failure_rate: 1}"
+    ended = run_cli("train", asking, *ONE, fails, "data.shuffle=false")
+    assert "agent 'fails' failed in 3 conversations" in ended.out
     told = run_cli("generate", "run", "--row", "0")
     assert told.code == 1
     assert "the conversation failed: error: ValueError: no luck" in told.out
@@ -154,8 +155,8 @@ def test_a_prompt_alone_lacks_columns_and_a_row_has_them(asking: Path, run_cli) 
         ("environment.agent=nowhere.py:run", "there is no file nowhere.py"),
         ("environment={command: [no-such-program]}", "agent 'no-such-program': command: there is no program"),
         ("environment.kwargs={turn: 1}", "agent 'play': kwargs.turn: run has no such argument"),
-        ("environment.env=[NO_SUCH_KEY]", "environment 'play': env: the environment has no variable NO_SUCH_KEY"),
-        ("data.source=asked.jsonl", "environment 'play': run: missing a required argument: 'question'"),
+        ("environment.env=[NO_SUCH_KEY]", "agent 'play': env: the environment has no variable NO_SUCH_KEY"),
+        ("data.source=asked.jsonl", "agent 'play': run: missing a required argument: 'question'"),
         ("rewards=[{use: 'grades.py:at_home'}]", "takes `environments`, and an agent shows none"),
     ],
 )

@@ -19,7 +19,7 @@ LARGEST = 1e15
 """The largest reward: beyond it a group's deviation would overflow float32."""
 
 
-NUMBERS = f"Give a finite number of at most {LARGEST:g}, or None for none"
+NUMBERS = "Give a number between -1e15 and 1e15, or None for none"
 """What to do about a reward or a metric that is no number."""
 
 

@@ -154,7 +154,7 @@ def test_a_prompt_alone_lacks_columns_and_a_row_has_them(asking: Path, run_cli) 
         ("environment.agent=play.py:gone", "no function 'gone' there"),
         ("environment.agent=nowhere.py:run", "there is no file nowhere.py"),
         ("environment={command: [no-such-program]}", "agent 'no-such-program': command: there is no program"),
-        ("environment.kwargs={turn: 1}", "agent 'play': kwargs.turn: run has no such argument"),
+        ("environment.kwargs={turn: 1}", "grpo: agent 'play': kwargs.turn: run has no such argument"),
         ("environment.env=[NO_SUCH_KEY]", "agent 'play': env: the environment has no variable NO_SUCH_KEY"),
         ("data.source=asked.jsonl", "agent 'play': run: missing a required argument: 'question'"),
         ("rewards=[{use: 'grades.py:at_home'}]", "takes `environments`, and an agent shows none"),

@@ -84,6 +84,19 @@ def test_only_rewards_that_are_learned_from_are_named() -> None:
     assert "nothing was learned. mine returned None" in line
 
 
+@pytest.mark.parametrize(
+    ("turn_rewards", "ended", "returned"),
+    [([], "done", True), ([None], "done", False), ([], "length", False)],
+    ids=["an agent", "an environment", "an agent at a limit"],
+)
+def test_of_agents_that_return_none_it_is_said(turn_rewards: list, ended: str, returned: bool) -> None:
+    talks = (talk(turn_rewards=turn_rewards, ended=ended),) * 2
+    metrics = StepMetrics(1, {"completions/clipped_ratio": 0.0}, (Group(Task(0, "", (1,), {}), talks),))
+    (line,) = warnings_of_first(metrics, config().rollout, {"Game": 1.0}, ["Game"])
+    assert ("the agent returned None in 2 of 2" in line) is returned
+    assert (f"2 of 2 conversations ended by {ended}" in line) is not returned
+
+
 def test_of_environments_it_is_said_how_their_conversations_ended() -> None:
     talks = [talk(turn_rewards=[None], ended=reason) for reason in ("length", "length", "done")]
     metrics = StepMetrics(1, {"completions/clipped_ratio": 0.0}, (Group(Task(0, "", (), {}), tuple(talks)),))

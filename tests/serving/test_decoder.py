@@ -276,3 +276,16 @@ def test_many_streams_are_told_several_tokens_at_once_and_a_lone_one_each(
     assert found[0] == rows
     assert [len(ids) for ((ids, _, _),) in found] == [60] * 8
     assert sorted(told.times for told in many)[4] == 2  # the first tokens at once, and the others with the last
+
+
+def test_where_a_model_cannot_be_loaded_the_thread_has_ended() -> None:
+    """The process may end then, and MLX aborts it while a thread of its own lets its streams go."""
+
+    def fails() -> DecodingLoop:
+        mx.eval(mx.ones(3) + 1)
+        raise UserError("no such model")
+
+    thread = DecodingThread(fails)
+    with pytest.raises(UserError, match="no such model"), thread:
+        pass
+    assert not thread._thread.is_alive()

@@ -125,6 +125,33 @@ def test_a_missing_extra_is_named() -> None:
         import grpo.nosuchmodule  # noqa: F401
 
 
+def test_a_folder_without_an_adapter_is_found_out_before_a_model_is_loaded(
+    toy_folder: Path, run_cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("serve", "generate"):
+        monkeypatch.setattr(f"grpo.tools.{name}.load", lambda *_: pytest.fail("loaded"))
+    for command in (["serve", toy_folder, "--port", "0"], ["generate", toy_folder, "hi"]):
+        ran = run_cli(*command, "--adapter", "nowhere")
+        assert (ran.code, ran.err) == (2, "grpo: adapter nowhere: there is no such folder\n")
+
+
+def test_an_adapter_that_does_not_fit_ends_it_with_2_however_often(run: Path, toy_folder: Path) -> None:
+    """The model is loaded by then, in a thread of its own."""
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    folder = run / "checkpoints/step-000001"
+    wrong = {"model.layers.0.self_attn.q_proj.lora_a": mx.ones((3, 2))}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), wrong)
+    command = [sys.executable, "-c", MAIN, "serve", str(toy_folder), "--port", "0", "--adapter", str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1), ran.stderr
+
+
+def test_a_run_at_a_step_is_for_clients_to_ask_for(run: Path, run_cli: Any) -> None:
+    ran = run_cli("serve", f"{run}@3")
+    said = "runs/toy@3: a step is for clients to choose: serve runs/toy, and let them ask for model toy@3"
+    assert (ran.code, ran.err) == (2, f"grpo: {said}\n")
+
+
 MAIN = "import sys; from grpo.cli import main; sys.argv[0] = 'grpo'; main()"
 
 

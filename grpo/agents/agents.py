@@ -20,6 +20,8 @@ from grpo.types import BEHAVIOUR, Conversation, Failure, FinishReason, Task, Tra
 
 RUN = "run"
 """The method of an agent's object, which is called as tools are."""
+SEEDS = 2**31
+"""Seeds of agents are below this number: NumPy, and a shell's arithmetic, take no larger ones."""
 
 
 @dataclass(slots=True)
@@ -85,7 +87,7 @@ class Agents:
         rules = SessionRules(sampler.sampling, self.recipe, self._keep_thinking)
         door = self.frontend.open(session.inbox, rules)
         try:
-            given = {"base_url": door.base_url, "api_key": door.api_key, "seed": seed}
+            given = {"base_url": door.base_url, "api_key": door.api_key, "seed": seed % SEEDS}
             running = seat.call(RUN, given)
             running.add_done_callback(lambda done: session.inbox.put(Left(done.result())))
             reply = await session.until_it_leaves()

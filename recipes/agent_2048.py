@@ -43,7 +43,7 @@ async def run(data: dict, base_url: str, api_key: str) -> dict:
 async def answer_to(client: openai.AsyncOpenAI, messages: list[dict]) -> object | None:
     """What the model says; None where `rollout.max_completion_length` leaves no room for it.
 
-    Raised, that error would make the rollout a failure, which teaches nothing: a game that took too long is one.
+    An agent that lets that error pass gets a reward of 0; this one is rewarded for what it reached until then.
     """
     try:
         answer = await client.chat.completions.create(model="policy", messages=messages, tools=[MOVE])

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from grpo.agents.decoder import Left
 from grpo.agents.frontend import Frontend
-from grpo.agents.outcome import APART, NOTHING, AgentOutcome
+from grpo.agents.outcome import APART, ENDPOINT, LOST, NOTHING, AgentOutcome
 from grpo.agents.session import AgentSession, Room
 from grpo.agents.told import Transcript, conversation_of
 from grpo.environments.anew import joined
 from grpo.environments.openings import begun_with, messages_of, seed_of
 from grpo.environments.sampler import Sampler
-from grpo.environments.seats import ConversationLimits, Host, Seat
+from grpo.environments.seats import ConversationLimits, Host, Reply, Seat
 from grpo.generation.sampling import Sampling
 from grpo.serving.sessions import SessionRules
 from grpo.types import BEHAVIOUR, Conversation, Failure, FinishReason, Task, Trajectory
@@ -45,7 +45,9 @@ class Agents:
     comes. Where two requests at once go on from the same row, the first to come goes on in it.
 
     A rollout ends when its agent returns: what it has asked for and not been answered is dropped. An agent that raises,
-    takes too long, or ends its process is a failure, and so is an agent that asks the model nothing.
+    takes too long, or ends its process is a failure, and so is an agent that asks the model nothing. One that raises
+    because a limit refused its last request has lost, and its reward is 0: rollouts that come to `max_turns` or a
+    length are the policy's doing, and would teach it nothing if they were left out.
     """
 
     def __init__(
@@ -93,10 +95,7 @@ class Agents:
             reply = await session.until_it_leaves()
         finally:
             memory = self.frontend.end(door)
-        outcome = AgentOutcome.of(reply)
-        if outcome.failure is None and not session.answered:
-            outcome = AgentOutcome(failure=Failure("error", NOTHING))
-        return _Played(session, outcome, conversation_of(memory.said))
+        return _Played(session, _outcome(reply, session), conversation_of(memory.said))
 
     def _trajectory(self, task: Task, sampler: Sampler, played: _Played) -> Trajectory:
         outcome, shared = played.outcome, sampler.task.prompt_ids
@@ -115,6 +114,17 @@ class Agents:
             metrics=dict(outcome.metrics),
         )
         return replace(joined([(row, "\n") for row in rows[:-1]], rows[-1]), conversation=conversation)
+
+
+def _outcome(reply: Reply, session: AgentSession) -> AgentOutcome:
+    """What an agent came to that has asked, or not."""
+    if session.answered:
+        stopped = reply.kind == "error" and session.refused is not None
+        return AgentOutcome(LOST) if stopped else AgentOutcome.of(reply)
+    outcome = AgentOutcome.of(reply)
+    if outcome.failure is None:
+        outcome = AgentOutcome(failure=Failure("error", f"{NOTHING}: {session.refused or ENDPOINT}"))
+    return outcome
 
 
 def _settle(sampler: Sampler, played: Sequence[_Played]) -> None:

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from grpo.environments.seats import Reply
 from grpo.types import Failure, Trajectory
 
-NOTHING = "it asked the model nothing: it must use the base_url and the api_key that it is given"
+NOTHING = "it asked the model nothing that was answered"
+ENDPOINT = "it must use the base_url and the api_key that it is given"
+LOST = 0.0
+"""The reward of an agent that a limit of the run stopped: it raises where it is refused, and returns no other."""
 APART = (
     "the requests of this row's rollouts begin with different tokens, and the first at least must be the same: begin "
     "every prompt alike, as a chat template does"

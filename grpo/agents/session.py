@@ -30,13 +30,15 @@ class AgentSession:
     """Decodes the requests of one agent, in the thread of the rollout.
 
     A prompt that is a row's own, all that was sampled after it, and more goes on in that row. Any other begins a row.
-    `strands` are the rows, `cut` is the limit that the agent came to, if it came to one.
+    `strands` are the rows, `cut` is the limit that the agent came to, if it came to one. `refused` is the refusal of
+    the last request, None if that was taken.
     """
 
     def __init__(self, sampler: Sampler, sample: int, room: Room) -> None:
         self._sampler, self._sample, self._room = sampler, sample, room
         self.strands: list[Strand] = []
         self.cut: FinishReason | None = None
+        self.refused: Refusal | None = None
         self._inbox: Inbox[Mail] = sampler.inbox()
         self._under_way: dict[Ticket, list[Strand]] = {}
         self._asked = self._wave = 0
@@ -83,8 +85,10 @@ class AgentSession:
         try:
             strands = self._strands_for(ticket.ask)
         except Refusal as refusal:
+            self.refused = refusal
             _refuse(ticket, refusal)
             return
+        self.refused = None
         self._asked += 1
         self._under_way[ticket] = strands
         for strand in strands:

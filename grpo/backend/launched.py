@@ -15,7 +15,9 @@ from grpo.errors import UserError
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Variables by which launchers say which process this is."""
 PATIENCE = 1800.0
-"""Seconds a process waits for the others before it ends the run; `GRPO_RANK_TIMEOUT` changes it."""
+"""Seconds a process waits for the others before it ends the run, if nobody has said how many."""
+CHOSEN = "GRPO_RANK_TIMEOUT"
+"""The variable that says how many."""
 CLOCK = """
 import os, select, sys
 seconds, pid, line = sys.argv[1:]
@@ -41,13 +43,13 @@ def in_time(seconds: float) -> Iterator[None]:
 
 def patience() -> float:
     """Seconds to wait for others. Raises UserError for what is no number of seconds."""
-    said = os.environ.get("GRPO_RANK_TIMEOUT", str(PATIENCE))
+    said = os.environ.get(CHOSEN, str(PATIENCE))
     try:
         seconds = float(said)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= threading.TIMEOUT_MAX:
-        raise UserError(f"GRPO_RANK_TIMEOUT: {said!r} is no number of seconds above 0")
+        raise UserError(f"{CHOSEN}: {said!r} is no number of seconds above 0")
     return seconds
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from grpo.backend.launched import LAUNCHED, in_time, launched_alone, patience
+from grpo.backend.launched import CHOSEN, LAUNCHED, in_time, launched_alone, patience
 from grpo.backend.links import Door
 from grpo.backend.watch import Lost, Watch, silence
 from grpo.errors import LostRankError, RunError, UserError
@@ -62,6 +62,12 @@ class Ranks:
         elif group:
             name = socket.gethostname()
             self.neighbours = self.gather(name).count(name)
+
+    def expect(self, seconds: float) -> None:
+        """Wait so much longer for the others, because what they do alone may take that. What GRPO_RANK_TIMEOUT says
+        holds nevertheless."""
+        if CHOSEN not in os.environ:
+            self.patience = patience() + seconds
 
     @classmethod
     def launched(cls) -> Ranks:

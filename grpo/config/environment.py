@@ -136,6 +136,11 @@ class EnvironmentConfig(Section):
         return function
 
     @property
+    def most_seconds(self) -> float:
+        """Seconds that a conversation may take, as far as that is limited."""
+        return self.agent_seconds if self.is_agent else self.rollout_timeout or 0.0
+
+    @property
     def agent_seconds(self) -> float:
         """Seconds that an agent may take."""
         return AGENT_SECONDS if self.rollout_timeout is None else self.rollout_timeout

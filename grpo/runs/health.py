@@ -15,7 +15,7 @@ from grpo.config import DataConfig, LossConfig, Recipe, RolloutConfig
 from grpo.environments.failedcalls import first_failed
 from grpo.evaluation.evaluator import wilson_interval
 from grpo.runs.state import RunState
-from grpo.scoring.own import unrewarded
+from grpo.scoring.own import mostly_cut, unrewarded
 from grpo.scoring.text import counted
 from grpo.types import FAILURES, EvalMetrics, Group, StepMetrics
 
@@ -238,6 +238,7 @@ def _of_rewards(metrics: StepMetrics, weights: Mapping[str, float], environments
     if values["frac_reward_zero_std"] < 1 or advantages:  # of turns, or by a penalty
         return []
     return [
-        f"step 1: in no group do the rewards differ (their mean is {values['reward']:.3g}), so nothing was learned. If "
-        f"that goes on, the prompts are too hard or too easy, or the reward does not see the answers; {SAMPLE_MORE}"
+        f"step 1: in no group do the rewards differ (their mean is {values['reward']:.3g}), so nothing was learned."
+        f"{mostly_cut(metrics.groups)} If that goes on, the prompts are too hard or too easy, or the reward does not "
+        f"see the answers; {SAMPLE_MORE}"
     ]

@@ -91,6 +91,7 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepare
     limit_memory(ranks.checked(lambda: None if cfg.memory.limit_gb is None else allowed(cfg.memory.limit_gb)))
     if cfg.model.shard is not None:
         ranks = ranks.divided(cfg.model.shard_size)
+    ranks.expect(max((one.most_seconds for one in cfg.conversations.values()), default=0.0))
     if cfg.rollout.prompts_per_step < ranks.size:
         raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
     make_optimizer(cfg.optim)  # refuses arguments that it does not have

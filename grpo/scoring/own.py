@@ -67,13 +67,24 @@ def unrewarded(names: Collection[str], groups: Sequence[Group]) -> str:
     """What to say of environments none of whose conversations in `groups` was rewarded: how these ended, what to do."""
     rollouts = [rollout.trajectory for group in groups for rollout in group.rollouts]
     talks = [one for one in rollouts if one.conversation is not None and one.conversation.environment in names]
-    said = f"{' and '.join(names)} rewarded no conversation: no step gave a reward, and no get_reward a score"
+    nothing = "no step gave a reward, no get_reward a score, and no agent returned one"
+    said = f"{' and '.join(names)} rewarded no conversation: {nothing}"
     raised = "raise the limit that ends them first, if one does"
     if talks:
         ((reason, count),) = Counter(one.finish_reason for one in talks).most_common(1)
         said += f"; {count:,} of {len(talks):,} conversations ended by {reason}"
         raised = f"raise {RAISED[reason]}" if reason in RAISED else "read how they go (grpo generate)"
-    return f"{said}. To have them rewarded, {raised}, or let a get_reward score a conversation wherever it ends"
+    scored = "have a conversation scored wherever it ends (by get_reward, or by what an agent returns)"
+    return f"{said}. To have them rewarded, {raised}, or {scored}"
+
+
+def mostly_cut(groups: Sequence[Group]) -> str:
+    """The limit that ended most conversations, as a sentence after a space; empty where none did."""
+    ends = [one.trajectory.finish_reason for group in groups for one in group.rollouts if one.trajectory.conversation]
+    ((reason, count),) = Counter(ends).most_common(1) or [("done", 0)]
+    if reason not in RAISED or count <= len(ends) / 2:
+        return ""
+    return f" {count:,} of {len(ends):,} conversations ended by {reason}: see whether {RAISED[reason]} is too small."
 
 
 def _answer(conversation: Conversation, by_steps: bool) -> Answer:

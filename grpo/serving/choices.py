@@ -52,8 +52,10 @@ class Completed:
 
 def said_of(prompt: Spoken, choice: Completed, message: Message) -> Answered:
     """A choice that has ended, as sessions remember it. `message` is what it says."""
+    before = prompt.follows
     marks = () if prompt.settings is None else (*prompt.marks, *marks_of([message]))
-    return Answered(prompt.messages, message, prompt.ids, tuple(choice.token_ids), prompt.settings, marks)
+    own = prompt.ids if before is None else prompt.ids[len(before.prompt_ids) + len(before.token_ids) :]
+    return Answered(prompt.messages, message, own, tuple(choice.token_ids), prompt.settings, marks, before)
 
 
 class Reader:

@@ -39,16 +39,33 @@ class SessionRules:
 class Answered:
     """An answer that was given: `token_ids` after `prompt_ids`, and the same as messages.
 
-    `settings` stands for the tools and the arguments of the chat template; it is None for a prompt of text or tokens,
-    which is a user's message here. Of that no chat goes on.
+    `own_ids` are what the prompt has after all tokens of the answer that it `follows`, so that a long conversation is
+    kept once, and not once for each turn. `settings` stands for the tools and the arguments of the chat template; it is
+    None for a prompt of text or tokens, which is a user's message here, or what it adds to such an answer. Of that no
+    chat goes on.
     """
 
     messages: tuple[Message, ...]
     answer: Message
-    prompt_ids: tuple[int, ...]
+    own_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     settings: str | None = None
     marks: tuple[bytes, ...] = field(default=(), repr=False)
+    follows: Answered | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """All tokens of the prompt."""
+        parts, before = [self.own_ids], self.follows
+        while before is not None:
+            parts += [before.token_ids, before.own_ids]
+            before = before.follows
+        return tuple(token for part in reversed(parts) for token in part)
+
+    def begins(self, ids: Sequence[int]) -> bool:
+        """Whether tokens are all of these and more."""
+        known = (*self.prompt_ids, *self.token_ids)
+        return len(known) < len(ids) and tuple(ids[: len(known)]) == known
 
     @property
     def size(self) -> int:
@@ -100,6 +117,10 @@ class SessionMemory:
         """
         found = [one for one in self.said if one.settings == settings and _begins(one, messages, marks)]
         return max(reversed(found), key=lambda one: len(one.messages), default=None)
+
+    def before_tokens(self, ids: Sequence[int]) -> Answered | None:
+        """The newest answer to text or tokens that these tokens go on from: its own, its answer's, and more."""
+        return next((one for one in reversed(self.said) if one.settings is None and one.begins(ids)), None)
 
 
 class Sessions:

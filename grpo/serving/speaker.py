@@ -53,13 +53,14 @@ class Voice:
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """A prompt: its tokens and its messages; of a chat in a session the voice's settings, and what tells the messages
-    apart (`Answered`)."""
+    """A prompt: its tokens and its messages; of a chat in a session the voice's settings, what tells the messages apart
+    (`Answered`), and the answer whose tokens it begins with, if it goes on from one."""
 
     ids: tuple[int, ...]
     messages: tuple[Message, ...] = ()
     settings: str | None = None
     marks: tuple[bytes, ...] = ()
+    follows: Answered | None = None
 
 
 class Speaker:
@@ -125,7 +126,8 @@ class Speaker:
         found = self.checked(voice.chat.prompt_ids(given) if ids is None else ids, "messages")
         if said is not None:  # the same objects again, as sessions can be long
             given = [*said.messages, said.answer, *given[len(said.messages) + 1 :]]
-        return Spoken(found, tuple(given), voice.settings, marks)
+            marks = (*said.marks, *marks[len(said.marks) :])
+        return Spoken(found, tuple(given), voice.settings, marks, None if ids is None else said)
 
     def _after(
         self, voice: Voice, said: Answered, given: list[Message], session: SessionMemory
@@ -140,10 +142,13 @@ class Speaker:
         self, given: str | Sequence[int], param: str = "prompt", session: SessionMemory | None = None
     ) -> Spoken:
         """The prompt that is a text, encoded as the trainer encodes prompts without a template, or tokens. A session
-        remembers it as a user's message. Raises Refusal."""
+        remembers it as a user's message; where it goes on from an answer, what it adds is one. Raises Refusal."""
         ids = self.checked(self.tokenizer.encode(given) if isinstance(given, str) else given, param)
         if session is None:
             return Spoken(ids)
+        if (said := session.before_tokens(ids)) is not None:
+            added = self.text(ids[len(said.prompt_ids) + len(said.token_ids) :], special=True)
+            return Spoken(ids, (*said.messages, said.answer, {"role": "user", "content": added}), follows=said)
         text = given if isinstance(given, str) else self.text(ids, special=True)
         return Spoken(ids, ({"role": "user", "content": text},))
 

@@ -27,8 +27,7 @@ async def run(data: dict, base_url: str, api_key: str) -> float:
 async def asked(client: openai.AsyncOpenAI, messages: list[dict]) -> str | None:
     """What the model says; None where `rollout.max_completion_length` leaves it no room to say it to its end.
 
-    An error that is raised here would make the rollout a failure, which teaches nothing; a game that was too long is
-    lost.
+    A game that was too long is lost. An agent that lets the error pass gets the same: a reward of 0.
     """
     try:
         answer = await client.chat.completions.create(model="policy", messages=messages)

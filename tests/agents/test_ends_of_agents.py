@@ -66,7 +66,11 @@ def raises(client: Client) -> None:
         ),
         (
             lambda _: 1.0,
-            Failure("error", "it asked the model nothing: it must use the base_url and the api_key that it is given"),
+            Failure(
+                "error",
+                "it asked the model nothing that was answered: it must use the base_url and the api_key that it is "
+                "given",
+            ),
             "failed",
         ),
     ],
@@ -197,7 +201,51 @@ def test_prompts_have_limits(office: Agency) -> None:
 
 def test_too_long_a_first_prompt_alone_is_nothing_asked(office: Agency) -> None:
     one = office.one(lambda client: client.refused(range(30, 39)) and 1.0, longest=8)
-    assert one.conversation.failure.error.startswith("it asked the model nothing")
+    assert one.conversation.failure.error == (
+        "it asked the model nothing that was answered: the first prompt has 9 tokens, and data.max_prompt_length is 8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("again", "limits", "reason"),
+    [
+        ([40], ConversationLimits(max_turns=1), "max_turns"),
+        (range(40, 90), ConversationLimits(), "length"),
+    ],
+)
+def test_an_agent_that_a_limit_stops_has_lost(office: Agency, again: Any, limits: Any, reason: str) -> None:
+    """It is a rollout as any other: its group's baseline counts it, and what was sampled is trained."""
+
+    def agent(client: Client) -> float:
+        told = client.tokens(PROMPT, max_tokens=4)
+        client.tokens(after(told, *again))  # raises, as OpenAI's client does
+        return 1.0
+
+    one = office.one(agent, limits=limits)
+    assert (one.conversation.reward, one.conversation.failure, one.finish_reason) == (0.0, None, reason)
+    assert one.trained_tokens > 0
+
+
+@pytest.mark.parametrize("kind", ["timeout", "crash"])
+def test_an_agent_that_hangs_or_dies_at_a_limit_has_failed(office: Agency, kind: Any) -> None:
+    def agent(client: Client) -> Reply:
+        client.refused(after(client.tokens(PROMPT, max_tokens=4), 40))
+        return Reply(kind, error="gone")
+
+    one = office.one(agent, limits=ConversationLimits(max_turns=1))
+    assert one.conversation.failure == Failure(kind, "gone")
+
+
+def test_what_an_agent_raises_after_it_knew_of_the_limit_is_its_failure(office: Agency) -> None:
+    def agent(client: Client) -> float:
+        told = client.tokens(PROMPT, max_tokens=4)
+        client.refused(after(told, *range(40, 90)))
+        client.tokens(after(told, 40), max_tokens=2)
+        raise ValueError("no board")
+
+    one = office.one(agent)
+    assert one.conversation.failure == Failure("error", "ValueError: no board")
+    assert one.finish_reason == "failed"
 
 
 def test_prompts_that_share_nothing_fail_and_say_so(office: Agency) -> None:

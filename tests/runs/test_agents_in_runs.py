@@ -13,6 +13,7 @@ from runs.test_conversing_runs import gone, trajectories
 from runs.test_resume import interrupt_in
 
 from grpo.agents.frontend import Frontend
+from grpo.backend.launched import PATIENCE
 from grpo.environments import scheduler
 from grpo.errors import RunError, UserError
 from grpo.recipes import load_recipe
@@ -89,7 +90,7 @@ def test_what_agents_fail_on_is_told_and_leaves_the_baseline(asking: Path) -> No
 
 
 def test_agents_that_ask_nothing_end_the_run_with_the_reason(asking: Path) -> None:  # noqa: F811
-    with pytest.raises(RunError, match="it asked the model nothing"):
+    with pytest.raises(RunError, match="it asked the model nothing that was answered: it must use the base_url"):
         run(asking, *ONE, "environment.agent=play.py:idle")
     assert servers() == 0
 
@@ -155,6 +156,7 @@ def test_rows_need_no_prompts_and_each_may_be_as_long_as_the_recipe_says(asking:
         assert prepared.tasks[0].prompt == [{"role": "user", "content": ""}]
         load = prepared.planner.load
         assert (load.prompt_length, load.own, load.waits) == (77, 77, True)
+        assert prepared.trainer.ranks.patience == PATIENCE + 3600.0  # an agent may take an hour, as may those of others
 
 
 def test_the_limits_and_the_template_of_each_source(asking: Path) -> None:  # noqa: F811

@@ -101,6 +101,27 @@ def test_of_environments_it_is_said_how_their_conversations_ended() -> None:
     assert "returned None" not in said
 
 
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (
+            ["max_turns", "max_turns", "done"],
+            "2 of 3 conversations ended by max_turns: see whether environment.max_turns",
+        ),
+        (["max_turns", "done"], None),
+        (["done", "done"], None),
+        ([], None),
+    ],
+)
+def test_where_rewards_are_equal_the_limit_that_ended_most_is_named(ends: list[str], said: str | None) -> None:
+    """As of agents that a limit stops: their reward is 0."""
+    groups = (Group(Task(0, "", (), {}), tuple(talk(turn_rewards=[0.0], ended=reason) for reason in ends)),)
+    metrics = StepMetrics(1, FINE | {"frac_reward_zero_std": 1.0}, groups)
+    (line,) = warnings_of_first(metrics, config().rollout, WEIGHTS)
+    assert ("conversations ended by" in line) is bool(said)
+    assert (said or "") in line
+
+
 def called(failed: int, *results: str) -> Rollout:
     messages = [{"role": "tool", "name": "price", "content": result} for result in results]
     return talk(messages, outcome=1.0, calls=(len(results), failed))

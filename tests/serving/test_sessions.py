@@ -321,6 +321,50 @@ def test_what_was_said_is_remembered_until_the_end() -> None:
     talk.service.close()
 
 
+def test_a_session_keeps_each_token_once() -> None:
+    """However many turns go on from it, and from whichever answer the next one does."""
+    talk = Talk("qwen2.5", sessions_only=True)
+    talk.service.open("one", RULES)
+    messages, asked = list(QUESTION), []
+    for number in range(6):
+        answer = talk.ask(messages, letters(talk, f"The sun shines {number}"))
+        asked.append(tuple(talk.asked.prompt_ids))
+        messages += [answer, {"role": "user", "content": "And then?"}]
+    talk.ask([*messages[:4], {"role": "user", "content": "Or so?"}])
+    known = talk.service.session("one").said[1]  # type: ignore[union-attr]
+    assert talk.asked.prompt_ids[: len(asked[1]) + len(known.token_ids)] == (*asked[1], *known.token_ids)
+    said = talk.service.end("one").said
+    assert [one.prompt_ids for one in said[:6]] == asked
+    assert sum(len(one.own_ids) + len(one.token_ids) for one in said[:6]) == len(asked[5]) + len(said[5].token_ids)
+    assert said[5].marks[0] is said[0].marks[0]
+    talk.service.close()
+
+
+def test_what_tokens_add_to_an_answer_is_what_was_said() -> None:
+    """A client that sends tokens sends all of them each time; they are remembered once, as the messages are."""
+    talk = Talk("qwen2.5", sessions_only=True)
+    talk.service.open("one", RULES)
+    path, ids = "/s/one/inference/v1/generate", talk.tokenizer.encode("Count.")
+    for number in range(5):
+        talk.post({"token_ids": ids}, f"said {number}", path)
+        ids = [*ids, *talk.says.ids, *talk.tokenizer.encode(f"heard {number}")]
+    talk.post({"prompt": talk.tokenizer.decode(ids)}, "done", "/s/one/v1/completions")
+    talk.post({"token_ids": ids[:3]}, "else", path)
+    said = talk.service.end("one").said
+    assert [message["content"] for message in said[4].messages] == [
+        "Count.",
+        *(text for number in range(4) for text in (f"said {number}", f"heard {number}")),
+    ]
+    assert said[4].messages[1] is said[0].answer
+    assert [one.prompt_ids for one in said] == [tuple(ask.prompt_ids) for ask in talk.says.asks]
+    assert sum(len(one.own_ids) + len(one.token_ids) for one in said[:5]) == len(said[4].prompt_ids) + len(
+        said[4].token_ids
+    )
+    assert (len(said[5].messages), said[5].messages[-1]["content"]) == (11, "heard 4")
+    assert said[6].messages == ({"role": "user", "content": talk.tokenizer.decode(ids[:3])},)
+    talk.service.close()
+
+
 def test_without_an_open_session_nothing_is_answered() -> None:
     talk = Talk("qwen2.5", sessions_only=True)
     body = {"messages": QUESTION}

@@ -264,6 +264,18 @@ def test_a_plan_that_does_not_fit_in_one_process_ends_all(recipe, monkeypatch) -
         assert words in said[-1]
 
 
+def test_patience_is_longer_where_others_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As agents may, by default an hour: it is no process that died. Who says how long to wait has the last word."""
+    monkeypatch.delenv("GRPO_RANK_TIMEOUT", raising=False)
+    ranks = Ranks()
+    ranks.expect(3600.0)
+    assert ranks.patience == 1800.0 + 3600.0
+    monkeypatch.setenv("GRPO_RANK_TIMEOUT", "7")
+    ranks = Ranks()
+    ranks.expect(3600.0)
+    assert ranks.patience == 7.0
+
+
 @pytest.mark.parametrize(("tokens", "checkpointing"), [(512, False), (4096, True), (4096, False), (8192, False)])
 def test_all_processes_take_the_plan_of_the_one_with_least_room(make_policy, tokens: int, checkpointing: bool) -> None:
     policy, other = make_policy().policy, make_policy().policy

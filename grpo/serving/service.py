@@ -245,9 +245,9 @@ class Service:
     def _found(self, name: str | None) -> str:
         found = self._models.find(self._models.names()[0] if name is None else name)
         if found is None:
-            first, *others = names = self._models.names()
-            hint = did_you_mean(name or "", names) or f" Use model={first!r}" + (" or another." if others else ".")
-            listed = " /v1/models lists all." if others else ""
+            names = self._models.names()
+            hint = did_you_mean(name or "", names) or f" Use model={' or '.join(map(repr, names[:2]))}."
+            listed = " /v1/models lists all." if len(names) > 2 else ""
             raise Refusal(404, f"there is no model {name!r:.200}.{hint}{listed}", "model_not_found", "model")
         return found
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +28,8 @@ from grpo.model.adapters import load_adapter
 from grpo.model.load import load
 from grpo.serving.asks import Ask
 from grpo.serving.decoder import DecodingLoop, DecodingThread
+from grpo.serving.refusals import Refusal
+from grpo.serving.service import Service
 from grpo.tools.generate import find_answering
 from grpo.tools.serve import Serving, _guard, _Loading, adapters_of, served_models
 
@@ -58,6 +61,17 @@ def test_a_run_is_served_by_its_name_and_its_steps(run: Path, toy_folder: Path) 
     (run / "checkpoints/step-000001/adapters.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match="not what was written"):
         models.folder("toy@1")
+
+
+def test_a_model_is_called_as_it_was_asked_for(run: Path) -> None:
+    found = find_answering(str(run), None, base=False)
+    decoder, speaker = SimpleNamespace(), SimpleNamespace(longest=None)
+    service = Service(decoder, speaker, served_models(found), Sampling(1.0, 4))  # type: ignore[arg-type]
+    for name in ("toy", "toy@1", "base"):
+        assert service.model(name) in service.models()["data"]
+    with pytest.raises(Refusal, match=r"no model 'gpt-4o'\. Use model='toy' or '.*'\. /v1/models lists all\.$"):
+        service.model("gpt-4o")
+    service.close()
 
 
 def answered(decoder: DecodingLoop, ask: Ask) -> list[int]:

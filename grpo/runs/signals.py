@@ -138,7 +138,7 @@ class StopRequest:
         these is raised again, from outside of this call: here it would be lost once more."""
         if not issubclass(unraisable.exc_type, Stopped):
             self._former_hook(unraisable)
-        elif self._interrupts:
+        else:
             _thread.start_new_thread(self._raise_again, ())
 
     def _raise_again(self) -> None:

@@ -68,6 +68,7 @@ def test_a_model_is_called_as_it_was_asked_for(run: Path) -> None:
     decoder, speaker = SimpleNamespace(), SimpleNamespace(longest=None)
     service = Service(decoder, speaker, served_models(found), Sampling(1.0, 4))  # type: ignore[arg-type]
     for name in ("toy", "toy@1", "base"):
+        assert service.model(name)["id"] == name
         assert service.model(name) in service.models()["data"]
     with pytest.raises(Refusal, match=r"no model 'gpt-4o'\. Use model='toy' or '.*'\. /v1/models lists all\.$"):
         service.model("gpt-4o")

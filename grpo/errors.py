@@ -30,13 +30,13 @@ class LostRankError(RunError):
         self.speaks = speaks
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """` Did you mean 'NAME'?` with the known name that is most similar to `name`, or that begins with it.
 
-    Nothing where no name is similar.
+    Nothing where no name is similar, from a similarity of `cutoff` on.
     """
     known = list(known)
-    close = closest(name, known) or next((one for one in known if name and one.startswith(name)), None)
+    close = closest(name, known, cutoff) or next((one for one in known if name and one.startswith(name)), None)
     return f" Did you mean {close!r}?" if close else ""
 
 

@@ -21,6 +21,8 @@ from grpo.serving.speaker import Speaker
 MOST_REQUESTS = 2**20
 """Requests under way at once: agents are the run's own, and what they ask for waits for a slot."""
 START_SECONDS, END_SECONDS = 30.0, 5.0
+ADVICE = "use the api_key that run() is given, or in a program OPENAI_API_KEY"
+"""For an agent that sends another key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Frontend:
         service = Service(self.decoder, self._speaker, models, rules.sampling, limits, sessions_only=True)
         at = server.listening("127.0.0.1", 0)
         self._url = server.url_of(at).removesuffix("/v1")
-        self._server = server.made(application(service, Guard(self._key)), drain=1, connections=None)
+        self._server = server.made(application(service, Guard(self._key, advice=ADVICE)), drain=1, connections=None)
         self._thread = Thread(target=self._server.run, args=([at],), name="agents' server", daemon=True)
         self._thread.start()
         until = time.monotonic() + START_SECONDS

@@ -75,7 +75,7 @@ class Measurement:
         ratio = ""
         if self.ratio is not None:
             low, high = interval(self.ratios)
-            ratio = f"  {self.ratio:.3f} × ({low:.3f} to {high:.3f})"
+            ratio = f"  {self.ratio:.3f} ×" + (f" ({low:.3f} to {high:.3f})" if len(self.ratios) > 1 else "")
         return f"{self.side:<24} {number(self.mean):>10} {self.unit:<14}{noise}  cold {number(self.cold)}{ratio}"
 
 

@@ -19,10 +19,12 @@ from grpo.benchmark.setting import Setting
 from grpo.benchmark.verdicts import Verdict, judge
 from grpo.errors import RunError
 
+BETTER = "times better than the case's first row, or the row that it is made to be held against (below 1: worse)"
 LEGEND = (
-    "mean ± sd of the runs after the cold one; spread: (max - min) / mean; ratio: median over turns, times better, "
-    f"with its {100 * CONFIDENCE:.0f} % interval (of fewer than {ENOUGH} runs: lowest and highest)"
+    "mean ± sd of the runs after the cold one; spread: (max - min) / mean; ratio (×): median over turns, "
+    f"{BETTER}, with its {100 * CONFIDENCE:.0f} % interval (of fewer than {ENOUGH} runs: lowest and highest)"
 )
+LEGEND_OF_ONE = f"one run after the cold one; ratio (×): {BETTER}"
 
 
 def report(
@@ -63,7 +65,8 @@ def _shown(rows: Iterable[Measurement]) -> Iterator[Measurement]:
     case = None
     for row in rows:
         if case is None:
-            print("\n".join([machine(), ", ".join(f"{name} {v}" for name, v in versions().items()), LEGEND]))
+            legend = LEGEND if len(row.runs) > 1 else LEGEND_OF_ONE
+            print("\n".join([machine(), ", ".join(f"{name} {v}" for name, v in versions().items()), legend]))
         if row.case != case:
             print(f"\n{row.case}")
             case = row.case

@@ -17,7 +17,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="GRPO_API_KEY", help="What clients must send. In the environment others cannot read it."),
+        typer.Option(envvar="GRPO_API_KEY", help="What clients must send. A command line can be read by others."),
     ] = None,
     slots: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Completions decoded at once. Default: the run's, or 64.")

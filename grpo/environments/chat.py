@@ -68,7 +68,7 @@ class Chat:
                 raise UserError(f"tools need a chat template, which tells the model of them, and {why}")
             return cls(template, None, None, None, ["chat: plain text, without a chat template"])
         thinking = Thinking.of(tokenizer, template.render([QUESTION], generation=True))
-        form = format_of(template, thinking)
+        form = format_of(template, thinking, ", or an environment that answers as the user does (`step(message)`)")
         roles = [*(["tool"] if tools else []), *(["user"] if answers else [])]
         joints = {role: joint_of(template, role, thinking) for role in roles}
         several = not tools or form is None or takes_several(template, form, thinking)

@@ -14,16 +14,17 @@ from grpo.errors import UserError
 from grpo.types import Message
 
 
-def format_of(template: Template, thinking: Thinking | None) -> CallFormat | None:
+def format_of(template: Template, thinking: Thinking | None, instead: str = "") -> CallFormat | None:
     """How calls are written: the first format that reads back what the template writes. None if it shows no channels
     and there are no tools.
 
-    Raises UserError where the template does not show the tools, or no format reads its calls.
+    Raises UserError where the template does not show the tools, or no format reads its calls. `instead` is what else
+    can be done where it shows none.
     """
     inferred = _of_mlx_lm(template)
     if not template.tools:
         return HARMONY if {"<|channel|>", "<|message|>"} <= set(template.special) else None
-    _check_tools_shown(template)
+    _check_tools_shown(template, instead)
     examples = [_example(tool) for tool in template.tools]
     others = [replace(template, tools=(tool,)) for tool in template.tools[1:]]  # all of them each time took seconds
     shown = [template, *others]
@@ -54,13 +55,12 @@ def _of_mlx_lm(template: Template) -> list[CallFormat]:
     return [between(f"mlx-lm's for {start}", start, end or "", lambda text, tools: parse(text, list(tools)))]
 
 
-def _check_tools_shown(template: Template) -> None:
+def _check_tools_shown(template: Template, instead: str) -> None:
     text = template.render([QUESTION], generation=True)
     if hidden := [name for name in (tool["function"]["name"] for tool in template.tools) if name not in text]:
         raise UserError(
             f"the model's chat template does not tell the model of tools: {hidden[0]!r} is not in its prompt. Use a "
-            "model whose template does (Qwen2.5, Qwen3, Llama 3.1, GLM-4.5 and gpt-oss have such), or an environment "
-            "that answers as the user does (`step(message)`)"
+            f"model whose template does (Qwen2.5, Qwen3, Llama 3.1, GLM-4.5 and gpt-oss have such){instead}"
         )
 
 

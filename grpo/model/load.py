@@ -61,6 +61,7 @@ def read(cfg: ModelConfig, folder: Path, classes: Classes = model_classes) -> tu
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # whatever a file that is not what it should be makes the loaders raise
         raise UserError(f"model {cfg.name}: {one_line(error)} (in {folder})") from error
+    _let_long_texts_pass(tokenizer)
     if (dtype := _dtype(cfg)) is not None:
         cast(model, dtype)
     if cfg.quantize is not None:
@@ -68,6 +69,13 @@ def read(cfg: ModelConfig, folder: Path, classes: Classes = model_classes) -> tu
     type_embeddings(model, dtype_of(model))
     check_computes(model, cfg.name, dtype_of(model))
     return model, tokenizer
+
+
+def _let_long_texts_pass(tokenizer: TokenizerWrapper) -> None:
+    """Keep transformers from its warning of a text that is longer than the model reads, "will result in indexing
+    errors": who encodes a text here sees to its length."""
+    known = getattr(tokenizer, "deprecation_warnings", {})
+    known["sequence-length-is-longer-than-the-specified-maximum"] = True  # it warns once
 
 
 def settled(model: nn.Module) -> nn.Module:

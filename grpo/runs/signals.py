@@ -5,8 +5,12 @@ A second SIGHUP does not: a terminal that closes sends one, and its shell anothe
 
 from __future__ import annotations
 
+import _thread
+import ctypes
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -17,6 +21,8 @@ KEPT_IGNORED = (signal.SIGHUP, signal.SIGQUIT)
 """Signals that stay ignored where they are: `nohup` ignores SIGHUP so that a run outlives its terminal."""
 BY_CODE = 0
 """In the place of a signal's number: code asked for the stop, by `StopRequest.ask`."""
+SOON = 0.01
+"""Seconds after which a Stopped is raised again that Python could not raise."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -45,6 +51,7 @@ class StopRequest:
         self._asking, self._second = asking, second or _at_once
         self._former: dict[int, Any] = {}
         self._interrupts = self._held = False
+        self._former_hook: Callable[[Any], Any] = sys.unraisablehook
 
     @classmethod
     def in_a_session(cls, notice: Callable[[], None] = lambda: None) -> StopRequest:
@@ -109,9 +116,11 @@ class StopRequest:
             if number in KEPT_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
                 continue
             self._former[number] = signal.signal(number, self._note)
+        self._former_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._former_hook
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
@@ -123,6 +132,22 @@ class StopRequest:
             self._notice()
         if self._interrupts:
             raise Stopped
+
+    def _unraisable(self, unraisable: Any) -> None:
+        """Python hands over what it could not raise: from a weak reference's callback, from `__del__`. A Stopped among
+        these is raised again, from outside of this call: here it would be lost once more."""
+        if not issubclass(unraisable.exc_type, Stopped):
+            self._former_hook(unraisable)
+        else:
+            _thread.start_new_thread(self._raise_again, ())
+
+    def _raise_again(self) -> None:
+        """In a thread of its own: let the main thread raise Stopped where it is by then, if that may be left."""
+        raising, main = ctypes.pythonapi.PyThreadState_SetAsyncExc, threading.main_thread().ident
+        given = ctypes.c_ulong(main or 0), ctypes.py_object(Stopped)
+        time.sleep(SOON)
+        if self._interrupts:  # no other thread has its turn between this and the next line's end
+            raising(*given)
 
 
 def _at_once(number: int) -> Any:

@@ -22,6 +22,10 @@ from grpo.serving.wire import ChatRequest, CompletionRequest, GenerateRequest, O
 
 log = logging.getLogger("grpo")
 Endpoint = Callable[[Request], Coroutine[Any, Any, Any]]
+ENDPOINTS = (
+    "there are GET /health, /v1/models and /v1/models/NAME, and POST /v1/chat/completions, /v1/completions and "
+    "/inference/v1/generate"
+)
 GONE = 499
 """The status of an answer to a client that has gone: nobody reads it."""
 GRACE = 30.0
@@ -139,7 +143,7 @@ def _refused(refusal: Refusal) -> Any:
 
 async def _unknown(_: Request, error: Any) -> Any:
     headers = error.headers or {}
-    return _refused(Refusal(error.status_code, f"{error.detail}; README.md lists the endpoints", headers=headers))
+    return _refused(Refusal(error.status_code, f"{error.detail}; {ENDPOINTS}", headers=headers))
 
 
 async def _body(request: Request, limits: ServingLimits) -> bytes:

@@ -237,6 +237,8 @@ class DecodingThread:
     def __enter__(self) -> DecodingLoop:
         """The decoder, when it is made. Raises what making it raised."""
         self._thread.start()
+        if self._made.exception() is not None:  # the process may end now, which MLX must not see in its thread
+            self._thread.join()
         return self._made.result()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -18,10 +18,12 @@ OPEN = ("/health",)
 class Guard:
     """`key`: what clients must send as `Authorization: Bearer KEY`; None for nothing. `hosts`: the names in the header
     Host that are answered, None for all. On this machine alone, only its own names are: else any page in a browser
-    could let a name of its own mean 127.0.0.1, and read the answers (DNS rebinding)."""
+    could let a name of its own mean 127.0.0.1, and read the answers (DNS rebinding). `advice` is for who sends another
+    key."""
 
     key: str | None = None
     hosts: tuple[str, ...] | None = LOOPBACK
+    advice: str = "use the key that the server was started with"
 
     def around(self, app: Any) -> Any:
         """The ASGI application behind this guard."""
@@ -52,7 +54,7 @@ class Guard:
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         if kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.key.encode()):
             return None
-        why = "the API key is another" if given else "an API key is needed: Authorization: Bearer KEY"
+        why = f"wrong API key: {self.advice}" if given else "an API key is needed: Authorization: Bearer KEY"
         return Refusal(401, why, "invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 

@@ -117,8 +117,8 @@ class Service:
 
     def model(self, name: str) -> Json:
         """`/v1/models/NAME`. Raises Refusal."""
-        found = self._found(name)
-        return {**self.models()["data"][0], "id": found}
+        self._found(name)
+        return {**self.models()["data"][0], "id": name}
 
     async def chat(self, asked: ChatRequest, session: SessionMemory | None = None) -> Answerable:
         """Raises Refusal."""
@@ -245,10 +245,10 @@ class Service:
     def _found(self, name: str | None) -> str:
         found = self._models.find(self._models.names()[0] if name is None else name)
         if found is None:
-            hint = did_you_mean(name or "", self._models.names())
-            raise Refusal(
-                404, f"there is no model {name!r:.200}.{hint} /v1/models lists all", "model_not_found", "model"
-            )
+            names = self._models.names()
+            hint = did_you_mean(name or "", names) or f" Use model={' or '.join(map(repr, names[:2]))}."
+            listed = " /v1/models lists all." if len(names) > 2 else ""
+            raise Refusal(404, f"there is no model {name!r:.200}.{hint}{listed}", "model_not_found", "model")
         return found
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from grpo.config.section import MANY
 from grpo.errors import did_you_mean
 from grpo.serving.refusals import Refusal, wrong
 
 MOST_CHOICES, MOST_PROMPTS, MOST_TOOLS, MOST_STOPS, LONGEST_STOP = 128, 64, 128, 16, 256
+SLIP = 0.75
+"""How similar an unknown field is to the known field that it is a slip of: OpenAI has others that look alike."""
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -179,7 +182,7 @@ MEANT: dict[str, str] = {
     "presence_penalty": "there is none here: 0, or leave it out; repetition_penalty is similar",
     "frequency_penalty": "there is none here: 0, or leave it out; repetition_penalty is similar",
     "logit_bias": "there is none here: leave it out",
-    "response_format": "only text can be asked for",
+    "response_format": "answers are not forced into JSON or a schema: leave it out, and ask for JSON in a message",
     "parallel_tool_calls": "the model decides: leave it out",
     "echo": "the prompt is not answered again, and its logprobs are not computed: leave it out",
     "best_of": "all completions are answered: ask for n",
@@ -189,7 +192,7 @@ MEANT: dict[str, str] = {
 
 
 def _refusal(kind: type[Wire], error: ValidationError) -> Refusal:
-    found = error.errors(include_url=False, include_input=False, include_context=False)
+    found = error.errors(include_url=False, include_input=False)
     first = next(
         (one for one in found if one["type"] == "extra_forbidden"), found[0]
     )  # a slip explains what is missing
@@ -197,15 +200,26 @@ def _refusal(kind: type[Wire], error: ValidationError) -> Refusal:
     where = ".".join(place) or None
     if first["type"] == "json_invalid":
         return wrong(None, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    if len(place) > 1 and place[0] in MEANT:  # whatever is in it
+        return wrong(where, MEANT[place[0]], "unsupported_value")
     if first["type"] == "extra_forbidden":
-        hint = did_you_mean(place[-1], kind.model_fields) if len(place) == 1 else ""
+        hint = did_you_mean(place[-1], kind.model_fields, SLIP) if len(place) == 1 else ""
         return wrong(
             where, f"this server has no such field, so it would do nothing: leave it out.{hint}", "unknown_field"
         )
     if place and place[-1] in MEANT:
         return wrong(where, MEANT[place[-1]], "unsupported_value")
-    said = str(first["msg"]).removeprefix("Value error, ")
+    said = _in_words(first).removeprefix("Value error, ")
     return wrong(where, f"{said[:1].lower()}{said[1:]}", "invalid_value")
+
+
+def _in_words(error: ErrorDetails) -> str:
+    """What is wrong, as clients know it: they send arrays."""
+    if error["type"] not in ("too_short", "too_long"):
+        return str(error["msg"])
+    about = error["ctx"]
+    bound, many = ("least", about["min_length"]) if error["type"] == "too_short" else ("most", about["max_length"])
+    return f"expected at {bound} {many} item{'s' * (many != 1)}, and there are {about['actual_length'] or 'none'}"
 
 
 def _names_a_type(part: int | str) -> bool:

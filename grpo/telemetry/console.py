@@ -182,7 +182,7 @@ def before_and_after(before: EvalMetrics, after: EvalMetrics, started: str = "be
     """Both evaluations side by side, with 95 % intervals; `started` says what was measured first."""
     table = Table()
     for heading in ("", started, f"after step {after.step}" if after.step else "with the adapter"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")  # a metric's whole name
     for name in after.values:
         if name in before.values:
             table.add_row(name, _with_interval(before, name), _with_interval(after, name))
@@ -192,6 +192,7 @@ def before_and_after(before: EvalMetrics, after: EvalMetrics, started: str = "be
 def single(metrics: EvalMetrics) -> Group:
     """One evaluation, with 95 % intervals."""
     table = Table(show_header=False)
+    table.add_column(overflow="fold")
     for name in metrics.values:
         table.add_row(name, _with_interval(metrics, name))
     return Group(_heading(metrics), table, *_failures(metrics))

@@ -18,7 +18,7 @@ from grpo.generation.generator import Generator, Request
 from grpo.generation.sampling import Sampling
 from grpo.model.adapters import load_adapter
 from grpo.model.load import load, looks_like_path, similar
-from grpo.model.saved import weights_file
+from grpo.model.saved import check_format, weights_file
 from grpo.plugins import bundled_names
 from grpo.recipes import load_recipe, with_settings
 from grpo.rollout import at_temperature, sampling_of
@@ -55,7 +55,8 @@ def find_answering(target: str, adapter: Path | None, base: bool, template: bool
     checkpoints, or a model; with `base` no adapter is used.
 
     A run answers as it did in training: the prompt goes into its template (unless `template` is false) and through the
-    chat template with its system message. Raises UserError for a recipe, and for what is none of these.
+    chat template with its system message. Raises UserError for a recipe, for what is none of these, and for an adapter
+    that is none.
     """
     if Path(target).suffix in (".yaml", ".yml") or target in bundled_names("recipes", ".yaml"):
         raise UserError(f"{target} is a recipe: generate takes a run's folder, or a model (the recipe's model.name)")
@@ -73,6 +74,8 @@ def find_answering(target: str, adapter: Path | None, base: bool, template: bool
     data = with_settings(found.data, {"continue_final_message": False})  # the prompt is text
     if not template:
         data = with_settings(data, {"prompt": "prompt"})
+    if not base and found.adapter is not None:
+        check_format(found.adapter)  # before a model is loaded
     return replace(found, data=data, adapter=None if base else found.adapter)
 
 

@@ -108,6 +108,7 @@ def serve(target: str, adapter: Path | None, how: Serving, tell: Callable[[str],
         from grpo.serving import server
         from grpo.serving.app import application
     guard = _guard(how)
+    _check_no_step(target)
     found = find_answering(target, adapter, base=False)
     models = served_models(found)
     with (
@@ -192,6 +193,14 @@ def _guard(how: Serving) -> Guard:
             "leave --host out to serve this machine alone"
         )
     return Guard(how.key or None, LOOPBACK if local else None)
+
+
+def _check_no_step(target: str) -> None:
+    """Raise UserError for RUN@STEP, which is a name for clients."""
+    folder, _, step = target.rpartition("@")
+    if step.isdecimal() and not Path(target).exists() and is_run(run := Path(folder)):
+        name = _at(run.resolve(), int(step))
+        raise UserError(f"{target}: a step is for clients to choose: serve {folder}, and let them ask for model {name}")
 
 
 def _at(run: Path, step: int) -> str:

@@ -279,7 +279,9 @@ def test_a_session_that_is_over_is_refused(office: Agency) -> None:
     status, told = client.post("/v1/chat/completions", {"messages": QUESTION})
     assert (status, told["error"]["code"]) == (404, "session_over")
     client.api_key = "another"
-    assert client.post("/v1/chat/completions", {"messages": QUESTION})[0] == 401
+    status, told = client.post("/v1/chat/completions", {"messages": QUESTION})
+    assert status == 401
+    assert told["error"]["message"].startswith("wrong API key: use the api_key that run() is given, or in a program ")
 
 
 def test_what_an_agent_does_not_wait_for_is_refused_and_not_trained(office: Agency) -> None:

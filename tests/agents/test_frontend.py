@@ -35,6 +35,8 @@ def test_there_is_one_server_from_the_first_session_to_the_end(
         assert {urlsplit(client.base_url).hostname for client in host.clients} == {"127.0.0.1"}
         assert len({client.base_url for client in host.clients}) == 4
         assert len({client.seed for client in host.clients}) == 2
+        assert all(seat.client.seed == seat.given % 2**31 for seat in host.all)
+        assert any(seat.given >= 2**31 for seat in host.all)
         assert office.frontend.decoder._inboxes == {}
         at = urlsplit(host.clients[0].base_url)
         keep = http.client.HTTPConnection(at.hostname or "", at.port)

@@ -87,3 +87,5 @@ def test_a_single_run_has_no_spread_and_small_numbers_are_seen() -> None:
 def test_a_row_s_line_has_its_ratio_with_the_interval() -> None:
     row = Measurement("case", "grpo", "tok/s", (1.0,) * 5, 1.0, (1.0, 2.0, 3.0, 4.0, 5.0))
     assert row.line().endswith("3.000 × (1.000 to 5.000)")
+    once = Measurement("case", "grpo", "tok/s", (1.0,), 1.0, (3.0,))
+    assert once.line().endswith("3.000 ×")

@@ -72,9 +72,9 @@ def test_without_tools_and_answers_nothing_is_asked_of_a_template() -> None:
 
 @pytest.mark.parametrize("family", ["gemma", "phi-4", "phi-4-mini"])
 def test_a_template_that_shows_no_tools_is_refused(family: str) -> None:
-    assert "does not tell the model of tools: 'weather' is not in its prompt. Use a model" in refusal(
-        tokenizer_of(family)
-    )
+    said = refusal(tokenizer_of(family))
+    assert "does not tell the model of tools: 'weather' is not in its prompt. Use a model" in said
+    assert said.endswith("or an environment that answers as the user does (`step(message)`)")
 
 
 def test_tools_without_a_template_are_refused() -> None:

@@ -1,6 +1,7 @@
 """Loading: what is wrong with a model's folder is said in one line."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def test_weights_are_float32_on_a_cpu_and_frozen(copy: Path) -> None:
     assert model.trainable_parameters() == {} or not tree_flatten(model.trainable_parameters())
     kept, _ = load(ModelConfig(name=str(copy), dtype="bfloat16"))
     assert {array.dtype for _, array in tree_flatten(kept.parameters())} == {mx.bfloat16}
+
+
+def test_a_text_longer_than_the_model_reads_is_no_alarm(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, tokenizer = load(ModelConfig(name=str(copy)))
+    tokenizer._tokenizer.model_max_length = 8
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        assert len(tokenizer.encode("7 " * 20)) > 8
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert caplog.records == []
 
 
 def test_no_config(copy: Path) -> None:

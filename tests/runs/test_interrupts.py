@@ -39,6 +39,16 @@ def converting(completions, trainer_state, **_):
         return plain(completions, trainer_state)
     except BaseException as error:
         raise ValueError("no score") from error
+class Dying:
+    def __del__(self):
+        interrupt()
+def unraisable(completions, trainer_state, **_):
+    if trainer_state.global_step == 1 and not os.path.exists("asked"):
+        Dying()
+        for _ in range(500):
+            time.sleep(0.01)
+        open("after", "w").close()
+    return digits(completions)
 async def asynchronous(completions, trainer_state, **_):
     async def one(text):
         await asyncio.sleep(0)
@@ -84,10 +94,11 @@ def stopped_after_one_step(ran) -> None:
     assert os.listdir("runs/toy/checkpoints") == ["step-000001"]
     assert os.listdir("runs/toy/completions") == ["step-000001.parquet"]
     assert "failed" not in ran.err
+    assert "ignored" not in ran.err
 
 
 @pytest.mark.parametrize("calls", ["step", "completion"])
-@pytest.mark.parametrize("function", ["plain", "swallowing", "converting", "asynchronous", "forgiving"])
+@pytest.mark.parametrize("function", ["plain", "swallowing", "converting", "unraisable", "asynchronous", "forgiving"])
 def test_in_an_inline_reward(run_cli, recipe, function: str, calls: str) -> None:
     Path("mine.py").write_text(REWARD.format(pid="os.getpid()"))
     use = f"rewards=[{{use: 'mine.py:{function}', isolation: inline, calls: {calls}}}]"

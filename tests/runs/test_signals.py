@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import weakref
 
 import pytest
 
-from grpo.runs.signals import Stopped, StopRequest
+from grpo.runs.signals import SOON, Stopped, StopRequest
 
 SCRIPT = """
 import os, signal, sys
@@ -82,3 +84,60 @@ def handled(number: int, handler):
     former = signal.signal(number, handler)
     yield
     signal.signal(number, former)
+
+
+class Thing:
+    def __init__(self, end) -> None:
+        self.end = end
+
+    def __del__(self) -> None:
+        self.end()
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def dies_with_a_reference() -> None:
+    thing = Thing(lambda: None)
+    reference = weakref.ref(thing, lambda _: interrupt())
+    del thing
+    assert reference() is None
+
+
+def dies_itself() -> None:
+    Thing(interrupt)
+
+
+@pytest.mark.parametrize("dies", [dies_with_a_reference, dies_itself])
+def test_where_python_raises_nothing_it_is_raised_next(dies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the callback of a weak reference, and in `__del__`: nothing is printed, and the block is left soon."""
+    printed, until = [], time.monotonic() + 20
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+
+    def block() -> None:
+        dies()
+        while time.monotonic() < until:
+            sum(range(1000))
+        pytest.fail("the block was not left")
+
+    with StopRequest() as stop, pytest.raises(Stopped), stop.interrupts():
+        block()
+    assert printed == []
+    assert sys.unraisablehook == printed.append
+
+
+def test_a_stop_that_is_to_wait_is_not_raised_later() -> None:
+    with StopRequest() as stop, stop.interrupts():
+        stop.hold()
+        dies_itself()
+        time.sleep(3 * SOON)
+    assert stop.requested
+
+
+def test_what_others_could_not_raise_is_told_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[type] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_type))
+    with StopRequest() as stop, stop.interrupts():
+        Thing(lambda: 1 / 0)
+    assert told == [ZeroDivisionError]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -276,3 +277,18 @@ def test_many_streams_are_told_several_tokens_at_once_and_a_lone_one_each(
     assert found[0] == rows
     assert [len(ids) for ((ids, _, _),) in found] == [60] * 8
     assert sorted(told.times for told in many)[4] == 2  # the first tokens at once, and the others with the last
+
+
+def test_where_a_model_cannot_be_loaded_the_thread_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process may end then, and MLX aborts it while a thread of its own lets its streams go."""
+    clear = mx.clear_streams
+    monkeypatch.setattr(mx, "clear_streams", lambda: (time.sleep(0.2), clear()))
+
+    def fails() -> DecodingLoop:
+        mx.eval(mx.ones(3) + 1)
+        raise UserError("no such model")
+
+    thread = DecodingThread(fails)
+    with pytest.raises(UserError, match="no such model"), thread:
+        pass
+    assert not thread._thread.is_alive()

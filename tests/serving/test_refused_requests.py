@@ -13,10 +13,12 @@ pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
 from serving import served
 
+from grpo.serving.app import ENDPOINTS
 from grpo.serving.guard import Guard
 from grpo.serving.service import ServingLimits
 
 CHAT, COMPLETIONS, GENERATE = "/v1/chat/completions", "/v1/completions", "/inference/v1/generate"
+ENDPOINTS_GET = ("/health", "/v1/models")
 ASKED = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
@@ -31,7 +33,7 @@ def client(toy_folder: Path) -> Iterator[Any]:
     ("path", "changes", "param", "said"),
     [
         (CHAT, {"messages": None}, "messages", ""),
-        (CHAT, {"messages": []}, "messages", ""),
+        (CHAT, {"messages": []}, "messages", "messages: expected at least 1 item, and there are none"),
         (CHAT, {"messages": ["hi"]}, "messages.0", ""),
         (CHAT, {"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role", "'robot' is none of system"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "needs content"),
@@ -53,10 +55,16 @@ def client(toy_folder: Path) -> Iterator[Any]:
         (CHAT, {"top_logprobs": 5}, "top_logprobs", "only the logprob of what was sampled"),
         (CHAT, {"presence_penalty": 0.5}, "presence_penalty", "repetition_penalty"),
         (CHAT, {"logit_bias": {"5": 1}}, "logit_bias", "leave it out"),
-        (CHAT, {"response_format": {"type": "json_object"}}, "response_format.type", ""),
+        (CHAT, {"response_format": {"type": "json_object"}}, "response_format.type", "not forced into JSON"),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            "response_format",
+            "or a schema: leave",
+        ),
         (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "the model decides"),
         (CHAT, {"tools": [TOOL]}, "tools", "does not tell the model of tools"),
-        (CHAT, {"tools": [TOOL] * 129}, "tools", "128"),
+        (CHAT, {"tools": [TOOL] * 129}, "tools", "expected at most 128 items, and there are 129"),
         (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function", ""),
         (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools.0.function", "name: Field required"),
         (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0", "not forced"),
@@ -105,6 +113,16 @@ def test_what_is_no_json_object_is_refused(client: Any, body: bytes) -> None:
     assert refused.json()["error"]["message"]
 
 
+def test_a_field_of_openai_s_that_looks_similar_is_no_slip(client: Any) -> None:
+    said = client.post(CHAT, json={**ASKED, "reasoning_effort": "low"}).json()["error"]["message"]
+    assert said == "reasoning_effort: this server has no such field, so it would do nothing: leave it out."
+
+
+def test_an_environment_is_no_advice_for_a_client(client: Any) -> None:
+    said = client.post(CHAT, json={**ASKED, "tools": [TOOL]}).json()["error"]["message"]
+    assert said.endswith("GLM-4.5 and gpt-oss have such)")
+
+
 def test_an_unknown_model_a_wrong_type_and_a_wrong_path(client: Any) -> None:
     unknown = client.post(CHAT, json={**ASKED, "model": "bsae"})
     assert unknown.status_code == 404
@@ -112,7 +130,20 @@ def test_an_unknown_model_a_wrong_type_and_a_wrong_path(client: Any) -> None:
     assert "Did you mean 'base'?" in unknown.json()["error"]["message"]
     assert client.post(CHAT, content=json.dumps(ASKED), headers={"content-type": "text/plain"}).status_code == 415
     assert client.get(CHAT).status_code == 405
-    assert client.post("/v1/embeddings", json={}).json()["error"]["type"] == "not_found_error"
+    nowhere = client.post("/v1/embeddings", json={}).json()["error"]
+    assert nowhere["type"] == "not_found_error"
+    assert "Not Found; there are GET /health, /v1/models and" in nowhere["message"]
+
+
+def test_all_endpoints_are_named(client: Any) -> None:
+    for path in (*ENDPOINTS_GET, CHAT, COMPLETIONS, GENERATE):
+        assert path in ENDPOINTS
+        assert client.get(path).status_code == (200 if path in ENDPOINTS_GET else 405)
+
+
+def test_an_unknown_model_is_told_what_to_write(client: Any, toy_folder: Path) -> None:
+    said = client.post(CHAT, json={**ASKED, "model": "gpt-4o"}).json()["error"]["message"]
+    assert said == "there is no model 'gpt-4o'. Use model='base'."
 
 
 def test_the_key_is_asked_for(toy_folder: Path) -> None:
@@ -123,6 +154,9 @@ def test_the_key_is_asked_for(toy_folder: Path) -> None:
             assert refused.status_code == 401
             assert refused.json()["error"]["type"] == "authentication_error"
             assert "secret-key" not in refused.text
+            wrong = headers.get("Authorization") == "Bearer secret"
+            wanted = "wrong API key: use the key that the server" if wrong else "an API key is needed"
+            assert wanted in refused.json()["error"]["message"]
         assert client.get("/v1/models", headers={"Authorization": "Bearer secret-key"}).status_code == 200
 
 

@@ -116,5 +116,4 @@ def test_two_thousand_broken_requests_leave_nothing_and_others_are_served(
     for got in answered:
         if statuses(got)[-1:] > [299]:
             assert error_in(got)["message"], got
-    told = [record for record in caplog.records if not record.name.startswith("transformers")]  # of long prompts
-    assert told == []
+    assert caplog.records == []

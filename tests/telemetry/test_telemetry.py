@@ -16,7 +16,7 @@ from grpo.errors import UserError
 from grpo.plugins import find_recipe
 from grpo.recipes import load_recipe
 from grpo.runs.state import RunState
-from grpo.telemetry.console import ConsoleLogger, before_and_after, sparkline
+from grpo.telemetry.console import ConsoleLogger, before_and_after, single, sparkline
 from grpo.telemetry.jsonl import JsonlLogger, read_evaluations, read_steps
 from grpo.telemetry.loggers import open_loggers
 from grpo.training.state import TrainerState
@@ -94,6 +94,15 @@ def test_a_progress_line_in_a_terminal() -> None:
         logger.log(STEP)
     assert "1/4" in text.getvalue()
     assert "reward 0.500  kl 0.0100  length 20  1,234 tok/s" in text.getvalue()
+
+
+def test_a_metric_s_long_name_is_told_whole() -> None:
+    name = "environment/shopper/calls_of_tools"
+    measured = EvalMetrics(0, 8, "right", {name: 12.3456}, {name: (1.5, 20.25)})
+    for told, width in ((before_and_after(measured, measured), 72), (single(measured), 48)):
+        (console := Console(file=io.StringIO(), width=width)).print(told)
+        cells = [line.split("│")[1].strip() for line in console.file.getvalue().splitlines() if "│" in line]
+        assert name in "".join(cells)
 
 
 def test_before_and_after() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +28,8 @@ from grpo.model.adapters import load_adapter
 from grpo.model.load import load
 from grpo.serving.asks import Ask
 from grpo.serving.decoder import DecodingLoop, DecodingThread
+from grpo.serving.refusals import Refusal
+from grpo.serving.service import Service
 from grpo.tools.generate import find_answering
 from grpo.tools.serve import Serving, _guard, _Loading, adapters_of, served_models
 
@@ -58,6 +61,18 @@ def test_a_run_is_served_by_its_name_and_its_steps(run: Path, toy_folder: Path) 
     (run / "checkpoints/step-000001/adapters.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match="not what was written"):
         models.folder("toy@1")
+
+
+def test_a_model_is_called_as_it_was_asked_for(run: Path) -> None:
+    found = find_answering(str(run), None, base=False)
+    decoder, speaker = SimpleNamespace(), SimpleNamespace(longest=None)
+    service = Service(decoder, speaker, served_models(found), Sampling(1.0, 4))  # type: ignore[arg-type]
+    for name in ("toy", "toy@1", "base"):
+        assert service.model(name)["id"] == name
+        assert service.model(name) in service.models()["data"]
+    with pytest.raises(Refusal, match=r"no model 'gpt-4o'\. Use model='toy' or '.*'\. /v1/models lists all\.$"):
+        service.model("gpt-4o")
+    service.close()
 
 
 def answered(decoder: DecodingLoop, ask: Ask) -> list[int]:
@@ -123,6 +138,33 @@ def test_a_missing_extra_is_named() -> None:
         import nosuchpackage  # noqa: F401
     with pytest.raises(ModuleNotFoundError), extra("serve", "serve"):
         import grpo.nosuchmodule  # noqa: F401
+
+
+def test_a_folder_without_an_adapter_is_found_out_before_a_model_is_loaded(
+    toy_folder: Path, run_cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("serve", "generate"):
+        monkeypatch.setattr(f"grpo.tools.{name}.load", lambda *_: pytest.fail("loaded"))
+    for command in (["serve", toy_folder, "--port", "0"], ["generate", toy_folder, "hi"]):
+        ran = run_cli(*command, "--adapter", "nowhere")
+        assert (ran.code, ran.err) == (2, "grpo: adapter nowhere: there is no such folder\n")
+
+
+def test_an_adapter_that_does_not_fit_ends_it_with_2_however_often(run: Path, toy_folder: Path) -> None:
+    """The model is loaded by then, in a thread of its own."""
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    folder = run / "checkpoints/step-000001"
+    wrong = {"model.layers.0.self_attn.q_proj.lora_a": mx.ones((3, 2))}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), wrong)
+    command = [sys.executable, "-c", MAIN, "serve", str(toy_folder), "--port", "0", "--adapter", str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1), ran.stderr
+
+
+def test_a_run_at_a_step_is_for_clients_to_ask_for(run: Path, run_cli: Any) -> None:
+    ran = run_cli("serve", f"{run}@3")
+    said = "runs/toy@3: a step is for clients to choose: serve runs/toy, and let them ask for model toy@3"
+    assert (ran.code, ran.err) == (2, f"grpo: {said}\n")
 
 
 MAIN = "import sys; from grpo.cli import main; sys.argv[0] = 'grpo'; main()"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Annotated, Any, get_origin
@@ -124,6 +125,14 @@ def _explain(path: Keys, detail: ErrorDetails, place: str) -> str:
     return f"{place}: {key}: {expected}, got {given}.{_remedy(path, detail, expected)}"
 
 
+def _words(line: str) -> list[str]:
+    """The words of a command that was written as a line, as a shell reads it."""
+    try:
+        return shlex.split(line)
+    except ValueError:  # a quote without its end
+        return line.split()
+
+
 def _remedy(path: Keys, detail: ErrorDetails, expected: str) -> str:
     """What to write in the place of a value of the wrong kind, where that can be told."""
     value = detail["input"]
@@ -132,6 +141,8 @@ def _remedy(path: Keys, detail: ErrorDetails, expected: str) -> str:
     if detail["type"] == "literal_error" and (close := _similar(value, re.findall(r"'([^']*)'", expected))):
         return f" Did you mean {close!r}?"
     if isinstance(value, str) and "a list" in expected:
+        if path[-1:] == ("command",):
+            return f" Write {dotted(path)}: {json.dumps(_words(value))}"
         item = f"{{use: {shortened(value)}}}" if path == ("rewards",) else json.dumps(shortened(value))
         return f" Write {dotted(path)}: [{item}]"
     if isinstance(value, dict) and path == ("rewards",):

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -308,13 +308,19 @@ def _only(what: str, module: Any, use: str, kind: str) -> Function:
         if kind == "function or class" or isinstance(getattr(module, name), type) == (kind == "class")
     ]
     if len(own) != 1:
-        found = f"defines {', '.join(own[:10])}" if own else f"defines no {kind} of its own"
+        found = f"defines {_listed(own)}" if own else f"defines no {kind} of its own"
         raise UserError(
             f"{what}: without a {kind}'s name it means the only {kind} that the file defines, and the file {found}."
             f" Write {use}:{own[0] if own else _NAMES[kind]}"
         )
     only: Function = getattr(module, own[0])
     return only
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    """Names in quotes, and how many more there are than are shown."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
 
 
 def _own(module: Any) -> list[str]:
@@ -328,7 +334,7 @@ def _attribute(what: str, module: Any, function: str, noun: str) -> Function:
     if not callable(found):
         functions = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
         own = _own(module)
-        hint = did_you_mean(function, functions) or (f" There are {', '.join(own[:10])}" if own else "")
+        hint = did_you_mean(function, functions) or (f" There are {_listed(own)}" if own else "")
         raise UserError(f"{what}: no {noun} {function!r} there.{hint}")
     callable_: Function = found
     return callable_

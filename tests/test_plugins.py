@@ -48,7 +48,11 @@ def test_a_function_in_a_module() -> None:
         ("", "absent.py:f", "there is no file absent.py"),
         ("", "no_such_module:f", "there is no module 'no_such_module'"),
         ("def score(): ...", "{file}:scor", "no function 'scor' there. Did you mean 'score'?"),
-        ("from math import *\ndef right(): ...\ndef short(): ...", "{file}:reward", "there. There are right, short"),
+        (
+            "from math import *\ndef right(): ...\ndef short(): ...",
+            "{file}:reward",
+            "there. There are 'right', 'short'",
+        ),
         ("import nothing_like_this", "{file}:f", "cannot be imported: ModuleNotFoundError"),
         ("1/0", "{file}:f", "cannot be imported: ZeroDivisionError: division by zero ({file}:1)"),
         ("def f(:", "{file}:f", "cannot be imported: SyntaxError"),
@@ -138,7 +142,7 @@ def test_a_file_alone_names_its_only_function(tmp_path: Path) -> None:
     )
     assert find_function(str(file), "loss")(4) == 2
     for text, said in (
-        ("def f(): ...\ndef g(): ...", f"the file defines f, g. Write {file}:f"),
+        ("def f(): ...\ndef g(): ...", f"the file defines 'f', 'g'. Write {file}:f"),
         ("from math import sqrt\nclass Row: ...", f"the file defines no function of its own. Write {file}:function"),
         ("def _f(): ...", "the file defines no function of its own"),
     ):
@@ -148,6 +152,14 @@ def test_a_file_alone_names_its_only_function(tmp_path: Path) -> None:
         assert said in str(error.value)
     with pytest.raises(UserError, match=r"logger 'print': write file.py:function, file.py \(of one function\) or pack"):
         find_function("print", "logger")
+
+
+def test_of_many_names_those_that_are_not_shown_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("".join(f"def f{n:02}(): ...\n" for n in range(12)))
+    for use in (file, f"{file}:nowhere"):
+        with pytest.raises(UserError, match=r"'f00', 'f01', .*, 'f09' and 2 more"):
+            find_function(str(use), "loss")
 
 
 def test_code_of_every_kind_imports_the_file_next_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +224,7 @@ def test_environments_are_classes(tmp_path: Path) -> None:
     file.write_text("def helper(): ...\n")
     for use, said in (
         (str(file), f"means the only class that the file defines, and the file defines no class .* Write {file}:Class"),
-        (f"{file}:Shpo", "no class 'Shpo' there. There are helper"),
+        (f"{file}:Shpo", "no class 'Shpo' there. There are 'helper'"),
         ("Shop", r"write file.py:Class, file.py \(of one class\) or package.module:Class"),
         ("absent_shop:Shop", "there is no module 'absent_shop'. Of a file write absent_shop.py:Shop$"),
         ("absent.shop:Shop", "there is no module 'absent'. Of a file write absent/shop.py:Shop$"),

@@ -129,6 +129,8 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, li
             "adapter.targets: expected 'all-linear', a valid string or a list, got 3.",
         ),
         ("adapter.targets=[]", "adapter.targets: expected at least one, got []"),
+        ("environment={command: python3 prog.py 'a b'}", 'Write environment.command: ["python3", "prog.py", "a b"]'),
+        ("environment={command: it's odd}", """Write environment.command: ["it's", "odd"]"""),
         ("adapter.layers=3", "adapter.layers: expected 'all' or a list, got 3"),
         ("data.source=[]", "data.source: expected at least one, got []"),
         ("optim.optimizer=AdamW", "Did you mean 'adamw'?"),

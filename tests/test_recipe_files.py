@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from grpo.builtin.tasks import rows
 from grpo.config import EnvironmentConfig, Recipe
 from grpo.environments.making import make_host
 from grpo.plugins import bundled, find_function
@@ -111,6 +112,14 @@ def test_the_guides_recipe_and_environment_are_what_it_says(tmp_path: Path) -> N
     assert schemas(load_recipe(tmp_path / "shop.yaml")) == ["calculator", "price"]
     learning = load_recipe(RECIPES / "learning" / "shop.yaml")
     assert load_recipe(tmp_path / "shop.yaml").optim == learning.optim
+
+
+@pytest.mark.parametrize("task", ["guess", "shop", "walk"])
+def test_the_guide_names_the_columns_of_the_built_in_tasks(task: str) -> None:
+    guide = " ".join((RECIPES / "ENVIRONMENTS.md").read_text(encoding="utf-8").split())
+    columns = [f"`{name}`" for name in rows(f"builtin:{task}", "test")[0] if name != "question"]
+    named = " and ".join(filter(None, [", ".join(columns[:-1]), columns[-1]]))
+    assert f"`builtin:{task}` {named}" in guide
 
 
 def test_the_agent_plays_as_the_environment_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,10 @@ from grpo.environments.seats import Reply
 from grpo.types import Failure, Trajectory
 
 NOTHING = "it asked the model nothing that was answered"
-ENDPOINT = "it must use the base_url and the api_key that it is given"
+ENDPOINT = (
+    "it must use the base_url and the api_key that it is given (a program: OPENAI_BASE_URL and OPENAI_API_KEY in its "
+    "environment)"
+)
 LOST = 0.0
 """The reward of an agent that a limit of the run stopped: it raises where it is refused, and returns no other."""
 APART = (

@@ -104,7 +104,7 @@ class AgentSession:
             raise Refusal(403, f"the rollout has had all of its {most} turns (environment.max_turns)", "max_turns")
         if not self.strands and len(prompt) > self._room.longest_prompt:
             raise _too_long(f"the first prompt has {len(prompt):,} tokens, and data.max_prompt_length is "
-                            f"{self._room.longest_prompt:,}")  # fmt: skip
+                            f"{self._room.longest_prompt:,}: raise it, or begin with a shorter prompt")  # fmt: skip
         before = gone_on_with(self.strands, prompt)
         limit = before.limit if before is not None else self._limit(prompt)
         if len(prompt) >= limit:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,7 @@ class FunctionAgent(Agent):
             value = self._function(**arguments)
             return self._awaited(value) if inspect.isawaitable(value) else told(value)
         except (Exception, SystemExit) as error:
-            raise _raised(error) from error
+            raise self._raised(error) from error
 
     def problem(self, columns: Collection[str]) -> str | None:
         taken = _taken(self._function)
@@ -90,7 +91,15 @@ class FunctionAgent(Agent):
         except asyncio.CancelledError:  # it was given up
             raise
         except (Exception, SystemExit) as error:
-            raise _raised(error) from error
+            raise self._raised(error) from error
+
+    def _raised(self, error: BaseException) -> WrongResultError:
+        """The same error, with its type and the line of the agent's own file in words: `run` is called as tools are,
+        whose errors are their message alone."""
+        if isinstance(error, WrongResultError):
+            return error
+        module = sys.modules.get(getattr(self._function, "__module__", None) or "")
+        return WrongResultError(of_exception(error, tool=False, file=getattr(module, "__file__", None)).error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,8 @@ def told(value: Any) -> str:
     A number is the reward, None that it has none; a mapping has it under `reward`, and metrics beside it. Raises
     WrongResultError for everything else, and for numbers that are not finite.
     """
+    if inspect.isgenerator(value) or inspect.isasyncgen(value):
+        raise WrongResultError("it yields: return the reward, and do not yield")
     if not isinstance(value, Mapping):
         return _written(number_of(value, "the reward that it returned"), {})
     if "reward" not in value:
@@ -126,12 +137,6 @@ def told(value: Any) -> str:
 
 def _written(reward: float | None, metrics: Mapping[str, float]) -> str:
     return json.dumps({"reward": reward, "metrics": metrics})
-
-
-def _raised(error: BaseException) -> WrongResultError:
-    """The same error, with its type and where it was raised in words: `run` is called as tools are, whose errors are
-    their message alone."""
-    return error if isinstance(error, WrongResultError) else WrongResultError(of_exception(error, tool=False).error)
 
 
 def _taken(function: Callable[..., Any]) -> set[str] | None:

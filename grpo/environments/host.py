@@ -30,7 +30,8 @@ class HostTerms:
     """Seconds for a call of a method, for `reset`, and for each of the recipe's tools; how many processes.
 
     `several`: the column `environment` chose this one, and is not shown to it. `agent`: its calls run an agent, whose
-    errors are for people and not for the model. `explain` adds to an error what is known of its cause.
+    errors are for people and not for the model. `late` is said of a call that took too long, and `explain` adds to an
+    error what is known of its cause.
     """
 
     what: str
@@ -40,6 +41,7 @@ class HostTerms:
     workers: int = 1
     several: bool = False
     agent: bool = False
+    late: str = ""
     explain: Callable[[str], str] = field(default=lambda error: error)
 
 

@@ -30,6 +30,9 @@ Named = tuple[Located, Mapping[str, Any]]
 """Where a class or function is, and the recipe's arguments for it."""
 ALONE = "tools"
 """The name of a host with tools alone."""
+LATE = " (environment.rollout_timeout)"
+BLOCKED = f"{LATE}; one that is async and blocks (time.sleep, a client that is not async) holds up its whole process"
+"""What to say of agents that take too long: of programs, and of functions, many of which share a process."""
 
 
 def make_host(
@@ -50,11 +53,12 @@ def make_host(
     there is no sandbox for `config.sandbox`.
     """
     located = _located(config)
-    what = ALONE if located is None else f"environment {located.name!r}"
+    what = ALONE if located is None else f"{located.what} {located.name!r}"
     seconds = [tool.timeout for tool in tools]
     timeout = config.agent_seconds if config.is_agent else config.timeout
+    late = LATE if config.command else BLOCKED if config.agent else ""
     terms = HostTerms(
-        what, timeout, config.reset_timeout, seconds, config.workers or workers, several, agent=config.is_agent
+        what, timeout, config.reset_timeout, seconds, config.workers or workers, several, config.is_agent, late
     )
     if given is None and not any(functions):
         named = [(locate_tool(tool.use), tool.kwargs) for tool in tools]
@@ -83,7 +87,7 @@ def _located(config: EnvironmentConfig) -> Located | None:
     """What the section names. A command is in no file of Python's."""
     if config.what is None:
         return None
-    return Located(config.called, config.use or config.agent or "", "agent" if config.agent else "environment")
+    return Located(config.called, config.use or config.agent or "", "agent" if config.is_agent else "environment")
 
 
 def _loadable(config: EnvironmentConfig, located: Located) -> Located | AgentAt | ProgramAt:
@@ -117,7 +121,7 @@ def _in_processes(
 
     def make_home(describes: bool) -> Home:
         first = pickle.dumps({**setup, "describes": describes})
-        return ProcessHome(ProcessTerms(first, variables, config.memory_gb, sandbox), output)
+        return ProcessHome(ProcessTerms(first, variables, config.memory_gb, sandbox, config.is_agent), output)
 
     terms = replace(terms, explain=partial(with_hint, environment=variables))
     return EnvironmentHost(make_home, terms, output)

@@ -31,12 +31,14 @@ _NOISE = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, Ov
 
 @dataclass(frozen=True, slots=True)
 class ProcessTerms:
-    """How a process is started: its first message, its variables, the memory that it may hold, the sandbox."""
+    """How a process is started: its first message, its variables, the memory that it may hold, the sandbox; and
+    whether it runs agents."""
 
     setup: bytes
     variables: Mapping[str, str]
     memory_gb: float | None = None
     sandbox: Sandbox | None = None
+    agents: bool = False
 
     def start(self, output: Output) -> ChildProcess:
         return ChildProcess(SCRIPT, output, self.variables, self.memory_gb, self.sandbox)
@@ -87,7 +89,7 @@ class ProcessHome(Home):
                 await self._over(process, Reply("crash", error=self.problem))
                 return
             self.ready.set()
-            when = "in a call"
+            when = "while agents ran in it" if self._terms.agents else "in a call"
             while True:
                 self.answered(await _receive(reader))
         except TimeoutError:  # an OSError, too

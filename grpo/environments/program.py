@@ -50,7 +50,9 @@ class ProgramAgent(Agent):
 
     def problem(self, columns: Collection[str]) -> str | None:  # noqa: ARG002  a program reads what it likes
         if shutil.which(self._command[0]) is None:
-            return f"command: there is no program {self._command[0]!r}"
+            words = self._command[0].split()
+            hint = f". Write each word by itself: {json.dumps([*words, *self._command[1:]])}" if len(words) > 1 else ""
+            return f"command: there is no program {self._command[0]!r}{hint}"
         return None
 
 

@@ -19,6 +19,10 @@ LARGEST = 1e15
 """The largest reward: beyond it a group's deviation would overflow float32."""
 
 
+NUMBERS = "Give a number between -1e15 and 1e15, or None for none"
+"""What to do about a reward or a metric that is no number."""
+
+
 class WrongResultError(Exception):
     """What was returned is not what the contract says."""
 
@@ -54,8 +58,9 @@ def of_reward(value: Any) -> Reply:
     return Reply(value=number_of(value, "get_reward"))
 
 
-def of_exception(error: BaseException, tool: bool) -> Reply:
-    """What was raised. The model is shown a tool's message alone; people also see where it was raised."""
+def of_exception(error: BaseException, tool: bool, file: str | None = None) -> Reply:
+    """What was raised. The model is shown a tool's message alone; people also see where it was raised: the last place
+    in `file`, if the error came through that, or else where it began."""
     try:
         said = str(error)[:LONGEST_MESSAGE]
     except Exception:  # an exception whose own code fails
@@ -63,6 +68,7 @@ def of_exception(error: BaseException, tool: bool) -> Reply:
     if tool or isinstance(error, WrongResultError | UserError):
         return Reply("error", error=_encodable(said or type(error).__name__))
     frames = traceback.extract_tb(error.__traceback__)
+    frames = traceback.StackSummary.from_list([one for one in frames if one.filename == file]) or frames
     ours = not frames or Path(frames[-1].filename).parent == Path(__file__).parent  # their code was not even entered
     where = "" if ours else f" ({frames[-1].filename}:{frames[-1].lineno})"
     return Reply("error", error=_encodable(f"{type(error).__name__}: {said}{where}"))
@@ -136,7 +142,7 @@ def number_of(value: Any, what: str) -> float | None:
     except Exception:  # an object of other people's
         number = math.nan
     if not abs(number) <= LARGEST:  # NaN too
-        raise WrongResultError(f"{what} is not a usable number: {shortened(value)}")
+        raise WrongResultError(f"{what} is not a usable number: {shortened(value)}. {NUMBERS}")
     return number
 
 

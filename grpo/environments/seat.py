@@ -63,7 +63,7 @@ class HostSeat:
             try:
                 reply: Reply = await self.home.ask({"op": op, "seat": self.number, "arguments": arguments}, seconds)
             except TimeoutError:
-                self._lost = Reply("timeout", error=f"{what} gave no answer in {seconds:g} s")
+                self._lost = Reply("timeout", error=f"{what} gave no answer in {seconds:g} s{self._host.terms.late}")
                 self._dropping = asyncio.ensure_future(self.home.drop(self.number))
             except LostError as error:
                 self._lost = error.reply

@@ -90,8 +90,8 @@ def end_of(trajectory: Trajectory) -> list[Said]:
     talk, reason = trajectory.conversation, trajectory.finish_reason
     assert talk is not None
     if talk.failure is not None:
-        return [Said("", f"the environment failed: {talk.failure}")]
-    ended = "" if reason == "stop" else f"ended by {reason}"
+        return [Said("", f"the conversation failed: {talk.failure}")]
+    ended = {"stop": "", "done": "done"}.get(reason, f"ended by {reason}")
     outcome = "" if talk.outcome is None else f"rewarded {talk.outcome:g}"
     return [Said("", f"({', '.join(filter(None, [ended, outcome]))})")] if ended or outcome else []
 

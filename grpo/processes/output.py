@@ -29,13 +29,15 @@ class Output:
         self._ours, self.descriptor = os.pipe()
         self._shown, self._left_out = 0, 0
         self._last: deque[bytes] = deque(maxlen=4)
-        self._line, self._repeats = b"", 0
+        self._said: set[bytes] = set()
+        self._repeats = 0
         self._thread = threading.Thread(target=self._empty, name=f"output of {name}", daemon=True)
         self._thread.start()
 
     def begin(self) -> None:
         """A new scoring: what was left out of the former is said, and there is room again."""
         self._say_repeats()
+        self._said.clear()
         if self._left_out:
             print(f"[{self.name}] printed {self._left_out:,} bytes more, not shown", file=sys.stderr)
         self._shown, self._left_out = 0, 0
@@ -69,15 +71,16 @@ class Output:
                     self._say(line)
 
     def _say(self, line: bytes) -> None:
-        """Pass a line on; one that is said again and again is counted."""
-        if line == self._line and line:
+        """Pass a line on, once in each scoring: many processes say the same, and then it is counted alone."""
+        if line in self._said:
             self._repeats += 1
             return
-        self._say_repeats()
-        self._line = line
+        if line:
+            self._said.add(line)
         print(f"[{self.name}] {masked(line.decode(errors='replace'))}", file=sys.stderr)
 
     def _say_repeats(self) -> None:
         repeats, self._repeats = self._repeats, 0
         if repeats:
-            print(f"[{self.name}] (the same {repeats:,} times more)", file=sys.stderr)
+            lines = "line" if repeats == 1 else "lines"
+            print(f"[{self.name}] ({repeats:,} {lines} more, the same as above)", file=sys.stderr)

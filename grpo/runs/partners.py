@@ -114,8 +114,11 @@ class Partners:
         for name, (host, _) in self.hosts.items():
             of_it = next((task for task in tasks if name in ("", task.columns.get(SELECTED_BY))), None)
             if of_it is not None and (problem := host.problem(_columns(of_it))) is not None:
-                owner = "" if problem.startswith("tools.") else f"environment {host.description.name!r}: "
-                raise UserError(f"{section}: {owner}{problem}")
+                noun = "agent" if host.description.kind == "agent" else "environment"
+                owner = "" if problem.startswith("tools.") else f"{noun} {host.description.name!r}: "
+                # what an agent takes is first found out with the rows to train on, and is no fault of theirs
+                where = "" if noun == "agent" and section == "data" else f"{section}: "
+                raise UserError(f"{where}{owner}{problem}")
 
     def check_beginnings(self, talks: Conversations, tasks: Sequence[Task]) -> None:
         """Let each environment that has `reset` begin once, with the first of its rows among `tasks`.

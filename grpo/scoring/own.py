@@ -10,20 +10,26 @@ from grpo.config import EnvironmentConfig
 from grpo.environments.seats import Host
 from grpo.scoring.contract import Answer, checked
 from grpo.scoring.records import Placed
-from grpo.types import Conversation, Group, Rollout
+from grpo.types import Conversation, Group, Rollout, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
 class OwnTerms:
-    """What an environment's own reward weighs, and the fraction of its conversations that may fail."""
+    """What an environment's own reward weighs, the fraction of its conversations that may fail, and what it is: an
+    `environment`, or an `agent`."""
 
     weight: float = 1.0
     max_failure_rate: float = EnvironmentConfig.model_fields["max_failure_rate"].default
+    noun: str = "environment"
 
 
 def terms_of(hosts: Sequence[tuple[Host, EnvironmentConfig]]) -> dict[str, OwnTerms]:
     """The terms of each environment, by the name that its host describes."""
-    return {host.description.name: OwnTerms(cfg.weight, cfg.max_failure_rate) for host, cfg in hosts}
+    return {host.description.name: OwnTerms(cfg.weight, cfg.max_failure_rate, _noun(cfg)) for host, cfg in hosts}
+
+
+def _noun(cfg: EnvironmentConfig) -> str:
+    return "agent" if cfg.is_agent else "environment"
 
 
 def rewarding_steps(groups: Sequence[Group]) -> set[str]:
@@ -67,6 +73,10 @@ def unrewarded(names: Collection[str], groups: Sequence[Group]) -> str:
     """What to say of environments none of whose conversations in `groups` was rewarded: how these ended, what to do."""
     rollouts = [rollout.trajectory for group in groups for rollout in group.rollouts]
     talks = [one for one in rollouts if one.conversation is not None and one.conversation.environment in names]
+    returned = sum(map(_returned_none, talks))
+    if returned > len(talks) / 2:
+        said = f"{' and '.join(names)} rewarded no conversation: the agent returned None in {returned:,} of "
+        return f"{said}{len(talks):,}. Let it return a number, or a dict with 'reward'"
     nothing = "no step gave a reward, no get_reward a score, and no agent returned one"
     said = f"{' and '.join(names)} rewarded no conversation: {nothing}"
     raised = "raise the limit that ends them first, if one does"
@@ -76,6 +86,12 @@ def unrewarded(names: Collection[str], groups: Sequence[Group]) -> str:
         raised = f"raise {RAISED[reason]}" if reason in RAISED else "read how they go (grpo generate)"
     scored = "have a conversation scored wherever it ends (by get_reward, or by what an agent returns)"
     return f"{said}. To have them rewarded, {raised}, or {scored}"
+
+
+def _returned_none(unrewarded: Trajectory) -> bool:
+    """Whether an agent had its say and gave no reward: an environment that is done has had turns, rewarded or not."""
+    talk = unrewarded.conversation
+    return unrewarded.finish_reason == "done" and talk is not None and not talk.turn_rewards and talk.failure is None
 
 
 def mostly_cut(groups: Sequence[Group]) -> str:

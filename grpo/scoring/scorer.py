@@ -262,7 +262,8 @@ class Scorer:
         return replace(answer, extras=extras)
 
     def _what(self, name: str) -> str:
-        return f"{'environment' if name in self.environments else 'reward'} {name!r}"
+        own = self.environments.get(name)
+        return f"{own.noun if own else 'reward'} {name!r}"
 
     def _note(self, name: str, answers: Placed, groups: Sequence[Group]) -> None:
         """Count, and warn of a first failure."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.console import Console
 from grpo.config import DataConfig, ModelConfig, RewardConfig
 from grpo.planning.plan import Plan
 from grpo.runs.loop import Outcome
+from grpo.scoring.own import OwnTerms
 from grpo.scoring.text import counted
 from grpo.telemetry.console import before_and_after, print_wrapped
 from grpo.types import FailureKind
@@ -41,8 +42,9 @@ def print_plan(
         print_wrapped(console, line)
 
 
-def failure_lines(kinds: Mapping[FailureKind, Mapping[str, float]], environments: Collection[str]) -> list[str]:
-    """For each reward that failed, on how many completions, and how; of `environments`, in how many conversations.
+def failure_lines(kinds: Mapping[FailureKind, Mapping[str, float]], own: Mapping[str, OwnTerms]) -> list[str]:
+    """For each reward that failed, on how many completions, and how; of environments and agents, whose `own` rewards
+    are among them, in how many conversations.
 
     `kinds` are counts by name for each kind of failure.
     """
@@ -50,8 +52,8 @@ def failure_lines(kinds: Mapping[FailureKind, Mapping[str, float]], environments
     for name in kinds["error"]:
         counts = {kind: int(by_name[name]) for kind, by_name in kinds.items()}
         if total := sum(counts.values()):
-            talks = name in environments
-            what = f"environment {name!r} failed in" if talks else f"reward {name!r} failed on"
+            talks = name in own
+            what = f"{own[name].noun} {name!r} failed in" if talks else f"reward {name!r} failed on"
             shown = [f"{n:,} {NOUNS[kind][n != 1]}" for kind, n in counts.items() if n or kind in ("error", "timeout")]
             noun = "conversation" if talks else "completion"
             lines.append(f"{what} {counted(total, noun)}: {', '.join(shown)}")

@@ -14,7 +14,7 @@ from grpo.data.streaming import Streamed
 from grpo.environments.conversations import Conversations
 from grpo.environments.shown import asked as asked_of
 from grpo.environments.shown import end_of, said_in
-from grpo.errors import UserError
+from grpo.errors import RunError, UserError
 from grpo.rollout import RolloutEngine
 from grpo.runs.given import NOTHING
 from grpo.runs.partners import Partners, invite
@@ -23,6 +23,10 @@ from grpo.types import Message, Rollout, Task
 
 Narrator = Callable[[str], object]
 """Told a line of the conversation at a time."""
+ALONE = (
+    " A prompt alone has the column {!r} and no other: if the conversation needs more, begin with a row of the run's "
+    "data (--row 0), or give the columns as a JSON object in the place of the prompt"
+)
 
 
 def converse(
@@ -32,7 +36,8 @@ def converse(
 
     The conversation begins with `prompt`, which fills the run's template (a JSON object gives the environment further
     columns), or with a `row` of the run's data. `asked` are the fields of `Sampling` that were asked for, `seed` that
-    of all draws, the environment's included. Raises UserError for what cannot be had or does not fit.
+    of all draws, the environment's included. Raises UserError for what cannot be had or does not fit, and RunError for
+    a conversation that failed, when all of it was told.
     """
     if (prompt is None) == (row is None):
         raise UserError("give a prompt, or --row with the number of a row of the run's data, and not both")
@@ -59,6 +64,9 @@ def converse(
             group.rollouts for group in engine.rollout([task], 1, at, derive_key(seed, "generate"), logprobs=False)
         )
     told.end(task, rollout)
+    if (talk := rollout.trajectory.conversation) is not None and talk.failure is not None:
+        alone = prompt is not None and len(columns) == 1
+        raise RunError(f"the conversation failed, as told above.{ALONE.format(*columns) if alone else ''}")
     return rollout
 
 

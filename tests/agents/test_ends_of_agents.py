@@ -16,6 +16,7 @@ pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 from agency import QUESTION, SAMPLING, Agency, Client, agency, at_once
 
 from grpo.agents.agents import Agents
+from grpo.agents.outcome import ENDPOINT
 from grpo.environments.seats import ConversationLimits, Reply
 from grpo.generation.sampling import Sampling
 from grpo.rollout import RolloutEngine
@@ -66,11 +67,7 @@ def raises(client: Client) -> None:
         ),
         (
             lambda _: 1.0,
-            Failure(
-                "error",
-                "it asked the model nothing that was answered: it must use the base_url and the api_key that it is "
-                "given",
-            ),
+            Failure("error", f"it asked the model nothing that was answered: {ENDPOINT}"),
             "failed",
         ),
     ],
@@ -202,7 +199,8 @@ def test_prompts_have_limits(office: Agency) -> None:
 def test_too_long_a_first_prompt_alone_is_nothing_asked(office: Agency) -> None:
     one = office.one(lambda client: client.refused(range(30, 39)) and 1.0, longest=8)
     assert one.conversation.failure.error == (
-        "it asked the model nothing that was answered: the first prompt has 9 tokens, and data.max_prompt_length is 8"
+        "it asked the model nothing that was answered: the first prompt has 9 tokens, and data.max_prompt_length is 8: "
+        "raise it, or begin with a shorter prompt"
     )
 
 

@@ -1,6 +1,7 @@
 """Agents for tests: functions, which ask nobody, and programs."""
 
 import asyncio
+import json
 import os
 import random
 import subprocess
@@ -43,6 +44,23 @@ async def of_kind(data, base_url, api_key):
 async def raises(data, base_url, api_key):
     await asyncio.sleep(0)
     raise ValueError("no luck")
+
+
+def misread(data, base_url, api_key):
+    return json.loads("{")  # in misread
+
+
+async def misread_later(data, base_url, api_key):
+    await asyncio.sleep(0)
+    return json.loads("{")  # in misread_later
+
+
+def generator(data, base_url, api_key):
+    yield 1.0
+
+
+async def generator_later(data, base_url, api_key):
+    yield 1.0
 
 
 def leaves(data, base_url, api_key):

@@ -10,7 +10,8 @@ import pytest
 from hosting import until
 
 from grpo.config.environment import EnvironmentConfig
-from grpo.environments.making import make_host
+from grpo.environments.making import BLOCKED, make_host
+from grpo.environments.results import NUMBERS
 from grpo.environments.seats import Reply
 from grpo.errors import UserError
 from grpo.processes.tree import descendants
@@ -99,13 +100,13 @@ def test_what_may_be_returned(hosts, kind: str, value) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("text", "the reward that it returned is not a usable number: 'good'"),
-        ("nan", "the reward that it returned is not a usable number: nan"),
-        ("list", "the reward that it returned is not a usable number: [1.0]"),
+        ("text", f"the reward that it returned is not a usable number: 'good'. {NUMBERS}"),
+        ("nan", f"the reward that it returned is not a usable number: nan. {NUMBERS}"),
+        ("list", f"the reward that it returned is not a usable number: [1.0]. {NUMBERS}"),
         ("no reward", "it returned a dict without 'reward'; it has score"),
-        ("metric", "the metric 'score' is not a usable number: 'high'"),
+        ("metric", f"the metric 'score' is not a usable number: 'high'. {NUMBERS}"),
         ("metric name", "it returned a metric called 3: names are texts"),
-        ("infinite", "the metric 'score' is not a usable number: inf"),
+        ("infinite", f"the metric 'score' is not a usable number: inf. {NUMBERS}"),
     ],
 )
 def test_what_may_not_be_returned(hosts, kind: str, said: str) -> None:
@@ -123,13 +124,25 @@ def test_what_is_raised_is_an_error_with_its_place(hosts, function: str, said: s
     assert ran(hosts(function)).kind == "error", "its process is still there"
 
 
+@pytest.mark.parametrize("function", ["misread", "misread_later"])
+def test_an_error_in_a_library_has_the_agent_s_own_line(hosts, function: str) -> None:
+    (line,) = [n for n, text in enumerate(ASKING.read_text().splitlines(), 1) if text.endswith(f"# in {function}")]
+    assert ran(hosts(function)).error.endswith(f" ({ASKING}:{line})")
+
+
+@pytest.mark.parametrize("function", ["generator", "generator_later"])
+def test_a_function_that_yields_is_told_to_return(hosts, function: str) -> None:
+    assert ran(hosts(function)) == Reply("error", error="it yields: return the reward, and do not yield")
+
+
 def test_a_process_that_dies_takes_its_agents_along() -> None:
     host = make_host(EnvironmentConfig(agent=f"{ASKING}:dies"))
     try:
         one, other = host.seats(0, 2)
         for seat in (one, other):
             seat.reset({}, 0).result()
-        assert one.call("run", ENDPOINT).result().kind == "crash"
+        reply = one.call("run", ENDPOINT).result()
+        assert (reply.kind, reply.error) == ("crash", "its process ended while agents ran in it (exit code 7)")
         assert other.call("run", ENDPOINT).result().kind == "crash"
         assert ran(host).kind == "crash", "the next group has a new process"
     finally:
@@ -140,7 +153,8 @@ def test_a_process_that_dies_takes_its_agents_along() -> None:
 def test_an_agent_that_takes_too_long_is_given_up(function: str) -> None:
     host = make_host(EnvironmentConfig(agent=f"{ASKING}:{function}", rollout_timeout=0.2))
     try:
-        assert ran(host) == Reply("timeout", error="the agent gave no answer in 0.2 s")
+        assert ran(host) == Reply("timeout", error=f"the agent gave no answer in 0.2 s{BLOCKED}")
+        assert "environment.rollout_timeout" in BLOCKED
     finally:
         host.close()
 

@@ -10,6 +10,7 @@ import pytest
 from grpo.config.environment import EnvironmentConfig
 from grpo.environments import home, process
 from grpo.environments.making import make_host
+from grpo.environments.results import NUMBERS
 from grpo.processes import endings
 from grpo.processes.tree import descendants
 
@@ -224,7 +225,7 @@ def test_exceptions_and_wrong_types_are_errors_of_their_own_call(host, beside) -
     ]:
         reply = seat.call(tool, {}).result()
         assert (reply.value, reply.error) == (value, error)
-    assert seat.reward().result().error == "get_reward is not a usable number: 'much'"
+    assert seat.reward().result().error == f"get_reward is not a usable number: 'much'. {NUMBERS}"
     unsendable = seat.call("add", {"n": lambda: 1}).result()
     assert unsendable.kind == "error"
     assert other.call("add", {"n": 1}).result().value == "1"

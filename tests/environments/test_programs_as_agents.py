@@ -131,6 +131,9 @@ def test_a_program_that_is_not_there_is_found_before_the_run(shell) -> None:
     assert shell.problem(["name"]) is None
     host = make_host(EnvironmentConfig(command=("no-such-program", "agent.js")))
     assert host.problem([]) == "command: there is no program 'no-such-program'"
+    line = make_host(EnvironmentConfig(command=("no-such-program agent.js", "1")))
+    assert line.problem([]).endswith('. Write each word by itself: ["no-such-program", "agent.js", "1"]')
+    line.close()
     assert ran(host) == Reply(
         "error", error="its program ended with exit code 127; it said: no-such-program: No such file or directory"
     )
@@ -148,6 +151,7 @@ def test_what_a_program_starts_ends_with_it(end: str) -> None:
     host = make_host(EnvironmentConfig(command=command, rollout_timeout=0.7 if end == "sleep 60" else 30.0))
     reply = ran(host, filler="x" * 300_000)  # which it does not read
     assert reply.kind == ("timeout" if end == "sleep 60" else "ok")
+    assert reply.error in ("", "the agent gave no answer in 0.7 s (environment.rollout_timeout)")
     (home,) = host._homes
     until(lambda: len(descendants(home._process.pid)) == 1, 5.0)  # its worker alone
     assert not home.retired

@@ -36,7 +36,7 @@ def test_a_conversation_line_by_line() -> None:
         "model: 5 km.",
         "  (reward 0.5, advantage +0.750)",
         "← user: Thanks!",
-        "(ended by done, rewarded 1)",
+        "(done, rewarded 1)",
     ]
 
 
@@ -63,7 +63,7 @@ def test_how_it_ended() -> None:
     assert last("stop", outcome=0.0) == "(rewarded 0)"
     assert last("max_turns") == "(ended by max_turns)"
     assert last("failed", failure=Failure("timeout", "step took longer than 2 s")) == (
-        "the environment failed: timeout: step took longer than 2 s"
+        "the conversation failed: timeout: step took longer than 2 s"
     )
 
 

@@ -37,6 +37,11 @@ def run(data, base_url, api_key, question, turns=2):
     open("processes", "a").write(f"{os.getpid()} ")
     return play(base_url, api_key, question, turns)
 
+def seeded(data, base_url, api_key, question, seed):
+    """Draws what the program draws."""
+    random.seed(seed)
+    return run(data, base_url, api_key, question)
+
 def once(data, base_url, api_key, question):
     return run(data, base_url, api_key, question, 1)["reward"] - 2
 
@@ -45,6 +50,9 @@ def fails(data, base_url, api_key, question, answer):
     if int(answer) % 4:
         raise ValueError("no luck")
     return got
+
+def nothing(data, base_url, api_key, question):
+    run(data, base_url, api_key, question, 1)
 
 def idle(data, base_url, api_key):
     return 1.0

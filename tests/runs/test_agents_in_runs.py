@@ -62,7 +62,7 @@ def test_stopped_and_resumed_is_never_stopped(asking: Path, monkeypatch: pytest.
 
 def test_a_program_plays_as_the_function_does(asking: Path) -> None:  # noqa: F811
     """The same rollouts, token for token: draws depend on the run, the row and the sample alone."""
-    run(asking, *ONE, "output_dir=function")
+    run(asking, *ONE, "output_dir=function", "environment.agent=play.py:seeded")
     run(asking, *ONE, "output_dir=program", COMMAND)
     one, other = (trajectories(folder) for folder in ("function", "program"))
     assert [rollout.token_ids for rollout in one] == [rollout.token_ids for rollout in other]
@@ -121,15 +121,42 @@ def test_a_dry_run_an_evaluation_and_a_rollout_told(asking: Path, run_cli) -> No
     assert servers() == 0
 
 
+def test_agents_that_return_nothing_are_told_to(asking: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    run(asking, *ONE, "environment.agent=play.py:nothing")
+    assert "nothing rewarded no conversation: the agent returned None in 6 of 6. Let it return a number" in caplog.text
+
+
+def test_a_rollout_that_fails_when_told_is_an_error(asking: Path, run_cli) -> None:  # noqa: F811
+    fails = "environment={agent: 'play.py:fails', workers: 1, max_failure_rate: 1}"
+    ended = run_cli("train", asking, *ONE, fails, "data.shuffle=false")
+    assert "agent 'fails' failed in 3 conversations" in ended.out
+    told = run_cli("generate", "run", "--row", "0")
+    assert told.code == 1
+    assert "the conversation failed: error: ValueError: no luck" in told.out
+    assert told.err.endswith("grpo: the conversation failed, as told above.\n")
+
+
+def test_a_prompt_alone_lacks_columns_and_a_row_has_them(asking: Path, run_cli) -> None:  # noqa: F811
+    """A program reads what it likes, so that what it lacks is found out when it runs."""
+    code = Path("play.py").read_text().replace('row["question"]', '(row["answer"] and row["question"])')
+    Path("play.py").write_text(code)
+    run(asking, *ONE, COMMAND)
+    alone = run_cli("generate", "run", "Well?")
+    assert alone.code == 1
+    assert "A prompt alone has the column 'question' and no other" in alone.err
+    assert "(--row 0)" in alone.err
+    assert run_cli("generate", "run", "--row", "0").code == 0
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("environment.agent=play.py:gone", "no function 'gone' there"),
         ("environment.agent=nowhere.py:run", "there is no file nowhere.py"),
-        ("environment={command: [no-such-program]}", "environment 'no-such-program': command: there is no program"),
-        ("environment.kwargs={turn: 1}", "data: environment 'play': kwargs.turn: run has no such argument"),
-        ("environment.env=[NO_SUCH_KEY]", "environment 'play': env: the environment has no variable NO_SUCH_KEY"),
-        ("data.source=asked.jsonl", "environment 'play': run: missing a required argument: 'question'"),
+        ("environment={command: [no-such-program]}", "agent 'no-such-program': command: there is no program"),
+        ("environment.kwargs={turn: 1}", "agent 'play': kwargs.turn: run has no such argument"),
+        ("environment.env=[NO_SUCH_KEY]", "agent 'play': env: the environment has no variable NO_SUCH_KEY"),
+        ("data.source=asked.jsonl", "agent 'play': run: missing a required argument: 'question'"),
         ("rewards=[{use: 'grades.py:at_home'}]", "takes `environments`, and an agent shows none"),
     ],
 )

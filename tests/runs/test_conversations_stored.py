@@ -119,7 +119,7 @@ def test_w_and_b_s_table_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
     first, failed, plain = logger._of_completions(StepMetrics(4, {}, (GROUP,)))["completions"]
     assert first[1:2] + first[3:] == ["How far is it? Ask from Rome.", 1.5, 0.25]
     assert first[2].startswith('model: Let me see.\n→ search(query="Rom", k=2)\n')
-    assert failed[2] == "the environment failed: timeout: reset"
+    assert failed[2] == "the conversation failed: timeout: reset"
     assert plain[1:3] == ["How far is it?", "four"]
 
 

@@ -121,7 +121,7 @@ class Watch:
             self._since = None
 
     def done(self) -> None:
-        """From here on this process may end before the others, unless there is another exchange."""
+        """From here on this process and the others may end as they like, unless there is another exchange."""
         self._done = True
 
     def missing(self) -> list[int]:
@@ -173,9 +173,10 @@ class Watch:
                 beaten = now
                 self._tell({"at": self.counts})
             self._listen(BEAT / 4)
-            self._look()
+            if self.loss is None:
+                self._look()
             self._say_missing()
-            if self.loss is not None:
+            if self.loss is not None and not self._done:
                 self._end()
                 return
 

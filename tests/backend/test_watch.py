@@ -188,6 +188,22 @@ def test_the_thread_ends_with_the_first_loss_it_sees() -> None:
     assert first.loss is not None
 
 
+def test_who_is_done_with_the_others_is_not_ended_by_the_loss_of_one() -> None:
+    """A script may export the model after training, for longer than another machine stays awake."""
+    first, second = ring(2)
+    ended = threading.Event()
+    first._end = ended.set  # type: ignore[method-assign]
+    first.done()
+    thread = threading.Thread(target=first._run, daemon=True)
+    thread.start()
+    close(second)
+    assert first.verdict(5) is not None
+    assert not ended.wait(2 * BEAT / 4)
+    with first.exchange():  # it needs the others again
+        assert ended.wait(5)
+    thread.join(5)
+
+
 def test_a_goodbye_is_no_loss_unless_it_comes_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for failed, done, lost in [(False, False, False), (True, False, True), (True, True, False)]:
         first, second = ring(2)

@@ -180,6 +180,12 @@ def test_an_error_of_the_ring_in_a_layer_is_the_loss_and_other_errors_are_their_
         raise RuntimeError("[ring] connection to a peer was lost")
     with pytest.raises(RuntimeError, match=r"^mine$"), ranks.interrupts():
         raise RuntimeError("mine")
+
+    def fail() -> mx.array:
+        raise RuntimeError("a kernel failed")
+
+    with pytest.raises(LostRankError, match="exchange with the others failed, and all of them are there: a kernel"):
+        ranks._exchange(fail)
     assert ranks.watch is not None
     ranks.watch.loss = LostRank(1, "process 1 of 2 (other) died")
     ranks.watch._known.set()

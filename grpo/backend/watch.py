@@ -74,6 +74,7 @@ class Watch:
         """How many exchanges each process has begun, as far as is known here."""
         self._members, self._links = members, list(links)
         self._known, self._seen, self._calls = threading.Event(), False, False
+        self._former: Any = None
         self._mode: Literal["away", "open", "kept"] = "away"
         self._left = self._done = False
         self._since: float | None = None
@@ -85,7 +86,7 @@ class Watch:
     def start(self) -> None:
         """Begin to beat and to listen."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(CALL, self._called)
+            self._former = signal.signal(CALL, self._called)
             self._calls = True
         atexit.register(self.leave)
         self._thread.start()
@@ -299,8 +300,10 @@ class Watch:
             print(f"grpo: {self.loss.text}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def _called(self, _number: int, _frame: FrameType | None) -> None:
+    def _called(self, number: int, frame: FrameType | None) -> None:
         """In the main thread: it is alive, and leaves what it does where that may be left."""
+        if self.loss is None and callable(self._former):  # a scheduler's, to a script that has a use for it
+            self._former(number, frame)
         if self.loss is None or self._mode == "away" or self._seen:
             return
         self._seen = True

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from grpo.backend.links import Door, Link, Member, addresses, cut_ring, machine
-from grpo.backend.watch import BEAT, Lost, LostRank, Watch, is_running, silence
+from grpo.backend.watch import BEAT, CALL, Lost, LostRank, Watch, is_running, silence
 from grpo.errors import UserError
 
 
@@ -261,6 +261,24 @@ def test_a_loss_leaves_what_may_be_left_and_nothing_else() -> None:
         with pytest.raises(Lost), watch.interrupts():
             pytest.fail("begun though another process is lost")
     assert watch._mode == "away"
+
+
+def test_a_script_s_own_handler_of_the_signal_still_hears_it() -> None:
+    """A cluster's scheduler sends it before a job's time is over."""
+    heard: list[int] = []
+    former = signal.signal(CALL, lambda number, _: heard.append(number))
+    watch, _ = ring(2)
+    try:
+        watch.start()
+        signal.raise_signal(CALL)
+        assert heard == [CALL]
+        watch.loss = LostRank(1, "gone")
+        watch._done = True  # so that nothing ends here
+        signal.raise_signal(CALL)
+        assert heard == [CALL]
+    finally:
+        signal.signal(CALL, former)
+        watch.leave()
 
 
 def test_from_hold_on_a_block_is_finished() -> None:

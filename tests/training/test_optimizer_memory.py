@@ -163,9 +163,12 @@ def test_what_a_norm_takes_is_as_planned() -> None:
         arrays = {f"small.{i}": mx.zeros((64, 32)) for i in range(small)}
         arrays |= {f"large.{i}": mx.zeros((1024, 512)) for i in range(large)}
         mx.eval(arrays)
-        before = resting()
-        _squares(arrays)
-        assert mx.get_peak_memory() - before == pytest.approx(bytes_of_a_norm(arrays), rel=0.01)
+        before, taken = resting(), []
+        for _ in range(20):  # how much is held at once depends on who is faster
+            mx.reset_peak_memory()
+            _squares(arrays)
+            taken.append(mx.get_peak_memory() - before)
+        assert max(taken) == pytest.approx(bytes_of_a_norm(arrays), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

@@ -8,7 +8,7 @@ def _keep_to_one_core() -> None:
     woken take it from another at once.
 
     MLX hands each operation on a CPU to a thread, and tests have small ones: the two threads of a process took turns
-    for every operation, up to 100,000 times a second, which was a fourth of all processor time. What asks for the number
+    for every operation, up to 100,000 times a second: a fourth of all processor time. What asks for the number
     of cores is told that of the machine.
     """
     number, count = os.environ.get("PYTEST_XDIST_WORKER", "")[2:], os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")

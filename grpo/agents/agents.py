@@ -21,7 +21,7 @@ from grpo.types import BEHAVIOUR, Conversation, Failure, FinishReason, Task, Tra
 RUN = "run"
 """The method of an agent's object, which is called as tools are."""
 SEEDS = 2**31
-"""Seeds of agents are below this number: NumPy, and a shell's arithmetic, take no larger ones."""
+"""Seeds that agents are given are below this, so that any generator of random numbers in any language takes them."""
 
 
 @dataclass(slots=True)

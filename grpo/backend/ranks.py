@@ -48,6 +48,7 @@ class Ranks:
     watch: Watch | None = None
     watching: ClassVar[Watch | None] = None
     """The only one of this machine's process, once it was launched as one of several."""
+    _connected: ClassVar[bool] = False
     _everyone: Ranks | None = None
     _shard: Ranks | None = None
 
@@ -77,10 +78,11 @@ class Ranks:
         if not any(name in os.environ for name in LAUNCHED) or launched_alone():
             return cls()
         try:
-            with in_time(min(START, cls().patience)):
+            with nullcontext() if Ranks._connected else in_time(min(START, patience())):
                 ranks = cls(mx.distributed.init(strict=True))
         except RuntimeError as error:
             raise UserError(f"launched as one of several processes, but they cannot be connected: {error}") from error
+        Ranks._connected = True  # from here on another may come as late as GRPO_RANK_TIMEOUT allows
         ranks.watch = Ranks.watching = Ranks.watching or ranks._linked()
         return ranks
 
@@ -275,7 +277,10 @@ class Ranks:
         """What is raised where another process was lost, once it is known which."""
         if self.watch is not None and (loss := self.watch.verdict(HEARD)) is not None:
             return LostRankError(loss.text, self.watch.heir or self.watch.alone)
-        return LostRankError(f"process {self.rank} of {self.size}: another process was lost ({error})")
+        alone = f"process {self.rank} of {self.size}"
+        if self.watch is not None and "[ring]" not in error:
+            return LostRankError(f"{alone}: an exchange with the others failed, and all of them are there: {error}")
+        return LostRankError(f"{alone}: another process was lost ({error})")
 
     def check_same(self, what: str, mine: Any) -> None:
         """Raise UserError where another process holds something else: they would train past each other."""

@@ -13,12 +13,14 @@ import math
 import os
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
@@ -72,17 +74,19 @@ class Watch:
         """How many exchanges each process has begun, as far as is known here."""
         self._members, self._links = members, list(links)
         self._known, self._seen, self._calls = threading.Event(), False, False
+        self._former: Any = None
         self._mode: Literal["away", "open", "kept"] = "away"
         self._left = self._done = False
         self._since: float | None = None
         self._told: list[int] = []
+        self._held: set[int] = set()
         self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
         """Begin to beat and to listen."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(CALL, self._called)
+            self._former = signal.signal(CALL, self._called)
             self._calls = True
         atexit.register(self.leave)
         self._thread.start()
@@ -118,7 +122,7 @@ class Watch:
             self._since = None
 
     def done(self) -> None:
-        """From here on this process may end before the others, unless there is another exchange."""
+        """From here on this process and the others may end as they like, unless there is another exchange."""
         self._done = True
 
     def missing(self) -> list[int]:
@@ -170,9 +174,10 @@ class Watch:
                 beaten = now
                 self._tell({"at": self.counts})
             self._listen(BEAT / 4)
-            self._look()
+            if self.loss is None:
+                self._look()
             self._say_missing()
-            if self.loss is not None:
+            if self.loss is not None and not self._done:
                 self._end()
                 return
 
@@ -214,7 +219,7 @@ class Watch:
         self._looked = now
         if now - looked > self.silence / 4:  # this process was itself stopped, and perhaps all of them
             for link in self._links:
-                link.heard += now - looked
+                link.heard = min(now, link.heard + now - looked)
         silence: dict[int, float] = {}
         for link in self._links:  # of two processes there are two links, and one that says something will do
             if not link.closed:
@@ -224,6 +229,9 @@ class Watch:
         # Beats of two neighbors that are cut off at once did not come last at the same time.
         silent = [link for link in self._links if silence.get(link.peer, 0.0) > self.silence - 2 * BEAT]
         peers = sorted({link.peer for link in silent})
+        if held := [peer for peer in peers if self._runs(peer, silent)]:
+            self._wait_on(held)
+            return
         if len(peers) > 1:
             self._lose(
                 self.rank, f"has heard none of the others for {self.silence:.0f} s: its network is down, or theirs"
@@ -233,6 +241,25 @@ class Watch:
         if _end_stopped(self._members[peers[0]], silent[0], self._members[self.rank]):
             what = f"was stopped, silent for {self.silence:.0f} s, and has been ended"
         self._lose(peers[0], what)
+
+    def _runs(self, peer: int, links: Sequence[Link]) -> bool:
+        """Whether a silent process is of this machine, and neither stopped nor dead."""
+        member = self._members[peer]
+        here = member.machine == self._members[self.rank].machine
+        return here and any(link.local for link in links if link.peer == peer) and is_running(member.pid)
+
+    def _wait_on(self, peers: Sequence[int]) -> None:
+        """Wait for silent processes that run, as long again: code that holds Python's lock silences their threads."""
+        for link in self._links:
+            if link.peer in peers:
+                link.heard = time.monotonic()
+        if new := [peer for peer in peers if peer not in self._held]:
+            self._held.update(new)
+            log.warning(
+                "%s has been silent for %.0f s, but it runs: some code holds Python's lock, or the machine is short of "
+                "memory. The others wait.",
+                *(", ".join(map(self.name, new)), self.silence),
+            )
 
     def _say_missing(self) -> None:
         """Say for whom this process waits, if it is the first of those that wait, and it has not been said."""
@@ -273,8 +300,10 @@ class Watch:
             print(f"grpo: {self.loss.text}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def _called(self, _number: int, _frame: FrameType | None) -> None:
+    def _called(self, number: int, frame: FrameType | None) -> None:
         """In the main thread: it is alive, and leaves what it does where that may be left."""
+        if self.loss is None and callable(self._former):  # a scheduler's, to a script that has a use for it
+            self._former(number, frame)
         if self.loss is None or self._mode == "away" or self._seen:
             return
         self._seen = True
@@ -290,6 +319,21 @@ def _end_stopped(member: Member, link: Link, mine: Member) -> bool:
         os.kill(member.pid, signal.SIGKILL)
         return True
     return False
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine is there, and is neither stopped nor dead."""
+    return _state(pid) not in ("", "T", "t", "Z", "X")
+
+
+def _state(pid: int) -> str:
+    """The letter by which the system says what a process does; nothing where there is none, or nobody knows."""
+    with suppress(OSError):  # there is no /proc on a Mac
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].strip()[:1]
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["ps", "-o", "stat=", "-p", str(pid)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.strip()[:1]
+    return ""
 
 
 def silence() -> float:

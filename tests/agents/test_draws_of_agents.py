@@ -179,3 +179,14 @@ def test_rows_that_record_what_they_were_drawn_from_record_it_for_all_turns(offi
     assert [part.turns for part in filtered.parts] == [3]
     assert set(filtered.columns) == {"behaviour", "sampler"}
     assert any(a != b for a, b in zip(filtered.behaviour, filtered.sampler, strict=True))
+
+
+def test_seeds_of_agents_are_small_and_differ(office: Agency) -> None:
+    """Environments, and the random numbers of Python and NumPy, keep the whole seed."""
+    host = office.host(lambda client: client.tokens([30, 31], max_tokens=2) and 1.0)
+    office.roll(host, n=8)
+    seeds = [client.seed for client in host.clients]
+    assert len(set(seeds)) == 8
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert sorted(seat.given % 2**31 for seat in host.all) == sorted(seeds)
+    assert any(seat.given >= 2**32 for seat in host.all)

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from grpo.backend.links import Door, Link, Member, addresses, cut_ring, machine
-from grpo.backend.watch import BEAT, Lost, LostRank, Watch, silence
+from grpo.backend.watch import BEAT, CALL, Lost, LostRank, Watch, is_running, silence
 from grpo.errors import UserError
 
 
@@ -150,6 +152,19 @@ def test_a_process_that_was_itself_stopped_accuses_nobody() -> None:
     assert first.loss is not None
 
 
+def test_who_was_stopped_for_long_still_notices_the_next_loss() -> None:
+    """What it heard before it was stopped, and what it has read since, count from now on at most."""
+    first, _ = ring(2)
+    first._looked -= 3600.0
+    first._look()
+    assert first.loss is None
+    for link in first._links:
+        assert link.heard <= time.monotonic()
+        link.heard -= 11.0
+    first._look()
+    assert first.loss is not None
+
+
 def test_of_two_links_to_a_process_one_that_is_heard_will_do() -> None:
     for quiet in (0, 1):
         first, _ = ring(2)
@@ -171,6 +186,22 @@ def test_the_thread_ends_with_the_first_loss_it_sees() -> None:
     assert ended.wait(5)
     thread.join(5)
     assert first.loss is not None
+
+
+def test_who_is_done_with_the_others_is_not_ended_by_the_loss_of_one() -> None:
+    """A script may export the model after training, for longer than another machine stays awake."""
+    first, second = ring(2)
+    ended = threading.Event()
+    first._end = ended.set  # type: ignore[method-assign]
+    first.done()
+    thread = threading.Thread(target=first._run, daemon=True)
+    thread.start()
+    close(second)
+    assert first.verdict(5) is not None
+    assert not ended.wait(2 * BEAT / 4)
+    with first.exchange():  # it needs the others again
+        assert ended.wait(5)
+    thread.join(5)
 
 
 def test_a_goodbye_is_no_loss_unless_it_comes_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +261,24 @@ def test_a_loss_leaves_what_may_be_left_and_nothing_else() -> None:
         with pytest.raises(Lost), watch.interrupts():
             pytest.fail("begun though another process is lost")
     assert watch._mode == "away"
+
+
+def test_a_script_s_own_handler_of_the_signal_still_hears_it() -> None:
+    """A cluster's scheduler sends it before a job's time is over."""
+    heard: list[int] = []
+    former = signal.signal(CALL, lambda number, _: heard.append(number))
+    watch, _ = ring(2)
+    try:
+        watch.start()
+        signal.raise_signal(CALL)
+        assert heard == [CALL]
+        watch.loss = LostRank(1, "gone")
+        watch._done = True  # so that nothing ends here
+        signal.raise_signal(CALL)
+        assert heard == [CALL]
+    finally:
+        signal.signal(CALL, former)
+        watch.leave()
 
 
 def test_from_hold_on_a_block_is_finished() -> None:
@@ -309,26 +358,81 @@ def test_the_ring_of_mlx_is_cut_and_no_other_connection(tmp_path: Path, monkeypa
         sock.close()
 
 
-def test_a_process_of_another_machine_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: ended.append((pid, number)))
+@pytest.fixture
+def local_pair() -> Iterator[tuple[Watch, Link]]:
+    """A watch whose only neighbor, of this machine, has been silent for too long, and the link to it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        mine = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    with mine, theirs:
+        link = Link(1, mine, heard=time.monotonic() - 11)
+        here = [Member("host", 4711 + rank, machine(), (), 0, "") for rank in range(2)]
+        yield Watch(0, here, [link], silence=10.0), link
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What is asked to end instead of being ended."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: asked.append((pid, number)))
+    return asked
+
+
+def test_a_process_of_another_machine_is_not_ended(ended: list[tuple[int, int]]) -> None:
     first, _ = ring(2)
     for link in first._links:
         link.heard -= 11.0
     first._look()
+    assert first.loss is not None
     assert ended == []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        mine = socket.create_connection(listener.getsockname())
-        theirs, _ = listener.accept()
-    link = Link(1, mine, heard=time.monotonic() - 11)
-    here = [Member("host", 4711 + rank, machine(), (), 0, "") for rank in range(2)]
-    watch = Watch(0, here, [link], silence=10.0)
+
+
+def test_a_stopped_process_of_this_machine_is_ended(
+    local_pair: tuple[Watch, Link], ended: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, _ = local_pair
+    monkeypatch.setattr("grpo.backend.watch.is_running", lambda _pid: False)
     watch._look()
     assert ended == [(4712, signal.SIGKILL)]
     assert watch.loss is not None
     assert "was stopped, silent for 10 s, and has been ended" in watch.loss.text
-    mine.close()
-    theirs.close()
+
+
+def test_a_silent_process_of_this_machine_that_runs_is_waited_for(
+    local_pair: tuple[Watch, Link],
+    ended: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A long call of other people's code may hold Python's lock, and no thread of the process beats then."""
+    watch, link = local_pair
+    running = {4712}
+    monkeypatch.setattr("grpo.backend.watch.is_running", running.__contains__)
+    for _ in range(2):
+        link.heard = time.monotonic() - 11
+        watch._look()
+        assert watch.loss is None
+        assert time.monotonic() - link.heard < 5
+    assert ended == []
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert "process 1 of 2 (host) has been silent for 10 s, but it runs" in said[0]
+    running.clear()  # stopped meanwhile
+    link.heard -= 11
+    watch._look()
+    assert watch.loss is not None
+
+
+def test_whether_a_process_runs() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert is_running(process.pid)
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert not is_running(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_running(process.pid)  # dead, and not yet asked after
+    assert not is_running(process.pid)
 
 
 @pytest.mark.parametrize("said", ["soon", "0", "2.9", "nan", "inf"])

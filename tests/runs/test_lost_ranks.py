@@ -180,6 +180,12 @@ def test_an_error_of_the_ring_in_a_layer_is_the_loss_and_other_errors_are_their_
         raise RuntimeError("[ring] connection to a peer was lost")
     with pytest.raises(RuntimeError, match=r"^mine$"), ranks.interrupts():
         raise RuntimeError("mine")
+
+    def fail() -> mx.array:
+        raise RuntimeError("a kernel failed")
+
+    with pytest.raises(LostRankError, match="exchange with the others failed, and all of them are there: a kernel"):
+        ranks._exchange(fail)
     assert ranks.watch is not None
     ranks.watch.loss = LostRank(1, "process 1 of 2 (other) died")
     ranks.watch._known.set()
@@ -340,6 +346,29 @@ def test_where_mlx_cannot_be_woken_the_process_is_ended_with_the_last_step_saved
     assert saved_after(saved) == last
     run(recipe, f"optim.steps={last + 1}", resume=True, changed=True)
     assert steps_made() == list(range(1, last + 2))
+
+
+HOLDING = """
+import ctypes, os
+from grpo.training.trainer import Trainer
+step = Trainer.step
+def held(self, number):
+    if number == 2 and os.environ["MLX_RANK"] == "1":
+        ctypes.PyDLL(None).sleep(15)  # with Python's lock
+    return step(self, number)
+Trainer.step = held
+"""
+"""Code in one process that lets no thread have its turn, for longer than the silence after which one is lost."""
+
+
+@pytest.mark.slow
+def test_a_process_whose_code_holds_the_lock_of_python_is_not_lost(recipe: Path) -> None:
+    processes = begin(2, recipe, "optim.steps=3", first=HOLDING)
+    said = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert steps_made() == [1, 2, 3]
+    assert "process 1 of 2" in said[0]
+    assert "has been silent for 6 s, but it runs" in " ".join(said[0].split())
 
 
 def saved_after(checkpoint: Path) -> int:

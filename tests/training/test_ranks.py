@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,25 @@ def test_a_process_whose_fellows_never_start_says_so_and_ends(tmp_path: Path) ->
     assert ran.stdout == ""
     assert ran.stderr.startswith("grpo: process 0 waited 1 s for the others to start: one of them has not")
     assert ran.stderr.count("\n") == 1
+
+
+def test_a_process_that_is_connected_waits_longer_than_for_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script's second run may begin when one of its processes has done something else for long."""
+    waits: list[float] = []
+
+    @contextmanager
+    def in_time(seconds: float) -> Iterator[None]:
+        waits.append(seconds)
+        yield
+
+    monkeypatch.setattr("grpo.backend.ranks.in_time", in_time)
+    monkeypatch.setattr(mx.distributed, "init", lambda **_: None)
+    monkeypatch.setattr(Ranks, "__init__", lambda self, *_: setattr(self, "size", 1))
+    monkeypatch.setattr(Ranks, "_connected", False)
+    monkeypatch.setenv("MLX_RANK", "0")
+    Ranks.launched()
+    Ranks.launched()
+    assert waits == [300.0]
 
 
 def test_one_clear_message_when_nothing_is_heard() -> None:

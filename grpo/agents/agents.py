@@ -10,6 +10,7 @@ from grpo.agents.frontend import Frontend
 from grpo.agents.outcome import APART, ENDPOINT, LOST, NOTHING, AgentOutcome
 from grpo.agents.session import AgentSession, Room
 from grpo.agents.told import Transcript, conversation_of
+from grpo.environments.agent import RUN
 from grpo.environments.anew import joined
 from grpo.environments.openings import begun_with, messages_of, seed_of
 from grpo.environments.sampler import Sampler
@@ -18,8 +19,6 @@ from grpo.generation.sampling import Sampling
 from grpo.serving.sessions import SessionRules
 from grpo.types import BEHAVIOUR, Conversation, Failure, FinishReason, Task, Trajectory
 
-RUN = "run"
-"""The method of an agent's object, which is called as tools are."""
 SEEDS = 2**31
 """Seeds that agents are given are below this, so that any generator of random numbers in any language takes them."""
 

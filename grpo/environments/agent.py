@@ -22,7 +22,7 @@ GIVEN = ("data", "base_url", "api_key")
 """What an agent's function is called with beside the columns: the whole row, and where the model is to be asked."""
 SEED = "seed"
 RUN = "run"
-"""The one method that is called."""
+"""The one method that is called, as tools are."""
 
 
 class Agent:

@@ -72,15 +72,15 @@ def _keep_freed_memory() -> None:
 
 
 def compiled(function: Callable[..., Any], state: Any = None) -> Callable[..., Any]:
-    """`function` compiled where that pays. It may read `state`, a tree of arrays, if any, and changes nothing in it.
+    """`function` compiled where that pays, with `state` (a tree of arrays), if any, going in and out of it.
 
     What is not in `state` or an argument is baked into the trace: adapters are switched by swapping the arrays
-    in `state`, which a trace reads anew at each call. A call that makes a trace leaves other Python objects in `state`
-    for the same arrays: see `same_objects`.
+    in `state`, which a trace reads anew at each call. Each call leaves other Python objects in `state` for the same
+    arrays: see `same_objects`.
     """
     import mlx.core as mx
 
-    return mx.compile(function, inputs=state) if on_gpu() else function
+    return mx.compile(function, inputs=state, outputs=state) if on_gpu() else function
 
 
 @contextmanager

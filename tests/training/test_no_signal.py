@@ -180,7 +180,7 @@ def test_a_run_with_steps_without_a_signal_is_resumed_to_the_bit(recipe) -> None
     (recipe.parent / "digits.py").write_text(
         "def reward(completions, trainer_state, **_):\n"
         "    silent = 1 <= trainer_state.global_step <= 3\n"
-        "    return [1.0 if silent else sum(ch.isdigit() for ch in text) / 8 for text in completions]\n"
+        "    return [1.0 if silent else sum(map(ord, text)) % 8 / 8 for text in completions]\n"
     )
     settings = ["optim.steps=6", "optim.weight_decay=0.1", "checkpoint.every=3"]
     run(recipe, "output_dir=whole", *settings)

@@ -10,10 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # isort: split
 
-import onecore  # noqa: F401  before threads begin
-
-# isort: split
-
 import grpo  # noqa: F401  before mlx, so that the BLAS is in place
 
 # isort: split

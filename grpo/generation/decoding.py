@@ -170,9 +170,9 @@ class SharedPrefix:
         self.narrow = None if attention.widest > 1 else "its attention takes one token of a row at a step"
         self._sessions: WeakSet[Session] = WeakSet()  # a session whose engine was dropped is not open any more
         # The model's own forward pass is patched while it runs, which another thread would see.
-        alone = not attention.overlaps and not on_gpu() and not is_divided(model)
-        self.side_by_side = isinstance(decoder, BlockDecoder) and alone
         self.lockstep = is_divided(model)
+        alone = not attention.overlaps and not on_gpu() and not self.lockstep
+        self.side_by_side = isinstance(decoder, BlockDecoder) and alone
 
     def refresh(self) -> None:
         self.decoder.refresh()

@@ -17,6 +17,7 @@ from grpo.model.attending import as_now
 from grpo.model.dropout import dropout_key, dropping
 from grpo.model.offloading import Checkpoint
 from grpo.model.rowwise import RowWise
+from grpo.model.standins import put_before
 
 
 def checkpointed(
@@ -49,16 +50,9 @@ def checkpointed_layers(
     tokens. `checkpoint` takes the place of MLX's.
     """
     layers = layers if on is True else layers[: int(on)]
-    former = [type(layer) for layer in layers]
     own = {"row_wise": row_wise, "checkpoint": staticmethod(checkpoint)}
-    kinds = {kind: type(kind.__name__, (_Checkpointed, kind), own) for kind in set(former)}
-    try:
-        for layer, kind in zip(layers, former, strict=True):
-            layer.__class__ = kinds[kind]
+    with put_before(layers, _Checkpointed, own):
         yield
-    finally:
-        for layer, kind in zip(layers, former, strict=True):
-            layer.__class__ = kind
 
 
 class _Checkpointed:

@@ -30,6 +30,7 @@ from grpo.model.head import Body
 from grpo.model.promptcaches import Kind, PromptKeys, causal_mask
 from grpo.model.sharing import hidden_at, whole_sequences
 from grpo.model.sight import InLine
+from grpo.model.standins import put_before
 
 _Ids = Sequence[int]
 
@@ -184,15 +185,8 @@ class LineKeys:
 def by_token(model: nn.Module) -> Iterator[None]:
     """Inside the block, the model's rotary embeddings take positions `[B, T]` for their `offset`."""
     turning = [module for module in model.modules() if _turns(module)]
-    former = [type(module) for module in turning]
-    kinds = {kind: type(kind.__name__, (_ByToken, kind), {}) for kind in set(former)}
-    try:
-        for module, kind in zip(turning, former, strict=True):
-            module.__class__ = kinds[kind]
+    with put_before(turning, _ByToken):
         yield
-    finally:
-        for module, kind in zip(turning, former, strict=True):
-            module.__class__ = kind
 
 
 def _turns(module: nn.Module) -> bool:

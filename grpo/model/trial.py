@@ -21,6 +21,7 @@ from grpo.errors import UserError
 from grpo.model.head import talking
 from grpo.model.quantized import dtype_of
 from grpo.model.shards import Shards
+from grpo.model.standins import put_before
 
 TOKENS = 4
 ALIKE = {mx.float32: 1e-4}
@@ -92,18 +93,11 @@ def _alike(model: nn.Module, ranks: Ranks) -> dict[str, mx.array]:
 @contextmanager
 def _probed(layers: list[nn.Module], probes: list[mx.array]) -> Iterator[None]:
     """Add a probe to the input of each layer inside the block: its gradient is that of the hidden states there."""
-    former = [type(layer) for layer in layers]
     of = {id(layer): probe for layer, probe in zip(layers, probes, strict=True)}
 
     class Probed:
         def __call__(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
             return super().__call__(x + of[id(self)], *args, **kwargs)  # type: ignore[misc]  # the layer's own
 
-    kinds = {kind: type(kind.__name__, (Probed, kind), {}) for kind in set(former)}
-    try:
-        for layer, kind in zip(layers, former, strict=True):
-            layer.__class__ = kinds[kind]
+    with put_before(layers, Probed):
         yield
-    finally:
-        for layer, kind in zip(layers, former, strict=True):
-            layer.__class__ = kind

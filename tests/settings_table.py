@@ -256,6 +256,22 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "log.kl": ("1",),
     "log.completions.every": ("2", "optim.steps=3"),
     "log.completions.groups": ("1",),
+    "alarms.truncated": ("null",),
+    "alarms.without_signal": ("2", "rewards.0.use=grades.py:at_home", "optim.steps=2"),
+    "alarms.entropy": ("1", "rewards.0.use=grades.py:formed", "optim.steps=15"),
+    "alarms.kl": ("1e-9", "log.kl=1", "optim.steps=2"),
+    "alarms.grad_norm": ("null", "loss.use=loss.py:nothing"),
+    "alarms.eval_drop": (
+        "2",
+        "rewards.0.use=grades.py:drifts",
+        "eval={source: more.jsonl, split: train, every: 1, prompts: 4, samples: 2}",
+        "optim.steps=3",
+    ),
+    "alarms.length_correlation": ("0", "rollout.max_completion_length=24", "optim.steps=10"),
+    "alarms.logp_difference": ("30", "optim.max_logp_difference=null", "optim.max_grad_norm=0.8"),  # alone, likewise
+    "alarms.effective_sample_size": ("1", *FILTERED, "optim.steps=5"),
+    "alarms.failed_rewards": ("0.6", "rewards.0={use: 'grades.py:partly', max_failure_rate: 1}"),
+    "alarms.failed_calls": ("null", "model.name=talker", "tools=['talk.py:breaks']", "environment.workers=1", *LONG),
 }
 
 REFUSED: list[tuple[str, str, tuple[str, ...]]] = [

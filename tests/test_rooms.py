@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grpo"
 
 ROOMS = [
-    "errors types presets config document mistakes overrides recipes plugins trl backend",
+    "errors alarm step types presets config document mistakes overrides recipes plugins trl backend",
     "processes",
     "builtin",
     "model",
@@ -23,6 +23,7 @@ ROOMS = [
     "rollout",
     "training",
     "evaluation",
+    "alarms",
     "planning",
     "runs",
     "tools",

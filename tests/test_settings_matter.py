@@ -93,6 +93,12 @@ def crowded(completions, **columns):
 def partly(completions, **columns):
     return [1.0 if n % 2 else float("nan") for n, _ in enumerate(completions)]
 
+def drifts(completions, prompts, trainer_state, **columns):
+    done, held_out = trainer_state.global_step, "+0" in prompts[0]
+    if held_out:
+        return [(0.5, 1.0, 0.0)[done]] * len(completions)
+    return [10.0 * (done == 2) + n / 8 for n, _ in enumerate(completions)]
+
 def rarely(completions, prompts, **columns):
     return [float(n == 0 and "1+" in prompt) for n, prompt in enumerate(prompts)]
 """
@@ -175,6 +181,15 @@ def find(query: str) -> str:
         query: What.
     '''
     return "nothing"
+
+def breaks(query: str) -> str:
+    '''
+    Fails.
+
+    Args:
+        query: Whatever.
+    '''
+    raise KeyError(query)
 
 def pause(query: str) -> str:
     '''
@@ -327,6 +342,8 @@ class WandbRun:
 
     def log_artifact(self, _: Any) -> None: ...
 
+    def alert(self, **_: Any) -> None: ...
+
     def finish(self) -> None: ...
 
 
@@ -345,7 +362,7 @@ def _content(path: Path) -> Any:
 def test_a_setting_matters(bench: Callable[..., Any], key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if key == "environment.sandbox" and (why := missing()):
         pytest.skip(f"no sandbox here: {why}")
-    if key == "optim.max_logp_difference":  # a right model's gap is some 1e-7, which the real bound never sees
+    if key in ("optim.max_logp_difference", "alarms.logp_difference"):  # a right model's gap is some 1e-7
         monkeypatch.setattr(gap, "gap_bound", lambda *_: 1e-7)
     value, *first = MATTERS[key]
     before, after = bench(*first), bench(*first, f"{key}={value}")

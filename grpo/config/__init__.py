@@ -4,6 +4,7 @@
 key or a value of another type is an error. The texts under the fields are what people read about them.
 """
 
+from grpo.config.alarms import AlarmsConfig as AlarmsConfig
 from grpo.config.curriculum import CurriculumConfig as CurriculumConfig
 from grpo.config.data import FILE_TYPES as FILE_TYPES
 from grpo.config.data import DataConfig as DataConfig

@@ -63,6 +63,7 @@ def report(runs: Sequence[RecordedRun]) -> str:
     """The page, from what the runs' folders hold."""
     sections = [
         PagePart("setup", "What was trained on what", _setup(runs)),
+        *([PagePart("alarms", "What went wrong", wrong)] if (wrong := _alarms(runs)) else []),
         PagePart("reward", "Reward", curves(runs, ["reward"])),
         PagePart("kl", "KL to the reference", curves(runs, ["kl"])),
         *([PagePart("teacher", "KL to the teacher", taught)] if (taught := curves(runs, ["teacher/kl"])) else []),
@@ -119,6 +120,13 @@ def _setup(runs: Sequence[RecordedRun]) -> str:
         rows.append([*what, size, loss, steps])
     heads = ["run", "model", "data", "environments and tools", "rewards", "prompts × completions", "loss", "steps"]
     return _table(heads, rows)
+
+
+def _alarms(runs: Sequence[RecordedRun]) -> str | None:
+    rows = [
+        [run.folder.name, str(alarm.step), alarm.kind, alarm.what, alarm.advice] for run in runs for alarm in run.alarms
+    ]
+    return _table(["run", "step", "alarm", "what happened", "what to do"], rows) if rows else None
 
 
 def _rewarded(run: RecordedRun, environment: EnvironmentConfig) -> bool:

@@ -83,6 +83,8 @@ class WandbLogger:
         # The step is a value too: W&B's own step grows with every record, and of a step there may be two.
         place = _place(record.step, isinstance(record, EvalMetrics))
         self._run.log({**values, STEP: record.step}, step=place, commit=True)
+        for alarm in record.alarms:
+            self._run.alert(title=f"{alarm.kind} at step {alarm.step}", text=str(alarm), level="WARN")
 
     def _of_completions(self, record: StepMetrics) -> dict[str, Any]:
         """Histograms of rewards and lengths, and some rows of the table of completions."""

@@ -66,7 +66,7 @@ class Trainer:
         dropout = cfg.adapter.dropout > 0
         self.passes = passes_of(PassSettings(cfg.loss, dropout, self.ranks, teacher))
         self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout, self.ranks.size), self.ranks)
-        self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first, cfg.rollout.kv_bits)
+        self.gap = GapWatch(policy, cfg.optim.max_logp_difference, cfg.rollout.kv_bits)
         self.before = Before(policy.adapters, cfg.adapter.type == "full")
         self.older = OlderGroups(cfg.rollout.reuse)
         self.update = Updater(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -25,6 +26,7 @@ from runs.agents import AGENT
 from runs.conversing import calls_first_tool, talker, thinker
 from runs.driver import timeless
 from settings_table import EVAL, FILTERED, KL, MATTERS, REFUSED, SAVING, TALK, TOOL, WANDB
+from telemetry.trackios import trackio_stand_in
 
 from grpo.backend import device
 from grpo.config import DataConfig
@@ -289,7 +291,7 @@ def left_behind(*overrides: str) -> dict[str, Any]:
     cfg = load_recipe(Path("toy.yaml"), ["output_dir=run", *overrides])
     shutil.rmtree(str(cfg.output_dir), ignore_errors=True)
     Path("told").write_text("")
-    told: dict[str, Any] = {"folder": cfg.output_dir, "wandb": [], "compiled": 0, "error": None}
+    told: dict[str, Any] = {"folder": cfg.output_dir, "wandb": [], "trackio": [], "compiled": 0, "error": None}
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         _watch(patch, told)
         run = prepare(cfg)
@@ -324,6 +326,7 @@ def _watch(patch: pytest.MonkeyPatch, told: dict[str, Any]) -> None:
 
     patch.setattr(optimizer, "compiled", compiled)
     patch.setattr(wandb, "init", init)
+    patch.setitem(sys.modules, "trackio", trackio_stand_in(told["trackio"]))
     patch.setattr(wandb, "Table", lambda columns, data: len(data))
 
 

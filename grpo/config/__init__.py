@@ -15,6 +15,7 @@ from grpo.config.judge import JudgeConfig as JudgeConfig
 from grpo.config.log import CheckpointConfig as CheckpointConfig
 from grpo.config.log import CompletionsConfig as CompletionsConfig
 from grpo.config.log import LogConfig as LogConfig
+from grpo.config.log import TrackioConfig as TrackioConfig
 from grpo.config.log import WandbConfig as WandbConfig
 from grpo.config.memory import MemoryConfig as MemoryConfig
 from grpo.config.model import AdapterConfig as AdapterConfig

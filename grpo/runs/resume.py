@@ -165,6 +165,7 @@ WITHOUT_INFLUENCE = (
     "checkpoint.keep",
     "log.wandb",
     "log.tensorboard",
+    "log.trackio",
     "log.completions",
     "alarms",
 )

@@ -110,6 +110,7 @@ def test_sampler_and_trainer_apart(recipe, monkeypatch) -> None:
 
 
 def test_filters_that_leave_few_tokens(recipe) -> None:
+    rewarded("float(n)")
     run(recipe, "optim.steps=5", "alarms.effective_sample_size=1", "rollout.top_k=20")
     assert ("ratios", 5) in kinds()
 
@@ -129,12 +130,12 @@ def test_off_says_nothing_and_a_right_run_has_nothing_to_say(recipe, caplog) -> 
     assert not [line for line in caplog.messages if line.startswith("step ")]
 
 
-def test_all_loggers_are_told(recipe, run_cli) -> None:
+def test_all_loggers_are_told(recipe, run_cli, caplog) -> None:
     """The terminal, the file, TensorBoard, the report, and those who follow."""
     rewarded("0.0")
-    ran = run_cli("train", recipe, "optim.steps=1", "log.tensorboard=true")
+    run_cli("train", recipe, "optim.steps=1", "log.tensorboard=true")
     said = "step 1: in no group do the rewards differ (their mean is 0), so nothing was learned."
-    assert said in ran.err
+    assert any(line.startswith(said) for line in caplog.messages)
     (line,) = map(json.loads, (FOLDER / "metrics.jsonl").read_text().splitlines())
     assert "equal_rewards" in [alarm["kind"] for alarm in line["alarms"]]
     assert b"alarms/equal_rewards" in next((FOLDER / "tensorboard").iterdir()).read_bytes()

@@ -46,7 +46,7 @@ class Conversations:
         if self.even:
             return max(1, self.most // 4)
         uniform = random.Random(derive_seed(self.step, "turns", task.index)).random()
-        return max(1, round(self.most ** (uniform**1.5)))
+        return max(1, round(self.most ** (uniform**2)))
 
     async def rollout(self, task: Task, sampler: Sampler) -> list[Trajectory]:
         rows, turns = sampler.begin(task.prompt_ids, sampler.n, keep=True), self.turns(task)
@@ -69,12 +69,12 @@ def by_share() -> Iterator[None]:
         yield
 
 
-def timed(trainer: Any, ranks: Ranks, step: int) -> tuple[float, float, dict[str, float]]:
-    """Seconds of a step, how long this process sampled, and the metrics."""
+def timed(trainer: Any, ranks: Ranks, step: int) -> tuple[float, float]:
+    """Seconds of a step, and how long this process sampled."""
     ranks.wait()
     start = time.perf_counter()
     values = trainer.step(step).values
-    return time.perf_counter() - start, values["time/rollout"], values
+    return time.perf_counter() - start, values["time/rollout"]
 
 
 def by_way(ranks: Ranks, rollouts: Sequence[tuple[float, float]]) -> list[list[list[float]]]:
@@ -111,6 +111,8 @@ def main() -> None:
                     seconds[way] = timed(trainer, ranks, turn + 1)
             else:
                 seconds[way] = timed(trainer, ranks, turn + 1)
+        if ranks.first:
+            print({way: [round(one, 2) for one in times] for way, times in seconds.items()}, flush=True)
         if turn:  # the first one builds kernels
             found.append((seconds["share"][0], seconds["ticket"][0]))
             rollouts.append((seconds["share"][1], seconds["ticket"][1]))

@@ -46,6 +46,7 @@ _FOLDERS = (
     "sources",
     "update",
     "policy_lag",
+    "ranks",
     "reuse",
     "teacher",
 )

@@ -208,7 +208,7 @@ def _completions(runs: Sequence[RecordedRun]) -> str | None:
 
 def _sampled(step: int, groups: Sequence[Group]) -> tuple[int, list[Group]]:
     """A stored step with the groups that it sampled itself: those that it replayed are in an earlier step's file."""
-    return step, [group for group in groups if group.lag == 0]
+    return step, [group for group in groups if not group.replayed]
 
 
 def _of_step(step: int, groups: Sequence[Group]) -> str:

@@ -1,0 +1,1 @@
+"""What MkDocs asks while it builds the manual."""

@@ -1,4 +1,4 @@
-"""What MkDocs asks while it builds the manual: pages that are not files of docs/pages, and links as the site has them."""
+"""MkDocs' hooks: pages that are not files of docs/pages, and links as the site has them."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_read_source(page: Page, config: MkDocsConfig) -> str | None:
+def on_page_read_source(page: Page, config: MkDocsConfig) -> str | None:  # noqa: ARG001
     return _made.get(page.file.src_uri)

@@ -1,5 +1,7 @@
-"""The manual's pages as the site has them: those in docs/pages, the generated reference, and the project's files that pages
-link to. Links are written from file to file, so that they also work where the repository is read."""
+"""The manual's pages as the site has them: docs/pages, the generated reference, and the files that pages link to.
+
+Links are written from file to file, so that they also work where the repository is read.
+"""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ def settings_page() -> str:
     lines = [
         "# Recipe settings",
         "",
-        "Every setting of a recipe: its type and bounds, its default, and what it does. `grpo recipes schema [KEY]` prints "
-        "the same; `grpo recipes schema --json` writes a JSON Schema for editors. On the command line, "
+        "Every setting of a recipe: its type and bounds, its default, and what it does. `grpo recipes schema [KEY]` "
+        "prints the same; `grpo recipes schema --json` writes a JSON Schema for editors. On the command line, "
         "`grpo train RECIPE key.sub=value` replaces a setting; `rewards.0.weight=2` reaches into a list.",
         "",
     ]
@@ -99,10 +99,10 @@ def metrics_page() -> str:
     lines = [
         "# Metrics",
         "",
-        "`metrics.jsonl` has one line per training step and `eval.jsonl` one line per evaluation. Names are TRL's where "
-        "TRL has the metric. W&B shows the metrics of a step under `train/`. Means over tokens are over the tokens "
-        "that were trained on, except `entropy`, and `kl` without a penalty in the loss: these are over all tokens of the "
-        "step's groups. A step that trained on no tokens has no other metrics of this kind.",
+        "`metrics.jsonl` has one line per training step and `eval.jsonl` one line per evaluation. Names are TRL's "
+        "where TRL has the metric. W&B shows the metrics of a step under `train/`. Means over tokens are over the "
+        "tokens that were trained on, except `entropy`, and `kl` without a penalty in the loss: these are over all tokens of "
+        "the step's groups. A step that trained on no tokens has no other metrics of this kind.",
         "",
     ]
     for section, names in MEANINGS.items():

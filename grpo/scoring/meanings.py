@@ -11,7 +11,7 @@ from functools import cache
 MEANINGS: dict[str, dict[str, str]] = {
     "Reward": {
         "reward": "Mean over completions of the weighted sum of the rewards, before penalties. Absent, with the next "
-        "five metrics, from a step in which no completion has a reward, such as a step that learns from a teacher alone.",
+        "five metrics, from a step in which no completion has a reward, as when a run learns from a teacher alone.",
         "reward_std": "Standard deviation of the rewards within a group, averaged over groups.",
         "frac_reward_zero_std": "Fraction of groups whose completions all have the same reward. Such a group has no "
         "advantages: the policy learns nothing from it, unless there is a teacher.",
@@ -28,8 +28,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "rewards/<name>/error_rate": "Fraction of the step's completions that the reward raised an exception on, or "
         "returned something other than a number for.",
         "rewards/<name>/timeout_rate": "Fraction of the step's completions whose call exceeded the time limit.",
-        "rewards/<name>/crash_rate": "Only for an environment's own reward: fraction of conversations whose process died.",
-        "rewards/<name>/memory_rate": "Only for an environment's own reward: fraction of conversations whose process exceeded "
+        "rewards/<name>/crash_rate": "For an environment's own reward: fraction of conversations whose process died.",
+        "rewards/<name>/memory_rate": "For an environment's own reward: fraction of conversations whose process exceeded "
         "its memory limit.",
         "time/rewards/<name>/p50": "Median duration of the reward's last 1,000 calls, in seconds.",
         "time/rewards/<name>/p95": "95th percentile of the duration of the reward's last 1,000 calls, in seconds.",

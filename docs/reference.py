@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,6 +28,7 @@ RETURNED = ("grpo.door.policy.LoadedPolicy", "grpo.door.optimizers.PolicyOptimiz
 RUN_BY = ("recipe", "Trainer", "STOP")
 
 
+@cache
 def pages() -> dict[str, str]:
     """Every page of the reference, by its place in the manual."""
     return {
@@ -32,6 +36,7 @@ def pages() -> dict[str, str]:
         "reference/commands.md": commands_page(),
         "reference/metrics.md": metrics_page(),
         "reference/python.md": python_page(),
+        "contributing/rooms.md": rooms_page(),
     }
 
 
@@ -101,8 +106,8 @@ def metrics_page() -> str:
         "",
         "`metrics.jsonl` has one line per training step and `eval.jsonl` one line per evaluation. Names are TRL's "
         "where TRL has the metric. W&B shows the metrics of a step under `train/`. Means over tokens are over the "
-        "tokens that were trained on, except `entropy`, and `kl` without a penalty in the loss: these are over all tokens of "
-        "the step's groups. A step that trained on no tokens has no other metrics of this kind.",
+        "tokens that were trained on, except `entropy`, and `kl` without a penalty in the loss: these are over all "
+        "tokens of the step's groups. A step that trained on no tokens has no other metrics of this kind.",
         "",
     ]
     for section, names in MEANINGS.items():
@@ -125,6 +130,39 @@ def python_page() -> str:
         module, _, name = place.rpartition(".")
         lines += described(name, getattr(import_module(module), name), "###")
     return "\n".join(lines) + "\n"
+
+
+def rooms_page() -> str:
+    """What each room is, and which rooms it imports."""
+    lines = [
+        "# Rooms",
+        "",
+        "Every room of `grpo/` with the first sentence of its docstring and the rooms that its files import. "
+        "[Architecture](architecture.md) has the order: imports only point upward.",
+        "",
+        "| room | what it is | imports |",
+        "|---|---|---|",
+    ]
+    package = Path(grpo.__file__).parent
+    for place in sorted(package.iterdir()):
+        files = [*place.rglob("*.py")] if place.is_dir() else [place]
+        room = place.name.removesuffix(".py")
+        if place.name.startswith("_") or not files or (place.is_file() and place.suffix != ".py"):
+            continue
+        home = place / "__init__.py" if place.is_dir() else place
+        first = (ast.get_docstring(ast.parse(home.read_text(encoding="utf-8"))) or "").split("\n")[0]
+        others = sorted({name for file in files for name in imported(file)} - {room})
+        lines.append(f"| `{room}` | {escaped(first)} | {', '.join(f'`{name}`' for name in others)} |")
+    return "\n".join(lines) + "\n"
+
+
+def imported(file: Path) -> Iterator[str]:
+    """The rooms that a file imports."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name.split(".")[1] for name in names if name.startswith("grpo.") and "__" not in name)
 
 
 def described(name: str, value: Any, depth: str) -> list[str]:

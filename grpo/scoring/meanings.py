@@ -29,8 +29,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "returned something other than a number for.",
         "rewards/<name>/timeout_rate": "Fraction of the step's completions whose call exceeded the time limit.",
         "rewards/<name>/crash_rate": "For an environment's own reward: fraction of conversations whose process died.",
-        "rewards/<name>/memory_rate": "For an environment's own reward: fraction of conversations whose process exceeded "
-        "its memory limit.",
+        "rewards/<name>/memory_rate": "For an environment's own reward: fraction of conversations whose process "
+        "exceeded its memory limit.",
         "time/rewards/<name>/p50": "Median duration of the reward's last 1,000 calls, in seconds.",
         "time/rewards/<name>/p95": "95th percentile of the duration of the reward's last 1,000 calls, in seconds.",
     },

@@ -107,7 +107,7 @@ def test_the_recipes_have_enough_to_ask() -> None:
 
 def test_the_guides_recipe_and_environment_are_what_it_says(tmp_path: Path) -> None:
     guide = GUIDE.read_text(encoding="utf-8")
-    code, recipe = (re.search(rf"```{kind}\n(.+?)```", guide, re.DOTALL)[1] for kind in ("python", "yaml"))
+    code, recipe = (re.search(rf"```{kind}[^\n]*\n(.+?)```", guide, re.DOTALL)[1] for kind in ("python", "yaml"))
     (tmp_path / "shop.py").write_text(code)
     (tmp_path / "shop.yaml").write_text(recipe)
     assert schemas(load_recipe(tmp_path / "shop.yaml")) == ["calculator", "price"]
@@ -161,7 +161,7 @@ def test_the_agent_plays_as_the_environment_lets_it(monkeypatch: pytest.MonkeyPa
 
 def test_the_guides_agent_takes_what_it_is_given(tmp_path: Path) -> None:
     guide = GUIDE.read_text(encoding="utf-8")
-    (tmp_path / "agent.py").write_text(re.findall(r"```python\n(.+?)```", guide, re.DOTALL)[1])
+    (tmp_path / "agent.py").write_text(re.findall(r"```python[^\n]*\n(.+?)```", guide, re.DOTALL)[1])
     host = make_host(EnvironmentConfig(agent=f"{tmp_path}/agent.py:run"))
     try:
         assert host.problem(["prompt", "question", "answer"]) is None

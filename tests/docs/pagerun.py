@@ -13,6 +13,8 @@ An HTML comment above a block changes that:
 - `<!-- test: continues -->`: append to the file of that title.
 - `<!-- test: not run: REASON -->`: show only.
 
+`with` and `output varies` can be together, with a semicolon between them.
+
 The toy models of the tests are worse than those of the pages, so numbers are compared by their places alone.
 """
 
@@ -100,7 +102,7 @@ def run_page(page: str, run_cli: Run) -> int:
 
 
 def run_console(block: Block, run_cli: Run) -> None:
-    more = block.note.removeprefix("with ").split() if block.note.startswith("with ") else []
+    more = block.note.partition(";")[0].removeprefix("with ").split() if block.note.startswith("with ") else []
     for command, printed in commands(block.body):
         code, out = run_command(command, run_cli, more)
         failed = any(line.startswith("grpo: ") for line in printed)

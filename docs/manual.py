@@ -24,9 +24,6 @@ PAGES = "docs/pages"
 PLACES = {
     "recipes/README.md": "recipes/index.md",
     "recipes/LONG_COMPLETIONS.md": "recipes/long-completions.md",
-    "recipes/ENVIRONMENTS.md": "recipes/environments.md",
-    "recipes/FROM_TRL.md": "recipes/from-trl.md",
-    "recipes/TROUBLESHOOTING.md": "recipes/troubleshooting.md",
     "scripts/benchmarks/RESULTS.md": "results/benchmarks.md",
     "scripts/benchmarks/LEARNING.md": "results/learning.md",
 }

@@ -13,6 +13,8 @@ An HTML comment above a block changes that:
 - `<!-- test: continues -->`: append to the file of that title.
 - `<!-- test: not run: REASON -->`: show only.
 
+`with` and `output varies` can be together, with a semicolon between them.
+
 The toy models of the tests are worse than those of the pages, so numbers are compared by their places alone.
 """
 
@@ -100,7 +102,7 @@ def run_page(page: str, run_cli: Run) -> int:
 
 
 def run_console(block: Block, run_cli: Run) -> None:
-    more = block.note.removeprefix("with ").split() if block.note.startswith("with ") else []
+    more = block.note.partition(";")[0].removeprefix("with ").split() if block.note.startswith("with ") else []
     for command, printed in commands(block.body):
         code, out = run_command(command, run_cli, more)
         failed = any(line.startswith("grpo: ") for line in printed)
@@ -117,14 +119,25 @@ def run_command(command: str, run_cli: Run, more: list[str]) -> tuple[int, str]:
         ran = run_cli(*words[1:], *(more if words[1] == "train" else []))
         return ran.code, ran.out + ran.err
     if words[0] == "python" and len(words) == 2:
-        printed = io.StringIO()
-        source = Path(words[1]).read_text(encoding="utf-8")
-        with contextlib.redirect_stdout(printed):
-            exec(compile(source, words[1], "exec"), {"__name__": "__main__", "__file__": words[1]})
-        return 0, printed.getvalue()
+        return 0, run_script(words[1])
     path = f"{Path(sys.executable).parent}"
     ran = subprocess.run(["bash", "-c", f'PATH="{path}:$PATH"; {command}'], capture_output=True, text=True, check=False)
     return ran.returncode, ran.stdout + ran.stderr
+
+
+def run_script(name: str) -> str:
+    """What a script of the working directory prints. It may import its neighbors."""
+    printed, before = io.StringIO(), set(sys.modules)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(compile(Path(name).read_text(encoding="utf-8"), name, "exec"), {"__name__": "__main__"})
+    finally:
+        sys.path.pop(0)
+        for neighbor in Path().glob("*.py"):
+            if neighbor.stem not in before:
+                sys.modules.pop(neighbor.stem, None)
+    return printed.getvalue()
 
 
 def is_among(line: str, out: str) -> bool:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, compress, pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from grpo.alarm import Alarm
+
 if TYPE_CHECKING:
     import mlx.core as mx
 
@@ -371,6 +373,8 @@ class StepMetrics:
     step: int
     values: Mapping[str, float]
     groups: tuple[Group, ...] = ()
+    alarms: tuple[Alarm, ...] = ()
+    """What the step showed to go wrong in the run."""
 
     @property
     def sampled(self) -> tuple[Group, ...]:
@@ -393,16 +397,4 @@ class EvalMetrics:
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
     failed_gradings: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a tool, or an environment's `step`, may return in the place of its bare result.
-
-    `result` goes to the model; None adds nothing. `reward` is for the turn that led here. `done` ends the conversation.
-    Any object with these three attributes is taken alike.
-    """
-
-    result: Any = None
-    reward: float | None = None
-    done: bool = False
+    alarms: tuple[Alarm, ...] = ()

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grpo"
 
 ROOMS = [
-    "errors types presets config document mistakes overrides recipes plugins trl backend",
+    "errors alarm step types presets config document mistakes overrides recipes plugins trl backend",
     "processes",
     "builtin",
     "model",
@@ -23,6 +23,7 @@ ROOMS = [
     "rollout",
     "training",
     "evaluation",
+    "alarms",
     "planning",
     "runs",
     "tools",
@@ -125,7 +126,8 @@ WHOLE_RECIPE = {
     "training/trainer.py training/apart.py",
     # commands and tools read one, a run's or their own; a card and W&B show all of it; an estimate is of all of it
     "cli/commands.py tools/card.py tools/evaluate.py telemetry/recorded.py telemetry/loggers.py",
-    "telemetry/weights_and_biases.py planning/elsewhere.py planning/estimate.py benchmark/work.py benchmark/updates.py",
+    "telemetry/weights_and_biases.py telemetry/trackio.py",
+    "planning/elsewhere.py planning/estimate.py benchmark/work.py benchmark/updates.py",
     # Python users hold one
     "door/recipes.py door/trainer.py",
 }

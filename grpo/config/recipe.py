@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from grpo.config.alarms import AlarmsConfig
 from grpo.config.curriculum import check_graders
 from grpo.config.data import DataConfig, EvalConfig, check_hub_only
 from grpo.config.environment import EnvironmentConfig, ToolEntry
@@ -20,6 +21,11 @@ from grpo.config.rollout import RolloutConfig
 from grpo.config.section import MANY, Name, Section
 from grpo.config.teacher import TeacherConfig
 from grpo.presets import Baseline
+
+
+def _off(given: Any) -> Any:
+    """YAML reads the word `off` as false; so it is meant where Python writes it."""
+    return None if given is False or given == "off" else given
 
 
 class Recipe(Section):
@@ -68,6 +74,8 @@ class Recipe(Section):
     """What is kept of a run."""
     log: LogConfig = LogConfig()
     """Where a run is written to, beside its folder."""
+    alarms: Annotated[AlarmsConfig | None, BeforeValidator(_off)] = AlarmsConfig()
+    """From where on a run is said to go wrong. `off`: nothing is said."""
 
     @model_validator(mode="after")
     def _someone_scores(self) -> Recipe:

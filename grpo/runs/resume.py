@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from grpo.alarms.past import PastSteps
 from grpo.config import Recipe
 from grpo.data.fingerprint import fingerprint
 from grpo.data.rows import Rows
@@ -145,7 +146,8 @@ def find_start(
         what = "was written with another recipe, other code or other data"
         raise UserError(f"{checkpoint} {what}; --resume-changed goes on all the same:\n{listed}")
     if any(line.startswith(COMPARED) for line in differences):
-        state = replace(state, rewards=(), start=None, trainer=state.trainer.without_groups())
+        trainer = state.trainer.without_groups()
+        state = replace(state, rewards=(), start=None, past=PastSteps(), trainer=trainer)
     if not goes_on:  # a branch off another run
         state = replace(state, run_id=_new_id(), first=state.step + 1)
     notes += [_goes_on(cfg.optim.steps, state.step, checkpoint), *(f"changed: {line}" for line in differences)]
@@ -165,7 +167,9 @@ WITHOUT_INFLUENCE = (
     "checkpoint.keep",
     "log.wandb",
     "log.tensorboard",
+    "log.trackio",
     "log.completions",
+    "alarms",
 )
 """Settings that change neither what is sampled nor what is learned. A resumed run may have others without leave."""
 

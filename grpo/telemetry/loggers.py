@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from grpo.backend.hub import one_line
+from grpo.backend.imports import extra
 from grpo.config import LogConfig, Recipe
 from grpo.errors import UserError
 from grpo.plugins import Function, find_function
@@ -23,6 +24,7 @@ from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.telemetry.progress import NowFile
 from grpo.telemetry.tensorboard import TensorboardLogger
+from grpo.telemetry.trackio import TrackioLogger
 from grpo.telemetry.weights_and_biases import WandbLogger
 from grpo.types import EvalMetrics, Progress, StepMetrics
 
@@ -60,6 +62,9 @@ def find_loggers(cfg: LogConfig) -> list[Function]:
                     f"{key}: the package {package} cannot be imported ({one_line(error)}): "
                     f"reinstall it, or leave out {key}"
                 ) from error
+    if cfg.trackio is not None:
+        with extra("trackio", "log.trackio"):
+            importlib.import_module("trackio")
     found = [find_function(use, "logger") for use in cfg.use]
     for use, function in zip(cfg.use, found, strict=True):
         try:
@@ -109,6 +114,9 @@ def open_loggers(
         makers["W&B"] = lambda: WandbLogger(wandb, cfg, folder, run_id, tell, resumed)
     if cfg.log.tensorboard:
         makers["TensorBoard"] = lambda: TensorboardLogger(folder, resumed, cfg.log.completions is not None)
+    if cfg.log.trackio is not None:
+        trackio = cfg.log.trackio
+        makers["Trackio"] = lambda: TrackioLogger(trackio, cfg, folder, tell, resumed is not None)
     for name, maker in makers.items():
         guarded = _Guarded(name)
         guarded.open(maker)

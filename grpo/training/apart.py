@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.backend.random import derive_key
+from grpo.backend.tickets import Deal
 from grpo.config import Recipe
 from grpo.data.source import Source, taken
 from grpo.model.policy import Policy
@@ -109,7 +110,7 @@ class ApartTrainer(Trainer):
         key = derive_key(self.cfg.seed, "rollout", step, 0)
         with self.scorer.open(mine) as scoring:
             groups = self.engine.rollout(
-                mine, cfg.num_generations, cfg.temperature, key, whole=scoring.add, places=places
+                tasks, cfg.num_generations, cfg.temperature, key, whole=scoring.add, deal=Deal(places)
             )
             clock.lap("rollout")
             scored = self.scorer.score(with_policy_step(groups, policy_step), scoring)

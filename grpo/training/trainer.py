@@ -69,7 +69,7 @@ class Trainer:
         dropout = cfg.adapter.dropout > 0
         self.passes = passes_of(PassSettings(cfg.loss, dropout, self.learners, teacher))
         self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout, self.learners.size), self.learners)
-        self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first, cfg.rollout.kv_bits)
+        self.gap = GapWatch(policy, cfg.optim.max_logp_difference, cfg.rollout.kv_bits)
         self.before = Before(policy.adapters, cfg.adapter.type == "full")
         self.older = OlderGroups(cfg.rollout.reuse)
         self.update = Updater(
@@ -143,14 +143,14 @@ class Trainer:
                 break
             key = derive_key(cfg.seed, "rollout", n, attempt)
             tasks = taken(self.tasks, missing)
-            places = self.ranks.share(range(missing))  # so each task draws what it would in a single process
-            mine, n_each, temperature = self.ranks.share(tasks), cfg.rollout.num_generations, cfg.rollout.temperature
-            with scoring_once(self.scorer, mine, self.ranks) as scoring:  # each group is scored while others decode
-                groups = self.engine.rollout(mine, n_each, temperature, key, whole=scoring.add, places=places)
+            n_each, temperature = cfg.rollout.num_generations, cfg.rollout.temperature
+            deal = self.engine.deal(self.ranks, missing, n_each)  # each task draws what it would in a single process
+            with scoring_once(self.scorer, tasks, self.ranks) as scoring:  # each group is scored while others decode
+                groups = self.engine.rollout(tasks, n_each, temperature, key, whole=scoring.add, deal=deal)
                 clock.lap("rollout")
                 self.scorer.steps_reward(chain(*self.ranks.gather(rewarding_steps(groups))))  # anywhere
                 scored = scoring.scored(with_policy_step(groups, n - 1))
-            sampled += with_rewards(self.ranks.merge(scored), self.scorer.weights)
+            sampled += with_rewards(deal.merge(scored), self.scorer.weights)
             clock.lap("reward")
         chooses = cfg.rollout.dynamic_sampling or cfg.rollout.reuse
         varied_first = sorted(sampled, key=self.teaches, reverse=True) if chooses else sampled

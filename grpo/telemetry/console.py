@@ -24,8 +24,8 @@ WIDTH, SAMPLE = 60, 200
 """Of the reward's curve, in steps; and of a sample completion, in characters."""
 WIDE = 100
 """Columns of a terminal that has room for bars."""
-BESIDE, BESIDE_NARROW = 38, 12
-"""Columns that bar, time left and gaps take of a wide terminal, and time left and gaps of another."""
+PHASE, LEFT, BAR = len("evaluation") + 1, len("99:59:59") + 1, 20 + len(" left") + 1
+"""Columns of a phase's name, of the time left, and of what a wide terminal has besides, gaps included."""
 LATELY = 20
 """Steps by whose time the time left is reckoned."""
 SILENCE = 30.0
@@ -77,7 +77,7 @@ class ConsoleLogger:
             self._phase = Phase(phase, done, now)
             self._progress.reset(self._bar, description=phase, visible=True, count="", numbers="", ends=None)
         parts = self._phase.report(done, total, now, rows)
-        numbers = self._fitting(parts, len(phase))
+        numbers = self._fitting(parts)
         self._progress.update(self._bar, completed=done, total=total, numbers=numbers)
         if not self._console.is_terminal and now - self._printed >= SILENCE:
             self._print(f"{phase}: {parts[0]}", *parts[1:])
@@ -94,7 +94,7 @@ class ConsoleLogger:
         self._progress.below = [*self._sparks(), *_sample(record, 2 * self._console.width)]
         left = self._seconds_left(record)
         ends = self._clock() + left
-        numbers = self._fitting(parts, len(f"step {count}"))
+        numbers = self._fitting(parts)
         self._progress.update(self._task, completed=record.step, count=count, numbers=numbers, ends=ends)
         if not self._console.is_terminal:
             self._print(f"step {count}", *parts, f"{_duration(left)} left")
@@ -103,9 +103,10 @@ class ConsoleLogger:
         self._printed = self._clock()
         print_parts(self._console, parts)
 
-    def _fitting(self, parts: Sequence[str], taken: int) -> str:
-        """As many of the parts as fit into a line beside `taken` columns and what else stands there; one at least."""
-        room = self._console.width - taken - (BESIDE if self._console.width >= WIDE else BESIDE_NARROW)
+    def _fitting(self, parts: Sequence[str]) -> str:
+        """As many of the parts as fit into a line beside what else stands there; one at least."""
+        width, count = self._console.width, 2 * len(str(self._steps)) + 2
+        room = width - PHASE - count - LEFT - (BAR if width >= WIDE else 0)
         fit = [n for n in range(1, len(parts) + 1) if len("  ".join(parts[:n])) <= room]
         return "  ".join(parts[: max(fit, default=1)])
 

@@ -91,7 +91,7 @@ def test_a_terminal_shows_the_phase_by_its_name_in_eighty_columns() -> None:
 def test_a_narrow_terminal_leaves_out_the_least_important() -> None:
     for width, shown in (
         (40, ["step 3/500 reward 0.500 16:23", "rollout 860 tokens", "reward ▁█ 0.250 to 0.500"]),
-        (60, ["step 3/500 reward 0.500 kl 0.0355 length 20 16:23", "rollout 860 tokens 37 of 64 rows"]),
+        (60, ["step 3/500 reward 0.500 kl 0.0355 16:23", "rollout 860 tokens 37 of 64 rows"]),
         (120, ["left", "86 tok/s"]),
     ):
         (console, _), clock = printed(width, force_terminal=True), Clock()

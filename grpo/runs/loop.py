@@ -201,8 +201,16 @@ class Loop:
         """Keep the step's completions, if there is room for them."""
         cfg, folder = self.cfg, self.folder / COMPLETIONS
         try:
+            setting, learnt = cfg.log.completions, cfg.rollout.prompts_per_step
+            decode = self.trainer.engine.generator.tokenizer.decode
             store_completions(
-                folder, metrics.step, metrics.groups, cfg.log.completions, cfg.seed, cfg.rollout.prompts_per_step
+                folder,
+                metrics.step,
+                metrics.groups,
+                setting,
+                cfg.seed,
+                learnt,
+                lambda token: str(decode([token], skip_special_tokens=True)),
             )
         except OSError as error:
             why = error.strerror or error

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from telemetry.pages import data_in, rows_in
 
 from grpo.config.log import CompletionsConfig
 from grpo.runs.completions import store_completions
@@ -69,7 +70,11 @@ def recorded(recipe, run_cli) -> Path:
 
 
 def test_the_report_counts_them_and_shows_them_where_they_were_sampled(recorded: Path) -> None:
-    page = report([read_run(recorded)])
-    assert ", 3 older groups replayed" in page
-    assert "ask fresh" in page
-    assert "ask older" not in page
+    data = data_in(report([read_run(recorded)]))
+    (run,) = data["runs"]
+    assert ", 3 older groups replayed" in dict(run["settings"])["steps"]
+    assert run["cards"]["replayed"] == 3
+    prompts = {row["prompt"][-1][-1] for row in rows_in(data)}
+    assert "ask fresh" in prompts
+    assert "ask older" not in prompts
+    assert run["completions"]["total"] == len(rows_in(data))

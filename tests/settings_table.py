@@ -19,6 +19,7 @@ SAVING = ("optim.steps=3", "checkpoint.every=1", "optim.learning_rate=0.02")
 TRACKIO = ("log.trackio={}",)
 WANDB = ("log.wandb={mode: offline}",)
 MADE = ("data.source=null", "data.use=rows.py:rows")
+APART = ("ranks={sample: 1, train: 1}",)
 SUMS = ("data.source=builtin:arithmetic",)
 POOLED = ("data.curriculum={}",)
 TWO = "rewards=[{use: 'grades.py:varied'}, {use: 'grades.py:letters'}]"
@@ -296,6 +297,8 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("model.head_dtype=model", "model.head_dtype does nothing with model.dtype: float32", ("model.dtype=float32",)),
     ("model.shard=tensor", "model.shard divides a model among processes, and this is one process", ()),
     ("model.shard_size=2", "model.shard_size does nothing without model.shard", ()),
+    ("ranks.sample=2", "ranks: sample: 2 and train: 1 are 3 processes, and this is one process", APART),
+    ("ranks.train=2", "ranks: sample: 1 and train: 2 are 3 processes, and this is one process", APART),
     ("teacher.model.shard=tensor", "every process has the whole of a teacher", ("teacher.model.name=other",)),
     ("teacher.model.shard_size=2", "model.shard_size does nothing without model.shard", ("teacher.model.name=other",)),
     ("teacher.model.revision=main", "model.revision is for Hub repositories", ("teacher.model.name=other",)),

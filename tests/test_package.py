@@ -1,11 +1,11 @@
 """What `import grpo` costs, and that a wheel brings its recipes and rewards."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from docs.pagerun import blocks
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["mlx.core", "mlx_lm", "numpy", "datasets", "wandb", "transformers", "pydantic", "rich", "math_verify"]
@@ -53,14 +53,13 @@ models.MODELS["builtin:arithmetic-student"] = models.Student(steps=2, warmup=1)
 """The student is made in a second, and has learned next to nothing."""
 
 
-def loop_from_the_readme() -> str:
-    readme = (ROOT / "README.md").read_text()
-    (loop,) = re.findall(r"```python\n(import grpo\n.*?)```", readme, re.DOTALL)
+def loop_from_the_manual() -> str:
+    (loop,) = (block.body for block in blocks("python.md") if block.body.startswith("import grpo\n"))
     return loop
 
 
 def test_a_loop_of_ones_own_runs_from_the_wheel_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
-    loop = loop_from_the_readme()
+    loop = loop_from_the_manual()
     assert "range(30)" in loop
     where = "import os; os.environ['GRPO_CACHE'] = '../cache'"
     empty = tmp_path / "empty"

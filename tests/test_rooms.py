@@ -122,8 +122,8 @@ WHOLE_RECIPE = {
     # a run begins with one, writes it down, and compares it when it goes on
     "runs/prepare.py runs/folder.py runs/resume.py runs/revisions.py runs/starting.py",
     "runs/publishing.py runs/health.py runs/sections.py door/opening.py door/handing.py",
-    # the trainer hands each of its rooms the section that it needs
-    "training/trainer.py",
+    # a trainer hands each of its rooms the section that it needs
+    "training/trainer.py training/apart.py",
     # commands and tools read one, a run's or their own; a card and W&B show all of it; an estimate is of all of it
     "cli/commands.py tools/card.py tools/evaluate.py telemetry/recorded.py telemetry/loggers.py",
     "telemetry/weights_and_biases.py telemetry/trackio.py",

@@ -23,6 +23,7 @@ from grpo.config.model import ModelConfig as ModelConfig
 from grpo.config.objective import AdvantageConfig as AdvantageConfig
 from grpo.config.objective import LossConfig as LossConfig
 from grpo.config.optim import OptimConfig as OptimConfig
+from grpo.config.ranks import RanksConfig as RanksConfig
 from grpo.config.recipe import EvaluationRecipe as EvaluationRecipe
 from grpo.config.recipe import Recipe as Recipe
 from grpo.config.rewardmodel import RewardModelConfig as RewardModelConfig

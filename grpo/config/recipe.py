@@ -15,6 +15,7 @@ from grpo.config.memory import MemoryConfig
 from grpo.config.model import AdapterConfig, ModelConfig
 from grpo.config.objective import AdvantageConfig, LossConfig
 from grpo.config.optim import OptimConfig
+from grpo.config.ranks import RanksConfig, check_apart
 from grpo.config.rewards import RewardConfig
 from grpo.config.rollout import RolloutConfig
 from grpo.config.section import MANY, Name, Section
@@ -62,6 +63,9 @@ class Recipe(Section):
     """What is made of advantages: the variant of GRPO, the KL penalty, corrections."""
     optim: OptimConfig
     """How many steps, how large, and how they go through the machine."""
+    ranks: RanksConfig | None = None
+    """Sample and train in different processes, at the same time: each step then learns from completions of the policy
+    before the last update. Default: every process does both, one after the other."""
     memory: MemoryConfig = MemoryConfig()
     """How much memory all of that may take."""
     eval: EvalConfig | None = None
@@ -243,6 +247,12 @@ class Recipe(Section):
                 "rollout.kv_bits makes completions that are not quite the policy's own. Set also "
                 "loss.importance_sampling_correction, to token_truncate, say: it weighs tokens by the difference"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _processes_apart_can(self) -> Recipe:
+        if self.ranks is not None:
+            check_apart(self.model, self.rollout, self.loss, self.teacher)
         return self
 
     @model_validator(mode="after")

@@ -232,7 +232,7 @@ class Loop:
 
     def _store_failed(self, error: BrokenRewardError, step: int) -> str:
         """Keep the completions that a reward failed on, unless none are to be stored. Returns where they are."""
-        if self.cfg.log.completions is None or not self.ranks.first:
+        if self.cfg.log.completions is None or not self.trainer.keeps_records:
             return ""
         try:
             path = store_failed(self.folder / FAILED, step, error.groups)
@@ -263,7 +263,7 @@ class Loop:
         """Save the state, in the first process, or in the first that is left after a loss."""
         with self._writing:
             divided = self.ranks.shard.size > 1
-            if self._is_saved or self.state.step == 0 or not (self.ranks.keeper or divided):
+            if self._is_saved or self.state.step == 0 or not (self.ranks.keeper or divided) or not self.trainer.whole:
                 return
             if self.trainer.before.halfway:
                 log.warning("%s", self._lost())

@@ -47,6 +47,7 @@ _FOLDERS = (
     "sources",
     "update",
     "policy_lag",
+    "ranks",
     "reuse",
     "teacher",
 )

@@ -39,7 +39,6 @@ def page_data(runs: Sequence[RecordedRun], completions: bool = True) -> Json:
             step, steps   the last step on record, and how many the recipe asks for
             settings      [[heading, text], …]: what was trained on what
             cards         summary figures, see `cards`
-            alarms        what went wrong: [{"kind", "step", "what", "advice"}, …], by step
             x             the steps of the metrics' values
             every         steps behind each value: above 1 where a long run was thinned, and values are means
             metrics       {name: [value or null, …]}, along x
@@ -77,7 +76,6 @@ def _of_run(run: RecordedRun, name: str, every: int) -> Json:
         "steps": run.recipe.optim.steps,
         "settings": settings(run),
         "cards": _plain(cards(run)),
-        "alarms": [alarm.plain() for alarm in run.alarms],
         "x": steps[every - 1 :: every] + (steps[-1:] if len(steps) % every else []),
         "every": every,
         "metrics": {

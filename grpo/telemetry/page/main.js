@@ -102,15 +102,8 @@ function drawSummary() {
     const cards = [...changeCards(run), timeCard(run), memoryCard(run), phaseCard(run), failureCard(run)];
     const setup = el("details", { class: "setup" }, el("summary", {}, "What was trained on what"), el("dl", {}, ...run.settings.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)])));
     const head = el("header", {}, state.data.runs.length > 1 ? swatch(place) : null, el("h2", {}, run.name), el("span", { class: `state ${run.state}` }, run.state), el("span", { class: "faint" }, `step ${run.step.toLocaleString("en-US")} of ${run.steps.toLocaleString("en-US")}`));
-    return el("article", { class: "run" }, head, alarmList(run), el("div", { class: "cards" }, ...cards.filter(Boolean)), setup);
+    return el("article", { class: "run" }, head, el("div", { class: "cards" }, ...cards.filter(Boolean)), setup);
   }));
-}
-
-/** What went wrong in a run, and what to do about it. */
-function alarmList(run) {
-  if (!run.alarms.length) return null;
-  const entries = run.alarms.map(alarm => el("li", {}, el("b", {}, `Step ${alarm.step}, ${alarm.kind.replaceAll("_", " ")}: `), `${alarm.what}. `, el("span", { class: "faint" }, alarm.advice)));
-  return el("ul", { class: "alarms", "aria-label": "Alarms" }, ...entries);
 }
 
 function card(title, big, ...small) {

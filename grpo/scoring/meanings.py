@@ -148,6 +148,10 @@ MEANINGS: dict[str, dict[str, str]] = {
         "`rollout.speculate: auto`, and only if steps without guesses were measured. The terminal shows it as "
         "`drafts: 1.50 ×`.",
     },
+    "Alarms": {
+        "alarms": "What went wrong in the run, in the line of the step (or evaluation) that showed it first: a list of "
+        "objects with `kind`, `step`, `what` happened and `advice`. Absent where there is nothing to say.",
+    },
     "Evaluation": {
         "n": "Held-out prompts that were evaluated.",
         "grader": "The reward that decides whether an answer is right: the first of `rewards`, or the environment's.",

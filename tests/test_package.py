@@ -83,5 +83,7 @@ def test_wheel_outside_the_checkout_finds_recipes_and_rewards(site: Path, tmp_pa
     assert lines[2] == str(sorted(path.stem for path in (ROOT / "rewards").glob("*.py")))
     assert lines[3:] == ["builtin:arithmetic-student", "gsm8k_answer"]
     assert (site / "grpo" / "py.typed").is_file()
+    page = "from grpo.telemetry.report import report; print(report([]).count('uPlot') > 1)"
+    assert python(page, site, cwd=tmp_path).strip() == "True"  # the page's files are there
     said = python("from grpo.backend.versions import requirements as r; print(r()['mlx'], r()['mlx-lm'])", site)
     assert said.split() == ["<0.33,>=0.32.2", "<0.33,>=0.32"]  # both are bounded above, as the doctor reads them

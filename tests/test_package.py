@@ -1,5 +1,6 @@
 """What `import grpo` costs, and that a wheel brings its recipes and rewards."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,15 @@ def test_a_loop_of_ones_own_runs_from_the_wheel_in_an_empty_folder(site: Path, t
     assert [line.split()[0] for line in lines[:2]] == ["0", "1"]
     assert lines[-1].startswith(str(site))
     assert {path.name for path in (empty / "adapter").iterdir()} == {"adapters.safetensors", "adapter_config.json"}
+
+
+def test_the_readme_of_the_package_has_no_relative_links(site: Path) -> None:
+    (metadata,) = site.glob("grpo_mlx-*.dist-info/METADATA")
+    _, _, readme = metadata.read_text(encoding="utf-8").partition("\n\n")
+    assert readme.startswith("# grpo\n")
+    assert re.findall(r"\]\((?![a-z]+:)[^)]*\)", readme) == []
+    assert "images/" not in readme
+    assert "How fast has more" in readme
 
 
 def test_wheel_outside_the_checkout_finds_recipes_and_rewards(site: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from grpo.builtin import models
 from grpo.builtin.student import Student
 
 TUTORIALS = sorted(f"tutorials/{path.name}" for path in (PAGES / "tutorials").glob("*.md"))
+GUIDES = ["quickstart.md", "memory.md", "rewards.md"]
+"""Pages that are no tutorials and whose blocks run all the same."""
 
 
 @pytest.fixture
@@ -21,13 +23,13 @@ def students(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypat
         monkeypatch.setitem(models.MODELS, name, Student(task=settings.task, steps=steps, warmup=1))
 
 
-@pytest.mark.parametrize("page", TUTORIALS)
+@pytest.mark.parametrize("page", [*TUTORIALS, *(pytest.param(page, marks=pytest.mark.slow) for page in GUIDES)])
 def test_a_tutorial_runs(page: str, students: None, run_cli) -> None:
     assert run_page(page, run_cli) > 0
 
 
 def test_what_is_not_run_has_a_reason() -> None:
-    for page in TUTORIALS:
+    for page in [*TUTORIALS, *GUIDES]:
         for block in blocks(page):
             known = ("with ", "output varies", "continues", "not run: ")
             assert not block.note or block.note.startswith(known), (page, block.note)

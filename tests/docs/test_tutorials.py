@@ -1,4 +1,4 @@
-"""Every tutorial of the manual runs as it is written."""
+"""Every tutorial of the manual, and every example of its concepts, runs as it is written."""
 
 from pathlib import Path
 
@@ -8,7 +8,9 @@ from docs.pagerun import PAGES, blocks, commands, is_among, run_page
 from grpo.builtin import models
 from grpo.builtin.student import Student
 
-TUTORIALS = sorted(f"tutorials/{path.name}" for path in (PAGES / "tutorials").glob("*.md"))
+TUTORIALS, CONCEPTS = (
+    sorted(f"{folder}/{path.name}" for path in (PAGES / folder).glob("*.md")) for folder in ("tutorials", "concepts")
+)
 GUIDES = ["quickstart.md", "memory.md", "rewards.md"]
 """Pages that are no tutorials and whose blocks run all the same."""
 
@@ -28,8 +30,14 @@ def test_a_tutorial_runs(page: str, students: None, run_cli) -> None:
     assert run_page(page, run_cli) > 0
 
 
+@pytest.mark.parametrize("page", CONCEPTS)
+def test_the_examples_of_a_concept_are_right(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(page, run_cli)
+
+
 def test_what_is_not_run_has_a_reason() -> None:
-    for page in [*TUTORIALS, *GUIDES]:
+    for page in [*TUTORIALS, *CONCEPTS, *GUIDES]:
         for block in blocks(page):
             known = ("with ", "output varies", "continues", "not run: ")
             assert not block.note or block.note.startswith(known), (page, block.note)

@@ -120,8 +120,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         phases={
             "rollout": max(0, decoded + held.head + min(waiting, left) - stays[FORMER]),
             **case.graders.phases(load),
-            "update": chosen.bytes,
-            "optimizer's step": held.step,
+            **({"update": chosen.bytes, "optimizer's step": held.step} if load.updates else {}),
         },
         memory=machine.memory,
         slots=slots,
@@ -148,7 +147,8 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
 def _stays(case: Case, held: Held) -> dict[str, int]:
     """Bytes that are held all the time, by what they are for."""
     beside = case.lesson.stays(case.load), case.load.stays(case.machine.cuda), case.graders.stays()
-    return {name: size for parts in (held.stays, *beside) for name, size in parts.items()}
+    stays = {name: size for parts in (held.stays, *beside) for name, size in parts.items()}
+    return stays if case.load.updates else {**stays, "optimizer": 0, FORMER: 0}
 
 
 def _offloaded(case: Case, way: Checkpointing, shape: Shape) -> int:

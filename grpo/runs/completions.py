@@ -138,12 +138,12 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
     of `completion` that each token adds to it, null: unknown. `trained` says which of these
     tokens the policy sampled and learns from, null: all of them. `begins` has the places of tokens at which the
     conversation went on in a new row after the prompt, null: none. `policy_step` is the number of steps that the policy
-    that sampled had made, and `lag` how many more the policy had made that learnt: above 0, `rollout.reuse` replayed a
-    group that an earlier step sampled. `advantage` is null for groups that were sampled but not learnt from, and
-    `turn_advantages` are in its place where turns have their own; `reward` is before `penalty`. `conversation` is JSON,
-    the fields of `Conversation`; null for a single answer. `reward/<name>` is null where a reward gave no score, and
-    `failure/<name>` says why if it failed ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and the
-    prompt as rewards saw it. `extra/<name>` is JSON, by `log_extra`.
+    that sampled had made, and `lag` how many more the policy had made that learnt. `replayed`: an earlier step sampled
+    the group, and `rollout.reuse` took it again. `advantage` is null for groups that were sampled but not learnt from,
+    and `turn_advantages` are in its place where turns have their own; `reward` is before `penalty`. `conversation` is
+    JSON, the fields of `Conversation`; null for a single answer. `reward/<name>` is null where a reward gave no score,
+    and `failure/<name>` says why if it failed ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and
+    the prompt as rewards saw it. `extra/<name>` is JSON, by `log_extra`.
     """
     import pyarrow as pa
 
@@ -163,6 +163,7 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
         ("finish_reason", pa.string()),
         ("policy_step", pa.int32()),
         ("lag", pa.int32()),
+        ("replayed", pa.bool_()),
         ("reward", pa.float64()),
         ("penalty", pa.float64()),
         ("advantage", pa.float64()),
@@ -219,6 +220,7 @@ def _row(
         "finish_reason": trajectory.finish_reason,
         "policy_step": trajectory.policy_step,
         "lag": rollout.lag,
+        "replayed": rollout.replayed,
         "reward": rollout.reward,
         "penalty": rollout.penalty,
         "advantage": rollout.advantage if learnt else None,
@@ -256,7 +258,7 @@ def _task(row: dict[str, Any]) -> Task:
 def _rollout(row: dict[str, Any]) -> Rollout:
     """A completion that only a reward of weight 0 failed on has a sum: where there is none, a failure counts.
 
-    Files of earlier versions have no `lag`.
+    Files of earlier versions have no `lag`, or have one above 0 for replayed groups alone.
     """
     failures = {name: _failure(text) for name, text in _named(row, "failure/").items() if text is not None}
     return Rollout(
@@ -269,7 +271,8 @@ def _rollout(row: dict[str, Any]) -> Rollout:
         penalty=row["penalty"],
         advantage=row["advantage"] or 0.0,
         turn_advantages=None if (turns := row.get("turn_advantages")) is None else tuple(turns),
-        lag=row.get("lag") or 0,
+        lag=(lag := row.get("lag") or 0),
+        replayed=bool(row.get("replayed", lag > 0)),
     )
 
 

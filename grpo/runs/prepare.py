@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +11,10 @@ import mlx.nn as nn
 
 from grpo.backend import cuda
 from grpo.backend.device import limit_memory, on_gpu, setup
+from grpo.backend.launched import PATIENCE
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
-from grpo.config import OptimConfig, Recipe, RolloutConfig
+from grpo.config import OptimConfig, RanksConfig, Recipe, RolloutConfig
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows
 from grpo.data.streaming import Streamed
@@ -31,7 +32,7 @@ from grpo.model.trial import check_divided
 from grpo.planning.graders import Graders
 from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.notes import filter_note, layers_note, notes_on
-from grpo.planning.plan import Plan
+from grpo.planning.plan import Plan, size_of
 from grpo.planning.planner import Planner, allowed, decode_as_planned
 from grpo.planning.positions import position_note
 from grpo.planning.workload import Workload
@@ -48,6 +49,8 @@ from grpo.runs.sections import applying_of, data_of, text_system
 from grpo.runs.teachers import teacher_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.algorithms import make_optimizer
+from grpo.training.apart import ApartTrainer
+from grpo.training.roles import Roles
 from grpo.training.teaching import Teacher
 from grpo.training.trainer import Trainer
 from grpo.types import Task
@@ -78,11 +81,11 @@ class Prepared:
     opened: ExitStack
 
 
-def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepared:
+def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True, alone: bool = False) -> Prepared:
     """Resolve rewards, data and model, and make them into a trainer. Writes nothing.
 
     What is `given` takes the place of what the recipe names. Without `trains` the run is only measured: no teacher is
-    loaded, and the trainer cannot make steps.
+    loaded, and the trainer cannot make steps. `alone`: this process samples and trains what several do (`ranks`).
 
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
@@ -91,14 +94,17 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepare
     limit_memory(ranks.checked(lambda: None if cfg.memory.limit_gb is None else allowed(cfg.memory.limit_gb)))
     if cfg.model.shard is not None:
         ranks = ranks.divided(cfg.model.shard_size)
-    ranks.expect(max((one.most_seconds for one in cfg.conversations.values()), default=0.0))
-    if cfg.rollout.prompts_per_step < ranks.size:
-        raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
+    roles = _roles(cfg.ranks if trains else None, ranks, alone)
+    waited = PATIENCE if roles else 0.0  # for whole rollouts, or updates
+    ranks.expect(waited + max((one.most_seconds for one in cfg.conversations.values()), default=0.0))
+    sampling = roles.samplers if roles else ranks.size
+    if cfg.rollout.prompts_per_step < sampling:
+        raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {sampling} processes: too few")
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
     vault_of(cfg.optim.offload_activations)  # refuses machines where it has no use
     with ExitStack() as opened:
         files = [Path(file) for reward in cfg.rewards if (file := file_in(reward.use))]
-        groups = -(-cfg.rollout.prompts_per_step // ranks.size)
+        groups = -(-cfg.rollout.prompts_per_step // sampling)
         partners = invite(cfg.conversations, cfg.tools, given, groups, files)
         opened.callback(partners.close)
         rewarding = check_rewarded(cfg.rewards, cfg.advantage, partners, taught=cfg.teacher is not None)
@@ -108,13 +114,20 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepare
         scorer = Scorer.of(cfg.rewards, steps, system, given.functions, hosts, applies)
         opened.callback(scorer.close)
         check_sources_rewarded(list(cfg.data.parts), scorer, taught=cfg.teacher is not None)
-        prepared = _prepared(cfg, given, ranks, partners, scorer, opened, trains)
+        prepared = _prepared(cfg, given, ranks, roles, partners, scorer, opened, trains)
         taught = [cfg.teacher.describe()] if cfg.teacher and trains else []
         return replace(prepared, notes=[*taught, *prepared.notes, *rewarding])
 
 
 def _prepared(
-    cfg: Recipe, given: Given, ranks: Ranks, partners: Partners, scorer: Scorer, opened: ExitStack, trains: bool
+    cfg: Recipe,
+    given: Given,
+    ranks: Ranks,
+    roles: Roles | None,
+    partners: Partners,
+    scorer: Scorer,
+    opened: ExitStack,
+    trains: bool,
 ) -> Prepared:
     """The rest of `prepare`. What is `opened` stays open, and is the result's."""
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
@@ -154,25 +167,57 @@ def _prepared(
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     sections = _readable(cfg.optim, teacher), rollout, cfg.adapter, cfg.eval
-    workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
+    workload = Workload(*sections, longest, longest_of_all, own, environment is not None, *_updates(ranks, roles))
     lesson = _needs(teacher, model)
     graders = _graders(scorer, policy, tokenizer)
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson, graders)
-    plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
+    plan, optim = ranks.checked(planner.plan)
+    needs = ranks.everyone.gather(plan.total)
+    plan, optim = _together(ranks, policy, plan, optim, roles.trainers if roles else None)
     cfg = with_settings(cfg, {"optim": optim})
     decode_as_planned(generator, plan)
-    trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks, teacher)
+    parts = cfg, policy, source, engine, scorer, custom_loss
+    trainer = ApartTrainer(roles, *parts) if roles else Trainer(*parts, ranks, teacher)
     trainer.update.gradients.alone = plan.alone
-    refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     prompts = [note for feed, known in zip(feeds, lengths, strict=True) for note in feed.notes(known, partners)]
     head = filter(None, [positions, head_note(model, cfg.model)])
     notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
-    notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)]
+    notes += [filter_note(cfg.loss)] if engine.sampling.reshaped else []
+    notes += notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)
     notes += filter(None, [held_out.null_prompts() if held_out else None])
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     notes += [] if teacher is None else teacher.notes
-    notes += _on_shards(ranks, cfg.rollout)
+    notes += [*_on_shards(ranks, cfg.rollout), *_on_roles(roles, needs)]
+    notes += [] if roles else _by_ticket(ranks, cfg.rollout, plan.slots)
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+
+
+def _roles(cfg: RanksConfig | None, ranks: Ranks, alone: bool) -> Roles | None:
+    """What this process does, where processes sample or train. None where each does both."""
+    if cfg is None:
+        return None
+    return Roles.alone() if alone else Roles.of(ranks, cfg)
+
+
+def _updates(ranks: Ranks, roles: Roles | None) -> tuple[int, bool]:
+    """Among how many processes an update is divided, and whether this one makes updates."""
+    return (ranks.size, True) if roles is None else (roles.trainers, roles.trains)
+
+
+def _on_roles(roles: Roles | None, needs: Sequence[int]) -> list[str]:
+    """Who samples and who trains, and the bytes that each `needs`. Nothing where every process does both."""
+    if roles is None or len(needs) == 1:
+        return []
+    train, sample = needs[: roles.trainers], needs[roles.trainers :]
+    who = f"{_named('train', 0, train)}; {_named('sample', len(train), sample)}"
+    return [f"ranks: {who}. A step learns from completions of the policy before its last update"]
+
+
+def _named(does: str, first: int, needs: Sequence[int]) -> str:
+    """Processes that do the same, the `first` of them by its number, and what the largest takes of memory."""
+    alone = len(needs) == 1
+    which = f"process {first} {does}s" if alone else f"processes {first} to {first + len(needs) - 1} {does}"
+    return f"{which} and takes about {size_of(max(needs))}" if alone else f"{which}, about {size_of(max(needs))} each"
 
 
 def _untimed(rollout: RolloutConfig, ranks: Ranks) -> RolloutConfig:
@@ -190,6 +235,18 @@ def _on_shards(ranks: Ranks, rollout: RolloutConfig) -> list[str]:
     together = f"model.shard: tensor: {size} processes hold one model together{among}"
     off = [UNTIMED] if rollout.speculate == "auto" else []
     return [f"{together}. Parameters and memory are what one of them has", *off]
+
+
+def _by_ticket(ranks: Ranks, rollout: RolloutConfig, slots: int) -> list[str]:
+    """That processes take prompts as they become free. Nothing where each has slots for its share (`Deal`)."""
+    begin = max(1, slots // rollout.num_generations)
+    if ranks.size == 1 or ranks.watch is None or begin * ranks.size >= rollout.prompts_per_step:
+        return []
+    first = "a prompt" if begin == 1 else f"{begin} prompts"
+    return [
+        f"sampling: each of {ranks.size} processes begins with {first}, for which it has slots ({slots}), and takes "
+        "others as rows end"
+    ]
 
 
 def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
@@ -252,14 +309,16 @@ def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:
     return max([trained, *(len(task.prompt_ids) for task in held_out)])
 
 
-def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> tuple[Plan, OptimConfig]:
+def _together(
+    ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig, trainers: int | None = None
+) -> tuple[Plan, OptimConfig]:
     """One plan for all processes: that of the one with the least room, but for what each decodes with.
 
     They share out the micro-batches that each of them makes, so these must be the same. Those that hold a model
-    together decode together, too.
+    together decode together, too. Where only the first `trainers` make updates, theirs count.
     """
     plans = ranks.everyone.gather((plan, optim))
-    least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, -planned[0].recomputed))
+    least, optim = min(plans[:trainers], key=lambda planned: (planned[0].micro_batch, -planned[0].recomputed))
     decodes = "slots", "kept_bytes", "fed", "drafts", "logits"
     own = {name: getattr(plan, name) for name in decodes}
     if ranks.shard.size > 1:

@@ -22,7 +22,8 @@ from grpo.types import Group, Rollout, StepMetrics, Task, Trajectory
 
 
 def group(name: str, reward: float, lag: int) -> Group:
-    rollout = Rollout(Trajectory.sampled((4, 2), (-1.0, -1.0), name, "stop"), {"r": reward}, reward=reward, lag=lag)
+    trajectory = Trajectory.sampled((4, 2), (-1.0, -1.0), name, "stop")
+    rollout = Rollout(trajectory, {"r": reward}, reward=reward, lag=lag, replayed=lag > 0)
     return Group(Task(0, f"ask {name}", (1,), {}), (rollout, replace(rollout, reward=0.0)))
 
 

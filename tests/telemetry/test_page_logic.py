@@ -102,8 +102,9 @@ CASES: list[tuple[str, Any]] = [
     ("difference('a b c', 'a c')", [["same", "a "], ["gone", "b "], ["same", "c"]]),
     ("difference('x '.repeat(3000), 'y '.repeat(3000)).map(one => one[0])", ["gone", "new"]),
     (
-        "updated({runs: [{name: 'a', completions: 1}]}, {x: 't', runs: [{name: 'a'}, {name: 'b', completions: 2}]})",
-        {"x": "t", "runs": [{"name": "a", "completions": 1}, {"name": "b", "completions": 2}]},
+        "updated({runs: [{name: 'a', completions: 1}]}, "
+        "{title: 't', runs: [{name: 'a'}, {name: 'b', completions: 2}]})",
+        {"title": "t", "runs": [{"name": "a", "completions": 1}, {"name": "b", "completions": 2}]},
     ),
 ]
 

@@ -176,10 +176,11 @@ from grpo.backend.ranks import Ranks
 from grpo.rollout import RolloutEngine
 rollout = RolloutEngine.rollout
 def noted(self, tasks, n, temperature, draws, logprobs=True, *rest, **named):
+    groups = rollout(self, tasks, n, temperature, draws, logprobs, *rest, **named)
     if not logprobs:
         with Path(f"asked-{Ranks.launched().rank}").open("a") as file:
-            print([task.index for task in tasks], file=file)
-    return rollout(self, tasks, n, temperature, draws, logprobs, *rest, **named)
+            print([group.task.index for group in groups], file=file)
+    return groups
 RolloutEngine.rollout = noted
 from grpo.cli import main; main()
 """

@@ -45,6 +45,7 @@ def page_data(runs: Sequence[RecordedRun], completions: bool = True) -> Json:
             phases        [[name, seconds in all steps], …], the longest first
             evaluations   {"x": steps, "n": prompts, "grader": name, "values": {name: {"value": […], "low": […], "high":
                           […]}}} with 95 % intervals; null where there was none
+            alarms        [[step, kind, what happened, what to do], …], see `grpo.alarm`
             failures      {"headings": […], "rows": [[…], …]}
             completions   those to read, see `browsed`; absent with `completions=False`, and then the page keeps those
                           that it has: reading them takes longer than all the rest. null where none are stored.
@@ -83,6 +84,7 @@ def _of_run(run: RecordedRun, name: str, every: int) -> Json:
         },
         "phases": _plain(phases(run)),
         "evaluations": _evaluations(run),
+        "alarms": [[alarm.step, alarm.kind, alarm.what, alarm.advice] for alarm in run.alarms],
         "failures": failures(run),
     }
 

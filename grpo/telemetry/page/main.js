@@ -192,7 +192,9 @@ function drawTables() {
   const evaluations = runs.flatMap(run => run.cards.evaluations.map(one => named(run, [one.name, interval(one.before), interval(one.after), String(one.n), run.evaluations.grader])));
   const headings = [...new Set(runs.flatMap(run => run.failures.headings))];
   const failures = runs.flatMap(run => run.failures.rows.map(row => named(run, headings.map(heading => row[run.failures.headings.indexOf(heading)] ?? ""))));
+  const alarms = runs.flatMap(run => run.alarms.map(([step, ...told]) => named(run, [String(step), ...told])));
   redraw(at("tables"), [
+    ...(alarms.length ? [tableSection("What went wrong", [...first, "step", "alarm", "what happened", "what to do"], alarms, "")] : []),
     tableSection("Evaluation table", [...first, "metric", "first", "last", "prompts", "graded by"], evaluations, "No evaluation is on record: the recipe has no section eval, or none was reached."),
     tableSection("Reward failures", [...first, ...headings], failures, "No reward is on record."),
   ]);

@@ -31,7 +31,9 @@ def test_a_tutorial_runs(page: str, students: None, run_cli) -> None:
 
 
 @pytest.mark.parametrize("page", CONCEPTS)
-def test_the_examples_of_a_concept_are_right(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli) -> None:
+def test_the_examples_of_a_concept_are_right(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli
+) -> None:
     monkeypatch.chdir(tmp_path)
     run_page(page, run_cli)
 

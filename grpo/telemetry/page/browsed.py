@@ -81,9 +81,10 @@ Known = dict[int, tuple[str, Any]]
 def _known(path: Path) -> tuple[int, Known]:
     """How many completions a stored file has, and of which groups, read in a small part of the time that it takes to
     read all of it. Groups that the step replayed are in an earlier step's file."""
-    rows = [row for row in read_columns(path, ("group", "source", "task", "lag")) if not row[-1]]
-    return len(rows), {
-        group: (source or "", (path.name, group) if task is None else task) for group, source, task, _ in rows
+    columns = read_columns(path, ("group", "source", "task", "lag", "replayed"))
+    own = [row[:3] for *row, lag, replayed in columns if not (lag if replayed is None else replayed)]
+    return len(own), {
+        group: (source or "", (path.name, group) if task is None else task) for group, source, task in own
     }
 
 

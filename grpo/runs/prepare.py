@@ -188,6 +188,7 @@ def _prepared(
     notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
     notes += [] if teacher is None else teacher.notes
     notes += [*_on_shards(ranks, cfg.rollout), *_on_roles(roles, needs)]
+    notes += [] if roles else _by_ticket(ranks, cfg.rollout, plan.slots)
     return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
 
 
@@ -234,6 +235,18 @@ def _on_shards(ranks: Ranks, rollout: RolloutConfig) -> list[str]:
     together = f"model.shard: tensor: {size} processes hold one model together{among}"
     off = [UNTIMED] if rollout.speculate == "auto" else []
     return [f"{together}. Parameters and memory are what one of them has", *off]
+
+
+def _by_ticket(ranks: Ranks, rollout: RolloutConfig, slots: int) -> list[str]:
+    """That processes take prompts as they become free. Nothing where each has slots for its share (`Deal`)."""
+    begin = max(1, slots // rollout.num_generations)
+    if ranks.size == 1 or ranks.watch is None or begin * ranks.size >= rollout.prompts_per_step:
+        return []
+    first = "a prompt" if begin == 1 else f"{begin} prompts"
+    return [
+        f"sampling: each of {ranks.size} processes begins with {first}, for which it has slots ({slots}), and takes "
+        "others as rows end"
+    ]
 
 
 def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:

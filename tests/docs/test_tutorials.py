@@ -11,6 +11,10 @@ from grpo.builtin.student import Student
 TUTORIALS, CONCEPTS = (
     sorted(f"{folder}/{path.name}" for path in (PAGES / folder).glob("*.md")) for folder in ("tutorials", "concepts")
 )
+GUIDES = ["quickstart.md", "memory.md", "rewards.md"]
+"""Pages that are no tutorials and whose blocks run all the same."""
+QUICK = ["tutorials/debugging.md", *(f"concepts/{name}.md" for name in ("corrections", "logprobs", "normalizers", "step"))]
+"""What the default tests run; the other pages take longer."""
 
 
 @pytest.fixture
@@ -23,19 +27,19 @@ def students(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypat
         monkeypatch.setitem(models.MODELS, name, Student(task=settings.task, steps=steps, warmup=1))
 
 
-@pytest.mark.parametrize("page", TUTORIALS)
-def test_a_tutorial_runs(page: str, students: None, run_cli) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [
+        page if page in QUICK else pytest.param(page, marks=pytest.mark.slow)
+        for page in [*TUTORIALS, *CONCEPTS, *GUIDES]
+    ],
+)
+def test_a_page_runs(page: str, students: None, run_cli) -> None:
     assert run_page(page, run_cli) > 0
 
 
-@pytest.mark.parametrize("page", CONCEPTS)
-def test_the_examples_of_a_concept_are_right(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli) -> None:
-    monkeypatch.chdir(tmp_path)
-    run_page(page, run_cli)
-
-
 def test_what_is_not_run_has_a_reason() -> None:
-    for page in [*TUTORIALS, *CONCEPTS]:
+    for page in [*TUTORIALS, *CONCEPTS, *GUIDES]:
         for block in blocks(page):
             known = ("with ", "output varies", "continues", "not run: ")
             assert not block.note or block.note.startswith(known), (page, block.note)

@@ -1,4 +1,4 @@
-"""The index of papers: its recipe lines load, its tests exist, and it has every paper that the code and the recipes name."""
+"""The index of papers: its recipe lines load, its tests exist, and every paper that the code names is in it."""
 
 import ast
 import re

@@ -13,7 +13,8 @@ TUTORIALS, CONCEPTS = (
 )
 GUIDES = ["quickstart.md", "memory.md", "rewards.md"]
 """Pages that are no tutorials and whose blocks run all the same."""
-QUICK = ["tutorials/debugging.md", *(f"concepts/{name}.md" for name in ("corrections", "logprobs", "normalizers", "step"))]
+QUICK = [f"concepts/{name}.md" for name in ("corrections", "logprobs", "normalizers", "step")]
+QUICK.append("tutorials/debugging.md")
 """What the default tests run; the other pages take longer."""
 
 

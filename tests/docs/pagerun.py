@@ -35,7 +35,8 @@ from typing import Any
 
 PAGES = Path(__file__).parents[2] / "docs" / "pages"
 FENCE = re.compile(
-    r"(?:<!-- test: (?P<note>[^\n]*) -->\n+)?^(?P<indent> *)```(?P<language>\w*)(?P<rest>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$",
+    r"(?:<!-- test: (?P<note>[^\n]*) -->\n+)?"
+    r"^(?P<indent> *)```(?P<language>\w*)(?P<rest>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$",
     re.DOTALL | re.MULTILINE,
 )
 Run = Callable[..., Any]

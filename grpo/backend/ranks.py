@@ -219,6 +219,8 @@ class Ranks:
             return part
         import mlx.core as mx
 
+        if axis == 0:
+            return self._exchange(lambda: mx.distributed.all_gather(part, group=self.group))
         parts = self._exchange(lambda: mx.distributed.all_gather(part[None], group=self.group))
         return mx.concatenate(list(parts), axis=axis)
 

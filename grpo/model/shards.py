@@ -5,7 +5,7 @@ What a run writes down is whole, so that a run with any number of processes goes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,6 +47,13 @@ class Shards:
     def divides(self, path: str) -> bool:
         """Whether the array is a part of a larger one."""
         return self._axis(path) is not None
+
+    def sums_of(self, paths: Iterable[str], ranks: Ranks) -> list[tuple[list[str], Ranks]]:
+        """The sums that make a gradient of what each process found of it: of which arrays, over which processes.
+
+        `ranks` are those that share the work of a step.
+        """
+        return [([path for path in paths if path in self.sums], self.ranks), (list(paths), ranks)]
 
     def shape(self, path: str, array: mx.array) -> tuple[int, ...]:
         """The shape of the whole."""

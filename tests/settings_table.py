@@ -274,6 +274,7 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("model.revision=main", "model.revision does nothing with builtin:", ("model.name=builtin:arithmetic-student",)),
     ("model.head_dtype=model", "model.head_dtype does nothing with model.dtype: float32", ("model.dtype=float32",)),
     ("model.shard=tensor", "model.shard divides a model among processes, and this is one process", ()),
+    ("model.shard=fsdp", "model.shard divides a model among processes, and this is one process", ()),
     ("model.shard_size=2", "model.shard_size does nothing without model.shard", ()),
     ("teacher.model.shard=tensor", "every process has the whole of a teacher", ("teacher.model.name=other",)),
     ("teacher.model.shard_size=2", "model.shard_size does nothing without model.shard", ("teacher.model.name=other",)),

@@ -46,6 +46,9 @@ class Ranks:
 
     neighbours = 1
     watch: Watch | None = None
+    spread: Ranks | None = None
+    """Where these processes spread the weights over them (`model.shard: fsdp`): `divided`, whose `shard` does so, and
+    which are those that have the same parts in other such groups."""
     watching: ClassVar[Watch | None] = None
     """The only one of this machine's process, once it was launched as one of several."""
     _connected: ClassVar[bool] = False

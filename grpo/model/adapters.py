@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,11 +149,6 @@ class Adapters:
         """Move the reference towards the policy if `step` is one at which it is due (TR-DPO, arXiv 2404.09656)."""
         if cfg.sync_reference_every is not None and step % cfg.sync_reference_every == 0:
             self.mix(REFERENCE, POLICY, cfg.ref_model_mixup_alpha)
-
-    def change_parked(self, change: Callable[[str, mx.array], mx.array]) -> None:
-        """Put others in the place of the arrays of all states that are not active, by their paths."""
-        for state in self._parked:
-            self._parked[state] = {path: change(path, array) for path, array in self._parked[state].items()}
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:

@@ -19,7 +19,6 @@ from grpo.model.offloading import Checkpoint
 from grpo.model.rowwise import RowWise
 from grpo.model.standins import put_before
 
-
 CheckpointOf = Callable[[nn.Module], Checkpoint]
 """What checkpoints a layer."""
 
@@ -27,6 +26,9 @@ CheckpointOf = Callable[[nn.Module], Checkpoint]
 def always(checkpoint: Checkpoint) -> CheckpointOf:
     """The same for every layer."""
     return lambda _: checkpoint
+
+
+PLAIN = always(mx.checkpoint)
 
 
 def checkpointed(
@@ -50,7 +52,7 @@ def checkpointed(
 
 @contextmanager
 def checkpointed_layers(
-    layers: Sequence[nn.Module], on: bool | int, row_wise: RowWise, checkpoint_of: CheckpointOf = always(mx.checkpoint)
+    layers: Sequence[nn.Module], on: bool | int, row_wise: RowWise, checkpoint_of: CheckpointOf = PLAIN
 ) -> Iterator[None]:
     """Inside the block these layers are checkpointed; outside, in generation, they are what they were.
 

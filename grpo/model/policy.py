@@ -14,7 +14,7 @@ from grpo.errors import UserError
 from grpo.model.adapters import Adapters
 from grpo.model.attending import InTiles, Untiled
 from grpo.model.attention import most_pairs
-from grpo.model.checkpointing import CheckpointOf, always, checkpointed_layers
+from grpo.model.checkpointing import PLAIN, CheckpointOf, always, checkpointed_layers
 from grpo.model.fsdp import Spread
 from grpo.model.head import Body, Head, Unsplit, split_head
 from grpo.model.lines import Lines, Unpacked, at_rows, check_lines, line_hidden
@@ -64,7 +64,7 @@ class Policy:
         self.gradient_checkpointing = gradient_checkpointing
         self.vault, self.logits = vault, LOGITS[on_gpu()]
         self.spread: Spread | None = None
-        self._checkpoint_of: CheckpointOf = always(mx.checkpoint)
+        self._checkpoint_of: CheckpointOf = PLAIN
         self.slow: list[str] = []
         self.split: tuple[Body, Head] | None = None
         try:
@@ -199,12 +199,15 @@ class Policy:
             self.spread.begin()
         if self.vault is not None:
             self.vault.begin()
-            self._checkpoint_of = always(keeping_in(self.vault))  # elsewhere there is no backward pass to give anything back to
+            # Elsewhere there is no backward pass to give anything back to.
+            self._checkpoint_of = always(keeping_in(self.vault))
         try:
             yield
         finally:
             self.model.train(former)
-            self._checkpoint_of = always(mx.checkpoint)
+            if self.spread is not None:
+                self.spread.begin()
+            self._checkpoint_of = PLAIN
 
     @property
     def vocabulary(self) -> int:

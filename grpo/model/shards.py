@@ -75,6 +75,10 @@ class Shards:
             joined[path] = array if axis is None or not array.ndim else self.ranks.join(array, axis)
         return joined
 
+    def outlines(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Arrays of the shapes and dtypes of the whole arrays, never to be computed."""
+        return {path: mx.zeros(self.shape(path, array), array.dtype) for path, array in arrays.items()}
+
     def part(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """This process's parts of whole arrays."""
         return {path: self.part_of(path, array) for path, array in arrays.items()}

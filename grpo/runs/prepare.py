@@ -23,6 +23,7 @@ from grpo.evaluation.evaluator import Evaluator
 from grpo.generation.controller import speculation_of
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
+from grpo.model.fsdp import Spread
 from grpo.model.load import head_note, load
 from grpo.model.mlxlm import TokenizerWrapper
 from grpo.model.offloading import vault_of
@@ -55,6 +56,10 @@ from grpo.types import Task
 UNTIMED = (
     "speculation: off, because rollout.speculate: auto goes by the times of steps, and processes that hold a model "
     "together must all do the same"
+)
+SPREAD = (
+    "model.shard: fsdp: {} processes spread the weights among them during an update, and have the whole while they "
+    "sample and evaluate. Memory is what one of them has"
 )
 PEEK = 64
 """Prompts from the start of the data that the check of decoding against training is made on."""
@@ -89,8 +94,10 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepare
     setup()
     ranks = Ranks.launched()
     limit_memory(ranks.checked(lambda: None if cfg.memory.limit_gb is None else allowed(cfg.memory.limit_gb)))
-    if cfg.model.shard is not None:
+    if cfg.model.shard == "tensor":
         ranks = ranks.divided(cfg.model.shard_size)
+    elif cfg.model.shard == "fsdp":
+        ranks.spread = ranks.divided(cfg.model.shard_size)
     ranks.expect(max((one.most_seconds for one in cfg.conversations.values()), default=0.0))
     if cfg.rollout.prompts_per_step < ranks.size:
         raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
@@ -184,6 +191,8 @@ def _untimed(rollout: RolloutConfig, ranks: Ranks) -> RolloutConfig:
 def _on_shards(ranks: Ranks, rollout: RolloutConfig) -> list[str]:
     """How the model is divided, and what that switches off. Nothing where each process has the whole."""
     size, groups = ranks.shard.size, ranks.size
+    if ranks.spread is not None:
+        return [SPREAD.format(ranks.spread.shard.size)]
     if size == 1:
         return []
     among = f", {groups} times; the prompts of a step are shared out among these" if groups > 1 else ""
@@ -215,7 +224,10 @@ def _policy(cfg: Recipe, model: nn.Module, ranks: Ranks) -> Policy:
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference, ranks.shard)
     check_divided(model, ranks.shard)
     vault = vault_of(cfg.optim.offload_activations)
-    return Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts, vault=vault)
+    policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts, vault=vault)
+    if (spread := ranks.spread) is not None:
+        policy.spread = Spread(model, adapters, policy.split and policy.split[1], spread.shard, spread)
+    return policy
 
 
 def _graders(scorer: Scorer, policy: Policy, tokenizer: TokenizerWrapper) -> Graders:

@@ -97,11 +97,12 @@ class Gradients:
             return []
         numbers = self.ranks.gather(len(batches))
         given = list(batches[-1:])
-        if not all(numbers) and any(numbers):  # the first process has as many as any
-            arrays = {name: np.array(array) for name, array in batches[0].arrays().items()} if self.ranks.rank == 0 else {}
-            (arrays, *_) = self.ranks.gather(arrays)
+        if not all(numbers) and any(numbers):
+            first = batches[0].arrays() if self.ranks.rank == 0 else {}  # which has as many as any
+            arrays = self.ranks.gather({name: np.array(array) for name, array in first.items()})[0]
             given = given or [Batch.of({name: mx.array(array) for name, array in arrays.items()})]
-        return given * (max(numbers) - len(batches))
+        missing: int = max(numbers) - len(batches)
+        return given * missing
 
     def _pass_idly(self, total: list[Any], batches: Sequence[Batch]) -> None:
         """Let batches go through the model for nothing, but to take part in the sums of the others' gradients."""
@@ -129,7 +130,7 @@ class Gradients:
         inputs = [(batch.arrays(), key) for batch, key in zip(batches, keys, strict=True)]
         tokens = max((tokens_of(arrays) for arrays, _ in inputs), default=0)
         # A user's own loss may read arrays that are not computed yet, which two lanes must not both compute.
-        alone = self.alone or self.custom is not None or self.policy.is_spread
+        alone = self.alone or self.custom is not None
         number = 1 if alone else update_lanes(self.policy.model, tokens, len(batches), self.ranks)
         if number == 1:
             for batch, (arrays, key) in zip(batches, inputs, strict=True):

@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 SUMMED = 2**18
 """Numbers of small gradients, at most, that are copied together to be summed at once."""
+ROW = 512
+"""Squares that are summed by themselves first: on a CPU MLX adds one number after the other, and the sum of 200,000
+squares was off by 2e-4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +202,11 @@ def _squares(gradients: dict[str, mx.array]) -> mx.array:
     """The sum of all squares, float32, a few arrays at a time."""
     total = mx.array(0.0)
     for paths in grouped(gradients, SUMMED):
-        together = mx.concatenate([gradients[path].reshape(-1) for path in paths])  # one sum, not one an array
-        total = total + together.square().sum()
+        flat = [gradients[path].reshape(-1) for path in paths]
+        if missing := -sum(array.size for array in flat) % ROW:
+            flat.append(mx.zeros(missing))
+        together = mx.concatenate(flat) if len(flat) > 1 else flat[0]  # one sum, not one an array
+        total = total + together.square().reshape(-1, ROW).sum(axis=1).sum()
         mx.eval(total)
     return total
 
@@ -208,10 +214,13 @@ def _squares(gradients: dict[str, mx.array]) -> mx.array:
 def bytes_of_a_norm(parameters: Any) -> int:
     """What the norm of a gradient of these parameters holds beside the gradient: copies of some arrays, and squares."""
     sizes: dict[str, mx.array] = tree_flatten(parameters, destination={})
-    groups = grouped(sizes, SUMMED)
-    return max(
-        (4 * sum(sizes[path].size for path in paths) * (1 if len(paths) == 1 else 2) for paths in groups), default=0
-    )
+    groups = [[sizes[path] for path in paths] for paths in grouped(sizes, SUMMED)]
+    return max((4 * sum(a.size for a in arrays) * (1 if _is_whole_rows(arrays) else 2) for arrays in groups), default=0)
+
+
+def _is_whole_rows(arrays: Sequence[mx.array]) -> bool:
+    """Whether they are summed without a copy."""
+    return len(arrays) == 1 and arrays[0].size % ROW == 0
 
 
 def _together(updates: Sequence[Update]) -> Update:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, compress, pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -216,11 +216,6 @@ class Failure:
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.error}"
-
-
-Progress = Callable[[str, int, int], None]
-"""Progress callback `(phase, done, total)`. `rollout` and `evaluation` count tokens (`total` is an upper bound),
-`reward` counts completions, and `update` counts micro-batches."""
 
 
 @dataclass(frozen=True, slots=True)

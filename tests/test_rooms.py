@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grpo"
 
 ROOMS = [
-    "errors alarm step types presets config document mistakes overrides recipes plugins trl backend",
+    "errors alarm progress step types presets config document mistakes overrides recipes plugins trl backend",
     "processes",
     "builtin",
     "model",

@@ -56,9 +56,9 @@ def overfitting(past: PastSteps, metrics: EvalMetrics, terms: AlarmTerms) -> Sig
     return Sign(
         f"the reward rose from {fmean(before):.3f} to {fmean(now):.3f} while eval/{name} fell from {best.value:.3f} "
         f"(step {best.step}) to {metrics.values[name]:.3f}",
-        "The model learns what the reward counts and not the task, or the training prompts by heart. Read completions "
-        f"with a high reward: is their answer right? Then mend the reward, take more prompts, or {terms.slower}. The "
-        "best checkpoint is kept (grpo export RUN --checkpoint best).",
+        "The model games the reward, or memorizes the training prompts. Read completions with a high reward: if their "
+        f"answers are wrong, fix the reward. If not, use more prompts, or {terms.slower}. grpo keeps the best "
+        "checkpoint (grpo export RUN --checkpoint best).",
     )
 
 

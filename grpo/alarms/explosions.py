@@ -21,8 +21,8 @@ def kl(_: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
     if most is None or value is None or value <= most:
         return None
     return Sign(
-        f"the KL from the reference is {value:.3g} nats a token: the policy is far from where it began",
-        f"Read the last completions; if they are broken, go back to an earlier checkpoint and {terms.slower}.",
+        f"the KL from the reference is {value:.3g} nats per token: the policy is far from the model it started from",
+        f"Read the last completions. If they are broken, go back to an earlier checkpoint and {terms.slower}.",
     )
 
 
@@ -31,20 +31,20 @@ def gradient(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign |
     most, skipped = terms.alarms.grad_norm, metrics.values.get("skipped_updates", 0.0)
     if most is None:
         return None
-    advice = f"Look at grad_norm and at the last completions, and {terms.slower}, or optim.warmup_steps."
+    advice = f"Look at grad_norm and at the last completions. To fix it, {terms.slower}, or set optim.warmup_steps."
     if skipped:
         updates = "an update was" if skipped == 1 else f"{skipped:.0f} updates were"
         return Sign(
-            f"{updates} skipped, because loss or gradient was not finite",
-            f"not_finite/ in the run's folder has what led to it. {advice} model.dtype: float32 has more range.",
+            f"{updates} skipped because the loss or the gradient was not finite",
+            f"The folder not_finite/ of the run has the batches. {advice} model.dtype: float32 has more range.",
         )
     norms = [norm for norm in past.last("grad_norm", LATEST + BEFORE) if norm > 0]
     now, before = norms[-LATEST:], norms[:-LATEST]
     if len(before) < ENOUGH or (times := median(now) / median(before)) <= most:
         return None
     return Sign(
-        f"the gradient's norm is {median(now):.3g}, {times:.0f} times the median of the {len(before)} steps before",
-        f"It is scaled down to optim.max_grad_norm, and what it points to may be noise. {advice}",
+        f"the gradient's norm is {median(now):.3g}, {times:.0f} times its median over the {len(before)} steps before",
+        f"grpo scales it down to optim.max_grad_norm, but its direction may be noise. {advice}",
     )
 
 
@@ -59,8 +59,9 @@ def entropy(past: PastSteps, _: StepMetrics, terms: AlarmTerms) -> Sign | None:
     if now >= least * start or equal <= MOSTLY or solved >= MOSTLY * equal:
         return None
     return Sign(
-        f"entropy collapsed to {now:.2g} nats a token, {now / start:.0%} of what it was in the first steps, while "
-        f"{equal - solved:.0%} of the prompts are unsolved and have only equal answers: the model tries nothing new",
-        f"Look at the completions of one prompt. Raise loss.epsilon_high or loss.entropy_coef, or {terms.slower}; a "
-        "higher rollout.temperature brings variety back for a while. If no answer could be better, the run is done.",
+        f"entropy collapsed to {now:.2g} nats per token, {now / start:.0%} of its value in the first steps, while for "
+        f"{equal - solved:.0%} of the prompts all completions get the same reward and are not solved",
+        f"Compare the completions of one prompt: the model no longer explores. Raise loss.epsilon_high or "
+        f"loss.entropy_coef, or {terms.slower}. A higher rollout.temperature restores variety for a while. If this "
+        "reward is the highest possible, the run is done.",
     )

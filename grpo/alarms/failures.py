@@ -30,10 +30,13 @@ def failed_rewards(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> 
         return None
     over = f"of the last {len(recent)} steps" if len(recent) > 1 else "of this step"
     said = "; ".join(f"{reward!r} failed on {_kinds(kinds)}" for reward, kinds in failing.items())
+    own = not failing.keys() - set(terms.environments)
+    trial = "" if own else ", and try the reward on the run's completions (grpo rewards score)"
+    setting = "environment.timeout" if own else "the timeout of this entry of rewards"
     return Sign(
         f"{said} of the completions {over}{_first_error(metrics, failing)}",
-        "Such a completion has no reward and nothing is learned from it. Look at the error in the run's completions, "
-        "and try the reward on them (grpo rewards score); where it takes too long, raise rewards.0.timeout.",
+        f"A completion without a reward is left out of training. Look at the error{trial}. If it only needs more time, "
+        f"raise {setting}.",
     )
 
 
@@ -48,9 +51,8 @@ def failed_calls(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Si
     if failed <= most * calls or (lately is not None and lately <= most):
         return None
     return Sign(
-        f"{failed:,} of {calls:,} calls of tools failed, the first of them of {first[0]!r}: {_shortened(first[1])}",
-        "The model is shown such errors as results, and goes on. If the tool should not fail so, stop the run and "
-        "mend it.",
+        f"{failed:,} of {calls:,} tool calls failed, the first in {first[0]!r}: {_shortened(first[1])}",
+        "The model reads these errors as results, and continues. If the tool should not fail, stop the run and fix it.",
     )
 
 

@@ -17,13 +17,13 @@ def truncation(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign
     if most is None or cut is None or cut <= most:
         return None
     added = any(not all(one.trajectory.trained) for group in metrics.groups for one in group.rollouts)
-    room = " (tokens that the environment adds take up room, too)" if added else ""
+    room = " (which includes tokens that the environment adds)" if added else ""
     over = f" in the last {FEW} steps" if len(past.recent) >= FEW else ""
     return Sign(
-        f"{cut:.0%} of the completions{over} were cut off at rollout.max_completion_length "
-        f"({terms.rollout.max_completion_length:,} tokens){room}, mostly before their answer",
-        "Raise it, or ask for shorter answers in the prompt; a model that repeats itself is ended earlier by "
-        "rollout.max_repeats.",
+        f"{cut:.0%} of the completions{over} were truncated at rollout.max_completion_length "
+        f"({terms.rollout.max_completion_length:,} tokens){room}, most of them before their answer",
+        "Raise it, or ask for shorter answers in the prompt. rollout.max_repeats ends completions that repeat "
+        "themselves earlier.",
     )
 
 
@@ -41,8 +41,9 @@ def length(past: PastSteps, _: StepMetrics, terms: AlarmTerms) -> Sign | None:
     first, last = past.first[0], past.recent[-1]
     longer, name = ("longer" if r > 0 else "shorter"), "completions/mean_length"
     return Sign(
-        f"the reward follows length alone: among a prompt's completions their correlation was {r:.2f} in the last "
-        f"{STEPS} steps ({longer} is better; the mean length went from {first[name]:.0f} to {last[name]:.0f} tokens)",
-        "Read the completions with the highest reward: if they are no better, only "
-        f"{longer}, let the reward look at the answer, or lower the weight of the reward that counts length.",
+        f"the reward follows length alone: within prompts, the correlation of reward and length was {r:.2f} over the "
+        f"last {STEPS} steps ({longer} is better; the mean length went from {first[name]:.0f} to "
+        f"{last[name]:.0f} tokens)",
+        f"Read the completions with the highest reward. If they are only {longer} and no better, make the reward "
+        "check the answer, or lower the weight of the reward that counts length.",
     )

@@ -20,7 +20,7 @@ def sampler(_: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | Non
     return Sign(
         terms.explained.said(gap),
         "Decoding may drift away from the model that trains: watch sampling/sampling_logp_difference/mean. "
-        f"{terms.explained.remedy} The run stops at optim.max_logp_difference.",
+        f"{terms.explained.remedy} optim.max_logp_difference sets when the run stops.",
     )
 
 
@@ -31,10 +31,10 @@ def ratios(past: PastSteps, _: StepMetrics, terms: AlarmTerms) -> Sign | None:
         return None
     rollout = terms.rollout
     filters = [name for name in ("top_k", "top_p", "min_p", "repetition_penalty", "kv_bits") if name in rollout.changed]
-    ways = f"Milder {', '.join(f'rollout.{name}' for name in filters)} would bring them together. " if filters else ""
+    ways = f"A weaker {', '.join(f'rollout.{name}' for name in filters)} makes them more even. " if filters else ""
     return Sign(
-        f"the probabilities of sampler and trainer are apart: over the last {STEPS} steps the sampled tokens were "
-        f"worth {size:.0%} of their number (sampling/effective_sample_size)",
-        f"{ways}Look at sampling/importance_sampling_ratio/max; loss.importance_sampling_correction: token_truncate "
+        f"the importance ratios of trainer and sampler are uneven: sampling/effective_sample_size was {size:.2f} over "
+        f"the last {STEPS} steps, so a few tokens dominate the correction",
+        f"{ways}Look at sampling/importance_sampling_ratio/max. loss.importance_sampling_correction: token_truncate "
         "bounds the ratios.",
     )

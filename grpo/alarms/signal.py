@@ -36,14 +36,14 @@ def equal_rewards(past: PastSteps, metrics: StepMetrics, _: AlarmTerms) -> Sign 
     if any(rollout.has_advantage for group in metrics.groups for rollout in group.rollouts):
         return None  # of turns, or by a penalty
     return Sign(
-        f"in no group do the rewards differ (their mean is {values['reward']:.3g}), so nothing was learned",
-        f"{mostly_cut(metrics.groups).strip()} If that goes on, the prompts are too hard or too easy, or the reward "
+        f"no group has different rewards (their mean is {values['reward']:.3g}), so nothing was learned",
+        f"{mostly_cut(metrics.groups).strip()} If this continues, the prompts are too hard or too easy, or the reward "
         f"does not see the answers; {SAMPLE_MORE}.".strip(),
     )
 
 
 def no_signal(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
-    """So many steps in a row had nothing to learn from, and not because everything is solved."""
+    """N steps in a row had no signal, and not because the prompts are solved."""
     steps = terms.alarms.without_signal
     counts = past.last("steps_without_signal", len(past.recent))
     if steps is None or len(counts) < steps or metrics.values["steps_without_signal"] < steps:
@@ -56,9 +56,8 @@ def no_signal(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign 
     reward = past.mean("reward", steps)
     mean = "" if reward is None else f" (the mean reward is {reward:.3g})"
     return Sign(
-        f"{steps} steps in a row had nothing to learn from: in no group did the rewards differ{mean}, and the weights "
-        "stay as they are",
-        "Read the completions, and try the reward on them (grpo rewards test, grpo rewards score). Take prompts that "
+        f"{steps} steps in a row had no signal: no group has different rewards{mean}, so the weights do not change",
+        "Read the completions, and try the reward on them (grpo rewards test, grpo rewards score). Use prompts that "
         f"are neither too hard nor too easy (data.curriculum, rollout.dynamic_sampling); {SAMPLE_MORE}.",
     )
 

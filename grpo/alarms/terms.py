@@ -9,7 +9,7 @@ from typing import NamedTuple
 from grpo.config import AlarmsConfig, LossConfig, OptimConfig, RolloutConfig
 from grpo.training.gap import Explained
 
-HELD = "hold the model to its start with loss.beta: 0.01"
+HELD = "keep the policy near its start with loss.beta: 0.01"
 
 
 @dataclass(frozen=True, slots=True)

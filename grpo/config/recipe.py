@@ -24,7 +24,7 @@ from grpo.presets import Baseline
 
 
 def _off(given: Any) -> Any:
-    """YAML reads the word `off` as false; so it is meant where Python writes it."""
+    """None for `off`, which YAML reads as false."""
     return None if given is False or given == "off" else given
 
 
@@ -75,7 +75,7 @@ class Recipe(Section):
     log: LogConfig = LogConfig()
     """Where a run is written to, beside its folder."""
     alarms: Annotated[AlarmsConfig | None, BeforeValidator(_off)] = AlarmsConfig()
-    """From where on a run is said to go wrong. `off`: nothing is said."""
+    """When the run reports that it is going wrong, once for each kind of alarm. `off`: never."""
 
     @model_validator(mode="after")
     def _someone_scores(self) -> Recipe:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.nn as nn
 
@@ -81,6 +82,13 @@ class Prepared:
     opened: ExitStack
 
 
+class _Who(NamedTuple):
+    """The processes of a run, and what this one does, where they do not all do the same."""
+
+    ranks: Ranks
+    roles: Roles | None
+
+
 def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True, alone: bool = False) -> Prepared:
     """Resolve rewards, data and model, and make them into a trainer. Writes nothing.
 
@@ -114,22 +122,16 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True, alone: boo
         scorer = Scorer.of(cfg.rewards, steps, system, given.functions, hosts, applies)
         opened.callback(scorer.close)
         check_sources_rewarded(list(cfg.data.parts), scorer, taught=cfg.teacher is not None)
-        prepared = _prepared(cfg, given, ranks, roles, partners, scorer, opened, trains)
+        prepared = _prepared(cfg, given, _Who(ranks, roles), partners, scorer, opened, trains)
         taught = [cfg.teacher.describe()] if cfg.teacher and trains else []
         return replace(prepared, notes=[*taught, *prepared.notes, *rewarding])
 
 
 def _prepared(
-    cfg: Recipe,
-    given: Given,
-    ranks: Ranks,
-    roles: Roles | None,
-    partners: Partners,
-    scorer: Scorer,
-    opened: ExitStack,
-    trains: bool,
+    cfg: Recipe, given: Given, who: _Who, partners: Partners, scorer: Scorer, opened: ExitStack, trains: bool
 ) -> Prepared:
     """The rest of `prepare`. What is `opened` stays open, and is the result's."""
+    ranks, roles = who
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
     named = data_of(cfg)
     local = {name: given.rows(name, data) for name, data in named.items() if given.is_local(name, data)}
@@ -171,24 +173,28 @@ def _prepared(
     lesson = _needs(teacher, model)
     graders = _graders(scorer, policy, tokenizer)
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson, graders)
-    plan, optim = ranks.checked(planner.plan)
-    needs = ranks.everyone.gather(plan.total)
-    plan, optim = _together(ranks, policy, plan, optim, roles.trainers if roles else None)
+    plan, optim, of_roles = _planned(planner, ranks, roles)
     cfg = with_settings(cfg, {"optim": optim})
     decode_as_planned(generator, plan)
     parts = cfg, policy, source, engine, scorer, custom_loss
     trainer = ApartTrainer(roles, *parts) if roles else Trainer(*parts, ranks, teacher)
     trainer.update.gradients.alone = plan.alone
     prompts = [note for feed, known in zip(feeds, lengths, strict=True) for note in feed.notes(known, partners)]
-    head = filter(None, [positions, head_note(model, cfg.model)])
-    notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
+    prompts += filter(None, [held_out.null_prompts() if held_out else None])
+    notes = [*talk, *prompts, *filter(None, [positions]), *_notes(trainer, teacher)]
+    notes += [*_on_shards(ranks, cfg.rollout), *of_roles]
+    notes += [] if roles else _by_ticket(ranks, cfg.rollout, plan.slots)
+    return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+
+
+def _notes(trainer: Trainer, teacher: Teacher | None) -> list[str]:
+    """What to say of decoding, the model and the update."""
+    cfg, engine, policy = trainer.cfg, trainer.engine, trainer.policy
+    notes = [*engine.generator.describe(), *filter(None, [head_note(policy.model, cfg.model)]), *policy.notes]
     notes += [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     notes += notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)
-    notes += filter(None, [held_out.null_prompts() if held_out else None])
-    notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
-    notes += [] if teacher is None else teacher.notes
-    notes += [*_on_shards(ranks, cfg.rollout), *_on_roles(roles, needs)]
-    return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+    notes += filter(None, [layers_note(cfg.optim, len(policy.model.layers)), trainer.update.optimizer.note])
+    return notes if teacher is None else [*notes, *teacher.notes]
 
 
 def _roles(cfg: RanksConfig | None, ranks: Ranks, alone: bool) -> Roles | None:
@@ -234,6 +240,18 @@ def _on_shards(ranks: Ranks, rollout: RolloutConfig) -> list[str]:
     together = f"model.shard: tensor: {size} processes hold one model together{among}"
     off = [UNTIMED] if rollout.speculate == "auto" else []
     return [f"{together}. Parameters and memory are what one of them has", *off]
+
+
+def _by_ticket(ranks: Ranks, rollout: RolloutConfig, slots: int) -> list[str]:
+    """That processes take prompts as they become free. Nothing where each has slots for its share (`Deal`)."""
+    begin = max(1, slots // rollout.num_generations)
+    if ranks.size == 1 or ranks.watch is None or begin * ranks.size >= rollout.prompts_per_step:
+        return []
+    first = "a prompt" if begin == 1 else f"{begin} prompts"
+    return [
+        f"sampling: each of {ranks.size} processes begins with {first}, for which it has slots ({slots}), and takes "
+        "others as rows end"
+    ]
 
 
 def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
@@ -294,6 +312,14 @@ def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:
     """Tokens of the longest prompt that is sampled from, where training has prompts of `trained` at most."""
     held_out = evaluator.tasks if evaluator else ()
     return max([trained, *(len(task.prompt_ids) for task in held_out)])
+
+
+def _planned(planner: Planner, ranks: Ranks, roles: Roles | None) -> tuple[Plan, OptimConfig, list[str]]:
+    """The plan of all processes, and what to say of those that sample or train alone."""
+    plan, optim = ranks.checked(planner.plan)
+    needs = ranks.everyone.gather(plan.total)
+    plan, optim = _together(ranks, planner.policy, plan, optim, roles.trainers if roles else None)
+    return plan, optim, _on_roles(roles, needs)
 
 
 def _together(

@@ -19,6 +19,7 @@ from grpo.config.sources import TAKEN
 from grpo.environments.seats import Host
 from grpo.errors import RunError, UserError
 from grpo.plugins import Function, Located, locate_reward
+from grpo.progress import Progress
 from grpo.scoring.applying import ALL, Applying
 from grpo.scoring.contract import Answer
 from grpo.scoring.grader import Inline, Isolated, ScoringRequest, make_grader
@@ -30,7 +31,7 @@ from grpo.scoring.own import OwnTerms, own_answers, rewarding_steps, terms_of, w
 from grpo.scoring.records import ConversationRecord, Placed, RewardRecord, failures_by_kind
 from grpo.scoring.session import Grader, Scoring, columns_of, request_of
 from grpo.scoring.text import counted, last_said
-from grpo.types import Failure, FailureKind, Group, Progress, Rollout, Task
+from grpo.types import Failure, FailureKind, Group, Rollout, Task
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from grpo.backend.imports import extra
 from grpo.config import LogConfig, Recipe
 from grpo.errors import UserError
 from grpo.plugins import Function, find_function
+from grpo.progress import Progress, RowCounts
 from grpo.runs.loop import Log
 from grpo.runs.state import RunState
 from grpo.telemetry.console import ConsoleLogger
@@ -26,7 +27,7 @@ from grpo.telemetry.progress import NowFile
 from grpo.telemetry.tensorboard import TensorboardLogger
 from grpo.telemetry.trackio import TrackioLogger
 from grpo.telemetry.weights_and_biases import WandbLogger
-from grpo.types import EvalMetrics, Progress, StepMetrics
+from grpo.types import EvalMetrics, StepMetrics
 
 warn = logging.getLogger(__name__).warning
 
@@ -100,9 +101,9 @@ def open_loggers(
     now, shown = NowFile(folder), _Guarded("progress on the terminal", lambda args: terminal.progress(*args))
     stack.callback(now.close)
 
-    def progress(phase: str, done: int, total: int) -> None:
-        shown.log((phase, done, total))
-        now.progress(phase, done, total)
+    def progress(phase: str, done: int, total: int, rows: RowCounts | None = None, /) -> None:
+        shown.log((phase, done, total, rows))
+        now.progress(phase, done, total, rows)
 
     for teller in watched:
         teller.progress = progress

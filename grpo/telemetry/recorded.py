@@ -132,7 +132,7 @@ def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: ti
             for record in (*new, *(one for one in run.steps if one.step > shown)):
                 logger.log(record)
                 for alarm in record.alarms:
-                    print_wrapped(console, str(alarm))
+                    print_wrapped(console, f"alarm    {alarm}")
             shown = run.step
             if (now := read_now(folder)) is not None:
                 logger.progress(*now)

@@ -26,8 +26,8 @@ def of_first(
     ("values", "said"),
     [
         ({}, []),
-        ({"completions/clipped_ratio": 0.75}, ["75% of the completions were cut off"]),
-        ({"frac_reward_zero_std": 1.0}, ["in no group do the rewards differ (their mean is 0.5)"]),
+        ({"completions/clipped_ratio": 0.75}, ["75% of the completions were truncated"]),
+        ({"frac_reward_zero_std": 1.0}, ["no group has different rewards (their mean is 0.5)"]),
         (
             {"reward": None, "frac_reward_zero_std": 1.0},
             ["nothing was learned. exact returned None for each of them. None means"],
@@ -69,7 +69,7 @@ def test_tokens_of_an_environment_take_room_too() -> None:
         group = Group(Task(0, "", (), {}), (Rollout(Trajectory((5, 6), trained, {}, "", "length")),))
         metrics = StepMetrics(1, FINE | {"completions/clipped_ratio": 0.75}, (group,))
         said += of_first(metrics, WEIGHTS)
-    assert ["tokens that the environment adds take up room, too" in line for line in said] == [False, True]
+    assert ["which includes tokens that the environment adds" in line for line in said] == [False, True]
 
 
 def test_only_rewards_that_are_learned_from_are_named() -> None:
@@ -133,8 +133,8 @@ def called(failed: int, *results: str) -> Rollout:
 @pytest.mark.parametrize(
     ("talks", "said"),
     [
-        ([called(2, "{'error': 'division by zero'}", "{'error': \"no 'hat'\"}"), called(0, "7")], "2 of 3 calls"),
-        ([called(0, "{'error': 'itself'}"), called(2, *["{'error': 'division by zero'}"] * 2)], "2 of 3 calls"),
+        ([called(2, "{'error': 'division by zero'}", "{'error': \"no 'hat'\"}"), called(0, "7")], "2 of 3"),
+        ([called(0, "{'error': 'itself'}"), called(2, *["{'error': 'division by zero'}"] * 2)], "2 of 3"),
         ([called(1, "7", "{'error': 'division by zero'}")], None),  # half of them
         ([called(0, "{'error': 'what the tool itself says'}")], None),
         ([talk(outcome=1.0)], None),
@@ -145,4 +145,4 @@ def test_tools_that_fail_in_most_calls_are_named_with_their_first_error(talks: l
     if said is None:
         assert not lines
     else:
-        assert f"step 1: {said} of tools failed, the first of them of 'price': division by zero. The" in lines[0]
+        assert f"step 1: {said} tool calls failed, the first in 'price': division by zero. The" in lines[0]

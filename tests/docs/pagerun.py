@@ -4,6 +4,7 @@
 - In a `console` block each line that starts with `$ ` is a command. The lines below it are what it prints. `...` stands
   for lines left out, and a line that ends in `...` is only the start of a line.
 - A `python` block without a title runs in this process; all such blocks of a page share their names.
+- A `pycon` block runs as a doctest, with the same names.
 - Other blocks are not run.
 
 An HTML comment above a block changes that:
@@ -21,6 +22,7 @@ The toy models of the tests are worse than those of the pages, so numbers are co
 from __future__ import annotations
 
 import contextlib
+import doctest
 import io
 import re
 import shlex
@@ -33,7 +35,8 @@ from typing import Any
 
 PAGES = Path(__file__).parents[2] / "docs" / "pages"
 FENCE = re.compile(
-    r"(?:<!-- test: (?P<note>[^\n]*) -->\n+)?^(?P<indent> *)```(?P<language>\w*)(?P<rest>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$",
+    r"(?:<!-- test: (?P<note>[^\n]*) -->\n+)?"
+    r"^(?P<indent> *)```(?P<language>\w*)(?P<rest>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$",
     re.DOTALL | re.MULTILINE,
 )
 Run = Callable[..., Any]
@@ -68,7 +71,7 @@ def blocks(page: str) -> list[Block]:
 def commands(body: str) -> Iterator[tuple[str, list[str]]]:
     """Each command of a console block with the lines that it prints. A backslash continues a command."""
     command, printed = "", []
-    for line in re.sub(r"\\\n> ?", "", body).splitlines():
+    for line in re.sub(r"\\\n *", "", body).splitlines():
         if line.startswith("$ "):
             if command:
                 yield command, printed
@@ -95,10 +98,20 @@ def run_page(page: str, run_cli: Run) -> int:
             run_console(block, run_cli)
         elif block.language == "python":
             exec(compile(block.body, f"<{page}>", "exec"), space)
+        elif block.language == "pycon":
+            run_doctest(block.body, page, space)
         else:
             continue
         ran += 1
     return ran
+
+
+def run_doctest(body: str, page: str, space: dict[str, Any]) -> None:
+    test = doctest.DocTestParser().get_doctest(body, space, page, page, 0)
+    told: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=told.append, clear_globs=False)
+    space |= test.globs
+    assert result.failed == 0, "".join(told)
 
 
 def run_console(block: Block, run_cli: Run) -> None:

@@ -1,4 +1,4 @@
-"""Every tutorial of the manual runs as it is written."""
+"""Every tutorial of the manual, and every example of its concepts, runs as it is written."""
 
 from pathlib import Path
 
@@ -8,7 +8,14 @@ from docs.pagerun import PAGES, blocks, commands, is_among, run_page
 from grpo.builtin import models
 from grpo.builtin.student import Student
 
-TUTORIALS = sorted(f"tutorials/{path.name}" for path in (PAGES / "tutorials").glob("*.md"))
+TUTORIALS, CONCEPTS = (
+    sorted(f"{folder}/{path.name}" for path in (PAGES / folder).glob("*.md")) for folder in ("tutorials", "concepts")
+)
+GUIDES = ["quickstart.md", "memory.md", "rewards.md"]
+"""Pages that are no tutorials and whose blocks run all the same."""
+QUICK = [f"concepts/{name}.md" for name in ("corrections", "logprobs", "normalizers", "step")]
+QUICK.append("tutorials/debugging.md")
+"""What the default tests run; the other pages take longer."""
 
 
 @pytest.fixture
@@ -21,13 +28,19 @@ def students(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypat
         monkeypatch.setitem(models.MODELS, name, Student(task=settings.task, steps=steps, warmup=1))
 
 
-@pytest.mark.parametrize("page", TUTORIALS)
-def test_a_tutorial_runs(page: str, students: None, run_cli) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [
+        page if page in QUICK else pytest.param(page, marks=pytest.mark.slow)
+        for page in [*TUTORIALS, *CONCEPTS, *GUIDES]
+    ],
+)
+def test_a_page_runs(page: str, students: None, run_cli) -> None:
     assert run_page(page, run_cli) > 0
 
 
 def test_what_is_not_run_has_a_reason() -> None:
-    for page in TUTORIALS:
+    for page in [*TUTORIALS, *CONCEPTS, *GUIDES]:
         for block in blocks(page):
             known = ("with ", "output varies", "continues", "not run: ")
             assert not block.note or block.note.startswith(known), (page, block.note)

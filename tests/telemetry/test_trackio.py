@@ -32,7 +32,7 @@ def test_every_number_and_alarm_is_sent_and_a_resumed_run_goes_on(recipe, run_cl
     assert [step for kind, step, *rest in sent[1:-1] if kind == "log" and "eval/greedy" in rest[0]] == [0, 2]
     (alert,) = [one for one in sent if one[0] == "alert" and one[2].startswith("equal_rewards")]
     assert alert[1:3] == (1, "equal_rewards at step 1")
-    assert alert[3].startswith("step 1: in no group do the rewards differ")
+    assert alert[3].startswith("step 1: no group has different rewards")
     sent.clear()
     run_cli("train", recipe, *TWO_STEPS, "optim.steps=3", "--resume-changed", "log.trackio.name=other")
     assert sent[0] == ("init", "mine", "other", "g", None, "allow", False)

@@ -46,6 +46,10 @@ def taken(rank: int) -> list[list[int]]:
 def test_one_process_may_take_all_that_is_left(recipe: Path) -> None:
     ran = launch(2, "-c", TAKES, "train", recipe, *MORE, "output_dir=runs/two", GREEDY="1")
     assert "finished after step 2" in ran.stdout, ran.stdout + ran.stderr
+    said = (
+        "sampling: each of 2 processes begins with a prompt, for which it has slots (4), and takes others as rows end"
+    )
+    assert said in ran.stdout
     rollouts = taken(0), taken(1)
     assert [one for one in rollouts[1] if len(one) > 2] == [[1, 2, 3, 4, 5]] * 2
     assert [0] in rollouts[0]
@@ -79,3 +83,42 @@ def test_a_run_that_is_gone_on_with_draws_the_same(recipe: Path) -> None:
     )
     assert "finished after step 4" in ran.stdout, ran.stdout + ran.stderr
     check_alike(Path("runs/two"), Path("runs/on"), range(3, 5))
+
+
+@pytest.mark.slow
+def test_conversations_of_different_lengths_are_those_of_one_process(recipe: Path) -> None:
+    """Their environments live where the prompt was taken, and so do the rewards that look at these."""
+    Path("talk.py").write_text(
+        "from grpo.step import Step\n"
+        "class Asks:\n"
+        "    def reset(self, answer, **row):\n"
+        "        self.left = 1 if int(answer) < 6 else 4\n"
+        "    def step(self, text):\n"
+        "        self.left -= 1\n"
+        "        return Step('Go on.', reward=len(text) % 3, done=self.left == 0)\n"
+        "def reward(completions, environments, **columns):\n"
+        "    return [one.left / 8 for one in environments]\n"
+    )
+    talks = ["environment={use: 'talk.py:Asks', workers: 2}", "rewards=[{use: 'talk.py:reward'}]"]
+    longer = "rollout.max_completion_length=96"
+    settings = [*MORE, *talks, longer, "data.max_prompt_length=64"]
+    run(recipe, *settings, "output_dir=runs/one")
+    for name, greedy in (("second", "1"), ("both", "-1")):
+        ran = launch(2, "-c", TAKES, "train", recipe, *settings, f"output_dir=runs/{name}", GREEDY=greedy, timeout=400)
+        assert "finished after step 2" in ran.stdout, ran.stdout + ran.stderr
+        check_alike(Path("runs/one"), Path(f"runs/{name}"), range(1, 3))
+
+
+@pytest.mark.slow
+def test_processes_that_hold_a_model_together_take_the_same_tickets(recipe: Path) -> None:
+    """Two groups of two."""
+    settings = [*MORE, "optim.steps=1", "rollout.speculate=off"]
+    run(recipe, *settings, "output_dir=runs/one")
+    begin = TAKES.replace("import json, os", "import json, os, standin_groups\nstandin_groups.install()")
+    divided = "model.shard=tensor", "model.shard_size=2", "output_dir=runs/four"
+    ran = launch(4, "-c", begin, "train", recipe, *settings, *divided, timeout=400)
+    assert "finished after step 1" in ran.stdout, ran.stdout + ran.stderr
+    check_alike(Path("runs/one"), Path("runs/four"), range(1, 2))
+    assert taken(0) == taken(1)
+    assert taken(2) == taken(3)
+    assert len(taken(0)[-1]) < 6

@@ -61,7 +61,9 @@ class Browser {
     for (const one of [this.run, this.source]) one.node.hidden = one.select.options.length < 3;
     const chosen = this.chosen && this.entries.find(entry => entry.id === this.chosen.id);
     this.chosen = chosen || null;
+    const side = this.items.parentElement, above = side.scrollTop;
     this.list();
+    side.scrollTop = above;
     if (!this.chosen && this.entries.length) this.choose(this.found[0] || this.entries[0]);
   }
 
@@ -203,6 +205,7 @@ class Browser {
   compared() {
     if (!this.other) return [];
     const parts = difference(this.other.text, this.chosen.text);
+    if (parts.every(([kind]) => kind === "same")) return [el("p", { class: "faint" }, "The two say the same, word for word.")];
     const nodes = parts.map(([kind, text]) => (kind === "same" ? text : el(kind === "gone" ? "del" : "ins", {}, text)));
     return [el("p", { class: "faint" }, "Struck out: only in the other completion. Underlined: only in this one."), el("pre", { class: "answer" }, ...nodes)];
   }
@@ -247,7 +250,7 @@ function tokenNode(token, color, tokens) {
   const node = el("span", { class: token.trained ? "token" : "token untrained" }, token.text);
   if (part) {
     const hue = color === "surprise" ? "--surprise" : part > 0 ? "--better" : "--worse";
-    node.style.background = `color-mix(in srgb, var(${hue}) ${Math.round(Math.abs(part) * 75)}%, transparent)`;
+    node.style.background = `color-mix(in srgb, var(${hue}) ${Math.round(Math.abs(part) * 50)}%, transparent)`;
   }
   const told = [token.surprise === null ? null : `p = ${formatNumber(Math.exp(-token.surprise))}, −log p = ${formatNumber(token.surprise)}`, token.advantage === null ? "not sampled: nothing is learned from it" : `advantage ${formatSigned(token.advantage)}`];
   node.title = told.filter(Boolean).join("\n");

@@ -12,6 +12,7 @@ from grpo.telemetry.page.cards import is_phase
 from grpo.telemetry.recorded import RecordedRun
 
 CURRICULUM = "curriculum/"
+OUTCOMES = ["solved_none", "mixed", "solved_all"]
 
 REWARD, POLICY, COMPLETIONS, COST = "Reward", "Policy", "Completions", "Time and memory"
 
@@ -27,7 +28,7 @@ CURVES = (
         REWARD,
         "Groups with equal rewards",
         ("frac_reward_zero_std",),
-        "fraction of groups whose rewards are all equal: they teach nothing, unless there is a teacher",
+        "fraction of groups whose rewards are all equal: these teach nothing",
     ),
     (POLICY, "Entropy", ("entropy",), "of the policy at the sampling temperature, in nats, mean over tokens"),
     (POLICY, "KL to the reference", ("kl",), "estimate, mean over tokens, in nats"),
@@ -135,6 +136,7 @@ def _families(known: set[str]) -> list[Plot]:
         return {name: name.removeprefix(prefix).removesuffix(suffix) for name in found}
 
     rewards = family("rewards/", "/mean")
+    rewards = rewards if len(rewards) > 1 else {}  # one alone is the reward, but for its weight
     return [
         _plot(REWARD, "Each reward", "mean score of each reward, before weights", "lines", rewards),
         _plot(
@@ -156,42 +158,32 @@ def _families(known: set[str]) -> list[Plot]:
 
 
 def _stacks(runs: Sequence[RecordedRun], known: set[str]) -> list[Plot]:
-    """What steps are made of, a plot for each run: time by phase, ends of conversations, sources, curricula."""
-    outcomes = ["solved_none", "mixed", "solved_all"]
+    """What steps are made of, a plot for each run: outcomes, phases, ends of conversations, sources, pools."""
+    shares = {name for name in _under(known, "sources/") if name.endswith("/share")}
     parts = [
         (
             REWARD,
             "Groups by outcome",
-            "fraction in which no, some, or all completions have reward 1 or more",
-            outcomes,
+            "groups of which no, some, or all completions have reward 1 or more",
+            OUTCOMES,
             "",
         ),
         (COST, "Where the time goes", "seconds of each phase of a step", sorted(filter(is_phase, known)), "time/"),
         (COMPLETIONS, "How conversations end", "fraction of each reason", sorted(_under(known, "stop/")), "stop/"),
-        (
-            "Sources",
-            "Tasks by source",
-            "share of the step's tasks",
-            sorted(_ending(known, "sources/", "/share")),
-            "sources/",
-        ),
+        ("Sources", "Tasks by source", "share of the step's tasks", sorted(shares), "sources/"),
     ]
     plots = []
     for place, run in enumerate(runs):
         own = {name for record in run.steps for name in record.values if record.values[name]}
         for section, title, about, names, prefix in parts:
             series = {name: name.removeprefix(prefix).removesuffix("/share") for name in names if name in own}
-            plots.append(_plot(section, title, about, "stack", series) | {"run": place})
+            plots.append(_plot(section, title, about, "stack", series) | {"run": place, "shades": names is OUTCOMES})
         plots += [plot | {"run": place} for plot in _pools(run)]
     return plots
 
 
 def _under(names: set[str], prefix: str) -> set[str]:
     return {name for name in names if name.startswith(prefix)}
-
-
-def _ending(names: set[str], prefix: str, suffix: str) -> set[str]:
-    return {name for name in _under(names, prefix) if name.endswith(suffix)}
 
 
 def _pools(run: RecordedRun) -> list[Plot]:

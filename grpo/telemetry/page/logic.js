@@ -66,18 +66,18 @@ function stacked(lists) {
   return sums;
 }
 
-/** The hours of training behind each step: the sums of `seconds` along `steps`, as a function of the step. */
+/** The seconds of training behind each step: the sums of `seconds` along `steps`, as a function of the step. */
 function clockOf(steps, seconds, every = 1) {
-  const hours = [];
+  const sums = [];
   let sum = 0;
   seconds.forEach((value, i) => {
-    sum += ((value ?? 0) * (i ? steps[i] - steps[i - 1] : Math.max(1, Math.min(every, steps[0])))) / 3600;
-    hours.push(sum);
+    sum += (value ?? 0) * (i ? steps[i] - steps[i - 1] : Math.min(every, steps[0]));
+    sums.push(sum);
   });
   return step => {
     let i = steps.length - 1;
     while (i >= 0 && steps[i] > step) i -= 1;
-    return i < 0 ? 0 : hours[i];
+    return i < 0 ? 0 : sums[i];
   };
 }
 

@@ -19,6 +19,13 @@ function shownRuns() {
   return state.data.runs.map((run, place) => [run, place]).filter(([run]) => !state.off.has(run.name));
 }
 
+/** Put nodes in the place of what is there; what was opened or closed by hand stays so. */
+function redraw(root, nodes) {
+  const open = new Map([...root.querySelectorAll("details[id]")].map(part => [part.id, part.open]));
+  root.replaceChildren(...nodes);
+  for (const part of root.querySelectorAll("details[id]")) part.open = open.get(part.id) ?? part.open;
+}
+
 function swatch(place) {
   const node = el("span", { class: "swatch block" });
   node.style.setProperty("--swatch", `var(--curve-${place % 8})`);
@@ -98,12 +105,21 @@ function setTheme(name) {
 /* ---- Cards ---- */
 
 function drawSummary() {
-  at("summary").replaceChildren(...shownRuns().map(([run, place]) => {
+  redraw(at("summary"), shownRuns().map(([run, place]) => {
     const cards = [...changeCards(run), timeCard(run), memoryCard(run), phaseCard(run), failureCard(run)];
-    const setup = el("details", { class: "setup" }, el("summary", {}, "What was trained on what"), el("dl", {}, ...run.settings.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)])));
+    const setup = el("details", { class: "setup", id: `setup-${place}` }, el("summary", {}, "What was trained on what"), el("dl", {}, ...run.settings.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)])));
     const head = el("header", {}, state.data.runs.length > 1 ? swatch(place) : null, el("h2", {}, run.name), el("span", { class: `state ${run.state}` }, run.state), el("span", { class: "faint" }, `step ${run.step.toLocaleString("en-US")} of ${run.steps.toLocaleString("en-US")}`));
-    return el("article", { class: "run" }, head, el("div", { class: "cards" }, ...cards.filter(Boolean)), setup);
+    return el("article", { class: "run" }, head, alarmsOf(run), el("div", { class: "cards" }, ...cards.filter(Boolean)), setup);
   }));
+}
+
+/** What went wrong, the newest first; all of it is in the table. */
+function alarmsOf(run) {
+  if (!run.alarms.length) return null;
+  const told = run.alarms.slice(-3).reverse().map(([step, kind, what]) => el("li", {}, el("b", {}, `${kind} at step ${step.toLocaleString("en-US")}`), `: ${what}`));
+  const more = run.alarms.length - told.length;
+  const all = el("li", {}, el("a", { href: "#section-what-went-wrong" }, more ? `${more} more, and what to do` : "what to do"));
+  return el("ul", { class: "alarms", "aria-label": "Alarms" }, ...told, all);
 }
 
 function card(title, big, ...small) {
@@ -186,11 +202,11 @@ function drawTables() {
   const headings = [...new Set(runs.flatMap(run => run.failures.headings))];
   const failures = runs.flatMap(run => run.failures.rows.map(row => named(run, headings.map(heading => row[run.failures.headings.indexOf(heading)] ?? ""))));
   const alarms = runs.flatMap(run => run.alarms.map(([step, ...told]) => named(run, [String(step), ...told])));
-  at("tables").replaceChildren(
+  redraw(at("tables"), [
     ...(alarms.length ? [tableSection("What went wrong", [...first, "step", "alarm", "what happened", "what to do"], alarms, "")] : []),
     tableSection("Evaluation table", [...first, "metric", "first", "last", "prompts", "graded by"], evaluations, "No evaluation is on record: the recipe has no section eval, or none was reached."),
     tableSection("Reward failures", [...first, ...headings], failures, "No reward is on record."),
-  );
+  ]);
 }
 
 function tableSection(title, headings, rows, none) {
@@ -213,7 +229,12 @@ function takeData(fresh) {
   else buildPlots(at("plots"));
   drawHeader();
   showRange();
-  if (fresh.runs.some(run => "completions" in run)) browser.refresh();
+  if (!sameCompletions(old, state.data)) browser.refresh();
+}
+
+function sameCompletions(old, fresh) {
+  const counts = data => data.runs.map(run => [run.name, run.completions && [run.completions.total, run.completions.rows.length]]);
+  return JSON.stringify(counts(old)) === JSON.stringify(counts(fresh));
 }
 
 function sameMetrics(old, fresh) {

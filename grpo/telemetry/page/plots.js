@@ -2,6 +2,8 @@
 
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [12, 5]];
 const HEIGHT = 190, LARGE = 420, FEW = 12;
+const STEP_TICKS = [0, 1, 2, 3, 4, 5, 6].flatMap(power => [1, 2, 5].map(first => first * 10 ** power));
+const TIME_TICKS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, ...[1, 2, 5, 10, 20, 30].map(n => n * 60), ...[1, 2, 5, 10, 20, 50, 100].map(n => n * 3600)];
 const cells = [];
 
 /** A look that the style sheet defines for the mode that is on. */
@@ -17,6 +19,12 @@ function colorOf(place) {
 function shade(part) {
   const [from, to] = [look("--little"), look("--much")].map(hex => [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16)));
   return `rgb(${from.map((value, i) => Math.round(value + part * (to[i] - value))).join(",")})`;
+}
+
+/** The color of a part of a stack on a scale; tasks without a solve rate are outside of it. */
+function shadeOf(series, place) {
+  const rated = series.filter(([metric]) => !metric.endsWith("/unseen"));
+  return place < rated.length ? shade(rated.length > 1 ? place / (rated.length - 1) : 1) : look("--unknown");
 }
 
 function faded(color) {
@@ -66,7 +74,7 @@ function curvesOf(plot) {
       const byRun = several && plot.kind !== "stack";
       curves.push({
         ...own, run, label: parts.join(" · "), metric,
-        color: plot.shades ? (i === plot.series.length - 1 ? look("--unknown") : shade(i / (plot.series.length - 2))) : colorOf(byRun ? place : i),
+        color: plot.shades ? shadeOf(plot.series, i) : colorOf(byRun ? place : i),
         dash: DASHES[byRun ? i % DASHES.length : 0],
         x: alongAxis(run, own.x),
       });
@@ -121,7 +129,8 @@ class Cell {
   isLog() {
     if (this.plot.kind === "stack") return false;
     const wanted = this.log ?? state.log;
-    return wanted && this.curves.some(curve => curve.values.some(value => value > 0));
+    const values = this.curves.flatMap(curve => curve.values);
+    return wanted && values.some(value => value > 0) && values.every(value => value === null || value >= 0);
   }
 
   /** uPlot's table of columns, and how each column is drawn. The first are the x values. */
@@ -173,10 +182,10 @@ class Cell {
         y: { distr: this.isLog() ? 3 : 1, ...(this.isLog() ? {} : { range: (_, low, high) => yRange(low, high, stack) }) },
       },
       axes: [
-        { ...axis, size: 26, gap: 3, ...(state.axis === "step" ? { incrs: [1, 2, 5].flatMap(n => [0, 1, 2, 3, 4, 5, 6].map(e => n * 10 ** e)).sort((a, b) => a - b) } : {}), values: (_, ticks) => ticks.map(tick => (state.axis === "step" ? tick.toLocaleString("en-US") : formatSeconds(tick * 3600))) },
+        { ...axis, size: 26, gap: 3, incrs: state.axis === "step" ? STEP_TICKS : TIME_TICKS, values: (_, ticks) => ticks.map(tick => (state.axis === "step" ? tick.toLocaleString("en-US") : formatSeconds(tick))) },
         { ...axis, size: 54, gap: 3, values: (_, ticks) => ticks.map(tick => (tick === null ? null : formatNumber(tick))) },
       ],
-      cursor: { sync: { key: "grpo", setSeries: false }, drag: { x: true, y: false, setScale: false }, points: { size: 6 } },
+      cursor: { y: false, sync: { key: "grpo", setSeries: false, scales: ["x", null] }, drag: { x: true, y: false, setScale: false }, points: { size: 6 } },
       hooks: {
         setSelect: [chart => {
           const { left, width } = chart.select;
@@ -184,9 +193,30 @@ class Cell {
           chart.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
         }],
         setCursor: [() => this.tellValues()],
+        draw: [chart => this.markAlarms(chart)],
         ready: [chart => chart.over.addEventListener("dblclick", () => zoomTo(null))],
       },
     };
+  }
+
+  /** A broken line at each step with an alarm. */
+  markAlarms(chart) {
+    const { ctx, bbox } = chart;
+    ctx.save();
+    ctx.strokeStyle = look("--bad");
+    ctx.lineWidth = devicePixelRatio;
+    ctx.setLineDash([2 * devicePixelRatio, 4 * devicePixelRatio]);
+    for (const run of new Set(this.curves.map(curve => curve.run))) {
+      for (const x of alongAxis(run, run.alarms.map(([step]) => step))) {
+        const left = chart.valToPos(x, "x", true);
+        if (left < bbox.left || left > bbox.left + bbox.width) continue;
+        ctx.beginPath();
+        ctx.moveTo(left, bbox.top);
+        ctx.lineTo(left, bbox.top + bbox.height);
+        ctx.stroke();
+      }
+    }
+    ctx.restore();
   }
 
   drawLegend() {
@@ -210,7 +240,7 @@ class Cell {
     const at = this.chart.cursor.idx, x = this.chart.data[0];
     const place = at ?? x.length - 1;
     const here = x[place];
-    this.where.textContent = at === null || at === undefined ? "last" : state.axis === "step" ? `step ${here.toLocaleString("en-US")}` : `after ${formatSeconds(here * 3600)}`;
+    this.where.textContent = at === null || at === undefined ? "last" : state.axis === "step" ? `step ${here.toLocaleString("en-US")}` : `after ${formatSeconds(here)}`;
     for (const [curve, node] of this.values) {
       let i = curve.x.length - 1;
       while (i > 0 && curve.x[i] > here) i -= 1;

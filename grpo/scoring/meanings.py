@@ -107,8 +107,15 @@ MEANINGS: dict[str, dict[str, str]] = {
         "`clip_ratio/*` and in a `kl` that is a term of the loss, and in no metric of what was sampled, such as "
         "`reward` or `sampling/*`.",
         "policy_lag/mean": "Training steps between the policy that sampled a completion and the policy that learned "
-        "from it, averaged over completions.",
+        "from it, averaged over completions. Only with `rollout.reuse` or `ranks`.",
         "policy_lag/max": "The largest such lag.",
+    },
+    "Sampling and training apart": {
+        "time/wait_sampler": "Seconds that the trainers waited for the slowest sampler (`ranks`).",
+        "time/wait_trainer": "Seconds that the samplers waited for the slowest trainer.",
+        "time/exchange": "Seconds in which the processes exchanged completions and the policy.",
+        "ranks/sampling": "Share of the step in which samplers worked, averaged over samplers.",
+        "ranks/training": "Share of the step in which trainers worked, averaged over trainers.",
     },
     "Data": {
         "epoch": "How often every row has been visited. Absent with `data.curriculum`, which has no epochs.",

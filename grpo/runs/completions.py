@@ -103,13 +103,15 @@ def read_columns(path: Path, names: Sequence[str]) -> list[tuple[Any, ...]]:
     """Columns of a stored file, a tuple for each completion; None where a file of an earlier version lacks a column.
     Raises UserError for what is not such a file."""
     with _stored(path):
-        known = set(_parquet().read_schema(path).names)
-        rows = _table(path, [name for name in names if name in known]).to_pylist()
-        return [tuple(row.get(name) for name in names) for row in rows]
+        with _parquet().ParquetFile(path) as file:
+            known = set(file.schema_arrow.names)
+            table = file.read([name for name in names if name in known])
+        columns = [table[name].to_pylist() if name in known else [None] * table.num_rows for name in names]
+        return list(zip(*columns, strict=True))
 
 
-def _table(path: Path, columns: Sequence[str] | None = None) -> Any:
-    return _parquet().read_table(path, columns=columns)
+def _table(path: Path) -> Any:
+    return _parquet().read_table(path)
 
 
 def _parquet() -> Any:

@@ -30,10 +30,13 @@ def failed_rewards(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> 
         return None
     over = f"of the last {len(recent)} steps" if len(recent) > 1 else "of this step"
     said = "; ".join(f"{reward!r} failed on {_kinds(kinds)}" for reward, kinds in failing.items())
+    own = not failing.keys() - set(terms.environments)
+    trial = "" if own else ", and try the reward on the run's completions (grpo rewards score)"
+    setting = "environment.timeout" if own else "the timeout of this entry of rewards"
     return Sign(
         f"{said} of the completions {over}{_first_error(metrics, failing)}",
-        "A completion without a reward is left out of training. Look at the error, and try the reward on the run's "
-        "completions (grpo rewards score). If it only needs more time, raise rewards.0.timeout.",
+        f"A completion without a reward is left out of training. Look at the error{trial}. If it only needs more time, "
+        f"raise {setting}.",
     )
 
 

@@ -71,7 +71,7 @@ def test_entropy_collapses_where_answers_are_equal_and_not_right() -> None:
     for fine in (
         entropies(0.041),
         entropies(0.03)[:-1],
-        entropies(0.03, equal=0.5),  # there is something to learn from
+        entropies(0.03, equal=0.5, solved=0.2),  # there is something to learn from
         entropies(0.03, solved=0.4),  # what is equal is mostly right
     ):
         assert kinds(fine) == []
@@ -191,6 +191,19 @@ def test_a_reward_that_rises_while_the_evaluation_falls() -> None:
     assert overfitted((0.3, 0.9), measured(10, 0.8), measured(15, 0.5), measured(20, 0.4)) == [("overfitting", 15)]
     other = terms(metric="pass@4")
     assert overfitted((0.3, 0.9), *fell, known=other) == []
+
+
+def test_the_reward_is_compared_with_that_around_the_best_evaluation() -> None:
+    """It began at 0.9, was 0.3 when the evaluation was best, and rose to 0.6."""
+    known, past = terms(), PastSteps()
+    for number, mean in enumerate([0.9] * 10 + [0.3] * 10 + [0.6] * 10, 1):
+        values = {"reward": mean, "frac_reward_zero_std": 0.0}
+        _, past = after_step(StepMetrics(number, values), past, known)
+        if number in (20, 30):
+            made, past = after_measuring(measured(number, 0.8 if number == 20 else 0.5), past, known)
+    assert made.alarms[0].what.startswith(
+        "the reward rose from 0.300 to 0.600 while eval/avg@4 fell from 0.800 (step 20)"
+    )
 
 
 def test_the_evaluation_before_the_first_step_counts() -> None:

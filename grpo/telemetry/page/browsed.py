@@ -11,7 +11,7 @@ from typing import Any
 from grpo.data.messages import text_of
 from grpo.environments.shown import told
 from grpo.runs.completions import read_columns, read_groups, stored_steps
-from grpo.runs.folder import COMPLETIONS
+from grpo.runs.folder import COMPLETIONS, FAILED
 from grpo.telemetry.page.text import PageJson, counts, number, shortened, size_of, spans_of, surprises
 from grpo.telemetry.recorded import RecordedRun
 from grpo.types import Group, Rollout, Task, Trajectory
@@ -32,7 +32,8 @@ StoredGroup = tuple[Path, int]
 
 
 def browsed(run: RecordedRun, sharing: int = 1) -> PageJson | None:
-    """The completions of a run to read, within its share of the page's bytes; None where none are stored.
+    """The completions of a run to read, within its share of the page's bytes; None where none are stored. Those of a
+    step that a broken reward ended are among them.
 
     stored    steps that are stored
     total     completions in them; those of older groups that a step replayed are counted where they were sampled
@@ -53,7 +54,8 @@ def browsed(run: RecordedRun, sharing: int = 1) -> PageJson | None:
                              see `text.surprises`
         turn_advantages      of each turn of the policy, where turns have their own
     """
-    paths = stored_steps(run.folder / COMPLETIONS)
+    failed = run.folder / FAILED
+    paths = [*stored_steps(run.folder / COMPLETIONS), *([failed] if failed.exists() else [])]
     if not paths:
         return None
     stored = {path: _known(path, path.stat().st_mtime_ns) for path in paths}

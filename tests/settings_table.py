@@ -296,6 +296,7 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("model.revision=main", "model.revision does nothing with builtin:", ("model.name=builtin:arithmetic-student",)),
     ("model.head_dtype=model", "model.head_dtype does nothing with model.dtype: float32", ("model.dtype=float32",)),
     ("model.shard=tensor", "model.shard divides a model among processes, and this is one process", ()),
+    ("model.shard=fsdp", "model.shard divides a model among processes, and this is one process", ()),
     ("model.shard_size=2", "model.shard_size does nothing without model.shard", ()),
     ("ranks.sample=2", "ranks: sample: 2 and train: 1 are 3 processes, and this is one process", APART),
     ("ranks.train=2", "ranks: sample: 1 and train: 2 are 3 processes, and this is one process", APART),

@@ -12,8 +12,9 @@ import pytest
 
 from grpo.config.describe import settings
 from grpo.errors import UserError
+from grpo.plugins import bundled
 from grpo.recipes import load_recipe
-from grpo.trl import answer, answers
+from grpo.trl import FOLDER, PAGE, answer, answers
 
 GRPO_CONFIG = """
 learning_rate model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout cast_lm_head_to_fp32
@@ -72,6 +73,11 @@ KEYS = {one.key for one in settings()}
 @pytest.mark.parametrize("names", [GRPO_CONFIG, GRPO_TRAINER, LORA_CONFIG, TRAINING_ARGUMENTS])
 def test_every_name_is_on_the_page(names: str) -> None:
     assert [name for name in names.split() if answer(name) is None] == []
+
+
+def test_every_field_of_grpo_config_is_written_out() -> None:
+    page = (bundled(FOLDER) / PAGE).read_text(encoding="utf-8")
+    assert [name for name in GRPO_CONFIG.split() if f"`{name}`" not in page] == []
 
 
 def test_a_name_of_nobody_is_not() -> None:

@@ -95,5 +95,6 @@ def test_wheel_outside_the_checkout_finds_recipes_and_rewards(site: Path, tmp_pa
     assert (site / "grpo" / "py.typed").is_file()
     page = "from grpo.telemetry.report import report; print(report([]).count('uPlot') > 1)"
     assert python(page, site, cwd=tmp_path).strip() == "True"  # the page's files are there
+    assert "loss.beta" in python("from grpo.trl import answer; print(answer('beta').keys)", site, cwd=tmp_path)
     said = python("from grpo.backend.versions import requirements as r; print(r()['mlx'], r()['mlx-lm'])", site)
     assert said.split() == ["<0.33,>=0.32.2", "<0.33,>=0.32"]  # both are bounded above, as the doctor reads them

@@ -46,6 +46,9 @@ class Ranks:
 
     neighbours = 1
     watch: Watch | None = None
+    spread: Ranks | None = None
+    """Where these processes spread the weights over them (`model.shard: fsdp`): `divided`, whose `shard` does so, and
+    which are those that have the same parts in other such groups."""
     watching: ClassVar[Watch | None] = None
     """The only one of this machine's process, once it was launched as one of several."""
     _connected: ClassVar[bool] = False
@@ -219,6 +222,8 @@ class Ranks:
             return part
         import mlx.core as mx
 
+        if axis == 0:
+            return self._exchange(lambda: mx.distributed.all_gather(part, group=self.group))
         parts = self._exchange(lambda: mx.distributed.all_gather(part[None], group=self.group))
         return mx.concatenate(list(parts), axis=axis)
 

@@ -33,12 +33,16 @@ class ModelConfig(Section):
     logprobs are up to 0.08 nats off. In `float32` they are exact for the hidden states, which costs passes over a copy
     of the head's matrix, made in pieces of 64 MB (`grpo bench head` measures it); a quantised head costs nothing more.
     `auto`: float32, unless the head cannot be found. A float32 model has nothing to choose."""
-    shard: Literal["tensor"] | None = None
-    """Divide the model among processes, for a base that does not fit on one device: `tensor` gives each of them a part
-    of every large matrix (as Megatron-LM does, arXiv 1909.08053). For LoRA and DoRA, and completions of one turn.
+    shard: Literal["tensor", "fsdp"] | None = None
+    """Divide the model among processes. `tensor` gives each of them a part of every large matrix (as Megatron-LM does,
+    arXiv 1909.08053), for a base that does not fit on one device: for LoRA and DoRA, and completions of one turn.
+    `fsdp` spreads the weights over the processes during the update, and with `adapter.type: full` the gradient and the
+    optimizer's state too (ZeRO-3, arXiv 1910.02054): for an update that does not fit on one device. Each process
+    samples its share of the prompts with the whole weights, which must fit beside the keys and values.
     Default: every process holds the whole model."""
     shard_size: Annotated[int, Field(ge=2, le=MANY)] | None = None
-    """How many processes hold one model together; the step's prompts are shared out among such groups. Default: all."""
+    """How many processes divide one model. With `tensor` the step's prompts are shared out among such groups.
+    Default: all."""
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> ModelConfig:

@@ -260,7 +260,9 @@ class Recipe(Section):
         """Raise ValueError for what a model that is divided among processes does not do."""
         if self.teacher is not None and self.teacher.model is not None and self.teacher.model.shard is not None:
             raise ValueError("teacher.model.shard: every process has the whole of a teacher: leave it out")
-        if self.model.shard is None:
+        if self.model.shard == "fsdp":
+            self._spread_models_can()
+        if self.model.shard != "tensor":
             return self
         if self.adapter.type == "full":
             raise ValueError(
@@ -288,6 +290,30 @@ class Recipe(Section):
                 "each process has parts of them: leave it out"
             )
         return self
+
+    def _spread_models_can(self) -> None:
+        """Raise ValueError for what weights that are spread over processes do not do."""
+        if self.optim.gradient_checkpointing not in ("auto", True):
+            raise ValueError(
+                "optim.gradient_checkpointing: with model.shard: fsdp the backward pass gathers each layer again and "
+                "computes it again, so that all layers are checkpointed: leave it out"
+            )
+        if self.optim.offload_activations:
+            raise ValueError(
+                "optim.offload_activations: with model.shard: fsdp layers' inputs stay where they are: leave one of "
+                "them out"
+            )
+        if self.teacher is not None and self.teacher.in_loss:
+            raise ValueError(
+                f"teacher.kl: {self.teacher.kl}: with model.shard: fsdp the head is gathered for the policy's logits "
+                "alone: take teacher.kl: sampled"
+            )
+        if self.adapter.type == "full" and self.optim.optimizer in ("adafactor", "muon"):
+            raise ValueError(
+                f"optim.optimizer: {self.optim.optimizer} looks at whole matrices, and with model.shard: fsdp and "
+                "adapter.type: full each process has parts of them: take adamw, or another that moves each number by "
+                "itself"
+            )
 
     @property
     def _weights(self) -> dict[str, float]:

@@ -152,7 +152,7 @@ class Blocks:
 
     @property
     def train(self) -> bool:
-        """Whether weights of the layers' own train, and not adapters alone."""
+        """Whether weights of the layers' own train, and not adapters alone, or are let go of during an update."""
         return any(product.train for product in self.products)
 
     def refresh(self) -> bool:

@@ -157,8 +157,8 @@ class Products:
 
     @property
     def train(self) -> bool:
-        """Whether the layers' own weights train, and not adapters alone."""
-        return any(tree_flatten(base.trainable_parameters()) for base in self._bases)
+        """Whether the layers' own weights train, and not adapters alone, or are let go of during an update."""
+        return any(tree_flatten(b.trainable_parameters()) or getattr(b, "spread", False) for b in self._bases)
 
     def forget(self) -> None:
         """Let go of what an update replaces, until `refresh` makes the next: a matrix that trains, a merged copy."""

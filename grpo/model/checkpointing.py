@@ -19,6 +19,17 @@ from grpo.model.offloading import Checkpoint
 from grpo.model.rowwise import RowWise
 from grpo.model.standins import put_before
 
+CheckpointOf = Callable[[nn.Module], Checkpoint]
+"""What checkpoints a layer."""
+
+
+def always(checkpoint: Checkpoint) -> CheckpointOf:
+    """The same for every layer."""
+    return lambda _: checkpoint
+
+
+PLAIN = always(mx.checkpoint)
+
 
 def checkpointed(
     module: nn.Module, parameters: Any, function: Callable[..., Any], checkpoint: Checkpoint = mx.checkpoint
@@ -41,16 +52,16 @@ def checkpointed(
 
 @contextmanager
 def checkpointed_layers(
-    layers: Sequence[nn.Module], on: bool | int, row_wise: RowWise, checkpoint: Checkpoint = mx.checkpoint
+    layers: Sequence[nn.Module], on: bool | int, row_wise: RowWise, checkpoint_of: CheckpointOf = PLAIN
 ) -> Iterator[None]:
     """Inside the block these layers are checkpointed; outside, in generation, they are what they were.
 
     `on` is True (all), False (none), or how many of them, from the first: the backward pass comes to the last layers
     first, so what those keep is gone when a layer before them is computed again. `row_wise` parts go by tiles of
-    tokens. `checkpoint` takes the place of MLX's.
+    tokens. `checkpoint_of` a layer takes the place of MLX's.
     """
     layers = layers if on is True else layers[: int(on)]
-    own = {"row_wise": row_wise, "checkpoint": staticmethod(checkpoint)}
+    own = {"row_wise": row_wise, "checkpoint_of": staticmethod(checkpoint_of)}
     with put_before(layers, _Checkpointed, own):
         yield
 
@@ -59,7 +70,7 @@ class _Checkpointed:
     """Put before a layer's own class: the same layer, its inside computed again in the backward pass."""
 
     row_wise: RowWise
-    checkpoint: Checkpoint
+    checkpoint_of: CheckpointOf
 
     def __call__(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         plain = super().__call__  # type: ignore[misc]  # the layer's own
@@ -76,7 +87,7 @@ class _Checkpointed:
             return out, cache.outputs() if cache is not None else []
 
         inputs = cache.inputs() if cache is not None else []
-        out, left = checkpointed(self, self.trainable_parameters(), call, self.checkpoint)(x, inputs)
+        out, left = checkpointed(self, self.trainable_parameters(), call, self.checkpoint_of(self))(x, inputs)
         if cache is not None:
             cache.bind(inputs)
             cache.keep(left)

@@ -104,25 +104,26 @@ def _kept(vault: Vault, function: Callable[..., Any], parameters: Any, x: mx.arr
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         """As `mx.checkpoint` has it, but that `x` is not the one that went in: nothing holds that one."""
-        given, after = primals[1], _leaves(cotangents[1])
-        *arrays, done = mx.depends([*_leaves(given), outputs[0]], after)
+        given, after = primals[1], leaves(cotangents[1])
+        *arrays, done = mx.depends([*leaves(given), outputs[0]], after)
 
         def again(x: mx.array, *arrays: mx.array) -> list[mx.array]:
-            parameters, rest = _filled(given, arrays)
-            return _leaves(function(parameters, x, *rest))
+            parameters, rest = filled(given, arrays)
+            return leaves(function(parameters, x, *rest))
 
         _, (of_x, *others) = mx.vjp(again, [how[0](done), *arrays], after)
-        return of_x, _filled(given, others)
+        return of_x, filled(given, others)
 
     made: Any = forward(x, given)
     return made[1]
 
 
-def _leaves(tree: Any) -> list[mx.array]:
+def leaves(tree: Any) -> list[mx.array]:
+    """The arrays of a tree, in order."""
     return [array for _, array in tree_flatten(tree)]
 
 
-def _filled(tree: Any, arrays: Any) -> Any:
+def filled(tree: Any, arrays: Any) -> Any:
     """The tree with these arrays as its leaves, in order."""
     left: Iterator[mx.array] = iter(arrays)
     return tree_map(lambda _: next(left), tree)

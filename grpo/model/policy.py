@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +14,8 @@ from grpo.errors import UserError
 from grpo.model.adapters import Adapters
 from grpo.model.attending import InTiles, Untiled
 from grpo.model.attention import most_pairs
-from grpo.model.checkpointing import checkpointed_layers
+from grpo.model.checkpointing import PLAIN, CheckpointOf, always, checkpointed_layers
+from grpo.model.fsdp import Spread
 from grpo.model.head import Body, Head, Unsplit, split_head
 from grpo.model.lines import Lines, Unpacked, at_rows, check_lines, line_hidden
 from grpo.model.logprobs import (
@@ -26,10 +27,11 @@ from grpo.model.logprobs import (
     token_logprobs,
     with_entropies,
 )
-from grpo.model.offloading import Checkpoint, Vault, keeping_in
+from grpo.model.offloading import Vault, keeping_in
 from grpo.model.promptcaches import Kind
 from grpo.model.quantized import dtype_of
 from grpo.model.rowwise import RowWise
+from grpo.model.shards import Shards
 from grpo.model.sharing import Unshared, hidden_at, shared_hidden, shared_layers, whole_sequences
 
 KEEPS = "attention keeps its scores for the backward pass, which take memory by the square of the length"
@@ -61,7 +63,8 @@ class Policy:
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
         self.vault, self.logits = vault, LOGITS[on_gpu()]
-        self._checkpoint: Checkpoint = mx.checkpoint
+        self.spread: Spread | None = None
+        self._checkpoint_of: CheckpointOf = PLAIN
         self.slow: list[str] = []
         self.split: tuple[Body, Head] | None = None
         try:
@@ -135,6 +138,28 @@ class Policy:
             return False
         return True
 
+    @property
+    def shards(self) -> Shards:
+        """Which arrays of a gradient, and of an optimizer's state, are parts of larger ones."""
+        return self.adapters.shards if self.spread is None else self.spread.shards
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether this process has parts of the weights at the moment (`model.shard: fsdp`)."""
+        return self.spread is not None and self.spread.is_on
+
+    def spreading(self) -> AbstractContextManager[None]:
+        """A block in which processes that spread the weights have their parts alone."""
+        return nullcontext() if self.spread is None else self.spread.begun()
+
+    @property
+    def _spread(self) -> Spread:
+        assert self.spread is not None
+        return self.spread
+
+    def _gathering(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.spread is None else self.spread.through()
+
     def use(self, state: str) -> AbstractContextManager[None]:
         """Be another state of the adapter (`"reference"`: the base model) inside a `with` block."""
         return self.adapters.use(state)
@@ -152,8 +177,14 @@ class Policy:
     @contextmanager
     def _through_layers(self) -> Iterator[None]:
         """In what hidden states are computed."""
-        layers, on = self.model.layers, self.gradient_checkpointing
-        with self._attention(), checkpointed_layers(layers, on, self._row_wise, self._checkpoint):
+        on, checkpoint_of = self.gradient_checkpointing, self._checkpoint_of
+        if self.is_spread:
+            on, checkpoint_of = True, self._spread.checkpoint
+        with (
+            self._attention(),
+            self._gathering(),
+            checkpointed_layers(self.model.layers, on, self._row_wise, checkpoint_of),
+        ):
             yield
 
     @contextmanager
@@ -164,19 +195,25 @@ class Policy:
         """
         former = self.model.training
         self.model.train()
+        if self.spread is not None:
+            self.spread.begin()
         if self.vault is not None:
             self.vault.begin()
-            self._checkpoint = keeping_in(self.vault)  # elsewhere there is no backward pass to give anything back to
+            # Elsewhere there is no backward pass to give anything back to.
+            self._checkpoint_of = always(keeping_in(self.vault))
         try:
             yield
         finally:
             self.model.train(former)
-            self._checkpoint = mx.checkpoint
+            if self.spread is not None:
+                self.spread.begin()
+            self._checkpoint_of = PLAIN
 
     @property
     def vocabulary(self) -> int:
         """How many logits a token has."""
-        size: int = self.model(mx.array([[0]])).shape[-1]  # the shape alone: nothing is computed
+        with self._gathering():
+            size: int = self.model(mx.array([[0]])).shape[-1]  # the shape alone: nothing is computed
         return size
 
     @property
@@ -283,10 +320,17 @@ class Policy:
     ) -> tuple[mx.array, ...]:
         assert self.split is not None
         head = self.split[1]
-        chunk = chunk_tokens(head(hidden[:1, :1]).shape[-1], self.logits)  # the shape alone: nothing is computed
-        return chunked_logprobs(
-            hidden, tokens, head, self.temperature, chunk, entropy_gradient, self.model, entropies, beside
-        )
+
+        def project(hidden: mx.array) -> tuple[mx.array, ...]:
+            chunk = chunk_tokens(head(hidden[:1, :1]).shape[-1], self.logits)  # the shape alone: nothing is computed
+            return chunked_logprobs(
+                hidden, tokens, head, self.temperature, chunk, entropy_gradient, self.model, entropies, beside
+            )
+
+        if not self.is_spread:
+            return project(hidden)
+        found: tuple[mx.array, ...] = self._spread.through_head(project, hidden)
+        return found
 
 
 def _check_called(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ What a run writes down is whole, so that a run with any number of processes goes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,6 +48,13 @@ class Shards:
         """Whether the array is a part of a larger one."""
         return self._axis(path) is not None
 
+    def sums_of(self, paths: Iterable[str], ranks: Ranks) -> list[tuple[list[str], Ranks]]:
+        """The sums that make a gradient of what each process found of it: of which arrays, over which processes.
+
+        `ranks` are those that share the work of a step.
+        """
+        return [([path for path in paths if path in self.sums], self.ranks), (list(paths), ranks)]
+
     def shape(self, path: str, array: mx.array) -> tuple[int, ...]:
         """The shape of the whole."""
         shape = list(array.shape)
@@ -67,6 +74,10 @@ class Shards:
             axis = self._axis(path)
             joined[path] = array if axis is None or not array.ndim else self.ranks.join(array, axis)
         return joined
+
+    def outlines(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Arrays of the shapes and dtypes of the whole arrays, never to be computed."""
+        return {path: mx.zeros(self.shape(path, array), array.dtype) for path, array in arrays.items()}
 
     def part(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """This process's parts of whole arrays."""

@@ -88,7 +88,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
     held = case.held or Held.of(load.optim, load.adapter, model, case.states, machine.gpu)
     stays, need = _stays(case, held), load.need()
     room = machine.usable - sum(stays.values())
-    spare = room - held.head + stays[FORMER]  # there is nothing of that yet
+    spare = room - held.head - held.whole + stays[FORMER]  # there is nothing of that yet
     slots, entering = _slots(case, need, spare)
     chosen = Choice(
         machine,
@@ -117,11 +117,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         parameters=held.parameters,
         trained=held.trained,
         stays=stays,
-        phases={
-            "rollout": max(0, decoded + held.head + min(waiting, left) - stays[FORMER]),
-            **case.graders.phases(load),
-            **({"update": chosen.bytes, "optimizer's step": held.step} if load.updates else {}),
-        },
+        phases=_phases(case, held, decoded + min(waiting, left) - stays[FORMER], chosen.bytes),
         memory=machine.memory,
         slots=slots,
         micro_batch=chosen.tokens,
@@ -140,8 +136,24 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         quantized=held.quantized,
         offloaded=_offloaded(case, chosen.checkpointing, chosen.shape),
         host=machine.host,
+        whole=held.whole,
     )
     return plan, chosen.optim
+
+
+def _phases(case: Case, held: Held, rollout: int, update: int) -> dict[str, int]:
+    """Bytes beside what stays, by what happens. Weights that are spread over processes are whole outside updates."""
+    graded = case.graders.phases(case.load)
+    updates = {
+        "update": update,
+        **({"checkpoint": held.whole + held.saved} if held.saved else {}),
+        "optimizer's step": held.step,
+    }
+    return {
+        "rollout": max(0, held.whole + held.head + rollout),
+        **{name: held.whole + size for name, size in graded.items()},
+        **(updates if case.load.updates else {}),
+    }
 
 
 def _stays(case: Case, held: Held) -> dict[str, int]:

@@ -26,6 +26,7 @@ from grpo.generation.decoding import SharedPrefix
 from grpo.generation.packed import packed
 from grpo.model.classifier import check_labels, new_classifier
 from grpo.model.costs import Costs
+from grpo.model.fsdp import Spread
 from grpo.model.known import CONFIGS
 from grpo.model.mlxlm import new_model
 from grpo.model.outline import costs_of, outline
@@ -34,15 +35,16 @@ from grpo.model.stored import stored
 from grpo.model.widehead import bytes_at_work, widen_head
 from grpo.planning.activations import reckoned_footprint
 from grpo.planning.drafting import Case, draft_on, plan_on
-from grpo.planning.footprint import Footprint
+from grpo.planning.footprint import Footprint, spread_footprint
 from grpo.planning.graders import UNGRADED, Graders
-from grpo.planning.held import Held
+from grpo.planning.held import Held, held_spread
 from grpo.planning.lengths import FittingLengths
 from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.machines import Machine
 from grpo.planning.plan import Plan
 from grpo.planning.positions import limit_of, position_note
 from grpo.planning.workload import Workload
+from grpo.recipes import with_settings
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Elsewhere:
 
     `states` are the adapter's besides the policy, `decoding` the way that would be chosen there, and `footprint` what
     an update needs without and with checkpointing. `lesson` is what a teacher takes, `teacher` what a second model
-    computes, and `graders` are the reward models.
+    computes, and `graders` are the reward models. `spread` says how processes spread the weights, if they do.
     """
 
     machine: Machine
@@ -64,6 +66,7 @@ class Elsewhere:
     lesson: TeacherNeeds = NONE
     teacher: Costs | None = None
     graders: Graders = UNGRADED
+    spread: Spread | None = None
 
     @classmethod
     def of(cls, cfg: Recipe, config: Mapping[str, Any], machine: Machine, model: nn.Module | None = None) -> Elsewhere:
@@ -76,27 +79,25 @@ class Elsewhere:
         prompt = cfg.data.longest_prompt
         waits = bool(cfg.conversations)
         head, second = bytes_at_work(model, machine.gpu), _second(cfg)
+        footprint = partial(
+            reckoned_footprint, costs, fused=machine.cuda, head=head, offloads=cfg.optim.offload_activations
+        )
+        spread = _spread(cfg.model, model)
+        optim = cfg.optim if spread is None else with_settings(cfg.optim, {"gradient_checkpointing": True})
         return cls(
             machine,
-            Workload(cfg.optim, cfg.rollout, cfg.adapter, cfg.eval, prompt, prompt, waits=waits),
+            Workload(optim, cfg.rollout, cfg.adapter, cfg.eval, prompt, prompt, waits=waits),
             model,
             costs,
             int(cfg.needs_reference or cfg.adapter.type != "full")  # the reference
             + int(cfg.teacher is not None and cfg.teacher.adapter is not None)
             + int(any(reward.judges for reward in cfg.rewards)),
             _decoding(machine, model, costs, cfg.rollout.kv_bits),
-            cache(
-                partial(
-                    reckoned_footprint,
-                    costs,
-                    fused=machine.cuda,
-                    head=head,
-                    offloads=cfg.optim.offload_activations,
-                )
-            ),
+            cache(lambda way: footprint(way) if spread is None else spread_footprint(footprint(way), spread)),
             TeacherNeeds.of(cfg.teacher, model, second, machine.gpu, machine.cuda),
             None if second is None else costs_of(second),
             _graders(cfg, model, machine),
+            spread,
         )
 
     def plan(self) -> Plan:
@@ -119,7 +120,10 @@ class Elsewhere:
 
     @cached_property
     def _held(self) -> Held:
-        return Held.of(self.load.optim, self.load.adapter, self.model, self.states, self.machine.gpu)
+        optim, adapter, gpu = self.load.optim, self.load.adapter, self.machine.gpu
+        if self.spread is not None:
+            return held_spread(optim, adapter, self.spread, self.states, gpu)
+        return Held.of(optim, adapter, self.model, self.states, gpu)
 
     @property
     def lengths(self) -> FittingLengths:
@@ -183,8 +187,17 @@ class _Holders(Ranks):
 
 
 def _holders(cfg: ModelConfig) -> Ranks:
-    if cfg.shard is None:
+    if cfg.shard != "tensor":
         return Ranks()
+    return _together(cfg)
+
+
+def _spread(cfg: ModelConfig, model: nn.Module) -> Spread | None:
+    """How the weights of an outline would be spread."""
+    return Spread(model, None, None, _together(cfg), Ranks()) if cfg.shard == "fsdp" else None
+
+
+def _together(cfg: ModelConfig) -> Ranks:
     if cfg.shard_size is None:
         raise UserError(
             "model.shard: a plan for another machine does not know how many processes will be started: set "

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map
 from grpo.backend import cuda
 from grpo.backend.device import memory_bytes, on_gpu
 from grpo.model.dropout import dropping
+from grpo.model.fsdp import Spread
 from grpo.model.head import head_parameters
 from grpo.model.lines import Lines
 from grpo.model.logprobs import chunk_tokens
@@ -58,7 +59,8 @@ class Footprint:
     chunk's logits, and `most_copies` at once. `inside`: bytes a token, of at most `most_inside` tokens, for what a
     checkpointed layer computes in tiles of tokens (`grpo.model.rowwise`). `alone`: bytes, and bytes a token, of the
     hidden states of rows in lines of their own, where those were measured. `also`: another model's forward pass over
-    the same micro-batch, which is over when the update begins: whichever takes more counts.
+    the same micro-batch, which is over when the update begins: whichever takes more counts. `gathered`: bytes of a
+    layer that is whole while it is computed, where weights are spread over processes.
     """
 
     fixed: int
@@ -77,6 +79,7 @@ class Footprint:
     logit_copies: int = LOGIT_COPIES
     alone: tuple[float, float] | None = None
     also: Footprint | None = None
+    gathered: int = 0
 
     def keeps_scores(self, shape: Shape) -> bool:
         """Whether attention keeps the scores of all passes of this shape for the backward pass."""
@@ -97,7 +100,7 @@ class Footprint:
         tokens, pairs = extent(shape, self.shares, self.checkpointing, self.most_pairs)
         outside = self.token * tokens + self.pair * pairs
         if body is None:
-            body = outside + self.inside * min(tokens, self.most_inside)
+            body = outside + self.inside * min(tokens, self.most_inside) + self.gathered
             if shape.alone and self.alone is not None:
                 constant, each = self.alone
                 body = constant + each * tokens
@@ -107,6 +110,14 @@ class Footprint:
         head = self.head + copies * self.logits * min(self.chunk, projected)
         also = 0 if self.also is None else self.also.bytes(shape)
         return max(also, int(self.fixed + max(body, waits + head)))
+
+
+def spread_footprint(footprint: Footprint, spread: Spread) -> Footprint:
+    """That of weights which are whole, where they are spread: the gradient is of parts, what is at work is gathered."""
+    layer, head = spread.at_work
+    with spread.rehearsing():
+        fixed = sum(4 * array.size for _, array in tree_flatten(spread.model.trainable_parameters()))
+    return replace(footprint, fixed=fixed, gathered=layer, head=footprint.head + head)
 
 
 def measure_body(policy: Policy, checkpointing: bool | int, shapes: Sequence[Shape]) -> list[float]:

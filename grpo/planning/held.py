@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from grpo.config import AdapterConfig, OptimConfig
+from grpo.model.fsdp import Spread
 from grpo.model.widehead import bytes_at_work
 from grpo.training.optimizer import Float32Optimizer, bytes_of_a_group
 from grpo.training.update import bytes_of_a_norm
@@ -22,7 +23,9 @@ class Held:
     """What does not depend on lengths. It is counted once, though many lengths are planned to find the longest.
 
     Numbers of parameters (`trained`, and `parameters` without an adapter's), and bytes: what `stays`, what is held
-    while the optimizer is at its `step`, and what a widened `head` holds at work.
+    while the optimizer is at its `step`, and what a widened `head` holds at work. Where weights are spread over
+    processes, what stays are parts; `whole` is what they take beside that while they are whole, and `saved` the
+    optimizer's state while a checkpoint is made.
     """
 
     parameters: int
@@ -31,6 +34,8 @@ class Held:
     step: int
     head: int
     quantized: bool
+    whole: int = 0
+    saved: int = 0
 
     @classmethod
     def of(cls, optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, states: int, gpu: bool) -> Held:
@@ -45,6 +50,23 @@ class Held:
             head=bytes_at_work(model, gpu),
             quantized=any(hasattr(module, "bits") for module in model.modules()),
         )
+
+
+def held_spread(optim: OptimConfig, adapter: AdapterConfig, spread: Spread, states: int, gpu: bool) -> Held:
+    """The same where weights are spread."""
+    whole = Held.of(optim, adapter, spread.model, states, gpu)
+    with spread.rehearsing():
+        parts = Held.of(optim, adapter, spread.model, states, gpu)
+    more = {name: whole.stays[name] - size for name, size in parts.stays.items()}
+    return replace(
+        parts,
+        parameters=whole.parameters,
+        trained=whole.trained,
+        head=whole.head,
+        quantized=whole.quantized,
+        whole=more["weights"] + more["other states"],
+        saved=more["optimizer"],
+    )
 
 
 def what_stays(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, states: int) -> dict[str, int]:

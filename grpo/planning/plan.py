@@ -23,7 +23,8 @@ class Plan:
     `checkpointing`: all layers (True), none (False), or how many of `depth`. `shape` is the largest micro-batch, of
     which `lanes` are computed side by side; `alone`: more than one would not fit. Of the head, so many `logits` are
     there at once. `limited`: `memory` is the recipe's own limit. `cuda`: it will run there. `quantized`: the model is.
-    Of layers' inputs `offloaded` bytes lie in another memory, which has room for `host` (None: not known).
+    Of layers' inputs `offloaded` bytes lie in another memory, which has room for `host` (None: not known). Where
+    weights are spread over processes, `whole` is what they take beside their parts in all phases but the updates'.
     """
 
     steps: int
@@ -52,6 +53,7 @@ class Plan:
     quantized: bool = False
     offloaded: int = 0
     host: int | None = None
+    whole: int = 0
 
     @property
     def total(self) -> int:
@@ -88,6 +90,7 @@ class Plan:
             f"{steps} of {self.prompts} prompts, {self.rows} completions, at most {self.tokens:,} tokens",
             f"trains {self.trained:,} of {self.parameters:,} parameters",
             f"memory about {size_of(self.total)} of {size_of(self.memory)}: {stays}, and {largest}",
+            *self._of_whole(),
             *self._of_waiting(),
             f"updates of up to {self.micro_batch:,} tokens at once{self._longer}{self.checkpointed}"
             f"{ALONE if self.alone else ''}",
@@ -130,6 +133,11 @@ class Plan:
         at_once = f"{of_lines} of {width:,} tokens" if lines else rows_alone
         return f"{self.lanes} × ({at_once})" if self.lanes > 1 else at_once
 
+    def _of_whole(self) -> list[str]:
+        if not self.whole:
+            return []
+        return [f"outside updates weights are whole, which takes {size_of(self.whole)} of the rollout's"]
+
     def _of_waiting(self) -> list[str]:
         if not self.waiting:
             return []
@@ -163,6 +171,7 @@ NEEDS = {
     "rollout": "decoding {rows}",
     "reward models' pass": "a pass of a reward model over completions",
     "update": "the update ({shape}{plan.checkpointed})",
+    "checkpoint": "a checkpoint, whose arrays are whole,",
     "optimizer's step": "the optimizer's step",
 }
 
@@ -199,6 +208,8 @@ def ways_out(plan: Plan, load: Workload) -> list[str]:
         if load.optim.moments == "float32" and has_moments(load.optim):
             ways.append("optim.moments: int8")
         ways.append("adapter.type: lora")
+    if plan.whole and phase == "rollout":
+        ways.append("model.shard: tensor")
     fewer = (
         "a smaller model or one in fewer bits" if plan.quantized else "a smaller or quantized model (model.quantize)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, cached_property
 
@@ -15,9 +16,9 @@ from grpo.model.policy import Policy
 from grpo.model.tensor import silent
 from grpo.planning.choosing import Checkpointing, by_footprints
 from grpo.planning.drafting import Case, draft_on, plan_on
-from grpo.planning.footprint import Footprint, measure_body, measure_footprint
+from grpo.planning.footprint import Footprint, measure_body, measure_footprint, spread_footprint
 from grpo.planning.graders import UNGRADED, Graders
-from grpo.planning.held import Held
+from grpo.planning.held import Held, held_spread
 from grpo.planning.lengths import FittingLengths
 from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.machines import Machine, within
@@ -57,6 +58,8 @@ class Planner:
         can = {"share_prompts": policy.share_prompts}  # not every model that is asked to can
         if on_gpu() and load.optim.pack_completions:
             can["pack_completions"] = policy.packs
+        if policy.spread is not None:
+            can["gradient_checkpointing"] = True  # gathered layers are let go of, and computed again
         self.policy, self.decoding, self.loss, self.lesson = policy, decoding, loss or LossConfig(), lesson
         self.graders = graders
         parts = load.parts * lanes_worth(policy.model, self.loss)
@@ -114,14 +117,22 @@ class Planner:
 
     @cached_property
     def _held(self) -> Held:
-        return Held.of(self.load.optim, self.load.adapter, self.policy.model, self._states, self.machine.gpu)
+        optim, adapter, gpu = self.load.optim, self.load.adapter, self.machine.gpu
+        if self.policy.spread is not None:
+            return held_spread(optim, adapter, self.policy.spread, self._states, gpu)
+        return Held.of(optim, adapter, self.policy.model, self._states, gpu)
 
     def _measured(self, checkpointing: bool) -> Footprint:
         with silent(self.policy.model):
-            return measure_footprint(self.policy, checkpointing)
+            found = measure_footprint(self.policy, checkpointing)
+        return found if self.policy.spread is None else spread_footprint(found, self.policy.spread)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """What a process tries by itself, as it is in an update."""
+        return silent(self.policy.model) if self.policy.spread is None else self.policy.spread.rehearsing()
 
     def _body_measured(self, way: Checkpointing, shape: Shape) -> float:
-        with silent(self.policy.model):
+        with self._alone():
             return measure_body(self.policy, way, [shape])[0]
 
     def _tried(self, way: Checkpointing, shape: Shape, logits: int) -> int | None:
@@ -144,7 +155,7 @@ class Planner:
             return None
         number = -(-self.load.updated // shape.rows)
         asking = 0 if self.lesson.asking is None else self.lesson.asking.in_chunks(logits).bytes(shape)
-        with silent(self.policy.model):
+        with self._alone():
             return max(asking, rehearsed(self.policy, self.loss, way, shape, number))
 
     def _entering(self, prompts: int, length: int) -> int | None:

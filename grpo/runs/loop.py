@@ -249,7 +249,7 @@ class Loop:
 
     def _save_after_error(self) -> None:
         """Save what is finished, unless other processes have parts of it: they may be elsewhere, and never answer."""
-        if self.ranks.shard.size == 1:
+        if not self.trainer.divided:
             self._save_last()
         elif not self._is_saved and self.state.step > 0 and self.ranks.first:
             log.warning(
@@ -262,8 +262,9 @@ class Loop:
     def _write(self) -> None:
         """Save the state, in the first process, or in the first that is left after a loss."""
         with self._writing:
-            divided = self.ranks.shard.size > 1
-            if self._is_saved or self.state.step == 0 or not (self.ranks.keeper or divided) or not self.trainer.whole:
+            trainer = self.trainer
+            writes = self.ranks.keeper or trainer.divided
+            if self._is_saved or self.state.step == 0 or not (writes and trainer.whole):
                 return
             if self.trainer.before.halfway:
                 log.warning("%s", self._lost())
@@ -275,7 +276,7 @@ class Loop:
                     self._write_here(state)
             except OSError as raised:
                 error = raised
-            if divided:  # all of them try again, or none
+            if trainer.divided:  # all of them try again, or none
                 error = self.ranks.everyone.gather(error)[0]
             if error is not None:
                 raise error
@@ -291,7 +292,7 @@ class Loop:
 
     def _last_resort(self) -> None:
         """Save the last finished step while the main thread is stuck in the next one: this process ends after that."""
-        if self.ranks.shard.size > 1:
+        if self.trainer.divided:
             return
         self.trainer.before.put_back(self.trainer.update.optimizer)
         self._write()
@@ -308,7 +309,7 @@ class Loop:
     def _saved_after_loss(self) -> str:
         """Save the last step where another process was lost. Returns what is said of that."""
         try:
-            if self.ranks.shard.size == 1:  # or a part of the state was with the others
+            if not self.trainer.divided:  # or a part of the state was with the others
                 self._save_last()
         except RunError as error:
             return str(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from grpo.backend.device import limit_memory, on_gpu, setup
 from grpo.backend.launched import PATIENCE
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
-from grpo.config import OptimConfig, RanksConfig, Recipe, RolloutConfig
+from grpo.config import OptimConfig, Recipe, RolloutConfig
 from grpo.data.prompts import PromptRenderer
 from grpo.data.rows import Rows
 from grpo.data.streaming import Streamed
@@ -24,6 +24,7 @@ from grpo.evaluation.evaluator import Evaluator
 from grpo.generation.controller import speculation_of
 from grpo.generation.generator import Generator
 from grpo.model.adapters import Adapters
+from grpo.model.fsdp import Spread
 from grpo.model.load import head_note, load
 from grpo.model.mlxlm import TokenizerWrapper
 from grpo.model.offloading import vault_of
@@ -32,7 +33,7 @@ from grpo.model.trial import check_divided
 from grpo.planning.graders import Graders
 from grpo.planning.lesson import NONE, TeacherNeeds
 from grpo.planning.notes import filter_note, layers_note, notes_on
-from grpo.planning.plan import Plan, size_of
+from grpo.planning.plan import Plan
 from grpo.planning.planner import Planner, allowed, decode_as_planned
 from grpo.planning.positions import position_note
 from grpo.planning.workload import Workload
@@ -44,6 +45,7 @@ from grpo.runs.drawing import seed_of, source_of
 from grpo.runs.feed import Feed, first_of, lengths_of, longest_of
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite, with_sources
+from grpo.runs.processes import notes_of_processes, one_plan, roles_of, untimed, updating
 from grpo.runs.rewarding import check_rewarded, check_sources_rewarded
 from grpo.runs.sections import applying_of, data_of, text_system
 from grpo.runs.teachers import teacher_of
@@ -55,10 +57,6 @@ from grpo.training.teaching import Teacher
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 
-UNTIMED = (
-    "speculation: off, because rollout.speculate: auto goes by the times of steps, and processes that hold a model "
-    "together must all do the same"
-)
 PEEK = 64
 """Prompts from the start of the data that the check of decoding against training is made on."""
 
@@ -92,9 +90,11 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True, alone: boo
     setup()
     ranks = Ranks.launched()
     limit_memory(ranks.checked(lambda: None if cfg.memory.limit_gb is None else allowed(cfg.memory.limit_gb)))
-    if cfg.model.shard is not None:
+    if cfg.model.shard == "tensor":
         ranks = ranks.divided(cfg.model.shard_size)
-    roles = _roles(cfg.ranks if trains else None, ranks, alone)
+    elif cfg.model.shard == "fsdp":
+        ranks.spread = ranks.divided(cfg.model.shard_size)
+    roles = roles_of(cfg.ranks if trains else None, ranks, alone)
     waited = PATIENCE if roles else 0.0  # for whole rollouts, or updates
     ranks.expect(waited + max((one.most_seconds for one in cfg.conversations.values()), default=0.0))
     sampling = roles.samplers if roles else ranks.size
@@ -114,22 +114,15 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True, alone: boo
         scorer = Scorer.of(cfg.rewards, steps, system, given.functions, hosts, applies)
         opened.callback(scorer.close)
         check_sources_rewarded(list(cfg.data.parts), scorer, taught=cfg.teacher is not None)
-        prepared = _prepared(cfg, given, ranks, roles, partners, scorer, opened, trains)
+        prepared = _prepared(cfg, given, ranks, roles, partners, scorer, trains)
         taught = [cfg.teacher.describe()] if cfg.teacher and trains else []
-        return replace(prepared, notes=[*taught, *prepared.notes, *rewarding])
+        return replace(prepared, notes=[*taught, *prepared.notes, *rewarding], opened=opened.pop_all())
 
 
 def _prepared(
-    cfg: Recipe,
-    given: Given,
-    ranks: Ranks,
-    roles: Roles | None,
-    partners: Partners,
-    scorer: Scorer,
-    opened: ExitStack,
-    trains: bool,
+    cfg: Recipe, given: Given, ranks: Ranks, roles: Roles | None, partners: Partners, scorer: Scorer, trains: bool
 ) -> Prepared:
-    """The rest of `prepare`. What is `opened` stays open, and is the result's."""
+    """The rest of `prepare`. Whoever calls it has opened what the result is to close."""
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
     named = data_of(cfg)
     local = {name: given.rows(name, data) for name, data in named.items() if given.is_local(name, data)}
@@ -138,7 +131,7 @@ def _prepared(
     policy = _policy(cfg, model, ranks)
     teacher = teacher_of(cfg.teacher if trains else None, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
-    rollout = _untimed(cfg.rollout, ranks)
+    rollout = untimed(cfg.rollout, ranks)
     generator.speculation, generator.neighbours = speculation_of(rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
     shown = partners.tools, partners.resets, text_system(cfg) is None or partners.are_agents
@@ -167,13 +160,11 @@ def _prepared(
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     sections = _readable(cfg.optim, teacher), rollout, cfg.adapter, cfg.eval
-    workload = Workload(*sections, longest, longest_of_all, own, environment is not None, *_updates(ranks, roles))
+    workload = Workload(*sections, longest, longest_of_all, own, environment is not None, *updating(ranks, roles))
     lesson = _needs(teacher, model)
     graders = _graders(scorer, policy, tokenizer)
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson, graders)
-    plan, optim = ranks.checked(planner.plan)
-    needs = ranks.everyone.gather(plan.total)
-    plan, optim = _together(ranks, policy, plan, optim, roles.trainers if roles else None)
+    plan, optim, needs = one_plan(ranks, policy, *ranks.checked(planner.plan), roles.trainers if roles else None)
     cfg = with_settings(cfg, {"optim": optim})
     decode_as_planned(generator, plan)
     parts = cfg, policy, source, engine, scorer, custom_loss
@@ -181,72 +172,17 @@ def _prepared(
     trainer.update.gradients.alone = plan.alone
     prompts = [note for feed, known in zip(feeds, lengths, strict=True) for note in feed.notes(known, partners)]
     head = filter(None, [positions, head_note(model, cfg.model)])
-    notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
-    notes += [filter_note(cfg.loss)] if engine.sampling.reshaped else []
-    notes += notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)
-    notes += filter(None, [held_out.null_prompts() if held_out else None])
-    notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
-    notes += [] if teacher is None else teacher.notes
-    notes += [*_on_shards(ranks, cfg.rollout), *_on_roles(roles, needs)]
-    notes += [] if roles else _by_ticket(ranks, cfg.rollout, plan.slots)
-    return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+    notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes, *(teacher.notes if teacher else [])]
+    notes += [*_of_filters(cfg, engine), *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)]
+    held_out_note = held_out.null_prompts() if held_out else None
+    notes += filter(None, [held_out_note, layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
+    notes += notes_of_processes(ranks, roles, cfg.rollout, plan.slots, needs)
+    return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, ExitStack())
 
 
-def _roles(cfg: RanksConfig | None, ranks: Ranks, alone: bool) -> Roles | None:
-    """What this process does, where processes sample or train. None where each does both."""
-    if cfg is None:
-        return None
-    return Roles.alone() if alone else Roles.of(ranks, cfg)
-
-
-def _updates(ranks: Ranks, roles: Roles | None) -> tuple[int, bool]:
-    """Among how many processes an update is divided, and whether this one makes updates."""
-    return (ranks.size, True) if roles is None else (roles.trainers, roles.trains)
-
-
-def _on_roles(roles: Roles | None, needs: Sequence[int]) -> list[str]:
-    """Who samples and who trains, and the bytes that each `needs`. Nothing where every process does both."""
-    if roles is None or len(needs) == 1:
-        return []
-    train, sample = needs[: roles.trainers], needs[roles.trainers :]
-    who = f"{_named('train', 0, train)}; {_named('sample', len(train), sample)}"
-    return [f"ranks: {who}. A step learns from completions of the policy before its last update"]
-
-
-def _named(does: str, first: int, needs: Sequence[int]) -> str:
-    """Processes that do the same, the `first` of them by its number, and what the largest takes of memory."""
-    alone = len(needs) == 1
-    which = f"process {first} {does}s" if alone else f"processes {first} to {first + len(needs) - 1} {does}"
-    return f"{which} and takes about {size_of(max(needs))}" if alone else f"{which}, about {size_of(max(needs))} each"
-
-
-def _untimed(rollout: RolloutConfig, ranks: Ranks) -> RolloutConfig:
-    """The section without what goes by the clock, where processes that hold a model together must all do the same."""
-    timed = ranks.shard.size > 1 and rollout.speculate == "auto"
-    return with_settings(rollout, {"speculate": "off"}) if timed else rollout
-
-
-def _on_shards(ranks: Ranks, rollout: RolloutConfig) -> list[str]:
-    """How the model is divided, and what that switches off. Nothing where each process has the whole."""
-    size, groups = ranks.shard.size, ranks.size
-    if size == 1:
-        return []
-    among = f", {groups} times; the prompts of a step are shared out among these" if groups > 1 else ""
-    together = f"model.shard: tensor: {size} processes hold one model together{among}"
-    off = [UNTIMED] if rollout.speculate == "auto" else []
-    return [f"{together}. Parameters and memory are what one of them has", *off]
-
-
-def _by_ticket(ranks: Ranks, rollout: RolloutConfig, slots: int) -> list[str]:
-    """That processes take prompts as they become free. Nothing where each has slots for its share (`Deal`)."""
-    begin = max(1, slots // rollout.num_generations)
-    if ranks.size == 1 or ranks.watch is None or begin * ranks.size >= rollout.prompts_per_step:
-        return []
-    first = "a prompt" if begin == 1 else f"{begin} prompts"
-    return [
-        f"sampling: each of {ranks.size} processes begins with {first}, for which it has slots ({slots}), and takes "
-        "others as rows end"
-    ]
+def _of_filters(cfg: Recipe, engine: RolloutEngine) -> list[str]:
+    """What there is to say of sampling that leaves tokens out."""
+    return [filter_note(cfg.loss)] if engine.sampling.reshaped else []
 
 
 def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
@@ -272,7 +208,10 @@ def _policy(cfg: Recipe, model: nn.Module, ranks: Ranks) -> Policy:
     adapters = Adapters(model, cfg.adapter, derive_key(cfg.seed, "adapter"), cfg.needs_reference, ranks.shard)
     check_divided(model, ranks.shard)
     vault = vault_of(cfg.optim.offload_activations)
-    return Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts, vault=vault)
+    policy = Policy(model, adapters, cfg.rollout.temperature, cfg.optim.share_prompts, vault=vault)
+    if (spread := ranks.spread) is not None:
+        policy.spread = Spread(model, adapters, policy.split and policy.split[1], spread.shard, spread)
+    return policy
 
 
 def _graders(scorer: Scorer, policy: Policy, tokenizer: TokenizerWrapper) -> Graders:
@@ -307,22 +246,3 @@ def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:
     """Tokens of the longest prompt that is sampled from, where training has prompts of `trained` at most."""
     held_out = evaluator.tasks if evaluator else ()
     return max([trained, *(len(task.prompt_ids) for task in held_out)])
-
-
-def _together(
-    ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig, trainers: int | None = None
-) -> tuple[Plan, OptimConfig]:
-    """One plan for all processes: that of the one with the least room, but for what each decodes with.
-
-    They share out the micro-batches that each of them makes, so these must be the same. Those that hold a model
-    together decode together, too. Where only the first `trainers` make updates, theirs count.
-    """
-    plans = ranks.everyone.gather((plan, optim))
-    least, optim = min(plans[:trainers], key=lambda planned: (planned[0].micro_batch, -planned[0].recomputed))
-    decodes = "slots", "kept_bytes", "fed", "drafts", "logits"
-    own = {name: getattr(plan, name) for name in decodes}
-    if ranks.shard.size > 1:
-        own = {name: min(getattr(one, name) for one, _ in plans) for name in decodes}
-    policy.gradient_checkpointing, policy.logits = least.checkpointing, own["logits"]
-    alone = any(plan.alone for plan, _ in plans)
-    return replace(least, **own, alone=alone, lanes=1 if alone else least.lanes), optim

@@ -214,7 +214,8 @@ def as_planned(cfg: Recipe, plan: Mapping[str, Any]) -> Recipe:
 
     A plan is a measurement: made anew it may cut micro-batches otherwise, and sums would differ in their last bits.
     """
-    decided = {f"optim.{name}": value for name, value in plan.items() if getattr(cfg.optim, name) == "auto"}
+    optim = "micro_batch_tokens", *(() if cfg.model.shard == "fsdp" else ("gradient_checkpointing",))
+    decided = {f"optim.{name}": plan[name] for name in optim if name in plan and getattr(cfg.optim, name) == "auto"}
     return with_settings(cfg, decided)
 
 

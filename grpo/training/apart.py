@@ -171,9 +171,9 @@ class ApartTrainer(Trainer):
         if not self._lags:
             self.gap.check(step, metrics)
 
-    def arrays(self) -> dict[str, Arrays]:
+    def arrays(self, outlines: bool = False) -> dict[str, Arrays]:
         """See `Trainer.arrays`: with the groups that wait for the next step."""
-        return {**super().arrays(), **({} if self.ahead is None else {AHEAD: self.ahead.arrays()})}
+        return {**super().arrays(outlines), **({} if self.ahead is None else {AHEAD: self.ahead.arrays()})}
 
     def counts(self) -> dict[str, Any]:
         """See `Trainer.counts`: the scorer's are those of the first sampler. All processes must ask."""

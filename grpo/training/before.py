@@ -18,10 +18,11 @@ class Before:
     After an error inside `wholly`, `halfway` is true if the arrays belong to no finished step.
     """
 
-    def __init__(self, adapters: Adapters, whole_weights: bool) -> None:
+    def __init__(self, adapters: Adapters, whole_weights: bool, spread: bool = False) -> None:
+        """`spread`: whole weights are let go of before an update, so that nothing of them is held."""
         self.hold: Callable[[], None] = lambda: None
         self.halfway = False
-        self._adapters, self._whole_weights = adapters, whole_weights
+        self._adapters, self._whole_weights, self._spread = adapters, whole_weights, spread
         self._former: _Former | None = None
 
     @contextmanager
@@ -57,7 +58,7 @@ class Before:
 
         From here on, an error may interrupt a switch of adapter states, the trace of a gradient, or an update.
         """
-        if self._former is not None:
+        if self._former is not None and not (self._whole_weights and self._spread):
             self._former.arrays = self._adapters.snapshot(), optimizer.state
 
     def move(self) -> None:

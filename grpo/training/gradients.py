@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from grpo.backend.device import compiled, same_objects
@@ -73,6 +74,7 @@ class Gradients:
         total: list[Any] = [tree_map(lambda p: mx.zeros(p.shape), self.policy.model.trainable_parameters())]
         parts: list[dict[str, float]] = []
         loss, seen = 0.0, []
+        idle = self._idle(batches)
         self._tell(0, len(batches))  # the first one may take long: a GPU builds its kernels
         untouched = same_objects(self.policy.model) if self._traces else nullcontext()
         with untouched, closing(self._added(total, batches, dropout_key)) as added:
@@ -81,15 +83,40 @@ class Gradients:
                 parts.append({name: cast(float, metric.item()) for name, metric in metrics.items()})
                 seen.append(batch if batch.anchor is not None else replace(batch, anchor=logprobs))
                 self._tell(len(seen), len(batches))
+            self._pass_idly(total, idle)
         everyone = self.ranks.gather((loss, parts))
         every_part = [part for _, theirs in everyone for part in theirs]
         arrays: dict[str, mx.array] = tree_flatten(total.pop(), destination={})
-        shards = self.policy.adapters.shards
-        for paths in grouped({path: arrays[path] for path in arrays if path in shards.sums}):
-            arrays |= zip(paths, shards.ranks.sum([arrays.pop(path) for path in paths]), strict=True)
-        for paths in grouped(arrays):  # a sum over processes is another array: for a few at a time
-            arrays |= zip(paths, self.ranks.sum([arrays.pop(path) for path in paths]), strict=True)
+        for summed, ranks in self.policy.shards.sums_of(list(arrays), self.ranks):
+            for paths in grouped({path: arrays[path] for path in summed}):  # each sum is another array: a few at a time
+                arrays |= zip(paths, ranks.sum([arrays.pop(path) for path in paths]), strict=True)
         return Gradient(arrays, sum(one for one, _ in everyone), combine_metrics(every_part), seen)
+
+    def _idle(self, batches: Sequence[Batch]) -> list[Batch]:
+        """What is to go through the model besides, where weights are spread: all processes must gather it as often."""
+        if not self.policy.is_spread or self.ranks.size == 1:
+            return []
+        numbers = self.ranks.gather(len(batches))
+        given = list(batches[-1:])
+        if not all(numbers) and any(numbers):
+            first = batches[0].arrays() if self.ranks.rank == 0 else {}  # which has as many as any
+            arrays = self.ranks.gather({name: np.array(array) for name, array in first.items()})[0]
+            given = given or [Batch.of({name: mx.array(array) for name, array in arrays.items()})]
+        missing: int = max(numbers) - len(batches)
+        return given * missing
+
+    def _pass_idly(self, total: list[Any], batches: Sequence[Batch]) -> None:
+        """Let batches go through the model for nothing, but to take part in the sums of the others' gradients."""
+        for batch in batches:
+            with self.policy.training():
+                _, gradient = nn.value_and_grad(self.policy.model, self._nothing)(batch)
+            total.append(tree_map(mx.add, total.pop(), gradient))
+            del gradient
+            mx.eval(total)
+
+    def _nothing(self, batch: Batch) -> mx.array:
+        nothing: mx.array = 0 * self._forward(batch)[0].sum()
+        return nothing
 
     def _tell(self, done: int, total: int) -> None:
         if self.progress is not None:

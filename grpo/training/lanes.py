@@ -10,6 +10,7 @@ from grpo.backend.device import on_gpu
 from grpo.backend.lanes import lanes_for
 from grpo.backend.ranks import Ranks
 from grpo.config import LossConfig
+from grpo.model.fsdp import is_spread
 from grpo.model.tensor import is_divided
 
 MOST_MULTIPLICATIONS = 2**27
@@ -38,7 +39,8 @@ def parts_for(loss: LossConfig) -> int:
 def update_lanes(model: nn.Module, tokens: int, parts: int, ranks: Ranks | None = None) -> int:
     """Lanes for so many micro-batches of up to so many tokens: one where the products keep the cores busy, or where a
     gradient for each lane would take more memory than the lanes are worth."""
-    if is_divided(model) or (number := lanes_for(parts, ranks)) == 1:  # two lanes would mix what they exchange
+    exchanges = is_divided(model) or is_spread(model)  # and two lanes would mix what they exchange
+    if exchanges or (number := lanes_for(parts, ranks)) == 1:
         return 1  # before anything walks through the model's modules, which takes milliseconds
     busy = _largest_matrix(model) * tokens > MOST_MULTIPLICATIONS
     return 1 if busy or _gradient(model) > MOST_GRADIENT else number

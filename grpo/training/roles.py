@@ -13,7 +13,7 @@ from grpo.config import RanksConfig
 from grpo.errors import UserError
 from grpo.training.optimizer import grouped
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 WORD = 4
 """Bytes of the integers that carry other numbers' bits."""
 
@@ -69,11 +69,11 @@ class Roles:
         """Whether this is the first of the processes that train: the others go by its arrays and counts."""
         return self.trains and self.everyone.rank == 0
 
-    def share(self, items: Sequence[Item]) -> list[Item]:
+    def share(self, items: Sequence[_Item]) -> list[_Item]:
         """What this process samples of a step; nothing where it does not sample."""
         return [] if self.sampler is None else list(items[self.sampler :: self.samplers])
 
-    def merge(self, parts: Sequence[Sequence[Item]]) -> list[Item]:
+    def merge(self, parts: Sequence[Sequence[_Item]]) -> list[_Item]:
         """The parts that `share` made, in the order of the samplers, as one list in the former order."""
         total = sum(map(len, parts))
         return [parts[i % self.samplers][i // self.samplers] for i in range(total)]

@@ -70,7 +70,7 @@ class Trainer:
         self.passes = passes_of(PassSettings(cfg.loss, dropout, self.learners, teacher))
         self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout, self.learners.size), self.learners)
         self.gap = GapWatch(policy, cfg.optim.max_logp_difference, cfg.rollout.kv_bits)
-        self.before = Before(policy.adapters, cfg.adapter.type == "full")
+        self.before = Before(policy.adapters, cfg.adapter.type == "full", policy.spread is not None)
         self.older = OlderGroups(cfg.rollout.reuse)
         self.update = Updater(
             policy,
@@ -213,16 +213,23 @@ class Trainer:
         """Everything that the steps so far have changed, for `load_state`. It holds the arrays without copying them."""
         return TrainerState(self.arrays(), self.counts())
 
-    def arrays(self) -> dict[str, Arrays]:
+    @property
+    def divided(self) -> bool:
+        """Whether other processes have parts of what a checkpoint holds."""
+        return self.ranks.shard.size > 1 or self.policy.shards.ranks.size > 1
+
+    def arrays(self, outlines: bool = False) -> dict[str, Arrays]:
         """The trained arrays as they are now, whole, by checkpoint file and then by path.
 
-        Where the model is divided, all of its processes must ask.
+        Where they are `divided`, all processes must ask. With `outlines` the optimizer's have shapes and dtypes alone.
         """
+        optimizer: Arrays = tree_flatten(self.update.optimizer.state, destination={})
+        shards = self.policy.shards
         adapters, kept = self.policy.adapters, self.cfg.adapter.moves_reference and self.cfg.needs_reference
         return {
             "adapters": adapters.whole_state(),
             **({"reference": adapters.whole_state("reference")} if kept else {}),
-            "optimizer": adapters.shards.whole(tree_flatten(self.update.optimizer.state, destination={})),
+            "optimizer": shards.outlines(optimizer) if outlines else shards.whole(optimizer),
             **({OLDER: older} if (older := self.older.arrays()) else {}),
         }
 
@@ -243,9 +250,11 @@ class Trainer:
         """
         optimizer = self.update.optimizer.fitted(state.arrays.get("optimizer", {}))
         state = replace(state, arrays={**state.arrays, "optimizer": optimizer})
-        state.check_fits(self.state())
+        state.check_fits(TrainerState(self.arrays(outlines=True), self.counts()))
         adapters = self.policy.adapters
         parts = {name: adapters.shards.part(arrays) for name, arrays in state.arrays.items() if name not in OF_GROUPS}
+        parts["optimizer"] = self.policy.shards.part(state.arrays["optimizer"])
+        mx.eval(parts["optimizer"])
         adapters.load_state(parts["adapters"])
         if "reference" in parts:
             adapters.add("reference", parts["reference"])

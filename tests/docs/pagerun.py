@@ -71,7 +71,7 @@ def blocks(page: str) -> list[Block]:
 def commands(body: str) -> Iterator[tuple[str, list[str]]]:
     """Each command of a console block with the lines that it prints. A backslash continues a command."""
     command, printed = "", []
-    for line in re.sub(r"\\\n> ?", "", body).splitlines():
+    for line in re.sub(r"\\\n *", "", body).splitlines():
         if line.startswith("$ "):
             if command:
                 yield command, printed

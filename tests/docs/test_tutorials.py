@@ -13,6 +13,9 @@ TUTORIALS, CONCEPTS = (
 )
 GUIDES = ["quickstart.md", "memory.md", "rewards.md"]
 """Pages that are no tutorials and whose blocks run all the same."""
+QUICK = [f"concepts/{name}.md" for name in ("corrections", "logprobs", "normalizers", "step")]
+QUICK.append("tutorials/debugging.md")
+"""What the default tests run; the other pages take longer."""
 
 
 @pytest.fixture
@@ -25,15 +28,15 @@ def students(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypat
         monkeypatch.setitem(models.MODELS, name, Student(task=settings.task, steps=steps, warmup=1))
 
 
-@pytest.mark.parametrize("page", [*TUTORIALS, *(pytest.param(page, marks=pytest.mark.slow) for page in GUIDES)])
-def test_a_tutorial_runs(page: str, students: None, run_cli) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [
+        page if page in QUICK else pytest.param(page, marks=pytest.mark.slow)
+        for page in [*TUTORIALS, *CONCEPTS, *GUIDES]
+    ],
+)
+def test_a_page_runs(page: str, students: None, run_cli) -> None:
     assert run_page(page, run_cli) > 0
-
-
-@pytest.mark.parametrize("page", CONCEPTS)
-def test_the_examples_of_a_concept_are_right(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli) -> None:
-    monkeypatch.chdir(tmp_path)
-    run_page(page, run_cli)
 
 
 def test_what_is_not_run_has_a_reason() -> None:

@@ -15,6 +15,7 @@ from grpo.planning.elsewhere import Elsewhere, outline_of
 from grpo.planning.estimate import RECKONED, machine_of, report
 from grpo.planning.held import Held
 from grpo.planning.machines import GB, Backend, memory_of
+from grpo.planning.plan import Plan
 from grpo.recipes import with_settings
 
 EIGHT_B = "mlx-community/Qwen3-8B-4bit"
@@ -159,3 +160,29 @@ def test_a_plan_for_a_divided_model_counts_what_one_process_holds() -> None:
     assert keys[0] == 4 * keys[1]
     with pytest.raises(UserError, match=r"set model\.shard_size to how many"):
         weights(shard="tensor")
+
+
+def test_a_plan_for_spread_weights_has_parts_during_an_update_and_the_whole_outside() -> None:
+    config = {name: value for name, value in ANY_LENGTH.items() if "quantization" not in name}
+
+    def plan(full: bool = True, gigabytes: int = 200, **model: object) -> Plan:
+        adapter = {"type": "full"} if full else {}
+        cfg = of_8b(model={"name": EIGHT_B, "dtype": "bfloat16", **model}, adapter=adapter)
+        return Elsewhere.of(cfg, config, machine_of(gigabytes * GB, "cuda", cfg)).plan()
+
+    of_two, of_four = (plan(shard="fsdp", shard_size=n) for n in (2, 4))
+    for name in ("weights", "optimizer"):
+        assert of_two.stays[name] == pytest.approx(2 * of_four.stays[name], rel=1e-3)
+    weights = 2 * of_four.parameters  # bfloat16
+    assert of_four.stays["weights"] == pytest.approx(weights / 4, rel=1e-3)
+    assert of_four.stays["optimizer"] == pytest.approx(12 * of_four.parameters / 4, rel=1e-3)
+    assert of_four.whole == pytest.approx(3 / 4 * weights, rel=1e-3)
+    assert of_four.phases["rollout"] > of_four.whole
+    assert of_four.phases["checkpoint"] > 9 * of_four.parameters
+    assert of_four.checkpointing is True
+    adapter = plan(full=False, shard="fsdp", shard_size=4)
+    assert "checkpoint" not in adapter.phases
+    assert adapter.stays["weights"] < 0.3 * plan(full=False).stays["weights"]
+    assert any("outside updates weights are whole, which takes" in line for line in adapter.lines())
+    with pytest.raises(TooLargeError, match=r"model\.shard: tensor"):
+        there(12, cfg=of_8b(model={"name": EIGHT_B, "dtype": "bfloat16", "shard": "fsdp", "shard_size": 4})).plan()

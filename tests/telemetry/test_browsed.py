@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from grpo.config.log import CompletionsConfig
@@ -53,6 +55,26 @@ def test_a_small_run_is_there_as_a_whole(recipe: Path, tmp_path: Path) -> None:
     assert kept == expected
     assert (first["characters"], first["columns"]) == ("CC", {"surprise": "IQ"})  # 16 √0.25 and 16 √1
     assert told["rows"][2]["reward"] is None
+
+
+def test_what_a_step_replayed_is_shown_where_it_was_sampled(recipe: Path, tmp_path: Path) -> None:
+    """The policy may have learned since it sampled, without a replay. Older files have a lag for replays alone."""
+
+    def told_of(lag: int, replayed: bool) -> list[int]:
+        one = group(1, [1.0])
+        rollouts = tuple(replace(rollout, lag=lag, replayed=replayed) for rollout in one.rollouts)
+        told = browsed(recorded(recipe, tmp_path, {2: [group(0, [0.5]), replace(one, rollouts=rollouts)]}))
+        assert told is not None
+        assert told["total"] == len(told["rows"])
+        return [told["tasks"][row["task"]]["index"] for row in told["rows"]]
+
+    assert told_of(1, replayed=False) == [0, 1]
+    assert told_of(1, replayed=True) == [0]
+    path = tmp_path / COMPLETIONS / "step-000002.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["replayed", "characters"]), path)
+    told = browsed(RecordedRun(tmp_path, load_recipe(recipe), [], []))
+    assert told is not None
+    assert told["total"] == 1
 
 
 def test_failures_and_extras_are_told(recipe: Path, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from grpo.planning.held import FORMER
 from grpo.planning.planner import Planner
 from grpo.recipes import load_recipe
 from grpo.runs.completions import read_completions, stored_steps
-from grpo.runs.prepare import _on_roles, _together, prepare
+from grpo.runs.prepare import prepare
+from grpo.runs.processes import on_roles, one_plan
 from grpo.scoring.own import OwnTerms
 from grpo.scoring.scorer import Scorer
 from grpo.tools.replay import replay
@@ -315,13 +316,13 @@ def test_a_process_that_samples_is_planned_without_an_update(recipe: Path) -> No
     small = replace(plan, micro_batch=1)
     gathered = Several(0, 3)
     gathered.gather = lambda mine: [mine, (small, optim), (small, optim)]
-    least, _ = _together(gathered, both.policy, prepared.plan, optim, trainers=1)
+    least, _, _ = one_plan(gathered, both.policy, prepared.plan, optim, trainers=1)
     assert least.micro_batch == prepared.plan.micro_batch  # samplers make none
-    assert _on_roles(role(0), [3 * 2**20, 2**20, 2 * 2**20]) == [
+    assert on_roles(role(0), [3 * 2**20, 2**20, 2 * 2**20]) == [
         "ranks: process 0 trains and takes about 3 MB; processes 1 to 2 sample, about 2 MB each. A step learns from "
         "completions of the policy before its last update"
     ]
-    assert _on_roles(None, []) == _on_roles(Roles.alone(), [1]) == []
+    assert on_roles(None, []) == on_roles(Roles.alone(), [1]) == []
 
 
 def test_scores_do_not_depend_on_which_sampler_saw_a_step_rewarded() -> None:

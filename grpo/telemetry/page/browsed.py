@@ -11,7 +11,7 @@ from grpo.data.messages import text_of
 from grpo.environments.shown import told
 from grpo.runs.completions import read_columns, read_groups, stored_steps
 from grpo.runs.folder import COMPLETIONS
-from grpo.telemetry.page.text import counts, number, shortened, size_of, spans_of, surprises
+from grpo.telemetry.page.text import PageJson, counts, number, shortened, size_of, spans_of, surprises
 from grpo.telemetry.recorded import RecordedRun
 from grpo.types import Group, Rollout, Task, Trajectory
 
@@ -26,12 +26,11 @@ GROUPS_AT_LEAST = 24
 LONGEST_TEXT, LONGEST_PROMPT, LONGEST_VALUE = 20_000, 8_000, 300
 """Characters of a completion, a prompt, and a column of the data."""
 
-Json = dict[str, Any]
-Place = tuple[Path, int]
+StoredGroup = tuple[Path, int]
 """A stored step's file, and the number of a group in it."""
 
 
-def browsed(run: RecordedRun, sharing: int = 1) -> Json | None:
+def browsed(run: RecordedRun, sharing: int = 1) -> PageJson | None:
     """The completions of a run to read, within its share of the page's bytes; None where none are stored.
 
     stored    steps that are stored
@@ -74,22 +73,23 @@ def browsed(run: RecordedRun, sharing: int = 1) -> Json | None:
     }
 
 
-Known = dict[int, tuple[str, Any]]
+KnownGroups = dict[int, tuple[str, Any]]
 """The groups that a step sampled itself, each with its task."""
 
 
-def _known(path: Path) -> tuple[int, Known]:
+def _known(path: Path) -> tuple[int, KnownGroups]:
     """How many completions a stored file has, and of which groups, read in a small part of the time that it takes to
     read all of it. Groups that the step replayed are in an earlier step's file."""
-    rows = [row for row in read_columns(path, ("group", "source", "task", "lag")) if not row[-1]]
-    return len(rows), {
-        group: (source or "", (path.name, group) if task is None else task) for group, source, task, _ in rows
+    columns = read_columns(path, ("group", "source", "task", "lag", "replayed"))
+    own = [row[:3] for *row, lag, replayed in columns if not (lag if replayed is None else replayed)]
+    return len(own), {
+        group: (source or "", (path.name, group) if task is None else task) for group, source, task in own
     }
 
 
-def _followed(groups: Mapping[Path, Known]) -> dict[Path, list[int]]:
+def _followed(groups: Mapping[Path, KnownGroups]) -> dict[Path, list[int]]:
     """The groups of the prompts that were sampled most often, at a few of their steps each, by file."""
-    seen: dict[tuple[str, Any], list[Place]] = {}
+    seen: dict[tuple[str, Any], list[StoredGroup]] = {}
     for path, known in groups.items():
         for group, task in known.items():
             seen.setdefault(task, []).append((path, group))
@@ -111,8 +111,8 @@ class _Shelf:
 
     room: int
     prompts: list[list[list[str]]] = field(default_factory=list)
-    tasks: list[Json] = field(default_factory=list)
-    rows: list[Json] = field(default_factory=list)
+    tasks: list[PageJson] = field(default_factory=list)
+    rows: list[PageJson] = field(default_factory=list)
     places: dict[Any, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class _Shelf:
                 return
             self.places[path, place] = begun
 
-    def _row(self, place: Json, group: Group, index: int, spans: list[int] | None) -> Json:
+    def _row(self, place: PageJson, group: Group, index: int, spans: list[int] | None) -> PageJson:
         rollout = group.rollouts[index]
         return {
             **place,
@@ -172,13 +172,13 @@ def _prompt(task: Task, trajectory: Trajectory) -> list[list[str]]:
     return [[str(message["role"]), shortened(text_of(message), LONGEST_PROMPT)] for message in prompt]
 
 
-def _task(task: Task) -> Json:
+def _task(task: Task) -> PageJson:
     columns = {str(name): str(value) for name, value in task.columns.items() if name != "prompt"}
     short = {name: shortened(value, LONGEST_VALUE) for name, value in columns.items()}
     return {"source": task.source, "index": task.index, "columns": short}
 
 
-def _scored(rollout: Rollout) -> Json:
+def _scored(rollout: Rollout) -> PageJson:
     named = {
         "scores": {name: number(score) for name, score in rollout.scores.items()},
         "failures": {name: shortened(str(failure), 2 * LONGEST_VALUE) for name, failure in rollout.failures.items()},
@@ -194,11 +194,11 @@ def _scored(rollout: Rollout) -> Json:
     }
 
 
-def _said(rollout: Rollout, spans: list[int] | None) -> Json:
+def _said(rollout: Rollout, spans: list[int] | None) -> PageJson:
     """The words, and what is known of each token."""
     trajectory = rollout.trajectory
     whole = len(trajectory.text) <= LONGEST_TEXT
-    said: Json = {} if trajectory.conversation is None else {"turns": _turns(rollout)}
+    said: PageJson = {} if trajectory.conversation is None else {"turns": _turns(rollout)}
     if trajectory.conversation is None or whole:
         said["text"] = shortened(trajectory.text, LONGEST_TEXT)
     if spans is not None and whole and not trajectory.begins:
@@ -212,10 +212,10 @@ def _said(rollout: Rollout, spans: list[int] | None) -> Json:
     return said
 
 
-def _turns(rollout: Rollout) -> list[Json]:
+def _turns(rollout: Rollout) -> list[PageJson]:
     turns = []
     for said in told(rollout):
-        turn: Json = {"who": said.who, "text": shortened(said.text, LONGEST_TEXT)}
+        turn: PageJson = {"who": said.who, "text": shortened(said.text, LONGEST_TEXT)}
         turn |= {"calls": list(said.calls)} if said.calls else {}
         turn |= {} if said.reward is None else {"reward": number(said.reward)}
         turn |= {} if said.advantage is None else {"advantage": number(said.advantage)}

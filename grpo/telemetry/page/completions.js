@@ -250,7 +250,7 @@ function tokenNode(token, color, tokens) {
   const node = el("span", { class: token.trained ? "token" : "token untrained" }, token.text);
   if (part) {
     const hue = color === "surprise" ? "--surprise" : part > 0 ? "--better" : "--worse";
-    node.style.background = `color-mix(in srgb, var(${hue}) ${Math.round(Math.abs(part) * 75)}%, transparent)`;
+    node.style.background = `color-mix(in srgb, var(${hue}) ${Math.round(Math.abs(part) * 50)}%, transparent)`;
   }
   const told = [token.surprise === null ? null : `p = ${formatNumber(Math.exp(-token.surprise))}, −log p = ${formatNumber(token.surprise)}`, token.advantage === null ? "not sampled: nothing is learned from it" : `advantage ${formatSigned(token.advantage)}`];
   node.title = told.filter(Boolean).join("\n");

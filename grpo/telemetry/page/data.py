@@ -12,7 +12,7 @@ from grpo.telemetry.page.browsed import browsed
 from grpo.telemetry.page.cards import cards, failures, phases
 from grpo.telemetry.page.layout import layout
 from grpo.telemetry.page.settings import settings
-from grpo.telemetry.page.text import number
+from grpo.telemetry.page.text import PageJson, number
 from grpo.telemetry.recorded import RecordedRun
 
 FORMAT = 1
@@ -20,10 +20,8 @@ FORMAT = 1
 MOST_POINTS = 200_000
 """Values of metrics in a page, of all runs together: less than 2 MB."""
 
-Json = dict[str, Any]
 
-
-def page_data(runs: Sequence[RecordedRun], completions: bool = True) -> Json:
+def page_data(runs: Sequence[RecordedRun], completions: bool = True) -> PageJson:
     """Everything that the page shows, as JSON values (no NaN, no infinity).
 
     The page takes it from the block `<script id="data">` that `grpo.telemetry.report.page` writes, or, where that was
@@ -68,7 +66,7 @@ def page_data(runs: Sequence[RecordedRun], completions: bool = True) -> Json:
     }
 
 
-def _of_run(run: RecordedRun, name: str, every: int) -> Json:
+def _of_run(run: RecordedRun, name: str, every: int) -> PageJson:
     steps = [record.step for record in run.steps]
     return {
         "name": name,
@@ -110,7 +108,7 @@ def _thinned(values: Sequence[float | None], every: int) -> list[float | None]:
     return means
 
 
-def _evaluations(run: RecordedRun) -> Json | None:
+def _evaluations(run: RecordedRun) -> PageJson | None:
     made = run.evaluations
     if not made:
         return None

@@ -28,7 +28,7 @@ CURVES = (
         REWARD,
         "Groups with equal rewards",
         ("frac_reward_zero_std",),
-        "fraction of groups whose rewards are all equal: they teach nothing, unless there is a teacher",
+        "fraction of groups whose rewards are all equal: these teach nothing",
     ),
     (POLICY, "Entropy", ("entropy",), "of the policy at the sampling temperature, in nats, mean over tokens"),
     (POLICY, "KL to the reference", ("kl",), "estimate, mean over tokens, in nats"),
@@ -136,6 +136,7 @@ def _families(known: set[str]) -> list[Plot]:
         return {name: name.removeprefix(prefix).removesuffix(suffix) for name in found}
 
     rewards = family("rewards/", "/mean")
+    rewards = rewards if len(rewards) > 1 else {}  # one alone is the reward, but for its weight
     return [
         _plot(REWARD, "Each reward", "mean score of each reward, before weights", "lines", rewards),
         _plot(

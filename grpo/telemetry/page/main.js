@@ -109,8 +109,17 @@ function drawSummary() {
     const cards = [...changeCards(run), timeCard(run), memoryCard(run), phaseCard(run), failureCard(run)];
     const setup = el("details", { class: "setup", id: `setup-${place}` }, el("summary", {}, "What was trained on what"), el("dl", {}, ...run.settings.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)])));
     const head = el("header", {}, state.data.runs.length > 1 ? swatch(place) : null, el("h2", {}, run.name), el("span", { class: `state ${run.state}` }, run.state), el("span", { class: "faint" }, `step ${run.step.toLocaleString("en-US")} of ${run.steps.toLocaleString("en-US")}${run.now ? `, ${run.now}` : ""}`));
-    return el("article", { class: "run" }, head, el("div", { class: "cards" }, ...cards.filter(Boolean)), setup);
+    return el("article", { class: "run" }, head, alarmsOf(run), el("div", { class: "cards" }, ...cards.filter(Boolean)), setup);
   }));
+}
+
+/** What went wrong, the newest first; all of it is in the table. */
+function alarmsOf(run) {
+  if (!run.alarms.length) return null;
+  const told = run.alarms.slice(-3).reverse().map(([step, kind, what]) => el("li", {}, el("b", {}, `${kind} at step ${step.toLocaleString("en-US")}`), `: ${what}`));
+  const more = run.alarms.length - told.length;
+  const all = el("li", {}, el("a", { href: "#section-what-went-wrong" }, more ? `${more} more, and what to do` : "what to do"));
+  return el("ul", { class: "alarms", "aria-label": "Alarms" }, ...told, all);
 }
 
 function card(title, big, ...small) {

@@ -193,9 +193,30 @@ class Cell {
           chart.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
         }],
         setCursor: [() => this.tellValues()],
+        draw: [chart => this.markAlarms(chart)],
         ready: [chart => chart.over.addEventListener("dblclick", () => zoomTo(null))],
       },
     };
+  }
+
+  /** A broken line at each step with an alarm. */
+  markAlarms(chart) {
+    const { ctx, bbox } = chart;
+    ctx.save();
+    ctx.strokeStyle = look("--bad");
+    ctx.lineWidth = devicePixelRatio;
+    ctx.setLineDash([2 * devicePixelRatio, 4 * devicePixelRatio]);
+    for (const run of new Set(this.curves.map(curve => curve.run))) {
+      for (const x of alongAxis(run, run.alarms.map(([step]) => step))) {
+        const left = chart.valToPos(x, "x", true);
+        if (left < bbox.left || left > bbox.left + bbox.width) continue;
+        ctx.beginPath();
+        ctx.moveTo(left, bbox.top);
+        ctx.lineTo(left, bbox.top + bbox.height);
+        ctx.stroke();
+      }
+    }
+    ctx.restore();
   }
 
   drawLegend() {

@@ -14,6 +14,8 @@ CARRY = len(ALPHABET) - 1
 FINENESS = 16
 """A surprise of x nats is the digit `16 √x`: fine where tokens are likely, up to 15.5 nats."""
 
+PageJson = dict[str, Any]
+"""An object of the page's data."""
 DIGITS = 5
 """Significant digits of a value."""
 

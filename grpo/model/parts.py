@@ -1,0 +1,135 @@
+"""Flat parts of large arrays, one for each of several processes (`grpo.model.fsdp`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from grpo.backend.ranks import Ranks
+from grpo.model.shards import PRECISE, Shards
+
+LEAST = 2**12
+"""Numbers of an array that is divided; smaller ones (norms, biases) are whole in every process."""
+ALIGNED = 256
+"""Parts have a multiple of so many numbers: 8-bit moments have a scale for each 256, and no two processes share one."""
+SCALES = ".scales"
+"""How the names end that an optimizer gives to the scales of moments in 8 bits."""
+ADAPTERS = "lora_a", "lora_b", "m"
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayPlace:
+    """Where a divided array is held, and what the whole is."""
+
+    holder: Any
+    name: str
+    shape: tuple[int, ...]
+    size: int
+
+    @property
+    def array(self) -> mx.array:
+        held: mx.array = self.holder[self.name]
+        return held
+
+    def put(self, array: mx.array) -> None:
+        self.holder[self.name] = array
+
+
+class Parts:
+    """How arrays are divided among `ranks`: one-dimensional parts of the same length, with zeros behind the last
+    numbers. `copies` are the processes that have the same parts in other such groups."""
+
+    def __init__(self, ranks: Ranks, copies: Ranks) -> None:
+        self.ranks, self.copies = ranks, copies
+        self.is_silent = False
+        """Whether nothing is exchanged: what is computed means nothing then, but takes as much memory."""
+
+    def part_of(self, array: mx.array) -> mx.array:
+        """This process's part of a whole array, not yet computed."""
+        length = self.length(array.size)
+        start = min(self.ranks.rank * length, array.size)
+        own = array.reshape(-1)[start : start + length]
+        return mx.contiguous(mx.pad(own, (0, length - own.size)) if own.size < length else own)
+
+    def length(self, size: int) -> int:
+        """Numbers in a part of an array of so many."""
+        return -(-size // (self.ranks.size * ALIGNED)) * ALIGNED
+
+    def joined(self, part: mx.array, place: ArrayPlace) -> mx.array:
+        """The whole of everybody's parts, computed. All processes must ask."""
+        whole = self.ranks.join(part, 0)[: place.size].reshape(place.shape)
+        mx.eval(whole)
+        return whole
+
+
+class FlatShards(Shards):
+    """Which of the arrays that train are parts while they are spread: of these, gradient and optimizer's state are
+    parts all the time."""
+
+    def __init__(self, parts: Parts, places: Mapping[str, ArrayPlace]) -> None:
+        super().__init__()
+        self._parts, self.places = parts, dict(places)
+        if self.places:
+            self.ranks = parts.ranks
+
+    def divides(self, path: str) -> bool:
+        return self._base(path) is not None
+
+    def shape(self, path: str, array: mx.array) -> tuple[int, ...]:
+        base = self._base(path)
+        if base is None or not array.ndim:
+            return tuple(array.shape)
+        place = self.places[base]
+        return (-(-place.size // ALIGNED),) if path.endswith(SCALES) else place.shape
+
+    def sums_of(self, paths: Iterable[str], ranks: Ranks) -> list[tuple[list[str], Ranks]]:
+        parts = [path for path in paths if self.divides(path)]
+        copies = Ranks() if self._parts.is_silent else self._parts.copies
+        return [(parts, copies), ([path for path in paths if path not in set(parts)], ranks)]
+
+    def whole(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        return {path: self.whole_of(path, array) for path, array in arrays.items()}
+
+    def part_of(self, path: str, array: mx.array) -> mx.array:
+        if self._base(path) is None or not array.ndim:
+            return array
+        if path.endswith(SCALES):
+            length = self._parts.length(self.places[self._base(path) or ""].size) // ALIGNED
+            padded = mx.pad(array, (0, length * self.ranks.size - array.size))
+            return mx.contiguous(padded[self.ranks.rank * length : (self.ranks.rank + 1) * length])
+        return self._parts.part_of(array)
+
+    def whole_of(self, path: str, array: mx.array) -> mx.array:
+        """The whole of everybody's parts; of what is whole, itself."""
+        base = self._base(path)
+        if base is None or not array.ndim:
+            return array
+        place = self.places[base]
+        if array.shape == place.shape:
+            return array
+        if path.endswith(SCALES):
+            return self.ranks.join(array, 0)[: -(-place.size // ALIGNED)]
+        return self._parts.joined(array, place)
+
+    def _base(self, path: str) -> str | None:
+        """The path of what trains, of that or of the name of what an optimizer keeps of it."""
+        path = path.removeprefix(PRECISE)
+        for _ in range(3):  # `weight`, `weight.m`, and `weight.m.codes`
+            if path in self.places:
+                return path
+            path = path.rpartition(".")[0]
+        return None
+
+
+def places_below(module: nn.Module) -> list[ArrayPlace]:
+    """The arrays below a module that are divided."""
+    return [
+        ArrayPlace(inner, name, tuple(array.shape), array.size)
+        for inner in module.modules()
+        for name, array in inner.items()
+        if isinstance(array, mx.array) and array.size >= LEAST and name not in ADAPTERS
+    ]

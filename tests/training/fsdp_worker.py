@@ -1,0 +1,101 @@
+"""One process of several that spread a model's weights, for test_fsdp.py: `OUT`, what to make there, and
+whether to spread."""
+
+import grpo  # noqa: F401  before mlx, so that the BLAS is in place
+
+# isort: split
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from conftest import make_model
+from mlx.utils import tree_flatten
+from training.sections import make_batches, updater, with_advantages, with_anchor, with_reference
+from training.shards_worker import SIZES, shaken
+from training.test_update import groups, recipe
+
+from grpo.backend.ranks import Ranks
+from grpo.config import AdapterConfig
+from grpo.model import fsdp
+from grpo.model.adapters import Adapters
+from grpo.model.fsdp import LEAST, Spread
+from grpo.model.policy import Policy
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "lora": ("tied", {}, {}, {}),
+    "full": ("tied", {}, {"type": "full"}, {}),
+    "untied": ("untied", {}, {"type": "full"}, {}),
+    "blocks": ("tied", {}, {"type": "full", "layers": (1, 2)}, {}),
+    "dora": ("tied", {}, {"type": "dora"}, {}),
+    "quantised": ("quantised", {}, {}, {}),
+    "experts": ("moe", {"moe_intermediate_size": 64}, {"type": "full"}, {}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {"type": "full"}, {}),
+    "dropout": ("tied", {}, {"dropout": 0.3}, {}),
+    "packed": ("tied", {}, {"type": "full"}, {"moments": "int8"}),
+    "odd": ("tied", {"intermediate_size": 101, "vocab_size": 197}, {"type": "full"}, {}),
+    "no head": ("gemma2", {}, {"type": "full"}, {}),
+    "few": ("tied", {}, {"type": "full"}, {"micro_batch_tokens": 10_000}),
+}
+"""A model of the zoo, what differs in it, in the adapter, and in the optimizer's section."""
+
+
+def make_policy(case: str, ranks: Ranks, spreads: bool) -> Policy:
+    """The policy of a case, whose weights `ranks` spread, if it `spreads` them."""
+    fsdp.LEAST = 2**9 if case == "quantised" else LEAST  # eight numbers of 4 bits lie in one
+    kind, changes, adapter, _ = CASES[case]
+    model, full = make_model(kind, **{**(SIZES if kind != "gemma2" else {}), **changes}), adapter.get("type") == "full"
+    adapters = Adapters(model, AdapterConfig(**({} if full else {"rank": 4}), **adapter), mx.random.key(0))
+    if not full:
+        shaken(adapters)
+    policy = Policy(model, adapters, 1.0)
+    if spreads:
+        divided = ranks.divided(None)
+        policy.spread = Spread(model, adapters, policy.split and policy.split[1], divided.shard, divided)
+    return policy
+
+
+def made(case: str, ranks: Ranks, out: Path, spreads: bool = False) -> None:
+    """Write all of one case: a gradient, and two updates, whole."""
+    policy, rank = make_policy(case, ranks, spreads), ranks.rank
+    whole = sum(array.nbytes for _, array in tree_flatten(policy.model.parameters()))
+    before = dict(tree_flatten(policy.model.parameters()))
+
+    def write(name: str, arrays: dict[str, mx.array]) -> None:
+        mx.save_safetensors(str(out / f"{case}-{name}-{rank}.safetensors"), arrays)
+
+    loss, dropout = {"type": "grpo", "beta": 0.1}, {"dropout": 0.3} if case == "dropout" else {}
+    cfg = recipe(loss=loss, optim=CASES[case][3], adapter=dropout)
+    batches = with_reference(make_batches(with_advantages(groups(policy), cfg), cfg), policy, cfg)
+    if case == "dropout":
+        (batches,) = with_anchor([batches], policy, cfg)
+    mine = ranks.share(batches)
+    update = updater(policy, cfg, ranks=ranks)
+    key = mx.random.key(7) if case == "dropout" else None
+    with policy.spreading():
+        held = sum(array.nbytes for _, array in tree_flatten(policy.model.parameters()))
+        found = update.gradient(mine, key)
+    write("gradient", policy.shards.whole(found.arrays))
+    for path, array in tree_flatten(policy.model.parameters()):
+        assert mx.array_equal(array, before[path]), path
+    del before
+    norm = update._norm(found.arrays).item()
+    results = [update([mine], step) for step in (1, 2)]
+    write("policy", policy.adapters.state())
+    write("optimizer", policy.shards.whole(tree_flatten(update.optimizer.state, destination={})))
+    facts = {
+        "loss": found.loss,
+        "norm": norm,
+        "norms": [result.grad_norm for result in results],
+        "delta": policy.adapters.delta(),
+    }
+    notes = {"bytes": whole, "held": held, "batches": len(batches)}
+    (out / f"{case}-{rank}.json").write_text(json.dumps({"facts": facts, "notes": notes}))
+
+
+if __name__ == "__main__":
+    ranks = Ranks.launched()
+    for case in sys.argv[2].split(","):
+        made(case, ranks, Path(sys.argv[1]), sys.argv[3] == "spread")

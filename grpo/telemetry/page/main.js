@@ -113,7 +113,7 @@ function drawSummary() {
   redraw(at("summary"), shownRuns().map(([run, place]) => {
     const cards = [...changeCards(run), timeCard(run), memoryCard(run), phaseCard(run), failureCard(run)];
     const setup = el("details", { class: "setup", id: `setup-${place}` }, el("summary", {}, "What was trained on what"), el("dl", {}, ...run.settings.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)])));
-    const head = el("header", {}, state.data.runs.length > 1 ? swatch(place) : null, el("h2", {}, run.name), el("span", { class: `state ${run.state}` }, run.state), el("span", { class: "faint" }, `step ${run.step.toLocaleString("en-US")} of ${run.steps.toLocaleString("en-US")}`));
+    const head = el("header", {}, state.data.runs.length > 1 ? swatch(place) : null, el("h2", {}, run.name), el("span", { class: `state ${run.state}` }, run.state), el("span", { class: "faint" }, `step ${run.step.toLocaleString("en-US")} of ${run.steps.toLocaleString("en-US")}${run.now ? `, ${run.now}` : ""}`));
     return el("article", { class: "run" }, head, alarmsOf(run), el("div", { class: "cards" }, ...cards.filter(Boolean)), setup);
   }));
 }

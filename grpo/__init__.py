@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from grpo.door.trainer import Trainer as Trainer
     from grpo.errors import RunError as RunError
     from grpo.errors import UserError as UserError
+    from grpo.step import Step as Step
     from grpo.types import Batch as Batch
     from grpo.types import EvalMetrics as EvalMetrics
     from grpo.types import Group as Group
-    from grpo.types import Step as Step
     from grpo.types import StepMetrics as StepMetrics
 
 # Whatever part of the package is imported first, this runs before it, and so before `mlx.core`.
@@ -45,7 +45,8 @@ _DOOR = {
     "grpo.door.tasks": ("tasks",),
     "grpo.door.trainer": ("Trainer",),
     "grpo.errors": ("RunError", "UserError"),
-    "grpo.types": ("Batch", "EvalMetrics", "Group", "Step", "StepMetrics"),
+    "grpo.step": ("Step",),
+    "grpo.types": ("Batch", "EvalMetrics", "Group", "StepMetrics"),
 }
 """Where each public name comes from."""
 _PLACES = {name: module for module, names in _DOOR.items() for name in names}

@@ -25,7 +25,7 @@ SESSION = "__main__"
 
 
 def bundled(kind: str) -> Path:
-    """The folder of bundled `recipes` or `rewards`, wherever the package was installed from."""
+    """The folder of bundled `recipes` or `rewards`, or of pages, wherever the package was installed from."""
     package = Path(__file__).parent
     in_wheel = package / "_bundled" / kind
     return in_wheel if in_wheel.is_dir() else package.parent / kind

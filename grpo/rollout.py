@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 
+from grpo.backend.ranks import Ranks
+from grpo.backend.tickets import Deal
 from grpo.config import RolloutConfig
 from grpo.environments.driver import Driver
 from grpo.environments.environment import Environment, checked
@@ -18,11 +20,12 @@ from grpo.environments.single import SingleTurn
 from grpo.errors import RunError
 from grpo.generation.generator import Generator, seed_of
 from grpo.generation.progress import TokenProgress
+from grpo.generation.rows import Row
 from grpo.generation.sampling import Sampling
 from grpo.types import Group, Rollout, Task
 
 Whole = Callable[[int, Group], object]
-"""Told of a task's place and its group, as soon as the last row of that has ended."""
+"""Told of a task's place among those of this process and its group, as soon as the last row of that has ended."""
 
 
 class RolloutEngine:
@@ -46,38 +49,47 @@ class RolloutEngine:
         logprobs: bool = True,
         phase: str = "rollout",
         whole: Whole | None = None,
-        places: Sequence[int] | None = None,
+        deal: Deal | None = None,
     ) -> list[Group]:
         """`n` trajectories of each task at `temperature` (0: greedy), as groups that are not scored yet.
 
         `draws` is a key for all of them, or a seed for each: then what is drawn for a task does not depend on the
-        others. `places` are the tasks' numbers among all that are sampled by that key, here or by other processes: from
-        0 on, unless they are given. Greedy completions are the policy's own: no penalty reshapes them. `phase` is the
-        name under which progress is told. `whole` is called with each group while others decode, in the order in which
-        they end. Where an environment adds to prompts, a group's task has what its rows' prompts begin with
-        (`Sampler.begin_after`).
+        others. Of the tasks of several processes this one samples those that it takes of the `deal`, which has their
+        numbers afterwards; what is drawn for a task is the same in any process. Greedy completions are the policy's
+        own: no penalty reshapes them. `phase` is the name under which progress is told. `whole` is called with each
+        group while others decode, in the order in which they end. Where an environment adds to prompts, a group's task
+        has what its rows' prompts begin with (`Sampler.begin_after`).
         """
-        if not tasks:  # a process whose share is empty
+        deal = deal or Deal(range(len(tasks)))
+        if not deal.goes_on:  # a process whose share is empty
             return []
         generator, sampling = self.generator, at_temperature(self.sampling, temperature)
         driver = Driver(generator.open(), generator.tokenizer, sampling, logprobs)
-        told = TokenProgress(generator.progress, phase)
-        samplers = [
-            Sampler(driver, task, n, seed, path, place)
-            for place, (task, (seed, path)) in enumerate(
-                zip(tasks, _seeds(draws, places or range(len(tasks))), strict=True)
-            )
-        ]
-        rows = [sampler.rows for sampler in samplers]
+        told, seeds = TokenProgress(generator.progress, phase), _seeds(draws, len(tasks))
+        rows: list[list[Row]] = []
+        plays: list[Job[Group]] = []
+
+        def has_room() -> bool:
+            unbegun = sum(not own and not play.end.is_open for own, play in zip(rows, plays, strict=True))
+            return len(plays) < len(deal.begin) or driver.engine.load + unbegun * n < generator.slots
+
+        def begin(wait: bool) -> bool:
+            before = len(plays)
+            while deal.goes_on and has_room() and (number := deal.take(wait)) is not None:
+                sampler, wait = Sampler(driver, tasks[number], n, *seeds[number], place=len(plays)), False
+                rows.append(sampler.rows)
+                plays.append(driver.jobs.start(self._play(tasks[number], sampler, len(plays), whole)))
+            return len(plays) > before
+
         with driver:
-            plays = [
-                driver.jobs.start(self._play(task, sampler, place, whole))
-                for place, (task, sampler) in enumerate(zip(tasks, samplers, strict=True))
-            ]
-            driver.run(lambda: told.now_and_then(rows))
-            groups = [self._result(play, task) for play, task in zip(plays, tasks, strict=True)]
+            driver.run(lambda: told.now_and_then(rows), begin)
+            groups = [self._result(play, tasks[number]) for number, play in zip(deal.taken, plays, strict=True)]
         told.tell(rows)
         return groups
+
+    def deal(self, ranks: Ranks, tasks: int, n: int) -> Deal:
+        """Who samples which of so many tasks with `n` trajectories each. All processes of `ranks` call it."""
+        return Deal.of(ranks, tasks, self.generator.slots // n)
 
     async def _play(self, task: Task, sampler: Sampler, place: int, whole: Whole | None) -> Group:
         """The group of one task, which `whole` is told of."""
@@ -107,11 +119,11 @@ class RolloutEngine:
             raise
 
 
-def _seeds(draws: mx.array | Sequence[int], places: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
-    """For each task what its draws depend on: one key and the task's place, or a seed of its own."""
+def _seeds(draws: mx.array | Sequence[int], tasks: int) -> list[tuple[int, tuple[int, ...]]]:
+    """For each task what its draws depend on: one key and the task's number, or a seed of its own."""
     if isinstance(draws, mx.array):
         seed = seed_of(draws)
-        return [(seed, (place,)) for place in places]
+        return [(seed, (number,)) for number in range(tasks)]
     return [(seed, ()) for seed in draws]
 
 

@@ -1,6 +1,7 @@
 """What TRL's names are called here, for the messages about a recipe that holds one.
 
-The tables of `recipes/FROM_TRL.md` are the only source: what a person reads there is what a message says.
+The tables of the manual's page are the only source: what a person reads there is what a message says. The page is
+`docs/pages/tutorials/migrating-from-trl.md`, and the wheel has a copy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import cache
 
 from grpo.plugins import bundled
 
-PAGE = "FROM_TRL.md"
+FOLDER, PAGE = "docs/pages/tutorials", "migrating-from-trl.md"
 TRANSLATED, ABSENT = "## Settings", "## What is not here"
 
 
@@ -42,7 +43,7 @@ def answer(name: str) -> Translation | None:
 @cache
 def answers() -> dict[str, Translation]:
     """Every name in the first column of the page's tables of settings, `LoraConfig.` cut off, with its answer."""
-    text = (bundled("recipes") / PAGE).read_text(encoding="utf-8").partition(TRANSLATED)[2]
+    text = (bundled(FOLDER) / PAGE).read_text(encoding="utf-8").partition(TRANSLATED)[2]
     translated, _, absent = text.partition(ABSENT)
     found: dict[str, Translation] = {}
     for part, has_keys in ((translated, True), (absent, False)):

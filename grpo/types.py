@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, compress, pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from grpo.alarm import Alarm
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -216,11 +218,6 @@ class Failure:
         return f"{self.kind}: {self.error}"
 
 
-Progress = Callable[[str, int, int], None]
-"""Progress callback `(phase, done, total)`. `rollout` and `evaluation` count tokens (`total` is an upper bound),
-`reward` counts completions, and `update` counts micro-batches."""
-
-
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A trajectory with its scores.
@@ -236,7 +233,9 @@ class Rollout:
     taught      whether a teacher gives its tokens a signal of their own, whatever the advantage
     turn_advantages   with `advantage.turns: turn`, the advantage of each of the model's turns, which take the place of
                 `advantage`; that is then the first of them, in which all rewards of the conversation are
-    lag         steps between the policy that sampled and the policy that learns: 0 but for groups of `rollout.reuse`
+    lag         training steps between the policy that sampled and the policy that learns. 0 unless `rollout.reuse`
+                replays the group, or other processes sampled it ahead (`ranks`)
+    replayed    whether `rollout.reuse` took it from an earlier step, which sampled and counted it
     """
 
     trajectory: Trajectory
@@ -251,6 +250,7 @@ class Rollout:
     taught: bool = False
     turn_advantages: tuple[float, ...] | None = None
     lag: int = 0
+    replayed: bool = False
 
     @property
     def has_advantage(self) -> bool:
@@ -269,6 +269,11 @@ class Group:
     def lag(self) -> int:
         """Training steps between the policy that sampled the group and the policy that learns from it."""
         return max((rollout.lag for rollout in self.rollouts), default=0)
+
+    @property
+    def replayed(self) -> bool:
+        """Whether an earlier step sampled the group, and `rollout.reuse` replays it."""
+        return any(rollout.replayed for rollout in self.rollouts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,17 +362,19 @@ class StepMetrics:
     """The metrics of one training step, under TRL's names, and every group that it sampled.
 
     The groups that the step trained on come first in `groups`, with their advantages. Older groups, which the step
-    trained on and did not sample, are among them: their `lag` is above 0.
+    trained on and did not sample, are among them: they are `replayed`.
     """
 
     step: int
     values: Mapping[str, float]
     groups: tuple[Group, ...] = ()
+    alarms: tuple[Alarm, ...] = ()
+    """What the step showed to go wrong in the run."""
 
     @property
     def sampled(self) -> tuple[Group, ...]:
         """The groups that the step itself sampled, without older ones that it replayed."""
-        return tuple(group for group in self.groups if group.lag == 0)
+        return tuple(group for group in self.groups if not group.replayed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,16 +392,4 @@ class EvalMetrics:
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
     failed_gradings: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a tool, or an environment's `step`, may return in the place of its bare result.
-
-    `result` goes to the model; None adds nothing. `reward` is for the turn that led here. `done` ends the conversation.
-    Any object with these three attributes is taken alike.
-    """
-
-    result: Any = None
-    reward: float | None = None
-    done: bool = False
+    alarms: tuple[Alarm, ...] = ()

@@ -1,7 +1,7 @@
 """A search over a folder of text files, and questions about them that the files answer: what `search-files` trains on.
 
 The questions are made of the files themselves: a line with one word left out. The word is found by a search for others
-of the line. So any folder will do, such as your notes: `folder` says which. The default has these recipes' pages.
+of the line. So any folder will do, such as your notes: `folder` says which. Without it they are the recipes' own.
 """
 
 import random

@@ -16,8 +16,10 @@ FILTERED = (*TWICE, "rollout.top_k=20")  # the sampler is not the policy
 KL = (*TWICE, "loss.beta=0.1")
 EVAL = ("eval={split: train, every: 1, prompts: 3, samples: 2}",)
 SAVING = ("optim.steps=3", "checkpoint.every=1", "optim.learning_rate=0.02")
+TRACKIO = ("log.trackio={}",)
 WANDB = ("log.wandb={mode: offline}",)
 MADE = ("data.source=null", "data.use=rows.py:rows")
+APART = ("ranks={sample: 1, train: 1}",)
 SUMS = ("data.source=builtin:arithmetic",)
 POOLED = ("data.curriculum={}",)
 TWO = "rewards=[{use: 'grades.py:varied'}, {use: 'grades.py:letters'}]"
@@ -252,10 +254,30 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "log.wandb.notes": ("why", *WANDB),
     "log.wandb.completions": ("1", *WANDB),
     "log.tensorboard": ("true",),
+    "log.trackio.project": ("mine", *TRACKIO),
+    "log.trackio.name": ("mine", *TRACKIO),
+    "log.trackio.group": ("these", *TRACKIO),
+    "log.trackio.space_id": ("us/runs", *TRACKIO),
     "log.use": ("['loss.py:tell']",),
     "log.kl": ("1",),
     "log.completions.every": ("2", "optim.steps=3"),
     "log.completions.groups": ("1",),
+    "alarms.truncated": ("null",),
+    "alarms.without_signal": ("2", "rewards.0.use=grades.py:at_home", "optim.steps=2"),
+    "alarms.entropy": ("1", "rewards.0.use=grades.py:formed", "optim.steps=15"),
+    "alarms.kl": ("1e-9", "log.kl=1", "optim.steps=2"),
+    "alarms.grad_norm": ("null", "loss.use=loss.py:nothing"),
+    "alarms.eval_drop": (
+        "2",
+        "rewards.0.use=grades.py:drifts",
+        "eval={source: more.jsonl, split: train, every: 1, prompts: 4, samples: 2}",
+        "optim.steps=3",
+    ),
+    "alarms.length_correlation": ("0", "rollout.max_completion_length=24", "optim.steps=10"),
+    "alarms.logp_difference": ("1", "optim.max_logp_difference=null", "optim.max_grad_norm=0.8"),  # alone, likewise
+    "alarms.effective_sample_size": ("1", *FILTERED, "optim.steps=5"),
+    "alarms.failed_rewards": ("0.6", "rewards.0={use: 'grades.py:partly', max_failure_rate: 1}"),
+    "alarms.failed_calls": ("null", "model.name=talker", "tools=['talk.py:breaks']", "environment.workers=1", *LONG),
 }
 
 REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
@@ -276,6 +298,8 @@ REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
     ("model.shard=tensor", "model.shard divides a model among processes, and this is one process", ()),
     ("model.shard=fsdp", "model.shard divides a model among processes, and this is one process", ()),
     ("model.shard_size=2", "model.shard_size does nothing without model.shard", ()),
+    ("ranks.sample=2", "ranks: sample: 2 and train: 1 are 3 processes, and this is one process", APART),
+    ("ranks.train=2", "ranks: sample: 1 and train: 2 are 3 processes, and this is one process", APART),
     ("teacher.model.shard=tensor", "every process has the whole of a teacher", ("teacher.model.name=other",)),
     ("teacher.model.shard_size=2", "model.shard_size does nothing without model.shard", ("teacher.model.name=other",)),
     ("teacher.model.revision=main", "model.revision is for Hub repositories", ("teacher.model.name=other",)),

@@ -12,8 +12,9 @@ import pytest
 
 from grpo.config.describe import settings
 from grpo.errors import UserError
+from grpo.plugins import bundled
 from grpo.recipes import load_recipe
-from grpo.trl import answer, answers
+from grpo.trl import FOLDER, PAGE, answer, answers
 
 GRPO_CONFIG = """
 learning_rate model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout cast_lm_head_to_fp32
@@ -74,6 +75,11 @@ def test_every_name_is_on_the_page(names: str) -> None:
     assert [name for name in names.split() if answer(name) is None] == []
 
 
+def test_every_field_of_grpo_config_is_written_out() -> None:
+    page = (bundled(FOLDER) / PAGE).read_text(encoding="utf-8")
+    assert [name for name in GRPO_CONFIG.split() if f"`{name}`" not in page] == []
+
+
 def test_a_name_of_nobody_is_not() -> None:
     assert answer("num_generation") is None
 
@@ -88,12 +94,12 @@ def test_every_name_on_the_page_is_one_of_theirs() -> None:
         "torch_dtype",
         "trust_remote_code",
     }
-    experimental = {"replay_buffer_size"}  # of GRPOWithReplayBufferConfig
+    earlier = {"replay_buffer_size"}  # of GRPOWithReplayBufferConfig, which 1.16 no longer has
     scripts = {"lora_r", "lora_target_modules", "task_type", "peft_type", "inference_mode"}
     theirs = {
         *f"{GRPO_CONFIG} {GRPO_TRAINER} {LORA_CONFIG} {TRAINING_ARGUMENTS}".split(),
         *older,
-        *experimental,
+        *earlier,
         *scripts,
     }
     assert {name for name in answers() if "*" not in name} - theirs == set()
@@ -123,12 +129,12 @@ def test_what_is_said_to_be_here_is_here() -> None:
         ("sync_ref_model=true", "TRL's sync_ref_model is adapter.sync_reference_every here (a number of steps; null"),
         (
             "adapter.lora_dropout=0.1",
-            "TRL's lora_dropout is adapter.dropout here (in the update alone; TRL's disable_dr",
+            "TRL's lora_dropout is adapter.dropout here (in the update only).",
         ),
         ("r=8", "TRL's r is adapter.rank here."),
         (
             "rollout.replay_buffer_size=64",
-            "TRL's replay_buffer_size is rollout.reuse here (of the experimental GRPOWith",
+            "TRL's replay_buffer_size is rollout.reuse here (of GRPOWithReplayBufferTrainer in",
         ),
         ("rollout.beta=1", "Did you mean loss.beta?"),
         ("loss.bata=1", "Did you mean loss.beta?"),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from docs.pagerun import blocks
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["mlx.core", "mlx_lm", "numpy", "datasets", "wandb", "transformers", "pydantic", "rich", "math_verify"]
@@ -53,14 +54,13 @@ models.MODELS["builtin:arithmetic-student"] = models.Student(steps=2, warmup=1)
 """The student is made in a second, and has learned next to nothing."""
 
 
-def loop_from_the_readme() -> str:
-    readme = (ROOT / "README.md").read_text()
-    (loop,) = re.findall(r"```python\n(import grpo\n.*?)```", readme, re.DOTALL)
+def loop_from_the_manual() -> str:
+    (loop,) = (block.body for block in blocks("python.md") if block.body.startswith("import grpo\n"))
     return loop
 
 
 def test_a_loop_of_ones_own_runs_from_the_wheel_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
-    loop = loop_from_the_readme()
+    loop = loop_from_the_manual()
     assert "range(30)" in loop
     where = "import os; os.environ['GRPO_CACHE'] = '../cache'"
     empty = tmp_path / "empty"
@@ -70,6 +70,15 @@ def test_a_loop_of_ones_own_runs_from_the_wheel_in_an_empty_folder(site: Path, t
     assert [line.split()[0] for line in lines[:2]] == ["0", "1"]
     assert lines[-1].startswith(str(site))
     assert {path.name for path in (empty / "adapter").iterdir()} == {"adapters.safetensors", "adapter_config.json"}
+
+
+def test_the_readme_of_the_package_has_no_relative_links(site: Path) -> None:
+    (metadata,) = site.glob("grpo_mlx-*.dist-info/METADATA")
+    _, _, readme = metadata.read_text(encoding="utf-8").partition("\n\n")
+    assert readme.startswith("# grpo\n")
+    assert re.findall(r"\]\((?![a-z]+:)[^)]*\)", readme) == []
+    assert "images/" not in readme
+    assert "How fast has more" in readme
 
 
 def test_wheel_outside_the_checkout_finds_recipes_and_rewards(site: Path, tmp_path: Path) -> None:
@@ -84,5 +93,8 @@ def test_wheel_outside_the_checkout_finds_recipes_and_rewards(site: Path, tmp_pa
     assert lines[2] == str(sorted(path.stem for path in (ROOT / "rewards").glob("*.py")))
     assert lines[3:] == ["builtin:arithmetic-student", "gsm8k_answer"]
     assert (site / "grpo" / "py.typed").is_file()
+    page = "from grpo.telemetry.report import report; print(report([]).count('uPlot') > 1)"
+    assert python(page, site, cwd=tmp_path).strip() == "True"  # the page's files are there
+    assert "loss.beta" in python("from grpo.trl import answer; print(answer('beta').keys)", site, cwd=tmp_path)
     said = python("from grpo.backend.versions import requirements as r; print(r()['mlx'], r()['mlx-lm'])", site)
     assert said.split() == ["<0.33,>=0.32.2", "<0.33,>=0.32"]  # both are bounded above, as the doctor reads them

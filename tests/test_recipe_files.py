@@ -15,6 +15,7 @@ from grpo.plugins import bundled, find_function
 from grpo.recipes import load_recipe
 
 RECIPES = bundled("recipes")
+GUIDE = bundled("docs/pages/tutorials") / "environments.md"
 
 
 def loaded(use: str):
@@ -98,15 +99,15 @@ def test_the_search_finds_what_questions_ask(notes: Path) -> None:
         assert line.replace("____", row["answer"]) in found
 
 
-def test_the_recipes_pages_have_enough_to_ask() -> None:
+def test_the_recipes_have_enough_to_ask() -> None:
     questions = loaded("search_files.py:questions")
-    assert len(questions("train")) > 100
-    assert len(questions("test")) > 16
+    assert len(questions("train", pattern="*.yaml")) > 100
+    assert len(questions("test", pattern="*.yaml")) > 16
 
 
 def test_the_guides_recipe_and_environment_are_what_it_says(tmp_path: Path) -> None:
-    guide = (RECIPES / "ENVIRONMENTS.md").read_text(encoding="utf-8")
-    code, recipe = (re.search(rf"```{kind}\n(.+?)```", guide, re.DOTALL)[1] for kind in ("python", "yaml"))
+    guide = GUIDE.read_text(encoding="utf-8")
+    code, recipe = (re.search(rf"```{kind}[^\n]*\n(.+?)```", guide, re.DOTALL)[1] for kind in ("python", "yaml"))
     (tmp_path / "shop.py").write_text(code)
     (tmp_path / "shop.yaml").write_text(recipe)
     assert schemas(load_recipe(tmp_path / "shop.yaml")) == ["calculator", "price"]
@@ -116,7 +117,7 @@ def test_the_guides_recipe_and_environment_are_what_it_says(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("task", ["guess", "shop", "walk"])
 def test_the_guide_names_the_columns_of_the_built_in_tasks(task: str) -> None:
-    guide = " ".join((RECIPES / "ENVIRONMENTS.md").read_text(encoding="utf-8").split())
+    guide = " ".join(GUIDE.read_text(encoding="utf-8").split())
     columns = [f"`{name}`" for name in rows(f"builtin:{task}", "test")[0] if name != "question"]
     named = " and ".join(filter(None, [", ".join(columns[:-1]), columns[-1]]))
     assert f"`builtin:{task}` {named}" in guide
@@ -159,8 +160,8 @@ def test_the_agent_plays_as_the_environment_lets_it(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_guides_agent_takes_what_it_is_given(tmp_path: Path) -> None:
-    guide = (RECIPES / "ENVIRONMENTS.md").read_text(encoding="utf-8")
-    (tmp_path / "agent.py").write_text(re.findall(r"```python\n(.+?)```", guide, re.DOTALL)[1])
+    guide = GUIDE.read_text(encoding="utf-8")
+    (tmp_path / "agent.py").write_text(re.findall(r"```python[^\n]*\n(.+?)```", guide, re.DOTALL)[1])
     host = make_host(EnvironmentConfig(agent=f"{tmp_path}/agent.py:run"))
     try:
         assert host.problem(["prompt", "question", "answer"]) is None

@@ -11,12 +11,14 @@ from grpo.config.describe import settings
 from grpo.plugins import bundled
 
 RECIPES = bundled("recipes")
+TUTORIALS = bundled("docs/pages/tutorials")
 KEYS = {setting.key for setting in settings()}
 SECTIONS = {key.partition(".")[0] for key in KEYS}
 
 
 def page(name: str) -> str:
-    return (RECIPES / name).read_text(encoding="utf-8")
+    folder = RECIPES if (RECIPES / name).is_file() else TUTORIALS
+    return (folder / name).read_text(encoding="utf-8")
 
 
 def tables(text: str) -> list[list[str]]:
@@ -36,7 +38,7 @@ def keys_in(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "FROM_TRL.md", "TROUBLESHOOTING.md", "ENVIRONMENTS.md", "LONG_COMPLETIONS.md"]
+    "name", ["README.md", "LONG_COMPLETIONS.md", *sorted(path.name for path in TUTORIALS.glob("*.md"))]
 )
 def test_every_key_on_a_page_is_one(name: str) -> None:
     assert keys_in(page(name)) - KEYS == set()
@@ -54,7 +56,7 @@ def test_every_metric_on_a_page_is_measured(run_cli, recipe, tmp_path) -> None:
     measured.setdefault(
         "speculation/gain", None
     )  # there only if plain steps were timed, which the machine's load decides
-    looked_at = {name for row in tables(page("TROUBLESHOOTING.md")) for name in ticked(row[0])}
+    looked_at = {name for row in tables(page("debugging.md")) for name in ticked(row[0])}
     assert {name.replace("<name>", "digits") for name in looked_at} - set(measured) == set()
     assert len(looked_at) > 25
 

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grpo"
 
 ROOMS = [
-    "errors types presets config document mistakes overrides recipes plugins trl backend",
+    "errors alarm progress step types presets config document mistakes overrides recipes plugins trl backend",
     "processes",
     "builtin",
     "model",
@@ -23,6 +23,7 @@ ROOMS = [
     "rollout",
     "training",
     "evaluation",
+    "alarms",
     "planning",
     "runs",
     "tools",
@@ -121,11 +122,12 @@ WHOLE_RECIPE = {
     # a run begins with one, writes it down, and compares it when it goes on
     "runs/prepare.py runs/folder.py runs/resume.py runs/revisions.py runs/starting.py",
     "runs/publishing.py runs/health.py runs/sections.py door/opening.py door/handing.py",
-    # the trainer hands each of its rooms the section that it needs
-    "training/trainer.py",
+    # a trainer hands each of its rooms the section that it needs
+    "training/trainer.py training/apart.py",
     # commands and tools read one, a run's or their own; a card and W&B show all of it; an estimate is of all of it
     "cli/commands.py tools/card.py tools/evaluate.py telemetry/recorded.py telemetry/loggers.py",
-    "telemetry/weights_and_biases.py planning/elsewhere.py planning/estimate.py benchmark/work.py benchmark/updates.py",
+    "telemetry/weights_and_biases.py telemetry/trackio.py",
+    "planning/elsewhere.py planning/estimate.py benchmark/work.py benchmark/updates.py",
     # Python users hold one
     "door/recipes.py door/trainer.py",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -25,6 +26,7 @@ from runs.agents import AGENT
 from runs.conversing import calls_first_tool, talker, thinker
 from runs.driver import timeless
 from settings_table import EVAL, FILTERED, KL, MATTERS, REFUSED, SAVING, TALK, TOOL, WANDB
+from telemetry.trackios import trackio_stand_in
 
 from grpo.backend import device
 from grpo.config import DataConfig
@@ -92,6 +94,12 @@ def crowded(completions, **columns):
 
 def partly(completions, **columns):
     return [1.0 if n % 2 else float("nan") for n, _ in enumerate(completions)]
+
+def drifts(completions, prompts, trainer_state, **columns):
+    done, held_out = trainer_state.global_step, "+0" in prompts[0]
+    if held_out:
+        return [(0.5, 1.0, 0.0)[done]] * len(completions)
+    return [10.0 * (done == 2) + n / 8 for n, _ in enumerate(completions)]
 
 def rarely(completions, prompts, **columns):
     return [float(n == 0 and "1+" in prompt) for n, prompt in enumerate(prompts)]
@@ -175,6 +183,15 @@ def find(query: str) -> str:
         query: What.
     '''
     return "nothing"
+
+def breaks(query: str) -> str:
+    '''
+    Fails.
+
+    Args:
+        query: Whatever.
+    '''
+    raise KeyError(query)
 
 def pause(query: str) -> str:
     '''
@@ -274,7 +291,7 @@ def left_behind(*overrides: str) -> dict[str, Any]:
     cfg = load_recipe(Path("toy.yaml"), ["output_dir=run", *overrides])
     shutil.rmtree(str(cfg.output_dir), ignore_errors=True)
     Path("told").write_text("")
-    told: dict[str, Any] = {"folder": cfg.output_dir, "wandb": [], "compiled": 0, "error": None}
+    told: dict[str, Any] = {"folder": cfg.output_dir, "wandb": [], "trackio": [], "compiled": 0, "error": None}
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         _watch(patch, told)
         run = prepare(cfg)
@@ -309,6 +326,7 @@ def _watch(patch: pytest.MonkeyPatch, told: dict[str, Any]) -> None:
 
     patch.setattr(optimizer, "compiled", compiled)
     patch.setattr(wandb, "init", init)
+    patch.setitem(sys.modules, "trackio", trackio_stand_in(told["trackio"]))
     patch.setattr(wandb, "Table", lambda columns, data: len(data))
 
 
@@ -326,6 +344,8 @@ class WandbRun:
     def define_metric(self, *_: Any, **__: Any) -> None: ...
 
     def log_artifact(self, _: Any) -> None: ...
+
+    def alert(self, **_: Any) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -345,7 +365,7 @@ def _content(path: Path) -> Any:
 def test_a_setting_matters(bench: Callable[..., Any], key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if key == "environment.sandbox" and (why := missing()):
         pytest.skip(f"no sandbox here: {why}")
-    if key == "optim.max_logp_difference":  # a right model's gap is some 1e-7, which the real bound never sees
+    if key in ("optim.max_logp_difference", "alarms.logp_difference"):  # a right model's gap is some 1e-7
         monkeypatch.setattr(gap, "gap_bound", lambda *_: 1e-7)
     value, *first = MATTERS[key]
     before, after = bench(*first), bench(*first, f"{key}={value}")

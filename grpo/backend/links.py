@@ -48,6 +48,7 @@ class Link:
     closed: bool = False
     _in: bytes = b""
     _out: bytes = b""
+    _sends: threading.Lock = field(default_factory=threading.Lock)
 
     def fileno(self) -> int:
         return self.sock.fileno()
@@ -60,10 +61,11 @@ class Link:
         return False
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message without waiting: what does not go now goes with the next one."""
-        self._out = (self._out + json.dumps(message).encode() + b"\n")[-LONGEST:]
-        with suppress(OSError):  # reading says what is wrong
-            self._out = self._out[self.sock.send(self._out) :]
+        """Send a message, from any thread, without waiting: what does not go now goes with the next one."""
+        with self._sends:
+            self._out = (self._out + json.dumps(message).encode() + b"\n")[-LONGEST:]
+            with suppress(OSError):  # reading says what is wrong
+                self._out = self._out[self.sock.send(self._out) :]
 
     def read(self) -> list[dict[str, Any]]:
         """The messages that have come. Raises OSError where the other side has gone."""

@@ -278,6 +278,11 @@ class Ranks:
         self.watch.last_resort = last_resort
         return self.watch.keeps()
 
+    def check_whole(self) -> None:
+        """Raise LostRankError if another process is known to be lost."""
+        if self.watch is not None and self.watch.loss is not None:
+            raise self._lost("")
+
     def _lost(self, error: str) -> LostRankError:
         """What is raised where another process was lost, once it is known which."""
         if self.watch is not None and (loss := self.watch.verdict(HEARD)) is not None:
@@ -335,8 +340,7 @@ class Ranks:
 
         from grpo.backend.device import out_of_memory
 
-        if self.watch is not None and self.watch.loss is not None:
-            raise self._lost("")
+        self.check_whole()
         with self._watched():
             try:
                 result = start()

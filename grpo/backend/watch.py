@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from grpo.backend.links import Link, Member, cut_ring
+from grpo.backend.tickets import TicketOffice
 from grpo.errors import UserError
 
 BEAT = 1.0
@@ -73,6 +74,7 @@ class Watch:
         self.counts = [0] * self.size
         """How many exchanges each process has begun, as far as is known here."""
         self._members, self._links = members, list(links)
+        self.tickets = TicketOffice(rank, self.size, self._links)
         self._known, self._seen, self._calls = threading.Event(), False, False
         self._former: Any = None
         self._mode: Literal["away", "open", "kept"] = "away"
@@ -212,6 +214,7 @@ class Watch:
         if "lost" in message:
             rank, text = message["lost"]
             self._lose(rank, text, link)
+        self.tickets.hear(link, message)
 
     def _look(self) -> None:
         """Whether a neighbor has been silent for too long."""

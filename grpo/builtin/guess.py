@@ -15,7 +15,7 @@ from typing import Any
 
 from grpo.builtin.exercise import Exercise, Problem
 from grpo.builtin.playing import Turns
-from grpo.types import Step
+from grpo.step import Step
 
 SPAN = 15
 """So many numbers are in the range: what four guesses can tell apart."""

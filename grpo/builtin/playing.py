@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-from grpo.types import Message, Step
+from grpo.step import Step
+from grpo.types import Message
 
 Turns = Generator[str | Message, str, None]
 """A way to play: it yields what the model would say, a text or a message with `tool_calls`, and is sent the answer."""

@@ -14,7 +14,8 @@ from typing import Any
 
 from grpo.builtin.exercise import Exercise, Problem
 from grpo.builtin.playing import Turns
-from grpo.types import Message, Step
+from grpo.step import Step
+from grpo.types import Message
 
 SIDE = 6
 MOVES = {"right": (1, 0), "left": (-1, 0), "up": (0, 1), "down": (0, -1)}

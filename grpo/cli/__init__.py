@@ -13,7 +13,7 @@ from grpo.backend.ranks import Ranks
 from grpo.backend.secrets import mask_logs, masked, masked_traceback
 from grpo.backend.watch import Lost
 from grpo.benchmark import commands as benchmarks
-from grpo.cli import doctor, evaluate, export, generate, recipes, replay, report, rewards, runs, serve, train
+from grpo.cli import doctor, evaluate, export, generate, recipes, replay, report, rewards, runs, serve, train, watch
 from grpo.cli.commands import CommandGroup, TakesSettings
 from grpo.errors import LostRankError, RunError, UserError
 
@@ -29,6 +29,7 @@ app.command("train", cls=TakesSettings)(train.train)
 app.command("eval", cls=TakesSettings)(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("report")(report.report)
+app.command("watch")(watch.watch)
 app.command("runs")(runs.runs)
 app.command("replay")(replay.replay)
 app.command("generate")(generate.generate)

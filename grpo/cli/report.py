@@ -14,7 +14,9 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Runs' folders; several are laid over each other.")],
     to: Annotated[Path | None, typer.Option(help="File to write. Default: report.html in the first run.")] = None,
 ) -> None:
-    """Write one HTML file about runs: curves, evaluations, time, failures, and completions to read."""
+    """Write one HTML file about runs: summary, linked plots, tables, and completions to search and compare.
+
+    The file needs nothing beside it and no network."""
     from grpo.telemetry.recorded import read_run
     from grpo.telemetry.report import report as page
 

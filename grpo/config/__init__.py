@@ -4,6 +4,7 @@
 key or a value of another type is an error. The texts under the fields are what people read about them.
 """
 
+from grpo.config.alarms import AlarmsConfig as AlarmsConfig
 from grpo.config.curriculum import CurriculumConfig as CurriculumConfig
 from grpo.config.data import FILE_TYPES as FILE_TYPES
 from grpo.config.data import DataConfig as DataConfig
@@ -14,6 +15,7 @@ from grpo.config.judge import JudgeConfig as JudgeConfig
 from grpo.config.log import CheckpointConfig as CheckpointConfig
 from grpo.config.log import CompletionsConfig as CompletionsConfig
 from grpo.config.log import LogConfig as LogConfig
+from grpo.config.log import TrackioConfig as TrackioConfig
 from grpo.config.log import WandbConfig as WandbConfig
 from grpo.config.memory import MemoryConfig as MemoryConfig
 from grpo.config.model import AdapterConfig as AdapterConfig
@@ -21,6 +23,7 @@ from grpo.config.model import ModelConfig as ModelConfig
 from grpo.config.objective import AdvantageConfig as AdvantageConfig
 from grpo.config.objective import LossConfig as LossConfig
 from grpo.config.optim import OptimConfig as OptimConfig
+from grpo.config.ranks import RanksConfig as RanksConfig
 from grpo.config.recipe import EvaluationRecipe as EvaluationRecipe
 from grpo.config.recipe import Recipe as Recipe
 from grpo.config.rewardmodel import RewardModelConfig as RewardModelConfig

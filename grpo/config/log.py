@@ -33,6 +33,18 @@ class WandbConfig(Section):
     """Rows a step in the table of completions. 0: no table."""
 
 
+class TrackioConfig(Section):
+    project: str = "grpo"
+    """Project to log to."""
+    name: str | None = None
+    """The run's name there. Default: that of its folder."""
+    group: str | None = None
+    """Runs of one group are shown together."""
+    space_id: str | None = None
+    """A Space, `owner/name`, that gets the run, and is made where there is none. Default: none; the run stays in
+    Trackio's database on this machine."""
+
+
 class CompletionsConfig(Section):
     every: Positive = 1
     """Steps between those whose completions are stored; the first one's always are."""
@@ -45,6 +57,8 @@ class LogConfig(Section):
     """Log to Weights & Biases as well."""
     tensorboard: bool = False
     """Write TensorBoard's event files into `<run>/tensorboard` as well."""
+    trackio: TrackioConfig | None = None
+    """Log to Trackio as well. It needs the extra `trackio`."""
     use: tuple[Name, ...] = ()
     """Loggers of your own, `file.py:function`, `file.py` (of one function) or `package.module:function`: each is called
     with every StepMetrics and EvalMetrics. One that raises is left out from there on."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from grpo.config.alarms import AlarmsConfig
 from grpo.config.curriculum import check_graders
 from grpo.config.data import DataConfig, EvalConfig, check_hub_only
 from grpo.config.environment import EnvironmentConfig, ToolEntry
@@ -14,11 +15,17 @@ from grpo.config.memory import MemoryConfig
 from grpo.config.model import AdapterConfig, ModelConfig
 from grpo.config.objective import AdvantageConfig, LossConfig
 from grpo.config.optim import OptimConfig
+from grpo.config.ranks import RanksConfig, check_apart
 from grpo.config.rewards import RewardConfig
 from grpo.config.rollout import RolloutConfig
 from grpo.config.section import MANY, Name, Section
 from grpo.config.teacher import TeacherConfig
 from grpo.presets import Baseline
+
+
+def _off(given: Any) -> Any:
+    """None for `off`, which YAML reads as false."""
+    return None if given is False or given == "off" else given
 
 
 class Recipe(Section):
@@ -56,6 +63,9 @@ class Recipe(Section):
     """What is made of advantages: the variant of GRPO, the KL penalty, corrections."""
     optim: OptimConfig
     """How many steps, how large, and how they go through the machine."""
+    ranks: RanksConfig | None = None
+    """Sample and train in different processes, at the same time: each step then learns from completions of the policy
+    before the last update. Default: every process does both, one after the other."""
     memory: MemoryConfig = MemoryConfig()
     """How much memory all of that may take."""
     eval: EvalConfig | None = None
@@ -64,6 +74,8 @@ class Recipe(Section):
     """What is kept of a run."""
     log: LogConfig = LogConfig()
     """Where a run is written to, beside its folder."""
+    alarms: Annotated[AlarmsConfig | None, BeforeValidator(_off)] = AlarmsConfig()
+    """When the run reports that it is going wrong, once for each kind of alarm. `off`: never."""
 
     @model_validator(mode="after")
     def _someone_scores(self) -> Recipe:
@@ -235,6 +247,12 @@ class Recipe(Section):
                 "rollout.kv_bits makes completions that are not quite the policy's own. Set also "
                 "loss.importance_sampling_correction, to token_truncate, say: it weighs tokens by the difference"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _processes_apart_can(self) -> Recipe:
+        if self.ranks is not None:
+            check_apart(self.model, self.rollout, self.loss, self.teacher)
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,8 @@ class RolloutConfig(Section):
     num_generations: Annotated[int, Field(ge=2, le=MANY)] = 8
     """Completions of each prompt: the group that shares a baseline."""
     max_completion_length: Tokens = 256
-    """In tokens, the stop token included."""
+    """In tokens, the stop token included. A completion that reaches it is cut off, mostly before its answer: where most
+    are, the first step says so (`alarms.truncated`). The default is TRL's; a model that thinks needs thousands."""
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Of sampling; logprobs are taken at the same temperature."""
     top_k: NonNegative = 0

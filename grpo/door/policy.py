@@ -119,7 +119,7 @@ class LoadedPolicy:
         completions. Each rollout's `trajectory` has `token_ids`, `text`, `finish_reason` and, by token, fp32 logprobs
         in nats at the policy's temperature (`behaviour`). At another `temperature` (0: greedy) there are none, because
         nothing can be learned from those. `environment` makes the trajectories: a single turn, unless an object, a
-        class or a name (`"file.py:Class"`) is given (`docs/EXTENDING.md`).
+        class or a name (`"file.py:Class"`) is given.
         Defaults are the recipe's (8 completions of 256 tokens). `settings` are the recipe's for sampling: `top_k`,
         `top_p`, `min_p`, `repetition_penalty`, `stop`, `stop_token_ids`, `max_repeats`, `min_completion_length`.
 

@@ -92,7 +92,7 @@ class Trainer:
         tools      a list of functions and classes that the model may call, and names such as `"calculator"`
         callbacks  one function, or a list of functions, that are called, after the run's own logs, with each
                    `grpo.StepMetrics` (its `groups` are what was sampled, with scores and advantages; with
-                   `rollout.reuse` also the older groups that it learnt from, whose `lag` is above 0) and each
+                   `rollout.reuse` also the older groups that it learnt from, which are `replayed`) and each
                    `grpo.EvalMetrics`. A callback that returns `grpo.STOP` ends the run after that step; any other
                    answer but None is an error. An exception ends the run too, and `train` raises it.
 

@@ -62,14 +62,18 @@ class Driver:
         self._watched.pop(row, None)
         self.engine.release(row)
 
-    def run(self, step_done: Callable[[], object]) -> None:
+    def run(self, step_done: Callable[[], object], begin: Callable[[bool], bool] = lambda _: False) -> None:
         """Decode, and let coroutines go on whenever a row ends, until nothing is left to do.
 
-        `step_done` is called after each step. Where no row ends the loop itself costs a step less than a microsecond.
+        `step_done` is called after each step. `begin` is called before each: it may start jobs, and returns whether it
+        did. Its argument is whether it may wait for something to start, because no row decodes. Where no row ends the
+        loop itself costs a step less than a microsecond.
         """
         engine, jobs, ends = self.engine, self.jobs, self._ends
-        jobs.run()
         while True:
+            jobs.run()
+            if begun := begin(not engine.busy):
+                jobs.run()
             if engine.busy:
                 events = engine.step()
                 for row in events.ended:
@@ -80,11 +84,10 @@ class Driver:
                 step_done()
             elif jobs.waits_outside:
                 jobs.collect(wait=True)
-            else:
+            elif not begun:
                 return
             jobs.collect()
             jobs.ring()
-            jobs.run()
 
     def _tell(self, events: Events) -> None:
         """Tell those who watch a row what it has come to."""

@@ -37,7 +37,7 @@ class Evaluator:
     counted as not right when that reward or the environment failed on it: what nobody could check is not a right
     answer, and to leave it out would turn one right answer and three timeouts into 100 %. A conversation that its
     environment did not reward is not right either: it was cut off, or never did what is rewarded.
-    Of several processes each samples and scores its share of the prompts, and all measure the same.
+    Of several processes each samples and scores some of the prompts (`Deal`), and all measure the same.
     """
 
     def __init__(
@@ -132,13 +132,14 @@ class Evaluator:
         return [k for k in (2**i for i in range(1, self.samples.bit_length())) if k < self.samples] + [self.samples]
 
     def _sampled(self, n: int, temperature: float) -> list[Group]:
-        """All groups, scored. A prompt's draws are its own: they depend neither on the shares nor on `eval.prompts`."""
-        tasks = self.ranks.share(self.tasks)
-        seeds = [derive_seed(self.seed, "eval", n, task.index) for task in tasks]
-        with scoring_once(self.scorer, tasks, self.ranks) as scoring:
-            groups = self.engine.rollout(tasks, n, temperature, seeds, False, "evaluation", scoring.add)
+        """All groups, scored. A prompt's draws are its own: they depend neither on who samples it nor on
+        `eval.prompts`."""
+        seeds = [derive_seed(self.seed, "eval", n, task.index) for task in self.tasks]
+        deal = self.engine.deal(self.ranks, len(self.tasks), n)
+        with scoring_once(self.scorer, self.tasks, self.ranks) as scoring:
+            groups = self.engine.rollout(self.tasks, n, temperature, seeds, False, "evaluation", scoring.add, deal)
             scored = scoring.scored(groups)
-        return self.ranks.merge(scored)
+        return deal.merge(scored)
 
     def _graded(self, group: Group) -> list[tuple[Rollout, bool]]:
         """The completions that the grader applies to, and whether they are right; where it failed they are not, nor

@@ -66,6 +66,11 @@ class Run:
         """Whether a row decodes or is queued, or a step has not been read yet."""
         return bool(self.seats.queue or self._flying or any(self.seats.rows))
 
+    @property
+    def load(self) -> int:
+        """Rows that decode or are queued."""
+        return len(self.seats.queue) + sum(row is not None for row in self.seats.rows)
+
     def begin(self, row: Row) -> None:
         """Queue a new row."""
         self._live[row] = None

@@ -69,6 +69,11 @@ class Engine:
         """Whether a row decodes or is queued, or events have not been returned yet. Waiting rows do not count."""
         return self._run.busy or bool(self._events)
 
+    @property
+    def load(self) -> int:
+        """Rows that decode or are queued. Waiting and parked rows do not count."""
+        return self._run.load
+
     def submit(self, submission: Submission) -> tuple[Row, ...]:
         """Queue `n` rows of a prompt. Returns them by sample; each is the handle for the other methods.
 

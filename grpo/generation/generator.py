@@ -20,7 +20,8 @@ from grpo.generation.rows import Row, Submission
 from grpo.generation.sampling import Sampling
 from grpo.generation.speculation import Speculation
 from grpo.generation.stopping import Stopping
-from grpo.types import BEHAVIOUR, SAMPLER, FinishReason, Progress, Trajectory
+from grpo.progress import Progress
+from grpo.types import BEHAVIOUR, SAMPLER, FinishReason, Trajectory
 
 if TYPE_CHECKING:
     from grpo.model.mlxlm import TokenizerWrapper

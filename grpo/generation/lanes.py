@@ -176,6 +176,11 @@ class Lanes:
         """Whether a row decodes or waits for a slot, or a step has not been read yet."""
         return bool(self._waiting) or any(run.busy for run in self.runs)
 
+    @property
+    def load(self) -> int:
+        """Rows that decode or wait for a slot."""
+        return len(self._waiting) + sum(run.load for run in self.runs)
+
     def begin(self, row: Row) -> None:
         """Queue a new row."""
         mx.eval(row.key)  # in the thread that has made it
@@ -260,7 +265,7 @@ class Lanes:
 
     def _deal(self) -> None:
         """Give rows that wait to the lanes that have room."""
-        at_work = [sum(r is not None for r in run.seats.rows) + len(run.seats.queue) for run in self.runs]
+        at_work = [run.load for run in self.runs]
         open_lanes = len(self.runs)
         while open_lanes > 1 and not any(at_work) and self._too_few(open_lanes):
             open_lanes -= 1

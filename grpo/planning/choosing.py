@@ -62,7 +62,8 @@ class Choice:
 
     `room` is what an update may take beside what stays. `footprint` is what it needs without and with checkpointing,
     `lanes` how many of so many micro-batches of so many tokens a CPU computes side by side, and `reckoned` the bytes of
-    a shape by sizes alone. `offloaded` is what goes to another memory, which `machine.host` bounds.
+    a shape by sizes alone. `offloaded` is what goes to another memory, which `machine.host` bounds. The sum of the
+    `gradient` takes its bytes beside a micro-batch of any size.
     """
 
     machine: Machine
@@ -74,6 +75,7 @@ class Choice:
     lanes: Callable[[int, int], int] = lambda *_: 1
     reckoned: Callable[[Shape], float] = lambda _: 0.0
     offloaded: Callable[[Checkpointing, Shape], int] = lambda *_: 0
+    gradient: int = 0
 
     def make(self) -> Chosen:
         """What the recipe says, or for `auto` what fits and pays.
@@ -133,9 +135,10 @@ class Choice:
 
     @property
     def comfortable(self) -> int:
-        """Bytes that a micro-batch may take."""
+        """Bytes that a micro-batch may take, the sum of gradients included."""
         most = MOST_ON_CUDA if self.machine.cuda else MOST_ACTIVATIONS
-        return min(most, self.room if self.machine.limited else min(self.room, self.machine.memory // 8))
+        most = most if self.machine.limited else min(most, self.machine.memory // 8)
+        return min(most + self.gradient, self.room)
 
     def _found(
         self,

@@ -71,11 +71,16 @@ def plan_on(case: Case) -> tuple[Plan, OptimConfig]:
 def draft_on(case: Case) -> tuple[Plan, OptimConfig]:
     """The same whether it fits or not: what does not has as little of everything as there can be.
 
-    Within a limit of the recipe's own, the head has fewer logits at once where more do not fit.
+    Within a limit of the recipe's own, the head has fewer logits at once where more do not fit, or where a GPU, which
+    waits for launches, gets larger micro-batches for it.
     """
-    most = LOGITS[case.machine.gpu]
+    machine, most = case.machine, LOGITS[case.machine.gpu]
     made = _draft(case, most)
-    return made if made[0].fits_device or not case.machine.limited or most <= FEW_LOGITS else _draft(case, FEW_LOGITS)
+    if not machine.limited or most <= FEW_LOGITS:
+        return made
+    fewer = _draft(case, FEW_LOGITS)
+    larger = fewer[0].fits_device and fewer[0].micro_batch > made[0].micro_batch
+    return made if made[0].fits_device and not larger else fewer
 
 
 def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
@@ -95,6 +100,7 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
         partial(update_lanes, model),
         partial(reckoned, model),
         partial(_offloaded, case),
+        4 * held.trained,
     ).make()
     decoded, waiting = need.bytes(decoding, max(1, slots), entering), need.waiting(decoding)
     left = max(0, spare - decoded)
@@ -138,19 +144,23 @@ def _draft(case: Case, logits: int) -> tuple[Plan, OptimConfig]:
 def _phases(case: Case, held: Held, rollout: int, update: int) -> dict[str, int]:
     """Bytes beside what stays, by what happens. Weights that are spread over processes are whole outside updates."""
     graded = case.graders.phases(case.load)
-    return {
-        "rollout": max(0, held.whole + held.head + rollout),
-        **{name: held.whole + size for name, size in graded.items()},
+    updates = {
         "update": update,
         **({"checkpoint": held.whole + held.saved} if held.saved else {}),
         "optimizer's step": held.step,
+    }
+    return {
+        "rollout": max(0, held.whole + held.head + rollout),
+        **{name: held.whole + size for name, size in graded.items()},
+        **(updates if case.load.updates else {}),
     }
 
 
 def _stays(case: Case, held: Held) -> dict[str, int]:
     """Bytes that are held all the time, by what they are for."""
     beside = case.lesson.stays(case.load), case.load.stays(case.machine.cuda), case.graders.stays()
-    return {name: size for parts in (held.stays, *beside) for name, size in parts.items()}
+    stays = {name: size for parts in (held.stays, *beside) for name, size in parts.items()}
+    return stays if case.load.updates else {**stays, "optimizer": 0, FORMER: 0}
 
 
 def _offloaded(case: Case, way: Checkpointing, shape: Shape) -> int:

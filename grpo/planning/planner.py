@@ -66,7 +66,7 @@ class Planner:
         self.load = replace(load, optim=with_settings(load.optim, can), parts=parts)
         host = None if policy.vault is None else policy.vault.room()
         self.machine = Machine(allowed(limit), on_gpu(), cuda.available(), limit is not None, host)
-        self._footprint = cache(self._measured)
+        self._footprint, self._body = cache(self._measured), cache(self._body_measured)
 
     def plan(self) -> tuple[Plan, OptimConfig]:
         """The plan; the policy is set to checkpoint as it decides.
@@ -131,6 +131,10 @@ class Planner:
         """What a process tries by itself, as it is in an update."""
         return silent(self.policy.model) if self.policy.spread is None else self.policy.spread.rehearsing()
 
+    def _body_measured(self, way: Checkpointing, shape: Shape) -> float:
+        with self._alone():
+            return measure_body(self.policy, way, [shape])[0]
+
     def _tried(self, way: Checkpointing, shape: Shape, logits: int) -> int | None:
         """Bytes that were seen: on a CPU of the whole gradient where that is cheap, on CUDA of the hidden states', for
         which there is more in flight than a line knows. A teacher's KL is not tried, but counted."""
@@ -138,8 +142,7 @@ class Planner:
         if shape.alone and way and self._footprint(True).alone is not None:
             return None  # the line through two such rows is near, and a longer row takes minutes
         if self.machine.cuda:
-            with self._alone():
-                (body,) = measure_body(self.policy, way, [shape])
+            body = self._body(way, shape)
             depth = len(self.policy.model.layers)
             return by_footprints(
                 lambda way: self.lesson.beside(self._footprint(way)).in_chunks(logits), way, depth, shape, body

@@ -27,7 +27,8 @@ class Workload:
     `evaluation` is None where nothing is evaluated. `prompt_length` is the longest prompt that is trained on, `longest`
     the longest that is sampled from, held-out prompts included. `own` is how much of it each completion may have for
     itself, where environments add to prompts: keys and values of that are not shared. `waits`: whether completions wait
-    for environments. `parts`: into how many micro-batches an update is cut at least.
+    for environments. `parts`: into how many micro-batches an update is cut at least. `updates`: whether the process
+    makes updates, as all do but those that only sample (`ranks`).
     """
 
     optim: OptimConfig
@@ -39,6 +40,7 @@ class Workload:
     own: int = 0
     waits: bool = False
     parts: int = 1
+    updates: bool = True
 
     @property
     def rows(self) -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from grpo.config.log import CompletionsConfig
 from grpo.data.messages import text_of
 from grpo.environments.written import conversation, written
 from grpo.errors import UserError
+from grpo.runs.spans import characters
 from grpo.types import BEHAVIOUR, FAILURES, Failure, Group, Prompt, Rollout, Task, Trajectory
 
 PROMPT = "prompt"
@@ -28,12 +31,19 @@ UNNAMED = ""
 
 
 def store_completions(
-    folder: Path, step: int, groups: Sequence[Group], setting: CompletionsConfig | None, seed: int, learnt: int
+    folder: Path,
+    step: int,
+    groups: Sequence[Group],
+    setting: CompletionsConfig | None,
+    seed: int,
+    learnt: int,
+    decode: Callable[[int], str] | None = None,
 ) -> Path | None:
     """Write a step's completions, or some of them, or none, as `log.completions` says. Returns the file.
 
     `groups` are all that were sampled, the `learnt` ones that were trained on first; the others' advantages are null.
-    The file is written aside and synced, and appears under its name by one rename.
+    `decode` is the text of one token; with it, the file says which part of the text each token is. The file is written
+    aside and synced, and appears under its name by one rename.
     """
     if setting is None or (step - 1) % setting.every:
         return None
@@ -41,8 +51,9 @@ def store_completions(
     if setting.groups is not None and setting.groups < len(groups):
         draws = random.Random(derive_seed(seed, "completions", step))
         kept = sorted(draws.sample(kept, setting.groups))  # type: ignore[assignment]
+    piece = None if decode is None else cache(decode)
     rows = [
-        _row(step, g, i, groups[g].task, rollout, learnt=g < learnt)
+        _row(step, g, i, groups[g].task, rollout, learnt=g < learnt, piece=piece)
         for g in kept
         for i, rollout in enumerate(groups[g].rollouts)
     ]
@@ -70,15 +81,50 @@ def read_completions(path: Path) -> tuple[int, list[Group]]:
     Token ids and logprobs of the prompt are not stored: the tasks have none. Raises UserError for what is not such a
     file.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    with _stored(path):
+        rows: list[dict[str, Any]] = _table(path).to_pylist()
         by_group: dict[int, list[dict[str, Any]]] = {}
         for row in rows:
             by_group.setdefault(row["group"], []).append(row)
         return rows[0]["step"] if rows else 0, [_group(members) for members in by_group.values()]
+
+
+def read_groups(path: Path, numbers: Iterable[int]) -> Iterator[tuple[int, Group, list[list[int] | None]]]:
+    """Groups of a stored file by their numbers, as `read_completions` has them, each made when it is asked for: the
+    step, the group, and of each completion the characters of each token, None where they are not known."""
+    with _stored(path):
+        table = _table(path)
+        for number in numbers:
+            rows: list[dict[str, Any]] = table.filter([one.as_py() == number for one in table["group"]]).to_pylist()
+            yield rows[0]["step"], _group(rows), [row.get("characters") for row in rows]
+
+
+def read_columns(path: Path, names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Columns of a stored file, a tuple for each completion; None where a file of an earlier version lacks a column.
+    Raises UserError for what is not such a file."""
+    with _stored(path):
+        known = set(_parquet().read_schema(path).names)
+        rows = _table(path, [name for name in names if name in known]).to_pylist()
+        return [tuple(row.get(name) for name in names) for row in rows]
+
+
+def _table(path: Path, columns: Sequence[str] | None = None) -> Any:
+    return _parquet().read_table(path, columns=columns)
+
+
+def _parquet() -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet
+
+
+@contextmanager
+def _stored(path: Path) -> Iterator[None]:
+    """Say of a file that cannot be read which it is."""
+    import pyarrow as pa
+
+    try:
+        yield
     except (OSError, KeyError, pa.ArrowException) as error:
         raise UserError(f"{path}: not completions that a run of ours stored: {error}") from error
 
@@ -88,15 +134,16 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
 
     `group` is the place in the step, `index` that in the group; `source` and `task` say which task it is of (a source
     and the index of its row, `Task.identity`). `prompt` is what the model saw, with what an environment added to it.
-    `token_ids` and `logprobs` are those of the completion, the stop token included. `trained` says which of these
+    `token_ids` and `logprobs` are those of the completion, the stop token included. `characters` counts the characters
+    of `completion` that each token adds to it, null: unknown. `trained` says which of these
     tokens the policy sampled and learns from, null: all of them. `begins` has the places of tokens at which the
     conversation went on in a new row after the prompt, null: none. `policy_step` is the number of steps that the policy
-    that sampled had made, and `lag` how many more the policy had made that learnt: above 0, `rollout.reuse` replayed a
-    group that an earlier step sampled. `advantage` is null for groups that were sampled but not learnt from, and
-    `turn_advantages` are in its place where turns have their own; `reward` is before `penalty`. `conversation` is JSON,
-    the fields of `Conversation`; null for a single answer. `reward/<name>` is null where a reward gave no score, and
-    `failure/<name>` says why if it failed ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and the
-    prompt as rewards saw it. `extra/<name>` is JSON, by `log_extra`.
+    that sampled had made, and `lag` how many more the policy had made that learnt. `replayed`: an earlier step sampled
+    the group, and `rollout.reuse` took it again. `advantage` is null for groups that were sampled but not learnt from,
+    and `turn_advantages` are in its place where turns have their own; `reward` is before `penalty`. `conversation` is
+    JSON, the fields of `Conversation`; null for a single answer. `reward/<name>` is null where a reward gave no score,
+    and `failure/<name>` says why if it failed ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and
+    the prompt as rewards saw it. `extra/<name>` is JSON, by `log_extra`.
     """
     import pyarrow as pa
 
@@ -109,12 +156,14 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
+        ("characters", pa.list_(pa.int32())),
         ("trained", pa.list_(pa.bool_())),
         ("begins", pa.list_(pa.int32())),
         ("logprobs", pa.list_(pa.float32())),
         ("finish_reason", pa.string()),
         ("policy_step", pa.int32()),
         ("lag", pa.int32()),
+        ("replayed", pa.bool_()),
         ("reward", pa.float64()),
         ("penalty", pa.float64()),
         ("advantage", pa.float64()),
@@ -144,8 +193,17 @@ def _write(final: Path, rows: list[dict[str, Any]]) -> Path:
     return final
 
 
-def _row(step: int, group: int, index: int, task: Task, rollout: Rollout, learnt: bool) -> dict[str, Any]:
+def _row(
+    step: int,
+    group: int,
+    index: int,
+    task: Task,
+    rollout: Rollout,
+    learnt: bool,
+    piece: Callable[[int], str] | None = None,
+) -> dict[str, Any]:
     trajectory = rollout.trajectory
+    spans = None if piece is None else characters(trajectory.token_ids, trajectory.text, piece)
     return {
         "step": step,
         "group": group,
@@ -155,12 +213,14 @@ def _row(step: int, group: int, index: int, task: Task, rollout: Rollout, learnt
         "prompt": _as_text(_prompt(task, trajectory)),
         "completion": _valid(trajectory.text),
         "token_ids": trajectory.token_ids,
+        "characters": spans,
         "trained": None if all(trajectory.trained) else trajectory.trained,
         "begins": trajectory.begins or None,
         "logprobs": trajectory.behaviour,
         "finish_reason": trajectory.finish_reason,
         "policy_step": trajectory.policy_step,
         "lag": rollout.lag,
+        "replayed": rollout.replayed,
         "reward": rollout.reward,
         "penalty": rollout.penalty,
         "advantage": rollout.advantage if learnt else None,
@@ -198,7 +258,7 @@ def _task(row: dict[str, Any]) -> Task:
 def _rollout(row: dict[str, Any]) -> Rollout:
     """A completion that only a reward of weight 0 failed on has a sum: where there is none, a failure counts.
 
-    Files of earlier versions have no `lag`.
+    Files of earlier versions have no `lag`, or have one above 0 for replayed groups alone.
     """
     failures = {name: _failure(text) for name, text in _named(row, "failure/").items() if text is not None}
     return Rollout(
@@ -211,7 +271,8 @@ def _rollout(row: dict[str, Any]) -> Rollout:
         penalty=row["penalty"],
         advantage=row["advantage"] or 0.0,
         turn_advantages=None if (turns := row.get("turn_advantages")) is None else tuple(turns),
-        lag=row.get("lag") or 0,
+        lag=(lag := row.get("lag") or 0),
+        replayed=bool(row.get("replayed", lag > 0)),
     )
 
 

@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from grpo.alarms.watch import after_measuring, after_step
 from grpo.errors import LostRankError, RunError
+from grpo.runs.alarming import terms_of
 from grpo.runs.checkpoint import Context, checkpoint_path, newest_whole, save_checkpoint
 from grpo.runs.completions import store_completions, store_failed
 from grpo.runs.folder import (
@@ -23,7 +25,7 @@ from grpo.runs.folder import (
     restore_folder,
     taken_over,
 )
-from grpo.runs.health import lowest_mean, made_worse, trained_on_nothing, warnings_of_first
+from grpo.runs.health import lowest_mean, made_worse, trained_on_nothing
 from grpo.runs.signals import Stopped, StopRequest
 from grpo.runs.state import Best, RunState
 from grpo.scoring.scorer import BrokenRewardError
@@ -78,6 +80,7 @@ class Loop:
         self.state = replace(start, trainer=replace(start.trainer, arrays={}))
         self._saved, self._is_saved, self._began = checkpoint, True, start.step
         self.ranks, self._writing = trainer.ranks, threading.Lock()
+        self._terms = terms_of(trainer)
         trainer.update.inspect = folder / NOT_FINITE
         trainer.before.hold = self._hold
 
@@ -128,14 +131,18 @@ class Loop:
         had = [metrics.values["reward"]] if "reward" in metrics.values else []
         rewarded, rewards = self.state.rewarded or bool(had), (*self.state.rewards, *had)
         start = self.state.start if step > 1 else lowest_mean(metrics.groups)
-        self._move(replace(self.state, step=metrics.step, rewarded=rewarded, rewards=rewards, start=start))
+        metrics, past = after_step(metrics, self.state.past, self._terms)
+        state = replace(self.state, step=metrics.step, rewarded=rewarded, rewards=rewards, start=start, past=past)
+        self._move(state)
         self.tell(metrics)
         if self.ranks.first:
             self._store(metrics)
-            scorer, rollout = self.trainer.scorer, self.cfg.rollout
-            said = warnings_of_first(metrics, rollout, scorer.weights, scorer.environments) if step == 1 else ()
-            for line in said:
-                log.warning("%s", line)
+        self._warn(metrics)
+
+    def _warn(self, record: StepMetrics | EvalMetrics) -> None:
+        """Say what goes wrong, in one of several processes."""
+        for alarm in record.alarms if self.ranks.first else ():
+            log.warning("%s", alarm)
 
     def _move(self, state: RunState) -> None:
         self.state = replace(state, trainer=replace(state.trainer, counts=self.trainer.counts()))
@@ -169,8 +176,10 @@ class Loop:
         best = better(self.state.best, metrics, self.cfg.best_metric) if step > 0 else self.state.best
         before = self.state.before or metrics
         improved = best is not self.state.best
-        self._move(replace(self.state, before=before, after=metrics, best=best))
+        metrics, past = after_measuring(metrics, self.state.past, self._terms)
+        self._move(replace(self.state, before=before, after=metrics, best=best, past=past))
         self.tell(metrics)
+        self._warn(metrics)
         if improved:
             self._save()
 
@@ -192,8 +201,16 @@ class Loop:
         """Keep the step's completions, if there is room for them."""
         cfg, folder = self.cfg, self.folder / COMPLETIONS
         try:
+            setting, learnt = cfg.log.completions, cfg.rollout.prompts_per_step
+            decode = self.trainer.engine.generator.tokenizer.decode
             store_completions(
-                folder, metrics.step, metrics.groups, cfg.log.completions, cfg.seed, cfg.rollout.prompts_per_step
+                folder,
+                metrics.step,
+                metrics.groups,
+                setting,
+                cfg.seed,
+                learnt,
+                lambda token: str(decode([token], skip_special_tokens=True)),
             )
         except OSError as error:
             why = error.strerror or error
@@ -215,7 +232,7 @@ class Loop:
 
     def _store_failed(self, error: BrokenRewardError, step: int) -> str:
         """Keep the completions that a reward failed on, unless none are to be stored. Returns where they are."""
-        if self.cfg.log.completions is None or not self.ranks.first:
+        if self.cfg.log.completions is None or not self.trainer.keeps_records:
             return ""
         try:
             path = store_failed(self.folder / FAILED, step, error.groups)
@@ -245,8 +262,9 @@ class Loop:
     def _write(self) -> None:
         """Save the state, in the first process, or in the first that is left after a loss."""
         with self._writing:
-            divided = self.trainer.divided
-            if self._is_saved or self.state.step == 0 or not (self.ranks.keeper or divided):
+            trainer = self.trainer
+            writes = self.ranks.keeper or trainer.divided
+            if self._is_saved or self.state.step == 0 or not (writes and trainer.whole):
                 return
             if self.trainer.before.halfway:
                 log.warning("%s", self._lost())
@@ -258,7 +276,7 @@ class Loop:
                     self._write_here(state)
             except OSError as raised:
                 error = raised
-            if divided:  # all of them try again, or none
+            if trainer.divided:  # all of them try again, or none
                 error = self.ranks.everyone.gather(error)[0]
             if error is not None:
                 raise error

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from grpo.backend import cuda
 from grpo.backend.device import limit_memory, on_gpu, setup
+from grpo.backend.launched import PATIENCE
 from grpo.backend.random import derive_key
 from grpo.backend.ranks import Ranks
 from grpo.config import OptimConfig, Recipe, RolloutConfig
@@ -44,23 +45,18 @@ from grpo.runs.drawing import seed_of, source_of
 from grpo.runs.feed import Feed, first_of, lengths_of, longest_of
 from grpo.runs.given import NOTHING, Given
 from grpo.runs.partners import Partners, invite, with_sources
+from grpo.runs.processes import notes_of_processes, one_plan, roles_of, untimed, updating
 from grpo.runs.rewarding import check_rewarded, check_sources_rewarded
 from grpo.runs.sections import applying_of, data_of, text_system
 from grpo.runs.teachers import teacher_of
 from grpo.scoring.scorer import Scorer
 from grpo.training.algorithms import make_optimizer
+from grpo.training.apart import ApartTrainer
+from grpo.training.roles import Roles
 from grpo.training.teaching import Teacher
 from grpo.training.trainer import Trainer
 from grpo.types import Task
 
-UNTIMED = (
-    "speculation: off, because rollout.speculate: auto goes by the times of steps, and processes that hold a model "
-    "together must all do the same"
-)
-SPREAD = (
-    "model.shard: fsdp: {} processes spread the weights among them during an update, and have the whole while they "
-    "sample and evaluate. Memory is what one of them has"
-)
 PEEK = 64
 """Prompts from the start of the data that the check of decoding against training is made on."""
 
@@ -83,11 +79,11 @@ class Prepared:
     opened: ExitStack
 
 
-def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepared:
+def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True, alone: bool = False) -> Prepared:
     """Resolve rewards, data and model, and make them into a trainer. Writes nothing.
 
     What is `given` takes the place of what the recipe names. Without `trains` the run is only measured: no teacher is
-    loaded, and the trainer cannot make steps.
+    loaded, and the trainer cannot make steps. `alone`: this process samples and trains what several do (`ranks`).
 
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
@@ -98,14 +94,17 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepare
         ranks = ranks.divided(cfg.model.shard_size)
     elif cfg.model.shard == "fsdp":
         ranks.spread = ranks.divided(cfg.model.shard_size)
-    ranks.expect(max((one.most_seconds for one in cfg.conversations.values()), default=0.0))
-    if cfg.rollout.prompts_per_step < ranks.size:
-        raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {ranks.size} processes: too few")
+    roles = roles_of(cfg.ranks if trains else None, ranks, alone)
+    waited = PATIENCE if roles else 0.0  # for whole rollouts, or updates
+    ranks.expect(waited + max((one.most_seconds for one in cfg.conversations.values()), default=0.0))
+    sampling = roles.samplers if roles else ranks.size
+    if cfg.rollout.prompts_per_step < sampling:
+        raise UserError(f"rollout.prompts_per_step: {cfg.rollout.prompts_per_step} for {sampling} processes: too few")
     make_optimizer(cfg.optim)  # refuses arguments that it does not have
     vault_of(cfg.optim.offload_activations)  # refuses machines where it has no use
     with ExitStack() as opened:
         files = [Path(file) for reward in cfg.rewards if (file := file_in(reward.use))]
-        groups = -(-cfg.rollout.prompts_per_step // ranks.size)
+        groups = -(-cfg.rollout.prompts_per_step // sampling)
         partners = invite(cfg.conversations, cfg.tools, given, groups, files)
         opened.callback(partners.close)
         rewarding = check_rewarded(cfg.rewards, cfg.advantage, partners, taught=cfg.teacher is not None)
@@ -115,15 +114,15 @@ def prepare(cfg: Recipe, given: Given = NOTHING, trains: bool = True) -> Prepare
         scorer = Scorer.of(cfg.rewards, steps, system, given.functions, hosts, applies)
         opened.callback(scorer.close)
         check_sources_rewarded(list(cfg.data.parts), scorer, taught=cfg.teacher is not None)
-        prepared = _prepared(cfg, given, ranks, partners, scorer, opened, trains)
+        prepared = _prepared(cfg, given, ranks, roles, partners, scorer, trains)
         taught = [cfg.teacher.describe()] if cfg.teacher and trains else []
-        return replace(prepared, notes=[*taught, *prepared.notes, *rewarding])
+        return replace(prepared, notes=[*taught, *prepared.notes, *rewarding], opened=opened.pop_all())
 
 
 def _prepared(
-    cfg: Recipe, given: Given, ranks: Ranks, partners: Partners, scorer: Scorer, opened: ExitStack, trains: bool
+    cfg: Recipe, given: Given, ranks: Ranks, roles: Roles | None, partners: Partners, scorer: Scorer, trains: bool
 ) -> Prepared:
-    """The rest of `prepare`. What is `opened` stays open, and is the result's."""
+    """The rest of `prepare`. Whoever calls it has opened what the result is to close."""
     custom_loss = given.function(cfg.loss.use, "loss") if cfg.loss.use else None
     named = data_of(cfg)
     local = {name: given.rows(name, data) for name, data in named.items() if given.is_local(name, data)}
@@ -132,7 +131,7 @@ def _prepared(
     policy = _policy(cfg, model, ranks)
     teacher = teacher_of(cfg.teacher if trains else None, cfg.adapter, policy, tokenizer)
     generator = Generator(model, tokenizer, cfg.rollout.max_concurrency, cfg.rollout.kv_bits)
-    rollout = _untimed(cfg.rollout, ranks)
+    rollout = untimed(cfg.rollout, ranks)
     generator.speculation, generator.neighbours = speculation_of(rollout.speculate), ranks.neighbours
     _check_stop_ids(cfg.rollout, vocabulary := generator.decoding.vocabulary)
     shown = partners.tools, partners.resets, text_system(cfg) is None or partners.are_agents
@@ -161,44 +160,29 @@ def _prepared(
     longest_of_all = _longest_of_all(longest, evaluator)
     positions = position_note(model, longest_of_all, cfg.rollout.max_completion_length)
     sections = _readable(cfg.optim, teacher), rollout, cfg.adapter, cfg.eval
-    workload = Workload(*sections, longest, longest_of_all, own, environment is not None, ranks.size)
+    workload = Workload(*sections, longest, longest_of_all, own, environment is not None, *updating(ranks, roles))
     lesson = _needs(teacher, model)
     graders = _graders(scorer, policy, tokenizer)
     planner = Planner(workload, policy, generator.decoding, cfg.memory.limit_gb, cfg.loss, lesson, graders)
-    plan, optim = _together(ranks, policy, *ranks.checked(planner.plan))
+    plan, optim, needs = one_plan(ranks, policy, *ranks.checked(planner.plan), roles.trainers if roles else None)
     cfg = with_settings(cfg, {"optim": optim})
     decode_as_planned(generator, plan)
-    trainer = Trainer(cfg, policy, source, engine, scorer, custom_loss, ranks, teacher)
+    parts = cfg, policy, source, engine, scorer, custom_loss
+    trainer = ApartTrainer(roles, *parts) if roles else Trainer(*parts, ranks, teacher)
     trainer.update.gradients.alone = plan.alone
-    refiltered = [filter_note(cfg.loss)] if engine.sampling.reshaped else []
     prompts = [note for feed, known in zip(feeds, lengths, strict=True) for note in feed.notes(known, partners)]
     head = filter(None, [positions, head_note(model, cfg.model)])
-    notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes]
-    notes += [*refiltered, *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)]
-    notes += filter(None, [held_out.null_prompts() if held_out else None])
-    notes += filter(None, [layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
-    notes += [] if teacher is None else teacher.notes
-    notes += _on_shards(ranks, cfg.rollout)
-    return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, opened.pop_all())
+    notes = [*talk, *prompts, *generator.describe(), *head, *policy.notes, *(teacher.notes if teacher else [])]
+    notes += [*_of_filters(cfg, engine), *notes_on(cfg.optim, cfg.rollout, cfg.adapter, cfg.loss)]
+    held_out_note = held_out.null_prompts() if held_out else None
+    notes += filter(None, [held_out_note, layers_note(cfg.optim, len(model.layers)), trainer.update.optimizer.note])
+    notes += notes_of_processes(ranks, roles, cfg.rollout, plan.slots, needs)
+    return Prepared(trainer, evaluator, plan, planner, tasks, list(dict.fromkeys(notes)), rows, ExitStack())
 
 
-def _untimed(rollout: RolloutConfig, ranks: Ranks) -> RolloutConfig:
-    """The section without what goes by the clock, where processes that hold a model together must all do the same."""
-    timed = ranks.shard.size > 1 and rollout.speculate == "auto"
-    return with_settings(rollout, {"speculate": "off"}) if timed else rollout
-
-
-def _on_shards(ranks: Ranks, rollout: RolloutConfig) -> list[str]:
-    """How the model is divided, and what that switches off. Nothing where each process has the whole."""
-    size, groups = ranks.shard.size, ranks.size
-    if ranks.spread is not None:
-        return [SPREAD.format(ranks.spread.shard.size)]
-    if size == 1:
-        return []
-    among = f", {groups} times; the prompts of a step are shared out among these" if groups > 1 else ""
-    together = f"model.shard: tensor: {size} processes hold one model together{among}"
-    off = [UNTIMED] if rollout.speculate == "auto" else []
-    return [f"{together}. Parameters and memory are what one of them has", *off]
+def _of_filters(cfg: Recipe, engine: RolloutEngine) -> list[str]:
+    """What there is to say of sampling that leaves tokens out."""
+    return [filter_note(cfg.loss)] if engine.sampling.reshaped else []
 
 
 def _needs(teacher: Teacher | None, model: nn.Module) -> TeacherNeeds:
@@ -262,20 +246,3 @@ def _longest_of_all(trained: int, evaluator: Evaluator | None) -> int:
     """Tokens of the longest prompt that is sampled from, where training has prompts of `trained` at most."""
     held_out = evaluator.tasks if evaluator else ()
     return max([trained, *(len(task.prompt_ids) for task in held_out)])
-
-
-def _together(ranks: Ranks, policy: Policy, plan: Plan, optim: OptimConfig) -> tuple[Plan, OptimConfig]:
-    """One plan for all processes: that of the one with the least room, but for what each decodes with.
-
-    They share out the micro-batches that each of them makes, so these must be the same. Those that hold a model
-    together decode together, too.
-    """
-    plans = ranks.everyone.gather((plan, optim))
-    least, optim = min(plans, key=lambda planned: (planned[0].micro_batch, -planned[0].recomputed))
-    decodes = "slots", "kept_bytes", "fed", "drafts", "logits"
-    own = {name: getattr(plan, name) for name in decodes}
-    if ranks.shard.size > 1:
-        own = {name: min(getattr(one, name) for one, _ in plans) for name in decodes}
-    policy.gradient_checkpointing, policy.logits = least.checkpointing, own["logits"]
-    alone = any(plan.alone for plan, _ in plans)
-    return replace(least, **own, alone=alone, lanes=1 if alone else least.lanes), optim

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from grpo.alarms.past import PastSteps
 from grpo.config import Recipe
 from grpo.data.fingerprint import fingerprint
 from grpo.data.rows import Rows
@@ -45,7 +46,7 @@ from grpo.runs.sections import data_of, with_rates
 from grpo.runs.sources import source_hashes
 from grpo.runs.starting import adapter_hashes, with_kept
 from grpo.runs.state import RunState
-from grpo.training.state import OLDER, TrainerState
+from grpo.training.state import TrainerState
 from grpo.training.trainer import Trainer
 
 
@@ -81,7 +82,7 @@ class Start:
         trainer.ranks.check_same("the step to go on after", self.state.step if self.state else 0)
         if self.state is None:
             check_begins(trainer.tasks)
-            return RunState(run_id=_new_id(), trainer=TrainerState({}, trainer.counts()))  # whose arrays are the trainer's
+            return RunState(run_id=_new_id(), trainer=TrainerState({}, trainer.counts()))  # a trainer has the arrays
         trainer.load_state(self.state.trainer)
         return self.state
 
@@ -146,7 +147,8 @@ def find_start(
         what = "was written with another recipe, other code or other data"
         raise UserError(f"{checkpoint} {what}; --resume-changed goes on all the same:\n{listed}")
     if any(line.startswith(COMPARED) for line in differences):
-        state = replace(state, rewards=(), start=None, trainer=state.trainer.without(OLDER))
+        trainer = state.trainer.without_groups()
+        state = replace(state, rewards=(), start=None, past=PastSteps(), trainer=trainer)
     if not goes_on:  # a branch off another run
         state = replace(state, run_id=_new_id(), first=state.step + 1)
     notes += [_goes_on(cfg.optim.steps, state.step, checkpoint), *(f"changed: {line}" for line in differences)]
@@ -160,17 +162,21 @@ WITHOUT_INFLUENCE = (
     "model.shard",
     "model.shard_size",
     "rollout.speculate",
+    "ranks.sample",
+    "ranks.train",
     "checkpoint.every",
     "checkpoint.keep",
     "log.wandb",
     "log.tensorboard",
+    "log.trackio",
     "log.completions",
+    "alarms",
 )
 """Settings that change neither what is sampled nor what is learned. A resumed run may have others without leave."""
 
 COMPARED = ("model.", "data.", "rewards.", "rollout.", "environment", "tools", "code of ", "contents of ")
 """How the differences begin after which the rewards of earlier and later steps cannot be compared, and after which
-older groups are not what this run would have sampled."""
+groups that are kept are not what this run would have sampled."""
 
 
 def _with_former_rates(cfg: Recipe, state: RunState, written: Context) -> Recipe:

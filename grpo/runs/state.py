@@ -6,9 +6,11 @@ Whatever else a run does is a function of the recipe and the step: schedules, dr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from grpo.alarm import Alarm
+from grpo.alarms.past import PastSteps
 from grpo.training.state import Arrays, TrainerState
 from grpo.types import EvalMetrics
 
@@ -28,7 +30,8 @@ class RunState:
     `first` is the first step that its folder has on record: of a branch off another run, not that run's. `rewarded`:
     whether any completion of its steps had a reward. `rewards`: the mean reward of each step that had one, since
     what is asked, how it is answered, or how it is scored was last changed. `start`: the lower end of the
-    interval of the first of them, which is of the model before any update.
+    interval of the first of them, which is of the model before any update. `past` is what alarms look back on,
+    and which of them were told.
     """
 
     run_id: str
@@ -41,6 +44,7 @@ class RunState:
     before: EvalMetrics | None = None
     after: EvalMetrics | None = None
     best: Best | None = None
+    past: PastSteps = field(default_factory=PastSteps)
 
     def plain(self) -> dict[str, Any]:
         """All but the arrays, as JSON holds it."""
@@ -55,6 +59,7 @@ class RunState:
             "before": self.before and asdict(self.before),
             "after": self.after and asdict(self.after),
             "best": self.best and asdict(self.best),
+            "past": self.past.plain(),
         }
 
     @classmethod
@@ -71,6 +76,7 @@ class RunState:
             before=_evaluation(plain["before"]),
             after=_evaluation(plain["after"]),
             best=plain["best"] and Best(**plain["best"]),
+            past=PastSteps.of(plain.get("past")),  # not in older checkpoints
         )
 
 
@@ -78,4 +84,5 @@ def _evaluation(plain: Mapping[str, Any] | None) -> EvalMetrics | None:
     if plain is None:
         return None
     intervals = {name: (low, high) for name, (low, high) in plain["intervals"].items()}
-    return EvalMetrics(**{**plain, "intervals": intervals})
+    alarms = tuple(Alarm(**alarm) for alarm in plain.get("alarms", ()))  # not in older checkpoints
+    return EvalMetrics(**{**plain, "intervals": intervals, "alarms": alarms})

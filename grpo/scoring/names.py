@@ -32,6 +32,7 @@ _STEP = (
     "rollout_tokens_per_second",
     "step_time",
     "tokens",
+    "alarms",
 )
 _EVALUATION = ("n", "grader", "failed_gradings", "greedy", r"(avg|pass|maj)@\d+", r".*_interval")
 _CONVERSATIONS = ("turns/mean", "tools/(call|failure)_frequency", "stop/.*", "environment/.*")
@@ -46,6 +47,7 @@ _FOLDERS = (
     "sources",
     "update",
     "policy_lag",
+    "ranks",
     "reuse",
     "teacher",
 )

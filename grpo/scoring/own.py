@@ -59,6 +59,20 @@ def own_answers(
     return answers
 
 
+def with_sums_of_none(groups: Sequence[Group], by_steps: Collection[str]) -> list[Group]:
+    """The scored groups in which conversations of the environments `by_steps` that have no score have the sum of none,
+    where `own_answers` would have given it."""
+    return [replace(group, rollouts=tuple(_summed(one, by_steps) for one in group.rollouts)) for group in groups]
+
+
+def _summed(rollout: Rollout, by_steps: Collection[str]) -> Rollout:
+    talk = rollout.trajectory.conversation
+    if talk is None or talk.environment not in by_steps or rollout.scores.get(talk.environment) is not None:
+        return rollout
+    (score,) = _answer(talk, True).values
+    return replace(rollout, scores={**rollout.scores, talk.environment: score})
+
+
 RAISED = {
     "length": "rollout.max_completion_length",
     "max_turns": "environment.max_turns",

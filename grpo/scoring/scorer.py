@@ -19,6 +19,7 @@ from grpo.config.sources import TAKEN
 from grpo.environments.seats import Host
 from grpo.errors import RunError, UserError
 from grpo.plugins import Function, Located, locate_reward
+from grpo.progress import Progress
 from grpo.scoring.applying import ALL, Applying
 from grpo.scoring.contract import Answer
 from grpo.scoring.grader import Inline, Isolated, ScoringRequest, make_grader
@@ -26,11 +27,11 @@ from grpo.scoring.hints import column_hint
 from grpo.scoring.hosted import Hosted, hosted
 from grpo.scoring.judge import Judge, Judged
 from grpo.scoring.modeled import Modeled, RewardModel
-from grpo.scoring.own import OwnTerms, own_answers, rewarding_steps, terms_of, without_home
+from grpo.scoring.own import OwnTerms, own_answers, rewarding_steps, terms_of, with_sums_of_none, without_home
 from grpo.scoring.records import ConversationRecord, Placed, RewardRecord, failures_by_kind
 from grpo.scoring.session import Grader, Scoring, columns_of, request_of
 from grpo.scoring.text import counted, last_said
-from grpo.types import Failure, FailureKind, Group, Progress, Rollout, Task
+from grpo.types import Failure, FailureKind, Group, Rollout, Task
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +157,11 @@ class Scorer:
         """The conversations whose environment failed, by kind of failure; empty without environments."""
         return failures_by_kind(self.records)
 
+    def failure_counts(self) -> dict[str, float]:
+        """The failures so far as metrics, which can be added up over processes."""
+        counts = {f"rewards/{name}/failures": float(count) for name, count in self.failures.items()}
+        return counts | {f"environment/failures/{kind}": float(n) for kind, n in self.failures_by_kind.items()}
+
     def failures_of(self, kind: FailureKind) -> dict[str, int]:
         """Those of the failures that are of a kind, by name."""
         return {name: record.kinds[kind] for name, record in self.records.items()}
@@ -181,6 +187,12 @@ class Scorer:
     def steps_reward(self, environments: Iterable[str]) -> None:
         """Know of these environments that their steps give rewards: in other processes' shares of a run, say."""
         self._by_steps |= set(environments)
+
+    def agreed(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups that several processes have scored, with the scores that one process would have given: which
+        environments reward steps (`own_answers`), each knew only by its own share."""
+        self._by_steps |= rewarding_steps(groups)
+        return with_sums_of_none(groups, self._by_steps & set(self.environments))
 
     def open(self, tasks: Sequence[Task]) -> Scoring:
         """A scoring of the groups that these tasks will have: it is given each group as soon as that is whole."""

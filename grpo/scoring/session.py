@@ -14,12 +14,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from grpo.progress import Progress
 from grpo.scoring.applying import ALL, Applying
 from grpo.scoring.grader import Answers, Inline, Isolated, ScoringRequest
 from grpo.scoring.hosted import Hosted
 from grpo.scoring.process import DEATHS, untried
 from grpo.scoring.records import Placed
-from grpo.types import Group, Message, Progress, Prompt, Task, Trajectory
+from grpo.types import Group, Message, Prompt, Task, Trajectory
 
 Grader = Inline | Isolated | Hosted
 Rewards = Mapping[str, Grader]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 import textwrap
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from grpo.environments.shown import asked, transcript
+from grpo.progress import RowCounts
 from grpo.telemetry.progress import Phase
 from grpo.telemetry.sent import best_of
 from grpo.types import EvalMetrics, StepMetrics
@@ -22,6 +24,10 @@ WIDTH, SAMPLE = 60, 200
 """Of the reward's curve, in steps; and of a sample completion, in characters."""
 WIDE = 100
 """Columns of a terminal that has room for bars."""
+PHASE, LEFT, BAR = len("evaluation") + 1, len("99:59:59") + 1, 20 + len(" left") + 1
+"""Columns of a phase's name, of the time left, and of what a wide terminal has besides, gaps included."""
+LATELY = 20
+"""Steps by whose time the time left is reckoned."""
 SILENCE = 30.0
 """Seconds without a line in a log file, after which the phase that is going on gets one."""
 
@@ -29,30 +35,29 @@ SILENCE = 30.0
 class ConsoleLogger:
     """Shows each step, with reward, KL, length, speed and time left. Use it in a `with` block.
 
-    A terminal shows the phase that the step is in, the reward's curve, and the best completion of the last step
-    besides; a log file gets a line on a phase that takes long.
+    A terminal shows the phase that the step is in, the curves of reward and length, and the best completion of the last
+    step besides; what does not fit into a narrow one is left out, the least important first. A log file gets a line
+    for each step, and on a phase that takes long.
     """
 
     def __init__(self, console: Console, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` tells seconds."""
         self._console, self._steps, self._clock = console, steps, clock
-        self._seen = 0
-        self._began = 0.0
         self._printed = clock()
-        self._rewards: list[float] = []
+        self._ended: deque[float] = deque(maxlen=LATELY + 1)
+        self._curves: dict[str, deque[float]] = {"reward": deque(maxlen=WIDTH), "length": deque(maxlen=WIDTH)}
         wide = console.width >= WIDE
         self._progress = _View(
             TextColumn("{task.description}"),
             TextColumn("{task.fields[count]}"),
             *([BarColumn(bar_width=20)] if wide else []),
             TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            *([TextColumn("left")] if wide else []),
+            _TimeLeft(clock, " left" if wide else ""),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("step", total=steps, count=f"0/{steps}", numbers="")
-        self._bar = self._progress.add_task("", total=1, count="", numbers="", visible=False)
+        self._task = self._progress.add_task("step", total=steps, count=f"0/{steps}", numbers="", ends=None)
+        self._bar = self._progress.add_task("", total=1, visible=False, count="", numbers="", ends=None)
         self._phase: Phase | None = None
 
     def __enter__(self) -> ConsoleLogger:
@@ -65,16 +70,17 @@ class ConsoleLogger:
         self._progress.update(self._bar, visible=False)  # the last phase is over
         self._progress.stop()
 
-    def progress(self, phase: str, done: int, total: int) -> None:
+    def progress(self, phase: str, done: int, total: int, rows: RowCounts | None = None) -> None:
         """Show how far a phase of the step is: in a bar of its own, or by a line if nothing was printed for long."""
         now = self._clock()
         if self._phase is None or not self._phase.goes_on(phase, done):
             self._phase = Phase(phase, done, now)
-            self._progress.reset(self._bar, description=phase, visible=True, count="", numbers="")
-        text = self._phase.report(done, total, now)
-        self._progress.update(self._bar, completed=done, total=total, numbers=text)
+            self._progress.reset(self._bar, description=phase, visible=True, count="", numbers="", ends=None)
+        parts = self._phase.report(done, total, now, rows)
+        numbers = self._fitting(parts)
+        self._progress.update(self._bar, completed=done, total=total, numbers=numbers)
         if not self._console.is_terminal and now - self._printed >= SILENCE:
-            self._print(f"{phase}: {text}")
+            self._print(f"{phase}: {parts[0]}", *parts[1:])
 
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         if isinstance(record, EvalMetrics):
@@ -82,25 +88,65 @@ class ConsoleLogger:
             first, *others = [*parts, f"(n={record.n}{_failed(record)})"]
             self._print(f"eval at step {record.step}: {first}", *others)
             return
-        numbers = _numbers(record)
-        if "reward" in record.values:
-            self._rewards.append(record.values["reward"])
-        self._progress.below = [Text(f"reward {sparkline(self._rewards[-WIDTH:])}"), *_sample(record)]
-        count = f"{record.step}/{self._steps}"
-        self._progress.update(self._task, completed=record.step, count=count, numbers=numbers)
+        parts, count = _parts(record), f"{record.step}/{self._steps}"
+        for curve, name in (("reward", "reward"), ("length", "completions/mean_length")):
+            self._curves[curve].extend([record.values[name]] if name in record.values else [])
+        self._progress.below = [*self._sparks(), *_sample(record, 2 * self._console.width)]
+        left = self._seconds_left(record)
+        ends = self._clock() + left
+        numbers = self._fitting(parts)
+        self._progress.update(self._task, completed=record.step, count=count, numbers=numbers, ends=ends)
         if not self._console.is_terminal:
-            self._print(f"step {count}", numbers, self._left(record))
+            self._print(f"step {count}", *parts, f"{_duration(left)} left")
 
     def _print(self, *parts: str) -> None:
         self._printed = self._clock()
         print_parts(self._console, parts)
 
-    def _left(self, record: StepMetrics) -> str:
+    def _fitting(self, parts: Sequence[str]) -> str:
+        """As many of the parts as fit into a line beside what else stands there; one at least."""
+        width, count = self._console.width, 2 * len(str(self._steps)) + 2
+        room = width - PHASE - count - LEFT - (BAR if width >= WIDE else 0)
+        fit = [n for n in range(1, len(parts) + 1) if len("  ".join(parts[:n])) <= room]
+        return "  ".join(parts[: max(fit, default=1)])
+
+    def _sparks(self) -> list[Text]:
+        """The curves of the last steps, with the values at their lowest and highest."""
+        width, lines = self._console.width - 24, []
+        for name, curve in self._curves.items():
+            values = list(curve)[-max(width, 8) :]
+            if len(values) > 1 or (values and name == "reward"):
+                form = ".3f" if name == "reward" else ".0f"
+                bounds = f"  {min(values):{form}} to {max(values):{form}}" if len(values) > 1 else ""
+                lines.append(Text(f"{name} {sparkline(values)}{bounds}", overflow="crop", no_wrap=True))
+        return lines
+
+    def _seconds_left(self, record: StepMetrics) -> float:
+        """By the time that the last steps took, with evaluations and whatever else was between them."""
         now = self._clock()
-        self._began = self._began or now - record.values["step_time"]
-        self._seen += 1
-        seconds = (now - self._began) / self._seen * (self._steps - record.step)
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
+        if not self._ended:
+            self._ended.append(now - record.values["step_time"])
+        self._ended.append(now)
+        return (now - self._ended[0]) / (len(self._ended) - 1) * (self._steps - record.step)
+
+
+class _TimeLeft(ProgressColumn):
+    """The time until the moment `ends` of a task, by the clock; without one, as long as its speed so far says."""
+
+    def __init__(self, clock: Callable[[], float], after: str) -> None:
+        super().__init__()
+        self._clock, self._after = clock, after
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields["ends"]
+        seconds = task.time_remaining if ends is None else max(0.0, ends - self._clock())
+        return Text("" if seconds is None else f"{_duration(seconds)}{self._after}", style="progress.remaining")
+
+
+def _duration(seconds: float) -> str:
+    """`1:05`, `2:00:07`: minutes and seconds, with the hours from one on."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 class _View(Progress):
@@ -145,29 +191,29 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(bars[round((value - low) / span * (len(bars) - 1))] for value in values)
 
 
-def _sample(record: StepMetrics) -> list[Text]:
-    """The prompt and the text of the completion with the highest reward, each cut to a few lines."""
+def _sample(record: StepMetrics, most: int) -> list[Text]:
+    """The prompt and the text of the completion with the highest reward, each cut to a few lines of `most` characters
+    together."""
     if (best := best_of(record)) is None:
         return []
     task, rollout = best
     shown = (asked(task, rollout.trajectory), transcript(rollout))
-    prompt, text = (" ".join(part.split())[:SAMPLE] for part in shown)
+    prompt, text = (" ".join(part.split())[: min(SAMPLE, most)] for part in shown)
     return [Text(f"prompt {prompt}", style="dim"), Text(f"{rollout.reward:6.3f} {text}", style="dim")]
 
 
-def _numbers(record: StepMetrics) -> str:
+def _parts(record: StepMetrics) -> list[str]:
+    """A step's numbers, the most important first."""
     values = record.values
-    kl = f"kl {values['kl']:.4f}  " if "kl" in values else ""
-    kl += f"teacher kl {values['teacher/kl']:.4f}  " if "teacher/kl" in values else ""
-    reward = f"reward {values['reward']:.3f}  " if "reward" in values else ""
-    if not reward and "teacher/kl" not in values:
-        reward = "reward none  "
+    parts = [f"reward {values['reward']:.3f}"] if "reward" in values else []
+    if not parts and "teacher/kl" not in values:
+        parts = ["reward none"]
+    parts += [f"kl {values['kl']:.4f}"] if "kl" in values else []
+    parts += [f"teacher kl {values['teacher/kl']:.4f}"] if "teacher/kl" in values else []
+    parts += [f"length {values['completions/mean_length']:.0f}"]
+    parts += [f"{values['rollout_tokens_per_second']:,.0f} tok/s{_drafts(values)}"]
     silent = values.get("updates_without_signal", 0) > 0 and values.get("grad_norm") == 0
-    return (
-        f"{reward}{kl}length {values['completions/mean_length']:.0f}"
-        f"  {values['rollout_tokens_per_second']:,.0f} tok/s{_drafts(values)}"
-        f"{'  no signal, weights unchanged' if silent else ''}"
-    )
+    return [*parts, *(["no signal, weights unchanged"] if silent else [])]
 
 
 def _drafts(values: Mapping[str, float]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from grpo.alarm import Alarm
 from grpo.backend.hub import one_line
 from grpo.errors import UserError
 from grpo.runs.folder import EVALUATIONS, METRICS
@@ -18,6 +19,7 @@ from grpo.types import EvalMetrics, StepMetrics
 Record = TypeVar("Record")
 
 INTERVAL = "_interval"
+ALARMS = "alarms"
 
 warn = logging.getLogger(__name__).warning
 
@@ -42,6 +44,7 @@ class JsonlLogger:
         else:
             line |= record.values
         line = {key: value for key, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
+        line |= {ALARMS: [alarm.plain() for alarm in record.alarms]} if record.alarms else {}
         name = EVALUATIONS if isinstance(record, EvalMetrics) else METRICS
         self._waiting[name].append(json.dumps(line) + "\n")
         for name in self._waiting:
@@ -90,11 +93,18 @@ def read_evaluations(folder: Path) -> list[EvalMetrics]:
 
 
 def _step(line: dict[str, Any]) -> StepMetrics:
-    return StepMetrics(_whole(line.pop("step")), {name: _number(value) for name, value in line.items()})
+    step, alarms = _whole(line.pop("step")), _alarms(line)
+    return StepMetrics(step, {name: _number(value) for name, value in line.items()}, alarms=alarms)
+
+
+def _alarms(line: dict[str, Any]) -> tuple[Alarm, ...]:
+    """The alarms of a line, which are taken out of it."""
+    return tuple(Alarm(**alarm) for alarm in line.pop(ALARMS, ()))
 
 
 def _evaluation(line: dict[str, Any]) -> EvalMetrics:
     step, n, grader = _whole(line.pop("step")), _whole(line.pop("n")), line.pop("grader")
+    alarms = _alarms(line)
     intervals = {
         name.removesuffix(INTERVAL): (_number(line[name][0]), _number(line[name][1]))
         for name in line
@@ -102,7 +112,7 @@ def _evaluation(line: dict[str, Any]) -> EvalMetrics:
     }
     failed = _whole(line.get("failed_gradings", 0))  # there is none in older records
     values = {name: _number(line[name]) for name in line if name in intervals}
-    return EvalMetrics(step, n, grader, values, intervals, failed)
+    return EvalMetrics(step, n, grader, values, intervals, failed, alarms)
 
 
 def _whole(value: Any) -> int:

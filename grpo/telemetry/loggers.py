@@ -14,17 +14,20 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from grpo.backend.hub import one_line
+from grpo.backend.imports import extra
 from grpo.config import LogConfig, Recipe
 from grpo.errors import UserError
 from grpo.plugins import Function, find_function
+from grpo.progress import Progress, RowCounts
 from grpo.runs.loop import Log
 from grpo.runs.state import RunState
 from grpo.telemetry.console import ConsoleLogger
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.telemetry.progress import NowFile
 from grpo.telemetry.tensorboard import TensorboardLogger
+from grpo.telemetry.trackio import TrackioLogger
 from grpo.telemetry.weights_and_biases import WandbLogger
-from grpo.types import EvalMetrics, Progress, StepMetrics
+from grpo.types import EvalMetrics, StepMetrics
 
 warn = logging.getLogger(__name__).warning
 
@@ -60,6 +63,9 @@ def find_loggers(cfg: LogConfig) -> list[Function]:
                     f"{key}: the package {package} cannot be imported ({one_line(error)}): "
                     f"reinstall it, or leave out {key}"
                 ) from error
+    if cfg.trackio is not None:
+        with extra("trackio", "log.trackio"):
+            importlib.import_module("trackio")
     found = [find_function(use, "logger") for use in cfg.use]
     for use, function in zip(cfg.use, found, strict=True):
         try:
@@ -95,9 +101,9 @@ def open_loggers(
     now, shown = NowFile(folder), _Guarded("progress on the terminal", lambda args: terminal.progress(*args))
     stack.callback(now.close)
 
-    def progress(phase: str, done: int, total: int) -> None:
-        shown.log((phase, done, total))
-        now.progress(phase, done, total)
+    def progress(phase: str, done: int, total: int, rows: RowCounts | None = None, /) -> None:
+        shown.log((phase, done, total, rows))
+        now.progress(phase, done, total, rows)
 
     for teller in watched:
         teller.progress = progress
@@ -109,6 +115,9 @@ def open_loggers(
         makers["W&B"] = lambda: WandbLogger(wandb, cfg, folder, run_id, tell, resumed)
     if cfg.log.tensorboard:
         makers["TensorBoard"] = lambda: TensorboardLogger(folder, resumed, cfg.log.completions is not None)
+    if cfg.log.trackio is not None:
+        trackio = cfg.log.trackio
+        makers["Trackio"] = lambda: TrackioLogger(trackio, cfg, folder, tell, resumed is not None)
     for name, maker in makers.items():
         guarded = _Guarded(name)
         guarded.open(maker)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo.progress import RowCounts
 from grpo.runs.folder import NOW
 
 UNITS = {"rollout": "tokens", "evaluation": "tokens", "reward": "completions", "update": "micro-batches"}
@@ -28,15 +29,24 @@ class Phase:
         """Whether a report is of this phase, and not of another or of its next time."""
         return name == self.name and done >= self.done
 
-    def report(self, done: int, total: int, now: float) -> str:
-        """How far it is, in words, with the speed since it was first heard of."""
+    def report(self, done: int, total: int, now: float, rows: RowCounts | None = None) -> list[str]:
+        """How far it is, in words, the most important first, with the speed since it was first heard of."""
         self.done = done
         unit = UNITS.get(self.name, "")
         if unit != "tokens":
-            return f"{done:,} of {total:,} {unit}".rstrip()
-        most = f"{done:,} of at most {total:,} tokens" if done < total else f"{done:,} tokens"
+            return [f"{done:,} of {total:,} {unit}".rstrip()]
         seconds = now - self.began
-        return f"{most}  {(done - self.first) / seconds:,.0f} tok/s" if seconds > 0 else most
+        bound = f" of at most {total:,}" if done < total and rows is None else ""
+        parts = [f"{done:,}{bound} tokens", *_of_rows(rows)]
+        return [*parts, f"{(done - self.first) / seconds:,.0f} tok/s"] if seconds > 0 else parts
+
+
+def _of_rows(rows: RowCounts | None) -> list[str]:
+    """The rows that have ended; and where the model had several turns, how many they have begun in the mean."""
+    if rows is None:
+        return []
+    turns = [f"{rows.turns / rows.rows:.1f} turns a row"] if rows.turns > rows.rows else []
+    return [f"{rows.ended:,} of {rows.rows:,} rows", *turns]
 
 
 class NowFile:
@@ -45,14 +55,14 @@ class NowFile:
     def __init__(self, folder: Path) -> None:
         self._path, self._written, self._phase = folder / NOW, 0.0, ""
 
-    def progress(self, phase: str, done: int, total: int) -> None:
+    def progress(self, phase: str, done: int, total: int, rows: RowCounts | None = None) -> None:
         """Note how far a phase is: at once if it is a new one."""
         now = time.monotonic()
         if phase == self._phase and now - self._written < WRITE_EVERY:
             return
         self._phase, self._written = phase, now
         with suppress(OSError):  # nobody's loss: the folder may be gone, or full
-            self._path.write_text(json.dumps([phase, done, total]), encoding="utf-8")
+            self._path.write_text(json.dumps([phase, done, total, rows]), encoding="utf-8")
 
     def close(self) -> None:
         """Leave nothing behind."""
@@ -60,10 +70,10 @@ class NowFile:
             self._path.unlink(missing_ok=True)
 
 
-def read_now(folder: Path) -> tuple[str, int, int] | None:
+def read_now(folder: Path) -> tuple[str, int, int, RowCounts | None] | None:
     """The phase that a run says it is in, if it does: the arguments of `Progress`."""
     try:  # it may be being written
-        phase, done, total = json.loads((folder / NOW).read_text(encoding="utf-8"))
-        return str(phase), int(done), int(total)
+        phase, done, total, rows = json.loads((folder / NOW).read_text(encoding="utf-8"))
+        return str(phase), int(done), int(total), RowCounts(*map(int, rows)) if rows is not None else None
     except (OSError, ValueError, TypeError):
         return None

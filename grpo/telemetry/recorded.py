@@ -13,12 +13,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from grpo.alarm import Alarm
 from grpo.config import Recipe
 from grpo.errors import UserError
 from grpo.recipes import load_recipe
 from grpo.runs.checkpoint import RECIPE
 from grpo.runs.folder import ENDED, METRICS, UNTRAINED, WORSE, check_is_run, is_run, is_running
-from grpo.telemetry.console import ConsoleLogger, is_fraction
+from grpo.telemetry.console import ConsoleLogger, is_fraction, print_wrapped
 from grpo.telemetry.jsonl import read_evaluations, read_steps
 from grpo.telemetry.progress import read_now
 from grpo.types import EvalMetrics, StepMetrics
@@ -39,6 +40,12 @@ class RecordedRun:
     def step(self) -> int:
         """The last step on record."""
         return self.steps[-1].step if self.steps else 0
+
+    @property
+    def alarms(self) -> list[Alarm]:
+        """What went wrong, in the order in which it was seen."""
+        records: list[StepMetrics | EvalMetrics] = [*self.steps, *self.evaluations]
+        return sorted((alarm for record in records for alarm in record.alarms), key=lambda alarm: alarm.step)
 
     @property
     def state(self) -> str:
@@ -120,13 +127,12 @@ def follow(folder: Path, console: Console, wait: Callable[[], None] = lambda: ti
         while True:
             going_on = is_running(folder)  # asked before reading, so that its last lines are read
             run = read_run(folder)
-            for evaluation in run.evaluations:
-                if evaluation not in told:
-                    logger.log(evaluation)
+            new: list[StepMetrics | EvalMetrics] = [one for one in run.evaluations if one not in told]
             told = run.evaluations
-            for record in run.steps:
-                if record.step > shown:
-                    logger.log(record)
+            for record in (*new, *(one for one in run.steps if one.step > shown)):
+                logger.log(record)
+                for alarm in record.alarms:
+                    print_wrapped(console, f"alarm    {alarm}")
             shown = run.step
             if (now := read_now(folder)) is not None:
                 logger.progress(*now)

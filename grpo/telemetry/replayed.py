@@ -34,7 +34,7 @@ def print_replay(console: Console, replay: Replay, groups: int, tokens: int) -> 
     for number, group in enumerate(metrics.groups):
         if number < groups:
             ago = f"{group.lag} step{'s' * (group.lag > 1)}"
-            older = f" (replayed, sampled {ago} before)" if group.lag else ""
+            older = f" (replayed, sampled {ago} before)" if group.replayed else ""
             console.print(f"\n[bold]{escape(last_text(group.task.prompt))}[/bold]{older}", highlight=False)
             table = Table("reward", "advantage", "completion", f"ratios of the {tokens} tokens that moved most")
             for i, rollout in enumerate(group.rollouts, start=place):

@@ -1,8 +1,13 @@
-"""The numbers of a record, by the names under which W&B and TensorBoard get them."""
+"""The numbers of a record, by the names under which W&B, TensorBoard and Trackio get them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from grpo.types import EvalMetrics, Rollout, StepMetrics, Task
+
+Tell = Callable[[str], None]
+"""Says a line to the person at the terminal."""
 
 
 def named_numbers(record: StepMetrics | EvalMetrics) -> dict[str, float]:

@@ -31,6 +31,8 @@ class TensorboardLogger:
     def log(self, record: StepMetrics | EvalMetrics) -> None:
         for name, value in named_numbers(record).items():
             self._writer.add_scalar(name, value, record.step)
+        for alarm in record.alarms:
+            self._writer.add_text(f"alarms/{alarm.kind}", str(alarm), record.step)
         if isinstance(record, StepMetrics) and record.groups:
             rollouts = [rollout for group in record.sampled for rollout in group.rollouts]
             lengths = [rollout.trajectory.trained_tokens for rollout in rollouts]

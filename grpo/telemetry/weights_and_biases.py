@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ from grpo.plugins import source_file
 from grpo.runs.checkpoint import RECIPE, newest_whole
 from grpo.runs.folder import CHECKPOINTS
 from grpo.runs.state import RunState
-from grpo.telemetry.sent import named_numbers
+from grpo.telemetry.sent import Tell, named_numbers
 from grpo.types import EvalMetrics, StepMetrics
 
 warn = logging.getLogger(__name__).warning
-Tell = Callable[[str], None]
 
 INIT_TIMEOUT, FINISH_TIMEOUT = 30.0, 300.0
 """Seconds to wait for a service that does not answer: at the start, and for the last uploads."""
@@ -83,6 +81,8 @@ class WandbLogger:
         # The step is a value too: W&B's own step grows with every record, and of a step there may be two.
         place = _place(record.step, isinstance(record, EvalMetrics))
         self._run.log({**values, STEP: record.step}, step=place, commit=True)
+        for alarm in record.alarms:
+            self._run.alert(title=f"{alarm.kind} at step {alarm.step}", text=str(alarm), level="WARN")
 
     def _of_completions(self, record: StepMetrics) -> dict[str, Any]:
         """Histograms of rewards and lengths, and some rows of the table of completions."""

@@ -58,7 +58,7 @@ def replay(run: Path, step: int) -> Replay:
     nearest = _nearest(run, step)
     if nearest is not None:
         cfg = with_rates(cfg, dict.fromkeys(gone_rates(cfg.data, load_checkpoint(nearest)[0])))
-    prepared = prepare(cfg)
+    prepared = prepare(cfg, alone=True)
     with closing(prepared.opened):
         return _made(prepared.trainer, run, step, nearest)
 

@@ -82,7 +82,7 @@ def rescore(run: Path, config: RewardConfig, against: str | None) -> Rescoring:
         groups = other_best = 0
         for path in paths:
             step, groups_of_step = read_completions(path)
-            stored = [group for group in groups_of_step if group.lag == 0]  # the others are in their own step's file
+            stored = [group for group in groups_of_step if not group.replayed]  # or another step's file has it
             applies = own if stored and name in stored[0].rollouts[0].scores else ALL
             stored = [stored[place] for place in applies.groups(name, stored)]
             if not stored:

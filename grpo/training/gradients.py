@@ -21,12 +21,13 @@ from grpo.model.policy import Policy
 from grpo.objective import combine_metrics, policy_loss
 from grpo.objective.loss import CustomLoss
 from grpo.objective.measures import Metrics
+from grpo.progress import Progress
 from grpo.training.batches import batch_hidden, batch_logprobs
 from grpo.training.custom import guarded
 from grpo.training.lanes import tokens_of, update_lanes
 from grpo.training.optimizer import grouped
 from grpo.training.teaching import Teacher
-from grpo.types import Batch, Progress
+from grpo.types import Batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ def step_metrics(
     sources: Sequence[str] = (),
     applies: Applying = ALL,
 ) -> StepMetrics:
-    """Everything a step measured, by the definitions in the README.
+    """Everything a step measured, under the names and with the meanings of `grpo.scoring.meanings`.
 
     `groups` are all that were sampled, `status` what the trainer has to add, `seconds` the step's phases; `has_tools`:
     whether the model can call tools. `sources` are the names of the sources of tasks, where there are several, and

@@ -44,7 +44,8 @@ class OlderGroups:
         chosen, counted = order[:missing], list(self.kept)
         for place in chosen:
             counted[place] = replace(counted[place], replays=counted[place].replays + 1)
-        return [lagging(self.kept[place].group(), step) for place in chosen], replace(self, kept=tuple(counted))
+        again = [_replayed(lagging(self.kept[place].group(), step)) for place in chosen]
+        return again, replace(self, kept=tuple(counted))
 
     def after(self, step: int, groups: Iterable[Group]) -> OlderGroups:
         """What is kept after step `step`, which sampled these `groups` with signal: none too old for the next step.
@@ -81,12 +82,14 @@ def lagging(group: Group, step: int) -> Group:
     return replace(group, rollouts=tuple(rollouts))
 
 
+def _replayed(group: Group) -> Group:
+    return replace(group, rollouts=tuple(replace(one, replayed=True) for one in group.rollouts))
+
+
 def lag_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """How old the groups that a step learns from are: mean and maximum over completions, in steps, and how many of
-    the groups were replayed."""
+    """How old the groups that a step learns from are: mean and maximum over completions, in steps."""
     lags = [rollout.lag for group in groups for rollout in group.rollouts]
-    replayed = sum(group.lag > 0 for group in groups)
-    return {"policy_lag/mean": fmean(lags), "policy_lag/max": float(max(lags)), "reuse/groups": float(replayed)}
+    return {"policy_lag/mean": fmean(lags), "policy_lag/max": float(max(lags))}
 
 
 def _has_anchor(group: Group) -> bool:

@@ -36,5 +36,5 @@ def with_penalties(
         replace(group, rollouts=tuple(replace(rollout, penalty=next(each)) for rollout in group.rollouts))
         for group in groups
     ]
-    fresh = [rollout.penalty for group in penalised for rollout in group.rollouts if not rollout.lag]
+    fresh = [rollout.penalty for group in penalised for rollout in group.rollouts if not rollout.replayed]
     return penalised, {"reward_penalty": fmean(fresh), **metrics} if fresh else metrics

@@ -15,23 +15,27 @@ Arrays = Mapping[str, mx.array]
 
 OLDER = "older_groups"
 """The arrays of what `rollout.reuse` keeps: absent while nothing is kept, and of any size."""
+AHEAD = "groups_ahead"
+"""The arrays of what was sampled for the next step (`ranks`): absent where nothing was, and of any size."""
+OF_GROUPS = frozenset({OLDER, AHEAD})
+"""The arrays that hold groups, and nothing that trains."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
     """What training changes.
 
-    `arrays` by file and path, in the dtypes they train in: `adapters`, the `optimizer`'s step and moments, and the
-    older groups that are kept. `counts` is what rooms count, as JSON holds it: the `tasks`' cursor, and what the
+    `arrays` by file and path, in the dtypes they train in: `adapters`, the `optimizer`'s step and moments, and groups
+    that are kept. `counts` is what rooms count, as JSON holds it: the `tasks`' cursor, and what the
     `scorer` has seen of failures.
     """
 
     arrays: Mapping[str, Arrays]
     counts: Mapping[str, Any]
 
-    def without(self, name: str) -> TrainerState:
-        """The same without the arrays of that name."""
-        return TrainerState({key: arrays for key, arrays in self.arrays.items() if key != name}, self.counts)
+    def without_groups(self) -> TrainerState:
+        """The same without groups that are kept."""
+        return TrainerState({key: arrays for key, arrays in self.arrays.items() if key not in OF_GROUPS}, self.counts)
 
     def check_fits(self, other: TrainerState) -> None:
         """Raise UserError if this is not a state of the trainer that `other` is a state of.
@@ -39,7 +43,7 @@ class TrainerState:
         It may lack the reference: a run that never asked for it has not moved it, so it is what it was at the start.
         """
         for name, arrays in other.arrays.items():
-            if name == OLDER or (name == REFERENCE and name not in self.arrays):
+            if name in OF_GROUPS or (name == REFERENCE and name not in self.arrays):
                 continue
             shapes = {path: array.shape for path, array in self.arrays.get(name, {}).items()}
             if shapes != {path: array.shape for path, array in arrays.items()}:

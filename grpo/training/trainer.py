@@ -34,7 +34,7 @@ from grpo.training.packing import Packing
 from grpo.training.passes import PassSettings, passes_of
 from grpo.training.penalties import with_penalties
 from grpo.training.schedule import learning_rate, penalty_weight
-from grpo.training.state import OLDER, Arrays, TrainerState
+from grpo.training.state import OF_GROUPS, OLDER, Arrays, TrainerState
 from grpo.training.teaching import Teacher, taught
 from grpo.training.update import Updater
 from grpo.types import Group, StepMetrics, Totals
@@ -56,17 +56,20 @@ class Trainer:
         custom_loss: CustomLoss | None = None,
         ranks: Ranks | None = None,
         teacher: Teacher | None = None,
+        learners: Ranks | None = None,
     ) -> None:
+        """`learners` are the processes that update the policy: all `ranks`, unless they are given."""
         self.cfg = cfg
         self.policy = policy
         self.tasks = checked_source(tasks)
         self.engine = engine
         self.scorer = scorer
         self.ranks = ranks or Ranks()
+        self.learners = learners or self.ranks
         dropout = cfg.adapter.dropout > 0
-        self.passes = passes_of(PassSettings(cfg.loss, dropout, self.ranks, teacher))
-        self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout, self.ranks.size), self.ranks)
-        self.gap = GapWatch(policy, cfg.optim.max_logp_difference, self.ranks.first, cfg.rollout.kv_bits)
+        self.passes = passes_of(PassSettings(cfg.loss, dropout, self.learners, teacher))
+        self.gauges = Gauges(policy, cfg.loss, Packing.of(cfg.optim, cfg.rollout, self.learners.size), self.learners)
+        self.gap = GapWatch(policy, cfg.optim.max_logp_difference, cfg.rollout.kv_bits)
         self.before = Before(policy.adapters, cfg.adapter.type == "full", policy.spread is not None)
         self.older = OlderGroups(cfg.rollout.reuse)
         self.update = Updater(
@@ -74,7 +77,7 @@ class Trainer:
             cfg.optim,
             cfg.loss,
             custom_loss,
-            self.ranks,
+            self.learners,
             dropout_seed=cfg.seed if dropout else None,
             check=self.gap.check,
             moving=self.before.move,
@@ -86,11 +89,16 @@ class Trainer:
 
         Inside `wholly`, an error leaves the policy as it was before the step.
         """
-        clock, beta = Clock(), penalty_weight(self.cfg.loss, self.cfg.optim.steps, n)
+        clock = Clock()
         self.engine.generator.drafted()  # what evaluations have counted
         self.scorer.begin(n)
         sampled, fresh = self.sample(n, clock)
         self.tasks.observe(sampled)
+        return self.learn(n, sampled, fresh, clock)
+
+    def learn(self, n: int, sampled: list[Group], fresh: list[Group], clock: Clock) -> StepMetrics:
+        """The rest of step `n`: what is learnt from the `fresh` groups. Metrics are of all that were `sampled`."""
+        beta = penalty_weight(self.cfg.loss, self.cfg.optim.steps, n)
         groups, older = self.with_older(fresh, n)
         self.before.remember(self.update.optimizer)
         totals = Totals.of(groups)
@@ -112,7 +120,7 @@ class Trainer:
         sources, scorer = [one.called for one in self.cfg.data.sources], self.scorer
         metrics = step_metrics(n, sampled, update, status, clock.laps, scorer.has_tools, sources, scorer.applies)
         self.older = older  # the last change: what fails before it leaves the older groups as they were
-        learnt = sum(group.lag == 0 for group in groups)
+        learnt = sum(not group.replayed for group in groups)
         return replace(metrics, groups=(*groups, *sampled[learnt:]))
 
     def wholly(self) -> AbstractContextManager[None]:
@@ -135,14 +143,14 @@ class Trainer:
                 break
             key = derive_key(cfg.seed, "rollout", n, attempt)
             tasks = taken(self.tasks, missing)
-            places = self.ranks.share(range(missing))  # so each task draws what it would in a single process
-            mine, n_each, temperature = self.ranks.share(tasks), cfg.rollout.num_generations, cfg.rollout.temperature
-            with scoring_once(self.scorer, mine, self.ranks) as scoring:  # each group is scored while others decode
-                groups = self.engine.rollout(mine, n_each, temperature, key, whole=scoring.add, places=places)
+            n_each, temperature = cfg.rollout.num_generations, cfg.rollout.temperature
+            deal = self.engine.deal(self.ranks, missing, n_each)  # each task draws what it would in a single process
+            with scoring_once(self.scorer, tasks, self.ranks) as scoring:  # each group is scored while others decode
+                groups = self.engine.rollout(tasks, n_each, temperature, key, whole=scoring.add, deal=deal)
                 clock.lap("rollout")
                 self.scorer.steps_reward(chain(*self.ranks.gather(rewarding_steps(groups))))  # anywhere
                 scored = scoring.scored(with_policy_step(groups, n - 1))
-            sampled += with_rewards(self.ranks.merge(scored), self.scorer.weights)
+            sampled += with_rewards(deal.merge(scored), self.scorer.weights)
             clock.lap("reward")
         chooses = cfg.rollout.dynamic_sampling or cfg.rollout.reuse
         varied_first = sorted(sampled, key=self.teaches, reverse=True) if chooses else sampled
@@ -169,7 +177,7 @@ class Trainer:
 
     def batched(self, groups: list[Group], beta: float) -> list[MiniBatch]:
         """One minibatch for each update of an iteration, with a micro-batch for each rank and lane if rows allow."""
-        parts = self.ranks.size * lanes_worth(self.policy.model, self.cfg.loss)
+        parts = self.learners.size * lanes_worth(self.policy.model, self.cfg.loss)
         packing = Packing.of(self.cfg.optim, self.cfg.rollout, parts)
         longest, number = self.cfg.rollout.max_completion_length, self.cfg.optim.num_minibatches
         return make_minibatches(groups, self.cfg.loss, packing, longest, number, beta)
@@ -185,17 +193,21 @@ class Trainer:
             "learning_rate": learning_rate(self.cfg.optim, n),
             **({} if (delta := self.policy.adapters.delta()) is None else {"adapter_delta": delta}),
             "peak_memory_gb": mx.get_peak_memory() / 2**30,
-            **self.tasks.metrics(),
             "steps_without_signal": float(self.update.steps_without_signal),
+            **self.told(),
+        }
+        status |= lag_metrics(groups) if self.cfg.rollout.reuse or self.cfg.ranks else {}
+        status |= {"reuse/groups": float(sum(group.replayed for group in groups))} if self.cfg.rollout.reuse else {}
+        return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
+
+    def told(self) -> dict[str, float]:
+        """The metrics that tasks, decoding and scoring have to tell of the step's groups."""
+        return {
+            **self.tasks.metrics(),
             **speculation_metrics(self.ranks.sum_counts(self.engine.generator.drafted())),
             **self.scorer.metrics(),
-            **self.ranks.sum_counts(
-                {f"rewards/{name}/failures": count for name, count in self.scorer.failures.items()}
-                | {f"environment/failures/{kind}": count for kind, count in self.scorer.failures_by_kind.items()}
-            ),
+            **self.ranks.sum_counts(self.scorer.failure_counts()),
         }
-        status |= lag_metrics(groups) if self.cfg.rollout.reuse else {}
-        return status | ({"beta": beta} if self.cfg.loss.beta_end is not None else {})
 
     def state(self) -> TrainerState:
         """Everything that the steps so far have changed, for `load_state`. It holds the arrays without copying them."""
@@ -240,7 +252,7 @@ class Trainer:
         state = replace(state, arrays={**state.arrays, "optimizer": optimizer})
         state.check_fits(TrainerState(self.arrays(outlines=True), self.counts()))
         adapters = self.policy.adapters
-        parts = {name: adapters.shards.part(arrays) for name, arrays in state.arrays.items() if name != OLDER}
+        parts = {name: adapters.shards.part(arrays) for name, arrays in state.arrays.items() if name not in OF_GROUPS}
         parts["optimizer"] = self.policy.shards.part(state.arrays["optimizer"])
         mx.eval(parts["optimizer"])
         adapters.load_state(parts["adapters"])
@@ -251,5 +263,15 @@ class Trainer:
         self.update.skipped_in_a_row = state.counts["skipped_in_a_row"]
         self.update.steps_without_signal = state.counts.get("steps_without_signal", 0)  # older checkpoints lack it
         self.tasks.load_state(state.counts["tasks"])
-        scorer = state.counts["scorer"]  # records go to rank 0 alone: metrics sum them over ranks
-        self.scorer.load_state(scorer if self.ranks.first else {**scorer, "records": {}})
+        scorer = state.counts["scorer"]
+        self.scorer.load_state(scorer if self.keeps_records else {**scorer, "records": {}})
+
+    @property
+    def keeps_records(self) -> bool:
+        """Whether what the scorer has counted goes on in this process: in one of them, since metrics sum it up."""
+        return self.ranks.first
+
+    @property
+    def whole(self) -> bool:
+        """Whether this process has all that a checkpoint needs, or its part of that."""
+        return True

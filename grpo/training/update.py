@@ -21,12 +21,13 @@ from grpo.errors import RunError
 from grpo.model.policy import Policy
 from grpo.objective import combine_metrics
 from grpo.objective.loss import CustomLoss
+from grpo.progress import Progress
 from grpo.training.batches import MiniBatch
 from grpo.training.gradients import Gradient, Gradients
 from grpo.training.optimizer import Float32Optimizer, grouped
 from grpo.training.schedule import learning_rate
 from grpo.training.teaching import Teacher
-from grpo.types import Batch, Progress
+from grpo.types import Batch
 
 log = logging.getLogger(__name__)
 

@@ -92,7 +92,7 @@ def train(
     cfg = load_recipe(
         bundled("recipes") / f"{comparison.recipe}.yaml", [*settings, *comparison.settings, *arm.settings]
     )
-    run = prepare(cfg)
+    run = prepare(cfg, alone=True)
     assert run.evaluator is not None, "the recipe has an eval section"
     with closing(run.opened):
         rollouts = 0
@@ -240,10 +240,18 @@ def agents(_: Comparison, __: int, ___: Path) -> list[Arm]:
     return [Arm("environment"), Arm("agent", (f"environment={{agent: '{agent}:run', rollout_timeout: 60}}",))]
 
 
+def lag(_: Comparison, __: int, ___: Path) -> list[Arm]:
+    """Sampling and training at the same time: completions of the policy before the last update, with ratios to that
+    policy or with a correction. Both processes' work is done here by one."""
+    apart, corrected = "ranks={sample: 1, train: 1}", "loss.importance_sampling_correction=token_truncate"
+    return [Arm("no lag"), Arm("lag 1", (apart,)), Arm("lag 1, corrected", (apart, corrected))]
+
+
 COMPARISONS = {
     "teacher": Comparison("quickstart", 0.9, 80, 1, teacher, ("eval.prompts=128",)),
     "pools": Comparison("quickstart", 0.9, 600, 8, pools, ("eval.prompts=128",)),
     "replay": Comparison("quickstart", 0.9, 120, 2, replay, ("eval.prompts=128",)),
+    "lag": Comparison("quickstart", 0.9, 120, 2, lag, ("eval.prompts=128",)),
     "agents": Comparison("learning/guess", None, 30, 5, agents, ("eval.samples=4",), "avg@4"),
 }
 

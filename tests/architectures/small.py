@@ -139,7 +139,7 @@ SMALL: dict[str, Config] = {
     "Phi-3, Phi-4": {"model_type": "phi3"},
     "OLMo 2": {"model_type": "olmo2"},
 }
-"""By their names in the README's table: what differs from COMMON."""
+"""By their names in the manual's table: what differs from COMMON."""
 
 
 def write(name: str, folder: Path, tokenizer: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The README's table of architectures, made from what was measured."""
+"""The manual's table of architectures, made from what was measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from measured import Measured
 from small import SMALL
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "pages" / "models.md"
 MARKS = "<!-- made by scripts/architectures -->\n", "<!-- as far as here -->\n"
 COLUMNS = (
     "model",
@@ -70,16 +70,16 @@ def decoding(description: str) -> str:
 
 
 def written() -> str:
-    """What the README has between the marks."""
-    (found,) = re.findall(f"{MARKS[0]}(.*?){MARKS[1]}", README.read_text(encoding="utf-8"), re.DOTALL)
+    """What the page has between the marks."""
+    (found,) = re.findall(f"{MARKS[0]}(.*?){MARKS[1]}", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     return str(found)
 
 
 def write(text: str) -> None:
     """Put it between the marks."""
     begin, end = MARKS
-    whole = README.read_text(encoding="utf-8")
-    README.write_text(whole.replace(begin + written() + end, begin + text + end), encoding="utf-8")
+    whole = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(whole.replace(begin + written() + end, begin + text + end), encoding="utf-8")
 
 
 def _said(holds: bool) -> str:

@@ -1,4 +1,4 @@
-"""Every architecture of the README's table, small and with random weights, through everything; and the table itself.
+"""Every architecture of the manual's table, small and with random weights, through everything; and the table itself.
 
 `scripts/architectures` writes the table anew.
 """

@@ -118,7 +118,7 @@ def test_an_option_that_is_none_stays_one(run_cli) -> None:
             "optim.optimizer=adamw_8bit",
             "Moments in 8 bits are a setting of their own, for each of these: optim.moments",
         ),
-        ("log.report=true", "unknown key log.report. Valid here: wandb, tensorboard, use, completions, kl.\n"),
+        ("log.report=true", "unknown key log.report. Valid here: wandb, tensorboard, trackio, use, completions, kl.\n"),
     ],
 )
 def test_what_was_probably_meant(run_cli, recipe, override: str, said: str) -> None:

@@ -1,4 +1,4 @@
-"""What `docs/EXTENDING.md` shows is written to files, outside of the package, and all of it runs in one run."""
+"""What the page on extending shows is written to files, outside of the package, and all of it runs in one run."""
 
 import contextlib
 import importlib.util
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from docs.pagerun import PAGES, blocks
 from runs.driver import same_end
 
 import grpo
@@ -14,8 +15,8 @@ from grpo.runs.given import NOTHING
 from grpo.runs.partners import invite
 from grpo.training import passes
 
-PAGE = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
-FILES = {name: text for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL)}
+PAGE = (PAGES / "extending.md").read_text()
+FILES = {block.title: block.body for block in blocks("extending.md") if block.title}
 
 
 def imported(name: str):

@@ -11,7 +11,7 @@ from random import randint
 
 import numpy as np
 
-from grpo.types import Step
+from grpo.step import Step
 
 
 class Base:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from scoring.hosts import talk
 
+from grpo.backend.tickets import Deal
 from grpo.config import EvalConfig
 from grpo.errors import RunError
 from grpo.evaluation.evaluator import Evaluator
@@ -20,6 +21,9 @@ class Engine:
 
     def __init__(self, *rollouts: list[Rollout]) -> None:
         self.rollouts = rollouts
+
+    def deal(self, ranks, tasks, n):
+        return Deal.of(ranks, tasks, n)
 
     def rollout(self, tasks, n, *_):
         return [Group(task, tuple(self.rollouts[task.index][:n])) for task in tasks]

@@ -22,7 +22,7 @@ from grpo.generation.choice import find_decoding
 from grpo.model.adapters import Adapters
 from grpo.model.logprobs import LOGITS
 from grpo.model.policy import Policy
-from grpo.planning import drafting
+from grpo.planning import choosing, drafting
 from grpo.planning.choosing import Checkpointing, Choice
 from grpo.planning.footprint import Footprint, extent, measure_body, measure_footprint, probes
 from grpo.planning.lengths import LONGEST, FittingLengths, longest
@@ -231,6 +231,20 @@ def test_as_few_layers_are_checkpointed_as_fit(spare: int, layers: Checkpointing
     else:
         assert found.checkpointing == layers
         assert found.bytes <= spare * tokens
+
+
+def test_the_sum_of_gradients_leaves_micro_batches_as_large_as_they_would_be() -> None:
+    """The gradient of whole weights takes more than a micro-batch may: smaller ones would not make it smaller."""
+    gradient = 2 * choosing.MOST_ON_CUDA
+
+    def footprint(checkpointing: bool) -> Footprint:
+        return Footprint(gradient, 1_000 if checkpointing else 9_000, 0.0, 0, 1, True, checkpointing)
+
+    plain = choice(2**40, limited=False)
+    plain = replace(plain, machine=replace(plain.machine, memory=2**40))
+    whole = replace(plain, footprint=footprint, gradient=gradient)
+    assert whole.make().tokens == plain.make().tokens == max(choosing.AUTO_TOKENS)
+    assert whole.make().bytes == gradient + plain.make().bytes
 
 
 def test_without_a_limit_all_layers_are_checkpointed_or_none() -> None:

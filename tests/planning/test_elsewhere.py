@@ -54,6 +54,18 @@ def test_more_memory_gives_longer_completions() -> None:
     assert lengths[0] == 0  # the weights alone are 4.3 GB
 
 
+def test_more_memory_never_makes_micro_batches_smaller() -> None:
+    """Fewer logits at once fit where more do, but for tiny micro-batches: a card waits for launches then."""
+    rollout = {"prompts_per_step": 8, "num_generations": 8, "max_completion_length": 128}
+    name, data = "Qwen/Qwen3-0.6B", {"source": "x", "max_prompt_length": 256}
+    sizes = []
+    for gigabytes in (2.5, 2.6, 2.8, 3.0, 3.2, 3.5, 4.0, 5.0):
+        cfg = recipe(name, rollout=rollout, data=data, memory={"limit_gb": gigabytes})
+        sizes.append(Elsewhere.of(cfg, CONFIGS[name], machine_of(24 * GB, "cuda", cfg)).plan().micro_batch)
+    assert sizes == sorted(sizes)
+    assert sizes[0] >= 2_048
+
+
 @pytest.mark.parametrize("gigabytes", [16, 24, 80])
 def test_metal_trains_at_least_three_quarters_of_the_lengths_of_cuda(gigabytes: int) -> None:
     limited = of_8b(memory={"limit_gb": gigabytes})

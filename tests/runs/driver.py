@@ -37,7 +37,7 @@ def run(recipe: Path, *overrides: str, change=None, evaluate=None, **how) -> Out
 
 def timeless(path: Path) -> list[dict]:
     """A log's records without what the clock says, and what the process does."""
-    clocked = ("time/", "step_time", "rollout_tokens_per_second", "peak_memory_gb", "speculation/gain")
+    clocked = ("time/", "ranks/", "step_time", "rollout_tokens_per_second", "peak_memory_gb", "speculation/gain")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [{name: value for name, value in line.items() if not name.startswith(clocked)} for line in lines]
     return [{name: "by time" if "speculation/" in name else value for name, value in line.items()} for line in lines]

@@ -17,6 +17,7 @@ OTHERS = {
     "checkpoint.keep": "1",
     "log.tensorboard": "true",
     "log.completions": "null",
+    "alarms": "off",
 }
 
 
@@ -55,7 +56,8 @@ def without_speculation(folder: str) -> list[dict[str, object]]:
 
 def test_all_of_them_are_settings_and_tried_or_only_logged() -> None:
     assert {one.key for one in settings()} >= set(WITHOUT_INFLUENCE)
-    assert set(WITHOUT_INFLUENCE) == {*OTHERS, "output_dir", "log.wandb", "model.shard", "model.shard_size"}
+    of_processes = {"model.shard", "model.shard_size", "ranks.sample", "ranks.train"}
+    assert set(WITHOUT_INFLUENCE) == {*OTHERS, "output_dir", "log.wandb", "log.trackio", *of_processes}
 
 
 @pytest.mark.parametrize("override", ["log.wandb={mode: offline}", "rollout.speculate=7", "log.completions.every=5"])

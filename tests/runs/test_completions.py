@@ -54,6 +54,7 @@ def test_the_schema(tmp_path: Path) -> None:
         "prompt": text,
         "completion": text,
         "token_ids": pa.list_(pa.int32()),
+        "characters": pa.list_(pa.int32()),
         "trained": pa.list_(pa.bool_()),
         "begins": pa.list_(pa.int32()),
         "logprobs": pa.list_(pa.float32()),

@@ -12,8 +12,11 @@ from grpo.config.log import CompletionsConfig, WandbConfig
 from grpo.plugins import find_recipe
 from grpo.recipes import load_recipe
 from grpo.runs.completions import read_completions, store_completions
-from grpo.telemetry import report
+from grpo.runs.folder import COMPLETIONS
 from grpo.telemetry.console import _sample
+from grpo.telemetry.page.browsed import browsed
+from grpo.telemetry.page.text import counts
+from grpo.telemetry.recorded import RecordedRun
 from grpo.telemetry.tensorboard import TensorboardLogger
 from grpo.telemetry.weights_and_biases import WandbLogger
 from grpo.tools.card import _conversations, _recipe
@@ -85,13 +88,19 @@ def test_a_secret_that_a_tool_tells_is_masked(tmp_path: Path, monkeypatch: pytes
     assert json.loads(stored["conversation"])["messages"][0]["content"] == "GET /?key=[WEATHER_API_KEY]"
 
 
-def test_the_report_shows_what_was_said_and_what_was_learned_from() -> None:
-    page = report._of_step(4, [GROUP])
-    assert (
-        "<pre>How far is it? Ask from Rome.</pre><pre>model: Let me see.\n→ search(query=&quot;Rom&quot;, k=2)" in page
-    )
-    assert "<pre class=said>← search: 5 km[image]</pre><pre class=said>← now: noon</pre><pre>model: 5 km." in page
-    assert "<pre>How far is it?</pre><pre>four</pre>" in page
+def test_the_report_shows_what_was_said_and_what_was_learned_from(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / COMPLETIONS
+    store_completions(folder, 4, [GROUP], CompletionsConfig(), 0, 1, {5: "te", 6: "x", 7: "t"}.get)
+    told = browsed(RecordedRun(tmp_path, load_recipe(recipe), [], []))
+    first, _, plain = told["rows"]
+    assert told["prompts"][first["prompt"]][-1] == ["user", "How far is it? Ask from Rome."]
+    assert told["prompts"][plain["prompt"]] == [["user", "How far is it?"]]
+    assert [turn["who"] for turn in first["turns"]] == ["model", "search", "now", "model", "user", ""]
+    assert first["turns"][0]["calls"] == ['search(query="Rom", k=2)', "now()"]
+    assert first["turns"][0]["advantage"] == 0.5
+    assert (first["text"], first["characters"], first["trained"]) == ("text", counts([2, 1, 1]), [1, 1, 1])
+    assert (first["turn_advantages"], first["columns"]["surprise"]) == ([0.5, -0.25], "LAQ")  # 16 √0.5 and 16 √1
+    assert ("turns" in plain, "characters" in plain, plain["text"]) == (False, False, "four")
 
 
 def test_the_console_and_tensorboard_show_the_best(tmp_path: Path) -> None:

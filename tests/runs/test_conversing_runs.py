@@ -8,6 +8,7 @@ import pytest
 from runs.conversing import conversing  # noqa: F401
 from runs.driver import run, same_end
 from runs.test_resume import interrupt_in
+from telemetry.pages import data_in, rows_in
 
 from grpo.environments import scheduler
 from grpo.errors import UserError
@@ -140,9 +141,9 @@ def test_what_commands_make_of_a_run(conversing: Path, run_cli) -> None:  # noqa
     assert "rewards/Room" in measured.out
     told = run_cli("report", "run")
     assert told.code == 0, told.err
-    page = Path("run/report.html").read_text()
-    assert "<pre class=said>← draw: " in page
-    assert "room.py:Room" in page
+    data = data_in(Path("run/report.html").read_text())
+    assert "draw" in {turn["who"] for row in rows_in(data) for turn in row["turns"]}
+    assert "room.py:Room" in dict(data["runs"][0]["settings"])["environments and tools"]
     assert gone()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from runs.driver import run, same_end
+from telemetry.pages import data_in, plots_in
 
 import grpo
 from grpo.data.loading import load_rows
@@ -56,10 +57,12 @@ def test_a_resumed_run_draws_and_learns_as_if_it_had_never_stopped(recipe, run_c
     assert pools[0] < 4
     assert pools == sorted(pools, reverse=True)
     assert run_cli("report", "whole").code == 0
-    page = (Path("whole") / "report.html").read_text()
-    assert '<section id="curriculum">' in page
-    assert "normal (above 0.1, to 0.2)" in page
-    assert "0.1 to 0.2" in page
+    plots = plots_in(data_in((Path("whole") / "report.html").read_text()))
+    rates, draws = (plots["Curriculum", title] for title in ("Tasks by solve rate", "Draws by pool"))
+    assert ["curriculum/drawn/normal", "normal (above 0.1, to 0.2)"] in draws["series"]
+    assert rates["series"][1] == ["curriculum/solve_rate/10", "0.1 to 0.2"]
+    assert rates["series"][-1] == ["curriculum/unseen", "no rate yet"]
+    assert (rates["shades"], draws["shades"], rates["run"]) == (True, False, 0)
     assert sum(value for name, value in told("whole")[-1].items() if "solve_rate" in name) == 4 - pools[-1]
 
 

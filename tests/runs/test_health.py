@@ -1,4 +1,4 @@
-"""A run that cannot be learning says so: after its first step, and by its exit code after its last."""
+"""A run that has trained nothing, or made the model worse, says so after its last step, and by its exit code."""
 
 import random
 from dataclasses import replace
@@ -8,19 +8,17 @@ from statistics import fmean
 import mlx.core as mx
 import pytest
 from runs.driver import run
-from scoring.hosts import talk
 
 from grpo.config import CurriculumConfig, Recipe
 from grpo.evaluation.evaluator import interval
 from grpo.recipes import with_settings
 from grpo.runs.checkpoint import load_checkpoint, newest_whole
-from grpo.runs.health import lowest_mean, made_worse, trained_on_nothing, warnings_of_first
+from grpo.runs.health import lowest_mean, made_worse, trained_on_nothing
 from grpo.runs.state import Best, RunState
 from grpo.telemetry.recorded import read_run
 from grpo.training.state import TrainerState
-from grpo.types import EvalMetrics, Group, Rollout, StepMetrics, Task, Trajectory
+from grpo.types import EvalMetrics, Group, Rollout, Task, Trajectory
 
-FINE = {"reward": 0.5, "frac_reward_zero_std": 0.75, "completions/clipped_ratio": 0.5}
 CONSTANT = "def reward(completions, **_):\n    return [1.0 for _ in completions]\n"
 
 
@@ -32,132 +30,6 @@ def config() -> Recipe:
     return Recipe.model_validate(
         {"model": {"name": "m"}, "data": {"source": "d"}, "rewards": ({"use": "exact"},), "optim": {"steps": 9}}
     )
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({}, []),
-        ({"completions/clipped_ratio": 0.75}, ["75% of the completions were cut off"]),
-        ({"frac_reward_zero_std": 1.0}, ["in no group do the rewards differ (their mean is 0.5)"]),
-        (
-            {"reward": None, "frac_reward_zero_std": 1.0},
-            ["nothing was learned. exact returned None for each of them. None means"],
-        ),
-        ({"reward": None, "rewards/exact/timeout_rate": 0.5}, ["nothing was learned. exact failed or returned None"]),
-        (
-            {"completions/clipped_ratio": 1.0, "reward": 0.0, "frac_reward_zero_std": 1.0},
-            ["100% of the completions", "their mean is 0)"],
-        ),
-    ],
-)
-def test_what_the_first_step_says(values: dict, said: list[str]) -> None:
-    metrics = StepMetrics(1, {name: value for name, value in (FINE | values).items() if value is not None})
-    lines = warnings_of_first(metrics, config().rollout, WEIGHTS)
-    assert len(lines) == len(said)
-    assert all(part in line for part, line in zip(said, lines, strict=True))
-
-
-def test_equal_rewards_teach_where_turns_differ_or_penalties() -> None:
-    answer = Trajectory.sampled((5,), (-0.5,), "four", "stop")
-    for rollout, lines in (
-        (Rollout(answer, turn_advantages=(0.0, -1.0)), 0),
-        (Rollout(answer, advantage=0.5), 0),
-        (Rollout(answer, turn_advantages=(0.0, 0.0)), 1),
-    ):
-        metrics = StepMetrics(1, FINE | {"frac_reward_zero_std": 1.0}, (Group(Task(0, "", (1,), {}), (rollout,)),))
-        assert len(warnings_of_first(metrics, config().rollout, WEIGHTS)) == lines
-
-
-def test_tokens_of_an_environment_take_room_too() -> None:
-    said = []
-    for trained in ((True, True), (True, False)):
-        group = Group(Task(0, "", (), {}), (Rollout(Trajectory((5, 6), trained, {}, "", "length")),))
-        metrics = StepMetrics(1, FINE | {"completions/clipped_ratio": 0.75}, (group,))
-        said += warnings_of_first(metrics, config().rollout, WEIGHTS)
-    assert ["tokens that the environment adds take up room, too" in line for line in said] == [False, True]
-
-
-def test_only_rewards_that_are_learned_from_are_named() -> None:
-    weights = {"exact": 0.0, "mine": 1.0}
-    (line,) = warnings_of_first(StepMetrics(1, {"completions/clipped_ratio": 0.0}), config().rollout, weights)
-    assert "nothing was learned. mine returned None" in line
-
-
-@pytest.mark.parametrize(
-    ("turn_rewards", "ended", "returned"),
-    [([], "done", True), ([None], "done", False), ([], "length", False)],
-    ids=["an agent", "an environment", "an agent at a limit"],
-)
-def test_of_agents_that_return_none_it_is_said(turn_rewards: list, ended: str, returned: bool) -> None:
-    talks = (talk(turn_rewards=turn_rewards, ended=ended),) * 2
-    metrics = StepMetrics(1, {"completions/clipped_ratio": 0.0}, (Group(Task(0, "", (1,), {}), talks),))
-    (line,) = warnings_of_first(metrics, config().rollout, {"Game": 1.0}, ["Game"])
-    assert ("the agent returned None in 2 of 2" in line) is returned
-    assert (f"2 of 2 conversations ended by {ended}" in line) is not returned
-
-
-def test_of_environments_it_is_said_how_their_conversations_ended() -> None:
-    talks = [talk(turn_rewards=[None], ended=reason) for reason in ("length", "length", "done")]
-    metrics = StepMetrics(1, {"completions/clipped_ratio": 0.0}, (Group(Task(0, "", (), {}), tuple(talks)),))
-    (line,) = warnings_of_first(metrics, config().rollout, {"Game": 1.0}, ["Game"])
-    assert "Game rewarded no conversation" in line
-    assert "2 of 3 conversations ended by length. To have them rewarded, raise rollout.max_completion_length" in line
-    assert "returned None" not in line
-    assert "grpo rewards" not in line
-    (line,) = warnings_of_first(metrics, config().rollout, {"exact": 1.0, "Game": 1.0}, ["Game"])
-    assert "exact returned None for each of them" in line
-    assert "Game rewarded no conversation" in line
-    state = RunState("id", TrainerState({"optimizer": {"step": mx.array(0)}}, {"steps_without_signal": 3}), step=3)
-    said = str(trained_on_nothing(state, config().loss, {"Game": 1.0}, ["Game"]))
-    assert "no completion got a reward: Game rewarded no conversation" in said
-    assert "returned None" not in said
-
-
-@pytest.mark.parametrize(
-    ("ends", "said"),
-    [
-        (
-            ["max_turns", "max_turns", "done"],
-            "2 of 3 conversations ended by max_turns: see whether environment.max_turns",
-        ),
-        (["max_turns", "done"], None),
-        (["done", "done"], None),
-        ([], None),
-    ],
-)
-def test_where_rewards_are_equal_the_limit_that_ended_most_is_named(ends: list[str], said: str | None) -> None:
-    """As of agents that a limit stops: their reward is 0."""
-    groups = (Group(Task(0, "", (), {}), tuple(talk(turn_rewards=[0.0], ended=reason) for reason in ends)),)
-    metrics = StepMetrics(1, FINE | {"frac_reward_zero_std": 1.0}, groups)
-    (line,) = warnings_of_first(metrics, config().rollout, WEIGHTS)
-    assert ("conversations ended by" in line) is bool(said)
-    assert (said or "") in line
-
-
-def called(failed: int, *results: str) -> Rollout:
-    messages = [{"role": "tool", "name": "price", "content": result} for result in results]
-    return talk(messages, outcome=1.0, calls=(len(results), failed))
-
-
-@pytest.mark.parametrize(
-    ("talks", "said"),
-    [
-        ([called(2, "{'error': 'division by zero'}", "{'error': \"no 'hat'\"}"), called(0, "7")], "2 of 3 calls"),
-        ([called(0, "{'error': 'itself'}"), called(2, *["{'error': 'division by zero'}"] * 2)], "2 of 3 calls"),
-        ([called(1, "7", "{'error': 'division by zero'}")], None),  # half of them
-        ([called(0, "{'error': 'what the tool itself says'}")], None),
-        ([talk(outcome=1.0)], None),
-    ],
-)
-def test_tools_that_fail_in_most_calls_are_named_with_their_first_error(talks: list[Rollout], said: str | None) -> None:
-    lines = warnings_of_first(
-        StepMetrics(1, FINE, (Group(Task(0, "", (), {}), tuple(talks)),)), config().rollout, WEIGHTS
-    )
-    if said is None:
-        assert not lines
-    else:
-        assert f"step 1: {said} of tools failed, the first of them of 'price': division by zero. The" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -185,6 +57,13 @@ def test_a_reward_that_has_failed_is_told_from_one_that_does_not_apply() -> None
         counts = {"steps_without_signal": 3, "scorer": scorer}
         state = RunState("id", TrainerState(arrays, counts), step=3)
         assert f"no completion got a reward: {said}" in str(trained_on_nothing(state, config().loss, WEIGHTS))
+
+
+def test_of_environments_it_is_said_that_no_conversation_was_rewarded() -> None:
+    state = RunState("id", TrainerState({"optimizer": {"step": mx.array(0)}}, {"steps_without_signal": 3}), step=3)
+    said = str(trained_on_nothing(state, config().loss, {"Game": 1.0}, ["Game"]))
+    assert "no completion got a reward: Game rewarded no conversation" in said
+    assert "returned None" not in said
 
 
 def test_a_run_that_trained_on_nothing_ends_so(recipe, run_cli) -> None:
@@ -238,7 +117,7 @@ def test_the_first_step_warns_once(recipe, caplog) -> None:
     Path("digits.py").write_text(CONSTANT)
     run(recipe)
     warned = [message for message in caplog.messages if message.startswith("step 1: ")]
-    assert ["in no group do the rewards differ" in line for line in warned].count(True) == 1
+    assert ["no group has different rewards" in line for line in warned].count(True) == 1
     caplog.clear()
     run(recipe, "optim.steps=3", changed=True)
     assert not [message for message in caplog.messages if message.startswith("step ")]
@@ -425,15 +304,3 @@ def test_a_run_that_made_the_model_worse_says_so(recipe, run_cli) -> None:
     assert "worse" in listed
     again = run_cli("train", recipe, "optim.steps=2", "rewards.0.isolation=inline", "--resume")
     assert ("this run made the model worse" in again.out, read_run(Path("runs/toy")).state) == (True, "worse")
-
-
-def test_beside_a_teacher_rewards_that_never_score_are_told() -> None:
-    """Not that nothing was learned; and nothing at all where no reward has a weight, or rewards are equal."""
-    answer = Trajectory.sampled((5,), (-0.5,), "four", "stop")
-    group = Group(Task(0, "?", (1,), {}), (Rollout(answer, {"exact": None}, taught=True),))
-    silent = StepMetrics(1, {"completions/clipped_ratio": 0.0, "frac_reward_zero_std": 1.0}, (group,))
-    (line,) = warnings_of_first(silent, config().rollout, WEIGHTS)
-    assert "no completion has a reward, so only the teacher was learned from. exact returned None" in line
-    assert warnings_of_first(silent, config().rollout, {"exact": 0.0}) == []
-    equal = replace(silent, values={**silent.values, "reward": 1.0})
-    assert warnings_of_first(equal, config().rollout, WEIGHTS) == []

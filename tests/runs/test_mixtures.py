@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from runs.driver import run, same_end
+from telemetry.pages import data_in, plots_in, rows_in
 
 from grpo.config import RewardConfig
 from grpo.data.mixture import Mixture
@@ -168,12 +169,13 @@ def test_what_is_scored_again_is_what_the_reward_is_for(mixed: Path) -> None:
 def test_the_report_shows_the_curriculum_of_each_source_that_has_one(mixed: Path, run_cli: Any) -> None:
     run(mixed, "output_dir=whole", "data.sources.1.curriculum={}", "optim.steps=2")
     assert run_cli("report", "whole").code == 0
-    page = Path("whole/report.html").read_text()
-    part = page[page.index('<section id="curriculum">') :].partition("</section>")[0]
-    assert part.count("<h3>") == 1
-    assert "<h3>whole, source spell</h3>" in part
-    assert part.count("<svg") == 2
-    assert "0.1 to 0.2" in part
+    data = data_in(Path("whole/report.html").read_text())
+    plots = {title: plot for (section, title), plot in plots_in(data).items() if section == "Curriculum"}
+    assert list(plots) == ["Tasks by solve rate (spell)", "Draws by pool (spell)"]
+    rates = plots["Tasks by solve rate (spell)"]
+    assert ["curriculum/spell/solve_rate/10", "0.1 to 0.2"] in rates["series"]
+    assert data["runs"][0]["metrics"]["curriculum/spell/unseen"][-1] is not None
+    assert {row["task"]["source"] for row in rows_in(data)} == {"sums", "spell"}
 
 
 def test_a_file_of_a_source_that_has_changed_is_noticed(mixed: Path) -> None:

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from grpo.config import OptimConfig
 from grpo.planning.plan import Plan
 from grpo.recipes import load_recipe
-from grpo.runs.prepare import _together, prepare
+from grpo.runs.prepare import prepare
+from grpo.runs.processes import one_plan
 
 
 def test_each_process_keeps_its_own_slots_and_logits_and_none_computes_two_micro_batches_where_one_cannot(
@@ -24,7 +25,7 @@ def test_each_process_keeps_its_own_slots_and_logits_and_none_computes_two_micro
     def agreed(mine: Plan, theirs: Plan, together: int = 1) -> Plan:
         everyone = SimpleNamespace(gather=lambda one: [(theirs, optim), one])
         ranks = SimpleNamespace(everyone=everyone, shard=SimpleNamespace(size=together))
-        return _together(ranks, policy, mine, optim)[0]
+        return one_plan(ranks, policy, mine, optim)[0]
 
     for mine, theirs in ((plan, short), (short, plan)):
         made = agreed(mine, theirs)

@@ -1,18 +1,17 @@
 """The names under which rewards may log: never those of the run's own metrics."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 from grpo.scoring.contract import Reward
-from grpo.scoring.names import check_metric
+from grpo.scoring.meanings import MEANINGS, meaning
+from grpo.scoring.names import _STEP, check_metric
 from grpo.scoring.scorer import Scorer
 from grpo.types import Group, Rollout, Task, Trajectory
 
 COLUMNS = {"prompts": ["?"] * 2, "completions": ["a", "bb"], "completion_ids": [[1], [1, 2]]}
-README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def logs(name):
@@ -72,25 +71,18 @@ def test_columns_of_two_rewards_under_one_name_are_both_kept() -> None:
     assert seen == [{"said": "e", "o": "o"}, {"said": "e", "o": "o", "late/said": "l"}]
 
 
-def names_in_readme() -> list[str]:
-    """The first column of the table of metrics, its braces written out."""
-    table = README[README.index("| metric | meaning |") :].split("\n\n")[0].splitlines()[2:]
-    cells = [name for row in table for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
-    names = [name for name in cells if "…" not in name and not name.startswith(("low_", "high_"))]
-    for place, name in enumerate(names):
-        while brace := re.search(r"{([^}]+)}", name):
-            first, *others = [name.replace(brace[0], word, 1) for word in brace[1].split(",")]
-            names[place], name = first, first
-            names += others
-    return names
-
-
-def test_every_metric_of_the_readme_is_reserved() -> None:
-    names = names_in_readme()
-    assert {"reward", "kl", "rewards/<name>/std", "clip_ratio/high_mean", "peak_memory_gb"} <= set(names)
+def test_every_metric_with_a_meaning_is_reserved() -> None:
+    names = [name for section in MEANINGS.values() for name in section]
+    assert len(names) == len(set(names))
     for name in names:
         with pytest.raises(ValueError, match="the run has a metric of this name"):
-            check_metric(name)
+            check_metric(name.replace("<k>", "4"))
+
+
+def test_every_metric_of_a_step_has_a_meaning() -> None:
+    assert [name for name in _STEP if name not in ("step", "tokens") and meaning(name) is None] == []
+    assert meaning("rewards/mine/mean") == MEANINGS["Reward"]["rewards/<name>/mean"]
+    assert meaning("mine/step") is None
 
 
 @pytest.mark.parametrize("isolation", ["process", "inline"])
@@ -114,6 +106,7 @@ def test_a_run_beside_a_reward_that_logs_step(run_cli, recipe, caplog, isolation
         for name in {name for line in lines for name in line} - {"mine/step"}:
             with pytest.raises(ValueError, match="the run has a metric of this name"):
                 check_metric(name)
+            assert name == "step" or meaning(name), name
         if file == "metrics.jsonl":
             assert [line["mine/step"] for line in lines] == [99, 99]
             assert lines[0]["rewards/bad/error_rate"] == 1

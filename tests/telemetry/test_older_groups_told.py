@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from telemetry.pages import data_in, rows_in
 
 from grpo.config.log import CompletionsConfig
 from grpo.runs.completions import store_completions
@@ -21,7 +22,8 @@ from grpo.types import Group, Rollout, StepMetrics, Task, Trajectory
 
 
 def group(name: str, reward: float, lag: int) -> Group:
-    rollout = Rollout(Trajectory.sampled((4, 2), (-1.0, -1.0), name, "stop"), {"r": reward}, reward=reward, lag=lag)
+    trajectory = Trajectory.sampled((4, 2), (-1.0, -1.0), name, "stop")
+    rollout = Rollout(trajectory, {"r": reward}, reward=reward, lag=lag, replayed=lag > 0)
     return Group(Task(0, f"ask {name}", (1,), {}), (rollout, replace(rollout, reward=0.0)))
 
 
@@ -69,7 +71,11 @@ def recorded(recipe, run_cli) -> Path:
 
 
 def test_the_report_counts_them_and_shows_them_where_they_were_sampled(recorded: Path) -> None:
-    page = report([read_run(recorded)])
-    assert ", 3 older groups replayed" in page
-    assert "ask fresh" in page
-    assert "ask older" not in page
+    data = data_in(report([read_run(recorded)]))
+    (run,) = data["runs"]
+    assert ", 3 older groups replayed" in dict(run["settings"])["steps"]
+    assert run["cards"]["replayed"] == 3
+    prompts = {row["prompt"][-1][-1] for row in rows_in(data)}
+    assert "ask fresh" in prompts
+    assert "ask older" not in prompts
+    assert run["completions"]["total"] == len(rows_in(data))

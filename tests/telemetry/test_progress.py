@@ -12,6 +12,7 @@ from rich.console import Console
 from grpo.generation import progress
 from grpo.generation.generator import Request
 from grpo.generation.sampling import Sampling
+from grpo.progress import RowCounts
 from grpo.recipes import load_recipe
 from grpo.runs.folder import NOW
 from grpo.runs.prepare import prepare
@@ -40,14 +41,16 @@ def printed(width: int = 200, **settings) -> tuple[Console, io.StringIO]:
 
 def test_a_phase_tells_tokens_and_speed_since_it_was_first_heard_of() -> None:
     phase = Phase("rollout", 64, 10.0)
-    assert phase.report(64, 1024, 10.0) == "64 of at most 1,024 tokens"
-    assert phase.report(564, 1000, 15.0) == "564 of at most 1,000 tokens  100 tok/s"
+    assert phase.report(64, 1024, 10.0) == ["64 of at most 1,024 tokens"]
+    assert phase.report(564, 1000, 15.0) == ["564 of at most 1,000 tokens", "100 tok/s"]
     assert phase.goes_on("rollout", 564)
     assert not phase.goes_on("rollout", 100)  # the next one, though more than the first word of this one
     assert not phase.goes_on("evaluation", 600)
-    assert phase.report(900, 900, 20.0) == "900 tokens  84 tok/s"
-    assert Phase("update", 0, 0.0).report(1, 8, 9.0) == "1 of 8 micro-batches"
-    assert Phase("reward", 0, 0.0).report(0, 64, 9.0) == "0 of 64 completions"
+    assert phase.report(900, 900, 20.0) == ["900 tokens", "84 tok/s"]
+    assert phase.report(910, 4000, 20.0, RowCounts(37, 64, 64)) == ["910 tokens", "37 of 64 rows", "85 tok/s"]
+    assert phase.report(920, 4000, 20.0, RowCounts(37, 64, 136))[1:] == ["37 of 64 rows", "2.1 turns a row", "86 tok/s"]
+    assert Phase("update", 0, 0.0).report(1, 8, 9.0) == ["1 of 8 micro-batches"]
+    assert Phase("reward", 0, 0.0).report(0, 64, 9.0) == ["0 of 64 completions"]
 
 
 def test_a_log_file_gets_a_line_on_a_phase_that_takes_long() -> None:
@@ -85,8 +88,50 @@ def test_a_terminal_shows_the_phase_by_its_name_in_eighty_columns() -> None:
     assert not any("…" in line for line in shown)
 
 
-def _rendered(logger: ConsoleLogger) -> list[str]:
-    (console, text) = printed(80, no_color=True)
+def test_a_narrow_terminal_leaves_out_the_least_important() -> None:
+    for width, shown in (
+        (40, ["step 3/500 reward 0.500 16:23", "rollout 860 tokens", "reward ▁█ 0.250 to 0.500"]),
+        (60, ["step 3/500 reward 0.500 kl 0.0355 16:23", "rollout 860 tokens 37 of 64 rows"]),
+        (120, ["left", "86 tok/s"]),
+    ):
+        (console, _), clock = printed(width, force_terminal=True), Clock()
+        with ConsoleLogger(console, 500, clock) as logger:
+            logger.log(StepMetrics(2, VALUES | {"reward": 0.25}))
+            clock.now += 2
+            logger.log(StepMetrics(3, VALUES | {"kl": 0.0355}))
+            clock.now += 1
+            logger.progress("rollout", 0, 4000, RowCounts(0, 64, 0))
+            clock.now += 10
+            logger.progress("rollout", 860, 4000, RowCounts(37, 64, 136))
+            lines = _rendered(logger, width)
+        assert all(len(line) <= width for line in lines)
+        assert not any("…" in line for line in lines)
+        for part in shown:
+            assert any(part in " ".join(line.split()) for line in lines), (part, lines)
+
+
+def test_the_time_left_goes_by_the_last_steps_and_runs_down() -> None:
+    """As of a resumed run: steps of two seconds, then one that took 42 with its evaluation."""
+    (console, text), clock = printed(), Clock()
+    logger = ConsoleLogger(console, 4000, clock)
+    logger.log(StepMetrics(3901, VALUES))
+    for step in range(3902, 3921):
+        clock.now += 2
+        logger.log(StepMetrics(step, VALUES))
+    clock.now += 42
+    logger.log(StepMetrics(3921, VALUES))
+    said = [line.rsplit("  ", 1)[1] for line in text.getvalue().splitlines()]
+    assert said[:2] == ["3:18 left", "3:16 left"]
+    assert said[-1] == "5:16 left"  # 79 steps, at 80 seconds for the last 20
+    logger = ConsoleLogger(printed(120, force_terminal=True)[0], 4000, clock)
+    logger.log(StepMetrics(1, VALUES))
+    assert "2:13:18 left" in _rendered(logger, 120)[0]
+    clock.now += 60
+    assert "2:12:18 left" in _rendered(logger, 120)[0]
+
+
+def _rendered(logger: ConsoleLogger, width: int = 80) -> list[str]:
+    (console, text) = printed(width, no_color=True)
     for part in logger._progress.get_renderables():
         console.print(part)
     return text.getvalue().splitlines()
@@ -116,10 +161,11 @@ def test_tokens_are_counted_to_the_end_and_the_bound_falls(make_policy, monkeypa
     prompt = toy.tokenizer.encode("What is 3+4?")
     groups = toy.generator.generate([Request(prompt, 3)], Sampling(max_tokens=12), mx.random.key(0), phase="evaluation")
     made = sum(len(completion.token_ids) for group in groups for completion in group)
-    assert {phase for phase, _, _ in told} == {"evaluation"}
-    assert told[-1][1:] == (made, made)
-    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
-    assert [total for _, _, total in told] == sorted((total for _, _, total in told), reverse=True)
+    assert {phase for phase, *_ in told} == {"evaluation"}
+    assert told[-1][1:] == (made, made, (3, 3, 3))
+    assert [done for _, done, *_ in told] == sorted(done for _, done, *_ in told)
+    assert [total for _, _, total, _ in told] == sorted((total for _, _, total, _ in told), reverse=True)
+    assert {rows.ended for *_, rows in told} >= {0, 3}
     assert told[0][2] <= 3 * 12
     assert len(told) > 12
 
@@ -149,7 +195,7 @@ def test_every_phase_of_a_run_goes_by_its_name(recipe, tmp_path) -> None:
         trainer.step(1)
         assert read_now(tmp_path)[0] == "update"
     assert not (tmp_path / NOW).exists()
-    names = [name for name, _, _ in told]
+    names = [name for name, *_ in told]
     assert list(dict.fromkeys(names)) == ["evaluation", "reward", "rollout", "update"]
     assert ("reward", 0, 8) in told
     updates = [now for now in told if now[0] == "update"]
@@ -176,12 +222,12 @@ def test_the_phase_is_in_the_folder_for_those_who_follow(tmp_path, monkeypatch: 
     now = NowFile(tmp_path)
     assert read_now(tmp_path) is None
     monkeypatch.setattr(files, "WRITE_EVERY", 1e9)
-    now.progress("rollout", 5, 10)
+    now.progress("rollout", 5, 10, RowCounts(1, 2, 3))
     now.progress("rollout", 6, 10)  # not yet
-    assert read_now(tmp_path) == ("rollout", 5, 10)
+    assert read_now(tmp_path) == ("rollout", 5, 10, RowCounts(1, 2, 3))
     now.progress("reward", 0, 8)
-    assert read_now(tmp_path) == ("reward", 0, 8)
-    for torn in ("", "[1", "{}", '["a", 1]'):
+    assert read_now(tmp_path) == ("reward", 0, 8, None)
+    for torn in ("", "[1", "{}", '["a", 1]', '["a", 1, 2, [3]]'):
         (tmp_path / NOW).write_text(torn)
         assert read_now(tmp_path) is None
     now.close()

@@ -155,7 +155,7 @@ def test_who_follows_sees_the_phase_that_a_run_is_in(toy, monkeypatch) -> None:
     monkeypatch.setattr(ConsoleLogger, "progress", lambda self, *now: told.append(now))
     follow(toy, Console(file=io.StringIO()), lambda: now.progress("evaluation", 5_000, 1_000_000))
     now.close()
-    assert told == [("evaluation", 5_000, 1_000_000)] * 2
+    assert told == [("evaluation", 5_000, 1_000_000, None)] * 2
 
 
 @pytest.mark.parametrize(("step", "source"), [(1, "from the start"), (5, "step-000003")])

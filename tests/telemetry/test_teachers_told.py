@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runs.test_taught_runs import with_adapter
+from telemetry.pages import data_in, plots_in
 
 
 def test_a_run_that_learns_from_a_teacher_alone(recipe: Path, run_cli) -> None:
@@ -21,9 +22,11 @@ def test_a_run_that_learns_from_a_teacher_alone(recipe: Path, run_cli) -> None:
     assert again.code == 0, again.err
     assert "teacher/kl " in again.out
     assert run_cli("report", "taught", "--to", "taught.html").code == 0
-    page = Path("taught.html").read_text()
-    assert "KL to the teacher" in page
-    assert "top 5 KL × 0.5" in page
+    data = data_in(Path("taught.html").read_text())
+    assert ("Policy", "KL to the teacher") in plots_in(data)
+    settings = dict(data["runs"][0]["settings"])
+    assert "top 5 KL × 0.5" in settings["loss"]
+    assert settings["rewards"] == "none"
     assert run_cli("export", "taught", "--format", "mlx").code == 0
     (card,) = Path("taught").rglob("README.md")
     told = card.read_text()
@@ -36,4 +39,4 @@ def test_a_run_without_a_teacher_says_nothing_of_it(recipe: Path, run_cli) -> No
     assert "rewards: none" not in ran.out
     assert "teacher kl" not in ran.out
     assert run_cli("report", "runs/toy", "--to", "plain.html").code == 0
-    assert "KL to the teacher" not in Path("plain.html").read_text()
+    assert ("Policy", "KL to the teacher") not in plots_in(data_in(Path("plain.html").read_text()))

@@ -136,7 +136,8 @@ def test_a_terminal_shows_the_curve_and_a_sample() -> None:
     with ConsoleLogger(console, steps=4) as logger:
         for step, reward in enumerate((0.0, 0.5, 1.0), start=1):
             logger.log(StepMetrics(step, VALUES | {"reward": reward}, GROUPS))
-    assert "reward ▁▅█" in text.getvalue()
+    assert "reward ▁▅█  0.000 to 1.000" in text.getvalue()
+    assert "length ▁▁▁  20 to 20" in text.getvalue()
     assert "What is 3+4?" in text.getvalue()
     assert " 1.000 it is 7" in text.getvalue()
 

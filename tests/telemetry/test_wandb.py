@@ -68,7 +68,7 @@ def test_an_offline_run_holds_every_metric_and_the_table(recipe, run_cli) -> Non
     history = [values(record.history.item) for record in written if record.WhichOneof("record_type") == "history"]
     logged = {entry["train/global_step"]: entry for entry in history if "train/loss" in entry}
     for line in map(json.loads, Path("runs/toy/metrics.jsonl").read_text().splitlines()):
-        step = line.pop("step")
+        step, _ = line.pop("step"), line.pop("alarms", None)
         assert {name: logged[step][f"train/{name}"] for name in line} == line
         assert logged[step]["histograms/reward/_type"] == "histogram"
         table = Path("runs/toy").glob(f"wandb/offline-run-*/files/{logged[step]['completions/path']}")
@@ -196,3 +196,12 @@ def test_the_sweep_drives_grpo_train_as_it_is(recipe, run_cli, monkeypatch) -> N
 
 def _first(space: dict):
     return space["values"][0] if "values" in space else space["min"]
+
+
+def test_an_alarm_is_an_alert(recipe, run_cli) -> None:
+    Path("digits.py").write_text("def reward(completions, **_):\n    return [0.0 for _ in completions]\n")
+    assert run_cli("train", recipe, "optim.steps=1", "log.wandb={mode: offline}").code in (0, 1)
+    alerts = [one.alert for one in records(Path("runs/toy")) if one.WhichOneof("record_type") == "alert"]
+    (alert,) = [one for one in alerts if one.title == "equal_rewards at step 1"]
+    assert alert.text.startswith("step 1: no group has different rewards")
+    assert alert.level == "WARN"

@@ -1,4 +1,4 @@
-"""At every step: how far the sampler's logprobs are from the trainer's, a warning, and a stop that loses nothing."""
+"""At every step: how far the sampler's logprobs are from the trainer's, and a stop that loses nothing."""
 
 from __future__ import annotations
 
@@ -30,49 +30,26 @@ def watch(most: float | None = 30.0, dtype: mx.Dtype = mx.float32, temperature: 
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(mx.float32, 1e-3), (mx.bfloat16, 3e-2), (mx.float16, 1e-2)])
-def test_three_times_the_bound_is_told_and_thirty_times_stops(caplog, dtype: mx.Dtype, bound: float) -> None:
+def test_thirty_times_the_bound_stops(dtype: mx.Dtype, bound: float) -> None:
     one = watch(dtype=dtype)
-    one.check(1, {MEAN: 2.9 * bound})
-    assert caplog.text == ""
-    one.check(2, {MEAN: 3.1 * bound})
-    assert "step 2: the sampler's logprobs" in caplog.text
-    assert f"3.1 times what rounding in {str(dtype)[9:]} explains ({bound:.1g})" in caplog.text
+    assert one.explained.bound == pytest.approx(bound)
+    assert f"3.1 times what rounding in {str(dtype)[9:]} explains ({bound:.1g})" in one.explained.said(3.1 * bound)
     one.check(3, {MEAN: 29 * bound})
     with pytest.raises(RunError, match=r"step 4: .*31\.0 times .* beyond 30 times \(optim\.max_logp_difference"):
         one.check(4, {MEAN: 31 * bound})
 
 
-def test_a_warning_comes_again_when_the_gap_has_doubled(caplog) -> None:
-    one = watch()
-    for step, gap in enumerate((4e-3, 5e-3, 7.9e-3, 8.1e-3, 9e-3, 4e-3)):
-        one.check(step, {MEAN: gap})
-    assert [record.message.partition(":")[0] for record in caplog.records] == ["step 0", "step 3"]
-
-
-def test_of_several_processes_one_tells_and_all_stop(caplog) -> None:
-    one = watch(tells=False)
-    one.check(1, {MEAN: 5e-3})
-    assert caplog.text == ""
-    with pytest.raises(RunError):
-        one.check(2, {MEAN: 5e-2})
-
-
-def test_null_never_stops_and_another_factor_stops_there(caplog) -> None:
+def test_null_never_stops_and_another_factor_stops_there() -> None:
     watch(None).check(1, {MEAN: 9.0})
-    assert "9000.0 times" in caplog.text
     with pytest.raises(RunError, match="beyond 2 times"):
         watch(2.0).check(1, {MEAN: 2.5e-3})
 
 
-def test_a_nan_of_the_sampler_stops_a_run_and_is_told_once_of_one_that_never_stops(caplog) -> None:
+def test_a_nan_of_the_sampler_stops_a_run_and_is_passed_over_by_one_that_never_stops() -> None:
     nan = {MEAN: math.nan}
     with pytest.raises(RunError, match=r"step 1: the sampler gave NaN for the logprobs of some tokens\. The run stops"):
         watch().check(1, nan)
-    never = watch(None)
-    never.check(1, {MEAN: 5e-3})
-    for step in (2, 3, 4):
-        never.check(step, nan)
-    assert [record.message.partition(":")[0] for record in caplog.records] == ["step 1", "step 2"]
+    watch(None).check(2, nan)
 
 
 @pytest.mark.parametrize("odd", ["behaviour", "sampler"])
@@ -100,10 +77,11 @@ def test_a_step_whose_sampler_gave_a_nan_is_stopped(recipe, odd: str, setting: s
         assert values[UNFILTERED] < 1e-4
 
 
-def test_filters_do_not_count_and_a_low_temperature_magnifies_rounding(caplog) -> None:
+def test_filters_do_not_count_and_a_low_temperature_magnifies_rounding() -> None:
     watch().check(1, {MEAN: 0.5, UNFILTERED: 1e-6})
-    watch(temperature=0.1).check(1, {MEAN: 0.02})
-    assert caplog.text == ""
+    one = watch(temperature=0.1)
+    assert one.explained.times(0.02) == pytest.approx(2.0)
+    one.check(1, {MEAN: 0.02})
     with pytest.raises(RunError):
         watch().check(1, {MEAN: 1e-6, UNFILTERED: 0.5})
 

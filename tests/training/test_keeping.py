@@ -56,7 +56,7 @@ def test_a_group_comes_back_as_it_was() -> None:
 
 def test_every_field_is_kept_or_made_anew() -> None:
     """A new field is to be put on one of the sides: silently lost, it would be another value after a replay."""
-    anew = {"logged", "reward", "penalty", "advantage", "taught", "turn_advantages", "lag"}
+    anew = {"logged", "reward", "penalty", "advantage", "taught", "turn_advantages", "lag", "replayed"}
     known = {
         Task: {"index", "prompt", "prompt_ids", "columns", "source"},
         Trajectory: {

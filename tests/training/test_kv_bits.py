@@ -87,14 +87,12 @@ def test_the_plan_counts_the_bits(recipe: Path) -> None:
     assert four < eight < full
 
 
-def test_the_gap_has_a_bound_of_its_own(caplog) -> None:
+def test_the_gap_has_a_bound_of_its_own() -> None:
     policy = SimpleNamespace(dtype=mx.bfloat16, temperature=1.0)
-    watch = GapWatch(policy, 30.0, kv_bits=8)
-    watch.check(1, {MEAN: 0.14})
-    assert caplog.text == ""
-    watch.check(2, {MEAN: 0.16})
-    assert "3.2 times what rounding in bfloat16 and in keys and values of 8 bits" in caplog.text
-    assert "no rollout.kv_bits, model.dtype: float32, and" in caplog.text
+    explained = GapWatch(policy, 30.0, kv_bits=8).explained
+    assert explained.bound == pytest.approx(0.05)
+    assert "3.2 times what rounding in bfloat16 and in keys and values of 8 bits" in explained.said(0.16)
+    assert "no rollout.kv_bits, model.dtype: float32, and" in explained.remedy
 
 
 def quantised(zoo, bits: int) -> tuple[Policy, RolloutEngine]:

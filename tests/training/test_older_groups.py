@@ -205,7 +205,7 @@ def test_the_penalty_that_is_told_is_of_what_the_step_sampled(make_policy) -> No
     long, short = (Trajectory.sampled((5,) * n, (-1.0,) * n, "", "stop") for n in (4, 1))
     groups = [
         Group(Task(0, "?", (3,), {}), (Rollout(short, {"r": 1.0}), Rollout(long, {"r": 0.0}))),
-        Group(Task(1, "?", (3,), {}), (Rollout(long, {"r": 1.0}, lag=1),) * 2),
+        Group(Task(1, "?", (3,), {}), (Rollout(long, {"r": 1.0}, lag=1, replayed=True),) * 2),
     ]
     penalised, told = with_penalties(groups, policy, cfg, 0.0)
     assert [[rollout.penalty for rollout in group.rollouts] for group in penalised] == [[0, 1], [1, 1]]

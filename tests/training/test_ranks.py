@@ -27,7 +27,8 @@ from grpo.generation.choice import find_decoding
 from grpo.planning.planner import make_plan
 from grpo.recipes import load_recipe
 from grpo.runs.completions import read_completions, stored_steps
-from grpo.runs.prepare import _together, prepare
+from grpo.runs.prepare import prepare
+from grpo.runs.processes import one_plan
 from grpo.runs.resume import find_start
 from grpo.training.trainer import Trainer
 
@@ -176,10 +177,11 @@ from grpo.backend.ranks import Ranks
 from grpo.rollout import RolloutEngine
 rollout = RolloutEngine.rollout
 def noted(self, tasks, n, temperature, draws, logprobs=True, *rest, **named):
+    groups = rollout(self, tasks, n, temperature, draws, logprobs, *rest, **named)
     if not logprobs:
         with Path(f"asked-{Ranks.launched().rank}").open("a") as file:
-            print([task.index for task in tasks], file=file)
-    return rollout(self, tasks, n, temperature, draws, logprobs, *rest, **named)
+            print([group.task.index for group in groups], file=file)
+    return groups
 RolloutEngine.rollout = noted
 from grpo.cli import main; main()
 """
@@ -282,7 +284,7 @@ def test_all_processes_take_the_plan_of_the_one_with_least_room(make_policy, tok
     policy, other = make_policy().policy, make_policy().policy
     mine, theirs = plan_of(policy, 4096), plan_of(other, tokens, checkpointing)
     theirs = replace(theirs[0], slots=1, kept_bytes=1, fed=2, drafts=1), theirs[1]
-    plan, optim = _together(Two(theirs), policy, *mine)
+    plan, optim, _ = one_plan(Two(theirs), policy, *mine)
     least = min(4096, tokens), checkpointing and tokens <= 4096
     assert (plan.micro_batch, plan.checkpointing) == least
     assert (optim.micro_batch_tokens, optim.gradient_checkpointing) == least
@@ -296,7 +298,7 @@ def test_where_one_process_has_room_for_one_micro_batch_at_a_time_all_go_one_by_
     mine, theirs = plan_of(make_policy().policy, 4096), plan_of(make_policy().policy, 4096)
     roomy, short = (replace(mine[0], lanes=2), mine[1]), (replace(theirs[0], lanes=1, alone=True), theirs[1])
     pair = (short, roomy) if where == "here" else (roomy, short)
-    plan, _ = _together(Two(pair[1]), make_policy().policy, *pair[0])
+    plan, _, _ = one_plan(Two(pair[1]), make_policy().policy, *pair[0])
     assert (plan.lanes, plan.alone) == (1, True)
 
 

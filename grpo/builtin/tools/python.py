@@ -1,4 +1,4 @@
-"""`python`: an interpreter for a model, in the sandbox. What the sandbox guarantees is in the README."""
+"""`python`: an interpreter for a model, in the sandbox. The manual's page on the sandbox has the guarantees."""
 
 from __future__ import annotations
 

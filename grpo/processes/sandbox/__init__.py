@@ -1,1 +1,1 @@
-"""Runs code that nobody has read, where it can do no harm. What is guaranteed, and what is not, is in the README."""
+"""Runs code that nobody has read, where it can do no harm. The manual's page on the sandbox has the guarantees."""

@@ -1,0 +1,90 @@
+"""Alarms about rewards that give nothing to learn from: none at all, or equal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from grpo.alarms.past import PastSteps
+from grpo.alarms.terms import AlarmTerms, Sign
+from grpo.scoring.own import mostly_cut, unrewarded
+from grpo.types import FAILURES, Group, StepMetrics
+
+SAMPLE_MORE = "more rollout.num_generations or a higher rollout.temperature make rewards differ more often"
+SOLVED = 0.9
+"""The fraction of prompts with only right answers from which equal rewards are a success."""
+
+
+def no_reward(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
+    """The first step has no reward for any completion."""
+    if len(past.recent) > 1 or "reward" in metrics.values:
+        return None
+    taught = _taught(metrics)
+    if taught and not any(terms.weights.values()):
+        return None
+    rates = tuple(f"/{kind}_rate" for kind in FAILURES)
+    failed = any(value for name, value in metrics.values.items() if name.endswith(rates))
+    why = why_none(terms.weights, terms.environments, failed, metrics.groups)
+    learned = "only the teacher was learned from" if taught else "nothing was learned"
+    return Sign(f"no completion has a reward, so {learned}", f"{why.rstrip('.')}.")
+
+
+def equal_rewards(past: PastSteps, metrics: StepMetrics, _: AlarmTerms) -> Sign | None:
+    """In the first step the rewards differ in no group."""
+    values = metrics.values
+    if len(past.recent) > 1 or "reward" not in values or values["frac_reward_zero_std"] < 1 or _taught(metrics):
+        return None
+    if any(rollout.has_advantage for group in metrics.groups for rollout in group.rollouts):
+        return None  # of turns, or by a penalty
+    return Sign(
+        f"no group has different rewards (their mean is {values['reward']:.3g}), so nothing was learned",
+        f"{mostly_cut(metrics.groups).strip()} If this continues, the prompts are too hard or too easy, or the reward "
+        f"does not see the answers; {SAMPLE_MORE}.".strip(),
+    )
+
+
+def no_signal(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
+    """N steps in a row had no signal, and not because the prompts are solved."""
+    steps = terms.alarms.without_signal
+    counts = past.last("steps_without_signal", len(past.recent))
+    if steps is None or len(counts) < steps or metrics.values["steps_without_signal"] < steps:
+        return None
+    if len(counts) > steps and counts[-1] - counts[-1 - steps] < steps:
+        return None
+    learned = metrics.values["steps_without_signal"] < metrics.step
+    if learned and (past.mean("solved_all", steps) or 0.0) >= SOLVED:
+        return None
+    reward = past.mean("reward", steps)
+    mean = "" if reward is None else f" (the mean reward is {reward:.3g})"
+    return Sign(
+        f"{steps} steps in a row had no signal: no group has different rewards{mean}, so the weights do not change",
+        "Read the completions, and try the reward on them (grpo rewards test, grpo rewards score). Use prompts that "
+        f"are neither too hard nor too easy (data.curriculum, rollout.dynamic_sampling); {SAMPLE_MORE}.",
+    )
+
+
+def why_none(
+    weights: Mapping[str, float], environments: Collection[str], failed: bool, groups: Sequence[Group] = ()
+) -> str:
+    """What the rewards did that gave no score to any completion (of `groups`), and what to do."""
+    used = [name for name, weight in weights.items() if weight] or list(weights)
+    functions, own = ([name for name in used if (name in environments) == of_them] for of_them in (False, True))
+    said = []
+    if functions:
+        said.append(
+            f"{listed(functions)} {'failed or ' if failed else ''}returned None for each of them. None means that a "
+            "reward does not apply: see that the data has what it reads (grpo rewards test, grpo rewards score)"
+        )
+    if own:
+        said.append(f"{'some conversations failed, and ' if failed else ''}{unrewarded(own, groups)}")
+    return ". ".join(said)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _taught(metrics: StepMetrics) -> bool:
+    """Whether a teacher gives every token something to learn."""
+    return any(rollout.taught for group in metrics.groups for rollout in group.rollouts)

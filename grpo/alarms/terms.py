@@ -1,0 +1,45 @@
+"""What alarms go by, beside the metrics: a run's thresholds and whatever else its recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from grpo.config import AlarmsConfig, LossConfig, OptimConfig, RolloutConfig
+from grpo.training.gap import Explained
+
+HELD = "keep the policy near its start with loss.beta: 0.01"
+
+
+@dataclass(frozen=True, slots=True)
+class AlarmTerms:
+    """The sections of a recipe that alarms go by, and what follows from the rest.
+
+    `weights` are those of the rewards by name, environments' own included, and `environments` the names of these.
+    `explained` is the gap between sampler and trainer that rounding explains. `metric` is what evaluations are
+    compared by, None without `eval`. `penalised`: whether a KL penalty holds the model to its start.
+    """
+
+    alarms: AlarmsConfig
+    rollout: RolloutConfig
+    loss: LossConfig
+    optim: OptimConfig
+    weights: Mapping[str, float]
+    environments: Collection[str]
+    explained: Explained
+    metric: str | None = None
+    penalised: bool = False
+
+    @property
+    def slower(self) -> str:
+        """The advice for a model that moves too fast or too far."""
+        hold = "" if self.penalised else f", or {HELD}"
+        return f"try a lower optim.learning_rate than {self.optim.learning_rate:g}{hold}"
+
+
+class Sign(NamedTuple):
+    """What a rule found: what happened, without a full stop, and what to do, in whole sentences."""
+
+    what: str
+    advice: str

@@ -1,0 +1,24 @@
+"""What the alarms of a run go by."""
+
+from __future__ import annotations
+
+from grpo.alarms.terms import AlarmTerms
+from grpo.training.trainer import Trainer
+
+
+def terms_of(trainer: Trainer) -> AlarmTerms | None:
+    """The terms of a trainer's run; None with `alarms: off`."""
+    cfg, scorer = trainer.cfg, trainer.scorer
+    if cfg.alarms is None:
+        return None
+    return AlarmTerms(
+        cfg.alarms,
+        cfg.rollout,
+        cfg.loss,
+        cfg.optim,
+        scorer.weights,
+        scorer.environments,
+        trainer.gap.explained,
+        cfg.best_metric if cfg.eval else None,
+        cfg.has_penalty,
+    )

@@ -1,0 +1,223 @@
+"""The completions that the page has to read: a choice within a number of bytes, spread over a run's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grpo.data.messages import text_of
+from grpo.environments.shown import told
+from grpo.runs.completions import read_columns, read_groups, stored_steps
+from grpo.runs.folder import COMPLETIONS
+from grpo.telemetry.page.text import PageJson, counts, number, shortened, size_of, spans_of, surprises
+from grpo.telemetry.recorded import RecordedRun
+from grpo.types import Group, Rollout, Task, Trajectory
+
+MOST_BYTES = 2_400_000
+"""Of completions in a page, of all runs together."""
+STEPS = 24
+"""Steps whose completions are shown, evenly from the first to the last, while there is room."""
+FOLLOWED, TIMES = 8, 6
+"""Prompts that are shown at several steps (those that were sampled most often), and at how many."""
+GROUPS_AT_LEAST = 24
+"""Groups that there is room for: of large groups, the best and the worst completions are shown."""
+LONGEST_TEXT, LONGEST_PROMPT, LONGEST_VALUE = 20_000, 8_000, 300
+"""Characters of a completion, a prompt, and a column of the data."""
+
+StoredGroup = tuple[Path, int]
+"""A stored step's file, and the number of a group in it."""
+
+
+def browsed(run: RecordedRun, sharing: int = 1) -> PageJson | None:
+    """The completions of a run to read, within its share of the page's bytes; None where none are stored.
+
+    stored    steps that are stored
+    total     completions in them; those of older groups that a step replayed are counted where they were sampled
+    prompts   [[[role, text], …], …] as the model saw them; the role of a plain prompt is empty
+    tasks     [{"source", "index", "columns": {name: text}}, …]
+    rows      the completions, by step:
+        step, group, index   its place
+        prompt, task         places in these lists
+        reward, advantage, penalty, scores, failures, extras   of `Rollout`; the last three by name, absent if empty
+        tokens               trained tokens
+        finish               why it ended
+        text                 all that followed the prompt, beginning and end where it is long; absent for a long
+                             conversation
+        turns                of a conversation, [{"who", "text", "calls", "reward", "advantage"}, …]
+        characters           the characters of each token in `text`, see `text.counts`; absent where unknown
+        trained              see `text.spans_of`; absent where all tokens are
+        columns              {name: digits, one for each token}: `surprise` is -log p when it was sampled, in nats,
+                             see `text.surprises`
+        turn_advantages      of each turn of the policy, where turns have their own
+    """
+    paths = stored_steps(run.folder / COMPLETIONS)
+    if not paths:
+        return None
+    stored = {path: _known(path) for path in paths}
+    shelf = _Shelf(MOST_BYTES // sharing)
+    groups = {path: known for path, (_, known) in stored.items() if known}
+    half = shelf.room // 2
+    for path, numbers in _followed(groups).items():
+        shelf.add(path, numbers, shelf.room - half)
+    steps = _spread(list(groups), STEPS)
+    for place, path in enumerate(steps):
+        shelf.add(path, list(groups[path]), shelf.room // (len(steps) - place))
+    return {
+        "stored": len(paths),
+        "total": sum(completions for completions, _ in stored.values()),
+        "prompts": shelf.prompts,
+        "tasks": shelf.tasks,
+        "rows": sorted(shelf.rows, key=lambda row: (row["step"], row["group"], row["index"])),
+    }
+
+
+KnownGroups = dict[int, tuple[str, Any]]
+"""The groups that a step sampled itself, each with its task."""
+
+
+def _known(path: Path) -> tuple[int, KnownGroups]:
+    """How many completions a stored file has, and of which groups, read in a small part of the time that it takes to
+    read all of it. Groups that the step replayed are in an earlier step's file."""
+    columns = read_columns(path, ("group", "source", "task", "lag", "replayed"))
+    own = [row[:3] for *row, lag, replayed in columns if not (lag if replayed is None else replayed)]
+    return len(own), {
+        group: (source or "", (path.name, group) if task is None else task) for group, source, task in own
+    }
+
+
+def _followed(groups: Mapping[Path, KnownGroups]) -> dict[Path, list[int]]:
+    """The groups of the prompts that were sampled most often, at a few of their steps each, by file."""
+    seen: dict[tuple[str, Any], list[StoredGroup]] = {}
+    for path, known in groups.items():
+        for group, task in known.items():
+            seen.setdefault(task, []).append((path, group))
+    often = sorted((places for places in seen.values() if len(places) > 1), key=lambda places: -len(places))
+    found: dict[Path, list[int]] = {}
+    for path, group in sorted(place for places in often[:FOLLOWED] for place in _spread(places, TIMES)):
+        found.setdefault(path, []).append(group)
+    return found
+
+
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many, evenly from the first to the last."""
+    return [items[place] for place in sorted({round(i * (len(items) - 1) / max(1, most - 1)) for i in range(most)})]
+
+
+@dataclass
+class _Shelf:
+    """What was chosen, with `room` for so many bytes more."""
+
+    room: int
+    prompts: list[list[list[str]]] = field(default_factory=list)
+    tasks: list[PageJson] = field(default_factory=list)
+    rows: list[PageJson] = field(default_factory=list)
+    places: dict[Any, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.most = self.room // GROUPS_AT_LEAST
+        """Bytes for one group."""
+
+    def add(self, path: Path, numbers: Sequence[int], most: int) -> None:
+        """Put groups of a file in that are not in yet, within `most` bytes; of a large group the outermost
+        completions."""
+        missing, least = [place for place in numbers if (path, place) not in self.places], self.room - most
+        for place, (step, group, spans) in zip(missing, read_groups(path, missing), strict=False):
+            left, begun = self.most, len(self.rows)
+            for rank, index in enumerate(_outermost(group.rollouts)):
+                row = self._row({"step": step, "group": place, "index": index}, group, index, spans[index])
+                size = size_of(row)
+                if self.room - size < least or (rank > 1 and size > left):
+                    break
+                self.rows.append(row)
+                self.room -= size
+                left -= size
+            if len(self.rows) == begun:
+                return
+            self.places[path, place] = begun
+
+    def _row(self, place: PageJson, group: Group, index: int, spans: list[int] | None) -> PageJson:
+        rollout = group.rollouts[index]
+        return {
+            **place,
+            "prompt": self._placed("prompts", _prompt(group.task, rollout.trajectory)),
+            "task": self._placed("tasks", _task(group.task)),
+            **_scored(rollout),
+            **_said(rollout, spans),
+        }
+
+    def _placed(self, name: str, value: Any) -> int:
+        """The place of a value in a list, where it is put if it is not there."""
+        known, key = getattr(self, name), (name, repr(value))
+        if key not in self.places:
+            self.places[key] = len(known)
+            known.append(value)
+            self.room -= size_of(value)
+        return self.places[key]
+
+
+def _outermost(rollouts: Sequence[Rollout]) -> list[int]:
+    """The places of completions: the best, the worst, the second best, …; those without a reward count as the worst."""
+    rewards = [float("-inf") if rollout.reward is None else rollout.reward for rollout in rollouts]
+    rated = sorted(range(len(rollouts)), key=lambda i: (-rewards[i], i))
+    return [rated[(i // 2) if i % 2 == 0 else -1 - i // 2] for i in range(len(rated))]
+
+
+def _prompt(task: Task, trajectory: Trajectory) -> list[list[str]]:
+    talk = trajectory.conversation
+    prompt = task.prompt if talk is None or not talk.prompt else list(talk.prompt)
+    if isinstance(prompt, str):
+        return [["", shortened(prompt, LONGEST_PROMPT)]]
+    return [[str(message["role"]), shortened(text_of(message), LONGEST_PROMPT)] for message in prompt]
+
+
+def _task(task: Task) -> PageJson:
+    columns = {str(name): str(value) for name, value in task.columns.items() if name != "prompt"}
+    short = {name: shortened(value, LONGEST_VALUE) for name, value in columns.items()}
+    return {"source": task.source, "index": task.index, "columns": short}
+
+
+def _scored(rollout: Rollout) -> PageJson:
+    named = {
+        "scores": {name: number(score) for name, score in rollout.scores.items()},
+        "failures": {name: shortened(str(failure), 2 * LONGEST_VALUE) for name, failure in rollout.failures.items()},
+        "extras": {name: shortened(str(value), LONGEST_VALUE) for name, value in rollout.extras.items()},
+    }
+    return {
+        "reward": number(rollout.reward),
+        "advantage": number(rollout.advantage),
+        **({"penalty": number(rollout.penalty)} if rollout.penalty else {}),
+        "tokens": rollout.trajectory.trained_tokens,
+        "finish": rollout.trajectory.finish_reason,
+        **{name: value for name, value in named.items() if value},
+    }
+
+
+def _said(rollout: Rollout, spans: list[int] | None) -> PageJson:
+    """The words, and what is known of each token."""
+    trajectory = rollout.trajectory
+    whole = len(trajectory.text) <= LONGEST_TEXT
+    said: PageJson = {} if trajectory.conversation is None else {"turns": _turns(rollout)}
+    if trajectory.conversation is None or whole:
+        said["text"] = shortened(trajectory.text, LONGEST_TEXT)
+    if spans is not None and whole and not trajectory.begins:
+        said["characters"] = counts(spans)
+        if not all(trajectory.trained):
+            said["trained"] = spans_of(trajectory.trained)
+        if trajectory.behaviour is not None:
+            said["columns"] = {"surprise": surprises(trajectory.behaviour, trajectory.trained)}
+        if rollout.turn_advantages is not None:
+            said["turn_advantages"] = [number(value) for value in rollout.turn_advantages]
+    return said
+
+
+def _turns(rollout: Rollout) -> list[PageJson]:
+    turns = []
+    for said in told(rollout):
+        turn: PageJson = {"who": said.who, "text": shortened(said.text, LONGEST_TEXT)}
+        turn |= {"calls": list(said.calls)} if said.calls else {}
+        turn |= {} if said.reward is None else {"reward": number(said.reward)}
+        turn |= {} if said.advantage is None else {"advantage": number(said.advantage)}
+        turns.append(turn)
+    return turns

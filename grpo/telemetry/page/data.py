@@ -1,0 +1,137 @@
+"""The data of the report's page: what runs' folders hold, as plain JSON values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from grpo.telemetry.page.browsed import browsed
+from grpo.telemetry.page.cards import cards, failures, phases
+from grpo.telemetry.page.layout import layout
+from grpo.telemetry.page.settings import settings
+from grpo.telemetry.page.text import PageJson, number
+from grpo.telemetry.recorded import RecordedRun
+
+FORMAT = 1
+"""The version of the contract in `page_data`. A page and its data are always made by the same version of grpo."""
+MOST_POINTS = 200_000
+"""Values of metrics in a page, of all runs together: less than 2 MB."""
+
+
+def page_data(runs: Sequence[RecordedRun], completions: bool = True) -> PageJson:
+    """Everything that the page shows, as JSON values (no NaN, no infinity).
+
+    The page takes it from the block `<script id="data">` that `grpo.telemetry.report.page` writes, or, where that was
+    told an address, fetches it again and again and shows what changed: zoom, filters and what is open stay. Both are
+    this object:
+
+        format   1
+        title    of the page
+        plots    the plots in their order, as `layout` describes them
+        runs     a list of runs, in the order of their colors:
+            name          unique in the page
+            state         `RecordedRun.state`, such as "running"
+            step, steps   the last step on record, and how many the recipe asks for
+            settings      [[heading, text], …]: what was trained on what
+            cards         summary figures, see `cards`
+            x             the steps of the metrics' values
+            every         steps behind each value: above 1 where a long run was thinned, and values are means
+            metrics       {name: [value or null, …]}, along x
+            phases        [[name, seconds in all steps], …], the longest first
+            evaluations   {"x": steps, "n": prompts, "grader": name, "values": {name: {"value": […], "low": […], "high":
+                          […]}}} with 95 % intervals; null where there was none
+            alarms        [[step, kind, what happened, what to do], …], see `grpo.alarm`
+            failures      {"headings": […], "rows": [[…], …]}
+            completions   those to read, see `browsed`; absent with `completions=False`, and then the page keeps those
+                          that it has: reading them takes longer than all the rest. null where none are stored.
+
+    Values are rounded to 5 significant digits. The size is bounded, whatever the runs' lengths: 1,000 steps take less
+    than 5 MB.
+    """
+    names = _names([run.folder for run in runs])
+    total = sum(len(run.steps) * len(_metric_names(run)) for run in runs)
+    every = max(1, math.ceil(total / MOST_POINTS))
+    return {
+        "format": FORMAT,
+        "title": "GRPO: " + ", ".join(names),
+        "plots": layout(runs),
+        "runs": [
+            _of_run(run, name, every) | ({"completions": browsed(run, len(runs))} if completions else {})
+            for run, name in zip(runs, names, strict=True)
+        ],
+    }
+
+
+def _of_run(run: RecordedRun, name: str, every: int) -> PageJson:
+    steps = [record.step for record in run.steps]
+    return {
+        "name": name,
+        "state": run.state,
+        "step": run.step,
+        "steps": run.recipe.optim.steps,
+        "settings": settings(run),
+        "cards": _plain(cards(run)),
+        "x": steps[every - 1 :: every] + (steps[-1:] if len(steps) % every else []),
+        "every": every,
+        "metrics": {
+            metric: _thinned([record.values.get(metric) for record in run.steps], every)
+            for metric in _metric_names(run)
+        },
+        "phases": _plain(phases(run)),
+        "evaluations": _evaluations(run),
+        "alarms": [[alarm.step, alarm.kind, alarm.what, alarm.advice] for alarm in run.alarms],
+        "failures": failures(run),
+    }
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """A name for each folder that no other has: its last part, or where two share that, the path as it was given."""
+    last = [folder.resolve().name for folder in folders]
+    named = [name if last.count(name) == 1 else str(folder) for name, folder in zip(last, folders, strict=True)]
+    return [name if named.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(named)]
+
+
+def _metric_names(run: RecordedRun) -> list[str]:
+    return sorted({name for record in run.steps for name in record.values})
+
+
+def _thinned(values: Sequence[float | None], every: int) -> list[float | None]:
+    """The means of so many values in a row each, without those that are missing."""
+    means = []
+    for start in range(0, len(values), every):
+        known = [value for value in values[start : start + every] if value is not None]
+        means.append(number(fmean(known)) if known else None)
+    return means
+
+
+def _evaluations(run: RecordedRun) -> PageJson | None:
+    made = run.evaluations
+    if not made:
+        return None
+    names = dict.fromkeys(name for evaluation in made for name in evaluation.values)
+    none = (None, None)
+    return {
+        "x": [evaluation.step for evaluation in made],
+        "n": made[-1].n,
+        "grader": made[-1].grader,
+        "values": {
+            name: {
+                "value": [number(evaluation.values.get(name)) for evaluation in made],
+                "low": [number(evaluation.intervals.get(name, none)[0]) for evaluation in made],
+                "high": [number(evaluation.intervals.get(name, none)[1]) for evaluation in made],
+            }
+            for name in names
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The same with every float rounded."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return number(value) if isinstance(value, float) else value

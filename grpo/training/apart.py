@@ -1,0 +1,207 @@
+"""Sampling and training at the same time, in different processes: `ranks`.
+
+While the trainers make step n, the samplers sample what step n + 1 learns from, with the policy of before step n. So
+every step but the first learns from completions of the policy before its last update (a lag of 1), and the loss counts
+with that: see `ApartTrainer`. Between two steps all processes hold the same policy and the same groups. What is drawn
+depends on the seed and the step alone, so that one process which does both, one after the other, gets the same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grpo.backend.random import derive_key
+from grpo.backend.tickets import Deal
+from grpo.config import Recipe
+from grpo.data.source import Source, taken
+from grpo.model.policy import Policy
+from grpo.objective.loss import CustomLoss
+from grpo.rollout import RolloutEngine, with_policy_step
+from grpo.scoring.scorer import Scorer
+from grpo.training.ahead import Ahead, Sampled
+from grpo.training.batches import MiniBatch
+from grpo.training.clock import Clock
+from grpo.training.older import lagging
+from grpo.training.roles import Roles
+from grpo.training.state import AHEAD, Arrays, TrainerState
+from grpo.training.trainer import Trainer
+from grpo.types import Group, StepMetrics, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """What a process hands to all others at the end of a step: a sampler its share of the next step, the first trainer
+    what came of this one. `busy` are the seconds it worked."""
+
+    sampled: Sampled | None
+    metrics: StepMetrics | None
+    counts: Mapping[str, int]
+    busy: float
+
+
+class ApartTrainer(Trainer):
+    """A trainer whose processes sample or train, as their `roles` say.
+
+    The ratios of completions that lag behind are to the policy that sampled them (`Batch.stale`), whose logprobs are
+    the sampler's. With `loss.importance_sampling_correction` they are to the policy before the step's first update,
+    and the correction weighs tokens by that policy over the one that sampled: the decoupled objective (arXiv
+    2110.00641, 2505.24298). Logprobs of two policies show no gap between decoding and training, so that this is
+    checked at steps without lag alone.
+    """
+
+    def __init__(
+        self,
+        roles: Roles,
+        cfg: Recipe,
+        policy: Policy,
+        tasks: Source,
+        engine: RolloutEngine,
+        scorer: Scorer,
+        custom_loss: CustomLoss | None = None,
+    ) -> None:
+        super().__init__(cfg, policy, tasks, engine, scorer, custom_loss, ranks=roles.everyone, learners=roles.learners)
+        self.roles = roles
+        self.ahead: Ahead | None = None
+        self.update.check = self._check
+        self._told: Mapping[str, float] = {}
+        self._lags = False
+
+    def step(self, n: int) -> StepMetrics:
+        """Make step `n` from the groups that wait for it, while those of the next step are sampled. See `Trainer`.
+
+        The first step, and one after a change of the recipe, has none waiting, and samples its own first.
+        """
+        began = time.perf_counter()
+        ready = self.ahead or self._first(n)
+        groups = [lagging(group, n) for group in ready.groups]
+        self._lags = any(group.lag for group in groups)
+        self.tasks.observe(groups)
+        self._told = {**self.tasks.metrics(), **ready.told}
+        tasks = taken(self.tasks, self.cfg.rollout.prompts_per_step) if n < self.cfg.optim.steps else []
+        started = time.perf_counter()
+        mine = self._sampled(n + 1, tasks, n - 1)
+        learnt = self._learnt(n, groups, ready) if self.roles.trains else None
+        counts = {name: getattr(self.update, name) for name in COUNTS}
+        ended = time.perf_counter()
+        handed = self.ranks.gather(Handed(mine, learnt if self.roles.chief else None, counts, ended - started))
+        metrics = learnt or handed[0].metrics
+        assert metrics is not None
+        self._receive(n, handed[0].counts)
+        ahead = self._together([one.sampled for one in handed]) if tasks else None
+        self.ahead = ahead  # the last change: what fails before it leaves what waits as it was
+        return replace(metrics, values={**metrics.values, **self._times(handed, began, ended)})
+
+    def _first(self, n: int) -> Ahead:
+        """The groups of step `n`, sampled now, by the policy that the step begins with."""
+        tasks = taken(self.tasks, self.cfg.rollout.prompts_per_step)
+        return self._together(self.ranks.gather(self._sampled(n, tasks, n - 1)))
+
+    def _sampled(self, step: int, tasks: Sequence[Task], policy_step: int) -> Sampled | None:
+        """This sampler's share of what step `step` learns from; None where it does not sample, or there is nothing."""
+        self.engine.generator.drafted()  # what evaluations have counted
+        self.scorer.begin(step)
+        if self.roles.sampler is None or not tasks:
+            return None
+        clock, cfg = Clock(), self.cfg.rollout
+        mine, places = self.roles.share(tasks), self.roles.share(range(len(tasks)))
+        key = derive_key(self.cfg.seed, "rollout", step, 0)
+        with self.scorer.open(mine) as scoring:
+            groups = self.engine.rollout(
+                tasks, cfg.num_generations, cfg.temperature, key, whole=scoring.add, deal=Deal(places)
+            )
+            clock.lap("rollout")
+            scored = self.scorer.score(with_policy_step(groups, policy_step), scoring)
+        clock.lap("reward")
+        drafted, failures = self.engine.generator.drafted(), self.scorer.failure_counts()
+        return Sampled(scored, drafted, failures, self.scorer.metrics(), clock.laps)
+
+    def _together(self, parts: Sequence[Sampled | None]) -> Ahead:
+        """All samplers' shares."""
+        return Ahead.of([part for part in parts if part is not None], self.roles, self.scorer)
+
+    def _learnt(self, n: int, groups: list[Group], ready: Ahead) -> StepMetrics:
+        clock = Clock()
+        clock.laps.update(ready.seconds)
+        return self.learn(n, groups, groups, clock)
+
+    def _receive(self, n: int, counts: Mapping[str, int]) -> None:
+        """Be where the trainers are after step `n`."""
+        if self.ranks.size == 1:
+            return
+        if not self.roles.trains:
+            self.before.remember(self.update.optimizer)
+            self.before.move()
+        for arrays in self.roles.spread(self.policy.adapters.state()):
+            if not self.roles.trains:
+                self.policy.adapters.load_state(arrays)
+        if not self.roles.trains:
+            self.policy.adapters.sync_reference(self.cfg.adapter, n)
+            for name, value in counts.items():
+                setattr(self.update, name, value)
+
+    def _times(self, handed: Sequence[Handed], began: float, ended: float) -> dict[str, float]:
+        """How long the step took in all, how long one side waited for the other, what the exchange took, and the share
+        of the step that each side worked."""
+        now, busy = time.perf_counter(), [one.busy for one in handed]
+        training, sampling = busy[: self.roles.trainers], busy[-self.roles.samplers :]
+        wait = max(0.0, max(sampling) - max(training))
+        step = now - began
+        return {
+            "time/wait_sampler": wait,
+            "time/wait_trainer": max(0.0, max(training) - max(sampling)),
+            "time/exchange": max(0.0, now - ended - wait),
+            "ranks/training": sum(training) / len(training) / step,
+            "ranks/sampling": sum(sampling) / len(sampling) / step,
+            "step_time": step,
+        }
+
+    def batched(self, groups: list[Group], beta: float) -> list[MiniBatch]:
+        """See `Trainer.batched`. Where a correction weighs tokens by the policy that sampled, ratios are to another."""
+        corrects = self.cfg.loss.importance_sampling_correction != "none"
+        return super().batched([_not_lagging(group) for group in groups] if corrects else groups, beta)
+
+    def told(self) -> dict[str, float]:
+        """What the samplers had to tell of the step's groups."""
+        return dict(self._told)
+
+    def _check(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self._lags:
+            self.gap.check(step, metrics)
+
+    def arrays(self, outlines: bool = False) -> dict[str, Arrays]:
+        """See `Trainer.arrays`: with the groups that wait for the next step."""
+        return {**super().arrays(outlines), **({} if self.ahead is None else {AHEAD: self.ahead.arrays()})}
+
+    def counts(self) -> dict[str, Any]:
+        """See `Trainer.counts`: the scorer's are those of the first sampler. All processes must ask."""
+        counts = super().counts()
+        told = self.ranks.gather(counts["scorer"] if self.keeps_records else None)
+        counts["scorer"] = next(one for one in told if one is not None)
+        return counts if self.ahead is None else {**counts, AHEAD: self.ahead.plain()}
+
+    def load_state(self, state: TrainerState) -> None:
+        """See `Trainer.load_state`."""
+        super().load_state(state)
+        arrays = state.arrays.get(AHEAD)
+        self.ahead = Ahead.loaded(arrays, state.counts[AHEAD], self.scorer) if arrays else None
+
+    @property
+    def keeps_records(self) -> bool:
+        """See `Trainer.keeps_records`: the first sampler, which scores."""
+        return self.roles.sampler == 0
+
+    @property
+    def whole(self) -> bool:
+        """See `Trainer.whole`: samplers have no moments."""
+        return self.roles.trains
+
+
+COUNTS = "skipped_in_a_row", "steps_without_signal"
+"""What an updater counts, by its attributes."""
+
+
+def _not_lagging(group: Group) -> Group:
+    return replace(group, rollouts=tuple(replace(rollout, lag=0) for rollout in group.rollouts))

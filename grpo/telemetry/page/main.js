@@ -22,8 +22,10 @@ function shownRuns() {
 /** Put nodes in the place of what is there; what was opened or closed by hand stays so. */
 function redraw(root, nodes) {
   const open = new Map([...root.querySelectorAll("details[id]")].map(part => [part.id, part.open]));
+  const focused = root.contains(document.activeElement) && document.activeElement.closest("details[id]");
   root.replaceChildren(...nodes);
   for (const part of root.querySelectorAll("details[id]")) part.open = open.get(part.id) ?? part.open;
+  if (focused && at(focused.id)) at(focused.id).querySelector("summary").focus();
 }
 
 function swatch(place) {
@@ -38,6 +40,9 @@ function drawHeader() {
   at("title").textContent = state.data.title;
   document.title = state.data.title;
   const links = [["Summary", "summary"], ...[...document.querySelectorAll("details.section")].map(part => [part.querySelector("h2").textContent, part.id]), ["Completions to read", "completions"]];
+  const drawn = JSON.stringify([links, state.data.runs.map(run => run.name)]);
+  if (at("links").dataset.drawn === drawn) return; // the focus may be here
+  at("links").dataset.drawn = drawn;
   at("links").replaceChildren(...links.map(([text, id]) => el("a", { href: `#${id}` }, text)));
   const several = state.data.runs.length > 1;
   at("runs").hidden = !several;
@@ -225,10 +230,10 @@ function takeData(fresh) {
   state.data = updated(old, fresh);
   drawSummary();
   drawTables();
-  if (JSON.stringify(old.plots) === JSON.stringify(fresh.plots) && sameMetrics(old, state.data)) drawPlots();
+  if (JSON.stringify(old.plots) === JSON.stringify(fresh.plots) && sameMetrics(old, state.data)) for (const cell of cells) cell.renew();
   else buildPlots(at("plots"));
   drawHeader();
-  showRange();
+  if (!at("toolbar").contains(document.activeElement)) showRange();
   if (!sameCompletions(old, state.data)) browser.refresh();
 }
 

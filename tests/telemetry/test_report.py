@@ -231,7 +231,7 @@ def test_it_opens_in_a_browser_without_errors(two, run_cli, tmp_path) -> None:
         "zoomTo([2, 3]); at('log').click();"
         "document.body.dataset.seen = JSON.stringify({errors, entries: browser.entries.length, left,"
         " drawn: cells.filter(cell => cell.chart && cell.chart.width > 100).length,"
-        " range: cells[0].chart.scales.x.max, articles: document.querySelectorAll('article').length})</script>",
+        " range: state.zoom[1], articles: document.querySelectorAll('article').length})</script>",
     )
     policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', whole)[0]
     whole = whole.replace(policy, policy + probe[0]).replace("</body>", f"{probe[1]}</body>")

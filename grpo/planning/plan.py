@@ -208,7 +208,7 @@ def ways_out(plan: Plan, load: Workload) -> list[str]:
         if load.optim.moments == "float32" and has_moments(load.optim):
             ways.append("optim.moments: int8")
         ways.append("adapter.type: lora")
-    if plan.whole and phase == "rollout":
+    if plan.whole and phase == "rollout" and load.adapter.type != "full":
         ways.append("model.shard: tensor")
     fewer = (
         "a smaller model or one in fewer bits" if plan.quantized else "a smaller or quantized model (model.quantize)"

@@ -46,6 +46,7 @@ from grpo.runs.sections import data_of, with_rates
 from grpo.runs.sources import source_hashes
 from grpo.runs.starting import adapter_hashes, with_kept
 from grpo.runs.state import RunState
+from grpo.training.state import TrainerState
 from grpo.training.trainer import Trainer
 
 
@@ -81,7 +82,7 @@ class Start:
         trainer.ranks.check_same("the step to go on after", self.state.step if self.state else 0)
         if self.state is None:
             check_begins(trainer.tasks)
-            return RunState(run_id=_new_id(), trainer=trainer.state())
+            return RunState(run_id=_new_id(), trainer=TrainerState({}, trainer.counts()))  # a trainer has the arrays
         trainer.load_state(self.state.trainer)
         return self.state
 

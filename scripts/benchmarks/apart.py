@@ -47,7 +47,8 @@ KINDS = {"both": (), "apart": ("ranks={sample: 1, train: 1}",)}
 
 def step_of(work: str, kind: str, steps: int, seconds: float) -> dict[str, float | str]:
     """Train, and return the median step in seconds, with the shares of it that each side worked."""
-    recipe, settings = WORK[work]
+    name, settings = WORK[work]
+    recipe = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
     with tempfile.TemporaryDirectory() as folder:
         slow = Path(folder) / "slow.py"
         slow.write_text(SLOW.format(seconds=seconds))
@@ -57,7 +58,7 @@ def step_of(work: str, kind: str, steps: int, seconds: float) -> dict[str, float
         one_thread = ("--env", "MKL_NUM_THREADS=1", "--env", "OMP_NUM_THREADS=1")
         port = str(random.SystemRandom().randrange(20_000, 32_000))
         launch = (Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--backend", "ring", "--starting-port", port)
-        command = [*launch, *one_thread, "--", sys.executable, "-c", RUN, "train", recipe, *given]
+        command = [*launch, *one_thread, "--", sys.executable, "-c", RUN, "train", str(recipe), *given]
         ran = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
         lines = (out / "metrics.jsonl").read_text().splitlines() if out.exists() else []
         if len(lines) < steps:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from grpo.alarms.terms import AlarmTerms
+from grpo.recipes import with_settings
 from grpo.training.trainer import Trainer
 
 
 def terms_of(trainer: Trainer) -> AlarmTerms | None:
     """The terms of a trainer's run; None with `alarms: off`."""
-    cfg, scorer = trainer.cfg, trainer.scorer
-    if cfg.alarms is None:
+    cfg, scorer, alarms = trainer.cfg, trainer.scorer, trainer.cfg.alarms
+    if alarms is None:
         return None
+    if cfg.ranks is not None:  # logprobs of two policies are further apart than rounding explains
+        alarms = with_settings(alarms, {"logp_difference": None})
     return AlarmTerms(
-        cfg.alarms,
+        alarms,
         cfg.rollout,
         cfg.loss,
         cfg.optim,

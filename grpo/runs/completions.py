@@ -103,13 +103,15 @@ def read_columns(path: Path, names: Sequence[str]) -> list[tuple[Any, ...]]:
     """Columns of a stored file, a tuple for each completion; None where a file of an earlier version lacks a column.
     Raises UserError for what is not such a file."""
     with _stored(path):
-        known = set(_parquet().read_schema(path).names)
-        rows = _table(path, [name for name in names if name in known]).to_pylist()
-        return [tuple(row.get(name) for name in names) for row in rows]
+        with _parquet().ParquetFile(path) as file:
+            known = set(file.schema_arrow.names)
+            table = file.read([name for name in names if name in known])
+        columns = [table[name].to_pylist() if name in known else [None] * table.num_rows for name in names]
+        return list(zip(*columns, strict=True))
 
 
-def _table(path: Path, columns: Sequence[str] | None = None) -> Any:
-    return _parquet().read_table(path, columns=columns)
+def _table(path: Path) -> Any:
+    return _parquet().read_table(path)
 
 
 def _parquet() -> Any:
@@ -135,15 +137,15 @@ def fields(rows: Sequence[dict[str, Any]]) -> Any:
     `group` is the place in the step, `index` that in the group; `source` and `task` say which task it is of (a source
     and the index of its row, `Task.identity`). `prompt` is what the model saw, with what an environment added to it.
     `token_ids` and `logprobs` are those of the completion, the stop token included. `characters` counts the characters
-    of `completion` that each token adds to it, null: unknown. `trained` says which of these
-    tokens the policy sampled and learns from, null: all of them. `begins` has the places of tokens at which the
-    conversation went on in a new row after the prompt, null: none. `policy_step` is the number of steps that the policy
-    that sampled had made, and `lag` how many more the policy had made that learnt. `replayed`: an earlier step sampled
-    the group, and `rollout.reuse` took it again. `advantage` is null for groups that were sampled but not learnt from,
-    and `turn_advantages` are in its place where turns have their own; `reward` is before `penalty`. `conversation` is
-    JSON, the fields of `Conversation`; null for a single answer. `reward/<name>` is null where a reward gave no score,
-    and `failure/<name>` says why if it failed ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and
-    the prompt as rewards saw it. `extra/<name>` is JSON, by `log_extra`.
+    of `completion` that each token adds to it, null: unknown. `trained` says which of these tokens the policy sampled
+    and learns from, null: all of them. `begins` has the places of tokens at which the conversation went on in a new row
+    after the prompt, null: none. `policy_step` is the number of steps that the policy that sampled had made, and `lag`
+    how many more the policy had made that learnt. `replayed`: an earlier step sampled the group, and `rollout.reuse`
+    took it again. `advantage` is null for groups that were sampled but not learnt from, and `turn_advantages` are in
+    its place where turns have their own; `reward` is before `penalty`. `conversation` is JSON, the fields of
+    `Conversation`; null for a single answer. `reward/<name>` is null where a reward gave no score, and `failure/<name>`
+    says why if it failed ("timeout: ...", "error: ..."). `columns` is JSON: the dataset's row, and the prompt as
+    rewards saw it. `extra/<name>` is JSON, by `log_extra`.
     """
     import pyarrow as pa
 

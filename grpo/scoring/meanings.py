@@ -107,8 +107,15 @@ MEANINGS: dict[str, dict[str, str]] = {
         "`clip_ratio/*` and in a `kl` that is a term of the loss, and in no metric of what was sampled, such as "
         "`reward` or `sampling/*`.",
         "policy_lag/mean": "Training steps between the policy that sampled a completion and the policy that learned "
-        "from it, averaged over completions.",
+        "from it, averaged over completions. Only with `rollout.reuse` or `ranks`.",
         "policy_lag/max": "The largest such lag.",
+    },
+    "Sampling and training apart": {
+        "time/wait_sampler": "Seconds that the trainers waited for the slowest sampler (`ranks`).",
+        "time/wait_trainer": "Seconds that the samplers waited for the slowest trainer.",
+        "time/exchange": "Seconds in which the processes exchanged completions and the policy.",
+        "ranks/sampling": "Share of the step in which samplers worked, averaged over samplers.",
+        "ranks/training": "Share of the step in which trainers worked, averaged over trainers.",
     },
     "Data": {
         "epoch": "How often every row has been visited. Absent with `data.curriculum`, which has no epochs.",
@@ -136,6 +143,11 @@ MEANINGS: dict[str, dict[str, str]] = {
         "time/logprobs": "Seconds spent on making batches and on passes before the first update: logprobs of the "
         "reference, the anchor and the teacher.",
         "time/update": "Seconds spent on updates.",
+        "time/wait_sampler": "With `ranks`, seconds that the processes that train waited for those that sample.",
+        "time/wait_trainer": "With `ranks`, seconds that the processes that sample waited for those that train.",
+        "time/exchange": "With `ranks`, seconds in which groups and weights went from one side to the other.",
+        "ranks/training": "With `ranks`, the share of the step in which the processes that train were busy.",
+        "ranks/sampling": "With `ranks`, the share of the step in which the processes that sample were busy.",
         "rollout_tokens_per_second": "Sampled tokens divided by `time/rollout`.",
         "peak_memory_gb": "The most memory that MLX has held since the start, in units of 2³⁰ bytes.",
         "update/useful_tokens": "Of the tokens that go through the model in an update, the fraction that is neither "

@@ -13,6 +13,7 @@ from grpo.errors import UserError
 from grpo.runs.folder import check_is_run
 from grpo.telemetry.page.data import page_data
 from grpo.telemetry.page.text import as_json
+from grpo.telemetry.progress import in_words, read_now
 from grpo.telemetry.recorded import read_run
 from grpo.telemetry.report import page
 
@@ -44,14 +45,17 @@ class LiveRuns:
         """The data as it is now, as JSON; with the completions now and then. Raises UserError for records that cannot
         be read."""
         with self._lock:  # several pages would read the same files
-            now = self._clock()
-            renew = now - self._read >= RENEW
+            moment = self._clock()
+            renew = moment - self._read >= RENEW
             data = page_data([read_run(folder) for folder in self._folders], completions=renew)
             if renew:
-                self._completions, self._read = [run["completions"] for run in data["runs"]], now
-            elif now - self._read < SHARED:
+                self._completions, self._read = [run["completions"] for run in data["runs"]], moment
+            elif moment - self._read < SHARED:
                 for run, completions in zip(data["runs"], self._completions, strict=True):
                     run["completions"] = completions
+        for run, folder in zip(data["runs"], self._folders, strict=True):
+            if run["state"] == "running" and (now := read_now(folder)) is not None:
+                run["now"] = in_words(*now)
         return as_json(data)
 
 

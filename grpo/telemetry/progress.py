@@ -49,6 +49,11 @@ def _of_rows(rows: RowCounts | None) -> list[str]:
     return [f"{rows.ended:,} of {rows.rows:,} rows", *turns]
 
 
+def in_words(name: str, done: int, total: int, rows: RowCounts | None = None) -> str:
+    """How far a phase is, in one line and without a speed."""
+    return f"{name}: {', '.join(Phase(name, done, 0.0).report(done, total, 0.0, rows))}"
+
+
 class NowFile:
     """Writes the phase into the run's folder, now and then."""
 

@@ -10,7 +10,6 @@ from grpo.generation.tally import speculation_metrics
 from grpo.objective.groups import with_rewards
 from grpo.scoring.scorer import Scorer
 from grpo.training.keeping import OlderGroup, pack, unpack
-from grpo.training.roles import Roles
 from grpo.training.state import Arrays
 from grpo.types import Group, Rollout
 
@@ -19,6 +18,7 @@ from grpo.types import Group, Rollout
 class Sampled:
     """One sampler's share: its scored groups, and what there is to tell of them.
 
+    numbers    those of the groups' tasks in the step
     drafted    what speculation did, as counts
     failures   completions that failed so far, by metric
     scoring    the scorer's own metrics
@@ -26,6 +26,7 @@ class Sampled:
     """
 
     groups: list[Group]
+    numbers: list[int]
     drafted: Mapping[str, float]
     failures: Mapping[str, float]
     scoring: Mapping[str, float]
@@ -42,9 +43,11 @@ class Ahead:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, parts: Sequence[Sampled], roles: Roles, scorer: Scorer) -> Ahead:
-        """The samplers' shares together. Rewards log what they log in the first sampler, failures are added up."""
-        groups = scorer.agreed(roles.merge([part.groups for part in parts]))
+    def of(cls, parts: Sequence[Sampled], scorer: Scorer) -> Ahead:
+        """The samplers' shares together, whoever sampled which task. Rewards log what they log in the first sampler,
+        failures are added up."""
+        by_number = {n: group for part in parts for n, group in zip(part.numbers, part.groups, strict=True)}
+        groups = scorer.agreed([by_number[number] for number in sorted(by_number)])
         told = {
             **speculation_metrics(_sums([part.drafted for part in parts])),
             **parts[0].scoring,

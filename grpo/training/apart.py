@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.backend.random import derive_key
-from grpo.backend.tickets import Deal
 from grpo.config import Recipe
 from grpo.data.source import Source, taken
 from grpo.model.policy import Policy
@@ -68,6 +67,8 @@ class ApartTrainer(Trainer):
         self.update.check = self._check
         self._told: Mapping[str, float] = {}
         self._lags = False
+        self._room = 0
+        """For how many prompts each sampler has slots, known from the first step on."""
 
     def step(self, n: int) -> StepMetrics:
         """Make step `n` from the groups that wait for it, while those of the next step are sampled. See `Trainer`.
@@ -75,6 +76,8 @@ class ApartTrainer(Trainer):
         The first step, and one after a change of the recipe, has none waiting, and samples its own first.
         """
         began = time.perf_counter()
+        if not self._room:
+            self._room = min(self.ranks.gather(self.engine.generator.slots // self.cfg.rollout.num_generations))
         ready = self.ahead or self._first(n)
         groups = [lagging(group, n) for group in ready.groups]
         self._lags = any(group.lag for group in groups)
@@ -106,21 +109,18 @@ class ApartTrainer(Trainer):
         if self.roles.sampler is None or not tasks:
             return None
         clock, cfg = Clock(), self.cfg.rollout
-        mine, places = self.roles.share(tasks), self.roles.share(range(len(tasks)))
-        key = derive_key(self.cfg.seed, "rollout", step, 0)
-        with self.scorer.open(mine) as scoring:
-            groups = self.engine.rollout(
-                tasks, cfg.num_generations, cfg.temperature, key, whole=scoring.add, deal=Deal(places)
-            )
+        deal, key = self.roles.deal(step, len(tasks), self._room), derive_key(self.cfg.seed, "rollout", step, 0)
+        with self.scorer.open(tasks) as scoring:
+            groups = self.engine.rollout(tasks, cfg.num_generations, cfg.temperature, key, whole=scoring.add, deal=deal)
             clock.lap("rollout")
             scored = self.scorer.score(with_policy_step(groups, policy_step), scoring)
         clock.lap("reward")
         drafted, failures = self.engine.generator.drafted(), self.scorer.failure_counts()
-        return Sampled(scored, drafted, failures, self.scorer.metrics(), clock.laps)
+        return Sampled(scored, deal.taken, drafted, failures, self.scorer.metrics(), clock.laps)
 
     def _together(self, parts: Sequence[Sampled | None]) -> Ahead:
         """All samplers' shares."""
-        return Ahead.of([part for part in parts if part is not None], self.roles, self.scorer)
+        return Ahead.of([part for part in parts if part is not None], self.scorer)
 
     def _learnt(self, n: int, groups: list[Group], ready: Ahead) -> StepMetrics:
         clock = Clock()

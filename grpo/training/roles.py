@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import mlx.core as mx
 
 from grpo.backend.ranks import Ranks
+from grpo.backend.tickets import Deal
 from grpo.config import RanksConfig
 from grpo.errors import UserError
 from grpo.training.optimizer import grouped
 
-_Item = TypeVar("_Item")
+AHEAD = -1
+"""What names the tickets of a step that is sampled ahead, where others have a process's number."""
 WORD = 4
 """Bytes of the integers that carry other numbers' bits."""
 
@@ -69,14 +70,18 @@ class Roles:
         """Whether this is the first of the processes that train: the others go by its arrays and counts."""
         return self.trains and self.everyone.rank == 0
 
-    def share(self, items: Sequence[_Item]) -> list[_Item]:
-        """What this process samples of a step; nothing where it does not sample."""
-        return [] if self.sampler is None else list(items[self.sampler :: self.samplers])
+    def deal(self, step: int, total: int, room: int) -> Deal:
+        """Which of the `total` tasks of a step this process samples, where each sampler has slots for `room` at once.
 
-    def merge(self, parts: Sequence[Sequence[_Item]]) -> list[_Item]:
-        """The parts that `share` made, in the order of the samplers, as one list in the former order."""
-        total = sum(map(len, parts))
-        return [parts[i % self.samplers][i // self.samplers] for i in range(total)]
+        As among processes that do everything (`Deal.of`): those that do not fit are taken by ticket.
+        """
+        share = [] if self.sampler is None else list(range(total)[self.sampler :: self.samplers])
+        rounds = max(1, room)
+        if self.sampler is None or self.everyone.watch is None or rounds * self.samplers >= total:
+            return Deal(share)
+        samplers = Ranks(everyone=self.everyone)
+        samplers.rank, samplers.size = self.sampler, self.samplers
+        return Deal(share[:rounds], samplers, [AHEAD, step], total)
 
     def spread(self, arrays: Mapping[str, mx.array]) -> Iterator[dict[str, mx.array]]:
         """The first trainer's arrays to the bit, in every process, some at a time. `arrays` are this process's.

@@ -3,10 +3,10 @@
     python scripts/benchmarks/devices.py                                    # the tables of the manual's page
     python scripts/benchmarks/devices.py --link 2.4 --latency 0.3           # GB/s and ms, as `grpo doctor --ranks` says
 
-A process's own work is what `grpo estimate` reckons (`grpo.planning.estimate`), fitted to one H200 and scaled to other
-chips; Macs are lower bounds. What the processes exchange is reckoned from the link: gradients once an update, the
-step's completions once, and in tensor parallel two sums a layer and pass. A ring's sum of S bytes over n processes
-takes 2 (n - 1) / n × S / bandwidth + 2 (n - 1) × latency, a gathering of S bytes in all half of that.
+A process's own work is what `grpo recipes costs` reckons (`grpo.planning.estimate`), fitted to one H200 and scaled to
+other chips; Macs are lower bounds. What the processes exchange is reckoned from the link: gradients once an update,
+the step's completions once, and in tensor parallel two sums a layer and pass. A ring's sum of S bytes over n
+processes takes 2 (n - 1) / n × S / bandwidth + 2 (n - 1) × latency, a gathering of S bytes in all half of that.
 """
 
 from __future__ import annotations

@@ -68,6 +68,12 @@ def blocks(page: str) -> list[Block]:
     return found
 
 
+def block(page: str, language: str, holds: str = "") -> str:
+    """The one block of a page in this language that holds this text."""
+    (found,) = (one.body for one in blocks(page) if one.language == language and holds in one.body)
+    return found
+
+
 def commands(body: str) -> Iterator[tuple[str, list[str]]]:
     """Each command of a console block with the lines that it prints. A backslash continues a command."""
     command, printed = "", []

@@ -4,15 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from docs.pagerun import PAGES, blocks
+from docs.pagerun import PAGES, block
 
 from grpo.recipes import load_recipe
-
-
-def block(page: str, language: str, holds: str = "") -> str:
-    """The one block of a page in this language that holds this text."""
-    (found,) = (one.body for one in blocks(page) if one.language == language and holds in one.body)
-    return found
 
 
 def text(page: str) -> str:

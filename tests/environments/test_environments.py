@@ -6,7 +6,7 @@ from itertools import chain
 
 import mlx.core as mx
 import pytest
-from test_readme import block
+from docs.pagerun import block
 
 from grpo.environments.driver import Driver
 from grpo.environments.environment import find_environment
@@ -106,9 +106,9 @@ def test_draws_depend_neither_on_slots_nor_on_what_is_awaited_when(make_policy) 
     assert found[0] == found[1] == found[2]
 
 
-def test_the_readme_s_environment(make_policy) -> None:
+def test_the_environment_of_the_manual(make_policy) -> None:
     space: dict = {}
-    exec(block("python", "class Doubts"), space)
+    exec(block("environments.md", "python", "class Doubts"), space)
     toy = make_policy()
     tasks = tasks_of(toy, *QUESTIONS)
     found = trajectories(RolloutEngine(toy.generator, SAMPLING, space["Doubts"]()), tasks)

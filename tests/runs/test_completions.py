@@ -61,6 +61,7 @@ def test_the_schema(tmp_path: Path) -> None:
         "finish_reason": text,
         "policy_step": pa.int32(),
         "lag": pa.int32(),
+        "replayed": pa.bool_(),
         "reward": double,
         "penalty": double,
         "advantage": double,

@@ -105,7 +105,7 @@ def test_the_report_shows_what_was_said_and_what_was_learned_from(recipe: Path, 
 
 def test_the_console_and_tensorboard_show_the_best(tmp_path: Path) -> None:
     record = StepMetrics(4, {}, (GROUP,))
-    prompt, text = (str(line) for line in _sample(record))
+    prompt, text = (str(line) for line in _sample(record, 200))
     assert prompt == "prompt How far is it? Ask from Rome."
     assert text.startswith(
         ' 1.500 model: Let me see. → search(query="Rom", k=2) → now() (advantage +0.500) ← search: 5'

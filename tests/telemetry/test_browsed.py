@@ -12,8 +12,8 @@ import pytest
 
 from grpo.config.log import CompletionsConfig
 from grpo.recipes import load_recipe
-from grpo.runs.completions import read_groups, store_completions
-from grpo.runs.folder import COMPLETIONS
+from grpo.runs.completions import read_groups, store_completions, store_failed
+from grpo.runs.folder import COMPLETIONS, FAILED
 from grpo.runs.spans import characters
 from grpo.telemetry.page import browsed as room
 from grpo.telemetry.page.browsed import browsed
@@ -75,6 +75,15 @@ def test_what_a_step_replayed_is_shown_where_it_was_sampled(recipe: Path, tmp_pa
     told = browsed(RecordedRun(tmp_path, load_recipe(recipe), [], []))
     assert told is not None
     assert told["total"] == 1
+
+
+def test_the_step_that_a_broken_reward_ended_is_there(recipe: Path, tmp_path: Path) -> None:
+    run = recorded(recipe, tmp_path, {1: [group(1, [1.0])]})
+    store_failed(tmp_path / FAILED, 2, [group(2, [None])])
+    told = browsed(run)
+    assert told is not None
+    assert [(row["step"], row["reward"]) for row in told["rows"]] == [(1, 1), (2, None)]
+    assert (told["stored"], told["total"]) == (2, 2)
 
 
 def test_failures_and_extras_are_told(recipe: Path, tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from runs.driver import run
 from telemetry.pages import data_in
 
 from grpo.errors import UserError
+from grpo.progress import RowCounts
 from grpo.telemetry.jsonl import JsonlLogger
 from grpo.telemetry.live import HOST, LiveRuns, server_of
+from grpo.telemetry.progress import NowFile
 from grpo.types import StepMetrics
 
 FOLDER = Path("runs/toy")
@@ -93,6 +95,19 @@ def test_it_only_reads_and_only_for_this_machine(recipe) -> None:
         status, _, text = asked(port, "/", method="HEAD")
         assert (status, text) == (200, "")
     assert {path: path.stat().st_mtime_ns for path in FOLDER.rglob("*")} == before
+
+
+def test_the_phase_that_a_running_run_is_in(recipe, monkeypatch) -> None:
+    run(recipe, "optim.steps=1")
+    now = NowFile(FOLDER)
+    now.progress("rollout", 23_456, 60_000, RowCounts(21, 64, 141))
+    runs = LiveRuns([FOLDER])
+    assert "now" not in json.loads(runs.data())["runs"][0]  # it was killed, say
+    monkeypatch.setattr("grpo.telemetry.recorded.is_running", lambda _: True)
+    (seen,) = json.loads(runs.data())["runs"]
+    assert seen["now"] == "rollout: 23,456 tokens, 21 of 64 rows, 2.2 turns a row"
+    now.close()
+    assert "now" not in json.loads(runs.data())["runs"][0]
 
 
 def test_records_that_cannot_be_read_are_told_and_come_back(recipe) -> None:

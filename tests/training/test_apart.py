@@ -244,9 +244,12 @@ def test_the_first_processes_train_and_the_others_share_the_prompts() -> None:
         (False, 1, False),
     ]
     assert (trainer.trainers, trainer.samplers, Roles.alone().trainers) == (1, 2, 1)
-    shares = [one.share("abcde") for one in (trainer, first, second)]
-    assert shares == [[], ["a", "c", "e"], ["b", "d"]]
-    assert first.merge(shares[1:]) == [*"abcde"]
+    assert [one.deal(3, 5, 9).begin for one in (trainer, first, second)] == [[], [0, 2, 4], [1, 3]]
+    second.everyone.watch = object()
+    assert second.deal(3, 5, 3).begin == [1, 3]  # each has room for its whole share
+    dealt = second.deal(3, 5, 1)
+    assert dealt.begin == [dealt.take(False)] == [1]
+    assert dealt.goes_on  # by ticket
     assert (trainer.learners.size, trainer.learners.first, first.learners.first) == (1, True, False)
 
 

@@ -63,8 +63,9 @@ def test_a_sampler_and_a_trainer(recipe: Path, monkeypatch: pytest.MonkeyPatch, 
     check_same(Path("runs/one"), Path("runs/two"))
 
 
-def test_two_samplers(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = (*MORE, EVAL, "rollout.prompts_per_step=3")
+@pytest.mark.parametrize("slots", [64, 4], ids=["shares", "tickets"])
+def test_two_samplers(recipe: Path, monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
+    settings = (*MORE, EVAL, "rollout.prompts_per_step=3", f"rollout.max_concurrency={slots}")
     two = "ranks={sample: 2, train: 1}"
     ran = launch(3, *CLI, recipe, *settings, two, "output_dir=runs/three", timeout=300)
     assert "finished after step 4" in ran.stdout + ran.stderr, ran.stdout + ran.stderr

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from grpo.data.messages import text_of
 from grpo.environments.shown import told
 from grpo.runs.completions import read_columns, read_groups, stored_steps
-from grpo.runs.folder import COMPLETIONS
+from grpo.runs.folder import COMPLETIONS, FAILED
 from grpo.telemetry.page.text import PageJson, counts, number, shortened, size_of, spans_of, surprises
 from grpo.telemetry.recorded import RecordedRun
 from grpo.types import Group, Rollout, Task, Trajectory
@@ -31,7 +32,8 @@ StoredGroup = tuple[Path, int]
 
 
 def browsed(run: RecordedRun, sharing: int = 1) -> PageJson | None:
-    """The completions of a run to read, within its share of the page's bytes; None where none are stored.
+    """The completions of a run to read, within its share of the page's bytes; None where none are stored. Those of a
+    step that a broken reward ended are among them.
 
     stored    steps that are stored
     total     completions in them; those of older groups that a step replayed are counted where they were sampled
@@ -52,10 +54,11 @@ def browsed(run: RecordedRun, sharing: int = 1) -> PageJson | None:
                              see `text.surprises`
         turn_advantages      of each turn of the policy, where turns have their own
     """
-    paths = stored_steps(run.folder / COMPLETIONS)
+    failed = run.folder / FAILED
+    paths = [*stored_steps(run.folder / COMPLETIONS), *([failed] if failed.exists() else [])]
     if not paths:
         return None
-    stored = {path: _known(path) for path in paths}
+    stored = {path: _known(path, path.stat().st_mtime_ns) for path in paths}
     shelf = _Shelf(MOST_BYTES // sharing)
     groups = {path: known for path, (_, known) in stored.items() if known}
     half = shelf.room // 2
@@ -77,9 +80,14 @@ KnownGroups = dict[int, tuple[str, Any]]
 """The groups that a step sampled itself, each with its task."""
 
 
-def _known(path: Path) -> tuple[int, KnownGroups]:
+@lru_cache(maxsize=4096)
+def _known(path: Path, written: int) -> tuple[int, KnownGroups]:
     """How many completions a stored file has, and of which groups, read in a small part of the time that it takes to
-    read all of it. Groups that the step replayed are in an earlier step's file."""
+    read all of it. Groups that the step replayed are in an earlier step's file.
+
+    A live page asks again and again; a file that was `written` at the same time, in ns, is not read twice.
+    """
+    del written
     columns = read_columns(path, ("group", "source", "task", "lag", "replayed"))
     own = [row[:3] for *row, lag, replayed in columns if not (lag if replayed is None else replayed)]
     return len(own), {

@@ -35,6 +35,7 @@ def page_data(runs: Sequence[RecordedRun], completions: bool = True) -> PageJson
             name          unique in the page
             state         `RecordedRun.state`, such as "running"
             step, steps   the last step on record, and how many the recipe asks for
+            now           the phase of the step that is under way, in words; only while `grpo watch` shows a running run
             settings      [[heading, text], …]: what was trained on what
             cards         summary figures, see `cards`
             x             the steps of the metrics' values

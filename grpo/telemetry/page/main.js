@@ -22,8 +22,10 @@ function shownRuns() {
 /** Put nodes in the place of what is there; what was opened or closed by hand stays so. */
 function redraw(root, nodes) {
   const open = new Map([...root.querySelectorAll("details[id]")].map(part => [part.id, part.open]));
+  const focused = root.contains(document.activeElement) && document.activeElement.closest("details[id]");
   root.replaceChildren(...nodes);
   for (const part of root.querySelectorAll("details[id]")) part.open = open.get(part.id) ?? part.open;
+  if (focused && at(focused.id)) at(focused.id).querySelector("summary").focus();
 }
 
 function swatch(place) {
@@ -38,6 +40,9 @@ function drawHeader() {
   at("title").textContent = state.data.title;
   document.title = state.data.title;
   const links = [["Summary", "summary"], ...[...document.querySelectorAll("details.section")].map(part => [part.querySelector("h2").textContent, part.id]), ["Completions to read", "completions"]];
+  const drawn = JSON.stringify([links, state.data.runs.map(run => run.name)]);
+  if (at("links").dataset.drawn === drawn) return; // the focus may be here
+  at("links").dataset.drawn = drawn;
   at("links").replaceChildren(...links.map(([text, id]) => el("a", { href: `#${id}` }, text)));
   const several = state.data.runs.length > 1;
   at("runs").hidden = !several;
@@ -108,7 +113,7 @@ function drawSummary() {
   redraw(at("summary"), shownRuns().map(([run, place]) => {
     const cards = [...changeCards(run), timeCard(run), memoryCard(run), phaseCard(run), failureCard(run)];
     const setup = el("details", { class: "setup", id: `setup-${place}` }, el("summary", {}, "What was trained on what"), el("dl", {}, ...run.settings.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)])));
-    const head = el("header", {}, state.data.runs.length > 1 ? swatch(place) : null, el("h2", {}, run.name), el("span", { class: `state ${run.state}` }, run.state), el("span", { class: "faint" }, `step ${run.step.toLocaleString("en-US")} of ${run.steps.toLocaleString("en-US")}`));
+    const head = el("header", {}, state.data.runs.length > 1 ? swatch(place) : null, el("h2", {}, run.name), el("span", { class: `state ${run.state}` }, run.state), el("span", { class: "faint" }, `step ${run.step.toLocaleString("en-US")} of ${run.steps.toLocaleString("en-US")}${run.now ? `, ${run.now}` : ""}`));
     return el("article", { class: "run" }, head, alarmsOf(run), el("div", { class: "cards" }, ...cards.filter(Boolean)), setup);
   }));
 }
@@ -225,10 +230,10 @@ function takeData(fresh) {
   state.data = updated(old, fresh);
   drawSummary();
   drawTables();
-  if (JSON.stringify(old.plots) === JSON.stringify(fresh.plots) && sameMetrics(old, state.data)) drawPlots();
+  if (JSON.stringify(old.plots) === JSON.stringify(fresh.plots) && sameMetrics(old, state.data)) for (const cell of cells) cell.renew();
   else buildPlots(at("plots"));
   drawHeader();
-  showRange();
+  if (!at("toolbar").contains(document.activeElement)) showRange();
   if (!sameCompletions(old, state.data)) browser.refresh();
 }
 

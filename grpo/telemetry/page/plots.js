@@ -126,6 +126,27 @@ class Cell {
     this.logButton.setAttribute("aria-pressed", String(this.isLog()));
   }
 
+  /** Show new data; the drawing stays where it has the same curves, and with it the cursor and the focus. */
+  renew() {
+    const before = this.chart && this.shape();
+    this.curves = curvesOf(this.plot);
+    if (!before || before !== this.shape()) {
+      this.draw();
+      return;
+    }
+    this.chart.setData(this.table().data);
+    this.tellValues();
+    this.holder.setAttribute("aria-label", this.summary());
+  }
+
+  shape() {
+    return JSON.stringify([this.isLog(), this.curves.map(curve => [curve.label, this.hasPoints(curve)])]);
+  }
+
+  hasPoints(curve) {
+    return curve.values.filter(value => value !== null).length <= FEW;
+  }
+
   isLog() {
     if (this.plot.kind === "stack") return false;
     const wanted = this.log ?? state.log;
@@ -141,7 +162,7 @@ class Cell {
       series.push({ label: curve.label, show: !this.hidden.has(curve.label), spanGaps: true, ...options });
       return series.length - 1;
     };
-    const points = curve => ({ show: curve.values.filter(value => value !== null).length <= FEW, size: 5, fill: curve.color });
+    const points = curve => ({ show: this.hasPoints(curve), size: 5, fill: curve.color });
     if (this.plot.kind === "stack") this.putStack(put);
     else {
       for (const curve of this.curves) {
@@ -224,7 +245,7 @@ class Cell {
     this.values = new Map();
     this.legend.replaceChildren(this.where, ...ordered.map(curve => {
       const value = el("span", { class: "value" });
-      this.values.set(curve, value);
+      this.values.set(curve.label, value);
       const swatch = el("span", { class: this.plot.kind === "stack" ? "swatch block" : "swatch" });
       swatch.style.setProperty("--swatch", curve.color);
       if (curve.dash.length) swatch.classList.add("dashed");
@@ -241,7 +262,8 @@ class Cell {
     const place = at ?? x.length - 1;
     const here = x[place];
     this.where.textContent = at === null || at === undefined ? "last" : state.axis === "step" ? `step ${here.toLocaleString("en-US")}` : `after ${formatSeconds(here)}`;
-    for (const [curve, node] of this.values) {
+    for (const curve of this.curves) {
+      const node = this.values.get(curve.label);
       let i = curve.x.length - 1;
       while (i > 0 && curve.x[i] > here) i -= 1;
       const value = valueBefore(curve.values, i);

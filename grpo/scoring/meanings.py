@@ -143,11 +143,6 @@ MEANINGS: dict[str, dict[str, str]] = {
         "time/logprobs": "Seconds spent on making batches and on passes before the first update: logprobs of the "
         "reference, the anchor and the teacher.",
         "time/update": "Seconds spent on updates.",
-        "time/wait_sampler": "With `ranks`, seconds that the processes that train waited for those that sample.",
-        "time/wait_trainer": "With `ranks`, seconds that the processes that sample waited for those that train.",
-        "time/exchange": "With `ranks`, seconds in which groups and weights went from one side to the other.",
-        "ranks/training": "With `ranks`, the share of the step in which the processes that train were busy.",
-        "ranks/sampling": "With `ranks`, the share of the step in which the processes that sample were busy.",
         "rollout_tokens_per_second": "Sampled tokens divided by `time/rollout`.",
         "peak_memory_gb": "The most memory that MLX has held since the start, in units of 2³⁰ bytes.",
         "update/useful_tokens": "Of the tokens that go through the model in an update, the fraction that is neither "

@@ -49,7 +49,11 @@ def test_a_page_with_everything(two, run_cli) -> None:
     lines = [json.loads(line) for line in Path("one/metrics.jsonl").read_text().splitlines()]
     assert run["x"] == [1, 2, 3, 4]
     assert run["metrics"]["reward"] == pytest.approx([line["reward"] for line in lines], rel=1e-4)
-    assert set(run["metrics"]) == {name for line in lines for name in line} - {"step"}
+    assert set(run["metrics"]) == {name for line in lines for name in line} - {"step", "alarms"}
+    alarms = [
+        list(map(alarm.get, ("step", "kind", "what", "advice"))) for line in lines for alarm in line.get("alarms", ())
+    ]
+    assert run["alarms"] == alarms
     assert (run["state"], run["step"], run["steps"]) == ("finished", 4, 4)
     titles = {title for _, title in plots_in(data)}
     wanted = "Reward,KL to the reference,Completion length,Entropy,Clipped fractions,Where the time goes,Peak memory"
@@ -227,7 +231,7 @@ def test_it_opens_in_a_browser_without_errors(two, run_cli, tmp_path) -> None:
         "zoomTo([2, 3]); at('log').click();"
         "document.body.dataset.seen = JSON.stringify({errors, entries: browser.entries.length, left,"
         " drawn: cells.filter(cell => cell.chart && cell.chart.width > 100).length,"
-        " range: cells[0].chart.scales.x.max, articles: document.querySelectorAll('article').length})</script>",
+        " range: state.zoom[1], articles: document.querySelectorAll('article').length})</script>",
     )
     policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', whole)[0]
     whole = whole.replace(policy, policy + probe[0]).replace("</body>", f"{probe[1]}</body>")

@@ -1,5 +1,5 @@
 """One process of several that spread a model's weights, for test_fsdp.py: `OUT`, what to make there, and
-whether to spread."""
+how to spread: `plain` for not at all, `spread` over all, or `groups` of two."""
 
 import grpo  # noqa: F401  before mlx, so that the BLAS is in place
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import standin_groups
 from conftest import make_model
 from mlx.utils import tree_flatten
 from training.sections import make_batches, updater, with_advantages, with_anchor, with_reference
@@ -19,9 +20,10 @@ from training.test_update import groups, recipe
 
 from grpo.backend.ranks import Ranks
 from grpo.config import AdapterConfig
-from grpo.model import fsdp
+from grpo.model import parts
 from grpo.model.adapters import Adapters
-from grpo.model.fsdp import LEAST, Spread
+from grpo.model.fsdp import Spread
+from grpo.model.parts import LEAST
 from grpo.model.policy import Policy
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -42,22 +44,22 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 """A model of the zoo, what differs in it, in the adapter, and in the optimizer's section."""
 
 
-def make_policy(case: str, ranks: Ranks, spreads: bool) -> Policy:
-    """The policy of a case, whose weights `ranks` spread, if it `spreads` them."""
-    fsdp.LEAST = 2**9 if case == "quantised" else LEAST  # eight numbers of 4 bits lie in one
+def make_policy(case: str, ranks: Ranks, spreads: str) -> Policy:
+    """The policy of a case, whose weights `ranks` spread, if it `spreads` them: among all, or in `groups` of two."""
+    parts.LEAST = 2**9 if case == "quantised" else LEAST  # eight numbers of 4 bits lie in one
     kind, changes, adapter, _ = CASES[case]
     model, full = make_model(kind, **{**(SIZES if kind != "gemma2" else {}), **changes}), adapter.get("type") == "full"
     adapters = Adapters(model, AdapterConfig(**({} if full else {"rank": 4}), **adapter), mx.random.key(0))
     if not full:
         shaken(adapters)
     policy = Policy(model, adapters, 1.0)
-    if spreads:
-        divided = ranks.divided(None)
+    if spreads != "plain":
+        divided = ranks.divided(2 if spreads == "groups" else None)
         policy.spread = Spread(model, adapters, policy.split and policy.split[1], divided.shard, divided)
     return policy
 
 
-def made(case: str, ranks: Ranks, out: Path, spreads: bool = False) -> None:
+def made(case: str, ranks: Ranks, out: Path, spreads: str = "plain") -> None:
     """Write all of one case: a gradient, and two updates, whole."""
     policy, rank = make_policy(case, ranks, spreads), ranks.rank
     whole = sum(array.nbytes for _, array in tree_flatten(policy.model.parameters()))
@@ -96,6 +98,8 @@ def made(case: str, ranks: Ranks, out: Path, spreads: bool = False) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[3] == "groups":
+        standin_groups.install()
     ranks = Ranks.launched()
     for case in sys.argv[2].split(","):
-        made(case, ranks, Path(sys.argv[1]), sys.argv[3] == "spread")
+        made(case, ranks, Path(sys.argv[1]), sys.argv[3])

@@ -96,6 +96,11 @@ class Splitting:
         return Pair(self.rank()) if self._asked % 2 else Across(self.rank(), self.size())
 
 
+def _refused(*_: Any, **__: Any) -> mx.array:
+    """As the ring does."""
+    raise RuntimeError("[ring] sum_scatter not supported.")
+
+
 def install() -> None:
     """Have MLX's ring split from here on."""
     launched = Ranks.launched
@@ -114,4 +119,5 @@ def install() -> None:
 
     Ranks.launched = staticmethod(splitting)
     mx.distributed.all_sum, mx.distributed.all_gather = exchanged(all_sum), exchanged(all_gather)
+    mx.distributed.sum_scatter = _refused
     tensor.Processes = (mx.distributed.Group, Pair)

@@ -35,12 +35,12 @@ def made_by(n: int, cases: tuple[str, ...], folder: Path, how: str = "spread") -
     return out
 
 
-def differing(case: str, one: Path, several: Path, n: int) -> Iterator[tuple[str, float]]:
+def differing(case: str, one: Path, several: Path, n: int, among: int) -> Iterator[tuple[str, float]]:
     """What is measured of a case, and how far any process is from one process alone, relatively."""
     alone = json.loads((one / f"{case}-0.json").read_text())["facts"]
     for rank in range(n):
         got = json.loads((several / f"{case}-{rank}.json").read_text())
-        assert got["notes"]["held"] < (1.15 / n + 0.1) * got["notes"]["bytes"], got["notes"]
+        assert got["notes"]["held"] < (1.15 / among + 0.1) * got["notes"]["bytes"], got["notes"]
         for name, value in alone.items():
             mine, theirs = list(flat([value])), list(flat([got["facts"][name]]))
             yield name, max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / max(map(abs, mine))
@@ -54,11 +54,13 @@ def differing(case: str, one: Path, several: Path, n: int) -> Iterator[tuple[str
             yield kind, gap / norm
 
 
-def check(cases: tuple[str, ...], n: int, folder: Path, updated: float = UPDATED, plain: int = 1) -> None:
+def check(
+    cases: tuple[str, ...], n: int, folder: Path, updated: float = UPDATED, plain: int = 1, how: str = "spread"
+) -> None:
     """`plain` processes, each with the whole, are what it is compared with."""
-    one, several = made_by(plain, cases, folder, "plain"), made_by(n, cases, folder)
+    one, several = made_by(plain, cases, folder, "plain"), made_by(n, cases, folder, how)
     for case in cases:
-        for name, gap in differing(case, one, several, n):
+        for name, gap in differing(case, one, several, n, 2 if how == "groups" else n):
             assert gap <= (SUMMED if name in ("loss", "gradient", "norm") else updated), (case, name, gap)
 
 
@@ -88,3 +90,8 @@ def test_each_process_drops_what_it_drops_when_it_has_the_whole(tmp_path: Path) 
 @pytest.mark.slow
 def test_four_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     check((*QUICK, "odd", "few"), 4, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_groups_that_spread_weights_give_the_numbers_of_one_process(tmp_path: Path) -> None:
+    check(QUICK, 4, tmp_path, how="groups")

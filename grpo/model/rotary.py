@@ -17,7 +17,7 @@ FEW = 32
 """Numbers of a head, from which on MLX's kernel fits whatever there is."""
 
 
-class FewTurned(nn.RoPE):
+class FewTurned(nn.RoPE):  # type: ignore[misc]
     """`nn.RoPE` in stock operations: float32 angles, and an output of the input's dtype."""
 
     def __call__(self: Any, x: mx.array, offset: Any = 0) -> mx.array:

@@ -29,19 +29,15 @@ def generate(
         int | None, typer.Option(min=1, help="Maximum number of tokens. Default: the run's limit; for a model, 512.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature. 0: greedy.")] = 0.0,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, help="Sample only from the K most likely tokens. 0: from all.")
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from the K most likely tokens. 0: from all.")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, max=1.0, help="Sample only from the most likely tokens that together reach this probability."
-        ),
+        typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens that together reach this probability."),
     ] = None,
     min_p: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, help="Sample only from tokens at least this fraction as likely as the most likely token."
+            min=0.0, max=1.0, help="Sample from tokens at least this fraction as likely as the most likely token."
         ),
     ] = None,
     repetition_penalty: Annotated[
@@ -62,9 +58,7 @@ def generate(
     from grpo.tools.generate import find_answering
 
     if temperature == 0 and (top_k or (top_p is not None and top_p < 1) or min_p):
-        raise UserError(
-            "--top-k, --top-p and --min-p do nothing at temperature 0, which is greedy: add --temperature 1"
-        )
+        raise UserError("--top-k, --top-p and --min-p do nothing at temperature 0 (greedy): add --temperature 1")
     if "" in (stop or ()):
         raise UserError("--stop: an empty text would end the answer at its first token")
     given = {

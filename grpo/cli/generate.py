@@ -36,9 +36,7 @@ def generate(
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, max=1.0, help="Sample from tokens at least this fraction as likely as the most likely token."
-        ),
+        typer.Option(min=0.0, max=1.0, help="Sample tokens at least this fraction as likely as the likeliest token."),
     ] = None,
     repetition_penalty: Annotated[
         float | None, typer.Option(min=0.01, help="Make tokens that already occurred less likely. 1: off.")

@@ -120,6 +120,7 @@ class Loop:
         state = self._whole_state()
         scorer = self.trainer.scorer
         untrained = trained_on_nothing(state, self.cfg.loss, scorer.weights, scorer.environments)
+        untrained = self.ranks.everyone.gather(untrained)[0]  # a process that only samples has no count of updates
         worse = made_worse(state, self.cfg)
         self._note_end(UNTRAINED if untrained else WORSE if worse else "finished")
         return Outcome(state, self._saved, None, untrained, worse, self._began)

@@ -53,7 +53,8 @@ def no_signal(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign 
     learned = metrics.values["steps_without_signal"] < metrics.step
     if learned and (past.mean("solved_all", steps) or 0.0) >= SOLVED:
         return None
-    if (past.mean("frac_reward_zero_std", steps) or 1.0) < 1:
+    equal = past.mean("frac_reward_zero_std", steps)
+    if equal is not None and equal < 1:
         return _nothing_counts(steps, terms)
     reward = past.mean("reward", steps)
     mean = "" if reward is None else f" (the mean reward is {reward:.3g})"

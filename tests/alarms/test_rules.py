@@ -23,6 +23,8 @@ def kinds(steps, known=None) -> list[tuple[str, int]]:
 def test_truncation_is_of_the_first_step_or_of_five_together() -> None:
     assert kinds([{CUT: 0.51}]) == [("truncation", 1)]
     assert kinds([{CUT: 0.5}] * 9) == []
+    (alarm,), _ = watched([{CUT: 0.5}, {CUT: 0.75}])
+    assert alarm.what.startswith("62% of the completions in the last 2 steps were truncated")
     assert kinds([{CUT: cut} for cut in (0.0, 0.0, 0.0, 1.0, 1.0, 0.5)]) == []  # the last five: exactly a half
     (alarm,), _ = watched([{CUT: cut} for cut in (0.0, 0.0, 0.0, 1.0, 1.0, 0.75)])
     assert str(alarm).startswith(
@@ -74,7 +76,7 @@ def test_the_longest_wait_for_a_signal_fits_into_the_history() -> None:
 
 def test_where_rewards_differ_the_gradient_is_named() -> None:
     masked = terms(loss=LossConfig(mask_truncated_completions=True))
-    values = {"frac_reward_zero_std": 0.5, "reward": 0.5}
+    values = {"frac_reward_zero_std": 0.0, "reward": 0.5}
     steps = [StepMetrics(n, values | {"steps_without_signal": float(n)}) for n in range(1, 11)]
     for known, said in ((masked, "loss.mask_truncated_completions"), (terms(), "section loss")):
         (alarm,), _ = watched(steps, known)
@@ -122,6 +124,7 @@ def test_entropy_collapses_where_answers_are_equal_and_not_right() -> None:
 
 def test_kl_and_the_gradient_explode() -> None:
     assert kinds([{"kl": 2.0}, {"kl": 2.01}]) == [("kl", 2)]
+    assert kinds([{"kl": math.nan}]) == []  # that is not far, but not finite
     norms = [1.0, 3.0] * 4  # their median is 2
     assert kinds([{"grad_norm": norm} for norm in (*norms, 101.0, 0.1, 99.0)]) == []
     assert kinds([{"grad_norm": norm} for norm in (*norms, 101.0, 0.1, 102.0)]) == [("gradient", 11)]

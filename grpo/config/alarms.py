@@ -6,14 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from grpo.config.section import Above0, Fraction, Positive, Section
+from grpo.config.section import Above0, Fraction, Section
 
 
 class AlarmsConfig(Section):
     truncated: Fraction | None = 0.5
     """Report that completions are truncated: more than this fraction of them reach `rollout.max_completion_length`, in
     the first step or in the mean of the last 5 steps. null turns an alarm off, here and below."""
-    without_signal: Positive | None = 10
+    without_signal: Annotated[int, Field(ge=1, le=24)] | None = 10
     """Report this many steps in a row without a signal: no group has different rewards, so the weights do not change.
     A run that learned to solve its prompts reports nothing."""
     entropy: Fraction | None = 0.1

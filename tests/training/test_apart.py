@@ -306,8 +306,8 @@ def test_other_numbers_of_processes_are_refused_and_so_are_groups_that_cannot_be
     ("settings", "why"),
     [
         (("model.shard=tensor",), "with model.shard several processes hold one model"),
-        (("rollout.dynamic_sampling=1",), "dynamic_sampling takes prompts by the rewards"),
-        (("rollout.reuse=1",), "all of them are a step old"),
+        (("rollout.dynamic_sampling=1",), "dynamic_sampling chooses prompts by the rewards"),
+        (("rollout.reuse=1",), "completions are one step old"),
         (("teacher={adapter: saved}",), "on-policy distillation"),
         (("loss={beta: 0.1, kl_in: reward}",), "the KL of the policy that sampled"),
         (("loss.type=rloo",), "loss.type rloo has no ratio"),

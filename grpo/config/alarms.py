@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from grpo.config.section import Above0, Fraction, Positive, Section
+from grpo.config.section import Above0, Fraction, Section
 
 
 class AlarmsConfig(Section):
@@ -14,7 +14,7 @@ class AlarmsConfig(Section):
     """Report truncated completions: more than this fraction of the completions reach `rollout.max_completion_length`,
     in the first step or on average over the last 5 steps. null turns the alarm off, as for every alarm in this
     section."""
-    without_signal: Positive | None = 10
+    without_signal: Annotated[int, Field(ge=1, le=24)] | None = 10
     """Report this many steps in a row without a signal: no group has different rewards, so the weights do not change.
     The alarm stays silent if the run has learned to solve its prompts."""
     entropy: Fraction | None = 0.1

@@ -149,13 +149,14 @@ class Gathering:
         return part
 
     def _can_scatter(self) -> bool:
-        """Whether the backend sums and divides at once: MLX's ring sums alone."""
+        """Whether the backend sums and divides at once: of MLX's, ring, mpi and jaccl sum alone, and say so in words
+        of their own."""
         if self._scatters is None:
             try:
                 mx.eval(mx.distributed.sum_scatter(mx.zeros(self._parts.ranks.size), group=self._parts.ranks.group))
                 self._scatters = True
             except RuntimeError as error:
-                if "not supported" not in str(error):
+                if "sum_scatter not" not in str(error):
                     raise
                 self._scatters = False
         return self._scatters

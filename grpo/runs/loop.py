@@ -120,6 +120,7 @@ class Loop:
         state = self._whole_state()
         scorer = self.trainer.scorer
         untrained = trained_on_nothing(state, self.cfg.loss, scorer.weights, scorer.environments)
+        untrained = self.ranks.everyone.gather(untrained)[0]  # a process that only samples has no count of updates
         worse = made_worse(state, self.cfg)
         self._note_end(UNTRAINED if untrained else WORSE if worse else "finished")
         return Outcome(state, self._saved, None, untrained, worse, self._began)
@@ -131,9 +132,11 @@ class Loop:
         had = [metrics.values["reward"]] if "reward" in metrics.values else []
         rewarded, rewards = self.state.rewarded or bool(had), (*self.state.rewards, *had)
         start = self.state.start if step > 1 else lowest_mean(metrics.groups)
-        metrics, past = after_step(metrics, self.state.past, self._terms)
-        state = replace(self.state, step=metrics.step, rewarded=rewarded, rewards=rewards, start=start, past=past)
-        self._move(state)
+        self._move(replace(self.state, step=metrics.step, rewarded=rewarded, rewards=rewards, start=start))
+        metrics, past = after_step(
+            metrics, self.state.past, self._terms
+        )  # the weights are of this step, whatever fails
+        self.state = replace(self.state, past=past)
         self.tell(metrics)
         if self.ranks.first:
             self._store(metrics)

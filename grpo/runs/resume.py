@@ -274,6 +274,8 @@ def _written(value: Any) -> str:
 def _settings(written: Context) -> Iterator[tuple[str, Any]]:
     recipe = _with_defaults(read_written(written.recipe))
     yield from ((name, value) for name, value in _flat(recipe, "") if not _without_influence(name))
+    if recipe.get("ranks"):  # that there is the section, whatever its numbers
+        yield "ranks", "sample and train apart"
     for use, digest in written.sources.items():
         yield f"code of {use}", digest[:12]
     for setting, digest in written.inputs.items():

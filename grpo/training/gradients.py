@@ -78,12 +78,13 @@ class Gradients:
         self._tell(0, len(batches))  # the first one may take long: a GPU builds its kernels
         untouched = same_objects(self.policy.model) if self._traces else nullcontext()
         with untouched, closing(self._added(total, batches, dropout_key)) as added:
+            self._pass_idly(total, idle.get(0, ()))
             for batch, (value, metrics, logprobs) in zip(batches, added, strict=True):
                 loss += cast(float, value.item())
                 parts.append({name: cast(float, metric.item()) for name, metric in metrics.items()})
                 seen.append(batch if batch.anchor is not None else replace(batch, anchor=logprobs))
                 self._tell(len(seen), len(batches))
-            self._pass_idly(total, idle)
+                self._pass_idly(total, idle.get(len(seen), ()))
         everyone = self.ranks.gather((loss, parts))
         every_part = [part for _, theirs in everyone for part in theirs]
         arrays: dict[str, mx.array] = tree_flatten(total.pop(), destination={})
@@ -92,18 +93,27 @@ class Gradients:
                 arrays |= zip(paths, ranks.sum([arrays.pop(path) for path in paths]), strict=True)
         return Gradient(arrays, sum(one for one, _ in everyone), combine_metrics(every_part), seen)
 
-    def _idle(self, batches: Sequence[Batch]) -> list[Batch]:
-        """What is to go through the model besides, where weights are spread: all processes must gather it as often."""
+    def _idle(self, batches: Sequence[Batch]) -> dict[int, list[Batch]]:
+        """What is to go through the model besides, by after how many of the batches, where weights are spread: all
+        processes must gather it as often, in the same order.
+
+        Batches in lines, which come first (`pack`), go through it once, and those in rows behind their prompts twice.
+        """
         if not self.policy.is_spread or self.ranks.size == 1:
-            return []
-        numbers = self.ranks.gather(len(batches))
-        given = list(batches[-1:])
-        if not all(numbers) and any(numbers):
-            first = batches[0].arrays() if self.ranks.rank == 0 else {}  # which has as many as any
-            arrays = self.ranks.gather({name: np.array(array) for name, array in first.items()})[0]
-            given = given or [Batch.of({name: mx.array(array) for name, array in arrays.items()})]
-        missing: int = max(numbers) - len(batches)
-        return given * missing
+            return {}
+        kinds = [[batch for batch in batches if (batch.lines is not None) == lines] for lines in (True, False)]
+        numbers = self.ranks.gather([len(own) for own in kinds])
+        idle: dict[int, list[Batch]] = {}
+        done = 0
+        for own, theirs in zip(kinds, zip(*numbers, strict=True), strict=True):
+            done += len(own)
+            given = own[-1:]
+            if not all(theirs) and any(theirs):
+                first = {name: np.array(array) for name, array in own[0].arrays().items()} if own else None
+                arrays = next(found for found in self.ranks.gather(first) if found is not None)
+                given = given or [Batch.of({name: mx.array(array) for name, array in arrays.items()})]
+            idle.setdefault(done, []).extend(given * (max(theirs) - len(own)))
+        return idle
 
     def _pass_idly(self, total: list[Any], batches: Sequence[Batch]) -> None:
         """Let batches go through the model for nothing, but to take part in the sums of the others' gradients."""

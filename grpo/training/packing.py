@@ -192,7 +192,7 @@ def pack(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shap
 def _with_some_alone(
     rows: Sequence[Sample], places: Sequence[int], alone: Sequence[bool], packing: Packing
 ) -> list[tuple[list[int], Shape]]:
-    """Some rows in lines of their own, and the others in the cheapest way."""
+    """Some rows in lines of their own, and behind these the others in the cheapest way: in lines, or none in lines."""
     apart = sorted((n for n, single in enumerate(alone) if single), key=lambda n: -places[n])
     rest = [n for n, single in enumerate(alone) if not single]
     others = [([rest[n] for n in held], shape) for held, shape in _together([rows[n] for n in rest], packing)]

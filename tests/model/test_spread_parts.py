@@ -19,6 +19,7 @@ from grpo.generation.rows import Line, SharedPrompt
 from grpo.generation.slots import Size
 from grpo.model.adapters import Adapters
 from grpo.model.fsdp import Spread
+from grpo.model.gathering import Gathering
 from grpo.model.parts import ArrayPlace, FlatShards, Parts
 from grpo.model.policy import Policy
 
@@ -113,3 +114,26 @@ def test_what_is_small_and_what_nobody_knows_how_to_use_stays_whole() -> None:
     assert policy.shards.divides("precise.model.embed_tokens.weight")
     assert policy.shards.divides("model.layers.0.self_attn.q_proj.weight.v.codes")
     assert not policy.shards.divides("step")
+
+
+@pytest.mark.parametrize("said", ["[ring] sum_scatter not supported.", "[mpi] sum_scatter not yet implemented."])
+def test_where_a_backend_cannot_scatter_a_sum_parts_are_taken_of_the_whole(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(said)
+
+    gathering = Gathering(Parts(OneOf(1, 2), Ranks()), {})
+    monkeypatch.setattr(mx.distributed, "sum_scatter", refuse)
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda array, group=None: 2 * array)
+    part = gathering._summed_part(mx.arange(512.0))
+    assert part.tolist() == [2.0 * n for n in range(256, 512)]
+
+
+def test_a_lost_process_does_not_count_as_a_backend_that_cannot_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[nccl] a peer is gone")
+
+    monkeypatch.setattr(mx.distributed, "sum_scatter", fail)
+    with pytest.raises(RuntimeError, match="is gone"):
+        Gathering(Parts(OneOf(1, 2), Ranks()), {})._summed_part(mx.arange(512.0))

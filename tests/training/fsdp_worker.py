@@ -7,6 +7,7 @@ import grpo  # noqa: F401  before mlx, so that the BLAS is in place
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from grpo.model.adapters import Adapters
 from grpo.model.fsdp import Spread
 from grpo.model.parts import LEAST
 from grpo.model.policy import Policy
+from grpo.training import batches as batches_room
+from grpo.training.packing import Packing, Sample, Shape, pack
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "lora": ("tied", {}, {}, {}),
@@ -40,6 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "odd": ("tied", {"intermediate_size": 101, "vocab_size": 197}, {"type": "full"}, {}),
     "no head": ("gemma2", {}, {"type": "full"}, {}),
     "few": ("tied", {}, {"type": "full"}, {"micro_batch_tokens": 10_000}),
+    "mixed": ("tied", {}, {"type": "full"}, {}),
 }
 """A model of the zoo, what differs in it, in the adapter, and in the optimizer's section."""
 
@@ -59,6 +63,12 @@ def make_policy(case: str, ranks: Ranks, spreads: str) -> Policy:
     return policy
 
 
+def one_alone(rows: Sequence[Sample], packing: Packing) -> list[tuple[list[int], Shape]]:
+    """Micro-batches as a GPU has them beside a long completion: that in a line of its own, and others in rows."""
+    others = [([1 + row for row in held], shape) for held, shape in pack(rows[1:], packing)]
+    return [([0], packing.shape_of_rows(1, 32)), *others]
+
+
 def made(case: str, ranks: Ranks, out: Path, spreads: str = "plain") -> None:
     """Write all of one case: a gradient, and two updates, whole."""
     policy, rank = make_policy(case, ranks, spreads), ranks.rank
@@ -69,6 +79,7 @@ def made(case: str, ranks: Ranks, out: Path, spreads: str = "plain") -> None:
         mx.save_safetensors(str(out / f"{case}-{name}-{rank}.safetensors"), arrays)
 
     loss, dropout = {"type": "grpo", "beta": 0.1}, {"dropout": 0.3} if case == "dropout" else {}
+    batches_room.pack = one_alone if case == "mixed" else pack
     cfg = recipe(loss=loss, optim=CASES[case][3], adapter=dropout)
     batches = with_reference(make_batches(with_advantages(groups(policy), cfg), cfg), policy, cfg)
     if case == "dropout":

@@ -90,7 +90,9 @@ def score(
     reward: Annotated[str, typer.Option("--reward", help="A name, file.py, file.py:function, pkg.mod:fn, model:NAME.")],
     kwarg: Kwargs = None,
     env: Env = None,
-    against: Annotated[str | None, typer.Option(help="The stored reward to compare with. Default: see above.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The stored reward to compare with. Default: the same name, else all rewards.")
+    ] = None,
     timeout: Timeout = 30.0,
     examples: Annotated[int, typer.Option(min=0, help="Number of completions to show: the largest changes.")] = 3,
 ) -> None:

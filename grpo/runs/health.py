@@ -42,6 +42,11 @@ def trained_on_nothing(
         return f"{what}every update was skipped as not finite, or had no signal; not_finite/ holds what led to it"
     if not state.rewarded:
         return f"{what}no completion got a reward: {why_none(weights, environments, _has_failed(state))}"
+    if "truncation" in state.past.told and not loss.mask_truncated_completions:
+        return (
+            f"{what}in no group of completions did the rewards differ, and most completions were truncated at "
+            "rollout.max_completion_length. Raise it, or ask for shorter answers in the prompt"
+        )
     cut = ", or loss.mask_truncated_completions left them out" if loss.mask_truncated_completions else ""
     return (
         f"{what}in no group of completions did the rewards differ{cut}. "

@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 
 TOGETHER = (
-    ". These completions were in one call: if one of them raised this, all lost their scores. With `calls: completion`, "
-    "or an exception in place of a score, only this one would"
+    ". These completions were in one call: if one of them raised this, all lost their scores. With `calls: "
+    "completion`, or an exception in place of a score, only that one would"
 )
 """What is said of a call that failed on all of its completions."""
 

@@ -73,7 +73,7 @@ def test_limits_on_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "override", "said"),
     [
-        ("rewards: [{use: exact}]\n", "environment.max_turns=5", "environment.use: name a class, or give tools"),
+        ("rewards: [{use: exact}]\n", "environment.max_turns=5", "environment.use: name a class, or add tools"),
         (
             "environment: game.py:Game\n",
             "seed=1",
@@ -81,7 +81,7 @@ def test_limits_on_the_command_line(tmp_path: Path) -> None:
         ),
         ("tools: calculator\n", "seed=1", 'tools: expected a list, got "calculator". Write tools: ["calculator"]'),
         ("rewards: [{use: exact}]\ntools: [3]\n", "seed=1", "tools.0: expected keys and values, got 3."),
-        (ALL, "environment={use: a.py:A}", "environment does nothing beside environments"),
+        (ALL, "environment={use: a.py:A}", "environment does nothing with environments"),
         (ALL, "environments.chess.use=null", "environments.chess: name its class by `use`"),
         (ALL, "environments.chess.max_turns=0", "environments.chess.max_turns: expected greater than 0, got 0"),
         (ALL, "environments.chess.turns=3", "unknown key environments.chess.turns. Did you mean"),
@@ -162,16 +162,16 @@ def test_agents_have_an_hour(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("environment.use=a.py:A", "use and agent each say whom the model talks to"),
-        ("environment.command=[a]", "agent and command each say whom the model talks to"),
+        ("environment.use=a.py:A", "use and agent each name what the model talks to"),
+        ("environment.command=[a]", "agent and command each name what the model talks to"),
         ("environment={command: []}", "command: name a program"),
         ("environment={command: ['']}", "command: name a program"),
         ("environment={command: [a], kwargs: {b: 1}}", "kwargs does nothing with command"),
         ("environment.max_tool_calls=1", "max_tool_calls does nothing with agent: an agent runs its tools itself"),
         ("environment.timeout=1", "timeout does nothing with agent: an agent is called once"),
         ("environment.reset_timeout=1", "reset_timeout does nothing with agent: an agent has no reset"),
-        ("environment.sandbox=true", "sandbox does nothing with agent: there is no network in the sandbox"),
-        ("tools=[calculator]", "tools do nothing beside environment: an agent has its own"),
+        ("environment.sandbox=true", "sandbox does nothing with agent: the sandbox has no network"),
+        ("tools=[calculator]", "tools do nothing with environment: an agent has its own tools"),
         ("advantage.turns=turn", "advantage.turns: turn does nothing with an agent"),
         ("environment.weight=0", "environment.weight: every reward has weight 0"),
         ("environment.agent=3", "environment.agent: expected a valid string, got 3"),

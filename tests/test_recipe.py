@@ -96,7 +96,7 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
         ("optim:", "optim: [", 6, "not YAML"),
         ("gsm8k_answer", "gsm8k_answer\n    weight: 0", 4, "every reward has weight 0"),
         ("steps: 10", "steps: 10, num_minibatches: 3", 1, "rollout.prompts_per_step is not divisible"),
-        ("optim:", "loss:\n  type: dapo\n  delta: 1.1\noptim:", 8, "loss.delta is not above 1 + epsilon_high"),
+        ("optim:", "loss:\n  type: dapo\n  delta: 1.1\noptim:", 8, "loss.delta must be above 1 + epsilon_high"),
     ],
 )
 def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, line: int, said: str) -> None:
@@ -118,7 +118,7 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, li
         ("loss.bata=1", "command line: loss.bata=1: unknown key loss.bata. Did you mean loss.beta?"),
         ("loss.beta", "command line: loss.beta: an override is key.sub=value"),
         ("rewards.3.weight=1", "there is no rewards.3.weight"),
-        ("rewards=[]", "rewards: a run needs at least one, as rewards: [{use: math_answer}], or an environment that"),
+        ("rewards=[]", "rewards: a run needs at least one reward, such as rewards: [{use: math_answer}], or an"),
         ("rewards.0=x", 'rewards.0: expected keys and values, got "x". Write {use: math_answer}'),
         ("model=some/model", 'model: expected keys and values, got "some/model". Write {name: Qwen/Qwen3-0.6B}'),
         ("log.wandb=true", "log.wandb: expected keys and values, got true. Write {project: grpo}"),
@@ -147,7 +147,7 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, li
             "optim.gradient_checkpointing='4'",
             "expected true, false, a valid integer or 'auto', got \"4\". Write it without quotes.\n",
         ),
-        ("rollout.kv_bits=8", "rollout.kv_bits makes completions that are not quite the policy's own. Set also"),
+        ("rollout.kv_bits=8", "rollout.kv_bits makes completions differ slightly from the policy's own. Set also"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(tmp_path: Path, override: str, said: str) -> None:

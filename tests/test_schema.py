@@ -61,7 +61,7 @@ def test_an_editor_finds_no_fault_with_a_shipped_recipe(path: Path) -> None:
 
 def test_the_command_prints_a_section_or_all_of_it(run_cli) -> None:
     section = run_cli("recipes", "schema", "log.completions").out
-    assert "log.completions.groups  = null  (integer above 0 or null)\n    Of a stored step, keep so many" in section
+    assert "log.completions.groups  = null  (integer above 0 or null)\n    Number of prompts to keep" in section
     assert "loss." not in section
     assert json.loads(run_cli("recipes", "schema", "--json").out) == json_schema()
     wrong = run_cli("recipes", "schema", "rewards.use")

@@ -18,7 +18,7 @@ MOSTLY = 0.5
 def kl(_: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign | None:
     """The policy is far from the reference."""
     most, value = terms.alarms.kl, metrics.values.get("kl")
-    if most is None or value is None or value <= most:
+    if most is None or value is None or not value > most:
         return None
     return Sign(
         f"the KL from the reference is {value:.3g} nats per token: the policy is far from the model it started from",

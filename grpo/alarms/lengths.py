@@ -18,7 +18,8 @@ def truncation(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign
         return None
     added = any(not all(one.trajectory.trained) for group in metrics.groups for one in group.rollouts)
     room = " (which includes tokens that the environment adds)" if added else ""
-    over = f" in the last {FEW} steps" if len(past.recent) >= FEW else ""
+    steps = min(FEW, len(past.recent))
+    over = f" in the last {steps} steps" if steps > 1 else ""
     return Sign(
         f"{cut:.0%} of the completions{over} were truncated at rollout.max_completion_length "
         f"({terms.rollout.max_completion_length:,} tokens){room}, most of them before their answer",

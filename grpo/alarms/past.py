@@ -12,7 +12,7 @@ from grpo.objective.metrics import SAMPLE_SIZE
 from grpo.types import FAILURES, Group, StepMetrics
 
 FIRST, RECENT = 5, 25
-"""Steps that are kept of a run's beginning, and of its end."""
+"""Steps that are kept of a run's beginning, and of its end: more than `alarms.without_signal` can be."""
 LENGTH_SUMS = ("length/products", "length/squared_rewards", "length/squared_lengths")
 KEPT = (
     *("reward", "frac_reward_zero_std", "solved_all", "steps_without_signal", "entropy", "kl", "grad_norm"),
@@ -102,13 +102,14 @@ def length_sums(groups: Sequence[Group]) -> dict[str, float]:
         reward, length = (fmean(values) for values in zip(*pairs, strict=True))
         seen |= {tokens for _, tokens in pairs}
         products += sum((one - reward) * (tokens - length) for one, tokens in pairs)
-        rewards += sum((one - reward) ** 2 for one, _ in pairs)
+        rewards += sum((one - reward) * (one - reward) for one, _ in pairs)  # too large for a float: inf, and no error
         lengths += sum((tokens - length) ** 2 for _, tokens in pairs)
     return dict(zip(LENGTH_SUMS, (products, rewards, lengths), strict=True)) if len(seen) >= 3 else {}
 
 
 def length_correlation(steps: Sequence[Numbers]) -> float | None:
     """Pearson's correlation of reward and length within prompts, over all steps together; None where either does not
-    differ."""
+    differ, or where a sum is too large for a float."""
     products, rewards, lengths = (sum(known(steps, name)) for name in LENGTH_SUMS)
-    return products / math.sqrt(rewards * lengths) if rewards * lengths > 0 else None
+    squared = rewards * lengths
+    return products / math.sqrt(squared) if squared > 0 and math.isfinite(squared) else None

@@ -46,19 +46,38 @@ def no_signal(past: PastSteps, metrics: StepMetrics, terms: AlarmTerms) -> Sign 
     """N steps in a row had no signal, and not because the prompts are solved."""
     steps = terms.alarms.without_signal
     counts = past.last("steps_without_signal", len(past.recent))
-    if steps is None or len(counts) < steps or metrics.values["steps_without_signal"] < steps:
-        return None
-    if len(counts) > steps and counts[-1] - counts[-1 - steps] < steps:
+    if len(past.recent) == metrics.step:  # all steps of the run: there was none before them
+        counts = [0.0, *counts]
+    if steps is None or len(counts) <= steps or counts[-1] - counts[-1 - steps] < steps:
         return None
     learned = metrics.values["steps_without_signal"] < metrics.step
     if learned and (past.mean("solved_all", steps) or 0.0) >= SOLVED:
         return None
+    equal = past.mean("frac_reward_zero_std", steps)
+    if equal is not None and equal < 1:
+        return _nothing_counts(steps, terms)
     reward = past.mean("reward", steps)
     mean = "" if reward is None else f" (the mean reward is {reward:.3g})"
     return Sign(
         f"{steps} steps in a row had no signal: no group has different rewards{mean}, so the weights do not change",
         "Read the completions, and try the reward on them (grpo rewards test, grpo rewards score). Use prompts that "
         f"are neither too hard nor too easy (data.curriculum, rollout.dynamic_sampling); {SAMPLE_MORE}.",
+    )
+
+
+def _nothing_counts(steps: int, terms: AlarmTerms) -> Sign:
+    """Rewards differ, and yet all gradients were 0."""
+    masked = terms.loss.mask_truncated_completions
+    advice = (
+        "loss.mask_truncated_completions leaves out the truncated ones: raise rollout.max_completion_length, or set it "
+        "to false."
+        if masked
+        else "Look at the advantages in the completions, and at what weighs them in the section loss."
+    )
+    return Sign(
+        f"{steps} steps in a row had no signal: rewards differ, but the gradient was exactly 0, so the weights do not "
+        "change",
+        f"No completion that is learned from has an advantage. {advice}",
     )
 
 

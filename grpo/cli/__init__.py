@@ -90,10 +90,10 @@ def _run() -> None:
         if not out_of_memory(error):
             raise
         print(
-            f"grpo: out of memory ({one_line(error)}). Whatever else is on the device takes its share; to need less, "
+            f"grpo: out of memory ({one_line(error)}). Other programs on the device also use its memory. To need less, "
             "lower optim.micro_batch_tokens (the update) or rollout.max_concurrency (the rollout), or set "
-            "optim.gradient_checkpointing=true or model.quantize=4. A run's last checkpoint is intact: "
-            "`grpo train` goes on from it with --resume",
+            "optim.gradient_checkpointing=true or model.quantize=4. The last checkpoint of a run is intact: "
+            "resume from it with `grpo train --resume`",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -14,34 +14,37 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="KEY.SUB=VALUE", help="Settings that replace the recipe's: rollout.temperature=0.6"),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Prompts to evaluate on. Default: the recipe's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Prompts to evaluate on. Default: the recipe's prompts.")] = None,
     split: Annotated[
-        str | None, typer.Option(help="The split of these prompts. Default: test; a file is one split.")
+        str | None, typer.Option(help="Split of these prompts. Default: test. A file has a single split.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="As data.prompt: a column, or a template.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="A column or a template, like data.prompt.")] = None,
     reward: Annotated[
-        str | None, typer.Option(help="The reward that grades. Default: the recipe's first; math_answer for a model.")
+        str | None,
+        typer.Option(help="The reward that grades. Default: the recipe's first reward; for a model, math_answer."),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Completions of each prompt, besides a greedy one.")
+        int | None, typer.Option(min=1, help="Completions sampled for each prompt, in addition to a greedy completion.")
     ] = None,
-    prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts, from the start.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter's folder, to be compared with its base.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Number of prompts, from the start.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter, to compare with its base model.")] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="A run's checkpoint: newest (the default), best, or a step.")
+        str | None, typer.Option(help="Checkpoint of a run: newest (the default), best, or a step.")
     ] = None,
     solve_rates: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write how often each prompt was solved: for data.solve_rates of a recipe."),
+        typer.Option(
+            metavar="FILE", help="Write how often each prompt was solved to FILE, for data.solve_rates in a recipe."
+        ),
     ] = None,
 ) -> None:
     """Measure greedy, avg@k, pass@k and maj@k on held-out prompts, with 95 % intervals.
 
-    Of a run: its newest checkpoint beside what it started from (its base model, or the adapter of adapter.path), on the
-    same prompts. Of a recipe or a model: the model, and beside it an adapter if one is named.
+    For a run, compares its newest checkpoint with its start (the base model, or the adapter in adapter.path) on the
+    same prompts. For a recipe or a model, measures the model, and compares it with --adapter if you give an adapter.
 
-    With --solve-rates, the rates are of the samples of the adapter, or of the model where there is no adapter. To
-    choose training prompts by them, measure the training split: --split train --prompts 10000.
+    --solve-rates writes rates from the samples of the adapter, or of the model if there is no adapter. To choose
+    training prompts by these rates, measure the training split: --split train --prompts 10000.
     """
     from rich.console import Console
 

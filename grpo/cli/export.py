@@ -29,15 +29,22 @@ class Quantized(StrEnum):
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    format: Annotated[ExportFormat, typer.Option(help="An adapter for mlx-lm or PEFT, or the model with it fused in.")],
+    format: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="An adapter for mlx-lm (mlx) or PEFT (peft), or the model with the adapter fused in (fused)."
+        ),
+    ],
     to: Annotated[Path | None, typer.Option(help="Folder to write. Default: RUN/export-FORMAT.")] = None,
-    checkpoint: Annotated[str, typer.Option(help="newest, best, or a step.")] = "newest",
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint to export: newest, best, or a step.")] = "newest",
     quantize: Annotated[
-        Quantized | None, typer.Option(help="Bits of the fused model's weights, or the name of their format.")
+        Quantized | None, typer.Option(help="With fused: bits of the quantized weights, or their format.")
     ] = None,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload it to the Hub as well.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Also upload the folder to this Hub repository.")
+    ] = None,
 ) -> None:
-    """Write a run's adapter for others to use, with a model card."""
+    """Export a run's adapter for use in other programs, with a model card."""
     from grpo.tools.export import export as write
     from grpo.tools.export import push
 

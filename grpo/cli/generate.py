@@ -14,49 +14,57 @@ if TYPE_CHECKING:
 def generate(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, or a model as in recipes.")],
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt's text; of a run, what its template is filled with.")
+        str | None, typer.Argument(help="Text of the prompt. For a run, the text that fills its template.")
     ] = None,
     row: Annotated[
         int | None,
-        typer.Option(min=0, help="A row of the run's data in the place of a prompt, for runs with an environment."),
+        typer.Option(min=0, help="Row of the run's data to use instead of a prompt, for runs with an environment."),
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="An adapter's folder. Default: the newest checkpoint of the run.")
+        Path | None, typer.Option(help="Folder of an adapter. Default: the newest checkpoint of the run.")
     ] = None,
-    base: Annotated[bool, typer.Option("--base", help="The base model, without any adapter.")] = False,
-    no_template: Annotated[bool, typer.Option("--no-template", help="Leave the run's template out.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Use the base model without an adapter.")] = False,
+    no_template: Annotated[bool, typer.Option("--no-template", help="Do not use the run's template.")] = False,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many tokens. Default: the run's limit, or 512.")
+        int | None, typer.Option(min=1, help="Maximum number of tokens. Default: the run's limit; for a model, 512.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from the K most likely tokens. 0: from all.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature. 0: greedy.")] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Sample only from the K most likely tokens. 0: from all.")
+    ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that make up this probability."),
+        typer.Option(
+            min=0.0, max=1.0, help="Sample only from the most likely tokens that together reach this probability."
+        ),
     ] = None,
     min_p: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, help="Sample from tokens that have this share of the likeliest token's probability."
+            min=0.0, max=1.0, help="Sample only from tokens at least this fraction as likely as the most likely token."
         ),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(min=0.01, help="Make tokens that came before less likely. 1: off.")
+        float | None, typer.Option(min=0.01, help="Make tokens that already occurred less likely. 1: off.")
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text and not at the run's. Repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws, above temperature 0.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop at this text, instead of the run's stop texts. May be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, for temperatures above 0.")] = 0,
 ) -> None:
-    """Answer a prompt, and show the text as it comes.
+    """Answer a prompt, and show the text while it is sampled.
 
-    A run answers as it did in training: with its template, its system message, its stops and its longest length, and
-    above temperature 0 with its way of sampling. A run with tools or an environment has a conversation with them: what
-    is said, called and answered is shown turn by turn.
+    A run answers as in training: with its template, system message, stop texts and maximum length, and above
+    temperature 0 with its sampling settings. A run with tools or an environment holds a conversation with them, and
+    grpo shows it turn by turn, tool calls included.
     """
     from grpo.errors import UserError
     from grpo.tools.generate import find_answering
 
     if temperature == 0 and (top_k or (top_p is not None and top_p < 1) or min_p):
-        raise UserError("--top-k, --top-p and --min-p do nothing at temperature 0, which is greedy: --temperature 1")
+        raise UserError(
+            "--top-k, --top-p and --min-p do nothing at temperature 0, which is greedy: add --temperature 1"
+        )
     if "" in (stop or ()):
         raise UserError("--stop: an empty text would end the answer at its first token")
     given = {
@@ -82,7 +90,7 @@ def _print_answer(found: Answering, prompt: str | None, row: int | None, asked: 
         converse(found, prompt, row, asked, seed, lambda line: print(line, flush=True))
         return
     if row is not None:
-        raise UserError("--row is for runs with an environment or tools; give a prompt")
+        raise UserError("--row is for runs with an environment or tools: give a prompt instead")
     if prompt is None:
         raise UserError("give a prompt: grpo generate TARGET PROMPT")
     for text in answer(found, prompt, asked, seed):

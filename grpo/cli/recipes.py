@@ -20,7 +20,9 @@ from grpo.recipes import load_recipe
 MOST = 1e6
 """Gigabytes, gigabytes a second or Tflop/s: more than any machine has."""
 
-app = typer.Typer(cls=CommandGroup, help="Recipes that come with the package.", no_args_is_help=True)
+app = typer.Typer(
+    cls=CommandGroup, help="Recipes that come with grpo, and the settings of a recipe.", no_args_is_help=True
+)
 
 
 class ChipBackend(Enum):
@@ -32,7 +34,7 @@ class ChipBackend(Enum):
 
 @app.command("list")
 def list_() -> None:
-    """Name each bundled recipe and say what it does."""
+    """List the bundled recipes, with what each does."""
     for name in bundled_names("recipes", ".yaml"):
         first_line = (bundled("recipes") / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
         print(f"{name:<20} {first_line.lstrip('# ')}")
@@ -40,17 +42,19 @@ def list_() -> None:
 
 @app.command("copy")
 def copy(
-    name: Annotated[str, typer.Argument(help="A bundled recipe's name.")],
-    to: Annotated[Path | None, typer.Argument(help="Where to put it. Default: here, under its own name.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of a bundled recipe.")],
+    to: Annotated[
+        Path | None, typer.Argument(help="File or folder to write. Default: this folder, under the recipe's name.")
+    ] = None,
 ) -> None:
-    """Copy a bundled recipe and the Python files beside it that it names, to make them your own."""
+    """Copy a bundled recipe, and the Python files that it names, for you to change."""
     source = find_recipe(name)
     target = to or Path(source.name)
     target = target / source.name if target.is_dir() else target
     copies = {source: target, **{file: target.parent / file.name for file in _files_of(source)}}
     for copied in copies.values():
         if copied.exists():
-            raise UserError(f"{copied} exists already")
+            raise UserError(f"{copied} exists already: choose another place")
     for original, copied in copies.items():
         try:
             shutil.copyfile(original, copied)
@@ -68,9 +72,11 @@ def _files_of(recipe: Path) -> list[Path]:
 @app.command("schema")
 def schema(
     key: Annotated[str, typer.Argument(help="Only this section or key, such as rollout or loss.beta.")] = "",
-    json_: Annotated[bool, typer.Option("--json", help="The whole as JSON Schema, for an editor.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print the whole schema as JSON Schema, for an editor.")
+    ] = False,
 ) -> None:
-    """Print every key that a recipe may have, with its type, its default and what it means."""
+    """Print every key that a recipe may have, with its type, default and meaning."""
     if json_:
         print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
         return
@@ -80,13 +86,17 @@ def schema(
 
 @app.command("costs", cls=TakesSettings)
 def costs(
-    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a bundled one.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a bundled recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="As for `grpo train`.")] = None,
     memory: Annotated[
-        float | None, typer.Option(min=1, max=MOST, help="Of another machine: gigabytes, as it is sold.")
+        float | None,
+        typer.Option(min=1, max=MOST, help="Estimate for a machine with this memory: gigabytes, as advertised."),
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(min=1, max=MOST, help="With --memory: gigabytes a second from it, for the times.")
+        float | None,
+        typer.Option(
+            min=1, max=MOST, help="With --memory: memory bandwidth in gigabytes per second, to estimate times."
+        ),
     ] = None,
     tflops: Annotated[
         float | None,
@@ -96,17 +106,19 @@ def costs(
             help="With --bandwidth: dense bfloat16 Tflop/s. Default: 75 per TB/s on CUDA, 30 on Metal.",
         ),
     ] = None,
-    backend: Annotated[ChipBackend, typer.Option(help="With --memory: an NVIDIA card, or a Mac.")] = ChipBackend.cuda,
+    backend: Annotated[
+        ChipBackend, typer.Option(help="With --memory: an NVIDIA card (cuda) or a Mac (metal).")
+    ] = ChipBackend.cuda,
 ) -> None:
-    """Estimate a recipe's memory and time on common machines, or on one that you describe, with the longest completion
-    that would fit there. No weights are fetched."""
+    """Estimate a recipe's memory and time on common machines, or on a machine that you describe, with the longest
+    completion that would fit there. Downloads no weights."""
     from grpo.planning.estimate import estimates, legend, report
     from grpo.planning.machines import CHIPS, described, memory_of
 
     if memory is None and (bandwidth is not None or backend is not ChipBackend.cuda):
-        raise UserError("costs: --bandwidth and --backend describe a machine together with --memory: give that, too")
+        raise UserError("costs: --bandwidth and --backend do nothing without --memory: give --memory, too")
     if bandwidth is None and tflops is not None:
-        raise UserError("costs: --tflops does nothing without --bandwidth: give that, too")
+        raise UserError("costs: --tflops does nothing without --bandwidth: give --bandwidth, too")
     cfg = load_recipe(find_recipe(recipe), overrides or [])
     chips = list(CHIPS) if memory is None else []
     if memory is not None and bandwidth is not None:

@@ -10,14 +10,14 @@ import typer
 
 def replay(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    step: Annotated[int, typer.Option(min=1, help="The step to make again.")],
-    groups: Annotated[int, typer.Option(min=1, help="How many of its prompts to show.")] = 4,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of each completion to show with ratios.")] = 12,
+    step: Annotated[int, typer.Option(min=1, help="The step to repeat.")],
+    groups: Annotated[int, typer.Option(min=1, help="Number of the step's prompts to show.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to show with ratios, for each completion.")] = 12,
 ) -> None:
-    """Make a step again from the nearest checkpoint, and show what happened in it.
+    """Repeat a step from the nearest checkpoint, and show what happened in it.
 
-    Its prompts, completions, rewards and advantages, and for each token the ratio of its probability after the step's
-    update to that before.
+    Shows prompts, completions, rewards and advantages, and for each token the ratio of its probability after the
+    step's update to its probability before the update.
     """
     from rich.console import Console
 

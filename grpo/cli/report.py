@@ -11,12 +11,12 @@ from grpo.errors import UserError
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Runs' folders; several are laid over each other.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs. The plots of several runs are overlaid.")],
     to: Annotated[Path | None, typer.Option(help="File to write. Default: report.html in the first run.")] = None,
 ) -> None:
-    """Write one HTML file about runs: summary, linked plots, tables, and completions to search and compare.
+    """Write an HTML report of runs: summary, linked plots, tables, and completions to search and compare.
 
-    The file needs nothing beside it and no network."""
+    The report is a single file, and needs no network."""
     from grpo.telemetry.recorded import read_run
     from grpo.telemetry.report import report as page
 

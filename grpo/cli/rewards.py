@@ -11,21 +11,23 @@ from grpo.cli.commands import CommandGroup
 from grpo.errors import RunError, UserError
 from grpo.plugins import locate_reward, named_rewards
 
-app = typer.Typer(cls=CommandGroup, help="Reward functions: those at hand, and your own.", no_args_is_help=True)
+app = typer.Typer(cls=CommandGroup, help="Reward functions: the bundled functions and your own.", no_args_is_help=True)
 
 Kwargs = Annotated[
-    list[str] | None, typer.Option("--kwarg", metavar="NAME=VALUE", help="An argument; may be repeated.")
+    list[str] | None, typer.Option("--kwarg", metavar="NAME=VALUE", help="An argument for the reward. May be repeated.")
 ]
 Env = Annotated[
     list[str] | None,
-    typer.Option("--env", metavar="NAME", help="A variable with a secret that the reward may see; may be repeated."),
+    typer.Option(
+        "--env", metavar="NAME", help="An environment variable with a secret that the reward may see. May be repeated."
+    ),
 ]
-Timeout = Annotated[float, typer.Option(min=0.01, help="Seconds that one call may take.")]
+Timeout = Annotated[float, typer.Option(min=0.01, help="Maximum number of seconds for one call.")]
 
 
 @app.command("list")
 def list_() -> None:
-    """Name each reward, what it grades, the columns it reads and its arguments."""
+    """List the rewards, with what each grades, the columns that it reads and its arguments."""
     from grpo.scoring.describe import describe, describe_models
 
     for located in named_rewards():
@@ -41,23 +43,31 @@ def try_(
     kwarg: Kwargs = None,
     column: Annotated[
         list[str] | None,
-        typer.Option("--column", metavar="NAME=VALUE", help="A column of the dataset, for cases that have none."),
+        typer.Option(
+            "--column",
+            metavar="NAME=VALUE",
+            help="A value for a dataset column, for cases that do not have the column.",
+        ),
     ] = None,
     cases: Annotated[
         str | None,
-        typer.Option("--cases", metavar="FILE", help="Cases: a .json, .jsonl or .py file. Default: the reward's own."),
+        typer.Option(
+            "--cases", metavar="FILE", help="Cases: a .json, .jsonl or .py file. Default: the reward's own cases."
+        ),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Give completions and prompts as chat messages, as TRL does for chats.")
+        bool, typer.Option("--chat", help="Pass completions and prompts as chat messages, as TRL does for chats.")
     ] = False,
-    no_fuzz: Annotated[bool, typer.Option("--no-fuzz", help="Run the cases alone: a judge costs money.")] = False,
+    no_fuzz: Annotated[
+        bool, typer.Option("--no-fuzz", help="Run only the cases, for example because calls of a judge cost money.")
+    ] = False,
     env: Env = None,
     timeout: Timeout = 10.0,
 ) -> None:
-    """Grade its CASES, then completions that are empty, huge, foreign or hostile, and say how long it takes.
+    """Test a reward on its CASES, then on empty, huge, foreign and hostile completions, and print how long it takes.
 
-    Cases keep the arguments that they were written for; --kwarg is what the rest is graded with. Where a file has
-    several rewards, CASES = {"function": [...]} says which cases are whose.
+    Each case keeps its own arguments; all other completions are graded with --kwarg. If a file has several rewards,
+    CASES = {"function": [...]} assigns cases to each function.
     """
     from grpo.scoring.cases import Trial, try_out
     from grpo.scoring.describe import report_lines
@@ -82,11 +92,11 @@ def score(
     env: Env = None,
     against: Annotated[str | None, typer.Option(help="The stored reward to compare with. Default: see above.")] = None,
     timeout: Timeout = 30.0,
-    examples: Annotated[int, typer.Option(min=0, help="Completions to show, those that change most.")] = 3,
+    examples: Annotated[int, typer.Option(min=0, help="Number of completions to show: the largest changes.")] = 3,
 ) -> None:
     """Apply a new or changed reward to a run's stored completions, and show what would have changed.
 
-    It is compared with the run's reward of the same name, or else with the sum of all its rewards.
+    grpo compares it with the run's reward of the same name, or else with the sum of all rewards of the run.
     """
     from rich.console import Console
 
@@ -107,18 +117,18 @@ def score(
 
 
 @app.command("new")
-def new(name: Annotated[str, typer.Argument(help="Its name; it is written to NAME.py here.")]) -> None:
+def new(name: Annotated[str, typer.Argument(help="Name of the reward. The file is NAME.py in this folder.")]) -> None:
     """Write a reward function to start from, with cases that it passes."""
     from grpo.scoring.template import TEMPLATE
 
     path = Path(name if name.endswith(".py") else f"{name}.py")
     if not path.stem.isidentifier():
-        raise UserError(f"{path.stem!r} is no name for a Python file: letters, digits and _")
+        raise UserError(f"{path.stem!r} is not a valid name for a Python file: use letters, digits and _")
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(TEMPLATE)
     except FileExistsError:
-        raise UserError(f"{path} exists already") from None
+        raise UserError(f"{path} exists already: choose another name") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     print(

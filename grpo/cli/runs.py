@@ -9,10 +9,12 @@ import typer
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Where to look for runs.")] = Path("runs"),
-    follow: Annotated[Path | None, typer.Option(metavar="RUN", help="Show this run live, from its records.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder to search for runs.")] = Path("runs"),
+    follow: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Show this run live, from the files in its folder.")
+    ] = None,
 ) -> None:
-    """List the runs of a folder: state, step, reward, best evaluation."""
+    """List the runs in a folder, with state, step, reward and best evaluation."""
     from rich.console import Console
 
     from grpo.telemetry.recorded import find_runs, runs_table

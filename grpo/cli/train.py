@@ -15,7 +15,7 @@ from grpo.recipes import load_recipe
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a bundled one.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a bundled recipe.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -26,20 +26,22 @@ def train(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check all that a run would, print the plan, train nothing and write nothing."),
+        typer.Option(
+            "--dry-run", help="Do all checks of a run and print the plan, but train nothing and write nothing."
+        ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after the newest whole checkpoint of the run in output_dir.")
+        bool, typer.Option("--resume", help="Resume the run in output_dir from its newest complete checkpoint.")
     ] = False,
     resume_from: Annotated[
-        Path | None, typer.Option(help="Go on after this checkpoint: of the run in output_dir, or into a new folder.")
+        Path | None, typer.Option(help="Resume from this checkpoint, in its run's output_dir or in a new folder.")
     ] = None,
     resume_changed: Annotated[
-        bool, typer.Option("--resume-changed", help="Go on though the recipe or its code has changed.")
+        bool, typer.Option("--resume-changed", help="Resume even if the recipe or its code has changed.")
     ] = False,
 ) -> None:
-    """Train an adapter, or the weights themselves, with GRPO, as a recipe says."""
+    """Train an adapter, or the weights themselves, with GRPO, from a recipe."""
     cfg = load_recipe(find_recipe(recipe), overrides or [])
 
     from rich.console import Console
@@ -59,7 +61,7 @@ def train(
             opening.rehearse()
             console.print("all checks passed; nothing was trained and nothing was written")
             return
-        stop = StopRequest(lambda: console.print("stopping; once more ends it at once"))
+        stop = StopRequest(lambda: console.print("stopping; a second signal stops the run at once"))
         with opening.loop(stop) as loop:
             outcome = loop.run()
     go_on = f"grpo train {shlex.quote(str(opening.folder / RECIPE))} --resume"  # repeats what the command line said

@@ -6,39 +6,41 @@ from typing import Annotated
 
 from pydantic import Field
 
-from grpo.config.section import Above0, Fraction, Positive, Section
+from grpo.config.section import Above0, Fraction, Section
 
 
 class AlarmsConfig(Section):
     truncated: Fraction | None = 0.5
-    """Report that completions are truncated: more than this fraction of them reach `rollout.max_completion_length`, in
-    the first step or in the mean of the last 5 steps. null turns an alarm off, here and below."""
-    without_signal: Positive | None = 10
+    """Report truncated completions: more than this fraction of the completions reach `rollout.max_completion_length`,
+    in the first step or on average over the last 5 steps. null turns the alarm off, as for every alarm in this
+    section."""
+    without_signal: Annotated[int, Field(ge=1, le=24)] | None = 10
     """Report this many steps in a row without a signal: no group has different rewards, so the weights do not change.
-    A run that learned to solve its prompts reports nothing."""
+    The alarm stays silent if the run has learned to solve its prompts."""
     entropy: Fraction | None = 0.1
     """Report an entropy collapse: the mean entropy of the last 10 steps is below this fraction of the mean of the first
     5 steps, most groups have equal rewards, and most of these groups are not solved."""
     kl: Above0 | None = 2.0
-    """Report a `kl` above this many nats per token."""
+    """Report that `kl` is above this many nats per token."""
     grad_norm: Annotated[float, Field(ge=1, le=1e6)] | None = 50.0
-    """Report a gradient explosion: the median norm of the last 3 steps, before clipping, is above this many times the
-    median of the 20 steps before them. An update that was skipped because it was not finite is reported as well."""
+    """Report a gradient explosion: the median gradient norm of the last 3 steps, before clipping, is above this many
+    times the median of the 20 steps before them. The alarm also reports an update that was skipped because it was not
+    finite."""
     eval_drop: Above0 | None = 1.0
     """Report that the evaluation fell while the training reward rose. The fall from the best evaluation is measured in
-    half-widths of the two 95 % intervals together: at 1, the intervals no longer overlap."""
+    units of the two 95 % intervals' half-widths, added together: at 1, the intervals no longer overlap."""
     length_correlation: Fraction | None = 0.97
     """Report that the reward follows length alone: the correlation of reward and length within prompts, over the last
-    10 steps, is at least this, positive or negative."""
+    10 steps, is at least this value, positive or negative."""
     logp_difference: Annotated[float, Field(ge=1, le=1e6)] | None = 3.0
-    """Report that sampler and trainer disagree: the mean difference of their logprobs in a step is at least this many
-    times what rounding explains. `optim.max_logp_difference` stops the run."""
+    """Report that sampler and trainer disagree: the mean difference between their logprobs in a step is at least this
+    many times the difference that rounding explains. `optim.max_logp_difference` stops the run."""
     effective_sample_size: Fraction | None = 0.3
-    """Report that the importance ratios of trainer and sampler are uneven: the mean of
-    `sampling/effective_sample_size` over the last 5 steps is below this."""
+    """Report that the importance ratios of trainer and sampler are uneven: the mean of `sampling/effective_sample_size`
+    over the last 5 steps is below this value."""
     failed_rewards: Fraction | None = 0.05
     """Report a reward or an environment that fails or times out on more than this fraction of the completions of the
     last 10 steps. `rewards.0.max_failure_rate` stops the run."""
     failed_calls: Fraction | None = 0.5
-    """Report that more than this fraction of the tool calls fail, in the first step or in the mean of the last 5
+    """Report that more than this fraction of the tool calls fail, in the first step or on average over the last 5
     steps."""

@@ -51,25 +51,27 @@ def check_origin(section: str, source: Origin | None, use: str | None, kwargs: M
     if source is not None and use is not None:
         raise ValueError(
             f"{section}.use and {section}.source both say where rows come from: leave out one of them. On the command "
-            f"line {section}.source=null leaves out the file's source, {section}.use=null its function"
+            f"line, {section}.source=null removes the recipe's source, and {section}.use=null removes its function"
         )
     if kwargs and use is None:
         raise ValueError(f"{section}.kwargs does nothing without {section}.use")
     for name in source if isinstance(source, tuple) else ():
         if not is_files(name):
-            raise ValueError(f"{section}.source: a list holds files ({', '.join(FILE_TYPES)}); {name!r} is not a file")
+            raise ValueError(
+                f"{section}.source: a list may hold files only ({', '.join(FILE_TYPES)}), and {name!r} is not a file"
+            )
 
 
 def check_hub_only(setting: str, source: Origin | None, use: str | None) -> None:
     """Raise ValueError for a setting of Hub datasets beside rows that certainly do not come from the Hub."""
     if use is not None or (source is not None and (is_builtin(source) or is_files(source))):
-        raise ValueError(f"{setting} is for Hub datasets; this source has none")
+        raise ValueError(f"{setting} is for Hub datasets, and this source is not a Hub dataset: leave it out")
 
 
 def check_choice(cfg: DataConfig) -> None:
     """Raise ValueError where the settings that choose tasks do not go together."""
     if cfg.curriculum is not None and cfg.sampler is not None:
-        raise ValueError("data.curriculum does nothing beside data.sampler, which chooses all tasks: leave out one")
+        raise ValueError("data.curriculum does nothing with data.sampler, which chooses all tasks: leave one out")
     if cfg.curriculum is not None and not cfg.shuffle:
         raise ValueError(
             "data.shuffle: false does nothing with data.curriculum, which draws each task by its solve rate: leave out "
@@ -82,8 +84,8 @@ def check_choice(cfg: DataConfig) -> None:
         )
     if cfg.solve_rates is not None and cfg.solve_rate is None and cfg.curriculum is None:
         raise ValueError(
-            "data.solve_rates does nothing by itself: add data.solve_rate, [0.1, 0.9] say, to keep the tasks between, "
-            "or data.curriculum, which then begins with these rates"
+            "data.solve_rates does nothing by itself: add data.solve_rate, such as [0.1, 0.9], to keep the tasks with "
+            "rates in this range, or data.curriculum, which then starts with these rates"
         )
     if cfg.solve_rate is not None and cfg.solve_rate[0] > cfg.solve_rate[1]:
         low, high = cfg.solve_rate
@@ -94,16 +96,16 @@ def check_streaming(cfg: DataConfig) -> None:
     """Raise ValueError where rows cannot be read as they are needed, or settings do nothing with such rows."""
     if not cfg.streaming:
         if "window" in cfg.changed:
-            raise ValueError("data.window does nothing without data.streaming: all rows are shuffled")
+            raise ValueError("data.window does nothing without data.streaming: all rows are shuffled together")
         return
     if cfg.source is None or is_builtin(cfg.source):
-        raise ValueError("data.streaming is for files and Hub datasets; these rows are made here, all at once")
+        raise ValueError("data.streaming is for files and Hub datasets, and this source makes all its rows at once")
     if "window" in cfg.changed and not cfg.shuffle:
         raise ValueError("data.window does nothing with data.shuffle: false: the rows keep their order")
     if beside := sorted(cfg.changed & {"curriculum", "sampler", "solve_rate", "solve_rates"}):
         raise ValueError(
-            f"data.{beside[0]} needs all rows, and with data.streaming nobody knows more of them than a window: leave "
-            "out one of them"
+            f"data.{beside[0]} needs all rows, and data.streaming reads only one window of rows at a time: leave out "
+            "one of them"
         )
 
 
@@ -113,68 +115,73 @@ SELECTED_BY = "environment"
 
 class DataConfig(Section):
     source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
-    """Where rows come from: a .jsonl, .json, .csv or .parquet file, a list of such files or a pattern such as
-    `data/*.jsonl`, a folder that `save_to_disk` wrote, a Hub dataset, or a built-in task: `builtin:arithmetic`,
-    `builtin:countdown`, `builtin:sorting` or `builtin:format`, and of several turns `builtin:guess`, `builtin:shop` or
-    `builtin:walk`."""
+    """Where rows come from: a .jsonl, .json, .csv or .parquet file; a list of such files; a pattern such as
+    `data/*.jsonl`; a folder that `save_to_disk` wrote; a Hub dataset; or a built-in task. Built-in tasks of a single
+    turn are `builtin:arithmetic`, `builtin:countdown`, `builtin:sorting` and `builtin:format`. Tasks of several turns
+    are `builtin:guess`, `builtin:shop` and `builtin:walk`."""
     use: str | None = None
-    """Instead of `source`: a function of yours that returns the rows, `file.py:function`, `file.py` (of one function)
-    or `package.module:function`. It returns a list of dicts, a `datasets.Dataset` or any other iterable of dicts that
-    ends, and the same rows every time. If it takes `split`, it gets `data.split`, and `eval.split` for held-out
-    rows."""
+    """Instead of `source`: your own function that returns the rows, `file.py:function`, `file.py` (if it has one
+    function) or `package.module:function`. It returns a list of dicts, a `datasets.Dataset` or any other finite
+    iterable of dicts, and the same rows every time. If it has an argument `split`, it gets `data.split` for training
+    rows and `eval.split` for held-out rows."""
     kwargs: dict[str, Any] = {}
     """Arguments for the function in `use`."""
     config: str | None = None
-    """Configuration of a Hub dataset, such as `socratic`. Default: its only one, or `main` where there are several."""
+    """Configuration of a Hub dataset, such as `socratic`. Default: the only configuration, or `main` if there are
+    several."""
     revision: str | None = None
     """Branch, tag or commit of a Hub dataset."""
     split: str = "train"
-    """Split to train on. Files are one split, `train`."""
+    """Split to train on. Files have a single split, `train`."""
     shuffle: bool = True
-    """Visit the rows of each epoch in a new order, drawn from the seed. false: in their own order, every epoch."""
+    """Visit the rows in a new random order each epoch, drawn from the seed. false: every epoch visits the rows in their
+    own order."""
     streaming: bool = False
-    """Read rows as they are needed, in the place of all before the first step: for Hub datasets and files of many
-    gigabytes. Prompts are then planned for by `max_prompt_length`, and rows that cannot be used are found as they
-    come."""
+    """Read rows when they are needed, instead of all rows before the first step. This is for Hub datasets and files of
+    many gigabytes. Memory is then planned for prompts of `max_prompt_length`, and grpo finds unusable rows only when it
+    reads them."""
     window: Positive = 10_000
-    """With `streaming`, the rows that are held at once: so many in a row are shuffled, each window by itself."""
+    """With `streaming`, how many rows are held in memory at once. Each window of this many consecutive rows is shuffled
+    by itself."""
     columns: dict[str, str] = {}
-    """Names for columns that prompt and rewards want under another: `{answer: solution}` reads `solution` as `answer`,
-    `{answer: reward_model.ground_truth}` a field inside one, `{example: tests.0}` the first item of a list."""
+    """New names for columns, as the prompt and the rewards expect them: `{answer: solution}` reads the column
+    `solution` as `answer`, `{answer: reward_model.ground_truth}` reads a field inside a column, and `{example:
+    tests.0}` reads the first item of a list."""
     environment: Name | None = None
-    """Which of the recipe's `environments` all tasks begin. Default: the column `environment` of each row says it."""
+    """The environment among the recipe's `environments` that all tasks use. Default: the column `environment` of each
+    row names it."""
     prompt: str = "prompt"
-    """A column of text or of chat messages, or a template over columns of text and numbers: `"{question} Think
+    """A column of text or of chat messages, or a template over columns of text and numbers, such as `"{question} Think
     first."`."""
     continue_final_message: bool = False
-    """Chat prompts may end with a message of the assistant, which the model then continues (a prefill). false: such a
-    row is an error, because that message is mostly the answer."""
+    """Allow chat prompts that end with an assistant message, which the model then continues (a prefill). false: such a
+    row is an error, because that message is usually the answer."""
     system: str | None = None
-    """A system message to put before every prompt, text or messages. Needs the chat template, and messages without a
-    system message of their own."""
+    """A system message to put before every prompt, text or messages. It needs the chat template, and messages that have
+    no system message of their own."""
     chat_template: Literal["auto", "always", "never"] = "auto"
-    """Whether text prompts go through the chat template as a user's message. `auto`: if the model has one. Messages
-    always do; with `never` they are an error."""
+    """Whether text prompts go through the chat template as a user message. `auto`: yes if the model has a chat
+    template. Messages always go through the chat template; with `never` they are an error."""
     chat_template_kwargs: dict[str, Any] = {}
-    """Handed to the chat template, such as `enable_thinking: false`."""
+    """Arguments for the chat template, such as `enable_thinking: false`."""
     max_prompt_length: Tokens = 1024
-    """In tokens. Longer prompts are dropped and counted, never cut."""
+    """Maximum prompt length in tokens. Longer prompts are dropped and counted, never truncated."""
     solve_rates: Name | None = None
     """A file that `grpo eval --solve-rates` wrote for these rows: how often a model solved each task. `solve_rate`
-    chooses tasks by it, and with `curriculum` tasks begin in the pools that it says. A run that goes on with a
-    curriculum has the rates of its checkpoint instead."""
+    selects tasks by these rates, and `curriculum` puts each task into its first pool by them. A run that resumes with a
+    curriculum uses the rates of its checkpoint instead."""
     solve_rate: tuple[Fraction, Fraction] | None = None
-    """Keep the tasks whose rate in `solve_rates` is between these two, both included: `[0.1, 0.9]`. Tasks without a
-    rate in the file are left out."""
+    """Keep only the tasks whose rate in `solve_rates` is between these two values, both included, such as `[0.1, 0.9]`.
+    Tasks without a rate in the file are left out."""
     curriculum: CurriculumConfig | None = None
-    """Draw tasks by how often they were solved when they were last sampled, with replacement, in the place of epochs.
-    `{}` is the defaults: few hard tasks, few easy ones."""
+    """Draw tasks by how often they were solved when they were last sampled, with replacement, instead of visiting all
+    rows in epochs. `{}` uses the defaults: few hard tasks, few easy tasks."""
     sampler: str | None = None
-    """A class of yours that chooses the tasks of each step, `file.py:Class` or `package.module:Class`: see
-    `grpo.data.source.Source`. It is made with the stream of these rows."""
+    """Your own class that chooses the tasks of each step, `file.py:Class` or `package.module:Class`: see
+    `grpo.data.source.Source`. grpo constructs it with the stream of these rows."""
     sources: tuple[SourceConfig, ...] = ()
-    """Several sources in the place of `source`, each with a `ratio`. What a source leaves out, such as `prompt`, it has
-    from this section."""
+    """Several sources instead of `source`, each with a `ratio`. For a setting that a source leaves out, such as
+    `prompt`, the value in this section applies."""
 
     @property
     def label(self) -> str:
@@ -207,45 +214,46 @@ class DataConfig(Section):
             return self
         check_origin("data", self.source, self.use, self.kwargs)
         if self.source is None and self.use is None:
-            raise ValueError("data.source is missing: name a file, a Hub dataset or a built-in task (or data.use)")
+            raise ValueError("data.source is missing: name a file, a Hub dataset or a built-in task, or set data.use")
         if self.system is not None and self.chat_template == "never":
-            raise ValueError("data.system needs the chat template, and data.chat_template is never")
+            raise ValueError("data.system needs the chat template, and data.chat_template is never: change one of them")
         if self.chat_template_kwargs and self.chat_template == "never":
             raise ValueError("data.chat_template_kwargs does nothing with data.chat_template: never")
         if unread := self.changed & {"config", "revision"}:
             check_hub_only(f"data.{min(unread)}", self.source, self.use)
         if self.continue_final_message and "{" in self.prompt:
-            raise ValueError("data.continue_final_message does nothing with a template: it is for chat messages")
+            raise ValueError("data.continue_final_message does nothing with a prompt template: it is for chat messages")
         check_choice(self)
         check_streaming(self)
         ours = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
         if ours := ours & set(self.chat_template_kwargs):
-            raise ValueError(f"data.chat_template_kwargs: {', '.join(sorted(ours))} is not yours to set")
+            raise ValueError(f"data.chat_template_kwargs: grpo sets {' and '.join(sorted(ours))} itself: leave it out")
         return self
 
 
 class EvalConfig(Section):
     source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
-    """Where held-out prompts come from, in all forms of `data.source`. Default: where training prompts do, and with
-    `data.sources` where those of the first source do. Rows of the same place as a source's are prompted and rewarded as
-    that source's, others as `data` says."""
+    """Where held-out prompts come from, in any form that `data.source` takes. Default: the source of the training
+    prompts, or the first source of `data.sources`. Rows from the same place as one of the `data.sources` are prompted
+    and rewarded like that source's rows. For all other rows, the section `data` applies."""
     use: str | None = None
-    """Instead of `source`: a function that returns the held-out rows, as `data.use`."""
+    """Instead of `source`: a function that returns the held-out rows, in the forms of `data.use`."""
     kwargs: dict[str, Any] = {}
     """Arguments for the function in `eval.use`. The function in `data.use` gets `data.kwargs`."""
     config: str | None = None
-    """Configuration of a Hub dataset. Default: `data.config`, if the source is that of `data`."""
+    """Configuration of a Hub dataset. Default: `data.config`, if the source is the same as in `data`."""
     revision: str | None = None
-    """Branch, tag or commit of a Hub dataset. Default: `data.revision`, if the source is that of `data`."""
+    """Branch, tag or commit of a Hub dataset. Default: `data.revision`, if the source is the same as in `data`."""
     split: str = "test"
     """Split to evaluate on."""
     every: Positive = 25
-    """Steps between evaluations. There is one before the first step and one after the last, too."""
+    """Steps between evaluations. The run also evaluates before the first step and after the last."""
     prompts: Positive = 128
-    """How many held-out prompts, from the start of the split. An answer is right if the first of `rewards` gives it 1
-    or more, and left out if that gives no score."""
+    """Number of held-out prompts, from the start of the split. An answer is right if the first of `rewards` gives it 1
+    or more. An answer to which that reward gives no score is left out."""
     samples: Positive = 4
-    """Completions of each prompt for avg@k and pass@k, at `rollout.temperature`. Greedy is always measured."""
+    """Completions sampled for each prompt, at `rollout.temperature`, to measure avg@k and pass@k. Greedy decoding is
+    always measured as well."""
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> EvalConfig:

@@ -1,4 +1,4 @@
-"""The sections `environment`, `environments` and `tools`: whom the model talks to, and what it may call."""
+"""The sections `environment`, `environments` and `tools`: what the model talks to, and what it may call."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ AGENT_SECONDS = 3600.0
 """`rollout_timeout` of agents where the recipe names none: one that hangs must not hold up a run for ever."""
 IDLE_WITH_AGENTS: Mapping[str, str] = {
     "max_tool_calls": "an agent runs its tools itself",
-    "timeout": "an agent is called once, and rollout_timeout is how long that may take",
+    "timeout": "an agent is called once, and rollout_timeout limits this call",
     "reset_timeout": "an agent has no reset",
-    "sandbox": "there is no network in the sandbox, so an agent could not reach the model",
+    "sandbox": "the sandbox has no network, so an agent could not reach the model",
 }
 """Settings of `environment` that do nothing with an agent, and why."""
 
@@ -32,55 +32,62 @@ def looks_like_file(word: str) -> bool:
 
 class EnvironmentConfig(Section):
     use: Name | None = None
-    """A class, or a function that makes an object, as TRL's `environment_factory`: `file.py:Class`,
-    `file.py` (of one class) or `package.module:Class`. Default: none; the settings below then hold for `tools`
-    alone."""
+    """A class, or a function that constructs an object, like TRL's `environment_factory`: `file.py:Class`, `file.py`
+    (if it has one class) or `package.module:Class`. Default: none; the settings below then apply to `tools` alone."""
     agent: Name | None = None
-    """In the place of `use`, a program that asks the model itself, through an OpenAI-compatible endpoint:
-    `file.py:function` or `package.module:function` of an `async def run(data, base_url, api_key, **columns)`. It
-    returns the reward: a number, a dict with `reward` and metrics, or None. Needs the extra `serve`."""
+    """Instead of `use`: a program that calls the model itself, through an OpenAI-compatible endpoint. Write
+    `file.py:function` or `package.module:function`, for an `async def run(data, base_url, api_key, **columns)`. The
+    function returns the reward: a number, a dict with `reward` and metrics, or None. It needs the extra `serve`."""
     command: tuple[str, ...] | None = None
-    """In the place of `agent`, a program in any language: `[python, agent.py]`. It is started for each completion,
-    finds the endpoint in OPENAI_BASE_URL and OPENAI_API_KEY, reads the row as JSON from standard input, and writes the
-    reward as its last line: a number, or an object with `reward` and metrics, as JSON. Needs the extra `serve`."""
+    """Instead of `agent`: a program in any language, such as `[python, agent.py]`. grpo starts the program for each
+    completion. The program finds the endpoint in OPENAI_BASE_URL and OPENAI_API_KEY, reads the row as JSON from
+    standard input, and writes the reward as its last line: a number, or a JSON object with `reward` and metrics. It
+    needs the extra `serve`."""
     name: str | None = None
-    """What its reward and its metrics go by. Default: the class's name; of an agent its function's (of `run` the
-    file's or module's), of a command the name of its file."""
+    """Name of the environment's reward and metrics. Default: the name of the class. For an agent, the name of its
+    function, or of the file or module if the function is `run`. For a command, the name of its file."""
     kwargs: dict[str, Any] = {}
-    """Arguments for the class or function; of `agent`, for each call."""
+    """Arguments for the class or function. An agent gets them in each call."""
     weight: Annotated[float, Field(ge=-LARGE, le=LARGE)] = 1.0
-    """Weight of its own reward: the rewards of its steps, and what `get_reward` returns. 0 makes it a metric only."""
+    """Weight of the environment's own reward: the rewards of its steps, and the value that `get_reward` returns. 0
+    makes it a metric only."""
     max_turns: Positive | None = None
-    """Turns of the model in a conversation; requests that an agent may make. Default: no limit."""
+    """Maximum number of the model's turns in a conversation. For an agent, the maximum number of its requests. Default:
+    no limit."""
     max_tool_calls: Positive | None = None
-    """Tool calls in a conversation. Default: no limit."""
+    """Maximum number of tool calls in a conversation. Default: no limit."""
     max_turn_tokens: Tokens | None = None
-    """Tokens of one turn of the model. Default: what is left of `rollout.max_completion_length`."""
+    """Maximum number of tokens in one turn of the model. Default: what is left of `rollout.max_completion_length`."""
     thinking: Literal["keep", "drop"] = "keep"
-    """What happens to earlier thinking when the environment answers as the user, with a model whose chat template then
-    leaves it out. `keep`: it stays, as it was sampled, and a conversation is one row to train on. `drop`: the model
-    does not see it any more, as where the template is used alone, and the conversation goes on in a new row to train
-    on, with the same advantage; what that row reads again is not trained. Results of tools change no thinking. Default
-    for agents: `drop`, as of every endpoint; with `keep` what they do not send back stays where it was sampled."""
+    """What happens to earlier thinking when the environment answers as the user and the model's chat template then
+    removes the thinking. `keep`: the thinking stays as it was sampled, and the conversation is one row to train on.
+    `drop`: the model no longer sees the thinking, as when the template is used alone. The conversation continues in a
+    new row to train on, with the same advantage, and the tokens that the new row repeats are not trained. Tool results
+    never change thinking. Default for agents: `drop`, as at any endpoint. With `keep`, thinking that an agent does not
+    send back stays where it was sampled."""
     rollout_timeout: Seconds | None = None
-    """Seconds that a conversation may take. It then ends with what it has. Default: no limit. An agent is given up
-    then, and has failed, for it gave no reward. Default for agents: an hour."""
+    """Maximum number of seconds for a conversation, which then ends with what it has. Default: no limit. An agent that
+    exceeds the limit is stopped and counts as failed, because it returned no reward. Default for agents: an hour."""
     timeout: Seconds = 30.0
-    """Seconds that one call of a method may take. A conversation whose call takes longer fails."""
+    """Maximum number of seconds for one method call. If a call takes longer, its conversation fails."""
     reset_timeout: Seconds = 60.0
-    """Seconds that `reset` may take, the making of the object included."""
+    """Maximum number of seconds for `reset`, including the construction of the object."""
     workers: Positive | None = None
-    """Processes in which environments live, many in each; a group's share one. A process that dies takes its
-    conversations along. Default: one for each group of a step, up to 8, or to as many as there are processor cores."""
+    """Number of processes that run environments, many environments in each. The environments of a group share a
+    process. If a process dies, its conversations fail. Default: one process for each group of a step, up to 8 processes
+    or the number of processor cores, whichever is larger."""
     sandbox: bool = False
-    """Put the processes into the sandbox: no network, no files but those that they need to read. On Linux."""
+    """Run these processes in the sandbox: without network, and without files other than those that they need to read.
+    Only on Linux."""
     env: tuple[str, ...] = ()
-    """Environment variables with secrets that it needs. Its processes see no others that look like secrets."""
+    """Environment variables with secrets that the environment needs. Its processes see no other variables that look
+    like secrets."""
     memory_gb: Above0 | None = None
-    """Memory in GiB that each of its processes may hold, with all processes that it starts. Above that they are killed.
-    Default: no limit."""
+    """Memory limit in GiB for each of these processes, together with all processes that it starts. Above the limit they
+    are killed. Default: no limit."""
     max_failure_rate: Fraction = 0.5
-    """Stop the run when it failed in more than this fraction of the conversations of its last three steps. 1: never."""
+    """Stop the run when the environment failed in more than this fraction of the conversations of its last three steps.
+    1: never."""
 
     @model_validator(mode="before")
     @classmethod
@@ -96,13 +103,13 @@ class EnvironmentConfig(Section):
     def _has_what_it_is_for(self) -> EnvironmentConfig:
         named = [name for name in ("use", "agent", "command") if getattr(self, name) is not None]
         if len(named) > 1:
-            raise ValueError(f"{' and '.join(named)} each say whom the model talks to: choose one")
+            raise ValueError(f"{' and '.join(named)} each name what the model talks to: leave out all but one")
         if self.command is not None and not (self.command and self.command[0]):
-            raise ValueError("command: name a program, as in command: [python, agent.py]")
+            raise ValueError("command: name a program, such as command: [python, agent.py]")
         if self.kwargs and self.command:
-            raise ValueError("kwargs does nothing with command: write arguments into the command")
+            raise ValueError("kwargs does nothing with command: write the arguments into the command")
         if self.kwargs and not named:
-            raise ValueError("kwargs does nothing without use: a tool has its own, tools.N.kwargs")
+            raise ValueError("kwargs does nothing without use: for arguments of a tool, set tools.N.kwargs")
         if self.is_agent and (idle := [name for name in IDLE_WITH_AGENTS if name in self.changed]):
             raise ValueError(f"{idle[0]} does nothing with {named[0]}: {IDLE_WITH_AGENTS[idle[0]]}")
         return self
@@ -148,13 +155,14 @@ class EnvironmentConfig(Section):
 
 class ToolConfig(Section):
     use: Name
-    """A bundled name (`calculator`, `python`), or a function or class, `file.py:name` or `package.module:name`. Of a
-    class each conversation has an object of its own, and the public methods are tools, but for `reset`, which begins a
-    conversation, and `close`, which ends it."""
+    """A bundled tool (`calculator`, `python`), or a function or class, `file.py:name` or `package.module:name`. From a
+    class, each conversation gets its own object. The object's public methods are tools, except `reset`, which starts a
+    conversation, and `close`, which ends a conversation."""
     kwargs: dict[str, Any] = {}
-    """Arguments that the model does not see: of a class for making the object, of a function for each call."""
+    """Arguments that the model does not see. A class gets them when grpo constructs the object, a function in each
+    call."""
     timeout: Seconds = 30.0
-    """Seconds that one call may take. A conversation whose call takes longer fails."""
+    """Maximum number of seconds for one call. If a call takes longer, its conversation fails."""
 
     @model_validator(mode="before")
     @classmethod

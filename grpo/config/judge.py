@@ -26,22 +26,23 @@ class JudgeConfig(Section):
     prompt: str = ASKED
     """What the judge is asked: a template over `{prompt}`, `{completion}` and the dataset's columns."""
     system: str | None = None
-    """A system message before it."""
+    """A system message before the judge's prompt."""
     labels: Annotated[dict[str, Annotated[float, Field(ge=-LARGE, le=LARGE)]], Field(min_length=2)] = {
         "Yes": 1.0,
         "No": 0.0,
     }
-    """The answers that are expected, and what each is worth. The score is their mean, weighted by the probabilities
-    that the judge gives to the first token of each. With Yes and No it is p(Yes) / (p(Yes) + p(No)), as generative
-    verifiers read it (arXiv 2408.15240); with ratings it is the expected rating (G-Eval, arXiv 2303.16634)."""
+    """The expected answers, and the score of each. A completion's score is the mean of these scores, weighted by the
+    probability that the judge gives to the first token of each answer. With Yes and No it is p(Yes) / (p(Yes) + p(No)),
+    as generative verifiers compute it (arXiv 2408.15240). With ratings it is the expected rating (G-Eval, arXiv
+    2303.16634)."""
     chat_template_kwargs: dict[str, Any] = {}
-    """Arguments of the chat template. A model that thinks before it answers needs `{enable_thinking: false}`, or what
-    its template calls that: the answer is read from the first token."""
+    """Arguments for the chat template. A model that thinks before it answers needs `{enable_thinking: false}`, or its
+    template's own name for this argument, because grpo reads the answer from the first token."""
     max_length: Tokens | None = None
-    """Most tokens of what the judge reads. What is longer is not cut: it gets no score, which counts as a failure.
-    Default: as many as the model has positions."""
+    """Maximum number of tokens that the judge reads. A longer text is not truncated: it gets no score, which counts as
+    a failure. Default: the number of positions that the model has."""
     batch_tokens: Tokens = 4096
-    """Tokens that go through the model at once, padding included; a longer text goes alone."""
+    """Tokens that go through the model at once, padding included. A longer text goes through the model alone."""
 
     @property
     def columns(self) -> list[str]:
@@ -52,7 +53,7 @@ class JudgeConfig(Section):
     def _labels_are_texts(self) -> JudgeConfig:
         if odd := sorted({"true", "false", "null"} & self.labels.keys()):
             raise ValueError(
-                f"labels has {odd[0]}: YAML reads Yes, No, On and Off as true and false where they have no quotes. "
+                f"labels has {odd[0]}: YAML reads Yes, No, On and Off without quotes as true and false. "
                 'Write labels: {"Yes": 1, "No": 0}'
             )
         return self
@@ -62,12 +63,15 @@ class JudgeConfig(Section):
         try:
             fields = list(string.Formatter().parse(self.prompt))
         except ValueError as error:
-            raise ValueError(f"prompt is no template: {error}; write {{{{ for a brace") from None
+            raise ValueError(f"prompt is not a valid template: {error}; write {{{{ for a literal {{") from None
         odd = [name for _, name, spec, how in fields if name is not None and (not name.isidentifier() or spec or how)]
         if odd:
-            raise ValueError(f"prompt holds names alone, {{like_this}}, and {{{odd[0]}}} is none; {{{{ is a brace")
+            raise ValueError(
+                f"prompt may hold only plain names, {{like_this}}, and {{{odd[0]}}} is not a plain name; write {{{{ "
+                "for a literal {"
+            )
         if "completion" not in self.columns:
-            raise ValueError("prompt does not hold {completion}, so every answer would be judged alike")
+            raise ValueError("prompt does not contain {completion}, so the judge would not see the answer: add it")
         return self
 
 

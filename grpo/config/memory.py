@@ -7,6 +7,7 @@ from grpo.config.section import Above0, Section
 
 class MemoryConfig(Section):
     limit_gb: Above0 | None = None
-    """Gigabytes (2^30 bytes) that MLX may take in each process, at most: weights, rollouts, updates and caches. The
-    plan chooses slots, micro-batches and checkpointed layers by it, and refuses what cannot fit. Default: what the
-    machine has, of which a tenth is left to others unless the smallest micro-batch needs it."""
+    """Maximum memory that MLX may use in each process, in gigabytes (2^30 bytes): weights, rollouts, updates and
+    caches. The plan chooses slots, micro-batches and checkpointed layers to stay below the limit, and refuses a recipe
+    that cannot fit. Default: the memory of the machine, minus a tenth for other programs, unless the smallest
+    micro-batch needs that tenth."""

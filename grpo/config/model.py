@@ -20,36 +20,38 @@ Quantize = Literal[2, 3, 4, 5, 6, 8, "mxfp4", "nvfp4", "mxfp8"]
 
 class ModelConfig(Section):
     name: Name
-    """A folder, a Hub repository, or a built-in task's student, such as `builtin:arithmetic-student`."""
+    """A folder, a Hub repository, or the student model of a built-in task, such as `builtin:arithmetic-student`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
     dtype: Dtype = "auto"
-    """Of the weights. `auto`: float32 on a CPU (where nothing else is fast), as stored on a GPU."""
+    """Data type of the weights. `auto`: float32 on a CPU (where no other type is fast), the stored type on a GPU."""
     quantize: Quantize | None = None
-    """Quantise the weights when they are loaded: to so many bits, in groups of 64, or to small floating point numbers
-    (`mxfp4` and `mxfp8` in groups of 32, `nvfp4` of 16), where MLX computes with them. Default: they stay as stored."""
+    """Quantize the weights when they are loaded: to this many bits, in groups of 64, or to a small floating-point
+    format (`mxfp4` and `mxfp8` in groups of 32, `nvfp4` in groups of 16) on devices where MLX computes with it.
+    Default: the weights stay as stored."""
     head_dtype: Literal["auto", "float32", "model"] = "auto"
-    """What the head of a 16-bit model computes logits in, for sampling and training alike. In the `model`'s own dtype
-    logprobs are up to 0.08 nats off. In `float32` they are exact for the hidden states, which costs passes over a copy
-    of the head's matrix, made in pieces of 64 MB (`grpo bench head` measures it); a quantised head costs nothing more.
-    `auto`: float32, unless the head cannot be found. A float32 model has nothing to choose."""
+    """Data type in which the head of a 16-bit model computes logits, for sampling and training alike. With `model`, the
+    model's own dtype, logprobs are up to 0.08 nats off. With `float32`, they are exact for the hidden states, which
+    costs passes over a copy of the head's matrix, made in pieces of 64 MB (`grpo bench head` measures it); a quantized
+    head costs nothing more. `auto`: float32, unless grpo cannot find the head. A float32 model always computes float32
+    logits."""
     shard: Literal["tensor", "fsdp"] | None = None
-    """Divide the model among processes. `tensor` gives each of them a part of every large matrix (as Megatron-LM does,
-    arXiv 1909.08053), for a base that does not fit on one device: for LoRA and DoRA, and completions of one turn.
-    `fsdp` spreads the weights over the processes during the update, and with `adapter.type: full` the gradient and the
-    optimizer's state too (ZeRO-3, arXiv 1910.02054): for an update that does not fit on one device. Each process
-    samples its share of the prompts with the whole weights, which must fit beside the keys and values.
-    Default: every process holds the whole model."""
+    """Divide the model among processes. `tensor` gives each process a part of every large matrix (as Megatron-LM does,
+    arXiv 1909.08053), for a base model that does not fit on one device. It works with LoRA and DoRA, and with
+    completions of one turn. `fsdp` spreads the weights over the processes during the update, and with `adapter.type:
+    full` also the gradient and the optimizer's state (ZeRO-3, arXiv 1910.02054), for an update that does not fit on one
+    device. Each process samples its share of the prompts with the whole weights, which must fit beside the keys and
+    values. Default: every process holds the whole model."""
     shard_size: Annotated[int, Field(ge=2, le=MANY)] | None = None
-    """How many processes divide one model. With `tensor` the step's prompts are shared out among such groups.
-    Default: all."""
+    """Number of processes that divide one model. With `tensor`, the step's prompts are divided among groups of this
+    many processes. Default: all processes."""
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> ModelConfig:
         if self.dtype == "float32" and "head_dtype" in self.changed:
-            raise ValueError("model.head_dtype does nothing with model.dtype: float32, whose logits are float32")
+            raise ValueError("model.head_dtype does nothing with model.dtype: float32, whose logits are always float32")
         if self.shard_size is not None and self.shard is None:
-            raise ValueError("model.shard_size does nothing without model.shard, which says how a model is divided")
+            raise ValueError("model.shard_size does nothing without model.shard, which decides how a model is divided")
         if self.revision is not None and self.name.startswith("builtin:"):
             raise ValueError(f"model.revision does nothing with {self.name}: it is for Hub repositories")
         return self
@@ -57,32 +59,36 @@ class ModelConfig(Section):
 
 class AdapterConfig(Section):
     type: Literal["lora", "dora", "full"] = "lora"
-    """What trains: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353), or the weights themselves."""
+    """What trains: a LoRA adapter (arXiv 2106.09685), a DoRA adapter (arXiv 2402.09353), or the weights themselves
+    (full)."""
     rank: Annotated[int, Field(gt=0, le=8_192)] = 16
     """Rank of each update B A."""
     scale: Above0 = 2.0
     """The update is scale × B A (mlx-lm's convention; PEFT's alpha is scale × rank)."""
     use_rslora: bool = False
-    """Make the update scale / √rank × B A, so that its size does not depend on the rank (rsLoRA, arXiv 2312.03732).
-    PEFT's alpha is `scale` then."""
+    """Use scale / √rank × B A as the update, so that its size does not depend on the rank (rsLoRA, arXiv 2312.03732).
+    PEFT's alpha is then `scale`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The probability of dropping a number of what A multiplies (LoRA's dropout), in the update alone: samples, old
-    logprobs and the reference come from the whole adapter. So the ratio of a step's first update is not exactly 1, and
-    each step takes one more forward pass. `kl` and the clip fractions of the loss are the dropped network's; `entropy`
-    is the whole network's. The masks depend on how a step is split (`optim.micro_batch_tokens`,
+    """Probability with which LoRA's dropout drops each element of the input of A. Dropout applies in the update alone:
+    samples, old logprobs and the reference come from the whole adapter. So the ratio of a step's first update is not
+    exactly 1, and each step needs one more forward pass. `kl` and the clip fractions of the loss are measured with
+    dropout, `entropy` without. The masks depend on how a step is split (`optim.micro_batch_tokens`,
     `optim.share_prompts`, `optim.pack_completions`)."""
     targets: Literal["all-linear"] | OneTarget | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
-    """`all-linear` (each linear layer of each block, experts included, what routes to them and the head excluded), or
-    one name or a list of names such as `q_proj` (every layer so called) and `self_attn.q_proj`."""
+    """The linear layers that train. `all-linear`: every linear layer of every block, including experts, excluding
+    routers and the head. Or one name or a list of names, such as `q_proj` (every layer of this name) and
+    `self_attn.q_proj`."""
     layers: Literal["all"] | tuple[NonNegative, Positive] = "all"
-    """Blocks that train: `[14, 28]` is from block 14 up to, not including, block 28."""
+    """Blocks that train: `[14, 28]` trains block 14 up to, but not including, block 28."""
     path: Name | None = None
-    """A saved adapter's folder to go on from, in mlx-lm's format or PEFT's, with the rank, scale and targets that this
-    section gives; a frozen copy of it is the reference then. Default: a fresh one."""
+    """Folder of a saved adapter to start from, in mlx-lm's or PEFT's format, with the rank, scale and targets of this
+    section. The reference is then a frozen copy of that adapter. Default: a new adapter."""
     sync_reference_every: Positive | None = None
-    """Steps after which the reference moves to the policy. Default: it stays what it was at the start."""
+    """Move the reference toward the policy after every this many steps. Default: the reference stays as it was at the
+    start."""
     ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """How far it moves then: alpha × policy + (1 - alpha) × reference, array by array (arXiv 2404.09656)."""
+    """How far the reference moves each time: the new reference is alpha × policy + (1 - alpha) × reference, array by
+    array (arXiv 2404.09656)."""
 
     @property
     def multiplier(self) -> float:
@@ -91,7 +97,7 @@ class AdapterConfig(Section):
 
     @property
     def moves_reference(self) -> bool:
-        """Whether the reference is not what it was at the start: the model, or the adapter in `path`."""
+        """Whether the reference moves away from its start, which is the model or the adapter in `path`."""
         return self.sync_reference_every is not None
 
     @model_validator(mode="after")
@@ -106,7 +112,7 @@ class AdapterConfig(Section):
                 f"whole section on the command line: 'adapter={{{section}}}'"
             )
         if self.layers != "all" and self.layers[0] >= self.layers[1]:
-            raise ValueError("adapter.layers: the first block is not before the last")
+            raise ValueError("adapter.layers: the first number must be below the second")
         if "ref_model_mixup_alpha" in self.changed and self.sync_reference_every is None:
             raise ValueError("adapter.ref_model_mixup_alpha does nothing without adapter.sync_reference_every")
         return self

@@ -1,4 +1,4 @@
-"""The section `ranks`: processes that sample, and others that train."""
+"""The section `ranks`: separate processes for sampling and training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from grpo.config.teacher import TeacherConfig
 
 class RanksConfig(Section):
     sample: Positive
-    """Processes that only sample and score. They work on the next step's prompts while this step's update is made."""
+    """Number of processes that only sample and score. They work on the next step's prompts while the other processes
+    make this step's update."""
     train: Positive
-    """Processes that only make updates. Two or more need a backend of MLX that makes groups of processes, which the
-    ring is not."""
+    """Number of processes that only make updates. Two or more need an MLX backend that can form groups of processes.
+    The ring backend cannot."""
 
     @property
     def size(self) -> int:
@@ -23,36 +24,36 @@ class RanksConfig(Section):
 
 
 def check_apart(model: ModelConfig, rollout: RolloutConfig, loss: LossConfig, teacher: TeacherConfig | None) -> None:
-    """Raise ValueError for what a run does not do whose completions come from the policy of one step before."""
+    """Raise ValueError for settings that do not work if completions come from the policy of the step before."""
     if model.shard is not None:
         raise ValueError(
-            "ranks gives each process a task of its own, and with model.shard several processes hold one model: leave "
+            "ranks gives each process its own task, and with model.shard several processes hold one model: leave "
             "one of them out"
         )
     if rollout.dynamic_sampling:
         raise ValueError(
-            "rollout.dynamic_sampling takes prompts by the rewards of the step's earlier prompts, and with ranks the "
-            "trainers do not know these while they work: leave one of them out"
+            "rollout.dynamic_sampling chooses prompts by the rewards of the step's earlier prompts, and with ranks the "
+            "trainers do not know these rewards while they work: leave one of them out"
         )
     if rollout.reuse:
         raise ValueError(
-            "rollout.reuse learns from older completions where a step's own teach nothing, and with ranks all of them "
-            "are a step old: leave one of them out"
+            "rollout.reuse trains on older completions if a step's own completions teach nothing, and with ranks all "
+            "completions are one step old: leave one of them out"
         )
     if teacher is not None:
         raise ValueError(
-            "a teacher corrects what the policy says now (on-policy distillation), and with ranks the completions are "
-            "of the policy before its last update: leave one of them out"
+            "a teacher corrects completions of the current policy (on-policy distillation), and with ranks the "
+            "completions come from the policy before its last update: leave one of them out"
         )
     if loss.kl_in == "reward":
         raise ValueError(
-            "ranks: loss.kl_in: reward would take off a reward the KL of the policy that sampled, not of the policy "
-            "that learns. Use kl_in: loss"
+            "ranks: loss.kl_in: reward would subtract the KL of the policy that sampled, not of the policy that "
+            "learns. Use loss.kl_in: loss"
         )
     corrects = loss.importance_sampling_correction != "none"
     if loss.use is None and loss.preset.surrogate == "reinforce" and not corrects:
         raise ValueError(
-            f"ranks: loss.type {loss.type} has no ratio, so it would learn from completions of the policy before its "
-            "last update as if the policy of now had sampled them. Set loss.importance_sampling_correction (to "
-            "token_truncate, say), or take a loss with a ratio, such as dapo"
+            f"ranks: loss.type {loss.type} has no ratio, so it would treat completions of the policy before its last "
+            "update as completions of the current policy. Set loss.importance_sampling_correction, for example to "
+            "token_truncate, or use a loss with a ratio, such as dapo"
         )

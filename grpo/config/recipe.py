@@ -29,92 +29,95 @@ def _off(given: Any) -> Any:
 
 
 class Recipe(Section):
-    """A whole run. `data`, `model` and `optim.steps` have no default; `rewards` neither, unless an environment gives
-    them, or a teacher is enough.
+    """A whole run. `data`, `model` and `optim.steps` are required. So is `rewards`, unless the recipe has an
+    environment with its own reward, or a teacher.
 
-    Files and folders are looked for beside the recipe, then in the working directory.
+    grpo looks for files and folders beside the recipe first, then in the working directory.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    """All randomness comes from it."""
+    """Seed of all randomness."""
     output_dir: Name | None = None
     """The run's folder. Default: `runs/<name of the recipe>`."""
     model: ModelConfig
-    """The model that is trained, and in which precision."""
+    """The model to train, and its precision."""
     adapter: AdapterConfig = AdapterConfig()
-    """What of it trains."""
+    """What trains: an adapter on the model, or the model's weights."""
     data: DataConfig
     """Where prompts come from, and what they look like."""
     rollout: RolloutConfig = RolloutConfig()
-    """How many completions are sampled, and how."""
+    """How completions are sampled, and how many."""
     environment: EnvironmentConfig | None = None
-    """Whom the model talks to in several turns. Without it, and without `tools`, a completion is a single answer."""
+    """What the model talks to in several turns. Without `environment` and `tools`, a completion is a single answer."""
     environments: dict[str, EnvironmentConfig] = {}
-    """Several of them by name, in the place of `environment`; the dataset's column `environment` says which."""
+    """Several environments by name, instead of `environment`. The dataset's column `environment` names one for each
+    row."""
     tools: tuple[ToolEntry, ...] = ()
-    """Functions that the model may call, beside its environment's. A text is the tool's `use`."""
+    """Functions that the model may call, in addition to the tools of its environment. A plain text is the tool's
+    `use`."""
     rewards: tuple[RewardConfig, ...] = ()
-    """What a completion is worth: the weighted sum of these, and of the environment's own reward."""
+    """How completions are graded: a completion's reward is the weighted sum of these rewards and of the environment's
+    own reward."""
     teacher: TeacherConfig | None = None
-    """A model to learn from, beside rewards or without any. Default: none."""
+    """A model to learn from, with or without rewards. Default: none."""
     advantage: AdvantageConfig = AdvantageConfig()
-    """What a reward is compared with."""
+    """How rewards become advantages."""
     loss: LossConfig = LossConfig()
-    """What is made of advantages: the variant of GRPO, the KL penalty, corrections."""
+    """How advantages become a loss: the variant of GRPO, the KL penalty, corrections."""
     optim: OptimConfig
-    """How many steps, how large, and how they go through the machine."""
+    """The number of steps, the optimizer, and how updates use memory and time."""
     ranks: RanksConfig | None = None
-    """Sample and train in different processes, at the same time: each step then learns from completions of the policy
-    before the last update. Default: every process does both, one after the other."""
+    """Sample and train at the same time, in different processes: each step then learns from completions of the policy
+    before its last update. Default: every process does both, one after the other."""
     memory: MemoryConfig = MemoryConfig()
-    """How much memory all of that may take."""
+    """How much memory the run may use."""
     eval: EvalConfig | None = None
-    """Held-out prompts. Without this section nothing is evaluated."""
+    """Evaluation on held-out prompts. Without this section the run evaluates nothing."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """What is kept of a run."""
+    """How often checkpoints are written, and which are kept."""
     log: LogConfig = LogConfig()
-    """Where a run is written to, beside its folder."""
+    """Where the run is logged in addition to its folder, and what is stored."""
     alarms: Annotated[AlarmsConfig | None, BeforeValidator(_off)] = AlarmsConfig()
-    """When the run reports that it is going wrong, once for each kind of alarm. `off`: never."""
+    """When the run reports that something goes wrong, once for each kind of alarm. `off`: never."""
 
     @model_validator(mode="after")
     def _someone_scores(self) -> Recipe:
         if self.environment is not None and self.environments:
-            raise ValueError("environment does nothing beside environments: name it there, or leave them out")
+            raise ValueError("environment does nothing with environments: move it there, or leave out one of them")
         unused = [name for name, config in self.environments.items() if config.what is None]
         if unused:
-            raise ValueError(f"environments.{unused[0]}: name its class by `use`")
+            raise ValueError(f"environments.{unused[0]}: name a class with `use`")
         if self.environment is not None and self.environment.what is None and not self.tools:
-            raise ValueError("environment.use: name a class, or give tools that the model may call")
+            raise ValueError("environment.use: name a class, or add tools that the model may call")
         own = self.conversations
         self._check_agents()
         weights = self._weights
         if not weights and self.teacher is None:
             raise ValueError(
-                "rewards: a run needs at least one, as rewards: [{use: math_answer}], or an environment that gives "
-                "them, or a teacher"
+                "rewards: a run needs at least one reward, such as rewards: [{use: math_answer}], or an environment "
+                "with its own reward, or a teacher"
             )
         if not any(weights.values()) and self.teacher is None:
             raise ValueError(
-                f"{next(iter(weights))}: every reward has weight 0, so nothing would be learnt: give one a weight"
+                f"{next(iter(weights))}: every reward has weight 0, so the policy would not learn: give one a weight"
             )
         if self.advantage.turns == "turn" and not own:
             raise ValueError("advantage.turns: turn does nothing without environment or tools")
         if self.advantage.turns == "turn" and self.baseline != "group":
             raise ValueError(
-                f"advantage.turns: turn compares turns with those of the group, so it needs advantage.baseline: group; "
+                f"advantage.turns: turn compares turns within a group, so it needs advantage.baseline: group; "
                 f"{self.baseline} compares whole completions"
             )
         if self.advantage.turns == "turn" and self.loss.use is None and self.loss.preset.shares_gradient:
             raise ValueError(
-                f"advantage.turns: turn does nothing with loss.type {self.loss.type}: through its one ratio of a whole "
-                "completion every token learns from the mean of all turns. Use a loss with ratios of tokens, or "
+                f"advantage.turns: turn does nothing with loss.type {self.loss.type}: it has one ratio for a whole "
+                "completion, so every token learns from the mean of all turns. Use a loss with token ratios, or "
                 "gspo_token, which is gspo for advantages that differ"
             )
         return self
 
     def _check_agents(self) -> None:
-        """Raise ValueError for what does nothing where agents ask the model, and would be told nothing of it."""
+        """Raise ValueError for settings that do nothing with agents."""
         agents = [
             f"environments.{name}" if name else "environment"
             for name, one in self.conversations.items()
@@ -122,69 +125,69 @@ class Recipe(Section):
         ]
         if agents and len(agents) < len(self.conversations):
             raise ValueError(
-                f"{agents[0]} is an agent, and another environment is none: a run has one kind or the other"
+                f"{agents[0]} is an agent, and another environment is not: use either agents or environments in a run"
             )
         if agents and self.tools:
-            raise ValueError(f"tools do nothing beside {agents[0]}: an agent has its own")
+            raise ValueError(f"tools do nothing with {agents[0]}: an agent has its own tools")
         if agents and self.advantage.turns == "turn":
-            raise ValueError("advantage.turns: turn does nothing with an agent: it rewards a whole completion")
+            raise ValueError("advantage.turns: turn does nothing with an agent: an agent rewards a whole completion")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         if self.adapter.sync_reference_every is not None and self.loss.beta == 0 and self.loss.beta_end is None:
             raise ValueError("adapter.sync_reference_every does nothing while loss.beta is 0: there is no reference")
         if self.rollout.prompts_per_step % self.optim.num_minibatches:
-            raise ValueError("rollout.prompts_per_step is not divisible by optim.num_minibatches")
+            raise ValueError("rollout.prompts_per_step must be divisible by optim.num_minibatches")
         if (rows := self.rollout.prompts_per_step * self.rollout.num_generations) > MANY:
             raise ValueError(
-                f"rollout.num_generations × rollout.prompts_per_step are {rows:,} completions in a step, and at most "
-                f"{MANY:,} are possible"
+                f"rollout.num_generations × rollout.prompts_per_step gives {rows:,} completions in a step: the maximum "
+                f"is {MANY:,}"
             )
         penalised = self.loss.kl_in == "reward" or self.advantage.soft_overlong_cache is not None
         if penalised and self.baseline in ("gdpo", "maxrl"):
-            raise ValueError(f"advantage.baseline {self.baseline} has no meaning for penalties in the reward")
+            raise ValueError(f"advantage.baseline {self.baseline} does not work with penalties in the reward")
         if self.rollout.dynamic_sampling and self.baseline in ("batch", "gdpo"):
             raise ValueError(self._all_teach("dynamic_sampling"))
         self._check_reuse()
         if (self.advantage.soft_overlong_cache or 0) >= self.rollout.max_completion_length:
-            raise ValueError("advantage.soft_overlong_cache is not below rollout.max_completion_length")
+            raise ValueError("advantage.soft_overlong_cache must be below rollout.max_completion_length")
         if "kl" in self.log.changed and self.has_penalty:
-            raise ValueError("log.kl does nothing beside loss.beta: the penalty tells kl at every step")
+            raise ValueError("log.kl does nothing with loss.beta: with a penalty, every step reports kl")
         if self.checkpoint.metric_for_best_model is not None and self.eval is None:
             raise ValueError("checkpoint.metric_for_best_model does nothing without an eval section")
         if self.eval is not None and self.eval.source is self.eval.use is None:
             for name in sorted(self.eval.changed & {"config", "revision"}):
                 check_hub_only(f"eval.{name}", self.data.source, self.data.use)
         if self.loss.preset.surrogate == "reinforce" and max(self.optim.num_iterations, self.optim.num_minibatches) > 1:
-            raise ValueError(f"loss.type {self.loss.type} has no ratio: num_iterations and num_minibatches stay 1")
+            raise ValueError(f"loss.type {self.loss.type} has no ratio: leave num_iterations and num_minibatches at 1")
         if "scale_rewards" in self.advantage.changed and self.baseline not in ("group", "leave_one_out"):
             raise ValueError(f"advantage.scale_rewards does nothing with the {self.baseline} baseline")
         return self
 
     def _all_teach(self, setting: str) -> str:
-        """Why there are no groups that a setting of `rollout` could replace."""
-        by = "" if self.advantage.baseline else f" (which loss.type {self.loss.type} brings)"
+        """Why a setting of `rollout` has no groups to replace."""
+        by = "" if self.advantage.baseline else f" (the default of loss.type {self.loss.type})"
         return (
             f"rollout.{setting} replaces groups whose rewards are all equal, because they teach nothing. With "
-            f"advantage.baseline: {self.baseline}{by} they teach as the others do: leave it out, or take another "
+            f"advantage.baseline: {self.baseline}{by} they teach like all others: leave it out, or use another "
             "advantage.baseline, such as group"
         )
 
     def _check_reuse(self) -> None:
-        """Raise ValueError where an older group would be learnt from as if this step's policy had sampled it."""
+        """Raise ValueError if the loss would treat an older group as if the current policy had sampled it."""
         if not self.rollout.reuse:
             return
         if self.baseline in ("batch", "gdpo"):
             raise ValueError(self._all_teach("reuse"))
         if self.loss.use is None and self.loss.preset.surrogate == "reinforce":
             raise ValueError(
-                f"rollout.reuse: loss.type {self.loss.type} has no ratio, so it would learn from older completions as "
-                "if the policy of now had sampled them. Take a loss with a ratio, such as dapo"
+                f"rollout.reuse: loss.type {self.loss.type} has no ratio, so it would treat older completions "
+                "as completions of the current policy. Use a loss with a ratio, such as dapo"
             )
         if self.loss.kl_in == "reward":
             raise ValueError(
-                "rollout.reuse: loss.kl_in: reward would take off an older completion's reward the KL of the policy "
-                "that sampled it, not of the policy of now. Use kl_in: loss"
+                "rollout.reuse: with loss.kl_in: reward, the reward of an older completion would lose the KL of the "
+                "policy that sampled it, not of the current policy. Use loss.kl_in: loss"
             )
 
     @model_validator(mode="after")
@@ -200,29 +203,29 @@ class Recipe(Section):
         if replaces:
             raise ValueError(
                 f"rollout.{replaces[0]} replaces groups whose rewards are all equal, because they teach nothing. With "
-                "a teacher they teach as much as the others: leave it out"
+                "a teacher they teach as much as all others: leave it out"
             )
         if self.teacher.kl == "sampled" and self.loss.use is None and self.loss.preset.shares_gradient:
             raise ValueError(
-                f"teacher.kl: sampled gives each token its own advantage, and through the ratio of loss.type "
-                f"{self.loss.type}, of a whole completion, every token learns from their mean. Use a loss with ratios "
-                "of tokens (dapo, gspo_token), or teacher.kl: exact"
+                f"teacher.kl: sampled gives each token its own advantage, and loss.type {self.loss.type} has one ratio "
+                "for a whole completion, so every token learns from the mean of these advantages. Use a loss with "
+                "token ratios (dapo, gspo_token), or teacher.kl: exact"
             )
         if any(self._weights.values()):
             return self
         if self.advantage.changed:
-            raise ValueError(f"advantage.{min(self.advantage.changed)} does nothing without a reward that has a weight")
+            raise ValueError(f"advantage.{min(self.advantage.changed)} does nothing without a reward of nonzero weight")
         if self.loss.kl_in == "reward" and self.has_penalty:
-            raise ValueError("loss.kl_in: reward does nothing without a reward that has a weight: leave it at loss")
+            raise ValueError("loss.kl_in: reward does nothing without a reward of nonzero weight: leave it at loss")
         if self.data.curriculum is not None and not self._weights:
             raise ValueError(
-                "data.curriculum needs a reward to tell what is solved. One of weight 0 is measured and not learnt "
-                "from, as rewards: [{use: math_answer, weight: 0}]"
+                "data.curriculum needs a reward that tells which tasks are solved. Add a reward of weight 0, which is "
+                "measured but not learned from: rewards: [{use: math_answer, weight: 0}]"
             )
         if self.eval is not None and not self._weights:
             raise ValueError(
-                "eval needs a reward to measure. One of weight 0 is measured and not learnt from, as rewards: [{use: "
-                "math_answer, weight: 0}]"
+                "eval needs a reward to measure. Add a reward of weight 0, which is measured but not learned from: "
+                "rewards: [{use: math_answer, weight: 0}]"
             )
         return self
 
@@ -232,10 +235,10 @@ class Recipe(Section):
         for place, (name, data) in enumerate(parts.items()):
             setting = "data.environment" if name == "data" else f"data.sources.{place}.environment"
             if data.environment is not None and not self.environments:
-                raise ValueError(f"{setting} does nothing without `environments`, of which it names one")
+                raise ValueError(f"{setting} does nothing without `environments`: it names one of them")
             if data.environment is not None and data.environment not in self.environments:
                 raise ValueError(
-                    f"{setting}: there is no environment {data.environment!r} in `environments`; there is "
+                    f"{setting}: there is no environment {data.environment!r} in `environments`, only "
                     f"{', '.join(self.environments)}"
                 )
         return self
@@ -244,8 +247,8 @@ class Recipe(Section):
     def _what_training_needs(self) -> Recipe:
         if self.rollout.kv_bits and not self.loss.corrects_samplers:
             raise ValueError(
-                "rollout.kv_bits makes completions that are not quite the policy's own. Set also "
-                "loss.importance_sampling_correction, to token_truncate, say: it weighs tokens by the difference"
+                "rollout.kv_bits makes completions differ slightly from the policy's own. Set also "
+                "loss.importance_sampling_correction, such as token_truncate, which weights tokens by the difference"
             )
         return self
 
@@ -257,32 +260,32 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _divided_models_can(self) -> Recipe:
-        """Raise ValueError for what a model that is divided among processes does not do."""
+        """Raise ValueError for settings that do not work with a model that is divided among processes."""
         if self.teacher is not None and self.teacher.model is not None and self.teacher.model.shard is not None:
-            raise ValueError("teacher.model.shard: every process has the whole of a teacher: leave it out")
+            raise ValueError("teacher.model.shard: every process holds the whole teacher: leave it out")
         if self.model.shard == "fsdp":
             self._spread_models_can()
         if self.model.shard != "tensor":
             return self
         if self.adapter.type == "full":
             raise ValueError(
-                "model.shard: tensor divides a base that stays as it is, and with adapter.type: full it trains: take "
-                "lora or dora"
+                "model.shard: tensor divides a base model that does not train, and with adapter.type: full it trains: "
+                "use lora or dora"
             )
         if any(reward.use == "judge" for reward in self.rewards):
             raise ValueError(
-                "rewards: with model.shard: tensor one of several processes scores, and the judge is the model that "
-                "all of them hold together: take another reward"
+                "rewards: with model.shard: tensor a single process scores, and the judge is the model that several "
+                "processes hold together: use another reward"
             )
         if self.conversations:
             raise ValueError(
-                "model.shard: tensor decodes the same in several processes at the same time, and tools and "
-                "environments answer at times of their own: leave one of them out"
+                "model.shard: tensor decodes in lockstep in several processes, and tools and environments answer at "
+                "different times: leave out model.shard, or the tools and environments"
             )
         if self.optim.optimizer in ("adafactor", "muon"):
             raise ValueError(
-                f"optim.optimizer: {self.optim.optimizer} looks at whole matrices, and with model.shard: tensor each "
-                "process has parts of them: take adamw, or another that moves each number by itself"
+                f"optim.optimizer: {self.optim.optimizer} needs whole matrices, and with model.shard: tensor each "
+                "process has parts of them: use adamw, or another optimizer that updates each number by itself"
             )
         if self.optim.moments != "float32":
             raise ValueError(
@@ -292,32 +295,32 @@ class Recipe(Section):
         return self
 
     def _spread_models_can(self) -> None:
-        """Raise ValueError for what weights that are spread over processes do not do."""
+        """Raise ValueError for settings that do not work with weights that are spread over processes."""
         if self.optim.gradient_checkpointing not in ("auto", True):
             raise ValueError(
                 "optim.gradient_checkpointing: with model.shard: fsdp the backward pass gathers each layer again and "
-                "computes it again, so that all layers are checkpointed: leave it out"
+                "computes it again, so all layers are checkpointed: leave it out"
             )
         if self.optim.offload_activations:
             raise ValueError(
-                "optim.offload_activations: with model.shard: fsdp layers' inputs stay where they are: leave one of "
-                "them out"
+                "optim.offload_activations: with model.shard: fsdp the inputs of layers stay on the device: leave "
+                "one of them out"
             )
         if self.teacher is not None and self.teacher.in_loss:
             raise ValueError(
-                f"teacher.kl: {self.teacher.kl}: with model.shard: fsdp the head is gathered for the policy's logits "
-                "alone: take teacher.kl: sampled"
+                f"teacher.kl: {self.teacher.kl}: with model.shard: fsdp the head is gathered only for the policy's "
+                "logits: use teacher.kl: sampled"
             )
         if self.adapter.type == "full" and self.optim.optimizer in ("adafactor", "muon"):
             raise ValueError(
-                f"optim.optimizer: {self.optim.optimizer} looks at whole matrices, and with model.shard: fsdp and "
-                "adapter.type: full each process has parts of them: take adamw, or another that moves each number by "
-                "itself"
+                f"optim.optimizer: {self.optim.optimizer} needs whole matrices, and with model.shard: fsdp and "
+                "adapter.type: full each process has parts of them: use adamw, or another optimizer that updates each "
+                "number by itself"
             )
 
     @property
     def _weights(self) -> dict[str, float]:
-        """The weight of each reward, environments' own included, by the setting that gives it."""
+        """The weight of each reward, environments' own rewards included, by the setting of the weight."""
         weights = {f"rewards.{place}.weight": reward.weight for place, reward in enumerate(self.rewards)}
         for name, one in self.conversations.items():
             if one.what:
@@ -335,7 +338,7 @@ class Recipe(Section):
 
     @property
     def conversations(self) -> dict[str, EnvironmentConfig]:
-        """The terms of conversations by the value of the column `environment`; the only one goes by the empty name.
+        """The settings of conversations by the value of the column `environment`; a single environment has the name "".
 
         Empty if a completion is a single answer.
         """
@@ -357,7 +360,7 @@ class Recipe(Section):
 
     @property
     def kl_every(self) -> int | None:
-        """Steps between measurements of the distance from the reference, where no penalty tells it."""
+        """Steps between measurements of the distance from the reference, if no penalty reports it."""
         if self.has_penalty:
             return None
         if self.log.kl == "auto":
@@ -371,12 +374,12 @@ class Recipe(Section):
 
     @property
     def baseline(self) -> Baseline:
-        """What advantages are relative to: `advantage.baseline`, or what `loss.type` brings."""
+        """The baseline of advantages: `advantage.baseline`, or the default of `loss.type`."""
         return self.advantage.baseline or self.loss.preset.baseline
 
 
 class EvaluationRecipe(Recipe):
-    """A recipe by which a model is evaluated and never trained: what only training needs may be missing."""
+    """A recipe for evaluation without training: settings that only training needs may be missing."""
 
     @model_validator(mode="after")
     def _what_training_needs(self) -> EvaluationRecipe:

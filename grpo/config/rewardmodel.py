@@ -14,16 +14,18 @@ class RewardModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
     dtype: Dtype = "auto"
-    """Of the weights. `auto`: float32 on a CPU, as stored on a GPU. The score itself is computed in float32."""
+    """Data type of the weights. `auto`: float32 on a CPU, the stored type on a GPU. The score itself is computed in
+    float32."""
     quantize: Quantize | None = None
-    """Quantise the weights when they are loaded, as `model.quantize` does. Default: they stay as stored."""
+    """Quantize the weights when they are loaded, as `model.quantize` does. Default: the weights stay as stored."""
     max_length: Tokens | None = None
-    """Most tokens of a templated conversation. A longer one is not cut: it gets no score, which counts as a failure.
-    Default: as many as the model has positions."""
+    """Maximum number of tokens of a conversation, chat template included. A longer conversation is not truncated: it
+    gets no score, which counts as a failure. Default: the number of positions that the model has."""
     batch_tokens: Tokens = 4096
-    """Tokens that go through the model at once, padding included; a longer conversation goes alone."""
+    """Tokens that go through the model at once, padding included. A longer conversation goes through the model
+    alone."""
     sigmoid: bool = False
-    """Make the score a probability, 1 / (1 + exp(-score)): scores far from 0 then differ by little."""
+    """Turn the score into a probability, 1 / (1 + exp(-score)). Scores far from 0 then differ little."""
 
     def model(self, name: str) -> ModelConfig:
         """The model of this name, as a recipe's section would have it."""

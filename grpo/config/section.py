@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-# No setting means anything beyond these; a slip of the finger does, and would be found out in the middle of a run.
+# No sensible setting exceeds these bounds. A typo can, and it would otherwise be found in the middle of a run.
 MANY = 1_000_000
 LARGE = 1e6
 
@@ -26,14 +26,14 @@ def _nameable(name: str) -> str:
     if len(name.encode()) > LONGEST_PATH or max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME:
         raise PydanticCustomError(
             "not_a_name",
-            "expected a name that a file can have (at most {longest} bytes, and {part} between two slashes)",
+            "expected a name that a file can have (at most {longest} bytes in all, and {part} between two slashes)",
             {"longest": LONGEST_PATH, "part": LONGEST_NAME},
         )
     return name
 
 
 Name = Annotated[str, Field(min_length=1), AfterValidator(_nameable)]
-"""A file, a folder, or something that may be one."""
+"""The name of a file or folder, or a name that may turn out to be a file or folder."""
 
 
 class Section(BaseModel):

@@ -36,58 +36,58 @@ def _source_name(name: str) -> str:
 
 class SourceConfig(Section):
     name: Annotated[str, AfterValidator(_source_name)] | None = None
-    """What its metrics go by, `sources/<name>/reward`. Default: the last part of `source` or `use`, without an
-    ending."""
+    """Name of the source in metrics, such as `sources/<name>/reward`. Default: the last part of `source` or `use`,
+    without the file extension."""
     ratio: Above0 = 1.0
-    """How often its tasks are drawn, compared with those of the other sources: each task is drawn from this source with
-    the chance ratio / sum of all ratios."""
+    """How often this source's tasks are drawn, compared with other sources: each task is drawn from this source with
+    probability ratio / sum of all ratios."""
     rewards: tuple[str, ...] | None = None
-    """The names of the recipe's `rewards` that score its completions. The others are not called for them and give no
-    score. Default: all of them."""
+    """Names of the recipe's `rewards` that score this source's completions. The other rewards are not called for them
+    and give no score. Default: all rewards."""
     environment: Name | None = None
-    """Which of the recipe's `environments` its tasks begin, in the place of its column `environment`. Default:
-    `data.environment`."""
+    """The environment among the recipe's `environments` that this source's tasks use, instead of the environment that
+    the column `environment` names. Default: `data.environment`."""
     source: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
-    """Where its rows come from, in all forms of `data.source`."""
+    """Where this source's rows come from, in any form that `data.source` takes."""
     use: str | None = None
-    """Instead of `source`: a function that returns its rows, as `data.use`."""
+    """Instead of `source`: a function that returns this source's rows, in the forms of `data.use`."""
     kwargs: dict[str, Any] = {}
     """Arguments for the function in `use`."""
     config: str | None = None
-    """Configuration of a Hub dataset. Default: its only one, or `main` where there are several."""
+    """Configuration of a Hub dataset. Default: the only configuration, or `main` if there are several."""
     revision: str | None = None
     """Branch, tag or commit of a Hub dataset."""
     split: str | None = None
     """Split to train on. Default: `data.split`."""
     shuffle: bool | None = None
-    """Whether its rows come in a new order each epoch. Default: `data.shuffle`."""
+    """Whether this source's rows come in a new order each epoch. Default: `data.shuffle`."""
     streaming: bool | None = None
-    """Read its rows as they are needed. Default: `data.streaming`."""
+    """Read this source's rows when they are needed. Default: `data.streaming`."""
     window: Positive | None = None
-    """With `streaming`, the rows of it that are held at once. Default: `data.window`."""
+    """With `streaming`, how many of this source's rows are held in memory at once. Default: `data.window`."""
     columns: dict[str, str] | None = None
-    """Names for its columns, in the place of `data.columns`. Default: `data.columns`."""
+    """New names for this source's columns, instead of `data.columns`. Default: `data.columns`."""
     prompt: str | None = None
-    """A column or a template of its own. Default: `data.prompt`."""
+    """A column or a template for this source's prompts. Default: `data.prompt`."""
     continue_final_message: bool | None = None
-    """Whether its chat prompts may end with a message of the assistant. Default: `data.continue_final_message`."""
+    """Whether this source's chat prompts may end with an assistant message. Default: `data.continue_final_message`."""
     system: str | None = None
-    """A system message of its own. Default: `data.system`. Where sources differ in it, rewards see text prompts with a
-    system message as messages."""
+    """A system message for this source's prompts. Default: `data.system`. If sources have different system messages,
+    rewards see text prompts with a system message as messages."""
     chat_template: Literal["auto", "always", "never"] | None = None
-    """Whether its text prompts go through the chat template. Default: `data.chat_template`."""
+    """Whether this source's text prompts go through the chat template. Default: `data.chat_template`."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Handed to the chat template, in the place of `data.chat_template_kwargs`. Default: those."""
+    """Arguments for the chat template, instead of `data.chat_template_kwargs`. Default: `data.chat_template_kwargs`."""
     max_prompt_length: Tokens | None = None
-    """In tokens. Longer prompts are dropped and counted. Default: `data.max_prompt_length`."""
+    """Maximum prompt length in tokens. Longer prompts are dropped and counted. Default: `data.max_prompt_length`."""
     solve_rates: Name | None = None
-    """A file that `grpo eval --solve-rates` wrote for its rows."""
+    """A file that `grpo eval --solve-rates` wrote for this source's rows."""
     solve_rate: tuple[Fraction, Fraction] | None = None
-    """Keep the tasks whose rate in `solve_rates` is between these two, both included."""
+    """Keep only the tasks whose rate in `solve_rates` is between these two values, both included."""
     curriculum: CurriculumConfig | None = None
-    """Draw its tasks by how often they were solved. Default: `data.curriculum`."""
+    """Draw this source's tasks by how often they were solved. Default: `data.curriculum`."""
     sampler: str | None = None
-    """A class of yours that chooses its tasks, as `data.sampler`. Default: none."""
+    """Your own class that chooses this source's tasks, in the forms of `data.sampler`. Default: none."""
 
     @property
     def called(self) -> str:
@@ -124,13 +124,13 @@ def check_sources(cfg: DataConfig) -> None:
     """Raise ValueError for several sources whose settings do not go together, or not with those of `data`."""
     if beside := sorted(cfg.changed & OF_ONE):
         raise ValueError(
-            f"data.{beside[0]} does nothing beside data.sources, where each source has its own: leave out one of them"
+            f"data.{beside[0]} does nothing with data.sources, where each source has its own: leave out one of them"
         )
     for place, source in enumerate(cfg.sources):
         if source.called in (called := [one.called for one in cfg.sources[:place]]):
             raise ValueError(
-                f"data.sources.{place} is called {source.called!r}, as data.sources.{called.index(source.called)} is; "
-                "metrics need one name each: give one a name of its own (name: ...)"
+                f"data.sources.{place} has the same name as data.sources.{called.index(source.called)}, "
+                f"{source.called!r}, and metrics need different names: give one of them another name (name: ...)"
             )
         if not _fits(source.called):
             raise ValueError(f"data.sources.{place} would be called {source.called!r}: give it a name (name: ...)")
@@ -139,7 +139,7 @@ def check_sources(cfg: DataConfig) -> None:
         except ValidationError as error:
             raise ValueError(_of_source(error.errors()[0]["msg"], place, cfg.changed - source.changed)) from None
     if "window" in cfg.changed and not any("window" in part.changed for part in cfg.parts.values()):
-        raise ValueError("data.window does nothing: it is for sources with streaming whose rows are shuffled")
+        raise ValueError("data.window does nothing: it is for sources with streaming and shuffle, and none has both")
 
 
 def _of_source(said: str, place: int, shared: Collection[str]) -> str:

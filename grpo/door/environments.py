@@ -42,7 +42,9 @@ def partner_sections(
     """
     settings: Sections = {}
     if environment is not None and environments is not None:
-        raise UserError(f"{said_by}: environment does nothing beside environments: name it there, or leave them out")
+        raise UserError(
+            f"{said_by}: environment does nothing with environments: move it there, or leave out one of them"
+        )
     if environment is not None:
         own = _section(environment, functions, f"{said_by}: environment")
         others: Sections = {"use": None, "agent": None, "command": None, "kwargs": {}}  # of the recipe's own

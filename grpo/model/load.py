@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
+from grpo.backend import cuda
 from grpo.backend.device import on_gpu
 from grpo.backend.hub import Repository, fetch, one_line
 from grpo.backend.ranks import Ranks
@@ -21,6 +22,7 @@ from grpo.errors import UserError
 from grpo.model.materialize import materialize
 from grpo.model.mlxlm import TokenizerWrapper, load_model, load_tokenizer, model_classes, new_model, quantize
 from grpo.model.quantized import check_computes, dtype_of, quantization, type_embeddings
+from grpo.model.rotary import turn_by_stock_operations
 from grpo.model.tensor import divide
 from grpo.model.widehead import wide_head, widen_head
 
@@ -68,6 +70,8 @@ def read(cfg: ModelConfig, folder: Path, classes: Classes = model_classes) -> tu
         model = _quantized(model, config, cfg)
     type_embeddings(model, dtype_of(model))
     check_computes(model, cfg.name, dtype_of(model))
+    if cuda.available():
+        turn_by_stock_operations(model)
     return model, tokenizer
 
 

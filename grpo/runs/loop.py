@@ -132,9 +132,11 @@ class Loop:
         had = [metrics.values["reward"]] if "reward" in metrics.values else []
         rewarded, rewards = self.state.rewarded or bool(had), (*self.state.rewards, *had)
         start = self.state.start if step > 1 else lowest_mean(metrics.groups)
-        metrics, past = after_step(metrics, self.state.past, self._terms)
-        state = replace(self.state, step=metrics.step, rewarded=rewarded, rewards=rewards, start=start, past=past)
-        self._move(state)
+        self._move(replace(self.state, step=metrics.step, rewarded=rewarded, rewards=rewards, start=start))
+        metrics, past = after_step(
+            metrics, self.state.past, self._terms
+        )  # the weights are of this step, whatever fails
+        self.state = replace(self.state, past=past)
         self.tell(metrics)
         if self.ranks.first:
             self._store(metrics)

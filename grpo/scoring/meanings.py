@@ -1,4 +1,4 @@
-"""What each metric of a run means: one entry per name that the run itself writes. The manual's reference is made of it.
+"""What each metric of a run means: one entry per name that the run itself writes. The manual's reference prints it.
 
 A part in angle brackets stands for any text: `rewards/<name>/mean` is the mean of each reward.
 """
@@ -10,8 +10,8 @@ from functools import cache
 
 MEANINGS: dict[str, dict[str, str]] = {
     "Reward": {
-        "reward": "Mean over completions of the weighted sum of the rewards, before penalties. Absent, with the next "
-        "five metrics, from a step in which no completion has a reward, as when a run learns from a teacher alone.",
+        "reward": "Mean over completions of the weighted sum of the rewards, before penalties. Absent, like the next "
+        "five metrics, if no completion of the step has a reward, for example in a run with a teacher alone.",
         "reward_std": "Standard deviation of the rewards within a group, averaged over groups.",
         "frac_reward_zero_std": "Fraction of groups whose completions all have the same reward. Such a group has no "
         "advantages: the policy learns nothing from it, unless there is a teacher.",
@@ -22,11 +22,11 @@ MEANINGS: dict[str, dict[str, str]] = {
         "(`advantage.soft_overlong_cache`) take off the reward.",
         "rewards/<name>/mean": "Mean score of one reward function, or of an environment's own reward.",
         "rewards/<name>/std": "Standard deviation of these scores, with Bessel's correction.",
-        "rewards/<name>/failures": "Completions that this reward failed on since the start of the run, evaluations "
-        "included.",
-        "rewards/<name>/none_rate": "Fraction of the step's completions that the reward gave no score (`None`).",
-        "rewards/<name>/error_rate": "Fraction of the step's completions that the reward raised an exception on, or "
-        "returned something other than a number for.",
+        "rewards/<name>/failures": "Number of completions on which this reward failed since the start of the run, "
+        "evaluations included.",
+        "rewards/<name>/none_rate": "Fraction of the step's completions to which the reward gave no score (`None`).",
+        "rewards/<name>/error_rate": "Fraction of the step's completions for which the reward raised an exception or "
+        "returned something other than a number.",
         "rewards/<name>/timeout_rate": "Fraction of the step's completions whose call exceeded the time limit.",
         "rewards/<name>/crash_rate": "For an environment's own reward: fraction of conversations whose process died.",
         "rewards/<name>/memory_rate": "For an environment's own reward: fraction of conversations whose process "
@@ -55,8 +55,8 @@ MEANINGS: dict[str, dict[str, str]] = {
         "tools/failure_frequency": "Fraction of tool calls that failed: an exception, an unknown tool, or wrong "
         "arguments.",
         "environment/<name>/<metric>": "A metric that an agent returned, averaged over the rollouts that returned it.",
-        "environment/failures/<kind>": "Conversations since the start whose environment failed by `error`, `timeout`, "
-        "`crash` or `memory`. They are left out of their group's baseline.",
+        "environment/failures/<kind>": "Number of conversations since the start of the run whose environment failed by "
+        "`error`, `timeout`, `crash` or `memory`. They are left out of their group's baseline.",
     },
     "Policy": {
         "loss": "The loss, with the denominators of the whole step. Absent if every update of the step was skipped.",
@@ -90,25 +90,26 @@ MEANINGS: dict[str, dict[str, str]] = {
         "sampling/sampling_logp_difference/mean": "Mean absolute difference between the generator's logprobs and the "
         "trainer's. grpo warns at 3 times what rounding explains, and stops the run at 30 times "
         "(`optim.max_logp_difference`).",
-        "sampling/sampling_logp_difference/max": "Largest absolute difference of this kind.",
+        "sampling/sampling_logp_difference/max": "Largest absolute difference between these logprobs.",
         "sampling/unfiltered_logp_difference/mean": "With a filter (`top_k`, `top_p`, `min_p`, `repetition_penalty`, "
-        "`min_completion_length`), the same difference for the logprobs before the filter. This is then the value that "
-        "is held against the bound.",
+        "`min_completion_length`), the same difference for the logprobs before the filter. This value is then "
+        "compared with the bound of `optim.max_logp_difference`.",
         "sampling/importance_sampling_ratio/min": "Lowest ratio of the trainer's to the sampler's probability of a "
         "token, before truncation.",
         "sampling/importance_sampling_ratio/mean": "Mean of these ratios.",
         "sampling/importance_sampling_ratio/max": "Highest of these ratios.",
-        "sampling/sequence_importance_sampling_ratio/min": "Lowest ratio of this kind of a whole completion.",
-        "sampling/sequence_importance_sampling_ratio/max": "Highest ratio of this kind of a whole completion.",
-        "sampling/effective_sample_size": "(Σw)² / (N Σw²) of these ratios over tokens: 1 if all are equal.",
+        "sampling/sequence_importance_sampling_ratio/min": "Lowest such ratio for a whole completion.",
+        "sampling/sequence_importance_sampling_ratio/max": "Highest such ratio for a whole completion.",
+        "sampling/effective_sample_size": "(Σw)² / (N Σw²) over tokens, where w is the ratio of a token: 1 if all "
+        "ratios are equal.",
     },
     "Older groups": {
-        "reuse/groups": "Older groups that the step learned from (`rollout.reuse`). They count in `loss`, `entropy`, "
-        "`clip_ratio/*` and in a `kl` that is a term of the loss, and in no metric of what was sampled, such as "
-        "`reward` or `sampling/*`.",
+        "reuse/groups": "Number of older groups that the step learned from (`rollout.reuse`). They count in `loss`, "
+        "`entropy`, `clip_ratio/*` and in a `kl` that is a term of the loss. They do not count in metrics of the "
+        "step's own samples, such as `reward` or `sampling/*`.",
         "policy_lag/mean": "Training steps between the policy that sampled a completion and the policy that learned "
         "from it, averaged over completions. Only with `rollout.reuse` or `ranks`.",
-        "policy_lag/max": "The largest such lag.",
+        "policy_lag/max": "Largest lag of a completion.",
     },
     "Sampling and training apart": {
         "time/wait_sampler": "Seconds that the trainers waited for the slowest sampler (`ranks`).",
@@ -120,8 +121,8 @@ MEANINGS: dict[str, dict[str, str]] = {
     "Data": {
         "epoch": "How often every row has been visited. Absent with `data.curriculum`, which has no epochs.",
         "dropped_prompts": "Rows left out since the start because the prompt was too long or null.",
-        "sources/<name>/share": "Share of the step's tasks that this source of `data.sources` gave.",
-        "sources/<name>/reward": "`reward` over this source's completions alone, at steps that have some.",
+        "sources/<name>/share": "Share of the step's tasks that came from this source of `data.sources`.",
+        "sources/<name>/reward": "`reward` over this source's completions alone, at steps with such completions.",
         "sources/<name>/reward_std": "`reward_std` over this source's groups alone.",
         "sources/<name>/frac_reward_zero_std": "`frac_reward_zero_std` over this source's groups alone.",
         "sources/<name>/solved_all": "`solved_all` over this source's groups alone.",
@@ -130,16 +131,16 @@ MEANINGS: dict[str, dict[str, str]] = {
         "sources/<name>/mean_length": "`completions/mean_length` over this source's completions alone.",
         "sources/<name>/epoch": "`epoch` of this source's rows.",
         "sources/<name>/dropped_prompts": "`dropped_prompts` of this source's rows.",
-        "curriculum/<pool>": "Tasks in each pool of the curriculum after the step: `hard`, `normal`, `easy`, `unseen`. "
-        "With `data.sources`, `curriculum/<source>/<pool>`.",
-        "curriculum/solve_rate/<percent>": "Tasks whose solve rate is at least this percentage and below the next; "
-        "`90` includes 100.",
+        "curriculum/<pool>": "Number of tasks in each pool of the curriculum after the step: `hard`, `normal`, `easy`, "
+        "`unseen`. With `data.sources`, `curriculum/<source>/<pool>`.",
+        "curriculum/solve_rate/<percent>": "Number of tasks whose solve rate is at least this percentage and below the "
+        "next; `90` includes 100.",
         "curriculum/drawn/<pool>": "Share of the step's tasks drawn from each pool.",
     },
     "Speed and memory": {
         "step_time": "Duration of the step in seconds.",
         "time/rollout": "Seconds spent sampling. Groups are scored meanwhile.",
-        "time/reward": "Seconds that the step waited for scores after its last token.",
+        "time/reward": "Seconds that the step waited for scores after its last token was sampled.",
         "time/logprobs": "Seconds spent on making batches and on passes before the first update: logprobs of the "
         "reference, the anchor and the teacher.",
         "time/update": "Seconds spent on updates.",
@@ -156,13 +157,13 @@ MEANINGS: dict[str, dict[str, str]] = {
         "`drafts: 1.50 ×`.",
     },
     "Alarms": {
-        "alarms": "What went wrong in the run, in the line of the step (or evaluation) that showed it first: a list of "
-        "objects with `kind`, `step`, `what` happened and `advice`. Absent where there is nothing to say.",
+        "alarms": "What went wrong in the run: a list of objects with `kind`, `step`, `what` (what happened) and "
+        "`advice`, in the line of the step or evaluation that showed it first. Absent if there is no new alarm.",
     },
     "Evaluation": {
         "n": "Held-out prompts that were evaluated.",
         "grader": "The reward that decides whether an answer is right: the first of `rewards`, or the environment's.",
-        "failed_gradings": "Completions that the grader failed on. They count as wrong.",
+        "failed_gradings": "Number of completions on which the grader failed. They count as wrong.",
         "greedy": "Fraction of prompts answered right at temperature 0.",
         "avg@<k>": "Fraction of right answers among k sampled completions of each prompt.",
         "pass@<k>": "Probability that at least one of k sampled completions is right; unbiased (arXiv 2107.03374).",

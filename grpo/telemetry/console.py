@@ -44,7 +44,7 @@ class ConsoleLogger:
         """`clock` tells seconds."""
         self._console, self._steps, self._clock = console, steps, clock
         self._printed = clock()
-        self._ended: deque[float] = deque(maxlen=LATELY + 1)
+        self._ended, self._took = clock(), deque[float](maxlen=LATELY)
         self._curves: dict[str, deque[float]] = {"reward": deque(maxlen=WIDTH), "length": deque(maxlen=WIDTH)}
         wide = console.width >= WIDE
         self._progress = _View(
@@ -122,12 +122,12 @@ class ConsoleLogger:
         return lines
 
     def _seconds_left(self, record: StepMetrics) -> float:
-        """By the time that the last steps took, with evaluations and whatever else was between them."""
-        now = self._clock()
-        if not self._ended:
-            self._ended.append(now - record.values["step_time"])
-        self._ended.append(now)
-        return (now - self._ended[0]) / (len(self._ended) - 1) * (self._steps - record.step)
+        """By the time that the last steps took, with evaluations and whatever else was between them. Of steps that
+        ended before they were shown, as to those who follow a run, their own time is all that is known."""
+        now, own = self._clock(), record.values["step_time"]
+        self._took.append(max(own, now - self._ended) if self._took else own)
+        self._ended = now
+        return sum(self._took) / len(self._took) * (self._steps - record.step)
 
 
 class _TimeLeft(ProgressColumn):

@@ -73,14 +73,15 @@ def server_of(runs: LiveRuns, port: int = 0) -> ThreadingHTTPServer:
             makers = {"/": (runs.page, "text/html"), f"/{DATA}": (runs.data, "application/json")}
             own = self.connection.getsockname()[1]
             if self.headers.get("Host") not in (f"{HOST}:{own}", f"localhost:{own}"):
-                self._answer(403, "text/plain", "this page is for browsers on this machine\n")
+                way = f"open http://localhost:{own}/; from another machine, through ssh -L {own}:{HOST}:{own} HOST"
+                self._answer(403, "text/plain", f"{way}\n")
             elif (found := makers.get(self.path.partition("?")[0])) is None:
                 self._answer(404, "text/plain", "there is the page, /, and its data, /data.json\n")
             else:
                 make, kind = found
                 try:
                     text = make()
-                except UserError as error:
+                except (UserError, OSError) as error:  # a run that begins anew takes files away
                     self._answer(503, "text/plain", f"{error}\n")
                 else:
                     self._answer(200, kind, text)

@@ -10,7 +10,7 @@ from alarms.signs import terms, watched
 
 from grpo.alarms.past import PastSteps, length_correlation, length_sums
 from grpo.alarms.watch import OF_EVALUATIONS, OF_STEPS, after_measuring, after_step
-from grpo.config import AlarmsConfig, RolloutConfig
+from grpo.config import AlarmsConfig, LossConfig, RolloutConfig
 from grpo.types import EvalMetrics, Failure, Group, Rollout, StepMetrics, Task, Trajectory
 
 CUT = "completions/clipped_ratio"
@@ -23,6 +23,8 @@ def kinds(steps, known=None) -> list[tuple[str, int]]:
 def test_truncation_is_of_the_first_step_or_of_five_together() -> None:
     assert kinds([{CUT: 0.51}]) == [("truncation", 1)]
     assert kinds([{CUT: 0.5}] * 9) == []
+    (alarm,), _ = watched([{CUT: 0.5}, {CUT: 0.75}])
+    assert alarm.what.startswith("62% of the completions in the last 2 steps were truncated")
     assert kinds([{CUT: cut} for cut in (0.0, 0.0, 0.0, 1.0, 1.0, 0.5)]) == []  # the last five: exactly a half
     (alarm,), _ = watched([{CUT: cut} for cut in (0.0, 0.0, 0.0, 1.0, 1.0, 0.75)])
     assert str(alarm).startswith(
@@ -48,6 +50,49 @@ def test_ten_silent_steps_after_a_signal_must_follow_one_another() -> None:
     counts = [0, *range(1, 10), 9, *range(10, 19)]  # nine, one with a signal, nine
     assert kinds([silent(n, count) for n, count in enumerate(counts, 1)]) == []
     assert kinds([silent(n, count) for n, count in enumerate([*counts, 19], 1)]) == [("no_signal", 21)]
+
+
+def test_silent_steps_from_before_the_history_do_not_count() -> None:
+    """After a resume with another reward, or of a checkpoint without a history, the count begins above 0."""
+    later = [StepMetrics(n, silent(n, 30 + (n > 45)).values) for n in range(31, 60)]
+    alarms, past = [], PastSteps()
+    for record in later:
+        record, past = after_step(record, past, terms())
+        alarms += record.alarms
+    assert "no_signal" not in [alarm.kind for alarm in alarms]
+    past = PastSteps()
+    for n in range(31, 42):  # eleven records show ten silent steps
+        record, past = after_step(silent(n, n), past, terms())
+    assert "no_signal" in [alarm.kind for alarm in record.alarms]
+
+
+def test_the_longest_wait_for_a_signal_fits_into_the_history() -> None:
+    longest = terms(AlarmsConfig(without_signal=24))
+    steps = [silent(n, max(0, n - 40)) for n in range(1, 70)]
+    assert ("no_signal", 64) in kinds(steps, longest)
+    with pytest.raises(ValueError, match="less than or equal to 24"):
+        AlarmsConfig(without_signal=25)
+
+
+def test_where_rewards_differ_the_gradient_is_named() -> None:
+    masked = terms(loss=LossConfig(mask_truncated_completions=True))
+    values = {"frac_reward_zero_std": 0.0, "reward": 0.5}
+    steps = [StepMetrics(n, values | {"steps_without_signal": float(n)}) for n in range(1, 11)]
+    for known, said in ((masked, "loss.mask_truncated_completions"), (terms(), "section loss")):
+        (alarm,), _ = watched(steps, known)
+        assert "rewards differ, but the gradient was exactly 0" in alarm.what
+        assert said in alarm.advice
+
+
+def test_rewards_that_are_too_large_for_their_squares_end_nothing() -> None:
+    task = Task(0, "", (), {})
+    rollouts = [
+        Rollout(Trajectory((1,) * n, (True,) * n, {}, "", "stop"), reward=reward)
+        for n, reward in ((1, 0.0), (2, 1e200), (3, 1.0))
+    ]
+    sums = length_sums([Group(task, tuple(rollouts))])
+    assert sums["length/squared_rewards"] == math.inf
+    assert length_correlation([sums]) is None
 
 
 def test_a_run_that_came_to_solve_its_prompts_is_left_alone() -> None:
@@ -79,6 +124,7 @@ def test_entropy_collapses_where_answers_are_equal_and_not_right() -> None:
 
 def test_kl_and_the_gradient_explode() -> None:
     assert kinds([{"kl": 2.0}, {"kl": 2.01}]) == [("kl", 2)]
+    assert kinds([{"kl": math.nan}]) == []  # that is not far, but not finite
     norms = [1.0, 3.0] * 4  # their median is 2
     assert kinds([{"grad_norm": norm} for norm in (*norms, 101.0, 0.1, 99.0)]) == []
     assert kinds([{"grad_norm": norm} for norm in (*norms, 101.0, 0.1, 102.0)]) == [("gradient", 11)]

@@ -199,14 +199,14 @@ def test_a_checkpoint_is_a_target_too(run_cli, recipe) -> None:
         ("eval.split=dev", "there is no 'dev'"),
         ("data.source=notes.txt", "files are read by their ending"),
         ("data.config=main", "data.config is for Hub datasets"),
-        ("data.chat_template_kwargs={tokenize: false}", "is not yours to set"),
+        ("data.chat_template_kwargs={tokenize: false}", "grpo sets tokenize itself"),
         ("adapter.targets=[]", "adapter.targets"),
         ("rewards.0.use=needs.py:reward", "missing a required argument: 'solution'; it is called with answer, comp"),
         ("rewards.0.use=exits.py:reward", "cannot be imported: SystemExit: 3"),
         ("loss.use=digits.py:rewrd", "no function 'rewrd' there. Did you mean 'reward'?"),
         ("loss.epsilon_max=2", "loss.epsilon_max does nothing with the clip surrogate of dapo"),
         ("loss.kl_estimator=k1", "loss.kl_estimator does nothing while loss.beta is 0"),
-        ("optim.num_minibatches=4", "not divisible by optim.num_minibatches"),
+        ("optim.num_minibatches=4", "must be divisible by optim.num_minibatches"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(run_cli, recipe, tmp_path, override: str, said: str) -> None:

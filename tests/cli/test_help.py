@@ -46,7 +46,7 @@ def test_every_page_fits_its_terminal_and_shows_all_words(run_cli, monkeypatch, 
 
 def test_a_whole_summary_is_there(run_cli) -> None:
     listed = " ".join(run_cli("-h").out.split())
-    assert "train Train an adapter, or the weights themselves, with GRPO, as a recipe says. eval Measure" in listed
+    assert "train Train an adapter, or the weights themselves, with GRPO, from a recipe. eval Measure" in listed
 
 
 def test_every_command_takes_h(run_cli) -> None:

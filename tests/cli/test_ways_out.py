@@ -30,7 +30,7 @@ def test_full_training_of_a_recipe_with_lora_settings(recipe) -> None:
 def test_a_function_in_the_place_of_a_files_source(recipe) -> None:
     Path("rows.py").write_text("def rows():\n    return [{'question': 'q'}]\n")
     said = ways_out(recipe, "data.use=rows.py")
-    assert "data.source=null leaves out the file's source" in said
+    assert "data.source=null removes the recipe's source" in said
     assert load_recipe(recipe, ["data.use=rows.py", "data.source=null"]).data.source is None
 
 

@@ -136,7 +136,7 @@ def test_saved_folders(tmp_path: Path) -> None:
         ({"source": "a.jsonl", "use": "a.py:rows"}, "data.use and data.source both say"),
         ({"source": "a.jsonl", "kwargs": {"n": 1}}, "data.kwargs does nothing without data.use"),
         ({}, "data.source is missing"),
-        ({"source": "a.jsonl", "prompt": "{q}", "continue_final_message": True}, "does nothing with a template"),
+        ({"source": "a.jsonl", "prompt": "{q}", "continue_final_message": True}, "does nothing with a prompt template"),
     ],
 )
 def test_settings_that_do_not_go_together(settings: dict, said: str) -> None:

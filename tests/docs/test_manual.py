@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,12 +131,4 @@ def test_it_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Path) -> 
         text = page.read_text(encoding="utf-8")
         assert 'src="http' not in text, page
         assert 'rel="stylesheet" href="http' not in text, page
-    assert (tmp_path / "search" / "search_index.js").is_file()
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        return
-    page = f"file://{tmp_path}/index.html?q=effective_sample_size"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
-    found = subprocess.run([chromium, *flags, page], capture_output=True, text=True, check=False).stdout
-    assert "matching document" in found
-    assert "No matching documents" not in found
+    assert "effective_sample_size" in (tmp_path / "search" / "search_index.js").read_text(encoding="utf-8")

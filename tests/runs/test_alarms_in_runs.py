@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 from runs.driver import run
 
 from grpo.alarm import Alarm
+from grpo.alarms.past import PastSteps
 from grpo.runs.checkpoint import load_checkpoint, newest_whole
 from grpo.runs.loop import Loop
 from grpo.telemetry.recorded import follow, read_run
@@ -151,3 +153,16 @@ def test_of_several_processes_the_first_speaks(caplog) -> None:
     for first, said in ((False, []), (True, ["step 1: far. Read."])):
         Loop._warn(SimpleNamespace(ranks=SimpleNamespace(first=first)), record)
         assert caplog.messages == said
+
+
+def test_a_rule_that_breaks_leaves_the_weights_with_their_step(recipe, monkeypatch) -> None:
+    def broken(metrics: StepMetrics, past: PastSteps, _: object) -> tuple[StepMetrics, PastSteps]:
+        if metrics.step == 2:
+            raise ZeroDivisionError
+        return metrics, past
+
+    monkeypatch.setattr("grpo.runs.loop.after_step", broken)
+    with pytest.raises(ZeroDivisionError):
+        run(recipe, "optim.steps=3")
+    checkpoint, _ = newest_whole(FOLDER / "checkpoints")
+    assert load_checkpoint(checkpoint)[0].step == 2

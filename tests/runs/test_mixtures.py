@@ -249,9 +249,9 @@ def test_the_first_tasks_are_of_all_sources(mixed: Path) -> None:
         ),
         ("data.sources.1.prompt={noun}", r"no column 'noun' in row 0 of .*spell\.jsonl"),
         ("data.sources.1.source=away.jsonl", r"away\.jsonl: there is no such file"),
-        ("data.source=sums.jsonl", r"data\.source does nothing beside data\.sources"),
-        ("data.sampler=mine.py:Mine", r"data\.sampler does nothing beside data\.sources"),
-        ("data.sources.1.name=sums", r"data\.sources\.1 is called 'sums', as data\.sources\.0 is"),
+        ("data.source=sums.jsonl", r"data\.source does nothing with data\.sources"),
+        ("data.sampler=mine.py:Mine", r"data\.sampler does nothing with data\.sources"),
+        ("data.sources.1.name=sums", r"data\.sources\.1 has the same name as data\.sources\.0, 'sums'"),
         (
             "data.sources.1.name=eval",
             r"data\.sources\.1\.name: expected a name in one line, without slashes, other than data and eval",
@@ -290,7 +290,7 @@ def test_what_is_wrong_with_a_setting_that_sources_share_is_said_of_it(mixed: Pa
     assert windows == {"sums": 10_000, "spell": 2}
     with pytest.raises(UserError, match=r"data\.curriculum needs all rows, and with data\.sources\.1\.streaming"):
         load_recipe(mixed, [*one, "data.curriculum={}"])
-    with pytest.raises(UserError, match=r"data\.streaming is for files and Hub datasets; .* \(data\.sources\.0\)"):
+    with pytest.raises(UserError, match=r"data\.streaming is for files and Hub datasets, .* \(data\.sources\.0\)"):
         load_recipe(mixed, ["data.streaming=true", "data.sources.0.source=builtin:countdown"])
 
 

@@ -136,7 +136,7 @@ def test_a_recipe_says_where_a_mistake_is(graded: Path) -> None:
 
 def test_a_curriculum_needs_to_know_which_score_of_a_reward_model_is_solved(graded: Path) -> None:
     model = "rewards=[{use: 'model:judge', name: liked}, {use: length, weight: 0}]"
-    with pytest.raises(UserError, match=r"data.curriculum: a solve rate is score / best, and the scores of model:"):
+    with pytest.raises(UserError, match=r"data.curriculum: a solve rate is score / best, but the scores of model:"):
         load_recipe(graded, [model, "data.curriculum={}"])
     with pytest.raises(UserError, match="numbers of any size"):
         load_recipe(graded, [model, "data.curriculum={reward: liked}"])

@@ -111,7 +111,7 @@ def test_an_adapter_that_does_not_fit_is_refused(taught: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("teacher={}",), ": teacher.model is missing: name a second model, or by teacher.adapter"),
+        (("teacher={}",), ": teacher.model is missing: name a second model, or set teacher.adapter"),
         (("teacher={model: m, adapter: a}",), ": teacher.model and teacher.adapter are two teachers: leave out one"),
         (("teacher=FOLDER",), 'got "FOLDER". Write {model: NAME} or {adapter: FOLDER}'),
         (("teacher={adapter: a, top_k: 3}",), "teacher.top_k does nothing with teacher.kl: sampled"),

@@ -103,9 +103,12 @@ def test_a_system_message_and_the_template_s_arguments_are_given(make_policy) ->
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [
-        ({"prompt": "{prompt}"}, r"kwargs.prompt does not hold \{completion\}"),
-        ({"prompt": "{completion} {"}, "kwargs.prompt is no template"),
-        ({"prompt": "{completion} {0}"}, r"kwargs.prompt holds names alone, \{like_this\}, and \{0\} is none"),
+        ({"prompt": "{prompt}"}, r"kwargs.prompt does not contain \{completion\}"),
+        ({"prompt": "{completion} {"}, "kwargs.prompt is not a valid template"),
+        (
+            {"prompt": "{completion} {0}"},
+            r"kwargs.prompt may hold only plain names, \{like_this\}, and \{0\} is not a plain name",
+        ),
         ({"labels": {"Yes": 1.0}}, "kwargs.labels: .*at least 2"),
         ({"labels": ["Yes", "No"]}, "kwargs.labels: expected keys and values, got"),
         ({"labels": {"Yes": "much", "No": 0}}, "kwargs.labels.Yes: expected a valid number"),

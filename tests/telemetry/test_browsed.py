@@ -145,6 +145,24 @@ def test_runs_share_the_room(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
     assert min(sizes) > 8_000
 
 
+def test_long_prompts_take_no_room_beside_the_rest(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step has a prompt of its own, of many long messages; those whose completions have no room are left out."""
+    monkeypatch.setattr(room, "MOST_BYTES", 100_000)
+
+    def asked(step: int) -> Group:
+        prompt = tuple({"role": "user", "content": f"{step} " + "x" * 9_000} for _ in range(20))
+        answer = group(step, [1.0])
+        return replace(answer, task=replace(answer.task, prompt=prompt))
+
+    told = browsed(recorded(recipe, tmp_path, {step: [asked(step)] for step in range(1, 25)}))
+    assert told is not None
+    assert size_of(told) < 100_500
+    assert len(told["prompts"]) == len(told["rows"]) >= 1
+    assert sum(len(text) for _, text in told["prompts"][0]) < 4.2 * room.LONGEST_PROMPT
+
+
 def test_a_thousand_steps_are_a_page_of_less_than_five_megabytes(recipe: Path, tmp_path: Path) -> None:
     """64 completions of 2,000 characters a step, in as many files as one can write in a second, and 100 metrics."""
     text = "<think> Let me see. </think>\n" * 69

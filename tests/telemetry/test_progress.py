@@ -130,6 +130,18 @@ def test_the_time_left_goes_by_the_last_steps_and_runs_down() -> None:
     assert "2:12:18 left" in _rendered(logger, 120)[0]
 
 
+def test_the_time_left_of_a_run_that_is_followed_late() -> None:
+    """Its steps come all at once, and the next one soon after."""
+    (console, text), clock = printed(), Clock()
+    logger = ConsoleLogger(console, 100, clock)
+    for step in range(1, 41):
+        logger.log(StepMetrics(step, VALUES))
+    clock.now += 0.5
+    logger.log(StepMetrics(41, VALUES))
+    said = [line.rsplit("  ", 1)[1] for line in text.getvalue().splitlines()]
+    assert said[-2:] == ["2:00 left", "1:58 left"]
+
+
 def _rendered(logger: ConsoleLogger, width: int = 80) -> list[str]:
     (console, text) = printed(width, no_color=True)
     for part in logger._progress.get_renderables():

@@ -28,6 +28,7 @@ from grpo.runs.processes import on_roles, one_plan
 from grpo.scoring.own import OwnTerms
 from grpo.scoring.scorer import Scorer
 from grpo.tools.replay import replay
+from grpo.training.ahead import Ahead, Sampled
 from grpo.training.apart import ApartTrainer
 from grpo.training.batches import forced
 from grpo.training.roles import Roles
@@ -126,6 +127,9 @@ def test_a_run_may_go_on_by_other_processes_and_with_more_steps(recipe: Path, mo
         changed=True,
     )
     assert [groups[0].lag for groups in stored(Path("runs/apart"))] == [0, 1]
+    hotter = "rollout.temperature=1.1", "output_dir=runs/hotter"
+    emulated(monkeypatch, recipe, *MORE, *hotter, checkpoint=from_one, changed=True)
+    assert [groups[0].lag for groups in stored(Path("runs/hotter"))] == [0, 1, 1]  # what waited was drawn otherwise
 
 
 @pytest.mark.parametrize(
@@ -191,6 +195,18 @@ def test_the_gap_between_decoding_and_training_is_checked_where_nothing_lags(rec
         trainer.gap.check(2, steps[1].values)
 
 
+def test_what_waits_is_kept_with_all_that_rewards_have_logged(recipe: Path) -> None:
+    trainer = alone(recipe)
+    trainer.step(1)
+    assert trainer.ahead is not None
+    logged = [
+        replace(group, rollouts=tuple(replace(one, logged={"length": float(place)}) for one in group.rollouts))
+        for place, group in enumerate(trainer.ahead.groups)
+    ]
+    ahead = replace(trainer.ahead, groups=tuple(logged))
+    assert Ahead.loaded(ahead.arrays(), json.loads(json.dumps(ahead.plain())), trainer.scorer) == ahead
+
+
 def test_a_failed_step_leaves_what_waits_as_it_was(recipe: Path) -> None:
     trainer = alone(recipe)
     trainer.step(1)
@@ -246,7 +262,9 @@ def test_the_first_processes_train_and_the_others_share_the_prompts() -> None:
     assert (trainer.trainers, trainer.samplers, Roles.alone().trainers) == (1, 2, 1)
     assert [one.deal(3, 5, 9).begin for one in (trainer, first, second)] == [[], [0, 2, 4], [1, 3]]
     second.everyone.watch = object()
-    assert second.deal(3, 5, 3).begin == [1, 3]  # each has room for its whole share
+    dealt = second.deal(3, 5, 3)  # each has room for its whole share
+    assert dealt.begin == [dealt.take(False), dealt.take(False)] == [1, 3]
+    assert not dealt.goes_on
     dealt = second.deal(3, 5, 1)
     assert dealt.begin == [dealt.take(False)] == [1]
     assert dealt.goes_on  # by ticket
@@ -288,8 +306,8 @@ def test_other_numbers_of_processes_are_refused_and_so_are_groups_that_cannot_be
     ("settings", "why"),
     [
         (("model.shard=tensor",), "with model.shard several processes hold one model"),
-        (("rollout.dynamic_sampling=1",), "dynamic_sampling takes prompts by the rewards"),
-        (("rollout.reuse=1",), "all of them are a step old"),
+        (("rollout.dynamic_sampling=1",), "dynamic_sampling chooses prompts by the rewards"),
+        (("rollout.reuse=1",), "completions are one step old"),
         (("teacher={adapter: saved}",), "on-policy distillation"),
         (("loss={beta: 0.1, kl_in: reward}",), "the KL of the policy that sampled"),
         (("loss.type=rloo",), "loss.type rloo has no ratio"),
@@ -344,7 +362,9 @@ def test_scores_do_not_depend_on_which_sampler_saw_a_step_rewarded() -> None:
     other = talk("hall", (None,), {"room": None, "hall": None})
     scorer = Scorer({}, environments={"room": OwnTerms(), "hall": OwnTerms()})
     task = Task(0, "?", (1,), {})
-    first, second = scorer.agreed([Group(task, (rewarded, cut)), Group(task, (never_played, other))])
+    shares = (Group(task, (never_played, other)), 1), (Group(task, (rewarded, cut)), 0)
+    parts = [Sampled([group], [number], {}, {}, {}, {"rollout": 1.0}) for group, number in shares]
+    first, second = Ahead.of(parts, scorer).groups
     assert [one.scores["room"] for one in first.rollouts] == [0.5, 0.0]
     assert [one.scores for one in second.rollouts] == [never_played.scores, other.scores]
     assert scorer.state()["by_steps"] == ["room"]

@@ -59,7 +59,9 @@ def test_a_sampler_and_a_trainer(recipe: Path, monkeypatch: pytest.MonkeyPatch, 
     emulated(monkeypatch, recipe, *MORE, EVAL, *settings, "output_dir=runs/one")
     check_same(Path("runs/one"), Path("runs/two"))
     at = Path("runs/two/checkpoints/step-000002")
-    ran = launch(2, *CLI, recipe, *MORE, EVAL, *settings, ONE_OF_EACH, "output_dir=runs/two", "--resume-from", at)
+    ran = launch(
+        2, *CLI, recipe, *MORE, EVAL, *settings, ONE_OF_EACH, "output_dir=runs/two", "--resume-from", at, timeout=300
+    )
     assert "finished after step 4" in ran.stdout + ran.stderr, ran.stdout + ran.stderr
     check_same(Path("runs/one"), Path("runs/two"))
 

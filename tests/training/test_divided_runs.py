@@ -131,11 +131,11 @@ def test_processes_make_groups_or_say_why_not() -> None:
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (("adapter.type=full",), "take lora or dora"),
-        (("optim.optimizer=muon",), "looks at whole matrices"),
+        (("adapter.type=full",), "use lora or dora"),
+        (("optim.optimizer=muon",), "needs whole matrices"),
         (("optim.moments=int8",), "packs the numbers of whole arrays"),
-        (("tools=['digits.py:reward']",), "answer at times of their own"),
-        (("rewards=[{use: judge}]",), "one of several processes scores"),
+        (("tools=['digits.py:reward']",), "answer at different times"),
+        (("rewards=[{use: judge}]",), "a single process scores"),
     ],
 )
 def test_what_a_divided_model_does_not_do_is_refused(recipe: Path, settings: tuple[str, ...], why: str) -> None:
@@ -146,7 +146,7 @@ def test_what_a_divided_model_does_not_do_is_refused(recipe: Path, settings: tup
 def test_a_size_without_a_way_to_divide_and_a_divided_teacher_do_nothing(recipe: Path) -> None:
     with pytest.raises(UserError, match="does nothing without model\\.shard"):
         load_recipe(recipe, ["model.shard_size=2"])
-    with pytest.raises(UserError, match="every process has the whole of a teacher"):
+    with pytest.raises(UserError, match="every process holds the whole teacher"):
         load_recipe(recipe, ["teacher={model: {name: m, shard: tensor}}"])
     assert Recipe.model_fields["model"].annotation.model_fields["shard"].default is None
 

@@ -83,10 +83,10 @@ def test_a_trainer_whose_update_failed_loads_the_model_again_which_was_left_in_p
     [
         (("optim.gradient_checkpointing=false",), "all layers are checkpointed"),
         (("optim.gradient_checkpointing=2",), "all layers are checkpointed"),
-        (("optim.offload_activations=true",), "stay where they are"),
+        (("optim.offload_activations=true",), "inputs of layers stay on the device"),
         (("teacher={adapter: saved, kl: exact}",), "take teacher.kl: sampled"),
-        ((*FULL, "optim.optimizer=muon"), "looks at whole matrices"),
-        ((*FULL, "optim.optimizer=adafactor"), "looks at whole matrices"),
+        ((*FULL, "optim.optimizer=muon"), "needs whole matrices"),
+        ((*FULL, "optim.optimizer=adafactor"), "needs whole matrices"),
     ],
 )
 def test_what_spread_weights_do_not_do_is_refused(recipe: Path, settings: tuple[str, ...], why: str) -> None:

@@ -208,5 +208,5 @@ def test_a_penalty_tells_kl_wherever_it_is(recipe, kl_in: str) -> None:
     trainer = prepare(load_recipe(recipe, settings)).trainer
     trainer.step(1)
     assert trainer.step(2).values["kl"] > 1e-3
-    with pytest.raises(UserError, match=r"log\.kl does nothing beside loss\.beta"):
+    with pytest.raises(UserError, match=r"log\.kl does nothing with loss\.beta"):
         load_recipe(recipe, [*settings, "log.kl=2"])

@@ -251,9 +251,9 @@ def test_a_group_without_a_number_for_every_token_is_not_kept() -> None:
         ({"loss": {"type": "rloo"}}, "rollout.reuse: loss.type rloo has no ratio"),
         (
             {"advantage": {"baseline": "gdpo"}},
-            "With advantage.baseline: gdpo they teach as the others do: leave it out",
+            "With advantage.baseline: gdpo they teach like all others: leave it out",
         ),
-        ({"loss": {"beta": 0.1, "kl_in": "reward"}}, "rollout.reuse: loss.kl_in: reward would take off"),
+        ({"loss": {"beta": 0.1, "kl_in": "reward"}}, "rollout.reuse: with loss.kl_in: reward, the reward"),
     ],
 )
 def test_settings_that_would_learn_from_older_groups_as_if_they_were_new(settings: dict, said: str) -> None:

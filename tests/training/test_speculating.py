@@ -11,7 +11,7 @@ from grpo.config import RolloutConfig
 from grpo.errors import UserError
 from grpo.generation import controller
 from grpo.recipes import load_recipe
-from grpo.telemetry.console import _numbers
+from grpo.telemetry.console import _parts
 from grpo.training import trainer
 from grpo.types import StepMetrics
 
@@ -82,6 +82,8 @@ def test_drafts_are_the_default() -> None:
 def test_the_terminal_tells_what_drafts_bring_where_they_bring_something() -> None:
     values = {"reward": 1.0, "completions/mean_length": 5.0, "rollout_tokens_per_second": 10.0}
     drafted = {"speculation/accepted": 2.25, "speculation/width": 3.0, "speculation/gain": 1.5}
-    assert _numbers(StepMetrics(1, values | drafted, ())).endswith("10 tok/s (drafts: 1.50 ×, +2.2 a wide step)")
-    assert _numbers(StepMetrics(1, values | drafted | {"speculation/width": 1.0}, ())).endswith("10 tok/s")
-    assert _numbers(StepMetrics(1, values, ())).endswith("10 tok/s")
+    assert "  ".join(_parts(StepMetrics(1, values | drafted, ()))).endswith(
+        "10 tok/s (drafts: 1.50 ×, +2.2 a wide step)"
+    )
+    assert "  ".join(_parts(StepMetrics(1, values | drafted | {"speculation/width": 1.0}, ()))).endswith("10 tok/s")
+    assert "  ".join(_parts(StepMetrics(1, values, ()))).endswith("10 tok/s")

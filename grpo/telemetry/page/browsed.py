@@ -14,7 +14,7 @@ from grpo.runs.completions import read_columns, read_groups, stored_steps
 from grpo.runs.folder import COMPLETIONS, FAILED
 from grpo.telemetry.page.text import PageJson, counts, number, shortened, size_of, spans_of, surprises
 from grpo.telemetry.recorded import RecordedRun
-from grpo.types import Group, Rollout, Task, Trajectory
+from grpo.types import Rollout, Task, Trajectory
 
 MOST_BYTES = 2_400_000
 """Of completions in a page, of all runs together."""
@@ -25,7 +25,9 @@ FOLLOWED, TIMES = 8, 6
 GROUPS_AT_LEAST = 24
 """Groups that there is room for: of large groups, the best and the worst completions are shown."""
 LONGEST_TEXT, LONGEST_PROMPT, LONGEST_VALUE = 20_000, 8_000, 300
-"""Characters of a completion, a prompt, and a column of the data."""
+"""Characters of a completion, a message of a prompt, and a column of the data."""
+FULL_MESSAGES = 4
+"""Messages of a prompt that may all be that long; more of them share the room of so many."""
 
 StoredGroup = tuple[Path, int]
 """A stored step's file, and the number of a group in it."""
@@ -133,11 +135,15 @@ class _Shelf:
         missing, least = [place for place in numbers if (path, place) not in self.places], self.room - most
         for place, (step, group, spans) in zip(missing, read_groups(path, missing), strict=False):
             left, begun = self.most, len(self.rows)
+            where = {"step": step, "group": place, "prompt": 0, "task": 0}
             for rank, index in enumerate(_outermost(group.rollouts)):
-                row = self._row({"step": step, "group": place, "index": index}, group, index, spans[index])
-                size = size_of(row)
-                if self.room - size < least or (rank > 1 and size > left):
+                rollout = group.rollouts[index]
+                named = {"prompts": _prompt(group.task, rollout.trajectory), "tasks": _task(group.task)}
+                row = {**where, "index": index, **_scored(rollout), **_said(rollout, spans[index])}
+                size, shared = size_of(row), sum(self._new_size(*one) for one in named.items())
+                if self.room - size - shared < least or (rank > 1 and size > left):
                     break
+                row["prompt"], row["task"] = (self._placed(*one) for one in named.items())
                 self.rows.append(row)
                 self.room -= size
                 left -= size
@@ -145,15 +151,9 @@ class _Shelf:
                 return
             self.places[path, place] = begun
 
-    def _row(self, place: PageJson, group: Group, index: int, spans: list[int] | None) -> PageJson:
-        rollout = group.rollouts[index]
-        return {
-            **place,
-            "prompt": self._placed("prompts", _prompt(group.task, rollout.trajectory)),
-            "task": self._placed("tasks", _task(group.task)),
-            **_scored(rollout),
-            **_said(rollout, spans),
-        }
+    def _new_size(self, name: str, value: Any) -> int:
+        """The bytes that a value would take in a list: none where it is in it."""
+        return 0 if (name, repr(value)) in self.places else size_of(value)
 
     def _placed(self, name: str, value: Any) -> int:
         """The place of a value in a list, where it is put if it is not there."""
@@ -177,7 +177,8 @@ def _prompt(task: Task, trajectory: Trajectory) -> list[list[str]]:
     prompt = task.prompt if talk is None or not talk.prompt else list(talk.prompt)
     if isinstance(prompt, str):
         return [["", shortened(prompt, LONGEST_PROMPT)]]
-    return [[str(message["role"]), shortened(text_of(message), LONGEST_PROMPT)] for message in prompt]
+    longest = min(LONGEST_PROMPT, FULL_MESSAGES * LONGEST_PROMPT // max(1, len(prompt)))
+    return [[str(message["role"]), shortened(text_of(message), longest)] for message in prompt]
 
 
 def _task(task: Task) -> PageJson:

@@ -164,7 +164,7 @@ def _stacks(runs: Sequence[RecordedRun], known: set[str]) -> list[Plot]:
         (
             REWARD,
             "Groups by outcome",
-            "groups of which no, some, or all completions have reward 1 or more",
+            "fraction of groups of which no, some, or all completions have reward 1 or more",
             OUTCOMES,
             "",
         ),

@@ -254,7 +254,7 @@ async function follow(address, seconds) {
   for (;;) {
     try {
       const answer = await fetch(address, { cache: "no-store" });
-      if (!answer.ok) throw new Error(`status ${answer.status}`);
+      if (!answer.ok) throw new Error((await answer.text()).trim() || `status ${answer.status}`);
       takeData(await answer.json());
       line.textContent = `Live: as of ${new Date().toLocaleTimeString("en-US")}`;
     } catch (error) {

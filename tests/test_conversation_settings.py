@@ -82,7 +82,7 @@ def test_limits_on_the_command_line(tmp_path: Path) -> None:
         ("tools: calculator\n", "seed=1", 'tools: expected a list, got "calculator". Write tools: ["calculator"]'),
         ("rewards: [{use: exact}]\ntools: [3]\n", "seed=1", "tools.0: expected keys and values, got 3."),
         (ALL, "environment={use: a.py:A}", "environment does nothing with environments"),
-        (ALL, "environments.chess.use=null", "environments.chess: name its class by `use`"),
+        (ALL, "environments.chess.use=null", "environments.chess: name a class with `use`"),
         (ALL, "environments.chess.max_turns=0", "environments.chess.max_turns: expected greater than 0, got 0"),
         (ALL, "environments.chess.turns=3", "unknown key environments.chess.turns. Did you mean"),
         (ALL, "rollout.environment=a.py:A", "It is environment.use now: write environment: {use:"),
@@ -183,4 +183,4 @@ def test_what_does_nothing_with_agents_is_refused(tmp_path: Path, override: str,
 
 def test_agents_and_other_environments_do_not_mix(tmp_path: Path) -> None:
     both = 'environments: {a: {agent: "a.py:run"}, b: {use: "b.py:B"}}\n'
-    assert "environments.a is an agent, and another environment is none" in refusal(tmp_path, both)
+    assert "environments.a is an agent, and another environment is not" in refusal(tmp_path, both)

@@ -95,7 +95,7 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
         ("optim:", "loss: {beta: 0, beta: 1}\noptim:", 6, "loss.beta is given twice"),
         ("optim:", "optim: [", 6, "not YAML"),
         ("gsm8k_answer", "gsm8k_answer\n    weight: 0", 4, "every reward has weight 0"),
-        ("steps: 10", "steps: 10, num_minibatches: 3", 1, "rollout.prompts_per_step is not divisible"),
+        ("steps: 10", "steps: 10, num_minibatches: 3", 1, "rollout.prompts_per_step must be divisible"),
         ("optim:", "loss:\n  type: dapo\n  delta: 1.1\noptim:", 8, "loss.delta must be above 1 + epsilon_high"),
     ],
 )

@@ -29,20 +29,14 @@ def generate(
         int | None, typer.Option(min=1, help="Maximum number of tokens. Default: the run's limit; for a model, 512.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature. 0: greedy.")] = 0.0,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, help="Sample only from the K most likely tokens. 0: from all.")
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from the K most likely tokens. 0: from all.")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, max=1.0, help="Sample only from the most likely tokens that together reach this probability."
-        ),
+        typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens that together reach this probability."),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, max=1.0, help="Sample only from tokens at least this fraction as likely as the most likely token."
-        ),
+        typer.Option(min=0.0, max=1.0, help="Sample tokens at least this fraction as likely as the likeliest token."),
     ] = None,
     repetition_penalty: Annotated[
         float | None, typer.Option(min=0.01, help="Make tokens that already occurred less likely. 1: off.")

@@ -44,7 +44,7 @@ def test_a_setting_is_shown_with_type_default_and_meaning(manual: ModuleType) ->
     text = manual.generated()["reference/settings.md"]
     entry = text[text.index("{#loss.epsilon_max}") :].split("####")[0]
     assert "*number above 0*, default `5.0`" in entry
-    assert "cispo's ceiling" in entry
+    assert "cispo's upper bound" in entry
 
 
 def test_every_command_has_an_entry(manual: ModuleType, reference: dict[str, set[str]]) -> None:

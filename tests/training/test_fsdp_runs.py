@@ -84,7 +84,7 @@ def test_a_trainer_whose_update_failed_loads_the_model_again_which_was_left_in_p
         (("optim.gradient_checkpointing=false",), "all layers are checkpointed"),
         (("optim.gradient_checkpointing=2",), "all layers are checkpointed"),
         (("optim.offload_activations=true",), "inputs of layers stay on the device"),
-        (("teacher={adapter: saved, kl: exact}",), "take teacher.kl: sampled"),
+        (("teacher={adapter: saved, kl: exact}",), "use teacher.kl: sampled"),
         ((*FULL, "optim.optimizer=muon"), "needs whole matrices"),
         ((*FULL, "optim.optimizer=adafactor"), "needs whole matrices"),
     ],

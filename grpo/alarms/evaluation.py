@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 from grpo.alarms.past import BestMeasured, PastSteps, known
 from grpo.alarms.terms import AlarmTerms, Sign
-from grpo.evaluation.evaluator import wilson_interval
+from grpo.evaluation.evaluator import hidden_by_failures, wilson_interval
 from grpo.types import EvalMetrics
 
 FEW = 20
@@ -46,7 +46,7 @@ def overfitting(past: PastSteps, metrics: EvalMetrics, terms: AlarmTerms) -> Sig
         return None
     if metrics.step <= best.step or (interval := interval_of(metrics, name)) is None:
         return None
-    value = metrics.values[name] + metrics.failed_gradings / metrics.n
+    value = metrics.values[name] + hidden_by_failures(metrics, name)
     if best.value - value <= most * ((best.value - best.low) + (interval[1] - metrics.values[name])):
         return None
     before = best.rewards or tuple(known(past.first, "reward"))  # the evaluation before the first step has none

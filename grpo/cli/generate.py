@@ -52,14 +52,9 @@ def generate(
     temperature 0 with its sampling settings. A run with tools or an environment holds a conversation with them, and
     grpo shows it turn by turn, tool calls included.
     """
-    from grpo.errors import UserError
     from grpo.tools.generate import find_answering
 
-    if temperature == 0 and (top_k or (top_p is not None and top_p < 1) or min_p):
-        raise UserError("--top-k, --top-p and --min-p do nothing at temperature 0 (greedy): add --temperature 1")
-    if "" in (stop or ()):
-        raise UserError("--stop: an empty text would end the answer at its first token")
-    given = {
+    settings = {
         "temperature": temperature,
         "max_tokens": max_tokens,
         "top_k": top_k,
@@ -68,8 +63,20 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop": tuple(stop) if stop else None,
     }
-    asked = {name: value for name, value in given.items() if value is not None}
+    asked = _asked(settings)
     _print_answer(find_answering(target, adapter, base, not no_template), prompt, row, asked, seed)
+
+
+def _asked(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given. Raises UserError for those that would do nothing."""
+    from grpo.errors import UserError
+
+    top_p, filters = settings["top_p"], settings["top_k"] or settings["min_p"]
+    if settings["temperature"] == 0 and (filters or (top_p is not None and top_p < 1)):
+        raise UserError("--top-k, --top-p and --min-p do nothing at temperature 0 (greedy): add --temperature 1")
+    if "" in (settings["stop"] or ()):
+        raise UserError("--stop: an empty text would end the answer at its first token")
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _print_answer(found: Answering, prompt: str | None, row: int | None, asked: dict[str, Any], seed: int) -> None:

@@ -160,7 +160,8 @@ class Trainer:
                 outcome = loop.run()
         finally:
             self._stop = None
-            if opening.run.trainer.before.halfway:  # of whole weights; the checkpoint has them
+            trainer = opening.run.trainer
+            if trainer.before.halfway or trainer.policy.is_spread:  # weights of no step, or a part of them
                 self.close()
         opening.finish(outcome, "trainer.train()")
         return self._ended(outcome)

@@ -201,6 +201,13 @@ def interval(values: Sequence[float], seed: int) -> tuple[float, float]:
     return bootstrap_interval(values, seed)
 
 
+def hidden_by_failures(metrics: EvalMetrics, name: str) -> float:
+    """How much higher a metric would be at most, had every grading that failed been right. A completion counts 1 / k of
+    its prompt in `avg@k`, and in the others all of it."""
+    kind, _, k = name.partition("@")
+    return metrics.failed_gradings / (metrics.n * (int(k) if kind == "avg" else 1))
+
+
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson 1927)."""
     p, z2 = successes / n, Z**2

@@ -16,6 +16,7 @@ from typing import Any, cast
 from grpo.alarms.evaluation import interval_of
 from grpo.alarms.signal import SAMPLE_MORE, why_none
 from grpo.config import DataConfig, LossConfig, Recipe
+from grpo.evaluation.evaluator import hidden_by_failures
 from grpo.runs.state import RunState
 from grpo.scoring.text import counted
 from grpo.types import EvalMetrics, Group
@@ -42,6 +43,11 @@ def trained_on_nothing(
         return f"{what}every update was skipped as not finite, or had no signal; not_finite/ holds what led to it"
     if not state.rewarded:
         return f"{what}no completion got a reward: {why_none(weights, environments, _has_failed(state))}"
+    if "truncation" in state.past.told and not loss.mask_truncated_completions:
+        return (
+            f"{what}in no group of completions did the rewards differ, and most completions were truncated at "
+            "rollout.max_completion_length. Raise it, or ask for shorter answers in the prompt"
+        )
     cut = ", or loss.mask_truncated_completions left them out" if loss.mask_truncated_completions else ""
     return (
         f"{what}in no group of completions did the rewards differ{cut}. "
@@ -66,7 +72,7 @@ def made_worse(state: RunState, cfg: Recipe) -> str | None:
     if before.grader != after.grader or not {name} <= before.values.keys() & after.values.keys():
         return None
     low, high = interval_of(before, name), interval_of(after, name)
-    if low is None or high is None or high[1] + after.failed_gradings / after.n >= low[0]:
+    if low is None or high is None or high[1] + hidden_by_failures(after, name) >= low[0]:
         return None
     told = [f"{_told(made, name)} ({_told(made, name, 0)} to {_told(made, name, 1)})" for made in (before, after)]
     best = state.best

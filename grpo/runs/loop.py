@@ -114,13 +114,13 @@ class Loop:
             self._note_end("failed")
             raise
         self._save_last()
-        if self.stop.signal is not None:
-            self._note_end("stopped")
-            return Outcome(self._whole_state(), self._saved, self.stop.signal, began=self._began)
         state = self._whole_state()
         scorer = self.trainer.scorer
         untrained = trained_on_nothing(state, self.cfg.loss, scorer.weights, scorer.environments)
         untrained = self.ranks.everyone.gather(untrained)[0]  # a process that only samples has no count of updates
+        if self.stop.signal is not None:  # in this process alone, perhaps: after the last step nobody asks the others
+            self._note_end("stopped")
+            return Outcome(state, self._saved, self.stop.signal, began=self._began)
         worse = made_worse(state, self.cfg)
         self._note_end(UNTRAINED if untrained else WORSE if worse else "finished")
         return Outcome(state, self._saved, None, untrained, worse, self._began)

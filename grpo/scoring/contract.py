@@ -37,6 +37,10 @@ LARGEST = 1e15
 """The largest score: beyond it a group's deviation would overflow float32."""
 
 
+UNUSABLE = "not a usable number"
+"""How the error of a single score begins that is no number, or not finite."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What one call came to: a score or None for each completion, and for those that it failed on, why.
@@ -218,7 +222,7 @@ def checked(values: Any, count: int) -> tuple[list[float | None], dict[int, str]
     return scores, {
         place: f"{type(value).__name__}: {value}"[:LONGEST_MESSAGE]
         if isinstance(value, Exception)
-        else f"not a usable number: {value!r:.80}"
+        else f"{UNUSABLE}: {value!r:.80}"
         for place, value in enumerate(values)
         if value is not None and scores[place] is None
     }

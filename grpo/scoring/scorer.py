@@ -21,7 +21,7 @@ from grpo.errors import RunError, UserError
 from grpo.plugins import Function, Located, locate_reward
 from grpo.progress import Progress
 from grpo.scoring.applying import ALL, Applying
-from grpo.scoring.contract import Answer
+from grpo.scoring.contract import UNUSABLE, Answer
 from grpo.scoring.grader import Inline, Isolated, ScoringRequest, make_grader
 from grpo.scoring.hints import column_hint
 from grpo.scoring.hosted import Hosted, hosted
@@ -34,6 +34,13 @@ from grpo.scoring.text import counted, last_said
 from grpo.types import Failure, FailureKind, Group, Rollout, Task
 
 log = logging.getLogger(__name__)
+
+
+TOGETHER = (
+    ". These completions were in one call: if one of them raised this, all lost their scores. With `calls: "
+    "completion`, or an exception in place of a score, only that one would"
+)
+"""What is said of a call that failed on all of its completions."""
 
 
 class BrokenRewardError(RunError):
@@ -286,16 +293,22 @@ class Scorer:
             for metric, values in answer.metrics.items():
                 self._logged.setdefault(metric, []).extend(values)
         if was_fine and record.failures:
-            place = next(places[min(answer.failures)] for places, answer in answers if answer.failures)
-            first = [(group.task, rollout) for group in groups for rollout in group.rollouts][place]
+            places, answer = next((places, answer) for places, answer in answers if answer.failures)
+            first = [(group.task, rollout) for group in groups for rollout in group.rollouts][
+                places[min(answer.failures)]
+            ]
             conversed = name in self.environments
+            errors = list(answer.failures.values())
+            together = len(answer.values) > 1 and errors == [errors[0]] * len(answer.values)
+            together = together and not (conversed or errors[0].startswith(UNUSABLE))
             log.warning(
-                "%s failed %s %s, the first of them %s: %s",
+                "%s failed %s %s, the first of them %s: %s%s",
                 self._what(name),
                 "in" if conversed else "on",
                 counted(record.failures, "conversation" if conversed else "completion"),
                 last_said(first[0].prompt, first[1].trajectory),
                 record.first_error,
+                TOGETHER if together else "",
             )
 
 

@@ -86,4 +86,8 @@ def _ended(outcome: Outcome) -> str:
         untrained = ", untrained" if outcome.untrained else ""
         return f"nothing was trained: the run had finished after step {step}{untrained}"
     what = "stopped" if outcome.stopped_by is not None else "finished, untrained," if outcome.untrained else "finished"
-    return f"{what} after step {step}" if step else f"{what} before the first step"
+    if not step:
+        return f"{what} before the first step"
+    silent = outcome.state.trainer.counts.get("steps_without_signal", 0)
+    mostly = f"; {silent} of these {step} steps had no signal and changed nothing" if step / 2 <= silent < step else ""
+    return f"{what} after step {step}{mostly}"

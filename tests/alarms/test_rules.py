@@ -233,7 +233,8 @@ def test_a_reward_that_rises_while_the_evaluation_falls() -> None:
     assert overfitted((0.9, 0.3), *fell) == []  # both fell: that is said after the last step
     assert overfitted((0.3, 0.302), *fell) == []  # noise
     assert overfitted((0.3, 0.9), measured(10, 0.8), measured(20, 0.65)) == []  # the intervals overlap
-    assert overfitted((0.3, 0.9), measured(10, 0.8), measured(20, 0.5, failed=20)) == []  # gradings failed
+    assert overfitted((0.3, 0.9), measured(10, 0.8), measured(20, 0.5, failed=48)) == []  # of 400 gradings
+    assert overfitted((0.3, 0.9), measured(10, 0.8), measured(20, 0.5, failed=44)) == [("overfitting", 20)]
     assert overfitted((0.3, 0.9), measured(10, 0.8), measured(15, 0.5), measured(20, 0.4)) == [("overfitting", 15)]
     other = terms(metric="pass@4")
     assert overfitted((0.3, 0.9), *fell, known=other) == []

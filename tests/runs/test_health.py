@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from runs.driver import run
 
+from grpo.alarms.past import PastSteps
 from grpo.config import CurriculumConfig, Recipe
 from grpo.evaluation.evaluator import interval
 from grpo.recipes import with_settings
@@ -48,6 +49,15 @@ def test_a_run_trained_on_nothing_if_no_update_was_applied(step, updates, silent
     state = RunState("id", TrainerState(arrays, {"steps_without_signal": silent}), step=step, rewarded=rewarded)
     found = trained_on_nothing(state, config().loss, WEIGHTS)
     assert found is None if said is None else found.startswith(said)
+
+
+def test_what_was_truncated_is_raised_before_more_is_sampled() -> None:
+    arrays = {"optimizer": {"step": mx.array(0, mx.uint64)}}
+    past = PastSteps(told=("truncation",))
+    state = RunState("id", TrainerState(arrays, {"steps_without_signal": 3}), step=3, rewarded=True, past=past)
+    said = str(trained_on_nothing(state, config().loss, WEIGHTS))
+    assert "most completions were truncated at rollout.max_completion_length. Raise it" in said
+    assert "temperature" not in said
 
 
 def test_a_reward_that_has_failed_is_told_from_one_that_does_not_apply() -> None:
@@ -257,12 +267,12 @@ def test_a_model_that_got_worse_is_told() -> None:
         evaluation(0, [0.0] * 64),  # of before the first step, too: nothing to compare
         evaluation(9, [0.0] * 64, grader="lenient"),
         evaluation(9, [0.0] * 64, name="pass@4"),
-        evaluation(9, [0.0] * 64, failed=15),  # with them right it would be 23 %, and up to 29 %
+        evaluation(9, [0.0] * 64, failed=60),  # with them right it would be 23 %, and up to 29 %
         evaluation(9, [0.25] * 64),
         None,
     ):
         assert verdict(before, other, cfg) is None, other
-    assert verdict(before, evaluation(9, [0.0] * 64, failed=10), cfg) is not None
+    assert verdict(before, evaluation(9, [0.0] * 64, failed=40), cfg) is not None
     assert verdict(None, after, cfg) is None
     assert verdict(before, after, config()) is None  # with no eval section any more
 

@@ -95,6 +95,15 @@ def test_a_function_that_always_fails_stops_the_run_with_its_traceback(answer, s
     assert scorer.failures == {"mine": 4}
 
 
+@pytest.mark.parametrize(("answer", "told"), [(lambda **_: 1 / 0, True), (lambda **_: [math.nan] * 4, False)])
+def test_one_error_that_cost_a_whole_call_is_said_to_have(answer, told: bool, caplog) -> None:
+    """Which completion raised it nobody knows: the first one of the call is not blamed."""
+    scorer = Scorer({"mine": answer}, max_failure_rates={"mine": 1.0})
+    scorer.score(GROUPS)
+    assert ("these completions were in one call" in caplog.text.lower()) == told
+    assert ("calls: completion" in caplog.text) == told
+
+
 def test_a_failure_now_and_then_is_counted_and_does_not_stop_a_run(caplog) -> None:
     answers = iter([[1.0] * 4, None, [1.0] * 4, [1.0] * 4, None, None])
     scorer = Scorer({"mine": lambda **_: next(answers) or 1 / 0})

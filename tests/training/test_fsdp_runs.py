@@ -24,6 +24,25 @@ MORE = (
 )
 FULL = "adapter={type: full}", "optim.learning_rate=1e-4"
 
+FAILS = """
+import pathlib, sys
+import mlx.core as mx
+import grpo
+from grpo.backend.ranks import Ranks
+from grpo.recipes import load_recipe
+scale = float("nan")
+def loss(current, batch, cfg):
+    return -current * batch.advantages * scale
+trainer = grpo.Trainer(load_recipe(pathlib.Path(sys.argv[1]), sys.argv[2:]), loss=loss, quiet=True)
+try:
+    trainer.train()
+except grpo.RunError as error:
+    said = str(error)
+assert "not finite" in said, said
+scale = 1.0
+pathlib.Path(f"measured-{Ranks.launched().rank}").write_text(str(trainer.evaluate().n))
+"""
+
 
 def spread(n: int, recipe: Path, *settings: object) -> None:
     ran = launch(n, *CLI, recipe, *MORE, "model.shard=fsdp", *settings, timeout=400)
@@ -48,6 +67,15 @@ def test_a_spread_run_is_that_of_one_process_and_each_goes_on_with_the_other_s(
         at, goes_on = one / f"checkpoints/step-{step:06d}", Path(f"runs/on-{n}")
         spread(n, recipe, *adapter, f"output_dir={goes_on}", "--resume-from", at)
         check_alike(one, goes_on, range(step + 1, 5))
+
+
+@pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed beside this Python")
+@pytest.mark.slow
+def test_a_trainer_whose_update_failed_loads_the_model_again_which_was_left_in_parts(recipe: Path) -> None:
+    settings = (*MORE, "model.shard=fsdp", "optim.max_skipped_updates=1", "loss.beta=0")
+    ran = launch(2, "-c", FAILS, recipe, *settings, timeout=300)
+    measured = [Path(f"measured-{rank}") for rank in range(2)]
+    assert [file.exists() and file.read_text() for file in measured] == ["2", "2"], ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize(

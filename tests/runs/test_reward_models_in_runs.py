@@ -138,7 +138,7 @@ def test_a_curriculum_needs_to_know_which_score_of_a_reward_model_is_solved(grad
     model = "rewards=[{use: 'model:judge', name: liked}, {use: length, weight: 0}]"
     with pytest.raises(UserError, match=r"data.curriculum: a solve rate is score / best, but the scores of model:"):
         load_recipe(graded, [model, "data.curriculum={}"])
-    with pytest.raises(UserError, match="numbers of any size"):
+    with pytest.raises(UserError, match="the scores of model:judge have no upper limit"):
         load_recipe(graded, [model, "data.curriculum={reward: liked}"])
     for curriculum in ("{best: 4}", "{reward: length}"):
         load_recipe(graded, [model, f"data.curriculum={curriculum}"])

@@ -250,7 +250,7 @@ def test_parts_are_whole_blocks_and_all_of_an_array() -> None:
         assert all(part.start % 256 == 0 and 0 < part.stop - part.start < most + 256 for part in parts)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_an_update_of_whole_weights_takes_at_most_eighteen_bytes_a_parameter(micro_batches: int) -> None:
     others = resting()
     policy = whole()
@@ -275,7 +275,7 @@ def test_an_update_of_whole_weights_takes_at_most_eighteen_bytes_a_parameter(mic
         pytest.param(mx.float32, {"num_iterations": 2, "num_minibatches": 2}, 16, marks=pytest.mark.slow),
         pytest.param(mx.float32, {"optimizer": "lion"}, 12, marks=pytest.mark.slow),
         # moments 2, and their scales
-        (mx.float32, {"moments": "int8"}, 10.03),
+        pytest.param(mx.float32, {"moments": "int8"}, 10.03, marks=pytest.mark.slow),
         # weights 2, their float32 copies 4, gradient 4, moments 8; a CPU multiplies bfloat16 slowly
         pytest.param(mx.bfloat16, {}, 18, marks=pytest.mark.slow),
         pytest.param(mx.bfloat16, {"moments": "int8"}, 12.03, marks=pytest.mark.slow),

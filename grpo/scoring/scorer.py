@@ -299,8 +299,7 @@ class Scorer:
             ]
             conversed = name in self.environments
             errors = list(answer.failures.values())
-            together = len(answer.values) > 1 and errors == [errors[0]] * len(answer.values)
-            together = together and not (conversed or errors[0].startswith(UNUSABLE))
+            whole = len(answer.values) > 1 and errors == [errors[0]] * len(answer.values)
             log.warning(
                 "%s failed %s %s, the first of them %s: %s%s",
                 self._what(name),
@@ -308,7 +307,7 @@ class Scorer:
                 counted(record.failures, "conversation" if conversed else "completion"),
                 last_said(first[0].prompt, first[1].trajectory),
                 record.first_error,
-                TOGETHER if together else "",
+                TOGETHER if whole and not (conversed or errors[0].startswith(UNUSABLE)) else "",
             )
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import fsdp_worker
-import mlx.core as mx
 import pytest
-from test_ranks import HERE, LAUNCH, flat, launch
+from gaps import gaps_of_facts, gaps_of_files
+from test_ranks import HERE, LAUNCH, launch
 
 from grpo.backend.ranks import Ranks
 
@@ -41,17 +39,8 @@ def differing(case: str, one: Path, several: Path, n: int, among: int) -> Iterat
     for rank in range(n):
         got = json.loads((several / f"{case}-{rank}.json").read_text())
         assert got["notes"]["held"] < (1.15 / among + 0.1) * got["notes"]["bytes"], got["notes"]
-        for name, value in alone.items():
-            mine, theirs = list(flat([value])), list(flat([got["facts"][name]]))
-            yield name, max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / max(map(abs, mine))
-        for kind in ("gradient", "policy", "optimizer"):
-            whole: Any = mx.load(str(one / f"{case}-{kind}-0.safetensors"))
-            theirs: Any = mx.load(str(several / f"{case}-{kind}-{rank}.safetensors"))
-            assert {path: a.shape for path, a in whole.items()} == {path: a.shape for path, a in theirs.items()}
-            norm = math.sqrt(sum((array.astype(mx.float32) ** 2).sum().item() for array in whole.values()))
-            assert norm > 0
-            gap = math.sqrt(sum(((whole[p] - theirs[p]).astype(mx.float32) ** 2).sum().item() for p in whole))
-            yield kind, gap / norm
+        yield from gaps_of_facts(alone, got["facts"])
+        yield from gaps_of_files(case, one, several, rank, ("gradient", "policy", "optimizer"))
 
 
 def check(

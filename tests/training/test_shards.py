@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
 import pytest
 import shards_worker
-from test_ranks import HERE, LAUNCH, flat, launch
+from gaps import gaps_of_facts, gaps_of_files
+from test_ranks import HERE, LAUNCH, launch
 
 from grpo.backend.ranks import Ranks
 from grpo.model.tensor import TRAINED
@@ -45,19 +43,8 @@ def differing(case: str, one: Path, several: Path, n: int) -> Iterator[tuple[str
         also = json.loads((several / f"{case}-{rank}.json").read_text())
         assert also["notes"]["way"] == told["notes"]["way"]  # what does not agree is not taken, without a word
         assert also["notes"]["bytes"] < 0.75 * told["notes"]["bytes"]
-        got = also["facts"]
-        for name, value in alone.items():
-            mine, theirs = list(flat([value])), list(flat([got[name]]))
-            most = max(map(abs, mine))
-            yield name, max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / most
-        for kind in ("fresh", "gradient", "policy", "optimizer"):
-            whole: Any = mx.load(str(one / f"{case}-{kind}-0.safetensors"))
-            theirs: Any = mx.load(str(several / f"{case}-{kind}-{rank}.safetensors"))
-            assert {path: a.shape for path, a in whole.items()} == {path: a.shape for path, a in theirs.items()}
-            norm = math.sqrt(sum((array.astype(mx.float32) ** 2).sum().item() for array in whole.values()))
-            assert norm > 0
-            gap = math.sqrt(sum(((whole[p] - theirs[p]).astype(mx.float32) ** 2).sum().item() for p in whole))
-            yield kind, gap / norm
+        yield from gaps_of_facts(alone, also["facts"])
+        yield from gaps_of_files(case, one, several, rank, ("fresh", "gradient", "policy", "optimizer"))
 
 
 def check(cases: tuple[str, ...], n: int, folder: Path) -> None:

@@ -30,7 +30,7 @@ PLACES = {
 """Pages that are kept elsewhere in the repository, and where the site has them."""
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", "": "bash"}
 AS_THEY_ARE = {".svg", ".png", ".ipynb", ".json"}
-"""What is copied as it is."""
+"""Suffixes of files that are copied unchanged."""
 
 FENCED = r"(^ *(?:`{3,}|~{3,})[\s\S]*?^ *(?:`{3,}|~{3,}) *$)"
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\[\]]*\])*\]\()(<?)([^)\s>]+)(>?\))")
@@ -68,7 +68,7 @@ def with_settings_linked(text: str, at: str) -> str:
 
 
 def gathered() -> dict[str, tuple[str, str]]:
-    """Every page by its place in the site: where it is kept, and its text as it is there."""
+    """Every page by its place in the site: the file that it comes from, and the text of that file."""
     waiting = [str(path.relative_to(ROOT)) for path in sorted((ROOT / PAGES).rglob("*.md"))] + [*PLACES]
     found = {place: (f"{PAGES}/{place}", text) for place, text in generated().items()}
     known = {at for at, _ in found.values()} | {*waiting}
@@ -118,7 +118,7 @@ def in_site(at: str, link: str) -> str:
 
 
 def links(at: str, text: str) -> Iterator[tuple[str, str | None, str]]:
-    """Each link of a page: as it is written, the file that it names (None if it leaves the project), and its anchor."""
+    """Each link of a page: its text in the page, the file that it names (None outside the project), and its anchor."""
     found: list[str] = []
     rewritten(text, lambda link: found.append(link) or link)
     for link in found:

@@ -30,7 +30,7 @@ from grpo.training.packing import Packing
 from grpo.types import Group, Rollout, Task
 
 TOKENS, GENERATIONS = 16, 2
-SHOWN = 0.1, 10.0, 3.0
+SHOWN = 0.1, 10.0, 1.0
 """Nats, or times the bound if that is more, by which the random B is to move logprobs in the mean; and at most how many
 nats. Far more, and rounding is larger in a model that is no longer one."""
 FIRST_B, TRIES = 0.05, 10
@@ -139,16 +139,20 @@ def _measured(
 
 @contextmanager
 def _moved(policy: Policy, seed: int, size: float | None) -> Iterator[None]:
-    """Be the policy with `size` × a normal number added to each of B's, inside the block; with None, as it is."""
+    """Inside the block, add `size` × a normal number to each number of B; with None, leave the policy as it is.
+
+    Processes that hold a model together draw the whole B and take their parts, so that all numbers of processes check
+    the same policy.
+    """
     if size is None:
         yield
         return
     state = policy.adapters.state()
-    paths = [path for path in state if path.endswith("lora_b")]
+    paths, shards = [path for path in state if path.endswith("lora_b")], policy.adapters.shards
     keys = mx.random.split(derive_key(seed, "parity", 1), len(paths))
     for path, key in zip(paths, keys, strict=True):
-        drawn = size * mx.random.normal(state[path].shape, key=key)
-        state[path] = (state[path] + drawn).astype(state[path].dtype)
+        whole = mx.random.normal(shards.shape(path, state[path]), key=key)
+        state[path] = (state[path] + size * shards.part_of(path, whole)).astype(state[path].dtype)
     policy.adapters.add(TRIED, state)
     try:
         with policy.use(TRIED):

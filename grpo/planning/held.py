@@ -24,8 +24,8 @@ class Held:
 
     Numbers of parameters (`trained`, and `parameters` without an adapter's), and bytes: what `stays`, what is held
     while the optimizer is at its `step`, and what a widened `head` holds at work. Where weights are spread over
-    processes, what stays are parts; `whole` is what they take beside that while they are whole, and `saved` what the
-    optimizer's state takes beside them while a checkpoint is made.
+    processes, what stays are parts; `whole` is what they take beside that while they are whole, and `saved` what an
+    array of the optimizer's takes beside them while a checkpoint is written: joined, and in its shape.
     """
 
     parameters: int
@@ -65,7 +65,7 @@ def held_spread(optim: OptimConfig, adapter: AdapterConfig, spread: Spread, stat
         head=whole.head,
         quantized=whole.quantized,
         whole=more["weights"] + more["other states"],
-        saved=whole.stays["optimizer"] if more["optimizer"] else 0,
+        saved=2 * 4 * max((place.size for place in spread.shards.places.values()), default=0),
     )
 
 

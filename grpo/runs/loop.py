@@ -279,6 +279,7 @@ class Loop:
                     self._write_here(state)
             except OSError as raised:
                 error = raised
+            state.trainer.finish()
             if trainer.divided:  # all of them try again, or none
                 error = self.ranks.everyone.gather(error)[0]
             if error is not None:

@@ -1,4 +1,4 @@
-"""A chat that goes on from what was answered: its prompt is the tokens of that and a suffix, never encoded again."""
+"""A chat that continues an earlier answer: its prompt is the answer's tokens, never encoded again, and a suffix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo.serving.sessions import Answered
 from grpo.types import Message
 
 FOLLOWING = ("tool", "user")
-"""Roles of messages that a sampled turn can be followed by."""
+"""Roles of messages that can follow a sampled turn."""
 
 
 def prompt_after(
@@ -22,11 +22,11 @@ def prompt_after(
     messages: Sequence[Message],
     keep_thinking: bool = False,
 ) -> tuple[int, ...] | None:
-    """The tokens of `messages`, which go on from what was `said`.
+    """The tokens of `messages`, which continue the earlier answer `said`.
 
-    None where they must be rendered whole: if the turn did not end as the template ends turns, if nothing of the kind
-    can follow it, or if the template leaves out thinking that these tokens hold, unless `keep_thinking`. Raises
-    UserError where the template refuses the messages, or what stands for a turn before them.
+    Returns None if all messages must be rendered again: if the turn did not end as the template ends turns, if no such
+    message can follow it, or if the template leaves out thinking that these tokens contain, unless `keep_thinking`.
+    Raises UserError if the template refuses the messages, or the stand-in for the turn before them.
     """
     at = len(said.messages)
     answer, new = messages[at], messages[at + 1 :]
@@ -44,8 +44,8 @@ def prompt_after(
 
 
 def _linked(answer: Message, new: Sequence[Message]) -> list[Message] | None:
-    """The messages that follow an answer, in which results of tools have the tools' names, and no ids: the calls are
-    known by their order. None where the results came in another order, or are more than the calls."""
+    """The messages after an answer, with the tool's name in each tool result, and without ids: the order of the results
+    identifies the calls. None if the results are in another order, or if there are more results than calls."""
     calls = list(answer.get("tool_calls") or ())
     linked: list[Message] = []
     for message in new:
@@ -60,5 +60,5 @@ def _linked(answer: Message, new: Sequence[Message]) -> list[Message] | None:
 
 
 def _other(one: str | None, another: str | None) -> bool:
-    """Whether two ids are given, and differ."""
+    """Whether both ids are given and differ."""
     return bool(one and another and one != another)

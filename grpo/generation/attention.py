@@ -103,9 +103,9 @@ class FusedRowAttention(StockAttention):
         layer.write(view, keys, values)
         row = view.first_row
 
-        def joined(prefix: mx.array, own: mx.array) -> mx.array:
+        def joined(prefix: mx.array, columns: mx.array) -> mx.array:
             prompt = prefix[row.place : row.place + 1, :, : row.length]
-            return mx.concatenate([prompt, own[:, :, : row.decoded + view.fed]], axis=2)
+            return mx.concatenate([prompt, columns[:, :, : row.decoded + view.fed]], axis=2)
 
         everything = joined(layer.prefix_keys, layer.keys), joined(layer.prefix_values, layer.values)
         mask = "causal" if view.fed > 1 else None

@@ -131,7 +131,7 @@ class Run:
         Returns empty events if there is nothing to decode. The host reads one step behind the device. If the session
         `overlaps`, the host launches the next step before it reads the running step. Otherwise a second step in flight
         would make MLX copy the buffers, so the host only builds the graph and launches it after the read. The host
-        reads the step in flight before it prepares a wide step, and reads a wide step before it prepares another.
+        reads the step in flight before it prepares a wide step, and reads a wide step before it prepares the next step.
         """
         events = None
         while events is None:

@@ -206,13 +206,13 @@ class Automatic(Always):
     def _watch(self, group: Siblings, rows: Sequence[Row]) -> None:
         """Replay a group, in flight or ended, if there is time and it has twice the tokens of its last replay."""
         lengths = {row: len(row.token_ids) for row in rows}
-        tokens, share, besides = sum(lengths.values()), *WATCHED
+        tokens, share, extra = sum(lengths.values()), *WATCHED
         if not self._widths() or tokens < max(FEWEST, 2 * sum(group.replayed.values())):
             return
         if tokens > REPLAYED:
             rows = rows[: max(1, len(rows) * REPLAYED // tokens)]
         work = len(self._widths()) * (sum(lengths[row] for row in rows) + group.background)
-        left = besides + share * self._elapsed - self._watching
+        left = extra + share * self._elapsed - self._watching
         if work * self._cost > left:
             return
         began = time.perf_counter()

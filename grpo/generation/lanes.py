@@ -288,9 +288,9 @@ class Lanes:
 
     def _next_for(self, lane: int) -> Row:
         held = [{whole for whole, piece in pieces.items() if piece.left} for pieces in self._pieces]
-        mine = (row for row in self._waiting if row.prompt in held[lane])
-        new = (row for row in self._waiting if not any(row.prompt in prompts for prompts in held))
-        return next(mine, None) or next(new, None) or self._waiting[0]
+        here = (row for row in self._waiting if row.prompt in held[lane])
+        nowhere = (row for row in self._waiting if not any(row.prompt in prompts for prompts in held))
+        return next(here, None) or next(nowhere, None) or self._waiting[0]
 
     def _piece(self, lane: int, whole: SharedPrompt) -> SharedPrompt:
         """The lane's own copy of a prompt, with one more row: it counts only the rows of this lane."""

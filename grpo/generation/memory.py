@@ -93,10 +93,10 @@ def slots_that_fit(decoding: Memory, need: Need, slots: int, available: int) -> 
         middle = (low + high + 1) // 2
         low, high = (middle, high) if need.bytes(decoding, middle) <= available else (low, middle - 1)
     if low == 0:
-        one, left = need.bytes(decoding, 1) / 2**30, max(0, available) / 2**30
+        needed, left = need.bytes(decoding, 1) / 2**30, max(0, available) / 2**30
         raise TooLargeError(
             f"one completion of {need.completion_length} tokens after a prompt of {need.prompt_length} needs "
-            f"{one:.1f} GB for its keys and values, but only {left:.1f} GB are left next to the model: lower "
+            f"{needed:.1f} GB for its keys and values, but only {left:.1f} GB are left next to the model: lower "
             "rollout.max_completion_length or data.max_prompt_length, store keys and values in fewer bits "
             "(rollout.kv_bits), or use a smaller or quantized model"
         )

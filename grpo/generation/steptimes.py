@@ -46,7 +46,7 @@ class StepTimes:
     """The median time of the newest steps, by kind and width.
 
     The time of a wide step is measured in plain steps at that moment, because machines change their speed. A step after
-    a step of another width is not counted: it may build kernels, and host and device are not yet in rhythm.
+    a step of another width is not counted: it may build kernels, and the host is not yet in step with the device.
     """
 
     def __init__(self) -> None:

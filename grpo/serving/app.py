@@ -27,7 +27,7 @@ ENDPOINTS = (
     "/inference/v1/generate"
 )
 GONE = 499
-"""Status of the response for a client that has disconnected; it is never sent."""
+"""Status of the response for a client that has disconnected: no client reads it."""
 GRACE = 30.0
 """Seconds that a client may take to read a stream, in addition to the time limit of a response."""
 

@@ -84,7 +84,7 @@ class DecodingLoop:
         finally:
             self.ended = True
             self._take_in()
-            for ticket in [*self._live.values(), *(one for queue in self._waiting.values() for one in queue)]:
+            for ticket in [*self._live.values(), *(ticket for queue in self._waiting.values() for ticket in queue)]:
                 self._refuse(ticket, ENDED)
 
     def _take_in(self, wait: bool = False) -> None:
@@ -187,15 +187,15 @@ class DecodingLoop:
 
     def _piece(self, ticket: Ticket, row: Row) -> Piece | None:
         """A row's unreported tokens; None if there is nothing to report yet."""
-        told, ended = ticket.rows[row], row.finish_reason
-        if ended is None and (not ticket.ask.gradually or told == len(row.token_ids)):
+        reported, ended = ticket.rows[row], row.finish_reason
+        if ended is None and (not ticket.ask.gradually or reported == len(row.token_ids)):
             return None
         ticket.rows[row] = len(row.token_ids)
         if ended is not None:
             del ticket.rows[row], self._live[row]
             self._recall.expect(ticket.ask, row)
         index = ticket.order.index(row)
-        return Piece(index, tuple(row.token_ids[told:]), tuple(row.logprobs[told:]), ended)
+        return Piece(index, tuple(row.token_ids[reported:]), tuple(row.logprobs[reported:]), ended)
 
     def _refuse(self, ticket: Ticket, refusal: Refusal) -> None:
         if not ticket.over:

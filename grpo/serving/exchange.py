@@ -17,7 +17,7 @@ class Exchange:
     def __init__(self, decoder: Answerer, asks: Sequence[Ask]) -> None:
         self.choices = [Completed(number) for number in range(sum(ask.n for ask in asks))]
         self._decoder, self._loop = decoder, asyncio.get_running_loop()
-        self._told: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()
+        self._reports: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()
         self._tickets: list[Ticket] = [self._submitted(ask, number * ask.n) for number, ask in enumerate(asks)]
 
     @property
@@ -27,10 +27,10 @@ class Exchange:
 
     async def next(self) -> list[tuple[Completed, Piece]]:
         """Wait for new tokens, add them to their choices, and return them. Raises Refusal if there will be no more."""
-        first, told = await self._told.get()
-        if isinstance(told, Refusal):
-            raise told
-        found = [(self.choices[first + piece.index], piece) for piece in told]
+        first, report = await self._reports.get()
+        if isinstance(report, Refusal):
+            raise report
+        found = [(self.choices[first + piece.index], piece) for piece in report]
         for choice, piece in found:
             choice.add(piece)
         return found
@@ -47,9 +47,9 @@ class Exchange:
             self._decoder.cancel(ticket)
 
     def _submitted(self, ask: Ask, first: int) -> Ticket:
-        def tell(told: Told) -> None:
+        def tell(report: Told) -> None:
             try:
-                self._loop.call_soon_threadsafe(self._told.put_nowait, (first, told))
+                self._loop.call_soon_threadsafe(self._reports.put_nowait, (first, report))
             except RuntimeError:  # the event loop is closed: nothing can receive tokens
                 self._decoder.cancel(ticket)
 

@@ -57,7 +57,7 @@ class Recall:
             self._count()
 
     def _count(self) -> None:
-        self.nbytes = sum(one.nbytes for kept in self._kept.values() for one in kept)
+        self.nbytes = sum(computed.nbytes for kept in self._kept.values() for computed in kept)
 
 
 def _key(ask: Ask) -> Key | None:

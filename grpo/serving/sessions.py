@@ -196,17 +196,17 @@ def _not_open(id: str | None) -> Refusal:
     return Refusal(404, f"session {id!r:.100} is not open: its rollout has ended, or never began", "session_over")
 
 
-def _begins(said: Answered, messages: Sequence[Message], marks: Sequence[bytes]) -> bool:
-    known = len(said.marks)
-    if known >= len(marks) or tuple(marks[:known]) != said.marks:
+def _begins(past: Answered, messages: Sequence[Message], marks: Sequence[bytes]) -> bool:
+    count = len(past.marks)
+    if count >= len(marks) or tuple(marks[:count]) != past.marks:
         return False
-    before = [*said.messages, said.answer]
-    return all(_same_thinking(past, sent) for past, sent in zip(before, messages[:known], strict=True))
+    before = [*past.messages, past.answer]
+    return all(_same_thinking(stored, sent) for stored, sent in zip(before, messages[:count], strict=True))
 
 
-def _same_thinking(past: Message, sent: Message) -> bool:
+def _same_thinking(stored: Message, sent: Message) -> bool:
     thought = sent.get("reasoning_content")
-    return thought is None or thought == past.get("reasoning_content")
+    return thought is None or thought == stored.get("reasoning_content")
 
 
 def _mark(message: Message) -> bytes:

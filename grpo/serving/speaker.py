@@ -121,20 +121,20 @@ class Speaker:
 
     def _in_session(self, voice: Voice, given: list[Message], session: SessionMemory) -> Spoken:
         marks = marks_of(given)
-        said = session.before(voice.settings, given, marks)
-        ids = None if said is None else self._after(voice, said, given, session)
+        past = session.before(voice.settings, given, marks)
+        ids = None if past is None else self._after(voice, past, given, session)
         found = self.checked(voice.chat.prompt_ids(given) if ids is None else ids, "messages")
-        if said is not None:  # reuse the same objects, because sessions can be long
-            given = [*said.messages, said.answer, *given[len(said.messages) + 1 :]]
-            marks = (*said.marks, *marks[len(said.marks) :])
-        return Spoken(found, tuple(given), voice.settings, marks, None if ids is None else said)
+        if past is not None:  # reuse the same objects, because sessions can be long
+            given = [*past.messages, past.answer, *given[len(past.messages) + 1 :]]
+            marks = (*past.marks, *marks[len(past.marks) :])
+        return Spoken(found, tuple(given), voice.settings, marks, None if ids is None else past)
 
     def _after(
-        self, voice: Voice, said: Answered, given: list[Message], session: SessionMemory
+        self, voice: Voice, past: Answered, given: list[Message], session: SessionMemory
     ) -> tuple[int, ...] | None:
         keep = session.rules is not None and session.rules.keep_thinking
         try:
-            return prompt_after(voice.chat, voice.template, voice.thinking, said, given, keep)
+            return prompt_after(voice.chat, voice.template, voice.thinking, past, given, keep)
         except UserError:  # rendering all messages may work, or its error explains why not
             return None
 
@@ -147,9 +147,9 @@ class Speaker:
         ids = self.checked(self.tokenizer.encode(given) if isinstance(given, str) else given, param)
         if session is None:
             return Spoken(ids)
-        if (said := session.before_tokens(ids)) is not None:
-            added = self.text(ids[len(said.prompt_ids) + len(said.token_ids) :], special=True)
-            return Spoken(ids, (*said.messages, said.answer, {"role": "user", "content": added}), follows=said)
+        if (past := session.before_tokens(ids)) is not None:
+            added = self.text(ids[len(past.prompt_ids) + len(past.token_ids) :], special=True)
+            return Spoken(ids, (*past.messages, past.answer, {"role": "user", "content": added}), follows=past)
         text = given if isinstance(given, str) else self.text(ids, special=True)
         return Spoken(ids, ({"role": "user", "content": text},))
 

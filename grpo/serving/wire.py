@@ -203,9 +203,7 @@ def _refusal(kind: type[Wire], error: ValidationError) -> Refusal:
         return wrong(where, MEANT[place[0]], "unsupported_value")
     if first["type"] == "extra_forbidden":
         hint = did_you_mean(place[-1], kind.model_fields, SLIP) if len(place) == 1 else ""
-        return wrong(
-            where, f"this server has no such field, so it would do nothing: leave it out.{hint}", "unknown_field"
-        )
+        return wrong(where, f"this server does not support this field: leave it out.{hint}", "unknown_field")
     if place and place[-1] in MEANT:
         return wrong(where, MEANT[place[-1]], "unsupported_value")
     why = _in_words(first).removeprefix("Value error, ")

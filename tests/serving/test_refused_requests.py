@@ -115,7 +115,7 @@ def test_what_is_no_json_object_is_refused(client: Any, body: bytes) -> None:
 
 def test_a_field_of_openai_s_that_looks_similar_is_no_slip(client: Any) -> None:
     said = client.post(CHAT, json={**ASKED, "reasoning_effort": "low"}).json()["error"]["message"]
-    assert said == "reasoning_effort: this server has no such field, so it would do nothing: leave it out."
+    assert said == "reasoning_effort: this server does not support this field: leave it out."
 
 
 def test_an_environment_is_no_advice_for_a_client(client: Any) -> None:

@@ -34,14 +34,14 @@ def copy_states(cache: Any) -> None:
 
 
 def is_plain(cache: Any) -> bool:
-    """Whether a cache holds keys and values and nothing else."""
+    """Whether a cache holds only keys and values."""
     from grpo.model.mlxlm import KVCache
 
     return type(cache) is KVCache
 
 
 def empty(model: nn.Module) -> Caches:
-    """Caches of one row that hold nothing."""
+    """Empty caches for one row."""
     from grpo.model.mlxlm import make_prompt_cache
 
     caches: Caches = make_prompt_cache(model)
@@ -63,7 +63,7 @@ def merged(rows: Sequence[Caches]) -> Caches:
 
 
 def prefilled(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Caches:
-    """Batch caches of prompts without their last tokens."""
+    """Batch caches with the keys and values of prompts, without their last tokens."""
     caches = merged([empty(model) for _ in prompts])
     feed_padded(model, caches, [ids[:-1] for ids in prompts])
     return caches

@@ -63,7 +63,7 @@ ADD_AND_NORM = """
 """
 
 GATED = """
-    // A thread takes VECTOR columns of ROWS rows: silu(gate) · up of x @ W + x @ A @ B.
+    // A thread computes VECTOR columns of ROWS rows: silu(gate) · up, from x @ W + x @ A @ B.
     constexpr int BATCH = 16, ACROSS = (I + THREADS * VECTOR - 1) / (THREADS * VECTOR);
     struct alignas(sizeof(T) * VECTOR) Vector { T x[VECTOR]; };
     int at = (blockIdx.x % ACROSS * THREADS + threadIdx.x) * VECTOR, begin = blockIdx.x / ACROSS * ROWS;

@@ -168,7 +168,7 @@ class SharedPrefix:
         self._query_heads = int(getattr(model.args, "num_attention_heads", shapes[0].heads))
         self.decoder, self.attention, self.shapes = decoder, attention, shapes
         self.vocabulary, self.description, self.refused = vocabulary, description, refused
-        self.narrow = None if attention.widest > 1 else "its attention reads one token per row and step"
+        self.narrow = None if attention.widest > 1 else "its attention handles only one token per row and step"
         self._sessions: WeakSet[Session] = WeakSet()  # weak: a session whose engine was dropped is not open any more
         self.lockstep = is_divided(model)
         # Not with ModelDecoder: it patches the model's modules while a step runs, which another thread would see.

@@ -197,7 +197,7 @@ def _check(submission: Submission) -> None:
     if not submission.prompt_ids:
         raise ValueError("a prompt needs at least one token")
     if submission.openings and len(submission.openings) != submission.n:
-        raise ValueError(f"there are {len(submission.openings)} openings for {submission.n} rows")
+        raise ValueError(f"there are {len(submission.openings)} openings for {submission.n} rows: give each row one")
     if submission.sampling.max_tokens < 1:
         raise ValueError(f"max_tokens is {submission.sampling.max_tokens}: a row needs room for at least one token")
 
@@ -208,4 +208,4 @@ def _check_alive(row: Row, what: str) -> None:
     if row.state == "done" and not row.keep:
         raise ValueError(f"this row has ended and was not kept, so it cannot be {what}: submit it with keep=True")
     if row.state == "done":
-        raise ValueError(f"this row has ended with all its {row.longest} tokens, so it cannot be {what}: row.room is 0")
+        raise ValueError(f"this row has reached its limit of {row.longest} tokens, so it cannot be {what}")

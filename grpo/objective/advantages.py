@@ -49,7 +49,7 @@ def advantages(
     """
     weights = mx.array(weights)
     if rewards.shape[0] % num_generations:
-        raise ValueError(f"{rewards.shape[0]} completions are not groups of {num_generations}")
+        raise ValueError(f"{rewards.shape[0]} completions cannot be split into groups of {num_generations}")
     scale = cfg.scale_rewards or preset.scale_rewards
     total = total_rewards(rewards, weights)
     grouped = total.reshape(-1, num_generations)

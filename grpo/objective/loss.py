@@ -176,7 +176,7 @@ def _entropy_bonus(
     """Subtract c · entropy from the loss of each token, if c is above 0. The metric needs only `entropies`."""
     if entropies is None:
         if cfg.entropy_coef > 0:
-            raise ValueError("entropy_coef > 0 needs entropies")
+            raise ValueError("entropy_coef > 0 needs the argument `entropies`")
         return per_token, {}
     entropies = mx.where(terms.trained > 0, entropies, 0.0)
     if cfg.entropy_coef > 0:
@@ -188,7 +188,7 @@ def _teaching(per_token: mx.array, batch: Batch, divergence: mx.array | None) ->
     """Add d · KL(policy ‖ teacher) to the loss of each token, if the batch has d. With or without d, measure the KL."""
     if batch.teacher_coef is not None:
         if divergence is None:
-            raise ValueError("teacher_coef needs the divergence from the teacher")
+            raise ValueError("a batch with `teacher_coef` needs the argument `divergence`")
         divergence = mx.where(batch.trained > 0, divergence, 0.0)
         return per_token + batch.teacher_coef * divergence, {"teacher/kl": mean(divergence, batch.trained)}
     if batch.teacher is None or batch.behaviour is None:

@@ -78,7 +78,7 @@ def vespo(terms: Terms, cfg: LossConfig) -> mx.array:
 
 
 def gmpo(terms: Terms, cfg: LossConfig) -> mx.array:
-    """The geometric mean of a completion's ratios, each bounded where its advantage binds (arXiv 2507.20673)."""
+    """The geometric mean of a completion's ratios, each bounded in its advantage's direction (arXiv 2507.20673)."""
     preset = cfg.preset
     above = mx.minimum(terms.log_ratio, preset.epsilon_high)
     below = mx.maximum(terms.log_ratio, -preset.epsilon)

@@ -157,7 +157,7 @@ async def _body(request: Request, limits: ServingLimits) -> bytes:
             async for chunk in request.stream():
                 found += chunk
                 if len(found) > limits.body_bytes:
-                    raise Refusal(413, f"the body has more than {limits.body_bytes:,} bytes")
+                    raise Refusal(413, f"the body is too large: the limit is {limits.body_bytes:,} bytes")
     except TimeoutError:
         raise Refusal(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
     return bytes(found)

@@ -170,7 +170,7 @@ def test_the_limit_counts_all_tokens_after_the_prompt(generator: Generator) -> N
     assert len(row.token_ids) == 60
     assert row.finish_reason in ("length", "stop")
     assert row.state == "done"
-    with pytest.raises(ValueError, match="has ended with all its 60 tokens, so it cannot be extended"):
+    with pytest.raises(ValueError, match="has reached its limit of 60 tokens, so it cannot be extended"):
         engine.extend(row, [50])
     assert not engine.busy
 

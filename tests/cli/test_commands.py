@@ -307,7 +307,7 @@ def test_no_network_is_said_in_one_line(run_cli, tmp_path, monkeypatch) -> None:
     ran = run_cli("train", "recipes/qwen3-math.yaml")
     assert ran.code == 2
     assert len(ran.err.strip().splitlines()) == 1
-    assert f"model Qwen/Qwen3-0.6B: could not be fetched from {constants.ENDPOINT}" in ran.err
+    assert f"model Qwen/Qwen3-0.6B: cannot be downloaded from {constants.ENDPOINT}" in ran.err
     assert files(tmp_path) == set()
 
 

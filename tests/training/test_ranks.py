@@ -339,7 +339,7 @@ def test_alone_every_exchange_is_nothing() -> None:
 @pytest.mark.parametrize("said", ["soon", "0", "-3", "nan", "inf"])
 def test_a_patience_that_is_none_is_a_mistake(monkeypatch, said: str) -> None:
     monkeypatch.setenv("GRPO_RANK_TIMEOUT", said)
-    with pytest.raises(UserError, match=f"GRPO_RANK_TIMEOUT: '{said}' is no number of seconds above 0"):
+    with pytest.raises(UserError, match=f"GRPO_RANK_TIMEOUT: '{said}' is not a number of seconds above 0"):
         Ranks()
 
 

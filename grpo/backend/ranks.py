@@ -297,8 +297,8 @@ class Ranks:
         everyone = self.everyone.gather(mine)
         if other := [rank for rank, value in enumerate(everyone) if value != everyone[0]]:
             raise UserError(
-                f"{what}: differs between process 0 and process {other[0]} of {len(everyone)}. All processes need the "
-                "same files and arguments, and must see the same output_dir (on several hosts: a shared file system)"
+                f"{what}: process {other[0]} of {len(everyone)} differs from process 0. All processes need the same "
+                "files and arguments, and must see the same output_dir (on several hosts: a shared file system)"
             )
 
     def checked(self, check: Callable[[], Item]) -> Item:

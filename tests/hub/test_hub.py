@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, qwen3_folder: Path, gsm8k_
 def test_what_was_fetched_once_is_not_fetched_again_nor_needs_the_hub(trained: Hub) -> None:
     trained.requests.clear()
     again = trained.grpo(*DRY)
-    assert (again.returncode, again.stderr.count("taken from the cache")) == (0, 0), again.stderr
+    assert (again.returncode, again.stderr.count("using the copy in the cache")) == (0, 0), again.stderr
     assert trained.asked("/api/models/Qwen/Qwen3-0.6B")
     assert not trained.asked("GET .*(/cdn/|/resolve/)")
     trained.stop()

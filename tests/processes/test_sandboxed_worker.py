@@ -161,7 +161,7 @@ def test_the_home_folder_is_not_shown(own: Path, monkeypatch: pytest.MonkeyPatch
     shown = Sandbox.of("test", []).readable
     assert not {str(own), str(own.parent)} & {*shown}
     assert str(Path.cwd()) in shown
-    with pytest.raises(UserError, match=r"environment 'Game': sandbox: .* holds your home folder: put the file into"):
+    with pytest.raises(UserError, match=r"environment 'Game': sandbox: .* contains your home folder: move the file to"):
         Sandbox.of("environment 'Game'", [own / "game.py"])
 
 
@@ -177,8 +177,11 @@ def test_a_file_that_nobody_may_read_is_told_of(own: Path, monkeypatch: pytest.M
 
 
 def test_where_there_is_no_sandbox_it_says_so_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "missing", lambda: "on darwin there is no isolation yet")
-    with pytest.raises(UserError, match=r"test: sandbox: there is none here: on darwin .* `sandbox: false` runs it as"):
+    monkeypatch.setattr(worker, "missing", lambda: "grpo isolates code only on Linux, not yet on darwin")
+    with pytest.raises(
+        UserError,
+        match=r"test: sandbox: not available here: grpo isolates .* not yet on darwin\. `sandbox: false` runs it as",
+    ):
         Sandbox.of("test", [])
 
 

@@ -226,7 +226,7 @@ class Two(Ranks):
 
 def test_processes_that_would_start_from_different_states_are_refused() -> None:
     Two(3).check_same("the step to go on after", 3)
-    with pytest.raises(UserError, match="the step to go on after: process 1 of 2 has another than process 0"):
+    with pytest.raises(UserError, match="the step to go on after: process 1 of 2 differs from process 0"):
         Two(3).check_same("the step to go on after", 0)
 
 

@@ -40,7 +40,7 @@ def test_what_cannot_be_locked_is_refused_with_what_is_there_and_why(driver: Dri
 
 def test_some_of_the_machine_s_memory_is_left_to_others(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinned, "available", lambda: pinned.LEAST - 1)
-    with pytest.raises(UserError, match=r"no more for them \(1\.0 GB are free\)"):
+    with pytest.raises(UserError, match=r"no more memory for them \(1\.0 GB are free\)"):
         pinned.Arena().take(1)
     assert driver.locked == []
 

@@ -416,7 +416,7 @@ def test_a_silent_process_of_this_machine_that_runs_is_waited_for(
     assert ended == []
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
-    assert "process 1 of 2 (host) has been silent for 10 s, but it runs" in said[0]
+    assert "process 1 of 2 (host) has been silent for 10 s, but still runs" in said[0]
     running.clear()  # stopped meanwhile
     link.heard -= 11
     watch._look()

@@ -129,7 +129,7 @@ def test_what_cannot_be_asked_is_left_out_and_counted(tmp_path: Path) -> None:
     assert {task.index for task in rows.take(6)} == {0, 3, 6}
     assert rows.metrics()["dropped_prompts"] >= 9
     path.write_text('{"question": null}\n' * 9)
-    with pytest.raises(UserError, match=r"8 rows one after the other have a prompt that is null or longer"):
+    with pytest.raises(UserError, match=r"8 consecutive rows have a prompt that is null or longer"):
         stream(config(str(path), window=4)).take(1)
 
 

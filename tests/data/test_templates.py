@@ -36,7 +36,7 @@ def test_what_is_missing_has_no_prompt(value: object) -> None:
     [
         (b"What", r"column 'x' of row 5 of rows is binary \(4 bytes\), not text"),
         ([], "no text for a template"),
-        (["a", "b"], r"no text for a template, but \['a', 'b'\].*\{first: x.0\}"),
+        (["a", "b"], r"is \['a', 'b'\]; a template takes only text.*\{first: x.0\}"),
         ([1, None], "no text for a template"),
         ([1, math.nan], "no text for a template"),
         ({"a": 1}, "no text for a template"),

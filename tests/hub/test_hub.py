@@ -166,7 +166,7 @@ def refused_models(hub: Hub, qwen3_folder: Path, tmp_path: Path) -> dict[str, st
     hub.add_model("t/gated", qwen3_folder, gated=True)
     return {
         "t/absent": "there is no model with this name; a private model needs a token with read access (`hf auth login`",
-        "absent": "there is no model of that name",
+        "absent": "there is no model with this name",
         "t/gated": f"it is gated: accept its terms at {hub.endpoint}/t/gated, then log in (`hf auth login`",
         "t/bin": "no model*.safetensors in",
         "t/untokenized": "no tokenizer (tokenizer.json, ",

@@ -174,7 +174,7 @@ def test_template_arguments_reach_the_chat_template(toy) -> None:
         ({"prompt": "{0}"}, {"question": "?"}, "a template may contain only column names"),
         ({"prompt": "{question:>9}"}, {"question": "?"}, "a template may contain only column names"),
         ({"prompt": "{question}"}, {"question": [{"role": "user", "content": "?"}]}, "a template takes only text"),
-        ({"chat_template": "never"}, {"question": ""}, "comes to no tokens"),
+        ({"chat_template": "never"}, {"question": ""}, "has no tokens; check the model's tokenizer"),
         ({}, {"question": 7}, "neither text nor a list of messages"),
         ({}, {"question": [{"text": "?"}]}, "neither text nor a list of messages"),
     ],

@@ -76,7 +76,7 @@ def test_of_several_files_the_one_at_fault_is_named(tmp_path: Path) -> None:
     assert f"data {bad}: cannot be read as jsonl: line 2" in refused((str(good), str(bad)))
     table = tmp_path / "numbers.csv"
     table.write_text("question\n7\n")
-    assert "columns do not agree" in refused((str(good), str(table)))
+    assert "columns differ" in refused((str(good), str(table)))
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_held_out_rows_are_other_tasks(toy) -> None:
     [
         (lambda tasks: None, r"source Own: take\(3\) must return a list of 3 tasks .*, but it returned NoneType"),
         (lambda tasks: tasks[:2], "but it returned 2: start over when the tasks are used up"),
-        (lambda tasks: [*tasks, *tasks], "and it returned 6"),
+        (lambda tasks: [*tasks, *tasks], "but it returned 6"),
         (lambda tasks: [*tasks[:2], None], "the list contains NoneType: a stream gives None"),
     ],
 )

@@ -107,7 +107,7 @@ def test_with_another_window_or_file_the_epoch_begins_again(
     path.write_text("".join(lines[:rows]))
     after = stream(config(str(path), window=window))
     after.load_state(state)
-    assert f"is of another {said}, so epoch 1 begins again" in caplog.text
+    assert f"epoch 1 begins again, because the checkpoint was written with another {said}" in caplog.text
     assert sorted(indices(after.take(rows))) == [*range(rows)]
     assert after.state()["epoch"] == 1
 

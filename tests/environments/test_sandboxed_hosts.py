@@ -193,7 +193,7 @@ def test_the_tool_python_ends_with_the_conversation(host: Made) -> None:
 
 
 def test_python_inside_of_a_sandbox_says_what_to_do(host: Made) -> None:
-    with pytest.raises(UserError, match=r"a sandbox already, .*unsafe: true"):
+    with pytest.raises(UserError, match=r"already runs in a sandbox, .*unsafe: true"):
         _ = host(None, ("python",), sandbox=True).description
 
 

@@ -125,7 +125,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path, tokenizer: Path) -> 
     )
     config = config_of("qwen3")
     weights = {name: array for name, array in weights_of(config).items() if name != "score.weight"}
-    assert "there is no score.weight in its weights" in refused(write(tmp_path / "none", config, weights, tokenizer))
+    assert "its weights have no score.weight" in refused(write(tmp_path / "none", config, weights, tokenizer))
     kind = {"model_type": "deberta-v2", "architectures": ["DebertaV2ForSequenceClassification"]}
     foreign = reward_model(tmp_path / "foreign", tokenizer, **kind)
     assert "deberta-v2" in refused(foreign)

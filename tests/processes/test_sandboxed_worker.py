@@ -169,10 +169,10 @@ def test_a_file_that_nobody_may_read_is_told_of(own: Path, monkeypatch: pytest.M
     monkeypatch.setattr(worker, "is_root", lambda: True)
     (own / "game.py").write_text("")
     (own / "game.py").chmod(0o600)
-    with pytest.raises(UserError, match=rf"who may not read {own}/game.py: chmod -R o\+rX {own}"):
+    with pytest.raises(UserError, match=rf"who cannot read {own}/game.py: run chmod -R o\+rX {own}"):
         Sandbox.of("test", [own / "game.py"])
     own.chmod(0o700)
-    with pytest.raises(UserError, match=rf"who may not read {own}: chmod"):
+    with pytest.raises(UserError, match=rf"who cannot read {own}: run chmod"):
         Sandbox.of("test", [own / "server.py"])
 
 

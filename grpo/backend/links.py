@@ -24,7 +24,7 @@ PATIENCE = 10.0
 TRY = 2.0
 """Seconds that one address has to answer."""
 LONGEST = 2**20
-"""Most bytes of unread or unsent data. A longer line means that the other side is gone."""
+"""Most bytes of an unfinished line, and of unsent data. With a longer line the other side counts as gone."""
 
 
 class Member(NamedTuple):

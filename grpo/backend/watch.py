@@ -62,7 +62,7 @@ class Lost(KeyboardInterrupt):
 class Watch:
     """The links of this process to its neighbors, and the thread that listens to them.
 
-    `last_resort` is called before a process is ended whose main thread does not return from a computation.
+    If the main thread does not return from a computation, `last_resort` is called before the process is ended.
     """
 
     def __init__(self, rank: int, members: Sequence[Member], links: Sequence[Link], silence: float = SILENCE) -> None:

@@ -122,9 +122,7 @@ def at_rows(values: mx.array, starts: mx.array, length: int, rows: mx.array) -> 
     @taken.vjp
     def given_back(values: mx.array, slopes: mx.array, _: mx.array) -> mx.array:
         nobody, owners = mx.array([slopes.size]), rows.reshape(-1)
-        begins = mx.concatenate([nobody, mx.arange(0, slopes.size, length)])[
-            owners
-        ]  # where the place's row begins in slopes
+        begins = mx.concatenate([nobody, mx.arange(0, slopes.size, length)])[owners]  # of the row in slopes, by place
         first = mx.concatenate([mx.array([0]), starts])[owners]
         (within,) = apart(mx.arange(values.size) - first)
         padded = mx.concatenate([slopes.reshape(-1), mx.zeros(1)])

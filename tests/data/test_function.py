@@ -107,5 +107,5 @@ def test_functions_that_will_not_do(found, monkeypatch, name: str, settings: dic
 
 
 def test_a_function_in_source_is_sent_to_use() -> None:
-    with pytest.raises(UserError, match=r"named by data\.use"):
+    with pytest.raises(UserError, match=r"set data\.use"):
         load_rows(DataConfig(source="mine.py:rows"))

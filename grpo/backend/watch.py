@@ -2,7 +2,8 @@
 
 MLX waits forever for a process that is stopped or disconnected, and Python cannot interrupt this wait. So a thread in
 each process sends a heartbeat to its two neighbors every second. The thread also runs during a compilation or rollout
-of an hour. A process is silent only if it is stopped, or if its machine or network is down.
+of an hour. A process is silent only if it is stopped, if code holds Python's lock (GIL) for long, or if its machine or
+network is down.
 """
 
 from __future__ import annotations

@@ -237,5 +237,5 @@ def _of_booleans(mask: mx.array, queries: int, keys: int) -> Sight | None:
     if mask.dtype != mx.bool_ or mask.shape[-2:] != (queries, keys) or (mask.ndim == 4 and mask.shape[1] > 1):
         return None
     if mask.ndim == 3 and mask.shape[0] > 1:
-        return None  # MLX broadcasts the first axis of a mask with three axes over heads
+        return None  # MLX treats the first of three axes as heads
     return Masked(mask.reshape(-1, queries, keys))

@@ -35,7 +35,7 @@ from grpo.model.standins import put_before
 SUMMED = 8
 """Bytes per number of a gradient that is summed over processes: the sum's input and output, both in float32."""
 ENDS = (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear)
-"""Modules outside the layers that are divided. All others stay whole, because their use is unknown."""
+"""Classes of the modules outside the layers that are divided. Others stay whole, because their use is unknown."""
 
 
 class Spread:

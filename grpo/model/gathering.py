@@ -167,10 +167,10 @@ class Gathered:
     of: Gathering
 
     def __call__(self: Any, x: mx.array) -> mx.array:
-        return self.of.used(self, super().__call__, x)  # type: ignore[misc, no-any-return]  # the module's own
+        return self.of.used(self, super().__call__, x)  # type: ignore[misc, no-any-return]  # the module's class
 
     def as_linear(self: Any, x: mx.array) -> mx.array:
-        return self.of.used(self, super().as_linear, x)  # type: ignore[misc, no-any-return]  # the module's own
+        return self.of.used(self, super().as_linear, x)  # type: ignore[misc, no-any-return]  # the module's class
 
 
 def _first(whole: mx.array) -> list[mx.array]:

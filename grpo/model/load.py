@@ -90,7 +90,7 @@ def settled(model: nn.Module) -> nn.Module:
 
 
 def _choose_head(model: nn.Module, cfg: ModelConfig) -> None:
-    """Make logits float32 if `cfg.head_dtype` says so. Raises UserError if it requires float32 in vain."""
+    """Make logits float32 if `cfg.head_dtype` says so. Raises UserError if float32 is required but impossible."""
     if cfg.head_dtype == "model" or dtype_of(model) == mx.float32:
         return
     if not widen_head(model) and cfg.head_dtype == "float32":

@@ -127,7 +127,9 @@ def _answer(reply: Mapping[str, Any], count: int) -> Answer:
         answer = answer_of(reply, (0, count))
         kind = reply.get("kind", "error")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        return Answer.failed(count, f"its process made no sense in this call ({type(error).__name__}: {error})")
+        return Answer.failed(
+            count, f"its process sent an invalid message in this call ({type(error).__name__}: {error})"
+        )
     return Answer(
         answer.values,
         answer.failures,

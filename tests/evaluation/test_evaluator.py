@@ -216,7 +216,7 @@ def test_a_model_and_an_adapter_without_a_recipe(recipe, run_cli, toy_folder) ->
     for args, said in (
         (["eval", toy_folder], "needs --data"),
         (["eval", "runs/toy"], "nothing says what to evaluate on"),
-        (["eval", toy_folder, *options, "--adapter", "."], "not an adapter as mlx-lm or PEFT writes them"),
+        (["eval", toy_folder, *options, "--adapter", "."], "not an adapter of mlx-lm or PEFT"),
         (["eval", toy_folder, *options, "--checkpoint", "best"], "--checkpoint is for runs"),
         (["eval", "runs/toy", *options, "--checkpoint", "7"], "there is 2"),
     ):

@@ -140,7 +140,7 @@ def test_what_a_host_answers_is_read_with_care(reply) -> None:
     host = FakeHost()
     host.answers.append(reply)
     (scored,) = made(host, max_failure_rate=1).score([group(*things(1, 2), answer="0")])
-    assert all("its process made no sense" in r.failures["own"].error for r in scored.rollouts)
+    assert all("its process sent an invalid message" in r.failures["own"].error for r in scored.rollouts)
 
 
 def test_what_it_raises_is_its_failure() -> None:

@@ -98,14 +98,14 @@ def test_several_calls_in_a_turn_are_written_as_far_as_the_template_can() -> Non
     [
         (
             lambda: Chat.of(tokenizer_of("qwen2.5"), answers=True),
-            "leaves out no thinking before a user's message",
+            "does not leave out thinking before a user's message",
         ),
-        (lambda: Chat.of(tokenizer_of("qwen3"), TOOLS), "nobody answers it as the user"),
-        (lambda: Chat.of(tokenizer_of("qwen3"), answers=True, templated=False), "without a chat template"),
+        (lambda: Chat.of(tokenizer_of("qwen3"), TOOLS), "no environment answers as the user"),
+        (lambda: Chat.of(tokenizer_of("qwen3"), answers=True, templated=False), "prompts do not use a chat template"),
     ],
 )
 def test_where_it_would_do_nothing_it_is_refused(chat, why: str) -> None:
-    with pytest.raises(UserError, match=f"drop drops nothing: .*{why}"):
+    with pytest.raises(UserError, match=f"drop has no effect: .*{why}"):
         _ = chat().anew
 
 

@@ -177,7 +177,7 @@ class Play:
         if tuple(prompt_ids) == (*shared, *self._row.token_ids, *suffix):
             return None
         if tuple(prompt_ids[: len(shared)]) != shared:
-            why = "the model's chat template changes how a prompt begins as the conversation goes on"
+            why = "the model's chat template changes how a prompt begins as the conversation continues"
             self.failure = Failure("error", f"{why}: use thinking: keep")
             raise _BrokenOffError("failed")
         return prompt_ids

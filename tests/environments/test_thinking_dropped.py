@@ -202,6 +202,6 @@ def test_a_template_that_changes_how_a_prompt_begins_fails_the_conversation(monk
     odd = changed("qwen3", "{% if tools %}", "{{ messages | length if messages | length > 4 else '' }}{% if tools %}")
     row, _ = played(monkeypatch, "qwen3", encoded(odd, f"{THOUGHT}Rain?<|im_end|>"), odd)
     assert row.finish_reason == "failed"
-    assert "changes how a prompt begins as the conversation goes on: use thinking: keep" in str(
+    assert "changes how a prompt begins as the conversation continues: use thinking: keep" in str(
         row.conversation.failure
     )

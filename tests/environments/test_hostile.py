@@ -175,7 +175,7 @@ def test_hundred_megabytes_printed_and_returned(host, beside, capfd) -> None:
     assert seat.call("do", {"what": "print"}).result().value == "printed"
     beside.goes_on()
     reply = seat.call("do", {"what": "tell"}).result()
-    assert reply.error == "the result is too long: 100,000,000 characters, and at most 1,000,000 are possible"
+    assert reply.error == "the result is too long: 100,000,000 characters, but at most 1,000,000 are allowed"
     assert seat.call("add", {"n": 1}).result().value == "1"
     seat.release()
     time.sleep(0.1)
@@ -218,7 +218,11 @@ def test_exceptions_and_wrong_types_are_errors_of_their_own_call(host, beside) -
     for tool, value, error in [
         ("thing", None, "no words"),
         ("numbers", "[1, 2]", ""),
-        ("blocks", None, "it returned content that JSON does not hold: Object of type Thing is not JSON serializable"),
+        (
+            "blocks",
+            None,
+            "it returned content that JSON cannot represent: Object of type Thing is not JSON serializable",
+        ),
         ("unprintable", None, "<exception str() failed>"),
         ("interrupt", None, "KeyboardInterrupt"),
         ("nothing", None, "RuntimeError"),

@@ -198,7 +198,7 @@ def test_python_inside_of_a_sandbox_says_what_to_do(host: Made) -> None:
 
 
 def test_objects_from_python_cannot_be_in_it() -> None:
-    with pytest.raises(UserError, match=r"environment 'Walk': sandbox: objects given from Python live in this process"):
+    with pytest.raises(UserError, match=r"environment 'Walk': objects passed from Python live in this process"):
         make_host(EnvironmentConfig(use="__main__:Walk", name="Walk", sandbox=True), given=games.Walk)
 
 

@@ -214,10 +214,10 @@ def test_a_model_and_an_adapter_without_a_recipe(recipe, run_cli, toy_folder) ->
     of_run = run_cli("eval", "runs/toy", *options, "rollout.max_completion_length=256")
     assert of_run.out == beside.out  # the same adapter, prompts and draws
     for args, said in (
-        (["eval", toy_folder], "needs --data"),
-        (["eval", "runs/toy"], "nothing says what to evaluate on"),
+        (["eval", toy_folder], "add --data"),
+        (["eval", "runs/toy"], "there is no evaluation data"),
         (["eval", toy_folder, *options, "--adapter", "."], "not an adapter of mlx-lm or PEFT"),
-        (["eval", toy_folder, *options, "--checkpoint", "best"], "--checkpoint is for runs"),
+        (["eval", toy_folder, *options, "--checkpoint", "best"], "--checkpoint requires a run"),
         (["eval", "runs/toy", *options, "--checkpoint", "7"], "there is 2"),
     ):
         refused = run_cli(*args)

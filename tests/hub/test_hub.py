@@ -76,7 +76,7 @@ def test_what_was_fetched_once_is_not_fetched_again_nor_needs_the_hub(trained: H
         assert "the Hub cannot be reached" in last_line(other.stderr)
         assert "the cache does not have all of it" in last_line(other.stderr)
     assert unsent.returncode == 2
-    assert "the export is in unsent, and was not uploaded" in last_line(unsent.stderr)
+    assert "the export is in unsent, but was not uploaded" in last_line(unsent.stderr)
     assert "the Hub cannot be reached ([Errno" in last_line(unsent.stderr)
 
 
@@ -124,7 +124,7 @@ def test_an_export_is_pushed_or_it_is_said_why_not(trained: Hub) -> None:
     said.append("this token has no write access: You don't have the rights to create a model under this namespace")
     for number, (ran, words) in enumerate(zip(unsent, said, strict=True)):
         assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
-        assert f"`hf upload writer/mine unsent{number}` sends it later" in ran.stderr
+        assert f"`hf upload writer/mine unsent{number}` uploads it later" in ran.stderr
         assert ran.stderr.strip().endswith(f"--push-to-hub writer/mine: {words}")
 
 

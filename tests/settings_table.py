@@ -281,7 +281,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
 }
 
 REFUSED: list[tuple[str, str, tuple[str, ...]]] = [
-    ("environment.max_tool_calls=3", "environment.max_tool_calls does nothing: Doubts has nothing to call", TALK),
+    ("environment.max_tool_calls=3", "environment.max_tool_calls does nothing: Doubts offers no tools", TALK),
     ("environment.thinking=drop", "environment.thinking: drop drops nothing", TALK),
     ("environment.thinking=drop", "environment.thinking: drop does nothing", TOOL),
     ("environment.kwargs={a: 1}", "kwargs does nothing without use", TOOL),

@@ -106,7 +106,7 @@ def test_an_old_one_that_cannot_be_deleted_is_not_an_error_of_the_new_one(tmp_pa
     monkeypatch.setattr(shutil, "rmtree", refused)
     assert damage(save(tmp_path, 10, keep=1)) is None
     assert steps(tmp_path) == [5, 10]
-    assert "step-000005 is not needed any more and could not be deleted: Permission denied" in caplog.text
+    assert "step-000005 is no longer needed but could not be deleted: Permission denied" in caplog.text
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
@@ -167,7 +167,7 @@ def test_a_run_goes_on_from_the_newest_whole_one_and_says_what_it_passed_over(re
     (newest / "optimizer.safetensors").write_bytes(b"")
     ran = run_cli("train", recipe, "output_dir=parts", "--resume")
     assert ran.code == 0, ran.err
-    assert f"passed over {newest}: optimizer.safetensors: not what was written" in ran.out
+    assert f"skipped {newest}: optimizer.safetensors: changed since it was written" in ran.out
     assert "goes on after step 2 from parts/checkpoints/step-000002" in ran.out
     same_end(Path("whole"), Path("parts"))
     for path in Path("parts/checkpoints").iterdir():
@@ -225,7 +225,7 @@ def test_a_disk_that_stays_full_ends_in_one_message_and_can_be_gone_on_from(reci
         trainer.step = lambda n: (fill(ballast) if n == 3 else None, step(n))[1]
 
     with pytest.raises(
-        RunError, match=r"step 4 could not be saved.*newest whole checkpoint is .*step-000002.*--resume"
+        RunError, match=r"step 4 could not be saved.*newest intact checkpoint is .*step-000002.*--resume"
     ):
         run(recipe, f"output_dir={folder}", change=change)
     ballast.unlink()

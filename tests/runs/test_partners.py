@@ -50,7 +50,7 @@ def config(name: str | None, **settings) -> EnvironmentConfig:
             "environment.max_tool_calls does nothing: Text has nothing",
         ),
         ({"use": "rooms.py:Own", "timeout": 3.0}, (), "environment.timeout does nothing: its class makes trajectories"),
-        ({"use": "rooms.py:Own"}, ("rooms.py:look",), "tools do nothing beside environment.use: its class makes"),
+        ({"use": "rooms.py:Own"}, ("rooms.py:look",), "tools do nothing with environment.use: its class makes"),
         ({"use": "rooms.py:Nobody"}, (), "no class 'Nobody' there"),
         ({}, ("calculater",), "there is no tool of that name. Did you mean 'calculator'"),
     ],
@@ -73,15 +73,15 @@ def test_tools_that_the_model_may_call_count_as_something_to_do() -> None:
 def test_an_environment_that_samples_by_itself_is_made_here_and_is_alone() -> None:
     partners = invite({"": EnvironmentConfig(use="rooms.py:Own")}, [], NOTHING, 1)
     assert (type(partners.own).__name__, partners.hosts) == ("Own", {})
-    with pytest.raises(UserError, match=r"environments\.b: its class makes.*the only environment of a run"):
+    with pytest.raises(UserError, match=r"environments\.b: its class makes.*the only environment of the run"):
         invite({"a": config("Text"), "b": config("Own")}, [], NOTHING, 1)
 
 
 def test_methods_that_look_like_tools_beside_text_are_told_of() -> None:
     told = Description("Shop", "text", withheld=["price", "stock"])
     assert described(told) == (
-        "environment Shop: it answers the model; price, stock are not offered to the model beside step(text): "
-        "step(message) offers tools, too"
+        "environment Shop: it replies to the model; price, stock are not offered to the model, because the environment has step(text): "
+        "step(message) offers tools too"
     )
 
     class Shop:

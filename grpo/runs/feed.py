@@ -58,9 +58,7 @@ class Feed:
             return [f"{prompts}: planned for {limit}, because rows are streamed; they are {order}"]
         chosen = chosen_note(cfg, len(rows), name)
         if lengths is None:
-            many = (
-                f"{prompts}: planned for {limit}, because {len(rows):,} rows are too much text to measure at startup"
-            )
+            many = f"{prompts}: planned for {limit}, because {len(rows):,} rows are too much text to measure at startup"
             return [*chosen, many, *filter(None, [self.null_prompts()])]
         where, total = f"data {cfg.label}, {cfg.split}", f"{lengths.rows:,} rows"
         why = "agents write their own prompts" if partners.are_agents else "an environment's reset may lengthen them"

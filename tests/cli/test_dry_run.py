@@ -81,7 +81,7 @@ def test_a_run_that_is_there_is_no_hindrance_and_stays_as_it_is(run_cli, recipe)
     assert run_cli("train", recipe).code == 0
     Path("runs/toy/checkpoints/.step-000002.replaced").mkdir()
     before = contents(Path("runs"))
-    holds = "runs/toy holds a run: training takes --resume, --overwrite or another output_dir"
+    holds = "runs/toy holds a run: training needs --resume, --overwrite or another output_dir"
     for flags, hindered in ([], True), (["--overwrite"], False), (["--resume"], False):
         ran = run_cli("train", recipe, "--dry-run", *flags)
         assert (ran.code, ran.err) == (0, "")

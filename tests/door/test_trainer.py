@@ -164,9 +164,7 @@ def test_a_run_of_an_earlier_session_is_gone_on_with_or_replaced(short) -> None:
     def other(completions, **_):
         return [0.5 * len(text) for text in completions]
 
-    with pytest.raises(
-        grpo.UserError, match=r"train\(resume=True, changed=True\) goes on all the same:\n  rewards.0.use"
-    ):
+    with pytest.raises(grpo.UserError, match=r"train\(resume=True, changed=True\) resumes anyway:\n  rewards.0.use"):
         trainer(short(), rewards=[other]).train(resume=True)
 
 

@@ -168,13 +168,13 @@ def test_a_run_goes_on_from_the_newest_whole_one_and_says_what_it_passed_over(re
     ran = run_cli("train", recipe, "output_dir=parts", "--resume")
     assert ran.code == 0, ran.err
     assert f"skipped {newest}: optimizer.safetensors: changed since it was written" in ran.out
-    assert "goes on after step 2 from parts/checkpoints/step-000002" in ran.out
+    assert "resumes after step 2 from parts/checkpoints/step-000002" in ran.out
     same_end(Path("whole"), Path("parts"))
     for path in Path("parts/checkpoints").iterdir():
         (path / SUMS).unlink()
     refused = run_cli("train", recipe, "output_dir=parts", "--resume")
     assert refused.code == 2
-    assert "no checkpoint is whole" in refused.err
+    assert "every checkpoint is damaged" in refused.err
 
 
 def test_which_checkpoint(tmp_path) -> None:
@@ -184,7 +184,7 @@ def test_which_checkpoint(tmp_path) -> None:
     assert find_checkpoint(tmp_path, "newest") == newest
     assert find_checkpoint(tmp_path, "10") == newest
     assert find_checkpoint(tmp_path, "best") == checkpoint_path(tmp_path / "checkpoints", 5)
-    for which, said in (("7", "there is 5, 10"), ("latest", "expected newest, best or a step")):
+    for which, said in (("7", "existing checkpoints: 5, 10"), ("latest", "expected newest, best or a step")):
         with pytest.raises(UserError, match=said):
             find_checkpoint(tmp_path, which)
 

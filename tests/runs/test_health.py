@@ -56,7 +56,7 @@ def test_what_was_truncated_is_raised_before_more_is_sampled() -> None:
     past = PastSteps(told=("truncation",))
     state = RunState("id", TrainerState(arrays, {"steps_without_signal": 3}), step=3, rewarded=True, past=past)
     said = str(trained_on_nothing(state, config().loss, WEIGHTS))
-    assert "most completions were truncated at rollout.max_completion_length. Raise it" in said
+    assert "most completions were truncated at rollout.max_completion_length. Raise the limit" in said
     assert "temperature" not in said
 
 

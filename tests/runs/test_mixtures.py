@@ -245,7 +245,7 @@ def test_the_first_tasks_are_of_all_sources(mixed: Path) -> None:
         ("data.sources.1.rewards=[length]", r"reward 'words' does nothing: each of data\.sources names its rewards"),
         (
             "data={prompt: '{word}', sources: [{source: spell.jsonl, rewards: []}, {source: spell.jsonl, name: two}]}",
-            r"nothing rewards the tasks of 'spell', so they teach nothing",
+            r"nothing rewards the tasks of 'spell', so the model learns nothing from them",
         ),
         ("data.sources.1.prompt={noun}", r"no column 'noun' in row 0 of .*spell\.jsonl"),
         ("data.sources.1.source=away.jsonl", r"away\.jsonl: there is no such file"),

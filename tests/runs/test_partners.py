@@ -43,11 +43,11 @@ def config(name: str | None, **settings) -> EnvironmentConfig:
 @pytest.mark.parametrize(
     ("settings", "tools", "said"),
     [
-        ({"use": "rooms.py:Silent", "max_turns": 3}, (), "environment.max_turns does nothing: Silent has nothing to"),
+        ({"use": "rooms.py:Silent", "max_turns": 3}, (), "environment.max_turns does nothing: Silent offers no tools"),
         (
             {"use": "rooms.py:Text", "max_tool_calls": 3},
             (),
-            "environment.max_tool_calls does nothing: Text has nothing",
+            "environment.max_tool_calls does nothing: Text offers no tools",
         ),
         ({"use": "rooms.py:Own", "timeout": 3.0}, (), "environment.timeout does nothing: its class makes trajectories"),
         ({"use": "rooms.py:Own"}, ("rooms.py:look",), "tools do nothing with environment.use: its class makes"),
@@ -80,8 +80,8 @@ def test_an_environment_that_samples_by_itself_is_made_here_and_is_alone() -> No
 def test_methods_that_look_like_tools_beside_text_are_told_of() -> None:
     told = Description("Shop", "text", withheld=["price", "stock"])
     assert described(told) == (
-        "environment Shop: it replies to the model; price, stock are not offered to the model, because the environment has step(text): "
-        "step(message) offers tools too"
+        "environment Shop: it replies to the model; price, stock are not offered to the model, "
+        "because the environment has step(text): step(message) offers tools too"
     )
 
     class Shop:

@@ -321,7 +321,7 @@ def test_what_does_not_go_with_a_lag_is_refused(recipe: Path, settings: tuple[st
 
 def test_fewer_prompts_than_samplers_are_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ranks, "launched", lambda: Several(0, 4))
-    with pytest.raises(UserError, match="prompts_per_step: 2 for 3 processes: too few"):
+    with pytest.raises(UserError, match="prompts_per_step: 2 is too few for 3 processes"):
         prepare(load_recipe(recipe, ["ranks={sample: 3, train: 1}"]))
 
 

@@ -225,9 +225,9 @@ class Two(Ranks):
 
 
 def test_processes_that_would_start_from_different_states_are_refused() -> None:
-    Two(3).check_same("the step to go on after", 3)
-    with pytest.raises(UserError, match="the step to go on after: process 1 of 2 has another than process 0"):
-        Two(3).check_same("the step to go on after", 0)
+    Two(3).check_same("the step to resume after", 3)
+    with pytest.raises(UserError, match="the step to resume after: process 1 of 2 has another than process 0"):
+        Two(3).check_same("the step to resume after", 0)
 
 
 def test_a_check_that_fails_in_one_process_ends_all() -> None:
@@ -253,7 +253,7 @@ def test_a_start_is_compared(recipe, monkeypatch) -> None:
     trainer = prepare(cfg).trainer
     compared.clear()  # of the prompts
     find_start(cfg).load(trainer)
-    assert compared[1] == ("the step to go on after", 0)
+    assert compared[1] == ("the step to resume after", 0)
     assert compared[0][1]["rewards"][0]["use"].endswith("digits.py:reward")
 
 

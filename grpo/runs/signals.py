@@ -145,7 +145,7 @@ class StopRequest:
             _thread.start_new_thread(self._raise_again, ())
 
     def _raise_again(self) -> None:
-        """Raise Stopped in the main thread, wherever it is by then, if it may still be interrupted. Runs in a new thread."""
+        """Raise Stopped in the main thread, if that may still be interrupted. Runs in a thread of its own."""
         raising, main = ctypes.pythonapi.PyThreadState_SetAsyncExc, threading.main_thread().ident
         given = ctypes.c_ulong(main or 0), ctypes.py_object(Stopped)
         time.sleep(SOON)

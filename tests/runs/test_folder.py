@@ -96,7 +96,7 @@ def test_a_folder_in_which_a_run_goes_on_is_not_for_another(recipe) -> None:
         assert is_running(folder)
         (folder / ".former").mkdir()  # as of a run that is replacing another just now
         with (
-            pytest.raises(UserError, match="another process is training in this folder"),
+            pytest.raises(UserError, match="another process is training in"),
             run_folder(cfg, overwrite=False),
         ):
             pass

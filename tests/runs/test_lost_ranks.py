@@ -86,7 +86,8 @@ def test_the_loss_of_a_process_ends_a_step_and_saves_the_one_before(recipe: Path
         run(recipe, "optim.steps=5", "checkpoint.every=100", change=losing(Fellow(0), 1))
     saved = Path("runs/toy/checkpoints/step-000002")
     assert str(ended.value) == (
-        f"process 1 of 2 (other) died. The run is saved in {saved}: continue with --resume, with any number of processes"
+        f"process 1 of 2 (other) died. The run is saved in {saved}: continue with --resume, "
+        "with any number of processes"
     )
     assert ended.value.speaks
     assert saved.is_dir()

@@ -191,7 +191,7 @@ def test_the_gap_between_decoding_and_training_is_checked_where_nothing_lags(rec
     assert checked == [1]
     gaps = [step.values["sampling/sampling_logp_difference/mean"] for step in steps]
     assert gaps[0] < 1e-4 < 1e-2 < min(gaps[1:])  # the update before has moved the policy
-    with pytest.raises(RunError, match="Decoding computes another model"):
+    with pytest.raises(RunError, match="do not compute the same model"):
         trainer.gap.check(2, steps[1].values)
 
 

@@ -183,8 +183,10 @@ class Gradients:
         return loss, tuple(map(mx.stop_gradient, found))
 
     def _forward(self, batch: Batch) -> tuple[mx.array, ...]:
-        """Logprobs and entropies of the batch's tokens, and their KL to the teacher if that is in the loss: `[B, T]` float32
-        each."""
+        """Logprobs and entropies of the batch's tokens, and their KL to the teacher if that is in the loss.
+
+        `[B, T]` float32 each.
+        """
         bonus = self.loss.entropy_coef > 0
         if batch.teacher_coef is None:
             return batch_logprobs(self.policy, batch, bonus)

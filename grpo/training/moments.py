@@ -7,7 +7,7 @@ differ from the paper:
   MLX fuses on every device. Small numbers are resolved more finely.
 - A moment that is a divisor never becomes 0. Adam divides by the root of its second moment. In blocks whose numbers
   differ by many orders of magnitude, the paper's table rounds some to 0, and updates came out 1,000 times too large.
-- Rounding is dithered: over the steps, a number between two codes becomes each of them in proportion to how near it is.
+- Rounding is dithered: over the steps, a number between two codes becomes each of them in proportion to its nearness.
   A second moment with a beta of 0.999 changes by less than one code per step, so rounding to nearest would freeze it.
 
 With the gradients of a small model's first 200 steps, AdamW's update has an error of 6.9 % of its norm, and the root of
@@ -54,7 +54,7 @@ class Map:
         return sizes
 
     def codes(self, sizes: mx.array, dither: mx.array) -> mx.array:
-        """A code for each magnitude in [0, 1]: one of the two around it, the upper one if `dither`, in (0, 1), is low."""
+        """A code for each magnitude in [0, 1]: one of the two around it, the upper if `dither`, in (0, 1), is low."""
         rooted = sizes
         for _ in range(self.roots):
             rooted = rooted.sqrt()

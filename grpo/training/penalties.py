@@ -1,4 +1,4 @@
-"""Penalties that are subtracted from rewards before advantages: for overlong completions, and for KL to the reference."""
+"""Penalties that are subtracted from rewards before advantages: for length, and for KL to the reference."""
 
 from __future__ import annotations
 

@@ -309,7 +309,7 @@ def test_a_folder_that_vanishes_is_made_anew(recipe, caplog) -> None:
 
     ended = run(recipe, change=change)
     assert ended.state.step == 4
-    assert "runs/toy has vanished" in caplog.text
+    assert "runs/toy was deleted during the run" in caplog.text
     assert steps(Path("runs/toy/checkpoints")) == [3, 4]
     assert [line["step"] for line in timeless(Path("runs/toy/metrics.jsonl"))] == [3, 4]
     assert find_checkpoint(Path("runs/toy"), "newest").name == "step-000004"

@@ -192,7 +192,7 @@ def test_rows_that_are_streamed_are_planned_for_by_their_limit_and_watched_too(m
     overrides = ["data.sources.1.streaming=true", "data.sources.1.max_prompt_length=77", "data.sources.1.window=2"]
     run, cfg = prepared(mixed, *overrides), load_recipe(mixed, overrides)
     assert run.plan.tokens == 8 * (77 + 8)
-    (note,) = [note for note in run.notes if "as they come" in note]
+    (note,) = [note for note in run.notes if "rows are streamed" in note]
     assert note.startswith("prompts of spell: planned for spell.max_prompt_length (77 tokens)")
     assert note.endswith("they are shuffled in windows of 2")
     written = context(cfg, {}, {}, {}, run.rows)

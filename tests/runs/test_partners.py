@@ -111,7 +111,8 @@ def test_rows_say_which_environment_and_have_the_columns_that_it_needs() -> None
     for columns, said in (
         (
             {"environment": "lout"},
-            "environments: row 7 of data has 'lout' in the column 'environment', and there is quiet",
+            "environments: row 7 of data has 'lout' in the column 'environment', but the recipe's environments "
+            "are quiet",
         ),
         ({}, "row 7 of data has None in the column 'environment'"),
         ({"environment": "quiet"}, "environment 'Silent': reset: missing a required argument: 'question'"),
@@ -128,7 +129,7 @@ def test_objects_live_in_this_process_and_settings_of_processes_do_nothing() -> 
             return "No."
 
     given = Given({"__main__:Mine": Mine})
-    with pytest.raises(UserError, match=r"environment\.sandbox does nothing for objects"):
+    with pytest.raises(UserError, match=r"environment\.sandbox does nothing for Python objects"):
         invite({"": EnvironmentConfig(use="__main__:Mine", sandbox=True)}, [], given, 1)
     partners = invite({"": EnvironmentConfig(use="__main__:Mine")}, [], given, 1)
     ((host, _),) = partners.hosts.values()

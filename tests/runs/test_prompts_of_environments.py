@@ -37,7 +37,7 @@ def test_rows_without_prompts(conversing: Path, run_cli) -> None:  # noqa: F811
         ("return 3", "reset failed for row 0 of data: reset returned 3: return None, text"),
         (
             "return None",
-            r"data\.prompt: the rows have no column 'prompt' \(there is question\), and the reset of envir",
+            r"data\.prompt: the rows have no column 'prompt' \(they have question\), and the reset of envir",
         ),
         ("return ' '", "returns no prompt either"),
     ],

@@ -287,9 +287,11 @@ def test_arrays_reach_the_others_to_the_bit() -> None:
 
 
 def test_other_numbers_of_processes_are_refused_and_so_are_groups_that_cannot_be() -> None:
-    with pytest.raises(UserError, match=r"sample: 2 and train: 1 are 3 processes, and this is one process\. Start"):
+    with pytest.raises(
+        UserError, match=r"sample: 2 and train: 1 need 3 processes, but this is a single process\. Start"
+    ):
         Roles.of(Ranks(), RanksConfig(sample=2, train=1))
-    with pytest.raises(UserError, match="are 3 processes, and there are 4"):
+    with pytest.raises(UserError, match="need 3 processes, but 4 are running"):
         Roles.of(Several(0, 4), RanksConfig(sample=2, train=1))
 
     class Ring:

@@ -87,7 +87,7 @@ def batch(rows: int = 2, tokens: int = 3) -> Batch:
         ([[mx.zeros(3)], []], "pass mine: a minibatch must be a list of grpo.Batch; it contains array("),
         (
             [[], [replace(batch(), anchor=mx.zeros(3))]],
-            "pass mine: its column anchor has shape (3,), and this batch's columns have (2, 3): one value",
+            "pass mine: its column anchor has shape (3,), but needs the shape of the batch's tokens, (2, 3): one",
         ),
         ([[], [replace(batch(), weights=mx.zeros((2, 4)))]], "its column weights has shape (2, 4)"),
     ],

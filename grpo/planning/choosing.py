@@ -98,9 +98,9 @@ class Choice:
         """
         machine, load, footprint = self.machine, self.load, cache(self.footprint)  # measured on demand: takes seconds
         few = FEW_TOKENS // ((1 + load.packs) if machine.gpu else 4)
-        asked, tokens = load.optim.gradient_checkpointing, load.optim.micro_batch_tokens
+        setting, tokens = load.optim.gradient_checkpointing, load.optim.micro_batch_tokens
         auto = (True,) if load.optim.offload_activations else (False, True)
-        ways = auto if asked == "auto" else (asked,)
+        ways = auto if setting == "auto" else (setting,)
         sizes = AUTO_TOKENS[0 if machine.gpu else 2 :] if tokens == "auto" else (tokens,)
         order = (
             [(way, False, size) for size in sizes for way in ways]
@@ -115,7 +115,7 @@ class Choice:
             small = self._is_small(largest)
             best = best if small else self._found(footprint, way, size, largest, alone)
             enough = (
-                asked != "auto"
+                setting != "auto"
                 or way is not False
                 or size >= few
                 or largest[0].tokens == load.largest(2 * size, machine.gpu, machine.cuda)[0].tokens
@@ -125,7 +125,7 @@ class Choice:
             fits = small or (best is not None and best.bytes <= self.comfortable)
             if not fits or not enough or smaller_will_do or not self._holds(way, largest):
                 continue
-            fills = self.machine.limited and way is True and asked == "auto"
+            fills = self.machine.limited and way is True and setting == "auto"
             fewest = self._fewest(footprint, largest, alone) if fills else way
             worse = self._worse(footprint, way, size, largest[0])
             for fewer in (fewest,) if fewest is way else (fewest, way):

@@ -100,9 +100,9 @@ def _several(optim: OptimConfig) -> bool:
 def optimizer_step(optim: OptimConfig, adapter: AdapterConfig, model: nn.Module, optimizer: int, gpu: bool) -> int:
     """Bytes in addition to what stays: the gradient with the temporary arrays of a group, or of the norm before that.
 
-    An adapter's state before a step is kept until the step is done, so the new state needs memory of its own, as large
-    as the gradient or larger. (With several updates per step, the former state counts as staying.) Full weights are
-    updated in place.
+    An adapter's state before a step is kept until the step is done, so the new state needs memory of its own, which
+    replaces the gradient's as the gradient is used up. (With several updates per step, the former state counts as
+    staying.) Full weights are updated in place.
     """
     trained = model.trainable_parameters()
     numbers: int = sum(array.size for _, array in tree_flatten(trained))

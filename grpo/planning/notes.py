@@ -45,11 +45,11 @@ def notes_on(optim: OptimConfig, rollout: RolloutConfig, adapter: AdapterConfig,
 
 def layers_note(optim: OptimConfig, layers: int) -> str | None:
     """A note if `optim.gradient_checkpointing` is more than the model's number of layers; else None."""
-    asked = optim.gradient_checkpointing
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked <= layers:
+    number = optim.gradient_checkpointing
+    if isinstance(number, bool) or not isinstance(number, int) or number <= layers:
         return None
     return (
-        f"optim.gradient_checkpointing: {asked} is more than this model's {layers} layers: all layers are checkpointed"
+        f"optim.gradient_checkpointing: {number} is more than this model's {layers} layers: all layers are checkpointed"
     )
 
 

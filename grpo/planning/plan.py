@@ -106,7 +106,7 @@ class Plan:
             f"memory about {size_of(self.total)} of {size_of(self.memory)}: {stays}, and {largest}",
             *self._of_whole(),
             *self._of_waiting(),
-            f"updates of up to {self.micro_batch:,} tokens at once{self._longer}{self.checkpointed}"
+            f"updates in micro-batches of up to {self.micro_batch:,} tokens{self._longer}{self.checkpointed}"
             f"{ALONE if self.alone else ''}",
             *self._of_drafts(),
         ]

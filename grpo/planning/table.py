@@ -12,8 +12,8 @@ def table(plan: Plan, load: Workload) -> list[str]:
     rows = [(name, size, _why_it_stays(name, plan, load)) for name, size in plan.stays.items() if size]
     rows += [(name, size, _why_it_comes(name, plan, load)) for name, size in plan.phases.items()]
     largest = max(plan.phases, key=lambda name: plan.phases[name])
-    whose = "memory.limit_gb" if plan.limited else "the machine"
-    rows.append(("peak", plan.total, f"of {size_of(plan.memory)} ({whose}): what stays, and the {largest}"))
+    limit = "memory.limit_gb" if plan.limited else "the machine"
+    rows.append(("peak", plan.total, f"of {size_of(plan.memory)} ({limit}): what stays, and the {largest}"))
     if plan.offloaded:
         there = "" if plan.host is None else f"of {size_of(plan.host)} "
         rows.append(("offloaded", plan.offloaded, f"{there}in the host's memory: checkpointed layers' inputs"))

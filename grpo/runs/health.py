@@ -76,16 +76,15 @@ def made_worse(state: RunState, cfg: Recipe) -> str | None:
     low, high = interval_of(before, name), interval_of(after, name)
     if low is None or high is None or high[1] + hidden_by_failures(after, name) >= low[0]:
         return None
-    told = [f"{_told(made, name)} ({_told(made, name, 0)} to {_told(made, name, 1)})" for made in (before, after)]
+    shown = [f"{_shown(made, name)} ({_shown(made, name, 0)} to {_shown(made, name, 1)})" for made in (before, after)]
     best = state.best
     kept = (
         f"; checkpoint {best.step} was the best (grpo export RUN --checkpoint best)"
         if best is not None and best.value >= before.values[name]
         else ""
     )
-    return (
-        f"this run made the model worse: eval/{name} from {told[0]} to {told[1]}, 95 % intervals. {_advice(cfg)}{kept}"
-    )
+    change = f"eval/{name} from {shown[0]} to {shown[1]}, 95 % intervals"
+    return f"this run made the model worse: {change}. {_advice(cfg)}{kept}"
 
 
 def _reward_fell(rewards: Sequence[float], start: float | None, cfg: Recipe) -> str | None:
@@ -144,7 +143,7 @@ def _advice(cfg: Recipe) -> str:
     return f"Try a lower optim.learning_rate than {cfg.optim.learning_rate:g}{hold}, and read the last completions"
 
 
-def _told(metrics: EvalMetrics, name: str, end: int | None = None) -> str:
+def _shown(metrics: EvalMetrics, name: str, end: int | None = None) -> str:
     """A metric's value, or an end of its interval, as text."""
     value = metrics.values[name] if end is None else metrics.intervals[name][end]
     return f"{value:.3f}" if name.startswith("rewards/") else f"{value:.1%}"

@@ -81,24 +81,24 @@ class Partners:
         if not self.hosts:
             return self.own, []
         if self.are_agents:
-            said = [described(host.description) for host, _ in self.hosts.values()]
-            return agents_of(self.hosts, tokenizer, renderer, rollout, seed, model, self.opened), [*said, NOTE]
+            agents = [described(host.description) for host, _ in self.hosts.values()]
+            return agents_of(self.hosts, tokenizer, renderer, rollout, seed, model, self.opened), [*agents, NOTE]
         templated = renderer.wraps_text or not isinstance(task.prompt, str)
         tables, notes = {}, []
         for name, (host, config) in self.hosts.items():
-            told = host.description
+            description = host.description
             chat = Chat.of(
                 tokenizer,
-                told.tools,
+                description.tools,
                 renderer.cfg.chat_template_kwargs,
-                answers=told.kind in ANSWERING,
+                answers=description.kind in ANSWERING,
                 templated=templated,
                 stop_ids=rollout.stop_token_ids,
             )
             anew = _anew(place_of(name), chat) if config.thinking == "drop" else None
             tables[name] = Table(host, chat, limits_of(config), keeps_seats, anew)
-            said = [DROPS if anew and note.startswith(KEEPS) else note for note in chat.notes]
-            notes += [described(told), *said]
+            of_chat = [DROPS if anew and note.startswith(KEEPS) else note for note in chat.notes]
+            notes += [described(description), *of_chat]
         cfg = renderer.cfg
         return Conversations(tables, seed, cfg.max_prompt_length, cfg.system), list(dict.fromkeys(notes))
 
@@ -126,18 +126,18 @@ class Partners:
         Raises UserError if that fails, or if a row without the column `prompt` gets no prompt from `reset` either.
         """
         for name, (host, config) in self.hosts.items():
-            told = host.description
+            description = host.description
             task = next((task for task in tasks if name in ("", task.columns.get(SELECTED_BY))), None)
-            if task is None or not told.resets:
+            if task is None or not description.resets:
                 continue
-            which = f"environment {told.name!r}" + (f" ({config.use})" if config.use else "")
+            which = f"environment {description.name!r}" + (f" ({config.use})" if config.use else "")
             try:
                 added = talks.begin_once(task)
             except UserError as error:
-                said = str(error)
-                if said.startswith("tools."):  # an error of a tool's own reset
-                    raise UserError(f"{said}, with row {task.index} of {task.source}") from error
-                raise UserError(f"{which}: reset failed for row {task.index} of {task.source}: {said}") from error
+                message = str(error)
+                if message.startswith("tools."):  # an error of a tool's own reset
+                    raise UserError(f"{message}, with row {task.index} of {task.source}") from error
+                raise UserError(f"{which}: reset failed for row {task.index} of {task.source}: {message}") from error
             if not last_text(task.prompt).strip() and "prompt" not in task.columns and _is_empty(added):
                 raise UserError(
                     f"data.prompt: the rows have no column 'prompt' (they have {', '.join(task.columns)}), and the "
@@ -245,19 +245,19 @@ def _alone(
     return Partners(own=given.environment(config.use, config.kwargs))
 
 
-def _check_terms(place: str, config: EnvironmentConfig, told: Description) -> None:
+def _check_terms(place: str, config: EnvironmentConfig, description: Description) -> None:
     """Raise UserError for settings without effect on this kind of environment. (The schema checks those of agents.)"""
     if config.is_agent:
         return
-    if told.kind not in ANSWERING and config.thinking != "keep":
+    if description.kind not in ANSWERING and config.thinking != "keep":
         why = "does not reply as the user, and tool results leave earlier thinking in place"
-        raise UserError(f"{place}.thinking: {config.thinking} does nothing: {told.name} {why}")
+        raise UserError(f"{place}.thinking: {config.thinking} does nothing: {description.name} {why}")
     idle: Collection[str] = ()
-    if not told.tools:
-        idle = {"max_tool_calls"} if told.kind in ANSWERING else {"max_tool_calls", "max_turns"}
-        why = "offers no tools" if told.kind in ANSWERING else "offers no tools and does not reply"
+    if not description.tools:
+        idle = {"max_tool_calls"} if description.kind in ANSWERING else {"max_tool_calls", "max_turns"}
+        why = "offers no tools" if description.kind in ANSWERING else "offers no tools and does not reply"
     if found := sorted(config.changed & set(idle)):
-        raise UserError(f"{place}.{found[0]} does nothing: {told.name} {why}")
+        raise UserError(f"{place}.{found[0]} does nothing: {description.name} {why}")
 
 
 def _anew(place: str, chat: Chat) -> Anew:
@@ -268,20 +268,23 @@ def _anew(place: str, chat: Chat) -> Anew:
         raise UserError(f"{place}.thinking: {error}. Leave it at keep") from error
 
 
-def described(told: Description) -> str:
+def described(description: Description) -> str:
     """A note for the plan: what the model can do in an environment."""
-    if told.kind == "agent":
-        return f"environment {told.name}: an agent; it calls the model itself and returns the reward"
-    names = ", ".join(tool["function"]["name"] for tool in told.tools)
-    parts = [f"the model calls {names}" if names else "", "it replies to the model" if told.kind in ANSWERING else ""]
-    rewards = "it rewards a conversation at its end (get_reward)" if told.rewards else ""
+    if description.kind == "agent":
+        return f"environment {description.name}: an agent; it calls the model itself and returns the reward"
+    names = ", ".join(tool["function"]["name"] for tool in description.tools)
+    parts = [
+        f"the model calls {names}" if names else "",
+        "it replies to the model" if description.kind in ANSWERING else "",
+    ]
+    rewards = "it rewards a conversation at its end (get_reward)" if description.rewards else ""
     withheld = (
-        f"{', '.join(told.withheld)} {'is' if len(told.withheld) == 1 else 'are'} not offered to the model, because "
-        "the environment has step(text): step(message) offers tools too"
-        if told.withheld
+        f"{', '.join(description.withheld)} {'is' if len(description.withheld) == 1 else 'are'} not offered to the "
+        "model, because the environment has step(text): step(message) offers tools too"
+        if description.withheld
         else ""
     )
-    return f"environment {told.name}: {'; '.join(filter(None, [*parts, rewards, withheld])) or 'a single turn'}"
+    return f"environment {description.name}: {'; '.join(filter(None, [*parts, rewards, withheld])) or 'a single turn'}"
 
 
 def _is_empty(added: Content | None) -> bool:

@@ -125,8 +125,8 @@ def find_start(
     folder = Path(cfg.output_dir)
     if checkpoint is not None:
         _check_named(checkpoint)
-    own = checkpoint is None or checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
-    goes_on = (resume or changed or checkpoint is not None) and own
+    same_folder = checkpoint is None or checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
+    goes_on = (resume or changed or checkpoint is not None) and same_folder
     if goes_on and overwrite:
         raise UserError("--overwrite replaces the run, --resume continues it: choose one of them")
     check_run_folder(cfg, overwrite or goes_on, dry)

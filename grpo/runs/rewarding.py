@@ -35,13 +35,13 @@ def check_rewarded(
     if by_functions or taught or not partners.hosts:
         return []
     weighed = [host.description for host, config in partners.hosts.values() if config.weight]
-    if not any(told.may_reward for told in weighed):
-        lacks = "; ".join(_lacks(told) for told in weighed)
+    if not any(description.may_reward for description in weighed):
+        lacks = "; ".join(_lacks(description) for description in weighed)
         raise UserError(
             f"rewards: nothing rewards the model: the recipe names no reward with a weight, and {lacks}. Name a "
             f"reward, such as rewards: [{{use: math_answer}}], or {REMEDY}"
         )
-    return [_unsure(told) for told in weighed if not told.rewards]
+    return [_unsure(description) for description in weighed if not description.rewards]
 
 
 def check_sources_rewarded(sources: Sequence[str], scorer: Scorer, taught: bool) -> None:
@@ -67,26 +67,26 @@ def _check_alone(advantage: AdvantageConfig, by_functions: bool) -> None:
         raise UserError(f"advantage.turns: turn does nothing: {why}, and its turns have no separate rewards")
 
 
-def _lacks(told: Description) -> str:
+def _lacks(description: Description) -> str:
     """A text that says why an environment gives no reward."""
-    tools = [str(tool["function"]["name"]) for tool in told.tools]
-    called = [*tools, *(["step"] if told.kind in ANSWERING else [])]
+    tools = [str(tool["function"]["name"]) for tool in description.tools]
+    called = [*tools, *(["step"] if description.kind in ANSWERING else [])]
     steps = (
         f"by {'their' if len(called) > 1 else 'its'} annotation{'s' if len(called) > 1 else ''} "
         f"{' and '.join(called)} return{'' if len(called) > 1 else 's'} no grpo.Step"
         if called
         else "it has nothing that the model can call"
     )
-    return f"{told.name} gives no reward: it has no get_reward, and {steps}"
+    return f"{description.name} gives no reward: it has no get_reward, and {steps}"
 
 
-def _unsure(told: Description) -> str:
-    if not told.may_reward:
+def _unsure(description: Description) -> str:
+    if not description.may_reward:
         return (
-            f"rewards: the recipe names none, so the model learns nothing from conversations with {told.name}: "
-            f"{_lacks(told)}"
+            f"rewards: the recipe names none, so the model learns nothing from conversations with {description.name}: "
+            f"{_lacks(description)}"
         )
     return (
-        f"rewards: the recipe names none, and {told.name} has no get_reward: only a grpo.Step that "
-        f"{' or '.join(told.steps)} returns can reward the model"
+        f"rewards: the recipe names none, and {description.name} has no get_reward: only a grpo.Step that "
+        f"{' or '.join(description.steps)} returns can reward the model"
     )

@@ -103,17 +103,17 @@ class Gradients:
         if not self.policy.is_spread or self.ranks.size == 1:
             return {}
         kinds = [[batch for batch in batches if (batch.lines is not None) == lines] for lines in (True, False)]
-        numbers = self.ranks.gather([len(own) for own in kinds])
+        numbers = self.ranks.gather([len(here) for here in kinds])
         idle: dict[int, list[Batch]] = {}
         done = 0
-        for own, theirs in zip(kinds, zip(*numbers, strict=True), strict=True):
-            done += len(own)
-            given = own[-1:]
-            if not all(theirs) and any(theirs):
-                first = {name: np.array(array) for name, array in own[0].arrays().items()} if own else None
+        for here, counts in zip(kinds, zip(*numbers, strict=True), strict=True):
+            done += len(here)
+            given = here[-1:]
+            if not all(counts) and any(counts):
+                first = {name: np.array(array) for name, array in here[0].arrays().items()} if here else None
                 arrays = next(found for found in self.ranks.gather(first) if found is not None)
                 given = given or [Batch.of({name: mx.array(array) for name, array in arrays.items()})]
-            idle.setdefault(done, []).extend(given * (max(theirs) - len(own)))
+            idle.setdefault(done, []).extend(given * (max(counts) - len(here)))
         return idle
 
     def _pass_idly(self, total: list[Any], batches: Sequence[Batch]) -> None:

@@ -330,15 +330,15 @@ def test_auto_decides_and_the_decision_is_in_the_recipe() -> None:
     policy, cfg, plan = planned(lengths=SHORT)
     assert cfg.optim.micro_batch_tokens == plan.micro_batch
     assert cfg.optim.gradient_checkpointing is policy.gradient_checkpointing is plan.checkpointing is False
-    assert any(f"updates of up to {plan.micro_batch:,} tokens at once" in line for line in plan.lines())
+    assert any(f"updates in micro-batches of up to {plan.micro_batch:,} tokens" in line for line in plan.lines())
 
 
 def test_a_bound_is_said_to_be_one_and_rows_beyond_it_are_named() -> None:
     plan = planned(lengths=SHORT)[2]
     within = replace(plan, micro_batch=600, shape=Shape(1, 40, 1, 500), checkpointing=False)
-    assert "updates of up to 600 tokens at once" in within.lines()
+    assert "updates in micro-batches of up to 600 tokens" in within.lines()
     beyond = replace(within, micro_batch=256, checkpointing=True)
-    said = "updates of up to 256 tokens at once, longer completions alone (up to 540), layers checkpointed"
+    said = "updates in micro-batches of up to 256 tokens, longer completions alone (up to 540), layers checkpointed"
     assert said in beyond.lines()
 
 

@@ -41,7 +41,7 @@ def source_of(
                 "the two, or name a class for each source in its sampler setting"
             )
         if data.curriculum is not None:
-            raise UserError("data.curriculum does nothing with source=..., which chooses all tasks: remove either")
+            raise UserError("data.curriculum does nothing with source=..., which chooses all tasks: remove one of them")
         stream = streams["data"]
         if isinstance(stream, WindowStream):
             raise UserError(

@@ -269,9 +269,7 @@ def check_run_folder(cfg: Recipe, overwrite: bool, dry: bool = False) -> Path:
             )
     foreign = [name for name in WRITTEN if (folder / name).exists()]
     if foreign and not is_run(folder) and not (folder / FORMER).is_dir():
-        raise UserError(
-            f"output_dir: {folder} has a {foreign[0]} but no recipe.yaml of a grpo run: choose another folder"
-        )
+        raise UserError(f"output_dir: {folder} has a {foreign[0]} that no grpo run wrote: choose another folder")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "is not writable" if there.is_dir() else "is a file"

@@ -11,8 +11,8 @@ from grpo.runs.partners import ANSWERING, Partners, place_of
 from grpo.scoring.scorer import Scorer
 
 REMEDY = (
-    "add a get_reward to it, or let a call return a grpo.Step with a reward (and annotate the call's result: "
-    "-> str | grpo.Step)"
+    "add a get_reward to the environment, or let a call return a grpo.Step with a reward (and annotate the call's "
+    "result: -> str | grpo.Step)"
 )
 
 
@@ -29,9 +29,7 @@ def check_rewarded(
         _check_alone(advantage, by_functions or taught)
     for name, (host, config) in partners.hosts.items():
         if "weight" in config.changed and not host.description.may_reward:
-            raise UserError(
-                f"{place_of(name)}.weight does nothing: {_lacks(host.description)}. Leave it out, or {REMEDY}"
-            )
+            raise UserError(f"{place_of(name)}.weight does nothing: {_lacks(host.description)}. Remove it, or {REMEDY}")
     if by_functions or taught or not partners.hosts:
         return []
     weighed = [host.description for host, config in partners.hosts.values() if config.weight]

@@ -114,7 +114,7 @@ def test_files_that_no_run_wrote_are_never_touched(run_cli, recipe, name: str) -
     for flags in ([], ["--overwrite"]):
         ran = run_cli("train", recipe, "output_dir=precious", *flags)
         assert ran.code == 2
-        assert f"has a {name} but no recipe.yaml of a grpo run" in ran.err
+        assert f"has a {name} that no grpo run wrote" in ran.err
     assert mine.read_text() == "mine"
 
 

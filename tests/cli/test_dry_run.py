@@ -108,7 +108,7 @@ def test_files_that_no_run_wrote_are_a_hindrance(run_cli, recipe) -> None:
     Path("precious/metrics.jsonl").write_text("mine")
     ran = run_cli("train", recipe, "output_dir=precious", "--dry-run")
     assert (ran.code, len(ran.err.splitlines())) == (2, 1)
-    assert "has a metrics.jsonl but no recipe.yaml of a grpo run" in ran.err
+    assert "has a metrics.jsonl that no grpo run wrote" in ran.err
 
 
 def test_each_reward_is_called_once(run_cli, recipe: Path) -> None:

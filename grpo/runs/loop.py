@@ -88,10 +88,11 @@ class Loop:
     def run(self) -> Outcome:
         """Run all remaining steps, or until a stop is requested.
 
-        However the run ends, also by an error, the last finished step (if any) is saved in a checkpoint. The exception
-        is an error in the middle of a step's updates of full weights: then a message says which steps are lost. Raises
-        RunError if the checkpoint cannot be written, and LostRankError if another process was lost; the first
-        remaining process has then saved the last step.
+        However the run ends, also by an error, the last finished step (if any) is saved in a checkpoint. There are two
+        exceptions, in which a message says what is lost: an error in the middle of a step's updates of full weights,
+        and an error while processes hold parts of the model. Raises RunError if the checkpoint cannot be written, and
+        LostRankError if another process was lost; the first remaining process has then saved the last step, unless
+        the lost process held a part of the model.
         """
         with self.ranks.keeps(self._last_resort):
             return self._run()

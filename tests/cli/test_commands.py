@@ -84,7 +84,7 @@ def test_a_folder_with_another_run_is_not_touched(run_cli, recipe) -> None:
     before = Path("runs/toy/metrics.jsonl").read_text()
     again = run_cli("train", recipe)
     assert again.code == 2
-    assert "runs/toy holds another run: go on with it (--resume), name another folder (output_dir=...) or" in again.err
+    assert "runs/toy holds another run: resume it (--resume), name another folder (output_dir=...) or" in again.err
     assert Path("runs/toy/metrics.jsonl").read_text() == before
     assert run_cli("train", recipe, "optim.steps=1", "--overwrite").code == 0
     assert len(lines(Path("runs/toy/metrics.jsonl"))) == 1
@@ -114,7 +114,7 @@ def test_files_that_no_run_wrote_are_never_touched(run_cli, recipe, name: str) -
     for flags in ([], ["--overwrite"]):
         ran = run_cli("train", recipe, "output_dir=precious", *flags)
         assert ran.code == 2
-        assert f"has a {name} that no run of ours wrote" in ran.err
+        assert f"has a {name} that no grpo run wrote" in ran.err
     assert mine.read_text() == "mine"
 
 
@@ -148,7 +148,7 @@ def test_a_dry_run_says_that_the_folder_cannot_be_written(run_cli, recipe, monke
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "theirs")  # root may write everywhere
     ran = run_cli("train", recipe, "output_dir=theirs/runs/mine", "--dry-run")
     assert ran.code == 2
-    assert re.search(r"cannot write to theirs/runs/mine: .*theirs is not yours to write in", ran.err)
+    assert re.search(r"cannot write to theirs/runs/mine: .*theirs is not writable", ran.err)
 
 
 def test_what_is_named_in_the_wrong_place_is_called_what_it_is(run_cli, recipe, toy_folder) -> None:

@@ -86,7 +86,8 @@ def test_the_loss_of_a_process_ends_a_step_and_saves_the_one_before(recipe: Path
         run(recipe, "optim.steps=5", "checkpoint.every=100", change=losing(Fellow(0), 1))
     saved = Path("runs/toy/checkpoints/step-000002")
     assert str(ended.value) == (
-        f"process 1 of 2 (other) died. Saved is {saved}: --resume goes on after it, with fewer or more processes too"
+        f"process 1 of 2 (other) died. The run is saved in {saved}: continue with --resume, "
+        "with any number of processes"
     )
     assert ended.value.speaks
     assert saved.is_dir()
@@ -135,7 +136,7 @@ def test_a_first_process_that_still_holds_the_folder_is_left_to_save(recipe: Pat
         assert holders[0].stdout is not None
         holders[0].stdout.readline()
 
-    with pytest.raises(LostRankError, match=r"died\. runs/toy: process 0 still holds it, and is left to save"):
+    with pytest.raises(LostRankError, match=r"died\. runs/toy: process 0 is still alive and holds"):
         run(recipe, "optim.steps=5", "checkpoint.every=100", change=losing(Fellow(1), 0, before=hold))
     holders[0].communicate()
     assert not Path("runs/toy/checkpoints").exists()

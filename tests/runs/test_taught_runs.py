@@ -97,7 +97,7 @@ def test_a_model_with_another_tokenizer_is_refused(taught: Path, toy_folder: Pat
     other = shutil.copytree(toy_folder, tmp_path / "other")
     file = other / "tokenizer.json"
     file.write_text(file.read_text().replace('"7"', '"seven"', 1))
-    with pytest.raises(UserError, match=r"teacher.model: .*other has another tokenizer than the model .*token '7'"):
+    with pytest.raises(UserError, match=r"teacher.model: .*other has a different tokenizer .*token '7'"):
         prepared(taught, "teacher.model=other")
 
 

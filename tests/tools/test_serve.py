@@ -59,7 +59,7 @@ def test_a_run_is_served_by_its_name_and_its_steps(run: Path, toy_folder: Path) 
     folders = [models.folder(name) for name in ("toy@2", "toy@1")]
     assert folders == [Path(f"runs/toy/checkpoints/step-00000{step}").resolve() for step in (2, 1)]
     (run / "checkpoints/step-000001/adapters.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="not what was written"):
+    with pytest.raises(UserError, match="changed since it was written"):
         models.folder("toy@1")
 
 

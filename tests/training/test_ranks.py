@@ -253,7 +253,7 @@ def test_a_start_is_compared(recipe, monkeypatch) -> None:
     trainer = prepare(cfg).trainer
     compared.clear()  # of the prompts
     find_start(cfg).load(trainer)
-    assert compared[1] == ("the step to go on after", 0)
+    assert compared[1] == ("the step to resume after", 0)
     assert compared[0][1]["rewards"][0]["use"].endswith("digits.py:reward")
 
 

@@ -201,7 +201,7 @@ def test_a_checkpoint_is_a_target_too(run_cli, recipe) -> None:
         ("data.config=main", "data.config is for Hub datasets"),
         ("data.chat_template_kwargs={tokenize: false}", "grpo sets tokenize itself"),
         ("adapter.targets=[]", "adapter.targets"),
-        ("rewards.0.use=needs.py:reward", "missing a required argument: 'solution'; it is called with answer, comp"),
+        ("rewards.0.use=needs.py:reward", "missing a required argument: 'solution'; grpo calls it with answer, comp"),
         ("rewards.0.use=exits.py:reward", "cannot be imported: SystemExit: 3"),
         ("loss.use=digits.py:rewrd", "no function 'rewrd' there. Did you mean 'reward'?"),
         ("loss.epsilon_max=2", "loss.epsilon_max does nothing with the clip surrogate of dapo"),

@@ -40,7 +40,7 @@ def test_a_dry_run_ends_with_its_result(recipe, run_cli) -> None:
     Path("digits.py").write_text("def reward(completions, **_):\n    return [1.0]\n")
     failed = run_cli("train", recipe, "--dry-run")
     assert (failed.code, "all checks passed" in failed.out) == (2, False)
-    assert "1 score for 4 completions; a reward returns one for each" in failed.err
+    assert "1 score for 4 completions; a reward returns one score per completion" in failed.err
 
 
 def test_a_finished_run_that_is_resumed_says_how_to_train_further(recipe, run_cli) -> None:

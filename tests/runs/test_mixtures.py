@@ -240,7 +240,7 @@ def test_the_first_tasks_are_of_all_sources(mixed: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("data.sources.1.rewards=[word]", r"'spell': the recipe has no reward 'word'; .*Did you mean 'words'"),
+        ("data.sources.1.rewards=[word]", r"'spell': the recipe has no reward 'word'\. .*Did you mean 'words'"),
         ("data.sources.1.rewards=null", r"reward 'sums'.*'answer'.*columns of the source 'spell'"),
         ("data.sources.1.rewards=[length]", r"reward 'words' does nothing: each of data\.sources names its rewards"),
         (

@@ -109,7 +109,7 @@ def test_of_environments_it_is_said_how_their_conversations_ended() -> None:
     [
         (
             ["max_turns", "max_turns", "done"],
-            "2 of 3 conversations ended by max_turns: see whether environment.max_turns",
+            "2 of 3 conversations ended by max_turns: check whether environment.max_turns",
         ),
         (["max_turns", "done"], None),
         (["done", "done"], None),

@@ -130,7 +130,7 @@ def test_a_stopped_run_says_how_to_go_on(run_cli, recipe, monkeypatch) -> None:
         patch.setattr(Trainer, "step", asked)
         stopped = run_cli("train", recipe, "optim.learning_rate=1e-4")
     assert stopped.code == 143
-    assert "go on    grpo train runs/toy/recipe.yaml --resume" in stopped.out
+    assert "resume   grpo train runs/toy/recipe.yaml --resume" in stopped.out
     refused = run_cli("train", "runs/toy", "--resume")
     assert (refused.code, len(refused.err.splitlines())) == (2, 1)
     assert "its recipe is runs/toy/recipe.yaml" in refused.err

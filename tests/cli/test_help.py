@@ -131,7 +131,11 @@ def test_what_was_probably_meant(run_cli, recipe, override: str, said: str) -> N
     ("wanted", "column", "said"),
     [
         ("answer", "gold", "Is it gold? Write data.columns: {answer: gold}"),
-        ("solution", "answers", "If the dataset has the column under another name, write data.columns: {solution: THAT_NAME}"),
+        (
+            "solution",
+            "answers",
+            "If the dataset has the column under another name, write data.columns: {solution: THAT_NAME}",
+        ),
         ("answer", "answers", "Is it answers? Write data.columns: {answer: answers}"),
         ("tests", "unit_tests", "Is it unit_tests? Write data.columns: {tests: unit_tests}"),
     ],

@@ -105,7 +105,7 @@ def test_what_is_printed_again_and_again_is_counted(run_cli, tmp_path) -> None:
             "{'completion': 'ab', 'score': 1}",
             "CASES: expected a list of cases, or a dictionary from function names to lists of cases, got {'completion'",
         ),
-        ("[{'completion': 'ab', 'score': 1, 'kwargs': 3}]", "is no dictionary"),
+        ("[{'completion': 'ab', 'score': 1, 'kwargs': 3}]", "a case is a dictionary"),
         ("[{'completion': 'ab', 'score': '1'}]", "needs a score: a number, or None"),
         ("[{'completion': 'ab'}]", "needs a score: a number, or None"),
         ("3", "CASES: expected a list of cases, or a dictionary from function names to lists of cases, got 3"),
@@ -122,7 +122,7 @@ def test_cases_that_are_none_are_the_users_mistake(run_cli, tmp_path, cases: str
     [
         (
             "",
-            'Columns such as gold come from cases, and the reward has none. Write cases in its file, or in a file for '
+            "Columns such as gold come from cases, and the reward has none. Write cases in its file, or in a file for "
             '--cases: CASES = [{"completion": "It is 7.", "gold":',
         ),
         ("CASES = [{'completion': 'a', 'score': 1, 'answer': 'a'}]", "Its cases have the columns answer"),
@@ -239,10 +239,8 @@ def test_too_few_scores_for_several_completions_are_a_failure(run_cli, tmp_path,
     (tmp_path / "mine.py").write_text(f"def reward(completions, **_):\n    return {returned}\n")
     ran = run_cli("rewards", "test", tmp_path / "mine.py")
     assert (ran.code, "45 completions, 0 failures" in ran.out) == (1, True)
-    said = (
-        "several completions in one call, as in a run: error: 1 score for 4 completions; a reward returns one score per completion"
-    )
-    assert said in ran.out
+    said = "error: 1 score for 4 completions; a reward returns one score per completion"
+    assert f"several completions in one call, as in a run: {said}" in ran.out
     assert "failed on several completions in one call" in ran.err
 
 

@@ -49,7 +49,7 @@ def test_a_finished_run_that_is_resumed_says_how_to_train_further(recipe, run_cl
     assert again.code == 0
     assert "no step is left to train: optim.steps is 2, and" in again.out
     assert "set optim.steps to more" in again.out
-    assert "nothing was trained: the run had finished after step 2\n" in again.out
+    assert "nothing was trained: the run had already finished after step 2\n" in again.out
     assert "goes on after" not in again.out
     further = run_cli("train", recipe, "optim.steps=3", "--resume-changed")
     assert "goes on after step 2 from" in further.out

@@ -107,7 +107,10 @@ def test_what_is_too_long_or_refused_fails_alone(judge_folder: Path) -> None:
     values = [rollout.scores["judge"] for rollout in scored.rollouts]
     assert [value is None for value in values] == [False, True, True, False]
     said = [str(rollout.failures.get("judge", "")) for rollout in scored.rollouts]
-    assert "tokens, but the reward model reads at most 40 (kwargs.max_length, or the model's number of positions)" in said[1]
+    assert (
+        "tokens, but the reward model reads at most 40 (kwargs.max_length, or the model's number of positions)"
+        in said[1]
+    )
     assert "the reward model's chat template raised an error on this conversation: not this" in said[2]
     positions = Scorer.of([config(judge_folder, max_failure_rate=1.0)])
     (scored,) = positions.score([group("9" * 600)])

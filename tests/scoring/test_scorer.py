@@ -90,7 +90,9 @@ def test_a_function_that_always_fails_stops_the_run_with_its_traceback(answer, s
     scorer = Scorer({"mine": answer})
     with pytest.raises(RunError) as error:
         scorer.score(GROUPS)
-    assert "reward 'mine' failed on 4 of the last 4 completions (max_failure_rate: 0.5). First error" in str(error.value)
+    assert "reward 'mine' failed on 4 of the last 4 completions (max_failure_rate: 0.5). First error" in str(
+        error.value
+    )
     assert said in str(error.value)
     assert scorer.failures == {"mine": 4}
 

@@ -162,8 +162,8 @@ def test_agents_have_an_hour(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("environment.use=a.py:A", "use and agent each name what the model talks to"),
-        ("environment.command=[a]", "agent and command each name what the model talks to"),
+        ("environment.use=a.py:A", "use and agent each name an environment"),
+        ("environment.command=[a]", "agent and command each name an environment"),
         ("environment={command: []}", "command: name a program"),
         ("environment={command: ['']}", "command: name a program"),
         ("environment={command: [a], kwargs: {b: 1}}", "kwargs does nothing with command"),

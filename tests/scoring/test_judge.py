@@ -107,7 +107,7 @@ def test_a_system_message_and_the_template_s_arguments_are_given(make_policy) ->
         ({"prompt": "{completion} {"}, "kwargs.prompt is not a valid template"),
         (
             {"prompt": "{completion} {0}"},
-            r"kwargs.prompt may hold only plain names, \{like_this\}, and \{0\} is not a plain name",
+            r"kwargs.prompt may contain only plain names, \{like_this\}, and \{0\} is not a plain name",
         ),
         ({"labels": {"Yes": 1.0}}, "kwargs.labels: .*at least 2"),
         ({"labels": ["Yes", "No"]}, "kwargs.labels: expected keys and values, got"),

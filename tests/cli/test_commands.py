@@ -203,7 +203,7 @@ def test_a_checkpoint_is_a_target_too(run_cli, recipe) -> None:
         ("adapter.targets=[]", "adapter.targets"),
         ("rewards.0.use=needs.py:reward", "missing a required argument: 'solution'; grpo calls it with answer, comp"),
         ("rewards.0.use=exits.py:reward", "cannot be imported: SystemExit: 3"),
-        ("loss.use=digits.py:rewrd", "no function 'rewrd' there. Did you mean 'reward'?"),
+        ("loss.use=digits.py:rewrd", "no function 'rewrd' in it. Did you mean 'reward'?"),
         ("loss.epsilon_max=2", "loss.epsilon_max does nothing with the clip surrogate of dapo"),
         ("loss.kl_estimator=k1", "loss.kl_estimator does nothing while loss.beta is 0"),
         ("optim.num_minibatches=4", "must be divisible by optim.num_minibatches"),

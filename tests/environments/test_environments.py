@@ -299,7 +299,7 @@ def test_environments_by_name_and_by_file(tmp_path) -> None:
         ("mine", "write file.py:Class, .*or package.module:Class"),
         (f"{file}:Lazy", "Lazy has no method rollout"),
         (f"{file}:Costly", "it cannot be made: TypeError"),
-        (f"{file}:Nobody", "no class 'Nobody' there"),
+        (f"{file}:Nobody", "no class 'Nobody' in it"),
     ):
         with pytest.raises(UserError, match=said):
             find_environment(name)

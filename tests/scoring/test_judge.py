@@ -143,7 +143,7 @@ def test_outside_of_a_run_there_is_no_judge(run_cli) -> None:
     assert locate_reward("judge").name == "judge"
     assert source_file("judge") is None
     assert JudgeConfig().columns == ["prompt", "completion"]
-    with pytest.raises(UserError, match="is a model, and not a function"):
+    with pytest.raises(UserError, match="this is a model, not a function"):
         find_reward("judge")
     with pytest.raises(UserError, match="the judge is the model of a run"):
         grpo.score([group("2")], ["judge"])

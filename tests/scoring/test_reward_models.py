@@ -136,7 +136,7 @@ def test_names(tmp_path: Path) -> None:
     assert locate_reward("model:org/Skywork-Reward").name == "Skywork-Reward"
     assert locate_reward(f"model:{tmp_path}/").name == tmp_path.name
     assert source_file("model:org/name") is None
-    with pytest.raises(UserError, match="is a model, and not a function"):
+    with pytest.raises(UserError, match="this is a model, not a function"):
         find_reward("model:org/name")
 
 

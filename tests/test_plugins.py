@@ -203,7 +203,7 @@ def test_a_tool_in_a_file_or_a_module(tmp_path: Path) -> None:
     [
         (
             "calcuator",
-            "no tool of that name. Did you mean 'calculator'? Known names: calculator, python. For your own code, write file.py:n",
+            "no tool of that name. Did you mean 'calculator'? Known names: calculator, python. For your own",
         ),
         ("absent.py", "there is no file absent.py"),
         ("math:sqr", "no function or class 'sqr' in it"),

@@ -59,19 +59,19 @@ class Peer:
         not a JSON object."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        told = ""
+        output = ""
         try:
             self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
-            told = self._process.stdout.readline()
-            values = json.loads(told)
+            output = self._process.stdout.readline()
+            values = json.loads(output)
             if isinstance(values, dict):
                 return values
-            why = f"it answered {told.strip()[-TOLD:]!r}"
+            why = f"it answered {output.strip()[-TOLD:]!r}"
         except BrokenPipeError:
             why = self._said()
         except ValueError as error:
-            why = f"{error}: {told.strip()[-TOLD:]!r}" if told else self._said()
+            why = f"{error}: {output.strip()[-TOLD:]!r}" if output else self._said()
         raise RunError(f"{self.name} by {self._program} failed: {why}")
 
     def _said(self) -> str:

@@ -60,8 +60,9 @@ class Judge:
         for label, token in firsts.items():
             if token is None or list(firsts.values()).count(token) > 1:
                 raise UserError(
-                    f"reward {self.name!r}: kwargs.labels: {label!r} does not begin with a token of its own. The judge "
-                    "reads only the first token of an answer, so all labels must differ in their first token"
+                    f"reward {self.name!r}: kwargs.labels: {label!r} is empty, or begins with the token of another "
+                    "label. The judge reads only the first token of an answer, so all labels must differ in their "
+                    "first token"
                 )
         self._labels = mx.array([token for token in firsts.values() if token is not None])
         self._worth = mx.array(list(self.cfg.labels.values()))

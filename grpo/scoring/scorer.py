@@ -364,8 +364,8 @@ def _by_place(answers: Mapping[str, Placed], count: int, metrics_only: Collectio
     for name, placed in answers.items():
         for places, answer in placed:
             if len(places) == 1:
-                for metric, told in answer.metrics.items():  # two rewards may log under one name
-                    logged[places[0]].setdefault(metric, []).extend(told)
+                for metric, numbers in answer.metrics.items():  # two rewards may log under one name
+                    logged[places[0]].setdefault(metric, []).extend(numbers)
             for place, value in zip(places, answer.values, strict=True):
                 scores[place][name] = value
             for inside, error in answer.failures.items():
@@ -373,6 +373,6 @@ def _by_place(answers: Mapping[str, Placed], count: int, metrics_only: Collectio
             for column, values in answer.extras.items():
                 for place, value in zip(places, values, strict=True):
                     extras[place][column] = value
-    for own, failed, extra, all_told in zip(scores, failures, extras, logged, strict=True):
-        counts, means = bool(set(failed) - set(metrics_only)), {name: fmean(told) for name, told in all_told.items()}
-        yield {"scores": own, "failures": failed, "extras": extra, "logged": means, "failed": counts}
+    for score, failed, extra, metrics in zip(scores, failures, extras, logged, strict=True):
+        counts, means = bool(set(failed) - set(metrics_only)), {name: fmean(values) for name, values in metrics.items()}
+        yield {"scores": score, "failures": failed, "extras": extra, "logged": means, "failed": counts}

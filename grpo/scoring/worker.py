@@ -65,8 +65,8 @@ def _load(setup: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Any, dict
 
     located = Located(*setup["located"])
     if setup["kwargs"] is not None:
-        reward, told = load(located, setup["kwargs"], **setup["reading"])
-        return reward, {**told, "environments": takes_environments(reward.function)}
+        reward, file_settings = load(located, setup["kwargs"], **setup["reading"])
+        return reward, {**file_settings, "environments": takes_environments(reward.function)}
     function = located.load()
     hello = {"calls": calls_of(function), "paid": is_paid(function), "environments": False}
     cases, case_kwargs = find_cases(function, located, setup["cases"])

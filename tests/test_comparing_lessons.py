@@ -58,7 +58,7 @@ def test_the_curves_by_hand(lessons) -> None:
     assert lessons.summary(runs).splitlines() == [
         "agents: accuracy in percent",
         "",
-        "| step | environment | agent | agent less environment |",
+        "| step | environment | agent | agent - environment |",
         "|---|---|---|---|",
         "| 0 | 35.0 ± 63.5 | 35.0 ± 63.5 | 0.0 ± 0.0 |",
         "| 5 | 85.0 ± 63.5 | 88.0 ± 50.8 | 3.0 ± 12.7 |",

@@ -45,7 +45,7 @@ def curves(runs: Sequence[Curve]) -> str:
     steps = by_seed[0][seeds[0]].steps
     rows = [_row(str(step), [[path[at] for path in mine] for mine in paths]) for at, step in enumerate(steps)]
     rows.append(_row("mean", [[fmean(path) for path in mine] for mine in paths]))
-    heads = ["step", *arms, *(f"{arm} less {arms[0]}" for arm in arms[1:])]
+    heads = ["step", *arms, *(f"{arm} - {arms[0]}" for arm in arms[1:])]
     return "\n".join([f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *rows]) + "\n"
 
 

@@ -314,7 +314,7 @@ def test_no_network_is_said_in_one_line(run_cli, tmp_path, monkeypatch) -> None:
 def test_recipes_list_and_copy(run_cli, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     listed = run_cli("recipes", "list")
-    assert re.search(r"^quickstart +Learns to work sums out", listed.out, re.MULTILINE)
+    assert re.search(r"^quickstart +Learns to compute sums", listed.out, re.MULTILINE)
     assert run_cli("recipes", "copy", "quickstart").out == "quickstart.yaml\n"
     assert run_cli("recipes", "copy", "quickstart").code == 2
     assert run_cli("recipes", "copy", "quickstart", "mine.yaml").code == 0

@@ -130,7 +130,7 @@ def test_a_stopped_run_says_how_to_go_on(run_cli, recipe, monkeypatch) -> None:
         patch.setattr(Trainer, "step", asked)
         stopped = run_cli("train", recipe, "optim.learning_rate=1e-4")
     assert stopped.code == 143
-    assert "go on    grpo train runs/toy/recipe.yaml --resume" in stopped.out
+    assert "resume   grpo train runs/toy/recipe.yaml --resume" in stopped.out
     refused = run_cli("train", "runs/toy", "--resume")
     assert (refused.code, len(refused.err.splitlines())) == (2, 1)
     assert "its recipe is runs/toy/recipe.yaml" in refused.err
@@ -201,9 +201,9 @@ def test_a_checkpoint_is_a_target_too(run_cli, recipe) -> None:
         ("data.config=main", "data.config is for Hub datasets"),
         ("data.chat_template_kwargs={tokenize: false}", "grpo sets tokenize itself"),
         ("adapter.targets=[]", "adapter.targets"),
-        ("rewards.0.use=needs.py:reward", "missing a required argument: 'solution'; it is called with answer, comp"),
+        ("rewards.0.use=needs.py:reward", "missing a required argument: 'solution'; grpo calls it with answer, comp"),
         ("rewards.0.use=exits.py:reward", "cannot be imported: SystemExit: 3"),
-        ("loss.use=digits.py:rewrd", "no function 'rewrd' there. Did you mean 'reward'?"),
+        ("loss.use=digits.py:rewrd", "no function 'rewrd' in it. Did you mean 'reward'?"),
         ("loss.epsilon_max=2", "loss.epsilon_max does nothing with the clip surrogate of dapo"),
         ("loss.kl_estimator=k1", "loss.kl_estimator does nothing while loss.beta is 0"),
         ("optim.num_minibatches=4", "must be divisible by optim.num_minibatches"),
@@ -314,7 +314,7 @@ def test_no_network_is_said_in_one_line(run_cli, tmp_path, monkeypatch) -> None:
 def test_recipes_list_and_copy(run_cli, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     listed = run_cli("recipes", "list")
-    assert re.search(r"^quickstart +Learns to work sums out", listed.out, re.MULTILINE)
+    assert re.search(r"^quickstart +Learns to compute sums", listed.out, re.MULTILINE)
     assert run_cli("recipes", "copy", "quickstart").out == "quickstart.yaml\n"
     assert run_cli("recipes", "copy", "quickstart").code == 2
     assert run_cli("recipes", "copy", "quickstart", "mine.yaml").code == 0

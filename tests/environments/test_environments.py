@@ -300,8 +300,8 @@ def test_environments_by_name_and_by_file(tmp_path) -> None:
     for name, said in (
         ("mine", "write file.py:Class, .*or package.module:Class"),
         (f"{file}:Lazy", "Lazy has no method rollout"),
-        (f"{file}:Costly", "cannot be created: TypeError"),
-        (f"{file}:Nobody", "no class 'Nobody' there"),
+        (f"{file}:Costly", "it cannot be made: TypeError"),
+        (f"{file}:Nobody", "no class 'Nobody' in it"),
     ):
         with pytest.raises(UserError, match=said):
             find_environment(name)

@@ -84,10 +84,12 @@ def test_a_failed_grading_is_not_a_right_answer(recipe) -> None:
     }
     failed[1] = failed[0] = [True] * 4
     scores[1] = scores[0] = [None] * 4
-    with pytest.raises(RunError, match=r"'digits', scored no completion: of \d+ it failed on \d+"):
+    with pytest.raises(RunError, match=r"'digits', scored no completion: of \d+ completions it failed on \d+"):
         evaluate(0)
     failed[1] = failed[0] = [False] * 4
-    with pytest.raises(RunError, match=r"of \d+ it returned None for \d+\. .* put one first that scores the held-out"):
+    with pytest.raises(
+        RunError, match=r"of \d+ completions it returned None for \d+\. .* put a reward first that scores the held-out"
+    ):
         evaluate(0)
 
 

@@ -157,7 +157,7 @@ def test_a_prompt_alone_lacks_columns_and_a_row_has_them(asking: Path, run_cli) 
         ("environment.kwargs={turn: 1}", "grpo: agent 'play': kwargs.turn: run has no such argument"),
         ("environment.env=[NO_SUCH_KEY]", "agent 'play': env: the environment has no variable NO_SUCH_KEY"),
         ("data.source=asked.jsonl", "agent 'play': run: missing a required argument: 'question'"),
-        ("rewards=[{use: 'grades.py:at_home'}]", "takes `environments`, and an agent shows none"),
+        ("rewards=[{use: 'grades.py:at_home'}]", "takes `environments`, but an agent has no environment object"),
     ],
 )
 def test_a_dry_run_finds_what_does_not_fit(asking: Path, run_cli, override: str, said: str) -> None:  # noqa: F811

@@ -148,7 +148,7 @@ def test_a_function_that_forks_answers_once_for_each_call(scorer) -> None:
 def test_after_three_deaths_in_a_row_the_rest_is_not_tried(scorer) -> None:
     scored = scorer(use("sometimes", calls="completion")).score(groups(*["die"] * 6, "good", "good"))
     assert column(scored, "sometimes") == [None] * 8
-    assert "not tried: each of the 3 calls before it" in failures(scored, "sometimes")[3]
+    assert "not called: each of the 3 calls before this one" in failures(scored, "sometimes")[3]
 
 
 def test_a_broken_grader_stops_the_run_with_its_first_traceback(scorer) -> None:

@@ -217,11 +217,11 @@ def _parts(record: StepMetrics) -> list[str]:
 
 
 def _drafts(values: Mapping[str, float]) -> str:
-    """How much faster drafts made the rollout, and how many of them a row took at a wide step, where there was one."""
+    """What drafts gained, and how many of them a row accepted per decoding step with drafts. Empty without drafts."""
     if values.get("speculation/width", 1.0) <= 1:
         return ""
-    gain = f" {values['speculation/gain']:.2f} ×," if "speculation/gain" in values else ""
-    return f" (drafts:{gain} +{values['speculation/accepted']:.1f} a wide step)"
+    gain = f"{values['speculation/gain']:.2f} × as fast, " if "speculation/gain" in values else ""
+    return f" (drafts: {gain}{values['speculation/accepted']:.1f} accepted per decoding step)"
 
 
 def before_and_after(before: EvalMetrics, after: EvalMetrics, started: str = "before") -> Group:

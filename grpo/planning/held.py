@@ -20,6 +20,9 @@ FORMER = "the state before the step"
 
 @dataclass(frozen=True, slots=True)
 class Held:
+    """Memory that does not depend on lengths. It is counted once, although the search for the longest completion makes
+    plans for many lengths.
+
     parameters  number of parameters, without an adapter's
     trained     number of trained parameters
     stays       bytes that stay in memory, by purpose; parts of the weights if they are spread over processes
@@ -27,7 +30,8 @@ class Held:
     head        bytes that a widened head needs while it computes
     quantized   whether the model is quantized
     whole       additional bytes while spread weights are whole
-    saved       additional bytes of one whole array of the optimizer while a checkpoint of spread weights is written
+    saved       additional bytes while a checkpoint of spread weights is written: the largest array of the optimizer's
+                state, joined, and in its shape
     """
 
     parameters: int

@@ -165,6 +165,24 @@ class Spread:
                 self.adapters.restore(states)
             self.is_on = self._parts.is_silent = False
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside the block, spread arrays do not train, so that a gradient takes memory for activations alone.
+
+        Without other trained arrays, such as norms, nothing changes: no gradient would go through the layers.
+        """
+        trained = list(self.shards.places.values())
+        if len(tree_flatten(self.model.trainable_parameters())) == len(trained):
+            yield
+            return
+        for place in trained:
+            place.holder.freeze(recurse=False, keys=place.name)
+        try:
+            yield
+        finally:
+            for place in trained:
+                place.holder.unfreeze(recurse=False, keys=place.name)
+
     def begin(self) -> None:
         """Call this before a gradient, and after it has been traced."""
         self._gathering.begin()

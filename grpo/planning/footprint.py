@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,10 +179,10 @@ def measure_footprint(policy: Policy, checkpointing: bool, memory: int | None = 
     `memory`: bytes that the measuring itself may take. None: as many as the machine has.
     """
     shapes = probes(_unit(policy.most_pairs))
-    token, pair = line_through(
-        [extent(shape, policy.share_prompts, checkpointing) for shape in shapes],
-        measure_body(policy, checkpointing, shapes),
-    )
+    with nullcontext() if policy.spread is None else policy.spread.frozen():  # `spread_footprint` adds their gradients
+        bodies = measure_body(policy, checkpointing, shapes)
+    extents = [extent(shape, policy.share_prompts, checkpointing) for shape in shapes]
+    token, pair = line_through(extents, bodies)
     vocabulary = policy.vocabulary
     fixed = sum(4 * array.size for _, array in tree_flatten(policy.model.trainable_parameters()))
     head = bytes_at_work(policy.model, on_gpu())

@@ -22,6 +22,7 @@ from grpo.model.fsdp import Spread
 from grpo.model.gathering import Gathering
 from grpo.model.parts import ArrayPlace, FlatShards, Parts
 from grpo.model.policy import Policy
+from grpo.planning.footprint import measure_footprint
 
 
 class OneOf(Ranks):
@@ -104,6 +105,20 @@ def test_a_rehearsal_exchanges_nothing_and_puts_everything_back(kind: str) -> No
     assert all(array is before[path] for path, array in tree_flatten(policy.model.parameters()))
     assert all(array is reference[path] for path, array in policy.adapters.state("reference").items())
     assert not policy.is_spread
+
+
+def test_the_gradient_of_spread_weights_is_not_measured_as_if_it_were_whole() -> None:
+    policy = spread_policy()
+    trained = [path for path, _ in tree_flatten(policy.model.trainable_parameters())]
+    with policy.spread.frozen():
+        left = [path for path, _ in tree_flatten(policy.model.trainable_parameters())]
+        assert left == [path for path in trained if "norm" in path]
+    assert [path for path, _ in tree_flatten(policy.model.trainable_parameters())] == trained
+    spread = measure_footprint(policy, True)
+    policy.spread = None
+    whole = measure_footprint(policy, True)
+    assert spread.fixed == whole.fixed
+    assert 0 < spread.token < 0.9 * whole.token
 
 
 def test_what_is_small_and_what_nobody_knows_how_to_use_stays_whole() -> None:

@@ -20,6 +20,9 @@ FORMER = "the state before the step"
 
 @dataclass(frozen=True, slots=True)
 class Held:
+    """Memory that does not depend on lengths. It is counted once, although the search for the longest completion makes
+    plans for many lengths.
+
     parameters  number of parameters, without an adapter's
     trained     number of trained parameters
     stays       bytes that stay in memory, by purpose; parts of the weights if they are spread over processes

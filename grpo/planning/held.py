@@ -30,7 +30,8 @@ class Held:
     head        bytes that a widened head needs while it computes
     quantized   whether the model is quantized
     whole       additional bytes while spread weights are whole
-    saved       additional bytes of one whole array of the optimizer while a checkpoint of spread weights is written
+    saved       additional bytes while a checkpoint of spread weights is written: the largest array of the optimizer's
+                state, joined, and in its shape
     """
 
     parameters: int

@@ -1,6 +1,6 @@
-"""Whole arrays of which several processes have parts, one at a time: no process ever holds them all.
+"""Joins arrays from the parts of several processes one at a time, so that no process ever holds all of them.
 
-A checkpoint of spread weights (`grpo.model.fsdp`) has the whole state of the optimizer, which may be larger than the
+A checkpoint of spread weights (`grpo.model.fsdp`) contains the optimizer's whole state, which may be larger than the
 memory of any machine of the run.
 """
 
@@ -30,15 +30,15 @@ NAMES = {
     mx.bfloat16: "BF16",
     mx.float32: "F32",
 }
-"""Dtypes, as the safetensors format calls them."""
+"""Names of dtypes in the safetensors format."""
 ALIGNMENT = 8
-"""Bytes of which the header's length is a multiple, as the format recommends."""
+"""The header's length is a multiple of this many bytes, as the format recommends."""
 
 
 class Joined(Mapping[str, mx.array]):
-    """The whole arrays of everybody's parts, sorted by name. Each is joined when it is read, and not kept.
+    """Whole arrays, sorted by name. Each array is joined from the processes' parts when it is read, and not stored.
 
-    All processes must read all arrays in this order, each once. `finish` reads the rest.
+    All processes must read all arrays in this order, each exactly once. `finish` reads the remaining arrays.
     """
 
     def __init__(self, shards: Shards, parts: Mapping[str, mx.array]) -> None:
@@ -57,17 +57,17 @@ class Joined(Mapping[str, mx.array]):
         return len(self._parts)
 
     def outlines(self) -> dict[str, mx.array]:
-        """Arrays of the whole arrays' shapes and dtypes, never to be computed. Nothing is exchanged."""
+        """Arrays with the shapes and dtypes of the whole arrays, never to be evaluated. Nothing is exchanged."""
         return self._shards.outlines(self._parts)
 
     def finish(self) -> None:
-        """Read what this process has not read, so that the others get it."""
+        """Read the arrays that this process has not read yet, because the other processes wait for its parts."""
         for path in list(self.unread):
             mx.eval(self[path])
 
 
 def write_joined(path: Path, arrays: Joined) -> None:
-    """Write a safetensors file, an array at a time. Raises OSError where it cannot be written."""
+    """Write a safetensors file, one array at a time. Raises OSError if the file cannot be written."""
     header, begin = {}, 0
     for name, outline in arrays.outlines().items():
         end = begin + outline.nbytes
@@ -82,7 +82,7 @@ def write_joined(path: Path, arrays: Joined) -> None:
 
 
 def _bytes(array: mx.array) -> bytes:
-    """The numbers of an array, row by row."""
+    """The bytes of an array in row-major order."""
     plain = mx.contiguous(array.reshape(-1))
     plain = plain.view(mx.uint16) if plain.dtype == mx.bfloat16 else plain  # NumPy has no bfloat16
     mx.eval(plain)

@@ -70,7 +70,7 @@ class Shards:
         return {path: self.whole_of(path, array) for path, array in arrays.items()}
 
     def whole_of(self, path: str, array: mx.array) -> mx.array:
-        """The whole array of everybody's parts; an array that is not divided, as it is."""
+        """The whole array, gathered from all processes; an array that is not divided is returned unchanged."""
         axis = self._axis(path)
         return array if axis is None or not array.ndim else self.ranks.join(array, axis)
 

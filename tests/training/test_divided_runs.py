@@ -119,7 +119,7 @@ def test_what_cannot_be_divided_is_refused_with_the_reason(zoo) -> None:
 
 
 def test_processes_make_groups_or_say_why_not() -> None:
-    with pytest.raises(UserError, match="this is one process"):
+    with pytest.raises(UserError, match="this is a single process"):
         Ranks().divided(4)
     for size in (3, 8):
         with pytest.raises(
@@ -156,4 +156,4 @@ def test_a_size_without_a_way_to_divide_and_a_divided_teacher_do_nothing(recipe:
 def test_one_process_does_not_divide_a_model(recipe: Path, run_cli) -> None:
     ran = run_cli("train", recipe, "model.shard=tensor")
     assert ran.code == 2
-    assert "this is one process" in ran.err
+    assert "this is a single process" in ran.err

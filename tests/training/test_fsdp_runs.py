@@ -101,4 +101,4 @@ def test_what_one_process_does_with_whole_matrices_it_does_with_an_adapter(recip
 def test_one_process_does_not_spread_weights(recipe: Path, run_cli) -> None:
     ran = run_cli("train", recipe, "model.shard=fsdp")
     assert ran.code == 2
-    assert "this is one process" in ran.err
+    assert "this is a single process" in ran.err

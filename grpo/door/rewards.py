@@ -98,7 +98,7 @@ def score(groups: Sequence[Group], rewards: Sequence[Rewardable]) -> list[Group]
     if len(configs) < len(graders):
         names = [grader.name for grader in graders]
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"rewards: two rewards are named {twice!r}: rename one with grpo.reward(..., name=...)")
+        raise UserError(f"rewards: two rewards have the name {twice!r}: rename one with grpo.reward(..., name=...)")
     scorer = Scorer(
         {grader.name: grader for grader in graders},
         weights={name: config.weight for name, config in configs.items()},

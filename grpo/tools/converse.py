@@ -96,7 +96,7 @@ class _Told:
             self(trajectory.conversation.prompt, trajectory.conversation.messages)
         given = [reward for reward in trajectory.conversation.turn_rewards if reward is not None]
         if given:
-            self._tell(f"(rewards of turns {', '.join(f'{reward:g}' for reward in given)})")
+            self._tell(f"(turn rewards: {', '.join(f'{reward:g}' for reward in given)})")
         for line in (line for said in end_of(trajectory) for line in said.lines()):
             self._tell(line)
 

@@ -144,7 +144,7 @@ def test_routers_train_where_they_are_named(folders: dict[str, Path]) -> None:
 
 
 def test_experts_have_no_dora(folders: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"Take lora, or name adapter\.targets without it"):
+    with pytest.raises(UserError, match=r"Use lora, or set adapter\.targets without this layer"):
         train(folders["Mixtral"], None, folders["Mixtral"].with_name("dora"), "adapter.type=dora")
 
 

@@ -161,8 +161,8 @@ def test_one_batch_with_its_loss_is_an_update(policy, ready) -> None:
         (lambda: grpo.recipe({"seed": 1}), "grpo.recipe: expected a recipe's name or file, got a dict"),
         (
             lambda: grpo.Trainer("quickstart", environment_factory=Echo),
-            r"grpo.Trainer: there is no argument 'environment_factory': TRL's environment_factory is environment here, "
-            r"as grpo.Trainer\(..., environment=...\)",
+            r"grpo.Trainer: there is no argument 'environment_factory': TRL's environment_factory is environment here: "
+            r"grpo.Trainer\(..., environment=...\)",
         ),
         (lambda: grpo.Trainer("quickstart", reward_funcs=[digits]), "TRL's reward_funcs is rewards here"),
         (

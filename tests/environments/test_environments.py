@@ -108,11 +108,11 @@ def test_draws_depend_neither_on_slots_nor_on_what_is_awaited_when(make_policy) 
 
 def test_the_environment_of_the_manual(make_policy) -> None:
     space: dict = {}
-    exec(block("environments.md", "python", "class Doubts"), space)
+    exec(block("extending.md", "python", "class Twice"), space)
     toy = make_policy()
     tasks = tasks_of(toy, *QUESTIONS)
-    found = trajectories(RolloutEngine(toy.generator, SAMPLING, space["Doubts"]()), tasks)
-    asked = toy.tokenizer.encode(" Are you sure?", add_special_tokens=False)
+    found = trajectories(RolloutEngine(toy.generator, SAMPLING, space["Twice"]()), tasks)
+    asked = toy.tokenizer.encode(" Sure?", add_special_tokens=False)
     spans = [[i for t, i in zip(one.trained, one.token_ids, strict=True) if not t] for one in chain(*found)]
     assert asked in spans
     assert all(span in ([], asked) for span in spans)
@@ -300,8 +300,8 @@ def test_environments_by_name_and_by_file(tmp_path) -> None:
     for name, said in (
         ("mine", "write file.py:Class, .*or package.module:Class"),
         (f"{file}:Lazy", "Lazy has no method rollout"),
-        (f"{file}:Costly", "cannot be created: TypeError"),
-        (f"{file}:Nobody", "no class 'Nobody' there"),
+        (f"{file}:Costly", "it cannot be made: TypeError"),
+        (f"{file}:Nobody", "no class 'Nobody' in it"),
     ):
         with pytest.raises(UserError, match=said):
             find_environment(name)

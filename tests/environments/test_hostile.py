@@ -140,7 +140,7 @@ def test_an_asynchronous_call_that_can_be_ended_costs_no_process(host) -> None:
         ("exit", "crash", "its process ended in a call (exit code 3)"),
         ("segfault", "crash", "its process ended in a call (SIGSEGV)"),
         ("fill", "memory", "it used more than memory_gb (0.6) in a call"),
-        ("noise", "crash", "its process made no sense in a call (KeyError: 'id')"),
+        ("noise", "crash", "its process sent an invalid message in a call (KeyError: 'id')"),
     ],
 )
 def test_what_ends_the_process_fails_all_seats_in_it(host, beside, what: str, kind: str, said: str) -> None:

@@ -98,8 +98,8 @@ def test_agents_that_ask_nothing_end_the_run_with_the_reason(asking: Path) -> No
 def test_a_dry_run_an_evaluation_and_a_rollout_told(asking: Path, run_cli) -> None:  # noqa: F811
     dry = run_cli("train", asking, "--dry-run")
     assert (dry.code, dry.err) == (0, "")
-    assert "environment play: an agent; it asks the model itself, and returns the reward" in dry.out
-    assert "planned for data.max_prompt_length (1,024 tokens), because an agent writes its own" in dry.out
+    assert "environment play: an agent; it calls the model itself and returns the reward" in dry.out
+    assert "planned for data.max_prompt_length (1,024 tokens), because agents write their own prompts" in dry.out
     ended = run_cli("train", asking, *ONE, "eval={split: train, prompts: 2, samples: 2}")
     assert ended.code == 0, ended.err
     assert "try it   grpo generate run --row 0\n" in ended.out
@@ -157,7 +157,7 @@ def test_a_prompt_alone_lacks_columns_and_a_row_has_them(asking: Path, run_cli) 
         ("environment.kwargs={turn: 1}", "grpo: agent 'play': kwargs.turn: run has no such argument"),
         ("environment.env=[NO_SUCH_KEY]", "agent 'play': env: the environment has no variable NO_SUCH_KEY"),
         ("data.source=asked.jsonl", "agent 'play': run: missing a required argument: 'question'"),
-        ("rewards=[{use: 'grades.py:at_home'}]", "takes `environments`, and an agent shows none"),
+        ("rewards=[{use: 'grades.py:at_home'}]", "takes `environments`, but an agent has no environment object"),
     ],
 )
 def test_a_dry_run_finds_what_does_not_fit(asking: Path, run_cli, override: str, said: str) -> None:  # noqa: F811

@@ -197,7 +197,7 @@ def test_a_paid_one_is_not_called_again(monkeypatch) -> None:
 
     monkeypatch.setitem(globals(), "PAID", True)
     said = Reward(mine, {})(TEXT, {}).failures[0]
-    assert (len(calls), "write completions: messages beside its `use`" in said) == (1, True)
+    assert (len(calls), "write completions: messages next to its `use`" in said) == (1, True)
     other = Reward(lambda **_: int("x"), {})(TEXT, {}).failures[0]
     assert "completions: messages" not in other.splitlines()[0]
     assert Reward(mine, {}, "messages")(TEXT, {}).values == [1.0, 2.0]

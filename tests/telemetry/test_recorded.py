@@ -96,7 +96,7 @@ def test_a_folder_with_runs_in_every_state_is_listed(toy, recipe, run_cli, monke
     assert set(lines) == {"runs/toy", "runs/changed", "runs/bare"}
     assert lines["runs/bare"][:2] == ["died", "0/5"]
     assert "avg@3" not in listed.out
-    assert ["runs/older is left out" in caplog.text, "runs/torn is left out" in caplog.text] == [True, True]
+    assert ["skipped runs/older: " in caplog.text, "skipped runs/torn: " in caplog.text] == [True, True]
     for args in (["report", "runs/torn"], ["runs", "--follow", "runs/torn"]):
         refused = run_cli(*args)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
@@ -127,7 +127,7 @@ def test_a_line_that_is_no_record_breaks_its_own_run_only(recipe, caplog, file: 
         log.write(f"{line}\n")
     assert [(found.folder.name, found.step) for found in find_runs(Path("runs"))] == [("sound", 1)]
     number = 2 if file == "metrics.jsonl" else 1
-    assert f"runs/odd is left out: runs/odd/{file}:{number}: not a record that grpo wrote" in caplog.text
+    assert f"skipped runs/odd: runs/odd/{file}:{number}: not a record that grpo wrote" in caplog.text
 
 
 def test_a_run_is_followed_until_it_ends(toy, monkeypatch) -> None:

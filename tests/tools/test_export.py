@@ -277,7 +277,7 @@ def test_an_upload_that_fails_is_one_line_that_says_where_the_export_is(trained,
             (httpx.ConnectError("[Errno -2] Name or service not known"), "cannot be reached"),
             (httpx.ReadTimeout("timed out"), "no answer within"),
             (refused(401), "HF_TOKEN"),
-            (refused(403), "may not write there"),
+            (refused(403), "no write access"),
             (refused(409), "409 Client Error"),
         ]
     ):

@@ -59,7 +59,7 @@ def test_a_run_is_served_by_its_name_and_its_steps(run: Path, toy_folder: Path) 
     folders = [models.folder(name) for name in ("toy@2", "toy@1")]
     assert folders == [Path(f"runs/toy/checkpoints/step-00000{step}").resolve() for step in (2, 1)]
     (run / "checkpoints/step-000001/adapters.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="not what was written"):
+    with pytest.raises(UserError, match="changed since it was written"):
         models.folder("toy@1")
 
 
@@ -70,7 +70,7 @@ def test_a_model_is_called_as_it_was_asked_for(run: Path) -> None:
     for name in ("toy", "toy@1", "base"):
         assert service.model(name)["id"] == name
         assert service.model(name) in service.models()["data"]
-    with pytest.raises(Refusal, match=r"no model 'gpt-4o'\. Use model='toy' or '.*'\. /v1/models lists all\.$"):
+    with pytest.raises(Refusal, match=r"no model 'gpt-4o'\. Use model='toy' or '.*'\. /v1/models lists all models\.$"):
         service.model("gpt-4o")
     service.close()
 

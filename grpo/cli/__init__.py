@@ -1,4 +1,4 @@
-"""The `grpo` command. One file per command, none with logic of its own."""
+"""The `grpo` command. Each command has one file, which only calls other rooms."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def _version(version: bool = typer.Option(False, "--version", help="Show the ver
 
 
 def main() -> None:
-    """Run the command; a person's mistake is one message and exit code 2, a run that failed is exit code 1.
+    """Run the command. A user's mistake is one message and exit code 2; a failed run is exit code 1.
 
-    No message, nor the traceback of an error of ours, shows a secret of the environment.
+    Neither messages nor tracebacks of our own errors show secrets from environment variables.
     """
     mask_logs()
     try:
@@ -62,8 +62,8 @@ def main() -> None:
         sys.exit(1)
 
 
-def _told_to_others() -> None:
-    """The command. If it fails, the other processes of a run, if there are any, hear that this one has ended."""
+def _reported_to_ranks() -> None:
+    """Run the command. If it fails, tell the run's other processes, if there are any, that this process has failed."""
     try:
         app(prog_name="grpo")
     except BaseException as error:
@@ -75,7 +75,7 @@ def _told_to_others() -> None:
 
 def _run() -> None:
     try:
-        _told_to_others()
+        _reported_to_ranks()
     except (LostRankError, Lost) as error:
         if getattr(error, "speaks", False):
             print(f"grpo: {masked(str(error))}", file=sys.stderr)
@@ -98,5 +98,5 @@ def _run() -> None:
         )
         sys.exit(1)
     except KeyboardInterrupt:
-        print("grpo: stopped at once", file=sys.stderr)
+        print("grpo: stopped immediately", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""How commands are listed and how their options are read, where Typer's own way is not enough."""
+"""Changes to how Typer lists commands and parses their options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo.errors import UserError
 
 
 class CommandGroup(TyperGroup):
-    """Lists its commands with the whole first sentence of each, on as many lines as that takes."""
+    """Lists its commands, each with its whole first sentence, on as many lines as necessary."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         listed = [(name, self.commands[name]) for name in self.list_commands(ctx)]
@@ -21,10 +21,10 @@ class CommandGroup(TyperGroup):
 
 
 class TakesSettings(TyperCommand):
-    """A command with `key.sub=value` arguments, which says so to those who write `--key.sub value`."""
+    """A command with `key.sub=value` arguments, whose error explains this to users who write `--key.sub value`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = list(args)  # the parser takes away what it has read
+        given = list(args)  # the parser removes arguments from `args`
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
@@ -34,7 +34,7 @@ class TakesSettings(TyperCommand):
 
 
 def _as_setting(option: str, args: list[str]) -> str | None:
-    """`--optim.steps 10` or `--optim.steps=10` among the arguments as the setting that was meant, if one was."""
+    """Return `optim.steps=10` for `--optim.steps 10` or `--optim.steps=10` in `args`; None if it is not a setting."""
     key = option.lstrip("-")
     if key.replace("-", "_") in Recipe.model_fields:
         key = key.replace("-", "_")

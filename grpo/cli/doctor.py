@@ -32,5 +32,5 @@ def doctor(
     from grpo.errors import UserError
 
     if hostfile is not None and not ranks:
-        raise UserError("--hostfile is for `grpo doctor --ranks`: add --ranks")
+        raise UserError("--hostfile requires --ranks: add --ranks")
     raise typer.Exit(report_ranks(hostfile, json) if ranks else report(CHECKS, json))

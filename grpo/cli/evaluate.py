@@ -62,4 +62,4 @@ def evaluate(
     console.print(table)
     if solve_rates is not None:
         console.print(f"solve rates: {solve_rates}", highlight=False, markup=False, soft_wrap=True)
-    ranks.finish()  # all have said what they have to say
+    ranks.finish()  # wait until all processes are done

@@ -68,19 +68,19 @@ def generate(
 
 
 def _asked(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were given. Raises UserError for those that would do nothing."""
+    """Return the given settings. Raises UserError for settings without effect."""
     from grpo.errors import UserError
 
     top_p, filters = settings["top_p"], settings["top_k"] or settings["min_p"]
     if settings["temperature"] == 0 and (filters or (top_p is not None and top_p < 1)):
-        raise UserError("--top-k, --top-p and --min-p do nothing at temperature 0 (greedy): add --temperature 1")
+        raise UserError("--top-k, --top-p and --min-p have no effect at temperature 0 (greedy): add --temperature 1")
     if "" in (settings["stop"] or ()):
         raise UserError("--stop: an empty text would end the answer at its first token")
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def _print_answer(found: Answering, prompt: str | None, row: int | None, asked: dict[str, Any], seed: int) -> None:
-    """Print an answer as it comes, or a conversation turn by turn."""
+    """Print an answer while it is sampled, or a conversation turn by turn."""
     from grpo.errors import UserError
     from grpo.tools.converse import converse
     from grpo.tools.generate import answer
@@ -89,7 +89,7 @@ def _print_answer(found: Answering, prompt: str | None, row: int | None, asked: 
         converse(found, prompt, row, asked, seed, lambda line: print(line, flush=True))
         return
     if row is not None:
-        raise UserError("--row is for runs with an environment or tools: give a prompt instead")
+        raise UserError("--row requires a run with an environment or tools: give a prompt instead")
     if prompt is None:
         raise UserError("give a prompt: grpo generate TARGET PROMPT")
     for text in answer(found, prompt, asked, seed):

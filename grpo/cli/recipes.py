@@ -18,7 +18,7 @@ from grpo.plugins import bundled, bundled_names, find_recipe
 from grpo.recipes import load_recipe
 
 MOST = 1e6
-"""Gigabytes, gigabytes a second or Tflop/s: more than any machine has."""
+"""Upper bound of gigabytes, gigabytes per second, and Tflop/s: more than any machine has."""
 
 app = typer.Typer(
     cls=CommandGroup, help="Recipes that come with grpo, and the settings of a recipe.", no_args_is_help=True
@@ -26,7 +26,7 @@ app = typer.Typer(
 
 
 class ChipBackend(Enum):
-    """What runs MLX on a machine that is described."""
+    """MLX's backend on the described machine."""
 
     cuda = "cuda"
     metal = "metal"
@@ -64,7 +64,7 @@ def copy(
 
 
 def _files_of(recipe: Path) -> list[Path]:
-    """The Python files beside a recipe that it names."""
+    """Return the Python files in the recipe's folder that the recipe names."""
     named = re.findall(r"[\w-]+\.py\b", recipe.read_text(encoding="utf-8"))
     return sorted({recipe.parent / name for name in named if (recipe.parent / name).is_file()})
 
@@ -116,9 +116,9 @@ def costs(
     from grpo.planning.machines import CHIPS, described, memory_of
 
     if memory is None and (bandwidth is not None or backend is not ChipBackend.cuda):
-        raise UserError("costs: --bandwidth and --backend do nothing without --memory: give --memory, too")
+        raise UserError("costs: --bandwidth and --backend have no effect without --memory: add --memory")
     if bandwidth is None and tflops is not None:
-        raise UserError("costs: --tflops does nothing without --bandwidth: give --bandwidth, too")
+        raise UserError("costs: --tflops has no effect without --bandwidth: add --bandwidth")
     cfg = load_recipe(find_recipe(recipe), overrides or [])
     chips = list(CHIPS) if memory is None else []
     if memory is not None and bandwidth is not None:

@@ -81,7 +81,7 @@ def try_(
     if report.wrong:
         raise RunError(f"reward {reward!r}: {counted(len(report.wrong))} failed")
     if report.together is not None:
-        raise RunError(f"reward {reward!r}: it failed on several completions in one call")
+        raise RunError(f"reward {reward!r} failed when one call had several completions")
 
 
 @app.command("score")
@@ -134,7 +134,8 @@ def new(name: Annotated[str, typer.Argument(help="Name of the reward. The file i
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     print(
-        f"{path}\ntest it:  grpo rewards test {path}\nuse it:   rewards: [{{use: {path.name}}}]  in a recipe beside it"
+        f"{path}\ntest it:  grpo rewards test {path}\n"
+        f"use it:   rewards: [{{use: {path.name}}}]  in a recipe in the same folder"
     )
 
 

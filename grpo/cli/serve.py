@@ -21,12 +21,16 @@ def serve(
         str | None,
         typer.Option(
             envvar="GRPO_API_KEY",
-            help="Key that clients must send. Other users of the machine can read a command line.",
+            help="Key that clients must send. Other users of the machine can see keys on the command line.",
         ),
     ] = None,
     slots: Annotated[
         int | None,
-        typer.Option(min=1, max=4096, help="Completions decoded at once. Default: the run's setting; for a model, 64."),
+        typer.Option(
+            min=1,
+            max=4096,
+            help="Number of completions that decode simultaneously. Default: the run's setting; for a model, 64.",
+        ),
     ] = None,
     max_length: Annotated[
         int | None,
@@ -50,7 +54,7 @@ def serve(
     when the server started) or RUN@STEP. With return_token_ids and logprobs, an answer has the token ids, and fp32
     logprobs at the sampling temperature. For settings that a request leaves out, the settings of the run's training
     apply. After SIGTERM or Ctrl-C, the server finishes open requests and exits with 0. While the model loads, these
-    signals stop it at once, with 143 or 130. Needs pip install 'grpo-mlx[serve]'.
+    signals stop it immediately, with 143 or 130. Needs pip install 'grpo-mlx[serve]'.
     """
     from grpo.serving.service import ServingLimits
     from grpo.tools.serve import Serving

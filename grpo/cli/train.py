@@ -53,7 +53,7 @@ def train(
     from grpo.runs.signals import StopRequest
 
     first = Ranks.launched().first
-    console = Console(quiet=not first)  # of several processes one talks and writes
+    console = Console(quiet=not first)  # only rank 0 prints and writes
     opening = Opening(cfg, How(resume, resume_from, resume_changed, overwrite, dry_run), console)
     with closing(opening.run.opened):
         opening.check()
@@ -61,10 +61,11 @@ def train(
             opening.rehearse()
             console.print("all checks passed; nothing was trained and nothing was written")
             return
-        stop = StopRequest(lambda: console.print("stopping; a second signal stops the run at once"))
+        stop = StopRequest(lambda: console.print("stopping; a second signal stops the run immediately"))
         with opening.loop(stop) as loop:
             outcome = loop.run()
-    go_on = f"grpo train {shlex.quote(str(opening.folder / RECIPE))} --resume"  # repeats what the command line said
+    # The stored recipe includes the command line's settings.
+    go_on = f"grpo train {shlex.quote(str(opening.folder / RECIPE))} --resume"
     opening.finish(outcome, go_on)
     if outcome.untrained is not None:
         raise RunError(outcome.untrained) if first else typer.Exit(1)

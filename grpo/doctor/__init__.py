@@ -1,1 +1,1 @@
-"""What `grpo doctor` looks at: the machine, the packages, the services and the folders that a run needs."""
+"""The checks of `grpo doctor`: the machine, the packages, the services, and the folders that a run needs."""

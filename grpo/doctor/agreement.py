@@ -1,4 +1,4 @@
-"""Whether MLX decodes what it trains on, on this machine: asked of a small model with random weights."""
+"""Checks on a small model with random weights that decoding and training agree on this machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from grpo.rollout import RolloutEngine
 
 LENGTHS = (3, 17, 40, 9)
-"""Of the prompts, in tokens: batched decoding goes wrong where rows are at different positions."""
+"""Lengths of the prompts in tokens. They differ, because batched decoding fails for rows at different positions."""
 
 
 def toy() -> tuple[Policy, RolloutEngine]:
-    """A Qwen3 of a million parameters with a fresh LoRA, ready to be sampled from."""
+    """Return a Qwen3 of one million parameters with a new LoRA adapter, and an engine that samples from it."""
     import mlx.core as mx
 
     from grpo.backend.device import setup
@@ -37,10 +37,11 @@ def toy() -> tuple[Policy, RolloutEngine]:
 
 
 def parity(make: Callable[[], tuple[Policy, RolloutEngine]] = toy) -> Finding:
-    """The check before every run, that decoding and teacher forcing agree: by the fastest way, and by mlx-lm's caches.
+    """Check, as before every run, that decoding and teacher forcing agree.
 
-    The first does its own rotary embedding, and the second MLX's, which has been wrong for rows at different positions.
-    A fast way that does not serve this model, in decoding or in the update, is a warning with the reason.
+    The check uses the fastest path, and mlx-lm's caches. The fastest path has its own rotary embedding. mlx-lm's caches
+    use MLX's embedding, which was wrong for rows at different positions. If a fast path of decoding or of the update
+    does not support this model, the result is a warning with the reason.
     """
     from grpo.generation.batchcaches import BatchCaches
     from grpo.planning.parity import check_parity
@@ -49,7 +50,7 @@ def parity(make: Callable[[], tuple[Policy, RolloutEngine]] = toy) -> Finding:
     policy, engine = make()
     tasks = [Task(n, "", tuple(range(1, length + 1)), {}) for n, length in enumerate(LENGTHS)]
     generator, agreed = engine.generator, []
-    remedy = "reinstall MLX (see versions and backends); if it stays, report it with `grpo doctor --json`"
+    remedy = "reinstall MLX (see versions and backends); if that does not help, report it with `grpo doctor --json`"
     found = generator.decoding
     ways = {found.description: found, "mlx-lm's batch caches": BatchCaches(policy.model, found.vocabulary)}
     for way, decoding in ways.items():
@@ -58,6 +59,6 @@ def parity(make: Callable[[], tuple[Policy, RolloutEngine]] = toy) -> Finding:
             agreed.append(f"{way}: {check_parity(policy, engine, tasks, seed=0)}")
         except (RunError, UserError) as error:
             return Finding("parity", "fail", f"{way}: {error}", remedy)
-    if slow := [*found.refused, *policy.slow]:  # this model is one that every fast way is for
+    if slow := [*found.refused, *policy.slow]:  # every fast path should support this model
         return Finding("parity", "warn", f"slower than it should be: {'; '.join(slow)}; {'; '.join(agreed)}", remedy)
     return Finding("parity", "ok", "; ".join(agreed))

@@ -1,4 +1,4 @@
-"""All checks in their order, and how they are told."""
+"""All checks in their order, and the printed report."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CHECKS: tuple[Check, ...] = (
     *(recipes, runs_folder, grpo_cache, hub_cache),
     *(hub, hub_token, wandb),
 )
-"""Each is a function without required arguments; those that it has stand for what it asks, so that a test can answer.
+"""Each check is a function without required arguments. Its optional arguments replace what it queries, for tests.
 
-What MLX is installed as comes before what MLX says.
+The checks of MLX's installation come before the checks that use MLX.
 """
 
 
 def examine(checks: Iterable[Check]) -> Iterator[Finding]:
-    """What each check finds. One that breaks has failed, and says by what."""
+    """Yield the finding of each check. A check that raises counts as failed, with its exception."""
     for check in checks:
         name = check.__name__.replace("_", " ")
         try:
@@ -43,15 +43,15 @@ def examine(checks: Iterable[Check]) -> Iterator[Finding]:
         except UserError as error:  # a version that lacks what grpo needs (`grpo.model.mlxlm`)
             finding = Finding(name, "fail", one_line(error), INSTALL)
         except Exception as error:
-            text = f"the check itself broke: {type(error).__name__}: {one_line(error)}"
-            finding = Finding(name, "fail", text, "report it, with `grpo doctor --json`")
+            text = f"the check itself failed: {type(error).__name__}: {one_line(error)}"
+            finding = Finding(name, "fail", text, "report it with the output of `grpo doctor --json`")
         yield replace(finding, text=without_secrets(finding.text), remedy=without_secrets(finding.remedy))
 
 
 def report(checks: Iterable[Check], as_json: bool) -> int:
     """Print a line for each check as it is done, or all of them as one JSON object. Returns the exit code."""
     out, findings = sys.stdout, []
-    with redirect_stdout(sys.stderr):  # what libraries print is not ours to tell
+    with redirect_stdout(sys.stderr):  # keep the output of libraries out of the report
         for finding in examine(checks):
             findings.append(finding)
             if not as_json:

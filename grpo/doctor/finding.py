@@ -1,4 +1,4 @@
-"""What a check found, in one line for a person and in one object for a bug report."""
+"""The result of a check, as a line for the user and as an object for a bug report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`fail`: no run can be had as things are; `warn`: one can, but slower or without something.
+    """The result of a check. `fail`: runs do not work; `warn`: runs work, but slower or without a feature.
 
     `remedy` says what to do about it.
     """
@@ -23,18 +23,18 @@ class Finding:
     remedy: str = ""
 
     def line(self) -> str:
-        """The finding for a person."""
+        """Return the finding as a line for the user."""
         return f"{self.status:<4}  {self.name:<12}  {self.text}{f' → {self.remedy}' if self.remedy else ''}"
 
 
 def without_secrets(text: str) -> str:
-    """`text` on one line, without logins in addresses and values of variables that look like secrets.
+    """Return `text` on one line, without logins in URLs and without values of variables that look like secrets.
 
-    No check says one, but an error may quote anything.
+    No check prints a secret, but an error may quote anything.
     """
     return " ".join(masked(text).split())
 
 
 def gigabytes(size: float) -> str:
-    """Bytes as a person reads them, in 2³⁰ bytes as everywhere here."""
+    """Format a number of bytes in GB. As everywhere in grpo, 1 GB is 2³⁰ bytes."""
     return f"{size / 2**30:,.1f} GB"

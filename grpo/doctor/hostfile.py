@@ -1,4 +1,4 @@
-"""A hostfile of `mlx.launch`: the mistakes in it, each with what to write instead."""
+"""Checks a hostfile of `mlx.launch`: each mistake comes with what to write instead."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from grpo.errors import did_you_mean
 KEYS, HOST_KEYS = ("backend", "envs", "hosts"), ("ssh", "ips", "rdma")
 BACKENDS = ("ring", "mpi", "nccl", "jaccl", "jaccl-ring")
 HERE = "127.0.0.1"
-"""The only name that `mlx.launch` starts processes under without ssh."""
+"""The only host on which `mlx.launch` starts processes without ssh."""
 SSH_SECONDS = 5
 EXAMPLE = '{"hosts": [{"ssh": "a.local", "ips": ["192.168.0.1"]}, {"ssh": "b.local", "ips": ["192.168.0.2"]}]}'
 
 Ssh = Callable[[str], str | None]
-"""Why a host cannot be logged in to without a password; None if it can."""
+"""Returns why a login to a host without a password fails; None if it works."""
 
 
 def why_no_ssh(host: str) -> str | None:
-    """Log in to a host as `mlx.launch` will, but without a terminal to ask for a password."""
+    """Log in to a host as `mlx.launch` does, but without a terminal that could ask for a password."""
     command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}", host, "true"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3 * SSH_SECONDS)
@@ -37,37 +37,37 @@ def why_no_ssh(host: str) -> str | None:
 
 
 def hostfile(path: Path, ssh: Ssh = why_no_ssh) -> Finding:
-    """What is wrong with a hostfile, or how many processes it starts where."""
+    """Check a hostfile: report its mistakes, or how many processes it starts on which hosts."""
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        return Finding("hostfile", "fail", f"{path}: {error.strerror}", f"write one: {EXAMPLE}")
+        return Finding("hostfile", "fail", f"{path}: {error.strerror}", f"create it, for example {EXAMPLE}")
     except ValueError as error:
-        return Finding("hostfile", "fail", f"{path} is not JSON: {error}", f"such as {EXAMPLE}")
+        return Finding("hostfile", "fail", f"{path} is not JSON: {error}", f"for example {EXAMPLE}")
     hosts = written.get("hosts") if isinstance(written, dict) else written
     if not isinstance(hosts, list) or not hosts or not all(isinstance(host, dict) for host in hosts):
         text = f"{path}: expected a list of hosts, or an object with such a list under `hosts`"
-        return Finding("hostfile", "fail", text, f"such as {EXAMPLE}")
+        return Finding("hostfile", "fail", text, f"for example {EXAMPLE}")
     about = written if isinstance(written, dict) else {}
     if mistakes := [*_of_file(about), *_of_hosts(hosts, about.get("backend") or "ring")]:
-        return Finding("hostfile", "fail", f"{path}: {'; '.join(mistakes)}", "mend it, and ask again")
+        return Finding("hostfile", "fail", f"{path}: {'; '.join(mistakes)}", "fix the file, and run this check again")
     names = dict.fromkeys(host["ssh"] for host in hosts)
     if closed := [f"{name}: {why}" for name in names if name != HERE and (why := ssh(name)) is not None]:
-        remedy = f"let `ssh HOST true` work without a password (ssh-copy-id); this machine itself is {HERE}"
+        remedy = f"make `ssh HOST true` work without a password (ssh-copy-id); for this machine, write {HERE}"
         return Finding("hostfile", "fail", f"{path}: cannot log in to {'; '.join(closed)}", remedy)
     processes = f"{len(hosts)} process{'es' if len(hosts) > 1 else ''}"
     return Finding("hostfile", "ok", f"{path}: {processes} on {', '.join(names)}")
 
 
 def _of_file(about: Mapping[str, Any]) -> Iterator[str]:
-    """Mistakes beside the hosts."""
+    """Yield the mistakes outside the list of hosts."""
     yield from _unknown(about, KEYS, "the file")
     backend, envs = about.get("backend") or "ring", about.get("envs", [])
     if backend not in BACKENDS:
         known = ", ".join(BACKENDS)
-        yield f"backend {backend!r} is none of {known}.{did_you_mean(str(backend), BACKENDS)}"
+        yield f"backend {backend!r} is not one of {known}.{did_you_mean(str(backend), BACKENDS)}"
     if not isinstance(envs, list) or not all(isinstance(env, str) and "=" in env for env in envs):
-        yield 'envs is to be a list such as ["MLX_METAL_FAST_SYNCH=1"]'
+        yield 'envs must be a list such as ["MLX_METAL_FAST_SYNCH=1"]'
 
 
 def _of_hosts(hosts: Sequence[Mapping[str, Any]], backend: str) -> Iterator[str]:
@@ -76,13 +76,13 @@ def _of_hosts(hosts: Sequence[Mapping[str, Any]], backend: str) -> Iterator[str]
         where = f"host {rank}"
         yield from _unknown(host, HOST_KEYS, where)
         if not isinstance(host.get("ssh"), str) or not host["ssh"]:
-            yield f"{where} has no `ssh`, the name to log in by ({HERE} for this machine)"
+            yield f"{where} has no `ssh`, the name for the login ({HERE} for this machine)"
         ips = host.get("ips", [])
         if not isinstance(ips, list):
-            yield f"{where}: `ips` is to be a list"
+            yield f"{where}: `ips` must be a list"
             continue
         if not ips and (backend == "ring" or (rank == 0 and backend != "mpi")):
-            yield f"{where} has no `ips`, the addresses by which the others reach it"
+            yield f"{where} has no `ips`, the addresses at which the other hosts reach it"
         for ip in ips:
             yield from (f"{where}: {wrong}" for wrong in _of_address(str(ip), several))
         if backend.startswith("jaccl"):
@@ -93,18 +93,18 @@ def _of_address(ip: str, several: bool) -> Iterator[str]:
     try:
         address = ipaddress.ip_address(ip)
     except ValueError:
-        yield f"{ip!r} is no address; `ips` takes numbers such as 192.168.0.1, not names"
+        yield f"{ip!r} is not an IP address; `ips` takes numbers such as 192.168.0.1, not names"
         return
     if several and (address.is_loopback or address.is_unspecified):
-        yield f"{ip} means this machine on every machine: give the address that the others reach it by"
+        yield f"on every machine, {ip} means that machine itself: write the address at which the others reach it"
 
 
 def _of_devices(rank: int, devices: Any, size: int) -> Iterator[str]:
-    """Mistakes in a row of the table of devices that JACCL needs."""
+    """Yield the mistakes in a host's row of JACCL's device table."""
     if not isinstance(devices, list) or len(devices) != size:
-        yield f"host {rank}: `rdma` is to have {size} entries, one for each host"
+        yield f"host {rank}: `rdma` must have {size} entries, one per host"
     elif devices[rank] is not None:
-        yield f"host {rank}: `rdma` is to be null in its own place, {rank}"
+        yield f"host {rank}: `rdma` must be null at the host's own place, {rank}"
 
 
 def _unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> Iterator[str]:

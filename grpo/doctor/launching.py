@@ -1,4 +1,4 @@
-"""`grpo doctor --ranks`: by a hostfile it starts the processes, and started as one of them it tries the links."""
+"""`grpo doctor --ranks`: starts the processes of a hostfile, and in each process measures the links."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ COMMAND = 'mlx.launch -n 2 -- "$(which grpo)" doctor --ranks'
 
 
 def report_ranks(hostfile: Path | None, as_json: bool) -> int:
-    """Print what is found of a hostfile and of the processes' links. Returns the exit code.
+    """Print the findings about a hostfile and about the links between processes. Returns the exit code.
 
-    Raises UserError where there is neither a hostfile nor a launcher.
+    Raises UserError if there is no hostfile and this process was not started by a launcher.
     """
     if hostfile is not None:
         failed = report([lambda: check_hostfile(hostfile)], as_json)
         return failed or _launched(hostfile, as_json)
     ranks = Ranks.launched()
     if ranks.size == 1:
-        raise UserError(f"--ranks tries the links between several processes, and this is one: {COMMAND}, or --hostfile")
+        raise UserError(
+            f"--ranks measures the links between several processes, but this is a single process: use {COMMAND}, or "
+            "--hostfile"
+        )
     checks, code = checks_of(ranks), 0
     if ranks.first:
         code = report(checks, as_json)
@@ -36,7 +39,7 @@ def report_ranks(hostfile: Path | None, as_json: bool) -> int:
 
 
 def _launched(hostfile: Path, as_json: bool) -> int:
-    """Start the processes of a hostfile, to try their links. Returns the launcher's exit code."""
+    """Start the processes of a hostfile to measure their links. Returns the launcher's exit code."""
     launcher = Path(sys.executable).with_name("mlx.launch")
     grpo = Path(sys.executable).with_name("grpo")
     options = ["--json"] if as_json else []

@@ -1,4 +1,4 @@
-"""The machine: device and memory, matrix products, a compiler, and a sandbox for code."""
+"""Checks of the machine: device and memory, matrix products, compiler, and sandbox."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from grpo.doctor.finding import Finding, gigabytes
 from grpo.processes.sandbox.runner import missing
 
 WIRED_FRACTION = 0.6
-"""Of the memory; macOS lets a GPU wire two thirds or more unless it was told otherwise."""
+"""Expected share of the memory that can be wired: by default, macOS lets a GPU wire two thirds or more."""
 PRODUCT = 1024
 SLOW_GFLOPS = 10.0
-"""The BLAS of MLX's wheel reaches about 5, a tuned one on a single core 50 and more."""
+"""Threshold for slow products. The BLAS of MLX's wheel reaches about 5, a tuned BLAS on a single core at least 50."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What MLX computes on. Sizes in bytes; `working_set` is what Metal recommends to hold at most.
+    """The device on which MLX computes. Sizes are in bytes.
 
-    `nvidia` says whether the machine has NVIDIA's driver, and `cuda_build` whether MLX was installed for it.
+    `working_set` is Metal's recommended maximum of memory in use. `nvidia`: the machine has NVIDIA's driver.
+    `cuda_build`: the installed MLX is a CUDA build.
     """
 
     kind: Literal["cpu", "cuda", "metal"]
@@ -54,47 +55,47 @@ def this_device() -> Device:
 
 
 def device(facts: Callable[[], Device] = this_device) -> Finding:
-    """What MLX computes on, and whether the machine has something better."""
+    """Check on which device MLX computes, and whether the machine has a better device."""
     here = facts()
     text = f"{here.kind}: {here.name}, {gigabytes(here.memory)}, {here.cores} CPU cores"
     if here.kind != "cpu":
         return Finding("device", "ok", text)
     if here.cuda_build:
-        text += "; MLX is built for CUDA and sees no GPU"
-        return Finding("device", "warn", text, "see whether `nvidia-smi` lists one, and CUDA_VISIBLE_DEVICES")
+        text += "; MLX is built for CUDA but sees no GPU"
+        return Finding("device", "warn", text, "check that `nvidia-smi` lists a GPU, and check CUDA_VISIBLE_DEVICES")
     if here.nvidia:
-        text += "; there is an NVIDIA driver, and MLX is not built for it"
-        remedy = "pip uninstall -y mlx mlx-cpu, then install grpo-mlx[cuda13] (or [cuda12], by what `nvidia-smi` says)"
+        text += "; there is an NVIDIA driver, but MLX is not built for CUDA"
+        remedy = "pip uninstall -y mlx mlx-cpu, then install grpo-mlx[cuda13] (or [cuda12], according to `nvidia-smi`)"
         return Finding("device", "warn", text, remedy)
     return Finding("device", "ok", text)
 
 
 def wire(size: int) -> None:
-    """Let MLX wire so many bytes, then as many as before."""
+    """Set MLX's wired limit to `size` bytes, and then restore it."""
     import mlx.core as mx
 
     mx.set_wired_limit(mx.set_wired_limit(size))
 
 
 def wired_limit(facts: Callable[[], Device] = this_device, wire: Callable[[int], None] = wire) -> Finding:
-    """How much memory Metal may keep in place; what is beyond may be paged out, and comes back slowly."""
+    """Check how much memory Metal may wire. Memory beyond this limit may be paged out, which is slow."""
     here = facts()
     if here.kind != "metal" or here.working_set is None:
-        return Finding("wired limit", "ok", "only Metal has one")
-    text = f"Metal may hold {gigabytes(here.working_set)} of {gigabytes(here.memory)}"
+        return Finding("wired limit", "ok", "only Metal has a wired limit")
+    text = f"Metal may wire {gigabytes(here.working_set)} of {gigabytes(here.memory)}"
     try:
         wire(here.working_set)
     except (ValueError, RuntimeError) as error:
-        return Finding("wired limit", "warn", f"{text}, but MLX cannot wire it: {error}", "macOS 15 or newer can")
+        return Finding("wired limit", "warn", f"{text}, but MLX cannot wire it: {error}", "update to macOS 15 or newer")
     if here.working_set < WIRED_FRACTION * here.memory:
         more = int(0.75 * here.memory / 2**20)
-        return Finding("wired limit", "warn", text, f"more: sudo sysctl iogpu.wired_limit_mb={more}")
+        return Finding("wired limit", "warn", text, f"raise it: sudo sysctl iogpu.wired_limit_mb={more}")
     return Finding("wired limit", "ok", text)
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixProducts:
-    """Who computes matrix products, whether it is a tuned library, and how fast it was just now."""
+    """What computes matrix products, whether it is a tuned library, and its measured speed."""
 
     by: str
     tuned: bool
@@ -107,7 +108,7 @@ def products() -> MatrixProducts:
 
 
 def product_gflops(runs: int = 3) -> float:
-    """10⁹ floating-point operations a second in a float32 product, the best of some runs after a first one."""
+    """Measure a float32 product in GFLOP/s: the best of `runs` runs after a warm-up run."""
     import mlx.core as mx
 
     a, seconds = mx.random.normal((PRODUCT, PRODUCT), key=mx.random.key(0)), []
@@ -120,34 +121,34 @@ def product_gflops(runs: int = 3) -> float:
 
 
 def blas(facts: Callable[[], MatrixProducts] = products) -> Finding:
-    """Who computes matrix products, and how fast."""
+    """Check what computes matrix products, and how fast."""
     here = facts()
     text = f"{here.by}; a {PRODUCT} × {PRODUCT} float32 product runs at {here.gflops:,.0f} GFLOP/s"
     if here.tuned and here.gflops >= SLOW_GFLOPS:
         return Finding("blas", "ok", text)
-    remedy = "pip install 'grpo-mlx[cpu]' (brings MKL) or install OpenBLAS (libopenblas0), and leave GRPO_BLAS unset"
+    remedy = "pip install 'grpo-mlx[cpu]' (with MKL), or install OpenBLAS (libopenblas0), and leave GRPO_BLAS unset"
     return Finding("blas", "warn", f"{text}: slow", remedy)
 
 
 def compiler(gpu: Callable[[], bool] = on_gpu, find: Callable[[str], str | None] = shutil.which) -> Finding:
-    """The C++ compiler that `mx.compile` calls on a CPU. Nothing depends on it, because grpo compiles nothing there."""
+    """Report the C++ compiler that `mx.compile` calls on a CPU. Always ok, because grpo compiles nothing on a CPU."""
     if gpu():
-        return Finding("compiler", "ok", "none is needed on a GPU")
+        return Finding("compiler", "ok", "not needed on a GPU")
     if (found := find("g++")) is None:
-        text = "no g++, which `mx.compile` wants on a CPU; grpo needs none, since it compiles nothing there"
+        text = "no g++, which `mx.compile` needs on a CPU; grpo does not need it, because it compiles nothing there"
         return Finding("compiler", "ok", text)
-    return Finding("compiler", "ok", f"{found}; grpo needs none on a CPU, since it compiles nothing there")
+    return Finding("compiler", "ok", f"{found}; grpo does not need it on a CPU, because it compiles nothing there")
 
 
 SANDBOXED = "python_tests, the tool python and environments with sandbox: true"
 
 
 def sandbox(missing: Callable[[], str | None] = missing) -> Finding:
-    """Whether code that a model wrote, and environments, can be isolated."""
+    """Check whether the model's code, and environments, can be sandboxed."""
     if (why := missing()) is None:
         return Finding("sandbox", "ok", f"{SANDBOXED} can be isolated")
     remedy = (
-        "allow user namespaces (in Docker: --security-opt seccomp=unconfined), or give python_tests and the tool "
-        "python {unsafe: true}, and the environments sandbox: false"
+        "allow user namespaces (in Docker: --security-opt seccomp=unconfined), or set {unsafe: true} for python_tests "
+        "and the tool python, and sandbox: false for environments"
     )
     return Finding("sandbox", "warn", f"{SANDBOXED} refuse to start: {why}", remedy)

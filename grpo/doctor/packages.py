@@ -1,4 +1,4 @@
-"""Which versions are installed, and what is known to be wrong with them."""
+"""Checks of the installed versions, and known problems of versions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from grpo.backend.versions import versions as installed_versions
 from grpo.doctor.finding import Finding
 
 Installed = Callable[[], Mapping[str, str]]
-"""Asks for versions by the names of distributions."""
+"""Returns versions by the names of distributions."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownBad:
-    """A package that does not do before the version `below`, and why."""
+    """A package that does not work before the version `below`, and why."""
 
     package: str
     below: str
@@ -24,19 +24,19 @@ class KnownBad:
 
 
 KNOWN_BAD = (
-    KnownBad("mlx", "0.32.2", "mx.fast.rope is wrong for batched decoding in older ones"),
-    KnownBad("mlx-lm", "0.32", "grpo reads models and writes adapters as from then on"),
+    KnownBad("mlx", "0.32.2", "mx.fast.rope is wrong for batched decoding in older versions"),
+    KnownBad("mlx-lm", "0.32", "grpo reads models and writes adapters in the format of newer versions"),
 )
-"""The one place for versions that do not do. pyproject.toml keeps pip from most of them; it alone has upper bounds."""
+"""The list of versions that do not work. pyproject.toml keeps pip from most of them; upper bounds are only there."""
 
-INSTALL = "pip install grpo-mlx (also where it is installed: pip adds what it requires)"
+INSTALL = "pip install grpo-mlx (even if it is installed: pip adds the missing requirements)"
 
 BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
-"""Distributions that bring MLX's library. They write the same files, and the last one installed wins."""
+"""Distributions that contain MLX's library. They write the same files, so the last one installed wins."""
 
 
 def absent() -> list[str]:
-    """The packages that grpo requires and that are not installed; none are known where it is not installed itself."""
+    """Return the required packages that are not installed. Empty if grpo itself is not installed as a package."""
     return [name for name in requirements() if not blas.installed(name)]
 
 
@@ -45,9 +45,9 @@ def versions(
     absent: Callable[[], Collection[str]] = absent,
     required: Installed = requirements,
 ) -> Finding:
-    """Python, the packages that numbers depend on, and whether all that grpo requires is there.
+    """Check Python, the packages that determine numerical results, and whether all required packages are installed.
 
-    A package that is newer than grpo was tested with is a warning: it may well work.
+    A package that is newer than the versions that grpo was tested with is a warning, because it may work.
     """
     found = installed()
     text = ", ".join(f"{name} {version}" for name, version in found.items())
@@ -62,13 +62,13 @@ def versions(
     if newer := untested(found, wanted_of := required()):
         said = "; ".join(f"{name} {found[name]}: grpo was tested below {limit}" for name, limit in newer.items())
         tested = " ".join(f"'{name}{wanted_of[name]}'" for name in newer)
-        remedy = f"if something goes wrong: pip install --upgrade grpo-mlx, or else pip install {tested}"
+        remedy = f"if something goes wrong: pip install --upgrade grpo-mlx, or pip install {tested}"
         return Finding("versions", "warn", f"{said} ({text})", remedy)
     return Finding("versions", "ok", text)
 
 
 def backends(installed: Installed = installed_versions) -> Finding:
-    """Whether exactly one package brings MLX's library, and that of MLX's own version."""
+    """Check whether exactly one package contains MLX's library, in the version of MLX."""
     found = installed()
     there = {name: found[name] for name in BACKENDS if name in found}
     said = " and ".join(f"{name} {version}" for name, version in there.items())
@@ -76,8 +76,8 @@ def backends(installed: Installed = installed_versions) -> Finding:
     if len(there) > 1:
         return Finding("backends", "fail", f"{said} are installed over each other: they write the same files", again)
     if not there:
-        text = "no package brings MLX's library: right only where MLX was built from source"
+        text = "no package contains MLX's library: correct only if MLX was built from source"
         return Finding("backends", "warn", text, "pip install 'grpo-mlx[cpu]', or [cuda12], [cuda13]")
     if set(there.values()) != {found.get("mlx")}:
-        return Finding("backends", "fail", f"{said} is not of the version of mlx, {found.get('mlx')}", again)
+        return Finding("backends", "fail", f"{said} does not match the version of mlx, {found.get('mlx')}", again)
     return Finding("backends", "ok", said)

@@ -1,4 +1,4 @@
-"""The links between the processes that `mlx.launch` has started: who is there, and how fast they exchange."""
+"""Checks of the processes that `mlx.launch` has started: where they run, and how fast their links are."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from grpo.backend.versions import versions
 from grpo.doctor.finding import Finding
 
 SIZES = ((8, 30), (2**16, 10), (2**20, 5), (2**24, 3), (2**26, 3))
-"""Bytes of an exchange, and how often it is tried; the median counts."""
+"""Sizes of an exchange in bytes, each with its number of repetitions; the median counts."""
 LONG = 2.0
-"""Seconds of an exchange after which no larger one is tried."""
+"""If an exchange takes more than this many seconds, no larger size is measured."""
 SLOW_MS = 2.0
-"""Milliseconds above which a link is no cable's."""
+"""Latency in milliseconds above which a link is too slow to be a cable."""
 UNEVEN = 4.0
-"""Times that a link may be slower than the fastest."""
+"""Maximum ratio between the speeds of the fastest and the slowest link."""
 PAIRS = 16
-"""Links that are tried one by one, at most."""
+"""Maximum number of links that are measured one by one."""
 
 
 def checks_of(ranks: Ranks) -> tuple[Callable[[], Finding], ...]:
-    """The checks of several processes. Each must be made by all of them, in this order."""
+    """Return the checks of several processes. All processes must run all of them in this order."""
 
     def processes() -> Finding:
         return who(ranks)
@@ -48,7 +48,7 @@ def checks_of(ranks: Ranks) -> tuple[Callable[[], Finding], ...]:
 
 
 def who(ranks: Ranks) -> Finding:
-    """Where the processes are, and whether they have the same versions."""
+    """Check where the processes run, and whether they have the same versions."""
     everyone = ranks.gather((socket.gethostname(), versions()))
     hosts = Counter(host for host, _ in everyone)
     text = f"{ranks.size} on {len(hosts)} machine{'s' if len(hosts) > 1 else ''}: " + ", ".join(
@@ -58,21 +58,21 @@ def who(ranks: Ranks) -> Finding:
     for rank, (host, theirs) in enumerate(everyone):
         if other := [name for name, version in first.items() if theirs.get(name) != version]:
             name = other[0]
-            wrong = f"process {rank} ({host}) has {name} {theirs.get(name)}, process 0 {first[name]}"
+            wrong = f"process {rank} ({host}) has {name} {theirs.get(name)}, but process 0 has {first[name]}"
             return Finding("processes", "fail", f"{text}; {wrong}", "install the same versions on all machines")
     return Finding("processes", "ok", text)
 
 
 def heard(ranks: Ranks) -> Finding:
-    """Whether the processes notice the loss of another."""
+    """Check whether the processes notice the loss of another process."""
     if ranks.watch is not None:
         return Finding("heartbeats", "ok", f"the loss of a process is noticed within {ranks.watch.silence:.0f} s")
-    text = f"the processes cannot be linked, so a loss may be noticed only after {ranks.patience:.0f} s"
-    return Finding("heartbeats", "warn", text, "let a firewall pass connections between the machines at all ports")
+    text = f"the processes cannot connect, so the loss of a process may be noticed only after {ranks.patience:.0f} s"
+    return Finding("heartbeats", "warn", text, "allow connections between the machines on all ports in the firewall")
 
 
 def shared_folder(ranks: Ranks) -> Finding:
-    """Whether all processes see the working folder of the first."""
+    """Check whether all processes see the working folder of process 0."""
     mark = ranks.gather(Path(f".grpo-doctor-{secrets.token_hex(4)}").absolute())[0]
     if ranks.first:
         mark.touch()
@@ -81,15 +81,15 @@ def shared_folder(ranks: Ranks) -> Finding:
     if ranks.first:
         mark.unlink()
     if blind := [rank for rank, sees in enumerate(seen) if not sees]:
-        text = f"{mark.parent} of process 0 is not there for process {blind[0]}"
+        text = f"process {blind[0]} does not see {mark.parent} of process 0"
         return Finding("folder", "warn", text, "put output_dir and the recipe on a file system that all machines share")
     return Finding("folder", "ok", f"all see {mark.parent}")
 
 
 def pairs(ranks: Ranks) -> Finding:
-    """The latency and bandwidth of each link of the ring, both ways."""
+    """Measure the latency and bandwidth of each link of the ring, in both directions."""
     if not ring_of():
-        return Finding("links", "ok", "not tried one by one: MLX does not connect these processes in a ring")
+        return Finding("links", "ok", "not measured one by one: MLX does not connect these processes in a ring")
     found = {}
     for one in range(min(ranks.size if ranks.size > 2 else 1, PAIRS)):
         other = (one + 1) % ranks.size
@@ -101,15 +101,15 @@ def pairs(ranks: Ranks) -> Finding:
     slowest, fastest = min(rate for _, rate in found.values()), max(rate for _, rate in found.values())
     if max(delay for delay, _ in found.values()) > SLOW_MS / 1000:
         one = len(set(ranks.gather(machine()))) == 1
-        busy, wireless = "see what else runs on this machine", "use a cable (Thunderbolt, Ethernet), not Wi-Fi"
-        return Finding("links", "warn", f"{text}: slow to answer", busy if one else wireless)
+        busy, wireless = "check what else runs on this machine", "use a cable (Thunderbolt, Ethernet), not Wi-Fi"
+        return Finding("links", "warn", f"{text}: high latency", busy if one else wireless)
     if fastest > UNEVEN * slowest:
-        return Finding("links", "warn", f"{text}: the slowest holds up all", "see to its cable, or to its address")
+        return Finding("links", "warn", f"{text}: the slowest link delays all", "check its cable and its address")
     return Finding("links", "ok", text)
 
 
 def exchanged(ranks: Ranks) -> Finding:
-    """How long a sum over all processes takes, by its bytes: what gradients do once an update."""
+    """Measure a sum over all processes by its size in bytes. Gradients are summed like this once per update."""
     import mlx.core as mx
 
     said = []
@@ -125,7 +125,7 @@ def exchanged(ranks: Ranks) -> Finding:
 
 
 def _bounced(ranks: Ranks, one: int, other: int, size: int, times: int) -> float:
-    """Seconds that so many bytes take from one process to another, half the way there and back."""
+    """Return the seconds that `size` bytes take from one process to another: half of a round trip."""
 
     def there_and_back() -> None:
         ranks.passed(size, one, other)
@@ -135,7 +135,7 @@ def _bounced(ranks: Ranks, one: int, other: int, size: int, times: int) -> float
 
 
 def _median(ranks: Ranks, work: Callable[[], object], times: int, by: int = 0) -> float:
-    """The median seconds of some work in the process `by`, after once that does not count."""
+    """Return the median seconds of `work` in the process `by`, after a warm-up run."""
     seconds = []
     for _ in range(times + 1):
         ranks.wait()

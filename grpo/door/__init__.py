@@ -1,1 +1,1 @@
-"""What `import grpo` gives to Python users: `grpo/__init__.py` names it, and imports it when it is first used."""
+"""The Python API. `grpo/__init__.py` lists its names, and imports each when it is first used."""

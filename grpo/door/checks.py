@@ -1,4 +1,4 @@
-"""What the door's functions say of an argument that is of another kind than theirs, before they use it."""
+"""Checks of arguments to the Python API, with errors that say what to pass instead."""
 
 from __future__ import annotations
 
@@ -23,40 +23,41 @@ OTHER_NAMES = {
     "target_modules": "targets",
     "lora_dropout": "dropout",
 }
-"""Names that other libraries, or a recipe, have for arguments of the door."""
+"""Our arguments by their names in other libraries or in a recipe."""
 REMARKS = {"scale": " PEFT's alpha is scale × rank."}
 
 
 def kind_of(value: Any) -> str:
-    """A value's type, for a message: "a str", "an int"."""
+    """Return a value's type for a message: "a str", "an int"."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def unknown_setting(said_by: str, name: str, known: Iterable[str], beside: Iterable[str] = ()) -> UserError:
-    """The error for a setting that does not exist. `known` are those that do, `beside` the function's own arguments."""
+    """Return the error for a setting that does not exist. `known` are the existing settings, `beside` the function's
+    other arguments."""
     known = sorted(known)
     meant = OTHER_NAMES.get(name)
     if meant in {*known, *beside}:
         hint = f" Did you mean {meant!r}?{REMARKS.get(str(meant), '')}"
     else:
         hint = did_you_mean(name, [*known, *beside])
-    return UserError(f"{said_by}: unknown setting {name}; there is {', '.join(known)}.{hint}")
+    return UserError(f"{said_by}: unknown setting {name}; the settings are {', '.join(known)}.{hint}")
 
 
 def unknown_argument(said_by: str, name: str, signature: Signature, trls: Mapping[str, str]) -> UserError:
-    """The error for an argument that is not in a signature. `trls` are TRL's names, and what they are called there."""
+    """Return the error for an argument that is not in a signature. `trls` maps TRL's names to ours."""
     there = f"{said_by}: there is no argument {name!r}"
     if name in trls:
-        return UserError(f"{there}: TRL's {name} is {trls[name]} here, as {said_by}(..., {trls[name]}=...)")
+        return UserError(f"{there}: TRL's {name} is {trls[name]} here: {said_by}(..., {trls[name]}=...)")
     if (found := answer(name)) is not None:
-        return UserError(f"{there}: {found.sentence(name)} A recipe has such settings: grpo.recipe(...)")
+        return UserError(f"{there}: {found.sentence(name)} Set it in the recipe: grpo.recipe(...)")
     known = [one.name for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    return UserError(f"{there}; there is {', '.join(known)}.{did_you_mean(name, known)}")
+    return UserError(f"{there}; the arguments are {', '.join(known)}.{did_you_mean(name, known)}")
 
 
 def whole_number(value: Any, what: str) -> int:
-    """The value as an int. Raises UserError for what is no whole number."""
+    """Return the value as an int. Raises UserError for other values than whole numbers."""
     try:
         return operator.index(value)
     except TypeError:
@@ -64,17 +65,17 @@ def whole_number(value: Any, what: str) -> int:
 
 
 def groups_of(groups: Any, said_by: str) -> list[Group]:
-    """The groups as a list. Raises UserError for one group alone, and for what holds anything else."""
+    """Return the groups as a list. Raises UserError for a single group, and for anything except groups."""
     if isinstance(groups, Group):
         raise UserError(f"{said_by}: expected a list of groups, got one group: write [group]")
-    return _listed(groups, Group, f"{said_by}: expected the groups that policy.sample gives")
+    return _listed(groups, Group, f"{said_by}: expected groups from policy.sample")
 
 
 def batches_of(batches: Any, said_by: str) -> list[Batch]:
-    """One batch, or several, as a list. Raises UserError for anything else."""
+    """Return one or several batches as a list. Raises UserError for anything else."""
     if isinstance(batches, Batch):
         return [batches]
-    return _listed(batches, Batch, f"{said_by}: expected the batches that grpo.batches gives")
+    return _listed(batches, Batch, f"{said_by}: expected batches from grpo.batches")
 
 
 def _listed(values: Any, kind: type, expected: str) -> list[Any]:

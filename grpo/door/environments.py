@@ -1,4 +1,4 @@
-"""Environments and tools that are given from Python: classes, functions and objects, or names as in recipes."""
+"""Environments and tools passed from Python: classes, functions and objects, or names as in recipes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ Sections = dict[str, Any]
 
 
 def as_environment(given: Any, said_by: str) -> Environment:
-    """An environment with a method `rollout`; a class is called without arguments, and a text is a recipe's name.
+    """Return an environment with a method `rollout`. A class is called without arguments; a string is a name as in a
+    recipe.
 
-    Raises UserError for a class or a name that makes none, and for an object without a method `rollout`.
+    Raises UserError for a class or name that cannot be created, and for an object without a method `rollout`.
     """
     if isinstance(given, str):
         return find_environment(given)
@@ -25,10 +26,10 @@ def as_environment(given: Any, said_by: str) -> Environment:
     if isinstance(given, type):
         try:
             environment = given()
-        except Exception as error:  # other people's code, before the run
+        except Exception as error:  # user code, before the run
             raise UserError(
-                f"{said_by}: environment {given.__name__} cannot be made without arguments: {type(error).__name__}: "
-                f"{error}. Give an object that you have made"
+                f"{said_by}: environment {given.__name__} cannot be created without arguments: {type(error).__name__}: "
+                f"{error}. Pass an instance instead"
             ) from error
     return checked(environment, f"{said_by}: environment")
 
@@ -36,18 +37,18 @@ def as_environment(given: Any, said_by: str) -> Environment:
 def partner_sections(
     environment: Any, environments: Any, tools: Any, functions: dict[str, Function], said_by: str
 ) -> Sections:
-    """The recipe's settings for what was given; None leaves what the recipe says. Objects go into `functions`.
+    """Return the recipe's settings for the arguments; None keeps the recipe's values. Objects go into `functions`.
 
-    Raises UserError for what is nothing of the kind.
+    Raises UserError for a value that is neither an environment nor a tool.
     """
     settings: Sections = {}
     if environment is not None and environments is not None:
         raise UserError(
-            f"{said_by}: environment does nothing with environments: move it there, or leave out one of them"
+            f"{said_by}: environment has no effect together with environments: move it there, or remove one of them"
         )
     if environment is not None:
         own = _section(environment, functions, f"{said_by}: environment")
-        others: Sections = {"use": None, "agent": None, "command": None, "kwargs": {}}  # of the recipe's own
+        others: Sections = {"use": None, "agent": None, "command": None, "kwargs": {}}  # clear the recipe's values
         settings |= {f"environment.{name}": value for name, value in {**others, **own}.items()}
         settings["environments"] = {}
     if environments is not None:
@@ -68,13 +69,13 @@ def partner_sections(
 def _section(
     given: Any, functions: dict[str, Function], what: str, tool: bool = False, setting: str = "use"
 ) -> Sections:
-    """A section of the recipe; an object stands in it by its name, as `setting`, and in `functions`."""
+    """Return a section of the recipe. An object gets a name, which becomes `setting`, and is added to `functions`."""
     if isinstance(given, Mapping):
         if not tool and "command" in given:
             return dict(given)
         setting = "agent" if not tool and "agent" in given else "use"
         if setting not in given:
-            raise UserError(f"{what}: expected a dict with use, as in a recipe, got one with {', '.join(given)}")
+            raise UserError(f"{what}: expected a dict with use, as in a recipe, got a dict with {', '.join(given)}")
         return {**given, **_section(given[setting], functions, what, tool, setting)}
     if isinstance(given, str):
         return {setting: given}
@@ -84,7 +85,7 @@ def _section(
     elif callable(given):
         kind = given
     else:
-        wanted = "a function, a class" if tool else "a class, a function that makes an object"
+        wanted = "a function, a class" if tool else "a class, a function that creates an object"
         own = "" if tool else ", an object with a method rollout(task, sampler)"
         raise UserError(f'{what}: expected {wanted}{own}, or a name such as "file.py:name", got {kind_of(given)}')
     use = name_of(kind, functions)

@@ -1,4 +1,4 @@
-"""How rewards, data and a loss that are Python objects stand in a recipe, which holds names."""
+"""Puts rewards, data, and losses that are Python objects into a recipe, which holds their names."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def handed(
     environments: Mapping[str, Any] | None = None,
     tools: Sequence[Any] | None = None,
 ) -> tuple[Recipe, Given]:
-    """The recipe with the names of what was handed over, and that. None leaves what the recipe says.
+    """Return the recipe with names for the given objects, and the objects. None keeps the recipe's value.
 
-    Raises UserError where they do not fit together, or not with the recipe.
+    Raises UserError if the arguments do not fit together, or do not fit the recipe.
     """
     settings: dict[str, Any] = {}
     functions: dict[str, Function] = {}
@@ -42,13 +42,13 @@ def handed(
         settings["rewards"] = tuple(_named(as_rewards(rewards), functions))
     if loss is not None and not callable(loss):
         raise UserError(
-            f"{SAID_BY}: loss: expected a function (current, batch, cfg), got {kind_of(loss)}; a published loss is the "
-            'recipe\'s: grpo.recipe(..., loss={"type": "dapo"})'
+            f"{SAID_BY}: loss: expected a function (current, batch, cfg), got {kind_of(loss)}; choose a published loss "
+            'in the recipe: grpo.recipe(..., loss={"type": "dapo"})'
         )
     if source is not None and not callable(source):
         raise UserError(
-            f"{SAID_BY}: source: expected a function or a class that makes a source from the stream of the recipe's "
-            f"data, got {kind_of(source)}; for an object that you have made: source=lambda stream: mine"
+            f"{SAID_BY}: source: expected a function or a class that creates a source from the stream of the recipe's "
+            f"data, got {kind_of(source)}; to pass an existing object: source=lambda stream: mine"
         )
     if loss is not None:
         use = name_of(loss, functions)
@@ -64,8 +64,8 @@ def handed(
     elif data is not None and cfg.eval is not None and cfg.eval.source is None and cfg.eval.use is None:
         if "data" in tables and not has_splits(data):
             raise UserError(
-                f"{SAID_BY}: the recipe evaluates on the split {cfg.eval.split!r} of its data, and the data that you "
-                "give has no splits: give eval_data=... as well, or grpo.recipe(..., eval=None)"
+                f"{SAID_BY}: the recipe evaluates on the split {cfg.eval.split!r} of its data, but the given data has "
+                "no splits: pass eval_data=... as well, or use grpo.recipe(..., eval=None)"
             )
         if "data" in tables:
             tables["eval"] = data
@@ -73,13 +73,13 @@ def handed(
 
 
 def _section_for(eval_data: Any) -> EvalConfig:
-    """The section `eval` for a recipe that has none. Files are one split, `train`."""
+    """Return the section `eval` for a recipe without this section. Files have one split, `train`."""
     files = is_source(eval_data) and is_files(source_of(eval_data))
     return EvalConfig(split="train") if files else EvalConfig()
 
 
 def _named(rewards: Sequence[Any], functions: dict[str, Function]) -> list[Any]:
-    """The recipe's lines for rewards; functions are put down by the name that their line has for them."""
+    """Return the recipe's entries for rewards, and add their functions to `functions` under the entries' names."""
     lines = []
     for given in rewards:
         config = given.config
@@ -92,14 +92,14 @@ def _named(rewards: Sequence[Any], functions: dict[str, Function]) -> list[Any]:
 
 
 def _placed(section: str, data: Any, tables: dict[str, Any]) -> dict[str, Any]:
-    """What a section says of where its rows come from; an object is put down as the section's table."""
+    """Return the settings for the place of a section's rows. An object is added to `tables` as the section's table."""
     place: dict[str, Any] = {"source": None, "use": None, "kwargs": {}, "config": None, "revision": None}
     if is_source(data):
         place["source"] = source_of(data)
     else:
         place["use"] = OBJECT
         tables[section] = data
-        if not has_splits(data):  # an iterator can be read once
+        if not has_splits(data):  # read it now, because an iterator can be read only once
             tables[section] = rows_from(data, f"{section}: the object given for it", "train")
             place["split"] = "train"
     if section == "data":

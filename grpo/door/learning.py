@@ -1,4 +1,4 @@
-"""`grpo.advantages`, `grpo.Loss` and `grpo.batches`: from scored groups to what an update takes."""
+"""`grpo.advantages`, `grpo.Loss` and `grpo.batches`: from scored groups to the batches of an update."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from grpo.training.packing import GPU_MULTIPLE, Packing
 from grpo.types import Batch, Group
 
 AT_ONCE = 4096
-"""Tokens of a micro-batch, unless something else is asked for."""
+"""Default number of tokens in a micro-batch."""
 
 
 class Loss(LossConfig):
     """A loss: `grpo.Loss("dapo", epsilon_high=0.3, beta=0.01)`.
 
-    The name is a published variant's: grpo (arXiv 2402.03300), bnpo, dr_grpo (2503.20783), dapo (2503.14476), gspo
+    The name is a published variant: grpo (arXiv 2402.03300), bnpo, dr_grpo (2503.20783), dapo (2503.14476), gspo
     (2507.18071), gspo_token, cispo (2506.13585), sapo (2511.20347), luspo (2602.05261), vespo (2602.10693), gmpo
-    (2507.20673), dppo (2602.04879), reinforce++ (2501.03262) or rloo (2402.14740). Settings are those of a recipe's
-    section `loss` (`grpo recipes schema loss`), and replace the paper's. Formulas: grpo/presets.py.
+    (2507.20673), dppo (2602.04879), reinforce++ (2501.03262) or rloo (2402.14740). The settings are the settings of a
+    recipe's section `loss` (`grpo recipes schema loss`); they override the paper's values. Formulas: grpo/presets.py.
 
-    Raises UserError for a variant or setting that does not exist, is out of bounds, or does nothing beside the others.
+    Raises UserError for a variant or setting that does not exist, is out of bounds, or has no effect with the others.
 
     >>> grpo.Loss("gspo", epsilon=1e-3).preset.ratio
     'sequence'
@@ -46,7 +46,7 @@ class Loss(LossConfig):
 
 @dataclass(frozen=True, slots=True)
 class BatchList(Sequence[Batch]):
-    """The micro-batches of one update, and the loss that their token weights are made for."""
+    """The micro-batches of one update, and the loss for which their token weights were computed."""
 
     items: tuple[Batch, ...]
     loss: LossConfig
@@ -66,15 +66,15 @@ class BatchList(Sequence[Batch]):
 
 
 def advantages(groups: Sequence[Group], **settings: Any) -> list[Group]:
-    """The same groups with `advantage` in their rollouts: the reward less its baseline, divided by a deviation.
+    """Return the groups with `advantage` in their rollouts: the reward minus its baseline, divided by a deviation.
 
-    `settings` are those of a recipe's section `advantage`. `scale_rewards`: "group" (default; σ of the group + 1e-4,
-    arXiv 2402.03300), "batch" (arXiv 2508.08221) or "none" (Dr. GRPO, arXiv 2503.20783). `baseline`: "group" (default),
-    "leave_one_out" (RLOO, arXiv 2402.14740), "batch" (REINFORCE++, arXiv 2501.03262) or "maxrl". A rollout whose reward
-    is None (no score, or a function failed) gets advantage 0 and leaves its group's baseline.
+    `settings` are the settings of a recipe's section `advantage`. `scale_rewards`: "group" (default; σ of the group +
+    1e-4, arXiv 2402.03300), "batch" (arXiv 2508.08221) or "none" (Dr. GRPO, arXiv 2503.20783). `baseline`: "group"
+    (default), "leave_one_out" (RLOO, arXiv 2402.14740), "batch" (REINFORCE++, arXiv 2501.03262) or "maxrl". A rollout
+    whose reward is None (no score, or a failed function) gets advantage 0, and does not count in its group's baseline.
 
-    Raises UserError for an unknown setting, for groups without scores or of different sizes, and for the baseline
-    "gdpo", which needs the single rewards and their weights: `grpo.Trainer` has it.
+    Raises UserError for an unknown setting, for groups without scores or of different sizes, and for settings that need
+    more than the sum of the rewards, such as the baseline "gdpo": use `grpo.Trainer` for them.
 
     >>> groups = grpo.advantages(groups, scale_rewards="none")
     >>> [rollout.advantage for rollout in groups[0].rollouts]
@@ -85,13 +85,15 @@ def advantages(groups: Sequence[Group], **settings: Any) -> list[Group]:
     more["soft_overlong_cache"] = cfg.soft_overlong_cache is not None
     if any(more.values()):
         name = next(name for name, wanted in more.items() if wanted)
-        raise UserError(f"grpo.advantages: {name} needs more than the rewards' sum: use grpo.Trainer")
+        raise UserError(f"grpo.advantages: {name} needs more than the sum of the rewards: use grpo.Trainer")
     groups = groups_of(groups, "grpo.advantages")
     if groups and not _scored(groups):
         raise UserError(f"grpo.advantages: {UNSCORED}")
     sizes = {len(group.rollouts) for group in groups}
     if len(sizes) > 1:
-        raise UserError(f"grpo.advantages: groups have {min(sizes)} to {max(sizes)} rollouts; all must have as many")
+        raise UserError(
+            f"grpo.advantages: groups have {min(sizes)} to {max(sizes)} rollouts, but all must have the same number"
+        )
     if not groups:
         return []
     rewards = [[_number(rollout.reward)] for group in groups for rollout in group.rollouts]
@@ -107,18 +109,18 @@ def batches(
     micro_batch_tokens: int = AT_ONCE,
     max_completion_length: int | None = None,
 ) -> BatchList:
-    """Groups with advantages as the micro-batches of one update, in a list.
+    """Return groups with advantages as the micro-batches of one update.
 
-    `loss` (a `grpo.Loss`, or its name; default: `grpo.Loss()`) says how tokens are averaged: each token's weight is
-    fixed here, over all groups, and stands in `Batch.weights`, so the sum of the micro-batches' losses and gradients
-    does not depend on how they are cut. At most `micro_batch_tokens` tokens go through the model at once (a longer row
-    goes alone). Rows that can have no gradient are left out; the denominators count them. `max_completion_length`, in
-    tokens, is what a loss that averages over a constant ("dr_grpo") divides by.
+    `loss` (a `grpo.Loss`, or its name; default: `grpo.Loss()`) determines how tokens are averaged. Each token's weight
+    is fixed here, over all groups, and stored in `Batch.weights`, so the sum of the micro-batches' losses and gradients
+    does not depend on the split. A micro-batch has at most `micro_batch_tokens` tokens (a longer row gets its own).
+    Rows that cannot have a gradient are left out; the denominators still count them. `max_completion_length`, in
+    tokens, is the divisor of a loss with a constant normalizer ("dr_grpo").
 
-    Each completion has a row of its own. On a GPU `grpo.Trainer` may send several behind one another instead
-    (`optim.pack_completions`): the same gradient but for rounding, with less padding.
+    Each completion is one row. On a GPU, `grpo.Trainer` may pack several completions into a row instead
+    (`optim.pack_completions`): the same gradient except for rounding, with less padding.
 
-    Arrays of a batch are `[B, T]`, B rows of T tokens, float32 but for int32 `token_ids`; see `grpo.Batch`.
+    The arrays of a batch are `[B, T]`, B rows of T tokens, float32 except int32 `token_ids`; see `grpo.Batch`.
 
     Raises UserError for groups sampled without logprobs (at another temperature than the policy's), for groups without
     scores or without advantages, and for a loss with a constant normalizer without `max_completion_length`.
@@ -134,7 +136,7 @@ def batches(
     if rollouts and not any(rollout.has_advantage for rollout in rollouts):
         _refuse_unfinished(groups)
     if loss.preset.normalize == "constant" and max_completion_length is None:
-        raise UserError(f"grpo.batches: {loss.type} divides by a constant: give max_completion_length, in tokens")
+        raise UserError(f"grpo.batches: {loss.type} divides by a constant: pass max_completion_length, in tokens")
     size = max((len(group.rollouts) for group in groups), default=1)
     parts = parts_for(loss)
     rows = -(-max(1, len(rollouts)) // parts)
@@ -150,19 +152,20 @@ UNSCORED = "these groups have no scores: call groups = grpo.score(groups, reward
 
 
 def _scored(groups: Sequence[Group]) -> bool:
-    """Whether anything says of any rollout what it is worth, or why that is not known."""
+    """Whether any rollout has a reward, a score, or a failure."""
     return any(r.reward is not None or r.scores or r.failures for group in groups for r in group.rollouts)
 
 
 def _refuse_unfinished(groups: Sequence[Group]) -> None:
-    """Raise UserError where a call is missing, for groups whose advantages are all 0. They may be: all rewards of a
-    group can be equal, or have failed."""
+    """Raise UserError if groups have only zero advantages because a call is missing. Zero advantages can be right: all
+    rewards of a group may be equal, or have failed."""
     if not _scored(groups):
         raise UserError(f"grpo.batches: {UNSCORED}, and then grpo.advantages(groups)")
     if any(rollout.advantage for group in groups for rollout in advantages([group])[0].rollouts):
         raise UserError(
-            "grpo.batches: these groups have scores that differ, and no advantages: call groups = "
-            "grpo.advantages(groups) first (the baseline maxrl makes none where a group's mean reward is not above 0)"
+            "grpo.batches: these groups have different scores, but no advantages: call groups = "
+            "grpo.advantages(groups) first (the baseline maxrl gives no advantages if a group's mean reward is not "
+            "above 0)"
         )
 
 
@@ -170,10 +173,10 @@ def _as_loss(loss: Any) -> LossConfig:
     if loss is None or isinstance(loss, LossConfig):
         return loss or Loss()
     if isinstance(loss, str):
-        return Loss(loss)  # type: ignore[arg-type]  # the schema says what is no name
+        return Loss(loss)  # type: ignore[arg-type]  # the schema refuses unknown names
     if callable(loss):
         raise UserError(
-            "grpo.batches: loss is a function, and batches take a grpo.Loss, which says how tokens are averaged: give "
-            "the function to policy.gradient or policy.update"
+            "grpo.batches: loss is a function, but batches need a grpo.Loss, which determines how tokens are averaged: "
+            "pass the function to policy.gradient or policy.update"
         )
     raise UserError(f"grpo.batches: loss: expected a grpo.Loss or its name, got {kind_of(loss)}")

@@ -1,4 +1,4 @@
-"""A run from its beginning to its loop: what `grpo train` and `grpo.Trainer` both do around the steps."""
+"""Opens a run: what `grpo train` and `grpo.Trainer` both do before and after the steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from grpo.types import FAILURES, EvalMetrics, StepMetrics
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """How a run begins, by the options of `grpo train`; `checkpoint` is the one to resume from."""
+    """The options of `grpo train` for how a run begins. `checkpoint` is the checkpoint to resume from."""
 
     resume: bool = False
     checkpoint: Path | None = None
@@ -42,23 +42,23 @@ class How:
 
 
 class Opening:
-    """A run that is loaded: `run` is all that it needs, `cfg` its recipe.
+    """A loaded run: `run` holds its prepared parts, `cfg` is its recipe.
 
-    `check` comes first, then `loop`; after the loop, `finish`.
+    Call `check`, then `loop`, and after the loop `finish`.
     """
 
     def __init__(
         self, cfg: Recipe, how: How, console: Console, given: Given = NOTHING, former: Opening | None = None
     ) -> None:
-        """`former` is an earlier opening of the same run in this process: what it has loaded is taken from there.
+        """Load the run. `former` is an earlier opening of the same run in this process, whose loaded parts are reused.
 
-        Raises UserError, as `find_start` and `prepare` do, with nothing written.
+        Raises UserError as `find_start` and `prepare` do. Writes nothing.
         """
         self.console, self.ranks = console, Ranks.launched()
         self._start = find_start(cfg, how.resume, how.checkpoint, how.changed, how.overwrite, how.dry, given)
         self.cfg, self.given, self.planned = self._start.cfg, given, self._start.planned
         self._own = find_loggers(self.cfg.log)
-        self.ranks.wait()  # all have looked before the first one makes the folder
+        self.ranks.wait()  # every process checks the folder before rank 0 creates it
         reusable = former is not None and self.planned in (former.planned, former.decided)
         self.run: Prepared = former.run if former is not None and reusable else self._loaded()
         self._state: RunState | None = None
@@ -69,17 +69,17 @@ class Opening:
 
     @property
     def decided(self) -> Recipe:
-        """The recipe with the plan in the place of `auto`: what a run that goes on with this one is planned by."""
+        """The recipe with the plan's values instead of `auto`, as a resumed run uses it."""
         return as_planned(self.planned, plan_of(self.run.trainer))
 
     def load(self) -> None:
-        """Make the policy what it is where the run begins. Raises UserError for a state that does not fit."""
+        """Load the state from which the run begins. Raises UserError for a state that does not fit."""
         self._state = self._start.load(self.run.trainer)
 
     def check(self) -> None:
-        """Print the plan, load the state that the run begins from, and compare decoding with training.
+        """Print the plan, load the state from which the run begins, and compare decoding with training.
 
-        Raises UserError for a state that does not fit, and RunError where the two do not agree.
+        Raises UserError for a state that does not fit, and RunError if decoding and training disagree.
         """
         run, cfg, console = self.run, self.cfg, self.console
         notes = [*run.notes, *self._start.notes, *_unsent(cfg.log)]
@@ -92,7 +92,7 @@ class Opening:
         console.print(parity, highlight=False, soft_wrap=True)
 
     def rehearse(self) -> None:
-        """Print where memory goes, call each reward once, on made-up completions, and print what came of it."""
+        """Print where memory goes, call each reward once on made-up completions, and print the results."""
         trainer = self.run.trainer
         for line in self.run.planner.report(self.run.plan):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -101,13 +101,15 @@ class Opening:
 
     @contextmanager
     def loop(self, stop: StopRequest, also: Sequence[Log] = ()) -> Iterator[Loop]:
-        """The run's loop, for a `with` block in which its folder and its loggers are open, and signals noted.
+        """Return the run's loop for a `with` block. Inside the block, the folder and the loggers are open, and signals
+        are handled.
 
-        `also` are told of every step and evaluation after the loggers; what they raise ends the run.
+        The functions in `also` are called with every step and evaluation, after the loggers. An exception of theirs
+        ends the run.
         """
         run, cfg, trainer = self.run, self.cfg, self.run.trainer
-        state, self._state = self._state, None  # or the arrays that the run began with would be held to its end
-        assert state is not None, "`check` comes first"
+        state, self._state = self._state, None  # do not hold the initial arrays until the run ends
+        assert state is not None, "call `check` first"
         written = context(
             cfg, trainer.policy.adapters.config, plan_of(trainer), revisions_of(trainer.cfg), run.rows, self.given
         )
@@ -127,11 +129,11 @@ class Opening:
 
     @property
     def folder(self) -> Path:
-        """The run's folder, whether it is there yet or not."""
+        """The run's folder, which may not exist yet."""
         return Path(str(self.cfg.output_dir))
 
     def finish(self, outcome: Outcome, go_on: str) -> None:
-        """Print how the run ended; `go_on` says how to go on with one that was stopped."""
+        """Print how the run ended. `go_on` is the command that resumes a stopped run."""
         scorer, ranks = self.run.trainer.scorer, self.ranks
         kinds = {kind: ranks.sum_counts(scorer.failures_of(kind)) for kind in FAILURES}
         failures = failure_lines(kinds, scorer.environments)
@@ -139,8 +141,8 @@ class Opening:
         ranks.finish()
 
     def _example(self) -> str | None:
-        """What `grpo generate` is given to try the run; None where it cannot converse as the run does, because the
-        environment, a tool or the rows are objects of this session."""
+        """Return the arguments for `grpo generate` to try the run. None if it cannot hold the run's conversations,
+        because the environment, a tool, or the data is an object of this session."""
         cfg = self.cfg
         if not cfg.conversations:
             return shlex.quote(last_text(self.run.tasks[0].prompt))
@@ -151,7 +153,7 @@ class Opening:
 
 
 def _telling(logs: Sequence[Log]) -> Log:
-    """A function that tells all of them."""
+    """Return a function that calls all logs."""
 
     def tell(record: StepMetrics | EvalMetrics) -> None:
         for log in logs:
@@ -161,10 +163,10 @@ def _telling(logs: Sequence[Log]) -> Log:
 
 
 def _unsent(cfg: LogConfig) -> list[str]:
-    """A line where W&B is to get the run and nobody is logged in: the run stays in its folder then."""
+    """Return a note if W&B is configured but nobody is logged in: the run then stays in its folder."""
     from grpo.doctor.services import wandb
 
     if cfg.wandb is None or cfg.wandb.mode == "offline" or (found := wandb()).status == "ok":
         return []
-    why = found.text.removesuffix(", which only log.wandb wants")
-    return [f"W&B: {why}: the run stays in its folder for `wandb sync`, unless you see to it first: {found.remedy}"]
+    why = found.text.removesuffix(" (only log.wandb needs it)")
+    return [f"W&B: {why}: the run stays in its folder for `wandb sync`, unless you first {found.remedy}"]

@@ -1,4 +1,4 @@
-"""`grpo.optimizer`: what moves the weights of a policy."""
+"""`grpo.optimizer`: optimizers for the weights of a policy."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ OF_THE_LOOP = {
     "num_minibatches",
     "max_logp_difference",
 }
-"""Settings of a recipe's `optim` that are no optimizer's."""
+"""Settings of a recipe's `optim` that do not belong to an optimizer."""
 
 
 def optimizer(name: Optimizer = "adamw", **settings: Any) -> PolicyOptimizer:
-    """An optimizer: one of `mlx.optimizers` by its name, with float32 weights and state for models of any dtype.
+    """Create an optimizer of `mlx.optimizers`, by its name. Its weights and state are float32 for models of any dtype.
 
-    `settings` are those of a recipe's section `optim`: `learning_rate` (1e-5), `weight_decay` (0), `max_grad_norm`
-    (1.0: the gradient is scaled down to this norm), `optimizer_args`, `moments` ("float32"; "int8": in 8 bits between
-    updates, for arrays of 4,096 numbers or more), `num_iterations` (1: passes over the batches in each
-    `policy.update`), and `lr_scheduler_type` or `warmup_steps`, which need `steps`, the number of updates to come.
+    `settings` are the settings of a recipe's section `optim`: `learning_rate` (1e-5), `weight_decay` (0),
+    `max_grad_norm` (1.0: the gradient is scaled down to this norm), `optimizer_args`, `moments` ("float32"; "int8": 8
+    bits between updates, for arrays of 4,096 numbers or more), `num_iterations` (1: passes over the batches in each
+    `policy.update`), and `lr_scheduler_type` or `warmup_steps`, which need `steps`, the planned number of updates.
 
     Raises UserError for an unknown name or setting, and for an argument that the optimizer does not have.
 
@@ -47,16 +47,16 @@ def optimizer(name: Optimizer = "adamw", **settings: Any) -> PolicyOptimizer:
     (0.001, 0)
     """
     if wrong := OF_THE_LOOP & set(settings):
-        raise UserError(f"{SAID_BY}: {min(wrong)} is no setting of an optimizer: it belongs to a recipe (grpo.recipe)")
+        raise UserError(f"{SAID_BY}: {min(wrong)} is not a setting of an optimizer: use it in a recipe (grpo.recipe)")
     if "steps" not in settings and (early := {"lr_scheduler_type", "warmup_steps"} & set(settings)):
-        raise UserError(f"{SAID_BY}: {min(early)} needs steps=..., the number of updates that there will be")
+        raise UserError(f"{SAID_BY}: {min(early)} needs steps=..., the planned number of updates")
     cfg = with_settings(OptimConfig(steps=MANY - 1), {"optimizer": name, **settings}, SAID_BY)
-    make_optimizer(cfg)  # refuses arguments that it does not have
+    make_optimizer(cfg)  # refuses unknown arguments
     return PolicyOptimizer(cfg)
 
 
 class PolicyOptimizer:
-    """Moves the weights of one policy: the first one that it is used with. Its state is kept from update to update."""
+    """Updates the weights of one policy, the first that it is used with. It keeps its state between updates."""
 
     def __init__(self, cfg: OptimConfig) -> None:
         self.cfg = cfg
@@ -67,33 +67,36 @@ class PolicyOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the last update, or the peak before the first."""
+        """The learning rate of the last update; before the first update, the peak."""
         return self.cfg.learning_rate if self._own is None else float(self._own.learning_rate.item())
 
     def update(self, policy: LoadedPolicy, gradient: Gradient) -> Update:
-        """One step on the policy's weights by a gradient of `policy.gradient`, clipped to `max_grad_norm`.
+        """Apply a gradient of `policy.gradient`, clipped to `max_grad_norm`, to the policy's weights.
 
         A gradient that is not finite, or exactly 0, is not applied: the result's `skipped` or `without_signal` is 1.
-        The gradient's arrays are used up. Raises UserError for what is no gradient, and RunError after
-        `max_skipped_updates` in a row that are not finite.
+        The gradient's arrays are consumed. Raises UserError for a value that is not a gradient, and RunError after
+        `max_skipped_updates` consecutive updates that are not finite.
         """
         if not isinstance(gradient, Gradient):
             raise UserError(
-                f"opt.update: expected a gradient of policy.gradient(batches, loss), got {kind_of(gradient)}; an "
-                "update by batches is policy.update(batches, opt)"
+                f"opt.update: expected a gradient of policy.gradient(batches, loss), got {kind_of(gradient)}; to "
+                "update with batches, call policy.update(batches, opt)"
             )
         updater = self.updater(policy, LossConfig(), None)
         self.steps_done += 1
         return updater.apply(gradient, self.steps_done)
 
     def updater(self, policy: LoadedPolicy, loss: LossConfig, custom: CustomLoss | None) -> Updater:
-        """What makes the updates of this policy by this loss. All of them share one optimizer's state."""
+        """Return the updater of this policy for this loss. All updaters share one optimizer state."""
         if not hasattr(policy, "inner"):
             raise UserError(
-                f"opt.update: expected a policy of grpo.load first, got {kind_of(policy)}: opt.update(policy, gradient)"
+                f"opt.update: expected a policy of grpo.load as the first argument, got {kind_of(policy)}: "
+                "opt.update(policy, gradient)"
             )
         if self._policy is not None and self._policy is not policy:
-            raise UserError("this optimizer already moves another policy: make one for each, grpo.optimizer(...)")
+            raise UserError(
+                "this optimizer already updates another policy: create one per policy with grpo.optimizer(...)"
+            )
         self._policy = policy
         key = (repr(loss), custom)
         if key not in self._updaters:

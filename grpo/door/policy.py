@@ -1,4 +1,4 @@
-"""`grpo.load`: a model that samples, is trained, and is saved."""
+"""`grpo.load`: loads a model to sample from, train, and save."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ SAMPLE = "policy.sample"
 
 
 def load(name: str | Path, *, seed: int = 0, **settings: Any) -> LoadedPolicy:
-    """A policy: a model with an adapter that trains, its tokenizer, and its generator.
+    """Load a policy: a model with a trainable adapter, its tokenizer, and its generator.
 
-    `name` is a Hub repository, a folder, or a built-in model such as `builtin:arithmetic-student`. `settings` are those
-    of a recipe's sections `model` (`dtype`, `quantize`, `revision`, `head_dtype`) and `adapter` (`rank` (16), `scale`
-    (2.0: the update is scale × B A), `type` ("lora", "dora" or "full"), `targets`, `layers`, `dropout`, `use_rslora`,
-    `path`: a saved adapter to go on from), and `temperature` (1.0: of sampling and of all logprobs), `max_concurrency`
-    (64: rows decoded at once), `speculate` ("auto": tokens are guessed where that pays, and are the same),
-    `chat_template` ("auto") and `chat_template_kwargs`. A fresh adapter (LoRA, arXiv 2106.09685) is drawn from `seed`,
-    and changes nothing before its first update.
+    `name` is a Hub repository, a folder, or a built-in model such as `builtin:arithmetic-student`. `settings` are the
+    settings of a recipe's sections `model` (`dtype`, `quantize`, `revision`, `head_dtype`) and `adapter` (`rank` (16),
+    `scale` (2.0: the update is scale × B A), `type` ("lora", "dora" or "full"), `targets`, `layers`, `dropout`,
+    `use_rslora`, `path`: a saved adapter to start from), and `temperature` (1.0: for sampling and all logprobs),
+    `max_concurrency` (64: rows that decode simultaneously), `speculate` ("auto": speculative decoding where it is
+    faster, with the same tokens), `chat_template` ("auto") and `chat_template_kwargs`. A new adapter (LoRA, arXiv
+    2106.09685) is drawn from `seed`; it does not change the model before its first update.
 
-    Raises UserError for a model that cannot be had, a setting that does not exist or is out of bounds, and an adapter
-    that does not fit.
+    Raises UserError for a model that cannot be loaded, a setting that does not exist or is out of bounds, and an
+    adapter that does not fit.
 
     >>> policy = grpo.load("builtin:arithmetic-student", rank=4)
     >>> (group,) = policy.sample(["What is 1+2+3+4?"], n=2, max_tokens=8)
@@ -71,7 +71,7 @@ def load(name: str | Path, *, seed: int = 0, **settings: Any) -> LoadedPolicy:
 
 
 _ALSO = ({"temperature", "max_concurrency", "speculate"}, {"chat_template", "chat_template_kwargs"})
-"""Settings of `rollout` and of `data` that belong to a policy."""
+"""Settings of `rollout` and `data` that `grpo.load` accepts."""
 OF_SAMPLING = {
     *("top_k", "top_p", "min_p", "repetition_penalty"),
     *("min_completion_length", "stop", "stop_token_ids", "max_repeats"),
@@ -80,7 +80,7 @@ _ARGUMENTS = ("tasks", "n", "max_tokens", "key", "temperature", "environment")
 
 
 class LoadedPolicy:
-    """A model that samples and learns. `model` is the MLX module, `tokenizer` mlx-lm's; use both as you like."""
+    """A model that samples and learns. `model` is the MLX module, and `tokenizer` is mlx-lm's tokenizer."""
 
     def __init__(
         self, model: ModelConfig, adapter: AdapterConfig, rollout: RolloutConfig, data: DataConfig, *, seed: int
@@ -96,8 +96,8 @@ class LoadedPolicy:
         self._gradients: dict[tuple[str, CustomLoss | None], Gradients] = {}
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """The token ids of a prompt: text, which goes through the chat template as a user's message if the model has
-        one (`chat_template`), or chat messages. Raises UserError for messages without a chat template."""
+        """Return the token ids of a prompt: text, or chat messages. Text goes through the model's chat template, if it
+        has one, as a user's message (see `chat_template`). Raises UserError for messages without a chat template."""
         return self._encoded(_task(prompt, 0)).prompt_ids
 
     def sample(
@@ -111,20 +111,21 @@ class LoadedPolicy:
         environment: Environment | type[Environment] | str | None = None,
         **settings: Any,
     ) -> list[Group]:
-        """`n` completions of each task, as a group for each task, in order.
+        """Sample `n` completions of each task. Returns a group per task, in order.
 
-        `tasks` are a list that `grpo.tasks` gives, texts, or lists of chat messages; a text alone is one prompt. A
-        completion has at most `max_tokens` tokens, its stop token included. `key` (a number such as the step's, or an
-        MLX key, uint32 `[2]`) decides what is drawn, together with the policy's seed: the same key, the same
-        completions. Each rollout's `trajectory` has `token_ids`, `text`, `finish_reason` and, by token, fp32 logprobs
-        in nats at the policy's temperature (`behaviour`). At another `temperature` (0: greedy) there are none, because
-        nothing can be learned from those. `environment` makes the trajectories: a single turn, unless an object, a
-        class or a name (`"file.py:Class"`) is given.
-        Defaults are the recipe's (8 completions of 256 tokens). `settings` are the recipe's for sampling: `top_k`,
-        `top_p`, `min_p`, `repetition_penalty`, `stop`, `stop_token_ids`, `max_repeats`, `min_completion_length`.
+        `tasks` is a list from `grpo.tasks`, or a list of texts or of lists of chat messages; a single text is one
+        prompt. A completion has at most `max_tokens` tokens, including its stop token. `key` (a number such as the
+        step, or an MLX key, uint32 `[2]`) and the policy's seed determine the draws: the same key gives the same
+        completions. Each rollout's `trajectory` has `token_ids`, `text`, `finish_reason`, and fp32 logprobs per token,
+        in nats, at the policy's temperature (`behaviour`). At another `temperature` (0: greedy) there are no logprobs,
+        because such completions cannot be trained on. `environment` makes the trajectories: an object, a class, or a
+        name (`"file.py:Class"`); by default a single turn.
+        The defaults are the recipe's (8 completions of 256 tokens). `settings` are the recipe's settings for sampling:
+        `top_k`, `top_p`, `min_p`, `repetition_penalty`, `stop`, `stop_token_ids`, `max_repeats`,
+        `min_completion_length`.
 
-        Raises UserError for a prompt that cannot be encoded, for a prompt that, with `max_tokens` more, is beyond the
-        positions that the model was made for, and for settings that are unknown or out of bounds.
+        Raises UserError for a prompt that cannot be encoded, for a prompt that exceeds the model's context length
+        together with `max_tokens`, and for settings that are unknown or out of bounds.
         """
         if unknown := sorted(set(settings) - OF_SAMPLING):
             raise unknown_setting(SAMPLE, unknown[0], OF_SAMPLING, _ARGUMENTS)
@@ -132,7 +133,7 @@ class LoadedPolicy:
         rollout = with_settings(self._rollout, {**asked, **settings}, SAMPLE)
         n = rollout.num_generations if n is None else whole_number(n, f"{SAMPLE}: n")
         if n < 1:
-            raise UserError(f"{SAMPLE}: n is {n}; a prompt gets 1 completion or more")
+            raise UserError(f"{SAMPLE}: n is {n}, but must be at least 1")
         at = rollout.temperature if temperature is None else _checked_temperature(temperature)
         own = at == rollout.temperature
         draws = self._key(key)
@@ -143,32 +144,32 @@ class LoadedPolicy:
         return engine.rollout(ready, n, at, draws, logprobs=own) if ready else []
 
     def logprobs(self, batch: Batch) -> mx.array:
-        """Log p of a batch's tokens under the policy as it is: float32 `[B, T]`, in nats, at its temperature.
+        """Return log p of a batch's tokens under the current policy: float32 `[B, T]`, in nats, at its temperature.
 
-        What stands on padding means nothing. Differentiable, as MLX functions are.
+        Values at padding are meaningless. Differentiable like other MLX functions.
         """
         return batch_logprobs(self.inner, batch)[0]
 
     def reference(self) -> AbstractContextManager[None]:
-        """A `with` block in which the policy is the reference: the model without its adapter, or the adapter that it
-        went on from."""
+        """Return a context manager that makes the policy the reference: the model without its adapter, or the adapter
+        from which it started."""
         return self.inner.use(REFERENCE)
 
     def gradient(self, batches: Batch | Sequence[Batch], loss: LossConfig | Callable[..., Any]) -> Gradient:
-        """The gradient of a loss of one batch, or of several batches together (the sum).
+        """Return the gradient of a loss for one batch, or for the sum over several batches.
 
-        `loss` is a `grpo.Loss`, or a function of your own, `(current, batch, cfg) -> per-token loss`: `current` float32
-        `[B, T]` is log p of the tokens, differentiable; `batch` has its columns `[B, T]` with 0 where nothing is
-        trained, `anchor` always among them (at first the current policy's logprobs); the result is `[B, T]`. The loss
-        is the sum of `batch.weights` × per-token loss. The result has `loss`, `metrics`, and `arrays`, float32 by the
-        parameters' paths; `opt.update(policy, gradient)` applies it.
+        `loss` is a `grpo.Loss`, or a custom function `(current, batch, cfg) -> per-token loss`. `current`, float32
+        `[B, T]`, is log p of the tokens, and differentiable. `batch` has its columns `[B, T]`, with 0 at tokens that
+        are not trained on; `anchor` is always present (at first the current policy's logprobs). The function returns
+        `[B, T]`. The loss is the sum of `batch.weights` × per-token loss. The result has `loss`, `metrics`, and
+        `arrays`, float32 by the parameters' paths; `opt.update(policy, gradient)` applies it.
 
-        Raises RunError where a function of your own fails or returns another shape.
+        Raises RunError if a custom function fails or returns another shape.
         """
         several = batches_of(batches, "policy.gradient")
         cfg, custom = _split(batches, loss)
         if cfg.top_entropy_quantile < 1 and isinstance(batches, Batch):
-            raise UserError("policy.gradient: top_entropy_quantile is of all batches: give them at once")
+            raise UserError("policy.gradient: top_entropy_quantile needs all batches: pass them as one list")
         key = (repr(cfg), custom)
         if key not in self._gradients:
             self._gradients[key] = Gradients(self.inner, cfg, custom)
@@ -180,19 +181,20 @@ class LoadedPolicy:
         opt: PolicyOptimizer,
         loss: LossConfig | Callable[..., Any] | None = None,
     ) -> Update:
-        """One update by the batches of `grpo.batches`, clipped and applied; the optimizer may make several.
+        """Make one update with the batches of `grpo.batches`: clip the gradient and apply it. With `num_iterations`,
+        the optimizer makes several.
 
-        `loss` is the batches' own unless another is given. The result has `loss`, `grad_norm` (before clipping) and
-        `metrics` by TRL's names. An update that is not finite is skipped (`skipped`), and one without any signal is
-        not applied (`without_signal`). Raises RunError after `max_skipped_updates` in a row that are not finite.
+        `loss` is by default the loss of the batches. The result has `loss`, `grad_norm` (before clipping) and `metrics`
+        by TRL's names. An update that is not finite is skipped (`skipped`), and an update without a signal is not
+        applied (`without_signal`). Raises RunError after `max_skipped_updates` consecutive updates that are not finite.
         """
         if not isinstance(opt, PolicyOptimizer):
             raise UserError(
-                f"policy.update(batches, opt): opt: expected an optimizer that grpo.optimizer gives, got {kind_of(opt)}"
+                f"policy.update(batches, opt): opt: expected an optimizer of grpo.optimizer, got {kind_of(opt)}"
             )
         several = batches_of(batches, "policy.update(batches, opt)")
         if loss is None and not isinstance(batches, BatchList):
-            raise UserError("policy.update: these batches do not say for which loss they are: give loss=...")
+            raise UserError("policy.update: only the list returned by grpo.batches has a loss: pass loss=...")
         cfg, custom = _split(batches, batches.loss if loss is None and isinstance(batches, BatchList) else loss)
         updater = opt.updater(self, cfg, custom)
         enriched = self._enriched(several, cfg, drops=self.dropout_seed is not None)
@@ -200,8 +202,8 @@ class LoadedPolicy:
         return updater([enriched], opt.steps_done)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the adapter into a folder, in mlx-lm's format: `mlx_lm.generate --adapter-path`, `grpo generate MODEL
-        --adapter`, and `grpo.load(..., path=folder)` read it. Returns the folder. Raises UserError where it cannot."""
+        """Write the adapter to a folder in mlx-lm's format, for `mlx_lm.generate --adapter-path`, `grpo generate MODEL
+        --adapter` and `grpo.load(..., path=folder)`. Returns the folder. Raises UserError if it cannot be written."""
         return save_adapter(self.inner, folder)
 
     def _key(self, key: Any) -> mx.array:
@@ -220,13 +222,13 @@ class LoadedPolicy:
         limit = limit_of(self.model)
         if limit is not None and longest + max_tokens > limit:
             raise UserError(
-                f"{SAMPLE}: a prompt of {longest:,} tokens and a completion of up to {max_tokens:,} (max_tokens) are "
-                f"more than the {limit:,} positions that the model was made for (max_position_embeddings): shorten the "
-                "prompt, or give a lower max_tokens"
+                f"{SAMPLE}: a prompt of {longest:,} tokens and a completion of up to {max_tokens:,} (max_tokens) "
+                f"exceed the model's {limit:,} positions (max_position_embeddings): shorten the prompt, or lower "
+                "max_tokens"
             )
 
     def _enriched(self, batches: list[Batch], loss: LossConfig, drops: bool = False) -> list[Batch]:
-        """The batches with the columns that the loss needs."""
+        """Return the batches with the columns that the loss needs."""
         minibatches = [batches]
         for enrich in passes_of(PassSettings(loss, drops)):
             minibatches = enrich(self.inner, minibatches)
@@ -234,7 +236,7 @@ class LoadedPolicy:
 
 
 def save_adapter(policy: Policy, folder: str | Path) -> Path:
-    """Write what trains into a folder, in mlx-lm's format. Raises UserError where that cannot be done."""
+    """Write the trained weights to a folder in mlx-lm's format. Raises UserError if they cannot be written."""
     path = Path(folder).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -245,9 +247,9 @@ def save_adapter(policy: Policy, folder: str | Path) -> Path:
 
 
 def _tasks(given: Any) -> list[Task]:
-    """Tasks and prompts, or one of them, as tasks. Raises UserError for what is neither."""
+    """Return tasks or prompts, or a single task or prompt, as a list of tasks. Raises UserError for other values."""
     if isinstance(given, TaskLists):
-        raise UserError(f"{SAMPLE}: expected a list of tasks, got the iterator of grpo.tasks: give next(tasks)")
+        raise UserError(f"{SAMPLE}: expected a list of tasks, got the iterator of grpo.tasks: pass next(tasks)")
     if isinstance(given, Task | str):
         given = [given]
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
@@ -256,26 +258,26 @@ def _tasks(given: Any) -> list[Task]:
 
 
 def _task(task: Any, place: int) -> Task:
-    """A task, made from a prompt if it is none."""
+    """Return a task, or make a task from a prompt."""
     if isinstance(task, Task):
         return task
     if isinstance(task, Mapping) and "role" in task:
         raise UserError(
-            f"{SAMPLE}: prompt {place} is a single chat message, and a prompt is a list of messages: write [[message]]"
+            f"{SAMPLE}: prompt {place} is a single chat message, but a prompt is a list of messages: write [[message]]"
         )
     messages = isinstance(task, list) and task and all(isinstance(m, Mapping) and "role" in m for m in task)
     if not isinstance(task, str) and not messages:
         raise UserError(
-            f"{SAMPLE}: prompt {place}: expected a task of grpo.tasks, a text or a list of chat messages, got "
+            f"{SAMPLE}: prompt {place}: expected a task of grpo.tasks, a text, or a list of chat messages, got "
             f"{kind_of(task)}"
         )
     return Task(place, task, (), {}, "prompts")
 
 
 def _split(batches: Any, loss: Any) -> tuple[LossConfig, CustomLoss | None]:
-    """The settings of a loss, and the function that takes the surrogate's place."""
+    """Return the settings of a loss, and the function that replaces the surrogate, if there is one."""
     if isinstance(loss, str):
-        return Loss(loss), None  # type: ignore[arg-type]  # the schema says what is no name
+        return Loss(loss), None  # type: ignore[arg-type]  # the schema refuses unknown names
     if isinstance(loss, LossConfig):
         return loss, None
     if not callable(loss):
@@ -285,7 +287,7 @@ def _split(batches: Any, loss: Any) -> tuple[LossConfig, CustomLoss | None]:
 
 
 def _checked_temperature(temperature: Any) -> float:
-    """A temperature to sample at, 0 for greedy. Raises UserError for what a recipe would not take either."""
+    """Return a sampling temperature; 0 is greedy. Raises UserError for values that a recipe would refuse."""
     if isinstance(temperature, int | float) and not isinstance(temperature, bool) and temperature == 0:
         return 0.0
     try:

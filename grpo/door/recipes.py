@@ -16,18 +16,18 @@ from grpo.recipes import load_recipe
 
 SAID_BY = "grpo.recipe"
 SEVERAL = ("rewards", "tools", "environments", "sources")
-"""Sections of which a recipe has several: their keys have a number or a name in them."""
+"""Sections with several entries: their keys contain a number or a name."""
 
 
 def recipe(name: str | Path, **settings: Any) -> Recipe:
-    """A recipe with other settings, checked exactly like a file.
+    """Load a recipe with changed settings, checked exactly like a file.
 
-    `name` is a recipe's file, or the name of a bundled recipe (`grpo recipes list`). A setting goes by its dotted key,
-    `**{"optim.steps": 20}`, or by its last part where no other key ends so: `steps=20`. A value is what YAML would
-    hold: numbers, text, lists, dicts. A dict for a section replaces the whole section, as on the command line.
+    `name` is a recipe's file, or the name of a bundled recipe (`grpo recipes list`). Name a setting by its dotted key,
+    `**{"optim.steps": 20}`, or by the last part of its key if this part is unique: `steps=20`. Values are the same as
+    in YAML: numbers, text, lists, dicts. A dict for a section replaces the whole section, as on the command line.
 
-    Raises UserError for a recipe that is not there, and for a setting that is unknown, ambiguous, of a wrong type, out
-    of bounds or without effect; the message names the key.
+    Raises UserError for a recipe that does not exist, and for a setting that is unknown, ambiguous, of a wrong type,
+    out of bounds, or without effect; the message names the key.
 
     >>> cfg = grpo.recipe("quickstart", steps=20, learning_rate=1e-3)
     >>> cfg.optim.steps, cfg.rollout.prompts_per_step
@@ -35,7 +35,7 @@ def recipe(name: str | Path, **settings: Any) -> Recipe:
     """
     if not isinstance(name, str | Path):
         raise UserError(
-            f"{SAID_BY}: expected a recipe's name or file, got {kind_of(name)}; settings are given by name beside it: "
+            f"{SAID_BY}: expected a recipe's name or file, got {kind_of(name)}; pass settings as keyword arguments: "
             'grpo.recipe("quickstart", steps=20)'
         )
     texts = [f"{_whole(key)}={_as_yaml(key, value)}" for key, value in settings.items()]
@@ -43,7 +43,7 @@ def recipe(name: str | Path, **settings: Any) -> Recipe:
 
 
 def _whole(key: str) -> str:
-    """The dotted key that ends so; a key that no other ends like stays as it is, and the schema says what is wrong."""
+    """Return the dotted key whose last part is `key`. If there is none, return `key`: the schema then refuses it."""
     keys = list(_keys(Recipe))
     if key in keys or "." in key:
         return key
@@ -55,7 +55,7 @@ def _whole(key: str) -> str:
 
 
 def _keys(section: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a section and of those below it."""
+    """Yield the dotted keys of a section and of its subsections."""
     for name, field in section.model_fields.items():
         yield prefix + name
         below = section_of(field.annotation)
@@ -64,13 +64,13 @@ def _keys(section: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _as_yaml(key: str, value: Any) -> str:
-    """A value as a recipe would write it."""
+    """Return a value as YAML."""
     if callable(value):
-        raise UserError(f"{SAID_BY}: {key} is a function, and a recipe holds names: give it to grpo.Trainer instead")
+        raise UserError(f"{SAID_BY}: {key} is a function, but a recipe holds names: pass it to grpo.Trainer instead")
     try:
-        return json.dumps(value, default=_plain, ensure_ascii=False)  # YAML knows no pairs of surrogates
+        return json.dumps(value, default=_plain, ensure_ascii=False)  # YAML does not support surrogate pairs
     except (TypeError, ValueError) as error:
-        raise UserError(f"{SAID_BY}: {key}: {error}; a recipe holds numbers, text, lists and dicts") from None
+        raise UserError(f"{SAID_BY}: {key}: {error}; a recipe holds numbers, text, lists, and dicts") from None
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`grpo.STOP`: what a callback returns to end a run."""
+"""`grpo.STOP`: a callback returns it to end a run."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ class _Stop(Enum):
 
 
 STOP: Final = _Stop.STOP
-"""A callback of `grpo.Trainer` that returns this ends the run after the step that it was told of: the step is saved,
-and a later `train()` goes on."""
+"""A callback of `grpo.Trainer` that returns this value ends the run after the current step. The step is saved, and a
+later `train()` resumes after it."""

@@ -1,4 +1,4 @@
-"""`grpo.tasks`: prompts from data, in lists of n, without end."""
+"""`grpo.tasks`: an endless iterator of lists of prompts from data."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from grpo.types import Task
 
 SAID_BY = "grpo.tasks"
 OBJECT = f"{SESSION}:data"
-"""What a recipe calls rows that were given as an object."""
+"""The name in a recipe for rows that were passed as an object."""
 OF_THE_MODEL = {"chat_template", "chat_template_kwargs", "max_prompt_length"}
-"""Settings of `data` that only matter where there is a tokenizer."""
+"""Settings of `data` that need a tokenizer."""
 
 
 def tasks(data: Any, *, prompt: str = "prompt", n: int = 8, seed: int = 0, **settings: Any) -> TaskLists:
-    """Prompts from `data`, as an endless iterator of lists of `n` tasks.
+    """Return an endless iterator of lists of `n` tasks with prompts from `data`.
 
     `data` is a `datasets.Dataset`, a list of dicts, a pandas DataFrame or any other iterable of dicts; or, as text, a
     Hub dataset, a file (.jsonl, .json, .csv, .parquet), a pattern of file names, or a built-in task such as
     `builtin:arithmetic`. `prompt` is a template over its columns, `"{question} Think first."`, or the name of a column
     of text or of chat messages. Each epoch visits every row once, in an order drawn from `seed` and the epoch. Rows
-    with a null prompt are left out. `settings` are the recipe's for data: `split` ("train"), `config`, `revision`,
-    `columns`, `system`, `shuffle` (True) and `continue_final_message`. With `system` prompts are messages.
+    with a null prompt are skipped. `settings` are the recipe's settings for data: `split` ("train"), `config`,
+    `revision`, `columns`, `system`, `shuffle` (True) and `continue_final_message`. With `system`, prompts are messages.
 
-    A task has a `prompt`, `columns` (its row, which rewards receive by name) and `identity`, (source, index). Its
-    token ids are made by the policy that samples it.
+    A task has a `prompt`, `columns` (its row, which rewards receive by name) and `identity`, (source, index). The
+    policy that samples the task computes its token ids.
 
-    Raises UserError for data that cannot be had, that has no rows, or whose columns do not fit the prompt.
+    Raises UserError for data that cannot be loaded, that has no rows, or whose columns do not fit the prompt.
 
     >>> tasks = grpo.tasks([{"question": "What is 2+2?", "answer": "4"}], prompt="{question}", n=2)
     >>> [task.prompt for task in next(tasks)]
@@ -47,15 +47,13 @@ def tasks(data: Any, *, prompt: str = "prompt", n: int = 8, seed: int = 0, **set
     """
     if wrong := OF_THE_MODEL & set(settings):
         name = min(wrong)
-        how = (
-            "leave out long prompts by len(policy.encode(task.prompt))" if "length" in name else "give it to grpo.load"
-        )
-        raise UserError(f"{SAID_BY}: {name} needs a tokenizer, which tasks have not: {how}")
+        how = "drop long prompts by len(policy.encode(task.prompt))" if "length" in name else "pass it to grpo.load"
+        raise UserError(f"{SAID_BY}: {name} needs a tokenizer, but tasks have none: {how}")
     if wrong := {"curriculum", "sampler"} & set(settings):
-        raise UserError(f"{SAID_BY}: {min(wrong)} learns from scores, which only a run has: it is for grpo.Trainer")
+        raise UserError(f"{SAID_BY}: {min(wrong)} learns from scores, which only a run has: use grpo.Trainer")
     n = whole_number(n, f"{SAID_BY}: n")
     if n < 1:
-        raise UserError(f"{SAID_BY}: n is {n}; a list has 1 task or more")
+        raise UserError(f"{SAID_BY}: n is {n}, but must be at least 1")
     cfg, given = described(data)
     cfg = with_settings(cfg, {"prompt": prompt, **settings}, SAID_BY)
     reader = _WithSystem(cfg, "data" if cfg.source is None else cfg.label)
@@ -65,30 +63,30 @@ def tasks(data: Any, *, prompt: str = "prompt", n: int = 8, seed: int = 0, **set
 
 
 def described(data: Any) -> tuple[DataConfig, Given]:
-    """How a recipe names data, and the data itself where it is an object that a recipe can only name."""
+    """Return the recipe's section for data, and the data itself if it is an object that the section only names."""
     if is_source(data):
         try:
             return with_settings(DataConfig(source="rows"), {"source": source_of(data)}, SAID_BY), Given()
         except UserError as error:
-            hint = "" if isinstance(data, str | Path) else '. Prompts of your own are rows: [{"prompt": "..."}]'
+            hint = "" if isinstance(data, str | Path) else '. Pass prompts as rows: [{"prompt": "..."}]'
             raise UserError(f"{error}{hint}") from None
     return DataConfig(use=OBJECT), Given(data={"data": data})
 
 
 def is_source(data: Any) -> bool:
-    """Whether data is named by text, as in a recipe, or by several names of files."""
+    """Whether data is a name, as in a recipe, or a list of file names."""
     if isinstance(data, list | tuple):
         return bool(data) and all(isinstance(name, str | Path) for name in data)
     return isinstance(data, str | Path)
 
 
 def source_of(data: Any) -> Origin:
-    """Data that is named, as a recipe's `data.source` names it."""
+    """Return named data in the form of a recipe's `data.source`."""
     return str(data) if isinstance(data, str | Path) else tuple(map(str, data))
 
 
 class TaskLists(Iterator[list[Task]]):
-    """Lists of tasks without end. `state` and `load_state` make it go on where another one was."""
+    """An endless iterator of lists of tasks. `state` and `load_state` resume an earlier iterator."""
 
     def __init__(self, stream: TaskStream | WindowStream, n: int) -> None:
         self._stream, self.n = stream, n
@@ -97,16 +95,16 @@ class TaskLists(Iterator[list[Task]]):
         return self._stream.take(self.n)
 
     def state(self) -> dict[str, Any]:
-        """Where it is, as JSON holds it: the rows visited so far, and those of them that were left out."""
+        """Return the position as JSON-compatible data: the rows visited so far, and the skipped rows among them."""
         return self._stream.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where an iterator over the same data, with the same seed, gave this state."""
+        """Resume from the state of an iterator over the same data with the same seed."""
         self._stream.load_state(state)
 
 
 class _WithSystem(PromptReader):
-    """Puts the system message before text, too: the policy, which encodes the prompt, does not know it."""
+    """Adds the system message to text prompts as well, because the policy that encodes the prompt does not know it."""
 
     def task(self, index: int, row: Mapping[str, Any]) -> Task | None:
         task = super().task(index, row)

@@ -1,4 +1,4 @@
-"""`grpo.Trainer`: the command's run, from Python, with rewards and data as objects."""
+"""`grpo.Trainer`: runs like `grpo train` from Python, with rewards and data as objects."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FLAGS = {
     "resume-changed": "train(resume=True, changed=True)",
     "overwrite": "train(overwrite=True)",
 }
-"""What the options of `grpo train`, which messages name, are called here."""
+"""The Python equivalents of the options of `grpo train`, for messages that name an option."""
 
 
 TRLS = {
@@ -48,7 +48,7 @@ TRLS = {
     "eval_dataset": "eval_data",
     "environment_factory": "environment",
 }
-"""What arguments of TRL's `GRPOTrainer` are called here; `grpo.trl` knows those that are settings of a recipe."""
+"""Our names for arguments of TRL's `GRPOTrainer`. `grpo.trl` has the arguments that are settings of a recipe."""
 
 Why = Literal["finished", "stopped"]
 ENDS: dict[bool, Why] = {True: "finished", False: "stopped"}
@@ -56,10 +56,14 @@ ENDS: dict[bool, Why] = {True: "finished", False: "stopped"}
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How `Trainer.train` ended: after which step, why, and where its last checkpoint is (None before the first step).
+    """How `Trainer.train` ended.
 
-    `worse` says, where the model got worse (its last evaluation is below the first, beyond their 95 % intervals), by
-    how much and what to try.
+    step           the last step
+    why            `finished` or `stopped`
+    checkpoint     the folder of the last checkpoint; None before the first step
+    before, after  the first and the last evaluation, if there were any
+    worse          a message, if the last evaluation is below the first beyond their 95 % intervals: by how much, and
+                   what to try
     """
 
     step: int
@@ -73,35 +77,37 @@ class Ending:
 class Trainer:
     """A run like `grpo train`'s, with rewards and data as Python objects: `grpo.Trainer(grpo.recipe("quickstart"))`.
 
-    It does all that the command does: the check of sampling against training, evaluations, logs, checkpoints in the
-    recipe's `output_dir`, and resuming. `recipe` is what `grpo.recipe` gives, or a recipe's name or file. In the place
-    of what the recipe names:
+    It does everything that the command does: it compares sampling with training, evaluates, logs, saves checkpoints in
+    the recipe's `output_dir`, and resumes. `recipe` is a recipe from `grpo.recipe`, or a recipe's name or file. These
+    arguments replace the recipe's values:
 
-        rewards    a list of functions, names and `grpo.reward(...)`; the first of them grades evaluations. Functions
+        rewards    a list of functions, names and `grpo.reward(...)`; the first reward grades evaluations. Functions
                    run in this process, without a time limit.
-        data       the prompts to train on: a datasets.Dataset, a list of dicts, a pandas DataFrame, or text that a
-                   recipe's `data.source` could be
-        eval_data  the held-out prompts, likewise; a recipe without a section `eval` gets one with its defaults
+        data       the prompts to train on: a datasets.Dataset, a list of dicts, a pandas DataFrame, or a text as in a
+                   recipe's `data.source`
+        eval_data  the held-out prompts, in the same forms; a recipe without a section `eval` gets a default section
         loss       a function `(current, batch, cfg) -> per-token loss`, each `[B, T]`; see `LoadedPolicy.gradient`
-        source     a function, or a class, that makes the source of tasks from the stream of the recipe's data: a
-                   curriculum, say; see `grpo.data.source.Source`
-        environment  whom the model talks to in several turns: a class, or a function that makes an object, as TRL's
-                   `environment_factory`; an object with `async def rollout(self, task, sampler)`; or `"file.py:Class"`.
-                   `{"agent": run}` is a function that asks the model itself, `{"command": [...]}` such a program
-        environments  several of them by name, in a dict; the data's column `environment` says which
+        source     a function or a class that creates the source of tasks, such as a curriculum, from the stream of the
+                   recipe's data; see `grpo.data.source.Source`
+        environment  what the model talks to in several turns: a class, or a function that creates an object, as in
+                   TRL's `environment_factory`; an object with `async def rollout(self, task, sampler)`; or
+                   `"file.py:Class"`. `{"agent": run}` is a function that calls the model itself, and
+                   `{"command": [...]}` is a program that does
+        environments  several environments, in a dict by name; the data's column `environment` selects one
         tools      a list of functions and classes that the model may call, and names such as `"calculator"`
-        callbacks  one function, or a list of functions, that are called, after the run's own logs, with each
-                   `grpo.StepMetrics` (its `groups` are what was sampled, with scores and advantages; with
-                   `rollout.reuse` also the older groups that it learnt from, which are `replayed`) and each
+        callbacks  a function or a list of functions, which are called, after the run's own logs, with each
+                   `grpo.StepMetrics` (its `groups` are the sampled groups with scores and advantages; with
+                   `rollout.reuse` also the older groups of the update, which are `replayed`) and each
                    `grpo.EvalMetrics`. A callback that returns `grpo.STOP` ends the run after that step; any other
-                   answer but None is an error. An exception ends the run too, and `train` raises it.
+                   return value except None is an error. An exception ends the run, and `train` raises it.
 
-    What was given as a name lives in processes of its own. Classes and functions live in this process, with all beside
-    them: a time limit ends the conversation there, but not the call, and a crash ends the run. In the place of one, a
-    dict says more, as a recipe would: `environment={"use": Game, "max_turns": 20}`.
+    Environments and tools given by name run in separate processes. If any of them is a class or function, all of them
+    run in this process: a time limit there ends the conversation but not the call, and a crash ends the run. Instead of
+    a class or function, a dict may hold further settings, as in a recipe:
+    `environment={"use": Game, "max_turns": 20}`.
 
-    With `quiet` nothing is printed. The model is loaded when it is first needed. Raises UserError for what does not fit
-    together.
+    With `quiet`, nothing is printed. The model is loaded when it is first needed. Raises UserError for arguments that
+    do not fit together.
 
     >>> trainer = grpo.Trainer(recipe, rewards=[my_reward], quiet=True)
     >>> trainer.train().why
@@ -129,7 +135,7 @@ class Trainer:
         self.callbacks = _callbacks(callbacks)
         cfg = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
         self.recipe, self._given = handed(cfg, rewards, data, eval_data, loss, source, environment, environments, tools)
-        # Plain lines: a notebook would show each print of a rich console as a block of HTML.
+        # Print plain lines: a notebook would show each print of a rich console as a block of HTML.
         self._console = Console(quiet=quiet, force_jupyter=False)
         self._opening: Opening | None = None
         self._began = False
@@ -138,14 +144,14 @@ class Trainer:
     def train(self, *, resume: bool | str | Path = False, overwrite: bool = False, changed: bool = False) -> Ending:
         """Train until the recipe's last step.
 
-        A second call goes on where the first was interrupted, to the same numbers, on a CPU to the bit. For a run that
-        an earlier process left in the folder, `resume=True` goes on after its newest checkpoint (or begins, where there
-        is none), a checkpoint's folder after that one; `overwrite` replaces the run. `changed` goes on though recipe,
-        code or data have changed.
+        A second call resumes where the first was interrupted and gives the same numbers, bitwise on a CPU. If an
+        earlier process left a run in the folder, `resume=True` resumes after its newest checkpoint (or begins, if there
+        is none), `resume=FOLDER` resumes after that checkpoint, and `overwrite` replaces the run. `changed` resumes
+        even if the recipe, code, or data has changed.
 
-        Ctrl-C (a notebook's "interrupt") ends it with the last finished step saved, and raises KeyboardInterrupt;
-        handlers that you have set yourself, and all other signals, stay yours. Raises UserError for a folder that holds
-        another run, and RunError for a run that cannot go on, or of which no step had anything to learn from.
+        Ctrl-C (a notebook's "interrupt") ends training, saves the last finished step, and raises KeyboardInterrupt. It
+        does not replace signal handlers that you have set, and handles no other signal. Raises UserError if the folder
+        holds another run, and RunError if the run cannot continue, or if no step had a training signal.
         """
         self._refuse_while_training()
         if overwrite:
@@ -161,13 +167,13 @@ class Trainer:
         finally:
             self._stop = None
             trainer = opening.run.trainer
-            if trainer.before.halfway or trainer.policy.is_spread:  # weights of no step, or a part of them
+            if trainer.before.halfway or trainer.policy.is_spread:  # the weights belong to no step, or are only a part
                 self.close()
         opening.finish(outcome, "trainer.train()")
         return self._ended(outcome)
 
     def evaluate(self) -> EvalMetrics:
-        """Measure the policy as it is on the held-out prompts of the recipe's section `eval`: greedy, avg@k, pass@k and
+        """Evaluate the current policy on the held-out prompts of the recipe's section `eval`: greedy, avg@k, pass@k and
         maj@k, as fractions, with 95 % intervals. Writes nothing. Raises UserError for a recipe without `eval`."""
         opening = self._ready()
         if opening.run.evaluator is None:
@@ -178,23 +184,23 @@ class Trainer:
         return opening.run.evaluator(self._step())
 
     def save(self, folder: str | Path) -> Path:
-        """Write the adapter as it is into a folder, in mlx-lm's format: `mlx_lm.generate --adapter-path`,
-        `grpo generate MODEL --adapter` and `grpo.load(..., path=folder)` read it. Returns the folder."""
+        """Write the current adapter to a folder in mlx-lm's format, for `mlx_lm.generate --adapter-path`,
+        `grpo generate MODEL --adapter` and `grpo.load(..., path=folder)`. Returns the folder."""
         return save_adapter(self.policy, folder)
 
     def stop(self) -> None:
-        """Ask `train` to end after the step that is finished: from a callback, a reward, or another thread."""
+        """Make `train` end after the last finished step. Call it from a callback, a reward, or another thread."""
         if self._stop is not None:
             self._stop.ask()
 
     @property
     def policy(self) -> Policy:
-        """The policy that trains: its `model`, its `adapters`, its `logprobs`."""
+        """The policy in training, with its `model`, `adapters`, and `logprobs`."""
         return self._ready().run.trainer.policy
 
     @property
     def tokenizer(self) -> Any:
-        """mlx-lm's tokenizer of the model."""
+        """The model's tokenizer, as mlx-lm loads it."""
         return self._ready().run.trainer.engine.generator.tokenizer
 
     @property
@@ -204,13 +210,13 @@ class Trainer:
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """The metrics of each step of the run so far, `step` included, as `metrics.jsonl` has them."""
+        """The metrics of each step so far, including `step`, as in `metrics.jsonl`."""
         steps = read_steps(self.folder) if is_run(self.folder) else []
         return [{"step": float(record.step), **record.values} for record in steps]
 
     def close(self) -> None:
-        """End the processes of rewards and let go of the model. A later call loads both again, as they were after the
-        last step that was saved."""
+        """End the processes of rewards, and free the model. A later call loads both again, in the state of the last
+        saved step."""
         if self._opening is not None:
             self._opening.run.opened.close()
         self._opening = None
@@ -226,7 +232,7 @@ class Trainer:
         return How(bool(resume) or self._began, checkpoint, changed, overwrite)
 
     def _opened(self, how: How) -> Opening:
-        """The run, ready to be checked. Messages of the command's options are told in Python's words."""
+        """Return the loaded run. Errors name the arguments of `train` instead of the command's options."""
         with _in_python():
             opening = Opening(self.recipe, how, self._console, self._given, self._opening)
         if self._opening is None or opening.run is not self._opening.run:
@@ -236,7 +242,7 @@ class Trainer:
         return opening
 
     def _ready(self) -> Opening:
-        """The run as it is now, loaded if it is not; nothing is written."""
+        """Return the run in its current state, and load it if necessary. Writes nothing."""
         if self._opening is not None:
             return self._opening
         opening = self._opened(How(resume=self._began, dry=not self._began))
@@ -272,11 +278,11 @@ class Trainer:
 
     def _refuse_while_training(self) -> None:
         if self._stop is not None:
-            raise UserError("train() is going on already, in another thread or in a callback's caller")
+            raise UserError("train() is already running, in another thread or as the caller of this callback")
 
 
 def _callbacks(given: Any) -> list[StepCallback]:
-    """One callback, or several, as a list. Raises UserError for what cannot be called."""
+    """Return one or several callbacks as a list. Raises UserError for a value that is not callable."""
     several = [given] if callable(given) else given
     if not isinstance(several, Iterable):
         raise UserError(f"grpo.Trainer: callbacks: expected a function or a list of functions, got {kind_of(given)}")
@@ -288,7 +294,7 @@ def _callbacks(given: Any) -> list[StepCallback]:
 
 @contextmanager
 def _in_python() -> Iterator[None]:
-    """A block whose UserErrors name the arguments of `train`, not the options of the command."""
+    """Rewrite UserErrors inside the block to name the arguments of `train` instead of the command's options."""
     try:
         yield
     except UserError as error:

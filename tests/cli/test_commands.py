@@ -156,7 +156,7 @@ def test_what_is_named_in_the_wrong_place_is_called_what_it_is(run_cli, recipe, 
     newest = "runs/toy/checkpoints/step-000002"
     evaluate = ["eval", toy_folder, "--data", "train.jsonl", "--prompt", "{question}", "--adapter"]
     for args, said in (
-        (["generate", recipe, "hi"], "is a recipe: generate takes a run's folder, or a model"),
+        (["generate", recipe, "hi"], "is a recipe: give a run's folder, or a model"),
         (["generate", "quickstart", "hi"], "quickstart is a recipe"),
         (["train", recipe, "--resume-from", "runs/nosuch"], "--resume-from runs/nosuch: there is no such folder"),
         (["train", recipe, "--resume-from", "runs/toy"], f"is a run; name its checkpoint, such as {newest}"),
@@ -342,7 +342,7 @@ def test_every_command_explains_itself(run_cli, command: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["--top-p", "0.9"], "do nothing at temperature 0"), (["--stop", ""], "an empty text")]
+    ("arguments", "said"), [(["--top-p", "0.9"], "have no effect at temperature 0"), (["--stop", ""], "an empty text")]
 )
 def test_generate_refuses_what_would_do_nothing_or_everything(run_cli, arguments: list[str], said: str) -> None:
     ran = run_cli("generate", "builtin:arithmetic-student", "hi", *arguments)

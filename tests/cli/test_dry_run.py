@@ -54,9 +54,9 @@ def test_a_package_that_cannot_be_imported_is_said(run_cli, recipe, monkeypatch,
 
 
 def test_that_nobody_is_logged_in_to_wandb_is_said(run_cli, recipe, monkeypatch) -> None:
-    finding = Finding("wandb", "warn", "not logged in, which only log.wandb wants", "`wandb login`")
+    finding = Finding("wandb", "warn", "not logged in (only log.wandb needs it)", "run `wandb login`")
     monkeypatch.setattr(services, "wandb", lambda: finding)
-    said = "W&B: not logged in: the run stays in its folder for `wandb sync`, unless you see to it first: `wandb login`"
+    said = "W&B: not logged in: the run stays in its folder for `wandb sync`, unless you first run `wandb login`"
     assert said in run_cli("train", recipe, "log.wandb={}", "--dry-run").out
     for quiet in ("log.wandb={mode: offline}", "log.wandb=null"):
         assert "W&B" not in run_cli("train", recipe, quiet, "--dry-run").out

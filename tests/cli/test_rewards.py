@@ -149,12 +149,12 @@ def test_score_shows_what_would_have_changed(run_cli, recipe) -> None:
     assert run_cli("train", recipe).code == 0
     same = run_cli("rewards", "score", "runs/toy", "--reward", "digits.py")
     assert same.code == 0, same.err
-    assert "0 of 16 completions get another score; 0 failures; correlation 1.000" in same.out
-    assert "0 of 4 groups would have preferred another completion" in same.out
+    assert "0 of 16 completions get a different score; 0 failures; correlation 1.000" in same.out
+    assert "0 of 4 groups would have a different best completion" in same.out
     Path("digits.py").write_text("def reward(completions, **_):\n    return [-1 - len(t) for t in completions]\n")
     changed = run_cli("rewards", "score", "runs/toy", "--reward", "digits.py", "--examples", "1")
     assert "digits, as stored" in changed.out
-    assert "16 of 16 completions get another score" in changed.out
+    assert "16 of 16 completions get a different score" in changed.out
     assert changed.out.count("\nstep ") == 1
     other = run_cli("rewards", "score", "runs/toy", "--reward", "language")
     assert "reward, as stored" in other.out
@@ -241,7 +241,7 @@ def test_too_few_scores_for_several_completions_are_a_failure(run_cli, tmp_path,
     assert (ran.code, "45 completions, 0 failures" in ran.out) == (1, True)
     said = "error: 1 score for 4 completions; a reward returns one score per completion"
     assert f"several completions in one call, as in a run: {said}" in ran.out
-    assert "failed on several completions in one call" in ran.err
+    assert "failed when one call had several completions" in ran.err
 
 
 @pytest.mark.parametrize(

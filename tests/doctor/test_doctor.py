@@ -70,7 +70,7 @@ def test_versions_that_do_not_do_are_named(changes: dict, status: str, said: str
         ({}, "ok", "mlx-cpu 0.32.4"),
         ({"mlx_cuda_13": "0.32.4"}, "fail", "mlx-cpu 0.32.4 and mlx-cuda-13 0.32.4 are installed over each other"),
         ({"mlx_cuda_12": "0.32.4"}, "fail", "pip uninstall -y mlx mlx-cpu mlx-cuda-12"),
-        ({"mlx_cpu": "0.32.2"}, "fail", "mlx-cpu 0.32.2 is not of the version of mlx, 0.32.4"),
+        ({"mlx_cpu": "0.32.2"}, "fail", "mlx-cpu 0.32.2 does not match the version of mlx, 0.32.4"),
         ({"mlx_cpu": None}, "warn", "built from source"),
         ({"mlx_cpu": None, "mlx_metal": "0.32.4"}, "ok", "mlx-metal 0.32.4"),
     ],
@@ -83,7 +83,7 @@ def test_one_package_brings_mlx(changes: dict, status: str, said: str) -> None:
     ("here", "status", "said"),
     [
         (Device("cpu", "Xeon", 24 * GB, 2), "ok", "cpu: Xeon, 24.0 GB, 2 CPU cores"),
-        (Device("cpu", "Xeon", 24 * GB, 2, nvidia=True), "warn", "there is an NVIDIA driver, and MLX is not built"),
+        (Device("cpu", "Xeon", 24 * GB, 2, nvidia=True), "warn", "there is an NVIDIA driver, but MLX is not built"),
         (Device("cpu", "Xeon", 24 * GB, 2, nvidia=True, cuda_build=True), "warn", "sees no GPU"),
         (Device("cuda", "H200", 140 * GB, 16, nvidia=True, cuda_build=True), "ok", "cuda: H200, 140.0 GB"),
     ],
@@ -120,7 +120,7 @@ def test_the_wheels_slow_blas_is_noticed() -> None:
 
 def test_a_missing_compiler_is_said_and_costs_nothing(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    has(machine.compiler(lambda: False), "ok", "no g++", "grpo needs none")
+    has(machine.compiler(lambda: False), "ok", "no g++", "grpo does not need it")
     (tmp_path / "g++").write_text("#!/bin/sh\n")
     (tmp_path / "g++").chmod(0o755)
     has(machine.compiler(lambda: False), "ok", str(tmp_path / "g++"))
@@ -176,16 +176,16 @@ def test_folders_that_cannot_be_written_or_are_full_are_noticed(check, tmp_path:
     (tmp_path / "there").mkdir()
     (tmp_path / "there/weights").write_bytes(bytes(GB // 10))
     has(check(tmp_path / "there", free=lambda _: 99 * GB), "ok", "holds 0.1 GB, 99.0 GB free")
-    has(check(tmp_path / "there", free=lambda _: GB // 5), "warn", "little", "make room")
-    has(check(tmp_path / "there", free=lambda _: 0), "fail", "full", "make room")
-    has(check(tmp_path / "not/yet", free=lambda _: 99 * GB), "ok", "not there yet")
+    has(check(tmp_path / "there", free=lambda _: GB // 5), "warn", "little", "free some space")
+    has(check(tmp_path / "there", free=lambda _: 0), "fail", "full", "free some space")
+    has(check(tmp_path / "not/yet", free=lambda _: 99 * GB), "ok", "does not exist yet")
     assert not (tmp_path / "not").exists()
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["weights"]
 
 
 def test_offline_a_cache_need_only_be_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    has(places.hub_cache(tmp_path / "file/below", offline=True), "warn", "offline it is only read")
+    has(places.hub_cache(tmp_path / "file/below", offline=True), "warn", "offline, it is only read")
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -212,7 +212,7 @@ def test_a_hub_that_is_away_or_silent_is_noticed() -> None:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         has(services.hub(address, offline=False, seconds=0.2), "warn", "cannot be reached", "HF_ENDPOINT")
     has(services.hub(address, offline=False), "warn", "refused")  # the port is closed now
-    has(services.hub(address, offline=True), "ok", "not asked")
+    has(services.hub(address, offline=True), "ok", "not checked")
 
 
 def test_logins_are_found_without_being_told(monkeypatch, tmp_path: Path) -> None:
@@ -223,17 +223,17 @@ def test_logins_are_found_without_being_told(monkeypatch, tmp_path: Path) -> Non
     has(services.hub_token(tmp_path / "token"), "ok", "none", "hf auth login")
     has(services.wandb(), "warn", "not logged in", "wandb login")
     (tmp_path / "token").write_text("hf_sentinel")
-    assert services.hub_token(tmp_path / "token").text == f"there is one, in {tmp_path / 'token'}"
+    assert services.hub_token(tmp_path / "token").text == f"found in {tmp_path / 'token'}"
     (tmp_path / "netrc").write_text("machine wandb.example login user password sentinel\n")
-    assert services.wandb().text == f"logged in to wandb.example, by {tmp_path / 'netrc'}"
+    assert services.wandb().text == f"logged in to wandb.example with {tmp_path / 'netrc'}"
     (tmp_path / "netrc").write_text("machine wandb.example login user password sentinel sentinel\n")
     unread = services.wandb()
     has(unread, "warn", "line", "cannot be read")
     assert "sentinel" not in unread.line()
     monkeypatch.setenv("WANDB_API_KEY", "sentinel")
-    has(services.wandb(), "ok", "by WANDB_API_KEY")
+    has(services.wandb(), "ok", "with WANDB_API_KEY")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    has(services.wandb(), "ok", "nothing is sent")
+    has(services.wandb(), "ok", "nothing is uploaded")
 
 
 def broken() -> Finding:
@@ -274,7 +274,7 @@ def test_a_version_that_lacks_what_grpo_needs_is_no_broken_check() -> None:
 
     (found,) = examine([wanting])
     has(found, "fail", "mlx-lm 9.0 lacks something", "pip install grpo-mlx")
-    assert "the check itself broke" not in found.line()
+    assert "the check itself failed" not in found.line()
 
 
 def test_all_that_is_required_is_there(monkeypatch) -> None:

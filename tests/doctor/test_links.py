@@ -47,19 +47,19 @@ def test_a_sound_hostfile_says_who_starts_what(tmp_path: Path) -> None:
         ([], "expected a list of hosts"),
         (["mac0.local"], "expected a list of hosts"),
         ({"hosts": [host(0)], "backends": "ring"}, "the file: 'backends' is unknown. Did you mean 'backend'?"),
-        ({"hosts": [host(0)], "backend": "rings"}, "backend 'rings' is none of ring, mpi, nccl, jaccl, jaccl-ring"),
-        ({"hosts": [host(0)], "envs": {"A": 1}}, "envs is to be a list"),
+        ({"hosts": [host(0)], "backend": "rings"}, "backend 'rings' is not one of ring, mpi, nccl, jaccl, jaccl-ring"),
+        ({"hosts": [host(0)], "envs": {"A": 1}}, "envs must be a list"),
         ([host(0), host(1, ssh=None)], "host 1 has no `ssh`"),
         ([host(0), host(1, ips=None, ip="10.0.0.2")], "host 1: 'ip' is unknown. Did you mean 'ips'?"),
         ([host(0), host(1, ips=None)], "host 1 has no `ips`"),
         ({"hosts": [host(0, ips=[]), host(1)], "backend": "nccl"}, "host 0 has no `ips`"),
-        ([host(0), host(1, ips="10.0.0.2")], "host 1: `ips` is to be a list"),
-        ([host(0), host(1, ips=["mac1.local"])], "host 1: 'mac1.local' is no address"),
-        ([host(0), host(1, ips=["127.0.0.1"])], "host 1: 127.0.0.1 means this machine on every machine"),
-        ({"hosts": [host(0, rdma=[None, "a"]), host(1)], "backend": "jaccl"}, "host 1: `rdma` is to have 2 entries"),
+        ([host(0), host(1, ips="10.0.0.2")], "host 1: `ips` must be a list"),
+        ([host(0), host(1, ips=["mac1.local"])], "host 1: 'mac1.local' is not an IP address"),
+        ([host(0), host(1, ips=["127.0.0.1"])], "host 1: on every machine, 127.0.0.1 means that machine itself"),
+        ({"hosts": [host(0, rdma=[None, "a"]), host(1)], "backend": "jaccl"}, "host 1: `rdma` must have 2 entries"),
         (
             {"hosts": [host(0, rdma=["a", None]), host(1, rdma=["a", None])], "backend": "jaccl-ring"},
-            "host 0: `rdma` is to be null in its own place, 0",
+            "host 0: `rdma` must be null at the host's own place, 0",
         ),
     ],
 )
@@ -105,7 +105,7 @@ def test_a_folder_that_another_process_does_not_see_is_said(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     assert shared_folder(Several(...)).status == "ok"
     finding = shared_folder(Several(..., False))
-    assert (finding.status, finding.text) == ("warn", f"{tmp_path} of process 0 is not there for process 2")
+    assert (finding.status, finding.text) == ("warn", f"process 2 does not see {tmp_path} of process 0")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,7 +120,7 @@ def test_without_links_the_long_wait_is_said() -> None:
     [
         ([1e-4] * 3, [2**30] * 3, "ok", "0↔1 100 µs 1.00 GB/s, 1↔2 100 µs 1.00 GB/s, 2↔0 100 µs 1.00 GB/s"),
         ([1e-4, 4e-3, 1e-4], [2**30] * 3, "warn", "1↔2 4.0 ms 1.00 GB/s"),
-        ([1e-4] * 3, [2**30, 2**27, 2**30], "warn", "1↔2 100 µs 128 MB/s, 2↔0 100 µs 1.00 GB/s: the slowest holds"),
+        ([1e-4] * 3, [2**30, 2**27, 2**30], "warn", "1↔2 100 µs 128 MB/s, 2↔0 100 µs 1.00 GB/s: the slowest link"),
     ],
 )
 def test_slow_links_are_said(monkeypatch, delays, rates, status: str, said: str) -> None:
@@ -136,7 +136,7 @@ def test_slow_links_are_said(monkeypatch, delays, rates, status: str, said: str)
     assert bool(finding.remedy) == (status != "ok")
 
 
-@pytest.mark.parametrize(("other", "remedy"), [(..., "see what else runs on this machine"), ("far", "not Wi-Fi")])
+@pytest.mark.parametrize(("other", "remedy"), [(..., "check what else runs on this machine"), ("far", "not Wi-Fi")])
 def test_a_link_within_a_machine_is_not_told_of_cables(monkeypatch, other: Any, remedy: str) -> None:
     monkeypatch.setattr(of_ranks, "ring_of", lambda: [["a"], ["b"]])
     monkeypatch.setattr(of_ranks, "_bounced", lambda *_: 0.01)
@@ -146,7 +146,7 @@ def test_a_link_within_a_machine_is_not_told_of_cables(monkeypatch, other: Any, 
 def test_one_process_has_no_links(run_cli) -> None:
     ran = run_cli("doctor", "--ranks")
     assert ran.code == 2
-    assert "tries the links between several processes, and this is one" in ran.err
+    assert "measures the links between several processes, but this is a single process" in ran.err
     assert run_cli("doctor", "--hostfile", "hosts.json").code == 2
     assert run_cli("doctor", "--ranks", "--hostfile", "hosts.json").code == 1
 

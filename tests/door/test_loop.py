@@ -193,7 +193,7 @@ def test_rewards_are_weighed(policy) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: grpo.load("x", rnk=4), "grpo.load: unknown setting rnk; there is .*rank"),
+        (lambda: grpo.load("x", rnk=4), "grpo.load: unknown setting rnk; the settings are .*rank"),
         (lambda: grpo.load("x", rank=0), "grpo.load: adapter.rank: expected greater than 0, got 0"),
         (lambda: grpo.tasks([{"q": "?"}], prompt="q", max_prompt_length=5), "needs a tokenizer.*len"),
         (lambda: grpo.tasks([{"q": "?"}], prompt="q", n=0), "n is 0"),
@@ -206,7 +206,7 @@ def test_rewards_are_weighed(policy) -> None:
         (lambda: grpo.optimizer("adamv"), "grpo.optimizer: optim.optimizer"),
         (lambda: grpo.optimizer(momentum=0.9), "grpo.optimizer: unknown key optim.momentum"),
         (lambda: grpo.optimizer(warmup_steps=5), "warmup_steps needs steps="),
-        (lambda: grpo.optimizer(num_minibatches=2), "num_minibatches is no setting of an optimizer"),
+        (lambda: grpo.optimizer(num_minibatches=2), "num_minibatches is not a setting of an optimizer"),
         (lambda: grpo.optimizer(optimizer_args={"beta": 1}), "adamw takes no 'beta'"),
         (lambda: grpo.reward(lambda **_: []), "a lambda has no name"),
         (lambda: grpo.reward(digits, wait=1), "grpo.reward: unknown key .*wait"),
@@ -225,22 +225,22 @@ def test_what_will_not_do_is_said(call, said: str) -> None:
 def test_one_optimizer_moves_one_policy(policy, groups, student: str) -> None:
     opt = grpo.optimizer("sgd")
     policy.update(grpo.batches(groups), opt)
-    with pytest.raises(grpo.UserError, match="already moves another policy"):
+    with pytest.raises(grpo.UserError, match="already updates another policy"):
         grpo.load(student).update(grpo.batches(groups), opt)
 
 
 def test_constant_and_other_needs_are_said(policy, groups) -> None:
-    with pytest.raises(grpo.UserError, match="dr_grpo divides by a constant: give max_completion_length"):
+    with pytest.raises(grpo.UserError, match="dr_grpo divides by a constant: pass max_completion_length"):
         grpo.batches(groups, grpo.Loss("dr_grpo"))
     with pytest.raises(grpo.UserError, match="groups have 2 to 4 rollouts"):
         grpo.advantages([*groups, *policy.sample(["Hi?"], n=2, max_tokens=2)])
-    with pytest.raises(grpo.UserError, match="turns: turn needs more than the rewards' sum"):
+    with pytest.raises(grpo.UserError, match="turns: turn needs more than the sum of the rewards"):
         grpo.advantages(groups, turns="turn")
-    with pytest.raises(grpo.UserError, match="gdpo needs more than the rewards' sum"):
+    with pytest.raises(grpo.UserError, match="gdpo needs more than the sum of the rewards"):
         grpo.advantages(groups, baseline="gdpo")
-    with pytest.raises(grpo.UserError, match="give loss="):
+    with pytest.raises(grpo.UserError, match="pass loss="):
         policy.update(list(grpo.batches(groups)), grpo.optimizer())
-    with pytest.raises(grpo.UserError, match="top_entropy_quantile is of all batches"):
+    with pytest.raises(grpo.UserError, match="top_entropy_quantile needs all batches"):
         policy.gradient(grpo.batches(groups)[0], grpo.Loss(top_entropy_quantile=0.5))
     with pytest.raises(grpo.UserError, match="unknown setting top_q"):
         policy.sample(["Hi?"], top_q=3)

@@ -134,10 +134,10 @@ def test_an_object_that_samples_by_itself(talking: Path) -> None:
         ({"environment": Doubts()}, r"environment: expected a class, a function .*got a Doubts"),
         (
             {"environment": {"max_turns": 3}},
-            "environment: expected a dict with use, as in a recipe, got one with m",
+            "environment: expected a dict with use, as in a recipe, got a dict with m",
         ),
         ({"environments": [Game]}, "environments: expected a dict of classes by name, got a list"),
-        ({"environment": Game, "environments": {"a": Game}}, "environment does nothing with environments"),
+        ({"environment": Game, "environments": {"a": Game}}, "environment has no effect together with environments"),
         ({"tools": look}, "tools: expected a list of functions, classes and names, got a function"),
         ({"tools": [3]}, 'tools: expected a function, a class, or a name such as "file.py:name", got an int'),
         ({"environment": {"use": Game, "max_turn": 3}}, "unknown key environment.max_turn. Did you mean"),

@@ -38,7 +38,7 @@ def test_a_mistake_is_said_to_be_of_the_call(recipe: Path) -> None:
         ({"steps": "7"}, "grpo.recipe: .*optim.steps"),
         ({"steps": [object()]}, "grpo.recipe: steps: a value of type object; a recipe holds"),
         ({"loss": {"typ": "gspo"}}, "unknown key loss.typ"),
-        ({"rewards": lambda: 0}, "grpo.recipe: rewards is a function, and a recipe holds names"),
+        ({"rewards": lambda: 0}, "grpo.recipe: rewards is a function, but a recipe holds names"),
     ):
         with pytest.raises(grpo.UserError, match=said):
             grpo.recipe(recipe, **settings)

@@ -54,7 +54,7 @@ def test_a_text_alone_is_one_prompt(policy) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"tasks": grpo.tasks([{"prompt": "Hi?"}])}, r"iterator of grpo.tasks: give next\(tasks\)"),
+        ({"tasks": grpo.tasks([{"prompt": "Hi?"}])}, r"iterator of grpo.tasks: pass next\(tasks\)"),
         ({"tasks": [3]}, "prompt 0: expected a task.*got an int"),
         ({"tasks": [{"role": "user", "content": "Hi?"}]}, r"prompt 0 is a single chat message.*\[\[message\]\]"),
         ({"tasks": [["Hi?"]]}, "prompt 0: expected .*got a list"),
@@ -64,9 +64,9 @@ def test_a_text_alone_is_one_prompt(policy) -> None:
         ({"temperature": "hot"}, 'rollout.temperature: expected a valid number, got "hot"'),
         ({"n": "two"}, "policy.sample: n: expected a whole number, got 'two'"),
         ({"key": "a"}, "policy.sample: key: expected a whole number"),
-        ({"max_tokens": 10**6}, r"1,000,000 \(max_tokens\) are more than the [\d,]+ positions"),
+        ({"max_tokens": 10**6}, r"1,000,000 \(max_tokens\) exceed the model's [\d,]+ positions"),
         ({"max_new_tokens": 3}, "unknown setting max_new_tokens.*Did you mean 'max_tokens'"),
-        ({"environment": Needy}, "environment Needy cannot be made without arguments: TypeError"),
+        ({"environment": Needy}, "environment Needy cannot be created without arguments: TypeError"),
         ({"environment": object()}, r"environment: object has no method rollout\(task, sampler\)"),
         ({"environment": "mine.py:Nobody"}, "there is no file mine.py"),
     ],
@@ -96,7 +96,7 @@ def test_a_call_that_is_missing_is_named(raw) -> None:
     for call in (grpo.advantages, grpo.batches):
         with pytest.raises(grpo.UserError, match=r"have no scores: call groups = grpo.score\(groups, rewards\) first"):
             call(raw)
-    with pytest.raises(grpo.UserError, match=r"and no advantages: call groups = grpo.advantages\(groups\) first"):
+    with pytest.raises(grpo.UserError, match=r"but no advantages: call groups = grpo.advantages\(groups\) first"):
         grpo.batches(scored)
     assert len(grpo.batches(grpo.advantages(scored)))
 
@@ -121,21 +121,24 @@ def test_a_loss_goes_by_its_name(policy, raw) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda p, g, b, o: o.update(p, b), r"opt.update: expected a gradient .*update by batches is policy.update"),
+        (lambda p, g, b, o: o.update(p, b), r"opt.update: expected a gradient .*with batches, call policy.update"),
         (lambda p, g, b, o: o.update(p.gradient(b, b.loss), p), "opt.update: expected a gradient .*LoadedPolicy"),
-        (lambda p, g, b, o: o.update(3, p.gradient(b, b.loss)), "opt.update: expected a policy of grpo.load first"),
-        (lambda p, g, b, o: p.update(b, "adamw"), "opt: expected an optimizer that grpo.optimizer gives, got a str"),
-        (lambda p, g, b, o: p.update(o, b), "opt: expected an optimizer that grpo.optimizer gives, got a BatchList"),
-        (lambda p, g, b, o: p.update(3, o), "expected the batches that grpo.batches gives, got an int"),
-        (lambda p, g, b, o: p.update(b[0], o), "do not say for which loss they are: give loss="),
+        (
+            lambda p, g, b, o: o.update(3, p.gradient(b, b.loss)),
+            "opt.update: expected a policy of grpo.load as the first argument",
+        ),
+        (lambda p, g, b, o: p.update(b, "adamw"), "opt: expected an optimizer of grpo.optimizer, got a str"),
+        (lambda p, g, b, o: p.update(o, b), "opt: expected an optimizer of grpo.optimizer, got a BatchList"),
+        (lambda p, g, b, o: p.update(3, o), "expected batches from grpo.batches, got an int"),
+        (lambda p, g, b, o: p.update(b[0], o), "only the list returned by grpo.batches has a loss: pass loss="),
         (lambda p, g, b, o: p.gradient(g, b.loss), r"list with a Group: grpo.batches\(groups\) makes batches"),
         (lambda p, g, b, o: p.gradient(b, 3), "loss: expected a grpo.Loss, its name or a function, got an int"),
         (lambda p, g, b, o: grpo.score(g[0], [digits]), r"expected a list of groups, got one group: write \[group\]"),
-        (lambda p, g, b, o: grpo.score([digits], g), "grpo.score: expected the groups .*list with a function"),
+        (lambda p, g, b, o: grpo.score([digits], g), "grpo.score: expected groups .*list with a function"),
         (lambda p, g, b, o: grpo.score(g, 3), r"rewards: expected a list, such as \[my_reward\], got an int"),
         (lambda p, g, b, o: grpo.advantages(g[0]), r"grpo.advantages: .*write \[group\]"),
-        (lambda p, g, b, o: grpo.batches(b), "grpo.batches: expected the groups .*list with a Batch"),
-        (lambda p, g, b, o: grpo.batches(g, digits), "loss is a function.*give the function to policy.gradient"),
+        (lambda p, g, b, o: grpo.batches(b), "grpo.batches: expected groups .*list with a Batch"),
+        (lambda p, g, b, o: grpo.batches(g, digits), "loss is a function.*pass the function to policy.gradient"),
         (lambda p, g, b, o: grpo.batches(g, "dappo"), "Did you mean 'dapo'"),
         (lambda p, g, b, o: grpo.batches(g, 3), "grpo.batches: loss: expected a grpo.Loss or its name, got an int"),
     ],
@@ -152,23 +155,23 @@ def test_one_batch_with_its_loss_is_an_update(policy, ready) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: grpo.tasks(["hi"]), r"grpo.tasks: data.source: .*'hi' is not a file. Prompts .* \[\{\"prompt\""),
+        (lambda: grpo.tasks(["hi"]), r"grpo.tasks: data.source: .*'hi' is not a file. Pass prompts .* \[\{\"prompt\""),
         (lambda: grpo.tasks([{"prompt": "Hi?"}], n="2"), "grpo.tasks: n: expected a whole number"),
         (lambda: grpo.tasks(Path("nope.jsonl")), "nope.jsonl: there is no such file"),
         (lambda: grpo.recipe({"seed": 1}), "grpo.recipe: expected a recipe's name or file, got a dict"),
         (
             lambda: grpo.Trainer("quickstart", environment_factory=Echo),
-            r"grpo.Trainer: there is no argument 'environment_factory': TRL's environment_factory is environment here, "
-            r"as grpo.Trainer\(..., environment=...\)",
+            r"grpo.Trainer: there is no argument 'environment_factory': TRL's environment_factory is environment here: "
+            r"grpo.Trainer\(..., environment=...\)",
         ),
         (lambda: grpo.Trainer("quickstart", reward_funcs=[digits]), "TRL's reward_funcs is rewards here"),
         (
             lambda: grpo.Trainer("quickstart", peft_config=None),
-            r"argument 'peft_config': TRL's peft_config is adapter.type here .* A recipe has such settings",
+            r"argument 'peft_config': TRL's peft_config is adapter.type here .* Set it in the recipe",
         ),
         (
             lambda: grpo.Trainer("quickstart", reward=[digits]),
-            r"argument 'reward'; there is recipe, rewards, data, .*, quiet. Did you mean 'rewards'\?",
+            r"argument 'reward'; the arguments are recipe, rewards, data, .*, quiet. Did you mean 'rewards'\?",
         ),
         (lambda: grpo.Trainer({"seed": 1}), "expected a recipe's name or file, got a dict"),
         (lambda: grpo.recipe("quickstart", lr=1e-3), "unknown key lr. Did you mean optim.learning_rate"),
@@ -181,7 +184,7 @@ def test_one_batch_with_its_loss_is_an_update(policy, ready) -> None:
         ),
         (lambda: grpo.Trainer("quickstart", callbacks=3), "callbacks: expected a function or a list .*got an int"),
         (lambda: grpo.Trainer("quickstart", callbacks=["log"]), "callbacks: expected functions, got a str"),
-        (lambda: grpo.Trainer("quickstart", loss="dapo"), "loss: expected a function .*recipe's: grpo.recipe"),
+        (lambda: grpo.Trainer("quickstart", loss="dapo"), "loss: expected a function .*in the recipe: grpo.recipe"),
         (lambda: grpo.Trainer("quickstart", source="a.py:Mine"), "source: expected a function or a class .*got a str"),
         (lambda: grpo.Trainer("quickstart", source=object()), "source=lambda stream: mine"),
         (

@@ -245,7 +245,7 @@ def test_held_out_data_is_given_too(short) -> None:
     cfg = grpo.recipe("toy.yaml", steps=1, output_dir="two", eval={"prompts": 4, "samples": 1})
     both = DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(one)})
     assert trainer(cfg, data=both).train().after.n == 1
-    with pytest.raises(grpo.UserError, match="the data that you give has no splits: give eval_data"):
+    with pytest.raises(grpo.UserError, match="the given data has no splits: pass eval_data"):
         trainer(cfg, data=ROWS)
     made = trainer(grpo.recipe("toy.yaml", eval=None, steps=1, output_dir="three"), eval_data=one)
     assert made.recipe.eval is not None

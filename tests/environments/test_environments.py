@@ -300,7 +300,7 @@ def test_environments_by_name_and_by_file(tmp_path) -> None:
     for name, said in (
         ("mine", "write file.py:Class, .*or package.module:Class"),
         (f"{file}:Lazy", "Lazy has no method rollout"),
-        (f"{file}:Costly", "it cannot be made: TypeError"),
+        (f"{file}:Costly", "cannot be created: TypeError"),
         (f"{file}:Nobody", "no class 'Nobody' in it"),
     ):
         with pytest.raises(UserError, match=said):
